@@ -1,0 +1,50 @@
+# Everything runs in .venv, made on first use: a clean checkout needs Python 3.11, git and make.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+export OMP_NUM_THREADS := 1
+
+PYTHON := $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH := torch==2.13.0
+INSTALLED := .venv/.installed
+BIN := .venv/bin
+SOURCES := mist tests examples benchmarks cli.py
+
+.PHONY: help plan test test-slow check bench format mutants
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found on the path." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+plan: $(INSTALLED)  ## plan Llama-3-8B on 16 H100s
+	$(BIN)/mist plan examples/llama3_8b.py --gpus 16
+
+test: $(INSTALLED)  ## fast tests, with coverage
+	$(BIN)/python -m pytest -m 'not slow' --cov
+
+test-slow: $(INSTALLED)  ## the slow tests
+	$(BIN)/python -m pytest -m slow --timeout 900
+
+check: $(INSTALLED)  ## format, lint, types, import contracts, budgets
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest --quiet tests/test_house.py
+
+bench: $(INSTALLED)  ## speed of the planner
+	set -e; for f in benchmarks/*.py; do $(BIN)/python "$$f"; done
+
+format: $(INSTALLED)  ## format, and fix what can be fixed
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+mutants: $(INSTALLED)  ## every committed mutant must fail its tests
+	$(BIN)/python tests/mutants/run.py

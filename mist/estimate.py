@@ -1,0 +1,169 @@
+"""Any concrete layout -> Estimate, through the compiled stage cost and the total-time formula of the search."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mist.graph import B, Block, ModelGraph, S, T
+from mist.plans import Estimate, StageEstimate, StagePlan, Uncertainty
+from mist.platform import Platform
+from mist.schedule import step_time
+from mist.spec import Workload
+from mist.symbolic import MEMORY_PARTS, TIME_PARTS, CompiledStageCost, compile_stage_cost
+
+NOT_MODELLED = (
+    "data loading, checkpoint writing, evaluation and restarts",
+    "stragglers, clock throttling and network contention from other jobs",
+    "gradient clipping and the learning-rate schedule",
+    "resharding between neighbouring stages of different dp and tp",
+    "allocator fragmentation beyond the stated share",
+)
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A model on a platform under a workload, with its stage cost compiled once.
+
+    `kind_prefix[k, x]`: how many of the first x layers are block k.
+    """
+
+    graph: ModelGraph
+    platform: Platform
+    workload: Workload
+    cost: CompiledStageCost
+    kind_prefix: Counts
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.graph.num_layers
+
+
+def make_job(graph: ModelGraph, platform: Platform, workload: Workload) -> Job:
+    """Compile the stage cost of a model for a platform and a workload."""
+    kinds = np.array(graph.layer_kinds())
+    is_kind = kinds == np.arange(len(graph.blocks))[:, None]
+    prefix = np.pad(is_kind.cumsum(axis=1), ((0, 0), (1, 0)))
+    cost = compile_stage_cost(graph, platform, workload)
+    return Job(graph=graph, platform=platform, workload=workload, cost=cost, kind_prefix=prefix)
+
+
+def strategy_columns(job: Job, *, dp: ArrayLike, tp: ArrayLike, micro_batch: ArrayLike, zero: ArrayLike) -> dict[str, ArrayLike]:
+    """Inputs of the terms. Ranks are numbered with tp innermost, so a data-parallel group strides by tp."""
+    per_node = np.maximum(job.platform.gpus_per_node // np.asarray(tp), 1)
+    return {"b": micro_batch, "t": tp, "dp": dp, "dp_per_node": np.minimum(dp, per_node), "zero": zero}
+
+
+def position_columns(job: Job, first_device: ArrayLike, num_devices: ArrayLike, num_micro_batches: int) -> dict[str, ArrayLike]:
+    """Position of stages given by their device ranges, in order: shape [S]."""
+    first = np.asarray(first_device)
+    num_stages, per_node = len(first), job.platform.gpus_per_node
+    stage = np.arange(num_stages)
+    end = first + np.asarray(num_devices)
+    return {
+        "in_flight": np.minimum(num_stages - stage, num_micro_batches),
+        "is_first": (stage == 0).astype(int),
+        "is_last": (stage == num_stages - 1).astype(int),
+        "prev_crosses_node": (first % per_node == 0).astype(int),
+        "next_crosses_node": (end % per_node == 0).astype(int),
+    }
+
+
+def count_columns(job: Job, first: ArrayLike, count: ArrayLike, num_full: ArrayLike) -> dict[str, Counts]:
+    """Layers of each kind and level in the run [first, count] whose last `num_full` are recomputed."""
+    start, stop = np.asarray(first), np.asarray(first) + np.asarray(count)
+    split = stop - np.asarray(num_full)
+    columns = {}
+    for kind, prefix in enumerate(job.kind_prefix):
+        columns[f"eager_{kind}"] = prefix[split] - prefix[start]
+        columns[f"full_{kind}"] = prefix[stop] - prefix[split]
+    return columns
+
+
+def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> Estimate:
+    """Predict one step of a layout.
+
+    Args:
+        job: model, platform and workload.
+        stages: the pipeline stages in order; offload must be zero.
+        num_micro_batches: G, micro-batches per step.
+    """
+    columns = _stage_columns(job, stages, num_micro_batches)
+    stable_s, lone_s = columns["stable_s"], columns["lone_s"]
+    step_s = float(step_time(num_micro_batches, stable_s, lone_s))
+    slowest = int(stable_s.argmax())
+    busy_s = (num_micro_batches - 1) * stable_s[slowest] + lone_s[slowest]
+    flop_per_s = job.platform.num_gpus * _peak_flop_per_s(job)
+    return Estimate(
+        step_s=_digits(step_s),
+        tokens_per_s=_digits(job.workload.tokens_per_step / step_s),
+        mfu=_digits(model_flop(job.graph, job.workload) / step_s / flop_per_s),
+        bubble_s=_digits(max(step_s - busy_s, 0.0)),
+        stages=tuple(_stage_estimate(job, columns, i) for i in range(len(stages))),
+        uncertainty=Uncertainty(
+            step_ratio=job.platform.step_uncertainty_ratio,
+            memory_ratio=job.platform.memory_uncertainty_ratio,
+            basis=job.platform.runtime.uncertainty.step_ratio.source,
+        ),
+        not_modelled=NOT_MODELLED,
+    )
+
+
+def model_flop(graph: ModelGraph, workload: Workload) -> float:
+    """Model FLOPs of one step: three forward passes' worth (backward is twice), nothing recomputed."""
+    layers = sum(run.count * _forward_flop(graph.blocks[run.block], workload) for run in graph.layers)
+    ends = _forward_flop(graph.embed, workload) + _forward_flop(graph.head, workload)
+    return 3.0 * workload.global_batch * (layers + ends)
+
+
+def _peak_flop_per_s(job: Job) -> float:
+    return job.platform.device.gemm[job.workload.precision].peak_flop_per_s.value
+
+
+def _forward_flop(block: Block, workload: Workload) -> float:
+    return float(block.flop("forward").subs({B: 1, T: 1, S: workload.seq_len}))
+
+
+def _stage_columns(
+    job: Job, stages: Sequence[StagePlan], num_micro_batches: int
+) -> dict[str, NDArray[np.float64]]:
+    """Every output of the stage formulas, each of shape [S]."""
+    strategy = strategy_columns(
+        job,
+        dp=[stage.dp for stage in stages],
+        tp=[stage.tp for stage in stages],
+        micro_batch=[stage.micro_batch for stage in stages],
+        zero=[stage.zero for stage in stages],
+    )
+    devices = np.array([stage.devices for stage in stages])
+    layers = np.array([(stage.layers[0][0], stage.num_layers, stage.num_full) for stage in stages])
+    return job.cost.stage(
+        {
+            **job.cost.terms(strategy),
+            **position_columns(job, devices[:, 0], devices[:, 1], num_micro_batches),
+            **count_columns(job, *layers.T),
+        }
+    )
+
+
+def _stage_estimate(job: Job, columns: dict[str, NDArray[np.float64]], i: int) -> StageEstimate:
+    stable_s, lone_s = columns["stable_s"][i], columns["lone_s"][i]
+    return StageEstimate(
+        stable_s=_digits(stable_s),
+        delta_s=_digits(lone_s - stable_s),
+        time_parts_s={part: _digits(columns[f"{part}_s"][i]) for part in TIME_PARTS},
+        peak_bytes=round(columns["peak_bytes"][i]),
+        usable_bytes=int(job.platform.usable_bytes),
+        memory_parts_bytes={part: round(columns[f"{part}_bytes"][i]) for part in MEMORY_PARTS},
+        host_bytes=0,
+    )
+
+
+def _digits(value: float) -> float:
+    """Six significant digits: all that a prediction can mean, and stable bytes in the plan file."""
+    return float(f"{value:.6g}")

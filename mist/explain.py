@@ -1,0 +1,68 @@
+"""Why one layout beats another: the parts of a step, and where they differ.
+
+A step is G micro-batches of the slowest stage, the delta of its first and last one, and the time that
+the stage waits for others (bubble and imbalance): these parts sum to the step.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from mist.plans import Estimate, StageEstimate, StagePlan
+from mist.units import format_bytes, format_seconds
+
+PART_NAMES: Mapping[str, str] = {
+    "compute": "compute",
+    "tp": "tensor-parallel collectives",
+    "recompute": "recomputation",
+    "launch": "waiting for the host to launch kernels",
+    "dp": "exposed data-parallel collectives",
+    "p2p": "transfers between stages",
+    "delta": "first and last micro-batch, optimizer",
+    "bubble": "pipeline bubble and imbalance",
+}
+
+
+def step_parts(estimate: Estimate, num_micro_batches: int) -> dict[str, float]:
+    """Seconds of a step by part, seen from the slowest stage; they sum to step_s."""
+    slowest = max(estimate.stages, key=lambda stage: stage.stable_s)
+    parts = {part: num_micro_batches * s for part, s in slowest.time_parts_s.items()}
+    parts["delta"] = slowest.delta_s
+    parts["bubble"] = estimate.step_s - sum(parts.values())
+    return parts
+
+
+def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> str:
+    """Where a slower layout spends more, the two largest differences first."""
+    more = {part: loser[part] - winner[part] for part in winner}
+    worst = sorted(more, key=lambda part: -more[part])[:2]
+    words = [f"+{format_seconds(more[p])} {PART_NAMES[p]}" for p in worst if more[p] > 0]
+    less = min(more, key=lambda part: more[part])
+    gained = f", {format_seconds(more[less])} {PART_NAMES[less]}" if more[less] < 0 else ""
+    return (" and ".join(words) or "equal within rounding") + gained
+
+
+def layout_words(stages: Sequence[StagePlan], num_micro_batches: int) -> str:
+    """A layout in one line: "pp2 dp4 tp2 zero1 mb1 x32, full checkpointing 3+0 of 16+16 layers"."""
+    names = {
+        "dp": [stage.dp for stage in stages],
+        "tp": [stage.tp for stage in stages],
+        "zero": [stage.zero for stage in stages],
+        "mb": [stage.micro_batch for stage in stages],
+    }
+    words = [f"pp{len(stages)}"]
+    words += [f"{name}{_spread(values)}" for name, values in names.items()]
+    full, layers = _spread([s.num_full for s in stages]), _spread([s.num_layers for s in stages])
+    return f"{' '.join(words)} x{num_micro_batches}, {full} of {layers} layers recomputed"
+
+
+def _spread(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "+".join(map(str, values))
+
+
+def overflow(index: int, stage: StageEstimate, device: str, limit_bytes: float) -> str:
+    """One stage that does not fit: what it needs, what there is, and the largest parts."""
+    parts = sorted(stage.memory_parts_bytes.items(), key=lambda item: -item[1])
+    largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size > 0)
+    return (
+        f"stage {index} needs {format_bytes(stage.peak_bytes)} of the {format_bytes(limit_bytes)} "
+        f"that a plan may use on {device} ({largest})"
+    )

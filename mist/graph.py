@@ -1,0 +1,172 @@
+"""What a traced model is, without torch: blocks, their operations and what they keep, as expressions.
+
+Every size is an expression in three symbols: `B` micro-batch (samples per data-parallel rank),
+`S` sequence length (tokens), `T` tensor-parallel degree. Bytes are bytes of the traced precision.
+An expression holds where the block's `domain` holds. `trace` writes these types, `symbolic` reads them.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import sympy
+from sympy import Expr
+
+B, S, T = sympy.symbols("b s t", positive=True, integer=True)
+
+Phase = Literal["forward", "backward"]
+
+
+class OpKind(StrEnum):
+    """Which law prices an operation."""
+
+    GEMM = "gemm"
+    ATTENTION = "attention"
+    MEMORY = "memory"
+
+
+class Traffic(StrEnum):
+    """Class of a memory-bound operation: each reaches its own share of the device's bandwidth."""
+
+    POINTWISE = "pointwise"
+    REDUCTION = "reduction"
+    NORM_FORWARD = "norm_forward"
+    NORM_BACKWARD = "norm_backward"
+    SOFTMAX = "softmax"
+    GATHER = "gather"
+
+
+class Layout(StrEnum):
+    """What a tensor-parallel rank holds of a tensor.
+
+    SHARDED: 1/t, already in the expression. GATHERED: all of it, even under sequence parallelism
+    (input of a column-parallel matrix). REPLICATED: all of it, or 1/t under sequence parallelism.
+    """
+
+    SHARDED = "sharded"
+    GATHERED = "gathered"
+    REPLICATED = "replicated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One dispatched operation.
+
+    `dims`: GEMM (batch, m, n, k); ATTENTION (batch, heads, seq_q, seq_k, head_dim); MEMORY ().
+    `flop` counts a multiply-add as 2, attention without causal skipping (torch's convention).
+    `traffic_bytes` is what is read plus what is written, each tensor once.
+    """
+
+    name: str
+    kind: OpKind
+    phase: Phase
+    module: str
+    dims: tuple[Expr, ...]
+    causal: bool
+    traffic: Traffic
+    layout: Layout
+    flop: Expr
+    traffic_bytes: Expr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTensor:
+    """One storage kept from forward to backward (parameters and buffers excluded)."""
+
+    bytes: Expr
+    shape: tuple[Expr, ...]
+    dtype: str
+    op: str
+    module: str
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Param:
+    """One parameter of a block. `numel` is of the whole tensor; `sharded`: a rank holds numel / t.
+
+    `tied` marks a second use of a parameter that an earlier block already owns.
+    """
+
+    name: str
+    numel: int
+    sharded: bool
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A distinct layer, the embedding, or the head with the loss.
+
+    `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are made).
+    `boundary_bytes`: the input activation, which is all that full checkpointing keeps.
+    `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
+    worst for some (b, s, t); the peak is their maximum. `num_tp_regions`: column-to-row pairs, each
+    of which gathers and reduces once per pass. `domain`: relations under which the expressions hold.
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    ops: tuple[Op, ...]
+    saved: tuple[SavedTensor, ...]
+    saved_single: tuple[SavedTensor, ...]
+    boundary_bytes: Expr
+    transient_bytes: tuple[Expr, ...]
+    num_tp_regions: int
+    domain: tuple[sympy.Basic, ...]
+
+    @property
+    def num_params(self) -> int:
+        """Parameters that this block owns (a tied second use counts where it is owned)."""
+        return sum(param.numel for param in self.params if not param.tied)
+
+    def flop(self, phase: Phase) -> Expr:
+        """Matrix and attention FLOPs of one pass, per tensor-parallel rank."""
+        return sympy.Add(*(op.flop for op in self.ops if op.phase == phase))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRun:
+    """`count` consecutive layers that are the block number `block`."""
+
+    block: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TpLimit:
+    """A size that the tensor-parallel degree must divide: "key/value heads", 8."""
+
+    label: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGraph:
+    """A traced model: its distinct blocks, and the layers as runs of them.
+
+    `tp_limits` is None when no tensor-parallel rules are known for the model: t must be 1.
+    `fingerprint` identifies the model itself (names and shapes of parameters, runs, ties), not the trace.
+    """
+
+    name: str
+    num_params: int
+    blocks: tuple[Block, ...]
+    layers: tuple[LayerRun, ...]
+    embed: Block
+    head: Block
+    tied: bool
+    max_seq_len: int | None
+    tp_limits: tuple[TpLimit, ...] | None
+    precision: str
+    fingerprint: str
+    notes: tuple[str, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that pipeline stages divide among them."""
+        return sum(run.count for run in self.layers)
+
+    def layer_kinds(self) -> tuple[int, ...]:
+        """The block number of every layer, in order."""
+        return tuple(run.block for run in self.layers for _ in range(run.count))

@@ -1,0 +1,217 @@
+"""The inter-stage problem solved exactly: a scalar dynamic program inside a branch and bound.
+
+    minimise  T = (G - 1) * theta + E,   theta = max_i t_i,   E = max_i ( u_i + sum_{j>i} t_j )
+
+For a threshold on theta and a budget e on E, walk from the last stage to the first. With
+A = f_{q-1}(lam - count), the least sum of stable times of the stages behind,
+
+    f_q(lam) = min over cells of  A + min { t in the cell : t <= theta, u <= e - A }     (_suffix_s)
+
+A smaller A loosens every budget ahead and is the sum that is minimised, so one number per state is
+enough. On a frontier the least t with u <= e - A is the first such point: one searchsorted, for all
+states and all scenarios (theta, e) at once.
+
+Branch and bound (`solve_exact`) over boxes of consecutive distinct values theta_low..theta_high of
+all stable times. A plan of a box that is faster than c has t <= theta_high and
+E <= c - (G - 1) * theta_low, so (`_examine`):
+  - when that scenario is infeasible, the box holds no plan faster than c;
+  - when it is feasible with sum A, every such plan takes (G - 1) * theta_low + A + min d_0 or
+    more, because E >= u_0 + sum_{j>0} t_j = d_0 + sum t (d_0 may be negative: it cannot be left
+    out). Its choices are a plan, and may be a new cut-off.
+Boxes split (`_split`) until none can beat the cut-off, which proves the best plan optimal.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.milp.problem import Choice, InterStageProblem, InterStageSolution, chosen_step
+from mist.milp.transitions import Moves, positions
+
+# A plan counts as faster when it gains more than this share of the step: above the rounding of a
+# sum of 100 stages (1e-14), far below what a cost model can tell.
+_ROUNDING: Final = 1e-12
+# Scenarios of one dynamic program; more fill the vectors, fewer profit sooner from a new cut-off.
+_BATCH: Final = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Box:
+    """Plans whose bottleneck is one of thetas[low..high]: T >= `bound_s` and E >= `exit_s`."""
+
+    bound_s: float
+    exit_s: float
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Search:
+    """What stays the same during one search.
+
+    `thetas` [N], seconds, ascending; `floors_s` = (G - 1) * thetas; `min_delta_s`: the least delta
+    of the first stage.
+    """
+
+    problem: InterStageProblem
+    positions: tuple[tuple[Moves, ...], ...]
+    thetas: NDArray[np.float64]
+    floors_s: NDArray[np.float64]
+    min_delta_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Best:
+    """The fastest plan so far (none yet: no choices); the next must not exceed `cutoff_s`."""
+
+    cutoff_s: float
+    step_s: float
+    choices: tuple[Choice, ...]
+
+
+def solve_exact(
+    problem: InterStageProblem, *, upper_bound_s: float = math.inf
+) -> InterStageSolution | None:
+    """The optimum, or None when no assignment is faster than `upper_bound_s` (seconds).
+
+    Optimal to a relative 1e-12, the size of rounding; the bound is therefore the step itself.
+    """
+    moves = positions(problem)
+    if moves is None:
+        return None
+    search, num_nodes = _search(problem, moves), 0
+    cutoff_s = min(_worst_s(search), _faster_than(upper_bound_s))
+    best = _Best(cutoff_s=cutoff_s, step_s=upper_bound_s, choices=())
+    boxes = [_Box(bound_s=0.0, exit_s=0.0, low=0, high=len(search.thetas) - 1)]
+    while boxes:
+        boxes.sort(key=lambda box: (box.bound_s, box.low))
+        batch, rest = boxes[:_BATCH], boxes[_BATCH:]
+        best, open_boxes = _examine(search, batch, best)
+        num_nodes += len(batch) * (_BATCH // len(batch))
+        parts = max(2, _BATCH // max(1, len(open_boxes)))
+        boxes = rest + [part for box in open_boxes for part in _split(search, box, parts)]
+        boxes = [box for box in boxes if box.bound_s < best.cutoff_s]
+    if not best.choices:
+        return None
+    return InterStageSolution(
+        step_s=best.step_s, lower_bound_s=best.step_s, choices=best.choices, num_nodes=num_nodes
+    )
+
+
+def _search(problem: InterStageProblem, moves: tuple[tuple[Moves, ...], ...]) -> _Search:
+    """The distinct stable times in reach; for G = 1 the bottleneck costs nothing: the largest."""
+    groups = [group for position in moves for group in position]
+    thetas = np.unique(np.concatenate([group.stable_s[:-1] for group in groups]))
+    thetas = thetas[-1:] if problem.num_micro_batches == 1 else thetas
+    deltas = [-group.negative_lone_s - group.stable_s[:-1] for group in moves[-1]]
+    return _Search(
+        problem=problem,
+        positions=moves,
+        thetas=thetas,
+        floors_s=(problem.num_micro_batches - 1) * thetas,
+        min_delta_s=float(min(delta.min() for delta in deltas)),
+    )
+
+
+def _worst_s(search: _Search) -> float:
+    """A finite step time that no plan exceeds, so that the first budgets are finite."""
+    groups = [group for position in search.positions for group in position]
+    sum_s = sum(max(moves.stable_s[-2] for moves in position) for position in search.positions)
+    lone_s = max(-moves.negative_lone_s[0] for moves in groups)
+    return float(search.floors_s[-1] + sum_s + lone_s) * (1 + _ROUNDING)
+
+
+def _faster_than(step_s: float) -> float:
+    return step_s * (1 - _ROUNDING)
+
+
+def _examine(search: _Search, boxes: list[_Box], best: _Best) -> tuple[_Best, list[_Box]]:
+    """Evaluate every box at several targets up to the cut-off, in one dynamic program.
+
+    Returns the best plan and the boxes that may hold a better one, with their new bounds. Targets
+    below the cut-off use up the batch: an infeasible one lifts the bound, a feasible one finds a
+    better plan at once.
+    """
+    num_targets = _BATCH // len(boxes)
+    floor_s = search.floors_s[[box.low for box in boxes]]
+    theta_s = search.thetas[[box.high for box in boxes]]
+    target_s = np.linspace([box.bound_s for box in boxes], best.cutoff_s, num_targets + 1, axis=1)
+    budget_s = target_s[:, 1:] - floor_s[:, None]
+    sum_s, picks = _suffix_s(search, np.repeat(theta_s, num_targets), budget_s.ravel())
+    sum_s = sum_s.reshape(budget_s.shape)
+    open_boxes = []
+    for row in np.flatnonzero(np.isfinite(sum_s[:, -1])):
+        column = int(np.argmax(np.isfinite(sum_s[row])))
+        scenario = picks[:, :, row * num_targets + column]
+        best = _better(search, best, _choices(search, scenario, budget_s[row, column]))
+        exit_s = float(sum_s[row, -1]) + search.min_delta_s
+        bound_s = max(float(target_s[row, column]), float(floor_s[row]) + exit_s)
+        open_boxes.append(replace(boxes[row], bound_s=bound_s, exit_s=exit_s))
+    return best, open_boxes
+
+
+def _better(search: _Search, best: _Best, choices: tuple[Choice, ...]) -> _Best:
+    step_s = chosen_step(search.problem, choices)
+    if step_s >= best.step_s:
+        return best
+    return _Best(cutoff_s=min(best.cutoff_s, _faster_than(step_s)), step_s=step_s, choices=choices)
+
+
+def _split(search: _Search, box: _Box, parts: int) -> list[_Box]:
+    """At most `parts` boxes that cover this one, each with the bound of its own least theta."""
+    edges = np.unique(np.linspace(box.low, box.high + 1, parts + 1).astype(np.int64))
+    return [
+        _Box(
+            bound_s=max(box.bound_s, float(search.floors_s[low]) + box.exit_s),
+            exit_s=box.exit_s,
+            low=int(low),
+            high=int(high) - 1,
+        )
+        for low, high in pairwise(edges)
+    ]
+
+
+def _suffix_s(
+    search: _Search, theta_s: NDArray[np.float64], budget_s: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+    """f_{S-1}(L) for B scenarios (theta, budget of E): seconds [B], inf where infeasible.
+
+    Also returns which Moves was taken, [S, L+1, B], position first.
+    """
+    shape = (search.problem.num_layers + 1, theta_s.size)
+    picks = np.zeros((len(search.positions), *shape), dtype=np.int32)
+    behind_s = np.full(shape, np.inf)
+    behind_s[0] = 0.0
+    for position, groups in enumerate(search.positions):
+        sum_s = np.full(shape, np.inf)
+        for index, moves in enumerate(groups):
+            tail_s = behind_s[moves.source]
+            point = np.searchsorted(moves.negative_lone_s, tail_s - budget_s)
+            stable_s = moves.stable_s[point]
+            stable_s[stable_s > theta_s] = np.inf
+            stable_s += tail_s
+            better = stable_s < sum_s[moves.target]
+            sum_s[moves.target] = np.where(better, stable_s, sum_s[moves.target])
+            picks[position, moves.target] = np.where(better, index, picks[position, moves.target])
+        behind_s = sum_s
+    return behind_s[-1], picks
+
+
+def _choices(search: _Search, picks: NDArray[np.int32], budget_s: float) -> tuple[Choice, ...]:
+    """The choices of one feasible scenario, first stage first. `picks`: [S, L+1]."""
+    path, state = [], search.problem.num_layers
+    for position in reversed(range(len(search.positions))):
+        moves = search.positions[position][picks[position, state]]
+        move = int(np.searchsorted(moves.target, state))
+        path.append((moves, int(moves.cell[move])))
+        state = int(moves.source[move])
+    choices, tail_s = [], 0.0
+    for position, (moves, cell) in enumerate(reversed(path)):
+        point = int(np.searchsorted(moves.negative_lone_s, tail_s - budget_s))
+        tail_s = tail_s + float(moves.stable_s[point])
+        choices.append(Choice(stage=len(path) - 1 - position, cell=cell, point=point))
+    return tuple(reversed(choices))

@@ -1,0 +1,120 @@
+"""The inter-stage problem: which stage takes how many layers, and which point of which frontier.
+
+A cell is a frontier of stage i for a number of layers. A solution chooses, for each stage, one cell
+and one of its points, so that the layers add up and the step time of `mist.schedule` is least.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.schedule import step_time
+
+Method = Literal["milp", "dp", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Cell:
+    """The points that `stage` (from 0) may choose when it holds `count` layers.
+
+    `first`: index of the first of these layers, or None where all layers are alike. `stable_s` [P],
+    seconds, ascending; `lone_s` [P], seconds, descending; none negative: the columns of a
+    `mist.pareto.frontier.Frontier`. P may be 0. Raises ValueError when that is not so.
+    """
+
+    stage: int
+    first: int | None
+    count: int
+    stable_s: NDArray[np.float64]
+    lone_s: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        if self.stage < 0 or self.count < 1 or (self.first or 0) < 0:
+            raise ValueError(
+                f"cell of stage {self.stage}: layers from {self.first}, count {self.count}"
+            )
+        stable, lone = self.stable_s, self.lone_s
+        if stable.ndim != 1 or stable.shape != lone.shape:
+            raise ValueError(f"cell of stage {self.stage}: {stable.shape} and {lone.shape} differ")
+        if not all(np.isfinite(times).all() and np.all(times >= 0) for times in (stable, lone)):
+            raise ValueError(f"cell of stage {self.stage}: times must be finite and not negative")
+        if not (np.all(np.diff(stable) >= 0) and np.all(np.diff(lone) <= 0)):
+            raise ValueError(f"cell of stage {self.stage}: stable_s must rise and lone_s fall")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InterStageProblem:
+    """`num_layers` layers over `num_stages` stages, for `num_micro_batches` (G) per step.
+
+    The cells of all stages; either all have `first` None (layers are alike: only counts matter) or
+    none has (the chosen cells must follow each other from layer 0 to `num_layers`). Raises
+    ValueError when a size is not positive or a cell lies outside.
+    """
+
+    num_layers: int
+    num_stages: int
+    num_micro_batches: int
+    cells: tuple[Cell, ...]
+
+    def __post_init__(self) -> None:
+        if min(self.num_layers, self.num_stages, self.num_micro_batches) < 1:
+            raise ValueError("layers, stages and micro-batches must be at least 1")
+        if len({cell.first is None for cell in self.cells}) > 1:
+            raise ValueError("either every cell names its first layer, or none does")
+        for cell in self.cells:
+            inside = (cell.first or 0) + cell.count <= self.num_layers
+            if cell.stage >= self.num_stages or not inside:
+                raise ValueError(
+                    f"cell (stage {cell.stage}, first {cell.first}, count {cell.count}) is outside "
+                    f"{self.num_stages} stages, {self.num_layers} layers"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What a stage takes: `point` (index into the cell's arrays) of `cell` (index into `cells`)."""
+
+    stage: int
+    cell: int
+    point: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterStageSolution:
+    """The best choices found, stage by stage, and the proof of how good they are.
+
+    `step_s`: seconds of one step by `mist.schedule.step_time`. `lower_bound_s`: no assignment is
+    faster. `num_nodes`: of the branch and bound that gave the bound. Nothing here depends on the
+    clock: the same problem gives the same solution.
+    """
+
+    step_s: float
+    lower_bound_s: float
+    choices: tuple[Choice, ...]
+    num_nodes: int
+
+    def __post_init__(self) -> None:
+        if self.lower_bound_s > self.step_s:
+            raise ValueError(f"bound {self.lower_bound_s} s above the step {self.step_s} s")
+
+    @property
+    def gap(self) -> float:
+        """Share of `step_s` by which an optimum could still be faster; 0 is proven optimal."""
+        return (self.step_s - self.lower_bound_s) / abs(self.step_s) if self.step_s else 0.0
+
+
+def chosen_times(
+    problem: InterStageProblem, choices: Sequence[Choice]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Stable and lone seconds of the chosen points, each of shape [S], first stage first."""
+    chosen = [(problem.cells[choice.cell], choice.point) for choice in choices]
+    stable_s = np.array([cell.stable_s[point] for cell, point in chosen])
+    return stable_s, np.array([cell.lone_s[point] for cell, point in chosen])
+
+
+def chosen_step(problem: InterStageProblem, choices: Sequence[Choice]) -> float:
+    """Seconds of one step with these choices."""
+    return float(step_time(problem.num_micro_batches, *chosen_times(problem, choices)))

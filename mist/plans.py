@@ -1,0 +1,324 @@
+"""The plan: what comes out of the search and the only thing that crosses to execution and reports.
+
+`mist.planfile` reads and writes it. Invariants (`plan_faults`): dp * tp * cp ranks are the devices of a stage; ep divides dp * cp;
+dp * micro_batch is equal over stages and times num_micro_batches is the global batch; the layer
+runs cover the model once, in order; the devices cover the cluster once; levels sum to the layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Annotated, Final, Literal
+
+from pydantic import ConfigDict, Field
+
+from mist.errors import Fault, PlanError
+from mist.spec import Workload
+
+SCHEMA: Final = "mist.plan/1"
+STRICT: Final = ConfigDict(extra="forbid")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(ge=0.0)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class MemoryLevel(StrEnum):
+    """How much of a layer's activation is kept, from most to least."""
+
+    EAGER = "eager"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """Which model: where it came from and how to recognise it."""
+
+    __pydantic_config__ = STRICT
+    source: str
+    name: str
+    params: PositiveInt
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterRef:
+    """Which machines."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    device: str
+    num_gpus: PositiveInt
+    gpus_per_node: PositiveInt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Order of micro-batches in the pipeline; `vpp` model chunks per stage."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["1f1b"]
+    vpp: Literal[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """Share of each state that lives in host memory (0..1)."""
+
+    __pydantic_config__ = STRICT
+    weights: Ratio = 0.0
+    grads: Ratio = 0.0
+    optimizer: Ratio = 0.0
+    activations: Ratio = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One pipeline stage. `layers` are runs [first, count]; `devices` is [first, count]."""
+
+    __pydantic_config__ = STRICT
+    layers: tuple[tuple[int, int], ...]
+    devices: tuple[int, int]
+    dp: PositiveInt
+    tp: PositiveInt
+    sp: bool
+    cp: PositiveInt
+    ep: PositiveInt
+    micro_batch: PositiveInt
+    zero: Literal[0, 1, 2, 3]
+    head: Literal["eager"]
+    memory: dict[MemoryLevel, Annotated[int, Field(ge=0)]]
+    offload: Offload
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the stage."""
+        return sum(count for _, count in self.layers)
+
+    @property
+    def num_full(self) -> int:
+        """Layers recomputed whole in the backward pass (the last ones of the stage)."""
+        return self.memory.get(MemoryLevel.FULL, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageEstimate:
+    """Predicted time and memory of a stage; the parts sum to the whole."""
+
+    __pydantic_config__ = STRICT
+    stable_s: Seconds
+    delta_s: float
+    time_parts_s: dict[str, float]
+    peak_bytes: Bytes
+    usable_bytes: Bytes
+    memory_parts_bytes: dict[str, int]
+    host_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertainty:
+    """Half width of the interval around the prediction, as a ratio, and where it comes from."""
+
+    __pydantic_config__ = STRICT
+    step_ratio: Annotated[float, Field(ge=0.0)]
+    memory_ratio: Annotated[float, Field(ge=0.0)]
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A prediction of one training step, with its parts and what it leaves out."""
+
+    __pydantic_config__ = STRICT
+    step_s: Seconds
+    tokens_per_s: float
+    mfu: float
+    bubble_s: Seconds
+    stages: tuple[StageEstimate, ...]
+    uncertainty: Uncertainty
+    not_modelled: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Another layout that was judged, and why it loses."""
+
+    __pydantic_config__ = STRICT
+    layout: str
+    step_s: Seconds
+    peak_bytes: Bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What made the plan: versions, profiles, solver, gap, search. No times."""
+
+    __pydantic_config__ = STRICT
+    mist: str
+    profiles: dict[str, str]
+    solver: str
+    gap: float
+    lower_bound_s: float
+    search: dict[str, str | int | float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How to train a model on a cluster. Raises PlanError with every broken invariant."""
+
+    __pydantic_config__ = STRICT
+    schema: Literal["mist.plan/1"] = SCHEMA
+    model: ModelRef
+    workload: Workload
+    cluster: ClusterRef
+    runtime: str
+    schedule: Schedule
+    num_micro_batches: PositiveInt
+    stages: tuple[StagePlan, ...]
+    estimate: Estimate
+    alternatives: tuple[Alternative, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        faults = tuple(plan_faults(asdict(self)))
+        if faults:
+            raise PlanError(f"plan for {self.model.name}", faults)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return sum(stage.num_layers for stage in self.stages)
+
+
+def plan_faults(data: Mapping[str, object]) -> Iterator[Fault]:
+    """Every broken invariant of a plan given as plain data, possibly malformed elsewhere.
+
+    A rule whose fields are missing or of the wrong type is skipped: the schema reports those.
+    """
+    stages = [(f"stages[{i}]", stage) for i, stage in enumerate(_list(data.get("stages")))]
+    if not stages:
+        yield Fault(path="stages", message="a plan has at least one stage")
+    for path, stage in stages:
+        yield from _stage_faults(path, stage)
+    yield from _layer_faults(stages)
+    yield from _device_faults(stages, _int(_map(data.get("cluster")).get("num_gpus")))
+    global_batch = _int(_map(data.get("workload")).get("global_batch"))
+    yield from _batch_faults(stages, global_batch, _int(data.get("num_micro_batches")))
+
+
+_Stages = Sequence[tuple[str, Mapping[str, object]]]
+
+
+def _map(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> list[Mapping[str, object]]:
+    return [_map(item) for item in value] if isinstance(value, list | tuple) else []
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _ints(stage: Mapping[str, object], *names: str) -> tuple[int, ...] | None:
+    values = [_int(stage.get(name)) for name in names]
+    return tuple(v for v in values if v is not None) if None not in values else None
+
+
+def _runs(value: object) -> list[tuple[int, int]]:
+    """The well-formed [first, count] pairs of a list; a malformed one empties it."""
+    items = value if isinstance(value, list | tuple) else []
+    runs = [(item[0], item[1]) for item in items if _is_run(item)]
+    return runs if len(runs) == len(items) else []
+
+
+def _is_run(item: object) -> bool:
+    return (
+        isinstance(item, list | tuple)
+        and len(item) == 2  # noqa: PLR2004 - first, count
+        and all(_int(part) is not None for part in item)
+    )
+
+
+def _stage_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
+    """dp * tp * cp = devices; ep | dp * cp; sp needs tp; levels sum to the layers."""
+    ranks, devices = _ints(stage, "dp", "tp", "cp"), _runs([stage.get("devices")])
+    if ranks and devices and ranks[0] * ranks[1] * ranks[2] != devices[0][1]:
+        product = " * ".join(str(rank) for rank in ranks)
+        yield Fault(
+            path=f"{path}.devices",
+            message=f"dp * tp * cp = {product} ranks, but the stage has {devices[0][1]} devices",
+        )
+    ep = _int(stage.get("ep"))
+    if ranks and ep and ranks[0] * ranks[2] % ep:
+        yield Fault(path=f"{path}.ep", message=f"ep {ep} does not divide dp * cp")
+    if ranks and stage.get("sp") is True and ranks[1] == 1:
+        yield Fault(path=f"{path}.sp", message="sequence parallelism needs tp > 1")
+    levels = [_int(count) for count in _map(stage.get("memory")).values()]
+    num_layers = sum(count for _, count in _runs(stage.get("layers")))
+    num_levels = sum(count for count in levels if count is not None)
+    if num_layers and None not in levels and num_levels != num_layers:
+        yield Fault(
+            path=f"{path}.memory",
+            message=f"levels cover {num_levels} layers, but the stage has {num_layers}",
+        )
+
+
+def _layer_faults(stages: _Stages) -> Iterator[Fault]:
+    """Runs follow one another from layer 0, so that the model is covered once."""
+    expected = 0
+    for path, stage in stages:
+        for first, count in _runs(stage.get("layers")):
+            if first != expected:
+                yield Fault(
+                    path=f"{path}.layers",
+                    message=f"starts at layer {first}, but the stage before ends at {expected}",
+                )
+            if count < 1:
+                yield Fault(path=f"{path}.layers", message=f"a run of {count} layers")
+            expected = first + count
+
+
+def _device_faults(stages: _Stages, num_gpus: int | None) -> Iterator[Fault]:
+    """Device ranges follow one another and cover the cluster."""
+    expected = 0
+    for path, stage in stages:
+        for first, count in _runs([stage.get("devices")]):
+            if first != expected:
+                verb = "overlap" if first < expected else "leave a gap after"
+                yield Fault(
+                    path=f"{path}.devices",
+                    message=f"devices [{first}, {count}] {verb} those of the stage before, "
+                    f"which end at {expected}",
+                )
+            expected = first + count
+    if num_gpus is not None and expected not in (0, num_gpus):
+        yield Fault(
+            path="cluster.num_gpus",
+            message=f"the stages use {expected} devices, the cluster has {num_gpus}",
+        )
+
+
+def _batch_faults(
+    stages: _Stages, global_batch: int | None, num_micro_batches: int | None
+) -> Iterator[Fault]:
+    """dp * micro_batch is equal over stages, and times G it is the global batch."""
+    samples = [(path, _ints(stage, "dp", "micro_batch")) for path, stage in stages]
+    known = [(path, pair[0] * pair[1]) for path, pair in samples if pair]
+    for path, count in known[1:]:
+        if count != known[0][1]:
+            yield Fault(
+                path=f"{path}.micro_batch",
+                message=f"dp * micro_batch = {count}, but {known[0][1]} in the first stage",
+            )
+    if known and global_batch and num_micro_batches:
+        total = known[0][1] * num_micro_batches
+        if total != global_batch:
+            yield Fault(
+                path="num_micro_batches",
+                message=f"dp * micro_batch * num_micro_batches = {known[0][1]} * "
+                f"{num_micro_batches} = {total}, but the global batch is {global_batch}",
+            )

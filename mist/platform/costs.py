@@ -1,0 +1,179 @@
+"""What an operation costs on a platform, in seconds: one law per kind of operation.
+
+Laws, with every constant from the device's, cluster's or runtime's profile:
+
+    matrix product   t = c [t0 + ((F / (e peak))^p + (V / (b bw))^p)^(1/p)]
+                     F = 2 batch m n k FLOP, V = element (m k + k n + m n) batch bytes
+    flash forward    t = c [t0 + F (1 + s0 / seq_k) / (e peak)],
+                     F = 4 batch heads seq_q seq_k head_dim FLOP, half of that with a causal mask;
+                     without one s0 is a quarter as long
+    flash backward   t = forward (2.85 + 430 / seq_k), seq_k at least 512
+    memory-bound     t = bytes / (ratio bw) + kernels t0
+    collectives      `collectives.py`
+    transfers        t = latency + bytes / bandwidth
+
+c is `tensor_time_scale`, the factor that calibration fits. The backward rule is from the
+FlashAttention-3 paper's figures (3.7 at 512 tokens, 2.9 from 8k on), not the 2.5 of counted FLOPs.
+All methods take numpy arrays (or numbers), broadcast them, and return float64 seconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mist.platform.cluster import Cluster, Collective
+from mist.platform.collectives import CollectiveLaw
+from mist.platform.device import AttentionLaw, Device, GemmLaw
+from mist.platform.runtime import Runtime
+from mist.spec import Precision
+
+if TYPE_CHECKING:
+    # A word, needed by name only: mist.graph imports sympy, which takes half a second.
+    from mist.graph import Traffic
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpCosts:
+    """Prices operations of one precision on one device, cluster and runtime."""
+
+    device: Device
+    cluster: Cluster
+    runtime: Runtime
+    precision: Precision
+    _collectives: dict[Collective, CollectiveLaw] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        laws = {word: CollectiveLaw.of(self.cluster, word) for word in Collective}
+        object.__setattr__(self, "_collectives", laws)
+
+    def gemm_s(self, batch: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> F64:
+        """Time of `batch` products (m, k) x (k, n), in s."""
+        law = self._law
+        batch, m, n, k = _floats(batch, m, n, k)
+        flop = 2.0 * batch * m * n * k
+        num_bytes = self.precision.num_bytes * batch * (m * k + k * n + m * n)
+        compute = flop / (law.efficiency_ratio.value * law.peak_flop_per_s.value)
+        memory = num_bytes / (law.bandwidth_scale.value * self.device.hbm_bytes_per_s.value)
+        sharpness = law.exponent.value
+        bend = (compute**sharpness + memory**sharpness) ** (1.0 / sharpness)
+        result: F64 = self.device.tensor_time_scale.value * (law.launch_s.value + bend)
+        return result
+
+    def attention_forward_s(  # noqa: PLR0913, PLR0917 (the dimensions of a traced op, in order)
+        self,
+        batch: ArrayLike,
+        heads: ArrayLike,
+        seq_q: ArrayLike,
+        seq_k: ArrayLike,
+        head_dim: ArrayLike,
+        causal: ArrayLike,
+    ) -> F64:
+        """Time of the flash forward kernel, in s. `heads`: query heads; `causal`: 1 or 0.
+
+        Between two head sizes of the profile the law's constants are interpolated; outside, the
+        nearest holds.
+        """
+        flash = self.device.flash_attention
+        batch, heads, seq_q, seq_k, head_dim, causal = _floats(
+            batch, heads, seq_q, seq_k, head_dim, causal
+        )
+        efficiency, ramp, launch = _by_head_dim(flash.laws, head_dim)
+        ramp = ramp * np.where(causal > 0, 1.0, flash.full_mask_ramp_ratio.value)
+        flop = 4.0 * batch * heads * seq_q * seq_k * head_dim * np.where(causal > 0, 0.5, 1.0)
+        slowdown = 1.0 + ramp / np.maximum(seq_k, 1.0)
+        core = flop * slowdown / (efficiency * self._law.peak_flop_per_s.value)
+        result: F64 = self.device.tensor_time_scale.value * (launch + core)
+        return result
+
+    def attention_backward_s(  # noqa: PLR0913, PLR0917 (as attention_forward_s)
+        self,
+        batch: ArrayLike,
+        heads: ArrayLike,
+        seq_q: ArrayLike,
+        seq_k: ArrayLike,
+        head_dim: ArrayLike,
+        causal: ArrayLike,
+    ) -> F64:
+        """Time of the flash backward kernel, in s; arguments as in `attention_forward_s`."""
+        flash = self.device.flash_attention
+        tokens = np.maximum(np.asarray(seq_k, dtype=np.float64), flash.backward_min_tokens.value)
+        ratio = flash.backward_ratio.value + flash.backward_ramp_tokens.value / tokens
+        return ratio * self.attention_forward_s(batch, heads, seq_q, seq_k, head_dim, causal)
+
+    def memory_s(self, traffic_bytes: ArrayLike, num_kernels: ArrayLike, traffic: "Traffic") -> F64:
+        """Time of memory-bound kernels that move `traffic_bytes` in all, in s."""
+        num_bytes, kernels = _floats(traffic_bytes, num_kernels)
+        result: F64 = (
+            num_bytes / self.effective_hbm_bytes_per_s(traffic)
+            + kernels * self.device.kernel_launch_s.value
+        )
+        return result
+
+    def effective_hbm_bytes_per_s(self, traffic: "Traffic") -> float:
+        """HBM bandwidth that a class of operation reaches, in bytes/s."""
+        return self.device.bandwidth_ratio.of(traffic) * self.device.hbm_bytes_per_s.value
+
+    def all_gather_s(
+        self, total_bytes: ArrayLike, group: ArrayLike, group_per_node: ArrayLike
+    ) -> F64:
+        """Time of an all-gather whose result has `total_bytes`, in s.
+
+        `group`: ranks; `group_per_node`: how many of them share a node. 1 rank or 0 bytes: 0 s.
+        """
+        law = self._collectives[Collective.ALL_GATHER]
+        return law.seconds(total_bytes, group, group_per_node)
+
+    def reduce_scatter_s(
+        self, total_bytes: ArrayLike, group: ArrayLike, group_per_node: ArrayLike
+    ) -> F64:
+        """Time of a reduce-scatter whose input has `total_bytes`, in s; see `all_gather_s`."""
+        law = self._collectives[Collective.REDUCE_SCATTER]
+        return law.seconds(total_bytes, group, group_per_node)
+
+    def all_reduce_s(
+        self, total_bytes: ArrayLike, group: ArrayLike, group_per_node: ArrayLike
+    ) -> F64:
+        """Time of an all-reduce of `total_bytes`, in s; see `all_gather_s`."""
+        law = self._collectives[Collective.ALL_REDUCE]
+        return law.seconds(total_bytes, group, group_per_node)
+
+    def p2p_s(self, num_bytes: ArrayLike, crosses_node: ArrayLike) -> F64:
+        """Time of one transfer between two devices, in s; `crosses_node`: 1 or 0. 0 bytes: 0 s."""
+        sent, crosses = _floats(num_bytes, crosses_node)
+        link, network = self.cluster.p2p_in_node, self.cluster.network
+        inside = link.latency_s.value + sent / link.bytes_per_s.value
+        rate = network.nic_bytes_per_s.value * network.efficiency_ratio.value
+        outside = network.p2p_latency_s.value + sent / rate
+        return np.where(sent > 0, np.where(crosses > 0, outside, inside), 0.0)
+
+    def host_to_device_s(self, num_bytes: ArrayLike) -> F64:
+        """Time of a copy from pinned host memory to the device, in s."""
+        (copied,) = _floats(num_bytes)
+        return copied / self.device.host_to_device_bytes_per_s.value
+
+    def device_to_host_s(self, num_bytes: ArrayLike) -> F64:
+        """Time of a copy from the device to pinned host memory, in s."""
+        (copied,) = _floats(num_bytes)
+        return copied / self.device.device_to_host_bytes_per_s.value
+
+    @property
+    def _law(self) -> GemmLaw:
+        return self.device.gemm[self.precision]
+
+
+def _floats(*items: ArrayLike) -> tuple[F64, ...]:
+    return tuple(np.asarray(item, dtype=np.float64) for item in items)
+
+
+def _by_head_dim(laws: tuple[AttentionLaw, ...], head_dim: F64) -> tuple[F64, F64, F64]:
+    """Efficiency ratio, half-rate tokens and launch seconds at each head size."""
+    sizes = [law.head_dim for law in laws]
+    efficiency, ramp, launch = (
+        np.interp(head_dim, sizes, [getattr(law, name).value for law in laws])
+        for name in ("efficiency_ratio", "half_rate_tokens", "launch_s")
+    )
+    return efficiency, ramp, launch

@@ -1,0 +1,167 @@
+"""Profiles: YAML files of a device, a cluster or a runtime, found by name or path and checked.
+
+A name is looked up in the user's folder (platformdirs' configuration folder of "mist"), then among
+the files that ship with Mist. All faults of a file are reported at once, each with its path.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mist.errors import Fault, PlatformError, did_you_mean
+from mist.platform.cluster import Cluster
+from mist.platform.device import Device
+from mist.platform.runtime import Runtime
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+class Family(StrEnum):
+    """What a profile describes; also the option that names one on the command line."""
+
+    DEVICE = "device"
+    CLUSTER = "cluster"
+    RUNTIME = "runtime"
+
+    @property
+    def folder(self) -> str:
+        """Folder of the family's files."""
+        return f"{self.value}s"
+
+    @property
+    def option(self) -> str:
+        """The command line's option."""
+        return "--gpu" if self is Family.DEVICE else f"--{self.value}"
+
+
+P = TypeVar("P", Device, Cluster, Runtime)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded(Generic[P]):
+    """A checked profile, the file it came from, and "sha256:..." of that file's content."""
+
+    profile: P
+    path: Path
+    sha256: str
+
+
+def load_device(name: str) -> Loaded[Device]:
+    """The device of that name or path. Raises PlatformError when unknown or broken."""
+    return _load(name, Family.DEVICE, Device)
+
+
+def load_cluster(name: str) -> Loaded[Cluster]:
+    """The cluster of that name or path. Raises PlatformError when unknown or broken."""
+    return _load(name, Family.CLUSTER, Cluster)
+
+
+def load_runtime(name: str) -> Loaded[Runtime]:
+    """The runtime of that name or path. Raises PlatformError when unknown or broken."""
+    return _load(name, Family.RUNTIME, Runtime)
+
+
+def list_profiles(family: Family) -> dict[str, Path]:
+    """Names of a family's profiles and their files, sorted; the user's own hide shipped ones."""
+    found: dict[str, Path] = {}
+    for folder in reversed(_folders()):
+        found |= {path.stem: path for path in (folder / family.folder).glob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
+def find_profile(name: str, family: Family) -> Path:
+    """The file of a profile given by name or path. Raises PlatformError when there is none."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise PlatformError(f"{family.option} {name}: no such file.")
+        return path
+    known = list_profiles(family)
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise PlatformError(f"{family.option} {name}: no {family} of that name. {hint}")
+    return known[name]
+
+
+def _folders() -> tuple[Path, ...]:
+    """Where profiles are looked for, the first hit wins: the user's folder, then what ships."""
+    import platformdirs
+
+    package = Path(__file__).parent.parent
+    shipped = (package / "profiles", package.parent / "profiles")
+    user = Path(platformdirs.user_config_dir("mist")) / "profiles"
+    return (user, next((folder for folder in shipped if folder.is_dir()), shipped[0]))
+
+
+def _load(name: str, family: Family, shape: type[P]) -> Loaded[P]:
+    path = find_profile(name, family)
+    content = path.read_bytes()
+    profile = check(read_yaml(content, path), shape, path)
+    return Loaded(
+        profile=profile, path=path, sha256=f"sha256:{hashlib.sha256(content).hexdigest()}"
+    )
+
+
+def read_yaml(content: bytes, path: Path) -> Mapping[str, object]:
+    """The mapping in a YAML file. Raises PlatformError when it is none."""
+    import yaml
+
+    try:
+        data = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise PlatformError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise PlatformError(f"{path} is not a mapping of keys to values.")
+    return data
+
+
+def check(data: Mapping[str, object], shape: type[P], path: Path) -> P:
+    """The profile in `data`. Raises PlatformError with every fault and its path."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(shape).validate_python(data)
+    except ValidationError as error:
+        faults = [_fault(detail, error.errors()) for detail in error.errors()]
+    lines = "".join(f"\n  {fault}" for fault in faults)
+    plural = "s" if len(faults) > 1 else ""
+    raise PlatformError(f"{path} has {len(faults)} fault{plural}:{lines}")
+
+
+def _fault(detail: "ErrorDetails", others: "list[ErrorDetails]") -> Fault:
+    """One pydantic error in our words; an unknown key is compared with those missing beside it."""
+    place, message = detail["loc"], detail["msg"]
+    match detail["type"]:
+        case "unexpected_keyword_argument":
+            missing = [str(e["loc"][-1]) for e in others if _is_missing_beside(e, place)]
+            message = (
+                f"unknown key. {did_you_mean(str(place[-1]), missing)}"
+                if missing
+                else "unknown key"
+            )
+        case "missing":
+            message = "missing"
+        case "dataclass_type":
+            message = f"{detail['input']!r} is not a mapping (a number is {{value, source, kind}})"
+        case _:
+            message = f"{message.removeprefix('Value error, ')} (found {_short(detail['input'])})"
+    return Fault(path=_dotted(place), message=message)
+
+
+def _is_missing_beside(detail: "ErrorDetails", place: tuple[int | str, ...]) -> bool:
+    return detail["type"] == "missing" and detail["loc"][:-1] == place[:-1]
+
+
+def _dotted(place: tuple[int | str, ...]) -> str:
+    """Path of a fault, such as laws[0].launch_s; "." is the file itself."""
+    parts = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return "".join(parts).removeprefix(".") or "."
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,160 @@
+"""A runtime: what a training framework keeps in memory, moves, launches and overlaps.
+
+Mirrors `profiles/runtimes/*.yaml`. Bytes per parameter are over the parameters that a rank holds
+after tensor and pipeline parallelism; "sharded" bytes are divided by the data-parallel ranks N.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mist.platform.quantity import Quantity, Record
+from mist.spec import Precision
+
+ZeroLevel = Literal[0, 1, 2, 3]
+Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble"]
+MemoryLevel = Literal["eager", "fused", "drop_activation", "drop_norm", "selective", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateRow(Record):
+    """Bytes per parameter that live through the step, for some precisions and one ZeRO level.
+
+    A rank holds replicated + sharded / N. Transient copies are in `Transients`.
+    """
+
+    precisions: tuple[Precision, ...]
+    zero: ZeroLevel
+    replicated_bytes_per_param: Quantity
+    sharded_bytes_per_param: Quantity
+
+    def bytes_per_param(self, dp: int) -> float:
+        """Bytes per parameter on a rank of `dp` data-parallel ranks."""
+        return self.replicated_bytes_per_param.value + self.sharded_bytes_per_param.value / dp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transients(Record):
+    """Copies that live for a layer (an FSDP group) at a time.
+
+    `num_gathered_groups`: groups whose parameters are unsharded at once under ZeRO-3.
+    `reduce_bytes_per_param`: gradients of the group being reduced, by compute precision.
+    """
+
+    num_gathered_groups: Quantity
+    reduce_bytes_per_param: Mapping[Precision, Quantity]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateTraffic(Record):
+    """HBM traffic of gradients and optimizer.
+
+    Accumulation is per parameter held and micro-batch. A step of the optimizer moves the bytes of
+    `optimizer_sharded` per parameter of the rank's shard, of `optimizer_replicated` per parameter
+    held.
+    """
+
+    accumulation_bytes_per_param: Quantity
+    optimizer_sharded_bytes_per_param: Quantity
+    optimizer_replicated_bytes_per_param: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLaunch(Record):
+    """Time in which the host can launch a layer: no layer and micro-batch is faster.
+
+    `layer_launch_s` is forward plus backward; `forward_ratio` of it is the forward's.
+    `tensor_parallel_launch_s` comes on top when t > 1. With full checkpointing the forward's share
+    is paid twice.
+    """
+
+    layer_launch_s: Quantity
+    tensor_parallel_launch_s: Quantity
+    forward_ratio: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap(Record):
+    """Which collectives run beside compute, and how much compute slows down meanwhile.
+
+    compute under communication takes (1 + `compute_slowdown_ratio`) times as long for the time
+    that both run. `gradient_all_reduce` concerns the last micro-batch.
+    """
+
+    compute_slowdown_ratio: Quantity
+    zero_all_gather: bool
+    zero_reduce_scatter: bool
+    gradient_all_reduce: bool
+    tensor_parallel: bool
+    pipeline_p2p: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPolicy(Record):
+    """From live bytes to what must fit.
+
+    reserved = allocated * (1 + `allocator_overhead_ratio`); a plan reserves at most
+    (1 - `margin_ratio`) of the usable bytes.
+    """
+
+    allocator_overhead_ratio: Quantity
+    margin_ratio: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertainty(Record):
+    """Expected relative error of an uncalibrated prediction, as a ratio of the predicted value."""
+
+    step_ratio: Quantity
+    step_unmeasured_device_ratio: Quantity
+    memory_ratio: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs(Record):
+    """What the runtime can do: schedules, ZeRO levels, memory levels, how layers may be split."""
+
+    schedules: tuple[Schedule, ...]
+    zero_levels: tuple[ZeroLevel, ...]
+    memory_levels: tuple[MemoryLevel, ...]
+    layer_split: Literal["free", "uniform"]
+    sequence_parallel: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime(Record):
+    """One training framework."""
+
+    schema: Literal["mist.runtime/1"]
+    name: str
+    what: str
+    states: tuple[StateRow, ...]
+    transients: Transients
+    traffic: StateTraffic
+    host: HostLaunch
+    overlap: Overlap
+    memory: MemoryPolicy
+    uncertainty: Uncertainty
+    knobs: Knobs
+
+    def __post_init__(self) -> None:
+        rows = [(precision, row.zero) for row in self.states for precision in row.precisions]
+        wanted = {(precision, zero) for precision in Precision for zero in self.knobs.zero_levels}
+        if len(rows) != len(set(rows)):
+            raise ValueError("states has two rows for one precision and ZeRO level")
+        if absent := sorted(f"{word.value} at ZeRO-{zero}" for word, zero in wanted - set(rows)):
+            raise ValueError(f"states lacks a row for {', '.join(absent)}")
+        if missing := [word.value for word in Precision if word not in self.reduce_bytes]:
+            raise ValueError(f"transients.reduce_bytes_per_param lacks {', '.join(missing)}")
+
+    @property
+    def reduce_bytes(self) -> Mapping[Precision, Quantity]:
+        """Gradient bytes per parameter of the group being reduced, by compute precision."""
+        return self.transients.reduce_bytes_per_param
+
+    def state(self, precision: Precision, zero: int) -> StateRow:
+        """The row of a precision and ZeRO level. Raises KeyError when the runtime has none."""
+        for row in self.states:
+            if precision in row.precisions and row.zero == zero:
+                return row
+        raise KeyError(f"{self.name} has no states for {precision.value} at ZeRO-{zero}")

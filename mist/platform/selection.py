@@ -1,0 +1,126 @@
+"""A platform: the device, cluster and runtime that a plan is for, and how many GPUs of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mist.errors import PlatformError
+from mist.platform.cluster import Cluster
+from mist.platform.device import Device
+from mist.platform.profiles import load_cluster, load_device, load_runtime
+from mist.platform.runtime import Runtime
+
+DEFAULT_DEVICE = "h100-sxm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """What a plan is made for. `hashes`: "sha256:..." of each profile's file, by profile name."""
+
+    device: Device
+    cluster: Cluster
+    runtime: Runtime
+    num_gpus: int
+    num_nodes: int
+    hashes: Mapping[str, str]
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs of the job on each of its nodes."""
+        return self.num_gpus // self.num_nodes
+
+    @property
+    def usable_bytes(self) -> float:
+        """Device memory that the allocator can reserve: reported total less the context."""
+        return self.device.memory_bytes.value - self.device.context_bytes.value
+
+    @property
+    def margin_ratio(self) -> float:
+        """The margin that a plan leaves when the user sets none."""
+        return self.runtime.memory.margin_ratio.value
+
+    def planned_bytes(self, margin: float) -> float:
+        """Bytes that a plan may reserve: the usable bytes less a margin of 0..1 of them.
+
+        Raises PlatformError when the margin leaves nothing or is negative.
+        """
+        if not 0.0 <= margin < 1.0:
+            raise PlatformError(
+                f"--margin {margin:g}: a margin is a ratio from 0 up to 1. Try 0.12."
+            )
+        return self.usable_bytes * (1.0 - margin)
+
+    @property
+    def step_uncertainty_ratio(self) -> float:
+        """Expected relative error of an uncalibrated step time on this device."""
+        figures = self.runtime.uncertainty
+        measured = self.device.is_measured
+        return (figures.step_ratio if measured else figures.step_unmeasured_device_ratio).value
+
+    @property
+    def memory_uncertainty_ratio(self) -> float:
+        """Expected relative error of a peak memory prediction."""
+        return self.runtime.uncertainty.memory_ratio.value
+
+    def profile_hashes(self) -> dict[str, str]:
+        """Content hashes of the three profiles, for a plan's provenance."""
+        return dict(self.hashes)
+
+
+def load_platform(*, num_gpus: int, gpu: str | None, cluster: str | None, runtime: str) -> Platform:
+    """The platform that the options name; what is not given follows from what is.
+
+    No GPU: the cluster's first device. No cluster: the GPU's default one. Neither: h100-sxm on
+    dgx-h100. Raises PlatformError for an unknown name, a GPU that the cluster does not hold, or a
+    number of GPUs that does not fill nodes.
+    """
+    if gpu is None:
+        fabric = load_cluster(cluster or load_device(DEFAULT_DEVICE).profile.default_cluster)
+        device = load_device(fabric.profile.devices[0])
+    else:
+        device = load_device(gpu)
+        fabric = load_cluster(cluster or device.profile.default_cluster)
+    check_carries(fabric.profile, device.profile)
+    software = load_runtime(runtime)
+    return Platform(
+        device=device.profile,
+        cluster=fabric.profile,
+        runtime=software.profile,
+        num_gpus=num_gpus,
+        num_nodes=count_nodes(num_gpus, fabric.profile),
+        hashes={item.profile.name: item.sha256 for item in (device, fabric, software)},
+    )
+
+
+def check_carries(cluster: Cluster, device: Device) -> None:
+    """Raises PlatformError when the cluster does not hold that device."""
+    if device.name not in cluster.devices:
+        raise PlatformError(
+            f"--gpu {device.name}: cluster {cluster.name} holds {' or '.join(cluster.devices)}. "
+            f"Try --cluster {device.default_cluster}."
+        )
+
+
+def count_nodes(num_gpus: int, cluster: Cluster) -> int:
+    """Nodes that `num_gpus` GPUs take: one, or whole nodes.
+
+    Raises PlatformError, naming the nearest counts that work.
+    """
+    per_node, limit = cluster.num_gpus_per_node, cluster.num_nodes_limit
+    if num_gpus < 1:
+        raise PlatformError(
+            f"--gpus {num_gpus}: a plan needs at least one GPU. Try --gpus {per_node}."
+        )
+    if limit is not None and num_gpus > limit * per_node:
+        raise PlatformError(
+            f"--gpus {num_gpus}: {cluster.name} has at most {limit * per_node} GPUs "
+            f"(nodes: {limit}, GPUs per node: {per_node}). Try --gpus {limit * per_node}."
+        )
+    if num_gpus > per_node and num_gpus % per_node:
+        below = num_gpus // per_node * per_node  # and the next is within the limit, a multiple too
+        raise PlatformError(
+            f"--gpus {num_gpus}: {cluster.name} has {per_node} GPUs per node, so a job takes "
+            f"at most {per_node} GPUs or a multiple of {per_node}. "
+            f"Try --gpus {below} or {below + per_node}."
+        )
+    return math.ceil(num_gpus / per_node)

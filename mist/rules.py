@@ -1,0 +1,149 @@
+"""What may be combined with what: predicates over strategy columns, each with its message.
+
+The search masks candidates with these rules, `mist check` and later execution refuse with them: so
+nothing that cannot be run is ever planned. Columns: tp, dp, micro_batch, zero, num_stages,
+num_micro_batches; arrays or numbers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import sympy
+from numpy.typing import ArrayLike, NDArray
+
+from mist.graph import B, ModelGraph, S, T
+from mist.platform import Platform
+from mist.spec import Workload
+
+Columns = Mapping[str, ArrayLike]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One rule: where it holds, and what to say where it does not (format fields: the columns)."""
+
+    name: str
+    holds: Callable[[Mapping[str, NDArray[np.int64]]], ArrayLike]
+    message: str
+
+    def mask(self, columns: Columns) -> Mask:
+        """True where the rule holds, in the broadcast shape of the columns."""
+        arrays = {name: np.asarray(value, dtype=np.int64) for name, value in columns.items()}
+        shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        return np.broadcast_to(np.asarray(self.holds(arrays), dtype=np.bool_), shape)
+
+
+def rules_for(graph: ModelGraph, platform: Platform, workload: Workload) -> tuple[Rule, ...]:
+    """Every rule of a model on a platform under a workload."""
+    return (
+        *_tp_rules(graph, platform, workload),
+        *_batch_rules(graph, platform, workload),
+        *_domain_rules(graph, workload),
+    )
+
+
+def broken(rules: tuple[Rule, ...], columns: Columns) -> Iterator[str]:
+    """The messages of the rules that one layout (scalar columns) breaks."""
+    for rule in rules:
+        if not rule.mask(columns).all():
+            yield rule.message.format(**columns)
+
+
+def out_of_domain(graph: ModelGraph, seq_len: int) -> str:
+    """The relations of the trace that no micro-batch satisfies at this sequence length, or ""."""
+    relations = [relation.subs(S, seq_len) for relation in _domain(graph)]
+    failed = [
+        str(relation)
+        for relation, here in zip(_domain(graph), relations, strict=True)
+        if here is sympy.false
+    ]
+    return ", ".join(failed)
+
+
+def _domain(graph: ModelGraph) -> list[sympy.Basic]:
+    blocks = (graph.embed, *graph.blocks, graph.head)
+    return sorted({relation for block in blocks for relation in block.domain}, key=str)
+
+
+def _domain_rules(graph: ModelGraph, workload: Workload) -> Iterator[Rule]:
+    """Relations in b and t under which the traced expressions hold."""
+    for relation in _domain(graph):
+        here = relation.subs(S, workload.seq_len)
+        if here in (sympy.true, sympy.false):
+            continue
+        holds = sympy.lambdify([B, T], here, modules="numpy")
+        yield Rule(
+            name=f"domain-{relation}",
+            holds=partial(_in_domain, holds),
+            message=f"the costs of {graph.name} were traced for {relation} only "
+            "(b micro-batch, s sequence, t tp).",
+        )
+
+
+def _in_domain(
+    holds: Callable[..., ArrayLike], columns: Mapping[str, NDArray[np.int64]]
+) -> ArrayLike:
+    return holds(columns["micro_batch"], columns["tp"])
+
+
+def _tp_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> Iterator[Rule]:
+    per_node, seq_len = platform.gpus_per_node, workload.seq_len
+    yield Rule(
+        name="tp-in-node",
+        holds=lambda c: (c["tp"] <= per_node) & (per_node % c["tp"] == 0),
+        message=f"tp {{tp}} does not divide the {per_node} GPUs of a node of {platform.cluster.name}.",
+    )
+    if graph.tp_limits is None:
+        yield Rule(
+            name="tp-rules-known",
+            holds=lambda c: c["tp"] == 1,
+            message=f"tp {{tp}}: no tensor-parallel rules are known for {graph.name}; "
+            "give the model a `tp_plan`, or use --tp 1.",
+        )
+    for limit in graph.tp_limits or ():
+        yield Rule(
+            name=f"tp-divides-{limit.label}",
+            holds=lambda c, size=limit.size: size % c["tp"] == 0,  # type: ignore[misc]
+            message=f"tp {{tp}} does not divide the {limit.size} {limit.label} of {graph.name}.",
+        )
+    if platform.runtime.knobs.sequence_parallel:
+        yield Rule(
+            name="tp-divides-sequence",
+            holds=lambda c: seq_len % c["tp"] == 0,
+            message=f"tp {{tp}} does not divide the sequence of {seq_len} tokens, "
+            f"which runtime {platform.runtime.name} shards with it.",
+        )
+
+
+def _batch_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> Iterator[Rule]:
+    batch = workload.global_batch
+    yield Rule(
+        name="batch-factors",
+        holds=lambda c: c["dp"] * c["micro_batch"] * c["num_micro_batches"] == batch,
+        message="dp {dp} * micro-batch {micro_batch} * {num_micro_batches} micro-batches "
+        f"is not the global batch of {batch}.",
+    )
+    yield Rule(
+        name="enough-micro-batches",
+        holds=lambda c: c["num_micro_batches"] >= c["num_stages"],
+        message="{num_micro_batches} micro-batches cannot fill {num_stages} pipeline stages: "
+        "1F1B needs at least one for each.",
+    )
+    yield Rule(
+        name="enough-layers",
+        holds=lambda c: c["num_stages"] <= graph.num_layers,
+        message=f"pp {{num_stages}} stages, but {graph.name} has {graph.num_layers} layers.",
+    )
+    yield Rule(
+        name="stage-fills-nodes",
+        holds=lambda c: _aligned(c["dp"] * c["tp"], platform.gpus_per_node),
+        message="{dp} * {tp} ranks per stage neither divide nor fill the "
+        f"{platform.gpus_per_node} GPUs of a node.",
+    )
+
+
+def _aligned(ranks: NDArray[np.int64], per_node: int) -> Mask:
+    return (ranks % per_node == 0) | (per_node % ranks == 0)

@@ -1,0 +1,73 @@
+"""What is asked: the workload, and the values of each knob that the search may use."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from mist.errors import InputError
+
+
+class Precision(StrEnum):
+    """Compute precision. Parameters and gradients are reduced in fp32 under bf16 and fp16."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one element in this precision."""
+        return 4 if self is Precision.FP32 else 2
+
+
+class Optimizer(StrEnum):
+    """Optimizers whose states the runtimes have figures for."""
+
+    ADAMW = "adamw"
+
+
+class Attention(StrEnum):
+    """Attention kernel that the trace assumes on the GPU."""
+
+    FLASH = "flash"
+    MATH = "math"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What one training step does: `global_batch` samples of `seq_len` tokens.
+
+    Raises InputError when a size is not positive.
+    """
+
+    seq_len: int
+    global_batch: int
+    precision: Precision
+    optimizer: Optimizer
+    attention: Attention
+    compile: bool
+
+    def __post_init__(self) -> None:
+        for name, size in (("--seq", self.seq_len), ("--global-batch", self.global_batch)):
+            if size < 1:
+                raise InputError(f"{name} {size} is not a positive number of samples or tokens.")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.global_batch * self.seq_len
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """The allowed values of each knob; None leaves a knob to the runtime's own limits.
+
+    `num_full` restricts checkpointing: "none", "full", or "any" number of layers.
+    """
+
+    tp: tuple[int, ...] | None = None
+    pp: tuple[int, ...] | None = None
+    dp: tuple[int, ...] | None = None
+    micro_batch: tuple[int, ...] | None = None
+    zero: tuple[int, ...] = (0, 1, 2, 3)
+    checkpoint: str = "any"
+    restrictions: tuple[str, ...] = field(default=())

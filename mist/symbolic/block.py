@@ -1,0 +1,160 @@
+"""What one block costs one rank, as expressions in the strategy columns (docs/cost-model.md).
+
+Device time of a pass is the sum over its operations of the platform's laws on the sharded shapes:
+
+    pass_s = sum gemm_s(batch, m, n, k) + sum attention_s(...) + sum over classes memory_s(bytes, kernels)
+
+Under sequence parallelism a tensor that a tensor-parallel rank would hold whole is held 1/t, and the
+operations outside the matrix pairs touch 1/t of their bytes; the gathered input of a column-parallel
+matrix stays whole, as torch keeps it for the weight gradient.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr
+
+from mist.graph import Block, B, Layout, Op, OpKind, Phase, S, SavedTensor, T, Traffic
+from mist.platform.runtime import Runtime
+from mist.spec import Precision
+from mist.symbolic import symbols as sym
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a stage's expressions are built for: the runtime's habits, sequence length, precision."""
+
+    runtime: Runtime
+    precision: Precision
+    seq_len: int
+
+    @property
+    def sequence_shards(self) -> Expr:
+        """How many ways sequence parallelism divides a replicated activation."""
+        return T if self.runtime.knobs.sequence_parallel else sympy.Integer(1)
+
+    def at_sequence(self, expr: sympy.Basic) -> Expr:
+        """An expression of the trace at this workload's sequence length."""
+        return expr.xreplace({S: sympy.Integer(self.seq_len)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCost:
+    """Seconds of one micro-batch and bytes of one rank; `params` counts parameters of the rank."""
+
+    forward_s: Expr
+    backward_s: Expr
+    tp_forward_s: Expr
+    tp_backward_s: Expr
+    tp_recompute_s: Expr
+    params: Expr
+    saved_bytes: Expr
+    boundary_bytes: Expr
+    transient_bytes: Expr
+
+
+def layer_cost(block: Block, setting: Setting) -> BlockCost:
+    """Cost of a pipeline layer: each matrix pair gathers and reduces once per pass."""
+    activation = setting.at_sequence(block.boundary_bytes)
+    gather, reduce = _tp_collectives(activation, setting)
+    regions = block.num_tp_regions
+    return BlockCost(
+        **_device_cost(block, setting),
+        tp_forward_s=regions * (gather + reduce),
+        tp_backward_s=regions * (gather + reduce),
+        # recomputation stops early: the output of the last pair is not needed again
+        tp_recompute_s=regions * gather + max(regions - 1, 0) * reduce,
+        boundary_bytes=activation / setting.sequence_shards,
+    )
+
+
+def end_cost(block: Block, activation_bytes: Expr, setting: Setting) -> BlockCost:
+    """Cost of the embedding or the head: one collective on the activation in each pass."""
+    gather, reduce = _tp_collectives(setting.at_sequence(activation_bytes), setting)
+    return BlockCost(
+        **_device_cost(block, setting),
+        tp_forward_s=block.num_tp_regions * (gather + reduce) / 2,
+        tp_backward_s=block.num_tp_regions * (gather + reduce) / 2,
+        tp_recompute_s=sympy.Integer(0),
+        boundary_bytes=sympy.Integer(0),
+    )
+
+
+def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
+    accumulated = rank_params(block) * setting.runtime.traffic.accumulation_bytes_per_param.value
+    transients = [setting.at_sequence(expr) for expr in block.transient_bytes]
+    return {
+        "forward_s": _pass_seconds(block, "forward", setting),
+        "backward_s": _pass_seconds(block, "backward", setting)
+        + sym.MEMORY[Traffic.POINTWISE](_accumulated_share(accumulated), 1),
+        "params": rank_params(block),
+        "saved_bytes": saved_bytes(block, setting),
+        "transient_bytes": sym.larger(0, *transients),
+    }
+
+
+def _accumulated_share(accumulated: Expr) -> Expr:
+    """Gradients are accumulated whole below ZeRO-2, and by shard from there on."""
+    return sympy.Piecewise((accumulated, sym.ZERO < 2), (accumulated / sym.DP, True))
+
+
+def rank_params(block: Block) -> Expr:
+    """Parameters of the block on one tensor-parallel rank, tied second uses included."""
+    sharded = sum(param.numel for param in block.params if param.sharded)
+    whole = sum(param.numel for param in block.params if not param.sharded)
+    return sympy.Integer(sharded) / T + whole
+
+
+def saved_bytes(block: Block, setting: Setting) -> Expr:
+    """Activation bytes kept from forward to backward; b = 1 is a case of its own where it differs."""
+    many = setting.at_sequence(_kept(block.saved, setting))
+    single = setting.at_sequence(_kept(block.saved_single, setting))
+    if sympy.expand(many.subs(B, 1) - single) == 0:
+        return many
+    return sympy.Piecewise((single, sympy.Eq(B, 1)), (many, True))
+
+
+def _kept(saved: Iterable[SavedTensor], setting: Setting) -> Expr:
+    total: dict[Layout, Expr] = defaultdict(lambda: sympy.Integer(0))
+    for tensor in saved:
+        total[tensor.layout] += tensor.bytes
+    whole = total[Layout.REPLICATED] / setting.sequence_shards
+    return sympy.expand(total[Layout.SHARDED] + total[Layout.GATHERED] + whole)
+
+
+def _pass_seconds(block: Block, phase: Phase, setting: Setting) -> Expr:
+    ops = [op for op in block.ops if op.phase == phase]
+    matrix = Counter(_matrix_seconds(op, setting) for op in ops if op.kind != OpKind.MEMORY)
+    return sympy.Add(
+        *(count * seconds for seconds, count in matrix.items()),
+        *_memory_seconds([op for op in ops if op.kind == OpKind.MEMORY], setting),
+    )
+
+
+def _matrix_seconds(op: Op, setting: Setting) -> Expr:
+    dims = [setting.at_sequence(dim) for dim in op.dims]
+    if op.kind == OpKind.GEMM:
+        return sym.GEMM(*dims)
+    law = sym.ATTENTION_FORWARD if op.phase == "forward" else sym.ATTENTION_BACKWARD
+    return law(*dims, int(op.causal))
+
+
+def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
+    """One law call per class of operation: bytes and kernels add up."""
+    traffic: dict[Traffic, Expr] = defaultdict(lambda: sympy.Integer(0))
+    kernels: Counter[Traffic] = Counter()
+    for op in ops:
+        shards = setting.sequence_shards if op.layout == Layout.REPLICATED else 1
+        traffic[op.traffic] += op.traffic_bytes / shards
+        kernels[op.traffic] += 1
+    for name, total in traffic.items():
+        yield sym.MEMORY[name](sympy.expand(setting.at_sequence(total)), kernels[name])
+
+
+def _tp_collectives(activation_bytes: Expr, setting: Setting) -> tuple[Expr, Expr]:
+    """Entering and leaving a matrix pair: gather and scatter, or nothing and one all-reduce."""
+    if setting.runtime.knobs.sequence_parallel:
+        return sym.ALL_GATHER(activation_bytes, T, T), sym.REDUCE_SCATTER(activation_bytes, T, T)
+    return sympy.Integer(0), sym.ALL_REDUCE(activation_bytes, T, T)

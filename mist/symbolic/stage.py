@@ -1,0 +1,304 @@
+"""Stage cost: time and memory of a pipeline stage as expressions (docs/cost-model.md, sections 2-4).
+
+Two levels, so that a search pays for each only where it varies:
+
+*terms*, functions of the strategy (b, t, dp, zero, in-node share of the data-parallel group): for each
+block x and memory level, seconds of one micro-batch by part, and bytes;
+*stage*, functions of the terms and of the layout (layers of each kind and level, position): the sums
+
+    stable_s = sum over layers of (compute + tp + recompute + launch + dp) + ends + p2p
+    lone_s   = the same in the first forward and last backward + exposed collectives + optimizer
+    peak     = states + kept * in_flight + working set of the worst block + gathered copies
+
+Slots (first forward, other forwards, other backwards, last backward) overlap compute C with data-parallel
+collectives M: overlap(C, M) = max(C + gamma * min(C, M), M). A layer is never faster than the host
+launches it: C = max(device, host). Formulas: Mist (EuroSys'25) section 4; collectives by ZeRO level as
+`mist apply` issues them (FSDP2): facts in profiles/runtimes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import sympy
+from sympy import Expr
+
+from mist.graph import ModelGraph, T, Traffic
+from mist.platform.runtime import Runtime
+from mist.spec import Precision
+from mist.symbolic import symbols as sym
+from mist.symbolic.block import BlockCost, Setting, end_cost, layer_cost
+
+TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "p2p")
+_NONE = sympy.Integer(0)
+MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allocator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCost:
+    """Named expressions of a stage: `terms` of the strategy, `stage` of terms and layout."""
+
+    num_kinds: int
+    terms: Mapping[str, Expr]
+    stage: Mapping[str, Expr]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slots:
+    """Seconds of one layer and micro-batch by part; `lone_dp` is `dp` of a lone micro-batch."""
+
+    compute: Expr
+    tp: Expr
+    recompute: Expr
+    launch: Expr
+    dp: Expr
+    lone_dp: Expr
+
+    def stable(self) -> Expr:
+        return self.compute + self.tp + self.recompute + self.launch + self.dp
+
+    def lone(self) -> Expr:
+        return self.stable() - self.dp + self.lone_dp
+
+
+def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision, seq_len: int) -> StageCost:
+    """Build the expressions of any stage of `graph`.
+
+    Args:
+        graph: the traced model.
+        runtime: the framework whose behaviour is predicted.
+        precision: compute precision of the workload.
+        seq_len: tokens per sample.
+    """
+    setting = Setting(runtime=runtime, precision=precision, seq_len=seq_len)
+    blocks = {str(kind): layer_cost(block, setting) for kind, block in enumerate(graph.blocks)}
+    activation = graph.blocks[graph.layers[0].block].boundary_bytes
+    blocks["embed"] = end_cost(graph.embed, activation, setting)
+    blocks["head"] = end_cost(graph.head, activation, setting)
+    terms: dict[str, Expr] = {}
+    for name, cost in blocks.items():
+        terms.update(_block_terms(name, cost, setting))
+    terms.update(_stage_terms(graph, setting))
+    return StageCost(
+        num_kinds=len(graph.blocks), terms=terms, stage=_stage(len(graph.blocks), runtime)
+    )
+
+
+def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr]:
+    """Terms of one block; the embedding and the head are never recomputed."""
+    terms = {
+        f"{name}_params": cost.params,
+        f"{name}_saved_bytes": cost.saved_bytes,
+        f"{name}_boundary_bytes": cost.boundary_bytes,
+        f"{name}_eager_working_bytes": cost.transient_bytes,
+        f"{name}_full_working_bytes": cost.saved_bytes + cost.transient_bytes,
+        f"{name}_optimizer_s": _optimizer_seconds(cost.params, setting.runtime),
+    }
+    for level in ("eager", "full") if _is_layer(name) else ("eager",):
+        slots = _slots(cost, setting, recompute=level == "full", hosted=_is_layer(name))
+        for part in TIME_PARTS[:-1]:
+            terms[f"{name}_{level}_{part}_s"] = getattr(slots, part)
+        terms[f"{name}_{level}_stable_s"] = slots.stable()
+        terms[f"{name}_{level}_lone_s"] = slots.lone()
+    return terms
+
+
+def _is_layer(name: str) -> bool:
+    return name.isdigit()
+
+
+def _slots(cost: BlockCost, setting: Setting, *, recompute: bool, hosted: bool) -> _Slots:
+    """The four slots of a layer, summed into a stable and a lone micro-batch."""
+    again = int(recompute)
+    device_forward = cost.forward_s + cost.tp_forward_s
+    device_backward = cost.backward_s + cost.tp_backward_s
+    device_again = again * (cost.forward_s + cost.tp_recompute_s)
+    host_forward, host_backward = _host_seconds(setting.runtime) if hosted else (0, 0)
+    launch_forward = sym.larger(0, host_forward - device_forward)
+    device_late = device_backward + device_again
+    launch_backward = sym.larger(0, host_backward + again * host_forward - device_late)
+    forward, backward = device_forward + launch_forward, device_late + launch_backward
+    gather, scatter, reduce = _dp_collectives(cost.params, setting.precision)
+    exposed = partial(_exposed, setting.runtime)
+    from_1, from_2, from_3 = (_at_least(level) for level in (1, 2, 3))
+    return _Slots(
+        compute=cost.forward_s + cost.backward_s,
+        tp=cost.tp_forward_s + cost.tp_backward_s,
+        recompute=device_again,
+        launch=launch_forward + launch_backward,
+        dp=exposed(forward, gather * from_3)
+        + exposed(backward, gather * from_3, scatter * from_2),
+        lone_dp=exposed(forward, gather * from_1)
+        + exposed(backward, gather * from_3, scatter * from_1, reduce * (1 - from_1)),
+    )
+
+
+def _at_least(level: int) -> Expr:
+    """1 from this ZeRO level on, else 0."""
+    return sympy.Piecewise((1, sym.ZERO >= level), (0, True))
+
+
+def _exposed(
+    runtime: Runtime, compute: Expr, gather: Expr, scatter: Expr = _NONE, reduce: Expr = _NONE
+) -> Expr:
+    """overlap(C, M) - C, plus the collectives that the runtime does not run beside compute."""
+    overlap = runtime.overlap
+    rows = (
+        (gather, overlap.zero_all_gather),
+        (scatter, overlap.zero_reduce_scatter),
+        (reduce, overlap.gradient_all_reduce),
+    )
+    beside = sympy.Add(*(seconds for seconds, overlapped in rows if overlapped))
+    alone = sympy.Add(*(seconds for seconds, overlapped in rows if not overlapped))
+    gamma = overlap.compute_slowdown_ratio.value
+    return alone + sym.larger(gamma * sym.smaller(compute, beside), beside - compute)
+
+
+def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
+    """Seconds the host needs to launch a layer forward and backward; more with tensor parallelism."""
+    host = runtime.host
+    extra = sympy.Piecewise((host.tensor_parallel_launch_s.value, T > 1), (0, True))
+    layer = host.layer_launch_s.value + extra
+    forward = host.forward_ratio.value
+    return forward * layer, (1 - forward) * layer
+
+
+def _dp_collectives(params: Expr, precision: Precision) -> tuple[Expr, Expr, Expr]:
+    """All-gather of compute-precision parameters; reduce-scatter and all-reduce of fp32 gradients."""
+    group = (sym.DP, sym.DP_PER_NODE)
+    gradient_bytes = params * Precision.FP32.num_bytes
+    return (
+        sym.ALL_GATHER(params * precision.num_bytes, *group),
+        sym.REDUCE_SCATTER(gradient_bytes, *group),
+        sym.ALL_REDUCE(gradient_bytes, *group),
+    )
+
+
+def _optimizer_seconds(params: Expr, runtime: Runtime) -> Expr:
+    """Adam reads and writes its states once per step, divided among ranks from ZeRO-1 on."""
+    traffic = runtime.traffic
+    owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.DP, True))
+    moved = (
+        owned * traffic.optimizer_sharded_bytes_per_param.value
+        + params * traffic.optimizer_replicated_bytes_per_param.value
+    )
+    return sym.MEMORY[Traffic.POINTWISE](moved, 1)
+
+
+def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
+    """Terms that belong to no block: states per parameter, transfers, the exposed ends, ties."""
+    runtime, precision = setting.runtime, setting.precision
+    first = layer_cost(graph.blocks[graph.layers[0].block], setting)
+    gather, scatter, reduce = _dp_collectives(first.params, precision)
+    tied = sympy.Integer(sum(param.numel for param in graph.head.params if param.tied)) / T
+    return {
+        "tied_params": tied,
+        "tied_reduce_in_node_s": sym.P2P(tied * Precision.FP32.num_bytes, 0),
+        "tied_reduce_cross_s": sym.P2P(tied * Precision.FP32.num_bytes, 1),
+        "state_bytes_per_param": _state_bytes(runtime, precision),
+        "gathered_bytes_per_param": _gathered_bytes(runtime, precision),
+        "p2p_bytes": first.boundary_bytes,
+        "p2p_in_node_s": sym.P2P(first.boundary_bytes, 0),
+        "p2p_cross_s": sym.P2P(first.boundary_bytes, 1),
+        "exposed_s": _at_least(1) * (gather + scatter) + (1 - _at_least(1)) * reduce,
+    }
+
+
+def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
+    """Bytes per parameter that live through the step: parameters, gradients, moments."""
+    rows = {zero: runtime.state(precision, zero) for zero in runtime.knobs.zero_levels}
+    replicated = {zero: row.replicated_bytes_per_param.value for zero, row in rows.items()}
+    sharded = {zero: row.sharded_bytes_per_param.value for zero, row in rows.items()}
+    return sym.by_zero(replicated) + sym.by_zero(sharded) / sym.DP
+
+
+def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
+    """Bytes per parameter of one group in passing: gathered copies, gradients being reduced."""
+    reducing = runtime.reduce_bytes[precision].value
+    gathered = runtime.transients.num_gathered_groups.value * precision.num_bytes
+    by_level = {0: precision.num_bytes, 1: precision.num_bytes, 2: reducing, 3: reducing + gathered}
+    return sym.by_zero({zero: by_level[zero] for zero in runtime.knobs.zero_levels})
+
+
+def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
+    """Sums over the layers of the stage: every count and position times its term."""
+    rows = list(_rows(num_kinds))
+    parts = {
+        f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"
+    } | {"p2p_s": _p2p()}
+    optimizer = sympy.Add(*(count * _term(f"{x}_optimizer_s") for x, _, count in rows))
+    lone_end = _term("exposed_s") + optimizer + _tied_reduce()
+    memory = _memory(rows, runtime)
+    return {
+        **parts,
+        "stable_s": _total(rows, "stable_s") + _p2p(),
+        "lone_s": _total(rows, "lone_s") + _p2p() + lone_end,
+        **{f"{part}_bytes": expr for part, expr in memory.items()},
+        "peak_bytes": sympy.Add(*memory.values()),
+    }
+
+
+_Row = tuple[str, str, Expr]
+
+
+def _rows(num_kinds: int) -> Iterable[_Row]:
+    """Every (block, level, how many of it the stage has)."""
+    for kind in range(num_kinds):
+        yield str(kind), "eager", sym.eager_count(kind)
+        yield str(kind), "full", sym.full_count(kind)
+    yield "embed", "eager", sym.FIRST
+    yield "head", "eager", sym.LAST
+
+
+def _term(name: str) -> sympy.Symbol:
+    """The symbol by which a stage formula names a term."""
+    return sympy.Symbol(f"term_{name}", real=True)
+
+
+def _total(rows: Iterable[_Row], name: str) -> Expr:
+    return sympy.Add(*(count * _term(f"{x}_{level}_{name}") for x, level, count in rows))
+
+
+def _p2p() -> Expr:
+    """Each stage sends its output forward and its input's gradient back, once per micro-batch."""
+    in_node, cross = _term("p2p_in_node_s"), _term("p2p_cross_s")
+    to_next = in_node + sym.NEXT_CROSSES * (cross - in_node)
+    to_prev = in_node + sym.PREV_CROSSES * (cross - in_node)
+    return (1 - sym.LAST) * to_next + (1 - sym.FIRST) * to_prev
+
+
+def _tied_reduce() -> Expr:
+    """A tied embedding on two stages exchanges its gradient once per step."""
+    in_node, cross = _term("tied_reduce_in_node_s"), _term("tied_reduce_cross_s")
+    crosses = sym.larger(sym.NEXT_CROSSES, sym.PREV_CROSSES)
+    at_one_end = sym.FIRST + sym.LAST - 2 * sym.FIRST * sym.LAST
+    return at_one_end * (in_node + crosses * (cross - in_node))
+
+
+def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
+    """Peak bytes by part; the parts sum to the peak."""
+    params = sympy.Add(*(count * _term(f"{x}_params") for x, _, count in rows))
+    params -= sym.FIRST * sym.LAST * _term("tied_params")
+    kept = sympy.Add(*(count * _term(_kept_name(x, level)) for x, level, count in rows))
+    transfers = ((1 - sym.FIRST) + (1 - sym.LAST)) * _term("p2p_bytes")
+    parts = {
+        "states": params * _term("state_bytes_per_param"),
+        "activations": sym.IN_FLIGHT * kept,
+        "working": _worst(rows, "{x}_{level}_working_bytes"),
+        "gathered": _term("gathered_bytes_per_param") * _worst(rows, "{x}_params"),
+        "buffers": sym.IN_FLIGHT * transfers,
+    }
+    overhead = runtime.memory.allocator_overhead_ratio.value
+    return parts | {"allocator": overhead * sympy.Add(*parts.values())}
+
+
+def _kept_name(name: str, level: str) -> str:
+    return f"{name}_boundary_bytes" if level == "full" else f"{name}_saved_bytes"
+
+
+def _worst(rows: Iterable[_Row], template: str) -> Expr:
+    """The largest of a term over the blocks that the stage has at all."""
+    present = [
+        sym.smaller(1, count) * _term(template.format(x=x, level=level)) for x, level, count in rows
+    ]
+    return sym.larger(*present)

@@ -1,0 +1,65 @@
+"""The symbols of the stage formulas, beside b, s, t of `mist.graph`, and the platform's functions.
+
+Strategy columns say how a stage is trained; layout columns say which stage it is.
+Functions are opaque to sympy: each is one of the platform's laws (or tables), bound at compile.
+"""
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Final
+
+import sympy
+
+from mist.graph import Traffic
+
+DP = sympy.Symbol("dp", positive=True, integer=True)
+"""Data-parallel ranks of the stage."""
+DP_PER_NODE = sympy.Symbol("dp_per_node", positive=True, integer=True)
+"""Members of one data-parallel group that share a node."""
+ZERO = sympy.Symbol("zero", nonnegative=True, integer=True)
+"""ZeRO level, 0 to 3."""
+IN_FLIGHT = sympy.Symbol("in_flight", positive=True, integer=True)
+"""Micro-batches whose activations the stage holds at once: min(S - i, G) under 1F1B."""
+FIRST = sympy.Symbol("is_first", nonnegative=True, integer=True)
+LAST = sympy.Symbol("is_last", nonnegative=True, integer=True)
+PREV_CROSSES = sympy.Symbol("prev_crosses_node", nonnegative=True, integer=True)
+NEXT_CROSSES = sympy.Symbol("next_crosses_node", nonnegative=True, integer=True)
+
+GEMM = sympy.Function("gemm_s")
+ATTENTION_FORWARD = sympy.Function("attention_forward_s")
+ATTENTION_BACKWARD = sympy.Function("attention_backward_s")
+ALL_GATHER = sympy.Function("all_gather_s")
+REDUCE_SCATTER = sympy.Function("reduce_scatter_s")
+ALL_REDUCE = sympy.Function("all_reduce_s")
+P2P = sympy.Function("p2p_s")
+MEMORY: Final = {traffic: sympy.Function(f"memory_{traffic}_s") for traffic in Traffic}
+
+_MAXIMUM = sympy.Function("maximum")
+_MINIMUM = sympy.Function("minimum")
+
+
+def larger(*values: sympy.Expr | float) -> sympy.Expr:
+    """The largest value. Not sympy's Max: that tries to order its arguments, which takes seconds."""
+    return reduce(_MAXIMUM, values)
+
+
+def smaller(*values: sympy.Expr | float) -> sympy.Expr:
+    """The smallest value."""
+    return reduce(_MINIMUM, values)
+
+
+def by_zero(values: Mapping[int, float]) -> sympy.Expr:
+    """A value that depends on the ZeRO level; the highest level given also stands for any other."""
+    *lower, top = sorted(values)
+    rows = [(sympy.Float(values[level]), sympy.Eq(ZERO, level)) for level in lower]
+    return sympy.Piecewise(*rows, (sympy.Float(values[top]), True))
+
+
+def eager_count(kind: int) -> sympy.Symbol:
+    """Layers of block `kind` in the stage that keep their activations."""
+    return sympy.Symbol(f"eager_{kind}", nonnegative=True, integer=True)
+
+
+def full_count(kind: int) -> sympy.Symbol:
+    """Layers of block `kind` in the stage that are recomputed whole."""
+    return sympy.Symbol(f"full_{kind}", nonnegative=True, integer=True)

@@ -1,0 +1,93 @@
+"""Which storages are alive at each instant of a backward pass, and the worst instants.
+
+live(i) = bytes of the storages alive after operation i: those saved by the forward pass and not
+yet released, and those made since, except gradients of parameters (states, not activations).
+transient(i) = live(i) - all saved bytes. Only instants that are the worst somewhere on a grid of
+(b, s, t) are kept: their maximum is the peak.
+"""
+
+from collections import Counter
+from typing import Final
+
+import numpy as np
+import sympy
+import torch
+from numpy.typing import NDArray
+from sympy import Expr
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from mist.graph import B, S, T
+from mist.trace.expr import Symbols
+
+# Powers of two over the range that plans use; between them no other term takes the lead for long.
+GRID: Final = np.array(
+    np.meshgrid(2 ** np.arange(7.0), 2 ** np.arange(4, 21.0), 2 ** np.arange(7.0))
+).reshape(3, -1)
+
+
+class Live:
+    """The storages of one part of a model, by weak reference."""
+
+    def __init__(self, symbols: Symbols) -> None:
+        self._symbols = symbols
+        self._refs: list[StorageWeakRef] = []
+        self._bytes: list[Expr] = []
+        self._last: dict[int, int] = {}
+        self._num_saved = 0
+        self._moments: dict[tuple[int, ...], None] = {}
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Start to watch the storage of a tensor, unless it is watched already."""
+        storage = tensor.untyped_storage()
+        known = self._last.get(storage._cdata)
+        if known is None or self._refs[known].expired():
+            self._last[storage._cdata] = len(self._refs)
+            self._refs.append(StorageWeakRef(storage))
+            self._bytes.append(self._symbols.expr(storage.nbytes()))
+
+    def forward_done(self) -> None:
+        """Everything watched so far is what the forward pass saved."""
+        self._num_saved = len(self._refs)
+
+    def moment(self) -> None:
+        """Note which storages are alive now."""
+        alive = tuple(i for i, ref in enumerate(self._refs) if not ref.expired())
+        self._moments[alive] = None
+
+    def index(self, tensor: torch.Tensor) -> int | None:
+        """The number under which a tensor's storage is watched."""
+        return self._last.get(tensor.untyped_storage()._cdata)
+
+    def transients(self, gradients: frozenset[int]) -> tuple[Expr, ...]:
+        """Bytes beyond the saved ones at the worst instants; `gradients` are not counted."""
+        sizes = sorted(set(self._bytes), key=str)
+        rank = {size: i for i, size in enumerate(sizes)}
+        rows = {self._row(alive, gradients, rank) for alive in self._moments}
+        moments = np.array(sorted(rows), dtype=float).reshape(len(rows), len(sizes))
+        worst = _maximal(moments, sizes)
+        return tuple(
+            sympy.expand(sum(int(n) * size for n, size in zip(row, sizes, strict=True)))
+            for row in worst
+        )
+
+    def _row(
+        self, alive: tuple[int, ...], gradients: frozenset[int], rank: dict[Expr, int]
+    ) -> tuple[int, ...]:
+        """How many storages of each size are alive, less those that were saved."""
+        count = Counter(rank[self._bytes[i]] for i in alive if i not in gradients)
+        count.subtract(rank[size] for size in self._bytes[: self._num_saved])
+        return tuple(count[i] for i in range(len(rank)))
+
+
+def _maximal(moments: NDArray[np.float64], sizes: list[Expr]) -> NDArray[np.float64]:
+    """The rows whose weighted sum is the largest at some point of the grid."""
+    if not len(moments):
+        return moments
+    values = [np.broadcast_to(_evaluate(size), GRID.shape[1:]) for size in sizes]
+    totals = moments @ np.array(values).reshape(len(sizes), GRID.shape[1])
+    return moments[np.unique(totals.argmax(axis=0))]
+
+
+def _evaluate(size: Expr) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = sympy.lambdify((B, S, T), size, "numpy")(*GRID)
+    return result

@@ -1,0 +1,223 @@
+"""From a resolved source to a model on the meta device, and how to run it on a batch."""
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mist.errors import ModelError, did_you_mean
+from mist.spec import Attention, Precision
+from mist.trace.expr import Size
+from mist.trace.fake import DTYPES
+from mist.trace.source import PythonSource, Source
+
+MakeBatch = Callable[[Size, Size], object]
+Loss = Callable[[Any, Any], torch.Tensor]
+
+MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A module with its name, its input and its loss; `make_batch` and `loss` are the user's."""
+
+    module: nn.Module
+    name: str
+    make_batch: MakeBatch | None
+    loss: Loss | None
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence that the model takes, if it says so."""
+        config = getattr(self.module, "config", None)
+        for owner in (self.module, config):
+            for name in MAX_SEQ_LEN_NAMES:
+                value = getattr(owner, name, None)
+                if isinstance(value, int):
+                    return value
+        return None
+
+    def batch(self, batch: Size, seq: Size) -> Any:
+        """One micro-batch: the user's, or token ids [batch, seq]; labels for Hugging Face."""
+        if self.make_batch is not None:
+            return self.make_batch(batch, seq)
+        ids = torch.empty(batch, seq, dtype=torch.int64)
+        return {"input_ids": ids, "labels": ids} if self._takes_labels() else ids
+
+    def run(self, batch: Any) -> torch.Tensor:
+        """Forward and loss: the user's loss, the model's own, or cross-entropy of its logits."""
+        output = self._forward(batch)
+        if self.loss is not None:
+            return self.loss(output, batch)
+        own = getattr(output, "loss", None)
+        if isinstance(own, torch.Tensor):
+            return own
+        return cross_entropy(output, batch)
+
+    def _forward(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return self.module(**batch, **self._no_cache())
+        if isinstance(batch, tuple | list):
+            return self.module(*batch)
+        return self.module(batch)
+
+    def _takes_labels(self) -> bool:
+        return hasattr(self.module, "loss_function") and "labels" in self._parameters()
+
+    def _no_cache(self) -> dict[str, bool]:
+        return {"use_cache": False} if "use_cache" in self._parameters() else {}
+
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.module.forward).parameters
+
+
+def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
+    """The default loss: fp32 cross-entropy of logits [b, s, v] against the token ids."""
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    ids = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
+    ids = ids[0] if isinstance(ids, tuple | list) else ids
+    return F.cross_entropy(logits.float().flatten(0, -2), ids.flatten())
+
+
+def load_model(source: Source, *, precision: Precision, attention: Attention) -> LoadedModel:
+    """The model of a source on the meta device, in training mode.
+
+    Raises ModelError when the source does not give a model.
+    """
+    if isinstance(source, PythonSource):
+        return _from_file(source, attention)
+    module = _from_config(source.label, dict(source.config), precision, attention)
+    return LoadedModel(module=module.train(), name=source.name, make_batch=None, loss=None)
+
+
+def _from_config(
+    label: str, config: dict[str, Any], precision: Precision, attention: Attention
+) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = config.pop("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ModelError(
+            f"{label} has model_type {model_type!r}, which transformers does not know. "
+            f"{did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)}"
+        )
+    kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
+    try:
+        known = AutoConfig.for_model(model_type, **config)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                known, dtype=DTYPES[precision], **kernel
+            )
+    except Exception as error:
+        raise ModelError(
+            f"transformers cannot build a causal language model from {label}: {_short(error)}"
+        ) from error
+    return model
+
+
+def _from_file(source: PythonSource, attention: Attention) -> LoadedModel:
+    namespace = _run_file(source)
+    build = getattr(namespace, "build_model", None) or getattr(namespace, "model", None)
+    if build is None:
+        raise ModelError(
+            f"{source.label} defines neither build_model() nor model. "
+            "Add a function build_model() that returns the torch.nn.Module to plan."
+        )
+    module = _build(source, build)
+    if attention is Attention.MATH and hasattr(module, "set_attn_implementation"):
+        module.set_attn_implementation("eager")
+    return LoadedModel(
+        module=module.train(),
+        name=str(getattr(namespace, "name", source.name)),
+        make_batch=getattr(namespace, "make_batch", None),
+        loss=getattr(namespace, "loss", None),
+    )
+
+
+def _build(source: PythonSource, build: Any) -> nn.Module:
+    if isinstance(build, nn.Module):
+        return build
+    if not callable(build):
+        raise ModelError(
+            f"{source.label}: build_model is {_a_type(build)}, not a function that returns a "
+            "torch.nn.Module."
+        )
+    try:
+        with torch.device("meta"), local_imports(source.path):
+            module = build()
+    except Exception as error:
+        raise ModelError(
+            f"{source.label}: build_model() raised {_short(error)}{_where(error, source.path)}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"{source.label}: build_model() returned {_a_type(module)}, not a torch.nn.Module. "
+            "Return the module itself."
+        )
+    return module
+
+
+def _run_file(source: PythonSource) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"mist_model_{source.path.stem}", source.path)
+    assert spec is not None and spec.loader is not None, source.path
+    namespace = importlib.util.module_from_spec(spec)
+    try:
+        with local_imports(source.path):
+            spec.loader.exec_module(namespace)
+    except Exception as error:
+        raise ModelError(
+            f"{source.label} cannot be imported: {_short(error)}{_where(error, source.path)}"
+        ) from error
+    return namespace
+
+
+@contextmanager
+def local_imports(path: Path) -> Iterator[None]:
+    """Within: modules beside the model file can be imported by their name."""
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def local_modules(path: Path) -> tuple[Path, ...]:
+    """The files beside or below the model file from which modules were imported."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    folder = path.parent.resolve()
+    found = {Path(file).resolve() for file in files if isinstance(file, str)}
+    return tuple(
+        sorted(f for f in found if f.is_relative_to(folder) and "site-packages" not in f.parts)
+    )
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """The place in the user's file that an exception came through."""
+    if isinstance(error, SyntaxError):
+        return f" (line {error.lineno})"
+    return _place([f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)])
+
+
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _short(error: BaseException) -> str:
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+
+
+def _a_type(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,264 @@
+"""Records what one part of a model does: its operations as a torch.fx.Graph with costs.
+
+A dispatch mode sees every aten call of the forward and the backward pass. Each becomes a node of
+the part's graph with shapes, dtype, FLOPs, bytes, phase and module in `node.meta`, and, when it
+does work on the device, one `Op` (one per matrix product). Autograd's sequence numbers tie a
+backward call, and a saved tensor, to the forward call and module that caused it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from sympy import Expr, Integer
+from torch import fx
+from torch._ops import OpOverload
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mist.errors import TraceError
+from mist.graph import Layout, Op, OpKind, Phase, SavedTensor, T
+from mist.trace.expr import Size, Symbols
+from mist.trace.flops import Call, Work, bind, work_of
+from mist.trace.live import Live
+from mist.trace.traffic import moves_bytes, traffic_bytes, traffic_class
+
+KNOWN_NAMESPACES: Final = frozenset({"aten", "prim", "prims", "profiler"})
+ACCUMULATE: Final = "torch::autograd::AccumulateGrad"
+
+
+@dataclass(slots=True)
+class Kept:
+    """A saved storage, before its origin and layout are known."""
+
+    bytes: Expr
+    shape: tuple[Expr, ...]
+    dtype: str
+    sequence: int
+    key: int
+
+
+@dataclass(slots=True)
+class Part:
+    """What is recorded of one part: a layer, or what comes before or after the layers."""
+
+    name: str
+    live: Live
+    shared: frozenset[int] = frozenset()
+    ops: list[Op] = field(default_factory=list)
+    kept: dict[int, Kept] = field(default_factory=dict)
+    used: dict[int, None] = field(default_factory=dict)
+    gathered: set[int] = field(default_factory=set)
+    origins: dict[int, tuple[str, str]] = field(default_factory=dict)
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    def saved(self) -> tuple[SavedTensor, ...]:
+        """The saved storages, with what saved them."""
+        return tuple(self._saved(kept) for kept in self.kept.values())
+
+    def _saved(self, kept: Kept) -> SavedTensor:
+        op, module = self.origins.get(kept.sequence, ("", ""))
+        whole = Layout.GATHERED if kept.key in self.gathered else Layout.REPLICATED
+        return SavedTensor(
+            bytes=kept.bytes,
+            shape=kept.shape,
+            dtype=kept.dtype,
+            op=op,
+            module=module,
+            layout=Layout.SHARDED if T in kept.bytes.free_symbols else whole,
+        )
+
+
+class Recorder(TorchDispatchMode):
+    """Writes every call into the current part, if there is one."""
+
+    def __init__(self, symbols: Symbols, states: Mapping[int, object]) -> None:
+        super().__init__()
+        self.part: Part | None = None
+        self.phase: Phase = "forward"
+        self.modules: list[str] = []
+        self._symbols = symbols
+        self._states = states
+        self._tensors_shared: dict[int, Kept] = {}
+
+    def new_part(self, name: str, shared: frozenset[int] = frozenset()) -> Part:
+        """An empty part; saved tensors in the storages `shared` are not its own."""
+        return Part(name, Live(self._symbols), shared)
+
+    @contextmanager
+    def into(self, part: Part | None, phase: Phase = "forward") -> Iterator[None]:
+        """Within: calls are recorded into `part` (None: nowhere)."""
+        before = self.part, self.phase
+        self.part, self.phase = part, phase
+        try:
+            yield
+        finally:
+            self.part, self.phase = before
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.part is not None and not _accumulates():
+            self._record(self.part, Call(func, bind(func, args, kwargs), out))
+        return out
+
+    def _record(self, part: Part, call: Call) -> None:
+        if call.func.namespace not in KNOWN_NAMESPACES:
+            raise TraceError(
+                f"operation {call.func} is not one of torch's own, so Mist does not know its cost. "
+                "Use the same layer written with torch operations to plan."
+            )
+        name = str(call.func.overloadpacket)
+        module = self._origin(part, name)
+        self._touch(part, call)
+        ops = self._ops(call, name, module) if moves_bytes(call.func, call.out) else []
+        part.ops.extend(ops)
+        self._add_node(part, call, ops, module)
+
+    def _origin(self, part: Part, name: str) -> str:
+        """The module a call belongs to; in the forward pass also remembered for the backward."""
+        if self.phase == "forward":
+            sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            module = self.modules[-1] if self.modules else ""
+            part.origins.setdefault(sequence, (name, module))
+            return module
+        node = torch._C._current_autograd_node()
+        if node is not None and node._sequence_nr() in part.origins:
+            return part.origins[node._sequence_nr()][1]
+        return part.ops[-1].module if part.ops else ""
+
+    def _touch(self, part: Part, call: Call) -> None:
+        """Which parameters a forward call reads; which storages a backward call leaves alive."""
+        if self.phase == "forward":
+            keys = (key_of(t) for t in _tensors(tuple(call.arguments.values())))
+            part.used.update((key, None) for key in keys if key in self._states)
+            return
+        for tensor in _tensors(call.out):
+            if key_of(tensor) not in self._states and key_of(tensor) not in part.shared:
+                part.live.hold(tensor)
+        part.live.moment()
+
+    def _ops(self, call: Call, name: str, module: str) -> list[Op]:
+        products = work_of(call)
+        moved = self._symbols.expr(traffic_bytes(call)) / max(len(products), 1)
+        works = products or [Work(OpKind.MEMORY, (), 0)]
+        return [self._op(call, name, module, work, moved) for work in works]
+
+    def _op(self, call: Call, name: str, module: str, work: Work, moved: Expr) -> Op:
+        flop = self._symbols.expr(work.flop)
+        sharded = T in moved.free_symbols or T in flop.free_symbols
+        return Op(
+            name=name,
+            kind=work.kind,
+            phase=self.phase,
+            module=module,
+            dims=tuple(self._symbols.expr(size) for size in work.dims),
+            causal=call.arguments.get("is_causal") is True,
+            traffic=traffic_class(call.func),
+            layout=Layout.SHARDED if sharded else Layout.REPLICATED,
+            flop=flop,
+            traffic_bytes=moved,
+        )
+
+    def _add_node(self, part: Part, call: Call, ops: list[Op], module: str) -> None:
+        def node_of(value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                if value not in part.nodes:
+                    part.nodes[value] = part.graph.placeholder("input")
+                return part.nodes[value]
+            return str(value) if isinstance(value, torch.SymInt) else value
+
+        arguments = tree_map(node_of, tuple(call.arguments.values()))
+        node = part.graph.call_function(call.func, arguments)
+        outs = list(_tensors(call.out))
+        for tensor in outs:
+            part.nodes[tensor] = node
+        node.meta.update(
+            shape=self._symbols.shape(outs[0]) if outs else (),
+            dtype=dtype_of(outs[0]) if outs else "",
+            flop=sum((op.flop for op in ops), Integer(0)),
+            bytes=sum((op.traffic_bytes for op in ops), Integer(0)),
+            phase=self.phase,
+            module=module,
+        )
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Hook on saving a tensor for backward: count its storage once."""
+        part, key = self.part, key_of(tensor)
+        if part is None or self.phase == "backward" or key in self._states:
+            return tensor
+        kept = self._tensors_shared if key in part.shared else part.kept
+        if key not in kept:
+            kept[key] = self._kept(tensor, key)
+            if key not in part.shared:
+                part.live.hold(tensor)
+        return tensor
+
+    def _kept(self, tensor: torch.Tensor, key: int) -> Kept:
+        sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        size: Size = tensor.untyped_storage().nbytes()
+        shape = self._symbols.shape(tensor)
+        return Kept(self._symbols.expr(size), shape, dtype_of(tensor), sequence, key)
+
+    @property
+    def shared(self) -> dict[int, Kept]:
+        """Storages that layers saved but do not own: rotary tables, masks."""
+        return self._tensors_shared
+
+
+@contextmanager
+def recording(recorder: Recorder, names: Mapping[torch.nn.Module, str]) -> Iterator[None]:
+    """Within: the recorder sees calls, saved tensors and the module they come from."""
+
+    def enter(module: torch.nn.Module, args: object) -> None:
+        recorder.modules.append(names.get(module, ""))
+
+    def leave(module: torch.nn.Module, args: object, output: object) -> None:
+        recorder.modules.pop()
+
+    hooks = (
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        with saved_tensors_hooks(recorder.pack, lambda tensor: tensor), recorder:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def key_of(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's storage while it is alive."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def dtype_of(tensor: torch.Tensor) -> str:
+    """A dtype's plain name: "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _accumulates() -> bool:
+    """Whether autograd is adding a gradient into its parameter: the optimizer's side."""
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() == ACCUMULATE

@@ -1,0 +1,185 @@
+"""What the traced model runs on: a GPU's kernels imitated on fake CPU tensors, or this CPU.
+
+Fake CPU tensors follow the CPU's rules: attention, dropout and norms save other tensors than on a
+GPU. Policy "cuda" sends the three composite functions to the operations that a GPU build chooses,
+and gives norm statistics the dtype that CUDA kernels write. Policy "cpu" changes nothing.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Final, Literal
+from unittest.mock import patch
+
+import torch
+import torch._refs
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mist.spec import Attention
+
+Policy = Literal["cuda", "cpu"]
+
+aten = torch.ops.aten
+HALF: Final = (torch.bfloat16, torch.float16)
+# The widest head that CUDA's flash kernel takes (torch sdp_utils.cpp, check_head_dim_size_flash).
+MAX_FLASH_HEAD_DIM: Final = 256
+STATISTICS_IN_FP32: Final = frozenset({aten.native_layer_norm, aten.native_group_norm})
+# Its C++ kernel reads sizes as integers, which would fix the symbols.
+PADS: Final = frozenset({aten.constant_pad_nd})
+
+
+class Functions(TorchFunctionMode):
+    """Calls of some torch functions go to a replacement, however the model imported them."""
+
+    def __init__(self, replacements: Mapping[object, Callable[..., object]]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+class Kernels(TorchDispatchMode):
+    """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self._policy = policy
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kernel = torch._refs.constant_pad_nd if func.overloadpacket in PADS else func
+        out = kernel(*args, **(kwargs or {}))
+        if self._policy == "cuda" and func.overloadpacket in STATISTICS_IN_FP32:
+            first, *statistics = out
+            return first, *(each.float() for each in statistics)
+        return out
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """The first kernel of torch's list (flash, memory-efficient, math) that takes the inputs."""
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    flash = attn_mask is None and query.dtype in HALF and head_dim == value_dim
+    if flash and head_dim <= MAX_FLASH_HEAD_DIM:
+        return _first(
+            aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )
+        )
+    if enable_gqa:
+        return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    bias = None if attn_mask is None else _bias(attn_mask, query, key)
+    return _first(
+        aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, dropout_p, is_causal, scale=scale
+        )
+    )
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A mask as the additive bias that the memory-efficient kernel takes."""
+    if mask.dtype is torch.bool:
+        zeros = torch.zeros_like(mask, dtype=query.dtype)
+        mask = zeros.masked_fill_(mask.logical_not(), float("-inf"))
+    return mask.expand(*query.shape[:3], key.shape[2])
+
+
+def _math(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    return _first(
+        aten._scaled_dot_product_attention_math(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    )
+
+
+def _first(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    return outputs[0]
+
+
+def _dropout(
+    input: torch.Tensor,  # noqa: A002
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> torch.Tensor:
+    if not training or p == 0.0:
+        return input
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _rms_norm(
+    input: torch.Tensor,  # noqa: A002
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    return _first(aten._fused_rms_norm(input, list(normalized_shape), weight, eps))
+
+
+# Under fake tensors transformers cannot look at position_ids and builds a [b, 1, s, s] mask for
+# packed sequences, which a real run does not have.
+MASKING: Final = "transformers.masking_utils"
+PACKED_CHECK: Final = "find_packed_sequence_indices"
+
+
+@contextmanager
+def runs_as(policy: Policy, attention: Attention) -> Iterator[None]:
+    """Within: functions and kernels behave as on the policy's device."""
+    replacements = _replacements(policy, attention)
+    with ExitStack() as stack:
+        if MASKING in sys.modules:
+            stack.enter_context(patch.object(sys.modules[MASKING], PACKED_CHECK, _not_packed))
+        stack.enter_context(Kernels(policy))
+        originals = {getattr(F, name): new for name, new in replacements.items()}
+        stack.enter_context(Functions(originals))
+        # A mode does not see what F.multi_head_attention_forward calls inside; a patch does.
+        stack.enter_context(patch.multiple(F, **replacements) if replacements else nullcontext())
+        yield
+
+
+def _replacements(policy: Policy, attention: Attention) -> dict[str, Callable[..., object]]:
+    math = {"scaled_dot_product_attention": _math}
+    cuda = {"scaled_dot_product_attention": _fused, "dropout": _dropout, "rms_norm": _rms_norm}
+    return (cuda if policy == "cuda" else {}) | (math if attention is Attention.MATH else {})
+
+
+def _not_packed(position_ids: torch.Tensor) -> None:
+    return None

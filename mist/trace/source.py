@@ -1,0 +1,106 @@
+"""What the user named as a model, without torch: a Python file, a configuration or a preset."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mist.errors import ModelError, did_you_mean
+from mist.trace.presets import PRESETS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PythonSource:
+    """A file that defines build_model(). `name` is the default name of its model."""
+
+    label: str
+    name: str
+    path: Path
+    text: str
+
+    @property
+    def content(self) -> str:
+        """What the trace depends on, apart from imported local modules."""
+        return f"{self.path.resolve()}\n{self.text}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSource:
+    """The fields of a Hugging Face configuration, with `model_type`."""
+
+    label: str
+    name: str
+    config: Mapping[str, Any]
+
+    @property
+    def content(self) -> str:
+        """What the trace depends on."""
+        return f"{self.name}\n{json.dumps(dict(self.config), sort_keys=True)}"
+
+
+Source = PythonSource | ConfigSource
+
+
+def resolve(source: str) -> Source:
+    """The Python file, config.json (or its folder), or preset that `source` names.
+
+    Raises ModelError when there is no such thing, or when it is no model description.
+    """
+    path = Path(source).expanduser()
+    if source in PRESETS and not path.exists():
+        return ConfigSource(label=f"preset {source}", name=source, config=PRESETS[source])
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise ModelError(
+            f"model {source!r} is neither a file, a folder with a config.json, nor a preset. "
+            f"{did_you_mean(source, PRESETS)}"
+        )
+    if path.suffix == ".json":
+        return _config(path)
+    if path.suffix == ".py":
+        name = path.stem.replace("_", "-")
+        return PythonSource(label=str(path), name=name, path=path, text=_read(path))
+    raise ModelError(
+        f"model {source!r} is a {path.suffix or 'nameless'} file. "
+        "Give a Python file with build_model(), a Hugging Face config.json, or a preset: "
+        f"{', '.join(sorted(PRESETS))}."
+    )
+
+
+def _folder(folder: Path) -> ConfigSource:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"folder {str(folder)!r} holds no config.json. "
+            "Give the folder of a Hugging Face model, or a Python file with build_model()."
+        )
+    return _config(path)
+
+
+def _config(path: Path) -> ConfigSource:
+    try:
+        config = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(
+            f"{path} has no model_type, so it is not a Hugging Face model configuration. "
+            "Add for example \"model_type\": \"llama\"."
+        )
+    name = str(config.get("_name_or_path") or path.resolve().parent.name)
+    return ConfigSource(label=str(path), name=Path(name).name.lower(), config=config)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.") from error
+
+
+def digest(*texts: str) -> str:
+    """sha256 of some texts, kept apart."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -1,0 +1,304 @@
+"""From a loaded model to its ModelGraph.
+
+Three runs: the symbolic one that gives the expressions (b >= 2, shapes sharded by t where rules
+are known); one at concrete sizes without sharding, which must agree with the first at t = 1; and
+one at b = 1, forward only, since a dimension of size 1 changes which tensors autograd keeps.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from sympy import Expr, Integer
+from torch import fx, nn
+
+from mist.errors import TraceError
+from mist.graph import B, Block, LayerRun, ModelGraph, Op, Param, S, SavedTensor, T
+from mist.spec import Attention, Precision
+from mist.trace.blame import traced
+from mist.trace.loader import LoadedModel, Loss, MakeBatch
+from mist.trace.repeat import Layers, find_layers
+from mist.trace.session import (
+    BATCH_HINT,
+    NotALayerList,
+    Piece,
+    Point,
+    Run,
+    Session,
+    Setting,
+    seq_hint,
+)
+from mist.trace.shim import Policy
+from mist.trace.tp import Sharding, Unsupported, find_sharding
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """A model graph and the torch.fx graph of each of its parts, by block name."""
+
+    graph: ModelGraph
+    fx: Mapping[str, fx.Graph]
+
+
+def trace_model(
+    model: nn.Module,
+    *,
+    name: str,
+    setting: Setting,
+    make_batch: MakeBatch | None = None,
+    loss: Loss | None = None,
+    progress: Progress = lambda message: None,
+) -> ModelGraph:
+    """Trace a module object; its tensors are only looked at for shape and dtype.
+
+    `make_batch(batch, seq)` gives the input (default: token ids [batch, seq]); `loss(output,
+    batch)` a scalar (default: the model's own, else cross-entropy). Raises TraceError.
+    """
+    loaded = LoadedModel(module=model, name=name, make_batch=make_batch, loss=loss)
+    return trace(loaded, setting, progress).graph
+
+
+def trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
+    """Trace a loaded model. Raises TraceError, naming the line of the model at fault."""
+    layers, run, sharding, notes = _main_run(model, setting, progress)
+    progress("tracing b = 1")
+    with traced(model.name):
+        single = Session(model, layers, setting, sharding, Point(batch=1, backward=False)).run()
+    return _assemble(model, setting, _Result(layers, run, single, sharding, tuple(notes)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    layers: Layers | None
+    run: Run
+    single: Run
+    sharding: Sharding | None
+    notes: tuple[str, ...]
+
+
+def _main_run(
+    model: LoadedModel, setting: Setting, progress: Progress
+) -> tuple[Layers | None, Run, Sharding | None, list[str]]:
+    """The symbolic run: with the layer list if it is one, sharded if the rules hold."""
+    notes: list[str] = []
+    layers = find_layers(model.module)
+    progress("tracing at concrete sizes")
+    point = Point(batch=BATCH_HINT, seq=seq_hint(model))
+    try:
+        check = _run(model, layers, setting, None, point)
+    except NotALayerList:
+        layers = None
+        check = _run(model, layers, setting, None, point)
+    if layers is None:
+        notes.append("no list of layers that are called once each in order: one block, one layer")
+    progress("tracing symbolic sizes")
+    try:
+        sharding = find_sharding(model.module)
+        run = _sharded_run(model, layers, setting, sharding, check)
+    except Unsupported as reason:
+        notes.append(str(reason))
+        return layers, _run(model, layers, setting, None, Point()), None, notes
+    return layers, run, sharding, notes + _vocabulary_note(sharding)
+
+
+def _run(
+    model: LoadedModel,
+    layers: Layers | None,
+    setting: Setting,
+    sharding: Sharding | None,
+    point: Point,
+) -> Run:
+    with traced(model.name):
+        run = Session(model, layers, setting, sharding, point).run()
+    for size, value in run.fixed.items():
+        if size in (B, S):
+            name = "batch" if size == B else "sequence length"
+            raise TraceError(
+                f"{model.name} works for one {name} only ({value}): an operation compares it with "
+                "a fixed size. Let make_batch and the model take any size."
+            )
+    return run
+
+
+def _sharded_run(
+    model: LoadedModel, layers: Layers | None, setting: Setting, sharding: Sharding, check: Run
+) -> Run:
+    """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
+    try:
+        run = Session(model, layers, setting, sharding, Point()).run()
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unsupported(f"tensor parallelism cannot be traced ({reason[0]}); t = 1 only") from error
+    if run.fixed:
+        raise Unsupported("tensor parallelism cannot be traced (a shard has one size); t = 1 only")
+    point = {B: BATCH_HINT, S: seq_hint(model), T: 1}
+    if _facts(run, point) != _facts(check, point):
+        raise Unsupported("the tensor-parallel trace at t = 1 is not the model's own; t = 1 only")
+    return run
+
+
+def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
+    """All costs of a run as numbers."""
+    values: dict[Expr, Expr] = {}
+
+    def at(expr: Expr) -> Expr:
+        if expr not in values:
+            values[expr] = expr.subs(point)
+        return values[expr]
+
+    pieces = (run.embed, *run.layers, run.head)
+    ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for p in pieces for o in p.part.ops]
+    kept = [(k.dtype, at(k.bytes)) for p in pieces for k in p.part.kept.values()]
+    return [*ops, *kept, *(at(p.boundary_bytes) for p in pieces)]
+
+
+def _vocabulary_note(sharding: Sharding) -> list[str]:
+    size = sharding.vocab_size
+    if size is None or size % 8 == 0:
+        return []
+    return [f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"]
+
+
+def _assemble(model: LoadedModel, setting: Setting, result: _Result) -> Traced:
+    run, single, sharding = result.run, result.single, result.sharding
+    owners = _owners(model.module, result)
+    pieces = (run.embed, run.head, *run.layers)
+    singles = (single.embed, single.head, *single.layers)
+    blocks = [
+        _block(piece, one, params, sharding, run)
+        for piece, one, params in zip(pieces, singles, owners, strict=True)
+    ]
+    embed, head, *layers = (_with_shared(blocks[0], run, single), *blocks[1:])
+    if result.layers is None:
+        whole = replace(head, name=type(model.module).__name__)
+        embed, head, layers = _empty("embed"), _empty("head"), [whole]
+    graph = _graph(model, setting, result, (embed, head, *layers))
+    names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
+    return Traced(
+        graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)}
+    )
+
+
+def _graph(
+    model: LoadedModel, setting: Setting, result: _Result, blocks: tuple[Block, ...]
+) -> ModelGraph:
+    embed, head, *layers = blocks
+    tied = any(param.tied for block in blocks for param in block.params)
+    runs = _runs(result.run.kinds) or (LayerRun(block=0, count=1),)
+    return ModelGraph(
+        name=model.name,
+        num_params=sum(p.numel() for p in model.module.parameters()),
+        blocks=tuple(layers),
+        layers=runs,
+        embed=embed,
+        head=head,
+        tied=tied,
+        max_seq_len=model.max_seq_len,
+        tp_limits=result.sharding.limits if result.sharding else None,
+        precision=setting.precision.value,
+        fingerprint=_fingerprint(model.module, runs, tied),
+        notes=result.notes,
+    )
+
+
+def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:
+    runs: list[LayerRun] = []
+    for kind in kinds:
+        last = runs.pop() if runs and runs[-1].block == kind else LayerRun(block=kind, count=0)
+        runs.append(LayerRun(block=kind, count=last.count + 1))
+    return tuple(runs)
+
+
+def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str:
+    shapes = sorted((name, list(p.shape)) for name, p in module.named_parameters())
+    text = json.dumps([shapes, [[run.block, run.count] for run in runs], tied])
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+Owned = list[tuple[str, torch.Tensor, bool]]
+
+
+def _owners(module: nn.Module, result: _Result) -> list[Owned]:
+    """The parameters of embed, head and each distinct layer: name, tensor, tied.
+
+    Outside the layers a parameter belongs where it is first read (one never read: to the
+    embedding); the head's second use is tied.
+    """
+    run = result.run
+    inside = {id(p) for layer in (result.layers.modules if result.layers else ())
+              for p in layer.parameters()}  # fmt: skip
+    used = {name: [run.originals[key] for key in piece.part.used]
+            for name, piece in (("embed", run.embed), ("head", run.head))}  # fmt: skip
+    ids = {name: {id(p) for p in params} for name, params in used.items()}
+    embed: Owned = []
+    head: Owned = []
+    for name, parameter in module.named_parameters():
+        if id(parameter) in inside:
+            continue
+        in_head, in_embed = id(parameter) in ids["head"], id(parameter) in ids["embed"]
+        if in_embed or not in_head:
+            (embed if result.layers else head).append((name, parameter, False))
+        if in_head:
+            head.append((name, parameter, in_embed))
+    layers = [
+        [(name, parameter, False) for name, parameter in piece.module.named_parameters()]
+        for piece in run.layers
+        if piece.module is not None
+    ]
+    return [embed, head, *layers]
+
+
+def _block(
+    piece: Piece, single: Piece, params: Owned, sharding: Sharding | None, run: Run
+) -> Block:
+    shares = sharding.params if sharding else {}
+    found = tuple(
+        Param(name=name, numel=tensor.numel(), sharded=id(tensor) in shares, tied=tied)
+        for name, tensor, tied in params
+    )
+    return Block(
+        name=piece.part.name,
+        params=found,
+        ops=tuple(piece.part.ops),
+        saved=piece.part.saved(),
+        saved_single=single.part.saved(),
+        boundary_bytes=piece.boundary_bytes,
+        transient_bytes=piece.transients,
+        num_tp_regions=_num_tp_regions(piece, found, sharding),
+        domain=run.domain,
+    )
+
+
+def _num_tp_regions(piece: Piece, params: tuple[Param, ...], sharding: Sharding | None) -> int:
+    if sharding is None:
+        return 0
+    if piece.module is None:
+        return int(any(param.sharded for param in params))
+    return sum(id(module) in sharding.rowwise for module in piece.module.modules())
+
+
+def _with_shared(embed: Block, run: Run, single: Run) -> Block:
+    """The embedding makes, and so keeps, what all layers share (rotary tables, masks)."""
+    return replace(
+        embed,
+        saved=embed.saved + run.shared,
+        saved_single=embed.saved_single + single.shared,
+    )
+
+
+def _empty(name: str) -> Block:
+    return Block(
+        name=name,
+        params=(),
+        ops=(),
+        saved=(),
+        saved_single=(),
+        boundary_bytes=Integer(0),
+        transient_bytes=(),
+        num_tp_regions=0,
+        domain=(),
+    )

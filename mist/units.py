@@ -1,0 +1,37 @@
+"""Units and their conversions: the only place where a factor between units is written.
+
+GiB and MiB are binary; GB, TB/s and TFLOP are decimal, as vendors print them.
+"""
+
+from typing import Final
+
+MIB: Final = 1024**2
+GIB: Final = 1024**3
+GB: Final = 10**9
+TFLOP: Final = 10**12
+MICROSECOND: Final = 1e-6
+MILLISECOND: Final = 1e-3
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for a reader: three digits that matter, binary units ("43.1 GiB")."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
+        if abs(num_bytes) >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for a reader: "4.21 s", "35.2 ms", "12.0 us"."""
+    for unit, name in ((1.0, "s"), (MILLISECOND, "ms"), (MICROSECOND, "us")):
+        if abs(seconds) >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return "0 s" if seconds == 0 else f"{seconds / MICROSECOND:.2g} us"
+
+
+def format_count(count: float) -> str:
+    """A count for a reader: 8030261248 as "8.03 B", 1557611200 as "1.56 B"."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(count) >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f}"

@@ -1,0 +1,127 @@
+"""`mist plan`: search, judge, explain, assemble."""
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from mist.errors import Infeasible, InputError
+from mist.estimate import Job, estimate
+from mist.explain import layout_words, losing_reason, overflow, step_parts
+from mist.plans import Alternative, Plan
+from mist.platform import load_platform
+from mist.spec import SearchSpace
+from mist.tune import Layout, Point, Tuned, landscape, smallest_peak, stage_plans, tune
+from mist.workflow.question import (
+    Progress,
+    Question,
+    limit_of,
+    margin_of,
+    prepare,
+    provenance_of,
+    quiet,
+    unsearched_plan,
+)
+
+MOST_GPUS_SUGGESTED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A plan, how long it took, and the layouts judged on the way (for the plot)."""
+
+    plan: Plan
+    seconds: dict[str, float]
+    points: tuple[Point, ...]
+    limit_bytes: float
+
+
+def make_plan(
+    question: Question, space: SearchSpace, *, num_alternatives: int = 5, progress: Progress = quiet
+) -> Planned:
+    """Search the fastest layout that fits and say why others lose.
+
+    Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
+    """
+    start = perf_counter()
+    job = prepare(question, progress)
+    prepared = perf_counter()
+    limit = limit_of(job, question)
+    try:
+        tuned = tune(
+            job, space, limit_bytes=limit, num_alternatives=num_alternatives, progress=progress
+        )
+    except Infeasible:
+        raise Infeasible(_infeasible_words(job, space, question)) from None
+    searched = perf_counter()
+    points = landscape(job, space, limit_bytes=limit, within_s=3 * tuned.best.step_s)
+    seconds = {"prepare": prepared - start, "search": searched - prepared}
+    plan = _assemble(job, question, space, tuned)
+    return Planned(plan=plan, seconds=seconds, points=tuple(points), limit_bytes=limit)
+
+
+def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) -> Plan:
+    num_micro_batches = tuned.best.group.num_micro_batches
+    stages = stage_plans(job, tuned.best)
+    judged = estimate(job, stages, num_micro_batches)
+    winner = step_parts(judged, num_micro_batches)
+    provenance = provenance_of(
+        job,
+        solver="dynamic program, confirmed by HiGHS through PuLP",
+        gap=float(f"{tuned.gap:.3g}"),
+        lower_bound_s=float(f"{tuned.lower_bound_s:.6g}"),
+        search=tuned.statistics
+        | {"margin": margin_of(job.platform, question)}
+        | {"restricted": ", ".join(space.restrictions) or "nothing"},
+    )
+    return replace(
+        unsearched_plan(job, question, stages, num_micro_batches, judged),
+        alternatives=tuple(_alternative(job, other, winner) for other in tuned.others),
+        provenance=provenance,
+    )
+
+
+def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternative:
+    num_micro_batches = layout.group.num_micro_batches
+    stages = stage_plans(job, layout)
+    judged = estimate(job, stages, num_micro_batches)
+    return Alternative(
+        layout=layout_words(stages, num_micro_batches),
+        step_s=judged.step_s,
+        peak_bytes=max(stage.peak_bytes for stage in judged.stages),
+        reason=losing_reason(step_parts(judged, num_micro_batches), winner),
+    )
+
+
+def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
+    """The stage that comes closest to fitting, its bytes, and how many GPUs would do."""
+    layout = smallest_peak(job, space)
+    judged = estimate(job, stage_plans(job, layout), layout.group.num_micro_batches)
+    stages = list(enumerate(judged.stages))
+    index, stage = max(stages, key=lambda item: item[1].peak_bytes)
+    device = job.platform.device.name
+    return (
+        f"{job.graph.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
+        f"least memory ({layout_words(stage_plans(job, layout), layout.group.num_micro_batches)}) "
+        f"{overflow(index, stage, device, limit_of(job, question))}. {_what_fits(job, space, question)}"
+    )
+
+
+def _what_fits(job: Job, space: SearchSpace, question: Question) -> str:
+    """The first doubling of the GPUs on which something fits."""
+    num_gpus = 2 * question.num_gpus
+    while num_gpus <= MOST_GPUS_SUGGESTED:
+        try:
+            platform = load_platform(
+                num_gpus=num_gpus,
+                gpu=job.platform.device.name,
+                cluster=job.platform.cluster.name,
+                runtime=job.platform.runtime.name,
+            )
+            larger = replace(job, platform=platform)
+            if smallest_peak(larger, space).peak_bytes <= limit_of(larger, question):
+                return f"Try --gpus {num_gpus}."
+        except InputError:
+            break
+        num_gpus *= 2
+    return f"No number of {job.platform.device.name} in {job.platform.cluster.name} that was tried fits."
+
+

@@ -1,0 +1,163 @@
+"""The question that every command asks, and the job it becomes: traced model, platform, stage cost."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from mist.errors import InputError
+from mist.estimate import Job, make_job
+from mist.graph import ModelGraph
+from mist.plans import ClusterRef, Estimate, ModelRef, Plan, Provenance, Schedule, StagePlan
+from mist.platform import Platform, load_platform
+from mist.rules import out_of_domain
+from mist.spec import Attention, Optimizer, Precision, Workload
+from mist.trace import load_graph, trace_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+DEFAULT_SEQ_LEN = 8192
+DEFAULT_GLOBAL_BATCH = 256
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the user asks about: a model, machines, a workload. None: the default of the model or device."""
+
+    model: "str | nn.Module"
+    num_gpus: int
+    gpu: str | None = None
+    cluster: str | None = None
+    runtime: str = "torch"
+    seq_len: int | None = None
+    global_batch: int = DEFAULT_GLOBAL_BATCH
+    precision: Precision = Precision.BF16
+    attention: Attention = Attention.FLASH
+    margin_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
+            raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
+
+
+def quiet(message: str) -> None:
+    """Progress that nobody listens to."""
+
+
+def prepare(question: Question, progress: Progress = quiet) -> Job:
+    """Trace the model, load the platform and compile the stage cost.
+
+    Raises InputError for anything in the question that cannot be used.
+    """
+    platform = load_platform(
+        num_gpus=question.num_gpus,
+        gpu=question.gpu,
+        cluster=question.cluster,
+        runtime=question.runtime,
+    )
+    graph = _graph(question, progress)
+    workload = Workload(
+        seq_len=_sequence(graph, question.seq_len),
+        global_batch=question.global_batch,
+        precision=question.precision,
+        optimizer=Optimizer.ADAMW,
+        attention=question.attention,
+        compile=False,
+    )
+    if broken := out_of_domain(graph, workload.seq_len):
+        raise InputError(f"--seq {workload.seq_len}: {graph.name} was traced for {broken} only.")
+    return make_job(graph, platform, workload)
+
+
+def _graph(question: Question, progress: Progress) -> ModelGraph:
+    if isinstance(question.model, str):
+        return load_graph(
+            question.model,
+            precision=question.precision,
+            attention=question.attention,
+            policy="cuda",
+            progress=progress,
+        )
+    return trace_model(
+        question.model,
+        precision=question.precision,
+        attention=question.attention,
+        policy="cuda",
+        progress=progress,
+    )
+
+
+def _sequence(graph: ModelGraph, asked: int | None) -> int:
+    longest = graph.max_seq_len
+    if asked is None:
+        return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+    if longest is not None and asked > longest:
+        raise InputError(
+            f"--seq {asked}: {graph.name} has positions for {longest} tokens. "
+            f"Use --seq {longest} or less."
+        )
+    return asked
+
+
+def margin_of(platform: Platform, question: Question) -> float:
+    return platform.margin_ratio if question.margin_ratio is None else question.margin_ratio
+
+
+def limit_of(job: Job, question: Question) -> float:
+    return job.platform.planned_bytes(margin_of(job.platform, question))
+
+
+def unsearched_plan(
+    job: Job,
+    question: Question,
+    stages: Sequence[StagePlan],
+    num_micro_batches: int,
+    judged: Estimate,
+) -> Plan:
+    """A plan of given stages that nobody searched."""
+    graph, platform = job.graph, job.platform
+    source = question.model if isinstance(question.model, str) else f"object:{graph.name}"
+    return Plan(
+        model=ModelRef(
+            source=source,
+            name=graph.name,
+            params=graph.num_params,
+            fingerprint=graph.fingerprint,
+        ),
+        workload=job.workload,
+        cluster=ClusterRef(
+            name=platform.cluster.name,
+            device=platform.device.name,
+            num_gpus=platform.num_gpus,
+            gpus_per_node=platform.gpus_per_node,
+        ),
+        runtime=platform.runtime.name,
+        schedule=Schedule(kind="1f1b", vpp=1),
+        num_micro_batches=num_micro_batches,
+        stages=tuple(stages),
+        estimate=judged,
+        alternatives=(),
+        provenance=provenance_of(
+            job, solver="none: written by hand", gap=0.0, lower_bound_s=0.0, search={}
+        ),
+    )
+
+
+def provenance_of(
+    job: Job, *, solver: str, gap: float, lower_bound_s: float, search: dict[str, str | int | float]
+) -> Provenance:
+    return Provenance(
+        mist=version("mist-planner"),
+        profiles=job.platform.profile_hashes(),
+        solver=solver,
+        gap=gap,
+        lower_bound_s=lower_bound_s,
+        search=search,
+    )
+
+

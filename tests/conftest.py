@@ -1,0 +1,22 @@
+"""Tests leave no trace outside their temporary folders and give the same result every time."""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("mist", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("mist")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The trace cache and the user's profiles: empty at the start, shared by all tests of a run.
+
+    Set in the environment, so that the commands which tests start see them too.
+    """
+    home: Path = tmp_path_factory.mktemp("home")
+    patch = pytest.MonkeyPatch()
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"):
+        patch.setenv(name, str(home / name.lower()))
+    patch.setenv("MPLBACKEND", "Agg")

@@ -1,0 +1,82 @@
+"""Exhaustive enumeration of small inter-stage problems, by the form of the objective in the paper.
+
+It shares nothing with the code under test: no (t, u) identity, no bounds, no ordering.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mist.milp import Cell, InterStageProblem
+
+
+def assignments(problem: InterStageProblem) -> Iterator[list[tuple[float, float]]]:
+    """(stable, lone) per stage of every assignment that covers the layers in order."""
+
+    def extend(stage: int, begin: int) -> Iterator[list[tuple[float, float]]]:
+        if stage == problem.num_stages:
+            if begin == problem.num_layers:
+                yield []
+            return
+        for cell in problem.cells:
+            if cell.stage != stage or (cell.first is not None and cell.first != begin):
+                continue
+            if begin + cell.count > problem.num_layers:
+                continue
+            for rest in extend(stage + 1, begin + cell.count):
+                for stable, lone in zip(cell.stable_s, cell.lone_s, strict=True):
+                    yield [(float(stable), float(lone)), *rest]
+
+    return extend(0, 0)
+
+
+def paper_step(num_micro_batches: int, times: list[tuple[float, float]]) -> float:
+    """(G - 1) max t + sum t + max (d_i - sum_{j<i} t_j)."""
+    total, worst = 0.0, -np.inf
+    for stable, lone in times:
+        worst = max(worst, lone - stable - total)
+        total += stable
+    return (num_micro_batches - 1) * max(stable for stable, _ in times) + total + worst
+
+
+def optimum(problem: InterStageProblem) -> float:
+    """Least step time in seconds; inf when no assignment exists."""
+    found = (paper_step(problem.num_micro_batches, times) for times in assignments(problem))
+    return min(found, default=np.inf)
+
+
+def random_problem(seed: int, *, max_layers: int, max_stages: int) -> InterStageProblem:
+    """Any small problem: alike layers or not, deltas of both signs, ties, missing cells."""
+    rng = np.random.default_rng(seed)
+    num_stages = int(rng.integers(1, max_stages + 1))
+    num_layers = int(rng.integers(num_stages, max_layers + 1))
+    alike = bool(rng.integers(2))
+    whole = bool(rng.integers(2))  # whole seconds make ties common
+    cells = []
+    for stage in range(num_stages):
+        for count in range(1, num_layers + 1):
+            firsts = [None] if alike else range(num_layers - count + 1)
+            cells += [
+                random_cell(rng, stage, first, count, whole)
+                for first in firsts
+                if rng.uniform() < 0.9
+            ]
+    return InterStageProblem(
+        num_layers=num_layers,
+        num_stages=num_stages,
+        num_micro_batches=int(rng.choice([1, 2, 4, 16, 64])),
+        cells=tuple(cells[index] for index in rng.permutation(len(cells))),
+    )
+
+
+def random_cell(
+    rng: np.random.Generator, stage: int, first: int | None, count: int, whole: bool
+) -> Cell:
+    """0 to 3 points whose deltas lie in [-stable, 3 * stable]."""
+    size = int(rng.choice([0, 1, 2, 3], p=[0.1, 0.3, 0.3, 0.3]))
+    stable, lone = np.sort(count * rng.uniform(0.5, 2.0, size)), count * rng.uniform(0, 6, size)
+    if whole:
+        stable, lone = np.ceil(stable), np.ceil(lone)
+    return Cell(
+        stage=stage, first=first, count=count, stable_s=stable, lone_s=np.sort(lone)[::-1].copy()
+    )

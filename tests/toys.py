@@ -1,0 +1,165 @@
+"""Small models and platforms made by hand, so that the rooms after trace are tested without torch."""
+
+import sympy
+
+from mist.estimate import Job, make_job
+from mist.graph import (
+    B,
+    Block,
+    Layout,
+    LayerRun,
+    ModelGraph,
+    Op,
+    OpKind,
+    Param,
+    Phase,
+    S,
+    SavedTensor,
+    T,
+    TpLimit,
+    Traffic,
+)
+from mist.platform import Platform, load_platform
+from mist.spec import Attention, Optimizer, Precision, Workload
+
+ELEMENT_BYTES = 2
+
+
+def gemm(phase: Phase, rows: sympy.Expr, columns: sympy.Expr, inner: sympy.Expr) -> Op:
+    """A matrix product of the toy."""
+    return Op(
+        name="aten.mm.default",
+        kind=OpKind.GEMM,
+        phase=phase,
+        module="mlp",
+        dims=(sympy.Integer(1), rows, columns, inner),
+        causal=False,
+        traffic=Traffic.POINTWISE,
+        layout=Layout.SHARDED,
+        flop=2 * rows * columns * inner,
+        traffic_bytes=ELEMENT_BYTES * (rows * columns + columns * inner + rows * inner),
+    )
+
+
+def pointwise(phase: Phase, traffic_bytes: sympy.Expr) -> Op:
+    """A memory-bound operation of the toy that every tensor-parallel rank does whole."""
+    return Op(
+        name="aten.add.Tensor",
+        kind=OpKind.MEMORY,
+        phase=phase,
+        module="norm",
+        dims=(),
+        causal=False,
+        traffic=Traffic.POINTWISE,
+        layout=Layout.REPLICATED,
+        flop=sympy.Integer(0),
+        traffic_bytes=traffic_bytes,
+    )
+
+
+def kept(layout: Layout, num_bytes: sympy.Expr) -> SavedTensor:
+    """A saved tensor of the toy."""
+    return SavedTensor(
+        bytes=num_bytes, shape=(), dtype="bfloat16", op="linear", module="mlp", layout=layout
+    )
+
+
+def mlp_block(name: str, hidden: int, wide: int) -> Block:
+    """Two matrices, hidden -> wide -> hidden, the first column-parallel and the second row-parallel."""
+    tokens, width = B * S, sympy.Integer(wide) / T
+    saved = (
+        kept(Layout.REPLICATED, ELEMENT_BYTES * tokens * hidden),
+        kept(Layout.GATHERED, ELEMENT_BYTES * tokens * hidden),
+        kept(Layout.SHARDED, ELEMENT_BYTES * tokens * width),
+    )
+    return Block(
+        name=name,
+        params=(
+            Param(name="up", numel=hidden * wide, sharded=True, tied=False),
+            Param(name="down", numel=hidden * wide, sharded=True, tied=False),
+            Param(name="norm", numel=hidden, sharded=False, tied=False),
+        ),
+        ops=(
+            gemm("forward", tokens, width, sympy.Integer(hidden)),
+            gemm("forward", tokens, sympy.Integer(hidden), width),
+            pointwise("forward", 4 * tokens * hidden),
+            gemm("backward", tokens, sympy.Integer(hidden), width),
+            gemm("backward", sympy.Integer(hidden), width, tokens),
+            gemm("backward", tokens, width, sympy.Integer(hidden)),
+            gemm("backward", width, sympy.Integer(hidden), tokens),
+            pointwise("backward", 6 * tokens * hidden),
+        ),
+        saved=saved,
+        saved_single=saved,
+        boundary_bytes=ELEMENT_BYTES * tokens * hidden,
+        transient_bytes=(ELEMENT_BYTES * tokens * width, 3 * ELEMENT_BYTES * tokens * hidden),
+        num_tp_regions=1,
+        domain=(),
+    )
+
+
+def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
+    """An embedding or a head: one vocabulary matrix."""
+    tokens, width = B * S, sympy.Integer(vocab) / T
+    return Block(
+        name=name,
+        params=(Param(name="weight", numel=hidden * vocab, sharded=True, tied=tied),),
+        ops=(
+            gemm("forward", tokens, width, sympy.Integer(hidden)),
+            gemm("backward", tokens, sympy.Integer(hidden), width),
+        ),
+        saved=(kept(Layout.SHARDED, 4 * tokens * width),),
+        saved_single=(kept(Layout.SHARDED, 4 * tokens * width),),
+        boundary_bytes=ELEMENT_BYTES * tokens * hidden,
+        transient_bytes=(4 * tokens * width,),
+        num_tp_regions=1,
+        domain=(),
+    )
+
+
+def toy_graph(
+    counts: tuple[int, ...] = (8,), hidden: int = 1024, vocab: int = 32000, *, tied: bool = False
+) -> ModelGraph:
+    """Runs of MLP layers, each run twice as wide as the one before."""
+    blocks = tuple(mlp_block(f"layer{i}", hidden, 4 * hidden * 2**i) for i in range(len(counts)))
+    embed = end_block("embed", hidden, vocab, tied=False)
+    head = end_block("head", hidden, vocab, tied=tied)
+    layers = tuple(LayerRun(block=i, count=count) for i, count in enumerate(counts))
+    num_params = embed.num_params + head.num_params
+    num_params += sum(run.count * blocks[run.block].num_params for run in layers)
+    return ModelGraph(
+        name="toy",
+        num_params=num_params,
+        blocks=blocks,
+        layers=layers,
+        embed=embed,
+        head=head,
+        tied=tied,
+        max_seq_len=None,
+        tp_limits=(TpLimit(label="MLP width", size=4 * hidden),),
+        precision="bf16",
+        fingerprint="sha256:toy",
+        notes=(),
+    )
+
+
+def toy_platform(num_gpus: int = 8, gpu: str = "h100-sxm") -> Platform:
+    """Some GPUs of a shipped profile."""
+    return load_platform(num_gpus=num_gpus, gpu=gpu, cluster=None, runtime="torch")
+
+
+def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
+    """A bf16 AdamW workload."""
+    return Workload(
+        seq_len=seq_len,
+        global_batch=global_batch,
+        precision=Precision.BF16,
+        optimizer=Optimizer.ADAMW,
+        attention=Attention.FLASH,
+        compile=False,
+    )
+
+
+def toy_job(graph: ModelGraph | None = None, num_gpus: int = 8, **workload: int) -> Job:
+    """A toy model on a few H100s."""
+    return make_job(graph or toy_graph(), toy_platform(num_gpus), toy_workload(**workload))
