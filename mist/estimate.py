@@ -1,8 +1,7 @@
-"""Any concrete layout -> Estimate, through the compiled stage cost and the total-time formula of the search."""
+"""Any concrete layout -> Estimate, by the stage cost and the step time that the search uses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -53,13 +52,23 @@ def make_job(graph: ModelGraph, platform: Platform, workload: Workload) -> Job:
     return Job(graph=graph, platform=platform, workload=workload, cost=cost, kind_prefix=prefix)
 
 
-def strategy_columns(job: Job, *, dp: ArrayLike, tp: ArrayLike, micro_batch: ArrayLike, zero: ArrayLike) -> dict[str, ArrayLike]:
-    """Inputs of the terms. Ranks are numbered with tp innermost, so a data-parallel group strides by tp."""
+def strategy_columns(
+    job: Job, *, dp: ArrayLike, tp: ArrayLike, micro_batch: ArrayLike, zero: ArrayLike
+) -> dict[str, ArrayLike]:
+    """Inputs of the terms. tp is innermost: a data-parallel group strides over the ranks by tp."""
     per_node = np.maximum(job.platform.gpus_per_node // np.asarray(tp), 1)
-    return {"b": micro_batch, "t": tp, "dp": dp, "dp_per_node": np.minimum(dp, per_node), "zero": zero}
+    return {
+        "b": micro_batch,
+        "t": tp,
+        "dp": dp,
+        "dp_per_node": np.minimum(dp, per_node),
+        "zero": zero,
+    }
 
 
-def position_columns(job: Job, first_device: ArrayLike, num_devices: ArrayLike, num_micro_batches: int) -> dict[str, ArrayLike]:
+def position_columns(
+    job: Job, first_device: ArrayLike, num_devices: ArrayLike, num_micro_batches: int
+) -> dict[str, ArrayLike]:
     """Position of stages given by their device ranges, in order: shape [S]."""
     first = np.asarray(first_device)
     num_stages, per_node = len(first), job.platform.gpus_per_node
@@ -74,8 +83,10 @@ def position_columns(job: Job, first_device: ArrayLike, num_devices: ArrayLike, 
     }
 
 
-def count_columns(job: Job, first: ArrayLike, count: ArrayLike, num_full: ArrayLike) -> dict[str, Counts]:
-    """Layers of each kind and level in the run [first, count] whose last `num_full` are recomputed."""
+def count_columns(
+    job: Job, first: ArrayLike, count: ArrayLike, num_full: ArrayLike
+) -> dict[str, Counts]:
+    """Layers by kind and level in the run [first, count], its last `num_full` recomputed."""
     start, stop = np.asarray(first), np.asarray(first) + np.asarray(count)
     split = stop - np.asarray(num_full)
     columns = {}
@@ -115,8 +126,10 @@ def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> E
 
 
 def model_flop(graph: ModelGraph, workload: Workload) -> float:
-    """Model FLOPs of one step: three forward passes' worth (backward is twice), nothing recomputed."""
-    layers = sum(run.count * _forward_flop(graph.blocks[run.block], workload) for run in graph.layers)
+    """Model FLOPs of one step: backward as two forward passes, nothing recomputed."""
+    layers = sum(
+        run.count * _forward_flop(graph.blocks[run.block], workload) for run in graph.layers
+    )
     ends = _forward_flop(graph.embed, workload) + _forward_flop(graph.head, workload)
     return 3.0 * workload.global_batch * (layers + ends)
 

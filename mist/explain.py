@@ -1,7 +1,7 @@
 """Why one layout beats another: the parts of a step, and where they differ.
 
-A step is G micro-batches of the slowest stage, the delta of its first and last one, and the time that
-the stage waits for others (bubble and imbalance): these parts sum to the step.
+A step is G micro-batches of the slowest stage, the delta of its first and last one, and the time
+that the stage waits for others (bubble and imbalance): these parts sum to the step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> st
 
 def layout_words(stages: Sequence[StagePlan], num_micro_batches: int) -> str:
     """A layout in one line: "pp2 dp4 tp2 zero1 mb1 x32, full checkpointing 3+0 of 16+16 layers"."""
-    names = {
+    names: dict[str, list[int]] = {
         "dp": [stage.dp for stage in stages],
         "tp": [stage.tp for stage in stages],
         "zero": [stage.zero for stage in stages],

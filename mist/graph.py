@@ -1,8 +1,9 @@
-"""What a traced model is, without torch: blocks, their operations and what they keep, as expressions.
+"""What a traced model is, without torch: blocks, operations and what they keep, as expressions.
 
 Every size is an expression in three symbols: `B` micro-batch (samples per data-parallel rank),
 `S` sequence length (tokens), `T` tensor-parallel degree. Bytes are bytes of the traced precision.
-An expression holds where the block's `domain` holds. `trace` writes these types, `symbolic` reads them.
+An expression holds where the block's `domain` holds. `trace` writes these types, `symbolic` reads
+them.
 """
 
 from dataclasses import dataclass
@@ -98,11 +99,11 @@ class Param:
 class Block:
     """A distinct layer, the embedding, or the head with the loss.
 
-    `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are made).
-    `boundary_bytes`: the input activation, which is all that full checkpointing keeps.
+    `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are
+    made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
     worst for some (b, s, t); the peak is their maximum. `num_tp_regions`: column-to-row pairs, each
-    of which gathers and reduces once per pass. `domain`: relations under which the expressions hold.
+    of which gathers and reduces once per pass. `domain`: relations under which all this holds.
     """
 
     name: str
@@ -146,7 +147,7 @@ class ModelGraph:
     """A traced model: its distinct blocks, and the layers as runs of them.
 
     `tp_limits` is None when no tensor-parallel rules are known for the model: t must be 1.
-    `fingerprint` identifies the model itself (names and shapes of parameters, runs, ties), not the trace.
+    `fingerprint` identifies the model (names and shapes of parameters, runs, ties), not the trace.
     """
 
     name: str

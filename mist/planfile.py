@@ -1,4 +1,4 @@
-"""Plan files: YAML with a schema line, read with every fault at once, written whole or not at all."""
+"""Plan files: YAML, read with every fault reported at once, written whole or not at all."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -39,7 +38,7 @@ def dump_plan(plan: Plan) -> str:
     """The plan as YAML text; the same plan gives the same bytes."""
     data = json.loads(json.dumps(asdict(plan)))
     text = yaml.dump(data, Dumper=_PlanDumper, sort_keys=False, width=100, default_flow_style=None)
-    return cast(str, text)
+    return str(text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,14 +51,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror}. Choose another --out.") from error
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror}. Choose another --out."
+        ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror}. Choose another --out.") from error
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror}. Choose another --out."
+        ) from error
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -82,7 +85,9 @@ def _schema_faults(data: Mapping[str, object]) -> list[Fault]:
         _adapter().validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         rows = error.errors(include_url=False, include_context=False)
-        return [Fault(path=_path(row["loc"]), message=_message(row["type"], row["msg"])) for row in rows]
+        return [
+            Fault(path=_path(row["loc"]), message=_message(row["type"], row["msg"])) for row in rows
+        ]
     except PlanError:
         return []
     return []
@@ -109,5 +114,5 @@ _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 class _PlanDumper(yaml.SafeDumper):
     """Small mappings and lists of numbers on one line, the rest as blocks, no anchors."""
 
-    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - the base class's signature
+    def ignore_aliases(self, data: object) -> bool:
         return True

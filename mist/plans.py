@@ -1,8 +1,9 @@
-"""The plan: what comes out of the search and the only thing that crosses to execution and reports.
+"""The plan: what comes out of the search, and all that crosses to execution and reports.
 
-`mist.planfile` reads and writes it. Invariants (`plan_faults`): dp * tp * cp ranks are the devices of a stage; ep divides dp * cp;
-dp * micro_batch is equal over stages and times num_micro_batches is the global batch; the layer
-runs cover the model once, in order; the devices cover the cluster once; levels sum to the layers.
+`mist.planfile` reads and writes it. Invariants (`plan_faults`): dp * tp * cp ranks are the devices
+of a stage; ep divides dp * cp; dp * micro_batch is equal over stages and times num_micro_batches is
+the global batch; the layer runs cover the model once, in order; the devices cover the cluster once;
+memory levels sum to the layers and apply from the stage's first layer on, in their order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -238,7 +239,7 @@ def _runs(value: object) -> list[tuple[int, int]]:
 def _is_run(item: object) -> bool:
     return (
         isinstance(item, list | tuple)
-        and len(item) == 2  # noqa: PLR2004 - first, count
+        and len(item) == 2
         and all(_int(part) is not None for part in item)
     )
 

@@ -94,7 +94,7 @@ def _tp_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> Iter
     yield Rule(
         name="tp-in-node",
         holds=lambda c: (c["tp"] <= per_node) & (per_node % c["tp"] == 0),
-        message=f"tp {{tp}} does not divide the {per_node} GPUs of a node of {platform.cluster.name}.",
+        message=f"tp {{tp}} does not divide the {per_node} GPUs per node of {platform.cluster.name}.",
     )
     if graph.tp_limits is None:
         yield Rule(
@@ -146,4 +146,4 @@ def _batch_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> I
 
 
 def _aligned(ranks: NDArray[np.int64], per_node: int) -> Mask:
-    return (ranks % per_node == 0) | (per_node % ranks == 0)
+    return np.asarray((ranks % per_node == 0) | (per_node % ranks == 0), dtype=np.bool_)

@@ -35,7 +35,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageChoice:
-    """What one stage does: layers [first, count], strategy number of the group, recomputed layers."""
+    """What one stage does: layers [first, count], the group's strategy, recomputed layers."""
 
     first: int
     count: int
@@ -45,7 +45,7 @@ class StageChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A whole pipeline of one group, its predicted step time and the peak of its fullest device."""
+    """A pipeline of one group, its predicted step time and the peak of its fullest device."""
 
     group: Group
     stages: tuple[StageChoice, ...]
@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def kind(self) -> tuple[int, int, int]:
-        """What makes layouts different for a reader: pp, and tp and ZeRO level of the first stage."""
+        """What tells layouts apart for a reader: pp, and tp and ZeRO of the first stage."""
         strategy = self.stages[0].strategy
         return len(self.stages), int(self.group.tp[strategy]), int(self.group.zero[strategy])
 
@@ -209,7 +209,9 @@ def _join(
     return _layout(table, rows, solution.step_s), solution
 
 
-def _frontiers(table: StageTable, upper_bound_s: float) -> Iterator[tuple[tuple[int, int], Frontier]]:
+def _frontiers(
+    table: StageTable, upper_bound_s: float
+) -> Iterator[tuple[tuple[int, int], Frontier]]:
     """Non-empty frontiers by (stage, range), without the points that alone exceed the bound."""
     least_s = (table.group.num_micro_batches - 1) * table.stable_s + table.lone_s
     useful = table.feasible & (least_s <= upper_bound_s)
@@ -288,7 +290,7 @@ def landscape(
 def smallest_peak(job: Job, space: SearchSpace) -> Layout:
     """The layout whose fullest device holds least. Raises InputError when the space is empty."""
     checkpoint = "none" if space.checkpoint == "none" else "full"
-    layouts = []
+    layouts: list[Layout] = []
     for group in groups(job, space):
         table = stage_table(job, group, replace(space, checkpoint=checkpoint), math.inf)
         layouts += _even_layouts(table, value=table.peak_bytes)

@@ -6,8 +6,8 @@ from mist.estimate import Job, make_job
 from mist.graph import (
     B,
     Block,
-    Layout,
     LayerRun,
+    Layout,
     ModelGraph,
     Op,
     OpKind,

@@ -32,7 +32,7 @@ Times are divided by a time that some stage needs (`_unit_s`): tolerances of HiG
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pulp
@@ -215,7 +215,7 @@ def _aim(
 
 
 def _sum(
-    variables: _Variables, rows: NDArray[np.intp], factor: NDArray[Any]
+    variables: _Variables, rows: NDArray[np.intp], factor: NDArray[np.float64]
 ) -> pulp.LpAffineExpression:
     """sum over the points `rows` of factor * z; `factor` has one entry per row."""
     return pulp.LpAffineExpression(
@@ -266,7 +266,7 @@ def _layers_alike(
 ) -> list[pulp.LpConstraint]:
     """sum_p n_p z_p = L."""
     rows = np.arange(points.size)
-    return [_sum(variables, rows, points["count"]) == problem.num_layers]
+    return [_sum(variables, rows, points["count"].astype(np.float64)) == problem.num_layers]
 
 
 def _layers_contiguous(
@@ -282,7 +282,7 @@ def _layers_contiguous(
         leaves, enters = stage == before, stage == before + 1
         for boundary in np.union1d(end[leaves], first[enters]):
             rows = np.flatnonzero((leaves & (end == boundary)) | (enters & (first == boundary)))
-            constraints.append(_sum(variables, rows, np.where(leaves[rows], 1, -1)) == 0)
+            constraints.append(_sum(variables, rows, np.where(leaves[rows], 1.0, -1.0)) == 0)
     return constraints
 
 

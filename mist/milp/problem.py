@@ -36,13 +36,20 @@ class Cell:
             raise ValueError(
                 f"cell of stage {self.stage}: layers from {self.first}, count {self.count}"
             )
-        stable, lone = self.stable_s, self.lone_s
-        if stable.ndim != 1 or stable.shape != lone.shape:
-            raise ValueError(f"cell of stage {self.stage}: {stable.shape} and {lone.shape} differ")
-        if not all(np.isfinite(times).all() and np.all(times >= 0) for times in (stable, lone)):
-            raise ValueError(f"cell of stage {self.stage}: times must be finite and not negative")
-        if not (np.all(np.diff(stable) >= 0) and np.all(np.diff(lone) <= 0)):
-            raise ValueError(f"cell of stage {self.stage}: stable_s must rise and lone_s fall")
+        fault = _fault_of_times(self.stable_s, self.lone_s)
+        if fault is not None:
+            raise ValueError(f"cell of stage {self.stage}: {fault}")
+
+
+def _fault_of_times(stable_s: NDArray[np.float64], lone_s: NDArray[np.float64]) -> str | None:
+    """Why these are not the times of a frontier; None when they are."""
+    if stable_s.ndim != 1 or stable_s.shape != lone_s.shape:
+        return f"{stable_s.shape} and {lone_s.shape} differ"
+    if not all(np.isfinite(times).all() and np.all(times >= 0) for times in (stable_s, lone_s)):
+        return "times must be finite and not negative"
+    if np.any(np.diff(stable_s) < 0) or np.any(np.diff(lone_s) > 0):
+        return "stable_s must rise and lone_s fall"
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

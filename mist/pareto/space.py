@@ -1,4 +1,4 @@
-"""The search space as named columns: groups (stages, micro-batches), and the strategies of each group.
+"""The search space as named columns: groups (stages, micro-batches) and their strategies.
 
 A group fixes the number of stages S and of micro-batches G; all stages have N / S devices. Then the
 samples per micro-step B / G are fixed too, and a strategy is (tp, zero): dp = N / S / tp and the
@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """S pipeline stages and G micro-batches per step; the strategies [K] that its stages may use."""
+    """S pipeline stages, G micro-batches per step, and the strategies [K] of its stages."""
 
     num_stages: int
     num_micro_batches: int

@@ -1,14 +1,14 @@
 """Every stage that a group allows, as arrays over [strategy, position, layer range].
 
-Times do not depend on the position's neighbours and rise with the number of recomputed layers, while
-the peak falls with it (beyond the first, which adds the working set of a recomputation): so of all
-numbers of recomputed layers only the smallest that fits can be on a frontier, and bisection finds it.
+Times rise with the number of recomputed layers, while the peak falls with it (beyond the first,
+which adds the working set of a recomputation): so of all numbers of recomputed layers only the
+smallest that fits can be on a frontier, and bisection finds it.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mist.estimate import Job, count_columns, position_columns
 from mist.pareto.space import Group, Ints
@@ -67,13 +67,15 @@ class _StageModel:
         devices = np.arange(group.num_stages) * group.num_devices
         position = position_columns(job, devices, group.num_devices, group.num_micro_batches)
         self._job, self._first, self._count = job, first, count
-        self._fixed = {name: column[:, None, None] for name, column in terms.items()}
+        self._fixed: dict[str, ArrayLike] = {
+            name: column[:, None, None] for name, column in terms.items()
+        }
         self._fixed |= {name: np.asarray(column)[:, None] for name, column in position.items()}
 
     def __call__(self, num_full: Ints) -> dict[str, Floats]:
         """stable_s, lone_s, peak_bytes of shape [K, S, R] for `num_full` of that shape."""
         counts = count_columns(self._job, self._first, self._count, num_full)
-        return self._job.cost.search(self._fixed | counts)
+        return self._job.cost.search({**self._fixed, **counts})
 
 
 def _ranges(num_layers: int, num_stages: int, alike: bool) -> tuple[Ints, Ints]:
@@ -82,7 +84,8 @@ def _ranges(num_layers: int, num_stages: int, alike: bool) -> tuple[Ints, Ints]:
     if alike:
         count = np.arange(1, longest + 1)
         return np.zeros_like(count), count
-    first, count = np.meshgrid(np.arange(num_layers), np.arange(1, longest + 1), indexing="ij")
+    grid = np.meshgrid(np.arange(num_layers), np.arange(1, longest + 1), indexing="ij")
+    first, count = (axis.ravel() for axis in grid)
     inside = first + count <= num_layers
     return first[inside], count[inside]
 

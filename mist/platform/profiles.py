@@ -82,7 +82,8 @@ def find_profile(name: str, family: Family) -> Path:
         return path
     known = list_profiles(family)
     if name not in known:
-        hint = did_you_mean(name, known)
+        longer = [other for other in known if other.startswith(name.lower())]
+        hint = did_you_mean(name, longer or known)
         raise PlatformError(f"{family.option} {name}: no {family} of that name. {hint}")
     return known[name]
 
@@ -133,22 +134,22 @@ def check(data: Mapping[str, object], shape: type[P], path: Path) -> P:
 
 
 def _fault(detail: "ErrorDetails", others: "list[ErrorDetails]") -> Fault:
-    """One pydantic error in our words; an unknown key is compared with those missing beside it."""
-    place, message = detail["loc"], detail["msg"]
+    """One pydantic error in our words; an unknown key is told with those missing beside it."""
+    place, message, found = detail["loc"], detail["msg"], detail["input"]
     match detail["type"]:
         case "unexpected_keyword_argument":
             missing = [str(e["loc"][-1]) for e in others if _is_missing_beside(e, place)]
             message = (
-                f"unknown key. {did_you_mean(str(place[-1]), missing)}"
-                if missing
-                else "unknown key"
+                f"unknown key; missing here: {', '.join(missing)}" if missing else "unknown key"
             )
         case "missing":
             message = "missing"
         case "dataclass_type":
-            message = f"{detail['input']!r} is not a mapping (a number is {{value, source, kind}})"
+            message = f"{found!r} is not a mapping (a number is {{value, source, kind}})"
+        case "value_error":
+            message = message.removeprefix("Value error, ")
         case _:
-            message = f"{message.removeprefix('Value error, ')} (found {_short(detail['input'])})"
+            message = f"{message} (found {found!r})"
     return Fault(path=_dotted(place), message=message)
 
 
@@ -160,8 +161,3 @@ def _dotted(place: tuple[int | str, ...]) -> str:
     """Path of a fault, such as laws[0].launch_s; "." is the file itself."""
     parts = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
     return "".join(parts).removeprefix(".") or "."
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

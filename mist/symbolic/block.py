@@ -2,11 +2,11 @@
 
 Device time of a pass is the sum over its operations of the platform's laws on the sharded shapes:
 
-    pass_s = sum gemm_s(batch, m, n, k) + sum attention_s(...) + sum over classes memory_s(bytes, kernels)
+    pass_s = sum gemm_s(batch, m, n, k) + sum attention_s(...) + sum over classes memory_s(bytes, n)
 
-Under sequence parallelism a tensor that a tensor-parallel rank would hold whole is held 1/t, and the
-operations outside the matrix pairs touch 1/t of their bytes; the gathered input of a column-parallel
-matrix stays whole, as torch keeps it for the weight gradient.
+Under sequence parallelism a tensor that a tensor-parallel rank would hold whole is held 1/t, and
+the operations outside the matrix pairs touch 1/t of their bytes; the gathered input of a
+column-parallel matrix stays whole, as torch keeps it for the weight gradient.
 """
 
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.graph import Block, B, Layout, Op, OpKind, Phase, S, SavedTensor, T, Traffic
+from mist.graph import B, Block, Layout, Op, OpKind, Phase, S, SavedTensor, T, Traffic
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
@@ -24,7 +24,7 @@ from mist.symbolic import symbols as sym
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a stage's expressions are built for: the runtime's habits, sequence length, precision."""
+    """What expressions are built for: the runtime's habits, sequence length, precision."""
 
     runtime: Runtime
     precision: Precision
@@ -108,7 +108,7 @@ def rank_params(block: Block) -> Expr:
 
 
 def saved_bytes(block: Block, setting: Setting) -> Expr:
-    """Activation bytes kept from forward to backward; b = 1 is a case of its own where it differs."""
+    """Activation bytes kept for the backward pass; b = 1 is a case of its own where it differs."""
     many = setting.at_sequence(_kept(block.saved, setting))
     single = setting.at_sequence(_kept(block.saved_single, setting))
     if sympy.expand(many.subs(B, 1) - single) == 0:

@@ -1,4 +1,4 @@
-"""Expressions -> vectorised functions: sympy prints them to numpy once, the platform's laws are bound.
+"""Expressions -> vectorised functions: sympy prints them once, the platform's laws are bound.
 
 Columns are arrays of one shape (or broadcastable); results have the broadcast shape, float64.
 """
@@ -48,8 +48,8 @@ class _Function:
 class CompiledStageCost:
     """The stage cost as two functions: strategy columns -> terms, terms and layout -> stage.
 
-    `terms` takes b, t, dp, dp_per_node, zero and gives `term_*` columns; `stage` takes these and the
-    layout; `search` computes stable_s, lone_s and peak_bytes only, `stage` every part as well.
+    `terms` takes b, t, dp, dp_per_node, zero and gives `term_*` columns; `stage` takes these and
+    the layout; `search` computes stable_s, lone_s and peak_bytes only, `stage` every part as well.
     """
 
     num_kinds: int
@@ -58,7 +58,9 @@ class CompiledStageCost:
     stage: _Function
 
 
-def compile_stage_cost(graph: ModelGraph, platform: Platform, workload: Workload) -> CompiledStageCost:
+def compile_stage_cost(
+    graph: ModelGraph, platform: Platform, workload: Workload
+) -> CompiledStageCost:
     """Bind the stage expressions of a model to a platform."""
     cost = stage_cost(graph, platform.runtime, workload.precision, workload.seq_len)
     costs = OpCosts(

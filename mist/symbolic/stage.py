@@ -1,19 +1,19 @@
-"""Stage cost: time and memory of a pipeline stage as expressions (docs/cost-model.md, sections 2-4).
+"""Stage cost: time and memory of a pipeline stage as expressions (docs/cost-model.md).
 
 Two levels, so that a search pays for each only where it varies:
 
-*terms*, functions of the strategy (b, t, dp, zero, in-node share of the data-parallel group): for each
-block x and memory level, seconds of one micro-batch by part, and bytes;
-*stage*, functions of the terms and of the layout (layers of each kind and level, position): the sums
+*terms*, functions of the strategy (b, t, dp, zero, in-node share of the data-parallel group): for
+each block x and memory level, seconds of one micro-batch by part, and bytes;
+*stage*, functions of the terms and of the layout (layers of each kind and level, position):
 
     stable_s = sum over layers of (compute + tp + recompute + launch + dp) + ends + p2p
     lone_s   = the same in the first forward and last backward + exposed collectives + optimizer
     peak     = states + kept * in_flight + working set of the worst block + gathered copies
 
-Slots (first forward, other forwards, other backwards, last backward) overlap compute C with data-parallel
-collectives M: overlap(C, M) = max(C + gamma * min(C, M), M). A layer is never faster than the host
-launches it: C = max(device, host). Formulas: Mist (EuroSys'25) section 4; collectives by ZeRO level as
-`mist apply` issues them (FSDP2): facts in profiles/runtimes.
+Slots (first forward, other forwards, other backwards, last backward) overlap compute C with
+data-parallel collectives M: overlap(C, M) = max(C + gamma * min(C, M), M). A layer is never faster
+than the host launches it: C = max(device, host). Formulas: Mist (EuroSys'25) section 4; collectives
+by ZeRO level as FSDP2 issues them (profiles/runtimes).
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,7 +61,9 @@ class _Slots:
         return self.stable() - self.dp + self.lone_dp
 
 
-def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision, seq_len: int) -> StageCost:
+def stage_cost(
+    graph: ModelGraph, runtime: Runtime, precision: Precision, seq_len: int
+) -> StageCost:
     """Build the expressions of any stage of `graph`.
 
     Args:
@@ -126,8 +128,7 @@ def _slots(cost: BlockCost, setting: Setting, *, recompute: bool, hosted: bool) 
         tp=cost.tp_forward_s + cost.tp_backward_s,
         recompute=device_again,
         launch=launch_forward + launch_backward,
-        dp=exposed(forward, gather * from_3)
-        + exposed(backward, gather * from_3, scatter * from_2),
+        dp=exposed(forward, gather * from_3) + exposed(backward, gather * from_3, scatter * from_2),
         lone_dp=exposed(forward, gather * from_1)
         + exposed(backward, gather * from_3, scatter * from_1, reduce * (1 - from_1)),
     )
@@ -155,7 +156,7 @@ def _exposed(
 
 
 def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
-    """Seconds the host needs to launch a layer forward and backward; more with tensor parallelism."""
+    """Seconds in which the host launches a layer forward and backward; more with t > 1."""
     host = runtime.host
     extra = sympy.Piecewise((host.tensor_parallel_launch_s.value, T > 1), (0, True))
     layer = host.layer_launch_s.value + extra
@@ -164,7 +165,7 @@ def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
 
 
 def _dp_collectives(params: Expr, precision: Precision) -> tuple[Expr, Expr, Expr]:
-    """All-gather of compute-precision parameters; reduce-scatter and all-reduce of fp32 gradients."""
+    """All-gather of compute-precision parameters; scatter and all-reduce of fp32 gradients."""
     group = (sym.DP, sym.DP_PER_NODE)
     gradient_bytes = params * Precision.FP32.num_bytes
     return (
@@ -206,7 +207,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
 
 def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
     """Bytes per parameter that live through the step: parameters, gradients, moments."""
-    rows = {zero: runtime.state(precision, zero) for zero in runtime.knobs.zero_levels}
+    rows = {int(z): runtime.state(precision, z) for z in runtime.knobs.zero_levels}
     replicated = {zero: row.replicated_bytes_per_param.value for zero, row in rows.items()}
     sharded = {zero: row.sharded_bytes_per_param.value for zero, row in rows.items()}
     return sym.by_zero(replicated) + sym.by_zero(sharded) / sym.DP
@@ -217,15 +218,15 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
     reducing = runtime.reduce_bytes[precision].value
     gathered = runtime.transients.num_gathered_groups.value * precision.num_bytes
     by_level = {0: precision.num_bytes, 1: precision.num_bytes, 2: reducing, 3: reducing + gathered}
-    return sym.by_zero({zero: by_level[zero] for zero in runtime.knobs.zero_levels})
+    return sym.by_zero({int(z): by_level[z] for z in runtime.knobs.zero_levels})
 
 
 def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
     rows = list(_rows(num_kinds))
-    parts = {
-        f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"
-    } | {"p2p_s": _p2p()}
+    parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"} | {
+        "p2p_s": _p2p()
+    }
     optimizer = sympy.Add(*(count * _term(f"{x}_optimizer_s") for x, _, count in rows))
     lone_end = _term("exposed_s") + optimizer + _tied_reduce()
     memory = _memory(rows, runtime)

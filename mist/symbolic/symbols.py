@@ -39,7 +39,7 @@ _MINIMUM = sympy.Function("minimum")
 
 
 def larger(*values: sympy.Expr | float) -> sympy.Expr:
-    """The largest value. Not sympy's Max: that tries to order its arguments, which takes seconds."""
+    """The largest value. Not sympy's Max, which takes seconds trying to order its arguments."""
     return reduce(_MAXIMUM, values)
 
 

@@ -1,0 +1,89 @@
+"""Traces models: what each distinct layer computes, moves and keeps, as expressions in b, s, t.
+
+`load_graph` reads a Python file, a Hugging Face configuration or a preset; `trace_model` takes a
+module. Importing this package, and loading a trace from the cache, needs no torch.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from mist.graph import ModelGraph
+from mist.spec import Attention, Precision
+from mist.trace import cache
+from mist.trace.source import PythonSource, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mist.trace.expr import Size
+
+__all__ = ["Policy", "load_graph", "trace_model"]
+
+Policy = Literal["cuda", "cpu"]
+
+
+def load_graph(
+    source: str,
+    *,
+    precision: Precision,
+    attention: Attention,
+    policy: Policy = "cuda",
+    progress: Callable[[str], None],
+) -> ModelGraph:
+    """The graph of the model that `source` names: from the cache, or traced and then cached.
+
+    `source`: a Python file with build_model(), a Hugging Face config.json or its folder, or a
+    preset. `policy` "cuda" traces what a GPU would run, "cpu" what this machine runs.
+    `progress` is told what is being done. Raises ModelError when there is no such model, and
+    TraceError when its costs cannot be traced.
+    """
+    found = resolve(source)
+    key = cache.cache_key(found.content, (precision.value, attention.value, policy))
+    graph = cache.load(key)
+    if graph is not None:
+        progress(f"{graph.name}: trace from the cache")
+        return graph
+    from mist.trace.loader import load_model, local_modules
+    from mist.trace.session import Setting
+    from mist.trace.trace import listing, trace
+
+    progress(f"loading {found.label}")
+    setting = Setting(precision=precision, attention=attention, policy=policy)
+    path = found.path if isinstance(found, PythonSource) else None
+    with local_modules(path) as modules:
+        model = load_model(found, precision=precision, attention=attention)
+        traced = trace(model, setting, progress)
+    cache.store(key, traced.graph, listing(traced), modules)
+    return traced.graph
+
+
+def trace_model(
+    model: "nn.Module",
+    *,
+    precision: Precision,
+    attention: Attention,
+    policy: Policy = "cuda",
+    make_batch: "Callable[[Size, Size], object] | None" = None,
+    loss: "Callable[..., torch.Tensor] | None" = None,
+) -> ModelGraph:
+    """The graph of a module; its tensors are only looked at for shape and dtype, on any device.
+
+    `make_batch(batch, seq)` makes the input (default: token ids [batch, seq], int64);
+    `loss(output, batch)` a scalar (default: the model's own loss, else fp32 cross-entropy of the
+    logits [batch, seq, vocabulary] against the token ids). The model's `name`, if it has one,
+    names the graph. Raises TraceError when its costs cannot be traced.
+    """
+    from mist.trace.loader import LoadedModel
+    from mist.trace.session import Setting
+    from mist.trace.trace import trace
+
+    name = getattr(model, "name", None)
+    loaded = LoadedModel(
+        module=model,
+        name=name if isinstance(name, str) else type(model).__name__,
+        make_batch=make_batch,
+        loss=loss,
+    )
+    setting = Setting(precision=precision, attention=attention, policy=policy)
+    return trace(loaded, setting, lambda message: None).graph

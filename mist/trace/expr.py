@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mist.errors import TraceError
-from mist.graph import B, S, T
+from mist.graph import T
 
 Size = int | torch.SymInt
+
+MAX_SIZE: Final = 2**40
 
 # Sizes are not negative, so truncation is floor.
 PLAIN: Final[Mapping[str, Callable[..., Basic]]] = MappingProxyType(
@@ -58,6 +60,8 @@ class Symbols:
         symbol = self.env.create_symbol(
             hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
         )
+        # With an upper bound torch knows that x[0:] is all of x, and skips the slice as for numbers.
+        self.env.constrain_symbol_range(symbol, compiler_min=2, compiler_max=MAX_SIZE)
         self._meanings[symbol] = meaning
         size = self.env.create_symintnode(symbol, hint=hint, source=source)
         if not isinstance(size, torch.SymInt):
@@ -116,6 +120,3 @@ def num_bytes(tensor: torch.Tensor) -> Size:
 
 def _moves(stride: Size) -> bool:
     return not (isinstance(stride, int) and stride == 0)
-
-
-

@@ -169,7 +169,9 @@ def work_of(call: Call) -> list[Work]:
     return []
 
 
-def bind(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+def bind(
+    func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, object]:
     """The arguments of a call by name, with the schema's defaults."""
     schema = func._schema.arguments
     bound = {a.name: a.default_value for a in schema if a.has_default_value()}

@@ -155,7 +155,7 @@ def _build(source: PythonSource, build: Any) -> nn.Module:
             "torch.nn.Module."
         )
     try:
-        with torch.device("meta"), local_imports(source.path):
+        with torch.device("meta"):
             module = build()
     except Exception as error:
         raise ModelError(
@@ -174,8 +174,7 @@ def _run_file(source: PythonSource) -> ModuleType:
     assert spec is not None and spec.loader is not None, source.path
     namespace = importlib.util.module_from_spec(spec)
     try:
-        with local_imports(source.path):
-            spec.loader.exec_module(namespace)
+        spec.loader.exec_module(namespace)
     except Exception as error:
         raise ModelError(
             f"{source.label} cannot be imported: {_short(error)}{_where(error, source.path)}"
@@ -184,23 +183,37 @@ def _run_file(source: PythonSource) -> ModuleType:
 
 
 @contextmanager
-def local_imports(path: Path) -> Iterator[None]:
-    """Within: modules beside the model file can be imported by their name."""
-    sys.path.insert(0, str(path.parent))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(path.parent))
+def local_modules(path: Path | None) -> Iterator[list[Path]]:
+    """Within: modules beside the model file can be imported by name.
 
-
-def local_modules(path: Path) -> tuple[Path, ...]:
-    """The files beside or below the model file from which modules were imported."""
-    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    The list holds, afterwards, the files so imported; they are forgotten again, so that the next
+    model does not get this one's.
+    """
+    files: list[Path] = []
+    if path is None:
+        yield files
+        return
     folder = path.parent.resolve()
-    found = {Path(file).resolve() for file in files if isinstance(file, str)}
-    return tuple(
-        sorted(f for f in found if f.is_relative_to(folder) and "site-packages" not in f.parts)
-    )
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield files
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = _local_file(sys.modules[name], folder)
+            if file is not None:
+                files.append(file)
+                del sys.modules[name]
+        files.sort()
+
+
+def _local_file(module: ModuleType, folder: Path) -> Path | None:
+    """The file of a module that lies in the folder or below, and is not installed there."""
+    name = getattr(module, "__file__", None)
+    file = Path(name).resolve() if isinstance(name, str) else None
+    local = file is not None and file.is_relative_to(folder) and "site-packages" not in file.parts
+    return file if local else None
 
 
 def _where(error: BaseException, path: Path) -> str:

@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 from sympy import Expr, Integer
 from torch import fx
-from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import (
     register_module_forward_hook,

@@ -26,7 +26,7 @@ from mist.trace.loader import LoadedModel
 from mist.trace.record import Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
 from mist.trace.shim import Policy, runs_as
-from mist.trace.tp import Share, Sharding
+from mist.trace.tp import Sharding, Share
 
 # A symbol's hint decides branches on shapes. Three samples and a sequence with many divisors are
 # typical; a short limit is halved, so that the hint is no limit of the model.
@@ -251,7 +251,8 @@ class Session:
     def _spec_leaf(self, leaf: Any, index: int) -> object:
         if isinstance(leaf, torch.Tensor):
             return self.symbols.shape(leaf), leaf.dtype, leaf.requires_grad
-        plain = isinstance(leaf, bool | int | float | str) and (leaf != index or leaf is True)
+        is_index = type(leaf) is int and leaf == index
+        plain = isinstance(leaf, bool | int | float | str) and not is_index
         return leaf if plain else type(leaf).__name__
 
     def _total_bytes(self, value: Any) -> Expr:

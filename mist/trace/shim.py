@@ -135,7 +135,7 @@ def _first(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _dropout(
-    input: torch.Tensor,  # noqa: A002
+    input: torch.Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
@@ -146,7 +146,7 @@ def _dropout(
 
 
 def _rms_norm(
-    input: torch.Tensor,  # noqa: A002
+    input: torch.Tensor,
     normalized_shape: Sequence[int],
     weight: torch.Tensor | None = None,
     eps: float | None = None,

@@ -88,7 +88,7 @@ def _config(path: Path) -> ConfigSource:
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(
             f"{path} has no model_type, so it is not a Hugging Face model configuration. "
-            "Add for example \"model_type\": \"llama\"."
+            'Add for example "model_type": "llama".'
         )
     name = str(config.get("_name_or_path") or path.resolve().parent.name)
     return ConfigSource(label=str(path), name=Path(name).name.lower(), config=config)

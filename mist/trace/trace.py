@@ -15,10 +15,9 @@ from sympy import Expr, Integer
 from torch import fx, nn
 
 from mist.errors import TraceError
-from mist.graph import B, Block, LayerRun, ModelGraph, Op, Param, S, SavedTensor, T
-from mist.spec import Attention, Precision
+from mist.graph import B, Block, LayerRun, ModelGraph, Param, S, T
 from mist.trace.blame import traced
-from mist.trace.loader import LoadedModel, Loss, MakeBatch
+from mist.trace.loader import LoadedModel
 from mist.trace.repeat import Layers, find_layers
 from mist.trace.session import (
     BATCH_HINT,
@@ -30,7 +29,6 @@ from mist.trace.session import (
     Setting,
     seq_hint,
 )
-from mist.trace.shim import Policy
 from mist.trace.tp import Sharding, Unsupported, find_sharding
 
 Progress = Callable[[str], None]
@@ -44,22 +42,21 @@ class Traced:
     fx: Mapping[str, fx.Graph]
 
 
-def trace_model(
-    model: nn.Module,
-    *,
-    name: str,
-    setting: Setting,
-    make_batch: MakeBatch | None = None,
-    loss: Loss | None = None,
-    progress: Progress = lambda message: None,
-) -> ModelGraph:
-    """Trace a module object; its tensors are only looked at for shape and dtype.
-
-    `make_batch(batch, seq)` gives the input (default: token ids [batch, seq]); `loss(output,
-    batch)` a scalar (default: the model's own, else cross-entropy). Raises TraceError.
-    """
-    loaded = LoadedModel(module=model, name=name, make_batch=make_batch, loss=loss)
-    return trace(loaded, setting, progress).graph
+def listing(traced: Traced) -> str:
+    """The operations of every part, one a line: for readers, not for programs."""
+    lines = []
+    for name, graph in traced.fx.items():
+        lines.append(f"# {name}")
+        for node in graph.nodes:
+            if node.op == "call_function":
+                meta = node.meta
+                shape = ", ".join(map(str, meta["shape"]))
+                lines.append(
+                    f"{node.name} = {node.target}({', '.join(map(str, node.all_input_nodes))}) "
+                    f"-> {meta['dtype']}[{shape}] flop={meta['flop']} bytes={meta['bytes']} "
+                    f"phase={meta['phase']} module={meta['module']}"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
@@ -132,7 +129,9 @@ def _sharded_run(
         run = Session(model, layers, setting, sharding, Point()).run()
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unsupported(f"tensor parallelism cannot be traced ({reason[0]}); t = 1 only") from error
+        raise Unsupported(
+            f"tensor parallelism cannot be traced ({reason[0]}); t = 1 only"
+        ) from error
     if run.fixed:
         raise Unsupported("tensor parallelism cannot be traced (a shard has one size); t = 1 only")
     point = {B: BATCH_HINT, S: seq_hint(model), T: 1}
@@ -178,9 +177,7 @@ def _assemble(model: LoadedModel, setting: Setting, result: _Result) -> Traced:
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
     graph = _graph(model, setting, result, (embed, head, *layers))
     names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
-    return Traced(
-        graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)}
-    )
+    return Traced(graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)})
 
 
 def _graph(

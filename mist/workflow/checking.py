@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mist.errors import InputError, PlanError
+from mist.errors import Fault, InputError, PlanError
 from mist.estimate import Job, estimate
 from mist.graph import ModelGraph
 from mist.planfile import load_plan
-from mist.plans import Fault, MemoryLevel, Offload, Plan, StagePlan
+from mist.plans import MemoryLevel, Offload, Plan, StagePlan
 from mist.rules import broken, rules_for
 from mist.units import format_bytes, format_seconds
 from mist.workflow.question import (
@@ -241,7 +241,15 @@ def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:
     for zero in range(4):
         if zero != layout.zero:
             yield f"--zero {zero}", replace(layout, zero=zero)
-    for name, value in (("tp", layout.tp), ("pp", layout.pp), ("micro_batch", layout.micro_batch)):
-        for changed in (2 * value, value // 2):
-            if changed >= 1:
-                yield f"--{name.replace('_', '-')} {changed}", replace(layout, **{name: changed})
+    for tp in _doubled_and_halved(layout.tp):
+        yield f"--tp {tp}", replace(layout, tp=tp)
+    for pp in _doubled_and_halved(layout.pp):
+        yield f"--pp {pp}", replace(layout, pp=pp)
+    for micro_batch in _doubled_and_halved(layout.micro_batch):
+        yield f"--micro-batch {micro_batch}", replace(layout, micro_batch=micro_batch)
+
+
+def _doubled_and_halved(value: int) -> Iterator[int]:
+    yield 2 * value
+    if value > 1:
+        yield value // 2

@@ -123,5 +123,3 @@ def _what_fits(job: Job, space: SearchSpace, question: Question) -> str:
             break
         num_gpus *= 2
     return f"No number of {job.platform.device.name} in {job.platform.cluster.name} that was tried fits."
-
-

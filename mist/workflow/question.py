@@ -1,6 +1,6 @@
-"""The question that every command asks, and the job it becomes: traced model, platform, stage cost."""
+"""The question that every command asks, and the job that it becomes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -15,8 +15,6 @@ from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.trace import load_graph, trace_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import nn
 
 DEFAULT_SEQ_LEN = 8192
@@ -27,7 +25,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What the user asks about: a model, machines, a workload. None: the default of the model or device."""
+    """What the user asks about; None stands for the default of the model or device."""
 
     model: "str | nn.Module"
     num_gpus: int
@@ -88,7 +86,6 @@ def _graph(question: Question, progress: Progress) -> ModelGraph:
         precision=question.precision,
         attention=question.attention,
         policy="cuda",
-        progress=progress,
     )
 
 
@@ -105,10 +102,12 @@ def _sequence(graph: ModelGraph, asked: int | None) -> int:
 
 
 def margin_of(platform: Platform, question: Question) -> float:
+    """Share of the device memory that stays free."""
     return platform.margin_ratio if question.margin_ratio is None else question.margin_ratio
 
 
 def limit_of(job: Job, question: Question) -> float:
+    """Bytes that a device may hold under the margin."""
     return job.platform.planned_bytes(margin_of(job.platform, question))
 
 
@@ -151,6 +150,7 @@ def unsearched_plan(
 def provenance_of(
     job: Job, *, solver: str, gap: float, lower_bound_s: float, search: dict[str, str | int | float]
 ) -> Provenance:
+    """Versions and profiles behind a plan, and how it was found."""
     return Provenance(
         mist=version("mist-planner"),
         profiles=job.platform.profile_hashes(),
@@ -159,5 +159,3 @@ def provenance_of(
         lower_bound_s=lower_bound_s,
         search=search,
     )
-
-

@@ -1,13 +1,15 @@
 """Exhaustive enumeration of small inter-stage problems, by the form of the objective in the paper.
 
-It shares nothing with the code under test: no (t, u) identity, no bounds, no ordering.
+`optimum` shares nothing with the code under test: no (t, u) identity, no bounds, no ordering.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 from mist.milp import Cell, InterStageProblem
+from mist.schedule import step_time
 
 
 def assignments(problem: InterStageProblem) -> Iterator[list[tuple[float, float]]]:
@@ -43,6 +45,45 @@ def optimum(problem: InterStageProblem) -> float:
     """Least step time in seconds; inf when no assignment exists."""
     found = (paper_step(problem.num_micro_batches, times) for times in assignments(problem))
     return min(found, default=np.inf)
+
+
+def optimum_of_many(problem: InterStageProblem) -> float:
+    """The same for alike layers and some 100,000 assignments, all points of a choice of cells at
+    once. Uses `step_time`, which tests/test_schedule.py checks against the paper's form."""
+    per_stage = [[c for c in problem.cells if c.stage == i] for i in range(problem.num_stages)]
+    best = np.inf
+    for cells in itertools.product(*per_stage):
+        if sum(c.count for c in cells) != problem.num_layers:
+            continue
+        stable = np.stack(np.meshgrid(*(c.stable_s for c in cells)), axis=-1)
+        lone = np.stack(np.meshgrid(*(c.lone_s for c in cells)), axis=-1)
+        best = min(best, step_time(problem.num_micro_batches, stable, lone).min())
+    return float(best)
+
+
+def dense_problem(
+    seed: int, *, num_layers: int, num_stages: int, num_micro_batches: int, num_points: int
+) -> InterStageProblem:
+    """Alike layers and full frontiers: cells within 2 of the even count, deltas of both signs."""
+    rng = np.random.default_rng(seed)
+    even = num_layers // num_stages
+    cells = [
+        Cell(
+            stage=stage,
+            first=None,
+            count=count,
+            stable_s=np.sort(count * rng.uniform(1.0, 1.5, num_points)),
+            lone_s=np.sort(count * rng.uniform(0.6, 2.7, num_points))[::-1].copy(),
+        )
+        for stage in range(num_stages)
+        for count in range(max(1, even - 2), even + 3)
+    ]
+    return InterStageProblem(
+        num_layers=num_layers,
+        num_stages=num_stages,
+        num_micro_batches=num_micro_batches,
+        cells=tuple(cells),
+    )
 
 
 def random_problem(seed: int, *, max_layers: int, max_stages: int) -> InterStageProblem:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mist.milp import Cell, InterStageProblem, chosen_step, solve
-from tests.milp.oracle import optimum, random_problem
+from tests.milp.oracle import dense_problem, optimum, optimum_of_many, random_problem
 
 # Sums of at most 5 terms in another order: rounding is 1e-15; 1e-9 is what plans are compared to.
 EXACT = 1e-9
@@ -85,22 +85,54 @@ def test_times_of_zero() -> None:
 
 
 def dense(num_micro_batches: int) -> InterStageProblem:
-    """24 layers over 6 stages, 40 points per cell: far too many assignments to enumerate."""
-    rng = np.random.default_rng(1)
-    cells = [
-        Cell(
-            stage=stage,
-            first=None,
-            count=count,
-            stable_s=np.sort(count * rng.uniform(1.0, 1.5, 40)),
-            lone_s=np.sort(count * rng.uniform(1.2, 2.7, 40))[::-1].copy(),
-        )
-        for stage in range(6)
-        for count in range(2, 7)
-    ]
-    return InterStageProblem(
-        num_layers=24, num_stages=6, num_micro_batches=num_micro_batches, cells=tuple(cells)
+    """Far too many assignments to enumerate: 40 points in each of 30 cells."""
+    return dense_problem(
+        1, num_layers=24, num_stages=6, num_micro_batches=num_micro_batches, num_points=40
     )
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 8, 64])
+def test_equals_enumeration_on_dense_problems(num_micro_batches: int) -> None:
+    # 4 stages of 1 to 4 layers, 44 ways to share 10 layers, 8^4 points each: 180,000 assignments
+    # and 128 bottleneck times, so that boxes split more than once.
+    for seed in range(12):
+        problem = dense_problem(
+            seed, num_layers=10, num_stages=4, num_micro_batches=num_micro_batches, num_points=8
+        )
+        found = solve(problem, method="dp")
+        assert found is not None
+        assert found.step_s == pytest.approx(optimum_of_many(problem), rel=EXACT), seed
+
+
+@pytest.mark.parametrize("num_micro_batches", [2, 4, 8])
+def test_equals_enumeration_where_bounds_are_tight(num_micro_batches: int) -> None:
+    # Without deltas the bound of a box is the step of its best plan, so an error of 1e-3 in it
+    # loses the optimum. The balance differs: by max t, or by giving layers to the fast stages.
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        times = np.arange(1, 7) * rng.uniform(1.0, 1.3, (5, 1)) * rng.uniform(0.97, 1.03, (5, 6))
+        cells = tuple(
+            Cell(stage=stage, first=None, count=count + 1, stable_s=t, lone_s=t)
+            for (stage, count), time in np.ndenumerate(times)
+            for t in [np.array([time])]
+        )
+        problem = InterStageProblem(
+            num_layers=17, num_stages=5, num_micro_batches=num_micro_batches, cells=cells
+        )
+        found = solve(problem, method="dp")
+        assert found is not None
+        assert found.step_s == pytest.approx(optimum_of_many(problem), rel=EXACT), seed
+
+
+def test_of_equal_cells_the_earlier_is_taken() -> None:
+    one = Cell(stage=0, first=None, count=1, stable_s=np.ones(1), lone_s=np.ones(1))
+    other = Cell(stage=0, first=None, count=1, stable_s=2 * np.ones(1), lone_s=np.ones(1))
+    problem = InterStageProblem(
+        num_layers=1, num_stages=1, num_micro_batches=2, cells=(other, one, one)
+    )
+    found = solve(problem, method="dp")
+    assert found is not None
+    assert [choice.cell for choice in found.choices] == [1]
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 64])

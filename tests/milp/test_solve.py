@@ -13,7 +13,7 @@ from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
 from mist.milp import exact as exact_module
 from mist.milp.formulation import solve_milp
 from mist.milp.highs import Limits
-from tests.milp.oracle import optimum, random_problem
+from tests.milp.oracle import dense_problem, optimum, random_problem
 from tests.milp.test_exact import covers, dense
 
 # The tolerances of HiGHS (1e-6 and 1e-7), in units of a time that is part of every step.
@@ -107,6 +107,7 @@ def test_only_what_is_faster_than_the_upper_bound(method: Method) -> None:
         above = solve(problem, upper_bound_s=expected * 1.01, method=method)
         assert above is not None, seed
         assert above.step_s == pytest.approx(expected, rel=SOLVER), seed
+        assert solve(problem, upper_bound_s=above.step_s, method=method) is None, seed
         assert solve(problem, upper_bound_s=expected * 0.99, method=method) is None, seed
 
 
@@ -140,13 +141,23 @@ def test_same_problem_same_solution(method: Method) -> None:
 
 
 def test_a_node_limit_leaves_a_gap_that_is_reported() -> None:
-    problem = dense(8)
+    problem = dense_problem(1, num_layers=20, num_stages=5, num_micro_batches=8, num_points=10)
     best = solve(problem, method="dp")
-    assert best is not None
     found = solve_milp(problem, limits=Limits(max_nodes=1))
+    assert best is not None
     assert found is not None
     assert found.lower_bound_s <= best.step_s <= found.step_s
     assert found.gap > 0.01
+
+
+def test_highs_starts_from_the_solution_that_it_confirms() -> None:
+    problem = dense(8)
+    best = solve(problem, method="dp")
+    assert best is not None
+    # Without a node HiGHS finds nothing itself (next test): what it has, it was given.
+    found = solve_milp(problem, confirm=best, limits=Limits(max_nodes=0))
+    assert found is not None
+    assert found.choices == best.choices
 
 
 def test_no_assignment_within_the_node_limit_is_an_error() -> None:

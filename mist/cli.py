@@ -1,0 +1,276 @@
+"""Command line: parse, call, print. Results on stdout, progress and errors on stderr."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from mist.errors import InputError, MistError, OutputError
+from mist.spec import Attention, Precision, SearchSpace
+
+app = typer.Typer(
+    name="mist",
+    help="Plan how to train a PyTorch model on a cluster: parallelism, memory and schedule together.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
+]
+Gpus = Annotated[int, typer.Option("--gpus", help="Number of GPUs.")]
+Gpu = Annotated[str | None, typer.Option("--gpu", help="Device profile, for instance h100-sxm.")]
+ClusterName = Annotated[str | None, typer.Option("--cluster", help="Cluster profile or YAML file.")]
+RuntimeName = Annotated[str, typer.Option("--runtime", help="Training framework.")]
+Seq = Annotated[int | None, typer.Option("--seq", help="Tokens per sample [min(8192, model's)].")]
+GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Samples per optimizer step.")]
+PrecisionName = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
+AttentionName = Annotated[Attention, typer.Option("--attention", help="Attention kernel.")]
+Margin = Annotated[
+    float | None, typer.Option("--margin", help="Share of device memory that stays free [0.12].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Plan file to write.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    gpus: Gpus,
+    gpu: Gpu = None,
+    cluster: ClusterName = None,
+    runtime: RuntimeName = "torch",
+    seq: Seq = None,
+    global_batch: GlobalBatch = 256,
+    precision: PrecisionName = Precision.BF16,
+    attention: AttentionName = Attention.FLASH,
+    margin: Margin = None,
+    fixed: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Fix a knob: tp, pp, dp, micro-batch, zero, checkpoint (tp=2)."),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Alternatives to report.")] = 5,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Search the fastest way to train MODEL that fits; write plan.yaml and a Pareto plot."""
+    from mist.planfile import save_plan
+    from mist.report import plan_json, print_plan, save_plot
+    from mist.workflow import Question, make_plan
+
+    question = Question(
+        model=model,
+        num_gpus=gpus,
+        gpu=gpu,
+        cluster=cluster,
+        runtime=runtime,
+        seq_len=seq,
+        global_batch=global_batch,
+        precision=precision,
+        attention=attention,
+        margin_ratio=margin,
+    )
+    if out is not None:
+        _writable(out)
+    planned = make_plan(question, _space(fixed or ()), num_alternatives=top, progress=_progress)
+    path = out or Path(f"{planned.plan.model.name}-{gpus}x{planned.plan.cluster.device}.yaml")
+    _writable(path)
+    save_plot(planned.plan, planned.points, planned.limit_bytes, path.with_suffix(".png"))
+    save_plan(planned.plan, path)
+    _progress(f"wrote {path} and {path.with_suffix('.png')}")
+    if as_json:
+        _print_json(plan_json(planned.plan, planned.seconds))
+    else:
+        print_plan(planned.plan, planned.limit_bytes)
+
+
+@app.command()
+def check(
+    subject: Annotated[
+        str, typer.Argument(help="A plan file, or a model to judge with --tp, --pp, ...")
+    ],
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
+    zero: Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")] = 0,
+    micro_batch: Annotated[
+        int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
+    ] = 1,
+    checkpoint: Annotated[
+        str,
+        typer.Option("--checkpoint", help="Recomputed layers: none, full, or a number per stage."),
+    ] = "none",
+    gpu: Gpu = None,
+    cluster: ClusterName = None,
+    runtime: RuntimeName = "torch",
+    seq: Seq = None,
+    global_batch: GlobalBatch = 256,
+    precision: PrecisionName = Precision.BF16,
+    attention: AttentionName = Attention.FLASH,
+    margin: Margin = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
+    from mist.planfile import save_plan
+    from mist.report import check_json, print_check
+    from mist.workflow import HandLayout, Question, check_layout, check_plan
+
+    if out is not None:
+        _writable(out)
+    if _is_plan(subject):
+        checked = check_plan(subject, margin_ratio=margin, progress=_progress)
+    else:
+        if gpus is None:
+            raise InputError(f"mist check {subject}: a model needs --gpus.")
+        question = Question(
+            model=subject,
+            num_gpus=gpus,
+            gpu=gpu,
+            cluster=cluster,
+            runtime=runtime,
+            seq_len=seq,
+            global_batch=global_batch,
+            precision=precision,
+            attention=attention,
+            margin_ratio=margin,
+        )
+        layout = HandLayout(tp=tp, pp=pp, zero=zero, micro_batch=micro_batch, checkpoint=checkpoint)
+        checked = check_layout(question, layout, progress=_progress)
+    if out is not None:
+        save_plan(checked.plan, out)
+        _progress(f"wrote {out}")
+    if as_json:
+        _print_json(check_json(checked.plan, checked.limit_bytes, checked.notes))
+    else:
+        print_check(checked.plan, checked.limit_bytes, checked.notes, checked.suggestions)
+    if not checked.fits:
+        raise SystemExit(3)
+
+
+@app.command()
+def trace(
+    model: Model,
+    at: Annotated[
+        str | None, typer.Option("--at", help="Evaluate the expressions at a point: b=2,s=128,t=2.")
+    ] = None,
+    precision: PrecisionName = Precision.BF16,
+    attention: AttentionName = Attention.FLASH,
+    policy: Annotated[
+        str, typer.Option("--policy", help="cuda: kernels of a GPU. cpu: of this machine.")
+    ] = "cuda",
+    as_json: Json = False,
+) -> None:
+    """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
+    from mist.report import print_trace, trace_json
+    from mist.trace import load_graph
+
+    if policy not in ("cuda", "cpu"):
+        raise InputError(f"--policy {policy} is neither cuda nor cpu.")
+    graph = load_graph(
+        model,
+        precision=precision,
+        attention=attention,
+        policy="cuda" if policy == "cuda" else "cpu",
+        progress=_progress,
+    )
+    point = _point(at)
+    if as_json:
+        _print_json(trace_json(graph, point))
+    else:
+        print_trace(graph, point)
+
+
+@app.command()
+def profiles(
+    action: Annotated[str, typer.Argument(help="list, or show NAME")] = "list",
+    name: Annotated[str | None, typer.Argument(help="A profile to show.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped devices, clusters and runtimes; show every number with its source."""
+    from mist.platform.listing import figure_rows, profile_rows
+    from mist.report import print_profiles, profiles_json
+
+    if action not in ("list", "show") or (action == "show") != (name is not None):
+        raise InputError("Say `mist profiles` or `mist profiles show NAME`.")
+    known = profile_rows()
+    names = [row.name for row in known]
+    if name is not None:
+        figure_rows(name)  # refuses an unknown name with the nearest ones
+        names = [name]
+    shown = [(row, figure_rows(row.name)) for row in known if row.name in names]
+    if as_json:
+        _print_json(profiles_json(shown))
+    else:
+        print_profiles(shown)
+
+
+def _space(settings: Sequence[str]) -> SearchSpace:
+    """--set KEY=VALUE restrictions as a search space."""
+    values: dict[str, tuple[int, ...] | str] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        knob = key.replace("-", "_")
+        if knob == "checkpoint" and value in ("none", "full"):
+            values[knob] = value
+        elif knob in ("tp", "pp", "dp", "micro_batch", "zero") and value.isdigit():
+            values[knob] = (int(value),)
+        else:
+            raise InputError(
+                f"--set {setting}: expected tp, pp, dp, micro-batch or zero with a number, "
+                "or checkpoint=none or full."
+            )
+    return SearchSpace(restrictions=tuple(settings), **values)  # type: ignore[arg-type]
+
+
+def _point(at: str | None) -> dict[str, int] | None:
+    """--at b=2,s=128,t=2 as numbers; t defaults to 1."""
+    if at is None:
+        return None
+    pairs = dict(item.partition("=")[::2] for item in at.split(","))
+    if not {"b", "s"} <= set(pairs) <= {"b", "s", "t"} or not all(
+        v.isdigit() for v in pairs.values()
+    ):
+        raise InputError(f"--at {at}: expected b=2,s=128 and perhaps t=2.")
+    return {"t": 1} | {name: int(value) for name, value in pairs.items()}
+
+
+def _is_plan(subject: str) -> bool:
+    return subject.endswith((".yaml", ".yml"))
+
+
+def _writable(path: Path) -> None:
+    """Refuse before the work is done, not after it."""
+    import os
+
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"--out {path}: the folder {folder} does not exist. Create it first.")
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"--out {path}: cannot write there. Choose another file.")
+
+
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def main() -> NoReturn:
+    """Run the command line; every refusal is one message and an exit code, never a traceback."""
+    try:
+        app()
+    except MistError as error:
+        print(f"mist: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    raise SystemExit(0)

@@ -1,0 +1,152 @@
+"""What operations cost: the trace of a model, and the profiles with every figure's source."""
+
+from collections.abc import Mapping, Sequence
+
+import sympy
+
+from mist.graph import B, Block, ModelGraph, S, T
+from mist.platform.listing import FigureRow, ProfileRow
+from mist.report.tables import say, show
+from mist.spec import Precision
+
+Point = Mapping[str, int]
+Costs = dict[str, sympy.Expr]
+
+
+def print_trace(graph: ModelGraph, point: Point | None) -> None:
+    """Each distinct block with its costs as expressions, or at a point."""
+    say(
+        f"{graph.name}: {graph.num_params:,} parameters, {graph.num_layers} layers, "
+        f"{graph.precision}; b micro-batch, s sequence, t tensor-parallel degree"
+    )
+    rows = []
+    for name, block, repeat in _blocks(graph):
+        costs = _costs(graph, block)
+        shown = costs if point is None else _at(costs, point)
+        rows += [
+            (name if i == 0 else "", str(repeat) if i == 0 else "", key, str(value))
+            for i, (key, value) in enumerate(shown.items())
+        ]
+        for relation in block.domain:
+            rows.append(("", "", "holds where", str(relation)))
+    show(
+        "Distinct blocks (bytes and FLOPs of one rank)", ("block", "repeat", "cost", "value"), rows
+    )
+    for note in graph.notes:
+        say(f"Note: {note}")
+
+
+def trace_json(graph: ModelGraph, point: Point | None) -> dict[str, object]:
+    """`blocks`: name, repeat, params and costs; expressions as text, numbers at a point."""
+    return {
+        "name": graph.name,
+        "params": graph.num_params,
+        "layers": graph.num_layers,
+        "precision": graph.precision,
+        "fingerprint": graph.fingerprint,
+        "at": dict(point) if point else None,
+        "blocks": [_block_json(graph, *row, point) for row in _blocks(graph)],
+        "notes": list(graph.notes),
+    }
+
+
+def _block_json(
+    graph: ModelGraph, name: str, block: Block, repeat: int, point: Point | None
+) -> dict[str, object]:
+    costs = _costs(graph, block)
+    values = (
+        {key: str(value) for key, value in costs.items()} if point is None else _at(costs, point)
+    )
+    domain = [str(relation) for relation in block.domain]
+    return {"name": name, "repeat": repeat, **values, "domain": domain}
+
+
+def _blocks(graph: ModelGraph) -> list[tuple[str, Block, int]]:
+    repeats = [0] * len(graph.blocks)
+    for run in graph.layers:
+        repeats[run.block] += run.count
+    blocks = [(block.name, block, repeats[i]) for i, block in enumerate(graph.blocks)]
+    return [("embed", graph.embed, 1), *blocks, ("head", graph.head, 1)]
+
+
+def _costs(graph: ModelGraph, block: Block) -> Costs:
+    """The six costs of a block, as expressions."""
+    numel = sum(
+        sympy.Integer(param.numel) / (T if param.sharded else 1)
+        for param in block.params
+        if not param.tied
+    )
+    many = sympy.expand(sympy.Add(*(tensor.bytes for tensor in block.saved)))
+    single = sympy.expand(sympy.Add(*(tensor.bytes for tensor in block.saved_single)))
+    same = sympy.expand(many.subs(B, 1) - single) == 0
+    saved = many if same else sympy.Piecewise((single, sympy.Eq(B, 1)), (many, True))
+    return {
+        "param_bytes": sympy.Integer(Precision(graph.precision).num_bytes) * numel,
+        "flop_forward": sympy.expand(block.flop("forward")),
+        "flop_backward": sympy.expand(block.flop("backward")),
+        "saved_bytes": saved,
+        "boundary_bytes": block.boundary_bytes,
+    }
+
+
+def _at(costs: Costs, point: Point) -> dict[str, int | float]:
+    """Costs as numbers; a byte count that is no integer stays a fraction."""
+    values = {B: point["b"], S: point["s"], T: point["t"]}
+    return {key: _number(expr.subs(values)) for key, expr in costs.items()}
+
+
+def _number(value: sympy.Expr) -> int | float:
+    return int(value) if value == int(value) else float(value)
+
+
+def print_profiles(profiles: Sequence[tuple[ProfileRow, Sequence[FigureRow]]]) -> None:
+    """Every figure with its kind and source, then the overview."""
+    for profile, figures in profiles:
+        rows = [
+            (
+                row.path,
+                "" if row.value is None else f"{row.value:.6g}",
+                row.unit,
+                row.kind,
+                row.source,
+            )
+            for row in figures
+        ]
+        title = f"{profile.family} {profile.name}: {profile.what}"
+        show(title, ("figure", "value", "unit", "kind", "source"), rows)
+    overview = [
+        (
+            row.name,
+            row.family,
+            ", ".join(f"{n} {kind}" for kind, n in row.num_by_kind.items()),
+            row.what,
+        )
+        for row, _ in profiles
+    ]
+    show("Profiles", ("name", "is a", "figures by kind", "what"), overview)
+
+
+def profiles_json(
+    profiles: Sequence[tuple[ProfileRow, Sequence[FigureRow]]],
+) -> dict[str, object]:
+    """`profiles`: name, family, what, and every figure with value, unit, kind and source."""
+    return {
+        "profiles": [
+            {
+                "name": row.name,
+                "family": row.family,
+                "what": row.what,
+                "figures": [
+                    {
+                        "path": figure.path,
+                        "value": figure.value,
+                        "unit": figure.unit,
+                        "kind": figure.kind,
+                        "source": figure.source,
+                    }
+                    for figure in figures
+                ],
+            }
+            for row, figures in profiles
+        ]
+    }

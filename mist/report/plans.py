@@ -1,0 +1,179 @@
+"""A plan or a judged layout, for people (tables) and for tools (one JSON object)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from mist.explain import PART_NAMES, step_parts
+from mist.plans import Estimate, Plan
+from mist.report.tables import say, show
+from mist.units import format_bytes, format_count, format_seconds
+
+
+def print_plan(plan: Plan, limit_bytes: float) -> None:
+    """Layout, prediction with its parts, memory against the limit, and why other layouts lose."""
+    _print_head(plan)
+    _print_stages(plan)
+    _print_memory(plan.estimate, limit_bytes)
+    _print_alternatives(plan)
+    _print_foot(plan)
+
+
+def print_check(
+    plan: Plan, limit_bytes: float, notes: Sequence[str], suggestions: Sequence[str]
+) -> None:
+    """The verdict first, then the same tables, then what would help."""
+    estimate = plan.estimate
+    peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
+    room = limit_bytes - peak_bytes
+    verdict = "FITS, with" if room >= 0 else "DOES NOT FIT: over by"
+    tail = "to spare" if room >= 0 else ""
+    say(f"{verdict} {format_bytes(abs(room))} {tail}".rstrip() + f" ({_interval(estimate)})")
+    if room < 0 and peak_bytes <= estimate.stages[0].usable_bytes:
+        say("It stays below what the device reports, but runs that close to it crawl or fail.")
+    _print_head(plan)
+    _print_stages(plan)
+    _print_memory(estimate, limit_bytes)
+    for note in notes:
+        say(f"Note: {note}.")
+    for suggestion in suggestions:
+        say(f"Try {suggestion}")
+    say(f"Not modelled: {'; '.join(estimate.not_modelled)}.")
+
+
+def plan_json(plan: Plan, seconds: Mapping[str, float]) -> dict[str, object]:
+    """The plan's own fields, plus `seconds`: wall time by part of the work."""
+    return {**asdict(plan), "seconds": {name: round(s, 3) for name, s in seconds.items()}}
+
+
+def check_json(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> dict[str, object]:
+    """`fits`, `margin_bytes`, `step_s` and per stage peak, usable bytes and their parts."""
+    estimate = plan.estimate
+    margin_bytes = limit_bytes - max(stage.peak_bytes for stage in estimate.stages)
+    return {
+        "fits": margin_bytes >= 0,
+        "margin_bytes": round(margin_bytes),
+        "limit_bytes": round(limit_bytes),
+        "step_s": estimate.step_s,
+        "tokens_per_s": estimate.tokens_per_s,
+        "mfu": estimate.mfu,
+        "uncertainty": asdict(estimate.uncertainty),
+        "stages": [
+            {
+                "peak_bytes": stage.peak_bytes,
+                "usable_bytes": stage.usable_bytes,
+                "parts": stage.memory_parts_bytes,
+                "stable_s": stage.stable_s,
+                "delta_s": stage.delta_s,
+                "time_parts_s": stage.time_parts_s,
+            }
+            for stage in estimate.stages
+        ],
+        "notes": list(notes),
+        "not_modelled": list(estimate.not_modelled),
+    }
+
+
+def _print_head(plan: Plan) -> None:
+    estimate, workload, cluster = plan.estimate, plan.workload, plan.cluster
+    say(
+        f"{plan.model.name}: {format_count(plan.model.params)} parameters on {cluster.num_gpus} x "
+        f"{cluster.device} ({cluster.name}), runtime {plan.runtime}"
+    )
+    say(
+        f"sequence {workload.seq_len}, global batch {workload.global_batch}, {workload.precision}, "
+        f"{workload.optimizer}, attention {workload.attention}"
+    )
+    say(
+        f"predicted: {format_seconds(estimate.step_s)} per step "
+        f"(+-{estimate.uncertainty.step_ratio:.0%}, not calibrated), "
+        f"{format_count(estimate.tokens_per_s)} tokens/s, MFU {estimate.mfu:.1%}"
+    )
+    parts = step_parts(estimate, plan.num_micro_batches)
+    spent = [f"{PART_NAMES[p]} {format_seconds(s)}" for p, s in parts.items() if s > 0]
+    say(f"the step: {', '.join(spent)}")
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"peak predicted to +-{estimate.uncertainty.memory_ratio:.0%}"
+
+
+def _print_stages(plan: Plan) -> None:
+    rows = []
+    for index, (stage, judged) in enumerate(zip(plan.stages, plan.estimate.stages, strict=True)):
+        first, last = stage.layers[0][0], sum(stage.layers[-1]) - 1
+        device = stage.devices[0]
+        times = ", ".join(
+            f"{name} {format_seconds(s)}" for name, s in judged.time_parts_s.items() if s > 0
+        )
+        rows.append(
+            (
+                f"{index}: layers {first}-{last}",
+                f"{device}-{device + stage.devices[1] - 1}",
+                str(stage.dp),
+                f"{stage.tp}{'+sp' if stage.sp else ''}",
+                str(stage.zero),
+                f"{stage.micro_batch} x{plan.num_micro_batches}",
+                f"{stage.num_full} of {stage.num_layers}",
+                format_seconds(judged.stable_s),
+                times,
+            )
+        )
+    header = (
+        "stage",
+        "GPUs",
+        "dp",
+        "tp",
+        "zero",
+        "micro-batch",
+        "recomputed",
+        "micro-step",
+        "of it",
+    )
+    show("Stages (times of one micro-batch, predicted)", header, rows)
+
+
+def _print_memory(estimate: Estimate, limit_bytes: float) -> None:
+    rows = []
+    for index, stage in enumerate(estimate.stages):
+        parts = (format_bytes(size) for size in stage.memory_parts_bytes.values())
+        rows.append(
+            (
+                str(index),
+                *parts,
+                format_bytes(stage.peak_bytes),
+                f"{stage.peak_bytes / limit_bytes:.0%} of {format_bytes(limit_bytes)}",
+            )
+        )
+    header = ("stage", *estimate.stages[0].memory_parts_bytes, "peak", "of what a plan may use")
+    show(f"Memory per GPU ({_interval(estimate)})", header, rows)
+
+
+def _print_alternatives(plan: Plan) -> None:
+    best = plan.estimate.step_s
+    rows = [
+        (
+            other.layout,
+            format_seconds(other.step_s),
+            f"{other.step_s / best - 1:+.1%}",
+            format_bytes(other.peak_bytes),
+            other.reason,
+        )
+        for other in plan.alternatives
+    ]
+    if rows:
+        show(
+            "Other layouts that fit",
+            ("layout", "step", "slower", "peak", "why it loses"),
+            rows,
+        )
+
+
+def _print_foot(plan: Plan) -> None:
+    provenance = plan.provenance
+    say(
+        f"Searched {provenance.search.get('stages_evaluated', 0)} stages in "
+        f"{provenance.search.get('groups', 0)} groups; solver: {provenance.solver}; "
+        f"optimality gap {provenance.gap:.2g} of the step."
+    )
+    say(f"Uncertainty: {plan.estimate.uncertainty.basis}.")
+    say(f"Not modelled: {'; '.join(plan.estimate.not_modelled)}.")

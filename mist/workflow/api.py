@@ -1,0 +1,124 @@
+"""The Python API: `mist.plan` and `mist.check`, with the names and defaults of the command line."""
+
+import os
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack
+
+from mist.plans import Plan
+from mist.spec import Attention, Precision, SearchSpace
+from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
+from mist.workflow.planning import make_plan
+from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Progress, Question, quiet
+
+if TYPE_CHECKING:
+    pass
+
+
+class Options(TypedDict, total=False):
+    """What may be said beside the model and the number of GPUs.
+
+    gpu, cluster, runtime: profile names (None: the device's or cluster's own; "torch").
+    seq: tokens per sample (None: min(8192, the model's maximum)). global_batch: samples per step.
+    precision: "bf16", "fp16" or "fp32". attention: "flash" or "math". margin: share of the device
+    memory that stays free (None: the runtime's).
+    """
+
+    gpu: str | None
+    cluster: str | None
+    runtime: str
+    seq: int | None
+    global_batch: int
+    precision: str
+    attention: str
+    margin: float | None
+
+
+Model: TypeAlias = "str | os.PathLike[str] | nn.Module"
+
+
+class LayoutOptions(Options, total=False):
+    """A layout as `mist check` takes it: see `HandLayout`."""
+
+    tp: int
+    pp: int
+    zero: int
+    micro_batch: int
+    checkpoint: str
+
+
+def plan(
+    model: Model,
+    *,
+    gpus: int,
+    space: SearchSpace | None = None,
+    top: int = 5,
+    progress: Progress = quiet,
+    **options: Unpack[Options],
+) -> Plan:
+    """Search the fastest way to train a model that fits.
+
+    Args:
+        model: a path (model file, config.json), a preset name, or a module on any device.
+        gpus: number of GPUs.
+        space: restrictions of the search; None for everything the runtime can do.
+        top: how many alternatives to report.
+        progress: called with a line of text now and then.
+        options: see `Options`.
+
+    Returns:
+        The plan, with its estimate, alternatives and provenance.
+
+    Raises:
+        InputError: something in the question cannot be used.
+        Infeasible: nothing fits.
+    """
+    question = _question(model, gpus, options)
+    planned = make_plan(question, space or SearchSpace(), num_alternatives=top, progress=progress)
+    return planned.plan
+
+
+def check(
+    model: Model,
+    *,
+    gpus: int | None = None,
+    progress: Progress = quiet,
+    **options: Unpack[LayoutOptions],
+) -> Checked:
+    """Judge a plan file (gpus not given), or a layout of a model on `gpus` GPUs.
+
+    Args:
+        model: a plan file; or a model as in `plan`.
+        gpus: number of GPUs; None when `model` is a plan file.
+        progress: called with a line of text now and then.
+        options: see `Options` and `LayoutOptions`; for a plan file only `margin` is used.
+
+    Returns:
+        `fits`, `margin_bytes`, the plan with its estimate, notes and suggestions.
+
+    Raises:
+        InputError: something in the question cannot be used, or a rule is broken.
+    """
+    if gpus is None:
+        return check_plan(str(model), margin_ratio=options.get("margin"), progress=progress)
+    layout = HandLayout(
+        tp=options.get("tp", 1),
+        pp=options.get("pp", 1),
+        zero=options.get("zero", 0),
+        micro_batch=options.get("micro_batch", 1),
+        checkpoint=options.get("checkpoint", "none"),
+    )
+    return check_layout(_question(model, gpus, options), layout, progress=progress)
+
+
+def _question(model: Model, gpus: int, options: Options) -> Question:
+    return Question(
+        model=os.fspath(model) if isinstance(model, str | os.PathLike) else model,
+        num_gpus=gpus,
+        gpu=options.get("gpu"),
+        cluster=options.get("cluster"),
+        runtime=options.get("runtime", "torch"),
+        seq_len=options.get("seq"),
+        global_batch=options.get("global_batch", DEFAULT_GLOBAL_BATCH),
+        precision=Precision(options.get("precision", "bf16")),
+        attention=Attention(options.get("attention", "flash")),
+        margin_ratio=options.get("margin"),
+    )

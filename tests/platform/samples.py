@@ -1,0 +1,27 @@
+"""Shipped platforms as tests use them."""
+
+from functools import cache
+from pathlib import Path
+
+from mist.platform import OpCosts, load_platform
+from mist.spec import Precision
+
+ROOT = Path(__file__).parents[2]
+PROFILES = ROOT / "profiles"
+# Tables that the figures were fitted to; they lie beside some checkouts, not in the repository.
+PUBLISHED = ROOT.parent / "shared" / "data"
+
+DEVICES = sorted(path.stem for path in (PROFILES / "devices").glob("*.yaml"))
+CLUSTERS = sorted(path.stem for path in (PROFILES / "clusters").glob("*.yaml"))
+
+
+@cache
+def costs(gpu: str, precision: Precision = Precision.BF16) -> OpCosts:
+    """Costs of eight of these on their default cluster."""
+    platform = load_platform(num_gpus=8, gpu=gpu, cluster=None, runtime="torch")
+    return OpCosts(
+        device=platform.device,
+        cluster=platform.cluster,
+        runtime=platform.runtime,
+        precision=precision,
+    )

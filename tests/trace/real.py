@@ -1,0 +1,123 @@
+"""What a layer really does on this CPU: the oracle of the exactness tests, independent of mist."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Of one layer on real tensors: bytes and FLOPs."""
+
+    saved_bytes: int
+    transient_bytes: int
+    forward_flop: int
+    backward_flop: int
+
+
+def measure(model: nn.Module, path: str, ids: torch.Tensor) -> Measured:
+    """Measure the layer at `path` with the inputs that it gets in a run of the model."""
+    layer = model.get_submodule(path)
+    args, kwargs = _inputs(model, layer, ids)
+    x = args[0].detach().requires_grad_()
+    shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
+    known = {t.untyped_storage()._cdata for t in shared}
+    saved, transient = _bytes(layer, (x, *args[1:]), kwargs, known)
+    with FlopCounterMode(display=False) as forward:
+        out = layer(x, *args[1:], **kwargs)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return Measured(
+        saved_bytes=saved,
+        transient_bytes=transient,
+        forward_flop=forward.get_total_flops(),
+        backward_flop=backward.get_total_flops(),
+    )
+
+
+def _inputs(model: nn.Module, layer: nn.Module, ids: torch.Tensor) -> tuple[Any, Any]:
+    seen: list[tuple[Any, Any]] = []
+    hook = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
+def _bytes(layer: nn.Module, args: Any, kwargs: Any, known: set[int]) -> tuple[int, int]:
+    """Bytes that forward saves, and the most that is alive in backward beyond them."""
+    storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = layer(*args, **kwargs)
+    saved = sum(size for _, size in storages.values())
+    layer.zero_grad(set_to_none=True)
+    watch = _Watch(list(storages.values()), known)
+    done = _Start.apply(out)
+    del out
+    with watch:
+        done.backward(torch.empty(()))
+    gradients = {p.grad.untyped_storage()._cdata for p in layer.parameters() if p.grad is not None}
+    return saved, watch.peak(gradients) - saved
+
+
+class _Start(torch.autograd.Function):
+    """Hands the gradient of the output to backward without keeping it alive."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+        ctx.shape, ctx.kind = out.shape, out.dtype
+        return out.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(ctx.shape, dtype=ctx.kind)
+
+
+class _Watch(TorchDispatchMode):
+    """The storages alive after every call of the backward pass."""
+
+    def __init__(self, saved: list[tuple[StorageWeakRef, int]], known: set[int]) -> None:
+        super().__init__()
+        self.known = known
+        self.refs = [(ref, size, ref.cdata) for ref, size in saved]
+        self.moments: list[list[tuple[StorageWeakRef, int, int]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        watched = {key for ref, _, key in self.refs if not ref.expired()}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in watched | self.known:
+                self.refs.append((StorageWeakRef(storage), storage.nbytes(), storage._cdata))
+                watched.add(storage._cdata)
+        self.moments.append([row for row in self.refs if not row[0].expired()])
+        return out
+
+    def peak(self, gradients: set[int]) -> int:
+        """The most bytes at any moment, without the storages that are gradients now."""
+        final = {id(row) for row in self.refs if not row[0].expired() and row[2] in gradients}
+        return max(
+            sum(row[1] for row in moment if id(row) not in final) for moment in self.moments
+        )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
