@@ -73,13 +73,14 @@ def position_columns(
     first = np.asarray(first_device)
     num_stages, per_node = len(first), job.platform.gpus_per_node
     stage = np.arange(num_stages)
-    end = first + np.asarray(num_devices)
+    is_first, is_last = stage == 0, stage == num_stages - 1
+    ends_node = (first + np.asarray(num_devices)) % per_node == 0
     return {
         "in_flight": np.minimum(num_stages - stage, num_micro_batches),
-        "is_first": (stage == 0).astype(int),
-        "is_last": (stage == num_stages - 1).astype(int),
-        "prev_crosses_node": (first % per_node == 0).astype(int),
-        "next_crosses_node": (end % per_node == 0).astype(int),
+        "is_first": is_first.astype(int),
+        "is_last": is_last.astype(int),
+        "prev_crosses_node": (~is_first & (first % per_node == 0)).astype(int),
+        "next_crosses_node": (~is_last & ends_node).astype(int),
     }
 
 

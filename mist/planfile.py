@@ -3,9 +3,10 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -13,14 +14,17 @@ from pydantic import TypeAdapter, ValidationError
 from mist.errors import Fault, InputError, OutputError, PlanError
 from mist.plans import SCHEMA, Plan, plan_faults
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 
 def load_plan(path: str | Path) -> Plan:
     """The plan in a file.
 
     Raises InputError when the file cannot be read and PlanError with every fault and its path.
     """
-    data = _read(Path(path))
-    faults = [*_schema_faults(data), *plan_faults(data)]
+    data, repeated = _read(Path(path))
+    faults = [*repeated, *_schema_faults(data), *plan_faults(data)]
     if faults:
         raise PlanError(str(path), faults)
     return _adapter().validate_json(json.dumps(data), strict=True)
@@ -48,67 +52,104 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file through a temporary one in the same folder. Raises OutputError."""
+    name = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write {path}: {error.strerror}. Choose another --out."
-        ) from error
-    try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:
         raise OutputError(
-            f"Cannot write {path}: {error.strerror}. Choose another --out."
+            f"Cannot write {path}: {error.strerror}. Choose another place."
         ) from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Mapping[str, object]:
+def _read(path: Path) -> tuple[Mapping[str, object], list[Fault]]:
+    """The mapping in a file, and the keys that it gives twice (of which YAML keeps the last)."""
     try:
-        data = yaml.load(path.read_text(), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read the plan {path}: {error}.") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"Cannot read the plan {path}: it is not a text file.") from error
+    except OSError as error:
+        raise InputError(f"Cannot read the plan {path}: {error.strerror}.") from error
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        repeated = list(_repeated_keys(node, "", frozenset()))
+        data = loader.construct_document(node) if node else None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, Mapping):
+    if not isinstance(data, dict):
         raise InputError(f"{path} is not a plan: it has no {SCHEMA} mapping.")
-    return data
+    return data, repeated
+
+
+def _repeated_keys(node: yaml.Node | None, path: str, above: frozenset[int]) -> Iterator[Fault]:
+    """Every key that a mapping at or below this node has twice. Raises YAMLError on a cycle."""
+    if id(node) in above:
+        raise yaml.YAMLError(f"{path.lstrip('.')} contains itself")
+    above |= {id(node)}
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _repeated_keys(item, f"{path}[{index}]", above)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            here = f"{path}.{key.value}"
+            if here in seen:
+                yield Fault(path=here.lstrip("."), message="given twice")
+            seen.add(here)
+            yield from _repeated_keys(value, here, above)
 
 
 def _schema_faults(data: Mapping[str, object]) -> list[Fault]:
     """Faults of names and types; those of the invariants come from plan_faults."""
     try:
-        _adapter().validate_json(json.dumps(data, default=str), strict=True)
+        _adapter().validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         rows = error.errors(include_url=False, include_context=False)
-        return [
-            Fault(path=_path(row["loc"]), message=_message(row["type"], row["msg"])) for row in rows
-        ]
+        return [Fault(path=_path(row["loc"]), message=_message(row)) for row in rows]
     except PlanError:
         return []
     return []
 
 
-def _message(kind: str, message: str) -> str:
-    """Pydantic's words, without its own vocabulary."""
+def _message(row: "ErrorDetails") -> str:
+    """Pydantic's words and what was found, without its own vocabulary."""
     known = {"unexpected_keyword_argument": "unknown key", "missing": "missing"}
-    return known.get(kind, message[0].lower() + message[1:])
+    if row["type"] in known:
+        return known[row["type"]]
+    message, found = row["msg"][0].lower() + row["msg"][1:], row["input"]
+    told = isinstance(found, str | int | float | None)
+    return f"{message} (found {json.dumps(found)})" if told else message
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return path.lstrip(".") or "plan"
+    """Like `stages[1].offload.weights`; pydantic marks a fault in a key itself with "[key]"."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    return "".join(steps).removesuffix(".[key]").lstrip(".") or "plan"
 
 
 def _adapter() -> TypeAdapter[Plan]:
     return TypeAdapter(Plan)
 
 
-_Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+class _Loader(yaml.SafeLoader):
+    """What JSON can say: no dates (they stay text), sets or bytes."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in rows if not tag.endswith(":timestamp")]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or not tag.endswith((":timestamp", ":binary", ":set", ":omap", ":pairs"))
+    }
 
 
 class _PlanDumper(yaml.SafeDumper):

@@ -20,8 +20,9 @@ SCHEMA: Final = "mist.plan/1"
 STRICT: Final = ConfigDict(extra="forbid")
 
 PositiveInt = Annotated[int, Field(ge=1)]
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-Seconds = Annotated[float, Field(ge=0.0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(ge=0.0)]
+Ratio = Annotated[Number, Field(ge=0.0, le=1.0)]
 Bytes = Annotated[int, Field(ge=0)]
 
 
@@ -109,8 +110,8 @@ class StageEstimate:
 
     __pydantic_config__ = STRICT
     stable_s: Seconds
-    delta_s: float
-    time_parts_s: dict[str, float]
+    delta_s: Number
+    time_parts_s: dict[str, Number]
     peak_bytes: Bytes
     usable_bytes: Bytes
     memory_parts_bytes: dict[str, int]
@@ -122,8 +123,8 @@ class Uncertainty:
     """Half width of the interval around the prediction, as a ratio, and where it comes from."""
 
     __pydantic_config__ = STRICT
-    step_ratio: Annotated[float, Field(ge=0.0)]
-    memory_ratio: Annotated[float, Field(ge=0.0)]
+    step_ratio: Annotated[Number, Field(ge=0.0)]
+    memory_ratio: Annotated[Number, Field(ge=0.0)]
     basis: str
 
 
@@ -133,8 +134,8 @@ class Estimate:
 
     __pydantic_config__ = STRICT
     step_s: Seconds
-    tokens_per_s: float
-    mfu: float
+    tokens_per_s: Number
+    mfu: Number
     bubble_s: Seconds
     stages: tuple[StageEstimate, ...]
     uncertainty: Uncertainty
@@ -160,9 +161,9 @@ class Provenance:
     mist: str
     profiles: dict[str, str]
     solver: str
-    gap: float
-    lower_bound_s: float
-    search: dict[str, str | int | float]
+    gap: Number
+    lower_bound_s: Number
+    search: dict[str, str | int | Number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,12 +200,16 @@ def plan_faults(data: Mapping[str, object]) -> Iterator[Fault]:
     A rule whose fields are missing or of the wrong type is skipped: the schema reports those.
     """
     stages = [(f"stages[{i}]", stage) for i, stage in enumerate(_list(data.get("stages")))]
-    if not stages:
+    if data.get("stages") in ([], ()):
         yield Fault(path="stages", message="a plan has at least one stage")
     for path, stage in stages:
         yield from _stage_faults(path, stage)
     yield from _layer_faults(stages)
     yield from _device_faults(stages, _int(_map(data.get("cluster")).get("num_gpus")))
+    judged = _list(_map(data.get("estimate")).get("stages"))
+    if judged and stages and len(judged) != len(stages):
+        message = f"{len(judged)} stages judged, but the plan has {len(stages)}"
+        yield Fault(path="estimate.stages", message=message)
     global_batch = _int(_map(data.get("workload")).get("global_batch"))
     yield from _batch_faults(stages, global_batch, _int(data.get("num_micro_batches")))
 
@@ -245,22 +250,37 @@ def _is_run(item: object) -> bool:
 
 
 def _stage_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
-    """dp * tp * cp = devices; ep | dp * cp; sp needs tp; levels sum to the layers."""
+    """The rules that one stage keeps alone."""
+    yield from _rank_faults(path, stage)
+    yield from _level_faults(path, stage)
+
+
+def _rank_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
+    """dp * tp * cp = devices; ep divides dp * cp; sp needs tp."""
     ranks, devices = _ints(stage, "dp", "tp", "cp"), _runs([stage.get("devices")])
-    if ranks and devices and ranks[0] * ranks[1] * ranks[2] != devices[0][1]:
-        product = " * ".join(str(rank) for rank in ranks)
+    if ranks is None:
+        return
+    dp, tp, cp = ranks
+    if devices and dp * tp * cp != devices[0][1]:
         yield Fault(
             path=f"{path}.devices",
-            message=f"dp * tp * cp = {product} ranks, but the stage has {devices[0][1]} devices",
+            message=f"dp * tp * cp = {dp} * {tp} * {cp} ranks, "
+            f"but the stage has {devices[0][1]} devices",
         )
     ep = _int(stage.get("ep"))
-    if ranks and ep and ranks[0] * ranks[2] % ep:
-        yield Fault(path=f"{path}.ep", message=f"ep {ep} does not divide dp * cp")
-    if ranks and stage.get("sp") is True and ranks[1] == 1:
+    if ep and dp * cp % ep:
+        yield Fault(path=f"{path}.ep", message=f"ep {ep} does not divide dp * cp = {dp * cp}")
+    if stage.get("sp") is True and tp == 1:
         yield Fault(path=f"{path}.sp", message="sequence parallelism needs tp > 1")
+
+
+def _level_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
+    """A stage has layers, and its memory levels cover all of them."""
+    if stage.get("layers") in ([], ()):
+        yield Fault(path=f"{path}.layers", message="a stage has at least one run of layers")
     levels = [_int(count) for count in _map(stage.get("memory")).values()]
-    num_layers = sum(count for _, count in _runs(stage.get("layers")))
     num_levels = sum(count for count in levels if count is not None)
+    num_layers = sum(count for _, count in _runs(stage.get("layers")))
     if num_layers and None not in levels and num_levels != num_layers:
         yield Fault(
             path=f"{path}.memory",
@@ -273,33 +293,36 @@ def _layer_faults(stages: _Stages) -> Iterator[Fault]:
     expected = 0
     for path, stage in stages:
         for first, count in _runs(stage.get("layers")):
-            if first != expected:
-                yield Fault(
-                    path=f"{path}.layers",
-                    message=f"starts at layer {first}, but the stage before ends at {expected}",
-                )
             if count < 1:
                 yield Fault(path=f"{path}.layers", message=f"a run of {count} layers")
+            yield from _order_fault(f"{path}.layers", (first, count), expected)
             expected = first + count
 
 
 def _device_faults(stages: _Stages, num_gpus: int | None) -> Iterator[Fault]:
-    """Device ranges follow one another and cover the cluster."""
+    """Device ranges follow one another from device 0 and cover the cluster."""
     expected = 0
     for path, stage in stages:
         for first, count in _runs([stage.get("devices")]):
-            if first != expected:
-                verb = "overlap" if first < expected else "leave a gap after"
-                yield Fault(
-                    path=f"{path}.devices",
-                    message=f"devices [{first}, {count}] {verb} those of the stage before, "
-                    f"which end at {expected}",
-                )
+            yield from _order_fault(f"{path}.devices", (first, count), expected)
             expected = first + count
     if num_gpus is not None and expected not in (0, num_gpus):
         yield Fault(
             path="cluster.num_gpus",
             message=f"the stages use {expected} devices, the cluster has {num_gpus}",
+        )
+
+
+def _order_fault(path: str, run: tuple[int, int], expected: int) -> Iterator[Fault]:
+    """A run [first, count] that does not start where the one before ended."""
+    what = path.rpartition(".")[2]
+    if run[0] != expected and expected == 0:
+        yield Fault(path=path, message=f"{what} {list(run)} do not start at 0")
+    elif run[0] != expected:
+        verb = "overlap" if run[0] < expected else "leave a gap after"
+        yield Fault(
+            path=path,
+            message=f"{what} {list(run)} {verb} those before, which end at {expected - 1}",
         )
 
 

@@ -213,7 +213,10 @@ def _frontiers(
     table: StageTable, upper_bound_s: float
 ) -> Iterator[tuple[tuple[int, int], Frontier]]:
     """Non-empty frontiers by (stage, range), without the points that alone exceed the bound."""
-    least_s = (table.group.num_micro_batches - 1) * table.stable_s + table.lone_s
+    stable_s, lone_s = (
+        np.where(table.feasible, times, 0.0) for times in (table.stable_s, table.lone_s)
+    )
+    least_s = (table.group.num_micro_batches - 1) * stable_s + lone_s
     useful = table.feasible & (least_s <= upper_bound_s)
     for stage, row in np.argwhere(useful.any(axis=0)):
         at = (slice(None), stage, row)

@@ -2,7 +2,9 @@
 
 Times rise with the number of recomputed layers, while the peak falls with it (beyond the first,
 which adds the working set of a recomputation): so of all numbers of recomputed layers only the
-smallest that fits can be on a frontier, and bisection finds it.
+smallest that fits can be on a frontier, and bisection finds it. (Where unlike layers follow each
+other the peak may rise again by an activation or two as recomputation reaches a wider one; then a
+layer more than needed may be recomputed. What fits is always checked, never inferred.)
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ column-parallel matrix stays whole, as torch keeps it for the weight gradient.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import sympy
 from sympy import Expr
@@ -42,7 +42,11 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCost:
-    """Seconds of one micro-batch and bytes of one rank; `params` counts parameters of the rank."""
+    """Seconds of one micro-batch and bytes of one rank; `params` counts parameters of the rank.
+
+    `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters, reduce-scatter and all-reduce
+    of the gradients, over the data-parallel group.
+    """
 
     forward_s: Expr
     backward_s: Expr
@@ -50,9 +54,22 @@ class BlockCost:
     tp_backward_s: Expr
     tp_recompute_s: Expr
     params: Expr
+    gather_s: Expr
+    scatter_s: Expr
+    reduce_s: Expr
     saved_bytes: Expr
     boundary_bytes: Expr
     transient_bytes: Expr
+
+    def named(self, block: str) -> tuple[dict[str, Expr], "BlockCost"]:
+        """The fields under names of their own, and the same cost in terms of these names.
+
+        The formulas above read the names, so that each expression is compiled once.
+        """
+        names = {item.name: f"{block}_{item.name}" for item in fields(self)}
+        values = {name: getattr(self, item) for item, name in names.items()}
+        symbols = {item: sympy.Symbol(f"cost_{name}", real=True) for item, name in names.items()}
+        return values, BlockCost(**symbols)
 
 
 def layer_cost(block: Block, setting: Setting) -> BlockCost:
@@ -84,12 +101,16 @@ def end_cost(block: Block, activation_bytes: Expr, setting: Setting) -> BlockCos
 
 def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
     accumulated = rank_params(block) * setting.runtime.traffic.accumulation_bytes_per_param.value
+    gather, scatter, reduce = _dp_collectives(rank_params(block), setting.precision)
     transients = [setting.at_sequence(expr) for expr in block.transient_bytes]
     return {
         "forward_s": _pass_seconds(block, "forward", setting),
         "backward_s": _pass_seconds(block, "backward", setting)
         + sym.MEMORY[Traffic.POINTWISE](_accumulated_share(accumulated), 1),
         "params": rank_params(block),
+        "gather_s": gather,
+        "scatter_s": scatter,
+        "reduce_s": reduce,
         "saved_bytes": saved_bytes(block, setting),
         "transient_bytes": sym.larger(0, *transients),
     }
@@ -158,3 +179,14 @@ def _tp_collectives(activation_bytes: Expr, setting: Setting) -> tuple[Expr, Exp
     if setting.runtime.knobs.sequence_parallel:
         return sym.ALL_GATHER(activation_bytes, T, T), sym.REDUCE_SCATTER(activation_bytes, T, T)
     return sympy.Integer(0), sym.ALL_REDUCE(activation_bytes, T, T)
+
+
+def _dp_collectives(params: Expr, precision: Precision) -> tuple[Expr, Expr, Expr]:
+    """All-gather of compute-precision parameters; scatter and all-reduce of fp32 gradients."""
+    group = (sym.DP, sym.DP_PER_NODE)
+    gradient_bytes = params * Precision.FP32.num_bytes
+    return (
+        sym.ALL_GATHER(params * precision.num_bytes, *group),
+        sym.REDUCE_SCATTER(gradient_bytes, *group),
+        sym.ALL_REDUCE(gradient_bytes, *group),
+    )

@@ -48,14 +48,19 @@ class _Function:
 class CompiledStageCost:
     """The stage cost as two functions: strategy columns -> terms, terms and layout -> stage.
 
-    `terms` takes b, t, dp, dp_per_node, zero and gives `term_*` columns; `stage` takes these and
-    the layout; `search` computes stable_s, lone_s and peak_bytes only, `stage` every part as well.
+    `stage` takes the terms and the layout; `search` computes stable_s, lone_s and peak_bytes only,
+    `stage` every part as well.
     """
 
     num_kinds: int
-    terms: _Function
+    costs: _Function
+    block_terms: _Function
     search: _Function
     stage: _Function
+
+    def terms(self, strategy: Columns) -> dict[str, Column]:
+        """`term_*` columns of strategies given as b, t, dp, dp_per_node, zero."""
+        return self.block_terms({**strategy, **self.costs(strategy)})
 
 
 def compile_stage_cost(
@@ -69,12 +74,14 @@ def compile_stage_cost(
         runtime=platform.runtime,
         precision=workload.precision,
     )
+    blocks = {f"cost_{name}": expr for name, expr in cost.costs.items()}
     terms = {f"term_{name}": expr for name, expr in cost.terms.items()}
     wanted = ("stable_s", "lone_s", "peak_bytes")
     search = {name: cost.stage[name] for name in wanted}
     return CompiledStageCost(
         num_kinds=cost.num_kinds,
-        terms=_compile(STRATEGY, terms, _bindings(costs)),
+        costs=_compile(STRATEGY, blocks, _bindings(costs)),
+        block_terms=_compile(_inputs(STRATEGY, terms), terms, _bindings(costs)),
         search=_compile(_stage_inputs(cost), search, {}),
         stage=_compile(_stage_inputs(cost), cost.stage, {}),
     )
@@ -83,9 +90,15 @@ def compile_stage_cost(
 def _stage_inputs(cost: StageCost) -> tuple[sympy.Symbol, ...]:
     """Position, counts by kind and level, and the terms that the formulas name."""
     counts = [f(kind) for kind in range(cost.num_kinds) for f in (sym.eager_count, sym.full_count)]
-    named = {symbol for expr in cost.stage.values() for symbol in expr.free_symbols}
-    terms = sorted(named - set(POSITION) - set(counts), key=str)
-    return (*POSITION, *counts, *terms)
+    return _inputs((*POSITION, *counts), cost.stage)
+
+
+def _inputs(
+    first: tuple[sympy.Symbol, ...], outputs: Mapping[str, Expr]
+) -> tuple[sympy.Symbol, ...]:
+    """The given symbols, then all others that the outputs name."""
+    named = {symbol for expr in outputs.values() for symbol in expr.free_symbols}
+    return (*first, *sorted(named - set(first), key=str))
 
 
 def _compile(

@@ -36,9 +36,13 @@ MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """Named expressions of a stage: `terms` of the strategy, `stage` of terms and layout."""
+    """Named expressions: `costs` of blocks and `terms` of costs, both of the strategy; `stage`.
+
+    A `term_x` in `stage` is the term x, a `cost_x` in `terms` is the cost x.
+    """
 
     num_kinds: int
+    costs: Mapping[str, Expr]
     terms: Mapping[str, Expr]
     stage: Mapping[str, Expr]
 
@@ -77,12 +81,19 @@ def stage_cost(
     activation = graph.blocks[graph.layers[0].block].boundary_bytes
     blocks["embed"] = end_cost(graph.embed, activation, setting)
     blocks["head"] = end_cost(graph.head, activation, setting)
+    costs: dict[str, Expr] = {}
     terms: dict[str, Expr] = {}
+    named: dict[str, BlockCost] = {}
     for name, cost in blocks.items():
-        terms.update(_block_terms(name, cost, setting))
-    terms.update(_stage_terms(graph, setting))
+        values, named[name] = cost.named(name)
+        costs |= values
+        terms |= _block_terms(name, named[name], setting)
+    terms |= _stage_terms(graph, setting, named[str(graph.layers[0].block)])
     return StageCost(
-        num_kinds=len(graph.blocks), terms=terms, stage=_stage(len(graph.blocks), runtime)
+        num_kinds=len(graph.blocks),
+        costs=costs,
+        terms=terms,
+        stage=_stage(len(graph.blocks), runtime),
     )
 
 
@@ -95,6 +106,7 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr
         f"{name}_eager_working_bytes": cost.transient_bytes,
         f"{name}_full_working_bytes": cost.saved_bytes + cost.transient_bytes,
         f"{name}_optimizer_s": _optimizer_seconds(cost.params, setting.runtime),
+        f"{name}_ends_s": _ends_seconds(cost),
     }
     for level in ("eager", "full") if _is_layer(name) else ("eager",):
         slots = _slots(cost, setting, recompute=level == "full", hosted=_is_layer(name))
@@ -120,7 +132,7 @@ def _slots(cost: BlockCost, setting: Setting, *, recompute: bool, hosted: bool) 
     device_late = device_backward + device_again
     launch_backward = sym.larger(0, host_backward + again * host_forward - device_late)
     forward, backward = device_forward + launch_forward, device_late + launch_backward
-    gather, scatter, reduce = _dp_collectives(cost.params, setting.precision)
+    gather, scatter, reduce = cost.gather_s, cost.scatter_s, cost.reduce_s
     exposed = partial(_exposed, setting.runtime)
     from_1, from_2, from_3 = (_at_least(level) for level in (1, 2, 3))
     return _Slots(
@@ -164,15 +176,10 @@ def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
     return forward * layer, (1 - forward) * layer
 
 
-def _dp_collectives(params: Expr, precision: Precision) -> tuple[Expr, Expr, Expr]:
-    """All-gather of compute-precision parameters; scatter and all-reduce of fp32 gradients."""
-    group = (sym.DP, sym.DP_PER_NODE)
-    gradient_bytes = params * Precision.FP32.num_bytes
-    return (
-        sym.ALL_GATHER(params * precision.num_bytes, *group),
-        sym.REDUCE_SCATTER(gradient_bytes, *group),
-        sym.ALL_REDUCE(gradient_bytes, *group),
-    )
+def _ends_seconds(cost: BlockCost) -> Expr:
+    """At the two ends of a step the collectives of one block have nothing to run beside."""
+    sharded = _at_least(1)
+    return sharded * (cost.gather_s + cost.scatter_s) + (1 - sharded) * cost.reduce_s
 
 
 def _optimizer_seconds(params: Expr, runtime: Runtime) -> Expr:
@@ -186,22 +193,22 @@ def _optimizer_seconds(params: Expr, runtime: Runtime) -> Expr:
     return sym.MEMORY[Traffic.POINTWISE](moved, 1)
 
 
-def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
-    """Terms that belong to no block: states per parameter, transfers, the exposed ends, ties."""
-    runtime, precision = setting.runtime, setting.precision
-    first = layer_cost(graph.blocks[graph.layers[0].block], setting)
-    gather, scatter, reduce = _dp_collectives(first.params, precision)
+def _stage_terms(graph: ModelGraph, setting: Setting, first: BlockCost) -> dict[str, Expr]:
+    """Terms that belong to no block: states per parameter, transfers, ties.
+
+    `first`: cost of the model's first layer, whose input every stage sends.
+    """
     tied = sympy.Integer(sum(param.numel for param in graph.head.params if param.tied)) / T
+    tied_bytes = tied * Precision.FP32.num_bytes
     return {
         "tied_params": tied,
-        "tied_reduce_in_node_s": sym.P2P(tied * Precision.FP32.num_bytes, 0),
-        "tied_reduce_cross_s": sym.P2P(tied * Precision.FP32.num_bytes, 1),
-        "state_bytes_per_param": _state_bytes(runtime, precision),
-        "gathered_bytes_per_param": _gathered_bytes(runtime, precision),
+        "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
+        "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
+        "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
+        "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
         "p2p_bytes": first.boundary_bytes,
         "p2p_in_node_s": sym.P2P(first.boundary_bytes, 0),
         "p2p_cross_s": sym.P2P(first.boundary_bytes, 1),
-        "exposed_s": _at_least(1) * (gather + scatter) + (1 - _at_least(1)) * reduce,
     }
 
 
@@ -228,7 +235,8 @@ def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
         "p2p_s": _p2p()
     }
     optimizer = sympy.Add(*(count * _term(f"{x}_optimizer_s") for x, _, count in rows))
-    lone_end = _term("exposed_s") + optimizer + _tied_reduce()
+    layers = [row for row in rows if _is_layer(row[0])]
+    lone_end = _worst(layers, "{x}_ends_s") + optimizer + _tied_reduce()
     memory = _memory(rows, runtime)
     return {
         **parts,

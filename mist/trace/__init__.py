@@ -5,12 +5,12 @@ module. Importing this package, and loading a trace from the cache, needs no tor
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mist.graph import ModelGraph
 from mist.spec import Attention, Precision
 from mist.trace import cache
-from mist.trace.source import PythonSource, resolve
+from mist.trace.source import Policy, PythonSource, Setting, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
     from mist.trace.expr import Size
 
-__all__ = ["Policy", "load_graph", "trace_model"]
-
-Policy = Literal["cuda", "cpu"]
+__all__ = ["Policy", "Setting", "load_graph", "trace_model"]
 
 
 def load_graph(
@@ -45,7 +43,6 @@ def load_graph(
         progress(f"{graph.name}: trace from the cache")
         return graph
     from mist.trace.loader import load_model, local_modules
-    from mist.trace.session import Setting
     from mist.trace.trace import listing, trace
 
     progress(f"loading {found.label}")
@@ -60,10 +57,8 @@ def load_graph(
 
 def trace_model(
     model: "nn.Module",
+    setting: Setting,
     *,
-    precision: Precision,
-    attention: Attention,
-    policy: Policy = "cuda",
     make_batch: "Callable[[Size, Size], object] | None" = None,
     loss: "Callable[..., torch.Tensor] | None" = None,
 ) -> ModelGraph:
@@ -75,7 +70,6 @@ def trace_model(
     names the graph. Raises TraceError when its costs cannot be traced.
     """
     from mist.trace.loader import LoadedModel
-    from mist.trace.session import Setting
     from mist.trace.trace import trace
 
     name = getattr(model, "name", None)
@@ -85,5 +79,4 @@ def trace_model(
         make_batch=make_batch,
         loss=loss,
     )
-    setting = Setting(precision=precision, attention=attention, policy=policy)
     return trace(loaded, setting, lambda message: None).graph

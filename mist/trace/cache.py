@@ -17,11 +17,11 @@ from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Final, get_args, get_origin, get_type_hints
 
 import platformdirs
 import sympy
-from sympy import Basic, Expr
+from sympy import Basic
 
 from mist.graph import B, ModelGraph, S, T
 from mist.trace.source import digest
@@ -52,7 +52,7 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Basic]]] = MappingProxyType(
 )
 SYMBOLS: Final = MappingProxyType({symbol.name: symbol for symbol in (B, S, T)})
 
-Decode = Callable[[Any], Any]
+Decode = Callable[[object], object]
 
 
 def cache_folder() -> Path:
@@ -75,15 +75,16 @@ def load(key: str) -> ModelGraph | None:
             if file_digest(Path(path)) != known:
                 return None
         exprs = [decode_expr(expr) for expr in entry["exprs"]]
-        graph: ModelGraph = _decoder(ModelGraph, exprs)(entry["graph"])
+        graph = _decoder(ModelGraph, exprs)(entry["graph"])
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return None
-    return graph
+    return graph if isinstance(graph, ModelGraph) else None
 
 
 def store(key: str, graph: ModelGraph, text: str, modules: Sequence[Path]) -> None:
-    """Keep a graph and the listing of its operations. A folder that cannot be written is no fault:
-    the next run traces again.
+    """Keep a graph and the listing of its operations.
+
+    A folder that cannot be written is no fault: the next run traces again.
     """
     exprs: dict[Basic, int] = {}
     fields = _encode(graph, exprs)
@@ -111,7 +112,7 @@ def _write(path: Path, text: str) -> None:
     Path(name).replace(path)
 
 
-def encode_expr(expr: Basic) -> Any:
+def encode_expr(expr: Basic) -> object:
     """An expression as nested lists. Raises ValueError for a function that is not in the table."""
     if expr.is_Integer:
         return int(expr)
@@ -127,7 +128,7 @@ def encode_expr(expr: Basic) -> Any:
     return [name, *(encode_expr(arg) for arg in expr.args)]
 
 
-def decode_expr(value: Any) -> Basic:
+def decode_expr(value: object) -> Basic:
     """The expression of nested lists. Raises ValueError for anything else."""
     if isinstance(value, int):
         return sympy.Integer(value)
@@ -140,34 +141,33 @@ def decode_expr(value: Any) -> Basic:
     raise ValueError(f"not an expression: {value!r}")
 
 
-def _encode(value: Any, exprs: dict[Basic, int]) -> Any:
+def _encode(value: object, exprs: dict[Basic, int]) -> object:
     """A dataclass as a list of its fields in order, an expression as its number in `exprs`."""
     if isinstance(value, Basic):
         return exprs.setdefault(value, len(exprs))
     if isinstance(value, Enum):
         return value.value
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [_encode(getattr(value, f.name), exprs) for f in dataclasses.fields(value)]
     if isinstance(value, tuple):
         return [_encode(each, exprs) for each in value]
     return value
 
 
-def _decoder(hint: Any, exprs: Sequence[Basic]) -> Decode:
+def _decoder(hint: object, exprs: Sequence[Basic]) -> Decode:
     """The function that rebuilds a value of type `hint`."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _dataclass_decoder(hint, exprs)
-    if isinstance(hint, type) and issubclass(hint, Basic | Expr):
-        return exprs.__getitem__
     if get_origin(hint) is tuple:
-        each = _decoder(get_args(hint)[0], exprs)
-        return lambda values: tuple(map(each, values))
+        return _tuple_decoder(_decoder(get_args(hint)[0], exprs))
     if get_origin(hint) is UnionType:
         some = next(arg for arg in get_args(hint) if arg is not NoneType)
         return _optional(_decoder(some, exprs))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint
-    return _literal(get_args(hint)) if get_origin(hint) is Literal else _plain(hint)
+    if not isinstance(hint, type):
+        return _checked(lambda value: value in get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return _dataclass_decoder(hint, exprs)
+    if issubclass(hint, Basic):
+        return lambda value: exprs[_number(value)]
+    return hint if issubclass(hint, Enum) else _checked(lambda value: type(value) is hint)
 
 
 def _dataclass_decoder(hint: type, exprs: Sequence[Basic]) -> Decode:
@@ -175,29 +175,37 @@ def _dataclass_decoder(hint: type, exprs: Sequence[Basic]) -> Decode:
     names = [field.name for field in dataclasses.fields(hint)]
     decoders = [_decoder(hints[name], exprs) for name in names]
 
-    def decode(values: Any) -> Any:
-        triples = zip(names, decoders, values, strict=True)
+    def decode(values: object) -> object:
+        triples = zip(names, decoders, _list(values), strict=True)
         return hint(**{name: decoder(value) for name, decoder, value in triples})
 
     return decode
+
+
+def _tuple_decoder(decode: Decode) -> Decode:
+    return lambda values: tuple(map(decode, _list(values)))
 
 
 def _optional(decode: Decode) -> Decode:
     return lambda value: None if value is None else decode(value)
 
 
-def _plain(hint: type) -> Decode:
-    return _checked(lambda value: type(value) is hint)
-
-
-def _literal(allowed: tuple[Any, ...]) -> Decode:
-    return _checked(lambda value: value in allowed)
-
-
-def _checked(holds: Callable[[Any], bool]) -> Decode:
-    def decode(value: Any) -> Any:
+def _checked(holds: Callable[[object], bool]) -> Decode:
+    def decode(value: object) -> object:
         if not holds(value):
             raise ValueError(f"unexpected {value!r}")
         return value
 
     return decode
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ValueError(f"not a list: {value!r}")
+    return value
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"not a number of an expression: {value!r}")
+    return value

@@ -60,7 +60,7 @@ class Symbols:
         symbol = self.env.create_symbol(
             hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
         )
-        # With an upper bound torch knows that x[0:] is all of x, and skips the slice as for numbers.
+        # With an upper bound torch knows that x[0:] is all of x, and skips it as for numbers.
         self.env.constrain_symbol_range(symbol, compiler_min=2, compiler_max=MAX_SIZE)
         self._meanings[symbol] = meaning
         size = self.env.create_symintnode(symbol, hint=hint, source=source)
@@ -88,9 +88,9 @@ class Symbols:
             if raw in self._meanings:
                 return self._meanings[raw]
             raise TraceError(
-                f"a size of this model depends on the values of its tensors (torch names it {raw}), "
-                "not only on batch and sequence length. Replace the operation that selects by value "
-                "(nonzero, masked_select, boolean indexing) by one whose output shape is fixed."
+                f"a size depends on the values of tensors (torch names it {raw}),"
+                " not only on batch and sequence length. Replace what selects by value"
+                " (nonzero, boolean indexing, ...) by one whose output shape is fixed."
             )
         if not raw.args:
             return raw

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -71,9 +71,8 @@ class Fakes:
 @contextmanager
 def faked(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
     """Within: the modules' own parameters, buffers and tensor attributes are fake."""
-    tables = [
-        table for m in modules for table in (m._parameters, m._buffers, vars(m))
-    ]  # what a module holds itself, not what its children hold
+    # What a module holds itself, not what its children hold.
+    tables = [table for m in modules for table in _tables(m)]
     before = [{k: v for k, v in t.items() if isinstance(v, torch.Tensor)} for t in tables]
     for table, tensors in zip(tables, before, strict=True):
         table.update({name: fakes.of(tensor) for name, tensor in tensors.items()})
@@ -82,3 +81,9 @@ def faked(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
     finally:
         for table, tensors in zip(tables, before, strict=True):
             table.update(tensors)
+
+
+def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+    yield module._parameters
+    yield module._buffers
+    yield vars(module)

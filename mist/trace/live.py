@@ -85,9 +85,9 @@ def _maximal(moments: NDArray[np.float64], sizes: list[Expr]) -> NDArray[np.floa
         return moments
     values = [np.broadcast_to(_evaluate(size), GRID.shape[1:]) for size in sizes]
     totals = moments @ np.array(values).reshape(len(sizes), GRID.shape[1])
-    return moments[np.unique(totals.argmax(axis=0))]
+    worst = np.unique(totals.argmax(axis=0))
+    return np.asarray(moments[worst])
 
 
 def _evaluate(size: Expr) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = sympy.lambdify((B, S, T), size, "numpy")(*GRID)
-    return result
+    return np.asarray(sympy.lambdify((B, S, T), size, "numpy")(*GRID), dtype=np.float64)

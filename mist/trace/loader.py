@@ -22,7 +22,7 @@ from mist.trace.fake import DTYPES
 from mist.trace.source import PythonSource, Source
 
 MakeBatch = Callable[[Size, Size], object]
-Loss = Callable[[Any, Any], torch.Tensor]
+Loss = Callable[..., torch.Tensor]
 
 MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -47,14 +47,14 @@ class LoadedModel:
                     return value
         return None
 
-    def batch(self, batch: Size, seq: Size) -> Any:
+    def batch(self, batch: Size, seq: Size) -> object:
         """One micro-batch: the user's, or token ids [batch, seq]; labels for Hugging Face."""
         if self.make_batch is not None:
             return self.make_batch(batch, seq)
         ids = torch.empty(batch, seq, dtype=torch.int64)
         return {"input_ids": ids, "labels": ids} if self._takes_labels() else ids
 
-    def run(self, batch: Any) -> torch.Tensor:
+    def run(self, batch: object) -> torch.Tensor:
         """Forward and loss: the user's loss, the model's own, or cross-entropy of its logits."""
         output = self._forward(batch)
         if self.loss is not None:
@@ -64,7 +64,7 @@ class LoadedModel:
             return own
         return cross_entropy(output, batch)
 
-    def _forward(self, batch: Any) -> Any:
+    def _forward(self, batch: object) -> object:
         if isinstance(batch, Mapping):
             return self.module(**batch, **self._no_cache())
         if isinstance(batch, tuple | list):
@@ -81,13 +81,24 @@ class LoadedModel:
         return inspect.signature(self.module.forward).parameters
 
 
-def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
+def cross_entropy(output: object, batch: object) -> torch.Tensor:
     """The default loss: fp32 cross-entropy of logits [b, s, v] against the token ids."""
-    logits = getattr(output, "logits", output)
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    ids = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
-    ids = ids[0] if isinstance(ids, tuple | list) else ids
+    logits, ids = _first(getattr(output, "logits", output)), _first(batch)
     return F.cross_entropy(logits.float().flatten(0, -2), ids.flatten())
+
+
+def _first(value: object) -> torch.Tensor:
+    """A tensor, or the first one of several."""
+    if isinstance(value, Mapping):
+        value = next(iter(value.values()))
+    if isinstance(value, tuple | list):
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        raise ModelError(
+            f"the default loss needs logits and token ids, found {_a_type(value)}. "
+            "Define loss(output, batch) and make_batch(batch, seq)."
+        )
+    return value
 
 
 def load_model(source: Source, *, precision: Precision, attention: Attention) -> LoadedModel:
@@ -128,27 +139,28 @@ def _from_config(
 
 
 def _from_file(source: PythonSource, attention: Attention) -> LoadedModel:
-    namespace = _run_file(source)
-    build = getattr(namespace, "build_model", None) or getattr(namespace, "model", None)
+    namespace = vars(_run_file(source))
+    build = namespace.get("build_model", namespace.get("model"))
     if build is None:
         raise ModelError(
             f"{source.label} defines neither build_model() nor model. "
             "Add a function build_model() that returns the torch.nn.Module to plan."
         )
-    module = _build(source, build)
-    if attention is Attention.MATH and hasattr(module, "set_attn_implementation"):
-        module.set_attn_implementation("eager")
+    module = build if isinstance(build, nn.Module) else _build(source, build)
+    choose_attention: Callable[[str], object] | None = getattr(
+        module, "set_attn_implementation", None
+    )
+    if attention is Attention.MATH and choose_attention is not None:
+        choose_attention("eager")
     return LoadedModel(
         module=module.train(),
-        name=str(getattr(namespace, "name", source.name)),
-        make_batch=getattr(namespace, "make_batch", None),
-        loss=getattr(namespace, "loss", None),
+        name=str(namespace.get("name", source.name)),
+        make_batch=namespace.get("make_batch"),
+        loss=namespace.get("loss"),
     )
 
 
-def _build(source: PythonSource, build: Any) -> nn.Module:
-    if isinstance(build, nn.Module):
-        return build
+def _build(source: PythonSource, build: object) -> nn.Module:
     if not callable(build):
         raise ModelError(
             f"{source.label}: build_model is {_a_type(build)}, not a function that returns a "
@@ -159,7 +171,7 @@ def _build(source: PythonSource, build: Any) -> nn.Module:
             module = build()
     except Exception as error:
         raise ModelError(
-            f"{source.label}: build_model() raised {_short(error)}{_where(error, source.path)}"
+            f"{source.label}: build_model() raised {_short(error)}{_where(error, source.path)}."
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -177,7 +189,7 @@ def _run_file(source: PythonSource) -> ModuleType:
         spec.loader.exec_module(namespace)
     except Exception as error:
         raise ModelError(
-            f"{source.label} cannot be imported: {_short(error)}{_where(error, source.path)}"
+            f"{source.label} cannot be imported: {_short(error)}{_where(error, source.path)}."
         ) from error
     return namespace
 

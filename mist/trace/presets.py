@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 
-def _llama3(hidden: int, ffn: int, layers: int, heads: int, **more: Any) -> Mapping[str, Any]:
+def _llama3(hidden: int, ffn: int, layers: int, heads: int, **more: int) -> Mapping[str, Any]:
     fields = {
         "model_type": "llama",
         "vocab_size": 128256,

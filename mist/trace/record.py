@@ -14,7 +14,8 @@ from typing import Any, Final
 import torch
 from sympy import Expr, Integer
 from torch import fx
-from torch.autograd.graph import saved_tensors_hooks
+from torch._ops import OpOverload
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -30,7 +31,7 @@ from mist.trace.flops import Call, Work, bind, work_of
 from mist.trace.live import Live
 from mist.trace.traffic import moves_bytes, traffic_bytes, traffic_class
 
-KNOWN_NAMESPACES: Final = frozenset({"aten", "prim", "prims", "profiler"})
+KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
 ACCUMULATE: Final = "torch::autograd::AccumulateGrad"
 
 
@@ -81,7 +82,7 @@ class Recorder(TorchDispatchMode):
     """Writes every call into the current part, if there is one."""
 
     def __init__(self, symbols: Symbols, states: Mapping[int, object]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.part: Part | None = None
         self.phase: Phase = "forward"
         self.modules: list[str] = []
@@ -105,14 +106,14 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
+        func: OpOverload,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.part is not None and not _accumulates():
+        if self.part is not None and func.namespace != "prim" and not _accumulates():
             self._record(self.part, Call(func, bind(func, args, kwargs), out))
         return out
 
@@ -136,7 +137,7 @@ class Recorder(TorchDispatchMode):
             module = self.modules[-1] if self.modules else ""
             part.origins.setdefault(sequence, (name, module))
             return module
-        node = torch._C._current_autograd_node()
+        node: Node | None = torch._C._current_autograd_node()
         if node is not None and node._sequence_nr() in part.origins:
             return part.origins[node._sequence_nr()][1]
         return part.ops[-1].module if part.ops else ""
@@ -259,5 +260,5 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 def _accumulates() -> bool:
     """Whether autograd is adding a gradient into its parameter: the optimizer's side."""
-    node = torch._C._current_autograd_node()
+    node: Node | None = torch._C._current_autograd_node()
     return node is not None and node.name() == ACCUMULATE

@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any, Final
+from typing import Final
 
+import sympy
 import torch
 from sympy import Basic, Expr, Integer
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from mist.graph import B, S, SavedTensor, T
-from mist.spec import Attention, Precision
 from mist.trace.blame import Passed
 from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
 from mist.trace.loader import LoadedModel
 from mist.trace.record import Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
-from mist.trace.shim import Policy, runs_as
+from mist.trace.shim import runs_as
+from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Share
 
 # A symbol's hint decides branches on shapes. Three samples and a sequence with many divisors are
@@ -36,15 +38,6 @@ SEQ_HINT: Final = 384
 
 class NotALayerList(Passed):
     """The layers found are not called once each in order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """For which kernels and precision the model is traced."""
-
-    precision: Precision
-    attention: Attention
-    policy: Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +54,10 @@ class Piece:
     """The record of one part, with what is known only after it ran."""
 
     part: Part
-    boundary_bytes: Expr = Integer(0)
+    boundary_bytes: Expr = sympy.S.Zero
     transients: tuple[Expr, ...] = ()
     module: nn.Module | None = None
-    outputs: Any = None
+    outputs: object = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,16 +77,24 @@ class Run:
     originals: Mapping[int, torch.Tensor]
 
 
+class SeedContext(FunctionCtx):
+    """What backward needs to know of the outputs."""
+
+    likes: list[tuple[tuple[Size, ...], torch.dtype]]
+
+
 class Seed(torch.autograd.Function):
     """Starts a backward pass from outputs, without holding the gradients it hands out."""
 
     @staticmethod
-    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: SeedContext, *outputs: torch.Tensor) -> torch.Tensor:
+        """A scalar that depends on all outputs."""
         ctx.likes = [(tuple(o.shape), o.dtype) for o in outputs]
         return outputs[0].new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+    def backward(ctx: SeedContext, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of all outputs, new."""
         return tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in ctx.likes)
 
 
@@ -147,7 +148,7 @@ class Session:
         seq = self.point.seq or self.symbols.create("s", hint=seq_hint(self.model), meaning=S)
         return batch, seq
 
-    def _forward_and_backward(self, inputs: Any) -> None:
+    def _forward_and_backward(self, inputs: object) -> None:
         shared = frozenset(key_of(t) for t in _tensors(inputs))
         first = self.embed if self.layers else self.head
         first.part.shared = self.head.part.shared = shared
@@ -160,7 +161,7 @@ class Session:
         if not self.point.backward:
             return
         with self.recorder.into(self.head.part, "backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self._back(self.head, self.open_outputs.get("head", []))
         self._back(self.embed, self.open_outputs.get("embed", []))
 
@@ -182,8 +183,12 @@ class Session:
             yield
 
     def _on_layer(
-        self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self,
+        index: int,
+        forward: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
         """In the place of a layer's forward."""
         if index != len(self.kinds) or self.layers is None:
             raise NotALayerList
@@ -205,9 +210,9 @@ class Session:
     def _trace(
         self,
         layer: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        forward: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
     ) -> Piece:
         """Run one layer forward and backward, alone."""
         self.stack.enter_context(faked(layer.modules(), self.fakes))
@@ -231,7 +236,7 @@ class Session:
                 seed: torch.Tensor = Seed.apply(*outputs)  # type: ignore[no-untyped-call]
                 gradient = torch.empty((), dtype=seed.dtype, device="cpu")
                 with self.recorder.into(piece.part, "backward"):
-                    seed.backward(gradient)  # type: ignore[no-untyped-call]
+                    seed.backward(gradient)
             piece.transients = piece.part.live.transients(self._gradients(piece.part))
 
     def _gradients(self, part: Part) -> frozenset[int]:
@@ -243,19 +248,19 @@ class Session:
                 parameter.grad = None
         return frozenset(found - {None})  # type: ignore[arg-type]
 
-    def _spec(self, value: Any, index: int) -> object:
+    def _spec(self, value: object, index: int) -> object:
         """What of a layer's inputs decides its cost."""
         leaves, tree = tree_flatten(value)
         return str(tree), tuple(self._spec_leaf(leaf, index) for leaf in leaves)
 
-    def _spec_leaf(self, leaf: Any, index: int) -> object:
+    def _spec_leaf(self, leaf: object, index: int) -> object:
         if isinstance(leaf, torch.Tensor):
             return self.symbols.shape(leaf), leaf.dtype, leaf.requires_grad
         is_index = type(leaf) is int and leaf == index
         plain = isinstance(leaf, bool | int | float | str) and not is_index
         return leaf if plain else type(leaf).__name__
 
-    def _total_bytes(self, value: Any) -> Expr:
+    def _total_bytes(self, value: object) -> Expr:
         sizes = {key_of(t): t.untyped_storage().nbytes() for t in _tensors(value)}
         return sum((self.symbols.expr(size) for size in sizes.values()), Integer(0))
 
@@ -301,7 +306,7 @@ class Session:
         """Within: inputs of column-parallel matrices are known as gathered."""
         colwise = self.sharding.colwise if self.sharding else frozenset[int]()
 
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def gather(module: nn.Module, args: tuple[object, ...]) -> None:
             if self.recorder.part is not None:
                 self.recorder.part.gathered.update(key_of(t) for t in _tensors(args))
 
@@ -321,12 +326,12 @@ def seq_hint(model: LoadedModel) -> int:
 
 
 @contextmanager
-def _replaced(layer: nn.Module, on_call: Callable[..., Any]) -> Iterator[None]:
+def _replaced(layer: nn.Module, on_call: Callable[..., object]) -> Iterator[None]:
     """Within: `on_call(forward, args, kwargs)` stands in for the layer's forward."""
     forward = layer.forward
 
     @wraps(forward)
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
+    def stand_in(*args: object, **kwargs: object) -> object:
         return on_call(forward, args, kwargs)
 
     own = "forward" in vars(layer)
@@ -340,12 +345,12 @@ def _replaced(layer: nn.Module, on_call: Callable[..., Any]) -> Iterator[None]:
             del vars(layer)["forward"]
 
 
-def _leaf(value: Any) -> Any:
+def _leaf(value: object) -> object:
     """A tensor that needs a gradient, cut off from what made it."""
     if isinstance(value, torch.Tensor) and value.requires_grad:
         return value.detach().requires_grad_()
     return value
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: object) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

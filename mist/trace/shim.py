@@ -7,19 +7,20 @@ and gives norm statistics the dtype that CUDA kernels write. Policy "cpu" change
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Final, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 from unittest.mock import patch
 
 import torch
 import torch._refs
 import torch.nn.functional as F
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mist.spec import Attention
-
-Policy = Literal["cuda", "cpu"]
+from mist.trace.kernels import fused_rms_norm
+from mist.trace.source import Policy
 
 aten = torch.ops.aten
 HALF: Final = (torch.bfloat16, torch.float16)
@@ -51,12 +52,12 @@ class Kernels(TorchDispatchMode):
     """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none."""
 
     def __init__(self, policy: Policy) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
 
     def __torch_dispatch__(
         self,
-        func: Any,
+        func: OpOverload,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -151,7 +152,7 @@ def _rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    return _first(aten._fused_rms_norm(input, list(normalized_shape), weight, eps))
+    return fused_rms_norm(input, weight, len(normalized_shape))[0]
 
 
 # Under fake tensors transformers cannot look at position_ids and builds a [b, 1, s, s] mask for
@@ -171,14 +172,19 @@ def runs_as(policy: Policy, attention: Attention) -> Iterator[None]:
         originals = {getattr(F, name): new for name, new in replacements.items()}
         stack.enter_context(Functions(originals))
         # A mode does not see what F.multi_head_attention_forward calls inside; a patch does.
-        stack.enter_context(patch.multiple(F, **replacements) if replacements else nullcontext())
+        for name, new in replacements.items():
+            stack.enter_context(patch.object(F, name, new))
         yield
 
 
 def _replacements(policy: Policy, attention: Attention) -> dict[str, Callable[..., object]]:
-    math = {"scaled_dot_product_attention": _math}
-    cuda = {"scaled_dot_product_attention": _fused, "dropout": _dropout, "rms_norm": _rms_norm}
-    return (cuda if policy == "cuda" else {}) | (math if attention is Attention.MATH else {})
+    found: dict[str, Callable[..., object]] = {}
+    if policy == "cuda":
+        found |= {"dropout": _dropout, "rms_norm": _rms_norm}
+        found |= {"scaled_dot_product_attention": _fused}
+    if attention is Attention.MATH:
+        found |= {"scaled_dot_product_attention": _math}
+    return found
 
 
 def _not_packed(position_ids: torch.Tensor) -> None:

@@ -1,14 +1,29 @@
-"""What the user named as a model, without torch: a Python file, a configuration or a preset."""
+"""What to trace, without torch: a Python file, a configuration or a preset; and for what."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mist.errors import ModelError, did_you_mean
+from mist.spec import Attention, Precision
 from mist.trace.presets import PRESETS
+
+Policy = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """For which kernels and precision a model is traced.
+
+    Policy "cuda": what a GPU would run; "cpu": what this machine runs.
+    """
+
+    precision: Precision
+    attention: Attention
+    policy: Policy = "cuda"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

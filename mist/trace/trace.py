@@ -26,9 +26,9 @@ from mist.trace.session import (
     Point,
     Run,
     Session,
-    Setting,
     seq_hint,
 )
+from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Unsupported, find_sharding
 
 Progress = Callable[[str], None]
@@ -128,7 +128,7 @@ def _sharded_run(
     try:
         run = Session(model, layers, setting, sharding, Point()).run()
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise Unsupported(
             f"tensor parallelism cannot be traced ({reason[0]}); t = 1 only"
         ) from error
@@ -241,7 +241,7 @@ def _owners(module: nn.Module, result: _Result) -> list[Owned]:
             (embed if result.layers else head).append((name, parameter, False))
         if in_head:
             head.append((name, parameter, in_embed))
-    layers = [
+    layers: list[Owned] = [
         [(name, parameter, False) for name, parameter in piece.module.named_parameters()]
         for piece in run.layers
         if piece.module is not None

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from mist.graph import Traffic
 from mist.trace.expr import Size, num_bytes
 from mist.trace.flops import Call
+from mist.trace.kernels import RMS_NORM, RMS_NORM_BACKWARD
 
 aten = torch.ops.aten
 
@@ -31,14 +32,14 @@ CLASSES: Final[Mapping[OpOverloadPacket, Traffic]] = MappingProxyType(
         ),
         **dict.fromkeys(
             (
-                aten.native_layer_norm, aten._fused_rms_norm, aten.native_group_norm,
+                aten.native_layer_norm, RMS_NORM, aten.native_group_norm,
                 aten.native_batch_norm,
             ),
             Traffic.NORM_FORWARD,
         ),
         **dict.fromkeys(
             (
-                aten.native_layer_norm_backward, aten._fused_rms_norm_backward,
+                aten.native_layer_norm_backward, RMS_NORM_BACKWARD,
                 aten.native_group_norm_backward, aten.native_batch_norm_backward,
             ),
             Traffic.NORM_BACKWARD,

@@ -106,8 +106,8 @@ def test_equals_enumeration_on_dense_problems(num_micro_batches: int) -> None:
 
 @pytest.mark.parametrize("num_micro_batches", [2, 4, 8])
 def test_equals_enumeration_where_bounds_are_tight(num_micro_batches: int) -> None:
-    # Without deltas the bound of a box is the step of its best plan, so an error of 1e-3 in it
-    # loses the optimum. The balance differs: by max t, or by giving layers to the fast stages.
+    # Without deltas the bound of a box is the step of its best plan, so an error of a percent
+    # in it loses the optimum. Max t wants balance, sum t the fast stages.
     for seed in range(8):
         rng = np.random.default_rng(seed)
         times = np.arange(1, 7) * rng.uniform(1.0, 1.3, (5, 1)) * rng.uniform(0.97, 1.03, (5, 6))

@@ -68,10 +68,10 @@ def _bytes(layer: nn.Module, args: Any, kwargs: Any, known: set[int]) -> tuple[i
     saved = sum(size for _, size in storages.values())
     layer.zero_grad(set_to_none=True)
     watch = _Watch(list(storages.values()), known)
-    done = _Start.apply(out)
+    done, start = _Start.apply(out), torch.empty((), dtype=out.dtype)
     del out
     with watch:
-        done.backward(torch.empty(()))
+        done.backward(start)
     gradients = {p.grad.untyped_storage()._cdata for p in layer.parameters() if p.grad is not None}
     return saved, watch.peak(gradients) - saved
 

@@ -1,0 +1,197 @@
+"""A second cost model, written as a plain simulation: one layer, one slot, one number at a time.
+
+It shares no expression with `mist.symbolic`: it walks the layers of a concrete stage, sizes every
+tensor with Python numbers and asks the platform's laws for each operation by itself.
+"""
+
+from dataclasses import dataclass
+
+from mist.graph import B, Block, Layout, OpKind, S, T, Traffic
+from mist.platform import OpCosts, Platform
+from mist.spec import Precision, Workload
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank's share of the work, and where its stage stands."""
+
+    platform: Platform
+    workload: Workload
+    micro_batch: int
+    tp: int
+    dp: int
+    zero: int
+    stage: int
+    num_stages: int
+    num_micro_batches: int
+    first_device: int
+
+    @property
+    def laws(self) -> OpCosts:
+        p = self.platform
+        return OpCosts(
+            device=p.device, cluster=p.cluster, runtime=p.runtime, precision=Precision.BF16
+        )
+
+    @property
+    def per_node(self) -> int:
+        return min(self.dp, max(self.platform.gpus_per_node // self.tp, 1))
+
+    def number(self, expr: object) -> float:
+        return float(expr.subs({B: self.micro_batch, S: self.workload.seq_len, T: self.tp}))  # type: ignore[attr-defined]
+
+
+def op_seconds(rank: Rank, block: Block, phase: str) -> float:
+    """Every operation of a pass by itself (launch times of memory-bound classes add up)."""
+    total = 0.0
+    for op in block.ops:
+        if op.phase != phase:
+            continue
+        if op.kind == OpKind.GEMM:
+            total += float(rank.laws.gemm_s(*(rank.number(dim) for dim in op.dims)))
+        elif op.kind == OpKind.ATTENTION:
+            law = (
+                rank.laws.attention_forward_s
+                if phase == "forward"
+                else rank.laws.attention_backward_s
+            )
+            total += float(law(*(rank.number(dim) for dim in op.dims), int(op.causal)))
+        else:
+            share = rank.tp if op.layout == Layout.REPLICATED else 1
+            size = rank.number(op.traffic_bytes) / share
+            total += float(rank.laws.memory_s(size, 1, op.traffic))
+    return total
+
+
+def held_params(rank: Rank, block: Block) -> float:
+    return sum(param.numel / (rank.tp if param.sharded else 1) for param in block.params)
+
+
+def kept_bytes(rank: Rank, block: Block) -> float:
+    saved = block.saved_single if rank.micro_batch == 1 else block.saved
+    return sum(
+        rank.number(tensor.bytes) / (rank.tp if tensor.layout == Layout.REPLICATED else 1)
+        for tensor in saved
+    )
+
+
+def beside(compute: float, collective: float, gamma: float) -> float:
+    """Both at once: compute crawls while the collective runs; whichever is longer decides."""
+    overlapped = min(compute, collective)
+    return max(compute + gamma * overlapped, collective)
+
+
+def layer_times(
+    rank: Rank, block: Block, activation_bytes: float, *, level: str, is_layer: bool
+) -> tuple[float, float]:
+    """(stable, lone) seconds of one block: four slots, each against its collectives."""
+    laws, runtime = rank.laws, rank.platform.runtime
+    forward, backward = op_seconds(rank, block, "forward"), op_seconds(rank, block, "backward")
+    owner = rank.dp if rank.zero >= 2 else 1
+    accumulate = held_params(rank, block) * runtime.traffic.accumulation_bytes_per_param.value
+    backward += float(laws.memory_s(accumulate / owner, 1, Traffic.POINTWISE))
+    gather = float(laws.all_gather_s(activation_bytes, rank.tp, rank.tp))
+    scatter = float(laws.reduce_scatter_s(activation_bytes, rank.tp, rank.tp))
+    pairs = block.num_tp_regions if is_layer else block.num_tp_regions / 2
+    pass_s = [forward + pairs * (gather + scatter), backward + pairs * (gather + scatter)]
+    host_s = [0.0, 0.0]
+    if is_layer:
+        host = runtime.host
+        launch = host.layer_launch_s.value
+        launch += host.tensor_parallel_launch_s.value if rank.tp > 1 else 0.0
+        host_s = [launch * host.forward_ratio.value, launch * (1 - host.forward_ratio.value)]
+    if level == "full":
+        pass_s[1] += forward + pairs * gather + (pairs - 1) * scatter
+        host_s[1] += host_s[0]
+    slots = [max(pass_s[0], host_s[0]), max(pass_s[1], host_s[1])]
+    group = (rank.dp, rank.per_node)
+    params = held_params(rank, block)
+    ag = float(laws.all_gather_s(2 * params, *group))
+    rs = float(laws.reduce_scatter_s(4 * params, *group))
+    ar = float(laws.all_reduce_s(4 * params, *group))
+    gamma = runtime.overlap.compute_slowdown_ratio.value
+    usual = (ag if rank.zero == 3 else 0, (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 2 else 0))
+    once = (ag if rank.zero >= 1 else 0, (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 1 else ar))
+    stable = sum(beside(c, m, gamma) for c, m in zip(slots, usual, strict=True))
+    return stable, sum(beside(c, m, gamma) for c, m in zip(slots, once, strict=True))
+
+
+@dataclass(frozen=True)
+class Predicted:
+    stable_s: float
+    lone_s: float
+    peak_bytes: float
+
+
+def simulate(rank: Rank, layers: list[tuple[Block, str]], embed: Block, head: Block) -> Predicted:
+    """One stage: `layers` with their memory level, embedding and head where the stage has them."""
+    first, last = rank.stage == 0, rank.stage == rank.num_stages - 1
+    activation = rank.number(layers[0][0].boundary_bytes)
+    ends = ([embed] if first else []) + ([head] if last else [])
+    blocks = [(block, level, True) for block, level in layers]
+    blocks += [(block, "eager", False) for block in ends]
+    times = [
+        layer_times(rank, block, activation, level=level, is_layer=is_layer)
+        for block, level, is_layer in blocks
+    ]
+    transfers = _transfers(rank, activation / rank.tp)
+    stable = sum(t for t, _ in times) + sum(transfers)
+    lone = sum(u for _, u in times) + sum(transfers) + _once(rank, blocks, embed, head)
+    return Predicted(stable, lone, _peak(rank, layers, ends, activation, len(transfers)))
+
+
+def _transfers(rank: Rank, sent_bytes: float) -> list[float]:
+    node = rank.platform.gpus_per_node
+    edges = []
+    if rank.stage > 0:
+        edges.append(rank.first_device)
+    if rank.stage < rank.num_stages - 1:
+        edges.append(rank.first_device + rank.dp * rank.tp)
+    return [float(rank.laws.p2p_s(sent_bytes, int(edge % node == 0))) for edge in edges]
+
+
+def _once(rank: Rank, blocks: list[tuple[Block, str, bool]], embed: Block, head: Block) -> float:
+    """Per step: the ends of the collectives that nothing covers, the optimizer, tied gradients."""
+    laws, traffic = rank.laws, rank.platform.runtime.traffic
+    group = (rank.dp, rank.per_node)
+    total = 0.0
+    for params in {held_params(rank, block) for block, _, is_layer in blocks if is_layer}:
+        gather = float(laws.all_gather_s(2 * params, *group))
+        scatter = float(laws.reduce_scatter_s(4 * params, *group))
+        reduce = float(laws.all_reduce_s(4 * params, *group))
+        total = max(total, gather + scatter if rank.zero else reduce)
+    for block, _, _ in blocks:
+        held = held_params(rank, block)
+        owned = held / rank.dp if rank.zero else held
+        moved = owned * traffic.optimizer_sharded_bytes_per_param.value
+        moved += held * traffic.optimizer_replicated_bytes_per_param.value
+        total += float(laws.memory_s(moved, 1, Traffic.POINTWISE))
+    tied = sum(param.numel for param in head.params if param.tied) / rank.tp
+    if tied and rank.num_stages > 1 and rank.stage in (0, rank.num_stages - 1):
+        edge = rank.first_device + (rank.dp * rank.tp if rank.stage == 0 else 0)
+        total += float(laws.p2p_s(4 * tied, int(edge % rank.platform.gpus_per_node == 0)))
+    return total
+
+
+def _peak(
+    rank: Rank, layers: list[tuple[Block, str]], ends: list[Block], activation: float, num_edges: int
+) -> float:
+    runtime = rank.platform.runtime
+    in_flight = min(rank.num_stages - rank.stage, rank.num_micro_batches)
+    blocks = [block for block, _ in layers] + ends
+    params = sum(held_params(rank, block) for block in blocks)
+    if len(ends) == 2:
+        params -= sum(param.numel for param in ends[1].params if param.tied) / rank.tp
+    states = params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.dp)
+    boundary = activation / rank.tp
+    kept = sum(boundary if level == "full" else kept_bytes(rank, block) for block, level in layers)
+    kept += sum(kept_bytes(rank, block) for block in ends)
+    working = []
+    for block, level in layers + [(end, "eager") for end in ends]:
+        transient = max(rank.number(expr) for expr in block.transient_bytes)
+        working.append(transient + (kept_bytes(rank, block) if level == "full" else 0.0))
+    reducing = runtime.reduce_bytes[Precision.BF16].value
+    copies = {0: 2.0, 1: 2.0, 2: reducing, 3: reducing + 2.0 * runtime.transients.num_gathered_groups.value}
+    gathered = copies[rank.zero] * max(held_params(rank, block) for block in blocks)
+    total = states + in_flight * kept + max(working) + gathered + in_flight * num_edges * boundary
+    return total * (1 + runtime.memory.allocator_overhead_ratio.value)

@@ -1,0 +1,193 @@
+"""The compiled stage cost against a plain simulation, known formulas and a dimensional check."""
+
+import itertools
+import math
+
+import numpy as np
+import pint
+import pytest
+import sympy
+from tests.oracle import Rank, simulate
+from tests.toys import toy_graph, toy_job, toy_platform, toy_workload
+
+from mist.estimate import Job, count_columns, position_columns, strategy_columns
+from mist.graph import ModelGraph
+from mist.spec import Precision
+from mist.symbolic import stage_cost
+
+LAYOUTS = [
+    # (num_gpus, num_stages, tp, zero, micro_batch)
+    (8, 1, 1, 0, 2),
+    (8, 1, 1, 3, 1),
+    (8, 1, 2, 2, 4),
+    (8, 2, 2, 1, 1),
+    (8, 4, 2, 0, 2),
+    (16, 2, 4, 3, 2),
+    (16, 4, 1, 2, 1),
+    (16, 4, 4, 1, 4),
+]
+
+
+def judged(job: Job, rows: dict[str, int], counts: list[tuple[int, int, int]]) -> dict[str, np.ndarray]:
+    """Stage outputs of equal stages with these (first, count, num_full)."""
+    num_stages = len(counts)
+    per_stage = job.platform.num_gpus // num_stages
+    dp = per_stage // rows["tp"]
+    strategy = strategy_columns(
+        job, dp=dp, tp=rows["tp"], micro_batch=rows["micro_batch"], zero=rows["zero"]
+    )
+    first, count, full = np.array(counts).T
+    devices = np.arange(num_stages) * per_stage
+    return job.cost.stage(
+        {
+            **job.cost.terms(strategy),
+            **position_columns(job, devices, per_stage, rows["num_micro_batches"]),
+            **count_columns(job, first, count, full),
+        }
+    )
+
+
+@pytest.mark.parametrize("graph", [toy_graph((8,)), toy_graph((3, 5)), toy_graph((8,), tied=True)])
+@pytest.mark.parametrize(("num_gpus", "num_stages", "tp", "zero", "micro_batch"), LAYOUTS)
+def test_stage_cost_equals_simulation(
+    graph: ModelGraph, num_gpus: int, num_stages: int, tp: int, zero: int, micro_batch: int
+) -> None:
+    job = toy_job(graph, num_gpus)
+    num_micro_batches = 3 if num_stages == 4 else 8
+    counts = [(i * 8 // num_stages, 8 // num_stages, (i + 1) % 3) for i in range(num_stages)]
+    columns = {"tp": tp, "zero": zero, "micro_batch": micro_batch}
+    got = judged(job, columns | {"num_micro_batches": num_micro_batches}, counts)
+    kinds = graph.layer_kinds()
+    for stage, (first, count, full) in enumerate(counts):
+        rank = Rank(
+            platform=job.platform,
+            workload=job.workload,
+            micro_batch=micro_batch,
+            tp=tp,
+            dp=num_gpus // num_stages // tp,
+            zero=zero,
+            stage=stage,
+            num_stages=num_stages,
+            num_micro_batches=num_micro_batches,
+            first_device=stage * num_gpus // num_stages,
+        )
+        layers = [
+            (graph.blocks[kinds[i]], "full" if i >= first + count - full else "eager")
+            for i in range(first, first + count)
+        ]
+        want = simulate(rank, layers, graph.embed, graph.head)
+        assert got["stable_s"][stage] == pytest.approx(want.stable_s, rel=1e-12)
+        assert got["lone_s"][stage] == pytest.approx(want.lone_s, rel=1e-12)
+        assert got["peak_bytes"][stage] == pytest.approx(want.peak_bytes, rel=1e-12)
+
+
+def test_parts_sum_to_the_whole() -> None:
+    job = toy_job(num_gpus=8)
+    rows = {"tp": 2, "zero": 3, "micro_batch": 2, "num_micro_batches": 8}
+    got = judged(job, rows, [(0, 5, 2), (5, 3, 0)])
+    time = sum(got[f"{part}_s"] for part in ("compute", "tp", "recompute", "launch", "dp", "p2p"))
+    memory = sum(
+        got[f"{part}_bytes"]
+        for part in ("states", "activations", "working", "gathered", "buffers", "allocator")
+    )
+    np.testing.assert_allclose(time, got["stable_s"], rtol=1e-12)
+    np.testing.assert_allclose(memory, got["peak_bytes"], rtol=1e-12)
+
+
+def test_states_match_fsdp2_bytes_per_parameter() -> None:
+    """design: ZeRO-3 16/N, ZeRO-2 16/N + 2, ZeRO-1 12/N + 2 + 4, ZeRO-0 18 bytes per parameter."""
+    graph = toy_graph((8,))
+    job = toy_job(graph, 8)
+    for zero, per_param in enumerate((18.0, 12 / 8 + 6, 16 / 8 + 2, 16 / 8)):
+        rows = {"tp": 1, "zero": zero, "micro_batch": 1, "num_micro_batches": 8}
+        states = judged(job, rows, [(0, 8, 0)])["states_bytes"][0]
+        assert states == pytest.approx(per_param * graph.num_params)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_memory_never_rises_with_recomputation_and_time_never_falls(zero: int) -> None:
+    job = toy_job(num_gpus=8)
+    rows = {"tp": 2, "zero": zero, "micro_batch": 2, "num_micro_batches": 8}
+    stages = [judged(job, rows, [(0, 8, full)]) for full in range(9)]
+    peaks = [stage["peak_bytes"][0] for stage in stages]
+    times = [stage["stable_s"][0] for stage in stages]
+    assert peaks[1:] == sorted(peaks[1:], reverse=True)
+    assert times == sorted(times)
+
+
+def test_states_never_rise_with_zero_level_or_tp() -> None:
+    job = toy_job(num_gpus=8)
+    states = {}
+    for tp, zero in itertools.product((1, 2, 4, 8), range(4)):
+        rows = {"tp": tp, "zero": zero, "micro_batch": 1, "num_micro_batches": 8}
+        states[tp, zero] = judged(job, rows, [(0, 8, 0)])["states_bytes"][0]
+    for tp in (1, 2, 4, 8):
+        by_zero = [states[tp, zero] for zero in range(4)]
+        assert by_zero == sorted(by_zero, reverse=True)
+    for zero in range(4):
+        by_tp = [states[tp, zero] for tp in (1, 2, 4, 8)] if zero == 0 else []
+        assert by_tp == sorted(by_tp, reverse=True)
+
+
+def test_dimensions() -> None:
+    """Seconds stay seconds and bytes bytes through every formula (pint, a bare registry)."""
+    units = pint.UnitRegistry(None)
+    units.define("second = [time]")
+    units.define("byte = [memory]")
+    units.define("param = [parameters]")
+    platform, workload = toy_platform(), toy_workload()
+    graph = toy_graph((3, 5), tied=True)
+    cost = stage_cost(graph, platform.runtime, Precision.BF16, workload.seq_len)
+    formulas = {**cost.terms, **cost.stage}
+    del formulas["tied_params"]  # a number of the model, not a formula
+    for name, expr in formulas.items():
+        quantity = _evaluate(expr, units)
+        expected = _unit(name, units)
+        assert quantity is None or quantity.is_compatible_with(expected), f"{name}: {quantity}"
+
+
+def _unit(name: str, units: pint.UnitRegistry) -> pint.Unit:
+    if name.endswith("_bytes_per_param"):
+        return units.byte / units.param
+    if name.endswith(("_bytes", "_s")):
+        return units.byte if name.endswith("_bytes") else units.second
+    if name.endswith("_params"):
+        return units.param
+    return units.dimensionless
+
+
+def _evaluate(expr: sympy.Expr, units: pint.UnitRegistry) -> pint.Quantity | None:
+    """Walk an expression with units; None is a constant of the profile, whose unit is not here."""
+    if expr.is_Symbol:
+        return units.Quantity(1.5, _unit(str(expr), units))
+    if expr.is_Number:
+        return units.Quantity(1.0, units.dimensionless) if expr.is_Integer and expr != 0 else None
+    if isinstance(expr, sympy.Piecewise):
+        return _like([_evaluate(branch.expr, units) for branch in expr.args])
+    name = expr.func.__name__
+    if name.endswith("_s"):
+        return units.Quantity(1.0, units.second)
+    args = [_evaluate(arg, units) for arg in expr.args]
+    if expr.is_Mul:
+        return _product(args)
+    if expr.is_Pow:
+        assert args[0] is not None
+        return args[0] ** int(expr.args[1])
+    assert expr.is_Add or name in ("maximum", "minimum"), f"unknown function {name}"
+    return _like(args)
+
+
+def _product(args: list[pint.Quantity | None]) -> pint.Quantity | None:
+    """A profile's constant times a bare number may be anything; times a quantity it scales it."""
+    known = [arg for arg in args if arg is not None]
+    product = math.prod(known[1:], start=known[0]) if known else None
+    is_open = len(known) < len(args) and (product is None or product.dimensionless)
+    return None if is_open else product
+
+
+def _like(args: list[pint.Quantity | None]) -> pint.Quantity | None:
+    """All of one dimension."""
+    known = [arg for arg in args if arg is not None]
+    for arg in known[1:]:
+        assert arg.is_compatible_with(known[0]), f"{arg.units} beside {known[0].units}"
+    return known[0] if known else None
