@@ -1,6 +1,6 @@
 """GPT-2 XL (Radford et al. 2019) with the transformers library; its embedding is tied to the head.
 
-    mist plan examples/gpt2_xl.py --gpus 8
+mist plan examples/gpt2_xl.py --gpus 8
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Llama 3 8B (Dubey et al. 2024, table 3) with the transformers library.
 
-    mist plan examples/llama3_8b.py --gpus 16
+mist plan examples/llama3_8b.py --gpus 16
 """
 
 import torch

@@ -45,18 +45,17 @@ class Layer(nn.Module):
 
 
 class MyTransformer(nn.Module):
-    max_seq_len = MAX_SEQ_LEN
-    tp_plan = {
-        "embed": "rowwise",
-        "layers.*.attn.[qkv]_proj": "colwise",
-        "layers.*.attn.o_proj": "rowwise",
-        "layers.*.up": "colwise",
-        "layers.*.down": "rowwise",
-        "head": "colwise",
-    }
-
     def __init__(self) -> None:
         super().__init__()
+        self.max_seq_len = MAX_SEQ_LEN
+        self.tp_plan = {
+            "embed": "rowwise",
+            "layers.*.attn.[qkv]_proj": "colwise",
+            "layers.*.attn.o_proj": "rowwise",
+            "layers.*.up": "colwise",
+            "layers.*.down": "rowwise",
+            "head": "colwise",
+        }
         self.embed = nn.Embedding(VOCAB_SIZE, DIM)
         self.position = nn.Embedding(MAX_SEQ_LEN, DIM)
         self.layers = nn.ModuleList(Layer() for _ in range(NUM_LAYERS))

@@ -1,19 +1,26 @@
 """Command line: parse, call, print. Results on stdout, progress and errors on stderr."""
 
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from mist.errors import InputError, MistError, OutputError
 from mist.spec import Attention, Precision, SearchSpace
 
+if TYPE_CHECKING:
+    from mist.workflow import Checked
+
 app = typer.Typer(
     name="mist",
-    help="Plan how to train a PyTorch model on a cluster: parallelism, memory and schedule together.",
+    help="Plan how to train a PyTorch model on a cluster: "
+    "parallelism, memory and schedule together.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -35,13 +42,27 @@ AttentionName = Annotated[Attention, typer.Option("--attention", help="Attention
 Margin = Annotated[
     float | None, typer.Option("--margin", help="Share of device memory that stays free [0.12].")
 ]
+Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")]
+Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
+Zero = Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")]
+MicroBatch = Annotated[
+    int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
+]
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", help="Recomputed layers: none, full, or a number per stage.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Plan file to write.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Plan file to write (.yaml).")]
+
+OF_ANY_PLAN = {"subject", "margin", "out", "as_json"}  # what `mist check PLAN` may be told
+PLAN_SUFFIXES = (".yaml", ".yml")
+INTERRUPTED = 130  # exit code of typer, and of shells, after Ctrl-C
 
 
 @app.command()
 def plan(
     model: Model,
+    *,
     gpus: Gpus,
     gpu: Gpu = None,
     cluster: ClusterName = None,
@@ -55,15 +76,16 @@ def plan(
         list[str] | None,
         typer.Option("--set", help="Fix a knob: tp, pp, dp, micro-batch, zero, checkpoint (tp=2)."),
     ] = None,
-    top: Annotated[int, typer.Option("--top", help="Alternatives to report.")] = 5,
+    top: Annotated[int, typer.Option("--top", min=0, help="Alternatives to report.")] = 5,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Search the fastest way to train MODEL that fits; write plan.yaml and a Pareto plot."""
-    from mist.planfile import save_plan
-    from mist.report import plan_json, print_plan, save_plot
+    from mist.planfile import save_plan, write_bytes
+    from mist.report import plan_json, plot_png, print_plan
     from mist.workflow import Question, make_plan
 
+    _check_out(out)
     question = Question(
         model=model,
         num_gpus=gpus,
@@ -76,38 +98,36 @@ def plan(
         attention=attention,
         margin_ratio=margin,
     )
-    if out is not None:
-        _writable(out)
-    planned = make_plan(question, _space(fixed or ()), num_alternatives=top, progress=_progress)
-    path = out or Path(f"{planned.plan.model.name}-{gpus}x{planned.plan.cluster.device}.yaml")
-    _writable(path)
-    save_plot(planned.plan, planned.points, planned.limit_bytes, path.with_suffix(".png"))
-    save_plan(planned.plan, path)
+    space = _space(fixed or ())
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        planned = make_plan(question, space, num_alternatives=top, progress=_progress)
+    found = planned.plan
+    path = out or Path(f"{_file_name(found.model.name)}-{gpus}x{found.cluster.device}.yaml")
+    picture = plot_png(found, planned.points, planned.limit_bytes)
+    save_plan(found, path)
+    write_bytes(path.with_suffix(".png"), picture)
     _progress(f"wrote {path} and {path.with_suffix('.png')}")
     if as_json:
-        _print_json(plan_json(planned.plan, planned.seconds))
+        _print_json(plan_json(found, planned.seconds, planned.notes))
     else:
-        print_plan(planned.plan, planned.limit_bytes)
+        print_plan(found, planned.limit_bytes, planned.notes)
 
 
 @app.command()
 def check(
+    context: typer.Context,
     subject: Annotated[
         str, typer.Argument(help="A plan file, or a model to judge with --tp, --pp, ...")
     ],
+    *,
     gpus: Annotated[
         int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")
     ] = None,
-    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
-    zero: Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")] = 0,
-    micro_batch: Annotated[
-        int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
-    ] = 1,
-    checkpoint: Annotated[
-        str,
-        typer.Option("--checkpoint", help="Recomputed layers: none, full, or a number per stage."),
-    ] = "none",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    zero: Zero = 0,
+    micro_batch: MicroBatch = 1,
+    checkpoint: Checkpoint = "none",
     gpu: Gpu = None,
     cluster: ClusterName = None,
     runtime: RuntimeName = "torch",
@@ -120,31 +140,55 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.planfile import save_plan
-    from mist.report import check_json, print_check
     from mist.workflow import HandLayout, Question, check_layout, check_plan
 
     if out is not None:
-        _writable(out)
-    if _is_plan(subject):
-        checked = check_plan(subject, margin_ratio=margin, progress=_progress)
-    else:
-        if gpus is None:
-            raise InputError(f"mist check {subject}: a model needs --gpus.")
-        question = Question(
-            model=subject,
-            num_gpus=gpus,
-            gpu=gpu,
-            cluster=cluster,
-            runtime=runtime,
-            seq_len=seq,
-            global_batch=global_batch,
-            precision=precision,
-            attention=attention,
-            margin_ratio=margin,
-        )
-        layout = HandLayout(tp=tp, pp=pp, zero=zero, micro_batch=micro_batch, checkpoint=checkpoint)
+        _check_out(out)
+    if subject.endswith(PLAN_SUFFIXES):
+        _refuse_ignored(context, subject)
+        with redirect_stdout(sys.stderr):
+            checked = check_plan(subject, margin_ratio=margin, progress=_progress)
+        return _show_check(checked, out, as_json=as_json)
+    if gpus is None:
+        raise InputError(f"mist check {subject}: a model needs --gpus.")
+    question = Question(
+        model=subject,
+        num_gpus=gpus,
+        gpu=gpu,
+        cluster=cluster,
+        runtime=runtime,
+        seq_len=seq,
+        global_batch=global_batch,
+        precision=precision,
+        attention=attention,
+        margin_ratio=margin,
+    )
+    layout = HandLayout(tp=tp, pp=pp, zero=zero, micro_batch=micro_batch, checkpoint=checkpoint)
+    with redirect_stdout(sys.stderr):
         checked = check_layout(question, layout, progress=_progress)
+    return _show_check(checked, out, as_json=as_json)
+
+
+def _refuse_ignored(context: typer.Context, subject: str) -> None:
+    """Options that a plan file answers itself: they would be ignored."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in OF_ANY_PLAN
+        and (source := context.get_parameter_source(name)) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise InputError(
+            f"mist check {subject}: the plan file says itself what {', '.join(given)} would. "
+            "Leave them out, or give the model instead of the plan."
+        )
+
+
+def _show_check(checked: "Checked", out: Path | None, *, as_json: bool) -> None:
+    from mist.planfile import save_plan
+    from mist.report import check_json, print_check
+
     if out is not None:
         save_plan(checked.plan, out)
         _progress(f"wrote {out}")
@@ -159,6 +203,7 @@ def check(
 @app.command()
 def trace(
     model: Model,
+    *,
     at: Annotated[
         str | None, typer.Option("--at", help="Evaluate the expressions at a point: b=2,s=128,t=2.")
     ] = None,
@@ -170,19 +215,22 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
-    from mist.report import print_trace, trace_json
+    from mist.report import outside_trace, print_trace, trace_json
     from mist.trace import load_graph
 
     if policy not in ("cuda", "cpu"):
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
-    graph = load_graph(
-        model,
-        precision=precision,
-        attention=attention,
-        policy="cuda" if policy == "cuda" else "cpu",
-        progress=_progress,
-    )
     point = _point(at)
+    with redirect_stdout(sys.stderr):
+        graph = load_graph(
+            model,
+            precision=precision,
+            attention=attention,
+            policy="cuda" if policy == "cuda" else "cpu",
+            progress=_progress,
+        )
+    if point and (reasons := list(outside_trace(graph, point))):
+        raise InputError(f"--at {at}: {' '.join(reasons)}")
     if as_json:
         _print_json(trace_json(graph, point))
     else:
@@ -219,9 +267,11 @@ def _space(settings: Sequence[str]) -> SearchSpace:
     for setting in settings:
         key, _, value = setting.partition("=")
         knob = key.replace("-", "_")
+        if knob in values:
+            raise InputError(f"--set {setting}: {key} is set twice.")
         if knob == "checkpoint" and value in ("none", "full"):
             values[knob] = value
-        elif knob in ("tp", "pp", "dp", "micro_batch", "zero") and value.isdigit():
+        elif knob in ("tp", "pp", "dp", "micro_batch", "zero") and value.isdecimal():
             values[knob] = (int(value),)
         else:
             raise InputError(
@@ -232,30 +282,34 @@ def _space(settings: Sequence[str]) -> SearchSpace:
 
 
 def _point(at: str | None) -> dict[str, int] | None:
-    """--at b=2,s=128,t=2 as numbers; t defaults to 1."""
+    """--at b=2,s=128,t=2 as numbers of at least 1; t defaults to 1."""
     if at is None:
         return None
     pairs = dict(item.partition("=")[::2] for item in at.split(","))
-    if not {"b", "s"} <= set(pairs) <= {"b", "s", "t"} or not all(
-        v.isdigit() for v in pairs.values()
-    ):
+    known = {"b", "s"} <= set(pairs) <= {"b", "s", "t"}
+    if not known or not all(v.isdecimal() and int(v) > 0 for v in pairs.values()):
         raise InputError(f"--at {at}: expected b=2,s=128 and perhaps t=2.")
     return {"t": 1} | {name: int(value) for name, value in pairs.items()}
 
 
-def _is_plan(subject: str) -> bool:
-    return subject.endswith((".yaml", ".yml"))
+def _file_name(model: str) -> str:
+    """A model's name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
 
 
-def _writable(path: Path) -> None:
+def _check_out(out: Path | None) -> None:
     """Refuse before the work is done, not after it."""
-    import os
-
+    path = out or Path("plan.yaml")
+    what = f"--out {out}" if out else "the current folder"
+    if path.suffix not in PLAN_SUFFIXES:
+        raise OutputError(f"{what}: a plan file ends in .yaml.")
     folder = path.parent
+    if not folder.exists():
+        raise OutputError(f"{what}: the folder {folder} does not exist. Create it first.")
     if not folder.is_dir():
-        raise OutputError(f"--out {path}: the folder {folder} does not exist. Create it first.")
+        raise OutputError(f"{what}: {folder} is not a folder. Choose another file.")
     if path.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputError(f"--out {path}: cannot write there. Choose another file.")
+        raise OutputError(f"{what}: cannot write there. Choose another file.")
 
 
 def _progress(message: str) -> None:
@@ -273,4 +327,8 @@ def main() -> NoReturn:
     except MistError as error:
         print(f"mist: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("mist: interrupted. No file is half written.", file=sys.stderr)
+        raise
     raise SystemExit(0)

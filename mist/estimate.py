@@ -6,12 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mist.graph import B, Block, ModelGraph, S, T
+from mist.facts import ModelFacts
 from mist.plans import Estimate, StageEstimate, StagePlan, Uncertainty
-from mist.platform import Platform
+from mist.platform import OpCosts, Platform
+from mist.rules import Rule, rules_for
 from mist.schedule import step_time
 from mist.spec import Workload
-from mist.symbolic import MEMORY_PARTS, TIME_PARTS, CompiledStageCost, compile_stage_cost
+from mist.symbolic.program import (
+    MEMORY_PARTS,
+    TIME_PARTS,
+    ModelPrograms,
+    StageModel,
+    stage_model,
+)
 
 NOT_MODELLED = (
     "data loading, checkpoint writing, evaluation and restarts",
@@ -26,15 +33,16 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A model on a platform under a workload, with its stage cost compiled once.
+    """A model on a platform under a workload, with its stage cost bound and its rules.
 
     `kind_prefix[k, x]`: how many of the first x layers are block k.
     """
 
-    graph: ModelGraph
+    graph: ModelFacts
     platform: Platform
     workload: Workload
-    cost: CompiledStageCost
+    cost: StageModel
+    rules: tuple[Rule, ...]
     kind_prefix: Counts
 
     @property
@@ -43,13 +51,25 @@ class Job:
         return self.graph.num_layers
 
 
-def make_job(graph: ModelGraph, platform: Platform, workload: Workload) -> Job:
-    """Compile the stage cost of a model for a platform and a workload."""
-    kinds = np.array(graph.layer_kinds())
-    is_kind = kinds == np.arange(len(graph.blocks))[:, None]
-    prefix = np.pad(is_kind.cumsum(axis=1), ((0, 0), (1, 0)))
-    cost = compile_stage_cost(graph, platform, workload)
-    return Job(graph=graph, platform=platform, workload=workload, cost=cost, kind_prefix=prefix)
+def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) -> Job:
+    """Bind the programs of a model to a platform, for a workload."""
+    facts = programs.facts
+    is_kind = np.array(facts.layer_kinds()) == np.arange(facts.num_kinds)[:, None]
+    laws = OpCosts(
+        device=platform.device,
+        cluster=platform.cluster,
+        runtime=platform.runtime,
+        precision=workload.precision,
+    )
+    cost = stage_model(programs, laws)
+    return Job(
+        graph=facts,
+        platform=platform,
+        workload=workload,
+        cost=cost,
+        rules=rules_for(facts, platform, workload, cost.domain),
+        kind_prefix=np.pad(is_kind.cumsum(axis=1), ((0, 0), (1, 0))),
+    )
 
 
 def strategy_columns(
@@ -59,6 +79,7 @@ def strategy_columns(
     per_node = np.maximum(job.platform.gpus_per_node // np.asarray(tp), 1)
     return {
         "b": micro_batch,
+        "s": job.workload.seq_len,
         "t": tp,
         "dp": dp,
         "dp_per_node": np.minimum(dp, per_node),
@@ -114,7 +135,7 @@ def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> E
     return Estimate(
         step_s=_digits(step_s),
         tokens_per_s=_digits(job.workload.tokens_per_step / step_s),
-        mfu=_digits(model_flop(job.graph, job.workload) / step_s / flop_per_s),
+        mfu=_digits(model_flop(job) / step_s / flop_per_s),
         bubble_s=_digits(max(step_s - busy_s, 0.0)),
         stages=tuple(_stage_estimate(job, columns, i) for i in range(len(stages))),
         uncertainty=Uncertainty(
@@ -126,21 +147,16 @@ def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> E
     )
 
 
-def model_flop(graph: ModelGraph, workload: Workload) -> float:
+def model_flop(job: Job) -> float:
     """Model FLOPs of one step: backward as two forward passes, nothing recomputed."""
-    layers = sum(
-        run.count * _forward_flop(graph.blocks[run.block], workload) for run in graph.layers
-    )
-    ends = _forward_flop(graph.embed, workload) + _forward_flop(graph.head, workload)
-    return 3.0 * workload.global_batch * (layers + ends)
+    forward = job.cost.flop({"b": 1, "s": job.workload.seq_len, "t": 1})
+    layers = sum(float(forward[str(kind)]) for kind in job.graph.layer_kinds())
+    ends = float(forward["embed"] + forward["head"])
+    return 3.0 * job.workload.global_batch * (layers + ends)
 
 
 def _peak_flop_per_s(job: Job) -> float:
     return job.platform.device.gemm[job.workload.precision].peak_flop_per_s.value
-
-
-def _forward_flop(block: Block, workload: Workload) -> float:
-    return float(block.flop("forward").subs({B: 1, T: 1, S: workload.seq_len}))
 
 
 def _stage_columns(

@@ -5,9 +5,12 @@ that the stage waits for others (bubble and imbalance): these parts sum to the s
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from mist.plans import Estimate, StageEstimate, StagePlan
 from mist.units import format_bytes, format_seconds
+
+ROUNDING_RATIO: Final = 1e-5  # of the step: estimates carry six digits
 
 PART_NAMES: Mapping[str, str] = {
     "compute": "compute",
@@ -31,12 +34,13 @@ def step_parts(estimate: Estimate, num_micro_batches: int) -> dict[str, float]:
 
 
 def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> str:
-    """Where a slower layout spends more, the two largest differences first."""
+    """Where a slower layout spends more, the two largest differences first; where it gains most."""
+    noise_s = ROUNDING_RATIO * sum(winner.values())
     more = {part: loser[part] - winner[part] for part in winner}
     worst = sorted(more, key=lambda part: -more[part])[:2]
-    words = [f"+{format_seconds(more[p])} {PART_NAMES[p]}" for p in worst if more[p] > 0]
+    words = [f"+{format_seconds(more[p])} {PART_NAMES[p]}" for p in worst if more[p] > noise_s]
     less = min(more, key=lambda part: more[part])
-    gained = f", {format_seconds(more[less])} {PART_NAMES[less]}" if more[less] < 0 else ""
+    gained = f", {format_seconds(more[less])} {PART_NAMES[less]}" if more[less] < -noise_s else ""
     return (" and ".join(words) or "equal within rounding") + gained
 
 

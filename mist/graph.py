@@ -6,12 +6,14 @@ An expression holds where the block's `domain` holds. `trace` writes these types
 them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Literal
 
 import sympy
 from sympy import Expr
+
+from mist.facts import ModelFacts, Traffic
 
 B, S, T = sympy.symbols("b s t", positive=True, integer=True)
 
@@ -24,17 +26,6 @@ class OpKind(StrEnum):
     GEMM = "gemm"
     ATTENTION = "attention"
     MEMORY = "memory"
-
-
-class Traffic(StrEnum):
-    """Class of a memory-bound operation: each reaches its own share of the device's bandwidth."""
-
-    POINTWISE = "pointwise"
-    REDUCTION = "reduction"
-    NORM_FORWARD = "norm_forward"
-    NORM_BACKWARD = "norm_backward"
-    SOFTMAX = "softmax"
-    GATHER = "gather"
 
 
 class Layout(StrEnum):
@@ -127,47 +118,14 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerRun:
-    """`count` consecutive layers that are the block number `block`."""
+class ModelGraph(ModelFacts):
+    """A traced model: its facts, its distinct blocks, and the two ends."""
 
-    block: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TpLimit:
-    """A size that the tensor-parallel degree must divide: "key/value heads", 8."""
-
-    label: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelGraph:
-    """A traced model: its distinct blocks, and the layers as runs of them.
-
-    `tp_limits` is None when no tensor-parallel rules are known for the model: t must be 1.
-    `fingerprint` identifies the model (names and shapes of parameters, runs, ties), not the trace.
-    """
-
-    name: str
-    num_params: int
     blocks: tuple[Block, ...]
-    layers: tuple[LayerRun, ...]
     embed: Block
     head: Block
-    tied: bool
-    max_seq_len: int | None
-    tp_limits: tuple[TpLimit, ...] | None
-    precision: str
-    fingerprint: str
-    notes: tuple[str, ...]
 
     @property
-    def num_layers(self) -> int:
-        """Number of layers that pipeline stages divide among them."""
-        return sum(run.count for run in self.layers)
-
-    def layer_kinds(self) -> tuple[int, ...]:
-        """The block number of every layer, in order."""
-        return tuple(run.block for run in self.layers for _ in range(run.count))
+    def facts(self) -> ModelFacts:
+        """The facts alone."""
+        return ModelFacts(**{item.name: getattr(self, item.name) for item in fields(ModelFacts)})

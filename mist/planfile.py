@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -139,17 +139,21 @@ def _adapter() -> TypeAdapter[Plan]:
 
 
 class _Loader(yaml.SafeLoader):
-    """What JSON can say: no dates (they stay text), sets or bytes."""
+    """What JSON can say: no bytes, sets or pairs, and a date is text."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in rows if not tag.endswith(":timestamp")]
-        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    yaml_constructors = {
-        tag: construct
-        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or not tag.endswith((":timestamp", ":binary", ":set", ":omap", ":pairs"))
-    }
+
+def _as_text(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    return str(node.value)
+
+
+def _refuse(loader: yaml.SafeLoader, node: yaml.Node) -> NoReturn:
+    message = f"a plan holds no {node.tag.rpartition(':')[2]}"
+    raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_text)
+for _kind in ("binary", "set", "omap", "pairs"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _refuse)
 
 
 class _PlanDumper(yaml.SafeDumper):

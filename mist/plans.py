@@ -11,15 +11,13 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Annotated, Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from mist.errors import Fault, PlanError
-from mist.spec import Workload
+from mist.spec import STRICT, PositiveInt, Workload
 
 SCHEMA: Final = "mist.plan/1"
-STRICT: Final = ConfigDict(extra="forbid")
 
-PositiveInt = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[Number, Field(ge=0.0)]
 Ratio = Annotated[Number, Field(ge=0.0, le=1.0)]
@@ -206,10 +204,7 @@ def plan_faults(data: Mapping[str, object]) -> Iterator[Fault]:
         yield from _stage_faults(path, stage)
     yield from _layer_faults(stages)
     yield from _device_faults(stages, _int(_map(data.get("cluster")).get("num_gpus")))
-    judged = _list(_map(data.get("estimate")).get("stages"))
-    if judged and stages and len(judged) != len(stages):
-        message = f"{len(judged)} stages judged, but the plan has {len(stages)}"
-        yield Fault(path="estimate.stages", message=message)
+    yield from _estimate_faults(data.get("estimate"), len(stages))
     global_batch = _int(_map(data.get("workload")).get("global_batch"))
     yield from _batch_faults(stages, global_batch, _int(data.get("num_micro_batches")))
 
@@ -247,6 +242,14 @@ def _is_run(item: object) -> bool:
         and len(item) == 2
         and all(_int(part) is not None for part in item)
     )
+
+
+def _estimate_faults(estimate: object, num_stages: int) -> Iterator[Fault]:
+    """A prediction judges every stage."""
+    judged = _map(estimate).get("stages")
+    if num_stages and isinstance(judged, list | tuple) and len(judged) != num_stages:
+        message = f"{len(judged)} stages judged, but the plan has {num_stages}"
+        yield Fault(path="estimate.stages", message=message)
 
 
 def _stage_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:

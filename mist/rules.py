@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import sympy
 from numpy.typing import ArrayLike, NDArray
 
-from mist.graph import B, ModelGraph, S, T
+from mist.facts import ModelFacts
 from mist.platform import Platform
 from mist.spec import Workload
 
 Columns = Mapping[str, ArrayLike]
+Domain = Callable[[Columns], Mapping[str, NDArray[np.float64]]]
 Mask = NDArray[np.bool_]
 
 
@@ -36,12 +36,14 @@ class Rule:
         return np.broadcast_to(np.asarray(self.holds(arrays), dtype=np.bool_), shape)
 
 
-def rules_for(graph: ModelGraph, platform: Platform, workload: Workload) -> tuple[Rule, ...]:
+def rules_for(
+    facts: ModelFacts, platform: Platform, workload: Workload, domain: Domain
+) -> tuple[Rule, ...]:
     """Every rule of a model on a platform under a workload."""
     return (
-        *_tp_rules(graph, platform, workload),
-        *_batch_rules(graph, platform, workload),
-        *_domain_rules(graph, workload),
+        *_tp_rules(facts, platform, workload),
+        *_batch_rules(facts, platform, workload),
+        *_domain_rules(facts, workload, domain),
     )
 
 
@@ -52,63 +54,38 @@ def broken(rules: tuple[Rule, ...], columns: Columns) -> Iterator[str]:
             yield rule.message.format(**columns)
 
 
-def out_of_domain(graph: ModelGraph, seq_len: int) -> str:
-    """The relations of the trace that no micro-batch satisfies at this sequence length, or ""."""
-    relations = [relation.subs(S, seq_len) for relation in _domain(graph)]
-    failed = [
-        str(relation)
-        for relation, here in zip(_domain(graph), relations, strict=True)
-        if here is sympy.false
-    ]
-    return ", ".join(failed)
+def out_of_domain(domain: Domain, seq_len: int) -> tuple[str, ...]:
+    """The relations of the trace that no small micro-batch satisfies at this sequence length."""
+    held = domain({"b": np.arange(1, 17), "s": seq_len, "t": 1})
+    return tuple(relation for relation, holds in held.items() if not holds.any())
 
 
-def _domain(graph: ModelGraph) -> list[sympy.Basic]:
-    blocks = (graph.embed, *graph.blocks, graph.head)
-    return sorted({relation for block in blocks for relation in block.domain}, key=str)
-
-
-def _domain_rules(graph: ModelGraph, workload: Workload) -> Iterator[Rule]:
-    """Relations in b and t under which the traced expressions hold."""
-    for relation in _domain(graph):
-        here = relation.subs(S, workload.seq_len)
-        if here in (sympy.true, sympy.false):
-            continue
-        holds = sympy.lambdify([B, T], here, modules="numpy")
+def _domain_rules(facts: ModelFacts, workload: Workload, domain: Domain) -> Iterator[Rule]:
+    """Relations in b, s and t under which the traced expressions hold."""
+    for relation in domain({"b": 1, "s": workload.seq_len, "t": 1}):
         yield Rule(
             name=f"domain-{relation}",
-            holds=partial(_in_domain, holds),
-            message=f"the costs of {graph.name} were traced for {relation} only "
+            holds=partial(_in_domain, domain, relation, workload.seq_len),
+            message=f"the costs of {facts.name} were traced for {relation} only "
             "(b micro-batch, s sequence, t tp).",
         )
 
 
 def _in_domain(
-    holds: Callable[..., ArrayLike], columns: Mapping[str, NDArray[np.int64]]
+    domain: Domain, relation: str, seq_len: int, columns: Mapping[str, NDArray[np.int64]]
 ) -> ArrayLike:
-    return holds(columns["micro_batch"], columns["tp"])
+    return domain({"b": columns["micro_batch"], "s": seq_len, "t": columns["tp"]})[relation] > 0
 
 
-def _tp_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> Iterator[Rule]:
+def _tp_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iterator[Rule]:
     per_node, seq_len = platform.gpus_per_node, workload.seq_len
     yield Rule(
         name="tp-in-node",
         holds=lambda c: (c["tp"] <= per_node) & (per_node % c["tp"] == 0),
-        message=f"tp {{tp}} does not divide the {per_node} GPUs per node of {platform.cluster.name}.",
+        message=f"tp {{tp}} does not divide the {per_node} GPUs per node of "
+        f"{platform.cluster.name}.",
     )
-    if graph.tp_limits is None:
-        yield Rule(
-            name="tp-rules-known",
-            holds=lambda c: c["tp"] == 1,
-            message=f"tp {{tp}}: no tensor-parallel rules are known for {graph.name}; "
-            "give the model a `tp_plan`, or use --tp 1.",
-        )
-    for limit in graph.tp_limits or ():
-        yield Rule(
-            name=f"tp-divides-{limit.label}",
-            holds=lambda c, size=limit.size: size % c["tp"] == 0,  # type: ignore[misc]
-            message=f"tp {{tp}} does not divide the {limit.size} {limit.label} of {graph.name}.",
-        )
+    yield from limit_rules(facts)
     if platform.runtime.knobs.sequence_parallel:
         yield Rule(
             name="tp-divides-sequence",
@@ -118,7 +95,24 @@ def _tp_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> Iter
         )
 
 
-def _batch_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> Iterator[Rule]:
+def limit_rules(facts: ModelFacts) -> Iterator[Rule]:
+    """What the model itself can be divided by."""
+    if facts.tp_limits is None:
+        yield Rule(
+            name="tp-rules-known",
+            holds=lambda c: c["tp"] == 1,
+            message=f"tp {{tp}}: no tensor-parallel rules are known for {facts.name}; "
+            "give the model a `tp_plan`, or use --tp 1.",
+        )
+    for limit in facts.tp_limits or ():
+        yield Rule(
+            name=f"tp-divides-{limit.label}",
+            holds=lambda c, size=limit.size: size % c["tp"] == 0,  # type: ignore[misc]
+            message=f"tp {{tp}} does not divide the {limit.size} {limit.label} of {facts.name}.",
+        )
+
+
+def _batch_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iterator[Rule]:
     batch = workload.global_batch
     yield Rule(
         name="batch-factors",
@@ -134,8 +128,8 @@ def _batch_rules(graph: ModelGraph, platform: Platform, workload: Workload) -> I
     )
     yield Rule(
         name="enough-layers",
-        holds=lambda c: c["num_stages"] <= graph.num_layers,
-        message=f"pp {{num_stages}} stages, but {graph.name} has {graph.num_layers} layers.",
+        holds=lambda c: c["num_stages"] <= facts.num_layers,
+        message=f"pp {{num_stages}} stages, but {facts.name} has {facts.num_layers} layers.",
     )
     yield Rule(
         name="stage-fills-nodes",

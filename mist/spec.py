@@ -2,8 +2,16 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated, Final
+
+from pydantic import ConfigDict, Field
 
 from mist.errors import InputError
+
+
+STRICT: Final = ConfigDict(extra="forbid")  # an unknown key of a plan file is a fault
+
+PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Precision(StrEnum):
@@ -39,8 +47,9 @@ class Workload:
     Raises InputError when a size is not positive.
     """
 
-    seq_len: int
-    global_batch: int
+    __pydantic_config__ = STRICT
+    seq_len: PositiveInt
+    global_batch: PositiveInt
     precision: Precision
     optimizer: Optimizer
     attention: Attention
@@ -61,7 +70,8 @@ class Workload:
 class SearchSpace:
     """The allowed values of each knob; None leaves a knob to the runtime's own limits.
 
-    `num_full` restricts checkpointing: "none", "full", or "any" number of layers.
+    `checkpoint` restricts recomputation: "none", "full", or "any" number of layers.
+    Raises InputError for a value that no plan can have.
     """
 
     tp: tuple[int, ...] | None = None
@@ -71,3 +81,14 @@ class SearchSpace:
     zero: tuple[int, ...] = (0, 1, 2, 3)
     checkpoint: str = "any"
     restrictions: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "micro_batch"):
+            for value in getattr(self, name) or ():
+                if value < 1:
+                    raise InputError(f"{name} {value} is not a positive number.")
+        for level in self.zero:
+            if level not in range(4):
+                raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
+        if self.checkpoint not in ("none", "full", "any"):
+            raise InputError(f"checkpoint {self.checkpoint} is neither none, full nor any.")

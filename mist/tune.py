@@ -26,7 +26,6 @@ from mist.pareto.space import Group, groups
 from mist.pareto.split import even_split
 from mist.pareto.table import Floats, StageTable, stage_table
 from mist.plans import MemoryLevel, Offload, StagePlan
-from mist.rules import rules_for
 from mist.schedule import step_time
 from mist.spec import SearchSpace
 
@@ -142,7 +141,7 @@ def _lower_bound(job: Job, group: Group) -> float:
     terms = group.columns(job)
     layers = sum(
         job.kind_prefix[kind, -1] * terms[f"term_{kind}_eager_stable_s"].min()
-        for kind in range(job.cost.num_kinds)
+        for kind in range(job.graph.num_kinds)
     )
     ends = sum(terms[f"term_{end}_eager_stable_s"].min() for end in ("embed", "head"))
     total_s = float(layers + ends)
@@ -304,11 +303,10 @@ def smallest_peak(job: Job, space: SearchSpace) -> Layout:
 
 def _no_group_words(job: Job, space: SearchSpace) -> str:
     """Why the space is empty: the rules that a restriction breaks, or the global batch."""
-    rules = rules_for(job.graph, job.platform, job.workload)
     for tp in space.tp or ():
         messages = [
             rule.message.format(tp=tp)
-            for rule in rules
+            for rule in job.rules
             if rule.name.startswith("tp-") and not rule.mask({"tp": tp}).all()
         ]
         if messages:

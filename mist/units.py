@@ -3,6 +3,7 @@
 GiB and MiB are binary; GB, TB/s and TFLOP are decimal, as vendors print them.
 """
 
+import math
 from typing import Final
 
 MIB: Final = 1024**2
@@ -22,16 +23,22 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds for a reader: "4.21 s", "35.2 ms", "12.0 us"."""
-    for unit, name in ((1.0, "s"), (MILLISECOND, "ms"), (MICROSECOND, "us")):
+    """Seconds for a reader: "4.21 s", "35.2 ms", "12.0 us", "5400 s"."""
+    for unit, name in ((1.0, "s"), (MILLISECOND, "ms")):
         if abs(seconds) >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return "0 s" if seconds == 0 else f"{seconds / MICROSECOND:.2g} us"
+            return f"{_three_digits(seconds / unit)} {name}"
+    return f"{_three_digits(seconds / MICROSECOND)} us" if seconds else "0 s"
 
 
 def format_count(count: float) -> str:
     """A count for a reader: 8030261248 as "8.03 B", 1557611200 as "1.56 B"."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(count) >= unit:
-            return f"{count / unit:.3g} {name}"
+            return f"{_three_digits(count / unit)} {name}"
     return f"{count:.0f}"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, more before the point, and no exponent."""
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(decimals, 0)}f}"

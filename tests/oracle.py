@@ -6,7 +6,8 @@ tensor with Python numbers and asks the platform's laws for each operation by it
 
 from dataclasses import dataclass
 
-from mist.graph import B, Block, Layout, OpKind, S, T, Traffic
+from mist.facts import Traffic
+from mist.graph import B, Block, Layout, OpKind, S, T
 from mist.platform import OpCosts, Platform
 from mist.spec import Precision, Workload
 
@@ -110,8 +111,14 @@ def layer_times(
     rs = float(laws.reduce_scatter_s(4 * params, *group))
     ar = float(laws.all_reduce_s(4 * params, *group))
     gamma = runtime.overlap.compute_slowdown_ratio.value
-    usual = (ag if rank.zero == 3 else 0, (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 2 else 0))
-    once = (ag if rank.zero >= 1 else 0, (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 1 else ar))
+    usual = (
+        ag if rank.zero == 3 else 0,
+        (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 2 else 0),
+    )
+    once = (
+        ag if rank.zero >= 1 else 0,
+        (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 1 else ar),
+    )
     stable = sum(beside(c, m, gamma) for c, m in zip(slots, usual, strict=True))
     return stable, sum(beside(c, m, gamma) for c, m in zip(slots, once, strict=True))
 
@@ -174,7 +181,11 @@ def _once(rank: Rank, blocks: list[tuple[Block, str, bool]], embed: Block, head:
 
 
 def _peak(
-    rank: Rank, layers: list[tuple[Block, str]], ends: list[Block], activation: float, num_edges: int
+    rank: Rank,
+    layers: list[tuple[Block, str]],
+    ends: list[Block],
+    activation: float,
+    num_edges: int,
 ) -> float:
     runtime = rank.platform.runtime
     in_flight = min(rank.num_stages - rank.stage, rank.num_micro_batches)
@@ -191,7 +202,12 @@ def _peak(
         transient = max(rank.number(expr) for expr in block.transient_bytes)
         working.append(transient + (kept_bytes(rank, block) if level == "full" else 0.0))
     reducing = runtime.reduce_bytes[Precision.BF16].value
-    copies = {0: 2.0, 1: 2.0, 2: reducing, 3: reducing + 2.0 * runtime.transients.num_gathered_groups.value}
+    copies = {
+        0: 2.0,
+        1: 2.0,
+        2: reducing,
+        3: reducing + 2.0 * runtime.transients.num_gathered_groups.value,
+    }
     gathered = copies[rank.zero] * max(held_params(rank, block) for block in blocks)
     total = states + in_flight * kept + max(working) + gathered + in_flight * num_edges * boundary
     return total * (1 + runtime.memory.allocator_overhead_ratio.value)

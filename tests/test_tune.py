@@ -10,7 +10,6 @@ from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.pareto.space import divisors
 from mist.plans import MemoryLevel, Offload, StagePlan
-from mist.rules import rules_for
 from mist.spec import SearchSpace
 from mist.tune import landscape, smallest_peak, stage_plans, tune
 
@@ -18,7 +17,6 @@ from mist.tune import landscape, smallest_peak, stage_plans, tune
 def every_layout(job: Job, pp: int, num_micro_batches: int) -> list[tuple[StagePlan, ...]]:
     """All mixes of stages with pp stages: layers, tp, ZeRO level, recomputed layers."""
     per_stage = job.platform.num_gpus // pp
-    rules = rules_for(job.graph, job.platform, job.workload)
     layouts = []
     for counts in itertools.product(range(1, job.num_layers + 1), repeat=pp):
         if sum(counts) != job.num_layers:
@@ -26,7 +24,9 @@ def every_layout(job: Job, pp: int, num_micro_batches: int) -> list[tuple[StageP
         choices = []
         for i, count in enumerate(counts):
             options = []
-            for tp, zero, full in itertools.product(divisors(per_stage), range(4), range(count + 1)):
+            for tp, zero, full in itertools.product(
+                divisors(per_stage), range(4), range(count + 1)
+            ):
                 dp = per_stage // tp
                 micro_batch = job.workload.global_batch // (num_micro_batches * dp)
                 columns = {
@@ -39,7 +39,7 @@ def every_layout(job: Job, pp: int, num_micro_batches: int) -> list[tuple[StageP
                 }
                 if dp == 1 and zero:
                     continue  # nothing to shard over: the search does not ask for it
-                if not all(rule.mask(columns).all() for rule in rules):
+                if not all(rule.mask(columns).all() for rule in job.rules):
                     continue
                 options.append(
                     StagePlan(
@@ -121,9 +121,7 @@ def test_a_larger_space_is_never_slower() -> None:
         SearchSpace(),
     ]
     steps = [
-        tune(
-            job, space, limit_bytes=4e9, num_alternatives=0, progress=lambda _: None
-        ).best.step_s
+        tune(job, space, limit_bytes=4e9, num_alternatives=0, progress=lambda _: None).best.step_s
         for space in spaces
     ]
     assert steps == sorted(steps, reverse=True)
@@ -135,7 +133,8 @@ def test_smallest_peak_is_what_no_layout_undercuts() -> None:
         max(stage.peak_bytes for stage in estimate(job, stages, g).stages)
         for pp, g in itertools.product((1, 2), divisors(4))
         for stages in every_layout(job, pp, g)
-        if len({(s.tp, s.zero) for s in stages}) == 1 and all(s.num_full == s.num_layers for s in stages)
+        if len({(s.tp, s.zero) for s in stages}) == 1
+        and all(s.num_full == s.num_layers for s in stages)
     )
     assert smallest_peak(job, SearchSpace()).peak_bytes == pytest.approx(least, rel=1e-9)
 
@@ -160,7 +159,9 @@ def test_a_batch_that_does_not_factorise() -> None:
 def test_a_tp_that_breaks_a_rule() -> None:
     job = toy_job(toy_graph((3,)), 8, global_batch=24)
     with pytest.raises(InputError) as error:
-        tune(job, SearchSpace(tp=(3,)), limit_bytes=80e9, num_alternatives=0, progress=lambda _: None)
+        tune(
+            job, SearchSpace(tp=(3,)), limit_bytes=80e9, num_alternatives=0, progress=lambda _: None
+        )
     assert str(error.value) == (
         "tp 3 does not divide the 8 GPUs per node of dgx-h100. "
         "tp 3 does not divide the 4096 MLP width of toy. "

@@ -3,10 +3,10 @@
 import sympy
 
 from mist.estimate import Job, make_job
+from mist.facts import LayerRun, TpLimit, Traffic
 from mist.graph import (
     B,
     Block,
-    LayerRun,
     Layout,
     ModelGraph,
     Op,
@@ -16,10 +16,9 @@ from mist.graph import (
     S,
     SavedTensor,
     T,
-    TpLimit,
-    Traffic,
 )
 from mist.platform import Platform, load_platform
+from mist.symbolic.compile import compile_model
 from mist.spec import Attention, Optimizer, Precision, Workload
 
 ELEMENT_BYTES = 2
@@ -162,4 +161,6 @@ def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
 
 def toy_job(graph: ModelGraph | None = None, num_gpus: int = 8, **workload: int) -> Job:
     """A toy model on a few H100s."""
-    return make_job(graph or toy_graph(), toy_platform(num_gpus), toy_workload(**workload))
+    platform = toy_platform(num_gpus)
+    programs = compile_model(graph or toy_graph(), platform.runtime, Precision.BF16)
+    return make_job(programs, platform, toy_workload(**workload))

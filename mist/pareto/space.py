@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import Job, strategy_columns
-from mist.rules import rules_for
 from mist.spec import SearchSpace
 
 Ints = NDArray[np.int64]
@@ -85,7 +84,7 @@ def _group(job: Job, space: SearchSpace, num_stages: int, num_micro_batches: int
 def _allowed(job: Job, space: SearchSpace, columns: dict[str, Ints | int]) -> NDArray[np.bool_]:
     """Rules hold, the user's restrictions hold, and sharding is asked only of several ranks."""
     keep = np.asarray((columns["dp"] > 1) | (columns["zero"] == min(space.zero)))
-    for rule in rules_for(job.graph, job.platform, job.workload):
+    for rule in job.rules:
         keep = keep & rule.mask(columns)
     for name in ("dp", "micro_batch"):
         allowed = getattr(space, name)

@@ -18,20 +18,16 @@ All methods take numpy arrays (or numbers), broadcast them, and return float64 s
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mist.facts import Traffic
 from mist.platform.cluster import Cluster, Collective
 from mist.platform.collectives import CollectiveLaw
 from mist.platform.device import AttentionLaw, Device, GemmLaw
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
-
-if TYPE_CHECKING:
-    # A word, needed by name only: mist.graph imports sympy, which takes half a second.
-    from mist.graph import Traffic
 
 F64 = NDArray[np.float64]
 
@@ -104,7 +100,7 @@ class OpCosts:
         ratio = flash.backward_ratio.value + flash.backward_ramp_tokens.value / tokens
         return ratio * self.attention_forward_s(batch, heads, seq_q, seq_k, head_dim, causal)
 
-    def memory_s(self, traffic_bytes: ArrayLike, num_kernels: ArrayLike, traffic: "Traffic") -> F64:
+    def memory_s(self, traffic_bytes: ArrayLike, num_kernels: ArrayLike, traffic: Traffic) -> F64:
         """Time of memory-bound kernels that move `traffic_bytes` in all, in s."""
         num_bytes, kernels = _floats(traffic_bytes, num_kernels)
         result: F64 = (
@@ -113,7 +109,7 @@ class OpCosts:
         )
         return result
 
-    def effective_hbm_bytes_per_s(self, traffic: "Traffic") -> float:
+    def effective_hbm_bytes_per_s(self, traffic: Traffic) -> float:
         """HBM bandwidth that a class of operation reaches, in bytes/s."""
         return self.device.bandwidth_ratio.of(traffic) * self.device.hbm_bytes_per_s.value
 

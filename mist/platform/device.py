@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from mist.facts import Traffic
 from mist.platform.quantity import Kind, Quantity, Record
 from mist.spec import Precision
-
-if TYPE_CHECKING:
-    # A word, needed by name only: mist.graph imports sympy, which takes half a second.
-    from mist.graph import Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +75,7 @@ class BandwidthRatios(Record):
     softmax: Quantity
     gather: Quantity
 
-    def of(self, traffic: "Traffic") -> float:
+    def of(self, traffic: Traffic) -> float:
         """The ratio of one class."""
         quantity: Quantity = getattr(self, traffic)
         return quantity.value

@@ -1,16 +1,29 @@
 """What operations cost: the trace of a model, and the profiles with every figure's source."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import sympy
 
 from mist.graph import B, Block, ModelGraph, S, T
 from mist.platform.listing import FigureRow, ProfileRow
-from mist.report.tables import say, show
+from mist.report.tables import say, say_note, show
+from mist.rules import broken, limit_rules
 from mist.spec import Precision
 
 Point = Mapping[str, int]
 Costs = dict[str, sympy.Expr]
+
+
+def outside_trace(graph: ModelGraph, point: Point) -> Iterator[str]:
+    """Why the costs of a graph say nothing at a point {b, s, t}: one message for each reason."""
+    longest, tp = graph.max_seq_len, point["t"]
+    if longest is not None and point["s"] > longest:
+        yield f"{graph.name} has positions for {longest} tokens."
+    yield from broken(tuple(limit_rules(graph)), {"tp": tp})
+    relations = {relation for _, block, _ in _blocks(graph) for relation in block.domain}
+    for relation in sorted(relations, key=str):
+        if relation.subs(_values(point)) is sympy.false:
+            yield f"the costs of {graph.name} were traced for {relation} only."
 
 
 def print_trace(graph: ModelGraph, point: Point | None) -> None:
@@ -33,7 +46,7 @@ def print_trace(graph: ModelGraph, point: Point | None) -> None:
         "Distinct blocks (bytes and FLOPs of one rank)", ("block", "repeat", "cost", "value"), rows
     )
     for note in graph.notes:
-        say(f"Note: {note}")
+        say_note(note)
 
 
 def trace_json(graph: ModelGraph, point: Point | None) -> dict[str, object]:
@@ -91,8 +104,11 @@ def _costs(graph: ModelGraph, block: Block) -> Costs:
 
 def _at(costs: Costs, point: Point) -> dict[str, int | float]:
     """Costs as numbers; a byte count that is no integer stays a fraction."""
-    values = {B: point["b"], S: point["s"], T: point["t"]}
-    return {key: _number(expr.subs(values)) for key, expr in costs.items()}
+    return {key: _number(expr.subs(_values(point))) for key, expr in costs.items()}
+
+
+def _values(point: Point) -> dict[sympy.Symbol, int]:
+    return {B: point["b"], S: point["s"], T: point["t"]}
 
 
 def _number(value: sympy.Expr) -> int | float:

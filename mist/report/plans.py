@@ -5,16 +5,18 @@ from dataclasses import asdict
 
 from mist.explain import PART_NAMES, step_parts
 from mist.plans import Estimate, Plan
-from mist.report.tables import say, show
+from mist.report.tables import say, say_note, show
 from mist.units import format_bytes, format_count, format_seconds
 
 
-def print_plan(plan: Plan, limit_bytes: float) -> None:
+def print_plan(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> None:
     """Layout, prediction with its parts, memory against the limit, and why other layouts lose."""
     _print_head(plan)
     _print_stages(plan)
     _print_memory(plan.estimate, limit_bytes)
     _print_alternatives(plan)
+    for note in notes:
+        say_note(note)
     _print_foot(plan)
 
 
@@ -34,19 +36,24 @@ def print_check(
     _print_stages(plan)
     _print_memory(estimate, limit_bytes)
     for note in notes:
-        say(f"Note: {note}.")
+        say_note(note)
     for suggestion in suggestions:
         say(f"Try {suggestion}")
     say(f"Not modelled: {'; '.join(estimate.not_modelled)}.")
 
 
-def plan_json(plan: Plan, seconds: Mapping[str, float]) -> dict[str, object]:
-    """The plan's own fields, plus `seconds`: wall time by part of the work."""
-    return {**asdict(plan), "seconds": {name: round(s, 3) for name, s in seconds.items()}}
+def plan_json(plan: Plan, seconds: Mapping[str, float], notes: Sequence[str]) -> dict[str, object]:
+    """The plan file's own fields, plus `seconds` (wall time by part of the work) and `notes`."""
+    spent = {name: round(s, 3) for name, s in seconds.items()}
+    return {**asdict(plan), "seconds": spent, "notes": list(notes)}
 
 
 def check_json(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> dict[str, object]:
-    """`fits`, `margin_bytes`, `step_s` and per stage peak, usable bytes and their parts."""
+    """The verdict, the prediction, and for each stage its peak, usable bytes, and parts of time.
+
+    `margin_bytes` = `limit_bytes` (usable less the margin) - the largest peak; `parts`: bytes of
+    the peak by name; `time_parts_s`: seconds of `stable_s` by name.
+    """
     estimate = plan.estimate
     margin_bytes = limit_bytes - max(stage.peak_bytes for stage in estimate.stages)
     return {
@@ -115,6 +122,7 @@ def _print_stages(plan: Plan) -> None:
                 f"{stage.micro_batch} x{plan.num_micro_batches}",
                 f"{stage.num_full} of {stage.num_layers}",
                 format_seconds(judged.stable_s),
+                format_seconds(judged.delta_s),
                 times,
             )
         )
@@ -127,9 +135,10 @@ def _print_stages(plan: Plan) -> None:
         "micro-batch",
         "recomputed",
         "micro-step",
-        "of it",
+        "+ per step",
+        "of a micro-step",
     )
-    show("Stages (times of one micro-batch, predicted)", header, rows)
+    show("Stages (predicted times; + per step: first and last micro-batch)", header, rows)
 
 
 def _print_memory(estimate: Estimate, limit_bytes: float) -> None:
@@ -146,6 +155,11 @@ def _print_memory(estimate: Estimate, limit_bytes: float) -> None:
         )
     header = ("stage", *estimate.stages[0].memory_parts_bytes, "peak", "of what a plan may use")
     show(f"Memory per GPU ({_interval(estimate)})", header, rows)
+    usable_bytes = estimate.stages[0].usable_bytes
+    say(
+        f"A plan may use {format_bytes(limit_bytes)}: the usable {format_bytes(usable_bytes)} "
+        f"less a margin of {1 - limit_bytes / usable_bytes:.0%}."
+    )
 
 
 def _print_alternatives(plan: Plan) -> None:

@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from mist.planfile import write_bytes
 from mist.plans import Plan
 from mist.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Judged(Protocol):
@@ -22,48 +23,42 @@ class Judged(Protocol):
         """Of the fullest device."""
 
 
-def save_plot(plan: Plan, points: Sequence[Judged], limit_bytes: float, path: Path) -> None:
-    """Write the plot as PNG; the file appears whole or not at all.
+def plot_png(plan: Plan, points: Sequence[Judged], limit_bytes: float) -> bytes:
+    """The plot as a PNG file's content; the same plan and points give the same bytes."""
+    buffer = io.BytesIO()
+    figure = plot(plan, points, limit_bytes)
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
 
-    Raises OutputError when the folder is missing or not writable.
-    """
+
+def plot(plan: Plan, points: Sequence[Judged], limit_bytes: float) -> "Figure":
+    """Step time in s against peak memory in GiB, the plan marked, what does not fit shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     axes = figure.add_subplot()
     peaks = [point.peak_bytes / GIB for point in points]
-    steps = [point.step_s for point in points]
-    axes.scatter(peaks, steps, s=12, color="0.65", label="layouts judged")
+    axes.scatter(peaks, [p.step_s for p in points], s=12, color="0.65", label="layouts judged")
     front = pareto_front(points)
-    axes.step(
-        [point.peak_bytes / GIB for point in front],
-        [point.step_s for point in front],
-        where="post",
-        color="tab:blue",
-        label="Pareto frontier",
-    )
+    front_gib = [point.peak_bytes / GIB for point in front]
+    front_s = [point.step_s for point in front]
+    axes.step(front_gib, front_s, where="post", color="tab:blue", label="Pareto frontier")
     chosen_gib = max(stage.peak_bytes for stage in plan.estimate.stages) / GIB
-    axes.scatter(
-        [chosen_gib],
-        [plan.estimate.step_s],
-        marker="*",
-        s=220,
-        color="tab:red",
-        label="plan",
-        zorder=3,
-    )
+    at = ([chosen_gib], [plan.estimate.step_s])
+    axes.scatter(*at, marker="*", s=220, color="tab:red", label="plan", zorder=3)
     limit_gib = limit_bytes / GIB
     right = max([limit_gib * 1.25, chosen_gib, *(peak for peak in peaks if peak < 3 * limit_gib)])
     axes.axvspan(limit_gib, right, color="tab:red", alpha=0.08, label="does not fit")
-    axes.set_xlim(0, right)
-    axes.set_ylim(0)
-    axes.set_xlabel("predicted peak memory per GPU [GiB]")
-    axes.set_ylabel("predicted step time [s]")
-    axes.set_title(f"{plan.model.name} on {plan.cluster.num_gpus} x {plan.cluster.device}")
+    axes.set(
+        xlim=(0, right),
+        ylim=(0, None),
+        xlabel="predicted peak memory per GPU [GiB]",
+        ylabel="predicted step time [s]",
+    )
+    title = f"{plan.model.name} on {plan.cluster.num_gpus} x {plan.cluster.device}"
+    axes.set_title(title, parse_math=False)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    return figure
 
 
 def pareto_front(points: Sequence[Judged]) -> list[Judged]:

@@ -14,6 +14,11 @@ def say(text: str = "") -> None:
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_note(text: str) -> None:
+    """A remark about the input, as a sentence."""
+    say(f"Note: {text.removesuffix('.')}.")
+
+
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table; columns after the first are right-aligned, the last is left for words."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields
 import sympy
 from sympy import Expr
 
-from mist.graph import B, Block, Layout, Op, OpKind, Phase, S, SavedTensor, T, Traffic
+from mist.facts import Traffic
+from mist.graph import B, Block, Layout, Op, OpKind, Phase, SavedTensor, T
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
@@ -24,20 +25,15 @@ from mist.symbolic import symbols as sym
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What expressions are built for: the runtime's habits, sequence length, precision."""
+    """What expressions are built for: the runtime's habits and the precision."""
 
     runtime: Runtime
     precision: Precision
-    seq_len: int
 
     @property
     def sequence_shards(self) -> Expr:
         """How many ways sequence parallelism divides a replicated activation."""
         return T if self.runtime.knobs.sequence_parallel else sympy.Integer(1)
-
-    def at_sequence(self, expr: sympy.Basic) -> Expr:
-        """An expression of the trace at this workload's sequence length."""
-        return expr.xreplace({S: sympy.Integer(self.seq_len)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +70,7 @@ class BlockCost:
 
 def layer_cost(block: Block, setting: Setting) -> BlockCost:
     """Cost of a pipeline layer: each matrix pair gathers and reduces once per pass."""
-    activation = setting.at_sequence(block.boundary_bytes)
+    activation = block.boundary_bytes
     gather, reduce = _tp_collectives(activation, setting)
     regions = block.num_tp_regions
     return BlockCost(
@@ -89,7 +85,7 @@ def layer_cost(block: Block, setting: Setting) -> BlockCost:
 
 def end_cost(block: Block, activation_bytes: Expr, setting: Setting) -> BlockCost:
     """Cost of the embedding or the head: one collective on the activation in each pass."""
-    gather, reduce = _tp_collectives(setting.at_sequence(activation_bytes), setting)
+    gather, reduce = _tp_collectives(activation_bytes, setting)
     return BlockCost(
         **_device_cost(block, setting),
         tp_forward_s=block.num_tp_regions * (gather + reduce) / 2,
@@ -102,7 +98,6 @@ def end_cost(block: Block, activation_bytes: Expr, setting: Setting) -> BlockCos
 def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
     accumulated = rank_params(block) * setting.runtime.traffic.accumulation_bytes_per_param.value
     gather, scatter, reduce = _dp_collectives(rank_params(block), setting.precision)
-    transients = [setting.at_sequence(expr) for expr in block.transient_bytes]
     return {
         "forward_s": _pass_seconds(block, "forward", setting),
         "backward_s": _pass_seconds(block, "backward", setting)
@@ -112,7 +107,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "scatter_s": scatter,
         "reduce_s": reduce,
         "saved_bytes": saved_bytes(block, setting),
-        "transient_bytes": sym.larger(0, *transients),
+        "transient_bytes": sym.larger(0, *block.transient_bytes),
     }
 
 
@@ -130,8 +125,8 @@ def rank_params(block: Block) -> Expr:
 
 def saved_bytes(block: Block, setting: Setting) -> Expr:
     """Activation bytes kept for the backward pass; b = 1 is a case of its own where it differs."""
-    many = setting.at_sequence(_kept(block.saved, setting))
-    single = setting.at_sequence(_kept(block.saved_single, setting))
+    many = _kept(block.saved, setting)
+    single = _kept(block.saved_single, setting)
     if sympy.expand(many.subs(B, 1) - single) == 0:
         return many
     return sympy.Piecewise((single, sympy.Eq(B, 1)), (many, True))
@@ -147,19 +142,18 @@ def _kept(saved: Iterable[SavedTensor], setting: Setting) -> Expr:
 
 def _pass_seconds(block: Block, phase: Phase, setting: Setting) -> Expr:
     ops = [op for op in block.ops if op.phase == phase]
-    matrix = Counter(_matrix_seconds(op, setting) for op in ops if op.kind != OpKind.MEMORY)
+    matrix = Counter(_matrix_seconds(op) for op in ops if op.kind != OpKind.MEMORY)
     return sympy.Add(
         *(count * seconds for seconds, count in matrix.items()),
         *_memory_seconds([op for op in ops if op.kind == OpKind.MEMORY], setting),
     )
 
 
-def _matrix_seconds(op: Op, setting: Setting) -> Expr:
-    dims = [setting.at_sequence(dim) for dim in op.dims]
+def _matrix_seconds(op: Op) -> Expr:
     if op.kind == OpKind.GEMM:
-        return sym.GEMM(*dims)
+        return sym.GEMM(*op.dims)
     law = sym.ATTENTION_FORWARD if op.phase == "forward" else sym.ATTENTION_BACKWARD
-    return law(*dims, int(op.causal))
+    return law(*op.dims, int(op.causal))
 
 
 def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
@@ -171,7 +165,7 @@ def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
         traffic[op.traffic] += op.traffic_bytes / shards
         kernels[op.traffic] += 1
     for name, total in traffic.items():
-        yield sym.MEMORY[name](sympy.expand(setting.at_sequence(total)), kernels[name])
+        yield sym.MEMORY[name](sympy.expand(total), kernels[name])
 
 
 def _tp_collectives(activation_bytes: Expr, setting: Setting) -> tuple[Expr, Expr]:

@@ -1,125 +1,79 @@
-"""Expressions -> vectorised functions: sympy prints them once, the platform's laws are bound.
+"""Expressions -> programs: sympy finds common subexpressions and prints numpy, once per model."""
 
-Columns are arrays of one shape (or broadcastable); results have the broadcast shape, float64.
-"""
+from collections.abc import Mapping, Sequence
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-
-import numpy as np
 import sympy
-from numpy.typing import ArrayLike, NDArray
-from sympy import Expr
+from sympy import Basic
+from sympy.printing.numpy import NumPyPrinter
 
-from mist.graph import B, ModelGraph, T, Traffic
-from mist.platform import Platform
-from mist.platform.costs import OpCosts
-from mist.spec import Workload
+from mist.graph import B, Block, ModelGraph, S, T
+from mist.platform import Runtime
+from mist.spec import Precision
 from mist.symbolic import symbols as sym
+from mist.symbolic.program import ModelPrograms, Program
 from mist.symbolic.stage import StageCost, stage_cost
 
-Column = NDArray[np.float64]
-Columns = Mapping[str, ArrayLike]
+SEARCHED = ("stable_s", "lone_s", "peak_bytes")
 
-STRATEGY = (B, T, sym.DP, sym.DP_PER_NODE, sym.ZERO)
+SIZES = (B, S, T)
+STRATEGY = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO)
 POSITION = (sym.IN_FLIGHT, sym.FIRST, sym.LAST, sym.PREV_CROSSES, sym.NEXT_CROSSES)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Function:
-    """Named outputs of one generated function over named columns."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    call: Callable[..., Sequence[ArrayLike]]
-
-    def __call__(self, columns: Columns) -> dict[str, Column]:
-        args = [np.asarray(columns[name], dtype=np.float64) for name in self.inputs]
-        shape = np.broadcast_shapes(*(arg.shape for arg in args))
-        values = self.call(*args)
-        return {
-            name: np.broadcast_to(np.asarray(value, dtype=np.float64), shape)
-            for name, value in zip(self.outputs, values, strict=True)
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompiledStageCost:
-    """The stage cost as two functions: strategy columns -> terms, terms and layout -> stage.
-
-    `stage` takes the terms and the layout; `search` computes stable_s, lone_s and peak_bytes only,
-    `stage` every part as well.
-    """
-
-    num_kinds: int
-    costs: _Function
-    block_terms: _Function
-    search: _Function
-    stage: _Function
-
-    def terms(self, strategy: Columns) -> dict[str, Column]:
-        """`term_*` columns of strategies given as b, t, dp, dp_per_node, zero."""
-        return self.block_terms({**strategy, **self.costs(strategy)})
-
-
-def compile_stage_cost(
-    graph: ModelGraph, platform: Platform, workload: Workload
-) -> CompiledStageCost:
-    """Bind the stage expressions of a model to a platform."""
-    cost = stage_cost(graph, platform.runtime, workload.precision, workload.seq_len)
-    costs = OpCosts(
-        device=platform.device,
-        cluster=platform.cluster,
-        runtime=platform.runtime,
-        precision=workload.precision,
-    )
-    blocks = {f"cost_{name}": expr for name, expr in cost.costs.items()}
+def compile_model(graph: ModelGraph, runtime: Runtime, precision: Precision) -> ModelPrograms:
+    """Build the stage cost of a traced model under a runtime, and print it."""
+    cost = stage_cost(graph, runtime, precision)
+    costs = {f"cost_{name}": expr for name, expr in cost.costs.items()}
     terms = {f"term_{name}": expr for name, expr in cost.terms.items()}
-    wanted = ("stable_s", "lone_s", "peak_bytes")
-    search = {name: cost.stage[name] for name in wanted}
-    return CompiledStageCost(
-        num_kinds=cost.num_kinds,
-        costs=_compile(STRATEGY, blocks, _bindings(costs)),
-        block_terms=_compile(_inputs(STRATEGY, terms), terms, _bindings(costs)),
-        search=_compile(_stage_inputs(cost), search, {}),
-        stage=_compile(_stage_inputs(cost), cost.stage, {}),
+    search = {name: cost.stage[name] for name in SEARCHED}
+    counts = _stage_inputs(cost)
+    return ModelPrograms(
+        facts=graph.facts,
+        costs=print_program(STRATEGY, costs),
+        terms=print_program(_inputs(STRATEGY, terms), terms),
+        search=print_program(_inputs(counts, search), search),
+        stage=print_program(_inputs(counts, cost.stage), cost.stage),
+        flop=print_program(SIZES, _forward_flop(graph)),
+        domain=print_program(SIZES, {str(relation): relation for relation in _domain(graph)}),
     )
+
+
+def _forward_flop(graph: ModelGraph) -> dict[str, Basic]:
+    blocks = {"embed": graph.embed, "head": graph.head}
+    blocks |= {str(kind): block for kind, block in enumerate(graph.blocks)}
+    return {name: block.flop("forward") for name, block in blocks.items()}
+
+
+def _domain(graph: ModelGraph) -> list[Basic]:
+    """Each relation once, in an order that does not change from run to run."""
+    blocks: tuple[Block, ...] = (graph.embed, *graph.blocks, graph.head)
+    return sorted({relation for block in blocks for relation in block.domain}, key=str)
 
 
 def _stage_inputs(cost: StageCost) -> tuple[sympy.Symbol, ...]:
-    """Position, counts by kind and level, and the terms that the formulas name."""
-    counts = [f(kind) for kind in range(cost.num_kinds) for f in (sym.eager_count, sym.full_count)]
-    return _inputs((*POSITION, *counts), cost.stage)
+    """Position, then layers by kind and level."""
+    kinds = range(cost.num_kinds)
+    return (*POSITION, *(count(k) for k in kinds for count in (sym.eager_count, sym.full_count)))
 
 
 def _inputs(
-    first: tuple[sympy.Symbol, ...], outputs: Mapping[str, Expr]
+    first: Sequence[sympy.Symbol], outputs: Mapping[str, Basic]
 ) -> tuple[sympy.Symbol, ...]:
     """The given symbols, then all others that the outputs name."""
     named = {symbol for expr in outputs.values() for symbol in expr.free_symbols}
     return (*first, *sorted(named - set(first), key=str))
 
 
-def _compile(
-    inputs: Sequence[sympy.Symbol], outputs: Mapping[str, Expr], functions: Mapping[str, object]
-) -> _Function:
-    call = sympy.lambdify(
-        list(inputs), list(outputs.values()), modules=[dict(functions), "numpy"], cse=True
-    )
-    return _Function(inputs=tuple(map(str, inputs)), outputs=tuple(outputs), call=call)
-
-
-def _bindings(costs: OpCosts) -> dict[str, Callable[..., ArrayLike]]:
-    """The platform's laws under the names that the expressions use."""
-    laws: dict[str, Callable[..., ArrayLike]] = {
-        "gemm_s": costs.gemm_s,
-        "attention_forward_s": costs.attention_forward_s,
-        "attention_backward_s": costs.attention_backward_s,
-        "all_gather_s": costs.all_gather_s,
-        "reduce_scatter_s": costs.reduce_scatter_s,
-        "all_reduce_s": costs.all_reduce_s,
-        "p2p_s": costs.p2p_s,
-    }
-    memory = {f"memory_{name}_s": partial(costs.memory_s, traffic=name) for name in Traffic}
-    return laws | memory
+def print_program(inputs: Sequence[sympy.Symbol], outputs: Mapping[str, Basic]) -> Program:
+    """A numpy function of the inputs that returns the outputs, as text."""
+    printer = NumPyPrinter({"fully_qualified_modules": False, "allow_unknown_functions": True})
+    shared, results = sympy.cse(list(outputs.values()), list=True)
+    lines = [f"{symbol} = {printer.doprint(expr)}" for symbol, expr in shared]
+    values = ", ".join(printer.doprint(expr) for expr in results)
+    names = tuple(map(str, inputs))
+    body = [
+        f"def program({', '.join(names)}):",
+        *lines,
+        f"return ({values}{',' if values else ''})",
+    ]
+    return Program(inputs=names, outputs=tuple(outputs), source="\n    ".join(body) + "\n")

@@ -23,15 +23,15 @@ from functools import partial
 import sympy
 from sympy import Expr
 
-from mist.graph import ModelGraph, T, Traffic
+from mist.facts import Traffic
+from mist.graph import ModelGraph, T
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, Setting, end_cost, layer_cost
+from mist.symbolic.program import TIME_PARTS
 
-TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "p2p")
 _NONE = sympy.Integer(0)
-MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allocator")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +65,15 @@ class _Slots:
         return self.stable() - self.dp + self.lone_dp
 
 
-def stage_cost(
-    graph: ModelGraph, runtime: Runtime, precision: Precision, seq_len: int
-) -> StageCost:
+def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> StageCost:
     """Build the expressions of any stage of `graph`.
 
     Args:
         graph: the traced model.
         runtime: the framework whose behaviour is predicted.
         precision: compute precision of the workload.
-        seq_len: tokens per sample.
     """
-    setting = Setting(runtime=runtime, precision=precision, seq_len=seq_len)
+    setting = Setting(runtime=runtime, precision=precision)
     blocks = {str(kind): layer_cost(block, setting) for kind, block in enumerate(graph.blocks)}
     activation = graph.blocks[graph.layers[0].block].boundary_bytes
     blocks["embed"] = end_cost(graph.embed, activation, setting)

@@ -10,7 +10,7 @@ from typing import Final
 
 import sympy
 
-from mist.graph import Traffic
+from mist.facts import Traffic
 
 DP = sympy.Symbol("dp", positive=True, integer=True)
 """Data-parallel ranks of the stage."""

@@ -41,12 +41,16 @@ def traced(name: str) -> Iterator[None]:
                 f"{name} decides by the values of its tensors{place}. Mist traces shapes only: "
                 "replace the branch or .item() by an operation on tensors, such as torch.where."
             ) from error
-        lines = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         raise TraceError(
-            f"{name} cannot be traced: {what}{place}. "
+            f"{name} cannot be traced: {short(error)}{place}. "
             "Check that the model runs on a batch of token ids, or define make_batch(batch, seq)."
         ) from error
+
+
+def short(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _place(frames: Sequence[traceback.FrameSummary]) -> str:

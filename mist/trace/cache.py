@@ -134,7 +134,7 @@ def decode_expr(value: object) -> Basic:
         return sympy.Integer(value)
     if isinstance(value, str) and value in SYMBOLS:
         return SYMBOLS[value]
-    if isinstance(value, list) and value and value[0] in FUNCTIONS:
+    if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in FUNCTIONS:
         name, *args = value
         plain = name in ("Rational", "Float")
         return FUNCTIONS[name](*(args if plain else map(decode_expr, args)))

@@ -1,7 +1,7 @@
 """Operations that CUDA runs as one kernel and the CPU does not: shapes and gradients only.
 
-aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its stand-in
-here stays whole, and saves for backward what the CUDA kernel's backward reads.
+aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
+stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads.
 """
 
 from typing import Any, Final
@@ -46,6 +46,10 @@ def _(
     return torch.empty_like(x), x.new_empty(()) if weight is None else torch.empty_like(weight)
 
 
+class _Context(FunctionCtx):
+    saved_tensors: tuple[torch.Tensor, ...]
+
+
 def _keep(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, weight, _ = inputs
     ctx.set_materialize_grads(False)
@@ -53,7 +57,7 @@ def _keep(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[torch.Tensor,
 
 
 def _rms_norm_gradients(
-    ctx: Any, grad: torch.Tensor, _: None
+    ctx: _Context, grad: torch.Tensor, _: None
 ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
     x, rstd, *weight = ctx.saved_tensors
     grad_x, grad_weight = fused_rms_norm_backward(grad, x, rstd, weight[0] if weight else None)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mist.errors import ModelError, did_you_mean
+from mist.errors import ModelError, TraceError, did_you_mean
 from mist.spec import Attention, Precision
+from mist.trace.blame import short
 from mist.trace.expr import Size
 from mist.trace.fake import DTYPES
 from mist.trace.source import PythonSource, Source
@@ -94,7 +95,7 @@ def _first(value: object) -> torch.Tensor:
     if isinstance(value, tuple | list):
         value = value[0]
     if not isinstance(value, torch.Tensor):
-        raise ModelError(
+        raise TraceError(
             f"the default loss needs logits and token ids, found {_a_type(value)}. "
             "Define loss(output, batch) and make_batch(batch, seq)."
         )
@@ -102,14 +103,14 @@ def _first(value: object) -> torch.Tensor:
 
 
 def load_model(source: Source, *, precision: Precision, attention: Attention) -> LoadedModel:
-    """The model of a source on the meta device, in training mode.
+    """The model of a source on the meta device.
 
     Raises ModelError when the source does not give a model.
     """
     if isinstance(source, PythonSource):
         return _from_file(source, attention)
     module = _from_config(source.label, dict(source.config), precision, attention)
-    return LoadedModel(module=module.train(), name=source.name, make_batch=None, loss=None)
+    return LoadedModel(module=module, name=source.name, make_batch=None, loss=None)
 
 
 def _from_config(
@@ -133,7 +134,7 @@ def _from_config(
             )
     except Exception as error:
         raise ModelError(
-            f"transformers cannot build a causal language model from {label}: {_short(error)}"
+            f"transformers cannot build a causal language model from {label}: {short(error)}"
         ) from error
     return model
 
@@ -153,7 +154,7 @@ def _from_file(source: PythonSource, attention: Attention) -> LoadedModel:
     if attention is Attention.MATH and choose_attention is not None:
         choose_attention("eager")
     return LoadedModel(
-        module=module.train(),
+        module=module,
         name=str(namespace.get("name", source.name)),
         make_batch=namespace.get("make_batch"),
         loss=namespace.get("loss"),
@@ -171,7 +172,7 @@ def _build(source: PythonSource, build: object) -> nn.Module:
             module = build()
     except Exception as error:
         raise ModelError(
-            f"{source.label}: build_model() raised {_short(error)}{_where(error, source.path)}."
+            f"{source.label}: build_model() raised {short(error)}{_where(error, source.path)}."
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -189,7 +190,7 @@ def _run_file(source: PythonSource) -> ModuleType:
         spec.loader.exec_module(namespace)
     except Exception as error:
         raise ModelError(
-            f"{source.label} cannot be imported: {_short(error)}{_where(error, source.path)}."
+            f"{source.label} cannot be imported: {short(error)}{_where(error, source.path)}."
         ) from error
     return namespace
 
@@ -239,10 +240,6 @@ def _place(frames: Sequence[traceback.FrameSummary]) -> str:
     return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
-def _short(error: BaseException) -> str:
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
-
-
 def _a_type(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -5,6 +5,7 @@ GPU. Policy "cuda" sends the three composite functions to the operations that a 
 and gives norm statistics the dtype that CUDA kernels write. Policy "cpu" changes nothing.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -152,7 +153,7 @@ def _rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    return fused_rms_norm(input, weight, len(normalized_shape))[0]
+    return _first(fused_rms_norm(input, weight, len(normalized_shape)))
 
 
 # Under fake tensors transformers cannot look at position_ids and builds a [b, 1, s, s] mask for
@@ -166,6 +167,7 @@ def runs_as(policy: Policy, attention: Attention) -> Iterator[None]:
     """Within: functions and kernels behave as on the policy's device."""
     replacements = _replacements(policy, attention)
     with ExitStack() as stack:
+        stack.enter_context(patch.object(logging.getLogger("transformers"), "disabled", True))
         if MASKING in sys.modules:
             stack.enter_context(patch.object(sys.modules[MASKING], PACKED_CHECK, _not_packed))
         stack.enter_context(Kernels(policy))

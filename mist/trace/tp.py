@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from mist.graph import TpLimit
+from mist.facts import TpLimit
 
 COLWISE, ROWWISE, EMBEDDING = "colwise", "rowwise", "embedding_rowwise"
 # Styles whose matrices stay whole on every rank.
@@ -40,6 +40,7 @@ BY_MODEL_TYPE: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType({"gpt2"
 HEADS: Final = ("num_heads", "n_heads", "n_head", "num_attention_heads", "n_local_heads")
 KV_HEADS: Final = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "n_local_kv_heads")
 WIDTHS: Final = ("split_size",)
+HEAD_DIMS: Final = ("head_dim", "head_size", "attention_head_size")
 
 
 class Unsupported(Exception):
@@ -192,11 +193,16 @@ def _share_colwise(
 
 
 def _head_dim(parent: nn.Module, width: int) -> int | None:
-    head_dim = getattr(parent, "head_dim", None)
-    if isinstance(head_dim, int):
-        return head_dim
-    heads = next((n for name in HEADS if isinstance(n := getattr(parent, name, None), int)), None)
-    return width // heads if heads and width % heads == 0 else None
+    head_dim = _first_int(parent, HEAD_DIMS)
+    heads = _first_int(parent, HEADS)
+    if head_dim is None and heads is not None and width % heads == 0:
+        return width // heads
+    return head_dim
+
+
+def _first_int(module: nn.Module, names: Sequence[str]) -> int | None:
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def _head_attributes(
@@ -230,7 +236,7 @@ def _share_vocabulary(
         shares[id(module.weight)] = share
         if getattr(module, "bias", None) is not None:
             shares[id(module.bias)] = share
-    config = getattr(model, "config", None)
-    if getattr(config, "vocab_size", None) == vocab_size:
-        attributes.append((vars(config), "vocab_size", share))
+    owners = [getattr(model, "config", None), *model.modules()]
+    tables = [vars(owner) for owner in owners if getattr(owner, "vocab_size", None) == vocab_size]
+    attributes.extend((table, "vocab_size", share) for table in tables if "vocab_size" in table)
     return vocab_size

@@ -7,7 +7,8 @@ one at b = 1, forward only, since a dimension of size 1 changes which tensors au
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,9 @@ from sympy import Expr, Integer
 from torch import fx, nn
 
 from mist.errors import TraceError
-from mist.graph import B, Block, LayerRun, ModelGraph, Param, S, T
-from mist.trace.blame import traced
+from mist.facts import LayerRun
+from mist.graph import B, Block, ModelGraph, Param, S, T
+from mist.trace.blame import short, traced
 from mist.trace.loader import LoadedModel
 from mist.trace.repeat import Layers, find_layers
 from mist.trace.session import (
@@ -60,7 +62,29 @@ def listing(traced: Traced) -> str:
 
 
 def trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
-    """Trace a loaded model. Raises TraceError, naming the line of the model at fault."""
+    """Trace a loaded model as it trains. Raises TraceError, naming the line at fault."""
+    if any(getattr(m, "gradient_checkpointing", False) is True for m in model.module.modules()):
+        raise TraceError(
+            f"{model.name} has gradient checkpointing switched on, but which layers are "
+            "checkpointed is what a plan decides. Switch it off "
+            "(model.gradient_checkpointing_disable())."
+        )
+    with _training(model.module):
+        return _trace(model, setting, progress)
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    modes = [(each, each.training) for each in module.modules()]
+    module.train()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
+def _trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
     layers, run, sharding, notes = _main_run(model, setting, progress)
     progress("tracing b = 1")
     with traced(model.name):
@@ -128,9 +152,8 @@ def _sharded_run(
     try:
         run = Session(model, layers, setting, sharding, Point()).run()
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise Unsupported(
-            f"tensor parallelism cannot be traced ({reason[0]}); t = 1 only"
+            f"tensor parallelism cannot be traced ({short(error)}); t = 1 only"
         ) from error
     if run.fixed:
         raise Unsupported("tensor parallelism cannot be traced (a shard has one size); t = 1 only")

@@ -13,7 +13,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves
 
-from mist.graph import Traffic
+from mist.facts import Traffic
 from mist.trace.expr import Size, num_bytes
 from mist.trace.flops import Call
 from mist.trace.kernels import RMS_NORM, RMS_NORM_BACKWARD

@@ -1,8 +1,11 @@
 """The Python API: `mist.plan` and `mist.check`, with the names and defaults of the command line."""
 
 import os
-from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, Unpack
 
+from mist.errors import InputError, did_you_mean
 from mist.plans import Plan
 from mist.spec import Attention, Precision, SearchSpace
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
@@ -10,7 +13,7 @@ from mist.workflow.planning import make_plan
 from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Progress, Question, quiet
 
 if TYPE_CHECKING:
-    pass
+    from torch import nn
 
 
 class Options(TypedDict, total=False):
@@ -71,6 +74,7 @@ def plan(
         InputError: something in the question cannot be used.
         Infeasible: nothing fits.
     """
+    _known_only(options, Options)
     question = _question(model, gpus, options)
     planned = make_plan(question, space or SearchSpace(), num_alternatives=top, progress=progress)
     return planned.plan
@@ -89,7 +93,7 @@ def check(
         model: a plan file; or a model as in `plan`.
         gpus: number of GPUs; None when `model` is a plan file.
         progress: called with a line of text now and then.
-        options: see `Options` and `LayoutOptions`; for a plan file only `margin` is used.
+        options: see `Options` and `LayoutOptions`; with a plan file only `margin`.
 
     Returns:
         `fits`, `margin_bytes`, the plan with its estimate, notes and suggestions.
@@ -97,8 +101,11 @@ def check(
     Raises:
         InputError: something in the question cannot be used, or a rule is broken.
     """
+    _known_only(options, LayoutOptions)
     if gpus is None:
-        return check_plan(str(model), margin_ratio=options.get("margin"), progress=progress)
+        if not isinstance(model, str | os.PathLike):
+            raise InputError("a module needs gpus=N.")
+        return _check_plan(os.fspath(model), options, progress)
     layout = HandLayout(
         tp=options.get("tp", 1),
         pp=options.get("pp", 1),
@@ -107,6 +114,35 @@ def check(
         checkpoint=options.get("checkpoint", "none"),
     )
     return check_layout(_question(model, gpus, options), layout, progress=progress)
+
+
+def _check_plan(path: str, options: Mapping[str, object], progress: Progress) -> Checked:
+    if not path.endswith((".yaml", ".yml")):
+        raise InputError(f"{path} is no plan file (.yaml), and a model needs gpus=N.")
+    said = sorted(set(options) - {"margin"})
+    if said:
+        raise InputError(f"{path} says itself what {', '.join(said)} would; leave them out.")
+    margin = options.get("margin")
+    margin_ratio = margin if isinstance(margin, int | float) else None
+    return check_plan(path, margin_ratio=margin_ratio, progress=progress)
+
+
+def _known_only(options: Mapping[str, object], shape: type) -> None:
+    """Python does not check the keywords of a TypedDict: a misspelt one must not be ignored."""
+    known = shape.__annotations__
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unexpected keyword argument {name!r}. {did_you_mean(name, known)}")
+
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+def _choice(name: str, value: str, choices: type[Choice]) -> Choice:
+    if value not in set(choices):
+        allowed = ", ".join(choices)
+        raise InputError(f"{name} {value!r} is none of {allowed}.")
+    return choices(value)
 
 
 def _question(model: Model, gpus: int, options: Options) -> Question:
@@ -118,7 +154,7 @@ def _question(model: Model, gpus: int, options: Options) -> Question:
         runtime=options.get("runtime", "torch"),
         seq_len=options.get("seq"),
         global_batch=options.get("global_batch", DEFAULT_GLOBAL_BATCH),
-        precision=Precision(options.get("precision", "bf16")),
-        attention=Attention(options.get("attention", "flash")),
+        precision=_choice("precision", options.get("precision", "bf16"), Precision),
+        attention=_choice("attention", options.get("attention", "flash"), Attention),
         margin_ratio=options.get("margin"),
     )

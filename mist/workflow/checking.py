@@ -4,14 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mist.errors import Fault, InputError, PlanError
+from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
-from mist.graph import ModelGraph
 from mist.planfile import load_plan
 from mist.plans import MemoryLevel, Offload, Plan, StagePlan
-from mist.rules import broken, rules_for
+from mist.rules import broken
 from mist.units import format_bytes, format_seconds
+from mist.workflow.matching import plan_against
 from mist.workflow.question import (
+    OBJECT,
     Progress,
     Question,
     limit_of,
@@ -87,7 +88,8 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     stages, num_micro_batches = _stages(job, layout)
     judged = estimate(job, stages, num_micro_batches)
     plan = unsearched_plan(job, question, stages, num_micro_batches, judged)
-    checked = Checked(plan=plan, limit_bytes=limit_of(job, question), notes=(), suggestions=())
+    limit_bytes = limit_of(job, question)
+    checked = Checked(plan=plan, limit_bytes=limit_bytes, notes=job.graph.notes, suggestions=())
     return replace(checked, suggestions=tuple(_suggestions(job, layout, checked)))
 
 
@@ -96,12 +98,14 @@ def check_plan(
 ) -> Checked:
     """Judge a plan file again, with the profiles and the model as they are now.
 
-    Raises PlanError when the file is broken or is a plan for another model.
+    `margin_ratio`: None for the margin that the plan was made with. Raises PlanError when the file
+    is broken, is a plan for another model, or asks for what is not predicted or breaks a rule.
     """
     plan = load_plan(path)
     question = _question_of(plan, Path(path), margin_ratio)
     job = prepare(question, progress)
-    _same_model(str(path), plan, job.graph)
+    if faults := plan_against(plan, job):
+        raise PlanError(str(path), faults)
     judged = estimate(job, plan.stages, plan.num_micro_batches)
     return Checked(
         plan=replace(plan, estimate=judged),
@@ -114,6 +118,11 @@ def check_plan(
 def _question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
     """The question that a plan answers; its model is looked for here and beside the plan."""
     source = plan.model.source
+    if source.startswith(OBJECT):
+        raise InputError(
+            f"{path} was planned from a module in Python, which no file names. "
+            "Set model.source to a file with build_model()."
+        )
     beside = path.parent / source
     workload = plan.workload
     return Question(
@@ -126,59 +135,33 @@ def _question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question
         global_batch=workload.global_batch,
         precision=workload.precision,
         attention=workload.attention,
-        margin_ratio=margin_ratio,
+        margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
     )
 
 
-def _same_model(path: str, plan: Plan, graph: ModelGraph) -> None:
-    faults = []
-    if plan.model.fingerprint != graph.fingerprint:
-        faults.append(
-            Fault(
-                path="model.fingerprint",
-                message=f"the plan is for another model: it was made for {plan.model.name} with "
-                f"{plan.model.params} parameters, {plan.model.source} is now {graph.name} with "
-                f"{graph.num_params}",
-            )
-        )
-    if plan.num_layers != graph.num_layers:
-        faults.append(
-            Fault(
-                path="stages",
-                message=f"the stages cover {plan.num_layers} layers, "
-                f"{graph.name} has {graph.num_layers}",
-            )
-        )
-    if faults:
-        raise PlanError(path, faults)
+def _margin(plan: Plan) -> float | None:
+    """The margin that a plan was made with, if it says so."""
+    margin = plan.provenance.search.get("margin")
+    return float(margin) if isinstance(margin, int | float) else None
 
 
 def _notes(plan: Plan, job: Job) -> Iterator[str]:
-    """What changed since the plan was made, and the rules that its stages break."""
+    """What the trace says, and what changed since the plan was made."""
+    yield from job.graph.notes
     now = job.platform.profile_hashes()
     for name in sorted(plan.provenance.profiles):
         if now.get(name) != plan.provenance.profiles[name]:
             yield f"profile {name} has changed since the plan was made: the figures are new"
-    rules = rules_for(job.graph, job.platform, job.workload)
-    for index, stage in enumerate(plan.stages):
-        columns = {
-            "tp": stage.tp,
-            "dp": stage.dp,
-            "micro_batch": stage.micro_batch,
-            "zero": stage.zero,
-            "num_stages": len(plan.stages),
-            "num_micro_batches": plan.num_micro_batches,
-        }
-        yield from (f"stage {index}: {message}" for message in broken(rules, columns))
 
 
 def _stages(job: Job, layout: HandLayout) -> tuple[tuple[StagePlan, ...], int]:
     """Equal stages, the first ones a layer longer where the layers do not divide."""
     num_gpus, ranks = job.platform.num_gpus, layout.tp * layout.pp
     if num_gpus % ranks:
-        raise InputError(
-            f"--tp {layout.tp} * --pp {layout.pp} = {ranks} does not divide the {num_gpus} GPUs."
-        )
+        product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
+        on_tp = tuple(rule for rule in job.rules if rule.name.startswith("tp-"))
+        others = broken(on_tp, {"tp": layout.tp})
+        raise InputError("\n".join([f"{product} does not divide the {num_gpus} GPUs.", *others]))
     dp = num_gpus // ranks
     num_micro_batches = max(job.workload.global_batch // (dp * layout.micro_batch), 1)
     columns = {
@@ -189,8 +172,7 @@ def _stages(job: Job, layout: HandLayout) -> tuple[tuple[StagePlan, ...], int]:
         "num_stages": layout.pp,
         "num_micro_batches": num_micro_batches,
     }
-    rules = rules_for(job.graph, job.platform, job.workload)
-    if messages := list(broken(rules, columns)):
+    if messages := list(broken(job.rules, columns)):
         raise InputError("\n".join(messages))
     layers, longer = divmod(job.num_layers, layout.pp)
     counts = [layers + (i < longer) for i in range(layout.pp)]

@@ -26,9 +26,10 @@ MOST_GPUS_SUGGESTED = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A plan, how long it took, and the layouts judged on the way (for the plot)."""
+    """A plan, the trace's notes, how long it took, and the layouts judged (for the plot)."""
 
     plan: Plan
+    notes: tuple[str, ...]
     seconds: dict[str, float]
     points: tuple[Point, ...]
     limit_bytes: float
@@ -55,7 +56,13 @@ def make_plan(
     points = landscape(job, space, limit_bytes=limit, within_s=3 * tuned.best.step_s)
     seconds = {"prepare": prepared - start, "search": searched - prepared}
     plan = _assemble(job, question, space, tuned)
-    return Planned(plan=plan, seconds=seconds, points=tuple(points), limit_bytes=limit)
+    return Planned(
+        plan=plan,
+        notes=job.graph.notes,
+        seconds=seconds,
+        points=tuple(points),
+        limit_bytes=limit,
+    )
 
 
 def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) -> Plan:
@@ -94,14 +101,15 @@ def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternat
 def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     """The stage that comes closest to fitting, its bytes, and how many GPUs would do."""
     layout = smallest_peak(job, space)
-    judged = estimate(job, stage_plans(job, layout), layout.group.num_micro_batches)
-    stages = list(enumerate(judged.stages))
-    index, stage = max(stages, key=lambda item: item[1].peak_bytes)
+    stages, num_micro_batches = stage_plans(job, layout), layout.group.num_micro_batches
+    judged = estimate(job, stages, num_micro_batches).stages
+    index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
     device = job.platform.device.name
     return (
         f"{job.graph.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
-        f"least memory ({layout_words(stage_plans(job, layout), layout.group.num_micro_batches)}) "
-        f"{overflow(index, stage, device, limit_of(job, question))}. {_what_fits(job, space, question)}"
+        f"least memory ({layout_words(stages, num_micro_batches)}) "
+        f"{overflow(index, judged[index], device, limit_of(job, question))}. "
+        f"{_what_fits(job, space, question)}"
     )
 
 
@@ -122,4 +130,5 @@ def _what_fits(job: Job, space: SearchSpace, question: Question) -> str:
         except InputError:
             break
         num_gpus *= 2
-    return f"No number of {job.platform.device.name} in {job.platform.cluster.name} that was tried fits."
+    device, cluster = job.platform.device.name, job.platform.cluster.name
+    return f"No number of {device} in {cluster} that was tried fits."

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING
 
 from mist.errors import InputError
 from mist.estimate import Job, make_job
+from mist.facts import ModelFacts
 from mist.graph import ModelGraph
 from mist.plans import ClusterRef, Estimate, ModelRef, Plan, Provenance, Schedule, StagePlan
 from mist.platform import Platform, load_platform
 from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
-from mist.trace import load_graph, trace_model
+from mist.symbolic.compile import compile_model
+from mist.trace import Setting, load_graph, trace_model
 
 if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_SEQ_LEN = 8192
 DEFAULT_GLOBAL_BATCH = 256
+OBJECT = "object:"  # begins the source of a model that was given as a module, not as a file
 
 Progress = Callable[[str], None]
 
@@ -58,18 +61,21 @@ def prepare(question: Question, progress: Progress = quiet) -> Job:
         cluster=question.cluster,
         runtime=question.runtime,
     )
-    graph = _graph(question, progress)
+    programs = compile_model(_graph(question, progress), platform.runtime, question.precision)
     workload = Workload(
-        seq_len=_sequence(graph, question.seq_len),
+        seq_len=_sequence(programs.facts, question.seq_len),
         global_batch=question.global_batch,
         precision=question.precision,
         optimizer=Optimizer.ADAMW,
         attention=question.attention,
         compile=False,
     )
-    if broken := out_of_domain(graph, workload.seq_len):
-        raise InputError(f"--seq {workload.seq_len}: {graph.name} was traced for {broken} only.")
-    return make_job(graph, platform, workload)
+    job = make_job(programs, platform, workload)
+    if broken := out_of_domain(job.cost.domain, workload.seq_len):
+        raise InputError(
+            f"--seq {workload.seq_len}: {job.graph.name} was traced for {', '.join(broken)} only."
+        )
+    return job
 
 
 def _graph(question: Question, progress: Progress) -> ModelGraph:
@@ -81,15 +87,11 @@ def _graph(question: Question, progress: Progress) -> ModelGraph:
             policy="cuda",
             progress=progress,
         )
-    return trace_model(
-        question.model,
-        precision=question.precision,
-        attention=question.attention,
-        policy="cuda",
-    )
+    setting = Setting(precision=question.precision, attention=question.attention)
+    return trace_model(question.model, setting)
 
 
-def _sequence(graph: ModelGraph, asked: int | None) -> int:
+def _sequence(graph: ModelFacts, asked: int | None) -> int:
     longest = graph.max_seq_len
     if asked is None:
         return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
@@ -120,7 +122,7 @@ def unsearched_plan(
 ) -> Plan:
     """A plan of given stages that nobody searched."""
     graph, platform = job.graph, job.platform
-    source = question.model if isinstance(question.model, str) else f"object:{graph.name}"
+    source = question.model if isinstance(question.model, str) else f"{OBJECT}{graph.name}"
     return Plan(
         model=ModelRef(
             source=source,
@@ -142,7 +144,11 @@ def unsearched_plan(
         estimate=judged,
         alternatives=(),
         provenance=provenance_of(
-            job, solver="none: written by hand", gap=0.0, lower_bound_s=0.0, search={}
+            job,
+            solver="none: written by hand",
+            gap=0.0,
+            lower_bound_s=0.0,
+            search={"margin": margin_of(platform, question)},
         ),
     )
 

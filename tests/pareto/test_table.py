@@ -24,9 +24,7 @@ def stage_alone(job: Job, group: Group, k: int, i: int, run: tuple[int, int], fu
     devices = np.arange(group.num_stages) * group.num_devices
     position = position_columns(job, devices, group.num_devices, group.num_micro_batches)
     columns = {name: np.asarray(column)[i] for name, column in position.items()}
-    return job.cost.stage(
-        {**job.cost.terms(strategy), **columns, **count_columns(job, *run, full)}
-    )
+    return job.cost.stage({**job.cost.terms(strategy), **columns, **count_columns(job, *run, full)})
 
 
 def tables(job: Job, space: SearchSpace, limit: float) -> list[StageTable]:
@@ -68,7 +66,9 @@ def test_ranges_of_unlike_layers_leave_enough_for_the_others() -> None:
     (table, *_) = tables(job, SearchSpace(pp=(4,)), 80e9)
     for i in range(4):
         placed = np.isfinite(table.peak_bytes[0, i])
-        got = {(int(f), int(c)) for f, c in zip(table.first[placed], table.count[placed], strict=True)}
+        got = {
+            (int(f), int(c)) for f, c in zip(table.first[placed], table.count[placed], strict=True)
+        }
         want = {
             (f, c)
             for f in range(5)

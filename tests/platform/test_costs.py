@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.graph import Traffic
+from mist.facts import Traffic
 from mist.spec import Precision
 from tests.platform.samples import DEVICES, PUBLISHED, costs
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mist.errors import PlatformError
-from mist.graph import Traffic
+from mist.facts import Traffic
 from mist.platform.device import BandwidthRatios
 from mist.platform.listing import figure_rows, profile_rows
 from mist.platform.profiles import Family, list_profiles, load_cluster, load_device, load_runtime

@@ -8,12 +8,12 @@ import pint
 import pytest
 import sympy
 from tests.oracle import Rank, simulate
-from tests.toys import toy_graph, toy_job, toy_platform, toy_workload
+from tests.toys import toy_graph, toy_job, toy_platform
 
 from mist.estimate import Job, count_columns, position_columns, strategy_columns
 from mist.graph import ModelGraph
 from mist.spec import Precision
-from mist.symbolic import stage_cost
+from mist.symbolic.stage import stage_cost
 
 LAYOUTS = [
     # (num_gpus, num_stages, tp, zero, micro_batch)
@@ -28,7 +28,9 @@ LAYOUTS = [
 ]
 
 
-def judged(job: Job, rows: dict[str, int], counts: list[tuple[int, int, int]]) -> dict[str, np.ndarray]:
+def judged(
+    job: Job, rows: dict[str, int], counts: list[tuple[int, int, int]]
+) -> dict[str, np.ndarray]:
     """Stage outputs of equal stages with these (first, count, num_full)."""
     num_stages = len(counts)
     per_stage = job.platform.num_gpus // num_stages
@@ -135,9 +137,9 @@ def test_dimensions() -> None:
     units.define("second = [time]")
     units.define("byte = [memory]")
     units.define("param = [parameters]")
-    platform, workload = toy_platform(), toy_workload()
+    platform = toy_platform()
     graph = toy_graph((3, 5), tied=True)
-    cost = stage_cost(graph, platform.runtime, Precision.BF16, workload.seq_len)
+    cost = stage_cost(graph, platform.runtime, Precision.BF16)
     formulas = {**cost.terms, **cost.stage}
     del formulas["tied_params"]  # a number of the model, not a formula
     for name, expr in formulas.items():

@@ -1,10 +1,12 @@
 """What a layer really does on this CPU: the oracle of the exactness tests, independent of mist."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +55,9 @@ def _inputs(model: nn.Module, layer: nn.Module, ids: torch.Tensor) -> tuple[Any,
     return seen[0]
 
 
-def _bytes(layer: nn.Module, args: Any, kwargs: Any, known: set[int]) -> tuple[int, int]:
+def _bytes(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: set[int]
+) -> tuple[int, int]:
     """Bytes that forward saves, and the most that is alive in backward beyond them."""
     storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -76,16 +80,21 @@ def _bytes(layer: nn.Module, args: Any, kwargs: Any, known: set[int]) -> tuple[i
     return saved, watch.peak(gradients) - saved
 
 
+class _Context(FunctionCtx):
+    shape: torch.Size
+    kind: torch.dtype
+
+
 class _Start(torch.autograd.Function):
     """Hands the gradient of the output to backward without keeping it alive."""
 
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _Context, out: torch.Tensor) -> torch.Tensor:
         ctx.shape, ctx.kind = out.shape, out.dtype
         return out.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: _Context, grad: torch.Tensor) -> torch.Tensor:
         return torch.zeros(ctx.shape, dtype=ctx.kind)
 
 
@@ -99,7 +108,11 @@ class _Watch(TorchDispatchMode):
         self.moments: list[list[tuple[StorageWeakRef, int, int]]] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         out = func(*args, **(kwargs or {}))
         watched = {key for ref, _, key in self.refs if not ref.expired()}
@@ -114,10 +127,8 @@ class _Watch(TorchDispatchMode):
     def peak(self, gradients: set[int]) -> int:
         """The most bytes at any moment, without the storages that are gradients now."""
         final = {id(row) for row in self.refs if not row[0].expired() and row[2] in gradients}
-        return max(
-            sum(row[1] for row in moment if id(row) not in final) for moment in self.moments
-        )
+        return max(sum(row[1] for row in moment if id(row) not in final) for moment in self.moments)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: object) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

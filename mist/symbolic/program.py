@@ -1,0 +1,120 @@
+"""Compiled expressions without sympy: source text of numpy functions, and what it is bound to.
+
+A program is what `mist.symbolic.compile` prints from expressions: named inputs, named outputs, one
+assignment per common subexpression. It is text, so it is kept between runs; binding runs it with
+numpy and a platform's laws in scope.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mist.facts import ModelFacts, Traffic
+from mist.platform import OpCosts
+
+TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "p2p")
+MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allocator")
+
+Column = NDArray[np.float64]
+Columns = Mapping[str, ArrayLike]
+Law = Callable[..., ArrayLike]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """Source of `def program(<inputs>)`, returning a tuple in the order of `outputs`."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPrograms:
+    """Everything that planning computes of a model under a runtime, and the model's facts.
+
+    `costs` and `terms` are of the strategy (b, s, t, dp, dp_per_node, zero), `terms` also of the
+    costs; `search` and `stage` of terms and layout: stable_s, lone_s, peak_bytes, and for `stage`
+    every part of them. `flop`: forward FLOPs of each block at b, s, t. `domain`: the relations (by
+    their text) under which all of it holds, at b, s, t.
+    """
+
+    facts: ModelFacts
+    costs: Program
+    terms: Program
+    search: Program
+    stage: Program
+    flop: Program
+    domain: Program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """A program ready to run. Columns broadcast; results have their common shape, float64."""
+
+    program: Program
+    call: Callable[..., Sequence[ArrayLike]]
+
+    def __call__(self, columns: Columns) -> dict[str, Column]:
+        """The outputs by name."""
+        args = [np.asarray(columns[name], dtype=np.float64) for name in self.program.inputs]
+        shape = np.broadcast_shapes(*(arg.shape for arg in args))
+        values = self.call(*args)
+        return {
+            name: np.broadcast_to(np.asarray(value, dtype=np.float64), shape)
+            for name, value in zip(self.program.outputs, values, strict=True)
+        }
+
+
+def bind(program: Program, laws: Mapping[str, Law]) -> Bound:
+    """Run the program's definition with numpy and the laws in scope."""
+    scope: dict[str, object] = {**vars(np), **laws}
+    exec(compile(program.source, "<mist program>", "exec"), scope)
+    return Bound(program=program, call=scope["program"])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageModel:
+    """The programs of a model, bound to a platform's laws."""
+
+    costs: Bound
+    block_terms: Bound
+    search: Bound
+    stage: Bound
+    flop: Bound
+    domain: Bound
+
+    def terms(self, strategy: Columns) -> dict[str, Column]:
+        """`term_*` columns of strategies given as b, s, t, dp, dp_per_node, zero."""
+        return self.block_terms({**strategy, **self.costs(strategy)})
+
+
+def stage_model(programs: ModelPrograms, costs: OpCosts) -> StageModel:
+    """Bind a model's programs to what operations cost on a platform."""
+    laws = _laws(costs)
+    return StageModel(
+        costs=bind(programs.costs, laws),
+        block_terms=bind(programs.terms, laws),
+        search=bind(programs.search, {}),
+        stage=bind(programs.stage, {}),
+        flop=bind(programs.flop, {}),
+        domain=bind(programs.domain, {}),
+    )
+
+
+def _laws(costs: OpCosts) -> dict[str, Law]:
+    """The platform's laws under the names that the expressions use."""
+    laws: dict[str, Law] = {
+        "gemm_s": costs.gemm_s,
+        "attention_forward_s": costs.attention_forward_s,
+        "attention_backward_s": costs.attention_backward_s,
+        "all_gather_s": costs.all_gather_s,
+        "reduce_scatter_s": costs.reduce_scatter_s,
+        "all_reduce_s": costs.all_reduce_s,
+        "p2p_s": costs.p2p_s,
+    }
+    memory = {f"memory_{name}_s": partial(costs.memory_s, traffic=name) for name in Traffic}
+    return laws | memory

@@ -1,0 +1,76 @@
+"""Whether a plan file can be judged as it stands: its model, its cluster, its knobs, the rules.
+
+What a plan says and the prediction would pass over is a fault, not a note: a plan that is called
+fitting must be one that can run.
+"""
+
+from collections.abc import Iterator
+
+from mist.errors import Fault
+from mist.estimate import Job
+from mist.plans import Plan, StagePlan
+from mist.rules import broken
+
+
+def plan_against(plan: Plan, job: Job) -> tuple[Fault, ...]:
+    """Every fault of a plan for the model and platform that it names; the model's come alone."""
+    return tuple(_model_faults(plan, job)) or tuple(_other_faults(plan, job))
+
+
+def _model_faults(plan: Plan, job: Job) -> Iterator[Fault]:
+    graph, known = job.graph, plan.model
+    if known.fingerprint != graph.fingerprint:
+        yield Fault(
+            path="model.fingerprint",
+            message=f"the plan is for another model: it was made for {known.name} with "
+            f"{known.params} parameters, {known.source} is now {graph.name} with "
+            f"{graph.num_params}",
+        )
+    if plan.num_layers != graph.num_layers:
+        yield Fault(
+            path="stages",
+            message=f"the stages cover {plan.num_layers} layers, "
+            f"{graph.name} has {graph.num_layers}",
+        )
+
+
+def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
+    platform = job.platform
+    if plan.cluster.gpus_per_node != platform.gpus_per_node:
+        yield Fault(
+            path="cluster.gpus_per_node",
+            message=f"{plan.cluster.gpus_per_node}, but {plan.cluster.num_gpus} GPUs of "
+            f"{platform.cluster.name} are {platform.gpus_per_node} per node",
+        )
+    if plan.workload.compile:
+        yield Fault(path="workload.compile", message="compiled models are not predicted")
+    for index, stage in enumerate(plan.stages):
+        path = f"stages[{index}]"
+        yield from _knob_faults(path, stage, job)
+        columns = {
+            "tp": stage.tp,
+            "dp": stage.dp,
+            "micro_batch": stage.micro_batch,
+            "zero": stage.zero,
+            "num_stages": len(plan.stages),
+            "num_micro_batches": plan.num_micro_batches,
+        }
+        yield from (Fault(path=path, message=message) for message in broken(job.rules, columns))
+
+
+def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
+    """Knobs that plan files have and predictions do not: they must stay at rest."""
+    for name in ("cp", "ep"):
+        if getattr(stage, name) != 1:
+            yield Fault(path=f"{path}.{name}", message="only 1 is predicted")
+    for name in ("weights", "grads", "optimizer", "activations"):
+        if getattr(stage.offload, name) > 0.0:
+            yield Fault(path=f"{path}.offload.{name}", message="only 0 is predicted")
+    runtime = job.platform.runtime
+    shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
+    if stage.sp != shards_sequence:
+        yield Fault(
+            path=f"{path}.sp",
+            message=f"runtime {runtime.name} with tp {stage.tp} is predicted with "
+            f"sp {str(shards_sequence).lower()} only",
+        )

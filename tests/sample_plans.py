@@ -1,0 +1,233 @@
+"""Plans made by hand, and a strategy for any valid plan, so that what reads plans is tested alone."""
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from mist.plans import (
+    Alternative,
+    ClusterRef,
+    Estimate,
+    MemoryLevel,
+    ModelRef,
+    Offload,
+    Plan,
+    Provenance,
+    Schedule,
+    StageEstimate,
+    StagePlan,
+    Uncertainty,
+)
+from mist.spec import Attention, Optimizer, Precision, Workload
+from mist.units import GIB
+
+LIMIT_BYTES = 64.0 * GIB
+
+
+def stage_plan(first: int = 0, count: int = 8, device: int = 0, **changes: object) -> StagePlan:
+    """Eight layers on four GPUs, dp 2 and tp 2, the last layer recomputed."""
+    stage = StagePlan(
+        layers=((first, count),),
+        devices=(device, 4),
+        dp=2,
+        tp=2,
+        sp=True,
+        cp=1,
+        ep=1,
+        micro_batch=2,
+        zero=1,
+        head="eager",
+        memory={MemoryLevel.EAGER: count - 1, MemoryLevel.FULL: 1},
+        offload=Offload(),
+    )
+    return replace(stage, **changes)  # type: ignore[arg-type]
+
+
+def stage_estimate(stable_s: float = 0.5, peak_gib: int = 40) -> StageEstimate:
+    """A stage whose parts sum to its time and its peak."""
+    return StageEstimate(
+        stable_s=stable_s,
+        delta_s=0.25,
+        time_parts_s={"compute": 0.75 * stable_s, "tp": 0.25 * stable_s, "dp": 0.0},
+        peak_bytes=peak_gib * GIB,
+        usable_bytes=72 * GIB,
+        memory_parts_bytes={"states": 30 * GIB, "activations": (peak_gib - 30) * GIB},
+        host_bytes=0,
+    )
+
+
+def estimate_of(*stages: StageEstimate, step_s: float = 3.0) -> Estimate:
+    """A prediction of one step of these stages."""
+    return Estimate(
+        step_s=step_s,
+        tokens_per_s=32 * 2048 / step_s,
+        mfu=0.4321,
+        bubble_s=0.5,
+        stages=stages,
+        uncertainty=Uncertainty(step_ratio=0.25, memory_ratio=0.1, basis="public runs"),
+        not_modelled=("data loading", "stragglers"),
+    )
+
+
+def sample_plan(**changes: object) -> Plan:
+    """Two stages of eight layers on eight GPUs: global batch 32 = dp 2 * micro-batch 2 * G 8."""
+    plan = Plan(
+        model=ModelRef(
+            source="models/toy.py", name="toy", params=8_030_261_248, fingerprint="sha256:toy"
+        ),
+        workload=Workload(
+            seq_len=2048,
+            global_batch=32,
+            precision=Precision.BF16,
+            optimizer=Optimizer.ADAMW,
+            attention=Attention.FLASH,
+            compile=False,
+        ),
+        cluster=ClusterRef(name="dgx-h100", device="h100-sxm", num_gpus=8, gpus_per_node=8),
+        runtime="torch",
+        schedule=Schedule(kind="1f1b", vpp=1),
+        num_micro_batches=8,
+        stages=(stage_plan(), stage_plan(first=8, device=4)),
+        estimate=estimate_of(stage_estimate(), stage_estimate(0.25, 48), step_s=5.0),
+        alternatives=(
+            Alternative(
+                layout="pp1 dp8 tp1",
+                step_s=6.0,
+                peak_bytes=50 * GIB,
+                reason="+1.00 s tensor-parallel collectives",
+            ),
+        ),
+        provenance=Provenance(
+            mist="0.1.0",
+            profiles={"h100-sxm": "sha256:1", "dgx-h100": "sha256:2", "torch": "sha256:3"},
+            solver="by hand",
+            gap=0.0,
+            lower_bound_s=4.5,
+            search={"groups": 3, "margin": 0.12, "restricted": "nothing"},
+        ),
+    )
+    return replace(plan, **changes)  # type: ignore[arg-type]
+
+
+sizes = st.sampled_from([1, 2, 3, 4, 8])
+ratios = st.floats(0.0, 1.0)
+seconds = st.floats(0.0, 1e9)
+signed = st.floats(-1e9, 1e9)
+num_bytes = st.integers(0, 10**15)
+# What YAML may take for a number, a date, a truth value or nothing unless it is quoted.
+words = st.one_of(
+    st.sampled_from(
+        ["1", "1.0", "1e3", "0x1f", "yes", "null", "~", "2024-01-01", "- a", "a: b", ""]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
+)
+
+
+@st.composite
+def _stages(draw: st.DrawFn, samples: int) -> tuple[StagePlan, ...]:
+    """Stages in order, each with dp * micro_batch = samples."""
+    stages: list[StagePlan] = []
+    first, device = 0, 0
+    for _ in range(draw(st.integers(1, 4))):
+        count = draw(st.integers(1, 12))
+        dp = draw(st.sampled_from([d for d in (1, 2, 3, 4, 6, 8) if samples % d == 0]))
+        tp, cp = draw(sizes), draw(st.sampled_from([1, 2]))
+        num_full = draw(st.integers(0, count))
+        split = draw(st.integers(0, count - 1))
+        runs = ((first, count),) if split == 0 else ((first, split), (first + split, count - split))
+        stages.append(
+            StagePlan(
+                layers=runs,
+                devices=(device, dp * tp * cp),
+                dp=dp,
+                tp=tp,
+                sp=tp > 1 and draw(st.booleans()),
+                cp=cp,
+                ep=draw(st.sampled_from([1, dp * cp])),
+                micro_batch=samples // dp,
+                zero=draw(st.sampled_from([0, 1, 2, 3])),
+                head="eager",
+                memory={MemoryLevel.EAGER: count - num_full, MemoryLevel.FULL: num_full},
+                offload=Offload(
+                    weights=draw(ratios),
+                    grads=draw(ratios),
+                    optimizer=draw(ratios),
+                    activations=draw(ratios),
+                ),
+            )
+        )
+        first, device = first + count, device + dp * tp * cp
+    return tuple(stages)
+
+
+_stage_estimates = st.builds(
+    StageEstimate,
+    stable_s=seconds,
+    delta_s=signed,
+    time_parts_s=st.dictionaries(words, signed, max_size=4),
+    peak_bytes=num_bytes,
+    usable_bytes=num_bytes,
+    memory_parts_bytes=st.dictionaries(words, num_bytes, max_size=4),
+    host_bytes=num_bytes,
+)
+
+
+@st.composite
+def _estimates(draw: st.DrawFn, num_stages: int) -> Estimate:
+    return Estimate(
+        step_s=draw(seconds),
+        tokens_per_s=draw(seconds),
+        mfu=draw(ratios),
+        bubble_s=draw(seconds),
+        stages=tuple(draw(_stage_estimates) for _ in range(num_stages)),
+        uncertainty=Uncertainty(
+            step_ratio=draw(ratios), memory_ratio=draw(ratios), basis=draw(words)
+        ),
+        not_modelled=tuple(draw(st.lists(words, max_size=3))),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Any plan that keeps the invariants."""
+    samples, num_micro_batches = draw(st.sampled_from([1, 2, 4, 6, 8, 24])), draw(sizes)
+    stages = draw(_stages(samples))
+    alternatives = st.builds(
+        Alternative, layout=words, step_s=seconds, peak_bytes=num_bytes, reason=words
+    )
+    return Plan(
+        model=ModelRef(
+            source=draw(words),
+            name=draw(words),
+            params=draw(st.integers(1, 10**13)),
+            fingerprint=draw(words),
+        ),
+        workload=Workload(
+            seq_len=draw(st.integers(1, 10**6)),
+            global_batch=samples * num_micro_batches,
+            precision=draw(st.sampled_from(Precision)),
+            optimizer=Optimizer.ADAMW,
+            attention=draw(st.sampled_from(Attention)),
+            compile=draw(st.booleans()),
+        ),
+        cluster=ClusterRef(
+            name=draw(words),
+            device=draw(words),
+            num_gpus=sum(stage.devices[1] for stage in stages),
+            gpus_per_node=draw(sizes),
+        ),
+        runtime=draw(words),
+        schedule=Schedule(kind="1f1b", vpp=1),
+        num_micro_batches=num_micro_batches,
+        stages=stages,
+        estimate=draw(_estimates(len(stages))),
+        alternatives=tuple(draw(st.lists(alternatives, max_size=2))),
+        provenance=Provenance(
+            mist=draw(words),
+            profiles=draw(st.dictionaries(words, words, max_size=3)),
+            solver=draw(words),
+            gap=draw(signed),
+            lower_bound_s=draw(seconds),
+            search=draw(st.dictionaries(words, words | st.integers() | signed, max_size=4)),
+        ),
+    )

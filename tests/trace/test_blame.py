@@ -1,0 +1,80 @@
+"""What a model does that cannot be traced, and the line that is named."""
+
+from pathlib import Path
+
+import pytest
+
+from mist.errors import TraceError
+from tests.trace.test_source import file_with, load
+
+HEAD = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 16)
+        self.head = nn.Linear(16, 64)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        BODY
+        return self.head(x)
+
+def build_model():
+    return Model()
+"""
+
+
+def message_of(folder: Path, body: str) -> str:
+    path = file_with(folder, HEAD.replace("BODY", body))
+    with pytest.raises(TraceError) as error:
+        load(path)
+    return str(error.value).replace(str(path), "FILE")
+
+
+def test_branch_on_values(tmp_path: Path) -> None:
+    assert message_of(tmp_path, "x = x * 2 if x.sum().item() > 0 else x") == (
+        "my-model decides by the values of its tensors "
+        "(FILE:13: x = x * 2 if x.sum().item() > 0 else x). Mist traces shapes only: replace the "
+        "branch or .item() by an operation on tensors, such as torch.where."
+    )
+
+
+def test_size_from_values(tmp_path: Path) -> None:
+    assert message_of(tmp_path, "x = x[ids.nonzero()[:, 0]]") == (
+        "a size depends on the values of tensors (torch names it u0), not only on batch and "
+        "sequence length. Replace what selects by value (nonzero, boolean indexing, ...) by one "
+        "whose output shape is fixed."
+    )
+
+
+def test_one_sequence_length_only(tmp_path: Path) -> None:
+    assert message_of(tmp_path, "x = x + torch.zeros(1, 384, 16)") == (
+        "my-model works for one sequence length only (384): an operation compares it with a fixed "
+        "size. Let make_batch and the model take any size."
+    )
+
+
+def test_model_raises(tmp_path: Path) -> None:
+    assert message_of(tmp_path, "x = self.missing(x)") == (
+        "my-model cannot be traced: AttributeError: 'Model' object has no attribute 'missing' "
+        "(FILE:13: x = self.missing(x)). Check that the model runs on a batch of token ids, or "
+        "define make_batch(batch, seq)."
+    )
+
+
+def test_operation_without_formula(tmp_path: Path) -> None:
+    assert message_of(tmp_path, "x = torch.fft.fft(x.float()).real.to(x.dtype)") == (
+        "operation aten._fft_r2c does heavy arithmetic that Mist has no FLOP formula for, so its "
+        "time would be counted as zero. Use a layer built from linear, matmul, convolution or "
+        "scaled_dot_product_attention in its place."
+    )
+
+
+def test_model_without_a_loss(tmp_path: Path) -> None:
+    assert message_of(tmp_path, "return {'a': {}}") == (
+        "the default loss needs logits and token ids, found a dict. "
+        "Define loss(output, batch) and make_batch(batch, seq)."
+    )

@@ -1,0 +1,218 @@
+"""Published models: parameters to the unit, and the costs of a layer on a GPU as known formulas."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from sympy import Expr
+
+from mist.facts import LayerRun, TpLimit
+from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, T
+from mist.spec import Attention, Precision
+from mist.trace import Setting, load_graph, trace_model
+from mist.trace.loader import load_model
+from mist.trace.presets import PRESETS
+from mist.trace.source import resolve
+from tests.trace.test_exact import gpt2
+
+ROOT = Path(__file__).parents[2]
+BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+SILENT = lambda message: None  # noqa: E731
+
+
+def graph_of(source: str) -> ModelGraph:
+    return load_graph(source, precision=Precision.BF16, attention=Attention.FLASH, progress=SILENT)
+
+
+def saved(block: Block) -> Expr:
+    return sympy.expand(sum(tensor.bytes for tensor in block.saved))
+
+
+# Sums over the published shapes; GPT-3 is the paper's 174,600 M with 2048 positions.
+NUM_PARAMS = {
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3-405b": 405_853_388_800,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-175b": 174_604_259_328,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_the_published_number_of_parameters(name: str) -> None:
+    model = load_model(resolve(name), precision=Precision.BF16, attention=Attention.FLASH)
+    assert sum(p.numel() for p in model.module.parameters()) == NUM_PARAMS[name]
+
+
+@pytest.fixture(scope="module")
+def llama() -> ModelGraph:
+    return graph_of("llama3-70b")
+
+
+def test_llama_layers_are_one_block_80_times(llama: ModelGraph) -> None:
+    assert llama.layers == (LayerRun(block=0, count=80),)
+    assert llama.num_params == NUM_PARAMS["llama3-70b"]
+    (block,) = llama.blocks
+    parts = llama.embed.num_params + 80 * block.num_params + llama.head.num_params
+    assert parts == llama.num_params
+    assert llama.max_seq_len == 8192
+    assert not llama.tied
+    assert llama.notes == ()
+
+
+def test_llama_block_costs(llama: ModelGraph) -> None:
+    """hidden h = 8192, MLP f = 28672, 64 heads of 128 of which 8 for keys and values.
+
+    Forward: 2 FLOPs a weight and token, 2 * (2 h^2 + 2 h h/8 + 3 h f) = 1711276032, and attention
+    4 s^2 h. Backward: twice the matrices, 5/2 of attention. Saved per token, bf16: two norms with
+    fp32 copies (4 h each) and their bf16 results twice (2 h each, before and after the weight),
+    all replicated, 16 h + 2 fp32 rsqrt = 131080; sharded: q, k, v, attention's result 2 (2 h + 2
+    h/8), its fp32 log-sum-exp 4 * 64, SwiGLU 4 * 2 f = 266496; 24 bytes of random state.
+    """
+    (block,) = llama.blocks
+    assert saved(block) == 131080 * B * S + 266496 * B * S / T + 24
+    assert block.flop("forward").equals((32768 * B * S**2 + 1711276032 * B * S) / T)
+    assert block.flop("backward").equals((81920 * B * S**2 + 3422552064 * B * S) / T)
+    assert block.boundary_bytes == 2 * 8192 * B * S
+    assert block.num_tp_regions == 2
+    assert block.domain == ()
+
+
+def test_llama_tensor_parallel_limits(llama: ModelGraph) -> None:
+    assert llama.tp_limits == (
+        TpLimit(label="attention heads", size=64),
+        TpLimit(label="key/value heads", size=8),
+        TpLimit(label="MLP width", size=28672),
+    )
+    sharded = {param.name for param in llama.blocks[0].params if param.sharded}
+    assert len(sharded) == 7
+    assert not any("norm" in name for name in sharded)
+    assert (llama.embed.num_tp_regions, llama.head.num_tp_regions) == (1, 1)
+
+
+def test_llama_layouts(llama: ModelGraph) -> None:
+    """The inputs of q, k, v and of gate, up are gathered: 2 bytes a token and hidden size each."""
+    (block,) = llama.blocks
+    gathered = [tensor for tensor in block.saved if tensor.layout is Layout.GATHERED]
+    assert [tensor.bytes for tensor in gathered] == [2 * 8192 * B * S] * 2
+    assert {tensor.module for tensor in gathered} == {"self_attn.q_proj", "mlp.gate_proj"}
+    sharded = [tensor.bytes for tensor in block.saved if tensor.layout is Layout.SHARDED]
+    assert sympy.expand(sum(sharded)) == 266496 * B * S / T
+
+
+def test_llama_attention_op(llama: ModelGraph) -> None:
+    (op,) = (
+        op for op in llama.blocks[0].ops if op.kind is OpKind.ATTENTION and op.phase == "forward"
+    )
+    assert op.dims == (B, 64 / T, S, S, 128)
+    assert op.causal
+    assert op.module == "self_attn"
+
+
+def test_llama_head_has_the_real_loss(llama: ModelGraph) -> None:
+    """Saved per token: norm 4 h + 2 h + 2 h + rsqrt, fp32 log-softmax 4 V / t, shifted label 8."""
+    assert saved(llama.head) == (8 * 8192 + 4 + 8) * B * S + 4 * 128256 * B * S / T + 4
+    assert llama.head.flop("forward").equals(2 * 8192 * 128256 * B * S / T)
+
+
+def test_gpt2_ties_its_embedding() -> None:
+    graph = trace_model(gpt2(torch.float32, "meta"), BF16)
+    assert graph.tied
+    (head,) = (param for param in graph.head.params if param.tied)
+    assert head.numel == 512 * 128
+    assert graph.num_params == graph.embed.num_params + 2 * graph.blocks[0].num_params + 256
+    assert graph.tp_limits == (
+        TpLimit(label="attention heads", size=4),
+        TpLimit(label="MLP width", size=512),
+    )
+
+
+def test_gpt2_dropout_masks_are_one_byte_on_a_gpu() -> None:
+    (block,) = trace_model(gpt2(torch.float32, "meta"), BF16).blocks
+    masks = [tensor for tensor in block.saved if tensor.op == "aten.native_dropout"]
+    assert [(mask.dtype, mask.bytes) for mask in masks] == [("bool", 128 * B * S)] * 2
+
+
+def test_norm_statistics_are_fp32_on_a_gpu() -> None:
+    (block,) = trace_model(gpt2(torch.float32, "meta"), BF16).blocks
+    norms = [tensor for tensor in block.saved if tensor.op == "aten.native_layer_norm"]
+    assert [tensor.bytes for tensor in norms if tensor.dtype == "float32"] == [4 * B * S] * 4
+
+
+def test_examples_are_traced() -> None:
+    graph = graph_of(str(ROOT / "examples/my_transformer.py"))
+    assert graph.name == "my-transformer"
+    assert graph.max_seq_len == 4096
+    assert graph.tp_limits is not None
+    assert graph.blocks[0].num_tp_regions == 2
+    assert graph.layers == (LayerRun(block=0, count=24),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["llama3_8b", "gpt2_xl"])
+def test_example_is_its_preset(stem: str) -> None:
+    name = stem.replace("_", "-")
+    example = graph_of(str(ROOT / f"examples/{stem}.py"))
+    preset = graph_of(name)
+    assert example.name == name
+    assert example.fingerprint == preset.fingerprint
+    assert example == preset
+
+
+def test_fingerprint_is_the_model_not_the_trace(llama: ModelGraph) -> None:
+    fp32 = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
+    model = gpt2(torch.float32, "meta")
+    assert trace_model(model, fp32).fingerprint == trace_model(model, BF16).fingerprint
+    assert llama.fingerprint.startswith("sha256:")
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    model = gpt2(torch.float32, "cpu")
+    before = {name: (id(p), p.device, p.dtype) for name, p in model.named_parameters()}
+    trace_model(model, BF16)
+    assert {name: (id(p), p.device, p.dtype) for name, p in model.named_parameters()} == before
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    assert model(input_ids=ids).logits.shape == (1, 4, 512)
+    assert all("forward" not in vars(layer) for layer in model.transformer.h)
+    assert model.config.vocab_size == 512
+
+
+MEASURE = """
+import resource, sys, time
+start = time.perf_counter()
+from mist.spec import Attention, Precision
+from mist.trace import load_graph
+setting = {"precision": Precision.BF16, "attention": Attention.FLASH}
+load_graph(sys.argv[1], **setting, progress=lambda message: None)
+seconds = time.perf_counter() - start
+heavy = "torch" in sys.modules
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, heavy)
+"""
+
+
+def measured(name: str, cache: Path) -> tuple[float, float, bool]:
+    """Seconds, peak bytes and whether torch was imported, of a load in a new process."""
+    env = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, name],
+        capture_output=True, text=True, check=True, env=env, cwd=ROOT,
+    )  # fmt: skip
+    seconds, peak, heavy = run.stdout.split()
+    return float(seconds), float(peak), heavy == "True"
+
+
+# Seconds with the imports of torch and transformers; bars of the project on two shared cores.
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bar_s"), [("llama3-8b", 12.0), ("llama3-405b", 15.0)])
+def test_cold_trace_is_quick_and_small(name: str, bar_s: float, tmp_path: Path) -> None:
+    seconds, peak_bytes, heavy = measured(name, tmp_path)
+    assert heavy
+    assert seconds <= bar_s
+    assert peak_bytes < 1024**3
+    seconds, _, heavy = measured(name, tmp_path)
+    assert not heavy
+    assert seconds < 2.0  # sympy's import is most of it; test_cache times the load alone
