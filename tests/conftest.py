@@ -5,6 +5,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.small_models import MODELS
+
 hypothesis.settings.register_profile("mist", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("mist")
 
@@ -20,3 +22,12 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"):
         patch.setenv(name, str(home / name.lower()))
     patch.setenv("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small model files; one for the session, so that each is traced once."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    for name, text in MODELS.items():
+        (folder / name).write_text(text)
+    return folder

@@ -1,4 +1,4 @@
-"""Plans made by hand, and a strategy for any valid plan, so that what reads plans is tested alone."""
+"""Plans made by hand, and any valid plan for hypothesis: what reads plans is tested alone."""
 
 from dataclasses import replace
 

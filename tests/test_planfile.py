@@ -1,4 +1,4 @@
-"""Plan files: what is saved loads unchanged, every fault is told at once, no file is half written."""
+"""Plan files: saved ones load unchanged, faults are told at once, no file is half written."""
 
 import json
 import os

@@ -62,7 +62,8 @@ def cache_folder() -> Path:
 
 def cache_key(content: str, setting: Sequence[str]) -> str:
     """The digest of everything that a trace depends on, apart from local modules."""
-    ours = (*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "graph.py")
+    here = Path(__file__).parent
+    ours = (*sorted(here.glob("*.py")), here.parent / "graph.py", here.parent / "facts.py")
     tracer = digest(*(path.read_text(encoding="utf-8") for path in ours))
     return digest(content, version("torch"), version("transformers"), tracer, *setting)
 

@@ -51,6 +51,8 @@ class Symbols:
     def __init__(self) -> None:
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        # Its entries cost more than they save: few operations of a layer repeat their shapes.
+        self.mode.cache_enabled = False
         self._meanings: dict[Basic, Expr] = {}
         self._known: dict[Basic, Expr] = {}
 

@@ -25,6 +25,7 @@ from mist.trace.source import PythonSource, Source
 MakeBatch = Callable[[Size, Size], object]
 Loss = Callable[..., torch.Tensor]
 
+OURS: Final = Path(__file__).resolve().parents[1]
 MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -213,20 +214,20 @@ def local_modules(path: Path | None) -> Iterator[list[Path]]:
         yield files
     finally:
         sys.path.remove(str(folder))
+        found = {name: _local_file(module, folder) for name, module in sys.modules.items()}
+        files.extend(sorted({file for file in found.values() if file is not None}))
         for name in set(sys.modules) - before:
-            file = _local_file(sys.modules[name], folder)
-            if file is not None:
-                files.append(file)
+            if found[name] is not None:
                 del sys.modules[name]
-        files.sort()
 
 
 def _local_file(module: ModuleType, folder: Path) -> Path | None:
-    """The file of a module that lies in the folder or below, and is not installed there."""
+    """The file of a module that lies in the folder or below; installed ones and ours do not."""
     name = getattr(module, "__file__", None)
     file = Path(name).resolve() if isinstance(name, str) else None
-    local = file is not None and file.is_relative_to(folder) and "site-packages" not in file.parts
-    return file if local else None
+    if file is None or not file.is_relative_to(folder) or file.is_relative_to(OURS):
+        return None
+    return None if "site-packages" in file.parts else file
 
 
 def _where(error: BaseException, path: Path) -> str:

@@ -7,15 +7,16 @@ from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.explain import layout_words, losing_reason, overflow, step_parts
 from mist.plans import Alternative, Plan
-from mist.platform import load_platform
 from mist.spec import SearchSpace
+from mist.symbolic.program import ModelPrograms
 from mist.tune import Layout, Point, Tuned, landscape, smallest_peak, stage_plans, tune
 from mist.workflow.question import (
     Progress,
     Question,
+    compiled,
+    job_of,
     limit_of,
     margin_of,
-    prepare,
     provenance_of,
     quiet,
     unsearched_plan,
@@ -43,7 +44,8 @@ def make_plan(
     Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
     """
     start = perf_counter()
-    job = prepare(question, progress)
+    programs = compiled(question, progress)
+    job = job_of(question, programs)
     prepared = perf_counter()
     limit = limit_of(job, question)
     try:
@@ -51,7 +53,8 @@ def make_plan(
             job, space, limit_bytes=limit, num_alternatives=num_alternatives, progress=progress
         )
     except Infeasible:
-        raise Infeasible(_infeasible_words(job, space, question)) from None
+        fix = _what_fits(programs, space, question)
+        raise Infeasible(f"{_infeasible_words(job, space, question)} {fix}") from None
     searched = perf_counter()
     points = landscape(job, space, limit_bytes=limit, within_s=3 * tuned.best.step_s)
     seconds = {"prepare": prepared - start, "search": searched - prepared}
@@ -99,7 +102,7 @@ def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternat
 
 
 def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
-    """The stage that comes closest to fitting, its bytes, and how many GPUs would do."""
+    """The fullest stage of the layout that comes closest to fitting, and its bytes."""
     layout = smallest_peak(job, space)
     stages, num_micro_batches = stage_plans(job, layout), layout.group.num_micro_batches
     judged = estimate(job, stages, num_micro_batches).stages
@@ -108,27 +111,19 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     return (
         f"{job.graph.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
         f"least memory ({layout_words(stages, num_micro_batches)}) "
-        f"{overflow(index, judged[index], device, limit_of(job, question))}. "
-        f"{_what_fits(job, space, question)}"
+        f"{overflow(index, judged[index], device, limit_of(job, question))}."
     )
 
 
-def _what_fits(job: Job, space: SearchSpace, question: Question) -> str:
+def _what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:
     """The first doubling of the GPUs on which something fits."""
     num_gpus = 2 * question.num_gpus
     while num_gpus <= MOST_GPUS_SUGGESTED:
         try:
-            platform = load_platform(
-                num_gpus=num_gpus,
-                gpu=job.platform.device.name,
-                cluster=job.platform.cluster.name,
-                runtime=job.platform.runtime.name,
-            )
-            larger = replace(job, platform=platform)
+            larger = job_of(replace(question, num_gpus=num_gpus), programs)
             if smallest_peak(larger, space).peak_bytes <= limit_of(larger, question):
                 return f"Try --gpus {num_gpus}."
-        except InputError:
-            break
+        except InputError:  # a number that fills no nodes, or that the global batch does not divide
+            pass
         num_gpus *= 2
-    device, cluster = job.platform.device.name, job.platform.cluster.name
-    return f"No number of {device} in {cluster} that was tried fits."
+    return f"No doubling of the GPUs up to {MOST_GPUS_SUGGESTED} fits."

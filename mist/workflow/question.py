@@ -14,6 +14,7 @@ from mist.platform import Platform, load_platform
 from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.compile import compile_model
+from mist.symbolic.program import ModelPrograms
 from mist.trace import Setting, load_graph, trace_model
 
 if TYPE_CHECKING:
@@ -55,13 +56,17 @@ def prepare(question: Question, progress: Progress = quiet) -> Job:
 
     Raises InputError for anything in the question that cannot be used.
     """
-    platform = load_platform(
-        num_gpus=question.num_gpus,
-        gpu=question.gpu,
-        cluster=question.cluster,
-        runtime=question.runtime,
-    )
-    programs = compile_model(_graph(question, progress), platform.runtime, question.precision)
+    return job_of(question, compiled(question, progress))
+
+
+def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
+    """The costs of the model under the runtime, for any number of GPUs. Raises InputError."""
+    runtime = _platform(question).runtime  # refused before the model is traced
+    return compile_model(_graph(question, progress), runtime, question.precision)
+
+
+def job_of(question: Question, programs: ModelPrograms) -> Job:
+    """The compiled costs on the GPUs of the question. Raises InputError."""
     workload = Workload(
         seq_len=_sequence(programs.facts, question.seq_len),
         global_batch=question.global_batch,
@@ -70,12 +75,21 @@ def prepare(question: Question, progress: Progress = quiet) -> Job:
         attention=question.attention,
         compile=False,
     )
-    job = make_job(programs, platform, workload)
+    job = make_job(programs, _platform(question), workload)
     if broken := out_of_domain(job.cost.domain, workload.seq_len):
         raise InputError(
             f"--seq {workload.seq_len}: {job.graph.name} was traced for {', '.join(broken)} only."
         )
     return job
+
+
+def _platform(question: Question) -> Platform:
+    return load_platform(
+        num_gpus=question.num_gpus,
+        gpu=question.gpu,
+        cluster=question.cluster,
+        runtime=question.runtime,
+    )
 
 
 def _graph(question: Question, progress: Progress) -> ModelGraph:

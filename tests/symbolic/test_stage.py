@@ -49,7 +49,15 @@ def judged(
     )
 
 
-@pytest.mark.parametrize("graph", [toy_graph((8,)), toy_graph((3, 5)), toy_graph((8,), tied=True)])
+GRAPHS = [
+    toy_graph((8,)),  # so small that the host's launches decide
+    toy_graph((8,), hidden=4096),  # large enough that the device decides
+    toy_graph((3, 5)),
+    toy_graph((8,), tied=True),
+]
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize(("num_gpus", "num_stages", "tp", "zero", "micro_batch"), LAYOUTS)
 def test_stage_cost_equals_simulation(
     graph: ModelGraph, num_gpus: int, num_stages: int, tp: int, zero: int, micro_batch: int

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mist.errors import TraceError
 from mist.facts import LayerRun, TpLimit
 from mist.graph import B, ModelGraph, OpKind, S, T
 from mist.spec import Attention, Precision

@@ -1,0 +1,162 @@
+"""What is printed and what tools get: every figure that a plan or a check owes its reader."""
+
+import pytest
+
+from mist.plans import Plan
+from mist.report import check_json, plan_json, print_check, print_plan
+from mist.units import GIB
+from tests.sample_plans import LIMIT_BYTES, estimate_of, sample_plan, stage_estimate
+
+NOTES = ("no list of layers", "profile torch has changed.")
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no cell is folded
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, with runs of blanks and line breaks as one blank."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def rows(text: str, start: str) -> list[list[str]]:
+    """Cells of the table rows that begin with a number, in the table of that title."""
+    lines = text[text.index(start) :].splitlines()
+    body = lines[next(i for i, line in enumerate(lines) if "───" in line) + 1 :]
+    table = body[: next(i for i, line in enumerate(body) if not line.strip())]
+    return [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in table]
+
+
+def test_a_plan_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(sample_plan(), LIMIT_BYTES, NOTES)
+    text = printed(capsys)
+    for words in (
+        "toy: 8.03 B parameters on 8 x h100-sxm (dgx-h100), runtime torch",
+        "sequence 2048, global batch 32, bf16, adamw, attention flash",
+        "predicted: 5.00 s per step (+-25%, not calibrated), 13.1 K tokens/s, MFU 43.2%",
+        # G = 8 micro-batches of 0.5 s, a quarter of it tp; delta 0.25 s; the rest of 5 s.
+        "the step: compute 3.00 s, tensor-parallel collectives 1.00 s, "
+        "first and last micro-batch, optimizer 250 ms, pipeline bubble and imbalance 750 ms",
+        "A plan may use 64.0 GiB: the usable 72.0 GiB less a margin of 11%.",
+        "Note: no list of layers. Note: profile torch has changed. Searched",
+        "Searched 0 stages in 3 groups; solver: by hand; optimality gap 0 of the step.",
+        "Uncertainty: public runs.",
+        "Not modelled: data loading; stragglers.",
+    ):
+        assert words in text
+
+
+def test_stages_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(sample_plan(), LIMIT_BYTES, ())
+    shared = ("2", "2+sp", "1", "2 x8", "1 of 8")
+    assert rows(capsys.readouterr().out, "Stages (") == [
+        ["0: layers 0-7", "0-3", *shared, "500 ms", "250 ms", "compute 375 ms, tp 125 ms"],
+        ["1: layers 8-15", "4-7", *shared, "250 ms", "250 ms", "compute 188 ms, tp 62.5 ms"],
+    ]
+
+
+def test_memory_is_a_table_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(sample_plan(), LIMIT_BYTES, ())
+    assert rows(capsys.readouterr().out, "Memory per GPU (peak predicted to +-10%)") == [
+        ["0", "30.0 GiB", "10.0 GiB", "40.0 GiB", "62% of 64.0 GiB"],
+        ["1", "30.0 GiB", "18.0 GiB", "48.0 GiB", "75% of 64.0 GiB"],
+    ]
+
+
+def test_alternatives_are_a_table_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(sample_plan(), LIMIT_BYTES, ())
+    assert rows(capsys.readouterr().out, "Other layouts that fit") == [
+        ["pp1 dp8 tp1", "6.00 s", "+20.0%", "50.0 GiB", "+1.00 s tensor-parallel collectives"]
+    ]
+
+
+def test_a_plan_without_alternatives_prints_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(sample_plan(alternatives=()), LIMIT_BYTES, ())
+    assert "Other layouts" not in capsys.readouterr().out
+
+
+def tight(peak_gib: int) -> Plan:
+    stage = stage_estimate(peak_gib=peak_gib)
+    return sample_plan(estimate=estimate_of(stage, stage))
+
+
+@pytest.mark.parametrize(
+    ("peak_gib", "verdict"),
+    [
+        (40, ["FITS, with 24.0 GiB to spare (peak predicted to +-10%)"]),
+        (64, ["FITS, with 0 B to spare (peak predicted to +-10%)"]),
+        (
+            70,
+            [
+                "DOES NOT FIT: over by 6.0 GiB (peak predicted to +-10%)",
+                "It stays below what the device reports, but runs that close to it crawl or fail.",
+            ],
+        ),
+        (80, ["DOES NOT FIT: over by 16.0 GiB (peak predicted to +-10%)"]),
+    ],
+)
+def test_a_check_begins_with_the_verdict(
+    capsys: pytest.CaptureFixture[str], peak_gib: int, verdict: list[str]
+) -> None:
+    print_check(tight(peak_gib), LIMIT_BYTES, NOTES, ["--zero 3: 4.00 s per step"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(verdict)] == verdict
+    assert lines[len(verdict)].startswith("toy: 8.03 B parameters")
+    assert lines[-4:] == [
+        "Note: no list of layers.",
+        "Note: profile torch has changed.",
+        "Try --zero 3: 4.00 s per step",
+        "Not modelled: data loading; stragglers.",
+    ]
+
+
+def test_the_json_of_a_plan() -> None:
+    found = plan_json(sample_plan(), {"prepare": 0.12345, "search": 2.0}, NOTES)
+    assert [*found] == [
+        "schema",
+        "model",
+        "workload",
+        "cluster",
+        "runtime",
+        "schedule",
+        "num_micro_batches",
+        "stages",
+        "estimate",
+        "alternatives",
+        "provenance",
+        "seconds",
+        "notes",
+    ]
+    assert found["seconds"] == {"prepare": 0.123, "search": 2.0}
+    assert found["notes"] == [*NOTES]
+
+
+def test_the_json_of_a_check() -> None:
+    assert check_json(sample_plan(), LIMIT_BYTES, NOTES) == {
+        "fits": True,
+        "margin_bytes": 16 * GIB,
+        "limit_bytes": 64 * GIB,
+        "step_s": 5.0,
+        "tokens_per_s": 13107.2,
+        "mfu": 0.4321,
+        "uncertainty": {"step_ratio": 0.25, "memory_ratio": 0.1, "basis": "public runs"},
+        "stages": [
+            {
+                "peak_bytes": peak * GIB,
+                "usable_bytes": 72 * GIB,
+                "parts": {"states": 30 * GIB, "activations": (peak - 30) * GIB},
+                "stable_s": stable_s,
+                "delta_s": 0.25,
+                "time_parts_s": {"compute": 0.75 * stable_s, "tp": 0.25 * stable_s, "dp": 0.0},
+            }
+            for stable_s, peak in ((0.5, 40), (0.25, 48))
+        ],
+        "notes": [*NOTES],
+        "not_modelled": ["data loading", "stragglers"],
+    }
+
+
+def test_the_json_of_a_check_that_fails() -> None:
+    found = check_json(tight(70), LIMIT_BYTES, ())
+    assert (found["fits"], found["margin_bytes"]) == (False, -6 * GIB)

@@ -1,0 +1,82 @@
+"""Estimates of concrete layouts against known formulas and figures."""
+
+from dataclasses import replace
+
+import pytest
+from tests.toys import toy_graph, toy_job
+
+from mist.estimate import Job, estimate, model_flop
+from mist.plans import MemoryLevel, Offload, StagePlan
+
+
+def stages_of(job: Job, pp: int, **knobs: int) -> tuple[StagePlan, ...]:
+    """Equal stages of plain data parallelism, or what `knobs` change of it."""
+    per_stage, count = job.platform.num_gpus // pp, job.num_layers // pp
+    full = knobs.pop("full", 0)
+    return tuple(
+        replace(
+            StagePlan(
+                layers=((i * count, count),),
+                devices=(i * per_stage, per_stage),
+                dp=per_stage,
+                tp=1,
+                sp=False,
+                cp=1,
+                ep=1,
+                micro_batch=1,
+                zero=0,
+                head="eager",
+                memory={MemoryLevel.EAGER: count - full, MemoryLevel.FULL: full},
+                offload=Offload(),
+            ),
+            **knobs,
+        )
+        for i in range(pp)
+    )
+
+
+def test_model_flop_is_six_per_parameter_and_token() -> None:
+    """PaLM (arXiv 2204.02311, appendix B): 6 N FLOPs per token, attention apart."""
+    graph = toy_graph((8,), vocab=32000)
+    job = toy_job(graph, 8, seq_len=2048, global_batch=64)
+    matrices = graph.num_params - 8 * 1024  # norms are no matrices
+    # the toy's embedding multiplies, so it counts as the head does
+    assert model_flop(job) == pytest.approx(6.0 * matrices * 64 * 2048, rel=1e-12)
+
+
+def test_step_is_micro_batches_times_stable_plus_delta_without_a_pipeline() -> None:
+    job = toy_job(num_gpus=8)
+    judged = estimate(job, stages_of(job, 1), 8)
+    (stage,) = judged.stages
+    assert judged.step_s == pytest.approx(8 * stage.stable_s + stage.delta_s, rel=1e-5)
+    assert judged.bubble_s == 0.0
+    assert judged.tokens_per_s == pytest.approx(64 * 2048 / judged.step_s, rel=1e-5)
+
+
+def test_bubble_is_that_of_1f1b() -> None:
+    """Equal stages: the bubble is (S - 1) t (Narayanan et al., SC'21), here up to the ends."""
+    job = toy_job(toy_graph((64,), vocab=64), num_gpus=4)
+    judged = estimate(job, stages_of(job, 4), 64)
+    stable_s = max(stage.stable_s for stage in judged.stages)
+    assert judged.bubble_s == pytest.approx(3 * stable_s, rel=0.05)  # ends lack one transfer
+
+
+def test_mfu_is_model_flop_over_peak() -> None:
+    job = toy_job(num_gpus=8)
+    judged = estimate(job, stages_of(job, 1), 8)
+    assert judged.mfu == pytest.approx(model_flop(job) / judged.step_s / (8 * 989e12), rel=1e-5)
+
+
+def test_recomputation_trades_memory_for_time() -> None:
+    job = toy_job(num_gpus=8)
+    kept, recomputed = (estimate(job, stages_of(job, 1, full=full), 8) for full in (0, 8))
+    assert recomputed.stages[0].peak_bytes < kept.stages[0].peak_bytes
+    assert recomputed.step_s > kept.step_s
+    assert kept.stages[0].time_parts_s["recompute"] == 0.0
+
+
+def test_figures_are_rounded_to_six_digits() -> None:
+    judged = estimate(toy_job(num_gpus=8), stages_of(toy_job(num_gpus=8), 1), 8)
+    assert judged.step_s == float(f"{judged.step_s:.6g}")
+    assert judged.stages[0].usable_bytes > judged.stages[0].peak_bytes
+    assert "data loading" in judged.not_modelled[0]

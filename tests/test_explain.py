@@ -1,0 +1,86 @@
+"""Why one layout beats another: the parts are the step, the words name the largest differences."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mist.explain import PART_NAMES, layout_words, losing_reason, overflow, step_parts
+from mist.plans import MemoryLevel
+from mist.symbolic.program import TIME_PARTS
+from mist.units import GIB
+from tests.sample_plans import estimate_of, stage_estimate, stage_plan
+
+numbers = st.floats(0.0, 100.0)
+
+
+def test_every_part_of_a_stage_has_a_name() -> None:
+    assert {*PART_NAMES} == {*TIME_PARTS, "delta", "bubble"}
+
+
+def test_the_parts_of_a_step_by_hand() -> None:
+    # Slowest stage: 0.5 s, a quarter of it tp; G = 8; delta 0.25 s; of 5 s, 0.75 s are left.
+    estimate = estimate_of(stage_estimate(0.25), stage_estimate(0.5), step_s=5.0)
+    assert step_parts(estimate, 8) == {
+        "compute": 3.0,
+        "tp": 1.0,
+        "dp": 0.0,
+        "delta": 0.25,
+        "bubble": 0.75,
+    }
+
+
+@given(stable=st.lists(numbers, min_size=1, max_size=4), step_s=numbers, g=st.integers(1, 64))
+def test_the_parts_of_a_step_sum_to_it(stable: list[float], step_s: float, g: int) -> None:
+    estimate = replace(estimate_of(*map(stage_estimate, stable)), step_s=step_s)
+    # Tolerance: a handful of float additions of numbers up to 64 * 100 s.
+    assert sum(step_parts(estimate, g).values()) == pytest.approx(step_s, abs=1e-9)
+
+
+WINNER = {"compute": 3.0, "tp": 1.0, "dp": 0.0, "delta": 0.25, "bubble": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tp": 3.5}, "+2.50 s tensor-parallel collectives"),
+        (
+            {"tp": 1.5, "dp": 0.75, "delta": 0.26},
+            "+750 ms exposed data-parallel collectives and +500 ms tensor-parallel collectives",
+        ),
+        (
+            {"bubble": 2.0, "compute": 2.5, "delta": 0.2},
+            "+1.25 s pipeline bubble and imbalance, -500 ms compute",
+        ),
+        ({}, "equal within rounding"),
+        # 1e-5 of the step of 5 s is 50 us: below it is the rounding of six digits.
+        ({"tp": 1.0 + 4.9e-5, "dp": -4.9e-5}, "equal within rounding"),
+        ({"tp": 1.0 + 5.1e-5}, "+51.0 us tensor-parallel collectives"),
+    ],
+)
+def test_why_a_layout_loses(changes: dict[str, float], words: str) -> None:
+    assert losing_reason(WINNER | changes, WINNER) == words
+
+
+def test_a_layout_in_words() -> None:
+    assert layout_words([stage_plan()], 8) == "pp1 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed"
+
+
+def test_a_layout_of_unequal_stages_in_words() -> None:
+    levels = {MemoryLevel.EAGER: 4, MemoryLevel.FULL: 2}
+    second = stage_plan(first=8, count=6, device=4, zero=3, tp=1, dp=4, memory=levels)
+    assert layout_words([stage_plan(), second], 8) == (
+        "pp2 dp2+4 tp2+1 zero1+3 mb2 x8, 1+2 of 8+6 layers recomputed"
+    )
+
+
+def test_a_stage_that_does_not_fit_in_words() -> None:
+    stage = replace(
+        stage_estimate(peak_gib=48),
+        memory_parts_bytes={"activations": 18 * GIB, "states": 30 * GIB, "buffers": 0},
+    )
+    assert overflow(1, stage, "a100-sxm-40", 38 * GIB) == (
+        "stage 1 needs 48.0 GiB of the 38.0 GiB that a plan may use on a100-sxm-40 "
+        "(states 30.0 GiB, activations 18.0 GiB)"
+    )

@@ -1,0 +1,121 @@
+"""Every rule, its mask and its exact message; and what holds of all of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mist.estimate import Job
+from mist.facts import TpLimit
+from mist.rules import Rule, broken
+from tests.toys import toy_graph, toy_job
+
+FITTING = {
+    "tp": 2,
+    "dp": 2,
+    "micro_batch": 2,
+    "zero": 1,
+    "num_stages": 2,
+    "num_micro_batches": 16,
+}
+
+
+def job(num_gpus: int = 8) -> Job:
+    """Eight layers, MLP width 4096, sequence 2048, global batch 64, on H100s."""
+    return toy_job(num_gpus=num_gpus)
+
+
+def rule(name: str, of: Job | None = None) -> Rule:
+    return next(found for found in (of or job()).rules if found.name == name)
+
+
+def test_a_layout_that_keeps_every_rule() -> None:
+    assert not [*broken(job().rules, FITTING)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (
+            {"tp": 3},
+            [
+                "tp 3 does not divide the 8 GPUs per node of dgx-h100.",
+                "tp 3 does not divide the 4096 MLP width of toy.",
+                "tp 3 does not divide the sequence of 2048 tokens, "
+                "which runtime torch shards with it.",
+                "2 * 3 ranks per stage neither divide nor fill the 8 GPUs of a node.",
+            ],
+        ),
+        ({"tp": 16}, ["tp 16 does not divide the 8 GPUs per node of dgx-h100."]),
+        (
+            {"micro_batch": 3},
+            ["dp 2 * micro-batch 3 * 16 micro-batches is not the global batch of 64."],
+        ),
+        (
+            {"num_stages": 4, "num_micro_batches": 2, "micro_batch": 16},
+            ["2 micro-batches cannot fill 4 pipeline stages: 1F1B needs at least one for each."],
+        ),
+        ({"num_stages": 16}, ["pp 16 stages, but toy has 8 layers."]),
+        (
+            {"dp": 6, "tp": 1, "num_micro_batches": 1, "num_stages": 1},
+            [
+                "dp 6 * micro-batch 2 * 1 micro-batches is not the global batch of 64.",
+                "6 * 1 ranks per stage neither divide nor fill the 8 GPUs of a node.",
+            ],
+        ),
+    ],
+)
+def test_the_words_of_a_broken_rule(changes: dict[str, int], messages: list[str]) -> None:
+    assert [*broken(job().rules, FITTING | changes)] == messages
+
+
+def test_a_model_without_tensor_parallel_rules() -> None:
+    known = toy_job(replace(toy_graph(), tp_limits=None))
+    assert [*broken(known.rules, FITTING)] == [
+        "tp 2: no tensor-parallel rules are known for toy; "
+        "give the model a `tp_plan`, or use --tp 1."
+    ]
+    assert not [*broken(known.rules, FITTING | {"tp": 1, "dp": 4, "micro_batch": 1})]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "values", "mask"),
+    [
+        ("tp-in-node", "tp", [1, 2, 3, 4, 8, 16], [1, 1, 0, 1, 1, 0]),
+        ("tp-divides-MLP width", "tp", [1, 2, 3, 4096, 8192], [1, 1, 0, 1, 0]),
+        ("tp-divides-sequence", "tp", [1, 2, 3, 2048, 4096], [1, 1, 0, 1, 0]),
+        ("batch-factors", "micro_batch", [1, 2, 4], [0, 1, 0]),
+        ("enough-micro-batches", "num_micro_batches", [1, 2, 3], [0, 1, 1]),
+        ("enough-layers", "num_stages", [1, 8, 9], [1, 1, 0]),
+        ("stage-fills-nodes", "dp", [1, 2, 3, 4, 8, 12, 6], [1, 1, 0, 1, 1, 1, 0]),
+    ],
+)
+def test_a_mask_is_true_where_the_rule_holds(
+    name: str, column: str, values: list[int], mask: list[int]
+) -> None:
+    assert rule(name).mask(FITTING | {column: np.array(values)}).tolist() == [*map(bool, mask)]
+
+
+def test_masks_have_the_common_shape_of_the_columns() -> None:
+    columns = FITTING | {"tp": np.array([[1], [2]]), "dp": np.array([1, 2, 4])}
+    assert {found.mask(columns).shape for found in job().rules} == {(2, 3)}
+
+
+degrees = st.integers(1, 17)
+
+
+@given(tp=degrees, dp=degrees, micro_batch=degrees, num_stages=degrees, num_micro_batches=degrees)
+def test_words_are_said_exactly_where_a_mask_is_false(**columns: int) -> None:
+    rules = RULES
+    columns["zero"] = 0
+    silent = [found for found in rules if found.mask(columns).all()]
+    assert len(silent) + len([*broken(rules, columns)]) == len(rules)
+
+
+RULES = job().rules
+
+
+def test_limits_are_named() -> None:
+    assert TpLimit(label="MLP width", size=4096) in (job().graph.tp_limits or ())

@@ -1,0 +1,238 @@
+"""`mist check` on toy models, without torch: verdicts, faults, notes, suggestions."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mist.errors import InputError, PlanError
+from mist.planfile import load_plan, save_plan
+from mist.plans import Offload, Plan
+from mist.workflow import Checked, HandLayout, Question, check_layout, check_plan, question
+from tests.toys import toy_graph
+
+LAYOUT = HandLayout(tp=2, pp=2, zero=1, micro_batch=1, checkpoint="3")
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is the toy of eight layers."""
+    graph = replace(toy_graph(), notes=("made by hand",))
+    monkeypatch.setattr(question, "load_graph", lambda *_, **__: graph)
+
+
+def ask(**changes: object) -> Question:
+    return replace(Question(model="toy.py", num_gpus=8, seq_len=2048), **changes)  # type: ignore[arg-type]
+
+
+def check(layout: HandLayout = LAYOUT, **changes: object) -> Checked:
+    return check_layout(ask(**changes), layout)
+
+
+def test_a_layout_becomes_equal_stages() -> None:
+    plan = check().plan
+    assert [stage.layers for stage in plan.stages] == [((0, 4),), ((4, 4),)]
+    assert [stage.devices for stage in plan.stages] == [(0, 4), (4, 4)]
+    assert {(s.dp, s.tp, s.sp, s.zero, s.num_full) for s in plan.stages} == {(2, 2, True, 1, 3)}
+    assert plan.num_micro_batches == 256 // 2
+    assert plan.provenance.solver == "none: written by hand"
+
+
+def test_the_first_stages_are_longer_where_layers_do_not_divide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(question, "load_graph", lambda *_, **__: toy_graph((6,)))
+    plan = check(HandLayout(pp=4)).plan
+    assert [stage.layers[0] for stage in plan.stages] == [(0, 2), (2, 2), (4, 1), (5, 1)]
+
+
+@pytest.mark.parametrize(("checkpoint", "num_full"), [("none", 0), ("full", 4), ("9", 4), ("2", 2)])
+def test_checkpointed_layers(checkpoint: str, num_full: int) -> None:
+    stages = check(replace(LAYOUT, checkpoint=checkpoint)).plan.stages
+    assert [stage.num_full for stage in stages] == [num_full, num_full]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tp": 0}, "--tp 0 is not a positive number."),
+        ({"micro_batch": -1}, "--micro-batch -1 is not a positive number."),
+        ({"zero": 4}, "--zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
+        (
+            {"checkpoint": "some"},
+            "--checkpoint some is neither none, full nor a number of layers.",
+        ),
+    ],
+)
+def test_layouts_that_mean_nothing(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        HandLayout(**values)  # type: ignore[arg-type]
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            HandLayout(tp=3),
+            "--tp 3 * --pp 1 = 3 does not divide the 8 GPUs.\n"
+            "tp 3 does not divide the 8 GPUs per node of dgx-h100.\n"
+            "tp 3 does not divide the 4096 MLP width of toy.\n"
+            "tp 3 does not divide the sequence of 2048 tokens, which runtime torch shards with it.",
+        ),
+        (
+            HandLayout(micro_batch=3),
+            "dp 8 * micro-batch 3 * 10 micro-batches is not the global batch of 256.",
+        ),
+    ],
+)
+def test_layouts_that_break_rules(layout: HandLayout, message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check(layout)
+    assert str(refused.value) == message
+
+
+def test_the_margin_decides_what_fits() -> None:
+    loose = check(margin_ratio=0.0)
+    share = 1 - loose.peak_bytes / loose.limit_bytes
+    assert check(margin_ratio=share - 1e-6).fits
+    tight = check(margin_ratio=share + 1e-6)
+    assert not tight.fits
+    assert tight.margin_bytes == tight.limit_bytes - tight.peak_bytes < 0
+
+
+def test_suggestions_fit_and_say_what_they_bring() -> None:
+    layout = HandLayout(micro_batch=32)
+    margin = 1 - 0.9 * check(layout).peak_bytes / check(layout, margin_ratio=0.0).limit_bytes
+    tight = check(layout, margin_ratio=margin)
+    assert not tight.fits
+    assert 1 <= len(tight.suggestions) <= 3
+    assert "--micro-batch 16: " in " ".join(tight.suggestions)
+    again = check(replace(layout, micro_batch=16), margin_ratio=margin)
+    assert again.fits
+
+
+def test_suggestions_for_what_fits_are_faster() -> None:
+    found = check(HandLayout(micro_batch=2, checkpoint="full"))
+    assert found.fits
+    words = next(words for words in found.suggestions if words.startswith("--checkpoint none: "))
+    faster = check(HandLayout(micro_batch=2, checkpoint="none"))
+    assert faster.plan.estimate.step_s < found.plan.estimate.step_s
+    assert " per step, peak " in words
+
+
+def saved(tmp_path: Path, plan: Plan | None = None) -> Path:
+    path = tmp_path / "plan.yaml"
+    save_plan(plan or check().plan, path)
+    return path
+
+
+def test_a_plan_is_judged_as_its_layout_was(tmp_path: Path) -> None:
+    first, again = check(), check_plan(saved(tmp_path))
+    assert again.plan == first.plan
+    assert again.limit_bytes == first.limit_bytes
+    assert again.notes == first.notes == ("made by hand",)
+
+
+def test_a_plan_keeps_its_margin_unless_another_is_given(tmp_path: Path) -> None:
+    path = saved(tmp_path, check(margin_ratio=0.3).plan)
+    assert check_plan(path).limit_bytes == check(margin_ratio=0.3).limit_bytes
+    assert check_plan(path, margin_ratio=0.1).limit_bytes == check(margin_ratio=0.1).limit_bytes
+
+
+def test_a_stale_estimate_is_replaced(tmp_path: Path) -> None:
+    plan = check().plan
+    stale = replace(plan, estimate=replace(plan.estimate, step_s=1e-3))
+    assert check_plan(saved(tmp_path, stale)).plan == plan
+
+
+def test_a_changed_profile_is_noted(tmp_path: Path) -> None:
+    plan = check().plan
+    profiles = plan.provenance.profiles | {"torch": "sha256:0"}
+    old = replace(plan, provenance=replace(plan.provenance, profiles=profiles))
+    assert check_plan(saved(tmp_path, old)).notes == (
+        "made by hand",
+        "profile torch has changed since the plan was made: the figures are new",
+    )
+
+
+def test_a_plan_for_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path)
+    other = replace(toy_graph((9,)), name="other", fingerprint="sha256:other", num_params=7)
+    monkeypatch.setattr(question, "load_graph", lambda *_, **__: other)
+    with pytest.raises(PlanError) as refused:
+        check_plan(path)
+    num_params = load_plan(path).model.params
+    assert str(refused.value) == (
+        f"{path} has 2 faults:\n"
+        "  model.fingerprint: the plan is for another model: it was made for toy with "
+        f"{num_params} parameters, toy.py is now other with 7\n"
+        "  stages: the stages cover 8 layers, other has 9"
+    )
+
+
+def test_what_a_prediction_would_pass_over_is_a_fault(tmp_path: Path) -> None:
+    plan = check().plan
+    first, second = plan.stages
+    odd = replace(
+        plan,
+        cluster=replace(plan.cluster, gpus_per_node=4),
+        workload=replace(plan.workload, compile=True),
+        stages=(
+            replace(first, sp=False, offload=Offload(optimizer=0.5)),
+            replace(second, tp=1, cp=2, ep=2, sp=False),
+        ),
+    )
+    path = saved(tmp_path, odd)
+    with pytest.raises(PlanError) as refused:
+        check_plan(path)
+    assert str(refused.value) == (
+        f"{path} has 6 faults:\n"
+        "  cluster.gpus_per_node: 4, but 8 GPUs of dgx-h100 are 8 per node\n"
+        "  workload.compile: compiled models are not predicted\n"
+        "  stages[0].offload.optimizer: only 0 is predicted\n"
+        "  stages[0].sp: runtime torch with tp 2 is predicted with sp true only\n"
+        "  stages[1].cp: only 1 is predicted\n"
+        "  stages[1].ep: only 1 is predicted"
+    )
+
+
+def test_a_plan_that_breaks_a_rule_is_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path)
+    graph = toy_graph()
+    limit = replace((graph.tp_limits or ())[0], size=3)
+    monkeypatch.setattr(question, "load_graph", lambda *_, **__: replace(graph, tp_limits=(limit,)))
+    with pytest.raises(PlanError) as refused:
+        check_plan(path)
+    message = "tp 2 does not divide the 3 MLP width of toy."
+    assert [str(fault) for fault in refused.value.faults] == [
+        f"stages[0]: {message}",
+        f"stages[1]: {message}",
+    ]
+
+
+def test_a_plan_of_a_module_names_no_file(tmp_path: Path) -> None:
+    plan = check().plan
+    path = saved(tmp_path, replace(plan, model=replace(plan.model, source="object:toy")))
+    with pytest.raises(InputError) as refused:
+        check_plan(path)
+    assert str(refused.value) == (
+        f"{path} was planned from a module in Python, which no file names. "
+        "Set model.source to a file with build_model()."
+    )
+
+
+def test_the_model_is_looked_for_beside_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        question, "load_graph", lambda source, **_: asked.append(source) or toy_graph()
+    )
+    check_plan(path)
+    (tmp_path / "toy.py").write_text("")
+    check_plan(path)
+    assert asked == ["toy.py", str(tmp_path / "toy.py")]

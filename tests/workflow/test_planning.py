@@ -1,0 +1,122 @@
+"""`mist plan` on toy models, without torch: what is assembled, and what is said when nothing fits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mist.errors import Infeasible, InputError
+from mist.explain import layout_words
+from mist.planfile import dump_plan, save_plan
+from mist.spec import Precision, SearchSpace
+from mist.workflow import Question, check_plan, make_plan, question
+from tests.toys import toy_graph
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is the toy of eight layers, and knows 4096 positions."""
+    graph = replace(toy_graph(), notes=("made by hand",), max_seq_len=4096)
+    monkeypatch.setattr(question, "load_graph", lambda *_, **__: graph)
+
+
+QUESTION = Question(model="toy.py", num_gpus=8, global_batch=64)
+
+
+def test_a_plan_answers_its_question() -> None:
+    planned = make_plan(QUESTION, SearchSpace(), num_alternatives=3)
+    plan = planned.plan
+    assert plan.model.source == "toy.py"
+    assert (plan.workload.seq_len, plan.workload.global_batch) == (4096, 64)
+    assert plan.workload.precision is Precision.BF16
+    assert (plan.cluster.name, plan.cluster.device) == ("dgx-h100", "h100-sxm")
+    assert planned.notes == ("made by hand",)
+    assert {*planned.seconds} == {"prepare", "search"}
+    assert all(stage.peak_bytes <= planned.limit_bytes for stage in plan.estimate.stages)
+    assert plan.provenance.gap <= 1e-9
+    assert plan.provenance.lower_bound_s == pytest.approx(plan.estimate.step_s, rel=1e-5)
+    assert plan.provenance.search["margin"] == 0.12
+    assert plan.provenance.search["restricted"] == "nothing"
+
+
+def test_alternatives_are_slower_other_layouts_with_a_reason() -> None:
+    plan = make_plan(QUESTION, SearchSpace(), num_alternatives=3).plan
+    assert len(plan.alternatives) == 3
+    steps = [plan.estimate.step_s, *(other.step_s for other in plan.alternatives)]
+    assert steps == sorted(steps)
+    words = {layout_words(plan.stages, plan.num_micro_batches)}
+    words |= {other.layout for other in plan.alternatives}
+    assert len(words) == 4
+    assert all(other.reason for other in plan.alternatives)
+
+
+def test_the_same_question_gives_the_same_bytes() -> None:
+    first, second = (make_plan(QUESTION, SearchSpace()).plan for _ in range(2))
+    assert dump_plan(first) == dump_plan(second)
+
+
+def test_a_plan_passes_its_own_check(tmp_path: Path) -> None:
+    planned = make_plan(replace(QUESTION, margin_ratio=0.5), SearchSpace())
+    save_plan(planned.plan, tmp_path / "plan.yaml")
+    checked = check_plan(tmp_path / "plan.yaml")
+    assert checked.plan == planned.plan
+    assert checked.fits
+    assert checked.limit_bytes == planned.limit_bytes
+
+
+def test_restrictions_are_kept_and_told() -> None:
+    space = SearchSpace(tp=(2,), pp=(2,), checkpoint="full", restrictions=("tp=2", "pp=2"))
+    plan = make_plan(QUESTION, space).plan
+    assert [(stage.tp, stage.num_full) for stage in plan.stages] == [(2, 4), (2, 4)]
+    assert plan.provenance.search["restricted"] == "tp=2, pp=2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"margin_ratio": 1.0}, "--margin 1.0 is not a share of the memory (0 to 1)."),
+        ({"margin_ratio": -0.1}, "--margin -0.1 is not a share of the memory (0 to 1)."),
+        (
+            {"seq_len": 4097},
+            "--seq 4097: toy has positions for 4096 tokens. Use --seq 4096 or less.",
+        ),
+        ({"seq_len": 0}, "--seq 0 is not a positive number of samples or tokens."),
+        ({"global_batch": 0}, "--global-batch 0 is not a positive number of samples or tokens."),
+        (
+            {"global_batch": 7},
+            "--global-batch 7: no (dp, micro-batch, micro-batches) factorises it on 8 GPUs. "
+            "Try --global-batch 8.",
+        ),
+    ],
+)
+def test_questions_without_an_answer(changes: dict[str, object], message: str) -> None:
+    space = SearchSpace(tp=(1,), pp=(1,)) if "global_batch" in changes else SearchSpace()
+    if changes.get("global_batch") == 7:
+        message = message.replace("8 GPUs.", "8 GPUs with tp=1, pp=1.")
+        space = replace(space, restrictions=("tp=1", "pp=1"))
+    with pytest.raises(InputError) as refused:
+        make_plan(replace(QUESTION, **changes), space)  # type: ignore[arg-type]
+    assert str(refused.value) == message
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = toy_graph((8,), hidden=16384)
+    monkeypatch.setattr(question, "load_graph", lambda *_, **__: wide)
+    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512)
+    with pytest.raises(Infeasible) as refused:
+        make_plan(asked, SearchSpace())
+    message = str(refused.value)
+    assert message.startswith("toy does not fit on 2 x l4. Even in the layout of least memory (pp")
+    assert " that a plan may use on l4 (states " in message
+    # What it tells us to try fits, and half of that does not.
+    num_gpus = int(message.rpartition("--gpus ")[2].rstrip("."))
+    assert make_plan(replace(asked, num_gpus=num_gpus), SearchSpace()).plan.stages
+    with pytest.raises(Infeasible):
+        make_plan(replace(asked, num_gpus=num_gpus // 2), SearchSpace())
+
+
+def test_no_number_of_gpus_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = toy_graph((8,), hidden=65536)
+    monkeypatch.setattr(question, "load_graph", lambda *_, **__: wide)
+    with pytest.raises(Infeasible, match=r"No doubling of the GPUs up to 4096 fits\.$"):
+        make_plan(replace(QUESTION, num_gpus=1, gpu="l4", seq_len=512), SearchSpace())
