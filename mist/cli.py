@@ -81,7 +81,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Search the fastest way to train MODEL that fits; write plan.yaml and a Pareto plot."""
-    from mist.planfile import save_plan, write_bytes
+    from mist.files import write_bytes
+    from mist.planfile import save_plan
     from mist.report import plan_json, plot_png, print_plan
     from mist.workflow import Question, make_plan
 

@@ -1,8 +1,6 @@
 """Plan files: YAML, read with every fault reported at once, written whole or not at all."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mist.errors import Fault, InputError, OutputError, PlanError
+from mist.errors import Fault, InputError, PlanError
+from mist.files import write_text
 from mist.plans import SCHEMA, Plan, plan_faults
 
 if TYPE_CHECKING:
@@ -43,29 +42,6 @@ def dump_plan(plan: Plan) -> str:
     data = json.loads(json.dumps(asdict(plan)))
     text = yaml.dump(data, Dumper=_PlanDumper, sort_keys=False, width=100, default_flow_style=None)
     return str(text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary one in the same folder. Raises OutputError."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one in the same folder. Raises OutputError."""
-    name = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write {path}: {error.strerror}. Choose another place."
-        ) from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Mapping[str, object], list[Fault]]:
