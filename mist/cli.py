@@ -15,7 +15,7 @@ from mist.errors import InputError, MistError, OutputError
 from mist.spec import Attention, Precision, SearchSpace
 
 if TYPE_CHECKING:
-    from mist.workflow import Checked
+    from mist.workflow.checking import Checked
 
 app = typer.Typer(
     name="mist",
@@ -83,8 +83,10 @@ def plan(
     """Search the fastest way to train MODEL that fits; write plan.yaml and a Pareto plot."""
     from mist.files import write_bytes
     from mist.planfile import save_plan
-    from mist.report import plan_json, plot_png, print_plan
-    from mist.workflow import Question, make_plan
+    from mist.report.plans import plan_json, print_plan
+    from mist.report.plot import plot_png
+    from mist.workflow.planning import make_plan
+    from mist.workflow.question import Question
 
     _check_out(out)
     question = Question(
@@ -141,7 +143,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.workflow import HandLayout, Question, check_layout, check_plan
+    from mist.workflow.checking import HandLayout, check_layout, check_plan
+    from mist.workflow.question import Question
 
     if out is not None:
         _check_out(out)
@@ -188,7 +191,7 @@ def _refuse_ignored(context: typer.Context, subject: str) -> None:
 
 def _show_check(checked: "Checked", out: Path | None, *, as_json: bool) -> None:
     from mist.planfile import save_plan
-    from mist.report import check_json, print_check
+    from mist.report.plans import check_json, print_check
 
     if out is not None:
         save_plan(checked.plan, out)
@@ -216,7 +219,7 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
-    from mist.report import outside_trace, print_trace, trace_json
+    from mist.report.costs import outside_trace, print_trace, trace_json
     from mist.trace import load_graph
 
     if policy not in ("cuda", "cpu"):
@@ -246,7 +249,7 @@ def profiles(
 ) -> None:
     """List the shipped devices, clusters and runtimes; show every number with its source."""
     from mist.platform.listing import figure_rows, profile_rows
-    from mist.report import print_profiles, profiles_json
+    from mist.report.costs import print_profiles, profiles_json
 
     if action not in ("list", "show") or (action == "show") != (name is not None):
         raise InputError("Say `mist profiles` or `mist profiles show NAME`.")

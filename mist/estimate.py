@@ -38,7 +38,7 @@ class Job:
     `kind_prefix[k, x]`: how many of the first x layers are block k.
     """
 
-    graph: ModelFacts
+    facts: ModelFacts
     platform: Platform
     workload: Workload
     cost: StageModel
@@ -48,7 +48,7 @@ class Job:
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return self.graph.num_layers
+        return self.facts.num_layers
 
 
 def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) -> Job:
@@ -63,7 +63,7 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
     )
     cost = stage_model(programs, laws)
     return Job(
-        graph=facts,
+        facts=facts,
         platform=platform,
         workload=workload,
         cost=cost,
@@ -150,7 +150,7 @@ def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> E
 def model_flop(job: Job) -> float:
     """Model FLOPs of one step: backward as two forward passes, nothing recomputed."""
     forward = job.cost.flop({"b": 1, "s": job.workload.seq_len, "t": 1})
-    layers = sum(float(forward[str(kind)]) for kind in job.graph.layer_kinds())
+    layers = sum(float(forward[str(kind)]) for kind in job.facts.layer_kinds())
     ends = float(forward["embed"] + forward["head"])
     return 3.0 * job.workload.global_batch * (layers + ends)
 

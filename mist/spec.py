@@ -8,7 +8,6 @@ from pydantic import ConfigDict, Field
 
 from mist.errors import InputError
 
-
 STRICT: Final = ConfigDict(extra="forbid")  # an unknown key of a plan file is a fault
 
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -132,7 +132,7 @@ def tune(
     if not bounded:
         raise InputError(_no_group_words(job, space))
     if search.best is None:
-        raise Infeasible(f"{job.graph.name} does not fit.")
+        raise Infeasible(f"{job.facts.name} does not fit.")
     return _prove(search, search.best)
 
 
@@ -141,7 +141,7 @@ def _lower_bound(job: Job, group: Group) -> float:
     terms = group.columns(job)
     layers = sum(
         job.kind_prefix[kind, -1] * terms[f"term_{kind}_eager_stable_s"].min()
-        for kind in range(job.graph.num_kinds)
+        for kind in range(job.facts.num_kinds)
     )
     ends = sum(terms[f"term_{end}_eager_stable_s"].min() for end in ("embed", "head"))
     total_s = float(layers + ends)

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from tests.toys import toy_graph, toy_job
 
 from mist.estimate import Job, estimate, model_flop
 from mist.plans import MemoryLevel, Offload, StagePlan
+from tests.toys import toy_graph, toy_job
 
 
 def stages_of(job: Job, pp: int, **knobs: int) -> tuple[StagePlan, ...]:

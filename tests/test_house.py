@@ -178,7 +178,7 @@ API = """
 import sys
 import mist
 assert not {"numpy", "pydantic", "sympy", "torch"} & set(sys.modules), "import mist is not lazy"
-import mist.planfile, mist.workflow  # a module of that name would now hide a functions
+import mist.planfile, mist.workflow.api  # a module of that name would now hide a functions
 for name in ("plan", "check", "load_plan", "save_plan"):
     assert callable(getattr(mist, name)), f"mist.{name} is hidden by a module of that name"
 """

@@ -4,7 +4,6 @@ import itertools
 import math
 
 import pytest
-from tests.toys import toy_graph, toy_job
 
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
@@ -12,6 +11,7 @@ from mist.pareto.space import divisors
 from mist.plans import MemoryLevel, Offload, StagePlan
 from mist.spec import SearchSpace
 from mist.tune import landscape, smallest_peak, stage_plans, tune
+from tests.toys import toy_graph, toy_job
 
 
 def every_layout(job: Job, pp: int, num_micro_batches: int) -> list[tuple[StagePlan, ...]]:

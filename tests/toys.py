@@ -1,4 +1,4 @@
-"""Small models and platforms made by hand, so that the rooms after trace are tested without torch."""
+"""Small models and platforms made by hand: the rooms after trace are tested without torch."""
 
 import sympy
 
@@ -18,8 +18,8 @@ from mist.graph import (
     T,
 )
 from mist.platform import Platform, load_platform
-from mist.symbolic.compile import compile_model
 from mist.spec import Attention, Optimizer, Precision, Workload
+from mist.symbolic.compile import compile_model
 
 ELEMENT_BYTES = 2
 
@@ -64,7 +64,7 @@ def kept(layout: Layout, num_bytes: sympy.Expr) -> SavedTensor:
 
 
 def mlp_block(name: str, hidden: int, wide: int) -> Block:
-    """Two matrices, hidden -> wide -> hidden, the first column-parallel and the second row-parallel."""
+    """Two matrices, hidden -> wide -> hidden, column-parallel and row-parallel."""
     tokens, width = B * S, sympy.Integer(wide) / T
     saved = (
         kept(Layout.REPLICATED, ELEMENT_BYTES * tokens * hidden),

@@ -5,8 +5,8 @@ For every strategy at once, over stages i and layer boundaries x:
     best[0, 0] = -inf
     best[i + 1, x] = min over ranges r that end at x of max(best[i, first_r], value[i, r])
 
-With value = stable time this is the layout a person would write down, an upper bound for the search
-and the pool of alternatives; with value = peak bytes it tells how close to fitting a model can come.
+With value = stable time this is the layout a person would write down: an upper bound for the search
+and the pool of alternatives. With value = peak bytes it tells how close to fitting a model comes.
 """
 
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class StageTable:
 
 def stage_table(job: Job, group: Group, space: SearchSpace, limit_bytes: float) -> StageTable:
     """Evaluate every stage of a group; `limit_bytes` is what a device may hold."""
-    alike = job.graph.num_kinds == 1
+    alike = job.facts.num_kinds == 1
     first, count = _ranges(job.num_layers, group.num_stages, alike)
     model = _StageModel(job, group, first, count)
     shape = (group.num_strategies, group.num_stages, len(count))

@@ -1,24 +1,24 @@
 """Traces models: what each distinct layer computes, moves and keeps, as expressions in b, s, t.
 
 `load_graph` reads a Python file, a Hugging Face configuration or a preset; `trace_model` takes a
-module. Importing this package, and loading a trace from the cache, needs no torch.
+module. Importing this package needs neither torch nor sympy, loading a cached trace no torch.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mist.graph import ModelGraph
 from mist.spec import Attention, Precision
 from mist.trace import cache
-from mist.trace.source import Policy, PythonSource, Setting, resolve
+from mist.trace.source import Policy, PythonSource, Setting, Source, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mist.graph import ModelGraph
     from mist.trace.expr import Size
 
-__all__ = ["Policy", "Setting", "load_graph", "trace_model"]
+__all__ = ["Policy", "Setting", "load_graph", "trace_digest", "trace_model"]
 
 
 def load_graph(
@@ -28,7 +28,7 @@ def load_graph(
     attention: Attention,
     policy: Policy = "cuda",
     progress: Callable[[str], None],
-) -> ModelGraph:
+) -> "ModelGraph":
     """The graph of the model that `source` names: from the cache, or traced and then cached.
 
     `source`: a Python file with build_model(), a Hugging Face config.json or its folder, or a
@@ -36,9 +36,13 @@ def load_graph(
     `progress` is told what is being done. Raises ModelError when there is no such model, and
     TraceError when its costs cannot be traced.
     """
+    from mist.trace.codec import decode_graph, encode_graph
+
     found = resolve(source)
-    key = cache.cache_key(found.content, (precision.value, attention.value, policy))
-    graph = cache.load(key)
+    setting = Setting(precision=precision, attention=attention, policy=policy)
+    key = _key(found, setting)
+    entry = cache.load(key)
+    graph = decode_graph(entry.fields) if entry is not None else None
     if graph is not None:
         progress(f"{graph.name}: trace from the cache")
         return graph
@@ -46,13 +50,26 @@ def load_graph(
     from mist.trace.trace import listing, trace
 
     progress(f"loading {found.label}")
-    setting = Setting(precision=precision, attention=attention, policy=policy)
     path = found.path if isinstance(found, PythonSource) else None
     with local_modules(path) as modules:
         model = load_model(found, precision=precision, attention=attention)
         traced = trace(model, setting, progress)
-    cache.store(key, traced.graph, listing(traced), modules)
+    cache.store(key, encode_graph(traced.graph), listing(traced), modules)
     return traced.graph
+
+
+def trace_digest(source: str, setting: Setting) -> str | None:
+    """A digest of the cached trace of a model, or None when it is not in the cache.
+
+    Raises ModelError when there is no such model.
+    """
+    entry = cache.load(_key(resolve(source), setting))
+    return entry.digest if entry is not None else None
+
+
+def _key(source: Source, setting: Setting) -> str:
+    words = (setting.precision.value, setting.attention.value, setting.policy)
+    return cache.cache_key(source.content, words)
 
 
 def trace_model(
@@ -61,7 +78,7 @@ def trace_model(
     *,
     make_batch: "Callable[[Size, Size], object] | None" = None,
     loss: "Callable[..., torch.Tensor] | None" = None,
-) -> ModelGraph:
+) -> "ModelGraph":
     """The graph of a module; its tensors are only looked at for shape and dtype, on any device.
 
     `make_batch(batch, seq)` makes the input (default: token ids [batch, seq], int64);

@@ -227,7 +227,8 @@ def _local_file(module: ModuleType, folder: Path) -> Path | None:
     file = Path(name).resolve() if isinstance(name, str) else None
     if file is None or not file.is_relative_to(folder) or file.is_relative_to(OURS):
         return None
-    return None if "site-packages" in file.parts else file
+    # torch gives some of its modules files that do not exist: "_classes.py" in any folder.
+    return file if file.is_file() and "site-packages" not in file.parts else None
 
 
 def _where(error: BaseException, path: Path) -> str:

@@ -1,6 +1,5 @@
 """What to trace, without torch: a Python file, a configuration or a preset; and for what."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,8 +113,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from error
-
-
-def digest(*texts: str) -> str:
-    """sha256 of some texts, kept apart."""
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -89,7 +89,7 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     judged = estimate(job, stages, num_micro_batches)
     plan = unsearched_plan(job, question, stages, num_micro_batches, judged)
     limit_bytes = limit_of(job, question)
-    checked = Checked(plan=plan, limit_bytes=limit_bytes, notes=job.graph.notes, suggestions=())
+    checked = Checked(plan=plan, limit_bytes=limit_bytes, notes=job.facts.notes, suggestions=())
     return replace(checked, suggestions=tuple(_suggestions(job, layout, checked)))
 
 
@@ -147,7 +147,7 @@ def _margin(plan: Plan) -> float | None:
 
 def _notes(plan: Plan, job: Job) -> Iterator[str]:
     """What the trace says, and what changed since the plan was made."""
-    yield from job.graph.notes
+    yield from job.facts.notes
     now = job.platform.profile_hashes()
     for name in sorted(plan.provenance.profiles):
         if now.get(name) != plan.provenance.profiles[name]:

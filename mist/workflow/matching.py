@@ -18,7 +18,7 @@ def plan_against(plan: Plan, job: Job) -> tuple[Fault, ...]:
 
 
 def _model_faults(plan: Plan, job: Job) -> Iterator[Fault]:
-    graph, known = job.graph, plan.model
+    graph, known = job.facts, plan.model
     if known.fingerprint != graph.fingerprint:
         yield Fault(
             path="model.fingerprint",

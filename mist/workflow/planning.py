@@ -61,7 +61,7 @@ def make_plan(
     plan = _assemble(job, question, space, tuned)
     return Planned(
         plan=plan,
-        notes=job.graph.notes,
+        notes=job.facts.notes,
         seconds=seconds,
         points=tuple(points),
         limit_bytes=limit,
@@ -109,7 +109,7 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
     device = job.platform.device.name
     return (
-        f"{job.graph.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
+        f"{job.facts.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
         f"least memory ({layout_words(stages, num_micro_batches)}) "
         f"{overflow(index, judged[index], device, limit_of(job, question))}."
     )

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 from mist.errors import InputError
 from mist.estimate import Job, make_job
 from mist.facts import ModelFacts
-from mist.graph import ModelGraph
 from mist.plans import ClusterRef, Estimate, ModelRef, Plan, Provenance, Schedule, StagePlan
 from mist.platform import Platform, load_platform
 from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
-from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms
-from mist.trace import Setting, load_graph, trace_model
+from mist.symbolic.store import load_programs, programs_key, store_programs
+from mist.trace import Setting, load_graph, trace_digest, trace_model
+from mist.trace.cache import cache_folder
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from mist.graph import ModelGraph
 
 DEFAULT_SEQ_LEN = 8192
 DEFAULT_GLOBAL_BATCH = 256
@@ -60,9 +62,42 @@ def prepare(question: Question, progress: Progress = quiet) -> Job:
 
 
 def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
-    """The costs of the model under the runtime, for any number of GPUs. Raises InputError."""
-    runtime = _platform(question).runtime  # refused before the model is traced
-    return compile_model(_graph(question, progress), runtime, question.precision)
+    """The costs of the model under the runtime, for any number of GPUs, sequence and batch.
+
+    From the cache, where they need neither torch nor sympy; else from the trace. Raises InputError.
+    """
+    platform = _platform(question)  # refused before the model is traced
+    setting = Setting(precision=question.precision, attention=question.attention)
+    if not isinstance(question.model, str):
+        return _compile(trace_model(question.model, setting), platform, question)
+    key = _programs_key(question.model, setting, platform)
+    programs = load_programs(cache_folder(), key) if key else None
+    if programs is not None:
+        progress(f"{programs.facts.name}: trace from the cache")
+        return programs
+    graph = load_graph(
+        question.model,
+        precision=question.precision,
+        attention=question.attention,
+        progress=progress,
+    )
+    programs = _compile(graph, platform, question)
+    if key := _programs_key(question.model, setting, platform):
+        store_programs(cache_folder(), key, programs)
+    return programs
+
+
+def _programs_key(source: str, setting: Setting, platform: Platform) -> str | None:
+    """Where the programs of a cached trace are kept; None without a cached trace."""
+    trace, runtime = trace_digest(source, setting), platform.runtime.name
+    profile = platform.profile_hashes()[runtime]
+    return programs_key(trace, profile, setting.precision) if trace else None
+
+
+def _compile(graph: "ModelGraph", platform: Platform, question: Question) -> ModelPrograms:
+    from mist.symbolic.compile import compile_model  # sympy, which cached programs do not need
+
+    return compile_model(graph, platform.runtime, question.precision)
 
 
 def job_of(question: Question, programs: ModelPrograms) -> Job:
@@ -78,7 +113,7 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
     job = make_job(programs, _platform(question), workload)
     if broken := out_of_domain(job.cost.domain, workload.seq_len):
         raise InputError(
-            f"--seq {workload.seq_len}: {job.graph.name} was traced for {', '.join(broken)} only."
+            f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(broken)} only."
         )
     return job
 
@@ -90,19 +125,6 @@ def _platform(question: Question) -> Platform:
         cluster=question.cluster,
         runtime=question.runtime,
     )
-
-
-def _graph(question: Question, progress: Progress) -> ModelGraph:
-    if isinstance(question.model, str):
-        return load_graph(
-            question.model,
-            precision=question.precision,
-            attention=question.attention,
-            policy="cuda",
-            progress=progress,
-        )
-    setting = Setting(precision=question.precision, attention=question.attention)
-    return trace_model(question.model, setting)
 
 
 def _sequence(graph: ModelFacts, asked: int | None) -> int:
@@ -135,7 +157,7 @@ def unsearched_plan(
     judged: Estimate,
 ) -> Plan:
     """A plan of given stages that nobody searched."""
-    graph, platform = job.graph, job.platform
+    graph, platform = job.facts, job.platform
     source = question.model if isinstance(question.model, str) else f"{OBJECT}{graph.name}"
     return Plan(
         model=ModelRef(

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.toys import toy_graph, toy_job
 
 from mist.pareto.space import groups
 from mist.pareto.split import even_split
 from mist.pareto.table import StageTable, stage_table
 from mist.spec import SearchSpace
+from tests.toys import toy_graph, toy_job
 
 
 def compositions(num_layers: int, num_stages: int) -> list[tuple[int, ...]]:

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.toys import toy_graph, toy_job
 
 from mist.estimate import Job, count_columns, position_columns, strategy_columns
 from mist.pareto.space import Group, divisors, groups
 from mist.pareto.table import StageTable, stage_table
 from mist.spec import SearchSpace
+from tests.toys import toy_graph, toy_job
 
 ALIKE, UNLIKE = (5,), (2, 3)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mist.platform.listing import figure_rows, profile_rows
-from mist.report import outside_trace, print_profiles, print_trace, profiles_json, trace_json
+from mist.report.costs import outside_trace, print_profiles, print_trace, profiles_json, trace_json
 from tests.toys import toy_graph
 
 # The toy by hand at b = 2, s = 8, t = 2: h = 4, width 16, 10 words; 2 bytes per element.

@@ -3,7 +3,7 @@
 import pytest
 
 from mist.plans import Plan
-from mist.report import check_json, plan_json, print_check, print_plan
+from mist.report.plans import check_json, plan_json, print_check, print_plan
 from mist.units import GIB
 from tests.sample_plans import LIMIT_BYTES, estimate_of, sample_plan, stage_estimate
 

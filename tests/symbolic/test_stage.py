@@ -7,13 +7,13 @@ import numpy as np
 import pint
 import pytest
 import sympy
-from tests.oracle import Rank, simulate
-from tests.toys import toy_graph, toy_job, toy_platform
 
 from mist.estimate import Job, count_columns, position_columns, strategy_columns
 from mist.graph import ModelGraph
 from mist.spec import Precision
 from mist.symbolic.stage import stage_cost
+from tests.oracle import Rank, simulate
+from tests.toys import toy_graph, toy_job, toy_platform
 
 LAYOUTS = [
     # (num_gpus, num_stages, tp, zero, micro_batch)

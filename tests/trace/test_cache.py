@@ -12,7 +12,7 @@ from sympy import Basic
 
 from mist.graph import B, S, T
 from mist.spec import Attention, Precision
-from mist.trace import cache, load_graph
+from mist.trace import cache, codec, load_graph
 from tests.trace.test_source import file_with
 
 MODEL = """
@@ -131,16 +131,16 @@ sizes = st.recursive(
 
 @given(sizes)
 def test_expression_survives_the_round_trip(expr: Basic) -> None:
-    text = json.dumps(cache.encode_expr(expr))
-    assert cache.decode_expr(json.loads(text)) == expr
+    text = json.dumps(codec.encode_expr(expr))
+    assert codec.decode_expr(json.loads(text)) == expr
 
 
 def test_relation_survives_the_round_trip() -> None:
     relation = sympy.Le(S, 512)
-    assert cache.decode_expr(cache.encode_expr(relation)) == relation
+    assert codec.decode_expr(codec.encode_expr(relation)) == relation
 
 
 @pytest.mark.parametrize("value", [["os.system", 1], "x", None, [], 1.5, [["Add"]]])
 def test_anything_else_is_no_expression(value: object) -> None:
     with pytest.raises(ValueError, match="not an expression"):
-        cache.decode_expr(value)
+        codec.decode_expr(value)

@@ -8,8 +8,10 @@ import pytest
 from mist.errors import InputError, PlanError
 from mist.planfile import load_plan, save_plan
 from mist.plans import Offload, Plan
-from mist.workflow import Checked, HandLayout, Question, check_layout, check_plan, question
+from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
+from mist.workflow.question import Question
 from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
 
 LAYOUT = HandLayout(tp=2, pp=2, zero=1, micro_batch=1, checkpoint="3")
 
@@ -18,7 +20,7 @@ LAYOUT = HandLayout(tp=2, pp=2, zero=1, micro_batch=1, checkpoint="3")
 def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is the toy of eight layers."""
     graph = replace(toy_graph(), notes=("made by hand",))
-    monkeypatch.setattr(question, "load_graph", lambda *_, **__: graph)
+    answer_with(graph, monkeypatch)
 
 
 def ask(**changes: object) -> Question:
@@ -41,7 +43,7 @@ def test_a_layout_becomes_equal_stages() -> None:
 def test_the_first_stages_are_longer_where_layers_do_not_divide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(question, "load_graph", lambda *_, **__: toy_graph((6,)))
+    answer_with(toy_graph((6,)), monkeypatch)
     plan = check(HandLayout(pp=4)).plan
     assert [stage.layers[0] for stage in plan.stages] == [(0, 2), (2, 2), (4, 1), (5, 1)]
 
@@ -159,7 +161,7 @@ def test_a_changed_profile_is_noted(tmp_path: Path) -> None:
 def test_a_plan_for_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path)
     other = replace(toy_graph((9,)), name="other", fingerprint="sha256:other", num_params=7)
-    monkeypatch.setattr(question, "load_graph", lambda *_, **__: other)
+    answer_with(other, monkeypatch)
     with pytest.raises(PlanError) as refused:
         check_plan(path)
     num_params = load_plan(path).model.params
@@ -203,7 +205,7 @@ def test_a_plan_that_breaks_a_rule_is_not_judged(
     path = saved(tmp_path)
     graph = toy_graph()
     limit = replace((graph.tp_limits or ())[0], size=3)
-    monkeypatch.setattr(question, "load_graph", lambda *_, **__: replace(graph, tp_limits=(limit,)))
+    answer_with(replace(graph, tp_limits=(limit,)), monkeypatch)
     with pytest.raises(PlanError) as refused:
         check_plan(path)
     message = "tp 2 does not divide the 3 MLP width of toy."
@@ -228,10 +230,7 @@ def test_the_model_is_looked_for_beside_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path)
-    asked: list[str] = []
-    monkeypatch.setattr(
-        question, "load_graph", lambda source, **_: asked.append(source) or toy_graph()
-    )
+    asked = answer_with(toy_graph(), monkeypatch)
     check_plan(path)
     (tmp_path / "toy.py").write_text("")
     check_plan(path)

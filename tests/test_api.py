@@ -1,0 +1,115 @@
+"""The Python API returns what the command line writes, and refuses what it would refuse."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import mist
+from mist import cli
+from mist.errors import InputError
+from mist.planfile import dump_plan
+from mist.plans import Plan
+from mist.spec import SearchSpace
+from mist.workflow.checking import Checked
+
+
+def tiny(models: Path) -> nn.Module:
+    """The tiny model as an object."""
+    spec = importlib.util.spec_from_file_location("tiny", models / "tiny.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model: nn.Module = module.build_model()
+    return model
+
+
+def test_a_plan_is_the_one_that_the_command_writes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = mist.plan(models / "tiny.py", gpus=4, global_batch=16)
+    assert isinstance(plan, Plan)
+    path = tmp_path / "cli.yaml"
+    words = ["plan", str(models / "tiny.py"), "--gpus", "4", "--global-batch", "16"]
+    monkeypatch.setattr(sys, "argv", ["mist", *words, "--out", str(path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert path.read_text() == dump_plan(plan)
+    assert mist.load_plan(path) == plan
+    mist.save_plan(plan, tmp_path / "api.yaml")
+    assert (tmp_path / "api.yaml").read_bytes() == path.read_bytes()
+
+
+def test_a_module_is_planned_as_its_file_is(models: Path) -> None:
+    from_file = mist.plan(models / "tiny.py", gpus=4, global_batch=16)
+    plan = mist.plan(tiny(models), gpus=4, global_batch=16)
+    assert plan.model.source == "object:Tiny"
+    assert plan.model.fingerprint == from_file.model.fingerprint
+    assert (plan.stages, plan.estimate) == (from_file.stages, from_file.estimate)
+
+
+def test_progress_and_the_space_are_passed_on(models: Path) -> None:
+    told: list[str] = []
+    space = SearchSpace(tp=(2,), restrictions=("tp=2",))
+    plan = mist.plan(
+        models / "tiny.py", gpus=4, global_batch=16, space=space, top=1, progress=told.append
+    )
+    assert {stage.tp for stage in plan.stages} == {2}
+    assert len(plan.alternatives) == 1
+    assert told
+
+
+def test_a_check_judges_layouts_and_plan_files(models: Path, tmp_path: Path) -> None:
+    layout = mist.check(models / "tiny.py", gpus=4, global_batch=16, tp=2, pp=2, checkpoint="full")
+    assert isinstance(layout, Checked)
+    assert layout.fits
+    assert layout.margin_bytes > 0
+    mist.save_plan(layout.plan, tmp_path / "plan.yaml")
+    again = mist.check(tmp_path / "plan.yaml")
+    assert again.plan == layout.plan
+    assert not mist.check(tmp_path / "plan.yaml", margin=0.99999).fits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf8"}, "precision 'bf8' is none of bf16, fp16, fp32."),
+        ({"attention": "fast"}, "attention 'fast' is none of flash, math."),
+        ({"gpu": "h10"}, "--gpu h10: no device of that name. Did you mean h100-sxm?"),
+    ],
+)
+def test_choices_that_are_none(models: Path, options: dict[str, str], message: str) -> None:
+    for ask in (mist.plan, mist.check):
+        with pytest.raises(InputError) as refused:
+            ask(models / "tiny.py", gpus=4, **options)  # type: ignore[operator]
+        assert str(refused.value) == message
+
+
+def test_an_unknown_option_is_an_error(models: Path) -> None:
+    with pytest.raises(TypeError) as refused:
+        mist.plan(models / "tiny.py", gpus=4, global_bacth=16)  # type: ignore[call-arg]
+    message = "unexpected keyword argument 'global_bacth'. Did you mean global_batch?"
+    assert str(refused.value) == message
+    with pytest.raises(TypeError, match="'tp'"):  # a layout is for check; plan takes a space
+        mist.plan(models / "tiny.py", gpus=4, tp=2)  # type: ignore[call-arg]
+
+
+def test_what_is_checked_must_be_a_plan_or_have_gpus(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        mist.check(models / "tiny.py")
+    message = f"{models / 'tiny.py'} is no plan file (.yaml), and a model needs gpus=N."
+    assert str(refused.value) == message
+    with pytest.raises(InputError, match=r"^a module needs gpus=N\.$"):
+        mist.check(nn.Linear(1, 1))
+    with pytest.raises(InputError) as refused:
+        mist.check(tmp_path / "plan.yaml", tp=2, global_batch=3)
+    path = tmp_path / "plan.yaml"
+    assert str(refused.value) == f"{path} says itself what global_batch, tp would; leave them out."
+
+
+def test_there_is_nothing_else() -> None:
+    assert mist.__all__ == ["check", "load_plan", "plan", "save_plan"]
+    with pytest.raises(AttributeError, match="module 'mist' has no attribute 'plant'"):
+        _ = mist.plant  # type: ignore[attr-defined]

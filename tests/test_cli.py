@@ -1,0 +1,548 @@
+"""The command line: what is printed and written, and the exact words and exit code of a refusal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mist import cli
+from mist.planfile import load_plan
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--gpus", "4", "--global-batch", "16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a command returned and printed."""
+
+    code: object
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """What followed "mist: " on stderr."""
+        return self.err[self.err.index("mist: ") + len("mist: ") :].rstrip("\n")
+
+
+Mist = Callable[..., Run]
+
+
+@pytest.fixture
+def mist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Mist:
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["mist", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return Run(code=end.value.code, out=printed.out, err=printed.err)
+
+    return run
+
+
+def test_a_plan_is_written_and_told(mist: Mist, models: Path, tmp_path: Path) -> None:
+    run = mist("plan", models / "tiny.py", *SMALL)
+    assert run.code == 0
+    plan = load_plan(tmp_path / "tiny-4xh100-sxm.yaml")
+    assert (tmp_path / "tiny-4xh100-sxm.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tiny-4xh100-sxm.yaml",
+        "tiny-4xh100-sxm.png",
+    }
+    assert plan.model.source == str(models / "tiny.py")
+    assert len(plan.alternatives) == 5
+    for words in (
+        "Stages (",
+        "Memory per GPU",
+        "tokens/s, MFU ",
+        *[a.layout for a in plan.alternatives],
+    ):
+        assert words in run.out
+    assert "a line that the model's file prints" not in run.out
+    assert run.err.endswith("wrote tiny-4xh100-sxm.yaml and tiny-4xh100-sxm.png\n")
+
+
+def test_the_same_plan_twice_has_the_same_bytes(mist: Mist, models: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        mist("plan", models / "tiny.py", *SMALL, "--out", f"{name}.yaml")
+    for kind in (".yaml", ".png"):
+        files = [(tmp_path / name).with_suffix(kind) for name in ("first", "second")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_json_of_a_plan_is_all_of_stdout(mist: Mist, models: Path, tmp_path: Path) -> None:
+    run = mist("plan", models / "tiny.py", *SMALL, "--json", "--top", 2, "--out", "p.yaml")
+    found = json.loads(run.out)
+    written = yaml.safe_load((tmp_path / "p.yaml").read_text())
+    assert {key: found[key] for key in written} == written
+    assert {*found} - {*written} == {"seconds", "notes"}
+    assert len(found["alternatives"]) == 2
+    assert {*found["seconds"]} == {"prepare", "search"}
+
+
+def test_what_is_set_is_kept(mist: Mist, models: Path, tmp_path: Path) -> None:
+    knobs = ("tp=2", "pp=2", "dp=1", "micro-batch=2", "zero=1", "checkpoint=full")
+    options = [word for knob in knobs for word in ("--set", knob)]
+    run = mist("plan", models / "tiny.py", *SMALL, *options, "--out", "p.yaml")
+    assert run.code == 0, run.err
+    plan = load_plan(tmp_path / "p.yaml")
+    assert [(s.tp, s.dp, s.micro_batch, s.zero, s.num_full) for s in plan.stages] == [
+        (2, 1, 2, 1, 2)
+    ] * 2
+    assert plan.provenance.search["restricted"] == ", ".join(knobs)
+
+
+def test_a_model_without_layers_is_one_stage_with_a_note(mist: Mist, models: Path) -> None:
+    note = "no list of layers that are called once each in order: one block, one layer"
+    run = mist("plan", models / "flat.py", *SMALL, "--seq", 128, "--out", "flat.yaml")
+    assert run.code == 0, run.err
+    assert f"Note: {note}.\n" in run.out
+    assert len(load_plan("flat.yaml").stages) == 1
+    assert f"Note: {note}.\n" in mist("check", "flat.yaml").out
+    assert note in json.loads(mist("check", "flat.yaml", "--json").out)["notes"]
+
+
+def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
+    layout = ("--tp", 2, "--pp", 2, "--zero", 1, "--micro-batch", 1, "--checkpoint", "full")
+    run = mist("check", models / "tiny.py", *SMALL, *layout, "--out", "mine.yaml")
+    assert run.code == 0, run.err
+    assert run.out.startswith("FITS, with ")
+    assert run.err.endswith("wrote mine.yaml\n")
+    plan = load_plan("mine.yaml")
+    assert [(stage.tp, stage.zero, stage.num_full) for stage in plan.stages] == [(2, 1, 2)] * 2
+    again = mist("check", "mine.yaml")
+    assert again.code == 0
+    # A plan file has no suggestions: its stages may differ.
+    assert again.out == "".join(
+        line for line in run.out.splitlines(keepends=True) if not line.startswith("Try ")
+    )
+
+
+def test_the_json_of_a_check(mist: Mist, models: Path) -> None:
+    mist("plan", models / "tiny.py", *SMALL, "--out", "p.yaml")
+    run = mist("check", "p.yaml", "--json")
+    found = json.loads(run.out)
+    assert found["fits"] is True
+    assert {"margin_bytes", "step_s", "stages"} <= {*found}
+    for stage in found["stages"]:
+        assert stage["usable_bytes"] > found["limit_bytes"] >= stage["peak_bytes"]
+        # Seven figures, each rounded to a whole byte.
+        assert sum(stage["parts"].values()) == pytest.approx(stage["peak_bytes"], abs=4)
+
+
+def test_a_check_that_fails(mist: Mist, models: Path) -> None:
+    run = mist("check", models / "tiny.py", *SMALL, "--micro-batch", 4, "--margin", 0.99999)
+    assert run.code == 3
+    assert run.out.startswith("DOES NOT FIT: over by ")
+    run = mist("check", models / "tiny.py", *SMALL, "--margin", 0.99999, "--json")
+    assert run.code == 3
+    assert json.loads(run.out)["fits"] is False
+
+
+def test_a_check_without_a_trace_traces_and_says_so(
+    mist: Mist, models: Path, tmp_path: Path
+) -> None:
+    fresh = tmp_path / "fresh.py"
+    fresh.write_text((models / "tiny.py").read_text())
+    run = mist("check", "fresh.py", *SMALL)
+    assert "loading fresh.py\n" in run.err
+    assert "tracing" in run.err
+    assert mist("check", "fresh.py", *SMALL).err == "fresh: trace from the cache\n"
+
+
+def test_the_costs_of_blocks_at_a_point(mist: Mist, models: Path) -> None:
+    at = ("--at", "b=2,s=128,t=2", "--precision", "fp32", "--json")
+    blocks = json.loads(mist("trace", models / "tiny.py", *at).out)["blocks"]
+    assert [(block["name"], block["repeat"]) for block in blocks] == [
+        ("embed", 1),
+        ("Layer", 4),
+        ("head", 1),
+    ]
+    for block in blocks:
+        assert {
+            "name",
+            "repeat",
+            "param_bytes",
+            "flop_forward",
+            "flop_backward",
+            "saved_bytes",
+            "boundary_bytes",
+        } <= {*block}
+    # fp32, t = 2: attention 4 * 64 * 64 and MLP 2 * 64 * 256 halved, MLP biases 256 / 2 + 64,
+    # LayerNorm 2 * 64; boundary b * s * 64.
+    assert blocks[1]["param_bytes"] == 4 * ((4 * 64 * 64 + 2 * 64 * 256) // 2 + 128 + 64 + 128)
+    assert blocks[1]["boundary_bytes"] == 4 * 2 * 128 * 64
+    # Matrices: 2 * tokens * weights / t; attention: 2 products of 2 * b * heads * s * s * 16 / t.
+    matrices = 2 * 256 * (4 * 64 * 64 + 2 * 64 * 256) // 2
+    assert blocks[1]["flop_forward"] == matrices + 2 * (2 * 2 * 4 * 128 * 128 * 16) // 2
+
+
+def test_the_costs_of_blocks_as_expressions(mist: Mist, models: Path) -> None:
+    run = mist("trace", models / "tiny.py")
+    assert run.code == 0
+    assert "b micro-batch, s sequence, t tensor-parallel degree" in run.out
+    assert "128*b*s" in run.out  # the boundary: 64 elements of 2 bytes
+
+
+def test_profiles_are_listed_and_shown(mist: Mist) -> None:
+    found = json.loads(mist("profiles", "--json").out)["profiles"]
+    names = {profile["name"] for profile in found}
+    assert {"h100-sxm", "h200", "a100-sxm-80", "a100-sxm-40", "b200", "l4", "l40s"} <= names
+    assert {"dgx-h100", "dgx-a100", "pcie-box", "l4-box", "local-cpu", "torch"} <= names
+    shown = mist("profiles", "show", "l4")
+    assert shown.code == 0
+    assert "device l4: " in shown.out
+    assert "device h200" not in shown.out
+
+
+REFUSED: list[tuple[str, tuple[str, ...], str]] = [
+    (
+        "file missing",
+        ("plan", "missing.py", *SMALL),
+        "model 'missing.py' is neither a file, a folder with a config.json, nor a preset. ...",
+    ),
+    (
+        "raises on import",
+        ("plan", "{models}/raising.py", *SMALL),
+        "{models}/raising.py cannot be imported: RuntimeError: the disk is full "
+        "(line 3: raise RuntimeError('the disk is full')).",
+    ),
+    (
+        "no build_model",
+        ("plan", "{models}/empty.py", *SMALL),
+        "{models}/empty.py defines neither build_model() nor model. "
+        "Add a function build_model() that returns the torch.nn.Module to plan.",
+    ),
+    (
+        "returns something else",
+        ("plan", "{models}/number.py", *SMALL),
+        "{models}/number.py: build_model() returned an int, not a torch.nn.Module. "
+        "Return the module itself.",
+    ),
+    (
+        "build_model fails",
+        ("plan", "{models}/failing.py", *SMALL),
+        "{models}/failing.py: build_model() raised KeyError: 'layers' "
+        "(line 2: return {}['layers']).",
+    ),
+    (
+        "data-dependent control flow",
+        ("plan", "{models}/branching.py", *SMALL),
+        "branching decides by the values of its tensors "
+        "({models}/branching.py:12: if x.sum() > 0:). Mist traces shapes only: "
+        "replace the branch or .item() by an operation on tensors, such as torch.where.",
+    ),
+    (
+        "unknown preset",
+        ("plan", "lama3-8b", *SMALL),
+        "model 'lama3-8b' is neither a file, a folder with a config.json, nor a preset. "
+        "Did you mean llama3-8b...",
+    ),
+    (
+        "unknown GPU",
+        ("plan", "{models}/tiny.py", *SMALL, "--gpu", "h10"),
+        "--gpu h10: no device of that name. Did you mean h100-sxm?",
+    ),
+    (
+        "unknown cluster",
+        ("plan", "{models}/tiny.py", *SMALL, "--cluster", "dgx-h10"),
+        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100?",
+    ),
+    (
+        "unknown runtime",
+        ("plan", "{models}/tiny.py", *SMALL, "--runtime", "troch"),
+        "--runtime troch: no runtime of that name. Did you mean torch?",
+    ),
+    (
+        "no GPUs",
+        ("plan", "{models}/tiny.py", "--gpus", "0"),
+        "--gpus 0: a plan needs at least one GPU. Try --gpus 8.",
+    ),
+    (
+        "negative GPUs",
+        ("plan", "{models}/tiny.py", "--gpus", "-1"),
+        "--gpus -1: a plan needs at least one GPU. Try --gpus 8.",
+    ),
+    (
+        "GPUs that fill no nodes",
+        ("plan", "{models}/tiny.py", "--gpus", "17"),
+        "--gpus 17: dgx-h100 has 8 GPUs per node, so a job takes at most 8 GPUs or a multiple "
+        "of 8. Try --gpus 16 or 24.",
+    ),
+    (
+        "a batch that nothing factorises",
+        ("plan", "{models}/tiny.py", "--gpus", "8", "--global-batch", "7", "--set", "tp=1"),
+        "--global-batch 7: no (dp, micro-batch, micro-batches) factorises it on 8 GPUs "
+        "with tp=1. Try --global-batch 8.",
+    ),
+    (
+        "tp that does not divide the heads",
+        ("plan", "{models}/tiny.py", "--gpus", "3", "--global-batch", "12", "--set", "tp=3"),
+        "tp 3 does not divide the 4 attention heads of tiny. "
+        "tp 3 does not divide the 256 MLP width of tiny. "
+        "tp 3 does not divide the sequence of 512 tokens, which runtime torch shards with it.",
+    ),
+    (
+        "check with tp that does not divide the heads",
+        ("check", "{models}/tiny.py", "--gpus", "3", "--global-batch", "12", "--tp", "3"),
+        "tp 3 does not divide the 4 attention heads of tiny.\n"
+        "tp 3 does not divide the 256 MLP width of tiny.\n"
+        "tp 3 does not divide the sequence of 512 tokens, which runtime torch shards with it.",
+    ),
+    (
+        "longer than the positions",
+        ("plan", "{models}/tiny.py", *SMALL, "--seq", "513"),
+        "--seq 513: tiny has positions for 512 tokens. Use --seq 512 or less.",
+    ),
+    (
+        "a margin of more than all",
+        ("plan", "{models}/tiny.py", *SMALL, "--margin", "1.5"),
+        "--margin 1.5 is not a share of the memory (0 to 1).",
+    ),
+    (
+        "a knob that is none",
+        ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
+        "--set colour=2: expected tp, pp, dp, micro-batch or zero with a number, "
+        "or checkpoint=none or full.",
+    ),
+    (
+        "a knob set twice",
+        ("plan", "{models}/tiny.py", *SMALL, "--set", "tp=2", "--set", "tp=4"),
+        "--set tp=4: tp is set twice.",
+    ),
+    (
+        "a knob set to nothing",
+        ("plan", "{models}/tiny.py", *SMALL, "--set", "tp=0"),
+        "tp 0 is not a positive number.",
+    ),
+    (
+        "a ZeRO level that is none",
+        ("plan", "{models}/tiny.py", *SMALL, "--set", "zero=7"),
+        "zero 7 is not a ZeRO level (0, 1, 2 or 3).",
+    ),
+    (
+        "an output folder that is missing",
+        ("plan", "{models}/tiny.py", *SMALL, "--out", "missing/p.yaml"),
+        "--out missing/p.yaml: the folder missing does not exist. Create it first.",
+    ),
+    (
+        "an output folder that is a file",
+        ("plan", "{models}/tiny.py", *SMALL, "--out", "{models}/tiny.py/p.yaml"),
+        "--out {models}/tiny.py/p.yaml: {models}/tiny.py is not a folder. Choose another file.",
+    ),
+    (
+        "an output that is no plan",
+        ("plan", "{models}/tiny.py", *SMALL, "--out", "p.png"),
+        "--out p.png: a plan file ends in .yaml.",
+    ),
+    (
+        "check into a folder that is missing",
+        ("check", "{models}/tiny.py", *SMALL, "--out", "missing/p.yaml"),
+        "--out missing/p.yaml: the folder missing does not exist. Create it first.",
+    ),
+    (
+        "a model to check without GPUs",
+        ("check", "{models}/tiny.py"),
+        "mist check {models}/tiny.py: a model needs --gpus.",
+    ),
+    (
+        "a plan that is missing",
+        ("check", "missing.yaml"),
+        "Cannot read the plan missing.yaml: No such file or directory.",
+    ),
+    (
+        "options that a plan answers",
+        ("check", "missing.yaml", "--tp", "2", "--gpus", "4"),
+        "mist check missing.yaml: the plan file says itself what --tp, --gpus would. "
+        "Leave them out, or give the model instead of the plan.",
+    ),
+    (
+        "a point that is none",
+        ("trace", "{models}/tiny.py", "--at", "b=2"),
+        "--at b=2: expected b=2,s=128 and perhaps t=2.",
+    ),
+    (
+        "a point of nothing",
+        ("trace", "{models}/tiny.py", "--at", "b=0,s=128"),
+        "--at b=0,s=128: expected b=2,s=128 and perhaps t=2.",
+    ),
+    (
+        "a point beyond the positions",
+        ("trace", "{models}/tiny.py", "--at", "b=1,s=1024,t=3"),
+        "--at b=1,s=1024,t=3: tiny has positions for 512 tokens. "
+        "tp 3 does not divide the 4 attention heads of tiny. "
+        "tp 3 does not divide the 256 MLP width of tiny.",
+    ),
+    (
+        "a policy that is none",
+        ("trace", "{models}/tiny.py", "--policy", "tpu"),
+        "--policy tpu is neither cuda nor cpu.",
+    ),
+    (
+        "a profile that is none",
+        ("profiles", "show", "h10"),
+        "h10: no profile of that name. Did you mean ...",
+    ),
+    (
+        "an action that is none",
+        ("profiles", "draw"),
+        "Say `mist profiles` or `mist profiles show NAME`.",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
+def test_a_refusal_has_its_words_and_leaves_nothing(
+    mist: Mist, models: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    run = mist(*(argument.replace("{models}", str(models)) for argument in arguments))
+    assert (run.code, run.out) == (2, "")
+    expected = message.replace("{models}", str(models))
+    # "..." stands for the names of the other presets or profiles.
+    found = run.message
+    if expected.endswith("..."):
+        found = f"{found[: len(expected) - 3]}..."
+    assert found == expected
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_broken_plan_file_tells_all_faults(mist: Mist, models: Path, tmp_path: Path) -> None:
+    mist("plan", models / "tiny.py", *SMALL, "--out", "p.yaml")
+    text = (tmp_path / "p.yaml").read_text()
+    text = text.replace("mist.plan/1", "mist.plan/2").replace("weights: 0.0", "weights: 1.5")
+    (tmp_path / "p.yaml").write_text(f"{text}colour: red\n")
+    run = mist("check", "p.yaml")
+    assert (run.code, run.out) == (2, "")
+    assert run.message == (
+        "p.yaml has 3 faults:\n"
+        "  schema: input should be 'mist.plan/1' (found \"mist.plan/2\")\n"
+        "  stages[0].offload.weights: input should be less than or equal to 1 (found 1.5)\n"
+        "  colour: unknown key"
+    )
+
+
+def test_a_plan_for_another_model(mist: Mist, models: Path, tmp_path: Path) -> None:
+    model = tmp_path / "mine.py"
+    model.write_text((models / "tiny.py").read_text())
+    mist("plan", "mine.py", *SMALL, "--out", "p.yaml")
+    model.write_text(model.read_text().replace("1000", "2000"))
+    run = mist("check", "p.yaml")
+    params = 4 * (4 * 64 * 64 + 2 * 64 * 256 + 256 + 64 + 128) + 2 * 1000 * 64
+    assert run.code == 2
+    assert run.message == (
+        "p.yaml has 1 fault:\n"
+        "  model.fingerprint: the plan is for another model: it was made for mine with "
+        f"{params} parameters, mine.py is now mine with {params + 2 * 1000 * 64}"
+    )
+
+
+def test_a_model_that_does_not_fit(mist: Mist, models: Path, tmp_path: Path) -> None:
+    run = mist("plan", models / "tiny.py", *SMALL, "--margin", 0.99999)
+    assert (run.code, run.out) == (3, "")
+    assert run.message.startswith("tiny does not fit on 4 x h100-sxm. Even in the layout of least")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_llama_70b_on_two_l4_says_what_would_fit(mist: Mist, tmp_path: Path) -> None:
+    run = mist("plan", "llama3-70b", "--gpus", 2, "--gpu", "l4")
+    assert (run.code, run.out) == (3, "")
+    assert run.message.startswith("llama3-70b does not fit on 2 x l4. ")
+    for words in (" stage 0 needs ", " GiB that a plan may use on l4 (states ", "activations "):
+        assert words in run.message
+    # 70.55e9 parameters of 16 bytes are 1.13 TB: 64 GPUs of 18.5 GiB hold 1.27 TB, but not the
+    # activations as well.
+    assert run.message.endswith(" Try --gpus 128.")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("option", [("--precision", "bf8"), ("--top", "-1"), ("--gpus", "many")])
+def test_typer_refuses_what_is_no_choice(mist: Mist, option: tuple[str, str]) -> None:
+    run = mist("plan", "llama3-8b", "--gpus", "8", *option)
+    assert (run.code, run.out) == (2, "")
+    assert f"Invalid value for '{option[0]}'" in run.err
+
+
+def test_ctrl_c_has_a_message_and_no_traceback(
+    mist: Mist, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)  # the last step of writing a file
+    run = mist("plan", models / "tiny.py", *SMALL)
+    assert (run.code, run.out) == (130, "")
+    assert run.message == "interrupted. No file is half written."
+    assert "Traceback" not in run.err
+    assert not [*tmp_path.iterdir()]
+
+
+def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def test_a_real_ctrl_c(models: Path, tmp_path: Path) -> None:
+    """The model's file says when it is being built, and waits."""
+    text = "import sys, time\nprint('building', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(text)
+    process = start(str(ROOT / "cli.py"), "plan", "slow.py", "--gpus", "4", cwd=tmp_path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line == "building\n":
+            break
+    time.sleep(0.2)  # into the sleep
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err == "mist: interrupted. No file is half written.\n"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["slow.py"]
+
+
+def test_the_checkout_plans_and_a_check_needs_no_torch(
+    mist: Mist, models: Path, tmp_path: Path
+) -> None:
+    process = start(str(ROOT / "cli.py"), "plan", str(models / "tiny.py"), *SMALL, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.startswith("tiny: ")
+    code = (
+        "import sys\n"
+        "sys.argv = ['mist', 'check', 'tiny-4xh100-sxm.yaml']\n"
+        "from mist.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'pulp'} & {*sys.modules}))\n"
+    )
+    process = start("-c", code, cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.startswith("FITS, with ")
+    assert out.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "file_name"), [("llama3-8b", "llama3-8b"), ("../a b/7B", "a-b-7B"), ("//", "model")]
+)
+def test_a_model_name_becomes_a_file_name(name: str, file_name: str) -> None:
+    assert cli._file_name(name) == file_name
