@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 BIN := .venv/bin
 SOURCES := mist tests examples benchmarks cli.py
 
-.PHONY: help plan test test-slow check bench format mutants
+.PHONY: help plan test test-slow check bench format mutants golden
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,3 +48,6 @@ format: $(INSTALLED)  ## format, and fix what can be fixed
 
 mutants: $(INSTALLED)  ## every committed mutant must fail its tests
 	$(BIN)/python tests/mutants/run.py
+
+golden: $(INSTALLED)  ## plan the golden plans anew
+	$(BIN)/python -m tests.golden

@@ -52,7 +52,9 @@ Checkpoint = Annotated[
     str, typer.Option("--checkpoint", help="Recomputed layers: none, full, or a number per stage.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Plan file to write (.yaml).")]
+Out = Annotated[
+    Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
+]
 
 OF_ANY_PLAN = {"subject", "margin", "out", "as_json"}  # what `mist check PLAN` may be told
 PLAN_SUFFIXES = (".yaml", ".yml")
@@ -302,18 +304,19 @@ def _file_name(model: str) -> str:
 
 
 def _check_out(out: Path | None) -> None:
-    """Refuse before the work is done, not after it."""
-    path = out or Path("plan.yaml")
-    what = f"--out {out}" if out else "the current folder"
-    if path.suffix not in PLAN_SUFFIXES:
-        raise OutputError(f"{what}: a plan file ends in .yaml.")
-    folder = path.parent
-    if not folder.exists():
-        raise OutputError(f"{what}: the folder {folder} does not exist. Create it first.")
-    if not folder.is_dir():
-        raise OutputError(f"{what}: {folder} is not a folder. Choose another file.")
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputError(f"{what}: cannot write there. Choose another file.")
+    """Refuse before the work is done, not after it. None: a file in the current folder."""
+    if out is None:
+        if not os.access(".", os.W_OK):
+            raise OutputError("cannot write into the current folder. Choose a file with --out.")
+        return
+    if out.suffix not in PLAN_SUFFIXES:
+        raise OutputError(f"--out {out}: a plan file ends in .yaml.")
+    if not out.parent.exists():
+        raise OutputError(f"--out {out}: the folder {out.parent} does not exist. Create it first.")
+    if not out.parent.is_dir():
+        raise OutputError(f"--out {out}: {out.parent} is not a folder. Choose another file.")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise OutputError(f"--out {out}: cannot write there. Choose another file.")
 
 
 def _progress(message: str) -> None:

@@ -97,6 +97,7 @@ MODELS = {
     "flat.py": FLAT,
     "branching.py": BRANCHING,
     "raising.py": "import torch\n\nraise RuntimeError('the disk is full')\n",
+    "leaving.py": "import sys\n\nsys.exit(0)\n",
     "empty.py": "import torch\n",
     "number.py": "def build_model():\n    return 3\n",
     "failing.py": "def build_model():\n    return {}['layers']\n",

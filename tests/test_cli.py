@@ -223,6 +223,11 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "(line 3: raise RuntimeError('the disk is full')).",
     ),
     (
+        "ends the program on import",
+        ("plan", "{models}/leaving.py", *SMALL),
+        "{models}/leaving.py cannot be imported: SystemExit: 0 (line 3: sys.exit(0)).",
+    ),
+    (
         "no build_model",
         ("plan", "{models}/empty.py", *SMALL),
         "{models}/empty.py defines neither build_model() nor model. "
@@ -421,6 +426,20 @@ def test_a_refusal_has_its_words_and_leaves_nothing(
         found = f"{found[: len(expected) - 3]}..."
     assert found == expected
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_that_cannot_be_written(
+    mist: Mist, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    run = mist("plan", models / "tiny.py", *SMALL)
+    assert (run.code, run.message) == (
+        2,
+        "cannot write into the current folder. Choose a file with --out.",
+    )
+    (tmp_path / "p.yaml").mkdir()
+    run = mist("check", models / "tiny.py", *SMALL, "--out", "p.yaml")
+    assert run.message == "--out p.yaml: cannot write there. Choose another file."
 
 
 def test_a_broken_plan_file_tells_all_faults(mist: Mist, models: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.estimate import Job
-from mist.facts import TpLimit
-from mist.rules import Rule, broken
+from mist.graph import B, ModelGraph, S
+from mist.rules import Rule, broken, out_of_domain
 from tests.toys import toy_graph, toy_job
 
 FITTING = {
@@ -117,5 +118,32 @@ def test_words_are_said_exactly_where_a_mask_is_false(**columns: int) -> None:
 RULES = job().rules
 
 
-def test_limits_are_named() -> None:
-    assert TpLimit(label="MLP width", size=4096) in (job().graph.tp_limits or ())
+def restricted(relation: sympy.Basic) -> ModelGraph:
+    """The toy, with costs that hold only under a relation."""
+    graph = toy_graph()
+    return replace(graph, head=replace(graph.head, domain=(relation,)))
+
+
+def test_costs_hold_only_where_they_were_traced() -> None:
+    rules = toy_job(restricted(sympy.Gt(B, 2))).rules
+    assert [*broken(rules, FITTING)] == [
+        "the costs of toy were traced for b > 2 only (b micro-batch, s sequence, t tp)."
+    ]
+    found = next(rule for rule in rules if rule.name == "domain-b > 2")
+    columns = FITTING | {"micro_batch": np.array([1, 2, 3])}
+    assert found.mask(columns).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("relation", "seq_len", "outside"),
+    [
+        (sympy.Ge(S, 4096), 2048, ("s >= 4096",)),
+        (sympy.Ge(S, 4096), 4096, ()),
+        (sympy.Gt(B * S, 4096), 2048, ()),  # from b = 3 on
+        (sympy.Gt(B, 2), 2048, ()),
+    ],
+)
+def test_sequences_that_no_micro_batch_makes_right(
+    relation: sympy.Basic, seq_len: int, outside: tuple[str, ...]
+) -> None:
+    assert out_of_domain(toy_job(restricted(relation)).cost.domain, seq_len) == outside

@@ -171,7 +171,7 @@ def _build(source: PythonSource, build: object) -> nn.Module:
     try:
         with torch.device("meta"):
             module = build()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"{source.label}: build_model() raised {short(error)}{_where(error, source.path)}."
         ) from error
@@ -189,7 +189,7 @@ def _run_file(source: PythonSource) -> ModuleType:
     namespace = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"{source.label} cannot be imported: {short(error)}{_where(error, source.path)}."
         ) from error

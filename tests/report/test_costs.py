@@ -1,7 +1,11 @@
 """The cost tables: expressions, their values at a point, and every figure of every profile."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import sympy
+
+from mist.graph import B
 from mist.platform.listing import figure_rows, profile_rows
 from mist.report.costs import outside_trace, print_profiles, print_trace, profiles_json, trace_json
 from tests.toys import toy_graph
@@ -79,6 +83,19 @@ def test_the_printed_trace(capsys: pytest.CaptureFixture[str]) -> None:
 def test_points_where_a_trace_says_nothing(t: int, reasons: list[str]) -> None:
     graph = toy_graph((3,), hidden=4, vocab=10)
     assert [*outside_trace(graph, POINT | {"t": t})] == reasons
+
+
+def test_a_relation_is_printed_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    graph = toy_graph((3,), hidden=4, vocab=10)
+    graph = replace(graph, head=replace(graph.head, domain=(sympy.Gt(B, 2),)), max_seq_len=16)
+    print_trace(replace(graph, notes=("made by hand",)), None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "holds where b > 2" in text
+    assert text.endswith("Note: made by hand.")
+    assert [*outside_trace(graph, {"b": 2, "s": 17, "t": 1})] == [
+        "toy has positions for 16 tokens.",
+        "the costs of toy were traced for b > 2 only.",
+    ]
 
 
 def test_every_figure_is_printed_with_its_kind_and_source(

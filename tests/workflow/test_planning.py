@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sympy
 
 from mist.errors import Infeasible, InputError
 from mist.explain import layout_words
+from mist.graph import S
 from mist.planfile import dump_plan, save_plan
 from mist.spec import Precision, SearchSpace
 from mist.workflow.checking import check_plan
@@ -101,6 +103,15 @@ def test_a_batch_that_nothing_factorises() -> None:
         "--global-batch 7: no (dp, micro-batch, micro-batches) factorises it on 8 GPUs with "
         "pp=1, tp=1. Try --global-batch 8."
     )
+
+
+def test_a_sequence_for_which_nothing_was_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = toy_graph()
+    relation = sympy.Ge(S, 4096)
+    answer_with(replace(graph, head=replace(graph.head, domain=(relation,))), monkeypatch)
+    with pytest.raises(InputError) as refused:
+        make_plan(replace(QUESTION, seq_len=2048), SearchSpace())
+    assert str(refused.value) == "--seq 2048: toy was traced for s >= 4096 only."
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,31 @@
+"""Re-planned, the golden plans are byte-identical; judged again, their predictions stand."""
+
+import pytest
+from tests.golden import JOBS, ROOT, golden, path_of
+
+from mist.planfile import dump_plan, load_plan
+from mist.workflow.checking import check_plan
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_plan_is_byte_identical(name: str) -> None:
+    assert golden(name) == path_of(name).read_text(), "if meant: make golden, and show the diff"
+
+
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_plan_loads_saves_and_checks_unchanged(name: str) -> None:
+    plan = load_plan(path_of(name))
+    assert dump_plan(plan) == path_of(name).read_text()
+    checked = check_plan(path_of(name))
+    assert checked.fits
+    assert checked.notes == ()
+    assert checked.plan.estimate == plan.estimate
+
+
+def test_every_golden_plan_has_its_job() -> None:
+    assert {path.stem for path in (ROOT / "plans").glob("*.yaml")} == set(JOBS)
