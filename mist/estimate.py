@@ -98,10 +98,12 @@ def position_columns(
     ends_node = (first + np.asarray(num_devices)) % per_node == 0
     return {
         "in_flight": np.minimum(num_stages - stage, num_micro_batches),
+        "num_micro_batches": np.full(num_stages, num_micro_batches),
         "is_first": is_first.astype(int),
         "is_last": is_last.astype(int),
         "prev_crosses_node": (~is_first & (first % per_node == 0)).astype(int),
         "next_crosses_node": (~is_last & ends_node).astype(int),
+        "spans_nodes": np.full(num_stages, int(job.platform.num_nodes > 1)),
     }
 
 

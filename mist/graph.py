@@ -94,7 +94,9 @@ class Block:
     made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
     worst for some (b, s, t); the peak is their maximum. `num_tp_regions`: column-to-row pairs, each
-    of which gathers and reduces once per pass. `domain`: relations under which all this holds.
+    of which gathers and reduces once per pass. `num_recomputed_ops`: how many of the forward
+    operations (they come first in `ops`) checkpointing runs again: up to the last one that saves
+    something, where torch stops early. `domain`: relations under which all this holds.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Block:
     boundary_bytes: Expr
     transient_bytes: tuple[Expr, ...]
     num_tp_regions: int
+    num_recomputed_ops: int
     domain: tuple[sympy.Basic, ...]
 
     @property

@@ -128,7 +128,8 @@ def tune(
             search.num_pruned += 1
             continue
         _search_group(search, group, bound_s)
-        progress(f"group {done + 1} of {len(bounded)}: best {search.upper_bound_s:.4g} s per step")
+        found = f"best {search.best.step_s:.4g} s per step" if search.best else "nothing fits yet"
+        progress(f"group {done + 1} of {len(bounded)}: {found}")
     if not bounded:
         raise InputError(_no_group_words(job, space))
     if search.best is None:
@@ -313,9 +314,13 @@ def _no_group_words(job: Job, space: SearchSpace) -> str:
             return " ".join(messages)
     batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
     restricted = f" with {', '.join(space.restrictions)}" if space.restrictions else ""
+    if batch % num_gpus:
+        advice = f"Try --global-batch {-(-batch // num_gpus) * num_gpus}."
+    else:
+        advice = "Restrict less, or let the restricted sizes divide it."
     return (
         f"--global-batch {batch}: no (dp, micro-batch, micro-batches) factorises it on {num_gpus} "
-        f"GPUs{restricted}. Try --global-batch {-(-batch // num_gpus) * num_gpus}."
+        f"GPUs{restricted}. {advice}"
     )
 
 

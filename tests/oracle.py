@@ -4,7 +4,7 @@ It shares no expression with `mist.symbolic`: it walks the layers of a concrete 
 tensor with Python numbers and asks the platform's laws for each operation by itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mist.facts import Traffic
 from mist.graph import B, Block, Layout, OpKind, S, T
@@ -101,8 +101,9 @@ def layer_times(
         launch = host.layer_launch_s.value
         launch += host.tensor_parallel_launch_s.value if rank.tp > 1 else 0.0
         host_s = [launch * host.forward_ratio.value, launch * (1 - host.forward_ratio.value)]
-    if level == "full":
-        pass_s[1] += forward + pairs * gather + (pairs - 1) * scatter
+    if level == "full":  # up to the last product, whose result and reduction nobody needs
+        again = replace(block, ops=block.ops[: block.num_recomputed_ops])
+        pass_s[1] += op_seconds(rank, again, "forward") + pairs * gather + (pairs - 1) * scatter
         host_s[1] += host_s[0]
     slots = [max(pass_s[0], host_s[0]), max(pass_s[1], host_s[1])]
     group = (rank.dp, rank.per_node)
@@ -111,16 +112,16 @@ def layer_times(
     rs = float(laws.reduce_scatter_s(4 * params, *group))
     ar = float(laws.all_reduce_s(4 * params, *group))
     gamma = runtime.overlap.compute_slowdown_ratio.value
-    usual = (
-        ag if rank.zero == 3 else 0,
-        (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 2 else 0),
-    )
-    once = (
-        ag if rank.zero >= 1 else 0,
-        (ag if rank.zero == 3 else 0) + (rs if rank.zero >= 1 else ar),
-    )
-    stable = sum(beside(c, m, gamma) for c, m in zip(slots, usual, strict=True))
-    return stable, sum(beside(c, m, gamma) for c, m in zip(slots, once, strict=True))
+    copy_out = float(laws.memory_s(4 * params, 1, Traffic.POINTWISE))
+    copy_in = float(laws.memory_s(6 * params, 1, Traffic.POINTWISE))
+    always, often, once = rank.zero == 3, rank.zero >= 2, rank.zero >= 1
+
+    def slot(compute: float, gathers: bool, scatters: bool, reduces: bool) -> float:
+        busy = compute + gathers * copy_out + scatters * copy_in
+        return beside(busy, gathers * ag + scatters * rs + reduces * ar, gamma)
+
+    stable = slot(slots[0], always, False, False) + slot(slots[1], always, often, False)
+    return stable, slot(slots[0], once, False, False) + slot(slots[1], always, once, not once)
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,12 @@ def _once(rank: Rank, blocks: list[tuple[Block, str, bool]], embed: Block, head:
         held = held_params(rank, block)
         owned = held / rank.dp if rank.zero else held
         moved = owned * traffic.optimizer_sharded_bytes_per_param.value
-        moved += held * traffic.optimizer_replicated_bytes_per_param.value
+        if rank.zero < 3:
+            moved += held * traffic.optimizer_replicated_bytes_per_param.value
         total += float(laws.memory_s(moved, 1, Traffic.POINTWISE))
     tied = sum(param.numel for param in head.params if param.tied) / rank.tp
     if tied and rank.num_stages > 1 and rank.stage in (0, rank.num_stages - 1):
-        edge = rank.first_device + (rank.dp * rank.tp if rank.stage == 0 else 0)
-        total += float(laws.p2p_s(4 * tied, int(edge % rank.platform.gpus_per_node == 0)))
+        total += float(laws.p2p_s(4 * tied, int(rank.platform.num_nodes > 1)))
     return total
 
 
@@ -202,12 +203,9 @@ def _peak(
         transient = max(rank.number(expr) for expr in block.transient_bytes)
         working.append(transient + (kept_bytes(rank, block) if level == "full" else 0.0))
     reducing = runtime.reduce_bytes[Precision.BF16].value
-    copies = {
-        0: 2.0,
-        1: 2.0,
-        2: reducing,
-        3: reducing + 2.0 * runtime.transients.num_gathered_groups.value,
-    }
-    gathered = copies[rank.zero] * max(held_params(rank, block) for block in blocks)
-    total = states + in_flight * kept + max(working) + gathered + in_flight * num_edges * boundary
+    unsharded = 2.0 * runtime.transients.num_gathered_groups.value if rank.zero == 3 else 0.0
+    gathered = (reducing + unsharded) * max(held_params(rank, block) for block in blocks)
+    sent = in_flight * boundary if rank.stage < rank.num_stages - 1 else 0.0
+    buffers = rank.num_micro_batches * num_edges * boundary + sent
+    total = states + in_flight * kept + max(working) + gathered + buffers
     return total * (1 + runtime.memory.allocator_overhead_ratio.value)

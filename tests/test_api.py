@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import mist
@@ -90,7 +91,7 @@ def test_choices_that_are_none(models: Path, options: dict[str, str], message: s
 def test_an_unknown_option_is_an_error(models: Path) -> None:
     with pytest.raises(TypeError) as refused:
         mist.plan(models / "tiny.py", gpus=4, global_bacth=16)  # type: ignore[call-arg]
-    message = "unexpected keyword argument 'global_bacth'. Did you mean global_batch?"
+    message = "unexpected keyword argument 'global_bacth'. Did you mean global_batch or make_batch?"
     assert str(refused.value) == message
     with pytest.raises(TypeError, match="'tp'"):  # a layout is for check; plan takes a space
         mist.plan(models / "tiny.py", gpus=4, tp=2)  # type: ignore[call-arg]
@@ -113,3 +114,30 @@ def test_there_is_nothing_else() -> None:
     assert mist.__all__ == ["check", "load_plan", "plan", "save_plan"]
     with pytest.raises(AttributeError, match="module 'mist' has no attribute 'plant'"):
         _ = mist.plant  # type: ignore[attr-defined]
+
+
+def test_a_module_with_inputs_of_its_own() -> None:
+    """Pixels in, a number out: make_batch and loss say what a training step is."""
+
+    class Regression(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                pixels = layer(pixels).relu()
+            return pixels
+
+    plan = mist.plan(
+        Regression(),
+        gpus=2,
+        seq=16,
+        global_batch=8,
+        make_batch=lambda batch, seq: {"pixels": torch.zeros(batch, seq, 64)},
+        loss=lambda output, batch: output.square().mean(),
+    )
+    assert plan.num_layers == 4
+    assert plan.model.params == 4 * (64 * 64 + 64)
+    with pytest.raises(InputError, match="belong in its file"):
+        mist.plan("llama3-8b", gpus=2, loss=lambda output, batch: output)

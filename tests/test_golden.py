@@ -1,10 +1,10 @@
 """Re-planned, the golden plans are byte-identical; judged again, their predictions stand."""
 
 import pytest
-from tests.golden import JOBS, ROOT, golden, path_of
 
 from mist.planfile import dump_plan, load_plan
 from mist.workflow.checking import check_plan
+from tests.golden import JOBS, ROOT, golden, path_of
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Predictions beside published runs of the same stack (FSDP2, eager PyTorch), nothing calibrated."""
+"""Predictions beside published runs of the same stack (FSDP2, eager), nothing calibrated."""
 
 import pytest
 
@@ -7,7 +7,7 @@ import mist
 
 @pytest.mark.slow
 def test_llama3_70b_on_64_a100_pytorch_torchtitan_24_7_seconds() -> None:
-    """pytorch/torchtitan docs/performance.md at 217cc94e2 (April 2024): 331 tokens/s per GPU, full AC.
+    """pytorch/torchtitan docs/performance.md at 217cc94e2 (2024): 331 tokens/s per GPU, full AC.
 
     The tolerance is the uncertainty that the prediction itself states.
     """

@@ -12,8 +12,6 @@ from mist.platform.quantity import Quantity, Record
 from mist.spec import Precision
 
 ZeroLevel = Literal[0, 1, 2, 3]
-Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble"]
-MemoryLevel = Literal["eager", "fused", "drop_activation", "drop_norm", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +45,17 @@ class Transients(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateTraffic(Record):
-    """HBM traffic of gradients and optimizer.
+    """HBM traffic of gradients, parameters and optimizer beside the layers' own.
 
-    Accumulation is per parameter held and micro-batch. A step of the optimizer moves the bytes of
-    `optimizer_sharded` per parameter of the rank's shard, of `optimizer_replicated` per parameter
-    held.
+    The copies out of an all-gather's and into a reduce-scatter's flat buffer are per parameter of
+    the group, by compute precision. Accumulation is per parameter held and micro-batch. A step of
+    the optimizer moves the bytes of `optimizer_sharded` per parameter of the rank's shard, and of
+    `optimizer_replicated` per parameter held below ZeRO-3.
     """
 
     accumulation_bytes_per_param: Quantity
+    gather_copy_bytes_per_param: Mapping[Precision, Quantity]
+    scatter_copy_bytes_per_param: Mapping[Precision, Quantity]
     optimizer_sharded_bytes_per_param: Quantity
     optimizer_replicated_bytes_per_param: Quantity
 
@@ -85,8 +86,6 @@ class Overlap(Record):
     zero_all_gather: bool
     zero_reduce_scatter: bool
     gradient_all_reduce: bool
-    tensor_parallel: bool
-    pipeline_p2p: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +111,9 @@ class Uncertainty(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs(Record):
-    """What the runtime can do: schedules, ZeRO levels, memory levels, how layers may be split."""
+    """What the runtime can do: ZeRO levels; whether tensor parallelism shards the sequence."""
 
-    schedules: tuple[Schedule, ...]
     zero_levels: tuple[ZeroLevel, ...]
-    memory_levels: tuple[MemoryLevel, ...]
-    layer_split: Literal["free", "uniform"]
     sequence_parallel: bool
 
 

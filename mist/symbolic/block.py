@@ -10,14 +10,14 @@ column-parallel matrix stays whole, as torch keeps it for the weight gradient.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import sympy
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import B, Block, Layout, Op, OpKind, Phase, SavedTensor, T
+from mist.graph import B, Block, Layout, Op, OpKind, SavedTensor, T
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
@@ -41,11 +41,13 @@ class BlockCost:
     """Seconds of one micro-batch and bytes of one rank; `params` counts parameters of the rank.
 
     `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters, reduce-scatter and all-reduce
-    of the gradients, over the data-parallel group.
+    of the gradients, over the data-parallel group; `gather_copy_s`, `scatter_copy_s`: the copies
+    out of and into their flat buffers.
     """
 
     forward_s: Expr
     backward_s: Expr
+    recompute_s: Expr
     tp_forward_s: Expr
     tp_backward_s: Expr
     tp_recompute_s: Expr
@@ -53,6 +55,8 @@ class BlockCost:
     gather_s: Expr
     scatter_s: Expr
     reduce_s: Expr
+    gather_copy_s: Expr
+    scatter_copy_s: Expr
     saved_bytes: Expr
     boundary_bytes: Expr
     transient_bytes: Expr
@@ -77,10 +81,16 @@ def layer_cost(block: Block, setting: Setting) -> BlockCost:
         **_device_cost(block, setting),
         tp_forward_s=regions * (gather + reduce),
         tp_backward_s=regions * (gather + reduce),
-        # recomputation stops early: the output of the last pair is not needed again
-        tp_recompute_s=regions * gather + max(regions - 1, 0) * reduce,
+        tp_recompute_s=regions * gather + _recomputed_reductions(block) * reduce,
         boundary_bytes=activation / setting.sequence_shards,
     )
+
+
+def _recomputed_reductions(block: Block) -> int:
+    """Reductions that recomputation repeats: not the last where it stops before that product."""
+    rest = _forward(block)[block.num_recomputed_ops :]
+    stops_early = any(op.kind == OpKind.GEMM for op in rest)
+    return max(block.num_tp_regions - int(stops_early), 0)
 
 
 def end_cost(block: Block, activation_bytes: Expr, setting: Setting) -> BlockCost:
@@ -96,16 +106,22 @@ def end_cost(block: Block, activation_bytes: Expr, setting: Setting) -> BlockCos
 
 
 def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
-    accumulated = rank_params(block) * setting.runtime.traffic.accumulation_bytes_per_param.value
-    gather, scatter, reduce = _dp_collectives(rank_params(block), setting.precision)
+    params, traffic = rank_params(block), setting.runtime.traffic
+    accumulated = params * traffic.accumulation_bytes_per_param.value
+    gathered = params * traffic.gather_copy_bytes_per_param[setting.precision].value
+    scattered = params * traffic.scatter_copy_bytes_per_param[setting.precision].value
+    gather, scatter, reduce = _dp_collectives(params, setting.precision)
     return {
-        "forward_s": _pass_seconds(block, "forward", setting),
-        "backward_s": _pass_seconds(block, "backward", setting)
+        "forward_s": _pass_seconds(_forward(block), setting),
+        "backward_s": _pass_seconds(block.ops[len(_forward(block)) :], setting)
         + sym.MEMORY[Traffic.POINTWISE](_accumulated_share(accumulated), 1),
-        "params": rank_params(block),
+        "recompute_s": _pass_seconds(block.ops[: block.num_recomputed_ops], setting),
+        "params": params,
         "gather_s": gather,
         "scatter_s": scatter,
         "reduce_s": reduce,
+        "gather_copy_s": sym.MEMORY[Traffic.POINTWISE](gathered, 1),
+        "scatter_copy_s": sym.MEMORY[Traffic.POINTWISE](scattered, 1),
         "saved_bytes": saved_bytes(block, setting),
         "transient_bytes": sym.larger(0, *block.transient_bytes),
     }
@@ -140,8 +156,12 @@ def _kept(saved: Iterable[SavedTensor], setting: Setting) -> Expr:
     return sympy.expand(total[Layout.SHARDED] + total[Layout.GATHERED] + whole)
 
 
-def _pass_seconds(block: Block, phase: Phase, setting: Setting) -> Expr:
-    ops = [op for op in block.ops if op.phase == phase]
+def _forward(block: Block) -> tuple[Op, ...]:
+    """The forward operations, which come first."""
+    return tuple(op for op in block.ops if op.phase == "forward")
+
+
+def _pass_seconds(ops: Sequence[Op], setting: Setting) -> Expr:
     matrix = Counter(_matrix_seconds(op) for op in ops if op.kind != OpKind.MEMORY)
     return sympy.Add(
         *(count * seconds for seconds, count in matrix.items()),

@@ -17,7 +17,15 @@ SEARCHED = ("stable_s", "lone_s", "peak_bytes")
 
 SIZES = (B, S, T)
 STRATEGY = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO)
-POSITION = (sym.IN_FLIGHT, sym.FIRST, sym.LAST, sym.PREV_CROSSES, sym.NEXT_CROSSES)
+POSITION = (
+    sym.IN_FLIGHT,
+    sym.NUM_MICRO_BATCHES,
+    sym.FIRST,
+    sym.LAST,
+    sym.PREV_CROSSES,
+    sym.NEXT_CROSSES,
+    sym.SPANS_NODES,
+)
 
 
 def compile_model(graph: ModelGraph, runtime: Runtime, precision: Precision) -> ModelPrograms:

@@ -123,13 +123,12 @@ def _slots(cost: BlockCost, setting: Setting, *, recompute: bool, hosted: bool) 
     again = int(recompute)
     device_forward = cost.forward_s + cost.tp_forward_s
     device_backward = cost.backward_s + cost.tp_backward_s
-    device_again = again * (cost.forward_s + cost.tp_recompute_s)
+    device_again = again * (cost.recompute_s + cost.tp_recompute_s)
     host_forward, host_backward = _host_seconds(setting.runtime) if hosted else (0, 0)
     launch_forward = sym.larger(0, host_forward - device_forward)
     device_late = device_backward + device_again
     launch_backward = sym.larger(0, host_backward + again * host_forward - device_late)
     forward, backward = device_forward + launch_forward, device_late + launch_backward
-    gather, scatter, reduce = cost.gather_s, cost.scatter_s, cost.reduce_s
     exposed = partial(_exposed, setting.runtime)
     from_1, from_2, from_3 = (_at_least(level) for level in (1, 2, 3))
     return _Slots(
@@ -137,9 +136,10 @@ def _slots(cost: BlockCost, setting: Setting, *, recompute: bool, hosted: bool) 
         tp=cost.tp_forward_s + cost.tp_backward_s,
         recompute=device_again,
         launch=launch_forward + launch_backward,
-        dp=exposed(forward, gather * from_3) + exposed(backward, gather * from_3, scatter * from_2),
-        lone_dp=exposed(forward, gather * from_1)
-        + exposed(backward, gather * from_3, scatter * from_1, reduce * (1 - from_1)),
+        dp=exposed(forward, cost, gathers=from_3)
+        + exposed(backward, cost, gathers=from_3, scatters=from_2),
+        lone_dp=exposed(forward, cost, gathers=from_1)
+        + exposed(backward, cost, gathers=from_3, scatters=from_1, reduces=1 - from_1),
     )
 
 
@@ -148,20 +148,30 @@ def _at_least(level: int) -> Expr:
     return sympy.Piecewise((1, sym.ZERO >= level), (0, True))
 
 
-def _exposed(
-    runtime: Runtime, compute: Expr, gather: Expr, scatter: Expr = _NONE, reduce: Expr = _NONE
+def _exposed(  # noqa: PLR0913 - three kinds of collectives
+    runtime: Runtime,
+    compute: Expr,
+    cost: BlockCost,
+    *,
+    gathers: Expr = _NONE,
+    scatters: Expr = _NONE,
+    reduces: Expr = _NONE,
 ) -> Expr:
-    """overlap(C, M) - C, plus the collectives that the runtime does not run beside compute."""
-    overlap = runtime.overlap
+    """What data-parallel collectives (each 0 or 1 times) add to the compute of a slot.
+
+    Copies out of and into their buffers are work of the device; the collectives themselves overlap
+    with it, overlap(C, M) - C, or stand alone where the runtime runs nothing beside them.
+    """
+    copies = gathers * cost.gather_copy_s + scatters * cost.scatter_copy_s
     rows = (
-        (gather, overlap.zero_all_gather),
-        (scatter, overlap.zero_reduce_scatter),
-        (reduce, overlap.gradient_all_reduce),
+        (gathers * cost.gather_s, runtime.overlap.zero_all_gather),
+        (scatters * cost.scatter_s, runtime.overlap.zero_reduce_scatter),
+        (reduces * cost.reduce_s, runtime.overlap.gradient_all_reduce),
     )
     beside = sympy.Add(*(seconds for seconds, overlapped in rows if overlapped))
     alone = sympy.Add(*(seconds for seconds, overlapped in rows if not overlapped))
-    gamma = overlap.compute_slowdown_ratio.value
-    return alone + sym.larger(gamma * sym.smaller(compute, beside), beside - compute)
+    gamma, busy = runtime.overlap.compute_slowdown_ratio.value, compute + copies
+    return copies + alone + sym.larger(gamma * sym.smaller(busy, beside), beside - busy)
 
 
 def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
@@ -180,12 +190,15 @@ def _ends_seconds(cost: BlockCost) -> Expr:
 
 
 def _optimizer_seconds(params: Expr, runtime: Runtime) -> Expr:
-    """Adam reads and writes its states once per step, divided among ranks from ZeRO-1 on."""
+    """Adam reads and writes its states once per step, divided among ranks from ZeRO-1 on.
+
+    The unsharded copy that it also writes is gone under ZeRO-3.
+    """
     traffic = runtime.traffic
     owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.DP, True))
     moved = (
         owned * traffic.optimizer_sharded_bytes_per_param.value
-        + params * traffic.optimizer_replicated_bytes_per_param.value
+        + params * traffic.optimizer_replicated_bytes_per_param.value * (1 - _at_least(3))
     )
     return sym.MEMORY[Traffic.POINTWISE](moved, 1)
 
@@ -195,7 +208,9 @@ def _stage_terms(graph: ModelGraph, setting: Setting, first: BlockCost) -> dict[
 
     `first`: cost of the model's first layer, whose input every stage sends.
     """
-    tied = sympy.Integer(sum(param.numel for param in graph.head.params if param.tied)) / T
+    tied = sympy.Add(
+        *(sympy.Integer(p.numel) / (T if p.sharded else 1) for p in graph.head.params if p.tied)
+    )
     tied_bytes = tied * Precision.FP32.num_bytes
     return {
         "tied_params": tied,
@@ -221,8 +236,8 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
     """Bytes per parameter of one group in passing: gathered copies, gradients being reduced."""
     reducing = runtime.reduce_bytes[precision].value
     gathered = runtime.transients.num_gathered_groups.value * precision.num_bytes
-    by_level = {0: precision.num_bytes, 1: precision.num_bytes, 2: reducing, 3: reducing + gathered}
-    return sym.by_zero({int(z): by_level[z] for z in runtime.knobs.zero_levels})
+    by_level = {int(z): reducing + (gathered if z == 3 else 0) for z in runtime.knobs.zero_levels}
+    return sym.by_zero(by_level)
 
 
 def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
@@ -276,23 +291,27 @@ def _p2p() -> Expr:
 def _tied_reduce() -> Expr:
     """A tied embedding on two stages exchanges its gradient once per step."""
     in_node, cross = _term("tied_reduce_in_node_s"), _term("tied_reduce_cross_s")
-    crosses = sym.larger(sym.NEXT_CROSSES, sym.PREV_CROSSES)
     at_one_end = sym.FIRST + sym.LAST - 2 * sym.FIRST * sym.LAST
-    return at_one_end * (in_node + crosses * (cross - in_node))
+    return at_one_end * (in_node + sym.SPANS_NODES * (cross - in_node))
 
 
 def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
-    """Peak bytes by part; the parts sum to the peak."""
+    """Peak bytes by part; the parts sum to the peak.
+
+    Torch's PipelineStage allocates the receive buffers of every micro-batch, both ways, and keeps
+    the outputs of those in flight.
+    """
     params = sympy.Add(*(count * _term(f"{x}_params") for x, _, count in rows))
     params -= sym.FIRST * sym.LAST * _term("tied_params")
     kept = sympy.Add(*(count * _term(_kept_name(x, level)) for x, level, count in rows))
-    transfers = ((1 - sym.FIRST) + (1 - sym.LAST)) * _term("p2p_bytes")
+    received = sym.NUM_MICRO_BATCHES * ((1 - sym.FIRST) + (1 - sym.LAST))
+    sent = sym.IN_FLIGHT * (1 - sym.LAST)
     parts = {
         "states": params * _term("state_bytes_per_param"),
         "activations": sym.IN_FLIGHT * kept,
         "working": _worst(rows, "{x}_{level}_working_bytes"),
         "gathered": _term("gathered_bytes_per_param") * _worst(rows, "{x}_params"),
-        "buffers": sym.IN_FLIGHT * transfers,
+        "buffers": (received + sent) * _term("p2p_bytes"),
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
     return parts | {"allocator": overhead * sympy.Add(*parts.values())}

@@ -20,6 +20,10 @@ ZERO = sympy.Symbol("zero", nonnegative=True, integer=True)
 """ZeRO level, 0 to 3."""
 IN_FLIGHT = sympy.Symbol("in_flight", positive=True, integer=True)
 """Micro-batches whose activations the stage holds at once: min(S - i, G) under 1F1B."""
+NUM_MICRO_BATCHES = sympy.Symbol("num_micro_batches", positive=True, integer=True)
+"""G, micro-batches per step."""
+SPANS_NODES = sympy.Symbol("spans_nodes", nonnegative=True, integer=True)
+"""1 when the job has more than one node."""
 FIRST = sympy.Symbol("is_first", nonnegative=True, integer=True)
 LAST = sympy.Symbol("is_last", nonnegative=True, integer=True)
 PREV_CROSSES = sympy.Symbol("prev_crosses_node", nonnegative=True, integer=True)

@@ -54,6 +54,7 @@ class Part:
     live: Live
     shared: frozenset[int] = frozenset()
     ops: list[Op] = field(default_factory=list)
+    num_recomputed_ops: int = 0
     kept: dict[int, Kept] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
@@ -200,7 +201,10 @@ class Recorder(TorchDispatchMode):
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Hook on saving a tensor for backward: count its storage once."""
         part, key = self.part, key_of(tensor)
-        if part is None or self.phase == "backward" or key in self._states:
+        if part is None or self.phase == "backward":
+            return tensor
+        part.num_recomputed_ops = len(part.ops)  # inputs are saved before a kernel runs
+        if key in self._states:
             return tensor
         kept = self._tensors_shared if key in part.shared else part.kept
         if key not in kept:

@@ -289,6 +289,7 @@ def _block(
         boundary_bytes=piece.boundary_bytes,
         transient_bytes=piece.transients,
         num_tp_regions=_num_tp_regions(piece, found, sharding),
+        num_recomputed_ops=piece.part.num_recomputed_ops,
         domain=run.domain,
     )
 
@@ -320,5 +321,6 @@ def _empty(name: str) -> Block:
         boundary_bytes=Integer(0),
         transient_bytes=(),
         num_tp_regions=0,
+        num_recomputed_ops=0,
         domain=(),
     )

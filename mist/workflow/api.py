@@ -1,7 +1,7 @@
 """The Python API: `mist.plan` and `mist.check`, with the names and defaults of the command line."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -13,6 +13,7 @@ from mist.workflow.planning import make_plan
 from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Progress, Question, quiet
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -22,7 +23,8 @@ class Options(TypedDict, total=False):
     gpu, cluster, runtime: profile names (None: the device's or cluster's own; "torch").
     seq: tokens per sample (None: min(8192, the model's maximum)). global_batch: samples per step.
     precision: "bf16", "fp16" or "fp32". attention: "flash" or "math". margin: share of the device
-    memory that stays free (None: the runtime's).
+    memory that stays free (None: the runtime's). make_batch, loss: for a module whose input is not
+    token ids; see `mist.trace.trace_model`.
     """
 
     gpu: str | None
@@ -33,6 +35,8 @@ class Options(TypedDict, total=False):
     precision: str
     attention: str
     margin: float | None
+    make_batch: Callable[..., object] | None
+    loss: "Callable[..., torch.Tensor] | None"
 
 
 Model: TypeAlias = "str | os.PathLike[str] | nn.Module"
@@ -157,4 +161,6 @@ def _question(model: Model, gpus: int, options: Options) -> Question:
         precision=_choice("precision", options.get("precision", "bf16"), Precision),
         attention=_choice("attention", options.get("attention", "flash"), Attention),
         margin_ratio=options.get("margin"),
+        make_batch=options.get("make_batch"),
+        loss=options.get("loss"),
     )

@@ -18,6 +18,7 @@ from mist.trace import Setting, load_graph, trace_digest, trace_model
 from mist.trace.cache import cache_folder
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mist.graph import ModelGraph
@@ -43,8 +44,14 @@ class Question:
     precision: Precision = Precision.BF16
     attention: Attention = Attention.FLASH
     margin_ratio: float | None = None
+    make_batch: Callable[..., object] | None = None
+    loss: "Callable[..., torch.Tensor] | None" = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, str) and (self.make_batch or self.loss):
+            raise InputError(
+                f"make_batch and loss of {self.model} belong in its file; give them with a module."
+            )
         if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
 
@@ -69,7 +76,7 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
     platform = _platform(question)  # refused before the model is traced
     setting = Setting(precision=question.precision, attention=question.attention)
     if not isinstance(question.model, str):
-        return _compile(trace_model(question.model, setting), platform, question)
+        return _compile(_trace_module(question, setting), platform, question)
     key = _programs_key(question.model, setting, platform)
     programs = load_programs(cache_folder(), key) if key else None
     if programs is not None:
@@ -85,6 +92,11 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
     if key := _programs_key(question.model, setting, platform):
         store_programs(cache_folder(), key, programs)
     return programs
+
+
+def _trace_module(question: Question, setting: Setting) -> "ModelGraph":
+    assert not isinstance(question.model, str)
+    return trace_model(question.model, setting, make_batch=question.make_batch, loss=question.loss)
 
 
 def _programs_key(source: str, setting: Setting, platform: Platform) -> str | None:

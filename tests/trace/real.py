@@ -27,7 +27,7 @@ class Measured:
 def measure(model: nn.Module, path: str, ids: torch.Tensor) -> Measured:
     """Measure the layer at `path` with the inputs that it gets in a run of the model."""
     layer = model.get_submodule(path)
-    args, kwargs = _inputs(model, layer, ids)
+    args, kwargs = layer_inputs(model, layer, ids)
     x = args[0].detach().requires_grad_()
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
@@ -44,7 +44,7 @@ def measure(model: nn.Module, path: str, ids: torch.Tensor) -> Measured:
     )
 
 
-def _inputs(model: nn.Module, layer: nn.Module, ids: torch.Tensor) -> tuple[Any, Any]:
+def layer_inputs(model: nn.Module, layer: nn.Module, ids: torch.Tensor) -> tuple[Any, Any]:
     seen: list[tuple[Any, Any]] = []
     hook = layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True

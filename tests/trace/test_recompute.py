@@ -1,0 +1,40 @@
+"""What checkpointing runs again, against torch's own checkpoint on real tensors."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from mist.graph import OpKind
+from mist.spec import Attention, Precision
+from mist.trace import Setting, trace_model
+from tests.trace.real import layer_inputs
+from tests.trace.test_exact import PATHS, Family, at, gpt2, llama
+
+
+@pytest.mark.parametrize(("family", "whole"), [(llama, False), (gpt2, True)])
+def test_recomputed_operations_are_those_that_torch_repeats(family: Family, whole: bool) -> None:
+    """Llama's last product is not repeated; GPT-2's is: the dropout behind it saves its mask."""
+    setting = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
+    (block,) = trace_model(family(torch.float32, "meta"), setting).blocks
+    model = family(torch.float32, "cpu")
+    layer = model.get_submodule(PATHS[family])
+    b, s = 2, 48
+    args, kwargs = layer_inputs(model, layer, torch.zeros(b, s, dtype=torch.int64))
+    x = args[0].detach().requires_grad_()
+
+    def flop(*, recompute: bool) -> int:
+        with FlopCounterMode(display=False) as counter:
+            if recompute:
+                out = checkpoint(layer, x, *args[1:], use_reentrant=False, **kwargs)
+            else:
+                out = layer(x, *args[1:], **kwargs)
+            out.sum().backward()
+        total: int = counter.get_total_flops()
+        return total
+
+    repeated = block.ops[: block.num_recomputed_ops]
+    products = [at(op.flop, b, s) for op in repeated if op.kind is OpKind.GEMM]
+    assert sum(products) == flop(recompute=True) - flop(recompute=False)
+    forward = [op for op in block.ops if op.phase == "forward" and op.kind is OpKind.GEMM]
+    assert (len(products) == len(forward)) is whole
