@@ -5,6 +5,7 @@ that the stage waits for others (bubble and imbalance): these parts sum to the s
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Final
 
 from mist.plans import Estimate, StageEstimate, StagePlan
@@ -45,7 +46,7 @@ def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> st
 
 
 def layout_words(stages: Sequence[StagePlan], num_micro_batches: int) -> str:
-    """A layout in one line: "pp2 dp4 tp2 zero1 mb1 x32, full checkpointing 3+0 of 16+16 layers"."""
+    """A layout in one line: "pp2 dp4 tp2 zero1 mb1 x32, 3+0 of 16 layers recomputed"."""
     names: dict[str, list[int]] = {
         "dp": [stage.dp for stage in stages],
         "tp": [stage.tp for stage in stages],
@@ -59,7 +60,12 @@ def layout_words(stages: Sequence[StagePlan], num_micro_batches: int) -> str:
 
 
 def _spread(values: Sequence[int]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else "+".join(map(str, values))
+    """One value where all are equal, else all of them; three and more in a row as "3*7"."""
+    if len(set(values)) == 1:
+        return str(values[0])
+    runs = [(value, len(list(run))) for value, run in groupby(values)]
+    words = (f"{n}*{value}" if n > 2 else "+".join([str(value)] * n) for value, n in runs)
+    return "+".join(words)
 
 
 def overflow(index: int, stage: StageEstimate, device: str, limit_bytes: float) -> str:

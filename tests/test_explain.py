@@ -75,6 +75,11 @@ def test_a_layout_of_unequal_stages_in_words() -> None:
     )
 
 
+def test_long_runs_of_equal_stages_are_counted() -> None:
+    stages = [stage_plan(first=8 * i, device=4 * i, zero=3 if i == 0 else 2) for i in range(5)]
+    assert layout_words(stages, 8) == ("pp5 dp2 tp2 zero3+4*2 mb2 x8, 1 of 8 layers recomputed")
+
+
 def test_a_stage_that_does_not_fit_in_words() -> None:
     stage = replace(
         stage_estimate(peak_gib=48),
