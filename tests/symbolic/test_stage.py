@@ -51,7 +51,7 @@ def judged(
 
 GRAPHS = [
     toy_graph((8,)),  # so small that the host's launches decide
-    toy_graph((8,), hidden=4096),  # large enough that the device decides
+    toy_graph((8,), hidden=16384),  # large enough that the device decides
     toy_graph((3, 5)),
     toy_graph((8,), tied=True),
 ]
