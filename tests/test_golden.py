@@ -23,7 +23,7 @@ def test_plan_loads_saves_and_checks_unchanged(name: str) -> None:
     assert dump_plan(plan) == path_of(name).read_text()
     checked = check_plan(path_of(name))
     assert checked.fits
-    assert checked.notes == ()
+    assert not [note for note in checked.notes if note.startswith("profile")]
     assert checked.plan.estimate == plan.estimate
 
 

@@ -7,7 +7,7 @@ numpy and a platform's laws in scope.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,7 +71,7 @@ class Bound:
 
 def bind(program: Program, laws: Mapping[str, Law]) -> Bound:
     """Run the program's definition with numpy and the laws in scope."""
-    scope: dict[str, object] = {**vars(np), **laws}
+    scope: dict[str, object] = {**vars(np), "reduce": reduce, **laws}  # as sympy prints Max
     exec(compile(program.source, "<mist program>", "exec"), scope)
     return Bound(program=program, call=scope["program"])  # type: ignore[arg-type]
 

@@ -1,0 +1,85 @@
+"""Programs: what is printed computes what the expressions say, and survives being stored."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sympy
+
+from mist.estimate import make_job
+from mist.graph import B, S, T
+from mist.rules import out_of_domain
+from mist.spec import Precision
+from mist.symbolic.compile import compile_model, print_program
+from mist.symbolic.program import bind
+from mist.symbolic.store import load_programs, programs_key, store_programs
+from tests.toys import toy_graph, toy_platform, toy_workload
+
+EXPRESSIONS = {
+    "polynomial": 3 * B * S**2 + B * S / T + sympy.Rational(1, 3),
+    "steps": sympy.Piecewise((B + S, sympy.Eq(B, 1)), (B * S, True)),
+    "ceiling": sympy.ceiling(S / 32) * B,
+    "largest": sympy.Max(B * S, S**2 / T, 7),
+    "constant": sympy.Integer(42),
+}
+
+
+def test_printed_programs_compute_the_expressions() -> None:
+    run = bind(print_program((B, S, T), EXPRESSIONS), {})
+    points = {"b": np.array([1, 2, 5]), "s": np.array([31, 64, 100]), "t": np.array([1, 2, 4])}
+    got = run(points)
+    for name, expr in EXPRESSIONS.items():
+        want = [
+            float(expr.subs({B: b, S: s, T: t})) for b, s, t in zip(*points.values(), strict=True)
+        ]
+        np.testing.assert_allclose(got[name], want, rtol=1e-15)
+
+
+def test_columns_broadcast() -> None:
+    run = bind(print_program((B, S), {"product": B * S}), {})
+    got = run({"b": np.array([[1], [2]]), "s": np.array([3, 4, 5])})
+    np.testing.assert_array_equal(got["product"], [[3, 4, 5], [6, 8, 10]])
+
+
+def test_programs_survive_being_stored(tmp_path: Path) -> None:
+    programs = compile_model(toy_graph((2, 3)), toy_platform().runtime, Precision.BF16)
+    store_programs(tmp_path / "new", "key", programs)
+    assert load_programs(tmp_path / "new", "key") == programs
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1, 2", '{"facts": null}'])
+def test_an_entry_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "key.json").write_text(text)
+    assert load_programs(tmp_path, "key") is None
+    assert load_programs(tmp_path, "absent") is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    programs = compile_model(toy_graph(), toy_platform().runtime, Precision.BF16)
+    store_programs(tmp_path / "file" / "below", "key", programs)
+
+
+def test_the_key_depends_on_all_that_programs_depend_on() -> None:
+    keys = {
+        programs_key("trace", "runtime", Precision.BF16),
+        programs_key("another", "runtime", Precision.BF16),
+        programs_key("trace", "another", Precision.BF16),
+        programs_key("trace", "runtime", Precision.FP32),
+    }
+    assert len(keys) == 4
+
+
+def test_relations_of_the_trace_become_rules() -> None:
+    graph = toy_graph()
+    (block,) = graph.blocks
+    narrow = replace(block, domain=(sympy.Le(S, 1024), sympy.Ge(B, 2)))
+    platform = toy_platform()
+    programs = compile_model(replace(graph, blocks=(narrow,)), platform.runtime, Precision.BF16)
+    job = make_job(programs, platform, toy_workload(seq_len=2048))
+    assert out_of_domain(job.cost.domain, 2048) == ("s <= 1024",)
+    assert out_of_domain(job.cost.domain, 1024) == ()
+    (rule,) = [rule for rule in job.rules if rule.name == "domain-b >= 2"]
+    columns = {"tp": 1, "micro_batch": np.array([1, 2, 4])}
+    np.testing.assert_array_equal(rule.mask(columns), [False, True, True])
