@@ -49,7 +49,8 @@ def report(label: str, arguments: list[str], home: str) -> None:
     search = ""
     if "--json" in arguments and arguments[0] == "plan":
         search = f"search {json.loads(output)['seconds']['search']:.2f} s"
-    print(f"{label:6} {wall_s:6.2f} s {peak_mib:7.0f} MiB  {' '.join(arguments[:4]):45} {search}")
+    words = " ".join(Path(word).name for word in arguments[:4])
+    print(f"{label:6} {wall_s:6.2f} s {peak_mib:7.0f} MiB  {words:45} {search}")
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
 """Programs kept between runs, as JSON beside the traces: with one, no sympy is needed.
 
 An entry is found by a digest of the trace it was printed from, the runtime's profile, the precision
-and the source of this room. An entry that cannot be read is as good as none.
+and the source of this room and of what it reads. An entry that cannot be read is as good as none.
 """
 
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,6 +15,8 @@ from mist.errors import OutputError
 from mist.files import digest, write_text
 from mist.spec import Precision
 from mist.symbolic.program import ModelPrograms
+
+_READ_HERE: Final = ("graph.py", "facts.py", "spec.py", "platform/runtime.py")
 
 
 def programs_key(trace: str, runtime: str, precision: Precision) -> str:
@@ -23,8 +27,10 @@ def programs_key(trace: str, runtime: str, precision: Precision) -> str:
         runtime: digest of the runtime's profile.
         precision: compute precision.
     """
-    sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return digest(trace, runtime, precision, *sources)
+    here = Path(__file__).parent
+    ours = (*sorted(here.glob("*.py")), *(here.parent / name for name in _READ_HERE))
+    sources = (path.read_text(encoding="utf-8") for path in ours)
+    return digest(trace, runtime, precision, version("sympy"), *sources)
 
 
 def load_programs(folder: Path, key: str) -> ModelPrograms | None:
