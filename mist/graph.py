@@ -32,7 +32,8 @@ class Layout(StrEnum):
     """What a tensor-parallel rank holds of a tensor.
 
     SHARDED: 1/t, already in the expression. GATHERED: all of it, even under sequence parallelism
-    (input of a column-parallel matrix). REPLICATED: all of it, or 1/t under sequence parallelism.
+    (input of a column-parallel matrix, random state of a kernel). REPLICATED: all of it, or 1/t
+    under sequence parallelism.
     """
 
     SHARDED = "sharded"

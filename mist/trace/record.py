@@ -68,7 +68,8 @@ class Part:
 
     def _saved(self, kept: Kept) -> SavedTensor:
         op, module = self.origins.get(kept.sequence, ("", ""))
-        whole = Layout.GATHERED if kept.key in self.gathered else Layout.REPLICATED
+        undivided = kept.key in self.gathered or not kept.bytes.free_symbols
+        whole = Layout.GATHERED if undivided else Layout.REPLICATED
         return SavedTensor(
             bytes=kept.bytes,
             shape=kept.shape,

@@ -1,0 +1,255 @@
+"""What one tensor-parallel rank of a layer does as torch's DTensor runs it: no number from mist.
+
+`python -m tests.trace.dtensor_oracle BATCH SEQ FAMILY...` prints a JSON list of `Measured`. Torch's
+own parallelize_module divides a layer over a fake process group of t ranks; the layer runs on fake
+tensors, and rank 0 sees its local operations, collectives and saved tensors. Mode "tp" divides the
+matrices, "sp" also the sequence between them (Korthikanti et al. 2022). From mist comes only the
+shim, which has fake CPU tensors take the operations of a GPU.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mist.spec import Attention
+from mist.trace.shim import runs_as
+from tests.trace.real import layer_inputs
+
+Mode = Literal["tp", "sp"]
+DEGREES: Final = (1, 2, 4, 8)
+HIDDEN: Final = 256
+SEQ_DIM: Final = 1  # activations are [batch, sequence, hidden]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A small model and, by module of its layer, what tensor parallelism does.
+
+    `regions`: a module whose input enters column-parallel matrices, and the keyword by which it
+    gets it ("" when by position).
+    """
+
+    config: transformers.PreTrainedConfig
+    layer: str
+    colwise: tuple[str, ...]
+    rowwise: tuple[str, ...]
+    norms: tuple[str, ...]
+    regions: Mapping[str, str]
+
+
+def gpt_neox(num_heads: int) -> Family:
+    return Family(
+        config=transformers.GPTNeoXConfig(
+            vocab_size=512,
+            hidden_size=HIDDEN,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=num_heads,
+            hidden_dropout=0.1,
+        ),
+        layer="gpt_neox.layers.0",
+        colwise=("attention.query_key_value", "mlp.dense_h_to_4h"),
+        rowwise=("attention.dense", "mlp.dense_4h_to_h"),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        regions={"attention": "", "mlp": ""},
+    )
+
+
+FAMILIES: Final = MappingProxyType(
+    {
+        "llama": Family(
+            config=transformers.LlamaConfig(
+                vocab_size=512,
+                hidden_size=HIDDEN,
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=16,
+                num_key_value_heads=8,
+            ),
+            layer="model.layers.0",
+            colwise=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                     "mlp.gate_proj", "mlp.up_proj"),
+            rowwise=("self_attn.o_proj", "mlp.down_proj"),
+            norms=("input_layernorm", "post_attention_layernorm"),
+            regions={"self_attn": "hidden_states", "mlp": ""},
+        ),
+        "gpt-neox": gpt_neox(num_heads=16),
+        "gpt-neox-8-heads": gpt_neox(num_heads=8),
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Of one layer on one of `num_ranks` ranks.
+
+    `saved`: dtype and bytes of every storage kept for backward, parameters and the layer's other
+    inputs (rotary tables) excepted. `collectives`: phase -> operation -> bytes put in, one by one.
+    """
+
+    family: str
+    mode: Mode
+    num_ranks: int
+    forward_flop: int
+    backward_flop: int
+    saved: list[tuple[str, int]]
+    num_params: int
+    collectives: dict[str, dict[str, list[int]]]
+
+
+class Local(TorchDispatchMode):
+    """The operations on local tensors: torch's FLOPs, and the collectives, by phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "forward"
+        self.flop: Counter[str] = Counter()
+        self.collectives: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # DTensor runs it on the local tensors, which comes back here
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.flop[self.phase] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if "c10d" in func.namespace and packet.__name__ != "wait_tensor":
+            sizes = self.collectives[self.phase].setdefault(packet.__name__, [])
+            sizes.append(args[0].numel() * args[0].element_size())
+        return out
+
+
+@dataclass(slots=True)
+class Saved:
+    """The storages saved for backward, those in `known` excepted. Holds them, so none is reused."""
+
+    known: frozenset[int]
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        local = local_of(tensor)
+        key = local.untyped_storage()._cdata
+        if key not in self.known:
+            self.tensors.setdefault(key, local)
+        return tensor
+
+    def listed(self) -> list[tuple[str, int]]:
+        kept = self.tensors.values()
+        return sorted((str(each.dtype), each.untyped_storage().nbytes()) for each in kept)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What a rank holds of a tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Measured:
+    """Divide the layer over the ranks and run it forward and backward."""
+    family = FAMILIES[name]
+    with _ranks(num_ranks) as mesh, FakeTensorMode():
+        model = transformers.AutoModelForCausalLM.from_config(family.config, dtype=torch.bfloat16)
+        layer = model.train().get_submodule(family.layer)
+        own_seq = seq // num_ranks if mode == "sp" else seq
+        with runs_as("cuda", Attention.FLASH):  # after transformers has imported what it patches
+            args, kwargs = layer_inputs(model, layer, torch.zeros(batch, seq, dtype=torch.int64))
+            x = torch.empty(batch, own_seq, HIDDEN, dtype=torch.bfloat16)
+            parallelize_module(layer, mesh, plan(family, mode), src_data_rank=None)
+            # How layouts propagate is found on whole fake tensors, once a shape: not the rank's.
+            _run(layer, (x, *args[1:]), kwargs)
+            local, saved = _run(layer, (x, *args[1:]), kwargs)
+        return Measured(
+            family=name,
+            mode=mode,
+            num_ranks=num_ranks,
+            forward_flop=local.flop["forward"],
+            backward_flop=local.flop["backward"],
+            saved=saved.listed(),
+            num_params=sum(local_of(p).numel() for p in layer.parameters()),
+            collectives=local.collectives,
+        )
+
+
+def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Local, Saved]:
+    x = args[0].detach().requires_grad_()
+    others = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, torch.Tensor)]
+    states = [*layer.parameters(), *layer.buffers(), *others]
+    saved = Saved(frozenset(local_of(each).untyped_storage()._cdata for each in states))
+    with Local() as local:
+        with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            out = layer(x, *args[1:], **kwargs)
+        local.phase = "backward"
+        out.backward(torch.empty_like(out))
+    return local, saved
+
+
+def plan(family: Family, mode: Mode) -> dict[str, ParallelStyle]:
+    """The layer's division in torch's terms; regions gather once, not once per matrix."""
+    between = Shard(SEQ_DIM) if mode == "sp" else Replicate()
+    styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in family.colwise}
+    styles |= {name: RowwiseParallel(output_layouts=between) for name in family.rowwise}
+    styles |= {name: _entrance(keyword, between) for name, keyword in family.regions.items()}
+    if mode == "sp":
+        styles |= {name: SequenceParallel() for name in family.norms}
+    return styles
+
+
+def _entrance(keyword: str, between: Replicate | Shard) -> PrepareModuleInput:
+    if keyword:
+        return PrepareModuleInput(
+            input_kwarg_layouts={keyword: between},
+            desired_input_kwarg_layouts={keyword: Replicate()},
+        )
+    return PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),))
+
+
+@contextmanager
+def _ranks(num_ranks: int) -> Iterator[DeviceMesh]:
+    """Within: this process is rank 0 of a group that sends nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield init_device_mesh("cpu", (num_ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def main(batch: int, seq: int, families: Sequence[str]) -> None:
+    cases = product(families, get_args(Mode), DEGREES)
+    print(json.dumps([asdict(measure(*case, batch, seq)) for case in cases]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

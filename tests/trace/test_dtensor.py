@@ -1,0 +1,131 @@
+"""The tensor-parallel trace against torch's DTensor on a fake mesh: exact at t = 1, 2, 4, 8.
+
+DTensor divides the model by its own rules and is measured rank-locally (`dtensor_oracle`); the
+trace has the same sizes as expressions in t.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from sympy import Expr
+
+from mist.graph import B, Block, S, T
+from mist.platform.profiles import load_runtime
+from mist.spec import Attention, Precision
+from mist.symbolic.block import Setting as Pricing
+from mist.symbolic.block import rank_params, saved_bytes
+from mist.trace import Setting, trace_model
+from tests.trace.dtensor_oracle import DEGREES, FAMILIES, HIDDEN, Measured, Mode
+from tests.trace.test_exact import build
+
+ROOT = Path(__file__).parents[2]
+BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+TORCH = Pricing(runtime=load_runtime("torch").profile, precision=Precision.BF16)
+
+Point = tuple[int, int]
+TYPICAL: Point = (2, 1024)
+SLOW = pytest.mark.slow
+EXACT = ("llama", "gpt-neox")
+POINTS = [TYPICAL, *(pytest.param(point, marks=SLOW) for point in [(1, 1024), (3, 96)])]
+
+
+@cache
+def ranks(point: Point, *families: str) -> dict[tuple[str, Mode, int], Measured]:
+    """Everything measured at (b, s), in a process of its own: a process group is global."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.trace.dtensor_oracle",
+         *map(str, point), *families],
+        capture_output=True, text=True, check=True, timeout=100, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    found = [Measured(**fields) for fields in json.loads(run.stdout)]
+    return {(each.family, each.mode, each.num_ranks): each for each in found}
+
+
+@cache
+def block_of(family: str) -> Block:
+    graph = trace_model(build(FAMILIES[family].config, torch.bfloat16, "meta"), BF16)
+    assert graph.notes == ()
+    (block,) = graph.blocks
+    return block
+
+
+def at(expr: Expr, point: Point, num_ranks: int) -> int:
+    value = expr.subs({B: point[0], S: point[1], T: num_ranks})
+    assert value.is_Integer
+    return int(value)
+
+
+def storages(block: Block, point: Point, num_ranks: int) -> list[tuple[str, int]]:
+    saved = block.saved_single if point[0] == 1 else block.saved
+    return sorted((f"torch.{each.dtype}", at(each.bytes, point, num_ranks)) for each in saved)
+
+
+def in_all(measured: Measured) -> int:
+    return sum(size for _, size in measured.saved)
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", EXACT)
+def test_rank_of_divided_matrices_is_exact(family: str, num_ranks: int, point: Point) -> None:
+    block, real = block_of(family), ranks(point, *EXACT)[family, "tp", num_ranks]
+    assert at(block.flop("forward"), point, num_ranks) == real.forward_flop
+    assert at(block.flop("backward"), point, num_ranks) == real.backward_flop
+    assert at(rank_params(block), point, num_ranks) == real.num_params
+    assert storages(block, point, num_ranks) == [tuple(each) for each in real.saved]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", EXACT)
+def test_rank_of_divided_sequence_is_exact(family: str, num_ranks: int, point: Point) -> None:
+    """The rule of layouts: replicated / t, gathered whole, sharded as it is."""
+    block, real = block_of(family), ranks(point, *EXACT)[family, "sp", num_ranks]
+    assert at(block.flop("forward"), point, num_ranks) == real.forward_flop
+    assert at(block.flop("backward"), point, num_ranks) == real.backward_flop
+    assert at(rank_params(block), point, num_ranks) == real.num_params
+    assert at(saved_bytes(block, TORCH), point, num_ranks) == in_all(real)
+
+
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", EXACT)
+def test_each_region_has_one_collective_pair_a_pass(family: str, num_ranks: int) -> None:
+    """Nothing at t = 1; else an all-reduce of the block's input, or its gather and scatter.
+
+    An all-gather is given a rank's share, a reduce-scatter the whole.
+    """
+    block, measured = block_of(family), ranks(TYPICAL, *EXACT)
+    regions = block.num_tp_regions if num_ranks > 1 else 0
+    activation = at(block.boundary_bytes, TYPICAL, num_ranks)
+    whole, share = [activation] * regions, [activation // num_ranks] * regions
+    reduced = {"all_reduce": whole}
+    scattered = {"all_gather_into_tensor": share, "reduce_scatter_tensor": whole}
+    expected = {"tp": reduced, "sp": scattered}
+    assert block.num_tp_regions == 2
+    for mode, each in expected.items():
+        one_pass = {name: sizes for name, sizes in each.items() if sizes}
+        real = measured[family, mode, num_ranks].collectives
+        assert real == {"forward": one_pass, "backward": one_pass}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", DEGREES)
+def test_one_head_a_rank_keeps_one_copy_less(num_ranks: int) -> None:
+    """A known difference, to the safe side, where t is the number of heads.
+
+    GPT-NeoX keeps attention's result twice: as the kernel wrote it [b, heads / t, s, d], and copied
+    to [b * s, h / t] for the projection. With one head both are the same memory, and torch copies
+    nothing; the trace, where heads / t is a symbol, does.
+    """
+    block = block_of("gpt-neox-8-heads")
+    real = ranks(TYPICAL, "gpt-neox-8-heads")["gpt-neox-8-heads", "tp", num_ranks]
+    copies = [("torch.bfloat16", 2 * TYPICAL[0] * TYPICAL[1] * HIDDEN // num_ranks)]
+    known = copies if num_ranks == 8 else []
+    assert storages(block, TYPICAL, num_ranks) == sorted([*map(tuple, real.saved), *known])
