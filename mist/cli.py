@@ -291,8 +291,9 @@ def _point(at: str | None) -> dict[str, int] | None:
     """--at b=2,s=128,t=2 as numbers of at least 1; t defaults to 1."""
     if at is None:
         return None
-    pairs = dict(item.partition("=")[::2] for item in at.split(","))
-    known = {"b", "s"} <= set(pairs) <= {"b", "s", "t"}
+    items = at.split(",")
+    pairs = dict(item.partition("=")[::2] for item in items)
+    known = {"b", "s"} <= set(pairs) <= {"b", "s", "t"} and len(pairs) == len(items)
     if not known or not all(v.isdecimal() and int(v) > 0 for v in pairs.values()):
         raise InputError(f"--at {at}: expected b=2,s=128 and perhaps t=2.")
     return {"t": 1} | {name: int(value) for name, value in pairs.items()}

@@ -99,7 +99,7 @@ def _config(path: Path) -> ConfigSource:
         config = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(
             f"{path} has no model_type, so it is not a Hugging Face model configuration. "
             'Add for example "model_type": "llama".'

@@ -42,7 +42,7 @@ class HandLayout:
                 raise InputError(f"--{flag} {getattr(self, name)} is not a positive number.")
         if self.zero not in range(4):
             raise InputError(f"--zero {self.zero} is not a ZeRO level (0, 1, 2 or 3).")
-        if self.checkpoint not in ("none", "full") and not self.checkpoint.isdigit():
+        if self.checkpoint not in ("none", "full") and not self.checkpoint.isdecimal():
             raise InputError(
                 f"--checkpoint {self.checkpoint} is neither none, full nor a number of layers."
             )

@@ -26,6 +26,11 @@ def _model_faults(plan: Plan, job: Job) -> Iterator[Fault]:
             f"{known.params} parameters, {known.source} is now {graph.name} with "
             f"{graph.num_params}",
         )
+    elif known.params != graph.num_params:
+        yield Fault(
+            path="model.params",
+            message=f"{known.params}, but {graph.name} has {graph.num_params}",
+        )
     if plan.num_layers != graph.num_layers:
         yield Fault(
             path="stages",

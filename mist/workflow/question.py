@@ -52,6 +52,8 @@ class Question:
             raise InputError(
                 f"make_batch and loss of {self.model} belong in its file; give them with a module."
             )
+        if self.cluster == "":
+            raise InputError("--cluster '' is no name. Leave it out for the device's own cluster.")
         if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
 

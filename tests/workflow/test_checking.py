@@ -64,6 +64,10 @@ def test_checkpointed_layers(checkpoint: str, num_full: int) -> None:
             {"checkpoint": "some"},
             "--checkpoint some is neither none, full nor a number of layers.",
         ),
+        (
+            {"checkpoint": "\N{SUPERSCRIPT TWO}"},
+            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, full nor a number of layers.",
+        ),
     ],
 )
 def test_layouts_that_mean_nothing(values: dict[str, object], message: str) -> None:
@@ -173,6 +177,26 @@ def test_a_plan_for_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_parameters_that_are_not_the_models(tmp_path: Path) -> None:
+    plan = check().plan
+    path = saved(tmp_path, replace(plan, model=replace(plan.model, params=7)))
+    with pytest.raises(PlanError) as refused:
+        check_plan(path)
+    assert str(refused.value) == (
+        f"{path} has 1 fault:\n  model.params: 7, but toy has {plan.model.params}"
+    )
+
+
+def test_a_plan_names_its_cluster(tmp_path: Path) -> None:
+    plan = check().plan
+    path = saved(tmp_path, replace(plan, cluster=replace(plan.cluster, name="")))
+    with pytest.raises(InputError) as refused:
+        check_plan(path)
+    assert str(refused.value) == (
+        "--cluster '' is no name. Leave it out for the device's own cluster."
+    )
+
+
 def test_what_a_prediction_would_pass_over_is_a_fault(tmp_path: Path) -> None:
     plan = check().plan
     first, second = plan.stages
@@ -235,3 +259,13 @@ def test_the_model_is_looked_for_beside_the_plan(
     (tmp_path / "toy.py").write_text("")
     check_plan(path)
     assert asked == ["toy.py", str(tmp_path / "toy.py")]
+
+
+def test_an_empty_cluster_name_is_refused() -> None:
+    with pytest.raises(InputError, match="--cluster '' is no name"):
+        Question(model="toy", num_gpus=8, cluster="")
+
+
+def test_a_superscript_is_no_number_of_layers() -> None:
+    with pytest.raises(InputError, match="is neither none, full nor a number of layers"):
+        HandLayout(checkpoint="\u00b2")
