@@ -222,19 +222,18 @@ def trace(
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
     from mist.report.costs import outside_trace, print_trace, trace_json
-    from mist.trace import load_graph
+    from mist.trace import Setting, load_graph
 
     if policy not in ("cuda", "cpu"):
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
     point = _point(at)
+    setting = Setting(
+        precision=precision,
+        attention=attention,
+        policy="cuda" if policy == "cuda" else "cpu",
+    )
     with redirect_stdout(sys.stderr):
-        graph = load_graph(
-            model,
-            precision=precision,
-            attention=attention,
-            policy="cuda" if policy == "cuda" else "cpu",
-            progress=_progress,
-        )
+        graph = load_graph(model, setting, progress=_progress)
     if point and (reasons := list(outside_trace(graph, point))):
         raise InputError(f"--at {at}: {' '.join(reasons)}")
     if as_json:

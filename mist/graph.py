@@ -47,7 +47,7 @@ class Op:
 
     `dims`: GEMM (batch, m, n, k); ATTENTION (batch, heads, seq_q, seq_k, head_dim); MEMORY ().
     `flop` counts a multiply-add as 2, attention without causal skipping (torch's convention).
-    `traffic_bytes` is what is read plus what is written, each tensor once.
+    `shape` and `dtype` are those of the (first) result; each tensor is read and written once.
     """
 
     name: str
@@ -59,7 +59,15 @@ class Op:
     traffic: Traffic
     layout: Layout
     flop: Expr
-    traffic_bytes: Expr
+    shape: tuple[Expr, ...]
+    dtype: str
+    read_bytes: Expr
+    written_bytes: Expr
+
+    @property
+    def traffic_bytes(self) -> Expr:
+        """What is read plus what is written."""
+        return self.read_bytes + self.written_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +131,17 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelGraph(ModelFacts):
-    """A traced model: its facts, its distinct blocks, and the two ends."""
+    """A traced model: its facts, its distinct blocks, and the two ends.
+
+    `shared`: what layers save but do not own (rotary tables, masks), once for all of them; every
+    pipeline stage keeps it. `shared_single`: the same for b = 1.
+    """
 
     blocks: tuple[Block, ...]
     embed: Block
     head: Block
+    shared: tuple[SavedTensor, ...]
+    shared_single: tuple[SavedTensor, ...]
 
     @property
     def facts(self) -> ModelFacts:

@@ -7,7 +7,7 @@ tensor with Python numbers and asks the platform's laws for each operation by it
 from dataclasses import dataclass, replace
 
 from mist.facts import Traffic
-from mist.graph import B, Block, Layout, OpKind, S, T
+from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
 from mist.platform import OpCosts, Platform
 from mist.spec import Precision, Workload
 
@@ -69,7 +69,10 @@ def held_params(rank: Rank, block: Block) -> float:
 
 
 def kept_bytes(rank: Rank, block: Block) -> float:
-    saved = block.saved_single if rank.micro_batch == 1 else block.saved
+    return rank_bytes(rank, block.saved_single if rank.micro_batch == 1 else block.saved)
+
+
+def rank_bytes(rank: Rank, saved: tuple[SavedTensor, ...]) -> float:
     return sum(
         rank.number(tensor.bytes) / (rank.tp if tensor.layout == Layout.REPLICATED else 1)
         for tensor in saved
@@ -131,10 +134,11 @@ class Predicted:
     peak_bytes: float
 
 
-def simulate(rank: Rank, layers: list[tuple[Block, str]], embed: Block, head: Block) -> Predicted:
+def simulate(rank: Rank, layers: list[tuple[Block, str]], graph: ModelGraph) -> Predicted:
     """One stage: `layers` with their memory level, embedding and head where the stage has them."""
     first, last = rank.stage == 0, rank.stage == rank.num_stages - 1
     activation = rank.number(layers[0][0].boundary_bytes)
+    embed, head = graph.embed, graph.head
     ends = ([embed] if first else []) + ([head] if last else [])
     blocks = [(block, level, True) for block, level in layers]
     blocks += [(block, "eager", False) for block in ends]
@@ -145,7 +149,7 @@ def simulate(rank: Rank, layers: list[tuple[Block, str]], embed: Block, head: Bl
     transfers = _transfers(rank, activation / rank.tp)
     stable = sum(t for t, _ in times) + sum(transfers)
     lone = sum(u for _, u in times) + sum(transfers) + _once(rank, blocks, embed, head)
-    return Predicted(stable, lone, _peak(rank, layers, ends, activation, len(transfers)))
+    return Predicted(stable, lone, _peak(rank, layers, ends, graph, len(transfers)))
 
 
 def _transfers(rank: Rank, sent_bytes: float) -> list[float]:
@@ -185,7 +189,7 @@ def _peak(
     rank: Rank,
     layers: list[tuple[Block, str]],
     ends: list[Block],
-    activation: float,
+    graph: ModelGraph,
     num_edges: int,
 ) -> float:
     runtime = rank.platform.runtime
@@ -195,9 +199,9 @@ def _peak(
     if len(ends) == 2:
         params -= sum(param.numel for param in ends[1].params if param.tied) / rank.tp
     states = params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.dp)
-    boundary = activation / rank.tp
+    boundary = rank.number(layers[0][0].boundary_bytes) / rank.tp
     kept = sum(boundary if level == "full" else kept_bytes(rank, block) for block, level in layers)
-    kept += sum(kept_bytes(rank, block) for block in ends)
+    kept += sum(kept_bytes(rank, block) for block in ends) + rank_bytes(rank, graph.shared)
     working = []
     for block, level in layers + [(end, "eager") for end in ends]:
         transient = max(rank.number(expr) for expr in block.transient_bytes)

@@ -36,7 +36,10 @@ def gemm(phase: Phase, rows: sympy.Expr, columns: sympy.Expr, inner: sympy.Expr)
         traffic=Traffic.POINTWISE,
         layout=Layout.SHARDED,
         flop=2 * rows * columns * inner,
-        traffic_bytes=ELEMENT_BYTES * (rows * columns + columns * inner + rows * inner),
+        shape=(rows, columns),
+        dtype="bfloat16",
+        read_bytes=ELEMENT_BYTES * (columns * inner + rows * inner),
+        written_bytes=ELEMENT_BYTES * rows * columns,
     )
 
 
@@ -52,7 +55,10 @@ def pointwise(phase: Phase, traffic_bytes: sympy.Expr) -> Op:
         traffic=Traffic.POINTWISE,
         layout=Layout.REPLICATED,
         flop=sympy.Integer(0),
-        traffic_bytes=traffic_bytes,
+        shape=(),
+        dtype="bfloat16",
+        read_bytes=traffic_bytes / 2,
+        written_bytes=traffic_bytes / 2,
     )
 
 
@@ -134,6 +140,8 @@ def toy_graph(
         blocks=blocks,
         layers=layers,
         embed=embed,
+        shared=(kept(Layout.GATHERED, ELEMENT_BYTES * S * hidden),),
+        shared_single=(kept(Layout.GATHERED, ELEMENT_BYTES * S * hidden),),
         head=head,
         tied=tied,
         max_seq_len=None,

@@ -141,8 +141,14 @@ def rank_params(block: Block) -> Expr:
 
 def saved_bytes(block: Block, setting: Setting) -> Expr:
     """Activation bytes kept for the backward pass; b = 1 is a case of its own where it differs."""
-    many = _kept(block.saved, setting)
-    single = _kept(block.saved_single, setting)
+    return kept_bytes(block.saved, block.saved_single, setting)
+
+
+def kept_bytes(
+    saved: Iterable[SavedTensor], saved_single: Iterable[SavedTensor], setting: Setting
+) -> Expr:
+    """Bytes of saved tensors on a rank, for b >= 2 and for b = 1."""
+    many, single = _kept(saved, setting), _kept(saved_single, setting)
     if sympy.expand(many.subs(B, 1) - single) == 0:
         return many
     return sympy.Piecewise((single, sympy.Eq(B, 1)), (many, True))

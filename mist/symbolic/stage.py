@@ -28,7 +28,7 @@ from mist.graph import ModelGraph, T
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, Setting, end_cost, layer_cost
+from mist.symbolic.block import BlockCost, Setting, end_cost, kept_bytes, layer_cost
 from mist.symbolic.program import TIME_PARTS
 
 _NONE = sympy.Integer(0)
@@ -214,6 +214,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting, first: BlockCost) -> dict[
     tied_bytes = tied * Precision.FP32.num_bytes
     return {
         "tied_params": tied,
+        "shared_bytes": kept_bytes(graph.shared, graph.shared_single, setting),
         "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
@@ -308,7 +309,7 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     sent = sym.IN_FLIGHT * (1 - sym.LAST)
     parts = {
         "states": params * _term("state_bytes_per_param"),
-        "activations": sym.IN_FLIGHT * kept,
+        "activations": sym.IN_FLIGHT * (kept + _term("shared_bytes")),
         "working": _worst(rows, "{x}_{level}_working_bytes"),
         "gathered": _term("gathered_bytes_per_param") * _worst(rows, "{x}_params"),
         "buffers": (received + sent) * _term("p2p_bytes"),

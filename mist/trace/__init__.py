@@ -7,7 +7,6 @@ module. Importing this package needs neither torch nor sympy, loading a cached t
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mist.spec import Attention, Precision
 from mist.trace import cache
 from mist.trace.source import Policy, PythonSource, Setting, Source, resolve
 
@@ -21,25 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["Policy", "Setting", "load_graph", "trace_digest", "trace_model"]
 
 
-def load_graph(
-    source: str,
-    *,
-    precision: Precision,
-    attention: Attention,
-    policy: Policy = "cuda",
-    progress: Callable[[str], None],
-) -> "ModelGraph":
+def load_graph(source: str, setting: Setting, *, progress: Callable[[str], None]) -> "ModelGraph":
     """The graph of the model that `source` names: from the cache, or traced and then cached.
 
     `source`: a Python file with build_model(), a Hugging Face config.json or its folder, or a
-    preset. `policy` "cuda" traces what a GPU would run, "cpu" what this machine runs.
-    `progress` is told what is being done. Raises ModelError when there is no such model, and
-    TraceError when its costs cannot be traced.
+    preset. `progress` is told what is being done. Raises ModelError when there is no such model,
+    and TraceError when its costs cannot be traced.
     """
     from mist.trace.codec import decode_graph, encode_graph
 
     found = resolve(source)
-    setting = Setting(precision=precision, attention=attention, policy=policy)
     key = _key(found, setting)
     entry = cache.load(key)
     graph = decode_graph(entry.fields) if entry is not None else None
@@ -52,7 +42,7 @@ def load_graph(
     progress(f"loading {found.label}")
     path = found.path if isinstance(found, PythonSource) else None
     with local_modules(path) as modules:
-        model = load_model(found, precision=precision, attention=attention)
+        model = load_model(found, precision=setting.precision, attention=setting.attention)
         traced = trace(model, setting, progress)
     cache.store(key, encode_graph(traced.graph), listing(traced), modules)
     return traced.graph
@@ -68,8 +58,7 @@ def trace_digest(source: str, setting: Setting) -> str | None:
 
 
 def _key(source: Source, setting: Setting) -> str:
-    words = (setting.precision.value, setting.attention.value, setting.policy)
-    return cache.cache_key(source.content, words)
+    return cache.cache_key(source.content, setting.words)
 
 
 def trace_model(

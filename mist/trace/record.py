@@ -29,7 +29,7 @@ from mist.graph import Layout, Op, OpKind, Phase, SavedTensor, T
 from mist.trace.expr import Size, Symbols
 from mist.trace.flops import Call, Work, bind, work_of
 from mist.trace.live import Live
-from mist.trace.traffic import moves_bytes, traffic_bytes, traffic_class
+from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
 ACCUMULATE: Final = "torch::autograd::AccumulateGrad"
@@ -156,14 +156,15 @@ class Recorder(TorchDispatchMode):
         part.live.moment()
 
     def _ops(self, call: Call, name: str, module: str) -> list[Op]:
-        products = work_of(call)
-        moved = self._symbols.expr(traffic_bytes(call)) / max(len(products), 1)
-        works = products or [Work(OpKind.MEMORY, (), 0)]
-        return [self._op(call, name, module, work, moved) for work in works]
+        works = work_of(call) or [Work(OpKind.MEMORY, (), 0)]
+        return [self._op(call, name, module, work, len(works)) for work in works]
 
-    def _op(self, call: Call, name: str, module: str, work: Work, moved: Expr) -> Op:
-        flop = self._symbols.expr(work.flop)
-        sharded = T in moved.free_symbols or T in flop.free_symbols
+    def _op(self, call: Call, name: str, module: str, work: Work, parts: int) -> Op:
+        """One of the `parts` products of a call, with an equal part of its bytes."""
+        flop, out = self._symbols.expr(work.flop), next(_tensors(call.out))
+        read = self._symbols.expr(read_bytes(call)) / parts
+        written = self._symbols.expr(written_bytes(call)) / parts
+        sharded = any(T in size.free_symbols for size in (flop, read, written))
         return Op(
             name=name,
             kind=work.kind,
@@ -174,7 +175,10 @@ class Recorder(TorchDispatchMode):
             traffic=traffic_class(call.func),
             layout=Layout.SHARDED if sharded else Layout.REPLICATED,
             flop=flop,
-            traffic_bytes=moved,
+            shape=self._symbols.shape(out),
+            dtype=dtype_of(out),
+            read_bytes=read,
+            written_bytes=written,
         )
 
     def _add_node(self, part: Part, call: Call, ops: list[Op], module: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,23 @@ Policy = Literal["cuda", "cpu"]
 class Setting:
     """For which kernels and precision a model is traced.
 
-    Policy "cuda": what a GPU would run; "cpu": what this machine runs.
+    Policy "cuda": what a GPU would run; "cpu": what this machine runs. `autocast`: parameters stay
+    fp32 and operations run in `precision` as torch.autocast decides. `fused_norms`: RMS norms
+    written in several operations run as one kernel. `compiled`: layers as torch.compile divides
+    them between forward and backward.
     """
 
     precision: Precision
     attention: Attention
     policy: Policy = "cuda"
+    autocast: bool = False
+    fused_norms: bool = False
+    compiled: bool = False
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The setting as text, for digests."""
+        return tuple(f"{item.name}={getattr(self, item.name)}" for item in fields(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

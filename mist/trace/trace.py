@@ -194,7 +194,7 @@ def _assemble(model: LoadedModel, setting: Setting, result: _Result) -> Traced:
         _block(piece, one, params, sharding, run)
         for piece, one, params in zip(pieces, singles, owners, strict=True)
     ]
-    embed, head, *layers = (_with_shared(blocks[0], run, single), *blocks[1:])
+    embed, head, *layers = blocks
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
@@ -216,6 +216,8 @@ def _graph(
         layers=runs,
         embed=embed,
         head=head,
+        shared=result.run.shared,
+        shared_single=result.single.shared,
         tied=tied,
         max_seq_len=model.max_seq_len,
         tp_limits=result.sharding.limits if result.sharding else None,
@@ -300,15 +302,6 @@ def _num_tp_regions(piece: Piece, params: tuple[Param, ...], sharding: Sharding 
     if piece.module is None:
         return int(any(param.sharded for param in params))
     return sum(id(module) in sharding.rowwise for module in piece.module.modules())
-
-
-def _with_shared(embed: Block, run: Run, single: Run) -> Block:
-    """The embedding makes, and so keeps, what all layers share (rotary tables, masks)."""
-    return replace(
-        embed,
-        saved=embed.saved + run.shared,
-        saved_single=embed.saved_single + single.shared,
-    )
 
 
 def _empty(name: str) -> Block:

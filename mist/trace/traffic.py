@@ -130,10 +130,14 @@ def moves_bytes(func: OpOverload, out: object) -> bool:
     return not free and any(True for _ in _tensors(out))
 
 
-def traffic_bytes(call: Call) -> Size:
-    """Bytes read plus bytes written."""
-    reads = READS.get(call.func.overloadpacket, _arguments_bytes)
-    return reads(call) + _bytes(call.out)
+def read_bytes(call: Call) -> Size:
+    """Bytes that a call reads."""
+    return READS.get(call.func.overloadpacket, _arguments_bytes)(call)
+
+
+def written_bytes(call: Call) -> Size:
+    """Bytes that a call writes."""
+    return _bytes(call.out)
 
 
 def traffic_class(func: OpOverload) -> Traffic:

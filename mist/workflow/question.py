@@ -84,12 +84,7 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
     if programs is not None:
         progress(f"{programs.facts.name}: trace from the cache")
         return programs
-    graph = load_graph(
-        question.model,
-        precision=question.precision,
-        attention=question.attention,
-        progress=progress,
-    )
+    graph = load_graph(question.model, setting, progress=progress)
     programs = _compile(graph, platform, question)
     if key := _programs_key(question.model, setting, platform):
         store_programs(cache_folder(), key, programs)

@@ -12,8 +12,10 @@ from sympy import Basic
 
 from mist.graph import B, S, T
 from mist.spec import Attention, Precision
-from mist.trace import cache, codec, load_graph
+from mist.trace import Setting, cache, codec, load_graph
 from tests.trace.test_source import file_with
+
+FP32 = Setting(precision=Precision.FP32, attention=Attention.FLASH)
 
 MODEL = """
 import torch
@@ -44,9 +46,7 @@ def model_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load(path: Path) -> tuple[int, bool]:
     """Parameters of the model, and whether it had to be traced."""
     told: list[str] = []
-    graph = load_graph(
-        str(path), precision=Precision.FP32, attention=Attention.FLASH, progress=told.append
-    )
+    graph = load_graph(str(path), FP32, progress=told.append)
     return graph.num_params, told != ["my-model: trace from the cache"]
 
 
@@ -102,12 +102,7 @@ def test_no_other_files_are_left(model_file: Path) -> None:
 
 def test_cached_graph_is_equal_and_quick(model_file: Path) -> None:
     def graph() -> object:
-        return load_graph(
-            str(model_file),
-            precision=Precision.FP32,
-            attention=Attention.FLASH,
-            progress=lambda message: None,
-        )
+        return load_graph(str(model_file), FP32, progress=lambda message: None)
 
     traced = graph()
     start = time.perf_counter()

@@ -25,7 +25,7 @@ SILENT = lambda message: None  # noqa: E731
 
 
 def graph_of(source: str) -> ModelGraph:
-    return load_graph(source, precision=Precision.BF16, attention=Attention.FLASH, progress=SILENT)
+    return load_graph(source, BF16, progress=SILENT)
 
 
 def saved(block: Block) -> Expr:
@@ -189,9 +189,9 @@ MEASURE = """
 import resource, sys, time
 start = time.perf_counter()
 from mist.spec import Attention, Precision
-from mist.trace import load_graph
-setting = {"precision": Precision.BF16, "attention": Attention.FLASH}
-load_graph(sys.argv[1], **setting, progress=lambda message: None)
+from mist.trace import Setting, load_graph
+setting = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+load_graph(sys.argv[1], setting, progress=lambda message: None)
 seconds = time.perf_counter() - start
 heavy = "torch" in sys.modules
 print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, heavy)

@@ -13,7 +13,7 @@ from mist.errors import TraceError
 from mist.facts import Traffic
 from mist.graph import OpKind
 from mist.trace.flops import RULES, Call, Work, bind, work_of
-from mist.trace.traffic import moves_bytes, traffic_bytes, traffic_class
+from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
 aten = torch.ops.aten
 CPU_ATTENTION = {
@@ -164,7 +164,7 @@ def test_traffic(name: str) -> None:
     function, num_bytes, kind = TRAFFIC[name]
     call = last(function)
     assert moves_bytes(call.func, call.out)
-    assert traffic_bytes(call) == num_bytes
+    assert read_bytes(call) + written_bytes(call) == num_bytes
     assert traffic_class(call.func) is kind
 
 

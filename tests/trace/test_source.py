@@ -7,7 +7,7 @@ import pytest
 
 from mist.errors import ModelError
 from mist.spec import Attention, Precision
-from mist.trace import load_graph
+from mist.trace import Setting, load_graph
 from mist.trace.presets import PRESETS
 from mist.trace.source import ConfigSource, PythonSource, resolve
 
@@ -20,12 +20,8 @@ BROKEN_SYNTAX = "def build_model(:\n"
 
 
 def load(source: Path | str) -> None:
-    load_graph(
-        str(source),
-        precision=Precision.BF16,
-        attention=Attention.FLASH,
-        progress=lambda message: None,
-    )
+    setting = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+    load_graph(str(source), setting, progress=lambda message: None)
 
 
 def message_of(source: Path | str) -> str:
