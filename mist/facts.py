@@ -40,8 +40,9 @@ class ModelFacts:
     """A model by name, size and shape.
 
     `layers`: runs of block numbers. `tp_limits` is None when no tensor-parallel rules are known for
-    the model: t must be 1. `fingerprint` identifies the model (names and shapes of parameters,
-    runs, ties), not the trace. `precision`: the one that was traced.
+    the model: t must be 1. `sequential`: each layer takes only what the one before gives or passes
+    on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
+    shapes of parameters, runs, ties), not the trace. `precision`: the one that was traced.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelFacts:
     tied: bool
     max_seq_len: int | None
     tp_limits: tuple[TpLimit, ...] | None
+    sequential: bool
     precision: str
     fingerprint: str
     notes: tuple[str, ...]

@@ -100,7 +100,8 @@ class Block:
     """A distinct layer, the embedding, or the head with the loss.
 
     `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are
-    made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps.
+    made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps;
+    `carried_bytes`: what else with a gradient comes from earlier layers (an encoder's result).
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
     worst for some (b, s, t); the peak is their maximum. `num_tp_regions`: column-to-row pairs, each
     of which gathers and reduces once per pass. `num_recomputed_ops`: how many of the forward
@@ -114,6 +115,7 @@ class Block:
     saved: tuple[SavedTensor, ...]
     saved_single: tuple[SavedTensor, ...]
     boundary_bytes: Expr
+    carried_bytes: Expr
     transient_bytes: tuple[Expr, ...]
     num_tp_regions: int
     num_recomputed_ops: int

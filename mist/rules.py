@@ -131,6 +131,13 @@ def _batch_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> I
         holds=lambda c: c["num_stages"] <= facts.num_layers,
         message=f"pp {{num_stages}} stages, but {facts.name} has {facts.num_layers} layers.",
     )
+    if not facts.sequential:
+        yield Rule(
+            name="layers-in-a-row",
+            holds=lambda c: c["num_stages"] == 1,
+            message=f"pp {{num_stages}}: layers of {facts.name} exchange tensors with layers that "
+            "are not their neighbours (skip connections); it runs on one pipeline stage only.",
+        )
     yield Rule(
         name="stage-fills-nodes",
         holds=lambda c: _aligned(c["dp"] * c["tp"], platform.gpus_per_node),

@@ -98,6 +98,7 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         saved_single=saved,
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(ELEMENT_BYTES * tokens * width, 3 * ELEMENT_BYTES * tokens * hidden),
+        carried_bytes=sympy.Integer(0),
         num_tp_regions=1,
         num_recomputed_ops=2,  # the second matrix saves only its input
         domain=(),
@@ -118,6 +119,7 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         saved_single=(kept(Layout.SHARDED, 4 * tokens * width),),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(4 * tokens * width,),
+        carried_bytes=sympy.Integer(0),
         num_tp_regions=1,
         num_recomputed_ops=1,
         domain=(),
@@ -146,6 +148,7 @@ def toy_graph(
         tied=tied,
         max_seq_len=None,
         tp_limits=(TpLimit(label="MLP width", size=4 * hidden),),
+        sequential=True,
         precision="bf16",
         fingerprint="sha256:toy",
         notes=(),

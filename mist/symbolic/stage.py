@@ -75,17 +75,20 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     """
     setting = Setting(runtime=runtime, precision=precision)
     blocks = {str(kind): layer_cost(block, setting) for kind, block in enumerate(graph.blocks)}
-    activation = graph.blocks[graph.layers[0].block].boundary_bytes
-    blocks["embed"] = end_cost(graph.embed, activation, setting)
-    blocks["head"] = end_cost(graph.head, activation, setting)
-    costs: dict[str, Expr] = {}
+    first, last = (graph.blocks[graph.layers[i].block] for i in (0, -1))
+    blocks["embed"] = end_cost(graph.embed, first.boundary_bytes, setting)
+    blocks["head"] = end_cost(graph.head, last.boundary_bytes, setting)
+    costs = {
+        "sent_bytes": _sent_bytes(graph, setting),
+        "shared_bytes": kept_bytes(graph.shared, graph.shared_single, setting),
+    }
     terms: dict[str, Expr] = {}
     named: dict[str, BlockCost] = {}
     for name, cost in blocks.items():
         values, named[name] = cost.named(name)
         costs |= values
         terms |= _block_terms(name, named[name], setting)
-    terms |= _stage_terms(graph, setting, named[str(graph.layers[0].block)])
+    terms |= _stage_terms(graph, setting)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -203,26 +206,30 @@ def _optimizer_seconds(params: Expr, runtime: Runtime) -> Expr:
     return sym.MEMORY[Traffic.POINTWISE](moved, 1)
 
 
-def _stage_terms(graph: ModelGraph, setting: Setting, first: BlockCost) -> dict[str, Expr]:
-    """Terms that belong to no block: states per parameter, transfers, ties.
-
-    `first`: cost of the model's first layer, whose input every stage sends.
-    """
+def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
+    """Terms that belong to no block: states per parameter, transfers, ties."""
+    sent = sympy.Symbol("cost_sent_bytes", real=True)
     tied = sympy.Add(
         *(sympy.Integer(p.numel) / (T if p.sharded else 1) for p in graph.head.params if p.tied)
     )
     tied_bytes = tied * Precision.FP32.num_bytes
     return {
         "tied_params": tied,
-        "shared_bytes": kept_bytes(graph.shared, graph.shared_single, setting),
+        "shared_bytes": sympy.Symbol("cost_shared_bytes", real=True),
         "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
         "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
-        "p2p_bytes": first.boundary_bytes,
-        "p2p_in_node_s": sym.P2P(first.boundary_bytes, 0),
-        "p2p_cross_s": sym.P2P(first.boundary_bytes, 1),
+        "p2p_bytes": sent,
+        "p2p_in_node_s": sym.P2P(sent, 0),
+        "p2p_cross_s": sym.P2P(sent, 1),
     }
+
+
+def _sent_bytes(graph: ModelGraph, setting: Setting) -> Expr:
+    """What a stage sends to the next: the largest input of any layer."""
+    inputs = {block.boundary_bytes + block.carried_bytes for block in graph.blocks}
+    return sym.larger(*sorted(inputs, key=str)) / setting.sequence_shards
 
 
 def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:

@@ -1,13 +1,16 @@
-"""Finds the list of layers of a model, and says which layers cost the same.
+"""Finds the layers of a model, and says which of them cost the same.
 
-The list is the ModuleList, Sequential or ModuleDict whose repeated children hold the most
-parameters (the outermost of equals). Two layers are the same when their classes, parameters and
-settings agree; a layer's own number in the list is no setting.
+Layers are the children of lists: ModuleList, Sequential, ModuleDict, where a list that is never
+called itself (a ModuleList in a ModuleList) stands for its children. Of nested lists those are
+taken that mostly repeat (most of their parameters are in children that occur more than once), the
+outermost of them; where these hold less than half of what all lists hold, the outermost lists
+(unequal layers). An encoder and a decoder are two lists. Two layers are the same when their
+classes, parameters and settings agree; a layer's own number in the list is no setting.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,40 +18,120 @@ from torch import nn
 
 INDEX_NAME: Final = re.compile(r"(^|_)(idx|index|id|number)$")
 LISTS: Final = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+NEVER_CALLED: Final = (nn.ModuleList, nn.ModuleDict)
+# A list with less than this share of the parameters in lists is a detail (a stem, a small head).
+DETAIL_RATIO: Final = 0.02
 
 Signature = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The layers of a model in the order of their list, and where the list is."""
+    """The layers of a model, and for each the number of the list that it is of."""
 
-    path: str
     modules: tuple[nn.Module, ...]
     signatures: tuple[Signature, ...]
+    lists: tuple[int, ...]
+
+    def ordered(self, order: Sequence[int]) -> "Layers":
+        """The layers `order`, in that order."""
+        return Layers(
+            modules=tuple(self.modules[i] for i in order),
+            signatures=tuple(self.signatures[i] for i in order),
+            lists=tuple(self.lists[i] for i in order),
+        )
+
+    def without(self, number: int) -> "Layers | None":
+        """The layers of the other lists, if there are two or more."""
+        kept = [i for i, of in enumerate(self.lists) if of != number]
+        return self.ordered(kept) if len(kept) > 1 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _List:
+    """One list with its (called) children and how many parameters they hold."""
+
+    path: str
+    children: tuple[nn.Module, ...]
+    signatures: tuple[Signature, ...]
+    size: int
+    repeated: int
+
+    @property
+    def repeats(self) -> bool:
+        return 2 * self.repeated > self.size
 
 
 def find_layers(model: nn.Module) -> Layers | None:
-    """The list of layers, or None when the model has no list of two or more modules."""
-    lists = [
-        Layers(path=path, modules=children, signatures=tuple(map(signature, children)))
-        for path, module in model.named_modules()
-        if isinstance(module, LISTS) and len(children := tuple(module.children())) > 1
+    """The layers of a model, or None when it has no list of two or more modules."""
+    lists = list(_lists(model))
+    outermost = _outermost(lists)
+    repeating = _outermost([each for each in lists if each.repeats])
+    enough = repeating and 2 * _total(repeating) >= _total(outermost)
+    chosen = repeating if enough else outermost
+    kept = [each for each in chosen if each.size >= DETAIL_RATIO * _total(chosen)]
+    if not kept:
+        return None
+    return Layers(
+        modules=tuple(child for each in kept for child in each.children),
+        signatures=tuple(known for each in kept for known in each.signatures),
+        lists=tuple(number for number, each in enumerate(kept) for _ in each.children),
+    )
+
+
+def _lists(model: nn.Module) -> Iterator[_List]:
+    for path, module in model.named_modules():
+        if isinstance(module, LISTS) and len(children := tuple(_called(module))) > 1:
+            signatures = tuple(map(signature, children))
+            count, sizes = Counter(signatures), [_size(child) for child in children]
+            pairs = zip(sizes, signatures, strict=True)
+            yield _List(
+                path=path,
+                children=children,
+                signatures=signatures,
+                size=sum(sizes),
+                repeated=sum(size for size, known in pairs if count[known] > 1),
+            )
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The children, and in the place of a list that is never called its children."""
+    for child in module.children():
+        if isinstance(child, NEVER_CALLED):
+            yield from _called(child)
+        else:
+            yield child
+
+
+def _size(layer: nn.Module) -> int:
+    """Parameters, without tables of embeddings: these are no work."""
+    tables = {id(m.weight) for m in layer.modules() if isinstance(m, nn.Embedding)}
+    return sum(p.numel() for p in layer.parameters() if id(p) not in tables)
+
+
+def _outermost(lists: Sequence[_List]) -> list[_List]:
+    """The lists that lie in no other one."""
+    return [
+        each
+        for each in lists
+        if not any(other is not each and _inside(each.path, other.path) for other in lists)
     ]
-    return max(lists, key=_weight, default=None)
 
 
-def _weight(layers: Layers) -> tuple[int, int]:
-    """Parameters in layers that occur more than once; then parameters at all."""
-    count = Counter(layers.signatures)
-    sizes = [sum(p.numel() for p in module.parameters()) for module in layers.modules]
-    pairs = zip(sizes, layers.signatures, strict=True)
-    return sum(size for size, known in pairs if count[known] > 1), sum(sizes)
+def _inside(path: str, outer: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
+
+
+def _total(lists: Sequence[_List]) -> int:
+    return sum(each.size for each in lists)
 
 
 def signature(layer: nn.Module) -> Signature:
     """What decides the cost of a layer, apart from its inputs."""
-    parameters = tuple((n, tuple(p.shape), str(p.dtype)) for n, p in layer.named_parameters())
+    parameters = tuple(
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad)
+        for name, p in layer.named_parameters()
+    )
     settings = tuple((name, *_settings(module)) for name, module in layer.named_modules())
     return parameters, settings
 
@@ -56,10 +139,16 @@ def signature(layer: nn.Module) -> Signature:
 def _settings(module: nn.Module) -> Iterator[object]:
     yield type(module).__qualname__
     for name, value in sorted(vars(module).items()):
-        if isinstance(value, bool | int | str | float) and not INDEX_NAME.search(name):
+        if not INDEX_NAME.search(name):
             yield name, _setting(value)
 
 
-def _setting(value: bool | int | str | float) -> object:
+def _setting(value: object) -> object:
     """A float changes what is computed, not its cost, unless it is zero (dropout)."""
-    return value != 0.0 if isinstance(value, float) else value
+    if isinstance(value, float):
+        return value != 0.0
+    if isinstance(value, tuple | list):
+        return tuple(map(_setting, value))
+    if isinstance(value, bool | int | str):
+        return value
+    return getattr(value, "__qualname__", None) if callable(value) else None

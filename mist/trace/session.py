@@ -2,8 +2,9 @@
 
 The model runs once as it is, but each layer's forward is replaced: the first of its kind runs on
 detached inputs and goes backward at once, so its record is its own; a repeated one returns what the
-first returned. What the model does before its first layer is recorded as the embedding, the rest
-as the head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
+first returned. What the model does before its first layer is recorded as the embedding, what it
+does between two lists of layers (an encoder and a decoder) as a layer of its own, the rest as the
+head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from mist.graph import B, S, SavedTensor, T
 from mist.trace.blame import Passed
 from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
+from mist.trace.flow import Flow
 from mist.trace.loader import LoadedModel
 from mist.trace.record import Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
@@ -37,7 +39,11 @@ SEQ_HINT: Final = 384
 
 
 class NotALayerList(Passed):
-    """The layers found are not called once each in order."""
+    """The layers of list `number` are not called once each."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +55,17 @@ class Point:
     backward: bool = True
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Piece:
-    """The record of one part, with what is known only after it ran."""
+    """The record of one part, with what is known only after it ran.
+
+    `opened`: what it made that a layer took, by identity.
+    """
 
     part: Part
+    opened: dict[int, torch.Tensor] = field(default_factory=dict)
     boundary_bytes: Expr = sympy.S.Zero
+    carried_bytes: Expr = sympy.S.Zero
     transients: tuple[Expr, ...] = ()
     module: nn.Module | None = None
     outputs: object = None
@@ -64,13 +75,17 @@ class Piece:
 class Run:
     """What one run recorded. `kinds[i]` is the number in `layers` of the i-th layer.
 
-    `shared`: what layers saved but do not own (rotary tables, masks).
+    `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
+    what the one before gives or passes on. `shared`: what layers saved but do not own (rotary
+    tables, masks).
     """
 
     embed: Piece
     head: Piece
     layers: tuple[Piece, ...]
     kinds: tuple[int, ...]
+    order: tuple[int, ...]
+    sequential: bool
     shared: tuple[SavedTensor, ...]
     domain: tuple[Basic, ...]
     fixed: Mapping[Expr, Expr]
@@ -110,8 +125,10 @@ class Session:
     symbols: Symbols = field(default_factory=Symbols)
     pieces: list[Piece] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     known: dict[object, int] = field(default_factory=dict)
-    open_outputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    between: list[Piece] = field(default_factory=list)
+    sequential: bool = True
 
     def __post_init__(self) -> None:
         self.units = {unit: self._unit(unit) for unit in self._unit_sizes()}
@@ -119,6 +136,8 @@ class Session:
         self.recorder = Recorder(self.symbols, self.fakes.originals)
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
+        self.outer = self.embed if self.layers else self.head
+        self.flow = Flow(self.embed.opened)
 
     def run(self) -> Run:
         """Record the model. Raises NotALayerList, or whatever the model raises."""
@@ -132,6 +151,8 @@ class Session:
             head=self.head,
             layers=tuple(self.pieces),
             kinds=tuple(self.kinds),
+            order=tuple(self.order),
+            sequential=self.sequential,
             shared=self._shared(),
             domain=self.symbols.domain(),
             fixed=self.symbols.fixed(),
@@ -149,21 +170,26 @@ class Session:
         return batch, seq
 
     def _forward_and_backward(self, inputs: object) -> None:
-        shared = frozenset(key_of(t) for t in _tensors(inputs))
-        first = self.embed if self.layers else self.head
-        first.part.shared = self.head.part.shared = shared
-        with self.recorder.into(first.part):
+        self.shared_keys = frozenset(key_of(t) for t in _tensors(inputs))
+        self.embed.part.shared = self.head.part.shared = self.shared_keys
+        with self.recorder.into(self.outer.part):
             loss = self.model.run(inputs)
-        if self.layers and len(self.kinds) != len(self.layers.modules):
-            raise NotALayerList
-        self.embed.part.live.forward_done()
-        self.head.part.live.forward_done()
+        if missed := self._missed():
+            raise NotALayerList(missed[0])
+        outside = (self.head, *reversed(self.between), self.embed)
+        for piece in outside:
+            piece.part.live.forward_done()
         if not self.point.backward:
             return
         with self.recorder.into(self.head.part, "backward"):
             loss.backward()
-        self._back(self.head, self.open_outputs.get("head", []))
-        self._back(self.embed, self.open_outputs.get("embed", []))
+        for piece in outside:
+            self._back(piece, list(piece.opened.values()))
+
+    def _missed(self) -> list[int]:
+        """Lists with a layer that was not called."""
+        lists = self.layers.lists if self.layers else ()
+        return [of for index, of in enumerate(lists) if index not in self.order]
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -190,22 +216,58 @@ class Session:
         kwargs: dict[str, object],
     ) -> object:
         """In the place of a layer's forward."""
-        if index != len(self.kinds) or self.layers is None:
-            raise NotALayerList
+        assert self.layers is not None
+        if index in self.order:
+            raise NotALayerList(self.layers.lists[index])
         with self.recorder.into(None):
-            outer = "head" if index else "embed"
-            opened = [t for t in _tensors((args, kwargs)) if t.grad_fn is not None]
-            self.open_outputs.setdefault(outer, []).extend(opened)
-            key = (self.layers.signatures[index], self._spec((args, kwargs), index))
+            self._enter_layer((args, kwargs))
+            key = (self.layers.signatures[index], self._spec((args, kwargs), self._place_of(index)))
             if key not in self.known:
                 self.known[key] = len(self.pieces)
                 self.pieces.append(self._trace(self.layers.modules[index], forward, args, kwargs))
             kind = self.known[key]
+            self.order.append(index)
             self.kinds.append(kind)
-        self.recorder.part = self.head.part
-        if index == len(self.layers.modules) - 1:
-            self.head.boundary_bytes = self._total_bytes(self.pieces[kind].outputs)
-        return self.pieces[kind].outputs
+            outputs = tree_map(_leaf, self.pieces[kind].outputs)
+            self.flow.made(len(self.kinds) - 1, _tensors(outputs))
+            self._leave_layer(index)
+        self.recorder.part = self.outer.part
+        return outputs
+
+    def _place_of(self, index: int) -> int:
+        """The number that a layer has in its own list."""
+        assert self.layers is not None
+        return self.layers.lists[:index].count(self.layers.lists[index])
+
+    def _enter_layer(self, inputs: object) -> None:
+        """What runs outside the layers ends here, and what it made is an output of it."""
+        tensors = [t for t in _tensors(inputs) if t.requires_grad]
+        fresh = {id(t): t for t in tensors if t.grad_fn is not None and not self._is_open(t)}
+        self.outer.opened.update(fresh)
+        if self.outer in self.between and self.outer.part.ops:
+            self._place(self.outer)
+        self.sequential &= self.flow.enters(tensors)
+
+    def _is_open(self, tensor: torch.Tensor) -> bool:
+        return any(id(tensor) in piece.opened for piece in (self.embed, self.head, *self.between))
+
+    def _place(self, piece: Piece) -> None:
+        """What ran between two lists of layers is a layer between them."""
+        self.sequential &= self.flow.enters(piece.opened.values())
+        self.kinds.append(len(self.pieces))
+        self.pieces.append(piece)
+
+    def _leave_layer(self, index: int) -> None:
+        """What comes next is the head, or what lies between two lists."""
+        assert self.layers is not None
+        left = [of for i, of in enumerate(self.layers.lists) if i not in self.order]
+        self.outer = self.head
+        last = self.pieces[self.kinds[-1]]
+        if left and self.layers.lists[index] not in left:
+            self.outer = Piece(self.recorder.new_part("between", self.shared_keys))
+            self.between.append(self.outer)
+        if not left or self.outer is not self.head:
+            self.outer.boundary_bytes = self._total_bytes(last.outputs)
 
     def _trace(
         self,
@@ -222,6 +284,8 @@ class Session:
         shared = frozenset(key_of(t) for t in tensors if t is not own)
         piece = Piece(self.recorder.new_part(type(layer).__name__, shared), module=layer)
         piece.boundary_bytes = self._total_bytes(own)
+        carried = [t for t in tensors if t.requires_grad and t is not own]
+        piece.carried_bytes = self._total_bytes(carried)
         with self.recorder.into(piece.part):
             outputs = forward(*args, **kwargs)
         piece.part.live.forward_done()

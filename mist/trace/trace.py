@@ -106,14 +106,8 @@ def _main_run(
 ) -> tuple[Layers | None, Run, Sharding | None, list[str]]:
     """The symbolic run: with the layer list if it is one, sharded if the rules hold."""
     notes: list[str] = []
-    layers = find_layers(model.module)
     progress("tracing at concrete sizes")
-    point = Point(batch=BATCH_HINT, seq=seq_hint(model))
-    try:
-        check = _run(model, layers, setting, None, point)
-    except NotALayerList:
-        layers = None
-        check = _run(model, layers, setting, None, point)
+    layers, check = _first_run(model, setting)
     if layers is None:
         notes.append("no list of layers that are called once each in order: one block, one layer")
     progress("tracing symbolic sizes")
@@ -124,6 +118,23 @@ def _main_run(
         notes.append(str(reason))
         return layers, _run(model, layers, setting, None, Point()), None, notes
     return layers, run, sharding, notes + _vocabulary_note(sharding)
+
+
+def _first_run(model: LoadedModel, setting: Setting) -> tuple[Layers | None, Run]:
+    """A run at concrete sizes, and the layers in the order of their calls.
+
+    A list whose layers are not called once each is no list of layers.
+    """
+    layers = find_layers(model.module)
+    point = Point(batch=BATCH_HINT, seq=seq_hint(model))
+    while layers is not None:
+        try:
+            run = _run(model, layers, setting, None, point)
+        except NotALayerList as fault:
+            layers = layers.without(fault.number)
+        else:
+            return layers.ordered(run.order), run
+    return None, _run(model, None, setting, None, point)
 
 
 def _run(
@@ -221,6 +232,7 @@ def _graph(
         tied=tied,
         max_seq_len=model.max_seq_len,
         tp_limits=result.sharding.limits if result.sharding else None,
+        sequential=result.run.sequential,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
         notes=result.notes,
@@ -248,30 +260,35 @@ def _owners(module: nn.Module, result: _Result) -> list[Owned]:
     """The parameters of embed, head and each distinct layer: name, tensor, tied.
 
     Outside the layers a parameter belongs where it is first read (one never read: to the
-    embedding); the head's second use is tied.
+    embedding); a later use is tied.
     """
-    run = result.run
-    inside = {id(p) for layer in (result.layers.modules if result.layers else ())
-              for p in layer.parameters()}  # fmt: skip
-    used = {name: [run.originals[key] for key in piece.part.used]
-            for name, piece in (("embed", run.embed), ("head", run.head))}  # fmt: skip
-    ids = {name: {id(p) for p in params} for name, params in used.items()}
-    embed: Owned = []
-    head: Owned = []
-    for name, parameter in module.named_parameters():
-        if id(parameter) in inside:
-            continue
-        in_head, in_embed = id(parameter) in ids["head"], id(parameter) in ids["embed"]
-        if in_embed or not in_head:
-            (embed if result.layers else head).append((name, parameter, False))
-        if in_head:
-            head.append((name, parameter, in_embed))
-    layers: list[Owned] = [
-        [(name, parameter, False) for name, parameter in piece.module.named_parameters()]
-        for piece in run.layers
-        if piece.module is not None
-    ]
-    return [embed, head, *layers]
+    run, layers = result.run, result.layers.modules if result.layers else ()
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    outside = [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
+    parts = {id(piece): _read_by(piece, run) for piece in _outside(run)}
+    unread = {id(p) for _, p in outside}.difference(*parts.values())
+    parts[id(run.embed if layers else run.head)] |= unread
+    owned: dict[int, Owned] = {}
+    known: set[int] = set()
+    for piece in _outside(run):
+        read = parts[id(piece)]
+        owned[id(piece)] = [(name, p, id(p) in known) for name, p in outside if id(p) in read]
+        known |= read
+    for piece in run.layers:
+        if piece.module is not None:
+            own = piece.module.named_parameters()
+            owned[id(piece)] = [(name, parameter, False) for name, parameter in own]
+    return [owned[id(piece)] for piece in (run.embed, run.head, *run.layers)]
+
+
+def _outside(run: Run) -> list[Piece]:
+    """What runs outside the layers, in order."""
+    return [run.embed, *(piece for piece in run.layers if piece.module is None), run.head]
+
+
+def _read_by(piece: Piece, run: Run) -> set[int]:
+    """The parameters (by identity) that a part reads."""
+    return {id(run.originals[key]) for key in piece.part.used}
 
 
 def _block(
@@ -289,6 +306,7 @@ def _block(
         saved=piece.part.saved(),
         saved_single=single.part.saved(),
         boundary_bytes=piece.boundary_bytes,
+        carried_bytes=piece.carried_bytes,
         transient_bytes=piece.transients,
         num_tp_regions=_num_tp_regions(piece, found, sharding),
         num_recomputed_ops=piece.part.num_recomputed_ops,
@@ -312,6 +330,7 @@ def _empty(name: str) -> Block:
         saved=(),
         saved_single=(),
         boundary_bytes=Integer(0),
+        carried_bytes=Integer(0),
         transient_bytes=(),
         num_tp_regions=0,
         num_recomputed_ops=0,
