@@ -7,9 +7,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,22 @@ from mist.trace.expr import Size
 from mist.trace.fake import DTYPES
 from mist.trace.source import PythonSource, Source
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 MakeBatch = Callable[[Size, Size], object]
 Loss = Callable[..., torch.Tensor]
 
 OURS: Final = Path(__file__).resolve().parents[1]
+TOKENS, IMAGES = "input_ids", "pixel_values"
 MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
+# What a configuration without `architectures` is for: the first of these heads that it can have.
+HEADS: Final = (
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +52,11 @@ class LoadedModel:
 
     @property
     def max_seq_len(self) -> int | None:
-        """The longest sequence that the model takes, if it says so."""
-        config = getattr(self.module, "config", None)
+        """The longest sequence that the model takes, if it says so; of an image, its patches."""
+        config: Any = getattr(self.module, "config", None)
+        if self._input() == IMAGES and (patch := getattr(config, "patch_size", None)):
+            sides = zip(_sides(config.image_size), _sides(patch), strict=True)
+            return prod(image // part for image, part in sides)
         for owner in (self.module, config):
             for name in MAX_SEQ_LEN_NAMES:
                 value = getattr(owner, name, None)
@@ -50,11 +65,22 @@ class LoadedModel:
         return None
 
     def batch(self, batch: Size, seq: Size) -> object:
-        """One micro-batch: the user's, or token ids [batch, seq]; labels for Hugging Face."""
+        """One micro-batch: the user's, or token ids [batch, seq]; labels for Hugging Face.
+
+        An encoder-decoder gets `seq` tokens at both ends; a model of images one image each.
+        """
         if self.make_batch is not None:
             return self.make_batch(batch, seq)
+        if self._input() == IMAGES:
+            config: Any = self.module.config
+            shape = (config.num_channels, *_sides(config.image_size))
+            labels = torch.empty(batch, dtype=torch.int64)
+            return {"pixel_values": torch.empty(batch, *shape), "labels": labels}
         ids = torch.empty(batch, seq, dtype=torch.int64)
-        return {"input_ids": ids, "labels": ids} if self._takes_labels() else ids
+        if not self._takes_labels():
+            return ids
+        second = {"decoder_input_ids": ids} if "decoder_input_ids" in self._parameters() else {}
+        return {"input_ids": ids, "labels": ids, **second}
 
     def run(self, batch: object) -> torch.Tensor:
         """Forward and loss: the user's loss, the model's own, or cross-entropy of its logits."""
@@ -72,6 +98,9 @@ class LoadedModel:
         if isinstance(batch, tuple | list):
             return self.module(*batch)
         return self.module(batch)
+
+    def _input(self) -> str:
+        return str(getattr(self.module, "main_input_name", TOKENS))
 
     def _takes_labels(self) -> bool:
         return hasattr(self.module, "loss_function") and "labels" in self._parameters()
@@ -103,6 +132,11 @@ def _first(value: object) -> torch.Tensor:
     return value
 
 
+def _sides(size: "int | tuple[int, int]") -> tuple[int, int]:
+    """Height and width of an image or patch."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def load_model(source: Source, *, precision: Precision, attention: Attention) -> LoadedModel:
     """The model of a source on the meta device.
 
@@ -117,7 +151,7 @@ def load_model(source: Source, *, precision: Precision, attention: Attention) ->
 def _from_config(
     label: str, config: dict[str, Any], precision: Precision, attention: Attention
 ) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = config.pop("model_type")
@@ -129,15 +163,41 @@ def _from_config(
     kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
     try:
         known = AutoConfig.for_model(model_type, **config)
+        build = _class_of(label, known)._from_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                known, dtype=DTYPES[precision], **kernel
-            )
+            model: nn.Module = build(known, dtype=DTYPES[precision], **kernel)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
-            f"transformers cannot build a causal language model from {label}: {short(error)}"
+            f"transformers cannot build a model from {label}: {short(error)}"
         ) from error
+    if (name := model.main_input_name) not in (TOKENS, IMAGES):
+        raise ModelError(
+            f"{label}: {type(model).__name__} takes {name}, which Mist cannot make up. Give a "
+            "Python file with build_model() and make_batch(batch, seq)."
+        )
     return model
+
+
+def _class_of(label: str, config: "PreTrainedConfig") -> "type[PreTrainedModel]":
+    """The class that the configuration names; if none, the first head that its type can have."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    named = getattr(config, "architectures", None) or []
+    mappings = (getattr(modeling_auto, head) for head in HEADS)
+    fitting = (mapping.get(config.model_type) for mapping in mappings)
+    heads = (head[0] if isinstance(head, tuple) else head for head in fitting)
+    for name in named or heads:
+        found: type[PreTrainedModel] | None = getattr(transformers, name or "", None)
+        if found is not None:
+            return found
+    wanted = f"class {', '.join(named)}" if named else "language model or image classifier"
+    raise ModelError(
+        f"{label}: transformers has no {wanted} for model_type {config.model_type!r}. Name one of "
+        "its classes in `architectures`, or give a Python file with build_model()."
+    )
 
 
 def _from_file(source: PythonSource, attention: Attention) -> LoadedModel:

@@ -6,14 +6,14 @@ does work on the device, one `Op` (one per matrix product). Autograd's sequence 
 backward call, and a saved tensor, to the forward call and module that caused it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from sympy import Expr, Integer
-from torch import fx
+from torch import fx, nn
 from torch._ops import OpOverload
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.nn.modules.module import (
@@ -87,7 +87,9 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.part: Part | None = None
         self.phase: Phase = "forward"
+        self.parts: tuple[Part, ...] = ()
         self.modules: list[str] = []
+        self.callers: list[nn.Module] = []
         self._symbols = symbols
         self._states = states
         self._tensors_shared: dict[int, Kept] = {}
@@ -106,6 +108,20 @@ class Recorder(TorchDispatchMode):
         finally:
             self.part, self.phase = before
 
+    @contextmanager
+    def backward_of(self, parts: Iterable[Part]) -> Iterator[None]:
+        """Within: each backward call is recorded into the part whose forward call it answers."""
+        self.parts = tuple(parts)
+        with self.into(self.parts[0], "backward"):
+            yield
+        self.parts = ()
+
+    def _turn(self) -> None:
+        """Turn to the part of the autograd node that runs, if it is known."""
+        node: Node | None = torch._C._current_autograd_node()
+        number = None if node is None else node._sequence_nr()
+        self.part = next((part for part in self.parts if number in part.origins), self.part)
+
     def __torch_dispatch__(
         self,
         func: OpOverload,
@@ -115,6 +131,8 @@ class Recorder(TorchDispatchMode):
     ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self.parts:
+            self._turn()
         if self.part is not None and func.namespace != "prim" and not _accumulates():
             self._record(self.part, Call(func, bind(func, args, kwargs), out))
         return out
@@ -236,9 +254,11 @@ def recording(recorder: Recorder, names: Mapping[torch.nn.Module, str]) -> Itera
 
     def enter(module: torch.nn.Module, args: object) -> None:
         recorder.modules.append(names.get(module, ""))
+        recorder.callers.append(module)
 
     def leave(module: torch.nn.Module, args: object, output: object) -> None:
         recorder.modules.pop()
+        recorder.callers.pop()
 
     hooks = (
         register_module_forward_pre_hook(enter),

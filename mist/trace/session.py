@@ -28,6 +28,7 @@ from mist.trace.flow import Flow
 from mist.trace.loader import LoadedModel
 from mist.trace.record import Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
+from mist.trace.routing import Routing
 from mist.trace.shim import runs_as
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Share
@@ -85,6 +86,7 @@ class Run:
     layers: tuple[Piece, ...]
     kinds: tuple[int, ...]
     order: tuple[int, ...]
+    experts: frozenset[tuple[int, int]]
     sequential: bool
     shared: tuple[SavedTensor, ...]
     domain: tuple[Basic, ...]
@@ -128,6 +130,7 @@ class Session:
     order: list[int] = field(default_factory=list)
     known: dict[object, int] = field(default_factory=dict)
     between: list[Piece] = field(default_factory=list)
+    seeds: list[torch.Tensor] = field(default_factory=list)
     sequential: bool = True
 
     def __post_init__(self) -> None:
@@ -138,12 +141,15 @@ class Session:
         self.head = Piece(self.recorder.new_part("head"))
         self.outer = self.embed if self.layers else self.head
         self.flow = Flow(self.embed.opened)
+        hints = {B: BATCH_HINT, S: seq_hint(self.model)}
+        ratio = self.setting.capacity_ratio
+        self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
 
     def run(self) -> Run:
         """Record the model. Raises NotALayerList, or whatever the model raises."""
         batch, seq = self._sizes()
         with self._prepared():
-            inputs = self.model.batch(batch, seq)
+            inputs = tree_map(self._input, self.model.batch(batch, seq))
             self.embed.boundary_bytes = self._total_bytes(inputs)
             self._forward_and_backward(inputs)
         return Run(
@@ -152,6 +158,7 @@ class Session:
             layers=tuple(self.pieces),
             kinds=tuple(self.kinds),
             order=tuple(self.order),
+            experts=frozenset(self.routing.experts),
             sequential=self.sequential,
             shared=self._shared(),
             domain=self.symbols.domain(),
@@ -169,6 +176,12 @@ class Session:
         seq = self.point.seq or self.symbols.create("s", hint=seq_hint(self.model), meaning=S)
         return batch, seq
 
+    def _input(self, value: object) -> object:
+        """Floating inputs take the compute precision, as under FSDP2's mixed precision."""
+        if self.setting.autocast or not isinstance(value, torch.Tensor):
+            return value
+        return value.to(DTYPES[self.setting.precision]) if value.is_floating_point() else value
+
     def _forward_and_backward(self, inputs: object) -> None:
         self.shared_keys = frozenset(key_of(t) for t in _tensors(inputs))
         self.embed.part.shared = self.head.part.shared = self.shared_keys
@@ -176,15 +189,19 @@ class Session:
             loss = self.model.run(inputs)
         if missed := self._missed():
             raise NotALayerList(missed[0])
-        outside = (self.head, *reversed(self.between), self.embed)
+        outside = (self.head, *self.between, self.embed)
         for piece in outside:
             piece.part.live.forward_done()
-        if not self.point.backward:
-            return
-        with self.recorder.into(self.head.part, "backward"):
-            loss.backward()
-        for piece in outside:
-            self._back(piece, list(piece.opened.values()))
+            piece.opened.clear()
+        if self.point.backward:
+            starts = [loss, *self.seeds]
+            gradients = [None, *map(torch.empty_like, self.seeds)]
+            with self.recorder.backward_of(piece.part for piece in outside):
+                torch.autograd.backward(starts, gradients)
+            for piece in outside:
+                piece.transients = piece.part.live.transients(self._gradients(piece.part))
+            for parameter in self.fakes.copies:
+                parameter.grad = None
 
     def _missed(self) -> list[int]:
         """Lists with a layer that was not called."""
@@ -204,6 +221,7 @@ class Session:
                 self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
             self.stack.enter_context(self.symbols.mode)
             self.stack.enter_context(runs_as(self.setting.policy, self.setting.attention))
+            self.stack.enter_context(self.routing)
             self.stack.enter_context(self._colwise_hooks())
             self.stack.enter_context(recording(self.recorder, self._names(layers)))
             yield
@@ -244,6 +262,8 @@ class Session:
         tensors = [t for t in _tensors(inputs) if t.requires_grad]
         fresh = {id(t): t for t in tensors if t.grad_fn is not None and not self._is_open(t)}
         self.outer.opened.update(fresh)
+        if fresh and self.point.backward:
+            self.seeds.append(self._seed(self.outer, list(fresh.values())))
         if self.outer in self.between and self.outer.part.ops:
             self._place(self.outer)
         self.sequential &= self.flow.enters(tensors)
@@ -294,22 +314,28 @@ class Session:
         return piece
 
     def _back(self, piece: Piece, outputs: Sequence[torch.Tensor]) -> None:
-        """Backward from outputs, if any, and the transient bytes of the part."""
+        """Backward from the outputs of a layer, if any, and its transient bytes."""
         if self.point.backward:
             if outputs:
-                seed: torch.Tensor = Seed.apply(*outputs)  # type: ignore[no-untyped-call]
-                gradient = torch.empty((), dtype=seed.dtype, device="cpu")
+                seed = self._seed(piece, outputs)
+                gradient = torch.empty_like(seed)
                 with self.recorder.into(piece.part, "backward"):
                     seed.backward(gradient)
             piece.transients = piece.part.live.transients(self._gradients(piece.part))
+            for parameter in self.fakes.copies:
+                parameter.grad = None
+
+    def _seed(self, piece: Piece, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A scalar whose backward pass starts that of a part."""
+        seed: torch.Tensor = Seed.apply(*outputs)  # type: ignore[no-untyped-call]
+        assert seed.grad_fn is not None
+        piece.part.origins.setdefault(seed.grad_fn._sequence_nr(), ("", ""))
+        return seed
 
     def _gradients(self, part: Part) -> frozenset[int]:
-        """The storages that became gradients of parameters; they are dropped."""
-        found = set()
-        for parameter in self.fakes.copies:
-            if parameter.grad is not None:
-                found.add(part.live.index(parameter.grad))
-                parameter.grad = None
+        """The storages that became gradients of parameters."""
+        gradients = (p.grad for p in self.fakes.copies if p.grad is not None)
+        found = {part.live.index(gradient) for gradient in gradients}
         return frozenset(found - {None})  # type: ignore[arg-type]
 
     def _spec(self, value: object, index: int) -> object:

@@ -69,7 +69,9 @@ def test_wrong_kind_of_file(tmp_path: Path) -> None:
     path = file_with(tmp_path, "", "weights.bin")
     assert message_of(path) == (
         f"model '{path}' is a .bin file. Give a Python file with build_model(), a Hugging Face "
-        "config.json, or a preset: gpt2-xl, gpt3-175b, llama3-405b, llama3-70b, llama3-8b."
+        "config.json, or a preset: bert-large, deepseek-v3, falcon-7b, gemma2-9b, gpt-neox-20b, "
+        "gpt2-xl, gpt3-175b, llama3-405b, llama3-70b, llama3-8b, mixtral-8x7b, opt-6.7b, "
+        "phi3-mini, qwen3-30b-a3b, qwen3-8b, t5-large, vit-large."
     )
 
 
@@ -105,10 +107,28 @@ def test_config_with_unknown_model_type(tmp_path: Path) -> None:
 
 
 def test_config_that_transformers_refuses(tmp_path: Path) -> None:
-    path = file_with(tmp_path, '{"model_type": "vit"}', "config.json")
+    path = file_with(tmp_path, '{"model_type": "llama", "num_attention_heads": 3}', "config.json")
     found = message_of(path)
-    start = f"transformers cannot build a causal language model from {path}: ValueError: "
+    start = f"transformers cannot build a model from {path}: StrictDataclassClassValidationError: "
     assert found.startswith(start)
+
+
+def test_config_of_an_unknown_class(tmp_path: Path) -> None:
+    text = '{"model_type": "llama", "architectures": ["LlamaForEverything"]}'
+    path = file_with(tmp_path, text, "config.json")
+    assert message_of(path) == (
+        f"{path}: transformers has no class LlamaForEverything for model_type 'llama'. Name one of "
+        "its classes in `architectures`, or give a Python file with build_model()."
+    )
+
+
+def test_config_of_a_model_whose_input_is_unknown(tmp_path: Path) -> None:
+    text = '{"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}'
+    path = file_with(tmp_path, text, "config.json")
+    assert message_of(path) == (
+        f"{path}: WhisperForConditionalGeneration takes input_features, which Mist cannot make up. "
+        "Give a Python file with build_model() and make_batch(batch, seq)."
+    )
 
 
 def test_file_without_model(tmp_path: Path) -> None:
