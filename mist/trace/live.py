@@ -7,6 +7,7 @@ transient(i) = live(i) - all saved bytes. Only instants that are the worst somew
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -35,6 +36,7 @@ class Live:
         self._last: dict[int, int] = {}
         self._num_saved = 0
         self._moments: dict[tuple[int, ...], None] = {}
+        self._gradients: frozenset[int] = frozenset()
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Start to watch the storage of a tensor, unless it is watched already."""
@@ -54,15 +56,29 @@ class Live:
         alive = tuple(i for i, ref in enumerate(self._refs) if not ref.expired())
         self._moments[alive] = None
 
-    def index(self, tensor: torch.Tensor) -> int | None:
-        """The number under which a tensor's storage is watched."""
-        return self._last.get(tensor.untyped_storage()._cdata)
+    def backward_done(self, gradients: Iterable[torch.Tensor]) -> None:
+        """These tensors, where they are watched, are gradients of parameters."""
+        found = (self._last.get(each.untyped_storage()._cdata) for each in gradients)
+        self._gradients = frozenset(index for index in found if index is not None)
 
-    def transients(self, gradients: frozenset[int]) -> tuple[Expr, ...]:
-        """Bytes beyond the saved ones at the worst instants; `gradients` are not counted."""
+    @property
+    def history(self) -> tuple[tuple[Expr, ...], tuple[tuple[int, ...], ...], int, tuple[int, ...]]:
+        """Bytes of the storages; which are alive at each moment; how many are saved; gradients."""
+        moments, gradients = tuple(self._moments), tuple(sorted(self._gradients))
+        return tuple(self._bytes), moments, self._num_saved, gradients
+
+    def resized(self, sizes: Iterable[Expr]) -> "Live":
+        """The same history of storages of other sizes."""
+        other = Live(self._symbols)
+        other._bytes, other._moments = list(sizes), self._moments
+        other._num_saved, other._gradients = self._num_saved, self._gradients
+        return other
+
+    def transients(self) -> tuple[Expr, ...]:
+        """Bytes beyond the saved ones at the worst instants; gradients are not counted."""
         sizes = sorted(set(self._bytes), key=str)
         rank = {size: i for i, size in enumerate(sizes)}
-        rows = {self._row(alive, gradients, rank) for alive in self._moments}
+        rows = {self._row(alive, rank) for alive in self._moments}
         moments = np.array(sorted(rows), dtype=float).reshape(len(rows), len(sizes))
         worst = _maximal(moments, sizes)
         return tuple(
@@ -70,11 +86,9 @@ class Live:
             for row in worst
         )
 
-    def _row(
-        self, alive: tuple[int, ...], gradients: frozenset[int], rank: dict[Expr, int]
-    ) -> tuple[int, ...]:
+    def _row(self, alive: tuple[int, ...], rank: dict[Expr, int]) -> tuple[int, ...]:
         """How many storages of each size are alive, less those that were saved."""
-        count = Counter(rank[self._bytes[i]] for i in alive if i not in gradients)
+        count = Counter(rank[self._bytes[i]] for i in alive if i not in self._gradients)
         count.subtract(rank[size] for size in self._bytes[: self._num_saved])
         return tuple(count[i] for i in range(len(rank)))
 

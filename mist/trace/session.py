@@ -198,10 +198,7 @@ class Session:
             gradients = [None, *map(torch.empty_like, self.seeds)]
             with self.recorder.backward_of(piece.part for piece in outside):
                 torch.autograd.backward(starts, gradients)
-            for piece in outside:
-                piece.transients = piece.part.live.transients(self._gradients(piece.part))
-            for parameter in self.fakes.copies:
-                parameter.grad = None
+            self._backward_done(outside)
 
     def _missed(self) -> list[int]:
         """Lists with a layer that was not called."""
@@ -321,9 +318,7 @@ class Session:
                 gradient = torch.empty_like(seed)
                 with self.recorder.into(piece.part, "backward"):
                     seed.backward(gradient)
-            piece.transients = piece.part.live.transients(self._gradients(piece.part))
-            for parameter in self.fakes.copies:
-                parameter.grad = None
+            self._backward_done([piece])
 
     def _seed(self, piece: Piece, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """A scalar whose backward pass starts that of a part."""
@@ -332,11 +327,14 @@ class Session:
         piece.part.origins.setdefault(seed.grad_fn._sequence_nr(), ("", ""))
         return seed
 
-    def _gradients(self, part: Part) -> frozenset[int]:
-        """The storages that became gradients of parameters."""
-        gradients = (p.grad for p in self.fakes.copies if p.grad is not None)
-        found = {part.live.index(gradient) for gradient in gradients}
-        return frozenset(found - {None})  # type: ignore[arg-type]
+    def _backward_done(self, pieces: Sequence[Piece]) -> None:
+        """The transient bytes of parts, and the end of the gradients of parameters."""
+        for piece in pieces:
+            live = piece.part.live
+            live.backward_done(p.grad for p in self.fakes.copies if p.grad is not None)
+            piece.transients = live.transients()
+        for parameter in self.fakes.copies:
+            parameter.grad = None
 
     def _spec(self, value: object, index: int) -> object:
         """What of a layer's inputs decides its cost."""

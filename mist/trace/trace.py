@@ -1,39 +1,23 @@
-"""From a loaded model to its ModelGraph.
-
-Three runs: the symbolic one that gives the expressions (b >= 2, shapes sharded by t where rules
-are known); one at concrete sizes without sharding, which must agree with the first at t = 1; and
-one at b = 1, forward only, since a dimension of size 1 changes which tensors autograd keeps.
-"""
+"""From a loaded model to its ModelGraph: the runs of `runs`, assembled into blocks."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from sympy import Expr, Integer
+from sympy import Integer
 from torch import fx, nn
 
 from mist.errors import TraceError
 from mist.facts import LayerRun
-from mist.graph import B, Block, ModelGraph, Param, S, T
-from mist.trace.blame import short, traced
+from mist.graph import Block, ModelGraph, Param
 from mist.trace.loader import LoadedModel
-from mist.trace.repeat import Layers, find_layers
-from mist.trace.session import (
-    BATCH_HINT,
-    NotALayerList,
-    Piece,
-    Point,
-    Run,
-    Session,
-    seq_hint,
-)
+from mist.trace.runs import Progress, Recorded, record_model
+from mist.trace.session import Piece, Run
 from mist.trace.source import Setting
-from mist.trace.tp import Sharding, Unsupported, find_sharding
-
-Progress = Callable[[str], None]
+from mist.trace.tp import Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +54,7 @@ def trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
             "(model.gradient_checkpointing_disable())."
         )
     with _training(model.module):
-        return _trace(model, setting, progress)
+        return _assemble(model, setting, record_model(model, setting, progress))
 
 
 @contextmanager
@@ -84,119 +68,7 @@ def _training(module: nn.Module) -> Iterator[None]:
             each.training = mode
 
 
-def _trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
-    layers, run, sharding, notes = _main_run(model, setting, progress)
-    progress("tracing b = 1")
-    with traced(model.name):
-        single = Session(model, layers, setting, sharding, Point(batch=1, backward=False)).run()
-    return _assemble(model, setting, _Result(layers, run, single, sharding, tuple(notes)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    layers: Layers | None
-    run: Run
-    single: Run
-    sharding: Sharding | None
-    notes: tuple[str, ...]
-
-
-def _main_run(
-    model: LoadedModel, setting: Setting, progress: Progress
-) -> tuple[Layers | None, Run, Sharding | None, list[str]]:
-    """The symbolic run: with the layer list if it is one, sharded if the rules hold."""
-    notes: list[str] = []
-    progress("tracing at concrete sizes")
-    layers, check = _first_run(model, setting)
-    if layers is None:
-        notes.append("no list of layers that are called once each in order: one block, one layer")
-    progress("tracing symbolic sizes")
-    try:
-        sharding = find_sharding(model.module)
-        run = _sharded_run(model, layers, setting, sharding, check)
-    except Unsupported as reason:
-        notes.append(str(reason))
-        return layers, _run(model, layers, setting, None, Point()), None, notes
-    return layers, run, sharding, notes + _vocabulary_note(sharding)
-
-
-def _first_run(model: LoadedModel, setting: Setting) -> tuple[Layers | None, Run]:
-    """A run at concrete sizes, and the layers in the order of their calls.
-
-    A list whose layers are not called once each is no list of layers.
-    """
-    layers = find_layers(model.module)
-    point = Point(batch=BATCH_HINT, seq=seq_hint(model))
-    while layers is not None:
-        try:
-            run = _run(model, layers, setting, None, point)
-        except NotALayerList as fault:
-            layers = layers.without(fault.number)
-        else:
-            return layers.ordered(run.order), run
-    return None, _run(model, None, setting, None, point)
-
-
-def _run(
-    model: LoadedModel,
-    layers: Layers | None,
-    setting: Setting,
-    sharding: Sharding | None,
-    point: Point,
-) -> Run:
-    with traced(model.name):
-        run = Session(model, layers, setting, sharding, point).run()
-    for size, value in run.fixed.items():
-        if size in (B, S):
-            name = "batch" if size == B else "sequence length"
-            raise TraceError(
-                f"{model.name} works for one {name} only ({value}): an operation compares it with "
-                "a fixed size. Let make_batch and the model take any size."
-            )
-    return run
-
-
-def _sharded_run(
-    model: LoadedModel, layers: Layers | None, setting: Setting, sharding: Sharding, check: Run
-) -> Run:
-    """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
-    try:
-        run = Session(model, layers, setting, sharding, Point()).run()
-    except Exception as error:
-        raise Unsupported(
-            f"tensor parallelism cannot be traced ({short(error)}); t = 1 only"
-        ) from error
-    if run.fixed:
-        raise Unsupported("tensor parallelism cannot be traced (a shard has one size); t = 1 only")
-    point = {B: BATCH_HINT, S: seq_hint(model), T: 1}
-    if _facts(run, point) != _facts(check, point):
-        raise Unsupported("the tensor-parallel trace at t = 1 is not the model's own; t = 1 only")
-    return run
-
-
-def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
-    """All costs of a run as numbers."""
-    values: dict[Expr, Expr] = {}
-
-    def at(expr: Expr) -> Expr:
-        if expr not in values:
-            values[expr] = expr.subs(point)
-        return values[expr]
-
-    pieces = (run.embed, *run.layers, run.head)
-    ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for p in pieces for o in p.part.ops]
-    kept = [(k.dtype, at(k.bytes)) for p in pieces for k in p.part.kept.values()]
-    return [*ops, *kept, *(at(p.boundary_bytes) for p in pieces)]
-
-
-def _vocabulary_note(sharding: Sharding) -> list[str]:
-    size = sharding.vocab_size
-    if size is None or size % 8 == 0:
-        return []
-    return [f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"]
-
-
-def _assemble(model: LoadedModel, setting: Setting, result: _Result) -> Traced:
+def _assemble(model: LoadedModel, setting: Setting, result: Recorded) -> Traced:
     run, single, sharding = result.run, result.single, result.sharding
     owners = _owners(model.module, result)
     pieces = (run.embed, run.head, *run.layers)
@@ -215,7 +87,7 @@ def _assemble(model: LoadedModel, setting: Setting, result: _Result) -> Traced:
 
 
 def _graph(
-    model: LoadedModel, setting: Setting, result: _Result, blocks: tuple[Block, ...]
+    model: LoadedModel, setting: Setting, result: Recorded, blocks: tuple[Block, ...]
 ) -> ModelGraph:
     embed, head, *layers = blocks
     tied = any(param.tied for block in blocks for param in block.params)
@@ -256,7 +128,7 @@ def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str
 Owned = list[tuple[str, torch.Tensor, bool]]
 
 
-def _owners(module: nn.Module, result: _Result) -> list[Owned]:
+def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
     """The parameters of embed, head and each distinct layer: name, tensor, tied.
 
     Outside the layers a parameter belongs where it is first read (one never read: to the

@@ -1,0 +1,173 @@
+"""The runs that a model is recorded in, and what they must agree on.
+
+Three runs: one at concrete sizes, which finds the layers that are called once each; the symbolic
+one that gives the expressions (b >= 2, shapes sharded by t where rules are known), which must agree
+with the first at t = 1; and one at b = 1, forward only, since a dimension of size 1 changes which
+tensors autograd keeps. Where symbolic sizes fail, expressions come from more runs at concrete ones.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from sympy import Expr
+
+from mist.errors import TraceError
+from mist.graph import B, S, T
+from mist.trace.blame import short, traced
+from mist.trace.fit import NotPolynomial, fitted_run
+from mist.trace.loader import LoadedModel
+from mist.trace.repeat import Layers, find_layers
+from mist.trace.session import BATCH_HINT, NotALayerList, Point, Run, Session, seq_hint
+from mist.trace.source import Setting
+from mist.trace.tp import Sharding, Unsupported, find_sharding
+
+Progress = Callable[[str], None]
+
+NO_LAYERS = "no list of layers that are called once each in order: one block, one layer"
+ROUTED = "mixture of experts: even routing is assumed, and every rank holds all experts (ep = 1)"
+ONE_SIZE = "a sample has a fixed size: the sequence length changes no cost, only the tokens counted"
+NOT_SYMBOLIC = (
+    "symbolic sizes cannot be traced: costs are polynomials through runs at concrete sizes, "
+    "exact at held-out ones, and hold up to the largest of them; t = 1 only"
+)
+OUT_OF_LINE = (
+    "layers exchange tensors with layers that are not their neighbours (skip connections): "
+    "one pipeline stage only"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A model's runs: symbolic and at b = 1; its layers and its tensor-parallel rules, if any."""
+
+    layers: Layers | None
+    run: Run
+    single: Run
+    sharding: Sharding | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What is run: a model with what is known of it so far."""
+
+    model: LoadedModel
+    setting: Setting
+    layers: Layers | None = None
+    sharding: Sharding | None = None
+
+    def run(self, point: Point) -> Run:
+        """One run. Raises TraceError, naming the line of the model at fault."""
+        with traced(self.model.name):
+            run = self.session(point)
+        for size, value in run.fixed.items():
+            if size in (B, S):
+                name = "batch" if size == B else "sequence length"
+                raise TraceError(
+                    f"{self.model.name} works for one {name} only ({value}): an operation compares "
+                    "it with a fixed size. Let make_batch and the model take any size."
+                )
+        return run
+
+    def session(self, point: Point) -> Run:
+        """One run. Raises whatever the model raises."""
+        return Session(self.model, self.layers, self.setting, self.sharding, point).run()
+
+
+def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Recorded:
+    """Run a model as often as its costs need. Raises TraceError."""
+    progress("tracing at concrete sizes")
+    subject, check = _first_run(_Subject(model=model, setting=setting))
+    progress("tracing symbolic sizes")
+    try:
+        subject = replace(subject, sharding=find_sharding(model.module))
+        run, notes = _sharded_run(subject, check), list[str]()
+    except Unsupported as reason:
+        subject = replace(subject, sharding=None)
+        run, fitted = _expressions(subject, batch=None)
+        notes = [NOT_SYMBOLIC if fitted else str(reason)]
+    progress("tracing b = 1")
+    single, _ = _expressions(subject, batch=1)
+    return Recorded(
+        layers=subject.layers,
+        run=run,
+        single=single,
+        sharding=subject.sharding,
+        notes=(*notes, *_notes(subject, run)),
+    )
+
+
+def _first_run(subject: _Subject) -> tuple[_Subject, Run]:
+    """A run at concrete sizes, and with it the layers in the order of their calls.
+
+    A list whose layers are not called once each is no list of layers.
+    """
+    layers = find_layers(subject.model.module)
+    point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model))
+    while layers is not None:
+        try:
+            run = replace(subject, layers=layers).run(point)
+        except NotALayerList as fault:
+            layers = layers.without(fault.number)
+        else:
+            return replace(subject, layers=layers.ordered(run.order)), run
+    return subject, subject.run(point)
+
+
+def _expressions(subject: _Subject, batch: int | None) -> tuple[Run, bool]:
+    """The symbolic run, or one fitted to concrete runs where that fails; and whether it is."""
+    try:
+        return subject.run(Point(batch=batch, backward=batch is None)), False
+    except TraceError as fault:
+        try:
+            return fitted_run(subject.run, longest=subject.model.max_seq_len, batch=batch), True
+        except (TraceError, NotPolynomial):
+            raise fault from None
+
+
+def _sharded_run(subject: _Subject, check: Run) -> Run:
+    """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
+    try:
+        run = subject.session(Point())
+    except Exception as error:
+        raise Unsupported(
+            f"tensor parallelism cannot be traced ({short(error)}); t = 1 only"
+        ) from error
+    if run.fixed:
+        raise Unsupported("tensor parallelism cannot be traced (a shard has one size); t = 1 only")
+    point = {B: BATCH_HINT, S: seq_hint(subject.model), T: 1}
+    if _facts(run, point) != _facts(check, point):
+        raise Unsupported("the tensor-parallel trace at t = 1 is not the model's own; t = 1 only")
+    return run
+
+
+def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
+    """All costs of a run as numbers."""
+    values: dict[Expr, Expr] = {}
+
+    def at(expr: Expr) -> Expr:
+        if expr not in values:
+            values[expr] = expr.subs(point)
+        return values[expr]
+
+    pieces = (run.embed, *run.layers, run.head)
+    ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for p in pieces for o in p.part.ops]
+    kept = [(k.dtype, at(k.bytes)) for p in pieces for k in p.part.kept.values()]
+    return [*ops, *kept, *(at(p.boundary_bytes) for p in pieces)]
+
+
+def _notes(subject: _Subject, run: Run) -> Iterator[str]:
+    """What a reader of the costs should know."""
+    pieces = (run.embed, *run.layers, run.head)
+    ops = [op for piece in pieces for op in piece.part.ops]
+    size = subject.sharding.vocab_size if subject.sharding else None
+    if subject.layers is None:
+        yield NO_LAYERS
+    if size is not None and size % 8:
+        yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
+    if not run.sequential:
+        yield OUT_OF_LINE
+    if run.experts or any(op.name == "aten._grouped_mm" for op in ops):
+        yield ROUTED
+    if not any(S in op.traffic_bytes.free_symbols for op in ops):
+        yield ONE_SIZE
