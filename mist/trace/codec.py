@@ -25,6 +25,7 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Basic]]] = MappingProxyType(
         "Mod": sympy.Mod,
         "floor": sympy.floor,
         "ceiling": sympy.ceiling,
+        "log": sympy.log,
         "Rational": sympy.Rational,
         "Half": lambda: sympy.S.Half,
         "Float": sympy.Float,

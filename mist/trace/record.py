@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import sympy
 import torch
 from sympy import Expr, Integer
 from torch import fx, nn
@@ -26,8 +27,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mist.errors import TraceError
 from mist.graph import Layout, Op, OpKind, Phase, SavedTensor, T
+from mist.trace.call import Call, bind
 from mist.trace.expr import Size, Symbols
-from mist.trace.flops import Call, Work, bind, work_of
+from mist.trace.flops import Work, work_of
 from mist.trace.live import Live
 from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
@@ -179,7 +181,11 @@ class Recorder(TorchDispatchMode):
 
     def _op(self, call: Call, name: str, module: str, work: Work, parts: int) -> Op:
         """One of the `parts` products of a call, with an equal part of its bytes."""
-        flop, out = self._symbols.expr(work.flop), next(_tensors(call.out))
+        flop, dims = self._flop(work), [self._symbols.expr(size) for size in work.dims]
+        out = next(_tensors(call.out))
+        if work.groups > 1:
+            dims[0] *= work.groups
+            dims[work.split] /= work.groups
         read = self._symbols.expr(read_bytes(call)) / parts
         written = self._symbols.expr(written_bytes(call)) / parts
         sharded = any(T in size.free_symbols for size in (flop, read, written))
@@ -188,7 +194,7 @@ class Recorder(TorchDispatchMode):
             kind=work.kind,
             phase=self.phase,
             module=module,
-            dims=tuple(self._symbols.expr(size) for size in work.dims),
+            dims=tuple(dims),
             causal=call.arguments.get("is_causal") is True,
             traffic=traffic_class(call.func),
             layout=Layout.SHARDED if sharded else Layout.REPLICATED,
@@ -198,6 +204,10 @@ class Recorder(TorchDispatchMode):
             read_bytes=read,
             written_bytes=written,
         )
+
+    def _flop(self, work: Work) -> Expr:
+        flop = self._symbols.expr(work.flop)
+        return flop if work.log2_of == 2 else flop * sympy.log(self._symbols.expr(work.log2_of), 2)
 
     def _add_node(self, part: Part, call: Call, ops: list[Op], module: str) -> None:
         def node_of(value: object) -> object:

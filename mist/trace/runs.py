@@ -9,6 +9,7 @@ tensors autograd keeps. Where symbolic sizes fail, expressions come from more ru
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import sympy
 from sympy import Expr
 
 from mist.errors import TraceError
@@ -34,6 +35,9 @@ OUT_OF_LINE = (
     "layers exchange tensors with layers that are not their neighbours (skip connections): "
     "one pipeline stage only"
 )
+
+
+LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +151,8 @@ def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
 
     def at(expr: Expr) -> Expr:
         if expr not in values:
-            values[expr] = expr.subs(point)
+            value = expr.subs(point)
+            values[expr] = round(value, LOG_DIGITS) if value.has(sympy.log) else value
         return values[expr]
 
     pieces = (run.embed, *run.layers, run.head)

@@ -14,11 +14,25 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves
 
 from mist.facts import Traffic
+from mist.trace.call import Call
 from mist.trace.expr import Size, num_bytes
-from mist.trace.flops import Call
 from mist.trace.kernels import RMS_NORM, RMS_NORM_BACKWARD
 
 aten = torch.ops.aten
+
+# What writes only the places that an index names, in place or into a copy of the whole, and the
+# argument that has as many elements as there are places.
+SOURCES: Final[Mapping[OpOverloadPacket, str]] = MappingProxyType(
+    {
+        aten.scatter: "index", aten.scatter_: "index",
+        aten.scatter_add: "index", aten.scatter_add_: "index",
+        aten.scatter_reduce: "index", aten.scatter_reduce_: "index",
+        aten.index_add: "source", aten.index_add_: "source",
+        aten.index_copy: "source", aten.index_copy_: "source",
+        aten.index_put: "values", aten.index_put_: "values", aten._index_put_impl_: "values",
+        aten.masked_scatter: "source", aten.masked_scatter_: "source",
+    }
+)  # fmt: skip
 
 CLASSES: Final[Mapping[OpOverloadPacket, Traffic]] = MappingProxyType(
     {
@@ -33,7 +47,8 @@ CLASSES: Final[Mapping[OpOverloadPacket, Traffic]] = MappingProxyType(
         **dict.fromkeys(
             (
                 aten.native_layer_norm, RMS_NORM, aten.native_group_norm,
-                aten.native_batch_norm,
+                aten.native_batch_norm, aten._native_batch_norm_legit,
+                aten._batch_norm_with_update, aten.cudnn_batch_norm,
             ),
             Traffic.NORM_FORWARD,
         ),
@@ -53,10 +68,10 @@ CLASSES: Final[Mapping[OpOverloadPacket, Traffic]] = MappingProxyType(
         ),
         **dict.fromkeys(
             (
-                aten.embedding, aten.embedding_dense_backward, aten.gather, aten.scatter,
-                aten.scatter_add, aten.index, aten.index_put, aten._index_put_impl,
-                aten.index_select, aten.index_add, aten.nll_loss_forward, aten.nll_loss_backward,
-                aten.topk, aten.sort,
+                aten.embedding, aten.embedding_dense_backward, aten._embedding_bag, aten.gather,
+                aten.take, aten.index, aten.index_select, aten.nll_loss_forward,
+                aten.nll_loss_backward, aten.nll_loss2d_forward, aten.nll_loss2d_backward,
+                aten.topk, aten.sort, *SOURCES,
             ),
             Traffic.GATHER,
         ),
@@ -96,14 +111,57 @@ def _one_per_target(call: Call) -> Size:
     return num_bytes(target) + target.numel() * call.tensor("self").element_size()
 
 
+def _touched(call: Call) -> Size:
+    """Bytes of the places that an index names."""
+    places = call.tensor(SOURCES[call.func.overloadpacket]).numel()
+    return places * call.tensor("self").element_size()
+
+
+def _in_place(call: Call) -> bool:
+    return call.func._schema.is_mutable
+
+
+def _scatter_reads(call: Call) -> Size:
+    """Index and source; the places (read, changed, written); out of place the whole as well."""
+    given = {name: value for name, value in call.arguments.items() if name != "self"}
+    whole = 0 if _in_place(call) else num_bytes(call.tensor("self"))
+    return _bytes(tuple(given.values())) + _touched(call) + whole
+
+
+def _scatter_writes(call: Call) -> Size:
+    return _touched(call) + (0 if _in_place(call) else num_bytes(call.tensor("self")))
+
+
+def _passes(call: Call) -> int:
+    """A Fourier transform reads and writes everything once for each dimension."""
+    dims = call.arguments["dim"]
+    assert isinstance(dims, list | tuple)
+    return len(dims)
+
+
+def _fft_reads(call: Call) -> Size:
+    return num_bytes(call.tensor("self")) + (_passes(call) - 1) * num_bytes(call.first_out)
+
+
+def _fft_writes(call: Call) -> Size:
+    return _passes(call) * num_bytes(call.first_out)
+
+
 READS: Final[Mapping[OpOverloadPacket, Callable[[Call], Size]]] = MappingProxyType(
     {
         aten.embedding: _picked_bytes("weight"),
         aten.gather: _picked_bytes("self"),
         aten.index_select: _picked_bytes("self"),
         aten.index: _picked_bytes("self"),
+        aten.take: _picked_bytes("self"),
         aten.nll_loss_forward: _one_per_target,
         aten.nll_loss_backward: _only("target"),
+        aten.nll_loss2d_forward: _one_per_target,
+        aten.nll_loss2d_backward: _only("target"),
+        aten._fft_c2c: _fft_reads,
+        aten._fft_r2c: _fft_reads,
+        aten._fft_c2r: _fft_reads,
+        **dict.fromkeys(SOURCES, _scatter_reads),
         aten.copy_: _only("src"),
         aten.fill_: _only(),
         aten.zero_: _only(),
@@ -113,6 +171,15 @@ READS: Final[Mapping[OpOverloadPacket, Callable[[Call], Size]]] = MappingProxyTy
         aten.new_zeros: _only(),
         aten.new_ones: _only(),
         aten.new_full: _only(),
+    }
+)
+
+WRITES: Final[Mapping[OpOverloadPacket, Callable[[Call], Size]]] = MappingProxyType(
+    {
+        aten._fft_c2c: _fft_writes,
+        aten._fft_r2c: _fft_writes,
+        aten._fft_c2r: _fft_writes,
+        **dict.fromkeys(SOURCES, _scatter_writes),
     }
 )
 
@@ -137,7 +204,8 @@ def read_bytes(call: Call) -> Size:
 
 def written_bytes(call: Call) -> Size:
     """Bytes that a call writes."""
-    return _bytes(call.out)
+    writes = WRITES.get(call.func.overloadpacket)
+    return writes(call) if writes else _bytes(call.out)
 
 
 def traffic_class(func: OpOverload) -> Traffic:

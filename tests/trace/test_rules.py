@@ -1,6 +1,7 @@
 """The tables of operations: FLOPs against torch's own formulas, traffic by hand."""
 
 from collections.abc import Callable
+from math import log2
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import flop_registry
 from mist.errors import TraceError
 from mist.facts import Traffic
 from mist.graph import OpKind
-from mist.trace.flops import RULES, Call, Work, bind, work_of
+from mist.trace.call import Call, bind
+from mist.trace.flops import RULES, Work, _is_heavy, work_of
 from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
 aten = torch.ops.aten
@@ -40,7 +42,10 @@ class Calls(TorchDispatchMode):
 
 def record(function: Callable[[], Tensor]) -> Calls:
     with FakeTensorMode(), Calls() as calls:
-        function().sum().backward()
+        out = function()
+        if out.requires_grad:
+            total = out.sum()
+            (total.real if total.is_complex() else total).backward()
     return calls
 
 
@@ -87,9 +92,97 @@ def test_flops_are_torchs(name: str) -> None:
     assert sum(flop > 0 for flop in ours) >= 2, "forward and backward"
 
 
+C64 = torch.complex64
+
+
+def plain(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return empty(*shape, dtype=dtype)
+
+
+def grouped() -> Tensor:
+    """12 rows of 16 for 4 experts of 16 x 8."""
+    ends = empty(4, dtype=torch.int32)
+    out = torch._grouped_mm(need(12, 16, dtype=BF16), need(4, 16, 8, dtype=BF16), offs=ends)
+    return out * 2  # so that its gradient is a tensor, not an expanded number
+
+
+def half_grouped() -> Tensor:
+    """Columns of the right matrix for 4 experts."""
+    ends = empty(4, dtype=torch.int32)
+    left, right = plain(4, 8, 16, dtype=BF16), plain(16, 24, dtype=BF16)
+    return torch._grouped_mm(left, right, offs=ends)
+
+
+def scaled() -> Tensor:
+    left, right = plain(16, 32, dtype=FP8), plain(16, 32, dtype=FP8).t()
+    return torch._scaled_mm(left, right, plain(()), plain(()), out_dtype=BF16)
+
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+# What torch counts wrongly, or not at all. A complex multiply-add is 4 real products and 4 real
+# additions: 8 FLOPs, where torch counts 2. A Fourier transform of N complex points takes
+# 5 N log2 N; of real ones, or to real ones, half.
+BY_HAND: dict[str, tuple[Callable[[], Tensor], list[float]]] = {
+    "complex mm": (lambda: need(3, 5, dtype=C64) @ need(5, 7, dtype=C64), [8 * 3 * 5 * 7] * 3),
+    "complex bmm": (
+        lambda: torch.einsum(
+            "bixy,ioxy->boxy", need(2, 3, 8, 5, dtype=C64), need(3, 6, 8, 5, dtype=C64)
+        ),
+        [8 * 2 * 3 * 6 * 40] * 3,
+    ),
+    "fft2": (lambda: torch.fft.fft2(need(2, 16, 32, dtype=C64)), [5 * 1024 * 9] * 2),
+    "rfft": (lambda: torch.fft.rfft(need(3, 64)), [2.5 * 192 * 6, 5 * 192 * 6]),
+    "irfft": (lambda: torch.fft.irfft(need(3, 33, dtype=C64)), [2.5 * 192 * 6] * 2),
+    "grouped": (grouped, [2 * 12 * 16 * 8] * 3),
+    "half grouped": (half_grouped, [2 * 8 * 16 * 24]),
+    "scaled": (scaled, [2 * 16 * 32 * 16]),
+    "mv": (lambda: need(3, 5) @ need(5), [2 * 15] * 2),
+    "addmv": (lambda: torch.addmv(plain(3), plain(3, 5), plain(5)), [2 * 15]),
+    "dot": (lambda: plain(5) @ plain(5), [2 * 5]),
+    "vdot": (lambda: torch.vdot(plain(5, dtype=C64), plain(5, dtype=C64)), [8 * 5]),
+    "addbmm": (lambda: torch.addbmm(plain(3, 7), plain(2, 3, 5), plain(2, 5, 7)), [2 * 210]),
+    "addmm_": (lambda: plain(3, 7).addmm_(plain(3, 5), plain(5, 7)), [2 * 105]),
+    "baddbmm_": (lambda: plain(2, 3, 7).baddbmm_(plain(2, 3, 5), plain(2, 5, 7)), [2 * 210]),
+    "activation": (
+        lambda: torch._addmm_activation(plain(7), plain(3, 5), plain(5, 7)),
+        [2 * 105],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_flops_by_hand(name: str) -> None:
+    function, expected = BY_HAND[name]
+    calls = record(function)
+    works = [work_of(call) for call in calls.calls]
+    flops = [sum(work.flop * log2(work.log2_of) for work in each) for each in works]
+    assert [flop for flop in flops if flop] == pytest.approx(expected, rel=1e-12)
+
+
+def test_dims_of_experts() -> None:
+    """Each expert has 3 rows of the 12 on average; its gradient sums over its rows."""
+    works = products(grouped)
+    assert [(work.dims, work.groups, work.split) for work in works] == [
+        ((1, 12, 8, 16), 4, 1),
+        ((1, 12, 16, 8), 4, 1),
+        ((1, 16, 8, 12), 4, 3),
+    ]
+
+
 def test_every_rule_is_compared() -> None:
-    seen = {call.func.overloadpacket for make in FUNCTIONS.values() for call in record(make).calls}
+    functions = [*FUNCTIONS.values(), *(function for function, _ in BY_HAND.values())]
+    seen = {call.func.overloadpacket for make in functions for call in record(make).calls}
     assert set(RULES) - seen == CPU_ATTENTION  # counted as 0 by torch: by hand in test_exact
+
+
+@pytest.mark.parametrize("name", ["convert_element_type", "upsample_bilinear2d", "_weight_norm"])
+def test_names_that_only_look_heavy(name: str) -> None:
+    assert not _is_heavy(name)
+
+
+@pytest.mark.parametrize("name", ["_int_mm", "cudnn_convolution", "_cdist_forward", "lstm"])
+def test_names_that_are_heavy(name: str) -> None:
+    assert _is_heavy(name)
 
 
 def products(function: Callable[[], Tensor]) -> list[Work]:
@@ -150,6 +243,36 @@ TRAFFIC: dict[str, tuple[Callable[[], Tensor], int, Traffic]] = {
         lambda: torch.embedding(empty(1000, 4), empty(8, dtype=torch.int64)),
         64 + 2 * 128,
         Traffic.GATHER,
+    ),
+    "index_add_": (
+        lambda: empty(100, 4).index_add_(0, empty(8, dtype=torch.int64), empty(8, 4)),
+        64 + 3 * 128,  # index; source, places read and written
+        Traffic.GATHER,
+    ),
+    "index_add": (
+        lambda: empty(100, 4).index_add(0, empty(8, dtype=torch.int64), empty(8, 4)),
+        64 + 3 * 128 + 2 * 1600,  # and a copy of the whole
+        Traffic.GATHER,
+    ),
+    "scatter_add_": (
+        lambda: empty(100, 4).scatter_add_(0, empty(8, 4, dtype=torch.int64), empty(8, 4)),
+        256 + 3 * 128,
+        Traffic.GATHER,
+    ),
+    "index_put_": (
+        lambda: empty(100, 4).index_put_((empty(8, dtype=torch.int64),), empty(8, 4)),
+        64 + 3 * 128,
+        Traffic.GATHER,
+    ),
+    "rfft2": (
+        lambda: torch.fft.rfft2(empty(8, 14)),
+        448 + 3 * 8 * 8 * 8,  # two passes: x to 8 x 8 complex numbers, those once more
+        Traffic.POINTWISE,
+    ),
+    "batch norm": (
+        lambda: torch.nn.functional.batch_norm(empty(8, 4), empty(4), empty(4), training=True),
+        2 * 128 + 2 * 16 + 2 * 16,
+        Traffic.NORM_FORWARD,
     ),
     "layer norm": (
         lambda: torch.nn.functional.layer_norm(empty(8, 4), (4,), empty(4), empty(4)),

@@ -1,0 +1,38 @@
+"""One call of a torch operation as the dispatcher sees it, with its arguments by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One dispatched call with its arguments by name."""
+
+    func: OpOverload
+    arguments: Mapping[str, object]
+    out: object
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor argument."""
+        value = self.arguments[name]
+        assert isinstance(value, torch.Tensor), (self.func, name)
+        return value
+
+    @property
+    def first_out(self) -> torch.Tensor:
+        """The result, or the first of several."""
+        value = self.out[0] if isinstance(self.out, tuple | list) else self.out
+        assert isinstance(value, torch.Tensor), self.func
+        return value
+
+
+def bind(
+    func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """The arguments of a call by name, with the schema's defaults."""
+    schema = func._schema.arguments
+    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return bound | {a.name: value for a, value in zip(schema, args, strict=False)} | dict(kwargs)
