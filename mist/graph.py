@@ -86,11 +86,13 @@ class SavedTensor:
 class Param:
     """One parameter of a block. `numel` is of the whole tensor; `sharded`: a rank holds numel / t.
 
-    `tied` marks a second use of a parameter that an earlier block already owns.
+    `num_reals`: the real numbers that it holds, twice `numel` where it is complex. `tied` marks a
+    second use of a parameter that an earlier block already owns.
     """
 
     name: str
     numel: int
+    num_reals: int
     sharded: bool
     tied: bool
 

@@ -80,9 +80,13 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
     return Block(
         name=name,
         params=(
-            Param(name="up", numel=hidden * wide, sharded=True, tied=False),
-            Param(name="down", numel=hidden * wide, sharded=True, tied=False),
-            Param(name="norm", numel=hidden, sharded=False, tied=False),
+            Param(
+                name="up", numel=hidden * wide, num_reals=hidden * wide, sharded=True, tied=False
+            ),
+            Param(
+                name="down", numel=hidden * wide, num_reals=hidden * wide, sharded=True, tied=False
+            ),
+            Param(name="norm", numel=hidden, num_reals=hidden, sharded=False, tied=False),
         ),
         ops=(
             pointwise("forward", 4 * tokens * hidden),
@@ -110,7 +114,15 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
     tokens, width = B * S, sympy.Integer(vocab) / T
     return Block(
         name=name,
-        params=(Param(name="weight", numel=hidden * vocab, sharded=True, tied=tied),),
+        params=(
+            Param(
+                name="weight",
+                numel=hidden * vocab,
+                num_reals=hidden * vocab,
+                sharded=True,
+                tied=tied,
+            ),
+        ),
         ops=(
             gemm("forward", tokens, width, sympy.Integer(hidden)),
             gemm("backward", tokens, sympy.Integer(hidden), width),

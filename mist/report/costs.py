@@ -85,7 +85,7 @@ def _blocks(graph: ModelGraph) -> list[tuple[str, Block, int]]:
 def _costs(graph: ModelGraph, block: Block) -> Costs:
     """The six costs of a block, as expressions."""
     numel = sum(
-        sympy.Integer(param.numel) / (T if param.sharded else 1)
+        sympy.Integer(param.num_reals) / (T if param.sharded else 1)
         for param in block.params
         if not param.tied
     )

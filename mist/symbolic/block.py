@@ -133,9 +133,9 @@ def _accumulated_share(accumulated: Expr) -> Expr:
 
 
 def rank_params(block: Block) -> Expr:
-    """Parameters of the block on one tensor-parallel rank, tied second uses included."""
-    sharded = sum(param.numel for param in block.params if param.sharded)
-    whole = sum(param.numel for param in block.params if not param.sharded)
+    """Parameters (real numbers) of the block on one rank of t, tied second uses included."""
+    sharded = sum(param.num_reals for param in block.params if param.sharded)
+    whole = sum(param.num_reals for param in block.params if not param.sharded)
     return sympy.Integer(sharded) / T + whole
 
 

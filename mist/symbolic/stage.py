@@ -210,7 +210,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
     """Terms that belong to no block: states per parameter, transfers, ties."""
     sent = sympy.Symbol("cost_sent_bytes", real=True)
     tied = sympy.Add(
-        *(sympy.Integer(p.numel) / (T if p.sharded else 1) for p in graph.head.params if p.tied)
+        *(sympy.Integer(p.num_reals) / (T if p.sharded else 1) for p in graph.head.params if p.tied)
     )
     tied_bytes = tied * Precision.FP32.num_bytes
     return {

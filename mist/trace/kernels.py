@@ -1,15 +1,22 @@
-"""Operations that CUDA runs as one kernel and the CPU does not: shapes and gradients only.
+"""Stand-ins for kernels that torch cannot imitate with symbolic sizes: shapes and gradients only.
 
 aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
-stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads.
+stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads. Torch's
+padding and Fourier transforms look at sizes as numbers, which would fix the symbols; its grouped
+products refuse precisions that the kernels take.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
+import torch._refs
 import torch.library
 from torch._ops import OpOverloadPacket
 from torch.autograd.function import FunctionCtx
+
+from mist.trace.expr import Size
 
 
 @torch.library.custom_op("mist::fused_rms_norm", mutates_args=())
@@ -68,3 +75,58 @@ fused_rms_norm.register_autograd(_rms_norm_gradients, setup_context=_keep)
 
 RMS_NORM: Final[OpOverloadPacket] = torch.ops.mist.fused_rms_norm
 RMS_NORM_BACKWARD: Final[OpOverloadPacket] = torch.ops.mist.fused_rms_norm_backward
+
+
+def _fft_c2c(
+    x: torch.Tensor, dim: Sequence[int], normalization: int, forward: bool
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fft_r2c(
+    x: torch.Tensor, dim: Sequence[int], normalization: int, onesided: bool
+) -> torch.Tensor:
+    shape = list(x.shape)
+    if onesided:
+        shape[dim[-1]] = shape[dim[-1]] // 2 + 1
+    return x.new_empty(shape, dtype=x.dtype.to_complex())
+
+
+def _fft_c2r(
+    x: torch.Tensor, dim: Sequence[int], normalization: int, last_dim_size: int
+) -> torch.Tensor:
+    shape = list(x.shape)
+    shape[dim[-1]] = last_dim_size
+    return x.new_empty(shape, dtype=x.dtype.to_real())
+
+
+def _grouped_mm(
+    x: torch.Tensor,
+    other: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Rows are padded to `ALIGNMENT_BYTES`, as torch allocates them."""
+    groups = [offs.shape[0]] if offs is not None and x.dim() == other.dim() == 2 else []
+    batch = [x.shape[0]] if x.dim() == other.dim() == 3 else groups
+    rows: Size = x.shape[-2]
+    columns: Size = other.shape[-1]
+    dtype = out_dtype or x.dtype
+    grain = ALIGNMENT_BYTES // dtype.itemsize
+    whole = (columns + grain - 1) // grain * grain
+    padded = whole if isinstance(columns, int) else columns  # a shard is taken to be aligned
+    strides = ([rows * padded] if batch else []) + [padded, 1]
+    return x.new_empty_strided((*batch, rows, columns), strides, dtype=dtype)
+
+
+ALIGNMENT_BYTES: Final = 16
+SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = MappingProxyType(
+    {
+        torch.ops.aten.constant_pad_nd: torch._refs.constant_pad_nd,
+        torch.ops.aten._grouped_mm: _grouped_mm,
+        torch.ops.aten._fft_c2c: _fft_c2c,
+        torch.ops.aten._fft_r2c: _fft_r2c,
+        torch.ops.aten._fft_c2r: _fft_c2r,
+    }
+)

@@ -97,7 +97,7 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
         run=run,
         single=single,
         sharding=subject.sharding,
-        notes=(*notes, *_notes(subject, run)),
+        notes=(*_notes(subject, run), *notes),
     )
 
 

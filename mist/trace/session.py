@@ -306,19 +306,17 @@ class Session:
         with self.recorder.into(piece.part):
             outputs = forward(*args, **kwargs)
         piece.part.live.forward_done()
-        piece.outputs = tree_map(_leaf, outputs)
-        self._back(piece, [t for t in _tensors(outputs) if t.grad_fn is not None])
-        return piece
-
-    def _back(self, piece: Piece, outputs: Sequence[torch.Tensor]) -> None:
-        """Backward from the outputs of a layer, if any, and its transient bytes."""
-        if self.point.backward:
-            if outputs:
-                seed = self._seed(piece, outputs)
-                gradient = torch.empty_like(seed)
-                with self.recorder.into(piece.part, "backward"):
-                    seed.backward(gradient)
+        given = frozenset(key_of(t) for t in tensors)
+        piece.outputs = tree_map(partial(_output, given), outputs)
+        starts = [t for t in _tensors(outputs) if t.grad_fn is not None]
+        seed = self._seed(piece, starts) if starts and self.point.backward else None
+        del outputs, starts  # what comes after the layer frees its results before it goes backward
+        if seed is not None:
+            gradient = torch.empty_like(seed)
+            with self.recorder.into(piece.part, "backward"):
+                seed.backward(gradient)
             self._backward_done([piece])
+        return piece
 
     def _seed(self, piece: Piece, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """A scalar whose backward pass starts that of a part."""
@@ -431,6 +429,13 @@ def _replaced(layer: nn.Module, on_call: Callable[..., object]) -> Iterator[None
             vars(layer)["forward"] = forward
         else:
             del vars(layer)["forward"]
+
+
+def _output(inputs: frozenset[int], value: object) -> object:
+    """A result as what follows gets it: not the layer's own storage, unless it was passed on."""
+    if isinstance(value, torch.Tensor) and key_of(value) not in inputs:
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return _leaf(value)
 
 
 def _leaf(value: object) -> object:

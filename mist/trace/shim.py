@@ -13,14 +13,13 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
-import torch._refs
 import torch.nn.functional as F
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mist.spec import Attention
-from mist.trace.kernels import fused_rms_norm
+from mist.trace.kernels import SYMBOLIC, fused_rms_norm
 from mist.trace.source import Policy
 
 aten = torch.ops.aten
@@ -28,8 +27,6 @@ HALF: Final = (torch.bfloat16, torch.float16)
 # The widest head that CUDA's flash kernel takes (torch sdp_utils.cpp, check_head_dim_size_flash).
 MAX_FLASH_HEAD_DIM: Final = 256
 STATISTICS_IN_FP32: Final = frozenset({aten.native_layer_norm, aten.native_group_norm})
-# Its C++ kernel reads sizes as integers, which would fix the symbols.
-PADS: Final = frozenset({aten.constant_pad_nd})
 
 
 class Functions(TorchFunctionMode):
@@ -63,7 +60,7 @@ class Kernels(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        kernel = torch._refs.constant_pad_nd if func.overloadpacket in PADS else func
+        kernel: Callable[..., Any] = SYMBOLIC.get(func.overloadpacket, func)
         out = kernel(*args, **(kwargs or {}))
         if self._policy == "cuda" and func.overloadpacket in STATISTICS_IN_FP32:
             first, *statistics = out

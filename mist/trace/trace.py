@@ -17,6 +17,7 @@ from mist.trace.loader import LoadedModel
 from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.session import Piece, Run
 from mist.trace.source import Setting
+from mist.trace.tidy import tidied
 from mist.trace.tp import Sharding
 
 
@@ -81,7 +82,7 @@ def _assemble(model: LoadedModel, setting: Setting, result: Recorded) -> Traced:
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
-    graph = _graph(model, setting, result, (embed, head, *layers))
+    graph = tidied(_graph(model, setting, result, (embed, head, *layers)))
     names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
     return Traced(graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)})
 
@@ -168,7 +169,13 @@ def _block(
 ) -> Block:
     shares = sharding.params if sharding else {}
     found = tuple(
-        Param(name=name, numel=tensor.numel(), sharded=id(tensor) in shares, tied=tied)
+        Param(
+            name=name,
+            numel=tensor.numel(),
+            num_reals=tensor.numel() * (2 if tensor.is_complex() else 1),
+            sharded=id(tensor) in shares,
+            tied=tied,
+        )
         for name, tensor, tied in params
     )
     return Block(

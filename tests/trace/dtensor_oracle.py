@@ -185,7 +185,8 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
         layer = model.train().get_submodule(family.layer)
         own_seq = seq // num_ranks if mode == "sp" else seq
         with runs_as("cuda", Attention.FLASH):  # after transformers has imported what it patches
-            args, kwargs = layer_inputs(model, layer, torch.zeros(batch, seq, dtype=torch.int64))
+            ids = torch.zeros(batch, seq, dtype=torch.int64)
+            args, kwargs = layer_inputs(model, layer, {"input_ids": ids, "use_cache": False})
             x = torch.empty(batch, own_seq, HIDDEN, dtype=torch.bfloat16)
             parallelize_module(layer, mesh, plan(family, mode), src_data_rank=None)
             # How layouts propagate is found on whole fake tensors, once a shape: not the rank's.

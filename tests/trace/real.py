@@ -16,49 +16,68 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Of one layer on real tensors: bytes and FLOPs."""
+    """Of one layer on real tensors: bytes and FLOPs.
+
+    `saved_bytes` is counted by the hooks of autograd; `live_bytes` is what is still alive after the
+    forward pass of what it made, without its outputs: the same, unless something is kept otherwise.
+    """
 
     saved_bytes: int
+    live_bytes: int
     transient_bytes: int
     forward_flop: int
     backward_flop: int
 
 
-def measure(model: nn.Module, path: str, ids: torch.Tensor) -> Measured:
-    """Measure the layer at `path` with the inputs that it gets in a run of the model."""
+def measure(
+    model: nn.Module, path: str, batch: dict[str, torch.Tensor], *, carried: int = 0
+) -> Measured:
+    """Measure the layer at `path` with the inputs that it gets in a run of the model.
+
+    `carried`: how many inputs after the first have a gradient, too.
+    """
     layer = model.get_submodule(path)
-    args, kwargs = layer_inputs(model, layer, ids)
-    x = args[0].detach().requires_grad_()
+    args, kwargs = layer_inputs(model, layer, batch)
+    flowing = (each.detach().requires_grad_() for each in args[: 1 + carried])
+    args = (*flowing, *args[1 + carried :])
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
-    saved, transient = _bytes(layer, (x, *args[1:]), kwargs, known)
+    saved, live, transient = _bytes(layer, args, kwargs, known)
     with FlopCounterMode(display=False) as forward:
-        out = layer(x, *args[1:], **kwargs)
+        out = _first(layer(*args, **kwargs))
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     return Measured(
         saved_bytes=saved,
+        live_bytes=live,
         transient_bytes=transient,
         forward_flop=forward.get_total_flops(),
         backward_flop=backward.get_total_flops(),
     )
 
 
-def layer_inputs(model: nn.Module, layer: nn.Module, ids: torch.Tensor) -> tuple[Any, Any]:
+def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The activation that a layer passes on, which may be one of several outputs."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def layer_inputs(
+    model: nn.Module, layer: nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[Any, Any]:
     seen: list[tuple[Any, Any]] = []
     hook = layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
     )
     with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+        model(**batch)
     hook.remove()
     return seen[0]
 
 
 def _bytes(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: set[int]
-) -> tuple[int, int]:
-    """Bytes that forward saves, and the most that is alive in backward beyond them."""
+) -> tuple[int, int, int]:
+    """Bytes that forward saves and keeps alive; the most alive in backward beyond the saved."""
     storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,9 +86,12 @@ def _bytes(
             storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = layer(*args, **kwargs)
+    made = _Watch([], known)
+    with saved_tensors_hooks(pack, lambda tensor: tensor), made:
+        out = _first(layer(*args, **kwargs))
     saved = sum(size for _, size in storages.values())
+    given = {args[0].untyped_storage()._cdata, out.untyped_storage()._cdata}
+    live = made.alive(given) + sum(storages[key][1] for key in given & storages.keys())
     layer.zero_grad(set_to_none=True)
     watch = _Watch(list(storages.values()), known)
     done, start = _Start.apply(out), torch.empty((), dtype=out.dtype)
@@ -77,7 +99,7 @@ def _bytes(
     with watch:
         done.backward(start)
     gradients = {p.grad.untyped_storage()._cdata for p in layer.parameters() if p.grad is not None}
-    return saved, watch.peak(gradients) - saved
+    return saved, live, watch.peak(gradients) - saved
 
 
 class _Context(FunctionCtx):
@@ -123,6 +145,11 @@ class _Watch(TorchDispatchMode):
                 watched.add(storage._cdata)
         self.moments.append([row for row in self.refs if not row[0].expired()])
         return out
+
+    def alive(self, without: set[int]) -> int:
+        """The bytes that are still alive, without some storages."""
+        live = (row for row in self.refs if not row[0].expired())
+        return sum(size for _, size, key in live if key not in without)
 
     def peak(self, gradients: set[int]) -> int:
         """The most bytes at any moment, without the storages that are gradients now."""

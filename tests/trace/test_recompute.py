@@ -9,7 +9,7 @@ from mist.graph import OpKind
 from mist.spec import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.trace.real import layer_inputs
-from tests.trace.test_exact import PATHS, Family, at, gpt2, llama
+from tests.trace.test_exact import PATHS, Family, at, gpt2, llama, token_ids
 
 
 @pytest.mark.parametrize(("family", "whole"), [(llama, False), (gpt2, True)])
@@ -20,7 +20,7 @@ def test_recomputed_operations_are_those_that_torch_repeats(family: Family, whol
     model = family(torch.float32, "cpu")
     layer = model.get_submodule(PATHS[family])
     b, s = 2, 48
-    args, kwargs = layer_inputs(model, layer, torch.zeros(b, s, dtype=torch.int64))
+    args, kwargs = layer_inputs(model, layer, token_ids(b, s))
     x = args[0].detach().requires_grad_()
 
     def flop(*, recompute: bool) -> int:
