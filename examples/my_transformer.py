@@ -1,7 +1,6 @@
 """A plain PyTorch decoder, to show what Mist needs from your own model: nothing but build_model().
 
-`tp_plan` is optional: it says how to split the matrices over tensor-parallel ranks, in the words of
-Hugging Face. Without it Mist plans with data, pipeline and ZeRO parallelism only.
+How the matrices can be split over tensor-parallel ranks is found from the operations.
 
     mist plan examples/my_transformer.py --gpus 8
 """
@@ -48,14 +47,6 @@ class MyTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.max_seq_len = MAX_SEQ_LEN
-        self.tp_plan = {
-            "embed": "rowwise",
-            "layers.*.attn.[qkv]_proj": "colwise",
-            "layers.*.attn.o_proj": "rowwise",
-            "layers.*.up": "colwise",
-            "layers.*.down": "rowwise",
-            "head": "colwise",
-        }
         self.embed = nn.Embedding(VOCAB_SIZE, DIM)
         self.position = nn.Embedding(MAX_SEQ_LEN, DIM)
         self.layers = nn.ModuleList(Layer() for _ in range(NUM_LAYERS))

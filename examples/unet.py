@@ -4,6 +4,8 @@ Ronneberger et al. 2015 (arXiv 1505.04597) with the blocks of He et al. 2016 (ar
 sequence length is the number of pixels on a side: mist plan examples/unet.py --gpus 8 --seq 256
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,7 +57,7 @@ class UNet(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.stem = Residual(CHANNELS_IN, widths[0])
         self.down = nn.ModuleList(Down(narrow, wide) for narrow, wide in pairs)
         self.up = nn.ModuleList(Up(wide, narrow) for narrow, wide in reversed(pairs))

@@ -97,18 +97,33 @@ class Param:
     tied: bool
 
 
+CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """`count` collectives of a tensor-parallel group; `bytes` is the whole buffer of each."""
+
+    kind: CollectiveKind
+    phase: Phase
+    bytes: Expr
+    count: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """A distinct layer, the embedding, or the head with the loss.
 
     `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are
     made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps;
-    `carried_bytes`: what else with a gradient comes from earlier layers (an encoder's result).
+    `carried_bytes`: what else with a gradient comes from earlier layers (an encoder's result);
+    `tp_bytes`: the activation that tensor-parallel ranks exchange.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
-    worst for some (b, s, t); the peak is their maximum. `num_tp_regions`: column-to-row pairs, each
-    of which gathers and reduces once per pass. `num_recomputed_ops`: how many of the forward
-    operations (they come first in `ops`) checkpointing runs again: up to the last one that saves
-    something, where torch stops early. `domain`: relations under which all this holds.
+    worst for some (b, s, t); the peak is their maximum. `num_entries`, `num_exits`: how often the
+    activation enters and leaves what tensor parallelism divides (2 and 2 in a transformer layer);
+    `num_whole`: what needs all tokens but divides nothing. `num_recomputed_ops`: how many of the
+    forward operations (they come first in `ops`) checkpointing runs again: up to the last one that
+    saves something, where torch stops early. `domain`: relations under which all this holds.
     """
 
     name: str
@@ -118,8 +133,11 @@ class Block:
     saved_single: tuple[SavedTensor, ...]
     boundary_bytes: Expr
     carried_bytes: Expr
+    tp_bytes: Expr
     transient_bytes: tuple[Expr, ...]
-    num_tp_regions: int
+    num_entries: int
+    num_exits: int
+    num_whole: int
     num_recomputed_ops: int
     domain: tuple[sympy.Basic, ...]
 
@@ -127,6 +145,28 @@ class Block:
     def num_params(self) -> int:
         """Parameters that this block owns (a tied second use counts where it is owned)."""
         return sum(param.numel for param in self.params if not param.tied)
+
+    def collectives(self, *, sequence_parallel: bool) -> tuple[Collective, ...]:
+        """What t ranks exchange in one pass each way (Korthikanti et al. 2022, figures 4 and 5).
+
+        Backward, an exit does what an entry does forward, and the other way round. What needs all
+        tokens but divides nothing is gathered; each rank keeps its own part of the result.
+        """
+        into, out, whole = self.num_entries, self.num_exits, self.num_whole
+        if sequence_parallel:
+            rows: tuple[tuple[CollectiveKind, Phase, int], ...] = (
+                ("all_gather", "forward", into + whole),
+                ("reduce_scatter", "forward", out),
+                ("all_gather", "backward", out + whole),
+                ("reduce_scatter", "backward", into),
+            )
+        else:
+            rows = (("all_reduce", "forward", out), ("all_reduce", "backward", into))
+        return tuple(
+            Collective(kind=kind, phase=phase, bytes=self.tp_bytes, count=count)
+            for kind, phase, count in rows
+            if count
+        )
 
     def flop(self, phase: Phase) -> Expr:
         """Matrix and attention FLOPs of one pass, per tensor-parallel rank."""

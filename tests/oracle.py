@@ -96,8 +96,10 @@ def layer_times(
     backward += float(laws.memory_s(accumulate / owner, 1, Traffic.POINTWISE))
     gather = float(laws.all_gather_s(activation_bytes, rank.tp, rank.tp))
     scatter = float(laws.reduce_scatter_s(activation_bytes, rank.tp, rank.tp))
-    pairs = block.num_tp_regions if is_layer else block.num_tp_regions / 2
-    pass_s = [forward + pairs * (gather + scatter), backward + pairs * (gather + scatter)]
+    into, out = block.num_entries + block.num_whole, block.num_exits
+    pass_s = [forward + into * gather + out * scatter]
+    into, out = block.num_exits + block.num_whole, block.num_entries  # backward the other way
+    pass_s.append(backward + into * gather + out * scatter)
     host_s = [0.0, 0.0]
     if is_layer:
         host = runtime.host
@@ -106,7 +108,9 @@ def layer_times(
         host_s = [launch * host.forward_ratio.value, launch * (1 - host.forward_ratio.value)]
     if level == "full":  # up to the last product, whose result and reduction nobody needs
         again = replace(block, ops=block.ops[: block.num_recomputed_ops])
-        pass_s[1] += op_seconds(rank, again, "forward") + pairs * gather + (pairs - 1) * scatter
+        pass_s[1] += op_seconds(rank, again, "forward")
+        pass_s[1] += (block.num_entries + block.num_whole) * gather
+        pass_s[1] += (block.num_exits - 1) * scatter
         host_s[1] += host_s[0]
     slots = [max(pass_s[0], host_s[0]), max(pass_s[1], host_s[1])]
     group = (rank.dp, rank.per_node)

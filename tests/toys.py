@@ -103,7 +103,10 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(ELEMENT_BYTES * tokens * width, 3 * ELEMENT_BYTES * tokens * hidden),
         carried_bytes=sympy.Integer(0),
-        num_tp_regions=1,
+        tp_bytes=ELEMENT_BYTES * tokens * hidden,
+        num_entries=1,
+        num_exits=1,
+        num_whole=1,
         num_recomputed_ops=2,  # the second matrix saves only its input
         domain=(),
     )
@@ -132,7 +135,10 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(4 * tokens * width,),
         carried_bytes=sympy.Integer(0),
-        num_tp_regions=1,
+        tp_bytes=ELEMENT_BYTES * tokens * hidden,
+        num_entries=int(name == "head"),
+        num_exits=int(name == "embed"),
+        num_whole=0,
         num_recomputed_ops=1,
         domain=(),
     )

@@ -12,6 +12,8 @@ column-parallel matrix stays whole, as torch keeps it for the weight gradient.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Final
 
 import sympy
 from sympy import Expr
@@ -21,6 +23,14 @@ from mist.graph import B, Block, Layout, Op, OpKind, SavedTensor, T
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
+
+COLLECTIVES: Final = MappingProxyType(
+    {
+        "all_gather": sym.ALL_GATHER,
+        "reduce_scatter": sym.REDUCE_SCATTER,
+        "all_reduce": sym.ALL_REDUCE,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,36 +83,46 @@ class BlockCost:
 
 
 def layer_cost(block: Block, setting: Setting) -> BlockCost:
-    """Cost of a pipeline layer: each matrix pair gathers and reduces once per pass."""
-    activation = block.boundary_bytes
-    gather, reduce = _tp_collectives(activation, setting)
-    regions = block.num_tp_regions
+    """Cost of a pipeline layer, which may be recomputed."""
     return BlockCost(
         **_device_cost(block, setting),
-        tp_forward_s=regions * (gather + reduce),
-        tp_backward_s=regions * (gather + reduce),
-        tp_recompute_s=regions * gather + _recomputed_reductions(block) * reduce,
-        boundary_bytes=activation / setting.sequence_shards,
+        **_collective_cost(block, setting, recomputed_exits=_recomputed_exits(block)),
+        boundary_bytes=block.boundary_bytes / setting.sequence_shards,
     )
 
 
-def _recomputed_reductions(block: Block) -> int:
+def end_cost(block: Block, setting: Setting) -> BlockCost:
+    """Cost of the embedding or the head."""
+    return BlockCost(
+        **_device_cost(block, setting),
+        **_collective_cost(block, setting, recomputed_exits=0),
+        boundary_bytes=sympy.Integer(0),
+    )
+
+
+def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -> dict[str, Expr]:
+    """Seconds of the tensor-parallel collectives of each pass."""
+    rows = block.collectives(sequence_parallel=setting.runtime.knobs.sequence_parallel)
+    seconds = {
+        phase: sympy.Add(
+            *(c.count * COLLECTIVES[c.kind](c.bytes, T, T) for c in rows if c.phase == phase)
+        )
+        for phase in ("forward", "backward")
+    }
+    spared = block.num_exits - recomputed_exits
+    leaving = "reduce_scatter" if setting.runtime.knobs.sequence_parallel else "all_reduce"
+    return {
+        "tp_forward_s": seconds["forward"],
+        "tp_backward_s": seconds["backward"],
+        "tp_recompute_s": seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, T),
+    }
+
+
+def _recomputed_exits(block: Block) -> int:
     """Reductions that recomputation repeats: not the last where it stops before that product."""
     rest = _forward(block)[block.num_recomputed_ops :]
     stops_early = any(op.kind == OpKind.GEMM for op in rest)
-    return max(block.num_tp_regions - int(stops_early), 0)
-
-
-def end_cost(block: Block, activation_bytes: Expr, setting: Setting) -> BlockCost:
-    """Cost of the embedding or the head: one collective on the activation in each pass."""
-    gather, reduce = _tp_collectives(activation_bytes, setting)
-    return BlockCost(
-        **_device_cost(block, setting),
-        tp_forward_s=block.num_tp_regions * (gather + reduce) / 2,
-        tp_backward_s=block.num_tp_regions * (gather + reduce) / 2,
-        tp_recompute_s=sympy.Integer(0),
-        boundary_bytes=sympy.Integer(0),
-    )
+    return max(block.num_exits - int(stops_early), 0)
 
 
 def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
@@ -192,13 +212,6 @@ def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
         kernels[op.traffic] += 1
     for name, total in traffic.items():
         yield sym.MEMORY[name](sympy.expand(total), kernels[name])
-
-
-def _tp_collectives(activation_bytes: Expr, setting: Setting) -> tuple[Expr, Expr]:
-    """Entering and leaving a matrix pair: gather and scatter, or nothing and one all-reduce."""
-    if setting.runtime.knobs.sequence_parallel:
-        return sym.ALL_GATHER(activation_bytes, T, T), sym.REDUCE_SCATTER(activation_bytes, T, T)
-    return sympy.Integer(0), sym.ALL_REDUCE(activation_bytes, T, T)
 
 
 def _dp_collectives(params: Expr, precision: Precision) -> tuple[Expr, Expr, Expr]:

@@ -75,9 +75,8 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     """
     setting = Setting(runtime=runtime, precision=precision)
     blocks = {str(kind): layer_cost(block, setting) for kind, block in enumerate(graph.blocks)}
-    first, last = (graph.blocks[graph.layers[i].block] for i in (0, -1))
-    blocks["embed"] = end_cost(graph.embed, first.boundary_bytes, setting)
-    blocks["head"] = end_cost(graph.head, last.boundary_bytes, setting)
+    blocks["embed"] = end_cost(graph.embed, setting)
+    blocks["head"] = end_cost(graph.head, setting)
     costs = {
         "sent_bytes": _sent_bytes(graph, setting),
         "shared_bytes": kept_bytes(graph.shared, graph.shared_single, setting),

@@ -32,7 +32,7 @@ class Call:
 def bind(
     func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, object]:
-    """The arguments of a call by name, with the schema's defaults."""
+    """The arguments of a call by name, in the schema's order and with its defaults."""
     schema = func._schema.arguments
-    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return bound | {a.name: value for a, value in zip(schema, args, strict=False)} | dict(kwargs)
+    given = {a.name: value for a, value in zip(schema, args, strict=False)} | dict(kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema}

@@ -8,7 +8,7 @@ backward call, and a saved tensor, to the forward call and module that caused it
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import sympy
@@ -48,6 +48,15 @@ class Kept:
     key: int
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a call belongs to: operation, module, and whether that module needs all tokens."""
+
+    op: str = ""
+    module: str = ""
+    whole: bool = False
+
+
 @dataclass(slots=True)
 class Part:
     """What is recorded of one part: a layer, or what comes before or after the layers."""
@@ -60,7 +69,8 @@ class Part:
     kept: dict[int, Kept] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
-    origins: dict[int, tuple[str, str]] = field(default_factory=dict)
+    last: Origin = Origin()
+    origins: dict[int, Origin] = field(default_factory=dict)
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
@@ -69,15 +79,15 @@ class Part:
         return tuple(self._saved(kept) for kept in self.kept.values())
 
     def _saved(self, kept: Kept) -> SavedTensor:
-        op, module = self.origins.get(kept.sequence, ("", ""))
+        origin = self.origins.get(kept.sequence, Origin())
         undivided = kept.key in self.gathered or not kept.bytes.free_symbols
         whole = Layout.GATHERED if undivided else Layout.REPLICATED
         return SavedTensor(
             bytes=kept.bytes,
             shape=kept.shape,
             dtype=kept.dtype,
-            op=op,
-            module=module,
+            op=origin.op,
+            module=origin.module,
             layout=Layout.SHARDED if T in kept.bytes.free_symbols else whole,
         )
 
@@ -85,7 +95,9 @@ class Part:
 class Recorder(TorchDispatchMode):
     """Writes every call into the current part, if there is one."""
 
-    def __init__(self, symbols: Symbols, states: Mapping[int, object]) -> None:
+    def __init__(
+        self, symbols: Symbols, states: Mapping[int, object], whole: frozenset[int]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.part: Part | None = None
         self.phase: Phase = "forward"
@@ -94,6 +106,7 @@ class Recorder(TorchDispatchMode):
         self.callers: list[nn.Module] = []
         self._symbols = symbols
         self._states = states
+        self._whole = whole
         self._tensors_shared: dict[int, Kept] = {}
 
     def new_part(self, name: str, shared: frozenset[int] = frozenset()) -> Part:
@@ -146,23 +159,27 @@ class Recorder(TorchDispatchMode):
                 "Use the same layer written with torch operations to plan."
             )
         name = str(call.func.overloadpacket)
-        module = self._origin(part, name)
+        origin = self._origin(part, name)
         self._touch(part, call)
-        ops = self._ops(call, name, module) if moves_bytes(call.func, call.out) else []
+        ops = self._ops(call, origin) if moves_bytes(call.func, call.out) else []
         part.ops.extend(ops)
-        self._add_node(part, call, ops, module)
+        self._add_node(part, call, ops, origin.module)
 
-    def _origin(self, part: Part, name: str) -> str:
-        """The module a call belongs to; in the forward pass also remembered for the backward."""
+    def _origin(self, part: Part, name: str) -> Origin:
+        """The operation a call belongs to; in the forward pass remembered for the backward."""
         if self.phase == "forward":
             sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
             module = self.modules[-1] if self.modules else ""
-            part.origins.setdefault(sequence, (name, module))
-            return module
+            part.last = Origin(name, module, self._needs_all_tokens())
+            part.origins.setdefault(sequence, part.last)
+            return part.last
         node: Node | None = torch._C._current_autograd_node()
         if node is not None and node._sequence_nr() in part.origins:
-            return part.origins[node._sequence_nr()][1]
-        return part.ops[-1].module if part.ops else ""
+            part.last = part.origins[node._sequence_nr()]
+        return replace(part.last, op=name)
+
+    def _needs_all_tokens(self) -> bool:
+        return any(id(module) in self._whole for module in self.callers)
 
     def _touch(self, part: Part, call: Call) -> None:
         """Which parameters a forward call reads; which storages a backward call leaves alive."""
@@ -175,11 +192,11 @@ class Recorder(TorchDispatchMode):
                 part.live.hold(tensor)
         part.live.moment()
 
-    def _ops(self, call: Call, name: str, module: str) -> list[Op]:
+    def _ops(self, call: Call, origin: Origin) -> list[Op]:
         works = work_of(call) or [Work(OpKind.MEMORY, (), 0)]
-        return [self._op(call, name, module, work, len(works)) for work in works]
+        return [self._op(call, origin, work, len(works)) for work in works]
 
-    def _op(self, call: Call, name: str, module: str, work: Work, parts: int) -> Op:
+    def _op(self, call: Call, origin: Origin, work: Work, parts: int) -> Op:
         """One of the `parts` products of a call, with an equal part of its bytes."""
         flop, dims = self._flop(work), [self._symbols.expr(size) for size in work.dims]
         out = next(_tensors(call.out))
@@ -189,15 +206,16 @@ class Recorder(TorchDispatchMode):
         read = self._symbols.expr(read_bytes(call)) / parts
         written = self._symbols.expr(written_bytes(call)) / parts
         sharded = any(T in size.free_symbols for size in (flop, read, written))
+        undivided = Layout.GATHERED if origin.whole else Layout.REPLICATED
         return Op(
-            name=name,
+            name=str(call.func.overloadpacket),
             kind=work.kind,
             phase=self.phase,
-            module=module,
+            module=origin.module,
             dims=tuple(dims),
             causal=call.arguments.get("is_causal") is True,
             traffic=traffic_class(call.func),
-            layout=Layout.SHARDED if sharded else Layout.REPLICATED,
+            layout=Layout.SHARDED if sharded else undivided,
             flop=flop,
             shape=self._symbols.shape(out),
             dtype=dtype_of(out),
@@ -213,7 +231,10 @@ class Recorder(TorchDispatchMode):
         def node_of(value: object) -> object:
             if isinstance(value, torch.Tensor):
                 if value not in part.nodes:
+                    key = key_of(value)
+                    flows = value.requires_grad and key not in self._states
                     part.nodes[value] = part.graph.placeholder("input")
+                    part.nodes[value].meta.update(key=key, flows=flows)
                 return part.nodes[value]
             return str(value) if isinstance(value, torch.SymInt) else value
 
@@ -239,6 +260,8 @@ class Recorder(TorchDispatchMode):
         part.num_recomputed_ops = len(part.ops)  # inputs are saved before a kernel runs
         if key in self._states:
             return tensor
+        if self._needs_all_tokens():
+            part.gathered.add(key)
         kept = self._tensors_shared if key in part.shared else part.kept
         if key not in kept:
             kept[key] = self._kept(tensor, key)

@@ -13,14 +13,15 @@ import sympy
 from sympy import Expr
 
 from mist.errors import TraceError
-from mist.graph import B, S, T
+from mist.graph import B, Op, S, T
 from mist.trace.blame import short, traced
 from mist.trace.fit import NotPolynomial, fitted_run
 from mist.trace.loader import LoadedModel
 from mist.trace.repeat import Layers, find_layers
 from mist.trace.session import BATCH_HINT, NotALayerList, Point, Run, Session, seq_hint
 from mist.trace.source import Setting
-from mist.trace.tp import Sharding, Unsupported, find_sharding
+from mist.trace.tp import Sharding, Unsupported
+from mist.trace.tp_graph import find_sharding
 
 Progress = Callable[[str], None]
 
@@ -60,6 +61,11 @@ class _Subject:
     layers: Layers | None = None
     sharding: Sharding | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What tensor parallelism leaves whole."""
+        return self.sharding.notes if self.sharding else ()
+
     def run(self, point: Point) -> Run:
         """One run. Raises TraceError, naming the line of the model at fault."""
         with traced(self.model.name):
@@ -84,8 +90,8 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
     subject, check = _first_run(_Subject(model=model, setting=setting))
     progress("tracing symbolic sizes")
     try:
-        subject = replace(subject, sharding=find_sharding(model.module))
-        run, notes = _sharded_run(subject, check), list[str]()
+        subject = replace(subject, sharding=find_sharding(model.module, check))
+        run, notes = _sharded_run(subject, check), list(subject.notes)
     except Unsupported as reason:
         subject = replace(subject, sharding=None)
         run, fitted = _expressions(subject, batch=None)
@@ -142,7 +148,17 @@ def _sharded_run(subject: _Subject, check: Run) -> Run:
     point = {B: BATCH_HINT, S: seq_hint(subject.model), T: 1}
     if _facts(run, point) != _facts(check, point):
         raise Unsupported("the tensor-parallel trace at t = 1 is not the model's own; t = 1 only")
+    for op in _ops(run):
+        if op.flop.has(T) and sympy.expand(op.flop * T).has(T):
+            raise Unsupported(
+                f"{op.name} in {op.module} does not divide by t ({op.flop} FLOPs); t = 1 only"
+            )
     return run
+
+
+def _ops(run: Run) -> Iterator[Op]:
+    for piece in (run.embed, *run.layers, run.head):
+        yield from piece.part.ops
 
 
 def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
@@ -156,15 +172,14 @@ def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
         return values[expr]
 
     pieces = (run.embed, *run.layers, run.head)
-    ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for p in pieces for o in p.part.ops]
+    ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
     kept = [(k.dtype, at(k.bytes)) for p in pieces for k in p.part.kept.values()]
     return [*ops, *kept, *(at(p.boundary_bytes) for p in pieces)]
 
 
 def _notes(subject: _Subject, run: Run) -> Iterator[str]:
     """What a reader of the costs should know."""
-    pieces = (run.embed, *run.layers, run.head)
-    ops = [op for piece in pieces for op in piece.part.ops]
+    ops = list(_ops(run))
     size = subject.sharding.vocab_size if subject.sharding else None
     if subject.layers is None:
         yield NO_LAYERS

@@ -26,7 +26,7 @@ from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
 from mist.trace.flow import Flow
 from mist.trace.loader import LoadedModel
-from mist.trace.record import Part, Recorder, key_of, recording
+from mist.trace.record import Origin, Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
 from mist.trace.routing import Routing
 from mist.trace.shim import runs_as
@@ -136,7 +136,8 @@ class Session:
     def __post_init__(self) -> None:
         self.units = {unit: self._unit(unit) for unit in self._unit_sizes()}
         self.fakes = Fakes(self.symbols, DTYPES[self.setting.precision], self._local_shape)
-        self.recorder = Recorder(self.symbols, self.fakes.originals)
+        whole = self.sharding.whole if self.sharding else frozenset[int]()
+        self.recorder = Recorder(self.symbols, self.fakes.originals, whole)
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
         self.outer = self.embed if self.layers else self.head
@@ -322,7 +323,7 @@ class Session:
         """A scalar whose backward pass starts that of a part."""
         seed: torch.Tensor = Seed.apply(*outputs)  # type: ignore[no-untyped-call]
         assert seed.grad_fn is not None
-        piece.part.origins.setdefault(seed.grad_fn._sequence_nr(), ("", ""))
+        piece.part.origins.setdefault(seed.grad_fn._sequence_nr(), Origin())
         return seed
 
     def _backward_done(self, pieces: Sequence[Piece]) -> None:

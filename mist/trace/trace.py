@@ -79,6 +79,7 @@ def _assemble(model: LoadedModel, setting: Setting, result: Recorded) -> Traced:
         for piece, one, params in zip(pieces, singles, owners, strict=True)
     ]
     embed, head, *layers = blocks
+    embed = replace(embed, tp_bytes=layers[0].boundary_bytes if layers else head.tp_bytes)
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
@@ -178,6 +179,7 @@ def _block(
         )
         for name, tensor, tied in params
     )
+    entries, exits, whole = _crossings(piece, found, sharding, run)
     return Block(
         name=piece.part.name,
         params=found,
@@ -186,19 +188,36 @@ def _block(
         saved_single=single.part.saved(),
         boundary_bytes=piece.boundary_bytes,
         carried_bytes=piece.carried_bytes,
+        tp_bytes=piece.boundary_bytes,
         transient_bytes=piece.transients,
-        num_tp_regions=_num_tp_regions(piece, found, sharding),
+        num_entries=entries,
+        num_exits=exits,
+        num_whole=whole,
         num_recomputed_ops=piece.part.num_recomputed_ops,
         domain=run.domain,
     )
 
 
-def _num_tp_regions(piece: Piece, params: tuple[Param, ...], sharding: Sharding | None) -> int:
+def _crossings(
+    piece: Piece, params: tuple[Param, ...], sharding: Sharding | None, run: Run
+) -> tuple[int, int, int]:
+    """Entries, exits, and what is whole: see `Block`."""
     if sharding is None:
-        return 0
+        return 0, 0, 0
     if piece.module is None:
-        return int(any(param.sharded for param in params))
-    return sum(id(module) in sharding.rowwise for module in piece.module.modules())
+        divides = int(any(param.sharded for param in params))
+        return (divides, 0, 0) if piece is run.head else (0, divides, 0)
+    return _of_layer(piece.module, sharding)
+
+
+def _of_layer(layer: nn.Module, sharding: Sharding) -> tuple[int, int, int]:
+    """Regions count one each; those in a module that needs all tokens count as one."""
+    whole = [m for m in layer.modules() if id(m) in sharding.whole]
+    inside = [{id(inner) for inner in m.modules()} & sharding.rowwise for m in whole]
+    regions = {id(m) for m in layer.modules()} & sharding.rowwise
+    alone = regions.difference(*inside)
+    crossed = len(alone) + sum(1 for rows in inside if rows)
+    return crossed, crossed, sum(1 for rows in inside if not rows)
 
 
 def _empty(name: str) -> Block:
@@ -210,8 +229,11 @@ def _empty(name: str) -> Block:
         saved_single=(),
         boundary_bytes=Integer(0),
         carried_bytes=Integer(0),
+        tp_bytes=Integer(0),
         transient_bytes=(),
-        num_tp_regions=0,
+        num_entries=0,
+        num_exits=0,
+        num_whole=0,
         num_recomputed_ops=0,
         domain=(),
     )

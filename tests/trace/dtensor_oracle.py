@@ -10,9 +10,10 @@ shim, which has fake CPU tensors take the operations of a GPU.
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
@@ -54,26 +55,50 @@ class Family:
     """A small model and, by module of its layer, what tensor parallelism does.
 
     `regions`: a module whose input enters column-parallel matrices, and the keyword by which it
-    gets it ("" when by position).
+    gets it ("" when by position). `post_norm`: what a norm gives is added to other tensors, which
+    are local ones.
     """
 
-    config: transformers.PreTrainedConfig
+    build: Callable[[], nn.Module]
     layer: str
     colwise: tuple[str, ...]
     rowwise: tuple[str, ...]
     norms: tuple[str, ...]
     regions: Mapping[str, str]
+    post_norm: bool = False
+
+
+def causal(config: transformers.PreTrainedConfig) -> nn.Module:
+    config.use_cache = False
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model
+
+
+def bert() -> nn.Module:
+    """No plan of its own: its pairs are found."""
+    config = transformers.BertConfig(
+        vocab_size=512,
+        hidden_size=HIDDEN,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        max_position_embeddings=2048,
+    )
+    return transformers.BertForMaskedLM._from_config(config, dtype=torch.bfloat16)
 
 
 def gpt_neox(num_heads: int) -> Family:
     return Family(
-        config=transformers.GPTNeoXConfig(
-            vocab_size=512,
-            hidden_size=HIDDEN,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=num_heads,
-            hidden_dropout=0.1,
+        build=partial(
+            causal,
+            transformers.GPTNeoXConfig(
+                vocab_size=512,
+                hidden_size=HIDDEN,
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=num_heads,
+                hidden_dropout=0.1,
+            ),
         ),
         layer="gpt_neox.layers.0",
         colwise=("attention.query_key_value", "mlp.dense_h_to_4h"),
@@ -86,13 +111,16 @@ def gpt_neox(num_heads: int) -> Family:
 FAMILIES: Final = MappingProxyType(
     {
         "llama": Family(
-            config=transformers.LlamaConfig(
-                vocab_size=512,
-                hidden_size=HIDDEN,
-                intermediate_size=512,
-                num_hidden_layers=2,
-                num_attention_heads=16,
-                num_key_value_heads=8,
+            build=partial(
+                causal,
+                transformers.LlamaConfig(
+                    vocab_size=512,
+                    hidden_size=HIDDEN,
+                    intermediate_size=512,
+                    num_hidden_layers=2,
+                    num_attention_heads=16,
+                    num_key_value_heads=8,
+                ),
             ),
             layer="model.layers.0",
             colwise=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
@@ -102,6 +130,16 @@ FAMILIES: Final = MappingProxyType(
             regions={"self_attn": "hidden_states", "mlp": ""},
         ),
         "gpt-neox": gpt_neox(num_heads=16),
+        "bert": Family(
+            build=bert,
+            layer="bert.encoder.layer.0",
+            colwise=("attention.self.query", "attention.self.key", "attention.self.value",
+                     "intermediate.dense"),
+            rowwise=("attention.output.dense", "output.dense"),
+            norms=("attention.output.LayerNorm", "output.LayerNorm"),
+            regions={"attention.self": "", "intermediate": ""},
+            post_norm=True,
+        ),
         "gpt-neox-8-heads": gpt_neox(num_heads=8),
     }
 )  # fmt: skip
@@ -181,12 +219,12 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
     """Divide the layer over the ranks and run it forward and backward."""
     family = FAMILIES[name]
     with _ranks(num_ranks) as mesh, FakeTensorMode():
-        model = transformers.AutoModelForCausalLM.from_config(family.config, dtype=torch.bfloat16)
+        model = family.build()
         layer = model.train().get_submodule(family.layer)
         own_seq = seq // num_ranks if mode == "sp" else seq
         with runs_as("cuda", Attention.FLASH):  # after transformers has imported what it patches
             ids = torch.zeros(batch, seq, dtype=torch.int64)
-            args, kwargs = layer_inputs(model, layer, {"input_ids": ids, "use_cache": False})
+            args, kwargs = layer_inputs(model, layer, {"input_ids": ids})
             x = torch.empty(batch, own_seq, HIDDEN, dtype=torch.bfloat16)
             parallelize_module(layer, mesh, plan(family, mode), src_data_rank=None)
             # How layouts propagate is found on whole fake tensors, once a shape: not the rank's.
@@ -224,7 +262,9 @@ def plan(family: Family, mode: Mode) -> dict[str, ParallelStyle]:
     styles |= {name: RowwiseParallel(output_layouts=between) for name in family.rowwise}
     styles |= {name: _entrance(keyword, between) for name, keyword in family.regions.items()}
     if mode == "sp":
-        styles |= {name: SequenceParallel() for name in family.norms}
+        styles |= {
+            name: SequenceParallel(use_local_output=family.post_norm) for name in family.norms
+        }
     return styles
 
 

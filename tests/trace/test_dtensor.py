@@ -22,7 +22,6 @@ from mist.symbolic.block import Setting as Pricing
 from mist.symbolic.block import rank_params, saved_bytes
 from mist.trace import Setting, trace_model
 from tests.trace.dtensor_oracle import DEGREES, FAMILIES, HIDDEN, Measured, Mode
-from tests.trace.test_exact import build
 
 ROOT = Path(__file__).parents[2]
 BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
@@ -31,7 +30,12 @@ TORCH = Pricing(runtime=load_runtime("torch").profile, precision=Precision.BF16)
 Point = tuple[int, int]
 TYPICAL: Point = (2, 1024)
 SLOW = pytest.mark.slow
-EXACT = ("llama", "gpt-neox")
+NAMES = {
+    "all_gather": "all_gather_into_tensor",
+    "reduce_scatter": "reduce_scatter_tensor",
+    "all_reduce": "all_reduce",
+}
+EXACT = ("llama", "gpt-neox", "bert")
 POINTS = [TYPICAL, *(pytest.param(point, marks=SLOW) for point in [(1, 1024), (3, 96)])]
 
 
@@ -50,7 +54,9 @@ def ranks(point: Point, *families: str) -> dict[tuple[str, Mode, int], Measured]
 
 @cache
 def block_of(family: str) -> Block:
-    graph = trace_model(build(FAMILIES[family].config, torch.bfloat16, "meta"), BF16)
+    with torch.device("meta"):
+        model = FAMILIES[family].build()
+    graph = trace_model(model, BF16)
     assert graph.notes == ()
     (block,) = graph.blocks
     return block
@@ -96,23 +102,25 @@ def test_rank_of_divided_sequence_is_exact(family: str, num_ranks: int, point: P
 
 @pytest.mark.parametrize("num_ranks", DEGREES)
 @pytest.mark.parametrize("family", EXACT)
-def test_each_region_has_one_collective_pair_a_pass(family: str, num_ranks: int) -> None:
-    """Nothing at t = 1; else an all-reduce of the block's input, or its gather and scatter.
-
-    An all-gather is given a rank's share, a reduce-scatter the whole.
-    """
+def test_collectives_are_dtensors(family: str, num_ranks: int) -> None:
+    """Nothing at t = 1; else kind, phase, number and bytes. An all-gather is given a share."""
     block, measured = block_of(family), ranks(TYPICAL, *EXACT)
-    regions = block.num_tp_regions if num_ranks > 1 else 0
-    activation = at(block.boundary_bytes, TYPICAL, num_ranks)
-    whole, share = [activation] * regions, [activation // num_ranks] * regions
-    reduced = {"all_reduce": whole}
-    scattered = {"all_gather_into_tensor": share, "reduce_scatter_tensor": whole}
-    expected = {"tp": reduced, "sp": scattered}
-    assert block.num_tp_regions == 2
-    for mode, each in expected.items():
-        one_pass = {name: sizes for name, sizes in each.items() if sizes}
-        real = measured[family, mode, num_ranks].collectives
-        assert real == {"forward": one_pass, "backward": one_pass}
+    for mode in ("tp", "sp"):
+        expected: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
+        for each in block.collectives(sequence_parallel=mode == "sp") if num_ranks > 1 else ():
+            shares = num_ranks if each.kind == "all_gather" else 1
+            given = at(each.bytes, TYPICAL, num_ranks) // shares
+            expected[each.phase][NAMES[each.kind]] = [given] * each.count
+        assert measured[family, mode, num_ranks].collectives == expected
+
+
+def test_a_transformer_layer_exchanges_twice_each_way() -> None:
+    """2 + 2 all-reduces a layer (Shoeybi et al. 2019), or 2 + 2 pairs (Korthikanti et al. 2022)."""
+    block = block_of("llama")
+    rows = [(c.kind, c.phase, c.count) for c in block.collectives(sequence_parallel=False)]
+    assert rows == [("all_reduce", "forward", 2), ("all_reduce", "backward", 2)]
+    pairs = [(c.kind, c.count) for c in block.collectives(sequence_parallel=True)]
+    assert pairs == [("all_gather", 2), ("reduce_scatter", 2)] * 2
 
 
 @pytest.mark.slow

@@ -39,6 +39,18 @@ NUM_PARAMS = {
     "llama3-405b": 405_853_388_800,
     "gpt2-xl": 1_557_611_200,
     "gpt3-175b": 174_604_259_328,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v3": 671_026_404_352,
+    "gemma2-9b": 9_241_705_984,
+    "gpt-neox-20b": 20_554_567_680,
+    "opt-6.7b": 6_658_473_984,
+    "phi3-mini": 3_821_079_552,
+    "falcon-7b": 6_921_720_704,
+    "bert-large": 335_174_458,
+    "t5-large": 737_668_096,
+    "vit-large": 304_326_632,
 }
 
 
@@ -78,7 +90,7 @@ def test_llama_block_costs(llama: ModelGraph) -> None:
     assert block.flop("forward").equals((32768 * B * S**2 + 1711276032 * B * S) / T)
     assert block.flop("backward").equals((81920 * B * S**2 + 3422552064 * B * S) / T)
     assert block.boundary_bytes == 2 * 8192 * B * S
-    assert block.num_tp_regions == 2
+    assert (block.num_entries, block.num_exits, block.num_whole) == (2, 2, 0)
     assert block.domain == ()
 
 
@@ -91,7 +103,8 @@ def test_llama_tensor_parallel_limits(llama: ModelGraph) -> None:
     sharded = {param.name for param in llama.blocks[0].params if param.sharded}
     assert len(sharded) == 7
     assert not any("norm" in name for name in sharded)
-    assert (llama.embed.num_tp_regions, llama.head.num_tp_regions) == (1, 1)
+    assert (llama.embed.num_entries, llama.embed.num_exits) == (0, 1)
+    assert (llama.head.num_entries, llama.head.num_exits) == (1, 0)
 
 
 def test_llama_layouts(llama: ModelGraph) -> None:
@@ -152,7 +165,7 @@ def test_examples_are_traced() -> None:
     assert graph.name == "my-transformer"
     assert graph.max_seq_len == 4096
     assert graph.tp_limits is not None
-    assert graph.blocks[0].num_tp_regions == 2
+    assert graph.blocks[0].num_exits == 2
     assert graph.layers == (LayerRun(block=0, count=24),)
 
 

@@ -1,5 +1,7 @@
 """Plain modules: which list is the layers, what belongs to whom, what a rank holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 
 from mist.errors import TraceError
 from mist.facts import LayerRun, TpLimit
-from mist.graph import B, ModelGraph, OpKind, S, T
+from mist.graph import B, Layout, ModelGraph, OpKind, S, T
 from mist.spec import Attention, Precision
 from mist.trace import Setting, trace_model
 from mist.trace.repeat import find_layers
@@ -56,10 +58,8 @@ def traced(model: nn.Module) -> ModelGraph:
 def test_equal_layers_are_one_run() -> None:
     graph = traced(Model([Layer(i) for i in range(5)]))
     assert graph.layers == (LayerRun(block=0, count=5),)
-    assert graph.notes == (
-        "no tensor-parallel rules are known for this model (tp_plan); t = 1 only",
-    )
-    assert graph.tp_limits is None
+    assert graph.notes == ()
+    assert graph.tp_limits == (TpLimit(label="MLP width", size=4 * WIDTH),)
 
 
 def test_layers_alternate_by_a_setting() -> None:
@@ -75,10 +75,10 @@ def test_dropout_rates_do_not_tell_layers_apart() -> None:
 
 def test_layer_costs() -> None:
     (block,) = traced(Model([Layer(i) for i in range(2)])).blocks
-    assert block.flop("forward") == 2 * 2 * 4 * WIDTH**2 * B * S
+    assert block.flop("forward") == 2 * 2 * 4 * WIDTH**2 * B * S / T
     assert block.flop("backward") == 2 * block.flop("forward")
     # x, and the inputs of gelu and of down, fp32.
-    assert sum(t.bytes for t in block.saved) == 4 * (1 + 4 + 4) * WIDTH * B * S
+    assert sum(t.bytes for t in block.saved).equals(4 * WIDTH * B * S * (1 + 8 / T))
     assert block.boundary_bytes == 4 * WIDTH * B * S
     assert [p.name for p in block.params] == ["up.weight", "up.bias", "down.weight", "down.bias"]
 
@@ -143,12 +143,102 @@ class Sharded(Model):
     tp_plan = {"embed": "rowwise", "*.up": "colwise", "*.down": "rowwise", "head": "colwise"}  # noqa: RUF012
 
 
+class Whole(Model):
+    tp_plan = {"layers.*.up": "diagonal"}  # noqa: RUF012 - a style that nobody knows
+
+
+def test_found_pairs_are_those_of_a_plan() -> None:
+    layers = [Layer(i) for i in range(2)]
+    found, planned = traced(Model(layers)), traced(Sharded(layers))
+    assert found == replace(planned, name="Model")
+
+
+class Fused(nn.Module):
+    """Attention by heads of 8, one matrix [q | k | v], with numbers that are smaller on a rank."""
+
+    def __init__(self, kv_heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.num_heads, self.num_kv_heads = 4, kv_heads
+        self.qkv = nn.Linear(WIDTH, WIDTH + 2 * 8 * kv_heads)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        q, k, v = self.qkv(self.norm(x)).split([8 * heads, 8 * kv_heads, 8 * kv_heads], dim=-1)
+        q, k, v = (each.view(b, s, -1, 8).transpose(1, 2) for each in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + self.out(y.transpose(1, 2).reshape(b, s, -1))
+
+
+def test_fused_heads_are_found() -> None:
+    graph = traced(Model([Fused(2), Fused(2)]))
+    assert graph.tp_limits == (
+        TpLimit(label="attention heads", size=4),
+        TpLimit(label="key/value heads", size=2),
+    )
+    (block,) = graph.blocks
+    assert [p.name for p in block.params if p.sharded] == ["qkv.weight", "qkv.bias", "out.weight"]
+    assert block.flop("forward").equals(B * S * (2 * WIDTH * 96 + 4 * S * WIDTH) / T)
+    assert (block.num_entries, block.num_exits, block.num_whole) == (1, 1, 0)
+
+
+def test_one_key_head_cannot_be_divided() -> None:
+    """The attention of all heads runs on every rank, on all tokens, also of a divided sequence."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend, self.mlp = Fused(1), Layer(0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mlp(self.attend(x))
+
+    graph = traced(Model([Both(), Both()]))
+    assert graph.tp_limits == (TpLimit(label="MLP width", size=4 * WIDTH),)
+    assert graph.notes == (
+        "attention stays whole on every tensor-parallel rank: its heads are not divided",
+    )
+    (block,) = graph.blocks
+    assert (block.num_entries, block.num_exits, block.num_whole) == (1, 1, 1)
+    kinds = {tensor.layout for tensor in block.saved if tensor.module.startswith("attend")}
+    assert kinds == {Layout.GATHERED}
+    assert [c.count for c in block.collectives(sequence_parallel=True)] == [2, 1, 2, 1]
+
+
+def test_a_norm_over_the_width_keeps_a_pair_whole() -> None:
+    class Normed(Layer):
+        def __init__(self) -> None:
+            super().__init__(0)
+            self.norm = nn.LayerNorm(4 * WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.norm(self.up(x)))
+
+    graph = traced(Model([Normed(), Normed()]))
+    assert graph.tp_limits is None
+    assert graph.notes == ("no matrices that tensor parallelism could divide; t = 1 only",)
+
+
+def test_matrices_around_the_residual_stream_are_no_pair() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(x + self.first(x))
+
+    assert traced(Model([Single(), Single()])).tp_limits is None
+
+
 def test_shares_of_a_rank() -> None:
     graph = traced(Sharded([Layer(i) for i in range(2)]))
     assert graph.tp_limits == (TpLimit(label="MLP width", size=4 * WIDTH),)
     assert graph.notes == ()
     (block,) = graph.blocks
-    assert block.num_tp_regions == 1
+    assert (block.num_entries, block.num_exits) == (1, 1)
     assert [p.name for p in block.params if p.sharded] == ["up.weight", "up.bias", "down.weight"]
     assert block.flop("forward").equals(16 * WIDTH**2 * B * S / T)
     assert sum(t.bytes for t in block.saved).equals(4 * WIDTH * B * S * (1 + 8 / T))
@@ -156,7 +246,7 @@ def test_shares_of_a_rank() -> None:
 
 def test_at_one_rank_shares_are_the_whole() -> None:
     layers = [Layer(i) for i in range(2)]
-    whole, shared = traced(Model(layers)), traced(Sharded(layers))
+    whole, shared = traced(Whole(layers)), traced(Sharded(layers))
     for ours, plain in zip(
         (shared.embed, *shared.blocks, shared.head),
         (whole.embed, *whole.blocks, whole.head),
@@ -178,9 +268,7 @@ def test_vocabulary_that_does_not_divide_is_noted() -> None:
 
 
 def test_unknown_style_is_noted() -> None:
-    model = Model([Layer(i) for i in range(2)])
-    model.tp_plan = {"layers.*.up": "diagonal"}
-    graph = traced(model)
+    graph = traced(Whole([Layer(i) for i in range(2)]))
     assert graph.tp_limits is None
     assert graph.notes == (
         "tensor-parallel style 'diagonal' of layers.0.up (Linear) is not known to Mist; t = 1 only",

@@ -1,0 +1,187 @@
+"""Regions of tensor parallelism from what a model does: pairs of matrices found in its operations.
+
+Matrix R is row-parallel with column-parallel partners C_i when all that its input is made of,
+walking back through the operations until products with a matrix, are outputs of the C_i and tables
+without a gradient (rotary tables, masks): never what the layer itself was given (the residual
+stream), nor the result of a norm over a partner's outputs. Heads are those of the attention
+operation on the way. Nothing is trusted: the runs that follow must confirm it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from mist.trace.session import Piece, Run
+from mist.trace.tp import Matrix, Region, Sharding, Unsupported, matrix_of, sharding_of
+from mist.trace.tp_plan import sharding_by_plan
+
+aten = torch.ops.aten
+
+PRODUCTS: Final = frozenset({aten.mm.default, aten.addmm.default})
+ATTENTION: Final = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+SOFTMAX: Final = frozenset({aten._softmax.default, aten._safe_softmax.default})
+NORMS: Final = frozenset(
+    {
+        aten.native_layer_norm.default, aten.native_group_norm.default,
+        aten.native_batch_norm.default, torch.ops.mist.fused_rms_norm.default,
+    }
+)  # fmt: skip
+TOKEN_DIMS: Final = 3  # [batch, sequence, hidden]
+GATHERING: Final = "rowwise_split_input"
+NO_TOKENS: Final = (
+    "layers do not pass on [batch, sequence, hidden]: tensor parallelism is of no use; t = 1 only"
+)
+WHOLE_ATTENTION: Final = (
+    "attention stays whole on every tensor-parallel rank: its heads are not divided"
+)
+
+
+def find_sharding(model: nn.Module, run: Run) -> Sharding:
+    """What tensor parallelism divides: by the model's plan, else by its operations in `run`.
+
+    A plan that gathers the outputs of every matrix divides no activation: it is passed over. Raises
+    Unsupported, with the reason.
+    """
+    layers = [piece for piece in run.layers if piece.module is not None]
+    if not layers:
+        raise Unsupported("without a list of layers tensor parallelism is not planned; t = 1 only")
+    matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
+    blocks = [_Block(piece, run, matrices) for piece in layers]
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    if plan and GATHERING not in plan.values():
+        sharding = sharding_by_plan(model, plan)
+    elif all(map(_carries_tokens, layers)):
+        regions = [region for block in blocks for region in block.regions()]
+        sharding = sharding_of(model, regions, list(_vocabulary(model, run)))
+    else:
+        raise Unsupported(NO_TOKENS)
+    attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
+    notes = (WHOLE_ATTENTION,) if attention else ()
+    return replace(sharding, whole=sharding.whole | attention, notes=notes)
+
+
+def _carries_tokens(piece: Piece) -> bool:
+    outputs = [leaf for leaf in tree_leaves(piece.outputs) if isinstance(leaf, torch.Tensor)]
+    return not outputs or outputs[0].dim() == TOKEN_DIMS
+
+
+def _vocabulary(model: nn.Module, run: Run) -> Iterator[nn.Module]:
+    """The largest embedding outside the layers, and a linear layer with as many outputs."""
+    inside = {id(m) for piece in run.layers if piece.module for m in piece.module.modules()}
+    outside = [m for m in model.modules() if id(m) not in inside]
+    tables = [m for m in outside if isinstance(m, nn.Embedding)]
+    size = max((table.num_embeddings for table in tables), default=0)
+    heads = [m for m in outside if isinstance(m, nn.Linear) and m.out_features == size]
+    if heads:
+        yield from (table for table in tables if table.num_embeddings == size)
+        yield from heads
+
+
+@dataclass(slots=True)
+class _Found:
+    """What lies behind the input of a matrix."""
+
+    partners: dict[int, Matrix] = field(default_factory=dict)
+    nodes: list[fx.Node] = field(default_factory=list)
+    residual: bool = False
+
+
+class _Block:
+    """The forward operations of one part, and the products with matrices among them."""
+
+    def __init__(self, piece: Piece, run: Run, matrices: Mapping[int, Matrix]) -> None:
+        assert piece.module is not None
+        self._layer, self._run, self._matrices = piece.module, run, matrices
+        nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]
+        self._attention = [n for n in nodes if n.target in ATTENTION | SOFTMAX]
+        self._products = {n: m for n in nodes if (m := self._matrix(n)) is not None}
+
+    def regions(self) -> Iterator[Region]:
+        """Pairs in the order of execution; a matrix is in one of them."""
+        used: set[int] = set()
+        for node, matrix in self._products.items():
+            found = self._behind(node)
+            partners = list(found.partners.values())
+            names = {id(m.weight) for m in (matrix, *partners)}
+            if not partners or found.residual or names & used or self._normed(found):
+                continue
+            used |= names
+            yield Region(
+                owners=list(self._owners([matrix, *partners])),
+                head_dim=self._head_dim(found, matrix),
+                colwise=partners,
+                rowwise=[matrix],
+            )
+
+    def undivided_attention(self, sharding: Sharding) -> Iterator[nn.Module]:
+        """Modules with attention in which nothing is divided."""
+        for node in self._attention:
+            module = self._layer.get_submodule(str(node.meta["module"]))
+            if not any(id(parameter) in sharding.params for parameter in module.parameters()):
+                yield module
+
+    def _matrix(self, node: fx.Node) -> Matrix | None:
+        """The matrix of a product, which is its last operand but for scalars."""
+        if node.target not in PRODUCTS:
+            return None
+        operand = node.args[1] if node.target is aten.mm.default else node.args[2]
+        while isinstance(operand, fx.Node) and operand.op != "placeholder":
+            operand = operand.args[0]
+        key = operand.meta.get("key") if isinstance(operand, fx.Node) else None
+        parameter = self._run.originals.get(key) if key is not None else None
+        return self._matrices.get(id(parameter))
+
+    def _behind(self, product: fx.Node) -> _Found:
+        """Walk back from the input of a product."""
+        found = _Found()
+        waiting = [product.args[0] if product.target is aten.mm.default else product.args[1]]
+        seen: set[fx.Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if not isinstance(node, fx.Node) or node in seen:
+                continue
+            seen.add(node)
+            if node in self._products:
+                matrix = self._products[node]
+                found.partners[id(matrix.weight)] = matrix
+                continue
+            found.nodes.append(node)
+            found.residual |= bool(node.meta.get("flows")) or node.target is aten.embedding.default
+            waiting += node.all_input_nodes
+        return found
+
+    def _normed(self, found: _Found) -> bool:
+        """Whether a norm goes over all outputs of a partner."""
+        widths = {matrix.num_out for matrix in found.partners.values()}
+        norms = (node for node in found.nodes if node.target in NORMS)
+        return any(int(node.meta["shape"][-1]) in widths for node in norms)
+
+    def _head_dim(self, found: _Found, matrix: Matrix) -> int | None:
+        """Of the attention operation on the way; of scores [b, heads, s, s] by their number."""
+        for node in found.nodes:
+            if node.target in ATTENTION:
+                return int(node.meta["shape"][-1])
+            if node.target in SOFTMAX and len(node.meta["shape"]) == 4:
+                heads = int(node.meta["shape"][1])
+                return matrix.num_in // heads if matrix.num_in % heads == 0 else None
+        return None
+
+    def _owners(self, matrices: Sequence[Matrix]) -> Iterator[object]:
+        """The modules around the matrices, within the layer, and their configuration."""
+        inside = {id(matrix.module) for matrix in matrices}
+        for module in self._layer.modules():
+            if any(id(inner) in inside for inner in module.modules()):
+                yield module
+                if (config := getattr(module, "config", None)) is not None:
+                    yield config
