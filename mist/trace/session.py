@@ -21,6 +21,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from mist.graph import B, S, SavedTensor, T
+from mist.trace.autocast import forward_in, outside
 from mist.trace.blame import Passed
 from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
@@ -29,7 +30,7 @@ from mist.trace.loader import LoadedModel
 from mist.trace.record import Origin, Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
 from mist.trace.routing import Routing
-from mist.trace.shim import runs_as
+from mist.trace.shim import fused_norms, runs_as
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Share
 
@@ -135,7 +136,10 @@ class Session:
 
     def __post_init__(self) -> None:
         self.units = {unit: self._unit(unit) for unit in self._unit_sizes()}
-        self.fakes = Fakes(self.symbols, DTYPES[self.setting.precision], self._local_shape)
+        dtype = DTYPES[self.setting.precision]
+        self.low = dtype if self.setting.autocast else None
+        wide = torch.float32 if self.setting.autocast else dtype
+        self.fakes = Fakes(self.symbols, wide, self._local_shape)
         whole = self.sharding.whole if self.sharding else frozenset[int]()
         self.recorder = Recorder(self.symbols, self.fakes.originals, whole)
         self.embed = Piece(self.recorder.new_part("embed"))
@@ -186,7 +190,7 @@ class Session:
     def _forward_and_backward(self, inputs: object) -> None:
         self.shared_keys = frozenset(key_of(t) for t in _tensors(inputs))
         self.embed.part.shared = self.head.part.shared = self.shared_keys
-        with self.recorder.into(self.outer.part):
+        with self.recorder.into(self.outer.part), forward_in(self.low):
             loss = self.model.run(inputs)
         if missed := self._missed():
             raise NotALayerList(missed[0])
@@ -218,7 +222,10 @@ class Session:
             for index, layer in enumerate(layers):
                 self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
             self.stack.enter_context(self.symbols.mode)
-            self.stack.enter_context(runs_as(self.setting.policy, self.setting.attention))
+            self.stack.enter_context(runs_as(self.setting))
+            if self.setting.fused_norms:
+                for norm, kernel in fused_norms(self.model.module.modules()):
+                    self.stack.enter_context(_replaced(norm, kernel))
             self.stack.enter_context(self.routing)
             self.stack.enter_context(self._colwise_hooks())
             self.stack.enter_context(recording(self.recorder, self._names(layers)))
@@ -314,7 +321,7 @@ class Session:
         del outputs, starts  # what comes after the layer frees its results before it goes backward
         if seed is not None:
             gradient = torch.empty_like(seed)
-            with self.recorder.into(piece.part, "backward"):
+            with self.recorder.into(piece.part, "backward"), outside(self.low):
                 seed.backward(gradient)
             self._backward_done([piece])
         return piece

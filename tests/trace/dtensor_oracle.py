@@ -40,13 +40,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mist.spec import Attention
+from mist.spec import Attention, Precision
+from mist.trace import Setting
 from mist.trace.shim import runs_as
 from tests.trace.real import layer_inputs
 
 Mode = Literal["tp", "sp"]
 DEGREES: Final = (1, 2, 4, 8)
 HIDDEN: Final = 256
+BF16: Final = Setting(precision=Precision.BF16, attention=Attention.FLASH)
 SEQ_DIM: Final = 1  # activations are [batch, sequence, hidden]
 
 
@@ -222,7 +224,7 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
         model = family.build()
         layer = model.train().get_submodule(family.layer)
         own_seq = seq // num_ranks if mode == "sp" else seq
-        with runs_as("cuda", Attention.FLASH):  # after transformers has imported what it patches
+        with runs_as(BF16):  # after transformers has imported what it patches
             ids = torch.zeros(batch, seq, dtype=torch.int64)
             args, kwargs = layer_inputs(model, layer, {"input_ids": ids})
             x = torch.empty(batch, own_seq, HIDDEN, dtype=torch.bfloat16)

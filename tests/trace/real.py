@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,20 +31,28 @@ class Measured:
 
 
 def measure(
-    model: nn.Module, path: str, batch: dict[str, torch.Tensor], *, carried: int = 0
+    model: nn.Module,
+    path: str,
+    batch: dict[str, torch.Tensor],
+    *,
+    carried: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> Measured:
     """Measure the layer at `path` with the inputs that it gets in a run of the model.
 
-    `carried`: how many inputs after the first have a gradient, too.
+    `carried`: how many inputs after the first have a gradient, too. `autocast`: the precision of
+    the forward pass.
     """
+    mixed = partial(torch.autocast, "cpu", dtype=autocast, enabled=autocast is not None)
     layer = model.get_submodule(path)
-    args, kwargs = layer_inputs(model, layer, batch)
+    with mixed():
+        args, kwargs = layer_inputs(model, layer, batch)
     flowing = (each.detach().requires_grad_() for each in args[: 1 + carried])
     args = (*flowing, *args[1 + carried :])
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
-    saved, live, transient = _bytes(layer, args, kwargs, known)
-    with FlopCounterMode(display=False) as forward:
+    saved, live, transient = _bytes(layer, args, kwargs, known, mixed)
+    with FlopCounterMode(display=False) as forward, mixed():
         out = _first(layer(*args, **kwargs))
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
@@ -75,7 +84,11 @@ def layer_inputs(
 
 
 def _bytes(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: set[int]
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: set[int],
+    mixed: Callable[[], torch.autocast],
 ) -> tuple[int, int, int]:
     """Bytes that forward saves and keeps alive; the most alive in backward beyond the saved."""
     storages: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -87,7 +100,7 @@ def _bytes(
         return tensor
 
     made = _Watch([], known)
-    with saved_tensors_hooks(pack, lambda tensor: tensor), made:
+    with saved_tensors_hooks(pack, lambda tensor: tensor), made, mixed():
         out = _first(layer(*args, **kwargs))
     saved = sum(size for _, size in storages.values())
     given = {args[0].untyped_storage()._cdata, out.untyped_storage()._cdata}
