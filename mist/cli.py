@@ -15,6 +15,7 @@ from mist.errors import InputError, MistError, OutputError
 from mist.spec import Attention, Precision, SearchSpace
 
 if TYPE_CHECKING:
+    from mist.trace import Setting
     from mist.workflow.checking import Checked
 
 app = typer.Typer(
@@ -218,12 +219,30 @@ def trace(
     policy: Annotated[
         str, typer.Option("--policy", help="cuda: kernels of a GPU. cpu: of this machine.")
     ] = "cuda",
+    autocast: Annotated[
+        bool, typer.Option("--autocast", help="fp32 parameters under torch.autocast.")
+    ] = False,
+    fused_norms: Annotated[
+        bool, typer.Option("--fused-norms", help="RMS norms written out run as one kernel.")
+    ] = False,
+    capacity: Annotated[
+        float, typer.Option("--capacity", help="Rows of an expert over those of a balanced one.")
+    ] = 1.0,
+    picture: Annotated[
+        Path | None, typer.Option("--graph", help="Write the operations (.svg or .txt).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
     from mist.report.costs import outside_trace, print_trace, trace_json
     from mist.trace import Setting, load_graph
 
+    if picture is not None and picture.suffix not in (".svg", ".txt"):
+        raise OutputError(f"--graph {picture}: write an .svg or a .txt file.")
+    if autocast and precision is Precision.FP32:
+        raise InputError("--autocast needs --precision bf16 or fp16: fp32 is what it casts from.")
+    if not capacity > 0:
+        raise InputError(f"--capacity {capacity} is not a positive number.")
     if policy not in ("cuda", "cpu"):
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
     point = _point(at)
@@ -231,9 +250,14 @@ def trace(
         precision=precision,
         attention=attention,
         policy="cuda" if policy == "cuda" else "cpu",
+        autocast=autocast,
+        fused_norms=fused_norms,
+        capacity_ratio=capacity,
     )
     with redirect_stdout(sys.stderr):
         graph = load_graph(model, setting, progress=_progress)
+        if picture is not None:
+            _write_graph(model, setting, picture)
     if point and (reasons := list(outside_trace(graph, point))):
         raise InputError(f"--at {at}: {' '.join(reasons)}")
     if as_json:
@@ -264,6 +288,16 @@ def profiles(
         _print_json(profiles_json(shown))
     else:
         print_profiles(shown)
+
+
+def _write_graph(model: str, setting: "Setting", path: Path) -> None:
+    from mist.files import write_text
+    from mist.report.graph import graph_svg
+    from mist.trace import load_listing
+
+    listing = load_listing(model, setting, progress=_progress)
+    write_text(path, graph_svg(listing) if path.suffix == ".svg" else listing)
+    _progress(f"wrote {path}")
 
 
 def _space(settings: Sequence[str]) -> SearchSpace:

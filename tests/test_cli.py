@@ -565,3 +565,29 @@ def test_the_checkout_plans_and_a_check_needs_no_torch(
 )
 def test_a_model_name_becomes_a_file_name(name: str, file_name: str) -> None:
     assert cli._file_name(name) == file_name
+
+
+def test_trace_writes_its_operations(mist: Mist, models: Path) -> None:
+    """As text and as a picture, also from the cache; FLOPs of the text are those of the blocks."""
+    for suffix in (".txt", ".svg"):
+        path = Path(f"graph{suffix}")
+        run = mist("trace", models / "tiny.py", "--graph", path, "--json")
+        assert run.code == 0
+        assert f"wrote {path}" in run.err
+        assert path.stat().st_size > 1000
+    text = Path("graph.txt").read_text()
+    assert "= aten.mm.default(" in text
+    blocks = {line for line in text.splitlines() if line.startswith("# ")}
+    assert len(blocks) == len(json.loads(run.out)["blocks"])
+
+
+def test_graph_of_another_kind_is_refused(mist: Mist, models: Path) -> None:
+    run = mist("trace", models / "tiny.py", "--graph", "graph.pdf")
+    assert run.code == 2
+    assert run.message == "--graph graph.pdf: write an .svg or a .txt file."
+
+
+def test_autocast_from_fp32_is_refused(mist: Mist, models: Path) -> None:
+    run = mist("trace", models / "tiny.py", "--autocast", "--precision", "fp32")
+    assert run.code == 2
+    assert run.message == ("--autocast needs --precision bf16 or fp16: fp32 is what it casts from.")

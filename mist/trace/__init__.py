@@ -7,6 +7,7 @@ module. Importing this package needs neither torch nor sympy, loading a cached t
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mist.errors import OutputError
 from mist.trace import cache
 from mist.trace.source import Policy, PythonSource, Setting, Source, resolve
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mist.graph import ModelGraph
     from mist.trace.expr import Size
 
-__all__ = ["Policy", "Setting", "load_graph", "trace_digest", "trace_model"]
+__all__ = ["Policy", "Setting", "load_graph", "load_listing", "trace_digest", "trace_model"]
 
 
 def load_graph(source: str, setting: Setting, *, progress: Callable[[str], None]) -> "ModelGraph":
@@ -55,6 +56,25 @@ def trace_digest(source: str, setting: Setting) -> str | None:
     """
     entry = cache.load(_key(resolve(source), setting))
     return entry.digest if entry is not None else None
+
+
+def load_listing(source: str, setting: Setting, *, progress: Callable[[str], None]) -> str:
+    """The operations of every block of a model, one a line; traced where they are not cached.
+
+    Raises ModelError and TraceError as `load_graph`, OutputError when nothing can be cached.
+    """
+    key = _key(resolve(source), setting)
+    found = cache.load_listing(key)
+    if found is None:
+        cache.forget(key)
+        load_graph(source, setting, progress=progress)
+        found = cache.load_listing(key)
+    if found is None:
+        raise OutputError(
+            f"the operations of {source} are kept in {cache.cache_folder()}, which cannot be "
+            "written. Set XDG_CACHE_HOME to a folder that can."
+        )
+    return found
 
 
 def _key(source: Source, setting: Setting) -> str:

@@ -65,6 +65,20 @@ def store(key: str, fields: Mapping[str, object], listing: str, modules: Sequenc
         write_text(cache_folder() / f"{key}.json", json.dumps(entry, separators=(",", ":")))
 
 
+def forget(key: str) -> None:
+    """Drop the entry of that key, so that it is traced again."""
+    with suppress(OSError):
+        (cache_folder() / f"{key}.json").unlink(missing_ok=True)
+
+
+def load_listing(key: str) -> str | None:
+    """The listing of the operations of that key's entry, or None."""
+    try:
+        return (cache_folder() / f"{key}.graph.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def file_digest(path: Path) -> str:
     """The digest of a file's text."""
     return digest(path.read_text(encoding="utf-8"))

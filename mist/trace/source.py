@@ -19,9 +19,8 @@ class Setting:
 
     Policy "cuda": what a GPU would run; "cpu": what this machine runs. `autocast`: parameters stay
     fp32 and operations run in `precision` as torch.autocast decides. `fused_norms`: RMS norms
-    written in several operations run as one kernel. `compiled`: layers as torch.compile divides
-    them between forward and backward. `capacity_ratio`: rows of an expert whose rows are selected
-    by value, over those of a balanced one.
+    written in several operations run as one kernel. `capacity_ratio`: rows of an expert whose rows
+    are selected by value, over those of a balanced one.
     """
 
     precision: Precision
@@ -29,7 +28,6 @@ class Setting:
     policy: Policy = "cuda"
     autocast: bool = False
     fused_norms: bool = False
-    compiled: bool = False
     capacity_ratio: float = 1.0
 
     @property

@@ -1,0 +1,272 @@
+"""Models of any shape: layers in several lists, routing by value, sizes that only numbers have."""
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mist.errors import TraceError
+from mist.graph import B, ModelGraph, OpKind, S, T
+from mist.spec import Attention, Precision
+from mist.trace import Setting, trace_model
+from mist.trace.repeat import find_layers
+from mist.trace.runs import NOT_SYMBOLIC, ROUTED
+from tests.trace.real import Measured, measure
+from tests.trace.test_exact import at, build, flop, saved_bytes
+from tests.trace.test_plain import WIDTH, Layer, Model
+
+CPU = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
+BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+
+
+class Experts(nn.Module):
+    """Each expert picks its rows by value: 2 of 4 experts a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = 4, 2
+        self.gate = nn.Linear(WIDTH, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.view(-1, WIDTH)
+        _, chosen = self.gate(rows).topk(self.top_k)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, _ = torch.where(chosen == number)
+            out = out.index_add(0, token, expert(rows[token]))
+        return x + out.view(x.shape)
+
+
+def traced(model: nn.Module, setting: Setting = CPU) -> ModelGraph:
+    return trace_model(model, setting)
+
+
+def test_rows_of_an_expert_are_those_of_even_routing() -> None:
+    """b s k / E rows each: together k products of h x h a token, whatever the routing."""
+    graph = traced(Model([Experts(), Experts()]))
+    (block,) = graph.blocks
+    assert ROUTED in graph.notes
+    assert (
+        sum(op.flop for op in block.ops if op.phase == "forward")
+        == (2 * WIDTH * 4 + 2 * 2 * WIDTH**2) * B * S
+    )
+    products = [op for op in block.ops if op.kind is OpKind.GEMM and op.phase == "forward"]
+    assert [op.dims for op in products[1:]] == [(1, B * S / 2, WIDTH, WIDTH)] * 4
+
+
+def test_capacity_makes_experts_larger() -> None:
+    setting = Setting(
+        precision=Precision.FP32, attention=Attention.FLASH, policy="cpu", capacity_ratio=1.25
+    )
+    block = traced(Model([Experts(), Experts()]), setting).blocks[0]
+    products = [op for op in block.ops if op.kind is OpKind.GEMM and op.phase == "forward"]
+    assert products[1].dims == (1, B * S * sympy.Rational(5, 8), WIDTH, WIDTH)
+
+
+def test_values_that_are_no_routing_are_refused() -> None:
+    class Chooses(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x[x > 0].sum()
+
+    with pytest.raises(TraceError):
+        traced(Model([Chooses(0), Chooses(1)]))
+
+
+class Padded(Layer):
+    """Pads to a multiple by numbers, which no symbol can be."""
+
+    def __init__(self, index: int, multiple: int = 64) -> None:
+        super().__init__(index)
+        self.multiple = multiple
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seq = int(x.shape[1])
+        return super().forward(F.pad(x, (0, 0, 0, -seq % self.multiple)))[:, :seq]
+
+
+def test_concrete_sizes_give_exact_polynomials() -> None:
+    graph = traced(Model([Padded(i) for i in range(2)]))
+    (block,) = graph.blocks
+    assert graph.notes == (NOT_SYMBOLIC,)
+    assert set(block.domain) == {B <= 64, S <= 8192, sympy.Eq(sympy.Mod(S, 64), 0)}
+    assert block.flop("forward") == 16 * WIDTH**2 * B * S
+    model = Model([Padded(i) for i in range(2)])
+    for b, s in ((1, 64), (2, 192), (3, 640)):
+        real = measure(model, "layers.1", {"ids": torch.zeros(b, s, dtype=torch.int64)})
+        saved = saved_bytes(block.saved_single if b == 1 else block.saved, b, s)
+        assert (saved, max(at(size, b, s) for size in block.transient_bytes)) == (
+            real.saved_bytes,
+            real.transient_bytes,
+        )
+
+
+@pytest.mark.slow
+def test_no_polynomial_is_refused() -> None:
+    class Chunks(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = [super(Chunks, self).forward(x[:, i : i + 64])
+                     for i in range(0, int(x.shape[1]), 64)]  # fmt: skip
+            return torch.cat(parts, dim=1)
+
+    with pytest.raises(TraceError, match="works for one sequence length only"):
+        traced(Model([Chunks(i) for i in range(2)]))
+
+
+def test_encoder_and_decoder_are_two_lists() -> None:
+    config = transformers.T5Config(
+        vocab_size=512, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4
+    )
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    graph = traced(model, BF16)
+    names = [graph.blocks[run.block].name for run in graph.layers]
+    assert names == ["T5Block", "T5Block", "between", "T5Block", "T5Block"]
+    assert graph.sequential and graph.tied
+    held = [param for b in (graph.embed, *graph.blocks, graph.head) for param in b.params]
+    assert sum(param.numel for param in held if not param.tied) == graph.num_params
+    last = graph.blocks[graph.layers[-1].block]
+    # The encoder's result [b, s, 64] and the table of positions [1, 4, s, s], bf16.
+    assert sympy.expand(last.carried_bytes - 128 * B * S - 8 * S**2) == 0
+
+
+def test_residuals_outside_the_layers() -> None:
+    class Outside(Model):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.head(x)
+
+    graph = traced(Outside([Layer(i) for i in range(3)]))
+    assert graph.sequential
+    assert [run.count for run in graph.layers] == [3]
+
+
+def test_lists_of_lists_are_their_children() -> None:
+    model = nn.ModuleDict({"levels": nn.ModuleList(
+        nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(3)
+    )})  # fmt: skip
+    layers = find_layers(model)
+    assert layers is not None
+    assert len(layers.modules) == 6
+
+
+def test_strides_tell_layers_apart() -> None:
+    layers = find_layers(nn.Sequential(nn.Conv2d(4, 4, 3, stride=1), nn.Conv2d(4, 4, 3, stride=2)))
+    assert layers is not None
+    assert len(set(layers.signatures)) == 2
+
+
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {"intermediate_size": 64}),
+    "gpt2": (transformers.GPT2Config, {}),
+    "mixtral": (transformers.MixtralConfig, {"intermediate_size": 32, "num_local_experts": 4}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_costs_are_affine_in_the_layers(family: str) -> None:
+    """Traced with 1, 2 and 3 layers: one block, the same ends, parameters in a line."""
+    kind, more = FAMILIES[family]
+    graphs = [
+        traced(build(kind(vocab_size=128, hidden_size=64, num_hidden_layers=layers,
+                          num_attention_heads=4, **more), torch.bfloat16, "meta"), BF16)
+        for layers in (2, 3, 4)
+    ]  # fmt: skip
+    first, *others = graphs
+    for graph in others:
+        assert graph.blocks == first.blocks
+        assert (graph.embed, graph.head, graph.shared) == (first.embed, first.head, first.shared)
+    numbers = [graph.num_params for graph in graphs]
+    assert numbers[2] - numbers[1] == numbers[1] - numbers[0] == first.blocks[0].num_params
+
+
+class Variant(nn.Module):
+    """One transformer layer of many: heads, groups, width, gate, norm, bias."""
+
+    def __init__(self, heads: int, kv: int, ffn: int, gated: bool, norm: str, bias: bool) -> None:
+        super().__init__()
+        make = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[norm]
+        self.head_dim = 8
+        self.norms = nn.ModuleList(make(WIDTH) for _ in range(2))
+        self.q = nn.Linear(WIDTH, 8 * heads, bias=bias)
+        self.k, self.v = (nn.Linear(WIDTH, 8 * kv, bias=bias) for _ in range(2))
+        self.o = nn.Linear(8 * heads, WIDTH, bias=bias)
+        self.up, self.down = nn.Linear(WIDTH, ffn, bias=bias), nn.Linear(ffn, WIDTH, bias=bias)
+        self.gate = nn.Linear(WIDTH, ffn, bias=bias) if gated else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        y = self.norms[0](x)
+        q, k, v = (m(y).view(b, s, -1, 8).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).reshape(b, s, -1))
+        y = self.norms[1](x)
+        up = F.silu(self.gate(y)) * self.up(y) if self.gate is not None else F.gelu(self.up(y))
+        return x + self.down(up)
+
+
+VARIANTS = st.fixed_dictionaries(
+    {
+        "heads": st.sampled_from([2, 4, 6]),
+        "kv": st.sampled_from([1, 2]),
+        "ffn": st.sampled_from([24, 64]),
+        "gated": st.booleans(),
+        "norm": st.sampled_from(["layer", "rms"]),
+        "bias": st.booleans(),
+    }
+)
+POINTS = st.tuples(st.integers(1, 4), st.integers(2, 70))
+
+
+def random_variant(sizes: dict[str, object], half: bool, tied: bool, device: str) -> nn.Module:
+    with torch.device(device):
+        model = Model([Variant(**sizes) for _ in range(2)])
+        if tied:
+            model.head.weight = model.embed.weight
+    return model.to(torch.bfloat16 if half else torch.float32)
+
+
+def variant_is_exact(
+    sizes: dict[str, object], half: bool, tied: bool, points: list[tuple[int, int]]
+) -> None:
+    precision = Precision.BF16 if half else Precision.FP32
+    setting = Setting(precision=precision, attention=Attention.FLASH, policy="cpu")
+    graph = traced(random_variant(sizes, half, tied, "meta"), setting)
+    block, model = graph.blocks[0], random_variant(sizes, half, tied, "cpu")
+    assert graph.num_params == sum(p.numel() for p in model.parameters())
+    assert graph.tied == tied
+    for b, s in points:
+        real = measure(model, "layers.1", {"ids": torch.zeros(b, s, dtype=torch.int64)})
+        saved = saved_bytes(block.saved_single if b == 1 else block.saved, b, s)
+        assert real == Measured(
+            saved_bytes=saved,
+            live_bytes=saved,
+            transient_bytes=max(at(size, b, s) for size in block.transient_bytes),
+            forward_flop=flop(block, "forward", OpKind.GEMM, b, s),
+            backward_flop=flop(block, "backward", OpKind.GEMM, b, s),
+        ), (sizes, b, s)
+        assert all(size.subs(T, 1).free_symbols <= {B, S} for size in block.transient_bytes)
+
+
+@settings(max_examples=3)
+@given(VARIANTS, st.booleans(), st.booleans(), st.lists(POINTS, min_size=2, max_size=2))
+def test_random_transformers_are_exact(
+    sizes: dict[str, object], half: bool, tied: bool, points: list[tuple[int, int]]
+) -> None:
+    variant_is_exact(sizes, half, tied, points)
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(VARIANTS, st.booleans(), st.booleans(), st.lists(POINTS, min_size=3, max_size=3))
+def test_many_random_transformers_are_exact(
+    sizes: dict[str, object], half: bool, tied: bool, points: list[tuple[int, int]]
+) -> None:
+    variant_is_exact(sizes, half, tied, points)
