@@ -38,6 +38,7 @@ NORMS: Final = frozenset(
     }
 )  # fmt: skip
 TOKEN_DIMS: Final = 3  # [batch, sequence, hidden]
+SCORE_DIMS: Final = 4
 GATHERING: Final = "rowwise_split_input"
 NO_TOKENS: Final = (
     "layers do not pass on [batch, sequence, hidden]: tensor parallelism is of no use; t = 1 only"
@@ -88,6 +89,11 @@ def _vocabulary(model: nn.Module, run: Run) -> Iterator[nn.Module]:
         yield from heads
 
 
+def _is_scores(node: fx.Node) -> bool:
+    """Whether this is the softmax of attention scores [b, heads, s, s], not one of routing."""
+    return node.target in SOFTMAX and len(node.meta["shape"]) == SCORE_DIMS
+
+
 @dataclass(slots=True)
 class _Found:
     """What lies behind the input of a matrix."""
@@ -104,7 +110,7 @@ class _Block:
         assert piece.module is not None
         self._layer, self._run, self._matrices = piece.module, run, matrices
         nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]
-        self._attention = [n for n in nodes if n.target in ATTENTION | SOFTMAX]
+        self._attention = [n for n in nodes if n.target in ATTENTION or _is_scores(n)]
         self._products = {n: m for n in nodes if (m := self._matrix(n)) is not None}
 
     def regions(self) -> Iterator[Region]:
@@ -172,7 +178,7 @@ class _Block:
         for node in found.nodes:
             if node.target in ATTENTION:
                 return int(node.meta["shape"][-1])
-            if node.target in SOFTMAX and len(node.meta["shape"]) == 4:
+            if _is_scores(node):
                 heads = int(node.meta["shape"][1])
                 return matrix.num_in // heads if matrix.num_in % heads == 0 else None
         return None

@@ -136,6 +136,36 @@ def test_llama_head_has_the_real_loss(llama: ModelGraph) -> None:
     assert llama.head.flop("forward").equals(2 * 8192 * 128256 * B * S / T)
 
 
+def test_experts_divide_by_their_width() -> None:
+    """Attention and experts: two regions a layer; routing is on all tokens, and whole."""
+    graph = graph_of("mixtral-8x7b")
+    assert graph.notes == (
+        "mixture of experts: even routing is assumed, and every rank holds all experts (ep = 1)",
+    )
+    assert graph.tp_limits == (
+        TpLimit(label="attention heads", size=32),
+        TpLimit(label="key/value heads", size=8),
+        TpLimit(label="expert width", size=14336),
+    )
+    (block,) = graph.blocks
+    assert (block.num_entries, block.num_exits, block.num_whole) == (2, 2, 0)
+    # 2 of 8 experts a token, each 3 h f; q and o h^2 each, k and v h^2 / 4 each; the router 8 h.
+    h, f = 4096, 14336
+    divided = 2 * (2 * 3 * h * f + 2 * h**2 + 2 * h**2 // 4) + 4 * h * S
+    assert block.flop("forward").equals(B * S * (divided / T + 2 * 8 * h))
+    gathered = {t.module for t in block.saved if t.layout is Layout.GATHERED}
+    assert {"mlp.gate", "mlp.experts"} <= gathered
+
+
+def test_attention_that_a_plan_leaves_whole() -> None:
+    graph = graph_of("deepseek-v3")
+    assert [run.count for run in graph.layers] == [3, 58]
+    assert [block.num_whole for block in graph.blocks] == [1, 1]
+    assert graph.notes[-1] == (
+        "attention stays whole on every tensor-parallel rank: its heads are not divided"
+    )
+
+
 def test_gpt2_ties_its_embedding() -> None:
     graph = trace_model(gpt2(torch.float32, "meta"), BF16)
     assert graph.tied
