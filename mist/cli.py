@@ -239,10 +239,6 @@ def trace(
 
     if picture is not None and picture.suffix not in (".svg", ".txt"):
         raise OutputError(f"--graph {picture}: write an .svg or a .txt file.")
-    if autocast and precision is Precision.FP32:
-        raise InputError("--autocast needs --precision bf16 or fp16: fp32 is what it casts from.")
-    if not capacity > 0:
-        raise InputError(f"--capacity {capacity} is not a positive number.")
     if policy not in ("cuda", "cpu"):
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
     point = _point(at)

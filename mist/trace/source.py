@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mist.errors import ModelError, did_you_mean
+from mist.errors import InputError, ModelError, did_you_mean
 from mist.spec import Attention, Precision
 from mist.trace.presets import PRESETS
 
@@ -20,7 +20,8 @@ class Setting:
     Policy "cuda": what a GPU would run; "cpu": what this machine runs. `autocast`: parameters stay
     fp32 and operations run in `precision` as torch.autocast decides. `fused_norms`: RMS norms
     written in several operations run as one kernel. `capacity_ratio`: rows of an expert whose rows
-    are selected by value, over those of a balanced one.
+    are selected by value, over those of a balanced one. Raises InputError for settings that
+    contradict each other.
     """
 
     precision: Precision
@@ -29,6 +30,14 @@ class Setting:
     autocast: bool = False
     fused_norms: bool = False
     capacity_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.autocast and self.precision is Precision.FP32:
+            raise InputError(
+                "--autocast needs --precision bf16 or fp16: fp32 is what it casts from."
+            )
+        if not 0 < self.capacity_ratio < float("inf"):
+            raise InputError(f"--capacity {self.capacity_ratio} is not a positive number.")
 
     @property
     def words(self) -> tuple[str, ...]:

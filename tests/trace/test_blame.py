@@ -66,9 +66,9 @@ def test_model_raises(tmp_path: Path) -> None:
 
 
 def test_operation_without_formula(tmp_path: Path) -> None:
-    assert message_of(tmp_path, "x = torch.fft.fft(x.float()).real.to(x.dtype)") == (
-        "operation aten._fft_r2c does heavy arithmetic that Mist has no FLOP formula for, so its "
-        "time would be counted as zero. Use a layer built from linear, matmul, convolution or "
+    assert message_of(tmp_path, "x = x + torch.cdist(x.float(), x.float()).sum()") == (
+        "operation aten._cdist_forward does heavy arithmetic that Mist has no FLOP formula for, so "
+        "its time would be counted as zero. Use a layer built from linear, matmul, convolution or "
         "scaled_dot_product_attention in its place."
     )
 
