@@ -66,8 +66,10 @@ def test_model_raises(tmp_path: Path) -> None:
 
 
 def test_operation_without_formula(tmp_path: Path) -> None:
-    assert message_of(tmp_path, "x = x + torch.cdist(x.float(), x.float()).sum()") == (
-        "operation aten._cdist_forward does heavy arithmetic that Mist has no FLOP formula for, so "
+    assert message_of(
+        tmp_path, "x = x + torch.linalg.inv(x.float().mT @ x.float()).sum().to(x.dtype)"
+    ) == (
+        "operation aten.linalg_inv_ex does heavy arithmetic that Mist has no FLOP formula for, so "
         "its time would be counted as zero. Use a layer built from linear, matmul, convolution or "
         "scaled_dot_product_attention in its place."
     )
