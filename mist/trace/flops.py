@@ -82,6 +82,12 @@ def _dot(call: Call) -> list[Work]:
     return [_gemm(_products(x), 1, 1, x.numel())]
 
 
+def _euclidean_dist(call: Call) -> list[Work]:
+    """Squared distances as one product of rows of k + 2: [-2 x, |x|^2, 1] and [y, 1, |y|^2]."""
+    x, y = call.tensor("x1"), call.tensor("x2")
+    return [_gemm(prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1] + 2)]
+
+
 def _grouped_mm(call: Call) -> list[Work]:
     """Rows of experts by their matrices, or, of two plain matrices, one gradient per expert."""
     left, right = call.tensor("self"), call.tensor("mat2")
@@ -159,6 +165,7 @@ RULES: Final[Mapping[OpOverloadPacket, Callable[[Call], list[Work]]]] = MappingP
         aten.addmv: _mv("mat"),
         aten.dot: _dot,
         aten.vdot: _dot,
+        aten._euclidean_dist: _euclidean_dist,
         aten._grouped_mm: _grouped_mm,
         aten._fft_c2c: _fft,
         aten._fft_r2c: _fft,
@@ -181,7 +188,7 @@ HEAVY: Final = frozenset(
     {
         "attention", "cdist", "cholesky", "conv", "eig", "eigh", "eigvals", "fft",
         "flex", "gru", "inv", "inverse", "linalg", "linear", "lstm", "lu", "matmul", "mkldnn", "mm",
-        "addmm", "qr", "rnn", "solve", "svd", "trilinear",
+        "addmm", "pdist", "qr", "rnn", "solve", "svd", "trilinear",
     }
 )  # fmt: skip
 # Names with such a word, or one that begins like a convolution, that are cheap all the same.

@@ -6,6 +6,7 @@ not the table. Views and allocations move nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from types import MappingProxyType
 from typing import Final
 
@@ -20,17 +21,59 @@ from mist.trace.kernels import RMS_NORM, RMS_NORM_BACKWARD
 
 aten = torch.ops.aten
 
-# What writes only the places that an index names, in place or into a copy of the whole, and the
-# argument that has as many elements as there are places.
-SOURCES: Final[Mapping[OpOverloadPacket, str]] = MappingProxyType(
+
+def _elements(name: str) -> Callable[[Call], Size]:
+    """As many places as an argument has elements."""
+    return lambda call: call.tensor(name).numel()
+
+
+def _indexed(call: Call) -> Size:
+    """Places that one index per dimension names, however small the values are.
+
+    A mask stands for the dimensions that it has, and names at most all of them.
+    """
+    x, indices = call.tensor("self"), call.arguments["indices"]
+    assert isinstance(indices, list | tuple)
+    rest: list[Size] = []
+    shapes: list[tuple[Size, ...]] = []
+    dim = 0
+    for index in indices:
+        masks = index is not None and index.dtype is torch.bool
+        if index is None:
+            rest.append(x.shape[dim])
+        else:
+            shapes.append((index.numel(),) if masks else tuple(index.shape))
+        dim += index.dim() if masks else 1
+    return prod((*rest, *torch.broadcast_shapes(*shapes), *x.shape[dim:]))
+
+
+def _slices(call: Call) -> Size:
+    """Places of whole slices along one dimension."""
+    x, dim = call.tensor("self"), call.arguments["dim"]
+    assert isinstance(dim, int)
+    others = prod(size for i, size in enumerate(x.shape) if i != dim % x.dim())
+    return call.tensor("index").numel() * others
+
+
+# What writes only the places that an index names, in place or into a copy of the whole.
+PLACES: Final[Mapping[OpOverloadPacket, Callable[[Call], Size]]] = MappingProxyType(
     {
-        aten.scatter: "index", aten.scatter_: "index",
-        aten.scatter_add: "index", aten.scatter_add_: "index",
-        aten.scatter_reduce: "index", aten.scatter_reduce_: "index",
-        aten.index_add: "source", aten.index_add_: "source",
-        aten.index_copy: "source", aten.index_copy_: "source",
-        aten.index_put: "values", aten.index_put_: "values", aten._index_put_impl_: "values",
-        aten.masked_scatter: "source", aten.masked_scatter_: "source",
+        **dict.fromkeys(
+            (
+                aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_,
+                aten.scatter_reduce, aten.scatter_reduce_, aten.put, aten.put_,
+            ),
+            _elements("index"),
+        ),
+        **dict.fromkeys(
+            (
+                aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_,
+                aten.index_reduce, aten.index_reduce_, aten.masked_scatter, aten.masked_scatter_,
+            ),
+            _elements("source"),
+        ),
+        **dict.fromkeys((aten.index_put, aten.index_put_, aten._index_put_impl_), _indexed),
+        **dict.fromkeys((aten.index_fill, aten.index_fill_), _slices),
     }
 )  # fmt: skip
 
@@ -68,10 +111,11 @@ CLASSES: Final[Mapping[OpOverloadPacket, Traffic]] = MappingProxyType(
         ),
         **dict.fromkeys(
             (
-                aten.embedding, aten.embedding_dense_backward, aten._embedding_bag, aten.gather,
+                aten.embedding, aten.embedding_dense_backward, aten._embedding_bag,
+                aten._embedding_bag_forward_only, aten._embedding_bag_backward, aten.gather,
                 aten.take, aten.index, aten.index_select, aten.nll_loss_forward,
                 aten.nll_loss_backward, aten.nll_loss2d_forward, aten.nll_loss2d_backward,
-                aten.topk, aten.sort, *SOURCES,
+                aten.topk, aten.sort, *PLACES,
             ),
             Traffic.GATHER,
         ),
@@ -111,10 +155,17 @@ def _one_per_target(call: Call) -> Size:
     return num_bytes(target) + target.numel() * call.tensor("self").element_size()
 
 
+def _bag_rows(call: Call) -> Size:
+    """A row for each index, and everything but the table."""
+    weight = call.tensor("weight")
+    rest = {name: value for name, value in call.arguments.items() if name != "weight"}
+    rows = call.tensor("indices").numel() * weight.shape[1]
+    return _bytes(tuple(rest.values())) + rows * weight.element_size()
+
+
 def _touched(call: Call) -> Size:
     """Bytes of the places that an index names."""
-    places = call.tensor(SOURCES[call.func.overloadpacket]).numel()
-    return places * call.tensor("self").element_size()
+    return PLACES[call.func.overloadpacket](call) * call.tensor("self").element_size()
 
 
 def _in_place(call: Call) -> bool:
@@ -129,7 +180,7 @@ def _scatter_reads(call: Call) -> Size:
 
 
 def _scatter_writes(call: Call) -> Size:
-    return _touched(call) + (0 if _in_place(call) else num_bytes(call.tensor("self")))
+    return _touched(call) + (0 if _in_place(call) else num_bytes(call.first_out))
 
 
 def _passes(call: Call) -> int:
@@ -147,9 +198,24 @@ def _fft_writes(call: Call) -> Size:
     return _passes(call) * num_bytes(call.first_out)
 
 
+# Of their input these need the shape alone.
+OF_GRADIENT: Final = (
+    aten.avg_pool2d_backward, aten.avg_pool3d_backward, aten._adaptive_avg_pool2d_backward,
+    aten._adaptive_avg_pool3d_backward, aten.reflection_pad1d_backward,
+    aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
+    aten.replication_pad1d_backward, aten.replication_pad2d_backward,
+    aten.replication_pad3d_backward,
+)  # fmt: skip
+OF_GRADIENT_AND_INDICES: Final = (
+    aten.max_pool2d_with_indices_backward, aten.max_pool3d_with_indices_backward,
+    aten.adaptive_max_pool2d_backward, aten.adaptive_max_pool3d_backward,
+)  # fmt: skip
+
 READS: Final[Mapping[OpOverloadPacket, Callable[[Call], Size]]] = MappingProxyType(
     {
         aten.embedding: _picked_bytes("weight"),
+        aten._embedding_bag: _bag_rows,
+        aten._embedding_bag_forward_only: _bag_rows,
         aten.gather: _picked_bytes("self"),
         aten.index_select: _picked_bytes("self"),
         aten.index: _picked_bytes("self"),
@@ -161,7 +227,9 @@ READS: Final[Mapping[OpOverloadPacket, Callable[[Call], Size]]] = MappingProxyTy
         aten._fft_c2c: _fft_reads,
         aten._fft_r2c: _fft_reads,
         aten._fft_c2r: _fft_reads,
-        **dict.fromkeys(SOURCES, _scatter_reads),
+        **dict.fromkeys(PLACES, _scatter_reads),
+        **dict.fromkeys(OF_GRADIENT, _only("grad_output")),
+        **dict.fromkeys(OF_GRADIENT_AND_INDICES, _only("grad_output", "indices")),
         aten.copy_: _only("src"),
         aten.fill_: _only(),
         aten.zero_: _only(),
@@ -179,7 +247,7 @@ WRITES: Final[Mapping[OpOverloadPacket, Callable[[Call], Size]]] = MappingProxyT
         aten._fft_c2c: _fft_writes,
         aten._fft_r2c: _fft_writes,
         aten._fft_c2r: _fft_writes,
-        **dict.fromkeys(SOURCES, _scatter_writes),
+        **dict.fromkeys(PLACES, _scatter_writes),
     }
 )
 
@@ -187,13 +255,15 @@ ALLOCATIONS: Final = frozenset(
     {
         aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
         aten.detach, aten.alias, aten._unsafe_view, aten._reshape_alias, aten.lift_fresh,
+        aten.unsafe_split, aten.unsafe_split_with_sizes, aten.set_,
     }
 )  # fmt: skip
 
 
 def moves_bytes(func: OpOverload, out: object) -> bool:
     """Whether a call does work on the device at all: it is no view, allocation or size query."""
-    free = func.is_view or func.overloadpacket in ALLOCATIONS
+    view = func.is_view or torch.Tag.inplace_view in func.tags
+    free = view or func.overloadpacket in ALLOCATIONS
     return not free and any(True for _ in _tensors(out))
 
 

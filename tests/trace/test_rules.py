@@ -62,6 +62,16 @@ def flash() -> Tensor:
     return aten._scaled_dot_product_flash_attention(*qkv(torch.bfloat16))[0]
 
 
+def flash_of_groups() -> Tensor:
+    """Two query heads to each head of keys, and dropout."""
+    return aten._scaled_dot_product_flash_attention(*qkv(torch.bfloat16, kv_heads=2), 0.1)[0]
+
+
+def wide_values() -> tuple[Tensor, Tensor, Tensor]:
+    query, key, _ = qkv(torch.bfloat16)
+    return query, key, need(2, 4, 64, 64, dtype=torch.bfloat16)
+
+
 def efficient() -> Tensor:
     return aten._scaled_dot_product_efficient_attention(*qkv(), None, True)[0]
 
@@ -78,9 +88,20 @@ FUNCTIONS: dict[str, Callable[[], Tensor]] = {
     "conv1d": lambda: torch.conv1d(need(2, 6, 50), need(8, 6, 3), stride=2),
     "conv2d": lambda: torch.conv2d(need(2, 6, 20, 30), need(8, 6, 5, 5), padding=1),
     "conv transposed": lambda: torch.conv_transpose1d(need(2, 6, 50), need(6, 4, 3), stride=2),
+    "conv3d": lambda: torch.conv3d(need(2, 6, 8, 8, 8), need(8, 6, 3, 3, 3)),
+    "conv transposed 3d": lambda: torch.conv_transpose3d(
+        need(2, 6, 8, 8, 8), need(6, 4, 2, 2, 2), stride=2
+    ),
     "flash": flash,
+    "flash of groups": flash_of_groups,
     "efficient": efficient,
+    "efficient, wide values": lambda: aten._scaled_dot_product_efficient_attention(
+        *wide_values(), None, True, 0.1
+    )[0],
     "cudnn": cudnn,
+    "cudnn, wide values": lambda: aten._scaled_dot_product_cudnn_attention(
+        *wide_values(), None, True
+    )[0],
 }
 
 
@@ -136,6 +157,15 @@ BY_HAND: dict[str, tuple[Callable[[], Tensor], list[float]]] = {
     "grouped": (grouped, [2 * 12 * 16 * 8] * 3),
     "half grouped": (half_grouped, [2 * 8 * 16 * 24]),
     "scaled": (scaled, [2 * 16 * 32 * 16]),
+    # Of more than 25 rows torch takes the product; its backward is two more, of 4 columns.
+    "cdist": (
+        lambda: torch.cdist(need(30, 4), need(50, 4)),
+        [2 * 30 * 50 * (4 + 2), 2 * 30 * 50 * 4, 2 * 30 * 50 * 4],
+    ),
+    "depthwise": (
+        lambda: torch.conv2d(need(2, 6, 8, 8), need(12, 1, 3, 3), groups=6),
+        [2 * (2 * 6 * 6) * 12 * 9, 2 * 2 * (2 * 6 * 6) * 12 * 9],
+    ),
     "mv": (lambda: need(3, 5) @ need(5), [2 * 15] * 2),
     "addmv": (lambda: torch.addmv(plain(3), plain(3, 5), plain(5)), [2 * 15]),
     "dot": (lambda: plain(5) @ plain(5), [2 * 5]),
@@ -180,7 +210,9 @@ def test_names_that_only_look_heavy(name: str) -> None:
     assert not _is_heavy(name)
 
 
-@pytest.mark.parametrize("name", ["_int_mm", "cudnn_convolution", "_cdist_forward", "lstm"])
+@pytest.mark.parametrize(
+    "name", ["_int_mm", "cudnn_convolution", "_cdist_forward", "_pdist_forward", "lstm"]
+)
 def test_names_that_are_heavy(name: str) -> None:
     assert _is_heavy(name)
 
@@ -221,6 +253,10 @@ def last(function: Callable[[], Tensor]) -> Call:
     with FakeTensorMode(), torch.no_grad(), Calls() as calls:
         function()
     return calls.calls[-1]
+
+
+def ids(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int64)
 
 
 def twice(x: Tensor) -> Tensor:
@@ -264,6 +300,62 @@ TRAFFIC: dict[str, tuple[Callable[[], Tensor], int, Traffic]] = {
         64 + 3 * 128,
         Traffic.GATHER,
     ),
+    "index_put_ of a number": (
+        lambda: empty(100, 4).index_put_((ids(8),), empty(())),
+        64 + 4 + 2 * 128,  # eight rows change, whatever the size of the value
+        Traffic.GATHER,
+    ),
+    "index_put_ of rows, two indices": (
+        lambda: empty(100, 5, 4).index_put_((ids(8, 1), ids(2)), empty(4)),
+        64 + 16 + 16 + 2 * (8 * 2 * 4 * 4),
+        Traffic.GATHER,
+    ),
+    "index_put_ behind a whole dimension": (
+        lambda: aten.index_put_(empty(10, 100, 4), [None, ids(8)], empty(4)),
+        64 + 16 + 2 * (10 * 8 * 4 * 4),
+        Traffic.GATHER,
+    ),
+    "index_put_ by a mask": (
+        lambda: empty(100, 4, 3).index_put_((empty(100, 4, dtype=torch.bool),), empty(3)),
+        400 + 12 + 2 * 4800,  # at most all
+        Traffic.GATHER,
+    ),
+    "index_fill_": (
+        lambda: empty(100, 4).index_fill_(0, ids(8), 0.0),
+        64 + 2 * 128,
+        Traffic.GATHER,
+    ),
+    "index_reduce_": (
+        lambda: empty(100, 4).index_reduce_(0, ids(8), empty(8, 4), "amax"),
+        64 + 3 * 128,
+        Traffic.GATHER,
+    ),
+    "put_": (
+        lambda: empty(100, 4).put_(ids(8), empty(8)),
+        64 + 3 * 32,
+        Traffic.GATHER,
+    ),
+    "scatter_reduce_": (
+        lambda: empty(100, 4).scatter_reduce_(0, ids(8, 4), empty(8, 4), "amax"),
+        256 + 3 * 128,
+        Traffic.GATHER,
+    ),
+    "scatter_add of an expanded number": (
+        lambda: empty(1).expand(100, 4).scatter_add(0, ids(8, 4), empty(8, 4)),
+        4 + 1600 + 256 + 3 * 128,  # read as one number, written whole
+        Traffic.GATHER,
+    ),
+    # 18 rows of 16 bytes, 18 indices, 6 starts; 6 sums, and 18 + 6 + 6 numbers for backward.
+    "embedding_bag": (
+        lambda: aten._embedding_bag(empty(1000, 4), ids(18), ids(6), False, 1)[0],
+        288 + 144 + 48 + 96 + 240,
+        Traffic.GATHER,
+    ),
+    "embedding_bag, frozen": (
+        lambda: torch.nn.functional.embedding_bag(ids(6, 3), empty(1000, 4)),
+        288 + 144 + 48 + 96 + 240,
+        Traffic.GATHER,
+    ),
     "rfft2": (
         lambda: torch.fft.rfft2(empty(8, 14)),
         448 + 3 * 8 * 8 * 8,  # two passes: x to 8 x 8 complex numbers, those once more
@@ -291,6 +383,39 @@ def test_traffic(name: str) -> None:
     assert traffic_class(call.func) is kind
 
 
+F = torch.nn.functional
+SHAPE_ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_pool2d": lambda x: F.max_pool2d(x[0], 2),
+    "max_pool3d": lambda x: F.max_pool3d(x, 2),
+    "avg_pool2d": lambda x: F.avg_pool2d(x[0], 2),
+    "avg_pool3d": lambda x: F.avg_pool3d(x, 2),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x[0], 2),
+    "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x, 2),
+    "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x[0], 2),
+    "adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(x, 2),
+    "reflection_pad1d": lambda x: F.pad(x[0, 0], (1, 1), mode="reflect"),
+    "reflection_pad2d": lambda x: F.pad(x[0], (1, 1, 1, 1), mode="reflect"),
+    "reflection_pad3d": lambda x: F.pad(x, (1,) * 6, mode="reflect"),
+    "replication_pad1d": lambda x: F.pad(x[0, 0], (1, 1), mode="replicate"),
+    "replication_pad2d": lambda x: F.pad(x[0], (1, 1, 1, 1), mode="replicate"),
+    "replication_pad3d": lambda x: F.pad(x, (1,) * 6, mode="replicate"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPE_ALONE)
+def test_backward_that_needs_the_shape_of_its_input_alone(name: str) -> None:
+    """Real tensors: the gradient is the same when the input is lost, so it is not read."""
+    x = torch.randn(1, 2, 8, 8, 8, requires_grad=True)
+    with Calls() as calls:
+        SHAPE_ALONE[name](x).sum().backward()
+    (call,) = [c for c in calls.calls if name in str(c.func) and "backward" in str(c.func)]
+    lost = {**call.arguments, "self": torch.full_like(call.tensor("self"), torch.nan)}
+    assert torch.equal(call.func(**lost), call.first_out)
+    read = {"grad_output", "indices"} & call.arguments.keys()
+    sizes = [call.tensor(each) for each in sorted(read)]
+    assert read_bytes(call) == sum(4 if 0 in t.stride() else t.nbytes for t in sizes)
+
+
 FREE: dict[str, Callable[[], Tensor]] = {
     "view": lambda: empty(8, 4).view(32),
     "transpose": lambda: empty(8, 4).t(),
@@ -298,6 +423,8 @@ FREE: dict[str, Callable[[], Tensor]] = {
     "expand": lambda: empty(1, 4).expand(8, 4),
     "detach": lambda: empty(8, 4).detach(),
     "allocation": lambda: empty(8, 4),
+    "transpose in place": lambda: empty(8, 4).t_(),
+    "split": lambda: empty(8, 4).unsafe_split(4)[0],
 }
 
 
