@@ -157,7 +157,7 @@ def _sharded_run(subject: _Subject, check: Run) -> Run:
 
 
 def _ops(run: Run) -> Iterator[Op]:
-    for piece in (run.embed, *run.layers, run.head):
+    for piece in run.pieces:
         yield from piece.part.ops
 
 
@@ -171,10 +171,9 @@ def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
             values[expr] = round(value, LOG_DIGITS) if value.has(sympy.log) else value
         return values[expr]
 
-    pieces = (run.embed, *run.layers, run.head)
     ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
-    kept = [(k.dtype, at(k.bytes)) for p in pieces for k in p.part.kept.values()]
-    return [*ops, *kept, *(at(p.boundary_bytes) for p in pieces)]
+    kept = [(k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.kept.values()]
+    return [*ops, *kept, *(at(p.boundary_bytes) for p in run.pieces)]
 
 
 def _notes(subject: _Subject, run: Run) -> Iterator[str]:

@@ -94,6 +94,11 @@ class Run:
     fixed: Mapping[Expr, Expr]
     originals: Mapping[int, torch.Tensor]
 
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The embedding, the distinct layers and the head."""
+        return self.embed, *self.layers, self.head
+
 
 class SeedContext(FunctionCtx):
     """What backward needs to know of the outputs."""
@@ -194,16 +199,16 @@ class Session:
             loss = self.model.run(inputs)
         if missed := self._missed():
             raise NotALayerList(missed[0])
-        outside = (self.head, *self.between, self.embed)
-        for piece in outside:
+        ends = (self.head, *self.between, self.embed)
+        for piece in ends:
             piece.part.live.forward_done()
             piece.opened.clear()
         if self.point.backward:
             starts = [loss, *self.seeds]
             gradients = [None, *map(torch.empty_like, self.seeds)]
-            with self.recorder.backward_of(piece.part for piece in outside):
+            with self.recorder.backward_of(piece.part for piece in ends):
                 torch.autograd.backward(starts, gradients)
-            self._backward_done(outside)
+            self._backward_done(ends)
 
     def _missed(self) -> list[int]:
         """Lists with a layer that was not called."""

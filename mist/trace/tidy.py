@@ -56,13 +56,15 @@ def _is_longest(guard: Basic) -> bool:
 
 def _multiples(guards: Sequence[Basic]) -> tuple[int, int] | None:
     """(s0, m) when all guards hold together exactly at the multiples of m that are at least s0."""
+    if not guards:
+        return None
     lengths = np.arange(1, LONGEST + 1)
     masks = [
         np.broadcast_to(sympy.lambdify(S, guard, "numpy")(lengths), lengths.shape)
         for guard in guards
     ]
-    held = lengths[reduce(np.logical_and, masks, np.ones(LONGEST, dtype=bool))]
-    if not guards or len(held) < 2:
+    held = lengths[reduce(np.logical_and, masks)]
+    if len(held) < 2:
         return None
     start, multiple = int(held[0]), int(held[1] - held[0])
     expected = lengths[(lengths >= start) & (lengths % multiple == 0)]
