@@ -1,6 +1,7 @@
 """What operations cost: the trace of a model, and the profiles with every figure's source."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 import sympy
 
@@ -11,6 +12,9 @@ from mist.rules import broken, limit_rules
 from mist.spec import Precision
 
 Point = Mapping[str, int]
+
+# Tensor parallelism without and with sequence parallelism.
+MODES: Final = {"tp": False, "tp_sp": True}
 Costs = dict[str, sympy.Expr]
 
 
@@ -40,6 +44,9 @@ def print_trace(graph: ModelGraph, point: Point | None) -> None:
             (name if i == 0 else "", str(repeat) if i == 0 else "", key, str(value))
             for i, (key, value) in enumerate(shown.items())
         ]
+        for mode, sequence_parallel in MODES.items():
+            for text in _exchanged(block, point, sequence_parallel):
+                rows.append(("", "", mode, text))
         for relation in block.domain:
             rows.append(("", "", "holds where", str(relation)))
     show(
@@ -50,7 +57,7 @@ def print_trace(graph: ModelGraph, point: Point | None) -> None:
 
 
 def trace_json(graph: ModelGraph, point: Point | None) -> dict[str, object]:
-    """`blocks`: name, repeat, params and costs; expressions as text, numbers at a point."""
+    """`blocks`: name, repeat, costs and collectives; expressions as text, numbers at a point."""
     return {
         "name": graph.name,
         "params": graph.num_params,
@@ -71,7 +78,31 @@ def _block_json(
         {key: str(value) for key, value in costs.items()} if point is None else _at(costs, point)
     )
     domain = [str(relation) for relation in block.domain]
-    return {"name": name, "repeat": repeat, **values, "domain": domain}
+    collectives = {
+        mode: [
+            {"kind": c.kind, "phase": c.phase, "count": c.count, "bytes": _shown(c.bytes, point)}
+            for c in block.collectives(sequence_parallel=sequence_parallel)
+        ]
+        for mode, sequence_parallel in MODES.items()
+    }
+    return {
+        "name": name,
+        "repeat": repeat,
+        **values,
+        "collectives": collectives,
+        "domain": domain,
+    }
+
+
+def _exchanged(block: Block, point: Point | None, sequence_parallel: bool) -> Iterator[str]:
+    """What t > 1 ranks exchange in one pass each way, a line for each kind."""
+    for each in block.collectives(sequence_parallel=sequence_parallel):
+        size = _shown(each.bytes, point)
+        yield f"{each.phase}: {each.count} {each.kind.replace('_', '-')} of {size} bytes"
+
+
+def _shown(expr: sympy.Expr, point: Point | None) -> str | int | float:
+    return str(expr) if point is None else _number(expr.subs(_values(point)))
 
 
 def _blocks(graph: ModelGraph) -> list[tuple[str, Block, int]]:

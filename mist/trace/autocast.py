@@ -8,7 +8,7 @@ to float32" in torch's documentation of automatic mixed precision (torch.amp).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -62,17 +62,3 @@ def _widened(func: Callable[..., object]) -> Callable[..., object]:
 
 def _wide(value: object) -> object:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALF else value
-
-
-def narrowed(func: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """A function whose fp32 tensors are cast first: attention under autocast."""
-
-    def narrow(value: object) -> object:
-        wide = isinstance(value, torch.Tensor) and value.dtype is torch.float32
-        return value.to(dtype) if wide and isinstance(value, torch.Tensor) else value
-
-    def call(*args: object, **kwargs: object) -> object:
-        narrow_args, narrow_kwargs = tree_map(narrow, (args, kwargs))
-        return func(*narrow_args, **narrow_kwargs)
-
-    return call

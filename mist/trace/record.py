@@ -31,6 +31,7 @@ from mist.trace.call import Call, bind
 from mist.trace.expr import Size, Symbols
 from mist.trace.flops import Work, work_of
 from mist.trace.live import Live
+from mist.trace.tp_check import mixing
 from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
@@ -59,7 +60,11 @@ class Origin:
 
 @dataclass(slots=True)
 class Part:
-    """What is recorded of one part: a layer, or what comes before or after the layers."""
+    """What is recorded of one part: a layer, or what comes before or after the layers.
+
+    `entered`: modules whose input enters a tensor-parallel region, with its storage. `mixed`:
+    forward operations that a shard cannot run, with the reason.
+    """
 
     name: str
     live: Live
@@ -69,6 +74,8 @@ class Part:
     kept: dict[int, Kept] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
+    entered: dict[int, int] = field(default_factory=dict)
+    mixed: list[str] = field(default_factory=list)
     last: Origin = Origin()
     origins: dict[int, Origin] = field(default_factory=dict)
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -161,6 +168,9 @@ class Recorder(TorchDispatchMode):
         name = str(call.func.overloadpacket)
         origin = self._origin(part, name)
         self._touch(part, call)
+        if self.phase == "forward":
+            reasons = mixing(call, self._symbols.shape)
+            part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
         ops = self._ops(call, origin) if moves_bytes(call.func, call.out) else []
         part.ops.extend(ops)
         self._add_node(part, call, ops, origin.module)

@@ -148,6 +148,9 @@ def _sharded_run(subject: _Subject, check: Run) -> Run:
     point = {B: BATCH_HINT, S: seq_hint(subject.model), T: 1}
     if _facts(run, point) != _facts(check, point):
         raise Unsupported("the tensor-parallel trace at t = 1 is not the model's own; t = 1 only")
+    for piece in run.layers:
+        if piece.module is not None and piece.part.mixed:
+            raise Unsupported(f"no shard can run {piece.part.mixed[0]}; t = 1 only")
     for op in _ops(run):
         if op.flop.has(T) and sympy.expand(op.flop * T).has(T):
             raise Unsupported(

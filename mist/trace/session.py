@@ -407,7 +407,9 @@ class Session:
 
         def gather(module: nn.Module, args: tuple[object, ...]) -> None:
             if self.recorder.part is not None:
-                self.recorder.part.gathered.update(key_of(t) for t in _tensors(args))
+                keys = [key_of(t) for t in _tensors(args)]
+                self.recorder.part.gathered.update(keys)
+                self.recorder.part.entered[id(module)] = keys[0]
 
         modules = [m for m in self.model.module.modules() if id(m) in colwise]
         hooks = [module.register_forward_pre_hook(gather) for module in modules]

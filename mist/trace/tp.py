@@ -112,15 +112,15 @@ class Region:
 class Sharding:
     """What a rank holds of a model. Parameters and modules are meant by identity.
 
-    `colwise`: modules whose input enters a region. `rowwise`: one module for each region, which
-    ends in a reduction. `whole`: modules that need all tokens also where they hold nothing divided
+    `colwise`: modules whose input enters a region. `regions`: of each region the module that ends
+    it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also where they hold nothing divided
     (attention whose heads cannot be, routing). `notes`: what stays whole, and why.
     """
 
     params: Mapping[int, Share]
     attributes: Sequence[Attribute]
     colwise: frozenset[int]
-    rowwise: frozenset[int]
+    regions: Mapping[int, frozenset[int]]
     whole: frozenset[int]
     limits: tuple[TpLimit, ...]
     vocab_size: int | None
@@ -150,7 +150,11 @@ def sharding_of(
         attributes=[*attributes, *tables],
         colwise=frozenset(id(m.module) for region in divided for m in region.colwise)
         | frozenset(id(m) for m in vocabulary if isinstance(m, nn.Linear)),
-        rowwise=frozenset(id(region.rowwise[0].module) for region in divided if region.rowwise),
+        regions={
+            id(region.rowwise[0].module): frozenset(id(m.module) for m in region.colwise)
+            for region in divided
+            if region.rowwise
+        },
         whole=whole,
         limits=tuple(dict.fromkeys(limit for region in divided for limit in _limits(region))),
         vocab_size=vocab_size,

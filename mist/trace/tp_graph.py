@@ -78,15 +78,21 @@ def _carries_tokens(piece: Piece) -> bool:
 
 
 def _vocabulary(model: nn.Module, run: Run) -> Iterator[nn.Module]:
-    """The largest embedding outside the layers, and a linear layer with as many outputs."""
+    """The last linear layer outside the layers that scores a table, and the first such table.
+
+    Another table of that size, of positions, is no vocabulary.
+    """
     inside = {id(m) for piece in run.layers if piece.module for m in piece.module.modules()}
     outside = [m for m in model.modules() if id(m) not in inside]
     tables = [m for m in outside if isinstance(m, nn.Embedding)]
-    size = max((table.num_embeddings for table in tables), default=0)
-    heads = [m for m in outside if isinstance(m, nn.Linear) and m.out_features == size]
+    sizes = [table.num_embeddings for table in tables]
+    heads = [m for m in outside if isinstance(m, nn.Linear) and m.out_features in sizes]
     if heads:
-        yield from (table for table in tables if table.num_embeddings == size)
-        yield from heads
+        head = heads[-1]
+        yield next(
+            (t for t in tables if t.weight is head.weight), tables[sizes.index(head.out_features)]
+        )
+        yield head
 
 
 def _is_scores(node: fx.Node) -> bool:

@@ -79,7 +79,9 @@ def _assemble(model: LoadedModel, setting: Setting, result: Recorded) -> Traced:
         for piece, one, params in zip(pieces, singles, owners, strict=True)
     ]
     embed, head, *layers = blocks
-    embed = replace(embed, tp_bytes=layers[0].boundary_bytes if layers else head.tp_bytes)
+    if layers:  # what ends exchange is what the layer beside them takes, without what it carries
+        embed = replace(embed, tp_bytes=layers[run.kinds[0]].boundary_bytes)
+        head = replace(head, tp_bytes=layers[run.kinds[-1]].boundary_bytes)
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
@@ -207,17 +209,24 @@ def _crossings(
     if piece.module is None:
         divides = int(any(param.sharded for param in params))
         return (divides, 0, 0) if piece is run.head else (0, divides, 0)
-    return _of_layer(piece.module, sharding)
+    return _of_layer(piece.module, piece.part.entered, sharding)
 
 
-def _of_layer(layer: nn.Module, sharding: Sharding) -> tuple[int, int, int]:
-    """Regions count one each; those in a module that needs all tokens count as one."""
+def _of_layer(
+    layer: nn.Module, entered: Mapping[int, int], sharding: Sharding
+) -> tuple[int, int, int]:
+    """A region has one exit and an entry for each tensor that enters it.
+
+    Regions in a module that needs all tokens count as one.
+    """
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
-    inside = [{id(inner) for inner in m.modules()} & sharding.rowwise for m in whole]
-    regions = {id(m) for m in layer.modules()} & sharding.rowwise
+    inside = [{id(inner) for inner in m.modules()} & sharding.regions.keys() for m in whole]
+    regions = {id(m) for m in layer.modules()} & sharding.regions.keys()
     alone = regions.difference(*inside)
-    crossed = len(alone) + sum(1 for rows in inside if rows)
-    return crossed, crossed, sum(1 for rows in inside if not rows)
+    together = sum(1 for rows in inside if rows)
+    inputs = (len({entered[id] for id in sharding.regions[row] & entered.keys()}) for row in alone)
+    entries = sum(max(count, 1) for count in inputs)
+    return entries + together, len(alone) + together, sum(1 for rows in inside if not rows)
 
 
 def _empty(name: str) -> Block:

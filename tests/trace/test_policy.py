@@ -52,7 +52,8 @@ def imitated(function: Callable[[Make], Tensor]) -> Saved:
 def heads(make: Make, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> list[Tensor]:
     """Queries, keys and values [b, heads, s, d] of a point."""
     d, dv, kv = sizes.get("d", 64), sizes.get("dv", sizes.get("d", 64)), sizes.get("kv", 4)
-    shapes = ((2, 4, 96, d), (2, kv, 80, d), (2, kv, 80, dv))
+    k = sizes.get("k", 80)
+    shapes = ((2, 4, 96, d), (2, kv, k, d), (2, kv, k, dv))
     return [make(*shape, dtype=dtype) for shape in shapes]
 
 
@@ -61,15 +62,31 @@ def flash(make: Make, *more: object, **sizes: int) -> Tensor:
 
 
 def padded_flash(make: Make) -> Tensor:
-    q, k, v = (F.pad(each, (0, 7)) for each in heads(make, d=25))
+    q, k, v = (F.pad(each, (0, 7)) for each in heads(make, d=25, k=96))
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=0.2)[0][..., :25]
 
 
-def efficient(make: Make, bias: bool = False, dropout: float = 0.0, **sizes: int) -> Tensor:
-    dtype = torch.bfloat16 if bias else torch.float32
+def efficient(
+    make: Make, dtype: torch.dtype, bias: bool = False, causal: bool = False, **sizes: int
+) -> Tensor:
     q, k, v = heads(make, dtype, **sizes)
     given = make(2, 1, 96, 80, dtype=dtype, grad=False).expand(2, 4, 96, 80) if bias else None
-    return aten._scaled_dot_product_efficient_attention(q, k, v, given, True, dropout)[0]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, given, True, 0.0, causal)[0]
+
+
+def scores(
+    make: Make, dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0, **sizes: int
+) -> Tensor:
+    """As aten._scaled_dot_product_attention_math is composed (transformers/attention.cpp).
+
+    Queries and keys are scaled by the root each, in fp32; CUDA's dropout keeps a bool mask.
+    """
+    q, k, v = (each.float() for each in heads(make, dtype, **sizes))
+    weights = (q * 0.5) @ (k * 0.5).transpose(-2, -1)
+    weights = torch.softmax(weights, -1)
+    if dropout:
+        weights = aten.native_dropout(weights, dropout, True)[0]
+    return (weights @ v).to(dtype)
 
 
 def masked(make: Make) -> Tensor:
@@ -78,29 +95,42 @@ def masked(make: Make) -> Tensor:
 
 
 def attend(make: Make, dtype: torch.dtype = torch.bfloat16, **options: object) -> Tensor:
-    names = {"d", "dv", "kv"}
+    names = {"d", "dv", "kv", "k"}
     sizes = {name: value for name, value in options.items() if name in names}
     rest = {name: value for name, value in options.items() if name not in names}
     return F.scaled_dot_product_attention(*heads(make, dtype, **sizes), **rest)
 
 
-F32 = torch.float32
+F32, BF16 = torch.float32, torch.bfloat16
 # What a model calls, and the operation that a CUDA build runs for it (aten/src/ATen/native:
 # dropout.cpp, layer_norm.cpp, transformers/attention.cpp; the order flash, efficient, math of
 # cuda/sdp_utils.cpp).
 CASES: dict[str, tuple[Callable[[Make], Tensor], Callable[[Make], Tensor]]] = {
-    "flash": (lambda m: attend(m, is_causal=True), lambda m: flash(m, 0.0, True)),
+    "flash": (lambda m: attend(m, k=96, is_causal=True), lambda m: flash(m, 0.0, True, k=96)),
     "flash with dropout": (lambda m: attend(m, dropout_p=0.1), lambda m: flash(m, 0.1, False)),
     "flash with fewer key heads": (
         lambda m: attend(m, kv=2, enable_gqa=True),
         lambda m: flash(m, kv=2),
     ),
-    "flash of heads of 25": (lambda m: attend(m, d=25, is_causal=True), padded_flash),
-    "efficient in fp32": (lambda m: attend(m, F32), efficient),
-    "efficient with a mask": (masked, lambda m: efficient(m, bias=True)),
+    "flash of heads of 25": (lambda m: attend(m, d=25, k=96, is_causal=True), padded_flash),
+    "efficient in fp32": (lambda m: attend(m, F32), lambda m: efficient(m, F32)),
+    "efficient with a mask": (masked, lambda m: efficient(m, BF16, bias=True)),
     "efficient with other value heads": (
         lambda m: attend(m, F32, dv=48),
-        lambda m: efficient(m, dv=48),
+        lambda m: efficient(m, F32, dv=48),
+    ),
+    "efficient where a causal mask is not square": (
+        lambda m: attend(m, is_causal=True),
+        lambda m: efficient(m, BF16, causal=True),
+    ),
+    "math where key heads are broadcast": (lambda m: attend(m, kv=1), lambda m: scores(m, kv=1)),
+    "math where heads are not aligned": (
+        lambda m: attend(m, F32, d=25),
+        lambda m: scores(m, F32, d=25),
+    ),
+    "math with dropout": (
+        lambda m: attend(m, kv=1, dropout_p=0.1),
+        lambda m: scores(m, kv=1, dropout=0.1),
     ),
     "dropout": (
         lambda m: F.dropout(m(8, 16), 0.1),
