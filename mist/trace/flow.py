@@ -29,6 +29,10 @@ class Flow:
             self._maker[id(tensor)] = layer
             self._outputs.append(tensor)
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a layer gave this."""
+        return id(tensor) in self._maker
+
     def enters(self, tensors: Iterable[torch.Tensor]) -> bool:
         """The next layer takes these. Whether it takes only what the one before can give it."""
         sources = frozenset(source for t in tensors for source in self._sources_of(t))

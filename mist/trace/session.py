@@ -256,8 +256,9 @@ class Session:
             kind = self.known[key]
             self.order.append(index)
             self.kinds.append(kind)
-            outputs = tree_map(_leaf, self.pieces[kind].outputs)
-            self.flow.made(len(self.kinds) - 1, _tensors(outputs))
+            leaves = tree_map(_leaf, self.pieces[kind].outputs)
+            outputs = tree_map(self._given, leaves)
+            self.flow.made(len(self.kinds) - 1, [*_tensors(leaves), *_tensors(outputs)])
             self._leave_layer(index)
         self.recorder.part = self.outer.part
         return outputs
@@ -279,7 +280,14 @@ class Session:
         self.sequential &= self.flow.enters(tensors)
 
     def _is_open(self, tensor: torch.Tensor) -> bool:
-        return any(id(tensor) in piece.opened for piece in (self.embed, self.head, *self.between))
+        pieces = (self.embed, self.head, *self.between)
+        return self.flow.knows(tensor) or any(id(tensor) in piece.opened for piece in pieces)
+
+    def _given(self, value: object) -> object:
+        """Autocast takes a leaf that needs a gradient for a weight, and keeps its cast."""
+        if self.low is not None and isinstance(value, torch.Tensor) and value.requires_grad:
+            return value.view_as(value)
+        return value
 
     def _place(self, piece: Piece) -> None:
         """What ran between two lists of layers is a layer between them."""
@@ -308,7 +316,7 @@ class Session:
     ) -> Piece:
         """Run one layer forward and backward, alone."""
         self.stack.enter_context(faked(layer.modules(), self.fakes))
-        args, kwargs = tree_map(_leaf, (args, kwargs))
+        args, kwargs = tree_map(self._given, tree_map(_leaf, (args, kwargs)))
         tensors = list(_tensors((args, kwargs)))
         own = next((t for t in tensors if t.requires_grad), tensors[0] if tensors else None)
         shared = frozenset(key_of(t) for t in tensors if t is not own)

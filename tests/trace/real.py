@@ -47,7 +47,8 @@ def measure(
     layer = model.get_submodule(path)
     with mixed():
         args, kwargs = layer_inputs(model, layer, batch)
-    flowing = (each.detach().requires_grad_() for each in args[: 1 + carried])
+    # No leaves: autocast would take them for weights, whose casts it keeps.
+    flowing = (_not_leaf(each.detach().requires_grad_()) for each in args[: 1 + carried])
     args = (*flowing, *args[1 + carried :])
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
@@ -63,6 +64,44 @@ def measure(
         forward_flop=forward.get_total_flops(),
         backward_flop=backward.get_total_flops(),
     )
+
+
+def saved_in_a_run(
+    model: nn.Module, path: str, batch: dict[str, torch.Tensor], dtype: torch.dtype
+) -> int:
+    """Bytes that autograd saves while the layer at `path` runs, in a whole run under autocast."""
+    layer, inside = model.get_submodule(path), False
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, torch.Tensor] = {}
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal inside
+        inside = True
+        known.update(t.untyped_storage()._cdata for t in _tensors((args[1:], kwargs)))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal inside
+        inside = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if inside:
+            found.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    hooks = (
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.register_forward_hook(leave),
+    )
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype=dtype):
+        out = model(**batch)
+    for hook in hooks:
+        hook.remove()
+    del out
+    return sum(t.untyped_storage().nbytes() for key, t in found.items() if key not in known)
+
+
+def _not_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view_as(tensor)
 
 
 def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

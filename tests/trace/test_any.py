@@ -1,5 +1,7 @@
 """Models of any shape: layers in several lists, routing by value, sizes that only numbers have."""
 
+from itertools import pairwise
+
 import pytest
 import sympy
 import torch
@@ -165,26 +167,36 @@ def test_strides_tell_layers_apart() -> None:
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {"intermediate_size": 64}),
     "gpt2": (transformers.GPT2Config, {}),
-    "mixtral": (transformers.MixtralConfig, {"intermediate_size": 32, "num_local_experts": 4}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"intermediate_size": 32, "num_local_experts": 4, "num_key_value_heads": 2},
+    ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_costs_are_affine_in_the_layers(family: str) -> None:
-    """Traced with 1, 2 and 3 layers: one block, the same ends, parameters in a line."""
+    """Traced with 2, 3 and 4 layers: one block, the same ends, parameters in a line.
+
+    One layer is no list of layers: the model is one block, with the FLOPs of ends and one layer.
+    """
     kind, more = FAMILIES[family]
     graphs = [
         traced(build(kind(vocab_size=128, hidden_size=64, num_hidden_layers=layers,
                           num_attention_heads=4, **more), torch.bfloat16, "meta"), BF16)
-        for layers in (2, 3, 4)
+        for layers in (1, 2, 3, 4)
     ]  # fmt: skip
-    first, *others = graphs
+    single, first, *others = graphs
     for graph in others:
         assert graph.blocks == first.blocks
         assert (graph.embed, graph.head, graph.shared) == (first.embed, first.head, first.shared)
     numbers = [graph.num_params for graph in graphs]
-    assert numbers[2] - numbers[1] == numbers[1] - numbers[0] == first.blocks[0].num_params
+    assert {b - a for a, b in pairwise(numbers)} == {first.blocks[0].num_params}
+    for phase in ("forward", "backward"):
+        ends = first.embed.flop(phase) + first.head.flop(phase)
+        whole = sympy.Add(*(block.flop(phase) for block in single.blocks)).subs(T, 1)
+        assert sympy.expand(whole - (ends + first.blocks[0].flop(phase)).subs(T, 1)) == 0
 
 
 class Variant(nn.Module):

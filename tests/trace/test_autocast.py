@@ -13,12 +13,13 @@ from mist.spec import Attention, Precision
 from mist.trace import Setting, trace_model
 from mist.trace.autocast import forward_in
 from mist.trace.shim import runs_as
-from tests.trace.real import measure
+from tests.trace.real import measure, saved_in_a_run
 from tests.trace.test_exact import (
     INPUTS,
     PATHS,
     Family,
     at,
+    bert,
     flop,
     gpt2,
     llama,
@@ -37,7 +38,7 @@ def setting(policy: str) -> Setting:
     )
 
 
-@pytest.mark.parametrize("family", [llama, gpt2, plain])
+@pytest.mark.parametrize("family", [llama, gpt2, plain, bert])
 def test_block_equals_real_tensors(family: Family) -> None:
     """The bf16 copies of weights are saved storages, too: no parameters, and b and s are not in."""
     (block,) = trace_model(family(F32, "meta"), setting("cpu")).blocks
@@ -47,6 +48,7 @@ def test_block_equals_real_tensors(family: Family) -> None:
         real = measure(model, PATHS[family], inputs, autocast=BF16)
         saved = block.saved_single if b == 1 else block.saved
         assert saved_bytes(saved, b, s) == real.saved_bytes, (b, s)
+        assert real.saved_bytes == saved_in_a_run(model, PATHS[family], inputs, BF16)
         assert flop(block, "forward", OpKind.GEMM, b, s) == real.forward_flop
         assert flop(block, "backward", OpKind.GEMM, b, s) == real.backward_flop
         assert max(at(size, b, s) for size in block.transient_bytes) == real.transient_bytes
