@@ -72,7 +72,7 @@ class Fakes:
 def faked(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
     """Within: the modules' own parameters, buffers and tensor attributes are fake."""
     # What a module holds itself, not what its children hold.
-    tables = [table for m in modules for table in _tables(m)]
+    tables = [table for m in modules for table in tables_of(m)]
     before = [{k: v for k, v in t.items() if isinstance(v, torch.Tensor)} for t in tables]
     for table, tensors in zip(tables, before, strict=True):
         table.update({name: fakes.of(tensor) for name, tensor in tensors.items()})
@@ -83,7 +83,8 @@ def faked(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
             table.update(tensors)
 
 
-def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
+def tables_of(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Where a module itself keeps tensors: parameters, buffers, attributes."""
     yield module._parameters
     yield module._buffers
     yield vars(module)

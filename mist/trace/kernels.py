@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 import torch._refs
 import torch.library
-from torch._ops import OpOverloadPacket
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.function import FunctionCtx
 
 from mist.trace.expr import Size
@@ -121,12 +121,34 @@ def _grouped_mm(
 
 
 ALIGNMENT_BYTES: Final = 16
+aten = torch.ops.aten
 SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = MappingProxyType(
     {
-        torch.ops.aten.constant_pad_nd: torch._refs.constant_pad_nd,
-        torch.ops.aten._grouped_mm: _grouped_mm,
-        torch.ops.aten._fft_c2c: _fft_c2c,
-        torch.ops.aten._fft_r2c: _fft_r2c,
-        torch.ops.aten._fft_c2r: _fft_c2r,
+        aten.constant_pad_nd: torch._refs.constant_pad_nd,
+        aten._grouped_mm: _grouped_mm,
+        aten._fft_c2c: _fft_c2c,
+        aten._fft_r2c: _fft_r2c,
+        aten._fft_c2r: _fft_c2r,
     }
+)
+
+_LIBRARY: Final = torch.library.Library("mist", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _opaque(packet: OpOverloadPacket) -> OpOverload:
+    """The same operation under the name of mist, which no tracer takes apart."""
+    name = packet.default.name().removeprefix("aten::")
+    _LIBRARY.define(str(packet.default._schema).removeprefix("aten::"))
+    torch.library.register_fake(f"mist::{name}", SYMBOLIC[packet], lib=_LIBRARY)
+    found: OpOverload = getattr(torch.ops.mist, name).default
+    return found
+
+
+# What stands in a graph traced ahead of time for an operation with a stand-in, which would fall
+# apart there; and the operation that it stands for.
+OPAQUE: Final[Mapping[OpOverloadPacket, OpOverload]] = MappingProxyType(
+    {packet: _opaque(packet) for packet in SYMBOLIC}
+)
+KNOWN_AS: Final[Mapping[OpOverload, OpOverload]] = MappingProxyType(
+    {opaque: packet.default for packet, opaque in OPAQUE.items()}
 )

@@ -30,8 +30,9 @@ from mist.graph import Layout, Op, OpKind, Phase, SavedTensor, T
 from mist.trace.call import Call, bind
 from mist.trace.expr import Size, Symbols
 from mist.trace.flops import Work, work_of
+from mist.trace.fusion import Kernel
 from mist.trace.live import Live
-from mist.trace.tp_check import mixing
+from mist.trace.tp_check import PRODUCTS, mixing
 from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
@@ -56,19 +57,25 @@ class Origin:
     op: str = ""
     module: str = ""
     whole: bool = False
+    compiled: bool = False
+    makers: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Part:
     """What is recorded of one part: a layer, or what comes before or after the layers.
 
-    `entered`: modules whose input enters a tensor-parallel region, with its storage. `mixed`:
+    `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
+    compiled graph; then `makers` are the operations that made its storages. `entered`: modules whose input enters a tensor-parallel region, with its storage. `mixed`:
     forward operations that a shard cannot run, with the reason.
     """
 
     name: str
     live: Live
     shared: frozenset[int] = frozenset()
+    whole: bool = False
+    compiled: bool = False
+    makers: dict[int, str] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     num_recomputed_ops: int = 0
     kept: dict[int, Kept] = field(default_factory=dict)
@@ -93,7 +100,7 @@ class Part:
             bytes=kept.bytes,
             shape=kept.shape,
             dtype=kept.dtype,
-            op=origin.op,
+            op=self.makers.get(kept.key, origin.op),
             module=origin.module,
             layout=Layout.SHARDED if T in kept.bytes.free_symbols else whole,
         )
@@ -103,7 +110,12 @@ class Recorder(TorchDispatchMode):
     """Writes every call into the current part, if there is one."""
 
     def __init__(
-        self, symbols: Symbols, states: Mapping[int, object], whole: frozenset[int]
+        self,
+        symbols: Symbols,
+        states: Mapping[int, object],
+        *,
+        whole: frozenset[int],
+        colwise: frozenset[int],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.part: Part | None = None
@@ -114,7 +126,13 @@ class Recorder(TorchDispatchMode):
         self._symbols = symbols
         self._states = states
         self._whole = whole
+        self._colwise = colwise
         self._tensors_shared: dict[int, Kept] = {}
+        self._kernel: Kernel | None = None
+
+    def on_call(self, kernel: Kernel | None) -> None:
+        """The next call belongs to this kernel of a compiled graph (None: to none)."""
+        self._kernel = kernel
 
     def new_part(self, name: str, shared: frozenset[int] = frozenset()) -> Part:
         """An empty part; saved tensors in the storages `shared` are not its own."""
@@ -171,7 +189,8 @@ class Recorder(TorchDispatchMode):
         if self.phase == "forward":
             reasons = mixing(call, self._symbols.shape)
             part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
-        ops = self._ops(call, origin) if moves_bytes(call.func, call.out) else []
+            self._gather(part, call)
+        ops = self._ops(call, origin) if self._runs(call) else []
         part.ops.extend(ops)
         self._add_node(part, call, ops, origin.module)
 
@@ -189,18 +208,38 @@ class Recorder(TorchDispatchMode):
         return replace(part.last, op=name)
 
     def _needs_all_tokens(self) -> bool:
-        return any(id(module) in self._whole for module in self.callers)
+        inside = self.part is not None and self.part.whole
+        return inside or any(id(module) in self._whole for module in self.callers)
 
     def _touch(self, part: Part, call: Call) -> None:
         """Which parameters a forward call reads; which storages a backward call leaves alive."""
         if self.phase == "forward":
             keys = (key_of(t) for t in _tensors(tuple(call.arguments.values())))
             part.used.update((key, None) for key in keys if key in self._states)
+            if part.compiled and moves_bytes(
+                call.func, call.out
+            ):  # a graph has one node for all its calls: the maker is known here only
+                name = str(call.func.overloadpacket)
+                part.makers.update((key_of(t), name) for t in _tensors(call.out))
             return
         for tensor in _tensors(call.out):
-            if key_of(tensor) not in self._states and key_of(tensor) not in part.shared:
+            hidden = self._kernel is not None and self._kernel.hidden
+            known = key_of(tensor) in self._states or key_of(tensor) in part.shared
+            if not hidden and not known:
                 part.live.hold(tensor)
         part.live.moment()
+
+    def _runs(self, call: Call) -> bool:
+        """Whether a call is a kernel on the device: no view, and not fused into another."""
+        fused = self._kernel is not None and not self._kernel.charged
+        return not fused and moves_bytes(call.func, call.out)
+
+    def _gather(self, part: Part, call: Call) -> None:
+        """The input of a column-parallel product is gathered. (Hooks know it, but for a graph.)"""
+        if call.func.overloadpacket in PRODUCTS:
+            (given, _), (matrix, _) = PRODUCTS[call.func.overloadpacket]
+            if id(self._states.get(key_of(call.tensor(matrix)))) in self._colwise:
+                part.gathered.add(key_of(call.tensor(given)))
 
     def _ops(self, call: Call, origin: Origin) -> list[Op]:
         works = work_of(call) or [Work(OpKind.MEMORY, (), 0)]
@@ -213,8 +252,11 @@ class Recorder(TorchDispatchMode):
         if work.groups > 1:
             dims[0] *= work.groups
             dims[work.split] /= work.groups
-        read = self._symbols.expr(read_bytes(call)) / parts
-        written = self._symbols.expr(written_bytes(call)) / parts
+        kernel = self._kernel
+        sizes = (read_bytes(call), written_bytes(call))
+        if kernel is not None:
+            sizes = (kernel.read_bytes, kernel.written_bytes)
+        read, written = (self._symbols.expr(size) / parts for size in sizes)
         sharded = any(T in size.free_symbols for size in (flop, read, written))
         undivided = Layout.GATHERED if origin.whole else Layout.REPLICATED
         return Op(
@@ -224,7 +266,7 @@ class Recorder(TorchDispatchMode):
             module=origin.module,
             dims=tuple(dims),
             causal=call.arguments.get("is_causal") is True,
-            traffic=traffic_class(call.func),
+            traffic=traffic_class(call.func) if kernel is None else kernel.traffic,
             layout=Layout.SHARDED if sharded else undivided,
             flop=flop,
             shape=self._symbols.shape(out),

@@ -8,6 +8,7 @@ tensors autograd keeps. Where symbolic sizes fail, expressions come from more ru
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 import sympy
 from sympy import Expr
@@ -18,7 +19,15 @@ from mist.trace.blame import short, traced
 from mist.trace.fit import NotPolynomial, fitted_run
 from mist.trace.loader import LoadedModel
 from mist.trace.repeat import Layers, find_layers
-from mist.trace.session import BATCH_HINT, NotALayerList, Point, Run, Session, seq_hint
+from mist.trace.session import (
+    BATCH_HINT,
+    SEQ_HINT,
+    NotALayerList,
+    Point,
+    Run,
+    Session,
+    seq_hint,
+)
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Unsupported
 from mist.trace.tp_graph import find_sharding
@@ -36,7 +45,10 @@ OUT_OF_LINE = (
     "layers exchange tensors with layers that are not their neighbours (skip connections): "
     "one pipeline stage only"
 )
-
+COMPILED: Final = (
+    "torch.compile: layers only; which tensors are kept is decided at b = "
+    f"{BATCH_HINT}, s = {SEQ_HINT} (shorter where the model is)"
+)
 
 LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
 
@@ -87,7 +99,8 @@ class _Subject:
 def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Recorded:
     """Run a model as often as its costs need. Raises TraceError."""
     progress("tracing at concrete sizes")
-    subject, check = _first_run(_Subject(model=model, setting=setting))
+    eager = replace(setting, compiled=False)
+    subject, check = _first_run(_Subject(model=model, setting=eager))
     progress("tracing symbolic sizes")
     try:
         subject = replace(subject, sharding=find_sharding(model.module, check))
@@ -96,6 +109,10 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
         subject = replace(subject, sharding=None)
         run, fitted = _expressions(subject, batch=None)
         notes = [NOT_SYMBOLIC if fitted else str(reason)]
+    if setting.compiled:
+        progress("tracing as compiled")
+        subject = replace(subject, setting=setting)
+        run, notes = _compiled_run(subject, run), [*notes, COMPILED]
     progress("tracing b = 1")
     single, _ = _expressions(subject, batch=1)
     return Recorded(
@@ -159,6 +176,14 @@ def _sharded_run(subject: _Subject, check: Run) -> Run:
     return run
 
 
+def _compiled_run(subject: _Subject, eager: Run) -> Run:
+    """The symbolic run with compiled layers. What enters regions is known from the eager run."""
+    run = subject.run(Point())
+    for piece, known in zip(run.pieces, eager.pieces, strict=True):
+        piece.part.entered = known.part.entered
+    return run
+
+
 def _ops(run: Run) -> Iterator[Op]:
     for piece in run.pieces:
         yield from piece.part.ops
@@ -175,8 +200,8 @@ def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
         return values[expr]
 
     ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
-    kept = [(k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.kept.values()]
-    return [*ops, *kept, *(at(p.boundary_bytes) for p in run.pieces)]
+    kept = ((k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.kept.values())
+    return [*ops, *sorted(kept), *(at(p.boundary_bytes) for p in run.pieces)]
 
 
 def _notes(subject: _Subject, run: Run) -> Iterator[str]:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from mist.graph import B, S, SavedTensor, T
 from mist.trace.autocast import forward_in, outside
 from mist.trace.blame import Passed
+from mist.trace.compiled import compiled
 from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
 from mist.trace.flow import Flow
@@ -140,13 +141,21 @@ class Session:
     sequential: bool = True
 
     def __post_init__(self) -> None:
+        self.sizes = self._sizes()
         self.units = {unit: self._unit(unit) for unit in self._unit_sizes()}
         dtype = DTYPES[self.setting.precision]
         self.low = dtype if self.setting.autocast else None
         wide = torch.float32 if self.setting.autocast else dtype
         self.fakes = Fakes(self.symbols, wide, self._local_shape)
-        whole = self.sharding.whole if self.sharding else frozenset[int]()
-        self.recorder = Recorder(self.symbols, self.fakes.originals, whole)
+        self.whole = self.sharding.whole if self.sharding else frozenset[int]()
+        self.colwise = self.sharding.colwise if self.sharding else frozenset[int]()
+        columns = (m for m in self.model.module.modules() if id(m) in self.colwise)
+        self.recorder = Recorder(
+            self.symbols,
+            self.fakes.originals,
+            whole=self.whole,
+            colwise=frozenset(id(p) for m in columns for p in m.parameters(recurse=False)),
+        )
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
         self.outer = self.embed if self.layers else self.head
@@ -157,7 +166,7 @@ class Session:
 
     def run(self) -> Run:
         """Record the model. Raises NotALayerList, or whatever the model raises."""
-        batch, seq = self._sizes()
+        batch, seq = self.sizes
         with self._prepared():
             inputs = tree_map(self._input, self.model.batch(batch, seq))
             self.embed.boundary_bytes = self._total_bytes(inputs)
@@ -324,8 +333,14 @@ class Session:
         piece.boundary_bytes = self._total_bytes(own)
         carried = [t for t in tensors if t.requires_grad and t is not own]
         piece.carried_bytes = self._total_bytes(carried)
+        run = partial(forward, *args, **kwargs)
+        if self.setting.compiled:
+            piece.part.compiled = True
+            piece.part.whole = any(id(m) in self.whole for m in layer.modules())
+            sizes = torch.empty(()).expand(*self.sizes, *self.units.values())
+            run = compiled(layer, forward, args, kwargs, sizes, self.recorder.on_call)
         with self.recorder.into(piece.part):
-            outputs = forward(*args, **kwargs)
+            outputs = run()
         piece.part.live.forward_done()
         given = frozenset(key_of(t) for t in tensors)
         piece.outputs = tree_map(partial(_output, given), outputs)
@@ -411,7 +426,6 @@ class Session:
     @contextmanager
     def _colwise_hooks(self) -> Iterator[None]:
         """Within: inputs of column-parallel matrices are known as gathered."""
-        colwise = self.sharding.colwise if self.sharding else frozenset[int]()
 
         def gather(module: nn.Module, args: tuple[object, ...]) -> None:
             if self.recorder.part is not None:
@@ -419,7 +433,7 @@ class Session:
                 self.recorder.part.gathered.update(keys)
                 self.recorder.part.entered[id(module)] = keys[0]
 
-        modules = [m for m in self.model.module.modules() if id(m) in colwise]
+        modules = [m for m in self.model.module.modules() if id(m) in self.colwise]
         hooks = [module.register_forward_pre_hook(gather) for module in modules]
         try:
             yield

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mist.spec import Attention
 from mist.trace import attention
 from mist.trace.autocast import in_fp32
-from mist.trace.kernels import SYMBOLIC, fused_rms_norm
+from mist.trace.kernels import OPAQUE, SYMBOLIC, fused_rms_norm
 from mist.trace.source import Policy, Setting
 
 aten = torch.ops.aten
@@ -63,12 +63,19 @@ class Kernels(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        kernel: Callable[..., Any] = SYMBOLIC.get(func.overloadpacket, func)
+        stand_ins: Mapping[Any, Callable[..., Any]] = OPAQUE if _traced_ahead() else SYMBOLIC
+        kernel = stand_ins.get(func.overloadpacket, func)
         out = kernel(*args, **(kwargs or {}))
         if self._policy == "cuda" and func.overloadpacket in STATISTICS_IN_FP32:
             first, *statistics = out
             return first, *(each.float() for each in statistics)
         return out
+
+
+def _traced_ahead() -> bool:
+    """Whether calls go into a graph (see `compiled`)."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) for key in (keys.FUNCTIONAL, keys.PROXY))
 
 
 def _first(outputs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -29,6 +29,7 @@ class Setting:
     policy: Policy = "cuda"
     autocast: bool = False
     fused_norms: bool = False
+    compiled: bool = False
     capacity_ratio: float = 1.0
 
     def __post_init__(self) -> None:
