@@ -225,6 +225,9 @@ def trace(
     fused_norms: Annotated[
         bool, typer.Option("--fused-norms", help="RMS norms written out run as one kernel.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Each layer runs under torch.compile.")
+    ] = False,
     capacity: Annotated[
         float, typer.Option("--capacity", help="Rows of an expert over those of a balanced one.")
     ] = 1.0,
@@ -248,6 +251,7 @@ def trace(
         policy="cuda" if policy == "cuda" else "cpu",
         autocast=autocast,
         fused_norms=fused_norms,
+        compiled=compiled,
         capacity_ratio=capacity,
     )
     with redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as torch's CUDA build dispatches it: flash, memory-efficient or math.
+"""Scaled dot-product attention as torch dispatches it on a GPU: flash, memory-efficient or math.
 
 The first kernel whose conditions hold is taken, as in torch 2.13
 (ATen/native/transformers/cuda/sdp_utils.cpp and sdp_utils_cpp.h) on compute capability 8.0 and

@@ -6,15 +6,18 @@ min-cut partitioner decides what the forward graph keeps and what the backward g
 of the layer, so that what they do is recorded as it is of a layer that is not compiled.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from torch import fx, nn
 from torch._functorch._aot_autograd import graph_compile
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -26,37 +29,37 @@ OnCall = Callable[[Kernel | None], None]
 
 
 class _Runs(fx.Interpreter):
-    """Runs a graph call by call; `on_call` is told before each what it does to memory."""
+    """Runs a graph call by call.
+
+    `on_call` is told before each call what it does to memory, None for one that runs by itself.
+    """
 
     def __init__(self, graph: fx.GraphModule, on_call: OnCall) -> None:
-        super().__init__(graph)  # type: ignore[no-untyped-call]
+        super().__init__(graph)
         self._kernels, self._on_call = kernels_of(graph.graph), on_call
+        for node in graph.graph.nodes:  # what is recorded is the operation that one stands for
+            node.target = KNOWN_AS.get(node.target, node.target)
 
     def run_node(self, n: fx.Node) -> object:
         """One call."""
         self._on_call(self._kernels.get(n))
-        return super().run_node(n)  # type: ignore[no-untyped-call]
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> object:
-        """The operation that an opaque one stands for is what is recorded."""
-        target = KNOWN_AS.get(target, target)
-        return super().call_function(target, args, kwargs)  # type: ignore[no-untyped-call]
+        return super().run_node(n)
 
 
 def compiled(
     layer: nn.Module,
     forward: Callable[..., object],
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
+    given_inputs: tuple[tuple[object, ...], dict[str, object]],
+    *,
     sizes: torch.Tensor,
     on_call: OnCall,
 ) -> Callable[[], object]:
-    """Compile a layer's forward for these inputs; what is returned runs it.
+    """Compile a layer's forward for these (args, kwargs); what is returned runs it.
 
     `sizes`: a tensor in whose shape every symbol stands alone, by which the graph knows it.
-    `on_call` is told of each call of the graphs what it does to memory, None for one by itself.
+    `on_call`: see `_Runs`.
     """
-    leaves, inputs = tree_flatten((tuple(args), dict(kwargs)))
+    leaves, inputs = tree_flatten(given_inputs)
     given = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     held = [(t, name) for m in layer.modules() for t in tables_of(m) for name in _tensor_names(t)]
     outputs: list[TreeSpec] = []
@@ -71,9 +74,9 @@ def compiled(
         outputs[:] = [spec]
         return found
 
-    def graph_runs(graph: fx.GraphModule, _: Sequence[object]) -> Callable[..., object]:
-        runs = _Runs(graph, on_call)
-        return make_boxed_func(runs.run)  # type: ignore[no-untyped-call,no-any-return]
+    def graph_runs(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+        boxed: Callable[..., object] = make_boxed_func(_Runs(gm, on_call).run)
+        return boxed
 
     function = aot_function(
         pure,
@@ -88,7 +91,9 @@ def compiled(
         return tree_unflatten(list(function(*tensors, sizes)), outputs[0])
 
     # Numbers made of symbols would become tensors, of symbols that only Dynamo announces.
-    with patch.object(graph_compile, "_apply_tensorify_python_scalars", lambda graph: None):
+    no_tensors = patch.object(graph_compile, "_apply_tensorify_python_scalars", lambda graph: None)
+    with no_tensors, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Raw SymFloat", UserWarning)
         run()  # compiles; the backward graph, too
     return run
 

@@ -7,7 +7,7 @@ fusion also looks at the shapes of loops, so this is the least traffic that the 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import getitem
 from typing import Final
 
@@ -18,14 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 from mist.facts import Traffic
 from mist.trace.expr import Size, num_bytes
+from mist.trace.kernels import OPAQUE
 
 aten, prims = torch.ops.aten, torch.ops.prims
 REDUCTIONS: Final = frozenset(
     {aten.sum, aten.mean, aten.amax, aten.amin, aten.any, aten.var, aten.var_mean}
 )
 FUSIBLE: Final = REDUCTIONS | {
-    aten.cat, aten.full, aten.full_like, aten.rand_like, aten.rand, aten._to_copy, aten.constant_pad_nd,
-    aten.copy, aten.arange, aten.slice_scatter, aten.select_scatter, aten.index, prims.convert_element_type, prims.iota,
+    aten.cat, aten.full, aten.full_like, aten.rand_like, aten.rand, aten._to_copy, aten.copy,
+    aten.constant_pad_nd, OPAQUE[aten.constant_pad_nd].overloadpacket, aten.arange, aten.index,
+    aten.slice_scatter, aten.select_scatter, prims.convert_element_type, prims.iota,
 }  # fmt: skip
 
 
@@ -44,33 +46,6 @@ class Kernel:
     traffic: Traffic = Traffic.POINTWISE
 
 
-@dataclass(slots=True)
-class _Group:
-    """The operations of one kernel, in order."""
-
-    level: int
-    nodes: list[fx.Node] = field(default_factory=list)
-
-    def kernels(self, needed: frozenset[fx.Node]) -> Iterator[tuple[fx.Node, Kernel]]:
-        writes = [node for node in self.nodes if node in needed]
-        for node in self.nodes:
-            yield node, Kernel(hidden=node not in needed)
-        if writes:
-            reads = {base: None for node in self.nodes for base in _bases(node)}
-            outside = [base for base in reads if base not in self.nodes]
-            reduces = any(node.target.overloadpacket in REDUCTIONS for node in self.nodes)  # type: ignore[union-attr]
-            yield (
-                writes[-1],
-                Kernel(
-                    hidden=False,
-                    charged=True,
-                    read_bytes=_bytes(outside),
-                    written_bytes=_bytes(writes),
-                    traffic=Traffic.REDUCTION if reduces else Traffic.POINTWISE,
-                ),
-            )
-
-
 def kernels_of(graph: fx.Graph) -> Mapping[fx.Node, Kernel]:
     """The kernels of the operations that fuse; a call that is not in it runs by itself.
 
@@ -78,19 +53,30 @@ def kernels_of(graph: fx.Graph) -> Mapping[fx.Node, Kernel]:
     """
     levels = _levels(graph)
     needed = frozenset(node for node in levels if _is_needed(node, levels))
-    groups: dict[fx.Node, _Group] = {}
+    groups: dict[fx.Node, list[fx.Node]] = {}
     for node in (n for n in levels if _fuses(n) and not _is_view(n)):
-        same = [groups[b] for b in _bases(node) if b in groups and levels[b] == levels[node]]
-        joined = _joined(same, levels[node], node)
-        groups |= dict.fromkeys(joined.nodes, joined)
-    unique = {id(group): group for group in groups.values()}
-    return dict(item for group in unique.values() for item in group.kernels(needed))
+        same = (groups[b] for b in _bases(node) if b in groups and levels[b] == levels[node])
+        behind = {id(group): group for group in same}
+        joined = [*(each for group in behind.values() for each in group), node]
+        groups |= dict.fromkeys(joined, joined)
+    found = {node: Kernel(hidden=node not in needed) for node in groups}
+    for group in {id(group): group for group in groups.values()}.values():
+        if writes := [node for node in group if node in needed]:
+            found[writes[-1]] = _kernel(group, writes)
+    return found
 
 
-def _joined(groups: Sequence[_Group], level: int, node: fx.Node) -> _Group:
-    unique = {id(group): group for group in groups}
-    nodes = [each for group in unique.values() for each in group.nodes]
-    return _Group(level, [*nodes, node])
+def _kernel(nodes: Sequence[fx.Node], writes: Sequence[fx.Node]) -> Kernel:
+    """One kernel of these operations, some of whose results are written."""
+    reads = {base: None for node in nodes for base in _bases(node)}
+    reduces = any(_packet(node) in REDUCTIONS for node in nodes)
+    return Kernel(
+        hidden=False,
+        charged=True,
+        read_bytes=_bytes([base for base in reads if base not in nodes]),
+        written_bytes=_bytes(writes),
+        traffic=Traffic.REDUCTION if reduces else Traffic.POINTWISE,
+    )
 
 
 def _levels(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -126,25 +112,28 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
 
 def _bases(node: fx.Node) -> Iterator[fx.Node]:
     """What a node reads: results that are no views; of several results of one call those taken."""
-    for each in node.all_input_nodes:
-        while _is_view(each) and not (
-            each.target is getitem and _is_heavy(each.all_input_nodes[0])
-        ):
-            each = each.all_input_nodes[0]
-        yield each
+    return (_base(each) for each in node.all_input_nodes)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    if not _is_view(node):
+        return node
+    viewed = node.all_input_nodes[0]
+    return node if node.target is getitem and _is_heavy(viewed) else _base(viewed)
+
+
+def _packet(node: fx.Node) -> object:
+    return node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
 
 
 def _is_view(node: fx.Node) -> bool:
-    if not isinstance(node.target, OpOverload):
-        return node.target is getitem
-    return node.target.is_view or node.target.overloadpacket in (aten._unsafe_view, aten.alias)
+    views = isinstance(node.target, OpOverload) and node.target.is_view
+    return views or _packet(node) in (getitem, aten._unsafe_view, aten.alias)
 
 
 def _fuses(node: fx.Node) -> bool:
-    if not isinstance(node.target, OpOverload):
-        return node.target is getitem
-    tags, packet = node.target.tags, node.target.overloadpacket
-    return torch.Tag.pointwise in tags or _is_view(node) or packet in FUSIBLE
+    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return pointwise or _is_view(node) or _packet(node) in FUSIBLE
 
 
 def _is_heavy(node: fx.Node) -> bool:

@@ -132,7 +132,7 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = Mappin
     }
 )
 
-_LIBRARY: Final = torch.library.Library("mist", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Final = torch.library.Library("mist", "FRAGMENT")
 
 
 def _opaque(packet: OpOverloadPacket) -> OpOverload:

@@ -66,8 +66,9 @@ class Part:
     """What is recorded of one part: a layer, or what comes before or after the layers.
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
-    compiled graph; then `makers` are the operations that made its storages. `entered`: modules whose input enters a tensor-parallel region, with its storage. `mixed`:
-    forward operations that a shard cannot run, with the reason.
+    compiled graph; then `makers` are the operations that made its storages. `entered`: modules
+    whose input enters a tensor-parallel region, with its storage. `mixed`: forward operations that
+    a shard cannot run, with the reason.
     """
 
     name: str
@@ -235,7 +236,7 @@ class Recorder(TorchDispatchMode):
         return not fused and moves_bytes(call.func, call.out)
 
     def _gather(self, part: Part, call: Call) -> None:
-        """The input of a column-parallel product is gathered. (Hooks know it, but for a graph.)"""
+        """The input of a column-parallel product is gathered; in a graph no hook tells."""
         if call.func.overloadpacket in PRODUCTS:
             (given, _), (matrix, _) = PRODUCTS[call.func.overloadpacket]
             if id(self._states.get(key_of(call.tensor(matrix)))) in self._colwise:

@@ -333,12 +333,7 @@ class Session:
         piece.boundary_bytes = self._total_bytes(own)
         carried = [t for t in tensors if t.requires_grad and t is not own]
         piece.carried_bytes = self._total_bytes(carried)
-        run = partial(forward, *args, **kwargs)
-        if self.setting.compiled:
-            piece.part.compiled = True
-            piece.part.whole = any(id(m) in self.whole for m in layer.modules())
-            sizes = torch.empty(()).expand(*self.sizes, *self.units.values())
-            run = compiled(layer, forward, args, kwargs, sizes, self.recorder.on_call)
+        run = self._runner(piece.part, layer, forward, (args, kwargs))
         with self.recorder.into(piece.part):
             outputs = run()
         piece.part.live.forward_done()
@@ -353,6 +348,22 @@ class Session:
                 seed.backward(gradient)
             self._backward_done([piece])
         return piece
+
+    def _runner(
+        self,
+        part: Part,
+        layer: nn.Module,
+        forward: Callable[..., object],
+        inputs: tuple[tuple[object, ...], dict[str, object]],
+    ) -> Callable[[], object]:
+        """What runs a layer's forward: itself, or its compiled graph."""
+        args, kwargs = inputs
+        if not self.setting.compiled:
+            return partial(forward, *args, **kwargs)
+        part.compiled = True
+        part.whole = any(id(module) in self.whole for module in layer.modules())
+        sizes = torch.empty(()).expand(*self.sizes, *self.units.values())
+        return compiled(layer, forward, inputs, sizes=sizes, on_call=self.recorder.on_call)
 
     def _seed(self, piece: Piece, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """A scalar whose backward pass starts that of a part."""

@@ -19,7 +19,8 @@ class Setting:
 
     Policy "cuda": what a GPU would run; "cpu": what this machine runs. `autocast`: parameters stay
     fp32 and operations run in `precision` as torch.autocast decides. `fused_norms`: RMS norms
-    written in several operations run as one kernel. `capacity_ratio`: rows of an expert whose rows
+    written in several operations run as one kernel. `compiled`: each layer runs under
+    torch.compile. `capacity_ratio`: rows of an expert whose rows
     are selected by value, over those of a balanced one. Raises InputError for settings that
     contradict each other.
     """

@@ -59,10 +59,11 @@ def _multiples(guards: Sequence[Basic]) -> tuple[int, int] | None:
     if not guards:
         return None
     lengths = np.arange(1, LONGEST + 1)
-    masks = [
-        np.broadcast_to(sympy.lambdify(S, guard, "numpy")(lengths), lengths.shape)
-        for guard in guards
-    ]
+    with np.errstate(invalid="ignore", divide="ignore"):  # guards need not have a value everywhere
+        masks = [
+            np.broadcast_to(sympy.lambdify(S, guard, "numpy")(lengths), lengths.shape)
+            for guard in guards
+        ]
     held = lengths[reduce(np.logical_and, masks)]
     if len(held) < 2:
         return None

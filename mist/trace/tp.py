@@ -113,8 +113,9 @@ class Sharding:
     """What a rank holds of a model. Parameters and modules are meant by identity.
 
     `colwise`: modules whose input enters a region. `regions`: of each region the module that ends
-    it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also where they hold nothing divided
-    (attention whose heads cannot be, routing). `notes`: what stays whole, and why.
+    it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also
+    where they hold nothing divided (attention whose heads cannot be, routing). `notes`: what stays
+    whole, and why.
     """
 
     params: Mapping[int, Share]

@@ -27,8 +27,8 @@ ShapeOf = Callable[[torch.Tensor], Shape]
 # Each element of the result is one of the input, or comes from those at its own place.
 ELEMENTWISE: Final = frozenset(
     {
-        aten._to_copy, aten.copy_, aten.dropout, aten.native_dropout, aten.bernoulli, aten.rand_like,
-        aten.bernoulli_, aten._unsafe_view, aten._reshape_alias, aten.glu, aten.detach, aten.alias,
+        aten._to_copy, aten.copy_, aten.native_dropout, aten.bernoulli, aten.bernoulli_,
+        aten.rand_like, aten._unsafe_view, aten._reshape_alias, aten.glu, aten.detach, aten.alias,
         aten.prelu, aten._prelu_kernel, aten.constant_pad_nd,
     }
 )  # fmt: skip
@@ -71,7 +71,6 @@ def mixing(call: Call, shape_of: ShapeOf) -> Iterator[str]:
 
     `shape_of` gives a tensor's shape in B, S, T; a dimension with T is divided.
     """
-    tensors = {n: v for n, v in call.arguments.items() if isinstance(v, torch.Tensor)}
     packet = call.func.overloadpacket
     inputs = [shape_of(t) for t in _tensors(call.arguments.values())]
     if not any(map(_divided, inputs)) or packet in ALLOCATIONS:
@@ -79,9 +78,7 @@ def mixing(call: Call, shape_of: ShapeOf) -> Iterator[str]:
     if packet in PRODUCTS:
         yield from _summed(call, shape_of)
     elif packet in ATTENTION:
-        shapes = [shape_of(tensors[name]) for name in ("query", "key", "value")]
-        if any(set(_divided(shape)) - {HEADS_DIM} for shape in shapes):
-            yield "attention goes over a divided dimension that is not its heads"
+        yield from _attended(call, shape_of)
     elif packet in (aten.cat, aten.stack) or _keeps(call.func):
         yield from _cut(call, inputs, shape_of)
     else:
@@ -108,6 +105,12 @@ def _summed(call: Call, shape_of: ShapeOf) -> Iterator[str]:
     weights = any(not _has_tokens(shape) for shape, _ in operands)
     if partial and not weights:
         yield "a product of activations sums over a divided dimension"
+
+
+def _attended(call: Call, shape_of: ShapeOf) -> Iterator[str]:
+    shapes = [shape_of(call.tensor(name)) for name in ("query", "key", "value")]
+    if any(set(_divided(shape)) - {HEADS_DIM} for shape in shapes):
+        yield "attention goes over a divided dimension that is not its heads"
 
 
 def _has_tokens(shape: Shape) -> bool:

@@ -21,6 +21,26 @@ LAYER = {
 }
 
 
+def collectives(size: object) -> dict[str, list[dict[str, object]]]:
+    """One entry and one exit, and a part that needs all tokens but divides nothing."""
+    rows = {
+        "tp": [("all_reduce", "forward", 1), ("all_reduce", "backward", 1)],
+        "tp_sp": [
+            ("all_gather", "forward", 2),
+            ("reduce_scatter", "forward", 1),
+            ("all_gather", "backward", 2),
+            ("reduce_scatter", "backward", 1),
+        ],
+    }
+    return {
+        mode: [
+            {"kind": kind, "phase": phase, "count": count, "bytes": size}
+            for kind, phase, count in row
+        ]
+        for mode, row in rows.items()
+    }
+
+
 def test_the_costs_of_a_block_at_a_point() -> None:
     found = trace_json(toy_graph((3, 2), hidden=4, vocab=10), POINT)
     assert found["at"] == POINT
@@ -32,7 +52,8 @@ def test_the_costs_of_a_block_at_a_point() -> None:
         ("layer1", 2),
         ("head", 1),
     ]
-    assert blocks[1] == {"name": "layer0", "repeat": 3, **LAYER, "domain": []}
+    layer = {"name": "layer0", "repeat": 3, **LAYER, "domain": []}
+    assert blocks[1] == {**layer, "collectives": collectives(2 * 8 * 4 * 2)}
 
 
 def test_the_costs_of_a_block_as_expressions() -> None:
@@ -58,6 +79,7 @@ def test_the_costs_of_a_block_as_expressions() -> None:
         "flop_backward": "512*b*s/t",
         "saved_bytes": "16*b*s + 32*b*s/t",
         "boundary_bytes": "8*b*s",
+        "collectives": collectives("8*b*s"),
         "domain": [],
     }
 

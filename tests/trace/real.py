@@ -74,12 +74,13 @@ def saved_in_a_run(
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     found: dict[int, torch.Tensor] = {}
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, args: object, kwargs: object) -> None:
         nonlocal inside
         inside = True
-        known.update(t.untyped_storage()._cdata for t in _tensors((args[1:], kwargs)))
+        known.update(t.untyped_storage()._cdata for t in _tensors(kwargs))
+        known.update(t.untyped_storage()._cdata for t in _tensors(args)[1:])
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: object, output: object) -> None:
         nonlocal inside
         inside = False
 
