@@ -110,6 +110,13 @@ class Uncertainty(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels(Record):
+    """Which kernels run. `fused_norms`: an RMS norm that a model writes out is one kernel."""
+
+    fused_norms: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs(Record):
     """What the runtime can do: ZeRO levels; whether tensor parallelism shards the sequence."""
 
@@ -131,6 +138,7 @@ class Runtime(Record):
     overlap: Overlap
     memory: MemoryPolicy
     uncertainty: Uncertainty
+    kernels: Kernels
     knobs: Knobs
 
     def __post_init__(self) -> None:

@@ -76,7 +76,11 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
     From the cache, where they need neither torch nor sympy; else from the trace. Raises InputError.
     """
     platform = _platform(question)  # refused before the model is traced
-    setting = Setting(precision=question.precision, attention=question.attention)
+    setting = Setting(
+        precision=question.precision,
+        attention=question.attention,
+        fused_norms=platform.runtime.kernels.fused_norms,
+    )
     if not isinstance(question.model, str):
         return _compile(_trace_module(question, setting), platform, question)
     key = _programs_key(question.model, setting, platform)

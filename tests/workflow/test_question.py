@@ -1,0 +1,32 @@
+"""The trace that a question asks for follows the runtime."""
+
+from pathlib import Path
+
+import pytest
+
+from mist.graph import ModelGraph
+from mist.trace import Setting
+from mist.workflow import question
+from mist.workflow.question import Question, compiled
+from tests.toys import toy_graph
+
+TORCH = Path(__file__).parents[2] / "profiles/runtimes/torch.yaml"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_runtime_says_which_norms_run(
+    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[Setting] = []
+
+    def load_graph(source: str, setting: Setting, **_: object) -> ModelGraph:
+        settings.append(setting)
+        return toy_graph()
+
+    monkeypatch.setattr(question, "load_graph", load_graph)
+    monkeypatch.setattr(question, "trace_digest", lambda *_: None)
+    profile = tmp_path / "mine.yaml"
+    text = TORCH.read_text().replace("fused_norms: false", f"fused_norms: {str(fused).lower()}")
+    profile.write_text(text.replace("name: torch", "name: mine"))
+    compiled(Question(model="toy.py", num_gpus=8, runtime=str(profile)))
+    assert [setting.fused_norms for setting in settings] == [fused]
