@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mist.errors import OutputError
 from mist.trace import cache
-from mist.trace.source import Policy, PythonSource, Setting, Source, resolve
+from mist.trace.source import ConfigSource, Policy, PythonSource, Setting, Source, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -18,19 +18,29 @@ if TYPE_CHECKING:
     from mist.graph import ModelGraph
     from mist.trace.expr import Size
 
-__all__ = ["Policy", "Setting", "load_graph", "load_listing", "trace_digest", "trace_model"]
+__all__ = [
+    "ConfigSource",
+    "Policy",
+    "Setting",
+    "load_graph",
+    "load_listing",
+    "trace_digest",
+    "trace_model",
+]
 
 
-def load_graph(source: str, setting: Setting, *, progress: Callable[[str], None]) -> "ModelGraph":
+def load_graph(
+    source: str | ConfigSource, setting: Setting, *, progress: Callable[[str], None]
+) -> "ModelGraph":
     """The graph of the model that `source` names: from the cache, or traced and then cached.
 
-    `source`: a Python file with build_model(), a Hugging Face config.json or its folder, or a
-    preset. `progress` is told what is being done. Raises ModelError when there is no such model,
-    and TraceError when its costs cannot be traced.
+    `source`: a Python file with build_model(), a Hugging Face config.json or its folder, a preset,
+    or the fields of a configuration. `progress` is told what is being done. Raises ModelError when
+    there is no such model, and TraceError when its costs cannot be traced.
     """
     from mist.trace.codec import decode_graph, encode_graph
 
-    found = resolve(source)
+    found = _found(source)
     key = _key(found, setting)
     entry = cache.load(key)
     graph = decode_graph(entry.fields) if entry is not None else None
@@ -49,12 +59,12 @@ def load_graph(source: str, setting: Setting, *, progress: Callable[[str], None]
     return traced.graph
 
 
-def trace_digest(source: str, setting: Setting) -> str | None:
+def trace_digest(source: str | ConfigSource, setting: Setting) -> str | None:
     """A digest of the cached trace of a model, or None when it is not in the cache.
 
     Raises ModelError when there is no such model.
     """
-    entry = cache.load(_key(resolve(source), setting))
+    entry = cache.load(_key(_found(source), setting))
     return entry.digest if entry is not None else None
 
 
@@ -75,6 +85,10 @@ def load_listing(source: str, setting: Setting, *, progress: Callable[[str], Non
             "written. Set XDG_CACHE_HOME to a folder that can."
         )
     return found
+
+
+def _found(source: str | ConfigSource) -> Source:
+    return source if isinstance(source, ConfigSource) else resolve(source)
 
 
 def _key(source: Source, setting: Setting) -> str:

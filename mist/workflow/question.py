@@ -10,12 +10,11 @@ from mist.estimate import Job, make_job
 from mist.facts import ModelFacts
 from mist.plans import ClusterRef, Estimate, ModelRef, Plan, Provenance, Schedule, StagePlan
 from mist.platform import Platform, load_platform
+from mist.programs import compile_graph, model_programs
 from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.program import ModelPrograms
-from mist.symbolic.store import load_programs, programs_key, store_programs
-from mist.trace import Setting, load_graph, trace_digest, trace_model
-from mist.trace.cache import cache_folder
+from mist.trace import Setting, trace_model
 
 if TYPE_CHECKING:
     import torch
@@ -81,36 +80,16 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
         attention=question.attention,
         fused_norms=platform.runtime.kernels.fused_norms,
     )
+    runtime = platform.runtime
     if not isinstance(question.model, str):
-        return _compile(_trace_module(question, setting), platform, question)
-    key = _programs_key(question.model, setting, platform)
-    programs = load_programs(cache_folder(), key) if key else None
-    if programs is not None:
-        progress(f"{programs.facts.name}: trace from the cache")
-        return programs
-    graph = load_graph(question.model, setting, progress=progress)
-    programs = _compile(graph, platform, question)
-    if key := _programs_key(question.model, setting, platform):
-        store_programs(cache_folder(), key, programs)
-    return programs
+        return compile_graph(_trace_module(question, setting), setting, runtime)
+    profile_hash = platform.profile_hashes()[runtime.name]
+    return model_programs(question.model, setting, runtime, profile_hash, progress)
 
 
 def _trace_module(question: Question, setting: Setting) -> "ModelGraph":
     assert not isinstance(question.model, str)
     return trace_model(question.model, setting, make_batch=question.make_batch, loss=question.loss)
-
-
-def _programs_key(source: str, setting: Setting, platform: Platform) -> str | None:
-    """Where the programs of a cached trace are kept; None without a cached trace."""
-    trace, runtime = trace_digest(source, setting), platform.runtime.name
-    profile = platform.profile_hashes()[runtime]
-    return programs_key(trace, profile, setting.precision) if trace else None
-
-
-def _compile(graph: "ModelGraph", platform: Platform, question: Question) -> ModelPrograms:
-    from mist.symbolic.compile import compile_model  # sympy, which cached programs do not need
-
-    return compile_model(graph, platform.runtime, question.precision)
 
 
 def job_of(question: Question, programs: ModelPrograms) -> Job:

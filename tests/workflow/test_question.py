@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from mist import programs
 from mist.graph import ModelGraph
 from mist.trace import Setting
-from mist.workflow import question
 from mist.workflow.question import Question, compiled
 from tests.toys import toy_graph
 
@@ -23,8 +23,8 @@ def test_the_runtime_says_which_norms_run(
         settings.append(setting)
         return toy_graph()
 
-    monkeypatch.setattr(question, "load_graph", load_graph)
-    monkeypatch.setattr(question, "trace_digest", lambda *_: None)
+    monkeypatch.setattr(programs, "load_graph", load_graph)
+    monkeypatch.setattr(programs, "trace_digest", lambda *_: None)
     profile = tmp_path / "mine.yaml"
     text = TORCH.read_text().replace("fused_norms: false", f"fused_norms: {str(fused).lower()}")
     profile.write_text(text.replace("name: torch", "name: mine"))
