@@ -75,11 +75,31 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
 def strategy_columns(
     job: Job, *, dp: ArrayLike, tp: ArrayLike, micro_batch: ArrayLike, zero: ArrayLike
 ) -> dict[str, ArrayLike]:
+    """Inputs of the terms of a job."""
+    return rank_columns(
+        seq_len=job.workload.seq_len,
+        gpus_per_node=job.platform.gpus_per_node,
+        dp=dp,
+        tp=tp,
+        micro_batch=micro_batch,
+        zero=zero,
+    )
+
+
+def rank_columns(
+    *,
+    seq_len: ArrayLike,
+    gpus_per_node: ArrayLike,
+    dp: ArrayLike,
+    tp: ArrayLike,
+    micro_batch: ArrayLike,
+    zero: ArrayLike,
+) -> dict[str, ArrayLike]:
     """Inputs of the terms. tp is innermost: a data-parallel group strides over the ranks by tp."""
-    per_node = np.maximum(job.platform.gpus_per_node // np.asarray(tp), 1)
+    per_node = np.maximum(np.asarray(gpus_per_node) // np.asarray(tp), 1)
     return {
         "b": micro_batch,
-        "s": job.workload.seq_len,
+        "s": seq_len,
         "t": tp,
         "dp": dp,
         "dp_per_node": np.minimum(dp, per_node),
@@ -90,20 +110,40 @@ def strategy_columns(
 def position_columns(
     job: Job, first_device: ArrayLike, num_devices: ArrayLike, num_micro_batches: int
 ) -> dict[str, ArrayLike]:
-    """Position of stages given by their device ranges, in order: shape [S]."""
-    first = np.asarray(first_device)
-    num_stages, per_node = len(first), job.platform.gpus_per_node
-    stage = np.arange(num_stages)
+    """Position of a job's stages given by their device ranges, in order: shape [S]."""
+    num_stages = len(np.asarray(first_device))
+    return stage_columns(
+        stage=np.arange(num_stages),
+        num_stages=np.full(num_stages, num_stages),
+        first_device=np.asarray(first_device),
+        num_devices=np.asarray(num_devices),
+        num_micro_batches=np.full(num_stages, num_micro_batches),
+        gpus_per_node=np.full(num_stages, job.platform.gpus_per_node),
+        spans_nodes=np.full(num_stages, job.platform.num_nodes > 1),
+    )
+
+
+def stage_columns(  # noqa: PLR0913 - what says where a stage is
+    *,
+    stage: Counts,
+    num_stages: Counts,
+    first_device: Counts,
+    num_devices: Counts,
+    num_micro_batches: Counts,
+    gpus_per_node: Counts,
+    spans_nodes: NDArray[np.bool_],
+) -> dict[str, ArrayLike]:
+    """Where stages are, of one pipeline or of many: shape [any], each stage with its own."""
     is_first, is_last = stage == 0, stage == num_stages - 1
-    ends_node = (first + np.asarray(num_devices)) % per_node == 0
+    ends_node = (first_device + num_devices) % gpus_per_node == 0
     return {
         "in_flight": np.minimum(num_stages - stage, num_micro_batches),
-        "num_micro_batches": np.full(num_stages, num_micro_batches),
+        "num_micro_batches": num_micro_batches,
         "is_first": is_first.astype(int),
         "is_last": is_last.astype(int),
-        "prev_crosses_node": (~is_first & (first % per_node == 0)).astype(int),
+        "prev_crosses_node": (~is_first & (first_device % gpus_per_node == 0)).astype(int),
         "next_crosses_node": (~is_last & ends_node).astype(int),
-        "spans_nodes": np.full(num_stages, int(job.platform.num_nodes > 1)),
+        "spans_nodes": spans_nodes.astype(int),
     }
 
 

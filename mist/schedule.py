@@ -19,14 +19,17 @@ def step_time(
     num_micro_batches: int | NDArray[np.int64],
     stable_s: NDArray[np.float64],
     lone_s: NDArray[np.float64],
+    chunks: int | NDArray[np.int64] = 1,
 ) -> NDArray[np.float64]:
     """Seconds of one step, for one pipeline or for many at once.
 
     `stable_s`, `lone_s`: seconds, shape [..., S], first stage first. `num_micro_batches`: G, an
-    integer or an array of shape [...]. Returns seconds, shape [...]; for one pipeline an array
+    integer or an array of shape [...]. `chunks`: v pieces of a stage's layers that take turns;
+    filling and draining then takes 1/v (Narayanan et al. 2021, section 2.2). Returns seconds, shape [...]; for one pipeline an array
     without dimensions, which `float()` takes.
     """
     up_to_s = np.cumsum(stable_s[..., ::-1], axis=-1)[..., ::-1]
     lone_exit_s = np.max(lone_s + (up_to_s - stable_s), axis=-1)
-    bottleneck_s = np.max(stable_s, axis=-1)
-    return np.asarray((num_micro_batches - 1) * bottleneck_s + lone_exit_s, dtype=np.float64)
+    bottleneck_s, alone_s = np.max(stable_s, axis=-1), np.max(lone_s, axis=-1)
+    filled_s = alone_s + (lone_exit_s - alone_s) / chunks
+    return np.asarray((num_micro_batches - 1) * bottleneck_s + filled_s, dtype=np.float64)

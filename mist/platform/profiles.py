@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from mist.errors import Fault, PlatformError, did_you_mean
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
+from mist.platform.quantity import Record
 from mist.platform.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Family(StrEnum):
 
 
 P = TypeVar("P", Device, Cluster, Runtime)
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +122,14 @@ def read_yaml(content: bytes, path: Path) -> Mapping[str, object]:
     return data
 
 
-def check(data: Mapping[str, object], shape: type[P], path: Path) -> P:
-    """The profile in `data`. Raises PlatformError with every fault and its path."""
+def load_shipped(relative: str, shape: type[R]) -> R:
+    """A file of the shipped profiles' folder. Raises PlatformError when it is broken."""
+    path = _folders()[-1] / relative
+    return check(read_yaml(path.read_bytes(), path), shape, path)
+
+
+def check(data: Mapping[str, object], shape: type[R], path: Path) -> R:
+    """The record in `data`. Raises PlatformError with every fault and its path."""
     from pydantic import TypeAdapter, ValidationError
 
     try:

@@ -1,0 +1,1 @@
+"""Validate: predictions against published measured runs, row by row, and how good they are."""

@@ -1,0 +1,120 @@
+"""From a run's columns to the layout that it trained with: what each pipeline stage holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from mist.validate.models import Unsupported
+from mist.validate.runs import Run
+
+ZERO_LEVELS: Final = (
+    ("zero1", 1),
+    ("zero2", 2),
+    ("zero3", 3),
+    ("fsdp", 3),
+    ("hsdp", 3),
+    ("none", 0),
+)
+CHECKPOINTS: Final = {"none": False, "full": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLayout:
+    """Layers and recomputed layers of each stage, and what all stages share.
+
+    `layers`, `num_full`: per stage, first first. `chunks`: of layers that a stage runs in turn
+    (interleaved schedule; 1: 1F1B).
+    """
+
+    dp: int
+    tp: int
+    zero: int
+    micro_batch: int
+    num_micro_batches: int
+    chunks: int
+    layers: tuple[int, ...]
+    num_full: tuple[int, ...]
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return len(self.layers)
+
+
+def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -> RunLayout:
+    """The layout of a run; `zero` and `checkpoint` stand in where the run does not say.
+
+    Raises Unsupported, naming what is missing or cannot be predicted.
+    """
+    names = ("dp", "tp", "pp", "micro_batch")
+    if absent := [name for name in names if getattr(run, name) is None]:
+        raise Unsupported(f"{', '.join(absent)} not given")
+    assert run.dp and run.tp and run.pp and run.micro_batch
+    if (run.cp or 1) > 1:
+        raise Unsupported("context parallelism is not modelled")
+    if (run.ep or 1) > 1:
+        raise Unsupported("expert parallelism is not modelled")
+    level = _zero(run.zero_or_fsdp, zero)
+    layers = even_layers(num_layers, run.pp)
+    full = _is_full(run.activation_ckpt or checkpoint)
+    return RunLayout(
+        dp=run.dp,
+        tp=run.tp,
+        zero=level,
+        micro_batch=run.micro_batch,
+        num_micro_batches=_num_micro_batches(run),
+        chunks=run.vpp or 1,
+        layers=layers,
+        num_full=layers if full else (0,) * run.pp,
+    )
+
+
+def _zero(text: str, default: int | None) -> int:
+    if "offload" in text:
+        raise Unsupported("offloading is not modelled")
+    for word, level in ZERO_LEVELS:
+        if word in text:
+            return level
+    if text or default is None:
+        raise Unsupported(f"the ZeRO level of {text or '(blank)'!r} is not known")
+    return default
+
+
+def _is_full(text: str) -> bool:
+    if text not in CHECKPOINTS:
+        raise Unsupported(f"activation checkpointing {text or '(blank)'!r} is not modelled")
+    return CHECKPOINTS[text]
+
+
+def _num_micro_batches(run: Run) -> int:
+    assert run.dp and run.micro_batch
+    if run.grad_accum is not None:
+        return run.grad_accum
+    if run.global_batch is None:
+        raise Unsupported("neither grad_accum nor global_batch given")
+    return max(run.global_batch // (run.dp * run.micro_batch), 1)
+
+
+def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, the first ones one longer where they do not divide."""
+    share, longer = divmod(num_layers, num_stages)
+    return tuple(share + (stage < longer) for stage in range(num_stages))
+
+
+def layers_by_cost(
+    num_layers: int, num_stages: int, *, layer_cost: float, ends: Sequence[float]
+) -> tuple[int, ...]:
+    """Layers of each stage when blocks are dealt out by cost: embedding, layers, head in order.
+
+    A stage is closed when the cost so far reaches its share of the total (nanotron 0.5,
+    src/nanotron/models/base.py). `ends`: cost of the embedding and of the head.
+    """
+    embedding, head = ends
+    total = embedding + num_layers * layer_cost + head
+    counts, spent, stage = [0] * num_stages, embedding, 0
+    for _ in range(num_layers):
+        counts[stage] += 1
+        spent += layer_cost
+        if spent > total * (stage + 1) / num_stages and stage < num_stages - 1:
+            stage += 1
+    return tuple(counts)

@@ -1,0 +1,125 @@
+"""Predictions of many runs at once: those of one model, platform and precision in one go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.estimate import rank_columns, stage_columns
+from mist.platform import Cluster, Device, OpCosts, Runtime
+from mist.schedule import step_time
+from mist.spec import Precision
+from mist.symbolic.program import ModelPrograms, StageModel, stage_model
+from mist.validate.layouts import RunLayout
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The profiles that runs are predicted on."""
+
+    device: Device
+    cluster: Cluster
+    runtime: Runtime
+    precision: Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A run ready to be predicted."""
+
+    layout: RunLayout
+    seq_len: int
+    num_gpus: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One run: seconds of a step, and bytes of the fullest stage.
+
+    `reserved_bytes`: with the allocator's share; `stage_bytes`: allocated, of every stage.
+    """
+
+    step_s: float
+    allocated_bytes: float
+    reserved_bytes: float
+    stage_bytes: tuple[float, ...]
+
+
+def predict(
+    programs: ModelPrograms, machine: Machine, cases: Sequence[Case]
+) -> tuple[Prediction, ...]:
+    """Predict runs of one model on one machine."""
+    cost = stage_model(
+        programs,
+        OpCosts(
+            device=machine.device,
+            cluster=machine.cluster,
+            runtime=machine.runtime,
+            precision=machine.precision,
+        ),
+    )
+    stages = np.array([case.layout.num_stages for case in cases])
+    run = np.repeat(np.arange(len(cases)), stages)
+    out = _stages(cost, machine, cases, run)
+    padded = {name: _padded(out[name], run, stages) for name in ("stable_s", "lone_s")}
+    counts = np.array([case.layout.num_micro_batches for case in cases])
+    chunks = np.array([case.layout.chunks for case in cases])
+    step_s = step_time(counts, padded["stable_s"], padded["lone_s"], chunks)
+    allocated = out["peak_bytes"] - out["allocator_bytes"]
+    ends = np.cumsum(stages)
+    return tuple(
+        Prediction(
+            step_s=float(step_s[i]),
+            allocated_bytes=float(allocated[end - n : end].max()),
+            reserved_bytes=float(out["peak_bytes"][end - n : end].max()),
+            stage_bytes=tuple(allocated[end - n : end].tolist()),
+        )
+        for i, (n, end) in enumerate(zip(stages, ends, strict=True))
+    )
+
+
+def _stages(
+    cost: StageModel, machine: Machine, cases: Sequence[Case], run: NDArray[np.int64]
+) -> dict[str, Floats]:
+    """Every output of the stage formulas for every stage of every run; `run`: whose it is."""
+    layouts = [case.layout for case in cases]
+
+    def column(name: str) -> NDArray[np.int64]:
+        return np.array([getattr(layout, name) for layout in layouts])
+
+    gpus = np.array([case.num_gpus for case in cases])
+    per_node = np.minimum(gpus, machine.cluster.num_gpus_per_node)
+    strategy = rank_columns(
+        seq_len=np.array([case.seq_len for case in cases]),
+        gpus_per_node=per_node,
+        dp=column("dp"),
+        tp=column("tp"),
+        micro_batch=column("micro_batch"),
+        zero=column("zero"),
+    )
+    terms = {name: value[run] for name, value in cost.terms(strategy).items()}
+    stage = np.concatenate([np.arange(layout.num_stages) for layout in layouts])
+    ranks = column("dp") * column("tp")
+    position = stage_columns(
+        stage=stage,
+        num_stages=column("num_stages")[run],
+        first_device=stage * ranks[run],
+        num_devices=ranks[run],
+        num_micro_batches=column("num_micro_batches")[run],
+        gpus_per_node=per_node[run],
+        spans_nodes=(gpus > per_node)[run],
+    )
+    layers = np.concatenate([layout.layers for layout in layouts])
+    full = np.concatenate([layout.num_full for layout in layouts])
+    return cost.stage({**terms, **position, "eager_0": layers - full, "full_0": full})
+
+
+def _padded(values: Floats, run: NDArray[np.int64], stages: NDArray[np.int64]) -> Floats:
+    """One row for each run, zeros behind its last stage."""
+    wide = np.zeros((len(stages), stages.max()))
+    first = np.cumsum(stages) - stages
+    wide[run, np.arange(len(values)) - first[run]] = values
+    return wide
