@@ -72,11 +72,18 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
     )
 
 
-def strategy_columns(
-    job: Job, *, dp: ArrayLike, tp: ArrayLike, micro_batch: ArrayLike, zero: ArrayLike
+def strategy_columns(  # noqa: PLR0913 - a strategy's columns
+    job: Job,
+    *,
+    num_stages: int,
+    dp: ArrayLike,
+    tp: ArrayLike,
+    micro_batch: ArrayLike,
+    zero: ArrayLike,
 ) -> dict[str, ArrayLike]:
     """Inputs of the terms of a job."""
     return rank_columns(
+        pipelined=int(num_stages > 1 and job.platform.num_nodes > 1),
         seq_len=job.workload.seq_len,
         gpus_per_node=job.platform.gpus_per_node,
         dp=dp,
@@ -86,8 +93,9 @@ def strategy_columns(
     )
 
 
-def rank_columns(
+def rank_columns(  # noqa: PLR0913 - a strategy's columns
     *,
+    pipelined: ArrayLike,
     seq_len: ArrayLike,
     gpus_per_node: ArrayLike,
     dp: ArrayLike,
@@ -104,6 +112,7 @@ def rank_columns(
         "dp": dp,
         "dp_per_node": np.minimum(dp, per_node),
         "zero": zero,
+        "pipelined": pipelined,
     }
 
 
@@ -207,6 +216,7 @@ def _stage_columns(
     """Every output of the stage formulas, each of shape [S]."""
     strategy = strategy_columns(
         job,
+        num_stages=len(stages),
         dp=[stage.dp for stage in stages],
         tp=[stage.tp for stage in stages],
         micro_batch=[stage.micro_batch for stage in stages],

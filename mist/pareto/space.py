@@ -38,7 +38,12 @@ class Group:
         """The terms of the strategies, each of shape [K]."""
         return job.cost.terms(
             strategy_columns(
-                job, dp=self.dp, tp=self.tp, micro_batch=self.micro_batch, zero=self.zero
+                job,
+                num_stages=self.num_stages,
+                dp=self.dp,
+                tp=self.tp,
+                micro_batch=self.micro_batch,
+                zero=self.zero,
             )
         )
 

@@ -65,27 +65,38 @@ class HostLaunch(Record):
     """Time in which the host can launch a layer: no layer and micro-batch is faster.
 
     `layer_launch_s` is forward plus backward; `forward_ratio` of it is the forward's.
-    `tensor_parallel_launch_s` comes on top when t > 1. With full checkpointing the forward's share
-    is paid twice.
+    `tensor_parallel_launch_s` comes on top when t > 1, and where the pipeline spans nodes
+    `pipeline_launch_s` * t^`pipeline_launch_exponent` more. With full checkpointing the forward's
+    share is paid twice. Once a micro-batch and stage: `micro_batch_launch_s`; once a step: `step_s`
+    (logging, the training loop).
     """
 
     layer_launch_s: Quantity
     tensor_parallel_launch_s: Quantity
+    pipeline_launch_s: Quantity
+    pipeline_launch_exponent: Quantity
     forward_ratio: Quantity
+    micro_batch_launch_s: Quantity
+    step_s: Quantity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap(Record):
-    """Which collectives run beside compute, and how much compute slows down meanwhile.
+    """How much of the collectives runs beside compute, and how much compute slows down meanwhile.
 
     compute under communication takes (1 + `compute_slowdown_ratio`) times as long for the time
-    that both run. `gradient_all_reduce` concerns the last micro-batch.
+    that both run. Of each collective the ratio here (0 to 1) can run beside compute, the rest
+    stands alone; `gradient_all_reduce` concerns the last micro-batch. Of tensor-parallel
+    collectives the ratio `tensor_parallel` costs nothing. `layers_per_collective`: layers whose
+    parameters or gradients one data-parallel collective carries.
     """
 
     compute_slowdown_ratio: Quantity
-    zero_all_gather: bool
-    zero_reduce_scatter: bool
-    gradient_all_reduce: bool
+    zero_all_gather_ratio: Quantity
+    zero_reduce_scatter_ratio: Quantity
+    gradient_all_reduce_ratio: Quantity
+    tensor_parallel_ratio: Quantity
+    layers_per_collective: Quantity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +104,12 @@ class MemoryPolicy(Record):
     """From live bytes to what must fit.
 
     reserved = allocated * (1 + `allocator_overhead_ratio`); a plan reserves at most
-    (1 - `margin_ratio`) of the usable bytes.
+    (1 - `margin_ratio`) of the usable bytes. The framework's own buffers hold `fixed_bytes`, and
+    `buffer_ratio` times the activation between layers (whole, not sharded).
     """
 
+    fixed_bytes: Quantity
+    buffer_ratio: Quantity
     allocator_overhead_ratio: Quantity
     margin_ratio: Quantity
 
@@ -111,17 +125,43 @@ class Uncertainty(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels(Record):
-    """Which kernels run. `fused_norms`: an RMS norm that a model writes out is one kernel."""
+    """Which kernels run, against those of the trace.
+
+    `fused_norms`: an RMS norm that a model writes out is one kernel. `memory_time_scale`,
+    `attention_time_scale`: time of memory-bound and of attention kernels over that of the traced
+    ones. `gathers_input_again`: the backward pass gathers the input of column-parallel matrices
+    once more, which is then kept by shards (Megatron), instead of keeping it whole (torch).
+    """
 
     fused_norms: bool
+    memory_time_scale: Quantity
+    attention_time_scale: Quantity
+    gathers_input_again: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss(Record):
+    """The loss of a framework that does not run the model's own.
+
+    Bytes for each logit of a rank: kept at the peak, and moved forward and backward together.
+    `vocabulary_parallel`: whether tensor parallelism divides the logits.
+    """
+
+    kept_bytes_per_logit: Quantity
+    moved_bytes_per_logit: Quantity
+    vocabulary_parallel: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs(Record):
-    """What the runtime can do: ZeRO levels; whether tensor parallelism shards the sequence."""
+    """What the runtime can do: ZeRO levels; whether tensor parallelism shards the sequence.
+
+    `layer_split`: how it deals layers out to pipeline stages when nobody says.
+    """
 
     zero_levels: tuple[ZeroLevel, ...]
     sequence_parallel: bool
+    layer_split: Literal["even", "by_cost"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +179,7 @@ class Runtime(Record):
     memory: MemoryPolicy
     uncertainty: Uncertainty
     kernels: Kernels
+    loss: Loss | None
     knobs: Knobs
 
     def __post_init__(self) -> None:

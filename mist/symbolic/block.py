@@ -11,7 +11,7 @@ column-parallel matrix stays whole, as torch keeps it for the weight gradient.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -20,7 +20,7 @@ from sympy import Expr
 
 from mist.facts import Traffic
 from mist.graph import B, Block, Layout, Op, OpKind, SavedTensor, T
-from mist.platform.runtime import Runtime
+from mist.platform.runtime import Kernels, Loss, Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
 
@@ -92,29 +92,68 @@ def layer_cost(block: Block, setting: Setting) -> BlockCost:
 
 
 def end_cost(block: Block, setting: Setting) -> BlockCost:
-    """Cost of the embedding or the head."""
+    """Cost of the embedding or the head, with the loss of the runtime if it has its own."""
+    loss, logits = setting.runtime.loss, _logits(block)
+    if loss is None or logits is None:
+        device = _device_cost(block, setting)
+    else:
+        device = _with_loss(_device_cost(_without_loss(block), setting), loss, logits)
     return BlockCost(
-        **_device_cost(block, setting),
+        **device,
         **_collective_cost(block, setting, recomputed_exits=0),
         boundary_bytes=sympy.Integer(0),
     )
 
 
+def _logits(block: Block) -> Expr | None:
+    """How many logits a rank has: the result of the last product forward, if there is one."""
+    products = [op for op in _forward(block) if op.kind == OpKind.GEMM]
+    return sympy.prod(products[-1].dims[:3]) if products else None
+
+
+def _without_loss(block: Block) -> Block:
+    """A head without what the model does outside its modules: the loss."""
+    return replace(
+        block,
+        ops=tuple(op for op in block.ops if op.module or op.kind != OpKind.MEMORY),
+        saved=tuple(tensor for tensor in block.saved if tensor.module),
+        saved_single=tuple(tensor for tensor in block.saved_single if tensor.module),
+        transient_bytes=(),
+    )
+
+
+def _with_loss(device: dict[str, Expr], loss: Loss, logits: Expr) -> dict[str, Expr]:
+    """A head's cost and its loss: a third of the bytes moved is the forward's."""
+    held = logits if loss.vocabulary_parallel else sympy.expand(logits * T)
+    moved_s = sym.MEMORY[Traffic.SOFTMAX](held * loss.moved_bytes_per_logit.value, 1)
+    kept = held * loss.kept_bytes_per_logit.value
+    return device | {
+        "forward_s": device["forward_s"] + moved_s / 3,
+        "backward_s": device["backward_s"] + 2 * moved_s / 3,
+        "saved_bytes": device["saved_bytes"] + kept,
+    }
+
+
 def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -> dict[str, Expr]:
     """Seconds of the tensor-parallel collectives of each pass."""
-    rows = block.collectives(sequence_parallel=setting.runtime.knobs.sequence_parallel)
+    runtime = setting.runtime
+    rows = block.collectives(sequence_parallel=runtime.knobs.sequence_parallel)
     seconds = {
         phase: sympy.Add(
             *(c.count * COLLECTIVES[c.kind](c.bytes, T, T) for c in rows if c.phase == phase)
         )
         for phase in ("forward", "backward")
     }
+    if runtime.kernels.gathers_input_again and runtime.knobs.sequence_parallel:
+        seconds["backward"] += block.num_entries * sym.ALL_GATHER(block.tp_bytes, T, T)
     spared = block.num_exits - recomputed_exits
-    leaving = "reduce_scatter" if setting.runtime.knobs.sequence_parallel else "all_reduce"
+    leaving = "reduce_scatter" if runtime.knobs.sequence_parallel else "all_reduce"
+    again = seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, T)
+    paid = 1 - runtime.overlap.tensor_parallel_ratio.value
     return {
-        "tp_forward_s": seconds["forward"],
-        "tp_backward_s": seconds["backward"],
-        "tp_recompute_s": seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, T),
+        "tp_forward_s": paid * seconds["forward"],
+        "tp_backward_s": paid * seconds["backward"],
+        "tp_recompute_s": paid * again,
     }
 
 
@@ -130,7 +169,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
     accumulated = params * traffic.accumulation_bytes_per_param.value
     gathered = params * traffic.gather_copy_bytes_per_param[setting.precision].value
     scattered = params * traffic.scatter_copy_bytes_per_param[setting.precision].value
-    gather, scatter, reduce = _dp_collectives(params, setting.precision)
+    gather, scatter, reduce = _dp_collectives(params, setting)
     return {
         "forward_s": _pass_seconds(_forward(block), setting),
         "backward_s": _pass_seconds(block.ops[len(_forward(block)) :], setting)
@@ -176,8 +215,10 @@ def kept_bytes(
 
 def _kept(saved: Iterable[SavedTensor], setting: Setting) -> Expr:
     total: dict[Layout, Expr] = defaultdict(lambda: sympy.Integer(0))
+    again = setting.runtime.kernels.gathers_input_again
     for tensor in saved:
-        total[tensor.layout] += tensor.bytes
+        input_again = again and tensor.layout == Layout.GATHERED and tensor.bytes.free_symbols
+        total[Layout.REPLICATED if input_again else tensor.layout] += tensor.bytes
     whole = total[Layout.REPLICATED] / setting.sequence_shards
     return sympy.expand(total[Layout.SHARDED] + total[Layout.GATHERED] + whole)
 
@@ -188,18 +229,20 @@ def _forward(block: Block) -> tuple[Op, ...]:
 
 
 def _pass_seconds(ops: Sequence[Op], setting: Setting) -> Expr:
-    matrix = Counter(_matrix_seconds(op) for op in ops if op.kind != OpKind.MEMORY)
+    kernels = setting.runtime.kernels
+    matrix = Counter(_matrix_seconds(op, kernels) for op in ops if op.kind != OpKind.MEMORY)
+    memory = _memory_seconds([op for op in ops if op.kind == OpKind.MEMORY], setting)
     return sympy.Add(
         *(count * seconds for seconds, count in matrix.items()),
-        *_memory_seconds([op for op in ops if op.kind == OpKind.MEMORY], setting),
+        *(kernels.memory_time_scale.value * seconds for seconds in memory),
     )
 
 
-def _matrix_seconds(op: Op) -> Expr:
+def _matrix_seconds(op: Op, kernels: Kernels) -> Expr:
     if op.kind == OpKind.GEMM:
         return sym.GEMM(*op.dims)
     law = sym.ATTENTION_FORWARD if op.phase == "forward" else sym.ATTENTION_BACKWARD
-    return law(*op.dims, int(op.causal))
+    return kernels.attention_time_scale.value * law(*op.dims, int(op.causal))
 
 
 def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
@@ -214,12 +257,16 @@ def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
         yield sym.MEMORY[name](sympy.expand(total), kernels[name])
 
 
-def _dp_collectives(params: Expr, precision: Precision) -> tuple[Expr, Expr, Expr]:
-    """All-gather of compute-precision parameters; scatter and all-reduce of fp32 gradients."""
+def _dp_collectives(params: Expr, setting: Setting) -> tuple[Expr, Expr, Expr]:
+    """All-gather of compute-precision parameters; scatter and all-reduce of fp32 gradients.
+
+    A collective that carries several layers costs each of them its part.
+    """
     group = (sym.DP, sym.DP_PER_NODE)
-    gradient_bytes = params * Precision.FP32.num_bytes
+    together = sympy.nsimplify(setting.runtime.overlap.layers_per_collective.value)
+    gradient_bytes = together * params * Precision.FP32.num_bytes
     return (
-        sym.ALL_GATHER(params * precision.num_bytes, *group),
-        sym.REDUCE_SCATTER(gradient_bytes, *group),
-        sym.ALL_REDUCE(gradient_bytes, *group),
+        sym.ALL_GATHER(together * params * setting.precision.num_bytes, *group) / together,
+        sym.REDUCE_SCATTER(gradient_bytes, *group) / together,
+        sym.ALL_REDUCE(gradient_bytes, *group) / together,
     )

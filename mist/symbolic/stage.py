@@ -165,21 +165,24 @@ def _exposed(  # noqa: PLR0913 - three kinds of collectives
     with it, overlap(C, M) - C, or stand alone where the runtime runs nothing beside them.
     """
     copies = gathers * cost.gather_copy_s + scatters * cost.scatter_copy_s
+    overlap = runtime.overlap
     rows = (
-        (gathers * cost.gather_s, runtime.overlap.zero_all_gather),
-        (scatters * cost.scatter_s, runtime.overlap.zero_reduce_scatter),
-        (reduces * cost.reduce_s, runtime.overlap.gradient_all_reduce),
+        (gathers * cost.gather_s, overlap.zero_all_gather_ratio.value),
+        (scatters * cost.scatter_s, overlap.zero_reduce_scatter_ratio.value),
+        (reduces * cost.reduce_s, overlap.gradient_all_reduce_ratio.value),
     )
-    beside = sympy.Add(*(seconds for seconds, overlapped in rows if overlapped))
-    alone = sympy.Add(*(seconds for seconds, overlapped in rows if not overlapped))
-    gamma, busy = runtime.overlap.compute_slowdown_ratio.value, compute + copies
+    beside = sympy.Add(*(ratio * seconds for seconds, ratio in rows if ratio))
+    alone = sympy.Add(*((1 - ratio) * seconds for seconds, ratio in rows if ratio < 1))
+    gamma, busy = overlap.compute_slowdown_ratio.value, compute + copies
     return copies + alone + sym.larger(gamma * sym.smaller(busy, beside), beside - busy)
 
 
 def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
     """Seconds in which the host launches a layer forward and backward; more with t > 1."""
     host = runtime.host
-    extra = sympy.Piecewise((host.tensor_parallel_launch_s.value, T > 1), (0, True))
+    across = host.pipeline_launch_s.value * T**host.pipeline_launch_exponent.value
+    launch = host.tensor_parallel_launch_s.value + sym.PIPELINED * across
+    extra = sympy.Piecewise((launch, T > 1), (0, True))
     layer = host.layer_launch_s.value + extra
     forward = host.forward_ratio.value
     return forward * layer, (1 - forward) * layer
@@ -220,6 +223,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
         "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
         "p2p_bytes": sent,
+        "activation_bytes": sent * setting.sequence_shards,
         "p2p_in_node_s": sym.P2P(sent, 0),
         "p2p_cross_s": sym.P2P(sent, 1),
     }
@@ -250,17 +254,19 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
 def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
     rows = list(_rows(num_kinds))
-    parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"} | {
-        "p2p_s": _p2p()
-    }
+    parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
+    parts |= {"p2p_s": _p2p()}
+    each = runtime.host.micro_batch_launch_s.value
+    parts["launch_s"] += each
     optimizer = sympy.Add(*(count * _term(f"{x}_optimizer_s") for x, _, count in rows))
     layers = [row for row in rows if _is_layer(row[0])]
     lone_end = _worst(layers, "{x}_ends_s") + optimizer + _tied_reduce()
+    lone_end += runtime.host.step_s.value
     memory = _memory(rows, runtime)
     return {
         **parts,
-        "stable_s": _total(rows, "stable_s") + _p2p(),
-        "lone_s": _total(rows, "lone_s") + _p2p() + lone_end,
+        "stable_s": _total(rows, "stable_s") + _p2p() + each,
+        "lone_s": _total(rows, "lone_s") + _p2p() + each + lone_end,
         **{f"{part}_bytes": expr for part, expr in memory.items()},
         "peak_bytes": sympy.Add(*memory.values()),
     }
@@ -313,12 +319,14 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     kept = sympy.Add(*(count * _term(_kept_name(x, level)) for x, level, count in rows))
     received = sym.NUM_MICRO_BATCHES * ((1 - sym.FIRST) + (1 - sym.LAST))
     sent = sym.IN_FLIGHT * (1 - sym.LAST)
+    own = runtime.memory.fixed_bytes.value
+    own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     parts = {
         "states": params * _term("state_bytes_per_param"),
         "activations": sym.IN_FLIGHT * (kept + _term("shared_bytes")),
         "working": _worst(rows, "{x}_{level}_working_bytes"),
         "gathered": _term("gathered_bytes_per_param") * _worst(rows, "{x}_params"),
-        "buffers": (received + sent) * _term("p2p_bytes"),
+        "buffers": (received + sent) * _term("p2p_bytes") + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
     return parts | {"allocator": overhead * sympy.Add(*parts.values())}

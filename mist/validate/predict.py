@@ -93,6 +93,7 @@ def _stages(
     gpus = np.array([case.num_gpus for case in cases])
     per_node = np.minimum(gpus, machine.cluster.num_gpus_per_node)
     strategy = rank_columns(
+        pipelined=((column("num_stages") > 1) & (gpus > per_node)).astype(int),
         seq_len=np.array([case.seq_len for case in cases]),
         gpus_per_node=per_node,
         dp=column("dp"),

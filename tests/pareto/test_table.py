@@ -16,6 +16,7 @@ def stage_alone(job: Job, group: Group, k: int, i: int, run: tuple[int, int], fu
     """One stage of the group, evaluated with every part."""
     strategy = strategy_columns(
         job,
+        num_stages=group.num_stages,
         dp=group.dp[k],
         tp=group.tp[k],
         micro_batch=group.micro_batch[k],

@@ -36,7 +36,12 @@ def judged(
     per_stage = job.platform.num_gpus // num_stages
     dp = per_stage // rows["tp"]
     strategy = strategy_columns(
-        job, dp=dp, tp=rows["tp"], micro_batch=rows["micro_batch"], zero=rows["zero"]
+        job,
+        num_stages=num_stages,
+        dp=dp,
+        tp=rows["tp"],
+        micro_batch=rows["micro_batch"],
+        zero=rows["zero"],
     )
     first, count, full = np.array(counts).T
     devices = np.arange(num_stages) * per_stage
