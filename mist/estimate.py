@@ -112,6 +112,7 @@ def rank_columns(  # noqa: PLR0913 - a strategy's columns
         "dp": dp,
         "dp_per_node": np.minimum(dp, per_node),
         "zero": zero,
+        "tp_per_node": np.minimum(tp, gpus_per_node),
         "pipelined": pipelined,
     }
 

@@ -25,8 +25,8 @@ def step_time(
 
     `stable_s`, `lone_s`: seconds, shape [..., S], first stage first. `num_micro_batches`: G, an
     integer or an array of shape [...]. `chunks`: v pieces of a stage's layers that take turns;
-    filling and draining then takes 1/v (Narayanan et al. 2021, section 2.2). Returns seconds, shape [...]; for one pipeline an array
-    without dimensions, which `float()` takes.
+    filling and draining then takes 1/v (Narayanan et al. 2021, section 2.2). Returns seconds, shape
+    [...]; for one pipeline an array without dimensions, which `float()` takes.
     """
     up_to_s = np.cumsum(stable_s[..., ::-1], axis=-1)[..., ::-1]
     lone_exit_s = np.max(lone_s + (up_to_s - stable_s), axis=-1)

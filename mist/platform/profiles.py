@@ -128,6 +128,12 @@ def load_shipped(relative: str, shape: type[R]) -> R:
     return check(read_yaml(path.read_bytes(), path), shape, path)
 
 
+def load_shipped_folder(relative: str, shape: type[R]) -> tuple[R, ...]:
+    """All files of a folder of the shipped profiles, by name. Raises PlatformError."""
+    names = sorted(path.name for path in (_folders()[-1] / relative).glob("*.yaml"))
+    return tuple(load_shipped(f"{relative}/{name}", shape) for name in names)
+
+
 def check(data: Mapping[str, object], shape: type[R], path: Path) -> R:
     """The record in `data`. Raises PlatformError with every fault and its path."""
     from pydantic import TypeAdapter, ValidationError

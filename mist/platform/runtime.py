@@ -86,8 +86,9 @@ class Overlap(Record):
 
     compute under communication takes (1 + `compute_slowdown_ratio`) times as long for the time
     that both run. Of each collective the ratio here (0 to 1) can run beside compute, the rest
-    stands alone; `gradient_all_reduce` concerns the last micro-batch. Of tensor-parallel
-    collectives the ratio `tensor_parallel` costs nothing. `layers_per_collective`: layers whose
+    stands alone; `gradient_all_reduce` concerns the last micro-batch. Tensor-parallel collectives
+    add `tensor_parallel_time_scale` times their law: less than 1 where a part is hidden, more where
+    ranks wait for each other. `layers_per_collective`: layers whose
     parameters or gradients one data-parallel collective carries.
     """
 
@@ -95,7 +96,7 @@ class Overlap(Record):
     zero_all_gather_ratio: Quantity
     zero_reduce_scatter_ratio: Quantity
     gradient_all_reduce_ratio: Quantity
-    tensor_parallel_ratio: Quantity
+    tensor_parallel_time_scale: Quantity
     layers_per_collective: Quantity
 
 
@@ -128,15 +129,26 @@ class Kernels(Record):
     """Which kernels run, against those of the trace.
 
     `fused_norms`: an RMS norm that a model writes out is one kernel. `memory_time_scale`,
-    `attention_time_scale`: time of memory-bound and of attention kernels over that of the traced
-    ones. `gathers_input_again`: the backward pass gathers the input of column-parallel matrices
-    once more, which is then kept by shards (Megatron), instead of keeping it whole (torch).
+    `scores_time_scale`, `attention_time_scale`: time over that of the traced kernels, of
+    memory-bound ones, of those on attention scores (mask, softmax, dropout of unfused attention)
+    and of fused attention. `gathers_input_again`: the backward pass gathers the input of
+    column-parallel matrices once more, which is then kept by shards (Megatron), instead of keeping
+    it whole (torch).
     """
 
     fused_norms: bool
     memory_time_scale: Quantity
+    scores_time_scale: Quantity
     attention_time_scale: Quantity
     gathers_input_again: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selective(Record):
+    """What selective checkpointing means: shares of what a layer saves and runs forward (0..1)."""
+
+    kept_ratio: Quantity
+    recomputed_ratio: Quantity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +192,7 @@ class Runtime(Record):
     uncertainty: Uncertainty
     kernels: Kernels
     loss: Loss | None
+    selective: Selective | None
     knobs: Knobs
 
     def __post_init__(self) -> None:

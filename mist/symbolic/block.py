@@ -19,7 +19,7 @@ import sympy
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import B, Block, Layout, Op, OpKind, SavedTensor, T
+from mist.graph import B, Block, Layout, Op, OpKind, S, SavedTensor, T
 from mist.platform.runtime import Kernels, Loss, Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
@@ -140,16 +140,22 @@ def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -
     rows = block.collectives(sequence_parallel=runtime.knobs.sequence_parallel)
     seconds = {
         phase: sympy.Add(
-            *(c.count * COLLECTIVES[c.kind](c.bytes, T, T) for c in rows if c.phase == phase)
+            *(
+                c.count * COLLECTIVES[c.kind](c.bytes, T, sym.TP_PER_NODE)
+                for c in rows
+                if c.phase == phase
+            )
         )
         for phase in ("forward", "backward")
     }
     if runtime.kernels.gathers_input_again and runtime.knobs.sequence_parallel:
-        seconds["backward"] += block.num_entries * sym.ALL_GATHER(block.tp_bytes, T, T)
+        seconds["backward"] += block.num_entries * sym.ALL_GATHER(
+            block.tp_bytes, T, sym.TP_PER_NODE
+        )
     spared = block.num_exits - recomputed_exits
     leaving = "reduce_scatter" if runtime.knobs.sequence_parallel else "all_reduce"
-    again = seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, T)
-    paid = 1 - runtime.overlap.tensor_parallel_ratio.value
+    again = seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, sym.TP_PER_NODE)
+    paid = runtime.overlap.tensor_parallel_time_scale.value
     return {
         "tp_forward_s": paid * seconds["forward"],
         "tp_backward_s": paid * seconds["backward"],
@@ -231,11 +237,19 @@ def _forward(block: Block) -> tuple[Op, ...]:
 def _pass_seconds(ops: Sequence[Op], setting: Setting) -> Expr:
     kernels = setting.runtime.kernels
     matrix = Counter(_matrix_seconds(op, kernels) for op in ops if op.kind != OpKind.MEMORY)
-    memory = _memory_seconds([op for op in ops if op.kind == OpKind.MEMORY], setting)
+    memory = [op for op in ops if op.kind == OpKind.MEMORY]
+    scores = [op for op in memory if _is_of_scores(op)]
+    others = [op for op in memory if not _is_of_scores(op)]
     return sympy.Add(
         *(count * seconds for seconds, count in matrix.items()),
-        *(kernels.memory_time_scale.value * seconds for seconds in memory),
+        *(kernels.memory_time_scale.value * each for each in _memory_seconds(others, setting)),
+        *(kernels.scores_time_scale.value * each for each in _memory_seconds(scores, setting)),
     )
+
+
+def _is_of_scores(op: Op) -> bool:
+    """Whether an operation moves attention scores, of which there are s^2."""
+    return bool(sympy.expand(op.traffic_bytes).has(S**2))
 
 
 def _matrix_seconds(op: Op, kernels: Kernels) -> Expr:

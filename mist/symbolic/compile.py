@@ -16,7 +16,7 @@ from mist.symbolic.stage import StageCost, stage_cost
 SEARCHED = ("stable_s", "lone_s", "peak_bytes")
 
 SIZES = (B, S, T)
-STRATEGY = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO, sym.PIPELINED)
+STRATEGY = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO, sym.TP_PER_NODE, sym.PIPELINED)
 POSITION = (
     sym.IN_FLIGHT,
     sym.NUM_MICRO_BATCHES,

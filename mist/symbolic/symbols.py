@@ -16,6 +16,8 @@ DP = sympy.Symbol("dp", positive=True, integer=True)
 """Data-parallel ranks of the stage."""
 DP_PER_NODE = sympy.Symbol("dp_per_node", positive=True, integer=True)
 """Members of one data-parallel group that share a node."""
+TP_PER_NODE = sympy.Symbol("tp_per_node", positive=True, integer=True)
+"""Members of one tensor-parallel group that share a node."""
 PIPELINED = sympy.Symbol("pipelined", nonnegative=True, integer=True)
 """1 when there are several stages on several nodes."""
 ZERO = sympy.Symbol("zero", nonnegative=True, integer=True)

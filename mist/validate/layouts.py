@@ -15,7 +15,7 @@ ZERO_LEVELS: Final = (
     ("hsdp", 3),
     ("none", 0),
 )
-CHECKPOINTS: Final = {"none": False, "full": True}
+CHECKPOINTS: Final = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,8 @@ class RunLayout:
     """Layers and recomputed layers of each stage, and what all stages share.
 
     `layers`, `num_full`: per stage, first first. `chunks`: of layers that a stage runs in turn
-    (interleaved schedule; 1: 1F1B).
+    (interleaved schedule; 1: 1F1B). `selective`: whether layers that are not recomputed whole are
+    so in part, as the runtime does it.
     """
 
     dp: int
@@ -34,6 +35,7 @@ class RunLayout:
     chunks: int
     layers: tuple[int, ...]
     num_full: tuple[int, ...]
+    selective: bool
 
     @property
     def num_stages(self) -> int:
@@ -56,7 +58,7 @@ def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -
         raise Unsupported("expert parallelism is not modelled")
     level = _zero(run.zero_or_fsdp, zero)
     layers = even_layers(num_layers, run.pp)
-    full = _is_full(run.activation_ckpt or checkpoint)
+    memory_level = _level(run.activation_ckpt or checkpoint)
     return RunLayout(
         dp=run.dp,
         tp=run.tp,
@@ -65,7 +67,8 @@ def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -
         num_micro_batches=_num_micro_batches(run),
         chunks=run.vpp or 1,
         layers=layers,
-        num_full=layers if full else (0,) * run.pp,
+        num_full=layers if memory_level == "full" else (0,) * run.pp,
+        selective=memory_level == "selective",
     )
 
 
@@ -80,10 +83,10 @@ def _zero(text: str, default: int | None) -> int:
     return default
 
 
-def _is_full(text: str) -> bool:
+def _level(text: str) -> str:
     if text not in CHECKPOINTS:
         raise Unsupported(f"activation checkpointing {text or '(blank)'!r} is not modelled")
-    return CHECKPOINTS[text]
+    return text
 
 
 def _num_micro_batches(run: Run) -> int:

@@ -1,14 +1,12 @@
 """From a run's architecture columns to a model: a Hugging Face configuration with two layers.
 
-Costs are affine in the number of layers, so one trace serves every depth; `Architecture.layers`
-puts the real number back.
+Costs are affine in the number of layers, so one trace serves every depth.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
-from mist.facts import LayerRun, ModelFacts
 from mist.trace import ConfigSource
 from mist.validate.runs import Run
 
@@ -28,10 +26,6 @@ class Architecture:
 
     config: ConfigSource
     layers: int
-
-    def deep(self, facts: ModelFacts) -> ModelFacts:
-        """The facts of the traced model, with all layers."""
-        return replace(facts, layers=(LayerRun(block=0, count=self.layers),))
 
 
 def architecture_of(run: Run, *, dropout: bool) -> Architecture:
@@ -128,4 +122,4 @@ def _is_tied(run: Run) -> bool:
     kv = h * (run.n_kv_heads or heads) // heads
     body = layers * (2 * h * h + 2 * h * kv + 3 * h * (run.ffn_hidden or 0))
     tables = (run.params_b * 1e9 - body) / (h * (run.vocab or 1))
-    return tables < 1.5
+    return round(tables) < 2

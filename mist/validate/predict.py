@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from mist.estimate import rank_columns, stage_columns
 from mist.platform import Cluster, Device, OpCosts, Runtime
+from mist.platform.runtime import Selective
 from mist.schedule import step_time
 from mist.spec import Precision
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
@@ -101,7 +102,11 @@ def _stages(
         micro_batch=column("micro_batch"),
         zero=column("zero"),
     )
-    terms = {name: value[run] for name, value in cost.terms(strategy).items()}
+    terms = cost.terms(strategy)
+    if machine.runtime.selective is not None:
+        selective = np.array([layout.selective for layout in layouts])
+        terms = _with_selective(terms, machine.runtime.selective, selective)
+    terms = {name: value[run] for name, value in terms.items()}
     stage = np.concatenate([np.arange(layout.num_stages) for layout in layouts])
     ranks = column("dp") * column("tp")
     position = stage_columns(
@@ -116,6 +121,26 @@ def _stages(
     layers = np.concatenate([layout.layers for layout in layouts])
     full = np.concatenate([layout.num_full for layout in layouts])
     return cost.stage({**terms, **position, "eager_0": layers - full, "full_0": full})
+
+
+def _with_selective(
+    terms: dict[str, Floats], meaning: Selective, selective: NDArray[np.bool_]
+) -> dict[str, Floats]:
+    """Terms in which a kept layer of some runs is recomputed in part.
+
+    Its times lie between those of a kept and of a recomputed layer, it keeps its share.
+    """
+    again = np.where(selective, meaning.recomputed_ratio.value, 0.0)
+    kept = np.where(selective, meaning.kept_ratio.value, 1.0)
+    saved = terms["term_0_saved_bytes"]
+    changed = {
+        name: value + again * (terms[name.replace("_eager_", "_full_")] - value)
+        for name, value in terms.items()
+        if name.startswith("term_0_eager_") and name.endswith("_s")
+    }
+    working = terms["term_0_eager_working_bytes"] + (1 - kept) * saved
+    sizes = {"term_0_saved_bytes": kept * saved, "term_0_eager_working_bytes": working}
+    return terms | changed | sizes
 
 
 def _padded(values: Floats, run: NDArray[np.int64], stages: NDArray[np.int64]) -> Floats:

@@ -1,11 +1,13 @@
-"""Which profiles and habits stand for a source and a GPU name: `profiles/validation/sources.yaml`."""
+"""What stands for a source, a GPU and an attention kernel: `profiles/validation/sources.yaml`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mist.platform.profiles import load_shipped
-from mist.platform.quantity import Record
+from mist.platform.quantity import Quantity, Record
+from mist.platform.runtime import Runtime
+from mist.spec import Attention
 
 MemoryKind = Literal["allocated", "reserved", "active"]
 
@@ -16,6 +18,35 @@ class Hardware(Record):
 
     device: str
     cluster: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKernel(Record):
+    """An attention kernel as rows name it: what is traced, and times over the traced kernels'."""
+
+    kernel: Attention
+    fused_norms: bool = False
+    attention_time_scale: float = 1.0
+    scores_time_scale: float = 1.0
+
+    def within(self, runtime: Runtime) -> Runtime:
+        """The runtime with this kernel."""
+        kernels = runtime.kernels
+        return replace(
+            runtime,
+            kernels=replace(
+                kernels,
+                fused_norms=kernels.fused_norms or self.fused_norms,
+                attention_time_scale=_scaled(
+                    kernels.attention_time_scale, self.attention_time_scale
+                ),
+                scores_time_scale=_scaled(kernels.scores_time_scale, self.scores_time_scale),
+            ),
+        )
+
+
+def _scaled(quantity: Quantity, factor: float) -> Quantity:
+    return replace(quantity, value=quantity.value * factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +70,7 @@ class Sources(Record):
 
     schema: Literal["mist.sources/1"]
     gpus: Mapping[str, Hardware]
+    attention: Mapping[str, AttentionKernel]
     sources: Mapping[str, Source]
 
 

@@ -1,0 +1,50 @@
+"""Constants fitted to whole training runs, kept apart from the profiles that they replace.
+
+Mirrors `profiles/calibrations/*.yaml`. A calibration is of one runtime on one device; its values
+are named by profile and field: "device.tensor_time_scale", "cluster.network.hop_s",
+"runtime.host.layer_launch_s".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from mist.platform.cluster import Cluster
+from mist.platform.device import Device
+from mist.platform.quantity import Quantity, Record
+from mist.platform.runtime import Runtime
+
+Profiles = tuple[Device, Cluster, Runtime]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration(Record):
+    """What whole runs of one runtime on one device say about constants of the profiles."""
+
+    schema: Literal["mist.calibration/1"]
+    runtime: str
+    device: str
+    values: Mapping[str, Quantity]
+
+    def __post_init__(self) -> None:
+        for path in self.values:
+            if path.split(".")[0] not in ("device", "cluster", "runtime"):
+                raise ValueError(f"{path} does not begin with device, cluster or runtime")
+
+    def applied(self, profiles: Profiles) -> Profiles:
+        """The profiles with these values. Raises KeyError for a field that they do not have."""
+        device, cluster, runtime = profiles
+        held: dict[str, Any] = {"device": device, "cluster": cluster, "runtime": runtime}
+        for path, quantity in self.values.items():
+            family, *fields = path.split(".")
+            held[family] = _with(held[family], fields, quantity)
+        return held["device"], held["cluster"], held["runtime"]
+
+
+def _with(record: Any, fields: list[str], quantity: Quantity) -> Any:  # noqa: ANN401 - any record
+    """A record with one of its quantities, deep inside, replaced."""
+    name, *rest = fields
+    if not hasattr(record, name):
+        raise KeyError(f"{type(record).__name__} has no {name}")
+    value = _with(getattr(record, name), rest, quantity) if rest else quantity
+    return replace(record, **{name: value})

@@ -1,0 +1,186 @@
+"""From runs to groups that are predicted together: one model, one machine each."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Final
+
+from mist.platform.calibration import Calibration
+from mist.platform.profiles import (
+    Loaded,
+    load_cluster,
+    load_device,
+    load_runtime,
+    load_shipped_folder,
+)
+from mist.platform.quantity import Quantity
+from mist.platform.runtime import Runtime
+from mist.spec import Precision
+from mist.trace import ConfigSource, Setting
+from mist.validate.layouts import RunLayout, layers_by_cost, layout_of
+from mist.validate.models import Unsupported, architecture_of
+from mist.validate.predict import Case, Machine
+from mist.validate.runs import Run
+from mist.validate.sources import AttentionKernel, Source, Sources
+
+PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "tf32": Precision.FP32}
+UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")
+# A compiled layer is launched in about half as many kernels.
+COMPILED_LAUNCH_RATIO: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What the runs of a group share; `content` tells configurations apart."""
+
+    content: str
+    config: ConfigSource = field(compare=False)
+    setting: Setting
+    attention: str
+    source: str
+    device: str
+    cluster: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A run of a group."""
+
+    run: Run
+    case: Case
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Runs that are predicted together; `profile_hash` tells their runtime apart in the cache."""
+
+    key: Key
+    machine: Machine
+    profile_hash: str
+    calibrated: bool
+    members: tuple[Member, ...]
+
+
+def grouped(
+    runs: Iterable[Run], sources: Sources, *, calibrated: bool
+) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """Groups, and why each run that is in none is not supported, by its name."""
+    members: dict[Key, list[Member]] = defaultdict(list)
+    reasons: dict[str, str] = {}
+    for run in runs:
+        try:
+            key, case = _case(run, sources)
+        except Unsupported as reason:
+            reasons[run.run_id] = str(reason)
+        else:
+            members[key].append(Member(run=run, case=case))
+    groups = tuple(
+        _group(key, tuple(found), sources, calibrated=calibrated) for key, found in members.items()
+    )
+    return groups, reasons
+
+
+def _case(run: Run, sources: Sources) -> tuple[Key, Case]:
+    source = sources.sources.get(run.source, UNLISTED)
+    hardware, attention = sources.gpus.get(run.gpu), sources.attention.get(run.attention_impl)
+    if hardware is None:
+        raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
+    if attention is None:
+        raise Unsupported(f"attention {run.attention_impl!r} is not known")
+    if run.precision not in PRECISIONS:
+        raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
+    if run.task not in ("", "pretrain", "sft"):
+        raise Unsupported(f"task {run.task} is not modelled")
+    runtime = _runtime(source.runtime).profile
+    architecture = architecture_of(run, dropout=source.dropout)
+    layout = _layout(run, source, runtime, architecture.layers)
+    key = Key(
+        content=architecture.config.content,
+        config=architecture.config,
+        setting=Setting(
+            precision=PRECISIONS[run.precision],
+            attention=attention.kernel,
+            fused_norms=runtime.kernels.fused_norms or attention.fused_norms,
+            compiled=run.compile == "yes",
+        ),
+        attention=run.attention_impl,
+        source=run.source,
+        device=hardware.device,
+        cluster=hardware.cluster,
+    )
+    num_gpus = run.n_gpus or layout.dp * layout.tp * layout.num_stages
+    assert run.seq_len is not None
+    return key, Case(layout=layout, seq_len=run.seq_len, num_gpus=num_gpus)
+
+
+def _layout(run: Run, source: Source, runtime: Runtime, num_layers: int) -> RunLayout:
+    layout = layout_of(run, num_layers=num_layers, zero=source.zero, checkpoint=source.checkpoint)
+    if layout.zero not in runtime.knobs.zero_levels:
+        raise Unsupported(f"runtime {runtime.name} has no ZeRO-{layout.zero}")
+    if layout.selective and runtime.selective is None:
+        raise Unsupported(f"selective checkpointing of runtime {runtime.name} is not known")
+    if runtime.knobs.layer_split != "by_cost" or layout.num_stages == 1:
+        return layout
+    h, ffn = run.hidden or 0, run.ffn_hidden or 0
+    layers = layers_by_cost(
+        num_layers,
+        layout.num_stages,
+        layer_cost=4 * h * h + 3 * h * ffn,
+        ends=(0.0, float(h * (run.vocab or 0))),
+    )
+    full = any(layout.num_full)
+    return replace(layout, layers=layers, num_full=layers if full else (0,) * len(layers))
+
+
+def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool) -> Group:
+    source = sources.sources.get(key.source, UNLISTED)
+    loaded = _runtime(source.runtime)
+    profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, loaded.profile)
+    calibration = _calibrations().get((source.runtime, key.device)) if calibrated else None
+    if calibration is not None and key.source in sources.sources:
+        profiles = calibration.applied(profiles)
+    else:
+        calibration = None
+    device, cluster, runtime = profiles
+    runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
+    words = (loaded.sha256, key.attention, str(calibration), str(key.setting.compiled))
+    return Group(
+        key=key,
+        machine=Machine(
+            device=device, cluster=cluster, runtime=runtime, precision=key.setting.precision
+        ),
+        profile_hash="\n".join(words),
+        calibrated=calibration is not None,
+        members=members,
+    )
+
+
+def _run_with(runtime: Runtime, attention: AttentionKernel, *, compiled: bool) -> Runtime:
+    """The runtime with a run's attention kernel; compiled graphs fuse all that can be."""
+    runtime = attention.within(runtime)
+    if not compiled:
+        return runtime
+    source = "the compiled graph is traced"
+    kernels = replace(
+        runtime.kernels,
+        memory_time_scale=replace(runtime.kernels.memory_time_scale, value=1.0, source=source),
+    )
+    launch = runtime.host.layer_launch_s
+    host = replace(runtime.host, layer_launch_s=_times(launch, COMPILED_LAUNCH_RATIO))
+    return replace(runtime, kernels=kernels, host=host)
+
+
+def _times(quantity: Quantity, factor: float) -> Quantity:
+    return replace(quantity, value=quantity.value * factor)
+
+
+@cache
+def _runtime(name: str) -> Loaded[Runtime]:
+    return load_runtime(name)
+
+
+@cache
+def _calibrations() -> Mapping[tuple[str, str], Calibration]:
+    found = load_shipped_folder("calibrations", Calibration)
+    return {(each.runtime, each.device): each for each in found}
