@@ -267,6 +267,36 @@ def trace(
 
 
 @app.command()
+def validate(
+    runs: Annotated[Path, typer.Argument(help="A CSV file of measured runs.")],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write a prediction for each run (.csv).")
+    ] = None,
+    uncalibrated: Annotated[
+        bool, typer.Option("--uncalibrated", help="Use no number fitted to run times.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict measured runs, and score the predictions for each source."""
+    from mist.files import write_text
+    from mist.report.validation import predictions_csv, print_scores, scores_json
+    from mist.workflow.validating import validate as judged
+
+    if out is not None and out.suffix != ".csv":
+        raise OutputError(f"--out {out}: predictions are written as .csv.")
+    with redirect_stdout(sys.stderr):
+        found = judged(runs, calibrated=not uncalibrated, progress=_progress)
+    if out is not None:
+        write_text(out, predictions_csv(found.rows))
+        _progress(f"wrote {out}")
+    if as_json:
+        _print_json(scores_json(found.scores))
+    else:
+        print_scores(found.scores, calibrated=not uncalibrated)
+
+
+@app.command()
 def profiles(
     action: Annotated[str, typer.Argument(help="list, or show NAME")] = "list",
     name: Annotated[str | None, typer.Argument(help="A profile to show.")] = None,

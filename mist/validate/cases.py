@@ -24,7 +24,7 @@ from mist.validate.predict import Case, Machine
 from mist.validate.runs import Run
 from mist.validate.sources import AttentionKernel, Source, Sources
 
-PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "tf32": Precision.FP32}
+PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16}
 UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")
 # A compiled layer is launched in about half as many kernels.
 COMPILED_LAUNCH_RATIO: Final = 0.5

@@ -2,45 +2,20 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Literal
 
 from mist.errors import MistError
 from mist.programs import model_programs
 from mist.symbolic.program import ModelPrograms
 from mist.validate.cases import Group, Member, grouped
 from mist.validate.predict import Prediction, predict
+from mist.validate.results import RunPrediction
 from mist.validate.runs import Run
-from mist.validate.sources import MemoryKind, Source, Sources
+from mist.validate.sources import Source, Sources
 
 GIB = 2.0**30
 NUM_PROCESSES = 2
 Progress = Callable[[str], None]
-Status = Literal["predicted", "unsupported", "error"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPrediction:
-    """What is predicted of a run; seconds and GiB are None unless `status` is predicted.
-
-    `peak_gib`: of the kind of memory that the source reports; `low`, `high`: what it lies between,
-    knobs of the runtime being unknown. `fits`: the reserved estimate against usable memory.
-    """
-
-    run: Run
-    status: Status
-    reason: str = ""
-    platform: str = ""
-    runtime: str = ""
-    memory_kind: MemoryKind = "reserved"
-    step_s: float | None = None
-    peak_gib: float | None = None
-    peak_low_gib: float | None = None
-    peak_high_gib: float | None = None
-    stage_gib: tuple[float, ...] = ()
-    fits: bool | None = None
-    calibrated: bool = False
 
 
 def predictions(

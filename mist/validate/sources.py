@@ -8,8 +8,7 @@ from mist.platform.profiles import load_shipped
 from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
 from mist.spec import Attention
-
-MemoryKind = Literal["allocated", "reserved", "active"]
+from mist.validate.results import MemoryKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,75 @@
+"""What validation finds: a prediction of each run, a score of each source. Plain numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mist.validate.runs import Run
+
+MemoryKind = Literal["allocated", "reserved", "active"]
+Status = Literal["predicted", "unsupported", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPrediction:
+    """What is predicted of a run; seconds and GiB are None unless `status` is predicted.
+
+    `peak_gib`: of the kind of memory that the source reports; `low`, `high`: what it lies between,
+    knobs of the runtime being unknown. `fits`: the reserved estimate against usable memory.
+    """
+
+    run: Run
+    status: Status
+    reason: str = ""
+    platform: str = ""
+    runtime: str = ""
+    memory_kind: MemoryKind = "reserved"
+    step_s: float | None = None
+    peak_gib: float | None = None
+    peak_low_gib: float | None = None
+    peak_high_gib: float | None = None
+    stage_gib: tuple[float, ...] = ()
+    fits: bool | None = None
+    calibrated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Relative errors of `count` predictions: median and 90th percentile of |e|, median of e."""
+
+    count: int
+    median: float
+    p90: float
+    signed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Over `count` groups: mean and median regret, mean regret of the best of three, mean tau."""
+
+    count: int
+    mean_regret: float
+    median_regret: float
+    top3_regret: float
+    tau: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One source. None where there is nothing to judge.
+
+    `constant`: errors of one share of peak for each device and precision; `naive`: the ranking by
+    FLOPs and pipeline bubble.
+    """
+
+    source: str
+    runs: int
+    predicted: int
+    time: Errors | None
+    memory: Errors | None
+    covered_ratio: float | None
+    precision: float | None
+    recall: float | None
+    kept_ratio: float | None
+    ranking: Ranking | None
+    constant: Errors | None
+    naive: Ranking | None
