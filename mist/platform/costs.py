@@ -34,24 +34,34 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpCosts:
-    """Prices operations of one precision on one device, cluster and runtime."""
+    """Prices operations of one precision on one device, cluster and runtime.
+
+    `fp8`: matrix products run in 8 bits, everything else in `precision`. Raises ValueError when the
+    device has no law for them.
+    """
 
     device: Device
     cluster: Cluster
     runtime: Runtime
     precision: Precision
+    fp8: bool = False
     _collectives: dict[Collective, CollectiveLaw] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.fp8 and self.device.gemm_fp8 is None:
+            raise ValueError(f"{self.device.name} has no law for products in fp8")
         laws = {word: CollectiveLaw.of(self.cluster, word) for word in Collective}
         object.__setattr__(self, "_collectives", laws)
 
     def gemm_s(self, batch: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> F64:
         """Time of `batch` products (m, k) x (k, n), in s."""
         law = self._law
+        size = self.precision.num_bytes
+        if self.fp8 and self.device.gemm_fp8 is not None:
+            law, size = self.device.gemm_fp8, 1
         batch, m, n, k = _floats(batch, m, n, k)
         flop = 2.0 * batch * m * n * k
-        num_bytes = self.precision.num_bytes * batch * (m * k + k * n + m * n)
+        num_bytes = size * batch * (m * k + k * n + m * n)
         compute = flop / (law.efficiency_ratio.value * law.peak_flop_per_s.value)
         memory = num_bytes / (law.bandwidth_scale.value * self.device.hbm_bytes_per_s.value)
         sharpness = law.exponent.value

@@ -104,6 +104,7 @@ class Device(Record):
     tensor_time_scale: Quantity
     bandwidth_ratio: BandwidthRatios
     gemm: Mapping[Precision, GemmLaw]
+    gemm_fp8: GemmLaw | None
     flash_attention: FlashAttention
 
     def __post_init__(self) -> None:

@@ -107,8 +107,11 @@ class MemoryPolicy(Record):
     reserved = allocated * (1 + `allocator_overhead_ratio`); a plan reserves at most
     (1 - `margin_ratio`) of the usable bytes. The framework's own buffers hold `fixed_bytes`, and
     `buffer_ratio` times the activation between layers (whole, not sharded).
+    `receives_all_ahead`: a pipeline stage allocates what it receives into for all micro-batches of
+    a step (torch), not for one.
     """
 
+    receives_all_ahead: bool
     fixed_bytes: Quantity
     buffer_ratio: Quantity
     allocator_overhead_ratio: Quantity
@@ -133,14 +136,14 @@ class Kernels(Record):
     memory-bound ones, of those on attention scores (mask, softmax, dropout of unfused attention)
     and of fused attention. `gathers_input_again`: the backward pass gathers the input of
     column-parallel matrices once more, which is then kept by shards (Megatron), instead of keeping
-    it whole (torch).
+    it whole (torch); null: a setting of each run, taken for kept where nobody says.
     """
 
     fused_norms: bool
     memory_time_scale: Quantity
     scores_time_scale: Quantity
     attention_time_scale: Quantity
-    gathers_input_again: bool
+    gathers_input_again: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

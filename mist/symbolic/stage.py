@@ -312,13 +312,15 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     """Peak bytes by part; the parts sum to the peak.
 
     Torch's PipelineStage allocates the receive buffers of every micro-batch, both ways, and keeps
-    the outputs of those in flight.
+    the outputs of those in flight; others receive into one buffer each way.
     """
     params = sympy.Add(*(count * _term(f"{x}_params") for x, _, count in rows))
     params -= sym.FIRST * sym.LAST * _term("tied_params")
     kept = sympy.Add(*(count * _term(_kept_name(x, level)) for x, level, count in rows))
-    received = sym.NUM_MICRO_BATCHES * ((1 - sym.FIRST) + (1 - sym.LAST))
-    sent = sym.IN_FLIGHT * (1 - sym.LAST)
+    ahead = runtime.memory.receives_all_ahead
+    received = (1 - sym.FIRST) + (1 - sym.LAST)
+    received *= sym.NUM_MICRO_BATCHES if ahead else 1
+    sent = sym.IN_FLIGHT * (1 - sym.LAST) if ahead else _NONE
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     parts = {

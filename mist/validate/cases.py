@@ -24,7 +24,7 @@ from mist.validate.predict import Case, Machine
 from mist.validate.runs import Run
 from mist.validate.sources import AttentionKernel, Source, Sources
 
-PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16}
+PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.BF16}
 UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")
 # A compiled layer is launched in about half as many kernels.
 COMPILED_LAUNCH_RATIO: Final = 0.5
@@ -41,6 +41,7 @@ class Key:
     source: str
     device: str
     cluster: str
+    fp8: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,8 @@ def _case(run: Run, sources: Sources) -> tuple[Key, Case]:
         raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
     if run.task not in ("", "pretrain", "sft"):
         raise Unsupported(f"task {run.task} is not modelled")
+    if run.precision == "fp8" and load_device(hardware.device).profile.gemm_fp8 is None:
+        raise Unsupported(f"GPU {run.gpu} has no law for fp8")
     runtime = _runtime(source.runtime).profile
     architecture = architecture_of(run, dropout=source.dropout)
     layout = _layout(run, source, runtime, architecture.layers)
@@ -108,6 +111,7 @@ def _case(run: Run, sources: Sources) -> tuple[Key, Case]:
         source=run.source,
         device=hardware.device,
         cluster=hardware.cluster,
+        fp8=run.precision == "fp8",
     )
     num_gpus = run.n_gpus or layout.dp * layout.tp * layout.num_stages
     assert run.seq_len is not None
@@ -148,7 +152,11 @@ def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrate
     return Group(
         key=key,
         machine=Machine(
-            device=device, cluster=cluster, runtime=runtime, precision=key.setting.precision
+            device=device,
+            cluster=cluster,
+            runtime=runtime,
+            precision=key.setting.precision,
+            fp8=key.fp8,
         ),
         profile_hash="\n".join(words),
         calibrated=calibration is not None,

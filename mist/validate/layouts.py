@@ -118,6 +118,6 @@ def layers_by_cost(
     for _ in range(num_layers):
         counts[stage] += 1
         spent += layer_cost
-        if spent > total * (stage + 1) / num_stages and stage < num_stages - 1:
+        if spent >= total * (stage + 1) / num_stages and stage < num_stages - 1:
             stage += 1
     return tuple(counts)

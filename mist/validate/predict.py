@@ -25,6 +25,7 @@ class Machine:
     cluster: Cluster
     runtime: Runtime
     precision: Precision
+    fp8: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,7 @@ def predict(
             cluster=machine.cluster,
             runtime=machine.runtime,
             precision=machine.precision,
+            fp8=machine.fp8,
         ),
     )
     stages = np.array([case.layout.num_stages for case in cases])

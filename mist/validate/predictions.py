@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 from mist.errors import MistError
@@ -16,6 +17,7 @@ from mist.validate.sources import Source, Sources
 GIB = 2.0**30
 NUM_PROCESSES = 2
 Progress = Callable[[str], None]
+Programs = tuple[ModelPrograms, ...]
 
 
 def predictions(
@@ -39,7 +41,7 @@ def predictions(
 
 def _programs(
     groups: Sequence[Group], progress: Progress
-) -> Iterable[tuple[Group, ModelPrograms | str]]:
+) -> Iterable[tuple[Group, Programs | str]]:
     """The compiled costs of every group, or why there are none; traced side by side."""
     context = get_context("spawn")
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
@@ -49,16 +51,17 @@ def _programs(
             yield group, result
 
 
-def _compiled(group: Group) -> ModelPrograms | str:
-    """In a process of its own."""
-    key = group.key
+def _compiled(group: Group) -> Programs | str:
+    """In a process of its own: the costs, and those with an unknown setting the other way."""
+    key, runtime = group.key, group.machine.runtime
+    variants = {group.profile_hash: runtime}
+    if runtime.kernels.gathers_input_again is None:
+        kernels = replace(runtime.kernels, gathers_input_again=True)
+        variants[f"{group.profile_hash}\ngathered again"] = replace(runtime, kernels=kernels)
     try:
-        return model_programs(
-            key.config,
-            key.setting,
-            group.machine.runtime,
-            group.profile_hash,
-            lambda message: None,
+        return tuple(
+            model_programs(key.config, key.setting, each, profile_hash, lambda message: None)
+            for profile_hash, each in variants.items()
         )
     except MistError as error:
         return str(error)
@@ -68,18 +71,27 @@ def _failed(member: Member, reason: str) -> RunPrediction:
     return RunPrediction(run=member.run, status="error", reason=reason)
 
 
-def _predicted(group: Group, programs: ModelPrograms, sources: Sources) -> list[RunPrediction]:
-    made = predict(programs, group.machine, [member.case for member in group.members])
+def _predicted(group: Group, programs: Programs, sources: Sources) -> list[RunPrediction]:
+    cases = [member.case for member in group.members]
+    variants = [predict(each, group.machine, cases) for each in programs]
     source = sources.sources.get(group.key.source)
     return [
-        _row(group, member, each, source) for member, each in zip(group.members, made, strict=True)
+        _row(group, member, made, source)
+        for member, made in zip(group.members, zip(*variants, strict=True), strict=True)
     ]
 
 
-def _row(group: Group, member: Member, made: Prediction, source: Source | None) -> RunPrediction:
+def _row(
+    group: Group, member: Member, variants: Sequence[Prediction], source: Source | None
+) -> RunPrediction:
+    """A run's row: the first variant is the estimate, the others widen its interval."""
+    made = variants[0]
     machine, kind = group.machine, source.memory if source else "reserved"
     usable = machine.device.memory_bytes.value - machine.device.context_bytes.value
-    peak = (made.reserved_bytes if kind == "reserved" else made.allocated_bytes) / GIB
+    peaks = [
+        (each.reserved_bytes if kind == "reserved" else each.allocated_bytes) / GIB
+        for each in variants
+    ]
     spread = machine.runtime.uncertainty.memory_ratio.value
     return RunPrediction(
         run=member.run,
@@ -88,10 +100,11 @@ def _row(group: Group, member: Member, made: Prediction, source: Source | None) 
         runtime=machine.runtime.name,
         memory_kind=kind,
         step_s=made.step_s,
-        peak_gib=peak,
-        peak_low_gib=peak * (1 - spread),
-        peak_high_gib=peak * (1 + spread),
+        peak_gib=peaks[0],
+        peak_low_gib=min(peaks) * (1 - spread),
+        peak_high_gib=max(peaks) * (1 + spread),
         stage_gib=tuple(size / GIB for size in made.stage_bytes),
+        usable_gib=usable / GIB,
         fits=made.reserved_bytes <= usable,
         calibrated=group.calibrated,
     )

@@ -29,6 +29,7 @@ class RunPrediction:
     peak_high_gib: float | None = None
     stage_gib: tuple[float, ...] = ()
     fits: bool | None = None
+    usable_gib: float | None = None
     calibrated: bool = False
 
 

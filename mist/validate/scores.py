@@ -1,9 +1,10 @@
 """How good predictions are: errors, feasibility, and the regret of choosing by them.
 
 Errors and rankings are over runs that succeeded, of tiers A and B, that are predicted; times over
-those that did not stall (see `is_regular`); feasibility also over those that ran out of memory. Regret of a ranking group: the measured time of the run that
-is predicted to be the fastest, over that of the fastest, less 1; runs predicted alike (to 1e-9)
-count by their mean. Kendall's tau is tau-b.
+those that did not stall (see `is_regular`); feasibility also over those that ran out of memory.
+Regret of a ranking group: the measured time of the run that is predicted to be the fastest, over
+that of the fastest, less 1; runs predicted alike (to 1e-9) count by their mean. Kendall's tau is
+tau-b.
 """
 
 from collections import defaultdict
@@ -17,7 +18,7 @@ from mist.validate.results import Errors, Ranking, RunPrediction, Score
 
 MIN_GROUP = 4
 MIN_MFU = 5.0  # %; below, runs wait for something that no layout explains
-MAX_PEAK_GIB = 70.0  # published runs above it on 80 GiB cards crawl from allocator retries
+MAX_PEAK_RATIO = 0.9  # of usable memory; above, published runs crawl from allocator retries
 TIERS = ("A", "B")
 
 
@@ -55,7 +56,8 @@ def _score(source: str, rows: Sequence[RunPrediction], constant: Times) -> Score
 def is_regular(row: RunPrediction) -> bool:
     """Whether a run is known neither to stall nor to fight for memory: no time is judged else."""
     stalls = row.run.mfu is not None and row.run.mfu < MIN_MFU
-    full = row.run.peak_memory_gib is not None and row.run.peak_memory_gib >= MAX_PEAK_GIB
+    peak, usable = row.run.peak_memory_gib, row.usable_gib
+    full = peak is not None and usable is not None and peak > MAX_PEAK_RATIO * usable
     return not stalls and not full
 
 

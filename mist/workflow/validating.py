@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mist.validate.predictions import RunPrediction, predictions
+from mist.validate.predictions import predictions
+from mist.validate.results import RunPrediction, Score
 from mist.validate.runs import read_runs
-from mist.validate.scores import Score, scored
+from mist.validate.scores import scored
 from mist.validate.sources import load_sources
 
 

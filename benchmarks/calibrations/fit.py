@@ -1,0 +1,240 @@
+"""Fits profiles/calibrations to measured runs: `python benchmarks/calibrations/fit.py RUNS.csv`.
+
+For developers. Each row of `FITS` names the constants of one runtime on one device and the source
+they are fitted to: few, physical, between bounds. The sum of soft-L1 losses of log(predicted /
+measured) is minimised by damped Gauss-Newton steps in the logarithms of the constants.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from mist.graph import ModelGraph
+from mist.platform.calibration import Calibration
+from mist.platform.quantity import Kind, Quantity
+from mist.symbolic.compile import compile_model
+from mist.symbolic.program import ModelPrograms
+from mist.trace import load_graph
+from mist.validate.cases import Group, Key, grouped
+from mist.validate.predict import predict
+from mist.validate.runs import Run, read_runs
+from mist.validate.sources import load_sources
+
+FOLDER = Path(__file__).parents[2] / "profiles/calibrations"
+SOFTNESS = 0.05  # errors well above 5 % count linearly
+STEP = 0.05
+Constants = Mapping[str, tuple[float, float, float]]  # start, least, most
+
+SPEED: Constants = {"device.tensor_time_scale": (1.1, 0.7, 1.8)}
+KERNELS: Constants = {
+    "runtime.kernels.memory_time_scale": (0.8, 0.2, 3.0),
+    "runtime.kernels.attention_time_scale": (1.0, 0.5, 2.5),
+}
+HOST: Constants = {
+    "runtime.host.layer_launch_s": (1.5e-3, 7.5e-4, 4e-3),
+    "runtime.host.micro_batch_launch_s": (1e-3, 1e-5, 5e-3),
+}
+NANOTRON: Constants = {
+    "runtime.kernels.memory_time_scale": (0.7, 0.2, 3.0),
+    "runtime.host.layer_launch_s": (1.5e-3, 7.5e-4, 4e-3),
+    "runtime.host.tensor_parallel_launch_s": (3e-3, 1e-4, 1e-2),
+    "runtime.host.pipeline_launch_s": (1e-3, 1e-5, 1e-2),
+    "runtime.host.step_s": (0.05, 1e-3, 0.3),
+    "runtime.overlap.tensor_parallel_time_scale": (0.8, 0.3, 2.0),
+    "runtime.overlap.gradient_all_reduce_ratio": (0.7, 0.05, 1.0),
+    "runtime.overlap.layers_per_collective": (3.0, 1.0, 32.0),
+    "cluster.network.efficiency_ratio": (0.4, 0.1, 1.0),
+    "cluster.network.hop_s": (6e-5, 5e-6, 2e-4),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Constants of one runtime on one device, and the runs that say them."""
+
+    runtime: str
+    device: str
+    sources: tuple[str, ...]
+    constants: Constants
+
+
+FITS = (
+    Fit(runtime="nanotron", device="h100-sxm", sources=("hf-playbook-sweep",),
+        constants=SPEED | NANOTRON),
+    Fit(runtime="aleph", device="a100-sxm-80", sources=("hagemann23",),
+        constants=SPEED | KERNELS | {
+            "runtime.kernels.scores_time_scale": (1.0, 0.3, 3.0),
+            "runtime.overlap.tensor_parallel_time_scale": (1.0, 0.3, 3.0)}),
+    Fit(runtime="megatron-deepspeed", device="a100-sxm-80", sources=("vtrain-single",),
+        constants=SPEED | HOST),
+    Fit(runtime="fsdp1", device="a100-sxm-80", sources=("llm-foundry",), constants=SPEED | KERNELS),
+    Fit(runtime="fsdp1", device="h100-sxm", sources=("llm-foundry",), constants=SPEED | KERNELS),
+    Fit(runtime="torchtitan", device="a100-sxm-80", sources=("torchtitan",), constants=SPEED),
+    Fit(runtime="torchtitan", device="h100-sxm-500w-hbm2e", sources=("torchtitan",),
+        constants=SPEED),
+    Fit(runtime="torchtune", device="a100-sxm-80", sources=("torchtune",), constants=SPEED),
+    Fit(runtime="megatron", device="a100-sxm-80", sources=("sc21-megatron",), constants=SPEED),
+    Fit(runtime="mist-fp16", device="l4", sources=("mist-l4",), constants=SPEED),
+)  # fmt: skip
+
+
+class Judge:
+    """Log errors of a fit's runs at given constants."""
+
+    def __init__(self, fit: Fit, runs: Sequence[Run]) -> None:
+        groups, _ = grouped(runs, load_sources(), calibrated=False)
+        self.fit = fit
+        self.groups = [g for g in groups if g.key.device == fit.device]
+        self._graphs: dict[Key, ModelGraph] = {}
+        self._programs: dict[object, ModelPrograms] = {}
+
+    def errors(self, values: Mapping[str, float]) -> NDArray[np.float64]:
+        """log(predicted / measured) of every run."""
+        return np.concatenate([self._of(group, values) for group in self.groups])
+
+    def _of(self, group: Group, values: Mapping[str, float]) -> NDArray[np.float64]:
+        machine = group.machine
+        held = (machine.device, machine.cluster, machine.runtime)
+        profiles = calibration(self.fit, values, "").applied(held)
+        device, cluster, runtime = profiles
+        if group.key.setting.compiled or group.key.attention:  # a run's own kernels scale the rest
+            kernels = _rescaled(group, values)
+            runtime = replace(runtime, kernels=replace(runtime.kernels, **kernels))
+        made = predict(
+            self._compiled(group, runtime),
+            replace(machine, device=device, cluster=cluster, runtime=runtime),
+            [member.case for member in group.members],
+        )
+        real = [member.run.step_time_s for member in group.members]
+        return np.log([each.step_s / r for each, r in zip(made, real, strict=True) if r])
+
+    def _compiled(self, group: Group, runtime: object) -> ModelPrograms:
+        key = (group.key, runtime)
+        text = str(key)
+        if text not in self._programs:
+            if len(self._programs) > 64:
+                self._programs.clear()
+            self._programs[text] = compile_model(
+                self._graph(group.key), runtime, group.key.setting.precision
+            )
+        return self._programs[text]
+
+    def _graph(self, key: Key) -> ModelGraph:
+        if key not in self._graphs:
+            self._graphs[key] = load_graph(key.config, key.setting, progress=lambda message: None)
+        return self._graphs[key]
+
+
+def _rescaled(group: Group, values: Mapping[str, float]) -> dict[str, Quantity]:
+    """Scales of kernels: the constant times what the run's own kernel is of the traced one."""
+    attention = load_sources().attention[group.key.attention]
+    found: dict[str, Quantity] = {}
+    scale = values.get("runtime.kernels.attention_time_scale")
+    if scale is not None:
+        found["attention_time_scale"] = _quantity(scale * attention.attention_time_scale, "")
+    scale = values.get("runtime.kernels.scores_time_scale")
+    if scale is not None:
+        found["scores_time_scale"] = _quantity(scale * attention.scores_time_scale, "")
+    if group.key.setting.compiled:
+        found["memory_time_scale"] = _quantity(1.0, "")
+    return found
+
+
+def _quantity(value: float, source: str) -> Quantity:
+    return Quantity(
+        value=float(f"{value:.4g}"), source=source or "being fitted", kind=Kind.CALIBRATED
+    )
+
+
+def calibration(fit: Fit, values: Mapping[str, float], source: str) -> Calibration:
+    """The constants as a calibration."""
+    return Calibration(
+        schema="mist.calibration/1",
+        runtime=fit.runtime,
+        device=fit.device,
+        values={name: _quantity(value, source) for name, value in values.items()},
+    )
+
+
+def loss(errors: NDArray[np.float64]) -> float:
+    return float(np.sum(np.sqrt(1 + (errors / SOFTNESS) ** 2) - 1))
+
+
+def fitted(judge: Judge) -> tuple[dict[str, float], NDArray[np.float64]]:
+    """The constants that fit best, and the errors that they leave."""
+    constants = judge.fit.constants
+    names = list(constants)
+    at = np.log([constants[name][0] for name in names])
+    low, high = (np.log([constants[name][i] for name in names]) for i in (1, 2))
+
+    def errors(point: NDArray[np.float64]) -> NDArray[np.float64]:
+        return judge.errors(dict(zip(names, np.exp(point), strict=True)))
+
+    left, damping = errors(at), 1e-2
+    for _ in range(12):
+        slopes = np.array([(errors(at + STEP * unit) - left) / STEP for unit in np.eye(len(at))]).T
+        weights = 1 / np.sqrt(1 + (left / SOFTNESS) ** 2)
+        normal, pull = (slopes.T * weights) @ slopes, (slopes.T * weights) @ left
+        for _ in range(6):
+            scaled = normal + damping * np.diag(np.diag(normal) + 1e-6)
+            move = np.clip(np.linalg.solve(scaled, -pull), -0.7, 0.7)
+            tried = np.clip(at + move, low, high)
+            after = errors(tried)
+            if loss(after) < loss(left) * (1 - 1e-4):
+                at, left, damping = tried, after, damping / 3
+                break
+            damping *= 4
+        else:
+            break
+    return dict(zip(names, np.exp(at), strict=True)), left
+
+
+def regular(run: Run) -> bool:
+    """Whether a run's time is fitted to: it ran, without stalling or fighting for memory."""
+    stalls = run.mfu is not None and run.mfu < 5
+    full = run.source == "hf-playbook-sweep" and (run.peak_memory_gib or 0) >= 70
+    ran = run.outcome == "ok" and run.step_time_s is not None and run.tier in ("A", "B")
+    return ran and not stalls and not full
+
+
+def main(path: Path, wanted: Sequence[str]) -> None:
+    runs = [run for run in read_runs(path) if regular(run)]
+    for fit in FITS:
+        if wanted and fit.runtime not in wanted:
+            continue
+        judge = Judge(fit, [run for run in runs if run.source in fit.sources])
+        values, errors = fitted(judge)
+        off = np.abs(np.expm1(errors))
+        quality = f"{100 * np.median(off):.1f} / {100 * np.percentile(off, 90):.1f}"
+        source = (
+            f"fitted to {len(errors)} runs of {', '.join(fit.sources)} "
+            f"({len(values)} constants; error median / p90 {quality} %)"
+        )
+        write(fit, calibration(fit, values, source))
+        print(fit.runtime, fit.device, source, flush=True)
+        print("   ", {name: float(f"{value:.4g}") for name, value in values.items()}, flush=True)
+
+
+def write(fit: Fit, found: Calibration) -> None:
+    data = {
+        "schema": found.schema,
+        "runtime": found.runtime,
+        "device": found.device,
+        "values": {
+            name: {"value": each.value, "source": each.source, "kind": each.kind.value}
+            for name, each in found.values.items()
+        },
+    }
+    text = "# Written by benchmarks/calibrations/fit.py.\n" + yaml.safe_dump(
+        data, sort_keys=False, width=1000
+    )
+    (FOLDER / f"{fit.runtime}-{fit.device}.yaml").write_text(text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
