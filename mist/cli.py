@@ -273,6 +273,9 @@ def validate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write a prediction for each run (.csv).")
     ] = None,
+    stages: Annotated[
+        Path | None, typer.Option("--stages", help="Layers of unequal pipeline stages (.csv).")
+    ] = None,
     uncalibrated: Annotated[
         bool, typer.Option("--uncalibrated", help="Use no number fitted to run times.")
     ] = False,
@@ -286,7 +289,7 @@ def validate(
     if out is not None and out.suffix != ".csv":
         raise OutputError(f"--out {out}: predictions are written as .csv.")
     with redirect_stdout(sys.stderr):
-        found = judged(runs, calibrated=not uncalibrated, progress=_progress)
+        found = judged(runs, stages, calibrated=not uncalibrated, progress=_progress)
     if out is not None:
         write_text(out, predictions_csv(found.rows))
         _progress(f"wrote {out}")

@@ -271,7 +271,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "unknown runtime",
         ("plan", "{models}/tiny.py", *SMALL, "--runtime", "troch"),
-        "--runtime troch: no runtime of that name. Did you mean torch?",
+        "--runtime troch: no runtime of that name. Did you mean torch or torchtune or torchtitan?",
     ),
     (
         "no GPUs",

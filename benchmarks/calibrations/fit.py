@@ -136,10 +136,10 @@ def _rescaled(group: Group, values: Mapping[str, float]) -> dict[str, Quantity]:
     found: dict[str, Quantity] = {}
     scale = values.get("runtime.kernels.attention_time_scale")
     if scale is not None:
-        found["attention_time_scale"] = _quantity(scale * attention.attention_time_scale, "")
+        found["attention_time_scale"] = _quantity(scale * attention.attention_time_scale.value, "")
     scale = values.get("runtime.kernels.scores_time_scale")
     if scale is not None:
-        found["scores_time_scale"] = _quantity(scale * attention.scores_time_scale, "")
+        found["scores_time_scale"] = _quantity(scale * attention.scores_time_scale.value, "")
     if group.key.setting.compiled:
         found["memory_time_scale"] = _quantity(1.0, "")
     return found

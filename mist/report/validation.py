@@ -59,10 +59,12 @@ def print_scores(scores: Sequence[Score], *, calibrated: bool) -> None:
     judged = [score for score in scores if score.predicted]
     show(
         "Errors in %: median / 90th percentile (signed median), runs of tiers A and B",
-        ("source", "runs", "predicted", "step time", "peak memory", "in interval", "constant rate"),
+        ("source", "runs", "predicted", "step time", "peak memory", "of stages", "in interval",
+         "constant rate"),
         [
             (score.source, str(score.runs), str(score.predicted), _errors(score.time),
-             _errors(score.memory), _percent(score.covered_ratio), _errors(score.constant))
+             _errors(score.memory), _errors(score.stage_memory),
+             _percent(score.covered_ratio), _errors(score.constant))
             for score in judged
         ],
     )  # fmt: skip

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Final
 
 from mist.platform.calibration import Calibration
@@ -21,10 +22,11 @@ from mist.trace import ConfigSource, Setting
 from mist.validate.layouts import RunLayout, layers_by_cost, layout_of
 from mist.validate.models import Unsupported, architecture_of
 from mist.validate.predict import Case, Machine
-from mist.validate.runs import Run
-from mist.validate.sources import AttentionKernel, Source, Sources
+from mist.validate.runs import Run, StageRun, Stages
+from mist.validate.sources import AttentionKernel, Hardware, Source, Sources
 
 PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.BF16}
+TASKS: Final = ("", "pretrain", "sft")
 UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")
 # A compiled layer is launched in about half as many kernels.
 COMPILED_LAUNCH_RATIO: Final = 0.5
@@ -64,14 +66,21 @@ class Group:
 
 
 def grouped(
-    runs: Iterable[Run], sources: Sources, *, calibrated: bool
+    runs: Iterable[Run],
+    sources: Sources,
+    *,
+    calibrated: bool,
+    stages: Stages = MappingProxyType({}),
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """Groups, and why each run that is in none is not supported, by its name."""
+    """Groups, and why each run that is in none is not supported, by its name.
+
+    `stages`: layers of the stages of runs whose stages are unequal.
+    """
     members: dict[Key, list[Member]] = defaultdict(list)
     reasons: dict[str, str] = {}
     for run in runs:
         try:
-            key, case = _case(run, sources)
+            key, case = _case(run, sources, stages.get(run.run_id, ()))
         except Unsupported as reason:
             reasons[run.run_id] = str(reason)
         else:
@@ -82,22 +91,12 @@ def grouped(
     return groups, reasons
 
 
-def _case(run: Run, sources: Sources) -> tuple[Key, Case]:
+def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key, Case]:
     source = sources.sources.get(run.source, UNLISTED)
-    hardware, attention = sources.gpus.get(run.gpu), sources.attention.get(run.attention_impl)
-    if hardware is None:
-        raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
-    if attention is None:
-        raise Unsupported(f"attention {run.attention_impl!r} is not known")
-    if run.precision not in PRECISIONS:
-        raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
-    if run.task not in ("", "pretrain", "sft"):
-        raise Unsupported(f"task {run.task} is not modelled")
-    if run.precision == "fp8" and load_device(hardware.device).profile.gemm_fp8 is None:
-        raise Unsupported(f"GPU {run.gpu} has no law for fp8")
+    hardware, attention = _known(run, sources)
     runtime = _runtime(source.runtime).profile
     architecture = architecture_of(run, dropout=source.dropout)
-    layout = _layout(run, source, runtime, architecture.layers)
+    layout = _layout(run, source, runtime, architecture.layers, stages)
     key = Key(
         content=architecture.config.content,
         config=architecture.config,
@@ -118,12 +117,37 @@ def _case(run: Run, sources: Sources) -> tuple[Key, Case]:
     return key, Case(layout=layout, seq_len=run.seq_len, num_gpus=num_gpus)
 
 
-def _layout(run: Run, source: Source, runtime: Runtime, num_layers: int) -> RunLayout:
-    layout = layout_of(run, num_layers=num_layers, zero=source.zero, checkpoint=source.checkpoint)
+def _known(run: Run, sources: Sources) -> tuple[Hardware, AttentionKernel]:
+    """What stands for a run's GPU and attention. Raises Unsupported, also for what it trains in."""
+    hardware, attention = sources.gpus.get(run.gpu), sources.attention.get(run.attention_impl)
+    if hardware is None:
+        raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
+    if attention is None:
+        raise Unsupported(f"attention {run.attention_impl!r} is not known")
+    if run.precision not in PRECISIONS:
+        raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
+    if run.task not in TASKS:
+        raise Unsupported(f"task {run.task} is not modelled")
+    if run.precision == "fp8" and load_device(hardware.device).profile.gemm_fp8 is None:
+        raise Unsupported(f"GPU {run.gpu} has no law for fp8")
+    return hardware, attention
+
+
+def _layout(
+    run: Run,
+    source: Source,
+    runtime: Runtime,
+    num_layers: int,
+    stages: tuple[StageRun, ...],
+) -> RunLayout:
+    given = replace(run, activation_ckpt="none") if stages else run
+    layout = layout_of(given, num_layers=num_layers, zero=source.zero, checkpoint=source.checkpoint)
     if layout.zero not in runtime.knobs.zero_levels:
         raise Unsupported(f"runtime {runtime.name} has no ZeRO-{layout.zero}")
     if layout.selective and runtime.selective is None:
         raise Unsupported(f"selective checkpointing of runtime {runtime.name} is not known")
+    if stages:
+        return _of_stages(layout, num_layers, stages)
     if runtime.knobs.layer_split != "by_cost" or layout.num_stages == 1:
         return layout
     h, ffn = run.hidden or 0, run.ffn_hidden or 0
@@ -135,6 +159,17 @@ def _layout(run: Run, source: Source, runtime: Runtime, num_layers: int) -> RunL
     )
     full = any(layout.num_full)
     return replace(layout, layers=layers, num_full=layers if full else (0,) * len(layers))
+
+
+def _of_stages(layout: RunLayout, num_layers: int, stages: tuple[StageRun, ...]) -> RunLayout:
+    layers = tuple(stage.layers for stage in stages)
+    if len(layers) != layout.num_stages or sum(layers) != num_layers:
+        raise Unsupported(
+            f"stages of {' + '.join(map(str, layers))} layers are not the {num_layers} layers on "
+            f"{layout.num_stages} stages"
+        )
+    full = tuple(stage.checkpointed_layers for stage in stages)
+    return replace(layout, layers=layers, num_full=full)
 
 
 def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool) -> Group:

@@ -48,14 +48,8 @@ def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -
 
     Raises Unsupported, naming what is missing or cannot be predicted.
     """
-    names = ("dp", "tp", "pp", "micro_batch")
-    if absent := [name for name in names if getattr(run, name) is None]:
-        raise Unsupported(f"{', '.join(absent)} not given")
+    _check(run)
     assert run.dp and run.tp and run.pp and run.micro_batch
-    if (run.cp or 1) > 1:
-        raise Unsupported("context parallelism is not modelled")
-    if (run.ep or 1) > 1:
-        raise Unsupported("expert parallelism is not modelled")
     level = _zero(run.zero_or_fsdp, zero)
     layers = even_layers(num_layers, run.pp)
     memory_level = _level(run.activation_ckpt or checkpoint)
@@ -70,6 +64,15 @@ def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -
         num_full=layers if memory_level == "full" else (0,) * run.pp,
         selective=memory_level == "selective",
     )
+
+
+def _check(run: Run) -> None:
+    names = ("dp", "tp", "pp", "micro_batch")
+    if absent := [name for name in names if not getattr(run, name)]:
+        raise Unsupported(f"{', '.join(absent)} not given")
+    for name, words in (("cp", "context"), ("ep", "expert")):
+        if (getattr(run, name) or 1) > 1:
+            raise Unsupported(f"{words} parallelism is not modelled")
 
 
 def _zero(text: str, default: int | None) -> int:

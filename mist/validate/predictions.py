@@ -11,7 +11,7 @@ from mist.symbolic.program import ModelPrograms
 from mist.validate.cases import Group, Member, grouped
 from mist.validate.predict import Prediction, predict
 from mist.validate.results import RunPrediction
-from mist.validate.runs import Run
+from mist.validate.runs import Run, Stages
 from mist.validate.sources import Source, Sources
 
 GIB = 2.0**30
@@ -21,10 +21,15 @@ Programs = tuple[ModelPrograms, ...]
 
 
 def predictions(
-    runs: Sequence[Run], sources: Sources, *, calibrated: bool, progress: Progress
+    runs: Sequence[Run],
+    sources: Sources,
+    *,
+    stages: Stages,
+    calibrated: bool,
+    progress: Progress,
 ) -> tuple[RunPrediction, ...]:
     """One prediction for each run, in their order."""
-    groups, reasons = grouped(runs, sources, calibrated=calibrated)
+    groups, reasons = grouped(runs, sources, calibrated=calibrated, stages=stages)
     found = {
         run.run_id: RunPrediction(run=run, status="unsupported", reason=reasons[run.run_id])
         for run in runs

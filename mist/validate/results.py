@@ -67,6 +67,7 @@ class Score:
     predicted: int
     time: Errors | None
     memory: Errors | None
+    stage_memory: Errors | None
     covered_ratio: float | None
     precision: float | None
     recall: float | None

@@ -1,10 +1,11 @@
 """Measured runs from a CSV file: one configuration a row, with what was measured of it."""
 
 import csv
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, cast, get_args
 
 from mist.errors import InputError
 
@@ -54,42 +55,74 @@ class Run:
     peak_memory_gib: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRun:
+    """One pipeline stage of a run with unequal stages, and its measured peak (MB of 2^20 bytes)."""
+
+    run_id: str
+    stage: int
+    layers: int
+    checkpointed_layers: int
+    peak_allocated_mb: float | None = None
+
+
+Stages = Mapping[str, tuple[StageRun, ...]]
+Row = TypeVar("Row", Run, StageRun)
+
+
 def read_runs(path: Path) -> tuple[Run, ...]:
     """The rows of a file.
 
     Raises InputError when it cannot be read, lacks run_id or source, names a run twice, or has a
     number that is none.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            absent = {"run_id", "source"}.difference(rows.fieldnames or ())
-            if absent:
-                raise InputError(f"{path} has no column {' or '.join(sorted(absent))}.")
-            runs = tuple(_run(path, number, row) for number, row in enumerate(rows, start=2))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    twice = sorted(_repeated(run.run_id for run in runs))
-    if twice:
+    runs = _read(path, Run)
+    if twice := sorted(_repeated(run.run_id for run in runs)):
         raise InputError(f"{path} has run {twice[0]} twice.")
     return runs
 
 
-def _repeated(names: Iterator[str]) -> set[str]:
-    known: set[str] = set()
-    return {name for name in names if name in known or known.add(name)}  # type: ignore[func-returns-value]
+def read_stages(path: Path) -> Stages:
+    """The stages of each run of a file, first first. Raises InputError as `read_runs`."""
+    found: dict[str, list[StageRun]] = defaultdict(list)
+    for row in _read(path, StageRun):
+        found[row.run_id].append(row)
+    stages = {name: tuple(sorted(rows, key=lambda r: r.stage)) for name, rows in found.items()}
+    for name, rows in stages.items():
+        if [row.stage for row in rows] != list(range(len(rows))):
+            raise InputError(f"{path}: the stages of run {name} are not 0, 1, 2, ...")
+    return stages
 
 
-def _run(path: Path, line: int, row: dict[str, str]) -> Run:
+def _read(path: Path, shape: type[Row]) -> tuple[Row, ...]:
+    needed = [f.name for f in fields(shape) if f.default is MISSING]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            absent = [name for name in needed if name not in (rows.fieldnames or ())]
+            if absent:
+                raise InputError(f"{path} has no column {' or '.join(absent)}.")
+            return tuple(_row(path, line, row, shape) for line, row in enumerate(rows, start=2))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def _row(path: Path, line: int, row: dict[str, str], shape: type[Row]) -> Row:
     values: dict[str, object] = {}
-    for item in fields(Run):
+    for item in fields(shape):
         text = (row.get(item.name) or "").strip()
         if item.type is str:
             values[item.name] = text
             continue
-        kind = get_args(item.type)[0]
+        kind = cast(type, item.type if item.default is MISSING else get_args(item.type)[0])
         try:
-            values[item.name] = kind(float(text)) if text else None
+            values[item.name] = kind(float(text)) if text else item.default
         except ValueError:
             raise InputError(f"{path}, line {line}: {item.name} {text!r} is no number.") from None
-    return Run(**values)  # type: ignore[arg-type]
+        if values[item.name] is MISSING:
+            raise InputError(f"{path}, line {line}: {item.name} is blank.")
+    return shape(**values)  # type: ignore[arg-type]

@@ -8,30 +8,34 @@ tau-b.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.validate.baselines import Times, constant_utilisation, flops_and_bubble
 from mist.validate.results import Errors, Ranking, RunPrediction, Score
+from mist.validate.runs import Stages
 
 MIN_GROUP = 4
+MB_PER_GIB = 1024.0
 MIN_MFU = 5.0  # %; below, runs wait for something that no layout explains
 MAX_PEAK_RATIO = 0.9  # of usable memory; above, published runs crawl from allocator retries
 TIERS = ("A", "B")
 
 
-def scored(rows: Sequence[RunPrediction]) -> tuple[Score, ...]:
-    """A score for each source, by its name."""
+def scored(rows: Sequence[RunPrediction], stages: Stages) -> tuple[Score, ...]:
+    """A score for each source, by its name; `stages`: measured peaks of pipeline stages."""
     by_source: dict[str, list[RunPrediction]] = defaultdict(list)
     for row in rows:
         by_source[row.run.source].append(row)
     constant = constant_utilisation([row for row in rows if row.status == "predicted"])
-    return tuple(_score(source, found, constant) for source, found in sorted(by_source.items()))
+    return tuple(
+        _score(source, found, constant, stages) for source, found in sorted(by_source.items())
+    )
 
 
-def _score(source: str, rows: Sequence[RunPrediction], constant: Times) -> Score:
+def _score(source: str, rows: Sequence[RunPrediction], constant: Times, stages: Stages) -> Score:
     judged = [row for row in rows if row.status == "predicted" and row.run.tier in TIERS]
     ran = [row for row in judged if row.run.outcome == "ok"]
     regular = [row for row in ran if is_regular(row)]
@@ -43,6 +47,7 @@ def _score(source: str, rows: Sequence[RunPrediction], constant: Times) -> Score
         predicted=sum(row.status == "predicted" for row in rows),
         time=errors((row.step_s, row.run.step_time_s) for row in regular),
         memory=errors((row.peak_gib, row.run.peak_memory_gib) for row in ran),
+        stage_memory=errors(_of_stages(ran, stages)),
         covered_ratio=_covered(ran),
         precision=precision,
         recall=recall,
@@ -51,6 +56,17 @@ def _score(source: str, rows: Sequence[RunPrediction], constant: Times) -> Score
         constant=errors((constant.get(row.run.run_id), row.run.step_time_s) for row in regular),
         naive=ranking(regular, flops_and_bubble(regular)),
     )
+
+
+def _of_stages(
+    rows: Iterable[RunPrediction], stages: Stages
+) -> Iterator[tuple[float | None, float | None]]:
+    """Predicted and measured peaks of stages, in GiB."""
+    for row in rows:
+        measured = stages.get(row.run.run_id, ())
+        for made, stage in zip(row.stage_gib, measured, strict=False):
+            peak = stage.peak_allocated_mb
+            yield made, None if peak is None else peak / MB_PER_GIB
 
 
 def is_regular(row: RunPrediction) -> bool:

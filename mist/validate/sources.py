@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from mist.platform.profiles import load_shipped
-from mist.platform.quantity import Quantity, Record
+from mist.platform.quantity import Kind, Quantity, Record
 from mist.platform.runtime import Runtime
 from mist.spec import Attention
 from mist.validate.results import MemoryKind
+
+AS_TRACED: Final = Quantity(value=1.0, source="the traced kernels", kind=Kind.SPEC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +27,8 @@ class AttentionKernel(Record):
 
     kernel: Attention
     fused_norms: bool = False
-    attention_time_scale: float = 1.0
-    scores_time_scale: float = 1.0
+    attention_time_scale: Quantity = AS_TRACED
+    scores_time_scale: Quantity = AS_TRACED
 
     def within(self, runtime: Runtime) -> Runtime:
         """The runtime with this kernel."""
@@ -36,16 +38,16 @@ class AttentionKernel(Record):
             kernels=replace(
                 kernels,
                 fused_norms=kernels.fused_norms or self.fused_norms,
-                attention_time_scale=_scaled(
+                attention_time_scale=_product(
                     kernels.attention_time_scale, self.attention_time_scale
                 ),
-                scores_time_scale=_scaled(kernels.scores_time_scale, self.scores_time_scale),
+                scores_time_scale=_product(kernels.scores_time_scale, self.scores_time_scale),
             ),
         )
 
 
-def _scaled(quantity: Quantity, factor: float) -> Quantity:
-    return replace(quantity, value=quantity.value * factor)
+def _product(quantity: Quantity, factor: Quantity) -> Quantity:
+    return replace(quantity, value=quantity.value * factor.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

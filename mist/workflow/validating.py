@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mist.validate.predictions import predictions
 from mist.validate.results import RunPrediction, Score
-from mist.validate.runs import read_runs
+from mist.validate.runs import read_runs, read_stages
 from mist.validate.scores import scored
 from mist.validate.sources import load_sources
 
@@ -19,7 +19,16 @@ class Validation:
     scores: Sequence[Score]
 
 
-def validate(path: Path, *, calibrated: bool, progress: Callable[[str], None]) -> Validation:
-    """Predict every run of a file. Raises InputError when it cannot be used."""
-    rows = predictions(read_runs(path), load_sources(), calibrated=calibrated, progress=progress)
-    return Validation(rows=rows, scores=scored(rows))
+def validate(
+    path: Path, stages_path: Path | None, *, calibrated: bool, progress: Callable[[str], None]
+) -> Validation:
+    """Predict every run of a file; `stages_path`: layers and peaks of unequal pipeline stages.
+
+    Raises InputError when a file cannot be used.
+    """
+    runs = read_runs(path)
+    stages = read_stages(stages_path) if stages_path else {}
+    rows = predictions(
+        runs, load_sources(), stages=stages, calibrated=calibrated, progress=progress
+    )
+    return Validation(rows=rows, scores=scored(rows, stages))

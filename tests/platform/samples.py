@@ -12,6 +12,7 @@ PROFILES = ROOT / "profiles"
 PUBLISHED = ROOT.parent / "shared" / "data"
 
 DEVICES = sorted(path.stem for path in (PROFILES / "devices").glob("*.yaml"))
+RUNTIMES = sorted(path.stem for path in (PROFILES / "runtimes").glob("*.yaml"))
 CLUSTERS = sorted(path.stem for path in (PROFILES / "clusters").glob("*.yaml"))
 
 

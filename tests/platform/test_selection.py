@@ -7,7 +7,7 @@ import pytest
 
 from mist.errors import PlatformError
 from mist.platform import Platform, load_platform
-from tests.platform.samples import DEVICES, ROOT
+from tests.platform.samples import DEVICES, ROOT, RUNTIMES
 
 
 def platform(num_gpus: int, gpu: str | None = None, cluster: str | None = None) -> Platform:
@@ -78,7 +78,8 @@ def test_jobs_fill_whole_nodes(num_gpus: int, num_nodes: int, per_node: int) -> 
             8,
             "l4",
             "dgx-h100",
-            "--gpu l4: cluster dgx-h100 holds h100-sxm. Try --cluster l4-box.",
+            "--gpu l4: cluster dgx-h100 holds h100-sxm or h100-sxm-500w-hbm2e. "
+            "Try --cluster l4-box.",
         ),
         (8, "./mine.yaml", None, "--gpu ./mine.yaml: no such file."),
     ],
@@ -95,7 +96,9 @@ def test_what_cannot_be_is_refused(
 def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(PlatformError) as refusal:
         load_platform(num_gpus=8, gpu=None, cluster=None, runtime="tensorflow")
-    assert str(refusal.value) == ("--runtime tensorflow: no runtime of that name. Known: torch.")
+    assert str(refusal.value) == (
+        f"--runtime tensorflow: no runtime of that name. Known: {', '.join(RUNTIMES)}."
+    )
 
 
 def test_a_device_can_be_given_as_a_path() -> None:

@@ -1,0 +1,113 @@
+"""From columns to models and layouts, and what is refused by name."""
+
+import pytest
+
+from mist.validate.cases import grouped
+from mist.validate.layouts import even_layers, layers_by_cost, layout_of
+from mist.validate.models import Unsupported, architecture_of
+from mist.validate.runs import StageRun
+from mist.validate.sources import load_sources
+from tests.validate.rows import RUN, run
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"dp": None}, "dp not given"),
+        ({"tp": None, "pp": None}, "tp, pp not given"),
+        ({"cp": 2}, "context parallelism is not modelled"),
+        ({"ep": 8}, "expert parallelism is not modelled"),
+        ({"zero_or_fsdp": "zero3+offload(opt)"}, "offloading is not modelled"),
+        ({"zero_or_fsdp": ""}, "the ZeRO level of '(blank)' is not known"),
+        ({"activation_ckpt": "partial"}, "activation checkpointing 'partial' is not modelled"),
+        ({"vocab": None}, "vocab not given"),
+        ({"arch": "rnn"}, "architecture rnn is not known"),
+        ({"gpu": "TPU"}, "GPU TPU has no profile"),
+        ({"attention_impl": "magic"}, "attention 'magic' is not known"),
+        ({"precision": "nvfp4"}, "precision nvfp4 is not modelled"),
+        ({"precision": "fp8", "gpu": "A100-80GB-SXM"}, "GPU A100-80GB-SXM has no law for fp8"),
+        ({"task": "lora"}, "task lora is not modelled"),
+        ({"activation_ckpt": "selective"}, "selective checkpointing of runtime torch is not known"),
+    ],
+)
+def test_a_run_that_is_not_predicted_says_why(columns: dict[str, object], reason: str) -> None:
+    _, reasons = grouped([run(**columns)], load_sources(), calibrated=True)
+    assert reasons == {"one": reason}
+
+
+def test_runs_of_one_model_are_predicted_together() -> None:
+    runs = [run(run_id="a"), run(run_id="b", n_layers=12, dp=8), run(run_id="c", hidden=512)]
+    groups, reasons = grouped(runs, load_sources(), calibrated=True)
+    assert reasons == {}
+    assert sorted(len(group.members) for group in groups) == [1, 2]
+    assert not any(group.calibrated for group in groups)  # the source is not in the table
+
+
+@pytest.mark.parametrize(
+    ("text", "zero"),
+    [("none", 0), ("ddp+dist-optimizer(zero1)", 1), ("fsdp2-full", 3), ("hsdp", 3), ("zero2", 2)],
+)
+def test_zero_levels(text: str, zero: int) -> None:
+    assert layout_of(run(zero_or_fsdp=text), num_layers=6, zero=None, checkpoint="").zero == zero
+
+
+def test_what_a_run_does_not_say_the_source_does() -> None:
+    layout = layout_of(
+        run(zero_or_fsdp="", activation_ckpt=""), num_layers=6, zero=1, checkpoint="full"
+    )
+    assert (layout.zero, layout.num_full) == (1, (6,))
+
+
+def test_micro_batches_follow_from_the_global_batch() -> None:
+    layout = layout_of(run(grad_accum=None), num_layers=6, zero=None, checkpoint="")
+    assert layout.num_micro_batches == 32 // (4 * 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        ({}, "llama"),
+        ({"arch": "dense-gpt"}, "gpt2"),
+        ({"arch": "dense", "ffn_hidden": 1024, "n_kv_heads": 8}, "gpt2"),
+        ({"arch": "dense"}, "llama"),
+        ({"arch": "dense-bert"}, "bert"),
+        ({"arch": "moe:128e-top8,moe_ffn=768"}, "mixtral"),
+    ],
+)
+def test_models(columns: dict[str, object], kind: str) -> None:
+    found = architecture_of(run(**columns), dropout=False)
+    assert found.config.config["model_type"] == kind
+    assert found.layers == RUN.n_layers
+
+
+def test_an_embedding_is_tied_where_parameters_say_so() -> None:
+    body, table = 6 * (2 * 256**2 + 2 * 256 * 128 + 3 * 256 * 512), 256 * 1024
+    for tables in (1, 2):
+        found = architecture_of(run(params_b=(body + tables * table) / 1e9), dropout=False)
+        assert found.config.config["tie_word_embeddings"] == (tables == 1)
+
+
+def test_layers_are_dealt_out_evenly_or_by_cost() -> None:
+    assert even_layers(10, 4) == (3, 3, 2, 2)
+    # nanotron: a head of four layers' cost leaves the last stage fewer of 16.
+    assert layers_by_cost(16, 4, layer_cost=1.0, ends=(0.0, 4.0)) == (5, 5, 5, 1)
+    for stages in (1, 2, 3, 8):
+        assert sum(layers_by_cost(28, stages, layer_cost=1.0, ends=(0.0, 3.5))) == 28
+
+
+def test_an_unknown_field_is_unsupported() -> None:
+    with pytest.raises(Unsupported):
+        architecture_of(run(hidden=None), dropout=False)
+
+
+def test_given_stages_stand_for_even_ones() -> None:
+    rows = tuple(
+        StageRun(run_id="one", stage=i, layers=n, checkpointed_layers=i)
+        for i, n in enumerate((4, 2))
+    )
+    piped = run(pp=2, dp=2, activation_ckpt="partial")
+    (group,), _ = grouped([piped], load_sources(), calibrated=True, stages={"one": rows})
+    layout = group.members[0].case.layout
+    assert (layout.layers, layout.num_full) == ((4, 2), (0, 1))
+    _, reasons = grouped([run(pp=1)], load_sources(), calibrated=True, stages={"one": rows})
+    assert reasons["one"] == "stages of 4 + 2 layers are not the 6 layers on 1 stages"

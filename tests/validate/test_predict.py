@@ -1,0 +1,162 @@
+"""Many runs at once against one plan at a time, and files end to end."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mist.estimate import estimate
+from mist.facts import LayerRun
+from mist.plans import MemoryLevel, Offload, StagePlan
+from mist.platform.profiles import load_runtime
+from mist.platform.runtime import Selective
+from mist.schedule import step_time
+from mist.spec import Precision
+from mist.symbolic.compile import compile_model
+from mist.validate.layouts import RunLayout
+from mist.validate.predict import Case, Machine, predict
+from tests.toys import toy_graph, toy_job, toy_platform
+
+LAYOUTS = [(1, 1, 0, 1, 8), (2, 2, 1, 2, 4), (4, 1, 3, 1, 2), (2, 4, 2, 4, 8), (8, 1, 1, 2, 16)]
+
+
+def machine() -> Machine:
+    platform = toy_platform()
+    return Machine(
+        device=platform.device,
+        cluster=platform.cluster,
+        runtime=platform.runtime,
+        precision=Precision.BF16,
+        fp8=False,
+    )
+
+
+def layout(pp: int, tp: int, zero: int, b: int, g: int, *, selective: bool = False) -> RunLayout:
+    layers = (8 // pp,) * pp
+    return RunLayout(
+        dp=16 // (pp * tp),
+        tp=tp,
+        zero=zero,
+        micro_batch=b,
+        num_micro_batches=g,
+        chunks=1,
+        layers=layers,
+        num_full=tuple(n // 2 for n in layers),
+        selective=selective,
+    )
+
+
+def stages(of: RunLayout) -> list[StagePlan]:
+    ranks = of.dp * of.tp
+    return [
+        StagePlan(
+            layers=((sum(of.layers[:i]), count),),
+            devices=(i * ranks, ranks),
+            dp=of.dp,
+            tp=of.tp,
+            sp=of.tp > 1,
+            cp=1,
+            ep=1,
+            micro_batch=of.micro_batch,
+            zero=of.zero,
+            head="eager",
+            memory={
+                MemoryLevel.EAGER: count - of.num_full[i],
+                MemoryLevel.FULL: of.num_full[i],
+            },
+            offload=Offload(),
+        )
+        for i, count in enumerate(of.layers)
+    ]
+
+
+def test_runs_are_predicted_as_plans_are() -> None:
+    graph = toy_graph((8,))
+    programs = compile_model(graph, toy_platform().runtime, Precision.BF16)
+    layouts = [layout(*each) for each in LAYOUTS]
+    seq = toy_job(graph, 16).workload.seq_len
+    made = predict(programs, machine(), [Case(layout=x, seq_len=seq, num_gpus=16) for x in layouts])
+    for one, each in zip(made, layouts, strict=True):
+        batch = each.dp * each.micro_batch * each.num_micro_batches
+        job = toy_job(graph, 16, global_batch=batch)
+        alone = estimate(job, stages(each), each.num_micro_batches)
+        assert one.step_s == pytest.approx(alone.step_s, rel=1e-5)
+        peaks = [stage.peak_bytes for stage in alone.stages]
+        assert one.reserved_bytes == pytest.approx(max(peaks), abs=1)
+        parts = [stage.peak_bytes - stage.memory_parts_bytes["allocator"] for stage in alone.stages]
+        assert one.stage_bytes == pytest.approx(parts, abs=2)
+
+
+def test_selective_lies_between_kept_and_recomputed() -> None:
+    graph = toy_graph((8,), hidden=16384)
+    runtime = toy_platform().runtime
+    programs = compile_model(graph, runtime, Precision.BF16)
+    ratio = replace(runtime.host.forward_ratio, value=0.5)
+    half = replace(runtime, selective=Selective(kept_ratio=ratio, recomputed_ratio=ratio))
+    here = replace(machine(), runtime=half)
+    kept = replace(layout(1, 1, 0, 1, 4), num_full=(0,))
+    full = replace(kept, num_full=(8,))
+    cases = [
+        Case(layout=each, seq_len=1024, num_gpus=16)
+        for each in (kept, replace(kept, selective=True), full)
+    ]
+    a, b, c = predict(programs, here, cases)
+    assert b.step_s == pytest.approx((a.step_s + c.step_s) / 2, rel=1e-6)
+    assert a.allocated_bytes > b.allocated_bytes > c.allocated_bytes
+
+
+def test_interleaving_shortens_the_bubble() -> None:
+    stable, lone = np.ones(4), np.ones(4)
+    assert float(step_time(8, stable, lone)) == 8 + 3
+    assert float(step_time(8, stable, lone, 3)) == pytest.approx(8 + 1)
+
+
+@pytest.mark.parametrize("name", ["nanotron", "aleph", "megatron", "torchtitan"])
+def test_a_runtime_of_others_is_priced(name: str) -> None:
+    runtime = load_runtime(name).profile
+    programs = compile_model(toy_graph((8,)), runtime, Precision.BF16)
+    zero = max(runtime.knobs.zero_levels)
+    case = Case(layout=layout(2, 2, zero, 1, 4), seq_len=512, num_gpus=16)
+    (made,) = predict(programs, replace(machine(), runtime=runtime), [case])
+    assert 0 < made.step_s < 10
+    assert 0 < made.allocated_bytes < made.reserved_bytes
+    assert programs.facts.layers == (LayerRun(block=0, count=8),)
+
+
+HEAD = (
+    "run_id,source,arch,task,tier,outcome,n_layers,hidden,n_heads,n_kv_heads,ffn_hidden,vocab,"
+    "seq_len,gpu,n_gpus,dp,tp,pp,zero_or_fsdp,micro_batch,grad_accum,activation_ckpt,precision,"
+    "attention_impl,step_time_s,peak_memory_gib"
+)
+ROW = (
+    "llama-1,elsewhere,dense-llama,pretrain,A,ok,6,256,8,4,512,1024,512,H100-80GB-SXM,8,4,2,1,"
+    "zero1,2,4,none,bf16,flash,0.05,1.0"
+)
+OTHER = ROW.replace("llama-1", "llama-2").replace("H100-80GB-SXM", "abacus")
+
+
+def test_a_file_of_runs_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mist.cli import app
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runs, out = tmp_path / "runs.csv", tmp_path / "predictions.csv"
+    runs.write_text("\n".join([HEAD, ROW, OTHER]) + "\n")
+    app(["validate", str(runs), "--out", str(out), "--json"], standalone_mode=False)
+    (score,) = json.loads(capsys.readouterr().out)["sources"]
+    assert (score["source"], score["runs"], score["predicted"]) == ("elsewhere", 2, 1)
+    first, second = csv.DictReader(out.read_text().splitlines())
+    assert (first["status"], first["runtime"], first["calibrated"]) == (
+        "predicted",
+        "torch",
+        "false",
+    )
+    low, peak, high = (float(first[f"predicted_peak{part}_gib"]) for part in ("_low", "", "_high"))
+    assert 0 < low < peak < high
+    assert (first["predicted_fits"], float(first["predicted_step_s"]) > 0) == ("true", True)
+    assert (second["status"], second["reason"]) == ("unsupported", "GPU abacus has no profile")
+    assert second["predicted_step_s"] == ""
