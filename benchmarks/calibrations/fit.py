@@ -32,7 +32,7 @@ Constants = Mapping[str, tuple[float, float, float]]  # start, least, most
 
 SPEED: Constants = {"device.tensor_time_scale": (1.1, 0.7, 1.8)}
 KERNELS: Constants = {
-    "runtime.kernels.memory_time_scale": (0.8, 0.2, 3.0),
+    "runtime.kernels.memory_time_scale": (0.8, 0.3, 3.0),
     "runtime.kernels.attention_time_scale": (1.0, 0.5, 2.5),
 }
 HOST: Constants = {

@@ -91,13 +91,21 @@ def layer_cost(block: Block, setting: Setting) -> BlockCost:
     )
 
 
-def end_cost(block: Block, setting: Setting) -> BlockCost:
-    """Cost of the embedding or the head, with the loss of the runtime if it has its own."""
+def embed_cost(block: Block, setting: Setting) -> BlockCost:
+    """Cost of the embedding."""
+    return _end_cost(block, setting, _device_cost(block, setting))
+
+
+def head_cost(block: Block, setting: Setting) -> BlockCost:
+    """Cost of the head, with the loss of the runtime if it has its own."""
     loss, logits = setting.runtime.loss, _logits(block)
     if loss is None or logits is None:
-        device = _device_cost(block, setting)
-    else:
-        device = _with_loss(_device_cost(_without_loss(block), setting), loss, logits)
+        return _end_cost(block, setting, _device_cost(block, setting))
+    device = _device_cost(_without_loss(block), setting)
+    return _end_cost(block, setting, _with_loss(device, loss, logits))
+
+
+def _end_cost(block: Block, setting: Setting, device: dict[str, Expr]) -> BlockCost:
     return BlockCost(
         **device,
         **_collective_cost(block, setting, recomputed_exits=0),

@@ -28,7 +28,7 @@ from mist.graph import ModelGraph, T
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, Setting, end_cost, kept_bytes, layer_cost
+from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
 from mist.symbolic.program import TIME_PARTS
 
 _NONE = sympy.Integer(0)
@@ -75,8 +75,8 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     """
     setting = Setting(runtime=runtime, precision=precision)
     blocks = {str(kind): layer_cost(block, setting) for kind, block in enumerate(graph.blocks)}
-    blocks["embed"] = end_cost(graph.embed, setting)
-    blocks["head"] = end_cost(graph.head, setting)
+    blocks["embed"] = embed_cost(graph.embed, setting)
+    blocks["head"] = head_cost(graph.head, setting)
     costs = {
         "sent_bytes": _sent_bytes(graph, setting),
         "shared_bytes": kept_bytes(graph.shared, graph.shared_single, setting),

@@ -140,7 +140,8 @@ def _layout(
     num_layers: int,
     stages: tuple[StageRun, ...],
 ) -> RunLayout:
-    given = replace(run, activation_ckpt="none") if stages else run
+    partial = stages and run.activation_ckpt in ("", "partial")
+    given = replace(run, activation_ckpt="none") if partial else run
     layout = layout_of(given, num_layers=num_layers, zero=source.zero, checkpoint=source.checkpoint)
     if layout.zero not in runtime.knobs.zero_levels:
         raise Unsupported(f"runtime {runtime.name} has no ZeRO-{layout.zero}")
@@ -168,7 +169,8 @@ def _of_stages(layout: RunLayout, num_layers: int, stages: tuple[StageRun, ...])
             f"stages of {' + '.join(map(str, layers))} layers are not the {num_layers} layers on "
             f"{layout.num_stages} stages"
         )
-    full = tuple(stage.checkpointed_layers for stage in stages)
+    recomputed = tuple(stage.checkpointed_layers for stage in stages)
+    full = layers if any(layout.num_full) else recomputed
     return replace(layout, layers=layers, num_full=full)
 
 

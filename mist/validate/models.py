@@ -89,6 +89,7 @@ def _gpt(run: Run, *, dropout: bool) -> dict[str, Any]:
         "resid_pdrop": share,
         "embd_pdrop": share,
         "attn_pdrop": share,
+        "activation_function": "gelu_pytorch_tanh",  # one kernel, as training frameworks have it
     }
 
 

@@ -1,0 +1,61 @@
+"""Calibrations: they replace what they name, and every one that ships fits its profiles."""
+
+from dataclasses import replace
+
+import pytest
+
+from mist.platform.calibration import Calibration
+from mist.platform.profiles import load_cluster, load_device, load_runtime, load_shipped_folder
+from mist.platform.quantity import Kind, Quantity
+from mist.validate.sources import load_sources
+from tests.platform.samples import RUNTIMES
+
+NUMBER = Quantity(value=2.5, source="runs", kind=Kind.CALIBRATED)
+SHIPPED = load_shipped_folder("calibrations", Calibration)
+
+
+def calibration(path: str) -> Calibration:
+    return Calibration(
+        schema="mist.calibration/1", runtime="torch", device="h100-sxm", values={path: NUMBER}
+    )
+
+
+def test_a_value_deep_inside_is_replaced() -> None:
+    held = (
+        load_device("h100-sxm").profile,
+        load_cluster("dgx-h100").profile,
+        load_runtime("torch").profile,
+    )
+    device, cluster, runtime = calibration("cluster.network.hop_s").applied(held)
+    assert cluster.network.hop_s == NUMBER
+    network = replace(cluster.network, hop_s=held[1].network.hop_s)
+    assert (device, replace(cluster, network=network), runtime) == held
+
+
+def test_what_a_profile_does_not_have_is_refused() -> None:
+    held = (
+        load_device("h100-sxm").profile,
+        load_cluster("dgx-h100").profile,
+        load_runtime("torch").profile,
+    )
+    with pytest.raises(KeyError, match="has no patience_s"):
+        calibration("runtime.host.patience_s").applied(held)
+    with pytest.raises(ValueError, match="does not begin with"):
+        calibration("weather.rain")
+
+
+@pytest.mark.parametrize("each", SHIPPED, ids=lambda each: f"{each.runtime}-{each.device}")
+def test_a_calibration_that_ships_applies(each: Calibration) -> None:
+    device = load_device(each.device).profile
+    cluster = load_cluster(device.default_cluster).profile
+    runtime = load_runtime(each.runtime).profile
+    assert each.applied((device, cluster, runtime)) != (device, cluster, runtime)
+    assert all(value.kind is Kind.CALIBRATED for value in each.values.values())
+
+
+def test_what_sources_name_ships() -> None:
+    table = load_sources()
+    assert {source.runtime for source in table.sources.values()} <= set(RUNTIMES)
+    for hardware in table.gpus.values():
+        device = load_device(hardware.device).profile
+        assert device.name in load_cluster(hardware.cluster).profile.devices

@@ -1,0 +1,195 @@
+"""What each field of a runtime does to a stage: by how much, against the platform's own laws."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mist.estimate import rank_columns, stage_columns
+from mist.facts import Traffic
+from mist.graph import Layout
+from mist.platform import OpCosts, Runtime
+from mist.platform.runtime import Loss
+from mist.spec import Precision
+from mist.symbolic.compile import compile_model
+from mist.symbolic.program import stage_model
+from tests.toys import kept, pointwise, toy_graph, toy_platform
+
+B, SEQ, HIDDEN, LAYERS, GPUS = 2, 2048, 1024, 4, 16
+PLATFORM = toy_platform(GPUS)
+TORCH = PLATFORM.runtime
+
+
+def changed(path: str, value: object) -> Runtime:
+    """Runtime torch with one field changed: "host.step_s"; numbers keep their source."""
+    section, name = path.split(".")
+    part: Any = getattr(TORCH, section)
+    if isinstance(value, float):
+        value = replace(getattr(part, name), value=value)
+    return replace(TORCH, **{section: replace(part, **{name: value})})
+
+
+def laws(runtime: Runtime = TORCH) -> OpCosts:
+    return OpCosts(
+        device=PLATFORM.device,
+        cluster=PLATFORM.cluster,
+        runtime=runtime,
+        precision=Precision.BF16,
+    )
+
+
+def stage(
+    runtime: Runtime = TORCH, *, tp: int = 2, zero: int = 1, pp: int = 1, graph: object = None
+) -> dict[str, float]:
+    """The first stage of a pipeline of toy layers on two nodes, by part."""
+    dp = GPUS // (tp * pp)
+    programs = compile_model(graph or toy_graph((LAYERS,)), runtime, Precision.BF16)  # type: ignore[arg-type]
+    cost = stage_model(programs, laws(runtime))
+    terms = cost.terms(
+        rank_columns(
+            pipelined=int(pp > 1), seq_len=SEQ, gpus_per_node=8, dp=dp, tp=tp, micro_batch=B,
+            zero=zero,
+        )
+    )  # fmt: skip
+    position = stage_columns(
+        stage=np.array(0),
+        num_stages=np.array(pp),
+        first_device=np.array(0),
+        num_devices=np.array(dp * tp),
+        num_micro_batches=np.array(8),
+        gpus_per_node=np.array(8),
+        spans_nodes=np.array(True),
+    )
+    counts = {"eager_0": LAYERS // pp, "full_0": 0}
+    return {
+        name: float(value) for name, value in cost.stage({**terms, **position, **counts}).items()
+    }
+
+
+def test_memory_bound_kernels_are_scaled_apart() -> None:
+    plain, twice = stage(), stage(changed("kernels.memory_time_scale", 2.0))
+    size = 4 * B * SEQ * HIDDEN  # of which sequence parallelism leaves half
+    alone = laws().memory_s(size / 2, 1, Traffic.POINTWISE) + laws().memory_s(
+        6 * B * SEQ * HIDDEN / 2, 1, Traffic.POINTWISE
+    )
+    assert twice["compute_s"] - plain["compute_s"] == pytest.approx(LAYERS * float(alone))
+    assert stage(changed("kernels.scores_time_scale", 5.0)) == pytest.approx(plain)
+
+
+def test_kernels_on_scores_are_scaled_apart() -> None:
+    graph = toy_graph((LAYERS,))
+    (block,) = graph.blocks
+    from mist.graph import S
+
+    scores = replace(pointwise("forward", 4 * S**2), layout=Layout.SHARDED)
+    graph = replace(graph, blocks=(replace(block, ops=(scores, *block.ops)),))
+    plain = stage(graph=graph)
+    twice = stage(changed("kernels.scores_time_scale", 2.0), graph=graph)
+    alone = float(laws().memory_s(4 * SEQ**2, 1, Traffic.POINTWISE))
+    assert twice["compute_s"] - plain["compute_s"] == pytest.approx(LAYERS * alone)
+
+
+def test_tensor_parallel_time_is_scaled() -> None:
+    plain, half = stage(), stage(changed("overlap.tensor_parallel_time_scale", 0.5))
+    assert half["tp_s"] == pytest.approx(plain["tp_s"] / 2)
+
+
+def test_tensor_parallel_groups_leave_the_node() -> None:
+    """Sixteen ranks on two nodes: the collectives are those of eight and eight."""
+    size = 2 * B * SEQ * HIDDEN
+    gather = float(laws().all_gather_s(size, 16, 8))
+    scatter = float(laws().reduce_scatter_s(size, 16, 8))
+    found = stage(tp=16)
+    layers = LAYERS * (4 * gather + 2 * scatter)  # one part of a layer needs all tokens
+    assert found["tp_s"] == pytest.approx(layers + 2 * (gather + scatter))
+
+
+def test_launches_of_pipelines_that_span_nodes() -> None:
+    runtime = changed("host.pipeline_launch_s", 1.0)
+    assert stage(runtime, pp=1)["launch_s"] == pytest.approx(stage()["launch_s"])
+    assert stage(runtime, pp=2, tp=1)["launch_s"] == pytest.approx(stage(pp=2, tp=1)["launch_s"])
+    more = stage(runtime, pp=2)["launch_s"] - stage(pp=2)["launch_s"]
+    assert more == pytest.approx(LAYERS / 2 * 2.0**TORCH.host.pipeline_launch_exponent.value)
+
+
+def test_times_once_a_micro_batch_and_once_a_step() -> None:
+    plain = stage()
+    each = stage(changed("host.micro_batch_launch_s", 0.25))
+    assert each["stable_s"] - plain["stable_s"] == pytest.approx(0.25)
+    assert each["lone_s"] - plain["lone_s"] == pytest.approx(0.25)
+    once = stage(changed("host.step_s", 0.25))
+    assert once["stable_s"] == pytest.approx(plain["stable_s"])
+    assert once["lone_s"] - plain["lone_s"] == pytest.approx(0.25)
+
+
+def test_a_collective_that_nothing_hides_is_paid_whole() -> None:
+    params = 2 * HIDDEN * 4 * HIDDEN / 2 + HIDDEN
+    reduce = float(laws().all_reduce_s(4 * params, 8, 4))
+    hidden = stage(changed("overlap.gradient_all_reduce_ratio", 1.0), zero=0)
+    open_ = stage(changed("overlap.gradient_all_reduce_ratio", 0.0), zero=0)
+    half = stage(changed("overlap.gradient_all_reduce_ratio", 0.5), zero=0)
+    assert open_["lone_s"] > half["lone_s"] > hidden["lone_s"]
+    alone = stage(changed("overlap.gradient_all_reduce_ratio", 0.0), zero=0, tp=2)
+    assert alone["lone_s"] - alone["stable_s"] > LAYERS * reduce
+
+
+def test_layers_share_a_collective() -> None:
+    """Four layers in one pay its latency once."""
+    together = stage(changed("overlap.layers_per_collective", 4.0), zero=3)
+    assert together["lone_s"] < stage(zero=3)["lone_s"]
+    params = 2 * HIDDEN * 4 * HIDDEN / 2 + HIDDEN
+    each, all_four = (float(laws().all_gather_s(2 * n * params, 8, 4)) for n in (1, 4))
+    assert all_four < 4 * each
+
+
+def test_a_loss_of_the_runtimes_own() -> None:
+    number = TORCH.host.step_s
+    loss = Loss(
+        kept_bytes_per_logit=replace(number, value=10.0),
+        moved_bytes_per_logit=replace(number, value=60.0),
+        vocabulary_parallel=True,
+    )
+    graph = toy_graph((LAYERS,))
+    head = replace(graph.head, saved=(replace(kept(Layout.SHARDED, 4 * B), module=""),))
+    graph = replace(graph, head=replace(head, saved_single=head.saved, transient_bytes=()))
+    logits = B * SEQ * 32000 / 2
+    divided = stage(replace(TORCH, loss=loss), graph=graph)
+    plain = stage(graph=graph)
+    saved = divided["activations_bytes"] - plain["activations_bytes"]
+    assert saved == pytest.approx(10 * logits - 4 * B, abs=1)
+    moved = float(laws().memory_s(60 * logits, 1, Traffic.SOFTMAX))
+    assert divided["compute_s"] - plain["compute_s"] == pytest.approx(moved, rel=1e-6)
+    whole = stage(replace(TORCH, loss=replace(loss, vocabulary_parallel=False)), graph=graph)
+    assert whole["activations_bytes"] - divided["activations_bytes"] == pytest.approx(10 * logits)
+
+
+def test_inputs_that_are_gathered_again_are_kept_by_shards() -> None:
+    plain, again = stage(), stage(changed("kernels.gathers_input_again", True))
+    size = 2 * B * SEQ * HIDDEN
+    assert plain["activations_bytes"] - again["activations_bytes"] == pytest.approx(
+        LAYERS * size / 2 + 2 * SEQ * HIDDEN / 2  # of the shared table, too
+    )
+    gather = float(laws().all_gather_s(size, 2, 2))
+    assert again["tp_s"] - plain["tp_s"] == pytest.approx((LAYERS + 1) * gather)
+
+
+def test_buffers() -> None:
+    size = 2 * B * SEQ * HIDDEN
+    ahead, one = stage(pp=2), stage(changed("memory.receives_all_ahead", False), pp=2)
+    # The first of two stages receives gradients of 8 micro-batches, and holds 2 outputs; or 1.
+    assert ahead["buffers_bytes"] == pytest.approx((8 + 2) * size / 2)
+    assert one["buffers_bytes"] == pytest.approx(size / 2)
+    own = stage(changed("memory.fixed_bytes", 1e9))
+    assert own["buffers_bytes"] - stage()["buffers_bytes"] == pytest.approx(1e9)
+    wide = stage(changed("memory.buffer_ratio", 3.0))
+    assert wide["buffers_bytes"] - stage()["buffers_bytes"] == pytest.approx(3 * size)
+
+
+def test_products_in_eight_bits() -> None:
+    eight = replace(laws(), fp8=True)
+    big = (1, 8192, 8192, 8192)
+    assert 1.4 < float(laws().gemm_s(*big)) / float(eight.gemm_s(*big)) < 2
+    bare = replace(PLATFORM.device, gemm_fp8=None)
+    with pytest.raises(ValueError, match="has no law for products in fp8"):
+        replace(laws(), device=bare, fp8=True)
