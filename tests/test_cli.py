@@ -261,7 +261,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "unknown GPU",
         ("plan", "{models}/tiny.py", *SMALL, "--gpu", "h10"),
-        "--gpu h10: no device of that name. Did you mean h100-sxm?",
+        "--gpu h10: no device of that name. Did you mean h100-sxm or h100-pcie?",
     ),
     (
         "unknown cluster",

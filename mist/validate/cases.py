@@ -143,20 +143,29 @@ def _layout(
     partial = stages and run.activation_ckpt in ("", "partial")
     given = replace(run, activation_ckpt="none") if partial else run
     layout = layout_of(given, num_layers=num_layers, zero=source.zero, checkpoint=source.checkpoint)
+    _check_runtime(layout, runtime)
+    if stages:
+        return _of_stages(layout, num_layers, stages)
+    if runtime.knobs.layer_split == "by_cost" and layout.num_stages > 1:
+        return _by_cost(run, layout, num_layers)
+    return layout
+
+
+def _check_runtime(layout: RunLayout, runtime: Runtime) -> None:
     if layout.zero not in runtime.knobs.zero_levels:
         raise Unsupported(f"runtime {runtime.name} has no ZeRO-{layout.zero}")
     if layout.selective and runtime.selective is None:
         raise Unsupported(f"selective checkpointing of runtime {runtime.name} is not known")
-    if stages:
-        return _of_stages(layout, num_layers, stages)
-    if runtime.knobs.layer_split != "by_cost" or layout.num_stages == 1:
-        return layout
-    h, ffn = run.hidden or 0, run.ffn_hidden or 0
+
+
+def _by_cost(run: Run, layout: RunLayout, num_layers: int) -> RunLayout:
+    """Layers dealt out by the products' parameters, those of the head among them."""
+    h, ffn, vocab = run.hidden or 0, run.ffn_hidden or 0, run.vocab or 0
     layers = layers_by_cost(
         num_layers,
         layout.num_stages,
         layer_cost=4 * h * h + 3 * h * ffn,
-        ends=(0.0, float(h * (run.vocab or 0))),
+        ends=(0.0, float(h * vocab)),
     )
     full = any(layout.num_full)
     return replace(layout, layers=layers, num_full=layers if full else (0,) * len(layers))

@@ -61,12 +61,17 @@ def test_jobs_fill_whole_nodes(num_gpus: int, num_nodes: int, per_node: int) -> 
             None,
             "--gpus 9: local-cpu has at most 8 GPUs (nodes: 1, GPUs per node: 8). Try --gpus 8.",
         ),
-        (8, "H100", None, "--gpu H100: no device of that name. Did you mean h100-sxm?"),
+        (
+            8,
+            "H100",
+            None,
+            "--gpu H100: no device of that name. Did you mean h100-sxm or h100-pcie?",
+        ),
         (
             8,
             "hx00",
             None,
-            "--gpu hx00: no device of that name. Did you mean h200 or h100-sxm or b200?",
+            "--gpu hx00: no device of that name. Did you mean h200 or rtx-4090 or h100-sxm?",
         ),
         (
             8,
