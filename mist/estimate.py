@@ -193,7 +193,8 @@ def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> E
         uncertainty=Uncertainty(
             step_ratio=job.platform.step_uncertainty_ratio,
             memory_ratio=job.platform.memory_uncertainty_ratio,
-            basis=job.platform.runtime.uncertainty.step_ratio.source,
+            calibrated=job.platform.calibration is not None,
+            basis=job.platform.uncertainty_basis,
         ),
         not_modelled=NOT_MODELLED,
     )

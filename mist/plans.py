@@ -118,11 +118,15 @@ class StageEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uncertainty:
-    """Half width of the interval around the prediction, as a ratio, and where it comes from."""
+    """Half width of the interval around the prediction, as a ratio, and where it comes from.
+
+    `calibrated`: whether constants were fitted to whole runs of this runtime and device.
+    """
 
     __pydantic_config__ = STRICT
     step_ratio: Annotated[Number, Field(ge=0.0)]
     memory_ratio: Annotated[Number, Field(ge=0.0)]
+    calibrated: bool
     basis: str
 
 

@@ -64,7 +64,9 @@ def estimate_of(*stages: StageEstimate, step_s: float = 3.0) -> Estimate:
         mfu=0.4321,
         bubble_s=0.5,
         stages=stages,
-        uncertainty=Uncertainty(step_ratio=0.25, memory_ratio=0.1, basis="public runs"),
+        uncertainty=Uncertainty(
+            step_ratio=0.25, memory_ratio=0.1, calibrated=False, basis="public runs"
+        ),
         not_modelled=("data loading", "stragglers"),
     )
 
@@ -181,7 +183,10 @@ def _estimates(draw: st.DrawFn, num_stages: int) -> Estimate:
         bubble_s=draw(seconds),
         stages=tuple(draw(_stage_estimates) for _ in range(num_stages)),
         uncertainty=Uncertainty(
-            step_ratio=draw(ratios), memory_ratio=draw(ratios), basis=draw(words)
+            step_ratio=draw(ratios),
+            memory_ratio=draw(ratios),
+            calibrated=draw(st.booleans()),
+            basis=draw(words),
         ),
         not_modelled=tuple(draw(st.lists(words, max_size=3))),
     )

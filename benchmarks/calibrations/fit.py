@@ -35,6 +35,7 @@ KERNELS: Constants = {
     "runtime.kernels.memory_time_scale": (0.8, 0.3, 3.0),
     "runtime.kernels.attention_time_scale": (1.0, 0.5, 2.5),
 }
+MEMORY: Constants = {"runtime.kernels.memory_time_scale": (0.7, 0.3, 3.0)}
 HOST: Constants = {
     "runtime.host.layer_launch_s": (1.5e-3, 7.5e-4, 4e-3),
     "runtime.host.micro_batch_launch_s": (1e-3, 1e-5, 5e-3),
@@ -78,7 +79,12 @@ FITS = (
     Fit(runtime="torchtitan", device="h100-sxm-500w-hbm2e", sources=("torchtitan",),
         constants=SPEED),
     Fit(runtime="torchtune", device="a100-sxm-80", sources=("torchtune",), constants=SPEED),
-    Fit(runtime="megatron", device="a100-sxm-80", sources=("sc21-megatron",), constants=SPEED),
+    Fit(runtime="megatron", device="a100-sxm-80", sources=("sc21-megatron",),
+        constants=SPEED | MEMORY),
+    Fit(runtime="megatron", device="h100-sxm", sources=("nemo-docs", "megatron-bridge"),
+        constants=SPEED | MEMORY),
+    Fit(runtime="megatron", device="gb200", sources=("megatron-bridge",), constants=SPEED),
+    Fit(runtime="megatron", device="b200", sources=("megatron-bridge",), constants=SPEED),
     Fit(runtime="mist-fp16", device="l4", sources=("mist-l4",), constants=SPEED),
 )  # fmt: skip
 
@@ -100,7 +106,7 @@ class Judge:
     def _of(self, group: Group, values: Mapping[str, float]) -> NDArray[np.float64]:
         machine = group.machine
         held = (machine.device, machine.cluster, machine.runtime)
-        profiles = calibration(self.fit, values, "").applied(held)
+        profiles = calibration(self.fit, values).applied(held)
         device, cluster, runtime = profiles
         if group.key.setting.compiled or group.key.attention:  # a run's own kernels scale the rest
             kernels = _rescaled(group, values)
@@ -151,12 +157,15 @@ def _quantity(value: float, source: str) -> Quantity:
     )
 
 
-def calibration(fit: Fit, values: Mapping[str, float], source: str) -> Calibration:
+def calibration(
+    fit: Fit, values: Mapping[str, float], source: str = "", step_ratio: float = 1.0
+) -> Calibration:
     """The constants as a calibration."""
     return Calibration(
         schema="mist.calibration/1",
         runtime=fit.runtime,
         device=fit.device,
+        step_ratio=_quantity(step_ratio, source),
         values={name: _quantity(value, source) for name, value in values.items()},
     )
 
@@ -208,6 +217,8 @@ def main(path: Path, wanted: Sequence[str]) -> None:
         if wanted and fit.runtime not in wanted:
             continue
         judge = Judge(fit, [run for run in runs if run.source in fit.sources])
+        if not judge.groups:
+            continue
         values, errors = fitted(judge)
         off = np.abs(np.expm1(errors))
         quality = f"{100 * np.median(off):.1f} / {100 * np.percentile(off, 90):.1f}"
@@ -215,7 +226,7 @@ def main(path: Path, wanted: Sequence[str]) -> None:
             f"fitted to {len(errors)} runs of {', '.join(fit.sources)} "
             f"({len(values)} constants; error median / p90 {quality} %)"
         )
-        write(fit, calibration(fit, values, source))
+        write(fit, calibration(fit, values, source, float(np.percentile(off, 90))))
         print(fit.runtime, fit.device, source, flush=True)
         print("   ", {name: float(f"{value:.4g}") for name, value in values.items()}, flush=True)
 
@@ -225,15 +236,17 @@ def write(fit: Fit, found: Calibration) -> None:
         "schema": found.schema,
         "runtime": found.runtime,
         "device": found.device,
-        "values": {
-            name: {"value": each.value, "source": each.source, "kind": each.kind.value}
-            for name, each in found.values.items()
-        },
+        "step_ratio": _written(found.step_ratio),
+        "values": {name: _written(each) for name, each in found.values.items()},
     }
     text = "# Written by benchmarks/calibrations/fit.py.\n" + yaml.safe_dump(
         data, sort_keys=False, width=1000
     )
     (FOLDER / f"{fit.runtime}-{fit.device}.yaml").write_text(text)
+
+
+def _written(quantity: Quantity) -> dict[str, object]:
+    return {"value": quantity.value, "source": quantity.source, "kind": quantity.kind.value}
 
 
 if __name__ == "__main__":

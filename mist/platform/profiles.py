@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mist.errors import Fault, PlatformError, did_you_mean
+from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
 from mist.platform.quantity import Record
@@ -39,7 +40,7 @@ class Family(StrEnum):
         return "--gpu" if self is Family.DEVICE else f"--{self.value}"
 
 
-P = TypeVar("P", Device, Cluster, Runtime)
+P = TypeVar("P", Device, Cluster, Runtime, Calibration)
 R = TypeVar("R", bound=Record)
 
 
@@ -101,7 +102,10 @@ def _folders() -> tuple[Path, ...]:
 
 
 def _load(name: str, family: Family, shape: type[P]) -> Loaded[P]:
-    path = find_profile(name, family)
+    return _read(find_profile(name, family), shape)
+
+
+def _read(path: Path, shape: type[P]) -> Loaded[P]:
     content = path.read_bytes()
     profile = check(read_yaml(content, path), shape, path)
     return Loaded(
@@ -128,10 +132,16 @@ def load_shipped(relative: str, shape: type[R]) -> R:
     return check(read_yaml(path.read_bytes(), path), shape, path)
 
 
-def load_shipped_folder(relative: str, shape: type[R]) -> tuple[R, ...]:
-    """All files of a folder of the shipped profiles, by name. Raises PlatformError."""
-    names = sorted(path.name for path in (_folders()[-1] / relative).glob("*.yaml"))
-    return tuple(load_shipped(f"{relative}/{name}", shape) for name in names)
+def load_calibration(runtime: str, device: str) -> Loaded[Calibration] | None:
+    """What whole runs say about a runtime on a device, if there are any.
+
+    Raises PlatformError when the file is broken.
+    """
+    for folder in _folders():
+        path = folder / "calibrations" / f"{runtime}-{device}.yaml"
+        if path.is_file():
+            return _read(path, Calibration)
+    return None
 
 
 def check(data: Mapping[str, object], shape: type[R], path: Path) -> R:

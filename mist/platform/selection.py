@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mist.errors import PlatformError
+from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
-from mist.platform.profiles import load_cluster, load_device, load_runtime
+from mist.platform.profiles import load_calibration, load_cluster, load_device, load_runtime
+from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 
 DEFAULT_DEVICE = "h100-sxm"
@@ -15,7 +17,10 @@ DEFAULT_DEVICE = "h100-sxm"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
-    """What a plan is made for. `hashes`: "sha256:..." of each profile's file, by profile name."""
+    """What a plan is made for. `hashes`: "sha256:..." of each profile's file, by profile name.
+
+    `calibration`: what whole runs said of the profiles; it is in them already.
+    """
 
     device: Device
     cluster: Cluster
@@ -23,6 +28,7 @@ class Platform:
     num_gpus: int
     num_nodes: int
     hashes: Mapping[str, str]
+    calibration: Calibration | None
 
     @property
     def gpus_per_node(self) -> int:
@@ -52,10 +58,28 @@ class Platform:
 
     @property
     def step_uncertainty_ratio(self) -> float:
-        """Expected relative error of an uncalibrated step time on this device."""
+        """Expected relative error of a step time."""
+        return self._step_ratio.value
+
+    @property
+    def uncertainty_basis(self) -> str:
+        """Where the expected error of a step time comes from."""
+        return self._step_ratio.source
+
+    @property
+    def _step_ratio(self) -> Quantity:
         figures = self.runtime.uncertainty
-        measured = self.device.is_measured
-        return (figures.step_ratio if measured else figures.step_unmeasured_device_ratio).value
+        if self.calibration is not None:
+            return self.calibration.step_ratio
+        return (
+            figures.step_ratio if self.device.is_measured else figures.step_unmeasured_device_ratio
+        )
+
+    @property
+    def runtime_hash(self) -> str:
+        """A digest of all that costs are compiled from: the runtime as it is calibrated."""
+        names = [self.runtime.name, f"{self.runtime.name}-{self.device.name}"]
+        return "\n".join(self.hashes[name] for name in names if name in self.hashes)
 
     @property
     def memory_uncertainty_ratio(self) -> float:
@@ -82,13 +106,20 @@ def load_platform(*, num_gpus: int, gpu: str | None, cluster: str | None, runtim
         fabric = load_cluster(cluster or device.profile.default_cluster)
     check_carries(fabric.profile, device.profile)
     software = load_runtime(runtime)
+    hashes = {item.profile.name: item.sha256 for item in (device, fabric, software)}
+    profiles = (device.profile, fabric.profile, software.profile)
+    found = load_calibration(software.profile.name, device.profile.name)
+    if found is not None:
+        profiles = found.profile.applied(profiles)
+        hashes[f"{software.profile.name}-{device.profile.name}"] = found.sha256
     return Platform(
-        device=device.profile,
-        cluster=fabric.profile,
-        runtime=software.profile,
+        device=profiles[0],
+        cluster=profiles[1],
+        runtime=profiles[2],
         num_gpus=num_gpus,
         num_nodes=count_nodes(num_gpus, fabric.profile),
-        hashes={item.profile.name: item.sha256 for item in (device, fabric, software)},
+        hashes=hashes,
+        calibration=found.profile if found else None,
     )
 
 

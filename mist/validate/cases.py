@@ -1,19 +1,18 @@
 """From runs to groups that are predicted together: one model, one machine each."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Final
 
-from mist.platform.calibration import Calibration
 from mist.platform.profiles import (
     Loaded,
+    load_calibration,
     load_cluster,
     load_device,
     load_runtime,
-    load_shipped_folder,
 )
 from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
@@ -187,14 +186,13 @@ def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrate
     source = sources.sources.get(key.source, UNLISTED)
     loaded = _runtime(source.runtime)
     profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, loaded.profile)
-    calibration = _calibrations().get((source.runtime, key.device)) if calibrated else None
-    if calibration is not None and key.source in sources.sources:
-        profiles = calibration.applied(profiles)
-    else:
-        calibration = None
+    known = calibrated and key.source in sources.sources
+    calibration = load_calibration(source.runtime, key.device) if known else None
+    if calibration is not None:
+        profiles = calibration.profile.applied(profiles)
     device, cluster, runtime = profiles
     runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
-    words = (loaded.sha256, key.attention, str(calibration), str(key.setting.compiled))
+    words = (loaded.sha256, key.attention, str(calibration and calibration.sha256))
     return Group(
         key=key,
         machine=Machine(
@@ -232,9 +230,3 @@ def _times(quantity: Quantity, factor: float) -> Quantity:
 @cache
 def _runtime(name: str) -> Loaded[Runtime]:
     return load_runtime(name)
-
-
-@cache
-def _calibrations() -> Mapping[tuple[str, str], Calibration]:
-    found = load_shipped_folder("calibrations", Calibration)
-    return {(each.runtime, each.device): each for each in found}

@@ -58,7 +58,8 @@ class Ranking:
 class Score:
     """One source. None where there is nothing to judge.
 
-    `constant`: errors of one share of peak for each device and precision; `naive`: the ranking by
+    `core`: errors of times of dense pretraining in bf16 or fp16; `stage_memory`: of peaks of single
+    pipeline stages; `constant`: of one rate for each GPU and precision; `naive`: the ranking by
     FLOPs and pipeline bubble.
     """
 
@@ -66,6 +67,7 @@ class Score:
     runs: int
     predicted: int
     time: Errors | None
+    core: Errors | None
     memory: Errors | None
     stage_memory: Errors | None
     covered_ratio: float | None

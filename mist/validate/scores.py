@@ -46,6 +46,7 @@ def _score(source: str, rows: Sequence[RunPrediction], constant: Times, stages: 
         runs=len(rows),
         predicted=sum(row.status == "predicted" for row in rows),
         time=errors((row.step_s, row.run.step_time_s) for row in regular),
+        core=errors((row.step_s, row.run.step_time_s) for row in regular if is_core(row)),
         memory=errors((row.peak_gib, row.run.peak_memory_gib) for row in ran),
         stage_memory=errors(_of_stages(ran, stages)),
         covered_ratio=_covered(ran),
@@ -67,6 +68,13 @@ def _of_stages(
         for made, stage in zip(row.stage_gib, measured, strict=False):
             peak = stage.peak_allocated_mb
             yield made, None if peak is None else peak / MB_PER_GIB
+
+
+def is_core(row: RunPrediction) -> bool:
+    """Whether a run is what most models are about: dense pretraining in bf16 or fp16."""
+    run = row.run
+    dense = not run.arch.startswith("moe")
+    return dense and run.task in ("", "pretrain") and run.precision in ("bf16", "fp16")
 
 
 def is_regular(row: RunPrediction) -> bool:

@@ -83,8 +83,7 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
     runtime = platform.runtime
     if not isinstance(question.model, str):
         return compile_graph(_trace_module(question, setting), setting, runtime)
-    profile_hash = platform.profile_hashes()[runtime.name]
-    return model_programs(question.model, setting, runtime, profile_hash, progress)
+    return model_programs(question.model, setting, runtime, platform.runtime_hash, progress)
 
 
 def _trace_module(question: Question, setting: Setting) -> "ModelGraph":

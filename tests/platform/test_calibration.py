@@ -4,19 +4,27 @@ from dataclasses import replace
 
 import pytest
 
+from mist.platform import load_platform
 from mist.platform.calibration import Calibration
-from mist.platform.profiles import load_cluster, load_device, load_runtime, load_shipped_folder
+from mist.platform.profiles import load_cluster, load_device, load_runtime, load_shipped
 from mist.platform.quantity import Kind, Quantity
 from mist.validate.sources import load_sources
-from tests.platform.samples import RUNTIMES
+from tests.platform.samples import PROFILES, RUNTIMES
 
 NUMBER = Quantity(value=2.5, source="runs", kind=Kind.CALIBRATED)
-SHIPPED = load_shipped_folder("calibrations", Calibration)
+SHIPPED = [
+    load_shipped(f"calibrations/{path.name}", Calibration)
+    for path in sorted((PROFILES / "calibrations").glob("*.yaml"))
+]
 
 
 def calibration(path: str) -> Calibration:
     return Calibration(
-        schema="mist.calibration/1", runtime="torch", device="h100-sxm", values={path: NUMBER}
+        schema="mist.calibration/1",
+        runtime="torch",
+        device="h100-sxm",
+        step_ratio=NUMBER,
+        values={path: NUMBER},
     )
 
 
@@ -59,3 +67,13 @@ def test_what_sources_name_ships() -> None:
     for hardware in table.gpus.values():
         device = load_device(hardware.device).profile
         assert device.name in load_cluster(hardware.cluster).profile.devices
+
+
+def test_a_plan_for_a_calibrated_runtime_says_so() -> None:
+    platform = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime="nanotron")
+    plain = load_platform(num_gpus=8, gpu="h200", cluster=None, runtime="nanotron")
+    assert platform.calibration is not None and plain.calibration is None
+    assert "nanotron-h100-sxm" in platform.profile_hashes()
+    assert platform.runtime.host.layer_launch_s.kind is Kind.CALIBRATED
+    assert platform.step_uncertainty_ratio == platform.calibration.step_ratio.value
+    assert platform.runtime_hash != plain.runtime_hash

@@ -140,7 +140,12 @@ def test_the_json_of_a_check() -> None:
         "step_s": 5.0,
         "tokens_per_s": 13107.2,
         "mfu": 0.4321,
-        "uncertainty": {"step_ratio": 0.25, "memory_ratio": 0.1, "basis": "public runs"},
+        "uncertainty": {
+            "step_ratio": 0.25,
+            "memory_ratio": 0.1,
+            "calibrated": False,
+            "basis": "public runs",
+        },
         "stages": [
             {
                 "peak_bytes": peak * GIB,
