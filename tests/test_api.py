@@ -78,7 +78,7 @@ def test_a_check_judges_layouts_and_plan_files(models: Path, tmp_path: Path) -> 
     [
         ({"precision": "bf8"}, "precision 'bf8' is none of bf16, fp16, fp32."),
         ({"attention": "fast"}, "attention 'fast' is none of flash, math."),
-        ({"gpu": "h10"}, "--gpu h10: no device of that name. Did you mean h100-sxm?"),
+        ({"gpu": "h10"}, "--gpu h10: no device of that name. Did you mean h100-sxm or h100-pcie?"),
     ],
 )
 def test_choices_that_are_none(models: Path, options: dict[str, str], message: str) -> None:
