@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 BIN := .venv/bin
 SOURCES := mist tests examples benchmarks cli.py
 
-.PHONY: help plan test test-slow check bench format mutants golden
+.PHONY: help plan test test-slow check bench accuracy format mutants golden
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ check: $(INSTALLED)  ## format, lint, types, import contracts, budgets
 
 bench: $(INSTALLED)  ## speed of the planner
 	set -e; for f in benchmarks/*.py; do $(BIN)/python "$$f"; done
+
+accuracy: $(INSTALLED)  ## docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
+	$(BIN)/python benchmarks/calibrations/accuracy.py $(RUNS) $(STAGES)
 
 format: $(INSTALLED)  ## format, and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)
