@@ -94,11 +94,30 @@ class Network(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contention(Record):
+    """How streams slow each other down: compute, collectives, copies to and from the device.
+
+    Each row of `shares` is one way in which they share a node, w: streams that take X_i by
+    themselves take sum of w_i X_i there, and together the longest of the rows. Raises ValueError
+    for anything but rows of four numbers from 0 up.
+    """
+
+    shares: tuple[tuple[float, float, float, float], ...]
+    source: str
+    kind: Kind
+
+    def __post_init__(self) -> None:
+        if not self.shares or any(share < 0 for row in self.shares for share in row):
+            raise ValueError("shares must be rows of four numbers from 0 up")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster(Record):
     """Nodes of equal devices. `devices`: the names it may hold, the default first.
 
     Group sizes of a node's collectives come from `tables` (measured) and `links` (two-number laws);
     together they must reach from 2 to `gpus_per_node`. `max_nodes` is null where nothing limits it.
+    `contention` is measured; without it the runtime's slowdown of compute stands in.
     """
 
     schema: Literal["mist.cluster/1"]
@@ -112,6 +131,7 @@ class Cluster(Record):
     network: Network
     links: tuple[Link, ...]
     tables: Mapping[Collective, CollectiveTable]
+    contention: Contention | None = None
 
     def __post_init__(self) -> None:
         if not self.devices:

@@ -11,6 +11,7 @@ Laws, with every constant from the device's, cluster's or runtime's profile:
     memory-bound     t = bytes / (ratio bw) + kernels t0
     collectives      `collectives.py`
     transfers        t = latency + bytes / bandwidth
+    streams at once  `together_s`
 
 c is `tensor_time_scale`, the factor that calibration fits. The backward rule is from the
 FlashAttention-3 paper's figures (3.7 at 512 tokens, 2.9 from 8k on), not the 2.5 of counted FLOPs.
@@ -18,6 +19,7 @@ All methods take numpy arrays (or numbers), broadcast them, and return float64 s
 """
 
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -155,6 +157,38 @@ class OpCosts:
         rate = network.nic_bytes_per_s.value * network.efficiency_ratio.value
         outside = network.p2p_latency_s.value + sent / rate
         return np.where(sent > 0, np.where(crosses > 0, outside, inside), 0.0)
+
+    def together_s(
+        self,
+        compute_s: ArrayLike,
+        collectives_s: ArrayLike,
+        to_device_s: ArrayLike = 0.0,
+        to_host_s: ArrayLike = 0.0,
+    ) -> F64:
+        """Time of streams that run at once, from what each takes by itself, in s.
+
+        Measured contention where the cluster has it: the longest of its rows, none shorter than the
+        longest stream. Else compute takes (1 + gamma) times as long for the time that collectives
+        run beside it, max(C + gamma min(C, M), M), and copies are free.
+        """
+        streams = _floats(compute_s, collectives_s, to_device_s, to_host_s)
+        longest = reduce(np.maximum, streams)
+        contention = self.cluster.contention
+        if contention is None:
+            compute, collectives = streams[:2]
+            gamma = self.runtime.overlap.compute_slowdown_ratio.value
+            slowed = compute + gamma * np.minimum(compute, collectives)
+            return np.maximum(slowed, longest)
+        rows = (
+            sum(share * stream for share, stream in zip(row, streams, strict=True))
+            for row in contention.shares
+        )
+        result: F64 = np.where(
+            sum((stream > 0).astype(int) for stream in streams) > 1,
+            reduce(np.maximum, rows, longest),
+            longest,
+        )
+        return result
 
     def host_to_device_s(self, num_bytes: ArrayLike) -> F64:
         """Time of a copy from pinned host memory to the device, in s."""

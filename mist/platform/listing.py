@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from mist.errors import PlatformError, did_you_mean
-from mist.platform.cluster import Cluster, CollectiveTable
+from mist.platform.cluster import Cluster, CollectiveTable, Contention
 from mist.platform.device import Device
 from mist.platform.profiles import (
     Family,
@@ -90,6 +90,9 @@ def _figures(record: object, path: str = "") -> Iterator[FigureRow]:
             yield FigureRow(path=path, value=value, unit=unit_of_key(key), kind=kind, source=source)
         case CollectiveTable(rows=rows, columns=columns, source=source, kind=kind):
             size = f"{len(rows)} x {len(columns) - 1} times"
+            yield FigureRow(path=path, value=None, unit=size, kind=kind, source=source)
+        case Contention(shares=shares, source=source, kind=kind):
+            size = f"{len(shares)} x 4 shares"
             yield FigureRow(path=path, value=None, unit=size, kind=kind, source=source)
         case _:
             for step, item in _items(record):

@@ -115,6 +115,7 @@ def _laws(costs: OpCosts) -> dict[str, Law]:
         "reduce_scatter_s": costs.reduce_scatter_s,
         "all_reduce_s": costs.all_reduce_s,
         "p2p_s": costs.p2p_s,
+        "together_s": costs.together_s,
     }
     memory = {f"memory_{name}_s": partial(costs.memory_s, traffic=name) for name in Traffic}
     return laws | memory

@@ -11,7 +11,7 @@ each block x and memory level, seconds of one micro-batch by part, and bytes;
     peak     = states + kept * in_flight + working set of the worst block + gathered copies
 
 Slots (first forward, other forwards, other backwards, last backward) overlap compute C with
-data-parallel collectives M: overlap(C, M) = max(C + gamma * min(C, M), M). A layer is never faster
+data-parallel collectives M by the platform's law `together_s`. A layer is never faster
 than the host launches it: C = max(device, host). Formulas: Mist (EuroSys'25) section 4; collectives
 by ZeRO level as FSDP2 issues them (profiles/runtimes).
 """
@@ -173,8 +173,8 @@ def _exposed(  # noqa: PLR0913 - three kinds of collectives
     )
     beside = sympy.Add(*(ratio * seconds for seconds, ratio in rows if ratio))
     alone = sympy.Add(*((1 - ratio) * seconds for seconds, ratio in rows if ratio < 1))
-    gamma, busy = overlap.compute_slowdown_ratio.value, compute + copies
-    return copies + alone + sym.larger(gamma * sym.smaller(busy, beside), beside - busy)
+    busy = compute + copies
+    return copies + alone + (sym.TOGETHER(busy, beside) - busy if beside != 0 else 0)
 
 
 def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:

@@ -40,6 +40,7 @@ ALL_GATHER = sympy.Function("all_gather_s")
 REDUCE_SCATTER = sympy.Function("reduce_scatter_s")
 ALL_REDUCE = sympy.Function("all_reduce_s")
 P2P = sympy.Function("p2p_s")
+TOGETHER = sympy.Function("together_s")
 MEMORY: Final = {traffic: sympy.Function(f"memory_{traffic}_s") for traffic in Traffic}
 
 _MAXIMUM = sympy.Function("maximum")
