@@ -300,6 +300,37 @@ def validate(
 
 
 @app.command()
+def calibrate(
+    files: Annotated[
+        list[Path], typer.Argument(help="PLAN LOG pairs: plan files, each with its run's log.")
+    ],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write what was fitted (.yaml).")
+    ] = None,
+) -> None:
+    """Fit a few constants of the profiles to your own measured runs, for the plans to come."""
+    from mist.files import write_text
+    from mist.platform.calibration import dump_calibration
+    from mist.platform.profiles import user_folder
+    from mist.report.costs import print_calibration
+    from mist.workflow.calibrating import calibrate as fit
+
+    if len(files) % 2:
+        raise InputError("mist calibrate takes pairs: PLAN LOG [PLAN LOG ...].")
+    if out is not None and out.suffix != ".yaml":
+        raise OutputError(f"--out {out}: a calibration is written as .yaml.")
+    with redirect_stdout(sys.stderr):
+        found = fit(list(zip(files[::2], files[1::2], strict=True)), _progress)
+    name = f"{found.calibration.runtime}-{found.calibration.device}.yaml"
+    path = out or user_folder() / "calibrations" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, dump_calibration(found.calibration, "Written by mist calibrate."))
+    print_calibration(found.before, found.after, found.errors_before, found.errors_after)
+    print(f"wrote {path}" + ("" if out else ": plans for this runtime and GPU use it from now on"))
+
+
+@app.command()
 def profiles(
     action: Annotated[str, typer.Argument(help="list, or show NAME")] = "list",
     name: Annotated[str | None, typer.Argument(help="A profile to show.")] = None,

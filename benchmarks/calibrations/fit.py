@@ -1,8 +1,7 @@
 """Fits profiles/calibrations to measured runs: `python benchmarks/calibrations/fit.py RUNS.csv`.
 
 For developers. Each row of `FITS` names the constants of one runtime on one device and the source
-they are fitted to: few, physical, between bounds. The sum of soft-L1 losses of log(predicted /
-measured) is minimised by damped Gauss-Newton steps in the logarithms of the constants.
+they are fitted to: few, physical, between bounds (`mist.calibrate.fit`).
 """
 
 import sys
@@ -11,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from mist.calibrate.fit import Range, fitted
 from mist.graph import ModelGraph
-from mist.platform.calibration import Calibration
+from mist.platform.calibration import Calibration, dump_calibration
 from mist.platform.quantity import Kind, Quantity
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms
@@ -26,8 +25,6 @@ from mist.validate.runs import Run, read_runs
 from mist.validate.sources import load_sources
 
 FOLDER = Path(__file__).parents[2] / "profiles/calibrations"
-SOFTNESS = 0.05  # errors well above 5 % count linearly
-STEP = 0.05
 Constants = Mapping[str, tuple[float, float, float]]  # start, least, most
 
 SPEED: Constants = {"device.tensor_time_scale": (1.1, 0.7, 1.8)}
@@ -170,39 +167,6 @@ def calibration(
     )
 
 
-def loss(errors: NDArray[np.float64]) -> float:
-    return float(np.sum(np.sqrt(1 + (errors / SOFTNESS) ** 2) - 1))
-
-
-def fitted(judge: Judge) -> tuple[dict[str, float], NDArray[np.float64]]:
-    """The constants that fit best, and the errors that they leave."""
-    constants = judge.fit.constants
-    names = list(constants)
-    at = np.log([constants[name][0] for name in names])
-    low, high = (np.log([constants[name][i] for name in names]) for i in (1, 2))
-
-    def errors(point: NDArray[np.float64]) -> NDArray[np.float64]:
-        return judge.errors(dict(zip(names, np.exp(point), strict=True)))
-
-    left, damping = errors(at), 1e-2
-    for _ in range(12):
-        slopes = np.array([(errors(at + STEP * unit) - left) / STEP for unit in np.eye(len(at))]).T
-        weights = 1 / np.sqrt(1 + (left / SOFTNESS) ** 2)
-        normal, pull = (slopes.T * weights) @ slopes, (slopes.T * weights) @ left
-        for _ in range(6):
-            scaled = normal + damping * np.diag(np.diag(normal) + 1e-6)
-            move = np.clip(np.linalg.solve(scaled, -pull), -0.7, 0.7)
-            tried = np.clip(at + move, low, high)
-            after = errors(tried)
-            if loss(after) < loss(left) * (1 - 1e-4):
-                at, left, damping = tried, after, damping / 3
-                break
-            damping *= 4
-        else:
-            break
-    return dict(zip(names, np.exp(at), strict=True)), left
-
-
 def regular(run: Run) -> bool:
     """Whether a run's time is fitted to: it ran, without stalling or fighting for memory."""
     stalls = run.mfu is not None and run.mfu < 5
@@ -219,34 +183,22 @@ def main(path: Path, wanted: Sequence[str]) -> None:
         judge = Judge(fit, [run for run in runs if run.source in fit.sources])
         if not judge.groups:
             continue
-        values, errors = fitted(judge)
+        ranges = {
+            name: Range(start=start, least=least, most=most)
+            for name, (start, least, most) in fit.constants.items()
+        }
+        values, errors = fitted(judge.errors, ranges)
         off = np.abs(np.expm1(errors))
         quality = f"{100 * np.median(off):.1f} / {100 * np.percentile(off, 90):.1f}"
         source = (
             f"fitted to {len(errors)} runs of {', '.join(fit.sources)} "
             f"({len(values)} constants; error median / p90 {quality} %)"
         )
-        write(fit, calibration(fit, values, source, float(np.percentile(off, 90))))
+        found = calibration(fit, values, source, float(np.percentile(off, 90)))
+        text = dump_calibration(found, "Written by benchmarks/calibrations/fit.py.")
+        (FOLDER / f"{fit.runtime}-{fit.device}.yaml").write_text(text)
         print(fit.runtime, fit.device, source, flush=True)
         print("   ", {name: float(f"{value:.4g}") for name, value in values.items()}, flush=True)
-
-
-def write(fit: Fit, found: Calibration) -> None:
-    data = {
-        "schema": found.schema,
-        "runtime": found.runtime,
-        "device": found.device,
-        "step_ratio": _written(found.step_ratio),
-        "values": {name: _written(each) for name, each in found.values.items()},
-    }
-    text = "# Written by benchmarks/calibrations/fit.py.\n" + yaml.safe_dump(
-        data, sort_keys=False, width=1000
-    )
-    (FOLDER / f"{fit.runtime}-{fit.device}.yaml").write_text(text)
-
-
-def _written(quantity: Quantity) -> dict[str, object]:
-    return {"value": quantity.value, "source": quantity.source, "kind": quantity.kind.value}
 
 
 if __name__ == "__main__":

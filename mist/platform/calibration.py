@@ -45,6 +45,23 @@ class Calibration(Record):
         return held["device"], held["cluster"], held["runtime"]
 
 
+def dump_calibration(found: Calibration, comment: str) -> str:
+    """The calibration as the text of its YAML file."""
+    import yaml
+
+    def written(quantity: Quantity) -> dict[str, object]:
+        return {"value": quantity.value, "source": quantity.source, "kind": quantity.kind.value}
+
+    data = {
+        "schema": found.schema,
+        "runtime": found.runtime,
+        "device": found.device,
+        "step_ratio": written(found.step_ratio),
+        "values": {name: written(each) for name, each in found.values.items()},
+    }
+    return f"# {comment}\n" + yaml.safe_dump(data, sort_keys=False, width=1000)
+
+
 def _with(record: Any, fields: list[str], quantity: Quantity) -> Any:  # noqa: ANN401 - any record
     """A record with one of its quantities, deep inside, replaced."""
     name, *rest = fields

@@ -91,14 +91,18 @@ def find_profile(name: str, family: Family) -> Path:
     return known[name]
 
 
-def _folders() -> tuple[Path, ...]:
-    """Where profiles are looked for, the first hit wins: the user's folder, then what ships."""
+def user_folder() -> Path:
+    """Where a user's own profiles lie."""
     import platformdirs
 
+    return Path(platformdirs.user_config_dir("mist")) / "profiles"
+
+
+def _folders() -> tuple[Path, ...]:
+    """Where profiles are looked for, the first hit wins: the user's folder, then what ships."""
     package = Path(__file__).parent.parent
     shipped = (package / "profiles", package.parent / "profiles")
-    user = Path(platformdirs.user_config_dir("mist")) / "profiles"
-    return (user, next((folder for folder in shipped if folder.is_dir()), shipped[0]))
+    return (user_folder(), next((folder for folder in shipped if folder.is_dir()), shipped[0]))
 
 
 def _load(name: str, family: Family, shape: type[P]) -> Loaded[P]:

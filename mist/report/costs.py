@@ -1,6 +1,7 @@
 """What operations cost: the trace of a model, and the profiles with every figure's source."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import exp
 from typing import Final
 
 import sympy
@@ -197,3 +198,27 @@ def profiles_json(
             for row, figures in profiles
         ]
     }
+
+
+def print_calibration(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    errors_before: Sequence[float],
+    errors_after: Sequence[float],
+) -> None:
+    """What fitted constants were and are, and how far off each run was and is (log errors)."""
+    show(
+        "Constants fitted",
+        ("constant", "before", "after"),
+        [(name, f"{before[name]:.4g}", f"{value:.4g}") for name, value in after.items()],
+    )
+    show(
+        "Predicted step over measured",
+        ("run", "before", "after"),
+        [
+            (str(number), f"{exp(old):.3f}", f"{exp(new):.3f}")
+            for number, (old, new) in enumerate(zip(errors_before, errors_after, strict=True), 1)
+        ],
+    )
+    if len(errors_after) <= len(after):
+        say_note("as many constants as runs: how good the fit is, only another run can tell")

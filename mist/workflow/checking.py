@@ -102,7 +102,7 @@ def check_plan(
     is broken, is a plan for another model, or asks for what is not predicted or breaks a rule.
     """
     plan = load_plan(path)
-    question = _question_of(plan, Path(path), margin_ratio)
+    question = question_of(plan, Path(path), margin_ratio)
     job = prepare(question, progress)
     if faults := plan_against(plan, job):
         raise PlanError(str(path), faults)
@@ -115,7 +115,7 @@ def check_plan(
     )
 
 
-def _question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
+def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
     """The question that a plan answers; its model is looked for here and beside the plan."""
     source = plan.model.source
     if source.startswith(OBJECT):

@@ -74,16 +74,21 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
 
     From the cache, where they need neither torch nor sympy; else from the trace. Raises InputError.
     """
-    platform = _platform(question)  # refused before the model is traced
-    setting = Setting(
-        precision=question.precision,
-        attention=question.attention,
-        fused_norms=platform.runtime.kernels.fused_norms,
-    )
+    platform = platform_of(question)  # refused before the model is traced
+    setting = setting_of(question, platform)
     runtime = platform.runtime
     if not isinstance(question.model, str):
         return compile_graph(_trace_module(question, setting), setting, runtime)
     return model_programs(question.model, setting, runtime, platform.runtime_hash, progress)
+
+
+def setting_of(question: Question, platform: Platform) -> Setting:
+    """For which kernels the model of a question is traced."""
+    return Setting(
+        precision=question.precision,
+        attention=question.attention,
+        fused_norms=platform.runtime.kernels.fused_norms,
+    )
 
 
 def _trace_module(question: Question, setting: Setting) -> "ModelGraph":
@@ -101,7 +106,7 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
         attention=question.attention,
         compile=False,
     )
-    job = make_job(programs, _platform(question), workload)
+    job = make_job(programs, platform_of(question), workload)
     if broken := out_of_domain(job.cost.domain, workload.seq_len):
         raise InputError(
             f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(broken)} only."
@@ -109,7 +114,8 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
     return job
 
 
-def _platform(question: Question) -> Platform:
+def platform_of(question: Question) -> Platform:
+    """The platform that a question names. Raises PlatformError."""
     return load_platform(
         num_gpus=question.num_gpus,
         gpu=question.gpu,

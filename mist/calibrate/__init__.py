@@ -1,0 +1,1 @@
+"""Calibrate: named constants of the profiles from measured runs, few and physical."""

@@ -1,0 +1,84 @@
+"""Constants that bring predictions to measurements: damped Gauss-Newton in their logarithms.
+
+The sum of soft-L1 losses of log(predicted / measured) is minimised between bounds; errors well
+above `SOFTNESS` count linearly, so that single bad runs do not decide.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Values = Mapping[str, float]
+
+SOFTNESS: Final = 0.05
+STEP: Final = 0.05  # of a logarithm, for slopes
+LONGEST_MOVE: Final = 0.7
+MAX_STEPS: Final = 12
+MAX_TRIES: Final = 6
+GAIN: Final = 1e-4  # relative; less ends the search
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Where a constant starts, and between which values it may end."""
+
+    start: float
+    least: float
+    most: float
+
+
+def loss(errors: Floats) -> float:
+    """Soft-L1 of log errors."""
+    return float(np.sum(np.sqrt(1 + (errors / SOFTNESS) ** 2) - 1))
+
+
+def fitted(
+    errors_at: Callable[[Values], Floats], constants: Mapping[str, Range]
+) -> tuple[dict[str, float], Floats]:
+    """The constants that fit best, and the log errors that they leave.
+
+    `errors_at`: log(predicted / measured) of every run at given constants.
+    """
+    names = list(constants)
+    point, low, high = (
+        np.log([getattr(constants[name], end) for name in names])
+        for end in ("start", "least", "most")
+    )
+
+    def errors(at: Floats) -> Floats:
+        return errors_at(dict(zip(names, np.exp(at), strict=True)))
+
+    left, damping = errors(point), 1e-2
+    for _ in range(MAX_STEPS):
+        move = _step(errors, point, left)
+        for _ in range(MAX_TRIES):
+            tried = np.clip(point + move(damping), low, high)
+            after = errors(tried)
+            if loss(after) < loss(left) * (1 - GAIN):
+                point, left, damping = tried, after, damping / 3
+                break
+            damping *= 4
+        else:
+            break
+    return dict(zip(names, np.exp(point).tolist(), strict=True)), left
+
+
+def _step(
+    errors: Callable[[Floats], Floats], point: Floats, left: Floats
+) -> Callable[[float], Floats]:
+    """The move from a point as a function of the damping."""
+    slopes = np.array(
+        [(errors(point + STEP * unit) - left) / STEP for unit in np.eye(len(point))]
+    ).T
+    weights = 1 / np.sqrt(1 + (left / SOFTNESS) ** 2)
+    normal, pull = (slopes.T * weights) @ slopes, (slopes.T * weights) @ left
+
+    def move(damping: float) -> Floats:
+        scaled = normal + damping * np.diag(np.diag(normal) + 1e-6)
+        return np.clip(np.linalg.solve(scaled, -pull), -LONGEST_MOVE, LONGEST_MOVE)
+
+    return move

@@ -1,0 +1,147 @@
+"""`mist calibrate`: what one's own measured runs say about the constants behind the plans."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.calibrate.fit import Range, fitted
+from mist.calibrate.logs import step_seconds
+from mist.errors import InputError
+from mist.estimate import estimate, make_job
+from mist.graph import ModelGraph
+from mist.planfile import load_plan
+from mist.plans import Plan
+from mist.platform import Kind, Platform, Quantity
+from mist.platform.calibration import Calibration
+from mist.programs import compile_graph
+from mist.trace import Setting, load_graph
+from mist.workflow.checking import question_of
+from mist.workflow.question import platform_of, setting_of
+
+# In the order in which they are fitted: as many as half of the runs, and at least one.
+CONSTANTS: Final = (
+    "device.tensor_time_scale",
+    "runtime.host.layer_launch_s",
+    "cluster.network.hop_s",
+    "runtime.overlap.compute_slowdown_ratio",
+)
+FACTOR: Final = 4.0  # a constant ends between a quarter and four times of where it starts
+LEAST_ERROR: Final = 0.05  # no fit to a few runs promises more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A plan that was run, with the median of its steps."""
+
+    plan: Plan
+    platform: Platform
+    setting: Setting
+    graph: ModelGraph
+    seconds: float
+
+    def log_error(self, values: Mapping[str, float]) -> float:
+        """log(predicted / measured) with these constants."""
+        held = (self.platform.device, self.platform.cluster, self.platform.runtime)
+        device, cluster, runtime = _calibration(self.platform, values).applied(held)
+        platform = replace(self.platform, device=device, cluster=cluster, runtime=runtime)
+        programs = compile_graph(self.graph, self.setting, runtime)
+        job = make_job(programs, platform, self.plan.workload)
+        predicted = estimate(job, self.plan.stages, self.plan.num_micro_batches).step_s
+        return float(np.log(predicted / self.seconds))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """What was fitted: constants before and after, and log errors of the runs before and after."""
+
+    calibration: Calibration
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    errors_before: tuple[float, ...]
+    errors_after: tuple[float, ...]
+
+
+def calibrate(pairs: Sequence[tuple[Path, Path]], progress: Callable[[str], None]) -> Calibrated:
+    """Fit constants to runs, each a plan and its log. Raises InputError when they do not belong."""
+    runs = [_measured(plan, log, progress) for plan, log in pairs]
+    first = runs[0].platform
+    for (path, _), run in zip(pairs, runs, strict=True):
+        if (run.platform.runtime.name, run.platform.device.name) != _names(first):
+            raise InputError(
+                f"{path} is for runtime {run.platform.runtime.name} on {run.platform.device.name}, "
+                f"{pairs[0][0]} for {' on '.join(_names(first))}. Calibrate each by itself."
+            )
+    count = max(len(runs) // 2, 1)
+    before = {name: _value(first, name) for name in CONSTANTS[:count]}
+    ranges = {
+        name: Range(start=value, least=value / FACTOR, most=value * FACTOR)
+        for name, value in before.items()
+    }
+
+    def errors_at(values: Mapping[str, float]) -> NDArray[np.float64]:
+        progress(", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+        return np.array([run.log_error(values) for run in runs])
+
+    errors_before = errors_at(before)
+    after, errors_after = fitted(errors_at, ranges)
+    return Calibrated(
+        calibration=_calibration(first, after, _step_ratio(first, errors_after, count)),
+        before=before,
+        after=after,
+        errors_before=tuple(errors_before.tolist()),
+        errors_after=tuple(errors_after.tolist()),
+    )
+
+
+def _measured(path: Path, log: Path, progress: Callable[[str], None]) -> Measured:
+    seconds, plan = step_seconds(log), load_plan(path)
+    question = question_of(plan, path, None)
+    platform = platform_of(question)
+    setting = setting_of(question, platform)
+    assert isinstance(question.model, str)
+    graph = load_graph(question.model, setting, progress=progress)
+    return Measured(plan=plan, platform=platform, setting=setting, graph=graph, seconds=seconds)
+
+
+def _names(platform: Platform) -> tuple[str, str]:
+    return platform.runtime.name, platform.device.name
+
+
+def _value(platform: Platform, name: str) -> float:
+    record: object = platform
+    for step in name.split("."):
+        record = getattr(record, step)
+    assert isinstance(record, Quantity)
+    return record.value
+
+
+def _step_ratio(platform: Platform, errors: NDArray[np.float64], count: int) -> float:
+    """The error to expect: what is left, if any run is left to tell; else what was expected."""
+    if len(errors) <= count:
+        return platform.step_uncertainty_ratio
+    return max(float(np.percentile(np.abs(np.expm1(errors)), 90)), LEAST_ERROR)
+
+
+def _calibration(
+    platform: Platform, values: Mapping[str, float], step_ratio: float = 1.0
+) -> Calibration:
+    """What is known already, and these values."""
+    source = "fitted to measured runs by mist calibrate"
+    known = platform.calibration.values if platform.calibration else {}
+    return Calibration(
+        schema="mist.calibration/1",
+        runtime=platform.runtime.name,
+        device=platform.device.name,
+        step_ratio=Quantity(value=step_ratio, source=source, kind=Kind.CALIBRATED),
+        values={
+            **known,
+            **{
+                name: Quantity(value=float(f"{value:.4g}"), source=source, kind=Kind.CALIBRATED)
+                for name, value in values.items()
+            },
+        },
+    )

@@ -1,0 +1,75 @@
+"""The fit finds constants that made the data, within bounds, and lets no single run decide."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mist.calibrate.fit import Range, fitted, loss
+from mist.calibrate.logs import step_seconds
+from mist.errors import InputError
+
+SIZES = np.array([[1.0, 8.0], [4.0, 2.0], [9.0, 1.0], [3.0, 3.0], [0.5, 7.0], [6.0, 5.0]])
+TRUTH = {"a": 1.7, "b": 0.4}
+WIDE = {"a": Range(start=1.0, least=0.1, most=10.0), "b": Range(start=1.0, least=0.1, most=10.0)}
+
+
+def seconds(values: Mapping[str, float]) -> NDArray[np.float64]:
+    """Two parts that add up, and a floor that one of them may hide behind."""
+    return np.maximum(SIZES @ np.array([values["a"], values["b"]]), 2.0)
+
+
+def errors_of(
+    measured: NDArray[np.float64],
+) -> Callable[[Mapping[str, float]], NDArray[np.float64]]:
+    return lambda values: np.log(seconds(values) / measured)
+
+
+def test_constants_are_recovered() -> None:
+    found, left = fitted(errors_of(seconds(TRUTH)), WIDE)
+    assert found == pytest.approx(TRUTH, rel=1e-3)
+    assert loss(left) < 1e-4
+
+
+def test_one_bad_run_does_not_decide() -> None:
+    measured = seconds(TRUTH) * np.array([1, 1, 1, 1, 1, 8.0])
+    found, _ = fitted(errors_of(measured), WIDE)
+    assert found == pytest.approx(TRUTH, rel=0.05)
+
+
+def test_a_constant_stays_within_its_bounds() -> None:
+    bounds = {**WIDE, "a": Range(start=1.0, least=0.5, most=1.2)}
+    found, _ = fitted(errors_of(seconds(TRUTH)), bounds)
+    assert found["a"] == pytest.approx(1.2)
+
+
+def log(path: Path, times: list[object]) -> Path:
+    path.write_text(json.dumps({"steps": [{"step": i, "seconds": t} for i, t in enumerate(times)]}))
+    return path
+
+
+def test_the_first_steps_of_a_log_are_left_out(tmp_path: Path) -> None:
+    assert step_seconds(log(tmp_path / "a.json", [30.0, 9.0, 1.0, 2.0, 3.0])) == 2.0
+    assert step_seconds(log(tmp_path / "b.json", [3.0, 1.0])) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "is no log of a run"),
+        ("not json", "is no log of a run"),
+        ('{"steps": []}', "has no steps with seconds above 0"),
+        ('{"steps": [{"seconds": 0}]}', "has no steps with seconds above 0"),
+        ('{"steps": [{"seconds": "soon"}]}', "is no log of a run"),
+    ],
+)
+def test_what_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        step_seconds(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        step_seconds(tmp_path / "none.json")

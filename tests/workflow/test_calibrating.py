@@ -1,0 +1,104 @@
+"""`mist calibrate` on toy runs that another constant made: it is found, written and used."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mist.cli import app
+from mist.errors import InputError
+from mist.estimate import estimate, make_job
+from mist.planfile import save_plan
+from mist.platform import Kind, load_platform
+from mist.spec import Precision, SearchSpace
+from mist.symbolic.compile import compile_model
+from mist.workflow import calibrating
+from mist.workflow.calibrating import calibrate
+from mist.workflow.planning import make_plan
+from mist.workflow.question import Question
+from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
+
+GRAPH = toy_graph((8,), hidden=8192)
+SLOWER, LONGER = 1.3, 2.5e-3
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answer_with(GRAPH, monkeypatch)
+    monkeypatch.setattr(calibrating, "load_graph", lambda *_, **__: GRAPH)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+def measured(folder: Path, name: str, num_gpus: int, **space: tuple[int, ...]) -> tuple[Path, Path]:
+    """A plan, and the log of a run on a machine that is slower than the profiles say."""
+    (folder / "toy.py").write_text("")
+    question = Question(
+        model=str(folder / "toy.py"), num_gpus=num_gpus, seq_len=1024, global_batch=64
+    )
+    plan = make_plan(question, SearchSpace(**space)).plan
+    plan_path, log_path = folder / f"{name}.yaml", folder / f"{name}.json"
+    save_plan(plan, plan_path)
+    platform = load_platform(num_gpus=num_gpus, gpu=None, cluster=None, runtime="torch")
+    scale = replace(platform.device.tensor_time_scale, value=SLOWER)
+    launch = replace(platform.runtime.host.layer_launch_s, value=LONGER)
+    runtime = replace(platform.runtime, host=replace(platform.runtime.host, layer_launch_s=launch))
+    machine = replace(
+        platform, device=replace(platform.device, tensor_time_scale=scale), runtime=runtime
+    )
+    job = make_job(compile_model(GRAPH, runtime, Precision.BF16), machine, plan.workload)
+    seconds = estimate(job, plan.stages, plan.num_micro_batches).step_s
+    steps = [{"step": i, "seconds": seconds * (3 if i < 2 else 1)} for i in range(6)]
+    log_path.write_text(json.dumps({"steps": steps}))
+    return plan_path, log_path
+
+
+def pairs(folder: Path) -> list[tuple[Path, Path]]:
+    return [
+        measured(folder, "a", 8, tp=(1,), micro_batch=(4,)),
+        measured(folder, "b", 8, tp=(2,), micro_batch=(2,)),
+        measured(folder, "c", 16, pp=(2,), micro_batch=(1,)),
+        measured(folder, "d", 16, tp=(1,), micro_batch=(1,)),
+    ]
+
+
+def test_what_made_the_runs_is_found(tmp_path: Path) -> None:
+    found = calibrate(pairs(tmp_path), lambda message: None)
+    assert found.after["device.tensor_time_scale"] == pytest.approx(SLOWER, rel=0.02)
+    assert list(found.after) == ["device.tensor_time_scale", "runtime.host.layer_launch_s"]
+    assert max(map(abs, found.errors_after)) < 0.02 < max(map(abs, found.errors_before))
+    assert found.calibration.step_ratio.value == 0.05  # no few runs promise more
+
+
+def test_one_run_fits_one_constant_and_promises_nothing(tmp_path: Path) -> None:
+    found = calibrate(pairs(tmp_path)[:1], lambda message: None)
+    assert list(found.after) == ["device.tensor_time_scale"]
+    plain = load_platform(num_gpus=8, gpu=None, cluster=None, runtime="torch")
+    assert found.calibration.step_ratio.value == plain.step_uncertainty_ratio
+
+
+def test_runs_of_two_devices_do_not_mix(tmp_path: Path) -> None:
+    (plan, log), *_ = pairs(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text(plan.read_text().replace("h100-sxm", "h200").replace("dgx-h100", "dgx-h200"))
+    with pytest.raises(InputError, match="Calibrate each by itself"):
+        calibrate([(plan, log), (other, log)], lambda message: None)
+
+
+def test_plans_use_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(path) for pair in pairs(tmp_path) for path in pair]
+    app(["calibrate", *files], standalone_mode=False)
+    assert "device.tensor_time_scale" in capsys.readouterr().out
+    platform = load_platform(num_gpus=8, gpu=None, cluster=None, runtime="torch")
+    assert platform.calibration is not None
+    assert platform.device.tensor_time_scale.kind is Kind.CALIBRATED
+    question = Question(model=str(tmp_path / "toy.py"), num_gpus=8, seq_len=1024)
+    assert make_plan(question, SearchSpace()).plan.estimate.uncertainty.calibrated
+
+
+def test_pairs_are_pairs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="takes pairs"):
+        app(["calibrate", "plan.yaml"], standalone_mode=False)
+    with pytest.raises(Exception, match="written as .yaml"):
+        app(["calibrate", "p.yaml", "l.json", "--out", "x.txt"], standalone_mode=False)
