@@ -70,6 +70,8 @@ def _compiled(group: Group) -> Programs | str:
         )
     except MistError as error:
         return str(error)
+    except Exception as error:  # one run's fault is no reason to lose the others
+        return f"{type(error).__name__}: {error}"
 
 
 def _failed(member: Member, reason: str) -> RunPrediction:

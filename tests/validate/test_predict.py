@@ -135,6 +135,7 @@ ROW = (
     "llama-1,elsewhere,dense-llama,pretrain,A,ok,6,256,8,4,512,1024,512,H100-80GB-SXM,8,4,2,1,"
     "zero1,2,4,none,bf16,flash,0.05,1.0"
 )
+WRONG = ROW.replace("llama-1", "llama-3").replace(",6,256,8,4,", ",6,250,7,3,")
 OTHER = ROW.replace("llama-1", "llama-2").replace("H100-80GB-SXM", "abacus")
 
 
@@ -145,11 +146,11 @@ def test_a_file_of_runs_is_predicted(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     runs, out = tmp_path / "runs.csv", tmp_path / "predictions.csv"
-    runs.write_text("\n".join([HEAD, ROW, OTHER]) + "\n")
+    runs.write_text("\n".join([HEAD, ROW, OTHER, WRONG]) + "\n")
     app(["validate", str(runs), "--out", str(out), "--json"], standalone_mode=False)
     (score,) = json.loads(capsys.readouterr().out)["sources"]
-    assert (score["source"], score["runs"], score["predicted"]) == ("elsewhere", 2, 1)
-    first, second = csv.DictReader(out.read_text().splitlines())
+    assert (score["source"], score["runs"], score["predicted"]) == ("elsewhere", 3, 1)
+    first, second, third = csv.DictReader(out.read_text().splitlines())
     assert (first["status"], first["runtime"], first["calibrated"]) == (
         "predicted",
         "torch",
@@ -160,3 +161,5 @@ def test_a_file_of_runs_is_predicted(
     assert (first["predicted_fits"], float(first["predicted_step_s"]) > 0) == ("true", True)
     assert (second["status"], second["reason"]) == ("unsupported", "GPU abacus has no profile")
     assert second["predicted_step_s"] == ""
+    assert (third["status"], third["predicted_fits"]) == ("error", "")
+    assert third["reason"]
