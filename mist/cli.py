@@ -336,7 +336,7 @@ def profiles(
     name: Annotated[str | None, typer.Argument(help="A profile to show.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the shipped devices, clusters and runtimes; show every number with its source."""
+    """List devices, clusters, runtimes and calibrations; show every number with its source."""
     from mist.platform.listing import figure_rows, profile_rows
     from mist.report.costs import print_profiles, profiles_json
 

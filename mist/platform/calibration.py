@@ -35,6 +35,12 @@ class Calibration(Record):
             if path.split(".")[0] not in ("device", "cluster", "runtime"):
                 raise ValueError(f"{path} does not begin with device, cluster or runtime")
 
+    @property
+    def what(self) -> str:
+        """In a line, what the calibration is of."""
+        percent = 100 * self.step_ratio.value
+        return f"{self.runtime} on {self.device}; nine of ten of its runs within {percent:.0f} %"
+
     def applied(self, profiles: Profiles) -> Profiles:
         """The profiles with these values. Raises KeyError for a field that they do not have."""
         device, cluster, runtime = profiles

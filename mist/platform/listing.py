@@ -5,11 +5,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from mist.errors import PlatformError, did_you_mean
+from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster, CollectiveTable, Contention
 from mist.platform.device import Device
 from mist.platform.profiles import (
     Family,
     list_profiles,
+    load_calibration,
     load_cluster,
     load_device,
     load_runtime,
@@ -44,7 +46,7 @@ class FigureRow:
 
 
 def profile_rows() -> tuple[ProfileRow, ...]:
-    """Every profile that can be named, devices first. Raises PlatformError for a broken file."""
+    """Every profile, devices first. Raises PlatformError for a broken file."""
     return tuple(_row(name, family) for family in Family for name in list_profiles(family))
 
 
@@ -72,7 +74,7 @@ def _row(name: str, family: Family) -> ProfileRow:
     )
 
 
-def _load(name: str, family: Family) -> Device | Cluster | Runtime:
+def _load(name: str, family: Family) -> Device | Cluster | Runtime | Calibration:
     match family:
         case Family.DEVICE:
             return load_device(name).profile
@@ -80,6 +82,8 @@ def _load(name: str, family: Family) -> Device | Cluster | Runtime:
             return load_cluster(name).profile
         case Family.RUNTIME:
             return load_runtime(name).profile
+        case Family.CALIBRATION:
+            return load_calibration(name).profile
 
 
 def _figures(record: object, path: str = "") -> Iterator[FigureRow]:

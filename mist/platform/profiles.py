@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
 
 class Family(StrEnum):
-    """What a profile describes; also the option that names one on the command line."""
+    """What a profile describes; also the option that names one on the command line.
+
+    No option names a calibration: the runtime and the device do.
+    """
 
     DEVICE = "device"
     CLUSTER = "cluster"
     RUNTIME = "runtime"
+    CALIBRATION = "calibration"
 
     @property
     def folder(self) -> str:
@@ -66,6 +70,14 @@ def load_cluster(name: str) -> Loaded[Cluster]:
 def load_runtime(name: str) -> Loaded[Runtime]:
     """The runtime of that name or path. Raises PlatformError when unknown or broken."""
     return _load(name, Family.RUNTIME, Runtime)
+
+
+def load_calibration(name: str) -> Loaded[Calibration]:
+    """The calibration of that name, "RUNTIME-DEVICE", or path.
+
+    Raises PlatformError when unknown or broken.
+    """
+    return _load(name, Family.CALIBRATION, Calibration)
 
 
 def list_profiles(family: Family) -> dict[str, Path]:
@@ -136,16 +148,13 @@ def load_shipped(relative: str, shape: type[R]) -> R:
     return check(read_yaml(path.read_bytes(), path), shape, path)
 
 
-def load_calibration(runtime: str, device: str) -> Loaded[Calibration] | None:
+def find_calibration(runtime: str, device: str) -> Loaded[Calibration] | None:
     """What whole runs say about a runtime on a device, if there are any.
 
     Raises PlatformError when the file is broken.
     """
-    for folder in _folders():
-        path = folder / "calibrations" / f"{runtime}-{device}.yaml"
-        if path.is_file():
-            return _read(path, Calibration)
-    return None
+    name = f"{runtime}-{device}"
+    return load_calibration(name) if name in list_profiles(Family.CALIBRATION) else None
 
 
 def check(data: Mapping[str, object], shape: type[R], path: Path) -> R:

@@ -8,7 +8,7 @@ from mist.errors import PlatformError
 from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
-from mist.platform.profiles import load_calibration, load_cluster, load_device, load_runtime
+from mist.platform.profiles import find_calibration, load_cluster, load_device, load_runtime
 from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 
@@ -108,7 +108,7 @@ def load_platform(*, num_gpus: int, gpu: str | None, cluster: str | None, runtim
     software = load_runtime(runtime)
     hashes = {item.profile.name: item.sha256 for item in (device, fabric, software)}
     profiles = (device.profile, fabric.profile, software.profile)
-    found = load_calibration(software.profile.name, device.profile.name)
+    found = find_calibration(software.profile.name, device.profile.name)
     if found is not None:
         profiles = found.profile.applied(profiles)
         hashes[f"{software.profile.name}-{device.profile.name}"] = found.sha256

@@ -9,7 +9,7 @@ from typing import Final
 
 from mist.platform.profiles import (
     Loaded,
-    load_calibration,
+    find_calibration,
     load_cluster,
     load_device,
     load_runtime,
@@ -187,7 +187,7 @@ def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrate
     loaded = _runtime(source.runtime)
     profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, loaded.profile)
     known = calibrated and key.source in sources.sources
-    calibration = load_calibration(source.runtime, key.device) if known else None
+    calibration = find_calibration(source.runtime, key.device) if known else None
     if calibration is not None:
         profiles = calibration.profile.applied(profiles)
     device, cluster, runtime = profiles
