@@ -1,6 +1,7 @@
 """Writes docs/accuracy.md and its plot: `make accuracy RUNS=runs.csv STAGES=stages.csv`."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -13,6 +14,7 @@ from mist.workflow.validating import Validation, validate
 
 DOCS = Path(__file__).parents[2] / "docs"
 FEWEST = 3  # runs of a source that is shown
+FEWEST_IN_BOX = 10
 TEMPLATE = Path(__file__).with_suffix(".md")
 
 
@@ -72,11 +74,15 @@ def rankings(found: Sequence[Score]) -> str:
     return table(head, [cells(s, s.ranking, s.naive) for s in found if s.ranking])
 
 
-def plot(rows: Sequence[RunPrediction]) -> Figure:
+def timed(rows: Sequence[RunPrediction]) -> list[RunPrediction]:
+    """Runs whose step times are compared in the plots."""
+    return [r for r in rows if r.status == "predicted" and r.run.outcome == "ok"
+            and r.run.step_time_s and is_regular(r) and is_core(r)]  # fmt: skip
+
+
+def plot(judged: Sequence[RunPrediction]) -> Figure:
     figure = Figure(figsize=(8.0, 6.0), layout="constrained")
     axes = figure.add_subplot()
-    judged = [r for r in rows if r.status == "predicted" and r.run.outcome == "ok"
-              and r.run.step_time_s and is_regular(r) and is_core(r)]  # fmt: skip
     for source in sorted({r.run.source for r in judged}):
         own = [r for r in judged if r.run.source == source]
         if len(own) >= FEWEST:
@@ -89,6 +95,26 @@ def plot(rows: Sequence[RunPrediction]) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="measured step time, s",
              ylabel="predicted step time, s")  # fmt: skip
     axes.legend(fontsize=8)
+    return figure
+
+
+def plot_by(judged: Sequence[RunPrediction]) -> Figure:
+    """Errors of step times by tensor and pipeline parallelism and micro-batch."""
+    figure = Figure(figsize=(8.0, 3.5), layout="constrained")
+    for axes, name in zip(
+        figure.subplots(1, 3, sharey=True), ("tp", "pp", "micro_batch"), strict=True
+    ):
+        errors: dict[int, list[float]] = defaultdict(list)
+        for row in judged:
+            errors[getattr(row.run, name)].append(100 * (row.step_s / row.run.step_time_s - 1))
+        shown = {
+            value: errors[value] for value in sorted(errors) if len(errors[value]) >= FEWEST_IN_BOX
+        }
+        labels = [f"{value}\n{len(found)}" for value, found in shown.items()]
+        axes.boxplot(list(shown.values()), whis=(5, 95), showfliers=False, tick_labels=labels)
+        axes.axhline(0.0, color="black", lw=0.5, ls=":")
+        axes.set(xlabel=f"{name} (below: runs)")
+    figure.axes[0].set(ylabel="predicted over measured step, % off")
     return figure
 
 
@@ -115,7 +141,9 @@ def main(runs: Path, stages: Path | None) -> None:
         uncalibrated=average(plain.scores)[0],
     )
     (DOCS / "accuracy.md").write_text(text)
-    plot(fitted.rows).savefig(DOCS / "images/accuracy.png", dpi=110, metadata={"Software": None})
+    judged_rows = timed(fitted.rows)
+    for name, figure in (("accuracy", plot(judged_rows)), ("accuracy-by", plot_by(judged_rows))):
+        figure.savefig(DOCS / f"images/{name}.png", dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def grouped(
 
 def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key, Case]:
     source = sources.sources.get(run.source, UNLISTED)
+    if source.not_modelled:
+        raise Unsupported(source.not_modelled)
     hardware, attention = _known(run, sources)
     runtime = _runtime(source.runtime).profile
     architecture = architecture_of(run, dropout=source.dropout)

@@ -55,7 +55,8 @@ class Source(Record):
     """The framework of a source.
 
     `memory`: what its peaks are. `zero`, `checkpoint`: where a row says nothing. `dropout`:
-    whether its GPT models drop activations out.
+    whether its GPT models drop activations out. `not_modelled`: why its runs are not predicted,
+    where their rows do not show it.
     """
 
     runtime: str
@@ -63,6 +64,7 @@ class Source(Record):
     zero: int | None = None
     checkpoint: str = ""
     dropout: bool = False
+    not_modelled: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

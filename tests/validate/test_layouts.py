@@ -1,12 +1,14 @@
 """From columns to models and layouts, and what is refused by name."""
 
+from dataclasses import replace
+
 import pytest
 
 from mist.validate.cases import grouped
 from mist.validate.layouts import even_layers, layers_by_cost, layout_of
 from mist.validate.models import Unsupported, architecture_of
 from mist.validate.runs import StageRun
-from mist.validate.sources import load_sources
+from mist.validate.sources import Source, load_sources
 from tests.validate.rows import RUN, run
 
 
@@ -33,6 +35,14 @@ from tests.validate.rows import RUN, run
 def test_a_run_that_is_not_predicted_says_why(columns: dict[str, object], reason: str) -> None:
     _, reasons = grouped([run(**columns)], load_sources(), calibrated=True)
     assert reasons == {"one": reason}
+
+
+def test_a_source_can_say_why_none_of_its_runs_is_predicted() -> None:
+    table = load_sources()
+    told = Source(runtime="torch", memory="reserved", not_modelled="its rows leave much out")
+    sources = replace(table, sources={"hand": told})
+    groups, reasons = grouped([run()], sources, calibrated=True)
+    assert (groups, reasons) == ((), {"one": "its rows leave much out"})
 
 
 def test_runs_of_one_model_are_predicted_together() -> None:
