@@ -526,7 +526,10 @@ def test_a_real_ctrl_c(models: Path, tmp_path: Path) -> None:
     """The model's file says when it is being built, and waits."""
     text = "import sys, time\nprint('building', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
     (tmp_path / "slow.py").write_text(text)
+    # Where a shell runs the tests in the background Ctrl-C is ignored, and children inherit that.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(str(ROOT / "cli.py"), "plan", "slow.py", "--gpus", "4", cwd=tmp_path)
+    signal.signal(signal.SIGINT, handler)
     assert process.stderr is not None
     for line in process.stderr:
         if line == "building\n":
