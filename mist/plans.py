@@ -353,3 +353,9 @@ def _batch_faults(
                 message=f"dp * micro_batch * num_micro_batches = {known[0][1]} * "
                 f"{num_micro_batches} = {total}, but the global batch is {global_batch}",
             )
+
+
+def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, the first ones one longer where they do not divide."""
+    share, longer = divmod(num_layers, num_stages)
+    return tuple(share + (stage < longer) for stage in range(num_stages))

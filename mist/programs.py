@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 
 
+def quiet(message: str) -> None:
+    """Progress that nobody listens to."""
+
+
 def model_programs(
     source: str | ConfigSource,
     setting: Setting,

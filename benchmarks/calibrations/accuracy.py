@@ -8,6 +8,7 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
+from mist.programs import quiet
 from mist.validate.results import Errors, Ranking, RunPrediction, Score
 from mist.validate.scores import is_core, is_regular
 from mist.workflow.validating import Validation, validate
@@ -125,7 +126,7 @@ def average(found: Sequence[Score]) -> tuple[float, int]:
 
 def main(runs: Path, stages: Path | None) -> None:
     def judged(*, calibrated: bool) -> Validation:
-        return validate(runs, stages, calibrated=calibrated, progress=lambda message: None)
+        return validate(runs, stages, calibrated=calibrated, progress=quiet)
 
     fitted, plain = judged(calibrated=True), judged(calibrated=False)
     mean_fitted, averaged = average(fitted.scores)

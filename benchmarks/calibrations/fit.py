@@ -14,17 +14,22 @@ from numpy.typing import NDArray
 
 from mist.calibrate.fit import Range, fitted
 from mist.graph import ModelGraph
-from mist.platform.calibration import Calibration, dump_calibration
-from mist.platform.quantity import Kind, Quantity
+from mist.platform.calibration import Calibration, calibrated, dump_calibration
+from mist.platform.profiles import load_device
+from mist.platform.quantity import Quantity
+from mist.programs import quiet
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms
 from mist.trace import load_graph
 from mist.validate.cases import Group, Key, grouped
 from mist.validate.predict import predict
+from mist.validate.predictions import GIB
 from mist.validate.runs import Run, read_runs
+from mist.validate.scores import TIERS, runs_regularly
 from mist.validate.sources import load_sources
 
 FOLDER = Path(__file__).parents[2] / "profiles/calibrations"
+FITTING = "being fitted"
 Constants = Mapping[str, tuple[float, float, float]]  # start, least, most
 
 SPEED: Constants = {"device.tensor_time_scale": (1.1, 0.7, 1.8)}
@@ -129,7 +134,7 @@ class Judge:
 
     def _graph(self, key: Key) -> ModelGraph:
         if key not in self._graphs:
-            self._graphs[key] = load_graph(key.config, key.setting, progress=lambda message: None)
+            self._graphs[key] = load_graph(key.config, key.setting, progress=quiet)
         return self._graphs[key]
 
 
@@ -139,48 +144,43 @@ def _rescaled(group: Group, values: Mapping[str, float]) -> dict[str, Quantity]:
     found: dict[str, Quantity] = {}
     scale = values.get("runtime.kernels.attention_time_scale")
     if scale is not None:
-        found["attention_time_scale"] = _quantity(scale * attention.attention_time_scale.value, "")
+        found["attention_time_scale"] = calibrated(
+            scale * attention.attention_time_scale.value, FITTING
+        )
     scale = values.get("runtime.kernels.scores_time_scale")
     if scale is not None:
-        found["scores_time_scale"] = _quantity(scale * attention.scores_time_scale.value, "")
+        found["scores_time_scale"] = calibrated(scale * attention.scores_time_scale.value, FITTING)
     if group.key.setting.compiled:
-        found["memory_time_scale"] = _quantity(1.0, "")
+        found["memory_time_scale"] = calibrated(1.0, FITTING)
     return found
 
 
-def _quantity(value: float, source: str) -> Quantity:
-    return Quantity(
-        value=float(f"{value:.4g}"), source=source or "being fitted", kind=Kind.CALIBRATED
-    )
-
-
 def calibration(
-    fit: Fit, values: Mapping[str, float], source: str = "", step_ratio: float = 1.0
+    fit: Fit, values: Mapping[str, float], source: str = FITTING, step_ratio: float = 1.0
 ) -> Calibration:
     """The constants as a calibration."""
     return Calibration(
         schema="mist.calibration/1",
         runtime=fit.runtime,
         device=fit.device,
-        step_ratio=_quantity(step_ratio, source),
-        values={name: _quantity(value, source) for name, value in values.items()},
+        step_ratio=calibrated(step_ratio, source),
+        values={name: calibrated(value, source) for name, value in values.items()},
     )
 
 
-def regular(run: Run) -> bool:
-    """Whether a run's time is fitted to: it ran, without stalling or fighting for memory."""
-    stalls = run.mfu is not None and run.mfu < 5
-    full = run.source == "hf-playbook-sweep" and (run.peak_memory_gib or 0) >= 70
-    ran = run.outcome == "ok" and run.step_time_s is not None and run.tier in ("A", "B")
-    return ran and not stalls and not full
+def is_fitted_to(run: Run, fit: Fit, usable_gib: float) -> bool:
+    """Whether a run's time says something of a fit's constants."""
+    ran = run.outcome == "ok" and run.step_time_s is not None and run.tier in TIERS
+    return run.source in fit.sources and ran and runs_regularly(run, usable_gib)
 
 
 def main(path: Path, wanted: Sequence[str]) -> None:
-    runs = [run for run in read_runs(path) if regular(run)]
+    runs = read_runs(path)
     for fit in FITS:
         if wanted and fit.runtime not in wanted:
             continue
-        judge = Judge(fit, [run for run in runs if run.source in fit.sources])
+        usable_gib = load_device(fit.device).profile.usable_bytes / GIB
+        judge = Judge(fit, [run for run in runs if is_fitted_to(run, fit, usable_gib)])
         if not judge.groups:
             continue
         ranges = {

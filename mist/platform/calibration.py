@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
-from mist.platform.quantity import Quantity, Record
+from mist.platform.quantity import Kind, Quantity, Record
 from mist.platform.runtime import Runtime
 
 Profiles = tuple[Device, Cluster, Runtime]
@@ -49,6 +49,11 @@ class Calibration(Record):
             family, *fields = path.split(".")
             held[family] = _with(held[family], fields, quantity)
         return held["device"], held["cluster"], held["runtime"]
+
+
+def calibrated(value: float, source: str) -> Quantity:
+    """A fitted constant; more than four digits say nothing."""
+    return Quantity(value=float(f"{value:.4g}"), source=source, kind=Kind.CALIBRATED)
 
 
 def dump_calibration(found: Calibration, comment: str) -> str:

@@ -115,6 +115,11 @@ class Device(Record):
             raise ValueError("context_bytes leaves nothing of memory_bytes")
 
     @property
+    def usable_bytes(self) -> float:
+        """Memory that the allocator can reserve: reported total less the context."""
+        return self.memory_bytes.value - self.context_bytes.value
+
+    @property
     def is_measured(self) -> bool:
         """Whether the matrix law comes from measurements of this part (not from its datasheet)."""
         return self.gemm[Precision.BF16].efficiency_ratio.kind is not Kind.GUESS

@@ -153,8 +153,8 @@ def find_calibration(runtime: str, device: str) -> Loaded[Calibration] | None:
 
     Raises PlatformError when the file is broken.
     """
-    name = f"{runtime}-{device}"
-    return load_calibration(name) if name in list_profiles(Family.CALIBRATION) else None
+    path = list_profiles(Family.CALIBRATION).get(f"{runtime}-{device}")
+    return _read(path, Calibration) if path else None
 
 
 def check(data: Mapping[str, object], shape: type[R], path: Path) -> R:

@@ -37,8 +37,8 @@ class Platform:
 
     @property
     def usable_bytes(self) -> float:
-        """Device memory that the allocator can reserve: reported total less the context."""
-        return self.device.memory_bytes.value - self.device.context_bytes.value
+        """Memory of a device that the allocator can reserve."""
+        return self.device.usable_bytes
 
     @property
     def margin_ratio(self) -> float:

@@ -14,7 +14,6 @@ from mist.platform.profiles import (
     load_device,
     load_runtime,
 )
-from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.trace import ConfigSource, Setting
@@ -26,7 +25,6 @@ from mist.validate.sources import AttentionKernel, Hardware, Source, Sources
 
 PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.BF16}
 TASKS: Final = ("", "pretrain", "sft")
-UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")
 # A compiled layer is launched in about half as many kernels.
 COMPILED_LAUNCH_RATIO: Final = 0.5
 
@@ -91,7 +89,7 @@ def grouped(
 
 
 def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key, Case]:
-    source = sources.sources.get(run.source, UNLISTED)
+    source = sources.of(run.source)
     if source.not_modelled:
         raise Unsupported(source.not_modelled)
     hardware, attention = _known(run, sources)
@@ -185,7 +183,7 @@ def _of_stages(layout: RunLayout, num_layers: int, stages: tuple[StageRun, ...])
 
 
 def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool) -> Group:
-    source = sources.sources.get(key.source, UNLISTED)
+    source = sources.of(key.source)
     loaded = _runtime(source.runtime)
     profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, loaded.profile)
     known = calibrated and key.source in sources.sources
@@ -221,12 +219,8 @@ def _run_with(runtime: Runtime, attention: AttentionKernel, *, compiled: bool) -
         memory_time_scale=replace(runtime.kernels.memory_time_scale, value=1.0, source=source),
     )
     launch = runtime.host.layer_launch_s
-    host = replace(runtime.host, layer_launch_s=_times(launch, COMPILED_LAUNCH_RATIO))
+    host = replace(runtime.host, layer_launch_s=launch.times(COMPILED_LAUNCH_RATIO))
     return replace(runtime, kernels=kernels, host=host)
-
-
-def _times(quantity: Quantity, factor: float) -> Quantity:
-    return replace(quantity, value=quantity.value * factor)
 
 
 @cache

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from mist.plans import even_layers
 from mist.validate.models import Unsupported
 from mist.validate.runs import Run
 
@@ -99,12 +100,6 @@ def _num_micro_batches(run: Run) -> int:
     if run.global_batch is None:
         raise Unsupported("neither grad_accum nor global_batch given")
     return max(run.global_batch // (run.dp * run.micro_batch), 1)
-
-
-def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers of each stage, the first ones one longer where they do not divide."""
-    share, longer = divmod(num_layers, num_stages)
-    return tuple(share + (stage < longer) for stage in range(num_stages))
 
 
 def layers_by_cost(

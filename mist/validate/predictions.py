@@ -1,12 +1,12 @@
 """Every run predicted, or why not: traces in a few processes, predictions group by group."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
 from mist.errors import MistError
-from mist.programs import model_programs
+from mist.programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.validate.cases import Group, Member, grouped
 from mist.validate.predict import Prediction, predict
@@ -16,7 +16,6 @@ from mist.validate.sources import Source, Sources
 
 GIB = 2.0**30
 NUM_PROCESSES = 2
-Progress = Callable[[str], None]
 Programs = tuple[ModelPrograms, ...]
 
 
@@ -65,7 +64,7 @@ def _compiled(group: Group) -> Programs | str:
         variants[f"{group.profile_hash}\ngathered again"] = replace(runtime, kernels=kernels)
     try:
         return tuple(
-            model_programs(key.config, key.setting, each, profile_hash, lambda message: None)
+            model_programs(key.config, key.setting, each, profile_hash, quiet)
             for profile_hash, each in variants.items()
         )
     except MistError as error:
@@ -81,7 +80,7 @@ def _failed(member: Member, reason: str) -> RunPrediction:
 def _predicted(group: Group, programs: Programs, sources: Sources) -> list[RunPrediction]:
     cases = [member.case for member in group.members]
     variants = [predict(each, group.machine, cases) for each in programs]
-    source = sources.sources.get(group.key.source)
+    source = sources.of(group.key.source)
     return [
         _row(group, member, made, source)
         for member, made in zip(group.members, zip(*variants, strict=True), strict=True)
@@ -89,12 +88,11 @@ def _predicted(group: Group, programs: Programs, sources: Sources) -> list[RunPr
 
 
 def _row(
-    group: Group, member: Member, variants: Sequence[Prediction], source: Source | None
+    group: Group, member: Member, variants: Sequence[Prediction], source: Source
 ) -> RunPrediction:
     """A run's row: the first variant is the estimate, the others widen its interval."""
     made = variants[0]
-    machine, kind = group.machine, source.memory if source else "reserved"
-    usable = machine.device.memory_bytes.value - machine.device.context_bytes.value
+    machine, kind, usable = group.machine, source.memory, group.machine.device.usable_bytes
     peaks = [
         (each.reserved_bytes if kind == "reserved" else each.allocated_bytes) / GIB
         for each in variants

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mist.validate.baselines import Times, constant_utilisation, flops_and_bubble
 from mist.validate.results import Errors, Ranking, RunPrediction, Score
-from mist.validate.runs import Stages
+from mist.validate.runs import Run, Stages
 
 MIN_GROUP = 4
 MB_PER_GIB = 1024.0
@@ -78,10 +78,15 @@ def is_core(row: RunPrediction) -> bool:
 
 
 def is_regular(row: RunPrediction) -> bool:
-    """Whether a run is known neither to stall nor to fight for memory: no time is judged else."""
-    stalls = row.run.mfu is not None and row.run.mfu < MIN_MFU
-    peak, usable = row.run.peak_memory_gib, row.usable_gib
-    full = peak is not None and usable is not None and peak > MAX_PEAK_RATIO * usable
+    """Whether a predicted run is regular: no time is judged else."""
+    return runs_regularly(row.run, row.usable_gib)
+
+
+def runs_regularly(run: Run, usable_gib: float | None) -> bool:
+    """Whether a run is known neither to stall nor to fight for memory."""
+    stalls = run.mfu is not None and run.mfu < MIN_MFU
+    peak = run.peak_memory_gib
+    full = peak is not None and usable_gib is not None and peak > MAX_PEAK_RATIO * usable_gib
     return not stalls and not full
 
 

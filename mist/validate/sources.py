@@ -38,16 +38,12 @@ class AttentionKernel(Record):
             kernels=replace(
                 kernels,
                 fused_norms=kernels.fused_norms or self.fused_norms,
-                attention_time_scale=_product(
-                    kernels.attention_time_scale, self.attention_time_scale
+                attention_time_scale=kernels.attention_time_scale.times(
+                    self.attention_time_scale.value
                 ),
-                scores_time_scale=_product(kernels.scores_time_scale, self.scores_time_scale),
+                scores_time_scale=kernels.scores_time_scale.times(self.scores_time_scale.value),
             ),
         )
-
-
-def _product(quantity: Quantity, factor: Quantity) -> Quantity:
-    return replace(quantity, value=quantity.value * factor.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +63,9 @@ class Source(Record):
     not_modelled: str = ""
 
 
+UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources(Record):
     """The table."""
@@ -75,6 +74,10 @@ class Sources(Record):
     gpus: Mapping[str, Hardware]
     attention: Mapping[str, AttentionKernel]
     sources: Mapping[str, Source]
+
+    def of(self, name: str) -> Source:
+        """The source of that name; one that is not listed is taken for runtime torch."""
+        return self.sources.get(name, UNLISTED)
 
 
 def load_sources() -> Sources:

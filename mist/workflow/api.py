@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, Unpack
 
 from mist.errors import InputError, did_you_mean
 from mist.plans import Plan
+from mist.programs import Progress, quiet
 from mist.spec import Attention, Precision, SearchSpace
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
 from mist.workflow.planning import make_plan
-from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Progress, Question, quiet
+from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from mist.graph import ModelGraph
 from mist.planfile import load_plan
 from mist.plans import Plan
 from mist.platform import Kind, Platform, Quantity
-from mist.platform.calibration import Calibration
+from mist.platform.calibration import Calibration, calibrated
 from mist.programs import compile_graph
 from mist.trace import Setting, load_graph
 from mist.workflow.checking import question_of
@@ -137,11 +137,5 @@ def _calibration(
         runtime=platform.runtime.name,
         device=platform.device.name,
         step_ratio=Quantity(value=step_ratio, source=source, kind=Kind.CALIBRATED),
-        values={
-            **known,
-            **{
-                name: Quantity(value=float(f"{value:.4g}"), source=source, kind=Kind.CALIBRATED)
-                for name, value in values.items()
-            },
-        },
+        values={**known, **{name: calibrated(value, source) for name, value in values.items()}},
     )

@@ -7,19 +7,12 @@ from pathlib import Path
 from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
 from mist.planfile import load_plan
-from mist.plans import MemoryLevel, Offload, Plan, StagePlan
+from mist.plans import MemoryLevel, Offload, Plan, StagePlan, even_layers
+from mist.programs import Progress, quiet
 from mist.rules import broken
 from mist.units import format_bytes, format_seconds
 from mist.workflow.matching import plan_against
-from mist.workflow.question import (
-    OBJECT,
-    Progress,
-    Question,
-    limit_of,
-    prepare,
-    quiet,
-    unsearched_plan,
-)
+from mist.workflow.question import OBJECT, Question, limit_of, prepare, unsearched_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +167,7 @@ def _stages(job: Job, layout: HandLayout) -> tuple[tuple[StagePlan, ...], int]:
     }
     if messages := list(broken(job.rules, columns)):
         raise InputError("\n".join(messages))
-    layers, longer = divmod(job.num_layers, layout.pp)
-    counts = [layers + (i < longer) for i in range(layout.pp)]
+    counts = even_layers(job.num_layers, layout.pp)
     return tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp)), num_micro_batches
 
 

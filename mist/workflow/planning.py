@@ -7,18 +7,17 @@ from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.explain import layout_words, losing_reason, overflow, step_parts
 from mist.plans import Alternative, Plan
+from mist.programs import Progress, quiet
 from mist.spec import SearchSpace
 from mist.symbolic.program import ModelPrograms
 from mist.tune import Layout, Point, Tuned, landscape, smallest_peak, stage_plans, tune
 from mist.workflow.question import (
-    Progress,
     Question,
     compiled,
     job_of,
     limit_of,
     margin_of,
     provenance_of,
-    quiet,
     unsearched_plan,
 )
 

@@ -10,7 +10,7 @@ from mist.estimate import Job, make_job
 from mist.facts import ModelFacts
 from mist.plans import ClusterRef, Estimate, ModelRef, Plan, Provenance, Schedule, StagePlan
 from mist.platform import Platform, load_platform
-from mist.programs import compile_graph, model_programs
+from mist.programs import Progress, compile_graph, model_programs, quiet
 from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.program import ModelPrograms
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 DEFAULT_SEQ_LEN = 8192
 DEFAULT_GLOBAL_BATCH = 256
 OBJECT = "object:"  # begins the source of a model that was given as a module, not as a file
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +53,6 @@ class Question:
             raise InputError("--cluster '' is no name. Leave it out for the device's own cluster.")
         if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
-
-
-def quiet(message: str) -> None:
-    """Progress that nobody listens to."""
 
 
 def prepare(question: Question, progress: Progress = quiet) -> Job:
