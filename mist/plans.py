@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from mist.errors import Fault, PlanError
-from mist.spec import STRICT, PositiveInt, Workload
+from mist.spec import STRICT, PositiveInt, ScheduleKind, Workload
 
 SCHEMA: Final = "mist.plan/1"
 
@@ -28,6 +28,7 @@ class MemoryLevel(StrEnum):
     """How much of a layer's activation is kept, from most to least."""
 
     EAGER = "eager"
+    SELECTIVE = "selective"
     FULL = "full"
 
 
@@ -58,8 +59,8 @@ class Schedule:
     """Order of micro-batches in the pipeline; `vpp` model chunks per stage."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["1f1b"]
-    vpp: Literal[1]
+    kind: ScheduleKind
+    vpp: PositiveInt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +97,14 @@ class StagePlan:
         """Layers of the stage."""
         return sum(count for _, count in self.layers)
 
+    def num_at(self, level: MemoryLevel) -> int:
+        """Layers of the stage at a memory level."""
+        return self.memory.get(level, 0)
+
     @property
     def num_full(self) -> int:
         """Layers recomputed whole in the backward pass (the last ones of the stage)."""
-        return self.memory.get(MemoryLevel.FULL, 0)
+        return self.num_at(MemoryLevel.FULL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +211,7 @@ def plan_faults(data: Mapping[str, object]) -> Iterator[Fault]:
         yield Fault(path="stages", message="a plan has at least one stage")
     for path, stage in stages:
         yield from _stage_faults(path, stage)
+    yield from _chunk_faults(stages, _map(data.get("schedule")))
     yield from _layer_faults(stages)
     yield from _device_faults(stages, _int(_map(data.get("cluster")).get("num_gpus")))
     yield from _estimate_faults(data.get("estimate"), len(stages))
@@ -295,15 +301,33 @@ def _level_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
         )
 
 
-def _layer_faults(stages: _Stages) -> Iterator[Fault]:
-    """Runs follow one another from layer 0, so that the model is covered once."""
-    expected = 0
+def _chunk_faults(stages: _Stages, schedule: Mapping[str, object]) -> Iterator[Fault]:
+    """Chunks come with the schedules that take turns among them, one run of layers each."""
+    kind, vpp = schedule.get("kind"), _int(schedule.get("vpp"))
+    if vpp is None:
+        return
+    if vpp > 1 and kind in (ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B):
+        yield Fault(path="schedule.vpp", message=f"{kind} runs one chunk per stage, found {vpp}")
+    if vpp == 1 and kind == ScheduleKind.INTERLEAVED:
+        yield Fault(path="schedule.vpp", message="interleaved needs at least 2 chunks per stage")
     for path, stage in stages:
-        for first, count in _runs(stage.get("layers")):
-            if count < 1:
-                yield Fault(path=f"{path}.layers", message=f"a run of {count} layers")
-            yield from _order_fault(f"{path}.layers", (first, count), expected)
-            expected = first + count
+        runs = _runs(stage.get("layers"))
+        if runs and len(runs) != vpp:
+            words = f"{len(runs)} runs of layers, but the schedule has {vpp} per stage"
+            yield Fault(path=f"{path}.layers", message=words)
+
+
+def _layer_faults(stages: _Stages) -> Iterator[Fault]:
+    """The first runs of all stages follow one another from layer 0, then the second ones, ..."""
+    runs = [(f"{path}.layers", _runs(stage.get("layers"))) for path, stage in stages]
+    expected = 0
+    for chunk in range(max((len(own) for _, own in runs), default=0)):
+        for path, own in runs:
+            for first, count in own[chunk : chunk + 1]:
+                if count < 1:
+                    yield Fault(path=path, message=f"a run of {count} layers")
+                yield from _order_fault(path, (first, count), expected)
+                expected = first + count
 
 
 def _device_faults(stages: _Stages, num_gpus: int | None) -> Iterator[Fault]:

@@ -39,6 +39,19 @@ class Attention(StrEnum):
     MATH = "math"
 
 
+class ScheduleKind(StrEnum):
+    """Order in which pipeline stages run micro-batches forward and backward.
+
+    GPIPE: all forward, then all backward. ONE_F_ONE_B: one of each in turn. INTERLEAVED: the same
+    with several chunks of layers on every stage. ZERO_BUBBLE: weight gradients fill the bubbles.
+    """
+
+    GPIPE = "gpipe"
+    ONE_F_ONE_B = "1f1b"
+    INTERLEAVED = "interleaved"
+    ZERO_BUBBLE = "zero-bubble"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What one training step does: `global_batch` samples of `seq_len` tokens.

@@ -18,7 +18,7 @@ from mist.plans import (
     StagePlan,
     Uncertainty,
 )
-from mist.spec import Attention, Optimizer, Precision, Workload
+from mist.spec import Attention, Optimizer, Precision, ScheduleKind, Workload
 from mist.units import GIB
 
 LIMIT_BYTES = 64.0 * GIB
@@ -87,7 +87,7 @@ def sample_plan(**changes: object) -> Plan:
         ),
         cluster=ClusterRef(name="dgx-h100", device="h100-sxm", num_gpus=8, gpus_per_node=8),
         runtime="torch",
-        schedule=Schedule(kind="1f1b", vpp=1),
+        schedule=Schedule(kind=ScheduleKind.ONE_F_ONE_B, vpp=1),
         num_micro_batches=8,
         stages=(stage_plan(), stage_plan(first=8, device=4)),
         estimate=estimate_of(stage_estimate(), stage_estimate(0.25, 48), step_s=5.0),
@@ -126,17 +126,19 @@ words = st.one_of(
 
 
 @st.composite
-def _stages(draw: st.DrawFn, samples: int) -> tuple[StagePlan, ...]:
-    """Stages in order, each with dp * micro_batch = samples."""
+def _stages(draw: st.DrawFn, samples: int, vpp: int) -> tuple[StagePlan, ...]:
+    """Stages in order, each with dp * micro_batch = samples and `vpp` runs of layers."""
+    num_stages = draw(st.integers(1, 4))
+    chunks = [draw(st.integers(1, 6)) for _ in range(num_stages * vpp)]
+    starts = [sum(chunks[:i]) for i in range(len(chunks))]
     stages: list[StagePlan] = []
-    first, device = 0, 0
-    for _ in range(draw(st.integers(1, 4))):
-        count = draw(st.integers(1, 12))
+    device = 0
+    for i in range(num_stages):
+        runs = tuple(zip(starts[i::num_stages], chunks[i::num_stages], strict=True))
+        count = sum(chunks[i::num_stages])
         dp = draw(st.sampled_from([d for d in (1, 2, 3, 4, 6, 8) if samples % d == 0]))
         tp, cp = draw(sizes), draw(st.sampled_from([1, 2]))
         num_full = draw(st.integers(0, count))
-        split = draw(st.integers(0, count - 1))
-        runs = ((first, count),) if split == 0 else ((first, split), (first + split, count - split))
         stages.append(
             StagePlan(
                 layers=runs,
@@ -158,9 +160,18 @@ def _stages(draw: st.DrawFn, samples: int) -> tuple[StagePlan, ...]:
                 ),
             )
         )
-        first, device = first + count, device + dp * tp * cp
+        device += dp * tp * cp
     return tuple(stages)
 
+
+schedules = st.sampled_from(
+    [
+        Schedule(kind=ScheduleKind.ONE_F_ONE_B, vpp=1),
+        Schedule(kind=ScheduleKind.GPIPE, vpp=1),
+        Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2),
+        Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=2),
+    ]
+)
 
 _stage_estimates = st.builds(
     StageEstimate,
@@ -196,7 +207,8 @@ def _estimates(draw: st.DrawFn, num_stages: int) -> Estimate:
 def plans(draw: st.DrawFn) -> Plan:
     """Any plan that keeps the invariants."""
     samples, num_micro_batches = draw(st.sampled_from([1, 2, 4, 6, 8, 24])), draw(sizes)
-    stages = draw(_stages(samples))
+    schedule = draw(schedules)
+    stages = draw(_stages(samples, schedule.vpp))
     alternatives = st.builds(
         Alternative, layout=words, step_s=seconds, peak_bytes=num_bytes, reason=words
     )
@@ -222,7 +234,7 @@ def plans(draw: st.DrawFn) -> Plan:
             gpus_per_node=draw(sizes),
         ),
         runtime=draw(words),
-        schedule=Schedule(kind="1f1b", vpp=1),
+        schedule=schedule,
         num_micro_batches=num_micro_batches,
         stages=stages,
         estimate=draw(_estimates(len(stages))),

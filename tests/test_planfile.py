@@ -142,7 +142,7 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
     (
         "unknown memory level",
         [put("stages.0.memory", {"eager": 7, "some": 1})],
-        ["stages[0].memory.some: input should be 'eager' or 'full' (found \"some\")"],
+        ["stages[0].memory.some: input should be 'eager', 'selective' or 'full' (found \"some\")"],
     ),
     (
         "levels that do not sum",
@@ -171,8 +171,27 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
     ),
     (
         "an empty run",
-        [put("stages.1.layers", [[8, 0], [8, 8]])],
+        [put("stages.1.layers", [[8, 0]]), put("stages.1.memory", {"eager": 0})],
         ["stages[1].layers: a run of 0 layers"],
+    ),
+    (
+        "runs of one chunk",
+        [put("stages.1.layers", [[8, 4], [12, 4]])],
+        ["stages[1].layers: 2 runs of layers, but the schedule has 1 per stage"],
+    ),
+    (
+        "chunks that 1F1B does not take in turn",
+        [
+            put("schedule.vpp", 2),
+            put("stages.0.layers", [[0, 4], [8, 4]]),
+            put("stages.1.layers", [[4, 4], [12, 4]]),
+        ],
+        ["schedule.vpp: 1f1b runs one chunk per stage, found 2"],
+    ),
+    (
+        "nothing to interleave",
+        [put("schedule.kind", "interleaved")],
+        ["schedule.vpp: interleaved needs at least 2 chunks per stage"],
     ),
     (
         "devices that overlap",

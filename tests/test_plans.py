@@ -38,7 +38,8 @@ def test_an_estimate_judges_every_stage() -> None:
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(plan=plans())
 def test_layers_and_devices_are_covered_once(plan: Plan) -> None:
-    layers = [i for s in plan.stages for first, n in s.layers for i in range(first, first + n)]
+    runs = [s.layers[chunk] for chunk in range(plan.schedule.vpp) for s in plan.stages]
+    layers = [i for first, n in runs for i in range(first, first + n)]
     devices = [i for s in plan.stages for i in range(s.devices[0], sum(s.devices))]
     assert layers == list(range(plan.num_layers))
     assert devices == list(range(plan.cluster.num_gpus))
