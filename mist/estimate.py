@@ -1,17 +1,29 @@
 """Any concrete layout -> Estimate, by the stage cost and the step time that the search uses."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.facts import ModelFacts
-from mist.plans import Estimate, StageEstimate, StagePlan, Uncertainty
+from mist.plans import (
+    ONE_F_ONE_B,
+    Estimate,
+    MemoryLevel,
+    Offload,
+    Schedule,
+    StageEstimate,
+    StagePlan,
+    Uncertainty,
+)
 from mist.platform import OpCosts, Platform
 from mist.rules import Rule, rules_for
-from mist.schedule import step_time
-from mist.spec import Workload
+from mist.schedule import in_flight, step_time
+from mist.spec import ScheduleKind, Workload
 from mist.symbolic.program import (
     MEMORY_PARTS,
     TIME_PARTS,
@@ -27,6 +39,8 @@ NOT_MODELLED = (
     "resharding between neighbouring stages of different dp and tp",
     "allocator fragmentation beyond the stated share",
 )
+
+NO_OFFLOAD: Final = MappingProxyType({item.name: 0.0 for item in fields(Offload)})
 
 Counts = NDArray[np.int64]
 
@@ -80,8 +94,9 @@ def strategy_columns(  # noqa: PLR0913 - a strategy's columns
     tp: ArrayLike,
     micro_batch: ArrayLike,
     zero: ArrayLike,
+    offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
 ) -> dict[str, ArrayLike]:
-    """Inputs of the terms of a job."""
+    """Inputs of the terms of a job; `offload`: the ratio of each state in host memory."""
     return rank_columns(
         pipelined=int(num_stages > 1 and job.platform.num_nodes > 1),
         seq_len=job.workload.seq_len,
@@ -90,6 +105,7 @@ def strategy_columns(  # noqa: PLR0913 - a strategy's columns
         tp=tp,
         micro_batch=micro_batch,
         zero=zero,
+        offload=offload,
     )
 
 
@@ -102,6 +118,7 @@ def rank_columns(  # noqa: PLR0913 - a strategy's columns
     tp: ArrayLike,
     micro_batch: ArrayLike,
     zero: ArrayLike,
+    offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
 ) -> dict[str, ArrayLike]:
     """Inputs of the terms. tp is innermost: a data-parallel group strides over the ranks by tp."""
     per_node = np.maximum(np.asarray(gpus_per_node) // np.asarray(tp), 1)
@@ -114,23 +131,34 @@ def rank_columns(  # noqa: PLR0913 - a strategy's columns
         "zero": zero,
         "tp_per_node": np.minimum(tp, gpus_per_node),
         "pipelined": pipelined,
+        **{f"offload_{name}": ratio for name, ratio in offload.items()},
     }
 
 
 def position_columns(
-    job: Job, first_device: ArrayLike, num_devices: ArrayLike, num_micro_batches: int
+    job: Job, devices: NDArray[np.int64], num_micro_batches: int, schedule: Schedule = ONE_F_ONE_B
 ) -> dict[str, ArrayLike]:
-    """Position of a job's stages given by their device ranges, in order: shape [S]."""
-    num_stages = len(np.asarray(first_device))
+    """Position of a job's stages, in order, from their [first, count] devices: shape [S]."""
+    num_stages = len(devices)
+    held = in_flight(
+        schedule.kind,
+        stage=np.arange(num_stages),
+        num_stages=num_stages,
+        num_micro_batches=num_micro_batches,
+        chunks=schedule.vpp,
+    )
     return stage_columns(
         stage=np.arange(num_stages),
         num_stages=np.full(num_stages, num_stages),
-        first_device=np.asarray(first_device),
-        num_devices=np.asarray(num_devices),
-        num_micro_batches=np.full(num_stages, num_micro_batches),
+        first_device=devices[:, 0],
+        num_devices=devices[:, 1],
         gpus_per_node=np.full(num_stages, job.platform.gpus_per_node),
         spans_nodes=np.full(num_stages, job.platform.num_nodes > 1),
-    )
+    ) | {
+        "in_flight": held,
+        "chunks": np.full(num_stages, schedule.vpp),
+        "num_micro_batches": np.full(num_stages, num_micro_batches),
+    }
 
 
 def stage_columns(  # noqa: PLR0913 - what says where a stage is
@@ -139,48 +167,55 @@ def stage_columns(  # noqa: PLR0913 - what says where a stage is
     num_stages: Counts,
     first_device: Counts,
     num_devices: Counts,
-    num_micro_batches: Counts,
     gpus_per_node: Counts,
     spans_nodes: NDArray[np.bool_],
 ) -> dict[str, ArrayLike]:
-    """Where stages are, of one pipeline or of many: shape [any], each stage with its own."""
+    """Where stages are, of one pipeline or of many: shape [any], each stage with its own.
+
+    The last stage's next is the first, where chunks take turns.
+    """
     is_first, is_last = stage == 0, stage == num_stages - 1
+    starts_node = first_device % gpus_per_node == 0
     ends_node = (first_device + num_devices) % gpus_per_node == 0
     return {
-        "in_flight": np.minimum(num_stages - stage, num_micro_batches),
-        "num_micro_batches": num_micro_batches,
         "is_first": is_first.astype(int),
         "is_last": is_last.astype(int),
-        "prev_crosses_node": (~is_first & (first_device % gpus_per_node == 0)).astype(int),
-        "next_crosses_node": (~is_last & ends_node).astype(int),
+        "prev_crosses_node": np.where(is_first, spans_nodes, starts_node).astype(int),
+        "next_crosses_node": np.where(is_last, spans_nodes, ends_node).astype(int),
         "spans_nodes": spans_nodes.astype(int),
     }
 
 
-def count_columns(
-    job: Job, first: ArrayLike, count: ArrayLike, num_full: ArrayLike
-) -> dict[str, Counts]:
-    """Layers by kind and level in the run [first, count], its last `num_full` recomputed."""
-    start, stop = np.asarray(first), np.asarray(first) + np.asarray(count)
-    split = stop - np.asarray(num_full)
+def count_columns(job: Job, first: ArrayLike, counts: Sequence[ArrayLike]) -> dict[str, Counts]:
+    """Layers by kind and level from `first` on; `counts`: layers at each level, in their order."""
+    start = np.asarray(first)
     columns = {}
-    for kind, prefix in enumerate(job.kind_prefix):
-        columns[f"eager_{kind}"] = prefix[split] - prefix[start]
-        columns[f"full_{kind}"] = prefix[stop] - prefix[split]
+    for level, count in zip(MemoryLevel, counts, strict=True):
+        stop = start + np.asarray(count)
+        for kind, prefix in enumerate(job.kind_prefix):
+            columns[f"{level}_{kind}"] = prefix[stop] - prefix[start]
+        start = stop
     return columns
 
 
-def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> Estimate:
+def estimate(
+    job: Job,
+    stages: Sequence[StagePlan],
+    num_micro_batches: int,
+    schedule: Schedule = ONE_F_ONE_B,
+) -> Estimate:
     """Predict one step of a layout.
 
     Args:
         job: model, platform and workload.
-        stages: the pipeline stages in order; offload must be zero.
+        stages: the pipeline stages in order.
         num_micro_batches: G, micro-batches per step.
+        schedule: the order of micro-batches.
     """
-    columns = _stage_columns(job, stages, num_micro_batches)
+    columns = _stage_columns(job, stages, num_micro_batches, schedule)
     stable_s, lone_s = columns["stable_s"], columns["lone_s"]
-    step_s = float(step_time(num_micro_batches, stable_s, lone_s))
+    fill_s = fill_seconds(schedule, stable_s, columns["weight_s"])
+    step_s = float(step_time(num_micro_batches, stable_s, lone_s, fill_s))
     slowest = int(stable_s.argmax())
     busy_s = (num_micro_batches - 1) * stable_s[slowest] + lone_s[slowest]
     flop_per_s = job.platform.num_gpus * _peak_flop_per_s(job)
@@ -212,8 +247,20 @@ def _peak_flop_per_s(job: Job) -> float:
     return job.platform.device.gemm[job.workload.precision].peak_flop_per_s.value
 
 
+def fill_seconds(
+    schedule: Schedule, stable_s: NDArray[np.float64], weight_s: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What each stage adds to filling and draining the pipeline, in s; same shape.
+
+    A chunk is 1/v of a stage (Narayanan et al. 2021, section 2.2). Under zero bubble (ZB-H1, Qi et
+    al. 2024) weight gradients wait, and fill the bubble once of another micro-batch: 2 w less.
+    """
+    spared = 2 * weight_s if schedule.kind is ScheduleKind.ZERO_BUBBLE else 0.0
+    return np.asarray(np.maximum(stable_s - spared, 0.0) / schedule.vpp)
+
+
 def _stage_columns(
-    job: Job, stages: Sequence[StagePlan], num_micro_batches: int
+    job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
 ) -> dict[str, NDArray[np.float64]]:
     """Every output of the stage formulas, each of shape [S]."""
     strategy = strategy_columns(
@@ -223,16 +270,32 @@ def _stage_columns(
         tp=[stage.tp for stage in stages],
         micro_batch=[stage.micro_batch for stage in stages],
         zero=[stage.zero for stage in stages],
+        offload={name: [getattr(s.offload, name) for s in stages] for name in NO_OFFLOAD},
     )
     devices = np.array([stage.devices for stage in stages])
-    layers = np.array([(stage.layers[0][0], stage.num_layers, stage.num_full) for stage in stages])
     return job.cost.stage(
         {
             **job.cost.terms(strategy),
-            **position_columns(job, devices[:, 0], devices[:, 1], num_micro_batches),
-            **count_columns(job, *layers.T),
+            **position_columns(job, devices, num_micro_batches, schedule),
+            **_layer_counts(job, stages),
         }
     )
+
+
+def _layer_counts(job: Job, stages: Sequence[StagePlan]) -> dict[str, Counts]:
+    """Layers of each stage by kind and level, over all its runs; shape [S]."""
+    kinds = job.facts.layer_kinds()
+    columns = {
+        f"{level}_{kind}": np.zeros(len(stages), dtype=np.int64)
+        for level in MemoryLevel
+        for kind in range(job.facts.num_kinds)
+    }
+    for i, stage in enumerate(stages):
+        layers = (layer for first, count in stage.layers for layer in range(first, first + count))
+        for level in MemoryLevel:
+            for layer in islice(layers, stage.num_at(level)):
+                columns[f"{level}_{kinds[layer]}"][i] += 1
+    return columns
 
 
 def _stage_estimate(job: Job, columns: dict[str, NDArray[np.float64]], i: int) -> StageEstimate:
@@ -244,7 +307,7 @@ def _stage_estimate(job: Job, columns: dict[str, NDArray[np.float64]], i: int) -
         peak_bytes=round(columns["peak_bytes"][i]),
         usable_bytes=int(job.platform.usable_bytes),
         memory_parts_bytes={part: round(columns[f"{part}_bytes"][i]) for part in MEMORY_PARTS},
-        host_bytes=0,
+        host_bytes=round(columns["host_bytes"][i]),
     )
 
 

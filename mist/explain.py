@@ -19,6 +19,7 @@ PART_NAMES: Mapping[str, str] = {
     "recompute": "recomputation",
     "launch": "waiting for the host to launch kernels",
     "dp": "exposed data-parallel collectives",
+    "offload": "exposed copies between GPU and host",
     "p2p": "transfers between stages",
     "delta": "first and last micro-batch, optimizer",
     "bubble": "pipeline bubble and imbalance",

@@ -63,6 +63,9 @@ class Schedule:
     vpp: PositiveInt
 
 
+ONE_F_ONE_B: Final = Schedule(kind=ScheduleKind.ONE_F_ONE_B, vpp=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offload:
     """Share of each state that lives in host memory (0..1)."""

@@ -4,7 +4,7 @@ It shares no expression with `mist.symbolic`: it walks the layers of a concrete 
 tensor with Python numbers and asks the platform's laws for each operation by itself.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mist.facts import Traffic
 from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
@@ -26,6 +26,10 @@ class Rank:
     num_stages: int
     num_micro_batches: int
     first_device: int
+    offload: dict[str, float] = field(default_factory=dict)  # share of each state on the host
+
+    def share(self, state: str) -> float:
+        return self.offload.get(state, 0.0)
 
     @property
     def laws(self) -> OpCosts:
@@ -106,12 +110,18 @@ def layer_times(
         launch = host.layer_launch_s.value
         launch += host.tensor_parallel_launch_s.value if rank.tp > 1 else 0.0
         host_s = [launch * host.forward_ratio.value, launch * (1 - host.forward_ratio.value)]
-    if level == "full":  # up to the last product, whose result and reduction nobody needs
+    if level == "selective":  # products are kept
         again = replace(block, ops=block.ops[: block.num_recomputed_ops])
+        products = [op for op in again.ops if op.kind != OpKind.MEMORY]
         pass_s[1] += op_seconds(rank, again, "forward")
+        pass_s[1] -= op_seconds(rank, replace(again, ops=tuple(products)), "forward")
+    if level in ("selective", "full"):
         pass_s[1] += (block.num_entries + block.num_whole) * gather
         pass_s[1] += (block.num_exits - 1) * scatter
         host_s[1] += host_s[0]
+    if level == "full":  # up to the last product, whose result and reduction nobody needs
+        again = replace(block, ops=block.ops[: block.num_recomputed_ops])
+        pass_s[1] += op_seconds(rank, again, "forward")
     slots = [max(pass_s[0], host_s[0]), max(pass_s[1], host_s[1])]
     group = (rank.dp, rank.per_node)
     params = held_params(rank, block)
@@ -123,12 +133,54 @@ def layer_times(
     copy_in = float(laws.memory_s(6 * params, 1, Traffic.POINTWISE))
     always, often, once = rank.zero == 3, rank.zero >= 2, rank.zero >= 1
 
-    def slot(compute: float, gathers: bool, scatters: bool, reduces: bool) -> float:
-        busy = compute + gathers * copy_out + scatters * copy_in
-        return beside(busy, gathers * ag + scatters * rs + reduces * ar, gamma)
+    saved = {"full": activation_bytes / rank.tp, "eager": kept_bytes(rank, block)}
+    saved["selective"] = activation_bytes / rank.tp + products_bytes(rank, block)
+    moved = rank.share("activations") * saved[level] if is_layer else 0.0
 
-    stable = slot(slots[0], always, False, False) + slot(slots[1], always, often, False)
-    return stable, slot(slots[0], once, False, False) + slot(slots[1], always, once, not once)
+    def slot(
+        compute: float, ops: tuple[bool, bool, bool], come: float = 0.0, go: float = 0.0
+    ) -> float:
+        """Weights and gradients of `come` and `go` are those of a layer whose states are away."""
+        gathers, scatters, reduces = ops
+        busy = compute + gathers * copy_out + scatters * copy_in
+        beside_it = gathers * ag + scatters * rs + reduces * ar
+        base = beside(busy, beside_it, gamma)
+
+        def with_copies(come_bytes: float, go_bytes: float) -> float:
+            return max(base, come_bytes / device_in(rank), go_bytes / device_out(rank))
+
+        back = moved if ops is not forward_stable and ops is not forward_lone else 0.0
+        away = rank.share("weights") if is_layer else 0.0
+        here = with_copies(back, moved - back)
+        gone = with_copies(back + come, moved - back + go)
+        return (1 - away) * here + away * gone
+
+    weights = 4 * params / (rank.dp if rank.zero >= 1 else 1)
+    grads = 4 * params / (rank.dp if rank.zero >= 2 else 1)
+    each = grads if rank.zero >= 2 else 0.0
+    forward_stable, forward_lone = (always, False, False), (once, False, False)
+    stable = slot(slots[0], forward_stable, weights if always else 0.0)
+    stable += slot(slots[1], (always, often, False), (weights if always else 0.0) + each, each)
+    lone = slot(slots[0], forward_lone, weights)
+    lone += slot(slots[1], (always, once, not once), (weights if always else 0.0) + each, grads)
+    return stable, lone
+
+
+def device_in(rank: Rank) -> float:
+    return rank.platform.device.host_to_device_bytes_per_s.value
+
+
+def device_out(rank: Rank) -> float:
+    return rank.platform.device.device_to_host_bytes_per_s.value
+
+
+def products_bytes(rank: Rank, block: Block) -> float:
+    """Results of the matrix products of the forward pass."""
+    return sum(
+        rank.number(op.written_bytes)
+        for op in block.ops
+        if op.phase == "forward" and op.kind != OpKind.MEMORY
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +188,7 @@ class Predicted:
     stable_s: float
     lone_s: float
     peak_bytes: float
+    host_bytes: float
 
 
 def simulate(rank: Rank, layers: list[tuple[Block, str]], graph: ModelGraph) -> Predicted:
@@ -153,7 +206,8 @@ def simulate(rank: Rank, layers: list[tuple[Block, str]], graph: ModelGraph) -> 
     transfers = _transfers(rank, activation / rank.tp)
     stable = sum(t for t, _ in times) + sum(transfers)
     lone = sum(u for _, u in times) + sum(transfers) + _once(rank, blocks, embed, head)
-    return Predicted(stable, lone, _peak(rank, layers, ends, graph, len(transfers)))
+    peak, host = _peak(rank, layers, ends, graph, len(transfers))
+    return Predicted(stable, lone, peak, host)
 
 
 def _transfers(rank: Rank, sent_bytes: float) -> list[float]:
@@ -176,17 +230,33 @@ def _once(rank: Rank, blocks: list[tuple[Block, str, bool]], embed: Block, head:
         scatter = float(laws.reduce_scatter_s(4 * params, *group))
         reduce = float(laws.all_reduce_s(4 * params, *group))
         total = max(total, gather + scatter if rank.zero else reduce)
-    for block, _, _ in blocks:
+    for block, _, is_layer in blocks:
         held = held_params(rank, block)
         owned = held / rank.dp if rank.zero else held
         moved = owned * traffic.optimizer_sharded_bytes_per_param.value
         if rank.zero < 3:
             moved += held * traffic.optimizer_replicated_bytes_per_param.value
-        total += float(laws.memory_s(moved, 1, Traffic.POINTWISE))
+        total += _update(rank, held, float(laws.memory_s(moved, 1, Traffic.POINTWISE)), is_layer)
     tied = sum(param.numel for param in head.params if param.tied) / rank.tp
     if tied and rank.num_stages > 1 and rank.stage in (0, rank.num_stages - 1):
         total += float(laws.p2p_s(4 * tied, int(rank.platform.num_nodes > 1)))
     return total
+
+
+def _update(rank: Rank, held: float, update_s: float, is_layer: bool) -> float:
+    """The optimizer's step of a block, with the states that come and go beside it."""
+    owned = held / rank.dp if rank.zero else held
+    grads = 4 * held / (rank.dp if rank.zero >= 2 else 1)
+    moments = rank.share("optimizer") * 8 * owned
+
+    def streamed(come: float, go: float) -> float:
+        return max(update_s, come / device_in(rank), go / device_out(rank))
+
+    here = streamed(moments, moments)
+    if not is_layer:
+        return here
+    away = rank.share("weights")
+    return (1 - away) * here + away * streamed(moments + 4 * owned + grads, moments + 4 * owned)
 
 
 def _peak(
@@ -195,25 +265,43 @@ def _peak(
     ends: list[Block],
     graph: ModelGraph,
     num_edges: int,
-) -> float:
+) -> tuple[float, float]:
     runtime = rank.platform.runtime
     in_flight = min(rank.num_stages - rank.stage, rank.num_micro_batches)
     blocks = [block for block, _ in layers] + ends
     params = sum(held_params(rank, block) for block in blocks)
     if len(ends) == 2:
         params -= sum(param.numel for param in ends[1].params if param.tied) / rank.tp
-    states = params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.dp)
+    of_layers = sum(held_params(rank, block) for block, _ in layers)
+    shard, grad_shard = (rank.dp if rank.zero >= level else 1 for level in (1, 2))
+    hosted = of_layers * rank.share("weights") * 4 / shard
+    hosted += of_layers * rank.share("grads") * 4 / grad_shard
+    hosted += params * rank.share("optimizer") * 8 / shard
+    states = params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.dp) - hosted
     boundary = rank.number(layers[0][0].boundary_bytes) / rank.tp
-    kept = sum(boundary if level == "full" else kept_bytes(rank, block) for block, level in layers)
+    sizes = [
+        {
+            "full": boundary,
+            "eager": kept_bytes(rank, block),
+            "selective": boundary + products_bytes(rank, block),
+        }[level]
+        for block, level in layers
+    ]
+    away = rank.share("activations")
+    kept = sum((1 - away) * size for size in sizes)
     kept += sum(kept_bytes(rank, block) for block in ends) + rank_bytes(rank, graph.shared)
     working = []
     for block, level in layers + [(end, "eager") for end in ends]:
         transient = max(rank.number(expr) for expr in block.transient_bytes)
-        working.append(transient + (kept_bytes(rank, block) if level == "full" else 0.0))
+        working.append(transient + (kept_bytes(rank, block) if level != "eager" else 0.0))
+    largest = max(held_params(rank, block) for block in blocks)
+    streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
+    working.append(2 * largest * sum(size for s, size in streams.items() if rank.share(s)))
     reducing = runtime.reduce_bytes[Precision.BF16].value
     unsharded = 2.0 * runtime.transients.num_gathered_groups.value if rank.zero == 3 else 0.0
-    gathered = (reducing + unsharded) * max(held_params(rank, block) for block in blocks)
+    gathered = (reducing + unsharded) * largest
     sent = in_flight * boundary if rank.stage < rank.num_stages - 1 else 0.0
-    buffers = rank.num_micro_batches * num_edges * boundary + sent
+    buffers = rank.num_micro_batches * num_edges * boundary + sent + 2 * away * max(sizes)
     total = states + in_flight * kept + max(working) + gathered + buffers
-    return total * (1 + runtime.memory.allocator_overhead_ratio.value)
+    host = hosted + in_flight * away * sum(sizes)
+    return total * (1 + runtime.memory.allocator_overhead_ratio.value), host

@@ -57,7 +57,9 @@ def stage_table(job: Job, group: Group, space: SearchSpace, limit_bytes: float) 
         count=count,
         num_full=num_full,
         feasible=columns["peak_bytes"] <= limit_bytes,
-        **columns,
+        stable_s=columns["stable_s"],
+        lone_s=columns["lone_s"],
+        peak_bytes=columns["peak_bytes"],
     )
 
 
@@ -66,8 +68,9 @@ class _StageModel:
 
     def __init__(self, job: Job, group: Group, first: Ints, count: Ints) -> None:
         terms = group.columns(job)
-        devices = np.arange(group.num_stages) * group.num_devices
-        position = position_columns(job, devices, group.num_devices, group.num_micro_batches)
+        starts = np.arange(group.num_stages) * group.num_devices
+        devices = np.stack([starts, np.full_like(starts, group.num_devices)], axis=-1)
+        position = position_columns(job, devices, group.num_micro_batches)
         self._job, self._first, self._count = job, first, count
         self._fixed: dict[str, ArrayLike] = {
             name: column[:, None, None] for name, column in terms.items()
@@ -75,8 +78,9 @@ class _StageModel:
         self._fixed |= {name: np.asarray(column)[:, None] for name, column in position.items()}
 
     def __call__(self, num_full: Ints) -> dict[str, Floats]:
-        """stable_s, lone_s, peak_bytes of shape [K, S, R] for `num_full` of that shape."""
-        counts = count_columns(self._job, self._first, self._count, num_full)
+        """stable_s, lone_s, peak_bytes, ... of shape [K, S, R] for `num_full` of that shape."""
+        levels = (self._count - num_full, 0, num_full)
+        counts = count_columns(self._job, self._first, levels)
         return self._job.cost.search({**self._fixed, **counts})
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mist.platform.quantity import Quantity, Record
-from mist.spec import Precision
+from mist.spec import Precision, ScheduleKind
 
 ZeroLevel = Literal[0, 1, 2, 3]
 
@@ -148,10 +148,57 @@ class Kernels(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selective(Record):
-    """What selective checkpointing means: shares of what a layer saves and runs forward (0..1)."""
+    """What selective checkpointing means.
 
-    kept_ratio: Quantity
-    recomputed_ratio: Quantity
+    `keeps_products`: the results of matrix products and attention kernels are kept, everything else
+    is run again; both follow from the trace. Otherwise `kept_ratio` of what a layer saves and
+    `recomputed_ratio` of what it runs forward (0..1).
+    """
+
+    keeps_products: bool = False
+    kept_ratio: Quantity | None = None
+    recomputed_ratio: Quantity | None = None
+
+    def __post_init__(self) -> None:
+        ratios = (self.kept_ratio, self.recomputed_ratio)
+        if any((ratio is None) is not self.keeps_products for ratio in ratios):
+            raise ValueError("selective needs kept_ratio and recomputed_ratio, or keeps_products")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostedState(Record):
+    """A state that may live in host memory: what leaves the device, and when it comes by.
+
+    `bytes_per_param` are divided over the data-parallel ranks from ZeRO level `sharded_from` on.
+    Plans may offload it from level `offered_from` on. From `each_micro_batch_from` on it moves in
+    every micro-batch, below that (or where null) once a step.
+    """
+
+    bytes_per_param: Quantity
+    sharded_from: ZeroLevel
+    offered_from: ZeroLevel
+    each_micro_batch_from: ZeroLevel | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offloading(Record):
+    """What may be offloaded. A state that is null stays on the device.
+
+    `by_layer`: whole layers have their weights and gradients offloaded together, so that the two
+    ratios are one; otherwise a share of every layer. `activations`: a share of what layers save.
+    `num_staged_layers`: layers whose share is on the device in passing.
+    """
+
+    weights: HostedState | None
+    grads: HostedState | None
+    optimizer: HostedState | None
+    activations: bool
+    by_layer: bool
+    num_staged_layers: Quantity
+
+    def __post_init__(self) -> None:
+        if self.by_layer and (self.weights is None or self.grads is None):
+            raise ValueError("by_layer offloads weights and grads together: neither may be null")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,12 +218,21 @@ class Loss(Record):
 class Knobs(Record):
     """What the runtime can do: ZeRO levels; whether tensor parallelism shards the sequence.
 
-    `layer_split`: how it deals layers out to pipeline stages when nobody says.
+    `layer_split`: how it deals layers out to pipeline stages when nobody says. `schedules`: the
+    pipeline schedules it has (none: one stage only). `tensor_parallel`: whether t > 1 is possible.
+    `recomputes_some`: whether a stage may recompute some of its layers only. `uneven_layers`:
+    whether a plan may give stages unequal numbers of layers; `unlike_stages`: whether stages may
+    differ in dp, tp, ZeRO level and recomputation.
     """
 
     zero_levels: tuple[ZeroLevel, ...]
     sequence_parallel: bool
     layer_split: Literal["even", "by_cost"]
+    schedules: tuple[ScheduleKind, ...]
+    tensor_parallel: bool
+    recomputes_some: bool
+    uneven_layers: bool
+    unlike_stages: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +252,7 @@ class Runtime(Record):
     kernels: Kernels
     loss: Loss | None
     selective: Selective | None
+    offload: Offloading | None
     knobs: Knobs
 
     def __post_init__(self) -> None:

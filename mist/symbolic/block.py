@@ -52,12 +52,16 @@ class BlockCost:
 
     `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters, reduce-scatter and all-reduce
     of the gradients, over the data-parallel group; `gather_copy_s`, `scatter_copy_s`: the copies
-    out of and into their flat buffers.
+    out of and into their flat buffers. `pointwise_s`: what `recompute_s` holds beside products and
+    attention; `products_bytes`: the results of those; `weight_s`: the products of the backward pass
+    that give gradients of weights.
     """
 
     forward_s: Expr
     backward_s: Expr
     recompute_s: Expr
+    pointwise_s: Expr
+    weight_s: Expr
     tp_forward_s: Expr
     tp_backward_s: Expr
     tp_recompute_s: Expr
@@ -68,6 +72,7 @@ class BlockCost:
     gather_copy_s: Expr
     scatter_copy_s: Expr
     saved_bytes: Expr
+    products_bytes: Expr
     boundary_bytes: Expr
     transient_bytes: Expr
 
@@ -184,11 +189,14 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
     gathered = params * traffic.gather_copy_bytes_per_param[setting.precision].value
     scattered = params * traffic.scatter_copy_bytes_per_param[setting.precision].value
     gather, scatter, reduce = _dp_collectives(params, setting)
+    again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(_forward(block)) :]
     return {
         "forward_s": _pass_seconds(_forward(block), setting),
-        "backward_s": _pass_seconds(block.ops[len(_forward(block)) :], setting)
+        "backward_s": _pass_seconds(backward, setting)
         + sym.MEMORY[Traffic.POINTWISE](_accumulated_share(accumulated), 1),
-        "recompute_s": _pass_seconds(block.ops[: block.num_recomputed_ops], setting),
+        "recompute_s": _pass_seconds(again, setting),
+        "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
+        "weight_s": _pass_seconds([op for op in backward if _is_of_weights(op)], setting),
         "params": params,
         "gather_s": gather,
         "scatter_s": scatter,
@@ -196,8 +204,23 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "gather_copy_s": sym.MEMORY[Traffic.POINTWISE](gathered, 1),
         "scatter_copy_s": sym.MEMORY[Traffic.POINTWISE](scattered, 1),
         "saved_bytes": saved_bytes(block, setting),
+        "products_bytes": _products_bytes(block, setting),
         "transient_bytes": sym.larger(0, *block.transient_bytes),
     }
+
+
+def _is_of_weights(op: Op) -> bool:
+    """Whether a product of the backward pass sums over samples, as gradients of weights do."""
+    return op.kind == OpKind.GEMM and op.dims[3].has(B)
+
+
+def _products_bytes(block: Block, setting: Setting) -> Expr:
+    """Bytes of the results of matrix products and attention kernels on a rank."""
+    products = (op for op in _forward(block) if op.kind != OpKind.MEMORY)
+    shards = {Layout.REPLICATED: setting.sequence_shards}
+    return sympy.expand(
+        sympy.Add(*(op.written_bytes / shards.get(op.layout, 1) for op in products))
+    )
 
 
 def _accumulated_share(accumulated: Expr) -> Expr:

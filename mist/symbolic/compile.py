@@ -3,22 +3,25 @@
 from collections.abc import Mapping, Sequence
 
 import sympy
-from sympy import Basic
+from sympy import Basic, Expr
 from sympy.printing.numpy import NumPyPrinter
 
 from mist.graph import B, Block, ModelGraph, S, T
+from mist.plans import MemoryLevel
 from mist.platform import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.program import ModelPrograms, Program
 from mist.symbolic.stage import StageCost, stage_cost
 
-SEARCHED = ("stable_s", "lone_s", "peak_bytes")
+SEARCHED = ("stable_s", "lone_s", "weight_s", "peak_bytes", "host_bytes")
 
 SIZES = (B, S, T)
-STRATEGY = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO, sym.TP_PER_NODE, sym.PIPELINED)
+RANKS = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO, sym.TP_PER_NODE, sym.PIPELINED)
+STRATEGY = (*RANKS, *sym.OFFLOAD.values())
 POSITION = (
     sym.IN_FLIGHT,
+    sym.CHUNKS,
     sym.NUM_MICRO_BATCHES,
     sym.FIRST,
     sym.LAST,
@@ -37,13 +40,21 @@ def compile_model(graph: ModelGraph, runtime: Runtime, precision: Precision) -> 
     counts = _stage_inputs(cost)
     return ModelPrograms(
         facts=graph.facts,
-        costs=print_program(STRATEGY, costs),
+        costs=print_program(RANKS, costs),
         terms=print_program(_inputs(STRATEGY, terms), terms),
+        search_terms=_only(terms, search),
         search=print_program(_inputs(counts, search), search),
         stage=print_program(_inputs(counts, cost.stage), cost.stage),
         flop=print_program(SIZES, _forward_flop(graph)),
         domain=print_program(SIZES, {str(relation): relation for relation in _domain(graph)}),
     )
+
+
+def _only(terms: Mapping[str, Expr], search: Mapping[str, Expr]) -> Program:
+    """The terms that the search needs."""
+    needed = {str(symbol) for expr in search.values() for symbol in expr.free_symbols}
+    wanted = {name: expr for name, expr in terms.items() if name in needed}
+    return print_program(_inputs(STRATEGY, wanted), wanted)
 
 
 def _forward_flop(graph: ModelGraph) -> dict[str, Basic]:
@@ -61,7 +72,8 @@ def _domain(graph: ModelGraph) -> list[Basic]:
 def _stage_inputs(cost: StageCost) -> tuple[sympy.Symbol, ...]:
     """Position, then layers by kind and level."""
     kinds = range(cost.num_kinds)
-    return (*POSITION, *(count(k) for k in kinds for count in (sym.eager_count, sym.full_count)))
+    levels = [level.value for level in MemoryLevel]
+    return (*POSITION, *(sym.layer_count(level, kind) for kind in kinds for level in levels))
 
 
 def _inputs(

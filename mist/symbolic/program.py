@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from mist.facts import ModelFacts, Traffic
 from mist.platform import OpCosts
 
-TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "p2p")
+TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "offload", "p2p")
 MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allocator")
 
 Column = NDArray[np.float64]
@@ -37,7 +37,8 @@ class ModelPrograms:
     """Everything that planning computes of a model under a runtime, and the model's facts.
 
     `costs` and `terms` are of the strategy (b, s, t, dp, dp_per_node, zero), `terms` also of the
-    costs; `search` and `stage` of terms and layout: stable_s, lone_s, peak_bytes, and for `stage`
+    costs and of offload ratios, `search_terms` those of them that the search needs; `search` and
+    `stage` of terms and layout: stable_s, lone_s, weight_s, peak_bytes, host_bytes, and for `stage`
     every part of them. `flop`: forward FLOPs of each block at b, s, t. `domain`: the relations (by
     their text) under which all of it holds, at b, s, t.
     """
@@ -45,6 +46,7 @@ class ModelPrograms:
     facts: ModelFacts
     costs: Program
     terms: Program
+    search_terms: Program
     search: Program
     stage: Program
     flop: Program
@@ -82,13 +84,14 @@ class StageModel:
 
     costs: Bound
     block_terms: Bound
+    search_terms: Bound
     search: Bound
     stage: Bound
     flop: Bound
     domain: Bound
 
     def terms(self, strategy: Columns) -> dict[str, Column]:
-        """`term_*` columns of strategies given as b, s, t, dp, dp_per_node, zero."""
+        """`term_*` columns of strategies given as b, s, t, dp, dp_per_node, zero, offload_*."""
         return self.block_terms({**strategy, **self.costs(strategy)})
 
 
@@ -98,6 +101,7 @@ def stage_model(programs: ModelPrograms, costs: OpCosts) -> StageModel:
     return StageModel(
         costs=bind(programs.costs, laws),
         block_terms=bind(programs.terms, laws),
+        search_terms=bind(programs.search_terms, laws),
         search=bind(programs.search, {}),
         stage=bind(programs.stage, {}),
         flop=bind(programs.flop, {}),
@@ -115,6 +119,8 @@ def _laws(costs: OpCosts) -> dict[str, Law]:
         "reduce_scatter_s": costs.reduce_scatter_s,
         "all_reduce_s": costs.all_reduce_s,
         "p2p_s": costs.p2p_s,
+        "to_device_s": costs.host_to_device_s,
+        "to_host_s": costs.device_to_host_s,
         "together_s": costs.together_s,
     }
     memory = {f"memory_{name}_s": partial(costs.memory_s, traffic=name) for name in Traffic}

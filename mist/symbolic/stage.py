@@ -2,36 +2,42 @@
 
 Two levels, so that a search pays for each only where it varies:
 
-*terms*, functions of the strategy (b, t, dp, zero, in-node share of the data-parallel group): for
-each block x and memory level, seconds of one micro-batch by part, and bytes;
+*terms*, functions of the strategy (b, t, dp, zero, offload ratios, in-node share of the
+data-parallel group): for each block x and memory level, seconds of one micro-batch by part, bytes;
 *stage*, functions of the terms and of the layout (layers of each kind and level, position):
 
-    stable_s = sum over layers of (compute + tp + recompute + launch + dp) + ends + p2p
+    stable_s = sum over layers of their slots (`slots.py`) + ends + p2p
     lone_s   = the same in the first forward and last backward + exposed collectives + optimizer
-    peak     = states + kept * in_flight + working set of the worst block + gathered copies
+    weight_s = what of a micro-batch computes gradients of weights, which may wait
+    peak     = states + kept * in_flight + working set of the worst block + gathered + buffers
+    host     = what of states and kept activations lives in host memory
 
-Slots (first forward, other forwards, other backwards, last backward) overlap compute C with
-data-parallel collectives M by the platform's law `together_s`. A layer is never faster
-than the host launches it: C = max(device, host). Formulas: Mist (EuroSys'25) section 4; collectives
-by ZeRO level as FSDP2 issues them (profiles/runtimes).
+Formulas: Mist (EuroSys'25) section 4; bytes and collectives by ZeRO level from profiles/runtimes.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import sympy
 from sympy import Expr
 
-from mist.facts import Traffic
 from mist.graph import ModelGraph, T
+from mist.plans import MemoryLevel
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
 from mist.symbolic.program import TIME_PARTS
+from mist.symbolic.slots import (
+    Level,
+    ends_seconds,
+    hosted_bytes,
+    levels,
+    optimizer_seconds,
+    slots,
+)
 
-_NONE = sympy.Integer(0)
+_ONE = sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,24 +51,6 @@ class StageCost:
     costs: Mapping[str, Expr]
     terms: Mapping[str, Expr]
     stage: Mapping[str, Expr]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Slots:
-    """Seconds of one layer and micro-batch by part; `lone_dp` is `dp` of a lone micro-batch."""
-
-    compute: Expr
-    tp: Expr
-    recompute: Expr
-    launch: Expr
-    dp: Expr
-    lone_dp: Expr
-
-    def stable(self) -> Expr:
-        return self.compute + self.tp + self.recompute + self.launch + self.dp
-
-    def lone(self) -> Expr:
-        return self.stable() - self.dp + self.lone_dp
 
 
 def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> StageCost:
@@ -97,115 +85,36 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
 
 
 def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr]:
-    """Terms of one block; the embedding and the head are never recomputed."""
+    """Terms of one block; the embedding and the head are never recomputed or offloaded."""
+    is_layer, runtime = name.isdigit(), setting.runtime
     terms = {
         f"{name}_params": cost.params,
-        f"{name}_saved_bytes": cost.saved_bytes,
-        f"{name}_boundary_bytes": cost.boundary_bytes,
-        f"{name}_eager_working_bytes": cost.transient_bytes,
-        f"{name}_full_working_bytes": cost.saved_bytes + cost.transient_bytes,
-        f"{name}_optimizer_s": _optimizer_seconds(cost.params, setting.runtime),
-        f"{name}_ends_s": _ends_seconds(cost),
+        f"{name}_optimizer_s": optimizer_seconds(cost.params, runtime, is_layer=is_layer),
+        f"{name}_ends_s": ends_seconds(cost),
+        f"{name}_weight_s": cost.weight_s,
     }
-    for level in ("eager", "full") if _is_layer(name) else ("eager",):
-        slots = _slots(cost, setting, recompute=level == "full", hosted=_is_layer(name))
+    for level in levels(cost, runtime, is_layer=is_layer):
+        prefix = f"{name}_{level.name}"
+        times = slots(cost, level, setting, is_layer=is_layer)
         for part in TIME_PARTS[:-1]:
-            terms[f"{name}_{level}_{part}_s"] = getattr(slots, part)
-        terms[f"{name}_{level}_stable_s"] = slots.stable()
-        terms[f"{name}_{level}_lone_s"] = slots.lone()
+            terms[f"{prefix}_{part}_s"] = getattr(times, part)
+        terms |= {f"{prefix}_stable_s": times.stable(), f"{prefix}_lone_s": times.lone()}
+        terms |= _level_bytes(prefix, level, runtime if is_layer else None)
     return terms
 
 
-def _is_layer(name: str) -> bool:
-    return name.isdigit()
-
-
-def _slots(cost: BlockCost, setting: Setting, *, recompute: bool, hosted: bool) -> _Slots:
-    """The four slots of a layer, summed into a stable and a lone micro-batch."""
-    again = int(recompute)
-    device_forward = cost.forward_s + cost.tp_forward_s
-    device_backward = cost.backward_s + cost.tp_backward_s
-    device_again = again * (cost.recompute_s + cost.tp_recompute_s)
-    host_forward, host_backward = _host_seconds(setting.runtime) if hosted else (0, 0)
-    launch_forward = sym.larger(0, host_forward - device_forward)
-    device_late = device_backward + device_again
-    launch_backward = sym.larger(0, host_backward + again * host_forward - device_late)
-    forward, backward = device_forward + launch_forward, device_late + launch_backward
-    exposed = partial(_exposed, setting.runtime)
-    from_1, from_2, from_3 = (_at_least(level) for level in (1, 2, 3))
-    return _Slots(
-        compute=cost.forward_s + cost.backward_s,
-        tp=cost.tp_forward_s + cost.tp_backward_s,
-        recompute=device_again,
-        launch=launch_forward + launch_backward,
-        dp=exposed(forward, cost, gathers=from_3)
-        + exposed(backward, cost, gathers=from_3, scatters=from_2),
-        lone_dp=exposed(forward, cost, gathers=from_1)
-        + exposed(backward, cost, gathers=from_3, scatters=from_1, reduces=1 - from_1),
-    )
-
-
-def _at_least(level: int) -> Expr:
-    """1 from this ZeRO level on, else 0."""
-    return sympy.Piecewise((1, sym.ZERO >= level), (0, True))
-
-
-def _exposed(  # noqa: PLR0913 - three kinds of collectives
-    runtime: Runtime,
-    compute: Expr,
-    cost: BlockCost,
-    *,
-    gathers: Expr = _NONE,
-    scatters: Expr = _NONE,
-    reduces: Expr = _NONE,
-) -> Expr:
-    """What data-parallel collectives (each 0 or 1 times) add to the compute of a slot.
-
-    Copies out of and into their buffers are work of the device; the collectives themselves overlap
-    with it, overlap(C, M) - C, or stand alone where the runtime runs nothing beside them.
-    """
-    copies = gathers * cost.gather_copy_s + scatters * cost.scatter_copy_s
-    overlap = runtime.overlap
-    rows = (
-        (gathers * cost.gather_s, overlap.zero_all_gather_ratio.value),
-        (scatters * cost.scatter_s, overlap.zero_reduce_scatter_ratio.value),
-        (reduces * cost.reduce_s, overlap.gradient_all_reduce_ratio.value),
-    )
-    beside = sympy.Add(*(ratio * seconds for seconds, ratio in rows if ratio))
-    alone = sympy.Add(*((1 - ratio) * seconds for seconds, ratio in rows if ratio < 1))
-    busy = compute + copies
-    return copies + alone + (sym.TOGETHER(busy, beside) - busy if beside != 0 else 0)
-
-
-def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
-    """Seconds in which the host launches a layer forward and backward; more with t > 1."""
-    host = runtime.host
-    across = host.pipeline_launch_s.value * T**host.pipeline_launch_exponent.value
-    launch = host.tensor_parallel_launch_s.value + sym.PIPELINED * across
-    extra = sympy.Piecewise((launch, T > 1), (0, True))
-    layer = host.layer_launch_s.value + extra
-    forward = host.forward_ratio.value
-    return forward * layer, (1 - forward) * layer
-
-
-def _ends_seconds(cost: BlockCost) -> Expr:
-    """At the two ends of a step the collectives of one block have nothing to run beside."""
-    sharded = _at_least(1)
-    return sharded * (cost.gather_s + cost.scatter_s) + (1 - sharded) * cost.reduce_s
-
-
-def _optimizer_seconds(params: Expr, runtime: Runtime) -> Expr:
-    """Adam reads and writes its states once per step, divided among ranks from ZeRO-1 on.
-
-    The unsharded copy that it also writes is gone under ZeRO-3.
-    """
-    traffic = runtime.traffic
-    owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.DP, True))
-    moved = (
-        owned * traffic.optimizer_sharded_bytes_per_param.value
-        + params * traffic.optimizer_replicated_bytes_per_param.value * (1 - _at_least(3))
-    )
-    return sym.MEMORY[Traffic.POINTWISE](moved, 1)
+def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[str, Expr]:
+    """Bytes of a block at a level: on the device, in host memory, and on their way."""
+    share, staged = sympy.Integer(0), 0.0
+    if offloads is not None and offloads.offload is not None and offloads.offload.activations:
+        share = sym.OFFLOAD["activations"]
+        staged = offloads.offload.num_staged_layers.value
+    return {
+        f"{prefix}_kept_bytes": (1 - share) * level.kept_bytes,
+        f"{prefix}_host_bytes": share * level.kept_bytes,
+        f"{prefix}_staged_bytes": staged * share * level.kept_bytes,
+        f"{prefix}_working_bytes": level.working_bytes,
+    }
 
 
 def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
@@ -221,6 +130,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
+        **_hosted_terms(setting.runtime),
         "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
@@ -243,6 +153,28 @@ def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
     return sym.by_zero(replicated) + sym.by_zero(sharded) / sym.DP
 
 
+def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
+    """Bytes per parameter in host memory, of layers and of all blocks; and on their way in a step.
+
+    The optimizer streams a few layers at a time, when no activation is left.
+    """
+    layer, every = sympy.Integer(0), sympy.Integer(0)
+    streamed = sympy.Integer(0)
+    for name in ("weights", "grads", "optimizer"):
+        held, ratio = hosted_bytes(runtime, name, _ONE), sym.OFFLOAD[name]
+        if name == "optimizer":
+            every = ratio * held
+        else:
+            layer += ratio * held
+        streamed += sympy.ceiling(ratio) * held
+    staged = runtime.offload.num_staged_layers.value if runtime.offload else 0.0
+    return {
+        "hosted_layer_bytes_per_param": layer,
+        "hosted_bytes_per_param": every,
+        "streamed_bytes_per_param": staged * streamed,
+    }
+
+
 def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
     """Bytes per parameter of one group in passing: gathered copies, gradients being reduced."""
     reducing = runtime.reduce_bytes[precision].value
@@ -253,33 +185,35 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
 
 def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
-    rows = list(_rows(num_kinds))
+    rows = list(_rows(num_kinds, runtime))
     parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
     parts |= {"p2p_s": _p2p()}
     each = runtime.host.micro_batch_launch_s.value
     parts["launch_s"] += each
-    optimizer = sympy.Add(*(count * _term(f"{x}_optimizer_s") for x, _, count in rows))
-    layers = [row for row in rows if _is_layer(row[0])]
-    lone_end = _worst(layers, "{x}_ends_s") + optimizer + _tied_reduce()
-    lone_end += runtime.host.step_s.value
+    layers = [row for row in rows if row[0].isdigit()]
+    once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
+    once += runtime.host.step_s.value
     memory = _memory(rows, runtime)
     return {
         **parts,
         "stable_s": _total(rows, "stable_s") + _p2p() + each,
-        "lone_s": _total(rows, "lone_s") + _p2p() + each + lone_end,
+        "lone_s": _total(rows, "lone_s") + _p2p() + each + once,
+        "weight_s": _of_blocks(rows, "weight_s"),
         **{f"{part}_bytes": expr for part, expr in memory.items()},
         "peak_bytes": sympy.Add(*memory.values()),
+        "host_bytes": _host_bytes(rows),
     }
 
 
 _Row = tuple[str, str, Expr]
 
 
-def _rows(num_kinds: int) -> Iterable[_Row]:
+def _rows(num_kinds: int, runtime: Runtime) -> Iterable[_Row]:
     """Every (block, level, how many of it the stage has)."""
     for kind in range(num_kinds):
-        yield str(kind), "eager", sym.eager_count(kind)
-        yield str(kind), "full", sym.full_count(kind)
+        for level in MemoryLevel:
+            if level is not MemoryLevel.SELECTIVE or runtime.selective is not None:
+                yield str(kind), level.value, sym.layer_count(level.value, kind)
     yield "embed", "eager", sym.FIRST
     yield "head", "eager", sym.LAST
 
@@ -289,16 +223,21 @@ def _term(name: str) -> sympy.Symbol:
     return sympy.Symbol(f"term_{name}", real=True)
 
 
+def _of_blocks(rows: Iterable[_Row], name: str) -> Expr:
+    """Sum over the blocks of the stage of a term that does not depend on the memory level."""
+    return sympy.Add(*(count * _term(f"{x}_{name}") for x, _, count in rows))
+
+
 def _total(rows: Iterable[_Row], name: str) -> Expr:
     return sympy.Add(*(count * _term(f"{x}_{level}_{name}") for x, level, count in rows))
 
 
 def _p2p() -> Expr:
-    """Each stage sends its output forward and its input's gradient back, once per micro-batch."""
+    """Each chunk sends its output forward and its input's gradient back, once per micro-batch."""
     in_node, cross = _term("p2p_in_node_s"), _term("p2p_cross_s")
     to_next = in_node + sym.NEXT_CROSSES * (cross - in_node)
     to_prev = in_node + sym.PREV_CROSSES * (cross - in_node)
-    return (1 - sym.LAST) * to_next + (1 - sym.FIRST) * to_prev
+    return (sym.CHUNKS - sym.LAST) * to_next + (sym.CHUNKS - sym.FIRST) * to_prev
 
 
 def _tied_reduce() -> Expr:
@@ -314,19 +253,19 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     Torch's PipelineStage allocates the receive buffers of every micro-batch, both ways, and keeps
     the outputs of those in flight; others receive into one buffer each way.
     """
-    params = sympy.Add(*(count * _term(f"{x}_params") for x, _, count in rows))
-    params -= sym.FIRST * sym.LAST * _term("tied_params")
-    kept = sympy.Add(*(count * _term(_kept_name(x, level)) for x, level, count in rows))
+    kept = _total(rows, "kept_bytes")
     ahead = runtime.memory.receives_all_ahead
-    received = (1 - sym.FIRST) + (1 - sym.LAST)
+    received = (sym.CHUNKS - sym.FIRST) + (sym.CHUNKS - sym.LAST)
     received *= sym.NUM_MICRO_BATCHES if ahead else 1
-    sent = sym.IN_FLIGHT * (1 - sym.LAST) if ahead else _NONE
+    sent = sym.IN_FLIGHT * (sym.CHUNKS - sym.LAST) if ahead else sympy.Integer(0)
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
+    own += _worst(rows, "{x}_{level}_staged_bytes")
+    streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
     parts = {
-        "states": params * _term("state_bytes_per_param"),
+        "states": _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows),
         "activations": sym.IN_FLIGHT * (kept + _term("shared_bytes")),
-        "working": _worst(rows, "{x}_{level}_working_bytes"),
+        "working": sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed),
         "gathered": _term("gathered_bytes_per_param") * _worst(rows, "{x}_params"),
         "buffers": (received + sent) * _term("p2p_bytes") + own,
     }
@@ -334,8 +273,22 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     return parts | {"allocator": overhead * sympy.Add(*parts.values())}
 
 
-def _kept_name(name: str, level: str) -> str:
-    return f"{name}_boundary_bytes" if level == "full" else f"{name}_saved_bytes"
+def _params(rows: list[_Row]) -> Expr:
+    """Parameters of the stage on a rank; a tied one that both ends have counts once."""
+    return _of_blocks(rows, "params") - sym.FIRST * sym.LAST * _term("tied_params")
+
+
+def _hosted_bytes(rows: list[_Row]) -> Expr:
+    """States in host memory: weights and gradients of layers, optimizer states of all blocks."""
+    layers = _of_blocks([row for row in rows if row[0].isdigit()], "params")
+    return layers * _term("hosted_layer_bytes_per_param") + _params(rows) * _term(
+        "hosted_bytes_per_param"
+    )
+
+
+def _host_bytes(rows: list[_Row]) -> Expr:
+    """What one rank keeps in host memory."""
+    return _hosted_bytes(rows) + sym.IN_FLIGHT * _total(rows, "host_bytes")
 
 
 def _worst(rows: Iterable[_Row], template: str) -> Expr:

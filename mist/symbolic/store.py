@@ -16,7 +16,7 @@ from mist.files import digest, write_text
 from mist.spec import Precision
 from mist.symbolic.program import ModelPrograms
 
-_READ_HERE: Final = ("graph.py", "facts.py", "spec.py", "platform/runtime.py")
+_READ_HERE: Final = ("graph.py", "facts.py", "plans.py", "spec.py", "platform/runtime.py")
 
 
 def programs_key(trace: str, runtime: str, precision: Precision) -> str:

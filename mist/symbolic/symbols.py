@@ -22,8 +22,15 @@ PIPELINED = sympy.Symbol("pipelined", nonnegative=True, integer=True)
 """1 when there are several stages on several nodes."""
 ZERO = sympy.Symbol("zero", nonnegative=True, integer=True)
 """ZeRO level, 0 to 3."""
+OFFLOAD: Final = {
+    name: sympy.Symbol(f"offload_{name}", nonnegative=True)
+    for name in ("weights", "grads", "optimizer", "activations")
+}
+"""Share of each state that lives in host memory, 0 to 1."""
 IN_FLIGHT = sympy.Symbol("in_flight", positive=True, integer=True)
-"""Micro-batches whose activations the stage holds at once: min(S - i, G) under 1F1B."""
+"""Micro-batches whose activations the stage holds at once, by `mist.schedule.in_flight`."""
+CHUNKS = sympy.Symbol("chunks", positive=True, integer=True)
+"""v, runs of layers that a stage takes in turn."""
 NUM_MICRO_BATCHES = sympy.Symbol("num_micro_batches", positive=True, integer=True)
 """G, micro-batches per step."""
 SPANS_NODES = sympy.Symbol("spans_nodes", nonnegative=True, integer=True)
@@ -40,6 +47,8 @@ ALL_GATHER = sympy.Function("all_gather_s")
 REDUCE_SCATTER = sympy.Function("reduce_scatter_s")
 ALL_REDUCE = sympy.Function("all_reduce_s")
 P2P = sympy.Function("p2p_s")
+TO_DEVICE = sympy.Function("to_device_s")
+TO_HOST = sympy.Function("to_host_s")
 TOGETHER = sympy.Function("together_s")
 MEMORY: Final = {traffic: sympy.Function(f"memory_{traffic}_s") for traffic in Traffic}
 
@@ -64,11 +73,6 @@ def by_zero(values: Mapping[int, float]) -> sympy.Expr:
     return sympy.Piecewise(*rows, (sympy.Float(values[top]), True))
 
 
-def eager_count(kind: int) -> sympy.Symbol:
-    """Layers of block `kind` in the stage that keep their activations."""
-    return sympy.Symbol(f"eager_{kind}", nonnegative=True, integer=True)
-
-
-def full_count(kind: int) -> sympy.Symbol:
-    """Layers of block `kind` in the stage that are recomputed whole."""
-    return sympy.Symbol(f"full_{kind}", nonnegative=True, integer=True)
+def layer_count(level: str, kind: int) -> sympy.Symbol:
+    """Layers of block `kind` in the stage at a memory level."""
+    return sympy.Symbol(f"{level}_{kind}", nonnegative=True, integer=True)

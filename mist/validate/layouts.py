@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from mist.plans import even_layers
+from mist.plans import MemoryLevel, even_layers
 from mist.validate.models import Unsupported
 from mist.validate.runs import Run
 
@@ -42,6 +42,13 @@ class RunLayout:
     def num_stages(self) -> int:
         """Pipeline stages."""
         return len(self.layers)
+
+    def layers_at(self, level: MemoryLevel) -> tuple[int, ...]:
+        """Layers of each stage at a memory level."""
+        if level is MemoryLevel.FULL:
+            return self.num_full
+        kept = tuple(n - full for n, full in zip(self.layers, self.num_full, strict=True))
+        return kept if (level is MemoryLevel.SELECTIVE) is self.selective else (0,) * len(kept)
 
 
 def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -> RunLayout:

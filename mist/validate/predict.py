@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import rank_columns, stage_columns
+from mist.plans import MemoryLevel
 from mist.platform import Cluster, Device, OpCosts, Runtime
-from mist.platform.runtime import Selective
-from mist.schedule import step_time
-from mist.spec import Precision
+from mist.schedule import in_flight, step_time
+from mist.spec import Precision, ScheduleKind
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 from mist.validate.layouts import RunLayout
 
@@ -69,8 +69,9 @@ def predict(
     out = _stages(cost, machine, cases, run)
     padded = {name: _padded(out[name], run, stages) for name in ("stable_s", "lone_s")}
     counts = np.array([case.layout.num_micro_batches for case in cases])
-    chunks = np.array([case.layout.chunks for case in cases])
-    step_s = step_time(counts, padded["stable_s"], padded["lone_s"], chunks)
+    chunks = np.array([[case.layout.chunks] for case in cases])
+    fill_s = padded["stable_s"] / chunks
+    step_s = step_time(counts, padded["stable_s"], padded["lone_s"], fill_s)
     allocated = out["peak_bytes"] - out["allocator_bytes"]
     ends = np.cumsum(stages)
     return tuple(
@@ -105,9 +106,6 @@ def _stages(
         zero=column("zero"),
     )
     terms = cost.terms(strategy)
-    if machine.runtime.selective is not None:
-        selective = np.array([layout.selective for layout in layouts])
-        terms = _with_selective(terms, machine.runtime.selective, selective)
     terms = {name: value[run] for name, value in terms.items()}
     stage = np.concatenate([np.arange(layout.num_stages) for layout in layouts])
     ranks = column("dp") * column("tp")
@@ -116,33 +114,40 @@ def _stages(
         num_stages=column("num_stages")[run],
         first_device=stage * ranks[run],
         num_devices=ranks[run],
-        num_micro_batches=column("num_micro_batches")[run],
         gpus_per_node=per_node[run],
         spans_nodes=(gpus > per_node)[run],
     )
-    layers = np.concatenate([layout.layers for layout in layouts])
-    full = np.concatenate([layout.num_full for layout in layouts])
-    return cost.stage({**terms, **position, "eager_0": layers - full, "full_0": full})
-
-
-def _with_selective(
-    terms: dict[str, Floats], meaning: Selective, selective: NDArray[np.bool_]
-) -> dict[str, Floats]:
-    """Terms in which a kept layer of some runs is recomputed in part.
-
-    Its times lie between those of a kept and of a recomputed layer, it keeps its share.
-    """
-    again = np.where(selective, meaning.recomputed_ratio.value, 0.0)
-    kept = np.where(selective, meaning.kept_ratio.value, 1.0)
-    saved = terms["term_0_saved_bytes"]
-    changed = {
-        name: value + again * (terms[name.replace("_eager_", "_full_")] - value)
-        for name, value in terms.items()
-        if name.startswith("term_0_eager_") and name.endswith("_s")
+    micro, chunks = column("num_micro_batches")[run], column("chunks")[run]
+    held = {
+        "in_flight": _in_flight(stage, column("num_stages")[run], micro, chunks),
+        "num_micro_batches": micro,
+        "chunks": chunks,
     }
-    working = terms["term_0_eager_working_bytes"] + (1 - kept) * saved
-    sizes = {"term_0_saved_bytes": kept * saved, "term_0_eager_working_bytes": working}
-    return terms | changed | sizes
+    levels = {
+        f"{level}_0": np.concatenate([layout.layers_at(level) for layout in layouts])
+        for level in MemoryLevel
+    }
+    return cost.stage({**terms, **position, **held, **levels})
+
+
+def _in_flight(
+    stage: NDArray[np.int64],
+    num_stages: NDArray[np.int64],
+    num_micro_batches: NDArray[np.int64],
+    chunks: NDArray[np.int64],
+) -> Floats:
+    """Micro-batches in flight: runs of several chunks interleave, the others are 1F1B."""
+    one, many = (
+        in_flight(
+            kind,
+            stage=stage,
+            num_stages=num_stages,
+            num_micro_batches=num_micro_batches,
+            chunks=chunks,
+        )
+        for kind in (ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED)
+    )
+    return np.where(chunks > 1, many, one)
 
 
 def _padded(values: Floats, run: NDArray[np.int64], stages: NDArray[np.int64]) -> Floats:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from mist.errors import InputError
 from mist.estimate import Job, make_job
 from mist.facts import ModelFacts
-from mist.plans import ClusterRef, Estimate, ModelRef, Plan, Provenance, Schedule, StagePlan
+from mist.plans import ONE_F_ONE_B, ClusterRef, Estimate, ModelRef, Plan, Provenance, StagePlan
 from mist.platform import Platform, load_platform
 from mist.programs import Progress, compile_graph, model_programs, quiet
 from mist.rules import out_of_domain
-from mist.spec import Attention, Optimizer, Precision, ScheduleKind, Workload
+from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.program import ModelPrograms
 from mist.trace import Setting, trace_model
 
@@ -165,7 +165,7 @@ def unsearched_plan(
             gpus_per_node=platform.gpus_per_node,
         ),
         runtime=platform.runtime.name,
-        schedule=Schedule(kind=ScheduleKind.ONE_F_ONE_B, vpp=1),
+        schedule=ONE_F_ONE_B,
         num_micro_batches=num_micro_batches,
         stages=tuple(stages),
         estimate=judged,

@@ -22,10 +22,12 @@ def stage_alone(job: Job, group: Group, k: int, i: int, run: tuple[int, int], fu
         micro_batch=group.micro_batch[k],
         zero=group.zero[k],
     )
-    devices = np.arange(group.num_stages) * group.num_devices
-    position = position_columns(job, devices, group.num_devices, group.num_micro_batches)
+    size = group.num_devices
+    devices = np.array([(i * size, size) for i in range(group.num_stages)])
+    position = position_columns(job, devices, group.num_micro_batches)
     columns = {name: np.asarray(column)[i] for name, column in position.items()}
-    return job.cost.stage({**job.cost.terms(strategy), **columns, **count_columns(job, *run, full)})
+    levels = count_columns(job, run[0], (run[1] - full, 0, full))
+    return job.cost.stage({**job.cost.terms(strategy), **columns, **levels})
 
 
 def tables(job: Job, space: SearchSpace, limit: float) -> list[StageTable]:

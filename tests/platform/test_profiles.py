@@ -19,6 +19,7 @@ from tests.platform.samples import CLUSTERS, DEVICES, PROFILES
 FILES = sorted(PROFILES.rglob("*.yaml"))
 # Integers that name a thing rather than measure one.
 LABELS = {"head_dim", "zero", "group", "zero_levels"}
+LABELS |= {"sharded_from", "offered_from", "each_micro_batch_from"}  # ZeRO levels
 
 
 def bare_numbers(node: object, path: str = "") -> Iterator[str]:

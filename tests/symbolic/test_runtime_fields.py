@@ -57,11 +57,11 @@ def stage(
         num_stages=np.array(pp),
         first_device=np.array(0),
         num_devices=np.array(dp * tp),
-        num_micro_batches=np.array(8),
         gpus_per_node=np.array(8),
         spans_nodes=np.array(True),
     )
-    counts = {"eager_0": LAYERS // pp, "full_0": 0}
+    held = {"in_flight": min(pp, 8), "num_micro_batches": 8, "chunks": 1}
+    counts = held | {"eager_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
     return {
         name: float(value) for name, value in cost.stage({**terms, **position, **counts}).items()
     }

@@ -8,9 +8,10 @@ import pint
 import pytest
 import sympy
 
-from mist.estimate import Job, count_columns, position_columns, strategy_columns
+from mist.estimate import NO_OFFLOAD, Job, count_columns, position_columns, strategy_columns
 from mist.graph import ModelGraph
 from mist.spec import Precision
+from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.stage import stage_cost
 from tests.oracle import Rank, simulate
 from tests.toys import toy_graph, toy_job, toy_platform
@@ -28,10 +29,16 @@ LAYOUTS = [
 ]
 
 
+Counts = tuple[int, int, int] | tuple[int, int, int, int]
+
+
 def judged(
-    job: Job, rows: dict[str, int], counts: list[tuple[int, int, int]]
+    job: Job,
+    rows: dict[str, int],
+    counts: list[Counts],
+    offload: dict[str, float] = NO_OFFLOAD,  # type: ignore[assignment]
 ) -> dict[str, np.ndarray]:
-    """Stage outputs of equal stages with these (first, count, num_full)."""
+    """Stage outputs of equal stages with these (first, count, num_full[, num_selective])."""
     num_stages = len(counts)
     per_stage = job.platform.num_gpus // num_stages
     dp = per_stage // rows["tp"]
@@ -42,14 +49,15 @@ def judged(
         tp=rows["tp"],
         micro_batch=rows["micro_batch"],
         zero=rows["zero"],
+        offload={**NO_OFFLOAD, **offload},
     )
-    first, count, full = np.array(counts).T
-    devices = np.arange(num_stages) * per_stage
+    first, count, full, some = np.array([(*row, 0)[:4] for row in counts]).T
+    devices = np.array([(i * per_stage, per_stage) for i in range(num_stages)])
     return job.cost.stage(
         {
             **job.cost.terms(strategy),
-            **position_columns(job, devices, per_stage, rows["num_micro_batches"]),
-            **count_columns(job, first, count, full),
+            **position_columns(job, devices, rows["num_micro_batches"]),
+            **count_columns(job, first, (count - full - some, some, full)),
         }
     )
 
@@ -62,18 +70,35 @@ GRAPHS = [
 ]
 
 
+OFFLOADS = [
+    {},
+    {"optimizer": 0.25},
+    {"activations": 0.5, "optimizer": 1.0},
+    {"weights": 0.5, "grads": 0.5, "activations": 1.0},
+]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS, ids=lambda ratios: "+".join(ratios) or "none")
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize(("num_gpus", "num_stages", "tp", "zero", "micro_batch"), LAYOUTS)
 def test_stage_cost_equals_simulation(
-    graph: ModelGraph, num_gpus: int, num_stages: int, tp: int, zero: int, micro_batch: int
+    graph: ModelGraph,
+    num_gpus: int,
+    num_stages: int,
+    tp: int,
+    zero: int,
+    micro_batch: int,
+    offload: dict[str, float],
 ) -> None:
     job = toy_job(graph, num_gpus)
     num_micro_batches = 3 if num_stages == 4 else 8
-    counts = [(i * 8 // num_stages, 8 // num_stages, (i + 1) % 3) for i in range(num_stages)]
+    counts: list[Counts] = [
+        (i * 8 // num_stages, 8 // num_stages, (i + 1) % 2, i % 2) for i in range(num_stages)
+    ]
     columns = {"tp": tp, "zero": zero, "micro_batch": micro_batch}
-    got = judged(job, columns | {"num_micro_batches": num_micro_batches}, counts)
+    got = judged(job, columns | {"num_micro_batches": num_micro_batches}, counts, offload)
     kinds = graph.layer_kinds()
-    for stage, (first, count, full) in enumerate(counts):
+    for stage, (first, count, full, some) in enumerate(counts):
         rank = Rank(
             platform=job.platform,
             workload=job.workload,
@@ -85,22 +110,22 @@ def test_stage_cost_equals_simulation(
             num_stages=num_stages,
             num_micro_batches=num_micro_batches,
             first_device=stage * num_gpus // num_stages,
+            offload=offload,
         )
-        layers = [
-            (graph.blocks[kinds[i]], "full" if i >= first + count - full else "eager")
-            for i in range(first, first + count)
-        ]
+        levels = ["eager"] * (count - full - some) + ["selective"] * some + ["full"] * full
+        layers = [(graph.blocks[kinds[first + i]], level) for i, level in enumerate(levels)]
         want = simulate(rank, layers, graph)
         assert got["stable_s"][stage] == pytest.approx(want.stable_s, rel=1e-12)
         assert got["lone_s"][stage] == pytest.approx(want.lone_s, rel=1e-12)
         assert got["peak_bytes"][stage] == pytest.approx(want.peak_bytes, rel=1e-12)
+        assert got["host_bytes"][stage] == pytest.approx(want.host_bytes, rel=1e-12)
 
 
 def test_parts_sum_to_the_whole() -> None:
     job = toy_job(num_gpus=8)
     rows = {"tp": 2, "zero": 3, "micro_batch": 2, "num_micro_batches": 8}
     got = judged(job, rows, [(0, 5, 2), (5, 3, 0)])
-    time = sum(got[f"{part}_s"] for part in ("compute", "tp", "recompute", "launch", "dp", "p2p"))
+    time = sum(got[f"{part}_s"] for part in TIME_PARTS)
     memory = sum(
         got[f"{part}_bytes"]
         for part in ("states", "activations", "working", "gathered", "buffers", "allocator")
@@ -182,6 +207,8 @@ def _evaluate(expr: sympy.Expr, units: pint.UnitRegistry) -> pint.Quantity | Non
     name = expr.func.__name__
     if name.endswith("_s"):
         return units.Quantity(1.0, units.second)
+    if name == "ceiling":
+        return _evaluate(expr.args[0], units)
     args = [_evaluate(arg, units) for arg in expr.args]
     if expr.is_Mul:
         return _product(args)

@@ -30,7 +30,10 @@ from tests.validate.rows import RUN, run
         ({"precision": "nvfp4"}, "precision nvfp4 is not modelled"),
         ({"precision": "fp8", "gpu": "A100-80GB-SXM"}, "GPU A100-80GB-SXM has no law for fp8"),
         ({"task": "lora"}, "task lora is not modelled"),
-        ({"activation_ckpt": "selective"}, "selective checkpointing of runtime torch is not known"),
+        (
+            {"activation_ckpt": "selective", "source": "hagemann23"},
+            "selective checkpointing of runtime aleph is not known",
+        ),
     ],
 )
 def test_a_run_that_is_not_predicted_says_why(columns: dict[str, object], reason: str) -> None:
