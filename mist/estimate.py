@@ -1,14 +1,14 @@
 """Any concrete layout -> Estimate, by the stage cost and the step time that the search uses."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.facts import ModelFacts
 from mist.plans import Estimate, StageEstimate, StagePlan, Uncertainty
-from mist.platform import OpCosts, Platform
+from mist.platform import OpCosts, Platform, extrapolations, op_costs
 from mist.rules import Rule, rules_for
 from mist.schedule import step_time
 from mist.spec import Workload
@@ -35,10 +35,13 @@ Counts = NDArray[np.int64]
 class Job:
     """A model on a platform under a workload, with its stage cost bound and its rules.
 
-    `kind_prefix[k, x]`: how many of the first x layers are block k.
+    `cost` are the `programs` bound to the `laws`. `kind_prefix[k, x]`: how many of the first x
+    layers are block k.
     """
 
     facts: ModelFacts
+    programs: ModelPrograms
+    laws: OpCosts
     platform: Platform
     workload: Workload
     cost: StageModel
@@ -64,6 +67,8 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
     cost = stage_model(programs, laws)
     return Job(
         facts=facts,
+        programs=programs,
+        laws=laws,
         platform=platform,
         workload=workload,
         cost=cost,
@@ -178,6 +183,11 @@ def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> E
         stages: the pipeline stages in order; offload must be zero.
         num_micro_batches: G, micro-batches per step.
     """
+
+    def priced(laws: OpCosts) -> Mapping[str, NDArray[np.float64]]:
+        other = replace(job, cost=stage_model(job.programs, laws))
+        return _stage_columns(other, stages, num_micro_batches)
+
     columns = _stage_columns(job, stages, num_micro_batches)
     stable_s, lone_s = columns["stable_s"], columns["lone_s"]
     step_s = float(step_time(num_micro_batches, stable_s, lone_s))
@@ -196,6 +206,10 @@ def estimate(job: Job, stages: Sequence[StagePlan], num_micro_batches: int) -> E
             calibrated=job.platform.calibration is not None,
             basis=job.platform.uncertainty_basis,
         ),
+        op_costs=op_costs(
+            job.laws, num_gpus=job.platform.num_gpus, num_nodes=job.platform.num_nodes
+        ),
+        extrapolated=extrapolations(job.laws, priced),
         not_modelled=NOT_MODELLED,
     )
 
