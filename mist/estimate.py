@@ -1,7 +1,7 @@
 """Any concrete layout -> Estimate, by the stage cost and the step time that the search uses."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from types import MappingProxyType
 from typing import Final
@@ -20,7 +20,7 @@ from mist.plans import (
     StagePlan,
     Uncertainty,
 )
-from mist.platform import OpCosts, Platform
+from mist.platform import OpCosts, Platform, extrapolations, op_costs
 from mist.rules import Rule, rules_for
 from mist.schedule import in_flight, step_time
 from mist.spec import ScheduleKind, Workload
@@ -49,10 +49,13 @@ Counts = NDArray[np.int64]
 class Job:
     """A model on a platform under a workload, with its stage cost bound and its rules.
 
-    `kind_prefix[k, x]`: how many of the first x layers are block k.
+    `cost` are the `programs` bound to the `laws`. `kind_prefix[k, x]`: how many of the first x
+    layers are block k.
     """
 
     facts: ModelFacts
+    programs: ModelPrograms
+    laws: OpCosts
     platform: Platform
     workload: Workload
     cost: StageModel
@@ -78,6 +81,8 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
     cost = stage_model(programs, laws)
     return Job(
         facts=facts,
+        programs=programs,
+        laws=laws,
         platform=platform,
         workload=workload,
         cost=cost,
@@ -212,6 +217,11 @@ def estimate(
         num_micro_batches: G, micro-batches per step.
         schedule: the order of micro-batches.
     """
+
+    def priced(laws: OpCosts) -> Mapping[str, NDArray[np.float64]]:
+        other = replace(job, cost=stage_model(job.programs, laws))
+        return _stage_columns(other, stages, num_micro_batches, schedule)
+
     columns = _stage_columns(job, stages, num_micro_batches, schedule)
     stable_s, lone_s = columns["stable_s"], columns["lone_s"]
     fill_s = fill_seconds(schedule, stable_s, columns["weight_s"])
@@ -231,6 +241,10 @@ def estimate(
             calibrated=job.platform.calibration is not None,
             basis=job.platform.uncertainty_basis,
         ),
+        op_costs=op_costs(
+            job.laws, num_gpus=job.platform.num_gpus, num_nodes=job.platform.num_nodes
+        ),
+        extrapolated=extrapolations(job.laws, priced),
         not_modelled=NOT_MODELLED,
     )
 

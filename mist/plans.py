@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from mist.errors import Fault, PlanError
+from mist.origin import Kind
 from mist.spec import STRICT, PositiveInt, ScheduleKind, Workload
 
 SCHEMA: Final = "mist.plan/1"
@@ -22,6 +23,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[Number, Field(ge=0.0)]
 Ratio = Annotated[Number, Field(ge=0.0, le=1.0)]
 Bytes = Annotated[int, Field(ge=0)]
+How = Literal["law", "table", "measured"]
 
 
 class MemoryLevel(StrEnum):
@@ -139,8 +141,25 @@ class Uncertainty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpCost:
+    """How one kind of operation is priced: by a law, a published table or one of this machine.
+
+    `source` and `kind` are those of the least sure figure that enters.
+    """
+
+    __pydantic_config__ = STRICT
+    what: str
+    how: How
+    source: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A prediction of one training step, with its parts and what it leaves out."""
+    """A prediction of one training step, with its parts and what it leaves out.
+
+    `extrapolated`: what lies far outside the table that prices it, a sentence each.
+    """
 
     __pydantic_config__ = STRICT
     step_s: Seconds
@@ -149,6 +168,8 @@ class Estimate:
     bubble_s: Seconds
     stages: tuple[StageEstimate, ...]
     uncertainty: Uncertainty
+    op_costs: tuple[OpCost, ...]
+    extrapolated: tuple[str, ...]
     not_modelled: tuple[str, ...]
 
 

@@ -89,10 +89,10 @@ def beside(compute: float, collective: float, gamma: float) -> float:
     return max(compute + gamma * overlapped, collective)
 
 
-def layer_times(
+def pass_times(
     rank: Rank, block: Block, activation_bytes: float, *, level: str, is_layer: bool
 ) -> tuple[float, float]:
-    """(stable, lone) seconds of one block: four slots, each against its collectives."""
+    """Seconds of the forward and the backward pass by themselves, device or host."""
     laws, runtime = rank.laws, rank.platform.runtime
     forward, backward = op_seconds(rank, block, "forward"), op_seconds(rank, block, "backward")
     owner = rank.dp if rank.zero >= 2 else 1
@@ -110,60 +110,70 @@ def layer_times(
         launch = host.layer_launch_s.value
         launch += host.tensor_parallel_launch_s.value if rank.tp > 1 else 0.0
         host_s = [launch * host.forward_ratio.value, launch * (1 - host.forward_ratio.value)]
-    if level == "selective":  # products are kept
+    if level != "eager":  # up to the last product, whose result and reduction nobody needs
         again = replace(block, ops=block.ops[: block.num_recomputed_ops])
-        products = [op for op in again.ops if op.kind != OpKind.MEMORY]
+        if level == "selective":  # products are kept
+            rest = tuple(op for op in again.ops if op.kind == OpKind.MEMORY)
+            again = replace(again, ops=rest)
         pass_s[1] += op_seconds(rank, again, "forward")
-        pass_s[1] -= op_seconds(rank, replace(again, ops=tuple(products)), "forward")
-    if level in ("selective", "full"):
         pass_s[1] += (block.num_entries + block.num_whole) * gather
         pass_s[1] += (block.num_exits - 1) * scatter
         host_s[1] += host_s[0]
-    if level == "full":  # up to the last product, whose result and reduction nobody needs
-        again = replace(block, ops=block.ops[: block.num_recomputed_ops])
-        pass_s[1] += op_seconds(rank, again, "forward")
-    slots = [max(pass_s[0], host_s[0]), max(pass_s[1], host_s[1])]
-    group = (rank.dp, rank.per_node)
-    params = held_params(rank, block)
-    ag = float(laws.all_gather_s(2 * params, *group))
-    rs = float(laws.reduce_scatter_s(4 * params, *group))
-    ar = float(laws.all_reduce_s(4 * params, *group))
-    gamma = runtime.overlap.compute_slowdown_ratio.value
+    return max(pass_s[0], host_s[0]), max(pass_s[1], host_s[1])
+
+
+def layer_times(
+    rank: Rank, block: Block, activation_bytes: float, *, level: str, is_layer: bool
+) -> tuple[float, float]:
+    """(stable, lone) seconds of one block: four slots, each against collectives and copies."""
+    laws, runtime = rank.laws, rank.platform.runtime
+    forward, backward = pass_times(rank, block, activation_bytes, level=level, is_layer=is_layer)
+    group, params = (rank.dp, rank.per_node), held_params(rank, block)
+    seconds = (
+        float(laws.all_gather_s(2 * params, *group)),
+        float(laws.reduce_scatter_s(4 * params, *group)),
+        float(laws.all_reduce_s(4 * params, *group)),
+    )
     copy_out = float(laws.memory_s(4 * params, 1, Traffic.POINTWISE))
     copy_in = float(laws.memory_s(6 * params, 1, Traffic.POINTWISE))
-    always, often, once = rank.zero == 3, rank.zero >= 2, rank.zero >= 1
-
-    saved = {"full": activation_bytes / rank.tp, "eager": kept_bytes(rank, block)}
-    saved["selective"] = activation_bytes / rank.tp + products_bytes(rank, block)
-    moved = rank.share("activations") * saved[level] if is_layer else 0.0
-
-    def slot(
-        compute: float, ops: tuple[bool, bool, bool], come: float = 0.0, go: float = 0.0
-    ) -> float:
-        """Weights and gradients of `come` and `go` are those of a layer whose states are away."""
-        gathers, scatters, reduces = ops
-        busy = compute + gathers * copy_out + scatters * copy_in
-        beside_it = gathers * ag + scatters * rs + reduces * ar
-        base = beside(busy, beside_it, gamma)
-
-        def with_copies(come_bytes: float, go_bytes: float) -> float:
-            return max(base, come_bytes / device_in(rank), go_bytes / device_out(rank))
-
-        back = moved if ops is not forward_stable and ops is not forward_lone else 0.0
-        away = rank.share("weights") if is_layer else 0.0
-        here = with_copies(back, moved - back)
-        gone = with_copies(back + come, moved - back + go)
-        return (1 - away) * here + away * gone
-
+    saved = rank.share("activations") * level_bytes(rank, block, activation_bytes / rank.tp)[level]
+    saved, away = (saved, rank.share("weights")) if is_layer else (0.0, 0.0)
     weights = 4 * params / (rank.dp if rank.zero >= 1 else 1)
     grads = 4 * params / (rank.dp if rank.zero >= 2 else 1)
-    each = grads if rank.zero >= 2 else 0.0
-    forward_stable, forward_lone = (always, False, False), (once, False, False)
-    stable = slot(slots[0], forward_stable, weights if always else 0.0)
-    stable += slot(slots[1], (always, often, False), (weights if always else 0.0) + each, each)
-    lone = slot(slots[0], forward_lone, weights)
-    lone += slot(slots[1], (always, once, not once), (weights if always else 0.0) + each, grads)
-    return stable, lone
+
+    def slot(
+        compute: float, ops: tuple[bool, bool, bool], saved: tuple[float, float],
+        states: tuple[float, float],
+    ) -> float:  # fmt: skip
+        """`saved`, `states`: bytes that come and that go; those of states where they are away."""
+        busy = compute + ops[0] * copy_out + ops[1] * copy_in
+        collectives = sum(on * each for on, each in zip(ops, seconds, strict=True))
+        base = beside(busy, collectives, runtime.overlap.compute_slowdown_ratio.value)
+
+        def with_states(share: float) -> float:
+            come, go = (mine + share * state for mine, state in zip(saved, states, strict=True))
+            return max(base, come / device_in(rank), go / device_out(rank))
+
+        return (1 - away) * with_states(0.0) + away * with_states(1.0)
+
+    always, often, once = rank.zero == 3, rank.zero >= 2, rank.zero >= 1
+    each_weights, each_grads = weights * always, grads * often
+    out, back = (0.0, saved), (saved, 0.0)
+    stable = slot(forward, (always, False, False), out, (each_weights, 0.0))
+    states = (each_weights + each_grads, each_grads)
+    stable += slot(backward, (always, often, False), back, states)
+    lone = slot(forward, (once, False, False), out, (weights, 0.0))
+    states = (each_weights + each_grads, grads)
+    return stable, lone + slot(backward, (always, once, not once), back, states)
+
+
+def level_bytes(rank: Rank, block: Block, boundary_bytes: float) -> dict[str, float]:
+    """What each memory level keeps of a block."""
+    return {
+        "eager": kept_bytes(rank, block),
+        "selective": boundary_bytes + products_bytes(rank, block),
+        "full": boundary_bytes,
+    }
 
 
 def device_in(rank: Rank) -> float:
@@ -279,14 +289,7 @@ def _peak(
     hosted += params * rank.share("optimizer") * 8 / shard
     states = params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.dp) - hosted
     boundary = rank.number(layers[0][0].boundary_bytes) / rank.tp
-    sizes = [
-        {
-            "full": boundary,
-            "eager": kept_bytes(rank, block),
-            "selective": boundary + products_bytes(rank, block),
-        }[level]
-        for block, level in layers
-    ]
+    sizes = [level_bytes(rank, block, boundary)[level] for block, level in layers]
     away = rank.share("activations")
     kept = sum((1 - away) * size for size in sizes)
     kept += sum(kept_bytes(rank, block) for block in ends) + rank_bytes(rank, graph.shared)

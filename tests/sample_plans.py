@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from mist.origin import Kind
 from mist.plans import (
     Alternative,
     ClusterRef,
@@ -11,6 +12,7 @@ from mist.plans import (
     MemoryLevel,
     ModelRef,
     Offload,
+    OpCost,
     Plan,
     Provenance,
     Schedule,
@@ -67,6 +69,11 @@ def estimate_of(*stages: StageEstimate, step_s: float = 3.0) -> Estimate:
         uncertainty=Uncertainty(
             step_ratio=0.25, memory_ratio=0.1, calibrated=False, basis="public runs"
         ),
+        op_costs=(
+            OpCost(what="matrix products", how="law", source="public tables", kind=Kind.FIT),
+            OpCost(what="collectives", how="table", source="NCCL", kind=Kind.MEASURED),
+        ),
+        extrapolated=("all-gathers of 9.0 GiB are far out",),
         not_modelled=("data loading", "stragglers"),
     )
 
@@ -185,6 +192,15 @@ _stage_estimates = st.builds(
 )
 
 
+_op_costs = st.builds(
+    OpCost,
+    what=words,
+    how=st.sampled_from(["law", "table", "measured"]),
+    source=words,
+    kind=st.sampled_from(Kind),
+)
+
+
 @st.composite
 def _estimates(draw: st.DrawFn, num_stages: int) -> Estimate:
     return Estimate(
@@ -199,6 +215,8 @@ def _estimates(draw: st.DrawFn, num_stages: int) -> Estimate:
             calibrated=draw(st.booleans()),
             basis=draw(words),
         ),
+        op_costs=tuple(draw(st.lists(_op_costs, max_size=2))),
+        extrapolated=tuple(draw(st.lists(words, max_size=2))),
         not_modelled=tuple(draw(st.lists(words, max_size=3))),
     )
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from mist.estimate import Job, estimate, model_flop
+from mist.estimate import Job, estimate, make_job, model_flop
 from mist.plans import MemoryLevel, Offload, StagePlan
+from mist.platform.cluster import Collective
 from tests.toys import toy_graph, toy_job
 
 
@@ -80,3 +81,47 @@ def test_figures_are_rounded_to_six_digits() -> None:
     assert judged.step_s == float(f"{judged.step_s:.6g}")
     assert judged.stages[0].usable_bytes > judged.stages[0].peak_bytes
     assert "data loading" in judged.not_modelled[0]
+
+
+def test_how_operations_are_priced_is_told_of_one_node() -> None:
+    judged = estimate(toy_job(num_gpus=8), stages_of(toy_job(num_gpus=8), 1), 8)
+    assert [(row.what, row.how) for row in judged.op_costs] == [
+        ("matrix products", "law"),
+        ("attention forward", "law"),
+        ("attention backward", "law"),
+        ("memory-bound operations", "law"),
+        ("collectives in a node", "table"),
+        ("transfers in a node", "law"),
+        ("copies between host and device", "law"),
+        ("streams at once", "law"),
+    ]
+    assert judged.extrapolated == ()
+
+
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        # the vocabulary matrix: 32000 * 1024 parameters, 4 bytes of each reduced, 2 gathered
+        (0, ["all-reduces of 125.0 MiB"]),
+        (1, ["reduce-scatters of 125.0 MiB", "all-gathers of 62.5 MiB"]),
+    ],
+)
+def test_only_collectives_of_the_layout_are_told_to_leave_their_table(
+    zero: int, told: list[str]
+) -> None:
+    job = toy_job(num_gpus=8)
+    cluster = job.platform.cluster
+    tables = {
+        word: replace(cluster.tables[word], rows=cluster.tables[word].rows[:12])
+        for word in Collective
+    }
+    platform = replace(job.platform, cluster=replace(cluster, tables=tables))
+    judged = estimate(
+        make_job(job.programs, platform, job.workload), stages_of(job, 1, zero=zero), 8
+    )
+    ratios = {"125.0 MiB": "x125.0", "62.5 MiB": "x62.5"}
+    assert sorted(judged.extrapolated) == sorted(
+        f"{what} are priced beyond the largest measured size, 1.0 MiB "
+        f"({ratios[what.split(' of ')[1]]})"
+        for what in told
+    )

@@ -140,6 +140,14 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
         ["workload.precision: input should be 'bf16', 'fp16' or 'fp32' (found \"bf8\")"],
     ),
     (
+        "unknown kind of a figure",
+        [put("estimate.op_costs.0.kind", "sure")],
+        [
+            "estimate.op_costs[0].kind: input should be 'spec', 'fit', 'calibrated', 'measured' "
+            "or 'guess' (found \"sure\")"
+        ],
+    ),
+    (
         "unknown memory level",
         [put("stages.0.memory", {"eager": 7, "some": 1})],
         ["stages[0].memory.some: input should be 'eager', 'selective' or 'full' (found \"some\")"],

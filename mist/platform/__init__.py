@@ -1,15 +1,19 @@
 """Platform: what operations, collectives and copies cost, and what a framework keeps and overlaps.
 
-`load_platform` finds and checks the profiles, `OpCosts` prices operations on them, and
-`mist.platform.listing` shows every figure with its source.
+`load_platform` finds and checks the profiles, `OpCosts` prices operations on them, `op_costs` and
+`extrapolations` tell by what and how far from what was measured, and `mist.platform.listing` shows
+every figure with its source.
 """
 
+from mist.origin import Kind
+from mist.platform.choices import op_costs
 from mist.platform.cluster import Cluster, Collective
 from mist.platform.costs import OpCosts
 from mist.platform.device import Device
-from mist.platform.quantity import Kind, Quantity
+from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 from mist.platform.selection import Platform, load_platform
+from mist.platform.watch import extrapolations
 
 __all__ = [
     "Cluster",
@@ -20,5 +24,7 @@ __all__ = [
     "Platform",
     "Quantity",
     "Runtime",
+    "extrapolations",
     "load_platform",
+    "op_costs",
 ]

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from mist.origin import Kind
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
-from mist.platform.quantity import Kind, Quantity, Record
+from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
 
 Profiles = tuple[Device, Cluster, Runtime]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from mist.platform.quantity import Kind, Quantity, Record
+from mist.origin import Kind
+from mist.platform.quantity import Quantity, Record
 
 
 class Collective(StrEnum):

@@ -13,6 +13,10 @@ Laws, with every constant from the device's, cluster's or runtime's profile:
     transfers        t = latency + bytes / bandwidth
     streams at once  `together_s`
 
+A measured table of the device, where it has one of the operation in the precision, takes the place
+of the law of a matrix product or of attention: c times `tables.Grid.seconds`. `choices.op_costs`
+tells which is used for what.
+
 c is `tensor_time_scale`, the factor that calibration fits. The backward rule is from the
 FlashAttention-3 paper's figures (3.7 at 512 tokens, 2.9 from 8k on), not the 2.5 of counted FLOPs.
 All methods take numpy arrays (or numbers), broadcast them, and return float64 seconds.
@@ -29,6 +33,7 @@ from mist.platform.cluster import Cluster, Collective
 from mist.platform.collectives import CollectiveLaw
 from mist.platform.device import AttentionLaw, Device, GemmLaw
 from mist.platform.runtime import Runtime
+from mist.platform.tables import Arrays, Grid, Law, OpTable, TabledOp
 from mist.spec import Precision
 
 F64 = NDArray[np.float64]
@@ -48,20 +53,40 @@ class OpCosts:
     precision: Precision
     fp8: bool = False
     _collectives: dict[Collective, CollectiveLaw] = field(init=False, repr=False, compare=False)
+    _grids: dict[TabledOp, Grid] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.fp8 and self.device.gemm_fp8 is None:
             raise ValueError(f"{self.device.name} has no law for products in fp8")
         laws = {word: CollectiveLaw.of(self.cluster, word) for word in Collective}
         object.__setattr__(self, "_collectives", laws)
+        tables = {op: table for op in TabledOp if (table := self.table(op))}
+        grids = {op: Grid.of(op, table) for op, table in tables.items()}
+        object.__setattr__(self, "_grids", grids)
+
+    def table(self, op: TabledOp) -> OpTable | None:
+        """The table that an operation is priced by, if there is one; none is of fp8."""
+        if self.fp8 and op is TabledOp.GEMM:
+            return None
+        return self.device.tables.get(op, {}).get(self.precision)
+
+    def op_s(self, op: TabledOp, law: Law, *arguments: ArrayLike) -> F64:
+        """Time of an operation by its table, else by its law of these arguments, in s."""
+        sizes = _floats(*arguments)
+        grid = self._grids.get(op)
+        if grid is None:
+            return law(sizes)
+        result: F64 = self.device.tensor_time_scale.value * grid.seconds(sizes, law)
+        return result
 
     def gemm_s(self, batch: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> F64:
         """Time of `batch` products (m, k) x (k, n), in s."""
-        law = self._law
-        size = self.precision.num_bytes
-        if self.fp8 and self.device.gemm_fp8 is not None:
-            law, size = self.device.gemm_fp8, 1
-        batch, m, n, k = _floats(batch, m, n, k)
+        return self.op_s(TabledOp.GEMM, self._gemm_law_s, batch, m, n, k)
+
+    def _gemm_law_s(self, arguments: Arrays) -> F64:
+        law = self.gemm_law
+        size = 1 if self.fp8 else self.precision.num_bytes
+        batch, m, n, k = arguments
         flop = 2.0 * batch * m * n * k
         num_bytes = size * batch * (m * k + k * n + m * n)
         compute = flop / (law.efficiency_ratio.value * law.peak_flop_per_s.value)
@@ -85,15 +110,18 @@ class OpCosts:
         Between two head sizes of the profile the law's constants are interpolated; outside, the
         nearest holds.
         """
+        op, law = TabledOp.ATTENTION_FORWARD, self._attention_forward_law_s
+        return self.op_s(op, law, batch, heads, seq_q, seq_k, head_dim, causal)
+
+    def _attention_forward_law_s(self, arguments: Arrays) -> F64:
         flash = self.device.flash_attention
-        batch, heads, seq_q, seq_k, head_dim, causal = _floats(
-            batch, heads, seq_q, seq_k, head_dim, causal
-        )
+        batch, heads, seq_q, seq_k, head_dim, causal = arguments
         efficiency, ramp, launch = _by_head_dim(flash.laws, head_dim)
         ramp = ramp * np.where(causal > 0, 1.0, flash.full_mask_ramp_ratio.value)
         flop = 4.0 * batch * heads * seq_q * seq_k * head_dim * np.where(causal > 0, 0.5, 1.0)
         slowdown = 1.0 + ramp / np.maximum(seq_k, 1.0)
-        core = flop * slowdown / (efficiency * self._law.peak_flop_per_s.value)
+        peak = self.device.gemm[self.precision].peak_flop_per_s.value
+        core = flop * slowdown / (efficiency * peak)
         result: F64 = self.device.tensor_time_scale.value * (launch + core)
         return result
 
@@ -106,11 +134,19 @@ class OpCosts:
         head_dim: ArrayLike,
         causal: ArrayLike,
     ) -> F64:
-        """Time of the flash backward kernel, in s; arguments as in `attention_forward_s`."""
+        """Time of the flash backward kernel, in s; arguments as in `attention_forward_s`.
+
+        The law stretches the time of the forward kernel, by whatever that is priced.
+        """
+        op, law = TabledOp.ATTENTION_BACKWARD, self._attention_backward_law_s
+        return self.op_s(op, law, batch, heads, seq_q, seq_k, head_dim, causal)
+
+    def _attention_backward_law_s(self, arguments: Arrays) -> F64:
         flash = self.device.flash_attention
-        tokens = np.maximum(np.asarray(seq_k, dtype=np.float64), flash.backward_min_tokens.value)
+        tokens = np.maximum(arguments[3], flash.backward_min_tokens.value)
         ratio = flash.backward_ratio.value + flash.backward_ramp_tokens.value / tokens
-        return ratio * self.attention_forward_s(batch, heads, seq_q, seq_k, head_dim, causal)
+        result: F64 = ratio * self.attention_forward_s(*arguments)
+        return result
 
     def memory_s(self, traffic_bytes: ArrayLike, num_kernels: ArrayLike, traffic: Traffic) -> F64:
         """Time of memory-bound kernels that move `traffic_bytes` in all, in s."""
@@ -132,22 +168,29 @@ class OpCosts:
 
         `group`: ranks; `group_per_node`: how many of them share a node. 1 rank or 0 bytes: 0 s.
         """
-        law = self._collectives[Collective.ALL_GATHER]
-        return law.seconds(total_bytes, group, group_per_node)
+        return self.collective_s(Collective.ALL_GATHER, total_bytes, group, group_per_node)
 
     def reduce_scatter_s(
         self, total_bytes: ArrayLike, group: ArrayLike, group_per_node: ArrayLike
     ) -> F64:
         """Time of a reduce-scatter whose input has `total_bytes`, in s; see `all_gather_s`."""
-        law = self._collectives[Collective.REDUCE_SCATTER]
-        return law.seconds(total_bytes, group, group_per_node)
+        return self.collective_s(Collective.REDUCE_SCATTER, total_bytes, group, group_per_node)
 
     def all_reduce_s(
         self, total_bytes: ArrayLike, group: ArrayLike, group_per_node: ArrayLike
     ) -> F64:
         """Time of an all-reduce of `total_bytes`, in s; see `all_gather_s`."""
-        law = self._collectives[Collective.ALL_REDUCE]
-        return law.seconds(total_bytes, group, group_per_node)
+        return self.collective_s(Collective.ALL_REDUCE, total_bytes, group, group_per_node)
+
+    def collective_s(
+        self,
+        collective: Collective,
+        total_bytes: ArrayLike,
+        group: ArrayLike,
+        group_per_node: ArrayLike,
+    ) -> F64:
+        """Time of any of the three, in s; see `all_gather_s`."""
+        return self._collectives[collective].seconds(total_bytes, group, group_per_node)
 
     def p2p_s(self, num_bytes: ArrayLike, crosses_node: ArrayLike) -> F64:
         """Time of one transfer between two devices, in s; `crosses_node`: 1 or 0. 0 bytes: 0 s."""
@@ -201,8 +244,10 @@ class OpCosts:
         return copied / self.device.device_to_host_bytes_per_s.value
 
     @property
-    def _law(self) -> GemmLaw:
-        return self.device.gemm[self.precision]
+    def gemm_law(self) -> GemmLaw:
+        """The law of matrix products."""
+        fp8 = self.device.gemm_fp8 if self.fp8 else None
+        return fp8 or self.device.gemm[self.precision]
 
 
 def _floats(*items: ArrayLike) -> tuple[F64, ...]:

@@ -1,11 +1,13 @@
 """A device: what one GPU (or CPU) computes, moves and holds. Mirrors `profiles/devices/*.yaml`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mist.facts import Traffic
-from mist.platform.quantity import Kind, Quantity, Record
+from mist.origin import Kind
+from mist.platform.quantity import Quantity, Record
+from mist.platform.tables import Tables, check_columns
 from mist.spec import Precision
 
 
@@ -89,6 +91,7 @@ class Device(Record):
     `context_bytes` is lost to the CUDA context and NCCL. `kernel_launch_s` is added per
     memory-bound kernel. `tensor_time_scale` multiplies the time of matrix products and attention:
     the one factor that calibration fits (sustained clocks against the bursts that tables measure).
+    `tables`: measured times, which take the place of the law of their operation and precision.
     """
 
     schema: Literal["mist.device/1"]
@@ -106,8 +109,10 @@ class Device(Record):
     gemm: Mapping[Precision, GemmLaw]
     gemm_fp8: GemmLaw | None
     flash_attention: FlashAttention
+    tables: Tables = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_columns(self.tables)
         absent = [precision.value for precision in Precision if precision not in self.gemm]
         if absent:
             raise ValueError(f"gemm lacks a law for {', '.join(absent)}")

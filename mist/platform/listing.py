@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from mist.errors import PlatformError, did_you_mean
+from mist.origin import Kind
 from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster, CollectiveTable, Contention
 from mist.platform.device import Device
@@ -16,8 +17,9 @@ from mist.platform.profiles import (
     load_device,
     load_runtime,
 )
-from mist.platform.quantity import Kind, Quantity, unit_of_key
+from mist.platform.quantity import Quantity, unit_of_key
 from mist.platform.runtime import Runtime
+from mist.platform.tables import OpTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,9 @@ def _figures(record: object, path: str = "") -> Iterator[FigureRow]:
             yield FigureRow(path=path, value=value, unit=unit_of_key(key), kind=kind, source=source)
         case CollectiveTable(rows=rows, columns=columns, source=source, kind=kind):
             size = f"{len(rows)} x {len(columns) - 1} times"
+            yield FigureRow(path=path, value=None, unit=size, kind=kind, source=source)
+        case OpTable(shape=shape, source=source, kind=kind):
+            size = f"{' x '.join(map(str, shape))} times"
             yield FigureRow(path=path, value=None, unit=size, kind=kind, source=source)
         case Contention(shares=shares, source=source, kind=kind):
             size = f"{len(shares)} x 4 shares"

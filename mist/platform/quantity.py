@@ -5,22 +5,9 @@ The unit is in the key that holds the number (`memory_bytes`, `hop_s`); `unit_of
 
 import math
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import ClassVar, Final
 
-
-class Kind(StrEnum):
-    """How sure a number is, from the vendor's sheet to an assumption.
-
-    SPEC: the vendor's. FIT: fitted to published measurements of the part. MEASURED: one published
-    or own measurement. CALIBRATED: fitted to whole training runs. GUESS: argued, not measured.
-    """
-
-    SPEC = "spec"
-    FIT = "fit"
-    CALIBRATED = "calibrated"
-    MEASURED = "measured"
-    GUESS = "guess"
+from mist.origin import Kind
 
 
 class Record:

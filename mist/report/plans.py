@@ -15,7 +15,8 @@ def print_plan(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> None:
     _print_stages(plan)
     _print_memory(plan.estimate, limit_bytes)
     _print_alternatives(plan)
-    for note in notes:
+    _print_op_costs(plan.estimate)
+    for note in (*notes, *plan.estimate.extrapolated):
         say_note(note)
     _print_foot(plan)
 
@@ -35,7 +36,8 @@ def print_check(
     _print_head(plan)
     _print_stages(plan)
     _print_memory(estimate, limit_bytes)
-    for note in notes:
+    _print_op_costs(estimate)
+    for note in (*notes, *estimate.extrapolated):
         say_note(note)
     for suggestion in suggestions:
         say(f"Try {suggestion}")
@@ -75,6 +77,8 @@ def check_json(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> dict[str
             }
             for stage in estimate.stages
         ],
+        "op_costs": [asdict(row) for row in estimate.op_costs],
+        "extrapolated": list(estimate.extrapolated),
         "notes": list(notes),
         "not_modelled": list(estimate.not_modelled),
     }
@@ -181,6 +185,12 @@ def _print_alternatives(plan: Plan) -> None:
             ("layout", "step", "slower", "peak", "why it loses"),
             rows,
         )
+
+
+def _print_op_costs(estimate: Estimate) -> None:
+    rows = [(row.what, row.how, row.kind, row.source) for row in estimate.op_costs]
+    header = ("operation", "by", "kind", "source of the least sure figure")
+    show("Op costs", header, rows)
 
 
 def _print_foot(plan: Plan) -> None:

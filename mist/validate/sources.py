@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from mist.origin import Kind
 from mist.platform.profiles import load_shipped
-from mist.platform.quantity import Kind, Quantity, Record
+from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
 from mist.spec import Attention
 from mist.validate.results import MemoryKind

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from mist.origin import Kind
 from mist.platform import load_platform
 from mist.platform.calibration import Calibration
 from mist.platform.profiles import load_cluster, load_device, load_runtime, load_shipped
-from mist.platform.quantity import Kind, Quantity
+from mist.platform.quantity import Quantity
 from mist.validate.sources import load_sources
 from tests.platform.samples import PROFILES, RUNTIMES
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from mist.origin import Kind
 from mist.platform import OpCosts
 from mist.platform.cluster import Contention
-from mist.platform.quantity import Kind
 from tests.platform.samples import PUBLISHED, costs
 
 OVERLAP = PUBLISHED / "overlap_l4.csv"

@@ -39,7 +39,8 @@ def test_a_plan_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
         "the step: compute 3.00 s, tensor-parallel collectives 1.00 s, "
         "first and last micro-batch, optimizer 250 ms, pipeline bubble and imbalance 750 ms",
         "A plan may use 64.0 GiB: the usable 72.0 GiB less a margin of 11%.",
-        "Note: no list of layers. Note: profile torch has changed. Searched",
+        "Note: no list of layers. Note: profile torch has changed. "
+        "Note: all-gathers of 9.0 GiB are far out. Searched",
         "Searched 0 stages in 3 groups; solver: by hand; optimality gap 0 of the step.",
         "Uncertainty: public runs.",
         "Not modelled: data loading; stragglers.",
@@ -61,6 +62,16 @@ def test_memory_is_a_table_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(capsys.readouterr().out, "Memory per GPU (peak predicted to +-10%)") == [
         ["0", "30.0 GiB", "10.0 GiB", "40.0 GiB", "62% of 64.0 GiB"],
         ["1", "30.0 GiB", "18.0 GiB", "48.0 GiB", "75% of 64.0 GiB"],
+    ]
+
+
+def test_how_operations_are_priced_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(sample_plan(), LIMIT_BYTES, ())
+    text = capsys.readouterr().out
+    body = text[text.index("Op costs") :].splitlines()[4:6]
+    assert [line.split() for line in body] == [
+        ["matrix", "products", "law", "fit", "public", "tables"],
+        ["collectives", "table", "measured", "NCCL"],
     ]
 
 
@@ -103,9 +114,10 @@ def test_a_check_begins_with_the_verdict(
     lines = capsys.readouterr().out.splitlines()
     assert lines[: len(verdict)] == verdict
     assert lines[len(verdict)].startswith("toy: 8.03 B parameters")
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "Note: no list of layers.",
         "Note: profile torch has changed.",
+        "Note: all-gathers of 9.0 GiB are far out.",
         "Try --zero 3: 4.00 s per step",
         "Not modelled: data loading; stragglers.",
     ]
@@ -157,6 +169,11 @@ def test_the_json_of_a_check() -> None:
             }
             for stable_s, peak in ((0.5, 40), (0.25, 48))
         ],
+        "op_costs": [
+            {"what": "matrix products", "how": "law", "source": "public tables", "kind": "fit"},
+            {"what": "collectives", "how": "table", "source": "NCCL", "kind": "measured"},
+        ],
+        "extrapolated": ["all-gathers of 9.0 GiB are far out"],
         "notes": [*NOTES],
         "not_modelled": ["data loading", "stragglers"],
     }
