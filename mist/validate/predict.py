@@ -69,8 +69,9 @@ def predict(
     out = _stages(cost, machine, cases, run)
     padded = {name: _padded(out[name], run, stages) for name in ("stable_s", "lone_s")}
     counts = np.array([case.layout.num_micro_batches for case in cases])
-    chunks = np.array([case.layout.chunks for case in cases])
-    step_s = step_time(counts, padded["stable_s"], padded["lone_s"], chunks)
+    chunks = np.array([[case.layout.chunks] for case in cases])
+    fill_s = padded["stable_s"] / chunks
+    step_s = step_time(counts, padded["stable_s"], padded["lone_s"], fill_s)
     allocated = out["peak_bytes"] - out["allocator_bytes"]
     ends = np.cumsum(stages)
     return tuple(
