@@ -43,6 +43,17 @@ def test_by_hand(num: int, stable: list[float], lone: list[float], expected: flo
     assert float(step_time(num, np.array(stable), np.array(lone))) == pytest.approx(expected)
 
 
+def test_filling_and_draining_by_hand() -> None:
+    # 1 * 6 + max(6 + 1 + 2, 5 + 2, 4): what a stage adds behind another is its fill, not its time
+    stable, lone, fill = np.array([6.0, 4.0, 3.0]), np.array([6.0, 5.0, 4.0]), np.array([3.0, 1, 2])
+    assert float(step_time(2, stable, lone, fill)) == 6 + 9
+
+
+def test_a_fill_of_the_stable_times_changes_nothing() -> None:
+    stable, lone = np.random.default_rng(1).uniform(0, 1, (2, 4, 5))
+    np.testing.assert_array_equal(step_time(3, stable, lone, stable), step_time(3, stable, lone))
+
+
 def test_many_pipelines_at_once() -> None:
     rng = np.random.default_rng(0)
     stable, lone = rng.uniform(0, 1, (2, 3, 4, 5))

@@ -1,23 +1,24 @@
 """The inter-stage problem solved exactly: a scalar dynamic program inside a branch and bound.
 
-    minimise  T = (G - 1) * theta + E,   theta = max_i t_i,   E = max_i ( u_i + sum_{j>i} t_j )
+    minimise  T = (G - 1) * theta + E,   theta = max_i t_i,   E = max_i ( u_i + sum_{j>i} f_j )
 
-For a threshold on theta and a budget e on E, walk from the last stage to the first. With
-A = f_{q-1}(lam - count), the least sum of stable times of the stages behind,
+f = (t - w) / v, what a stage adds to filling and draining, rises with t within a cell. For a
+threshold on theta and a budget e on E, walk from the last stage to the first. With
+A = A_{q-1}(lam - count), the least sum of f of the stages behind,
 
-    f_q(lam) = min over cells of  A + min { t in the cell : t <= theta, u <= e - A }     (_suffix_s)
+    A_q(lam) = min over cells of  A + min { f in the cell : t <= theta, u <= e - A }     (_suffix_s)
 
 A smaller A loosens every budget ahead and is the sum that is minimised, so one number per state is
-enough. On a frontier the least t with u <= e - A is the first such point: one searchsorted, for all
+enough. On a frontier the least f with u <= e - A is the first such point: one searchsorted, for all
 states and all scenarios (theta, e) at once.
 
 Branch and bound (`solve_exact`) over boxes of consecutive distinct values theta_low..theta_high of
 all stable times. A plan of a box that is faster than c has t <= theta_high and
 E <= c - (G - 1) * theta_low, so (`_examine`):
   - when that scenario is infeasible, the box holds no plan faster than c;
-  - when it is feasible with sum A, every such plan takes (G - 1) * theta_low + A + min d_0 or
-    more, because E >= u_0 + sum_{j>0} t_j = d_0 + sum t (d_0 may be negative: it cannot be left
-    out). Its choices are a plan, and may be a new cut-off.
+  - when it is feasible with sum A, every such plan takes (G - 1) * theta_low + A +
+    min (u_0 - f_0) or more, because E >= u_0 + sum_{j>0} f_j = (u_0 - f_0) + sum f (u_0 - f_0 may
+    be negative: it cannot be left out). Its choices are a plan, and may be a new cut-off.
 Boxes split (`_split`) until none can beat the cut-off, which proves the best plan optimal.
 """
 
@@ -53,8 +54,8 @@ class _Box:
 class _Search:
     """What stays the same during one search.
 
-    `thetas` [N], seconds, ascending; `floors_s` = (G - 1) * thetas; `min_delta_s`: the least delta
-    of the first stage.
+    `thetas` [N], seconds, ascending; `floors_s` = (G - 1) * thetas; `min_delta_s`: the least
+    u - f of the first stage.
     """
 
     problem: InterStageProblem
@@ -105,9 +106,9 @@ def solve_exact(
 def _search(problem: InterStageProblem, moves: tuple[tuple[Moves, ...], ...]) -> _Search:
     """The distinct stable times in reach; for G = 1 the bottleneck costs nothing: the largest."""
     groups = [group for position in moves for group in position]
-    thetas = np.unique(np.concatenate([group.stable_s[:-1] for group in groups]))
+    thetas = np.unique(np.concatenate([group.stable_s for group in groups]))
     thetas = thetas[-1:] if problem.num_micro_batches == 1 else thetas
-    deltas = [-group.negative_lone_s - group.stable_s[:-1] for group in moves[-1]]
+    deltas = [-group.negative_lone_s - group.fill_s[:-1] for group in moves[-1]]
     return _Search(
         problem=problem,
         positions=moves,
@@ -120,7 +121,7 @@ def _search(problem: InterStageProblem, moves: tuple[tuple[Moves, ...], ...]) ->
 def _worst_s(search: _Search) -> float:
     """A finite step time that no plan exceeds, so that the first budgets are finite."""
     groups = [group for position in search.positions for group in position]
-    sum_s = sum(max(moves.stable_s[-2] for moves in position) for position in search.positions)
+    sum_s = sum(max(moves.fill_s[-2] for moves in position) for position in search.positions)
     lone_s = max(-moves.negative_lone_s[0] for moves in groups)
     return float(search.floors_s[-1] + sum_s + lone_s) * (1 + _ROUNDING)
 
@@ -178,7 +179,7 @@ def _split(search: _Search, box: _Box, parts: int) -> list[_Box]:
 def _suffix_s(
     search: _Search, theta_s: NDArray[np.float64], budget_s: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-    """f_{S-1}(L) for B scenarios (theta, budget of E): seconds [B], inf where infeasible.
+    """A_{S-1}(L) for B scenarios (theta, budget of E): seconds [B], inf where infeasible.
 
     Also returns which Moves was taken, [S, L+1, B], position first.
     """
@@ -191,11 +192,11 @@ def _suffix_s(
         for index, moves in enumerate(groups):
             tail_s = behind_s[moves.source]
             point = np.searchsorted(moves.negative_lone_s, tail_s - budget_s)
-            stable_s = moves.stable_s[point]
-            stable_s[stable_s > theta_s] = np.inf
-            stable_s += tail_s
-            better = stable_s < sum_s[moves.target]
-            sum_s[moves.target] = np.where(better, stable_s, sum_s[moves.target])
+            fill_s = moves.fill_s[point]
+            fill_s[point >= np.searchsorted(moves.stable_s, theta_s, side="right")] = np.inf
+            fill_s += tail_s
+            better = fill_s < sum_s[moves.target]
+            sum_s[moves.target] = np.where(better, fill_s, sum_s[moves.target])
             picks[position, moves.target] = np.where(better, index, picks[position, moves.target])
         behind_s = sum_s
     return behind_s[-1], picks
@@ -212,6 +213,6 @@ def _choices(search: _Search, picks: NDArray[np.int32], budget_s: float) -> tupl
     choices, tail_s = [], 0.0
     for position, (moves, cell) in enumerate(reversed(path)):
         point = int(np.searchsorted(moves.negative_lone_s, tail_s - budget_s))
-        tail_s = tail_s + float(moves.stable_s[point])
+        tail_s = tail_s + float(moves.fill_s[point])
         choices.append(Choice(stage=len(path) - 1 - position, cell=cell, point=point))
     return tuple(reversed(choices))

@@ -1,31 +1,32 @@
 """The inter-stage problem as a mixed-integer linear program, for HiGHS through PuLP.
 
 Sets        stages i = 0..S-1; points p of stage i, over all its cells: stable time t_p, lone time
-            u_p, first layer f_p (unless layers are alike) and layer count n_p         (_points)
+            u_p, f_p = (t_p - w_p) / v that it adds to filling and draining, first layer b_p
+            (unless layers are alike) and layer count n_p                              (_points)
 Variables   z_p in {0, 1}    stage i takes point p                                  (_variables)
-            A_i >= 0         sum of the stable times of stages i..S-1
+            A_i >= 0         sum of f of stages i..S-1
             E >= 0           when a lone micro-batch has left the pipeline
             theta >= 0       the stable time of the bottleneck
 Objective   minimise (G - 1) * theta + E                                             (_objective)
 Subject to  sum_{p of i} z_p = 1                                               (_one_point_each)
-            A_i = sum_{p of i} t_p z_p + A_{i+1}                                (_stable_chain)
+            A_i = sum_{p of i} f_p z_p + A_{i+1}                                  (_fill_chain)
             E >= sum_{p of i} u_p z_p + A_{i+1}                                    (_lone_exit)
             theta >= sum_{p of i} t_p z_p                                         (_bottleneck)
             sum_p n_p z_p = L                              layers alike         (_layers_alike)
-            sum_{p of i: f_p + n_p = b} z_p = sum_{p of i+1: f_p = b} z_p
+            sum_{p of i: b_p + n_p = b} z_p = sum_{p of i+1: b_p = b} z_p
                  for all i and b; stage 0 starts at 0, stage S-1 ends at L   (_layers_contiguous)
 
 There is no variable for the layers of a stage and none for its times: T_i and U_i are written out.
 The chain A makes the rows sparse, and both together the relaxation tight: on cells of real models
 its bound is 0.90 to 0.93 of the optimum, where the form with separate layer binaries reaches 0.27.
 The balance per boundary b is a path through the boundaries: it implies the contiguity
-f_{i+1} = f_i + n_i of the chosen cells, and its relaxation is tighter than that single equality.
+b_{i+1} = b_i + n_i of the chosen cells, and its relaxation is tighter than that single equality.
 
 With a theta given (`confirm`), points with t_p > theta go and theta is bounded below by it: what is
 left of the relaxation gap is 1e-4, and the program closes in about one node. With an upper bound UB
 on T, points go that no plan faster than UB takes, as (G - 1) t_p + E reaches UB with
 
-    E >= min_{p of 0} (u_p - t_p) + t_p + sum_{j != i} min t_j                          (_points)
+    E >= min_{p of 0} (u_p - f_p) + f_p + sum_{j != i} min f_j                          (_useful)
 
 Times are divided by a time that some stage needs (`_unit_s`): tolerances of HiGHS are absolute.
 """
@@ -40,7 +41,6 @@ from numpy.typing import NDArray
 
 from mist.milp.highs import Limits, Outcome, minimise
 from mist.milp.problem import (
-    Cell,
     Choice,
     InterStageProblem,
     InterStageSolution,
@@ -63,6 +63,7 @@ _POINT: Final = np.dtype(
         ("count", np.int64),
         ("stable", np.float64),
         ("lone", np.float64),
+        ("fill", np.float64),
     ]
 )
 _Points = NDArray[np.void]
@@ -133,8 +134,9 @@ def _solution(
 def _unit_s(problem: InterStageProblem) -> float:
     """Seconds that some stage needs at least, so that no step is shorter than 1 unit; or 1."""
     least = np.full((problem.num_stages, 2), np.inf)
+    bottleneck = min(1, problem.num_micro_batches - 1)
     for cell in (cell for cell in problem.cells if cell.stable_s.size):
-        times_s = (float(cell.stable_s[0]), float(cell.lone_s[-1]))
+        times_s = (bottleneck * float(cell.stable_s[0]), float(cell.lone_s[-1]))
         least[cell.stage] = np.minimum(least[cell.stage], times_s)
     unit_s = float(least.max())
     return unit_s if 0.0 < unit_s < math.inf else 1.0
@@ -143,27 +145,29 @@ def _unit_s(problem: InterStageProblem) -> float:
 def _points(problem: InterStageProblem, unit_s: float) -> _Points:
     """The points of all cells, by stage; where layers are alike, `first` is 0."""
     cells = sorted(enumerate(problem.cells), key=lambda item: item[1].stage)
-    rows = [_cell_points(index, cell, unit_s) for index, cell in cells]
+    rows = [_cell_points(problem, index, unit_s) for index, _ in cells]
     return np.concatenate([np.empty(0, _POINT), *rows])
 
 
-def _cell_points(index: int, cell: Cell, unit_s: float) -> _Points:
+def _cell_points(problem: InterStageProblem, index: int, unit_s: float) -> _Points:
+    cell = problem.cells[index]
     points = np.empty(cell.stable_s.size, _POINT)
     points["stage"], points["cell"] = cell.stage, index
     points["first"], points["count"] = cell.first or 0, cell.count
     points["point"] = np.arange(points.size)
     points["stable"], points["lone"] = cell.stable_s / unit_s, cell.lone_s / unit_s
+    points["fill"] = problem.fill_s(cell) / unit_s
     return points
 
 
 def _useful(problem: InterStageProblem, points: _Points, upper_bound: float) -> NDArray[np.bool_]:
     """Which points an assignment faster than the upper bound may take."""
-    stage, stable = points["stage"], points["stable"]
+    stage, fill = points["stage"], points["fill"]
     least = np.full(problem.num_stages, np.inf)
-    np.minimum.at(least, stage, stable)
-    min_delta = (points["lone"] - stable)[stage == 0].min(initial=np.inf)
-    exit_least = min_delta + stable + (least.sum() - least[stage])
-    useful = (problem.num_micro_batches - 1) * stable + exit_least < upper_bound
+    np.minimum.at(least, stage, fill)
+    min_delta = (points["lone"] - fill)[stage == 0].min(initial=np.inf)
+    exit_least = min_delta + fill + (least.sum() - least[stage])
+    useful = (problem.num_micro_batches - 1) * points["stable"] + exit_least < upper_bound
     if not _alike(problem):
         end = points["first"] + points["count"]
         useful &= (stage > 0) | (points["first"] == 0)
@@ -194,7 +198,7 @@ def _constrain(
     for stage in range(problem.num_stages):
         rows = np.flatnonzero(points["stage"] == stage)
         program += _one_point_each(variables, rows)
-        program += _stable_chain(points, variables, stage, rows)
+        program += _fill_chain(points, variables, stage, rows)
         program += _lone_exit(points, variables, stage, rows)
         program += _bottleneck(points, variables, rows)
     layers = _layers_alike if _alike(problem) else _layers_contiguous
@@ -238,11 +242,11 @@ def _behind(variables: _Variables, stage: int) -> pulp.LpAffineExpression:
     return pulp.lpSum(variables.chain[stage + 1 : stage + 2])
 
 
-def _stable_chain(
+def _fill_chain(
     points: _Points, variables: _Variables, stage: int, rows: NDArray[np.intp]
 ) -> pulp.LpConstraint:
-    """A_i = sum_{p of i} t_p z_p + A_{i+1}."""
-    own = _sum(variables, rows, points["stable"][rows])
+    """A_i = sum_{p of i} f_p z_p + A_{i+1}."""
+    own = _sum(variables, rows, points["fill"][rows])
     return own + _behind(variables, stage) == variables.chain[stage]
 
 
@@ -272,7 +276,7 @@ def _layers_alike(
 def _layers_contiguous(
     problem: InterStageProblem, points: _Points, variables: _Variables
 ) -> list[pulp.LpConstraint]:
-    """sum_{p of i: f_p + n_p = b} z_p = sum_{p of i+1: f_p = b} z_p, for each i and b.
+    """sum_{p of i: b_p + n_p = b} z_p = sum_{p of i+1: b_p = b} z_p, for each i and b.
 
     That stage 0 starts at 0 and stage S-1 ends at L is already true of every point left.
     """
@@ -291,9 +295,9 @@ def _start(points: _Points, variables: _Variables, solution: InterStageSolution)
     chosen = {(choice.cell, choice.point) for choice in solution.choices}
     keys = zip(points["cell"].tolist(), points["point"].tolist(), strict=True)
     picked = np.array([key in chosen for key in keys])
-    stable, lone = points["stable"][picked], points["lone"][picked]
-    chain = np.cumsum(stable[::-1])[::-1]
-    values = [*picked.astype(float), *chain, (lone + chain - stable).max(), stable.max()]
+    stable, lone, fill = (points[name][picked] for name in ("stable", "lone", "fill"))
+    chain = np.cumsum(fill[::-1])[::-1]
+    values = [*picked.astype(float), *chain, (lone + chain - fill).max(), stable.max()]
     unknowns = [*variables.pick, *variables.chain, variables.exit, variables.bottleneck]
     for unknown, value in zip(unknowns, values, strict=True):
         unknown.setInitialValue(float(value))

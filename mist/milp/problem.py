@@ -22,7 +22,9 @@ class Cell:
 
     `first`: index of the first of these layers, or None where all layers are alike. `stable_s` [P],
     seconds, ascending; `lone_s` [P], seconds, descending; none negative: the columns of a
-    `mist.pareto.frontier.Frontier`. P may be 0. Raises ValueError when that is not so.
+    `mist.pareto.frontier.Frontier`. P may be 0. `spare_s`: seconds of each stable time in which the
+    stage need not keep others waiting while the pipeline fills and drains (w of `mist.schedule`;
+    0 unless the schedule is zero bubble). Raises ValueError when that is not so.
     """
 
     stage: int
@@ -30,18 +32,21 @@ class Cell:
     count: int
     stable_s: NDArray[np.float64]
     lone_s: NDArray[np.float64]
+    spare_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.stage < 0 or self.count < 1 or (self.first or 0) < 0:
             raise ValueError(
                 f"cell of stage {self.stage}: layers from {self.first}, count {self.count}"
             )
-        fault = _fault_of_times(self.stable_s, self.lone_s)
+        fault = _fault_of_times(self.stable_s, self.lone_s, self.spare_s)
         if fault is not None:
             raise ValueError(f"cell of stage {self.stage}: {fault}")
 
 
-def _fault_of_times(stable_s: NDArray[np.float64], lone_s: NDArray[np.float64]) -> str | None:
+def _fault_of_times(
+    stable_s: NDArray[np.float64], lone_s: NDArray[np.float64], spare_s: float
+) -> str | None:
     """Why these are not the times of a frontier; None when they are."""
     if stable_s.ndim != 1 or stable_s.shape != lone_s.shape:
         return f"{stable_s.shape} and {lone_s.shape} differ"
@@ -49,6 +54,8 @@ def _fault_of_times(stable_s: NDArray[np.float64], lone_s: NDArray[np.float64]) 
         return "times must be finite and not negative"
     if np.any(np.diff(stable_s) < 0) or np.any(np.diff(lone_s) > 0):
         return "stable_s must rise and lone_s fall"
+    if not 0.0 <= spare_s <= np.min(stable_s, initial=np.inf):
+        return f"spare_s {spare_s} must be within 0 and the least stable_s"
     return None
 
 
@@ -56,7 +63,8 @@ def _fault_of_times(stable_s: NDArray[np.float64], lone_s: NDArray[np.float64]) 
 class InterStageProblem:
     """`num_layers` layers over `num_stages` stages, for `num_micro_batches` (G) per step.
 
-    The cells of all stages; either all have `first` None (layers are alike: only counts matter) or
+    `num_chunks`: v, the pieces of a stage's layers that take turns (1: they do not). The cells of
+    all stages; either all have `first` None (layers are alike: only counts matter) or
     none has (the chosen cells must follow each other from layer 0 to `num_layers`). Raises
     ValueError when a size is not positive or a cell lies outside.
     """
@@ -65,10 +73,12 @@ class InterStageProblem:
     num_stages: int
     num_micro_batches: int
     cells: tuple[Cell, ...]
+    num_chunks: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.num_layers, self.num_stages, self.num_micro_batches) < 1:
-            raise ValueError("layers, stages and micro-batches must be at least 1")
+        sizes = (self.num_layers, self.num_stages, self.num_micro_batches, self.num_chunks)
+        if min(sizes) < 1:
+            raise ValueError("layers, stages, micro-batches and chunks must be at least 1")
         if len({cell.first is None for cell in self.cells}) > 1:
             raise ValueError("either every cell names its first layer, or none does")
         for cell in self.cells:
@@ -78,6 +88,10 @@ class InterStageProblem:
                     f"cell (stage {cell.stage}, first {cell.first}, count {cell.count}) is outside "
                     f"{self.num_stages} stages, {self.num_layers} layers"
                 )
+
+    def fill_s(self, cell: Cell) -> NDArray[np.float64]:
+        """Seconds [P] that each point adds to filling and draining: (t - w) / v, ascending."""
+        return (cell.stable_s - cell.spare_s) / self.num_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +129,12 @@ class InterStageSolution:
 
 def chosen_times(
     problem: InterStageProblem, choices: Sequence[Choice]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Stable and lone seconds of the chosen points, each of shape [S], first stage first."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Stable, lone and fill seconds of the chosen points, each of shape [S], first stage first."""
     chosen = [(problem.cells[choice.cell], choice.point) for choice in choices]
     stable_s = np.array([cell.stable_s[point] for cell, point in chosen])
-    return stable_s, np.array([cell.lone_s[point] for cell, point in chosen])
+    lone_s = np.array([cell.lone_s[point] for cell, point in chosen])
+    return stable_s, lone_s, np.array([problem.fill_s(cell)[point] for cell, point in chosen])
 
 
 def chosen_step(problem: InterStageProblem, choices: Sequence[Choice]) -> float:

@@ -19,13 +19,14 @@ from mist.milp.problem import Cell, InterStageProblem
 class Moves:
     """The moves of one position that share one frontier of P points and one layer count.
 
-    `stable_s` [P+1] ends with inf, which stands for "no point is good enough"; `negative_lone_s`
-    [P] ascends, for searchsorted. `source`, `target`, `cell` [M]: states before and after, by
-    rising target, and the index of the cell in the problem.
+    `stable_s` [P] and `negative_lone_s` [P] ascend, for searchsorted; so does `fill_s` [P+1], whose
+    end is inf and stands for "no point is good enough". `source`, `target`, `cell` [M]: states
+    before and after, by rising target, and the index of the cell in the problem.
     """
 
     stable_s: NDArray[np.float64]
     negative_lone_s: NDArray[np.float64]
+    fill_s: NDArray[np.float64]
     source: NDArray[np.int64]
     target: NDArray[np.int64]
     cell: NDArray[np.int64]
@@ -76,11 +77,11 @@ def _reachable(num_layers: int, moves: list[list[_Move]]) -> list[list[_Move]]:
 
 
 def _grouped(problem: InterStageProblem, moves: list[_Move]) -> list[Moves]:
-    """One Moves per distinct (count, frontier); of two equal moves the earlier cell stays."""
-    groups: defaultdict[tuple[int, bytes, bytes], dict[int, _Move]] = defaultdict(dict)
+    """One Moves per distinct count, frontier and spare; of equal moves the earlier cell stays."""
+    groups: defaultdict[tuple[object, ...], dict[int, _Move]] = defaultdict(dict)
     for move in moves:
         cell = problem.cells[move[2]]
-        key = (cell.count, cell.stable_s.tobytes(), cell.lone_s.tobytes())
+        key = (cell.count, cell.stable_s.tobytes(), cell.lone_s.tobytes(), cell.spare_s)
         groups[key].setdefault(move[1], move)
     return [_joined(problem, sorted(group.values())) for group in groups.values()]
 
@@ -89,8 +90,9 @@ def _joined(problem: InterStageProblem, moves: list[_Move]) -> Moves:
     source, target, cells = np.array(moves, dtype=np.int64).T
     cell = problem.cells[moves[0][2]]
     return Moves(
-        stable_s=np.append(cell.stable_s, np.inf),
+        stable_s=cell.stable_s,
         negative_lone_s=-cell.lone_s,
+        fill_s=np.append(problem.fill_s(cell), np.inf),
         source=source,
         target=target,
         cell=cells,

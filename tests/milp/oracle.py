@@ -1,6 +1,7 @@
 """Exhaustive enumeration of small inter-stage problems, by the form of the objective in the paper.
 
-`optimum` shares nothing with the code under test: no (t, u) identity, no bounds, no ordering.
+`optimum` shares nothing with the code under test: no (t, u) identity, no bounds, no ordering. What
+a stage adds to filling and draining is t in the paper; here it is f = (t - w) / v.
 """
 
 import itertools
@@ -11,11 +12,13 @@ import numpy as np
 from mist.milp import Cell, InterStageProblem
 from mist.schedule import step_time
 
+Times = tuple[float, float, float]
 
-def assignments(problem: InterStageProblem) -> Iterator[list[tuple[float, float]]]:
-    """(stable, lone) per stage of every assignment that covers the layers in order."""
 
-    def extend(stage: int, begin: int) -> Iterator[list[tuple[float, float]]]:
+def assignments(problem: InterStageProblem) -> Iterator[list[Times]]:
+    """(stable, lone, fill) per stage of every assignment that covers the layers in order."""
+
+    def extend(stage: int, begin: int) -> Iterator[list[Times]]:
         if stage == problem.num_stages:
             if begin == problem.num_layers:
                 yield []
@@ -27,18 +30,19 @@ def assignments(problem: InterStageProblem) -> Iterator[list[tuple[float, float]
                 continue
             for rest in extend(stage + 1, begin + cell.count):
                 for stable, lone in zip(cell.stable_s, cell.lone_s, strict=True):
-                    yield [(float(stable), float(lone)), *rest]
+                    fill = (float(stable) - cell.spare_s) / problem.num_chunks
+                    yield [(float(stable), float(lone), fill), *rest]
 
     return extend(0, 0)
 
 
-def paper_step(num_micro_batches: int, times: list[tuple[float, float]]) -> float:
-    """(G - 1) max t + sum t + max (d_i - sum_{j<i} t_j)."""
+def paper_step(num_micro_batches: int, times: list[Times]) -> float:
+    """(G - 1) max t + sum f + max (u_i - f_i - sum_{j<i} f_j); with f = t, u - f is delta."""
     total, worst = 0.0, -np.inf
-    for stable, lone in times:
-        worst = max(worst, lone - stable - total)
-        total += stable
-    return (num_micro_batches - 1) * max(stable for stable, _ in times) + total + worst
+    for _, lone, fill in times:
+        worst = max(worst, lone - fill - total)
+        total += fill
+    return (num_micro_batches - 1) * max(stable for stable, _, _ in times) + total + worst
 
 
 def optimum(problem: InterStageProblem) -> float:
@@ -57,7 +61,8 @@ def optimum_of_many(problem: InterStageProblem) -> float:
             continue
         stable = np.stack(np.meshgrid(*(c.stable_s for c in cells)), axis=-1)
         lone = np.stack(np.meshgrid(*(c.lone_s for c in cells)), axis=-1)
-        best = min(best, step_time(problem.num_micro_batches, stable, lone).min())
+        fill = (stable - [c.spare_s for c in cells]) / problem.num_chunks
+        best = min(best, step_time(problem.num_micro_batches, stable, lone, fill).min())
     return float(best)
 
 
@@ -87,7 +92,8 @@ def dense_problem(
 
 
 def random_problem(seed: int, *, max_layers: int, max_stages: int) -> InterStageProblem:
-    """Any small problem: alike layers or not, deltas of both signs, ties, missing cells."""
+    """Any small problem: alike layers or not, deltas of both signs, ties, missing cells, any
+    schedule."""
     rng = np.random.default_rng(seed)
     num_stages = int(rng.integers(1, max_stages + 1))
     num_layers = int(rng.integers(num_stages, max_layers + 1))
@@ -107,17 +113,24 @@ def random_problem(seed: int, *, max_layers: int, max_stages: int) -> InterStage
         num_stages=num_stages,
         num_micro_batches=int(rng.choice([1, 2, 4, 16, 64])),
         cells=tuple(cells[index] for index in rng.permutation(len(cells))),
+        num_chunks=int(rng.choice([1, 1, 2, 3])),
     )
 
 
 def random_cell(
     rng: np.random.Generator, stage: int, first: int | None, count: int, whole: bool
 ) -> Cell:
-    """0 to 3 points whose deltas lie in [-stable, 3 * stable]."""
+    """0 to 3 points whose deltas lie in [-stable, 3 * stable]; half of the cells can spare time."""
     size = int(rng.choice([0, 1, 2, 3], p=[0.1, 0.3, 0.3, 0.3]))
     stable, lone = np.sort(count * rng.uniform(0.5, 2.0, size)), count * rng.uniform(0, 6, size)
     if whole:
         stable, lone = np.ceil(stable), np.ceil(lone)
+    spare = float(rng.choice([0.0, rng.uniform(0, stable.min(initial=1.0))]))
     return Cell(
-        stage=stage, first=first, count=count, stable_s=stable, lone_s=np.sort(lone)[::-1].copy()
+        stage=stage,
+        first=first,
+        count=count,
+        stable_s=stable,
+        lone_s=np.sort(lone)[::-1].copy(),
+        spare_s=spare,
     )

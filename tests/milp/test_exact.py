@@ -1,6 +1,7 @@
 """The dynamic program against exhaustive enumeration."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,8 @@ def test_random_problems_hold_what_they_should() -> None:
     assert {p.num_stages for p in feasible} == {1, 2, 3, 4}
     explicit = [p for p in feasible if p.cells[0].first is not None]
     assert 100 <= len(explicit) <= len(feasible) - 100
+    assert {p.num_chunks for p in feasible} == {1, 2, 3}
+    assert 100 <= sum(any(c.spare_s > 0 for c in p.cells) for p in feasible)
     assert any(np.any(c.lone_s < c.stable_s) for p in feasible for c in p.cells)
     assert any(c.first is None and c.stable_s.size == 0 for p in feasible for c in p.cells)
 
@@ -73,6 +76,43 @@ def test_negative_delta_of_the_first_stage_is_part_of_the_bound() -> None:
     found = solve(problem, method="dp")
     assert found is not None
     assert found.step_s == pytest.approx(10.0 + 1.0 + 0.1)  # against 9 + 9.5 + 0.1
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("spare_ratio", [0.0, 0.9])
+def test_equals_enumeration_on_dense_problems_of_any_schedule(
+    num_chunks: int, spare_ratio: float
+) -> None:
+    for seed in range(5):
+        problem = dense_problem(
+            seed, num_layers=10, num_stages=4, num_micro_batches=3, num_points=8
+        )
+        cells = tuple(replace(c, spare_s=spare_ratio * c.stable_s[0]) for c in problem.cells)
+        problem = replace(problem, cells=cells, num_chunks=num_chunks)
+        found = solve(problem, method="dp")
+        assert found is not None
+        assert found.step_s == pytest.approx(optimum_of_many(problem), rel=EXACT), seed
+
+
+def test_what_a_stage_adds_to_filling_and_draining_by_hand() -> None:
+    # G = 3: 2 * 4 + max(4 + (4 - 1) / 2, 5); by hand, with t = u = 4 of the first stage.
+    cells = (
+        Cell(stage=0, first=None, count=1, stable_s=np.array([4.0]), lone_s=np.array([4.0])),
+        Cell(
+            stage=1,
+            first=None,
+            count=1,
+            stable_s=np.array([4.0]),
+            lone_s=np.array([5.0]),
+            spare_s=1.0,
+        ),
+    )
+    problem = InterStageProblem(
+        num_layers=2, num_stages=2, num_micro_batches=3, cells=cells, num_chunks=2
+    )
+    found = solve(problem, method="dp")
+    assert found is not None
+    assert found.step_s == 8 + 5.5
 
 
 def test_times_of_zero() -> None:

@@ -26,6 +26,9 @@ LEGAL = {
         ({"lone_s": np.array([np.inf, 1.0])}, "times must be finite and not negative"),
         ({"stable_s": np.array([-1.0, 1.0])}, "times must be finite and not negative"),
         ({"lone_s": np.array([1.0, -1.0])}, "times must be finite and not negative"),
+        ({"spare_s": -0.5}, "spare_s -0.5 must be within 0 and the least stable_s"),
+        ({"spare_s": 1.5}, "spare_s 1.5 must be within 0 and the least stable_s"),
+        ({"spare_s": np.nan}, "spare_s nan must be within 0 and the least stable_s"),
     ],
 )
 def test_illegal_cell(change: dict, message: str) -> None:
@@ -39,17 +42,19 @@ def test_illegal_cell(change: dict, message: str) -> None:
         ((0, 1, 1), [{}], "must be at least 1"),
         ((1, 0, 1), [{}], "must be at least 1"),
         ((1, 1, 0), [{}], "must be at least 1"),
+        ((1, 1, 1, 0), [{}], "must be at least 1"),
         ((1, 1, 1), [{}, {"first": 0}], "either every cell names its first layer, or none does"),
         ((1, 1, 1), [{"stage": 1}], r"cell \(stage 1, first None, count 1\) is outside 1 stages"),
         ((2, 1, 1), [{"first": 2}], r"cell \(stage 0, first 2, count 1\) is outside"),
     ],
 )
-def test_illegal_problem(sizes: tuple[int, int, int], cells: list[dict], message: str) -> None:
+def test_illegal_problem(sizes: tuple[int, ...], cells: list[dict], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InterStageProblem(
             num_layers=sizes[0],
             num_stages=sizes[1],
             num_micro_batches=sizes[2],
+            num_chunks=sizes[3] if len(sizes) > 3 else 1,
             cells=tuple(Cell(**{**LEGAL, **change}) for change in cells),
         )
 

@@ -117,7 +117,13 @@ def test_the_unit_of_time_does_not_matter(scale: float) -> None:
     scaled = replace(
         problem,
         cells=tuple(
-            replace(c, stable_s=c.stable_s * scale, lone_s=c.lone_s * scale) for c in problem.cells
+            replace(
+                c,
+                stable_s=c.stable_s * scale,
+                lone_s=c.lone_s * scale,
+                spare_s=c.spare_s * scale,
+            )
+            for c in problem.cells
         ),
     )
     found = solve(scaled, method="milp")
