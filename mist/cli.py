@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mist.errors import InputError, MistError, OutputError
-from mist.spec import Attention, Precision, SearchSpace
+from mist.spaces import SearchSpace
+from mist.spec import Attention, Precision
 
 if TYPE_CHECKING:
     from mist.trace import Setting
@@ -109,14 +110,14 @@ def plan(
         planned = make_plan(question, space, num_alternatives=top, progress=_progress)
     found = planned.plan
     path = out or Path(f"{_file_name(found.model.name)}-{gpus}x{found.cluster.device}.yaml")
-    picture = plot_png(found, planned.points, planned.limit_bytes)
+    picture = plot_png(found, planned.points, planned.limits.device_bytes)
     save_plan(found, path)
     write_bytes(path.with_suffix(".png"), picture)
     _progress(f"wrote {path} and {path.with_suffix('.png')}")
     if as_json:
         _print_json(plan_json(found, planned.seconds, planned.notes))
     else:
-        print_plan(found, planned.limit_bytes, planned.notes)
+        print_plan(found, planned.limits, planned.notes)
 
 
 @app.command()
@@ -200,9 +201,9 @@ def _show_check(checked: "Checked", out: Path | None, *, as_json: bool) -> None:
         save_plan(checked.plan, out)
         _progress(f"wrote {out}")
     if as_json:
-        _print_json(check_json(checked.plan, checked.limit_bytes, checked.notes))
+        _print_json(check_json(checked.plan, checked.limits, checked.notes))
     else:
-        print_check(checked.plan, checked.limit_bytes, checked.notes, checked.suggestions)
+        print_check(checked.plan, checked.limits, checked.notes, checked.suggestions)
     if not checked.fits:
         raise SystemExit(3)
 

@@ -13,7 +13,6 @@ from mist.facts import ModelFacts
 from mist.plans import (
     ONE_F_ONE_B,
     Estimate,
-    MemoryLevel,
     Offload,
     Schedule,
     StageEstimate,
@@ -23,7 +22,7 @@ from mist.plans import (
 from mist.platform import OpCosts, Platform, extrapolations, op_costs
 from mist.rules import Rule, rules_for
 from mist.schedule import in_flight, step_time
-from mist.spec import ScheduleKind, Workload
+from mist.spec import MemoryLevel, ScheduleKind, Workload
 from mist.symbolic.program import (
     MEMORY_PARTS,
     TIME_PARTS,

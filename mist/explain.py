@@ -5,10 +5,12 @@ that the stage waits for others (bubble and imbalance): these parts sum to the s
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import groupby
 from typing import Final
 
-from mist.plans import Estimate, StageEstimate, StagePlan
+from mist.plans import ONE_F_ONE_B, Estimate, Offload, Schedule, StageEstimate, StagePlan
+from mist.spec import MemoryLevel
 from mist.units import format_bytes, format_seconds
 
 ROUNDING_RATIO: Final = 1e-5  # of the step: estimates carry six digits
@@ -46,7 +48,9 @@ def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> st
     return (" and ".join(words) or "equal within rounding") + gained
 
 
-def layout_words(stages: Sequence[StagePlan], num_micro_batches: int) -> str:
+def layout_words(
+    stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule = ONE_F_ONE_B
+) -> str:
     """A layout in one line: "pp2 dp4 tp2 zero1 mb1 x32, 3+0 of 16 layers recomputed"."""
     names: dict[str, list[int]] = {
         "dp": [stage.dp for stage in stages],
@@ -56,8 +60,29 @@ def layout_words(stages: Sequence[StagePlan], num_micro_batches: int) -> str:
     }
     words = [f"pp{len(stages)}"]
     words += [f"{name}{_spread(values)}" for name, values in names.items()]
-    full, layers = _spread([s.num_full for s in stages]), _spread([s.num_layers for s in stages])
-    return f"{' '.join(words)} x{num_micro_batches}, {full} of {layers} layers recomputed"
+    full, some, layers = (
+        _spread(counts)
+        for counts in (
+            [s.num_full for s in stages],
+            [s.num_at(MemoryLevel.SELECTIVE) for s in stages],
+            [s.num_layers for s in stages],
+        )
+    )
+    line = f"{' '.join(words)} x{num_micro_batches}, {full} of {layers} layers recomputed"
+    line += f", {some} selectively" if some != "0" else ""
+    if len(stages) > 1 and schedule != ONE_F_ONE_B:
+        line += f", {schedule.kind}" + (f" of {schedule.vpp} chunks" if schedule.vpp > 1 else "")
+    return line + _offload_words(stages)
+
+
+def _offload_words(stages: Sequence[StagePlan]) -> str:
+    """What is offloaded, in per cent: ", offloaded: optimizer 50 %"."""
+    words = []
+    for item in fields(Offload):
+        shares = [round(100 * getattr(stage.offload, item.name)) for stage in stages]
+        if any(shares):
+            words.append(f"{item.name} {_spread(shares)} %")
+    return f", offloaded: {', '.join(words)}" if words else ""
 
 
 def _spread(values: Sequence[int]) -> str:

@@ -8,14 +8,13 @@ memory levels sum to the layers and apply from the stage's first layer on, in th
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from mist.errors import Fault, PlanError
 from mist.origin import Kind
-from mist.spec import STRICT, PositiveInt, ScheduleKind, Workload
+from mist.spec import STRICT, MemoryLevel, PositiveInt, ScheduleKind, Workload
 
 SCHEMA: Final = "mist.plan/1"
 
@@ -24,14 +23,6 @@ Seconds = Annotated[Number, Field(ge=0.0)]
 Ratio = Annotated[Number, Field(ge=0.0, le=1.0)]
 Bytes = Annotated[int, Field(ge=0)]
 How = Literal["law", "table", "measured"]
-
-
-class MemoryLevel(StrEnum):
-    """How much of a layer's activation is kept, from most to least."""
-
-    EAGER = "eager"
-    SELECTIVE = "selective"
-    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +101,14 @@ class StagePlan:
     def num_full(self) -> int:
         """Layers recomputed whole in the backward pass (the last ones of the stage)."""
         return self.num_at(MemoryLevel.FULL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bytes that one device may hold, and one rank in host memory."""
+
+    device_bytes: float
+    host_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,3 +406,22 @@ def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """Layers of each stage, the first ones one longer where they do not divide."""
     share, longer = divmod(num_layers, num_stages)
     return tuple(share + (stage < longer) for stage in range(num_stages))
+
+
+def layers_by_cost(
+    num_layers: int, num_stages: int, *, layer_cost: float, ends: Sequence[float]
+) -> tuple[int, ...]:
+    """Layers of each stage when blocks are dealt out by cost: embedding, layers, head in order.
+
+    A stage is closed when the cost so far reaches its share of the total (nanotron 0.5,
+    src/nanotron/models/base.py). `ends`: cost of the embedding and of the head.
+    """
+    embedding, head = ends
+    total = embedding + num_layers * layer_cost + head
+    counts, spent, stage = [0] * num_stages, embedding, 0
+    for _ in range(num_layers):
+        counts[stage] += 1
+        spent += layer_cost
+        if spent >= total * (stage + 1) / num_stages and stage < num_stages - 1:
+            stage += 1
+    return tuple(counts)

@@ -2,23 +2,26 @@
 
 The search masks candidates with these rules, `mist check` and later execution refuse with them: so
 nothing that cannot be run is ever planned. Columns: tp, dp, micro_batch, zero, num_stages,
-num_micro_batches; arrays or numbers.
+num_micro_batches, schedule, chunks, and the offload ratios weights, grads, optimizer, activations;
+arrays or single values.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.facts import ModelFacts
-from mist.platform import Platform
-from mist.spec import Workload
+from mist.platform import Platform, Runtime
+from mist.spec import ScheduleKind, Workload
 
 Columns = Mapping[str, ArrayLike]
 Domain = Callable[[Columns], Mapping[str, NDArray[np.float64]]]
 Mask = NDArray[np.bool_]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +29,12 @@ class Rule:
     """One rule: where it holds, and what to say where it does not (format fields: the columns)."""
 
     name: str
-    holds: Callable[[Mapping[str, NDArray[np.int64]]], ArrayLike]
+    holds: Callable[[Arrays], ArrayLike]
     message: str
 
     def mask(self, columns: Columns) -> Mask:
         """True where the rule holds, in the broadcast shape of the columns."""
-        arrays = {name: np.asarray(value, dtype=np.int64) for name, value in columns.items()}
+        arrays = {name: np.asarray(value) for name, value in columns.items()}
         shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
         return np.broadcast_to(np.asarray(self.holds(arrays), dtype=np.bool_), shape)
 
@@ -43,6 +46,8 @@ def rules_for(
     return (
         *_tp_rules(facts, platform, workload),
         *_batch_rules(facts, platform, workload),
+        *_schedule_rules(facts, platform.runtime),
+        *_offload_rules(platform.runtime),
         *_domain_rules(facts, workload, domain),
     )
 
@@ -71,9 +76,7 @@ def _domain_rules(facts: ModelFacts, workload: Workload, domain: Domain) -> Iter
         )
 
 
-def _in_domain(
-    domain: Domain, relation: str, seq_len: int, columns: Mapping[str, NDArray[np.int64]]
-) -> ArrayLike:
+def _in_domain(domain: Domain, relation: str, seq_len: int, columns: Arrays) -> ArrayLike:
     return domain({"b": columns["micro_batch"], "s": seq_len, "t": columns["tp"]})[relation] > 0
 
 
@@ -148,3 +151,68 @@ def _batch_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> I
 
 def _aligned(ranks: NDArray[np.int64], per_node: int) -> Mask:
     return np.asarray((ranks % per_node == 0) | (per_node % ranks == 0), dtype=np.bool_)
+
+
+def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
+    """What pipelines need of their schedule."""
+    known = [kind.value for kind in runtime.knobs.schedules]
+    yield Rule(
+        name="schedule-known",
+        holds=lambda c: (c["num_stages"] == 1) | np.isin(c["schedule"], known),
+        message=f"schedule {{schedule}}: runtime {runtime.name} has "
+        f"{', '.join(known) or 'no pipelines'}.",
+    )
+    yield Rule(
+        name="chunks-have-layers",
+        holds=lambda c: c["num_stages"] * c["chunks"] <= facts.num_layers,
+        message=f"{{num_stages}} stages of {{chunks}} chunks, but {facts.name} has "
+        f"{facts.num_layers} layers.",
+    )
+    yield Rule(
+        name="whole-rounds",
+        holds=lambda c: ~_takes_turns(c) | (c["num_micro_batches"] % _rounds(c) == 0),
+        message="schedule {schedule} runs micro-batches in rounds of {num_stages}: "
+        "{num_micro_batches} are no whole number of them.",
+    )
+    yield Rule(
+        name="zero-bubble-keeps-parameters",
+        holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["zero"] < 3),
+        message="schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
+        "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b.",
+    )
+
+
+def _takes_turns(columns: Arrays) -> Mask:
+    kinds = (ScheduleKind.INTERLEAVED.value, ScheduleKind.ZERO_BUBBLE.value)
+    return np.isin(columns["schedule"], kinds)
+
+
+def _rounds(columns: Arrays) -> NDArray[np.int64]:
+    return np.asarray(np.maximum(columns["num_micro_batches"] // columns["num_stages"], 1))
+
+
+def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
+    """What a runtime can keep in host memory, and from which ZeRO level on."""
+    for name in ("weights", "grads", "optimizer"):
+        hosted = getattr(runtime.offload, name) if runtime.offload else None
+        least = hosted.offered_from if hosted else 4
+        needs = f"needs ZeRO-{least} or more" if hosted else "is not possible"
+        yield Rule(
+            name=f"offload-{name}",
+            holds=lambda c, name=name, least=least: (c[name] == 0) | (c["zero"] >= least),  # type: ignore[misc]
+            message=f"offloading {name} {needs} under runtime {runtime.name}, "
+            f"found ratio {{{name}:g}} at ZeRO-{{zero}}.",
+        )
+    offers = runtime.offload is not None and runtime.offload.activations
+    yield Rule(
+        name="offload-activations",
+        holds=lambda c: (c["activations"] == 0) | offers,
+        message=f"offloading activations is not possible under runtime {runtime.name}.",
+    )
+    by_layer = runtime.offload is not None and runtime.offload.by_layer
+    yield Rule(
+        name="offload-by-layer",
+        holds=lambda c: (c["weights"] == c["grads"]) | (not by_layer),
+        message=f"runtime {runtime.name} offloads weights and gradients of a layer together: "
+        "their ratios are {weights:g} and {grads:g}.",
+    )

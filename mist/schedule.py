@@ -66,7 +66,7 @@ def in_flight(
     each_round = micro // np.maximum(micro // stages, 1)
     turns = (np.asarray(chunks) - 1) * each_round
     chunks_held = {
-        ScheduleKind.GPIPE: micro * np.asarray(chunks),
+        ScheduleKind.GPIPE: micro * np.asarray(chunks) + 0 * behind,
         ScheduleKind.ONE_F_ONE_B: behind + 1,
         ScheduleKind.INTERLEAVED: turns + 2 * behind + 1,
         ScheduleKind.ZERO_BUBBLE: turns + stages + 0 * behind,

@@ -1,6 +1,6 @@
-"""What is asked: the workload, and the values of each knob that the search may use."""
+"""What is asked: the workload, and the words of each choice."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Final
 
@@ -52,6 +52,14 @@ class ScheduleKind(StrEnum):
     ZERO_BUBBLE = "zero-bubble"
 
 
+class MemoryLevel(StrEnum):
+    """How much of a layer's activation is kept, from most to least."""
+
+    EAGER = "eager"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What one training step does: `global_batch` samples of `seq_len` tokens.
@@ -76,31 +84,3 @@ class Workload:
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees."""
         return self.global_batch * self.seq_len
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchSpace:
-    """The allowed values of each knob; None leaves a knob to the runtime's own limits.
-
-    `checkpoint` restricts recomputation: "none", "full", or "any" number of layers.
-    Raises InputError for a value that no plan can have.
-    """
-
-    tp: tuple[int, ...] | None = None
-    pp: tuple[int, ...] | None = None
-    dp: tuple[int, ...] | None = None
-    micro_batch: tuple[int, ...] | None = None
-    zero: tuple[int, ...] = (0, 1, 2, 3)
-    checkpoint: str = "any"
-    restrictions: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "micro_batch"):
-            for value in getattr(self, name) or ():
-                if value < 1:
-                    raise InputError(f"{name} {value} is not a positive number.")
-        for level in self.zero:
-            if level not in range(4):
-                raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
-        if self.checkpoint not in ("none", "full", "any"):
-            raise InputError(f"checkpoint {self.checkpoint} is neither none, full nor any.")

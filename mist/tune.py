@@ -1,61 +1,41 @@
 """The method on one screen: search parallelism, memory and layers together, and prove the answer.
 
-For every group (S stages, G micro-batches), most promising first:
+For every group (S stages, G micro-batches, schedule), most promising first:
 
-1. bound     no plan of the group is faster than (G - 1) T / S + T, T the least time of all layers;
-             a group whose bound is not below the best plan is pruned;
-2. enumerate every strategy x position x layer range, with the fewest recomputed layers that fit
-             (mist.pareto.table), and the even layouts among them (mist.pareto.split);
-3. frontier  per position and range, the strategies that none beats in (stable, lone);
+1. bound     no plan of the group is faster than `lower_bound_s`; a group whose bound is not below
+             the best plan is pruned;
+2. enumerate every strategy x position x layer range x mix of memory levels (mist.pareto.table),
+             first without offloading, then with every offload tuple where memory binds;
+3. frontier  per position and range, the points that none beats in (stable, lone);
 4. join      one point per stage, by the exact dynamic program (mist.milp).
 
-The winner is confirmed by the mixed-integer program through PuLP and HiGHS, which gives its gap.
+The winner is confirmed by the mixed-integer program through PuLP and HiGHS. Its gap is against the
+least of what the program proves, of the bounds of groups that were not searched (--time-limit,
+Ctrl-C), and of nothing else: bounds never change the optimum.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job
-from mist.milp import Cell, InterStageProblem, InterStageSolution, solve
-from mist.pareto.frontier import Frontier, frontier
-from mist.pareto.space import Group, groups
-from mist.pareto.split import even_split
-from mist.pareto.table import Floats, StageTable, stage_table
-from mist.plans import MemoryLevel, Offload, StagePlan
-from mist.schedule import step_time
-from mist.spec import SearchSpace
+from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
+from mist.pareto.bounds import lower_bound_s, window
+from mist.pareto.even import alike_layouts, even_layouts
+from mist.pareto.layouts import Layout, Picked, layout_of
+from mist.pareto.points import Points, stacked
+from mist.pareto.space import Group, Ints, Strategies, expressible, groups, offloading
+from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
+from mist.plans import Limits
+from mist.spaces import SearchSpace
+from mist.spec import ScheduleKind
 
 Progress = Callable[[str], None]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageChoice:
-    """What one stage does: layers [first, count], the group's strategy, recomputed layers."""
-
-    first: int
-    count: int
-    strategy: int
-    num_full: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """A pipeline of one group, its predicted step time and the peak of its fullest device."""
-
-    group: Group
-    stages: tuple[StageChoice, ...]
-    step_s: float
-    peak_bytes: float
-
-    @property
-    def kind(self) -> tuple[int, int, int]:
-        """What tells layouts apart for a reader: pp, and tp and ZeRO of the first stage."""
-        strategy = self.stages[0].strategy
-        return len(self.stages), int(self.group.tp[strategy]), int(self.group.zero[strategy])
+COUNTED = ("groups", "groups_pruned", "groups_solved", "groups_left", "stages_evaluated", "points")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +44,6 @@ class Tuned:
 
     best: Layout
     lower_bound_s: float
-    gap: float
     others: tuple[Layout, ...]
     statistics: dict[str, int]
 
@@ -75,14 +54,12 @@ class _Search:
 
     job: Job
     space: SearchSpace
-    limit_bytes: float
+    limits: Limits
     num_alternatives: int
     best: Layout | None = None
-    by_kind: dict[tuple[int, int, int], Layout] = field(default_factory=dict)
-    num_groups: int = 0
-    num_pruned: int = 0
-    num_stages: int = 0
-    num_solved: int = 0
+    best_group: Group | None = None
+    by_kind: dict[tuple[object, ...], Layout] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
     @property
     def upper_bound_s(self) -> float:
@@ -94,176 +71,215 @@ class _Search:
         steps = sorted(layout.step_s for layout in self.by_kind.values())
         return steps[self.num_alternatives] if len(steps) > self.num_alternatives else math.inf
 
-    def offer(self, layout: Layout) -> None:
+    def offer(self, layout: Layout, group: Group) -> None:
         """Keep a layout if it is the best, or the best of its kind."""
         if layout.step_s < self.upper_bound_s:
-            self.best = layout
+            self.best, self.best_group = layout, group
         known = self.by_kind.get(layout.kind)
         if known is None or layout.step_s < known.step_s:
             self.by_kind[layout.kind] = layout
 
 
-def tune(
+def tune(  # noqa: PLR0913 - what is searched, and how
     job: Job,
     space: SearchSpace,
     *,
-    limit_bytes: float,
+    limits: Limits,
     num_alternatives: int,
     progress: Progress,
+    is_late: Callable[[], bool] = lambda: False,
+    method: Method = "both",
 ) -> Tuned:
-    """Find the fastest layout whose every stage stays within `limit_bytes`.
+    """Find the fastest layout whose every stage stays within the limits.
 
-    Raises Infeasible when no layout does.
+    `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
+    there is one. `method`: what solves and confirms the winner. Raises Infeasible when no layout
+    fits, InputError when the space is empty.
     """
-    search = _Search(
-        job=job, space=space, limit_bytes=limit_bytes, num_alternatives=num_alternatives
-    )
+    search = _Search(job=job, space=space, limits=limits, num_alternatives=num_alternatives)
     bounded = sorted(
-        ((_lower_bound(job, group), group) for group in groups(job, space)),
+        ((lower_bound_s(job, group), group) for group in groups(job, space)),
         key=lambda row: (row[0], row[1].num_stages, row[1].num_micro_batches),
     )
-    for done, (bound_s, group) in enumerate(bounded):
-        search.num_groups += 1
-        if bound_s >= max(search.upper_bound_s, search.horizon_s):
-            search.num_pruned += 1
-            continue
-        _search_group(search, group, bound_s)
-        found = f"best {search.best.step_s:.4g} s per step" if search.best else "nothing fits yet"
-        progress(f"group {done + 1} of {len(bounded)}: {found}")
     if not bounded:
         raise InputError(_no_group_words(job, space))
+    left_s = math.inf
+    try:
+        for done, (bound_s, group) in enumerate(bounded):
+            if is_late() and search.best is not None:
+                left_s = bound_s
+                break
+            _visit(search, group, bound_s)
+            progress(_progress_words(search, done + 1, len(bounded)))
+    except KeyboardInterrupt:
+        if search.best is None:
+            raise
+        left_s = bound_s
+    search.counts["groups_left"] = len(bounded) - search.counts["groups"]
     if search.best is None:
         raise Infeasible(f"{job.facts.name} does not fit.")
-    return _prove(search, search.best)
+    return _prove(search, search.best, left_s, method)
 
 
-def _lower_bound(job: Job, group: Group) -> float:
-    """(G - 1) T / S + T: the slowest stage takes at least T / S, a lone micro-batch all of T."""
-    terms = group.columns(job)
-    layers = sum(
-        job.kind_prefix[kind, -1] * terms[f"term_{kind}_eager_stable_s"].min()
-        for kind in range(job.facts.num_kinds)
-    )
-    ends = sum(terms[f"term_{end}_eager_stable_s"].min() for end in ("embed", "head"))
-    total_s = float(layers + ends)
-    return (group.num_micro_batches - 1) * total_s / group.num_stages + total_s
+def _progress_words(search: _Search, done: int, total: int) -> str:
+    found = f"best {search.best.step_s:.4g} s per step" if search.best else "nothing fits yet"
+    return f"group {done} of {total} ({search.counts['groups_pruned']} pruned): {found}"
 
 
-def _search_group(search: _Search, group: Group, bound_s: float) -> None:
-    """Even layouts first, as the bound; then the best mix of stages."""
-    table = stage_table(search.job, group, search.space, search.limit_bytes)
-    search.num_stages += table.feasible.size
-    for layout in _even_layouts(table):
-        search.offer(layout)
+def _visit(search: _Search, group: Group, bound_s: float) -> None:
+    """Search a group unless it can neither win nor give an alternative."""
+    search.counts["groups"] += 1
+    if bound_s >= max(search.upper_bound_s, search.horizon_s):
+        search.counts["groups_pruned"] += 1
+        return
+    model = GroupModel(search.job, group, group.strategies, search.space)
+    if not model.space.unlike_stages:
+        _search_alike(search, group)
+        return
+    for layout in even_layouts(model, search.limits):
+        search.offer(layout, group)
     if bound_s < search.upper_bound_s:
-        search.num_solved += 1
-        joined = _join(table, search.job.num_layers, search.upper_bound_s, confirm=False)
+        search.counts["groups_solved"] += 1
+        problem = _problem(search, model, search.upper_bound_s)
+        joined = _joined(problem, search.upper_bound_s, "dp")
         if joined is not None:
-            search.offer(joined[0])
+            search.offer(joined[0], group)
 
 
-def _even_layouts(table: StageTable, value: Floats | None = None) -> Iterator[Layout]:
-    """For each strategy the layout that uses it in every stage, split so that the worst is best.
-
-    The worst stage is the slowest that fits; or the one with the largest `value` [K, S, R], whether
-    it fits or not.
-    """
-    if value is None:
-        value = np.where(table.feasible, table.stable_s, np.inf)
-    chosen = even_split(table, value)
-    position = np.arange(table.group.num_stages)
-    for strategy in np.flatnonzero(chosen[:, 0] >= 0):
-        at = (strategy, position, chosen[strategy])
-        step_s = step_time(table.group.num_micro_batches, table.stable_s[at], table.lone_s[at])
-        rows = [(int(row), int(strategy)) for row in chosen[strategy]]
-        yield _layout(table, rows, float(step_s))
+def _search_alike(search: _Search, group: Group) -> None:
+    """Every layout with stages alike."""
+    search.counts["groups_solved"] += 1
+    rows = np.arange(len(group.strategies))
+    away = offloading(search.job, group, search.space, rows)
+    model = GroupModel(search.job, group, group.strategies.joined(away), search.space)
+    search.counts["stages_evaluated"] += len(model.strategies)
+    for layout in alike_layouts(model, search.limits):
+        search.offer(layout, group)
 
 
-def _join(
-    table: StageTable, num_layers: int, upper_bound_s: float, *, confirm: bool
-) -> tuple[Layout, InterStageSolution] | None:
-    """The best mix of stages that beats the bound, from the frontiers of every stage."""
-    points = dict(_frontiers(table, upper_bound_s))
-    keys = tuple(points)
-    cells = tuple(
-        Cell(
-            stage=stage,
-            first=None if table.alike else int(table.first[row]),
-            count=int(table.count[row]),
-            stable_s=point.stable_s,
-            lone_s=point.lone_s,
-        )
-        for (stage, row), point in points.items()
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Problem:
+    """The inter-stage problem of a group, and what its cells' points stand for."""
+
+    problem: InterStageProblem
+    points: tuple[Points, ...]
+    model: GroupModel
+
+
+def _problem(search: _Search, base: GroupModel, upper_bound_s: float) -> _Problem:
+    """The frontiers of every stage, as the inter-stage problem."""
+    job, space, group = search.job, search.space, base.group
+    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
+    ranges = ranges.take(window(base, ranges, upper_bound_s))
+    away = offloading(job, group, space, _short_of_memory(base, ranges, search.limits))
+    model = base if not len(away) else _with(base, away, ranges, upper_bound_s)
+    cells, kept = [], []
+    for stage in range(group.num_stages):
+        for column, points, spare_s in _frontiers(search, model, stage, ranges, upper_bound_s):
+            kept.append(points)
+            cells.append(
+                Cell(
+                    stage=stage,
+                    first=None if ranges.alike else int(ranges.first[column]),
+                    count=int(ranges.count[column]),
+                    stable_s=points.stable_s,
+                    lone_s=points.lone_s,
+                    spare_s=spare_s,
+                )
+            )
     problem = InterStageProblem(
-        num_layers=num_layers,
-        num_stages=table.group.num_stages,
-        num_micro_batches=table.group.num_micro_batches,
-        cells=cells,
+        num_layers=job.num_layers,
+        num_stages=group.num_stages,
+        num_micro_batches=group.num_micro_batches,
+        cells=tuple(cells),
+        num_chunks=group.schedule.vpp,
     )
-    solution = solve(problem, method="both" if confirm else "dp")
-    if solution is None:
-        return None
-    chosen = [(keys[choice.cell], choice.point) for choice in solution.choices]
-    rows = [(key[1], int(points[key].choice[point])) for key, point in chosen]
-    return _layout(table, rows, solution.step_s), solution
+    search.counts["points"] += sum(len(points) for points in kept)
+    return _Problem(problem=problem, points=tuple(kept), model=model)
+
+
+def _short_of_memory(model: GroupModel, ranges: Ranges, limits: Limits) -> Ints:
+    """Strategies that somewhere do not fit as they are: the others need no offloading."""
+    group, level = model.group, model.space.levels[0]
+    short = np.zeros(len(model.strategies), dtype=np.bool_)
+    for stage in range(group.num_stages):
+        allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
+        first = next(iter(model.mixes(stage, ranges.take(allowed), limits)))
+        assert first.upper is level
+        short |= ~first.fits.all(axis=1)
+    return np.flatnonzero(short)
+
+
+def _with(base: GroupModel, away: Strategies, ranges: Ranges, upper_bound_s: float) -> GroupModel:
+    """A group with strategies that offload, without those that are too slow for any range."""
+    least, kinds = int(ranges.count.min(initial=0)), range(base.job.facts.num_kinds)
+    fastest_s = np.min(
+        [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in base.space.levels],
+        axis=0,
+    )
+    useful = base.group.num_micro_batches * least * fastest_s <= upper_bound_s
+    return GroupModel(base.job, base.group, base.strategies.joined(away.take(useful)), base.space)
 
 
 def _frontiers(
-    table: StageTable, upper_bound_s: float
-) -> Iterator[tuple[tuple[int, int], Frontier]]:
-    """Non-empty frontiers by (stage, range), without the points that alone exceed the bound."""
-    stable_s, lone_s = (
-        np.where(table.feasible, times, 0.0) for times in (table.stable_s, table.lone_s)
-    )
-    least_s = (table.group.num_micro_batches - 1) * stable_s + lone_s
-    useful = table.feasible & (least_s <= upper_bound_s)
-    for stage, row in np.argwhere(useful.any(axis=0)):
-        at = (slice(None), stage, row)
-        yield (
-            (int(stage), int(row)),
-            frontier(table.stable_s[at], table.lone_s[at], table.peak_bytes[at], useful[at]),
+    search: _Search, model: GroupModel, stage: int, ranges: Ranges, upper_bound_s: float
+) -> Iterator[tuple[int, Points, float]]:
+    """Non-empty frontiers of a stage by range, without points that alone exceed the bound."""
+    group = model.group
+    allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
+    weight_s = model.weight_s(stage, ranges)
+    table = stacked(list(model.mixes(stage, ranges, search.limits)), weight_s)
+    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
+    useful = table.fits & allowed & (least_s <= upper_bound_s)
+    search.counts["stages_evaluated"] += useful.size
+    zero_bubble = group.schedule.kind is ScheduleKind.ZERO_BUBBLE
+    for column in np.flatnonzero(useful.any(axis=0)):
+        points = table.frontier(int(column), useful[:, column])
+        yield int(column), points, 2 * float(weight_s[column]) if zero_bubble else 0.0
+
+
+def _joined(
+    problem: _Problem, upper_bound_s: float, method: Method
+) -> tuple[Layout, InterStageSolution] | None:
+    """The best mix of stages that beats the bound."""
+    solution = solve(problem.problem, upper_bound_s=upper_bound_s, method=method)
+    if solution is None:
+        return None
+    model = problem.model
+    picked = [
+        Picked(
+            count=problem.problem.cells[choice.cell].count,
+            num_devices=model.group.num_devices,
+            strategies=model.strategies,
+            points=problem.points[choice.cell],
+            point=choice.point,
         )
+        for choice in solution.choices
+    ]
+    return layout_of(model.group, picked), solution
 
 
-def _layout(table: StageTable, rows: Sequence[tuple[int, int]], step_s: float) -> Layout:
-    """Stages in order from (range, strategy) rows: each starts where the one before ends."""
-    stages, first, peaks = [], 0, []
-    for position, (row, strategy) in enumerate(rows):
-        at = (strategy, position, row)
-        count = int(table.count[row])
-        stages.append(
-            StageChoice(
-                first=first, count=count, strategy=strategy, num_full=int(table.num_full[at])
-            )
-        )
-        first += count
-        peaks.append(float(table.peak_bytes[at]))
-    return Layout(group=table.group, stages=tuple(stages), step_s=step_s, peak_bytes=max(peaks))
-
-
-def _prove(search: _Search, best: Layout) -> Tuned:
+def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tuned:
     """Confirm the winner's group with the mixed-integer program; pruned groups cannot beat it."""
-    table = stage_table(search.job, best.group, search.space, search.limit_bytes)
-    slack = 1.0 + 1e-9  # the bound is the winner itself: rounding must not cut it off
-    joined = _join(table, search.job.num_layers, best.step_s * slack, confirm=True)
-    assert joined is not None, "the winner vanished from its own group"
-    layout, solution = joined
+    layout, proven_s = best, best.step_s
+    assert search.best_group is not None
+    if expressible(search.space, search.job.platform.runtime).unlike_stages:
+        slack = 1.0 + 1e-9  # the bound is the winner itself: rounding must not cut it off
+        group = search.best_group
+        model = GroupModel(search.job, group, group.strategies, search.space)
+        problem = _problem(search, model, best.step_s * slack)
+        joined = _joined(problem, best.step_s * slack, method)
+        assert joined is not None, "the winner vanished from its own group"
+        layout, proven_s = joined[0], joined[1].lower_bound_s
     others = sorted(
         (other for kind, other in search.by_kind.items() if kind != layout.kind),
         key=lambda other: other.step_s,
     )
     return Tuned(
         best=layout,
-        lower_bound_s=solution.lower_bound_s,
-        gap=solution.gap,
+        lower_bound_s=min(proven_s, left_s, layout.step_s),
         others=tuple(others[: search.num_alternatives]),
-        statistics={
-            "groups": search.num_groups,
-            "groups_pruned": search.num_pruned,
-            "groups_solved": search.num_solved,
-            "stages_evaluated": search.num_stages,
-        },
+        statistics=search.counts,
     )
 
 
@@ -275,28 +291,31 @@ class Point:
     peak_bytes: float
 
 
-def landscape(
-    job: Job, space: SearchSpace, *, limit_bytes: float, within_s: float
-) -> Iterator[Point]:
+def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Point]:
     """Even layouts without, with just enough and with full recomputation, as far as `within_s`."""
-    for group in groups(job, space):
-        if _lower_bound(job, group) > within_s:
+    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
+    plain = replace(space, schedules=tuple(space.schedules[:1]))
+    for group in groups(job, plain):
+        if lower_bound_s(job, group) > within_s:
             continue
-        for checkpoint in ("none", "any", "full"):
-            allowed = replace(space, checkpoint=checkpoint)
-            table = stage_table(job, group, allowed, limit_bytes)
-            for layout in _even_layouts(table, table.stable_s):
+        whole = [(replace(space, levels=(level,)), anything) for level in space.levels]
+        for allowed, within in [*whole, (space, limits)]:
+            model = GroupModel(job, group, group.strategies, allowed)
+            for layout in even_layouts(model, within) if model.space.levels else ():
                 if layout.step_s <= within_s:
                     yield Point(step_s=layout.step_s, peak_bytes=layout.peak_bytes)
 
 
 def smallest_peak(job: Job, space: SearchSpace) -> Layout:
     """The layout whose fullest device holds least. Raises InputError when the space is empty."""
-    checkpoint = "none" if space.checkpoint == "none" else "full"
+    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
+    most = {name: (max(ratios),) for name, ratios in space.offload.items()}
     layouts: list[Layout] = []
     for group in groups(job, space):
-        table = stage_table(job, group, replace(space, checkpoint=checkpoint), math.inf)
-        layouts += _even_layouts(table, value=table.peak_bytes)
+        rows = np.arange(len(group.strategies))
+        away = offloading(job, group, replace(space, offload=most), rows)
+        model = GroupModel(job, group, group.strategies.joined(away), space)
+        layouts += even_layouts(model, anything, least="peak_bytes")
     if not layouts:
         raise InputError(_no_group_words(job, space))
     return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))
@@ -321,29 +340,4 @@ def _no_group_words(job: Job, space: SearchSpace) -> str:
     return (
         f"--global-batch {batch}: no (dp, micro-batch, micro-batches) factorises it on {num_gpus} "
         f"GPUs{restricted}. {advice}"
-    )
-
-
-def stage_plans(job: Job, layout: Layout) -> tuple[StagePlan, ...]:
-    """The stages of a layout as a plan writes them, devices in pipeline order."""
-    group = layout.group
-    return tuple(
-        StagePlan(
-            layers=((stage.first, stage.count),),
-            devices=(position * group.num_devices, group.num_devices),
-            dp=int(group.dp[stage.strategy]),
-            tp=int(group.tp[stage.strategy]),
-            sp=bool(group.tp[stage.strategy] > 1 and job.platform.runtime.knobs.sequence_parallel),
-            cp=1,
-            ep=1,
-            micro_batch=int(group.micro_batch[stage.strategy]),
-            zero=int(group.zero[stage.strategy]),  # type: ignore[arg-type]
-            head="eager",
-            memory={
-                MemoryLevel.EAGER: stage.count - stage.num_full,
-                MemoryLevel.FULL: stage.num_full,
-            },
-            offload=Offload(),
-        )
-        for position, stage in enumerate(layout.stages)
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mist.planfile import dump_plan
-from mist.spec import SearchSpace
+from mist.spaces import SearchSpace
 from mist.workflow.planning import make_plan
 from mist.workflow.question import Question
 

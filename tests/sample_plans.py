@@ -9,7 +9,7 @@ from mist.plans import (
     Alternative,
     ClusterRef,
     Estimate,
-    MemoryLevel,
+    Limits,
     ModelRef,
     Offload,
     OpCost,
@@ -20,10 +20,10 @@ from mist.plans import (
     StagePlan,
     Uncertainty,
 )
-from mist.spec import Attention, Optimizer, Precision, ScheduleKind, Workload
+from mist.spec import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
 from mist.units import GIB
 
-LIMIT_BYTES = 64.0 * GIB
+LIMITS = Limits(device_bytes=64.0 * GIB, host_bytes=32.0 * GIB)
 
 
 def stage_plan(first: int = 0, count: int = 8, device: int = 0, **changes: object) -> StagePlan:

@@ -13,7 +13,7 @@ from mist import cli
 from mist.errors import InputError
 from mist.planfile import dump_plan
 from mist.plans import Plan
-from mist.spec import SearchSpace
+from mist.spaces import SearchSpace
 from mist.workflow.checking import Checked
 
 

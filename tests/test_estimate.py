@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from mist.estimate import Job, estimate, make_job, model_flop
-from mist.plans import MemoryLevel, Offload, StagePlan
+from mist.plans import Offload, StagePlan
 from mist.platform.cluster import Collective
+from mist.spec import MemoryLevel
 from tests.toys import toy_graph, toy_job
 
 

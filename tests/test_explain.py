@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.explain import PART_NAMES, layout_words, losing_reason, overflow, step_parts
-from mist.plans import MemoryLevel
+from mist.spec import MemoryLevel
 from mist.symbolic.program import TIME_PARTS
 from mist.units import GIB
 from tests.sample_plans import estimate_of, stage_estimate, stage_plan

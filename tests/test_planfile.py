@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from mist.errors import InputError, OutputError, PlanError
 from mist.files import write_bytes, write_text
 from mist.planfile import dump_plan, load_plan, save_plan
-from mist.plans import MemoryLevel, Plan
+from mist.plans import Plan
+from mist.spec import MemoryLevel
 from tests.sample_plans import estimate_of, plans, sample_plan, stage_estimate, stage_plan
 
 Data = dict[str, object]

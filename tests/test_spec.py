@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from mist.errors import InputError
-from mist.spec import Precision, SearchSpace
+from mist.spaces import SearchSpace
+from mist.spec import Precision
 from tests.toys import toy_workload
 
 

@@ -190,8 +190,10 @@ def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
     )
 
 
-def toy_job(graph: ModelGraph | None = None, num_gpus: int = 8, **workload: int) -> Job:
-    """A toy model on a few H100s."""
-    platform = toy_platform(num_gpus)
+def toy_job(
+    graph: ModelGraph | None = None, num_gpus: int = 8, gpu: str = "h100-sxm", **workload: int
+) -> Job:
+    """A toy model on a few GPUs."""
+    platform = toy_platform(num_gpus, gpu)
     programs = compile_model(graph or toy_graph(), platform.runtime, Precision.BF16)
     return make_job(programs, platform, toy_workload(**workload))

@@ -12,32 +12,29 @@ and the pool of alternatives. With value = peak bytes it tells how close to fitt
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mist.pareto.table import Floats, StageTable
-
-Ints = NDArray[np.int64]
+from mist.pareto.space import Floats, Ints
+from mist.pareto.table import Ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Placed:
-    """Layer ranges at every place, ordered by end; `row` is the table's range that prices each."""
+    """Layer ranges at every place, ordered by end; `row` is the range that prices each."""
 
     first: Ints
     end: Ints
     row: Ints
-    num_layers: int
 
 
-def even_split(table: StageTable, value: Floats) -> Ints:
+def even_split(ranges: Ranges, num_layers: int, value: Floats) -> Ints:
     """The range of every stage under each strategy, shape [K, S]; a row of -1 where there is none.
 
     `value` [K, S, R], infinite where not allowed: its maximum over the stages is made least.
     """
-    placed = _placed(table)
-    starts = np.flatnonzero(np.diff(placed.end, prepend=-1))
     num_strategies, num_stages, _ = value.shape
-    best = np.full((num_stages + 1, num_strategies, placed.num_layers + 1), np.inf)
+    placed = _placed(ranges, num_layers)
+    starts = np.flatnonzero(np.diff(placed.end, prepend=-1))
+    best = np.full((num_stages + 1, num_strategies, num_layers + 1), np.inf)
     best[0, :, 0] = -np.inf
     for i in range(num_stages):
         worst = np.maximum(best[i][:, placed.first], value[:, i, placed.row])
@@ -48,25 +45,21 @@ def even_split(table: StageTable, value: Floats) -> Ints:
     return chosen
 
 
-def _placed(table: StageTable) -> _Placed:
+def _placed(ranges: Ranges, num_layers: int) -> _Placed:
     """Ranges in place: as they are, or every shift of them where all layers are alike."""
-    num_layers = int(table.count.max()) + table.group.num_stages - 1
-    first, count, row = table.first, table.count, np.arange(len(table.count))
-    if table.alike:
-        shifts = np.arange(num_layers)
-        grid = np.meshgrid(shifts, row, indexing="ij")
+    first, count, row = ranges.first, ranges.count, np.arange(len(ranges))
+    if ranges.alike:
+        grid = np.meshgrid(np.arange(num_layers), row, indexing="ij")
         first, row = (axis.ravel() for axis in grid)
-        count = table.count[row]
+        count = ranges.count[row]
     inside = np.flatnonzero(first + count <= num_layers)
     order = inside[np.argsort((first + count)[inside], kind="stable")]
-    return _Placed(
-        first=first[order], end=(first + count)[order], row=row[order], num_layers=num_layers
-    )
+    return _Placed(first=first[order], end=(first + count)[order], row=row[order])
 
 
 def _backtrack(placed: _Placed, best: Floats, value: Floats) -> Ints:
     """The ranges behind best[S, L]: `best` [S + 1, L + 1] and `value` [S, R] of one strategy."""
-    num_stages, boundary = len(value), placed.num_layers
+    num_stages, boundary = len(value), best.shape[1] - 1
     rows = np.empty(num_stages, dtype=np.int64)
     for i in reversed(range(num_stages)):
         ending = np.flatnonzero(placed.end == boundary)

@@ -1,127 +1,311 @@
-"""Every stage that a group allows, as arrays over [strategy, position, layer range].
+"""Every stage that a group allows, one position of the pipeline at a time.
 
-Times rise with the number of recomputed layers, while the peak falls with it (beyond the first,
-which adds the working set of a recomputation): so of all numbers of recomputed layers only the
-smallest that fits can be on a frontier, and bisection finds it. (Where unlike layers follow each
-other the peak may rise again by an activation or two as recomputation reaches a wider one; then a
-layer more than needed may be recomputed. What fits is always checked, never inferred.)
+A stage of l layers has them at one memory level, or the first l - c at one and the last c at a
+deeper one. Per strategy, layer range and pair of levels, both times are straight lines in c, and
+memory falls with c (beyond the first layer, which adds the working set of a recomputation). So
+
+    both times rise with c     the least c that fits                          (found by bisection)
+    both fall                  all layers at the deeper level, which is a mix of its own
+    one rises, one falls       every c from the least that fits on
+
+and nothing else can be on a frontier. Where unlike layers follow each other the peak may rise again
+by an activation or two as recomputation reaches a wider one; then a layer more than needed may be
+recomputed. What fits is always checked, never inferred.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mist.estimate import Job, count_columns, position_columns
-from mist.pareto.space import Group, Ints
-from mist.spec import SearchSpace
-
-Floats = NDArray[np.float64]
+from mist.estimate import Job, position_columns
+from mist.pareto.lines import LEVELS, StageLines
+from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
+from mist.plans import Limits
+from mist.spaces import SearchSpace
+from mist.spec import MemoryLevel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageTable:
-    """Stages of a group. Axes: K strategies, S positions, R layer ranges.
+class Ranges:
+    """Layer ranges [R]; where all layers are alike one stands for all with its count, `alike`."""
 
-    `first`, `count` [R]: the ranges; where all layers are alike one range stands for all with its
-    count, and `alike` is set. `num_full` [K, S, R]: recomputed layers, the fewest that fit.
-    `stable_s`, `lone_s` (seconds), `peak_bytes` [K, S, R]: infinite where a range does not leave
-    enough layers for the other stages. `feasible` [K, S, R]: fits the limit, too.
-    """
-
-    group: Group
-    alike: bool
     first: Ints
     count: Ints
-    num_full: Ints
+    alike: bool
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+    def take(self, rows: NDArray[np.bool_]) -> "Ranges":
+        """Some of them."""
+        return replace(self, first=self.first[rows], count=self.count[rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Mixes:
+    """Stages with layers at `upper` and the last `num_lower` at `lower`: arrays [K, R].
+
+    `row`: the strategy of each k. Times in s. `fits`: within the limits, and `num_lower` possible.
+    """
+
+    upper: MemoryLevel
+    lower: MemoryLevel
+    row: Ints
+    num_lower: Ints
     stable_s: Floats
     lone_s: Floats
     peak_bytes: Floats
-    feasible: NDArray[np.bool_]
+    host_bytes: Floats
+    fits: NDArray[np.bool_]
 
 
-def stage_table(job: Job, group: Group, space: SearchSpace, limit_bytes: float) -> StageTable:
-    """Evaluate every stage of a group; `limit_bytes` is what a device may hold."""
-    alike = job.facts.num_kinds == 1
-    first, count = _ranges(job.num_layers, group.num_stages, alike)
-    model = _StageModel(job, group, first, count)
-    shape = (group.num_strategies, group.num_stages, len(count))
-    num_full = _fewest_that_fit(model, np.broadcast_to(count, shape), space, limit_bytes)
-    stage = model(num_full)
-    placed = _leaves_enough(job.num_layers, group.num_stages, first, count, alike)
-    columns = {name: np.where(placed, column, np.inf) for name, column in stage.items()}
-    return StageTable(
-        group=group,
-        alike=alike,
-        first=first,
-        count=count,
-        num_full=num_full,
-        feasible=columns["peak_bytes"] <= limit_bytes,
-        stable_s=columns["stable_s"],
-        lone_s=columns["lone_s"],
-        peak_bytes=columns["peak_bytes"],
-    )
-
-
-class _StageModel:
-    """The compiled search formulas with everything fixed but the number of recomputed layers."""
-
-    def __init__(self, job: Job, group: Group, first: Ints, count: Ints) -> None:
-        terms = group.columns(job)
-        starts = np.arange(group.num_stages) * group.num_devices
-        devices = np.stack([starts, np.full_like(starts, group.num_devices)], axis=-1)
-        position = position_columns(job, devices, group.num_micro_batches)
-        self._job, self._first, self._count = job, first, count
-        self._fixed: dict[str, ArrayLike] = {
-            name: column[:, None, None] for name, column in terms.items()
-        }
-        self._fixed |= {name: np.asarray(column)[:, None] for name, column in position.items()}
-
-    def __call__(self, num_full: Ints) -> dict[str, Floats]:
-        """stable_s, lone_s, peak_bytes, ... of shape [K, S, R] for `num_full` of that shape."""
-        levels = (self._count - num_full, 0, num_full)
-        counts = count_columns(self._job, self._first, levels)
-        return self._job.cost.search({**self._fixed, **counts})
-
-
-def _ranges(num_layers: int, num_stages: int, alike: bool) -> tuple[Ints, Ints]:
-    """Layer ranges that leave one layer for each other stage."""
-    longest = num_layers - num_stages + 1
-    if alike:
-        count = np.arange(1, longest + 1)
-        return np.zeros_like(count), count
-    grid = np.meshgrid(np.arange(num_layers), np.arange(1, longest + 1), indexing="ij")
+def layer_ranges(job: Job, num_stages: int, *, least: int = 1) -> Ranges:
+    """Ranges of at least `least` layers that leave as many for each other stage."""
+    num_layers = job.num_layers
+    longest = num_layers - least * (num_stages - 1)
+    counts = np.arange(least, longest + 1)
+    if job.facts.num_kinds == 1:
+        return Ranges(first=np.zeros_like(counts), count=counts, alike=True)
+    grid = np.meshgrid(np.arange(num_layers), counts, indexing="ij")
     first, count = (axis.ravel() for axis in grid)
     inside = first + count <= num_layers
-    return first[inside], count[inside]
+    return Ranges(first=first[inside], count=count[inside], alike=False)
 
 
-def _leaves_enough(
-    num_layers: int, num_stages: int, first: Ints, count: Ints, alike: bool
-) -> NDArray[np.bool_]:
-    """Position i needs i layers before it and S - 1 - i behind it. Shape [S, R]."""
-    stage = np.arange(num_stages)[:, None]
-    if alike:
-        return np.ones((num_stages, len(count)), dtype=np.bool_)
-    behind = num_layers - first - count
-    starts = np.where(stage == 0, first == 0, first >= stage)
-    ends = np.where(stage == num_stages - 1, behind == 0, behind >= num_stages - 1 - stage)
-    return np.asarray(starts & ends)
+def placed(ranges: Ranges, num_layers: int, num_stages: int, stage: int) -> NDArray[np.bool_]:
+    """Which ranges `stage` may take: it leaves i layers before it and S - 1 - i behind, [R]."""
+    if ranges.alike:
+        return np.ones(len(ranges), dtype=np.bool_)
+    behind = num_layers - ranges.first - ranges.count
+    starts = ranges.first == 0 if stage == 0 else ranges.first >= stage
+    last = stage == num_stages - 1
+    return np.asarray(starts & (behind == 0 if last else behind >= num_stages - 1 - stage))
 
 
-def _fewest_that_fit(
-    model: _StageModel, count: Ints, space: SearchSpace, limit_bytes: float
-) -> Ints:
-    """The smallest number of recomputed layers whose peak fits, or all of them where none does."""
-    if space.checkpoint == "full":
-        return count
-    none = np.zeros_like(count)
-    if space.checkpoint == "none":
-        return none
-    fits_without = model(none)["peak_bytes"] <= limit_bytes
-    low, high = np.ones_like(count), np.array(count)
-    while (low < high).any():
-        middle = (low + high) // 2
-        fits = model(middle)["peak_bytes"] <= limit_bytes
-        low, high = np.where(fits, low, np.minimum(middle + 1, high)), np.where(fits, middle, high)
-    return np.where(fits_without, none, high)
+class GroupModel:
+    """A group's strategies and stage formulas, position by position."""
+
+    def __init__(self, job: Job, group: Group, strategies: Strategies, space: SearchSpace) -> None:
+        """`strategies`: priced."""
+        self.job, self.group, self.strategies = job, group, strategies
+        self.space = expressible(space, job.platform.runtime)
+        starts = np.arange(group.num_stages) * group.num_devices
+        devices = np.stack([starts, np.full_like(starts, group.num_devices)], axis=-1)
+        self._positions = position_columns(job, devices, group.num_micro_batches, group.schedule)
+        self._lines: dict[tuple[int, ...], StageLines] = {}
+
+    def lines(self, stage: int) -> tuple[StageLines, float]:
+        """The lines at a position, and its micro-batches in flight."""
+        position = {name: np.asarray(column)[stage] for name, column in self._positions.items()}
+        in_flight = float(position.pop("in_flight"))
+        key = tuple(int(value) for value in position.values())
+        if key not in self._lines:
+            self._lines[key] = StageLines.of(self.job, self.strategies.terms, _scalars(position))
+        return self._lines[key], in_flight
+
+    def weight_s(self, stage: int, ranges: Ranges) -> Floats:
+        """Seconds of gradients of weights, [R], of the first strategy.
+
+        They count where stages are alike in dp and tp, and then all strategies have the same.
+        """
+        lines, _ = self.lines(stage)
+        kinds = kinds_of(self.job, ranges)
+        each = np.array([lines.rise("weight_s", kind, 0.0)[0] for kind in range(len(kinds))])
+        return np.asarray(lines.base("weight_s", 0.0)[0] + each @ kinds)
+
+    def mixes(self, stage: int, ranges: Ranges, limits: Limits) -> Iterator[Mixes]:
+        """Every mix of levels at a position, for all strategies and ranges."""
+        position = self._position(stage, ranges, limits)
+        for level in self.space.levels:
+            yield position.whole(level)
+        if self.space.some_layers:
+            for upper, lower in combinations(self.space.levels, 2):
+                yield from position.mixed(upper, lower)
+
+    def least(
+        self, stage: int, ranges: Ranges, limits: Limits, upper: MemoryLevel, lower: MemoryLevel
+    ) -> Ints:
+        """The least number of lower layers that fits, [K, R]; 0 where the levels are one."""
+        if upper is lower:
+            return np.zeros((len(self.strategies), len(ranges)), dtype=np.int64)
+        return self._position(stage, ranges, limits).least(upper, lower)
+
+    def mix(  # noqa: PLR0913 - a position and a mix
+        self,
+        stage: int,
+        ranges: Ranges,
+        limits: Limits,
+        upper: MemoryLevel,
+        lower: MemoryLevel,
+        *,
+        num_lower: Ints,
+    ) -> Mixes:
+        """One mix with these numbers of lower layers, [K, R]."""
+        rows = np.arange(len(self.strategies))
+        return self._position(stage, ranges, limits).mix(upper, lower, rows, num_lower)
+
+    def _position(self, stage: int, ranges: Ranges, limits: Limits) -> "_Position":
+        lines, in_flight = self.lines(stage)
+        return _Position(self.job, lines, in_flight, ranges, limits)
+
+
+_Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
+
+
+def _scalars(position: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
+    return {name: float(np.asarray(value)) for name, value in position.items()}
+
+
+def kinds_of(job: Job, ranges: Ranges) -> Ints:
+    """Layers of each kind in each range, [Q, R]."""
+    stop = ranges.first + ranges.count
+    return np.stack([prefix[stop] - prefix[ranges.first] for prefix in job.kind_prefix])
+
+
+class _Position:
+    """All mixes at one position: straight lines in the layers of each kind and level."""
+
+    def __init__(
+        self, job: Job, lines: StageLines, in_flight: float, ranges: Ranges, limits: Limits
+    ) -> None:
+        self._job, self._lines, self._in_flight = job, lines, in_flight
+        self._ranges, self._limits = ranges, limits
+        self._kinds = kinds_of(job, ranges)
+        self._row = np.arange(len(lines.start["stable_s"]))
+
+    def whole(self, level: MemoryLevel) -> Mixes:
+        """All layers at one level."""
+        none = np.zeros((len(self._row), len(self._ranges)), dtype=np.int64)
+        return self.mix(level, level, self._row, none)
+
+    def mixed(self, upper: MemoryLevel, lower: MemoryLevel) -> Iterator[Mixes]:
+        """Some layers at each of two levels, where both times do not fall together."""
+        rises = np.stack([self._differs(name, upper, lower) for name in ("stable_s", "lone_s")])
+        rising, falling = (rises >= 0).all(axis=(0, 1)), (rises <= 0).all(axis=(0, 1))
+        least = self.least(upper, lower)
+        rows = np.flatnonzero(rising | ~falling)
+        if rows.size:
+            yield self.mix(upper, lower, rows, least[rows])
+        open_rows = np.flatnonzero(~rising & ~falling)
+        further = least[open_rows] + 1
+        while open_rows.size and (further < self._ranges.count).any():
+            yield self.mix(upper, lower, open_rows, further)
+            further = further + 1
+
+    def _differs(self, name: str, upper: MemoryLevel, lower: MemoryLevel) -> Floats:
+        """How much a layer of each kind takes more at the lower level, [Q, K]."""
+        return np.stack(
+            [
+                self._rise(name, lower, kind) - self._rise(name, upper, kind)
+                for kind in range(len(self._kinds))
+            ]
+        )
+
+    def _rise(self, name: str, level: MemoryLevel, kind: int) -> Floats:
+        row = LEVELS.index(level) * len(self._kinds) + kind
+        return self._lines.rise(name, row, self._in_flight)
+
+    def least(self, upper: MemoryLevel, lower: MemoryLevel) -> Ints:
+        """The least number of lower layers, 1 to count - 1, that fits; count - 1 if none does."""
+        low, high = self._bracket(upper, lower)
+        while (low < high).any():
+            middle = (low + high) // 2
+            fits = self._fits(*self._bytes(self._parts(upper, lower, middle), self._row))
+            low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
+            low = np.minimum(low, high)
+        return high
+
+    def _bracket(self, upper: MemoryLevel, lower: MemoryLevel) -> tuple[Ints, Ints]:
+        """Where the least number of lower layers lies, both ends included, [K, R].
+
+        Layers that are alike save the same each: a division tells, but for its rounding.
+        """
+        last = np.maximum(self._ranges.count - 1, 1)
+        one = np.ones((len(self._row), len(self._ranges)), dtype=np.int64)
+        last = np.broadcast_to(last, one.shape)
+        if len(self._kinds) > 1:
+            return one, last
+        limits = (self._limits.device_bytes, self._limits.host_bytes)
+        held = self._bytes(self._parts(upper, lower, one), self._row)
+        guess = np.zeros(one.shape)
+        for name, limit, size in zip(("peak_bytes", "host_bytes"), limits, held, strict=True):
+            saved = -self._differs(name, upper, lower)[0][:, None]
+            over = size - limit
+            with np.errstate(divide="ignore", invalid="ignore"):
+                more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
+            guess = np.maximum(guess, more)
+        around = np.ceil(np.minimum(guess, last)).astype(np.int64)
+        return np.clip(around, 1, last), np.clip(around + 2, 1, last)
+
+    def mix(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints, num_lower: Ints) -> Mixes:
+        """What stages with these mixes cost; `num_lower` [len(rows), R]."""
+        parts = self._parts(upper, lower, num_lower)
+        peak_bytes, host_bytes = self._bytes(parts, rows)
+        stable_s, lone_s = (
+            self._lines.base(name, self._in_flight)[rows, None] + self._sum(name, parts, rows)
+            for name in ("stable_s", "lone_s")
+        )
+        inside = (num_lower > 0) & (num_lower < self._ranges.count)
+        possible = inside if upper is not lower else num_lower == 0
+        return Mixes(
+            upper=upper,
+            lower=lower,
+            row=rows,
+            num_lower=num_lower,
+            stable_s=stable_s,
+            lone_s=lone_s,
+            peak_bytes=peak_bytes,
+            host_bytes=host_bytes,
+            fits=self._fits(peak_bytes, host_bytes) & possible,
+        )
+
+    def _fits(self, peak_bytes: Floats, host_bytes: Floats) -> NDArray[np.bool_]:
+        limits = self._limits
+        return (peak_bytes <= limits.device_bytes) & (host_bytes <= limits.host_bytes)
+
+    def _parts(self, upper: MemoryLevel, lower: MemoryLevel, num_lower: Ints) -> _Parts:
+        """Layers of each kind at the two levels, the last `num_lower` of a range at the lower."""
+        num_lower = np.minimum(num_lower, self._ranges.count)
+        stop = self._ranges.first + self._ranges.count
+        last = [num_lower]
+        if len(self._kinds) > 1:
+            last = [prefix[stop] - prefix[stop - num_lower] for prefix in self._job.kind_prefix]
+        above = [kinds - below for kinds, below in zip(self._kinds, last, strict=True)]
+        return ((upper, above), (lower, last)) if upper is not lower else ((upper, above),)
+
+    def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
+        """Peak on the device and bytes in host memory."""
+        peak_bytes = self._sum("peak_bytes", parts, rows) + self._peak_base(parts, rows)
+        host_bytes = self._lines.base("host_bytes", self._in_flight)[rows, None]
+        return peak_bytes, host_bytes + self._sum("host_bytes", parts, rows)
+
+    def _sum(self, name: str, parts: _Parts, rows: Ints) -> Floats:
+        """Sum over kinds and levels of layers times their line."""
+        total = np.zeros(1)
+        for level, kinds in parts:
+            for kind, layers in enumerate(kinds):
+                total = total + layers * self._rise(name, level, kind)[rows, None]
+        return total
+
+    def _peak_base(self, parts: _Parts, rows: Ints) -> Floats:
+        """The part of the peak that depends on which kinds and levels a stage has at all."""
+        num_kinds = len(self._kinds)
+        bits = [
+            (1 << (LEVELS.index(level) * num_kinds + kind), layers)
+            for level, kinds in parts
+            for kind, layers in enumerate(kinds)
+        ]
+        if num_kinds == 1:  # every possible mix has a layer at each of its levels
+            return self._lines.peak_base(sum(bit for bit, _ in bits), self._in_flight)[rows, None]
+        shape = (len(rows), len(self._ranges))
+        present = sum(np.where(layers > 0, bit, 0) for bit, layers in bits)
+        present = np.broadcast_to(present, shape)
+        base = np.empty(shape)
+        for each in np.unique(present):
+            at = present == each
+            line = self._lines.peak_base(int(each), self._in_flight)[rows, None]
+            base[at] = np.broadcast_to(line, shape)[at]
+        return base

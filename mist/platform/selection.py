@@ -56,6 +56,10 @@ class Platform:
             )
         return self.usable_bytes * (1.0 - margin)
 
+    def planned_host_bytes(self, margin: float) -> float:
+        """Bytes of its node's memory that each rank may use: an equal share, less the margin."""
+        return self.cluster.host_memory_bytes.value * (1.0 - margin) / self.gpus_per_node
+
     @property
     def step_uncertainty_ratio(self) -> float:
         """Expected relative error of a step time."""

@@ -1,19 +1,20 @@
 """A plan or a judged layout, for people (tables) and for tools (one JSON object)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from mist.explain import PART_NAMES, step_parts
-from mist.plans import Estimate, Plan
+from mist.plans import Estimate, Limits, Plan, StagePlan
 from mist.report.tables import say, say_note, show
+from mist.spec import MemoryLevel
 from mist.units import format_bytes, format_count, format_seconds
 
 
-def print_plan(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> None:
+def print_plan(plan: Plan, limits: Limits, notes: Sequence[str]) -> None:
     """Layout, prediction with its parts, memory against the limit, and why other layouts lose."""
     _print_head(plan)
     _print_stages(plan)
-    _print_memory(plan.estimate, limit_bytes)
+    _print_memory(plan.estimate, limits)
     _print_alternatives(plan)
     _print_op_costs(plan.estimate)
     for note in (*notes, *plan.estimate.extrapolated):
@@ -22,20 +23,22 @@ def print_plan(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> None:
 
 
 def print_check(
-    plan: Plan, limit_bytes: float, notes: Sequence[str], suggestions: Sequence[str]
+    plan: Plan, limits: Limits, notes: Sequence[str], suggestions: Sequence[str]
 ) -> None:
     """The verdict first, then the same tables, then what would help."""
     estimate = plan.estimate
     peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
-    room = limit_bytes - peak_bytes
+    room = limits.device_bytes - peak_bytes
     verdict = "FITS, with" if room >= 0 else "DOES NOT FIT: over by"
     tail = "to spare" if room >= 0 else ""
     say(f"{verdict} {format_bytes(abs(room))} {tail}".rstrip() + f" ({_interval(estimate)})")
+    if (host_room := _host_room(estimate, limits)) < 0:
+        say(f"DOES NOT FIT in host memory: over by {format_bytes(-host_room)} per GPU.")
     if room < 0 and peak_bytes <= estimate.stages[0].usable_bytes:
         say("It stays below what the device reports, but runs that close to it crawl or fail.")
     _print_head(plan)
     _print_stages(plan)
-    _print_memory(estimate, limit_bytes)
+    _print_memory(estimate, limits)
     _print_op_costs(estimate)
     for note in (*notes, *estimate.extrapolated):
         say_note(note)
@@ -50,18 +53,20 @@ def plan_json(plan: Plan, seconds: Mapping[str, float], notes: Sequence[str]) ->
     return {**asdict(plan), "seconds": spent, "notes": list(notes)}
 
 
-def check_json(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> dict[str, object]:
+def check_json(plan: Plan, limits: Limits, notes: Sequence[str]) -> dict[str, object]:
     """The verdict, the prediction, and for each stage its peak, usable bytes, and parts of time.
 
-    `margin_bytes` = `limit_bytes` (usable less the margin) - the largest peak; `parts`: bytes of
+    `fits`: on the device, and what is offloaded in host memory. `margin_bytes` = `limit_bytes`
+    (usable less the margin) - the largest peak; `parts`: bytes of
     the peak by name; `time_parts_s`: seconds of `stable_s` by name.
     """
     estimate = plan.estimate
-    margin_bytes = limit_bytes - max(stage.peak_bytes for stage in estimate.stages)
+    margin_bytes = limits.device_bytes - max(stage.peak_bytes for stage in estimate.stages)
     return {
-        "fits": margin_bytes >= 0,
+        "fits": margin_bytes >= 0 and _host_room(estimate, limits) >= 0,
         "margin_bytes": round(margin_bytes),
-        "limit_bytes": round(limit_bytes),
+        "limit_bytes": round(limits.device_bytes),
+        "host_limit_bytes": round(limits.host_bytes),
         "step_s": estimate.step_s,
         "tokens_per_s": estimate.tokens_per_s,
         "mfu": estimate.mfu,
@@ -69,6 +74,7 @@ def check_json(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> dict[str
         "stages": [
             {
                 "peak_bytes": stage.peak_bytes,
+                "host_bytes": stage.host_bytes,
                 "usable_bytes": stage.usable_bytes,
                 "parts": stage.memory_parts_bytes,
                 "stable_s": stage.stable_s,
@@ -84,6 +90,11 @@ def check_json(plan: Plan, limit_bytes: float, notes: Sequence[str]) -> dict[str
     }
 
 
+def _host_room(estimate: Estimate, limits: Limits) -> float:
+    """What the share of host memory leaves on the rank that keeps most there."""
+    return limits.host_bytes - max(stage.host_bytes for stage in estimate.stages)
+
+
 def _print_head(plan: Plan) -> None:
     estimate, workload, cluster = plan.estimate, plan.workload, plan.cluster
     say(
@@ -94,6 +105,9 @@ def _print_head(plan: Plan) -> None:
         f"sequence {workload.seq_len}, global batch {workload.global_batch}, {workload.precision}, "
         f"{workload.optimizer}, attention {workload.attention}"
     )
+    if len(plan.stages) > 1:
+        chunks = f", {plan.schedule.vpp} chunks per stage" if plan.schedule.vpp > 1 else ""
+        say(f"schedule {plan.schedule.kind}{chunks}")
     calibrated = "calibrated" if estimate.uncertainty.calibrated else "not calibrated"
     say(
         f"predicted: {format_seconds(estimate.step_s)} per step "
@@ -125,7 +139,8 @@ def _print_stages(plan: Plan) -> None:
                 f"{stage.tp}{'+sp' if stage.sp else ''}",
                 str(stage.zero),
                 f"{stage.micro_batch} x{plan.num_micro_batches}",
-                f"{stage.num_full} of {stage.num_layers}",
+                _recomputed(stage),
+                _offloaded(stage),
                 format_seconds(judged.stable_s),
                 format_seconds(judged.delta_s),
                 times,
@@ -139,6 +154,7 @@ def _print_stages(plan: Plan) -> None:
         "zero",
         "micro-batch",
         "recomputed",
+        "offloaded",
         "micro-step",
         "+ per step",
         "of a micro-step",
@@ -146,8 +162,19 @@ def _print_stages(plan: Plan) -> None:
     show("Stages (predicted times; + per step: first and last micro-batch)", header, rows)
 
 
-def _print_memory(estimate: Estimate, limit_bytes: float) -> None:
-    rows = []
+def _recomputed(stage: StagePlan) -> str:
+    some = stage.num_at(MemoryLevel.SELECTIVE)
+    words = f"{stage.num_full} of {stage.num_layers}"
+    return f"{words}, {some} selectively" if some else words
+
+
+def _offloaded(stage: StagePlan) -> str:
+    ratios = {item.name: getattr(stage.offload, item.name) for item in fields(stage.offload)}
+    return ", ".join(f"{name} {ratio:.0%}" for name, ratio in ratios.items() if ratio) or "-"
+
+
+def _print_memory(estimate: Estimate, limits: Limits) -> None:
+    rows, limit_bytes = [], limits.device_bytes
     for index, stage in enumerate(estimate.stages):
         parts = (format_bytes(size) for size in stage.memory_parts_bytes.values())
         rows.append(
@@ -165,6 +192,11 @@ def _print_memory(estimate: Estimate, limit_bytes: float) -> None:
         f"A plan may use {format_bytes(limit_bytes)}: the usable {format_bytes(usable_bytes)} "
         f"less a margin of {1 - limit_bytes / usable_bytes:.0%}."
     )
+    if any(stage.host_bytes for stage in estimate.stages):
+        held = ", ".join(format_bytes(stage.host_bytes) for stage in estimate.stages)
+        say(
+            f"In host memory per GPU: {held}, of {format_bytes(limits.host_bytes)} that it may use."
+        )
 
 
 def _print_alternatives(plan: Plan) -> None:

@@ -7,9 +7,8 @@ from sympy import Basic, Expr
 from sympy.printing.numpy import NumPyPrinter
 
 from mist.graph import B, Block, ModelGraph, S, T
-from mist.plans import MemoryLevel
 from mist.platform import Runtime
-from mist.spec import Precision
+from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.program import ModelPrograms, Program
 from mist.symbolic.stage import StageCost, stage_cost

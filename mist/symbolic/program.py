@@ -94,6 +94,10 @@ class StageModel:
         """`term_*` columns of strategies given as b, s, t, dp, dp_per_node, zero, offload_*."""
         return self.block_terms({**strategy, **self.costs(strategy)})
 
+    def search_terms_of(self, strategy: Columns) -> dict[str, Column]:
+        """The same, of what `search` needs."""
+        return self.search_terms({**strategy, **self.costs(strategy)})
+
 
 def stage_model(programs: ModelPrograms, costs: OpCosts) -> StageModel:
     """Bind a model's programs to what operations cost on a platform."""

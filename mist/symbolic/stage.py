@@ -22,9 +22,8 @@ import sympy
 from sympy import Expr
 
 from mist.graph import ModelGraph, T
-from mist.plans import MemoryLevel
 from mist.platform.runtime import Runtime
-from mist.spec import Precision
+from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
 from mist.symbolic.program import TIME_PARTS

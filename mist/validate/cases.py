@@ -7,6 +7,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Final
 
+from mist.plans import layers_by_cost
 from mist.platform.profiles import (
     Loaded,
     find_calibration,
@@ -17,7 +18,7 @@ from mist.platform.profiles import (
 from mist.platform.runtime import Runtime
 from mist.spec import Precision
 from mist.trace import ConfigSource, Setting
-from mist.validate.layouts import RunLayout, layers_by_cost, layout_of
+from mist.validate.layouts import RunLayout, layout_of
 from mist.validate.models import Unsupported, architecture_of
 from mist.validate.predict import Case, Machine
 from mist.validate.runs import Run, StageRun, Stages

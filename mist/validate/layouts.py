@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from mist.plans import MemoryLevel, even_layers
+from mist.plans import even_layers
+from mist.spec import MemoryLevel
 from mist.validate.models import Unsupported
 from mist.validate.runs import Run
 
@@ -107,22 +108,3 @@ def _num_micro_batches(run: Run) -> int:
     if run.global_batch is None:
         raise Unsupported("neither grad_accum nor global_batch given")
     return max(run.global_batch // (run.dp * run.micro_batch), 1)
-
-
-def layers_by_cost(
-    num_layers: int, num_stages: int, *, layer_cost: float, ends: Sequence[float]
-) -> tuple[int, ...]:
-    """Layers of each stage when blocks are dealt out by cost: embedding, layers, head in order.
-
-    A stage is closed when the cost so far reaches its share of the total (nanotron 0.5,
-    src/nanotron/models/base.py). `ends`: cost of the embedding and of the head.
-    """
-    embedding, head = ends
-    total = embedding + num_layers * layer_cost + head
-    counts, spent, stage = [0] * num_stages, embedding, 0
-    for _ in range(num_layers):
-        counts[stage] += 1
-        spent += layer_cost
-        if spent >= total * (stage + 1) / num_stages and stage < num_stages - 1:
-            stage += 1
-    return tuple(counts)

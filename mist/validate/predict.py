@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import rank_columns, stage_columns
-from mist.plans import MemoryLevel
 from mist.platform import Cluster, Device, OpCosts, Runtime
 from mist.schedule import in_flight, step_time
-from mist.spec import Precision, ScheduleKind
+from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 from mist.validate.layouts import RunLayout
 

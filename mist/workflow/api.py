@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, Unpack
 from mist.errors import InputError, did_you_mean
 from mist.plans import Plan
 from mist.programs import Progress, quiet
-from mist.spec import Attention, Precision, SearchSpace
+from mist.spaces import SearchSpace
+from mist.spec import Attention, Precision
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
 from mist.workflow.planning import make_plan
 from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question

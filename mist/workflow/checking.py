@@ -1,25 +1,39 @@
 """`mist check`: judge a plan file or a layout written by hand, and say what would help."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
 from mist.planfile import load_plan
-from mist.plans import MemoryLevel, Offload, Plan, StagePlan, even_layers
+from mist.plans import Estimate, Limits, Offload, Plan, Schedule, StagePlan, even_layers
 from mist.programs import Progress, quiet
 from mist.rules import broken
+from mist.spec import MemoryLevel, ScheduleKind
 from mist.units import format_bytes, format_seconds
 from mist.workflow.matching import plan_against
-from mist.workflow.question import OBJECT, Question, limit_of, prepare, unsearched_plan
+from mist.workflow.question import (
+    OBJECT,
+    Made,
+    Question,
+    limits_of,
+    prepare,
+    unsearched_plan,
+)
+
+CHECKPOINTS: Final = MappingProxyType(
+    {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandLayout:
     """A layout as a user types it, the same for all stages.
 
-    `checkpoint`: "none", "full", or how many layers of each stage are recomputed.
+    `checkpoint`: "none", "selective", "full", or how many layers of each stage are recomputed.
     """
 
     tp: int = 1
@@ -27,24 +41,36 @@ class HandLayout:
     zero: int = 0
     micro_batch: int = 1
     checkpoint: str = "none"
+    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    vpp: int = 1
+    offload: Offload = Offload()
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "micro_batch"):
+        for name in ("tp", "pp", "micro_batch", "vpp"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} is not a positive number.")
         if self.zero not in range(4):
             raise InputError(f"--zero {self.zero} is not a ZeRO level (0, 1, 2 or 3).")
-        if self.checkpoint not in ("none", "full") and not self.checkpoint.isdecimal():
+        if self.checkpoint not in CHECKPOINTS and not self.checkpoint.isdecimal():
             raise InputError(
-                f"--checkpoint {self.checkpoint} is neither none, full nor a number of layers."
+                f"--checkpoint {self.checkpoint} is neither none, selective, full "
+                "nor a number of layers."
+            )
+        if (self.vpp > 1) is not (self.schedule is ScheduleKind.INTERLEAVED):
+            raise InputError(
+                f"--schedule {self.schedule} with --vpp {self.vpp}: interleaved takes 2 or more "
+                "chunks per stage, the others 1."
             )
 
-    def num_full(self, num_layers: int) -> int:
-        """Recomputed layers of a stage of `num_layers`."""
-        if self.checkpoint in ("none", "full"):
-            return num_layers if self.checkpoint == "full" else 0
-        return min(int(self.checkpoint), num_layers)
+    def memory(self, num_layers: int) -> dict[MemoryLevel, int]:
+        """Layers of a stage of `num_layers` at each memory level."""
+        if self.checkpoint in CHECKPOINTS:
+            level = CHECKPOINTS[self.checkpoint]
+            return {each: num_layers if each is level else 0 for each in MemoryLevel}
+        full = min(int(self.checkpoint), num_layers)
+        counts = {MemoryLevel.EAGER: num_layers - full, MemoryLevel.FULL: full}
+        return dict.fromkeys(MemoryLevel, 0) | counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +78,7 @@ class Checked:
     """A judged plan: does it fit within the limit, by how much, and what would help."""
 
     plan: Plan
-    limit_bytes: float
+    limits: Limits
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
 
@@ -64,12 +90,19 @@ class Checked:
     @property
     def margin_bytes(self) -> float:
         """What the limit leaves on the tightest stage; negative when it does not fit."""
-        return self.limit_bytes - self.peak_bytes
+        return self.limits.device_bytes - self.peak_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether every stage stays within the limit."""
-        return self.margin_bytes >= 0
+        """Whether every stage stays within the limits, of the device and of host memory."""
+        return _fits(self.plan.estimate, self.limits)
+
+
+def _fits(judged: Estimate, limits: Limits) -> bool:
+    return all(
+        stage.peak_bytes <= limits.device_bytes and stage.host_bytes <= limits.host_bytes
+        for stage in judged.stages
+    )
 
 
 def check_layout(question: Question, layout: HandLayout, progress: Progress = quiet) -> Checked:
@@ -78,11 +111,10 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     Raises InputError naming every rule that it breaks.
     """
     job = prepare(question, progress)
-    stages, num_micro_batches = _stages(job, layout)
-    judged = estimate(job, stages, num_micro_batches)
-    plan = unsearched_plan(job, question, stages, num_micro_batches, judged)
-    limit_bytes = limit_of(job, question)
-    checked = Checked(plan=plan, limit_bytes=limit_bytes, notes=job.facts.notes, suggestions=())
+    made = _made(job, layout)
+    plan = unsearched_plan(job, question, made, _judged(job, made))
+    limits = limits_of(job, question)
+    checked = Checked(plan=plan, limits=limits, notes=job.facts.notes, suggestions=())
     return replace(checked, suggestions=tuple(_suggestions(job, layout, checked)))
 
 
@@ -99,10 +131,10 @@ def check_plan(
     job = prepare(question, progress)
     if faults := plan_against(plan, job):
         raise PlanError(str(path), faults)
-    judged = estimate(job, plan.stages, plan.num_micro_batches)
+    judged = estimate(job, plan.stages, plan.num_micro_batches, plan.schedule)
     return Checked(
         plan=replace(plan, estimate=judged),
-        limit_bytes=limit_of(job, question),
+        limits=limits_of(job, question),
         notes=tuple(_notes(plan, job)),
         suggestions=(),
     )
@@ -147,7 +179,11 @@ def _notes(plan: Plan, job: Job) -> Iterator[str]:
             yield f"profile {name} has changed since the plan was made: the figures are new"
 
 
-def _stages(job: Job, layout: HandLayout) -> tuple[tuple[StagePlan, ...], int]:
+def _judged(job: Job, made: Made) -> Estimate:
+    return estimate(job, made.stages, made.num_micro_batches, made.schedule)
+
+
+def _made(job: Job, layout: HandLayout) -> Made:
     """Equal stages, the first ones a layer longer where the layers do not divide."""
     num_gpus, ranks = job.platform.num_gpus, layout.tp * layout.pp
     if num_gpus % ranks:
@@ -164,17 +200,25 @@ def _stages(job: Job, layout: HandLayout) -> tuple[tuple[StagePlan, ...], int]:
         "zero": layout.zero,
         "num_stages": layout.pp,
         "num_micro_batches": num_micro_batches,
+        "schedule": layout.schedule.value,
+        "chunks": layout.vpp,
+        **asdict(layout.offload),
     }
     if messages := list(broken(job.rules, columns)):
         raise InputError("\n".join(messages))
-    counts = even_layers(job.num_layers, layout.pp)
-    return tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp)), num_micro_batches
+    counts = even_layers(job.num_layers, layout.pp * layout.vpp)
+    return Made(
+        stages=tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp)),
+        num_micro_batches=num_micro_batches,
+        schedule=Schedule(kind=layout.schedule, vpp=layout.vpp),
+    )
 
 
 def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int) -> StagePlan:
-    num_full = layout.num_full(counts[i])
+    chunks = range(i, len(counts), layout.pp)
+    runs = tuple((sum(counts[:chunk]), counts[chunk]) for chunk in chunks)
     return StagePlan(
-        layers=((sum(counts[:i]), counts[i]),),
+        layers=runs,
         devices=(i * dp * layout.tp, dp * layout.tp),
         dp=dp,
         tp=layout.tp,
@@ -184,8 +228,8 @@ def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int)
         micro_batch=layout.micro_batch,
         zero=layout.zero,  # type: ignore[arg-type]
         head="eager",
-        memory={MemoryLevel.EAGER: counts[i] - num_full, MemoryLevel.FULL: num_full},
-        offload=Offload(),
+        memory=layout.memory(sum(count for _, count in runs)),
+        offload=layout.offload,
     )
 
 
@@ -195,13 +239,12 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
     judged = []
     for words, changed in _changes(layout):
         try:
-            stages, num_micro_batches = _stages(job, changed)
+            made = _made(job, changed)
         except InputError:
             continue
-        after = estimate(job, stages, num_micro_batches)
+        after = _judged(job, made)
         peak_bytes = max(stage.peak_bytes for stage in after.stages)
-        fits = peak_bytes <= checked.limit_bytes
-        if fits and (not checked.fits or after.step_s < step_s):
+        if _fits(after, checked.limits) and (not checked.fits or after.step_s < step_s):
             judged.append((after.step_s, peak_bytes, words))
     for after_s, peak_bytes, words in sorted(judged)[:3]:
         yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"
@@ -209,7 +252,7 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
 
 def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:
     """The layouts one change away."""
-    for checkpoint in ("none", "full"):
+    for checkpoint in CHECKPOINTS:
         if checkpoint != layout.checkpoint:
             yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
     for zero in range(4):
@@ -219,6 +262,10 @@ def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:
         yield f"--tp {tp}", replace(layout, tp=tp)
     for pp in _doubled_and_halved(layout.pp):
         yield f"--pp {pp}", replace(layout, pp=pp)
+    for name in ("optimizer", "activations"):
+        ratio = 0.0 if getattr(layout.offload, name) else 1.0
+        offload = replace(layout.offload, **{name: ratio})
+        yield f"--offload {name}={ratio:g}", replace(layout, offload=offload)
     for micro_batch in _doubled_and_halved(layout.micro_batch):
         yield f"--micro-batch {micro_batch}", replace(layout, micro_batch=micro_batch)
 

@@ -5,11 +5,13 @@ fitting must be one that can run.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from mist.errors import Fault
 from mist.estimate import Job
 from mist.plans import Plan, StagePlan
 from mist.rules import broken
+from mist.spec import MemoryLevel
 
 
 def plan_against(plan: Plan, job: Job) -> tuple[Fault, ...]:
@@ -59,6 +61,9 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
             "zero": stage.zero,
             "num_stages": len(plan.stages),
             "num_micro_batches": plan.num_micro_batches,
+            "schedule": plan.schedule.kind.value,
+            "chunks": plan.schedule.vpp,
+            **asdict(stage.offload),
         }
         yield from (Fault(path=path, message=message) for message in broken(job.rules, columns))
 
@@ -68,10 +73,10 @@ def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
     for name in ("cp", "ep"):
         if getattr(stage, name) != 1:
             yield Fault(path=f"{path}.{name}", message="only 1 is predicted")
-    for name in ("weights", "grads", "optimizer", "activations"):
-        if getattr(stage.offload, name) > 0.0:
-            yield Fault(path=f"{path}.offload.{name}", message="only 0 is predicted")
     runtime = job.platform.runtime
+    if stage.num_at(MemoryLevel.SELECTIVE) and runtime.selective is None:
+        message = f"runtime {runtime.name} has no selective checkpointing"
+        yield Fault(path=f"{path}.memory.selective", message=message)
     shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
     if stage.sp != shards_sequence:
         yield Fault(

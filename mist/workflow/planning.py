@@ -1,21 +1,25 @@
 """`mist plan`: search, judge, explain, assemble."""
 
+import math
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import perf_counter, process_time
 
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.explain import layout_words, losing_reason, overflow, step_parts
-from mist.plans import Alternative, Plan
+from mist.milp import Method
+from mist.pareto.layouts import Layout, stage_plans
+from mist.plans import Alternative, Limits, Plan
 from mist.programs import Progress, quiet
-from mist.spec import SearchSpace
+from mist.spaces import SearchSpace
 from mist.symbolic.program import ModelPrograms
-from mist.tune import Layout, Point, Tuned, landscape, smallest_peak, stage_plans, tune
+from mist.tune import Point, Tuned, landscape, smallest_peak, tune
 from mist.workflow.question import (
+    Made,
     Question,
     compiled,
     job_of,
-    limit_of,
+    limits_of,
     margin_of,
     provenance_of,
     unsearched_plan,
@@ -32,30 +36,43 @@ class Planned:
     notes: tuple[str, ...]
     seconds: dict[str, float]
     points: tuple[Point, ...]
-    limit_bytes: float
+    limits: Limits
 
 
 def make_plan(
-    question: Question, space: SearchSpace, *, num_alternatives: int = 5, progress: Progress = quiet
+    question: Question,
+    space: SearchSpace,
+    *,
+    num_alternatives: int = 5,
+    progress: Progress = quiet,
+    time_limit_s: float = math.inf,
+    method: Method = "both",
 ) -> Planned:
     """Search the fastest layout that fits and say why others lose.
 
-    Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
+    After `time_limit_s` of searching the best layout so far is the answer, with its gap. Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
     """
     start = perf_counter()
     programs = compiled(question, progress)
     job = job_of(question, programs)
     prepared = perf_counter()
-    limit = limit_of(job, question)
+    limits = limits_of(job, question)
+    end = process_time() + time_limit_s
     try:
         tuned = tune(
-            job, space, limit_bytes=limit, num_alternatives=num_alternatives, progress=progress
+            job,
+            space,
+            limits=limits,
+            num_alternatives=num_alternatives,
+            progress=progress,
+            is_late=lambda: process_time() > end,
+            method=method,
         )
     except Infeasible:
         fix = _what_fits(programs, space, question)
         raise Infeasible(f"{_infeasible_words(job, space, question)} {fix}") from None
     searched = perf_counter()
-    points = landscape(job, space, limit_bytes=limit, within_s=3 * tuned.best.step_s)
+    points = landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s)
     seconds = {"prepare": prepared - start, "search": searched - prepared}
     plan = _assemble(job, question, space, tuned)
     return Planned(
@@ -63,37 +80,39 @@ def make_plan(
         notes=job.facts.notes,
         seconds=seconds,
         points=tuple(points),
-        limit_bytes=limit,
+        limits=limits,
     )
 
 
 def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) -> Plan:
-    num_micro_batches = tuned.best.group.num_micro_batches
-    stages = stage_plans(job, tuned.best)
-    judged = estimate(job, stages, num_micro_batches)
-    winner = step_parts(judged, num_micro_batches)
+    best = tuned.best
+    stages = stage_plans(job, best)
+    judged = estimate(job, stages, best.num_micro_batches, best.schedule)
+    winner = step_parts(judged, best.num_micro_batches)
+    lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,
         solver="dynamic program, confirmed by HiGHS through PuLP",
-        gap=float(f"{tuned.gap:.3g}"),
-        lower_bound_s=float(f"{tuned.lower_bound_s:.6g}"),
+        gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
+        lower_bound_s=lower_bound_s,
         search=tuned.statistics
         | {"margin": margin_of(job.platform, question)}
         | {"restricted": ", ".join(space.restrictions) or "nothing"},
     )
+    made = Made(stages=stages, num_micro_batches=best.num_micro_batches, schedule=best.schedule)
     return replace(
-        unsearched_plan(job, question, stages, num_micro_batches, judged),
+        unsearched_plan(job, question, made, judged),
         alternatives=tuple(_alternative(job, other, winner) for other in tuned.others),
         provenance=provenance,
     )
 
 
 def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternative:
-    num_micro_batches = layout.group.num_micro_batches
+    num_micro_batches = layout.num_micro_batches
     stages = stage_plans(job, layout)
-    judged = estimate(job, stages, num_micro_batches)
+    judged = estimate(job, stages, num_micro_batches, layout.schedule)
     return Alternative(
-        layout=layout_words(stages, num_micro_batches),
+        layout=layout_words(stages, num_micro_batches, layout.schedule),
         step_s=judged.step_s,
         peak_bytes=max(stage.peak_bytes for stage in judged.stages),
         reason=losing_reason(step_parts(judged, num_micro_batches), winner),
@@ -103,14 +122,14 @@ def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternat
 def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     """The fullest stage of the layout that comes closest to fitting, and its bytes."""
     layout = smallest_peak(job, space)
-    stages, num_micro_batches = stage_plans(job, layout), layout.group.num_micro_batches
-    judged = estimate(job, stages, num_micro_batches).stages
+    stages, num_micro_batches = stage_plans(job, layout), layout.num_micro_batches
+    judged = estimate(job, stages, num_micro_batches, layout.schedule).stages
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
     device = job.platform.device.name
     return (
         f"{job.facts.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
-        f"least memory ({layout_words(stages, num_micro_batches)}) "
-        f"{overflow(index, judged[index], device, limit_of(job, question))}."
+        f"least memory ({layout_words(stages, num_micro_batches, layout.schedule)}) "
+        f"{overflow(index, judged[index], device, limits_of(job, question).device_bytes)}."
     )
 
 
@@ -120,7 +139,7 @@ def _what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) 
     while num_gpus <= MOST_GPUS_SUGGESTED:
         try:
             larger = job_of(replace(question, num_gpus=num_gpus), programs)
-            if smallest_peak(larger, space).peak_bytes <= limit_of(larger, question):
+            if smallest_peak(larger, space).peak_bytes <= limits_of(larger, question).device_bytes:
                 return f"Try --gpus {num_gpus}."
         except InputError:  # a number that fills no nodes, or that the global batch does not divide
             pass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mist.errors import InputError
 from mist.estimate import Job, make_job
 from mist.facts import ModelFacts
-from mist.plans import ONE_F_ONE_B, ClusterRef, Estimate, ModelRef, Plan, Provenance, StagePlan
+from mist.plans import ClusterRef, Estimate, Limits, ModelRef, Plan, Provenance, Schedule, StagePlan
 from mist.platform import Platform, load_platform
 from mist.programs import Progress, compile_graph, model_programs, quiet
 from mist.rules import out_of_domain
@@ -135,18 +135,25 @@ def margin_of(platform: Platform, question: Question) -> float:
     return platform.margin_ratio if question.margin_ratio is None else question.margin_ratio
 
 
-def limit_of(job: Job, question: Question) -> float:
-    """Bytes that a device may hold under the margin."""
-    return job.platform.planned_bytes(margin_of(job.platform, question))
+def limits_of(job: Job, question: Question) -> Limits:
+    """Bytes that a device may hold, and a rank in the memory of its node, under the margin."""
+    margin = margin_of(job.platform, question)
+    return Limits(
+        device_bytes=job.platform.planned_bytes(margin),
+        host_bytes=job.platform.planned_host_bytes(margin),
+    )
 
 
-def unsearched_plan(
-    job: Job,
-    question: Question,
-    stages: Sequence[StagePlan],
-    num_micro_batches: int,
-    judged: Estimate,
-) -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A layout as plans write it."""
+
+    stages: Sequence[StagePlan]
+    num_micro_batches: int
+    schedule: Schedule
+
+
+def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) -> Plan:
     """A plan of given stages that nobody searched."""
     graph, platform = job.facts, job.platform
     source = question.model if isinstance(question.model, str) else f"{OBJECT}{graph.name}"
@@ -165,9 +172,9 @@ def unsearched_plan(
             gpus_per_node=platform.gpus_per_node,
         ),
         runtime=platform.runtime.name,
-        schedule=ONE_F_ONE_B,
-        num_micro_batches=num_micro_batches,
-        stages=tuple(stages),
+        schedule=made.schedule,
+        num_micro_batches=made.num_micro_batches,
+        stages=tuple(made.stages),
         estimate=judged,
         alternatives=(),
         provenance=provenance_of(

@@ -1,16 +1,22 @@
-"""Even splits against every composition of the layers."""
+"""Even splits against every composition of the layers, and layouts with stages alike."""
 
 import itertools
-from dataclasses import replace
+import math
 
 import numpy as np
 import pytest
 
+from mist.estimate import estimate
+from mist.pareto.even import alike_layouts, even_layouts
+from mist.pareto.layouts import stage_plans
 from mist.pareto.space import groups
 from mist.pareto.split import even_split
-from mist.pareto.table import StageTable, stage_table
-from mist.spec import SearchSpace
+from mist.pareto.table import GroupModel, Ranges, layer_ranges
+from mist.plans import Limits
+from mist.spaces import SPACES, SearchSpace
 from tests.toys import toy_graph, toy_job
+
+ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
 
 
 def compositions(num_layers: int, num_stages: int) -> list[tuple[int, ...]]:
@@ -18,12 +24,12 @@ def compositions(num_layers: int, num_stages: int) -> list[tuple[int, ...]]:
     return [c for c in counts if sum(c) == num_layers]
 
 
-def rows_of(table: StageTable, counts: tuple[int, ...]) -> list[int]:
-    """The table's range for every stage of a composition."""
+def rows_of(ranges: Ranges, counts: tuple[int, ...]) -> list[int]:
+    """The range of every stage of a composition."""
     rows, first = [], 0
     for count in counts:
-        at = table.count == count
-        rows.append(int(np.flatnonzero(at if table.alike else at & (table.first == first))[0]))
+        at = ranges.count == count
+        rows.append(int(np.flatnonzero(at if ranges.alike else at & (ranges.first == first))[0]))
         first += count
     return rows
 
@@ -31,29 +37,53 @@ def rows_of(table: StageTable, counts: tuple[int, ...]) -> list[int]:
 @pytest.mark.parametrize("counts", [(6,), (2, 4)])
 @pytest.mark.parametrize("seed", range(4))
 def test_even_split_is_the_best_of_all_compositions(counts: tuple[int, ...], seed: int) -> None:
-    job = toy_job(toy_graph(counts), 4, global_batch=16)
-    group = next(g for g in groups(job, SearchSpace(pp=(4,))))
-    table = stage_table(job, group, SearchSpace(), 80e9)
+    ranges = layer_ranges(toy_job(toy_graph(counts), 4, global_batch=16), 4)
     rng = np.random.default_rng(seed)
-    value = rng.uniform(1, 2, table.stable_s.shape) * table.count
+    value = rng.uniform(1, 2, (5, 4, len(ranges))) * ranges.count
     value[rng.uniform(size=value.shape) < 0.25] = np.inf
-    value = np.where(np.isfinite(table.peak_bytes), value, np.inf)
-    chosen = even_split(table, value)
-    for k in range(group.num_strategies):
+    chosen = even_split(ranges, 6, value)
+    for k in range(len(value)):
         every = [
-            max(value[k, i, row] for i, row in enumerate(rows_of(table, c)))
+            max(value[k, i, row] for i, row in enumerate(rows_of(ranges, c)))
             for c in compositions(6, 4)
         ]
         if np.isinf(min(every)):
             assert (chosen[k] == -1).all()
             continue
         got = [value[k, i, row] for i, row in enumerate(chosen[k])]
-        assert table.count[chosen[k]].sum() == 6
+        assert ranges.count[chosen[k]].sum() == 6
         assert max(got) == min(every)
 
 
 def test_nothing_feasible_gives_no_row() -> None:
-    job = toy_job(toy_graph((6,)), 4, global_batch=16)
-    group = replace(next(iter(groups(job, SearchSpace(pp=(2,))))))
-    table = stage_table(job, group, SearchSpace(), 80e9)
-    assert (even_split(table, np.full(table.stable_s.shape, np.inf)) == -1).all()
+    ranges = layer_ranges(toy_job(toy_graph((6,)), 4, global_batch=16), 2)
+    assert (even_split(ranges, 6, np.full((3, 2, len(ranges)), np.inf)) == -1).all()
+
+
+@pytest.mark.parametrize("counts", [(6,), (2, 4)])
+def test_even_layouts_are_what_the_estimate_says(counts: tuple[int, ...]) -> None:
+    job = toy_job(toy_graph(counts, vocab=8192), 4, global_batch=16)
+    found = 0
+    for group in groups(job, SearchSpace()):
+        model = GroupModel(job, group, group.strategies, SearchSpace())
+        for layout in itertools.islice(even_layouts(model, ANY), 2):
+            judged = estimate(
+                job, stage_plans(job, layout), layout.num_micro_batches, layout.schedule
+            )
+            assert judged.step_s == pytest.approx(layout.step_s, rel=2e-6)
+            assert max(s.peak_bytes for s in judged.stages) == pytest.approx(layout.peak_bytes)
+            found += 1
+    assert found > 50
+
+
+def test_stages_of_a_framework_are_alike() -> None:
+    job = toy_job(toy_graph((7,), vocab=8192), 4, global_batch=16)
+    space = SPACES["megatron"]
+    limits = Limits(device_bytes=1.6e9, host_bytes=math.inf)
+    for group in groups(job, space):
+        model = GroupModel(job, group, group.strategies, space)
+        for layout in alike_layouts(model, limits):
+            counts = [stage.count for stage in layout.stages]
+            assert max(counts) - min(counts) <= 1
+            assert len({(s.tp, s.zero, s.upper, s.lower, s.num_lower) for s in layout.stages}) == 1
+            assert layout.peak_bytes <= limits.device_bytes

@@ -5,7 +5,7 @@ import pytest
 from mist.plans import Plan
 from mist.report.plans import check_json, plan_json, print_check, print_plan
 from mist.units import GIB
-from tests.sample_plans import LIMIT_BYTES, estimate_of, sample_plan, stage_estimate
+from tests.sample_plans import LIMITS, estimate_of, sample_plan, stage_estimate
 
 NOTES = ("no list of layers", "profile torch has changed.")
 
@@ -29,7 +29,7 @@ def rows(text: str, start: str) -> list[list[str]]:
 
 
 def test_a_plan_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    print_plan(sample_plan(), LIMIT_BYTES, NOTES)
+    print_plan(sample_plan(), LIMITS, NOTES)
     text = printed(capsys)
     for words in (
         "toy: 8.03 B parameters on 8 x h100-sxm (dgx-h100), runtime torch",
@@ -49,7 +49,7 @@ def test_a_plan_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stages_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    print_plan(sample_plan(), LIMIT_BYTES, ())
+    print_plan(sample_plan(), LIMITS, ())
     shared = ("2", "2+sp", "1", "2 x8", "1 of 8")
     assert rows(capsys.readouterr().out, "Stages (") == [
         ["0: layers 0-7", "0-3", *shared, "500 ms", "250 ms", "compute 375 ms, tp 125 ms"],
@@ -58,7 +58,7 @@ def test_stages_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_memory_is_a_table_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    print_plan(sample_plan(), LIMIT_BYTES, ())
+    print_plan(sample_plan(), LIMITS, ())
     assert rows(capsys.readouterr().out, "Memory per GPU (peak predicted to +-10%)") == [
         ["0", "30.0 GiB", "10.0 GiB", "40.0 GiB", "62% of 64.0 GiB"],
         ["1", "30.0 GiB", "18.0 GiB", "48.0 GiB", "75% of 64.0 GiB"],
@@ -66,7 +66,7 @@ def test_memory_is_a_table_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_how_operations_are_priced_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    print_plan(sample_plan(), LIMIT_BYTES, ())
+    print_plan(sample_plan(), LIMITS, ())
     text = capsys.readouterr().out
     body = text[text.index("Op costs") :].splitlines()[4:6]
     assert [line.split() for line in body] == [
@@ -76,14 +76,14 @@ def test_how_operations_are_priced_is_a_table(capsys: pytest.CaptureFixture[str]
 
 
 def test_alternatives_are_a_table_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    print_plan(sample_plan(), LIMIT_BYTES, ())
+    print_plan(sample_plan(), LIMITS, ())
     assert rows(capsys.readouterr().out, "Other layouts that fit") == [
         ["pp1 dp8 tp1", "6.00 s", "+20.0%", "50.0 GiB", "+1.00 s tensor-parallel collectives"]
     ]
 
 
 def test_a_plan_without_alternatives_prints_no_table(capsys: pytest.CaptureFixture[str]) -> None:
-    print_plan(sample_plan(alternatives=()), LIMIT_BYTES, ())
+    print_plan(sample_plan(alternatives=()), LIMITS, ())
     assert "Other layouts" not in capsys.readouterr().out
 
 
@@ -110,7 +110,7 @@ def tight(peak_gib: int) -> Plan:
 def test_a_check_begins_with_the_verdict(
     capsys: pytest.CaptureFixture[str], peak_gib: int, verdict: list[str]
 ) -> None:
-    print_check(tight(peak_gib), LIMIT_BYTES, NOTES, ["--zero 3: 4.00 s per step"])
+    print_check(tight(peak_gib), LIMITS, NOTES, ["--zero 3: 4.00 s per step"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[: len(verdict)] == verdict
     assert lines[len(verdict)].startswith("toy: 8.03 B parameters")
@@ -145,7 +145,7 @@ def test_the_json_of_a_plan() -> None:
 
 
 def test_the_json_of_a_check() -> None:
-    assert check_json(sample_plan(), LIMIT_BYTES, NOTES) == {
+    assert check_json(sample_plan(), LIMITS, NOTES) == {
         "fits": True,
         "margin_bytes": 16 * GIB,
         "limit_bytes": 64 * GIB,
@@ -180,5 +180,5 @@ def test_the_json_of_a_check() -> None:
 
 
 def test_the_json_of_a_check_that_fails() -> None:
-    found = check_json(tight(70), LIMIT_BYTES, ())
+    found = check_json(tight(70), LIMITS, ())
     assert (found["fits"], found["margin_bytes"]) == (False, -6 * GIB)

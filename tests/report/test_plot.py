@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 
 from mist.report.plot import pareto_front, plot, plot_png
 from mist.units import GIB
-from tests.sample_plans import LIMIT_BYTES, sample_plan
+from tests.sample_plans import LIMITS, sample_plan
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ POINTS = [
 
 
 def test_the_plan_is_marked_and_what_does_not_fit_is_shaded() -> None:
-    axes = plot(sample_plan(), POINTS, LIMIT_BYTES).axes[0]
+    axes = plot(sample_plan(), POINTS, LIMITS.device_bytes).axes[0]
     layouts, plan = axes.collections
     assert layouts.get_offsets().tolist() == [[48, 5], [90, 4], [20, 6], [30, 7]]
     # The plan stands at its fullest stage, 48 GiB, and its step of 5 s, in a colour of its own.
@@ -50,12 +50,12 @@ def test_the_plan_is_marked_and_what_does_not_fit_is_shaded() -> None:
 
 
 def test_what_does_not_fit_is_seen_even_when_all_fits() -> None:
-    axes = plot(sample_plan(), [], LIMIT_BYTES).axes[0]
+    axes = plot(sample_plan(), [], LIMITS.device_bytes).axes[0]
     assert axes.get_xlim() == (0, 80)  # a quarter beyond the 64 GiB
 
 
 def test_the_same_plan_gives_the_same_png() -> None:
-    first, second = (plot_png(sample_plan(), POINTS, LIMIT_BYTES) for _ in range(2))
+    first, second = (plot_png(sample_plan(), POINTS, LIMITS.device_bytes) for _ in range(2))
     assert first == second
     assert first.startswith(b"\x89PNG\r\n\x1a\n")
     assert first.endswith(b"IEND\xaeB`\x82")

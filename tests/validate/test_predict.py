@@ -10,11 +10,11 @@ import pytest
 
 from mist.estimate import estimate
 from mist.facts import LayerRun
-from mist.plans import MemoryLevel, Offload, StagePlan
+from mist.plans import Offload, StagePlan
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.schedule import step_time
-from mist.spec import Precision
+from mist.spec import MemoryLevel, Precision
 from mist.symbolic.compile import compile_model
 from mist.validate.layouts import RunLayout
 from mist.validate.predict import Case, Machine, predict

@@ -11,7 +11,8 @@ from mist.errors import InputError
 from mist.estimate import estimate, make_job
 from mist.planfile import save_plan
 from mist.platform import Kind, load_platform
-from mist.spec import Precision, SearchSpace
+from mist.spaces import SearchSpace
+from mist.spec import Precision
 from mist.symbolic.compile import compile_model
 from mist.workflow import calibrating
 from mist.workflow.calibrating import calibrate

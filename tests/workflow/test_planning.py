@@ -10,7 +10,8 @@ from mist.errors import Infeasible, InputError
 from mist.explain import layout_words
 from mist.graph import S
 from mist.planfile import dump_plan, save_plan
-from mist.spec import Precision, SearchSpace
+from mist.spaces import SearchSpace
+from mist.spec import Precision
 from mist.workflow.checking import check_plan
 from mist.workflow.planning import make_plan
 from mist.workflow.question import Question

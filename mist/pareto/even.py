@@ -1,0 +1,125 @@
+"""Layouts whose stages are alike: an upper bound for the search, or all that a framework can run.
+
+`even_layouts`: one strategy for every stage, layers and recomputation as suits each stage best.
+`alike_layouts`: every stage alike in all it does, layers dealt out by the runtime's own rule.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from mist.pareto.layouts import Layout, Picked, layout_of
+from mist.pareto.points import Points, StackedMixes, stacked
+from mist.pareto.space import Floats, Ints
+from mist.pareto.split import even_split
+from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
+from mist.plans import Limits, even_layers, layers_by_cost
+from mist.spec import MemoryLevel
+
+
+def even_layouts(model: GroupModel, limits: Limits, *, least: str = "stable_s") -> Iterator[Layout]:
+    """For each strategy the layout that uses it in every stage, split so that the worst is best.
+
+    The worst is the slowest stage, or with `least` "peak_bytes" the fullest.
+    """
+    job, group = model.job, model.group
+    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
+    tables = [_stacked(model, stage, ranges, limits) for stage in range(group.num_stages)]
+    picks = [_best_mixes(model, table, stage, ranges, least) for stage, table in enumerate(tables)]
+    value = np.stack([value for value, _ in picks], axis=1)
+    chosen = even_split(ranges, job.num_layers, value)
+    for k in np.flatnonzero(chosen[:, 0] >= 0):
+        picked = []
+        for stage, column in enumerate(chosen[k]):
+            rows = picks[stage][1][k, column : column + 1]
+            points = tables[stage].points(rows, int(column))
+            picked.append(_picked(model, int(ranges.count[column]), points))
+        yield layout_of(group, picked)
+
+
+def _picked(model: GroupModel, count: int, points: Points) -> Picked:
+    return Picked(
+        count=count,
+        num_devices=model.group.num_devices,
+        strategies=model.strategies,
+        points=points,
+        point=0,
+    )
+
+
+def _stacked(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> StackedMixes:
+    mixes = list(model.mixes(stage, ranges, limits))
+    return stacked(mixes, model.weight_s(stage, ranges))
+
+
+def _best_mixes(
+    model: GroupModel, table: StackedMixes, stage: int, ranges: Ranges, least: str
+) -> tuple[Floats, Ints]:
+    """Of each strategy and range the least value, inf where nothing fits, and its row: [K, R]."""
+    allowed = table.fits & placed(ranges, model.job.num_layers, model.group.num_stages, stage)
+    measured = np.where(allowed, getattr(table, least), np.inf)
+    value = np.empty((len(model.strategies), len(ranges)))
+    rows = np.empty(value.shape, dtype=np.int64)
+    for k in range(len(model.strategies)):
+        own = np.flatnonzero(table.row == k)
+        best = measured[own].argmin(axis=0)
+        rows[k], value[k] = own[best], measured[own[best], np.arange(len(ranges))]
+    return value, rows
+
+
+def alike_layouts(model: GroupModel, limits: Limits) -> Iterator[Layout]:
+    """Every layout of a framework whose stages are alike: of each strategy and mix of levels."""
+    counts = np.array(layer_counts(model))
+    if not counts.all():
+        return
+    ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
+    levels = model.space.levels
+    for level in levels:
+        yield from _alike(model, ranges, limits, (level, level))
+    if model.space.some_layers:
+        for upper, lower in combinations(levels, 2):
+            yield from _alike(model, ranges, limits, (upper, lower))
+
+
+def layer_counts(model: GroupModel) -> tuple[int, ...]:
+    """Layers of each stage, as the runtime deals them out: evenly, or by their parameters."""
+    job, num_stages = model.job, model.group.num_stages
+    if job.platform.runtime.knobs.layer_split == "even" or num_stages == 1:
+        return even_layers(job.num_layers, num_stages)
+    layer, head = (
+        float(model.strategies.terms[f"term_{block}_params"][0]) for block in ("0", "head")
+    )
+    return layers_by_cost(job.num_layers, num_stages, layer_cost=layer, ends=(0.0, head))
+
+
+def _alike(
+    model: GroupModel, ranges: Ranges, limits: Limits, levels: tuple[MemoryLevel, MemoryLevel]
+) -> Iterator[Layout]:
+    """Layouts of one mix of levels, with the least recomputation that fits every stage."""
+    num_stages = model.group.num_stages
+    num_lower = np.max(
+        [model.least(stage, ranges, limits, *levels)[:, stage] for stage in range(num_stages)],
+        axis=0,
+    )
+    columns = np.broadcast_to(num_lower[:, None], (len(num_lower), num_stages))
+    tables = [
+        stacked(
+            [model.mix(stage, ranges, limits, *levels, num_lower=columns)],
+            model.weight_s(stage, ranges),
+        )
+        for stage in range(num_stages)
+    ]
+    fits = np.all([table.fits[:, stage] for stage, table in enumerate(tables)], axis=0)
+    for k in np.flatnonzero(fits):
+        yield layout_of(model.group, _stages(model, ranges, tables, int(k)))
+
+
+def _stages(
+    model: GroupModel, ranges: Ranges, tables: Sequence[StackedMixes], k: int
+) -> list[Picked]:
+    rows = np.array([k])
+    return [
+        _picked(model, int(ranges.count[stage]), table.points(rows, stage))
+        for stage, table in enumerate(tables)
+    ]

@@ -1,0 +1,165 @@
+"""A layout that a search found: what each stage does, in plain numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mist.estimate import Job, fill_seconds
+from mist.pareto.points import Points
+from mist.pareto.space import Group, Strategies
+from mist.plans import Offload, Schedule, StagePlan
+from mist.schedule import step_time
+from mist.spec import MemoryLevel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageChoice:
+    """What one stage does with layers [first, count]; the last `num_lower` are at `lower`."""
+
+    first: int
+    count: int
+    num_devices: int
+    tp: int
+    dp: int
+    micro_batch: int
+    zero: int
+    offload: Offload
+    upper: MemoryLevel
+    lower: MemoryLevel
+    num_lower: int
+
+    @property
+    def memory(self) -> dict[MemoryLevel, int]:
+        """Layers at each level."""
+        counts = dict.fromkeys(MemoryLevel, 0)
+        counts[self.upper] += self.count - self.num_lower
+        counts[self.lower] += self.num_lower
+        return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A pipeline, its predicted step time and the peak of its fullest device."""
+
+    schedule: Schedule
+    num_micro_batches: int
+    stages: tuple[StageChoice, ...]
+    step_s: float
+    peak_bytes: float
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What tells layouts apart: schedule, pp, and of stage 0 tp, ZeRO, what it offloads."""
+        first = self.stages[0]
+        offload = first.offload
+        away = [ratio > 0 for ratio in (offload.weights, offload.optimizer, offload.activations)]
+        schedule = (self.schedule.kind, self.schedule.vpp) if len(self.stages) > 1 else ()
+        return (schedule, len(self.stages), first.tp, first.zero, *away)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picked:
+    """A stage's layer count and the point that it takes; `num_devices` of the stage."""
+
+    count: int
+    num_devices: int
+    strategies: Strategies
+    points: Points
+    point: int
+
+
+def layout_of(group: Group, picked: Sequence[Picked]) -> Layout:
+    """The layout of picked points, first stage first: each starts where the one before ends."""
+    stages, first = [], 0
+    for pick in picked:
+        stages.append(_choice(pick, first))
+        first += pick.count
+    stable_s, lone_s, weight_s, peaks = (
+        np.array([getattr(pick.points, name)[pick.point] for pick in picked])
+        for name in ("stable_s", "lone_s", "weight_s", "peak_bytes")
+    )
+    fill_s = fill_seconds(group.schedule, stable_s, weight_s)
+    return Layout(
+        schedule=group.schedule,
+        num_micro_batches=group.num_micro_batches,
+        stages=tuple(stages),
+        step_s=float(step_time(group.num_micro_batches, stable_s, lone_s, fill_s)),
+        peak_bytes=float(peaks.max()),
+    )
+
+
+def _choice(pick: Picked, first: int) -> StageChoice:
+    points, p = pick.points, pick.point
+    row = pick.strategies.take(np.array([points.row[p]]))
+    offload = Offload(**{name: float(ratio[0]) for name, ratio in row.offload.items()})
+    return StageChoice(
+        first=first,
+        count=pick.count,
+        num_devices=pick.num_devices,
+        tp=int(row.tp[0]),
+        dp=int(row.dp[0]),
+        micro_batch=int(row.micro_batch[0]),
+        zero=int(row.zero[0]),
+        offload=offload,
+        upper=points.upper[p],
+        lower=points.lower[p],
+        num_lower=int(points.num_lower[p]),
+    )
+
+
+def stage_plans(job: Job, layout: Layout) -> tuple[StagePlan, ...]:
+    """The stages of a layout as a plan writes them, devices in pipeline order.
+
+    Where whole layers are offloaded, their share is rounded up to layers: never less memory than
+    was planned, at most a layer's copies slower.
+    """
+    plans, device = [], 0
+    runs = _runs(layout)
+    offload = job.platform.runtime.offload
+    for stage, own in zip(layout.stages, runs, strict=True):
+        by_layer = offload is not None and offload.by_layer
+        plans.append(
+            StagePlan(
+                layers=own,
+                devices=(device, stage.num_devices),
+                dp=stage.dp,
+                tp=stage.tp,
+                sp=bool(stage.tp > 1 and job.platform.runtime.knobs.sequence_parallel),
+                cp=1,
+                ep=1,
+                micro_batch=stage.micro_batch,
+                zero=stage.zero,  # type: ignore[arg-type]
+                head="eager",
+                memory=stage.memory,
+                offload=_whole_layers(stage) if by_layer else stage.offload,
+            )
+        )
+        device += stage.num_devices
+    return tuple(plans)
+
+
+def _whole_layers(stage: StageChoice) -> Offload:
+    share = float(np.ceil(stage.offload.weights * stage.count - 1e-9) / stage.count)
+    return Offload(
+        weights=share,
+        grads=share,
+        optimizer=stage.offload.optimizer,
+        activations=stage.offload.activations,
+    )
+
+
+def _runs(layout: Layout) -> list[tuple[tuple[int, int], ...]]:
+    """Runs of layers of each stage: one, or as many as it has chunks, dealt out in turn."""
+    chunks = layout.schedule.vpp
+    shares = [
+        [stage.count // chunks + (chunk < stage.count % chunks) for chunk in range(chunks)]
+        for stage in layout.stages
+    ]
+    first = 0
+    runs: list[list[tuple[int, int]]] = [[] for _ in layout.stages]
+    for chunk in range(chunks):
+        for own, share in zip(runs, shares, strict=True):
+            own.append((first, share[chunk]))
+            first += share[chunk]
+    return [tuple(own) for own in runs]

@@ -1,0 +1,89 @@
+"""The points that a stage may take: of all its mixes, those that none beats in (stable, lone)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.pareto.frontier import frontier
+from mist.pareto.space import Floats, Ints
+from mist.pareto.table import Mixes
+from mist.spec import MemoryLevel
+
+LevelNames = NDArray[np.object_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Points:
+    """P points of one stage and layer range. Times in s; `row` of the strategies.
+
+    The last `num_lower` layers are at the level `lower`, the others at `upper`.
+    """
+
+    stable_s: Floats
+    lone_s: Floats
+    weight_s: Floats
+    peak_bytes: Floats
+    host_bytes: Floats
+    row: Ints
+    num_lower: Ints
+    upper: LevelNames
+    lower: LevelNames
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, rows: Ints) -> "Points":
+        """Some of the points."""
+        return Points(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StackedMixes:
+    """All mixes of a position as one table, [N, R]; levels and rows [N]."""
+
+    stable_s: Floats
+    lone_s: Floats
+    peak_bytes: Floats
+    host_bytes: Floats
+    fits: NDArray[np.bool_]
+    num_lower: Ints
+    row: Ints
+    upper: LevelNames
+    lower: LevelNames
+    weight_s: Floats
+
+    def points(self, rows: Ints, column: int) -> Points:
+        """Rows of one range as points."""
+        wide = ("stable_s", "lone_s", "peak_bytes", "host_bytes", "num_lower")
+        return Points(
+            weight_s=np.full(len(rows), self.weight_s[column]),
+            row=self.row[rows],
+            upper=self.upper[rows],
+            lower=self.lower[rows],
+            **{name: getattr(self, name)[rows, column] for name in wide},
+        )
+
+    def frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
+        """The non-dominated points of one range among the useful ones."""
+        found = frontier(
+            self.stable_s[:, column], self.lone_s[:, column], self.peak_bytes[:, column], useful
+        )
+        return self.points(found.choice, column)
+
+
+def stacked(mixes: Sequence[Mixes], weight_s: Floats) -> StackedMixes:
+    """Mixes of one position, one under the other; `weight_s` [R]."""
+    wide = ("stable_s", "lone_s", "peak_bytes", "host_bytes", "fits", "num_lower")
+    return StackedMixes(
+        row=np.concatenate([mix.row for mix in mixes]),
+        upper=np.concatenate([_named(mix.upper, len(mix.row)) for mix in mixes]),
+        lower=np.concatenate([_named(mix.lower, len(mix.row)) for mix in mixes]),
+        weight_s=weight_s,
+        **{name: np.concatenate([getattr(mix, name) for mix in mixes]) for name in wide},
+    )
+
+
+def _named(level: MemoryLevel, count: int) -> LevelNames:
+    return np.full(count, level, dtype=object)

@@ -1,0 +1,150 @@
+"""Which values of each knob a search may use: the tables of `--space`, and what narrows them.
+
+A space is a table of allowed values; what a runtime cannot express is taken out of it later
+(`mist.pareto.space`), and everything that a user narrows is written down for the plan.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.errors import InputError
+from mist.spec import MemoryLevel, ScheduleKind
+
+OFFLOADED: Final = ("weights", "grads", "optimizer", "activations")
+"""What may live in host memory: the fields of `mist.plans.Offload`."""
+
+_COARSE: Final = (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)
+_FINE: Final = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+PAPER_RATIOS: Final = MappingProxyType(
+    dict(zip(OFFLOADED, (_COARSE, _COARSE, _FINE, _FINE), strict=True))
+)
+"""Ratios that the artifact of the Mist paper searches (EuroSys'25): 1,984 tuples, as it offloads
+weights only where it offloads gradients too."""
+NO_RATIOS: Final = MappingProxyType(dict.fromkeys(OFFLOADED, (0.0,)))
+ALL_OR_NOTHING: Final = MappingProxyType(
+    dict(zip(OFFLOADED, ((0.0, 1.0),) * 3 + ((0.0,),), strict=True))
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """The allowed values of each knob; None leaves a knob to the runtime's own limits.
+
+    `levels`: the memory levels that layers may have; `some_layers`: whether a stage may mix two of
+    them. `offload`: ratios by state. `schedules`, and `chunks` (v) of those that take turns.
+    `unlike_stages`: whether stages may differ in anything and share layers unevenly;
+    `unequal_meshes`: also in their number of devices. `most`: upper limits by knob.
+    `restrictions`: what was narrowed. Raises InputError for a value that no plan can have.
+    """
+
+    name: str = "mist"
+    tp: tuple[int, ...] | None = None
+    pp: tuple[int, ...] | None = None
+    dp: tuple[int, ...] | None = None
+    micro_batch: tuple[int, ...] | None = None
+    zero: tuple[int, ...] = (0, 1, 2, 3)
+    levels: tuple[MemoryLevel, ...] = tuple(MemoryLevel)
+    some_layers: bool = True
+    offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
+    schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
+    chunks: tuple[int, ...] = (2, 3, 4, 6, 8)
+    unlike_stages: bool = True
+    unequal_meshes: bool = True
+    most: Mapping[str, int] = field(default_factory=dict)
+    restrictions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "micro_batch", "chunks"):
+            for value in getattr(self, name) or ():
+                if value < 1:
+                    raise InputError(f"{name} {value} is not a positive number.")
+        for level in self.zero:
+            if level not in range(4):
+                raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
+        if not self.levels:
+            raise InputError("no memory level is left: allow eager, selective or full.")
+        for name, ratios in self.offload.items():
+            if name not in OFFLOADED:
+                raise InputError(f"offload {name} is none of {', '.join(OFFLOADED)}.")
+            if bad := [ratio for ratio in ratios if not 0 <= ratio <= 1]:
+                raise InputError(f"offload {name} {bad[0]:g} is not a ratio from 0 to 1.")
+
+    def allows(self, name: str, values: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which values of "tp", "pp", "dp" or "micro_batch" may be used."""
+        allowed, most = getattr(self, name), self.most.get(name)
+        kept = np.ones(values.shape, dtype=np.bool_)
+        if allowed is not None:
+            kept &= np.isin(values, allowed)
+        return kept if most is None else kept & (values <= most)
+
+
+_ALIKE: Final = (ScheduleKind.ONE_F_ONE_B,)
+
+SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
+    {
+        space.name: space
+        for space in (
+            SearchSpace(
+                name="3d",
+                zero=(0, 1),
+                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                some_layers=False,
+                offload=NO_RATIOS,
+                schedules=_ALIKE,
+                unlike_stages=False,
+                unequal_meshes=False,
+            ),
+            SearchSpace(
+                name="megatron",
+                zero=(0, 1),
+                offload=NO_RATIOS,
+                schedules=(ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED),
+                unlike_stages=False,
+                unequal_meshes=False,
+            ),
+            SearchSpace(
+                name="deepspeed",
+                pp=(1,),
+                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                some_layers=False,
+                offload=ALL_OR_NOTHING,
+                schedules=_ALIKE,
+                unlike_stages=False,
+                unequal_meshes=False,
+            ),
+            SearchSpace(
+                name="fsdp",
+                tp=(1,),
+                pp=(1,),
+                zero=(2, 3),
+                some_layers=False,
+                offload=NO_RATIOS,
+                schedules=_ALIKE,
+                unlike_stages=False,
+                unequal_meshes=False,
+            ),
+            SearchSpace(
+                name="aceso",
+                zero=(0, 1),
+                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                offload=NO_RATIOS,
+                schedules=_ALIKE,
+            ),
+            SearchSpace(name="paper", schedules=_ALIKE, unequal_meshes=False),
+            SearchSpace(name="mist"),
+        )
+    }
+)
+"""What other planners and frameworks can vary; "paper" is what the Mist paper searches."""
+
+
+def space_of(name: str) -> SearchSpace:
+    """A space by its name. Raises InputError for an unknown one."""
+    if name not in SPACES:
+        raise InputError(f"--space {name} is not known. Known: {', '.join(SPACES)}.")
+    return SPACES[name]
