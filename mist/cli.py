@@ -1,10 +1,10 @@
 """Command line: parse, call, print. Results on stdout, progress and errors on stderr."""
 
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mist.errors import InputError, MistError, OutputError
-from mist.spaces import SearchSpace
-from mist.spec import Attention, Precision
+from mist.spaces import narrowed, space_of
+from mist.spec import Attention, Precision, ScheduleKind, Solver
 
 if TYPE_CHECKING:
     from mist.trace import Setting
@@ -76,10 +76,29 @@ def plan(
     precision: PrecisionName = Precision.BF16,
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
+    space: Annotated[
+        str, typer.Option("--space", help="What to search: 3d, megatron, deepspeed, ..., mist.")
+    ] = "mist",
     fixed: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Fix a knob: tp, pp, dp, micro-batch, zero, checkpoint (tp=2)."),
+        typer.Option(
+            "--set", help="Fix a knob (tp=2): tp, pp, dp, micro-batch, zero, checkpoint, schedule."
+        ),
     ] = None,
+    most: Annotated[
+        list[str] | None,
+        typer.Option("--max", help="Limit a knob (pp=8): tp, pp, dp, micro-batch."),
+    ] = None,
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option("--forbid", help="Leave out: offload, selective, full, a schedule, ..."),
+    ] = None,
+    solver: Annotated[
+        Solver, typer.Option("--solver", help="Exact dynamic program, MILP, or one by the other.")
+    ] = Solver.BOTH,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", min=0.0, help="CPU seconds of searching.")
+    ] = math.inf,
     top: Annotated[int, typer.Option("--top", min=0, help="Alternatives to report.")] = 5,
     out: Out = None,
     as_json: Json = False,
@@ -105,9 +124,16 @@ def plan(
         attention=attention,
         margin_ratio=margin,
     )
-    space = _space(fixed or ())
+    allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
-        planned = make_plan(question, space, num_alternatives=top, progress=_progress)
+        planned = make_plan(
+            question,
+            allowed,
+            num_alternatives=top,
+            progress=_progress,
+            time_limit_s=time_limit,
+            method=solver.value,
+        )
     found = planned.plan
     path = out or Path(f"{_file_name(found.model.name)}-{gpus}x{found.cluster.device}.yaml")
     picture = plot_png(found, planned.points, planned.limits.device_bytes)
@@ -135,6 +161,14 @@ def check(
     zero: Zero = 0,
     micro_batch: MicroBatch = 1,
     checkpoint: Checkpoint = "none",
+    offload: Annotated[
+        list[str] | None,
+        typer.Option("--offload", help="Share in host memory (optimizer=0.5): weights, grads, ..."),
+    ] = None,
+    schedule: Annotated[
+        ScheduleKind, typer.Option("--schedule", help="Order of micro-batches in the pipeline.")
+    ] = ScheduleKind.ONE_F_ONE_B,
+    vpp: Annotated[int, typer.Option("--vpp", help="Chunks of layers per stage.")] = 1,
     gpu: Gpu = None,
     cluster: ClusterName = None,
     runtime: RuntimeName = "torch",
@@ -147,7 +181,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.workflow.checking import HandLayout, check_layout, check_plan
+    from mist.workflow.checking import HandLayout, check_layout, check_plan, offload_of
     from mist.workflow.question import Question
 
     if out is not None:
@@ -171,7 +205,16 @@ def check(
         attention=attention,
         margin_ratio=margin,
     )
-    layout = HandLayout(tp=tp, pp=pp, zero=zero, micro_batch=micro_batch, checkpoint=checkpoint)
+    layout = HandLayout(
+        tp=tp,
+        pp=pp,
+        zero=zero,
+        micro_batch=micro_batch,
+        checkpoint=checkpoint,
+        schedule=schedule,
+        vpp=vpp,
+        offload=offload_of(offload or ()),
+    )
     with redirect_stdout(sys.stderr):
         checked = check_layout(question, layout, progress=_progress)
     return _show_check(checked, out, as_json=as_json)
@@ -363,26 +406,6 @@ def _write_graph(model: str, setting: "Setting", path: Path) -> None:
     listing = load_listing(model, setting, progress=_progress)
     write_text(path, graph_svg(listing) if path.suffix == ".svg" else listing)
     _progress(f"wrote {path}")
-
-
-def _space(settings: Sequence[str]) -> SearchSpace:
-    """--set KEY=VALUE restrictions as a search space."""
-    values: dict[str, tuple[int, ...] | str] = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        knob = key.replace("-", "_")
-        if knob in values:
-            raise InputError(f"--set {setting}: {key} is set twice.")
-        if knob == "checkpoint" and value in ("none", "full"):
-            values[knob] = value
-        elif knob in ("tp", "pp", "dp", "micro_batch", "zero") and value.isdecimal():
-            values[knob] = (int(value),)
-        else:
-            raise InputError(
-                f"--set {setting}: expected tp, pp, dp, micro-batch or zero with a number, "
-                "or checkpoint=none or full."
-            )
-    return SearchSpace(restrictions=tuple(settings), **values)  # type: ignore[arg-type]
 
 
 def _point(at: str | None) -> dict[str, int] | None:

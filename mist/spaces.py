@@ -4,10 +4,10 @@ A space is a table of allowed values; what a runtime cannot express is taken out
 (`mist.pareto.space`), and everything that a user narrows is written down for the plan.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,3 +148,78 @@ def space_of(name: str) -> SearchSpace:
     if name not in SPACES:
         raise InputError(f"--space {name} is not known. Known: {', '.join(SPACES)}.")
     return SPACES[name]
+
+
+_NUMBERS: Final = ("tp", "pp", "dp", "micro_batch")
+_CHECKPOINTS: Final = MappingProxyType(
+    {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
+)
+
+
+def narrowed(
+    space: SearchSpace, *, fixed: Iterable[str], most: Iterable[str], forbid: Iterable[str]
+) -> SearchSpace:
+    """A space with what the user fixes ("tp=2"), limits ("pp=8") and forbids ("offload").
+
+    Raises InputError for what cannot be read, or is set twice.
+    """
+    space = replace(space, restrictions=_of_space(space))
+    known: set[str] = set()
+    for word in fixed:
+        key, _, value = word.partition("=")
+        if key in known:
+            raise InputError(f"--set {word}: {key} is set twice.")
+        known.add(key)
+        space = _said(replace(space, **_fixed(word, key.replace("-", "_"), value)), word)
+    for word in most:
+        key, _, value = word.partition("=")
+        knob = key.replace("-", "_")
+        if knob not in _NUMBERS or not value.isdecimal() or int(value) < 1:
+            raise InputError(f"--max {word}: expected tp, pp, dp or micro-batch with a number.")
+        space = _said(replace(space, most={**space.most, knob: int(value)}), f"max {word}")
+    for word in forbid:
+        space = _said(replace(space, **_forbidden(space, word)), f"no {word}")
+    return space
+
+
+def _of_space(space: SearchSpace) -> tuple[str, ...]:
+    return () if space.name == "mist" else (f"space {space.name}",)
+
+
+def _said(space: SearchSpace, words: str) -> SearchSpace:
+    return replace(space, restrictions=(*space.restrictions, words))
+
+
+def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
+    """The fields that fix one knob."""
+    if knob in _NUMBERS and value.isdecimal():
+        return {knob: (int(value),)}
+    if knob == "zero" and value.isdecimal():
+        return {knob: (int(value),)}
+    if knob == "checkpoint" and value in _CHECKPOINTS:
+        return {"levels": (_CHECKPOINTS[value],)}
+    if knob == "schedule" and value in set(ScheduleKind):
+        return {"schedules": (ScheduleKind(value),)}
+    raise InputError(
+        f"--set {word}: expected tp, pp, dp, micro-batch or zero with a number, "
+        f"checkpoint={', '.join(_CHECKPOINTS)}, or schedule={', '.join(ScheduleKind)}."
+    )
+
+
+def _forbidden(space: SearchSpace, word: str) -> dict[str, Any]:
+    """The fields without what one word forbids."""
+    levels = {name: level for name, level in _CHECKPOINTS.items() if name != "none"}
+    if word == "offload":
+        return {"offload": NO_RATIOS}
+    if word in OFFLOADED:
+        return {"offload": {**space.offload, word: (0.0,)}}
+    if word in levels:
+        return {"levels": tuple(level for level in space.levels if level is not levels[word])}
+    if word in set(ScheduleKind):
+        return {"schedules": tuple(kind for kind in space.schedules if kind != word)}
+    if word == "unlike-stages":
+        return {"unlike_stages": False, "unequal_meshes": False}
+    if word == "unequal-meshes":
+        return {"unequal_meshes": False}
+    known = ("offload", *OFFLOADED, *levels, *ScheduleKind, "unlike-stages", "unequal-meshes")
+    raise InputError(f"--forbid {word}: expected {', '.join(known)}.")

@@ -60,6 +60,14 @@ class MemoryLevel(StrEnum):
     FULL = "full"
 
 
+class Solver(StrEnum):
+    """What joins stages: the exact dynamic program, the mixed-integer program, or both."""
+
+    DP = "dp"
+    MILP = "milp"
+    BOTH = "both"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What one training step does: `global_batch` samples of `seq_len` tokens.

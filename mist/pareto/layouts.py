@@ -140,7 +140,7 @@ def stage_plans(job: Job, layout: Layout) -> tuple[StagePlan, ...]:
 
 
 def _whole_layers(stage: StageChoice) -> Offload:
-    share = float(np.ceil(stage.offload.weights * stage.count - 1e-9) / stage.count)
+    share = abs(float(np.ceil(stage.offload.weights * stage.count - 1e-9))) / stage.count
     return Offload(
         weights=share,
         grads=share,

@@ -2,13 +2,12 @@
 
 For one kind of position in the pipeline, K strategies, and n_x layers of each kind and level x,
 
-    stable_s, lone_s, weight_s, host_bytes = a_0 + sum_x n_x a_x
-    peak_bytes                             = b_P + sum_x n_x b_x,  P = { x : n_x > 0 }
+    output = b_P + sum_x n_x a_x,   P = { x : n_x > 0 }
 
-because times and kept bytes add up over layers, and the working set is that of the worst layer that
-the stage has at all. Bytes are straight lines in the micro-batches in flight, too. The lines are
-read off the compiled formulas at a few points, so there is one cost model; `StageLines` holds them
-and says what any mix of layers costs.
+because times and kept bytes add up over layers, while the working set and the last collectives are
+those of the worst layer that the stage has at all. Outputs are straight lines in the micro-batches
+in flight, too. The lines are read off the compiled formulas at a few points, so there is one cost
+model; `StageLines` holds them and says what any mix of layers costs.
 """
 
 from collections.abc import Mapping
@@ -26,69 +25,60 @@ OUTPUTS = ("stable_s", "lone_s", "weight_s", "peak_bytes", "host_bytes")
 LEVELS = tuple(MemoryLevel)
 
 
+Line = tuple[Floats, Floats]  # without and for each micro-batch in flight
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageLines:
     """Lines of K strategies at one kind of position.
 
-    `slope[output]` [X, K]: per layer of each x = level * kinds + kind, with nothing in flight, and
-    `slope_each` for each micro-batch in flight; `start`, `start_each` [K]: without layers.
+    `slope[output]` [X, K] each: per layer of x = level * kinds + kind. `bases`: b_P [K] by the bits
+    of P, as they are asked for.
     """
 
     job: Job
     columns: Mapping[str, ArrayLike]
-    slope: Mapping[str, Floats]
-    slope_each: Mapping[str, Floats]
-    start: Mapping[str, Floats]
-    start_each: Mapping[str, Floats]
-    peaks: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
+    slope: Mapping[str, Line]
+    bases: dict[int, Mapping[str, Line]] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, job: Job, terms: Mapping[str, Floats], position: Mapping[str, ArrayLike]
     ) -> "StageLines":
         """Read the lines off the formulas. `terms` [K]; `position`: numbers, but for in_flight."""
-        num_rows = len(LEVELS) * job.facts.num_kinds
         columns = {name: np.asarray(term) for name, term in terms.items()} | dict(position)
-        ones = np.eye(num_rows)
+        ones = np.eye(len(LEVELS) * job.facts.num_kinds)
         once, twice = (_evaluated(job, columns, points) for points in (ones, 2 * ones))
-        slope, each, start, start_each = {}, {}, {}, {}
-        for name in OUTPUTS:
-            rise = twice[name] - once[name]  # [in flight 0 and 1, X, K]
-            slope[name], each[name] = rise[0], rise[1] - rise[0]
-            level = once[name] - rise
-            start[name], start_each[name] = level[0, 0], level[1, 0] - level[0, 0]
-        return cls(
-            job=job,
-            columns=columns,
-            slope=slope,
-            slope_each=each,
-            start=start,
-            start_each=start_each,
-        )
+        slope = {name: _line(twice[name] - once[name]) for name in OUTPUTS}
+        return cls(job=job, columns=columns, slope=slope)
 
     def rise(self, name: str, row: int, in_flight: float) -> Floats:
         """What one more layer of a row adds, [K]."""
-        return np.asarray(self.slope[name][row] + in_flight * self.slope_each[name][row])
+        fixed, each = self.slope[name]
+        return np.asarray(fixed[row] + in_flight * each[row])
 
-    def base(self, name: str, in_flight: float) -> Floats:
-        """An output but for its layers, [K]; not for peak_bytes, which depends on the mix."""
-        return np.asarray(self.start[name] + in_flight * self.start_each[name])
-
-    def peak_base(self, present: int, in_flight: float) -> Floats:
+    def base(self, name: str, present: int, in_flight: float) -> Floats:
         """b_P of the rows whose bits are set in `present`, [K]."""
-        if present not in self.peaks:
-            self.peaks[present] = self._peak_of(present)
-        fixed, each = self.peaks[present]
+        if present not in self.bases:
+            self.bases[present] = self._bases_of(present)
+        fixed, each = self.bases[present][name]
         return np.asarray(fixed + in_flight * each)
 
-    def _peak_of(self, present: int) -> tuple[Floats, Floats]:
-        num_rows = len(self.slope["peak_bytes"])
+    def _bases_of(self, present: int) -> Mapping[str, Line]:
+        num_rows = len(LEVELS) * self.job.facts.num_kinds
         counts = np.array([[float(present >> row & 1) for row in range(num_rows)]])
-        peak = _evaluated(self.job, self.columns, counts)["peak_bytes"][:, 0]
-        both = np.stack([peak[0], peak[1] - peak[0]])
-        lines = (self.slope["peak_bytes"], self.slope_each["peak_bytes"])
-        fixed, each = (whole - counts[0] @ line for whole, line in zip(both, lines, strict=True))
-        return fixed, each
+        found = _evaluated(self.job, self.columns, counts)
+        bases = {}
+        for name in OUTPUTS:
+            fixed, each = _line(found[name][:, 0])
+            slope, slope_each = self.slope[name]
+            bases[name] = (fixed - counts[0] @ slope, each - counts[0] @ slope_each)
+        return bases
+
+
+def _line(values: Floats) -> Line:
+    """Values with 0 and 1 micro-batches in flight as a line."""
+    return values[0], values[1] - values[0]
 
 
 def _evaluated(job: Job, columns: Mapping[str, ArrayLike], points: Floats) -> dict[str, Floats]:

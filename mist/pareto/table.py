@@ -114,7 +114,7 @@ class GroupModel:
         lines, _ = self.lines(stage)
         kinds = kinds_of(self.job, ranges)
         each = np.array([lines.rise("weight_s", kind, 0.0)[0] for kind in range(len(kinds))])
-        return np.asarray(lines.base("weight_s", 0.0)[0] + each @ kinds)
+        return np.asarray(lines.base("weight_s", 1, 0.0)[0] + each @ kinds)
 
     def mixes(self, stage: int, ranges: Ranges, limits: Limits) -> Iterator[Mixes]:
         """Every mix of levels at a position, for all strategies and ranges."""
@@ -174,7 +174,7 @@ class _Position:
         self._job, self._lines, self._in_flight = job, lines, in_flight
         self._ranges, self._limits = ranges, limits
         self._kinds = kinds_of(job, ranges)
-        self._row = np.arange(len(lines.start["stable_s"]))
+        self._row = np.arange(lines.slope["stable_s"][0].shape[1])
 
     def whole(self, level: MemoryLevel) -> Mixes:
         """All layers at one level."""
@@ -244,10 +244,7 @@ class _Position:
         """What stages with these mixes cost; `num_lower` [len(rows), R]."""
         parts = self._parts(upper, lower, num_lower)
         peak_bytes, host_bytes = self._bytes(parts, rows)
-        stable_s, lone_s = (
-            self._lines.base(name, self._in_flight)[rows, None] + self._sum(name, parts, rows)
-            for name in ("stable_s", "lone_s")
-        )
+        stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
         return Mixes(
@@ -278,9 +275,10 @@ class _Position:
 
     def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
         """Peak on the device and bytes in host memory."""
-        peak_bytes = self._sum("peak_bytes", parts, rows) + self._peak_base(parts, rows)
-        host_bytes = self._lines.base("host_bytes", self._in_flight)[rows, None]
-        return peak_bytes, host_bytes + self._sum("host_bytes", parts, rows)
+        return self._value("peak_bytes", parts, rows), self._value("host_bytes", parts, rows)
+
+    def _value(self, name: str, parts: _Parts, rows: Ints) -> Floats:
+        return self._base(name, parts, rows) + self._sum(name, parts, rows)
 
     def _sum(self, name: str, parts: _Parts, rows: Ints) -> Floats:
         """Sum over kinds and levels of layers times their line."""
@@ -290,8 +288,8 @@ class _Position:
                 total = total + layers * self._rise(name, level, kind)[rows, None]
         return total
 
-    def _peak_base(self, parts: _Parts, rows: Ints) -> Floats:
-        """The part of the peak that depends on which kinds and levels a stage has at all."""
+    def _base(self, name: str, parts: _Parts, rows: Ints) -> Floats:
+        """The part of an output that depends on which kinds and levels a stage has at all."""
         num_kinds = len(self._kinds)
         bits = [
             (1 << (LEVELS.index(level) * num_kinds + kind), layers)
@@ -299,13 +297,15 @@ class _Position:
             for kind, layers in enumerate(kinds)
         ]
         if num_kinds == 1:  # every possible mix has a layer at each of its levels
-            return self._lines.peak_base(sum(bit for bit, _ in bits), self._in_flight)[rows, None]
+            present = sum(bit for bit, _ in bits)
+            return self._lines.base(name, present, self._in_flight)[rows, None]
         shape = (len(rows), len(self._ranges))
-        present = sum(np.where(layers > 0, bit, 0) for bit, layers in bits)
-        present = np.broadcast_to(present, shape)
+        held = np.zeros(shape, dtype=np.int64)
+        for bit, layers in bits:
+            held |= np.where(layers > 0, bit, 0)
         base = np.empty(shape)
-        for each in np.unique(present):
-            at = present == each
-            line = self._lines.peak_base(int(each), self._in_flight)[rows, None]
+        for each in np.unique(held):
+            at = held == each
+            line = self._lines.base(name, int(each), self._in_flight)[rows, None]
             base[at] = np.broadcast_to(line, shape)[at]
         return base

@@ -1,6 +1,5 @@
 """From a run's columns to the layout that it trained with: what each pipeline stage holds."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 

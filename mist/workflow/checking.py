@@ -1,6 +1,6 @@
 """`mist check`: judge a plan file or a layout written by hand, and say what would help."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from mist.planfile import load_plan
 from mist.plans import Estimate, Limits, Offload, Plan, Schedule, StagePlan, even_layers
 from mist.programs import Progress, quiet
 from mist.rules import broken
+from mist.spaces import OFFLOADED
 from mist.spec import MemoryLevel, ScheduleKind
 from mist.units import format_bytes, format_seconds
 from mist.workflow.matching import plan_against
@@ -24,6 +25,7 @@ from mist.workflow.question import (
     unsearched_plan,
 )
 
+KEPT: Final = Offload()
 CHECKPOINTS: Final = MappingProxyType(
     {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
 )
@@ -43,7 +45,7 @@ class HandLayout:
     checkpoint: str = "none"
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
     vpp: int = 1
-    offload: Offload = Offload()
+    offload: Offload = KEPT
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "micro_batch", "vpp"):
@@ -71,6 +73,23 @@ class HandLayout:
         full = min(int(self.checkpoint), num_layers)
         counts = {MemoryLevel.EAGER: num_layers - full, MemoryLevel.FULL: full}
         return dict.fromkeys(MemoryLevel, 0) | counts
+
+
+def offload_of(words: Iterable[str]) -> Offload:
+    """Ratios from words such as "optimizer=0.5". Raises InputError for what is none."""
+    ratios: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            ratio = float(value)
+        except ValueError:
+            ratio = -1.0
+        if name not in OFFLOADED or not 0 <= ratio <= 1:
+            raise InputError(
+                f"--offload {word}: expected {', '.join(OFFLOADED)} with a ratio from 0 to 1."
+            )
+        ratios[name] = ratio
+    return Offload(**ratios)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

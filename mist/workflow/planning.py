@@ -39,7 +39,7 @@ class Planned:
     limits: Limits
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - what is searched, and how far
     question: Question,
     space: SearchSpace,
     *,
@@ -50,7 +50,8 @@ def make_plan(
 ) -> Planned:
     """Search the fastest layout that fits and say why others lose.
 
-    After `time_limit_s` of searching the best layout so far is the answer, with its gap. Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
+    After `time_limit_s` of processor time the best layout so far is the answer, with its gap.
+    Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
     """
     start = perf_counter()
     programs = compiled(question, progress)

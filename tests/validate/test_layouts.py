@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from mist.plans import even_layers
+from mist.plans import even_layers, layers_by_cost, layout_of
 from mist.validate.cases import grouped
-from mist.validate.layouts import layers_by_cost, layout_of
 from mist.validate.models import Unsupported, architecture_of
 from mist.validate.runs import StageRun
 from mist.validate.sources import Source, load_sources
