@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from mist.plans import even_layers, layers_by_cost, layout_of
+from mist.plans import even_layers, layers_by_cost
 from mist.validate.cases import grouped
+from mist.validate.layouts import layout_of
 from mist.validate.models import Unsupported, architecture_of
 from mist.validate.runs import StageRun
 from mist.validate.sources import Source, load_sources
