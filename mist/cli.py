@@ -5,19 +5,51 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from mist.errors import InputError, MistError, OutputError
+from mist.options import (
+    AttentionName,
+    Checkpoint,
+    ClusterName,
+    Fixed,
+    Forbid,
+    GlobalBatch,
+    Gpu,
+    Gpus,
+    Json,
+    Margin,
+    MicroBatch,
+    Model,
+    Most,
+    Offloads,
+    Out,
+    Pp,
+    PrecisionName,
+    RuntimeName,
+    ScheduleName,
+    Seq,
+    SolverName,
+    Space,
+    TimeLimit,
+    Top,
+    Tp,
+    Vpp,
+    Zero,
+)
 from mist.spaces import narrowed, space_of
 from mist.spec import Attention, Precision, ScheduleKind, Solver
 
 if TYPE_CHECKING:
     from mist.trace import Setting
     from mist.workflow.checking import Checked
+    from mist.workflow.planning import Planned
 
 app = typer.Typer(
     name="mist",
@@ -29,34 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
-]
-Gpus = Annotated[int, typer.Option("--gpus", help="Number of GPUs.")]
-Gpu = Annotated[str | None, typer.Option("--gpu", help="Device profile, for instance h100-sxm.")]
-ClusterName = Annotated[str | None, typer.Option("--cluster", help="Cluster profile or YAML file.")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="Training framework.")]
-Seq = Annotated[int | None, typer.Option("--seq", help="Tokens per sample [min(8192, model's)].")]
-GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Samples per optimizer step.")]
-PrecisionName = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
-AttentionName = Annotated[Attention, typer.Option("--attention", help="Attention kernel.")]
-Margin = Annotated[
-    float | None, typer.Option("--margin", help="Share of device memory that stays free [0.12].")
-]
-Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")]
-Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
-Zero = Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")]
-MicroBatch = Annotated[
-    int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
-]
-Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", help="Recomputed layers: none, full, or a number per stage.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
-]
 
 OF_ANY_PLAN = {"subject", "margin", "out", "as_json"}  # what `mist check PLAN` may be told
 PLAN_SUFFIXES = (".yaml", ".yml")
@@ -76,38 +80,18 @@ def plan(
     precision: PrecisionName = Precision.BF16,
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
-    space: Annotated[
-        str, typer.Option("--space", help="What to search: 3d, megatron, deepspeed, ..., mist.")
-    ] = "mist",
-    fixed: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Fix a knob (tp=2): tp, pp, dp, micro-batch, zero, checkpoint, schedule."
-        ),
-    ] = None,
-    most: Annotated[
-        list[str] | None,
-        typer.Option("--max", help="Limit a knob (pp=8): tp, pp, dp, micro-batch."),
-    ] = None,
-    forbid: Annotated[
-        list[str] | None,
-        typer.Option("--forbid", help="Leave out: offload, selective, full, a schedule, ..."),
-    ] = None,
-    solver: Annotated[
-        Solver, typer.Option("--solver", help="Exact dynamic program, MILP, or one by the other.")
-    ] = Solver.BOTH,
-    time_limit: Annotated[
-        float, typer.Option("--time-limit", min=0.0, help="CPU seconds of searching.")
-    ] = math.inf,
-    top: Annotated[int, typer.Option("--top", min=0, help="Alternatives to report.")] = 5,
+    space: Space = "mist",
+    fixed: Fixed = None,
+    most: Most = None,
+    forbid: Forbid = None,
+    solver: SolverName = Solver.BOTH,
+    time_limit: TimeLimit = math.inf,
+    top: Top = 5,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Search the fastest way to train MODEL that fits; write plan.yaml and a Pareto plot."""
-    from mist.files import write_bytes
-    from mist.planfile import save_plan
     from mist.report.plans import plan_json, print_plan
-    from mist.report.plot import plot_png
     from mist.workflow.planning import make_plan
     from mist.workflow.question import Question
 
@@ -134,16 +118,27 @@ def plan(
             time_limit_s=time_limit,
             method=solver.value,
         )
-    found = planned.plan
-    path = out or Path(f"{_file_name(found.model.name)}-{gpus}x{found.cluster.device}.yaml")
-    picture = plot_png(found, planned.points, planned.limits.device_bytes)
-    save_plan(found, path)
+    _write_plan(planned, out)
+    if as_json:
+        _print_json(plan_json(planned.plan, planned.seconds, planned.notes))
+    else:
+        print_plan(planned.plan, planned.limits, planned.notes)
+
+
+def _write_plan(planned: "Planned", out: Path | None) -> None:
+    """The plan and its picture, beside each other."""
+    from mist.files import write_bytes
+    from mist.planfile import save_plan
+    from mist.report.plot import plot_png
+
+    plan = planned.plan
+    path = out or Path(
+        f"{_file_name(plan.model.name)}-{plan.cluster.num_gpus}x{plan.cluster.device}.yaml"
+    )
+    picture = plot_png(plan, planned.points, planned.limits.device_bytes)
+    save_plan(plan, path)
     write_bytes(path.with_suffix(".png"), picture)
     _progress(f"wrote {path} and {path.with_suffix('.png')}")
-    if as_json:
-        _print_json(plan_json(found, planned.seconds, planned.notes))
-    else:
-        print_plan(found, planned.limits, planned.notes)
 
 
 @app.command()
@@ -161,14 +156,9 @@ def check(
     zero: Zero = 0,
     micro_batch: MicroBatch = 1,
     checkpoint: Checkpoint = "none",
-    offload: Annotated[
-        list[str] | None,
-        typer.Option("--offload", help="Share in host memory (optimizer=0.5): weights, grads, ..."),
-    ] = None,
-    schedule: Annotated[
-        ScheduleKind, typer.Option("--schedule", help="Order of micro-batches in the pipeline.")
-    ] = ScheduleKind.ONE_F_ONE_B,
-    vpp: Annotated[int, typer.Option("--vpp", help="Chunks of layers per stage.")] = 1,
+    offload: Offloads = None,
+    schedule: ScheduleName = ScheduleKind.ONE_F_ONE_B,
+    vpp: Vpp = 1,
     gpu: Gpu = None,
     cluster: ClusterName = None,
     runtime: RuntimeName = "torch",
@@ -184,13 +174,9 @@ def check(
     from mist.workflow.checking import HandLayout, check_layout, check_plan, offload_of
     from mist.workflow.question import Question
 
-    if out is not None:
-        _check_out(out)
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
-        with redirect_stdout(sys.stderr):
-            checked = check_plan(subject, margin_ratio=margin, progress=_progress)
-        return _show_check(checked, out, as_json=as_json)
+        return _show_check(partial(check_plan, subject, margin_ratio=margin), out, as_json=as_json)
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
     question = Question(
@@ -215,9 +201,7 @@ def check(
         vpp=vpp,
         offload=offload_of(offload or ()),
     )
-    with redirect_stdout(sys.stderr):
-        checked = check_layout(question, layout, progress=_progress)
-    return _show_check(checked, out, as_json=as_json)
+    return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
 
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:
@@ -236,10 +220,14 @@ def _refuse_ignored(context: typer.Context, subject: str) -> None:
         )
 
 
-def _show_check(checked: "Checked", out: Path | None, *, as_json: bool) -> None:
+def _show_check(judge: Callable[..., "Checked"], out: Path | None, *, as_json: bool) -> None:
     from mist.planfile import save_plan
     from mist.report.plans import check_json, print_check
 
+    if out is not None:
+        _check_out(out)
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        checked = judge(progress=_progress)
     if out is not None:
         save_plan(checked.plan, out)
         _progress(f"wrote {out}")

@@ -203,7 +203,7 @@ def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
             message=f"offloading {name} {needs} under runtime {runtime.name}, "
             f"found ratio {{{name}:g}} at ZeRO-{{zero}}.",
         )
-    offers = runtime.offload is not None and runtime.offload.activations
+    offers = runtime.offloads("activations")
     yield Rule(
         name="offload-activations",
         holds=lambda c: (c["activations"] == 0) | offers,

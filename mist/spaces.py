@@ -68,11 +68,7 @@ class SearchSpace:
                 raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
         if not self.levels:
             raise InputError("no memory level is left: allow eager, selective or full.")
-        for name, ratios in self.offload.items():
-            if name not in OFFLOADED:
-                raise InputError(f"offload {name} is none of {', '.join(OFFLOADED)}.")
-            if bad := [ratio for ratio in ratios if not 0 <= ratio <= 1]:
-                raise InputError(f"offload {name} {bad[0]:g} is not a ratio from 0 to 1.")
+        _check_ratios(self.offload)
 
     def allows(self, name: str, values: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which values of "tp", "pp", "dp" or "micro_batch" may be used."""
@@ -81,6 +77,14 @@ class SearchSpace:
         if allowed is not None:
             kept &= np.isin(values, allowed)
         return kept if most is None else kept & (values <= most)
+
+
+def _check_ratios(offload: Mapping[str, tuple[float, ...]]) -> None:
+    for name, ratios in offload.items():
+        if name not in OFFLOADED:
+            raise InputError(f"offload {name} is none of {', '.join(OFFLOADED)}.")
+        if bad := [ratio for ratio in ratios if not 0 <= ratio <= 1]:
+            raise InputError(f"offload {name} {bad[0]:g} is not a ratio from 0 to 1.")
 
 
 _ALIKE: Final = (ScheduleKind.ONE_F_ONE_B,)

@@ -7,10 +7,10 @@ of `mist.rules` are never generated. Where a schedule needs stages alike in dp a
 group of its own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from mist.spec import MemoryLevel, ScheduleKind
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 # Schedules that run chunks in turn, or split the backward pass, connect each stage's ranks one to
 # one: stages have the same dp and tp (torch.distributed.pipelining).
@@ -101,27 +102,24 @@ class Group:
 
 def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
     """What of a space a runtime can express."""
-    knobs, offload = runtime.knobs, runtime.offload
-    levels = [level for level in space.levels if _has_level(level, runtime)]
-    hosted = {
-        "weights": offload is not None and offload.weights is not None,
-        "grads": offload is not None and offload.grads is not None,
-        "optimizer": offload is not None and offload.optimizer is not None,
-        "activations": offload is not None and offload.activations,
-    }
-    ratios = {n: space.offload[n] if hosted[n] else NO_RATIOS[n] for n in OFFLOADED}
+    knobs = runtime.knobs
+    ratios = {n: space.offload[n] if runtime.offloads(n) else NO_RATIOS[n] for n in OFFLOADED}
     return replace(
         space,
         tp=space.tp if knobs.tensor_parallel else (1,),
         pp=space.pp if knobs.schedules else (1,),
-        zero=tuple(zero for zero in space.zero if zero in knobs.zero_levels),
-        levels=tuple(levels),
+        zero=_common(space.zero, knobs.zero_levels),
+        levels=tuple(level for level in space.levels if _has_level(level, runtime)),
         some_layers=space.some_layers and knobs.recomputes_some,
         offload=ratios,
-        schedules=tuple(kind for kind in space.schedules if kind in knobs.schedules),
+        schedules=_common(space.schedules, knobs.schedules),
         unlike_stages=space.unlike_stages and knobs.unlike_stages,
         unequal_meshes=space.unequal_meshes and knobs.unlike_stages,
     )
+
+
+def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
+    return tuple(value for value in wanted if value in known)
 
 
 def _has_level(level: MemoryLevel, runtime: Runtime) -> bool:
@@ -255,8 +253,8 @@ def _tuples(space: SearchSpace, runtime: Runtime) -> Floats:
     rows = np.stack([axis.ravel() for axis in axes], axis=-1)
     weights, grads = rows[:, 0], rows[:, 1]
     by_layer = runtime.offload is not None and runtime.offload.by_layer
-    has_grads = runtime.offload is not None and runtime.offload.grads is not None
-    kept = weights == grads if by_layer else (weights == 0) | (grads > 0) | (not has_grads)
+    alone = not runtime.offloads("grads")
+    kept = weights == grads if by_layer else (weights == 0) | (grads > 0) | alone
     return np.asarray(rows[kept & (rows > 0).any(axis=1)])
 
 

@@ -270,6 +270,10 @@ class Runtime(Record):
         """Gradient bytes per parameter of the group being reduced, by compute precision."""
         return self.transients.reduce_bytes_per_param
 
+    def offloads(self, name: str) -> bool:
+        """Whether "weights", "grads", "optimizer" or "activations" may live in host memory."""
+        return self.offload is not None and bool(getattr(self.offload, name))
+
     def state(self, precision: Precision, zero: int) -> StateRow:
         """The row of a precision and ZeRO level. Raises KeyError when the runtime has none."""
         for row in self.states:
