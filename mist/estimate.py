@@ -35,7 +35,6 @@ NOT_MODELLED = (
     "data loading, checkpoint writing, evaluation and restarts",
     "stragglers, clock throttling and network contention from other jobs",
     "gradient clipping and the learning-rate schedule",
-    "resharding between neighbouring stages of different dp and tp",
     "allocator fragmentation beyond the stated share",
 )
 
@@ -285,14 +284,33 @@ def _stage_columns(
         zero=[stage.zero for stage in stages],
         offload={name: [getattr(s.offload, name) for s in stages] for name in NO_OFFLOAD},
     )
+    terms = job.cost.terms(strategy)
     devices = np.array([stage.devices for stage in stages])
-    return job.cost.stage(
-        {
-            **job.cost.terms(strategy),
-            **position_columns(job, devices, num_micro_batches, schedule),
-            **_layer_counts(job, stages),
-        }
+    position = position_columns(job, devices, num_micro_batches, schedule)
+    columns = job.cost.stage({**terms, **position, **_layer_counts(job, stages)})
+    between = resharding_seconds(terms, np.asarray(position["next_crosses_node"])[:-1])
+    parts = ("p2p_s", "stable_s", "lone_s")
+    return columns | {name: columns[name] + between for name in parts}
+
+
+def resharding_seconds(
+    terms: Mapping[str, NDArray[np.float64]], crosses: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """What transfers between unlike neighbours add to stages that send less themselves, in s [S].
+
+    A rank of either side moves the activation of its own micro-batch. The side with more of it sets
+    the pace of both; the stage formulas count each stage's own. `terms` [S]; `crosses` [S - 1]:
+    whether the edge behind a stage leaves the node.
+    """
+    in_node_s, cross_s = terms["term_p2p_in_node_s"], terms["term_p2p_cross_s"]
+    left_s, right_s = (
+        np.where(crosses, cross_s[side], in_node_s[side])
+        for side in (slice(None, -1), slice(1, None))
     )
+    added_s = np.zeros(len(in_node_s))
+    added_s[:-1] += np.maximum(right_s - left_s, 0.0)
+    added_s[1:] += np.maximum(left_s - right_s, 0.0)
+    return added_s
 
 
 def _layer_counts(job: Job, stages: Sequence[StagePlan]) -> dict[str, Counts]:

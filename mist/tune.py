@@ -10,8 +10,9 @@ For every group (S stages, G micro-batches, schedule), most promising first:
 4. join      one point per stage, by the exact dynamic program (mist.milp).
 
 The winner is confirmed by the mixed-integer program through PuLP and HiGHS. Its gap is against the
-least of what the program proves, of the bounds of groups that were not searched (--time-limit,
-Ctrl-C), and of nothing else: bounds never change the optimum.
+least of what the programs prove, and of the bounds of groups that were not searched (--time-limit,
+Ctrl-C). The programs do not see what transfers between neighbours unlike in dp and tp add: layouts
+are compared with it, and the gap covers it. Bounds never change the optimum.
 """
 
 import math
@@ -50,7 +51,11 @@ class Tuned:
 
 @dataclass(slots=True, kw_only=True)
 class _Search:
-    """Best layout so far, the best of each kind, and counts."""
+    """Best layout so far, the best of each kind, and counts.
+
+    `relaxed_s`: the least that any group's dynamic program proved, which does not see what
+    transfers between unlike neighbours add.
+    """
 
     job: Job
     space: SearchSpace
@@ -58,6 +63,7 @@ class _Search:
     num_alternatives: int
     best: Layout | None = None
     best_group: Group | None = None
+    relaxed_s: float = math.inf
     by_kind: dict[tuple[object, ...], Layout] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
@@ -143,6 +149,7 @@ def _visit(search: _Search, group: Group, bound_s: float) -> None:
         problem = _problem(search, model, search.upper_bound_s)
         joined = _joined(problem, search.upper_bound_s, "dp")
         if joined is not None:
+            search.relaxed_s = min(search.relaxed_s, joined[1].lower_bound_s)
             search.offer(joined[0], group)
 
 
@@ -256,7 +263,7 @@ def _joined(
         )
         for choice in solution.choices
     ]
-    return layout_of(model.group, picked), solution
+    return layout_of(model.job, model.group, picked), solution
 
 
 def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tuned:
@@ -270,14 +277,16 @@ def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tune
         problem = _problem(search, model, best.step_s * slack)
         joined = _joined(problem, best.step_s * slack, method)
         assert joined is not None, "the winner vanished from its own group"
-        layout, proven_s = joined[0], joined[1].lower_bound_s
+        proven_s = joined[1].lower_bound_s
+        if joined[0].step_s <= best.step_s:
+            layout = joined[0]
     others = sorted(
         (other for kind, other in search.by_kind.items() if kind != layout.kind),
         key=lambda other: other.step_s,
     )
     return Tuned(
         best=layout,
-        lower_bound_s=min(proven_s, left_s, layout.step_s),
+        lower_bound_s=min(proven_s, search.relaxed_s, left_s, layout.step_s),
         others=tuple(others[: search.num_alternatives]),
         statistics=search.counts,
     )

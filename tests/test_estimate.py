@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mist.estimate import Job, estimate, make_job, model_flop
@@ -126,3 +127,28 @@ def test_only_collectives_of_the_layout_are_told_to_leave_their_table(
         f"({ratios[what.split(' of ')[1]]})"
         for what in told
     )
+
+
+def test_unlike_neighbours_wait_for_the_larger_transfer() -> None:
+    """dp 4 sends a sample from each rank, dp 2 tp 2 takes two: sequence shards make them equal."""
+    job = toy_job(num_gpus=8)
+    like = stages_of(job, 2)
+    wide = replace(like[1], dp=2, tp=2, sp=True, micro_batch=2)
+    narrow = replace(like[1], dp=1, tp=4, sp=True, micro_batch=4)
+    edge = float(job.laws.p2p_s(2 * 2048 * 1024, 0))  # bf16, sequence, hidden, in a node
+    for second in (wide, narrow):
+        judged = estimate(job, (like[0], second), 16)
+        sent = [stage.time_parts_s["p2p"] for stage in judged.stages]
+        assert sent == [pytest.approx(edge, rel=1e-5)] * 2
+    pair = stages_of(job, 2, zero=1)
+    deep = (replace(pair[0], dp=2, tp=2, sp=True, micro_batch=2), replace(pair[1], dp=4, tp=1))
+    assert estimate(job, deep, 16).stages[0].time_parts_s["p2p"] == pytest.approx(edge, rel=1e-5)
+
+
+def test_the_slower_side_sets_the_pace_of_both() -> None:
+    terms = {
+        "term_p2p_in_node_s": np.array([1.0, 3.0, 2.0]),
+        "term_p2p_cross_s": np.array([10.0, 10.0, 40.0]),
+    }
+    added = resharding_seconds(terms, np.array([0, 1]))
+    assert added.tolist() == [2.0, 30.0, 0.0]

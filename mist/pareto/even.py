@@ -35,7 +35,7 @@ def even_layouts(model: GroupModel, limits: Limits, *, least: str = "stable_s") 
             rows = picks[stage][1][k, column : column + 1]
             points = tables[stage].points(rows, int(column))
             picked.append(_picked(model, int(ranges.count[column]), points))
-        yield layout_of(group, picked)
+        yield layout_of(job, group, picked)
 
 
 def _picked(model: GroupModel, count: int, points: Points) -> Picked:
@@ -112,7 +112,7 @@ def _alike(
     ]
     fits = np.all([table.fits[:, stage] for stage, table in enumerate(tables)], axis=0)
     for k in np.flatnonzero(fits):
-        yield layout_of(model.group, _stages(model, ranges, tables, int(k)))
+        yield layout_of(model.job, model.group, _stages(model, ranges, tables, int(k)))
 
 
 def _stages(

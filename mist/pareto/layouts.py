@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mist.estimate import Job, fill_seconds
+from mist.estimate import Job, fill_seconds, resharding_seconds
 from mist.pareto.points import Points
 from mist.pareto.space import Group, Strategies
 from mist.plans import Offload, Schedule, StagePlan
@@ -69,8 +70,11 @@ class Picked:
     point: int
 
 
-def layout_of(group: Group, picked: Sequence[Picked]) -> Layout:
-    """The layout of picked points, first stage first: each starts where the one before ends."""
+def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> Layout:
+    """The layout of picked points, first stage first: each starts where the one before ends.
+
+    Its step includes what transfers between unlike neighbours add.
+    """
     stages, first = [], 0
     for pick in picked:
         stages.append(_choice(pick, first))
@@ -79,6 +83,8 @@ def layout_of(group: Group, picked: Sequence[Picked]) -> Layout:
         np.array([getattr(pick.points, name)[pick.point] for pick in picked])
         for name in ("stable_s", "lone_s", "weight_s", "peak_bytes")
     )
+    between_s = _between(job, picked)
+    stable_s, lone_s = stable_s + between_s, lone_s + between_s
     fill_s = fill_seconds(group.schedule, stable_s, weight_s)
     return Layout(
         schedule=group.schedule,
@@ -87,6 +93,17 @@ def layout_of(group: Group, picked: Sequence[Picked]) -> Layout:
         step_s=float(step_time(group.num_micro_batches, stable_s, lone_s, fill_s)),
         peak_bytes=float(peaks.max()),
     )
+
+
+def _between(job: Job, picked: Sequence[Picked]) -> NDArray[np.float64]:
+    names = ("term_p2p_in_node_s", "term_p2p_cross_s")
+    rows = [int(pick.points.row[pick.point]) for pick in picked]
+    terms = {
+        name: np.array([p.strategies.terms[name][row] for p, row in zip(picked, rows, strict=True)])
+        for name in names
+    }
+    ends = np.cumsum([pick.num_devices for pick in picked])[:-1]
+    return resharding_seconds(terms, ends % job.platform.gpus_per_node == 0)
 
 
 def _choice(pick: Picked, first: int) -> StageChoice:
