@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.estimate import Job, estimate, make_job, model_flop
+from mist.estimate import Job, estimate, make_job, model_flop, resharding_seconds
 from mist.plans import Offload, StagePlan
 from mist.platform.cluster import Collective
 from mist.spec import MemoryLevel
