@@ -89,7 +89,8 @@ class Overlap(Record):
     stands alone; `gradient_all_reduce` concerns the last micro-batch. Tensor-parallel collectives
     add `tensor_parallel_time_scale` times their law: less than 1 where a part is hidden, more where
     ranks wait for each other. `layers_per_collective`: layers whose
-    parameters or gradients one data-parallel collective carries.
+    parameters or gradients one data-parallel collective carries. `chunk_transfer_ratio`: share of
+    the transfers that chunks beyond a stage's first add which stands alone.
     """
 
     compute_slowdown_ratio: Quantity
@@ -98,6 +99,7 @@ class Overlap(Record):
     gradient_all_reduce_ratio: Quantity
     tensor_parallel_time_scale: Quantity
     layers_per_collective: Quantity
+    chunk_transfer_ratio: Quantity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,7 +186,8 @@ def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
     rows = list(_rows(num_kinds, runtime))
     parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
-    parts |= {"p2p_s": _p2p()}
+    p2p = _p2p(runtime)
+    parts |= {"p2p_s": p2p}
     each = runtime.host.micro_batch_launch_s.value
     parts["launch_s"] += each
     layers = [row for row in rows if row[0].isdigit()]
@@ -195,8 +196,8 @@ def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     memory = _memory(rows, runtime)
     return {
         **parts,
-        "stable_s": _total(rows, "stable_s") + _p2p() + each,
-        "lone_s": _total(rows, "lone_s") + _p2p() + each + once,
+        "stable_s": _total(rows, "stable_s") + p2p + each,
+        "lone_s": _total(rows, "lone_s") + p2p + each + once,
         "weight_s": _of_blocks(rows, "weight_s"),
         **{f"{part}_bytes": expr for part, expr in memory.items()},
         "peak_bytes": sympy.Add(*memory.values()),
@@ -231,12 +232,13 @@ def _total(rows: Iterable[_Row], name: str) -> Expr:
     return sympy.Add(*(count * _term(f"{x}_{level}_{name}") for x, level, count in rows))
 
 
-def _p2p() -> Expr:
+def _p2p(runtime: Runtime) -> Expr:
     """Each chunk sends its output forward and its input's gradient back, once per micro-batch."""
+    more = runtime.overlap.chunk_transfer_ratio.value * (sym.CHUNKS - 1)
     in_node, cross = _term("p2p_in_node_s"), _term("p2p_cross_s")
     to_next = in_node + sym.NEXT_CROSSES * (cross - in_node)
     to_prev = in_node + sym.PREV_CROSSES * (cross - in_node)
-    return (sym.CHUNKS - sym.LAST) * to_next + (sym.CHUNKS - sym.FIRST) * to_prev
+    return (1 - sym.LAST + more) * to_next + (1 - sym.FIRST + more) * to_prev
 
 
 def _tied_reduce() -> Expr:
