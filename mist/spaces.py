@@ -54,7 +54,7 @@ class SearchSpace:
     schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
     chunks: tuple[int, ...] = (2, 3, 4, 6, 8)
     unlike_stages: bool = True
-    unequal_meshes: bool = True
+    unequal_meshes: bool = False
     most: Mapping[str, int] = field(default_factory=dict)
     restrictions: tuple[str, ...] = ()
 
@@ -101,7 +101,6 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
                 unlike_stages=False,
-                unequal_meshes=False,
             ),
             SearchSpace(
                 name="megatron",
@@ -109,7 +108,6 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 offload=NO_RATIOS,
                 schedules=(ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED),
                 unlike_stages=False,
-                unequal_meshes=False,
             ),
             SearchSpace(
                 name="deepspeed",
@@ -119,7 +117,6 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 offload=ALL_OR_NOTHING,
                 schedules=_ALIKE,
                 unlike_stages=False,
-                unequal_meshes=False,
             ),
             SearchSpace(
                 name="fsdp",
@@ -130,7 +127,6 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
                 unlike_stages=False,
-                unequal_meshes=False,
             ),
             SearchSpace(
                 name="aceso",
@@ -139,12 +135,14 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
             ),
-            SearchSpace(name="paper", schedules=_ALIKE, unequal_meshes=False),
+            SearchSpace(name="paper", schedules=_ALIKE),
             SearchSpace(name="mist"),
+            SearchSpace(name="whole", unequal_meshes=True),
         )
     }
 )
-"""What other planners and frameworks can vary; "paper" is what the Mist paper searches."""
+"""What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
+schedules, "whole" stages of unequal size too."""
 
 
 def space_of(name: str) -> SearchSpace:

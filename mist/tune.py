@@ -1,6 +1,7 @@
 """The method on one screen: search parallelism, memory and layers together, and prove the answer.
 
-For every group (S stages, G micro-batches, schedule), most promising first:
+For every group (S stages, G micro-batches, schedule), most promising first, and those with stages
+of unequal size last:
 
 1. bound     no plan of the group is faster than `lower_bound_s`; a group whose bound is not below
              the best plan is pruned;
@@ -16,23 +17,22 @@ are compared with it, and the gap covers it. Bounds never change the optimum.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mist.cells import Bounds, CellStore, GroupProblem, joined, problem_of
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job
-from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
-from mist.pareto.bounds import lower_bound_s, window
+from mist.milp import Method
+from mist.pareto.bounds import lower_bound_s
 from mist.pareto.even import alike_layouts, even_layouts
-from mist.pareto.layouts import Layout, Picked, layout_of
-from mist.pareto.points import Points, stacked
-from mist.pareto.space import Group, Ints, Strategies, expressible, groups, offloading
-from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
+from mist.pareto.layouts import Layout
+from mist.pareto.space import Group, expressible, groups, offloading
+from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.spaces import SearchSpace
-from mist.spec import ScheduleKind
 
 Progress = Callable[[str], None]
 
@@ -64,6 +64,7 @@ class _Search:
     best: Layout | None = None
     best_group: Group | None = None
     relaxed_s: float = math.inf
+    store: CellStore = field(default_factory=CellStore)
     by_kind: dict[tuple[object, ...], Layout] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
@@ -76,6 +77,11 @@ class _Search:
         """Step time beyond which a group can neither win nor be among the alternatives."""
         steps = sorted(layout.step_s for layout in self.by_kind.values())
         return steps[self.num_alternatives] if len(steps) > self.num_alternatives else math.inf
+
+    def count(self, problem: GroupProblem) -> None:
+        """Note how much was looked at."""
+        self.counts["stages_evaluated"] += problem.num_stages_tried
+        self.counts["points"] += sum(len(points) for points, _ in problem.points)
 
     def offer(self, layout: Layout, group: Group) -> None:
         """Keep a layout if it is the best, or the best of its kind."""
@@ -105,7 +111,7 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     search = _Search(job=job, space=space, limits=limits, num_alternatives=num_alternatives)
     bounded = sorted(
         ((lower_bound_s(job, group), group) for group in groups(job, space)),
-        key=lambda row: (row[0], row[1].num_stages, row[1].num_micro_batches),
+        key=lambda row: (len(row[1].sizes), row[0], row[1].num_stages, row[1].num_micro_batches),
     )
     if not bounded:
         raise InputError(_no_group_words(job, space))
@@ -113,18 +119,22 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     try:
         for done, (bound_s, group) in enumerate(bounded):
             if is_late() and search.best is not None:
-                left_s = bound_s
+                left_s = _least_bound(bounded[done:])
                 break
             _visit(search, group, bound_s)
             progress(_progress_words(search, done + 1, len(bounded)))
     except KeyboardInterrupt:
         if search.best is None:
             raise
-        left_s = bound_s
+        left_s = _least_bound(bounded[done:])
     search.counts["groups_left"] = len(bounded) - search.counts["groups"]
     if search.best is None:
         raise Infeasible(f"{job.facts.name} does not fit.")
     return _prove(search, search.best, left_s, method)
+
+
+def _least_bound(bounded: Sequence[tuple[float, Group]]) -> float:
+    return min((bound_s for bound_s, _ in bounded), default=math.inf)
 
 
 def _progress_words(search: _Search, done: int, total: int) -> str:
@@ -142,15 +152,16 @@ def _visit(search: _Search, group: Group, bound_s: float) -> None:
     if not model.space.unlike_stages:
         _search_alike(search, group)
         return
-    for layout in even_layouts(model, search.limits):
+    for layout in even_layouts(model, search.limits) if len(group.sizes) == 1 else ():
         search.offer(layout, group)
     if bound_s < search.upper_bound_s:
         search.counts["groups_solved"] += 1
-        problem = _problem(search, model, search.upper_bound_s)
-        joined = _joined(problem, search.upper_bound_s, "dp")
-        if joined is not None:
-            search.relaxed_s = min(search.relaxed_s, joined[1].lower_bound_s)
-            search.offer(joined[0], group)
+        bounds = Bounds(limits=search.limits, step_s=search.upper_bound_s)
+        problem = problem_of(model, bounds, search.store)
+        search.count(problem)
+        if (found := joined(problem, bounds, "dp")) is not None:
+            search.relaxed_s = min(search.relaxed_s, found[1].lower_bound_s)
+            search.offer(found[0], group)
 
 
 def _search_alike(search: _Search, group: Group) -> None:
@@ -164,108 +175,6 @@ def _search_alike(search: _Search, group: Group) -> None:
         search.offer(layout, group)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Problem:
-    """The inter-stage problem of a group, and what its cells' points stand for."""
-
-    problem: InterStageProblem
-    points: tuple[Points, ...]
-    model: GroupModel
-
-
-def _problem(search: _Search, base: GroupModel, upper_bound_s: float) -> _Problem:
-    """The frontiers of every stage, as the inter-stage problem."""
-    job, space, group = search.job, search.space, base.group
-    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
-    ranges = ranges.take(window(base, ranges, upper_bound_s))
-    away = offloading(job, group, space, _short_of_memory(base, ranges, search.limits))
-    model = base if not len(away) else _with(base, away, ranges, upper_bound_s)
-    cells, kept = [], []
-    for stage in range(group.num_stages):
-        for column, points, spare_s in _frontiers(search, model, stage, ranges, upper_bound_s):
-            kept.append(points)
-            cells.append(
-                Cell(
-                    stage=stage,
-                    first=None if ranges.alike else int(ranges.first[column]),
-                    count=int(ranges.count[column]),
-                    stable_s=points.stable_s,
-                    lone_s=points.lone_s,
-                    spare_s=spare_s,
-                )
-            )
-    problem = InterStageProblem(
-        num_layers=job.num_layers,
-        num_stages=group.num_stages,
-        num_micro_batches=group.num_micro_batches,
-        cells=tuple(cells),
-        num_chunks=group.schedule.vpp,
-    )
-    search.counts["points"] += sum(len(points) for points in kept)
-    return _Problem(problem=problem, points=tuple(kept), model=model)
-
-
-def _short_of_memory(model: GroupModel, ranges: Ranges, limits: Limits) -> Ints:
-    """Strategies that somewhere do not fit as they are: the others need no offloading."""
-    group, level = model.group, model.space.levels[0]
-    short = np.zeros(len(model.strategies), dtype=np.bool_)
-    for stage in range(group.num_stages):
-        allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
-        first = next(iter(model.mixes(stage, ranges.take(allowed), limits)))
-        assert first.upper is level
-        short |= ~first.fits.all(axis=1)
-    return np.flatnonzero(short)
-
-
-def _with(base: GroupModel, away: Strategies, ranges: Ranges, upper_bound_s: float) -> GroupModel:
-    """A group with strategies that offload, without those that are too slow for any range."""
-    least, kinds = int(ranges.count.min(initial=0)), range(base.job.facts.num_kinds)
-    fastest_s = np.min(
-        [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in base.space.levels],
-        axis=0,
-    )
-    useful = base.group.num_micro_batches * least * fastest_s <= upper_bound_s
-    return GroupModel(base.job, base.group, base.strategies.joined(away.take(useful)), base.space)
-
-
-def _frontiers(
-    search: _Search, model: GroupModel, stage: int, ranges: Ranges, upper_bound_s: float
-) -> Iterator[tuple[int, Points, float]]:
-    """Non-empty frontiers of a stage by range, without points that alone exceed the bound."""
-    group = model.group
-    allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
-    weight_s = model.weight_s(stage, ranges)
-    table = stacked(list(model.mixes(stage, ranges, search.limits)), weight_s)
-    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
-    useful = table.fits & allowed & (least_s <= upper_bound_s)
-    search.counts["stages_evaluated"] += useful.size
-    zero_bubble = group.schedule.kind is ScheduleKind.ZERO_BUBBLE
-    for column in np.flatnonzero(useful.any(axis=0)):
-        points = table.frontier(int(column), useful[:, column])
-        yield int(column), points, 2 * float(weight_s[column]) if zero_bubble else 0.0
-
-
-def _joined(
-    problem: _Problem, upper_bound_s: float, method: Method
-) -> tuple[Layout, InterStageSolution] | None:
-    """The best mix of stages that beats the bound."""
-    solution = solve(problem.problem, upper_bound_s=upper_bound_s, method=method)
-    if solution is None:
-        return None
-    model = problem.model
-    picked = [
-        Picked(
-            count=problem.problem.cells[choice.cell].count,
-            num_devices=model.group.num_devices,
-            strategies=model.strategies,
-            points=problem.points[choice.cell],
-            point=choice.point,
-        )
-        for choice in solution.choices
-    ]
-    return layout_of(model.job, model.group, picked), solution
-
-
 def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tuned:
     """Confirm the winner's group with the mixed-integer program; pruned groups cannot beat it."""
     layout, proven_s = best, best.step_s
@@ -274,12 +183,14 @@ def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tune
         slack = 1.0 + 1e-9  # the bound is the winner itself: rounding must not cut it off
         group = search.best_group
         model = GroupModel(search.job, group, group.strategies, search.space)
-        problem = _problem(search, model, best.step_s * slack)
-        joined = _joined(problem, best.step_s * slack, method)
-        assert joined is not None, "the winner vanished from its own group"
-        proven_s = joined[1].lower_bound_s
-        if joined[0].step_s <= best.step_s:
-            layout = joined[0]
+        bounds = Bounds(limits=search.limits, step_s=best.step_s * slack)
+        problem = problem_of(model, bounds, search.store)
+        search.count(problem)
+        found = joined(problem, bounds, method)
+        assert found is not None, "the winner vanished from its own group"
+        proven_s = found[1].lower_bound_s
+        if found[0].step_s <= best.step_s:
+            layout = found[0]
     others = sorted(
         (other for kind, other in search.by_kind.items() if kind != layout.kind),
         key=lambda other: other.step_s,
@@ -304,7 +215,7 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
     """Even layouts without, with just enough and with full recomputation, as far as `within_s`."""
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     plain = replace(space, schedules=tuple(space.schedules[:1]))
-    for group in groups(job, plain):
+    for group in groups(job, replace(plain, unequal_meshes=False)):
         if lower_bound_s(job, group) > within_s:
             continue
         whole = [(replace(space, levels=(level,)), anything) for level in space.levels]
@@ -320,7 +231,7 @@ def smallest_peak(job: Job, space: SearchSpace) -> Layout:
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     most = {name: (max(ratios),) for name, ratios in space.offload.items()}
     layouts: list[Layout] = []
-    for group in groups(job, space):
+    for group in groups(job, replace(space, unequal_meshes=False)):
         rows = np.arange(len(group.strategies))
         away = offloading(job, group, replace(space, offload=most), rows)
         model = GroupModel(job, group, group.strategies.joined(away), space)

@@ -49,10 +49,11 @@ def tuned(
 
 
 def options_of(
-    job: Job, space: SearchSpace, schedule: Schedule, pp: int, g: int, position: int, run: range
-) -> list[StagePlan]:
+    job: Job, space: SearchSpace, schedule: Schedule, pp: int, g: int, devices: tuple[int, int],
+    run: range,
+) -> list[StagePlan]:  # fmt: skip
     """All that one stage may do: tp, ZeRO level, memory levels, offload ratios."""
-    per_stage, count, found = job.platform.num_gpus // pp, len(run), []
+    per_stage, count, found = devices[1], len(run), []
     mixes = [
         mix
         for mix in itertools.product(range(count + 1), repeat=len(MemoryLevel))
@@ -62,6 +63,8 @@ def options_of(
     for tp, zero, away in itertools.product(divisors(per_stage), range(4), ratios):
         dp = per_stage // tp
         micro_batch = job.workload.global_batch // (g * dp)
+        if not micro_batch:
+            continue
         offload = Offload(**dict(zip(NO_RATIOS, away, strict=True)))
         columns = {
             "tp": tp, "dp": dp, "micro_batch": micro_batch, "zero": zero, "num_stages": pp,
@@ -74,8 +77,8 @@ def options_of(
             continue
         found += [
             StagePlan(
-                layers=runs_of(run, schedule.vpp, pp, position),
-                devices=(position * per_stage, per_stage), dp=dp, tp=tp, sp=tp > 1, cp=1, ep=1,
+                layers=runs_of(run, schedule.vpp),
+                devices=devices, dp=dp, tp=tp, sp=tp > 1, cp=1, ep=1,
                 micro_batch=micro_batch, zero=zero, head="eager",  # type: ignore[arg-type]
                 memory=dict(zip(MemoryLevel, mix, strict=True)), offload=offload,
             )
@@ -84,7 +87,7 @@ def options_of(
     return found
 
 
-def runs_of(run: range, chunks: int, pp: int, position: int) -> tuple[tuple[int, int], ...]:
+def runs_of(run: range, chunks: int) -> tuple[tuple[int, int], ...]:
     """Any runs with this many layers: where all layers are alike their place says nothing."""
     if chunks == 1:
         return ((run.start, len(run)),)
@@ -115,7 +118,8 @@ def fastest_pipeline(
             continue
         fitting = []
         for position, run in enumerate(cuts):
-            options = options_of(job, space, schedule, pp, g, position, run)
+            size = job.platform.num_gpus // pp
+            options = options_of(job, space, schedule, pp, g, (position * size, size), run)
             fitting.append([o for o in options if fits(job, o, schedule, pp, g, position, limit)])
         for stages in itertools.product(*fitting):
             if alike and len({stage.tp for stage in stages}) > 1:
@@ -152,7 +156,7 @@ def test_equals_exhaustive_search(
 ) -> None:
     size = (2, 4) if offload is NO_RATIOS else (1, 2)
     job = toy_job(toy_graph(counts, vocab=8192), size[0], global_batch=size[1])
-    space = SearchSpace(offload=offload, unequal_meshes=False)
+    space = SearchSpace(offload=offload)
     want = fastest(job, space, limit)
     try:
         found = tuned(job, space, limit)
@@ -161,6 +165,56 @@ def test_equals_exhaustive_search(
         return
     assert found.best.step_s == pytest.approx(want, rel=6e-6)  # estimates keep six digits
     confirm(job, found, limit)
+
+
+def fastest_unequal(job: Job, space: SearchSpace, limit: float) -> float:
+    """The best of three stages of which one has two of four devices, by trying all of them."""
+    best, schedule = math.inf, SCHEDULES[1][0]
+    for g, sizes in itertools.product((4, 8), [(2, 1, 1), (1, 1, 2)]):  # aligned to their size
+        begins = [sum(sizes[:i]) for i in range(3)]
+        for cuts in [(1, 2), (1, 3), (2, 3)]:
+            runs = [range(cuts[0]), range(*cuts), range(cuts[1], job.num_layers)]
+            options = [
+                options_of(job, space, schedule, 3, g, (begin, size), run)
+                for begin, size, run in zip(begins, sizes, runs, strict=True)
+            ]
+            fitting = []
+            for position, own in enumerate(options):
+                others = [own_[0] for own_ in options if own_]
+                fitting.append([
+                    o for o in own
+                    if len(others) == 3 and peak_of(job, others, position, o, g) <= limit
+                ])  # fmt: skip
+            for stages in itertools.product(*fitting):
+                best = min(best, estimate(job, stages, g).step_s)
+    return best
+
+
+def peak_of(job: Job, others: list[StagePlan], position: int, stage: StagePlan, g: int) -> float:
+    stages = [stage if i == position else other for i, other in enumerate(others)]
+    return estimate(job, stages, g).stages[position].peak_bytes
+
+
+@pytest.mark.parametrize("limit", [0.45e9, 0.6e9, 8e9])
+def test_unequal_meshes_equal_exhaustive_search(limit: float) -> None:
+    job = toy_job(toy_graph((4,), vocab=8192), 4, global_batch=8)
+    levels = (MemoryLevel.EAGER, MemoryLevel.FULL)
+    space = SearchSpace(
+        pp=(3,), offload=NO_RATIOS, levels=levels, some_layers=False, zero=(0, 2),
+        schedules=(ScheduleKind.ONE_F_ONE_B,), unequal_meshes=True,
+    )  # fmt: skip
+    want = fastest_unequal(job, space, limit)
+    if math.isinf(want):
+        with pytest.raises(Infeasible):
+            tuned(job, space, limit)
+        return
+    found = tuned(job, space, limit)
+    stages = stage_plans(job, found.best)
+    assert sorted(stage.devices[1] for stage in stages) == [1, 1, 2]
+    judged = estimate(job, stages, found.best.num_micro_batches)
+    assert judged.step_s == pytest.approx(found.best.step_s, rel=1e-5)
+    assert found.lower_bound_s <= want * (1 + 1e-5)
+    assert judged.step_s == pytest.approx(want, rel=1e-3)  # transfers of unlike stages, in the gap
 
 
 def step_of(job: Job, space: SearchSpace, limit: float) -> float:
@@ -194,7 +248,7 @@ def test_a_larger_space_is_never_slower() -> None:
 SUBSETS = [
     ("3d", "megatron"), ("3d", "aceso"), ("3d", "mist"), ("megatron", "mist"),
     ("deepspeed", "mist"), ("fsdp", "mist"), ("aceso", "mist"), ("paper", "mist"),
-    ("deepspeed", "paper"), ("fsdp", "paper"),
+    ("deepspeed", "paper"), ("fsdp", "paper"), ("mist", "whole"),
 ]  # fmt: skip
 
 
@@ -223,7 +277,10 @@ def test_smallest_peak_is_what_no_layout_undercuts() -> None:
     for pp, g in itertools.product((1, 2), divisors(4)):
         cuts = [range(3)] if pp == 1 else [range(1), range(1, 3)]
         schedule = SCHEDULES[1][0]
-        options = [options_of(job, space, schedule, pp, g, i, run) for i, run in enumerate(cuts)]
+        options = [
+            options_of(job, space, schedule, pp, g, (i * 2 // pp, 2 // pp), run)
+            for i, run in enumerate(cuts)
+        ]
         for _ in range(60 if all(options) else 0):
             stages = tuple(own[rng.integers(len(own))] for own in options)
             judged = estimate(job, stages, g)
@@ -237,7 +294,8 @@ def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> No
         with_bounds = tuned(job, SearchSpace(), limit, alternatives=0)
         with monkeypatch.context() as patch:
             patch.setattr("mist.tune.lower_bound_s", lambda job, group: 0.0)
-            patch.setattr("mist.tune.window", lambda model, ranges, bound: ranges.count > 0)
+            patch.setattr("mist.cells.window", lambda m, ranges, step_s, **_: ranges.count > 0)
+            patch.setattr("mist.cells.least_step_s", lambda m, r, stable_s, lone_s: 0 * lone_s)
             without = tuned(job, SearchSpace(), limit, alternatives=0)
         assert stage_plans(job, with_bounds.best) == stage_plans(job, without.best)
         assert with_bounds.best.step_s == without.best.step_s

@@ -1,19 +1,20 @@
 """Bounds that prune without changing the optimum, from times without offloading or recomputation.
 
-With tau the least stable time of all layers and ends together, over the strategies of a group: the
-slowest of S stages takes at least tau / S, and a lone micro-batch fills at least all of it,
+With omega the least device seconds (stable time times devices of the stage) of all layers and ends
+together, and tau their least stable time, over the strategies of a group: the slowest stage takes
+at least omega / N, and a lone micro-batch fills at least all of tau,
 
-    T >= (G - 1) tau / S + (tau - w) / v
+    T >= (G - 1) omega / N + max( omega / N, (tau - w) / v )
 
-for v chunks and, under zero bubble, w twice the largest time of gradients of weights. Neither
-offloading nor recomputation makes a stage faster than keeping everything on the device does.
+for N devices, v chunks and, under zero bubble, w twice the largest time of gradients of weights.
+Neither offloading nor recomputation makes a stage faster than keeping everything on the device.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import Job
-from mist.pareto.space import Group
+from mist.pareto.space import Floats, Group
 from mist.pareto.table import GroupModel, Ranges, kinds_of
 from mist.spec import ScheduleKind
 
@@ -24,33 +25,53 @@ def lower_bound_s(job: Job, group: Group) -> float:
     layers = job.kind_prefix[:, -1]
     blocks = [(str(kind), int(count)) for kind, count in enumerate(layers)]
     blocks += [("embed", 1), ("head", 1)]
-    total_s = sum(count * terms[f"term_{x}_eager_stable_s"].min() for x, count in blocks)
+    stable = {x: terms[f"term_{x}_eager_stable_s"] for x, _ in blocks}
+    total_s = sum(count * stable[x].min() for x, count in blocks)
+    devices = group.strategies.tp * group.strategies.dp
+    device_s = sum(count * (devices * stable[x]).min() for x, count in blocks)
+    slowest_s = device_s / job.platform.num_gpus
     spared_s = 0.0
     if group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
         spared_s = 2 * sum(count * terms[f"term_{x}_weight_s"].max() for x, count in blocks)
     filled_s = max(total_s - spared_s, 0.0) / group.schedule.vpp
-    micro = group.num_micro_batches
-    return float(
-        (micro - 1) * total_s / group.num_stages + max(filled_s, total_s / group.num_stages)
-    )
+    return float((group.num_micro_batches - 1) * slowest_s + max(filled_s, slowest_s))
 
 
-def window(model: GroupModel, ranges: Ranges, upper_bound_s: float) -> NDArray[np.bool_]:
-    """Ranges that a plan no slower than `upper_bound_s` may have, [R].
+def window(
+    model: GroupModel, ranges: Ranges, step_s: float, *, alone: bool = False
+) -> NDArray[np.bool_]:
+    """Ranges that a stage may have in a plan no slower than `step_s`, [R].
 
-    A stage of l layers takes at least l tau_0 per micro-batch, tau_0 of the fastest layer, and G of
-    them; and what it does not take the S - 1 others must.
+    The slowest stage takes at most step_s / G. This one takes at least its layers times the
+    fastest; and unless it is looked at `alone`, the S - 1 others must take the other layers.
     """
-    group, job = model.group, model.job
-    if not np.isfinite(upper_bound_s):
+    if not np.isfinite(step_s):
         return np.ones(len(ranges), dtype=np.bool_)
-    kinds = kinds_of(job, ranges)
-    fastest = np.array(
-        [model.strategies.terms[f"term_{kind}_eager_stable_s"].min() for kind in range(len(kinds))]
-    )
-    own_s = fastest @ kinds
-    total_s = float(fastest @ job.kind_prefix[:, -1])
-    longest_s = upper_bound_s * (1 + 1e-9) / group.num_micro_batches
-    rest_s = (group.num_stages - 1) * longest_s
-    rounding_s = 1e-9 * total_s
-    return np.asarray((own_s <= longest_s) & (total_s - own_s <= rest_s + rounding_s))
+    fastest_s, kinds = _fastest_layers(model), kinds_of(model.job, ranges)
+    longest_s = step_s * (1 + 1e-9) / model.group.num_micro_batches
+    own_s = fastest_s @ kinds
+    if alone:
+        return np.asarray(own_s <= longest_s)
+    all_s = float(fastest_s @ model.job.kind_prefix[:, -1])
+    others_s = (model.group.num_stages - 1) * longest_s + 1e-9 * all_s
+    return np.asarray((own_s <= longest_s) & (all_s - own_s <= others_s))
+
+
+def _fastest_layers(model: GroupModel) -> Floats:
+    """Seconds of a layer of each kind, kept whole, under the strategy that is fastest at it."""
+    terms, kinds = model.strategies.terms, range(model.job.facts.num_kinds)
+    return np.array([terms[f"term_{kind}_eager_stable_s"].min() for kind in kinds])
+
+
+def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Floats) -> Floats:
+    """Seconds that no plan undercuts which has a stage with these times, [N, R].
+
+    (G - 1) t + max(u, fill of all stages), the fill of the others being that of their layers.
+    """
+    if model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
+        exit_s = lone_s
+    else:
+        others = model.job.kind_prefix[:, -1:] - kinds_of(model.job, ranges)
+        fill_s = (stable_s + _fastest_layers(model) @ others) / model.group.schedule.vpp
+        exit_s = np.maximum(lone_s, fill_s * (1 - 1e-9))
+    return np.asarray((model.group.num_micro_batches - 1) * stable_s + exit_s)

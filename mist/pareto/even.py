@@ -41,7 +41,6 @@ def even_layouts(model: GroupModel, limits: Limits, *, least: str = "stable_s") 
 def _picked(model: GroupModel, count: int, points: Points) -> Picked:
     return Picked(
         count=count,
-        num_devices=model.group.num_devices,
         strategies=model.strategies,
         points=points,
         point=0,

@@ -61,13 +61,18 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picked:
-    """A stage's layer count and the point that it takes; `num_devices` of the stage."""
+    """A stage's layer count and the point that it takes."""
 
     count: int
-    num_devices: int
     strategies: Strategies
     points: Points
     point: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the stage."""
+        row = int(self.points.row[self.point])
+        return int(self.strategies.tp[row] * self.strategies.dp[row])
 
 
 def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> Layout:

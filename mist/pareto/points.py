@@ -1,7 +1,7 @@
 """The points that a stage may take: of all its mixes, those that none beats in (stable, lone)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,6 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.row)
-
-    def take(self, rows: Ints) -> "Points":
-        """Some of the points."""
-        return Points(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import Job, strategy_columns
+from mist.pareto.meshes import unequal_sizes
 from mist.plans import ONE_F_ONE_B, Schedule
 from mist.platform import Runtime
 from mist.spaces import NO_RATIOS, OFFLOADED, SearchSpace
@@ -91,11 +92,14 @@ class Strategies:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
-    """S stages, G micro-batches, a schedule; what stages may do without offloading, priced."""
+    """S stages, G micro-batches, a schedule; what stages may do without offloading, priced.
+
+    `sizes`: devices that a stage may have, ascending; one, or stages may differ.
+    """
 
     num_stages: int
     num_micro_batches: int
-    num_devices: int
+    sizes: tuple[int, ...]
     schedule: Schedule
     strategies: Strategies
 
@@ -131,21 +135,37 @@ def groups(job: Job, space: SearchSpace) -> Iterator[Group]:
     space = expressible(space, job.platform.runtime)
     num_gpus, batch = job.platform.num_gpus, job.workload.global_batch
     counts = np.array([s for s in divisors(num_gpus) if s <= job.num_layers])
-    for num_stages in counts[space.allows("pp", counts)]:
+    for num_stages in counts[space.allows("pp", counts)].tolist():
         for num_micro_batches in divisors(batch):
-            yield from _groups(job, space, int(num_stages), num_micro_batches)
+            yield from _groups(job, space, num_stages, num_micro_batches, (num_gpus // num_stages,))
+    if space.unequal_meshes:
+        yield from _unequal_groups(job, space)
+
+
+def _unequal_groups(job: Job, space: SearchSpace) -> Iterator[Group]:
+    """Groups whose stages differ in their devices, under 1F1B."""
+    num_gpus, per_node = job.platform.num_gpus, job.platform.gpus_per_node
+    space = replace(space, schedules=_common(space.schedules, (ScheduleKind.ONE_F_ONE_B,)))
+    counts = np.arange(2, min(num_gpus, job.num_layers) + 1)
+    for num_stages in counts[space.allows("pp", counts)].tolist():
+        sizes = unequal_sizes(num_gpus, num_stages, per_node)
+        for num_micro_batches in divisors(job.workload.global_batch) if sizes else ():
+            for group in _groups(job, space, num_stages, num_micro_batches, sizes):
+                strategies = group.strategies
+                if len(np.unique(strategies.tp * strategies.dp)) > 1:
+                    yield group
 
 
 def _groups(
-    job: Job, space: SearchSpace, num_stages: int, num_micro_batches: int
+    job: Job, space: SearchSpace, num_stages: int, num_micro_batches: int, sizes: tuple[int, ...]
 ) -> Iterator[Group]:
     """One group for each schedule, and where stages must be alike for each tp."""
-    found = _strategies(job, space, num_stages, num_micro_batches)
+    found = _strategies(job, space, sizes, num_micro_batches)
     group = partial(
         Group,
         num_stages=num_stages,
         num_micro_batches=num_micro_batches,
-        num_devices=job.platform.num_gpus // num_stages,
+        sizes=sizes,
     )
     kept = [
         (schedule, _keeps_rules(job, group(schedule=schedule, strategies=found), found))
@@ -189,13 +209,12 @@ def divisors(number: int) -> list[int]:
 
 
 def _strategies(
-    job: Job, space: SearchSpace, num_stages: int, num_micro_batches: int
+    job: Job, space: SearchSpace, sizes: tuple[int, ...], num_micro_batches: int
 ) -> Strategies:
-    """Every (tp, zero) of a stage of N / S devices that the space allows, nothing offloaded."""
-    devices = job.platform.num_gpus // num_stages
+    """Every (tp, zero) of stages of these sizes that the space allows, nothing offloaded."""
     samples = job.workload.global_batch // num_micro_batches
-    grid = np.meshgrid(divisors(devices), np.array(space.zero, dtype=int), indexing="ij")
-    tp, zero = (axis.ravel() for axis in grid)
+    rows = [(n, tp, z) for n in sizes for tp in divisors(n) for z in space.zero]
+    devices, tp, zero = np.array(rows, dtype=np.int64).reshape(-1, 3).T
     dp = devices // tp
     micro_batch = samples // dp
     keep = (dp * micro_batch == samples) & ((dp > 1) | (zero == min(space.zero, default=0)))

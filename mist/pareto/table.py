@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mist.estimate import Job, position_columns
 from mist.pareto.lines import LEVELS, StageLines
+from mist.pareto.meshes import Place
 from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
 from mist.plans import Limits
 from mist.spaces import SearchSpace
@@ -92,14 +93,20 @@ class GroupModel:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
         self.space = expressible(space, job.platform.runtime)
-        starts = np.arange(group.num_stages) * group.num_devices
-        devices = np.stack([starts, np.full_like(starts, group.num_devices)], axis=-1)
+        starts = np.arange(group.num_stages) * group.sizes[0]
+        devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         self._positions = position_columns(job, devices, group.num_micro_batches, group.schedule)
         self._lines: dict[tuple[int, ...], StageLines] = {}
 
-    def lines(self, stage: int) -> tuple[StageLines, float]:
-        """The lines at a position, and its micro-batches in flight."""
+    def lines(self, stage: int, place: Place | None = None) -> tuple[StageLines, float]:
+        """The lines at a position, and its micro-batches in flight.
+
+        `place`: where it stands between nodes, of unequal meshes.
+        """
         position = {name: np.asarray(column)[stage] for name, column in self._positions.items()}
+        if place is not None:
+            position["prev_crosses_node"] = np.asarray(place.prev_crosses)
+            position["next_crosses_node"] = np.asarray(place.next_crosses)
         in_flight = float(position.pop("in_flight"))
         key = tuple(int(value) for value in position.values())
         if key not in self._lines:
@@ -116,9 +123,11 @@ class GroupModel:
         each = np.array([lines.rise("weight_s", kind, 0.0)[0] for kind in range(len(kinds))])
         return np.asarray(lines.base("weight_s", 1, 0.0)[0] + each @ kinds)
 
-    def mixes(self, stage: int, ranges: Ranges, limits: Limits) -> Iterator[Mixes]:
+    def mixes(
+        self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
+    ) -> Iterator[Mixes]:
         """Every mix of levels at a position, for all strategies and ranges."""
-        position = self._position(stage, ranges, limits)
+        position = self._position(stage, ranges, limits, place)
         for level in self.space.levels:
             yield position.whole(level)
         if self.space.some_layers:
@@ -147,8 +156,10 @@ class GroupModel:
         rows = np.arange(len(self.strategies))
         return self._position(stage, ranges, limits).mix(upper, lower, rows, num_lower)
 
-    def _position(self, stage: int, ranges: Ranges, limits: Limits) -> "_Position":
-        lines, in_flight = self.lines(stage)
+    def _position(
+        self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
+    ) -> "_Position":
+        lines, in_flight = self.lines(stage, place)
         return _Position(self.job, lines, in_flight, ranges, limits)
 
 

@@ -37,7 +37,7 @@ def stages_alone(
         offload=own.offload,
     )
     terms = {name: term[:, None] for name, term in job.cost.terms(strategy).items()}
-    size = group.num_devices
+    size = group.sizes[0]
     devices = np.array([(i * size, size) for i in range(group.num_stages)])
     position = position_columns(job, devices, group.num_micro_batches, group.schedule)
     columns = {name: np.asarray(column)[i] for name, column in position.items()}

@@ -1,0 +1,258 @@
+"""From a group of layouts to its inter-stage problem: the frontiers of every stage as cells.
+
+For each size that a stage may have: the layer ranges that a plan within the bound can give it
+(`mist.pareto.bounds`), its strategies with offloading where memory binds, and per position, place
+and range the points that none beats. Points that alone exceed the bound are left out.
+
+Where stages differ in size, one of n devices in the same position from the end is the same in
+pipelines of any length: its frontiers are kept in a `CellStore`. A bound that has become tighter
+since only means that they hold more than needed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
+from mist.pareto.bounds import least_step_s, window
+from mist.pareto.layouts import Layout, Picked, layout_of
+from mist.pareto.meshes import Place, places
+from mist.pareto.points import Points, StackedMixes, stacked
+from mist.pareto.space import Ints, Strategies, offloading
+from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
+from mist.plans import Limits
+from mist.spec import ScheduleKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a plan must keep: bytes, and a step no slower than `step_s`."""
+
+    limits: Limits
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupProblem:
+    """The inter-stage problem of a group, and what its cells' points stand for.
+
+    `num_stages_tried`: strategies times ranges, over all positions and mixes.
+    """
+
+    model: GroupModel
+    problem: InterStageProblem
+    points: tuple[tuple[Points, Strategies], ...]
+    num_stages_tried: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sized:
+    """Stages of one size: their strategies, and the ranges that they may take.
+
+    `base`: the group with all sizes, without offloading.
+    """
+
+    base: GroupModel
+    size: int
+    model: GroupModel
+    ranges: Ranges
+
+
+_Found = tuple[Cell, Points, Strategies]
+
+
+@dataclass(slots=True)
+class CellStore:
+    """Frontiers of stages of unequal pipelines, by all that they depend on; how many were tried."""
+
+    num_tried: int = 0
+    sized: dict[tuple[int, int], _Sized] = field(default_factory=dict)
+    cells: dict[tuple[object, ...], list[_Found]] = field(default_factory=dict)
+
+
+def problem_of(base: GroupModel, bounds: Bounds, store: CellStore) -> GroupProblem:
+    """The frontiers of every stage of a group, as the inter-stage problem."""
+    job, group = base.job, base.group
+    before, unequal = store.num_tried, len(group.sizes) > 1
+    cells_of = _unequal_cells if unequal else _equal_cells
+    found = list(cells_of(base, bounds, store))
+    problem = InterStageProblem(
+        num_layers=job.num_layers,
+        num_stages=group.num_stages,
+        num_micro_batches=group.num_micro_batches,
+        cells=tuple(cell for cell, _, _ in found),
+        num_chunks=group.schedule.vpp,
+        num_units=job.platform.num_gpus // group.sizes[0] if unequal else None,
+    )
+    return GroupProblem(
+        model=base,
+        problem=problem,
+        points=tuple((points, strategies) for _, points, strategies in found),
+        num_stages_tried=store.num_tried - before,
+    )
+
+
+def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:
+    """The frontiers of stages that all have the same devices."""
+    group = base.group
+    ranges = layer_ranges(base.job, group.num_stages, least=group.schedule.vpp)
+    ranges = ranges.take(window(base, ranges, bounds.step_s))
+    if not len(ranges):
+        return
+    short = _short_of_memory(base, ranges, bounds.limits)
+    model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
+    sized = _Sized(base=base, size=group.sizes[0], model=model, ranges=ranges)
+    for stage in range(group.num_stages):
+        yield from _frontiers(sized, stage, bounds, store)
+
+
+def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:
+    """The frontiers of stages of several sizes, in every place that each may have."""
+    group, platform = base.group, base.job.platform
+    for size in group.sizes:
+        sized = _stored_size(base, size, bounds, store)
+        for stage in range(group.num_stages) if len(sized.model.strategies) else ():
+            for place in places(
+                stage, group.num_stages, (group.sizes[0], size),
+                num_gpus=platform.num_gpus, per_node=platform.gpus_per_node,
+            ):  # fmt: skip
+                if size in place.begins:
+                    known = _stored_cells(base, sized, stage, place, (bounds, store))
+                    yield from _stood(known, base, stage, size, place)
+
+
+def _stood(
+    known: list[_Found], base: GroupModel, stage: int, size: int, place: Place
+) -> Iterator[_Found]:
+    """Frontiers as cells of a stage of this pipeline, which leaves a layer to each other stage."""
+    group, most = base.group, base.job.num_layers - base.group.num_stages + 1
+    units, begins = size // group.sizes[0], place.begins[size]
+    for cell, points, strategies in known:
+        if cell.count <= most:
+            yield replace(cell, stage=stage, units=units, offsets=begins), points, strategies
+
+
+def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) -> _Sized:
+    """The strategies of a size, with every offloading that is fast enough."""
+    key = (size, base.group.num_micro_batches)
+    if key not in store.sized or base.job.facts.num_kinds > 1:
+        own = base.strategies
+        rows = np.flatnonzero(own.tp * own.dp == size)
+        model = GroupModel(base.job, base.group, own.take(rows), base.space)
+        ranges = layer_ranges(base.job, 2)
+        if len(rows):
+            ranges = ranges.take(window(model, ranges, bounds.step_s, alone=True))
+            away = offloading(base.job, base.group, base.space, rows)
+            model = _with(model, away, ranges, bounds.step_s)
+        store.sized[key] = _Sized(base=model, size=size, model=model, ranges=ranges)
+    return store.sized[key]
+
+
+def _stored_cells(
+    base: GroupModel, sized: _Sized, stage: int, place: Place, within: tuple[Bounds, CellStore]
+) -> list[_Found]:
+    """The frontiers of a size at a position from the end, between these borders."""
+    bounds, store = within
+    group = base.group
+    model = GroupModel(base.job, group, sized.model.strategies, base.space)
+    _, in_flight = model.lines(stage, place)
+    ends = (stage == 0, stage == group.num_stages - 1)
+    borders = (place.prev_crosses, place.next_crosses)
+    key = (sized.size, group.num_micro_batches, in_flight, ends, borders)
+    if base.job.facts.num_kinds > 1:
+        return list(_frontiers(replace(sized, model=model), stage, bounds, store, place))
+    if key not in store.cells:
+        here = replace(sized, model=model)
+        store.cells[key] = list(_frontiers(here, stage, bounds, store, place))
+    return store.cells[key]
+
+
+def _short_of_memory(model: GroupModel, ranges: Ranges, limits: Limits) -> Ints:
+    """Strategies that somewhere do not fit as they are: the others need no offloading."""
+    group, level = model.group, model.space.levels[0]
+    short = np.zeros(len(model.strategies), dtype=np.bool_)
+    for stage in range(group.num_stages):
+        allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
+        first = next(iter(model.mixes(stage, ranges.take(allowed), limits)))
+        assert first.upper is level
+        short |= ~first.fits.all(axis=1)
+    return np.flatnonzero(short)
+
+
+def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:
+    """A model with strategies that offload, without those that are too slow for any range."""
+    least, kinds = int(ranges.count.min(initial=0)), range(model.job.facts.num_kinds)
+    fastest_s = np.min(
+        [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in model.space.levels],
+        axis=0,
+    )
+    useful = model.group.num_micro_batches * least * fastest_s <= step_s
+    strategies = model.strategies.joined(away.take(useful))
+    return GroupModel(model.job, model.group, strategies, model.space)
+
+
+def _frontiers(
+    sized: _Sized, stage: int, bounds: Bounds, store: CellStore, place: Place | None = None
+) -> Iterator[_Found]:
+    """Non-empty frontiers of a stage by range, without points that alone are too slow."""
+    model, ranges = sized.model, sized.ranges
+    mixes = list(model.mixes(stage, ranges, bounds.limits, place))
+    table = stacked(mixes, model.weight_s(stage, ranges))
+    useful = (
+        _useful(sized, table, stage, bounds)
+        if place is None
+        else _fitting(sized, table, stage, bounds)
+    )
+    store.num_tried += useful.size
+    zero_bubble = model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE
+    for column in np.flatnonzero(useful.any(axis=0)):
+        points = table.frontier(int(column), useful[:, column])
+        cell = Cell(
+            stage=stage,
+            first=None if ranges.alike else int(ranges.first[column]),
+            count=int(ranges.count[column]),
+            stable_s=points.stable_s,
+            lone_s=points.lone_s,
+            spare_s=2 * float(table.weight_s[column]) if zero_bubble else 0.0,
+        )
+        yield cell, points, model.strategies
+
+
+def _useful(sized: _Sized, table: StackedMixes, stage: int, bounds: Bounds) -> NDArray[np.bool_]:
+    """What fits, may stand there, and is not too slow by itself: [N, R]."""
+    model, group = sized.model, sized.model.group
+    allowed = placed(sized.ranges, model.job.num_layers, group.num_stages, stage)
+    least_s = least_step_s(sized.base, sized.ranges, table.stable_s, table.lone_s)
+    return np.asarray(table.fits & allowed & (least_s <= bounds.step_s))
+
+
+def _fitting(sized: _Sized, table: StackedMixes, stage: int, bounds: Bounds) -> NDArray[np.bool_]:
+    """The same in pipelines of any length: alone it must not be too slow."""
+    group = sized.model.group
+    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
+    useful = table.fits & (least_s <= bounds.step_s)
+    if not sized.ranges.alike:
+        num_layers = sized.model.job.num_layers
+        useful &= placed(sized.ranges, num_layers, group.num_stages, stage)
+    return np.asarray(useful)
+
+
+def joined(
+    found: GroupProblem, bounds: Bounds, method: Method
+) -> tuple[Layout, InterStageSolution] | None:
+    """The best mix of stages that beats the bound, by the exact or the mixed-integer program."""
+    solution = solve(found.problem, upper_bound_s=bounds.step_s, method=method)
+    if solution is None:
+        return None
+    picked = [
+        Picked(
+            count=found.problem.cells[choice.cell].count,
+            strategies=found.points[choice.cell][1],
+            points=found.points[choice.cell][0],
+            point=choice.point,
+        )
+        for choice in solution.choices
+    ]
+    return layout_of(found.model.job, found.model.group, picked), solution
