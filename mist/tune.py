@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job
@@ -26,8 +27,8 @@ from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
 from mist.pareto.bounds import lower_bound_s, window
 from mist.pareto.even import alike_layouts, even_layouts
 from mist.pareto.layouts import Layout, Picked, layout_of
-from mist.pareto.points import Points, stacked
-from mist.pareto.space import Group, Ints, Strategies, expressible, groups, offloading
+from mist.pareto.points import Points, StackedMixes, stacked
+from mist.pareto.space import Group, Strategies, expressible, groups, offloading
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
 from mist.plans import Limits
 from mist.spaces import SearchSpace
@@ -171,11 +172,11 @@ def _problem(search: _Search, base: GroupModel, upper_bound_s: float) -> _Proble
     job, space, group = search.job, search.space, base.group
     ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
     ranges = ranges.take(window(base, ranges, upper_bound_s))
-    away = offloading(job, group, space, _short_of_memory(base, ranges, search.limits))
+    away = offloading(job, group, space, np.flatnonzero(base.short(ranges, search.limits)))
     model = base if not len(away) else _with(base, away, ranges, upper_bound_s)
     cells, kept = [], []
-    for stage in range(group.num_stages):
-        for column, points, spare_s in _frontiers(search, model, stage, ranges, upper_bound_s):
+    for stage, found in enumerate(_frontiers(search, model, ranges, upper_bound_s)):
+        for column, points, spare_s in found:
             kept.append(points)
             cells.append(
                 Cell(
@@ -198,18 +199,6 @@ def _problem(search: _Search, base: GroupModel, upper_bound_s: float) -> _Proble
     return _Problem(problem=problem, points=tuple(kept), model=model)
 
 
-def _short_of_memory(model: GroupModel, ranges: Ranges, limits: Limits) -> Ints:
-    """Strategies that somewhere do not fit as they are: the others need no offloading."""
-    group, level = model.group, model.space.levels[0]
-    short = np.zeros(len(model.strategies), dtype=np.bool_)
-    for stage in range(group.num_stages):
-        allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
-        first = next(iter(model.mixes(stage, ranges.take(allowed), limits)))
-        assert first.upper is level
-        short |= ~first.fits.all(axis=1)
-    return np.flatnonzero(short)
-
-
 def _with(base: GroupModel, away: Strategies, ranges: Ranges, upper_bound_s: float) -> GroupModel:
     """A group with strategies that offload, without those that are too slow for any range."""
     least, kinds = int(ranges.count.min(initial=0)), range(base.job.facts.num_kinds)
@@ -221,21 +210,36 @@ def _with(base: GroupModel, away: Strategies, ranges: Ranges, upper_bound_s: flo
     return GroupModel(base.job, base.group, base.strategies.joined(away.take(useful)), base.space)
 
 
+_Found = list[tuple[int, Points, float]]  # frontiers by range, and what zero bubble spares
+
+
 def _frontiers(
-    search: _Search, model: GroupModel, stage: int, ranges: Ranges, upper_bound_s: float
+    search: _Search, model: GroupModel, ranges: Ranges, upper_bound_s: float
+) -> list[_Found]:
+    """Non-empty frontiers of every stage by range, without points that alone exceed the bound."""
+    group, frontiers = model.group, {}
+    for stages, mixes in model.by_place(ranges, search.limits):
+        weight_s = model.weight_s(int(stages[0]), ranges)
+        table = stacked(mixes, weight_s)
+        least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
+        useful = table.fits & (least_s <= upper_bound_s)
+        search.counts["stages_evaluated"] += useful.size * len(stages)
+        known: dict[bytes, _Found] = {}
+        for stage in stages.tolist():
+            allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
+            if allowed.tobytes() not in known:
+                known[allowed.tobytes()] = list(_points(table, group, useful & allowed))
+            frontiers[stage] = known[allowed.tobytes()]
+    return [frontiers[stage] for stage in range(group.num_stages)]
+
+
+def _points(
+    table: StackedMixes, group: Group, useful: NDArray[np.bool_]
 ) -> Iterator[tuple[int, Points, float]]:
-    """Non-empty frontiers of a stage by range, without points that alone exceed the bound."""
-    group = model.group
-    allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
-    weight_s = model.weight_s(stage, ranges)
-    table = stacked(list(model.mixes(stage, ranges, search.limits)), weight_s)
-    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
-    useful = table.fits & allowed & (least_s <= upper_bound_s)
-    search.counts["stages_evaluated"] += useful.size
     zero_bubble = group.schedule.kind is ScheduleKind.ZERO_BUBBLE
     for column in np.flatnonzero(useful.any(axis=0)):
         points = table.frontier(int(column), useful[:, column])
-        yield int(column), points, 2 * float(weight_s[column]) if zero_bubble else 0.0
+        yield int(column), points, 2 * float(table.weight_s[column]) if zero_bubble else 0.0
 
 
 def _joined(

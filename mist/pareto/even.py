@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.points import Points, StackedMixes, stacked
@@ -25,8 +26,8 @@ def even_layouts(model: GroupModel, limits: Limits, *, least: str = "stable_s") 
     """
     job, group = model.job, model.group
     ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
-    tables = [_stacked(model, stage, ranges, limits) for stage in range(group.num_stages)]
-    picks = [_best_mixes(model, table, stage, ranges, least) for stage, table in enumerate(tables)]
+    tables = _tables(model, ranges, limits)
+    picks = _picks(model, tables, ranges, least)
     value = np.stack([value for value, _ in picks], axis=1)
     chosen = even_split(ranges, job.num_layers, value)
     for k in np.flatnonzero(chosen[:, 0] >= 0):
@@ -48,23 +49,42 @@ def _picked(model: GroupModel, count: int, points: Points) -> Picked:
     )
 
 
-def _stacked(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> StackedMixes:
-    mixes = list(model.mixes(stage, ranges, limits))
-    return stacked(mixes, model.weight_s(stage, ranges))
+def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[StackedMixes]:
+    """The mixes of every stage, first stage first; stages that are alike share a table."""
+    tables: dict[int, StackedMixes] = {}
+    for stages, mixes in model.by_place(ranges, limits):
+        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
+        tables |= dict.fromkeys(stages.tolist(), table)
+    return [tables[stage] for stage in range(model.group.num_stages)]
+
+
+def _picks(
+    model: GroupModel, tables: Sequence[StackedMixes], ranges: Ranges, least: str
+) -> list[tuple[Floats, Ints]]:
+    """The best mixes of every stage; those of stages that are alike are looked for once."""
+    known: dict[tuple[int, bytes], tuple[Floats, Ints]] = {}
+    found = []
+    for stage, table in enumerate(tables):
+        allowed = placed(ranges, model.job.num_layers, model.group.num_stages, stage)
+        key = (id(table), allowed.tobytes())
+        if key not in known:
+            known[key] = _best_mixes(model, table, allowed, least)
+        found.append(known[key])
+    return found
 
 
 def _best_mixes(
-    model: GroupModel, table: StackedMixes, stage: int, ranges: Ranges, least: str
+    model: GroupModel, table: StackedMixes, placeable: NDArray[np.bool_], least: str
 ) -> tuple[Floats, Ints]:
     """Of each strategy and range the least value, inf where nothing fits, and its row: [K, R]."""
-    allowed = table.fits & placed(ranges, model.job.num_layers, model.group.num_stages, stage)
+    allowed = table.fits & placeable
     measured = np.where(allowed, getattr(table, least), np.inf)
-    value = np.empty((len(model.strategies), len(ranges)))
+    value = np.empty((len(model.strategies), len(placeable)))
     rows = np.empty(value.shape, dtype=np.int64)
     for k in range(len(model.strategies)):
         own = np.flatnonzero(table.row == k)
         best = measured[own].argmin(axis=0)
-        rows[k], value[k] = own[best], measured[own[best], np.arange(len(ranges))]
+        rows[k], value[k] = own[best], measured[own[best], np.arange(len(placeable))]
     return value, rows
 
 
