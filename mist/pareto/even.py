@@ -10,12 +10,14 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from mist.estimate import fill_seconds
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.points import Points, StackedMixes, stacked
 from mist.pareto.space import Floats, Ints
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
 from mist.plans import Limits, even_layers, layers_by_cost
+from mist.schedule import step_time
 from mist.spec import MemoryLevel
 
 
@@ -89,7 +91,7 @@ def _best_mixes(
 
 
 def alike_layouts(model: GroupModel, limits: Limits) -> Iterator[Layout]:
-    """Every layout of a framework whose stages are alike: of each strategy and mix of levels."""
+    """The layouts of a framework whose stages are alike: of each kind and mix of levels."""
     counts = np.array(layer_counts(model))
     if not counts.all():
         return
@@ -116,7 +118,10 @@ def layer_counts(model: GroupModel) -> tuple[int, ...]:
 def _alike(
     model: GroupModel, ranges: Ranges, limits: Limits, levels: tuple[MemoryLevel, MemoryLevel]
 ) -> Iterator[Layout]:
-    """Layouts of one mix of levels, with the least recomputation that fits every stage."""
+    """Layouts of one mix of levels, with the least recomputation that fits every stage.
+
+    Of each kind (`Layout.kind`) only the fastest: offload ratios make thousands of the same kind.
+    """
     num_stages = model.group.num_stages
     num_lower = np.max(
         [model.least(stage, ranges, limits, *levels)[:, stage] for stage in range(num_stages)],
@@ -131,8 +136,25 @@ def _alike(
         for stage in range(num_stages)
     ]
     fits = np.all([table.fits[:, stage] for stage, table in enumerate(tables)], axis=0)
-    for k in np.flatnonzero(fits):
+    for k in _fastest_of_kinds(model, tables, np.flatnonzero(fits)):
         yield layout_of(model.group, _stages(model, ranges, tables, int(k)))
+
+
+def _fastest_of_kinds(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Ints:
+    """Of strategies `rows` the fastest of each kind, in their order."""
+    stable_s, lone_s = (
+        np.stack([getattr(table, name)[rows, i] for i, table in enumerate(tables)], axis=-1)
+        for name in ("stable_s", "lone_s")
+    )
+    weight_s = np.array([table.weight_s[i] for i, table in enumerate(tables)])
+    fill_s = fill_seconds(model.group.schedule, stable_s, weight_s)
+    step_s = step_time(model.group.num_micro_batches, stable_s, lone_s, fill_s)
+    own = model.strategies.take(rows)
+    away = [own.weights > 0, own.optimizer > 0, own.activations > 0]
+    order = np.argsort(step_s, kind="stable")
+    kinds = np.stack([own.tp, own.zero, *away], axis=-1)[order]
+    _, first = np.unique(kinds, axis=0, return_index=True)
+    return rows[np.sort(order[first])]
 
 
 def _stages(

@@ -150,7 +150,11 @@ class GroupModel:
             mixes = list(self._mixes(position))
             for index, held in enumerate(in_flight):
                 parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
-                own = [part for part in parts if (part.num_lower < ranges.count).any()]
+                own = [
+                    part
+                    for part in parts
+                    if part.upper is part.lower or (part.num_lower < ranges.count).any()
+                ]
                 yield stages[self._in_flight[stages] == held], own
 
     def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
