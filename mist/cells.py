@@ -20,7 +20,7 @@ from mist.pareto.bounds import least_step_s, window
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.meshes import Place, places
 from mist.pareto.points import Points, StackedMixes, stacked
-from mist.pareto.space import Ints, Strategies, offloading
+from mist.pareto.space import Strategies, offloading
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
 from mist.plans import Limits
 from mist.spec import ScheduleKind
@@ -49,12 +49,8 @@ class GroupProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sized:
-    """Stages of one size: their strategies, and the ranges that they may take.
+    """Stages of one size: their strategies, and the ranges that they may take."""
 
-    `base`: the group with all sizes, without offloading.
-    """
-
-    base: GroupModel
     size: int
     model: GroupModel
     ranges: Ranges
@@ -101,11 +97,22 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
     ranges = ranges.take(window(base, ranges, bounds.step_s))
     if not len(ranges):
         return
-    short = _short_of_memory(base, ranges, bounds.limits)
+    short = np.flatnonzero(base.short(ranges, bounds.limits))
     model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
-    sized = _Sized(base=base, size=group.sizes[0], model=model, ranges=ranges)
-    for stage in range(group.num_stages):
-        yield from _frontiers(sized, stage, bounds, store)
+    sized = _Sized(size=group.sizes[0], model=model, ranges=ranges)
+    for stages, mixes in model.by_place(ranges, bounds.limits):
+        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
+        least_s = least_step_s(base, ranges, table.stable_s, table.lone_s)
+        useful = table.fits & (least_s <= bounds.step_s)
+        store.num_tried += useful.size * len(stages)
+        known: dict[bytes, list[_Found]] = {}
+        for stage in stages.tolist():
+            allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
+            key = allowed.tobytes()
+            if key not in known:
+                known[key] = list(_frontiers(sized, table, useful & allowed))
+            for cell, points, strategies in known[key]:
+                yield replace(cell, stage=stage), points, strategies
 
 
 def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:
@@ -146,7 +153,7 @@ def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) 
             ranges = ranges.take(window(model, ranges, bounds.step_s, alone=True))
             away = offloading(base.job, base.group, base.space, rows)
             model = _with(model, away, ranges, bounds.step_s)
-        store.sized[key] = _Sized(base=model, size=size, model=model, ranges=ranges)
+        store.sized[key] = _Sized(size=size, model=model, ranges=ranges)
     return store.sized[key]
 
 
@@ -155,30 +162,21 @@ def _stored_cells(
 ) -> list[_Found]:
     """The frontiers of a size at a position from the end, between these borders."""
     bounds, store = within
-    group = base.group
+    group, alike = base.group, sized.ranges.alike
     model = GroupModel(base.job, group, sized.model.strategies, base.space)
-    _, in_flight = model.lines(stage, place)
     ends = (stage == 0, stage == group.num_stages - 1)
     borders = (place.prev_crosses, place.next_crosses)
-    key = (sized.size, group.num_micro_batches, in_flight, ends, borders)
-    if base.job.facts.num_kinds > 1:
-        return list(_frontiers(replace(sized, model=model), stage, bounds, store, place))
-    if key not in store.cells:
-        here = replace(sized, model=model)
-        store.cells[key] = list(_frontiers(here, stage, bounds, store, place))
+    key = (sized.size, group.num_micro_batches, model.in_flight(stage), ends, borders)
+    if alike and key in store.cells:
+        return store.cells[key]
+    mixes = list(model.mixes(stage, sized.ranges, bounds.limits, place))
+    table = stacked(mixes, model.weight_s(stage, sized.ranges))
+    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
+    useful = table.fits & (least_s <= bounds.step_s)
+    useful &= placed(sized.ranges, base.job.num_layers, group.num_stages, stage)
+    store.num_tried += useful.size
+    store.cells[key] = list(_frontiers(replace(sized, model=model), table, useful))
     return store.cells[key]
-
-
-def _short_of_memory(model: GroupModel, ranges: Ranges, limits: Limits) -> Ints:
-    """Strategies that somewhere do not fit as they are: the others need no offloading."""
-    group, level = model.group, model.space.levels[0]
-    short = np.zeros(len(model.strategies), dtype=np.bool_)
-    for stage in range(group.num_stages):
-        allowed = placed(ranges, model.job.num_layers, group.num_stages, stage)
-        first = next(iter(model.mixes(stage, ranges.take(allowed), limits)))
-        assert first.upper is level
-        short |= ~first.fits.all(axis=1)
-    return np.flatnonzero(short)
 
 
 def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:
@@ -193,24 +191,14 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
     return GroupModel(model.job, model.group, strategies, model.space)
 
 
-def _frontiers(
-    sized: _Sized, stage: int, bounds: Bounds, store: CellStore, place: Place | None = None
-) -> Iterator[_Found]:
-    """Non-empty frontiers of a stage by range, without points that alone are too slow."""
-    model, ranges = sized.model, sized.ranges
-    mixes = list(model.mixes(stage, ranges, bounds.limits, place))
-    table = stacked(mixes, model.weight_s(stage, ranges))
-    useful = (
-        _useful(sized, table, stage, bounds)
-        if place is None
-        else _fitting(sized, table, stage, bounds)
-    )
-    store.num_tried += useful.size
+def _frontiers(sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_]) -> Iterator[_Found]:
+    """Non-empty frontiers of the useful points [N, R] of a position, as cells of stage 0."""
+    ranges, model = sized.ranges, sized.model
     zero_bubble = model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE
     for column in np.flatnonzero(useful.any(axis=0)):
         points = table.frontier(int(column), useful[:, column])
         cell = Cell(
-            stage=stage,
+            stage=0,
             first=None if ranges.alike else int(ranges.first[column]),
             count=int(ranges.count[column]),
             stable_s=points.stable_s,
@@ -218,25 +206,6 @@ def _frontiers(
             spare_s=2 * float(table.weight_s[column]) if zero_bubble else 0.0,
         )
         yield cell, points, model.strategies
-
-
-def _useful(sized: _Sized, table: StackedMixes, stage: int, bounds: Bounds) -> NDArray[np.bool_]:
-    """What fits, may stand there, and is not too slow by itself: [N, R]."""
-    model, group = sized.model, sized.model.group
-    allowed = placed(sized.ranges, model.job.num_layers, group.num_stages, stage)
-    least_s = least_step_s(sized.base, sized.ranges, table.stable_s, table.lone_s)
-    return np.asarray(table.fits & allowed & (least_s <= bounds.step_s))
-
-
-def _fitting(sized: _Sized, table: StackedMixes, stage: int, bounds: Bounds) -> NDArray[np.bool_]:
-    """The same in pipelines of any length: alone it must not be too slow."""
-    group = sized.model.group
-    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
-    useful = table.fits & (least_s <= bounds.step_s)
-    if not sized.ranges.alike:
-        num_layers = sized.model.job.num_layers
-        useful &= placed(sized.ranges, num_layers, group.num_stages, stage)
-    return np.asarray(useful)
 
 
 def joined(

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mist.estimate import fill_seconds
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.points import Points, StackedMixes, stacked
 from mist.pareto.space import Floats, Ints
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
 from mist.plans import Limits, even_layers, layers_by_cost
+from mist.schedule import step_time
 from mist.spec import MemoryLevel
 
 
@@ -25,8 +28,8 @@ def even_layouts(model: GroupModel, limits: Limits, *, least: str = "stable_s") 
     """
     job, group = model.job, model.group
     ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
-    tables = [_stacked(model, stage, ranges, limits) for stage in range(group.num_stages)]
-    picks = [_best_mixes(model, table, stage, ranges, least) for stage, table in enumerate(tables)]
+    tables = _tables(model, ranges, limits)
+    picks = _picks(model, tables, ranges, least)
     value = np.stack([value for value, _ in picks], axis=1)
     chosen = even_split(ranges, job.num_layers, value)
     for k in np.flatnonzero(chosen[:, 0] >= 0):
@@ -47,28 +50,47 @@ def _picked(model: GroupModel, count: int, points: Points) -> Picked:
     )
 
 
-def _stacked(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> StackedMixes:
-    mixes = list(model.mixes(stage, ranges, limits))
-    return stacked(mixes, model.weight_s(stage, ranges))
+def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[StackedMixes]:
+    """The mixes of every stage, first stage first; stages that are alike share a table."""
+    tables: dict[int, StackedMixes] = {}
+    for stages, mixes in model.by_place(ranges, limits):
+        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
+        tables |= dict.fromkeys(stages.tolist(), table)
+    return [tables[stage] for stage in range(model.group.num_stages)]
+
+
+def _picks(
+    model: GroupModel, tables: Sequence[StackedMixes], ranges: Ranges, least: str
+) -> list[tuple[Floats, Ints]]:
+    """The best mixes of every stage; those of stages that are alike are looked for once."""
+    known: dict[tuple[int, bytes], tuple[Floats, Ints]] = {}
+    found = []
+    for stage, table in enumerate(tables):
+        allowed = placed(ranges, model.job.num_layers, model.group.num_stages, stage)
+        key = (id(table), allowed.tobytes())
+        if key not in known:
+            known[key] = _best_mixes(model, table, allowed, least)
+        found.append(known[key])
+    return found
 
 
 def _best_mixes(
-    model: GroupModel, table: StackedMixes, stage: int, ranges: Ranges, least: str
+    model: GroupModel, table: StackedMixes, placeable: NDArray[np.bool_], least: str
 ) -> tuple[Floats, Ints]:
     """Of each strategy and range the least value, inf where nothing fits, and its row: [K, R]."""
-    allowed = table.fits & placed(ranges, model.job.num_layers, model.group.num_stages, stage)
+    allowed = table.fits & placeable
     measured = np.where(allowed, getattr(table, least), np.inf)
-    value = np.empty((len(model.strategies), len(ranges)))
+    value = np.empty((len(model.strategies), len(placeable)))
     rows = np.empty(value.shape, dtype=np.int64)
     for k in range(len(model.strategies)):
         own = np.flatnonzero(table.row == k)
         best = measured[own].argmin(axis=0)
-        rows[k], value[k] = own[best], measured[own[best], np.arange(len(ranges))]
+        rows[k], value[k] = own[best], measured[own[best], np.arange(len(placeable))]
     return value, rows
 
 
 def alike_layouts(model: GroupModel, limits: Limits) -> Iterator[Layout]:
-    """Every layout of a framework whose stages are alike: of each strategy and mix of levels."""
+    """The layouts of a framework whose stages are alike: of each kind and mix of levels."""
     counts = np.array(layer_counts(model))
     if not counts.all():
         return
@@ -95,7 +117,10 @@ def layer_counts(model: GroupModel) -> tuple[int, ...]:
 def _alike(
     model: GroupModel, ranges: Ranges, limits: Limits, levels: tuple[MemoryLevel, MemoryLevel]
 ) -> Iterator[Layout]:
-    """Layouts of one mix of levels, with the least recomputation that fits every stage."""
+    """Layouts of one mix of levels, with the least recomputation that fits every stage.
+
+    Of each kind (`Layout.kind`) only the fastest: offload ratios make thousands of the same kind.
+    """
     num_stages = model.group.num_stages
     num_lower = np.max(
         [model.least(stage, ranges, limits, *levels)[:, stage] for stage in range(num_stages)],
@@ -110,8 +135,25 @@ def _alike(
         for stage in range(num_stages)
     ]
     fits = np.all([table.fits[:, stage] for stage, table in enumerate(tables)], axis=0)
-    for k in np.flatnonzero(fits):
+    for k in _fastest_of_kinds(model, tables, np.flatnonzero(fits)):
         yield layout_of(model.job, model.group, _stages(model, ranges, tables, int(k)))
+
+
+def _fastest_of_kinds(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Ints:
+    """Of strategies `rows` the fastest of each kind, in their order."""
+    stable_s, lone_s = (
+        np.stack([getattr(table, name)[rows, i] for i, table in enumerate(tables)], axis=-1)
+        for name in ("stable_s", "lone_s")
+    )
+    weight_s = np.array([table.weight_s[i] for i, table in enumerate(tables)])
+    fill_s = fill_seconds(model.group.schedule, stable_s, weight_s)
+    step_s = step_time(model.group.num_micro_batches, stable_s, lone_s, fill_s)
+    own = model.strategies.take(rows)
+    away = [own.weights > 0, own.optimizer > 0, own.activations > 0]
+    order = np.argsort(step_s, kind="stable")
+    kinds = np.stack([own.tp, own.zero, *away], axis=-1)[order]
+    _, first = np.unique(kinds, axis=0, return_index=True)
+    return rows[np.sort(order[first])]
 
 
 def _stages(

@@ -10,9 +10,9 @@ in flight, too. The lines are read off the compiled formulas at a few points, so
 model; `StageLines` holds them and says what any mix of layers costs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -47,33 +47,54 @@ class StageLines:
     ) -> "StageLines":
         """Read the lines off the formulas. `terms` [K]; `position`: numbers, but for in_flight."""
         columns = {name: np.asarray(term) for name, term in terms.items()} | dict(position)
-        ones = np.eye(len(LEVELS) * job.facts.num_kinds)
-        once, twice = (_evaluated(job, columns, points) for points in (ones, 2 * ones))
-        slope = {name: _line(twice[name] - once[name]) for name in OUTPUTS}
-        return cls(job=job, columns=columns, slope=slope)
+        num_rows = len(LEVELS) * job.facts.num_kinds
+        asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
+        if job.facts.num_kinds == 1:
+            asked += [a | b for a, b in combinations(asked, 2)]
+        counts = _counts(job, asked)
+        found = _evaluated(job, columns, np.concatenate([counts, 2 * counts[:num_rows]]))
+        slope = {
+            name: _line(found[name][:, len(asked) :] - found[name][:, :num_rows])
+            for name in OUTPUTS
+        }
+        bases = {bits: _bases(found, slope, counts, i) for i, bits in enumerate(asked)}
+        return cls(job=job, columns=columns, slope=slope, bases=bases)
 
-    def rise(self, name: str, row: int, in_flight: float) -> Floats:
-        """What one more layer of a row adds, [K]."""
+    def rise(self, name: str, row: int, in_flight: Floats) -> Floats:
+        """What one more layer of a row adds, [F K] for F numbers of micro-batches in flight."""
         fixed, each = self.slope[name]
-        return np.asarray(fixed[row] + in_flight * each[row])
+        return _at((fixed[row], each[row]), in_flight)
 
-    def base(self, name: str, present: int, in_flight: float) -> Floats:
-        """b_P of the rows whose bits are set in `present`, [K]."""
+    def base(self, name: str, present: int, in_flight: Floats) -> Floats:
+        """b_P of the rows whose bits are set in `present`, [F K]."""
         if present not in self.bases:
-            self.bases[present] = self._bases_of(present)
-        fixed, each = self.bases[present][name]
-        return np.asarray(fixed + in_flight * each)
+            counts = _counts(self.job, [present])
+            found = _evaluated(self.job, self.columns, counts)
+            self.bases[present] = _bases(found, self.slope, counts, 0)
+        return _at(self.bases[present][name], in_flight)
 
-    def _bases_of(self, present: int) -> Mapping[str, Line]:
-        num_rows = len(LEVELS) * self.job.facts.num_kinds
-        counts = np.array([[float(present >> row & 1) for row in range(num_rows)]])
-        found = _evaluated(self.job, self.columns, counts)
-        bases = {}
-        for name in OUTPUTS:
-            fixed, each = _line(found[name][:, 0])
-            slope, slope_each = self.slope[name]
-            bases[name] = (fixed - counts[0] @ slope, each - counts[0] @ slope_each)
-        return bases
+
+def _counts(job: Job, bits: Sequence[int]) -> Floats:
+    """One layer of each row whose bit is set, [P, X]."""
+    num_rows = len(LEVELS) * job.facts.num_kinds
+    return np.array([[float(each >> row & 1) for row in range(num_rows)] for each in bits])
+
+
+def _bases(
+    found: Mapping[str, Floats], slope: Mapping[str, Line], counts: Floats, index: int
+) -> Mapping[str, Line]:
+    """What of the outputs at a point the slopes do not account for."""
+    bases: dict[str, Line] = {}
+    for name in OUTPUTS:
+        fixed, each = _line(found[name][:, index])
+        rising, rising_each = slope[name]
+        bases[name] = (fixed - counts[index] @ rising, each - counts[index] @ rising_each)
+    return bases
+
+
+def _at(line: Line, in_flight: Floats) -> Floats:
+    fixed, each = line
+    return np.asarray(fixed + in_flight[:, None] * each).ravel()
 
 
 def _line(values: Floats) -> Line:

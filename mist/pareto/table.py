@@ -13,12 +13,13 @@ by an activation or two as recomputation reaches a wider one; then a layer more 
 recomputed. What fits is always checked, never inferred.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
+from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from mist.estimate import Job, position_columns
 from mist.pareto.lines import LEVELS, StageLines
@@ -62,6 +63,13 @@ class Mixes:
     host_bytes: Floats
     fits: NDArray[np.bool_]
 
+    def part(self, first: int, count: int) -> "Mixes":
+        """Those of the strategies [first, count], which are numbered anew."""
+        own = slice(*np.searchsorted(self.row, (first, first + count)))
+        columns = {item.name: getattr(self, item.name)[own] for item in fields(self)[2:]}
+        columns["row"] = columns["row"] - first
+        return Mixes(upper=self.upper, lower=self.lower, **columns)
+
 
 def layer_ranges(job: Job, num_stages: int, *, least: int = 1) -> Ranges:
     """Ranges of at least `least` layers that leave as many for each other stage."""
@@ -95,44 +103,93 @@ class GroupModel:
         self.space = expressible(space, job.platform.runtime)
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
-        self._positions = position_columns(job, devices, group.num_micro_batches, group.schedule)
-        self._lines: dict[tuple[int, ...], StageLines] = {}
+        columns = position_columns(job, devices, group.num_micro_batches, group.schedule)
+        self._in_flight = np.asarray(columns.pop("in_flight"))
+        self._names = tuple(columns)
+        rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
+        self._places = [tuple(row) for row in rows.tolist()]
+        self._lines: dict[tuple[float, ...], StageLines] = {}
 
-    def lines(self, stage: int, place: Place | None = None) -> tuple[StageLines, float]:
-        """The lines at a position, and its micro-batches in flight.
-
-        `place`: where it stands between nodes, of unequal meshes.
-        """
-        position = {name: np.asarray(column)[stage] for name, column in self._positions.items()}
+    def lines(self, stage: int, place: Place | None = None) -> StageLines:
+        """The lines at a position; `place`: where it stands between nodes, of unequal meshes."""
+        position = dict(zip(self._names, map(float, self._places[stage]), strict=True))
         if place is not None:
-            position["prev_crosses_node"] = np.asarray(place.prev_crosses)
-            position["next_crosses_node"] = np.asarray(place.next_crosses)
-        in_flight = float(position.pop("in_flight"))
-        key = tuple(int(value) for value in position.values())
+            position["prev_crosses_node"] = float(place.prev_crosses)
+            position["next_crosses_node"] = float(place.next_crosses)
+        key = tuple(position.values())
         if key not in self._lines:
-            self._lines[key] = StageLines.of(self.job, self.strategies.terms, _scalars(position))
-        return self._lines[key], in_flight
+            self._lines[key] = StageLines.of(self.job, self.strategies.terms, position)
+        return self._lines[key]
+
+    def in_flight(self, stage: int) -> float:
+        """Micro-batches that a position holds."""
+        return float(self._in_flight[stage])
 
     def weight_s(self, stage: int, ranges: Ranges) -> Floats:
         """Seconds of gradients of weights, [R], of the first strategy.
 
         They count where stages are alike in dp and tp, and then all strategies have the same.
         """
-        lines, _ = self.lines(stage)
-        kinds = kinds_of(self.job, ranges)
-        each = np.array([lines.rise("weight_s", kind, 0.0)[0] for kind in range(len(kinds))])
-        return np.asarray(lines.base("weight_s", 1, 0.0)[0] + each @ kinds)
+        lines, kinds = self.lines(stage), kinds_of(self.job, ranges)
+        each = np.array([lines.rise("weight_s", kind, _NONE)[0] for kind in range(len(kinds))])
+        return np.asarray(lines.base("weight_s", 1, _NONE)[0] + each @ kinds)
 
     def mixes(
         self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
     ) -> Iterator[Mixes]:
         """Every mix of levels at a position, for all strategies and ranges."""
-        position = self._position(stage, ranges, limits, place)
+        return self._mixes(self._position(stage, ranges, limits, place))
+
+    def _mixes(self, position: "_Position") -> Iterator[Mixes]:
         for level in self.space.levels:
             yield position.whole(level)
         if self.space.some_layers:
             for upper, lower in combinations(self.space.levels, 2):
                 yield from position.mixed(upper, lower)
+
+    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
+        """Stages that differ in nothing but their layers, and the mixes of each of them.
+
+        Those that differ only in their micro-batches in flight are computed together: for a
+        pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
+        """
+        num_rows = len(self.strategies)
+        for stages, in_flight in self._together(num_rows * len(ranges)):
+            lines = self.lines(int(stages[0]))
+            position = _Position(self.job, lines, in_flight, ranges, limits)
+            mixes = list(self._mixes(position))
+            for index, held in enumerate(in_flight):
+                parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
+                own = [
+                    part
+                    for part in parts
+                    if part.upper is part.lower or (part.num_lower < ranges.count).any()
+                ]
+                yield stages[self._in_flight[stages] == held], own
+
+    def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
+        """Strategies that do not fit everywhere with all layers at the first level, [K]."""
+        num_rows, level = len(self.strategies), self.space.levels[0]
+        short = np.zeros(num_rows, dtype=np.bool_)
+        for stages, in_flight in self._together(num_rows * len(ranges)):
+            position = _Position(self.job, self.lines(int(stages[0])), in_flight, ranges, limits)
+            whole = position.whole(level)
+            for index, held in enumerate(in_flight):
+                fits = whole.part(index * num_rows, num_rows).fits
+                for stage in stages[self._in_flight[stages] == held]:
+                    allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
+                    short |= ~fits[:, allowed].all(axis=1)
+        return short
+
+    def _together(self, size: int) -> Iterator[tuple[Ints, Floats]]:
+        """Stages with the same lines, and their different micro-batches in flight, in chunks."""
+        for place in dict.fromkeys(self._places):
+            stages = np.array([i for i, other in enumerate(self._places) if other == place])
+            held = np.unique(self._in_flight[stages])
+            chunk = max(1, _CHUNK // max(size, 1))
+            for start in range(0, len(held), chunk):
+                some = held[start : start + chunk]
+                yield stages[np.isin(self._in_flight[stages], some)], some
 
     def least(
         self, stage: int, ranges: Ranges, limits: Limits, upper: MemoryLevel, lower: MemoryLevel
@@ -159,15 +216,14 @@ class GroupModel:
     def _position(
         self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
     ) -> "_Position":
-        lines, in_flight = self.lines(stage, place)
-        return _Position(self.job, lines, in_flight, ranges, limits)
+        in_flight = self._in_flight[stage : stage + 1]
+        return _Position(self.job, self.lines(stage, place), in_flight, ranges, limits)
 
+
+_NONE: Final = np.zeros(1)  # micro-batches in flight, for what does not depend on them
+_CHUNK: Final = 1 << 16  # stages computed together: what a processor's cache holds
 
 _Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
-
-
-def _scalars(position: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
-    return {name: float(np.asarray(value)) for name, value in position.items()}
 
 
 def kinds_of(job: Job, ranges: Ranges) -> Ints:
@@ -177,15 +233,18 @@ def kinds_of(job: Job, ranges: Ranges) -> Ints:
 
 
 class _Position:
-    """All mixes at one position: straight lines in the layers of each kind and level."""
+    """All mixes at one position: straight lines in the layers of each kind and level.
+
+    Its rows are the strategies for each of the micro-batches in flight [F], strategies innermost.
+    """
 
     def __init__(
-        self, job: Job, lines: StageLines, in_flight: float, ranges: Ranges, limits: Limits
+        self, job: Job, lines: StageLines, in_flight: Floats, ranges: Ranges, limits: Limits
     ) -> None:
         self._job, self._lines, self._in_flight = job, lines, in_flight
         self._ranges, self._limits = ranges, limits
         self._kinds = kinds_of(job, ranges)
-        self._row = np.arange(lines.slope["stable_s"][0].shape[1])
+        self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
 
     def whole(self, level: MemoryLevel) -> Mixes:
         """All layers at one level."""

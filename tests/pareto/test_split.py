@@ -9,11 +9,11 @@ import pytest
 from mist.estimate import estimate
 from mist.pareto.even import alike_layouts, even_layouts
 from mist.pareto.layouts import stage_plans
-from mist.pareto.space import groups
+from mist.pareto.space import groups, offloading
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Ranges, layer_ranges
 from mist.plans import Limits
-from mist.spaces import SPACES, SearchSpace
+from mist.spaces import NO_RATIOS, SPACES, SearchSpace
 from tests.toys import toy_graph, toy_job
 
 ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
@@ -87,3 +87,27 @@ def test_stages_of_a_framework_are_alike() -> None:
             assert max(counts) - min(counts) <= 1
             assert len({(s.tp, s.zero, s.upper, s.lower, s.num_lower) for s in layout.stages}) == 1
             assert layout.peak_bytes <= limits.device_bytes
+
+
+def test_layouts_alike_are_the_fastest_of_their_kind() -> None:
+    """Against every strategy in a model of its own, where nothing else can be of its kind."""
+    job = toy_job(toy_graph((4,), vocab=8192), 4, global_batch=16)
+    ratios = {"optimizer": (0.0, 0.5, 1.0), "activations": (0.0, 0.5, 1.0)}
+    space = SearchSpace(unlike_stages=False, offload={**NO_RATIOS, **ratios})
+    limits = Limits(device_bytes=0.9e9, host_bytes=math.inf)
+    checked = 0
+    for group in itertools.islice(groups(job, space), 0, None, 3):
+        away = offloading(job, group, space, np.arange(len(group.strategies)))
+        every = group.strategies.joined(away)
+        want: dict[tuple[object, ...], float] = {}
+        for k in range(len(every)):
+            for layout in alike_layouts(
+                GroupModel(job, group, every.take(np.array([k])), space), limits
+            ):
+                want[layout.kind] = min(layout.step_s, want.get(layout.kind, math.inf))
+        got: dict[tuple[object, ...], float] = {}
+        for layout in alike_layouts(GroupModel(job, group, every, space), limits):
+            got[layout.kind] = min(layout.step_s, got.get(layout.kind, math.inf))
+        assert got == want
+        checked += len(want)
+    assert checked > 20
