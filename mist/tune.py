@@ -226,16 +226,19 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
                     yield Point(step_s=layout.step_s, peak_bytes=layout.peak_bytes)
 
 
-def smallest_peak(job: Job, space: SearchSpace) -> Layout:
-    """The layout whose fullest device holds least. Raises InputError when the space is empty."""
-    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
-    most = {name: (max(ratios),) for name, ratios in space.offload.items()}
+def smallest_peak(job: Job, space: SearchSpace, host_bytes: float) -> Layout:
+    """The layout whose fullest device holds least, each state offloaded as far as can be or not.
+
+    `host_bytes`: what a rank may hold in host memory. Raises InputError when the space is empty.
+    """
+    within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
+    most = {name: tuple({min(ratios), max(ratios)}) for name, ratios in space.offload.items()}
     layouts: list[Layout] = []
     for group in groups(job, replace(space, unequal_meshes=False)):
         rows = np.arange(len(group.strategies))
         away = offloading(job, group, replace(space, offload=most), rows)
         model = GroupModel(job, group, group.strategies.joined(away), space)
-        layouts += even_layouts(model, anything, least="peak_bytes")
+        layouts += even_layouts(model, within, least="peak_bytes")
     if not layouts:
         raise InputError(_no_group_words(job, space))
     return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))

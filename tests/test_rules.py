@@ -8,10 +8,13 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.estimate import Job
+from mist.estimate import Job, make_job
 from mist.graph import B, ModelGraph, S
+from mist.platform import load_platform
 from mist.rules import Rule, broken, out_of_domain
-from tests.toys import toy_graph, toy_job
+from mist.spec import Precision
+from mist.symbolic.compile import compile_model
+from tests.toys import toy_graph, toy_job, toy_workload
 
 FITTING = {
     "tp": 2,
@@ -20,6 +23,12 @@ FITTING = {
     "zero": 1,
     "num_stages": 2,
     "num_micro_batches": 16,
+    "schedule": "1f1b",
+    "chunks": 1,
+    "weights": 0.0,
+    "grads": 0.0,
+    "optimizer": 0.0,
+    "activations": 0.0,
 }
 
 
@@ -58,7 +67,45 @@ def test_a_layout_that_keeps_every_rule() -> None:
             {"num_stages": 4, "num_micro_batches": 2, "micro_batch": 16},
             ["2 micro-batches cannot fill 4 pipeline stages: 1F1B needs at least one for each."],
         ),
-        ({"num_stages": 16}, ["pp 16 stages, but toy has 8 layers."]),
+        (
+            {"num_stages": 16},
+            [
+                "pp 16 stages, but toy has 8 layers.",
+                "16 stages of 1 chunks, but toy has 8 layers.",
+            ],
+        ),
+        (
+            {"schedule": "interleaved", "chunks": 5},
+            ["2 stages of 5 chunks, but toy has 8 layers."],
+        ),
+        (
+            {
+                "schedule": "interleaved",
+                "chunks": 2,
+                "num_micro_batches": 8,
+                "num_stages": 3,
+                "dp": 2,
+                "micro_batch": 4,
+            },
+            [],
+        ),
+        (
+            {"schedule": "zero-bubble", "zero": 3},
+            [
+                "schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
+                "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b."
+            ],
+        ),
+        (
+            {"optimizer": 0.5, "weights": 0.5},
+            [
+                "offloading weights needs ZeRO-2 or more under runtime torch, "
+                "found ratio 0.5 at ZeRO-1.",
+                "runtime torch offloads weights and gradients of a layer together: "
+                "their ratios are 0.5 and 0.",
+            ],
+        ),
+        ({"weights": 0.5, "grads": 0.5, "zero": 2, "activations": 1.0}, []),
         (
             {"dp": 6, "tp": 1, "num_micro_batches": 1, "num_stages": 1},
             [
@@ -90,6 +137,9 @@ def test_a_model_without_tensor_parallel_rules() -> None:
         ("batch-factors", "micro_batch", [1, 2, 4], [0, 1, 0]),
         ("enough-micro-batches", "num_micro_batches", [1, 2, 3], [0, 1, 1]),
         ("enough-layers", "num_stages", [1, 8, 9], [1, 1, 0]),
+        ("chunks-have-layers", "chunks", [1, 4, 5], [1, 1, 0]),
+        ("offload-optimizer", "optimizer", [0.0, 1.0], [1, 1]),
+        ("offload-grads", "grads", [0.0, 0.25], [1, 0]),
         ("stage-fills-nodes", "dp", [1, 2, 3, 4, 8, 12, 6], [1, 1, 0, 1, 1, 1, 0]),
     ],
 )
@@ -110,7 +160,7 @@ degrees = st.integers(1, 17)
 @given(tp=degrees, dp=degrees, micro_batch=degrees, num_stages=degrees, num_micro_batches=degrees)
 def test_words_are_said_exactly_where_a_mask_is_false(**columns: int) -> None:
     rules = RULES
-    columns["zero"] = 0
+    columns = FITTING | columns | {"zero": 0}
     silent = [found for found in rules if found.mask(columns).all()]
     assert len(silent) + len([*broken(rules, columns)]) == len(rules)
 
@@ -147,3 +197,23 @@ def test_sequences_that_no_micro_batch_makes_right(
     relation: sympy.Basic, seq_len: int, outside: tuple[str, ...]
 ) -> None:
     assert out_of_domain(toy_job(restricted(relation)).cost.domain, seq_len) == outside
+
+
+def test_rounds_of_interleaved_pipelines() -> None:
+    """Torch and Megatron run micro-batches in rounds: 10 in rounds of 4 are no whole number."""
+    columns = FITTING | {"schedule": "interleaved", "chunks": 2, "num_stages": 4}
+    held = rule("whole-rounds").mask(columns | {"num_micro_batches": np.array([4, 6, 8, 10, 9])})
+    assert held.tolist() == [True, True, True, True, False]
+    assert rule("whole-rounds").mask(FITTING | {"num_micro_batches": 9, "num_stages": 4}).all()
+
+
+def test_a_runtime_without_pipelines_or_offloading() -> None:
+    platform = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime="fsdp1")
+    programs = compile_model(toy_graph(), platform.runtime, Precision.BF16)
+    found = make_job(programs, platform, toy_workload())
+    messages = [*broken(found.rules, FITTING | {"zero": 3, "optimizer": 1.0, "activations": 0.5})]
+    assert messages == [
+        "schedule 1f1b: runtime fsdp1 has no pipelines.",
+        "offloading optimizer is not possible under runtime fsdp1, found ratio 1 at ZeRO-3.",
+        "offloading activations is not possible under runtime fsdp1.",
+    ]

@@ -39,7 +39,12 @@ def test_a_workload_has_positive_sizes(name: str, option: str, size: int) -> Non
         ({"pp": (-1,)}, "pp -1 is not a positive number."),
         ({"micro_batch": (0,)}, "micro_batch 0 is not a positive number."),
         ({"zero": (1, 4)}, "zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
-        ({"checkpoint": "some"}, "checkpoint some is neither none, full nor any."),
+        ({"levels": ()}, "no memory level is left: allow eager, selective or full."),
+        (
+            {"offload": {"cache": (0.5,)}},
+            "offload cache is none of weights, grads, optimizer, activations.",
+        ),
+        ({"offload": {"grads": (0.5, 2.0)}}, "offload grads 2 is not a ratio from 0 to 1."),
     ],
 )
 def test_a_space_holds_only_what_plans_can_have(knobs: dict[str, object], message: str) -> None:

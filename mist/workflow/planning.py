@@ -122,7 +122,7 @@ def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternat
 
 def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     """The fullest stage of the layout that comes closest to fitting, and its bytes."""
-    layout = smallest_peak(job, space)
+    layout = smallest_peak(job, space, limits_of(job, question).host_bytes)
     stages, num_micro_batches = stage_plans(job, layout), layout.num_micro_batches
     judged = estimate(job, stages, num_micro_batches, layout.schedule).stages
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
@@ -140,7 +140,8 @@ def _what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) 
     while num_gpus <= MOST_GPUS_SUGGESTED:
         try:
             larger = job_of(replace(question, num_gpus=num_gpus), programs)
-            if smallest_peak(larger, space).peak_bytes <= limits_of(larger, question).device_bytes:
+            limits = limits_of(larger, question)
+            if smallest_peak(larger, space, limits.host_bytes).peak_bytes <= limits.device_bytes:
                 return f"Try --gpus {num_gpus}."
         except InputError:  # a number that fills no nodes, or that the global batch does not divide
             pass

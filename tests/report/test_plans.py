@@ -1,9 +1,12 @@
 """What is printed and what tools get: every figure that a plan or a check owes its reader."""
 
+from dataclasses import replace
+
 import pytest
 
-from mist.plans import Plan
+from mist.plans import Offload, Plan, Schedule
 from mist.report.plans import check_json, plan_json, print_check, print_plan
+from mist.spec import MemoryLevel, ScheduleKind
 from mist.units import GIB
 from tests.sample_plans import LIMITS, estimate_of, sample_plan, stage_estimate
 
@@ -50,7 +53,7 @@ def test_a_plan_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stages_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     print_plan(sample_plan(), LIMITS, ())
-    shared = ("2", "2+sp", "1", "2 x8", "1 of 8")
+    shared = ("2", "2+sp", "1", "2 x8", "1 of 8", "-")
     assert rows(capsys.readouterr().out, "Stages (") == [
         ["0: layers 0-7", "0-3", *shared, "500 ms", "250 ms", "compute 375 ms, tp 125 ms"],
         ["1: layers 8-15", "4-7", *shared, "250 ms", "250 ms", "compute 188 ms, tp 62.5 ms"],
@@ -149,6 +152,7 @@ def test_the_json_of_a_check() -> None:
         "fits": True,
         "margin_bytes": 16 * GIB,
         "limit_bytes": 64 * GIB,
+        "host_limit_bytes": 32 * GIB,
         "step_s": 5.0,
         "tokens_per_s": 13107.2,
         "mfu": 0.4321,
@@ -161,6 +165,7 @@ def test_the_json_of_a_check() -> None:
         "stages": [
             {
                 "peak_bytes": peak * GIB,
+                "host_bytes": 0,
                 "usable_bytes": 72 * GIB,
                 "parts": {"states": 30 * GIB, "activations": (peak - 30) * GIB},
                 "stable_s": stable_s,
@@ -182,3 +187,33 @@ def test_the_json_of_a_check() -> None:
 def test_the_json_of_a_check_that_fails() -> None:
     found = check_json(tight(70), LIMITS, ())
     assert (found["fits"], found["margin_bytes"]) == (False, -6 * GIB)
+
+
+def test_what_does_not_fit_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tight(40)
+    stages = tuple(replace(stage, host_bytes=33 * GIB) for stage in plan.estimate.stages)
+    plan = replace(plan, estimate=replace(plan.estimate, stages=stages))
+    print_check(plan, LIMITS, (), ())
+    text = printed(capsys)
+    assert "DOES NOT FIT in host memory: over by 1.0 GiB per GPU." in text
+    assert "In host memory per GPU: 33.0 GiB, of 32.0 GiB that it may use." in text or (
+        "In host memory per GPU: 33.0 GiB, 33.0 GiB, of 32.0 GiB that it may use." in text
+    )
+    assert not check_json(plan, LIMITS, ())["fits"]
+
+
+def test_levels_and_offloads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = tuple(
+        replace(
+            stage,
+            memory={MemoryLevel.EAGER: 3, MemoryLevel.SELECTIVE: 4, MemoryLevel.FULL: 1},
+            offload=Offload(optimizer=0.5, activations=0.25),
+        )
+        for stage in sample_plan().stages
+    )
+    schedule = Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)
+    print_plan(replace(sample_plan(), stages=stages, schedule=schedule), LIMITS, ())
+    text = printed(capsys)
+    assert "schedule zero-bubble" in text
+    assert "1 of 8, 4" in text
+    assert "optimizer 50%" in text

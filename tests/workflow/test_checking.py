@@ -7,8 +7,9 @@ import pytest
 
 from mist.errors import InputError, PlanError
 from mist.planfile import load_plan, save_plan
-from mist.plans import Offload, Plan
-from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
+from mist.plans import Limits, Offload, Plan, Schedule
+from mist.spec import MemoryLevel, ScheduleKind
+from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
 from mist.workflow.question import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
@@ -62,11 +63,12 @@ def test_checkpointed_layers(checkpoint: str, num_full: int) -> None:
         ({"zero": 4}, "--zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
         (
             {"checkpoint": "some"},
-            "--checkpoint some is neither none, full nor a number of layers.",
+            "--checkpoint some is neither none, selective, full nor a number of layers.",
         ),
         (
             {"checkpoint": "\N{SUPERSCRIPT TWO}"},
-            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, full nor a number of layers.",
+            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, selective, full nor a number of "
+            "layers.",
         ),
     ],
 )
@@ -100,16 +102,18 @@ def test_layouts_that_break_rules(layout: HandLayout, message: str) -> None:
 
 def test_the_margin_decides_what_fits() -> None:
     loose = check(margin_ratio=0.0)
-    share = 1 - loose.peak_bytes / loose.limit_bytes
+    share = 1 - loose.peak_bytes / loose.limits.device_bytes
     assert check(margin_ratio=share - 1e-6).fits
     tight = check(margin_ratio=share + 1e-6)
     assert not tight.fits
-    assert tight.margin_bytes == tight.limit_bytes - tight.peak_bytes < 0
+    assert tight.margin_bytes == tight.limits.device_bytes - tight.peak_bytes < 0
 
 
 def test_suggestions_fit_and_say_what_they_bring() -> None:
     layout = HandLayout(micro_batch=32)
-    margin = 1 - 0.9 * check(layout).peak_bytes / check(layout, margin_ratio=0.0).limit_bytes
+    margin = (
+        1 - 0.9 * check(layout).peak_bytes / check(layout, margin_ratio=0.0).limits.device_bytes
+    )
     tight = check(layout, margin_ratio=margin)
     assert not tight.fits
     assert 1 <= len(tight.suggestions) <= 3
@@ -136,14 +140,14 @@ def saved(tmp_path: Path, plan: Plan | None = None) -> Path:
 def test_a_plan_is_judged_as_its_layout_was(tmp_path: Path) -> None:
     first, again = check(), check_plan(saved(tmp_path))
     assert again.plan == first.plan
-    assert again.limit_bytes == first.limit_bytes
+    assert again.limits == first.limits
     assert again.notes == first.notes == ("made by hand",)
 
 
 def test_a_plan_keeps_its_margin_unless_another_is_given(tmp_path: Path) -> None:
     path = saved(tmp_path, check(margin_ratio=0.3).plan)
-    assert check_plan(path).limit_bytes == check(margin_ratio=0.3).limit_bytes
-    assert check_plan(path, margin_ratio=0.1).limit_bytes == check(margin_ratio=0.1).limit_bytes
+    assert check_plan(path).limits == check(margin_ratio=0.3).limits
+    assert check_plan(path, margin_ratio=0.1).limits == check(margin_ratio=0.1).limits
 
 
 def test_a_stale_estimate_is_replaced(tmp_path: Path) -> None:
@@ -205,7 +209,7 @@ def test_what_a_prediction_would_pass_over_is_a_fault(tmp_path: Path) -> None:
         cluster=replace(plan.cluster, gpus_per_node=4),
         workload=replace(plan.workload, compile=True),
         stages=(
-            replace(first, sp=False, offload=Offload(optimizer=0.5)),
+            replace(first, sp=False, offload=Offload(weights=0.5)),
             replace(second, tp=1, cp=2, ep=2, sp=False),
         ),
     )
@@ -213,11 +217,14 @@ def test_what_a_prediction_would_pass_over_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as refused:
         check_plan(path)
     assert str(refused.value) == (
-        f"{path} has 6 faults:\n"
+        f"{path} has 7 faults:\n"
         "  cluster.gpus_per_node: 4, but 8 GPUs of dgx-h100 are 8 per node\n"
         "  workload.compile: compiled models are not predicted\n"
-        "  stages[0].offload.optimizer: only 0 is predicted\n"
         "  stages[0].sp: runtime torch with tp 2 is predicted with sp true only\n"
+        "  stages[0]: offloading weights needs ZeRO-2 or more under runtime torch, found ratio "
+        "0.5 at ZeRO-1.\n"
+        "  stages[0]: runtime torch offloads weights and gradients of a layer together: their "
+        "ratios are 0.5 and 0.\n"
         "  stages[1].cp: only 1 is predicted\n"
         "  stages[1].ep: only 1 is predicted"
     )
@@ -267,5 +274,62 @@ def test_an_empty_cluster_name_is_refused() -> None:
 
 
 def test_a_superscript_is_no_number_of_layers() -> None:
-    with pytest.raises(InputError, match="is neither none, full nor a number of layers"):
+    with pytest.raises(InputError, match="is neither none, selective, full nor a number of layers"):
         HandLayout(checkpoint="\u00b2")
+
+
+def test_a_layout_with_chunks_levels_and_offloads(tmp_path: Path) -> None:
+    layout = HandLayout(
+        pp=2, vpp=2, schedule=ScheduleKind.INTERLEAVED, zero=2, checkpoint="selective",
+        offload=offload_of(["optimizer=0.5", "activations=0.25"]),
+    )  # fmt: skip
+    checked = check(layout)
+    plan = checked.plan
+    assert plan.schedule == Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
+    assert [stage.layers for stage in plan.stages] == [((0, 2), (4, 2)), ((2, 2), (6, 2))]
+    assert all(stage.num_at(MemoryLevel.SELECTIVE) == 4 for stage in plan.stages)
+    assert all(stage.host_bytes > 0 for stage in plan.estimate.stages)
+    assert check_plan(saved(tmp_path, plan)).plan == plan
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"vpp": 2},
+            "--schedule 1f1b with --vpp 2: interleaved takes 2 or more chunks per stage, "
+            "the others 1.",
+        ),
+        (
+            {"schedule": ScheduleKind.INTERLEAVED},
+            "--schedule interleaved with --vpp 1: interleaved takes 2 or more chunks per stage, "
+            "the others 1.",
+        ),
+    ],
+)
+def test_chunks_that_do_not_go_with_the_schedule(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        HandLayout(**values)  # type: ignore[arg-type]
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("word", ["cache=0.5", "optimizer=2", "optimizer=half", "optimizer"])
+def test_offloads_that_are_none(word: str) -> None:
+    with pytest.raises(InputError) as refused:
+        offload_of([word])
+    assert str(refused.value) == (
+        f"--offload {word}: expected weights, grads, optimizer, activations "
+        "with a ratio from 0 to 1."
+    )
+
+
+def test_host_memory_decides_too() -> None:
+    """Eight ranks of a node share it: what one may hold is an eighth, less the margin."""
+    layout = HandLayout(zero=0, offload=offload_of(["optimizer=1"]))
+    checked = check(layout)
+    held = checked.plan.estimate.stages[0].host_bytes
+    params = toy_graph().num_params
+    assert held == pytest.approx(8 * params, rel=1e-6)
+    assert checked.fits
+    tight = Limits(device_bytes=checked.limits.device_bytes, host_bytes=held - 1)
+    assert not replace(checked, limits=tight).fits
