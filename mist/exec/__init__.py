@@ -1,0 +1,1 @@
+"""Trains what a plan says, on torch's own parallelism."""
