@@ -6,7 +6,7 @@ that tensor and hands it to those matrices alone. That makes two entries and two
 not one for each matrix.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -21,6 +21,7 @@ from mist.errors import ModelError
 from mist.exec.anatomy import Anatomy
 from mist.spec import Attention, Precision
 from mist.trace.loader import LoadedModel
+from mist.trace.repeat import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Unsupported
@@ -40,6 +41,15 @@ class RegionRule:
     entries: Mapping[str, str]
     rowwise: str
     attends: bool
+
+    def moved(self, source: str, target: str) -> "RegionRule":
+        """The same region of another layer."""
+
+        def move(name: str) -> str:
+            return target + name.removeprefix(source)
+
+        entries = {move(column): move(entry) for column, entry in self.entries.items()}
+        return replace(self, entries=entries, rowwise=move(self.rowwise))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +76,14 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
     model = loaded.module
     names = {id(module): name for name, module in model.named_modules()}
     entries = _entries(loaded, anatomy, seq_len)
-    regions = tuple(_regions(loaded, sharding, names, entries))
+    found = tuple(_regions(loaded, sharding, names, entries))
+    like = _like(loaded, anatomy, found)
+    regions = tuple(
+        region.moved(known, layer)
+        for layer, known in like.items()
+        for region in found
+        if region.rowwise.startswith(f"{known}.")
+    )
     inside = {name for region in regions for name in region.entries}
     ends = (names[key] for key in sharding.colwise if names[key] not in inside)
     divided = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -76,8 +93,41 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
         regions=regions,
         embedding=names[id(tables[0])] if tables and not whole_vocabulary else None,
         head=next(ends, None) if not whole_vocabulary else None,
-        local=dict(_local(model, sharding, tp)),
+        local=_everywhere(dict(_local(model, sharding, tp)), like),
     )
+
+
+def _like(
+    loaded: LoadedModel, anatomy: Anatomy, regions: Sequence[RegionRule]
+) -> Mapping[str, str]:
+    """For each layer one that costs the same and has rules: the trace looks at one of each kind.
+
+    Raises ModelError for a layer without rules.
+    """
+    known = {
+        signature(loaded.module.get_submodule(layer)): layer
+        for layer in reversed(anatomy.layers)
+        if any(region.rowwise.startswith(f"{layer}.") for region in regions)
+    }
+    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in anatomy.layers}
+    for layer, kind in kinds.items():
+        if kind not in known:
+            raise ModelError(
+                f"no tensor-parallel rules are known for {layer} of {loaded.name}. Use tp 1."
+            )
+    return {layer: known[kind] for layer, kind in kinds.items()}
+
+
+def _everywhere(
+    local: Mapping[tuple[str, str], int], like: Mapping[str, str]
+) -> Mapping[tuple[str, str], int]:
+    """Numbers of one layer of a kind, for all of the kind."""
+    found = dict(local)
+    for layer, known in like.items():
+        for (owner, attribute), value in local.items():
+            if owner == known or owner.startswith(f"{known}."):
+                found[layer + owner.removeprefix(known), attribute] = value
+    return found
 
 
 def _sharding(loaded: LoadedModel) -> Sharding:
