@@ -6,7 +6,7 @@ FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedu
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed.tensor.parallel import loss_parallel
 
 from mist.exec.activations import Offloader, keep, levels
-from mist.exec.adamw import AdamW, Settings, make_slots
+from mist.exec.adamw import AdamW, Settings, local, make_slots
 from mist.exec.anatomy import Anatomy
 from mist.exec.batches import micro_batch, own_rows, to_device
 from mist.exec.grid import chunk_layers
+from mist.exec.measure import Measured, Recorder
 from mist.exec.meshes import Place, new_groups, take_place
 from mist.exec.pipeline import Pipeline, Shell
 from mist.exec.rules_tp import TensorRules, tensor_rules
@@ -198,6 +199,7 @@ class Parallel:
         self.place = job.place
         self.parameters = {n: p for c in chunks.values() for n, p in c.parameters.items()}
         self._chunks = chunks
+        self._swapper = job.swapper
         self._split_loss = job.split_loss
         self._tied = tuple(_tied(job, self.parameters))
         on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
@@ -222,6 +224,37 @@ class Parallel:
         self.optimizer.step(clip_scale(norm, self.optimizer.settings.max_norm))
         self.optimizer.zero_grad()
         return Step(loss=float(self._mean(loss)), norm=float(norm))
+
+    def measured_step(self, batch: object) -> tuple[Step, Measured]:
+        """A step that is watched: slower on the CPU, where every operation is counted."""
+        place, swapper = self.place, self._swapper
+        axes = {
+            place.dp_mesh.get_group().group_name: "dp",
+            place.tp_mesh.get_group().group_name: "tp",
+        }
+        cuda = place.device.type == "cuda"
+        recorder = Recorder([] if cuda else self._device_states(), axes)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(place.device)
+        swapper.quietly = recorder.paused
+        with recorder:
+            step = self.train_step(batch)
+        swapper.quietly = nullcontext
+        measured = recorder.measured()
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(place.device)
+            measured = replace(measured, peak_bytes=peak)
+        return step, measured
+
+    def _device_states(self) -> Iterator[torch.Tensor]:
+        """What the device holds between steps: parameters, moments, buffers."""
+        for slot in self.optimizer.slots:
+            if not slot.parameter_on_host:
+                yield local(slot.parameter.detach())
+            if not slot.moments_on_host:
+                yield from (slot.first, slot.second)
+        for chunk in self._chunks.values():
+            yield from chunk.root.buffers()
 
     def gradients(self, batch: object) -> torch.Tensor:
         """Forward and backward of all micro-batches; this rank's part of the mean loss."""

@@ -5,6 +5,7 @@ and the caching allocator is told which stream still reads a tensor. On a machin
 same calls copy at once: the code that decides what moves, and when, is the same.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -34,10 +35,11 @@ class Copy:
 
 
 class Swapper:
-    """One stream out and one stream in."""
+    """One stream out and one stream in. `quietly`: what host memory is allocated in (`measure`)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.quietly: Callable[[], AbstractContextManager[object]] = nullcontext
         self._asynchronous = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if self._asynchronous else None
         self._in = torch.cuda.Stream(device) if self._asynchronous else None
@@ -61,7 +63,8 @@ class Swapper:
 
     def empty_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory of a tensor's shape and strides, pinned where that helps."""
-        return torch.empty_like(tensor, device="cpu", pin_memory=self._asynchronous)
+        with self.quietly():
+            return torch.empty_like(tensor, device="cpu", pin_memory=self._asynchronous)
 
     def _after_current(
         self, stream: "torch.cuda.Stream | None"
