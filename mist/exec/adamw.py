@@ -101,7 +101,9 @@ class AdamW:
         return [
             tuple(
                 self._swapper.to_device(copy) if away else copy
-                for copy, away in zip((Copy(tensor=t) for t in slot.tensors), slot.away, strict=True)
+                for copy, away in zip(
+                    (Copy(tensor=t) for t in slot.tensors), slot.away, strict=True
+                )
             )
             for slot in bucket
         ]

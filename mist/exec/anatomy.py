@@ -125,7 +125,9 @@ class _Watch(TorchFunctionMode):
         self.embedded[id(output)] = module
 
     def _enter(self, index: int) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        def enter(
+            module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+        ) -> None:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             if not self.order:
                 self.direct = self.embedded.get(id(given[0]))

@@ -95,10 +95,7 @@ def own_rows(batch: object, grid: Grid, i: int, num_micro_batches: int) -> objec
     """The samples of data-parallel rank i, micro-batch by micro-batch."""
     size = grid.rows // grid.dp
     rows = torch.cat(
-        [
-            torch.arange(size) + m * grid.rows + i * size
-            for m in range(num_micro_batches)
-        ]
+        [torch.arange(size) + m * grid.rows + i * size for m in range(num_micro_batches)]
     )
     total = grid.rows * num_micro_batches
 

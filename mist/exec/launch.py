@@ -22,6 +22,8 @@ from mist.errors import MistError
 GRACE_S: Final = 10.0  # between asking the other ranks to end and ending them
 POLL_S: Final = 0.05
 REFUSED: Final = 2  # exit code of a rank that was given what cannot be used
+LOST: Final = 75  # exit code of a rank that failed because another one did
+SETTLE_S: Final = 1.0  # in which the rank that failed first shows, where peers notice before us
 
 
 class RankFailed(MistError):
@@ -45,9 +47,7 @@ class Rank:
         return self.errors.read().decode(errors="replace").strip()
 
 
-def run_ranks(
-    command: Sequence[str], num_ranks: int, *, timeout_s: float | None = None
-) -> None:
+def run_ranks(command: Sequence[str], num_ranks: int, *, timeout_s: float | None = None) -> None:
     """Run `python *command` as every rank and wait for all of them.
 
     Ranks find themselves through RANK, LOCAL_RANK, WORLD_SIZE and MIST_RENDEZVOUS. SIGTERM and
@@ -69,6 +69,7 @@ def _start(command: Sequence[str], number: int, num_ranks: int, folder: Path) ->
         [sys.executable, *command],
         env={**os.environ, **_environment(number, num_ranks, folder), "OMP_NUM_THREADS": threads},
         stdin=subprocess.PIPE,
+        stdout=2,  # progress is no result
         stderr=errors,
         start_new_session=True,
     )
@@ -114,16 +115,20 @@ def _wait(ranks: Sequence[Rank], timeout_s: float | None) -> None:
 
 
 def _raise_first(ranks: Sequence[Rank]) -> None:
-    """Raise for a failed rank: one that refuses its input before one that lost its peers."""
-    failed = [rank for rank in ranks if rank.process.poll() not in (None, 0)]
-    if not failed:
+    """Raise for a failed rank: one that failed by itself before one that lost its peers."""
+    if not any(_failed(rank) for rank in ranks):
         return
-    first = next((rank for rank in failed if rank.process.returncode == REFUSED), failed[0])
+    time.sleep(SETTLE_S)
+    first = min(filter(_failed, ranks), key=lambda rank: rank.process.returncode == LOST)
     code = first.process.returncode
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     error = RankFailed(f"rank {first.number} {how}.\n{first.tail()}")
     error.exit_code = REFUSED if code == REFUSED else 1
     raise error
+
+
+def _failed(rank: Rank) -> bool:
+    return rank.process.poll() not in (None, 0)
 
 
 def _end(ranks: Sequence[Rank]) -> None:

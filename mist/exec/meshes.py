@@ -58,9 +58,7 @@ def take_place(plan: Plan, device: torch.device) -> Place:
 def new_groups(members: Sequence[Sequence[int]]) -> Mapping[int, dist.ProcessGroup]:
     """Process groups of these ranks; for each member its group."""
     groups = [dist.new_group(list(ranks)) for ranks in members]
-    return {
-        rank: group for ranks, group in zip(members, groups, strict=True) for rank in ranks
-    }
+    return {rank: group for ranks, group in zip(members, groups, strict=True) for rank in ranks}
 
 
 def _mesh(grid: Grid, device: torch.device) -> DeviceMesh:

@@ -6,7 +6,7 @@ FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedu
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -34,11 +34,15 @@ from mist.trace.loader import LoadedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model with what is known of it: what `build` needs beside the plan."""
+    """A model with what is known of it: what `build` needs beside the plan.
+
+    `given`: whole values of parameters that do not come from the seed.
+    """
 
     loaded: LoadedModel
     anatomy: Anatomy
     rules: Mapping[int, TensorRules]
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def subject_of(loaded: LoadedModel, anatomy: Anatomy, plan: Plan) -> Subject:
@@ -109,9 +113,12 @@ def build(
 
 
 def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
-    """Fill this rank's shards with the weights that the seed gives."""
+    """Fill this rank's shards with the weights that were given, or that the seed gives."""
     owners: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in parallel.parameters.items():
+        if name in subject.given:
+            fill(parameter, subject.given[name])
+            continue
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, {})[own] = parameter
     for owner, own_parameters in owners.items():
@@ -127,9 +134,7 @@ def _chunk(
     anatomy, stage, place = job.subject.anatomy, job.stage, job.place
     part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
     names = anatomy.layers[layers.start : layers.stop]
-    ends = Part(
-        layers=names, first=layers.start == 0, last=layers.stop == len(anatomy.layers)
-    )
+    ends = Part(layers=names, first=layers.start == 0, last=layers.stop == len(anatomy.layers))
     summed: frozenset[str] = frozenset()
     if stage.tp > 1:
         rules = job.subject.rules[stage.tp]
@@ -152,7 +157,9 @@ def _chunk(
     return _Built(
         root=root,
         parameters={anatomy.tied.get(name, name): p for name, p in held.items()},
-        on_host=frozenset(n for n in held if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))),
+        on_host=frozenset(
+            n for n in held if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
+        ),
         partial=tuple(held[name] for name in sorted(summed)),
         offloader=offloader,
     )

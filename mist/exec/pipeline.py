@@ -105,9 +105,7 @@ class Stage(PipelineStage):
     ) -> torch.Tensor:
         return torch.ones(1, dtype=torch.int32)
 
-    def _warmup_backward_result(
-        self, received_result: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _warmup_backward_result(self, received_result: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ones(1, dtype=torch.int32)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -163,7 +161,9 @@ class Stage(PipelineStage):
                 rows, columns = _within(held, each.span)
                 part = buffer[rows, columns]
                 whole = part.is_contiguous()
-                into = part if whole else torch.empty_like(part, memory_format=torch.contiguous_format)
+                into = (
+                    part if whole else torch.empty_like(part, memory_format=torch.contiguous_format)
+                )
                 if not whole:
                     pieces.append(_Piece(buffer=into, rows=rows, columns=columns))
                 yield dist.P2POp(dist.irecv, into, each.source)
@@ -226,9 +226,7 @@ class Pipeline:
         self, shells: Mapping[int, Shell], place: Place, plan: Plan, activation: torch.Tensor
     ) -> None:
         self._shells = tuple(shells.values())
-        stages = [
-            Stage(shell, index, place, plan, activation) for index, shell in shells.items()
-        ]
+        stages = [Stage(shell, index, place, plan, activation) for index, shell in shells.items()]
         self._last = any(stage.is_last for stage in stages)
         options: dict[str, Any] = {"loss_fn": _own_loss, "scale_grads": False}
         kind, count = plan.schedule.kind, plan.num_micro_batches

@@ -168,9 +168,7 @@ def _regions(
         )
 
 
-def _local(
-    model: nn.Module, sharding: Sharding, tp: int
-) -> Iterator[tuple[tuple[str, str], int]]:
+def _local(model: nn.Module, sharding: Sharding, tp: int) -> Iterator[tuple[tuple[str, str], int]]:
     owners = {id(vars(module)): name for name, module in model.named_modules()}
     for table, attribute, share in sharding.attributes:
         if id(table) in owners and attribute != "vocab_size":
@@ -221,7 +219,9 @@ class _Inputs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _enter(self, name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        def enter(
+            module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+        ) -> None:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.stack.append((name, tuple(given)))
             if isinstance(module, nn.Linear):

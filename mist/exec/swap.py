@@ -66,9 +66,7 @@ class Swapper:
         with self.quietly():
             return torch.empty_like(tensor, device="cpu", pin_memory=self._asynchronous)
 
-    def _after_current(
-        self, stream: "torch.cuda.Stream | None"
-    ) -> AbstractContextManager[object]:
+    def _after_current(self, stream: "torch.cuda.Stream | None") -> AbstractContextManager[object]:
         if stream is None:
             return nullcontext()
         stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -77,7 +77,13 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp
 
 
 def _divide_ends(
-    model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh, *, sp: bool, split_loss: bool
+    model: nn.Module,
+    rules: TensorRules,
+    part: Part,
+    mesh: DeviceMesh,
+    *,
+    sp: bool,
+    split_loss: bool,
 ) -> None:
     tied = part.first and part.last and _tied(model, rules)
     if part.first and rules.embedding is not None:
@@ -101,9 +107,7 @@ def _tied(model: nn.Module, rules: TensorRules) -> bool:
     return head.weight is table.weight
 
 
-def _shard_sequence(
-    model: nn.Module, part: Part, mesh: DeviceMesh, *, head_partial: bool
-) -> None:
+def _shard_sequence(model: nn.Module, part: Part, mesh: DeviceMesh, *, head_partial: bool) -> None:
     """Tokens are divided from the first layer of the model to the last one."""
     if part.first:
         _on_entry(model.get_submodule(part.layers[0]), partial(_scatter, mesh=mesh))

@@ -91,7 +91,9 @@ def plan_of(variant: Variant, folder: Path) -> Plan:
     )
     return replace(
         sample_plan(),
-        model=ModelRef(source=str(folder / variant.model), name="tiny", params=1, fingerprint="any"),
+        model=ModelRef(
+            source=str(folder / variant.model), name="tiny", params=1, fingerprint="any"
+        ),
         workload=Workload(
             seq_len=SEQ_LEN,
             global_batch=BATCH,

@@ -68,9 +68,7 @@ PIPELINE = (
         micro=4,
         max_norm=0.5,
     ),
-    Variant(
-        name="plain pp2", model="plain.py", stages=(S(layers=(3,)), S(layers=(1,))), micro=4
-    ),
+    Variant(name="plain pp2", model="plain.py", stages=(S(layers=(3,)), S(layers=(1,))), micro=4),
     Variant(name="pp3 1+2+1", stages=(S(layers=(1,)), S(layers=(2,)), S(layers=(1,))), micro=4),
     *(
         Variant(
@@ -146,7 +144,12 @@ OFFLOAD = (
     Variant(
         name="offload all dp1",
         stages=(
-            S(dp=1, zero=2, full=2, offload=_offload(weights=1, grads=1, optimizer=1, activations=1)),
+            S(
+                dp=1,
+                zero=2,
+                full=2,
+                offload=_offload(weights=1, grads=1, optimizer=1, activations=1),
+            ),
         ),
         micro=8,
     ),
