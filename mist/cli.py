@@ -240,6 +240,50 @@ def _show_check(judge: Callable[..., "Checked"], out: Path | None, *, as_json: b
 
 
 @app.command()
+def apply(
+    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    *,
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 10,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights and data.")] = 7,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.")] = 3e-4,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Tokens: bytes of a file, or an .npy array.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option("--log", help="Write the log (.json).")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Folder of checkpoints.")
+    ] = None,
+    every: Annotated[
+        int, typer.Option("--every", help="Steps between checkpoints [only at the end].")
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, of any layout.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds until a stuck collective fails.")
+    ] = 600.0,
+) -> None:
+    """Train as PLAN says: on this machine, or as one rank of torchrun."""
+    from mist.exec import RunOptions
+    from mist.workflow.applying import apply_plan
+
+    options = RunOptions(
+        plan=str(subject),
+        steps=steps,
+        seed=seed,
+        lr=lr,
+        data=str(data) if data else None,
+        log=str(log) if log else None,
+        checkpoint=str(checkpoint) if checkpoint else None,
+        every=every,
+        resume=resume,
+        timeout_s=timeout,
+    )
+    with redirect_stdout(sys.stderr):
+        apply_plan(subject, options, _progress)
+
+
+@app.command()
 def trace(
     model: Model,
     *,

@@ -27,6 +27,7 @@ MAX_HELP_S = 3.0
 # Only these modules may load a heavy package when they are imported.
 ROOMS = {
     re.compile(r"mist\.trace\.(?!(source|cache|presets)$).+"): {"torch", "transformers"},
+    re.compile(r"mist\.exec\.(?!(launch|options|grid|runlog)$).+"): {"torch", "transformers"},
     re.compile(r"mist\.milp\.formulation"): {"pulp", "highspy"},
 }
 

@@ -124,6 +124,15 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
     )
 
 
+def sharding_rules(model: LoadedModel, setting: Setting) -> Sharding:
+    """What tensor parallelism divides of a model, from one run at concrete sizes.
+
+    Raises Unsupported, with the reason, and TraceError.
+    """
+    _, run = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
+    return find_sharding(model.module, run)
+
+
 def _first_run(subject: _Subject) -> tuple[_Subject, Run]:
     """A run at concrete sizes, and with it the layers in the order of their calls.
 

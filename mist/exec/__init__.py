@@ -1,0 +1,88 @@
+"""Trains what a plan says, on torch's own parallelism: `mist apply`, and `parallelize` for a loop.
+
+Importing this package needs no torch; its functions load it when they are called.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mist.errors import InputError
+from mist.exec.launch import run_ranks
+from mist.exec.options import RunOptions
+from mist.plans import Plan
+from mist.refusals import refuse_small_host, refuse_unplayable, refuse_world
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import torch
+    from torch import nn
+
+    from mist.exec.adamw import Settings
+    from mist.exec.parallel import Parallel
+    from mist.facts import ModelFacts
+
+__all__ = ["RunOptions", "apply", "deferred", "parallelize"]
+
+
+def apply(options: RunOptions, plan: Plan, facts: "ModelFacts") -> None:
+    """Train as a plan says: as one rank of torchrun, or by starting a rank for every device.
+
+    `facts`: of the model that the plan names. Raises PlanError and InputError before any rank
+    starts, RankFailed when one dies.
+    """
+    refuse_unplayable(plan, facts)
+    planned = sum(stage.devices[1] for stage in plan.stages)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", planned))
+    refuse_small_host(plan, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), local)
+    if "RANK" in os.environ:  # torchrun or a cluster's launcher has started this rank
+        from mist.exec.worker import run
+
+        refuse_world(plan, int(os.environ["WORLD_SIZE"]))
+        run(options)
+        return
+    sys.stderr.flush()
+    run_ranks(["-m", "mist.exec.worker", options.dump()], planned)
+
+
+def deferred() -> "AbstractContextManager[None]":
+    """Within: models that are built hold no memory for parameters, so any size can be built."""
+    from mist.exec.loading import deferred as within
+
+    return within()
+
+
+def parallelize(
+    model: "nn.Module",
+    plan: Plan,
+    *,
+    settings: "Settings | None" = None,
+    seed: int = 7,
+    make_batch: "Callable[[int, int], object] | None" = None,
+    loss: "Callable[..., torch.Tensor] | None" = None,
+) -> "Parallel":
+    """This rank's part of a model, with optimizer and `train_step(batch)`.
+
+    Call it on every rank, within a default process group of as many ranks as the plan has. The
+    model keeps the values of its parameters; built within `deferred()` it has none and gets those
+    of the seed. `make_batch` and `loss` are as in a model file. Raises PlanError, InputError and
+    ModelError for what cannot be run.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from mist.exec.adamw import Settings
+    from mist.exec.own import subject_of_module
+
+    if not dist.is_initialized():
+        raise InputError("parallelize needs a process group: start the script with torchrun.")
+    refuse_world(plan, dist.get_world_size())
+    subject, facts = subject_of_module(model, plan, make_batch, loss)
+    refuse_unplayable(plan, facts)
+    from mist.exec.parallel import build
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return build(subject, plan, device, settings or Settings(), seed)

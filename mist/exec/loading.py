@@ -1,0 +1,87 @@
+"""Models whose parameters hold no memory but whose buffers are real.
+
+Parameters are filled in shard by shard when every rank knows its part (`weights`); buffers (rotary
+tables, masks) are small, computed by constructors, and nowhere else to be had. So constructors run
+as they are, and each parameter goes to the meta device as soon as it is registered.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mist.errors import ModelError
+from mist.spec import Attention, Precision
+from mist.trace.loader import LoadedModel, load_model, local_modules
+from mist.trace.source import PythonSource, resolve
+
+
+def load(source: str, attention: Attention) -> LoadedModel:
+    """The model that a plan names, in fp32, parameters on the meta device.
+
+    Raises ModelError when the source does not give a model.
+    """
+    found = resolve(source)
+    path = found.path if isinstance(found, PythonSource) else None
+    with local_modules(path), deferred():
+        model = load_model(found, precision=Precision.FP32, attention=attention)
+    empty_parameters(model.module)
+    return model
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within: parameters of modules that are built hold no memory, buffers do."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        keep = value is None or value.is_meta  # one that is registered again is tied
+        register(module, name, value if keep else _on_meta(value))
+
+    setattr(nn.Module, "register_parameter", without_memory)  # noqa: B010 (mypy: a method)
+    try:
+        with _OnCpu():
+            yield
+    finally:
+        setattr(nn.Module, "register_parameter", register)  # noqa: B010
+
+
+class _OnCpu(TorchFunctionMode):
+    """What is asked for on the meta device is made on the CPU: the loader asks for all of it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        given = dict(kwargs or {})
+        if given.get("device") == torch.device("meta"):
+            given["device"] = torch.device("cpu")
+        return func(*args, **given)
+
+
+def _on_meta(value: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+
+
+def empty_parameters(module: nn.Module) -> None:
+    """Move what parameters still hold memory to the meta device; ties stay.
+
+    Raises ModelError for a buffer that has no values.
+    """
+    moved: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, value in owner._parameters.items():
+            if value is not None and not value.is_meta:
+                owner._parameters[name] = moved.setdefault(id(value), _on_meta(value))
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise ModelError(
+                f"buffer {name} of {type(module).__name__} has no values: it was built on the meta "
+                "device. Build the model within mist.exec.deferred(), or on the CPU."
+            )

@@ -1,0 +1,325 @@
+"""A model in the parallel form that a plan says, with its optimizer.
+
+Order: cut into chunks, on the meta device -> tensor parallelism -> memory levels and offload ->
+FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedule.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import loss_parallel
+
+from mist.exec.activations import Offloader, keep, levels
+from mist.exec.adamw import AdamW, Settings, local, make_slots
+from mist.exec.anatomy import Anatomy
+from mist.exec.batches import micro_batch, own_rows, to_device
+from mist.exec.grid import chunk_layers
+from mist.exec.measure import Measured, Recorder
+from mist.exec.meshes import Place, new_groups, take_place
+from mist.exec.pipeline import Pipeline, Shell
+from mist.exec.rules_tp import TensorRules, tensor_rules
+from mist.exec.split import Chunk, cut
+from mist.exec.sums import Tied, add_partial, add_tied, clip_scale, global_norm
+from mist.exec.swap import Swapper
+from mist.exec.tensor import Part, divide
+from mist.exec.weights import fill, whole_values
+from mist.exec.zero import COMPUTE, begin_backward, shard
+from mist.plans import MemoryLevel, Plan, StagePlan
+from mist.trace.loader import LoadedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model with what is known of it: what `build` needs beside the plan.
+
+    `given`: whole values of parameters that do not come from the seed.
+    """
+
+    loaded: LoadedModel
+    anatomy: Anatomy
+    rules: Mapping[int, TensorRules]
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def subject_of(loaded: LoadedModel, anatomy: Anatomy, plan: Plan) -> Subject:
+    """Find the tensor-parallel rules that the plan needs. Raises ModelError."""
+    degrees = {stage.tp for stage in plan.stages} - {1}
+    seq_len = plan.workload.seq_len
+    rules = {tp: tensor_rules(loaded, anatomy, seq_len, tp) for tp in sorted(degrees)}
+    return Subject(loaded=loaded, anatomy=anatomy, rules=rules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step gave, the same on every rank: mean loss, and norm of the gradient."""
+
+    loss: float
+    norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """One chunk of layers; `parameters` by the model's names, `partial` those to be summed."""
+
+    root: Chunk
+    parameters: Mapping[str, nn.Parameter]
+    on_host: frozenset[str]
+    partial: tuple[nn.Parameter, ...]
+    offloader: Offloader | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What every chunk of this rank is built from."""
+
+    subject: Subject
+    plan: Plan
+    place: Place
+    swapper: Swapper
+
+    @property
+    def stage(self) -> StagePlan:
+        return self.plan.stages[self.place.stage]
+
+    @property
+    def split_loss(self) -> bool:
+        """Whether logits stay divided: not when the user's own loss reads them."""
+        rules = self.subject.rules.get(self.stage.tp)
+        return rules is not None and rules.head is not None and self.subject.loaded.loss is None
+
+
+def build(
+    subject: Subject, plan: Plan, device: torch.device, settings: Settings, seed: int
+) -> "Parallel":
+    """This rank's part of the model; all ranks of the default process group call it together."""
+    place = take_place(plan, device)
+    job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device))
+    pieces = chunk_layers(plan, place.stage)
+    of_layers = list(levels(job.stage))
+    num_on_host = round(job.stage.offload.weights * job.stage.num_layers)
+    built: dict[int, _Built] = {}
+    done = 0
+    for index, layers in pieces:
+        first_on_host = job.stage.num_layers - num_on_host - done
+        built[index] = _chunk(job, layers, of_layers[done:], max(first_on_host, 0))
+        done += len(layers)
+    parallel = Parallel(job, built, settings)
+    initialise(parallel, subject, seed)
+    return parallel
+
+
+def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
+    """Fill this rank's shards with the weights that were given, or that the seed gives."""
+    owners: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in parallel.parameters.items():
+        if name in subject.given:
+            fill(parameter, subject.given[name])
+            continue
+        owner, _, own = name.rpartition(".")
+        owners.setdefault(owner, {})[own] = parameter
+    for owner, own_parameters in owners.items():
+        values = whole_values(subject.loaded.module, owner, seed)
+        for name, parameter in own_parameters.items():
+            fill(parameter, values[name])
+
+
+def _chunk(
+    job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int
+) -> _Built:
+    """Build one chunk. `first_on_host`: its layers from here on keep their states on the host."""
+    anatomy, stage, place = job.subject.anatomy, job.stage, job.place
+    part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
+    names = anatomy.layers[layers.start : layers.stop]
+    ends = Part(layers=names, first=layers.start == 0, last=layers.stop == len(anatomy.layers))
+    summed: frozenset[str] = frozenset()
+    if stage.tp > 1:
+        rules = job.subject.rules[stage.tp]
+        options = {"sp": stage.sp, "split_loss": job.split_loss}
+        summed = divide(part.module, rules, ends, place.tp_mesh, **options)
+    root = Chunk(part, 1.0 / (job.plan.num_micro_batches * stage.dp))
+    modules = [part.module.get_submodule(name) for name in names]
+    offloader = _keep(job, modules, of_layers)
+    away = modules[first_on_host:]
+    shard(
+        root,
+        modules,
+        place.dp_mesh,
+        zero=stage.zero,
+        precision=job.plan.workload.precision,
+        on_host=frozenset(map(id, away)),
+    )
+    _give_memory(root, place.device, {id(p) for layer in away for p in layer.parameters()})
+    held = dict(part.module.named_parameters())
+    return _Built(
+        root=root,
+        parameters={anatomy.tied.get(name, name): p for name, p in held.items()},
+        on_host=frozenset(
+            n for n in held if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
+        ),
+        partial=tuple(held[name] for name in sorted(summed)),
+        offloader=offloader,
+    )
+
+
+def _keep(
+    job: _Job, modules: Sequence[nn.Module], of_layers: Sequence[MemoryLevel]
+) -> Offloader | None:
+    ratio = job.stage.offload.activations
+    offloader = Offloader(ratio, job.swapper) if ratio else None
+    for module, level in zip(modules, of_layers, strict=False):
+        keep(module, level)
+        if offloader is not None:
+            offloader.attach(module)
+    return offloader
+
+
+def _give_memory(root: nn.Module, device: torch.device, on_host: set[int]) -> None:
+    """Memory for parameters on the meta device, once for tied ones; buffers go along."""
+    given: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta:
+                where = torch.device("cpu") if id(value) in on_host else device
+                new = nn.Parameter(torch.empty_like(value, device=where), value.requires_grad)
+                module._parameters[name] = given.setdefault(id(value), new)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _moved(buffer, device)
+
+
+def _moved(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A buffer on the device; what stands for zeros stays the size of one number."""
+    if buffer.numel() > 1 and not any(buffer.stride()):
+        return buffer.flatten()[:1].to(device).view(()).expand(buffer.shape)
+    return buffer.to(device)
+
+
+class Parallel:
+    """This rank's part of a model in training. `parameters`: its shards, by the model's names."""
+
+    def __init__(self, job: _Job, chunks: Mapping[int, _Built], settings: Settings) -> None:
+        self.plan = job.plan
+        self.place = job.place
+        self.parameters = {n: p for c in chunks.values() for n, p in c.parameters.items()}
+        self._chunks = chunks
+        self._swapper = job.swapper
+        self._split_loss = job.split_loss
+        self._tied = tuple(_tied(job, self.parameters))
+        on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
+        self.optimizer = AdamW(
+            settings,
+            job.swapper,
+            list(make_slots(self.parameters, on_host, self.stage.offload.optimizer, job.swapper)),
+        )
+        self._pipeline = self._make_pipeline(job) if len(self.plan.stages) > 1 else None
+
+    @property
+    def stage(self) -> StagePlan:
+        """The stage of this rank."""
+        return self.plan.stages[self.place.stage]
+
+    def train_step(self, batch: object) -> Step:
+        """One optimizer step on all samples of a step (each rank takes its own of them)."""
+        with self._loss_context():
+            loss = self.gradients(batch)
+        self._add_up()
+        norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+        self.optimizer.step(clip_scale(norm, self.optimizer.settings.max_norm))
+        self.optimizer.zero_grad()
+        return Step(loss=float(self._mean(loss)), norm=float(norm))
+
+    def measured_step(self, batch: object) -> tuple[Step, Measured]:
+        """A step that is watched: slower on the CPU, where every operation is counted."""
+        place, swapper = self.place, self._swapper
+        axes = {
+            place.dp_mesh.get_group().group_name: "dp",
+            place.tp_mesh.get_group().group_name: "tp",
+        }
+        cuda = place.device.type == "cuda"
+        recorder = Recorder([] if cuda else self._device_states(), axes)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(place.device)
+        swapper.quietly = recorder.paused
+        with recorder:
+            step = self.train_step(batch)
+        swapper.quietly = nullcontext
+        measured = recorder.measured()
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(place.device)
+            measured = replace(measured, peak_bytes=peak)
+        return step, measured
+
+    def _device_states(self) -> Iterator[torch.Tensor]:
+        """What the device holds between steps: parameters, moments, buffers."""
+        for slot in self.optimizer.slots:
+            if not slot.parameter_on_host:
+                yield local(slot.parameter.detach())
+            if not slot.moments_on_host:
+                yield from (slot.first, slot.second)
+        for chunk in self._chunks.values():
+            yield from chunk.root.buffers()
+
+    def gradients(self, batch: object) -> torch.Tensor:
+        """Forward and backward of all micro-batches; this rank's part of the mean loss."""
+        count, size = self.plan.num_micro_batches, self.stage.micro_batch
+        rows = own_rows(batch, self.place.grid, self.place.i, count)
+        mine = to_device(rows, self.place.device)
+        if self._pipeline is not None:
+            return self._pipeline.step(mine)
+        chunk = self._chunks[0]
+        total = torch.zeros((), device=self.place.device)
+        for index in range(count):
+            if chunk.offloader is not None:
+                chunk.offloader.start()
+            begin_backward(chunk.root, zero=self.stage.zero, last=index == count - 1)
+            loss = chunk.root(micro_batch(mine, size, index))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _loss_context(self) -> AbstractContextManager[object]:
+        return loss_parallel() if self._split_loss else nullcontext()
+
+    def _add_up(self) -> None:
+        """Sum the gradients that several ranks hold a part of."""
+        for chunk in self._chunks.values():
+            if chunk.partial:
+                add_partial(chunk.partial, self.place.tp_mesh)
+        add_tied(self._tied)
+
+    def _mean(self, loss: torch.Tensor) -> torch.Tensor:
+        """The mean loss of the step, of what the ranks of the last stage have."""
+        total = loss.detach().float().to(self.place.device) / self.stage.tp
+        dist.all_reduce(total)
+        return total
+
+    def _make_pipeline(self, job: _Job) -> Pipeline:
+        anatomy, workload = job.subject.anatomy, self.plan.workload
+        seq_len, *others = anatomy.boundary
+        tokens = seq_len // self.stage.tp if self.stage.sp else seq_len
+        activation = torch.empty(
+            (self.stage.micro_batch, tokens, *others),
+            dtype=COMPUTE[workload.precision],
+            device="meta",
+        ).requires_grad_()
+        shells = {
+            index: Shell(chunk.root, chunk.offloader) for index, chunk in self._chunks.items()
+        }
+        return Pipeline(shells, self.place, self.plan, activation)
+
+
+def _tied(job: _Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tied]:
+    """Parameters that the first and the last stage both hold."""
+    anatomy, grids, stages = job.subject.anatomy, job.place.grids, job.plan.stages
+    shared = sorted(anatomy.front & anatomy.tail)
+    if len(stages) == 1 or not shared:
+        return
+    first, last = grids[0], grids[-1]
+    pairs = [[first.rank(*at), last.rank(*at)] for at in first.places()]
+    group = new_groups(pairs).get(job.place.rank)
+    if group is not None:
+        yield from (Tied(parameter=parameters[name], group=group) for name in shared)

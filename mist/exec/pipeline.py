@@ -1,0 +1,257 @@
+"""Pipeline schedules: torch's own, over stages whose neighbours may have other ranks.
+
+torch.distributed.pipelining gives the schedules. Its stage sends to one peer of an equal stage and
+reduces gradients once per step; this one sends to whichever ranks need a part (`grid.transfers`),
+and reduces when the ZeRO level says so.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from mist.exec.activations import Offloader
+from mist.exec.grid import Grid, Span, transfers
+from mist.exec.meshes import Place
+from mist.exec.zero import begin_backward, groups
+from mist.plans import Plan
+from mist.spec import ScheduleKind
+
+SINGLE: Final = {
+    ScheduleKind.GPIPE: ScheduleGPipe,
+    ScheduleKind.ONE_F_ONE_B: Schedule1F1B,
+}
+SEVERAL: Final = {
+    ScheduleKind.INTERLEAVED: ScheduleInterleaved1F1B,
+    ScheduleKind.ZERO_BUBBLE: ScheduleInterleavedZeroBubble,
+}
+
+
+class Shell(nn.Module):
+    """Hides FSDP2 from torch's schedules, which would gather whole stages; names its batch."""
+
+    def __init__(self, root: nn.Module, offloader: Offloader | None) -> None:
+        super().__init__()
+        self.root = root
+        self.offloader = offloader
+        self.layout: TreeSpec | None = None
+
+    def forward(self, *received: torch.Tensor, **leaves: torch.Tensor) -> torch.Tensor:
+        assert self.layout is not None
+        if self.offloader is not None:
+            self.offloader.start()
+        values = [leaves[f"leaf{i}"] for i in range(len(leaves))]
+        output: torch.Tensor = self.root(tree_unflatten(values, self.layout), *received)
+        return output
+
+
+@dataclass(slots=True, kw_only=True)
+class _Piece:
+    """A part of a tensor that is being received."""
+
+    buffer: torch.Tensor
+    rows: slice
+    columns: slice
+
+
+@dataclass(slots=True, kw_only=True)
+class _Arriving:
+    """What is being received for each micro-batch, of activations and of gradients."""
+
+    forward: dict[int, list[_Piece]] = field(default_factory=dict)
+    backward: dict[int, list[_Piece]] = field(default_factory=dict)
+
+
+class Stage(PipelineStage):
+    """One chunk of layers of a rank. `index` counts chunks along the pipeline."""
+
+    def __init__(
+        self, shell: Shell, index: int, place: Place, plan: Plan, activation: torch.Tensor
+    ) -> None:
+        num_chunks = len(plan.stages) * plan.schedule.vpp
+        ids = torch.empty(0, device=place.device)
+        super().__init__(
+            shell,
+            index,
+            num_chunks,
+            place.device,
+            input_args=activation if index else ids,
+            output_args=activation,
+            group=place.column,
+        )
+        self._place = place
+        self._zero = plan.stages[place.stage].zero
+        self._split = plan.schedule.kind is ScheduleKind.ZERO_BUBBLE
+        self._arriving = _Arriving()
+        if place.column.size() == 1:
+            self.stage_index_to_group_rank = dict.fromkeys(range(num_chunks), 0)
+
+    # Shapes are known from the plan, so nothing is negotiated along the pipeline.
+
+    def _warmup_forward_vote(
+        self, has_backward: bool, received_acc: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    def _warmup_backward_result(self, received_result: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.is_first:
+            return []
+        buffer = self.args_recv_info[fwd_chunk_id][0].buffer
+        assert buffer is not None
+        pieces = self._arriving.forward[fwd_chunk_id] = []
+        return list(self._receive(buffer.detach(), self._grid_at(-1), pieces))
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.is_last or not self.has_backward:
+            return []
+        buffer = self.grad_recv_info[bwd_chunk_id][0].buffer
+        pieces = self._arriving.backward[bwd_chunk_id] = []
+        return list(self._receive(buffer, self._grid_at(1), pieces))
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.is_last:
+            return []
+        output = self.fwd_cache[fwd_chunk_id][0][0]
+        return list(self._send(output.detach(), self._grid_at(1)))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.is_first or not self.has_backward:
+            return []
+        gradient = self.bwd_cache.pop(bwd_chunk_id)[0]
+        assert gradient is not None
+        return list(self._send(gradient, self._grid_at(-1)))
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
+        buffer = self.args_recv_info[fwd_chunk_id][0].buffer
+        assert buffer is not None
+        _assemble(buffer.detach(), self._arriving.forward.pop(fwd_chunk_id, []))
+        return (buffer.detach().requires_grad_(),)
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
+        buffer = self.grad_recv_info[bwd_chunk_id][0].buffer
+        _assemble(buffer, self._arriving.backward.pop(bwd_chunk_id, []))
+        return (buffer,)
+
+    def _grid_at(self, step: int) -> Grid:
+        """The grid of the chunk before or behind this one."""
+        return self._place.grids[(self.stage_index + step) % len(self._place.grids)]
+
+    def _receive(
+        self, buffer: torch.Tensor, source: Grid, pieces: list[_Piece]
+    ) -> Iterator[dist.P2POp]:
+        place = self._place
+        held = place.grid.holds(place.i, place.j)
+        for each in transfers(source, place.grid):
+            if each.target == place.rank:
+                rows, columns = _within(held, each.span)
+                part = buffer[rows, columns]
+                whole = part.is_contiguous()
+                into = (
+                    part if whole else torch.empty_like(part, memory_format=torch.contiguous_format)
+                )
+                if not whole:
+                    pieces.append(_Piece(buffer=into, rows=rows, columns=columns))
+                yield dist.P2POp(dist.irecv, into, each.source)
+
+    def _send(self, tensor: torch.Tensor, target: Grid) -> Iterator[dist.P2POp]:
+        place = self._place
+        held = place.grid.holds(place.i, place.j)
+        for each in transfers(place.grid, target):
+            if each.source == place.rank:
+                rows, columns = _within(held, each.span)
+                yield dist.P2POp(dist.isend, tensor[rows, columns].contiguous(), each.target)
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[torch.Tensor | None, ...], list[dict[str, Any]] | None]:
+        """The backward pass of one micro-batch, with gradients reduced as the level says."""
+        root = self.submod.root
+        begin_backward(root, zero=0 if self._split else self._zero, last=last_backward)
+        if self._split:
+            root.set_requires_gradient_sync(False)
+            root.set_is_last_backward(False)
+            root.set_reshard_after_backward(False)
+        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """The end of a step: what was not reduced with the last micro-batch."""
+        if self._split:
+            reduce_gradients(self.submod.root)
+
+
+def reduce_gradients(root: nn.Module) -> None:
+    """Reduce gradients of FSDP2 groups outside a backward pass, as torch's stage does."""
+    assert isinstance(root, FSDPModule)
+    root.set_is_last_backward(True)
+    root.set_reshard_after_backward(True)
+    root.set_requires_gradient_sync(True)
+    for module in groups(root):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            group.post_backward()
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def _within(held: Span, part: Span) -> tuple[slice, slice]:
+    """The place of a part in what a rank holds."""
+    return (
+        slice(part.first - held.first, part.last - held.first),
+        slice(part.left - held.left, part.right - held.left),
+    )
+
+
+def _assemble(buffer: torch.Tensor, pieces: Sequence[_Piece]) -> None:
+    for piece in pieces:
+        buffer[piece.rows, piece.columns] = piece.buffer
+
+
+class Pipeline:
+    """Runs one step of a plan with several stages on this rank."""
+
+    def __init__(
+        self, shells: Mapping[int, Shell], place: Place, plan: Plan, activation: torch.Tensor
+    ) -> None:
+        self._shells = tuple(shells.values())
+        stages = [Stage(shell, index, place, plan, activation) for index, shell in shells.items()]
+        self._last = any(stage.is_last for stage in stages)
+        options: dict[str, Any] = {"loss_fn": _own_loss, "scale_grads": False}
+        kind, count = plan.schedule.kind, plan.num_micro_batches
+        self._schedule: Any = (
+            SINGLE[kind](stages[0], count, **options)
+            if kind in SINGLE
+            else SEVERAL[kind](stages, count, **options)
+        )
+        self._first = any(stage.is_first for stage in stages)
+
+    def step(self, batch: object) -> torch.Tensor:
+        """Forward and backward of all micro-batches; the sum of the losses (0 but on the last)."""
+        leaves, layout = tree_flatten(batch)
+        for shell in self._shells:
+            shell.layout = layout
+        losses: list[torch.Tensor] = []
+        target = {"target": leaves[0], "losses": losses} if self._last else {}
+        named = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
+        self._schedule.step(**target, **named, return_outputs=False)
+        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros(())
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _own_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The last chunk gives its loss itself."""
+    return output

@@ -1,0 +1,242 @@
+"""Which modules tensor parallelism divides, by name, and where their input enters.
+
+The shares are those that the trace found (`mist.trace.tp`). An input that several matrices of a
+region read is gathered once, where it enters: at the outermost module below the layer that is given
+that tensor and hands it to those matrices alone. That makes two entries and two exits in a layer,
+not one for each matrix.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from mist.errors import ModelError
+from mist.exec.anatomy import Anatomy
+from mist.spec import Attention, Precision
+from mist.trace.loader import LoadedModel
+from mist.trace.repeat import signature
+from mist.trace.runs import sharding_rules
+from mist.trace.source import Setting
+from mist.trace.tp import Sharding, Unsupported
+from mist.trace.tp_plan import sharding_by_plan
+
+GATHERING: Final = "rowwise_split_input"
+GETTERS: Final = ("__get__", "size", "dim", "stride")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionRule:
+    """Column-parallel linear layers, the row-parallel one behind them, and where they are entered.
+
+    `entries`: for each column-parallel layer the module at which its input enters.
+    """
+
+    entries: Mapping[str, str]
+    rowwise: str
+    attends: bool
+
+    def moved(self, source: str, target: str) -> "RegionRule":
+        """The same region of another layer."""
+
+        def move(name: str) -> str:
+            return target + name.removeprefix(source)
+
+        entries = {move(column): move(entry) for column, entry in self.entries.items()}
+        return replace(self, entries=entries, rowwise=move(self.rowwise))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRules:
+    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank."""
+
+    regions: tuple[RegionRule, ...]
+    embedding: str | None
+    head: str | None
+    local: Mapping[tuple[str, str], int]
+
+
+def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -> TensorRules:
+    """The rules of a model for `tp` ranks. Raises ModelError when they cannot be run."""
+    try:
+        sharding = _sharding(loaded)
+    except Unsupported as reason:
+        raise ModelError(f"tp {tp}: {loaded.name}: {reason}.") from reason
+    if sharding.whole:
+        raise ModelError(
+            f"tp {tp}: {loaded.name} has experts or attention that every rank would hold whole, "
+            "which mist apply does not run. Use tp 1."
+        )
+    model = loaded.module
+    names = {id(module): name for name, module in model.named_modules()}
+    entries = _entries(loaded, anatomy, seq_len)
+    found = tuple(_regions(loaded, sharding, names, entries))
+    like = _like(loaded, anatomy, found)
+    regions = tuple(
+        region.moved(known, layer)
+        for layer, known in like.items()
+        for region in found
+        if region.rowwise.startswith(f"{known}.")
+    )
+    inside = {name for region in regions for name in region.entries}
+    ends = (names[key] for key in sharding.colwise if names[key] not in inside)
+    divided = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = [m for m in divided if id(m.weight) in sharding.params]
+    whole_vocabulary = any(table.num_embeddings % tp for table in tables)
+    return TensorRules(
+        regions=regions,
+        embedding=names[id(tables[0])] if tables and not whole_vocabulary else None,
+        head=next(ends, None) if not whole_vocabulary else None,
+        local=_everywhere(dict(_local(model, sharding, tp)), like),
+    )
+
+
+def _like(
+    loaded: LoadedModel, anatomy: Anatomy, regions: Sequence[RegionRule]
+) -> Mapping[str, str]:
+    """For each layer one that costs the same and has rules: the trace looks at one of each kind.
+
+    Raises ModelError for a layer without rules.
+    """
+    known = {
+        signature(loaded.module.get_submodule(layer)): layer
+        for layer in reversed(anatomy.layers)
+        if any(region.rowwise.startswith(f"{layer}.") for region in regions)
+    }
+    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in anatomy.layers}
+    for layer, kind in kinds.items():
+        if kind not in known:
+            raise ModelError(
+                f"no tensor-parallel rules are known for {layer} of {loaded.name}. Use tp 1."
+            )
+    return {layer: known[kind] for layer, kind in kinds.items()}
+
+
+def _everywhere(
+    local: Mapping[tuple[str, str], int], like: Mapping[str, str]
+) -> Mapping[tuple[str, str], int]:
+    """Numbers of one layer of a kind, for all of the kind."""
+    found = dict(local)
+    for layer, known in like.items():
+        for (owner, attribute), value in local.items():
+            if owner == known or owner.startswith(f"{known}."):
+                found[layer + owner.removeprefix(known), attribute] = value
+    return found
+
+
+def _sharding(loaded: LoadedModel) -> Sharding:
+    plan: Mapping[str, str] = getattr(loaded.module, "tp_plan", None) or {}
+    if plan and GATHERING not in plan.values():
+        return sharding_by_plan(loaded.module, plan)
+    setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
+    return sharding_rules(loaded, setting)
+
+
+def _regions(
+    loaded: LoadedModel, sharding: Sharding, names: Mapping[int, str], entries: Mapping[str, str]
+) -> Iterator[RegionRule]:
+    """Every region; only plain linear layers that hold one matrix each can be divided."""
+    modules = dict(loaded.module.named_modules())
+    for key, colwise in sharding.regions.items():
+        row = modules[names[key]]
+        columns = [modules[names[each]] for each in colwise]
+        for module in (row, *columns):
+            if type(module) is not nn.Linear:
+                raise ModelError(
+                    f"{names[id(module)]} of {loaded.name} is a {type(module).__name__}: mist apply "
+                    "divides torch.nn.Linear only. Use tp 1."
+                )
+        assert isinstance(row, nn.Linear)
+        for module in columns:
+            assert isinstance(module, nn.Linear)
+            if module.out_features > row.in_features:
+                raise ModelError(
+                    f"{names[id(module)]} of {loaded.name} holds several matrices in one, which "
+                    "mist apply cannot divide. Use tp 1, or one torch.nn.Linear for each."
+                )
+        widths = {m.out_features for m in columns if isinstance(m, nn.Linear)}
+        yield RegionRule(
+            entries={names[each]: entries[names[each]] for each in sorted(colwise, key=names.get)},  # type: ignore[arg-type]
+            rowwise=names[key],
+            attends=len(columns) > 2 or len(widths) > 1,
+        )
+
+
+def _local(model: nn.Module, sharding: Sharding, tp: int) -> Iterator[tuple[tuple[str, str], int]]:
+    owners = {id(vars(module)): name for name, module in model.named_modules()}
+    for table, attribute, share in sharding.attributes:
+        if id(table) in owners and attribute != "vocab_size":
+            yield (owners[id(table)], attribute), share.multiple * share.unit // tp
+
+
+def _entries(loaded: LoadedModel, anatomy: Anatomy, seq_len: int) -> Mapping[str, str]:
+    """For each linear layer: the module at which its input enters."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = deepcopy(loaded.module)
+    with mode:
+        model.to_empty(device="cpu")
+    watch = _Inputs(model=model, layers=frozenset(anatomy.layers))
+    with mode, watch:
+        fake = replace(loaded, module=model)
+        fake.run(fake.batch(2, seq_len))
+    return {name: watch.entry(name, chain) for name, chain in watch.linear.items()}
+
+
+@dataclass(kw_only=True, eq=False)
+class _Inputs(TorchFunctionMode):
+    """Notes which modules are given the same tensor, and who else reads it."""
+
+    model: nn.Module
+    layers: frozenset[str]
+    stack: list[tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=list)
+    linear: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = field(default_factory=dict)
+    read_elsewhere: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        TorchFunctionMode.__init__(self)
+        for name, module in self.model.named_modules():
+            module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+            module.register_forward_hook(lambda *_: self.stack.pop() and None)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        linear = self.stack and isinstance(self.model.get_submodule(self.stack[-1][0]), nn.Linear)
+        if not linear and getattr(func, "__name__", "") not in GETTERS:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor):
+                    self.read_elsewhere[id(leaf)] = leaf
+        return func(*args, **(kwargs or {}))
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def enter(
+            module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+        ) -> None:
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.stack.append((name, tuple(given)))
+            if isinstance(module, nn.Linear):
+                self.linear[name] = (given[0], tuple(self._chain(given[0])))
+
+        return enter
+
+    def _chain(self, tensor: torch.Tensor) -> Iterator[str]:
+        """The modules, innermost first, that hand on this tensor, below the layer."""
+        for name, given in reversed(self.stack):
+            if name in self.layers or not any(x is tensor for x in given):
+                return
+            yield name
+
+    def entry(self, name: str, found: tuple[torch.Tensor, tuple[str, ...]]) -> str:
+        """The outermost module of the chain; the layer itself where others read the tensor."""
+        tensor, chain = found
+        return name if id(tensor) in self.read_elsewhere else chain[-1]

@@ -1,0 +1,58 @@
+"""The log of a run: a line for each step, and one JSON file. Torch-free.
+
+{"steps": [{"step": 1, "loss": 5.5, "seconds": 0.4, "tokens_per_s": 1024.0}, ...],
+ "stages": [{"peak_bytes": 123, "rank": 0, "collectives": [...]}, ...], ...}
+
+`mist calibrate PLAN LOG` reads it. The file appears whole or not at all, after every step.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mist.files import write_text
+from mist.units import GIB
+
+
+@dataclass(slots=True, kw_only=True)
+class RunLog:
+    """The log of a run, kept by rank 0; `path` None: no file."""
+
+    path: Path | None
+    about: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def step(
+        self, number: int, loss: float, seconds: float, tokens: int, *, measured: bool
+    ) -> None:
+        """Add a step. `measured`: it was watched, which takes longer on the CPU."""
+        row = {
+            "step": number,
+            "loss": loss,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+        }
+        self.steps.append({**row, "measured": True} if measured else row)
+        peak = max((stage["peak_bytes"] for stage in self.stages), default=0)
+        memory = f"  peak {peak / GIB:.3f} GiB" if peak else ""
+        note = "  (watched: slower)" if measured else ""
+        line = (
+            f"step {number:5d}  loss {loss:.5f}  {seconds:.3f} s  {tokens / seconds:,.0f} tokens/s"
+        )
+        say(f"{line}{memory}{note}")
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        if self.path is not None:
+            data = {**self.about, "steps": self.steps, "stages": self.stages}
+            write_text(self.path, json.dumps(data, indent=1) + "\n")
+
+
+def say(message: str) -> None:
+    """A line for people: ranks print to standard output, which the launcher sends to its errors."""
+    sys.stdout.write(f"{message}\n")
+    sys.stdout.flush()

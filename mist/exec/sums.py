@@ -1,0 +1,71 @@
+"""What ranks add up after the backward passes of a step: shared gradients, and the global norm."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from mist.exec.adamw import local
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tied:
+    """A parameter that two stages hold, and the group of this rank with its partner there."""
+
+    parameter: nn.Parameter
+    group: dist.ProcessGroup
+
+
+def add_partial(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Sum gradients of undivided parameters over tensor-parallel ranks, all in one collective."""
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    if not grads:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=mesh.get_group())
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+
+
+def add_tied(tied: Sequence[Tied]) -> None:
+    """Sum the gradients of parameters that the first and the last stage share."""
+    for each in tied:
+        if each.parameter.grad is not None:
+            dist.all_reduce(local(each.parameter.grad), group=each.group)
+
+
+def global_norm(
+    parameters: Mapping[str, nn.Parameter], tp: int, tied: Sequence[Tied], device: torch.device
+) -> torch.Tensor:
+    """The norm of the gradient of the whole model, on every rank.
+
+    Each rank adds up its shards; what several ranks hold counts once.
+    """
+    shared = {id(each.parameter) for each in tied}
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            copies = _copies(parameter, tp) * (2 if id(parameter) in shared else 1)
+            square = local(parameter.grad).float().pow(2).sum() / copies
+            total += square.to(device)
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def _copies(parameter: nn.Parameter, tp: int) -> int:
+    """How many ranks of the stage hold the same shard."""
+    if not isinstance(parameter, DTensor):
+        return tp
+    mesh, copies = parameter.device_mesh, 1
+    for axis, placement in enumerate(parameter.placements):
+        copies *= mesh.size(axis) if isinstance(placement, Replicate) else 1
+    return copies * (tp if mesh.ndim == 1 else 1)
+
+
+def clip_scale(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:
+    """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_ does."""
+    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)

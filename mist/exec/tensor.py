@@ -1,0 +1,187 @@
+"""Tensor and sequence parallelism of one stage: torch's own styles, entered once per region.
+
+Forward, what enters a region is gathered under sequence parallelism (else it is whole already), and
+what leaves it is reduced or reduce-scattered; backward the other way round (Korthikanti et al.
+2022). Within a region activations have gradients that are partial sums. So do parameters that are
+not divided but see part of the tokens or heads: `partial` names them, and their gradients are
+summed over the ranks once per step.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from mist.exec.rules_tp import RegionRule, TensorRules
+
+SEQUENCE: Placement = Shard(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The layers of a chunk by name, and whether the ends of the model belong to it."""
+
+    layers: tuple[str, ...]
+    first: bool
+    last: bool
+
+
+def divide(
+    model: nn.Module,
+    rules: TensorRules,
+    part: Part,
+    mesh: DeviceMesh,
+    *,
+    sp: bool,
+    split_loss: bool,
+) -> frozenset[str]:
+    """Divide a chunk over the ranks of `mesh`, in place.
+
+    `split_loss`: the logits stay divided (within loss_parallel). Returns the names of parameters
+    whose gradients are partial sums.
+    """
+    for (owner, attribute), value in rules.local.items():
+        setattr(model.get_submodule(owner), attribute, value)
+    entered: set[str] = set()
+    for region in rules.regions:
+        if region.rowwise.startswith(tuple(f"{name}." for name in part.layers)):
+            _divide_region(model, region, mesh, sp=sp)
+            entered |= set(region.entries.values())
+    head_partial = sp and rules.head is not None
+    _divide_ends(model, rules, part, mesh, sp=sp, split_loss=split_loss)
+    if sp:
+        _shard_sequence(model, part, mesh, head_partial=head_partial)
+    return frozenset(_partial(model, part, entered, sp=sp, head_partial=head_partial))
+
+
+def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp: bool) -> None:
+    output = SEQUENCE if sp else Replicate()
+    styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in region.entries}
+    styles[region.rowwise] = RowwiseParallel(output_layouts=output)
+    parallelize_module(model, mesh, styles)
+    for name in region.entries:
+        _partial_input(model.get_submodule(name), mesh)
+    for name in sorted(set(region.entries.values())):  # runs first: it is put before the others
+        _on_entry(model.get_submodule(name), partial(_enter, mesh=mesh, sp=sp))
+
+
+def _divide_ends(
+    model: nn.Module,
+    rules: TensorRules,
+    part: Part,
+    mesh: DeviceMesh,
+    *,
+    sp: bool,
+    split_loss: bool,
+) -> None:
+    tied = part.first and part.last and _tied(model, rules)
+    if part.first and rules.embedding is not None:
+        parallelize_module(
+            model, mesh, {rules.embedding: RowwiseParallel(input_layouts=Replicate())}
+        )
+    if part.last and rules.head is not None:
+        logits = Shard(-1) if split_loss else Replicate()
+        style = ColwiseParallel(output_layouts=logits, use_local_output=not split_loss)
+        parallelize_module(model, mesh, {rules.head: style})
+        if sp:
+            _partial_input(model.get_submodule(rules.head), mesh)
+    if tied and rules.head is not None and rules.embedding is not None:
+        model.get_submodule(rules.head).weight = model.get_submodule(rules.embedding).weight
+
+
+def _tied(model: nn.Module, rules: TensorRules) -> bool:
+    if rules.head is None or rules.embedding is None:
+        return False
+    head, table = model.get_submodule(rules.head), model.get_submodule(rules.embedding)
+    return head.weight is table.weight
+
+
+def _shard_sequence(model: nn.Module, part: Part, mesh: DeviceMesh, *, head_partial: bool) -> None:
+    """Tokens are divided from the first layer of the model to the last one."""
+    if part.first:
+        _on_entry(model.get_submodule(part.layers[0]), partial(_scatter, mesh=mesh))
+    if part.last:
+        grads = (Partial(),) if head_partial else None
+
+        def gather(module: nn.Module, args: object, output: Any) -> object:  # noqa: ANN401
+            if isinstance(output, torch.Tensor):
+                return _whole(output, mesh, grads)
+            return (_whole(output[0], mesh, grads), *output[1:])
+
+        model.get_submodule(part.layers[-1]).register_forward_hook(gather)
+
+
+def _whole(
+    shard: torch.Tensor, mesh: DeviceMesh, grads: tuple[Placement, ...] | None
+) -> torch.Tensor:
+    """All tokens of an activation whose tokens are divided."""
+    shards = DTensor.from_local(shard, mesh, (SEQUENCE,), run_check=False)
+    return shards.redistribute(placements=(Replicate(),)).to_local(grad_placements=grads)
+
+
+def _scatter(whole: torch.Tensor, *, mesh: DeviceMesh) -> torch.Tensor:
+    """This rank's tokens of an activation that every rank has."""
+    copies = DTensor.from_local(whole, mesh, (Replicate(),), run_check=False)
+    return copies.redistribute(placements=(SEQUENCE,)).to_local()
+
+
+def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool) -> torch.Tensor:
+    """What enters a region: whole, with a gradient that is summed over the ranks."""
+    if sp:
+        return _whole(x, mesh, (Partial(),))
+    copies = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
+    return copies.to_local(grad_placements=(Partial(),))
+
+
+def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
+    """The input of a column-parallel matrix has been entered already: its gradient stays partial."""
+
+    def given(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, *others = args
+        entered = DTensor.from_local(
+            x, mesh, (Replicate(),), run_check=False, grad_placements=(Partial(),)
+        )
+        return (entered, *others)
+
+    module.register_forward_pre_hook(given, prepend=True)
+
+
+def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial of ours)
+    """Apply `enter` to the activation that a module is given: its tensors with a gradient."""
+
+    def entered(
+        module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        changed = {name: _entered(value, enter) for name, value in kwargs.items()}
+        return tuple(_entered(value, enter) for value in args), changed
+
+    module.register_forward_pre_hook(entered, prepend=True, with_kwargs=True)
+
+
+def _entered(value: object, enter: Any) -> object:  # noqa: ANN401
+    return enter(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
+def _partial(
+    model: nn.Module, part: Part, entered: set[str], *, sp: bool, head_partial: bool
+) -> Iterator[str]:
+    layers = tuple(f"{name}." for name in part.layers)
+    regions = tuple(f"{name}." for name in entered)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            continue
+        if name.startswith(layers if sp else regions):
+            yield name
+        elif sp and head_partial and part.last and not name.startswith(layers):
+            yield name

@@ -1,0 +1,177 @@
+"""What of a plan `mist apply` cannot run, said before any rank starts. Torch-free.
+
+Each rule looks at a whole plan and gives a message for each thing that it finds: what was asked,
+what was found, which rule failed, what to try. Those that need the model take its facts.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from mist.errors import Fault, InputError, PlanError
+from mist.facts import ModelFacts
+from mist.plans import MemoryLevel, Plan
+from mist.spec import Precision, ScheduleKind
+from mist.units import GIB
+
+TAKES_TURNS: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
+STATE_BYTES: Final = 8  # fp32 weights and gradients, or both moments, of one parameter
+
+Rule = Callable[[Plan], Iterator[Fault]]
+
+
+def refuse_unplayable(plan: Plan, facts: ModelFacts | None) -> None:
+    """Raise PlanError with everything in a plan that cannot be run; facts where they are known."""
+    faults = [fault for rule in RULES for fault in rule(plan)]
+    if facts is not None:
+        faults += [fault for check in MODEL_RULES for fault in check(plan, facts)]
+    if faults:
+        raise PlanError(f"plan for {plan.model.name}: mist apply cannot run it; it", faults)
+
+
+def refuse_world(plan: Plan, num_ranks: int) -> None:
+    """Raise InputError unless there are as many ranks as the plan has."""
+    planned = sum(stage.devices[1] for stage in plan.stages)
+    if planned != num_ranks:
+        raise InputError(
+            f"the plan is for {planned} ranks, but {num_ranks} were started. "
+            f"Start {planned}, or plan for --gpus {num_ranks}."
+        )
+
+
+def refuse_small_host(plan: Plan, host_bytes: int, ranks_per_host: int) -> None:
+    """Raise InputError when what the ranks of one machine offload does not fit its memory."""
+    planned = sorted((offloaded_bytes(plan, i) for i in range(len(plan.stages))), reverse=True)
+    ranks = [
+        each for each, s in zip(planned, plan.stages, strict=True) for _ in range(s.devices[1])
+    ]
+    needed = sum(sorted(ranks, reverse=True)[:ranks_per_host])
+    if needed > host_bytes:
+        raise InputError(
+            f"offload needs {needed / GIB:.1f} GiB of host memory for {ranks_per_host} ranks, but "
+            f"this machine has {host_bytes / GIB:.1f} GiB. Plan with lower offload ratios."
+        )
+
+
+def offloaded_bytes(plan: Plan, stage: int) -> int:
+    """Bytes that one rank of a stage keeps on the host: what was predicted, at least its states."""
+    own = plan.stages[stage]
+    params = plan.model.params * own.num_layers / plan.num_layers / own.tp
+    shards = own.dp if own.zero >= 1 else 1
+    states = (own.offload.weights + own.offload.optimizer) * STATE_BYTES * params / shards
+    return max(plan.estimate.stages[stage].host_bytes, int(states))
+
+
+def _runtime(plan: Plan) -> Iterator[Fault]:
+    if plan.runtime != "torch":
+        words = f"{plan.runtime} is run by its own framework; mist apply runs plans for torch"
+        yield Fault(path="runtime", message=words)
+    if plan.workload.precision is Precision.FP16:
+        words = "fp16 needs loss scaling, which mist apply has not; use bf16 or fp32"
+        yield Fault(path="workload.precision", message=words)
+    if plan.workload.compile:
+        words = "mist apply runs models as they are; plan with compile: false"
+        yield Fault(path="workload.compile", message=words)
+
+
+def _axes(plan: Plan) -> Iterator[Fault]:
+    for index, stage in enumerate(plan.stages):
+        for axis, size in (("cp", stage.cp), ("ep", stage.ep)):
+            if size > 1:
+                words = f"{axis} {size}: context and expert parallelism are not run yet; use 1"
+                yield Fault(path=f"stages[{index}].{axis}", message=words)
+        if stage.sp and plan.workload.seq_len % stage.tp:
+            words = f"tp {stage.tp} does not divide the sequence of {plan.workload.seq_len} tokens"
+            yield Fault(path=f"stages[{index}].sp", message=words)
+
+
+def _schedule(plan: Plan) -> Iterator[Fault]:
+    kind, count, num_stages = plan.schedule.kind, plan.num_micro_batches, len(plan.stages)
+    if count < num_stages:
+        yield Fault(
+            path="num_micro_batches",
+            message=f"{count} micro-batches cannot fill {num_stages} pipeline stages; "
+            "use at least one for each (a smaller micro_batch, or fewer stages)",
+        )
+    if kind is ScheduleKind.INTERLEAVED and num_stages == 1:
+        words = "interleaved needs at least 2 stages; use 1f1b for one"
+        yield Fault(path="schedule.kind", message=words)
+    elif kind is ScheduleKind.INTERLEAVED and count % num_stages:
+        words = (
+            f"interleaved takes turns of {num_stages} micro-batches, which do not divide {count}"
+        )
+        yield Fault(path="num_micro_batches", message=words)
+    grids = {(stage.dp, stage.tp) for stage in plan.stages}
+    if kind in TAKES_TURNS and len(grids) > 1:
+        yield Fault(
+            path="schedule.kind",
+            message=f"{kind} needs the same dp and tp in every stage, found "
+            f"{' and '.join(f'dp {dp} tp {tp}' for dp, tp in sorted(grids))}; use 1f1b or gpipe",
+        )
+    for index, stage in enumerate(plan.stages):
+        if kind is ScheduleKind.ZERO_BUBBLE and stage.zero == 3:
+            yield Fault(
+                path=f"stages[{index}].zero",
+                message="zero-bubble splits the backward pass, and FSDP2 then loses gradients of "
+                "parameters that it drops after the forward pass (ZeRO-3); use zero 2, or 1f1b",
+            )
+
+
+def _offload(plan: Plan) -> Iterator[Fault]:
+    for index, stage in enumerate(plan.stages):
+        path, ratios = f"stages[{index}]", stage.offload
+        if ratios.weights != ratios.grads:
+            words = (
+                f"weights {ratios.weights} and grads {ratios.grads} move together; use one ratio"
+            )
+            yield Fault(path=f"{path}.offload", message=words)
+        if max(ratios.weights, ratios.grads) > 0 and stage.zero < 2:
+            words = f"weights are offloaded as ZeRO-2 or ZeRO-3 shards, found zero {stage.zero}"
+            yield Fault(path=f"{path}.zero", message=words)
+        if ratios.activations > 0 and stage.num_at(MemoryLevel.SELECTIVE):
+            yield Fault(
+                path=f"{path}.offload.activations",
+                message="what selective layers keep stays on the device; use eager or full layers",
+            )
+
+
+def _same_model(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
+    if plan.model.fingerprint != facts.fingerprint:
+        yield Fault(
+            path="model.fingerprint",
+            message=f"the plan is for another model ({plan.model.params:,} parameters; "
+            f"{facts.name} from {plan.model.source} has {facts.num_params:,}); plan again",
+        )
+    elif plan.num_layers != facts.num_layers:
+        words = f"the stages have {plan.num_layers} layers, {facts.name} has {facts.num_layers}"
+        yield Fault(path="stages", message=words)
+
+
+def _divisible(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
+    for index, stage in enumerate(plan.stages):
+        if stage.tp > 1 and facts.tp_limits is None:
+            words = f"no tensor-parallel rules are known for {facts.name}; use tp 1"
+            yield Fault(path=f"stages[{index}].tp", message=words)
+        for limit in facts.tp_limits or ():
+            if limit.size % stage.tp:
+                words = f"tp {stage.tp} does not divide the {limit.size} {limit.label}"
+                yield Fault(path=f"stages[{index}].tp", message=f"{words} of {facts.name}")
+
+
+def _in_a_row(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
+    if len(plan.stages) == 1:
+        return
+    if not facts.sequential:
+        words = f"layers of {facts.name} exchange tensors with others than their neighbours"
+        yield Fault(path="stages", message=f"{words}; it runs on one stage only")
+    first, last = plan.stages[0], plan.stages[-1]
+    unlike = (first.dp, first.tp, first.zero == 0) != (last.dp, last.tp, last.zero == 0)
+    if facts.tied and unlike:
+        yield Fault(
+            path=f"stages[{len(plan.stages) - 1}]",
+            message=f"{facts.name} ties its embedding to its head, so the first and the last stage "
+            "must agree in dp, tp, and in whether zero is 0",
+        )
+
+
+RULES: Final[tuple[Rule, ...]] = (_runtime, _axes, _schedule, _offload)
+MODEL_RULES: Final = (_same_model, _divisible, _in_a_row)

@@ -1,0 +1,147 @@
+"""Plans of many layouts for tiny models, written by hand: nothing here is searched."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mist.plans import ClusterRef, MemoryLevel, ModelRef, Offload, Plan, Schedule, StagePlan
+from mist.spec import Attention, Optimizer, Precision, ScheduleKind, Workload
+from tests.sample_plans import estimate_of, sample_plan, stage_estimate
+
+NUM_LAYERS, SEQ_LEN, BATCH, VOCAB = 4, 32, 16, 256
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB,
+    "n_embd": 64,
+    "n_layer": NUM_LAYERS,
+    "n_head": 4,
+    "n_positions": 128,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PLAIN = Path(__file__).parents[2] / "examples" / "my_transformer.py"
+PLAIN_SIZES = "DIM, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, MAX_SEQ_LEN = "
+
+
+def write_models(folder: Path) -> None:
+    """The tiny models, as files that a plan can name."""
+    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    (folder / "gpt2.json").write_text(json.dumps(GPT2))
+    lines = PLAIN.read_text().splitlines()
+    sizes = f"{PLAIN_SIZES}64, {NUM_LAYERS}, 4, {VOCAB}, 128"
+    text = "\n".join(sizes if line.startswith(PLAIN_SIZES) else line for line in lines)
+    (folder / "plain.py").write_text(text + "\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S:
+    """A stage in short: everything that a layout changes."""
+
+    dp: int = 1
+    tp: int = 1
+    sp: bool = False
+    zero: int = 0
+    layers: tuple[int, ...] = (NUM_LAYERS,)
+    full: int = 0
+    selective: int = 0
+    offload: Offload = Offload()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A layout under test. `micro`: samples of all ranks in one micro-batch."""
+
+    name: str
+    stages: tuple[S, ...]
+    model: str = "llama.json"
+    micro: int = 16
+    kind: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    max_norm: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return sum(stage.dp * stage.tp for stage in self.stages)
+
+
+def plan_of(variant: Variant, folder: Path) -> Plan:
+    """The plan of a variant."""
+    vpp = len(variant.stages[0].layers)
+    firsts = _firsts([stage.layers for stage in variant.stages])
+    devices = [stage.dp * stage.tp for stage in variant.stages]
+    stages = tuple(
+        _stage(stage, tuple(zip(first, stage.layers, strict=True)), sum(devices[:i]), variant.micro)
+        for i, (stage, first) in enumerate(zip(variant.stages, firsts, strict=True))
+    )
+    return replace(
+        sample_plan(),
+        model=ModelRef(
+            source=str(folder / variant.model), name="tiny", params=1, fingerprint="any"
+        ),
+        workload=Workload(
+            seq_len=SEQ_LEN,
+            global_batch=BATCH,
+            precision=Precision.FP32,
+            optimizer=Optimizer.ADAMW,
+            attention=Attention.FLASH,
+            compile=False,
+        ),
+        cluster=ClusterRef(
+            name="here", device="cpu", num_gpus=variant.world_size, gpus_per_node=variant.world_size
+        ),
+        schedule=Schedule(kind=variant.kind, vpp=vpp),
+        num_micro_batches=BATCH // variant.micro,
+        stages=stages,
+        estimate=estimate_of(*(stage_estimate() for _ in stages)),
+        alternatives=(),
+    )
+
+
+def _firsts(counts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The first layer of every chunk: chunk 0 of all stages, then chunk 1 of all, ..."""
+    firsts: list[list[int]] = [[] for _ in counts]
+    done = 0
+    for chunk in range(len(counts[0])):
+        for stage, own in enumerate(counts):
+            firsts[stage].append(done)
+            done += own[chunk]
+    return [tuple(each) for each in firsts]
+
+
+def _stage(s: S, layers: tuple[tuple[int, int], ...], device: int, micro: int) -> StagePlan:
+    eager = sum(s.layers) - s.full - s.selective
+    memory: Mapping[MemoryLevel, int] = {
+        MemoryLevel.EAGER: eager,
+        MemoryLevel.SELECTIVE: s.selective,
+        MemoryLevel.FULL: s.full,
+    }
+    return StagePlan(
+        layers=layers,
+        devices=(device, s.dp * s.tp),
+        dp=s.dp,
+        tp=s.tp,
+        sp=s.sp,
+        cp=1,
+        ep=1,
+        micro_batch=micro // s.dp,
+        zero=s.zero,  # type: ignore[arg-type]
+        head="eager",
+        memory=dict(memory),
+        offload=s.offload,
+    )

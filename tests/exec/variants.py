@@ -1,0 +1,161 @@
+"""The layouts that must agree with one process."""
+
+from mist.plans import Offload
+from mist.spec import ScheduleKind
+from tests.exec.layouts import S, Variant
+
+GPIPE, INTERLEAVED = ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED
+ZERO_BUBBLE = ScheduleKind.ZERO_BUBBLE
+
+
+def _offload(**ratios: float) -> Offload:
+    return Offload(**ratios)
+
+
+DATA = (
+    *(Variant(name=f"zero{z}", stages=(S(dp=2, zero=z),)) for z in range(4)),
+    *(Variant(name=f"zero{z} accumulated", stages=(S(dp=2, zero=z),), micro=4) for z in range(4)),
+    Variant(name="clipped", stages=(S(dp=2, zero=3),), micro=4, max_norm=0.5),
+    Variant(name="full 4 zero3", stages=(S(dp=2, zero=3, full=4),), micro=8),
+    Variant(name="mixed levels zero2", stages=(S(dp=2, zero=2, full=1, selective=2),), micro=8),
+    Variant(name="gpt2 tied zero3", model="gpt2.json", stages=(S(dp=2, zero=3),)),
+    Variant(name="plain zero1", model="plain.py", stages=(S(dp=2, zero=1),), micro=4),
+)
+TENSOR = (
+    Variant(name="tp2", stages=(S(tp=2),), micro=8),
+    Variant(name="tp2 sp", stages=(S(tp=2, sp=True),), micro=8),
+    Variant(name="tp2 sp clipped", stages=(S(tp=2, sp=True, zero=1),), max_norm=0.5),
+    Variant(name="tp2 sp levels", stages=(S(tp=2, sp=True, full=2, selective=1),)),
+    Variant(name="plain tp2", model="plain.py", stages=(S(tp=2),)),
+    Variant(name="plain tp2 sp", model="plain.py", stages=(S(tp=2, sp=True),)),
+    *(
+        Variant(name=f"dp2 tp2 sp zero{z}", stages=(S(dp=2, tp=2, sp=True, zero=z),), micro=8)
+        for z in (0, 2, 3)
+    ),
+    Variant(name="dp2 tp2 zero3 clipped", stages=(S(dp=2, tp=2, zero=3),), max_norm=0.5),
+)
+PIPELINE = (
+    Variant(name="pp2 1+3", stages=(S(layers=(1,)), S(layers=(3,))), micro=4),
+    Variant(name="pp2 gpipe", kind=GPIPE, stages=(S(layers=(2,)), S(layers=(2,))), micro=4),
+    Variant(
+        name="pp2 interleaved",
+        kind=INTERLEAVED,
+        stages=(S(layers=(1, 1)), S(layers=(1, 1))),
+        micro=4,
+    ),
+    Variant(
+        name="pp2 zero-bubble",
+        kind=ZERO_BUBBLE,
+        stages=(S(layers=(2,)), S(layers=(2,))),
+        micro=4,
+    ),
+    Variant(
+        name="pp2 zero-bubble vpp2",
+        kind=ZERO_BUBBLE,
+        stages=(S(layers=(1, 1)), S(layers=(1, 1))),
+        micro=4,
+    ),
+    Variant(
+        name="pp2 levels clipped",
+        stages=(S(layers=(2,), full=1), S(layers=(2,), selective=1)),
+        micro=4,
+        max_norm=0.5,
+    ),
+    Variant(
+        name="gpt2 tied pp2 clipped",
+        model="gpt2.json",
+        stages=(S(layers=(1,)), S(layers=(3,))),
+        micro=4,
+        max_norm=0.5,
+    ),
+    Variant(name="plain pp2", model="plain.py", stages=(S(layers=(3,)), S(layers=(1,))), micro=4),
+    Variant(name="pp3 1+2+1", stages=(S(layers=(1,)), S(layers=(2,)), S(layers=(1,))), micro=4),
+    *(
+        Variant(
+            name=f"pp2 dp2 zero{z}",
+            stages=(S(layers=(1,), dp=2, zero=z), S(layers=(3,), dp=2, zero=z)),
+            micro=4,
+        )
+        for z in range(4)
+    ),
+    Variant(
+        name="pp2 tp2 sp",
+        stages=(S(layers=(1,), tp=2, sp=True), S(layers=(3,), tp=2, sp=True)),
+        micro=4,
+    ),
+    Variant(
+        name="pp2 interleaved dp2 zero3",
+        kind=INTERLEAVED,
+        stages=(S(layers=(1, 1), dp=2, zero=3), S(layers=(1, 1), dp=2, zero=3)),
+        micro=4,
+    ),
+    Variant(
+        name="pp2 zero-bubble dp2 zero2",
+        kind=ZERO_BUBBLE,
+        stages=(S(layers=(1, 1), dp=2, zero=2), S(layers=(1, 1), dp=2, zero=2)),
+        micro=4,
+    ),
+    Variant(
+        name="gpt2 tied pp2 dp2",
+        model="gpt2.json",
+        stages=(S(layers=(2,), dp=2, zero=1), S(layers=(2,), dp=2, zero=2)),
+        micro=4,
+    ),
+)
+UNLIKE = (
+    Variant(
+        name="dp2 to tp2", stages=(S(layers=(1,), dp=2, zero=3), S(layers=(3,), tp=2)), micro=4
+    ),
+    Variant(
+        name="tp2 sp to dp2",
+        kind=GPIPE,
+        stages=(S(layers=(2,), tp=2, sp=True), S(layers=(2,), dp=2, zero=2)),
+        micro=4,
+        max_norm=0.5,
+    ),
+    Variant(
+        name="dp2 to dp1",
+        stages=(S(layers=(3,), dp=2, zero=1), S(layers=(1,))),
+        micro=4,
+    ),
+)
+OFFLOAD = (
+    *(
+        Variant(
+            name=f"activations {r}",
+            stages=(S(dp=2, zero=2, full=1, offload=_offload(activations=r)),),
+            micro=8,
+        )
+        for r in (0.3, 1.0)
+    ),
+    *(
+        Variant(name=f"optimizer {r}", stages=(S(dp=2, zero=1, offload=_offload(optimizer=r)),))
+        for r in (0.3, 1.0)
+    ),
+    *(
+        Variant(
+            name=f"weights and grads {r}",
+            stages=(S(dp=2, zero=3, offload=_offload(weights=r, grads=r, optimizer=r)),),
+            micro=8,
+            max_norm=0.5,
+        )
+        for r in (0.3, 1.0)
+    ),
+    Variant(
+        name="offload all dp1",
+        stages=(
+            S(
+                dp=1,
+                zero=2,
+                full=2,
+                offload=_offload(weights=1, grads=1, optimizer=1, activations=1),
+            ),
+        ),
+        micro=8,
+    ),
+    Variant(
+        name="tp2 sp activations 1.0",
+        stages=(S(tp=2, sp=True, full=1, offload=_offload(activations=1.0)),),
+    ),
+)
+VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD)
