@@ -9,8 +9,8 @@ from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.facts import ModelFacts
-from mist.plans import MemoryLevel, Plan
-from mist.spec import Precision, ScheduleKind
+from mist.plans import Plan
+from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.units import GIB
 
 TAKES_TURNS: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
@@ -100,6 +100,12 @@ def _schedule(plan: Plan) -> Iterator[Fault]:
             f"interleaved takes turns of {num_stages} micro-batches, which do not divide {count}"
         )
         yield Fault(path="num_micro_batches", message=words)
+    yield from _stages_of_schedule(plan)
+
+
+def _stages_of_schedule(plan: Plan) -> Iterator[Fault]:
+    """What a schedule asks of the stages."""
+    kind = plan.schedule.kind
     grids = {(stage.dp, stage.tp) for stage in plan.stages}
     if kind in TAKES_TURNS and len(grids) > 1:
         yield Fault(

@@ -54,7 +54,7 @@ def deferred() -> "AbstractContextManager[None]":
     return within()
 
 
-def parallelize(
+def parallelize(  # noqa: PLR0913 - what is divided, and how
     model: "nn.Module",
     plan: Plan,
     *,

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import (
 )
 
 from mist.exec.swap import Copy, Swapper
-from mist.plans import MemoryLevel, StagePlan
+from mist.plans import StagePlan
+from mist.spec import MemoryLevel
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ def save(parallel: Parallel, folder: Path, facts: dict[str, object]) -> Path:
         write_text(partial / FACTS, json.dumps({**facts, "step": number}))
     dist.barrier()
     with _without_noise():
-        dcp.save(_state(parallel), checkpoint_id=partial)
+        _dcp().save(_state(parallel), checkpoint_id=partial)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(complete, ignore_errors=True)
@@ -67,7 +67,7 @@ def resume(parallel: Parallel, folder: Path, facts: dict[str, object]) -> int:
                 "Give another --checkpoint folder, or the same model and seed."
             )
     with _without_noise():
-        dcp.load(_state(parallel), checkpoint_id=found[-1])
+        _dcp().load(_state(parallel), checkpoint_id=found[-1])
     parallel.optimizer.num_steps = int(known["step"])
     return parallel.optimizer.num_steps
 
@@ -105,6 +105,10 @@ def _flush(folder: Path) -> None:
         os.close(handle)
 
 
-def _without_noise() -> warnings.catch_warnings:  # type: ignore[type-arg]
+def _dcp() -> Any:  # noqa: ANN401 (its names are not exported to type checkers)
+    return dcp
+
+
+def _without_noise() -> "warnings.catch_warnings[None]":
     """Within: torch does not warn of its own deprecated calls."""
     return warnings.catch_warnings(action="ignore")

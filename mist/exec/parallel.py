@@ -28,7 +28,8 @@ from mist.exec.swap import Swapper
 from mist.exec.tensor import Part, divide
 from mist.exec.weights import fill, whole_values
 from mist.exec.zero import COMPUTE, begin_backward, shard
-from mist.plans import MemoryLevel, Plan, StagePlan
+from mist.plans import Plan, StagePlan
+from mist.spec import MemoryLevel
 from mist.trace.loader import LoadedModel
 
 
@@ -236,8 +237,8 @@ class Parallel:
         """A step that is watched: slower on the CPU, where every operation is counted."""
         place, swapper = self.place, self._swapper
         axes = {
-            place.dp_mesh.get_group().group_name: "dp",
-            place.tp_mesh.get_group().group_name: "tp",
+            str(place.dp_mesh.get_group().group_name): "dp",
+            str(place.tp_mesh.get_group().group_name): "tp",
         }
         cuda = place.device.type == "cuda"
         recorder = Recorder([] if cuda else self._device_states(), axes)

@@ -149,8 +149,8 @@ def _regions(
         for module in (row, *columns):
             if type(module) is not nn.Linear:
                 raise ModelError(
-                    f"{names[id(module)]} of {loaded.name} is a {type(module).__name__}: mist apply "
-                    "divides torch.nn.Linear only. Use tp 1."
+                    f"{names[id(module)]} of {loaded.name} is a {type(module).__name__}: mist "
+                    "apply divides torch.nn.Linear only. Use tp 1."
                 )
         assert isinstance(row, nn.Linear)
         for module in columns:
@@ -202,7 +202,7 @@ class _Inputs(TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         for name, module in self.model.named_modules():
             module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-            module.register_forward_hook(lambda *_: self.stack.pop() and None)
+            module.register_forward_hook(self._leave)
 
     def __torch_function__(
         self,
@@ -217,6 +217,9 @@ class _Inputs(TorchFunctionMode):
                 if isinstance(leaf, torch.Tensor):
                     self.read_elsewhere[id(leaf)] = leaf
         return func(*args, **(kwargs or {}))
+
+    def _leave(self, *_: object) -> None:
+        self.stack.pop()
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(

@@ -37,7 +37,7 @@ class Part:
     last: bool
 
 
-def divide(
+def divide(  # noqa: PLR0913 - what is divided, and how
     model: nn.Module,
     rules: TensorRules,
     part: Part,
@@ -76,7 +76,7 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp
         _on_entry(model.get_submodule(name), partial(_enter, mesh=mesh, sp=sp))
 
 
-def _divide_ends(
+def _divide_ends(  # noqa: PLR0913 - what is divided, and how
     model: nn.Module,
     rules: TensorRules,
     part: Part,
@@ -86,18 +86,24 @@ def _divide_ends(
     split_loss: bool,
 ) -> None:
     tied = part.first and part.last and _tied(model, rules)
+    if part.last and rules.head is not None:
+        _divide_head(model, rules.head, mesh, sp=sp, split_loss=split_loss)
     if part.first and rules.embedding is not None:
         parallelize_module(
             model, mesh, {rules.embedding: RowwiseParallel(input_layouts=Replicate())}
         )
-    if part.last and rules.head is not None:
-        logits = Shard(-1) if split_loss else Replicate()
-        style = ColwiseParallel(output_layouts=logits, use_local_output=not split_loss)
-        parallelize_module(model, mesh, {rules.head: style})
-        if sp:
-            _partial_input(model.get_submodule(rules.head), mesh)
     if tied and rules.head is not None and rules.embedding is not None:
         model.get_submodule(rules.head).weight = model.get_submodule(rules.embedding).weight
+
+
+def _divide_head(
+    model: nn.Module, head: str, mesh: DeviceMesh, *, sp: bool, split_loss: bool
+) -> None:
+    logits = Shard(-1) if split_loss else Replicate()
+    style = ColwiseParallel(output_layouts=logits, use_local_output=not split_loss)
+    parallelize_module(model, mesh, {head: style})
+    if sp:
+        _partial_input(model.get_submodule(head), mesh)
 
 
 def _tied(model: nn.Module, rules: TensorRules) -> bool:
@@ -145,7 +151,7 @@ def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool) -> torch.Tensor:
 
 
 def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
-    """The input of a column-parallel matrix has been entered already: its gradient stays partial."""
+    """The input of a column-parallel matrix has been entered already: its gradient is partial."""
 
     def given(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *others = args
@@ -181,7 +187,6 @@ def _partial(
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             continue
-        if name.startswith(layers if sp else regions):
-            yield name
-        elif sp and head_partial and part.last and not name.startswith(layers):
+        of_head = sp and head_partial and part.last and not name.startswith(layers)
+        if of_head or name.startswith(layers if sp else regions):
             yield name

@@ -30,7 +30,7 @@ from mist.spec import Precision
 COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
 
-def shard(
+def shard(  # noqa: PLR0913 - what is divided, and how
     root: nn.Module,
     layers: Iterable[nn.Module],
     mesh: DeviceMesh,

@@ -9,6 +9,7 @@ from mist.plans import ClusterRef, MemoryLevel, ModelRef, Offload, Plan, Schedul
 from mist.spec import Attention, Optimizer, Precision, ScheduleKind, Workload
 from tests.sample_plans import estimate_of, sample_plan, stage_estimate
 
+KEPT = Offload()
 NUM_LAYERS, SEQ_LEN, BATCH, VOCAB = 4, 32, 16, 256
 
 LLAMA = {
@@ -61,7 +62,7 @@ class S:
     layers: tuple[int, ...] = (NUM_LAYERS,)
     full: int = 0
     selective: int = 0
-    offload: Offload = Offload()
+    offload: Offload = KEPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
