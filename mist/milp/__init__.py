@@ -10,14 +10,18 @@ from dataclasses import replace
 from typing import Final
 
 from mist.milp.exact import solve_exact
+from mist.milp.highs import Limits
 from mist.milp.problem import (
     Cell,
     Choice,
     InterStageProblem,
     InterStageSolution,
     Method,
+    Shared,
+    Solver,
     chosen_step,
     chosen_times,
+    within_shared,
 )
 
 __all__ = [
@@ -25,10 +29,14 @@ __all__ = [
     "Choice",
     "InterStageProblem",
     "InterStageSolution",
+    "Limits",
     "Method",
+    "Shared",
+    "Solver",
     "chosen_step",
     "chosen_times",
     "solve",
+    "within_shared",
 ]
 
 # The two solvers agree to this share of the step; the tolerances of HiGHS are of that size.
@@ -36,7 +44,11 @@ _AGREEMENT: Final = 1e-6
 
 
 def solve(
-    problem: InterStageProblem, *, upper_bound_s: float = math.inf, method: Method
+    problem: InterStageProblem,
+    *,
+    upper_bound_s: float = math.inf,
+    method: Method,
+    limits: Limits | None = None,
 ) -> InterStageSolution | None:
     """The fastest assignment, or None when none is feasible and faster than `upper_bound_s`.
 
@@ -45,25 +57,59 @@ def solve(
     time HiGHS is given to confirm that nothing else with it is faster; bound and nodes are those of
     HiGHS. That nothing is feasible is not confirmed.
 
-    Raises AssertionError when the two solvers disagree, which is a bug of ours; MistError when
-    HiGHS stops without an answer.
+    The dynamic program knows nothing of `problem.shared`. Where its optimum exceeds a shared limit,
+    HiGHS solves the problem with it, and the optimum without is a lower bound.
+
+    `limits`: when HiGHS stops; the gap says what it then leaves open. Raises AssertionError when
+    the two solvers disagree, which is a bug of ours; MistError when HiGHS stops without an answer.
     """
     if method == "milp":
-        from mist.milp.formulation import solve_milp
-
-        return solve_milp(problem, upper_bound_s=upper_bound_s)
+        return _solve_milp(problem, upper_bound_s=upper_bound_s, limits=limits)
     exact = solve_exact(problem, upper_bound_s=upper_bound_s)
-    if method == "dp" or exact is None:
-        return exact
-    return _confirmed(problem, exact)
+    if exact is None:
+        return None
+    if not within_shared(problem, exact.choices):
+        return _limited(problem, exact, upper_bound_s=upper_bound_s, limits=limits)
+    return exact if method == "dp" else _confirmed(problem, exact, limits)
 
 
-def _confirmed(problem: InterStageProblem, exact: InterStageSolution) -> InterStageSolution:
+def _solve_milp(
+    problem: InterStageProblem, *, upper_bound_s: float, limits: Limits | None
+) -> InterStageSolution | None:
     from mist.milp.formulation import solve_milp
 
-    checked = solve_milp(problem, confirm=exact)
+    return solve_milp(problem, upper_bound_s=upper_bound_s, limits=limits)
+
+
+def _limited(
+    problem: InterStageProblem,
+    exact: InterStageSolution,
+    *,
+    upper_bound_s: float,
+    limits: Limits | None,
+) -> InterStageSolution | None:
+    """The best within the shared limits, which `exact`, the optimum without them, exceeds."""
+    found = _solve_milp(problem, upper_bound_s=upper_bound_s, limits=limits)
+    if found is None:
+        return None
+    if found.step_s < exact.step_s * (1 - _AGREEMENT):
+        raise _disagreement(exact, found.step_s)
+    lower_bound_s = max(found.lower_bound_s, min(exact.step_s, found.step_s))
+    return replace(found, lower_bound_s=lower_bound_s)
+
+
+def _confirmed(
+    problem: InterStageProblem, exact: InterStageSolution, limits: Limits | None
+) -> InterStageSolution:
+    from mist.milp.formulation import solve_milp
+
+    checked = solve_milp(problem, confirm=exact, limits=limits)
     found_s = math.inf if checked is None else checked.step_s
     if checked is None or abs(found_s - exact.step_s) > _AGREEMENT * exact.step_s:
-        raise AssertionError(f"dynamic program {exact.step_s} s, HiGHS {found_s} s per step")
+        raise _disagreement(exact, found_s)
     lower_bound_s = min(checked.lower_bound_s, exact.step_s)
     return replace(exact, lower_bound_s=lower_bound_s, num_nodes=checked.num_nodes)
+
+
+def _disagreement(exact: InterStageSolution, found_s: float) -> AssertionError:
+    return AssertionError(f"dynamic program {exact.step_s} s, HiGHS {found_s} s per step")

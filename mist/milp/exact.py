@@ -19,10 +19,13 @@ E <= c - (G - 1) * theta_low, so (`_examine`):
   - when it is feasible with sum A, every such plan takes (G - 1) * theta_low + A +
     min (u_0 - f_0) or more, because E >= u_0 + sum_{j>0} f_j = (u_0 - f_0) + sum f (u_0 - f_0 may
     be negative: it cannot be left out). Its choices are a plan, and may be a new cut-off.
-Boxes split (`_split`) until none can beat the cut-off, which proves the best plan optimal.
+Boxes split (`_split`) until none can beat the cut-off, which proves the best plan optimal. A state
+of the dynamic program is lam, or lam and the units of devices behind; a new cut-off leaves fewer of
+both and of cells to look at (`_narrowed`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
@@ -30,8 +33,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.milp.problem import Choice, InterStageProblem, InterStageSolution, chosen_step
-from mist.milp.transitions import Moves, positions
+from mist.milp.problem import Choice, Floats, InterStageProblem, InterStageSolution, chosen_step
+from mist.milp.pruning import pruned
+from mist.milp.transitions import Points, Position, positions
 
 # A plan counts as faster when it gains more than this share of the step: above the rounding of a
 # sum of 100 stages (1e-14), far below what a cost model can tell.
@@ -52,16 +56,17 @@ class _Box:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Search:
-    """What stays the same during one search.
+    """What one search knows: the moves that a plan faster than `cutoff_s` may take, and the rest.
 
     `thetas` [N], seconds, ascending; `floors_s` = (G - 1) * thetas; `min_delta_s`: the least
     u - f of the first stage.
     """
 
     problem: InterStageProblem
-    positions: tuple[tuple[Moves, ...], ...]
-    thetas: NDArray[np.float64]
-    floors_s: NDArray[np.float64]
+    positions: tuple[Position, ...]
+    cutoff_s: float
+    thetas: Floats
+    floors_s: Floats
     min_delta_s: float
 
 
@@ -85,10 +90,11 @@ def solve_exact(
     if moves is None:
         return None
     search, num_nodes = _search(problem, moves), 0
-    cutoff_s = min(_worst_s(search), _faster_than(upper_bound_s))
+    cutoff_s = min(search.cutoff_s, _faster_than(upper_bound_s))
     best = _Best(cutoff_s=cutoff_s, step_s=upper_bound_s, choices=())
     boxes = [_Box(bound_s=0.0, exit_s=0.0, low=0, high=len(search.thetas) - 1)]
-    while boxes:
+    while boxes and (narrowed := _narrowed(search, best.cutoff_s)) is not None:
+        search = narrowed
         boxes.sort(key=lambda box: (box.bound_s, box.low))
         batch, rest = boxes[:_BATCH], boxes[_BATCH:]
         best, open_boxes = _examine(search, batch, best)
@@ -99,31 +105,50 @@ def solve_exact(
     if not best.choices:
         return None
     return InterStageSolution(
-        step_s=best.step_s, lower_bound_s=best.step_s, choices=best.choices, num_nodes=num_nodes
+        step_s=best.step_s,
+        lower_bound_s=best.step_s,
+        choices=best.choices,
+        num_nodes=num_nodes,
+        solver="dp",
     )
 
 
-def _search(problem: InterStageProblem, moves: tuple[tuple[Moves, ...], ...]) -> _Search:
+def _search(problem: InterStageProblem, moves: tuple[Position, ...]) -> _Search:
     """The distinct stable times in reach; for G = 1 the bottleneck costs nothing: the largest."""
-    groups = [group for position in moves for group in position]
-    thetas = np.unique(np.concatenate([group.stable_s for group in groups]))
+    thetas = np.unique(np.concatenate([p.stable_s for q in moves for p in q.frontiers]))
     thetas = thetas[-1:] if problem.num_micro_batches == 1 else thetas
-    deltas = [-group.negative_lone_s - group.fill_s[:-1] for group in moves[-1]]
+    deltas = [-points.negative_lone_s - points.fill_s[:-1] for points in moves[-1].frontiers]
     return _Search(
         problem=problem,
         positions=moves,
+        cutoff_s=_worst_s(problem, moves),
         thetas=thetas,
         floors_s=(problem.num_micro_batches - 1) * thetas,
         min_delta_s=float(min(delta.min() for delta in deltas)),
     )
 
 
-def _worst_s(search: _Search) -> float:
+def _worst_s(problem: InterStageProblem, moves: tuple[Position, ...]) -> float:
     """A finite step time that no plan exceeds, so that the first budgets are finite."""
-    groups = [group for position in search.positions for group in position]
-    sum_s = sum(max(moves.fill_s[-2] for moves in position) for position in search.positions)
-    lone_s = max(-moves.negative_lone_s[0] for moves in groups)
-    return float(search.floors_s[-1] + sum_s + lone_s) * (1 + _ROUNDING)
+    frontiers = [position.frontiers for position in moves]
+    theta_s = max(points.stable_s[-1] for row in frontiers for points in row)
+    sum_s = sum(max(points.fill_s[-2] for points in row) for row in frontiers)
+    lone_s = max(-points.negative_lone_s[0] for row in frontiers for points in row)
+    worst_s = (problem.num_micro_batches - 1) * theta_s + sum_s + lone_s
+    return float(worst_s) * (1 + _ROUNDING)
+
+
+def _narrowed(search: _Search, cutoff_s: float) -> _Search | None:
+    """The search below a cut-off; None when no move leads to a plan that is faster."""
+    if cutoff_s >= search.cutoff_s:
+        return search
+    kept = pruned(
+        search.positions,
+        num_micro_batches=search.problem.num_micro_batches,
+        min_delta_s=search.min_delta_s,
+        cutoff_s=cutoff_s,
+    )
+    return None if kept is None else replace(search, positions=kept, cutoff_s=cutoff_s)
 
 
 def _faster_than(step_s: float) -> float:
@@ -147,7 +172,7 @@ def _examine(search: _Search, boxes: list[_Box], best: _Best) -> tuple[_Best, li
     open_boxes = []
     for row in np.flatnonzero(np.isfinite(sum_s[:, -1])):
         column = int(np.argmax(np.isfinite(sum_s[row])))
-        scenario = picks[:, :, row * num_targets + column]
+        scenario = [picked[:, row * num_targets + column] for picked in picks]
         best = _better(search, best, _choices(search, scenario, budget_s[row, column]))
         exit_s = float(sum_s[row, -1]) + search.min_delta_s
         bound_s = max(float(target_s[row, column]), float(floor_s[row]) + exit_s)
@@ -177,42 +202,50 @@ def _split(search: _Search, box: _Box, parts: int) -> list[_Box]:
 
 
 def _suffix_s(
-    search: _Search, theta_s: NDArray[np.float64], budget_s: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+    search: _Search, theta_s: Floats, budget_s: Floats
+) -> tuple[Floats, list[NDArray[np.int32]]]:
     """A_{S-1}(L) for B scenarios (theta, budget of E): seconds [B], inf where infeasible.
 
-    Also returns which Moves was taken, [S, L+1, B], position first.
+    Also returns which frontier was taken, for each position [states, B].
     """
-    shape = (search.problem.num_layers + 1, theta_s.size)
-    picks = np.zeros((len(search.positions), *shape), dtype=np.int32)
-    behind_s = np.full(shape, np.inf)
-    behind_s[0] = 0.0
-    for position, groups in enumerate(search.positions):
-        sum_s = np.full(shape, np.inf)
-        for index, moves in enumerate(groups):
-            tail_s = behind_s[moves.source]
-            point = np.searchsorted(moves.negative_lone_s, tail_s - budget_s)
-            fill_s = moves.fill_s[point]
-            fill_s[point >= np.searchsorted(moves.stable_s, theta_s, side="right")] = np.inf
-            fill_s += tail_s
-            better = fill_s < sum_s[moves.target]
-            sum_s[moves.target] = np.where(better, fill_s, sum_s[moves.target])
-            picks[position, moves.target] = np.where(better, index, picks[position, moves.target])
+    behind_s, picks = np.zeros((1, theta_s.size)), []
+    for position in search.positions:
+        shape = (position.num_targets, theta_s.size)
+        sum_s, picked = np.full(shape, np.inf), np.zeros(shape, dtype=np.int32)
+        for index, own in enumerate(position.runs()):
+            source, target = position.source[own], position.target[own]
+            added_s = _added_s(position.frontiers[index], behind_s[source], theta_s, budget_s)
+            better = added_s < sum_s[target]
+            sum_s[target] = np.where(better, added_s, sum_s[target])
+            picked[target] = np.where(better, index, picked[target])
         behind_s = sum_s
+        picks.append(picked)
     return behind_s[-1], picks
 
 
-def _choices(search: _Search, picks: NDArray[np.int32], budget_s: float) -> tuple[Choice, ...]:
-    """The choices of one feasible scenario, first stage first. `picks`: [S, L+1]."""
-    path, state = [], search.problem.num_layers
-    for position in reversed(range(len(search.positions))):
-        moves = search.positions[position][picks[position, state]]
-        move = int(np.searchsorted(moves.target, state))
-        path.append((moves, int(moves.cell[move])))
-        state = int(moves.source[move])
+def _added_s(points: Points, behind_s: Floats, theta_s: Floats, budget_s: Floats) -> Floats:
+    """A + min { f : t <= theta, u <= e - A }, seconds; `behind_s`, A: [M, B]; the others: [B]."""
+    point = np.searchsorted(points.negative_lone_s, behind_s - budget_s)
+    fill_s = points.fill_s[point]
+    fill_s[point >= np.searchsorted(points.stable_s, theta_s, side="right")] = np.inf
+    fill_s += behind_s
+    return fill_s
+
+
+def _choices(
+    search: _Search, picks: Sequence[NDArray[np.int32]], budget_s: float
+) -> tuple[Choice, ...]:
+    """The choices of one feasible scenario, first stage first. `picks`: per position, [states]."""
+    path, state = [], 0
+    for position, picked in zip(reversed(search.positions), reversed(picks), strict=True):
+        own = position.runs()[picked[state]]
+        move = own.start + np.searchsorted(position.target[own], state)
+        path.append((position.frontiers[picked[state]], int(position.cell[move])))
+        state = int(position.source[move])
     choices, tail_s = [], 0.0
-    for position, (moves, cell) in enumerate(reversed(path)):
-        point = int(np.searchsorted(moves.negative_lone_s, tail_s - budget_s))
-        tail_s = tail_s + float(moves.fill_s[point])
-        choices.append(Choice(stage=len(path) - 1 - position, cell=cell, point=point))
+    for behind, (points, cell) in enumerate(reversed(path)):
+        point = int(np.searchsorted(points.negative_lone_s, tail_s - budget_s))
+        tail_s = tail_s + float(points.fill_s[point])
+        stage = len(path) - 1 - behind
+        choices.append(Choice(stage=stage, cell=cell, point=int(points.point[point])))
     return tuple(reversed(choices))

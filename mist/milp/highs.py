@@ -1,8 +1,8 @@
 """Runs a PuLP program with HiGHS, from a start, to an outcome that can be trusted.
 
 The outcome is read from HiGHS itself. PuLP reports "Optimal" after a time-out, whatever the gap,
-and has no word for a node limit. There is no time limit: with one thread, a fixed seed and at most
-a limit on nodes, the same program gives the same answer on any machine at any load.
+and has no word for a node limit. With one thread, a fixed seed and at most a limit on nodes, the
+same program gives the same answer on any machine at any load; with a time limit it need not.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,19 @@ _FEASIBLE: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """When HiGHS stops: at this relative gap, or after this many nodes (None: no limit)."""
+    """When HiGHS stops: at this relative gap, or after so many nodes or seconds (None: any)."""
 
     relative_gap: float = 1e-7
     max_nodes: int | None = None
+    time_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """`values` of the variables asked for; `lower_bound` of the objective, in its unit."""
+    """`values` of the variables asked for; `lower_bound` of the objective, in its unit.
+
+    The bound is -inf when HiGHS stopped before it had one.
+    """
 
     values: tuple[float, ...]
     lower_bound: float
@@ -49,7 +53,13 @@ def minimise(
 
     nodes = {} if limits.max_nodes is None else {"mip_max_nodes": limits.max_nodes}
     solver = pulp.HiGHS(
-        msg=False, threads=1, gapRel=limits.relative_gap, gapAbs=0.0, **_OPTIONS, **nodes
+        msg=False,
+        threads=1,
+        timeLimit=limits.time_s,
+        gapRel=limits.relative_gap,
+        gapAbs=0.0,
+        **_OPTIONS,
+        **nodes,
     )
     solver.createAndConfigureSolver(program)
     solver.buildSolverModel(program)
@@ -85,9 +95,11 @@ def _has_answer(highs: "highspy.Highs", limits: Limits) -> bool:
     if status in (Status.kInfeasible, Status.kUnboundedOrInfeasible):
         return False
     feasible = highs.getInfo().primal_solution_status == _FEASIBLE
-    if status == Status.kOptimal or (status == Status.kSolutionLimit and feasible):
+    stopped = status in (Status.kSolutionLimit, Status.kTimeLimit)
+    if status == Status.kOptimal or (stopped and feasible):
         return True
     raise MistError(
         f"HiGHS stopped with '{highs.modelStatusToString(status)}' and no assignment "
-        f"(node limit {limits.max_nodes}). Try method 'dp', which needs no solver."
+        f"(node limit {limits.max_nodes}, time limit {limits.time_s} s). "
+        "Try a higher limit, or method 'dp' where no shared memory limit binds."
     )

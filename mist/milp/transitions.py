@@ -1,99 +1,188 @@
-"""The stages of an inter-stage problem as moves on the number of layers behind, last stage first.
+"""The stages of an inter-stage problem as moves between states, last stage first.
 
-Position q = S-1-i counts stages from the last. A state lam is the number of layers in positions
-0..q, so a cell of `count` layers moves lam - count to lam; a cell that names its first layer has
-the one move that ends at lam = L - first. Both kinds of problem are the same from here on.
-Only moves on a path from 0 to L layers are kept. `_moves` lists them, `_reachable` filters them.
+Position q = S-1-i counts stages from the last. A state is the number of layers and the number of
+units of devices in positions 0..q, flattened to layers * (N + 1) + units; N = 0, and no stage has
+units, where devices play no role. A cell of `count` layers on `units` units is a move from every
+state to the state with so many more of both (`_targets`); a cell that names its first layer, or the
+units that it may begin at, has only the moves that end there: first layer = L - layers behind,
+first unit = N - units behind. All these problems are the same from here on.
+
+Only moves on a path from nothing to everything are kept, and states are numbered anew by position,
+so that arrays over states have no holes (`linked`).
 """
 
+import itertools
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.milp.problem import Cell, InterStageProblem
+from mist.milp.problem import Cell, Floats, InterStageProblem
+from mist.pareto.frontier import frontier
+
+Indices = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Moves:
-    """The moves of one position that share one frontier of P points and one layer count.
+class Points:
+    """A frontier of P points as the dynamic program reads it, seconds.
 
     `stable_s` [P] and `negative_lone_s` [P] ascend, for searchsorted; so does `fill_s` [P+1], whose
-    end is inf and stands for "no point is good enough". `source`, `target`, `cell` [M]: states
-    before and after, by rising target, and the index of the cell in the problem.
+    end is inf and stands for "no point is good enough". `point` [P]: indices into the cell.
     """
 
-    stable_s: NDArray[np.float64]
-    negative_lone_s: NDArray[np.float64]
-    fill_s: NDArray[np.float64]
-    source: NDArray[np.int64]
-    target: NDArray[np.int64]
-    cell: NDArray[np.int64]
+    stable_s: Floats
+    negative_lone_s: Floats
+    fill_s: Floats
+    point: NDArray[np.intp]
 
 
-def positions(problem: InterStageProblem) -> tuple[tuple[Moves, ...], ...] | None:
-    """The moves of each position, last stage first; None when no assignment covers the layers."""
-    moves = [_moves(problem, stage) for stage in reversed(range(problem.num_stages))]
-    kept = _reachable(problem.num_layers, moves)
-    if not all(kept):
-        return None
-    return tuple(tuple(_grouped(problem, position)) for position in kept)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Position:
+    """The M moves of one stage, by rising (frontier, target).
+
+    `source`, `target` [M]: states before and after, below `num_sources` and `num_targets`.
+    `frontier` [M]: index into `frontiers`, of which no two with the same count and units are equal.
+    `cell` [M]: index of the cell in the problem.
+    """
+
+    frontiers: tuple[Points, ...]
+    num_sources: int
+    num_targets: int
+    source: Indices
+    target: Indices
+    frontier: Indices
+    cell: Indices
+
+    def where(self, kept: NDArray[np.bool_]) -> "Position":
+        """Only the moves `kept` [M]."""
+        return replace(
+            self,
+            source=self.source[kept],
+            target=self.target[kept],
+            frontier=self.frontier[kept],
+            cell=self.cell[kept],
+        )
+
+    def runs(self) -> list[slice]:
+        """For each frontier, which moves are its own."""
+        edges = np.searchsorted(self.frontier, np.arange(len(self.frontiers) + 1)).tolist()
+        return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
-# A move: (source state, target state, index of the cell).
-_Move = tuple[int, int, int]
+def positions(problem: InterStageProblem) -> tuple[Position, ...] | None:
+    """The moves of each position, last stage first; None when no assignment fits together."""
+    return linked(_position(problem, stage) for stage in reversed(range(problem.num_stages)))
 
 
-def _moves(problem: InterStageProblem, stage: int) -> list[_Move]:
-    """Every move of a stage whose cells have a point."""
-    cells = ((index, c) for index, c in enumerate(problem.cells) if c.stage == stage)
-    return [
-        (target - cell.count, target, index)
-        for index, cell in cells
-        if cell.stable_s.size
-        for target in _targets(cell, problem.num_layers)
-    ]
+def linked(positions: Iterable[Position]) -> tuple[Position, ...] | None:
+    """The moves on a path from state 0 before the first position to the last state of the last.
 
-
-def _targets(cell: Cell, num_layers: int) -> range:
-    """Numbers of layers from the first of the cell's layers to the end of the model."""
-    if cell.first is None:
-        return range(cell.count, num_layers + 1)
-    return range(num_layers - cell.first, num_layers - cell.first + 1)
-
-
-def _reachable(num_layers: int, moves: list[list[_Move]]) -> list[list[_Move]]:
-    """The moves that lie on a path from 0 layers before position 0 to all layers after the last."""
-    states, forward = {0}, []
-    for position in moves:
-        forward.append([move for move in position if move[0] in states])
-        states = {target for _, target, _ in forward[-1]}
-    states, backward = {num_layers}, []
+    None when there is no such path. The first and the last state stay the first and the last.
+    """
+    states, forward = np.zeros(1, dtype=np.int32), []
+    for position in positions:
+        forward.append(position.where(_marked(states, position.num_sources)[position.source]))
+        states = forward[-1].target
+    states, backward = np.array([forward[-1].num_targets - 1], dtype=np.int32), []
     for position in reversed(forward):
-        backward.append([move for move in position if move[1] in states])
-        states = {source for source, _, _ in backward[-1]}
-    return backward[::-1]
+        backward.append(position.where(_marked(states, position.num_targets)[position.target]))
+        states = backward[-1].source
+    if not states.size:
+        return None
+    return tuple(_numbered(position) for position in reversed(backward))
 
 
-def _grouped(problem: InterStageProblem, moves: list[_Move]) -> list[Moves]:
-    """One Moves per distinct count, frontier and spare; of equal moves the earlier cell stays."""
-    groups: defaultdict[tuple[object, ...], dict[int, _Move]] = defaultdict(dict)
-    for move in moves:
-        cell = problem.cells[move[2]]
-        key = (cell.count, cell.stable_s.tobytes(), cell.lone_s.tobytes(), cell.spare_s)
-        groups[key].setdefault(move[1], move)
-    return [_joined(problem, sorted(group.values())) for group in groups.values()]
+def _marked(states: Indices, num_states: int) -> NDArray[np.bool_]:
+    marks = np.zeros(num_states, dtype=np.bool_)
+    marks[states] = True
+    return marks
 
 
-def _joined(problem: InterStageProblem, moves: list[_Move]) -> Moves:
-    source, target, cells = np.array(moves, dtype=np.int64).T
-    cell = problem.cells[moves[0][2]]
-    return Moves(
-        stable_s=cell.stable_s,
-        negative_lone_s=-cell.lone_s,
-        fill_s=np.append(problem.fill_s(cell), np.inf),
+def _numbered(position: Position) -> Position:
+    """With the states and the frontiers that occur as 0, 1, .. in the same order."""
+    used = _marked(position.frontier, len(position.frontiers))
+    before = _marked(position.source, position.num_sources).cumsum(dtype=np.int32)
+    after = _marked(position.target, position.num_targets).cumsum(dtype=np.int32)
+    return replace(
+        position,
+        frontiers=tuple(itertools.compress(position.frontiers, used)),
+        num_sources=int(before[-1]),
+        num_targets=int(after[-1]),
+        source=before[position.source] - 1,
+        target=after[position.target] - 1,
+        frontier=used.cumsum(dtype=np.int32)[position.frontier] - 1,
+    )
+
+
+def _position(problem: InterStageProblem, stage: int) -> Position:
+    """Every move of a stage; of equal moves that of the earlier cell stays."""
+    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, cell in enumerate(problem.cells):
+        if cell.stage == stage and cell.stable_s.size:
+            alike[_key(cell)].append(index)
+    moves = [np.empty((4, 0), np.int32)]
+    moves += [_moves(problem, key, group) for key, group in enumerate(alike.values())]
+    source, target, frontier, cells = np.concatenate(moves, axis=1)
+    num_states = (problem.num_layers + 1) * _width(problem)
+    return Position(
+        frontiers=tuple(_points(problem, problem.cells[group[0]]) for group in alike.values()),
+        num_sources=num_states,
+        num_targets=num_states,
         source=source,
         target=target,
+        frontier=frontier,
         cell=cells,
+    )
+
+
+def _key(cell: Cell) -> tuple[object, ...]:
+    """Equal for cells whose moves differ in nothing but the states."""
+    columns = (cell.stable_s, cell.lone_s, cell.host_bytes)
+    times = (None if column is None else column.tobytes() for column in columns)
+    return (cell.count, cell.units, cell.spare_s, *times)
+
+
+def _width(problem: InterStageProblem) -> int:
+    return (problem.num_units or 0) + 1
+
+
+def _moves(problem: InterStageProblem, frontier: int, cells: Sequence[int]) -> Indices:
+    """Rows source, target, frontier and cell [4, M] of alike cells, by rising target."""
+    first = problem.cells[cells[0]]
+    step = first.count * _width(problem) + (0 if problem.num_units is None else first.units)
+    targets = [_targets(problem, problem.cells[index]) for index in cells]
+    target, kept = np.unique(np.concatenate(targets), return_index=True)
+    moves = np.empty((4, target.size), np.int32)
+    moves[0], moves[1], moves[2] = target - step, target, frontier
+    moves[3] = np.repeat(cells, [states.size for states in targets])[kept]
+    return moves
+
+
+def _targets(problem: InterStageProblem, cell: Cell) -> NDArray[np.int64]:
+    """The states behind which a stage with this cell may begin, ascending."""
+    num_layers, num_units = problem.num_layers, problem.num_units
+    layers = np.arange(cell.count, num_layers + 1)
+    if cell.first is not None:
+        layers = np.array([num_layers - cell.first])
+    if num_units is None:
+        return layers
+    units = np.arange(cell.units, num_units + 1)
+    if cell.offsets is not None:
+        units = num_units - np.array(sorted(cell.offsets, reverse=True), dtype=np.int64)
+    return (layers[:, None] * _width(problem) + units).ravel()
+
+
+def _points(problem: InterStageProblem, cell: Cell) -> Points:
+    """The frontier of a cell in (stable, lone): all points, where host memory makes no more."""
+    point = np.arange(cell.stable_s.size)
+    if cell.host_bytes is not None:
+        point = frontier(cell.stable_s, cell.lone_s, cell.host_bytes, np.ones(point.size)).choice
+    return Points(
+        stable_s=cell.stable_s[point],
+        negative_lone_s=-cell.lone_s[point],
+        fill_s=np.append(problem.fill_s(cell)[point], np.inf),
+        point=point,
     )

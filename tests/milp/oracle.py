@@ -6,58 +6,82 @@ a stage adds to filling and draining is t in the paper; here it is f = (t - w) /
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from mist.milp import Cell, InterStageProblem
+from mist.milp import Cell, InterStageProblem, Shared
 from mist.schedule import step_time
 
-Times = tuple[float, float, float]
+Point = tuple[Cell, int]
 
 
-def assignments(problem: InterStageProblem) -> Iterator[list[Times]]:
-    """(stable, lone, fill) per stage of every assignment that covers the layers in order."""
+def assignments(problem: InterStageProblem) -> Iterator[list[Point]]:
+    """A point per stage, for every assignment that covers the layers and the units in order."""
 
-    def extend(stage: int, begin: int) -> Iterator[list[Times]]:
+    def extend(stage: int, begin: int, unit: int) -> Iterator[list[Point]]:
         if stage == problem.num_stages:
-            if begin == problem.num_layers:
+            if begin == problem.num_layers and unit == (problem.num_units or 0):
                 yield []
             return
         for cell in problem.cells:
             if cell.stage != stage or (cell.first is not None and cell.first != begin):
                 continue
-            if begin + cell.count > problem.num_layers:
+            if cell.offsets is not None and unit not in cell.offsets:
                 continue
-            for rest in extend(stage + 1, begin + cell.count):
-                for stable, lone in zip(cell.stable_s, cell.lone_s, strict=True):
-                    fill = (float(stable) - cell.spare_s) / problem.num_chunks
-                    yield [(float(stable), float(lone), fill), *rest]
+            units = 0 if problem.num_units is None else cell.units
+            if begin + cell.count > problem.num_layers or unit + units > (problem.num_units or 0):
+                continue
+            for rest in extend(stage + 1, begin + cell.count, unit + units):
+                for point in range(cell.stable_s.size):
+                    yield [(cell, point), *rest]
 
-    return extend(0, 0)
+    return extend(0, 0, 0)
 
 
-def paper_step(num_micro_batches: int, times: list[Times]) -> float:
+def paper_step(problem: InterStageProblem, points: list[Point]) -> float:
     """(G - 1) max t + sum f + max (u_i - f_i - sum_{j<i} f_j); with f = t, u - f is delta."""
-    total, worst = 0.0, -np.inf
-    for _, lone, fill in times:
+    total, worst, bottleneck = 0.0, -np.inf, 0.0
+    for cell, point in points:
+        stable, lone = float(cell.stable_s[point]), float(cell.lone_s[point])
+        fill = (stable - cell.spare_s) / problem.num_chunks
         worst = max(worst, lone - fill - total)
         total += fill
-    return (num_micro_batches - 1) * max(stable for stable, _, _ in times) + total + worst
+        bottleneck = max(bottleneck, stable)
+    return (problem.num_micro_batches - 1) * bottleneck + total + worst
+
+
+def keeps_limits(problem: InterStageProblem, points: list[Point]) -> bool:
+    """No shared limit on host memory is exceeded."""
+    return all(
+        sum(points[stage][0].host_bytes[points[stage][1]] for stage in shared.stages)
+        <= shared.limit_bytes
+        for shared in problem.shared
+    )
 
 
 def optimum(problem: InterStageProblem) -> float:
     """Least step time in seconds; inf when no assignment exists."""
-    found = (paper_step(problem.num_micro_batches, times) for times in assignments(problem))
+    found = (
+        paper_step(problem, points)
+        for points in assignments(problem)
+        if keeps_limits(problem, points)
+    )
     return min(found, default=np.inf)
 
 
 def optimum_of_many(problem: InterStageProblem) -> float:
-    """The same for alike layers and some 100,000 assignments, all points of a choice of cells at
-    once. Uses `step_time`, which tests/test_schedule.py checks against the paper's form."""
+    """The same for some 100,000 assignments, all points of a choice of cells at once.
+
+    Layers are alike, units have no offsets. Uses `step_time`, which tests/test_schedule.py checks
+    against the paper's form.
+    """
     per_stage = [[c for c in problem.cells if c.stage == i] for i in range(problem.num_stages)]
     best = np.inf
     for cells in itertools.product(*per_stage):
         if sum(c.count for c in cells) != problem.num_layers:
+            continue
+        if problem.num_units not in (None, sum(c.units for c in cells)):
             continue
         stable = np.stack(np.meshgrid(*(c.stable_s for c in cells)), axis=-1)
         lone = np.stack(np.meshgrid(*(c.lone_s for c in cells)), axis=-1)
@@ -134,3 +158,57 @@ def random_cell(
         lone_s=np.sort(lone)[::-1].copy(),
         spare_s=spare,
     )
+
+
+def with_units(problem: InterStageProblem, seed: int) -> InterStageProblem:
+    """The same layers on devices that the stages share unevenly: 1, 2 or 4 units each.
+
+    A stage with more units is faster by a random factor. A third of the problems lets stages begin
+    anywhere, a third at multiples of their units, a third at random units.
+    """
+    rng = np.random.default_rng(seed)
+    num_units = int(rng.integers(problem.num_stages, 2 * problem.num_stages + 2))
+    cells = []
+    for cell in problem.cells:
+        for units in (1, 2, 4):
+            if units > num_units or rng.uniform() < 0.3:
+                continue
+            speed = rng.uniform(0.6, 1.0) * units
+            begins = range(num_units - units + 1)
+            offsets = [None, begins[::units], tuple(b for b in begins if rng.uniform() < 0.7)]
+            cells.append(
+                replace(
+                    cell,
+                    units=units,
+                    offsets=None if seed % 3 == 0 else tuple(offsets[seed % 3]),
+                    stable_s=cell.stable_s / speed,
+                    lone_s=cell.lone_s / speed,
+                    spare_s=cell.spare_s / speed,
+                )
+            )
+    return replace(problem, num_units=num_units, cells=tuple(cells))
+
+
+def with_host(problem: InterStageProblem, seed: int) -> InterStageProblem:
+    """The same problem with a node of host memory that the first two stages share.
+
+    Points take 0 to 10 bytes, the more the faster they are; some are dominated in time alone.
+    """
+    rng = np.random.default_rng(seed)
+    cells = []
+    for cell in problem.cells:
+        size = cell.stable_s.size
+        order = rng.permutation(2 * size)
+        slower = rng.uniform(1.0, 1.3, size)
+        host = np.concatenate([rng.uniform(3, 10, size), rng.uniform(0, 5, size)])
+        cells.append(
+            replace(
+                cell,
+                stable_s=np.concatenate([cell.stable_s, cell.stable_s * slower])[order],
+                lone_s=np.concatenate([cell.lone_s, cell.lone_s * slower])[order],
+                host_bytes=host[order],
+            )
+        )
+    stages = tuple(range(min(2, problem.num_stages)))
+    limit = Shared(stages=stages, limit_bytes=float(rng.uniform(2, 12) * len(stages)))
+    return replace(problem, cells=tuple(cells), shared=(limit,))

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 
 from mist.errors import MistError
-from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
+from mist.milp import (
+    Cell,
+    InterStageProblem,
+    InterStageSolution,
+    Limits,
+    Method,
+    Shared,
+    solve,
+    within_shared,
+)
 from mist.milp import exact as exact_module
 from mist.milp.formulation import solve_milp
-from mist.milp.highs import Limits
-from tests.milp.oracle import dense_problem, optimum, random_problem
+from tests.milp.oracle import dense_problem, optimum, random_problem, with_host, with_units
 from tests.milp.test_exact import covers, dense
 
 # The tolerances of HiGHS (1e-6 and 1e-7), in units of a time that is part of every step.
@@ -37,6 +45,67 @@ def test_milp_and_both_equal_enumeration(block: int) -> None:
                 assert 0 <= found.gap <= SOLVER, seed
                 assert covers(problem, found.choices), seed
     assert num_feasible >= 2 * 13  # so that the four blocks check at least 52 problems
+
+
+def test_milp_and_both_equal_enumeration_on_non_uniform_meshes() -> None:
+    num_feasible = 0
+    for seed in range(60):
+        problem = with_units(random_problem(seed, max_layers=5, max_stages=4), seed)
+        expected = optimum(problem)
+        for method in ("milp", "both"):
+            found = solve(problem, method=method)
+            assert (found is None) == math.isinf(expected), seed
+            if found is not None:
+                num_feasible += 1
+                assert found.step_s == pytest.approx(expected, rel=SOLVER), seed
+                assert 0 <= found.gap <= SOLVER, seed
+                assert covers(problem, found.choices), seed
+    assert num_feasible >= 2 * 25
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shared_host_memory_equals_enumeration(method: Method) -> None:
+    solvers = []
+    for seed in range(80):
+        problem = with_host(random_problem(seed, max_layers=4, max_stages=3), seed)
+        problem = with_units(problem, seed) if seed % 2 else problem
+        expected, found = optimum(problem), solve(problem, method=method)
+        assert (found is None) == math.isinf(expected), seed
+        if found is not None:
+            solvers.append(found.solver)
+            assert found.step_s == pytest.approx(expected, rel=SOLVER), seed
+            assert 0 <= found.gap <= SOLVER, seed
+            assert covers(problem, found.choices), seed
+            assert within_shared(problem, found.choices), seed
+    # The dynamic program answers where no limit binds, HiGHS where one does.
+    assert solvers.count("milp") >= 15
+    assert method == "milp" or solvers.count("dp") >= 15
+
+
+def test_the_optimum_without_shared_limits_bounds_the_one_with_them() -> None:
+    # The limit leaves only the slow points: 2 * 4 + 4 + 4, against 2 * 2 + 2 + 2 without it.
+    times, host = np.array([2.0, 4.0]), np.array([5.0, 1.0])
+    cells = tuple(
+        Cell(stage=i, first=None, count=1, stable_s=times, lone_s=times, host_bytes=host)
+        for i in (0, 1)
+    )
+    problem = InterStageProblem(
+        num_layers=2,
+        num_stages=2,
+        num_micro_batches=3,
+        cells=cells,
+        shared=(Shared(stages=(0, 1), limit_bytes=5.9),),
+    )
+    found = solve(problem, method="dp")
+    assert found is not None
+    assert (found.step_s, found.solver) == (16.0, "milp")
+    # With 6 bytes one of them may be fast: 2 * 4 + max(2 + 4, 4) or 2 * 4 + max(4 + 2, 2).
+    found = solve(replace(problem, shared=(Shared(stages=(0, 1), limit_bytes=6.0),)), method="dp")
+    assert found is not None
+    assert found.step_s == 14.0
+    loose = solve(replace(problem, shared=()), method="dp")
+    assert loose is not None
+    assert (loose.step_s, loose.solver) == (8.0, "dp")
 
 
 def cell(stage: int, count: int, times: list[tuple[float, float]]) -> Cell:
@@ -156,6 +225,19 @@ def test_a_node_limit_leaves_a_gap_that_is_reported() -> None:
     assert found.gap > 0.01
 
 
+def test_a_time_limit_leaves_a_gap_that_is_reported() -> None:
+    # PuLP calls this "Optimal". The dynamic program knows better: HiGHS needs minutes for it.
+    problem = dense_problem(1, num_layers=48, num_stages=8, num_micro_batches=8, num_points=30)
+    best = solve(problem, method="dp")
+    found = solve(problem, method="milp", limits=Limits(time_s=1.0))
+    assert best is not None
+    assert found is not None
+    assert found.lower_bound_s <= best.step_s * (1 + SOLVER)
+    assert best.step_s <= found.step_s * (1 + SOLVER)
+    assert found.gap == pytest.approx(1 - found.lower_bound_s / found.step_s)
+    assert found.gap > SOLVER
+
+
 def test_highs_starts_from_the_solution_that_it_confirms() -> None:
     problem = dense(8)
     best = solve(problem, method="dp")
@@ -170,8 +252,8 @@ def test_no_assignment_within_the_node_limit_is_an_error() -> None:
     with pytest.raises(MistError) as error:
         solve_milp(dense(64), limits=Limits(max_nodes=0))
     assert str(error.value) == (
-        "HiGHS stopped with 'Solution limit reached' and no assignment (node limit 0). "
-        "Try method 'dp', which needs no solver."
+        "HiGHS stopped with 'Solution limit reached' and no assignment (node limit 0, time limit "
+        "None s). Try a higher limit, or method 'dp' where no shared memory limit binds."
     )
 
 
