@@ -150,7 +150,10 @@ def confirm(job: Job, found: Tuned, limit: float) -> None:
 
 @pytest.mark.parametrize("offload", [NO_RATIOS, RATIOS], ids=["kept", "offloaded"])
 @pytest.mark.parametrize("counts", [(3,), (1, 2)])
-@pytest.mark.parametrize("limit", [0.55e9, 0.75e9, 1.1e9, 8e9])
+@pytest.mark.parametrize(
+    "limit",
+    [0.55e9, 0.75e9, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (1.1e9, 8e9))],
+)
 def test_equals_exhaustive_search(
     counts: tuple[int, ...], limit: float, offload: dict[str, tuple[float, ...]]
 ) -> None:
@@ -195,7 +198,7 @@ def peak_of(job: Job, others: list[StagePlan], position: int, stage: StagePlan, 
     return estimate(job, stages, g).stages[position].peak_bytes
 
 
-@pytest.mark.parametrize("limit", [0.45e9, 0.6e9, 8e9])
+@pytest.mark.parametrize("limit", [0.45e9, 0.6e9, pytest.param(8e9, marks=pytest.mark.slow)])
 def test_unequal_meshes_equal_exhaustive_search(limit: float) -> None:
     job = toy_job(toy_graph((4,), vocab=8192), 4, global_batch=8)
     levels = (MemoryLevel.EAGER, MemoryLevel.FULL)
@@ -252,7 +255,9 @@ SUBSETS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 10))]
+)
 def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
     """Ten pairs of spaces on ten random jobs: sizes, memory and machines of all kinds."""
     rng = np.random.default_rng(seed)
