@@ -306,16 +306,22 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
                     yield Point(step_s=layout.step_s, peak_bytes=layout.peak_bytes)
 
 
-def smallest_peak(job: Job, space: SearchSpace) -> Layout:
-    """The layout whose fullest device holds least. Raises InputError when the space is empty."""
-    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
-    most = {name: (max(ratios),) for name, ratios in space.offload.items()}
+def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:
+    """The layout whose fullest device holds least, of those with room in host memory.
+
+    Each state is offloaded as far as it may be, or not at all; no schedule holds less than 1F1B.
+    Raises InputError when the space is empty.
+    """
+    if ScheduleKind.ONE_F_ONE_B in space.schedules:
+        space = replace(space, schedules=(ScheduleKind.ONE_F_ONE_B,))
+    within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
+    most = {name: (min(ratios), max(ratios)) for name, ratios in space.offload.items()}
     layouts: list[Layout] = []
     for group in groups(job, space):
         rows = np.arange(len(group.strategies))
         away = offloading(job, group, replace(space, offload=most), rows)
         model = GroupModel(job, group, group.strategies.joined(away), space)
-        layouts += even_layouts(model, anything, least="peak_bytes")
+        layouts += even_layouts(model, within, least="peak_bytes")
     if not layouts:
         raise InputError(_no_group_words(job, space))
     return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))

@@ -122,7 +122,8 @@ def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternat
 
 def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     """The fullest stage of the layout that comes closest to fitting, and its bytes."""
-    layout = smallest_peak(job, space)
+    limits = limits_of(job, question)
+    layout = smallest_peak(job, space, host_bytes=limits.host_bytes)
     stages, num_micro_batches = stage_plans(job, layout), layout.num_micro_batches
     judged = estimate(job, stages, num_micro_batches, layout.schedule).stages
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
@@ -130,7 +131,7 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     return (
         f"{job.facts.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
         f"least memory ({layout_words(stages, num_micro_batches, layout.schedule)}) "
-        f"{overflow(index, judged[index], device, limits_of(job, question).device_bytes)}."
+        f"{overflow(index, judged[index], device, limits.device_bytes)}."
     )
 
 
@@ -140,7 +141,9 @@ def _what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) 
     while num_gpus <= MOST_GPUS_SUGGESTED:
         try:
             larger = job_of(replace(question, num_gpus=num_gpus), programs)
-            if smallest_peak(larger, space).peak_bytes <= limits_of(larger, question).device_bytes:
+            limits = limits_of(larger, question)
+            least = smallest_peak(larger, space, host_bytes=limits.host_bytes)
+            if least.peak_bytes <= limits.device_bytes:
                 return f"Try --gpus {num_gpus}."
         except InputError:  # a number that fills no nodes, or that the global batch does not divide
             pass
