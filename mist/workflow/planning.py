@@ -1,14 +1,18 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter, process_time
+from types import MappingProxyType
+from typing import Final
 
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.explain import layout_words, losing_reason, overflow, step_parts
 from mist.milp import Method
 from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.space import expressible
 from mist.plans import Alternative, Limits, Plan
 from mist.programs import Progress, quiet
 from mist.spaces import SearchSpace
@@ -26,6 +30,13 @@ from mist.workflow.question import (
 )
 
 MOST_GPUS_SUGGESTED = 4096
+SOLVERS: Final[Mapping[Method, str]] = MappingProxyType(
+    {
+        "dp": "dynamic program",
+        "milp": "HiGHS through PuLP",
+        "both": "dynamic program, confirmed by HiGHS through PuLP",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +86,7 @@ def make_plan(  # noqa: PLR0913 - what is searched, and how far
     searched = perf_counter()
     points = landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s)
     seconds = {"prepare": prepared - start, "search": searched - prepared}
-    plan = _assemble(job, question, space, tuned)
+    plan = _assemble(job, question, space, tuned, method)
     return Planned(
         plan=plan,
         notes=job.facts.notes,
@@ -85,7 +96,9 @@ def make_plan(  # noqa: PLR0913 - what is searched, and how far
     )
 
 
-def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) -> Plan:
+def _assemble(
+    job: Job, question: Question, space: SearchSpace, tuned: Tuned, method: Method
+) -> Plan:
     best = tuned.best
     stages = stage_plans(job, best)
     judged = estimate(job, stages, best.num_micro_batches, best.schedule)
@@ -93,7 +106,7 @@ def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) ->
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,
-        solver="dynamic program, confirmed by HiGHS through PuLP",
+        solver=_solver_words(job, space, method),
         gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
         lower_bound_s=lower_bound_s,
         search=tuned.statistics
@@ -106,6 +119,12 @@ def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) ->
         alternatives=tuple(_alternative(job, other, winner) for other in tuned.others),
         provenance=provenance,
     )
+
+
+def _solver_words(job: Job, space: SearchSpace, method: Method) -> str:
+    if not expressible(space, job.platform.runtime).unlike_stages:
+        return "none: every layout of like stages was judged"
+    return SOLVERS[method]
 
 
 def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternative:
