@@ -323,7 +323,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, micro-batch or zero with a number, "
-        "or checkpoint=none or full.",
+        "checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble.",
     ),
     (
         "a knob set twice",

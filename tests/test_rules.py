@@ -20,6 +20,12 @@ FITTING = {
     "zero": 1,
     "num_stages": 2,
     "num_micro_batches": 16,
+    "schedule": "1f1b",
+    "chunks": 1,
+    "weights": 0.0,
+    "grads": 0.0,
+    "optimizer": 0.0,
+    "activations": 0.0,
 }
 
 

@@ -50,7 +50,7 @@ def test_a_plan_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stages_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     print_plan(sample_plan(), LIMITS, ())
-    shared = ("2", "2+sp", "1", "2 x8", "1 of 8")
+    shared = ("2", "2+sp", "1", "2 x8", "1 of 8", "-")
     assert rows(capsys.readouterr().out, "Stages (") == [
         ["0: layers 0-7", "0-3", *shared, "500 ms", "250 ms", "compute 375 ms, tp 125 ms"],
         ["1: layers 8-15", "4-7", *shared, "250 ms", "250 ms", "compute 188 ms, tp 62.5 ms"],
@@ -149,6 +149,7 @@ def test_the_json_of_a_check() -> None:
         "fits": True,
         "margin_bytes": 16 * GIB,
         "limit_bytes": 64 * GIB,
+        "host_limit_bytes": 32 * GIB,
         "step_s": 5.0,
         "tokens_per_s": 13107.2,
         "mfu": 0.4321,
@@ -161,6 +162,7 @@ def test_the_json_of_a_check() -> None:
         "stages": [
             {
                 "peak_bytes": peak * GIB,
+                "host_bytes": 0,
                 "usable_bytes": 72 * GIB,
                 "parts": {"states": 30 * GIB, "activations": (peak - 30) * GIB},
                 "stable_s": stable_s,

@@ -11,7 +11,7 @@ from mist.explain import layout_words
 from mist.graph import S
 from mist.planfile import dump_plan, save_plan
 from mist.spaces import SearchSpace
-from mist.spec import Precision
+from mist.spec import MemoryLevel, Precision
 from mist.workflow.checking import check_plan
 from mist.workflow.planning import make_plan
 from mist.workflow.question import Question
@@ -38,7 +38,7 @@ def test_a_plan_answers_its_question() -> None:
     assert (plan.cluster.name, plan.cluster.device) == ("dgx-h100", "h100-sxm")
     assert planned.notes == ("made by hand",)
     assert {*planned.seconds} == {"prepare", "search"}
-    assert all(stage.peak_bytes <= planned.limit_bytes for stage in plan.estimate.stages)
+    assert all(stage.peak_bytes <= planned.limits.device_bytes for stage in plan.estimate.stages)
     assert plan.provenance.gap == 0.0
     assert plan.provenance.lower_bound_s == pytest.approx(plan.estimate.step_s, rel=1e-5)
     searched = plan.provenance.search
@@ -67,11 +67,12 @@ def test_a_plan_passes_its_own_check(tmp_path: Path) -> None:
     checked = check_plan(tmp_path / "plan.yaml")
     assert checked.plan == planned.plan
     assert checked.fits
-    assert checked.limit_bytes == planned.limit_bytes
+    assert checked.limits == planned.limits
 
 
 def test_restrictions_are_kept_and_told() -> None:
-    space = SearchSpace(tp=(2,), pp=(2,), checkpoint="full", restrictions=("tp=2", "pp=2"))
+    full = (MemoryLevel.FULL,)
+    space = SearchSpace(tp=(2,), pp=(2,), levels=full, restrictions=("tp=2", "pp=2"))
     plan = make_plan(QUESTION, space).plan
     assert [(stage.tp, stage.num_full) for stage in plan.stages] == [(2, 4), (2, 4)]
     assert plan.provenance.search["restricted"] == "tp=2, pp=2"
