@@ -124,7 +124,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         make_plan(asked, SearchSpace())
     message = str(refused.value)
     assert message.startswith("toy does not fit on 2 x l4. Even in the layout of least memory (pp")
-    assert " that a plan may use on l4 (states " in message
+    assert " GiB that a plan may use on l4 (working " in message
     # What it tells us to try fits, and half of that does not.
     num_gpus = int(message.rpartition("--gpus ")[2].rstrip("."))
     assert make_plan(replace(asked, num_gpus=num_gpus), SearchSpace()).plan.stages
