@@ -164,7 +164,7 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
     )
     yield Rule(
         name="chunks-have-layers",
-        holds=lambda c: c["num_stages"] * c["chunks"] <= facts.num_layers,
+        holds=lambda c: (c["chunks"] == 1) | (c["num_stages"] * c["chunks"] <= facts.num_layers),
         message=f"{{num_stages}} stages of {{chunks}} chunks, but {facts.name} has "
         f"{facts.num_layers} layers.",
     )

@@ -226,13 +226,16 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
                     yield Point(step_s=layout.step_s, peak_bytes=layout.peak_bytes)
 
 
-def smallest_peak(job: Job, space: SearchSpace, host_bytes: float) -> Layout:
-    """The layout whose fullest device holds least, each state offloaded as far as can be or not.
+def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:
+    """The layout whose fullest device holds least, of those with room in host memory.
 
-    `host_bytes`: what a rank may hold in host memory. Raises InputError when the space is empty.
+    Each state is offloaded as far as it may be, or not at all; no schedule holds less than 1F1B.
+    Raises InputError when the space is empty.
     """
+    if ScheduleKind.ONE_F_ONE_B in space.schedules:
+        space = replace(space, schedules=(ScheduleKind.ONE_F_ONE_B,))
     within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
-    most = {name: tuple({min(ratios), max(ratios)}) for name, ratios in space.offload.items()}
+    most = {name: (min(ratios), max(ratios)) for name, ratios in space.offload.items()}
     layouts: list[Layout] = []
     for group in groups(job, replace(space, unequal_meshes=False)):
         rows = np.arange(len(group.strategies))

@@ -5,6 +5,9 @@ tensor with Python numbers and asks the platform's laws for each operation by it
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cache
+
+from sympy import Expr
 
 from mist.facts import Traffic
 from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
@@ -42,8 +45,13 @@ class Rank:
     def per_node(self) -> int:
         return min(self.dp, max(self.platform.gpus_per_node // self.tp, 1))
 
-    def number(self, expr: object) -> float:
-        return float(expr.subs({B: self.micro_batch, S: self.workload.seq_len, T: self.tp}))  # type: ignore[attr-defined]
+    def number(self, expr: Expr) -> float:
+        return number(expr, self.micro_batch, self.workload.seq_len, self.tp)
+
+
+@cache
+def number(expr: Expr, micro_batch: int, seq_len: int, tp: int) -> float:
+    return float(expr.subs({B: micro_batch, S: seq_len, T: tp}))
 
 
 def op_seconds(rank: Rank, block: Block, phase: str) -> float:

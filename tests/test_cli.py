@@ -15,6 +15,8 @@ import yaml
 
 from mist import cli
 from mist.planfile import load_plan
+from mist.plans import Offload, Plan, Schedule
+from mist.spec import ScheduleKind
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--gpus", "4", "--global-batch", "16")
@@ -107,6 +109,66 @@ def test_what_is_set_is_kept(mist: Mist, models: Path, tmp_path: Path) -> None:
     assert plan.provenance.search["restricted"] == ", ".join(knobs)
 
 
+def planned(mist: Mist, models: Path, *options: object) -> tuple[Run, Plan]:
+    """A plan of the tiny model, and what was printed."""
+    run = mist("plan", models / "tiny.py", *SMALL, *options, "--out", "p.yaml")
+    assert run.code == 0, run.err
+    return run, load_plan("p.yaml")
+
+
+def test_a_space_and_what_narrows_it(mist: Mist, models: Path) -> None:
+    """Megatron without interleaving, at most two GPUs by tp and one by pp: only tp2 dp2 is left."""
+    options = ("--space", "megatron", "--set", "tp=2", "--max", "pp=1", "--forbid", "interleaved")
+    run, plan = planned(mist, models, *options)
+    (stage,) = plan.stages
+    assert (stage.tp, stage.dp) == (2, 2)
+    assert stage.zero in (0, 1)
+    assert plan.provenance.search["restricted"] == (
+        "space megatron, tp=2, max pp=1, no interleaved"
+    )
+    assert "solver: none: every layout of like stages was judged" in " ".join(run.out.split())
+
+
+def test_each_space_plans(mist: Mist, models: Path) -> None:
+    """What a space forbids is in no plan of it, and no larger space is slower."""
+    steps = {}
+    for name in ("3d", "aceso", "fsdp", "deepspeed", "paper", "mist"):
+        _, plan = planned(mist, models, "--space", name, "--max", "micro-batch=1")
+        steps[name] = plan.estimate.step_s
+        told = "max micro-batch=1" if name == "mist" else f"space {name}, max micro-batch=1"
+        assert plan.provenance.search["restricted"] == told
+        assert {stage.micro_batch for stage in plan.stages} == {1}
+        if name in ("fsdp", "deepspeed"):
+            assert len(plan.stages) == 1
+        if name == "fsdp":
+            assert [(stage.tp, stage.zero > 1) for stage in plan.stages] == [(1, True)]
+        if name not in ("deepspeed", "paper", "mist"):
+            assert {stage.offload for stage in plan.stages} == {Offload()}
+    assert steps["mist"] <= min(steps.values())
+    assert steps["aceso"] <= steps["3d"]
+
+
+def test_one_solver_and_no_time(mist: Mist, models: Path) -> None:
+    run, plan = planned(mist, models, "--solver", "dp", "--time-limit", 0)
+    assert plan.provenance.solver == "dynamic program"
+    assert plan.provenance.search["groups_left"] > 0
+    whole = planned(mist, models)[1]
+    assert plan.provenance.lower_bound_s <= whole.estimate.step_s <= plan.estimate.step_s
+    assert f"solver: dynamic program; optimality gap {plan.provenance.gap:.2g} of the step." in (
+        " ".join(run.out.split())
+    )
+
+
+def test_a_schedule_that_is_set_is_planned_and_checked(mist: Mist, models: Path) -> None:
+    for kind in ScheduleKind:
+        _, plan = planned(mist, models, "--set", "pp=2", "--set", f"schedule={kind}")
+        assert plan.schedule.kind is kind
+        assert (plan.schedule.vpp > 1) is (kind is ScheduleKind.INTERLEAVED)
+        checked = json.loads(mist("check", "p.yaml", "--json").out)
+        assert checked["step_s"] == plan.estimate.step_s
+        assert checked["fits"]
+
+
 def test_a_model_without_layers_is_one_stage_with_a_note(mist: Mist, models: Path) -> None:
     note = "no list of layers that are called once each in order: one block, one layer"
     run = mist("plan", models / "flat.py", *SMALL, "--seq", 128, "--out", "flat.yaml")
@@ -152,6 +214,47 @@ def test_a_check_that_fails(mist: Mist, models: Path) -> None:
     run = mist("check", models / "tiny.py", *SMALL, "--margin", 0.99999, "--json")
     assert run.code == 3
     assert json.loads(run.out)["fits"] is False
+
+
+def test_check_judges_chunks_and_offloads_and_the_file_keeps_them(mist: Mist, models: Path) -> None:
+    chunks = ("--pp", 2, "--schedule", "interleaved", "--vpp", 2)
+    away = ("--zero", 2, "--offload", "optimizer=0.5", "--offload", "activations=1")
+    run = mist("check", models / "tiny.py", *SMALL, *chunks, *away, "--out", "mine.yaml")
+    assert run.code == 0, run.err
+    text = " ".join(run.out.split())
+    assert "schedule interleaved, 2 chunks per stage" in text
+    assert text.count("optimizer 50%, activations 100%") == 2
+    assert "In host memory per GPU: " in text
+    plan = load_plan("mine.yaml")
+    assert plan.schedule == Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
+    assert [stage.layers for stage in plan.stages] == [((0, 1), (2, 1)), ((1, 1), (3, 1))]
+    assert {s.offload for s in plan.stages} == {Offload(optimizer=0.5, activations=1.0)}
+    mist("check", "mine.yaml", "--out", "again.yaml")
+    assert load_plan("again.yaml") == plan
+
+
+def test_a_host_without_room_is_no_fit(mist: Mist, models: Path, tmp_path: Path) -> None:
+    """The optimizer of 326 K parameters is 8 bytes of each, on a host with room for a hundredth."""
+    text = (ROOT / "profiles/clusters/dgx-h100.yaml").read_text()
+    start = text.index("host_memory_bytes: {value: ")
+    stop = text.index(",", start)
+    small = tmp_path / "small.yaml"
+    small.write_text(f"{text[:start]}host_memory_bytes: {{value: 1.0e+05{text[stop:]}")
+    layout = ("--cluster", small, "--offload", "optimizer=1")
+    run = mist("check", models / "tiny.py", *SMALL, *layout)
+    assert run.code == 3
+    lines = run.out.splitlines()
+    assert lines[0].startswith("DOES NOT FIT in host memory: over by 2.5 MiB per GPU.")
+    assert lines[1].startswith("Fits on the GPU, with ")
+    assert any(line.startswith("Try --offload optimizer=0: ") for line in lines)
+    found = json.loads(mist("check", models / "tiny.py", *SMALL, *layout, "--json").out)
+    assert found["fits"] is False
+    assert found["margin_bytes"] > 0
+    # Four layers of attention, MLP with biases and a norm; embedding and head.
+    params = 4 * (4 * 64 * 64 + 2 * 64 * 256 + 256 + 64 + 128) + 2 * 1000 * 64
+    assert found["stages"][0]["host_bytes"] == 8 * params
+    assert found["host_limit_bytes"] == round(1e5 * 0.88 / 4)
+    assert mist("check", models / "tiny.py", *SMALL, "--cluster", small).code == 0
 
 
 def test_a_check_without_a_trace_traces_and_says_so(
@@ -341,6 +444,67 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "zero 7 is not a ZeRO level (0, 1, 2 or 3).",
     ),
     (
+        "a limit that is none",
+        ("plan", "{models}/tiny.py", *SMALL, "--max", "zero=2"),
+        "--max zero=2: expected tp, pp, dp or micro-batch with a number.",
+    ),
+    (
+        "something unknown that is forbidden",
+        ("plan", "{models}/tiny.py", *SMALL, "--forbid", "tp"),
+        "--forbid tp: expected offload, weights, grads, optimizer, activations, selective, full, "
+        "gpipe, 1f1b, interleaved, zero-bubble, unlike-stages, unequal-meshes.",
+    ),
+    (
+        "an unknown space",
+        ("plan", "{models}/tiny.py", *SMALL, "--space", "4d"),
+        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist.",
+    ),
+    (
+        "a share of nothing",
+        ("check", "{models}/tiny.py", *SMALL, "--offload", "optimizer=2"),
+        "--offload optimizer=2: expected weights, grads, optimizer, activations "
+        "with a ratio from 0 to 1.",
+    ),
+    (
+        "chunks without their schedule",
+        ("check", "{models}/tiny.py", *SMALL, "--pp", "2", "--vpp", "2"),
+        "--schedule 1f1b with --vpp 2: interleaved takes 2 or more chunks per stage, the others 1.",
+    ),
+    (
+        "weights offloaded without gradients",
+        ("check", "{models}/tiny.py", *SMALL, "--zero", "2", "--offload", "weights=0.5"),
+        "runtime torch offloads weights and gradients of a layer together: "
+        "their ratios are 0.5 and 0.",
+    ),
+    (
+        "a schedule that the runtime lacks",
+        (
+            "check",
+            "{models}/tiny.py",
+            *SMALL,
+            "--pp",
+            "2",
+            "--runtime",
+            "nanotron",
+            "--schedule",
+            "zero-bubble",
+        ),
+        "schedule zero-bubble: runtime nanotron has gpipe, 1f1b.",
+    ),
+    (
+        "a level that the runtime lacks",
+        (
+            "check",
+            "{models}/tiny.py",
+            *SMALL,
+            "--checkpoint",
+            "selective",
+            "--runtime",
+            "nanotron",
+        ),
+        "runtime nanotron has no selective checkpointing.",
+    ),
+    (
         "an output folder that is missing",
         ("plan", "{models}/tiny.py", *SMALL, "--out", "missing/p.yaml"),
         "--out missing/p.yaml: the folder missing does not exist. Create it first.",
@@ -485,13 +649,22 @@ def test_llama_70b_on_two_l4_says_what_would_fit(mist: Mist, tmp_path: Path) -> 
     assert run.message.startswith("llama3-70b does not fit on 2 x l4. ")
     for words in (" stage 0 needs ", " GiB that a plan may use on l4 (", "activations "):
         assert words in run.message
-    # 70.55e9 parameters of 16 bytes are 1.13 TB: 16 GPUs of 18.5 GiB hold 0.32 TB and the memory
-    # of their two nodes, less the margin, 0.68 TB; 32 GPUs and four nodes hold twice that.
+    # 70.55e9 parameters of 16 bytes are 1.13 TB. 16 GPUs hold 0.32 TB and their two hosts 0.68;
+    # 32 and their four twice as much.
     assert run.message.endswith(" Try --gpus 32.")
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("option", [("--precision", "bf8"), ("--top", "-1"), ("--gpus", "many")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--precision", "bf8"),
+        ("--top", "-1"),
+        ("--gpus", "many"),
+        ("--solver", "simplex"),
+        ("--time-limit", "-1"),
+    ],
+)
 def test_typer_refuses_what_is_no_choice(mist: Mist, option: tuple[str, str]) -> None:
     run = mist("plan", "llama3-8b", "--gpus", "8", *option)
     assert (run.code, run.out) == (2, "")

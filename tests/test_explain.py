@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.explain import PART_NAMES, layout_words, losing_reason, overflow, step_parts
-from mist.spec import MemoryLevel
+from mist.plans import Offload, Schedule
+from mist.spec import MemoryLevel, ScheduleKind
 from mist.symbolic.program import TIME_PARTS
 from mist.units import GIB
 from tests.sample_plans import estimate_of, stage_estimate, stage_plan
@@ -72,6 +73,35 @@ def test_a_layout_of_unequal_stages_in_words() -> None:
     second = stage_plan(first=8, count=6, device=4, zero=3, tp=1, dp=4, memory=levels)
     assert layout_words([stage_plan(), second], 8) == (
         "pp2 dp2+4 tp2+1 zero1+3 mb2 x8, 1+2 of 8+6 layers recomputed"
+    )
+
+
+def test_a_selective_level_a_schedule_and_offloads_in_words() -> None:
+    levels = {MemoryLevel.EAGER: 3, MemoryLevel.SELECTIVE: 4, MemoryLevel.FULL: 1}
+    stages = [
+        stage_plan(memory=levels, offload=Offload(optimizer=0.5, activations=0.375)),
+        stage_plan(first=8, device=4, offload=Offload(optimizer=0.5, activations=1.0)),
+    ]
+    assert layout_words(stages, 8, Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)) == (
+        "pp2 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed, 4+0 selectively, zero-bubble, "
+        "offloaded: optimizer 50 %, activations 38+100 %"
+    )
+
+
+def test_chunks_in_words() -> None:
+    stages = [stage_plan(), stage_plan(first=8, device=4)]
+    chunks = Schedule(kind=ScheduleKind.INTERLEAVED, vpp=4)
+    line = "pp2 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed"
+    assert layout_words(stages, 8, chunks) == f"{line}, interleaved of 4 chunks"
+    assert layout_words(stages, 8, Schedule(kind=ScheduleKind.GPIPE, vpp=1)) == f"{line}, gpipe"
+    assert layout_words(stages, 8) == line
+
+
+def test_one_stage_has_no_schedule_to_tell() -> None:
+    offload = Offload(weights=1.0, grads=1.0, optimizer=0.004)  # the last rounds to nothing
+    schedule = Schedule(kind=ScheduleKind.GPIPE, vpp=1)
+    assert layout_words([stage_plan(offload=offload)], 8, schedule) == (
+        "pp1 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed, offloaded: weights 100 %, grads 100 %"
     )
 
 

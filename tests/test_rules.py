@@ -1,5 +1,6 @@
 """Every rule, its mask and its exact message; and what holds of all of them."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from mist.estimate import Job, make_job
 from mist.graph import B, ModelGraph, S
 from mist.platform import load_platform
 from mist.rules import Rule, broken, out_of_domain
-from mist.spec import Precision
+from mist.spec import Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
+from tests.torch_schedules import pipeline_order
 from tests.toys import toy_graph, toy_job, toy_workload
 
 FITTING = {
@@ -113,10 +115,100 @@ def test_a_layout_that_keeps_every_rule() -> None:
                 "6 * 1 ranks per stage neither divide nor fill the 8 GPUs of a node.",
             ],
         ),
+        (
+            {"schedule": "interleaved", "num_stages": 2, "chunks": 5},
+            ["2 stages of 5 chunks, but toy has 8 layers."],
+        ),
+        (
+            {"schedule": "interleaved", "chunks": 2, "num_stages": 3, "num_micro_batches": 16},
+            [
+                "schedule interleaved runs micro-batches in rounds of 3: "
+                "16 are no whole number of them."
+            ],
+        ),
+        (
+            {"schedule": "zero-bubble", "zero": 3},
+            [
+                "schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
+                "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b."
+            ],
+        ),
+        (
+            {"weights": 0.5},
+            [
+                "offloading weights needs ZeRO-2 or more under runtime torch, "
+                "found ratio 0.5 at ZeRO-1.",
+                "runtime torch offloads weights and gradients of a layer together: "
+                "their ratios are 0.5 and 0.",
+            ],
+        ),
+        (
+            {"weights": 0.25, "grads": 0.25, "zero": 0},
+            [
+                "offloading weights needs ZeRO-2 or more under runtime torch, "
+                "found ratio 0.25 at ZeRO-0.",
+                "offloading grads needs ZeRO-2 or more under runtime torch, "
+                "found ratio 0.25 at ZeRO-0.",
+            ],
+        ),
+        ({"weights": 1.0, "grads": 1.0, "zero": 2, "optimizer": 0.5, "activations": 0.5}, []),
     ],
 )
-def test_the_words_of_a_broken_rule(changes: dict[str, int], messages: list[str]) -> None:
+def test_the_words_of_a_broken_rule(changes: dict[str, object], messages: list[str]) -> None:
     assert [*broken(job().rules, FITTING | changes)] == messages
+
+
+def of_runtime(name: str) -> tuple[Rule, ...]:
+    """The rules of the toy under another runtime."""
+    platform = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime=name)
+    programs = compile_model(toy_graph(), platform.runtime, Precision.BF16)
+    return make_job(programs, platform, toy_workload()).rules
+
+
+@pytest.mark.parametrize(
+    ("runtime", "changes", "messages"),
+    [
+        (
+            "nanotron",
+            {"schedule": "zero-bubble", "optimizer": 1.0, "activations": 0.5},
+            [
+                "schedule zero-bubble: runtime nanotron has gpipe, 1f1b.",
+                "offloading optimizer is not possible under runtime nanotron, "
+                "found ratio 1 at ZeRO-1.",
+                "offloading activations is not possible under runtime nanotron.",
+            ],
+        ),
+        (
+            "torchtune",
+            {"tp": 1, "dp": 4, "micro_batch": 1},
+            ["schedule 1f1b: runtime torchtune has no pipelines."],
+        ),
+        (
+            "deepspeed-zero3",  # parameters without gradients
+            {"tp": 1, "dp": 8, "num_stages": 1, "num_micro_batches": 4, "weights": 0.5, "zero": 3},
+            [],
+        ),
+    ],
+)
+def test_what_other_runtimes_cannot_do(
+    runtime: str, changes: dict[str, object], messages: list[str]
+) -> None:
+    assert [*broken(of_runtime(runtime), FITTING | changes)] == messages
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble"])
+def test_whole_rounds_are_those_that_torch_accepts(schedule: str) -> None:
+    """Torch refuses micro-batches that its number of rounds does not divide."""
+    found = rule("whole-rounds")
+    for num_stages, num_micro_batches in itertools.product(range(2, 7), range(1, 25)):
+        columns = FITTING | {
+            "schedule": schedule,
+            "chunks": 2,
+            "num_stages": num_stages,
+            "num_micro_batches": num_micro_batches,
+        }
+        accepted = pipeline_order(schedule, num_stages, num_micro_batches, 2) is not None
+        assert bool(found.mask(columns)) is accepted, (num_stages, num_micro_batches)
 
 
 def test_a_model_without_tensor_parallel_rules() -> None:
@@ -141,10 +233,17 @@ def test_a_model_without_tensor_parallel_rules() -> None:
         ("offload-optimizer", "optimizer", [0.0, 1.0], [1, 1]),
         ("offload-grads", "grads", [0.0, 0.25], [1, 0]),
         ("stage-fills-nodes", "dp", [1, 2, 3, 4, 8, 12, 6], [1, 1, 0, 1, 1, 1, 0]),
+        ("schedule-known", "schedule", ["gpipe", "1f1b", "chimera"], [1, 1, 0]),
+        ("chunks-have-layers", "chunks", [1, 2, 4, 5], [1, 1, 1, 0]),
+        ("offload-weights", "weights", [0.0, 0.5], [1, 0]),
+        ("offload-grads", "grads", [0.0, 1.0], [1, 0]),
+        ("offload-optimizer", "optimizer", [0.0, 1.0], [1, 1]),
+        ("offload-activations", "activations", [0.0, 1.0], [1, 1]),
+        ("offload-by-layer", "weights", [0.0, 0.5], [1, 0]),
     ],
 )
 def test_a_mask_is_true_where_the_rule_holds(
-    name: str, column: str, values: list[int], mask: list[int]
+    name: str, column: str, values: list[object], mask: list[int]
 ) -> None:
     assert rule(name).mask(FITTING | {column: np.array(values)}).tolist() == [*map(bool, mask)]
 
@@ -155,12 +254,25 @@ def test_masks_have_the_common_shape_of_the_columns() -> None:
 
 
 degrees = st.integers(1, 17)
+ratios = st.sampled_from([0.0, 0.5, 1.0])
 
 
-@given(tp=degrees, dp=degrees, micro_batch=degrees, num_stages=degrees, num_micro_batches=degrees)
-def test_words_are_said_exactly_where_a_mask_is_false(**columns: int) -> None:
+@given(
+    tp=degrees,
+    dp=degrees,
+    micro_batch=degrees,
+    num_stages=degrees,
+    num_micro_batches=degrees,
+    zero=st.integers(0, 3),
+    schedule=st.sampled_from([kind.value for kind in ScheduleKind]),
+    chunks=st.integers(1, 4),
+    weights=ratios,
+    grads=ratios,
+    optimizer=ratios,
+    activations=ratios,
+)
+def test_words_are_said_exactly_where_a_mask_is_false(**columns: object) -> None:
     rules = RULES
-    columns = FITTING | columns | {"zero": 0}
     silent = [found for found in rules if found.mask(columns).all()]
     assert len(silent) + len([*broken(rules, columns)]) == len(rules)
 

@@ -1,11 +1,18 @@
-"""The step time against Mist's own form of it, and against numbers worked out by hand."""
+"""The step time against Mist's own form of it, and against numbers worked out by hand.
+
+What is in flight against the orders of micro-batches, replayed: written out here, and torch's own.
+"""
+
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.schedule import step_time
+from mist.schedule import in_flight, step_time
+from mist.spec import ScheduleKind
+from tests.torch_schedules import most_held, pipeline_order
 
 
 def paper_form(num_micro_batches: int, stable: list[float], delta: list[float]) -> float:
@@ -64,3 +71,65 @@ def test_many_pipelines_at_once() -> None:
         one = step_time(int(num[index]), stable[index], lone[index])
         assert found[index] == one
         assert one.shape == ()
+
+
+def replayed(order: str) -> int:
+    """Most micro-batches between their forward and their backward pass in an order such as FFBB."""
+    held = np.cumsum([1 if step == "F" else -1 for step in order])
+    assert held[-1] == 0
+    return int(held.max())
+
+
+def gpipe(num_micro_batches: int) -> str:
+    return "F" * num_micro_batches + "B" * num_micro_batches
+
+
+def one_f_one_b(stage: int, num_stages: int, num_micro_batches: int) -> str:
+    """Forward until the last stage has sent the first gradient back, then one of each in turn."""
+    warm = min(num_stages - 1 - stage, num_micro_batches)
+    return "F" * warm + "FB" * (num_micro_batches - warm) + "B" * warm
+
+
+PIPELINES = [(s, g) for s, g in itertools.product((1, 2, 3, 5, 8), (1, 2, 3, 4, 8, 9, 20))]
+
+
+@pytest.mark.parametrize(("num_stages", "num_micro_batches"), PIPELINES)
+def test_in_flight_as_replayed(num_stages: int, num_micro_batches: int) -> None:
+    stages = np.arange(num_stages)
+    sizes = {"num_stages": num_stages, "num_micro_batches": num_micro_batches, "chunks": 1}
+    held = in_flight(ScheduleKind.GPIPE, stage=stages, **sizes)
+    assert held.tolist() == [replayed(gpipe(num_micro_batches))] * num_stages
+    held = in_flight(ScheduleKind.ONE_F_ONE_B, stage=stages, **sizes)
+    assert held.tolist() == [
+        replayed(one_f_one_b(stage, num_stages, num_micro_batches)) for stage in range(num_stages)
+    ]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE])
+def test_in_flight_as_torch_orders_it(kind: ScheduleKind, chunks: int) -> None:
+    compared = 0
+    for num_stages, num_micro_batches in itertools.product(range(2, 7), range(1, 20)):
+        order = pipeline_order(kind.value, num_stages, num_micro_batches, chunks)
+        if order is None:
+            continue
+        held = in_flight(
+            kind,
+            stage=np.arange(num_stages),
+            num_stages=num_stages,
+            num_micro_batches=num_micro_batches,
+            chunks=chunks,
+        )
+        want = [most_held(order[rank]) / chunks for rank in range(num_stages)]
+        assert held.tolist() == want, (num_stages, num_micro_batches)
+        compared += 1
+    assert compared > 50
+
+
+def test_in_flight_of_many_pipelines_at_once() -> None:
+    """Two chunks, four stages: 4 micro-batches are one round of 4, 8 are two; (v-1) 4 + 2 j + 1."""
+    stages, micro = np.array([[0], [1], [3]]), np.array([4, 8])
+    found = in_flight(
+        ScheduleKind.INTERLEAVED, stage=stages, num_stages=4, num_micro_batches=micro, chunks=2
+    )
+    assert found.tolist() == [[4.0, 5.5], [4.0, 4.5], [2.5, 2.5]]

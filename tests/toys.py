@@ -1,5 +1,7 @@
 """Small models and platforms made by hand: the rooms after trace are tested without torch."""
 
+from functools import cache
+
 import sympy
 
 from mist.estimate import Job, make_job
@@ -20,6 +22,7 @@ from mist.graph import (
 from mist.platform import Platform, load_platform
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.compile import compile_model
+from mist.symbolic.program import ModelPrograms
 
 ELEMENT_BYTES = 2
 
@@ -173,6 +176,7 @@ def toy_graph(
     )
 
 
+@cache
 def toy_platform(num_gpus: int = 8, gpu: str = "h100-sxm") -> Platform:
     """Some GPUs of a shipped profile."""
     return load_platform(num_gpus=num_gpus, gpu=gpu, cluster=None, runtime="torch")
@@ -190,10 +194,15 @@ def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
     )
 
 
+@cache
+def toy_programs(graph: ModelGraph) -> ModelPrograms:
+    """The compiled costs of a graph under runtime torch in bf16, once for all tests."""
+    return compile_model(graph, toy_platform().runtime, Precision.BF16)
+
+
 def toy_job(
     graph: ModelGraph | None = None, num_gpus: int = 8, gpu: str = "h100-sxm", **workload: int
 ) -> Job:
     """A toy model on a few GPUs."""
     platform = toy_platform(num_gpus, gpu)
-    programs = compile_model(graph or toy_graph(), platform.runtime, Precision.BF16)
-    return make_job(programs, platform, toy_workload(**workload))
+    return make_job(toy_programs(graph or toy_graph()), platform, toy_workload(**workload))

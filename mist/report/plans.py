@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
-from mist.explain import PART_NAMES, step_parts
+from mist.explain import PART_NAMES, ROUNDING_RATIO, step_parts
 from mist.plans import Estimate, Limits, Plan, StagePlan
 from mist.report.tables import say, say_note, show
 from mist.spec import MemoryLevel
@@ -29,11 +29,13 @@ def print_check(
     estimate = plan.estimate
     peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
     room = limits.device_bytes - peak_bytes
-    verdict = "FITS, with" if room >= 0 else "DOES NOT FIT: over by"
+    host_room = _host_room(estimate, limits)
+    fits = "FITS, with" if host_room >= 0 else "Fits on the GPU, with"
+    verdict = fits if room >= 0 else "DOES NOT FIT: over by"
     tail = "to spare" if room >= 0 else ""
-    say(f"{verdict} {format_bytes(abs(room))} {tail}".rstrip() + f" ({_interval(estimate)})")
-    if (host_room := _host_room(estimate, limits)) < 0:
+    if host_room < 0:
         say(f"DOES NOT FIT in host memory: over by {format_bytes(-host_room)} per GPU.")
+    say(f"{verdict} {format_bytes(abs(room))} {tail}".rstrip() + f" ({_interval(estimate)})")
     if room < 0 and peak_bytes <= estimate.stages[0].usable_bytes:
         say("It stays below what the device reports, but runs that close to it crawl or fail.")
     _print_head(plan)
@@ -115,7 +117,8 @@ def _print_head(plan: Plan) -> None:
         f"{format_count(estimate.tokens_per_s)} tokens/s, MFU {estimate.mfu:.1%}"
     )
     parts = step_parts(estimate, plan.num_micro_batches)
-    spent = [f"{PART_NAMES[p]} {format_seconds(s)}" for p, s in parts.items() if s > 0]
+    rounding_s = ROUNDING_RATIO * estimate.step_s
+    spent = [f"{PART_NAMES[p]} {format_seconds(s)}" for p, s in parts.items() if s > rounding_s]
     say(f"the step: {', '.join(spent)}")
 
 
@@ -126,14 +129,16 @@ def _interval(estimate: Estimate) -> str:
 def _print_stages(plan: Plan) -> None:
     rows = []
     for index, (stage, judged) in enumerate(zip(plan.stages, plan.estimate.stages, strict=True)):
-        first, last = stage.layers[0][0], sum(stage.layers[-1]) - 1
-        device = stage.devices[0]
+        layers = ", ".join(f"{first}-{first + count - 1}" for first, count in stage.layers)
+        device, rounding_s = stage.devices[0], ROUNDING_RATIO * judged.stable_s
         times = ", ".join(
-            f"{name} {format_seconds(s)}" for name, s in judged.time_parts_s.items() if s > 0
+            f"{name} {format_seconds(s)}"
+            for name, s in judged.time_parts_s.items()
+            if s > rounding_s
         )
         rows.append(
             (
-                f"{index}: layers {first}-{last}",
+                f"{index}: layers {layers}",
                 f"{device}-{device + stage.devices[1] - 1}",
                 str(stage.dp),
                 f"{stage.tp}{'+sp' if stage.sp else ''}",

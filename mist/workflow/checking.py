@@ -223,7 +223,10 @@ def _made(job: Job, layout: HandLayout) -> Made:
         "chunks": layout.vpp,
         **asdict(layout.offload),
     }
-    if messages := list(broken(job.rules, columns)):
+    messages = list(broken(job.rules, columns))
+    if layout.checkpoint == MemoryLevel.SELECTIVE and job.platform.runtime.selective is None:
+        messages.append(f"runtime {job.platform.runtime.name} has no selective checkpointing.")
+    if messages:
         raise InputError("\n".join(messages))
     counts = even_layers(job.num_layers, layout.pp * layout.vpp)
     return Made(

@@ -1,14 +1,18 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter, process_time
+from types import MappingProxyType
+from typing import Final
 
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.explain import layout_words, losing_reason, overflow, step_parts
 from mist.milp import Method
 from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.space import expressible
 from mist.plans import Alternative, Limits, Plan
 from mist.programs import Progress, quiet
 from mist.spaces import SearchSpace
@@ -26,6 +30,13 @@ from mist.workflow.question import (
 )
 
 MOST_GPUS_SUGGESTED = 4096
+SOLVERS: Final[Mapping[Method, str]] = MappingProxyType(
+    {
+        "dp": "dynamic program",
+        "milp": "HiGHS through PuLP",
+        "both": "dynamic program, confirmed by HiGHS through PuLP",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +86,7 @@ def make_plan(  # noqa: PLR0913 - what is searched, and how far
     searched = perf_counter()
     points = landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s)
     seconds = {"prepare": prepared - start, "search": searched - prepared}
-    plan = _assemble(job, question, space, tuned)
+    plan = _assemble(job, question, space, tuned, method)
     return Planned(
         plan=plan,
         notes=job.facts.notes,
@@ -85,7 +96,9 @@ def make_plan(  # noqa: PLR0913 - what is searched, and how far
     )
 
 
-def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) -> Plan:
+def _assemble(
+    job: Job, question: Question, space: SearchSpace, tuned: Tuned, method: Method
+) -> Plan:
     best = tuned.best
     stages = stage_plans(job, best)
     judged = estimate(job, stages, best.num_micro_batches, best.schedule)
@@ -93,7 +106,7 @@ def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) ->
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,
-        solver="dynamic program, confirmed by HiGHS through PuLP",
+        solver=_solver_words(job, space, method),
         gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
         lower_bound_s=lower_bound_s,
         search=tuned.statistics
@@ -106,6 +119,12 @@ def _assemble(job: Job, question: Question, space: SearchSpace, tuned: Tuned) ->
         alternatives=tuple(_alternative(job, other, winner) for other in tuned.others),
         provenance=provenance,
     )
+
+
+def _solver_words(job: Job, space: SearchSpace, method: Method) -> str:
+    if not expressible(space, job.platform.runtime).unlike_stages:
+        return "none: every layout of like stages was judged"
+    return SOLVERS[method]
 
 
 def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternative:
@@ -122,7 +141,8 @@ def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternat
 
 def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     """The fullest stage of the layout that comes closest to fitting, and its bytes."""
-    layout = smallest_peak(job, space, limits_of(job, question).host_bytes)
+    limits = limits_of(job, question)
+    layout = smallest_peak(job, space, host_bytes=limits.host_bytes)
     stages, num_micro_batches = stage_plans(job, layout), layout.num_micro_batches
     judged = estimate(job, stages, num_micro_batches, layout.schedule).stages
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
@@ -130,7 +150,7 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     return (
         f"{job.facts.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
         f"least memory ({layout_words(stages, num_micro_batches, layout.schedule)}) "
-        f"{overflow(index, judged[index], device, limits_of(job, question).device_bytes)}."
+        f"{overflow(index, judged[index], device, limits.device_bytes)}."
     )
 
 
@@ -141,7 +161,8 @@ def _what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) 
         try:
             larger = job_of(replace(question, num_gpus=num_gpus), programs)
             limits = limits_of(larger, question)
-            if smallest_peak(larger, space, limits.host_bytes).peak_bytes <= limits.device_bytes:
+            least = smallest_peak(larger, space, host_bytes=limits.host_bytes)
+            if least.peak_bytes <= limits.device_bytes:
                 return f"Try --gpus {num_gpus}."
         except InputError:  # a number that fills no nodes, or that the global batch does not divide
             pass

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mist.plans import Offload, Plan, Schedule
+from mist.plans import Offload, Plan, Schedule, StageEstimate
 from mist.report.plans import check_json, plan_json, print_check, print_plan
 from mist.spec import MemoryLevel, ScheduleKind
 from mist.units import GIB
-from tests.sample_plans import LIMITS, estimate_of, sample_plan, stage_estimate
+from tests.sample_plans import LIMITS, estimate_of, sample_plan, stage_estimate, stage_plan
 
 NOTES = ("no list of layers", "profile torch has changed.")
 
@@ -58,6 +58,57 @@ def test_stages_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ["0: layers 0-7", "0-3", *shared, "500 ms", "250 ms", "compute 375 ms, tp 125 ms"],
         ["1: layers 8-15", "4-7", *shared, "250 ms", "250 ms", "compute 188 ms, tp 62.5 ms"],
     ]
+
+
+def test_chunks_levels_and_offloads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    levels = {MemoryLevel.EAGER: 4, MemoryLevel.SELECTIVE: 3, MemoryLevel.FULL: 1}
+    offload = Offload(optimizer=0.5, activations=0.375)
+    plan = sample_plan(
+        schedule=Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2),
+        stages=(
+            stage_plan(layers=((0, 4), (8, 4)), memory=levels, offload=offload),
+            stage_plan(layers=((4, 4), (12, 4)), device=4),
+        ),
+        estimate=estimate_of(hosted(20), hosted(3), step_s=5.0),
+    )
+    print_plan(plan, LIMITS, ())
+    text = capsys.readouterr().out
+    found = rows(text, "Stages (")
+    assert [(row[0], *row[6:8]) for row in found] == [
+        (
+            "0: layers 0-3, 8-11",
+            "1 of 8, 3 selectively",
+            "optimizer 50%, activations 38%",
+        ),
+        ("1: layers 4-7, 12-15", "1 of 8", "-"),
+    ]
+    assert "\nschedule interleaved, 2 chunks per stage\n" in text
+    host = "In host memory per GPU: 20.0 GiB, 3.0 GiB, of 32.0 GiB that it may use."
+    assert host in " ".join(text.split())
+
+
+def test_one_stage_has_no_schedule_and_no_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(sample_plan(), LIMITS, ())
+    text = capsys.readouterr().out
+    assert "\nschedule 1f1b\n" in text
+    assert "In host memory" not in text
+    one = stage_plan(devices=(0, 8), dp=4, micro_batch=1)
+    print_plan(sample_plan(stages=(one,), estimate=estimate_of(stage_estimate())), LIMITS, ())
+    assert "schedule" not in capsys.readouterr().out
+
+
+def test_parts_below_the_rounding_are_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    noisy = replace(stage_estimate(), time_parts_s={"compute": 0.5, "dp": 4.9e-6, "tp": 5.1e-6})
+    stage = replace(noisy, delta_s=1.0)
+    print_plan(sample_plan(estimate=estimate_of(stage, stage, step_s=5.0)), LIMITS, ())
+    text = capsys.readouterr().out
+    assert [row[-1] for row in rows(text, "Stages (")] == ["compute 500 ms, tp 5.10 us"] * 2
+    (line,) = [line for line in text.splitlines() if line.startswith("the step: ")]
+    assert line == "the step: compute 4.00 s, first and last micro-batch, optimizer 1.00 s"
+
+
+def hosted(gib: int) -> StageEstimate:
+    return replace(stage_estimate(), host_bytes=gib * GIB)
 
 
 def test_memory_is_a_table_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +175,19 @@ def test_a_check_begins_with_the_verdict(
         "Try --zero 3: 4.00 s per step",
         "Not modelled: data loading; stragglers.",
     ]
+
+
+def test_host_memory_that_overflows_is_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = sample_plan(estimate=estimate_of(hosted(33), hosted(48)))
+    print_check(plan, LIMITS, NOTES, ())
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "DOES NOT FIT in host memory: over by 16.0 GiB per GPU.",
+        "Fits on the GPU, with 24.0 GiB to spare (peak predicted to +-10%)",
+    ]
+    found = check_json(plan, LIMITS, ())
+    assert (found["fits"], found["margin_bytes"]) == (False, 24 * GIB)
+    assert [stage["host_bytes"] for stage in found["stages"]] == [33 * GIB, 48 * GIB]
+    assert check_json(sample_plan(estimate=estimate_of(hosted(32), hosted(3))), LIMITS, ())["fits"]
 
 
 def test_the_json_of_a_plan() -> None:

@@ -60,7 +60,7 @@ def pairs(folder: Path) -> list[tuple[Path, Path]]:
         measured(folder, "a", 8, tp=(1,), micro_batch=(4,)),
         measured(folder, "b", 8, tp=(2,), micro_batch=(2,)),
         measured(folder, "c", 16, pp=(2,), micro_batch=(1,)),
-        measured(folder, "d", 16, tp=(1,), micro_batch=(1,)),
+        measured(folder, "d", 16, pp=(1,), tp=(1,), micro_batch=(1,)),
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mist.errors import InputError, PlanError
 from mist.planfile import load_plan, save_plan
-from mist.plans import Limits, Offload, Plan, Schedule
+from mist.plans import Offload, Plan, Schedule
 from mist.spec import MemoryLevel, ScheduleKind
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
 from mist.workflow.question import Question
@@ -49,10 +49,71 @@ def test_the_first_stages_are_longer_where_layers_do_not_divide(
     assert [stage.layers[0] for stage in plan.stages] == [(0, 2), (2, 2), (4, 1), (5, 1)]
 
 
-@pytest.mark.parametrize(("checkpoint", "num_full"), [("none", 0), ("full", 4), ("9", 4), ("2", 2)])
-def test_checkpointed_layers(checkpoint: str, num_full: int) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint", "counts"),
+    [
+        ("none", (4, 0, 0)),
+        ("selective", (0, 4, 0)),
+        ("full", (0, 0, 4)),
+        ("9", (0, 0, 4)),
+        ("2", (2, 0, 2)),
+    ],
+)
+def test_checkpointed_layers(checkpoint: str, counts: tuple[int, int, int]) -> None:
     stages = check(replace(LAYOUT, checkpoint=checkpoint)).plan.stages
-    assert [stage.num_full for stage in stages] == [num_full, num_full]
+    assert [tuple(map(stage.num_at, MemoryLevel)) for stage in stages] == [counts, counts]
+
+
+def test_chunks_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten layers in four chunks: 3, 3, 2, 2, each stage with every second one."""
+    answer_with(toy_graph((10,)), monkeypatch)
+    plan = check(HandLayout(pp=2, schedule=ScheduleKind.INTERLEAVED, vpp=2)).plan
+    assert plan.schedule == Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
+    assert [stage.layers for stage in plan.stages] == [((0, 3), (6, 2)), ((3, 3), (8, 2))]
+
+
+def test_what_is_offloaded_is_held_by_the_host() -> None:
+    """Torch keeps 8 bytes per parameter of the optimizer, divided among dp ranks under ZeRO-1."""
+    kept = check(HandLayout(zero=1, micro_batch=4))
+    away = check(HandLayout(zero=1, micro_batch=4, offload=Offload(optimizer=0.5)))
+    moved = 8 * toy_graph().num_params / 8 / 2
+    (there,), (here,) = away.plan.estimate.stages, kept.plan.estimate.stages
+    assert here.host_bytes == 0
+    assert there.host_bytes == pytest.approx(moved, abs=1)
+    states = here.memory_parts_bytes["states"] - there.memory_parts_bytes["states"]
+    assert states == pytest.approx(moved, abs=1)
+
+
+def test_host_memory_must_hold_it_too() -> None:
+    layout = HandLayout(zero=1, offload=Offload(optimizer=1.0))
+    found = check(layout)
+    assert found.fits
+    held = found.plan.estimate.stages[0].host_bytes
+    for room, fits in ((held, True), (held - 1, False)):
+        judged = replace(found, limits=replace(found.limits, host_bytes=room))
+        assert (judged.fits, judged.margin_bytes) == (fits, found.margin_bytes)
+
+
+@pytest.mark.parametrize(
+    ("words", "offload"),
+    [
+        ((), Offload()),
+        (("optimizer=0.5", "activations=1"), Offload(optimizer=0.5, activations=1.0)),
+        (("weights=0.25", "grads=.25"), Offload(weights=0.25, grads=0.25)),
+    ],
+)
+def test_words_of_offloading(words: tuple[str, ...], offload: Offload) -> None:
+    assert offload_of(words) == offload
+
+
+@pytest.mark.parametrize("word", ["optimizer", "optimizer=", "adam=1", "grads=1.5", "grads=nan"])
+def test_words_that_offload_nothing(word: str) -> None:
+    with pytest.raises(InputError) as refused:
+        offload_of([word])
+    assert str(refused.value) == (
+        f"--offload {word}: expected weights, grads, optimizer, activations "
+        "with a ratio from 0 to 1."
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,8 +128,19 @@ def test_checkpointed_layers(checkpoint: str, num_full: int) -> None:
         ),
         (
             {"checkpoint": "\N{SUPERSCRIPT TWO}"},
-            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, selective, full nor a number of "
-            "layers.",
+            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, selective, full "
+            "nor a number of layers.",
+        ),
+        ({"vpp": 0}, "--vpp 0 is not a positive number."),
+        (
+            {"vpp": 2},
+            "--schedule 1f1b with --vpp 2: interleaved takes 2 or more chunks per stage, "
+            "the others 1.",
+        ),
+        (
+            {"schedule": ScheduleKind.INTERLEAVED},
+            "--schedule interleaved with --vpp 1: interleaved takes 2 or more chunks per stage, "
+            "the others 1.",
         ),
     ],
 )
@@ -92,12 +164,34 @@ def test_layouts_that_mean_nothing(values: dict[str, object], message: str) -> N
             HandLayout(micro_batch=3),
             "dp 8 * micro-batch 3 * 10 micro-batches is not the global batch of 256.",
         ),
+        (
+            HandLayout(zero=2, offload=Offload(weights=0.5)),
+            "runtime torch offloads weights and gradients of a layer together: "
+            "their ratios are 0.5 and 0.",
+        ),
+        (
+            HandLayout(pp=4, schedule=ScheduleKind.INTERLEAVED, vpp=3),
+            "4 stages of 3 chunks, but toy has 8 layers.",
+        ),
+        (
+            HandLayout(pp=2, zero=3, schedule=ScheduleKind.ZERO_BUBBLE),
+            "schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
+            "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b.",
+        ),
     ],
 )
 def test_layouts_that_break_rules(layout: HandLayout, message: str) -> None:
     with pytest.raises(InputError) as refused:
         check(layout)
     assert str(refused.value) == message
+
+
+def test_a_runtime_without_a_selective_level_has_no_selective_layout() -> None:
+    with pytest.raises(InputError) as refused:
+        check(replace(LAYOUT, checkpoint="selective"), runtime="nanotron")
+    assert str(refused.value) == "runtime nanotron has no selective checkpointing."
+    found = check(HandLayout(micro_batch=32), runtime="nanotron")
+    assert not any("selective" in words for words in found.suggestions)
 
 
 def test_the_margin_decides_what_fits() -> None:
@@ -111,9 +205,8 @@ def test_the_margin_decides_what_fits() -> None:
 
 def test_suggestions_fit_and_say_what_they_bring() -> None:
     layout = HandLayout(micro_batch=32)
-    margin = (
-        1 - 0.9 * check(layout).peak_bytes / check(layout, margin_ratio=0.0).limits.device_bytes
-    )
+    limits = check(layout, margin_ratio=0.0).limits
+    margin = 1 - 0.9 * check(layout).peak_bytes / limits.device_bytes
     tight = check(layout, margin_ratio=margin)
     assert not tight.fits
     assert 1 <= len(tight.suggestions) <= 3
@@ -204,13 +297,14 @@ def test_a_plan_names_its_cluster(tmp_path: Path) -> None:
 def test_what_a_prediction_would_pass_over_is_a_fault(tmp_path: Path) -> None:
     plan = check().plan
     first, second = plan.stages
+    away = Offload(weights=0.5, grads=0.5)
     odd = replace(
         plan,
         cluster=replace(plan.cluster, gpus_per_node=4),
         workload=replace(plan.workload, compile=True),
         stages=(
-            replace(first, sp=False, offload=Offload(weights=0.5)),
-            replace(second, tp=1, cp=2, ep=2, sp=False),
+            replace(first, sp=False, offload=Offload(optimizer=0.5)),
+            replace(second, tp=1, cp=2, ep=2, sp=False, offload=away),
         ),
     )
     path = saved(tmp_path, odd)
@@ -226,8 +320,52 @@ def test_what_a_prediction_would_pass_over_is_a_fault(tmp_path: Path) -> None:
         "  stages[0]: runtime torch offloads weights and gradients of a layer together: their "
         "ratios are 0.5 and 0.\n"
         "  stages[1].cp: only 1 is predicted\n"
-        "  stages[1].ep: only 1 is predicted"
+        "  stages[1].ep: only 1 is predicted\n"
+        "  stages[1]: offloading weights needs ZeRO-2 or more under runtime torch, "
+        "found ratio 0.5 at ZeRO-1.\n"
+        "  stages[1]: offloading grads needs ZeRO-2 or more under runtime torch, "
+        "found ratio 0.5 at ZeRO-1."
     )
+
+
+def test_a_runtime_that_cannot_do_what_a_plan_says(tmp_path: Path) -> None:
+    """A plan for torch, judged for nanotron: selective layers, chunks and offloading are faults."""
+    layout = HandLayout(
+        pp=2,
+        checkpoint="selective",
+        schedule=ScheduleKind.INTERLEAVED,
+        vpp=2,
+        offload=Offload(optimizer=0.5),
+    )
+    path = saved(tmp_path, replace(check(layout).plan, runtime="nanotron"))
+    with pytest.raises(PlanError) as refused:
+        check_plan(path)
+    assert [str(fault) for fault in refused.value.faults] == [
+        words
+        for i in range(2)
+        for words in (
+            f"stages[{i}].memory.selective: runtime nanotron has no selective checkpointing",
+            f"stages[{i}]: schedule interleaved: runtime nanotron has gpipe, 1f1b.",
+            f"stages[{i}]: offloading optimizer is not possible under runtime nanotron, "
+            "found ratio 0.5 at ZeRO-0.",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        HandLayout(pp=2, schedule=ScheduleKind.INTERLEAVED, vpp=2, checkpoint="3"),
+        HandLayout(pp=2, zero=2, schedule=ScheduleKind.ZERO_BUBBLE, checkpoint="selective"),
+        HandLayout(pp=4, schedule=ScheduleKind.GPIPE, offload=Offload(activations=0.75)),
+        HandLayout(zero=3, offload=Offload(weights=0.5, grads=0.5, optimizer=0.25)),
+    ],
+    ids=["interleaved", "zero-bubble", "gpipe", "offloaded"],
+)
+def test_every_layout_survives_its_file(tmp_path: Path, layout: HandLayout) -> None:
+    first, again = check(layout), check_plan(saved(tmp_path, check(layout).plan))
+    assert again.plan == first.plan
+    assert again.limits == first.limits
 
 
 def test_a_plan_that_breaks_a_rule_is_not_judged(
@@ -271,65 +409,3 @@ def test_the_model_is_looked_for_beside_the_plan(
 def test_an_empty_cluster_name_is_refused() -> None:
     with pytest.raises(InputError, match="--cluster '' is no name"):
         Question(model="toy", num_gpus=8, cluster="")
-
-
-def test_a_superscript_is_no_number_of_layers() -> None:
-    with pytest.raises(InputError, match="is neither none, selective, full nor a number of layers"):
-        HandLayout(checkpoint="\u00b2")
-
-
-def test_a_layout_with_chunks_levels_and_offloads(tmp_path: Path) -> None:
-    layout = HandLayout(
-        pp=2, vpp=2, schedule=ScheduleKind.INTERLEAVED, zero=2, checkpoint="selective",
-        offload=offload_of(["optimizer=0.5", "activations=0.25"]),
-    )  # fmt: skip
-    checked = check(layout)
-    plan = checked.plan
-    assert plan.schedule == Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
-    assert [stage.layers for stage in plan.stages] == [((0, 2), (4, 2)), ((2, 2), (6, 2))]
-    assert all(stage.num_at(MemoryLevel.SELECTIVE) == 4 for stage in plan.stages)
-    assert all(stage.host_bytes > 0 for stage in plan.estimate.stages)
-    assert check_plan(saved(tmp_path, plan)).plan == plan
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            {"vpp": 2},
-            "--schedule 1f1b with --vpp 2: interleaved takes 2 or more chunks per stage, "
-            "the others 1.",
-        ),
-        (
-            {"schedule": ScheduleKind.INTERLEAVED},
-            "--schedule interleaved with --vpp 1: interleaved takes 2 or more chunks per stage, "
-            "the others 1.",
-        ),
-    ],
-)
-def test_chunks_that_do_not_go_with_the_schedule(values: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError) as refused:
-        HandLayout(**values)  # type: ignore[arg-type]
-    assert str(refused.value) == message
-
-
-@pytest.mark.parametrize("word", ["cache=0.5", "optimizer=2", "optimizer=half", "optimizer"])
-def test_offloads_that_are_none(word: str) -> None:
-    with pytest.raises(InputError) as refused:
-        offload_of([word])
-    assert str(refused.value) == (
-        f"--offload {word}: expected weights, grads, optimizer, activations "
-        "with a ratio from 0 to 1."
-    )
-
-
-def test_host_memory_decides_too() -> None:
-    """Eight ranks of a node share it: what one may hold is an eighth, less the margin."""
-    layout = HandLayout(zero=0, offload=offload_of(["optimizer=1"]))
-    checked = check(layout)
-    held = checked.plan.estimate.stages[0].host_bytes
-    params = toy_graph().num_params
-    assert held == pytest.approx(8 * params, rel=1e-6)
-    assert checked.fits
-    tight = Limits(device_bytes=checked.limits.device_bytes, host_bytes=held - 1)
-    assert not replace(checked, limits=tight).fits

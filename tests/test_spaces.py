@@ -1,0 +1,221 @@
+"""What each space may use, how the user narrows it, and the exact words of what cannot be read."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mist.errors import InputError
+from mist.spaces import (
+    ALL_OR_NOTHING,
+    NO_RATIOS,
+    OFFLOADED,
+    PAPER_RATIOS,
+    SPACES,
+    SearchSpace,
+    narrowed,
+    space_of,
+)
+from mist.spec import MemoryLevel, ScheduleKind
+
+EAGER, SELECTIVE, FULL = MemoryLevel
+GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
+
+TABLE = {
+    # name: tp, pp, ZeRO levels, memory levels, mixed in a stage, offloads, schedules, unlike stages
+    "3d": (None, None, "01", (EAGER, FULL), False, "", (ONE_F_ONE_B,), False),
+    "megatron": (
+        None, None, "01", (EAGER, SELECTIVE, FULL), True, "", (ONE_F_ONE_B, INTERLEAVED), False,
+    ),
+    "deepspeed": (None, (1,), "0123", (EAGER, FULL), False, "wgo", (ONE_F_ONE_B,), False),
+    "fsdp": ((1,), (1,), "23", (EAGER, SELECTIVE, FULL), False, "", (ONE_F_ONE_B,), False),
+    "aceso": (None, None, "01", (EAGER, FULL), True, "", (ONE_F_ONE_B,), True),
+    "paper": (None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True),
+    "mist": (
+        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
+    ),
+}  # fmt: skip
+
+
+def test_every_space_is_in_the_table() -> None:
+    assert [*SPACES] == [*TABLE]
+    assert all(space.name == name for name, space in SPACES.items())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_a_space_may_use(name: str) -> None:
+    space = space_of(name)
+    away = "".join(state[0] for state in OFFLOADED if max(space.offload[state]) > 0)
+    assert (
+        space.tp,
+        space.pp,
+        "".join(map(str, space.zero)),
+        space.levels,
+        space.some_layers,
+        away,
+        space.schedules,
+        space.unlike_stages,
+    ) == TABLE[name]
+    assert space.unequal_meshes is (name in ("aceso", "mist"))
+    assert (space.dp, space.micro_batch, space.most, space.restrictions) == (None, None, {}, ())
+
+
+def test_an_unknown_space() -> None:
+    with pytest.raises(InputError) as refused:
+        space_of("4d")
+    assert str(refused.value) == (
+        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist."
+    )
+
+
+def test_the_ratios_of_the_paper() -> None:
+    """1,984 tuples in the artifact: weights are offloaded only where gradients are."""
+    tuples = itertools.product(*(PAPER_RATIOS[state] for state in ("weights", "grads")))
+    pairs = sum(weights == 0 or grads > 0 for weights, grads in tuples)
+    assert pairs * len(PAPER_RATIOS["optimizer"]) * len(PAPER_RATIOS["activations"]) == 1984
+
+
+@pytest.mark.parametrize("ratios", [PAPER_RATIOS, NO_RATIOS, ALL_OR_NOTHING])
+def test_every_state_may_stay_on_the_device(ratios: dict[str, tuple[float, ...]]) -> None:
+    assert tuple(ratios) == OFFLOADED == ("weights", "grads", "optimizer", "activations")
+    assert all(own[0] == 0 and list(own) == sorted(set(own)) for own in ratios.values())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"tp": (2, 0)}, "tp 0 is not a positive number."),
+        ({"pp": (-1,)}, "pp -1 is not a positive number."),
+        ({"dp": (0,)}, "dp 0 is not a positive number."),
+        ({"micro_batch": (0,)}, "micro_batch 0 is not a positive number."),
+        ({"chunks": (2, 0)}, "chunks 0 is not a positive number."),
+        ({"zero": (1, 4)}, "zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
+        ({"levels": ()}, "no memory level is left: allow eager, selective or full."),
+        (
+            {"offload": {"adam": (0.0,)}},
+            "offload adam is none of weights, grads, optimizer, activations.",
+        ),
+        (
+            {"offload": {**NO_RATIOS, "grads": (0.0, 1.5)}},
+            "offload grads 1.5 is not a ratio from 0 to 1.",
+        ),
+    ],
+)
+def test_a_space_holds_only_what_plans_can_have(knobs: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        SearchSpace(**knobs)  # type: ignore[arg-type]
+    assert str(refused.value) == message
+
+
+def test_values_that_a_space_allows() -> None:
+    space = SearchSpace(tp=(1, 2, 8), most={"tp": 4, "pp": 2})
+    values = np.array([1, 2, 4, 8])
+    assert values[space.allows("tp", values)].tolist() == [1, 2]
+    assert values[space.allows("pp", values)].tolist() == [1, 2]
+    assert values[space.allows("dp", values)].tolist() == [1, 2, 4, 8]
+
+
+def narrow(name: str = "mist", fixed: str = "", most: str = "", forbid: str = "") -> SearchSpace:
+    """A space narrowed by words with blanks between them."""
+    return narrowed(space_of(name), fixed=fixed.split(), most=most.split(), forbid=forbid.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("tp=2", {"tp": (2,)}),
+        ("pp=4", {"pp": (4,)}),
+        ("dp=8", {"dp": (8,)}),
+        ("micro-batch=3", {"micro_batch": (3,)}),
+        ("zero=2", {"zero": (2,)}),
+        ("checkpoint=none", {"levels": (EAGER,)}),
+        ("checkpoint=selective", {"levels": (SELECTIVE,)}),
+        ("checkpoint=full", {"levels": (FULL,)}),
+        ("schedule=zero-bubble", {"schedules": (ZERO_BUBBLE,)}),
+        ("schedule=1f1b", {"schedules": (ONE_F_ONE_B,)}),
+        ("tp=2 zero=1", {"tp": (2,), "zero": (1,)}),
+    ],
+)
+def test_what_is_set(words: str, changed: dict[str, object]) -> None:
+    assert narrow(fixed=words) == SearchSpace(restrictions=tuple(words.split()), **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        ("tp=4", {"tp": 4}),
+        ("pp=2 micro-batch=8", {"pp": 2, "micro_batch": 8}),
+        ("dp=1", {"dp": 1}),
+    ],
+)
+def test_what_is_limited(words: str, most: dict[str, int]) -> None:
+    told = tuple(f"max {word}" for word in words.split())
+    assert narrow(most=words) == SearchSpace(most=most, restrictions=told)
+
+
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("offload", {"offload": NO_RATIOS}),
+        ("weights", {"offload": {**PAPER_RATIOS, "weights": (0.0,)}}),
+        ("activations", {"offload": {**PAPER_RATIOS, "activations": (0.0,)}}),
+        ("selective", {"levels": (EAGER, FULL)}),
+        ("full", {"levels": (EAGER, SELECTIVE)}),
+        ("interleaved", {"schedules": (GPIPE, ONE_F_ONE_B, ZERO_BUBBLE)}),
+        ("1f1b", {"schedules": (GPIPE, INTERLEAVED, ZERO_BUBBLE)}),
+        ("unlike-stages", {"unlike_stages": False, "unequal_meshes": False}),
+        ("unequal-meshes", {"unequal_meshes": False}),
+    ],
+)
+def test_what_is_forbidden(word: str, changed: dict[str, object]) -> None:
+    assert narrow(forbid=word) == SearchSpace(restrictions=(f"no {word}",), **changed)  # type: ignore[arg-type]
+
+
+def test_restrictions_are_told_in_order() -> None:
+    space = narrow("megatron", "zero=1 tp=2", "pp=4", "selective interleaved")
+    assert space.name == "megatron"
+    assert space.restrictions == (
+        "space megatron", "zero=1", "tp=2", "max pp=4", "no selective", "no interleaved",
+    )  # fmt: skip
+    assert (space.levels, space.schedules) == ((EAGER, FULL), (ONE_F_ONE_B,))
+    assert narrow("mist") == SearchSpace()
+
+
+EXPECTED_SET = (
+    "expected tp, pp, dp, micro-batch or zero with a number, checkpoint=none, selective, full, "
+    "or schedule=gpipe, 1f1b, interleaved, zero-bubble."
+)
+EXPECTED_MAX = "expected tp, pp, dp or micro-batch with a number."
+EXPECTED_FORBID = (
+    "expected offload, weights, grads, optimizer, activations, selective, full, gpipe, 1f1b, "
+    "interleaved, zero-bubble, unlike-stages, unequal-meshes."
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"fixed": "colour=2"}, f"--set colour=2: {EXPECTED_SET}"),
+        ({"fixed": "tp"}, f"--set tp: {EXPECTED_SET}"),
+        ({"fixed": "tp=two"}, f"--set tp=two: {EXPECTED_SET}"),
+        ({"fixed": "zero=-1"}, f"--set zero=-1: {EXPECTED_SET}"),
+        ({"fixed": "checkpoint=some"}, f"--set checkpoint=some: {EXPECTED_SET}"),
+        ({"fixed": "schedule=dapple"}, f"--set schedule=dapple: {EXPECTED_SET}"),
+        ({"fixed": "tp=2 tp=4"}, "--set tp=4: tp is set twice."),
+        ({"fixed": "tp=0"}, "tp 0 is not a positive number."),
+        ({"fixed": "zero=7"}, "zero 7 is not a ZeRO level (0, 1, 2 or 3)."),
+        ({"most": "tp"}, f"--max tp: {EXPECTED_MAX}"),
+        ({"most": "pp=0"}, f"--max pp=0: {EXPECTED_MAX}"),
+        ({"most": "zero=2"}, f"--max zero=2: {EXPECTED_MAX}"),
+        ({"forbid": "none"}, f"--forbid none: {EXPECTED_FORBID}"),
+        ({"forbid": "tp"}, f"--forbid tp: {EXPECTED_FORBID}"),
+        (
+            {"fixed": "checkpoint=full", "forbid": "full"},
+            "no memory level is left: allow eager, selective or full.",
+        ),
+    ],
+)
+def test_words_that_cannot_be_read(words: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        narrow(**words)
+    assert str(refused.value) == message

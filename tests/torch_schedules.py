@@ -1,0 +1,52 @@
+"""The orders in which torch itself runs micro-batches, made without processes or models."""
+
+from types import SimpleNamespace
+
+from torch.distributed.pipelining import schedules
+
+Orders = dict[int, list[schedules._Action | None]]
+
+SCHEDULES = {
+    "interleaved": schedules.ScheduleInterleaved1F1B,
+    "zero-bubble": schedules.ScheduleInterleavedZeroBubble,
+}
+
+
+def pipeline_order(
+    kind: str, num_stages: int, num_micro_batches: int, chunks: int
+) -> Orders | None:
+    """What each rank does, in order; None where torch refuses the number of micro-batches."""
+    stages = [
+        SimpleNamespace(
+            num_stages=num_stages * chunks,
+            group_size=num_stages,
+            group_rank=0,
+            stage_index=chunk * num_stages,
+            is_first=chunk == 0,
+            is_last=False,
+            has_backward=True,
+            submod=None,
+        )
+        for chunk in range(chunks)
+    ]
+    try:
+        return SCHEDULES[kind](stages, num_micro_batches, loss_fn=lambda *_: None).pipeline_order
+    except ValueError as error:
+        assert "number of rounds" in str(error)
+        return None
+
+
+def most_held(actions: list[schedules._Action | None]) -> int:
+    """Largest number of chunks whose activations a rank holds at once: from forward to weights."""
+    held, most = set(), 0
+    for action in actions:
+        if action is None:
+            continue
+        chunk = (action.stage_index, action.microbatch_index)
+        match action.computation_type.name:
+            case "FORWARD":
+                held.add(chunk)
+            case "FULL_BACKWARD" | "BACKWARD_WEIGHT":
+                held.remove(chunk)
+        most = max(most, len(held))
+    return most
