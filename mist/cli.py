@@ -61,34 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
-]
-Gpus = Annotated[int, typer.Option("--gpus", help="Number of GPUs.")]
-Gpu = Annotated[str | None, typer.Option("--gpu", help="Device profile, for instance h100-sxm.")]
-ClusterName = Annotated[str | None, typer.Option("--cluster", help="Cluster profile or YAML file.")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="Training framework.")]
-Seq = Annotated[int | None, typer.Option("--seq", help="Tokens per sample [min(8192, model's)].")]
-GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Samples per optimizer step.")]
-PrecisionName = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
-AttentionName = Annotated[Attention, typer.Option("--attention", help="Attention kernel.")]
-Margin = Annotated[
-    float | None, typer.Option("--margin", help="Share of device memory that stays free [0.12].")
-]
-Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")]
-Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
-Zero = Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")]
-MicroBatch = Annotated[
-    int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
-]
-Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", help="Recomputed layers: none, selective, full, or a number.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
-]
 
 OF_ANY_PLAN = {"subject", "margin", "out", "as_json"}  # what `mist check PLAN` may be told
 PLAN_SUFFIXES = (".yaml", ".yml")

@@ -29,7 +29,7 @@ MicroBatch = Annotated[
     int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
 ]
 Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", help="Recomputed layers: none, full, or a number per stage.")
+    str, typer.Option("--checkpoint", help="Recomputed layers: none, selective, full, or a number.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Out = Annotated[

@@ -95,11 +95,9 @@ def _schedule(plan: Plan) -> Iterator[Fault]:
     if kind is ScheduleKind.INTERLEAVED and num_stages == 1:
         words = "interleaved needs at least 2 stages; use 1f1b for one"
         yield Fault(path="schedule.kind", message=words)
-    elif kind is ScheduleKind.INTERLEAVED and count % num_stages:
-        words = (
-            f"interleaved takes turns of {num_stages} micro-batches, which do not divide {count}"
-        )
-        yield Fault(path="num_micro_batches", message=words)
+    elif kind in TAKES_TURNS and count % max(count // num_stages, 1):
+        words = f"{kind} runs micro-batches in rounds: {count} make no equal rounds of {num_stages}"
+        yield Fault(path="num_micro_batches", message=f"{words} or more")
     yield from _stages_of_schedule(plan)
 
 

@@ -170,7 +170,7 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
     )
     yield Rule(
         name="whole-rounds",
-        holds=lambda c: ~_takes_turns(c) | (c["num_micro_batches"] % c["num_stages"] == 0),
+        holds=lambda c: ~_takes_turns(c) | (c["num_micro_batches"] % _rounds(c) == 0),
         message="schedule {schedule} runs micro-batches in rounds of {num_stages}: "
         "{num_micro_batches} are no whole number of them.",
     )
@@ -185,6 +185,10 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
 def _takes_turns(columns: Arrays) -> Mask:
     kinds = (ScheduleKind.INTERLEAVED.value, ScheduleKind.ZERO_BUBBLE.value)
     return np.isin(columns["schedule"], kinds)
+
+
+def _rounds(columns: Arrays) -> NDArray[np.int64]:
+    return np.asarray(np.maximum(columns["num_micro_batches"] // columns["num_stages"], 1))
 
 
 def _offload_rules(runtime: Runtime) -> Iterator[Rule]:

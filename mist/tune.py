@@ -33,6 +33,7 @@ from mist.pareto.space import Group, expressible, groups, offloading
 from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.spaces import SearchSpace
+from mist.spec import ScheduleKind
 
 Progress = Callable[[str], None]
 

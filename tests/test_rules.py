@@ -69,45 +69,7 @@ def test_a_layout_that_keeps_every_rule() -> None:
             {"num_stages": 4, "num_micro_batches": 2, "micro_batch": 16},
             ["2 micro-batches cannot fill 4 pipeline stages: 1F1B needs at least one for each."],
         ),
-        (
-            {"num_stages": 16},
-            [
-                "pp 16 stages, but toy has 8 layers.",
-                "16 stages of 1 chunks, but toy has 8 layers.",
-            ],
-        ),
-        (
-            {"schedule": "interleaved", "chunks": 5},
-            ["2 stages of 5 chunks, but toy has 8 layers."],
-        ),
-        (
-            {
-                "schedule": "interleaved",
-                "chunks": 2,
-                "num_micro_batches": 8,
-                "num_stages": 4,
-                "dp": 2,
-                "micro_batch": 4,
-            },
-            [],
-        ),
-        (
-            {"schedule": "zero-bubble", "zero": 3},
-            [
-                "schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
-                "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b."
-            ],
-        ),
-        (
-            {"optimizer": 0.5, "weights": 0.5},
-            [
-                "offloading weights needs ZeRO-2 or more under runtime torch, "
-                "found ratio 0.5 at ZeRO-1.",
-                "runtime torch offloads weights and gradients of a layer together: "
-                "their ratios are 0.5 and 0.",
-            ],
-        ),
-        ({"weights": 0.5, "grads": 0.5, "zero": 2, "activations": 1.0}, []),
+        ({"num_stages": 16}, ["pp 16 stages, but toy has 8 layers."]),
         (
             {"dp": 6, "tp": 1, "num_micro_batches": 1, "num_stages": 1},
             [
@@ -229,9 +191,6 @@ def test_a_model_without_tensor_parallel_rules() -> None:
         ("batch-factors", "micro_batch", [1, 2, 4], [0, 1, 0]),
         ("enough-micro-batches", "num_micro_batches", [1, 2, 3], [0, 1, 1]),
         ("enough-layers", "num_stages", [1, 8, 9], [1, 1, 0]),
-        ("chunks-have-layers", "chunks", [1, 4, 5], [1, 1, 0]),
-        ("offload-optimizer", "optimizer", [0.0, 1.0], [1, 1]),
-        ("offload-grads", "grads", [0.0, 0.25], [1, 0]),
         ("stage-fills-nodes", "dp", [1, 2, 3, 4, 8, 12, 6], [1, 1, 0, 1, 1, 1, 0]),
         ("schedule-known", "schedule", ["gpipe", "1f1b", "chimera"], [1, 1, 0]),
         ("chunks-have-layers", "chunks", [1, 2, 4, 5], [1, 1, 1, 0]),
@@ -309,23 +268,3 @@ def test_sequences_that_no_micro_batch_makes_right(
     relation: sympy.Basic, seq_len: int, outside: tuple[str, ...]
 ) -> None:
     assert out_of_domain(toy_job(restricted(relation)).cost.domain, seq_len) == outside
-
-
-def test_rounds_of_interleaved_pipelines() -> None:
-    """Micro-batches run in rounds of as many as there are stages: 10 are no whole number of 4s."""
-    columns = FITTING | {"schedule": "interleaved", "chunks": 2, "num_stages": 4}
-    held = rule("whole-rounds").mask(columns | {"num_micro_batches": np.array([4, 6, 8, 10, 9])})
-    assert held.tolist() == [True, False, True, False, False]
-    assert rule("whole-rounds").mask(FITTING | {"num_micro_batches": 9, "num_stages": 4}).all()
-
-
-def test_a_runtime_without_pipelines_or_offloading() -> None:
-    platform = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime="fsdp1")
-    programs = compile_model(toy_graph(), platform.runtime, Precision.BF16)
-    found = make_job(programs, platform, toy_workload())
-    messages = [*broken(found.rules, FITTING | {"zero": 3, "optimizer": 1.0, "activations": 0.5})]
-    assert messages == [
-        "schedule 1f1b: runtime fsdp1 has no pipelines.",
-        "offloading optimizer is not possible under runtime fsdp1, found ratio 1 at ZeRO-3.",
-        "offloading activations is not possible under runtime fsdp1.",
-    ]

@@ -34,6 +34,9 @@ TABLE = {
     "mist": (
         None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
+    "whole": (
+        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
+    ),
 }  # fmt: skip
 
 
@@ -56,7 +59,7 @@ def test_what_a_space_may_use(name: str) -> None:
         space.schedules,
         space.unlike_stages,
     ) == TABLE[name]
-    assert space.unequal_meshes is (name in ("aceso", "mist"))
+    assert space.unequal_meshes is (name == "whole")
     assert (space.dp, space.micro_batch, space.most, space.restrictions) == (None, None, {}, ())
 
 
@@ -64,7 +67,7 @@ def test_an_unknown_space() -> None:
     with pytest.raises(InputError) as refused:
         space_of("4d")
     assert str(refused.value) == (
-        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist."
+        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist, whole."
     )
 
 

@@ -266,7 +266,7 @@ def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
     graph = toy_graph(counts, hidden=hidden, vocab=int(rng.choice([1024, 8192])))
     gpu = str(rng.choice(["h100-sxm", "l4", "a100-sxm-40"]))
     job = toy_job(graph, int(rng.choice([1, 2, 4])), gpu=gpu, global_batch=int(rng.choice([4, 8])))
-    least = smallest_peak(job, SearchSpace(), HOST).peak_bytes
+    least = smallest_peak(job, SearchSpace(), host_bytes=HOST).peak_bytes
     limit = least * float(rng.choice([1.2, 1.6, 2.5, 10.0]))
     steps = {name: step_of(job, SPACES[name], limit) for name in SPACES}
     for small, large in SUBSETS:
@@ -277,7 +277,7 @@ def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
 def test_smallest_peak_is_what_no_layout_undercuts() -> None:
     job = toy_job(toy_graph((3,), vocab=8192), 2, global_batch=4)
     space = SearchSpace(offload=RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,))
-    found = smallest_peak(job, space, math.inf)
+    found = smallest_peak(job, space)
     rng = np.random.default_rng(0)
     for pp, g in itertools.product((1, 2), divisors(4)):
         cuts = [range(3)] if pp == 1 else [range(1), range(1, 3)]

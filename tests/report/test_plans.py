@@ -251,33 +251,3 @@ def test_the_json_of_a_check() -> None:
 def test_the_json_of_a_check_that_fails() -> None:
     found = check_json(tight(70), LIMITS, ())
     assert (found["fits"], found["margin_bytes"]) == (False, -6 * GIB)
-
-
-def test_what_does_not_fit_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = tight(40)
-    stages = tuple(replace(stage, host_bytes=33 * GIB) for stage in plan.estimate.stages)
-    plan = replace(plan, estimate=replace(plan.estimate, stages=stages))
-    print_check(plan, LIMITS, (), ())
-    text = printed(capsys)
-    assert "DOES NOT FIT in host memory: over by 1.0 GiB per GPU." in text
-    assert "In host memory per GPU: 33.0 GiB, of 32.0 GiB that it may use." in text or (
-        "In host memory per GPU: 33.0 GiB, 33.0 GiB, of 32.0 GiB that it may use." in text
-    )
-    assert not check_json(plan, LIMITS, ())["fits"]
-
-
-def test_levels_and_offloads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    stages = tuple(
-        replace(
-            stage,
-            memory={MemoryLevel.EAGER: 3, MemoryLevel.SELECTIVE: 4, MemoryLevel.FULL: 1},
-            offload=Offload(optimizer=0.5, activations=0.25),
-        )
-        for stage in sample_plan().stages
-    )
-    schedule = Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)
-    print_plan(replace(sample_plan(), stages=stages, schedule=schedule), LIMITS, ())
-    text = printed(capsys)
-    assert "schedule zero-bubble" in text
-    assert "1 of 8, 4" in text
-    assert "optimizer 50%" in text
