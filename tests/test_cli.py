@@ -643,6 +643,7 @@ def test_a_model_that_does_not_fit(mist: Mist, models: Path, tmp_path: Path) -> 
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_llama_70b_on_two_l4_says_what_would_fit(mist: Mist, tmp_path: Path) -> None:
     run = mist("plan", "llama3-70b", "--gpus", 2, "--gpu", "l4")
     assert (run.code, run.out) == (3, "")

@@ -11,8 +11,8 @@ from mist.errors import InputError
 from mist.estimate import estimate, make_job
 from mist.planfile import save_plan
 from mist.platform import Kind, load_platform
-from mist.spaces import SearchSpace
-from mist.spec import Precision
+from mist.spaces import NO_RATIOS, SearchSpace
+from mist.spec import Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
 from mist.workflow import calibrating
 from mist.workflow.calibrating import calibrate
@@ -22,6 +22,7 @@ from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
 GRAPH = toy_graph((8,), hidden=8192)
+PLAIN = {"offload": NO_RATIOS, "schedules": (ScheduleKind.ONE_F_ONE_B,)}
 SLOWER, LONGER = 1.3, 2.5e-3
 
 
@@ -38,7 +39,7 @@ def measured(folder: Path, name: str, num_gpus: int, **space: tuple[int, ...]) -
     question = Question(
         model=str(folder / "toy.py"), num_gpus=num_gpus, seq_len=1024, global_batch=64
     )
-    plan = make_plan(question, SearchSpace(**space)).plan
+    plan = make_plan(question, SearchSpace(**PLAIN, **space)).plan
     plan_path, log_path = folder / f"{name}.yaml", folder / f"{name}.json"
     save_plan(plan, plan_path)
     platform = load_platform(num_gpus=num_gpus, gpu=None, cluster=None, runtime="torch")
@@ -95,7 +96,7 @@ def test_plans_use_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert platform.calibration is not None
     assert platform.device.tensor_time_scale.kind is Kind.CALIBRATED
     question = Question(model=str(tmp_path / "toy.py"), num_gpus=8, seq_len=1024)
-    assert make_plan(question, SearchSpace()).plan.estimate.uncertainty.calibrated
+    assert make_plan(question, SearchSpace(**PLAIN)).plan.estimate.uncertainty.calibrated
 
 
 def test_pairs_are_pairs(tmp_path: Path) -> None:
