@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mist.estimate import Job, estimate, make_job, model_flop, resharding_seconds
-from mist.plans import Offload, StagePlan
+from mist.plans import Offload, Schedule, StagePlan
 from mist.platform.cluster import Collective
-from mist.spec import MemoryLevel
+from mist.spec import MemoryLevel, ScheduleKind
 from tests.toys import toy_graph, toy_job
 
 
@@ -62,6 +62,60 @@ def test_bubble_is_that_of_1f1b() -> None:
     judged = estimate(job, stages_of(job, 4), 64)
     stable_s = max(stage.stable_s for stage in judged.stages)
     assert judged.bubble_s == pytest.approx(3 * stable_s, rel=0.05)  # ends lack one transfer
+
+
+def chunked(stages: tuple[StagePlan, ...], chunks: int) -> tuple[StagePlan, ...]:
+    """The same stages with their layers dealt out in turn."""
+    count = stages[0].num_layers // chunks
+    return tuple(
+        replace(stage, layers=tuple(((c * len(stages) + i) * count, count) for c in range(chunks)))
+        for i, stage in enumerate(stages)
+    )
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_chunks_divide_the_bubble(chunks: int) -> None:
+    """Narayanan et al. (SC'21), section 2.2: (S - 1) t / v with v chunks."""
+    job = toy_job(toy_graph((64,), vocab=64), num_gpus=4)
+    schedule = Schedule(kind=ScheduleKind.INTERLEAVED, vpp=chunks)
+    judged = estimate(job, chunked(stages_of(job, 4), chunks), 64, schedule)
+    stable_s = max(stage.stable_s for stage in judged.stages)
+    assert judged.bubble_s == pytest.approx(3 * stable_s / chunks, rel=0.05)
+
+
+def test_weight_gradients_fill_the_bubble() -> None:
+    """ZB-H1 (Qi et al. 2024, table 1): (S - 1) (F + B - W) = (S - 1) (t - 2 W)."""
+    job = toy_job(toy_graph((64,), hidden=8192, vocab=64), num_gpus=4)
+    schedule = Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)
+    judged = estimate(job, stages_of(job, 4), 64, schedule)
+    tokens = 2048
+    products = [(1, 8192, 4 * 8192, tokens), (1, 4 * 8192, 8192, tokens)]
+    weight_s = 16 * sum(float(job.laws.gemm_s(*dims)) for dims in products)
+    stable_s = max(stage.stable_s for stage in judged.stages)
+    assert stable_s > 3 * weight_s  # what is left of the bubble is more than nothing
+    assert judged.bubble_s == pytest.approx(3 * (stable_s - 2 * weight_s), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunks", "held"),
+    [
+        (ScheduleKind.GPIPE, 1, [64, 64, 64, 64]),
+        (ScheduleKind.ONE_F_ONE_B, 1, [4, 3, 2, 1]),
+        (ScheduleKind.ZERO_BUBBLE, 1, [4, 4, 4, 4]),
+        (ScheduleKind.INTERLEAVED, 2, [5.5, 4.5, 3.5, 2.5]),
+    ],
+)
+def test_activations_are_held_by_schedule(
+    kind: ScheduleKind, chunks: int, held: list[float]
+) -> None:
+    """As many as are in flight (tests/test_schedule.py) times those of one micro-batch."""
+    job = toy_job(toy_graph((64,), vocab=64), num_gpus=4)
+    stages = chunked(stages_of(job, 4), chunks)
+    judged = estimate(job, stages, 64, Schedule(kind=kind, vpp=chunks)).stages
+    alone = estimate(job, stages_of(job, 4), 1).stages
+    for stage, one, count in zip(judged, alone, held, strict=True):
+        activations = count * one.memory_parts_bytes["activations"]
+        assert stage.memory_parts_bytes["activations"] == pytest.approx(activations, rel=1e-6)
 
 
 def test_mfu_is_model_flop_over_peak() -> None:
