@@ -457,7 +457,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "an unknown space",
         ("plan", "{models}/tiny.py", *SMALL, "--space", "4d"),
-        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist.",
+        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist, whole.",
     ),
     (
         "a share of nothing",

@@ -65,6 +65,7 @@ def pairs(folder: Path) -> list[tuple[Path, Path]]:
     ]
 
 
+@pytest.mark.slow  # compiles the costs anew for each guess
 def test_what_made_the_runs_is_found(tmp_path: Path) -> None:
     found = calibrate(pairs(tmp_path), lambda message: None)
     assert found.after["device.tensor_time_scale"] == pytest.approx(SLOWER, rel=0.02)
@@ -88,6 +89,7 @@ def test_runs_of_two_devices_do_not_mix(tmp_path: Path) -> None:
         calibrate([(plan, log), (other, log)], lambda message: None)
 
 
+@pytest.mark.slow  # compiles the costs anew for each guess
 def test_plans_use_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(path) for pair in pairs(tmp_path) for path in pair]
     app(["calibrate", *files], standalone_mode=False)
