@@ -14,7 +14,9 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._ops import OpOverload
+from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,7 +61,7 @@ class Recorder(TorchDispatchMode):
     """Counts within `with`; `axes`: names of process groups, and the axis that each stands for."""
 
     def __init__(self, states: Iterable[torch.Tensor], axes: Mapping[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._axes = axes
         self._live: dict[int, int] = {}
         self._bytes = self._peak = 0
@@ -92,12 +94,12 @@ class Recorder(TorchDispatchMode):
             return result
 
         setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 (mypy: a method)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         setattr(torch.UntypedStorage, "resize_", self._resize)  # noqa: B010
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -160,4 +162,4 @@ def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
             found: dist.ProcessGroup = dist.ProcessGroup.unbox(arg)
             return found
     name = next((arg for arg in reversed(args) if isinstance(arg, str)), None)
-    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+    return None if name is None else _resolve_process_group(GroupName(name))

@@ -149,8 +149,8 @@ def _regions(
         for module in (row, *columns):
             if type(module) is not nn.Linear:
                 raise ModelError(
-                    f"{names[id(module)]} of {loaded.name} is a {type(module).__name__}: mist apply "
-                    "divides torch.nn.Linear only. Use tp 1."
+                    f"{names[id(module)]} of {loaded.name} is a {type(module).__name__}: mist "
+                    "apply divides torch.nn.Linear only. Use tp 1."
                 )
         assert isinstance(row, nn.Linear)
         for module in columns:
@@ -211,7 +211,8 @@ class _Inputs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        linear = self.stack and isinstance(self.model.get_submodule(self.stack[-1][0]), nn.Linear)
+        owner = self.model.get_submodule(self.stack[-1][0] if self.stack else "")
+        linear = isinstance(owner, nn.Linear)
         if not linear and getattr(func, "__name__", "") not in GETTERS:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor):

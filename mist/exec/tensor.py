@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from mist.errors import ModelError
 from mist.exec.rules_tp import RegionRule, TensorRules
 
 SEQUENCE: Placement = Shard(1)
@@ -30,42 +31,44 @@ SEQUENCE: Placement = Shard(1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """The layers of a chunk by name, and whether the ends of the model belong to it."""
+    """The layers of a chunk by name, whether the ends of the model belong to it, and how it runs.
+
+    `sp`: sequence parallelism. `split_loss`: logits stay divided (within loss_parallel).
+    """
 
     layers: tuple[str, ...]
     first: bool
     last: bool
+    sp: bool
+    split_loss: bool
 
 
-def divide(
-    model: nn.Module,
-    rules: TensorRules,
-    part: Part,
-    mesh: DeviceMesh,
-    *,
-    sp: bool,
-    split_loss: bool,
-) -> frozenset[str]:
+def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> frozenset[str]:
     """Divide a chunk over the ranks of `mesh`, in place.
 
-    `split_loss`: the logits stay divided (within loss_parallel). Returns the names of parameters
-    whose gradients are partial sums.
+    Returns the names of parameters whose gradients are partial sums. Raises ModelError when
+    sequence parallelism would divide the tokens that attention counts.
     """
     for (owner, attribute), value in rules.local.items():
         setattr(model.get_submodule(owner), attribute, value)
     entered: set[str] = set()
     for region in rules.regions:
         if region.rowwise.startswith(tuple(f"{name}." for name in part.layers)):
-            _divide_region(model, region, mesh, sp=sp)
+            _divide_region(model, region, mesh, sp=part.sp)
             entered |= set(region.entries.values())
-    head_partial = sp and rules.head is not None
-    _divide_ends(model, rules, part, mesh, sp=sp, split_loss=split_loss)
-    if sp:
+    _divide_ends(model, rules, part, mesh)
+    head_partial = part.sp and rules.head is not None
+    if part.sp:
         _shard_sequence(model, part, mesh, head_partial=head_partial)
-    return frozenset(_partial(model, part, entered, sp=sp, head_partial=head_partial))
+    return frozenset(_partial(model, part, entered, head_partial=head_partial))
 
 
 def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp: bool) -> None:
+    if sp and region.attends and set(region.entries) & set(region.entries.values()):
+        raise ModelError(
+            f"sp: attention around {region.rowwise} is not in a module of its own that is given "
+            "the activation, so its tokens cannot be gathered for it. Plan without sp."
+        )
     output = SEQUENCE if sp else Replicate()
     styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in region.entries}
     styles[region.rowwise] = RowwiseParallel(output_layouts=output)
@@ -76,25 +79,16 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp
         _on_entry(model.get_submodule(name), partial(_enter, mesh=mesh, sp=sp))
 
 
-def _divide_ends(
-    model: nn.Module,
-    rules: TensorRules,
-    part: Part,
-    mesh: DeviceMesh,
-    *,
-    sp: bool,
-    split_loss: bool,
-) -> None:
+def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
     tied = part.first and part.last and _tied(model, rules)
     if part.first and rules.embedding is not None:
-        parallelize_module(
-            model, mesh, {rules.embedding: RowwiseParallel(input_layouts=Replicate())}
-        )
+        whole = RowwiseParallel(input_layouts=Replicate())
+        parallelize_module(model, mesh, {rules.embedding: whole})
     if part.last and rules.head is not None:
-        logits = Shard(-1) if split_loss else Replicate()
-        style = ColwiseParallel(output_layouts=logits, use_local_output=not split_loss)
+        logits = Shard(-1) if part.split_loss else Replicate()
+        style = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
         parallelize_module(model, mesh, {rules.head: style})
-        if sp:
+        if part.sp:
             _partial_input(model.get_submodule(rules.head), mesh)
     if tied and rules.head is not None and rules.embedding is not None:
         model.get_submodule(rules.head).weight = model.get_submodule(rules.embedding).weight
@@ -145,7 +139,7 @@ def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool) -> torch.Tensor:
 
 
 def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
-    """The input of a column-parallel matrix has been entered already: its gradient stays partial."""
+    """The input of a column-parallel matrix was entered before: its gradient stays partial."""
 
     def given(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *others = args
@@ -174,14 +168,12 @@ def _entered(value: object, enter: Any) -> object:  # noqa: ANN401
 
 
 def _partial(
-    model: nn.Module, part: Part, entered: set[str], *, sp: bool, head_partial: bool
+    model: nn.Module, part: Part, entered: set[str], *, head_partial: bool
 ) -> Iterator[str]:
     layers = tuple(f"{name}." for name in part.layers)
     regions = tuple(f"{name}." for name in entered)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            continue
-        if name.startswith(layers if sp else regions):
-            yield name
-        elif sp and head_partial and part.last and not name.startswith(layers):
+        in_tail = head_partial and part.last and not name.startswith(layers)
+        in_layers = name.startswith(layers if part.sp else regions)
+        if not isinstance(parameter, DTensor) and (in_layers or in_tail):
             yield name

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mist.plans import ClusterRef, MemoryLevel, ModelRef, Offload, Plan, Schedule, StagePlan
@@ -61,7 +61,7 @@ class S:
     layers: tuple[int, ...] = (NUM_LAYERS,)
     full: int = 0
     selective: int = 0
-    offload: Offload = Offload()
+    offload: Offload = field(default_factory=Offload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
