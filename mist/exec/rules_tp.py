@@ -202,7 +202,7 @@ class _Inputs(TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         for name, module in self.model.named_modules():
             module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-            module.register_forward_hook(lambda *_: self.stack.pop() and None)
+            module.register_forward_hook(self._leave)
 
     def __torch_function__(
         self,
@@ -229,6 +229,9 @@ class _Inputs(TorchFunctionMode):
                 self.linear[name] = (given[0], tuple(self._chain(given[0])))
 
         return enter
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        self.stack.pop()
 
     def _chain(self, tensor: torch.Tensor) -> Iterator[str]:
         """The modules, innermost first, that hand on this tensor, below the layer."""

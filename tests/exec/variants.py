@@ -159,3 +159,36 @@ OFFLOAD = (
     ),
 )
 VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD)
+
+# Of more ranks than a small machine has cores for.
+SLOW = (
+    Variant(
+        name="pp2 dp2 tp2 sp zero2",
+        stages=(
+            S(layers=(1,), dp=2, tp=2, sp=True, zero=2),
+            S(layers=(3,), dp=2, tp=2, sp=True, zero=2),
+        ),
+        micro=4,
+        max_norm=0.5,
+    ),
+    Variant(
+        name="pp2 dp2 tp2 zero3",
+        stages=(S(layers=(2,), dp=2, tp=2, zero=3), S(layers=(2,), dp=2, tp=2, zero=3)),
+        micro=4,
+    ),
+    Variant(
+        name="dp2 tp2 sp to dp4",
+        stages=(S(layers=(2,), dp=2, tp=2, sp=True, zero=1), S(layers=(2,), dp=4, zero=3)),
+        micro=4,
+    ),
+    Variant(
+        name="dp4 to tp2 sp",
+        stages=(S(layers=(1,), dp=4, zero=3), S(layers=(3,), tp=2, sp=True)),
+        micro=4,
+    ),
+    Variant(
+        name="tp2 to dp2 to dp2",
+        stages=(S(layers=(1,), tp=2), S(layers=(2,), dp=2, zero=2), S(layers=(1,), dp=2, zero=0)),
+        micro=4,
+    ),
+)

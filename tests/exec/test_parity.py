@@ -1,0 +1,56 @@
+"""Every layout ends where one process ends: 3 AdamW steps in fp32.
+
+A sum of the same numbers in another order differs by some 1e-7; AdamW divides by the root of the
+second moment, which makes it some 1e-5 in parameters after three steps at this learning rate.
+Mistakes show at 1e-3 and more. All variants of one number of ranks share a launch.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.exec.layouts import Variant, write_models
+from tests.exec.parity import run_variants
+from tests.exec.variants import SLOW, VARIANTS
+
+MAX_LOSS, MAX_PARAMETER = 2e-6, 5e-5
+FAST_RANKS = sorted({variant.world_size for variant in VARIANTS})
+
+Errors = Mapping[str, Mapping[str, float]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("parity")
+    write_models(path)
+    return path
+
+
+def assert_parity(found: Errors, variants: list[Variant]) -> None:
+    assert set(found) == {variant.name for variant in variants}
+    far = {
+        name: error
+        for name, error in found.items()
+        if error["loss"] > MAX_LOSS or error["parameters"] > MAX_PARAMETER
+    }
+    assert far == {}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("num_ranks", FAST_RANKS)
+def test_layouts_agree_with_one_process(num_ranks: int, folder: Path) -> None:
+    variants = [variant for variant in VARIANTS if variant.world_size == num_ranks]
+    assert_parity(run_variants(variants, folder), variants)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", sorted({variant.world_size for variant in SLOW}))
+def test_large_layouts_agree_with_one_process(num_ranks: int, folder: Path) -> None:
+    variants = [variant for variant in SLOW if variant.world_size == num_ranks]
+    assert_parity(run_variants(variants, folder), variants)
+
+
+def test_there_are_at_least_24_layouts() -> None:
+    names = [variant.name for variant in (*VARIANTS, *SLOW)]
+    assert len(names) == len(set(names)) >= 24
