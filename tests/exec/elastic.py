@@ -1,4 +1,4 @@
-"""Rank programs about checkpoints, run by test_checkpoints: `python -m tests.exec.elastic WHAT DIR`.
+"""Rank programs about checkpoints: `python -m tests.exec.elastic WHAT DIR` (test_checkpoints).
 
 save: 4 steps under dp 4, a checkpoint after the second; then on from it under other plans.
 two: the same on two ranks. die: rank 1 is killed while the second checkpoint is written.
@@ -19,7 +19,7 @@ from mist.exec.group import joined
 from mist.exec.loading import load
 from mist.exec.parallel import Parallel, build, subject_of
 from mist.spec import Attention
-from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of, write_models
+from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
 from tests.exec.parity import SEED, settings
 
 FACTS = {"fingerprint": "any", "seed": SEED}
