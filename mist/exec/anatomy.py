@@ -28,6 +28,7 @@ class Anatomy:
 
     `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
     tuple that begins with it.
+    `direct`: the embedding, if layer 0 takes what it gave as it is.
     `in_a_row`: each layer takes exactly what the one before gave, and nothing else with a gradient.
     `tied`: for each name under which a parameter appears again, its first name.
     """
@@ -38,6 +39,7 @@ class Anatomy:
     boundary: tuple[int, ...]
     in_tuple: bool
     in_a_row: bool
+    direct: str | None
     tied: Mapping[str, str]
 
 
@@ -77,6 +79,8 @@ class _Watch(TorchFunctionMode):
     front: set[int] = field(default_factory=set)
     tail: set[int] = field(default_factory=set)
     hidden: torch.Tensor | None = None
+    embedded: dict[int, tuple[torch.Tensor, nn.Module]] = field(default_factory=dict)
+    direct: nn.Module | None = None
     in_tuple: bool = False
     in_a_row: bool = True
     inside: bool = False
@@ -112,14 +116,22 @@ class _Watch(TorchFunctionMode):
                 before = layer.register_forward_pre_hook(self._enter(index), with_kwargs=True)
                 stack.callback(before.remove)
                 stack.callback(layer.register_forward_hook(self._leave).remove)
+            for module in self.model.modules():
+                if isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_hook(self._embed).remove)
             stack.enter_context(self)
             yield
+
+    def _embed(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        self.embedded[id(output)] = (output, module)
 
     def _enter(self, index: int) -> Callable[..., None]:
         def enter(
             module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
         ) -> None:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if not self.order and id(given[0]) in self.embedded:
+                self.direct = self.embedded[id(given[0])][1]
             self.order.append(index)
             self.inside = True
             if self.hidden is not None and given[0] is not self.hidden:
@@ -156,5 +168,6 @@ def _anatomy(original: nn.Module, watch: _Watch) -> Anatomy:
         boundary=tuple(watch.hidden.shape[1:]),
         in_tuple=watch.in_tuple,
         in_a_row=watch.in_a_row,
+        direct=names[id(watch.direct)] if watch.direct is not None else None,
         tied=tied,
     )

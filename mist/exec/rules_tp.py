@@ -54,11 +54,15 @@ class RegionRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRules:
-    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank."""
+    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank.
+
+    `direct`: layer 0 takes what the embedding gives as it is.
+    """
 
     regions: tuple[RegionRule, ...]
     embedding: str | None
     head: str | None
+    direct: bool
     local: Mapping[tuple[str, str], int]
 
 
@@ -89,9 +93,11 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
     divided = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = [m for m in divided if id(m.weight) in sharding.params]
     whole_vocabulary = any(table.num_embeddings % tp for table in tables)
+    embedding = names[id(tables[0])] if tables and not whole_vocabulary else None
     return TensorRules(
         regions=regions,
-        embedding=names[id(tables[0])] if tables and not whole_vocabulary else None,
+        embedding=embedding,
+        direct=embedding is not None and embedding == anatomy.direct,
         head=next(ends, None) if not whole_vocabulary else None,
         local=_everywhere(dict(_local(model, sharding, tp)), like),
     )

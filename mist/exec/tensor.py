@@ -82,12 +82,16 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp
 def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
     tied = part.first and part.last and _tied(model, rules)
     if part.first and rules.embedding is not None:
-        whole = RowwiseParallel(input_layouts=Replicate())
-        parallelize_module(model, mesh, {rules.embedding: whole})
+        style = RowwiseParallel(input_layouts=Replicate())
+        if part.sp and rules.direct:  # layer 0 takes the shards out of it
+            style = RowwiseParallel(
+                input_layouts=Replicate(), output_layouts=SEQUENCE, use_local_output=False
+            )
+        parallelize_module(model, mesh, {rules.embedding: style})
     if part.last and rules.head is not None:
         logits = Shard(-1) if part.split_loss else Replicate()
-        style = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
-        parallelize_module(model, mesh, {rules.head: style})
+        columns = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
+        parallelize_module(model, mesh, {rules.head: columns})
         if part.sp:
             _partial_input(model.get_submodule(rules.head), mesh)
     if tied and rules.head is not None and rules.embedding is not None:
@@ -125,7 +129,9 @@ def _whole(
 
 
 def _scatter(whole: torch.Tensor, *, mesh: DeviceMesh) -> torch.Tensor:
-    """This rank's tokens of an activation that every rank has."""
+    """This rank's tokens of an activation that every rank has, or has its shard of already."""
+    if isinstance(whole, DTensor):
+        return whole.to_local()
     copies = DTensor.from_local(whole, mesh, (Replicate(),), run_check=False)
     return copies.redistribute(placements=(SEQUENCE,)).to_local()
 

@@ -1,4 +1,4 @@
-"""`mist apply` as a user runs it: logs, refusals, SIGTERM, a rank that fails, a launcher that dies."""
+"""`mist apply` as a user runs it: logs, refusals, SIGTERM, ranks and launchers that die."""
 
 import json
 import os
@@ -146,7 +146,8 @@ with joined(20.0):
 def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
     program = tmp_path / "sleeping.py"
     program.write_text(SLEEPING)
-    code = f"from mist.exec.launch import run_ranks; run_ranks([{str(program)!r}, {str(tmp_path)!r}], 2)"
+    arguments = [str(program), str(tmp_path)]
+    code = f"from mist.exec.launch import run_ranks; run_ranks({arguments!r}, 2)"
     launcher = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
