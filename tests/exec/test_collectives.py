@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mist.exec.launch import run_ranks
-from mist.graph import B, S, T, ModelGraph
+from mist.graph import B, ModelGraph, S, T
 from mist.spec import Attention, Precision
 from mist.trace import Setting, load_graph
 from tests.exec.layouts import BATCH, NUM_LAYERS, SEQ_LEN, Variant, write_models
