@@ -100,6 +100,11 @@ def _schedule(plan: Plan) -> Iterator[Fault]:
             f"interleaved takes turns of {num_stages} micro-batches, which do not divide {count}"
         )
         yield Fault(path="num_micro_batches", message=words)
+
+
+def _turns(plan: Plan) -> Iterator[Fault]:
+    """What schedules that take turns among chunks, or split the backward pass, need."""
+    kind = plan.schedule.kind
     grids = {(stage.dp, stage.tp) for stage in plan.stages}
     if kind in TAKES_TURNS and len(grids) > 1:
         yield Fault(
@@ -173,5 +178,5 @@ def _in_a_row(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
         )
 
 
-RULES: Final[tuple[Rule, ...]] = (_runtime, _axes, _schedule, _offload)
+RULES: Final[tuple[Rule, ...]] = (_runtime, _axes, _schedule, _turns, _offload)
 MODEL_RULES: Final = (_same_model, _divisible, _in_a_row)

@@ -88,19 +88,31 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
         for region in found
         if region.rowwise.startswith(f"{known}.")
     )
-    inside = {name for region in regions for name in region.entries}
-    ends = (names[key] for key in sharding.colwise if names[key] not in inside)
-    divided = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tables = [m for m in divided if id(m.weight) in sharding.params]
-    whole_vocabulary = any(table.num_embeddings % tp for table in tables)
-    embedding = names[id(tables[0])] if tables and not whole_vocabulary else None
+    table, head = _vocabulary(loaded, sharding, regions, tp)
     return TensorRules(
         regions=regions,
-        embedding=embedding,
-        direct=embedding is not None and embedding == anatomy.direct,
-        head=next(ends, None) if not whole_vocabulary else None,
+        embedding=table,
+        head=head,
+        direct=table is not None and table == anatomy.direct,
         local=_everywhere(dict(_local(model, sharding, tp)), like),
     )
+
+
+def _vocabulary(
+    loaded: LoadedModel, sharding: Sharding, regions: Sequence[RegionRule], tp: int
+) -> tuple[str | None, str | None]:
+    """Embedding and head, if they are divided; both stay whole where tp does not divide them."""
+    modules = dict(loaded.module.named_modules())
+    inside = {name for region in regions for name in region.entries}
+    tables = {
+        name: module.num_embeddings
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding) and id(module.weight) in sharding.params
+    }
+    heads = [n for n, m in modules.items() if id(m) in sharding.colwise and n not in inside]
+    if any(size % tp for size in tables.values()):
+        return None, None
+    return next(iter(tables), None), next(iter(heads), None)
 
 
 def _like(

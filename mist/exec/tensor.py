@@ -80,29 +80,42 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp
 
 
 def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
-    tied = part.first and part.last and _tied(model, rules)
-    if part.first and rules.embedding is not None:
+    """Embedding and head by vocabulary, where they belong to the chunk; tied ones stay tied."""
+    table = rules.embedding if part.first else None
+    head = rules.head if part.last else None
+    both = table is not None and head is not None
+    tied = both and _weight(model, table) is _weight(model, head)
+    if table is not None:
+        _divide_table(model, table, mesh, direct=part.sp and rules.direct)
+    if head is not None:
+        _divide_head(model, head, part, mesh)
+    if tied:
+        model.get_submodule(str(head)).weight = _weight(model, table)
+
+
+def _weight(model: nn.Module, name: str | None) -> nn.Parameter:
+    weight = model.get_submodule(str(name)).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _divide_table(model: nn.Module, name: str, mesh: DeviceMesh, *, direct: bool) -> None:
+    """`direct`: the first layer takes its shards right out of the result."""
+    if direct:
+        style = RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=SEQUENCE, use_local_output=False
+        )
+    else:
         style = RowwiseParallel(input_layouts=Replicate())
-        if part.sp and rules.direct:  # layer 0 takes the shards out of it
-            style = RowwiseParallel(
-                input_layouts=Replicate(), output_layouts=SEQUENCE, use_local_output=False
-            )
-        parallelize_module(model, mesh, {rules.embedding: style})
-    if part.last and rules.head is not None:
-        logits = Shard(-1) if part.split_loss else Replicate()
-        columns = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
-        parallelize_module(model, mesh, {rules.head: columns})
-        if part.sp:
-            _partial_input(model.get_submodule(rules.head), mesh)
-    if tied and rules.head is not None and rules.embedding is not None:
-        model.get_submodule(rules.head).weight = model.get_submodule(rules.embedding).weight
+    parallelize_module(model, mesh, {name: style})
 
 
-def _tied(model: nn.Module, rules: TensorRules) -> bool:
-    if rules.head is None or rules.embedding is None:
-        return False
-    head, table = model.get_submodule(rules.head), model.get_submodule(rules.embedding)
-    return head.weight is table.weight
+def _divide_head(model: nn.Module, name: str, part: Part, mesh: DeviceMesh) -> None:
+    logits = Shard(-1) if part.split_loss else Replicate()
+    style = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
+    parallelize_module(model, mesh, {name: style})
+    if part.sp:
+        _partial_input(model.get_submodule(name), mesh)
 
 
 def _shard_sequence(model: nn.Module, part: Part, mesh: DeviceMesh, *, head_partial: bool) -> None:
