@@ -23,16 +23,19 @@ CPU = torch.device("cpu")
 
 
 class Watched(Swapper):
-    """Counts the bytes that go to the host, and how far copies back run ahead."""
+    """Counts the bytes that go to the host, and the tensors that were asked back."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self.out_bytes = 0
-        self.back: list[int] = []
+        self.out_bytes = self.num_back = 0
 
     def to_host(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> Copy:
         self.out_bytes += tensor.numel() * tensor.element_size()
         return super().to_host(tensor, into)
+
+    def to_device(self, copy: Copy) -> Copy:
+        self.num_back += 1
+        return super().to_device(copy)
 
 
 class Layer(nn.Module):
@@ -70,6 +73,24 @@ def test_a_share_of_the_saved_bytes_goes_to_the_host(ratio: float, level: Memory
     per_layer = 2 if level is MemoryLevel.EAGER else 1  # what a layer saves, or its input
     saved_bytes = 2 * 10 * per_layer * 8 * 16 * 4  # two micro-batches of ten layers
     assert out_bytes == pytest.approx(ratio * saved_bytes, abs=2 * 8 * 16 * 4)
+
+
+def test_tensors_are_asked_back_one_layer_ahead() -> None:
+    layers = nn.Sequential(*(Layer() for _ in range(5)))
+    swapper = Watched()
+    offloader = Offloader(1.0, swapper)
+    before: list[int] = []  # copies asked for when the backward pass of a layer begins
+    for layer in layers:
+        offloader.attach(layer)
+        layer.register_forward_hook(
+            lambda module, args, output: (
+                output.register_hook(lambda grad: before.append(swapper.num_back)) and None
+            )
+        )
+    layers(torch.ones(8, 16).requires_grad_()).sum().backward()
+    # Two tensors a layer: with the last layer's own come those of the layer before it, and so on.
+    assert before == [0, 4, 6, 8, 10]
+    assert swapper.num_back == 10
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
