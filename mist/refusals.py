@@ -98,10 +98,10 @@ def _schedule(plan: Plan) -> Iterator[Fault]:
     elif kind in TAKES_TURNS and count % max(count // num_stages, 1):
         words = f"{kind} runs micro-batches in rounds: {count} make no equal rounds of {num_stages}"
         yield Fault(path="num_micro_batches", message=f"{words} or more")
-    yield from _stages_of_schedule(plan)
+    yield from _turns(plan)
 
 
-def _stages_of_schedule(plan: Plan) -> Iterator[Fault]:
+def _turns(plan: Plan) -> Iterator[Fault]:
     """What a schedule asks of the stages."""
     kind = plan.schedule.kind
     grids = {(stage.dp, stage.tp) for stage in plan.stages}

@@ -6,7 +6,7 @@ Importing this package needs no torch; its functions load it when they are calle
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from mist.errors import InputError
 from mist.exec.launch import run_ranks
@@ -54,21 +54,25 @@ def deferred() -> "AbstractContextManager[None]":
     return within()
 
 
-def parallelize(  # noqa: PLR0913 - what is divided, and how
-    model: "nn.Module",
-    plan: Plan,
-    *,
-    settings: "Settings | None" = None,
-    seed: int = 7,
-    make_batch: "Callable[[int, int], object] | None" = None,
-    loss: "Callable[..., torch.Tensor] | None" = None,
-) -> "Parallel":
+class ParallelOptions(TypedDict, total=False):
+    """What `parallelize` may be told beside the model and the plan.
+
+    settings: of the optimizer (`mist.exec.adamw.Settings`). seed: of weights, where the model has
+    no values (7). make_batch, loss: as in a model file.
+    """
+
+    settings: "Settings"
+    seed: int
+    make_batch: "Callable[[int, int], object]"
+    loss: "Callable[..., torch.Tensor]"
+
+
+def parallelize(model: "nn.Module", plan: Plan, **options: Unpack[ParallelOptions]) -> "Parallel":
     """This rank's part of a model, with optimizer and `train_step(batch)`.
 
     Call it on every rank, within a default process group of as many ranks as the plan has. The
     model keeps the values of its parameters; built within `deferred()` it has none and gets those
-    of the seed. `make_batch` and `loss` are as in a model file. Raises PlanError, InputError and
-    ModelError for what cannot be run.
+    of the seed. Raises PlanError, InputError and ModelError for what cannot be run.
     """
     import torch
     import torch.distributed as dist
@@ -79,10 +83,12 @@ def parallelize(  # noqa: PLR0913 - what is divided, and how
     if not dist.is_initialized():
         raise InputError("parallelize needs a process group: start the script with torchrun.")
     refuse_world(plan, dist.get_world_size())
+    make_batch, loss = options.get("make_batch"), options.get("loss")
     subject, facts = subject_of_module(model, plan, make_batch, loss)
     refuse_unplayable(plan, facts)
     from mist.exec.parallel import build
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return build(subject, plan, device, settings or Settings(), seed)
+    settings = options.get("settings") or Settings()
+    return build(subject, plan, device, settings, options.get("seed", 7))

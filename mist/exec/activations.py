@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import (
@@ -124,7 +125,7 @@ class Offloader:
         return output
 
     def _pack(self, current: _Pass, tensor: torch.Tensor) -> torch.Tensor | _Saved:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = _local(tensor)
         if not local.is_floating_point() or _storage(local) in current.parameters:
             return tensor
         storage = StorageWeakRef(local.untyped_storage())
@@ -167,12 +168,17 @@ class Offloader:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr()
+    return _local(tensor).untyped_storage().data_ptr()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds, when it has arrived."""
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held.wait() if isinstance(held, AsyncCollectiveTensor) else held
 
 
 def _without_memory(tensor: DTensor) -> DTensor:
-    return _with_local(tensor, tensor.to_local().detach().to("meta"))
+    return _with_local(tensor, _local(tensor).detach().to("meta"))
 
 
 def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:

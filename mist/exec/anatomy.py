@@ -27,7 +27,8 @@ class Anatomy:
     """Names of the layers in the order of their calls, and of what is read before and after.
 
     `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
-    tuple that begins with it. `direct`: the embedding, if layer 0 takes its result as it is.
+    tuple that begins with it.
+    `direct`: the embedding, if layer 0 takes what it gave as it is.
     `in_a_row`: each layer takes exactly what the one before gave, and nothing else with a gradient.
     `tied`: for each name under which a parameter appears again, its first name.
     """
@@ -37,8 +38,8 @@ class Anatomy:
     tail: frozenset[str]
     boundary: tuple[int, ...]
     in_tuple: bool
-    direct: str | None
     in_a_row: bool
+    direct: str | None
     tied: Mapping[str, str]
 
 
@@ -78,7 +79,7 @@ class _Watch(TorchFunctionMode):
     front: set[int] = field(default_factory=set)
     tail: set[int] = field(default_factory=set)
     hidden: torch.Tensor | None = None
-    embedded: dict[int, nn.Module] = field(default_factory=dict)
+    embedded: dict[int, tuple[torch.Tensor, nn.Module]] = field(default_factory=dict)
     direct: nn.Module | None = None
     in_tuple: bool = False
     in_a_row: bool = True
@@ -122,15 +123,15 @@ class _Watch(TorchFunctionMode):
             yield
 
     def _embed(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
-        self.embedded[id(output)] = module
+        self.embedded[id(output)] = (output, module)
 
     def _enter(self, index: int) -> Callable[..., None]:
         def enter(
             module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
         ) -> None:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            if not self.order:
-                self.direct = self.embedded.get(id(given[0]))
+            if not self.order and id(given[0]) in self.embedded:
+                self.direct = self.embedded[id(given[0])][1]
             self.order.append(index)
             self.inside = True
             if self.hidden is not None and given[0] is not self.hidden:
@@ -166,7 +167,7 @@ def _anatomy(original: nn.Module, watch: _Watch) -> Anatomy:
         tail=frozenset(outside[key] for key in watch.tail & outside.keys()),
         boundary=tuple(watch.hidden.shape[1:]),
         in_tuple=watch.in_tuple,
-        direct=names[id(watch.direct)] if watch.direct is not None else None,
         in_a_row=watch.in_a_row,
+        direct=names[id(watch.direct)] if watch.direct is not None else None,
         tied=tied,
     )

@@ -35,8 +35,8 @@ class Batches:
         self._tokens = None if file is None else read_tokens(file, loaded, workload)
         if self._tokens is not None and int(self._tokens.max()) >= self._vocab_size:
             raise InputError(
-                f"{file} has token {int(self._tokens.max())}, but {loaded.name} has a vocabulary "
-                f"of {self._vocab_size}."
+                f"{file} has token {int(self._tokens.max())}, but the vocabulary of "
+                f"{loaded.name} has {self._vocab_size}."
             )
 
     def step(self, number: int) -> object:
@@ -78,7 +78,7 @@ def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarr
         raise InputError(f"--data {file}: {loaded.name} does not take token ids.")
     try:
         if file.suffix == ".npy":
-            tokens = np.load(file, mmap_mode="r").reshape(-1)
+            tokens: np.ndarray[Any, Any] = np.load(file, mmap_mode="r").reshape(-1)
         else:
             tokens = np.fromfile(file, dtype=np.uint8)
     except (OSError, ValueError) as error:
@@ -88,7 +88,7 @@ def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarr
             f"--data {file} holds {len(tokens)} values of type {tokens.dtype}; a sample needs "
             f"{workload.seq_len} integer tokens."
         )
-    return np.asarray(tokens)
+    return tokens
 
 
 def own_rows(batch: object, grid: Grid, i: int, num_micro_batches: int) -> object:

@@ -12,11 +12,12 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
 
 from mist.errors import InputError
@@ -39,7 +40,7 @@ def save(parallel: Parallel, folder: Path, facts: dict[str, object]) -> Path:
         write_text(partial / FACTS, json.dumps({**facts, "step": number}))
     dist.barrier()
     with _without_noise():
-        _dcp().save(_state(parallel), checkpoint_id=partial)
+        write(_state(parallel), checkpoint_id=partial)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(complete, ignore_errors=True)
@@ -67,7 +68,7 @@ def resume(parallel: Parallel, folder: Path, facts: dict[str, object]) -> int:
                 "Give another --checkpoint folder, or the same model and seed."
             )
     with _without_noise():
-        _dcp().load(_state(parallel), checkpoint_id=found[-1])
+        load(_state(parallel), checkpoint_id=found[-1])
     parallel.optimizer.num_steps = int(known["step"])
     return parallel.optimizer.num_steps
 
@@ -105,10 +106,6 @@ def _flush(folder: Path) -> None:
         os.close(handle)
 
 
-def _dcp() -> Any:  # noqa: ANN401 (its names are not exported to type checkers)
-    return dcp
-
-
-def _without_noise() -> "warnings.catch_warnings[None]":
+def _without_noise() -> warnings.catch_warnings:
     """Within: torch does not warn of its own deprecated calls."""
     return warnings.catch_warnings(action="ignore")

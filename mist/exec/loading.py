@@ -38,10 +38,9 @@ def deferred() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def without_memory(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
-        if value is None or value.is_meta:  # one that is registered again is tied
-            register(module, name, value)
-        else:
-            register(module, name, _on_meta(value))
+        if value is not None and not value.is_meta:  # one that is registered again is tied
+            value = _on_meta(value)
+        register(module, name, value)
 
     setattr(nn.Module, "register_parameter", without_memory)  # noqa: B010 (mypy: a method)
     try:

@@ -14,7 +14,9 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._ops import OpOverload
+from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -160,8 +162,4 @@ def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
             found: dist.ProcessGroup = dist.ProcessGroup.unbox(arg)
             return found
     name = next((arg for arg in reversed(args) if isinstance(arg, str)), None)
-    if name is None:
-        return None
-    resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]
-    named: dist.ProcessGroup = resolve(name)
-    return named
+    return None if name is None else _resolve_process_group(GroupName(name))

@@ -27,7 +27,7 @@ from mist.exec.sums import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.swap import Swapper
 from mist.exec.tensor import Part, divide
 from mist.exec.weights import fill, whole_values
-from mist.exec.zero import COMPUTE, begin_backward, shard
+from mist.exec.zero import COMPUTE, Level, begin_backward, shard
 from mist.plans import Plan, StagePlan
 from mist.spec import MemoryLevel
 from mist.trace.loader import LoadedModel
@@ -135,24 +135,27 @@ def _chunk(
     anatomy, stage, place = job.subject.anatomy, job.stage, job.place
     part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
     names = anatomy.layers[layers.start : layers.stop]
-    ends = Part(layers=names, first=layers.start == 0, last=layers.stop == len(anatomy.layers))
+    ends = Part(
+        layers=names,
+        first=layers.start == 0,
+        last=layers.stop == len(anatomy.layers),
+        sp=stage.sp,
+        split_loss=job.split_loss,
+    )
     summed: frozenset[str] = frozenset()
     if stage.tp > 1:
         rules = job.subject.rules[stage.tp]
-        options = {"sp": stage.sp, "split_loss": job.split_loss}
-        summed = divide(part.module, rules, ends, place.tp_mesh, **options)
+        summed = divide(part.module, rules, ends, place.tp_mesh)
     root = Chunk(part, 1.0 / (job.plan.num_micro_batches * stage.dp))
     modules = [part.module.get_submodule(name) for name in names]
     offloader = _keep(job, modules, of_layers)
     away = modules[first_on_host:]
-    shard(
-        root,
-        modules,
-        place.dp_mesh,
+    level = Level(
         zero=stage.zero,
         precision=job.plan.workload.precision,
         on_host=frozenset(map(id, away)),
     )
+    shard(root, modules, place.dp_mesh, level)
     _give_memory(root, place.device, {id(p) for layer in away for p in layer.parameters()})
     held = dict(part.module.named_parameters())
     return _Built(

@@ -49,7 +49,7 @@ class Shell(nn.Module):
         self.layout: TreeSpec | None = None
 
     def forward(self, *received: torch.Tensor, **leaves: torch.Tensor) -> torch.Tensor:
-        """The chunk's part of the model, from its leaves of the batch and what it received."""
+        """The chunk on one micro-batch, whose leaves come by name."""
         assert self.layout is not None
         if self.offloader is not None:
             self.offloader.start()
@@ -93,6 +93,7 @@ class Stage(PipelineStage):
             group=place.column,
         )
         self._place = place
+        self._root = shell.root
         self._zero = plan.stages[place.stage].zero
         self._split = plan.schedule.kind is ScheduleKind.ZERO_BUBBLE
         self._arriving = _Arriving()
@@ -110,7 +111,7 @@ class Stage(PipelineStage):
         return torch.ones(1, dtype=torch.int32)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """What must arrive before a forward pass."""
+        """Receive the parts of an activation."""
         if self.is_first:
             return []
         buffer = self.args_recv_info[fwd_chunk_id][0].buffer
@@ -119,7 +120,7 @@ class Stage(PipelineStage):
         return list(self._receive(buffer.detach(), self._grid_at(-1), pieces))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """What must arrive before a backward pass."""
+        """Receive the parts of a gradient."""
         if self.is_last or not self.has_backward:
             return []
         buffer = self.grad_recv_info[bwd_chunk_id][0].buffer
@@ -127,14 +128,14 @@ class Stage(PipelineStage):
         return list(self._receive(buffer, self._grid_at(1), pieces))
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """What a forward pass sends on."""
+        """Send an activation to all that need a part of it."""
         if self.is_last:
             return []
         output = self.fwd_cache[fwd_chunk_id][0][0]
         return list(self._send(output.detach(), self._grid_at(1)))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """What a backward pass sends back."""
+        """Send a gradient to all that need a part of it."""
         if self.is_first or not self.has_backward:
             return []
         gradient = self.bwd_cache.pop(bwd_chunk_id)[0]
@@ -185,23 +186,15 @@ class Stage(PipelineStage):
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[torch.Tensor | None, ...], list[dict[str, Any]] | None]:
         """The backward pass of one micro-batch, with gradients reduced as the level says."""
-        root = _root(self.submod)
-        begin_backward(root, zero=0 if self._split else self._zero, last=last_backward)
-        if self._split:
-            root.set_requires_gradient_sync(False)
-            root.set_is_last_backward(False)
-            root.set_reshard_after_backward(False)
+        root = self._root
+        last = last_backward and not self._split
+        begin_backward(root, zero=0 if self._split else self._zero, last=last)
         return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The end of a step: what was not reduced with the last micro-batch."""
         if self._split:
-            reduce_gradients(_root(self.submod))
-
-
-def _root(shell: nn.Module) -> Any:  # noqa: ANN401 (a Module that fully_shard made an FSDPModule)
-    """The FSDP2 root within a stage's shell."""
-    return shell.get_submodule("root")
+            reduce_gradients(self._root)
 
 
 def reduce_gradients(root: nn.Module) -> None:

@@ -54,11 +54,15 @@ class RegionRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRules:
-    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank."""
+    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank.
+
+    `direct`: layer 0 takes what the embedding gives as it is.
+    """
 
     regions: tuple[RegionRule, ...]
     embedding: str | None
     head: str | None
+    direct: bool
     local: Mapping[tuple[str, str], int]
 
 
@@ -84,17 +88,31 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
         for region in found
         if region.rowwise.startswith(f"{known}.")
     )
-    inside = {name for region in regions for name in region.entries}
-    ends = (names[key] for key in sharding.colwise if names[key] not in inside)
-    divided = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tables = [m for m in divided if id(m.weight) in sharding.params]
-    whole_vocabulary = any(table.num_embeddings % tp for table in tables)
+    table, head = _vocabulary(loaded, sharding, regions, tp)
     return TensorRules(
         regions=regions,
-        embedding=names[id(tables[0])] if tables and not whole_vocabulary else None,
-        head=next(ends, None) if not whole_vocabulary else None,
+        embedding=table,
+        head=head,
+        direct=table is not None and table == anatomy.direct,
         local=_everywhere(dict(_local(model, sharding, tp)), like),
     )
+
+
+def _vocabulary(
+    loaded: LoadedModel, sharding: Sharding, regions: Sequence[RegionRule], tp: int
+) -> tuple[str | None, str | None]:
+    """Embedding and head, if they are divided; both stay whole where tp does not divide them."""
+    modules = dict(loaded.module.named_modules())
+    inside = {name for region in regions for name in region.entries}
+    tables = {
+        name: module.num_embeddings
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding) and id(module.weight) in sharding.params
+    }
+    heads = [n for n, m in modules.items() if id(m) in sharding.colwise and n not in inside]
+    if any(size % tp for size in tables.values()):
+        return None, None
+    return next(iter(tables), None), next(iter(heads), None)
 
 
 def _like(
@@ -211,15 +229,13 @@ class _Inputs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        linear = self.stack and isinstance(self.model.get_submodule(self.stack[-1][0]), nn.Linear)
+        owner = self.model.get_submodule(self.stack[-1][0] if self.stack else "")
+        linear = isinstance(owner, nn.Linear)
         if not linear and getattr(func, "__name__", "") not in GETTERS:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor):
                     self.read_elsewhere[id(leaf)] = leaf
         return func(*args, **(kwargs or {}))
-
-    def _leave(self, *_: object) -> None:
-        self.stack.pop()
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(
@@ -231,6 +247,9 @@ class _Inputs(TorchFunctionMode):
                 self.linear[name] = (given[0], tuple(self._chain(given[0])))
 
         return enter
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        self.stack.pop()
 
     def _chain(self, tensor: torch.Tensor) -> Iterator[str]:
         """The modules, innermost first, that hand on this tensor, below the layer."""

@@ -77,7 +77,7 @@ class Chunk(nn.Module):
         self.entry = entries[0] if entries else None
 
     def forward(self, batch: object, received: torch.Tensor | None = None) -> torch.Tensor:
-        """The chunk's result: an activation, or the scaled loss."""
+        """One micro-batch; `received`: what the chunk before passed on."""
         if self.entry is not None and received is not None:
             self.entry.received = received
         try:

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from mist.errors import ModelError
 from mist.exec.rules_tp import RegionRule, TensorRules
 
 SEQUENCE: Placement = Shard(1)
@@ -30,42 +31,44 @@ SEQUENCE: Placement = Shard(1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """The layers of a chunk by name, and whether the ends of the model belong to it."""
+    """The layers of a chunk by name, whether the ends of the model belong to it, and how it runs.
+
+    `sp`: sequence parallelism. `split_loss`: logits stay divided (within loss_parallel).
+    """
 
     layers: tuple[str, ...]
     first: bool
     last: bool
+    sp: bool
+    split_loss: bool
 
 
-def divide(  # noqa: PLR0913 - what is divided, and how
-    model: nn.Module,
-    rules: TensorRules,
-    part: Part,
-    mesh: DeviceMesh,
-    *,
-    sp: bool,
-    split_loss: bool,
-) -> frozenset[str]:
+def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> frozenset[str]:
     """Divide a chunk over the ranks of `mesh`, in place.
 
-    `split_loss`: the logits stay divided (within loss_parallel). Returns the names of parameters
-    whose gradients are partial sums.
+    Returns the names of parameters whose gradients are partial sums. Raises ModelError when
+    sequence parallelism would divide the tokens that attention counts.
     """
     for (owner, attribute), value in rules.local.items():
         setattr(model.get_submodule(owner), attribute, value)
     entered: set[str] = set()
     for region in rules.regions:
         if region.rowwise.startswith(tuple(f"{name}." for name in part.layers)):
-            _divide_region(model, region, mesh, sp=sp)
+            _divide_region(model, region, mesh, sp=part.sp)
             entered |= set(region.entries.values())
-    head_partial = sp and rules.head is not None
-    _divide_ends(model, rules, part, mesh, sp=sp, split_loss=split_loss)
-    if sp:
+    _divide_ends(model, rules, part, mesh)
+    head_partial = part.sp and rules.head is not None
+    if part.sp:
         _shard_sequence(model, part, mesh, head_partial=head_partial)
-    return frozenset(_partial(model, part, entered, sp=sp, head_partial=head_partial))
+    return frozenset(_partial(model, part, entered, head_partial=head_partial))
 
 
 def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp: bool) -> None:
+    if sp and region.attends and set(region.entries) & set(region.entries.values()):
+        raise ModelError(
+            f"sp: attention around {region.rowwise} is not in a module of its own that is given "
+            "the activation, so its tokens cannot be gathered for it. Plan without sp."
+        )
     output = SEQUENCE if sp else Replicate()
     styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in region.entries}
     styles[region.rowwise] = RowwiseParallel(output_layouts=output)
@@ -76,41 +79,43 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp
         _on_entry(model.get_submodule(name), partial(_enter, mesh=mesh, sp=sp))
 
 
-def _divide_ends(  # noqa: PLR0913 - what is divided, and how
-    model: nn.Module,
-    rules: TensorRules,
-    part: Part,
-    mesh: DeviceMesh,
-    *,
-    sp: bool,
-    split_loss: bool,
-) -> None:
-    tied = part.first and part.last and _tied(model, rules)
-    if part.last and rules.head is not None:
-        _divide_head(model, rules.head, mesh, sp=sp, split_loss=split_loss)
-    if part.first and rules.embedding is not None:
-        parallelize_module(
-            model, mesh, {rules.embedding: RowwiseParallel(input_layouts=Replicate())}
+def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
+    """Embedding and head by vocabulary, where they belong to the chunk; tied ones stay tied."""
+    table = rules.embedding if part.first else None
+    head = rules.head if part.last else None
+    both = table is not None and head is not None
+    tied = both and _weight(model, table) is _weight(model, head)
+    if table is not None:
+        _divide_table(model, table, mesh, direct=part.sp and rules.direct)
+    if head is not None:
+        _divide_head(model, head, part, mesh)
+    if tied:
+        model.get_submodule(str(head)).weight = _weight(model, table)
+
+
+def _weight(model: nn.Module, name: str | None) -> nn.Parameter:
+    weight = model.get_submodule(str(name)).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _divide_table(model: nn.Module, name: str, mesh: DeviceMesh, *, direct: bool) -> None:
+    """`direct`: the first layer takes its shards right out of the result."""
+    if direct:
+        style = RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=SEQUENCE, use_local_output=False
         )
-    if tied and rules.head is not None and rules.embedding is not None:
-        model.get_submodule(rules.head).weight = model.get_submodule(rules.embedding).weight
+    else:
+        style = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(model, mesh, {name: style})
 
 
-def _divide_head(
-    model: nn.Module, head: str, mesh: DeviceMesh, *, sp: bool, split_loss: bool
-) -> None:
-    logits = Shard(-1) if split_loss else Replicate()
-    style = ColwiseParallel(output_layouts=logits, use_local_output=not split_loss)
-    parallelize_module(model, mesh, {head: style})
-    if sp:
-        _partial_input(model.get_submodule(head), mesh)
-
-
-def _tied(model: nn.Module, rules: TensorRules) -> bool:
-    if rules.head is None or rules.embedding is None:
-        return False
-    head, table = model.get_submodule(rules.head), model.get_submodule(rules.embedding)
-    return head.weight is table.weight
+def _divide_head(model: nn.Module, name: str, part: Part, mesh: DeviceMesh) -> None:
+    logits = Shard(-1) if part.split_loss else Replicate()
+    style = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
+    parallelize_module(model, mesh, {name: style})
+    if part.sp:
+        _partial_input(model.get_submodule(name), mesh)
 
 
 def _shard_sequence(model: nn.Module, part: Part, mesh: DeviceMesh, *, head_partial: bool) -> None:
@@ -137,7 +142,9 @@ def _whole(
 
 
 def _scatter(whole: torch.Tensor, *, mesh: DeviceMesh) -> torch.Tensor:
-    """This rank's tokens of an activation that every rank has."""
+    """This rank's tokens of an activation that every rank has, or has its shard of already."""
+    if isinstance(whole, DTensor):
+        return whole.to_local()
     copies = DTensor.from_local(whole, mesh, (Replicate(),), run_check=False)
     return copies.redistribute(placements=(SEQUENCE,)).to_local()
 
@@ -151,7 +158,7 @@ def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool) -> torch.Tensor:
 
 
 def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
-    """The input of a column-parallel matrix has been entered already: its gradient is partial."""
+    """The input of a column-parallel matrix was entered before: its gradient stays partial."""
 
     def given(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *others = args
@@ -180,13 +187,12 @@ def _entered(value: object, enter: Any) -> object:  # noqa: ANN401
 
 
 def _partial(
-    model: nn.Module, part: Part, entered: set[str], *, sp: bool, head_partial: bool
+    model: nn.Module, part: Part, entered: set[str], *, head_partial: bool
 ) -> Iterator[str]:
     layers = tuple(f"{name}." for name in part.layers)
     regions = tuple(f"{name}." for name in entered)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            continue
-        of_head = sp and head_partial and part.last and not name.startswith(layers)
-        if of_head or name.startswith(layers if sp else regions):
+        in_tail = head_partial and part.last and not name.startswith(layers)
+        in_layers = name.startswith(layers if part.sp else regions)
+        if not isinstance(parameter, DTensor) and (in_layers or in_tail):
             yield name

@@ -67,7 +67,7 @@ def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def part_of(whole: torch.Tensor, target: DTensor) -> torch.Tensor:
-    """This rank's part: FSDP2 divides what tensor parallelism (the last axis) has divided."""
+    """This rank's part: FSDP2 divides what tensor parallelism (the last axis) divided before."""
     mesh = target.device_mesh
     place = mesh.get_coordinate()
     assert place is not None

@@ -12,6 +12,7 @@ by all samples of the step, so gradients are summed over ranks, not averaged.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,35 +31,30 @@ from mist.spec import Precision
 COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
 
-def shard(  # noqa: PLR0913 - what is divided, and how
-    root: nn.Module,
-    layers: Iterable[nn.Module],
-    mesh: DeviceMesh,
-    *,
-    zero: int,
-    precision: Precision,
-    on_host: frozenset[int] = frozenset(),
-) -> None:
-    """Make each layer, and what remains of `root`, a group of FSDP2, in place.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """How states are divided. `on_host`: layers (by id) whose shards live in host memory."""
 
-    `on_host`: layers (by id) whose shards of parameters and gradients live in host memory.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=COMPUTE[precision], reduce_dtype=torch.float32)
-    for layer in layers:
-        if zero == 0:
-            replicate(layer, mesh=mesh, mp_policy=policy)
-        else:
-            fully_shard(
-                layer,
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=zero == 3,
-                offload_policy=_offload(mesh, on_host=id(layer) in on_host),
-            )
-    if zero == 0:
-        replicate(root, mesh=mesh, mp_policy=policy)
-    else:
-        fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    zero: int
+    precision: Precision
+    on_host: frozenset[int] = frozenset()
+
+
+def shard(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, level: Level) -> None:
+    """Make each layer, and what remains of `root`, a group of FSDP2, in place."""
+    compute = COMPUTE[level.precision]
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for module in (*layers, root):
+        if level.zero == 0:
+            replicate(module, mesh=mesh, mp_policy=policy)
+            continue
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=level.zero == 3 and module is not root,
+            offload_policy=_offload(mesh, on_host=id(module) in level.on_host),
+        )
     for group in groups(root):
         group.set_force_sum_reduction_for_comms(True)
         group.set_gradient_divide_factor(1.0)
@@ -83,9 +79,3 @@ def begin_backward(root: nn.Module, *, zero: int, last: bool) -> None:
     root.set_is_last_backward(last)
     root.set_reshard_after_backward(last or zero == 3)
     root.set_requires_gradient_sync(last or zero >= 2)
-
-
-def drop_gathered(root: nn.Module) -> None:
-    """Free what is still gathered of the parameters."""
-    for group in groups(root):
-        group.reshard()

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mist.plans import ClusterRef, MemoryLevel, ModelRef, Offload, Plan, Schedule, StagePlan
-from mist.spec import Attention, Optimizer, Precision, ScheduleKind, Workload
+from mist.plans import ClusterRef, ModelRef, Offload, Plan, Schedule, StagePlan
+from mist.spec import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
 from tests.sample_plans import estimate_of, sample_plan, stage_estimate
 
-KEPT = Offload()
 NUM_LAYERS, SEQ_LEN, BATCH, VOCAB = 4, 32, 16, 256
 
 LLAMA = {
@@ -44,6 +43,7 @@ PLAIN_SIZES = "DIM, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, MAX_SEQ_LEN = "
 def write_models(folder: Path) -> None:
     """The tiny models, as files that a plan can name."""
     (folder / "llama.json").write_text(json.dumps(LLAMA))
+    (folder / "tied.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
     (folder / "gpt2.json").write_text(json.dumps(GPT2))
     lines = PLAIN.read_text().splitlines()
     sizes = f"{PLAIN_SIZES}64, {NUM_LAYERS}, 4, {VOCAB}, 128"
@@ -62,7 +62,7 @@ class S:
     layers: tuple[int, ...] = (NUM_LAYERS,)
     full: int = 0
     selective: int = 0
-    offload: Offload = KEPT
+    offload: Offload = field(default_factory=Offload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,7 @@ class Variant:
     micro: int = 16
     kind: ScheduleKind = ScheduleKind.ONE_F_ONE_B
     max_norm: float | None = None
+    precision: Precision = Precision.FP32
 
     @property
     def world_size(self) -> int:
@@ -98,7 +99,7 @@ def plan_of(variant: Variant, folder: Path) -> Plan:
         workload=Workload(
             seq_len=SEQ_LEN,
             global_batch=BATCH,
-            precision=Precision.FP32,
+            precision=variant.precision,
             optimizer=Optimizer.ADAMW,
             attention=Attention.FLASH,
             compile=False,

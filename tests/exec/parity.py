@@ -25,7 +25,7 @@ from mist.exec.parallel import Parallel, build, subject_of
 from mist.exec.weights import whole_values
 from mist.spec import Attention
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of
-from tests.exec.variants import VARIANTS
+from tests.exec.variants import SLOW, VARIANTS
 
 NUM_STEPS, SEED, LR = 3, 7, 1e-3
 
@@ -117,7 +117,7 @@ def main(folder: Path, out: Path, names: Sequence[str]) -> None:
     found: dict[str, object] = {}
     with joined(25.0) as device:
         for name in names:
-            variant = next(v for v in VARIANTS if v.name == name)
+            variant = next(v for v in (*VARIANTS, *SLOW) if v.name == name)
             try:
                 found[name] = errors(variant, folder, device)
             except Exception:

@@ -1,85 +1,167 @@
-"""`mist apply` through the command line: trains, logs, and goes on under another plan."""
+"""`mist apply` as a user runs it: logs, refusals, SIGTERM, ranks and launchers that die."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mist.calibrate.logs import step_seconds
 from mist.planfile import save_plan
 from mist.plans import Plan
-from mist.spec import Precision, ScheduleKind
-from tests.exec.layouts import S, Variant, plan_of, write_models
+from mist.trace import Setting, load_graph
+from tests.exec.layouts import LLAMA, S, Variant, plan_of, write_models
 
-PLANS = {
-    "data": Variant(name="data", stages=(S(dp=2, zero=3),), micro=4),
-    "pipeline": Variant(name="pipeline", stages=(S(layers=(1,)), S(layers=(3,))), micro=4),
-}
+COMMAND = [sys.executable, "-c", "from mist.cli import main; main()", "apply"]
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 90.0
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_models(tmp_path)
-    for name, variant in PLANS.items():
-        save_plan(of_model(plan_of(variant, tmp_path), tmp_path), tmp_path / f"{name}.yaml")
-    return tmp_path
+FAILING = """
+import os
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def of_model(plan: Plan, folder: Path) -> Plan:
-    """The plan with the facts of the model that it names, in fp32."""
-    from mist.trace import Setting, load_graph
+def build_model():
+    config = {fields}
+    config.pop("model_type")
+    return LlamaForCausalLM(LlamaConfig(**config))
 
-    setting = Setting(precision=Precision.FP32, attention=plan.workload.attention)
-    graph = load_graph(plan.model.source, setting, progress=lambda _: None)
-    model = replace(
-        plan.model, params=graph.num_params, fingerprint=graph.fingerprint, name=graph.name
+
+calls = []
+
+
+def loss(output, batch):
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) > 3:
+        raise ValueError("the third step of rank 1")
+    return output.loss
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("apply")
+    write_models(path)
+    (path / "failing.py").write_text(FAILING.format(fields=LLAMA))
+    return path
+
+
+def plan_file(variant: Variant, folder: Path) -> Path:
+    """A plan that names its model as `mist plan` would."""
+    plan = plan_of(variant, folder)
+    workload = plan.workload
+    setting = Setting(precision=workload.precision, attention=workload.attention)
+    facts = load_graph(plan.model.source, setting, progress=lambda message: None).facts
+    known = replace(plan.model, fingerprint=facts.fingerprint, params=facts.num_params)
+    path = folder / f"{variant.name}.yaml"
+    save_plan(replace(plan, model=known), path)
+    return path
+
+
+def start(*arguments: object, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    return replace(plan, model=model)
 
 
-def apply(folder: Path, plan: str, *options: str) -> subprocess.CompletedProcess[str]:
-    mist = str(Path(sys.executable).with_name("mist"))
-    command = [mist, "apply", f"{plan}.yaml", *options]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=150, check=False
-    )
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen in time"
+        time.sleep(0.1)
 
 
-def losses(folder: Path, name: str) -> list[float]:
-    return [step["loss"] for step in json.loads((folder / name).read_text())["steps"]]
+def num_steps(log: Path) -> int:
+    return len(json.loads(log.read_text())["steps"]) if log.exists() else 0
 
 
-@pytest.mark.timeout(400)
-def test_training_goes_on_under_another_plan(folder: Path) -> None:
-    whole = apply(folder, "data", "--steps", "4", "--log", "whole.json")
-    assert whole.returncode == 0, whole.stderr
-    first = apply(folder, "data", "--steps", "2", "--checkpoint", "kept", "--log", "first.json")
-    assert first.returncode == 0, first.stderr
-    rest = apply(
-        folder, "pipeline", "--steps", "4", "--checkpoint", "kept", "--resume", "--log", "rest.json"
-    )
-    assert rest.returncode == 0, rest.stderr
-    log = json.loads((folder / "whole.json").read_text())
-    assert all(step["seconds"] > 0 and step["tokens_per_s"] > 0 for step in log["steps"])
-    assert all(stage["peak_bytes"] > 0 for stage in log["stages"])
-    joined = losses(folder, "first.json") + losses(folder, "rest.json")
-    assert joined == pytest.approx(losses(folder, "whole.json"), abs=2e-5)
+@pytest.mark.timeout(150)
+def test_a_run_is_logged_and_ends_cleanly_when_asked(folder: Path) -> None:
+    (folder / "data.txt").write_bytes(bytes(range(97, 123)) * 100)
+    plan = plan_file(Variant(name="two", stages=(S(dp=2, zero=2),), micro=8), folder)
+    log = folder / "log.json"
+    options = ("--steps", 10_000, "--data", "data.txt", "--lr", 3e-3, "--log", log)
+    run = start(plan, *options, "--checkpoint", folder / "checkpoints", folder=folder)
+    wait_for(lambda: num_steps(log) >= 5)
+    run.send_signal(signal.SIGTERM)
+    out, errors = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 0, errors
+    assert out == ""
+    found = json.loads(log.read_text())
+    done = len(found["steps"])
+    assert f"asked to stop after step {done}" in errors
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{done}"]
+    assert [row["step"] for row in found["steps"]] == list(range(1, done + 1))
+    assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]  # the alphabet is learnt
+    assert [row["step"] for row in found["steps"] if "measured" in row] == [2]
+    assert found["stages"][0]["peak_bytes"] > 0
+    assert step_seconds(log) > 0
 
 
-@pytest.mark.timeout(200)
-def test_what_cannot_be_run_is_refused_before_any_rank_starts(folder: Path) -> None:
-    plan = of_model(plan_of(PLANS["pipeline"], folder), folder)
-    schedule = replace(plan.schedule, kind=ScheduleKind.ZERO_BUBBLE)
-    stages = tuple(replace(stage, zero=3) for stage in plan.stages)
-    save_plan(replace(plan, schedule=schedule, stages=stages), folder / "bad.yaml")
-    run = apply(folder, "bad")
+@pytest.mark.timeout(150)
+def test_the_traceback_of_the_rank_that_fails_is_shown_first(folder: Path) -> None:
+    variant = Variant(name="failing", model="failing.py", stages=(S(dp=2, zero=3),))
+    run = start(plan_file(variant, folder), "--steps", 50, "--timeout", 20, folder=folder)
+    _, errors = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 1
+    message = errors[errors.index("mist: ") :]
+    assert message.startswith("mist: rank 1 failed with exit code 1.\nTraceback")
+    assert message.rstrip().endswith("ValueError: the third step of rank 1")
+
+
+@pytest.mark.timeout(60)
+def test_a_plan_for_another_model_is_refused_before_any_rank(folder: Path) -> None:
+    plan = plan_of(Variant(name="other", stages=(S(dp=2),)), folder)
+    wrong: Plan = replace(plan, model=replace(plan.model, params=5, fingerprint="sha256:other"))
+    save_plan(wrong, folder / "other.yaml")
+    run = start(folder / "other.yaml", folder=folder)
+    _, errors = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 2
-    assert "stages[0].zero: zero-bubble splits the backward pass" in run.stderr
-    assert "Traceback" not in run.stderr
-    other = replace(plan, model=replace(plan.model, fingerprint="sha256:other"))
-    save_plan(other, folder / "other.yaml")
-    run = apply(folder, "other")
-    assert run.returncode == 2
-    assert "fingerprint" in run.stderr
+    assert "model.fingerprint: the plan is for another model (5 parameters; " in errors
+    assert "step" not in errors
+
+
+SLEEPING = """
+import os, sys, time
+from pathlib import Path
+from mist.exec.group import joined
+with joined(20.0):
+    Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
+    program = tmp_path / "sleeping.py"
+    program.write_text(SLEEPING)
+    arguments = [str(program), str(tmp_path)]
+    code = f"from mist.exec.launch import run_ranks; run_ranks({arguments!r}, 2)"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    files = [tmp_path / "0", tmp_path / "1"]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(alive(int(file.read_text())) for file in files))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or ") Z " not in stat.read_text()

@@ -1,7 +1,7 @@
 """The layouts that must agree with one process."""
 
 from mist.plans import Offload
-from mist.spec import ScheduleKind
+from mist.spec import Precision, ScheduleKind
 from tests.exec.layouts import S, Variant
 
 GPIPE, INTERLEAVED = ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED
@@ -26,6 +26,7 @@ TENSOR = (
     Variant(name="tp2 sp", stages=(S(tp=2, sp=True),), micro=8),
     Variant(name="tp2 sp clipped", stages=(S(tp=2, sp=True, zero=1),), max_norm=0.5),
     Variant(name="tp2 sp levels", stages=(S(tp=2, sp=True, full=2, selective=1),)),
+    Variant(name="tied tp2 sp", model="tied.json", stages=(S(tp=2, sp=True),), micro=8),
     Variant(name="plain tp2", model="plain.py", stages=(S(tp=2),)),
     Variant(name="plain tp2 sp", model="plain.py", stages=(S(tp=2, sp=True),)),
     *(
@@ -35,6 +36,13 @@ TENSOR = (
     Variant(name="dp2 tp2 zero3 clipped", stages=(S(dp=2, tp=2, zero=3),), max_norm=0.5),
 )
 PIPELINE = (
+    Variant(
+        name="tied pp2",
+        model="tied.json",
+        stages=(S(layers=(1,)), S(layers=(3,))),
+        micro=4,
+        max_norm=0.5,
+    ),
     Variant(name="pp2 1+3", stages=(S(layers=(1,)), S(layers=(3,))), micro=4),
     Variant(name="pp2 gpipe", kind=GPIPE, stages=(S(layers=(2,)), S(layers=(2,))), micro=4),
     Variant(
@@ -158,4 +166,57 @@ OFFLOAD = (
         stages=(S(tp=2, sp=True, full=1, offload=_offload(activations=1.0)),),
     ),
 )
-VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD)
+BF16 = (
+    Variant(
+        name="bf16 zero2 levels",
+        precision=Precision.BF16,
+        stages=(S(dp=2, zero=2, full=2, selective=1),),
+        micro=8,
+    ),
+    Variant(
+        name="bf16 tp2 sp offload",
+        precision=Precision.BF16,
+        stages=(S(tp=2, sp=True, full=2, offload=_offload(activations=1.0, optimizer=0.5)),),
+        micro=8,
+    ),
+    Variant(
+        name="bf16 pp2",
+        precision=Precision.BF16,
+        stages=(S(layers=(2,)), S(layers=(2,))),
+        micro=4,
+    ),
+)
+VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *BF16)
+
+# Of more ranks than a small machine has cores for.
+SLOW = (
+    Variant(
+        name="pp2 dp2 tp2 sp zero2",
+        stages=(
+            S(layers=(1,), dp=2, tp=2, sp=True, zero=2),
+            S(layers=(3,), dp=2, tp=2, sp=True, zero=2),
+        ),
+        micro=4,
+        max_norm=0.5,
+    ),
+    Variant(
+        name="pp2 dp2 tp2 zero3",
+        stages=(S(layers=(2,), dp=2, tp=2, zero=3), S(layers=(2,), dp=2, tp=2, zero=3)),
+        micro=4,
+    ),
+    Variant(
+        name="dp2 tp2 sp to dp4",
+        stages=(S(layers=(2,), dp=2, tp=2, sp=True, zero=1), S(layers=(2,), dp=4, zero=3)),
+        micro=4,
+    ),
+    Variant(
+        name="dp4 to tp2 sp",
+        stages=(S(layers=(1,), dp=4, zero=3), S(layers=(3,), tp=2, sp=True)),
+        micro=4,
+    ),
+    Variant(
+        name="tp2 to dp2 to dp2",
+        stages=(S(layers=(1,), tp=2), S(layers=(2,), dp=2, zero=2), S(layers=(1,), dp=2, zero=0)),
+        micro=4,
+    ),
+)

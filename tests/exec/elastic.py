@@ -1,0 +1,104 @@
+"""Rank programs about checkpoints: `python -m tests.exec.elastic WHAT DIR` (test_checkpoints).
+
+save: 4 steps under dp 4, a checkpoint after the second; then on from it under other plans.
+two: the same on two ranks. die: rank 1 is killed while the second checkpoint is written.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mist.exec import checkpoints
+from mist.exec.anatomy import examine
+from mist.exec.batches import Batches
+from mist.exec.group import joined
+from mist.exec.loading import load
+from mist.exec.parallel import Parallel, build, subject_of
+from mist.spec import Attention
+from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
+from tests.exec.parity import SEED, settings
+
+FACTS = {"fingerprint": "any", "seed": SEED}
+DP4 = Variant(name="dp4", stages=(S(dp=4, zero=3),), micro=8)
+OTHERS = (
+    Variant(
+        name="pp2 tp2",
+        stages=(S(layers=(1,), tp=2, zero=1), S(layers=(3,), tp=2, zero=0)),
+        micro=4,
+    ),
+    Variant(name="dp2 tp2 sp", stages=(S(dp=2, tp=2, sp=True, zero=2),), micro=8),
+)
+TWO = Variant(name="dp2", stages=(S(dp=2, zero=1),), micro=4)
+
+
+class Run:
+    """A variant on this rank, with the data of its model."""
+
+    def __init__(self, variant: Variant, folder: Path, device: object) -> None:
+        plan = plan_of(variant, folder)
+        loaded = load(plan.model.source, Attention.FLASH)
+        subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
+        self.parallel: Parallel = build(subject, plan, device, settings(0.5), SEED)  # type: ignore[arg-type]
+        self._batches = Batches(loaded, plan.workload, SEED)
+
+    def train(self, first: int, last: int) -> list[float]:
+        steps = range(first, last)
+        return [self.parallel.train_step(self._batches.step(i)).loss for i in steps]
+
+
+def save(folder: Path, device: object) -> None:
+    run = Run(DP4, folder, device)
+    run.train(0, 2)
+    checkpoints.save(run.parallel, folder / "checkpoints", FACTS)
+    losses = {"dp4": run.train(2, 4)}
+    for variant in OTHERS:
+        losses[variant.name] = _resumed(variant, folder, device)
+    if dist.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def two(folder: Path, device: object) -> None:
+    losses = _resumed(TWO, folder, device)
+    if dist.get_rank() == 0:
+        (folder / "two.json").write_text(json.dumps(losses))
+
+
+def _resumed(variant: Variant, folder: Path, device: object) -> list[float]:
+    run = Run(variant, folder, device)
+    done = checkpoints.resume(run.parallel, folder / "checkpoints", FACTS)
+    return [done, *run.train(done, done + 2)]
+
+
+def die(folder: Path, device: object) -> None:
+    run = Run(TWO, folder, device)
+    run.train(0, 1)
+    checkpoints.save(run.parallel, folder / "dying", FACTS)
+    write = checkpoints.write
+
+    def half(*args: object, **kwargs: object) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args, **kwargs)  # type: ignore[arg-type]
+
+    checkpoints.write = half  # type: ignore[assignment]
+    run.train(1, 2)
+    checkpoints.save(run.parallel, folder / "dying", FACTS)
+
+
+def recover(folder: Path, device: object) -> None:
+    run = Run(TWO, folder, device)
+    assert checkpoints.resume(run.parallel, folder / "dying", FACTS) == 1
+    run.train(1, 2)
+    checkpoints.save(run.parallel, folder / "dying", FACTS)
+
+
+if __name__ == "__main__":
+    programs = {"save": save, "two": two, "die": die, "recover": recover}
+    place = Path(sys.argv[2])
+    with joined(25.0) as where:
+        programs[sys.argv[1]](place, where)
+        dist.barrier()

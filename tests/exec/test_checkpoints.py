@@ -1,0 +1,39 @@
+"""A checkpoint goes on under any layout, and a death while one is written loses nothing."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from mist.exec.launch import RankFailed, run_ranks
+from tests.exec.layouts import write_models
+
+MAX_LOSS = 2e-5  # two steps after four: see test_parity, and twice the steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_checkpoint_goes_on_under_other_plans(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    run_ranks(["-m", "tests.exec.elastic", "save", str(tmp_path)], 4, timeout_s=120)
+    run_ranks(["-m", "tests.exec.elastic", "two", str(tmp_path)], 2, timeout_s=60)
+    found = json.loads((tmp_path / "losses.json").read_text())
+    uninterrupted = found.pop("dp4")
+    found["dp2"] = json.loads((tmp_path / "two.json").read_text())
+    assert set(found) == {"pp2 tp2", "dp2 tp2 sp", "dp2"}
+    for done, *losses in found.values():
+        assert done == 2
+        assert losses == pytest.approx(uninterrupted, abs=MAX_LOSS)
+
+
+@pytest.mark.timeout(200)
+def test_a_death_while_saving_loses_nothing(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    with pytest.raises(RankFailed) as failure:
+        run_ranks(["-m", "tests.exec.elastic", "die", str(tmp_path)], 2, timeout_s=60)
+    assert str(failure.value).startswith(f"rank 1 was ended by signal {signal.SIGKILL.value}.")
+    folder = tmp_path / "dying"
+    assert {path.name for path in folder.iterdir()} == {"step-1", ".step-2.partial"}
+    run_ranks(["-m", "tests.exec.elastic", "recover", str(tmp_path)], 2, timeout_s=60)
+    assert {path.name for path in folder.iterdir()} == {"step-1", "step-2"}

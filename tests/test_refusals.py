@@ -1,0 +1,190 @@
+"""What mist apply refuses: each rule with its exact words."""
+
+from dataclasses import replace
+
+import pytest
+
+from mist.errors import InputError, PlanError
+from mist.facts import LayerRun, ModelFacts, TpLimit
+from mist.plans import Offload, Plan, Schedule, StagePlan
+from mist.refusals import offloaded_bytes, refuse_small_host, refuse_unplayable, refuse_world
+from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.units import GIB
+from tests.sample_plans import sample_plan, stage_plan
+
+FACTS = ModelFacts(
+    name="toy",
+    num_params=8_030_261_248,
+    layers=(LayerRun(block=0, count=16),),
+    tied=False,
+    max_seq_len=None,
+    tp_limits=(TpLimit(label="key/value heads", size=8),),
+    sequential=True,
+    precision="bf16",
+    fingerprint="sha256:toy",
+    notes=(),
+)
+
+
+def words_of(plan: Plan, facts: ModelFacts | None = None) -> str:
+    with pytest.raises(PlanError) as error:
+        refuse_unplayable(plan, facts)
+    (fault,) = error.value.faults
+    return str(fault)
+
+
+def one_stage(**changes: object) -> Plan:
+    stage = stage_plan(count=16, devices=(0, 8), dp=4, micro_batch=1, **changes)
+    memory = changes.get("memory", {MemoryLevel.EAGER: 16})
+    return staged(replace(stage, memory=memory))  # type: ignore[arg-type]
+
+
+def staged(*stages: StagePlan, **changes: object) -> Plan:
+    plan = sample_plan()
+    estimate = replace(plan.estimate, stages=plan.estimate.stages[:1] * len(stages))
+    return replace(plan, stages=stages, estimate=estimate, **changes)  # type: ignore[arg-type]
+
+
+def test_a_good_plan_passes() -> None:
+    refuse_unplayable(sample_plan(), FACTS)
+    refuse_unplayable(one_stage(), FACTS)
+
+
+def test_another_runtime() -> None:
+    assert words_of(sample_plan(runtime="megatron")) == (
+        "runtime: megatron is run by its own framework; mist apply runs plans for torch"
+    )
+
+
+def test_fp16() -> None:
+    workload = replace(sample_plan().workload, precision=Precision.FP16)
+    assert words_of(sample_plan(workload=workload)) == (
+        "workload.precision: fp16 needs loss scaling, which mist apply has not; use bf16 or fp32"
+    )
+
+
+def test_context_parallelism() -> None:
+    stage = stage_plan(count=16, devices=(0, 8), cp=2)
+    assert words_of(staged(stage)) == (
+        "stages[0].cp: cp 2: context and expert parallelism are not run yet; use 1"
+    )
+
+
+def test_fewer_micro_batches_than_stages() -> None:
+    big = [replace(s, micro_batch=16) for s in sample_plan().stages]
+    assert words_of(sample_plan(stages=tuple(big), num_micro_batches=1)) == (
+        "num_micro_batches: 1 micro-batches cannot fill 2 pipeline stages; "
+        "use at least one for each (a smaller micro_batch, or fewer stages)"
+    )
+
+
+def chunked(kind: ScheduleKind, **changes: object) -> Plan:
+    """Two stages of two chunks."""
+    first = stage_plan(layers=((0, 4), (8, 4)))
+    second = stage_plan(layers=((4, 4), (12, 4)), device=4)
+    schedule = Schedule(kind=kind, vpp=2)
+    return replace(sample_plan(schedule=schedule, stages=(first, second)), **changes)
+
+
+def test_interleaved_turns_must_divide_the_micro_batches() -> None:
+    plan = chunked(ScheduleKind.INTERLEAVED)
+    refuse_unplayable(plan, FACTS)
+    workload = replace(plan.workload, global_batch=28)
+    assert words_of(replace(plan, workload=workload, num_micro_batches=7)) == (
+        "num_micro_batches: interleaved runs micro-batches in rounds: 7 make no equal rounds of 2 "
+        "or more"
+    )
+
+
+def test_schedules_that_take_turns_need_like_stages() -> None:
+    plan = chunked(ScheduleKind.ZERO_BUBBLE)
+    first, second = plan.stages
+    unlike = replace(second, dp=4, tp=1, sp=False, micro_batch=1)
+    assert words_of(replace(plan, stages=(first, unlike))) == (
+        "schedule.kind: zero-bubble needs the same dp and tp in every stage, found "
+        "dp 2 tp 2 and dp 4 tp 1; use 1f1b or gpipe"
+    )
+
+
+def test_zero_bubble_with_zero3() -> None:
+    plan = chunked(ScheduleKind.ZERO_BUBBLE)
+    first, second = plan.stages
+    assert words_of(replace(plan, stages=(first, replace(second, zero=3)))) == (
+        "stages[1].zero: zero-bubble splits the backward pass, and FSDP2 then loses gradients of "
+        "parameters that it drops after the forward pass (ZeRO-3); use zero 2, or 1f1b"
+    )
+
+
+def test_offload_of_weights_and_gradients() -> None:
+    assert words_of(one_stage(zero=2, offload=Offload(weights=0.5))) == (
+        "stages[0].offload: weights 0.5 and grads 0.0 move together; use one ratio"
+    )
+    assert words_of(one_stage(zero=1, offload=Offload(weights=0.5, grads=0.5))) == (
+        "stages[0].zero: weights are offloaded as ZeRO-2 or ZeRO-3 shards, found zero 1"
+    )
+
+
+def test_offload_of_what_selective_layers_keep() -> None:
+    memory = {MemoryLevel.SELECTIVE: 16}
+    assert words_of(one_stage(memory=memory, offload=Offload(activations=0.5))) == (
+        "stages[0].offload.activations: what selective layers keep stays on the device; "
+        "use eager or full layers"
+    )
+
+
+def test_another_model() -> None:
+    other = replace(FACTS, fingerprint="sha256:other", num_params=5)
+    assert words_of(sample_plan(), other) == (
+        "model.fingerprint: the plan is for another model (8,030,261,248 parameters; "
+        "toy from models/toy.py has 5); plan again"
+    )
+
+
+def test_heads_that_tp_does_not_divide() -> None:
+    facts = replace(FACTS, tp_limits=(TpLimit(label="key/value heads", size=3),))
+    assert words_of(one_stage(), facts) == (
+        "stages[0].tp: tp 2 does not divide the 3 key/value heads of toy"
+    )
+    assert words_of(one_stage(), replace(FACTS, tp_limits=None)) == (
+        "stages[0].tp: no tensor-parallel rules are known for toy; use tp 1"
+    )
+
+
+def test_layers_that_exchange_tensors() -> None:
+    assert words_of(sample_plan(), replace(FACTS, sequential=False)) == (
+        "stages: layers of toy exchange tensors with others than their neighbours; "
+        "it runs on one stage only"
+    )
+
+
+def test_tied_ends_must_be_alike() -> None:
+    first, second = sample_plan().stages
+    tied = replace(FACTS, tied=True)
+    refuse_unplayable(sample_plan(), tied)
+    assert words_of(sample_plan(stages=(first, replace(second, zero=0))), tied) == (
+        "stages[1]: toy ties its embedding to its head, so the first and the last stage "
+        "must agree in dp, tp, and in whether zero is 0"
+    )
+
+
+def test_number_of_ranks() -> None:
+    refuse_world(sample_plan(), 8)
+    with pytest.raises(InputError) as error:
+        refuse_world(sample_plan(), 4)
+    assert str(error.value) == (
+        "the plan is for 8 ranks, but 4 were started. Start 8, or plan for --gpus 4."
+    )
+
+
+def test_host_memory() -> None:
+    # 8.03e9 parameters over tp 2 and 4 shards, 8 bytes of weights and gradients, half of them.
+    plan = one_stage(zero=2, offload=Offload(weights=0.5, grads=0.5))
+    rank_bytes = 8_030_261_248 // 2 // 4 * 8 // 2
+    assert offloaded_bytes(plan, 0) == rank_bytes
+    refuse_small_host(plan, 8 * rank_bytes, 8)
+    with pytest.raises(InputError) as error:
+        refuse_small_host(plan, 16 * GIB, 8)
+    assert str(error.value) == (
+        "offload needs 29.9 GiB of host memory for 8 ranks, but this machine has 16.0 GiB. "
+        "Plan with lower offload ratios."
+    )
