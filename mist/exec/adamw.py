@@ -1,6 +1,6 @@
 """AdamW over the shards of a rank, with any part of its state in host memory.
 
-The update is torch's own functional AdamW on local shards (fused on CUDA, foreach elsewhere). What
+The update is torch's own functional AdamW on local shards (fused: no temporary copies). What
 lives on the host (moments by ratio; shards and gradients of offloaded layers) is streamed through
 the device bucket by bucket: while one is updated the next one is on its way in and the last one on
 its way out.
@@ -133,8 +133,8 @@ class AdamW:
             second,
             [],
             list(past.unbind()),
-            foreach=device.type != "cuda",
-            fused=device.type == "cuda",
+            foreach=False,
+            fused=True,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -126,9 +126,14 @@ class Recorder(TorchDispatchMode):
             if self._paused:
                 return
             weakref.finalize(storage, self._free, key)
-        self._bytes += size - self._live.get(key, 0)
+        change = size - self._live.get(key, 0)
+        self._bytes += change
         self._live[key] = size
         self._peak = max(self._peak, self._bytes)
+        self._changed(key, change)
+
+    def _changed(self, key: int, num_bytes: int) -> None:
+        """For those who want to know more."""
 
     def _free(self, key: int) -> None:
         self._bytes -= self._live.pop(key, 0)
@@ -142,9 +147,12 @@ class Recorder(TorchDispatchMode):
             return
         axis = "pp" if kind in ("send", "receive") else self._axes.get(_name(group), "world")
         sizes = (t.numel() * t.element_size() for t in _tensors((args, result)))
+        self._row(axis, kind, max(sizes, default=0))
+
+    def _row(self, axis: str, kind: str, num_bytes: int) -> None:
         row = self._rows.setdefault((axis, kind), [0, 0])
         row[0] += 1
-        row[1] += max(sizes, default=0)
+        row[1] += num_bytes
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

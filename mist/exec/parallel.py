@@ -4,7 +4,7 @@ Order: cut into chunks, on the meta device -> tensor parallelism -> memory level
 FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedule.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +31,9 @@ from mist.exec.zero import COMPUTE, Level, begin_backward, shard
 from mist.plans import Plan, StagePlan
 from mist.spec import MemoryLevel
 from mist.trace.loader import LoadedModel
+
+
+Memory = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +66,11 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Built:
+class Built:
     """One chunk of layers; `parameters` by the model's names, `partial` those to be summed."""
 
     root: Chunk
+    layers: tuple[str, ...]
     parameters: Mapping[str, nn.Parameter]
     on_host: frozenset[str]
     partial: tuple[nn.Parameter, ...]
@@ -81,6 +85,7 @@ class _Job:
     plan: Plan
     place: Place
     swapper: Swapper
+    memory: Memory
 
     @property
     def stage(self) -> StagePlan:
@@ -97,20 +102,31 @@ def build(
     subject: Subject, plan: Plan, device: torch.device, settings: Settings, seed: int
 ) -> "Parallel":
     """This rank's part of the model; all ranks of the default process group call it together."""
+    parallel = assemble(subject, plan, device, settings)
+    initialise(parallel, subject, seed)
+    return parallel
+
+
+def assemble(
+    subject: Subject,
+    plan: Plan,
+    device: torch.device,
+    settings: Settings,
+    memory: Memory = nullcontext,
+) -> "Parallel":
+    """This rank's part of the model, without values. `memory`: within which it is allocated."""
     place = take_place(plan, device)
-    job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device))
+    job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
     pieces = chunk_layers(plan, place.stage)
     of_layers = list(levels(job.stage))
     num_on_host = round(job.stage.offload.weights * job.stage.num_layers)
-    built: dict[int, _Built] = {}
+    built: dict[int, Built] = {}
     done = 0
     for index, layers in pieces:
         first_on_host = job.stage.num_layers - num_on_host - done
         built[index] = _chunk(job, layers, of_layers[done:], max(first_on_host, 0))
         done += len(layers)
-    parallel = Parallel(job, built, settings)
-    initialise(parallel, subject, seed)
-    return parallel
+    return Parallel(job, built, settings)
 
 
 def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
@@ -130,7 +146,7 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
 
 def _chunk(
     job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int
-) -> _Built:
+) -> Built:
     """Build one chunk. `first_on_host`: its layers from here on keep their states on the host."""
     anatomy, stage, place = job.subject.anatomy, job.stage, job.place
     part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
@@ -156,10 +172,12 @@ def _chunk(
         on_host=frozenset(map(id, away)),
     )
     shard(root, modules, place.dp_mesh, level)
-    _give_memory(root, place.device, {id(p) for layer in away for p in layer.parameters()})
+    with job.memory():
+        _give_memory(root, place.device, {id(p) for layer in away for p in layer.parameters()})
     held = dict(part.module.named_parameters())
-    return _Built(
+    return Built(
         root=root,
+        layers=tuple(names),
         parameters={anatomy.tied.get(name, name): p for name, p in held.items()},
         on_host=frozenset(
             n for n in held if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
@@ -205,20 +223,19 @@ def _moved(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Parallel:
     """This rank's part of a model in training. `parameters`: its shards, by the model's names."""
 
-    def __init__(self, job: _Job, chunks: Mapping[int, _Built], settings: Settings) -> None:
+    def __init__(self, job: _Job, chunks: Mapping[int, Built], settings: Settings) -> None:
         self.plan = job.plan
         self.place = job.place
         self.parameters = {n: p for c in chunks.values() for n, p in c.parameters.items()}
         self._chunks = chunks
-        self._swapper = job.swapper
+        self.swapper = job.swapper
         self._split_loss = job.split_loss
         self._tied = tuple(_tied(job, self.parameters))
         on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
-        self.optimizer = AdamW(
-            settings,
-            job.swapper,
-            list(make_slots(self.parameters, on_host, self.stage.offload.optimizer, job.swapper)),
-        )
+        share = self.stage.offload.optimizer
+        with job.memory():
+            slots = list(make_slots(self.parameters, on_host, share, job.swapper))
+        self.optimizer = AdamW(settings, job.swapper, slots)
         self._pipeline = self._make_pipeline(job) if len(self.plan.stages) > 1 else None
 
     @property
@@ -228,23 +245,24 @@ class Parallel:
 
     def train_step(self, batch: object) -> Step:
         """One optimizer step on all samples of a step (each rank takes its own of them)."""
+        loss, norm = self.unread_step(batch)
+        return Step(loss=float(loss), norm=float(norm))
+
+    def unread_step(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same step; mean loss and norm stay on the device."""
         with self._loss_context():
             loss = self.gradients(batch)
         self._add_up()
         norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
         self.optimizer.step(clip_scale(norm, self.optimizer.settings.max_norm))
         self.optimizer.zero_grad()
-        return Step(loss=float(self._mean(loss)), norm=float(norm))
+        return self._mean(loss), norm
 
     def measured_step(self, batch: object) -> tuple[Step, Measured]:
         """A step that is watched: slower on the CPU, where every operation is counted."""
-        place, swapper = self.place, self._swapper
-        axes = {
-            str(place.dp_mesh.get_group().group_name): "dp",
-            str(place.tp_mesh.get_group().group_name): "tp",
-        }
+        place, swapper = self.place, self.swapper
         cuda = place.device.type == "cuda"
-        recorder = Recorder([] if cuda else self._device_states(), axes)
+        recorder = Recorder([] if cuda else self._device_states(), self.axes)
         if cuda:
             torch.cuda.reset_peak_memory_stats(place.device)
         swapper.quietly = recorder.paused
@@ -264,6 +282,21 @@ class Parallel:
                 yield local(slot.parameter.detach())
             if not slot.moments_on_host:
                 yield from (slot.first, slot.second)
+        yield from self.buffers()
+
+    @property
+    def chunks(self) -> tuple[Built, ...]:
+        """The chunks of layers of this rank."""
+        return tuple(self._chunks.values())
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """Names of process groups, and the axis that each stands for."""
+        meshes = {"dp": self.place.dp_mesh, "tp": self.place.tp_mesh}
+        return {str(mesh.get_group().group_name): axis for axis, mesh in meshes.items()}
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """Tensors of modules that are not trained."""
         for chunk in self._chunks.values():
             yield from chunk.root.buffers()
 

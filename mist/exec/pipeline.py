@@ -5,7 +5,7 @@ reduces gradients once per step; this one sends to whichever ranks need a part (
 and reduces when the ZeRO level says so.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -67,12 +67,26 @@ class _Piece:
     columns: slice
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Whole:
+    """A tensor that is being received, and those of its parts that arrive apart."""
+
+    buffer: torch.Tensor
+    pieces: tuple[_Piece, ...]
+
+    def assembled(self) -> torch.Tensor:
+        """The tensor, when all has arrived."""
+        for piece in self.pieces:
+            self.buffer[piece.rows, piece.columns] = piece.buffer
+        return self.buffer
+
+
 @dataclass(slots=True, kw_only=True)
 class _Arriving:
     """What is being received for each micro-batch, of activations and of gradients."""
 
-    forward: dict[int, list[_Piece]] = field(default_factory=dict)
-    backward: dict[int, list[_Piece]] = field(default_factory=dict)
+    forward: dict[int, _Whole] = field(default_factory=dict)
+    backward: dict[int, _Whole] = field(default_factory=dict)
 
 
 class Stage(PipelineStage):
@@ -96,6 +110,7 @@ class Stage(PipelineStage):
         self._root = shell.root
         self._zero = plan.stages[place.stage].zero
         self._split = plan.schedule.kind is ScheduleKind.ZERO_BUBBLE
+        self._like = activation
         self._arriving = _Arriving()
         if place.column.size() == 1:
             self.stage_index_to_group_rank = dict.fromkeys(range(num_chunks), 0)
@@ -110,22 +125,23 @@ class Stage(PipelineStage):
     def _warmup_backward_result(self, received_result: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ones(1, dtype=torch.int32)
 
+    # Torch's stage allocates what it receives for all micro-batches of a step before the first one;
+    # this one when a transfer begins.
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        self.args_recv_info = dict.fromkeys(range(num_microbatches), ())
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        self.chunks = num_microbatches
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Receive the parts of an activation."""
-        if self.is_first:
-            return []
-        buffer = self.args_recv_info[fwd_chunk_id][0].buffer
-        assert buffer is not None
-        pieces = self._arriving.forward[fwd_chunk_id] = []
-        return list(self._receive(buffer.detach(), self._grid_at(-1), pieces))
+        return [] if self.is_first else self._receive(self._arriving.forward, fwd_chunk_id, -1)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Receive the parts of a gradient."""
-        if self.is_last or not self.has_backward:
-            return []
-        buffer = self.grad_recv_info[bwd_chunk_id][0].buffer
-        pieces = self._arriving.backward[bwd_chunk_id] = []
-        return list(self._receive(buffer, self._grid_at(1), pieces))
+        none = self.is_last or not self.has_backward
+        return [] if none else self._receive(self._arriving.backward, bwd_chunk_id, 1)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Send an activation to all that need a part of it."""
@@ -143,36 +159,31 @@ class Stage(PipelineStage):
         return list(self._send(gradient, self._grid_at(-1)))
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
-        buffer = self.args_recv_info[fwd_chunk_id][0].buffer
-        assert buffer is not None
-        _assemble(buffer.detach(), self._arriving.forward.pop(fwd_chunk_id, []))
-        return (buffer.detach().requires_grad_(),)
+        return (self._arriving.forward.pop(fwd_chunk_id).assembled().requires_grad_(),)
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
-        buffer = self.grad_recv_info[bwd_chunk_id][0].buffer
-        _assemble(buffer, self._arriving.backward.pop(bwd_chunk_id, []))
-        return (buffer,)
+        return (self._arriving.backward.pop(bwd_chunk_id).assembled(),)
 
     def _grid_at(self, step: int) -> Grid:
         """The grid of the chunk before or behind this one."""
         return self._place.grids[(self.stage_index + step) % len(self._place.grids)]
 
-    def _receive(
-        self, buffer: torch.Tensor, source: Grid, pieces: list[_Piece]
-    ) -> Iterator[dist.P2POp]:
-        place = self._place
+    def _receive(self, into: dict[int, _Whole], chunk_id: int, step: int) -> list[dist.P2POp]:
+        """Begin to receive a micro-batch from the chunk before (-1) or behind (1)."""
+        place, source = self._place, self._grid_at(step)
         held = place.grid.holds(place.i, place.j)
+        buffer = torch.empty_like(self._like, device=place.device, requires_grad=False)
+        pieces, operations = [], []
         for each in transfers(source, place.grid):
             if each.target == place.rank:
                 rows, columns = _within(held, each.span)
                 part = buffer[rows, columns]
-                whole = part.is_contiguous()
-                into = (
-                    part if whole else torch.empty_like(part, memory_format=torch.contiguous_format)
-                )
-                if not whole:
-                    pieces.append(_Piece(buffer=into, rows=rows, columns=columns))
-                yield dist.P2POp(dist.irecv, into, each.source)
+                if not part.is_contiguous():
+                    part = torch.empty_like(part, memory_format=torch.contiguous_format)
+                    pieces.append(_Piece(buffer=part, rows=rows, columns=columns))
+                operations.append(dist.P2POp(dist.irecv, part, each.source))
+        into[chunk_id] = _Whole(buffer=buffer, pieces=tuple(pieces))
+        return operations
 
     def _send(self, tensor: torch.Tensor, target: Grid) -> Iterator[dist.P2POp]:
         place = self._place
@@ -215,11 +226,6 @@ def _within(held: Span, part: Span) -> tuple[slice, slice]:
         slice(part.first - held.first, part.last - held.first),
         slice(part.left - held.left, part.right - held.left),
     )
-
-
-def _assemble(buffer: torch.Tensor, pieces: Sequence[_Piece]) -> None:
-    for piece in pieces:
-        buffer[piece.rows, piece.columns] = piece.buffer
 
 
 class Pipeline:

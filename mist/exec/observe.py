@@ -1,0 +1,269 @@
+"""What a rank holds at each instant of a step, by what it is for: a recorder that knows torch's parts.
+
+A storage belongs to what runs when it is made: FSDP2 gathers or reduces, a layer runs forward, the
+model's ends, a backward pass (working memory), the optimizer. What autograd made and FSDP2 then
+keeps is noted again as gradients.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Final
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+from mist.exec.adamw import AdamW, local
+from mist.exec.measure import Collective, Recorder
+from mist.exec.parallel import Parallel
+from mist.exec.pipeline import Stage
+
+LAYER: Final = "layer "  # begins the name of what layers keep: "layer 3"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """The most that was held between two events, in bytes; `event`: the one that ended the time."""
+
+    event: str
+    peak_bytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Peak:
+    """The instant of the peak: bytes by part, and where it was."""
+
+    parts_bytes: dict[str, int] = field(default_factory=dict)
+    phase: str = ""
+    module: str = ""
+    operation: str = ""
+
+
+class Observer(Recorder):
+    """Records one step of `parallel` on the CPU, real or fake; see `measure.Recorder`.
+
+    `ends`: after each backward pass, the collectives so far.
+    """
+
+    def __init__(self, parallel: Parallel, axes: Mapping[str, str]) -> None:
+        self._tags: dict[int, str] = {}
+        self._by_tag: Counter[str] = Counter()
+        self._tag = "buffers"
+        self._operation = ""
+        self.phase, self.module = "forward", ""
+        self.peak = Peak()
+        self.timeline: list[Instant] = []
+        self.ends: list[dict[tuple[str, str], tuple[int, int]]] = []
+        self._since = 0
+        self._parallel = parallel
+        super().__init__((), axes)
+        for tag, tensors in _states(parallel).items():
+            with self.tagged(tag):
+                for tensor in tensors:
+                    self._count(tensor.untyped_storage())
+        self.static_bytes = dict(self._by_tag)
+
+    @contextmanager
+    def tagged(self, tag: str) -> Iterator[None]:
+        """Within: storages that are made are for this."""
+        before, self._tag = self._tag, tag
+        try:
+            yield
+        finally:
+            self._tag = before
+
+    def retag(self, tensors: Iterable[torch.Tensor | None], tag: str) -> None:
+        """These tensors turned out to be for something else."""
+        for tensor in tensors:
+            key = None if tensor is None else local(tensor).untyped_storage()._cdata
+            if key in self._live:
+                self._by_tag[self._tags[key]] -= self._live[key]
+                self._tags[key] = tag
+                self._by_tag[tag] += self._live[key]
+
+    def event(self, name: str) -> None:
+        """Something begins or ends: a point of the timeline."""
+        self.timeline.append(Instant(event=name, peak_bytes=self._since))
+        self._since = self._bytes
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,  # noqa: ANN401 (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        self._operation = func._opname
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _changed(self, key: int, num_bytes: int) -> None:
+        """A storage grew or shrank by so much."""
+        self._by_tag[self._tags.setdefault(key, self._tag)] += num_bytes
+        self._since = max(self._since, self._bytes)
+        if self._bytes == self._peak and num_bytes > 0:
+            self.peak.parts_bytes = dict(self._by_tag)
+            self.peak.phase, self.peak.module = self.phase, self.module
+            self.peak.operation = self._operation
+
+    def _free(self, key: int) -> None:
+        tag = self._tags.pop(key, None)
+        if tag is not None:
+            self._by_tag[tag] -= self._live.get(key, 0)
+        super()._free(key)
+
+    def backward_done(self) -> None:
+        """A backward pass of a micro-batch is over."""
+        self.ends.append({key: (row[0], row[1]) for key, row in self._rows.items()})
+
+
+def _states(parallel: Parallel) -> dict[str, list[torch.Tensor]]:
+    """What the device holds between steps."""
+    slots = parallel.optimizer.slots
+    here = [slot for slot in slots if not slot.parameter_on_host]
+    moments = [m for s in slots if not s.moments_on_host for m in (s.first, s.second)]
+    return {
+        "parameters": [local(slot.parameter.detach()) for slot in here],
+        "optimizer": moments,
+        "buffers": list(parallel.buffers()),
+    }
+
+
+@contextmanager
+def observed(observer: Observer, parallel: Parallel) -> Iterator[None]:
+    """Within: the observer knows what runs."""
+    with ExitStack() as stack:
+        for chunk in parallel.chunks:
+            _watch_layers(observer, chunk, stack)
+        for owner, name, around in _patches(observer):
+            stack.enter_context(patch.object(owner, name, around))
+        stack.enter_context(observer)
+        stack.enter_context(observer.tagged("embedding"))
+        yield
+        observer.event("end")
+
+
+def _watch_layers(observer: Observer, chunk: Any, stack: ExitStack) -> None:  # noqa: ANN401
+    names = chunk.layers
+    for index, name in enumerate(names):
+        layer: nn.Module = chunk.root.model.get_submodule(name)
+        before = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
+        last = index == len(names) - 1
+        after = layer.register_forward_hook(_leave(observer, name, "logits and loss" if last else ""))
+        stack.callback(before.remove)
+        stack.callback(after.remove)
+
+
+def _enter(observer: Observer, name: str) -> Callable[..., None]:
+    def enter(module: nn.Module, args: object) -> None:
+        observer.event(f"forward {name}")
+        observer.module = name
+        observer._tag = f"{LAYER}{name}"
+
+    return enter
+
+
+def _leave(observer: Observer, name: str, then: str) -> Callable[..., None]:
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        observer.event(f"forward {name} done")
+        observer.module = ""
+        observer._tag = then or observer._tag
+
+    return leave
+
+
+def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., object]]]:
+    """What of torch is wrapped so that the observer hears of it."""
+    group = FSDPParamGroup
+    yield group, "unshard", _tagging(observer, group.unshard, "gathered parameters")
+    yield group, "wait_for_unshard", _tagging(observer, group.wait_for_unshard, "gathered parameters")
+    yield group, "pre_backward", _noting_backward(observer, group.pre_backward)
+    yield group, "post_backward", _reducing(observer, group.post_backward)
+    yield Stage, "_receive", _tagging(observer, Stage._receive, "communication")
+    yield AdamW, "step", _optimizing(observer, AdamW.step)
+    for name in ("backward", "grad"):
+        original = getattr(torch.autograd, name)
+        yield torch.autograd, name, _backward(observer, original)
+    yield Parallel, "gradients", _in_order(observer, Parallel.gradients)
+
+
+def _tagging(observer: Observer, original: Callable[..., Any], tag: str) -> Callable[..., object]:
+    @wraps(original)
+    def around(*args: object, **kwargs: object) -> object:
+        with observer.tagged(tag):
+            return original(*args, **kwargs)
+
+    return around
+
+
+def _noting_backward(observer: Observer, original: Callable[..., Any]) -> Callable[..., object]:
+    @wraps(original)
+    def around(group: FSDPParamGroup, *args: object, **kwargs: object) -> object:
+        observer.event(f"backward {group._module_fqn}")
+        observer.module = str(group._module_fqn or "").removeprefix("model.")
+        return original(group, *args, **kwargs)
+
+    return around
+
+
+def _reducing(observer: Observer, original: Callable[..., Any]) -> Callable[..., object]:
+    @wraps(original)
+    def around(group: FSDPParamGroup, *args: object) -> object:
+        with observer.tagged("communication"):
+            result = original(group, *args)
+        for each in group.fsdp_params:
+            whole = getattr(each, "_unsharded_param", None)
+            grads = (each.unsharded_accumulated_grad, each.sharded_param.grad)
+            observer.retag((*grads, None if whole is None else whole.grad), "gradients")
+        observer.event(f"reduced {group._module_fqn}")
+        return result
+
+    return around
+
+
+def _optimizing(observer: Observer, original: Callable[..., Any]) -> Callable[..., object]:
+    @wraps(original)
+    def around(*args: object) -> object:
+        observer.event("gradients done")
+        observer.phase, observer.module = "optimizer", ""
+        with observer.tagged("working"):
+            return original(*args)
+
+    return around
+
+
+def _backward(observer: Observer, original: Callable[..., Any]) -> Callable[..., object]:
+    @wraps(original)
+    def around(*args: object, **kwargs: object) -> object:
+        before, observer.phase = observer.phase, "backward"
+        try:
+            with observer.tagged("working"):
+                return original(*args, **kwargs)
+        finally:
+            observer.phase = before
+            observer.backward_done()
+
+    return around
+
+
+def _in_order(observer: Observer, original: Callable[..., Any]) -> Callable[..., object]:
+    @wraps(original)
+    def around(*args: object) -> object:
+        result = original(*args)
+        observer.phase = "norm"
+        observer._tag = "working"
+        return result
+
+    return around
+
+
+def collectives_of(rows: Mapping[tuple[str, str], tuple[int, int]]) -> tuple[Collective, ...]:
+    """Rows as they are reported."""
+    return tuple(
+        Collective(axis=axis, kind=kind, count=count, bytes=size)
+        for (axis, kind), (count, size) in sorted(rows.items())
+    )
