@@ -168,7 +168,7 @@ class Offloader:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return _local(tensor).untyped_storage()._cdata
+    return int(_local(tensor).untyped_storage()._cdata)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,18 @@
 
 The model is built, divided and trained for a step by the same code as in `mist apply`; tensors have
 shapes but no memory, collectives move nothing, so that any rank of any number can be looked at on
-one CPU. Composite operations run by the kernels of a GPU (`trace.shim`) or by this CPU's.
+one CPU. Composite operations run by the kernels of a GPU (`trace.shim`) or by this CPU's. Groups of
+more micro-batches than can be in flight are cut: those in the middle of a step are all alike.
+
+    python -m mist.exec.dryrun PLAN STAGE POLICY OUT
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,15 +21,103 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from mist.errors import MistError
 from mist.exec.adamw import Settings
 from mist.exec.anatomy import examine
+from mist.exec.observe import Observer, observed
 from mist.exec.parallel import Parallel, assemble, subject_of
+from mist.exec.seen import Issued, Seen, to_json
+from mist.files import write_bytes
+from mist.planfile import load_plan
 from mist.plans import Plan
-from mist.spec import Attention, Precision
+from mist.spec import Attention, Precision, ScheduleKind
 from mist.trace.fake import tables_of
 from mist.trace.loader import LoadedModel, load_model, local_modules
 from mist.trace.shim import runs_as
 from mist.trace.source import Policy, PythonSource, Setting, resolve
+
+MORE = 3  # micro-batches beyond those in flight that are run: the first, one amid others, the last
+
+
+def look(plan: Plan, stage: int, policy: Policy) -> Seen:
+    """Dry-run a step of the first rank of a stage. Raises ModelError for what cannot be built."""
+    short = cut(plan, stage)
+    loaded = load_shapes(plan.model.source, plan.workload.attention)
+    rank = plan.stages[stage].devices[0]
+    with pretended(rank, plan.cluster.num_gpus):
+        subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        parallel = assemble(subject, short, torch.device("cpu"), Settings(), lambda: mode)
+        observer = Observer(parallel, parallel.axes)
+        parallel.swapper.quietly = observer.on_host
+        setting = Setting(
+            precision=plan.workload.precision,
+            attention=plan.workload.attention,
+            policy=policy,
+        )
+        with mode, runs_as(setting):
+            _step(parallel, loaded, observer)
+    return _seen(plan, stage, short, observer)
+
+
+def _step(parallel: Parallel, loaded: LoadedModel, observer: Observer) -> None:
+    workload = parallel.plan.workload
+    batch = loaded.batch(workload.global_batch, workload.seq_len)
+    with observed(observer, parallel):
+        parallel.unread_step(batch)
+
+
+def _seen(plan: Plan, stage: int, short: Plan, observer: Observer) -> Seen:
+    left = plan.num_micro_batches - short.num_micro_batches
+    rows = extended(observer.measured_rows(), observer.ends, left)
+    return Seen(
+        stage=stage,
+        rank=plan.stages[stage].devices[0],
+        num_micro_batches=short.num_micro_batches,
+        peak_bytes=observer.peak_bytes,
+        host_bytes=observer.host_peak_bytes,
+        static_bytes=observer.static_bytes,
+        parts_bytes={name: size for name, size in observer.peak.parts_bytes.items() if size},
+        phase=observer.peak.phase,
+        module=observer.peak.module,
+        operation=observer.peak.operation,
+        collectives=tuple(
+            Issued(axis=axis, kind=kind, count=count, bytes=size)
+            for (axis, kind), (count, size) in sorted(rows.items())
+        ),
+        timeline=tuple(observer.timeline),
+    )
+
+
+Rows = Mapping[tuple[str, str], tuple[int, int]]
+
+
+def extended(rows: Rows, ends: Sequence[Rows], more: int) -> Rows:
+    """Collectives with `more` micro-batches like the one between the first two backward passes."""
+    if more == 0:
+        return rows
+    first, second = ends[0], ends[1]
+    found = dict(rows)
+    for key, (count, size) in second.items():
+        before = first.get(key, (0, 0))
+        total = found[key]
+        found[key] = (
+            total[0] + more * (count - before[0]),
+            total[1] + more * (size - before[1]),
+        )
+    return found
+
+
+def cut(plan: Plan, stage: int) -> Plan:
+    """The plan with no more micro-batches than its peak and its collectives need."""
+    num_stages, kind = len(plan.stages), plan.schedule.kind
+    if num_stages > 1 and kind is not ScheduleKind.ONE_F_ONE_B:
+        return plan
+    enough = min(num_stages - stage - 1 + MORE, plan.num_micro_batches)
+    enough = max(enough, num_stages) if num_stages <= plan.num_micro_batches else enough
+    samples = plan.workload.global_batch // plan.num_micro_batches * enough
+    workload = replace(plan.workload, global_batch=samples)
+    return replace(plan, num_micro_batches=enough, workload=workload)
 
 
 @contextmanager
@@ -51,3 +145,20 @@ def load_shapes(source: str, attention: Attention) -> LoadedModel:
                 if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                     table[name] = torch.empty_like(value, device="cpu")
     return loaded
+
+
+def main(argv: list[str]) -> int:
+    """Look at one stage and write what was seen; the exit code."""
+    plan_file, stage, policy, out = argv
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    try:
+        seen = look(load_plan(plan_file), int(stage), "cpu" if policy == "cpu" else "cuda")
+    except MistError as error:
+        sys.stderr.write(f"mist: {error}\n")
+        return error.exit_code
+    write_bytes(Path(out), to_json(seen))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

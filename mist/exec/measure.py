@@ -65,7 +65,9 @@ class Recorder(TorchDispatchMode):
         self._axes = axes
         self._live: dict[int, int] = {}
         self._bytes = self._peak = 0
-        self._paused = False
+        self._hosted: dict[int, int] = {}
+        self._host_bytes = self._host_peak = 0
+        self._hosting = False
         self._rows: dict[tuple[str, str], list[int]] = {}
         for tensor in states:
             self._count(tensor.untyped_storage())
@@ -77,13 +79,13 @@ class Recorder(TorchDispatchMode):
         return Measured(peak_bytes=self._peak, collectives=tuple(found))
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within: new storages are not counted (memory of the host)."""
-        before, self._paused = self._paused, True
+    def on_host(self) -> Iterator[None]:
+        """Within: new storages are in host memory."""
+        before, self._hosting = self._hosting, True
         try:
             yield
         finally:
-            self._paused = before
+            self._hosting = before
 
     def __enter__(self) -> "Recorder":
         self._resize: Callable[..., Any] = torch.UntypedStorage.resize_
@@ -114,7 +116,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace in NAMESPACES:
             self._note(func, args, result)
         is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not (is_view or self._paused):  # the storage of a view is known, or not ours
+        if not is_view:  # the storage of a view is known, or not ours
             for tensor in _tensors(result):
                 self._count(tensor.untyped_storage())
         return result
@@ -122,21 +124,30 @@ class Recorder(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage) -> None:
         """Note a storage as it is now; it is forgotten when it is freed."""
         key, size = storage._cdata, storage.nbytes()
+        if key in self._hosted:
+            return
         if key not in self._live:
-            if self._paused:
-                return
             weakref.finalize(storage, self._free, key)
+            if self._hosting:
+                self._keep_on_host(key, size)
+                return
         change = size - self._live.get(key, 0)
         self._bytes += change
         self._live[key] = size
         self._peak = max(self._peak, self._bytes)
         self._changed(key, change)
 
+    def _keep_on_host(self, key: int, size: int) -> None:
+        self._hosted[key] = size
+        self._host_bytes += size
+        self._host_peak = max(self._host_peak, self._host_bytes)
+
     def _changed(self, key: int, num_bytes: int) -> None:
         """For those who want to know more."""
 
     def _free(self, key: int) -> None:
         self._bytes -= self._live.pop(key, 0)
+        self._host_bytes -= self._hosted.pop(key, 0)
 
     def _note(self, func: OpOverload, args: tuple[Any, ...], result: object) -> None:
         kind = KINDS.get(func._opname)

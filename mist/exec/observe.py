@@ -1,4 +1,4 @@
-"""What a rank holds at each instant of a step, by what it is for: a recorder that knows torch's parts.
+"""What a rank holds at each instant of a step, and what for: a recorder that knows torch.
 
 A storage belongs to what runs when it is made: FSDP2 gathers or reduces, a layer runs forward, the
 model's ends, a backward pass (working memory), the optimizer. What autograd made and FSDP2 then
@@ -17,21 +17,15 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from mist.exec.adamw import AdamW, local
-from mist.exec.measure import Collective, Recorder
+from mist.exec.measure import Recorder
 from mist.exec.parallel import Parallel
 from mist.exec.pipeline import Stage
+from mist.exec.seen import Moment
 
 LAYER: Final = "layer "  # begins the name of what layers keep: "layer 3"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instant:
-    """The most that was held between two events, in bytes; `event`: the one that ended the time."""
-
-    event: str
-    peak_bytes: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,16 +51,56 @@ class Observer(Recorder):
         self._operation = ""
         self.phase, self.module = "forward", ""
         self.peak = Peak()
-        self.timeline: list[Instant] = []
+        self.timeline: list[Moment] = []
         self.ends: list[dict[tuple[str, str], tuple[int, int]]] = []
         self._since = 0
-        self._parallel = parallel
+        self._paused = False
         super().__init__((), axes)
         for tag, tensors in _states(parallel).items():
             with self.tagged(tag):
                 for tensor in tensors:
                     self._count(tensor.untyped_storage())
-        self.static_bytes = dict(self._by_tag)
+        self.static_bytes = self._bytes
+        with self.on_host():
+            for tensor in _host_states(parallel):
+                self._count(tensor.untyped_storage())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the device held."""
+        return self._peak
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The most that host memory held."""
+        return self._host_peak
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within: new storages have no memory."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if not self._paused:
+            super()._count(storage)
+
+    def left(self, tensors: Iterable[torch.Tensor | None]) -> None:
+        """These tensors went to host memory, which is the same place on a CPU."""
+        for tensor in tensors:
+            key = None if tensor is None else local(tensor).untyped_storage()._cdata
+            if key in self._live:
+                size = self._live[key]
+                self._by_tag[self._tags.pop(key)] -= size
+                self._bytes -= self._live.pop(key)
+                self._keep_on_host(key, size)
+
+    def measured_rows(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Collectives so far: (axis, kind) to (count, bytes)."""
+        return {key: (row[0], row[1]) for key, row in self._rows.items()}
 
     @contextmanager
     def tagged(self, tag: str) -> Iterator[None]:
@@ -88,7 +122,7 @@ class Observer(Recorder):
 
     def event(self, name: str) -> None:
         """Something begins or ends: a point of the timeline."""
-        self.timeline.append(Instant(event=name, peak_bytes=self._since))
+        self.timeline.append(Moment(event=name, peak_bytes=self._since))
         self._since = self._bytes
 
     def __torch_dispatch__(
@@ -118,7 +152,16 @@ class Observer(Recorder):
 
     def backward_done(self) -> None:
         """A backward pass of a micro-batch is over."""
-        self.ends.append({key: (row[0], row[1]) for key, row in self._rows.items()})
+        self.ends.append(self.measured_rows())
+
+
+def _host_states(parallel: Parallel) -> Iterator[torch.Tensor]:
+    """What lives in host memory between steps."""
+    for slot in parallel.optimizer.slots:
+        if slot.parameter_on_host:
+            yield local(slot.parameter.detach())
+        if slot.moments_on_host:
+            yield from (slot.first, slot.second)
 
 
 def _states(parallel: Parallel) -> dict[str, list[torch.Tensor]]:
@@ -153,7 +196,8 @@ def _watch_layers(observer: Observer, chunk: Any, stack: ExitStack) -> None:  # 
         layer: nn.Module = chunk.root.model.get_submodule(name)
         before = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
         last = index == len(names) - 1
-        after = layer.register_forward_hook(_leave(observer, name, "logits and loss" if last else ""))
+        then = "logits and loss" if last else ""
+        after = layer.register_forward_hook(_leave(observer, name, then))
         stack.callback(before.remove)
         stack.callback(after.remove)
 
@@ -179,8 +223,8 @@ def _leave(observer: Observer, name: str, then: str) -> Callable[..., None]:
 def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., object]]]:
     """What of torch is wrapped so that the observer hears of it."""
     group = FSDPParamGroup
-    yield group, "unshard", _tagging(observer, group.unshard, "gathered parameters")
-    yield group, "wait_for_unshard", _tagging(observer, group.wait_for_unshard, "gathered parameters")
+    for name in ("unshard", "wait_for_unshard"):
+        yield group, name, _tagging(observer, getattr(group, name), "gathered parameters")
     yield group, "pre_backward", _noting_backward(observer, group.pre_backward)
     yield group, "post_backward", _reducing(observer, group.post_backward)
     yield Stage, "_receive", _tagging(observer, Stage._receive, "communication")
@@ -189,6 +233,20 @@ def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., ob
         original = getattr(torch.autograd, name)
         yield torch.autograd, name, _backward(observer, original)
     yield Parallel, "gradients", _in_order(observer, Parallel.gradients)
+    for name in ("propagate", "_propagate_tensor_meta", "_propagate_tensor_meta_non_cached"):
+        original = getattr(ShardingPropagator, name)
+        yield ShardingPropagator, name, _quietly(observer, original)
+
+
+def _quietly(observer: Observer, original: Callable[..., Any]) -> Callable[..., object]:
+    """DTensor asks for shapes with tensors of the size of the whole: no memory is theirs."""
+
+    @wraps(original)
+    def around(*args: object, **kwargs: object) -> object:
+        with observer.paused():
+            return original(*args, **kwargs)
+
+    return around
 
 
 def _tagging(observer: Observer, original: Callable[..., Any], tag: str) -> Callable[..., object]:
@@ -219,6 +277,8 @@ def _reducing(observer: Observer, original: Callable[..., Any]) -> Callable[...,
             whole = getattr(each, "_unsharded_param", None)
             grads = (each.unsharded_accumulated_grad, each.sharded_param.grad)
             observer.retag((*grads, None if whole is None else whole.grad), "gradients")
+            if each.offload_to_cpu:
+                observer.left([each.sharded_param.grad])
         observer.event(f"reduced {group._module_fqn}")
         return result
 
@@ -259,11 +319,3 @@ def _in_order(observer: Observer, original: Callable[..., Any]) -> Callable[...,
         return result
 
     return around
-
-
-def collectives_of(rows: Mapping[tuple[str, str], tuple[int, int]]) -> tuple[Collective, ...]:
-    """Rows as they are reported."""
-    return tuple(
-        Collective(axis=axis, kind=kind, count=count, bytes=size)
-        for (axis, kind), (count, size) in sorted(rows.items())
-    )

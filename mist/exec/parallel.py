@@ -32,7 +32,6 @@ from mist.plans import Plan, StagePlan
 from mist.spec import MemoryLevel
 from mist.trace.loader import LoadedModel
 
-
 Memory = Callable[[], AbstractContextManager[object]]
 
 
@@ -144,9 +143,7 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
             fill(parameter, values[name])
 
 
-def _chunk(
-    job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int
-) -> Built:
+def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int) -> Built:
     """Build one chunk. `first_on_host`: its layers from here on keep their states on the host."""
     anatomy, stage, place = job.subject.anatomy, job.stage, job.place
     part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
@@ -265,7 +262,7 @@ class Parallel:
         recorder = Recorder([] if cuda else self._device_states(), self.axes)
         if cuda:
             torch.cuda.reset_peak_memory_stats(place.device)
-        swapper.quietly = recorder.paused
+        swapper.quietly = recorder.on_host
         with recorder:
             step = self.train_step(batch)
         swapper.quietly = nullcontext

@@ -120,10 +120,10 @@ class Stage(PipelineStage):
     def _warmup_forward_vote(
         self, has_backward: bool, received_acc: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return torch.ones(1, dtype=torch.int32)
+        return torch.tensor([1], dtype=torch.int32)
 
     def _warmup_backward_result(self, received_result: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.ones(1, dtype=torch.int32)
+        return torch.tensor([1], dtype=torch.int32)
 
     # Torch's stage allocates what it receives for all micro-batches of a step before the first one;
     # this one when a transfer begins.

@@ -37,10 +37,15 @@ class Transients(Record):
 
     `num_gathered_groups`: groups whose parameters are unsharded at once under ZeRO-3.
     `reduce_bytes_per_param`: gradients of the group being reduced, by compute precision.
+    `root_group`: FSDP2: embedding and head are one group, gathered for a whole micro-batch, and the
+    buffer of a reduction lives until the next one. `divided_loss_bytes_per_logit`: what the model's
+    own loss holds more where tensor parallelism divides the logits.
     """
 
     num_gathered_groups: Quantity
     reduce_bytes_per_param: Mapping[Precision, Quantity]
+    root_group: bool = False
+    divided_loss_bytes_per_logit: Quantity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +114,11 @@ class MemoryPolicy(Record):
     reserved = allocated * (1 + `allocator_overhead_ratio`); a plan reserves at most
     (1 - `margin_ratio`) of the usable bytes. The framework's own buffers hold `fixed_bytes`, and
     `buffer_ratio` times the activation between layers (whole, not sharded).
-    `receives_all_ahead`: a pipeline stage allocates what it receives into for all micro-batches of
-    a step (torch), not for one.
+    `keeps_outputs`: a pipeline stage keeps what it sent until the backward pass of that micro-batch
+    (torch), beside the buffer it receives into.
     """
 
-    receives_all_ahead: bool
+    keeps_outputs: bool
     fixed_bytes: Quantity
     buffer_ratio: Quantity
     allocator_overhead_ratio: Quantity

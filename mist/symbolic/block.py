@@ -105,7 +105,12 @@ def head_cost(block: Block, setting: Setting) -> BlockCost:
     """Cost of the head, with the loss of the runtime if it has its own."""
     loss, logits = setting.runtime.loss, _logits(block)
     if loss is None or logits is None:
-        return _end_cost(block, setting, _device_cost(block, setting))
+        device = _device_cost(block, setting)
+        divided = setting.runtime.transients.divided_loss_bytes_per_logit
+        if divided is not None and logits is not None and _divides_loss(block):
+            more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
+            device["transient_bytes"] += more
+        return _end_cost(block, setting, device)
     device = _device_cost(_without_loss(block), setting)
     return _end_cost(block, setting, _with_loss(device, loss, logits))
 
@@ -122,6 +127,11 @@ def _logits(block: Block) -> Expr | None:
     """How many logits a rank has: the result of the last product forward, if there is one."""
     products = [op for op in _forward(block) if op.kind == OpKind.GEMM]
     return sympy.prod(products[-1].dims[:3]) if products else None
+
+
+def _divides_loss(block: Block) -> bool:
+    """Whether tensor-parallel ranks hold parts of the logits."""
+    return any(param.sharded for param in block.params)
 
 
 def _without_loss(block: Block) -> Block:

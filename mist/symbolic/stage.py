@@ -29,6 +29,7 @@ from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
+    at_least,
     ends_seconds,
     hosted_bytes,
     levels,
@@ -79,7 +80,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         num_kinds=len(graph.blocks),
         costs=costs,
         terms=terms,
-        stage=_stage(len(graph.blocks), runtime),
+        stage=_stage(len(graph.blocks), runtime, precision),
     )
 
 
@@ -131,6 +132,8 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
         **_hosted_terms(setting.runtime),
         "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
+        "whole_bytes_per_param": at_least(3) * setting.precision.num_bytes,
+        "buffer_bytes_per_param": at_least(2) * Precision.FP32.num_bytes,
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
         "p2p_in_node_s": sym.P2P(sent, 0),
@@ -182,7 +185,7 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
     return sym.by_zero(by_level)
 
 
-def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
+def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
     rows = list(_rows(num_kinds, runtime))
     parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
@@ -193,7 +196,7 @@ def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     layers = [row for row in rows if row[0].isdigit()]
     once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
     once += runtime.host.step_s.value
-    memory = _memory(rows, runtime)
+    memory = _memory(rows, runtime, precision)
     return {
         **parts,
         "stable_s": _total(rows, "stable_s") + p2p + each,
@@ -248,30 +251,61 @@ def _tied_reduce() -> Expr:
     return at_one_end * (in_node + sym.SPANS_NODES * (cross - in_node))
 
 
-def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
-    """Peak bytes by part; the parts sum to the peak.
-
-    Torch's PipelineStage allocates the receive buffers of every micro-batch, both ways, and keeps
-    the outputs of those in flight; others receive into one buffer each way.
-    """
+def _memory(rows: list[_Row], runtime: Runtime, precision: Precision) -> dict[str, Expr]:
+    """Peak bytes by part; the parts sum to the peak."""
     kept = _total(rows, "kept_bytes")
-    ahead = runtime.memory.receives_all_ahead
-    received = (sym.CHUNKS - sym.FIRST) + (sym.CHUNKS - sym.LAST)
-    received *= sym.NUM_MICRO_BATCHES if ahead else 1
-    sent = sym.IN_FLIGHT * (sym.CHUNKS - sym.LAST) if ahead else sympy.Integer(0)
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
+    if runtime.transients.root_group:
+        working, gathered = _of_groups(rows, precision)
+    else:
+        working = _worst(rows, "{x}_{level}_working_bytes")
+        gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
     streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
     parts = {
         "states": _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows),
         "activations": sym.IN_FLIGHT * (kept + _term("shared_bytes")),
-        "working": sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed),
-        "gathered": _term("gathered_bytes_per_param") * _worst(rows, "{x}_params"),
-        "buffers": (received + sent) * _term("p2p_bytes") + own,
+        "working": sym.larger(working, streamed),
+        "gathered": gathered,
+        "buffers": _exchanged(runtime) * _term("p2p_bytes") + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
     return parts | {"allocator": overhead * sympy.Add(*parts.values())}
+
+
+def _exchanged(runtime: Runtime) -> Expr:
+    """Activations that a stage receives into, and those it sent that it still holds."""
+    to_next, to_previous = sym.CHUNKS - sym.LAST, sym.CHUNKS - sym.FIRST
+    if runtime.memory.keeps_outputs:  # what it receives forward is what its first layer keeps
+        return to_next + sym.CHUNKS - 1 + sym.IN_FLIGHT * to_next
+    return to_next + to_previous
+
+
+def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr]:
+    """What FSDP2 and a backward pass hold for a while: at the worst instant, and of it gathered.
+
+    Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
+    are gathered at all instants, and the next layer beside the one that runs. From ZeRO-2 on the
+    fp32 buffer of a reduction lives until the next one: the root's from the micro-batch before.
+    Gradients of the head wait for those of the embedding. While a layer runs backward nothing of
+    the head is kept; at the end nothing of any layer.
+    """
+    layers = [row for row in rows if row[0].isdigit()]
+    ends = [row for row in rows if not row[0].isdigit()]
+    layer, head = _worst(layers, "{x}_params"), sym.LAST * _term("head_params")
+    root = _of_blocks(ends, "params") - sym.FIRST * sym.LAST * _term("tied_params")
+    compute, fp32 = precision.num_bytes, Precision.FP32.num_bytes
+    again = sym.smaller(1, sym.NUM_MICRO_BATCHES - 1)
+    buffer = _term("buffer_bytes_per_param") * again * root
+    next_layer = _term("whole_bytes_per_param") * layer
+    loss = sym.LAST * (_term("head_eager_working_bytes") + buffer)
+    beside = next_layer + compute * (layer + head) + sym.larger(fp32 * layer, buffer)
+    running = _worst(layers, "{x}_{level}_working_bytes") + beside
+    kept = _total(rows, "kept_bytes") + _term("shared_bytes")
+    end = (compute + fp32) * root - kept - next_layer
+    worst = sym.larger(0, loss, running - sym.LAST * _term("head_eager_kept_bytes"), end)
+    return worst, _term("whole_bytes_per_param") * (root + layer)
 
 
 def _params(rows: list[_Row]) -> Expr:
