@@ -1,7 +1,7 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter, process_time
 from types import MappingProxyType
@@ -17,7 +17,8 @@ from mist.plans import Alternative, Limits, Plan
 from mist.programs import Progress, quiet
 from mist.spaces import SearchSpace
 from mist.symbolic.program import ModelPrograms
-from mist.tune import Point, Tuned, landscape, smallest_peak, tune
+from mist.tune import Tuned, landscape, smallest_peak, tune
+from mist.workflow.needs import Pipeline, change_words, memory_words, pipeline_of
 from mist.workflow.question import (
     Made,
     Question,
@@ -30,6 +31,7 @@ from mist.workflow.question import (
 )
 
 MOST_GPUS_SUGGESTED = 4096
+MOST_EXCLUDED: Final = 3
 SOLVERS: Final[Mapping[Method, str]] = MappingProxyType(
     {
         "dp": "dynamic program",
@@ -46,7 +48,7 @@ class Planned:
     plan: Plan
     notes: tuple[str, ...]
     seconds: dict[str, float]
-    points: tuple[Point, ...]
+    points: tuple[Layout, ...]
     limits: Limits
 
 
@@ -84,14 +86,15 @@ def make_plan(  # noqa: PLR0913 - what is searched, and how far
         fix = _what_fits(programs, space, question)
         raise Infeasible(f"{_infeasible_words(job, space, question)} {fix}") from None
     searched = perf_counter()
-    points = landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s)
+    points = tuple(landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s))
     seconds = {"prepare": prepared - start, "search": searched - prepared}
     plan = _assemble(job, question, space, tuned, method)
+    plan = replace(plan, excluded=_excluded(job, plan, points, limits))
     return Planned(
         plan=plan,
         notes=job.facts.notes,
         seconds=seconds,
-        points=tuple(points),
+        points=points,
         limits=limits,
     )
 
@@ -102,7 +105,10 @@ def _assemble(
     best = tuned.best
     stages = stage_plans(job, best)
     judged = estimate(job, stages, best.num_micro_batches, best.schedule)
-    winner = step_parts(judged, best.num_micro_batches)
+    winner = _Winner(
+        parts=step_parts(judged, best.num_micro_batches),
+        pipeline=pipeline_of(job, stages, best.num_micro_batches, best.schedule),
+    )
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,
@@ -127,15 +133,50 @@ def _solver_words(job: Job, space: SearchSpace, method: Method) -> str:
     return SOLVERS[method]
 
 
-def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternative:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Winner:
+    """The plan as others are compared with it."""
+
+    parts: dict[str, float]
+    pipeline: Pipeline
+
+
+def _alternative(job: Job, layout: Layout, winner: _Winner) -> Alternative:
     num_micro_batches = layout.num_micro_batches
     stages = stage_plans(job, layout)
     judged = estimate(job, stages, num_micro_batches, layout.schedule)
+    own = pipeline_of(job, stages, num_micro_batches, layout.schedule)
     return Alternative(
         layout=layout_words(stages, num_micro_batches, layout.schedule),
         step_s=judged.step_s,
         peak_bytes=max(stage.peak_bytes for stage in judged.stages),
-        reason=losing_reason(step_parts(judged, num_micro_batches), winner),
+        reason=losing_reason(step_parts(judged, num_micro_batches), winner.parts),
+        needs=change_words(own, winner.pipeline),
+    )
+
+
+def _excluded(
+    job: Job, plan: Plan, points: Sequence[Layout], limits: Limits
+) -> tuple[Alternative, ...]:
+    """Of the layouts for the plot those that are faster and do not fit: least over first."""
+    best: dict[tuple[object, ...], Layout] = {}
+    for layout in points:
+        known = best.get(layout.kind)
+        faster = layout.step_s < plan.estimate.step_s and layout.peak_bytes > limits.device_bytes
+        if faster and (known is None or layout.peak_bytes < known.peak_bytes):
+            best[layout.kind] = layout
+    nearest = sorted(best.values(), key=lambda layout: layout.peak_bytes)[:MOST_EXCLUDED]
+    return tuple(_too_large(job, layout, limits) for layout in nearest)
+
+
+def _too_large(job: Job, layout: Layout, limits: Limits) -> Alternative:
+    stages = stage_plans(job, layout)
+    return Alternative(
+        layout=layout_words(stages, layout.num_micro_batches, layout.schedule),
+        step_s=float(f"{layout.step_s:.6g}"),
+        peak_bytes=round(layout.peak_bytes),
+        reason="does not fit",
+        needs=memory_words(layout.peak_bytes - limits.device_bytes),
     )
 
 
