@@ -98,6 +98,24 @@ def test_the_json_of_a_plan_is_all_of_stdout(mist: Mist, models: Path, tmp_path:
     assert {*found["seconds"]} == {"prepare", "search"}
 
 
+def test_several_numbers_of_gpus(mist: Mist, models: Path, tmp_path: Path) -> None:
+    asked = ("plan", models / "tiny.py", "--gpus", "2,4", "--global-batch", 16, "--space", "3d")
+    run = mist(*asked, "--objective", "tokens-per-dollar", "--price", 2.5, "--tokens", 1e9)
+    assert run.code == 0
+    assert "Candidates (predicted, +-25%, not calibrated)" in run.out
+    assert "Prices per GPU hour: dgx-h100 $2.50 (--price)." in run.out
+    (path,) = tmp_path.glob("*.yaml")
+    assert (tmp_path / f"{path.stem}-candidates.png").read_bytes().startswith(b"\x89PNG")
+    assert run.err.endswith(
+        f"wrote {path.name} and {path.stem}.png and {path.stem}-candidates.png\n"
+    )
+    rows = json.loads(mist(*asked, "--price", 2.5, "--json").out)["candidates"]
+    assert [row["num_gpus"] for row in rows] == [2, 4]
+    assert [row["chosen"] for row in rows].count(True) == 1
+    best = next(row for row in rows if row["chosen"])
+    assert best["tokens_per_s"] == max(row["tokens_per_s"] for row in rows)
+
+
 def test_what_is_set_is_kept(mist: Mist, models: Path, tmp_path: Path) -> None:
     knobs = ("tp=2", "pp=2", "dp=1", "micro-batch=2", "zero=1", "checkpoint=full")
     options = [word for knob in knobs for word in ("--set", knob)]
@@ -381,6 +399,17 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "no GPUs",
         ("plan", "{models}/tiny.py", "--gpus", "0"),
         "--gpus 0: a plan needs at least one GPU. Try --gpus 8.",
+    ),
+    (
+        "GPUs that are no number",
+        ("plan", "{models}/tiny.py", "--gpus", "many"),
+        "--gpus many: expected a number (16), a list (8,16,24) or a range (8..64).",
+    ),
+    (
+        "an objective without a price",
+        ("plan", "{models}/tiny.py", *SMALL, "--objective", "tokens-per-dollar"),
+        "--objective tokens-per-dollar: no price for dgx-h100. Give --price USD per GPU hour, or "
+        "set price_per_gpu_hour_usd: {value, source, kind} in the cluster's YAML.",
     ),
     (
         "negative GPUs",
