@@ -103,7 +103,7 @@ def test_several_numbers_of_gpus(mist: Mist, models: Path, tmp_path: Path) -> No
     run = mist(*asked, "--objective", "tokens-per-dollar", "--price", 2.5, "--tokens", 1e9)
     assert run.code == 0
     assert "Candidates (predicted, +-25%, not calibrated)" in run.out
-    assert "Prices per GPU hour: dgx-h100 $2.50 (--price)." in run.out
+    assert "Prices per GPU hour: dgx-h100 $2.5 (--price)." in run.out
     (path,) = tmp_path.glob("*.yaml")
     assert (tmp_path / f"{path.stem}-candidates.png").read_bytes().startswith(b"\x89PNG")
     assert run.err.endswith(

@@ -29,9 +29,14 @@ from tests.workflow.answering import answer_with
 
 RATIOS = {**NO_RATIOS, "optimizer": (0.0, 0.5, 1.0)}
 SPACE = SearchSpace(offload=RATIOS)
-QUESTION = Question(model="toy.py", num_gpus=1, global_batch=64)
+QUESTION = Question(model="toy.py", num_gpus=1, global_batch=16)
 PLAIN = SearchSpace(
-    tp=(1, 2), offload=NO_RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,), unlike_stages=False
+    pp=(1, 2),
+    tp=(1, 2),
+    micro_batch=(1,),
+    offload=NO_RATIOS,
+    schedules=(ScheduleKind.ONE_F_ONE_B,),
+    unlike_stages=False,
 )
 
 
@@ -126,7 +131,7 @@ def test_the_plan_of_least_memory(space: SearchSpace) -> None:
     question = replace(QUESTION, num_gpus=4)
     lean = make_plan(question, space, Effort(objective=Objective.MEMORY))
     fast = make_plan(question, space)
-    job = toy_job(toy_graph(hidden=2048), 4, global_batch=64)
+    job = toy_job(toy_graph(hidden=2048), 4, global_batch=16)
     assert peak_of(lean) == round(leanest(job, space, host_bytes=1e12).peak_bytes)
     assert peak_of(lean) < peak_of(fast)
     assert lean.plan.estimate.step_s > fast.plan.estimate.step_s
@@ -223,8 +228,9 @@ def test_nothing_fits_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         told("1,2", gpu="l4")
     lines = str(refused.value).splitlines()
     assert lines[0] == "None of the 2 candidates has a plan:"
-    assert [line.partition(":")[0] for line in lines[1:]] == ["  1 x l4-box", "  2 x l4-box"]
-    assert all("Even in the layout of least memory" in line for line in lines[1:])
+    assert [line.partition(":")[0] for line in lines[1:3]] == ["  1 x l4-box", "  2 x l4-box"]
+    assert all("Even in the layout of least memory" in line for line in lines[1:3])
+    assert lines[3:] == ["No doubling of the GPUs up to 4096 fits."]  # with 16 samples
 
 
 REFUSED = [

@@ -12,13 +12,14 @@ def print_candidates(candidates: Sequence[Candidate], index: int, tokens: float 
     header = ["GPUs", "cluster", "step", "tokens/s", "per GPU", "scaling", "$ per 1 M tokens"]
     if tokens is not None:
         header += [f"{format_count(tokens)} tokens", "cost"]
+    mark = "chosen" if len(candidates) > 1 else ""
     rows = [
-        (*_cells(candidate, candidates, tokens), "chosen" if at == index else candidate.why)
+        (*_cells(candidate, candidates, tokens), mark if at == index else candidate.why)
         for at, candidate in enumerate(candidates)
     ]
     show(f"Candidates (predicted, {_uncertainty(candidates)})", (*header, ""), rows)
     prices = {
-        one.cluster: f"{one.cluster} {format_usd(one.price_usd)} ({one.price_source})"
+        one.cluster: f"{one.cluster} ${one.price_usd:.4g} ({one.price_source})"
         for one in candidates
         if one.price_usd is not None
     }
@@ -31,7 +32,9 @@ def _cells(
     candidate: Candidate, candidates: Sequence[Candidate], tokens: float | None
 ) -> tuple[str, ...]:
     """What a row holds before its last cell; "-" where it is not known."""
-    head = (str(candidate.num_gpus), f"{candidate.cluster} ({candidate.device})")
+    alike = len({one.device for one in candidates}) == 1
+    where = candidate.cluster if alike else f"{candidate.cluster} ({candidate.device})"
+    head = (str(candidate.num_gpus), where)
     if candidate.estimate is None:
         return (*head, *["-"] * (5 if tokens is None else 7))
     usd = candidate.usd_per_million_tokens

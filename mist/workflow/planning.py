@@ -90,7 +90,7 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     try:
         planned = search_plan(question, programs, space, effort)
     except Infeasible as refusal:
-        raise Infeasible(f"{refusal} {_what_fits(programs, space, question)}") from None
+        raise Infeasible(f"{refusal} {what_fits(programs, space, question)}") from None
     return replace(planned, seconds=seconds | planned.seconds)
 
 
@@ -250,7 +250,7 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     )
 
 
-def _what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:
+def what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:
     """The first doubling of the GPUs on which something fits."""
     num_gpus = 2 * question.num_gpus
     while num_gpus <= MOST_GPUS_SUGGESTED:

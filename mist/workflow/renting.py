@@ -7,7 +7,7 @@ number of GPUs of a single cluster is one plain search.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NoReturn
 
 from mist.errors import Infeasible, InputError
 from mist.plans import Plan
@@ -17,7 +17,14 @@ from mist.spaces import SearchSpace
 from mist.spec import Objective
 from mist.symbolic.program import ModelPrograms
 from mist.workflow.counts import Counts, counts_of
-from mist.workflow.planning import DEFAULT_EFFORT, Effort, Planned, make_plan, search_plan
+from mist.workflow.planning import (
+    DEFAULT_EFFORT,
+    Effort,
+    Planned,
+    make_plan,
+    search_plan,
+    what_fits,
+)
 from mist.workflow.question import Question, compiled, platform_of
 
 NO_PRICE: Final = "nobody said"
@@ -162,17 +169,23 @@ def _searched(asked: Sequence[_Asked], space: SearchSpace, effort: Effort) -> li
             refusals.append(refusal)
             found.append(str(refusal))
     if len(refusals) == len(asked):
-        _refuse(asked, refusals)
+        largest = max(asked, key=lambda one: one.question.num_gpus)
+        fix = what_fits(known[largest.platform.runtime_hash], space, largest.question)
+        _refuse(asked, refusals, fix)
     return found
 
 
-def _refuse(asked: Sequence[_Asked], refusals: Sequence[Infeasible | InputError]) -> None:
-    """Nothing fits anywhere, or nothing can be used: every reason in a line."""
+def _refuse(
+    asked: Sequence[_Asked], refusals: Sequence[Infeasible | InputError], fix: str
+) -> NoReturn:
+    """Nothing fits anywhere, or nothing can be used: every reason in a line, and what to try."""
     lines = "".join(
         f"\n  {_name(one)}: {refusal}" for one, refusal in zip(asked, refusals, strict=True)
     )
-    kind = Infeasible if any(isinstance(one, Infeasible) for one in refusals) else InputError
-    raise kind(f"None of the {len(asked)} candidates has a plan:{lines}")
+    words = f"None of the {len(asked)} candidates has a plan:{lines}"
+    if any(isinstance(refusal, Infeasible) for refusal in refusals):
+        raise Infeasible(f"{words}\n{fix}")
+    raise InputError(words)
 
 
 def _name(one: _Asked) -> str:

@@ -39,7 +39,7 @@ def test_the_table_has_what_a_renter_asks(capsys: pytest.CaptureFixture[str]) ->
         "4.00 s", "16.4 K", "2.05 K", "100%", "$0.271", "706 days", "$271 K", "chosen",
     ]  # fmt: skip
     assert rows["16"][-7:] == ["2.50 s", "26.2 K", "1.64 K", "80%", "$0.339", "442 days", "$339 K"]
-    assert "Prices per GPU hour: dgx-h100 $2.00 (--price)." in text
+    assert "Prices per GPU hour: dgx-h100 $2 (--price)." in text
     assert "Costs are those of the steps alone" in text
 
 
