@@ -247,6 +247,27 @@ def estimate(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Seconds of each stage, all [S]: a micro-step by part, the delta, and gradients of weights."""
+
+    parts_s: Mapping[str, NDArray[np.float64]]
+    delta_s: NDArray[np.float64]
+    weight_s: NDArray[np.float64]
+
+
+def stage_times(
+    job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
+) -> StageTimes:
+    """The numbers behind `estimate`, not rounded: what a step is computed from."""
+    columns = _stage_columns(job, stages, num_micro_batches, schedule)
+    return StageTimes(
+        parts_s={part: columns[f"{part}_s"] for part in TIME_PARTS},
+        delta_s=columns["lone_s"] - columns["stable_s"],
+        weight_s=columns["weight_s"],
+    )
+
+
 def model_flop(job: Job) -> float:
     """Model FLOPs of one step: backward as two forward passes, nothing recomputed."""
     forward = job.cost.flop({"b": 1, "s": job.workload.seq_len, "t": 1})

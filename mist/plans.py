@@ -174,13 +174,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """Another layout that was judged, and why it loses."""
+    """Another layout that was judged, why it loses, and what would make it as fast as the plan."""
 
     __pydantic_config__ = STRICT
     layout: str
     step_s: Seconds
     peak_bytes: Bytes
     reason: str
+    needs: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +199,10 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How to train a model on a cluster. Raises PlanError with every broken invariant."""
+    """How to train a model on a cluster. Raises PlanError with every broken invariant.
+
+    `alternatives` fit and are slower; `excluded` are faster and do not fit.
+    """
 
     __pydantic_config__ = STRICT
     schema: Literal["mist.plan/1"] = SCHEMA
@@ -211,6 +215,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     estimate: Estimate
     alternatives: tuple[Alternative, ...]
+    excluded: tuple[Alternative, ...]
     provenance: Provenance
 
     def __post_init__(self) -> None:

@@ -204,15 +204,7 @@ def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tune
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One layout as the plot shows it."""
-
-    step_s: float
-    peak_bytes: float
-
-
-def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Point]:
+def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Layout]:
     """Even layouts without, with just enough and with full recomputation, as far as `within_s`."""
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     plain = replace(space, schedules=tuple(space.schedules[:1]))
@@ -224,7 +216,7 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
             model = GroupModel(job, group, group.strategies, allowed)
             for layout in even_layouts(model, within) if model.space.levels else ():
                 if layout.step_s <= within_s:
-                    yield Point(step_s=layout.step_s, peak_bytes=layout.peak_bytes)
+                    yield layout
 
 
 def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:

@@ -12,6 +12,9 @@ GB: Final = 10**9
 TFLOP: Final = 10**12
 MICROSECOND: Final = 1e-6
 MILLISECOND: Final = 1e-3
+HOUR_S: Final = 3600
+DAY_S: Final = 24 * HOUR_S
+MILLION: Final = 10**6
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -36,6 +39,18 @@ def format_count(count: float) -> str:
         if abs(count) >= unit:
             return f"{_three_digits(count / unit)} {name}"
     return f"{count:.0f}"
+
+
+def format_usd(usd: float) -> str:
+    """US dollars for a reader: "$0.138", "$42.5", "$1.25 M"."""
+    if abs(usd) >= 1000:
+        return f"${format_count(usd)}"
+    return f"${_three_digits(usd)}" if usd else "$0"
+
+
+def format_days(seconds: float) -> str:
+    """A long time for a reader, in days: "0.521 days", "81.4 days"."""
+    return f"{_three_digits(seconds / DAY_S)} days" if seconds else "0 days"
 
 
 def _three_digits(value: float) -> str:

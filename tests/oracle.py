@@ -4,6 +4,7 @@ It shares no expression with `mist.symbolic`: it walks the layers of a concrete 
 tensor with Python numbers and asks the platform's laws for each operation by itself.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -224,7 +225,7 @@ def simulate(rank: Rank, layers: list[tuple[Block, str]], graph: ModelGraph) -> 
     transfers = _transfers(rank, activation / rank.tp)
     stable = sum(t for t, _ in times) + sum(transfers)
     lone = sum(u for _, u in times) + sum(transfers) + _once(rank, blocks, embed, head)
-    peak, host = _peak(rank, layers, ends, graph, len(transfers))
+    peak, host = _peak(rank, layers, ends, graph)
     return Predicted(stable, lone, peak, host)
 
 
@@ -277,12 +278,45 @@ def _update(rank: Rank, held: float, update_s: float, is_layer: bool) -> float:
     return (1 - away) * here + away * streamed(moments + 4 * owned + grads, moments + 4 * owned)
 
 
+def _divided_loss_bytes(rank: Rank, head: Block) -> float:
+    """What torch's loss over a divided vocabulary holds more: 4 bytes for each logit of a rank."""
+    if rank.tp == 1 or not any(param.sharded for param in head.params):
+        return 0.0
+    product = [op for op in head.ops if op.kind == OpKind.GEMM and op.phase == "forward"][-1]
+    return 4 * math.prod(rank.number(dim) for dim in product.dims[:3])
+
+
+def _instants(
+    rank: Rank,
+    layers: list[tuple[Block, str]],
+    ends: list[Block],
+    working: list[float],
+    kept: float,
+) -> tuple[list[float], float]:
+    """Bytes beyond states and kept activations: of the loss, of a layer backward, of the end."""
+    last = rank.stage == rank.num_stages - 1
+    layer = max(held_params(rank, block) for block, _ in layers)
+    root = sum(held_params(rank, end) for end in ends)
+    if len(ends) == 2:
+        root -= sum(param.numel for param in ends[1].params if param.tied) / rank.tp
+    head = held_params(rank, ends[-1]) if last else 0.0
+    buffer = 4 * root if rank.zero >= 2 and rank.num_micro_batches > 1 else 0.0
+    whole = 2 if rank.zero == 3 else 0
+    running = max(working[: len(layers)]) + whole * layer + 2 * (layer + head)
+    running += max(4 * layer, buffer)
+    instants = [0.0, running, 6 * root - kept - whole * layer]
+    if last:
+        working[-1] += _divided_loss_bytes(rank, ends[-1])
+        instants[1] -= kept_bytes(rank, ends[-1])
+        instants.append(working[-1] + buffer)
+    return instants, whole * (root + layer)
+
+
 def _peak(
     rank: Rank,
     layers: list[tuple[Block, str]],
     ends: list[Block],
     graph: ModelGraph,
-    num_edges: int,
 ) -> tuple[float, float]:
     runtime = rank.platform.runtime
     in_flight = min(rank.num_stages - rank.stage, rank.num_micro_batches)
@@ -307,12 +341,11 @@ def _peak(
         working.append(transient + (kept_bytes(rank, block) if level != "eager" else 0.0))
     largest = max(held_params(rank, block) for block in blocks)
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
-    working.append(2 * largest * sum(size for s, size in streams.items() if rank.share(s)))
-    reducing = runtime.reduce_bytes[Precision.BF16].value
-    unsharded = 2.0 * runtime.transients.num_gathered_groups.value if rank.zero == 3 else 0.0
-    gathered = (reducing + unsharded) * largest
-    sent = in_flight * boundary if rank.stage < rank.num_stages - 1 else 0.0
-    buffers = rank.num_micro_batches * num_edges * boundary + sent + 2 * away * max(sizes)
-    total = states + in_flight * kept + max(working) + gathered + buffers
+    streamed = 2 * largest * sum(size for s, size in streams.items() if rank.share(s))
+    instants, gathered = _instants(rank, layers, ends, working, kept + 0.0)
+    last = rank.stage == rank.num_stages - 1
+    sent = 0.0 if last else (in_flight + 1) * boundary
+    buffers = sent + 2 * away * max(sizes)
+    total = states + in_flight * kept + max(*instants, streamed) + gathered + buffers
     host = hosted + in_flight * away * sum(sizes)
     return total * (1 + runtime.memory.allocator_overhead_ratio.value), host

@@ -104,8 +104,10 @@ def sample_plan(**changes: object) -> Plan:
                 step_s=6.0,
                 peak_bytes=50 * GIB,
                 reason="+1.00 s tensor-parallel collectives",
+                needs="ties if tensor-parallel collectives took 50.0 % less in both",
             ),
         ),
+        excluded=(),
         provenance=Provenance(
             mist="0.1.0",
             profiles={"h100-sxm": "sha256:1", "dgx-h100": "sha256:2", "torch": "sha256:3"},
@@ -228,7 +230,12 @@ def plans(draw: st.DrawFn) -> Plan:
     schedule = draw(schedules)
     stages = draw(_stages(samples, schedule.vpp))
     alternatives = st.builds(
-        Alternative, layout=words, step_s=seconds, peak_bytes=num_bytes, reason=words
+        Alternative,
+        layout=words,
+        step_s=seconds,
+        peak_bytes=num_bytes,
+        reason=words,
+        needs=words,
     )
     return Plan(
         model=ModelRef(
@@ -257,6 +264,7 @@ def plans(draw: st.DrawFn) -> Plan:
         stages=stages,
         estimate=draw(_estimates(len(stages))),
         alternatives=tuple(draw(st.lists(alternatives, max_size=2))),
+        excluded=tuple(draw(st.lists(alternatives, max_size=1))),
         provenance=Provenance(
             mist=draw(words),
             profiles=draw(st.dictionaries(words, words, max_size=3)),

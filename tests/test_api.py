@@ -62,6 +62,19 @@ def test_progress_and_the_space_are_passed_on(models: Path) -> None:
     assert told
 
 
+def test_gpus_are_chosen_by_an_objective(models: Path) -> None:
+    space = SearchSpace(tp=(1,), pp=(1,), micro_batch=(1,), unlike_stages=False)
+    asked = {"global_batch": 16, "space": space}
+    plans = [
+        mist.plan(models / "tiny.py", gpus="1,2", objective=objective, price=2.0, **asked)  # type: ignore[arg-type]
+        for objective in ("throughput", "tokens-per-dollar")
+    ]
+    assert [plan.cluster.num_gpus for plan in plans] == [2, 1]
+    assert plans[1].provenance.search["price_per_gpu_hour_usd"] == "dgx-h100: 2 (--price)"
+    with pytest.raises(InputError, match=r"^objective 'speed' is none of throughput, memory, "):
+        mist.plan(models / "tiny.py", gpus=4, objective="speed")
+
+
 def test_a_check_judges_layouts_and_plan_files(models: Path, tmp_path: Path) -> None:
     layout = mist.check(models / "tiny.py", gpus=4, global_batch=16, tp=2, pp=2, checkpoint="full")
     assert isinstance(layout, Checked)

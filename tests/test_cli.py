@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mist.cli.planning import _file_name
+from mist import cli
+from mist.cli import planning
 from mist.planfile import load_plan
 from mist.plans import Offload, Plan, Schedule
 from mist.spec import ScheduleKind
@@ -92,9 +93,27 @@ def test_the_json_of_a_plan_is_all_of_stdout(mist: Mist, models: Path, tmp_path:
     found = json.loads(run.out)
     written = yaml.safe_load((tmp_path / "p.yaml").read_text())
     assert {key: found[key] for key in written} == written
-    assert {*found} - {*written} == {"seconds", "notes"}
+    assert {*found} - {*written} == {"seconds", "notes", "candidates"}
     assert len(found["alternatives"]) == 2
     assert {*found["seconds"]} == {"prepare", "search"}
+
+
+def test_several_numbers_of_gpus(mist: Mist, models: Path, tmp_path: Path) -> None:
+    asked = ("plan", models / "tiny.py", "--gpus", "2,4", "--global-batch", 16, "--space", "3d")
+    run = mist(*asked, "--objective", "tokens-per-dollar", "--price", 2.5, "--tokens", 1e9)
+    assert run.code == 0
+    assert "Candidates (predicted, +-25%, not calibrated)" in run.out
+    assert "Prices per GPU hour: dgx-h100 $2.5 (--price)." in run.out
+    (path,) = tmp_path.glob("*.yaml")
+    assert (tmp_path / f"{path.stem}-candidates.png").read_bytes().startswith(b"\x89PNG")
+    assert run.err.endswith(
+        f"wrote {path.name} and {path.stem}.png and {path.stem}-candidates.png\n"
+    )
+    rows = json.loads(mist(*asked, "--price", 2.5, "--json").out)["candidates"]
+    assert [row["num_gpus"] for row in rows] == [2, 4]
+    assert [row["chosen"] for row in rows].count(True) == 1
+    best = next(row for row in rows if row["chosen"])
+    assert best["tokens_per_s"] == max(row["tokens_per_s"] for row in rows)
 
 
 def test_what_is_set_is_kept(mist: Mist, models: Path, tmp_path: Path) -> None:
@@ -382,6 +401,17 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "--gpus 0: a plan needs at least one GPU. Try --gpus 8.",
     ),
     (
+        "GPUs that are no number",
+        ("plan", "{models}/tiny.py", "--gpus", "many"),
+        "--gpus many: expected a number (16), a list (8,16,24) or a range (8..64).",
+    ),
+    (
+        "an objective without a price",
+        ("plan", "{models}/tiny.py", *SMALL, "--objective", "tokens-per-dollar"),
+        "--objective tokens-per-dollar: no price for dgx-h100. Give --price USD per GPU hour, or "
+        "set price_per_gpu_hour_usd: {value, source, kind} in the cluster's YAML.",
+    ),
+    (
         "negative GPUs",
         ("plan", "{models}/tiny.py", "--gpus", "-1"),
         "--gpus -1: a plan needs at least one GPU. Try --gpus 8.",
@@ -661,7 +691,6 @@ def test_llama_70b_on_two_l4_says_what_would_fit(mist: Mist, tmp_path: Path) -> 
     [
         ("--precision", "bf8"),
         ("--top", "-1"),
-        ("--gpus", "many"),
         ("--solver", "simplex"),
         ("--time-limit", "-1"),
     ],
@@ -741,7 +770,7 @@ def test_the_checkout_plans_and_a_check_needs_no_torch(
     ("name", "file_name"), [("llama3-8b", "llama3-8b"), ("../a b/7B", "a-b-7B"), ("//", "model")]
 )
 def test_a_model_name_becomes_a_file_name(name: str, file_name: str) -> None:
-    assert _file_name(name) == file_name
+    assert planning._file_name(name) == file_name
 
 
 def test_trace_writes_its_operations(mist: Mist, models: Path) -> None:

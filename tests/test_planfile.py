@@ -64,6 +64,7 @@ def test_the_file_is_the_documented_one() -> None:
         "stages",
         "estimate",
         "alternatives",
+        "excluded",
         "provenance",
     ]
 

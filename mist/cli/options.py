@@ -5,15 +5,31 @@ from typing import Annotated
 
 import typer
 
-from mist.spec import Attention, Precision, ScheduleKind, Solver
+from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
 
 Model = Annotated[
     str,
     typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
 ]
-Gpus = Annotated[int, typer.Option("--gpus", help="Number of GPUs.")]
+Gpus = Annotated[
+    str, typer.Option("--gpus", help="Number of GPUs, or several to choose from: 8,16 or 8..64.")
+]
 Gpu = Annotated[str | None, typer.Option("--gpu", help="Device profile, for instance h100-sxm.")]
 ClusterName = Annotated[str | None, typer.Option("--cluster", help="Cluster profile or YAML file.")]
+ClusterNames = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Cluster profile or YAML file, or several to choose from: a,b."),
+]
+ObjectiveName = Annotated[
+    Objective, typer.Option("--objective", help="What the best plan is, and the best GPUs.")
+]
+Price = Annotated[
+    str | None,
+    typer.Option("--price", help="USD per GPU hour [the cluster's]; or one for each cluster: 2,3."),
+]
+Tokens = Annotated[
+    float | None, typer.Option("--tokens", help="Tokens to train on: days and dollars for them.")
+]
 RuntimeName = Annotated[str, typer.Option("--runtime", help="Training framework.")]
 Seq = Annotated[int | None, typer.Option("--seq", help="Tokens per sample [min(8192, model's)].")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Samples per optimizer step.")]

@@ -16,6 +16,7 @@ from mist.cli.options import (
     AttentionName,
     Checkpoint,
     ClusterName,
+    ClusterNames,
     Fixed,
     Forbid,
     GlobalBatch,
@@ -26,16 +27,19 @@ from mist.cli.options import (
     MicroBatch,
     Model,
     Most,
+    ObjectiveName,
     Offloads,
     Out,
     Pp,
     PrecisionName,
+    Price,
     RuntimeName,
     ScheduleName,
     Seq,
     SolverName,
     Space,
     TimeLimit,
+    Tokens,
     Top,
     Tp,
     Vpp,
@@ -43,11 +47,11 @@ from mist.cli.options import (
 )
 from mist.errors import InputError
 from mist.spaces import narrowed, space_of
-from mist.spec import Attention, Precision, ScheduleKind, Solver
+from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
 
 if TYPE_CHECKING:
     from mist.workflow.checking import Checked
-    from mist.workflow.planning import Planned
+    from mist.workflow.renting import Rented
 
 OF_ANY_PLAN = {"subject", "margin", "out", "as_json"}  # what `mist check PLAN` may be told
 
@@ -58,7 +62,10 @@ def plan(
     *,
     gpus: Gpus,
     gpu: Gpu = None,
-    cluster: ClusterName = None,
+    cluster: ClusterNames = None,
+    objective: ObjectiveName = Objective.THROUGHPUT,
+    price: Price = None,
+    tokens: Tokens = None,
     runtime: RuntimeName = "torch",
     seq: Seq = None,
     global_batch: GlobalBatch = 256,
@@ -75,17 +82,17 @@ def plan(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Search the fastest way to train MODEL that fits; write plan.yaml and a Pareto plot."""
-    from mist.report.plans import plan_json, print_plan
-    from mist.workflow.planning import make_plan
+    """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
+    from mist.workflow.planning import Effort
     from mist.workflow.question import Question
+    from mist.workflow.renting import offer_of, rent
 
     check_out(out)
+    offer = offer_of(gpus, cluster, price, tokens)
     question = Question(
         model=model,
-        num_gpus=gpus,
+        num_gpus=1,
         gpu=gpu,
-        cluster=cluster,
         runtime=runtime,
         seq_len=seq,
         global_batch=global_batch,
@@ -94,36 +101,53 @@ def plan(
         margin_ratio=margin,
     )
     allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
+    effort = Effort(
+        objective=objective,
+        num_alternatives=top,
+        progress=progress,
+        time_limit_s=time_limit,
+        method=solver.value,
+    )
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
-        planned = make_plan(
-            question,
-            allowed,
-            num_alternatives=top,
-            progress=progress,
-            time_limit_s=time_limit,
-            method=solver.value,
-        )
-    _write_plan(planned, out)
+        rented = rent(question, offer, allowed, effort)
+    _write_plan(rented, out)
+    _show_plan(rented, tokens, as_json=as_json)
+
+
+def _show_plan(rented: "Rented", tokens: float | None, *, as_json: bool) -> None:
+    from mist.report.candidates import candidates_json, print_candidates
+    from mist.report.plans import plan_json, print_plan
+
+    planned, candidates, index = rented.planned, rented.candidates, rented.index
     if as_json:
-        print_json(plan_json(planned.plan, planned.seconds, planned.notes))
-    else:
-        print_plan(planned.plan, planned.limits, planned.notes)
+        curve = candidates_json(candidates, index, tokens)
+        found = plan_json(planned.plan, planned.seconds, planned.notes)
+        return print_json({**found, "candidates": curve})
+    if len(candidates) > 1 or tokens is not None or candidates[0].price_usd is not None:
+        print_candidates(candidates, index, tokens)
+    return print_plan(planned.plan, planned.limits, planned.notes)
 
 
-def _write_plan(planned: "Planned", out: Path | None) -> None:
-    """The plan and its picture, beside each other."""
+def _write_plan(rented: "Rented", out: Path | None) -> None:
+    """The plan and its pictures, beside each other."""
     from mist.files import write_bytes
     from mist.planfile import save_plan
+    from mist.report.curve import curve_png
     from mist.report.plot import plot_png
 
-    plan = planned.plan
+    planned, plan = rented.planned, rented.planned.plan
     path = out or Path(
         f"{_file_name(plan.model.name)}-{plan.cluster.num_gpus}x{plan.cluster.device}.yaml"
     )
     picture = plot_png(plan, planned.points, planned.limits.device_bytes)
+    pictures = {path.with_suffix(".png"): picture}
+    if len(rented.candidates) > 1:
+        curve = curve_png(plan.model.name, rented.candidates, rented.index)
+        pictures[path.with_name(f"{path.stem}-candidates.png")] = curve
     save_plan(plan, path)
-    write_bytes(path.with_suffix(".png"), picture)
-    progress(f"wrote {path} and {path.with_suffix('.png')}")
+    for name, content in pictures.items():
+        write_bytes(name, content)
+    progress(f"wrote {' and '.join(map(str, [path, *pictures]))}")
 
 
 @app.command()

@@ -13,9 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -100,14 +108,32 @@ def _weight(model: nn.Module, name: str | None) -> nn.Parameter:
 
 
 def _divide_table(model: nn.Module, name: str, mesh: DeviceMesh, *, direct: bool) -> None:
-    """`direct`: the first layer takes its shards right out of the result."""
+    """Each rank looks up its own rows of the vocabulary.
+
+    DTensor's lookup has the gradient of the whole table on every rank, and adds those up. `direct`:
+    the first layer takes its shards right out of the result.
+    """
+    table = model.get_submodule(name)
+    assert isinstance(table, nn.Embedding)
+    weight = distribute_tensor(table.weight, mesh, (Shard(0),), src_data_rank=None)
+    table.weight = nn.Parameter(weight, table.weight.requires_grad)
+    table.forward = partial(_look_up, table, mesh, direct=direct)  # type: ignore[method-assign]
+
+
+def _look_up(
+    table: nn.Embedding, mesh: DeviceMesh, ids: torch.Tensor, *, direct: bool
+) -> torch.Tensor:
+    weight = table.weight
+    assert isinstance(weight, DTensor)
+    rows = weight.to_local(grad_placements=(Shard(0),))
+    places = ids - mesh.get_local_rank() * rows.shape[0]
+    outside = (places < 0) | (places >= rows.shape[0])
+    found = F.embedding(places.masked_fill(outside, 0), rows)
+    found = found.masked_fill(outside.unsqueeze(-1), 0)
+    added = DTensor.from_local(found, mesh, (Partial(),), run_check=False)
     if direct:
-        style = RowwiseParallel(
-            input_layouts=Replicate(), output_layouts=SEQUENCE, use_local_output=False
-        )
-    else:
-        style = RowwiseParallel(input_layouts=Replicate())
-    parallelize_module(model, mesh, {name: style})
+        return added.redistribute(placements=(SEQUENCE,))
+    return added.redistribute(placements=(Replicate(),)).to_local()
 
 
 def _divide_head(model: nn.Module, name: str, part: Part, mesh: DeviceMesh) -> None:

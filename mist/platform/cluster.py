@@ -119,6 +119,7 @@ class Cluster(Record):
     Group sizes of a node's collectives come from `tables` (measured) and `links` (two-number laws);
     together they must reach from 2 to `gpus_per_node`. `max_nodes` is null where nothing limits it.
     `contention` is measured; without it the runtime's slowdown of compute stands in.
+    `price_per_gpu_hour_usd`: what one GPU costs to rent; without it `--price` says so.
     """
 
     schema: Literal["mist.cluster/1"]
@@ -133,6 +134,7 @@ class Cluster(Record):
     links: tuple[Link, ...]
     tables: Mapping[Collective, CollectiveTable]
     contention: Contention | None = None
+    price_per_gpu_hour_usd: Quantity | None = None
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -140,6 +142,7 @@ class Cluster(Record):
         for count in (self.gpus_per_node, self.max_nodes):
             if count is not None and (count.value < 1 or count.value % 1):
                 raise ValueError(f"gpus_per_node and max_nodes must be whole, found {count.value}")
+        self._check_price()
         for collective in Collective:
             groups = self.groups(collective)
             if self.num_gpus_per_node > 1 and (
@@ -149,6 +152,11 @@ class Cluster(Record):
                     f"{collective} has group sizes {list(groups)} in links and tables; "
                     f"it needs 2 to {self.num_gpus_per_node}"
                 )
+
+    def _check_price(self) -> None:
+        price = self.price_per_gpu_hour_usd
+        if price is not None and price.value == 0:
+            raise ValueError("price_per_gpu_hour_usd is 0: leave out a price that is not known")
 
     @property
     def num_gpus_per_node(self) -> int:

@@ -46,6 +46,7 @@ _UNITS: Final = (
     ("_flop_per_s", "FLOP/s"),
     ("_bytes", "B"),
     ("_tokens", "tokens"),
+    ("_per_gpu_hour_usd", "USD/(GPU h)"),
     ("_us", "us"),
     ("_s", "s"),
 )

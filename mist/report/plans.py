@@ -206,22 +206,21 @@ def _print_memory(estimate: Estimate, limits: Limits) -> None:
 
 def _print_alternatives(plan: Plan) -> None:
     best = plan.estimate.step_s
-    rows = [
-        (
-            other.layout,
-            format_seconds(other.step_s),
-            f"{other.step_s / best - 1:+.1%}",
-            format_bytes(other.peak_bytes),
-            other.reason,
-        )
-        for other in plan.alternatives
-    ]
-    if rows:
-        show(
-            "Other layouts that fit",
-            ("layout", "step", "slower", "peak", "why it loses"),
-            rows,
-        )
+    tables = (("Other layouts that fit", plan.alternatives), ("Faster, too large", plan.excluded))
+    for title, others in tables:
+        rows = [
+            (
+                other.layout,
+                format_seconds(other.step_s),
+                f"{other.step_s / best - 1:+.1%}",
+                format_bytes(other.peak_bytes),
+                f"{other.reason}; {other.needs}",
+            )
+            for other in others
+        ]
+        if rows:
+            header = ("layout", "step", "slower", "peak", "why it loses; what it would need")
+            show(title, header, rows)
 
 
 def _print_op_costs(estimate: Estimate) -> None:

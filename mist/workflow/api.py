@@ -9,10 +9,11 @@ from mist.errors import InputError, did_you_mean
 from mist.plans import Plan
 from mist.programs import Progress, quiet
 from mist.spaces import SearchSpace
-from mist.spec import Attention, Precision
+from mist.spec import Attention, Objective, Precision
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
-from mist.workflow.planning import make_plan
+from mist.workflow.planning import Effort
 from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question
+from mist.workflow.renting import offer_of, rent
 
 if TYPE_CHECKING:
     import torch
@@ -54,24 +55,36 @@ class LayoutOptions(Options, total=False):
     checkpoint: str
 
 
+class PlanOptions(Options, total=False):
+    """What chooses among plans: see `mist plan --objective`, `--price` and `--tokens`.
+
+    objective: "throughput", "memory", "tokens-per-dollar" or "time-to-tokens". price: USD per GPU
+    hour (None: the cluster's profile). tokens: to train on. `cluster` may be several, "a,b".
+    """
+
+    objective: str
+    price: float | None
+    tokens: float | None
+
+
 def plan(
     model: Model,
     *,
-    gpus: int,
+    gpus: int | str,
     space: SearchSpace | None = None,
     top: int = 5,
     progress: Progress = quiet,
-    **options: Unpack[Options],
+    **options: Unpack[PlanOptions],
 ) -> Plan:
-    """Search the fastest way to train a model that fits.
+    """Search the best way to train a model that fits.
 
     Args:
         model: a path (model file, config.json), a preset name, or a module on any device.
-        gpus: number of GPUs.
+        gpus: number of GPUs, or several to choose from: "8,16" or "8..64".
         space: restrictions of the search; None for everything the runtime can do.
         top: how many alternatives to report.
         progress: called with a line of text now and then.
-        options: see `Options`.
+        options: see `Options` and `PlanOptions`.
 
     Returns:
         The plan, with its estimate, alternatives and provenance.
@@ -80,10 +93,21 @@ def plan(
         InputError: something in the question cannot be used.
         Infeasible: nothing fits.
     """
-    _known_only(options, Options)
-    question = _question(model, gpus, options)
-    planned = make_plan(question, space or SearchSpace(), num_alternatives=top, progress=progress)
-    return planned.plan
+    _known_only(options, PlanOptions)
+    price = options.get("price")
+    offer = offer_of(
+        str(gpus),
+        options.get("cluster"),
+        None if price is None else str(price),
+        options.get("tokens"),
+    )
+    effort = Effort(
+        objective=_choice("objective", options.get("objective", "throughput"), Objective),
+        num_alternatives=top,
+        progress=progress,
+    )
+    question = _question(model, 1, options)
+    return rent(question, offer, space or SearchSpace(), effort).planned.plan
 
 
 def check(

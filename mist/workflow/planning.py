@@ -1,7 +1,7 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter, process_time
 from types import MappingProxyType
@@ -12,12 +12,15 @@ from mist.estimate import Job, estimate
 from mist.explain import layout_words, losing_reason, overflow, step_parts
 from mist.milp import Method
 from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.leanest import ROUNDING_RATIO, leanest
 from mist.pareto.space import expressible
 from mist.plans import Alternative, Limits, Plan
 from mist.programs import Progress, quiet
 from mist.spaces import SearchSpace
+from mist.spec import Objective
 from mist.symbolic.program import ModelPrograms
-from mist.tune import Point, Tuned, landscape, smallest_peak, tune
+from mist.tune import Tuned, landscape, smallest_peak, tune
+from mist.workflow.needs import Pipeline, change_words, memory_words, pipeline_of
 from mist.workflow.question import (
     Made,
     Question,
@@ -30,6 +33,7 @@ from mist.workflow.question import (
 )
 
 MOST_GPUS_SUGGESTED = 4096
+MOST_EXCLUDED: Final = 3
 SOLVERS: Final[Mapping[Method, str]] = MappingProxyType(
     {
         "dp": "dynamic program",
@@ -46,72 +50,129 @@ class Planned:
     plan: Plan
     notes: tuple[str, ...]
     seconds: dict[str, float]
-    points: tuple[Point, ...]
+    points: tuple[Layout, ...]
     limits: Limits
 
 
-def make_plan(  # noqa: PLR0913 - what is searched, and how far
-    question: Question,
-    space: SearchSpace,
-    *,
-    num_alternatives: int = 5,
-    progress: Progress = quiet,
-    time_limit_s: float = math.inf,
-    method: Method = "both",
-) -> Planned:
-    """Search the fastest layout that fits and say why others lose.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What a search makes least, and how far it goes.
 
     After `time_limit_s` of processor time the best layout so far is the answer, with its gap.
+    """
+
+    objective: Objective = Objective.THROUGHPUT
+    num_alternatives: int = 5
+    progress: Progress = quiet
+    time_limit_s: float = math.inf
+    method: Method = "both"
+
+
+DEFAULT_EFFORT: Final = Effort()
+_OBJECTIVE_NOTES: Final[Mapping[Objective, tuple[str, ...]]] = MappingProxyType(
+    {
+        Objective.MEMORY: (
+            "objective memory: the fullest GPU holds the least that any layout of this search "
+            "reaches, and of those that reach it this one is the fastest",
+        )
+    }
+)
+
+
+def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_EFFORT) -> Planned:
+    """Search the best layout that fits and say why others lose.
+
     Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
     """
     start = perf_counter()
-    programs = compiled(question, progress)
-    job = job_of(question, programs)
-    prepared = perf_counter()
-    limits = limits_of(job, question)
-    end = process_time() + time_limit_s
+    programs = compiled(question, effort.progress)
+    seconds = {"prepare": perf_counter() - start}
     try:
+        planned = search_plan(question, programs, space, effort)
+    except Infeasible as refusal:
+        raise Infeasible(f"{refusal} {what_fits(programs, space, question)}") from None
+    return replace(planned, seconds=seconds | planned.seconds)
+
+
+def search_plan(
+    question: Question, programs: ModelPrograms, space: SearchSpace, effort: Effort
+) -> Planned:
+    """The same, of a model whose costs are known; what refuses it does not say what would fit."""
+    start = perf_counter()
+    job = job_of(question, programs)
+    limits = limits_of(job, question)
+    end = process_time() + effort.time_limit_s
+    try:
+        allowed, within = _objective(job, space, limits, effort.objective)
         tuned = tune(
             job,
-            space,
-            limits=limits,
-            num_alternatives=num_alternatives,
-            progress=progress,
+            allowed,
+            limits=within,
+            num_alternatives=effort.num_alternatives,
+            progress=effort.progress,
             is_late=lambda: process_time() > end,
-            method=method,
+            method=effort.method,
         )
     except Infeasible:
-        fix = _what_fits(programs, space, question)
-        raise Infeasible(f"{_infeasible_words(job, space, question)} {fix}") from None
-    searched = perf_counter()
-    points = landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s)
-    seconds = {"prepare": prepared - start, "search": searched - prepared}
-    plan = _assemble(job, question, space, tuned, method)
+        raise Infeasible(_infeasible_words(job, space, question)) from None
+    seconds = perf_counter() - start
+    points = tuple(landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s))
+    plan = _assemble(job, question, space, tuned, effort)
+    if effort.objective is not Objective.MEMORY:
+        plan = replace(plan, excluded=_excluded(job, plan, points, limits))
     return Planned(
         plan=plan,
-        notes=job.facts.notes,
-        seconds=seconds,
-        points=tuple(points),
+        notes=(*job.facts.notes, *_OBJECTIVE_NOTES.get(effort.objective, ())),
+        seconds={"search": seconds},
+        points=points,
         limits=limits,
     )
 
 
+def _objective(
+    job: Job, space: SearchSpace, limits: Limits, objective: Objective
+) -> tuple[SearchSpace, Limits]:
+    """Where the fastest layout is the one that the objective asks for.
+
+    Least memory: among layouts whose fullest GPU holds no more than the least that any reaches.
+    Raises Infeasible when that does not fit, InputError for a space where it is not known.
+    """
+    if objective is not Objective.MEMORY:
+        return space, limits
+    if space.unequal_meshes:
+        raise InputError(
+            f"--objective memory with --space {space.name}: the least memory of stages of unequal "
+            "size is not known. Try --space mist."
+        )
+    least = leanest(job, space, host_bytes=limits.host_bytes)
+    if limits.device_bytes < least.peak_bytes < math.inf:
+        raise Infeasible(f"{job.facts.name} does not fit.")
+    if least.num_stages and least.peak_bytes < math.inf:
+        space = replace(space, pp=least.num_stages)
+    bytes_left = min(limits.device_bytes, least.peak_bytes * (1 + ROUNDING_RATIO))
+    return space, replace(limits, device_bytes=bytes_left)
+
+
 def _assemble(
-    job: Job, question: Question, space: SearchSpace, tuned: Tuned, method: Method
+    job: Job, question: Question, space: SearchSpace, tuned: Tuned, effort: Effort
 ) -> Plan:
     best = tuned.best
     stages = stage_plans(job, best)
     judged = estimate(job, stages, best.num_micro_batches, best.schedule)
-    winner = step_parts(judged, best.num_micro_batches)
+    winner = _Winner(
+        parts=step_parts(judged, best.num_micro_batches),
+        pipeline=pipeline_of(job, stages, best.num_micro_batches, best.schedule),
+    )
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,
-        solver=_solver_words(job, space, method),
+        solver=_solver_words(job, space, effort.method),
         gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
         lower_bound_s=lower_bound_s,
         search=tuned.statistics
         | {"margin": margin_of(job.platform, question)}
-        | {"restricted": ", ".join(space.restrictions) or "nothing"},
+        | {"restricted": ", ".join(space.restrictions) or "nothing"}
+        | {"objective": effort.objective.value},
     )
     made = Made(stages=stages, num_micro_batches=best.num_micro_batches, schedule=best.schedule)
     return replace(
@@ -127,15 +188,50 @@ def _solver_words(job: Job, space: SearchSpace, method: Method) -> str:
     return SOLVERS[method]
 
 
-def _alternative(job: Job, layout: Layout, winner: dict[str, float]) -> Alternative:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Winner:
+    """The plan as others are compared with it."""
+
+    parts: dict[str, float]
+    pipeline: Pipeline
+
+
+def _alternative(job: Job, layout: Layout, winner: _Winner) -> Alternative:
     num_micro_batches = layout.num_micro_batches
     stages = stage_plans(job, layout)
     judged = estimate(job, stages, num_micro_batches, layout.schedule)
+    own = pipeline_of(job, stages, num_micro_batches, layout.schedule)
     return Alternative(
         layout=layout_words(stages, num_micro_batches, layout.schedule),
         step_s=judged.step_s,
         peak_bytes=max(stage.peak_bytes for stage in judged.stages),
-        reason=losing_reason(step_parts(judged, num_micro_batches), winner),
+        reason=losing_reason(step_parts(judged, num_micro_batches), winner.parts),
+        needs=change_words(own, winner.pipeline),
+    )
+
+
+def _excluded(
+    job: Job, plan: Plan, points: Sequence[Layout], limits: Limits
+) -> tuple[Alternative, ...]:
+    """Of the layouts for the plot those that are faster and do not fit: least over first."""
+    best: dict[tuple[object, ...], Layout] = {}
+    for layout in points:
+        known = best.get(layout.kind)
+        faster = layout.step_s < plan.estimate.step_s and layout.peak_bytes > limits.device_bytes
+        if faster and (known is None or layout.peak_bytes < known.peak_bytes):
+            best[layout.kind] = layout
+    nearest = sorted(best.values(), key=lambda layout: layout.peak_bytes)[:MOST_EXCLUDED]
+    return tuple(_too_large(job, layout, limits) for layout in nearest)
+
+
+def _too_large(job: Job, layout: Layout, limits: Limits) -> Alternative:
+    stages = stage_plans(job, layout)
+    return Alternative(
+        layout=layout_words(stages, layout.num_micro_batches, layout.schedule),
+        step_s=float(f"{layout.step_s:.6g}"),
+        peak_bytes=round(layout.peak_bytes),
+        reason="does not fit",
+        needs=memory_words(layout.peak_bytes - limits.device_bytes),
     )
 
 
@@ -154,7 +250,7 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     )
 
 
-def _what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:
+def what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:
     """The first doubling of the GPUs on which something fits."""
     num_gpus = 2 * question.num_gpus
     while num_gpus <= MOST_GPUS_SUGGESTED:

@@ -177,6 +177,7 @@ def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) 
         stages=tuple(made.stages),
         estimate=judged,
         alternatives=(),
+        excluded=(),
         provenance=provenance_of(
             job,
             solver="none: written by hand",

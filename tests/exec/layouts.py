@@ -112,6 +112,7 @@ def plan_of(variant: Variant, folder: Path) -> Plan:
         stages=stages,
         estimate=estimate_of(*(stage_estimate() for _ in stages)),
         alternatives=(),
+        excluded=(),
     )
 
 

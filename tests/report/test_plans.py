@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mist.plans import Offload, Plan, Schedule, StageEstimate
+from mist.plans import Alternative, Offload, Plan, Schedule, StageEstimate
 from mist.report.plans import check_json, plan_json, print_check, print_plan
 from mist.spec import MemoryLevel, ScheduleKind
 from mist.units import GIB
@@ -130,9 +130,19 @@ def test_how_operations_are_priced_is_a_table(capsys: pytest.CaptureFixture[str]
 
 
 def test_alternatives_are_a_table_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    print_plan(sample_plan(), LIMITS, ())
-    assert rows(capsys.readouterr().out, "Other layouts that fit") == [
-        ["pp1 dp8 tp1", "6.00 s", "+20.0%", "50.0 GiB", "+1.00 s tensor-parallel collectives"]
+    large = Alternative(
+        layout="pp1 dp4", step_s=4.0, peak_bytes=70 * GIB, reason="does not fit", needs="more"
+    )
+    print_plan(sample_plan(excluded=(large,)), LIMITS, ())
+    text = capsys.readouterr().out
+    found = rows(text, "Other layouts that fit")
+    assert found[0][:4] == ["pp1 dp8 tp1", "6.00 s", "+20.0%", "50.0 GiB"]
+    assert " ".join(row[-1] for row in found) == (
+        "+1.00 s tensor-parallel collectives; ties if tensor-parallel collectives took 50.0 % less "
+        "in both"
+    )
+    assert rows(text, "Faster, too large") == [
+        ["pp1 dp4", "4.00 s", "-20.0%", "70.0 GiB", "does not fit; more"]
     ]
 
 
@@ -203,6 +213,7 @@ def test_the_json_of_a_plan() -> None:
         "stages",
         "estimate",
         "alternatives",
+        "excluded",
         "provenance",
         "seconds",
         "notes",

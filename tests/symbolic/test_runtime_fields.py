@@ -176,9 +176,9 @@ def test_inputs_that_are_gathered_again_are_kept_by_shards() -> None:
 
 def test_buffers() -> None:
     size = 2 * B * SEQ * HIDDEN
-    ahead, one = stage(pp=2), stage(changed("memory.receives_all_ahead", False), pp=2)
-    # The first of two stages receives gradients of 8 micro-batches, and holds 2 outputs; or 1.
-    assert ahead["buffers_bytes"] == pytest.approx((8 + 2) * size / 2)
+    kept, one = stage(pp=2), stage(changed("memory.keeps_outputs", False), pp=2)
+    # The first of two stages receives one gradient, and holds 2 outputs; or none.
+    assert kept["buffers_bytes"] == pytest.approx((1 + 2) * size / 2)
     assert one["buffers_bytes"] == pytest.approx(size / 2)
     own = stage(changed("memory.fixed_bytes", 1e9))
     assert own["buffers_bytes"] - stage()["buffers_bytes"] == pytest.approx(1e9)

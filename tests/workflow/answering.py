@@ -4,7 +4,7 @@ import pytest
 
 from mist.graph import ModelGraph
 from mist.symbolic.program import ModelPrograms
-from mist.workflow import planning, question
+from mist.workflow import planning, question, renting
 from mist.workflow.question import Question
 from tests.toys import toy_programs
 
@@ -17,6 +17,6 @@ def answer_with(graph: ModelGraph, patch: pytest.MonkeyPatch) -> list[object]:
         asked.append(question.model)
         return toy_programs(graph)
 
-    for module in (question, planning):
+    for module in (question, planning, renting):
         patch.setattr(module, "compiled", compiled)
     return asked

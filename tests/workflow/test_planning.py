@@ -16,7 +16,7 @@ from mist.spaces import NO_RATIOS, SearchSpace, space_of
 from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.units import GIB
 from mist.workflow.checking import check_plan
-from mist.workflow.planning import make_plan
+from mist.workflow.planning import Effort, make_plan
 from mist.workflow.question import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
@@ -34,7 +34,7 @@ QUESTION = Question(model="toy.py", num_gpus=8, global_batch=64)
 
 
 def test_a_plan_answers_its_question() -> None:
-    planned = make_plan(QUESTION, SearchSpace(), num_alternatives=3)
+    planned = make_plan(QUESTION, SearchSpace(), Effort(num_alternatives=3))
     plan = planned.plan
     assert plan.model.source == "toy.py"
     assert (plan.workload.seq_len, plan.workload.global_batch) == (4096, 64)
@@ -50,7 +50,7 @@ def test_a_plan_answers_its_question() -> None:
 
 
 def test_alternatives_are_slower_other_layouts_with_a_reason() -> None:
-    plan = make_plan(QUESTION, SearchSpace(), num_alternatives=3).plan
+    plan = make_plan(QUESTION, SearchSpace(), Effort(num_alternatives=3)).plan
     assert len(plan.alternatives) == 3
     steps = [plan.estimate.step_s, *(other.step_s for other in plan.alternatives)]
     assert steps == sorted(steps)
@@ -166,7 +166,7 @@ def test_host_memory_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_every_solver_finds_the_same_plan_and_is_named(method: Method, solver: str) -> None:
     known = make_plan(QUESTION, SMALL).plan
-    plan = make_plan(QUESTION, SMALL, method=method).plan
+    plan = make_plan(QUESTION, SMALL, Effort(method=method)).plan
     assert plan.provenance.solver == solver
     assert plan.stages == known.stages
     assert plan.estimate == known.estimate
@@ -183,7 +183,7 @@ def test_like_stages_need_no_solver() -> None:
 
 def test_no_time_gives_a_plan_and_its_gap() -> None:
     whole = make_plan(QUESTION, SearchSpace()).plan
-    cut = make_plan(QUESTION, SearchSpace(), time_limit_s=0.0).plan
+    cut = make_plan(QUESTION, SearchSpace(), Effort(time_limit_s=0.0)).plan
     assert cut.provenance.search["groups_left"] > 0  # type: ignore[operator]
     assert cut.provenance.lower_bound_s <= whole.estimate.step_s <= cut.estimate.step_s
     gap = 1 - cut.provenance.lower_bound_s / cut.estimate.step_s

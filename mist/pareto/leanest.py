@@ -1,0 +1,145 @@
+"""The least memory with which a group of layouts can train: what `--objective memory` asks for.
+
+The peak of a layout is that of its fullest stage. A stage's peak is a sum of lines in its offload
+ratios and in the number of layers at a lower memory level, and of maxima over the blocks and levels
+that it has at all. So it is least
+
+    at the ends of each ratio, or, where host memory binds, at one of the ratios in between;
+    with all layers at one level, or with as many at the lower one as need no further kind of block
+    to be recomputed: between two such numbers the peak falls with each layer.
+
+Stages that may be unlike choose for themselves and share the layers so that the fullest holds least
+(`mist.pareto.split`); those that must be alike have one strategy and one mix for all.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+
+from mist.estimate import Job
+from mist.pareto.even import layer_counts
+from mist.pareto.space import Floats, Group, Ints, groups, offloading
+from mist.pareto.split import even_split
+from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
+from mist.plans import Limits
+from mist.spaces import SearchSpace
+from mist.spec import ScheduleKind
+
+ROUNDING_RATIO: Final = 1e-12  # of a peak: the same sum taken in another order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leanest:
+    """The least peak of the fullest device, and with how many stages layouts reach it."""
+
+    peak_bytes: float
+    num_stages: tuple[int, ...]
+
+
+def leanest(job: Job, space: SearchSpace, *, host_bytes: float) -> Leanest:
+    """The least peak of the fullest device that any layout of the space reaches.
+
+    Infinite where no layout has room in host memory, or the space is empty. Stages of unequal size
+    are not among the layouts. No schedule holds less than 1F1B, which stands for all where it may
+    be used.
+    """
+    if ScheduleKind.ONE_F_ONE_B in space.schedules:
+        space = replace(space, schedules=(ScheduleKind.ONE_F_ONE_B,))
+    space = replace(space, unequal_meshes=False)
+    found: dict[int, float] = {}
+    for group in groups(job, space):
+        peak_bytes = _of_group(job, space, group, host_bytes)
+        found[group.num_stages] = min(peak_bytes, found.get(group.num_stages, math.inf))
+    least = min(found.values(), default=math.inf)
+    slack = least * (1 + ROUNDING_RATIO)
+    return Leanest(
+        peak_bytes=least,
+        num_stages=tuple(stages for stages, peak in found.items() if peak <= slack),
+    )
+
+
+def _of_group(job: Job, space: SearchSpace, group: Group, host_bytes: float) -> float:
+    """The least peak of a group: every ratio is tried where the ends of each do not tell."""
+    ends = {
+        name: tuple(sorted({min(ratios), max(ratios)})) for name, ratios in space.offload.items()
+    }
+    narrow = replace(space, offload=ends)
+    least = _least(job, narrow, group, host_bytes)
+    if least == _least(job, narrow, group, math.inf):
+        return least
+    return _least(job, space, group, host_bytes)
+
+
+def _least(job: Job, space: SearchSpace, group: Group, host_bytes: float) -> float:
+    away = offloading(job, group, space, np.arange(len(group.strategies)))
+    model = GroupModel(job, group, group.strategies.joined(away), space)
+    if not model.space.levels:
+        return math.inf
+    limits = Limits(device_bytes=math.inf, host_bytes=host_bytes)
+    return _unlike(model, limits) if model.space.unlike_stages else _alike(model, limits)
+
+
+def _unlike(model: GroupModel, limits: Limits) -> float:
+    """Every stage takes what suits it best."""
+    group, num_layers = model.group, model.job.num_layers
+    ranges = layer_ranges(model.job, group.num_stages, least=group.schedule.vpp)
+    value = np.full((1, group.num_stages, len(ranges)), np.inf)
+    for stage in range(group.num_stages):
+        for mix in _mixes(model, stage, ranges, limits):
+            value[0, stage] = np.minimum(value[0, stage], _peaks(mix).min(axis=0, initial=np.inf))
+        value[0, stage, ~placed(ranges, num_layers, group.num_stages, stage)] = np.inf
+    picked = even_split(ranges, num_layers, value)[0]
+    if picked[0] < 0:
+        return math.inf
+    return float(value[0, np.arange(group.num_stages), picked].max())
+
+
+def _mixes(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Iterator[Mixes]:
+    """Stages of one level, and those of two that recompute all but certain kinds of blocks."""
+    for level in model.space.levels:
+        none = np.zeros((len(model.strategies), len(ranges)), dtype=np.int64)
+        yield model.mix(stage, ranges, limits, level, level, num_lower=none)
+    if model.job.facts.num_kinds > 1 and model.space.some_layers:
+        for upper, lower in combinations(model.space.levels, 2):
+            for behind in _layers_behind(model.job, ranges):
+                num_lower = np.broadcast_to(behind, (len(model.strategies), len(ranges)))
+                yield model.mix(stage, ranges, limits, upper, lower, num_lower=num_lower)
+
+
+def _layers_behind(job: Job, ranges: Ranges) -> Iterator[Ints]:
+    """For each kind of block the layers of each range behind its last one of that kind, [R]."""
+    stop = ranges.first + ranges.count
+    for prefix in job.kind_prefix:
+        last = np.searchsorted(prefix, prefix[stop])  # the layers up to the last of that kind
+        yield np.clip(stop - last, 0, ranges.count)
+
+
+def _alike(model: GroupModel, limits: Limits) -> float:
+    """One strategy and one mix for all stages, layers dealt out by the runtime's rule."""
+    counts = np.array(layer_counts(model))
+    if not counts.all():
+        return math.inf
+    ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
+    levels = model.space.levels
+    pairs = [(level, level, 0) for level in levels]
+    if model.space.some_layers:
+        most = int(counts.max())
+        pairs += [(*pair, lower) for pair in combinations(levels, 2) for lower in range(1, most)]
+    least = math.inf
+    for upper, lower, num_lower in pairs:
+        each = np.full((len(model.strategies), len(counts)), num_lower)
+        peaks = [
+            _peaks(model.mix(stage, ranges, limits, upper, lower, num_lower=each))[:, stage]
+            for stage in range(len(counts))
+        ]
+        least = min(least, float(np.max(peaks, axis=0).min(initial=np.inf)))
+    return least
+
+
+def _peaks(mix: Mixes) -> Floats:
+    """Peaks, infinite where a mix is not possible or has no room in host memory."""
+    return np.where(mix.fits, mix.peak_bytes, np.inf)

@@ -1,0 +1,65 @@
+"""How many GPUs to rent, as a picture: tokens per second, and dollars per million tokens."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mist.rent import Candidate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def curve_png(model: str, candidates: Sequence[Candidate], index: int) -> bytes:
+    """The picture as a PNG file's content; the same candidates give the same bytes."""
+    buffer = io.BytesIO()
+    figure = curve(model, candidates, index)
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def curve(model: str, candidates: Sequence[Candidate], index: int) -> "Figure":
+    """Tokens per second over GPUs, a line for each cluster, the candidate at `index` marked.
+
+    Shaded: the uncertainty of the prediction. Below, where there are prices, what a million tokens
+    cost.
+    """
+    from matplotlib.figure import Figure
+
+    able = [one for one in candidates if one.estimate]
+    priced = [one for one in able if one.usd_per_million_tokens is not None]
+    figure = Figure(figsize=(8.0, 7.0 if priced else 4.5), layout="constrained")
+    panels = figure.subplots(2 if priced else 1, squeeze=False)[:, 0]
+    _lines(panels[0], able, [one.tokens_per_s for one in able])
+    panels[0].set(ylabel="predicted tokens/s")
+    marked = [(panels[0], candidates[index].tokens_per_s)]
+    if priced:
+        costs = [one.usd_per_million_tokens or 0.0 for one in priced]
+        _lines(panels[1], priced, costs)
+        panels[1].set(ylabel="predicted $ per 1 M tokens")
+        if (usd := candidates[index].usd_per_million_tokens) is not None:
+            marked.append((panels[1], usd))
+    for axes, value in marked:
+        at = ([candidates[index].num_gpus], [value])
+        axes.scatter(*at, marker="*", s=220, color="tab:red", label="plan", zorder=3)
+    for axes in panels:
+        axes.set(xlabel="GPUs", xlim=(0, None), ylim=(0, None))
+        axes.legend()
+    panels[0].set_title(f"{model}: how many GPUs", parse_math=False)
+    return figure
+
+
+def _lines(axes: "Axes", candidates: Sequence[Candidate], values: Sequence[float]) -> None:
+    """A line for each cluster with its uncertainty."""
+    for cluster in dict.fromkeys(one.cluster for one in candidates):
+        own = sorted(
+            (one.num_gpus, value, one.estimate.uncertainty.step_ratio)
+            for one, value in zip(candidates, values, strict=True)
+            if one.cluster == cluster and one.estimate
+        )
+        gpus = [row[0] for row in own]
+        (line,) = axes.plot(gpus, [row[1] for row in own], marker="o", label=cluster)
+        low = [value * (1 - ratio) for _, value, ratio in own]
+        high = [value * (1 + ratio) for _, value, ratio in own]
+        axes.fill_between(gpus, low, high, color=line.get_color(), alpha=0.15)
