@@ -29,7 +29,6 @@ from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
-    at_least,
     ends_seconds,
     hosted_bytes,
     levels,
@@ -80,7 +79,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         num_kinds=len(graph.blocks),
         costs=costs,
         terms=terms,
-        stage=_stage(len(graph.blocks), runtime, precision),
+        stage=_stage(len(graph.blocks), runtime),
     )
 
 
@@ -132,8 +131,10 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
         **_hosted_terms(setting.runtime),
         "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
-        "whole_bytes_per_param": at_least(3) * setting.precision.num_bytes,
-        "buffer_bytes_per_param": at_least(2) * Precision.FP32.num_bytes,
+        "compute_bytes_per_param": sympy.Float(setting.precision.num_bytes),
+        "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
+        "whole_bytes_per_param": _from_level(3, setting.precision),
+        "buffer_bytes_per_param": _from_level(2, Precision.FP32),
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
         "p2p_in_node_s": sym.P2P(sent, 0),
@@ -185,7 +186,12 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
     return sym.by_zero(by_level)
 
 
-def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
+def _from_level(level: int, precision: Precision) -> Expr:
+    """Bytes of a number of this precision from a ZeRO level on, else 0."""
+    return sym.by_zero({zero: precision.num_bytes * (zero >= level) for zero in range(4)})
+
+
+def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
     rows = list(_rows(num_kinds, runtime))
     parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
@@ -196,7 +202,7 @@ def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, 
     layers = [row for row in rows if row[0].isdigit()]
     once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
     once += runtime.host.step_s.value
-    memory = _memory(rows, runtime, precision)
+    memory = _memory(rows, runtime)
     return {
         **parts,
         "stable_s": _total(rows, "stable_s") + p2p + each,
@@ -251,14 +257,14 @@ def _tied_reduce() -> Expr:
     return at_one_end * (in_node + sym.SPANS_NODES * (cross - in_node))
 
 
-def _memory(rows: list[_Row], runtime: Runtime, precision: Precision) -> dict[str, Expr]:
+def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     """Peak bytes by part; the parts sum to the peak."""
     kept = _total(rows, "kept_bytes")
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
     if runtime.transients.root_group:
-        working, gathered = _of_groups(rows, precision)
+        working, gathered = _of_groups(rows)
     else:
         working = _worst(rows, "{x}_{level}_working_bytes")
         gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
@@ -282,7 +288,7 @@ def _exchanged(runtime: Runtime) -> Expr:
     return to_next + to_previous
 
 
-def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr]:
+def _of_groups(rows: list[_Row]) -> tuple[Expr, Expr]:
     """What FSDP2 and a backward pass hold for a while: at the worst instant, and of it gathered.
 
     Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
@@ -295,7 +301,7 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr]:
     ends = [row for row in rows if not row[0].isdigit()]
     layer, head = _worst(layers, "{x}_params"), sym.LAST * _term("head_params")
     root = _of_blocks(ends, "params") - sym.FIRST * sym.LAST * _term("tied_params")
-    compute, fp32 = precision.num_bytes, Precision.FP32.num_bytes
+    compute, fp32 = _term("compute_bytes_per_param"), _term("fp32_bytes_per_param")
     again = sym.smaller(1, sym.NUM_MICRO_BATCHES - 1)
     buffer = _term("buffer_bytes_per_param") * again * root
     next_layer = _term("whole_bytes_per_param") * layer
