@@ -170,10 +170,11 @@ def layer_times(
     out, back = (0.0, saved), (saved, 0.0)
     stable = slot(forward, (always, False, False), out, (each_weights, 0.0))
     states = (each_weights + each_grads, each_grads)
-    stable += slot(backward, (always, often, False), back, states)
+    again = always and is_layer  # the ends stay gathered
+    stable += slot(backward, (again, often, False), back, states)
     lone = slot(forward, (once, False, False), out, (weights, 0.0))
     states = (each_weights + each_grads, grads)
-    return stable, lone + slot(backward, (always, once, not once), back, states)
+    return stable, lone + slot(backward, (again, once, not once), back, states)
 
 
 def level_bytes(rank: Rank, block: Block, boundary_bytes: float) -> dict[str, float]:

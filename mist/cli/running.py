@@ -15,6 +15,37 @@ from mist.errors import InputError, OutputError
 
 
 @app.command()
+def verify(
+    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    *,
+    picture: Annotated[
+        Path | None, typer.Option("--timeline", help="Write live bytes over the step (.png).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Dry-run one rank of every stage of PLAN here: real peak, real collectives, no GPU."""
+    from mist.files import write_bytes
+    from mist.report.verified import print_verified, timeline_png, verified_json
+    from mist.workflow.verifying import UNSEEN, verify_file
+
+    if picture is not None and picture.suffix != ".png":
+        raise OutputError(f"--timeline {picture}: the timeline is written as .png.")
+    with redirect_stdout(sys.stderr):
+        found = verify_file(subject, progress)
+    if picture is not None:
+        write_bytes(picture, timeline_png(found.stages))
+        progress(f"wrote {picture}")
+    if as_json:
+        print_json(verified_json(found.stages, fits=found.fits, agrees=found.agrees))
+    else:
+        print_verified(found.stages, UNSEEN)
+    if not found.fits:
+        raise SystemExit(3)
+    if not found.agrees:
+        raise SystemExit(4)
+
+
+@app.command()
 def apply(
     subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     *,

@@ -91,7 +91,7 @@ def layer_cost(block: Block, setting: Setting) -> BlockCost:
     """Cost of a pipeline layer, which may be recomputed."""
     return BlockCost(
         **_device_cost(block, setting),
-        **_collective_cost(block, setting, recomputed_exits=_recomputed_exits(block)),
+        **_collective_cost(block, setting, recomputed_exits=recomputed_exits(block)),
         boundary_bytes=block.boundary_bytes / setting.sequence_shards,
     )
 
@@ -186,7 +186,7 @@ def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -
     }
 
 
-def _recomputed_exits(block: Block) -> int:
+def recomputed_exits(block: Block) -> int:
     """Reductions that recomputation repeats: not the last where it stops before that product."""
     rest = _forward(block)[block.num_recomputed_ops :]
     stops_early = any(op.kind == OpKind.GEMM for op in rest)

@@ -112,7 +112,7 @@ class Slots:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Slot:
+class Slot:
     """Seconds of compute, and how often (0 or 1) each other thing happens beside it."""
 
     compute: Expr
@@ -136,8 +136,12 @@ def slots(cost: BlockCost, level: Level, setting: Setting, *, is_layer: bool) ->
     launch_forward = sym.larger(0, host_forward - device_forward)
     launch_backward = sym.larger(0, late - device_backward)
     timed = _Timed(cost=cost, level=level, runtime=runtime, is_layer=is_layer)
-    stable, lone = _sequence(
-        device_forward + launch_forward, device_backward + launch_backward, runtime
+    stays = runtime.transients.root_group and not is_layer
+    stable, lone = sequence(
+        device_forward + launch_forward,
+        device_backward + launch_backward,
+        runtime,
+        stays_gathered=stays,
     )
     return Slots(
         compute=cost.forward_s + cost.backward_s,
@@ -151,17 +155,21 @@ def slots(cost: BlockCost, level: Level, setting: Setting, *, is_layer: bool) ->
     )
 
 
-def _sequence(
-    forward: Expr, backward: Expr, runtime: Runtime
-) -> tuple[tuple[_Slot, _Slot], tuple[_Slot, _Slot]]:
-    """Forward and backward of a micro-batch amid others, and of a lone one."""
+def sequence(
+    forward: Expr, backward: Expr, runtime: Runtime, *, stays_gathered: bool
+) -> tuple[tuple[Slot, Slot], tuple[Slot, Slot]]:
+    """Forward and backward of a micro-batch amid others, and of a lone one.
+
+    `stays_gathered`: what is gathered for the forward pass serves the backward pass too.
+    """
     from_1, from_2, from_3 = (at_least(zero) for zero in (1, 2, 3))
+    again = _NONE if stays_gathered else from_3
     weights, grads = _moves_each(runtime, "weights"), _moves_each(runtime, "grads")
     stable = (
-        _Slot(compute=forward, gathers=from_3, weights_come=weights, saved_go=1),
-        _Slot(
+        Slot(compute=forward, gathers=from_3, weights_come=weights, saved_go=1),
+        Slot(
             compute=backward,
-            gathers=from_3,
+            gathers=again,
             scatters=from_2,
             weights_come=weights,
             grads_come=grads,
@@ -170,10 +178,10 @@ def _sequence(
         ),
     )
     lone = (
-        _Slot(compute=forward, gathers=from_1, weights_come=sympy.Integer(1), saved_go=1),
-        _Slot(
+        Slot(compute=forward, gathers=from_1, weights_come=sympy.Integer(1), saved_go=1),
+        Slot(
             compute=backward,
-            gathers=from_3,
+            gathers=again,
             scatters=from_1,
             reduces=1 - from_1,
             weights_come=weights,
@@ -230,7 +238,7 @@ class _Timed:
     runtime: Runtime
     is_layer: bool
 
-    def exposed(self, slot: _Slot) -> Expr:
+    def exposed(self, slot: Slot) -> Expr:
         """What data-parallel collectives add to the compute of a slot.
 
         Copies out of and into their buffers are work of the device; the collectives themselves
@@ -240,7 +248,7 @@ class _Timed:
         overlapped = sym.TOGETHER(busy, beside) - busy if beside != 0 else _NONE
         return busy - slot.compute + alone + overlapped
 
-    def copied(self, slot: _Slot) -> Expr:
+    def copied(self, slot: Slot) -> Expr:
         """What copies between device and host add to that."""
         if not self.is_layer or self.runtime.offload is None:
             return _NONE
@@ -253,7 +261,7 @@ class _Timed:
             ),
         )
 
-    def _streams(self, slot: _Slot) -> tuple[Expr, Expr, Expr]:
+    def _streams(self, slot: Slot) -> tuple[Expr, Expr, Expr]:
         """Seconds of the device, of collectives beside it, and of collectives that stand alone."""
         cost, overlap = self.cost, self.runtime.overlap
         rows = (
@@ -266,7 +274,7 @@ class _Timed:
         alone = sympy.Add(*((1 - ratio) * seconds for seconds, ratio in rows if ratio < 1))
         return slot.compute + copies, beside, alone
 
-    def _copies(self, slot: _Slot, weights: Expr, grads: Expr) -> tuple[Expr, Expr]:
+    def _copies(self, slot: Slot, weights: Expr, grads: Expr) -> tuple[Expr, Expr]:
         """Seconds of copies to the device and to the host, by these shares in host memory."""
         params = self.cost.params
         weight_bytes = weights * hosted_bytes(self.runtime, "weights", params)

@@ -1,0 +1,119 @@
+"""Which collectives the cost model charges one rank for in a step: how many, and how many bytes.
+
+Counted from the slots and blocks that are priced (`slots.sequence`, `Block.collectives`):
+parameters are gathered in compute precision, gradients reduced in fp32, tensor parallelism
+exchanges activations; a recomputed layer repeats those of its forward pass that its level repeats.
+Sums of a few numbers (loss, norm, a divided softmax) are not charged.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import sympy
+
+from mist.graph import B, Block, ModelGraph, S, T
+from mist.plans import Plan, StagePlan
+from mist.platform.runtime import Runtime
+from mist.spec import MemoryLevel, Precision
+from mist.symbolic import symbols as sym
+from mist.symbolic.block import rank_params, recomputed_exits
+from mist.symbolic.slots import sequence
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charged:
+    """Collectives of one kind along one axis ("dp" or "tp") in a step."""
+
+    axis: str
+    kind: str
+    count: int
+    bytes: int
+
+
+def charged(graph: ModelGraph, runtime: Runtime, plan: Plan, stage: int) -> tuple[Charged, ...]:
+    """Of one rank of a stage, along its data- and tensor-parallel axes."""
+    own = plan.stages[stage]
+    kinds = graph.layer_kinds()
+    numbers = [n for first, count in own.layers for n in range(first, first + count)]
+    layers = [graph.blocks[kinds[n]] for n in numbers]
+    ends = [graph.embed] * (numbers[0] == 0) + [graph.head] * (numbers[-1] == len(kinds) - 1)
+    found: dict[Key, list[int]] = {}
+    if own.dp > 1:
+        _data_parallel(found, plan, own, runtime, layers, ends)
+    if own.tp > 1:
+        _tensor_parallel(found, plan, own, layers, ends)
+    return tuple(
+        Charged(axis=axis, kind=kind, count=count, bytes=size)
+        for (axis, kind), (count, size) in sorted(found.items())
+        if count
+    )
+
+
+def _add(found: dict[Key, list[int]], key: Key, count: int, num_bytes: int) -> None:
+    row = found.setdefault(key, [0, 0])
+    row[0] += count
+    row[1] += count * num_bytes
+
+
+def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
+    found: dict[Key, list[int]],
+    plan: Plan,
+    own: StagePlan,
+    runtime: Runtime,
+    layers: list[Block],
+    ends: list[Block],
+) -> None:
+    compute, fp32 = plan.workload.precision.num_bytes, Precision.FP32.num_bytes
+    groups = [(_params([layer], own.tp), True) for layer in layers]
+    if ends:
+        groups.append((_params(ends, own.tp), False))
+    for params, is_layer in groups:
+        counts = _times(own.zero, plan.num_micro_batches, runtime, is_layer=is_layer)
+        _add(found, ("dp", "all_gather"), counts["gathers"], params * compute)
+        _add(found, ("dp", "reduce_scatter"), counts["scatters"], params * fp32)
+        _add(found, ("dp", "all_reduce"), counts["reduces"], params * fp32)
+
+
+def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, is_layer: bool) -> Counter[str]:
+    """How often a group of parameters is gathered, scattered and reduced in a step."""
+    stays = runtime.transients.root_group and not is_layer
+    none = sympy.Integer(0)
+    stable, lone = sequence(none, none, runtime, stays_gathered=stays)
+    counts: Counter[str] = Counter()
+    for slots, times in ((stable, num_micro_batches - 1), (lone, 1)):
+        for slot in slots:
+            for name in ("gathers", "scatters", "reduces"):
+                counts[name] += times * int(getattr(slot, name).subs(sym.ZERO, zero))
+    return counts
+
+
+def _params(blocks: list[Block], tp: int) -> int:
+    """Parameters of blocks on a rank; a tied one counts once."""
+    held = sum(int(rank_params(block).subs(T, tp)) for block in blocks)
+    tied = [p for p in blocks[-1].params if p.tied] if len(blocks) > 1 else []
+    return held - sum(p.num_reals // (tp if p.sharded else 1) for p in tied)
+
+
+def _tensor_parallel(
+    found: dict[Key, list[int]],
+    plan: Plan,
+    own: StagePlan,
+    layers: list[Block],
+    ends: list[Block],
+) -> None:
+    at = {B: own.micro_batch, S: plan.workload.seq_len, T: own.tp}
+    levels = [level for level in MemoryLevel for _ in range(own.num_at(level))]
+    for block, level in [
+        *zip(layers, levels, strict=True),
+        *((e, MemoryLevel.EAGER) for e in ends),
+    ]:
+        for each in block.collectives(sequence_parallel=own.sp):
+            count = each.count
+            if level is not MemoryLevel.EAGER and each.phase == "forward":
+                leaves = each.kind in ("reduce_scatter", "all_reduce")
+                spared = block.num_exits - recomputed_exits(block) if leaves else 0
+                count += each.count - spared
+            size = int(each.bytes.subs(at))
+            _add(found, ("tp", each.kind), plan.num_micro_batches * count, size)
