@@ -313,6 +313,10 @@ def _instants(
     return instants, whole * (root + layer)
 
 
+def last_stage(rank: Rank) -> bool:
+    return rank.stage == rank.num_stages - 1
+
+
 def _peak(
     rank: Rank,
     layers: list[tuple[Block, str]],
@@ -343,7 +347,16 @@ def _peak(
     largest = max(held_params(rank, block) for block in blocks)
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
     streamed = 2 * largest * sum(size for s, size in streams.items() if rank.share(s))
-    instants, gathered = _instants(rank, layers, ends, working, kept + 0.0)
+    lone = rank.num_micro_batches == 1
+    here = params - of_layers * rank.share("grads")
+    amid = 4 * here / (rank.dp if rank.zero >= 2 else 1) if lone else 0.0
+    left = 4 * here / (rank.dp if rank.zero >= 1 else 1) if lone else 0.0
+    states -= amid
+    largest_kept = (1 - away) * max(sizes)
+    instants, gathered = _instants(rank, layers, ends, working, kept)
+    backward = instants[1] + (kept_bytes(rank, ends[-1]) if last_stage(rank) else 0.0)
+    instants = [*instants, backward - kept + largest_kept + left]
+    instants[2] += left
     last = rank.stage == rank.num_stages - 1
     sent = 0.0 if last else (in_flight + 1) * boundary
     buffers = sent + 2 * away * max(sizes)

@@ -25,6 +25,8 @@ from mist.exec.parallel import Parallel
 from mist.exec.pipeline import Stage
 from mist.exec.seen import Moment
 
+LOSS: Final = "logits and loss"
+NORM: Final = "norm"  # the phase between gradients and optimizer
 LAYER: Final = "layer "  # begins the name of what layers keep: "layer 3"
 
 
@@ -150,6 +152,11 @@ class Observer(Recorder):
             self._by_tag[tag] -= self._live.get(key, 0)
         super()._free(key)
 
+    def _row(self, axis: str, kind: str, num_bytes: int) -> None:
+        """Sums of a few numbers, in a divided loss and between gradients and optimizer, apart."""
+        in_loss = self.phase == "forward" and self._tag == LOSS and kind == "all_reduce"
+        super()._row("sums" if in_loss or self.phase == NORM else axis, kind, num_bytes)
+
     def backward_done(self) -> None:
         """A backward pass of a micro-batch is over."""
         self.ends.append(self.measured_rows())
@@ -196,7 +203,7 @@ def _watch_layers(observer: Observer, chunk: Any, stack: ExitStack) -> None:  # 
         layer: nn.Module = chunk.root.model.get_submodule(name)
         before = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
         last = index == len(names) - 1
-        then = "logits and loss" if last else ""
+        then = LOSS if last else ""
         after = layer.register_forward_hook(_leave(observer, name, then))
         stack.callback(before.remove)
         stack.callback(after.remove)
@@ -314,7 +321,7 @@ def _in_order(observer: Observer, original: Callable[..., Any]) -> Callable[...,
     @wraps(original)
     def around(*args: object) -> object:
         result = original(*args)
-        observer.phase = "norm"
+        observer.phase = NORM
         observer._tag = "working"
         return result
 

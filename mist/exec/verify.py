@@ -1,4 +1,4 @@
-"""Dry runs of every stage of a plan, several at a time, each in a process of its own. Torch-free."""
+"""Dry runs of the stages of a plan, several at a time, each in its own process. Torch-free."""
 
 import os
 import subprocess

@@ -19,11 +19,12 @@ import sympy
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import B, Block, Layout, Op, OpKind, S, SavedTensor, T
+from mist.graph import B, Block, Collective, Layout, Op, OpKind, S, SavedTensor, T
 from mist.platform.runtime import Kernels, Loss, Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
 
+ROWS_DIMS: Final = 3  # [samples, tokens, hidden]
 COLLECTIVES: Final = MappingProxyType(
     {
         "all_gather": sym.ALL_GATHER,
@@ -160,7 +161,7 @@ def _with_loss(device: dict[str, Expr], loss: Loss, logits: Expr) -> dict[str, E
 def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -> dict[str, Expr]:
     """Seconds of the tensor-parallel collectives of each pass."""
     runtime = setting.runtime
-    rows = block.collectives(sequence_parallel=runtime.knobs.sequence_parallel)
+    rows = collectives(block, sequence_parallel=runtime.knobs.sequence_parallel)
     seconds = {
         phase: sympy.Add(
             *(
@@ -184,6 +185,21 @@ def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -
         "tp_backward_s": paid * seconds["backward"],
         "tp_recompute_s": paid * again,
     }
+
+
+def collectives(block: Block, *, sequence_parallel: bool) -> tuple[Collective, ...]:
+    """What t ranks exchange for a block in one pass each way.
+
+    An embedding whose rows are changed before the first layer (positions are added) is summed whole
+    and then divided, where its rows alone would be scattered.
+    """
+    rows = block.collectives(sequence_parallel=sequence_parallel)
+    sums = [op for op in _forward(block) if len(op.shape) == ROWS_DIMS and op.shape[0] == B]
+    if not sums or "embedding" not in sums[0].name or len(sums) == 1:
+        return rows
+    return tuple(
+        replace(row, kind="all_reduce") if row.kind == "reduce_scatter" else row for row in rows
+    )
 
 
 def recomputed_exits(block: Block) -> int:

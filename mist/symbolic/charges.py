@@ -16,7 +16,7 @@ from mist.plans import Plan, StagePlan
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import rank_params, recomputed_exits
+from mist.symbolic.block import collectives, rank_params, recomputed_exits
 from mist.symbolic.slots import sequence
 
 Key = tuple[str, str]
@@ -109,7 +109,7 @@ def _tensor_parallel(
         *zip(layers, levels, strict=True),
         *((e, MemoryLevel.EAGER) for e in ends),
     ]:
-        for each in block.collectives(sequence_parallel=own.sp):
+        for each in collectives(block, sequence_parallel=own.sp):
             count = each.count
             if level is not MemoryLevel.EAGER and each.phase == "forward":
                 leaves = each.kind in ("reduce_scatter", "all_reduce")

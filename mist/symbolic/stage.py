@@ -133,6 +133,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
         "compute_bytes_per_param": sympy.Float(setting.precision.num_bytes),
         "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
+        **_unmade_terms(),
         "whole_bytes_per_param": _from_level(3, setting.precision),
         "buffer_bytes_per_param": _from_level(2, Precision.FP32),
         "p2p_bytes": sent,
@@ -189,6 +190,24 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
 def _from_level(level: int, precision: Precision) -> Expr:
     """Bytes of a number of this precision from a ZeRO level on, else 0."""
     return sym.by_zero({zero: precision.num_bytes * (zero >= level) for zero in range(4)})
+
+
+def _unmade_terms() -> dict[str, Expr]:
+    """fp32 gradients per parameter on the device: amid a step with others, and as one leaves them.
+
+    A lone micro-batch has none when its backward pass begins; under ZeRO-1 it leaves shards.
+    """
+    fp32 = sympy.Float(Precision.FP32.num_bytes)
+    shard = fp32 / sym.DP
+    amid = sympy.Piecewise((fp32, sym.ZERO < 2), (shard, True))
+    left = sympy.Piecewise((fp32, sym.ZERO < 1), (shard, True))
+    stays = 1 - sym.OFFLOAD["grads"]
+    return {
+        "grads_bytes_per_param": amid,
+        "layer_grads_bytes_per_param": stays * amid,
+        "left_bytes_per_param": left,
+        "layer_left_bytes_per_param": stays * left,
+    }
 
 
 def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
@@ -263,14 +282,16 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
+    states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
     if runtime.transients.root_group:
         working, gathered = _of_groups(rows)
+        states -= _lone() * _gradients(rows, "grads")
     else:
         working = _worst(rows, "{x}_{level}_working_bytes")
         gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
     streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
     parts = {
-        "states": _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows),
+        "states": states,
         "activations": sym.IN_FLIGHT * (kept + _term("shared_bytes")),
         "working": sym.larger(working, streamed),
         "gathered": gathered,
@@ -295,23 +316,41 @@ def _of_groups(rows: list[_Row]) -> tuple[Expr, Expr]:
     are gathered at all instants, and the next layer beside the one that runs. From ZeRO-2 on the
     fp32 buffer of a reduction lives until the next one: the root's from the micro-batch before.
     Gradients of the head wait for those of the embedding. While a layer runs backward nothing of
-    the head is kept; at the end nothing of any layer.
+    the head is kept; at the first layer nothing of others. A lone micro-batch has gradients at the
+    end only.
     """
     layers = [row for row in rows if row[0].isdigit()]
     ends = [row for row in rows if not row[0].isdigit()]
     layer, head = _worst(layers, "{x}_params"), sym.LAST * _term("head_params")
     root = _of_blocks(ends, "params") - sym.FIRST * sym.LAST * _term("tied_params")
     compute, fp32 = _term("compute_bytes_per_param"), _term("fp32_bytes_per_param")
-    again = sym.smaller(1, sym.NUM_MICRO_BATCHES - 1)
+    again = 1 - _lone()
     buffer = _term("buffer_bytes_per_param") * again * root
     next_layer = _term("whole_bytes_per_param") * layer
     loss = sym.LAST * (_term("head_eager_working_bytes") + buffer)
     beside = next_layer + compute * (layer + head) + sym.larger(fp32 * layer, buffer)
     running = _worst(layers, "{x}_{level}_working_bytes") + beside
     kept = _total(rows, "kept_bytes") + _term("shared_bytes")
-    end = (compute + fp32) * root - kept - next_layer
-    worst = sym.larger(0, loss, running - sym.LAST * _term("head_eager_kept_bytes"), end)
+    made = _lone() * _gradients(rows, "left")
+    first = running - kept + _worst(layers, "{x}_{level}_kept_bytes") + made
+    end = (compute + fp32) * root - kept - next_layer + made
+    running -= sym.LAST * _term("head_eager_kept_bytes")
+    worst = sym.larger(0, loss, running, first, end)
     return worst, _term("whole_bytes_per_param") * (root + layer)
+
+
+def _lone() -> Expr:
+    """1 where a step has one micro-batch, else 0."""
+    return 1 - sym.smaller(1, sym.NUM_MICRO_BATCHES - 1)
+
+
+def _gradients(rows: list[_Row], which: str) -> Expr:
+    """Bytes of gradients ("grads": amid a step; "left": by a lone micro-batch) on the device."""
+    layers = _of_blocks([row for row in rows if row[0].isdigit()], "params")
+    ends = _params(rows) - layers
+    return layers * _term(f"layer_{which}_bytes_per_param") + ends * _term(
+        f"{which}_bytes_per_param"
+    )
 
 
 def _params(rows: list[_Row]) -> Expr:

@@ -1,6 +1,6 @@
 """`mist verify`: the plan's real program, dry-run stage by stage, beside what was predicted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from mist.trace import Setting, load_graph
 
 MEMORY_TOLERANCE: Final = 0.08  # between the live bytes predicted and seen, of those seen
 BYTES_TOLERANCE: Final = 0.01  # between the bytes of collectives charged and issued
-SMALL_BYTES: Final = 16 * 2**20  # of a sum of a few numbers: norms' gradients, a divided softmax
+AXES: Final = ("dp", "tp", "pp")  # beside them: sums of a few numbers, which nothing charges for
 UNSEEN: Final = (
     "workspaces of kernels, fragmentation and rounding of the allocator, buffers of NCCL, the "
     "context of CUDA, and tensors that side streams hold longer"
@@ -98,8 +98,13 @@ def verify_file(path: Path, progress: Progress = quiet) -> Verified:
     return verify_plan(load_plan(path), progress)
 
 
-def verify_plan(plan: Plan, progress: Progress = quiet) -> Verified:
-    """Dry-run one rank of every stage and compare. Raises PlanError, ModelError, DryRunFailed."""
+def verify_plan(
+    plan: Plan, progress: Progress = quiet, *, stages: Sequence[int] | None = None
+) -> Verified:
+    """Dry-run one rank of every stage (or of these) and compare.
+
+    Raises PlanError, ModelError, DryRunFailed.
+    """
     refuse_unplayable(plan, None)
     workload = plan.workload
     setting = Setting(precision=workload.precision, attention=workload.attention)
@@ -111,15 +116,16 @@ def verify_plan(plan: Plan, progress: Progress = quiet) -> Verified:
         cluster=plan.cluster.name,
         runtime=plan.runtime,
     ).runtime
-    seen = dry_run(plan, range(len(plan.stages)), progress)
+    seen = dry_run(plan, stages or range(len(plan.stages)), progress)
     per_token = int(graph.blocks[0].boundary_bytes.subs({B: 1, S: 1}))
-    stages = []
-    for index, (each, judged) in enumerate(zip(seen, plan.estimate.stages, strict=True)):
-        rows = [*charged(graph, runtime, plan, index)]
+    found = []
+    for each in seen:
+        rows = charged(graph, runtime, plan, each.stage)
         known = {(row.axis, row.kind): (row.count, row.bytes) for row in rows}
-        known |= _transfers(plan, index, per_token)
-        stages.append(_stage(each, judged, tuple(_compared(known, each.collectives))))
-    return Verified(plan=plan, stages=tuple(stages))
+        known |= _transfers(plan, each.stage, per_token)
+        compared = tuple(_compared(known, each.collectives))
+        found.append(_stage(each, plan.estimate.stages[each.stage], compared))
+    return Verified(plan=plan, stages=tuple(found))
 
 
 def _stage(seen: Seen, judged: StageEstimate, rows: tuple[Compared, ...]) -> StageVerified:
@@ -165,12 +171,10 @@ def _area(each: Transfer) -> int:
 
 
 def _compared(known: Sum, issued: tuple[Issued, ...]) -> Iterator[Compared]:
-    """Rows of both; sums of a few numbers, which nothing charges for, are left out."""
-    found = {(row.axis, row.kind): (row.count, row.bytes) for row in issued}
+    """Rows of both."""
+    found = {(row.axis, row.kind): (row.count, row.bytes) for row in issued if row.axis in AXES}
     for key in sorted({*known, *found}):
         count, size = found.get(key, (0, 0))
-        if key not in known and size <= SMALL_BYTES * count:
-            continue
         want = known.get(key, (0, 0))
         yield Compared(
             axis=key[0],
