@@ -12,13 +12,15 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mist.errors import MistError
@@ -125,9 +127,27 @@ def pretended(rank: int, world_size: int) -> Iterator[None]:
     """Within: this process is one rank of a process group that moves nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield
+        with patch.object(schedules, "_batch_p2p", _exchange):
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    """A transfer in flight: it holds its tensor, as those of real groups do."""
+
+    tensor: torch.Tensor
+
+    def wait(self) -> bool:
+        return True
+
+
+def _exchange(operations: list[dist.P2POp], what: str | None = None) -> list[_Sent]:
+    """Every transfer is noted by whoever watches operations; none of them moves anything."""
+    for each in operations:
+        each.op(each.tensor, each.peer, group=each.group, tag=each.tag)
+    return [_Sent(tensor=each.tensor) for each in operations]
 
 
 def load_shapes(source: str, attention: Attention) -> LoadedModel:

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
@@ -26,7 +27,8 @@ from mist.exec.pipeline import Stage
 from mist.exec.seen import Moment
 
 LOSS: Final = "logits and loss"
-NORM: Final = "norm"  # the phase between gradients and optimizer
+NORM, OPTIMIZER = "norm", "optimizer"  # the phases after the gradients
+WAIT: Final = torch.ops._c10d_functional.wait_tensor.default
 LAYER: Final = "layer "  # begins the name of what layers keep: "layer 3"
 
 
@@ -135,6 +137,8 @@ class Observer(Recorder):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         self._operation = func._opname
+        if func is WAIT and isinstance(args[0], FakeTensor):  # whose own result would be a copy
+            return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _changed(self, key: int, num_bytes: int) -> None:
@@ -155,7 +159,8 @@ class Observer(Recorder):
     def _row(self, axis: str, kind: str, num_bytes: int) -> None:
         """Sums of a few numbers, in a divided loss and between gradients and optimizer, apart."""
         in_loss = self.phase == "forward" and self._tag == LOSS and kind == "all_reduce"
-        super()._row("sums" if in_loss or self.phase == NORM else axis, kind, num_bytes)
+        after = self.phase in (NORM, OPTIMIZER)
+        super()._row("sums" if in_loss or after else axis, kind, num_bytes)
 
     def backward_done(self) -> None:
         """A backward pass of a micro-batch is over."""
@@ -296,7 +301,7 @@ def _optimizing(observer: Observer, original: Callable[..., Any]) -> Callable[..
     @wraps(original)
     def around(*args: object) -> object:
         observer.event("gradients done")
-        observer.phase, observer.module = "optimizer", ""
+        observer.phase, observer.module = OPTIMIZER, ""
         with observer.tagged("working"):
             return original(*args)
 

@@ -1,0 +1,74 @@
+"""A dry run on fake tensors sees what the same observer sees on real gloo ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mist.exec.dryrun import extended, look
+from mist.exec.launch import run_ranks
+from tests.exec.layouts import Variant, plan_of, write_models
+from tests.exec.variants import VARIANTS
+
+LAYOUTS = (
+    *(f"zero{level} accumulated" for level in range(4)),
+    "full 4 zero3",
+    "mixed levels zero2",
+    "tp2",
+    "tp2 sp",
+    "tp2 sp levels",
+    "pp2 1+3",
+    "pp2 gpipe",
+    "pp2 interleaved",
+    "activations 1.0",
+    "optimizer 0.3",
+    "bf16 zero2 levels",
+    "pp3 1+2+1",
+)
+MAX_DIFFERENCE = 0.005  # of the peak: one small activation
+
+Rank = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("dryrun")
+    write_models(path)
+    return path
+
+
+def variant_of(name: str) -> Variant:
+    return next(variant for variant in VARIANTS if variant.name == name)
+
+
+@pytest.fixture(scope="module")
+def real(folder: Path) -> list[Rank]:
+    """What every rank of every layout saw, in one launch for each number of ranks."""
+    ranks: list[Rank] = [{}, {}, {}]
+    for number in (2, 3):
+        names = [name for name in LAYOUTS if variant_of(name).world_size == number]
+        command = ["-m", "tests.exec.observing", str(folder), str(folder), *names]
+        run_ranks(command, number, timeout_s=120)
+        for rank in range(number):
+            ranks[rank] |= json.loads((folder / f"{rank}.json").read_text())
+    return ranks
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_dry_run_sees_what_a_real_one_does(name: str, real: list[Rank], folder: Path) -> None:
+    plan = plan_of(variant_of(name), folder)
+    for index, stage in enumerate(plan.stages):
+        dry, done = look(plan, index, "cpu"), real[stage.devices[0]][name]
+        assert dry.peak_bytes == pytest.approx(done["peak_bytes"], rel=MAX_DIFFERENCE)
+        assert dry.host_bytes == pytest.approx(done["host_bytes"], rel=MAX_DIFFERENCE)
+        rows = [[row.axis, row.kind, row.count, row.bytes] for row in dry.collectives]
+        assert rows == done["rows"]
+        assert sum(dry.parts_bytes.values()) == dry.peak_bytes
+
+
+def test_micro_batches_that_were_not_run_are_like_the_second() -> None:
+    key = ("dp", "reduce_scatter")
+    ends = [{key: (4, 40)}, {key: (7, 70)}]
+    assert extended({key: (10, 100)}, ends, 5) == {key: (25, 250)}
