@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mist.cli.common import app, print_json, progress
+from mist.cli.common import app, check_out, print_json, progress
 from mist.cli.options import (
     Json,
 )
@@ -56,6 +56,35 @@ def apply(
     )
     with redirect_stdout(sys.stderr):
         apply_plan(subject, options, progress)
+
+
+@app.command()
+def profile(
+    *,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", help="Ranks at once [all there is room for, of 2^k].")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long to measure.")] = 75.0,
+    out: Annotated[Path, typer.Option("--out", help="Profile to write (.yaml).")] = Path(
+        "local.yaml"
+    ),
+) -> None:
+    """Measure this machine into a profile: mist plan MODEL --gpus N --cluster ./local.yaml."""
+    from mist.exec.profiling import Request
+    from mist.files import write_text
+    from mist.platform.machine import dump_machine
+    from mist.report.costs import print_machine
+    from mist.workflow.profiling import num_places
+    from mist.workflow.profiling import profile as measure
+
+    check_out(out)
+    request = Request(device=device, num_ranks=ranks or num_places(device), seconds=seconds)
+    with redirect_stdout(sys.stderr):
+        machine = measure(request, out.stem, progress)
+    write_text(out, dump_machine(machine))
+    print_machine(machine)
+    print(f"wrote {out}: plan for it with --cluster ./{out.name} --gpus {request.num_ranks}")
 
 
 @app.command()

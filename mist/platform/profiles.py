@@ -89,9 +89,14 @@ def find_machine(cluster: str | None) -> Loaded[Machine] | None:
     if cluster is None or not _is_path(cluster):
         return None
     path = find_profile(cluster, Family.CLUSTER)
-    if read_yaml(path.read_bytes(), path).get("schema") != SCHEMA:
-        return None
-    return _read(path, Machine)
+    return _read(path, Machine) if is_machine(path) else None
+
+
+def is_machine(path: Path) -> bool:
+    """Whether there is such a file, and it is of a measured machine (broken or not)."""
+    if not path.is_file() or f"schema: {SCHEMA}".encode() not in path.read_bytes():
+        return False
+    return read_yaml(path.read_bytes(), path).get("schema") == SCHEMA
 
 
 def list_profiles(family: Family) -> dict[str, Path]:

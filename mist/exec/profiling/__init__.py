@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Final
 
 from mist.exec.launch import run_ranks
+from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.readings import Readings, Request
 
-__all__ = ["Readings", "Request", "take_readings"]
+__all__ = ["Busy", "Readings", "Request", "num_gpus", "take_readings"]
 
 LIMIT_RATIO: Final = (
     4.0  # of the time that was asked for; starting torch and slow machines are in it
 )
 START_S: Final = 120.0
+
+
+def num_gpus() -> int:
+    """GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def take_readings(request: Request) -> Readings:

@@ -6,29 +6,37 @@ sample ends, as training holds activations, so that memory is as fresh as there.
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 from typing import Final
 
 import torch
 import torch.distributed as dist
 
+from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.readings import Reading
 
 SAMPLE_S: Final = 2e-3
 LEAST, MOST = 5, 40  # samples of a reading
 HELD_BYTES: Final = 64 * 2**20  # by what one sample's calls give
+QUIET_RATIO: Final = 0.1  # of the processors
+TOLD_S: Final = 0.2  # processor seconds from which on the system's ticks of 10 ms tell a share
 
 Call = Callable[[], object]
 
 
 @dataclass(slots=True, kw_only=True)
 class Clock:
-    """Measures on one device; `reading_s`: how long one reading may take."""
+    """Measures on one device; `reading_s`: how long one reading may take.
+
+    A reading during which other programs were busy is taken again, and the quietest is kept, until
+    `patience_s` have been spent so.
+    """
 
     device: torch.device
     reading_s: float
+    patience_s: float
     rows: list[Reading] = field(default_factory=list)
 
     def read(
@@ -44,35 +52,57 @@ class Clock:
         repeats = max(1, math.ceil(SAMPLE_S / guess_s))
         if held_bytes:
             repeats = max(1, min(repeats, int(HELD_BYTES / held_bytes)))
-        fitting = int(self.reading_s / (repeats * guess_s))
-        count = min(max(fitting, LEAST), MOST)
-        samples = [self._sample(calls[i % len(calls)], repeats) for i in range(count)]
+        count = min(max(int(self.reading_s / (repeats * guess_s)), LEAST), MOST)
+        tries: list[Reading] = []
+        while not tries or self._is_blurred(tries[-1]):
+            before, begin = Busy.now(), time.monotonic()
+            samples = [self._sample(calls[i % len(calls)], repeats) for i in range(count)]
+            tries.append(self._reading(op, sizes, samples, Busy.now().since(before)))
+            if len(tries) > 1:
+                self.patience_s -= self._slowest(time.monotonic() - begin)
+        best = min(tries, key=lambda each: each.others_ratio)
+        self.rows.append(best)
+        return best.seconds
+
+    def _is_blurred(self, last: Reading) -> bool:
+        """Whether to read again, because other programs were busy; for a while only."""
+        return last.others_ratio > QUIET_RATIO and self.patience_s > 0
+
+    def _reading(
+        self, op: str, sizes: Mapping[str, float], samples: Sequence[float], busy: Busy
+    ) -> Reading:
         low, middle, high = quantiles(samples, n=4)
-        seconds = self._slowest(median(samples))
-        row = Reading(
+        own = torch.tensor(busy.own_s, dtype=torch.float64, device=self.device)
+        dist.all_reduce(own)
+        others = replace(busy, own_s=float(own)).others_ratio if busy.all_s > TOLD_S else 0.0
+        return Reading(
             op=op,
             sizes=dict(sizes),
-            seconds=seconds,
+            seconds=self._slowest(median(samples)),
             spread_ratio=(high - low) / middle,
-            count=count,
+            others_ratio=self._slowest(others),
+            count=len(samples),
         )
-        self.rows.append(row)
-        return seconds
 
     def note(self, op: str, sizes: Mapping[str, float], seconds: float) -> None:
-        """Keep a figure that was put together from others."""
-        self.rows.append(Reading(op=op, sizes=sizes, seconds=seconds, spread_ratio=0.0, count=1))
+        """Keep a figure (seconds or a ratio) that was put together from others."""
+        row = Reading(
+            op=op, sizes=sizes, seconds=seconds, spread_ratio=0.0, others_ratio=0.0, count=1
+        )
+        self.rows.append(row)
 
-    def until_returned(self, call: Call) -> float:
-        """Median seconds until a call returns, its work done or not."""
+    def waits_ratio(self, call: Call) -> float:
+        """Share of a call's time that passes before it returns (0..1): 1 where the host is busy."""
         samples = []
         for _ in range(LEAST):
             dist.barrier()
             self.wait()
             begin = time.perf_counter()
             call()
-            samples.append(time.perf_counter() - begin)
-        return self._slowest(median(samples))
+            returned = time.perf_counter() - begin
+            self.wait()
+            samples.append(returned / (time.perf_counter() - begin))
+        return round(self._slowest(median(samples)), 2)
 
     def _sample(self, call: Call, repeats: int) -> float:
         """Seconds of one of `repeats` calls in a row, begun by all ranks together."""

@@ -1,6 +1,7 @@
 """What passes between ranks, and what it does to computation that runs beside it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -95,7 +96,12 @@ def read_beside(clock: Clock) -> None:
     for name, target, source in (("to_device", whole, here), ("to_host", here, whole)):
         copy = _copier(clock.device, target, source)
         clock.read(f"beside {name}", {}, copy)
-        clock.read(f"beside compute and {name}", {}, lambda: (copy(), compute()))  # noqa: B023
+
+        def with_copy() -> None:
+            copy()  # noqa: B023
+            compute()
+
+        clock.read(f"beside compute and {name}", {}, with_copy)
 
 
 def _copier(device: torch.device, target: torch.Tensor, source: torch.Tensor) -> Call:
@@ -112,12 +118,11 @@ def _copier(device: torch.device, target: torch.Tensor, source: torch.Tensor) ->
 
 
 def read_waiting(clock: Clock) -> None:
-    """How soon each collective returns, against when it is done: beside it nothing runs till then.
+    """How soon each collective returns, against when it is done: nothing runs beside it till then.
 
     FSDP2 issues its collectives this way, on a stream of their own where there are streams.
     """
     whole, part = _buffers(clock.device, BESIDE_BYTES, dist.get_world_size())
     for name, start in COLLECTIVES.items():
-        call = lambda: start(whole, part, dist.group.WORLD, False)  # noqa: B023, E731
-        clock.read(f"{name} done", {}, call)
-        clock.note(f"{name} returned", {}, clock.until_returned(call))
+        call = partial(start, whole, part, dist.group.WORLD, False)
+        clock.note(f"{name} waits", {}, clock.waits_ratio(call))

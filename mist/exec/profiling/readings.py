@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 from mist.errors import InputError
 
@@ -40,14 +41,15 @@ class Request:
 class Reading:
     """Seconds of one operation at one size: the median of `count` samples on the slowest rank.
 
-    `spread_ratio`: interquartile range over the median. `sizes`: numbers by name, as each
-    operation's function says.
+    `spread_ratio`: interquartile range over the median. `others_ratio`: share of the processors
+    that other programs had meanwhile. `sizes`: numbers by name, as each operation's function says.
     """
 
     op: str
     sizes: Mapping[str, float]
     seconds: float
     spread_ratio: float
+    others_ratio: float
     count: int
 
 
@@ -61,6 +63,11 @@ class Readings:
     def of(self, op: str) -> Iterator[Reading]:
         """The readings of one operation, in the order in which they were taken."""
         return (row for row in self.rows if row.op == op)
+
+    @property
+    def others_ratio(self) -> float:
+        """Share of the processors that other programs had, on average over the readings."""
+        return fmean(row.others_ratio for row in self.rows)
 
     def dump(self) -> str:
         """As the text of a file."""
