@@ -88,6 +88,24 @@ def profile(
 
 
 @app.command()
+def compare(
+    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="The log of its run (.json).")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Set the time and memory that PLAN predicts beside what its run measured."""
+    from mist.report.comparing import compared_json, print_compared
+    from mist.workflow.comparing import compare as set_beside
+
+    found = set_beside(subject, log)
+    if as_json:
+        print_json(compared_json(found))
+    else:
+        print_compared(found)
+
+
+@app.command()
 def calibrate(
     files: Annotated[
         list[Path], typer.Argument(help="PLAN LOG pairs: plan files, each with its run's log.")

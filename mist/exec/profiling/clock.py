@@ -28,7 +28,8 @@ Call = Callable[[], object]
 
 @dataclass(slots=True, kw_only=True)
 class Clock:
-    """Measures on one device; `reading_s`: how long one reading may take.
+    """Measures on one device; `reading_s`: how long one reading may take; sizes at which
+    one call takes more than `longest_s` are left out.
 
     A reading during which other programs were busy is taken again, and the quietest is kept, until
     `patience_s` have been spent so.
@@ -36,6 +37,7 @@ class Clock:
 
     device: torch.device
     reading_s: float
+    longest_s: float
     patience_s: float
     rows: list[Reading] = field(default_factory=list)
 

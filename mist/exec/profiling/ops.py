@@ -26,7 +26,6 @@ DTYPES: Final = {
 }
 GEMM_SIZES: Final = (32, 128, 512, 2048, 8192)
 PROBE_SIZE: Final = 512  # square product that tells how fast a precision is
-LONGEST_S: Final = 0.35  # of one call; larger sizes are left out
 FAST_RATIO: Final = 0.25  # of the fastest precision; the others get a small table
 SMALL_SIZES: Final = (128, 512)
 SEQUENCES, SEQ_LENS, HEAD_DIMS = (4, 32), (64, 256, 1024), (64, 128)
@@ -42,7 +41,7 @@ def read_products(clock: Clock) -> None:
     rates = {p: 2 * PROBE_SIZE**3 / _probe_s(clock, p) for p in DTYPES}
     for precision, rate in rates.items():
         fast = rate >= FAST_RATIO * max(rates.values())
-        sizes = [s for s in GEMM_SIZES if 2 * s**3 / rate <= LONGEST_S]
+        sizes = [s for s in GEMM_SIZES if 2 * s**3 / rate <= clock.longest_s]
         sizes = sizes if fast else [s for s in sizes if s in SMALL_SIZES]
         for m, n, k in product(sizes, repeat=3):
             calls = _products(clock.device, DTYPES[precision], m, n, k)
@@ -66,7 +65,7 @@ def _products(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) 
 
 def read_attention(clock: Clock, precision: Precision) -> None:
     """Forward and backward of causal attention, and one forward without a mask."""
-    for sequences, seq, head in product(SEQUENCES, SEQ_LENS, HEAD_DIMS):
+    for sequences, seq, head in product(SEQUENCES, _lengths(clock, precision), HEAD_DIMS):
         sizes = {"sequences": sequences, "seq": seq, "head_dim": head}
         shape = (1, sequences, seq, head)
         inputs = q, k, v = [
@@ -81,6 +80,16 @@ def read_attention(clock: Clock, precision: Precision) -> None:
         clock.note(f"attention_backward {precision}", sizes, backward_s)
     full = partial(F.scaled_dot_product_attention, q, k, v)
     clock.read(f"attention_full {precision}", sizes, full)
+
+
+def _lengths(clock: Clock, precision: Precision) -> list[int]:
+    """Sequence lengths that do not take too long; two at least."""
+    shape = (1, SEQUENCES[-1], SEQ_LENS[0], HEAD_DIMS[-1])
+    x = torch.randn(shape, device=clock.device, dtype=DTYPES[precision])
+    forward = partial(F.scaled_dot_product_attention, x, x, x, is_causal=True)
+    shortest_s = clock.read("probe attention", {}, forward)
+    kept = [s for s in SEQ_LENS if shortest_s * (s / SEQ_LENS[0]) ** 2 <= clock.longest_s]
+    return kept if len(kept) > 1 else list(SEQ_LENS[:2])
 
 
 def _forward_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Call:

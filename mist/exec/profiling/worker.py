@@ -40,6 +40,7 @@ BETWEEN: Final[dict[str, Part]] = {
     "waiting": links.read_waiting,
 }
 NUM_READINGS: Final = 260  # about as many as there are; the time is divided among them
+LONGEST_RATIO: Final = 1 / 200  # of the time asked for, for one call
 PATIENCE_RATIO: Final = 1.5  # of the time asked for, on top, where other programs are busy
 TIMEOUT_S: Final = 300.0
 
@@ -71,6 +72,7 @@ def run(request: Request, out: Path) -> None:
         clock = Clock(
             device=device,
             reading_s=request.seconds / NUM_READINGS,
+            longest_s=LONGEST_RATIO * request.seconds,
             patience_s=PATIENCE_RATIO * request.seconds,
         )
         parts = ON_DEVICE | (BETWEEN if request.num_ranks > 1 else {})
