@@ -66,9 +66,7 @@ def compared(plan: Plan, log: RunLog) -> Compared:
 def _rows(plan: Plan, log: RunLog) -> Iterator[Beside]:
     predicted, allowed = plan.estimate, plan.estimate.uncertainty
     spread = {"spread_ratio": log.spread_ratio, "allowed_ratio": allowed.step_ratio}
-    yield Beside(
-        what="step", unit="s", predicted=predicted.step_s, measured=log.step_s, **spread
-    )
+    yield Beside(what="step", unit="s", predicted=predicted.step_s, measured=log.step_s, **spread)
     yield Beside(
         what="throughput",
         unit="tokens/s",

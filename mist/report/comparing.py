@@ -61,9 +61,7 @@ def compared_json(found: Compared) -> dict[str, object]:
         ],
         "num_steps": found.num_steps,
         "parts_s": found.parts_s,
-        "stages": [
-            {"collectives": [asdict(each) for each in rows]} for rows in found.collectives
-        ],
+        "stages": [{"collectives": [asdict(each) for each in rows]} for rows in found.collectives],
     }
 
 

@@ -191,7 +191,7 @@ def _cluster_of(plan: Plan, path: Path) -> str:
     """The cluster by name, or the file of a measured machine of that name, here or by the plan."""
     name = plan.cluster.name
     files = (Path(f"{name}.yaml"), path.parent / f"{name}.yaml")
-    return next((f"./{f}" for f in files if is_machine(f)), name)
+    return next((str(f.absolute()) for f in files if is_machine(f)), name)
 
 
 def _margin(plan: Plan) -> float | None:

@@ -28,10 +28,10 @@ Call = Callable[[], object]
 
 @dataclass(slots=True, kw_only=True)
 class Clock:
-    """Measures on one device; `reading_s`: how long one reading may take; sizes at which
-    one call takes more than `longest_s` are left out.
+    """Measures on one device.
 
-    A reading during which other programs were busy is taken again, and the quietest is kept, until
+    `reading_s`: how long one reading may take. Sizes at which one call takes more than `longest_s`
+    are left out. A reading during which other programs were busy is taken again, and the quietest is kept, until
     `patience_s` have been spent so.
     """
 
@@ -74,15 +74,12 @@ class Clock:
         self, op: str, sizes: Mapping[str, float], samples: Sequence[float], busy: Busy
     ) -> Reading:
         low, middle, high = quantiles(samples, n=4)
-        own = torch.tensor(busy.own_s, dtype=torch.float64, device=self.device)
-        dist.all_reduce(own)
-        others = replace(busy, own_s=float(own)).others_ratio if busy.all_s > TOLD_S else 0.0
         return Reading(
             op=op,
             sizes=dict(sizes),
             seconds=self._slowest(median(samples)),
             spread_ratio=(high - low) / middle,
-            others_ratio=self._slowest(others),
+            others_ratio=self.others_ratio(busy),
             count=len(samples),
         )
 
@@ -92,6 +89,13 @@ class Clock:
             op=op, sizes=sizes, seconds=seconds, spread_ratio=0.0, others_ratio=0.0, count=1
         )
         self.rows.append(row)
+
+    def others_ratio(self, busy: Busy) -> float:
+        """Share of the processors that none of the ranks had, the same on all of them."""
+        own = torch.tensor(busy.own_s, dtype=torch.float64, device=self.device)
+        dist.all_reduce(own)
+        told = busy.all_s > TOLD_S
+        return self._slowest(replace(busy, own_s=float(own)).others_ratio if told else 0.0)
 
     def waits_ratio(self, call: Call) -> float:
         """Share of a call's time that passes before it returns (0..1): 1 where the host is busy."""

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from statistics import fmean
 
 from mist.errors import InputError
 
@@ -66,8 +65,8 @@ class Readings:
 
     @property
     def others_ratio(self) -> float:
-        """Share of the processors that other programs had, on average over the readings."""
-        return fmean(row.others_ratio for row in self.rows)
+        """Share of the processors that other programs had while all this was measured."""
+        return float(self.about["others_ratio"])
 
     def dump(self) -> str:
         """As the text of a file."""

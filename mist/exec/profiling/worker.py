@@ -17,6 +17,7 @@ from mist.errors import InputError, MistError
 from mist.exec.group import joined
 from mist.exec.launch import LOST
 from mist.exec.profiling import layers, links, ops
+from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.clock import Clock
 from mist.exec.profiling.readings import Readings, Request
 from mist.exec.runlog import say
@@ -68,7 +69,7 @@ def run(request: Request, out: Path) -> None:
         )
     with joined(TIMEOUT_S) as device:
         torch.manual_seed(dist.get_rank())
-        own_bytes = _own_bytes(device)
+        own_bytes, before = _own_bytes(device), Busy.now()
         clock = Clock(
             device=device,
             reading_s=request.seconds / NUM_READINGS,
@@ -79,8 +80,9 @@ def run(request: Request, out: Path) -> None:
         for name, part in parts.items():
             _say(f"measuring {name}")
             part(clock)
+        others = clock.others_ratio(Busy.now().since(before))
         if dist.get_rank() == 0:
-            about = _about(device) | {"own_bytes": own_bytes}
+            about = _about(device) | {"own_bytes": own_bytes, "others_ratio": others}
             readings = Readings(about=about, rows=tuple(clock.rows))
             out.write_text(readings.dump(), encoding="utf-8")
 
