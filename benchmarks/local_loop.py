@@ -1,34 +1,37 @@
 """The loop on this machine: measure it, plan layouts of a small Llama, train them, compare.
 
-python benchmarks/local_loop.py FOLDER [--seconds 75] [--steps 9] [--profile FOLDER/local.yaml]
+python benchmarks/local_loop.py FOLDER [--seconds 75] [--steps 7] [--rounds 2]
 
-Prints a table in Markdown with a row for each layout, and the errors in all. Layouts wait for other
-programs to be quiet, and one that was disturbed is trained again; `others` is the share of the
-processors that other programs had while the row's run lasted. FOLDER holds plans, logs, profile.
+Prints a table in Markdown with a row for each layout, and the errors in all. All layouts are trained
+in turn, `--rounds` times, so that a machine that drifts does so for all of them; each waits for
+other programs to be quiet, and rounds that were disturbed are left out. `others`: the largest share
+of the processors that other programs had. FOLDER holds plans, logs and the profile, which is
+measured unless it is there.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Final
 
 import numpy as np
 
-from mist.calibrate.comparing import Beside, Compared
+from mist.calibrate.comparing import Beside, Compared, compared
+from mist.calibrate.logs import RunLog, read_log
 from mist.exec import RunOptions
 from mist.exec.profiling import Busy, Request
-from mist.planfile import save_plan
+from mist.planfile import load_plan, save_plan
 from mist.platform.machine import dump_machine
 from mist.platform.profiles import find_machine
 from mist.spec import Precision
 from mist.validate.scores import kendall
 from mist.workflow.applying import apply_plan
 from mist.workflow.checking import HandLayout, check_layout
-from mist.workflow.comparing import compare
 from mist.workflow.profiling import profile
 from mist.workflow.question import Question
 
@@ -61,7 +64,7 @@ LAYOUTS: Final = {
     "pp2 mb1": HandLayout(pp=2, micro_batch=1),
     "pp2 mb2": HandLayout(pp=2, micro_batch=2),
 }
-QUIET_RATIO, MOST_WAIT_S, NUM_TRIES = 0.1, 90.0, 2
+QUIET_RATIO, MOST_WAIT_S = 0.1, 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +94,8 @@ def wait_for_quiet() -> None:
             return
 
 
-def run(name: str, layout: HandLayout, folder: Path, steps: int) -> Ran:
-    """Plan and train a layout; the quietest of a few tries."""
+def plan_file(name: str, folder: Path) -> Path:
+    """Plan a layout by the measured profile."""
     question = Question(
         model=str(folder / "llama.json"),
         num_gpus=NUM_RANKS,
@@ -102,18 +105,26 @@ def run(name: str, layout: HandLayout, folder: Path, steps: int) -> Ran:
         precision=Precision.FP32,
     )
     path = folder / f"{name.replace(' ', '-')}.yaml"
-    save_plan(check_layout(question, layout).plan, path)
-    tries = []
-    for number in range(NUM_TRIES):
-        wait_for_quiet()
-        log, before = path.with_suffix(f".{number}.json"), Busy.now()
-        options = RunOptions(plan=str(path), steps=steps, log=str(log))
-        apply_plan(path, options, lambda message: None)
-        others = Busy.now().since(before).others_ratio
-        tries.append(Ran(name=name, found=compare(path, log), others_ratio=others))
-        if others <= QUIET_RATIO:
-            break
-    return min(tries, key=lambda ran: ran.others_ratio)
+    save_plan(check_layout(question, LAYOUTS[name]).plan, path)
+    return path
+
+
+def train(path: Path, number: int, steps: int) -> tuple[RunLog, float]:
+    """Train once; the log, and the share of the processors that other programs had."""
+    wait_for_quiet()
+    log, before = path.with_suffix(f".{number}.json"), Busy.now()
+    options = RunOptions(plan=str(path), steps=steps, log=str(log))
+    apply_plan(path, options, lambda message: None)
+    return read_log(log), Busy.now().since(before).others_ratio
+
+
+def pooled(name: str, path: Path, runs: Sequence[tuple[RunLog, float]]) -> Ran:
+    """The steps of all undisturbed rounds together; of the quietest one, if none was."""
+    quiet = [run for run in runs if run[1] <= QUIET_RATIO] or [min(runs, key=lambda run: run[1])]
+    seconds = tuple(s for log, _ in quiet for s in log.seconds)
+    log = replace(quiet[0][0], seconds=seconds)
+    others = max(ratio for _, ratio in quiet)
+    return Ran(name=name, found=compared(load_plan(path), log), others_ratio=others)
 
 
 def line(ran: Ran) -> str:
@@ -147,7 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=75.0)
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
@@ -163,10 +175,13 @@ def main() -> None:
     print(machine.profile.what)
     print("| layout | measured step | predicted | off by | measured peak | predicted | off by "
           "| others |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
-    runs = []
-    for name in asked.layouts:
-        runs.append(run(name, LAYOUTS[name], asked.folder, asked.steps))
-        print(line(runs[-1]), flush=True)
+    paths = {name: plan_file(name, asked.folder) for name in asked.layouts}
+    logs: dict[str, list[tuple[RunLog, float]]] = {name: [] for name in paths}
+    for number in range(asked.rounds):
+        for name, path in paths.items():
+            logs[name].append(train(path, number, asked.steps))
+    runs = [pooled(name, path, logs[name]) for name, path in paths.items()]
+    print("\n".join(map(line, runs)))
     print(summary(runs))
 
 
