@@ -2,10 +2,10 @@
 
 python benchmarks/local_loop.py FOLDER [--seconds 75] [--steps 7] [--rounds 2]
 
-Prints a table in Markdown with a row for each layout, and the errors in all. All layouts are trained
-in turn, `--rounds` times, so that a machine that drifts does so for all of them; each waits for
-other programs to be quiet, and rounds that were disturbed are left out. `others`: the largest share
-of the processors that other programs had. FOLDER holds plans, logs and the profile, which is
+Prints a table in Markdown with a row for each layout, and the errors in all. All layouts are
+trained in turn, `--rounds` times, so that a machine that drifts does so for all of them; each waits
+for other programs to be quiet, and rounds that were disturbed are left out. `others`: the largest
+share of the processors that other programs had. FOLDER holds plans, logs and the profile, which is
 measured unless it is there.
 """
 

@@ -31,8 +31,8 @@ class Clock:
     """Measures on one device.
 
     `reading_s`: how long one reading may take. Sizes at which one call takes more than `longest_s`
-    are left out. A reading during which other programs were busy is taken again, and the quietest is kept, until
-    `patience_s` have been spent so.
+    are left out. A reading during which other programs were busy is taken again, and the quietest
+    is kept, until `patience_s` have been spent so.
     """
 
     device: torch.device
