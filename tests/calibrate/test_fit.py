@@ -52,8 +52,8 @@ def log(path: Path, times: list[object]) -> Path:
 
 
 def test_the_first_steps_of_a_log_are_left_out(tmp_path: Path) -> None:
-    assert read_log(log(tmp_path / "a.json", [30.0, 9.0, 1.0, 2.0, 3.0]).step_s) == 2.0
-    assert read_log(log(tmp_path / "b.json", [3.0, 1.0]).step_s) == 2.0
+    assert read_log(log(tmp_path / "a.json", [30.0, 9.0, 1.0, 2.0, 3.0])).step_s == 2.0
+    assert read_log(log(tmp_path / "b.json", [3.0, 1.0])).step_s == 2.0
 
 
 @pytest.mark.parametrize(
