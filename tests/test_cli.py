@@ -741,7 +741,7 @@ def test_the_checkout_plans_and_a_check_needs_no_torch(
     ("name", "file_name"), [("llama3-8b", "llama3-8b"), ("../a b/7B", "a-b-7B"), ("//", "model")]
 )
 def test_a_model_name_becomes_a_file_name(name: str, file_name: str) -> None:
-    assert cli._file_name(name) == file_name
+    assert cli.planning._file_name(name) == file_name
 
 
 def test_trace_writes_its_operations(mist: Mist, models: Path) -> None:
