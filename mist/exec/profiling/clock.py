@@ -20,6 +20,7 @@ from mist.exec.profiling.readings import Reading
 SAMPLE_S: Final = 2e-3
 LEAST, MOST = 5, 40  # samples of a reading
 HELD_BYTES: Final = 64 * 2**20  # by what one sample's calls give
+BRIEF_S: Final = 0.02  # a reading that is allowed less takes two samples, however uncertain
 QUIET_RATIO: Final = 0.1  # of the processors
 TOLD_S: Final = 0.2  # processor seconds from which on the system's ticks of 10 ms tell a share
 
@@ -54,7 +55,8 @@ class Clock:
         repeats = max(1, math.ceil(SAMPLE_S / guess_s))
         if held_bytes:
             repeats = max(1, min(repeats, int(HELD_BYTES / held_bytes)))
-        count = min(max(int(self.reading_s / (repeats * guess_s)), LEAST), MOST)
+        least = LEAST if self.reading_s >= BRIEF_S else 2
+        count = min(max(int(self.reading_s / (repeats * guess_s)), least), MOST)
         tries: list[Reading] = []
         while not tries or self._is_blurred(tries[-1]):
             before, begin = Busy.now(), time.monotonic()
