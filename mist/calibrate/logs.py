@@ -1,8 +1,15 @@
-"""Step times from a run's log: {"steps": [{"step": 1, "seconds": 0.9, ...}, ...]} as JSON."""
+"""What a run's log says, as `mist apply` writes it and as anyone may write it by hand.
+
+{"steps": [{"step": 1, "seconds": 0.9, ...}, ...],
+ "stages": [{"peak_bytes": 123, "collectives": [{"axis": "dp", "kind": ..}, ...]}, ...]} as JSON;
+only the seconds of the steps must be there.
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Final
 
 from mist.errors import InputError
@@ -10,17 +17,80 @@ from mist.errors import InputError
 WARM_UP: Final = 2  # steps that compile, allocate and connect; left out where there are enough
 
 
-def step_seconds(path: Path) -> float:
-    """The median step of a log, without the first two of five or more. Raises InputError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveRow:
+    """`count` collectives of one kind along one axis in one step, `num_bytes` together."""
+
+    axis: str
+    kind: str
+    count: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    """What was measured of one pipeline stage in one step; `peak_bytes` of its fullest rank."""
+
+    peak_bytes: int
+    collectives: tuple[CollectiveRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLog:
+    """Seconds of the steps that count, and the stages where the log has them."""
+
+    seconds: tuple[float, ...]
+    stages: tuple[StageRow, ...]
+
+    @property
+    def step_s(self) -> float:
+        """The median step."""
+        return median(self.seconds)
+
+    @property
+    def spread_ratio(self) -> float:
+        """Half of the range of the middle half of the steps, over the median; 0 for one step."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.step_s
+
+
+def read_log(path: Path) -> RunLog:
+    """A log without its first two steps, and without those that were watched, where others are.
+
+    Raises InputError for a file that is no log.
+    """
     try:
-        steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
-        seconds = [float(step["seconds"]) for step in steps]
+        data = json.loads(path.read_text(encoding="utf-8"))
+        steps = [(float(row["seconds"]), bool(row.get("measured"))) for row in data["steps"]]
+        stages = tuple(_stage(row) for row in data.get("stages", ()))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f'{path} is no log of a run: expected {{"steps": [{{"seconds": 1.5}}, ...]}} as JSON.'
         ) from error
-    if not seconds or min(seconds) <= 0:
+    if not steps or min(seconds for seconds, _ in steps) <= 0:
         raise InputError(f"{path} has no steps with seconds above 0.")
-    return median(seconds[WARM_UP:] if len(seconds) > 2 * WARM_UP else seconds)
+    late = steps[WARM_UP:] if len(steps) > 2 * WARM_UP else steps
+    plain = [seconds for seconds, watched in late if not watched]
+    return RunLog(seconds=tuple(plain or [seconds for seconds, _ in late]), stages=stages)
+
+
+def _stage(row: Mapping[str, object]) -> StageRow:
+    collectives = row.get("collectives", ())
+    if not isinstance(collectives, list | tuple):
+        raise TypeError("collectives is no list")
+    return StageRow(
+        peak_bytes=int(str(row["peak_bytes"])),
+        collectives=tuple(
+            CollectiveRow(
+                axis=str(each["axis"]),
+                kind=str(each["kind"]),
+                count=int(each["count"]),
+                num_bytes=int(each["bytes"]),
+            )
+            for each in collectives
+        ),
+    )

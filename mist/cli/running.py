@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mist.cli.common import app, print_json, progress
+from mist.cli.common import app, check_out, print_json, progress
 from mist.cli.options import (
     Json,
 )
@@ -87,6 +87,53 @@ def apply(
     )
     with redirect_stdout(sys.stderr):
         apply_plan(subject, options, progress)
+
+
+@app.command()
+def profile(
+    *,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", help="Ranks at once [all there is room for, of 2^k].")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long to measure.")] = 75.0,
+    out: Annotated[Path, typer.Option("--out", help="Profile to write (.yaml).")] = Path(
+        "local.yaml"
+    ),
+) -> None:
+    """Measure this machine into a profile: mist plan MODEL --gpus N --cluster ./local.yaml."""
+    from mist.exec.profiling import Request
+    from mist.files import write_text
+    from mist.platform.machine import dump_machine
+    from mist.report.costs import print_machine
+    from mist.workflow.profiling import num_places
+    from mist.workflow.profiling import profile as measure
+
+    check_out(out)
+    request = Request(device=device, num_ranks=ranks or num_places(device), seconds=seconds)
+    with redirect_stdout(sys.stderr):
+        machine = measure(request, out.stem, progress)
+    write_text(out, dump_machine(machine))
+    print_machine(machine)
+    print(f"wrote {out}: plan for it with --cluster ./{out.name} --gpus {request.num_ranks}")
+
+
+@app.command()
+def compare(
+    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="The log of its run (.json).")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Set the time and memory that PLAN predicts beside what its run measured."""
+    from mist.report.comparing import compared_json, print_compared
+    from mist.workflow.comparing import compare as set_beside
+
+    found = set_beside(subject, log)
+    if as_json:
+        print_json(compared_json(found))
+    else:
+        print_compared(found)
 
 
 @app.command()

@@ -143,7 +143,7 @@ class _Sent:
         return True
 
 
-def _exchange(operations: list[dist.P2POp], what: str | None = None) -> list[_Sent]:
+def _exchange(operations: list[dist.P2POp], desc: str | None = None) -> list[_Sent]:
     """Every transfer is noted by whoever watches operations; none of them moves anything."""
     for each in operations:
         each.op(each.tensor, each.peer, group=each.group, tag=each.tag)

@@ -3,7 +3,8 @@
 {"steps": [{"step": 1, "loss": 5.5, "seconds": 0.4, "tokens_per_s": 1024.0}, ...],
  "stages": [{"peak_bytes": 123, "rank": 0, "collectives": [...]}, ...], ...}
 
-`mist calibrate PLAN LOG` reads it. The file appears whole or not at all, after every step.
+`mist compare PLAN LOG` and `mist calibrate PLAN LOG` read it. The file appears whole or not at all,
+after every step.
 """
 
 import json

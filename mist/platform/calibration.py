@@ -44,12 +44,20 @@ class Calibration(Record):
 
     def applied(self, profiles: Profiles) -> Profiles:
         """The profiles with these values. Raises KeyError for a field that they do not have."""
-        device, cluster, runtime = profiles
-        held: dict[str, Any] = {"device": device, "cluster": cluster, "runtime": runtime}
-        for path, quantity in self.values.items():
-            family, *fields = path.split(".")
-            held[family] = _with(held[family], fields, quantity)
-        return held["device"], held["cluster"], held["runtime"]
+        return with_values(profiles, self.values)
+
+
+def with_values(profiles: Profiles, values: Mapping[str, Quantity]) -> Profiles:
+    """Profiles with some figures replaced, named as in a calibration.
+
+    Raises KeyError for a field that they do not have.
+    """
+    device, cluster, runtime = profiles
+    held: dict[str, Any] = {"device": device, "cluster": cluster, "runtime": runtime}
+    for path, quantity in values.items():
+        family, *fields = path.split(".")
+        held[family] = _with(held[family], fields, quantity)
+    return held["device"], held["cluster"], held["runtime"]
 
 
 def calibrated(value: float, source: str) -> Quantity:

@@ -92,6 +92,7 @@ class Device(Record):
     memory-bound kernel. `tensor_time_scale` multiplies the time of matrix products and attention:
     the one factor that calibration fits (sustained clocks against the bursts that tables measure).
     `tables`: measured times, which take the place of the law of their operation and precision.
+    `kernels`: whose kernels run, and so what a model is traced for.
     """
 
     schema: Literal["mist.device/1"]
@@ -110,6 +111,7 @@ class Device(Record):
     gemm_fp8: GemmLaw | None
     flash_attention: FlashAttention
     tables: Tables = field(default_factory=dict)
+    kernels: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
         check_columns(self.tables)

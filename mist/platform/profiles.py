@@ -15,6 +15,7 @@ from mist.errors import Fault, PlatformError, did_you_mean
 from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
+from mist.platform.machine import SCHEMA, Machine
 from mist.platform.quantity import Record
 from mist.platform.runtime import Runtime
 
@@ -44,7 +45,7 @@ class Family(StrEnum):
         return "--gpu" if self is Family.DEVICE else f"--{self.value}"
 
 
-P = TypeVar("P", Device, Cluster, Runtime, Calibration)
+P = TypeVar("P", Device, Cluster, Runtime, Calibration, Machine)
 R = TypeVar("R", bound=Record)
 
 
@@ -80,6 +81,24 @@ def load_calibration(name: str) -> Loaded[Calibration]:
     return _load(name, Family.CALIBRATION, Calibration)
 
 
+def find_machine(cluster: str | None) -> Loaded[Machine] | None:
+    """The measured machine in a file that --cluster names; None for a cluster's own file or name.
+
+    Raises PlatformError when there is no such file, or it is broken.
+    """
+    if cluster is None or not _is_path(cluster):
+        return None
+    path = find_profile(cluster, Family.CLUSTER)
+    return _read(path, Machine) if is_machine(path) else None
+
+
+def is_machine(path: Path) -> bool:
+    """Whether there is such a file, and it is of a measured machine (broken or not)."""
+    if not path.is_file() or f"schema: {SCHEMA}".encode() not in path.read_bytes():
+        return False
+    return read_yaml(path.read_bytes(), path).get("schema") == SCHEMA
+
+
 def list_profiles(family: Family) -> dict[str, Path]:
     """Names of a family's profiles and their files, sorted; the user's own hide shipped ones."""
     found: dict[str, Path] = {}
@@ -90,7 +109,7 @@ def list_profiles(family: Family) -> dict[str, Path]:
 
 def find_profile(name: str, family: Family) -> Path:
     """The file of a profile given by name or path. Raises PlatformError when there is none."""
-    if name.endswith((".yaml", ".yml")) or "/" in name:
+    if _is_path(name):
         path = Path(name).expanduser()
         if not path.is_file():
             raise PlatformError(f"{family.option} {name}: no such file.")
@@ -101,6 +120,10 @@ def find_profile(name: str, family: Family) -> Path:
         hint = did_you_mean(name, longer or known)
         raise PlatformError(f"{family.option} {name}: no {family} of that name. {hint}")
     return known[name]
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or "/" in name
 
 
 def user_folder() -> Path:

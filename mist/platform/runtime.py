@@ -6,12 +6,17 @@ after tensor and pipeline parallelism; "sharded" bytes are divided by the data-p
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
+from mist.origin import Kind
 from mist.platform.quantity import Quantity, Record
 from mist.spec import Precision, ScheduleKind
 
 ZeroLevel = Literal[0, 1, 2, 3]
+
+LAUNCHED_AHEAD: Final = Quantity(
+    value=1.0, source="kernels of a GPU run while the host launches the next ones", kind=Kind.SPEC
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,9 @@ class StateTraffic(Record):
 class HostLaunch(Record):
     """Time in which the host can launch a layer: no layer and micro-batch is faster.
 
+    That is so where the host goes on while the device computes. `launch_ahead_ratio` is the share
+    of the device's time in which it does: at 0 (the host is the device) launches come on top.
+
     `layer_launch_s` is forward plus backward; `forward_ratio` of it is the forward's.
     `tensor_parallel_launch_s` comes on top when t > 1, and where the pipeline spans nodes
     `pipeline_launch_s` * t^`pipeline_launch_exponent` more. With full checkpointing the forward's
@@ -83,6 +91,7 @@ class HostLaunch(Record):
     forward_ratio: Quantity
     micro_batch_launch_s: Quantity
     step_s: Quantity
+    launch_ahead_ratio: Quantity = LAUNCHED_AHEAD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

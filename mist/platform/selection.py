@@ -5,10 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mist.errors import PlatformError
-from mist.platform.calibration import Calibration
+from mist.files import digest
+from mist.platform.calibration import Calibration, Profiles
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
-from mist.platform.profiles import find_calibration, load_cluster, load_device, load_runtime
+from mist.platform.machine import Machine
+from mist.platform.profiles import (
+    Loaded,
+    find_calibration,
+    find_machine,
+    load_cluster,
+    load_device,
+    load_runtime,
+)
 from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 
@@ -98,10 +107,37 @@ class Platform:
 def load_platform(*, num_gpus: int, gpu: str | None, cluster: str | None, runtime: str) -> Platform:
     """The platform that the options name; what is not given follows from what is.
 
-    No GPU: the cluster's first device. No cluster: the GPU's default one. Neither: h100-sxm on
-    dgx-h100. Raises PlatformError for an unknown name, a GPU that the cluster does not hold, or a
-    number of GPUs that does not fill nodes.
+    `cluster` may be the file of a measured machine. No GPU: the cluster's first device. No cluster:
+    the GPU's default one. Neither: h100-sxm on dgx-h100. Raises PlatformError for an unknown name,
+    a GPU that the cluster does not hold, or a number of GPUs that does not fill nodes.
     """
+    software = load_runtime(runtime)
+    machine = find_machine(cluster)
+    profiles, hashes = (
+        _named(gpu, cluster, software) if machine is None else _measured(gpu, machine, software)
+    )
+    hashes[software.profile.name] = software.sha256
+    name = f"{software.profile.name}-{profiles[0].name}"
+    found = find_calibration(software.profile.name, profiles[0].name)
+    if found is not None:
+        profiles = found.profile.applied(profiles)
+        hashes[name] = digest(hashes.get(name, ""), found.sha256) if machine else found.sha256
+    return Platform(
+        device=profiles[0],
+        cluster=profiles[1],
+        runtime=profiles[2],
+        num_gpus=num_gpus,
+        num_nodes=count_nodes(num_gpus, profiles[1]),
+        hashes=hashes,
+        calibration=found.profile if found else None,
+    )
+
+
+Chosen = tuple[Profiles, dict[str, str]]  # device, cluster and runtime, and hashes of their files
+
+
+def _named(gpu: str | None, cluster: str | None, software: Loaded[Runtime]) -> Chosen:
+    """What profiles of their own say."""
     if gpu is None:
         fabric = load_cluster(cluster or load_device(DEFAULT_DEVICE).profile.default_cluster)
         device = load_device(fabric.profile.devices[0])
@@ -109,22 +145,23 @@ def load_platform(*, num_gpus: int, gpu: str | None, cluster: str | None, runtim
         device = load_device(gpu)
         fabric = load_cluster(cluster or device.profile.default_cluster)
     check_carries(fabric.profile, device.profile)
-    software = load_runtime(runtime)
-    hashes = {item.profile.name: item.sha256 for item in (device, fabric, software)}
-    profiles = (device.profile, fabric.profile, software.profile)
-    found = find_calibration(software.profile.name, device.profile.name)
-    if found is not None:
-        profiles = found.profile.applied(profiles)
-        hashes[f"{software.profile.name}-{device.profile.name}"] = found.sha256
-    return Platform(
-        device=profiles[0],
-        cluster=profiles[1],
-        runtime=profiles[2],
-        num_gpus=num_gpus,
-        num_nodes=count_nodes(num_gpus, fabric.profile),
-        hashes=hashes,
-        calibration=found.profile if found else None,
-    )
+    hashes = {item.profile.name: item.sha256 for item in (device, fabric)}
+    return (device.profile, fabric.profile, software.profile), hashes
+
+
+def _measured(gpu: str | None, machine: Loaded[Machine], software: Loaded[Runtime]) -> Chosen:
+    """What one file of a measured machine says; the runtime is as this machine runs it."""
+    found = machine.profile
+    if gpu not in (None, found.device.name):
+        raise PlatformError(
+            f"--gpu {gpu}: {machine.path} is of {found.device.name}. Leave --gpu out."
+        )
+    try:
+        profiles = found.with_runtime(software.profile)
+    except KeyError as error:
+        raise PlatformError(f"{machine.path} has a value that is none: {error.args[0]}.") from error
+    names = (found.device.name, found.cluster.name, f"{found.runtime}-{found.device.name}")
+    return profiles, dict.fromkeys(names, machine.sha256)
 
 
 def check_carries(cluster: Cluster, device: Device) -> None:

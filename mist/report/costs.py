@@ -8,9 +8,11 @@ import sympy
 
 from mist.graph import B, Block, ModelGraph, S, T
 from mist.platform.listing import FigureRow, ProfileRow
+from mist.platform.machine import Machine
 from mist.report.tables import say, say_note, show
 from mist.rules import broken, limit_rules
 from mist.spec import Precision
+from mist.units import GB, MICROSECOND, format_bytes, format_seconds
 
 Point = Mapping[str, int]
 
@@ -198,6 +200,26 @@ def profiles_json(
             for row, figures in profiles
         ]
     }
+
+
+def print_machine(machine: Machine) -> None:
+    """What was measured, in a few lines: rates, collectives, what a layer costs the host."""
+    device, cluster = machine.device, machine.cluster
+    say(machine.what)
+    rows = [
+        (f"matrix products in {name}", f"{law.peak_flop_per_s.value / 1e9:.1f} GFLOP/s at most")
+        for name, law in device.gemm.items()
+    ]
+    rows.append(("memory", f"{device.hbm_bytes_per_s.value / GB:.1f} GB/s at most"))
+    rows += [
+        (f"{word}, {group} ranks", f"{format_seconds(row[column] * MICROSECOND)} for {size}")
+        for word, table in cluster.tables.items()
+        for column, group in enumerate(table.groups, start=1)
+        for row in table.rows[-1:]
+        for size in (format_bytes(row[0]),)
+    ]
+    rows += [(path, f"{value.value:.4g}") for path, value in machine.values.items()]
+    show("Measured", ("what", "how much"), rows)
 
 
 def print_calibration(

@@ -133,8 +133,9 @@ def slots(cost: BlockCost, level: Level, setting: Setting, *, is_layer: bool) ->
     device_backward = cost.backward_s + cost.tp_backward_s + level.again_s
     host_forward, host_backward = _host_seconds(runtime) if is_layer else (_NONE, _NONE)
     late = host_backward + level.again_ratio * host_forward
-    launch_forward = sym.larger(0, host_forward - device_forward)
-    launch_backward = sym.larger(0, late - device_backward)
+    ahead = sympy.nsimplify(runtime.host.launch_ahead_ratio.value)
+    launch_forward = sym.larger(0, host_forward - ahead * device_forward)
+    launch_backward = sym.larger(0, late - ahead * device_backward)
     timed = _Timed(cost=cost, level=level, runtime=runtime, is_layer=is_layer)
     stays = runtime.transients.root_group and not is_layer
     stable, lone = sequence(

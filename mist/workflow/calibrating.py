@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.calibrate.fit import Range, fitted
-from mist.calibrate.logs import step_seconds
+from mist.calibrate.logs import read_log
 from mist.errors import InputError
 from mist.estimate import estimate, make_job
 from mist.graph import ModelGraph
@@ -100,7 +100,7 @@ def calibrate(pairs: Sequence[tuple[Path, Path]], progress: Callable[[str], None
 
 
 def _measured(path: Path, log: Path, progress: Callable[[str], None]) -> Measured:
-    seconds, plan = step_seconds(log), load_plan(path)
+    seconds, plan = read_log(log).step_s, load_plan(path)
     question = question_of(plan, path, None)
     platform = platform_of(question)
     setting = setting_of(question, platform)

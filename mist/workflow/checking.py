@@ -10,6 +10,7 @@ from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
 from mist.planfile import load_plan
 from mist.plans import Estimate, Limits, Offload, Plan, Schedule, StagePlan, even_layers
+from mist.platform.profiles import is_machine
 from mist.programs import Progress, quiet
 from mist.rules import broken
 from mist.spaces import OFFLOADED
@@ -160,7 +161,10 @@ def check_plan(
 
 
 def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
-    """The question that a plan answers; its model is looked for here and beside the plan."""
+    """The question that a plan answers; its model is looked for here and beside the plan.
+
+    So is the file of the machine that was measured for it.
+    """
     source = plan.model.source
     if source.startswith(OBJECT):
         raise InputError(
@@ -173,7 +177,7 @@ def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
         model=str(beside) if beside.exists() and not Path(source).exists() else source,
         num_gpus=plan.cluster.num_gpus,
         gpu=plan.cluster.device,
-        cluster=plan.cluster.name,
+        cluster=_cluster_of(plan, path),
         runtime=plan.runtime,
         seq_len=workload.seq_len,
         global_batch=workload.global_batch,
@@ -181,6 +185,13 @@ def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
     )
+
+
+def _cluster_of(plan: Plan, path: Path) -> str:
+    """The cluster by name, or the file of a measured machine of that name, here or by the plan."""
+    name = plan.cluster.name
+    files = (Path(f"{name}.yaml"), path.parent / f"{name}.yaml")
+    return next((str(f.absolute()) for f in files if is_machine(f)), name)
 
 
 def _margin(plan: Plan) -> float | None:

@@ -81,6 +81,7 @@ def setting_of(question: Question, platform: Platform) -> Setting:
     return Setting(
         precision=question.precision,
         attention=question.attention,
+        policy=platform.device.kernels,
         fused_norms=platform.runtime.kernels.fused_norms,
     )
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mist.calibrate.fit import Range, fitted, loss
-from mist.calibrate.logs import step_seconds
+from mist.calibrate.logs import read_log
 from mist.errors import InputError
 
 SIZES = np.array([[1.0, 8.0], [4.0, 2.0], [9.0, 1.0], [3.0, 3.0], [0.5, 7.0], [6.0, 5.0]])
@@ -52,8 +52,8 @@ def log(path: Path, times: list[object]) -> Path:
 
 
 def test_the_first_steps_of_a_log_are_left_out(tmp_path: Path) -> None:
-    assert step_seconds(log(tmp_path / "a.json", [30.0, 9.0, 1.0, 2.0, 3.0])) == 2.0
-    assert step_seconds(log(tmp_path / "b.json", [3.0, 1.0])) == 2.0
+    assert read_log(log(tmp_path / "a.json", [30.0, 9.0, 1.0, 2.0, 3.0])).step_s == 2.0
+    assert read_log(log(tmp_path / "b.json", [3.0, 1.0])).step_s == 2.0
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,6 @@ def test_what_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> N
     path = tmp_path / "log.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        step_seconds(path)
+        read_log(path)
     with pytest.raises(InputError, match="cannot be read"):
-        step_seconds(tmp_path / "none.json")
+        read_log(tmp_path / "none.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mist.calibrate.logs import step_seconds
+from mist.calibrate.logs import read_log
 from mist.planfile import save_plan
 from mist.plans import Plan
 from mist.trace import Setting, load_graph
@@ -106,7 +106,7 @@ def test_a_run_is_logged_and_ends_cleanly_when_asked(folder: Path) -> None:
     assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]  # the alphabet is learnt
     assert [row["step"] for row in found["steps"] if "measured" in row] == [2]
     assert found["stages"][0]["peak_bytes"] > 0
-    assert step_seconds(log) > 0
+    assert read_log(log).step_s > 0
 
 
 @pytest.mark.timeout(150)

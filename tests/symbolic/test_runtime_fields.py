@@ -193,3 +193,11 @@ def test_products_in_eight_bits() -> None:
     bare = replace(PLATFORM.device, gemm_fp8=None)
     with pytest.raises(ValueError, match="has no law for products in fp8"):
         replace(laws(), device=bare, fp8=True)
+
+
+def test_where_the_host_is_the_device_launches_come_on_top() -> None:
+    """Forward and backward: the whole of a layer's launches, however long the device takes."""
+    ahead, behind = stage(tp=1), stage(changed("host.launch_ahead_ratio", 0.0), tp=1)
+    launches = LAYERS * TORCH.host.layer_launch_s.value
+    assert behind["launch_s"] == pytest.approx(launches)
+    assert behind["stable_s"] - ahead["stable_s"] == pytest.approx(launches - ahead["launch_s"])

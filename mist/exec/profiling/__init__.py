@@ -1,0 +1,40 @@
+"""Measures this machine: rank programs that time operations, collectives and copies.
+
+Importing this package needs no torch; the ranks load it.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from mist.exec.launch import run_ranks
+from mist.exec.profiling.busy import Busy
+from mist.exec.profiling.readings import Readings, Request
+
+__all__ = ["Busy", "Readings", "Request", "num_gpus", "take_readings"]
+
+LIMIT_RATIO: Final = (
+    4.0  # of the time that was asked for; starting torch and slow machines are in it
+)
+START_S: Final = 120.0
+
+
+def num_gpus() -> int:
+    """GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def take_readings(request: Request) -> Readings:
+    """Measure with every rank at work, as in training. Raises RankFailed."""
+    with tempfile.TemporaryDirectory(prefix="mist-") as folder:
+        out = Path(folder) / "readings.json"
+        sys.stderr.flush()
+        run_ranks(
+            ["-m", "mist.exec.profiling.worker", request.dump(), str(out)],
+            request.num_ranks,
+            timeout_s=START_S + LIMIT_RATIO * request.seconds,
+        )
+        return Readings.parse(out.read_text(encoding="utf-8"))

@@ -1,0 +1,128 @@
+"""What passes between ranks, and what it does to computation that runs beside it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from mist.exec.profiling.clock import Call, Clock
+from mist.units import MIB
+
+SIZES_BYTES: Final = (*(4**i * 1024 for i in range(8)), 32 * MIB)  # 1 KiB to 16 MiB, 32 MiB
+SENT_BYTES: Final = (16 * 1024, 256 * 1024, 2 * MIB, 8 * MIB)
+BESIDE_BYTES: Final = 8 * MIB
+
+Start = Callable[[torch.Tensor, torch.Tensor, Any, bool], Any]
+
+
+def _all_gather(whole: torch.Tensor, part: torch.Tensor, group: Any, later: bool) -> Any:  # noqa: ANN401 (as torch.distributed)
+    return dist.all_gather_into_tensor(whole, part, group=group, async_op=later)
+
+
+def _reduce_scatter(whole: torch.Tensor, part: torch.Tensor, group: Any, later: bool) -> Any:  # noqa: ANN401
+    return dist.reduce_scatter_tensor(part, whole, group=group, async_op=later)
+
+
+def _all_reduce(whole: torch.Tensor, part: torch.Tensor, group: Any, later: bool) -> Any:  # noqa: ANN401
+    return dist.all_reduce(whole, group=group, async_op=later)
+
+
+COLLECTIVES: Final[dict[str, Start]] = {
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_reduce": _all_reduce,
+}
+
+
+def read_collectives(clock: Clock) -> None:
+    """Every collective at every size in groups of 2, 4, ... ranks, all groups at once."""
+    size = 2
+    while size <= dist.get_world_size():
+        group, _ = dist.new_subgroups(size)
+        for name, start in COLLECTIVES.items():
+            for num_bytes in SIZES_BYTES:
+                whole, part = _buffers(clock.device, num_bytes, size)
+                sizes = {"bytes": num_bytes, "group": size}
+                clock.read(name, sizes, lambda: start(whole, part, group, False))  # noqa: B023
+        size *= 2
+
+
+def _buffers(device: torch.device, num_bytes: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    whole = torch.zeros(num_bytes // 4, device=device)
+    return whole, torch.zeros(whole.numel() // size, device=device)
+
+
+def read_transfers(clock: Clock) -> None:
+    """Neighbours (0 and 1, 2 and 3, ...): one sends, the other receives, and back again."""
+    rank = dist.get_rank()
+    for num_bytes in SENT_BYTES:
+        tensor = torch.zeros(num_bytes // 4, device=clock.device)
+
+        def both_ways() -> None:
+            first, second = (dist.isend, dist.irecv) if rank % 2 == 0 else (dist.irecv, dist.isend)
+            for op in (first, second):
+                for work in dist.batch_isend_irecv([dist.P2POp(op, tensor, rank ^ 1)]):  # noqa: B023
+                    work.wait()
+
+        seconds = clock.read("there_and_back", {"bytes": num_bytes}, both_ways)
+        clock.note("send", {"bytes": num_bytes}, seconds / 2)
+
+
+def read_beside(clock: Clock) -> None:
+    """Computation, a collective and copies: each alone, and the others beside computation."""
+    whole, part = _buffers(clock.device, BESIDE_BYTES, dist.get_world_size())
+    here = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
+    group = dist.group.WORLD
+    x_NN = torch.randn(512, 512, device=clock.device)
+    collective_s = clock.read(
+        "beside collective", {}, lambda: _all_gather(whole, part, group, False)
+    )
+    once_s = clock.read("beside product", {}, lambda: x_NN @ x_NN)
+    times = max(round(collective_s / once_s), 1)
+
+    def compute() -> None:
+        for _ in range(times):
+            x_NN @ x_NN
+
+    def with_collective() -> None:
+        work = _all_gather(whole, part, group, True)
+        compute()
+        work.wait()
+
+    clock.read("beside compute", {}, compute)
+    clock.read("beside compute and collective", {}, with_collective)
+    for name, target, source in (("to_device", whole, here), ("to_host", here, whole)):
+        copy = _copier(clock.device, target, source)
+        clock.read(f"beside {name}", {}, copy)
+
+        def with_copy() -> None:
+            copy()  # noqa: B023
+            compute()
+
+        clock.read(f"beside compute and {name}", {}, with_copy)
+
+
+def _copier(device: torch.device, target: torch.Tensor, source: torch.Tensor) -> Call:
+    """A copy that runs beside what follows, where the device can."""
+    if device.type != "cuda":
+        return lambda: target.copy_(source)
+    stream = torch.cuda.Stream(device)
+
+    def copy() -> None:
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    return copy
+
+
+def read_waiting(clock: Clock) -> None:
+    """How soon each collective returns, against when it is done: nothing runs beside it till then.
+
+    FSDP2 issues its collectives this way, on a stream of their own where there are streams.
+    """
+    whole, part = _buffers(clock.device, BESIDE_BYTES, dist.get_world_size())
+    for name, start in COLLECTIVES.items():
+        call = partial(start, whole, part, dist.group.WORLD, False)
+        clock.note(f"{name} waits", {}, clock.waits_ratio(call))

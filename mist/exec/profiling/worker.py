@@ -1,0 +1,123 @@
+"""One rank of a measurement: takes every reading together with the others."""
+
+import os
+import platform
+import resource
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+
+from mist.errors import InputError, MistError
+from mist.exec.group import joined
+from mist.exec.launch import LOST
+from mist.exec.profiling import layers, links, ops
+from mist.exec.profiling.busy import Busy
+from mist.exec.profiling.clock import Clock
+from mist.exec.profiling.readings import Readings, Request
+from mist.exec.runlog import say
+from mist.spec import Precision
+
+Part = Callable[[Clock], None]
+
+ON_DEVICE: Final[dict[str, Part]] = {
+    "matrix products": ops.read_products,
+    "attention": lambda clock: ops.read_attention(clock, Precision.FP32),
+    "memory-bound operations": ops.read_memory_bound,
+    "copies": ops.read_copies,
+    "optimizer": ops.read_optimizer,
+    "launches": ops.read_ahead,
+    "layers": layers.read_layers,
+}
+BETWEEN: Final[dict[str, Part]] = {
+    "collectives": links.read_collectives,
+    "transfers": links.read_transfers,
+    "overlap": links.read_beside,
+    "waiting": links.read_waiting,
+}
+NUM_READINGS: Final = 260  # about as many as there are; the time is divided among them
+LONGEST_RATIO: Final = 1 / 200  # of the time asked for, for one call
+PATIENCE_RATIO: Final = 1.5  # of the time asked for, on top, where other programs are busy
+TIMEOUT_S: Final = 300.0
+
+
+def main(argv: list[str]) -> int:
+    """Run a rank; the exit code. Rank 0 writes the readings to the file named second."""
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    try:
+        run(Request.parse(argv[0]), Path(argv[1]))
+    except MistError as error:
+        sys.stderr.write(f"mist: {error}\n")
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return LOST if dist.is_initialized() else 1
+    return 0
+
+
+def run(request: Request, out: Path) -> None:
+    """Take all readings. Raises InputError for a device that is not there."""
+    if (request.device == "cuda") is not torch.cuda.is_available():
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        raise InputError(
+            f"--device {request.device}: mist apply would use {found} here. Try --device {found}."
+        )
+    with joined(TIMEOUT_S) as device:
+        torch.manual_seed(dist.get_rank())
+        own_bytes, before = _own_bytes(device), Busy.now()
+        clock = Clock(
+            device=device,
+            reading_s=request.seconds / NUM_READINGS,
+            longest_s=LONGEST_RATIO * request.seconds,
+            patience_s=PATIENCE_RATIO * request.seconds,
+        )
+        parts = ON_DEVICE | (BETWEEN if request.num_ranks > 1 else {})
+        for name, part in parts.items():
+            _say(f"measuring {name}")
+            part(clock)
+        others = clock.others_ratio(Busy.now().since(before))
+        if dist.get_rank() == 0:
+            about = _about(device) | {"own_bytes": own_bytes, "others_ratio": others}
+            readings = Readings(about=about, rows=tuple(clock.rows))
+            out.write_text(readings.dump(), encoding="utf-8")
+
+
+def _about(device: torch.device) -> dict[str, str | float]:
+    """The machine in words, and what it holds in bytes."""
+    host_bytes = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return {"name": found.name, "host_bytes": host_bytes, "bytes": float(found.total_memory)}
+    each = host_bytes / dist.get_world_size()
+    return {"name": _processor(), "host_bytes": host_bytes, "bytes": each}
+
+
+def _own_bytes(device: torch.device) -> float:
+    """What a rank holds before it has tensors of its own."""
+    if device.type != "cuda":
+        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dist.all_reduce(torch.zeros(1, device=device))
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free - torch.cuda.memory_reserved(device))
+
+
+def _processor() -> str:
+    """What Linux calls the processor, and how many there are."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _say(message: str) -> None:
+    if dist.get_rank() == 0:
+        say(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
