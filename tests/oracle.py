@@ -313,6 +313,10 @@ def _instants(
     return instants, whole * (root + layer)
 
 
+def largest_tensor(rank: Rank, block: Block) -> float:
+    return max((p.numel / (rank.tp if p.sharded else 1) for p in block.params), default=0.0)
+
+
 def last_stage(rank: Rank) -> bool:
     return rank.stage == rank.num_stages - 1
 
@@ -344,9 +348,10 @@ def _peak(
     for block, level in layers + [(end, "eager") for end in ends]:
         transient = max(rank.number(expr) for expr in block.transient_bytes)
         working.append(transient + (kept_bytes(rank, block) if level != "eager" else 0.0))
-    largest = max(held_params(rank, block) for block in blocks)
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
-    streamed = 2 * largest * sum(size for s, size in streams.items() if rank.share(s))
+    bucket = max([2**24 * shard, *(largest_tensor(rank, block) for block in blocks)])
+    each = sum(size for s, size in streams.items() if rank.share(s))
+    streamed = 2 * each * min(bucket, params) - in_flight * kept
     lone = rank.num_micro_batches == 1
     here = params - of_layers * rank.share("grads")
     amid = 4 * here / (rank.dp if rank.zero >= 2 else 1) if lone else 0.0

@@ -22,7 +22,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from mist.exec.adamw import AdamW, local
 from mist.exec.measure import Recorder
-from mist.exec.parallel import Parallel
+from mist.exec.parallel import Built, Parallel
 from mist.exec.pipeline import Stage
 from mist.exec.seen import Moment
 
@@ -192,8 +192,10 @@ def _states(parallel: Parallel) -> dict[str, list[torch.Tensor]]:
 def observed(observer: Observer, parallel: Parallel) -> Iterator[None]:
     """Within: the observer knows what runs."""
     with ExitStack() as stack:
+        at_end = parallel.place.stage == len(parallel.plan.stages) - 1
         for chunk in parallel.chunks:
-            _watch_layers(observer, chunk, stack)
+            last = at_end and chunk is parallel.chunks[-1]
+            _watch_layers(observer, chunk, LOSS if last else "output", stack)
         for owner, name, around in _patches(observer):
             stack.enter_context(patch.object(owner, name, around))
         stack.enter_context(observer)
@@ -202,16 +204,25 @@ def observed(observer: Observer, parallel: Parallel) -> Iterator[None]:
         observer.event("end")
 
 
-def _watch_layers(observer: Observer, chunk: Any, stack: ExitStack) -> None:  # noqa: ANN401
+def _watch_layers(observer: Observer, chunk: Built, then: str, stack: ExitStack) -> None:
+    """Note what runs of a chunk. `then`: what is made behind its last layer."""
+    begin = chunk.root.register_forward_pre_hook(_begin(observer), prepend=True)
+    stack.callback(begin.remove)
     names = chunk.layers
     for index, name in enumerate(names):
         layer: nn.Module = chunk.root.model.get_submodule(name)
         before = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
-        last = index == len(names) - 1
-        then = LOSS if last else ""
-        after = layer.register_forward_hook(_leave(observer, name, then))
+        behind = then if index == len(names) - 1 else ""
+        after = layer.register_forward_hook(_leave(observer, name, behind))
         stack.callback(before.remove)
         stack.callback(after.remove)
+
+
+def _begin(observer: Observer) -> Callable[..., None]:
+    def begin(module: nn.Module, args: object) -> None:
+        observer._tag = "embedding"
+
+    return begin
 
 
 def _enter(observer: Observer, name: str) -> Callable[..., None]:

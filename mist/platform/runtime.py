@@ -202,7 +202,9 @@ class Offloading(Record):
 
     `by_layer`: whole layers have their weights and gradients offloaded together, so that the two
     ratios are one; otherwise a share of every layer. `activations`: a share of what layers save.
-    `num_staged_layers`: layers whose share is on the device in passing.
+    `num_staged_layers`: layers whose share is on the device in passing. `bucket_bytes`: what the
+    optimizer streams at a time of one fp32 state, once activations are gone (null: whole blocks
+    beside them).
     """
 
     weights: HostedState | None
@@ -211,6 +213,7 @@ class Offloading(Record):
     activations: bool
     by_layer: bool
     num_staged_layers: Quantity
+    bucket_bytes: Quantity | None = None
 
     def __post_init__(self) -> None:
         if self.by_layer and (self.weights is None or self.grads is None):

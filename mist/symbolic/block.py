@@ -19,7 +19,7 @@ import sympy
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import B, Block, Collective, Layout, Op, OpKind, S, SavedTensor, T
+from mist.graph import B, Block, Collective, Layout, Op, OpKind, Param, S, SavedTensor, T
 from mist.platform.runtime import Kernels, Loss, Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
@@ -49,8 +49,9 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCost:
-    """Seconds of one micro-batch and bytes of one rank; `params` counts parameters of the rank.
+    """Seconds of one micro-batch and bytes of one rank.
 
+    `params` counts parameters of the rank, `largest_params` those of its largest tensor.
     `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters, reduce-scatter and all-reduce
     of the gradients, over the data-parallel group; `gather_copy_s`, `scatter_copy_s`: the copies
     out of and into their flat buffers. `pointwise_s`: what `recompute_s` holds beside products and
@@ -67,6 +68,7 @@ class BlockCost:
     tp_backward_s: Expr
     tp_recompute_s: Expr
     params: Expr
+    largest_params: Expr
     gather_s: Expr
     scatter_s: Expr
     reduce_s: Expr
@@ -224,6 +226,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
         "weight_s": _pass_seconds([op for op in backward if _is_of_weights(op)], setting),
         "params": params,
+        "largest_params": sym.larger(0, *dict.fromkeys(map(_rank_numbers, block.params))),
         "gather_s": gather,
         "scatter_s": scatter,
         "reduce_s": reduce,
@@ -259,6 +262,11 @@ def rank_params(block: Block) -> Expr:
     sharded = sum(param.num_reals for param in block.params if param.sharded)
     whole = sum(param.num_reals for param in block.params if not param.sharded)
     return sympy.Integer(sharded) / T + whole
+
+
+def _rank_numbers(param: Param) -> Expr:
+    """Real numbers of a parameter on one rank of t."""
+    return sympy.Integer(param.num_reals) / (T if param.sharded else 1)
 
 
 def saved_bytes(block: Block, setting: Setting) -> Expr:

@@ -88,6 +88,7 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr
     is_layer, runtime = name.isdigit(), setting.runtime
     terms = {
         f"{name}_params": cost.params,
+        f"{name}_largest_params": cost.largest_params,
         f"{name}_optimizer_s": optimizer_seconds(cost.params, runtime, is_layer=is_layer),
         f"{name}_ends_s": ends_seconds(cost),
         f"{name}_weight_s": cost.weight_s,
@@ -176,7 +177,16 @@ def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
         "hosted_layer_bytes_per_param": layer,
         "hosted_bytes_per_param": every,
         "streamed_bytes_per_param": staged * streamed,
+        "bucket_params": _bucket_params(runtime),
     }
+
+
+def _bucket_params(runtime: Runtime) -> Expr:
+    """Parameters whose shards fill a bucket of the optimizer's stream."""
+    if runtime.offload is None or runtime.offload.bucket_bytes is None:
+        return sympy.Float(0.0)
+    own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
+    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.DP, True))
 
 
 def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
@@ -289,7 +299,7 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     else:
         working = _worst(rows, "{x}_{level}_working_bytes")
         gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
-    streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
+    streamed = _streamed(rows, runtime)
     parts = {
         "states": states,
         "activations": sym.IN_FLIGHT * (kept + _term("shared_bytes")),
@@ -299,6 +309,16 @@ def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
     return parts | {"allocator": overhead * sympy.Add(*parts.values())}
+
+
+def _streamed(rows: list[_Row], runtime: Runtime) -> Expr:
+    """What the optimizer has on its way, beyond what is kept of activations."""
+    each = _term("streamed_bytes_per_param")
+    if runtime.offload is None or runtime.offload.bucket_bytes is None:
+        return each * _worst(rows, "{x}_params")
+    bucket = sym.larger(_term("bucket_params"), _worst(rows, "{x}_largest_params"))
+    kept = sym.IN_FLIGHT * (_total(rows, "kept_bytes") + _term("shared_bytes"))
+    return each * sym.smaller(_params(rows), bucket) - kept
 
 
 def _exchanged(runtime: Runtime) -> Expr:
