@@ -83,3 +83,6 @@ ScheduleName = Annotated[
     ScheduleKind, typer.Option("--schedule", help="Order of micro-batches in the pipeline.")
 ]
 Vpp = Annotated[int, typer.Option("--vpp", help="Chunks of layers per stage.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Dry-run the winner; plan again if it does not fit.")
+]

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +43,7 @@ from mist.cli.options import (
     Tokens,
     Top,
     Tp,
+    Verify,
     Vpp,
     Zero,
 )
@@ -52,6 +54,7 @@ from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
 if TYPE_CHECKING:
     from mist.workflow.checking import Checked
     from mist.workflow.renting import Rented
+    from mist.workflow.verifying import Verified
 
 OF_ANY_PLAN = {"subject", "margin", "out", "as_json"}  # what `mist check PLAN` may be told
 
@@ -79,6 +82,7 @@ def plan(
     solver: SolverName = Solver.BOTH,
     time_limit: TimeLimit = math.inf,
     top: Top = 5,
+    verify: Verify = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -108,16 +112,37 @@ def plan(
         time_limit_s=time_limit,
         method=solver.value,
     )
-    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
-        rented = rent(question, offer, allowed, effort)
+
+    def search(margin_ratio: float | None) -> "Rented":
+        return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
+
+    rented, verified = _searched(search, margin, verify=verify)
     _write_plan(rented, out)
-    _show_plan(rented, tokens, as_json=as_json)
+    _show_plan(rented, verified, tokens, as_json=as_json)
 
 
-def _show_plan(rented: "Rented", tokens: float | None, *, as_json: bool) -> None:
+def _searched(
+    search: Callable[[float | None], "Rented"], margin_ratio: float | None, *, verify: bool
+) -> "tuple[Rented, Verified | None]":
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        if not verify:
+            return search(margin_ratio), None
+        from mist.workflow.verifying import until_it_fits
+
+        return until_it_fits(search, margin_ratio, progress)
+
+
+def _show_plan(
+    rented: "Rented", verified: "Verified | None", tokens: float | None, *, as_json: bool
+) -> None:
     from mist.report.candidates import candidates_json, print_candidates
     from mist.report.plans import plan_json, print_plan
 
+    if verified is not None and not as_json:
+        from mist.report.verified import print_verified
+        from mist.workflow.verifying import UNSEEN
+
+        print_verified(verified.stages, UNSEEN)
     planned, candidates, index = rented.planned, rented.candidates, rented.index
     if as_json:
         curve = candidates_json(candidates, index, tokens)

@@ -56,13 +56,14 @@ def dry_run(
 
 def _start(folder: Path, stage: int, policy: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mist.exec.dryrun", str(folder / "plan.yaml"), str(stage)]
-    return subprocess.Popen(
-        [*command, policy, str(folder / f"{stage}.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / f"{stage}.err").open("w"),
-        text=True,
-    )
+    with (folder / f"{stage}.err").open("w") as errors:
+        return subprocess.Popen(
+            [*command, policy, str(folder / f"{stage}.json")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            text=True,
+        )
 
 
 def _ended(running: dict[int, subprocess.Popen[str]]) -> Iterator[int]:

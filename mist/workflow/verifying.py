@@ -1,6 +1,6 @@
 """`mist verify`: the plan's real program, dry-run stage by stage, beside what was predicted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,9 +16,11 @@ from mist.programs import Progress, quiet
 from mist.refusals import refuse_unplayable
 from mist.symbolic.charges import charged
 from mist.trace import Setting, load_graph
+from mist.workflow.renting import Rented
 
 MEMORY_TOLERANCE: Final = 0.08  # between the live bytes predicted and seen, of those seen
 BYTES_TOLERANCE: Final = 0.01  # between the bytes of collectives charged and issued
+MOST_SEARCHES: Final = 3  # of a plan that its dry run refutes
 AXES: Final = ("dp", "tp", "pp")  # beside them: sums of a few numbers, which nothing charges for
 UNSEEN: Final = (
     "workspaces of kernels, fragmentation and rounding of the allocator, buffers of NCCL, the "
@@ -184,3 +186,24 @@ def _compared(known: Sum, issued: tuple[Issued, ...]) -> Iterator[Compared]:
             issued=count,
             issued_bytes=size,
         )
+
+
+def until_it_fits(
+    search: Callable[[float | None], Rented], margin_ratio: float | None, progress: Progress
+) -> tuple[Rented, Verified]:
+    """Search, dry-run the winner, and search again with more margin while it does not fit.
+
+    Raises what the search and `verify_plan` raise.
+    """
+    rented = search(margin_ratio)
+    for _ in range(MOST_SEARCHES):
+        verified = verify_plan(rented.planned.plan, progress)
+        limit_bytes = rented.planned.limits.device_bytes
+        over = max((s.seen.peak_bytes + s.allowance_bytes) / limit_bytes for s in verified.stages)
+        if over <= 1.0:
+            break
+        usable_bytes = verified.stages[0].usable_bytes
+        margin_ratio = 1.0 - limit_bytes / over / usable_bytes
+        progress(f"the winner holds {over:.1%} of its limit: margin {margin_ratio:.3f} instead")
+        rented = search(margin_ratio)
+    return rented, verify_plan(rented.planned.plan, progress) if over > 1.0 else verified
