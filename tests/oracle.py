@@ -292,25 +292,23 @@ def _instants(
     layers: list[tuple[Block, str]],
     ends: list[Block],
     working: list[float],
-    kept: float,
-) -> tuple[list[float], float]:
-    """Bytes beyond states and kept activations: of the loss, of a layer backward, of the end."""
-    last = rank.stage == rank.num_stages - 1
+    largest_kept: float,
+) -> tuple[list[float], list[float], float]:
+    """Bytes beyond states and kept activations: as a backward pass begins, as it ends; gathered."""
     layer = max(held_params(rank, block) for block, _ in layers)
     root = sum(held_params(rank, end) for end in ends)
     if len(ends) == 2:
         root -= sum(param.numel for param in ends[1].params if param.tied) / rank.tp
-    head = held_params(rank, ends[-1]) if last else 0.0
+    head = held_params(rank, ends[-1]) if last_stage(rank) else 0.0
     buffer = 4 * root if rank.zero >= 2 and rank.num_micro_batches > 1 else 0.0
     whole = 2 if rank.zero == 3 else 0
     running = max(working[: len(layers)]) + whole * layer + 2 * (layer + head)
     running += max(4 * layer, buffer)
-    instants = [0.0, running, 6 * root - kept - whole * layer]
-    if last:
-        working[-1] += _divided_loss_bytes(rank, ends[-1])
-        instants[1] -= kept_bytes(rank, ends[-1])
-        instants.append(working[-1] + buffer)
-    return instants, whole * (root + layer)
+    begin, end = [0.0, running], [running + largest_kept, 6 * root - whole * layer]
+    if last_stage(rank):
+        begin[1] -= kept_bytes(rank, ends[-1])
+        begin.append(working[-1] + _divided_loss_bytes(rank, ends[-1]) + buffer)
+    return begin, end, whole * (root + layer)
 
 
 def largest_tensor(rank: Rank, block: Block) -> float:
@@ -351,20 +349,16 @@ def _peak(
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
     bucket = max([2**24 * shard, *(largest_tensor(rank, block) for block in blocks)])
     each = sum(size for s, size in streams.items() if rank.share(s))
-    streamed = 2 * each * min(bucket, params) - in_flight * kept
     lone = rank.num_micro_batches == 1
     here = params - of_layers * rank.share("grads")
     amid = 4 * here / (rank.dp if rank.zero >= 2 else 1) if lone else 0.0
     left = 4 * here / (rank.dp if rank.zero >= 1 else 1) if lone else 0.0
     states -= amid
-    largest_kept = (1 - away) * max(sizes)
-    instants, gathered = _instants(rank, layers, ends, working, kept)
-    backward = instants[1] + (kept_bytes(rank, ends[-1]) if last_stage(rank) else 0.0)
-    instants = [*instants, backward - kept + largest_kept + left]
-    instants[2] += left
+    begin, end, gathered = _instants(rank, layers, ends, working, (1 - away) * max(sizes))
+    instants = [*begin, max(*end, 2 * each * bucket) - kept + left]
     last = rank.stage == rank.num_stages - 1
     sent = 0.0 if last else (in_flight + 1) * boundary
     buffers = sent + 2 * away * max(sizes)
-    total = states + in_flight * kept + max(*instants, streamed) + gathered + buffers
+    total = states + in_flight * kept + max(instants) + gathered + buffers
     host = hosted + in_flight * away * sum(sizes)
     return total * (1 + runtime.memory.allocator_overhead_ratio.value), host

@@ -298,10 +298,12 @@ class _Position:
         last = np.broadcast_to(last, one.shape)
         if len(self._kinds) > 1:
             return one, last
-        limits = (self._limits.device_bytes, self._limits.host_bytes)
-        held = self._bytes(self._parts(upper, lower, one), self._row)
+        device_bytes, host_bytes = self._limits.device_bytes, self._limits.host_bytes
+        limits = {"begin_bytes": device_bytes, "end_bytes": device_bytes, "host_bytes": host_bytes}
+        parts = self._parts(upper, lower, one)
         guess = np.zeros(one.shape)
-        for name, limit, size in zip(("peak_bytes", "host_bytes"), limits, held, strict=True):
+        for name, limit in limits.items():
+            size = self._value(name, parts, self._row)
             saved = -self._differs(name, upper, lower)[0][:, None]
             over = size - limit
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -345,7 +347,8 @@ class _Position:
 
     def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
         """Peak on the device and bytes in host memory."""
-        return self._value("peak_bytes", parts, rows), self._value("host_bytes", parts, rows)
+        begin, end = (self._value(name, parts, rows) for name in ("begin_bytes", "end_bytes"))
+        return np.maximum(begin, end), self._value("host_bytes", parts, rows)
 
     def _value(self, name: str, parts: _Parts, rows: Ints) -> Floats:
         return self._base(name, parts, rows) + self._sum(name, parts, rows)

@@ -13,7 +13,15 @@ from mist.symbolic import symbols as sym
 from mist.symbolic.program import ModelPrograms, Program
 from mist.symbolic.stage import StageCost, stage_cost
 
-SEARCHED = ("stable_s", "lone_s", "weight_s", "peak_bytes", "host_bytes")
+SEARCHED = (
+    "stable_s",
+    "lone_s",
+    "weight_s",
+    "peak_bytes",
+    "begin_bytes",
+    "end_bytes",
+    "host_bytes",
+)
 
 SIZES = (B, S, T)
 RANKS = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO, sym.TP_PER_NODE, sym.PIPELINED)

@@ -231,7 +231,7 @@ def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     layers = [row for row in rows if row[0].isdigit()]
     once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
     once += runtime.host.step_s.value
-    memory = _memory(rows, runtime)
+    memory, begin, end = _memory(rows, runtime)
     return {
         **parts,
         "stable_s": _total(rows, "stable_s") + p2p + each,
@@ -239,6 +239,8 @@ def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
         "weight_s": _of_blocks(rows, "weight_s"),
         **{f"{part}_bytes": expr for part, expr in memory.items()},
         "peak_bytes": sympy.Add(*memory.values()),
+        "begin_bytes": begin,
+        "end_bytes": end,
         "host_bytes": _host_bytes(rows),
     }
 
@@ -286,39 +288,34 @@ def _tied_reduce() -> Expr:
     return at_one_end * (in_node + sym.SPANS_NODES * (cross - in_node))
 
 
-def _memory(rows: list[_Row], runtime: Runtime) -> dict[str, Expr]:
-    """Peak bytes by part; the parts sum to the peak."""
-    kept = _total(rows, "kept_bytes")
+def _memory(rows: list[_Row], runtime: Runtime) -> tuple[dict[str, Expr], Expr, Expr]:
+    """Peak bytes by part, which sum to the peak; and bytes as backward passes begin and end.
+
+    The peak is the larger of the two, and each is a straight line in the numbers of layers.
+    """
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
     states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
     if runtime.transients.root_group:
-        working, gathered = _of_groups(rows)
+        begin, end, gathered = _of_groups(rows)
         states -= _lone() * _gradients(rows, "grads")
     else:
-        working = _worst(rows, "{x}_{level}_working_bytes")
+        streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
+        begin = end = sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed)
         gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
-    streamed = _streamed(rows, runtime)
-    parts = {
+    others = {
         "states": states,
-        "activations": sym.IN_FLIGHT * (kept + _term("shared_bytes")),
-        "working": sym.larger(working, streamed),
+        "activations": sym.IN_FLIGHT * (_total(rows, "kept_bytes") + _term("shared_bytes")),
         "gathered": gathered,
         "buffers": _exchanged(runtime) * _term("p2p_bytes") + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
-    return parts | {"allocator": overhead * sympy.Add(*parts.values())}
-
-
-def _streamed(rows: list[_Row], runtime: Runtime) -> Expr:
-    """What the optimizer has on its way, beyond what is kept of activations."""
-    each = _term("streamed_bytes_per_param")
-    if runtime.offload is None or runtime.offload.bucket_bytes is None:
-        return each * _worst(rows, "{x}_params")
-    bucket = sym.larger(_term("bucket_params"), _worst(rows, "{x}_largest_params"))
-    kept = sym.IN_FLIGHT * (_total(rows, "kept_bytes") + _term("shared_bytes"))
-    return each * sym.smaller(_params(rows), bucket) - kept
+    held, working = sympy.Add(*others.values()), sym.larger(begin, end)
+    parts = {name: others[name] for name in ("states", "activations")} | {"working": working}
+    parts |= {name: others[name] for name in ("gathered", "buffers")}
+    parts["allocator"] = overhead * (held + working)
+    return parts, (1 + overhead) * (held + begin), (1 + overhead) * (held + end)
 
 
 def _exchanged(runtime: Runtime) -> Expr:
@@ -329,34 +326,38 @@ def _exchanged(runtime: Runtime) -> Expr:
     return to_next + to_previous
 
 
-def _of_groups(rows: list[_Row]) -> tuple[Expr, Expr]:
-    """What FSDP2 and a backward pass hold for a while: at the worst instant, and of it gathered.
+def _of_groups(rows: list[_Row]) -> tuple[Expr, Expr, Expr]:
+    """What FSDP2 and a backward pass hold for a while: as it begins, as it ends; what is gathered.
 
     Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
     are gathered at all instants, and the next layer beside the one that runs. From ZeRO-2 on the
     fp32 buffer of a reduction lives until the next one: the root's from the micro-batch before.
     Gradients of the head wait for those of the embedding. While a layer runs backward nothing of
-    the head is kept; at the first layer nothing of others. A lone micro-batch has gradients at the
-    end only.
+    the head is kept; at the first layer nothing of others, when the root is reduced and when the
+    optimizer streams its states nothing at all. A lone micro-batch has gradients at the end only.
     """
     layers = [row for row in rows if row[0].isdigit()]
     ends = [row for row in rows if not row[0].isdigit()]
     layer, head = _worst(layers, "{x}_params"), sym.LAST * _term("head_params")
     root = _of_blocks(ends, "params") - sym.FIRST * sym.LAST * _term("tied_params")
     compute, fp32 = _term("compute_bytes_per_param"), _term("fp32_bytes_per_param")
-    again = 1 - _lone()
-    buffer = _term("buffer_bytes_per_param") * again * root
+    buffer = _term("buffer_bytes_per_param") * (1 - _lone()) * root
     next_layer = _term("whole_bytes_per_param") * layer
     loss = sym.LAST * (_term("head_eager_working_bytes") + buffer)
     beside = next_layer + compute * (layer + head) + sym.larger(fp32 * layer, buffer)
     running = _worst(layers, "{x}_{level}_working_bytes") + beside
-    kept = _total(rows, "kept_bytes") + _term("shared_bytes")
-    made = _lone() * _gradients(rows, "left")
-    first = running - kept + _worst(layers, "{x}_{level}_kept_bytes") + made
-    end = (compute + fp32) * root - kept - next_layer + made
-    running -= sym.LAST * _term("head_eager_kept_bytes")
-    worst = sym.larger(0, loss, running, first, end)
-    return worst, _term("whole_bytes_per_param") * (root + layer)
+    begin = sym.larger(0, loss, running - sym.LAST * _term("head_eager_kept_bytes"))
+    first = running + _worst(layers, "{x}_{level}_kept_bytes")
+    reduced = (compute + fp32) * root - next_layer
+    end = sym.larger(first, reduced, _streamed(rows)) + _lone() * _gradients(rows, "left")
+    end -= _total(rows, "kept_bytes") + _term("shared_bytes")
+    return begin, end, _term("whole_bytes_per_param") * (root + layer)
+
+
+def _streamed(rows: list[_Row]) -> Expr:
+    """What the optimizer has on its way: buckets, of one parameter at least."""
+    bucket = sym.larger(_term("bucket_params"), _worst(rows, "{x}_largest_params"))
+    return _term("streamed_bytes_per_param") * bucket
 
 
 def _lone() -> Expr:
