@@ -90,8 +90,8 @@ def allows(space: SearchSpace, stage: StagePlan, *, whole: bool) -> bool:
 )
 def test_the_least_memory_is_that_of_every_layout(counts: tuple[int, ...]) -> None:
     """Unlike stages, unlike layers, and host memory for nothing, for a part and for all."""
-    job = toy_job(toy_graph(counts, vocab=4096), 2, global_batch=2)
-    hosts = (0.0, *(share * 1e9 for share in (0.05, 0.1, 0.15, 0.2, 0.3)), 1e12)
+    job = toy_job(toy_graph(counts, vocab=4096, hidden=2048), 2, global_batch=2)
+    hosts = (0.0, *(share * 4e9 for share in (0.05, 0.1, 0.15, 0.2, 0.3)), 1e12)
     want = least_of_all(job, SPACE, hosts)
     assert want == sorted(want, reverse=True)
     assert len(set(want)) >= 3

@@ -57,7 +57,7 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
             attention=plan.workload.attention,
             policy=policy,
         )
-        with mode, runs_as(setting):
+        with mode, runs_as(setting), warnings.catch_warnings(action="ignore"):
             _step(parallel, loaded, observer)
     return _seen(plan, stage, short, observer)
 
