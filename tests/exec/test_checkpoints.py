@@ -27,6 +27,7 @@ def test_a_checkpoint_goes_on_under_other_plans(tmp_path: Path) -> None:
         assert losses == pytest.approx(uninterrupted, abs=MAX_LOSS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_death_while_saving_loses_nothing(tmp_path: Path) -> None:
     write_models(tmp_path)

@@ -19,8 +19,8 @@ from tests.exec.variants import SLOW, VARIANTS
 # AdamW moves a parameter by at most about the learning rate (1e-3) in a step, either way.
 MAX_LOSS = {Precision.FP32: 2e-6, Precision.BF16: 2e-3}
 MAX_PARAMETER = {Precision.FP32: 5e-5, Precision.BF16: 6e-3}
-RANKS = [  # with 4 or more, two cores take most of a minute
-    pytest.param(n, marks=[pytest.mark.slow] if n >= 4 else [])
+RANKS = [  # with 3 or more, two cores take long
+    pytest.param(n, marks=[pytest.mark.slow] if n >= 3 else [])
     for n in sorted({variant.world_size for variant in VARIANTS})
 ]
 

@@ -60,6 +60,7 @@ def figures(record: object, place: str) -> Iterator[tuple[str, Quantity]]:
             yield from figures(value, f"{place}[{index}]")
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured_and_positive(machine: Machine) -> None:
     parts = {"device": machine.device, "cluster": machine.cluster, "values": machine.values}
     found = {at: q for name, part in parts.items() for at, q in figures(part, name)}
@@ -69,6 +70,7 @@ def test_every_figure_is_measured_and_positive(machine: Machine) -> None:
     assert not {at for at in zero if not at.endswith(MAY_BE_ZERO)}
 
 
+@pytest.mark.slow
 def test_the_spread_is_told_with_the_figures_and_tables(machine: Machine) -> None:
     tables: list[OpTable | CollectiveTable] = [*machine.cluster.tables.values()]
     tables += [table for each in machine.device.tables.values() for table in each.values()]
@@ -76,6 +78,7 @@ def test_the_spread_is_told_with_the_figures_and_tables(machine: Machine) -> Non
         assert "middle half within" in each.source
 
 
+@pytest.mark.slow
 def test_collectives_cost_more_with_more_bytes(machine: Machine) -> None:
     for table in machine.cluster.tables.values():
         assert table.groups == (2,)
@@ -83,16 +86,19 @@ def test_collectives_cost_more_with_more_bytes(machine: Machine) -> None:
         assert table.rows[-1][1] > 2 * table.rows[0][1]
 
 
+@pytest.mark.slow
 def test_the_host_is_the_device(machine: Machine) -> None:
     names = ("host.launch_ahead_ratio", "overlap.zero_all_gather_ratio")
     assert [machine.values[f"runtime.{name}"].value for name in names] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_profile_survives_the_round_trip(machine: Machine, path: Path) -> None:
     data = read_yaml(dump_machine(machine).encode(), path)
     assert check(data, Machine, path) == machine
 
 
+@pytest.mark.slow
 def test_plans_are_made_for_it_and_found_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -115,6 +121,7 @@ def test_plans_are_made_for_it_and_found_again(
     assert question_of(plan, tmp_path / "plan.yaml", None).cluster == "here"
 
 
+@pytest.mark.slow
 def test_another_gpu_is_refused(path: Path) -> None:
     with pytest.raises(PlatformError) as refused:
         load_platform(num_gpus=2, gpu="h100-sxm", cluster=str(path), runtime="torch")
@@ -135,6 +142,7 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, object], message:
     assert str(refused.value) == message
 
 
+@pytest.mark.slow
 def test_a_value_that_the_runtime_lacks_is_told(path: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(path.read_text().replace("runtime.host.layer_launch_s", "runtime.host.none"))
