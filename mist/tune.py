@@ -29,7 +29,7 @@ from mist.milp import Method
 from mist.pareto.bounds import lower_bound_s
 from mist.pareto.even import alike_layouts, even_layouts
 from mist.pareto.layouts import Layout
-from mist.pareto.space import Group, expressible, groups, offloading
+from mist.pareto.space import Group, expressible, groups, lean_ratios, offloading
 from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.spaces import SearchSpace
@@ -222,17 +222,17 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
 def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:
     """The layout whose fullest device holds least, of those with room in host memory.
 
-    Each state is offloaded as far as it may be, or not at all; no schedule holds less than 1F1B.
+    States are offloaded as far as they may be, or not at all; no schedule holds less than 1F1B.
     Raises InputError when the space is empty.
     """
     if ScheduleKind.ONE_F_ONE_B in space.schedules:
         space = replace(space, schedules=(ScheduleKind.ONE_F_ONE_B,))
     within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
-    most = {name: (min(ratios), max(ratios)) for name, ratios in space.offload.items()}
+    lean = replace(space, offload=lean_ratios(space))
     layouts: list[Layout] = []
     for group in groups(job, replace(space, unequal_meshes=False)):
         rows = np.arange(len(group.strategies))
-        away = offloading(job, group, replace(space, offload=most), rows)
+        away = offloading(job, group, lean, rows)
         model = GroupModel(job, group, group.strategies.joined(away), space)
         layouts += even_layouts(model, within, least="peak_bytes")
     if not layouts:

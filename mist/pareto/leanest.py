@@ -1,10 +1,11 @@
 """The least memory with which a group of layouts can train: what `--objective memory` asks for.
 
-The peak of a layout is that of its fullest stage. A stage's peak is a sum of lines in its offload
-ratios and in the number of layers at a lower memory level, and of maxima over the blocks and levels
-that it has at all. So it is least
+The peak of a layout is that of its fullest stage, as a backward pass begins or as it ends. Each is
+a sum of lines in its offload ratios and in the number of layers at a lower memory level, and of
+maxima over the blocks and levels that it has at all. So it is least
 
-    at the ends of each ratio, or, where host memory binds, at one of the ratios in between;
+    at the ends of each ratio of a state and at any of activations (`lean_ratios`), or, where host
+    memory binds, at one of the ratios in between;
     with all layers at one level, or with as many at the lower one as need no further kind of block
     to be recomputed: between two such numbers the peak falls with each layer.
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from mist.estimate import Job
 from mist.pareto.even import layer_counts
-from mist.pareto.space import Floats, Group, Ints, groups, offloading
+from mist.pareto.space import Floats, Group, Ints, groups, lean_ratios, offloading
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
 from mist.plans import Limits
@@ -64,10 +65,7 @@ def leanest(job: Job, space: SearchSpace, *, host_bytes: float) -> Leanest:
 
 def _of_group(job: Job, space: SearchSpace, group: Group, host_bytes: float) -> float:
     """The least peak of a group: every ratio is tried where the ends of each do not tell."""
-    ends = {
-        name: tuple(sorted({min(ratios), max(ratios)})) for name, ratios in space.offload.items()
-    }
-    narrow = replace(space, offload=ends)
+    narrow = replace(space, offload=lean_ratios(space))
     least = _least(job, narrow, group, host_bytes)
     if least == _least(job, narrow, group, math.inf):
         return least

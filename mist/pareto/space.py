@@ -266,6 +266,18 @@ def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strate
     return kept.priced(job, group.num_stages)
 
 
+def lean_ratios(space: SearchSpace) -> Mapping[str, tuple[float, ...]]:
+    """The offload ratios among which least memory is found, where host memory does not bind.
+
+    Memory falls with the share of a state. That of activations staged on their way grows with the
+    share, which may be more than it saves at the end of a backward pass: all of these are tried.
+    """
+    return {
+        name: ratios if name == "activations" else tuple(sorted({min(ratios), max(ratios)}))
+        for name, ratios in space.offload.items()
+    }
+
+
 def _tuples(space: SearchSpace, runtime: Runtime) -> Floats:
     """Offload ratios [T, 4] of what the space allows, without the tuple of nothing."""
     axes = np.meshgrid(*(space.offload[name] for name in OFFLOADED), indexing="ij")

@@ -1,0 +1,35 @@
+"""A variant on one rank of the tests' rank programs, with the data of its model."""
+
+from pathlib import Path
+
+import torch
+
+from mist.exec.anatomy import examine
+from mist.exec.batches import Batches
+from mist.exec.loading import load
+from mist.exec.parallel import build, subject_of
+from mist.spec import Attention
+from tests.exec.layouts import SEQ_LEN, Variant, plan_of
+from tests.exec.parity import SEED, settings
+from tests.exec.variants import VARIANTS
+
+
+class Run:
+    """Built with weights of the seed; `batches`: of its model."""
+
+    def __init__(
+        self, variant: Variant, folder: Path, device: torch.device, max_norm: float | None
+    ) -> None:
+        plan = plan_of(variant, folder)
+        loaded = load(plan.model.source, Attention.FLASH)
+        subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
+        self.parallel = build(subject, plan, device, settings(max_norm), SEED)
+        self.batches = Batches(loaded, plan.workload, SEED)
+
+    def train(self, first: int, last: int) -> list[float]:
+        steps = range(first, last)
+        return [self.parallel.train_step(self.batches.step(i)).loss for i in steps]
+
+
+def variant_of(name: str) -> Variant:
+    return next(variant for variant in VARIANTS if variant.name == name)
