@@ -93,6 +93,11 @@ class StagePlan:
         """Layers of the stage."""
         return sum(count for _, count in self.layers)
 
+    @property
+    def levels(self) -> tuple[MemoryLevel, ...]:
+        """The memory level of each layer of the stage, in order."""
+        return tuple(level for level in MemoryLevel for _ in range(self.num_at(level)))
+
     def num_at(self, level: MemoryLevel) -> int:
         """Layers of the stage at a memory level."""
         return self.memory.get(level, 0)

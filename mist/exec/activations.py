@@ -7,7 +7,7 @@ taken so far leaves room for it. In the backward pass the tensors of one layer a
 layer behind it runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -25,7 +25,6 @@ from torch.utils.checkpoint import (
 )
 
 from mist.exec.swap import Copy, Swapper
-from mist.plans import StagePlan
 from mist.spec import MemoryLevel
 
 aten = torch.ops.aten
@@ -39,12 +38,6 @@ KEPT: Final = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )  # fmt: skip
-
-
-def levels(stage: StagePlan) -> Iterator[MemoryLevel]:
-    """The memory level of each layer of a stage, in order."""
-    for level in MemoryLevel:
-        yield from [level] * stage.num_at(level)
 
 
 def keep(layer: nn.Module, level: MemoryLevel) -> None:

@@ -10,8 +10,8 @@ more micro-batches than can be in flight are cut: those in the middle of a step 
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -26,17 +26,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from mist.errors import MistError
 from mist.exec.adamw import Settings
 from mist.exec.anatomy import examine
+from mist.exec.loading import load_within
+from mist.exec.measure import Rows, collectives_of
 from mist.exec.observe import Observer, observed
 from mist.exec.parallel import Parallel, assemble, subject_of
-from mist.exec.seen import Issued, Seen, to_json
+from mist.exec.seen import Seen, to_json
 from mist.files import write_bytes
 from mist.planfile import load_plan
 from mist.plans import Plan
-from mist.spec import Attention, Precision, ScheduleKind
+from mist.spec import Attention, ScheduleKind
 from mist.trace.fake import tables_of
-from mist.trace.loader import LoadedModel, load_model, local_modules
+from mist.trace.loader import LoadedModel
 from mist.trace.shim import runs_as
-from mist.trace.source import Policy, PythonSource, Setting, resolve
+from mist.trace.source import Policy, Setting
 
 MORE = 3  # micro-batches beyond those in flight that are run: the first, one amid others, the last
 
@@ -50,7 +52,7 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
         subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         parallel = assemble(subject, short, torch.device("cpu"), Settings(), lambda: mode)
-        observer = Observer(parallel, parallel.axes)
+        observer = Observer(parallel)
         parallel.swapper.quietly = observer.on_host
         setting = Setting(
             precision=plan.workload.precision,
@@ -71,7 +73,7 @@ def _step(parallel: Parallel, loaded: LoadedModel, observer: Observer) -> None:
 
 def _seen(plan: Plan, stage: int, short: Plan, observer: Observer) -> Seen:
     left = plan.num_micro_batches - short.num_micro_batches
-    rows = extended(observer.measured_rows(), observer.ends, left)
+    rows = extended(observer.rows(), observer.ends, left)
     return Seen(
         stage=stage,
         rank=plan.stages[stage].devices[0],
@@ -83,15 +85,9 @@ def _seen(plan: Plan, stage: int, short: Plan, observer: Observer) -> Seen:
         phase=observer.peak.phase,
         module=observer.peak.module,
         operation=observer.peak.operation,
-        collectives=tuple(
-            Issued(axis=axis, kind=kind, count=count, bytes=size)
-            for (axis, kind), (count, size) in sorted(rows.items())
-        ),
+        collectives=collectives_of(rows),
         timeline=tuple(observer.timeline),
     )
-
-
-Rows = Mapping[tuple[str, str], tuple[int, int]]
 
 
 def extended(rows: Rows, ends: Sequence[Rows], more: int) -> Rows:
@@ -115,8 +111,7 @@ def cut(plan: Plan, stage: int) -> Plan:
     num_stages, kind = len(plan.stages), plan.schedule.kind
     if num_stages > 1 and kind is not ScheduleKind.ONE_F_ONE_B:
         return plan
-    enough = min(num_stages - stage - 1 + MORE, plan.num_micro_batches)
-    enough = max(enough, num_stages) if num_stages <= plan.num_micro_batches else enough
+    enough = min(max(num_stages - stage - 1 + MORE, num_stages), plan.num_micro_batches)
     samples = plan.workload.global_batch // plan.num_micro_batches * enough
     workload = replace(plan.workload, global_batch=samples)
     return replace(plan, num_micro_batches=enough, workload=workload)
@@ -155,10 +150,7 @@ def load_shapes(source: str, attention: Attention) -> LoadedModel:
 
     Raises ModelError when the source does not give a model.
     """
-    found = resolve(source)
-    path = found.path if isinstance(found, PythonSource) else None
-    with local_modules(path):
-        loaded = load_model(found, precision=Precision.FP32, attention=attention)
+    loaded = load_within(nullcontext(), source, attention)
     for module in loaded.module.modules():
         for table in tables_of(module):
             for name, value in table.items():

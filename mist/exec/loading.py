@@ -6,7 +6,7 @@ as they are, and each parameter goes to the meta device as soon as it is registe
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +24,19 @@ def load(source: str, attention: Attention) -> LoadedModel:
 
     Raises ModelError when the source does not give a model.
     """
-    found = resolve(source)
-    path = found.path if isinstance(found, PythonSource) else None
-    with local_modules(path), deferred():
-        model = load_model(found, precision=Precision.FP32, attention=attention)
+    model = load_within(deferred(), source, attention)
     empty_parameters(model.module)
     return model
+
+
+def load_within(
+    where: AbstractContextManager[None], source: str, attention: Attention
+) -> LoadedModel:
+    """The model that a plan names, in fp32, built within a context. Raises ModelError."""
+    found = resolve(source)
+    path = found.path if isinstance(found, PythonSource) else None
+    with local_modules(path), where:
+        return load_model(found, precision=Precision.FP32, attention=attention)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mist.exec.seen import Collective
 
 # The same collective has several names: c10d's own, and those of functional collectives.
 KINDS: Final = {
@@ -40,21 +43,22 @@ NAMESPACES: Final = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
-    """`count` collectives of one kind along one axis (dp, tp, pp or world), `bytes` together."""
-
-    axis: str
-    kind: str
-    count: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One step of one rank. `peak_bytes`: of the device, states included."""
 
     peak_bytes: int
     collectives: tuple[Collective, ...]
+
+
+Rows = Mapping[tuple[str, str], tuple[int, int]]
+
+
+def collectives_of(rows: Rows) -> tuple[Collective, ...]:
+    """Rows of (axis, kind): (count, bytes) in order."""
+    return tuple(
+        Collective(axis=axis, kind=kind, count=count, bytes=size)
+        for (axis, kind), (count, size) in sorted(rows.items())
+    )
 
 
 class Recorder(TorchDispatchMode):
@@ -74,18 +78,17 @@ class Recorder(TorchDispatchMode):
 
     def measured(self) -> Measured:
         """What was counted."""
-        rows = sorted(self._rows.items())
-        found = (Collective(axis=a, kind=k, count=n, bytes=b) for (a, k), (n, b) in rows)
-        return Measured(peak_bytes=self._peak, collectives=tuple(found))
+        return Measured(peak_bytes=self._peak, collectives=collectives_of(self.rows()))
+
+    def rows(self) -> Rows:
+        """Collectives so far: (axis, kind) to (count, bytes)."""
+        return {key: (count, size) for key, (count, size) in self._rows.items()}
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
         """Within: new storages are in host memory."""
-        before, self._hosting = self._hosting, True
-        try:
+        with patch.object(self, "_hosting", True):
             yield
-        finally:
-            self._hosting = before
 
     def __enter__(self) -> "Recorder":
         self._resize: Callable[..., Any] = torch.UntypedStorage.resize_

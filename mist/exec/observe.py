@@ -6,10 +6,11 @@ keeps is noted again as gradients.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import chain
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from mist.exec.adamw import AdamW, local
-from mist.exec.measure import Recorder
+from mist.exec.measure import Recorder, Rows
 from mist.exec.parallel import Built, Parallel
 from mist.exec.pipeline import Stage
 from mist.exec.seen import Moment
@@ -48,7 +49,7 @@ class Observer(Recorder):
     `ends`: after each backward pass, the collectives so far.
     """
 
-    def __init__(self, parallel: Parallel, axes: Mapping[str, str]) -> None:
+    def __init__(self, parallel: Parallel) -> None:
         self._tags: dict[int, str] = {}
         self._by_tag: Counter[str] = Counter()
         self._tag = "buffers"
@@ -56,17 +57,17 @@ class Observer(Recorder):
         self.phase, self.module = "forward", ""
         self.peak = Peak()
         self.timeline: list[Moment] = []
-        self.ends: list[dict[tuple[str, str], tuple[int, int]]] = []
+        self.ends: list[Rows] = []
         self._since = 0
         self._paused = False
-        super().__init__((), axes)
-        for tag, tensors in _states(parallel).items():
+        super().__init__((), parallel.axes)
+        for tag, tensors in parallel.states(on_host=False).items():
             with self.tagged(tag):
                 for tensor in tensors:
                     self._count(tensor.untyped_storage())
         self.static_bytes = self._bytes
         with self.on_host():
-            for tensor in _host_states(parallel):
+            for tensor in chain(*parallel.states(on_host=True).values()):
                 self._count(tensor.untyped_storage())
 
     @property
@@ -82,11 +83,8 @@ class Observer(Recorder):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within: new storages have no memory."""
-        before, self._paused = self._paused, True
-        try:
+        with patch.object(self, "_paused", True):
             yield
-        finally:
-            self._paused = before
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if not self._paused:
@@ -102,18 +100,11 @@ class Observer(Recorder):
                 self._bytes -= self._live.pop(key)
                 self._keep_on_host(key, size)
 
-    def measured_rows(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Collectives so far: (axis, kind) to (count, bytes)."""
-        return {key: (row[0], row[1]) for key, row in self._rows.items()}
-
     @contextmanager
     def tagged(self, tag: str) -> Iterator[None]:
         """Within: storages that are made are for this."""
-        before, self._tag = self._tag, tag
-        try:
+        with patch.object(self, "_tag", tag):
             yield
-        finally:
-            self._tag = before
 
     def retag(self, tensors: Iterable[torch.Tensor | None], tag: str) -> None:
         """These tensors turned out to be for something else."""
@@ -164,28 +155,7 @@ class Observer(Recorder):
 
     def backward_done(self) -> None:
         """A backward pass of a micro-batch is over."""
-        self.ends.append(self.measured_rows())
-
-
-def _host_states(parallel: Parallel) -> Iterator[torch.Tensor]:
-    """What lives in host memory between steps."""
-    for slot in parallel.optimizer.slots:
-        if slot.parameter_on_host:
-            yield local(slot.parameter.detach())
-        if slot.moments_on_host:
-            yield from (slot.first, slot.second)
-
-
-def _states(parallel: Parallel) -> dict[str, list[torch.Tensor]]:
-    """What the device holds between steps."""
-    slots = parallel.optimizer.slots
-    here = [slot for slot in slots if not slot.parameter_on_host]
-    moments = [m for s in slots if not s.moments_on_host for m in (s.first, s.second)]
-    return {
-        "parameters": [local(slot.parameter.detach()) for slot in here],
-        "optimizer": moments,
-        "buffers": list(parallel.buffers()),
-    }
+        self.ends.append(self.rows())
 
 
 @contextmanager

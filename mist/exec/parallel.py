@@ -7,13 +7,14 @@ FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedu
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import loss_parallel
 
-from mist.exec.activations import Offloader, keep, levels
+from mist.exec.activations import Offloader, keep
 from mist.exec.adamw import AdamW, Settings, local, make_slots
 from mist.exec.anatomy import Anatomy
 from mist.exec.batches import micro_batch, own_rows, to_device
@@ -117,7 +118,7 @@ def assemble(
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
     pieces = chunk_layers(plan, place.stage)
-    of_layers = list(levels(job.stage))
+    of_layers = job.stage.levels
     num_on_host = round(job.stage.offload.weights * job.stage.num_layers)
     built: dict[int, Built] = {}
     done = 0
@@ -259,7 +260,8 @@ class Parallel:
         """A step that is watched: slower on the CPU, where every operation is counted."""
         place, swapper = self.place, self.swapper
         cuda = place.device.type == "cuda"
-        recorder = Recorder([] if cuda else self._device_states(), self.axes)
+        held = [] if cuda else chain(*self.states(on_host=False).values())
+        recorder = Recorder(held, self.axes)
         if cuda:
             torch.cuda.reset_peak_memory_stats(place.device)
         swapper.quietly = recorder.on_host
@@ -272,14 +274,13 @@ class Parallel:
             measured = replace(measured, peak_bytes=peak)
         return step, measured
 
-    def _device_states(self) -> Iterator[torch.Tensor]:
-        """What the device holds between steps: parameters, moments, buffers."""
-        for slot in self.optimizer.slots:
-            if not slot.parameter_on_host:
-                yield local(slot.parameter.detach())
-            if not slot.moments_on_host:
-                yield from (slot.first, slot.second)
-        yield from self.buffers()
+    def states(self, *, on_host: bool) -> dict[str, list[torch.Tensor]]:
+        """What the device, or the host, holds between steps: parameters, moments, buffers."""
+        slots = self.optimizer.slots
+        shards = [local(s.parameter.detach()) for s in slots if s.parameter_on_host is on_host]
+        moments = [m for s in slots if s.moments_on_host is on_host for m in (s.first, s.second)]
+        buffers = [] if on_host else [b for c in self.chunks for b in c.root.buffers()]
+        return {"parameters": shards, "optimizer": moments, "buffers": buffers}
 
     @property
     def chunks(self) -> tuple[Built, ...]:
@@ -291,11 +292,6 @@ class Parallel:
         """Names of process groups, and the axis that each stands for."""
         meshes = {"dp": self.place.dp_mesh, "tp": self.place.tp_mesh}
         return {str(mesh.get_group().group_name): axis for axis, mesh in meshes.items()}
-
-    def buffers(self) -> Iterator[torch.Tensor]:
-        """Tensors of modules that are not trained."""
-        for chunk in self._chunks.values():
-            yield from chunk.root.buffers()
 
     def gradients(self, batch: object) -> torch.Tensor:
         """Forward and backward of all micro-batches; this rank's part of the mean loss."""

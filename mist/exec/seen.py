@@ -1,13 +1,23 @@
-"""What a dry run of one rank saw. Torch-free: it travels between processes as JSON."""
+"""What a dry run of one rank saw, and how it compares with a prediction. Torch-free.
+
+What was seen travels between processes as JSON.
+"""
 
 from dataclasses import dataclass
+from typing import Final
 
 from pydantic import TypeAdapter
 
+MEMORY_TOLERANCE: Final = 0.08  # between the live bytes predicted and seen, of those seen
+BYTES_TOLERANCE: Final = 0.01  # between the bytes of collectives charged and issued
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Issued:
-    """Collectives of one kind along one axis in a step: how many, bytes of whole buffers."""
+class Collective:
+    """Collectives of one kind along one axis of a step: how many, bytes of whole buffers.
+
+    Axes: dp, tp, pp, world; of dry runs also sums (of a few numbers, which nothing charges for).
+    """
 
     axis: str
     kind: str
@@ -41,8 +51,57 @@ class Seen:
     phase: str
     module: str
     operation: str
-    collectives: tuple[Issued, ...]
+    collectives: tuple[Collective, ...]
     timeline: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """Collectives of one kind along one axis: charged by the cost model, issued by the program."""
+
+    axis: str
+    kind: str
+    charged: int
+    charged_bytes: int
+    issued: int
+    issued_bytes: int
+
+    @property
+    def agrees(self) -> bool:
+        """Equal in count, and in bytes within the tolerance."""
+        difference = abs(self.charged_bytes - self.issued_bytes)
+        return self.charged == self.issued and difference <= BYTES_TOLERANCE * self.issued_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageVerified:
+    """One stage. `predicted_bytes`: live, without the allocator's overhead.
+
+    `allowance_bytes`: for what a dry run does not see.
+    """
+
+    seen: Seen
+    predicted_bytes: int
+    predicted_host_bytes: int
+    allowance_bytes: int
+    usable_bytes: int
+    collectives: tuple[Compared, ...]
+
+    @property
+    def difference_ratio(self) -> float:
+        """Predicted less seen, of seen."""
+        return self.predicted_bytes / self.seen.peak_bytes - 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether what was seen fits beside the allowance."""
+        return self.seen.peak_bytes + self.allowance_bytes <= self.usable_bytes
+
+    @property
+    def agrees(self) -> bool:
+        """Whether prediction and program agree within the tolerances."""
+        within = abs(self.difference_ratio) <= MEMORY_TOLERANCE
+        return within and all(row.agrees for row in self.collectives)
 
 
 _SEEN = TypeAdapter(Seen)

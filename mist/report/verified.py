@@ -2,10 +2,11 @@
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from mist.exec.seen import Seen, StageVerified
 from mist.report.tables import say, show
 from mist.units import GIB, format_bytes
 
@@ -15,131 +16,7 @@ if TYPE_CHECKING:
 LAYER = "layer "  # begins the names of parts that single layers keep
 
 
-class Moment(Protocol):
-    """A stretch of a step."""
-
-    @property
-    def event(self) -> str:
-        """What ended it."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that was held in it."""
-
-
-class Seen(Protocol):
-    """What a dry run saw."""
-
-    @property
-    def rank(self) -> int:
-        """The rank that was run."""
-
-    @property
-    def num_micro_batches(self) -> int:
-        """How many were run."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of the device."""
-
-    @property
-    def host_bytes(self) -> int:
-        """Of host memory."""
-
-    @property
-    def parts_bytes(self) -> Mapping[str, int]:
-        """Of the peak."""
-
-    @property
-    def phase(self) -> str:
-        """Of the peak: forward, backward, norm or optimizer."""
-
-    @property
-    def module(self) -> str:
-        """In which it is."""
-
-    @property
-    def operation(self) -> str:
-        """At which it is."""
-
-    @property
-    def timeline(self) -> Sequence[Moment]:
-        """The step."""
-
-
-class Row(Protocol):
-    """Collectives of one kind."""
-
-    @property
-    def axis(self) -> str:
-        """dp, tp or pp."""
-
-    @property
-    def kind(self) -> str:
-        """all_gather, ..."""
-
-    @property
-    def charged(self) -> int:
-        """By the cost model."""
-
-    @property
-    def charged_bytes(self) -> int:
-        """By the cost model."""
-
-    @property
-    def issued(self) -> int:
-        """By the program."""
-
-    @property
-    def issued_bytes(self) -> int:
-        """By the program."""
-
-    @property
-    def agrees(self) -> bool:
-        """Within the tolerance."""
-
-
-class Stage(Protocol):
-    """One stage, predicted and seen."""
-
-    @property
-    def seen(self) -> Seen:
-        """What the dry run saw."""
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Live bytes of the prediction."""
-
-    @property
-    def predicted_host_bytes(self) -> int:
-        """Host bytes of the prediction."""
-
-    @property
-    def allowance_bytes(self) -> int:
-        """For what is not seen."""
-
-    @property
-    def usable_bytes(self) -> int:
-        """Of the device."""
-
-    @property
-    def collectives(self) -> Sequence[Row]:
-        """By axis and kind."""
-
-    @property
-    def difference_ratio(self) -> float:
-        """Predicted less seen, of seen."""
-
-    @property
-    def fits(self) -> bool:
-        """With the allowance."""
-
-    @property
-    def agrees(self) -> bool:
-        """Within the tolerances."""
-
-
-def print_verified(stages: Sequence[Stage], unseen: str) -> None:
+def print_verified(stages: Sequence[StageVerified], unseen: str) -> None:
     """Verdict, peaks with their composition, and collectives; all of them of one rank per stage."""
     over = [i for i, stage in enumerate(stages) if not stage.fits]
     off = [i for i, stage in enumerate(stages) if not stage.agrees]
@@ -156,7 +33,7 @@ def print_verified(stages: Sequence[Stage], unseen: str) -> None:
     say(f"Allowance of {allowance:.0%} (runtime profile) for what a dry run cannot see: {unseen}.")
 
 
-def _print_peaks(stages: Sequence[Stage]) -> None:
+def _print_peaks(stages: Sequence[StageVerified]) -> None:
     rows = [
         (
             str(index),
@@ -183,7 +60,7 @@ def parts_of(seen: Seen) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _print_parts(stages: Sequence[Stage]) -> None:
+def _print_parts(stages: Sequence[StageVerified]) -> None:
     found = [parts_of(stage.seen) for stage in stages]
     names = list(dict.fromkeys(name for parts in found for name in parts))
     rows = [
@@ -193,7 +70,7 @@ def _print_parts(stages: Sequence[Stage]) -> None:
     show("What the peak is made of", ("stage", *names), rows)
 
 
-def _print_collectives(stages: Sequence[Stage]) -> None:
+def _print_collectives(stages: Sequence[StageVerified]) -> None:
     rows = [
         (
             str(index),
@@ -211,14 +88,16 @@ def _print_collectives(stages: Sequence[Stage]) -> None:
     show("Collectives of a step, of one rank", header, rows)
 
 
-def verified_json(stages: Sequence[Stage], *, fits: bool, agrees: bool) -> dict[str, object]:
+def verified_json(
+    stages: Sequence[StageVerified], *, fits: bool, agrees: bool
+) -> dict[str, object]:
     """All of it; `stages`: see `mist verify` in docs/verify.md."""
     return {
         "fits": fits,
         "agrees": agrees,
         "stages": [
             {
-                **asdict(stage),  # type: ignore[call-overload]
+                **asdict(stage),
                 "difference_ratio": stage.difference_ratio,
                 "fits": stage.fits,
                 "agrees": stage.agrees,
@@ -228,7 +107,7 @@ def verified_json(stages: Sequence[Stage], *, fits: bool, agrees: bool) -> dict[
     }
 
 
-def timeline_png(stages: Sequence[Stage]) -> bytes:
+def timeline_png(stages: Sequence[StageVerified]) -> bytes:
     """Live bytes over the step, a line for each stage, as a PNG file's content."""
     from matplotlib.figure import Figure
 

@@ -226,7 +226,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
         "weight_s": _pass_seconds([op for op in backward if _is_of_weights(op)], setting),
         "params": params,
-        "largest_params": sym.larger(0, *dict.fromkeys(map(_rank_numbers, block.params))),
+        "largest_params": sym.larger(0, *dict.fromkeys(map(rank_numbers, block.params))),
         "gather_s": gather,
         "scatter_s": scatter,
         "reduce_s": reduce,
@@ -259,12 +259,10 @@ def _accumulated_share(accumulated: Expr) -> Expr:
 
 def rank_params(block: Block) -> Expr:
     """Parameters (real numbers) of the block on one rank of t, tied second uses included."""
-    sharded = sum(param.num_reals for param in block.params if param.sharded)
-    whole = sum(param.num_reals for param in block.params if not param.sharded)
-    return sympy.Integer(sharded) / T + whole
+    return sympy.Add(*map(rank_numbers, block.params))
 
 
-def _rank_numbers(param: Param) -> Expr:
+def rank_numbers(param: Param) -> Expr:
     """Real numbers of a parameter on one rank of t."""
     return sympy.Integer(param.num_reals) / (T if param.sharded else 1)
 

@@ -7,7 +7,6 @@ Sums of a few numbers (loss, norm, a divided softmax) are not charged.
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 import sympy
 
@@ -16,24 +15,21 @@ from mist.plans import Plan, StagePlan
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import collectives, rank_params, recomputed_exits
+from mist.symbolic.block import (
+    collectives,
+    rank_numbers,
+    rank_params,
+    recomputed_exits,
+)
 from mist.symbolic.slots import sequence
 
-Key = tuple[str, str]
+Key = tuple[str, str]  # axis and kind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Charged:
-    """Collectives of one kind along one axis ("dp" or "tp") in a step."""
-
-    axis: str
-    kind: str
-    count: int
-    bytes: int
-
-
-def charged(graph: ModelGraph, runtime: Runtime, plan: Plan, stage: int) -> tuple[Charged, ...]:
-    """Of one rank of a stage, along its data- and tensor-parallel axes."""
+def charged(
+    graph: ModelGraph, runtime: Runtime, plan: Plan, stage: int
+) -> dict[Key, tuple[int, int]]:
+    """Of one rank of a stage, along ("dp" or "tp", kind): how many in a step, and their bytes."""
     own = plan.stages[stage]
     kinds = graph.layer_kinds()
     numbers = [n for first, count in own.layers for n in range(first, first + count)]
@@ -44,11 +40,7 @@ def charged(graph: ModelGraph, runtime: Runtime, plan: Plan, stage: int) -> tupl
         _data_parallel(found, plan, own, runtime, layers, ends)
     if own.tp > 1:
         _tensor_parallel(found, plan, own, layers, ends)
-    return tuple(
-        Charged(axis=axis, kind=kind, count=count, bytes=size)
-        for (axis, kind), (count, size) in sorted(found.items())
-        if count
-    )
+    return {key: (count, size) for key, (count, size) in found.items() if count}
 
 
 def _add(found: dict[Key, list[int]], key: Key, count: int, num_bytes: int) -> None:
@@ -93,7 +85,7 @@ def _params(blocks: list[Block], tp: int) -> int:
     """Parameters of blocks on a rank; a tied one counts once."""
     held = sum(int(rank_params(block).subs(T, tp)) for block in blocks)
     tied = [p for p in blocks[-1].params if p.tied] if len(blocks) > 1 else []
-    return held - sum(p.num_reals // (tp if p.sharded else 1) for p in tied)
+    return held - sum(int(rank_numbers(p).subs(T, tp)) for p in tied)
 
 
 def _tensor_parallel(
@@ -104,11 +96,8 @@ def _tensor_parallel(
     ends: list[Block],
 ) -> None:
     at = {B: own.micro_batch, S: plan.workload.seq_len, T: own.tp}
-    levels = [level for level in MemoryLevel for _ in range(own.num_at(level))]
-    for block, level in [
-        *zip(layers, levels, strict=True),
-        *((e, MemoryLevel.EAGER) for e in ends),
-    ]:
+    levels = (*own.levels, *[MemoryLevel.EAGER] * len(ends))
+    for block, level in zip([*layers, *ends], levels, strict=True):
         for each in collectives(block, sequence_parallel=own.sp):
             count = each.count
             if level is not MemoryLevel.EAGER and each.phase == "forward":

@@ -10,18 +10,16 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from mist.exec import checkpoints
-from mist.exec.anatomy import examine
-from mist.exec.batches import Batches
 from mist.exec.group import joined
-from mist.exec.loading import load
-from mist.exec.parallel import Parallel, build, subject_of
-from mist.spec import Attention
-from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
-from tests.exec.parity import SEED, settings
+from tests.exec.layouts import S, Variant
+from tests.exec.parity import SEED
+from tests.exec.running import Run
 
+MAX_NORM = 0.5
 FACTS = {"fingerprint": "any", "seed": SEED}
 DP4 = Variant(name="dp4", stages=(S(dp=4, zero=3),), micro=8)
 OTHERS = (
@@ -35,23 +33,8 @@ OTHERS = (
 TWO = Variant(name="dp2", stages=(S(dp=2, zero=1),), micro=4)
 
 
-class Run:
-    """A variant on this rank, with the data of its model."""
-
-    def __init__(self, variant: Variant, folder: Path, device: object) -> None:
-        plan = plan_of(variant, folder)
-        loaded = load(plan.model.source, Attention.FLASH)
-        subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
-        self.parallel: Parallel = build(subject, plan, device, settings(0.5), SEED)  # type: ignore[arg-type]
-        self._batches = Batches(loaded, plan.workload, SEED)
-
-    def train(self, first: int, last: int) -> list[float]:
-        steps = range(first, last)
-        return [self.parallel.train_step(self._batches.step(i)).loss for i in steps]
-
-
-def save(folder: Path, device: object) -> None:
-    run = Run(DP4, folder, device)
+def save(folder: Path, device: torch.device) -> None:
+    run = Run(DP4, folder, device, MAX_NORM)
     run.train(0, 2)
     checkpoints.save(run.parallel, folder / "checkpoints", FACTS)
     losses = {"dp4": run.train(2, 4)}
@@ -61,20 +44,20 @@ def save(folder: Path, device: object) -> None:
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
-def two(folder: Path, device: object) -> None:
+def two(folder: Path, device: torch.device) -> None:
     losses = _resumed(TWO, folder, device)
     if dist.get_rank() == 0:
         (folder / "two.json").write_text(json.dumps(losses))
 
 
-def _resumed(variant: Variant, folder: Path, device: object) -> list[float]:
-    run = Run(variant, folder, device)
+def _resumed(variant: Variant, folder: Path, device: torch.device) -> list[float]:
+    run = Run(variant, folder, device, MAX_NORM)
     done = checkpoints.resume(run.parallel, folder / "checkpoints", FACTS)
     return [done, *run.train(done, done + 2)]
 
 
-def die(folder: Path, device: object) -> None:
-    run = Run(TWO, folder, device)
+def die(folder: Path, device: torch.device) -> None:
+    run = Run(TWO, folder, device, MAX_NORM)
     run.train(0, 1)
     checkpoints.save(run.parallel, folder / "dying", FACTS)
     write = checkpoints.write
@@ -89,8 +72,8 @@ def die(folder: Path, device: object) -> None:
     checkpoints.save(run.parallel, folder / "dying", FACTS)
 
 
-def recover(folder: Path, device: object) -> None:
-    run = Run(TWO, folder, device)
+def recover(folder: Path, device: torch.device) -> None:
+    run = Run(TWO, folder, device, MAX_NORM)
     assert checkpoints.resume(run.parallel, folder / "dying", FACTS) == 1
     run.train(1, 2)
     checkpoints.save(run.parallel, folder / "dying", FACTS)

@@ -6,26 +6,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mist.exec.anatomy import examine
-from mist.exec.batches import Batches
 from mist.exec.group import joined
-from mist.exec.loading import load
 from mist.exec.observe import Observer, observed
-from mist.exec.parallel import Parallel, build, subject_of
-from mist.spec import Attention
-from tests.exec.layouts import SEQ_LEN, plan_of
-from tests.exec.parity import SEED, settings
-from tests.exec.variants import VARIANTS
+from tests.exec.running import Run, variant_of
 
 NUM_STEPS = 3  # threads of gloo may hold a buffer a moment longer: the least of these counts
 
 
-def observe(parallel: Parallel, batch: object) -> Observer:
+def observe(run: Run) -> Observer:
     """One step as the observer sees it."""
-    observer = Observer(parallel, parallel.axes)
-    parallel.swapper.quietly = observer.on_host
-    with observed(observer, parallel):
-        parallel.unread_step(batch)
+    observer = Observer(run.parallel)
+    run.parallel.swapper.quietly = observer.on_host
+    with observed(observer, run.parallel):
+        run.parallel.unread_step(run.batches.step(0))
     return observer
 
 
@@ -33,17 +26,11 @@ def main(folder: Path, out: Path, names: list[str]) -> None:
     found = {}
     with joined(25.0) as device:
         for name in names:
-            variant = next(v for v in VARIANTS if v.name == name)
-            plan = plan_of(variant, folder)
-            loaded = load(plan.model.source, Attention.FLASH)
-            subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
-            parallel = build(subject, plan, device, settings(1.0), SEED)
-            batch = Batches(loaded, plan.workload, SEED).step(0)
-            parallel.train_step(batch)
-            observer = min(
-                (observe(parallel, batch) for _ in range(NUM_STEPS)), key=lambda o: o.peak_bytes
-            )
-            rows = [[*key, *row] for key, row in sorted(observer.measured_rows().items())]
+            run = Run(variant_of(name), folder, device, max_norm=1.0)
+            run.train(0, 1)
+            observers = [observe(run) for _ in range(NUM_STEPS)]
+            observer = min(observers, key=lambda each: each.peak_bytes)
+            rows = [[*key, *row] for key, row in sorted(observer.rows().items())]
             found[name] = {
                 "rank": dist.get_rank(),
                 "peak_bytes": observer.peak_bytes,

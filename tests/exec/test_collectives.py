@@ -19,7 +19,7 @@ from mist.graph import B, ModelGraph, S, T
 from mist.spec import Attention, Precision
 from mist.trace import Setting, load_graph
 from tests.exec.layouts import BATCH, NUM_LAYERS, SEQ_LEN, Variant, write_models
-from tests.exec.variants import VARIANTS
+from tests.exec.running import variant_of
 
 DATA = [f"zero{z}{more}" for z in range(4) for more in ("", " accumulated")]
 TENSOR = ["tp2", "tp2 sp", "plain tp2"]
@@ -54,10 +54,6 @@ def issued(folder: Path) -> dict[str, Rows]:
 def graph_of(variant: Variant, folder: Path) -> ModelGraph:
     setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
     return load_graph(str(folder / variant.model), setting, progress=lambda message: None)
-
-
-def variant_of(name: str) -> Variant:
-    return next(variant for variant in VARIANTS if variant.name == name)
 
 
 @pytest.mark.timeout(120)

@@ -10,8 +10,8 @@ import pytest
 
 from mist.exec.dryrun import extended, look
 from mist.exec.launch import run_ranks
-from tests.exec.layouts import Variant, plan_of, write_models
-from tests.exec.variants import VARIANTS
+from tests.exec.layouts import plan_of, write_models
+from tests.exec.running import variant_of
 
 FAST = ("zero1 accumulated", "zero3 accumulated", "tp2 sp levels", "pp2 1+3", "activations 1.0")
 SLOW = (
@@ -37,10 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("dryrun")
     write_models(path)
     return path
-
-
-def variant_of(name: str) -> Variant:
-    return next(variant for variant in VARIANTS if variant.name == name)
 
 
 @pytest.fixture(scope="module")
