@@ -9,7 +9,7 @@ from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.facts import ModelFacts
-from mist.plans import Plan
+from mist.plans import Plan, StagePlan
 from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.units import GIB
 
@@ -112,12 +112,30 @@ def _turns(plan: Plan) -> Iterator[Fault]:
             f"{' and '.join(f'dp {dp} tp {tp}' for dp, tp in sorted(grids))}; use 1f1b or gpipe",
         )
     for index, stage in enumerate(plan.stages):
-        if kind is ScheduleKind.ZERO_BUBBLE and stage.zero == 3:
-            yield Fault(
-                path=f"stages[{index}].zero",
-                message="zero-bubble splits the backward pass, and FSDP2 then loses gradients of "
-                "parameters that it drops after the forward pass (ZeRO-3); use zero 2, or 1f1b",
-            )
+        if kind is ScheduleKind.ZERO_BUBBLE:
+            yield from _split_backward(index, stage)
+
+
+def _split_backward(index: int, stage: StagePlan) -> Iterator[Fault]:
+    """What zero-bubble's split backward pass cannot run with."""
+    if stage.zero == 3:
+        yield Fault(
+            path=f"stages[{index}].zero",
+            message="zero-bubble splits the backward pass, and FSDP2 then loses gradients of "
+            "parameters that it drops after the forward pass (ZeRO-3); use zero 2, or 1f1b",
+        )
+    if stage.offload.activations > 0:
+        yield Fault(
+            path=f"stages[{index}].offload.activations",
+            message="zero-bubble splits the backward pass, which keeps what it fetches of every "
+            "micro-batch to the end of the step; use 1f1b",
+        )
+    if stage.num_at(MemoryLevel.SELECTIVE):
+        yield Fault(
+            path=f"stages[{index}].memory.selective",
+            message="zero-bubble splits the backward pass, and torch runs selective layers "
+            "backward once only; use eager or full layers, or 1f1b",
+        )
 
 
 def _offload(plan: Plan) -> Iterator[Fault]:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mist.facts import ModelFacts
 from mist.platform import Platform, Runtime
-from mist.spec import ScheduleKind, Workload
+from mist.spec import MemoryLevel, ScheduleKind, Workload
 
 Columns = Mapping[str, ArrayLike]
 Domain = Callable[[Columns], Mapping[str, NDArray[np.float64]]]
@@ -180,6 +180,23 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         message="schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
         "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b.",
     )
+    if runtime.offloads("activations"):
+        yield Rule(
+            name="zero-bubble-keeps-activations",
+            holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["activations"] == 0),
+            message="schedule zero-bubble with offloaded activations holds those of all "
+            "micro-batches (its split backward pass keeps what it fetches). Use 1f1b, or offload "
+            "none.",
+        )
+
+
+def may_offload(level: MemoryLevel, activations: ArrayLike) -> Mask:
+    """Where layers at a level may have a share of their activations in host memory.
+
+    What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do not
+    see.
+    """
+    return np.asarray((np.asarray(activations) == 0) | (level is not MemoryLevel.SELECTIVE))
 
 
 def _takes_turns(columns: Arrays) -> Mask:

@@ -115,6 +115,21 @@ def test_zero_bubble_with_zero3() -> None:
     )
 
 
+def test_zero_bubble_with_what_its_backward_pass_cannot_do() -> None:
+    plan = chunked(ScheduleKind.ZERO_BUBBLE)
+    first, second = plan.stages
+    away = replace(first, offload=Offload(activations=0.5))
+    assert words_of(replace(plan, stages=(away, second))) == (
+        "stages[0].offload.activations: zero-bubble splits the backward pass, which keeps what it "
+        "fetches of every micro-batch to the end of the step; use 1f1b"
+    )
+    some = replace(second, memory={MemoryLevel.SELECTIVE: second.num_layers})
+    assert words_of(replace(plan, stages=(first, some))) == (
+        "stages[1].memory.selective: zero-bubble splits the backward pass, and torch runs "
+        "selective layers backward once only; use eager or full layers, or 1f1b"
+    )
+
+
 def test_offload_of_weights_and_gradients() -> None:
     assert words_of(one_stage(zero=2, offload=Offload(weights=0.5))) == (
         "stages[0].offload: weights 0.5 and grads 0.0 move together; use one ratio"

@@ -96,6 +96,13 @@ def test_a_layout_that_keeps_every_rule() -> None:
             ],
         ),
         (
+            {"schedule": "zero-bubble", "activations": 0.5},
+            [
+                "schedule zero-bubble with offloaded activations holds those of all micro-batches "
+                "(its split backward pass keeps what it fetches). Use 1f1b, or offload none."
+            ],
+        ),
+        (
             {"weights": 0.5},
             [
                 "offloading weights needs ZeRO-2 or more under runtime torch, "

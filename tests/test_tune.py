@@ -159,7 +159,7 @@ def test_equals_exhaustive_search(
 ) -> None:
     size = (2, 4) if offload is NO_RATIOS else (1, 2)
     job = toy_job(toy_graph(counts, vocab=8192), size[0], global_batch=size[1])
-    space = SearchSpace(offload=offload)
+    space = SearchSpace(offload=offload, schedules=tuple(ScheduleKind))
     want = fastest(job, space, limit)
     try:
         found = tuned(job, space, limit)

@@ -26,6 +26,7 @@ from mist.pareto.lines import LEVELS, StageLines
 from mist.pareto.meshes import Place
 from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
 from mist.plans import Limits
+from mist.rules import may_offload
 from mist.spaces import SearchSpace
 from mist.spec import MemoryLevel
 
@@ -156,7 +157,7 @@ class GroupModel:
         num_rows = len(self.strategies)
         for stages, in_flight in self._together(num_rows * len(ranges)):
             lines = self.lines(int(stages[0]))
-            position = _Position(self.job, lines, in_flight, ranges, limits)
+            position = _Position(self, lines, in_flight, ranges, limits)
             mixes = list(self._mixes(position))
             for index, held in enumerate(in_flight):
                 parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
@@ -172,7 +173,7 @@ class GroupModel:
         num_rows, level = len(self.strategies), self.space.levels[0]
         short = np.zeros(num_rows, dtype=np.bool_)
         for stages, in_flight in self._together(num_rows * len(ranges)):
-            position = _Position(self.job, self.lines(int(stages[0])), in_flight, ranges, limits)
+            position = _Position(self, self.lines(int(stages[0])), in_flight, ranges, limits)
             whole = position.whole(level)
             for index, held in enumerate(in_flight):
                 fits = whole.part(index * num_rows, num_rows).fits
@@ -217,7 +218,7 @@ class GroupModel:
         self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
     ) -> "_Position":
         in_flight = self._in_flight[stage : stage + 1]
-        return _Position(self.job, self.lines(stage, place), in_flight, ranges, limits)
+        return _Position(self, self.lines(stage, place), in_flight, ranges, limits)
 
 
 _NONE: Final = np.zeros(1)  # micro-batches in flight, for what does not depend on them
@@ -239,11 +240,17 @@ class _Position:
     """
 
     def __init__(
-        self, job: Job, lines: StageLines, in_flight: Floats, ranges: Ranges, limits: Limits
+        self,
+        model: GroupModel,
+        lines: StageLines,
+        in_flight: Floats,
+        ranges: Ranges,
+        limits: Limits,
     ) -> None:
-        self._job, self._lines, self._in_flight = job, lines, in_flight
+        self._job, self._lines, self._in_flight = model.job, lines, in_flight
         self._ranges, self._limits = ranges, limits
-        self._kinds = kinds_of(job, ranges)
+        self._kinds = kinds_of(model.job, ranges)
+        self._away = np.tile(model.strategies.activations, len(in_flight))
         self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
 
     def whole(self, level: MemoryLevel) -> Mixes:
@@ -319,6 +326,8 @@ class _Position:
         stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
+        for level in (upper, lower):
+            possible = possible & may_offload(level, self._away[rows])[:, None]
         return Mixes(
             upper=upper,
             lower=lower,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from mist.errors import Fault
 from mist.estimate import Job
 from mist.plans import Plan, StagePlan
-from mist.rules import broken
+from mist.rules import broken, may_offload
 from mist.spec import MemoryLevel
 
 
@@ -77,6 +77,9 @@ def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
     if stage.num_at(MemoryLevel.SELECTIVE) and runtime.selective is None:
         message = f"runtime {runtime.name} has no selective checkpointing"
         yield Fault(path=f"{path}.memory.selective", message=message)
+    if not all(may_offload(level, stage.offload.activations) for level in stage.levels):
+        message = "activations of selective layers are not offloaded; use eager or full layers"
+        yield Fault(path=f"{path}.offload.activations", message=message)
     shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
     if stage.sp != shards_sequence:
         yield Fault(

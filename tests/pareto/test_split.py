@@ -14,6 +14,7 @@ from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Ranges, layer_ranges
 from mist.plans import Limits
 from mist.spaces import NO_RATIOS, SPACES, SearchSpace
+from mist.spec import ScheduleKind
 from tests.toys import toy_graph, toy_job
 
 ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
@@ -64,8 +65,9 @@ def test_nothing_feasible_gives_no_row() -> None:
 def test_even_layouts_are_what_the_estimate_says(counts: tuple[int, ...]) -> None:
     job = toy_job(toy_graph(counts, vocab=8192), 4, global_batch=16)
     found = 0
-    for group in groups(job, SearchSpace()):
-        model = GroupModel(job, group, group.strategies, SearchSpace())
+    space = SearchSpace(schedules=tuple(ScheduleKind))
+    for group in groups(job, space):
+        model = GroupModel(job, group, group.strategies, space)
         for layout in itertools.islice(even_layouts(model, ANY), 2):
             judged = estimate(
                 job, stage_plans(job, layout), layout.num_micro_batches, layout.schedule

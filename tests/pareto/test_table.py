@@ -75,7 +75,7 @@ def test_frontiers_are_those_of_every_stage_tried(
     counts: tuple[int, ...], limit: float, gpu: str
 ) -> None:
     job = toy_job(toy_graph(counts, vocab=4096), 2, global_batch=8, gpu=gpu)
-    space = SearchSpace(pp=(2,), micro_batch=(2,), offload=RATIOS)
+    space = SearchSpace(pp=(2,), micro_batch=(2,), offload=RATIOS, schedules=tuple(ScheduleKind))
     limits = Limits(device_bytes=limit, host_bytes=0.6e9)
     checked = 0
     for model in models(job, space):
@@ -112,8 +112,9 @@ def confirm(model: GroupModel, points: Points, i: int, first: int, count: int) -
 @pytest.mark.parametrize("level", [MemoryLevel.EAGER, MemoryLevel.FULL])
 def test_a_space_of_one_level(level: MemoryLevel) -> None:
     job = toy_job(toy_graph(ALIKE), 4, global_batch=16)
-    for group in groups(job, SearchSpace(levels=(level,))):
-        model = GroupModel(job, group, group.strategies, SearchSpace(levels=(level,)))
+    space = SearchSpace(levels=(level,), schedules=tuple(ScheduleKind))
+    for group in groups(job, space):
+        model = GroupModel(job, group, group.strategies, space)
         ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
         found = list(model.mixes(0, ranges, ANY))
         assert [(mix.upper, mix.lower) for mix in found] == [(level, level)]
@@ -163,7 +164,8 @@ def test_groups_hold_every_legal_strategy_and_no_other() -> None:
 
 def test_schedules_that_need_stages_alike_have_one_tp() -> None:
     job = toy_job(toy_graph((8,)), 8, global_batch=32)
-    found = [g for g in groups(job, SearchSpace()) if g.num_stages == 2]
+    space = SearchSpace(schedules=tuple(ScheduleKind))
+    found = [g for g in groups(job, space) if g.num_stages == 2]
     kinds = {g.schedule.kind for g in found}
     assert kinds == {
         ScheduleKind.ONE_F_ONE_B,
@@ -219,3 +221,20 @@ def test_ranges_keep_their_rows() -> None:
     ranges = Ranges(first=np.array([0, 1]), count=np.array([2, 3]), alike=False)
     kept = ranges.take(np.array([False, True]))
     assert (kept.first.tolist(), kept.count.tolist(), len(kept)) == ([1], [3], 1)
+
+
+def test_layers_that_keep_by_checkpointing_offload_no_activations() -> None:
+    """A mix with selective layers fits under no strategy with offloaded activations."""
+    job = toy_job(num_gpus=2)
+    space = SearchSpace(schedules=(ScheduleKind.ONE_F_ONE_B,))
+    group = next(iter(groups(job, space)))
+    away = offloading(job, group, space, np.arange(len(group.strategies)))
+    model = GroupModel(job, group, group.strategies.joined(away), space)
+    ranges = layer_ranges(job, group.num_stages)
+    limits = Limits(device_bytes=np.inf, host_bytes=np.inf)
+    fitting = {
+        (mix.upper, mix.lower): model.strategies.activations[mix.row][mix.fits.any(axis=1)]
+        for mix in model.mixes(0, ranges, limits)
+    }
+    for levels, activations in fitting.items():
+        assert activations.any() == (MemoryLevel.SELECTIVE not in levels)
