@@ -88,7 +88,7 @@ def saved(family: Family, b: int, s: int) -> int:
     return saved_bytes(block.saved_single if b == 1 else block.saved, b, s)
 
 
-@pytest.mark.parametrize("family", [llama, plain, bert])
+@pytest.mark.parametrize("family", [llama, plain, pytest.param(bert, marks=pytest.mark.slow)])
 def test_what_is_kept_is_what_torch_keeps(family: Family) -> None:
     for b, s in POINTS:
         assert saved(family, b, s) == saved_by_torch(family, b, s), (b, s)
@@ -107,7 +107,7 @@ def test_a_cut_elsewhere_keeps_nearly_as_much(family: Family, ratio: float) -> N
         assert real <= saved(family, b, s) <= (1 + ratio) * real, (b, s)
 
 
-@pytest.mark.parametrize("family", [llama, mixtral])
+@pytest.mark.parametrize("family", [llama, pytest.param(mixtral, marks=pytest.mark.slow)])
 def test_products_are_the_layers_own(family: Family) -> None:
     """Recomputation repeats no product: FLOPs equal those of torch's counter in eager mode."""
     eager = Setting(precision=Precision.BF16, attention=Attention.FLASH, policy="cpu")
