@@ -90,7 +90,7 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr
         f"{name}_params": cost.params,
         f"{name}_largest_params": cost.largest_params,
         f"{name}_optimizer_s": optimizer_seconds(cost.params, runtime, is_layer=is_layer),
-        f"{name}_ends_s": ends_seconds(cost),
+        f"{name}_ends_s": ends_seconds(cost, runtime),
         f"{name}_weight_s": cost.weight_s,
     }
     for level in levels(cost, runtime, is_layer=is_layer):
