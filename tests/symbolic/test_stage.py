@@ -118,7 +118,7 @@ def test_stage_cost_equals_simulation(
             first_device=stage * num_gpus // num_stages,
             offload=offload,
         )
-        levels = ["eager"] * (count - full - some) + ["selective"] * some + ["full"] * full
+        levels = ["full"] * full + ["selective"] * some + ["eager"] * (count - full - some)
         layers = [(graph.blocks[kinds[first + i]], level) for i, level in enumerate(levels)]
         want = simulate(rank, layers, graph)
         assert got["stable_s"][stage] == pytest.approx(want.stable_s, rel=1e-12)
@@ -213,7 +213,7 @@ def _evaluate(expr: sympy.Expr, units: pint.UnitRegistry) -> pint.Quantity | Non
     name = expr.func.__name__
     if name.endswith("_s"):
         return units.Quantity(1.0, units.second)
-    if name == "ceiling":
+    if name in ("ceiling", "floor"):
         return _evaluate(expr.args[0], units)
     args = [_evaluate(arg, units) for arg in expr.args]
     if expr.is_Mul:
