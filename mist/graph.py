@@ -119,7 +119,8 @@ class Block:
     `carried_bytes`: what else with a gradient comes from earlier layers (an encoder's result);
     `tp_bytes`: the activation that tensor-parallel ranks exchange.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
-    worst for some (b, s, t); the peak is their maximum. `num_entries`, `num_exits`: how often the
+    worst for some (b, s, t); the peak is their maximum. `transient_with_grads_bytes`: the same with
+    the gradients of parameters that were made so far. `num_entries`, `num_exits`: how often the
     activation enters and leaves what tensor parallelism divides (2 and 2 in a transformer layer);
     `num_whole`: what needs all tokens but divides nothing. `num_recomputed_ops`: how many of the
     forward operations (they come first in `ops`) checkpointing runs again: up to the last one that
@@ -135,6 +136,7 @@ class Block:
     carried_bytes: Expr
     tp_bytes: Expr
     transient_bytes: tuple[Expr, ...]
+    transient_with_grads_bytes: tuple[Expr, ...]
     num_entries: int
     num_exits: int
     num_whole: int

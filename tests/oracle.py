@@ -294,7 +294,11 @@ def _instants(
     working: list[float],
     largest_kept: float,
 ) -> tuple[list[float], list[float], float]:
-    """Bytes beyond states and kept activations: as a backward pass begins, as it ends; gathered."""
+    """Bytes beyond states and kept activations: as a backward pass begins, as it ends; gathered.
+
+    `working`: with gradients, of layers and ends. Those as it ends: at the first layer, then when
+    no layer runs.
+    """
     layer = max(held_params(rank, block) for block, _ in layers)
     root = sum(held_params(rank, end) for end in ends)
     if len(ends) == 2:
@@ -303,23 +307,36 @@ def _instants(
     lone = rank.num_micro_batches == 1
     whole = 2 if rank.zero == 3 else 0
     held = 4 * layer if rank.zero >= 2 or lone else 0.0
+    copied = 6 if rank.zero >= 2 or _forward_first(rank) else 2
 
     def running(buffer: float) -> float:
-        most = max(max(working[: len(layers)]) + 2 * layer + max(held, buffer), 6 * layer)
+        most = max(max(working[: len(layers)]) + max(held, buffer), copied * layer)
         return most + 2 * head + whole * layer
 
     def begins(buffer: float) -> list[float]:
         if not last_stage(rank):
             return [0.0, running(buffer)]
-        loss = working[-1] + _divided_loss_bytes(rank, ends[-1]) + buffer
+        loss = working[-1] + buffer
         return [0.0, running(buffer) - kept_bytes(rank, ends[-1]), loss]
 
     buffer = 4 * root if rank.zero >= 2 else 0.0
     early = 0.0 if _forward_first(rank) else buffer
-    end = [running(early) + largest_kept, 6 * root - whole * layer]
+    none = [copied * root - whole * layer]
     if _forward_first(rank) and not lone:
-        end += begins(buffer)
+        none += begins(buffer)
+    end = [running(early) + largest_kept, max(none)]
     return begins(early), end, whole * (root + layer)
+
+
+def _working(rank: Rank, block: Block, level: str, graph: ModelGraph) -> float:
+    """What its backward pass makes, and makes again."""
+    most = max(rank.number(expr) for expr in block.transient_with_grads_bytes)
+    if block is graph.head:
+        most += _divided_loss_bytes(rank, block)
+    if level == "selective":
+        boundary = rank.number(block.boundary_bytes) / rank.tp
+        most -= level_bytes(rank, block, boundary)["selective"]
+    return most + (0.0 if level == "eager" else kept_bytes(rank, block))
 
 
 def _in_flight(rank: Rank) -> int:
@@ -361,27 +378,31 @@ def _peak(
     away = rank.share("activations")
     kept = sum((1 - away) * size for size in sizes)
     kept += sum(kept_bytes(rank, block) for block in ends) + rank_bytes(rank, graph.shared)
-    working = []
-    for block, level in layers + [(end, "eager") for end in ends]:
-        transient = max(rank.number(expr) for expr in block.transient_bytes)
-        working.append(transient + (kept_bytes(rank, block) if level != "eager" else 0.0))
+    working = [_working(rank, block, level, graph) for block, level in layers]
+    working += [_working(rank, end, "eager", graph) for end in ends]
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
     bucket = max([2**24 * shard, *(largest_tensor(rank, block) for block, _ in layers)])
     streamed = 2 * bucket * sum(size for s, size in streams.items() if rank.share(s))
     if rank.share("optimizer") == 1:
         largest = max((largest_tensor(rank, block) for block in ends), default=0.0)
         streamed = max(streamed, 2 * largest * streams["optimizer"])
-    here = params - of_layers * rank.share("grads")
-    amid = left = 0.0
+    stays = 1 - rank.share("grads")
+    rest = params - of_layers
+    amid = left_layers = left_rest = 0.0
     if _forward_first(rank):
-        amid = left = 4 * here / (rank.dp if rank.zero >= 2 else 1)
+        each = 4 / (rank.dp if rank.zero >= 2 else 1)
+        amid = each * (stays * of_layers + rest)
         if rank.num_micro_batches == 1:
-            left = 4 * here / (rank.dp if rank.zero >= 1 else 1)
-            if rank.zero < 3:
-                left -= 2 * (of_layers - max(held_params(rank, block) for block, _ in layers))
+            each = 4 / (rank.dp if rank.zero >= 1 else 1)
+        left_layers, left_rest = each * stays, each * rest
+        if rank.num_micro_batches == 1 and rank.zero < 3:
+            left_layers -= 2
     states -= amid
-    begin, end, gathered = _instants(rank, layers, ends, working, (1 - away) * max(sizes))
-    instants = [*begin, max(*end, streamed) - kept + left]
+    begin, (first, none), gathered = _instants(rank, layers, ends, working, (1 - away) * max(sizes))
+    biggest = max(held_params(rank, block) for block, _ in layers)
+    first += left_layers * (of_layers - biggest)
+    none = max(none, streamed) + left_layers * of_layers + left_rest
+    instants = [*begin, max(first, none) - kept]
     last = rank.stage == rank.num_stages - 1
     sent = 0.0 if last else (in_flight + 1) * boundary
     buffers = sent + 2 * away * max(sizes)

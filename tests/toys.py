@@ -105,6 +105,10 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         saved_single=saved,
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(ELEMENT_BYTES * tokens * width, 3 * ELEMENT_BYTES * tokens * hidden),
+        transient_with_grads_bytes=(
+            ELEMENT_BYTES * (tokens + hidden) * width,
+            ELEMENT_BYTES * (3 * tokens * hidden + 2 * hidden * width + hidden),
+        ),
         carried_bytes=sympy.Integer(0),
         tp_bytes=ELEMENT_BYTES * tokens * hidden,
         num_entries=1,
@@ -137,6 +141,10 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         saved_single=(kept(Layout.SHARDED, 4 * tokens * width),),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(4 * tokens * width,),
+        transient_with_grads_bytes=(
+            4 * tokens * width,
+            ELEMENT_BYTES * (tokens * width + hidden * width),
+        ),
         carried_bytes=sympy.Integer(0),
         tp_bytes=ELEMENT_BYTES * tokens * hidden,
         num_entries=int(name == "head"),

@@ -78,6 +78,7 @@ class BlockCost:
     products_bytes: Expr
     boundary_bytes: Expr
     transient_bytes: Expr
+    transient_with_grads_bytes: Expr
 
     def named(self, block: str) -> tuple[dict[str, Expr], "BlockCost"]:
         """The fields under names of their own, and the same cost in terms of these names.
@@ -113,6 +114,7 @@ def head_cost(block: Block, setting: Setting) -> BlockCost:
         if divided is not None and logits is not None and _divides_loss(block):
             more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
             device["transient_bytes"] += more
+            device["transient_with_grads_bytes"] += more
         return _end_cost(block, setting, device)
     device = _device_cost(_without_loss(block), setting)
     return _end_cost(block, setting, _with_loss(device, loss, logits))
@@ -145,6 +147,7 @@ def _without_loss(block: Block) -> Block:
         saved=tuple(tensor for tensor in block.saved if tensor.module),
         saved_single=tuple(tensor for tensor in block.saved_single if tensor.module),
         transient_bytes=(),
+        transient_with_grads_bytes=(),
     )
 
 
@@ -235,6 +238,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "saved_bytes": saved_bytes(block, setting),
         "products_bytes": _products_bytes(block, setting),
         "transient_bytes": sym.larger(0, *block.transient_bytes),
+        "transient_with_grads_bytes": sym.larger(0, *block.transient_with_grads_bytes),
     }
 
 

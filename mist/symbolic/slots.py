@@ -33,7 +33,8 @@ class Level:
 
     `again_s`: device seconds that it runs again, collectives included; `again_ratio`: share of the
     forward launches that the host repeats; `kept_bytes`: what stays from forward to backward;
-    `working_bytes`: what the backward pass holds beyond that.
+    `working_bytes`: what the backward pass holds beyond that; `running_bytes`: with the gradients
+    of parameters made so far.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Level:
     again_ratio: float
     kept_bytes: Expr
     working_bytes: Expr
+    running_bytes: Expr
 
 
 def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level, ...]:
@@ -51,6 +53,7 @@ def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level,
         again_ratio=0.0,
         kept_bytes=cost.saved_bytes,
         working_bytes=cost.transient_bytes,
+        running_bytes=cost.transient_with_grads_bytes,
     )
     full = Level(
         name="full",
@@ -58,6 +61,7 @@ def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level,
         again_ratio=1.0,
         kept_bytes=cost.boundary_bytes,
         working_bytes=cost.saved_bytes + cost.transient_bytes,
+        running_bytes=cost.saved_bytes + cost.transient_with_grads_bytes,
     )
     if not is_layer:
         return (eager,)
@@ -72,19 +76,18 @@ def _selective(cost: BlockCost, runtime: Runtime, full: Level) -> tuple[Level, .
     if meaning.kept_ratio is None or meaning.recomputed_ratio is None:
         again_s, ratio = cost.pointwise_s + cost.tp_recompute_s, 1.0
         kept_bytes = cost.boundary_bytes + cost.products_bytes
-        working_bytes = full.working_bytes
     else:
         ratio = meaning.recomputed_ratio.value
         again_s = ratio * full.again_s
         kept_bytes = meaning.kept_ratio.value * cost.saved_bytes
-        working_bytes = cost.transient_bytes + cost.saved_bytes - kept_bytes
     return (
         Level(
             name="selective",
             again_s=again_s,
             again_ratio=ratio,
             kept_bytes=kept_bytes,
-            working_bytes=working_bytes,
+            working_bytes=full.working_bytes - kept_bytes,
+            running_bytes=full.running_bytes - kept_bytes,
         ),
     )
 

@@ -29,6 +29,7 @@ from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
+    at_least,
     ends_seconds,
     hosted_bytes,
     levels,
@@ -79,7 +80,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         num_kinds=len(graph.blocks),
         costs=costs,
         terms=terms,
-        stage=_stage(len(graph.blocks), runtime),
+        stage=_stage(len(graph.blocks), runtime, precision),
     )
 
 
@@ -114,6 +115,7 @@ def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[st
         f"{prefix}_host_bytes": share * level.kept_bytes,
         f"{prefix}_staged_bytes": staged * share * level.kept_bytes,
         f"{prefix}_working_bytes": level.working_bytes,
+        f"{prefix}_running_bytes": level.running_bytes,
     }
 
 
@@ -138,6 +140,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "whole_bytes_per_param": _from_level(3, setting.precision),
         "unsharded_bytes_per_param": _from_level(0, setting.precision, below=3),
         "buffer_bytes_per_param": _from_level(2, Precision.FP32),
+        "reduces": at_least(2),
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
         "p2p_in_node_s": sym.P2P(sent, 0),
@@ -223,7 +226,7 @@ def _unmade_terms() -> dict[str, Expr]:
     }
 
 
-def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
+def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
     rows = list(_rows(num_kinds, runtime))
     parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
@@ -234,7 +237,7 @@ def _stage(num_kinds: int, runtime: Runtime) -> dict[str, Expr]:
     layers = [row for row in rows if row[0].isdigit()]
     once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
     once += runtime.host.step_s.value
-    memory, begin, end = _memory(rows, runtime)
+    memory, begin, end = _memory(rows, runtime, precision)
     return {
         **parts,
         "stable_s": _total(rows, "stable_s") + p2p + each,
@@ -291,7 +294,9 @@ def _tied_reduce() -> Expr:
     return at_one_end * (in_node + sym.SPANS_NODES * (cross - in_node))
 
 
-def _memory(rows: list[_Row], runtime: Runtime) -> tuple[dict[str, Expr], Expr, Expr]:
+def _memory(
+    rows: list[_Row], runtime: Runtime, precision: Precision
+) -> tuple[dict[str, Expr], Expr, Expr]:
     """Peak bytes by part, which sum to the peak; and bytes as backward passes begin and end.
 
     The peak is the larger of the two, and each is a straight line in the numbers of layers.
@@ -301,8 +306,8 @@ def _memory(rows: list[_Row], runtime: Runtime) -> tuple[dict[str, Expr], Expr, 
     own += _worst(rows, "{x}_{level}_staged_bytes")
     states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
     if runtime.transients.root_group:
-        begin, end, gathered = _of_groups(rows)
-        states -= sym.FORWARD_FIRST * _gradients(rows, "grads")
+        begin, end, gathered = _of_groups(rows, precision)
+        states -= sym.FORWARD_FIRST * _gradients(rows)
     else:
         streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
         begin = end = sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed)
@@ -329,16 +334,16 @@ def _exchanged(runtime: Runtime) -> Expr:
     return to_next + to_previous
 
 
-def _of_groups(rows: list[_Row]) -> tuple[Expr, Expr, Expr]:
+def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr]:
     """What FSDP2 and a backward pass hold for a while: as it begins, as it ends; what is gathered.
 
     Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
     are gathered at all instants, and the next layer beside the one that runs. A layer that runs
-    has its gradients in compute precision, beside what the reduction before holds in fp32 (the
-    root's: of the micro-batch before); they are cast to fp32 when it has run. Gradients of the head
-    wait for those of the embedding. While a layer runs backward nothing of the head is kept; at the
-    first layer nothing of others, when the root is reduced and when the optimizer streams its
-    states nothing at all.
+    makes gradients in compute precision, beside what the reduction before holds in fp32 (the
+    root's: of the micro-batch before); all of them are copied to fp32 when it has run. Gradients of
+    the head wait for those of the embedding. While a layer runs backward nothing of the head is
+    kept; at the first layer nothing of others, when the root is reduced and when the optimizer
+    streams its states nothing at all.
 
     Where all forward passes come first there is no gradient when the first backward pass begins;
     all the others hold a micro-batch less, and begin later than it ends. The last one drops the
@@ -347,21 +352,18 @@ def _of_groups(rows: list[_Row]) -> tuple[Expr, Expr, Expr]:
     layers = [row for row in rows if row[0].isdigit()]
     root = _of_blocks([row for row in rows if not row[0].isdigit()], "params")
     root -= sym.FIRST * sym.LAST * _term("tied_params")
-    layer, next_layer = _worst(layers, "{x}_params"), _next_layer(layers)
+    every, layer = _of_blocks(layers, "params"), _worst(layers, "{x}_params")
     buffer = _term("buffer_bytes_per_param") * root
-    compute, fp32 = _term("compute_bytes_per_param"), _term("fp32_bytes_per_param")
-    begins = _begins(layers, (1 - sym.FORWARD_FIRST) * buffer)
-    first = _running(layers, (1 - sym.FORWARD_FIRST) * buffer)
-    first += _worst(layers, "{x}_{level}_kept_bytes")
-    reduced = (compute + fp32) * root - next_layer
-    again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer)
-    end = sym.larger(first, reduced, _streamed(rows), again)
-    dropped = _of_blocks(layers, "params") - _worst(layers, "{x}_params")
-    left = _gradients(rows, "left") - _term("unsharded_bytes_per_param") * dropped
-    made = _lone() * left + (1 - _lone()) * _gradients(rows, "grads")
-    end += sym.FORWARD_FIRST * made
+    early = (1 - sym.FORWARD_FIRST) * buffer
+    first = _running(layers, early, precision) + _worst(layers, "{x}_{level}_kept_bytes")
+    reduced = _copied(precision) * root - _next_layer(layers)
+    again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer, precision)
+    left = _left("layer_") - sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
+    done = sym.larger(reduced, _streamed(rows), again) + _left("") * root
+    end = sym.larger(first - left * layer, done) + left * every
     end -= _total(rows, "kept_bytes") + _term("shared_bytes")
-    return begins, end, _term("whole_bytes_per_param") * (root + layer)
+    gathered = _term("whole_bytes_per_param") * (root + layer)
+    return _begins(layers, early, precision), end, gathered
 
 
 def _next_layer(layers: list[_Row]) -> Expr:
@@ -369,22 +371,59 @@ def _next_layer(layers: list[_Row]) -> Expr:
     return _term("whole_bytes_per_param") * _worst(layers, "{x}_params")
 
 
-def _begins(layers: list[_Row], buffer: Expr) -> Expr:
+def _begins(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
     """What a backward pass holds as it begins: in the loss, then in the first layer it runs."""
-    loss = sym.LAST * (_term("head_eager_working_bytes") + buffer)
+    apart = _apart(precision)
+    loss = _made_in([("head", "eager", sym.LAST)], apart) + sym.LAST * buffer
     no_head = sym.LAST * _term("head_eager_kept_bytes")
-    return sym.larger(0, loss, _running(layers, buffer) - no_head)
+    return sym.larger(0, loss, _running(layers, buffer, precision) - no_head)
 
 
-def _running(layers: list[_Row], buffer: Expr) -> Expr:
-    """What the worst layer that runs backward holds, then its gradients as they are cast."""
-    params = _worst(layers, "{x}_params")
-    compute, fp32 = _term("compute_bytes_per_param"), _term("fp32_bytes_per_param")
+def _running(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
+    """What the worst layer that runs backward holds, then its gradients as they are copied."""
+    params, apart = _worst(layers, "{x}_params"), _apart(precision)
+    fp32 = _term("fp32_bytes_per_param")
     reduces = sym.larger(_term("buffer_bytes_per_param"), _lone() * fp32)
-    held = sym.larger(reduces * params, buffer)
-    runs = _worst(layers, "{x}_{level}_working_bytes") + compute * params + held
-    wait = compute * sym.LAST * _term("head_params")
-    return sym.larger(runs, (compute + fp32) * params) + wait + _next_layer(layers)
+    runs = _made_in(layers, apart) + sym.larger(reduces * params, buffer)
+    wait = apart * _term("compute_bytes_per_param") * sym.LAST * _term("head_params")
+    return sym.larger(runs, _copied(precision) * params) + wait + _next_layer(layers)
+
+
+def _made_in(rows: list[_Row], apart: Expr) -> Expr:
+    """What the backward pass of the worst block makes, gradients included.
+
+    Where they are added to those of the micro-batch before at once, one tensor's at a time.
+    """
+    running = _worst(rows, "{x}_{level}_running_bytes")
+    if apart == 1:
+        return running
+    added = _term("compute_bytes_per_param") * _worst(rows, "{x}_largest_params")
+    return apart * running + (1 - apart) * (_worst(rows, "{x}_{level}_working_bytes") + added)
+
+
+def _apart(precision: Precision) -> Expr:
+    """1 where a layer's gradients are not added at once to those of the micro-batch before.
+
+    They are where both are fp32 and no reduction takes them.
+    """
+    if precision is not Precision.FP32:
+        return _ONE
+    return sym.larger(_term("reduces"), sym.FORWARD_FIRST)
+
+
+def _copied(precision: Precision) -> Expr:
+    """Bytes per parameter of gradients and of the fp32 copy that a reduction or a sum begins with.
+
+    Later micro-batches add to that copy where nothing is reduced.
+    """
+    copies = sym.larger(_term("reduces"), sym.FORWARD_FIRST) * _term("fp32_bytes_per_param")
+    return _apart(precision) * _term("compute_bytes_per_param") + copies
+
+
+def _left(which: str) -> Expr:
+    """Bytes per parameter of gradients that the first backward pass leaves on the device."""
+    left, amid = (_term(f"{which}{name}_bytes_per_param") for name in ("left", "grads"))
+    return sym.FORWARD_FIRST * (_lone() * left + (1 - _lone()) * amid)
 
 
 def _streamed(rows: list[_Row]) -> Expr:
@@ -403,13 +442,11 @@ def _lone() -> Expr:
     return 1 - sym.smaller(1, sym.NUM_MICRO_BATCHES - 1)
 
 
-def _gradients(rows: list[_Row], which: str) -> Expr:
-    """Bytes of gradients ("grads": amid a step; "left": by a lone micro-batch) on the device."""
+def _gradients(rows: list[_Row]) -> Expr:
+    """Bytes of gradients on the device amid a step."""
     layers = _of_blocks([row for row in rows if row[0].isdigit()], "params")
     ends = _params(rows) - layers
-    return layers * _term(f"layer_{which}_bytes_per_param") + ends * _term(
-        f"{which}_bytes_per_param"
-    )
+    return layers * _term("layer_grads_bytes_per_param") + ends * _term("grads_bytes_per_param")
 
 
 def _params(rows: list[_Row]) -> Expr:

@@ -173,6 +173,7 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         boundary_bytes=fit.through([piece.boundary_bytes for piece in pieces]),
         carried_bytes=fit.through([piece.carried_bytes for piece in pieces]),
         transients=live.transients() if first.transients else (),
+        transients_with_grads=live.transients(with_grads=True) if first.transients else (),
         module=first.module,
     )
 

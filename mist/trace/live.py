@@ -1,7 +1,7 @@
 """Which storages are alive at each instant of a backward pass, and the worst instants.
 
 live(i) = bytes of the storages alive after operation i: those saved by the forward pass and not
-yet released, and those made since, except gradients of parameters (states, not activations).
+yet released, and those made since. Gradients of parameters (states, not activations) count or not.
 transient(i) = live(i) - all saved bytes. Only instants that are the worst somewhere on a grid of
 (b, s, t) are kept: their maximum is the peak.
 """
@@ -74,11 +74,12 @@ class Live:
         other._num_saved, other._gradients = self._num_saved, self._gradients
         return other
 
-    def transients(self) -> tuple[Expr, ...]:
-        """Bytes beyond the saved ones at the worst instants; gradients are not counted."""
+    def transients(self, *, with_grads: bool = False) -> tuple[Expr, ...]:
+        """Bytes beyond the saved ones at the worst instants, with or without gradients so far."""
         sizes = sorted(set(self._bytes), key=str)
         rank = {size: i for i, size in enumerate(sizes)}
-        rows = {self._row(alive, rank) for alive in self._moments}
+        out = frozenset() if with_grads else self._gradients
+        rows = {self._row([i for i in alive if i not in out], rank) for alive in self._moments}
         moments = np.array(sorted(rows), dtype=float).reshape(len(rows), len(sizes))
         worst = _maximal(moments, sizes)
         return tuple(
@@ -86,9 +87,9 @@ class Live:
             for row in worst
         )
 
-    def _row(self, alive: tuple[int, ...], rank: dict[Expr, int]) -> tuple[int, ...]:
+    def _row(self, alive: Iterable[int], rank: dict[Expr, int]) -> tuple[int, ...]:
         """How many storages of each size are alive, less those that were saved."""
-        count = Counter(rank[self._bytes[i]] for i in alive if i not in self._gradients)
+        count = Counter(rank[self._bytes[i]] for i in alive)
         count.subtract(rank[size] for size in self._bytes[: self._num_saved])
         return tuple(count[i] for i in range(len(rank)))
 

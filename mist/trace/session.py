@@ -70,6 +70,7 @@ class Piece:
     boundary_bytes: Expr = sympy.S.Zero
     carried_bytes: Expr = sympy.S.Zero
     transients: tuple[Expr, ...] = ()
+    transients_with_grads: tuple[Expr, ...] = ()
     module: nn.Module | None = None
     outputs: object = None
 
@@ -378,6 +379,7 @@ class Session:
             live = piece.part.live
             live.backward_done(p.grad for p in self.fakes.copies if p.grad is not None)
             piece.transients = live.transients()
+            piece.transients_with_grads = live.transients(with_grads=True)
         for parameter in self.fakes.copies:
             parameter.grad = None
 

@@ -26,6 +26,7 @@ class Measured:
     saved_bytes: int
     live_bytes: int
     transient_bytes: int
+    transient_with_grads_bytes: int
     forward_flop: int
     backward_flop: int
 
@@ -52,7 +53,7 @@ def measure(
     args = (*flowing, *args[1 + carried :])
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
-    saved, live, transient = _bytes(layer, args, kwargs, known, mixed)
+    saved, live, (transient, with_grads) = _bytes(layer, args, kwargs, known, mixed)
     with FlopCounterMode(display=False) as forward, mixed():
         out = _first(layer(*args, **kwargs))
     with FlopCounterMode(display=False) as backward:
@@ -61,6 +62,7 @@ def measure(
         saved_bytes=saved,
         live_bytes=live,
         transient_bytes=transient,
+        transient_with_grads_bytes=with_grads,
         forward_flop=forward.get_total_flops(),
         backward_flop=backward.get_total_flops(),
     )
@@ -129,8 +131,11 @@ def _bytes(
     kwargs: dict[str, Any],
     known: set[int],
     mixed: Callable[[], torch.autocast],
-) -> tuple[int, int, int]:
-    """Bytes that forward saves and keeps alive; the most alive in backward beyond the saved."""
+) -> tuple[int, int, tuple[int, int]]:
+    """Bytes that forward saves and keeps alive; the most alive in backward beyond the saved.
+
+    The latter without and with gradients of parameters.
+    """
     storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,7 +157,7 @@ def _bytes(
     with watch:
         done.backward(start)
     gradients = {p.grad.untyped_storage()._cdata for p in layer.parameters() if p.grad is not None}
-    return saved, live, watch.peak(gradients) - saved
+    return saved, live, (watch.peak(gradients) - saved, watch.peak(set()) - saved)
 
 
 class _Context(FunctionCtx):

@@ -261,6 +261,9 @@ def variant_is_exact(
             saved_bytes=saved,
             live_bytes=saved,
             transient_bytes=max(at(size, b, s) for size in block.transient_bytes),
+            transient_with_grads_bytes=max(
+                at(size, b, s) for size in block.transient_with_grads_bytes
+            ),
             forward_flop=flop(block, "forward", OpKind.GEMM, b, s),
             backward_flop=flop(block, "backward", OpKind.GEMM, b, s),
         ), (sizes, b, s)
