@@ -5,7 +5,7 @@ and DeepSpeed: the predicted step time of the best plan of each, on the models a
 (EuroSys'25), under its own executor and under PyTorch. All spaces are priced for the same executor:
 what differs is the plan alone.
 
-    python benchmarks/ablation.py [--only gpt-1.3b] > table.md
+    python benchmarks/ablation.py [--only gpt-1.3b] [--margin 0]
 """
 
 import argparse
@@ -44,11 +44,22 @@ LADDER: Final = {
 """Stages alike in all but their position until "+imbalance"; 1F1B alone until "+schedules"."""
 
 BASELINES: Final = {name: SPACES[name] for name in ("megatron", "deepspeed")}
+UNLIKE: Final = replace(START, unlike_stages=True)
+CONTROLS: Final = {
+    "all recomputed": replace(START, levels=(MemoryLevel.FULL,)),
+    "3d, unlike": UNLIKE,
+    "3d, unlike, +checkpoint": replace(CHECKPOINTS, unlike_stages=True),
+}
+"""What the gain of a rung hangs on: where the ladder starts, and the order of its rungs."""
+
 GAINS: Final = {  # what: the space, the space that it is compared with, what the paper measured
     "checkpointing of some layers": ("+checkpoint", "3d", "1.12"),
+    "the same, over recomputing all": ("+checkpoint", "all recomputed", "1.12"),
+    "the same, where stages may differ": ("3d, unlike, +checkpoint", "3d, unlike", "1.12"),
     "ZeRO-2 and 3": ("+zero", "+checkpoint", "-"),
     "offloading": ("+offload", "+zero", "1.07"),
     "unlike stages": ("+imbalance", "+offload", "1.09"),
+    "the same, over 3D": ("3d, unlike", "3d", "1.09"),
     "schedules": ("+schedules", "+imbalance", "-"),
     "all over 3D": ("+schedules", "3d", "1.28, over Megatron-LM"),
     "all over the Megatron space": ("+schedules", "megatron", "1.28, over Megatron-LM"),
@@ -94,16 +105,19 @@ def settings() -> Iterator[Setting]:
                 yield Setting(model=model, gpu=gpu, runtime="torch", attention=Attention.FLASH)
 
 
-def climbed(setting: Setting) -> Climbed:
-    """The best plan of each space; spaces that the runtime cannot tell apart are searched once."""
+def climbed(setting: Setting, margin_ratio: float | None) -> Climbed:
+    """The best plan of each space; spaces that the runtime cannot tell apart are searched once.
+
+    `margin_ratio`: share of the device memory that stays free; None for the runtime's own.
+    """
     start = time.process_time()
     asked = paper_question(
         setting.model, setting.gpu, runtime=setting.runtime, attention=setting.attention
     )
-    job, limits = prepared(asked)
+    job, limits = prepared(replace(asked, margin_ratio=margin_ratio))
     known: list[tuple[SearchSpace, Found]] = []
     found = {}
-    for name, space in (LADDER | BASELINES).items():
+    for name, space in (LADDER | BASELINES | CONTROLS).items():
         own = replace(expressible(space, job.platform.runtime), name="")
         same = [best for other, best in known if other == own]
         found[name] = same[0] if same else best_of(job, limits, space)
@@ -136,12 +150,13 @@ def seconds_table(rows: Sequence[tuple[Setting, Climbed]]) -> Iterator[str]:
 
 
 def plans_table(rows: Sequence[tuple[Setting, Climbed]]) -> Iterator[str]:
-    """The best plans of three spaces, in words."""
+    """The best plans of GPT in three spaces, in words."""
     names = ("3d", "+offload", "+schedules")
     yield f"| model | GPUs | attention | {' | '.join(names)} |"
     yield "|---" * (3 + len(names)) + "|"
     for setting, found in rows:
-        yield f"| {setting.words} | {' | '.join(found[name].words for name in names)} |"
+        if setting.model.startswith("gpt"):
+            yield f"| {setting.words} | {' | '.join(found[name].words for name in names)} |"
 
 
 def summary(rows: Sequence[tuple[Setting, Climbed]]) -> Iterator[str]:
@@ -175,9 +190,10 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="models whose name contains this")
-    only = parser.parse_args().only
+    parser.add_argument("--margin", type=float, help="share of the device memory that stays free")
+    asked = parser.parse_args()
     print(machine(), "\n", flush=True)
-    rows = [(setting, climbed(setting)) for setting in settings() if only in setting.model]
+    rows = [(each, climbed(each, asked.margin)) for each in settings() if asked.only in each.model]
     print("\n".join(summary(rows)), "\n")
     for runtime in ("mist-fp16", "torch"):
         own = [row for row in rows if row[0].runtime == runtime]
