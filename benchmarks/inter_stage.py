@@ -11,14 +11,13 @@ those of non-uniform meshes; "a": a stage begins at a multiple of its own.
 
 import argparse
 import math
-import os
-import platform
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from paper_models import machine
 
 from mist.milp import Cell, InterStageProblem, InterStageSolution, solve
 from mist.milp.formulation import solve_milp
@@ -155,15 +154,6 @@ def row(size: Size, *, repeat: int, milp: bool) -> str:
         f"{size.num_layers:6} {size.num_stages:6} {size.num_micro_batches:4} {layers:>6} "
         f"{units:>6} {num_points:7} {dp_s:8.3f} {size.bar_s or '-':>6} {dp_mib:6.1f} "
         f"{exact.num_nodes:9} {confirm_s:10.3f} {confirmed.gap:8.1e} {whole:>7}"
-    )
-
-
-def machine() -> str:
-    """Processor, load and versions: what a timing means nothing without."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores, 1 thread, load {load:.1f}, "
-        f"Python {platform.python_version()}, numpy {np.__version__}"
     )
 
 

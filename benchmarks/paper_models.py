@@ -1,13 +1,16 @@
 """The models of the Mist paper (EuroSys'25) and the jobs that benchmarks search.
 
-GPT in the sizes of its evaluation, and Llama models as large.
+GPT, Llama and Falcon in the sizes of its evaluation, as the artifact configures them (Dazz993/Mist
+d69e530, benchmark/mist/configs/model): one vocabulary for all, the head not tied to the embedding.
 """
 
+import json
 import math
 import os
 import platform
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -26,13 +29,14 @@ SIZES: Final = {  # hidden size, layers, attention heads; GPUs that the paper tr
     "2.6b": (2560, 32, 32, 4),
     "6.7b": (4096, 32, 32, 8),
     "13b": (5120, 40, 40, 16),
-    "22b": (6144, 48, 48, 32),
+    "22b": (6144, 48, 64, 32),
 }
 SAMPLES_PER_GPU: Final = 16  # of its global batch
+VOCABULARY: Final = 50304
 
 
-def gpt(size: str, vocab: int = 50257) -> ConfigSource:
-    """GPT of a size, trained without dropout as the artifact does."""
+def gpt(size: str) -> ConfigSource:
+    """GPT of a size, trained without dropout."""
     hidden, layers, heads, _ = SIZES[size]
     fields = {
         "model_type": "gpt2",
@@ -40,10 +44,9 @@ def gpt(size: str, vocab: int = 50257) -> ConfigSource:
         "n_head": heads,
         "n_layer": layers,
         "n_positions": 4096,
-        "vocab_size": vocab,
         "activation_function": "gelu_pytorch_tanh",
     } | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return _source(f"gpt-{size}-v{vocab}", fields)
+    return _source(f"gpt-{size}", fields)
 
 
 def llama(size: str) -> ConfigSource:
@@ -55,14 +58,41 @@ def llama(size: str) -> ConfigSource:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": math.ceil(hidden * 8 / 3 / 256) * 256,
-        "vocab_size": 32000,
         "max_position_embeddings": 4096,
     }
     return _source(f"llama-{size}", fields)
 
 
+def falcon(size: str) -> ConfigSource:
+    """Falcon as wide and deep as GPT of a size: attention and MLP side by side, a norm for each."""
+    hidden, layers, heads, _ = SIZES[size]
+    fields = {
+        "model_type": "falcon",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_kv_heads": heads,
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 2,
+        "bias": False,
+        "max_position_embeddings": 4096,
+    }
+    return _source(f"falcon-{size}", fields)
+
+
+FAMILIES: Final = {"gpt": gpt, "llama": llama, "falcon": falcon}
+
+
 def _source(name: str, fields: dict[str, Any]) -> ConfigSource:
-    return ConfigSource(label=name, name=name, config=fields)
+    ends = {"vocab_size": VOCABULARY, "tie_word_embeddings": False}
+    return ConfigSource(label=name, name=name, config=fields | ends)
+
+
+def write_config(source: ConfigSource, folder: Path) -> str:
+    """The configuration as a file of that name, as `mist check` takes it; its path."""
+    path = folder / f"{source.name}.json"
+    path.write_text(json.dumps(dict(source.config)))
+    return str(path)
 
 
 def paper_question(
@@ -102,8 +132,7 @@ def prepared(asked: Question, num_layers: int | None = None) -> tuple[Job, Limit
 def _programs(asked: Question) -> ModelPrograms:
     assert isinstance(asked.model, str)
     family, _, size = asked.model.partition("-")
-    makers = {"gpt": gpt, "llama": llama}
-    source = makers[family](size) if family in makers and size in SIZES else asked.model
+    source = FAMILIES[family](size) if size in SIZES else asked.model
     chosen = platform_of(asked)
     setting = setting_of(asked, chosen)
     return model_programs(source, setting, chosen.runtime, chosen.runtime_hash, quiet)

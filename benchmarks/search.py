@@ -1,5 +1,7 @@
 """Processor seconds of whole searches, imports and trace excluded, beside the bars that they keep.
 
+Then those of one job as the space grows, along the ladder of ablation.py.
+
 python benchmarks/search.py
 """
 
@@ -8,9 +10,10 @@ import time
 from dataclasses import replace
 from typing import Final
 
+from ablation import LADDER
 from paper_models import machine, paper_question, prepared
 
-from mist.spaces import SPACES
+from mist.spaces import SPACES, SearchSpace
 from mist.tune import tune
 from mist.workflow.question import Question
 
@@ -31,15 +34,15 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def row(name: str, asked: Question, space: str, bar_s: int | None) -> str:
-    """One line of the table."""
-    job, limits = prepared(asked)
+def row(name: str, label: str, space: SearchSpace, bar_s: int | None = None) -> str:
+    """One line of the table: a job in a space, by its label."""
+    job, limits = prepared(JOBS[name])
     before_mib, start = peak_mib(), time.process_time()
-    found = tune(job, SPACES[space], limits=limits, num_alternatives=5, progress=lambda _: None)
+    found = tune(job, space, limits=limits, num_alternatives=5, progress=lambda _: None)
     spent_s, counts = time.process_time() - start, found.statistics
     bar = "-" if bar_s is None else str(bar_s)
     return (
-        f"{name:<24} {space:<6} {spent_s:7.2f} {bar:>4} {peak_mib() - before_mib:6.0f} "
+        f"{name:<24} {label:<11} {spent_s:7.2f} {bar:>4} {peak_mib() - before_mib:6.0f} "
         f"{counts['groups']:6} {counts['groups_solved']:6} {counts['stages_evaluated']:11} "
         f"{counts['points']:7} {found.best.step_s:9.4g}"
     )
@@ -48,11 +51,13 @@ def row(name: str, asked: Question, space: str, bar_s: int | None) -> str:
 def main() -> None:
     """Print the table."""
     print(machine())
-    print(f"{'job':<24} {'space':<6} {'cpu_s':>7} bar_s {'MiB':>5} groups solved {'stages':>11} "
+    print(f"{'job':<24} {'space':<11} {'cpu_s':>7} bar_s {'MiB':>5} groups solved {'stages':>11} "
           f"{'points':>7} {'step_s':>9}")  # fmt: skip
-    for space, bars in BARS_S.items():
-        for (name, asked), bar_s in zip(JOBS.items(), bars, strict=True):
-            print(row(name, asked, space, bar_s), flush=True)
+    for label, bars in BARS_S.items():
+        for name, bar_s in zip(JOBS, bars, strict=True):
+            print(row(name, label, SPACES[label], bar_s), flush=True)
+    for label, space in LADDER.items():
+        print(row("GPT-22B, 32 L4", label, space), flush=True)
 
 
 if __name__ == "__main__":
