@@ -7,6 +7,9 @@ and range the points that none beats. Points that alone exceed the bound are lef
 Where stages differ in size, one of n devices in the same position from the end is the same in
 pipelines of any length: its frontiers are kept in a `CellStore`. A bound that has become tighter
 since only means that they hold more than needed.
+
+Where stages share the host memory of their nodes (`mist.pareto.hosts`), frontiers are also in what
+a point holds there, and the problem has a limit for each node.
 """
 
 from collections.abc import Iterator
@@ -15,8 +18,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
+from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, Shared, solve
 from mist.pareto.bounds import least_step_s, window
+from mist.pareto.hosts import num_crowded_out, stages_per_node
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.meshes import Place, places
 from mist.pareto.points import Points, StackedMixes, stacked
@@ -38,13 +42,15 @@ class Bounds:
 class GroupProblem:
     """The inter-stage problem of a group, and what its cells' points stand for.
 
-    `num_stages_tried`: strategies times ranges, over all positions and mixes.
+    `num_stages_tried`: strategies times ranges, over all positions and mixes. `num_crowded_out`:
+    strategies times ranges that an equal share of host memory may have kept out.
     """
 
     model: GroupModel
     problem: InterStageProblem
     points: tuple[tuple[Points, Strategies], ...]
     num_stages_tried: int
+    num_crowded_out: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +67,13 @@ _Found = tuple[Cell, Points, Strategies]
 
 @dataclass(slots=True)
 class CellStore:
-    """Frontiers of stages of unequal pipelines, by all that they depend on; how many were tried."""
+    """Frontiers of stages of unequal pipelines, by all that they depend on.
+
+    How many stages were tried, and of how many equal shares of host memory may have kept some out.
+    """
 
     num_tried: int = 0
+    num_crowded_out: int = 0
     sized: dict[tuple[int, int], _Sized] = field(default_factory=dict)
     cells: dict[tuple[object, ...], list[_Found]] = field(default_factory=dict)
 
@@ -71,7 +81,7 @@ class CellStore:
 def problem_of(base: GroupModel, bounds: Bounds, store: CellStore) -> GroupProblem:
     """The frontiers of every stage of a group, as the inter-stage problem."""
     job, group = base.job, base.group
-    before, unequal = store.num_tried, len(group.sizes) > 1
+    before, crowded, unequal = store.num_tried, store.num_crowded_out, len(group.sizes) > 1
     cells_of = _unequal_cells if unequal else _equal_cells
     found = list(cells_of(base, bounds, store))
     problem = InterStageProblem(
@@ -81,12 +91,23 @@ def problem_of(base: GroupModel, bounds: Bounds, store: CellStore) -> GroupProbl
         cells=tuple(cell for cell, _, _ in found),
         num_chunks=group.schedule.vpp,
         num_units=job.platform.num_gpus // group.sizes[0] if unequal else None,
+        shared=_shared(base, bounds.limits),
     )
     return GroupProblem(
         model=base,
         problem=problem,
         points=tuple((points, strategies) for _, points, strategies in found),
         num_stages_tried=store.num_tried - before,
+        num_crowded_out=store.num_crowded_out - crowded,
+    )
+
+
+def _shared(model: GroupModel, limits: Limits) -> tuple[Shared, ...]:
+    """What the stages of each node may hold together in its memory, if they share it."""
+    stages, each = range(model.group.num_stages), stages_per_node(model.job, model.group)
+    return tuple(
+        Shared(stages=tuple(stages[first : first + each]), limit_bytes=limits.host_bytes)
+        for first in (stages[::each] if limits.shares_host else ())
     )
 
 
@@ -105,12 +126,16 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         least_s = least_step_s(base, ranges, table.stable_s, table.lone_s)
         useful = table.fits & (least_s <= bounds.step_s)
         store.num_tried += useful.size * len(stages)
+        if not bounds.limits.shares_host and stages_per_node(base.job, group) > 1:
+            store.num_crowded_out += num_crowded_out(
+                table, least_s, len(model.strategies), step_s=bounds.step_s, limits=bounds.limits
+            )
         known: dict[bytes, list[_Found]] = {}
         for stage in stages.tolist():
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
             key = allowed.tobytes()
             if key not in known:
-                known[key] = list(_frontiers(sized, table, useful & allowed))
+                known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
 
@@ -175,7 +200,7 @@ def _stored_cells(
     useful = table.fits & (least_s <= bounds.step_s)
     useful &= placed(sized.ranges, base.job.num_layers, group.num_stages, stage)
     store.num_tried += useful.size
-    store.cells[key] = list(_frontiers(replace(sized, model=model), table, useful))
+    store.cells[key] = list(_frontiers(replace(sized, model=model), table, useful, bounds.limits))
     return store.cells[key]
 
 
@@ -191,12 +216,15 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
     return GroupModel(model.job, model.group, strategies, model.space)
 
 
-def _frontiers(sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_]) -> Iterator[_Found]:
+def _frontiers(
+    sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_], limits: Limits
+) -> Iterator[_Found]:
     """Non-empty frontiers of the useful points [N, R] of a position, as cells of stage 0."""
     ranges, model = sized.ranges, sized.model
+    points_of = table.lean_frontier if limits.shares_host else table.frontier
     zero_bubble = model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE
     for column in np.flatnonzero(useful.any(axis=0)):
-        points = table.frontier(int(column), useful[:, column])
+        points = points_of(int(column), useful[:, column])
         cell = Cell(
             stage=0,
             first=None if ranges.alike else int(ranges.first[column]),
@@ -204,6 +232,7 @@ def _frontiers(sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_]) ->
             stable_s=points.stable_s,
             lone_s=points.lone_s,
             spare_s=2 * float(table.weight_s[column]) if zero_bubble else 0.0,
+            host_bytes=points.host_bytes if limits.shares_host else None,
         )
         yield cell, points, model.strategies
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.pareto.frontier import frontier
+from mist.pareto.frontier import frontier, lean_frontier
 from mist.pareto.space import Floats, Ints
 from mist.pareto.table import Mixes
 from mist.spec import MemoryLevel
@@ -67,6 +67,11 @@ class StackedMixes:
             self.stable_s[:, column], self.lone_s[:, column], self.peak_bytes[:, column], useful
         )
         return self.points(found.choice, column)
+
+    def lean_frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
+        """The same, where less host memory counts as well."""
+        columns = (self.stable_s[:, column], self.lone_s[:, column], self.host_bytes[:, column])
+        return self.points(lean_frontier(*columns, useful), column)
 
 
 def stacked(mixes: Sequence[Mixes], weight_s: Floats) -> StackedMixes:

@@ -8,9 +8,10 @@ memory falls with c (beyond the first layer, which adds the working set of a rec
     both fall                  all layers at the deeper level, which is a mix of its own
     one rises, one falls       every c from the least that fits on
 
-and nothing else can be on a frontier. Where unlike layers follow each other the peak may rise again
-by an activation or two as recomputation reaches a wider one; then a layer more than needed may be
-recomputed. What fits is always checked, never inferred.
+and nothing else can be on a frontier. Where stages share host memory, bytes there count like a
+time: offloaded activations fall with c, and every c may be needed. Where unlike layers follow each
+other the peak may rise again by an activation or two as recomputation reaches a wider one; then a
+layer more than needed may be recomputed. What fits is always checked, never inferred.
 """
 
 from collections.abc import Iterator
@@ -260,7 +261,8 @@ class _Position:
 
     def mixed(self, upper: MemoryLevel, lower: MemoryLevel) -> Iterator[Mixes]:
         """Some layers at each of two levels, where both times do not fall together."""
-        rises = np.stack([self._differs(name, upper, lower) for name in ("stable_s", "lone_s")])
+        names = ("stable_s", "lone_s", *(("host_bytes",) if self._limits.shares_host else ()))
+        rises = np.stack([self._differs(name, upper, lower) for name in names])
         rising, falling = (rises >= 0).all(axis=(0, 1)), (rises <= 0).all(axis=(0, 1))
         least = self.least(upper, lower)
         rows = np.flatnonzero(rising | ~falling)

@@ -166,7 +166,7 @@ def _assemble(
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,
-        solver=_solver_words(job, space, effort.method),
+        solver=_solver_words(job, space, effort.method, tuned),
         gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
         lower_bound_s=lower_bound_s,
         search=tuned.statistics
@@ -182,10 +182,11 @@ def _assemble(
     )
 
 
-def _solver_words(job: Job, space: SearchSpace, method: Method) -> str:
+def _solver_words(job: Job, space: SearchSpace, method: Method, tuned: Tuned) -> str:
     if not expressible(space, job.platform.runtime).unlike_stages:
         return "none: every layout of like stages was judged"
-    return SOLVERS[method]
+    words = SOLVERS["milp" if tuned.solver == "milp" else method]
+    return f"{words}; stages share the host memory of a node" if tuned.shares_host else words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
