@@ -22,9 +22,9 @@ from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, Share
 from mist.pareto.bounds import least_step_s, window
 from mist.pareto.hosts import num_crowded_out, stages_per_node
 from mist.pareto.layouts import Layout, Picked, layout_of
-from mist.pareto.meshes import Place, places
+from mist.pareto.meshes import Place, depths, places
 from mist.pareto.points import Points, StackedMixes, stacked
-from mist.pareto.space import Strategies, offloading
+from mist.pareto.space import Floats, Strategies, offloading
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
 from mist.plans import Limits
 from mist.spec import ScheduleKind
@@ -145,13 +145,15 @@ def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterat
     group, platform = base.group, base.job.platform
     for size in group.sizes:
         sized = _stored_size(base, size, bounds, store)
+        model = GroupModel(base.job, group, sized.model.strategies, base.space)
+        sized = replace(sized, model=model)
         for stage in range(group.num_stages) if len(sized.model.strategies) else ():
             for place in places(
                 stage, group.num_stages, (group.sizes[0], size),
                 num_gpus=platform.num_gpus, per_node=platform.gpus_per_node,
             ):  # fmt: skip
                 if size in place.begins:
-                    known = _stored_cells(base, sized, stage, place, (bounds, store))
+                    known = _stored_cells(sized, stage, place, (bounds, store))
                     yield from _stood(known, base, stage, size, place)
 
 
@@ -183,25 +185,40 @@ def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) 
 
 
 def _stored_cells(
-    base: GroupModel, sized: _Sized, stage: int, place: Place, within: tuple[Bounds, CellStore]
+    sized: _Sized, stage: int, place: Place, within: tuple[Bounds, CellStore]
 ) -> list[_Found]:
     """The frontiers of a size at a position from the end, between these borders."""
     bounds, store = within
-    group, alike = base.group, sized.ranges.alike
-    model = GroupModel(base.job, group, sized.model.strategies, base.space)
+    model, ranges = sized.model, sized.ranges
+    group = model.group
     ends = (stage == 0, stage == group.num_stages - 1)
     borders = (place.prev_crosses, place.next_crosses)
-    key = (sized.size, group.num_micro_batches, model.in_flight(stage), ends, borders)
-    if alike and key in store.cells:
+    fixed = (sized.size, group.num_micro_batches, ends, borders)
+    key = (*fixed, model.in_flight(stage))
+    if ranges.alike and key in store.cells:
         return store.cells[key]
-    mixes = list(model.mixes(stage, sized.ranges, bounds.limits, place))
-    table = stacked(mixes, model.weight_s(stage, sized.ranges))
-    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
-    useful = table.fits & (least_s <= bounds.step_s)
-    useful &= placed(sized.ranges, base.job.num_layers, group.num_stages, stage)
-    store.num_tried += useful.size
-    store.cells[key] = list(_frontiers(replace(sized, model=model), table, useful, bounds.limits))
+    for held, mixes in model.mixes(stage, _in_flight(sized, stage), ranges, bounds.limits, place):
+        table = stacked(mixes, model.weight_s(stage, ranges))
+        least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
+        useful = table.fits & (least_s <= bounds.step_s)
+        useful &= placed(ranges, model.job.num_layers, group.num_stages, stage)
+        store.num_tried += useful.size
+        store.cells[*fixed, held] = list(_frontiers(sized, table, useful, bounds.limits))
     return store.cells[key]
+
+
+def _in_flight(sized: _Sized, stage: int) -> Floats:
+    """Micro-batches that a stage may hold in any pipeline with stages of this size.
+
+    Those with the same ends are looked at together; where layers differ, places do: its own only.
+    """
+    model, group, job = sized.model, sized.model.group, sized.model.job
+    if not sized.ranges.alike or stage == group.num_stages - 1:
+        return np.array([model.in_flight(stage)])
+    platform = job.platform
+    found = depths(platform.num_gpus, job.num_layers, platform.gpus_per_node, sized.size)
+    held = found if stage == 0 else range(2, max(found))
+    return np.unique(np.minimum(held, group.num_micro_batches).astype(np.float64))
 
 
 def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:

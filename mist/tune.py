@@ -27,7 +27,7 @@ import numpy as np
 from mist.cells import Bounds, CellStore, GroupProblem, joined, problem_of
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job
-from mist.milp import Method, Solver
+from mist.milp import InterStageSolution, Method, Solver
 from mist.pareto.bounds import lower_bound_s
 from mist.pareto.even import alike_layouts, even_layouts
 from mist.pareto.hosts import shared, stages_per_node
@@ -181,8 +181,7 @@ def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
     group = visit.group
     if visit.limits.shares_host:
         if visit.bound_s < search.upper_bound_s:
-            search.counts["groups_shared"] = search.counts.get("groups_shared", 0) + 1
-            _join(search, visit)
+            _share(search, visit)
         return []
     search.counts["groups"] += 1
     if visit.bound_s >= max(search.upper_bound_s, search.horizon_s):
@@ -203,17 +202,36 @@ def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
     return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
 
 
+def _share(search: _Search, visit: _Visit) -> None:
+    """Offer the best layout of a group with host memory shared.
+
+    A first look lets every stage have all of its node, for which frontiers in time do.
+    """
+    search.counts["groups_shared"] = search.counts.get("groups_shared", 0) + 1
+    _, found = _joined(search, replace(visit, limits=replace(visit.limits, shares_host=False)))
+    if found is not None:
+        _join(search, visit)
+
+
 def _join(search: _Search, visit: _Visit) -> GroupProblem:
     """Offer the best layout of a group."""
+    problem, found = _joined(search, visit)
+    if found is not None:
+        search.relaxed_s = min(search.relaxed_s, found[1].lower_bound_s)
+        search.offer(found[0], visit, found[1].solver)
+    return problem
+
+
+def _joined(
+    search: _Search, visit: _Visit
+) -> tuple[GroupProblem, tuple[Layout, InterStageSolution] | None]:
+    """The problem of a group, and what of it beats the best so far."""
     group = visit.group
     model = GroupModel(search.job, group, group.strategies, search.space)
     bounds = Bounds(limits=visit.limits, step_s=search.upper_bound_s)
     problem = problem_of(model, bounds, search.store)
     search.count(problem)
-    if (found := joined(problem, bounds, "dp")) is not None:
-        search.relaxed_s = min(search.relaxed_s, found[1].lower_bound_s)
-        search.offer(found[0], visit, found[1].solver)
-    return problem
+    return problem, joined(problem, bounds, "dp")
 
 
 def _search_alike(search: _Search, visit: _Visit) -> None:
