@@ -12,7 +12,7 @@ Where stages share the host memory of their nodes (`mist.pareto.hosts`), frontie
 a point holds there, and the problem has a limit for each node.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -80,25 +80,34 @@ class CellStore:
 
 def problem_of(base: GroupModel, bounds: Bounds, store: CellStore) -> GroupProblem:
     """The frontiers of every stage of a group, as the inter-stage problem."""
+    before, crowded = store.num_tried, store.num_crowded_out
+    cells_of = _unequal_cells if len(base.group.sizes) > 1 else _equal_cells
+    problem = _problem(base, list(cells_of(base, bounds, store)), bounds.limits)
+    return replace(
+        problem,
+        num_stages_tried=store.num_tried - before,
+        num_crowded_out=store.num_crowded_out - crowded,
+    )
+
+
+def _problem(base: GroupModel, found: Sequence[_Found], limits: Limits) -> GroupProblem:
+    """The inter-stage problem of these cells, as nothing was looked at for it."""
     job, group = base.job, base.group
-    before, crowded, unequal = store.num_tried, store.num_crowded_out, len(group.sizes) > 1
-    cells_of = _unequal_cells if unequal else _equal_cells
-    found = list(cells_of(base, bounds, store))
     problem = InterStageProblem(
         num_layers=job.num_layers,
         num_stages=group.num_stages,
         num_micro_batches=group.num_micro_batches,
         cells=tuple(cell for cell, _, _ in found),
         num_chunks=group.schedule.vpp,
-        num_units=job.platform.num_gpus // group.sizes[0] if unequal else None,
-        shared=_shared(base, bounds.limits),
+        num_units=job.platform.num_gpus // group.sizes[0] if len(group.sizes) > 1 else None,
+        shared=_shared(base, limits),
     )
     return GroupProblem(
         model=base,
         problem=problem,
         points=tuple((points, strategies) for _, points, strategies in found),
-        num_stages_tried=store.num_tried - before,
-        num_crowded_out=store.num_crowded_out - crowded,
+        num_stages_tried=0,
+        num_crowded_out=0,
     )
 
 
@@ -252,6 +261,30 @@ def _frontiers(
             host_bytes=points.host_bytes if limits.shares_host else None,
         )
         yield cell, points, model.strategies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedStage:
+    """A stage whose layers and devices are given: its strategies, its one range, its place."""
+
+    model: GroupModel
+    ranges: Ranges
+    place: Place | None
+
+
+def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:
+    """The frontiers of given stages as the inter-stage problem."""
+    found: list[_Found] = []
+    for index, stage in enumerate(stages):
+        model, ranges = stage.model, stage.ranges
+        in_flight = np.array([model.in_flight(index)])
+        ((_, mixes),) = model.mixes(index, in_flight, ranges, limits, stage.place)
+        table = stacked(mixes, model.weight_s(index, ranges))
+        sized = _Sized(size=0, model=model, ranges=ranges)
+        units = int(model.strategies.tp[0] * model.strategies.dp[0]) // model.group.sizes[0]
+        for cell, points, strategies in _frontiers(sized, table, table.fits, limits):
+            found.append((replace(cell, stage=index, units=units), points, strategies))
+    return _problem(stages[0].model, found, limits)
 
 
 def joined(

@@ -12,7 +12,8 @@ of unequal size last:
 5. share     again, with host memory shared by the stages of a node, where an equal share for each
              rank may have kept out a faster plan: the mixed-integer program where the limit binds.
 
-The winner is confirmed by the mixed-integer program through PuLP and HiGHS. Its gap is against the
+The winner is confirmed by the mixed-integer program through PuLP and HiGHS, and its offload ratios
+are refined between those of the grid (mist.refine). Its gap is against the
 least of what the programs prove, and of the bounds of groups that were not searched (--time-limit,
 Ctrl-C). The programs do not see what transfers between neighbours unlike in dp and tp add: layouts
 are compared with it, and the gap covers it. Bounds never change the optimum.
@@ -35,6 +36,7 @@ from mist.pareto.layouts import Layout
 from mist.pareto.space import Group, expressible, groups, lean_ratios, offloading
 from mist.pareto.table import GroupModel
 from mist.plans import Limits
+from mist.refine import refined
 from mist.spaces import SearchSpace
 from mist.spec import ScheduleKind
 
@@ -48,10 +50,12 @@ class Tuned:
     """The fastest layout, the proof, other kinds of layout by step time, and what was searched.
 
     `shares_host`: in it the stages of a node share its memory, as equal shares do not allow.
-    `solver`: what found it.
+    `solver`: what found it. `grid_step_s`: of the best with the space's own offload ratios, which
+    the bound is of; `best` may have finer ones.
     """
 
     best: Layout
+    grid_step_s: float
     shares_host: bool
     solver: Solver
     lower_bound_s: float
@@ -78,7 +82,8 @@ class _Search:
     """Best layout so far and what found it, the best of each kind, and counts.
 
     `relaxed_s`: the least that any group's dynamic program proved, which does not see what
-    transfers between unlike neighbours add.
+    transfers between unlike neighbours add. `finalists`: the best with stages of one size (False)
+    and of several, whose ratios are refined: so the space that has both is never the slower one.
     """
 
     job: Job
@@ -90,6 +95,7 @@ class _Search:
     relaxed_s: float = math.inf
     store: CellStore = field(default_factory=CellStore)
     by_kind: dict[tuple[object, ...], Layout] = field(default_factory=dict)
+    finalists: dict[bool, tuple[Layout, _Visit]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
     @property
@@ -111,6 +117,9 @@ class _Search:
         """Keep a layout if it is the best, or the best of its kind."""
         if layout.step_s < self.upper_bound_s:
             self.best, self.best_visit, self.best_solver = layout, visit, solver
+        unequal = len(visit.group.sizes) > 1
+        if unequal not in self.finalists or layout.step_s < self.finalists[unequal][0].step_s:
+            self.finalists[unequal] = layout, visit
         known = self.by_kind.get(layout.kind)
         if known is None or layout.step_s < known.step_s:
             self.by_kind[layout.kind] = layout
@@ -142,7 +151,7 @@ def tune(  # noqa: PLR0913 - what is searched, and how
             if is_late() and search.best is not None:
                 left_s = _least_bound(work[done:])
                 break
-            work += _visit(search, visit)
+            _put(work, _visit(search, visit))
             progress(_progress_words(search, done + 1, len(work)))
     except KeyboardInterrupt:
         if search.best is None:
@@ -151,7 +160,7 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     search.counts["groups_left"] = num_groups - search.counts["groups"]
     if search.best is None:
         raise Infeasible(f"{job.facts.name} does not fit.")
-    return _prove(search, search.best, left_s, method)
+    return _refined(search, _prove(search, search.best, left_s, method))
 
 
 def _work(job: Job, space: SearchSpace, limits: Limits) -> list[_Visit]:
@@ -161,6 +170,12 @@ def _work(job: Job, space: SearchSpace, limits: Limits) -> list[_Visit]:
         for group in groups(job, space)
     ]
     return sorted(found, key=lambda visit: visit.order)
+
+
+def _put(work: list[_Visit], more: Sequence[_Visit]) -> None:
+    """Further visits, before the groups with stages of several sizes."""
+    at = next((i for i, visit in enumerate(work) if len(visit.group.sizes) > 1), len(work))
+    work[at:at] = more
 
 
 def _least_bound(work: Sequence[_Visit]) -> float:
@@ -271,12 +286,31 @@ def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tune
     )
     return Tuned(
         best=layout,
+        grid_step_s=layout.step_s,
         lower_bound_s=min(proven_s, search.relaxed_s, left_s, layout.step_s),
         shares_host=visit.limits.shares_host,
         solver=search.best_solver,
         others=tuple(others[: search.num_alternatives]),
         statistics=search.counts,
     )
+
+
+def _refined(search: _Search, tuned: Tuned) -> Tuned:
+    """The same with the finer offload ratios of the finalist that they make fastest."""
+    space, job = search.space, search.job
+    if not (space.refines and expressible(space, job.platform.runtime).unlike_stages):
+        return tuned
+    for layout, visit in search.finalists.values():
+        found = refined(job, visit.group, space, layout, visit.limits)
+        if found is not None and found.step_s < tuned.best.step_s:
+            tuned = replace(
+                tuned,
+                best=found,
+                shares_host=visit.limits.shares_host,
+                lower_bound_s=min(tuned.lower_bound_s, found.step_s),
+                others=tuple(other for other in tuned.others if other.kind != found.kind),
+            )
+    return tuned
 
 
 def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Layout]:

@@ -22,7 +22,9 @@ from tests.test_tune import SCHEDULES, options_of
 from tests.toys import toy_graph, toy_job
 
 RATIOS = {**NO_RATIOS, "optimizer": (0.0, 0.5, 1.0), "activations": (0.0, 1.0)}
-SPACE = SearchSpace(pp=(2,), zero=(0, 3), offload=RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,))
+SPACE = SearchSpace(
+    refines=False, pp=(2,), zero=(0, 3), offload=RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,)
+)
 
 
 def tuned(job: Job, limits: Limits, **options: object) -> Tuned | None:
