@@ -7,20 +7,24 @@ and range the points that none beats. Points that alone exceed the bound are lef
 Where stages differ in size, one of n devices in the same position from the end is the same in
 pipelines of any length: its frontiers are kept in a `CellStore`. A bound that has become tighter
 since only means that they hold more than needed.
+
+Where stages share the host memory of their nodes (`mist.pareto.hosts`), frontiers are also in what
+a point holds there, and the problem has a limit for each node.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, solve
+from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, Shared, solve
 from mist.pareto.bounds import least_step_s, window
+from mist.pareto.hosts import num_crowded_out, stages_per_node
 from mist.pareto.layouts import Layout, Picked, layout_of
-from mist.pareto.meshes import Place, places
+from mist.pareto.meshes import Place, depths, places
 from mist.pareto.points import Points, StackedMixes, stacked
-from mist.pareto.space import Strategies, offloading
+from mist.pareto.space import Floats, Strategies, offloading
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
 from mist.plans import Limits
 from mist.spec import ScheduleKind
@@ -38,13 +42,15 @@ class Bounds:
 class GroupProblem:
     """The inter-stage problem of a group, and what its cells' points stand for.
 
-    `num_stages_tried`: strategies times ranges, over all positions and mixes.
+    `num_stages_tried`: strategies times ranges, over all positions and mixes. `num_crowded_out`:
+    strategies times ranges that an equal share of host memory may have kept out.
     """
 
     model: GroupModel
     problem: InterStageProblem
     points: tuple[tuple[Points, Strategies], ...]
     num_stages_tried: int
+    num_crowded_out: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,32 +67,56 @@ _Found = tuple[Cell, Points, Strategies]
 
 @dataclass(slots=True)
 class CellStore:
-    """Frontiers of stages of unequal pipelines, by all that they depend on; how many were tried."""
+    """Frontiers of stages of unequal pipelines, by all that they depend on.
+
+    How many stages were tried, and of how many equal shares of host memory may have kept some out.
+    """
 
     num_tried: int = 0
+    num_crowded_out: int = 0
     sized: dict[tuple[int, int], _Sized] = field(default_factory=dict)
     cells: dict[tuple[object, ...], list[_Found]] = field(default_factory=dict)
 
 
 def problem_of(base: GroupModel, bounds: Bounds, store: CellStore) -> GroupProblem:
     """The frontiers of every stage of a group, as the inter-stage problem."""
+    before, crowded = store.num_tried, store.num_crowded_out
+    cells_of = _unequal_cells if len(base.group.sizes) > 1 else _equal_cells
+    problem = _problem(base, list(cells_of(base, bounds, store)), bounds.limits)
+    return replace(
+        problem,
+        num_stages_tried=store.num_tried - before,
+        num_crowded_out=store.num_crowded_out - crowded,
+    )
+
+
+def _problem(base: GroupModel, found: Sequence[_Found], limits: Limits) -> GroupProblem:
+    """The inter-stage problem of these cells, as nothing was looked at for it."""
     job, group = base.job, base.group
-    before, unequal = store.num_tried, len(group.sizes) > 1
-    cells_of = _unequal_cells if unequal else _equal_cells
-    found = list(cells_of(base, bounds, store))
     problem = InterStageProblem(
         num_layers=job.num_layers,
         num_stages=group.num_stages,
         num_micro_batches=group.num_micro_batches,
         cells=tuple(cell for cell, _, _ in found),
         num_chunks=group.schedule.vpp,
-        num_units=job.platform.num_gpus // group.sizes[0] if unequal else None,
+        num_units=job.platform.num_gpus // group.sizes[0] if len(group.sizes) > 1 else None,
+        shared=_shared(base, limits),
     )
     return GroupProblem(
         model=base,
         problem=problem,
         points=tuple((points, strategies) for _, points, strategies in found),
-        num_stages_tried=store.num_tried - before,
+        num_stages_tried=0,
+        num_crowded_out=0,
+    )
+
+
+def _shared(model: GroupModel, limits: Limits) -> tuple[Shared, ...]:
+    """What the stages of each node may hold together in its memory, if they share it."""
+    stages, each = range(model.group.num_stages), stages_per_node(model.job, model.group)
+    return tuple(
+        Shared(stages=tuple(stages[first : first + each]), limit_bytes=limits.host_bytes)
+        for first in (stages[::each] if limits.shares_host else ())
     )
 
 
@@ -105,12 +135,16 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         least_s = least_step_s(base, ranges, table.stable_s, table.lone_s)
         useful = table.fits & (least_s <= bounds.step_s)
         store.num_tried += useful.size * len(stages)
+        if not bounds.limits.shares_host and stages_per_node(base.job, group) > 1:
+            store.num_crowded_out += num_crowded_out(
+                table, least_s, len(model.strategies), step_s=bounds.step_s, limits=bounds.limits
+            )
         known: dict[bytes, list[_Found]] = {}
         for stage in stages.tolist():
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
             key = allowed.tobytes()
             if key not in known:
-                known[key] = list(_frontiers(sized, table, useful & allowed))
+                known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
 
@@ -120,13 +154,15 @@ def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterat
     group, platform = base.group, base.job.platform
     for size in group.sizes:
         sized = _stored_size(base, size, bounds, store)
+        model = GroupModel(base.job, group, sized.model.strategies, base.space)
+        sized = replace(sized, model=model)
         for stage in range(group.num_stages) if len(sized.model.strategies) else ():
             for place in places(
                 stage, group.num_stages, (group.sizes[0], size),
                 num_gpus=platform.num_gpus, per_node=platform.gpus_per_node,
             ):  # fmt: skip
                 if size in place.begins:
-                    known = _stored_cells(base, sized, stage, place, (bounds, store))
+                    known = _stored_cells(sized, stage, place, (bounds, store))
                     yield from _stood(known, base, stage, size, place)
 
 
@@ -158,25 +194,40 @@ def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) 
 
 
 def _stored_cells(
-    base: GroupModel, sized: _Sized, stage: int, place: Place, within: tuple[Bounds, CellStore]
+    sized: _Sized, stage: int, place: Place, within: tuple[Bounds, CellStore]
 ) -> list[_Found]:
     """The frontiers of a size at a position from the end, between these borders."""
     bounds, store = within
-    group, alike = base.group, sized.ranges.alike
-    model = GroupModel(base.job, group, sized.model.strategies, base.space)
+    model, ranges = sized.model, sized.ranges
+    group = model.group
     ends = (stage == 0, stage == group.num_stages - 1)
     borders = (place.prev_crosses, place.next_crosses)
-    key = (sized.size, group.num_micro_batches, model.in_flight(stage), ends, borders)
-    if alike and key in store.cells:
+    fixed = (sized.size, group.num_micro_batches, ends, borders)
+    key = (*fixed, model.in_flight(stage))
+    if ranges.alike and key in store.cells:
         return store.cells[key]
-    mixes = list(model.mixes(stage, sized.ranges, bounds.limits, place))
-    table = stacked(mixes, model.weight_s(stage, sized.ranges))
-    least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
-    useful = table.fits & (least_s <= bounds.step_s)
-    useful &= placed(sized.ranges, base.job.num_layers, group.num_stages, stage)
-    store.num_tried += useful.size
-    store.cells[key] = list(_frontiers(replace(sized, model=model), table, useful))
+    for held, mixes in model.mixes(stage, _in_flight(sized, stage), ranges, bounds.limits, place):
+        table = stacked(mixes, model.weight_s(stage, ranges))
+        least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
+        useful = table.fits & (least_s <= bounds.step_s)
+        useful &= placed(ranges, model.job.num_layers, group.num_stages, stage)
+        store.num_tried += useful.size
+        store.cells[*fixed, held] = list(_frontiers(sized, table, useful, bounds.limits))
     return store.cells[key]
+
+
+def _in_flight(sized: _Sized, stage: int) -> Floats:
+    """Micro-batches that a stage may hold in any pipeline with stages of this size.
+
+    Those with the same ends are looked at together; where layers differ, places do: its own only.
+    """
+    model, group, job = sized.model, sized.model.group, sized.model.job
+    if not sized.ranges.alike or stage == group.num_stages - 1:
+        return np.array([model.in_flight(stage)])
+    platform = job.platform
+    found = depths(platform.num_gpus, job.num_layers, platform.gpus_per_node, sized.size)
+    held = found if stage == 0 else range(2, max(found))
+    return np.unique(np.minimum(held, group.num_micro_batches).astype(np.float64))
 
 
 def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:
@@ -191,12 +242,15 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
     return GroupModel(model.job, model.group, strategies, model.space)
 
 
-def _frontiers(sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_]) -> Iterator[_Found]:
+def _frontiers(
+    sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_], limits: Limits
+) -> Iterator[_Found]:
     """Non-empty frontiers of the useful points [N, R] of a position, as cells of stage 0."""
     ranges, model = sized.ranges, sized.model
+    points_of = table.lean_frontier if limits.shares_host else table.frontier
     zero_bubble = model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE
     for column in np.flatnonzero(useful.any(axis=0)):
-        points = table.frontier(int(column), useful[:, column])
+        points = points_of(int(column), useful[:, column])
         cell = Cell(
             stage=0,
             first=None if ranges.alike else int(ranges.first[column]),
@@ -204,8 +258,33 @@ def _frontiers(sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_]) ->
             stable_s=points.stable_s,
             lone_s=points.lone_s,
             spare_s=2 * float(table.weight_s[column]) if zero_bubble else 0.0,
+            host_bytes=points.host_bytes if limits.shares_host else None,
         )
         yield cell, points, model.strategies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedStage:
+    """A stage whose layers and devices are given: its strategies, its one range, its place."""
+
+    model: GroupModel
+    ranges: Ranges
+    place: Place | None
+
+
+def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:
+    """The frontiers of given stages as the inter-stage problem."""
+    found: list[_Found] = []
+    for index, stage in enumerate(stages):
+        model, ranges = stage.model, stage.ranges
+        in_flight = np.array([model.in_flight(index)])
+        ((_, mixes),) = model.mixes(index, in_flight, ranges, limits, stage.place)
+        table = stacked(mixes, model.weight_s(index, ranges))
+        sized = _Sized(size=0, model=model, ranges=ranges)
+        units = int(model.strategies.tp[0] * model.strategies.dp[0]) // model.group.sizes[0]
+        for cell, points, strategies in _frontiers(sized, table, table.fits, limits):
+            found.append((replace(cell, stage=index, units=units), points, strategies))
+    return _problem(stages[0].model, found, limits)
 
 
 def joined(

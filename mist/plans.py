@@ -115,12 +115,27 @@ class StagePlan:
         return self.num_at(MemoryLevel.FULL)
 
 
+def fullest_host_bytes(
+    stages: Sequence[StagePlan], held_bytes: Sequence[float], ranks_per_host: int
+) -> float:
+    """What the ranks of the fullest host hold in its memory; `held_bytes`: a rank of each stage."""
+    pairs = zip(held_bytes, stages, strict=True)
+    ranks = [held for held, stage in pairs for _ in range(stage.devices[1])]
+    starts = range(0, len(ranks), ranks_per_host)
+    return max(sum(ranks[first : first + ranks_per_host]) for first in starts)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bytes that one device may hold, and one rank in host memory."""
+    """Bytes that one device may hold, and one rank in host memory.
+
+    `shares_host`: ranks of other stages on the node must leave room for what a rank holds there, so
+    that a stage that is no faster but holds less may be needed.
+    """
 
     device_bytes: float
     host_bytes: float
+    shares_host: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.facts import ModelFacts
-from mist.plans import Plan, StagePlan
+from mist.plans import Plan, StagePlan, fullest_host_bytes
 from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.units import GIB
 
@@ -40,11 +40,8 @@ def refuse_world(plan: Plan, num_ranks: int) -> None:
 
 def refuse_small_host(plan: Plan, host_bytes: int, ranks_per_host: int) -> None:
     """Raise InputError when what the ranks of one machine offload does not fit its memory."""
-    planned = sorted((offloaded_bytes(plan, i) for i in range(len(plan.stages))), reverse=True)
-    ranks = [
-        each for each, s in zip(planned, plan.stages, strict=True) for _ in range(s.devices[1])
-    ]
-    needed = sum(sorted(ranks, reverse=True)[:ranks_per_host])
+    held_bytes = [offloaded_bytes(plan, i) for i in range(len(plan.stages))]
+    needed = fullest_host_bytes(plan.stages, held_bytes, ranks_per_host)
     if needed > host_bytes:
         raise InputError(
             f"offload needs {needed / GIB:.1f} GiB of host memory for {ranks_per_host} ranks, but "

@@ -42,7 +42,8 @@ class SearchSpace:
     `levels`: the memory levels that layers may have; `some_layers`: whether a stage may mix two of
     them. `offload`: ratios by state. `schedules`, and `chunks` (v) of those that take turns.
     `unlike_stages`: whether stages may differ in anything and share layers unevenly;
-    `unequal_meshes`: also in their number of devices. `most`: upper limits by knob.
+    `unequal_meshes`: also in their number of devices. `refines`: whether the best layout's ratios
+    may lie between those of `offload` in the end (`mist.refine`). `most`: upper limits by knob.
     `restrictions`: what was narrowed. Raises InputError for a value that no plan can have.
     """
 
@@ -59,6 +60,7 @@ class SearchSpace:
     chunks: tuple[int, ...] = (2, 3, 4, 6, 8)
     unlike_stages: bool = True
     unequal_meshes: bool = False
+    refines: bool = True
     most: Mapping[str, int] = field(default_factory=dict)
     restrictions: tuple[str, ...] = ()
 
@@ -139,7 +141,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
             ),
-            SearchSpace(name="paper", schedules=_ALIKE),
+            SearchSpace(name="paper", schedules=_ALIKE, refines=False),
             SearchSpace(name="mist"),
             SearchSpace(name="whole", unequal_meshes=True),
         )

@@ -90,12 +90,23 @@ def _limited(
 ) -> InterStageSolution | None:
     """The best within the shared limits, which `exact`, the optimum without them, exceeds."""
     found = _solve_milp(problem, upper_bound_s=upper_bound_s, limits=limits)
+    if found is not None and not within_shared(problem, found.choices):
+        found = _solve_milp(_tighter(problem), upper_bound_s=upper_bound_s, limits=limits)
     if found is None:
         return None
     if found.step_s < exact.step_s * (1 - _AGREEMENT):
         raise _disagreement(exact, found.step_s)
     lower_bound_s = max(found.lower_bound_s, min(exact.step_s, found.step_s))
     return replace(found, lower_bound_s=lower_bound_s)
+
+
+def _tighter(problem: InterStageProblem) -> InterStageProblem:
+    """The problem with shared limits that HiGHS cannot exceed within its tolerance of 1e-6."""
+    shared = (
+        replace(each, limit_bytes=each.limit_bytes * (1 - _AGREEMENT * (1 + len(each.stages))))
+        for each in problem.shared
+    )
+    return replace(problem, shared=tuple(shared))
 
 
 def _confirmed(

@@ -70,7 +70,9 @@ def _fault_of_shapes(cell: Cell) -> str | None:
     columns = [cell.stable_s, cell.lone_s]
     if cell.stable_s.ndim != 1 or cell.stable_s.shape != cell.lone_s.shape:
         return f"{cell.stable_s.shape} and {cell.lone_s.shape} differ"
-    if not all(np.isfinite(times).all() and np.all(times >= 0) for times in columns):
+    if not all(
+        times.min(initial=0.0) >= 0.0 and times.max(initial=0.0) < np.inf for times in columns
+    ):
         return "times must be finite and not negative"
     host = cell.host_bytes
     if host is not None and (

@@ -3,7 +3,8 @@
 A candidate dominates another when it is no slower in both times and faster in one. The step time
 (`mist.schedule`) is monotone in both, so no dominated candidate can improve a plan, whatever the
 other stages do. Of candidates with the same two times the one with the lower peak stays, then the
-one with the lower index: the result does not depend on the order of evaluation.
+one with the lower index: the result does not depend on the order of evaluation. Where stages share
+host memory a candidate must be no worse in the bytes that it holds there either (`lean_frontier`).
 """
 
 from collections.abc import Sequence
@@ -57,6 +58,26 @@ def frontier(
         np.asarray(column, dtype=np.float64)[choice] for column in (stable_s, lone_s, peak_bytes)
     )
     return _select(stable, lone, peak, choice)
+
+
+def lean_frontier(
+    stable_s: NDArray[np.float64],
+    lone_s: NDArray[np.float64],
+    host_bytes: NDArray[np.float64],
+    feasible: NDArray[np.bool_],
+) -> NDArray[np.int64]:
+    """The feasible candidates that none beats in (stable, lone, host bytes), in that order.
+
+    Columns [N], seconds and bytes; the result holds indices into the N. Of equals the first stays.
+    """
+    left = np.flatnonzero(feasible)
+    left = left[np.lexsort((left, host_bytes[left], lone_s[left], stable_s[left]))]
+    kept = []
+    while left.size:  # the first cannot be beaten by what is behind it
+        kept.append(left[0])
+        leaner = (lone_s[left] < lone_s[left[0]]) | (host_bytes[left] < host_bytes[left[0]])
+        left = left[leaner]
+    return np.array(kept, dtype=np.int64)
 
 
 def merge(frontiers: Sequence[Frontier]) -> Frontier:

@@ -41,6 +41,12 @@ def unequal_sizes(num_gpus: int, num_stages: int, per_node: int) -> tuple[int, .
     return sizes if reachable and num_gpus % sizes[0] == 0 else ()
 
 
+def depths(num_gpus: int, most: int, per_node: int, size: int) -> list[int]:
+    """Numbers of stages, at most `most`, of pipelines in which a stage may have this size."""
+    counts = range(2, min(num_gpus, most) + 1)
+    return [count for count in counts if size in unequal_sizes(num_gpus, count, per_node)]
+
+
 def _fills(size: int, per_node: int) -> bool:
     return per_node % size == 0 or size % per_node == 0
 

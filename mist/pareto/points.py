@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.pareto.frontier import frontier
+from mist.pareto.frontier import frontier, lean_frontier
 from mist.pareto.space import Floats, Ints
 from mist.pareto.table import Mixes
-from mist.spec import MemoryLevel
 
 LevelNames = NDArray[np.object_]
 
@@ -68,18 +67,20 @@ class StackedMixes:
         )
         return self.points(found.choice, column)
 
+    def lean_frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
+        """The same, where less host memory counts as well."""
+        columns = (self.stable_s[:, column], self.lone_s[:, column], self.host_bytes[:, column])
+        return self.points(lean_frontier(*columns, useful), column)
+
 
 def stacked(mixes: Sequence[Mixes], weight_s: Floats) -> StackedMixes:
     """Mixes of one position, one under the other; `weight_s` [R]."""
     wide = ("stable_s", "lone_s", "peak_bytes", "host_bytes", "fits", "num_lower")
+    lengths = [len(mix.row) for mix in mixes]
     return StackedMixes(
         row=np.concatenate([mix.row for mix in mixes]),
-        upper=np.concatenate([_named(mix.upper, len(mix.row)) for mix in mixes]),
-        lower=np.concatenate([_named(mix.lower, len(mix.row)) for mix in mixes]),
+        upper=np.repeat(np.array([mix.upper for mix in mixes], dtype=object), lengths),
+        lower=np.repeat(np.array([mix.lower for mix in mixes], dtype=object), lengths),
         weight_s=weight_s,
         **{name: np.concatenate([getattr(mix, name) for mix in mixes]) for name in wide},
     )
-
-
-def _named(level: MemoryLevel, count: int) -> LevelNames:
-    return np.full(count, level, dtype=object)

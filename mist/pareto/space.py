@@ -258,7 +258,11 @@ def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strate
     base = group.strategies.take(rows)
     if not len(ratios) or not len(base):
         return base.take(np.zeros(0, dtype=np.int64))
-    base = _with_higher_levels(base, space)
+    return with_ratios(job, group, _with_higher_levels(base, space), ratios)
+
+
+def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Strategies:
+    """Every strategy with every tuple of offload ratios [T, 4] that breaks no rule, priced."""
     many = base.take(np.repeat(np.arange(len(base)), len(ratios)))
     away = np.tile(ratios, (len(base), 1))
     strategies = replace(many, **dict(zip(OFFLOADED, away.T, strict=True)))

@@ -8,9 +8,10 @@ memory falls with c (beyond the first layer, which adds the working set of a rec
     both fall                  all layers at the deeper level, which is a mix of its own
     one rises, one falls       every c from the least that fits on
 
-and nothing else can be on a frontier. Where unlike layers follow each other the peak may rise again
-by an activation or two as recomputation reaches a wider one; then a layer more than needed may be
-recomputed. What fits is always checked, never inferred.
+and nothing else can be on a frontier. Where stages share host memory, bytes there count like a
+time: offloaded activations fall with c, and every c may be needed. Where unlike layers follow each
+other the peak may rise again by an activation or two as recomputation reaches a wider one; then a
+layer more than needed may be recomputed. What fits is always checked, never inferred.
 """
 
 from collections.abc import Iterator
@@ -136,10 +137,17 @@ class GroupModel:
         return np.asarray(lines.base("weight_s", 1, _NONE)[0] + each @ kinds)
 
     def mixes(
-        self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
-    ) -> Iterator[Mixes]:
-        """Every mix of levels at a position, for all strategies and ranges."""
-        return self._mixes(self._position(stage, ranges, limits, place))
+        self,
+        stage: int,
+        in_flight: Floats,
+        ranges: Ranges,
+        limits: Limits,
+        place: Place | None = None,
+    ) -> Iterator[tuple[float, list[Mixes]]]:
+        """Every mix of levels at a position, for each number of micro-batches in flight [F]."""
+        lines = self.lines(stage, place)
+        for some in _chunks(in_flight, len(self.strategies) * len(ranges)):
+            yield from self._by_in_flight(lines, some, ranges, limits)
 
     def _mixes(self, position: "_Position") -> Iterator[Mixes]:
         for level in self.space.levels:
@@ -154,19 +162,27 @@ class GroupModel:
         Those that differ only in their micro-batches in flight are computed together: for a
         pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
         """
-        num_rows = len(self.strategies)
-        for stages, in_flight in self._together(num_rows * len(ranges)):
+        for stages, in_flight in self._together(len(self.strategies) * len(ranges)):
             lines = self.lines(int(stages[0]))
-            position = _Position(self, lines, in_flight, ranges, limits)
-            mixes = list(self._mixes(position))
-            for index, held in enumerate(in_flight):
-                parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
-                own = [
+            for held, own in self._by_in_flight(lines, in_flight, ranges, limits):
+                yield stages[self._in_flight[stages] == held], own
+
+    def _by_in_flight(
+        self, lines: StageLines, in_flight: Floats, ranges: Ranges, limits: Limits
+    ) -> Iterator[tuple[float, list[Mixes]]]:
+        """The possible mixes for each number of micro-batches in flight, computed together."""
+        num_rows = len(self.strategies)
+        mixes = list(self._mixes(_Position(self, lines, in_flight, ranges, limits)))
+        for index, held in enumerate(in_flight.tolist()):
+            parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
+            yield (
+                held,
+                [
                     part
                     for part in parts
                     if part.upper is part.lower or (part.num_lower < ranges.count).any()
-                ]
-                yield stages[self._in_flight[stages] == held], own
+                ],
+            )
 
     def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
         """Strategies that do not fit everywhere with all layers at the first level, [K]."""
@@ -186,10 +202,7 @@ class GroupModel:
         """Stages with the same lines, and their different micro-batches in flight, in chunks."""
         for place in dict.fromkeys(self._places):
             stages = np.array([i for i, other in enumerate(self._places) if other == place])
-            held = np.unique(self._in_flight[stages])
-            chunk = max(1, _CHUNK // max(size, 1))
-            for start in range(0, len(held), chunk):
-                some = held[start : start + chunk]
+            for some in _chunks(np.unique(self._in_flight[stages]), size):
                 yield stages[np.isin(self._in_flight[stages], some)], some
 
     def least(
@@ -198,7 +211,8 @@ class GroupModel:
         """The least number of lower layers that fits, [K, R]; 0 where the levels are one."""
         if upper is lower:
             return np.zeros((len(self.strategies), len(ranges)), dtype=np.int64)
-        return self._position(stage, ranges, limits).least(upper, lower)
+        rows = np.arange(len(self.strategies))
+        return self._position(stage, ranges, limits).least(upper, lower, rows)
 
     def mix(  # noqa: PLR0913 - a position and a mix
         self,
@@ -223,6 +237,14 @@ class GroupModel:
 
 _NONE: Final = np.zeros(1)  # micro-batches in flight, for what does not depend on them
 _CHUNK: Final = 1 << 16  # stages computed together: what a processor's cache holds
+
+
+def _chunks(in_flight: Floats, size: int) -> Iterator[Floats]:
+    """As many at a time as are computed together, for `size` stages each."""
+    chunk = max(1, _CHUNK // max(size, 1))
+    for start in range(0, len(in_flight), chunk):
+        yield in_flight[start : start + chunk]
+
 
 _Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
 
@@ -252,6 +274,7 @@ class _Position:
         self._kinds = kinds_of(model.job, ranges)
         self._away = np.tile(model.strategies.activations, len(in_flight))
         self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
+        self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
 
     def whole(self, level: MemoryLevel) -> Mixes:
         """All layers at one level."""
@@ -260,14 +283,16 @@ class _Position:
 
     def mixed(self, upper: MemoryLevel, lower: MemoryLevel) -> Iterator[Mixes]:
         """Some layers at each of two levels, where both times do not fall together."""
-        rises = np.stack([self._differs(name, upper, lower) for name in ("stable_s", "lone_s")])
+        names = ("stable_s", "lone_s", *(("host_bytes",) if self._limits.shares_host else ()))
+        rises = np.stack([self._differs(name, upper, lower) for name in names])
         rising, falling = (rises >= 0).all(axis=(0, 1)), (rises <= 0).all(axis=(0, 1))
-        least = self.least(upper, lower)
         rows = np.flatnonzero(rising | ~falling)
-        if rows.size:
-            yield self.mix(upper, lower, rows, least[rows])
+        if not rows.size:
+            return
+        least = self.least(upper, lower, rows)
+        yield self.mix(upper, lower, rows, least)
         open_rows = np.flatnonzero(~rising & ~falling)
-        further = least[open_rows] + 1
+        further = least[np.searchsorted(rows, open_rows)] + 1
         while open_rows.size and (further < self._ranges.count).any():
             yield self.mix(upper, lower, open_rows, further)
             further = further + 1
@@ -282,26 +307,29 @@ class _Position:
         )
 
     def _rise(self, name: str, level: MemoryLevel, kind: int) -> Floats:
-        row = LEVELS.index(level) * len(self._kinds) + kind
-        return self._lines.rise(name, row, self._in_flight)
+        key = (name, level, kind)
+        if key not in self._rises:
+            row = LEVELS.index(level) * len(self._kinds) + kind
+            self._rises[key] = self._lines.rise(name, row, self._in_flight)
+        return self._rises[key]
 
-    def least(self, upper: MemoryLevel, lower: MemoryLevel) -> Ints:
+    def least(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> Ints:
         """The least number of lower layers, 1 to count - 1, that fits; count - 1 if none does."""
-        low, high = self._bracket(upper, lower)
+        low, high = self._bracket(upper, lower, rows)
         while (low < high).any():
             middle = (low + high) // 2
-            fits = self._fits(*self._bytes(self._parts(upper, lower, middle), self._row))
+            fits = self._fits(*self._bytes(self._parts(upper, lower, middle), rows))
             low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
             low = np.minimum(low, high)
         return high
 
-    def _bracket(self, upper: MemoryLevel, lower: MemoryLevel) -> tuple[Ints, Ints]:
-        """Where the least number of lower layers lies, both ends included, [K, R].
+    def _bracket(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> tuple[Ints, Ints]:
+        """Where the least number of lower layers lies, both ends included, [rows, R].
 
         Layers that are alike save the same each: a division tells, but for its rounding.
         """
         last = np.maximum(self._ranges.count - 1, 1)
-        one = np.ones((len(self._row), len(self._ranges)), dtype=np.int64)
+        one = np.ones((len(rows), len(self._ranges)), dtype=np.int64)
         last = np.broadcast_to(last, one.shape)
         if len(self._kinds) > 1:
             return one, last
@@ -310,9 +338,10 @@ class _Position:
         parts = self._parts(upper, lower, one)
         guess = np.zeros(one.shape)
         for name, limit in limits.items():
-            size = self._value(name, parts, self._row)
-            saved = -self._differs(name, upper, lower)[0][:, None]
-            over = size - limit
+            over = self._value(name, parts, rows) - limit
+            if not (over > 0).any():
+                continue
+            saved = -self._differs(name, upper, lower)[0][rows, None]
             with np.errstate(divide="ignore", invalid="ignore"):
                 more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
             guess = np.maximum(guess, more)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
 from mist.explain import PART_NAMES, ROUNDING_RATIO, step_parts
-from mist.plans import Estimate, Limits, Plan, StagePlan
+from mist.plans import Estimate, Limits, Plan, StagePlan, fullest_host_bytes
 from mist.report.tables import say, say_note, show
 from mist.spec import MemoryLevel
 from mist.units import format_bytes, format_count, format_seconds
@@ -29,7 +29,7 @@ def print_check(
     estimate = plan.estimate
     peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
     room = limits.device_bytes - peak_bytes
-    host_room = _host_room(estimate, limits)
+    host_room = _host_room(plan, limits)
     fits = "FITS, with" if host_room >= 0 else "Fits on the GPU, with"
     verdict = fits if room >= 0 else "DOES NOT FIT: over by"
     tail = "to spare" if room >= 0 else ""
@@ -65,7 +65,7 @@ def check_json(plan: Plan, limits: Limits, notes: Sequence[str]) -> dict[str, ob
     estimate = plan.estimate
     margin_bytes = limits.device_bytes - max(stage.peak_bytes for stage in estimate.stages)
     return {
-        "fits": margin_bytes >= 0 and _host_room(estimate, limits) >= 0,
+        "fits": margin_bytes >= 0 and _host_room(plan, limits) >= 0,
         "margin_bytes": round(margin_bytes),
         "limit_bytes": round(limits.device_bytes),
         "host_limit_bytes": round(limits.host_bytes),
@@ -92,9 +92,11 @@ def check_json(plan: Plan, limits: Limits, notes: Sequence[str]) -> dict[str, ob
     }
 
 
-def _host_room(estimate: Estimate, limits: Limits) -> float:
-    """What the share of host memory leaves on the rank that keeps most there."""
-    return limits.host_bytes - max(stage.host_bytes for stage in estimate.stages)
+def _host_room(plan: Plan, limits: Limits) -> float:
+    """What the memory of the fullest node leaves to each of its ranks."""
+    held_bytes = [stage.host_bytes for stage in plan.estimate.stages]
+    num_ranks = plan.cluster.gpus_per_node
+    return limits.host_bytes - fullest_host_bytes(plan.stages, held_bytes, num_ranks) / num_ranks
 
 
 def _print_head(plan: Plan) -> None:
@@ -197,11 +199,11 @@ def _print_memory(estimate: Estimate, limits: Limits) -> None:
         f"A plan may use {format_bytes(limit_bytes)}: the usable {format_bytes(usable_bytes)} "
         f"less a margin of {1 - limit_bytes / usable_bytes:.0%}."
     )
-    if any(stage.host_bytes for stage in estimate.stages):
+    most_bytes = max(stage.host_bytes for stage in estimate.stages)
+    if most_bytes:
         held = ", ".join(format_bytes(stage.host_bytes) for stage in estimate.stages)
-        say(
-            f"In host memory per GPU: {held}, of {format_bytes(limits.host_bytes)} that it may use."
-        )
+        whose = "that it may use" if most_bytes <= limits.host_bytes else "for each GPU of a node"
+        say(f"In host memory per GPU: {held}, of {format_bytes(limits.host_bytes)} {whose}.")
 
 
 def _print_alternatives(plan: Plan) -> None:

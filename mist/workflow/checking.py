@@ -9,7 +9,16 @@ from typing import Final
 from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
 from mist.planfile import load_plan
-from mist.plans import Estimate, Limits, Offload, Plan, Schedule, StagePlan, even_layers
+from mist.plans import (
+    Estimate,
+    Limits,
+    Offload,
+    Plan,
+    Schedule,
+    StagePlan,
+    even_layers,
+    fullest_host_bytes,
+)
 from mist.platform.profiles import is_machine
 from mist.programs import Progress, quiet
 from mist.rules import broken
@@ -114,14 +123,18 @@ class Checked:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage stays within the limits, of the device and of host memory."""
-        return _fits(self.plan.estimate, self.limits)
+        """Whether every device stays within its limit, and every node within its memory."""
+        plan = self.plan
+        return _fits(plan.stages, plan.estimate, self.limits, plan.cluster.gpus_per_node)
 
 
-def _fits(judged: Estimate, limits: Limits) -> bool:
-    return all(
-        stage.peak_bytes <= limits.device_bytes and stage.host_bytes <= limits.host_bytes
-        for stage in judged.stages
+def _fits(
+    stages: Sequence[StagePlan], judged: Estimate, limits: Limits, ranks_per_node: int
+) -> bool:
+    held_bytes = [stage.host_bytes for stage in judged.stages]
+    fullest_bytes = fullest_host_bytes(stages, held_bytes, ranks_per_node)
+    return fullest_bytes <= limits.host_bytes * ranks_per_node and all(
+        stage.peak_bytes <= limits.device_bytes for stage in judged.stages
     )
 
 
@@ -277,7 +290,8 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
             continue
         after = _judged(job, made)
         peak_bytes = max(stage.peak_bytes for stage in after.stages)
-        if _fits(after, checked.limits) and (not checked.fits or after.step_s < step_s):
+        fits = _fits(made.stages, after, checked.limits, job.platform.gpus_per_node)
+        if fits and (not checked.fits or after.step_s < step_s):
             judged.append((after.step_s, peak_bytes, words))
     for after_s, peak_bytes, words in sorted(judged)[:3]:
         yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"

@@ -166,13 +166,14 @@ def _assemble(
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,
-        solver=_solver_words(job, space, effort.method),
+        solver=_solver_words(job, space, effort.method, tuned),
         gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
         lower_bound_s=lower_bound_s,
         search=tuned.statistics
         | {"margin": margin_of(job.platform, question)}
         | {"restricted": ", ".join(space.restrictions) or "nothing"}
-        | {"objective": effort.objective.value},
+        | {"objective": effort.objective.value}
+        | _refined_words(tuned),
     )
     made = Made(stages=stages, num_micro_batches=best.num_micro_batches, schedule=best.schedule)
     return replace(
@@ -182,10 +183,20 @@ def _assemble(
     )
 
 
-def _solver_words(job: Job, space: SearchSpace, method: Method) -> str:
+def _solver_words(job: Job, space: SearchSpace, method: Method, tuned: Tuned) -> str:
     if not expressible(space, job.platform.runtime).unlike_stages:
         return "none: every layout of like stages was judged"
-    return SOLVERS[method]
+    words = SOLVERS["milp" if tuned.solver == "milp" else method]
+    return f"{words}; stages share the host memory of a node" if tuned.shares_host else words
+
+
+def _refined_words(tuned: Tuned) -> dict[str, int | float | str]:
+    """What finer offload ratios gained, where they did."""
+    gain = 1 - tuned.best.step_s / tuned.grid_step_s
+    if gain <= 0:
+        return {}
+    words = f"offload ratios between those of the grid, {gain:.2%} faster; the bound is of the grid"
+    return {"refined": words}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.pareto.frontier import Frontier, frontier, merge
+from mist.pareto.frontier import Frontier, frontier, lean_frontier, merge
 
 # Few distinct values, so that ties in one time, in both, and in the peak are common.
 TIMES = st.integers(0, 6).map(float)
@@ -42,6 +42,26 @@ def by_definition(
 @given(CANDIDATES)
 def test_equals_the_definition(candidates: list[tuple[float, float, float, bool]]) -> None:
     assert rows(of(candidates)) == by_definition(candidates)
+
+
+@given(CANDIDATES)
+def test_lean_ones_equal_the_definition(
+    candidates: list[tuple[float, float, float, bool]],
+) -> None:
+    """The third column counts as bytes in host memory: none may be lower in one and not higher."""
+    stable, lone, host, feasible = np.array(candidates, dtype=np.float64).reshape(-1, 4).T
+    rows = [(*row[:3], i) for i, row in enumerate(candidates) if row[3]]
+    want = sorted(
+        a
+        for a in rows
+        if not any(
+            all(x <= y for x, y in zip(b[:3], a[:3], strict=True))
+            and (b[:3] != a[:3] or b[3] < a[3])
+            for b in rows
+        )
+    )
+    found = lean_frontier(stable, lone, host, feasible.astype(bool))
+    assert found.tolist() == [index for *_, index in want]
 
 
 @given(CANDIDATES)

@@ -9,7 +9,7 @@ import pytest
 from mist.estimate import Job, count_columns, position_columns, strategy_columns
 from mist.pareto.points import Points, stacked
 from mist.pareto.space import Group, divisors, groups, offloading
-from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
+from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
 from mist.plans import ONE_F_ONE_B, Limits
 from mist.spaces import NO_RATIOS, SearchSpace
 from mist.spec import MemoryLevel, ScheduleKind
@@ -20,6 +20,12 @@ ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
 RATIOS = {"weights": (0.0, 1.0), "grads": (0.0, 1.0), "optimizer": (0.0, 0.5, 1.0),
           "activations": (0.0, 0.25, 1.0)}  # fmt: skip
 ONE = SearchSpace(schedules=(ScheduleKind.ONE_F_ONE_B,), offload=NO_RATIOS)
+
+
+def mixes_at(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> list[Mixes]:
+    in_flight = np.array([model.in_flight(stage)])
+    ((_, found),) = model.mixes(stage, in_flight, ranges, limits)
+    return found
 
 
 def stages_alone(
@@ -82,7 +88,7 @@ def test_frontiers_are_those_of_every_stage_tried(
         ranges = layer_ranges(job, model.group.num_stages, least=model.group.schedule.vpp)
         for i in range(model.group.num_stages):
             allowed = placed(ranges, job.num_layers, model.group.num_stages, i)
-            table = stacked(list(model.mixes(i, ranges, limits)), model.weight_s(i, ranges))
+            table = stacked(mixes_at(model, i, ranges, limits), model.weight_s(i, ranges))
             for r in np.flatnonzero(allowed)[::2]:
                 first, count = int(ranges.first[r]), int(ranges.count[r])
                 alone = stages_alone(model, i, first, mixes_of(count))
@@ -116,7 +122,7 @@ def test_a_space_of_one_level(level: MemoryLevel) -> None:
     for group in groups(job, space):
         model = GroupModel(job, group, group.strategies, space)
         ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
-        found = list(model.mixes(0, ranges, ANY))
+        found = mixes_at(model, 0, ranges, ANY)
         assert [(mix.upper, mix.lower) for mix in found] == [(level, level)]
         assert not found[0].num_lower.any()
 
@@ -234,7 +240,7 @@ def test_layers_that_keep_by_checkpointing_offload_no_activations() -> None:
     limits = Limits(device_bytes=np.inf, host_bytes=np.inf)
     fitting = {
         (mix.upper, mix.lower): model.strategies.activations[mix.row][mix.fits.any(axis=1)]
-        for mix in model.mixes(0, ranges, limits)
+        for mix in mixes_at(model, 0, ranges, limits)
     }
     for levels, activations in fitting.items():
         assert activations.any() == (MemoryLevel.SELECTIVE not in levels)

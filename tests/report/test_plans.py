@@ -191,13 +191,17 @@ def test_host_memory_that_overflows_is_the_verdict(capsys: pytest.CaptureFixture
     plan = sample_plan(estimate=estimate_of(hosted(33), hosted(48)))
     print_check(plan, LIMITS, NOTES, ())
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "DOES NOT FIT in host memory: over by 16.0 GiB per GPU.",
+        "DOES NOT FIT in host memory: over by 8.5 GiB per GPU.",  # (33 + 48) / 2 - 32
         "Fits on the GPU, with 24.0 GiB to spare (peak predicted to +-10%)",
     ]
     found = check_json(plan, LIMITS, ())
     assert (found["fits"], found["margin_bytes"]) == (False, 24 * GIB)
     assert [stage["host_bytes"] for stage in found["stages"]] == [33 * GIB, 48 * GIB]
-    assert check_json(sample_plan(estimate=estimate_of(hosted(32), hosted(3))), LIMITS, ())["fits"]
+    shared = sample_plan(estimate=estimate_of(hosted(61), hosted(3)))
+    assert check_json(shared, LIMITS, ())["fits"]
+    print_check(shared, LIMITS, NOTES, ())
+    words = "In host memory per GPU: 61.0 GiB, 3.0 GiB, of 32.0 GiB for each GPU of a node."
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_json_of_a_plan() -> None:

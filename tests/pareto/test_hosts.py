@@ -1,0 +1,156 @@
+"""Host memory that stages share: against every layout, and against equal shares."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mist.errors import Infeasible
+from mist.estimate import Job, _stage_columns
+from mist.pareto.hosts import stages_per_node
+from mist.pareto.layouts import stage_plans
+from mist.pareto.space import divisors, groups
+from mist.plans import Limits, fullest_host_bytes
+from mist.schedule import step_time
+from mist.spaces import NO_RATIOS, SPACES, SearchSpace
+from mist.spec import ScheduleKind
+from mist.tune import Tuned, tune
+from tests.sample_plans import stage_plan
+from tests.test_tune import SCHEDULES, options_of
+from tests.toys import toy_graph, toy_job
+
+RATIOS = {**NO_RATIOS, "optimizer": (0.0, 0.5, 1.0), "activations": (0.0, 1.0)}
+SPACE = SearchSpace(
+    refines=False, pp=(2,), zero=(0, 3), offload=RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,)
+)
+
+
+def tuned(job: Job, limits: Limits, **options: object) -> Tuned | None:
+    try:
+        return tune(
+            job, SPACE, limits=limits, num_alternatives=0, progress=lambda _: None,
+            **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+    except Infeasible:
+        return None
+
+
+def stages_of(job: Job, g: int, position: int, run: range) -> np.ndarray:
+    """Stable and lone seconds, peak and host bytes of all that a stage may do: [4, options]."""
+    names = ("stable_s", "lone_s", "peak_bytes", "host_bytes")
+    found = []
+    options = options_of(job, SPACE, SCHEDULES[1][0], 2, g, (position, 1), run)
+    for option in (option for option in options if option.zero in SPACE.zero):
+        other = replace(option, devices=(1 - position, 1))
+        pipeline = (option, other) if position == 0 else (other, option)
+        columns = _stage_columns(job, pipeline, g, SCHEDULES[1][0])
+        found.append([columns[name][position] for name in names])
+    return np.array(found).reshape(-1, 4).T
+
+
+def fastest(job: Job, all_limits: list[Limits]) -> list[tuple[float, ...]]:
+    """The least step of two stages of one GPU within each limits, by trying every pair.
+
+    With host memory shared, and with an equal share for each.
+    """
+    best: list[tuple[float, ...]] = [(math.inf, math.inf)] * len(all_limits)
+    for g, cut in itertools.product(divisors(job.workload.global_batch), range(1, job.num_layers)):
+        first = stages_of(job, g, 0, range(cut))[:, :, None]
+        second = stages_of(job, g, 1, range(cut, job.num_layers))[:, None, :]
+        stable, lone, peak, host = (
+            np.stack(np.broadcast_arrays(*both), axis=-1)
+            for both in zip(first, second, strict=True)
+        )
+        step_s = step_time(g, stable, lone)
+        for at, limits in enumerate(all_limits):
+            fits = (peak <= limits.device_bytes).all(axis=-1)
+            together = fits & (host.sum(axis=-1) <= 2 * limits.host_bytes)
+            apart = fits & (host <= limits.host_bytes).all(axis=-1)
+            both = zip((together, apart), best[at], strict=True)
+            best[at] = tuple(float(step_s[kept].min(initial=known)) for kept, known in both)
+    return best
+
+
+SLOW = [((3,), 2), ((1, 2), 4), ((2, 1), 4), ((3,), 4)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch"), [((2, 1), 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
+)
+def test_sharing_equals_exhaustive_search(counts: tuple[int, ...], batch: int) -> None:
+    """Where an equal share lets nothing fit, where it only slows, and where it does not bind."""
+    job = toy_job(toy_graph(counts, vocab=512, hidden=1024), 2, global_batch=batch)
+    limits = [
+        Limits(device_bytes=device, host_bytes=host)
+        for device, host in itertools.product((0.45e9, 0.5e9, 0.7e9), (0.05e9, 0.08e9, 0.12e9))
+    ]
+    want, solvers = fastest(job, limits), set()
+    for within, (together_s, apart_s) in zip(limits, want, strict=True):
+        found = tuned(job, within)
+        if found is None:
+            assert math.isinf(together_s)
+            continue
+        assert found.best.step_s == pytest.approx(together_s, rel=1e-9)
+        assert found.lower_bound_s == pytest.approx(together_s, rel=1e-6)  # of HiGHS
+        assert found.shares_host is (together_s < apart_s)
+        solvers.add(found.solver)
+    assert any(together_s < apart_s for together_s, apart_s in want)
+    assert ("milp" in solvers) is (counts == (2, 1))
+
+
+def test_a_node_never_holds_more_than_its_memory() -> None:
+    """Four stages on a node: some hold more than an equal share, together they keep the limit."""
+    job = toy_job(toy_graph((8,), hidden=1024, vocab=1024), 4, global_batch=16)
+    limits = Limits(device_bytes=0.8e9, host_bytes=0.05e9)
+    space = SearchSpace(pp=(4,))
+    found = tune(job, space, limits=limits, num_alternatives=0, progress=lambda _: None)
+    plans = stage_plans(job, found.best)
+    columns = _stage_columns(job, plans, found.best.num_micro_batches, found.best.schedule)
+    held = columns["host_bytes"].tolist()
+    assert found.shares_host
+    assert max(held) > limits.host_bytes
+    assert fullest_host_bytes(plans, held, 4) <= 4 * limits.host_bytes
+    assert found.statistics["groups_shared"] > 0
+
+
+def test_nothing_is_shared_where_host_memory_is_ample() -> None:
+    job = toy_job(toy_graph((3,), vocab=512, hidden=1024), 2, global_batch=2)
+    found = tuned(job, Limits(device_bytes=0.45e9, host_bytes=1e12))
+    assert found is not None
+    assert "groups_shared" not in found.statistics
+    assert not found.shares_host
+
+
+def test_a_search_cut_short_before_sharing_says_so() -> None:
+    job = toy_job(toy_graph((3,), vocab=512, hidden=1024), 2, global_batch=2)
+    limits = Limits(device_bytes=0.45e9, host_bytes=0.08e9)
+    whole, seen = tuned(job, limits), []
+    num_groups = len(list(groups(job, SPACE)))
+
+    def late() -> bool:
+        seen.append(1)
+        return len(seen) > num_groups
+
+    cut = tuned(job, limits, is_late=late)
+    assert whole is not None
+    assert cut is not None
+    assert cut.lower_bound_s <= whole.best.step_s < cut.best.step_s
+
+
+def test_who_shares() -> None:
+    job = toy_job(toy_graph((8,)), 16)
+    found = {
+        (group.num_stages, group.sizes): stages_per_node(job, group)
+        for group in groups(job, SPACES["whole"])
+    }
+    assert {num for (_, sizes), num in found.items() if len(sizes) > 1} == {1}
+    assert [found[pp, (16 // pp,)] for pp in (1, 2, 4, 8)] == [1, 1, 2, 4]
+
+
+def test_the_fullest_host() -> None:
+    spans = [(0, 2), (2, 4), (6, 2)]
+    stages = [stage_plan(devices=span) for span in spans]
+    assert fullest_host_bytes(stages, [1.0, 5.0, 20.0], 4) == 2 * 5 + 2 * 20
+    assert fullest_host_bytes(stages, [1.0, 5.0, 20.0], 8) == 2 + 20 + 40
