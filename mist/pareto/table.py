@@ -314,14 +314,41 @@ class _Position:
         return self._rises[key]
 
     def least(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> Ints:
-        """The least number of lower layers, 1 to count - 1, that fits; count - 1 if none does."""
-        low, high = self._bracket(upper, lower, rows)
+        """The least number of lower layers, 1 to count - 1, that fits; count - 1 if none does.
+
+        Memory falls with each of them as long as the kinds at either level stay the same.
+        """
+        if len(self._kinds) == 1:
+            return self._bisected(upper, lower, rows, *self._bracket(upper, lower, rows))
+        last = np.maximum(self._ranges.count - 1, 1)
+        found = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
+        for low, high in self._runs(last):
+            tried = self._bisected(upper, lower, rows, low, np.maximum(low, high))
+            fits = self._fits(*self._bytes(self._parts(upper, lower, tried), rows))
+            found = np.where((found == 0) & fits & (low <= high), tried, found)
+        return np.where(found == 0, last, found)
+
+    def _runs(self, last: Ints) -> Iterator[tuple[Ints, Ints]]:
+        """Numbers of lower layers, from and to [R], between which no kind comes or goes."""
+        start, stop = self._ranges.first, self._ranges.first + self._ranges.count
+        changes = [np.ones_like(start)]
+        for prefix in self._job.kind_prefix:
+            changes.append(np.searchsorted(prefix, prefix[start], side="right") - start)
+            changes.append(np.searchsorted(prefix, prefix[stop]) - start)
+        begins = np.sort(np.clip(changes, 1, last + 1), axis=0)
+        yield from zip(begins, [*(begins[1:] - 1), last], strict=True)
+
+    def _bisected(
+        self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints, low: Ints, high: Ints
+    ) -> Ints:
+        """The least number of lower layers between two that fits; the higher if none does."""
+        low, high = (np.broadcast_to(each, (len(rows), len(self._ranges))) for each in (low, high))
         while (low < high).any():
             middle = (low + high) // 2
             fits = self._fits(*self._bytes(self._parts(upper, lower, middle), rows))
             low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
             low = np.minimum(low, high)
-        return high
+        return np.asarray(high)
 
     def _bracket(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> tuple[Ints, Ints]:
         """Where the least number of lower layers lies, both ends included, [rows, R].
@@ -331,8 +358,6 @@ class _Position:
         last = np.maximum(self._ranges.count - 1, 1)
         one = np.ones((len(rows), len(self._ranges)), dtype=np.int64)
         last = np.broadcast_to(last, one.shape)
-        if len(self._kinds) > 1:
-            return one, last
         device_bytes, host_bytes = self._limits.device_bytes, self._limits.host_bytes
         limits = {"begin_bytes": device_bytes, "end_bytes": device_bytes, "host_bytes": host_bytes}
         parts = self._parts(upper, lower, one)

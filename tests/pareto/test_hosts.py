@@ -73,18 +73,18 @@ def fastest(job: Job, all_limits: list[Limits]) -> list[tuple[float, ...]]:
     return best
 
 
-SLOW = [((3,), 2), ((1, 2), 4), ((2, 1), 4), ((3,), 4)]
+SLOW = [((3,), 2), ((1, 2), 4), ((2, 1), 4), ((2, 1), 2)]
 
 
 @pytest.mark.parametrize(
-    ("counts", "batch"), [((2, 1), 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
+    ("counts", "batch"), [((3,), 4), *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
 )
 def test_sharing_equals_exhaustive_search(counts: tuple[int, ...], batch: int) -> None:
     """Where an equal share lets nothing fit, where it only slows, and where it does not bind."""
-    job = toy_job(toy_graph(counts, vocab=512, hidden=1024), 2, global_batch=batch)
+    job = toy_job(toy_graph(counts, vocab=16384, hidden=1024), 2, global_batch=batch)
     limits = [
         Limits(device_bytes=device, host_bytes=host)
-        for device, host in itertools.product((0.45e9, 0.5e9, 0.7e9), (0.05e9, 0.08e9, 0.12e9))
+        for device, host in itertools.product((0.8e9, 0.9e9, 1.1e9), (0.1e9, 0.2e9, 0.25e9))
     ]
     want, solvers = fastest(job, limits), set()
     for within, (together_s, apart_s) in zip(limits, want, strict=True):
@@ -97,7 +97,7 @@ def test_sharing_equals_exhaustive_search(counts: tuple[int, ...], batch: int) -
         assert found.shares_host is (together_s < apart_s)
         solvers.add(found.solver)
     assert any(together_s < apart_s for together_s, apart_s in want)
-    assert ("milp" in solvers) is (counts == (2, 1))
+    assert ("milp" in solvers) is (batch == 4)  # else the relaxation keeps the limit
 
 
 def test_a_node_never_holds_more_than_its_memory() -> None:
@@ -124,8 +124,8 @@ def test_nothing_is_shared_where_host_memory_is_ample() -> None:
 
 
 def test_a_search_cut_short_before_sharing_says_so() -> None:
-    job = toy_job(toy_graph((3,), vocab=512, hidden=1024), 2, global_batch=2)
-    limits = Limits(device_bytes=0.45e9, host_bytes=0.08e9)
+    job = toy_job(toy_graph((3,), vocab=16384, hidden=1024), 2, global_batch=4)
+    limits = Limits(device_bytes=0.8e9, host_bytes=0.25e9)
     whole, seen = tuned(job, limits), []
     num_groups = len(list(groups(job, SPACE)))
 
