@@ -40,6 +40,9 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 def dump_plan(plan: Plan) -> str:
     """The plan as YAML text; the same plan gives the same bytes."""
     data = json.loads(json.dumps(asdict(plan)))
+    for stage in data["stages"]:
+        if stage["dp_replicate"] == 1:
+            del stage["dp_replicate"]
     text = yaml.dump(data, Dumper=_PlanDumper, sort_keys=False, width=100, default_flow_style=None)
     return str(text)
 

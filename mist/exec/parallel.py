@@ -291,7 +291,11 @@ class Parallel:
     def axes(self) -> dict[str, str]:
         """Names of process groups, and the axis that each stands for."""
         meshes = {"dp": self.place.dp_mesh, "tp": self.place.tp_mesh}
-        return {str(mesh.get_group().group_name): axis for axis, mesh in meshes.items()}
+        return {
+            str(group.group_name): axis
+            for axis, mesh in meshes.items()
+            for group in mesh.get_all_groups()
+        }
 
     def gradients(self, batch: object) -> torch.Tensor:
         """Forward and backward of all micro-batches; this rank's part of the mean loss."""

@@ -70,7 +70,7 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
 
 def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
     """Knobs that plan files have and predictions do not: they must stay at rest."""
-    for name in ("cp", "ep"):
+    for name in ("cp", "ep", "dp_replicate"):
         if getattr(stage, name) != 1:
             yield Fault(path=f"{path}.{name}", message="only 1 is predicted")
     runtime = job.platform.runtime
