@@ -184,7 +184,7 @@ def sequence(
             compute=backward,
             gathers=again,
             scatters=from_1,
-            reduces=1 - from_1,
+            reduces=sympy.Integer(1),
             weights_come=weights,
             grads_come=grads,
             grads_go=sympy.Integer(1),
@@ -213,7 +213,7 @@ def hosted_bytes(runtime: Runtime, state: str, params: Expr) -> Expr:
     if hosted is None:
         return _NONE
     whole = params * hosted.bytes_per_param.value
-    return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.DP, True))
+    return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.SHARD, True))
 
 
 def by_ratio(runtime: Runtime, seconds: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -308,7 +308,7 @@ def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
 def ends_seconds(cost: BlockCost) -> Expr:
     """At the two ends of a step the collectives of one block have nothing to run beside."""
     sharded = at_least(1)
-    return sharded * (cost.gather_s + cost.scatter_s) + (1 - sharded) * cost.reduce_s
+    return sharded * (cost.gather_s + cost.scatter_s) + cost.reduce_s
 
 
 def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr:
@@ -318,7 +318,7 @@ def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr
     beside it.
     """
     traffic = runtime.traffic
-    owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.DP, True))
+    owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.SHARD, True))
     moved = (
         owned * traffic.optimizer_sharded_bytes_per_param.value
         + params * traffic.optimizer_replicated_bytes_per_param.value * (1 - at_least(3))

@@ -59,6 +59,7 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
             "dp": stage.dp,
             "micro_batch": stage.micro_batch,
             "zero": stage.zero,
+            "dp_replicate": stage.dp_replicate,
             "num_stages": len(plan.stages),
             "num_micro_batches": plan.num_micro_batches,
             "schedule": plan.schedule.kind.value,
@@ -70,7 +71,7 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
 
 def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
     """Knobs that plan files have and predictions do not: they must stay at rest."""
-    for name in ("cp", "ep", "dp_replicate"):
+    for name in ("cp", "ep"):
         if getattr(stage, name) != 1:
             yield Fault(path=f"{path}.{name}", message="only 1 is predicted")
     runtime = job.platform.runtime
