@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from types import MappingProxyType
 from typing import Final
 
@@ -175,6 +174,7 @@ def position_columns(
         "in_flight": held,
         "chunks": np.full(num_stages, schedule.vpp),
         "num_micro_batches": np.full(num_stages, num_micro_batches),
+        "forward_first": held >= num_micro_batches,
     }
 
 
@@ -204,10 +204,13 @@ def stage_columns(  # noqa: PLR0913 - what says where a stage is
 
 
 def count_columns(job: Job, first: ArrayLike, counts: Sequence[ArrayLike]) -> dict[str, Counts]:
-    """Layers by kind and level from `first` on; `counts`: layers at each level, in their order."""
+    """Layers by kind and level from `first` on; `counts`: layers at each level, in their order.
+
+    Those at the last level come first.
+    """
     start = np.asarray(first)
     columns = {}
-    for level, count in zip(MemoryLevel, counts, strict=True):
+    for level, count in reversed([*zip(MemoryLevel, counts, strict=True)]):
         stop = start + np.asarray(count)
         for kind, prefix in enumerate(job.kind_prefix):
             columns[f"{level}_{kind}"] = prefix[stop] - prefix[start]
@@ -365,9 +368,8 @@ def _layer_counts(job: Job, stages: Sequence[StagePlan]) -> dict[str, Counts]:
     }
     for i, stage in enumerate(stages):
         layers = (layer for first, count in stage.layers for layer in range(first, first + count))
-        for level in MemoryLevel:
-            for layer in islice(layers, stage.num_at(level)):
-                columns[f"{level}_{kinds[layer]}"][i] += 1
+        for layer, level in zip(layers, stage.levels, strict=True):
+            columns[f"{level}_{kinds[layer]}"][i] += 1
     return columns
 
 

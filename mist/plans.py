@@ -4,7 +4,8 @@
 of a stage; ep divides dp * cp; dp_replicate divides dp, and is 1 or less than dp and from ZeRO-1
 on; dp * micro_batch is equal over stages and times num_micro_batches is
 the global batch; the layer runs cover the model once, in order; the devices cover the cluster once;
-memory levels sum to the layers and apply from the stage's first layer on, in their order.
+memory levels sum to the layers. The layers that keep least come first in a stage, and are dealt out
+over its chunks: those run backward last, when most else is gone, and the first chunk waits longest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,8 +108,14 @@ class StagePlan:
 
     @property
     def levels(self) -> tuple[MemoryLevel, ...]:
-        """The memory level of each layer of the stage, in order."""
-        return tuple(level for level in MemoryLevel for _ in range(self.num_at(level)))
+        """The memory level of each layer of the stage, in order: those that keep least first."""
+        chunks: list[list[MemoryLevel]] = [[] for _ in self.layers]
+        sizes = [count for _, count in self.layers]
+        for level in reversed(MemoryLevel):
+            for _ in range(self.num_at(level)):
+                shares = [len(chunk) / size for chunk, size in zip(chunks, sizes, strict=True)]
+                chunks[shares.index(min(shares))].append(level)
+        return tuple(level for chunk in chunks for level in chunk)
 
     def num_at(self, level: MemoryLevel) -> int:
         """Layers of the stage at a memory level."""
@@ -116,7 +123,7 @@ class StagePlan:
 
     @property
     def num_full(self) -> int:
-        """Layers recomputed whole in the backward pass (the last ones of the stage)."""
+        """Layers recomputed whole in the backward pass (the first ones of the stage)."""
         return self.num_at(MemoryLevel.FULL)
 
 

@@ -319,15 +319,34 @@ def _instants(
     if len(ends) == 2:
         root -= sum(param.numel for param in ends[1].params if param.tied) / rank.tp
     head = held_params(rank, ends[-1]) if last_stage(rank) else 0.0
-    buffer = 4 * root if rank.zero >= 2 and rank.num_micro_batches > 1 else 0.0
+    lone = rank.num_micro_batches == 1
     whole = 2 if rank.zero == 3 else 0
-    running = max(working[: len(layers)]) + whole * layer + 2 * (layer + head)
-    running += max(4 * layer, buffer)
-    begin, end = [0.0, running], [running + largest_kept, 6 * root - whole * layer]
-    if last_stage(rank):
-        begin[1] -= kept_bytes(rank, ends[-1])
-        begin.append(working[-1] + _divided_loss_bytes(rank, ends[-1]) + buffer)
-    return begin, end, whole * (root + layer)
+    held = 4 * layer if rank.zero >= 2 or lone else 0.0
+
+    def running(buffer: float) -> float:
+        most = max(max(working[: len(layers)]) + 2 * layer + max(held, buffer), 6 * layer)
+        return most + 2 * head + whole * layer
+
+    def begins(buffer: float) -> list[float]:
+        if not last_stage(rank):
+            return [0.0, running(buffer)]
+        loss = working[-1] + _divided_loss_bytes(rank, ends[-1]) + buffer
+        return [0.0, running(buffer) - kept_bytes(rank, ends[-1]), loss]
+
+    buffer = 4 * root if rank.zero >= 2 else 0.0
+    early = 0.0 if _forward_first(rank) else buffer
+    end = [running(early) + largest_kept, 6 * root - whole * layer]
+    if _forward_first(rank) and not lone:
+        end += begins(buffer)
+    return begins(early), end, whole * (root + layer)
+
+
+def _in_flight(rank: Rank) -> int:
+    return min(rank.num_stages - rank.stage, rank.num_micro_batches)
+
+
+def _forward_first(rank: Rank) -> bool:
+    return _in_flight(rank) == rank.num_micro_batches
 
 
 def largest_tensor(rank: Rank, block: Block) -> float:
@@ -345,7 +364,7 @@ def _peak(
     graph: ModelGraph,
 ) -> tuple[float, float]:
     runtime = rank.platform.runtime
-    in_flight = min(rank.num_stages - rank.stage, rank.num_micro_batches)
+    in_flight = _in_flight(rank)
     blocks = [block for block, _ in layers] + ends
     params = sum(held_params(rank, block) for block in blocks)
     if len(ends) == 2:
@@ -368,15 +387,22 @@ def _peak(
         transient = max(rank.number(expr) for expr in block.transient_bytes)
         working.append(transient + (kept_bytes(rank, block) if level != "eager" else 0.0))
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
-    bucket = max([2**24 * shard, *(largest_tensor(rank, block) for block in blocks)])
-    each = sum(size for s, size in streams.items() if rank.share(s))
-    lone = rank.num_micro_batches == 1
+    bucket = max([2**24 * shard, *(largest_tensor(rank, block) for block, _ in layers)])
+    streamed = 2 * bucket * sum(size for s, size in streams.items() if rank.share(s))
+    if rank.share("optimizer") == 1:
+        largest = max((largest_tensor(rank, block) for block in ends), default=0.0)
+        streamed = max(streamed, 2 * largest * streams["optimizer"])
     here = params - of_layers * rank.share("grads")
-    amid = 4 * here / (rank.sharers if rank.zero >= 2 else 1) if lone else 0.0
-    left = 4 * here / (rank.sharers if rank.zero >= 1 else 1) if lone else 0.0
+    amid = left = 0.0
+    if _forward_first(rank):
+        amid = left = 4 * here / (rank.sharers if rank.zero >= 2 else 1)
+        if rank.num_micro_batches == 1:
+            left = 4 * here / (rank.sharers if rank.zero >= 1 else 1)
+            if rank.zero < 3:
+                left -= 2 * (of_layers - max(held_params(rank, block) for block, _ in layers))
     states -= amid
     begin, end, gathered = _instants(rank, layers, ends, working, (1 - away) * max(sizes))
-    instants = [*begin, max(*end, 2 * each * bucket) - kept + left]
+    instants = [*begin, max(*end, streamed) - kept + left]
     last = rank.stage == rank.num_stages - 1
     sent = 0.0 if last else (in_flight + 1) * boundary
     buffers = sent + 2 * away * max(sizes)

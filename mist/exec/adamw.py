@@ -156,14 +156,12 @@ def make_slots(
     `on_host`: parameters that live there. `host_ratio`: share of the bytes of all moments that do,
     parameter by parameter, each whole.
     """
-    seen = taken = 0
+    shards = {name: local(parameter.detach()) for name, parameter in parameters.items()}
+    sizes = {name: shard.numel() * shard.element_size() for name, shard in shards.items()}
+    moved = chosen(sizes, host_ratio)
     for name, parameter in parameters.items():
-        shard = local(parameter.detach())
-        size = shard.numel() * shard.element_size()
-        seen += size
-        away = size > 0 and taken + size <= round(host_ratio * seen)
-        taken += size if away else 0
-        first, second = (_zeros(shard, swapper, on_host=away) for _ in range(2))
+        away = name in moved
+        first, second = (_zeros(shards[name], swapper, on_host=away) for _ in range(2))
         yield Slot(
             name=name,
             parameter=parameter,
@@ -172,6 +170,26 @@ def make_slots(
             parameter_on_host=name in on_host,
             moments_on_host=away,
         )
+
+
+def chosen(sizes: Mapping[str, int], ratio: float) -> frozenset[str]:
+    """Names whose sizes make up this share of the whole, or a little less.
+
+    They are spread evenly over all; what the last of them leave open, the largest that fit fill.
+    """
+    seen = taken = 0
+    found = set()
+    whole = round(ratio * sum(sizes.values()))
+    for name, size in sizes.items():
+        seen += size
+        if 0 < size <= round(ratio * seen) - taken:
+            found.add(name)
+            taken += size
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        if name not in found and 0 < sizes[name] <= whole - taken:
+            found.add(name)
+            taken += sizes[name]
+    return frozenset(found)
 
 
 def _zeros(shard: torch.Tensor, swapper: Swapper, *, on_host: bool) -> torch.Tensor:

@@ -13,7 +13,7 @@ Parameters are kept and reduced in fp32, computed with in the plan's precision. 
 by all samples of the step, so gradients are summed over ranks, not averaged.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Level:
     on_host: frozenset[int] = frozenset()
 
 
-def shard(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, level: Level) -> None:
+def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level: Level) -> None:
     """Make each layer, and what remains of `root`, a group of FSDP2, in place."""
     compute = COMPUTE[level.precision]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
@@ -60,6 +60,19 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, level:
     for group in groups(root):
         group.set_force_sum_reduction_for_comms(True)
         group.set_gradient_divide_factor(1.0)
+    _prefetch([*layers, root])
+
+
+def _prefetch(in_order: Sequence[nn.Module]) -> None:
+    """Each group gathers the one that runs backward after it, and the first one none.
+
+    Left to itself FSDP2 goes back through forward passes, of all micro-batches: behind the first
+    layer it then gathers the last one, in vain after the last micro-batch.
+    """
+    for group, following in zip(in_order, (in_order[0], *in_order), strict=False):
+        assert isinstance(group, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        group.set_modules_to_backward_prefetch([following])
 
 
 def _offload(mesh: DeviceMesh, *, on_host: bool) -> OffloadPolicy:

@@ -16,7 +16,7 @@ from mist.spec import MemoryLevel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageChoice:
-    """What one stage does with layers [first, count]; the last `num_lower` are at `lower`."""
+    """What one stage does with layers [first, count]; the first `num_lower` are at `lower`."""
 
     first: int
     count: int

@@ -103,17 +103,16 @@ def _mixes(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Ite
         yield model.mix(stage, ranges, limits, level, level, num_lower=none)
     if model.job.facts.num_kinds > 1 and model.space.some_layers:
         for upper, lower in combinations(model.space.levels, 2):
-            for behind in _layers_behind(model.job, ranges):
-                num_lower = np.broadcast_to(behind, (len(model.strategies), len(ranges)))
+            for before in _layers_before(model.job, ranges):
+                num_lower = np.broadcast_to(before, (len(model.strategies), len(ranges)))
                 yield model.mix(stage, ranges, limits, upper, lower, num_lower=num_lower)
 
 
-def _layers_behind(job: Job, ranges: Ranges) -> Iterator[Ints]:
-    """For each kind of block the layers of each range behind its last one of that kind, [R]."""
-    stop = ranges.first + ranges.count
-    for prefix in job.kind_prefix:
-        last = np.searchsorted(prefix, prefix[stop])  # the layers up to the last of that kind
-        yield np.clip(stop - last, 0, ranges.count)
+def _layers_before(job: Job, ranges: Ranges) -> Iterator[Ints]:
+    """For each kind of block the layers of each range before its first one of that kind, [R]."""
+    for prefix in job.kind_prefix:  # the last place up to which there are as many of that kind
+        place = np.searchsorted(prefix, prefix[ranges.first], side="right") - 1
+        yield np.clip(place - ranges.first, 0, ranges.count)
 
 
 def _alike(model: GroupModel, limits: Limits) -> float:

@@ -18,7 +18,7 @@ LevelNames = NDArray[np.object_]
 class Points:
     """P points of one stage and layer range. Times in s; `row` of the strategies.
 
-    The last `num_lower` layers are at the level `lower`, the others at `upper`.
+    The first `num_lower` layers are at the level `lower`, the others at `upper`.
     """
 
     stable_s: Floats

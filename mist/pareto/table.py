@@ -49,7 +49,7 @@ class Ranges:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Mixes:
-    """Stages with layers at `upper` and the last `num_lower` at `lower`: arrays [K, R].
+    """Stages with layers at `upper` and the first `num_lower` at `lower`: arrays [K, R].
 
     `row`: the strategy of each k. Times in s. `fits`: within the limits, and `num_lower` possible.
     """
@@ -345,14 +345,14 @@ class _Position:
         return (peak_bytes <= limits.device_bytes) & (host_bytes <= limits.host_bytes)
 
     def _parts(self, upper: MemoryLevel, lower: MemoryLevel, num_lower: Ints) -> _Parts:
-        """Layers of each kind at the two levels, the last `num_lower` of a range at the lower."""
+        """Layers of each kind at the two levels, the first `num_lower` of a range at the lower."""
         num_lower = np.minimum(num_lower, self._ranges.count)
-        stop = self._ranges.first + self._ranges.count
-        last = [num_lower]
+        start = self._ranges.first
+        below = [num_lower]
         if len(self._kinds) > 1:
-            last = [prefix[stop] - prefix[stop - num_lower] for prefix in self._job.kind_prefix]
-        above = [kinds - below for kinds, below in zip(self._kinds, last, strict=True)]
-        return ((upper, above), (lower, last)) if upper is not lower else ((upper, above),)
+            below = [prefix[start + num_lower] - prefix[start] for prefix in self._job.kind_prefix]
+        above = [kinds - each for kinds, each in zip(self._kinds, below, strict=True)]
+        return ((upper, above), (lower, below)) if upper is not lower else ((upper, above),)
 
     def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
         """Peak on the device and bytes in host memory."""

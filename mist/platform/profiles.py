@@ -8,8 +8,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mist.errors import Fault, PlatformError, did_you_mean
 from mist.platform.calibration import Calibration
@@ -20,6 +21,7 @@ from mist.platform.quantity import Record
 from mist.platform.runtime import Runtime
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
 
@@ -145,7 +147,14 @@ def _load(name: str, family: Family, shape: type[P]) -> Loaded[P]:
 
 
 def _read(path: Path, shape: type[P]) -> Loaded[P]:
-    content = path.read_bytes()
+    kind: Any = shape  # mypy holds the class of a record that cannot be hashed for unhashable
+    loaded: Loaded[P] = _parsed(path.read_bytes(), path, kind)
+    return loaded
+
+
+@cache
+def _parsed(content: bytes, path: Path, shape: type[Any]) -> Loaded[Any]:
+    """A file's record, checked once for what the file holds."""
     profile = check(read_yaml(content, path), shape, path)
     return Loaded(
         profile=profile, path=path, sha256=f"sha256:{hashlib.sha256(content).hexdigest()}"
@@ -182,15 +191,25 @@ def find_calibration(runtime: str, device: str) -> Loaded[Calibration] | None:
 
 def check(data: Mapping[str, object], shape: type[R], path: Path) -> R:
     """The record in `data`. Raises PlatformError with every fault and its path."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
+    kind: Any = shape
     try:
-        return TypeAdapter(shape).validate_python(data)
+        record: R = _adapter(kind).validate_python(data)
+        return record
     except ValidationError as error:
         faults = [_fault(detail, error.errors()) for detail in error.errors()]
     lines = "".join(f"\n  {fault}" for fault in faults)
     plural = "s" if len(faults) > 1 else ""
     raise PlatformError(f"{path} has {len(faults)} fault{plural}:{lines}")
+
+
+@cache
+def _adapter(shape: type[Any]) -> "TypeAdapter[Any]":
+    """What checks records of this shape: slow to make."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
 
 
 def _fault(detail: "ErrorDetails", others: "list[ErrorDetails]") -> Fault:

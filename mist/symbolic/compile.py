@@ -41,6 +41,7 @@ POSITION = (
     sym.IN_FLIGHT,
     sym.CHUNKS,
     sym.NUM_MICRO_BATCHES,
+    sym.FORWARD_FIRST,
     sym.FIRST,
     sym.LAST,
     sym.PREV_CROSSES,

@@ -7,7 +7,8 @@ numpy and a platform's laws in scope.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
+from types import CodeType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,16 +67,27 @@ class Bound:
         shape = np.broadcast_shapes(*(arg.shape for arg in args))
         values = self.call(*args)
         return {
-            name: np.broadcast_to(np.asarray(value, dtype=np.float64), shape)
+            name: _spread(np.asarray(value, dtype=np.float64), shape)
             for name, value in zip(self.program.outputs, values, strict=True)
         }
+
+
+def _spread(value: Column, shape: tuple[int, ...]) -> Column:
+    """The value at that shape; numpy takes long to broadcast what has it already."""
+    return value if value.shape == shape else np.broadcast_to(value, shape)
 
 
 def bind(program: Program, laws: Mapping[str, Law]) -> Bound:
     """Run the program's definition with numpy and the laws in scope."""
     scope: dict[str, object] = {**vars(np), "reduce": reduce, **laws}  # as sympy prints Max
-    exec(compile(program.source, "<mist program>", "exec"), scope)
+    exec(_code(program.source), scope)
     return Bound(program=program, call=scope["program"])  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def _code(source: str) -> CodeType:
+    """Programs of stages are the same for many models."""
+    return compile(source, "<mist program>", "exec")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

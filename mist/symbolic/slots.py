@@ -305,10 +305,16 @@ def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
     return forward * layer, (1 - forward) * layer
 
 
-def ends_seconds(cost: BlockCost) -> Expr:
-    """At the two ends of a step the collectives of one block have nothing to run beside."""
-    sharded = at_least(1)
-    return sharded * (cost.gather_s + cost.scatter_s) + cost.reduce_s
+def ends_seconds(cost: BlockCost, runtime: Runtime) -> Expr:
+    """At the two ends of a step the collectives of one block have nothing to run beside.
+
+    Those that the runtime lets nothing run beside stand alone in their slots already.
+    """
+    overlap, sharded = runtime.overlap, at_least(1)
+    gather_s = overlap.zero_all_gather_ratio.value * cost.gather_s
+    scatter_s = overlap.zero_reduce_scatter_ratio.value * cost.scatter_s
+    reduce_s = overlap.gradient_all_reduce_ratio.value * cost.reduce_s
+    return sharded * (gather_s + scatter_s) + reduce_s
 
 
 def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr:

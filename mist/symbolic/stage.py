@@ -90,7 +90,7 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr
         f"{name}_params": cost.params,
         f"{name}_largest_params": cost.largest_params,
         f"{name}_optimizer_s": optimizer_seconds(cost.params, runtime, is_layer=is_layer),
-        f"{name}_ends_s": ends_seconds(cost),
+        f"{name}_ends_s": ends_seconds(cost, runtime),
         f"{name}_weight_s": cost.weight_s,
     }
     for level in levels(cost, runtime, is_layer=is_layer):
@@ -136,6 +136,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
         **_unmade_terms(),
         "whole_bytes_per_param": _from_level(3, setting.precision),
+        "unsharded_bytes_per_param": _from_level(0, setting.precision, below=3),
         "buffer_bytes_per_param": _from_level(2, Precision.FP32),
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
@@ -161,14 +162,15 @@ def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
 def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
     """Bytes per parameter in host memory, of layers and of all blocks; and on their way in a step.
 
-    The optimizer streams a few layers at a time, when no activation is left.
+    The optimizer streams a few parameters at a time, when no activation is left; those of the
+    embedding and the head, large and taken whole, where all moments are in host memory.
     """
     layer, every = sympy.Integer(0), sympy.Integer(0)
-    streamed = sympy.Integer(0)
+    streamed, of_ends = sympy.Integer(0), sympy.Integer(0)
     for name in ("weights", "grads", "optimizer"):
         held, ratio = hosted_bytes(runtime, name, _ONE), sym.OFFLOAD[name]
         if name == "optimizer":
-            every = ratio * held
+            every, of_ends = ratio * held, sympy.floor(ratio) * held
         else:
             layer += ratio * held
         streamed += sympy.ceiling(ratio) * held
@@ -177,6 +179,7 @@ def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
         "hosted_layer_bytes_per_param": layer,
         "hosted_bytes_per_param": every,
         "streamed_bytes_per_param": staged * streamed,
+        "streamed_end_bytes_per_param": staged * of_ends,
         "bucket_params": _bucket_params(runtime),
     }
 
@@ -197,15 +200,15 @@ def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
     return sym.by_zero(by_level)
 
 
-def _from_level(level: int, precision: Precision) -> Expr:
-    """Bytes of a number of this precision from a ZeRO level on, else 0."""
-    return sym.by_zero({zero: precision.num_bytes * (zero >= level) for zero in range(4)})
+def _from_level(level: int, precision: Precision, *, below: int = 4) -> Expr:
+    """Bytes of a number of this precision from a ZeRO level on and below another, else 0."""
+    return sym.by_zero({zero: precision.num_bytes * (level <= zero < below) for zero in range(4)})
 
 
 def _unmade_terms() -> dict[str, Expr]:
     """fp32 gradients per parameter on the device: amid a step with others, and as one leaves them.
 
-    A lone micro-batch has none when its backward pass begins; under ZeRO-1 it leaves shards.
+    There are none when the first backward pass begins; a lone one leaves shards under ZeRO-1.
     """
     fp32 = sympy.Float(Precision.FP32.num_bytes)
     shard = fp32 / sym.SHARD
@@ -299,7 +302,7 @@ def _memory(rows: list[_Row], runtime: Runtime) -> tuple[dict[str, Expr], Expr, 
     states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
     if runtime.transients.root_group:
         begin, end, gathered = _of_groups(rows)
-        states -= _lone() * _gradients(rows, "grads")
+        states -= sym.FORWARD_FIRST * _gradients(rows, "grads")
     else:
         streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
         begin = end = sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed)
@@ -330,34 +333,69 @@ def _of_groups(rows: list[_Row]) -> tuple[Expr, Expr, Expr]:
     """What FSDP2 and a backward pass hold for a while: as it begins, as it ends; what is gathered.
 
     Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
-    are gathered at all instants, and the next layer beside the one that runs. From ZeRO-2 on the
-    fp32 buffer of a reduction lives until the next one: the root's from the micro-batch before.
-    Gradients of the head wait for those of the embedding. While a layer runs backward nothing of
-    the head is kept; at the first layer nothing of others, when the root is reduced and when the
-    optimizer streams its states nothing at all. A lone micro-batch has gradients at the end only.
+    are gathered at all instants, and the next layer beside the one that runs. A layer that runs
+    has its gradients in compute precision, beside what the reduction before holds in fp32 (the
+    root's: of the micro-batch before); they are cast to fp32 when it has run. Gradients of the head
+    wait for those of the embedding. While a layer runs backward nothing of the head is kept; at the
+    first layer nothing of others, when the root is reduced and when the optimizer streams its
+    states nothing at all.
+
+    Where all forward passes come first there is no gradient when the first backward pass begins;
+    all the others hold a micro-batch less, and begin later than it ends. The last one drops the
+    gathered parameters of each layer that has run.
     """
     layers = [row for row in rows if row[0].isdigit()]
-    ends = [row for row in rows if not row[0].isdigit()]
-    layer, head = _worst(layers, "{x}_params"), sym.LAST * _term("head_params")
-    root = _of_blocks(ends, "params") - sym.FIRST * sym.LAST * _term("tied_params")
+    root = _of_blocks([row for row in rows if not row[0].isdigit()], "params")
+    root -= sym.FIRST * sym.LAST * _term("tied_params")
+    layer, next_layer = _worst(layers, "{x}_params"), _next_layer(layers)
+    buffer = _term("buffer_bytes_per_param") * root
     compute, fp32 = _term("compute_bytes_per_param"), _term("fp32_bytes_per_param")
-    buffer = _term("buffer_bytes_per_param") * (1 - _lone()) * root
-    next_layer = _term("whole_bytes_per_param") * layer
-    loss = sym.LAST * (_term("head_eager_working_bytes") + buffer)
-    beside = next_layer + compute * (layer + head) + sym.larger(fp32 * layer, buffer)
-    running = _worst(layers, "{x}_{level}_working_bytes") + beside
-    begin = sym.larger(0, loss, running - sym.LAST * _term("head_eager_kept_bytes"))
-    first = running + _worst(layers, "{x}_{level}_kept_bytes")
+    begins = _begins(layers, (1 - sym.FORWARD_FIRST) * buffer)
+    first = _running(layers, (1 - sym.FORWARD_FIRST) * buffer)
+    first += _worst(layers, "{x}_{level}_kept_bytes")
     reduced = (compute + fp32) * root - next_layer
-    end = sym.larger(first, reduced, _streamed(rows)) + _lone() * _gradients(rows, "left")
+    again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer)
+    end = sym.larger(first, reduced, _streamed(rows), again)
+    dropped = _of_blocks(layers, "params") - _worst(layers, "{x}_params")
+    left = _gradients(rows, "left") - _term("unsharded_bytes_per_param") * dropped
+    made = _lone() * left + (1 - _lone()) * _gradients(rows, "grads")
+    end += sym.FORWARD_FIRST * made
     end -= _total(rows, "kept_bytes") + _term("shared_bytes")
-    return begin, end, _term("whole_bytes_per_param") * (root + layer)
+    return begins, end, _term("whole_bytes_per_param") * (root + layer)
+
+
+def _next_layer(layers: list[_Row]) -> Expr:
+    """Bytes of the layer that is gathered ahead."""
+    return _term("whole_bytes_per_param") * _worst(layers, "{x}_params")
+
+
+def _begins(layers: list[_Row], buffer: Expr) -> Expr:
+    """What a backward pass holds as it begins: in the loss, then in the first layer it runs."""
+    loss = sym.LAST * (_term("head_eager_working_bytes") + buffer)
+    no_head = sym.LAST * _term("head_eager_kept_bytes")
+    return sym.larger(0, loss, _running(layers, buffer) - no_head)
+
+
+def _running(layers: list[_Row], buffer: Expr) -> Expr:
+    """What the worst layer that runs backward holds, then its gradients as they are cast."""
+    params = _worst(layers, "{x}_params")
+    compute, fp32 = _term("compute_bytes_per_param"), _term("fp32_bytes_per_param")
+    reduces = sym.larger(_term("buffer_bytes_per_param"), _lone() * fp32)
+    held = sym.larger(reduces * params, buffer)
+    runs = _worst(layers, "{x}_{level}_working_bytes") + compute * params + held
+    wait = compute * sym.LAST * _term("head_params")
+    return sym.larger(runs, (compute + fp32) * params) + wait + _next_layer(layers)
 
 
 def _streamed(rows: list[_Row]) -> Expr:
     """What the optimizer has on its way: buckets, of one parameter at least."""
-    bucket = sym.larger(_term("bucket_params"), _worst(rows, "{x}_largest_params"))
-    return _term("streamed_bytes_per_param") * bucket
+    layers = [row for row in rows if row[0].isdigit()]
+    ends = [row for row in rows if not row[0].isdigit()]
+    bucket = sym.larger(_term("bucket_params"), _worst(layers, "{x}_largest_params"))
+    return sym.larger(
+        _term("streamed_bytes_per_param") * bucket,
+        _term("streamed_end_bytes_per_param") * _worst(ends, "{x}_largest_params"),
+    )
 
 
 def _lone() -> Expr:

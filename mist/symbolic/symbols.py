@@ -37,6 +37,8 @@ CHUNKS = sympy.Symbol("chunks", positive=True, integer=True)
 """v, runs of layers that a stage takes in turn."""
 NUM_MICRO_BATCHES = sympy.Symbol("num_micro_batches", positive=True, integer=True)
 """G, micro-batches per step."""
+FORWARD_FIRST = sympy.Symbol("forward_first", nonnegative=True, integer=True)
+"""1 where all forward passes of a step run before its first backward pass."""
 SPANS_NODES = sympy.Symbol("spans_nodes", nonnegative=True, integer=True)
 """1 when the job has more than one node."""
 FIRST = sympy.Symbol("is_first", nonnegative=True, integer=True)

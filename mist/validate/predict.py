@@ -117,9 +117,11 @@ def _stages(
         spans_nodes=(gpus > per_node)[run],
     )
     micro, chunks = column("num_micro_batches")[run], column("chunks")[run]
+    in_flight = _in_flight(stage, column("num_stages")[run], micro, chunks)
     held = {
-        "in_flight": _in_flight(stage, column("num_stages")[run], micro, chunks),
+        "in_flight": in_flight,
         "num_micro_batches": micro,
+        "forward_first": in_flight >= micro,
         "chunks": chunks,
     }
     levels = {

@@ -60,7 +60,7 @@ def stage(
         gpus_per_node=np.array(8),
         spans_nodes=np.array(True),
     )
-    held = {"in_flight": min(pp, 8), "num_micro_batches": 8, "chunks": 1}
+    held = {"in_flight": min(pp, 8), "num_micro_batches": 8, "forward_first": 0, "chunks": 1}
     counts = held | {"eager_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
     return {
         name: float(value) for name, value in cost.stage({**terms, **position, **counts}).items()

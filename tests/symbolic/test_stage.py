@@ -139,7 +139,7 @@ def assert_simulated(
             offload=offload,
             copies=strategy.get("dp_replicate", 1),
         )
-        levels = ["eager"] * (count - full - some) + ["selective"] * some + ["full"] * full
+        levels = ["full"] * full + ["selective"] * some + ["eager"] * (count - full - some)
         layers = [(graph.blocks[kinds[first + i]], level) for i, level in enumerate(levels)]
         want = simulate(rank, layers, graph)
         for name in ("stable_s", "lone_s", "peak_bytes", "host_bytes"):
@@ -252,7 +252,7 @@ def _evaluate(expr: sympy.Expr, units: pint.UnitRegistry) -> pint.Quantity | Non
     name = expr.func.__name__
     if name.endswith("_s"):
         return units.Quantity(1.0, units.second)
-    if name == "ceiling":
+    if name in ("ceiling", "floor"):
         return _evaluate(expr.args[0], units)
     args = [_evaluate(arg, units) for arg in expr.args]
     if expr.is_Mul:
