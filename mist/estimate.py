@@ -101,6 +101,7 @@ def strategy_columns(  # noqa: PLR0913 - a strategy's columns
     micro_batch: ArrayLike,
     zero: ArrayLike,
     offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
+    dp_replicate: ArrayLike = 1,
 ) -> dict[str, ArrayLike]:
     """Inputs of the terms of a job; `offload`: the ratio of each state in host memory."""
     return rank_columns(
@@ -112,6 +113,7 @@ def strategy_columns(  # noqa: PLR0913 - a strategy's columns
         micro_batch=micro_batch,
         zero=zero,
         offload=offload,
+        dp_replicate=dp_replicate,
     )
 
 
@@ -125,15 +127,23 @@ def rank_columns(  # noqa: PLR0913 - a strategy's columns
     micro_batch: ArrayLike,
     zero: ArrayLike,
     offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
+    dp_replicate: ArrayLike = 1,
 ) -> dict[str, ArrayLike]:
-    """Inputs of the terms. tp is innermost: a data-parallel group strides over the ranks by tp."""
+    """Inputs of the terms. tp is innermost: ranks that share states are tp apart, copies further.
+
+    At ZeRO-0 every data-parallel rank has a copy of the states.
+    """
     per_node = np.maximum(np.asarray(gpus_per_node) // np.asarray(tp), 1)
+    shard = np.where(np.asarray(zero) > 0, np.asarray(dp) // np.asarray(dp_replicate), 1)
+    copies = np.asarray(dp) // shard
     return {
         "b": micro_batch,
         "s": seq_len,
         "t": tp,
-        "dp": dp,
-        "dp_per_node": np.minimum(dp, per_node),
+        "dp_shard": shard,
+        "dp_shard_per_node": np.minimum(shard, per_node),
+        "copies": copies,
+        "copies_per_node": np.minimum(copies, np.maximum(per_node // shard, 1)),
         "zero": zero,
         "tp_per_node": np.minimum(tp, gpus_per_node),
         "pipelined": pipelined,
@@ -316,6 +326,7 @@ def _stage_columns(
         tp=[stage.tp for stage in stages],
         micro_batch=[stage.micro_batch for stage in stages],
         zero=[stage.zero for stage in stages],
+        dp_replicate=[stage.dp_replicate for stage in stages],
         offload={name: [getattr(s.offload, name) for s in stages] for name in NO_OFFLOAD},
     )
     terms = job.cost.terms(strategy)

@@ -68,6 +68,8 @@ def layout_words(
             [s.num_layers for s in stages],
         )
     )
+    if any(stage.dp_replicate > 1 for stage in stages):
+        words.insert(2, f"replicate{_spread([stage.dp_replicate for stage in stages])}")
     line = f"{' '.join(words)} x{num_micro_batches}, {full} of {layers} layers recomputed"
     line += f", {some} selectively" if some != "0" else ""
     if len(stages) > 1 and schedule != ONE_F_ONE_B:

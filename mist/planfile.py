@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -39,9 +39,19 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 
 def dump_plan(plan: Plan) -> str:
     """The plan as YAML text; the same plan gives the same bytes."""
-    data = json.loads(json.dumps(asdict(plan)))
-    text = yaml.dump(data, Dumper=_PlanDumper, sort_keys=False, width=100, default_flow_style=None)
+    text = yaml.dump(
+        plain_data(plan), Dumper=_PlanDumper, sort_keys=False, width=100, default_flow_style=None
+    )
     return str(text)
+
+
+def plain_data(plan: Plan) -> dict[str, object]:
+    """The fields of a plan as JSON has them, without what a plan file leaves out."""
+    data: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+    for stage, planned in zip(data["stages"], plan.stages, strict=True):
+        if planned.dp_replicate == 1:
+            del stage["dp_replicate"]
+    return data
 
 
 def _read(path: Path) -> tuple[Mapping[str, object], list[Fault]]:

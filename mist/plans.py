@@ -1,7 +1,8 @@
 """The plan: what comes out of the search, and all that crosses to execution and reports.
 
 `mist.planfile` reads and writes it. Invariants (`plan_faults`): dp * tp * cp ranks are the devices
-of a stage; ep divides dp * cp; dp * micro_batch is equal over stages and times num_micro_batches is
+of a stage; ep divides dp * cp; dp_replicate divides dp, and is 1 or less than dp and from ZeRO-1
+on; dp * micro_batch is equal over stages and times num_micro_batches is
 the global batch; the layer runs cover the model once, in order; the devices cover the cluster once;
 memory levels sum to the layers. The layers that keep least come first in a stage, and are dealt out
 over its chunks: those run backward last, when most else is gone, and the first chunk waits longest.
@@ -73,7 +74,12 @@ class Offload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """One pipeline stage. `layers` are runs [first, count]; `devices` is [first, count]."""
+    """One pipeline stage. `layers` are runs [first, count]; `devices` is [first, count].
+
+    `dp_replicate`: copies of the states that ZeRO divides (HSDP): dp / dp_replicate neighbouring
+    data-parallel ranks share one, and sum their gradients with the others. A plan file leaves 1
+    out.
+    """
 
     __pydantic_config__ = STRICT
     layers: tuple[tuple[int, int], ...]
@@ -88,6 +94,12 @@ class StagePlan:
     head: Literal["eager"]
     memory: dict[MemoryLevel, Annotated[int, Field(ge=0)]]
     offload: Offload
+    dp_replicate: PositiveInt = 1
+
+    @property
+    def dp_shard(self) -> int:
+        """Data-parallel ranks that share one copy of the states: 1 at ZeRO-0."""
+        return self.dp // self.dp_replicate if self.zero else 1
 
     @property
     def num_layers(self) -> int:
@@ -320,6 +332,7 @@ def _estimate_faults(estimate: object, num_stages: int) -> Iterator[Fault]:
 def _stage_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
     """The rules that one stage keeps alone."""
     yield from _rank_faults(path, stage)
+    yield from _replica_faults(path, stage)
     yield from _level_faults(path, stage)
 
 
@@ -340,6 +353,20 @@ def _rank_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
         yield Fault(path=f"{path}.ep", message=f"ep {ep} does not divide dp * cp = {dp * cp}")
     if stage.get("sp") is True and tp == 1:
         yield Fault(path=f"{path}.sp", message="sequence parallelism needs tp > 1")
+
+
+def _replica_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:
+    """dp_replicate divides dp; whoever has copies of the states also divides them."""
+    sizes = _ints(stage, "dp", "dp_replicate", "zero")
+    if sizes is None or sizes[1] <= 1:
+        return
+    (dp, copies, zero), where = sizes, f"{path}.dp_replicate"
+    if dp % copies:
+        yield Fault(path=where, message=f"{copies} copies of the states do not divide dp {dp}")
+    elif copies == dp:
+        yield Fault(path=where, message=f"a whole copy on each of dp {dp} ranks is zero 0")
+    if zero == 0:
+        yield Fault(path=where, message="zero 0 has a copy on every rank already; use zero 1 to 3")
 
 
 def _level_faults(path: str, stage: Mapping[str, object]) -> Iterator[Fault]:

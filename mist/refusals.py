@@ -53,8 +53,7 @@ def offloaded_bytes(plan: Plan, stage: int) -> int:
     """Bytes that one rank of a stage keeps on the host: what was predicted, at least its states."""
     own = plan.stages[stage]
     params = plan.model.params * own.num_layers / plan.num_layers / own.tp
-    shards = own.dp if own.zero >= 1 else 1
-    states = (own.offload.weights + own.offload.optimizer) * STATE_BYTES * params / shards
+    states = (own.offload.weights + own.offload.optimizer) * STATE_BYTES * params / own.dp_shard
     return max(plan.estimate.stages[stage].host_bytes, int(states))
 
 
@@ -146,6 +145,12 @@ def _offload(plan: Plan) -> Iterator[Fault]:
         if max(ratios.weights, ratios.grads) > 0 and stage.zero < 2:
             words = f"weights are offloaded as ZeRO-2 or ZeRO-3 shards, found zero {stage.zero}"
             yield Fault(path=f"{path}.zero", message=words)
+        if max(ratios.weights, ratios.grads) > 0 and stage.dp_replicate > 1:
+            yield Fault(
+                path=f"{path}.dp_replicate",
+                message="FSDP2 keeps gradients that wait for their sum over copies of the states "
+                "on the device; offload no weights and grads, or use dp_replicate 1",
+            )
         if ratios.activations > 0 and stage.num_at(MemoryLevel.SELECTIVE):
             yield Fault(
                 path=f"{path}.offload.activations",
@@ -183,13 +188,17 @@ def _in_a_row(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
         words = f"layers of {facts.name} exchange tensors with others than their neighbours"
         yield Fault(path="stages", message=f"{words}; it runs on one stage only")
     first, last = plan.stages[0], plan.stages[-1]
-    unlike = (first.dp, first.tp, first.zero == 0) != (last.dp, last.tp, last.zero == 0)
-    if facts.tied and unlike:
+    if facts.tied and _shares(first) != _shares(last):
         yield Fault(
             path=f"stages[{len(plan.stages) - 1}]",
             message=f"{facts.name} ties its embedding to its head, so the first and the last stage "
-            "must agree in dp, tp, and in whether zero is 0",
+            "must agree in dp, dp_replicate, tp, and in whether zero is 0",
         )
+
+
+def _shares(stage: StagePlan) -> tuple[int, int, int, bool]:
+    """What decides which part of a parameter each rank of a stage has."""
+    return stage.dp, stage.dp_replicate, stage.tp, stage.zero == 0
 
 
 RULES: Final[tuple[Rule, ...]] = (_runtime, _axes, _schedule, _offload)

@@ -1,9 +1,9 @@
 """What may be combined with what: predicates over strategy columns, each with its message.
 
 The search masks candidates with these rules, `mist check` and later execution refuse with them: so
-nothing that cannot be run is ever planned. Columns: tp, dp, micro_batch, zero, num_stages,
-num_micro_batches, schedule, chunks, and the offload ratios weights, grads, optimizer, activations;
-arrays or single values.
+nothing that cannot be run is ever planned. Columns: tp, dp, micro_batch, zero, dp_replicate (1 in a
+search: copies are not searched), num_stages, num_micro_batches, schedule, chunks, and the offload
+ratios weights, grads, optimizer, activations; arrays or single values.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +48,7 @@ def rules_for(
         *_batch_rules(facts, platform, workload),
         *_schedule_rules(facts, platform.runtime),
         *_offload_rules(platform.runtime),
+        *_copy_rules(platform),
         *_domain_rules(facts, workload, domain),
     )
 
@@ -233,3 +234,42 @@ def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
         message=f"runtime {runtime.name} offloads weights and gradients of a layer together: "
         "their ratios are {weights:g} and {grads:g}.",
     )
+
+
+def _copy_rules(platform: Platform) -> Iterator[Rule]:
+    """Where the states that ZeRO divides may have copies."""
+    per_node, runtime = platform.gpus_per_node, platform.runtime
+    is_fsdp2 = runtime.transients.root_group
+    yield Rule(
+        name="copies-known",
+        holds=lambda c: (c["dp_replicate"] == 1) | is_fsdp2,
+        message=f"dp_replicate {{dp_replicate}}: copies of the states are predicted of FSDP2 only, "
+        f"not of runtime {runtime.name}.",
+    )
+    yield Rule(
+        name="copies-divide-dp",
+        holds=lambda c: c["dp"] % c["dp_replicate"] == 0,
+        message="dp_replicate {dp_replicate} does not divide dp {dp}.",
+    )
+    yield Rule(
+        name="copies-of-parts",
+        holds=lambda c: (c["dp_replicate"] == 1) | (c["zero"] > 0) & (c["dp_replicate"] < c["dp"]),
+        message="dp_replicate {dp_replicate} of dp {dp} at ZeRO-{zero}: states that have copies "
+        "are also divided; use ZeRO-1 or more, and less than dp.",
+    )
+    yield Rule(
+        name="copies-fill-nodes",
+        holds=lambda c: (c["dp_replicate"] == 1) | _aligned(_copy_ranks(c), per_node),
+        message="dp {dp} * tp {tp} in {dp_replicate} copies: ranks of one copy neither divide nor "
+        f"fill the {per_node} GPUs of a node.",
+    )
+    yield Rule(
+        name="copies-stay",
+        holds=lambda c: (c["dp_replicate"] == 1) | (c["weights"] == 0) & (c["grads"] == 0),
+        message="dp_replicate {dp_replicate}: gradients that wait for their sum over copies of the "
+        "states stay on the device; offload no weights and grads.",
+    )
+
+
+def _copy_ranks(columns: Arrays) -> NDArray[np.int64]:
+    return np.asarray(np.maximum(columns["dp"] // columns["dp_replicate"], 1) * columns["tp"])

@@ -31,6 +31,7 @@ class Rank:
     num_micro_batches: int
     first_device: int
     offload: dict[str, float] = field(default_factory=dict)  # share of each state on the host
+    copies: int = 1  # of the states that ZeRO divides
 
     def share(self, state: str) -> float:
         return self.offload.get(state, 0.0)
@@ -43,8 +44,26 @@ class Rank:
         )
 
     @property
-    def per_node(self) -> int:
-        return min(self.dp, max(self.platform.gpus_per_node // self.tp, 1))
+    def sharers(self) -> int:
+        """Data-parallel ranks that one copy of divided states is spread over."""
+        return self.dp // self.copies
+
+    @property
+    def share_group(self) -> tuple[int, int]:
+        """They, and how many of them are on one node: every tp-th rank in a row."""
+        ranks = [share * self.tp for share in range(self.sharers)]
+        return self.sharers, sum(rank < self.platform.gpus_per_node for rank in ranks) or 1
+
+    @property
+    def sum_group(self) -> tuple[int, int]:
+        """Ranks that add up the same gradients: one of each copy; without ZeRO all of them."""
+        apart = self.tp * (self.sharers if self.zero else 1)
+        ranks = range(0, self.dp * self.tp, apart)
+        return len(ranks), sum(rank < self.platform.gpus_per_node for rank in ranks) or 1
+
+    def own_bytes(self, grads: float) -> float:
+        """What of gradients that are summed whole without ZeRO a rank sums with other copies."""
+        return grads / self.sharers if self.zero else grads
 
     def number(self, expr: Expr) -> float:
         return number(expr, self.micro_batch, self.workload.seq_len, self.tp)
@@ -104,7 +123,7 @@ def pass_times(
     """Seconds of the forward and the backward pass by themselves, device or host."""
     laws, runtime = rank.laws, rank.platform.runtime
     forward, backward = op_seconds(rank, block, "forward"), op_seconds(rank, block, "backward")
-    owner = rank.dp if rank.zero >= 2 else 1
+    owner = rank.sharers if rank.zero >= 2 else 1
     accumulate = held_params(rank, block) * runtime.traffic.accumulation_bytes_per_param.value
     backward += float(laws.memory_s(accumulate / owner, 1, Traffic.POINTWISE))
     gather = float(laws.all_gather_s(activation_bytes, rank.tp, rank.tp))
@@ -137,18 +156,18 @@ def layer_times(
     """(stable, lone) seconds of one block: four slots, each against collectives and copies."""
     laws, runtime = rank.laws, rank.platform.runtime
     forward, backward = pass_times(rank, block, activation_bytes, level=level, is_layer=is_layer)
-    group, params = (rank.dp, rank.per_node), held_params(rank, block)
+    group, params = rank.share_group, held_params(rank, block)
     seconds = (
         float(laws.all_gather_s(2 * params, *group)),
         float(laws.reduce_scatter_s(4 * params, *group)),
-        float(laws.all_reduce_s(4 * params, *group)),
+        float(laws.all_reduce_s(rank.own_bytes(4 * params), *rank.sum_group)),
     )
     copy_out = float(laws.memory_s(4 * params, 1, Traffic.POINTWISE))
     copy_in = float(laws.memory_s(6 * params, 1, Traffic.POINTWISE))
     saved = rank.share("activations") * level_bytes(rank, block, activation_bytes / rank.tp)[level]
     saved, away = (saved, rank.share("weights")) if is_layer else (0.0, 0.0)
-    weights = 4 * params / (rank.dp if rank.zero >= 1 else 1)
-    grads = 4 * params / (rank.dp if rank.zero >= 2 else 1)
+    weights = 4 * params / (rank.sharers if rank.zero >= 1 else 1)
+    grads = 4 * params / (rank.sharers if rank.zero >= 2 else 1)
 
     def slot(
         compute: float, ops: tuple[bool, bool, bool], saved: tuple[float, float],
@@ -174,7 +193,7 @@ def layer_times(
     stable += slot(backward, (again, often, False), back, states)
     lone = slot(forward, (once, False, False), out, (weights, 0.0))
     states = (each_weights + each_grads, grads)
-    return stable, lone + slot(backward, (again, once, not once), back, states)
+    return stable, lone + slot(backward, (again, once, rank.sum_group[0] > 1), back, states)
 
 
 def level_bytes(rank: Rank, block: Block, boundary_bytes: float) -> dict[str, float]:
@@ -243,16 +262,16 @@ def _transfers(rank: Rank, sent_bytes: float) -> list[float]:
 def _once(rank: Rank, blocks: list[tuple[Block, str, bool]], embed: Block, head: Block) -> float:
     """Per step: the ends of the collectives that nothing covers, the optimizer, tied gradients."""
     laws, traffic = rank.laws, rank.platform.runtime.traffic
-    group = (rank.dp, rank.per_node)
+    group = rank.share_group
     total = 0.0
     for params in {held_params(rank, block) for block, _, is_layer in blocks if is_layer}:
         gather = float(laws.all_gather_s(2 * params, *group))
         scatter = float(laws.reduce_scatter_s(4 * params, *group))
-        reduce = float(laws.all_reduce_s(4 * params, *group))
-        total = max(total, gather + scatter if rank.zero else reduce)
+        reduce = float(laws.all_reduce_s(rank.own_bytes(4 * params), *rank.sum_group))
+        total = max(total, gather + scatter + reduce if rank.zero else reduce)
     for block, _, is_layer in blocks:
         held = held_params(rank, block)
-        owned = held / rank.dp if rank.zero else held
+        owned = held / rank.sharers if rank.zero else held
         moved = owned * traffic.optimizer_sharded_bytes_per_param.value
         if rank.zero < 3:
             moved += held * traffic.optimizer_replicated_bytes_per_param.value
@@ -265,8 +284,8 @@ def _once(rank: Rank, blocks: list[tuple[Block, str, bool]], embed: Block, head:
 
 def _update(rank: Rank, held: float, update_s: float, is_layer: bool) -> float:
     """The optimizer's step of a block, with the states that come and go beside it."""
-    owned = held / rank.dp if rank.zero else held
-    grads = 4 * held / (rank.dp if rank.zero >= 2 else 1)
+    owned = held / rank.sharers if rank.zero else held
+    grads = 4 * held / (rank.sharers if rank.zero >= 2 else 1)
     moments = rank.share("optimizer") * 8 * owned
 
     def streamed(come: float, go: float) -> float:
@@ -368,11 +387,13 @@ def _peak(
     if len(ends) == 2:
         params -= sum(param.numel for param in ends[1].params if param.tied) / rank.tp
     of_layers = sum(held_params(rank, block) for block, _ in layers)
-    shard, grad_shard = (rank.dp if rank.zero >= level else 1 for level in (1, 2))
+    shard, grad_shard = (rank.sharers if rank.zero >= level else 1 for level in (1, 2))
     hosted = of_layers * rank.share("weights") * 4 / shard
     hosted += of_layers * rank.share("grads") * 4 / grad_shard
     hosted += params * rank.share("optimizer") * 8 / shard
-    states = params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.dp) - hosted
+    states = (
+        params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.sharers) - hosted
+    )
     boundary = rank.number(layers[0][0].boundary_bytes) / rank.tp
     sizes = [level_bytes(rank, block, boundary)[level] for block, level in layers]
     away = rank.share("activations")
@@ -390,10 +411,10 @@ def _peak(
     rest = params - of_layers
     amid = left_layers = left_rest = 0.0
     if _forward_first(rank):
-        each = 4 / (rank.dp if rank.zero >= 2 else 1)
+        each = 4 / (rank.sharers if rank.zero >= 2 else 1)
         amid = each * (stays * of_layers + rest)
         if rank.num_micro_batches == 1:
-            each = 4 / (rank.dp if rank.zero >= 1 else 1)
+            each = 4 / (rank.sharers if rank.zero >= 1 else 1)
         left_layers, left_rest = each * stays, each * rest
         if rank.num_micro_batches == 1 and rank.zero < 3:
             left_layers -= 2

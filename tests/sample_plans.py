@@ -147,7 +147,8 @@ def _stages(draw: st.DrawFn, samples: int, vpp: int) -> tuple[StagePlan, ...]:
         count = sum(chunks[i::num_stages])
         dp = draw(st.sampled_from([d for d in (1, 2, 3, 4, 6, 8) if samples % d == 0]))
         tp, cp = draw(sizes), draw(st.sampled_from([1, 2]))
-        num_full = draw(st.integers(0, count))
+        num_full, zero = draw(st.integers(0, count)), draw(st.sampled_from([0, 1, 2, 3]))
+        copies = [n for n in range(1, dp) if dp % n == 0 and zero > 0] or [1]
         stages.append(
             StagePlan(
                 layers=runs,
@@ -158,7 +159,8 @@ def _stages(draw: st.DrawFn, samples: int, vpp: int) -> tuple[StagePlan, ...]:
                 cp=cp,
                 ep=draw(st.sampled_from([1, dp * cp])),
                 micro_batch=samples // dp,
-                zero=draw(st.sampled_from([0, 1, 2, 3])),
+                zero=zero,
+                dp_replicate=draw(st.sampled_from(copies)),
                 head="eager",
                 memory={MemoryLevel.EAGER: count - num_full, MemoryLevel.FULL: num_full},
                 offload=Offload(

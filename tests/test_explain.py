@@ -105,6 +105,12 @@ def test_one_stage_has_no_schedule_to_tell() -> None:
     )
 
 
+def test_copies_of_the_states_in_words() -> None:
+    stage = stage_plan(devices=(0, 8), dp=4, dp_replicate=2)
+    line = "pp1 dp4 replicate2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed"
+    assert layout_words([stage], 8) == line
+
+
 def test_long_runs_of_equal_stages_are_counted() -> None:
     stages = [stage_plan(first=8 * i, device=4 * i, zero=3 if i == 0 else 2) for i in range(5)]
     assert layout_words(stages, 8) == ("pp5 dp2 tp2 zero3+4*2 mb2 x8, 1 of 8 layers recomputed")

@@ -53,6 +53,7 @@ def test_the_file_is_the_documented_one() -> None:
     assert text.startswith("schema: mist.plan/1\nmodel: {source: models/toy.py, name: toy, ")
     assert "  devices: [0, 4]\n  dp: 2\n  tp: 2\n  sp: true\n" in text
     assert "memory: {eager: 7, full: 1}" in text
+    assert "dp_replicate" not in text
     assert [*yaml.safe_load(text)] == [
         "schema",
         "model",
@@ -222,6 +223,28 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
         ["stages[1].devices: dp * tp * cp = 2 * 2 * 1 ranks, but the stage has 5 devices"],
     ),
     ("ep", [put("stages.0.ep", 4)], ["stages[0].ep: ep 4 does not divide dp * cp = 2"]),
+    (
+        "copies that do not divide dp",
+        [put("stages.0.dp_replicate", 3)],
+        ["stages[0].dp_replicate: 3 copies of the states do not divide dp 2"],
+    ),
+    (
+        "a copy on every rank",
+        [put("stages.0.dp_replicate", 2)],
+        ["stages[0].dp_replicate: a whole copy on each of dp 2 ranks is zero 0"],
+    ),
+    (
+        "copies of what is not divided",
+        [
+            put("stages.0.zero", 0),
+            put("stages.0.dp", 4),
+            put("stages.0.tp", 1),
+            put("stages.0.sp", False),
+            put("stages.0.micro_batch", 1),
+            put("stages.0.dp_replicate", 2),
+        ],
+        ["stages[0].dp_replicate: zero 0 has a copy on every rank already; use zero 1 to 3"],
+    ),
     (
         "sp without tp",
         [put("stages.0.tp", 1), put("stages.0.cp", 2)],

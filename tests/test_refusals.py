@@ -178,7 +178,27 @@ def test_tied_ends_must_be_alike() -> None:
     refuse_unplayable(sample_plan(), tied)
     assert words_of(sample_plan(stages=(first, replace(second, zero=0))), tied) == (
         "stages[1]: toy ties its embedding to its head, so the first and the last stage "
-        "must agree in dp, tp, and in whether zero is 0"
+        "must agree in dp, dp_replicate, tp, and in whether zero is 0"
+    )
+
+
+def test_copies_of_the_states() -> None:
+    refuse_unplayable(one_stage(dp_replicate=2, zero=2, offload=Offload(optimizer=0.5)), FACTS)
+    away = one_stage(dp_replicate=2, zero=2, offload=Offload(weights=1.0, grads=1.0))
+    assert words_of(away) == (
+        "stages[0].dp_replicate: FSDP2 keeps gradients that wait for their sum over copies of the "
+        "states on the device; offload no weights and grads, or use dp_replicate 1"
+    )
+
+
+def test_tied_embeddings_need_alike_copies() -> None:
+    first, second = (
+        replace(stage, dp=4, tp=1, sp=False, micro_batch=1) for stage in sample_plan().stages
+    )
+    unlike = sample_plan(stages=(first, replace(second, dp_replicate=2)))
+    assert words_of(unlike, replace(FACTS, tied=True)) == (
+        "stages[1]: toy ties its embedding to its head, so the first and the last stage "
+        "must agree in dp, dp_replicate, tp, and in whether zero is 0"
     )
 
 

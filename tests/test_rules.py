@@ -23,6 +23,7 @@ FITTING = {
     "dp": 2,
     "micro_batch": 2,
     "zero": 1,
+    "dp_replicate": 1,
     "num_stages": 2,
     "num_micro_batches": 16,
     "schedule": "1f1b",
@@ -121,6 +122,47 @@ def test_a_layout_that_keeps_every_rule() -> None:
             ],
         ),
         ({"weights": 1.0, "grads": 1.0, "zero": 2, "optimizer": 0.5, "activations": 0.5}, []),
+        ({"dp": 4, "micro_batch": 1, "dp_replicate": 2, "zero": 2, "optimizer": 0.5}, []),
+        (
+            {"dp": 4, "micro_batch": 1, "dp_replicate": 3},
+            ["dp_replicate 3 does not divide dp 4."],
+        ),
+        (
+            {"dp_replicate": 2},
+            [
+                "dp_replicate 2 of dp 2 at ZeRO-1: states that have copies are also divided; "
+                "use ZeRO-1 or more, and less than dp."
+            ],
+        ),
+        (
+            {"dp": 4, "micro_batch": 1, "dp_replicate": 2, "zero": 0},
+            [
+                "dp_replicate 2 of dp 4 at ZeRO-0: states that have copies are also divided; "
+                "use ZeRO-1 or more, and less than dp."
+            ],
+        ),
+        (
+            {"dp": 24, "tp": 1, "micro_batch": 1, "num_micro_batches": 8, "dp_replicate": 4},
+            [
+                "dp 24 * micro-batch 1 * 8 micro-batches is not the global batch of 64.",
+                "dp 24 * tp 1 in 4 copies: ranks of one copy neither divide nor fill the 8 GPUs "
+                "of a node.",
+            ],
+        ),
+        (
+            {
+                "dp": 4,
+                "micro_batch": 1,
+                "dp_replicate": 2,
+                "zero": 2,
+                "weights": 1.0,
+                "grads": 1.0,
+            },
+            [
+                "dp_replicate 2: gradients that wait for their sum over copies of the states stay "
+                "on the device; offload no weights and grads."
+            ],
+        ),
     ],
 )
 def test_the_words_of_a_broken_rule(changes: dict[str, object], messages: list[str]) -> None:
@@ -145,6 +187,14 @@ def of_runtime(name: str) -> tuple[Rule, ...]:
                 "offloading optimizer is not possible under runtime nanotron, "
                 "found ratio 1 at ZeRO-1.",
                 "offloading activations is not possible under runtime nanotron.",
+            ],
+        ),
+        (
+            "megatron",
+            {"dp": 4, "micro_batch": 1, "dp_replicate": 2},
+            [
+                "dp_replicate 2: copies of the states are predicted of FSDP2 only, not of runtime "
+                "megatron."
             ],
         ),
         (
@@ -230,6 +280,7 @@ ratios = st.sampled_from([0.0, 0.5, 1.0])
     num_stages=degrees,
     num_micro_batches=degrees,
     zero=st.integers(0, 3),
+    dp_replicate=degrees,
     schedule=st.sampled_from([kind.value for kind in ScheduleKind]),
     chunks=st.integers(1, 4),
     weights=ratios,

@@ -68,6 +68,7 @@ def options_of(
         offload = Offload(**dict(zip(NO_RATIOS, away, strict=True)))
         columns = {
             "tp": tp, "dp": dp, "micro_batch": micro_batch, "zero": zero, "num_stages": pp,
+            "dp_replicate": 1,
             "num_micro_batches": g, "schedule": schedule.kind.value, "chunks": schedule.vpp,
             **dict(zip(NO_RATIOS, away, strict=True)),
         }  # fmt: skip

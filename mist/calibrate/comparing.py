@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mist.calibrate.logs import CollectiveRow, RunLog
+from mist.calibrate.logs import CollectiveRow, RunLog, StageParts
 from mist.explain import step_parts
 from mist.plans import Plan, StageEstimate
 
@@ -41,15 +41,50 @@ class Beside:
 class Compared:
     """A plan and its run.
 
-    `parts_s`: the predicted step by part, from the slowest stage; they sum to it. `collectives`:
-    of each stage, as they were counted in one step of its first rank.
+    `parts_s`: the predicted step by part, from the slowest stage; they sum to it. `stages`: the
+    step of each stage in two, predicted and measured, where the log has it. `collectives`: of each
+    stage, as they were counted in one step of its first rank.
     """
 
     plan: Plan
     rows: tuple[Beside, ...]
     parts_s: dict[str, float]
+    stages: tuple["StageStep", ...]
     collectives: tuple[tuple[CollectiveRow, ...], ...]
     num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStep:
+    """A step of one stage, in seconds: at work, and the rest: transfers, sums and waiting.
+
+    Predicted work: G micro-batches without their transfers, and what the first and the last cost
+    more, optimizer included; measured: passes and optimizer, by `parts`. Both sum to their step.
+    """
+
+    predicted_work_s: float
+    predicted_rest_s: float
+    work_s: float
+    rest_s: float
+    parts: StageParts
+
+
+def stage_steps(plan: Plan, log: RunLog) -> Iterator[StageStep]:
+    """The two halves of the step of every stage; `rest_s` is of median steps and medians of parts.
+
+    Nothing for a log without seconds of stages.
+    """
+    for stage, parts in zip(plan.estimate.stages, log.parts, strict=False):
+        each_s = stage.stable_s - stage.time_parts_s.get("p2p", 0.0)
+        predicted_s = plan.num_micro_batches * each_s + stage.delta_s
+        work_s = parts.forward_s + parts.backward_s + parts.optimizer_s
+        yield StageStep(
+            predicted_work_s=predicted_s,
+            predicted_rest_s=max(plan.estimate.step_s - predicted_s, 0.0),  # but for rounding
+            work_s=work_s,
+            rest_s=log.step_s - work_s,
+            parts=parts,
+        )
 
 
 def compared(plan: Plan, log: RunLog) -> Compared:
@@ -58,6 +93,7 @@ def compared(plan: Plan, log: RunLog) -> Compared:
         plan=plan,
         rows=tuple(_rows(plan, log)),
         parts_s=step_parts(plan.estimate, plan.num_micro_batches),
+        stages=tuple(stage_steps(plan, log)),
         collectives=tuple(stage.collectives for stage in log.stages),
         num_steps=len(log.seconds),
     )

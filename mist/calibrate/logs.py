@@ -1,16 +1,16 @@
 """What a run's log says, as `mist apply` writes it and as anyone may write it by hand.
 
-{"steps": [{"step": 1, "seconds": 0.9, ...}, ...],
+{"steps": [{"step": 1, "seconds": 0.9, "stages": [{"forward_s": 0.2, ...}, ...], ...}, ...],
  "stages": [{"peak_bytes": 123, "collectives": [{"axis": "dp", "kind": ..}, ...]}, ...]} as JSON;
 only the seconds of the steps must be there.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Final
+from typing import Any, Final
 
 from mist.errors import InputError
 
@@ -36,11 +36,25 @@ class StageRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageParts:
+    """Seconds of a stage in a step, each the median of the steps that count.
+
+    Passes include the collectives that they wait for; `sums_s`: shared gradients, norm and loss.
+    """
+
+    forward_s: float
+    backward_s: float
+    sums_s: float
+    optimizer_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunLog:
-    """Seconds of the steps that count, and the stages where the log has them."""
+    """Seconds of the steps that count, and the stages and their parts where the log has them."""
 
     seconds: tuple[float, ...]
     stages: tuple[StageRow, ...]
+    parts: tuple[StageParts, ...] = ()
 
     @property
     def step_s(self) -> float:
@@ -63,7 +77,8 @@ def read_log(path: Path) -> RunLog:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        steps = [(float(row["seconds"]), bool(row.get("measured"))) for row in data["steps"]]
+        steps = [(float(row["seconds"]), row) for row in data["steps"]]
+        parts = _parts([row for _, row in _counted(steps)])
         stages = tuple(_stage(row) for row in data.get("stages", ()))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
@@ -73,9 +88,26 @@ def read_log(path: Path) -> RunLog:
         ) from error
     if not steps or min(seconds for seconds, _ in steps) <= 0:
         raise InputError(f"{path} has no steps with seconds above 0.")
+    seconds = tuple(seconds for seconds, _ in _counted(steps))
+    return RunLog(seconds=seconds, stages=stages, parts=parts)
+
+
+Step = tuple[float, Mapping[str, Any]]
+
+
+def _counted(steps: list[Step]) -> list[Step]:
     late = steps[WARM_UP:] if len(steps) > 2 * WARM_UP else steps
-    plain = [seconds for seconds, watched in late if not watched]
-    return RunLog(seconds=tuple(plain or [seconds for seconds, _ in late]), stages=stages)
+    return [step for step in late if not step[1].get("measured")] or late
+
+
+def _parts(rows: list[Mapping[str, Any]]) -> tuple[StageParts, ...]:
+    """Medians of each stage, where all of these steps have them."""
+    steps = [row.get("stages", ()) for row in rows]
+    names = [item.name for item in fields(StageParts)]
+    return tuple(
+        StageParts(**{name: median(float(row[name]) for row in stage) for name in names})
+        for stage in zip(*steps, strict=True)
+    )
 
 
 def _stage(row: Mapping[str, object]) -> StageRow:

@@ -11,6 +11,10 @@ Model = Annotated[
     str,
     typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
 ]
+Subject = Annotated[
+    str, typer.Argument(help="A plan file, or a model to judge with --tp, --pp, ...")
+]
+GpusOfModel = Annotated[int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")]
 Gpus = Annotated[
     str, typer.Option("--gpus", help="Number of GPUs, or several to choose from: 8,16 or 8..64.")
 ]
@@ -41,6 +45,9 @@ Margin = Annotated[
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")]
 Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
 Zero = Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")]
+DpReplicate = Annotated[
+    int, typer.Option("--dp-replicate", help="Copies of the states that ZeRO divides (HSDP).")
+]
 MicroBatch = Annotated[
     int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
 ]

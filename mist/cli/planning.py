@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,11 +18,13 @@ from mist.cli.options import (
     Checkpoint,
     ClusterName,
     ClusterNames,
+    DpReplicate,
     Fixed,
     Forbid,
     GlobalBatch,
     Gpu,
     Gpus,
+    GpusOfModel,
     Json,
     Margin,
     MicroBatch,
@@ -39,6 +41,7 @@ from mist.cli.options import (
     Seq,
     SolverName,
     Space,
+    Subject,
     TimeLimit,
     Tokens,
     Top,
@@ -178,16 +181,13 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
 @app.command()
 def check(
     context: typer.Context,
-    subject: Annotated[
-        str, typer.Argument(help="A plan file, or a model to judge with --tp, --pp, ...")
-    ],
+    subject: Subject,
     *,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")
-    ] = None,
+    gpus: GpusOfModel = None,
     tp: Tp = 1,
     pp: Pp = 1,
     zero: Zero = 0,
+    dp_replicate: DpReplicate = 1,
     micro_batch: MicroBatch = 1,
     checkpoint: Checkpoint = "none",
     offload: Offloads = None,
@@ -229,6 +229,7 @@ def check(
         tp=tp,
         pp=pp,
         zero=zero,
+        dp_replicate=dp_replicate,
         micro_batch=micro_batch,
         checkpoint=checkpoint,
         schedule=schedule,

@@ -34,10 +34,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """The ranks of one stage, and what each holds of an activation between layers."""
+    """The ranks of one stage, and what each holds of an activation between layers.
+
+    `dp_replicate`: copies of the states; the ranks of one are neighbours.
+    """
 
     first_rank: int
     dp: int
+    dp_replicate: int
     tp: int
     sequence_parallel: bool
     rows: int
@@ -92,6 +96,7 @@ def grid_of(plan: Plan, stage: StagePlan) -> Grid:
     return Grid(
         first_rank=stage.devices[0],
         dp=stage.dp,
+        dp_replicate=stage.dp_replicate,
         tp=stage.tp,
         sequence_parallel=stage.sp,
         rows=stage.dp * stage.micro_batch,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -10,12 +11,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from mist.exec.grid import Grid, grid_of, stage_of, uniform
 from mist.plans import Plan
 
+DATA: Final = {False: ("dp",), True: ("dp_replicate", "dp_shard")}
+"""Mesh axes of data parallelism, without and with copies of the states."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a rank is: its stage, indices, meshes, and the group that its pipeline counts ranks in.
 
-    `column`: the ranks of all stages at the same indices (this rank alone where stages differ).
+    `dp_mesh`: of the data-parallel ranks, two-dimensional (replicate, shard) where the states have
+    copies. `column`: the ranks of all stages at the same indices (this rank alone where stages
+    differ).
     """
 
     rank: int
@@ -48,7 +54,7 @@ def take_place(plan: Plan, device: torch.device) -> Place:
         i=i,
         j=j,
         grids=grids,
-        dp_mesh=meshes[stage]["dp"],
+        dp_mesh=meshes[stage][DATA[grids[stage].dp_replicate > 1]],
         tp_mesh=meshes[stage]["tp"],
         column=new_groups(columns)[rank],
         device=device,
@@ -62,8 +68,11 @@ def new_groups(members: Sequence[Sequence[int]]) -> Mapping[int, dist.ProcessGro
 
 
 def _mesh(grid: Grid, device: torch.device) -> DeviceMesh:
-    ranks = torch.arange(grid.dp * grid.tp).view(grid.dp, grid.tp) + grid.first_rank
-    return DeviceMesh(device.type, ranks, mesh_dim_names=("dp", "tp"))
+    """Data-parallel axes before the tensor-parallel one: ranks that share states are neighbours."""
+    copies = grid.dp_replicate
+    sizes = (copies, grid.dp // copies) if copies > 1 else (grid.dp,)
+    ranks = torch.arange(grid.dp * grid.tp).view(*sizes, grid.tp) + grid.first_rank
+    return DeviceMesh(device.type, ranks, mesh_dim_names=(*DATA[copies > 1], "tp"))
 
 
 def _columns(grids: Sequence[Grid]) -> list[list[int]]:

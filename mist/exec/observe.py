@@ -266,6 +266,7 @@ def _reducing(observer: Observer, original: Callable[..., Any]) -> Callable[...,
     def around(group: FSDPParamGroup, *args: object) -> object:
         with observer.tagged("communication"):
             result = original(group, *args)
+        observer.retag([group._partial_reduce_output], "gradients")
         for each in group.fsdp_params:
             whole = getattr(each, "_unsharded_param", None)
             grads = (each.unsharded_accumulated_grad, each.sharded_param.grad)

@@ -18,6 +18,7 @@ from mist.exec.activations import Offloader, keep
 from mist.exec.adamw import AdamW, Settings, local, make_slots
 from mist.exec.anatomy import Anatomy
 from mist.exec.batches import micro_batch, own_rows, to_device
+from mist.exec.clock import Clock
 from mist.exec.grid import chunk_layers
 from mist.exec.measure import Measured, Recorder
 from mist.exec.meshes import Place, new_groups, take_place
@@ -227,6 +228,7 @@ class Parallel:
         self.parameters = {n: p for c in chunks.values() for n, p in c.parameters.items()}
         self._chunks = chunks
         self.swapper = job.swapper
+        self.clock = Clock(job.place.device)
         self._split_loss = job.split_loss
         self._tied = tuple(_tied(job, self.parameters))
         on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
@@ -248,13 +250,17 @@ class Parallel:
 
     def unread_step(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
         """The same step; mean loss and norm stay on the device."""
+        self.clock.start()
         with self._loss_context():
             loss = self.gradients(batch)
-        self._add_up()
-        norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
-        self.optimizer.step(clip_scale(norm, self.optimizer.settings.max_norm))
-        self.optimizer.zero_grad()
-        return self._mean(loss), norm
+        with self.clock.timing("sums"):
+            self._add_up()
+            norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+        with self.clock.timing("optimizer"):
+            self.optimizer.step(clip_scale(norm, self.optimizer.settings.max_norm))
+            self.optimizer.zero_grad()
+        with self.clock.timing("sums"):
+            return self._mean(loss), norm
 
     def measured_step(self, batch: object) -> tuple[Step, Measured]:
         """A step that is watched: slower on the CPU, where every operation is counted."""
@@ -291,7 +297,11 @@ class Parallel:
     def axes(self) -> dict[str, str]:
         """Names of process groups, and the axis that each stands for."""
         meshes = {"dp": self.place.dp_mesh, "tp": self.place.tp_mesh}
-        return {str(mesh.get_group().group_name): axis for axis, mesh in meshes.items()}
+        return {
+            str(group.group_name): axis
+            for axis, mesh in meshes.items()
+            for group in mesh.get_all_groups()
+        }
 
     def gradients(self, batch: object) -> torch.Tensor:
         """Forward and backward of all micro-batches; this rank's part of the mean loss."""
@@ -306,8 +316,10 @@ class Parallel:
             if chunk.offloader is not None:
                 chunk.offloader.start()
             begin_backward(chunk.root, zero=self.stage.zero, last=index == count - 1)
-            loss = chunk.root(micro_batch(mine, size, index))
-            loss.backward()
+            with self.clock.timing("forward"):
+                loss = chunk.root(micro_batch(mine, size, index))
+            with self.clock.timing("backward"):
+                loss.backward()
             total += loss.detach()
         return total
 
@@ -337,7 +349,8 @@ class Parallel:
             device="meta",
         ).requires_grad_()
         shells = {
-            index: Shell(chunk.root, chunk.offloader) for index, chunk in self._chunks.items()
+            index: Shell(chunk.root, chunk.offloader, self.clock)
+            for index, chunk in self._chunks.items()
         }
         return Pipeline(shells, self.place, self.plan, activation)
 

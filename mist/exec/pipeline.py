@@ -23,6 +23,7 @@ from torch.distributed.pipelining.schedules import (
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mist.exec.activations import Offloader
+from mist.exec.clock import Clock
 from mist.exec.grid import Grid, Span, transfers
 from mist.exec.meshes import Place
 from mist.exec.zero import begin_backward, groups
@@ -42,9 +43,10 @@ SEVERAL: Final = {
 class Shell(nn.Module):
     """Hides FSDP2 from torch's schedules, which would gather whole stages; names its batch."""
 
-    def __init__(self, root: nn.Module, offloader: Offloader | None) -> None:
+    def __init__(self, root: nn.Module, offloader: Offloader | None, clock: Clock) -> None:
         super().__init__()
         self.root = root
+        self.clock = clock
         self.offloader = offloader
         self.layout: TreeSpec | None = None
 
@@ -54,7 +56,8 @@ class Shell(nn.Module):
         if self.offloader is not None:
             self.offloader.start()
         values = [leaves[f"leaf{i}"] for i in range(len(leaves))]
-        output: torch.Tensor = self.root(tree_unflatten(values, self.layout), *received)
+        with self.clock.timing("forward"):
+            output: torch.Tensor = self.root(tree_unflatten(values, self.layout), *received)
         return output
 
 
@@ -108,6 +111,7 @@ class Stage(PipelineStage):
         )
         self._place = place
         self._root = shell.root
+        self._clock = shell.clock
         self._zero = plan.stages[place.stage].zero
         self._split = plan.schedule.kind is ScheduleKind.ZERO_BUBBLE
         self._like = activation
@@ -200,12 +204,14 @@ class Stage(PipelineStage):
         root = self._root
         last = last_backward and not self._split
         begin_backward(root, zero=0 if self._split else self._zero, last=last)
-        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        with self._clock.timing("backward"):
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The end of a step: what was not reduced with the last micro-batch."""
         if self._split:
-            reduce_gradients(self._root)
+            with self._clock.timing("backward"):
+                reduce_gradients(self._root)
 
 
 def reduce_gradients(root: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The log of a run: a line for each step, and one JSON file. Torch-free.
 
-{"steps": [{"step": 1, "loss": 5.5, "seconds": 0.4, "tokens_per_s": 1024.0}, ...],
+{"steps": [{"step": 1, "loss": 5.5, "seconds": 0.4, "tokens_per_s": 1024.0, "stages":
+    [{"forward_s": 0.1, "backward_s": 0.2, "sums_s": 0.01, "optimizer_s": 0.05}, ...]}, ...],
  "stages": [{"peak_bytes": 123, "rank": 0, "collectives": [...]}, ...], ...}
 
 `mist compare PLAN LOG` and `mist calibrate PLAN LOG` read it. The file appears whole or not at all,
@@ -26,16 +27,10 @@ class RunLog:
     steps: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
-    def step(
-        self, number: int, loss: float, seconds: float, tokens: int, *, measured: bool
-    ) -> None:
-        """Add a step. `measured`: it was watched, which takes longer on the CPU."""
-        row = {
-            "step": number,
-            "loss": loss,
-            "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
-        }
+    def step(self, done: dict[str, Any], tokens: int, *, measured: bool) -> None:
+        """Add a step: step, loss, seconds, stages. `measured`: watched, so slower on the CPU."""
+        number, loss, seconds = done["step"], done["loss"], done["seconds"]
+        row = {**done, "tokens_per_s": tokens / seconds}
         self.steps.append({**row, "measured": True} if measured else row)
         peak = max((stage["peak_bytes"] for stage in self.stages), default=0)
         memory = f"  peak {peak / GIB:.3f} GiB" if peak else ""

@@ -63,7 +63,7 @@ def _copies(parameter: nn.Parameter, tp: int) -> int:
     mesh, copies = parameter.device_mesh, 1
     for axis, placement in enumerate(parameter.placements):
         copies *= mesh.size(axis) if isinstance(placement, Replicate) else 1
-    return copies * (tp if mesh.ndim == 1 else 1)
+    return copies * (1 if "tp" in (mesh.mesh_dim_names or ()) else tp)
 
 
 def clip_scale(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:

@@ -131,11 +131,24 @@ class _Training:
         if self.parallel.place.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
+        parts = self._stage_parts()
         if watched:
             self._gather(asdict(measured))
         if dist.get_rank() == 0:
-            tokens = self.plan.workload.tokens_per_step
-            self.log.step(number + 1, step.loss, seconds, tokens, measured=watched)
+            done = {"step": number + 1, "loss": step.loss, "seconds": seconds, "stages": parts}
+            self.log.step(done, self.plan.workload.tokens_per_step, measured=watched)
+
+    def _stage_parts(self) -> list[dict[str, float]]:
+        """Seconds of the parts of the step just done: of each stage, the mean of its ranks."""
+        mine = self.parallel.clock.read()
+        own = torch.tensor([*mine.values()], device=self.parallel.place.device)
+        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own)
+        found = torch.stack(every)
+        spans = (slice(first, first + n) for first, n in (s.devices for s in self.plan.stages))
+        means = (found[span].mean(0).tolist() for span in spans)
+        names = [f"{part}_s" for part in mine]
+        return [dict(zip(names, row, strict=True)) for row in means]
 
     def _gather(self, measured: dict[str, Any]) -> None:
         """What the first rank of every stage measured, and the highest peak of its ranks."""

@@ -7,6 +7,8 @@
 | 2     | gathered once per step        | reduce-scattered in every micro-batch          |
 | 3     | gathered whenever a layer runs| reduce-scattered in every micro-batch          |
 
+Copies of what is divided (HSDP, a mesh of two axes) add up their gradients at the end of a step.
+
 Parameters are kept and reduced in fp32, computed with in the plan's precision. Losses are divided
 by all samples of the step, so gradients are summed over ranks, not averaged.
 """
@@ -92,3 +94,4 @@ def begin_backward(root: nn.Module, *, zero: int, last: bool) -> None:
     root.set_is_last_backward(last)
     root.set_reshard_after_backward(last or zero == 3)
     root.set_requires_gradient_sync(last or zero >= 2)
+    root.set_requires_all_reduce(last)

@@ -236,6 +236,7 @@ def _strategies(
 def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.bool_]:
     """Which strategies break no rule in the pipelines of a group."""
     columns = strategies.columns | {
+        "dp_replicate": 1,
         "num_stages": group.num_stages,
         "num_micro_batches": group.num_micro_batches,
         "schedule": group.schedule.kind.value,

@@ -37,6 +37,7 @@ def print_compared(found: Compared) -> None:
             if abs(seconds) > ROUNDING_RATIO * step_s
         ],
     )
+    _print_stages(found)
     if any(found.collectives):
         show(
             "Collectives of one step, as counted on the first rank of each stage",
@@ -52,8 +53,35 @@ def print_compared(found: Compared) -> None:
     say_note("peaks are of tensors: the predicted share of the allocator is left out")
 
 
+def _print_stages(found: Compared) -> None:
+    rows = [
+        (
+            str(index),
+            what,
+            "-" if predicted is None else format_seconds(predicted),
+            format_seconds(s),
+        )
+        for index, stage in enumerate(found.stages)
+        for what, predicted, s in (
+            ("at work", stage.predicted_work_s, stage.work_s),
+            ("  forward", None, stage.parts.forward_s),
+            ("  backward", None, stage.parts.backward_s),
+            ("  optimizer", None, stage.parts.optimizer_s),
+            ("transfers, sums, waiting", stage.predicted_rest_s, stage.rest_s),
+            ("  sums", None, stage.parts.sums_s),
+        )
+    ]
+    if rows:
+        title = "The step of each stage (measured: medians, mean of its ranks)"
+        show(title, ("stage", "part", "predicted", "measured"), rows)
+
+
 def compared_json(found: Compared) -> dict[str, object]:
-    """`figures` (unit, predicted, measured, ratios), `parts_s`, and `stages` with collectives."""
+    """`figures` (unit, predicted, measured, ratios), `parts_s`, and `stages` with collectives.
+
+    `stage_steps`: of each stage, what was measured beside what was predicted; empty for a log
+    without.
+    """
     return {
         "figures": [
             {**asdict(row), "error_ratio": row.error_ratio, "is_within": row.is_within}
@@ -61,6 +89,7 @@ def compared_json(found: Compared) -> dict[str, object]:
         ],
         "num_steps": found.num_steps,
         "parts_s": found.parts_s,
+        "stage_steps": [asdict(stage) for stage in found.stages],
         "stages": [{"collectives": [asdict(each) for each in rows]} for rows in found.collectives],
     }
 

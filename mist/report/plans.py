@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
 from mist.explain import PART_NAMES, ROUNDING_RATIO, step_parts
+from mist.planfile import plain_data
 from mist.plans import Estimate, Limits, Plan, StagePlan, fullest_host_bytes
 from mist.report.tables import say, say_note, show
 from mist.spec import MemoryLevel
@@ -52,7 +53,7 @@ def print_check(
 def plan_json(plan: Plan, seconds: Mapping[str, float], notes: Sequence[str]) -> dict[str, object]:
     """The plan file's own fields, plus `seconds` (wall time by part of the work) and `notes`."""
     spent = {name: round(s, 3) for name, s in seconds.items()}
-    return {**asdict(plan), "seconds": spent, "notes": list(notes)}
+    return {**plain_data(plan), "seconds": spent, "notes": list(notes)}
 
 
 def check_json(plan: Plan, limits: Limits, notes: Sequence[str]) -> dict[str, object]:
@@ -142,7 +143,7 @@ def _print_stages(plan: Plan) -> None:
             (
                 f"{index}: layers {layers}",
                 f"{device}-{device + stage.devices[1] - 1}",
-                str(stage.dp),
+                _data_parallel(stage),
                 f"{stage.tp}{'+sp' if stage.sp else ''}",
                 str(stage.zero),
                 f"{stage.micro_batch} x{plan.num_micro_batches}",
@@ -167,6 +168,12 @@ def _print_stages(plan: Plan) -> None:
         "of a micro-step",
     )
     show("Stages (predicted times; + per step: first and last micro-batch)", header, rows)
+
+
+def _data_parallel(stage: StagePlan) -> str:
+    """Ranks, or copies of the states x ranks that share one: "16" or "2x8"."""
+    copies = stage.dp_replicate
+    return str(stage.dp) if copies == 1 else f"{copies}x{stage.dp_shard}"
 
 
 def _recomputed(stage: StagePlan) -> str:

@@ -52,11 +52,11 @@ class BlockCost:
     """Seconds of one micro-batch and bytes of one rank.
 
     `params` counts parameters of the rank, `largest_params` those of its largest tensor.
-    `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters, reduce-scatter and all-reduce
-    of the gradients, over the data-parallel group; `gather_copy_s`, `scatter_copy_s`: the copies
-    out of and into their flat buffers. `pointwise_s`: what `recompute_s` holds beside products and
-    attention; `products_bytes`: the results of those; `weight_s`: the products of the backward pass
-    that give gradients of weights.
+    `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters and reduce-scatter of the
+    gradients over the ranks that share states, all-reduce of a rank's part over the copies of them;
+    `gather_copy_s`, `scatter_copy_s`: the copies out of and into their flat buffers. `pointwise_s`:
+    what `recompute_s` holds beside products and attention; `products_bytes`: the results of those;
+    `weight_s`: the products of the backward pass that give gradients of weights.
     """
 
     forward_s: Expr
@@ -258,7 +258,7 @@ def _products_bytes(block: Block, setting: Setting) -> Expr:
 
 def _accumulated_share(accumulated: Expr) -> Expr:
     """Gradients are accumulated whole below ZeRO-2, and by shard from there on."""
-    return sympy.Piecewise((accumulated, sym.ZERO < 2), (accumulated / sym.DP, True))
+    return sympy.Piecewise((accumulated, sym.ZERO < 2), (accumulated / sym.SHARD, True))
 
 
 def rank_params(block: Block) -> Expr:
@@ -339,15 +339,16 @@ def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
 
 
 def _dp_collectives(params: Expr, setting: Setting) -> tuple[Expr, Expr, Expr]:
-    """All-gather of compute-precision parameters; scatter and all-reduce of fp32 gradients.
+    """All-gather of compute-precision parameters, scatter of fp32 gradients, their sum over copies.
 
-    A collective that carries several layers costs each of them its part.
+    Ranks with the same part of the states sum that part (FSDP2: `foreach_reduce`). A collective
+    that carries several layers costs each of them its part.
     """
-    group = (sym.DP, sym.DP_PER_NODE)
+    group = (sym.SHARD, sym.SHARD_PER_NODE)
     together = sympy.nsimplify(setting.runtime.overlap.layers_per_collective.value)
     gradient_bytes = together * params * Precision.FP32.num_bytes
     return (
         sym.ALL_GATHER(together * params * setting.precision.num_bytes, *group) / together,
         sym.REDUCE_SCATTER(gradient_bytes, *group) / together,
-        sym.ALL_REDUCE(gradient_bytes, *group) / together,
+        sym.ALL_REDUCE(gradient_bytes / sym.SHARD, sym.COPIES, sym.COPIES_PER_NODE) / together,
     )

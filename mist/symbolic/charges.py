@@ -1,7 +1,8 @@
 """Which collectives the cost model charges one rank for in a step: how many, and how many bytes.
 
 Counted from the slots and blocks that are priced (`slots.sequence`, `Block.collectives`):
-parameters are gathered in compute precision, gradients reduced in fp32, tensor parallelism
+parameters are gathered in compute precision, gradients reduced in fp32 (and a rank's part of them
+summed over copies of the states), tensor parallelism
 exchanges activations; a recomputed layer repeats those of its forward pass that its level repeats.
 Sums of a few numbers (loss, norm, a divided softmax) are not charged.
 """
@@ -65,7 +66,9 @@ def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
         counts = _times(own.zero, plan.num_micro_batches, runtime, is_layer=is_layer)
         _add(found, ("dp", "all_gather"), counts["gathers"], params * compute)
         _add(found, ("dp", "reduce_scatter"), counts["scatters"], params * fp32)
-        _add(found, ("dp", "all_reduce"), counts["reduces"], params * fp32)
+        if own.dp > own.dp_shard:
+            part = params // own.dp_shard
+            _add(found, ("dp", "all_reduce"), counts["reduces"], part * fp32)
 
 
 def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, is_layer: bool) -> Counter[str]:

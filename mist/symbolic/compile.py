@@ -24,7 +24,18 @@ SEARCHED = (
 )
 
 SIZES = (B, S, T)
-RANKS = (B, S, T, sym.DP, sym.DP_PER_NODE, sym.ZERO, sym.TP_PER_NODE, sym.PIPELINED)
+RANKS = (
+    B,
+    S,
+    T,
+    sym.SHARD,
+    sym.SHARD_PER_NODE,
+    sym.COPIES,
+    sym.COPIES_PER_NODE,
+    sym.ZERO,
+    sym.TP_PER_NODE,
+    sym.PIPELINED,
+)
 STRATEGY = (*RANKS, *sym.OFFLOAD.values())
 POSITION = (
     sym.IN_FLIGHT,

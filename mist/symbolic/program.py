@@ -37,11 +37,11 @@ class Program:
 class ModelPrograms:
     """Everything that planning computes of a model under a runtime, and the model's facts.
 
-    `costs` and `terms` are of the strategy (b, s, t, dp, dp_per_node, zero), `terms` also of the
-    costs and of offload ratios, `search_terms` those of them that the search needs; `search` and
-    `stage` of terms and layout: stable_s, lone_s, weight_s, peak_bytes, host_bytes, and for `stage`
-    every part of them. `flop`: forward FLOPs of each block at b, s, t. `domain`: the relations (by
-    their text) under which all of it holds, at b, s, t.
+    `costs` and `terms` are of the strategy (`estimate.rank_columns`), `terms` also of the costs,
+    `search_terms` those of them that the search needs; `search` and `stage` of terms and layout:
+    stable_s, lone_s, weight_s, peak_bytes, host_bytes, and for `stage` every part of them. `flop`:
+    forward FLOPs of each block at b, s, t. `domain`: the relations (by their text) under which all
+    of it holds, at b, s, t.
     """
 
     facts: ModelFacts
@@ -103,7 +103,7 @@ class StageModel:
     domain: Bound
 
     def terms(self, strategy: Columns) -> dict[str, Column]:
-        """`term_*` columns of strategies given as b, s, t, dp, dp_per_node, zero, offload_*."""
+        """`term_*` columns of strategies given as `estimate.rank_columns`."""
         return self.block_terms({**strategy, **self.costs(strategy)})
 
     def search_terms_of(self, strategy: Columns) -> dict[str, Column]:

@@ -187,7 +187,7 @@ def sequence(
             compute=backward,
             gathers=again,
             scatters=from_1,
-            reduces=1 - from_1,
+            reduces=sympy.Integer(1),
             weights_come=weights,
             grads_come=grads,
             grads_go=sympy.Integer(1),
@@ -216,7 +216,7 @@ def hosted_bytes(runtime: Runtime, state: str, params: Expr) -> Expr:
     if hosted is None:
         return _NONE
     whole = params * hosted.bytes_per_param.value
-    return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.DP, True))
+    return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.SHARD, True))
 
 
 def by_ratio(runtime: Runtime, seconds: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -317,7 +317,7 @@ def ends_seconds(cost: BlockCost, runtime: Runtime) -> Expr:
     gather_s = overlap.zero_all_gather_ratio.value * cost.gather_s
     scatter_s = overlap.zero_reduce_scatter_ratio.value * cost.scatter_s
     reduce_s = overlap.gradient_all_reduce_ratio.value * cost.reduce_s
-    return sharded * (gather_s + scatter_s) + (1 - sharded) * reduce_s
+    return sharded * (gather_s + scatter_s) + reduce_s
 
 
 def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr:
@@ -327,7 +327,7 @@ def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr
     beside it.
     """
     traffic = runtime.traffic
-    owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.DP, True))
+    owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.SHARD, True))
     moved = (
         owned * traffic.optimizer_sharded_bytes_per_param.value
         + params * traffic.optimizer_replicated_bytes_per_param.value * (1 - at_least(3))

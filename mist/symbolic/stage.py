@@ -2,8 +2,8 @@
 
 Two levels, so that a search pays for each only where it varies:
 
-*terms*, functions of the strategy (b, t, dp, zero, offload ratios, in-node share of the
-data-parallel group): for each block x and memory level, seconds of one micro-batch by part, bytes;
+*terms*, functions of the strategy (b, t, dp, zero, copies, offload ratios, in-node shares of the
+data-parallel groups): for each block x and memory level, seconds of one micro-batch by part, bytes;
 *stage*, functions of the terms and of the layout (layers of each kind and level, position):
 
     stable_s = sum over layers of their slots (`slots.py`) + ends + p2p
@@ -159,7 +159,7 @@ def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
     rows = {int(z): runtime.state(precision, z) for z in runtime.knobs.zero_levels}
     replicated = {zero: row.replicated_bytes_per_param.value for zero, row in rows.items()}
     sharded = {zero: row.sharded_bytes_per_param.value for zero, row in rows.items()}
-    return sym.by_zero(replicated) + sym.by_zero(sharded) / sym.DP
+    return sym.by_zero(replicated) + sym.by_zero(sharded) / sym.SHARD
 
 
 def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
@@ -192,7 +192,7 @@ def _bucket_params(runtime: Runtime) -> Expr:
     if runtime.offload is None or runtime.offload.bucket_bytes is None:
         return sympy.Float(0.0)
     own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
-    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.DP, True))
+    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
 
 
 def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
@@ -214,7 +214,7 @@ def _unmade_terms() -> dict[str, Expr]:
     There are none when the first backward pass begins; a lone one leaves shards under ZeRO-1.
     """
     fp32 = sympy.Float(Precision.FP32.num_bytes)
-    shard = fp32 / sym.DP
+    shard = fp32 / sym.SHARD
     amid = sympy.Piecewise((fp32, sym.ZERO < 2), (shard, True))
     left = sympy.Piecewise((fp32, sym.ZERO < 1), (shard, True))
     stays = 1 - sym.OFFLOAD["grads"]

@@ -12,10 +12,14 @@ import sympy
 
 from mist.facts import Traffic
 
-DP = sympy.Symbol("dp", positive=True, integer=True)
-"""Data-parallel ranks of the stage."""
-DP_PER_NODE = sympy.Symbol("dp_per_node", positive=True, integer=True)
-"""Members of one data-parallel group that share a node."""
+SHARD = sympy.Symbol("dp_shard", positive=True, integer=True)
+"""Data-parallel ranks that share one copy of the states: 1 at ZeRO-0."""
+SHARD_PER_NODE = sympy.Symbol("dp_shard_per_node", positive=True, integer=True)
+"""How many of them share a node."""
+COPIES = sympy.Symbol("copies", positive=True, integer=True)
+"""Copies of the states over which gradients are summed: every data-parallel rank at ZeRO-0."""
+COPIES_PER_NODE = sympy.Symbol("copies_per_node", positive=True, integer=True)
+"""How many ranks with the same part of the states share a node."""
 TP_PER_NODE = sympy.Symbol("tp_per_node", positive=True, integer=True)
 """Members of one tensor-parallel group that share a node."""
 PIPELINED = sympy.Symbol("pipelined", nonnegative=True, integer=True)

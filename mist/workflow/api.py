@@ -51,6 +51,7 @@ class LayoutOptions(Options, total=False):
     tp: int
     pp: int
     zero: int
+    dp_replicate: int
     micro_batch: int
     checkpoint: str
 
@@ -140,6 +141,7 @@ def check(
         tp=options.get("tp", 1),
         pp=options.get("pp", 1),
         zero=options.get("zero", 0),
+        dp_replicate=options.get("dp_replicate", 1),
         micro_batch=options.get("micro_batch", 1),
         checkpoint=options.get("checkpoint", "none"),
     )

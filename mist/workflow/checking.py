@@ -51,6 +51,7 @@ class HandLayout:
     tp: int = 1
     pp: int = 1
     zero: int = 0
+    dp_replicate: int = 1
     micro_batch: int = 1
     checkpoint: str = "none"
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
@@ -58,7 +59,7 @@ class HandLayout:
     offload: Offload = KEPT
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "micro_batch", "vpp"):
+        for name in ("tp", "pp", "dp_replicate", "micro_batch", "vpp"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)} is not a positive number.")
@@ -241,6 +242,7 @@ def _made(job: Job, layout: HandLayout) -> Made:
         "dp": dp,
         "micro_batch": layout.micro_batch,
         "zero": layout.zero,
+        "dp_replicate": layout.dp_replicate,
         "num_stages": layout.pp,
         "num_micro_batches": num_micro_batches,
         "schedule": layout.schedule.value,
@@ -276,6 +278,7 @@ def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int)
         head="eager",
         memory=layout.memory(sum(count for _, count in runs)),
         offload=layout.offload,
+        dp_replicate=layout.dp_replicate,
     )
 
 
@@ -305,16 +308,14 @@ def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:
     for zero in range(4):
         if zero != layout.zero:
             yield f"--zero {zero}", replace(layout, zero=zero)
-    for tp in _doubled_and_halved(layout.tp):
-        yield f"--tp {tp}", replace(layout, tp=tp)
-    for pp in _doubled_and_halved(layout.pp):
-        yield f"--pp {pp}", replace(layout, pp=pp)
+    for name in ("tp", "pp", "dp_replicate", "micro_batch"):
+        for value in _doubled_and_halved(getattr(layout, name)):
+            changed = replace(layout, **{name: value})  # type: ignore[arg-type]
+            yield f"--{name.replace('_', '-')} {value}", changed
     for name in ("optimizer", "activations"):
         ratio = 0.0 if getattr(layout.offload, name) else 1.0
         offload = replace(layout.offload, **{name: ratio})
         yield f"--offload {name}={ratio:g}", replace(layout, offload=offload)
-    for micro_batch in _doubled_and_halved(layout.micro_batch):
-        yield f"--micro-batch {micro_batch}", replace(layout, micro_batch=micro_batch)
 
 
 def _doubled_and_halved(value: int) -> Iterator[int]:

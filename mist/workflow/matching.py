@@ -59,6 +59,7 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
             "dp": stage.dp,
             "micro_batch": stage.micro_batch,
             "zero": stage.zero,
+            "dp_replicate": stage.dp_replicate,
             "num_stages": len(plan.stages),
             "num_micro_batches": plan.num_micro_batches,
             "schedule": plan.schedule.kind.value,

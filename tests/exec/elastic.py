@@ -1,6 +1,7 @@
 """Rank programs about checkpoints: `python -m tests.exec.elastic WHAT DIR` (test_checkpoints).
 
-save: 4 steps under dp 4, a checkpoint after the second; then on from it under other plans.
+save: 4 steps under dp 4, a checkpoint after the second; then on from it under other plans; and on
+from a checkpoint of one of those.
 two: the same on two ranks. die: rank 1 is killed while the second checkpoint is written.
 """
 
@@ -29,6 +30,7 @@ OTHERS = (
         micro=4,
     ),
     Variant(name="dp2 tp2 sp", stages=(S(dp=2, tp=2, sp=True, zero=2),), micro=8),
+    Variant(name="hsdp", stages=(S(dp=4, dp_replicate=2, zero=2),), micro=8),
 )
 TWO = Variant(name="dp2", stages=(S(dp=2, zero=1),), micro=4)
 
@@ -40,6 +42,10 @@ def save(folder: Path, device: torch.device) -> None:
     losses = {"dp4": run.train(2, 4)}
     for variant in OTHERS:
         losses[variant.name] = _resumed(variant, folder, device)
+    run = Run(OTHERS[-1], folder, device, MAX_NORM)
+    run.train(0, 2)
+    checkpoints.save(run.parallel, folder / "copies", FACTS)
+    losses["from hsdp"] = _resumed(DP4, folder, device, "copies")
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
 
@@ -50,9 +56,11 @@ def two(folder: Path, device: torch.device) -> None:
         (folder / "two.json").write_text(json.dumps(losses))
 
 
-def _resumed(variant: Variant, folder: Path, device: torch.device) -> list[float]:
+def _resumed(
+    variant: Variant, folder: Path, device: torch.device, saved: str = "checkpoints"
+) -> list[float]:
     run = Run(variant, folder, device, MAX_NORM)
-    done = checkpoints.resume(run.parallel, folder / "checkpoints", FACTS)
+    done = checkpoints.resume(run.parallel, folder / saved, FACTS)
     return [done, *run.train(done, done + 2)]
 
 

@@ -59,6 +59,7 @@ class S:
     tp: int = 1
     sp: bool = False
     zero: int = 0
+    dp_replicate: int = 1
     layers: tuple[int, ...] = (NUM_LAYERS,)
     full: int = 0
     selective: int = 0
@@ -147,4 +148,5 @@ def _stage(s: S, layers: tuple[tuple[int, int], ...], device: int, micro: int) -
         head="eager",
         memory=dict(memory),
         offload=s.offload,
+        dp_replicate=s.dp_replicate,
     )

@@ -107,6 +107,12 @@ def test_a_run_is_logged_and_ends_cleanly_when_asked(folder: Path) -> None:
     assert [row["step"] for row in found["steps"] if "measured" in row] == [2]
     assert found["stages"][0]["peak_bytes"] > 0
     assert read_log(log).step_s > 0
+    parts = found["steps"][-1]["stages"][0]
+    assert set(parts) == {"forward_s", "backward_s", "sums_s", "optimizer_s"}
+    assert min(parts.values()) > 0
+    # The mean of two ranks, of which the first timed the step: they do not begin at one instant.
+    assert sum(parts.values()) <= 1.5 * found["steps"][-1]["seconds"]
+    assert read_log(log).parts[0].backward_s > 0
 
 
 @pytest.mark.timeout(150)

@@ -21,7 +21,7 @@ def test_a_checkpoint_goes_on_under_other_plans(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "losses.json").read_text())
     uninterrupted = found.pop("dp4")
     found["dp2"] = json.loads((tmp_path / "two.json").read_text())
-    assert set(found) == {"pp2 tp2", "dp2 tp2 sp", "dp2"}
+    assert set(found) == {"pp2 tp2", "dp2 tp2 sp", "hsdp", "from hsdp", "dp2"}
     for done, *losses in found.values():
         assert done == 2
         assert losses == pytest.approx(uninterrupted, abs=MAX_LOSS)

@@ -5,7 +5,9 @@ for each layer and one for the rest (L + 1). ZeRO-3 gathers layers before forwar
 the rest once, in every micro-batch: G (2L + 1); ZeRO-1 and 2 once per step: L + 1. ZeRO-2 and 3
 scatter G (L + 1) times, ZeRO-1 L + 1 times; ZeRO-0 reduces L + 1 times. Tensor parallel: the
 collectives of the traced blocks, embedding and head once, layers L times, all G times. Sums of a
-few numbers (loss, norm, gradients of norms) are left out: nothing charges for them.
+few numbers (loss, norm, gradients of norms) are left out: nothing charges for them. With copies of
+the states (HSDP) gathers and scatters are the same, and each of m ranks of a copy sums its part of
+every group, P / m bytes in all, once per step.
 """
 
 import json
@@ -16,14 +18,17 @@ import pytest
 
 from mist.exec.launch import run_ranks
 from mist.graph import B, ModelGraph, S, T
+from mist.platform.profiles import load_runtime
 from mist.spec import Attention, Precision
+from mist.symbolic.charges import charged
 from mist.trace import Setting, load_graph
-from tests.exec.layouts import BATCH, NUM_LAYERS, SEQ_LEN, Variant, write_models
+from tests.exec.layouts import BATCH, NUM_LAYERS, SEQ_LEN, Variant, plan_of, write_models
 from tests.exec.running import variant_of
 
 DATA = [f"zero{z}{more}" for z in range(4) for more in ("", " accumulated")]
 TENSOR = ["tp2", "tp2 sp", "plain tp2"]
 PIPELINE = ["pp2 1+3", "pp2 gpipe"]
+HYBRID = [f"hsdp zero{z}{more}" for z in (1, 2, 3) for more in ("", " accumulated")]
 SMALL_BYTES = 4 * BATCH * SEQ_LEN * 4 + 1  # of a sum over tokens, or of a few norms
 FP32_BYTES = 4
 
@@ -40,10 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def issued(folder: Path) -> dict[str, Rows]:
     """Large collectives of every variant, in one launch: (axis, kind) to (count, bytes)."""
+    return counted([*DATA, *TENSOR, *PIPELINE], folder, num_ranks=2)
+
+
+def counted(names: list[str], folder: Path, *, num_ranks: int) -> dict[str, Rows]:
     out = folder / "counted.json"
-    names = [*DATA, *TENSOR, *PIPELINE]
     command = ["-m", "tests.exec.counting", str(folder), str(out), *names]
-    run_ranks(command, 2, timeout_s=100)
+    run_ranks(command, num_ranks, timeout_s=100)
     found: dict[str, Rows] = {}
     for name, counted in json.loads(out.read_text()).items():
         rows = counted["collectives"]
@@ -116,3 +124,19 @@ def test_pipeline_transfers(name: str, issued: dict[str, Rows], folder: Path) ->
     size = int(graph_of(variant, folder).blocks[0].boundary_bytes.subs(at))
     assert issued[name]["pp", "send"] == (steps, steps * size)
     assert issued[name]["pp", "receive"] == (steps, steps * size)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_collectives_of_copies_of_the_states(folder: Path) -> None:
+    issued = counted(HYBRID, folder, num_ranks=4)
+    runtime = load_runtime("torch").profile
+    for name in HYBRID:
+        variant = variant_of(name)
+        graph, plan = graph_of(variant, folder), plan_of(variant, folder)
+        found = {key: row for key, row in issued[name].items() if key[0] == "dp"}
+        assert found == charged(graph, runtime, plan, 0)
+        times = BATCH // variant.micro if variant.stages[0].zero >= 2 else 1
+        total = graph.num_params * FP32_BYTES
+        assert found["dp", "reduce_scatter"] == (times * (NUM_LAYERS + 1), times * total)
+        assert found["dp", "all_reduce"] == (NUM_LAYERS + 1, total // 2)

@@ -13,6 +13,7 @@ def grids(first_rank: int) -> st.SearchStrategy[Grid]:
         Grid,
         first_rank=st.just(first_rank),
         dp=sizes,
+        dp_replicate=st.just(1),
         tp=sizes,
         sequence_parallel=st.booleans(),
         rows=st.just(4),

@@ -144,7 +144,9 @@ def test_ranks_divide_the_samples_of_a_step(tmp_path: Path) -> None:
     loaded = load(str(tmp_path / "plain.py"), Attention.FLASH)
     ids = Batches(loaded, workload(), 7).step(3)
     assert isinstance(ids, torch.Tensor) and ids.shape == (8, 16) and int(ids.max()) < VOCAB
-    grid = Grid(first_rank=0, dp=2, tp=1, sequence_parallel=False, rows=4, columns=16)
+    grid = Grid(
+        first_rank=0, dp=2, dp_replicate=1, tp=1, sequence_parallel=False, rows=4, columns=16
+    )
     first, second = (own_rows(ids, grid, i, 2) for i in range(2))
     assert torch.equal(first, ids[[0, 1, 4, 5]]) and torch.equal(second, ids[[2, 3, 6, 7]])
 

@@ -186,7 +186,24 @@ BF16 = (
         micro=4,
     ),
 )
-VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *BF16)
+HYBRID = (
+    *(Variant(name=f"hsdp zero{z}", stages=(S(dp=4, dp_replicate=2, zero=z),)) for z in (1, 2, 3)),
+    *(
+        Variant(
+            name=f"hsdp zero{z} accumulated",
+            stages=(S(dp=4, dp_replicate=2, zero=z, full=1),),
+            micro=4,
+            max_norm=0.5,
+        )
+        for z in (1, 2, 3)
+    ),
+    Variant(
+        name="hsdp moments offloaded",
+        stages=(S(dp=4, dp_replicate=2, zero=2, offload=_offload(optimizer=0.5)),),
+        micro=8,
+    ),
+)
+VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *BF16, *HYBRID)
 
 # Of more ranks than a small machine has cores for.
 SLOW = (
@@ -202,6 +219,31 @@ SLOW = (
     Variant(
         name="pp2 dp2 tp2 zero3",
         stages=(S(layers=(2,), dp=2, tp=2, zero=3), S(layers=(2,), dp=2, tp=2, zero=3)),
+        micro=4,
+    ),
+    Variant(
+        name="hsdp tp2 sp zero3",
+        stages=(S(dp=4, dp_replicate=2, tp=2, sp=True, zero=3),),
+        micro=8,
+        max_norm=0.5,
+    ),
+    Variant(
+        name="pp2 hsdp zero2 tied",
+        model="tied.json",
+        stages=(
+            S(layers=(1,), dp=4, dp_replicate=2, zero=2),
+            S(layers=(3,), dp=4, dp_replicate=2, zero=2),
+        ),
+        micro=4,
+        max_norm=0.5,
+    ),
+    Variant(
+        name="pp2 zero-bubble hsdp zero2",
+        kind=ZERO_BUBBLE,
+        stages=(
+            S(layers=(2,), dp=4, dp_replicate=2, zero=2),
+            S(layers=(2,), dp=4, dp_replicate=2, zero=2),
+        ),
         micro=4,
     ),
     Variant(

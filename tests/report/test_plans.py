@@ -60,6 +60,12 @@ def test_stages_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_copies_of_the_states_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = stage_plan(devices=(0, 8), dp=4, micro_batch=1, dp_replicate=2)
+    print_plan(sample_plan(stages=(stage,), estimate=estimate_of(stage_estimate())), LIMITS, ())
+    assert rows(capsys.readouterr().out, "Stages (")[0][2] == "2x2"
+
+
 def test_chunks_levels_and_offloads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     levels = {MemoryLevel.EAGER: 4, MemoryLevel.SELECTIVE: 3, MemoryLevel.FULL: 1}
     offload = Offload(optimizer=0.5, activations=0.375)

@@ -50,6 +50,7 @@ def judged(
         micro_batch=rows["micro_batch"],
         zero=rows["zero"],
         offload={**NO_OFFLOAD, **offload},
+        dp_replicate=rows.get("dp_replicate", 1),
     )
     first, count, full, some = np.array([(*row, 0)[:4] for row in counts]).T
     devices = np.array([(i * per_stage, per_stage) for i in range(num_stages)])
@@ -96,35 +97,73 @@ def test_stage_cost_equals_simulation(
     micro_batch: int,
     offload: dict[str, float],
 ) -> None:
+    strategy = {"tp": tp, "zero": zero, "micro_batch": micro_batch}
+    assert_simulated(index, num_gpus, num_stages, strategy, offload)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS[:3], ids=lambda ratios: "+".join(ratios) or "none")
+@pytest.mark.parametrize(
+    ("num_stages", "tp", "zero", "copies"),
+    [(1, 1, 3, 2), (1, 2, 2, 2), (1, 1, 1, 4), (2, 1, 3, 4), (1, 2, 2, 4), (1, 1, 3, 8)],
+)
+def test_copies_of_the_states_equal_simulation(
+    num_stages: int, tp: int, zero: int, copies: int, offload: dict[str, float]
+) -> None:
+    """On two nodes: copies on nodes of their own, in one node, and across both."""
+    strategy = {"tp": tp, "zero": zero, "micro_batch": 1, "dp_replicate": copies}
+    assert_simulated(2, 16, num_stages, strategy, offload)
+
+
+def assert_simulated(
+    index: int, num_gpus: int, num_stages: int, strategy: dict[str, int], offload: dict[str, float]
+) -> None:
     graph, job = GRAPHS[index], job_of(index, num_gpus)
     num_micro_batches = 3 if num_stages == 4 else 8
     counts: list[Counts] = [
         (i * 8 // num_stages, 8 // num_stages, (i + 1) % 2, i % 2) for i in range(num_stages)
     ]
-    columns = {"tp": tp, "zero": zero, "micro_batch": micro_batch}
-    got = judged(job, columns | {"num_micro_batches": num_micro_batches}, counts, offload)
+    got = judged(job, strategy | {"num_micro_batches": num_micro_batches}, counts, offload)
     kinds = graph.layer_kinds()
     for stage, (first, count, full, some) in enumerate(counts):
         rank = Rank(
             platform=job.platform,
             workload=job.workload,
-            micro_batch=micro_batch,
-            tp=tp,
-            dp=num_gpus // num_stages // tp,
-            zero=zero,
+            micro_batch=strategy["micro_batch"],
+            tp=strategy["tp"],
+            dp=num_gpus // num_stages // strategy["tp"],
+            zero=strategy["zero"],
             stage=stage,
             num_stages=num_stages,
             num_micro_batches=num_micro_batches,
             first_device=stage * num_gpus // num_stages,
             offload=offload,
+            copies=strategy.get("dp_replicate", 1),
         )
         levels = ["full"] * full + ["selective"] * some + ["eager"] * (count - full - some)
         layers = [(graph.blocks[kinds[first + i]], level) for i, level in enumerate(levels)]
         want = simulate(rank, layers, graph)
-        assert got["stable_s"][stage] == pytest.approx(want.stable_s, rel=1e-12)
-        assert got["lone_s"][stage] == pytest.approx(want.lone_s, rel=1e-12)
-        assert got["peak_bytes"][stage] == pytest.approx(want.peak_bytes, rel=1e-12)
-        assert got["host_bytes"][stage] == pytest.approx(want.host_bytes, rel=1e-12)
+        for name in ("stable_s", "lone_s", "peak_bytes", "host_bytes"):
+            assert got[name][stage] == pytest.approx(getattr(want, name), rel=1e-12)
+
+
+def test_states_are_divided_by_the_ranks_of_a_copy() -> None:
+    """16/N of ZeRO-3, N = 16 ranks in 2 copies = 8."""
+    graph, rows = GRAPHS[0], {"tp": 1, "zero": 3, "micro_batch": 1, "num_micro_batches": 8}
+    found = judged(job_of(0, 16), rows | {"dp_replicate": 2}, [(0, 8, 0)])["states_bytes"][0]
+    assert found == pytest.approx(16 / 8 * graph.num_params)
+
+
+def test_a_copy_in_each_node_gathers_faster_and_sums_once_a_step() -> None:
+    graph, rows = GRAPHS[0], {"tp": 1, "zero": 3, "micro_batch": 1, "num_micro_batches": 8}
+    whole = judged(job_of(0, 16), rows, [(0, 8, 0)])
+    copies = judged(job_of(0, 16), rows | {"dp_replicate": 2}, [(0, 8, 0)])
+    assert copies["dp_s"][0] < whole["dp_s"][0]
+    size = 4 * graph.blocks[0].num_params  # fp32, of which each of 8 ranks sums an eighth
+    laws = job_of(0, 16).laws
+    sums = 8 * float(laws.all_reduce_s(size / 8, 2, 1))
+    one = judged(job_of(0, 8), rows, [(0, 8, 0)])
+    more = (copies["lone_s"] - copies["stable_s"]) - (one["lone_s"] - one["stable_s"])
+    assert 0 < more[0] <= 2 * sums  # once, beside compute, and once more at the end
 
 
 def test_parts_sum_to_the_whole() -> None:

@@ -72,6 +72,23 @@ def test_chunks_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [stage.layers for stage in plan.stages] == [((0, 3), (6, 2)), ((3, 3), (8, 2))]
 
 
+def test_copies_of_the_states() -> None:
+    """ZeRO-3 holds 16 bytes per parameter over the ranks of a copy: 8 ranks, 2 copies, 4 each."""
+    found = check(HandLayout(zero=3, dp_replicate=2))
+    (stage,) = found.plan.stages
+    assert (stage.dp, stage.dp_replicate, stage.dp_shard) == (8, 2, 4)
+    states = found.plan.estimate.stages[0].memory_parts_bytes["states"]
+    assert states == pytest.approx(16 * toy_graph().num_params / 4, abs=1)
+
+
+def test_copies_are_suggested_where_nodes_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(toy_graph((8,), hidden=8192), monkeypatch)
+    copies = check(HandLayout(zero=3, dp_replicate=2), num_gpus=16, margin_ratio=0.0)
+    margin = 1 - 1.01 * copies.peak_bytes / copies.limits.device_bytes  # of little else
+    found = check(HandLayout(zero=3), num_gpus=16, margin_ratio=margin)
+    assert "--dp-replicate 2: " in " ".join(found.suggestions)
+
+
 def test_what_is_offloaded_is_held_by_the_host() -> None:
     """Torch keeps 8 bytes per parameter of the optimizer, divided among dp ranks under ZeRO-1."""
     kept = check(HandLayout(zero=1, micro_batch=4))
@@ -121,6 +138,7 @@ def test_words_that_offload_nothing(word: str) -> None:
     [
         ({"tp": 0}, "--tp 0 is not a positive number."),
         ({"micro_batch": -1}, "--micro-batch -1 is not a positive number."),
+        ({"dp_replicate": 0}, "--dp-replicate 0 is not a positive number."),
         ({"zero": 4}, "--zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
         (
             {"checkpoint": "some"},
@@ -355,8 +373,9 @@ def test_a_runtime_that_cannot_do_what_a_plan_says(tmp_path: Path) -> None:
         HandLayout(pp=2, zero=2, schedule=ScheduleKind.ZERO_BUBBLE, checkpoint="selective"),
         HandLayout(pp=4, schedule=ScheduleKind.GPIPE, offload=Offload(activations=0.75)),
         HandLayout(zero=3, offload=Offload(weights=0.5, grads=0.5, optimizer=0.25)),
+        HandLayout(zero=2, dp_replicate=4),
     ],
-    ids=["interleaved", "zero-bubble", "gpipe", "offloaded"],
+    ids=["interleaved", "zero-bubble", "gpipe", "offloaded", "copies"],
 )
 def test_every_layout_survives_its_file(tmp_path: Path, layout: HandLayout) -> None:
     first, again = check(layout), check_plan(saved(tmp_path, check(layout).plan))

@@ -71,6 +71,23 @@ def test_a_log_of_seconds_alone_compares_the_time(tmp_path: Path) -> None:
     assert [row.what for row in found.rows] == ["step", "throughput"]
 
 
+def test_the_step_of_a_stage_in_two(tmp_path: Path) -> None:
+    """Of three steps that count the medians; predicted 8 micro-batches and their delta."""
+    log = log_of()
+    for number, step in enumerate(log["steps"]):  # type: ignore[arg-type, var-annotated]
+        passes = {"forward_s": 1.0, "backward_s": 1.0 + number, "sums_s": 0.125}
+        step["stages"] = [{**passes, "optimizer_s": 0.5}, {**passes, "optimizer_s": 0.25}]
+    first, second = compare(*written(tmp_path, log)).stages
+    assert first.predicted_work_s == 8 * 0.5 + 0.25
+    assert first.predicted_rest_s == 5.0 - 4.25
+    assert (first.parts.backward_s, first.work_s) == (5.0, 6.5)  # of 4, 5, 6: the fourth to sixth
+    assert first.rest_s == 4.0 - 6.5
+    assert second.work_s == 6.25
+    shown = CliRunner().invoke(app, ["compare", *map(str, written(tmp_path, log))])
+    for words in ("at work", "transfers, sums, waiting", "4.25 s", "6.50 s"):
+        assert words in shown.output
+
+
 def test_the_command_prints_and_gives_json(tmp_path: Path) -> None:
     plan, log = written(tmp_path, log_of())
     shown = CliRunner().invoke(app, ["compare", str(plan), str(log)])

@@ -19,6 +19,8 @@ LAYOUTS = {
     "zero3": HandLayout(zero=3, micro_batch=2, checkpoint="full"),
     "tp2 zero1": HandLayout(tp=2, zero=1, checkpoint="selective"),
     "pp2 tp2 zero2": HandLayout(pp=2, tp=2, zero=2),
+    "zero3 in 2 copies": HandLayout(zero=3, dp_replicate=2, micro_batch=2),
+    "tp2 zero2 in 2 copies": HandLayout(tp=2, zero=2, dp_replicate=2, checkpoint="full"),
 }
 FAST = "pp2 tp2 zero2"
 
