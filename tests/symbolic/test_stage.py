@@ -117,27 +117,35 @@ def test_copies_of_the_states_equal_simulation(
 def assert_simulated(
     index: int, num_gpus: int, num_stages: int, strategy: dict[str, int], offload: dict[str, float]
 ) -> None:
+    """With one micro-batch, fewer than the longest pipeline has stages, and more."""
+    for num_micro_batches in (1, 3, 8):
+        rows = strategy | {"num_micro_batches": num_micro_batches}
+        assert_stages_simulated(index, num_gpus, num_stages, rows, offload)
+
+
+def assert_stages_simulated(
+    index: int, num_gpus: int, num_stages: int, rows: dict[str, int], offload: dict[str, float]
+) -> None:
     graph, job = GRAPHS[index], job_of(index, num_gpus)
-    num_micro_batches = 3 if num_stages == 4 else 8
     counts: list[Counts] = [
         (i * 8 // num_stages, 8 // num_stages, (i + 1) % 2, i % 2) for i in range(num_stages)
     ]
-    got = judged(job, strategy | {"num_micro_batches": num_micro_batches}, counts, offload)
+    got = judged(job, rows, counts, offload)
     kinds = graph.layer_kinds()
     for stage, (first, count, full, some) in enumerate(counts):
         rank = Rank(
             platform=job.platform,
             workload=job.workload,
-            micro_batch=strategy["micro_batch"],
-            tp=strategy["tp"],
-            dp=num_gpus // num_stages // strategy["tp"],
-            zero=strategy["zero"],
+            micro_batch=rows["micro_batch"],
+            tp=rows["tp"],
+            dp=num_gpus // num_stages // rows["tp"],
+            zero=rows["zero"],
             stage=stage,
             num_stages=num_stages,
-            num_micro_batches=num_micro_batches,
+            num_micro_batches=rows["num_micro_batches"],
             first_device=stage * num_gpus // num_stages,
             offload=offload,
-            copies=strategy.get("dp_replicate", 1),
+            copies=rows.get("dp_replicate", 1),
         )
         levels = ["full"] * full + ["selective"] * some + ["eager"] * (count - full - some)
         layers = [(graph.blocks[kinds[first + i]], level) for i, level in enumerate(levels)]

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.verify import drawn, ends
 from mist.planfile import save_plan
 from mist.plans import Plan
+from mist.spec import ScheduleKind
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.question import Question
 from mist.workflow.verifying import Verified, until_it_fits, verify_file, verify_plan
@@ -58,6 +59,24 @@ def test_prediction_and_program_agree(name: str, folder: Path) -> None:
         assert {row.axis for row in stage.collectives} == axes_of(plan)
         assert sum(stage.seen.parts_bytes.values()) == stage.seen.peak_bytes
         assert max(each.peak_bytes for each in stage.seen.timeline) == stage.seen.peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_no_layer_is_gathered_in_vain() -> None:
+    """Two runs of layers that take turns: the first layer of one runs backward, then the other."""
+    question = Question(
+        model="examples/my_transformer.py",
+        num_gpus=8,
+        seq_len=256,
+        global_batch=64,
+        gpu="h100-sxm",
+    )
+    layout = HandLayout(pp=2, vpp=2, schedule=ScheduleKind.INTERLEAVED, zero=1, micro_batch=2)
+    plan = check_layout(question, layout).plan
+    (stage,) = verify_plan(plan, stages=(0,)).stages
+    gathers = next(row for row in stage.collectives if row.kind == "all_gather")
+    assert gathers.issued == gathers.charged == plan.stages[0].num_layers + 1
 
 
 def axes_of(plan: Plan) -> set[str]:
