@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def test_a_dry_run_sees_what_a_real_one_does(
         dry, done = look(plan, index, "cpu"), real(together)[stage.devices[0]][name]
         assert dry.peak_bytes == pytest.approx(done["peak_bytes"], rel=MAX_DIFFERENCE)
         assert dry.host_bytes == pytest.approx(done["host_bytes"], rel=MAX_DIFFERENCE)
+        assert (dry.host_bytes > 0) is any(asdict(stage.offload).values())
         rows = [[row.axis, row.kind, row.count, row.bytes] for row in dry.collectives]
         assert rows == done["rows"]
         assert sum(dry.parts_bytes.values()) == dry.peak_bytes
