@@ -29,6 +29,9 @@ SLOW = (
     "pp3 1+2+1",
     "hsdp zero2 accumulated",
     "hsdp zero3 accumulated",
+    "dp2 to tp2",
+    "tp2 sp to dp2",
+    "dp2 to dp1",
 )
 MAX_DIFFERENCE = 0.005  # of the peak: one small activation
 
