@@ -219,7 +219,8 @@ def _stored_cells(
 def _in_flight(sized: _Sized, stage: int) -> Floats:
     """Micro-batches that a stage may hold in any pipeline with stages of this size.
 
-    Those with the same ends are looked at together; where layers differ, places do: its own only.
+    Those with the same lines are looked at together: with the same ends, and all or not all of the
+    step's micro-batches. Where layers differ, places do: its own only.
     """
     model, group, job = sized.model, sized.model.group, sized.model.job
     if not sized.ranges.alike or stage == group.num_stages - 1:
@@ -227,7 +228,9 @@ def _in_flight(sized: _Sized, stage: int) -> Floats:
     platform = job.platform
     found = depths(platform.num_gpus, job.num_layers, platform.gpus_per_node, sized.size)
     held = found if stage == 0 else range(2, max(found))
-    return np.unique(np.minimum(held, group.num_micro_batches).astype(np.float64))
+    most = group.num_micro_batches
+    counts = np.unique(np.minimum(held, most).astype(np.float64))
+    return np.asarray(counts[(counts >= most) == (model.in_flight(stage) >= most)])
 
 
 def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:
