@@ -10,8 +10,8 @@ memory falls with c (beyond the first layer, which adds the working set of a rec
 
 and nothing else can be on a frontier. Where stages share host memory, bytes there count like a
 time: offloaded activations fall with c, and every c may be needed. Where unlike layers follow each
-other the peak may rise again by an activation or two as recomputation reaches a wider one; then a
-layer more than needed may be recomputed. What fits is always checked, never inferred.
+other the peak may rise again as recomputation reaches another kind: the least c is looked for
+between such numbers one by one. What fits is always checked, never inferred.
 """
 
 from collections.abc import Iterator
