@@ -2,13 +2,12 @@
 
 live(i) = bytes of the storages alive after operation i: those saved by the forward pass and not
 yet released, and those made since. Gradients of parameters (states, not activations) count or not.
-transient(i) = live(i) - all saved bytes. Only instants that are the worst somewhere on a grid of
-(b, s, t) are kept: their maximum is the peak.
+transient(i) = live(i) - all saved bytes. An instant is left out where another one has no less of
+any monomial in (b, s, t, q): the maximum of the others is the peak at every size.
 """
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Final
 
 import numpy as np
 import sympy
@@ -17,13 +16,7 @@ from numpy.typing import NDArray
 from sympy import Expr
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mist.graph import B, S, T
 from mist.trace.expr import Symbols
-
-# Powers of two over the range that plans use; between them no other term takes the lead for long.
-GRID: Final = np.array(
-    np.meshgrid(2 ** np.arange(7.0), 2 ** np.arange(4, 21.0), 2 ** np.arange(7.0))
-).reshape(3, -1)
 
 
 class Live:
@@ -80,11 +73,10 @@ class Live:
         rank = {size: i for i, size in enumerate(sizes)}
         out = frozenset() if with_grads else self._gradients
         rows = {self._row([i for i in alive if i not in out], rank) for alive in self._moments}
-        moments = np.array(sorted(rows), dtype=float).reshape(len(rows), len(sizes))
-        worst = _maximal(moments, sizes)
+        moments = np.array(sorted(rows)).reshape(len(rows), len(sizes))
         return tuple(
             sympy.expand(sum(int(n) * size for n, size in zip(row, sizes, strict=True)))
-            for row in worst
+            for row in moments[_undominated(moments @ _coefficients(sizes))]
         )
 
     def _row(self, alive: Iterable[int], rank: dict[Expr, int]) -> tuple[int, ...]:
@@ -94,15 +86,18 @@ class Live:
         return tuple(count[i] for i in range(len(rank)))
 
 
-def _maximal(moments: NDArray[np.float64], sizes: list[Expr]) -> NDArray[np.float64]:
-    """The rows whose weighted sum is the largest at some point of the grid."""
-    if not len(moments):
-        return moments
-    values = [np.broadcast_to(_evaluate(size), GRID.shape[1:]) for size in sizes]
-    totals = moments @ np.array(values).reshape(len(sizes), GRID.shape[1])
-    worst = np.unique(totals.argmax(axis=0))
-    return np.asarray(moments[worst])
+def _coefficients(sizes: Iterable[Expr]) -> NDArray[np.float64]:
+    """Of each size (row) the coefficient of each monomial (column); no monomial is negative."""
+    terms = [sympy.expand(size).as_coefficients_dict() for size in sizes]
+    monomials = list(dict.fromkeys(key for row in terms for key in row))
+    table = [[float(row[key]) for key in monomials] for row in terms]
+    return np.array(table).reshape(len(terms), len(monomials))
 
 
-def _evaluate(size: Expr) -> NDArray[np.float64]:
-    return np.asarray(sympy.lambdify((B, S, T), size, "numpy")(*GRID), dtype=np.float64)
+def _undominated(rows: NDArray[np.float64]) -> list[int]:
+    """Which rows no other row equals or exceeds in every column; the first of equal ones."""
+    if not rows.size:
+        return []
+    _, first = np.unique(rows, axis=0, return_index=True)
+    least = (rows[first][:, None] <= rows[first]).all(axis=2).sum(axis=1)  # by itself, too
+    return sorted(int(index) for index in first[least == 1])
