@@ -1,0 +1,54 @@
+"""Frontiers that pipelines of different lengths share."""
+
+import numpy as np
+import pytest
+
+from mist.cells import Bounds, CellStore, GroupProblem, problem_of
+from mist.estimate import Job
+from mist.pareto.space import groups
+from mist.pareto.table import GroupModel
+from mist.plans import Limits
+from mist.spaces import NO_RATIOS, SearchSpace
+from mist.spec import ScheduleKind
+from tests.test_tune import HOST
+from tests.toys import toy_graph, toy_job
+
+SPACE = SearchSpace(
+    offload=NO_RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,), unequal_meshes=True
+)  # fmt: skip
+G = 4
+
+
+def problem(job: Job, num_stages: int, limit: float, store: CellStore) -> GroupProblem:
+    """Of unequal stages, 4 micro-batches."""
+    (group,) = (
+        group
+        for group in groups(job, SPACE)
+        if (group.num_stages, group.num_micro_batches) == (num_stages, G) and len(group.sizes) > 1
+    )
+    limits = Limits(device_bytes=limit, host_bytes=HOST)
+    model = GroupModel(job, group, group.strategies, SPACE)
+    return problem_of(model, Bounds(limits=limits, step_s=np.inf), store)
+
+
+def frontiers(found: GroupProblem, stage: int) -> dict[tuple[int, int], np.ndarray]:
+    """Times and peaks of a stage's points, by layers and devices: [3, points]."""
+    return {
+        (cell.count, cell.units): np.array([points.stable_s, points.lone_s, points.peak_bytes])
+        for cell, (points, _) in zip(found.problem.cells, found.points, strict=True)
+        if cell.stage == stage
+    }
+
+
+@pytest.mark.parametrize("limit", [0.5e9, 1e9, 8e9])
+def test_a_shared_frontier_is_that_of_a_pipeline_alone(limit: float) -> None:
+    """The first of 4 stages holds all 4 micro-batches of a step, the first of 3 does not."""
+    job = toy_job(toy_graph((6,), vocab=8192), 8, global_batch=12)
+    for lengths in ((4, 3), (3, 4)):
+        shared = CellStore()
+        for num_stages in lengths:
+            together = frontiers(problem(job, num_stages, limit, shared), stage=0)
+            alone = frontiers(problem(job, num_stages, limit, CellStore()), stage=0)
+            assert together.keys() == alone.keys() != set()
+            for key, points in alone.items():
+                np.testing.assert_array_equal(together[key], points)
