@@ -2,6 +2,9 @@
 
 Every size is an expression in three symbols: `B` micro-batch (samples per data-parallel rank),
 `S` sequence length (tokens), `T` tensor-parallel degree. Bytes are bytes of the traced precision.
+Transient bytes have more: `Q`, how many ways sequence parallelism divides what is replicated (T, or
+1 without); `GATHERS`, 1 where it does and so gathers and scatters, else 0; `GATHER_COPY` and
+`SCATTER_COPY`, 1 where it does that through a whole copy, else 0.
 An expression holds where the block's `domain` holds. `trace` writes these types, `symbolic` reads
 them.
 """
@@ -15,7 +18,10 @@ from sympy import Expr
 
 from mist.facts import ModelFacts, Traffic
 
-B, S, T = sympy.symbols("b s t", positive=True, integer=True)
+B, S, T, Q = sympy.symbols("b s t q", positive=True, integer=True)
+GATHERS, GATHER_COPY, SCATTER_COPY = sympy.symbols(
+    "gathers gather_copy scatter_copy", nonnegative=True, integer=True
+)
 
 Phase = Literal["forward", "backward"]
 

@@ -7,11 +7,25 @@ tensor with Python numbers and asks the platform's laws for each operation by it
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
+from mist.graph import (
+    GATHER_COPY,
+    GATHERS,
+    SCATTER_COPY,
+    B,
+    Block,
+    Layout,
+    ModelGraph,
+    OpKind,
+    Q,
+    S,
+    SavedTensor,
+    T,
+)
 from mist.platform import OpCosts, Platform
 from mist.spec import Precision, Workload
 
@@ -71,7 +85,11 @@ class Rank:
 
 @cache
 def number(expr: Expr, micro_batch: int, seq_len: int, tp: int) -> float:
-    return float(expr.subs({B: micro_batch, S: seq_len, T: tp}))
+    gathers = int(tp > 1)
+    tokens = {
+        Q: tp, GATHERS: gathers, SCATTER_COPY: gathers, GATHER_COPY: gathers * (micro_batch > 1)
+    }  # fmt: skip
+    return float(expr.subs({B: micro_batch, S: seq_len, T: tp} | tokens))
 
 
 def op_seconds(rank: Rank, block: Block, phase: str) -> float:
@@ -234,6 +252,7 @@ def simulate(rank: Rank, layers: list[tuple[Block, str]], graph: ModelGraph) -> 
     """One stage: `layers` with their memory level, embedding and head where the stage has them."""
     first, last = rank.stage == 0, rank.stage == rank.num_stages - 1
     activation = rank.number(layers[0][0].boundary_bytes)
+    graph = replace(graph, head=_on_all_tokens(graph.head))
     embed, head = graph.embed, graph.head
     ends = ([embed] if first else []) + ([head] if last else [])
     blocks = [(block, level, True) for block, level in layers]
@@ -364,6 +383,27 @@ def _in_flight(rank: Rank) -> int:
 
 def _forward_first(rank: Rank) -> bool:
     return _in_flight(rank) == rank.num_micro_batches
+
+
+def _on_all_tokens(head: Block) -> Block:
+    """A head as torch runs it: sequence parallelism ends with the last layer."""
+
+    def whole(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            replace(row, layout=Layout.GATHERED) if row.layout == Layout.REPLICATED else row
+            for row in rows
+        )
+
+    alone = {Q: 1, GATHERS: 0, GATHER_COPY: 0, SCATTER_COPY: 0}
+    return replace(
+        head,
+        ops=whole(head.ops),
+        saved=whole(head.saved),
+        saved_single=whole(head.saved_single),
+        transient_with_grads_bytes=tuple(
+            size.subs(alone) for size in head.transient_with_grads_bytes
+        ),
+    )
 
 
 def largest_tensor(rank: Rank, block: Block) -> float:

@@ -7,6 +7,9 @@ import sympy
 from mist.estimate import Job, make_job
 from mist.facts import LayerRun, TpLimit, Traffic
 from mist.graph import (
+    GATHER_COPY,
+    GATHERS,
+    SCATTER_COPY,
     B,
     Block,
     Layout,
@@ -15,6 +18,7 @@ from mist.graph import (
     OpKind,
     Param,
     Phase,
+    Q,
     S,
     SavedTensor,
     T,
@@ -80,6 +84,7 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         kept(Layout.GATHERED, ELEMENT_BYTES * tokens * hidden),
         kept(Layout.SHARDED, ELEMENT_BYTES * tokens * width),
     )
+    amid = tokens * (3 / Q + GATHERS / Q + GATHER_COPY + SCATTER_COPY)
     return Block(
         name=name,
         params=(
@@ -104,10 +109,10 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         saved=saved,
         saved_single=saved,
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
-        transient_bytes=(ELEMENT_BYTES * tokens * width, 3 * ELEMENT_BYTES * tokens * hidden),
+        transient_bytes=(ELEMENT_BYTES * tokens * width, ELEMENT_BYTES * amid * hidden),
         transient_with_grads_bytes=(
             ELEMENT_BYTES * (tokens + hidden) * width,
-            ELEMENT_BYTES * (3 * tokens * hidden + 2 * hidden * width + hidden),
+            ELEMENT_BYTES * (amid * hidden + 2 * hidden * width + hidden),
         ),
         carried_bytes=sympy.Integer(0),
         tp_bytes=ELEMENT_BYTES * tokens * hidden,
@@ -140,9 +145,9 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         saved=(kept(Layout.SHARDED, 4 * tokens * width),),
         saved_single=(kept(Layout.SHARDED, 4 * tokens * width),),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
-        transient_bytes=(4 * tokens * width,),
+        transient_bytes=(4 * tokens * (width + hidden / Q),),
         transient_with_grads_bytes=(
-            4 * tokens * width,
+            4 * tokens * (width + hidden / Q),
             ELEMENT_BYTES * (tokens * width + hidden * width),
         ),
         carried_bytes=sympy.Integer(0),

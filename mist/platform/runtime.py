@@ -44,13 +44,16 @@ class Transients(Record):
     `reduce_bytes_per_param`: gradients of the group being reduced, by compute precision.
     `root_group`: FSDP2: embedding and head are one group, gathered for a whole micro-batch, and the
     buffer of a reduction lives until the next one. `divided_loss_bytes_per_logit`: what the model's
-    own loss holds more where tensor parallelism divides the logits.
+    own loss holds more where tensor parallelism divides the logits. `token_copies`: activations are
+    [samples, tokens, hidden] and collectives act on the first dimension, so that gathering tokens
+    of several samples, and scattering them, goes through a whole copy.
     """
 
     num_gathered_groups: Quantity
     reduce_bytes_per_param: Mapping[Precision, Quantity]
     root_group: bool = False
     divided_loss_bytes_per_logit: Quantity | None = None
+    token_copies: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +155,8 @@ class Kernels(Record):
     memory-bound ones, of those on attention scores (mask, softmax, dropout of unfused attention)
     and of fused attention. `gathers_input_again`: the backward pass gathers the input of
     column-parallel matrices once more, which is then kept by shards (Megatron), instead of keeping
-    it whole (torch); null: a setting of each run, taken for kept where nobody says.
+    it whole (torch); null: a setting of each run, taken for kept where nobody says. `whole_tail`:
+    sequence parallelism ends with the last layer, so that the norm behind it runs on all tokens.
     """
 
     fused_norms: bool
@@ -160,6 +164,7 @@ class Kernels(Record):
     scores_time_scale: Quantity
     attention_time_scale: Quantity
     gathers_input_again: bool | None
+    whole_tail: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,22 @@ import sympy
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import B, Block, Collective, Layout, Op, OpKind, Param, S, SavedTensor, T
+from mist.graph import (
+    GATHER_COPY,
+    GATHERS,
+    SCATTER_COPY,
+    B,
+    Block,
+    Collective,
+    Layout,
+    Op,
+    OpKind,
+    Param,
+    Q,
+    S,
+    SavedTensor,
+    T,
+)
 from mist.platform.runtime import Kernels, Loss, Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
@@ -36,15 +51,20 @@ COLLECTIVES: Final = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What expressions are built for: the runtime's habits and the precision."""
+    """What expressions are built for: the runtime's habits and the precision.
+
+    `whole`: a part of the model that runs on all tokens even under sequence parallelism.
+    """
 
     runtime: Runtime
     precision: Precision
+    whole: bool = False
 
     @property
     def sequence_shards(self) -> Expr:
         """How many ways sequence parallelism divides a replicated activation."""
-        return T if self.runtime.knobs.sequence_parallel else sympy.Integer(1)
+        divides = self.runtime.knobs.sequence_parallel and not self.whole
+        return T if divides else sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +127,7 @@ def embed_cost(block: Block, setting: Setting) -> BlockCost:
 
 def head_cost(block: Block, setting: Setting) -> BlockCost:
     """Cost of the head, with the loss of the runtime if it has its own."""
+    setting = replace(setting, whole=setting.runtime.kernels.whole_tail)
     loss, logits = setting.runtime.loss, _logits(block)
     if loss is None or logits is None:
         device = _device_cost(block, setting)
@@ -237,9 +258,22 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "scatter_copy_s": sym.MEMORY[Traffic.POINTWISE](scattered, 1),
         "saved_bytes": saved_bytes(block, setting),
         "products_bytes": _products_bytes(block, setting),
-        "transient_bytes": sym.larger(0, *block.transient_bytes),
-        "transient_with_grads_bytes": sym.larger(0, *block.transient_with_grads_bytes),
+        "transient_bytes": _largest(block.transient_bytes, setting),
+        "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
     }
+
+
+def _largest(transients: Iterable[Expr], setting: Setting) -> Expr:
+    """The most of a rank's transient bytes at any instant."""
+    divides, copies = setting.sequence_shards > 1, setting.runtime.transients.token_copies
+    gathers = sympy.Piecewise((1, divides), (0, True))
+    found = {
+        Q: setting.sequence_shards,
+        GATHERS: gathers,
+        SCATTER_COPY: int(copies) * gathers,
+        GATHER_COPY: int(copies) * sympy.Piecewise((1, sympy.And(divides, B > 1)), (0, True)),
+    }
+    return sym.larger(0, *dict.fromkeys(size.subs(found) for size in transients))
 
 
 def _is_of_weights(op: Op) -> bool:

@@ -13,7 +13,7 @@ from typing import Final, get_args, get_origin, get_type_hints
 import sympy
 from sympy import Basic
 
-from mist.graph import B, ModelGraph, S, T
+from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, B, ModelGraph, Q, S, T
 
 FUNCTIONS: Final[Mapping[str, Callable[..., Basic]]] = MappingProxyType(
     {
@@ -40,7 +40,9 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Basic]]] = MappingProxyType(
         "Not": sympy.Not,
     }
 )
-SYMBOLS: Final = MappingProxyType({symbol.name: symbol for symbol in (B, S, T)})
+SYMBOLS: Final = MappingProxyType(
+    {symbol.name: symbol for symbol in (B, S, T, Q, GATHERS, GATHER_COPY, SCATTER_COPY)}
+)
 
 Decode = Callable[[object], object]
 

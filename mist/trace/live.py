@@ -2,12 +2,19 @@
 
 live(i) = bytes of the storages alive after operation i: those saved by the forward pass and not
 yet released, and those made since. Gradients of parameters (states, not activations) count or not.
+Under sequence parallelism a rank has 1/q of an activation that no matrix divides: it gathers the
+whole for the calls of an autograd node that reads divided tensors, too; what such a call makes is a
+whole that adds to those of other ranks, until a call other than an addition needs it and scatters.
 transient(i) = live(i) - all saved bytes. An instant is left out where another one has no less of
 any monomial in (b, s, t, q): the maximum of the others is the peak at every size.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 import sympy
@@ -16,7 +23,46 @@ from numpy.typing import NDArray
 from sympy import Expr
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, Q, T
 from mist.trace.expr import Symbols
+
+
+class Form(Enum):
+    """What a rank has of an activation under sequence parallelism, or has beside it."""
+
+    SHARE = auto()
+    WHOLE = auto()
+    GATHERED = auto()
+    GATHER_COPY = auto()
+    SCATTERED = auto()
+    SCATTER_COPY = auto()
+
+
+PARTS: Final[Mapping[Form, Expr]] = MappingProxyType(
+    {
+        Form.SHARE: 1 / Q,
+        Form.WHOLE: sympy.Integer(1),
+        Form.GATHERED: GATHERS,
+        Form.GATHER_COPY: GATHER_COPY,
+        Form.SCATTERED: GATHERS / Q,
+        Form.SCATTER_COPY: SCATTER_COPY,
+    }
+)
+Held = tuple[int, Form]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A call of the backward pass: the storages (keys) that it reads, and the node it belongs to.
+
+    `divided`: it reads or makes a tensor that tensor parallelism divides, or needs all tokens.
+    `adds`: all it does is to add.
+    """
+
+    given: tuple[int, ...]
+    node: int | None
+    divided: bool
+    adds: bool
 
 
 class Live:
@@ -28,8 +74,11 @@ class Live:
         self._bytes: list[Expr] = []
         self._last: dict[int, int] = {}
         self._num_saved = 0
-        self._moments: dict[tuple[int, ...], None] = {}
+        self._moments: dict[tuple[Held, ...], None] = {}
         self._gradients: frozenset[int] = frozenset()
+        self._whole: set[int] = set()
+        self._gathered: list[int] = []
+        self._node: int | None = None
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Start to watch the storage of a tensor, unless it is watched already."""
@@ -40,14 +89,56 @@ class Live:
             self._refs.append(StorageWeakRef(storage))
             self._bytes.append(self._symbols.expr(storage.nbytes()))
 
-    def forward_done(self) -> None:
-        """Everything watched so far is what the forward pass saved."""
+    def forward_done(self, gathered: Iterable[int]) -> None:
+        """Everything watched so far is what the forward pass saved, some of it `gathered`."""
+        self._whole.update(self._last[key] for key in gathered if key in self._last)
         self._num_saved = len(self._refs)
 
-    def moment(self) -> None:
-        """Note which storages are alive now."""
-        alive = tuple(i for i, ref in enumerate(self._refs) if not ref.expired())
-        self._moments[alive] = None
+    def called(self, step: Step, made: Iterable[torch.Tensor]) -> None:
+        """A call of the backward pass has run; `made`: those of its results to be watched."""
+        before, num_known = self._alive(), len(self._refs)
+        given = self._flowing(step.given, before)
+        for tensor in made:
+            self.hold(tensor)
+        new = range(num_known, len(self._refs))
+        if step.node != self._node:
+            self._node, self._gathered = step.node, []
+        if step.divided:
+            self._gather(given - self._whole, before)
+        elif new and not (step.adds and given <= self._whole):
+            self._scatter(given & self._whole, before)
+        if step.divided or given & self._whole:
+            self._whole.update(new)
+        self._note(self._alive())
+
+    def _flowing(self, keys: Iterable[int], alive: Sequence[int]) -> set[int]:
+        """Which of these the backward pass made, as activations that no matrix divides."""
+        found = {self._last.get(key, -1) for key in keys}.intersection(alive)
+        made = [index for index in found if index >= self._num_saved]
+        return {index for index in made if _is_replicated(self._bytes[index])}
+
+    def _gather(self, indices: Iterable[int], before: Sequence[int]) -> None:
+        """A call on divided tensors reads the whole of these, of which a rank has a share."""
+        for index in sorted(set(indices).difference(self._gathered)):
+            self._gathered.append(index)
+            self._note(before, (index, Form.GATHER_COPY))
+
+    def _scatter(self, indices: Iterable[int], before: Sequence[int]) -> None:
+        """These are summed over the ranks, and each keeps its share."""
+        for index in sorted(indices):
+            self._note(before, (index, Form.SCATTER_COPY), (index, Form.SCATTERED))
+            self._whole.discard(index)
+
+    def _alive(self) -> list[int]:
+        return [index for index, ref in enumerate(self._refs) if not ref.expired()]
+
+    def _note(self, alive: Sequence[int], *more: Held) -> None:
+        """Note a moment: which storages are alive, and what a rank has of each and beside them."""
+        gathered = [(index, Form.GATHERED) for index in self._gathered if index in alive]
+        self._moments[*map(self._held, alive), *gathered, *more] = None
+
+    def _held(self, index: int) -> Held:
+        return index, Form.WHOLE if index in self._whole else Form.SHARE
 
     def backward_done(self, gradients: Iterable[torch.Tensor]) -> None:
         """These tensors, where they are watched, are gradients of parameters."""
@@ -55,7 +146,9 @@ class Live:
         self._gradients = frozenset(index for index in found if index is not None)
 
     @property
-    def history(self) -> tuple[tuple[Expr, ...], tuple[tuple[int, ...], ...], int, tuple[int, ...]]:
+    def history(
+        self,
+    ) -> tuple[tuple[Expr, ...], tuple[tuple[Held, ...], ...], int, tuple[int, ...]]:
         """Bytes of the storages; which are alive at each moment; how many are saved; gradients."""
         moments, gradients = tuple(self._moments), tuple(sorted(self._gradients))
         return tuple(self._bytes), moments, self._num_saved, gradients
@@ -65,25 +158,44 @@ class Live:
         other = Live(self._symbols)
         other._bytes, other._moments = list(sizes), self._moments
         other._num_saved, other._gradients = self._num_saved, self._gradients
+        other._whole = self._whole
         return other
 
     def transients(self, *, with_grads: bool = False) -> tuple[Expr, ...]:
         """Bytes beyond the saved ones at the worst instants, with or without gradients so far."""
-        sizes = sorted(set(self._bytes), key=str)
-        rank = {size: i for i, size in enumerate(sizes)}
+        saved = [self._held(index) for index in range(self._num_saved)]
+        every = dict.fromkeys([*saved, *(held for moment in self._moments for held in moment)])
+        size_of = {held: self._on_a_rank(*held) for held in every}
+        sizes = sorted(set(size_of.values()), key=str)
+        rank_of = {held: sizes.index(size) for held, size in size_of.items()}
         out = frozenset() if with_grads else self._gradients
-        rows = {self._row([i for i in alive if i not in out], rank) for alive in self._moments}
+        rows = {
+            _counts([rank_of[held] for held in moment if held[0] not in out],
+                    [rank_of[held] for held in saved], len(sizes))
+            for moment in self._moments
+        }  # fmt: skip
         moments = np.array(sorted(rows)).reshape(len(rows), len(sizes))
         return tuple(
             sympy.expand(sum(int(n) * size for n, size in zip(row, sizes, strict=True)))
             for row in moments[_undominated(moments @ _coefficients(sizes))]
         )
 
-    def _row(self, alive: Iterable[int], rank: dict[Expr, int]) -> tuple[int, ...]:
-        """How many storages of each size are alive, less those that were saved."""
-        count = Counter(rank[self._bytes[i]] for i in alive)
-        count.subtract(rank[size] for size in self._bytes[: self._num_saved])
-        return tuple(count[i] for i in range(len(rank)))
+    def _on_a_rank(self, index: int, form: Form) -> Expr:
+        """Bytes of a storage under tensor and sequence parallelism."""
+        size = self._bytes[index]
+        return size * PARTS[form] if _is_replicated(size) else size
+
+
+def _is_replicated(size: Expr) -> bool:
+    """Whether this is of samples or tokens, and of no tensor that tensor parallelism divides."""
+    return bool(size.free_symbols) and T not in size.free_symbols
+
+
+def _counts(alive: Iterable[int], saved: Iterable[int], num_sizes: int) -> tuple[int, ...]:
+    """How many storages of each size are alive, less those that were saved."""
+    count = Counter(alive)
+    count.subtract(saved)
+    return tuple(count[i] for i in range(num_sizes))
 
 
 def _coefficients(sizes: Iterable[Expr]) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ from mist.trace.call import Call, bind
 from mist.trace.expr import Size, Symbols
 from mist.trace.flops import Work, work_of
 from mist.trace.fusion import Kernel
-from mist.trace.live import Live
+from mist.trace.live import Live, Step
 from mist.trace.tp_check import PRODUCTS, mixing
 from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
@@ -186,8 +186,10 @@ class Recorder(TorchDispatchMode):
             )
         name = str(call.func.overloadpacket)
         origin = self._origin(part, name)
-        self._touch(part, call)
-        if self.phase == "forward":
+        if self.phase == "backward":
+            self._leave(part, call, origin)
+        else:
+            self._read(part, call)
             reasons = mixing(call, self._symbols.shape)
             part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
             self._gather(part, call)
@@ -212,23 +214,37 @@ class Recorder(TorchDispatchMode):
         inside = self.part is not None and self.part.whole
         return inside or any(id(module) in self._whole for module in self.callers)
 
-    def _touch(self, part: Part, call: Call) -> None:
-        """Which parameters a forward call reads; which storages a backward call leaves alive."""
-        if self.phase == "forward":
-            keys = (key_of(t) for t in _tensors(tuple(call.arguments.values())))
-            part.used.update((key, None) for key in keys if key in self._states)
-            if part.compiled and moves_bytes(
-                call.func, call.out
-            ):  # a graph has one node for all its calls: the maker is known here only
-                name = str(call.func.overloadpacket)
-                part.makers.update((key_of(t), name) for t in _tensors(call.out))
-            return
-        for tensor in _tensors(call.out):
-            hidden = self._kernel is not None and self._kernel.hidden
-            known = key_of(tensor) in self._states or key_of(tensor) in part.shared
-            if not hidden and not known:
-                part.live.hold(tensor)
-        part.live.moment()
+    def _read(self, part: Part, call: Call) -> None:
+        """Which parameters a forward call reads, and what it makes in a compiled graph."""
+        keys = (key_of(t) for t in _tensors(tuple(call.arguments.values())))
+        part.used.update((key, None) for key in keys if key in self._states)
+        if part.compiled and moves_bytes(
+            call.func, call.out
+        ):  # a graph has one node for all its calls: the maker is known here only
+            name = str(call.func.overloadpacket)
+            part.makers.update((key_of(t), name) for t in _tensors(call.out))
+
+    def _leave(self, part: Part, call: Call, origin: Origin) -> None:
+        """Which storages a backward call leaves alive, and what a rank has of them."""
+        hidden = self._kernel is not None and self._kernel.hidden
+        made = [] if hidden else [
+            tensor
+            for tensor in _tensors(call.out)
+            if key_of(tensor) not in self._states and key_of(tensor) not in part.shared
+        ]  # fmt: skip
+        given = list(_tensors(tuple(call.arguments.values())))
+        node: Node | None = torch._C._current_autograd_node()
+        step = Step(
+            given=tuple(map(key_of, given)),
+            node=None if node is None else node._sequence_nr(),
+            divided=origin.whole or any(map(self._is_divided, (*given, *_tensors(call.out)))),
+            adds=call.func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_),
+        )
+        part.live.called(step, made)
+
+    def _is_divided(self, tensor: torch.Tensor) -> bool:
+        """Whether tensor parallelism divides a tensor."""
+        return T in self._symbols.expr(tensor.untyped_storage().nbytes()).free_symbols
 
     def _runs(self, call: Call) -> bool:
         """Whether a call is a kernel on the device: no view, and not fused into another."""

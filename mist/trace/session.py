@@ -211,7 +211,7 @@ class Session:
             raise NotALayerList(missed[0])
         ends = (self.head, *self.between, self.embed)
         for piece in ends:
-            piece.part.live.forward_done()
+            piece.part.live.forward_done(piece.part.gathered)
             piece.opened.clear()
         if self.point.backward:
             starts = [loss, *self.seeds]
@@ -337,7 +337,7 @@ class Session:
         run = self._runner(piece.part, layer, forward, (args, kwargs))
         with self.recorder.into(piece.part):
             outputs = run()
-        piece.part.live.forward_done()
+        piece.part.live.forward_done(piece.part.gathered)
         given = frozenset(key_of(t) for t in tensors)
         piece.outputs = tree_map(partial(_output, given), outputs)
         starts = [t for t in _tensors(outputs) if t.grad_fn is not None]

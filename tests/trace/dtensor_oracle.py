@@ -10,7 +10,7 @@ shim, which has fake CPU tensors take the operations of a GPU.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,7 +44,7 @@ from torch.utils.flop_counter import flop_registry
 from mist.spec import Attention, Precision
 from mist.trace import Setting
 from mist.trace.shim import runs_as
-from tests.trace.real import layer_inputs
+from tests.trace.real import Start, layer_inputs
 
 Mode = Literal["tp", "sp"]
 DEGREES: Final = (1, 2, 4, 8)
@@ -152,7 +153,9 @@ class Measured:
     """Of one layer on one of `num_ranks` ranks.
 
     `saved`: dtype and bytes of every storage kept for backward, parameters and the layer's other
-    inputs (rotary tables) excepted. `collectives`: phase -> operation -> bytes put in, one by one.
+    inputs (rotary tables) excepted. `transient_bytes`: the most alive in the backward pass beyond
+    the saved ones, with gradients of parameters. `collectives`: phase -> operation -> bytes put in,
+    one by one.
     """
 
     family: str
@@ -161,18 +164,25 @@ class Measured:
     forward_flop: int
     backward_flop: int
     saved: list[tuple[str, int]]
+    transient_bytes: int
     num_params: int
     collectives: dict[str, dict[str, list[int]]]
 
 
 class Local(TorchDispatchMode):
-    """The operations on local tensors: torch's FLOPs, and the collectives, by phase."""
+    """The operations on local tensors: torch's FLOPs, and the collectives, by phase.
 
-    def __init__(self) -> None:
+    And what the backward pass keeps alive, but for storages in `known`.
+    """
+
+    def __init__(self, known: frozenset[int]) -> None:
         super().__init__()
+        self.known = known
         self.phase = "forward"
         self.flop: Counter[str] = Counter()
         self.collectives: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.moments: list[list[tuple[StorageWeakRef, int]]] = []
 
     def __torch_dispatch__(
         self,
@@ -190,7 +200,25 @@ class Local(TorchDispatchMode):
         if "c10d" in func.namespace and packet.__name__ != "wait_tensor":
             sizes = self.collectives[self.phase].setdefault(packet.__name__, [])
             sizes.append(args[0].numel() * args[0].element_size())
+        if packet.__name__ == "wait_tensor":  # a fake one is a tensor of its own
+            self.alive.pop(args[0].untyped_storage()._cdata, None)
+        if self.phase == "backward":
+            self.hold(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+            self.moments.append(list(self.alive.values()))
         return out
+
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Watch these storages, and forget the dead."""
+        self.alive = {key: row for key, row in self.alive.items() if not row[0].expired()}
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in self.known:
+                row = StorageWeakRef(storage), storage.nbytes()
+                self.alive.setdefault(storage._cdata, row)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at any moment of the backward pass."""
+        return max(sum(size for _, size in moment) for moment in self.moments)
 
 
 @dataclass(slots=True)
@@ -207,9 +235,15 @@ class Saved:
             self.tensors.setdefault(key, local)
         return tensor
 
-    def listed(self) -> list[tuple[str, int]]:
-        kept = self.tensors.values()
-        return sorted((str(each.dtype), each.untyped_storage().nbytes()) for each in kept)
+    def taken(self) -> list[torch.Tensor]:
+        """All of them, which are held no longer."""
+        held, self.tensors = list(self.tensors.values()), {}
+        return held
+
+
+def listed(kept: Sequence[torch.Tensor]) -> list[tuple[str, int]]:
+    """Dtype and bytes of each storage."""
+    return sorted((str(each.dtype), each.untyped_storage().nbytes()) for each in kept)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -231,6 +265,7 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
             parallelize_module(layer, mesh, plan(family, mode), src_data_rank=None)
             # How layouts propagate is found on whole fake tensors, once a shape: not the rank's.
             _run(layer, (x, *args[1:]), kwargs)
+            layer.zero_grad(set_to_none=True)
             local, saved = _run(layer, (x, *args[1:]), kwargs)
         return Measured(
             family=name,
@@ -238,23 +273,34 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
             num_ranks=num_ranks,
             forward_flop=local.flop["forward"],
             backward_flop=local.flop["backward"],
-            saved=saved.listed(),
+            saved=saved,
+            transient_bytes=local.peak_bytes - sum(size for _, size in saved),
             num_params=sum(local_of(p).numel() for p in layer.parameters()),
             collectives=local.collectives,
         )
 
 
-def _run(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Local, Saved]:
+def _run(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Local, list[tuple[str, int]]]:
+    """One pass each way: what ran on local tensors, and what was kept between the passes."""
     x = args[0].detach().requires_grad_()
     others = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, torch.Tensor)]
     states = [*layer.parameters(), *layer.buffers(), *others]
-    saved = Saved(frozenset(local_of(each).untyped_storage()._cdata for each in states))
-    with Local() as local:
+    known = frozenset(local_of(each).untyped_storage()._cdata for each in states)
+    saved = Saved(known)
+    with Local(known) as local:
         with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             out = layer(x, *args[1:], **kwargs)
+        kept = saved.taken()
+        rows = listed(kept)
+        local.hold(kept)
+        del kept
+        done, start = Start.apply(out), torch.empty((), dtype=out.dtype)
+        del out
         local.phase = "backward"
-        out.backward(torch.empty_like(out))
-    return local, saved
+        done.backward(start)
+    return local, rows
 
 
 def plan(family: Family, mode: Mode) -> dict[str, ParallelStyle]:

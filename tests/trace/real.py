@@ -152,7 +152,7 @@ def _bytes(
     live = made.alive(given) + sum(storages[key][1] for key in given & storages.keys())
     layer.zero_grad(set_to_none=True)
     watch = _Watch(list(storages.values()), known)
-    done, start = _Start.apply(out), torch.empty((), dtype=out.dtype)
+    done, start = Start.apply(out), torch.empty((), dtype=out.dtype)
     del out
     with watch:
         done.backward(start)
@@ -165,7 +165,7 @@ class _Context(FunctionCtx):
     kind: torch.dtype
 
 
-class _Start(torch.autograd.Function):
+class Start(torch.autograd.Function):
     """Hands the gradient of the output to backward without keeping it alive."""
 
     @staticmethod

@@ -18,7 +18,7 @@ from mist.trace import Setting, trace_model
 from mist.trace.repeat import find_layers
 from mist.trace.runs import NOT_SYMBOLIC, ROUTED
 from tests.trace.real import Measured, measure
-from tests.trace.test_exact import at, build, flop, saved_bytes
+from tests.trace.test_exact import ALONE, at, build, flop, saved_bytes
 from tests.trace.test_plain import WIDTH, Layer, Model
 
 CPU = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
@@ -267,7 +267,7 @@ def variant_is_exact(
             forward_flop=flop(block, "forward", OpKind.GEMM, b, s),
             backward_flop=flop(block, "backward", OpKind.GEMM, b, s),
         ), (sizes, b, s)
-        assert all(size.subs(T, 1).free_symbols <= {B, S} for size in block.transient_bytes)
+        assert all(size.subs(ALONE).free_symbols <= {B, S} for size in block.transient_bytes)
 
 
 @settings(max_examples=3)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from sympy import Expr
 
-from mist.graph import B, Block, S, T
+from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, B, Block, Q, S, T
 from mist.platform.profiles import load_runtime
 from mist.spec import Attention, Precision
 from mist.symbolic.block import Setting as Pricing
@@ -98,6 +98,45 @@ def test_rank_of_divided_sequence_is_exact(family: str, num_ranks: int, point: P
     assert at(block.flop("backward"), point, num_ranks) == real.backward_flop
     assert at(rank_params(block), point, num_ranks) == real.num_params
     assert at(saved_bytes(block, TORCH), point, num_ranks) == in_all(real)
+
+
+def transient_bytes(block: Block, point: Point, num_ranks: int, *, divided: bool) -> int:
+    """The most that a backward pass has alive beside the saved; `divided`: among tokens, too."""
+    gathers = int(divided and num_ranks > 1)
+    tokens = {
+        Q: num_ranks if divided else 1,
+        GATHERS: gathers,
+        SCATTER_COPY: gathers,
+        GATHER_COPY: gathers * (point[0] > 1),
+    }
+    found = [size.subs(tokens) for size in block.transient_with_grads_bytes]
+    return max(at(size, point, num_ranks) for size in found)
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", EXACT)
+def test_transients_of_divided_matrices_are_exact(
+    family: str, num_ranks: int, point: Point
+) -> None:
+    real = ranks(point, *EXACT)[family, "tp", num_ranks]
+    assert transient_bytes(block_of(family), point, num_ranks, divided=False) == (
+        real.transient_bytes
+    )
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", EXACT)
+def test_transients_of_divided_sequence_are_exact_or_a_share_more(
+    family: str, num_ranks: int, point: Point
+) -> None:
+    """Exact where a residual needs the share that was gathered; else torch frees it at once."""
+    real = ranks(point, *EXACT)[family, "sp", num_ranks]
+    found = transient_bytes(block_of(family), point, num_ranks, divided=True)
+    share = 2 * point[0] * point[1] * HIDDEN // num_ranks
+    most = real.transient_bytes + (share if num_ranks > 1 and family != "llama" else 0)
+    assert real.transient_bytes <= found <= most
 
 
 @pytest.mark.parametrize("num_ranks", DEGREES)

@@ -8,7 +8,7 @@ import transformers
 from sympy import Expr
 from torch import nn
 
-from mist.graph import B, Block, OpKind, S, SavedTensor, T
+from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, B, Block, OpKind, Q, S, SavedTensor, T
 from mist.spec import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.trace.real import Measured, measure
@@ -73,8 +73,12 @@ def build(config: object, dtype: torch.dtype, device: str) -> nn.Module:
     return model.train()
 
 
+# No tensor parallelism.
+ALONE = {T: 1, Q: 1, GATHERS: 0, GATHER_COPY: 0, SCATTER_COPY: 0}
+
+
 def at(expr: Expr, b: int, s: int) -> int:
-    return int(expr.subs({B: b, S: s, T: 1}))
+    return int(expr.subs({B: b, S: s} | ALONE))
 
 
 def saved_bytes(tensors: Sequence[SavedTensor], b: int, s: int) -> int:
