@@ -8,7 +8,7 @@ layer behind it runs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -62,18 +62,31 @@ def _policy(context: object, op: object, *args: object, **kwargs: object) -> Che
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Saved:
-    """A saved tensor that is on the host, and its copy on the way back."""
+    """What is on the host, and its copy on the way back."""
 
     out: Copy
     back: Copy | None = None
-    of: DTensor | None = None  # whose local part it is; without memory of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _View:
+    """A saved tensor that is on the host: one shape of it, as some layers save several.
+
+    `stride`: None where what is on the host is that tensor alone. `of`: the DTensor, without memory
+    of its own, whose local part it is.
+    """
+
+    saved: _Saved
+    shape: torch.Size
+    stride: tuple[int, ...] | None
+    of: DTensor | None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Pass:
     """What one layer put on the host in one forward pass; `before`: what ran before it.
 
-    `known`: tensors that were met already (autograd saves some of them more than once).
+    `known`: what was met already: autograd saves some tensors more than once, and in two shapes.
     """
 
     before: "_Pass | None"
@@ -117,19 +130,25 @@ class Offloader:
         self._latest = current
         return output
 
-    def _pack(self, current: _Pass, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+    def _pack(self, current: _Pass, tensor: torch.Tensor) -> torch.Tensor | _View:
         local = _local(tensor)
         if not local.is_floating_point() or _storage(local) in current.parameters:
             return tensor
         storage = StorageWeakRef(local.untyped_storage())
-        key = (storage.cdata, local.storage_offset(), local.shape, local.stride())
+        whole = _is_whole(local)
+        part = (local.storage_offset(), local.shape, local.stride())
+        key = (storage.cdata, local.dtype, None if whole else part)
         if key not in current.known:
             current.known[key] = (storage, self._taken(current, local))
         saved = current.known[key][1]
-        if saved is not None and isinstance(tensor, DTensor):
-            saved = replace(saved, of=_without_memory(tensor))
-            current.saved.append(saved)
-        return tensor if saved is None else saved
+        if saved is None:
+            return tensor
+        return _View(
+            saved=saved,
+            shape=local.shape,
+            stride=local.stride() if whole else None,
+            of=_without_memory(tensor) if isinstance(tensor, DTensor) else None,
+        )
 
     def _taken(self, current: _Pass, local: torch.Tensor) -> _Saved | None:
         """The copy of a tensor on the host, if there is room for it in the share."""
@@ -142,14 +161,17 @@ class Offloader:
         current.saved.append(saved)
         return saved
 
-    def _unpack(self, current: _Pass, packed: torch.Tensor | _Saved) -> torch.Tensor:
+    def _unpack(self, current: _Pass, packed: torch.Tensor | _View) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
         self._fetch(current)
         if current.before is not None:
             self._fetch(current.before)
-        packed.back = packed.back or self._swapper.to_device(packed.out)
-        local = packed.back.wait()
+        saved = packed.saved
+        saved.back = saved.back or self._swapper.to_device(saved.out)
+        local = saved.back.wait()
+        if packed.stride is not None:
+            local = local.as_strided(packed.shape, packed.stride)
         return local if packed.of is None else _with_local(packed.of, local)
 
     def _fetch(self, each: _Pass) -> None:
@@ -158,6 +180,17 @@ class Offloader:
             for saved in each.saved:
                 saved.back = self._swapper.to_device(saved.out)
             each.saved.clear()
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether it is all of its storage, each place once: then a copy has the same strides."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return expected * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _storage(tensor: torch.Tensor) -> int:

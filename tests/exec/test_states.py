@@ -92,6 +92,31 @@ def test_tensors_are_asked_back_one_layer_ahead() -> None:
     assert swapper.num_back == 10
 
 
+class Twice(nn.Module):
+    """Saves one storage as [8, 16], transposed, and as [128]; and a part of it."""
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        x_BD = x_BD * 2
+        flat = x_BD.view(-1).sin()
+        return flat.view(8, 16) + x_BD.t().cos().t() + x_BD[:4].exp().sum()
+
+
+def test_a_storage_in_several_shapes_is_one_copy() -> None:
+    found = []
+    for ratio in (0.0, 0.5, 1.0):
+        layer, swapper = Twice(), Watched()
+        if ratio:
+            Offloader(ratio, swapper).attach(layer)
+        x_BD = torch.linspace(-1, 1, 128).view(8, 16).requires_grad_()
+        layer(x_BD).sum().backward()
+        found.append((x_BD.grad, swapper.out_bytes))
+    (expected, _), (half, half_bytes), (every, out_bytes) = found
+    assert torch.equal(half, expected) and torch.equal(every, expected)
+    # The storage of 128 numbers once, not twice, and the result of exp, 4 x 16.
+    assert out_bytes == 4 * (128 + 4 * 16)
+    assert half_bytes <= out_bytes / 2
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_adamw_is_torchs_wherever_its_moments_live(ratio: float) -> None:
     torch.manual_seed(0)
