@@ -265,13 +265,13 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
 
 def _largest(transients: Iterable[Expr], setting: Setting) -> Expr:
     """The most of a rank's transient bytes at any instant."""
-    divides, copies = setting.sequence_shards > 1, setting.runtime.transients.token_copies
-    gathers = sympy.Piecewise((1, divides), (0, True))
+    gathers = sympy.Piecewise((1, setting.sequence_shards > 1), (0, True))
+    copies = int(setting.runtime.transients.token_copies) * gathers
     found = {
         Q: setting.sequence_shards,
         GATHERS: gathers,
-        SCATTER_COPY: int(copies) * gathers,
-        GATHER_COPY: int(copies) * sympy.Piecewise((1, sympy.And(divides, B > 1)), (0, True)),
+        SCATTER_COPY: copies,
+        GATHER_COPY: copies * sympy.Piecewise((1, B > 1), (0, True)),
     }
     return sym.larger(0, *dict.fromkeys(size.subs(found) for size in transients))
 

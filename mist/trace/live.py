@@ -10,11 +10,10 @@ any monomial in (b, s, t, q): the maximum of the others is the peak at every siz
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
-from enum import Enum, auto
-from types import MappingProxyType
-from typing import Final
+from enum import Enum
 
 import numpy as np
 import sympy
@@ -30,24 +29,14 @@ from mist.trace.expr import Symbols
 class Form(Enum):
     """What a rank has of an activation under sequence parallelism, or has beside it."""
 
-    SHARE = auto()
-    WHOLE = auto()
-    GATHERED = auto()
-    GATHER_COPY = auto()
-    SCATTERED = auto()
-    SCATTER_COPY = auto()
+    SHARE = 1 / Q
+    WHOLE = sympy.Integer(1)
+    GATHERED = GATHERS
+    GATHER_COPY = GATHER_COPY
+    SCATTERED = GATHERS / Q
+    SCATTER_COPY = SCATTER_COPY
 
 
-PARTS: Final[Mapping[Form, Expr]] = MappingProxyType(
-    {
-        Form.SHARE: 1 / Q,
-        Form.WHOLE: sympy.Integer(1),
-        Form.GATHERED: GATHERS,
-        Form.GATHER_COPY: GATHER_COPY,
-        Form.SCATTERED: GATHERS / Q,
-        Form.SCATTER_COPY: SCATTER_COPY,
-    }
-)
 Held = tuple[int, Form]
 
 
@@ -155,10 +144,8 @@ class Live:
 
     def resized(self, sizes: Iterable[Expr]) -> "Live":
         """The same history of storages of other sizes."""
-        other = Live(self._symbols)
-        other._bytes, other._moments = list(sizes), self._moments
-        other._num_saved, other._gradients = self._num_saved, self._gradients
-        other._whole = self._whole
+        other = copy(self)
+        other._bytes = list(sizes)
         return other
 
     def transients(self, *, with_grads: bool = False) -> tuple[Expr, ...]:
@@ -183,7 +170,7 @@ class Live:
     def _on_a_rank(self, index: int, form: Form) -> Expr:
         """Bytes of a storage under tensor and sequence parallelism."""
         size = self._bytes[index]
-        return size * PARTS[form] if _is_replicated(size) else size
+        return size * form.value if _is_replicated(size) else size
 
 
 def _is_replicated(size: Expr) -> bool:
