@@ -12,22 +12,10 @@ from typing import Any
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import (
-    GATHER_COPY,
-    GATHERS,
-    SCATTER_COPY,
-    B,
-    Block,
-    Layout,
-    ModelGraph,
-    OpKind,
-    Q,
-    S,
-    SavedTensor,
-    T,
-)
+from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
 from mist.platform import OpCosts, Platform
 from mist.spec import Precision, Workload
+from tests.tokens import tokens
 
 
 @dataclass(frozen=True)
@@ -85,11 +73,7 @@ class Rank:
 
 @cache
 def number(expr: Expr, micro_batch: int, seq_len: int, tp: int) -> float:
-    gathers = int(tp > 1)
-    tokens = {
-        Q: tp, GATHERS: gathers, SCATTER_COPY: gathers, GATHER_COPY: gathers * (micro_batch > 1)
-    }  # fmt: skip
-    return float(expr.subs({B: micro_batch, S: seq_len, T: tp} | tokens))
+    return float(expr.subs({B: micro_batch, S: seq_len, T: tp} | tokens(tp, micro_batch)))
 
 
 def op_seconds(rank: Rank, block: Block, phase: str) -> float:
@@ -394,14 +378,13 @@ def _on_all_tokens(head: Block) -> Block:
             for row in rows
         )
 
-    alone = {Q: 1, GATHERS: 0, GATHER_COPY: 0, SCATTER_COPY: 0}
     return replace(
         head,
         ops=whole(head.ops),
         saved=whole(head.saved),
         saved_single=whole(head.saved_single),
         transient_with_grads_bytes=tuple(
-            size.subs(alone) for size in head.transient_with_grads_bytes
+            size.subs(tokens(1, 1)) for size in head.transient_with_grads_bytes
         ),
     )
 

@@ -10,7 +10,7 @@ shim, which has fake CPU tensors take the operations of a GPU.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,14 +37,13 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mist.spec import Attention, Precision
 from mist.trace import Setting
 from mist.trace.shim import runs_as
-from tests.trace.real import Start, layer_inputs
+from tests.trace.real import Start, Watch, layer_inputs
 
 Mode = Literal["tp", "sp"]
 DEGREES: Final = (1, 2, 4, 8)
@@ -169,20 +168,17 @@ class Measured:
     collectives: dict[str, dict[str, list[int]]]
 
 
-class Local(TorchDispatchMode):
+class Local(Watch):
     """The operations on local tensors: torch's FLOPs, and the collectives, by phase.
 
-    And what the backward pass keeps alive, but for storages in `known`.
+    And what is alive, but for storages in `known`.
     """
 
     def __init__(self, known: frozenset[int]) -> None:
-        super().__init__()
-        self.known = known
+        super().__init__([], known)
         self.phase = "forward"
         self.flop: Counter[str] = Counter()
         self.collectives: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.moments: list[list[tuple[StorageWeakRef, int]]] = []
 
     def __torch_dispatch__(
         self,
@@ -193,32 +189,23 @@ class Local(TorchDispatchMode):
     ) -> object:
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # DTensor runs it on the local tensors, which comes back here
-        out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
+        if packet.__name__ == "wait_tensor":  # a fake one is a tensor of its own
+            key = args[0].untyped_storage()._cdata
+            self.refs = [row for row in self.refs if row[2] != key]
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if packet in flop_registry:
             self.flop[self.phase] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         if "c10d" in func.namespace and packet.__name__ != "wait_tensor":
             sizes = self.collectives[self.phase].setdefault(packet.__name__, [])
             sizes.append(args[0].numel() * args[0].element_size())
-        if packet.__name__ == "wait_tensor":  # a fake one is a tensor of its own
-            self.alive.pop(args[0].untyped_storage()._cdata, None)
-        if self.phase == "backward":
-            self.hold(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
-            self.moments.append(list(self.alive.values()))
         return out
 
-    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Watch these storages, and forget the dead."""
-        self.alive = {key: row for key, row in self.alive.items() if not row[0].expired()}
-        for storage in (tensor.untyped_storage() for tensor in tensors):
-            if storage._cdata not in self.known:
-                row = StorageWeakRef(storage), storage.nbytes()
-                self.alive.setdefault(storage._cdata, row)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes alive at any moment of the backward pass."""
-        return max(sum(size for _, size in moment) for moment in self.moments)
+    def backward(self, saved: Sequence[torch.Tensor]) -> None:
+        """The backward pass begins, with these alive."""
+        storages = [tensor.untyped_storage() for tensor in saved]
+        self.refs = [(StorageWeakRef(each), each.nbytes(), each._cdata) for each in storages]
+        self.phase, self.moments = "backward", []
 
 
 @dataclass(slots=True)
@@ -274,7 +261,7 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
             forward_flop=local.flop["forward"],
             backward_flop=local.flop["backward"],
             saved=saved,
-            transient_bytes=local.peak_bytes - sum(size for _, size in saved),
+            transient_bytes=local.peak(set()) - sum(size for _, size in saved),
             num_params=sum(local_of(p).numel() for p in layer.parameters()),
             collectives=local.collectives,
         )
@@ -294,11 +281,9 @@ def _run(
             out = layer(x, *args[1:], **kwargs)
         kept = saved.taken()
         rows = listed(kept)
-        local.hold(kept)
-        del kept
         done, start = Start.apply(out), torch.empty((), dtype=out.dtype)
-        del out
-        local.phase = "backward"
+        local.backward(kept)
+        del out, kept
         done.backward(start)
     return local, rows
 

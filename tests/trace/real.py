@@ -144,14 +144,14 @@ def _bytes(
             storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return tensor
 
-    made = _Watch([], known)
+    made = Watch([], known)
     with saved_tensors_hooks(pack, lambda tensor: tensor), made, mixed():
         out = _first(layer(*args, **kwargs))
     saved = sum(size for _, size in storages.values())
     given = {args[0].untyped_storage()._cdata, out.untyped_storage()._cdata}
     live = made.alive(given) + sum(storages[key][1] for key in given & storages.keys())
     layer.zero_grad(set_to_none=True)
-    watch = _Watch(list(storages.values()), known)
+    watch = Watch(list(storages.values()), known)
     done, start = Start.apply(out), torch.empty((), dtype=out.dtype)
     del out
     with watch:
@@ -178,7 +178,7 @@ class Start(torch.autograd.Function):
         return torch.zeros(ctx.shape, dtype=ctx.kind)
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """The storages alive after every call of the backward pass."""
 
     def __init__(self, saved: list[tuple[StorageWeakRef, int]], known: set[int]) -> None:

@@ -15,12 +15,13 @@ import pytest
 import torch
 from sympy import Expr
 
-from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, B, Block, Q, S, T
+from mist.graph import B, Block, S, T
 from mist.platform.profiles import load_runtime
 from mist.spec import Attention, Precision
 from mist.symbolic.block import Setting as Pricing
 from mist.symbolic.block import rank_params, saved_bytes
 from mist.trace import Setting, trace_model
+from tests.tokens import tokens
 from tests.trace.dtensor_oracle import DEGREES, FAMILIES, HIDDEN, Measured, Mode
 
 ROOT = Path(__file__).parents[2]
@@ -102,14 +103,8 @@ def test_rank_of_divided_sequence_is_exact(family: str, num_ranks: int, point: P
 
 def transient_bytes(block: Block, point: Point, num_ranks: int, *, divided: bool) -> int:
     """The most that a backward pass has alive beside the saved; `divided`: among tokens, too."""
-    gathers = int(divided and num_ranks > 1)
-    tokens = {
-        Q: num_ranks if divided else 1,
-        GATHERS: gathers,
-        SCATTER_COPY: gathers,
-        GATHER_COPY: gathers * (point[0] > 1),
-    }
-    found = [size.subs(tokens) for size in block.transient_with_grads_bytes]
+    numbers = tokens(num_ranks if divided else 1, samples=point[0])
+    found = [size.subs(numbers) for size in block.transient_with_grads_bytes]
     return max(at(size, point, num_ranks) for size in found)
 
 

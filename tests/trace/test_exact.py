@@ -8,9 +8,10 @@ import transformers
 from sympy import Expr
 from torch import nn
 
-from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, B, Block, OpKind, Q, S, SavedTensor, T
+from mist.graph import B, Block, OpKind, S, SavedTensor, T
 from mist.spec import Attention, Precision
 from mist.trace import Setting, trace_model
+from tests.tokens import tokens
 from tests.trace.real import Measured, measure
 from tests.trace.test_plain import Layer, Model
 
@@ -74,7 +75,7 @@ def build(config: object, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 # No tensor parallelism.
-ALONE = {T: 1, Q: 1, GATHERS: 0, GATHER_COPY: 0, SCATTER_COPY: 0}
+ALONE = {T: 1} | tokens(1, 1)
 
 
 def at(expr: Expr, b: int, s: int) -> int:
