@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
@@ -184,13 +185,8 @@ class Offloader:
 
 def _is_whole(tensor: torch.Tensor) -> bool:
     """Whether it is all of its storage, each place once: then a copy has the same strides."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return expected * tensor.element_size() == tensor.untyped_storage().nbytes()
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return whole and is_non_overlapping_and_dense_or_false(tensor)
 
 
 def _storage(tensor: torch.Tensor) -> int:
