@@ -27,6 +27,7 @@ from mist.pareto.points import Points, StackedMixes, stacked
 from mist.pareto.space import Floats, Strategies, offloading
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
 from mist.plans import Limits
+from mist.schedule import forward_first
 from mist.spec import ScheduleKind
 
 
@@ -230,7 +231,8 @@ def _in_flight(sized: _Sized, stage: int) -> Floats:
     held = found if stage == 0 else range(2, max(found))
     most = group.num_micro_batches
     counts = np.unique(np.minimum(held, most).astype(np.float64))
-    return np.asarray(counts[(counts >= most) == (model.in_flight(stage) >= most)])
+    alike = forward_first(counts, most) == forward_first(model.in_flight(stage), most)
+    return np.asarray(counts[alike])
 
 
 def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:

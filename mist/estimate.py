@@ -20,7 +20,7 @@ from mist.plans import (
 )
 from mist.platform import OpCosts, Platform, extrapolations, op_costs
 from mist.rules import Rule, rules_for
-from mist.schedule import in_flight, step_time
+from mist.schedule import forward_first, in_flight, step_time
 from mist.spec import MemoryLevel, ScheduleKind, Workload
 from mist.symbolic.program import (
     MEMORY_PARTS,
@@ -174,7 +174,7 @@ def position_columns(
         "in_flight": held,
         "chunks": np.full(num_stages, schedule.vpp),
         "num_micro_batches": np.full(num_stages, num_micro_batches),
-        "forward_first": held >= num_micro_batches,
+        "forward_first": forward_first(held, num_micro_batches),
     }
 
 

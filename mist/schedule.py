@@ -72,3 +72,11 @@ def in_flight(
         ScheduleKind.ZERO_BUBBLE: turns + stages + 0 * behind,
     }[kind]
     return np.asarray(np.minimum(chunks_held / np.asarray(chunks), micro), dtype=np.float64)
+
+
+def forward_first(held: ArrayLike, num_micro_batches: ArrayLike) -> NDArray[np.bool_]:
+    """Whether a stage that holds so many micro-batches runs all of a step forward before any back.
+
+    Arguments are numbers or arrays that broadcast.
+    """
+    return np.asarray(held) >= np.asarray(num_micro_batches)

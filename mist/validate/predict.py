@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mist.estimate import rank_columns, stage_columns
 from mist.platform import Cluster, Device, OpCosts, Runtime
-from mist.schedule import in_flight, step_time
+from mist.schedule import forward_first, in_flight, step_time
 from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 from mist.validate.layouts import RunLayout
@@ -121,7 +121,7 @@ def _stages(
     held = {
         "in_flight": in_flight,
         "num_micro_batches": micro,
-        "forward_first": in_flight >= micro,
+        "forward_first": forward_first(in_flight, micro),
         "chunks": chunks,
     }
     levels = {
