@@ -25,7 +25,7 @@ from mist.exec.meshes import Place, new_groups, take_place
 from mist.exec.pipeline import Pipeline, Shell
 from mist.exec.rules_tp import TensorRules, tensor_rules
 from mist.exec.split import Chunk, cut
-from mist.exec.sums import Tied, add_partial, add_tied, clip_scale, global_norm
+from mist.exec.sums import Tied, add_partial, add_tied, at_least_fp32, clip_scale, global_norm
 from mist.exec.swap import Swapper
 from mist.exec.tensor import Part, divide
 from mist.exec.weights import fill, whole_values
@@ -154,6 +154,8 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
         layers=names,
         first=layers.start == 0,
         last=layers.stop == len(anatomy.layers),
+        front=anatomy.front,
+        tail=anatomy.tail,
         sp=stage.sp,
         split_loss=job.split_loss,
     )
@@ -335,7 +337,7 @@ class Parallel:
 
     def _mean(self, loss: torch.Tensor) -> torch.Tensor:
         """The mean loss of the step, of what the ranks of the last stage have."""
-        total = loss.detach().float().to(self.place.device) / self.stage.tp
+        total = at_least_fp32(loss.detach()).to(self.place.device) / self.stage.tp
         dist.all_reduce(total)
         return total
 

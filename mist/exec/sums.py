@@ -46,11 +46,11 @@ def global_norm(
     Each rank adds up its shards; what several ranks hold counts once.
     """
     shared = {id(each.parameter) for each in tied}
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    total = torch.zeros((), device=device)
     for parameter in parameters.values():
         if parameter.grad is not None:
             copies = _copies(parameter, tp) * (2 if id(parameter) in shared else 1)
-            square = local(parameter.grad).float().pow(2).sum() / copies
+            square = at_least_fp32(local(parameter.grad)).pow(2).sum() / copies
             total += square.to(device)
     dist.all_reduce(total)
     return total.sqrt()
@@ -64,6 +64,11 @@ def _copies(parameter: nn.Parameter, tp: int) -> int:
     for axis, placement in enumerate(parameter.placements):
         copies *= mesh.size(axis) if isinstance(placement, Replicate) else 1
     return copies * (1 if "tp" in (mesh.mesh_dim_names or ()) else tp)
+
+
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a precision that sums can be kept in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def clip_scale(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:

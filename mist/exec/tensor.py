@@ -41,12 +41,15 @@ SEQUENCE: Placement = Shard(1)
 class Part:
     """The layers of a chunk by name, whether the ends of the model belong to it, and how it runs.
 
-    `sp`: sequence parallelism. `split_loss`: logits stay divided (within loss_parallel).
+    `front`, `tail`: names of the parameters that are read before the first layer and behind the
+    last one. `sp`: sequence parallelism. `split_loss`: logits stay divided (within loss_parallel).
     """
 
     layers: tuple[str, ...]
     first: bool
     last: bool
+    front: frozenset[str]
+    tail: frozenset[str]
     sp: bool
     split_loss: bool
 
@@ -55,7 +58,8 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
     """Divide a chunk over the ranks of `mesh`, in place.
 
     Returns the names of parameters whose gradients are partial sums. Raises ModelError when
-    sequence parallelism would divide the tokens that attention counts.
+    sequence parallelism would divide the tokens that attention counts, or would leave a gradient
+    that is a partial sum in part.
     """
     for (owner, attribute), value in rules.local.items():
         setattr(model.get_submodule(owner), attribute, value)
@@ -68,7 +72,13 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
     head_partial = part.sp and rules.head is not None
     if part.sp:
         _shard_sequence(model, part, mesh, head_partial=head_partial)
-    return frozenset(_partial(model, part, entered, head_partial=head_partial))
+    summed = frozenset(_partial(model, part, entered, head_partial=head_partial))
+    if mixed := sorted(summed & part.front) if part.first else []:
+        raise ModelError(
+            f"sp: {mixed[0]} is read before the layers, by all tokens on every rank, and behind "
+            "them, by the tokens of a rank; its gradient cannot be summed. Plan without sp."
+        )
+    return summed
 
 
 def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp: bool) -> None:
@@ -218,7 +228,7 @@ def _partial(
     layers = tuple(f"{name}." for name in part.layers)
     regions = tuple(f"{name}." for name in entered)
     for name, parameter in model.named_parameters():
-        in_tail = head_partial and part.last and not name.startswith(layers)
+        in_tail = head_partial and part.last and name in part.tail
         in_layers = name.startswith(layers if part.sp else regions)
         if not isinstance(parameter, DTensor) and (in_layers or in_tail):
             yield name

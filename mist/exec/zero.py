@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
 from mist.spec import Precision
 
 COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+KEPT = dict.fromkeys(COMPUTE, torch.float32)  # parameters and what is reduced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,9 @@ class Level:
 
 def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level: Level) -> None:
     """Make each layer, and what remains of `root`, a group of FSDP2, in place."""
-    compute = COMPUTE[level.precision]
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=COMPUTE[level.precision], reduce_dtype=KEPT[level.precision]
+    )
     for module in (*layers, root):
         if level.zero == 0:
             replicate(module, mesh=mesh, mp_policy=policy)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mist.exec import checkpoints
 from mist.exec.group import joined
+from tests.exec.double import in_double
 from tests.exec.layouts import S, Variant
 from tests.exec.parity import SEED
 from tests.exec.running import Run
@@ -36,13 +37,13 @@ TWO = Variant(name="dp2", stages=(S(dp=2, zero=1),), micro=4)
 
 
 def save(folder: Path, device: torch.device) -> None:
-    run = Run(DP4, folder, device, MAX_NORM)
+    run = Run(DP4, folder, device, MAX_NORM, in_double)
     run.train(0, 2)
     checkpoints.save(run.parallel, folder / "checkpoints", FACTS)
     losses = {"dp4": run.train(2, 4)}
     for variant in OTHERS:
         losses[variant.name] = _resumed(variant, folder, device)
-    run = Run(OTHERS[-1], folder, device, MAX_NORM)
+    run = Run(OTHERS[-1], folder, device, MAX_NORM, in_double)
     run.train(0, 2)
     checkpoints.save(run.parallel, folder / "copies", FACTS)
     losses["from hsdp"] = _resumed(DP4, folder, device, "copies")
@@ -59,13 +60,13 @@ def two(folder: Path, device: torch.device) -> None:
 def _resumed(
     variant: Variant, folder: Path, device: torch.device, saved: str = "checkpoints"
 ) -> list[float]:
-    run = Run(variant, folder, device, MAX_NORM)
+    run = Run(variant, folder, device, MAX_NORM, in_double)
     done = checkpoints.resume(run.parallel, folder / saved, FACTS)
     return [done, *run.train(done, done + 2)]
 
 
 def die(folder: Path, device: torch.device) -> None:
-    run = Run(TWO, folder, device, MAX_NORM)
+    run = Run(TWO, folder, device, MAX_NORM, in_double)
     run.train(0, 1)
     checkpoints.save(run.parallel, folder / "dying", FACTS)
     write = checkpoints.write
@@ -81,7 +82,7 @@ def die(folder: Path, device: torch.device) -> None:
 
 
 def recover(folder: Path, device: torch.device) -> None:
-    run = Run(TWO, folder, device, MAX_NORM)
+    run = Run(TWO, folder, device, MAX_NORM, in_double)
     assert checkpoints.resume(run.parallel, folder / "dying", FACTS) == 1
     run.train(1, 2)
     checkpoints.save(run.parallel, folder / "dying", FACTS)
@@ -90,6 +91,6 @@ def recover(folder: Path, device: torch.device) -> None:
 if __name__ == "__main__":
     programs = {"save": save, "two": two, "die": die, "recover": recover}
     place = Path(sys.argv[2])
-    with joined(25.0) as where:
+    with joined(300.0) as where:
         programs[sys.argv[1]](place, where)
         dist.barrier()

@@ -68,7 +68,10 @@ class S:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A layout under test. `micro`: samples of all ranks in one micro-batch."""
+    """A layout under test. `micro`: samples of all ranks in one micro-batch.
+
+    `rounded`: parity is that of the plan's own precision, else of float64 (tests/exec/double.py).
+    """
 
     name: str
     stages: tuple[S, ...]
@@ -77,6 +80,7 @@ class Variant:
     kind: ScheduleKind = ScheduleKind.ONE_F_ONE_B
     max_norm: float | None = None
     precision: Precision = Precision.FP32
+    rounded: bool = False
 
     @property
     def world_size(self) -> int:

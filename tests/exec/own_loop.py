@@ -13,6 +13,7 @@ from mist.exec import parallelize
 from mist.exec.group import joined
 from mist.planfile import load_plan
 from mist.trace.loader import cross_entropy
+from tests.exec.double import MAX_LOSS, in_double
 from tests.exec.parity import settings
 
 
@@ -33,7 +34,8 @@ def main(plan_file: Path, model_file: Path) -> None:
         parallelize(model, plan)
     except InputError as error:
         assert str(error).startswith("parallelize needs a process group")
-    with joined(25.0):
+    with joined(300.0), in_double():
+        model.double()
         try:
             parallelize(model, replace(plan, model=replace(plan.model, fingerprint="sha256:no")))
         except PlanError as error:
@@ -50,7 +52,7 @@ def main(plan_file: Path, model_file: Path) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            assert abs(parallel.train_step(ids).loss - loss.item()) < 2e-6
+            assert abs(parallel.train_step(ids).loss - loss.item()) < MAX_LOSS
 
 
 if __name__ == "__main__":

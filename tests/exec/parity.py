@@ -4,11 +4,13 @@ Run as a program it is one rank of a batch of variants: one launch serves all of
 """
 
 import json
+import math
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,8 @@ from mist.exec.loading import load
 from mist.exec.parallel import Parallel, build, subject_of
 from mist.exec.weights import whole_values
 from mist.spec import Attention
+from mist.trace.loader import LoadedModel
+from tests.exec.double import in_double
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of
 from tests.exec.variants import SLOW, VARIANTS
 
@@ -34,40 +38,73 @@ def settings(max_norm: float | None) -> Settings:
     return Settings(lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, max_norm=max_norm)
 
 
+def loaded_of(variant: Variant, folder: Path) -> LoadedModel:
+    """The model of a variant, in float64 within `in_double()`."""
+    loaded = load(plan_of(variant, folder).model.source, Attention.FLASH)
+    loaded.module.to(torch.get_default_dtype())
+    return loaded
+
+
+def precision_of(variant: Variant) -> AbstractContextManager[None]:
+    """Within: everything is computed in float64, unless the variant is about rounding."""
+    return nullcontext() if variant.rounded else in_double()
+
+
 def reference(variant: Variant, folder: Path) -> None:
-    """What one process gets, by torch's own optimizer: losses and parameters, in a file."""
+    """What one process gets in float64, by torch's own optimizer, in a file.
+
+    losses and norms [steps], gradients [steps] by name, parameters at the end by name. A variant
+    that is rounded begins with the weights that fp32 gives.
+    """
     path = reference_path(variant, folder)
     if path.exists():
         return
-    plan = plan_of(variant, folder)
-    loaded = load(plan.model.source, Attention.FLASH)
-    model, pristine = loaded.module, load(plan.model.source, Attention.FLASH).module
+    with precision_of(variant):
+        model, loaded = whole_model(variant, folder)
+    with in_double():
+        batches = Batches(loaded, plan_of(variant, folder).workload, SEED)
+        found = _trained(model, loaded, batches, variant.max_norm)
+    torch.save(found, path)
+
+
+def whole_model(variant: Variant, folder: Path) -> tuple[nn.Module, LoadedModel]:
+    """The model with all the values that the seed gives, widened to float64."""
+    loaded, pristine = (loaded_of(variant, folder) for _ in range(2))
+    model = loaded.module
     shared: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
-        values = whole_values(pristine, name, SEED)
+        values = whole_values(pristine.module, name, SEED)
         for own, parameter in list(module.named_parameters(recurse=False)):
-            new = shared.setdefault(id(parameter), nn.Parameter(values[own].clone()))
+            new = shared.setdefault(id(parameter), nn.Parameter(values[own].double()))
             setattr(module, own, new)
-    batches = Batches(loaded, plan.workload, SEED)
-    given = settings(variant.max_norm)
+    model.double()
+    return model, loaded
+
+
+def _trained(
+    model: nn.Module, loaded: LoadedModel, batches: Batches, max_norm: float | None
+) -> dict[str, Any]:
+    given = settings(max_norm)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=given.lr, betas=given.betas, weight_decay=given.weight_decay
     )
-    losses = []
+    found: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
     for step in range(NUM_STEPS):
         loss = loaded.run(batches.step(step))
         loss.backward()
-        if given.max_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), given.max_norm)
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norm = nn.utils.clip_grad_norm_(model.parameters(), given.max_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    torch.save({"losses": losses, "parameters": dict(model.named_parameters())}, path)
+        found["losses"].append(loss.item())
+        found["norms"].append(norm.item())
+        found["gradients"].append(gradients)
+    return {**found, "parameters": {n: p.detach() for n, p in model.named_parameters()}}
 
 
 def reference_path(variant: Variant, folder: Path) -> Path:
-    clipped = "" if variant.max_norm is None else "-clipped"
-    return folder / f"reference-{Path(variant.model).stem}{clipped}.pt"
+    kind = ("" if variant.max_norm is None else "-clipped") + "-rounded" * variant.rounded
+    return folder / f"reference-{Path(variant.model).stem}{kind}.pt"
 
 
 def run_variants(variants: Sequence[Variant], folder: Path) -> Mapping[str, Mapping[str, float]]:
@@ -78,36 +115,57 @@ def run_variants(variants: Sequence[Variant], folder: Path) -> Mapping[str, Mapp
     world_size = variants[0].world_size
     out = folder / f"results-{world_size}.json"
     command = ["-m", "tests.exec.parity", str(folder), str(out), *names]
-    run_ranks(command, world_size, timeout_s=60.0 + 20.0 * len(names))
+    run_ranks(command, world_size, timeout_s=600.0)
     found: dict[str, dict[str, float]] = json.loads(out.read_text())
     return found
 
 
-def errors(variant: Variant, folder: Path, device: torch.device) -> dict[str, float | str]:
+def errors(variant: Variant, folder: Path, device: torch.device) -> dict[str, float]:
     """Train a variant on this rank; the largest differences over all ranks."""
-    begin = time.perf_counter()
-    plan = plan_of(variant, folder)
-    loaded = load(plan.model.source, Attention.FLASH)
-    subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
-    parallel = build(subject, plan, device, settings(variant.max_norm), SEED)
-    batches = Batches(loaded, plan.workload, SEED)
-    losses = [parallel.train_step(batches.step(step)).loss for step in range(NUM_STEPS)]
     known = torch.load(reference_path(variant, folder), weights_only=False)
-    worst = torch.tensor(
-        [
-            max(abs(a - b) for a, b in zip(losses, known["losses"], strict=True)),
-            parameter_error(parallel, known["parameters"]),
-        ]
-    )
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    seconds = time.perf_counter() - begin
-    return {"loss": worst[0].item(), "parameters": worst[1].item(), "seconds": seconds}
+    plan = plan_of(variant, folder)
+    with precision_of(variant):
+        loaded = loaded_of(variant, folder)
+        subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
+        parallel = build(subject, plan, device, settings(variant.max_norm), SEED)
+        gradients = watch_gradients(parallel, known["gradients"])
+        batches = Batches(loaded, plan.workload, SEED)
+        steps = [parallel.train_step(batches.step(step)) for step in range(NUM_STEPS)]
+    worst = {
+        "loss": farthest([step.loss for step in steps], known["losses"]),
+        "norm": farthest([step.norm for step in steps], known["norms"]),
+        "gradients": max(gradients),
+        "parameters": difference(parallel.parameters, known["parameters"]),
+    }
+    highest = torch.tensor(list(worst.values()), dtype=torch.float64)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return dict(zip(worst, highest.tolist(), strict=True))
 
 
-def parameter_error(parallel: Parallel, known: Mapping[str, torch.Tensor]) -> float:
+def farthest(values: Sequence[float], known: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(values, known, strict=True))
+
+
+def watch_gradients(parallel: Parallel, known: Sequence[Mapping[str, torch.Tensor]]) -> list[float]:
+    """A list that gets, before each optimizer step, how far gradients are from known ones."""
+    found: list[float] = []
+    step = parallel.optimizer.step
+
+    def compared(scale: torch.Tensor | None = None) -> None:
+        gradients = {n: p.grad for n, p in parallel.parameters.items() if p.grad is not None}
+        assert set(gradients) == set(parallel.parameters)
+        found.append(difference(gradients, known[len(found)]))
+        step(scale)
+
+    parallel.optimizer.step = compared  # type: ignore[method-assign]
+    return found
+
+
+def difference(mine: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference of any number; all ranks of a stage call it together."""
     worst = 0.0
-    for name, parameter in parallel.parameters.items():
-        value = parameter.detach()
+    for name, tensor in mine.items():
+        value = tensor.detach()
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         worst = max(worst, (whole - known[name]).abs().max().item())
     return worst
@@ -115,7 +173,7 @@ def parameter_error(parallel: Parallel, known: Mapping[str, torch.Tensor]) -> fl
 
 def main(folder: Path, out: Path, names: Sequence[str]) -> None:
     found: dict[str, object] = {}
-    with joined(25.0) as device:
+    with joined(300.0) as device:
         for name in names:
             variant = next(v for v in (*VARIANTS, *SLOW) if v.name == name)
             try:

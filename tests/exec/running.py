@@ -1,34 +1,44 @@
 """A variant on one rank of the tests' rank programs, with the data of its model."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from mist.exec.anatomy import examine
 from mist.exec.batches import Batches
-from mist.exec.loading import load
 from mist.exec.parallel import build, subject_of
-from mist.spec import Attention
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of
-from tests.exec.parity import SEED, settings
+from tests.exec.parity import SEED, loaded_of, settings
 from tests.exec.variants import VARIANTS
+
+Precision = Callable[[], AbstractContextManager[None]]
 
 
 class Run:
-    """Built with weights of the seed; `batches`: of its model."""
+    """Built with weights of the seed; `batches`: of its model. `precision`: all of it is within."""
 
     def __init__(
-        self, variant: Variant, folder: Path, device: torch.device, max_norm: float | None
+        self,
+        variant: Variant,
+        folder: Path,
+        device: torch.device,
+        max_norm: float | None,
+        precision: Precision = nullcontext,
     ) -> None:
         plan = plan_of(variant, folder)
-        loaded = load(plan.model.source, Attention.FLASH)
-        subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
-        self.parallel = build(subject, plan, device, settings(max_norm), SEED)
-        self.batches = Batches(loaded, plan.workload, SEED)
+        self._precision = precision
+        with precision():
+            loaded = loaded_of(variant, folder)
+            subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
+            self.parallel = build(subject, plan, device, settings(max_norm), SEED)
+            self.batches = Batches(loaded, plan.workload, SEED)
 
     def train(self, first: int, last: int) -> list[float]:
         steps = range(first, last)
-        return [self.parallel.train_step(self.batches.step(i)).loss for i in steps]
+        with self._precision():
+            return [self.parallel.train_step(self.batches.step(i)).loss for i in steps]
 
 
 def variant_of(name: str) -> Variant:

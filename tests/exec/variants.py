@@ -166,22 +166,31 @@ OFFLOAD = (
         stages=(S(tp=2, sp=True, full=1, offload=_offload(activations=1.0)),),
     ),
 )
-BF16 = (
+ROUNDED = (
+    Variant(
+        name="fp32 zero2 levels",
+        rounded=True,
+        stages=(S(dp=2, zero=2, full=2, selective=1),),
+        micro=8,
+    ),
     Variant(
         name="bf16 zero2 levels",
         precision=Precision.BF16,
+        rounded=True,
         stages=(S(dp=2, zero=2, full=2, selective=1),),
         micro=8,
     ),
     Variant(
         name="bf16 tp2 sp offload",
         precision=Precision.BF16,
+        rounded=True,
         stages=(S(tp=2, sp=True, full=2, offload=_offload(activations=1.0, optimizer=0.5)),),
         micro=8,
     ),
     Variant(
         name="bf16 pp2",
         precision=Precision.BF16,
+        rounded=True,
         stages=(S(layers=(2,)), S(layers=(2,))),
         micro=4,
     ),
@@ -203,7 +212,7 @@ HYBRID = (
         micro=8,
     ),
 )
-VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *BF16, *HYBRID)
+VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *ROUNDED, *HYBRID)
 
 # Of more ranks than a small machine has cores for.
 SLOW = (
