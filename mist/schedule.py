@@ -7,8 +7,9 @@ u_i = t_i + d_i the time of a lone micro-batch. f_j is what stage j adds to fill
 
     f_j = t_j                1F1B and GPipe
     f_j = t_j / v            v interleaved chunks (Narayanan et al. 2021, section 2.2)
-    f_j = (t_j - w_j) / v    zero bubble: w_j, the part of t_j that computes gradients of weights
-                             and may run while others wait (Qi et al. 2024, section 2)
+    f_j = (t_j - 2 w_j) / v  zero bubble: w_j, the part of t_j that computes gradients of weights,
+                             leaves the way of the gradients, and fills a bubble as long as itself
+                             (ZB-H1 waits F + B - W where 1F1B waits F + B + W: Qi et al. 2024)
 
 With f = t Mist (EuroSys'25, section 5) writes the same T as
 

@@ -26,7 +26,7 @@ class Cell:
     `first`: index of the first of these layers, or None where all layers are alike. `stable_s` [P],
     seconds, ascending; `lone_s` [P], seconds, descending; none negative: the columns of a
     `mist.pareto.frontier.Frontier`. P may be 0. `spare_s`: seconds of each stable time in which the
-    stage need not keep others waiting while the pipeline fills and drains (w of `mist.schedule`;
+    stage need not keep others waiting while the pipeline fills and drains (2 w of `mist.schedule`;
     0 unless the schedule is zero bubble).
 
     `units` and `offsets` count where the problem has `num_units`: how many units of devices the

@@ -206,9 +206,9 @@ def test_a_million_candidates_price_in_a_third_of_a_second() -> None:
 
 
 def _seconds_of_all_gathers(num_bytes: np.ndarray, group: np.ndarray) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     costs("h100-sxm").all_gather_s(num_bytes, group, np.minimum(group, 8))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @pytest.mark.skipif(

