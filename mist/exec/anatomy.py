@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from mist.errors import ModelError
 from mist.trace.loader import LoadedModel
 from mist.trace.repeat import Layers, find_layers
+from mist.trace.shim import Kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
     found = find_layers(model)
     while found is not None:
         watch = _Watch(model=model, layers=found)
-        with mode, watch.hooks():
+        with mode, Kernels("cpu"), watch.hooks():
             fake = replace(loaded, module=model)
             fake.run(fake.batch(2, seq_len))
         if sorted(watch.order) == list(range(len(found.modules))):

@@ -23,6 +23,7 @@ from mist.spec import Attention, Precision
 from mist.trace.loader import LoadedModel
 from mist.trace.repeat import signature
 from mist.trace.runs import sharding_rules
+from mist.trace.shim import Kernels
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Unsupported
 from mist.trace.tp_plan import sharding_by_plan
@@ -200,7 +201,7 @@ def _entries(loaded: LoadedModel, anatomy: Anatomy, seq_len: int) -> Mapping[str
     with mode:
         model.to_empty(device="cpu")
     watch = _Inputs(model=model, layers=frozenset(anatomy.layers))
-    with mode, watch:
+    with mode, Kernels("cpu"), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))
     return {name: watch.entry(name, chain) for name, chain in watch.linear.items()}

@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mist.exec import zero
 from mist.spec import Precision
@@ -33,6 +35,20 @@ def in_double() -> Iterator[None]:
             changed.enter_context(patch.object(owner, name, wide))
         for table in (zero.COMPUTE, zero.KEPT):
             changed.enter_context(patch.dict(table, {Precision.FP32: torch.float64}))
+        changed.enter_context(patch.object(F, "grouped_mm", _grouped_mm))
         changed.callback(torch.set_default_dtype, default)
         torch.set_default_dtype(torch.float64)
         yield
+
+
+_OF_TORCH = F.grouped_mm
+
+
+def _grouped_mm(x: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """Torch has no kernel in float64: rows of x times the matrix of their group, [n, k] [g, k, m]."""
+    if isinstance(x, FakeTensor):
+        return _OF_TORCH(x, weights, offs=offs)
+    counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
+    left = x.shape[0] - sum(counts)  # rows of no group
+    parts = [rows @ each for rows, each in zip(x.split([*counts, left]), weights, strict=False)]
+    return torch.cat([*parts, x.new_zeros(left, weights.shape[-1])])

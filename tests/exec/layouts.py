@@ -36,6 +36,28 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES = {
+    "mixtral": {**LLAMA, **_EXPERTS, "model_type": "mixtral"},
+    "qwen3-moe": {
+        **LLAMA,
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "gpt-oss": {
+        **LLAMA,
+        **_EXPERTS,
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
+    },
+}
 PLAIN = Path(__file__).parents[2] / "examples" / "my_transformer.py"
 PLAIN_SIZES = "DIM, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, MAX_SEQ_LEN = "
 
@@ -45,6 +67,8 @@ def write_models(folder: Path) -> None:
     (folder / "llama.json").write_text(json.dumps(LLAMA))
     (folder / "tied.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
     (folder / "gpt2.json").write_text(json.dumps(GPT2))
+    for name, config in MIXTURES.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
     lines = PLAIN.read_text().splitlines()
     sizes = f"{PLAIN_SIZES}64, {NUM_LAYERS}, 4, {VOCAB}, 128"
     text = "\n".join(sizes if line.startswith(PLAIN_SIZES) else line for line in lines)

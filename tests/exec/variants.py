@@ -195,6 +195,14 @@ ROUNDED = (
         micro=4,
     ),
 )
+MIXTURES = tuple(
+    Variant(name=f"{model} {kind}", model=f"{model}.json", stages=stages, micro=8)
+    for model in ("mixtral", "qwen3-moe", "gpt-oss")
+    for kind, stages in {
+        "zero3": (S(dp=2, zero=3, full=2),),
+        "pp2": (S(layers=(2,)), S(layers=(2,))),
+    }.items()
+)
 HYBRID = (
     *(Variant(name=f"hsdp zero{z}", stages=(S(dp=4, dp_replicate=2, zero=z),)) for z in (1, 2, 3)),
     *(
@@ -212,7 +220,7 @@ HYBRID = (
         micro=8,
     ),
 )
-VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *ROUNDED, *HYBRID)
+VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *ROUNDED, *MIXTURES, *HYBRID)
 
 # Of more ranks than a small machine has cores for.
 SLOW = (
