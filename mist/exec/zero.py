@@ -15,6 +15,8 @@ by all samples of the step, so gradients are summed over ranks, not averaged.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 import torch
 from torch import nn
@@ -27,9 +29,12 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 
+from mist.exec.adamw import local
 from mist.spec import Precision
 
+MAX_PADDING: Final = 1 / 16  # of a parameter; dividing another dimension costs a copy more
 COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 KEPT = dict.fromkeys(COMPUTE, torch.float32)  # parameters and what is reduced
 
@@ -58,11 +63,26 @@ def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level:
             mp_policy=policy,
             reshard_after_forward=level.zero == 3 and module is not root,
             offload_policy=_offload(mesh, on_host=id(module) in level.on_host),
+            shard_placement_fn=partial(divided_dim, num_ranks=mesh.size(mesh.ndim - 1)),
         )
     for group in groups(root):
         group.set_force_sum_reduction_for_comms(True)
         group.set_gradient_divide_factor(1.0)
     _prefetch([*layers, root])
+
+
+def divided_dim(parameter: nn.Parameter, *, num_ranks: int) -> Shard | None:
+    """The dimension that ranks divide; None: the first one, as FSDP2 does.
+
+    FSDP2 pads the first dimension to a multiple of the ranks. Eight experts on 64 ranks would take
+    the memory, and the traffic, of 64: where another dimension divides evenly, that is taken.
+    """
+    shape = local(parameter).shape
+    if not shape or -shape[0] % num_ranks <= MAX_PADDING * shape[0]:
+        return None
+    even = (dim for dim in range(1, len(shape)) if shape[dim] % num_ranks == 0)
+    dim = next(even, None)
+    return None if dim is None else Shard(dim)
 
 
 def _prefetch(in_order: Sequence[nn.Module]) -> None:

@@ -45,7 +45,7 @@ _OF_TORCH = F.grouped_mm
 
 
 def _grouped_mm(x: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-    """Torch has no kernel in float64: rows of x times the matrix of their group, [n, k] [g, k, m]."""
+    """Torch has none in float64: rows of x [n, k] times the matrix [g, k, m] of their group."""
     if isinstance(x, FakeTensor):
         return _OF_TORCH(x, weights, offs=offs)
     counts = offs.diff(prepend=offs.new_zeros(1)).tolist()

@@ -37,8 +37,8 @@ GPT2 = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-MIXTURES = {
-    "mixtral": {**LLAMA, **_EXPERTS, "model_type": "mixtral"},
+MIXTURES = {  # three experts: no number of ranks divides them evenly
+    "mixtral": {**LLAMA, **_EXPERTS, "model_type": "mixtral", "num_local_experts": 3},
     "qwen3-moe": {
         **LLAMA,
         "model_type": "qwen3_moe",

@@ -15,6 +15,7 @@ from mist.exec.grid import Grid
 from mist.exec.loading import load
 from mist.exec.swap import Copy, Swapper
 from mist.exec.weights import whole_values
+from mist.exec.zero import divided_dim
 from mist.spec import Attention, MemoryLevel, Optimizer, Precision, Workload
 from tests.exec.layouts import VOCAB, write_models
 
@@ -198,3 +199,21 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"short")
     with pytest.raises(InputError, match="holds 5 values of type uint8; a sample needs 16"):
         Batches(loaded, workload(2), 7, tmp_path / "short")
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_ranks", "dim"),
+    [
+        ((8, 24, 16), 8, None),  # even: the first dimension, as FSDP2 does
+        ((8, 24, 16), 64, None),  # nothing divides evenly: padded
+        ((8, 128, 16), 64, 1),  # eight experts on 64 ranks
+        ((3, 5, 16), 2, 2),
+        ((50257, 64), 8, None),  # a little padding costs less than copies
+        ((64,), 128, None),
+    ],
+)
+def test_parameters_are_divided_where_little_is_padded(
+    shape: tuple[int, ...], num_ranks: int, dim: int | None
+) -> None:
+    found = divided_dim(nn.Parameter(torch.empty(shape, device="meta")), num_ranks=num_ranks)
+    assert (found and found.dim) == dim
