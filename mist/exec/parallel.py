@@ -93,6 +93,14 @@ class _Job:
         return self.plan.stages[self.place.stage]
 
     @property
+    def scale(self) -> float:
+        """What summed losses are multiplied by before the backward pass, to keep gradients small.
+
+        What they are sums over is known only after it: gradients are divided by that at the end.
+        """
+        return 1.0 / self.plan.workload.tokens_per_step
+
+    @property
     def split_loss(self) -> bool:
         """Whether logits stay divided: not when the user's own loss reads them."""
         rules = self.subject.rules.get(self.stage.tp)
@@ -161,7 +169,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     if stage.tp > 1:
         rules = job.subject.rules[stage.tp]
         summed = divide(part.module, rules, ends, place.tp_mesh)
-    root = Chunk(part, 1.0 / (job.plan.num_micro_batches * stage.dp))
+    root = Chunk(part, job.scale)
     modules = [part.module.get_submodule(name) for name in names]
     offloader = _keep(job, modules, of_layers)
     away = modules[first_on_host:]
@@ -230,6 +238,7 @@ class Parallel:
         self.swapper = job.swapper
         self.clock = Clock(job.place.device)
         self._split_loss = job.split_loss
+        self._scale = job.scale
         self._tied = tuple(_tied(job, self.parameters))
         on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
         share = self.stage.offload.optimizer
@@ -252,15 +261,16 @@ class Parallel:
         """The same step; mean loss and norm stay on the device."""
         self.clock.start()
         with self._loss_context():
-            loss = self.gradients(batch)
+            self.gradients(batch)
         with self.clock.timing("sums"):
             self._add_up()
-            norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+            loss, factor = self._mean()
+            sums_norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+            norm = sums_norm * factor
         with self.clock.timing("optimizer"):
-            self.optimizer.step(clip_scale(norm, self.optimizer.settings.max_norm))
+            self.optimizer.step(factor * clip_scale(norm, self.optimizer.settings.max_norm))
             self.optimizer.zero_grad()
-        with self.clock.timing("sums"):
-            return self._mean(loss), norm
+        return loss, norm
 
     def measured_step(self, batch: object) -> tuple[Step, Measured]:
         """A step that is watched: slower on the CPU, where every operation is counted."""
@@ -303,15 +313,17 @@ class Parallel:
             for group in mesh.get_all_groups()
         }
 
-    def gradients(self, batch: object) -> torch.Tensor:
-        """Forward and backward of all micro-batches; this rank's part of the mean loss."""
+    def gradients(self, batch: object) -> None:
+        """Forward and backward of all micro-batches: gradients of summed losses (`_Job.scale`)."""
         count, size = self.plan.num_micro_batches, self.stage.micro_batch
         rows = own_rows(batch, self.place.grid, self.place.i, count)
         mine = to_device(rows, self.place.device)
+        for each in self.chunks:
+            each.root.start(self.place.device)
         if self._pipeline is not None:
-            return self._pipeline.step(mine)
+            self._pipeline.step(mine)
+            return
         chunk = self._chunks[0]
-        total = torch.zeros((), device=self.place.device)
         for index in range(count):
             if chunk.offloader is not None:
                 chunk.offloader.start()
@@ -320,8 +332,6 @@ class Parallel:
                 loss = chunk.root(micro_batch(mine, size, index))
             with self.clock.timing("backward"):
                 loss.backward()
-            total += loss.detach()
-        return total
 
     def _loss_context(self) -> AbstractContextManager[object]:
         return loss_parallel() if self._split_loss else nullcontext()
@@ -333,11 +343,16 @@ class Parallel:
                 add_partial(chunk.partial, self.place.tp_mesh)
         add_tied(self._tied)
 
-    def _mean(self, loss: torch.Tensor) -> torch.Tensor:
-        """The mean loss of the step, of what the ranks of the last stage have."""
-        total = loss.detach().float().to(self.place.device) / self.stage.tp
-        dist.all_reduce(total)
-        return total
+    def _mean(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss of the step, and what makes gradients those of it.
+
+        Of what the ranks of the last stage have tallied; both are 0 where nothing was learned.
+        """
+        tally = torch.stack([chunk.root.tally for chunk in self.chunks]).sum(0) / self.stage.tp
+        dist.all_reduce(tally)
+        total, number = tally.unbind()
+        share = torch.where(number == 0, 0.0, 1.0 / number)
+        return total * share, share / self._scale
 
     def _make_pipeline(self, job: _Job) -> Pipeline:
         anatomy, workload = job.subject.anatomy, self.plan.workload

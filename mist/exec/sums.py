@@ -66,6 +66,6 @@ def _copies(parameter: nn.Parameter, tp: int) -> int:
     return copies * (1 if "tp" in (mesh.mesh_dim_names or ()) else tp)
 
 
-def clip_scale(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:
+def clip_scale(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor:
     """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_ does."""
-    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
