@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from mist.exec.activations import Offloader, keep
 from mist.exec.adamw import AdamW, Settings, local, make_slots
 from mist.exec.anatomy import Anatomy
+from mist.exec.batch_shape import planned_shape
 from mist.exec.batches import micro_batch, own_rows, to_device
 from mist.exec.clock import Clock
 from mist.exec.grid import chunk_layers
@@ -239,6 +240,7 @@ class Parallel:
         self.clock = Clock(job.place.device)
         self._split_loss = job.split_loss
         self._scale = job.scale
+        self._batch_shape = planned_shape(job.subject.loaded, job.plan.workload)
         self._tied = tuple(_tied(job, self.parameters))
         on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
         share = self.stage.offload.optimizer
@@ -253,7 +255,10 @@ class Parallel:
         return self.plan.stages[self.place.stage]
 
     def train_step(self, batch: object) -> Step:
-        """One optimizer step on all samples of a step (each rank takes its own of them)."""
+        """One optimizer step on all samples of a step (each rank takes its own of them).
+
+        Raises InputError for a batch of another shape than the plan's, alike on every rank.
+        """
         loss, norm = self.unread_step(batch)
         return Step(loss=float(loss), norm=float(norm))
 
@@ -315,6 +320,7 @@ class Parallel:
 
     def gradients(self, batch: object) -> None:
         """Forward and backward of all micro-batches: gradients of summed losses (`_Job.scale`)."""
+        self._batch_shape.check(batch)
         count, size = self.plan.num_micro_batches, self.stage.micro_batch
         rows = own_rows(batch, self.place.grid, self.place.i, count)
         mine = to_device(rows, self.place.device)
