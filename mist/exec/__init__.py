@@ -17,7 +17,6 @@ from mist.refusals import refuse_small_host, refuse_unplayable, refuse_world
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    import torch
     from torch import nn
 
     from mist.exec.adamw import Settings
@@ -64,7 +63,7 @@ class ParallelOptions(TypedDict, total=False):
     settings: "Settings"
     seed: int
     make_batch: "Callable[[int, int], object]"
-    loss: "Callable[..., torch.Tensor]"
+    loss: Callable[..., object]
 
 
 def parallelize(model: "nn.Module", plan: Plan, **options: Unpack[ParallelOptions]) -> "Parallel":

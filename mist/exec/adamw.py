@@ -73,7 +73,7 @@ class AdamW:
         self.slots = tuple(slots)
         self._swapper = swapper
 
-    def step(self, scale: torch.Tensor | None = None) -> None:
+    def step(self, scale: torch.Tensor) -> None:
         """Update every parameter; gradients are multiplied by `scale` first."""
         self.num_steps += 1
         ready = [slot for slot in self.slots if slot.parameter.grad is not None]
@@ -86,7 +86,7 @@ class AdamW:
         for slot in self.slots:
             slot.parameter.grad = None
 
-    def _stream(self, buckets: Sequence[Sequence[Slot]], scale: torch.Tensor | None) -> None:
+    def _stream(self, buckets: Sequence[Sequence[Slot]], scale: torch.Tensor) -> None:
         coming = self._fetch(buckets[0]) if buckets else []
         leaving: list[Copy] = []
         for index, bucket in enumerate(buckets):
@@ -117,12 +117,9 @@ class AdamW:
                 if slot.away[index]:
                     yield self._swapper.to_host(updated[index], slot.tensors[index])
 
-    def _update(
-        self, tensors: Sequence[tuple[torch.Tensor, ...]], scale: torch.Tensor | None
-    ) -> None:
+    def _update(self, tensors: Sequence[tuple[torch.Tensor, ...]], scale: torch.Tensor) -> None:
         values, grads, first, second = (list(column) for column in zip(*tensors, strict=True))
-        if scale is not None:
-            torch._foreach_mul_(grads, scale)
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
         device = self._swapper.device
         past = torch.full((len(values),), float(self.num_steps - 1), device=device)
         beta1, beta2 = self.settings.betas

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from copy import deepcopy
 
-import torch
 from torch import nn
 
 from mist.exec.anatomy import examine
@@ -19,7 +18,7 @@ def subject_of_module(
     model: nn.Module,
     plan: Plan,
     make_batch: Callable[..., object] | None,
-    loss: Callable[..., torch.Tensor] | None,
+    loss: Callable[..., object] | None,
 ) -> tuple[Subject, ModelFacts]:
     """What `build` needs of a module, and the facts that tell whether the plan is for it.
 

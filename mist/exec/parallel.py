@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from mist.exec.activations import Offloader, keep
 from mist.exec.adamw import AdamW, Settings, local, make_slots
 from mist.exec.anatomy import Anatomy
+from mist.exec.batch_shape import planned_shape
 from mist.exec.batches import micro_batch, own_rows, to_device
 from mist.exec.clock import Clock
 from mist.exec.grid import chunk_layers
@@ -25,7 +26,7 @@ from mist.exec.meshes import Place, new_groups, take_place
 from mist.exec.pipeline import Pipeline, Shell
 from mist.exec.rules_tp import TensorRules, tensor_rules
 from mist.exec.split import Chunk, cut
-from mist.exec.sums import Tied, add_partial, add_tied, at_least_fp32, clip_scale, global_norm
+from mist.exec.sums import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.swap import Swapper
 from mist.exec.tensor import Part, divide
 from mist.exec.weights import fill, whole_values
@@ -91,6 +92,14 @@ class _Job:
     @property
     def stage(self) -> StagePlan:
         return self.plan.stages[self.place.stage]
+
+    @property
+    def scale(self) -> float:
+        """What summed losses are multiplied by before the backward pass, to keep gradients small.
+
+        What they are sums over is known only after it: gradients are divided by that at the end.
+        """
+        return 1.0 / self.plan.workload.tokens_per_step
 
     @property
     def split_loss(self) -> bool:
@@ -163,7 +172,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     if stage.tp > 1:
         rules = job.subject.rules[stage.tp]
         summed = divide(part.module, rules, ends, place.tp_mesh)
-    root = Chunk(part, 1.0 / (job.plan.num_micro_batches * stage.dp))
+    root = Chunk(part, job.scale)
     modules = [part.module.get_submodule(name) for name in names]
     offloader = _keep(job, modules, of_layers)
     away = modules[first_on_host:]
@@ -232,6 +241,8 @@ class Parallel:
         self.swapper = job.swapper
         self.clock = Clock(job.place.device)
         self._split_loss = job.split_loss
+        self._scale = job.scale
+        self._batch_shape = planned_shape(job.subject.loaded, job.plan.workload)
         self._tied = tuple(_tied(job, self.parameters))
         on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
         share = self.stage.offload.optimizer
@@ -246,7 +257,10 @@ class Parallel:
         return self.plan.stages[self.place.stage]
 
     def train_step(self, batch: object) -> Step:
-        """One optimizer step on all samples of a step (each rank takes its own of them)."""
+        """One optimizer step on all samples of a step (each rank takes its own of them).
+
+        Raises InputError for a batch of another shape than the plan's, alike on every rank.
+        """
         loss, norm = self.unread_step(batch)
         return Step(loss=float(loss), norm=float(norm))
 
@@ -254,15 +268,16 @@ class Parallel:
         """The same step; mean loss and norm stay on the device."""
         self.clock.start()
         with self._loss_context():
-            loss = self.gradients(batch)
+            self.gradients(batch)
         with self.clock.timing("sums"):
             self._add_up()
-            norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+            loss, factor = self._mean()
+            sums_norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+            norm = sums_norm * factor
         with self.clock.timing("optimizer"):
-            self.optimizer.step(clip_scale(norm, self.optimizer.settings.max_norm))
+            self.optimizer.step(factor * clip_scale(norm, self.optimizer.settings.max_norm))
             self.optimizer.zero_grad()
-        with self.clock.timing("sums"):
-            return self._mean(loss), norm
+        return loss, norm
 
     def measured_step(self, batch: object) -> tuple[Step, Measured]:
         """A step that is watched: slower on the CPU, where every operation is counted."""
@@ -305,15 +320,18 @@ class Parallel:
             for group in mesh.get_all_groups()
         }
 
-    def gradients(self, batch: object) -> torch.Tensor:
-        """Forward and backward of all micro-batches; this rank's part of the mean loss."""
+    def gradients(self, batch: object) -> None:
+        """Forward and backward of all micro-batches: gradients of summed losses (`_Job.scale`)."""
+        self._batch_shape.check(batch)
         count, size = self.plan.num_micro_batches, self.stage.micro_batch
         rows = own_rows(batch, self.place.grid, self.place.i, count)
         mine = to_device(rows, self.place.device)
+        for each in self.chunks:
+            each.root.start(self.place.device)
         if self._pipeline is not None:
-            return self._pipeline.step(mine)
+            self._pipeline.step(mine)
+            return
         chunk = self._chunks[0]
-        total = torch.zeros((), device=self.place.device)
         for index in range(count):
             if chunk.offloader is not None:
                 chunk.offloader.start()
@@ -322,8 +340,6 @@ class Parallel:
                 loss = chunk.root(micro_batch(mine, size, index))
             with self.clock.timing("backward"):
                 loss.backward()
-            total += loss.detach()
-        return total
 
     def _loss_context(self) -> AbstractContextManager[object]:
         return loss_parallel() if self._split_loss else nullcontext()
@@ -335,11 +351,16 @@ class Parallel:
                 add_partial(chunk.partial, self.place.tp_mesh)
         add_tied(self._tied)
 
-    def _mean(self, loss: torch.Tensor) -> torch.Tensor:
-        """The mean loss of the step, of what the ranks of the last stage have."""
-        total = at_least_fp32(loss.detach()).to(self.place.device) / self.stage.tp
-        dist.all_reduce(total)
-        return total
+    def _mean(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss of the step, and what makes gradients those of it.
+
+        Of what the ranks of the last stage have tallied; both are 0 where nothing was learned.
+        """
+        tally = torch.stack([chunk.root.tally for chunk in self.chunks]).sum(0) / self.stage.tp
+        dist.all_reduce(tally)
+        total, number = tally.unbind()
+        share = torch.where(number == 0, 0.0, 1.0 / number)
+        return total * share, share / self._scale
 
     def _make_pipeline(self, job: _Job) -> Pipeline:
         anatomy, workload = job.subject.anatomy, self.plan.workload

@@ -254,16 +254,14 @@ class Pipeline:
         )
         self._first = any(stage.is_first for stage in stages)
 
-    def step(self, batch: object) -> torch.Tensor:
-        """Forward and backward of all micro-batches; the sum of the losses (0 but on the last)."""
+    def step(self, batch: object) -> None:
+        """Forward and backward of all micro-batches."""
         leaves, layout = tree_flatten(batch)
         for shell in self._shells:
             shell.layout = layout
-        losses: list[torch.Tensor] = []
-        target = {"target": leaves[0], "losses": losses} if self._last else {}
+        target = {"target": leaves[0]} if self._last else {}
         named = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
         self._schedule.step(**target, **named, return_outputs=False)
-        return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros(())
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from mist.exec.anatomy import Anatomy
+from mist.exec.loss import summed_loss
 from mist.trace.loader import LoadedModel
 
 
@@ -65,8 +65,11 @@ def _hidden(args: tuple[object, ...], kwargs: Mapping[str, object]) -> torch.Ten
 class Chunk(nn.Module):
     """Consecutive layers of a model with the ends that belong to them.
 
-    `forward(batch, received)`: the loss times `scale` on the last chunk, else the activation.
+    `forward(batch, received)`: the summed loss times `scale` on the last chunk, else the
+    activation. `tally`: of the step so far, the summed loss and the number of what it sums.
     """
+
+    tally: torch.Tensor
 
     def __init__(self, loaded: LoadedModel, scale: float) -> None:
         super().__init__()
@@ -76,13 +79,18 @@ class Chunk(nn.Module):
         entries = [m for m in loaded.module.modules() if isinstance(m, _Entry)]
         self.entry = entries[0] if entries else None
 
+    def start(self, device: torch.device) -> None:
+        """A step begins."""
+        self.tally = torch.zeros(2, dtype=torch.float64, device=device)
+
     def forward(self, batch: object, received: torch.Tensor | None = None) -> torch.Tensor:
         """One micro-batch; `received`: what the chunk before passed on."""
         if self.entry is not None and received is not None:
             self.entry.received = received
         try:
-            loss = self.loaded.run(batch)
-            return (loss.to_local() if isinstance(loss, DTensor) else loss) * self.scale
+            total, number = summed_loss(self.loaded, batch)
+            self.tally += torch.stack([total.detach().double(), number.double()])
+            return total * self.scale
         except _Leave as end:
             return end.hidden
         finally:

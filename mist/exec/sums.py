@@ -71,6 +71,6 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def clip_scale(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:
+def clip_scale(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor:
     """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_ does."""
-    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -12,7 +12,6 @@ from mist.trace import cache
 from mist.trace.source import ConfigSource, Policy, PythonSource, Setting, Source, resolve
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from mist.graph import ModelGraph
@@ -100,7 +99,7 @@ def trace_model(
     setting: Setting,
     *,
     make_batch: "Callable[[Size, Size], object] | None" = None,
-    loss: "Callable[..., torch.Tensor] | None" = None,
+    loss: Callable[..., object] | None = None,
 ) -> "ModelGraph":
     """The graph of a module; its tensors are only looked at for shape and dtype, on any device.
 

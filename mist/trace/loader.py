@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MakeBatch = Callable[[Size, Size], object]
-Loss = Callable[..., torch.Tensor]
+Number = int | float | torch.SymInt | torch.Tensor
+Loss = Callable[..., object]  # a mean, or the pair (sum over tokens, number of tokens)
 
 OURS: Final = Path(__file__).resolve().parents[1]
 TOKENS, IMAGES = "input_ids", "pixel_values"
+LABELS: Final = "labels"
 MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 # What a configuration without `architectures` is for: the first of these heads that it can have.
 HEADS: Final = (
@@ -83,16 +85,24 @@ class LoadedModel:
         return {"input_ids": ids, "labels": ids, **second}
 
     def run(self, batch: object) -> torch.Tensor:
-        """Forward and loss: the user's loss, the model's own, or cross-entropy of its logits."""
-        output = self._forward(batch)
+        """Forward and mean loss, as one process has them."""
+        loss, number = self.loss_of(self.forward(batch), batch)
+        return loss if number is None else loss / number
+
+    def loss_of(self, output: object, batch: object) -> tuple[torch.Tensor, Number | None]:
+        """The user's loss, the model's own, or cross-entropy of its logits.
+
+        A sum with the number of tokens in it, or a mean without. Raises TraceError.
+        """
         if self.loss is not None:
-            return self.loss(output, batch)
+            return _sum_or_mean(self.loss(output, batch))
         own = getattr(output, "loss", None)
         if isinstance(own, torch.Tensor):
-            return own
-        return cross_entropy(output, batch)
+            return own, None
+        return cross_entropy(output, batch), None
 
-    def _forward(self, batch: object) -> object:
+    def forward(self, batch: object) -> object:
+        """What the model makes of a batch."""
         if isinstance(batch, Mapping):
             return self.module(**batch, **self._no_cache())
         if isinstance(batch, tuple | list):
@@ -113,9 +123,24 @@ class LoadedModel:
 
 
 def cross_entropy(output: object, batch: object) -> torch.Tensor:
-    """The default loss: fp32 cross-entropy of logits [b, s, v] against the token ids."""
-    logits, ids = _first(getattr(output, "logits", output)), _first(batch)
+    """The default loss: fp32 cross-entropy of logits [b, s, v] against labels, else token ids."""
+    labels = batch.get(LABELS, batch) if isinstance(batch, Mapping) else batch
+    logits, ids = _first(getattr(output, "logits", output)), _first(labels)
     return F.cross_entropy(logits.float().flatten(0, -2), ids.flatten())
+
+
+def _sum_or_mean(loss: object) -> tuple[torch.Tensor, Number | None]:
+    """What a user's loss returned."""
+    if isinstance(loss, torch.Tensor):
+        return loss, None
+    if isinstance(loss, tuple | list) and len(loss) == 2:
+        total, number = loss
+        if isinstance(total, torch.Tensor) and isinstance(number, Number):
+            return total, number
+    raise TraceError(
+        f"loss(output, batch) returned {_a_type(loss)}. Return a mean (a scalar tensor), or the "
+        "pair (sum over tokens, number of tokens)."
+    )
 
 
 def _first(value: object) -> torch.Tensor:

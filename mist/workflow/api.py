@@ -16,7 +16,6 @@ from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question
 from mist.workflow.renting import offer_of, rent
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -39,7 +38,7 @@ class Options(TypedDict, total=False):
     attention: str
     margin: float | None
     make_batch: Callable[..., object] | None
-    loss: "Callable[..., torch.Tensor] | None"
+    loss: Callable[..., object] | None
 
 
 Model: TypeAlias = "str | os.PathLike[str] | nn.Module"

@@ -17,7 +17,6 @@ from mist.symbolic.program import ModelPrograms
 from mist.trace import Setting, trace_model
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from mist.graph import ModelGraph
@@ -42,7 +41,7 @@ class Question:
     attention: Attention = Attention.FLASH
     margin_ratio: float | None = None
     make_batch: Callable[..., object] | None = None
-    loss: "Callable[..., torch.Tensor] | None" = None
+    loss: Callable[..., object] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, str) and (self.make_batch or self.loss):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mist.exec import zero
 from mist.spec import Precision
+from mist.trace.loader import LoadedModel
 
 MAX_LOSS = 1e-9  # also of gradients and their norm
 MAX_PARAMETER = 1e-8  # AdamW divides a difference by at least eps, 1e-8, and multiplies by 1e-3
@@ -23,7 +24,7 @@ MAX_PARAMETER = 1e-8  # AdamW divides a difference by at least eps, 1e-8, and mu
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Within: what plans and models call fp32 is float64. A model must be made so too.
+    """Within: what plans and models call fp32 is float64. A model must be made so too (`wide`).
 
     The names are changed, not the calls (by a function mode): those of a layer that runs again
     within a backward pass would be missed.
@@ -39,6 +40,12 @@ def in_double() -> Iterator[None]:
         changed.callback(torch.set_default_dtype, default)
         torch.set_default_dtype(torch.float64)
         yield
+
+
+def wide(loaded: LoadedModel) -> LoadedModel:
+    """The same with its parameters and buffers, in place, in float64 within `in_double()`."""
+    loaded.module.to(torch.get_default_dtype())
+    return loaded
 
 
 _OF_TORCH = F.grouped_mm

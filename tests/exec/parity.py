@@ -27,7 +27,7 @@ from mist.exec.parallel import Parallel, build, subject_of
 from mist.exec.weights import whole_values
 from mist.spec import Attention
 from mist.trace.loader import LoadedModel
-from tests.exec.double import in_double
+from tests.exec.double import in_double, wide
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of
 from tests.exec.variants import SLOW, VARIANTS
 
@@ -40,9 +40,7 @@ def settings(max_norm: float | None) -> Settings:
 
 def loaded_of(variant: Variant, folder: Path) -> LoadedModel:
     """The model of a variant, in float64 within `in_double()`."""
-    loaded = load(plan_of(variant, folder).model.source, Attention.FLASH)
-    loaded.module.to(torch.get_default_dtype())
-    return loaded
+    return wide(load(plan_of(variant, folder).model.source, Attention.FLASH))
 
 
 def precision_of(variant: Variant) -> AbstractContextManager[None]:
@@ -92,8 +90,8 @@ def _trained(
     for step in range(NUM_STEPS):
         loss = loaded.run(batches.step(step))
         loss.backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         norm = nn.utils.clip_grad_norm_(model.parameters(), given.max_norm or math.inf)
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
         found["losses"].append(loss.item())
@@ -151,9 +149,10 @@ def watch_gradients(parallel: Parallel, known: Sequence[Mapping[str, torch.Tenso
     found: list[float] = []
     step = parallel.optimizer.step
 
-    def compared(scale: torch.Tensor | None = None) -> None:
-        gradients = {n: p.grad for n, p in parallel.parameters.items() if p.grad is not None}
-        assert set(gradients) == set(parallel.parameters)
+    def compared(scale: torch.Tensor) -> None:
+        held = {n: p.grad for n, p in parallel.parameters.items() if p.grad is not None}
+        assert set(held) == set(parallel.parameters)
+        gradients = {name: grad * scale.to(grad.device) for name, grad in held.items()}
         found.append(difference(gradients, known[len(found)]))
         step(scale)
 

@@ -123,6 +123,23 @@ def test_user_batch_and_loss() -> None:
     assert "aten.pow" in {op.name for op in graph.head.ops}
 
 
+def test_a_loss_that_is_a_pair_costs_what_its_mean_does() -> None:
+    def mean(output: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output.flatten(0, 1), ids.flatten())
+
+    def pair(output: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = F.cross_entropy(output.flatten(0, 1), ids.flatten(), reduction="sum")
+        return total, (ids != -100).sum()
+
+    model = Model([Layer(i) for i in range(2)])
+    heads = [trace_model(model, FP32, loss=loss).head for loss in (mean, pair)]
+    flop = [(head.flop("forward"), head.flop("backward")) for head in heads]
+    at = {B: 4, S: 64, T: 1}
+    saved = [sum(int(each.bytes.subs(at)) for each in head.saved) for head in heads]
+    assert flop[0] == flop[1]
+    assert abs(saved[0] - saved[1]) <= 16  # the number itself
+
+
 @pytest.mark.parametrize("policy", ["cuda", "cpu"])
 def test_math_attention_keeps_the_scores(policy: str) -> None:
     """4 heads: the probabilities [b, 4, s, s] in fp32 are kept for backward."""
