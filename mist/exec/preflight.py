@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -113,6 +114,10 @@ def shown_by_torchrun() -> Iterator[None]:
 def _report(environment: Mapping[str, str], error: MistError) -> None:
     path = environment.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        extra = {"py_callstack": "", "timestamp": "0"}
-        content = {"message": {"message": f"mist: {error}", "extraInfo": extra}}
+        words = f"mist: {error}"
+        extra = {
+            "py_callstack": words,
+            "timestamp": str(int(time.time())),
+        }  # shown as its traceback
+        content = {"message": {"message": words, "extraInfo": extra}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")

@@ -96,15 +96,20 @@ def test_a_run_is_logged_and_ends_cleanly_when_asked(folder: Path) -> None:
     wait_for(lambda: num_steps(log) >= 5)
     run.send_signal(signal.SIGTERM)
     out, errors = run.communicate(timeout=LIMIT_S)
-    assert run.returncode == 0, errors
+    assert run.returncode == 143, errors
+    assert errors.endswith("mist: ended by SIGTERM.\n")
     assert out == ""
     found = json.loads(log.read_text())
     done = len(found["steps"])
     assert f"asked to stop after step {done}" in errors
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{done}"]
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert saved == {f"step-{done}", ".lock"}
     assert [row["step"] for row in found["steps"]] == list(range(1, done + 1))
     assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]  # the alphabet is learnt
     assert [row["step"] for row in found["steps"] if "measured" in row] == [2]
+    assert {row["lr"] for row in found["steps"]} == {3e-3}
+    assert all(0 < row["norm"] < 100 for row in found["steps"])
+    assert "weights: drawn from seed 7\n" in errors
     assert found["stages"][0]["peak_bytes"] > 0
     assert read_log(log).step_s > 0
     parts = found["steps"][-1]["stages"][0]
