@@ -17,7 +17,7 @@ from mist.exec.batches import Batches
 from mist.exec.group import joined
 from mist.exec.loading import load
 from mist.exec.parallel import assemble, initialise, subject_of
-from mist.exec.stored import Stored, stored_weights
+from mist.exec.stored import Tensor, stored_weights
 from mist.exec.weights import Whole
 from mist.spec import Attention
 from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
@@ -35,7 +35,7 @@ VARIANTS = (
 class Counted:
     """Notes the bytes that are read of a stored tensor."""
 
-    stored: Stored
+    stored: Tensor
     read: list[int]
 
     def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:

@@ -11,10 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mist.calibrate.logs import read_log
-from mist.planfile import save_plan
+from mist.exec.batches import Batches
+from mist.exec.loading import load
+from mist.planfile import load_plan, save_plan
 from mist.plans import Plan
+from mist.spec import Attention
 from mist.trace import Setting, load_graph
 from tests.exec.layouts import LLAMA, S, Variant, plan_of, write_models
 
@@ -141,6 +146,24 @@ def test_a_plan_for_another_model_is_refused_before_any_rank(folder: Path) -> No
     assert run.returncode == 2
     assert "model.fingerprint: the plan is for another model (5 parameters; " in errors
     assert "step" not in errors
+
+
+@pytest.mark.timeout(150)
+def test_weights_beside_a_config_are_where_a_run_starts(folder: Path) -> None:
+    hub, log = folder / "hub", folder / "hub.json"
+    torch.manual_seed(11)
+    fields = {name: value for name, value in LLAMA.items() if name != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(hub)
+    plan = plan_file(Variant(name="hub", model="hub", stages=(S(),), micro=8), folder)
+    run = start(plan, "--steps", 1, "--log", log, folder=folder)
+    _, errors = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 0, errors
+    assert f"weights: read from {hub}\n" in errors
+    loaded = load(str(hub), Attention.FLASH)
+    batch = Batches(loaded, load_plan(plan).workload, 7).step(0)
+    assert isinstance(batch, dict)
+    own = LlamaForCausalLM.from_pretrained(hub)(**batch).loss.item()
+    assert json.loads(log.read_text())["steps"][0]["loss"] == pytest.approx(own, abs=2e-6)
 
 
 SLEEPING = """

@@ -16,6 +16,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from mist.errors import InputError
@@ -146,12 +148,37 @@ def test_weights_of_another_model_are_refused(
         names_of(llama)
 
 
-def test_experts_stored_one_by_one_are_refused(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        **config_of(LLAMA, num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1)
-    )
-    folder = saved(MixtralForCausalLM(config), tmp_path / "mixtral")
-    with pytest.raises(InputError, match="stores parts of what MixtralForCausalLM has in one"):
+EXPERTS = config_of(LLAMA, num_hidden_layers=2, num_experts_per_tok=1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS, num_local_experts=12)),
+        lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**EXPERTS, num_experts=12, moe_intermediate_size=32)
+        ),
+    ],
+)
+def test_experts_stored_one_by_one_are_stacked(
+    tmp_path: Path, model: Callable[[], PreTrainedModel]
+) -> None:
+    built = model()
+    folder = saved(built, tmp_path / "experts")
+    assert any(".experts.11." in name for name in load_file(folder / SINGLE))
+    stored = stored_weights(folder, load(str(folder), Attention.FLASH).module)
+    assert stored.keys() == dict(built.named_parameters()).keys()
+    for name, parameter in built.named_parameters():
+        last = tuple(slice(size // 2, size) for size in parameter.shape)
+        assert torch.equal(stored[name][last], parameter.detach()[last]), name
+
+
+def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
+    folder = saved(MixtralForCausalLM(MixtralConfig(**EXPERTS, num_local_experts=4)), tmp_path)
+    tensors = load_file(folder / SINGLE)
+    (name,) = (n for n in tensors if "layers.1" in n and ".experts.3.w2" in n)
+    save_file({n: value for n, value in tensors.items() if n != name}, folder / SINGLE)
+    with pytest.raises(InputError, match=r"experts.down_proj has shape \[3, 64, 128\], the model"):
         names_of(folder)
 
 
