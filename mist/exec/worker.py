@@ -164,9 +164,12 @@ class _Training:
 
     def _resume(self, last: Checkpoint) -> int:
         done = checkpoints.resume(self.parallel, last)
-        tokens = last.facts.get("tokens")
-        if tokens is not None:
-            self.batches.go_on(done, int(tokens))
+        if "tokens" in last.facts:
+            self.batches.go_on(done, int(last.facts["tokens"]))
+        elif self.options.data is not None:
+            self._say(
+                f"{last.path} does not say how many tokens were read: {done} steps of this plan"
+            )
         self.log.go_on(done)
         own = self._facts(done)
         words = [
