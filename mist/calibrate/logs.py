@@ -2,7 +2,8 @@
 
 {"steps": [{"step": 1, "seconds": 0.9, "stages": [{"forward_s": 0.2, ...}, ...], ...}, ...],
  "stages": [{"peak_bytes": 123, "collectives": [{"axis": "dp", "kind": ..}, ...]}, ...]} as JSON;
-only the seconds of the steps must be there.
+only the seconds of the steps must be there. Steps up to "resumed_after" are not looked at: the run
+that this one goes on from may have had another layout.
 """
 
 import json
@@ -77,7 +78,9 @@ def read_log(path: Path) -> RunLog:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        steps = [(float(row["seconds"]), row) for row in data["steps"]]
+        after = int(data.get("resumed_after", 0))
+        rows = [row for row in data["steps"] if not after or int(row["step"]) > after]
+        steps = [(float(row["seconds"]), row) for row in rows]
         parts = _parts([row for _, row in _counted(steps)])
         stages = tuple(_stage(row) for row in data.get("stages", ()))
     except (OSError, UnicodeDecodeError) as error:

@@ -65,6 +65,13 @@ def apply(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, of any layout.")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="Folder of safetensors [beside config.json, if any]."),
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Draw weights from the seed, read none.")
+    ] = False,
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds until a stuck collective fails.")
     ] = 600.0,
@@ -83,6 +90,8 @@ def apply(
         checkpoint=str(checkpoint) if checkpoint else None,
         every=every,
         resume=resume,
+        weights=str(weights) if weights else None,
+        from_scratch=from_scratch,
         timeout_s=timeout,
     )
     with redirect_stdout(sys.stderr):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from mist.errors import InputError
 from mist.exec.launch import run_ranks
 from mist.exec.options import RunOptions
+from mist.exec.preflight import preflight, say_finished, shown_by_torchrun
 from mist.plans import Plan
 from mist.refusals import refuse_small_host, refuse_unplayable, refuse_world
 
@@ -23,27 +24,39 @@ if TYPE_CHECKING:
     from mist.exec.parallel import Parallel
     from mist.facts import ModelFacts
 
-__all__ = ["RunOptions", "apply", "deferred", "parallelize"]
+__all__ = ["RunOptions", "apply", "deferred", "parallelize", "shown_by_torchrun"]
 
 
 def apply(options: RunOptions, plan: Plan, facts: "ModelFacts") -> None:
     """Train as a plan says: as one rank of torchrun, or by starting a rank for every device.
 
     `facts`: of the model that the plan names. Raises PlanError and InputError before any rank
-    starts, RankFailed when one dies.
+    starts, RankFailed when one dies, Stopped when the run was asked to end.
     """
     refuse_unplayable(plan, facts)
     planned = sum(stage.devices[1] for stage in plan.stages)
+    is_rank = "RANK" in os.environ  # torchrun or a cluster's launcher has started it
+    if is_rank:
+        refuse_world(plan, int(os.environ["WORLD_SIZE"]))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", planned))
     refuse_small_host(plan, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), local)
-    if "RANK" in os.environ:  # torchrun or a cluster's launcher has started this rank
-        from mist.exec.worker import run
+    leads = not is_rank or os.environ["RANK"] == "0"
+    found = preflight(options, plan, leads=leads)
+    try:
+        if found.finished:
+            if leads:
+                say_finished(found)
+        elif is_rank:
+            from mist.exec.worker import run
 
-        refuse_world(plan, int(os.environ["WORLD_SIZE"]))
-        run(options)
-        return
-    sys.stderr.flush()
-    run_ranks(["-m", "mist.exec.worker", options.dump()], planned)
+            run(found.options)
+        else:
+            sys.stderr.flush()
+            command = ["-m", "mist.exec.worker", found.options.dump()]
+            run_ranks(command, planned, held=found.held)
+    finally:
+        for handle in found.held:
+            os.close(handle)
 
 
 def deferred() -> "AbstractContextManager[None]":

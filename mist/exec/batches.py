@@ -31,6 +31,7 @@ class Batches:
         self._loaded = loaded
         self._workload = workload
         self._seed = seed
+        self._begin = (0, 0)  # a step, and the tokens that were read before it
         self._vocab_size = vocabulary(loaded)
         self._tokens = None if file is None else read_tokens(file, loaded, workload)
         if self._tokens is not None and int(self._tokens.max()) >= self._vocab_size:
@@ -38,6 +39,15 @@ class Batches:
                 f"{file} has token {int(self._tokens.max())}, but the vocabulary of "
                 f"{loaded.name} has {self._vocab_size}."
             )
+
+    def go_on(self, step: int, tokens: int) -> None:
+        """Take up a file where another run left it: after `tokens`, which it read in `step`s."""
+        self._begin = (step, tokens)
+
+    def position(self, step: int) -> int:
+        """Tokens that are read before a step (from 0)."""
+        first, tokens = self._begin
+        return tokens + (step - first) * self._workload.tokens_per_step
 
     def step(self, number: int) -> object:
         """All samples of a step (from 0), on the CPU."""
@@ -53,7 +63,7 @@ class Batches:
     def _ids(self, number: int, size: int, seq_len: int) -> torch.Tensor:
         if self._tokens is None:
             return torch.randint(0, self._vocab_size, (size, seq_len))
-        first = number * size * seq_len
+        first = self.position(number)
         places = np.arange(first, first + size * seq_len) % len(self._tokens)
         ids = self._tokens[places].astype(np.int64)
         return torch.from_numpy(ids).view(size, seq_len)

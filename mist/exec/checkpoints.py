@@ -3,33 +3,35 @@
 Every parameter and moment is saved under the model's own name as a distributed tensor (torch's
 distributed checkpoint, which knows which rank holds which part), so the layout does not matter. A
 checkpoint is written into a hidden folder and renamed when it is complete: what was there before
-stays whole, whatever happens meanwhile. The last KEPT ones stay.
+stays whole, whatever happens meanwhile. The KEPT ones that were written last stay. Buffers that a
+model saves with its weights are saved too: they may have come with them.
 """
 
 import json
 import os
-import re
 import shutil
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
 
-from mist.errors import InputError
+from mist.exec.folder import FACTS, Checkpoint, checkpoints
 from mist.exec.parallel import Parallel
 from mist.files import write_text
 
 KEPT: Final = 2
-NAME: Final = re.compile(r"step-(\d+)")
-FACTS: Final = "mist.json"
+BUFFER: Final = "buffer."
 
 
-def save(parallel: Parallel, folder: Path, facts: dict[str, object]) -> Path:
+def save(parallel: Parallel, folder: Path, facts: Mapping[str, object]) -> Path:
     """Write a checkpoint of the steps done so far; all ranks call it. Returns its folder."""
     number = parallel.optimizer.num_steps
     complete, partial = folder / f"step-{number}", folder / f".step-{number}.partial"
@@ -37,46 +39,43 @@ def save(parallel: Parallel, folder: Path, facts: dict[str, object]) -> Path:
         for left in folder.glob(".step-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_text(partial / FACTS, json.dumps({**facts, "step": number}))
+        order = max((each.order[0] for each in checkpoints(folder)), default=0) + 1
+        write_text(partial / FACTS, json.dumps({**facts, "step": number, "order": order}))
     dist.barrier()
     with _without_noise():
         write(_state(parallel), checkpoint_id=partial)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(complete, ignore_errors=True)
+        _remove(complete)
         partial.rename(complete)
         _flush(folder)
-        for old in _checkpoints(folder)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in checkpoints(folder)[:-KEPT]:
+            _remove(old.path)
     dist.barrier()
     return complete
 
 
-def resume(parallel: Parallel, folder: Path, facts: dict[str, object]) -> int:
-    """Go on from the last checkpoint in a folder; the number of steps done, 0 without one.
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which is none as soon as its name is gone: a death leaves no half."""
+    if checkpoint.exists():
+        half = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+        checkpoint.rename(half)
+        shutil.rmtree(half, ignore_errors=True)
 
-    Raises InputError when it is of another model or was started with another seed.
-    """
-    found = _checkpoints(folder)
-    if not found:
-        return 0
-    known = json.loads((found[-1] / FACTS).read_text())
-    for name, value in facts.items():
-        if known.get(name) != value:
-            raise InputError(
-                f"{found[-1]} was made with {name} {known.get(name)}, this run has {value}. "
-                "Give another --checkpoint folder, or the same model and seed."
-            )
+
+def resume(parallel: Parallel, last: Checkpoint) -> int:
+    """Go on from a checkpoint; the number of steps done."""
     with _without_noise():
-        load(_state(parallel), checkpoint_id=found[-1])
-    parallel.optimizer.num_steps = int(known["step"])
-    return parallel.optimizer.num_steps
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = {int(m[1]): path for path in folder.glob("step-*") if (m := NAME.fullmatch(path.name))}
-    return [found[number] for number in sorted(found)]
+        known = FileSystemReader(last.path).read_metadata().state_dict_metadata
+        # Earlier versions saved no buffers; everything else must be there.
+        state = {
+            name: value
+            for name, value in _state(parallel).items()
+            if name in known or not name.startswith(BUFFER)
+        }
+        load(state, checkpoint_id=last.path)
+    parallel.optimizer.num_steps = last.step
+    return last.step
 
 
 def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
@@ -87,7 +86,17 @@ def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
         state[f"model.{slot.name}"] = value
         state[f"first.{slot.name}"] = _like(value, slot.first)
         state[f"second.{slot.name}"] = _like(value, slot.second)
+    for chunk in parallel.chunks:
+        state.update({f"{BUFFER}{n}": value for n, value in saved_buffers(chunk.root.model)})
     return state
+
+
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a model saves with its weights, by name."""
+    for prefix, module in model.named_modules():
+        for name, value in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, value
 
 
 def _like(value: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """Starts the ranks of a run on this machine and ends them together. Torch-free.
 
-Each rank is a process of its own. The first that fails ends the others, and its traceback is what
-is shown. A rank whose launcher is gone sees the end of its standard input and leaves.
+Each rank is a process of its own. When one fails the others are ended, and the traceback of the one
+that was the cause is what is shown: ends are collected for a moment and judged by their kind, since
+which of them is seen first is chance. A rank whose launcher is gone sees the end of its standard
+input and leaves.
 """
 
 import os
@@ -23,13 +25,32 @@ GRACE_S: Final = 10.0  # between asking the other ranks to end and ending them
 POLL_S: Final = 0.05
 REFUSED: Final = 2  # exit code of a rank that was given what cannot be used
 LOST: Final = 75  # exit code of a rank that failed because another one did
-SETTLE_S: Final = 1.0  # in which the rank that failed first shows, where peers notice before us
+SETTLE_S: Final = 1.0  # in which the rank that is the cause shows, where peers notice before us
+CONSEQUENCE: Final = 2  # from this severity on, an exit code says that something else went wrong
+ASKING: Final = (signal.SIGINT, signal.SIGTERM)
+STOPPED: Final = {128 + number: number for number in ASKING}  # exit codes of ranks that were asked
 
 
 class RankFailed(MistError):
     """A rank died; the message has its number and the end of what it printed."""
 
     exit_code = 1
+
+
+class Stopped(MistError):
+    """The run was asked to end, and did; the exit code is that of shells: 128 + the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}.")
+        self.exit_code = 128 + number
+
+
+@dataclass(slots=True, kw_only=True)
+class _Asked:
+    """The signal that the launcher was sent, if any, and whether it killed the ranks for it."""
+
+    number: int | None = None
+    killed: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,22 +68,33 @@ class Rank:
         return self.errors.read().decode(errors="replace").strip()
 
 
-def run_ranks(command: Sequence[str], num_ranks: int, *, timeout_s: float | None = None) -> None:
+def run_ranks(
+    command: Sequence[str],
+    num_ranks: int,
+    *,
+    timeout_s: float | None = None,
+    held: Sequence[int] = (),
+) -> None:
     """Run `python *command` as every rank and wait for all of them.
 
     Ranks find themselves through RANK, LOCAL_RANK, WORLD_SIZE and MIST_RENDEZVOUS. SIGTERM and
-    Ctrl-C are passed on. Raises RankFailed with the first failure, also at the time limit.
+    Ctrl-C are passed on; the second one ends all at once. `held`: open files that ranks keep open
+    too, so that locks on them last as long as any rank. Raises RankFailed with the cause of the
+    first failure, also at the time limit, and Stopped after a signal.
     """
-    with tempfile.TemporaryDirectory(prefix="mist-") as folder:
-        ranks = [_start(command, number, num_ranks, Path(folder)) for number in range(num_ranks)]
-        with _passing_on(ranks):
+    with tempfile.TemporaryDirectory(prefix="mist-") as name:
+        folder = Path(name)
+        ranks = [_start(command, number, num_ranks, folder, held) for number in range(num_ranks)]
+        with _passing_on(ranks) as asked:
             try:
-                _wait(ranks, timeout_s)
+                _wait(ranks, timeout_s, asked)
             finally:
                 _end(ranks)
 
 
-def _start(command: Sequence[str], number: int, num_ranks: int, folder: Path) -> Rank:
+def _start(
+    command: Sequence[str], number: int, num_ranks: int, folder: Path, held: Sequence[int]
+) -> Rank:
     errors = (folder / f"errors-{number}").open("w+b")
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
@@ -72,6 +104,7 @@ def _start(command: Sequence[str], number: int, num_ranks: int, folder: Path) ->
         stdout=2,  # progress is no result
         stderr=errors,
         start_new_session=True,
+        pass_fds=held,
     )
     return Rank(number=number, process=process, errors=errors)
 
@@ -86,41 +119,79 @@ def _environment(number: int, num_ranks: int, folder: Path) -> Mapping[str, str]
 
 
 @contextmanager
-def _passing_on(ranks: Sequence[Rank]) -> Iterator[None]:
-    """Within: SIGTERM and Ctrl-C reach every rank, which saves and leaves."""
+def _passing_on(ranks: Sequence[Rank]) -> Iterator[_Asked]:
+    """Within: SIGTERM and Ctrl-C reach every rank, which saves and leaves; the second one kills."""
+    asked = _Asked()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.killed = asked.number is not None
+        asked.number = number
         for rank in ranks:
             if rank.process.poll() is None:
-                rank.process.send_signal(signal.SIGTERM)
+                rank.process.send_signal(signal.SIGKILL if asked.killed else number)
 
     before: dict[signal.Signals, Callable[..., object] | int | None] = {}
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in ASKING:
         before[name] = signal.signal(name, pass_on)
     try:
-        yield
+        yield asked
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
 
 
-def _wait(ranks: Sequence[Rank], timeout_s: float | None) -> None:
+def _wait(ranks: Sequence[Rank], timeout_s: float | None, asked: _Asked) -> None:
     limit = None if timeout_s is None else time.monotonic() + timeout_s
     while any(rank.process.poll() is None for rank in ranks):
-        _raise_first(ranks)
+        if any(_failed(rank) for rank in ranks):
+            break
         if limit is not None and time.monotonic() > limit:
             raise RankFailed(f"the ranks did not finish within {timeout_s:.0f} s.")
         time.sleep(POLL_S)
-    _raise_first(ranks)
+    if any(_failed(rank) for rank in ranks):
+        _settle(ranks)
+        _raise_cause(ranks, asked)
 
 
-def _raise_first(ranks: Sequence[Rank]) -> None:
-    """Raise for a failed rank: one that failed by itself before one that lost its peers."""
-    if not any(_failed(rank) for rank in ranks):
-        return
-    time.sleep(SETTLE_S)
-    first = min(filter(_failed, ranks), key=lambda rank: rank.process.returncode == LOST)
-    code = first.process.returncode
+def _settle(ranks: Sequence[Rank]) -> None:
+    """Wait for the ends of other ranks: longer while none of those seen explains itself."""
+    begin = time.monotonic()
+    while any(rank.process.poll() is None for rank in ranks):
+        codes = [rank.process.returncode for rank in ranks if _failed(rank)]
+        known = any(severity(code) < CONSEQUENCE for code in codes)
+        if time.monotonic() - begin > (SETTLE_S if known else GRACE_S):
+            return
+        time.sleep(POLL_S)
+
+
+def severity(code: int) -> int:
+    """How likely an exit code is a cause: 0 the likeliest, from CONSEQUENCE on an effect.
+
+    A signal comes from outside (out of memory, a crash), so before an exception: peers of a killed
+    rank raise. SIGABRT is what torch's watchdog and uncaught C++ errors do when peers are gone.
+    """
+    if code in STOPPED or -code in ASKING:
+        return 4  # asked to end, by us or by somebody
+    if code == LOST:
+        return 3
+    if code == -signal.SIGABRT:
+        return CONSEQUENCE
+    return 0 if code < 0 else 1
+
+
+def cause(codes: Mapping[int, int]) -> int:
+    """The rank whose end explains those of the others. `codes`: by rank, of those that failed."""
+    return min(codes, key=lambda number: (severity(codes[number]), number))
+
+
+def _raise_cause(ranks: Sequence[Rank], asked: _Asked) -> None:
+    """Raise for the rank that is the cause, or for the signal that ranks were asked to end by."""
+    codes = {rank.number: rank.process.returncode for rank in ranks if _failed(rank)}
+    first = ranks[cause(codes)]
+    code = codes[first.number]
+    number = STOPPED.get(code) if asked.number is None else asked.number
+    if number is not None and (asked.killed or severity(code) >= CONSEQUENCE):
+        raise Stopped(number)
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     error = RankFailed(f"rank {first.number} {how}.\n{first.tail()}")
     error.exit_code = REFUSED if code == REFUSED else 1

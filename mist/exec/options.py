@@ -10,7 +10,8 @@ from mist.errors import InputError
 class RunOptions:
     """One run of `mist apply`. Paths are text. `timeout_s`: of one collective.
 
-    `model`: where the model is, if not where the plan says.
+    `model`: where the model is, if not where the plan says. `weights`: a folder to read them from;
+    None: from beside the model's config.json where there are some, else drawn from the seed.
 
     Raises InputError for options that do not belong together.
     """
@@ -26,6 +27,8 @@ class RunOptions:
     checkpoint: str | None = None
     every: int = 0
     resume: bool = False
+    weights: str | None = None
+    from_scratch: bool = False
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -33,6 +36,8 @@ class RunOptions:
             raise InputError(f"--steps {self.steps} --every {self.every}: give positive numbers.")
         if (self.every or self.resume) and self.checkpoint is None:
             raise InputError("--every and --resume need --checkpoint DIR.")
+        if self.weights is not None and self.from_scratch:
+            raise InputError("--weights and --from-scratch exclude each other: give one.")
         for name in ("lr", "max_norm", "timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} {getattr(self, name)} is not a positive number.")

@@ -29,7 +29,7 @@ from mist.exec.split import Chunk, cut
 from mist.exec.sums import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.swap import Swapper
 from mist.exec.tensor import Part, divide
-from mist.exec.weights import fill, whole_values
+from mist.exec.weights import Whole, fill, whole_values
 from mist.exec.zero import COMPUTE, Level, begin_backward, shard
 from mist.plans import Plan, StagePlan
 from mist.spec import MemoryLevel
@@ -42,13 +42,13 @@ Memory = Callable[[], AbstractContextManager[object]]
 class Subject:
     """A model with what is known of it: what `build` needs beside the plan.
 
-    `given`: whole values of parameters that do not come from the seed.
+    `given`: values of parameters that do not come from the seed, in memory or in files.
     """
 
     loaded: LoadedModel
     anatomy: Anatomy
     rules: Mapping[int, TensorRules]
-    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    given: Mapping[str, Whole] = field(default_factory=dict)
 
 
 def subject_of(loaded: LoadedModel, anatomy: Anatomy, plan: Plan) -> Subject:

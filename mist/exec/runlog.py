@@ -1,11 +1,13 @@
 """The log of a run: a line for each step, and one JSON file. Torch-free.
 
-{"steps": [{"step": 1, "loss": 5.5, "seconds": 0.4, "tokens_per_s": 1024.0, "stages":
-    [{"forward_s": 0.1, "backward_s": 0.2, "sums_s": 0.01, "optimizer_s": 0.05}, ...]}, ...],
- "stages": [{"peak_bytes": 123, "rank": 0, "collectives": [...]}, ...], ...}
+{"steps": [{"step": 1, "loss": 5.5, "norm": 1.2, "lr": 3e-4, "seconds": 0.4, "tokens_per_s": 1024.0,
+    "stages": [{"forward_s": 0.1, "backward_s": 0.2, "sums_s": 0.01, "optimizer_s": 0.05}, ...]},
+    ...],
+ "stages": [{"peak_bytes": 123, "rank": 0, "collectives": [...]}, ...], "resumed_after": 0, ...}
 
-`mist compare PLAN LOG` and `mist calibrate PLAN LOG` read it. The file appears whole or not at all,
-after every step.
+`norm`: of the gradient, before clipping. `mist compare PLAN LOG` and `mist calibrate PLAN LOG` read
+the steps behind `resumed_after`: those before may have had another layout. The file appears whole
+or not at all, after every step.
 """
 
 import json
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mist.errors import InputError
 from mist.files import write_text
 from mist.units import GIB
 
@@ -27,18 +30,23 @@ class RunLog:
     steps: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
+    def go_on(self, step: int) -> None:
+        """Keep what the file says of the steps that a resumed run does not repeat."""
+        self.about["resumed_after"] = step
+        if self.path is not None:
+            self.steps = [row for row in steps_of(self.path) if row["step"] <= step]
+
     def step(self, done: dict[str, Any], tokens: int, *, measured: bool) -> None:
-        """Add a step: step, loss, seconds, stages. `measured`: watched, so slower on the CPU."""
+        """Add a step: step, loss, norm, lr, seconds, stages. `measured`: slower on the CPU."""
         number, loss, seconds = done["step"], done["loss"], done["seconds"]
         row = {**done, "tokens_per_s": tokens / seconds}
         self.steps.append({**row, "measured": True} if measured else row)
         peak = max((stage["peak_bytes"] for stage in self.stages), default=0)
         memory = f"  peak {peak / GIB:.3f} GiB" if peak else ""
         note = "  (watched: slower)" if measured else ""
-        line = (
-            f"step {number:5d}  loss {loss:.5f}  {seconds:.3f} s  {tokens / seconds:,.0f} tokens/s"
-        )
-        say(f"{line}{memory}{note}")
+        line = f"step {number:5d}  loss {loss:.5f}  norm {done['norm']:.4f}  lr {done['lr']:.2e}"
+        speed = f"{seconds:.3f} s  {tokens / seconds:,.0f} tokens/s"
+        say(f"{line}  {speed}{memory}{note}")
         self.write()
 
     def write(self) -> None:
@@ -46,6 +54,19 @@ class RunLog:
         if self.path is not None:
             data = {**self.about, "steps": self.steps, "stages": self.stages}
             write_text(self.path, json.dumps(data, indent=1) + "\n")
+
+
+def steps_of(path: Path) -> list[dict[str, Any]]:
+    """The steps in a log of an earlier run, none where there is no file. Raises InputError."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["steps"]
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--log {path} is no log of a run, and --resume would write into it. Give another file."
+        ) from error
 
 
 def say(message: str) -> None:

@@ -7,7 +7,7 @@ seed and the module's name; each rank keeps its shards. One module is whole at a
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import nn
@@ -57,25 +57,34 @@ def _initialise(model: nn.Module, module: nn.Module) -> None:
         models(module)
 
 
-def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a parameter its part of a whole value, which every rank has."""
+class Whole(Protocol):
+    """All of a parameter's value, in memory or in a file: indexing gives the part within bounds."""
+
+    def __getitem__(self, bounds: tuple[slice, ...], /) -> torch.Tensor: ...
+
+
+def fill(parameter: torch.Tensor, value: Whole) -> None:
+    """Give a parameter its part of a whole value, which every rank can read."""
     target = parameter.detach()
     if isinstance(target, DTensor):
-        target.to_local().copy_(part_of(value, target))
+        target.to_local().copy_(value[bounds_of(target)])
     else:
-        target.copy_(value)
+        target.copy_(value[tuple(slice(0, size) for size in target.shape)])
 
 
-def part_of(whole: torch.Tensor, target: DTensor) -> torch.Tensor:
-    """This rank's part: FSDP2 divides what tensor parallelism (the last axis) divided before."""
+def bounds_of(target: DTensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole, in each dimension.
+
+    FSDP2 divides what tensor parallelism (the last axis) divided before, both as `torch.chunk`.
+    """
     mesh = target.device_mesh
     place = mesh.get_coordinate()
     assert place is not None
+    bounds = [range(size) for size in target.shape]
     for axis in reversed(range(mesh.ndim)):
         placement = target.placements[axis]
         if isinstance(placement, Shard | _StridedShard):
-            parts = whole.chunk(mesh.size(axis), placement.dim)
-            index = place[axis]
-            none = whole.narrow(placement.dim, 0, 0)
-            whole = parts[index] if index < len(parts) else none
-    return whole
+            whole = bounds[placement.dim]
+            size = -(-len(whole) // mesh.size(axis))
+            bounds[placement.dim] = whole[place[axis] * size : (place[axis] + 1) * size]
+    return tuple(slice(each.start, each.stop) for each in bounds)

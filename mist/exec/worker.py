@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,17 +21,22 @@ from mist.exec import checkpoints
 from mist.exec.adamw import Settings
 from mist.exec.anatomy import examine
 from mist.exec.batches import Batches
+from mist.exec.folder import Checkpoint, last_of
 from mist.exec.group import joined
-from mist.exec.launch import LOST
+from mist.exec.launch import ASKING, LOST, Stopped
 from mist.exec.loading import load
 from mist.exec.options import RunOptions
-from mist.exec.parallel import Parallel, build, subject_of
+from mist.exec.parallel import Parallel, Subject, assemble, initialise, subject_of
+from mist.exec.preflight import same_facts
 from mist.exec.runlog import RunLog, say
+from mist.exec.stored import stored_weights
+from mist.exec.weights import seed_of
 from mist.planfile import load_plan
 from mist.plans import Plan
 from mist.refusals import refuse_unplayable, refuse_world
 
-OF_PEERS = ("gloo", "NCCL", "Connection", "Timed out", "Broken pipe")  # errors that peers cause
+OF_PEERS = ("gloo", "NCCL", "Connection", "Timed out", "Broken pipe")  # words of errors by peers
+CHANGEABLE = ("lr", "data", "global_batch", "seq_len")  # a resumed run may differ in, and says so
 WATCHED = 1  # the step (from 0) whose memory and collectives are measured: the first with moments
 
 
@@ -45,44 +50,64 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
-        return LOST if any(word in str(error) for word in OF_PEERS) else 1
+        return LOST if _by_peers(error) else 1
     return 0
 
 
+def _by_peers(error: Exception) -> bool:
+    """Whether torch raised since another rank is gone; a model's own errors may use any words."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error) for word in OF_PEERS)
+
+
 def run(options: RunOptions) -> None:
-    """Train as this rank; RANK, LOCAL_RANK and WORLD_SIZE say which. Raises InputError."""
+    """Train as this rank; RANK, LOCAL_RANK and WORLD_SIZE say which.
+
+    Raises InputError, and Stopped when it was asked to end.
+    """
     plan = load_plan(options.plan)
     refuse_unplayable(plan, None)
     refuse_world(plan, int(os.environ["WORLD_SIZE"]))
     loaded = load(options.model or plan.model.source, plan.workload.attention)
     subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
+    if options.weights is not None:
+        given = stored_weights(Path(options.weights), loaded.module)
+        subject = replace(subject, given=given)
     file = Path(options.data) if options.data else None
     batches = Batches(loaded, plan.workload, options.seed, file)
     settings = Settings(lr=options.lr, max_norm=options.max_norm)
     with _asked_to_stop() as stop, joined(options.timeout_s) as device:
-        parallel = build(subject, plan, device, settings, options.seed)
-        _Training(options=options, plan=plan, parallel=parallel, batches=batches, stop=stop).run()
+        parallel = assemble(subject, plan, device, settings)
+        training = _Training(
+            options=options, plan=plan, parallel=parallel, batches=batches, stop=stop
+        )
+        training.run(subject)
 
 
 @dataclass(slots=True)
 class _Stop:
-    """Whether SIGTERM came."""
+    """The number of the signal that asked for the end; 0: none came."""
 
-    asked: bool = False
+    number: int = 0
 
 
 @contextmanager
 def _asked_to_stop() -> Iterator[_Stop]:
+    """Within: the first SIGTERM or Ctrl-C is noted, a second one ends the process at once."""
     stop = _Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
+        stop.number = number
+        for each in ASKING:
+            signal.signal(each, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {each: signal.signal(each, note) for each in ASKING}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,41 +126,85 @@ class _Training:
         about = {"model": self.plan.model.name, "device": self.parallel.place.device.type}
         self.log = RunLog(path=path, about={**about, "ranks": dist.get_world_size()})
 
-    def run(self) -> None:
-        first = self._resume()
-        for number in range(first, self.options.steps):
-            self._step(number, watched=number - first == min(WATCHED, self.options.steps - 1))
-            done = number + 1
-            ending = self._anyone_stops()
-            if self._due(done, ending=ending):
-                self._save()
-            if ending:
-                self._say(f"asked to stop after step {done}")
-                return
+    def run(self, subject: Subject) -> None:
+        """Train to the last step, from the last checkpoint or from the subject's first weights.
 
-    def _resume(self) -> int:
-        if not (self.options.resume and self.options.checkpoint):
-            return 0
-        folder = Path(self.options.checkpoint)
-        done = checkpoints.resume(self.parallel, folder, self._facts())
-        self._say(f"resumed after step {done}" if done else f"nothing to resume in {folder}")
+        Raises Stopped after a signal, and a checkpoint.
+        """
+        first = self._begin(subject)
+        for number in range(first, self.options.steps):
+            last = self.options.steps - first - 1
+            self._step(number, watched=number - first == min(WATCHED, last))
+            done = number + 1
+            asked = self._anyone_asked()
+            if self._due(done, ending=asked > 0):
+                self._save()
+            if asked:
+                self._say(f"asked to stop after step {done}")
+                raise Stopped(asked)
+
+    def _begin(self, subject: Subject) -> int:
+        """Give weights and moments their values; the number of steps that are done."""
+        options = self.options
+        last = self._last() if options.resume else None
+        if last is not None:
+            return self._resume(last)
+        initialise(self.parallel, subject, options.seed)
+        self.log.about["weights"] = options.weights or f"seed {options.seed}"
+        read = f"read from {options.weights}"
+        self._say(f"weights: {read if options.weights else f'drawn from seed {options.seed}'}")
+        return 0
+
+    def _last(self) -> Checkpoint | None:
+        assert self.options.checkpoint is not None
+        last = last_of(Path(self.options.checkpoint), same_facts(self.options, self.plan))
+        if last is None:
+            self._say(f"nothing to resume in {self.options.checkpoint}")
+        return last
+
+    def _resume(self, last: Checkpoint) -> int:
+        done = checkpoints.resume(self.parallel, last)
+        if "tokens" in last.facts:
+            self.batches.go_on(done, int(last.facts["tokens"]))
+        elif self.options.data is not None:
+            self._say(
+                f"{last.path} does not say how many tokens were read: {done} steps of this plan"
+            )
+        self.log.go_on(done)
+        own = self._facts(done)
+        words = [
+            f"{name} was {last.facts[name]}, is {own[name]}"
+            for name in CHANGEABLE
+            if name in last.facts and last.facts[name] != own[name]
+        ]
+        self._say("; ".join([f"weights: of {last.path}; resumed after step {done}", *words]))
         return done
 
     def _step(self, number: int, *, watched: bool) -> None:
         batch = self.batches.step(number)
+        place = self.parallel.place
+        # Dropout draws the same, resumed or not; ranks that share samples draw alike.
+        torch.manual_seed(seed_of(self.options.seed, "step", number, place.stage, place.i))
         begin = time.perf_counter()
         if watched:
             step, measured = self.parallel.measured_step(batch)
         else:
             step = self.parallel.train_step(batch)
-        if self.parallel.place.device.type == "cuda":
+        if place.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         parts = self._stage_parts()
         if watched:
             self._gather(asdict(measured))
         if dist.get_rank() == 0:
-            done = {"step": number + 1, "loss": step.loss, "seconds": seconds, "stages": parts}
+            done = {
+                "step": number + 1,
+                "loss": step.loss,
+                "norm": step.norm,
+                "lr": self.parallel.optimizer.settings.lr,
+                "seconds": seconds,
+                "stages": parts,
+            }
             self.log.step(done, self.plan.workload.tokens_per_step, measured=watched)
 
     def _stage_parts(self) -> list[dict[str, float]]:
@@ -161,10 +230,11 @@ class _Training:
             peak = max(row["peak_bytes"] for row in rows)
             self.log.stages.append({**rows[0], "peak_bytes": peak})
 
-    def _anyone_stops(self) -> bool:
-        flag = torch.tensor(float(self.stop.asked), device=self.parallel.place.device)
+    def _anyone_asked(self) -> int:
+        """The signal that any rank was asked to end by; 0: none."""
+        flag = torch.tensor(float(self.stop.number), device=self.parallel.place.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return int(flag)
 
     def _due(self, done: int, *, ending: bool) -> bool:
         last = ending or done == self.options.steps
@@ -173,11 +243,21 @@ class _Training:
 
     def _save(self) -> None:
         assert self.options.checkpoint is not None
-        path = checkpoints.save(self.parallel, Path(self.options.checkpoint), self._facts())
+        facts = self._facts(self.parallel.optimizer.num_steps)
+        path = checkpoints.save(self.parallel, Path(self.options.checkpoint), facts)
         self._say(f"saved {path}")
 
-    def _facts(self) -> dict[str, object]:
-        return {"fingerprint": self.plan.model.fingerprint, "seed": self.options.seed}
+    def _facts(self, done: int) -> dict[str, object]:
+        """What a checkpoint says of the run, for the one that goes on from it."""
+        workload, file = self.plan.workload, self.options.data
+        return {
+            **same_facts(self.options, self.plan),
+            "tokens": self.batches.position(done),
+            "lr": self.options.lr,
+            "data": str(Path(file).resolve()) if file else None,
+            "global_batch": workload.global_batch,
+            "seq_len": workload.seq_len,
+        }
 
     def _say(self, message: str) -> None:
         if dist.get_rank() == 0:

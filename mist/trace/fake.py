@@ -22,8 +22,9 @@ LocalShape = Callable[[torch.Tensor], tuple[Size, ...] | None]
 class Fakes:
     """Fake copies of tensors, one each however often a tensor is used.
 
-    Parameters of 32 or more bits take the traced precision; buffers keep their dtype, as under
-    FSDP2's mixed precision. `local_shape` gives the shape of a rank's shard.
+    Parameters take the traced precision, from whichever floating-point dtype they were built in (8
+    bits excepted: those are codes); buffers keep theirs, as under FSDP2's mixed precision.
+    `local_shape` gives the shape of a rank's shard.
     """
 
     def __init__(self, symbols: Symbols, dtype: torch.dtype, local_shape: LocalShape) -> None:
@@ -55,8 +56,8 @@ class Fakes:
         shape = self._local_shape(tensor)
         if not isinstance(tensor, nn.Parameter):
             return self._empty(tensor, tensor.dtype, shape)
-        narrows = tensor.is_floating_point() and tensor.element_size() >= self._dtype.itemsize
-        copy = self._empty(tensor, self._dtype if narrows else tensor.dtype, shape)
+        cast = tensor.is_floating_point() and tensor.element_size() > 1
+        copy = self._empty(tensor, self._dtype if cast else tensor.dtype, shape)
         return nn.Parameter(copy, requires_grad=tensor.requires_grad)
 
     def _empty(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mist.exec import RunOptions, apply
+from mist.exec import RunOptions, apply, shown_by_torchrun
 from mist.planfile import load_plan
 from mist.trace import Setting, load_graph
 from mist.workflow.checking import question_of
@@ -13,12 +13,13 @@ from mist.workflow.checking import question_of
 def apply_plan(path: Path, options: RunOptions, progress: Callable[[str], None]) -> None:
     """Train as the plan in a file says.
 
-    Raises InputError for what cannot be run, before any rank starts, and RankFailed.
+    Raises InputError for what cannot be run, before any rank starts, RankFailed and Stopped.
     """
-    plan = load_plan(path)
-    source = question_of(plan, path, None).model
-    assert isinstance(source, str)
-    workload = plan.workload
-    setting = Setting(precision=workload.precision, attention=workload.attention)
-    facts = load_graph(source, setting, progress=progress).facts
-    apply(replace(options, model=source), plan, facts)
+    with shown_by_torchrun():
+        plan = load_plan(path)
+        source = question_of(plan, path, None).model
+        assert isinstance(source, str)
+        workload = plan.workload
+        setting = Setting(precision=workload.precision, attention=workload.attention)
+        facts = load_graph(source, setting, progress=progress).facts
+        apply(replace(options, model=source), plan, facts)

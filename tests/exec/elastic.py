@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mist.exec import checkpoints
+from mist.exec.folder import last_of
 from mist.exec.group import joined
 from tests.exec.double import in_double
 from tests.exec.layouts import S, Variant
@@ -61,7 +62,9 @@ def _resumed(
     variant: Variant, folder: Path, device: torch.device, saved: str = "checkpoints"
 ) -> list[float]:
     run = Run(variant, folder, device, MAX_NORM, in_double)
-    done = checkpoints.resume(run.parallel, folder / saved, FACTS)
+    last = last_of(folder / saved, FACTS)
+    assert last is not None
+    done = checkpoints.resume(run.parallel, last)
     return [done, *run.train(done, done + 2)]
 
 
@@ -83,7 +86,9 @@ def die(folder: Path, device: torch.device) -> None:
 
 def recover(folder: Path, device: torch.device) -> None:
     run = Run(TWO, folder, device, MAX_NORM, in_double)
-    assert checkpoints.resume(run.parallel, folder / "dying", FACTS) == 1
+    last = last_of(folder / "dying", FACTS)
+    assert last is not None
+    assert checkpoints.resume(run.parallel, last) == 1
     run.train(1, 2)
     checkpoints.save(run.parallel, folder / "dying", FACTS)
 

@@ -11,10 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mist.calibrate.logs import read_log
-from mist.planfile import save_plan
+from mist.exec.batches import Batches
+from mist.exec.loading import load
+from mist.planfile import load_plan, save_plan
 from mist.plans import Plan
+from mist.spec import Attention
 from mist.trace import Setting, load_graph
 from tests.exec.layouts import LLAMA, S, Variant, plan_of, write_models
 
@@ -96,15 +101,20 @@ def test_a_run_is_logged_and_ends_cleanly_when_asked(folder: Path) -> None:
     wait_for(lambda: num_steps(log) >= 5)
     run.send_signal(signal.SIGTERM)
     out, errors = run.communicate(timeout=LIMIT_S)
-    assert run.returncode == 0, errors
+    assert run.returncode == 143, errors
+    assert errors.endswith("mist: ended by SIGTERM.\n")
     assert out == ""
     found = json.loads(log.read_text())
     done = len(found["steps"])
     assert f"asked to stop after step {done}" in errors
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{done}"]
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert saved == {f"step-{done}", ".lock"}
     assert [row["step"] for row in found["steps"]] == list(range(1, done + 1))
     assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]  # the alphabet is learnt
     assert [row["step"] for row in found["steps"] if "measured" in row] == [2]
+    assert {row["lr"] for row in found["steps"]} == {3e-3}
+    assert all(0 < row["norm"] < 100 for row in found["steps"])
+    assert "weights: drawn from seed 7\n" in errors
     assert found["stages"][0]["peak_bytes"] > 0
     assert read_log(log).step_s > 0
     parts = found["steps"][-1]["stages"][0]
@@ -136,6 +146,24 @@ def test_a_plan_for_another_model_is_refused_before_any_rank(folder: Path) -> No
     assert run.returncode == 2
     assert "model.fingerprint: the plan is for another model (5 parameters; " in errors
     assert "step" not in errors
+
+
+@pytest.mark.timeout(150)
+def test_weights_beside_a_config_are_where_a_run_starts(folder: Path) -> None:
+    hub, log = folder / "hub", folder / "hub.json"
+    torch.manual_seed(11)
+    fields = {name: value for name, value in LLAMA.items() if name != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(hub)
+    plan = plan_file(Variant(name="hub", model="hub", stages=(S(),), micro=8), folder)
+    run = start(plan, "--steps", 1, "--log", log, folder=folder)
+    _, errors = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 0, errors
+    assert f"weights: read from {hub}\n" in errors
+    loaded = load(str(hub), Attention.FLASH)
+    batch = Batches(loaded, load_plan(plan).workload, 7).step(0)
+    assert isinstance(batch, dict)
+    own = LlamaForCausalLM.from_pretrained(hub)(**batch).loss.item()
+    assert json.loads(log.read_text())["steps"][0]["loss"] == pytest.approx(own, abs=2e-6)
 
 
 SLEEPING = """

@@ -1,0 +1,71 @@
+"""Rank program: first loss and parameters from files under several layouts (test_stored).
+
+`python -m tests.exec.from_files DIR`: DIR has the folders and, for each, the loss of the file.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mist.exec.anatomy import examine
+from mist.exec.batches import Batches
+from mist.exec.group import joined
+from mist.exec.loading import load
+from mist.exec.parallel import assemble, initialise, subject_of
+from mist.exec.stored import Tensor, stored_weights
+from mist.exec.weights import Whole
+from mist.spec import Attention
+from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
+from tests.exec.parity import SEED, parameter_error, settings
+
+VARIANTS = (
+    Variant(name="zero3", model="untied", stages=(S(dp=2, zero=3),), micro=8),
+    Variant(name="tp2", model="untied", stages=(S(tp=2, sp=True, zero=1),), micro=8),
+    Variant(name="pp2", model="untied", stages=(S(layers=(1,)), S(layers=(3,))), micro=4),
+    Variant(name="tied", model="tied", stages=(S(layers=(1,)), S(layers=(3,))), micro=4),
+)
+
+
+@dataclass(kw_only=True)
+class Counted:
+    """Notes the bytes that are read of a stored tensor."""
+
+    stored: Tensor
+    read: list[int]
+
+    def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
+        part = self.stored[bounds]
+        self.read.append(part.numel() * part.element_size())
+        return part
+
+
+def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, object]:
+    plan = plan_of(variant, folder)
+    loaded = load(plan.model.source, Attention.FLASH)
+    read: list[int] = []
+    stored = stored_weights(folder / variant.model, loaded.module)
+    given: Mapping[str, Whole] = {n: Counted(stored=s, read=read) for n, s in stored.items()}
+    subject = replace(subject_of(loaded, examine(loaded, SEQ_LEN), plan), given=given)
+    parallel = assemble(subject, plan, device, settings(None))
+    initialise(parallel, subject, SEED)
+    whole = torch.load(folder / f"{variant.model}.pt", weights_only=True)
+    error = torch.tensor(parameter_error(parallel, whole))
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    sizes: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(sizes, sum(read))
+    loss = parallel.train_step(Batches(loaded, plan.workload, SEED).step(0)).loss
+    return {"error": error.item(), "read": sizes, "loss": loss}
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    with joined(25.0) as where:
+        results = {variant.name: found(variant, place, where) for variant in VARIANTS}
+        if dist.get_rank() == 0:
+            (place / "found.json").write_text(json.dumps(results))
+        dist.barrier()
