@@ -18,12 +18,13 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mist.trace.loader import LABELS, LoadedModel
 
 MASKED: Final = -100  # torch's ignore_index: a label that is not learned
-CROSS_ENTROPIES: Final = ("cross_entropy", "nll_loss")
+CROSS_ENTROPIES: Final = (F.cross_entropy, F.nll_loss)
 
 
 def summed_loss(loaded: LoadedModel, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,8 +32,10 @@ def summed_loss(loaded: LoadedModel, batch: object) -> tuple[torch.Tensor, torch
 
     Nothing to learn in a micro-batch gives a sum of 0 and gradients of 0.
     """
-    with _counting() as counted:
+    counted: list[torch.Tensor] = []
+    with _in_modules(counted):
         output = loaded.forward(batch)
+    with _Counting(counted):
         loss, number = loaded.loss_of(output, batch)
     plain = (loss.to_local() if isinstance(loss, DTensor) else loss).reshape(())
     total = plain.to(torch.promote_types(plain.dtype, torch.float32))
@@ -70,13 +73,34 @@ def _drop_gradients(output: object, empty: torch.Tensor) -> None:
 
 
 @contextmanager
-def _counting() -> Iterator[list[torch.Tensor]]:
-    """Within: cross-entropies that are means note the number of targets that they divide by."""
-    counted: list[torch.Tensor] = []
+def _in_modules(counted: list[torch.Tensor]) -> Iterator[None]:
+    """Within: cross-entropies by which modules make means note the number of their targets.
+
+    They find them in `torch.nn.functional`; a mode would slow down every operation of the model.
+    """
     with ExitStack() as stack:
-        for name in CROSS_ENTROPIES:
-            stack.enter_context(patch.object(F, name, _noting(getattr(F, name), counted)))
-        yield counted
+        for original in CROSS_ENTROPIES:
+            noting = _noting(original, counted)
+            stack.enter_context(patch.object(F, original.__name__, noting))
+        yield
+
+
+class _Counting(TorchFunctionMode):
+    """The same within a loss, however it has imported them."""
+
+    def __init__(self, counted: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._noting = {each: _noting(each, counted) for each in CROSS_ENTROPIES}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        run: Callable[..., Any] = self._noting.get(func, func)
+        return run(*args, **(kwargs or {}))
 
 
 def _noting(

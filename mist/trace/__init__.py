@@ -104,8 +104,9 @@ def trace_model(
     """The graph of a module; its tensors are only looked at for shape and dtype, on any device.
 
     `make_batch(batch, seq)` makes the input (default: token ids [batch, seq], int64);
-    `loss(output, batch)` a scalar (default: the model's own loss, else fp32 cross-entropy of the
-    logits [batch, seq, vocabulary] against the token ids). The model's `name`, if it has one,
+    `loss(output, batch)` a mean, or the pair (sum over tokens, number of tokens) (default: the
+    model's own loss, else fp32 cross-entropy of the logits [batch, seq, vocabulary] against the
+    labels of the batch, or the token ids). The model's `name`, if it has one,
     names the graph. Raises TraceError when its costs cannot be traced.
     """
     from mist.trace.loader import LoadedModel

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from mist.errors import TraceError
 from mist.exec.loss import summed_loss
@@ -70,6 +71,7 @@ MEANS: dict[str, Callable[[torch.Tensor, Batch], torch.Tensor]] = {
     "smooth": lambda x, batch: F.cross_entropy(*of(x, batch), WEIGHTS, label_smoothing=0.1),
     "log": lambda x, batch: F.nll_loss(x.log_softmax(-1).flatten(0, 1), batch["labels"].flatten()),
     "shifted": shifted,
+    "imported": lambda x, batch: cross_entropy(x[:, 1:].mT, batch["labels"][:, :-1]),
     "other mask": with_other_mask,
     "by hand": by_hand,
     "squares": lambda x, batch: x.square().mean(dim=(1, 2)).mean(),
