@@ -5,11 +5,13 @@ what was found, which rule failed, what to try. Those that need the model take i
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.facts import ModelFacts
 from mist.plans import Plan, StagePlan, fullest_host_bytes
+from mist.rules import divides_ends, tied_ends_message
 from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.units import GIB
 
@@ -188,17 +190,9 @@ def _in_a_row(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
         words = f"layers of {facts.name} exchange tensors with others than their neighbours"
         yield Fault(path="stages", message=f"{words}; it runs on one stage only")
     first, last = plan.stages[0], plan.stages[-1]
-    if facts.tied and _shares(first) != _shares(last):
-        yield Fault(
-            path=f"stages[{len(plan.stages) - 1}]",
-            message=f"{facts.name} ties its embedding to its head, so the first and the last stage "
-            "must agree in dp, dp_replicate, tp, and in whether zero is 0",
-        )
-
-
-def _shares(stage: StagePlan) -> tuple[int, int, int, bool]:
-    """What decides which part of a parameter each rank of a stage has."""
-    return stage.dp, stage.dp_replicate, stage.tp, stage.zero == 0
+    if facts.tied and divides_ends(asdict(first)) != divides_ends(asdict(last)):
+        path = f"stages[{len(plan.stages) - 1}]"
+        yield Fault(path=path, message=tied_ends_message(facts.name))
 
 
 RULES: Final[tuple[Rule, ...]] = (_runtime, _axes, _schedule, _offload)

@@ -191,6 +191,26 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         )
 
 
+def divides_ends(columns: Columns) -> tuple[NDArray[np.int64], ...]:
+    """What decides which part of a weight each rank of a stage has: dp, dp_replicate, tp, ZeRO-0.
+
+    Where embedding and head are one matrix, gradients of the first and the last stage are summed
+    rank by rank: both stages must have the same.
+    """
+    arrays = {name: np.asarray(columns[name]) for name in ("dp", "dp_replicate", "tp", "zero")}
+    unsharded = (arrays["zero"] == 0).astype(np.int64)
+    dp, copies, tp, _ = np.broadcast_arrays(*arrays.values())
+    return dp, copies, tp, unsharded
+
+
+def tied_ends_message(name: str) -> str:
+    """What to say where the ends of a tied model divide their matrix differently."""
+    return (
+        f"{name} ties its embedding to its head, so the first and the last stage must agree in dp, "
+        "dp_replicate, tp, and in whether zero is 0"
+    )
+
+
 def may_offload(level: MemoryLevel, activations: ArrayLike) -> Mask:
     """Where layers at a level may have a share of their activations in host memory.
 

@@ -82,18 +82,22 @@ def _least(job: Job, space: SearchSpace, group: Group, host_bytes: float) -> flo
 
 
 def _unlike(model: GroupModel, limits: Limits) -> float:
-    """Every stage takes what suits it best."""
+    """Every stage takes what suits it best; of a tied model both ends divide its matrix alike."""
     group, num_layers = model.group, model.job.num_layers
     ranges = layer_ranges(model.job, group.num_stages, least=group.schedule.vpp)
-    value = np.full((1, group.num_stages, len(ranges)), np.inf)
+    ways = list(model.ties(0))
+    value = np.full((len(ways), group.num_stages, len(ranges)), np.inf)
     for stage in range(group.num_stages):
+        ties = model.ties(stage)
+        rows = [ties[way if model.is_tied(stage) else None] for way in ways]
         for mix in _mixes(model, stage, ranges, limits):
-            value[0, stage] = np.minimum(value[0, stage], _peaks(mix).min(axis=0, initial=np.inf))
-        value[0, stage, ~placed(ranges, num_layers, group.num_stages, stage)] = np.inf
-    picked = even_split(ranges, num_layers, value)[0]
-    if picked[0] < 0:
-        return math.inf
-    return float(value[0, np.arange(group.num_stages), picked].max())
+            least = [_peaks(mix)[own].min(axis=0, initial=np.inf) for own in rows]
+            value[:, stage] = np.minimum(value[:, stage], least)
+        value[:, stage, ~placed(ranges, num_layers, group.num_stages, stage)] = np.inf
+    picked = even_split(ranges, num_layers, value)
+    stages = np.arange(group.num_stages)
+    peaks = [value[k, stages, own].max() for k, own in enumerate(picked) if own[0] >= 0]
+    return float(min(peaks, default=math.inf))
 
 
 def _mixes(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Iterator[Mixes]:

@@ -14,7 +14,7 @@ other the peak may rise again as recomputation reaches another kind: the least c
 between such numbers one by one. What fits is always checked, never inferred.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Final
@@ -27,9 +27,12 @@ from mist.pareto.lines import LEVELS, StageLines
 from mist.pareto.meshes import Place
 from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
 from mist.plans import Limits
-from mist.rules import may_offload
+from mist.rules import divides_ends, may_offload
 from mist.spaces import SearchSpace
 from mist.spec import MemoryLevel
+
+Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
+"""Which strategies [K] divide a shared weight in each way; None: no weight is shared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,6 +125,18 @@ class GroupModel:
         if key not in self._lines:
             self._lines[key] = StageLines.of(self.job, self.strategies.terms, position)
         return self._lines[key]
+
+    def is_tied(self, stage: int) -> bool:
+        """Whether a position shares a weight with another stage."""
+        ends = (0, self.group.num_stages - 1)
+        return self.job.facts.tied and self.group.num_stages > 1 and stage in ends
+
+    def ties(self, stage: int) -> Ties:
+        """The strategies of a position by how they divide a weight that it shares."""
+        if not self.is_tied(stage):
+            return {None: np.ones(len(self.strategies), dtype=np.bool_)}
+        ways = np.stack(divides_ends(self.strategies.columns | {"dp_replicate": 1}), axis=-1)
+        return {tuple(way.tolist()): (ways == way).all(axis=1) for way in np.unique(ways, axis=0)}
 
     def in_flight(self, stage: int) -> float:
         """Micro-batches that a position holds."""
