@@ -6,10 +6,10 @@ search: copies are not searched), num_stages, num_micro_batches, schedule, chunk
 ratios weights, grads, optimizer, activations; arrays or single values.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,10 @@ Columns = Mapping[str, ArrayLike]
 Domain = Callable[[Columns], Mapping[str, NDArray[np.float64]]]
 Mask = NDArray[np.bool_]
 Arrays = Mapping[str, NDArray[Any]]
+
+TAKES_TURNS: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
+"""Schedules that run chunks in turn, or split the backward pass: ranks of stages are connected one
+to one (torch.distributed.pipelining), so stages have the same dp and tp."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +168,11 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         f"{', '.join(known) or 'no pipelines'}.",
     )
     yield Rule(
+        name="interleaved-has-stages",
+        holds=lambda c: (c["schedule"] != ScheduleKind.INTERLEAVED) | (c["num_stages"] > 1),
+        message="schedule interleaved needs at least 2 stages. Use 1f1b for one.",
+    )
+    yield Rule(
         name="chunks-have-layers",
         holds=lambda c: (c["chunks"] == 1) | (c["num_stages"] * c["chunks"] <= facts.num_layers),
         message=f"{{num_stages}} stages of {{chunks}} chunks, but {facts.name} has "
@@ -175,6 +184,16 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         message="schedule {schedule} runs micro-batches in rounds of {num_stages}: "
         "{num_micro_batches} are no whole number of them.",
     )
+    if runtime.knobs.fills_rounds:
+        yield Rule(
+            name="full-rounds",
+            holds=lambda c: (
+                (c["schedule"] != ScheduleKind.INTERLEAVED)
+                | (c["num_micro_batches"] % c["num_stages"] == 0)
+            ),
+            message=f"runtime {runtime.name} interleaves multiples of {{num_stages}} micro-batches "
+            "on {num_stages} stages: {num_micro_batches} is none.",
+        )
     yield Rule(
         name="zero-bubble-keeps-parameters",
         holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["zero"] < 3),
@@ -203,26 +222,64 @@ def divides_ends(columns: Columns) -> tuple[NDArray[np.int64], ...]:
     return dp, copies, tp, unsharded
 
 
-def tied_ends_message(name: str) -> str:
-    """What to say where the ends of a tied model divide their matrix differently."""
-    return (
-        f"{name} ties its embedding to its head, so the first and the last stage must agree in dp, "
-        "dp_replicate, tp, and in whether zero is 0"
-    )
+LEVEL_RULES: Final = (
+    # What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do
+    # not see.
+    Rule(
+        name="selective-stays",
+        holds=lambda c: (c["level"] != MemoryLevel.SELECTIVE) | (c["activations"] == 0),
+        message="what selective layers keep stays on the device; offload no activations, or use "
+        "eager or full layers",
+    ),
+    Rule(
+        name="selective-runs-backward-once",
+        holds=lambda c: (
+            (c["level"] != MemoryLevel.SELECTIVE) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
+        ),
+        message="zero-bubble splits the backward pass, and torch runs selective layers backward "
+        "once only; use eager or full layers, or 1f1b",
+    ),
+)
+"""What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`."""
 
 
-def may_offload(level: MemoryLevel, activations: ArrayLike) -> Mask:
-    """Where layers at a level may have a share of their activations in host memory.
+def may_have(level: MemoryLevel, columns: Columns) -> Mask:
+    """Where stages may have layers at a level."""
+    values = {name: columns[name] for name in ("activations", "schedule")}
+    masks = [rule.mask(values | {"level": level.value}) for rule in LEVEL_RULES]
+    return np.asarray(np.logical_and.reduce(masks))
 
-    What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do not
-    see.
+
+def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterator[str]:
+    """The messages of the level rules that one stage breaks."""
+    values = {name: columns[name] for name in ("activations", "schedule")}
+    for level in levels:
+        yield from broken(LEVEL_RULES, values | {"level": level.value})
+
+
+def broken_between(
+    facts: ModelFacts | None, schedule: ScheduleKind, stages: Sequence[Columns]
+) -> Iterator[str]:
+    """The messages of what the stages of one pipeline break together.
+
+    `stages`: dp, dp_replicate, tp and zero of each, single values. `facts`: None where the model is
+    not known yet.
     """
-    return np.asarray((np.asarray(activations) == 0) | (level is not MemoryLevel.SELECTIVE))
+    grids = sorted({(int(str(own["dp"])), int(str(own["tp"]))) for own in stages})
+    if schedule in TAKES_TURNS and len(grids) > 1:
+        found = " and ".join(f"dp {dp} tp {tp}" for dp, tp in grids)
+        yield (
+            f"{schedule} needs the same dp and tp in every stage, found {found}; use 1f1b or gpipe"
+        )
+    if facts is not None and facts.tied and divides_ends(stages[0]) != divides_ends(stages[-1]):
+        yield (
+            f"{facts.name} ties its embedding to its head, so the first and the last stage must "
+            "agree in dp, dp_replicate, tp, and in whether zero is 0"
+        )
 
 
 def _takes_turns(columns: Arrays) -> Mask:
-    kinds = (ScheduleKind.INTERLEAVED.value, ScheduleKind.ZERO_BUBBLE.value)
-    return np.isin(columns["schedule"], kinds)
+    return np.isin(columns["schedule"], [kind.value for kind in TAKES_TURNS])
 
 
 def _rounds(columns: Arrays) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ group of its own.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,13 @@ from mist.estimate import Job, strategy_columns
 from mist.pareto.meshes import unequal_sizes
 from mist.plans import ONE_F_ONE_B, Schedule
 from mist.platform import Runtime
+from mist.rules import TAKES_TURNS, may_have
 from mist.spaces import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.spec import MemoryLevel, ScheduleKind
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 T = TypeVar("T")
-
-# Schedules that run chunks in turn, or split the backward pass, connect each stage's ranks one to
-# one: stages have the same dp and tp (torch.distributed.pipelining).
-ALIKE_MESHES: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -177,7 +174,7 @@ def _groups(
     priced = found.take(used).priced(job, num_stages)
     for schedule, rows in kept:
         held = priced.take(rows[used])
-        if schedule.kind in ALIKE_MESHES:
+        if schedule.kind in TAKES_TURNS:
             for tp in np.unique(held.tp):
                 yield group(schedule=schedule, strategies=held.take(held.tp == tp))
         elif len(held):
@@ -193,6 +190,8 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
         yield ONE_F_ONE_B
         return
     for kind in space.schedules:
+        if not levels_under(space, kind):
+            continue
         if kind is ScheduleKind.GPIPE and ScheduleKind.ONE_F_ONE_B in space.schedules:
             continue
         if kind is not ScheduleKind.INTERLEAVED:
@@ -201,6 +200,12 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
             for chunks in space.chunks:
                 if chunks > 1 and chunks * num_stages <= job.num_layers:
                     yield Schedule(kind=kind, vpp=chunks)
+
+
+def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
+    """The memory levels of a space that layers may have under a schedule."""
+    kept = {"schedule": kind.value, "activations": 0.0}
+    return tuple(level for level in space.levels if may_have(level, kept))
 
 
 def divisors(number: int) -> list[int]:

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from mist.estimate import Job, position_columns
 from mist.pareto.lines import LEVELS, StageLines
 from mist.pareto.meshes import Place
-from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
+from mist.pareto.space import Floats, Group, Ints, Strategies, expressible, levels_under
 from mist.plans import Limits
-from mist.rules import divides_ends, may_offload
+from mist.rules import Columns, divides_ends, may_have
 from mist.spaces import SearchSpace
 from mist.spec import MemoryLevel
 
@@ -105,7 +105,8 @@ class GroupModel:
     def __init__(self, job: Job, group: Group, strategies: Strategies, space: SearchSpace) -> None:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
-        self.space = expressible(space, job.platform.runtime)
+        space = expressible(space, job.platform.runtime)
+        self.space = replace(space, levels=levels_under(space, group.schedule.kind))
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         columns = position_columns(job, devices, group.num_micro_batches, group.schedule)
@@ -287,6 +288,7 @@ class _Position:
         self._job, self._lines, self._in_flight = model.job, lines, in_flight
         self._ranges, self._limits = ranges, limits
         self._kinds = kinds_of(model.job, ranges)
+        self._schedule = model.group.schedule.kind.value
         self._away = np.tile(model.strategies.activations, len(in_flight))
         self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
@@ -395,8 +397,9 @@ class _Position:
         stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
+        columns: Columns = {"activations": self._away[rows], "schedule": self._schedule}
         for level in (upper, lower):
-            possible = possible & may_offload(level, self._away[rows])[:, None]
+            possible = possible & may_have(level, columns)[:, None]
         return Mixes(
             upper=upper,
             lower=lower,
