@@ -253,7 +253,7 @@ def may_have(level: MemoryLevel, columns: Columns) -> Mask:
 def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterator[str]:
     """The messages of the level rules that one stage breaks."""
     values = {name: columns[name] for name in ("activations", "schedule")}
-    for level in levels:
+    for level in dict.fromkeys(levels):
         yield from broken(LEVEL_RULES, values | {"level": level.value})
 
 
