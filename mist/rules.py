@@ -232,12 +232,12 @@ LEVEL_RULES: Final = (
         "eager or full layers",
     ),
     Rule(
-        name="selective-runs-backward-once",
+        name="zero-bubble-recomputes-nothing",
         holds=lambda c: (
-            (c["level"] != MemoryLevel.SELECTIVE) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
+            (c["level"] == MemoryLevel.EAGER) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
         ),
-        message="zero-bubble splits the backward pass, and torch runs selective layers backward "
-        "once only; use eager or full layers, or 1f1b",
+        message="zero-bubble splits the backward pass: torch runs a selective layer backward once "
+        "only, and a full one forward again for each of its weights; use eager layers, or 1f1b",
     ),
 )
 """What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`."""

@@ -125,8 +125,9 @@ def test_zero_bubble_with_what_its_backward_pass_cannot_do() -> None:
     )
     some = replace(second, memory={MemoryLevel.SELECTIVE: second.num_layers})
     assert words_of(replace(plan, stages=(first, some))) == (
-        "stages[1].memory: zero-bubble splits the backward pass, and torch runs "
-        "selective layers backward once only; use eager or full layers, or 1f1b"
+        "stages[1].memory: zero-bubble splits the backward pass: torch runs a selective layer "
+        "backward once only, and a full one forward again for each of its weights; use eager "
+        "layers, or 1f1b"
     )
 
 

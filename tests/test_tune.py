@@ -60,8 +60,8 @@ def options_of(
         for mix in itertools.product(range(count + 1), repeat=len(MemoryLevel))
         if sum(mix) == count and sum(n > 0 for n in mix) <= 2
     ]
-    if schedule.kind is ScheduleKind.ZERO_BUBBLE:  # torch runs selective layers backward once only
-        mixes = [mix for mix in mixes if not mix[list(MemoryLevel).index(MemoryLevel.SELECTIVE)]]
+    if schedule.kind is ScheduleKind.ZERO_BUBBLE:  # its split backward pass recomputes nothing
+        mixes = [mix for mix in mixes if mix[0] == count]
     ratios = itertools.product(*(space.offload[name] for name in NO_RATIOS))
     for tp, zero, away in itertools.product(divisors(per_stage), range(4), ratios):
         dp = per_stage // tp

@@ -19,6 +19,15 @@ def dealt_layers(job: Job, num_parts: int) -> tuple[int, ...] | None:
     return counts if all(counts) else None
 
 
+def dealing_words(job: Job, num_stages: int, chunks: int) -> str:
+    """That the runtime cannot deal the layers out to these stages."""
+    parts = f"{num_stages} stages" + (f" of {chunks} chunks" if chunks > 1 else "")
+    return (
+        f"runtime {job.platform.runtime.name} does not deal {job.num_layers} layers out to {parts} "
+        "by itself"
+    )
+
+
 def _parameters(job: Job) -> tuple[float, float]:
     """Parameters of a layer of the first kind and of the head."""
     whole = strategy_columns(job, num_stages=1, dp=1, tp=1, micro_batch=1, zero=0)

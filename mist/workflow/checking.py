@@ -8,7 +8,7 @@ from typing import Final
 
 from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
-from mist.pareto.dealing import dealt_layers
+from mist.pareto.dealing import dealing_words, dealt_layers
 from mist.planfile import load_plan
 from mist.plans import (
     Estimate,
@@ -267,11 +267,8 @@ def _dealt(job: Job, layout: HandLayout) -> tuple[int, ...]:
     """Layers of each chunk of each stage by the runtime's own rule. Raises InputError."""
     counts = dealt_layers(job, layout.pp * layout.vpp)
     if counts is None:
-        parts = f"{layout.pp} stages" + (f" of {layout.vpp} chunks" if layout.vpp > 1 else "")
-        raise InputError(
-            f"runtime {job.platform.runtime.name} does not deal {job.num_layers} layers out to "
-            f"{parts} by itself. Give the layers of each stage with --layers, or another --pp."
-        )
+        words = dealing_words(job, layout.pp, layout.vpp)
+        raise InputError(f"{words}. Give the layers of each stage with --layers, or another --pp.")
     return counts
 
 
