@@ -6,7 +6,7 @@ search: copies are not searched), num_stages, num_micro_batches, schedule, chunk
 ratios weights, grads, optimizer, activations; arrays or single values.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -94,6 +94,14 @@ def _tp_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iter
         f"{platform.cluster.name}.",
     )
     yield from limit_rules(facts)
+    most = platform.runtime.knobs.most_zero_with_tp
+    if most < 3:
+        yield Rule(
+            name="tp-with-zero",
+            holds=lambda c: (c["tp"] == 1) | (c["zero"] <= most),
+            message=f"tp {{tp}} with ZeRO-{{zero}}: runtime {platform.runtime.name} divides "
+            f"tensors up to ZeRO-{most} only.",
+        )
     if platform.runtime.knobs.sequence_parallel:
         yield Rule(
             name="tp-divides-sequence",
@@ -304,6 +312,7 @@ def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
         holds=lambda c: (c["activations"] == 0) | offers,
         message=f"offloading activations is not possible under runtime {runtime.name}.",
     )
+    yield from _share_rules(runtime)
     by_layer = runtime.offload is not None and runtime.offload.by_layer
     yield Rule(
         name="offload-by-layer",
@@ -311,6 +320,35 @@ def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
         message=f"runtime {runtime.name} offloads weights and gradients of a layer together: "
         "their ratios are {weights:g} and {grads:g}.",
     )
+
+
+def _share_rules(runtime: Runtime) -> Iterator[Rule]:
+    """Of which states a runtime offloads a share, and what it offloads only with others."""
+    shares = runtime.knobs.partial_offload
+    for name in ("weights", "grads", "optimizer") if shares is not None else ():
+        least = shares.get(name, 4) if shares else 4
+        needs = f" below ZeRO-{least}" if least <= 3 else ""
+        yield Rule(
+            name=f"offload-whole-{name}",
+            holds=lambda c, name=name, least=least: (  # type: ignore[misc]
+                np.isin(c[name], (0.0, 1.0)) | (c["zero"] >= least)
+            ),
+            message=f"runtime {runtime.name} offloads all {name} or none{needs}, "
+            f"found ratio {{{name}:g}} at ZeRO-{{zero}}.",
+        )
+    if runtime.knobs.weights_with_optimizer:
+        yield Rule(
+            name="offload-optimizer-first",
+            holds=lambda c: (c["weights"] == 0) | (c["optimizer"] > 0),
+            message=f"runtime {runtime.name} offloads weights only where the optimizer is "
+            "offloaded too.",
+        )
+
+
+def may_mix(runtime: Runtime, levels: Collection[MemoryLevel]) -> bool:
+    """Whether layers of one stage may have these memory levels."""
+    selective = MemoryLevel.SELECTIVE in levels and len(set(levels)) > 1
+    return runtime.knobs.mixes_selective or not selective
 
 
 def _copy_rules(platform: Platform) -> Iterator[Rule]:

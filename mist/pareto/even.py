@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,12 +95,8 @@ def alike_layouts(model: GroupModel, limits: Limits) -> Iterator[Layout]:
     if counts is None:
         return
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
-    levels = model.space.levels
-    for level in levels:
-        yield from _alike(model, ranges, limits, (level, level))
-    if model.space.some_layers:
-        for upper, lower in combinations(levels, 2):
-            yield from _alike(model, ranges, limits, (upper, lower))
+    for levels in [(level, level) for level in model.space.levels] + list(model.pairs):
+        yield from _alike(model, ranges, limits, levels)
 
 
 def stage_layers(model: GroupModel) -> Ints | None:
@@ -124,6 +119,8 @@ def _alike(
         [model.least(stage, ranges, limits, *levels)[:, stage] for stage in range(num_stages)],
         axis=0,
     )
+    chunks = model.group.schedule.vpp  # one number for all: so many layers of each chunk
+    num_lower = -(-num_lower // chunks) * chunks
     columns = np.broadcast_to(num_lower[:, None], (len(num_lower), num_stages))
     tables = [
         stacked(

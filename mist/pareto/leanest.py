@@ -16,7 +16,6 @@ Stages that may be unlike choose for themselves and share the layers so that the
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Final
 
 import numpy as np
@@ -105,8 +104,8 @@ def _mixes(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Ite
     for level in model.space.levels:
         none = np.zeros((len(model.strategies), len(ranges)), dtype=np.int64)
         yield model.mix(stage, ranges, limits, level, level, num_lower=none)
-    if model.job.facts.num_kinds > 1 and model.space.some_layers:
-        for upper, lower in combinations(model.space.levels, 2):
+    if model.job.facts.num_kinds > 1:
+        for upper, lower in model.pairs:
             for before in _layers_before(model.job, ranges):
                 num_lower = np.broadcast_to(before, (len(model.strategies), len(ranges)))
                 yield model.mix(stage, ranges, limits, upper, lower, num_lower=num_lower)
@@ -125,11 +124,10 @@ def _alike(model: GroupModel, limits: Limits) -> float:
     if counts is None:
         return math.inf
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
-    levels = model.space.levels
-    pairs = [(level, level, 0) for level in levels]
-    if model.space.some_layers:
-        most = int(counts.max())
-        pairs += [(*pair, lower) for pair in combinations(levels, 2) for lower in range(1, most)]
+    pairs = [(level, level, 0) for level in model.space.levels]
+    chunks = model.group.schedule.vpp  # one number for all: so many layers of each chunk
+    numbers = range(chunks, int(counts.max()), chunks)
+    pairs += [(*pair, lower) for pair in model.pairs for lower in numbers]
     least = math.inf
     for upper, lower, num_lower in pairs:
         each = np.full((len(model.strategies), len(counts)), num_lower)

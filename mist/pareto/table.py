@@ -27,7 +27,7 @@ from mist.pareto.lines import LEVELS, StageLines
 from mist.pareto.meshes import Place
 from mist.pareto.space import Floats, Group, Ints, Strategies, expressible, levels_under
 from mist.plans import Limits
-from mist.rules import Columns, divides_ends, may_have
+from mist.rules import Columns, divides_ends, may_have, may_mix
 from mist.spaces import SearchSpace
 from mist.spec import MemoryLevel
 
@@ -127,6 +127,13 @@ class GroupModel:
             self._lines[key] = StageLines.of(self.job, self.strategies.terms, position)
         return self._lines[key]
 
+    @property
+    def pairs(self) -> tuple[tuple[MemoryLevel, MemoryLevel], ...]:
+        """The pairs of memory levels that layers of one stage may have."""
+        runtime = self.job.platform.runtime
+        pairs = combinations(self.space.levels, 2) if self.space.some_layers else ()
+        return tuple(pair for pair in pairs if may_mix(runtime, pair))
+
     def is_tied(self, stage: int) -> bool:
         """Whether a position shares a weight with another stage."""
         ends = (0, self.group.num_stages - 1)
@@ -168,9 +175,8 @@ class GroupModel:
     def _mixes(self, position: "_Position") -> Iterator[Mixes]:
         for level in self.space.levels:
             yield position.whole(level)
-        if self.space.some_layers:
-            for upper, lower in combinations(self.space.levels, 2):
-                yield from position.mixed(upper, lower)
+        for upper, lower in self.pairs:
+            yield from position.mixed(upper, lower)
 
     def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
         """Stages that differ in nothing but their layers, and the mixes of each of them.

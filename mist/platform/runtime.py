@@ -249,7 +249,11 @@ class Knobs(Record):
     recompute some of its layers only. `uneven_layers`: whether a plan may give stages unequal
     numbers of layers; `unlike_stages`: whether stages may differ in dp, tp, ZeRO level and
     recomputation. `fills_rounds`: whether an interleaved schedule takes only multiples of the
-    stages as micro-batches. `precisions`: what it trains in.
+    stages as micro-batches. `precisions`: what it trains in. `mixes_selective`: whether some layers
+    of a stage may be selective. `most_zero_with_tp`: the highest ZeRO level beside t > 1.
+    `partial_offload`: of which states a share may be offloaded, from which ZeRO level on, and of
+    others all or nothing; None: of all. `weights_with_optimizer`: whether weights are offloaded
+    only where the optimizer is too.
     """
 
     zero_levels: tuple[ZeroLevel, ...]
@@ -262,6 +266,10 @@ class Knobs(Record):
     unlike_stages: bool
     fills_rounds: bool
     precisions: tuple[Precision, ...]
+    mixes_selective: bool = True
+    most_zero_with_tp: ZeroLevel = 3
+    partial_offload: Mapping[str, ZeroLevel] | None = None
+    weights_with_optimizer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from mist.errors import Fault
 from mist.estimate import Job
 from mist.plans import Plan, StagePlan
-from mist.rules import broken, broken_between, broken_by_levels
+from mist.rules import broken, broken_between, broken_by_levels, may_mix
 from mist.spec import MemoryLevel
 
 
@@ -81,6 +81,9 @@ def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
     runtime = job.platform.runtime
     if stage.num_at(MemoryLevel.SELECTIVE) and runtime.selective is None:
         message = f"runtime {runtime.name} has no selective checkpointing"
+        yield Fault(path=f"{path}.memory.selective", message=message)
+    if not may_mix(runtime, stage.levels):
+        message = f"runtime {runtime.name} makes all layers of a stage selective, or none"
         yield Fault(path=f"{path}.memory.selective", message=message)
     shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
     if stage.sp != shards_sequence:
