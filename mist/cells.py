@@ -10,6 +10,9 @@ since only means that they hold more than needed.
 
 Where stages share the host memory of their nodes (`mist.pareto.hosts`), frontiers are also in what
 a point holds there, and the problem has a limit for each node.
+
+Where embedding and head are one matrix, the first and the last stage must divide it alike
+(`mist.rules.divides_ends`): they have frontiers of their own for each way, as the `tie` of a cell.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +28,7 @@ from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.meshes import Place, depths, places
 from mist.pareto.points import Points, StackedMixes, stacked
 from mist.pareto.space import Floats, Strategies, offloading
-from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
+from mist.pareto.table import GroupModel, Ranges, Ties, layer_ranges, placed
 from mist.plans import Limits
 from mist.schedule import forward_first
 from mist.spec import ScheduleKind
@@ -140,12 +143,13 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
             store.num_crowded_out += num_crowded_out(
                 table, least_s, len(model.strategies), step_s=bounds.step_s, limits=bounds.limits
             )
-        known: dict[bytes, list[_Found]] = {}
+        known: dict[tuple[bool, bytes], list[_Found]] = {}
         for stage in stages.tolist():
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
-            key = allowed.tobytes()
+            key = (model.is_tied(stage), allowed.tobytes())
             if key not in known:
-                known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits))
+                ties = model.ties(stage)
+                known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits, ties))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
 
@@ -213,7 +217,8 @@ def _stored_cells(
         useful = table.fits & (least_s <= bounds.step_s)
         useful &= placed(ranges, model.job.num_layers, group.num_stages, stage)
         store.num_tried += useful.size
-        store.cells[*fixed, held] = list(_frontiers(sized, table, useful, bounds.limits))
+        ties = model.ties(stage)
+        store.cells[*fixed, held] = list(_frontiers(sized, table, useful, bounds.limits, ties))
     return store.cells[key]
 
 
@@ -248,9 +253,23 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
 
 
 def _frontiers(
-    sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_], limits: Limits
+    sized: _Sized,
+    table: StackedMixes,
+    useful: NDArray[np.bool_],
+    limits: Limits,
+    ties: Ties,
 ) -> Iterator[_Found]:
     """Non-empty frontiers of the useful points [N, R] of a position, as cells of stage 0."""
+    for tie, rows in ties.items():
+        own = useful if tie is None else useful & rows[table.row][:, None]
+        for cell, points, strategies in _untied_frontiers(sized, table, own, limits):
+            yield replace(cell, tie=tie), points, strategies
+
+
+def _untied_frontiers(
+    sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_], limits: Limits
+) -> Iterator[_Found]:
+    """The same of strategies that are compared with each other."""
     ranges, model = sized.ranges, sized.model
     points_of = table.lean_frontier if limits.shares_host else table.frontier
     zero_bubble = model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE
@@ -287,7 +306,8 @@ def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:
         table = stacked(mixes, model.weight_s(index, ranges))
         sized = _Sized(size=0, model=model, ranges=ranges)
         units = int(model.strategies.tp[0] * model.strategies.dp[0]) // model.group.sizes[0]
-        for cell, points, strategies in _frontiers(sized, table, table.fits, limits):
+        ties = model.ties(index)
+        for cell, points, strategies in _frontiers(sized, table, table.fits, limits, ties):
             found.append((replace(cell, stage=index, units=units), points, strategies))
     return _problem(stages[0].model, found, limits)
 

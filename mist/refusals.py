@@ -5,15 +5,16 @@ what was found, which rule failed, what to try. Those that need the model take i
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.facts import ModelFacts
 from mist.plans import Plan, StagePlan, fullest_host_bytes
-from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.rules import TAKES_TURNS, broken_between, broken_by_levels
+from mist.spec import Precision, ScheduleKind
 from mist.units import GIB
 
-TAKES_TURNS: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
 STATE_BYTES: Final = 8  # fp32 weights and gradients, or both moments, of one parameter
 
 Rule = Callable[[Plan], Iterator[Fault]]
@@ -100,16 +101,14 @@ def _schedule(plan: Plan) -> Iterator[Fault]:
 def _turns(plan: Plan) -> Iterator[Fault]:
     """What a schedule asks of the stages."""
     kind = plan.schedule.kind
-    grids = {(stage.dp, stage.tp) for stage in plan.stages}
-    if kind in TAKES_TURNS and len(grids) > 1:
-        yield Fault(
-            path="schedule.kind",
-            message=f"{kind} needs the same dp and tp in every stage, found "
-            f"{' and '.join(f'dp {dp} tp {tp}' for dp, tp in sorted(grids))}; use 1f1b or gpipe",
-        )
+    for message in broken_between(None, kind, [asdict(stage) for stage in plan.stages]):
+        yield Fault(path="schedule.kind", message=message)
     for index, stage in enumerate(plan.stages):
         if kind is ScheduleKind.ZERO_BUBBLE:
             yield from _split_backward(index, stage)
+        columns = {"activations": stage.offload.activations, "schedule": kind.value}
+        for message in broken_by_levels(stage.levels, columns):
+            yield Fault(path=f"stages[{index}].memory", message=message)
 
 
 def _split_backward(index: int, stage: StagePlan) -> Iterator[Fault]:
@@ -125,12 +124,6 @@ def _split_backward(index: int, stage: StagePlan) -> Iterator[Fault]:
             path=f"stages[{index}].offload.activations",
             message="zero-bubble splits the backward pass, which keeps what it fetches of every "
             "micro-batch to the end of the step; use 1f1b",
-        )
-    if stage.num_at(MemoryLevel.SELECTIVE):
-        yield Fault(
-            path=f"stages[{index}].memory.selective",
-            message="zero-bubble splits the backward pass, and torch runs selective layers "
-            "backward once only; use eager or full layers, or 1f1b",
         )
 
 
@@ -150,11 +143,6 @@ def _offload(plan: Plan) -> Iterator[Fault]:
                 path=f"{path}.dp_replicate",
                 message="FSDP2 keeps gradients that wait for their sum over copies of the states "
                 "on the device; offload no weights and grads, or use dp_replicate 1",
-            )
-        if ratios.activations > 0 and stage.num_at(MemoryLevel.SELECTIVE):
-            yield Fault(
-                path=f"{path}.offload.activations",
-                message="what selective layers keep stays on the device; use eager or full layers",
             )
 
 
@@ -187,18 +175,9 @@ def _in_a_row(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
     if not facts.sequential:
         words = f"layers of {facts.name} exchange tensors with others than their neighbours"
         yield Fault(path="stages", message=f"{words}; it runs on one stage only")
-    first, last = plan.stages[0], plan.stages[-1]
-    if facts.tied and _shares(first) != _shares(last):
-        yield Fault(
-            path=f"stages[{len(plan.stages) - 1}]",
-            message=f"{facts.name} ties its embedding to its head, so the first and the last stage "
-            "must agree in dp, dp_replicate, tp, and in whether zero is 0",
-        )
-
-
-def _shares(stage: StagePlan) -> tuple[int, int, int, bool]:
-    """What decides which part of a parameter each rank of a stage has."""
-    return stage.dp, stage.dp_replicate, stage.tp, stage.zero == 0
+    stages = [asdict(stage) for stage in plan.stages]
+    for message in broken_between(facts, ScheduleKind.ONE_F_ONE_B, stages):
+        yield Fault(path=f"stages[{len(plan.stages) - 1}]", message=message)
 
 
 RULES: Final[tuple[Rule, ...]] = (_runtime, _axes, _schedule, _offload)

@@ -6,10 +6,10 @@ search: copies are not searched), num_stages, num_micro_batches, schedule, chunk
 ratios weights, grads, optimizer, activations; arrays or single values.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,10 @@ Columns = Mapping[str, ArrayLike]
 Domain = Callable[[Columns], Mapping[str, NDArray[np.float64]]]
 Mask = NDArray[np.bool_]
 Arrays = Mapping[str, NDArray[Any]]
+
+TAKES_TURNS: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
+"""Schedules that run chunks in turn, or split the backward pass: ranks of stages are connected one
+to one (torch.distributed.pipelining), so stages have the same dp and tp."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,14 @@ def _tp_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iter
         f"{platform.cluster.name}.",
     )
     yield from limit_rules(facts)
+    most = platform.runtime.knobs.most_zero_with_tp
+    if most < 3:
+        yield Rule(
+            name="tp-with-zero",
+            holds=lambda c: (c["tp"] == 1) | (c["zero"] <= most),
+            message=f"tp {{tp}} with ZeRO-{{zero}}: runtime {platform.runtime.name} divides "
+            f"tensors up to ZeRO-{most} only.",
+        )
     if platform.runtime.knobs.sequence_parallel:
         yield Rule(
             name="tp-divides-sequence",
@@ -164,6 +176,11 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         f"{', '.join(known) or 'no pipelines'}.",
     )
     yield Rule(
+        name="interleaved-has-stages",
+        holds=lambda c: (c["schedule"] != ScheduleKind.INTERLEAVED) | (c["num_stages"] > 1),
+        message="schedule interleaved needs at least 2 stages. Use 1f1b for one.",
+    )
+    yield Rule(
         name="chunks-have-layers",
         holds=lambda c: (c["chunks"] == 1) | (c["num_stages"] * c["chunks"] <= facts.num_layers),
         message=f"{{num_stages}} stages of {{chunks}} chunks, but {facts.name} has "
@@ -175,6 +192,16 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         message="schedule {schedule} runs micro-batches in rounds of {num_stages}: "
         "{num_micro_batches} are no whole number of them.",
     )
+    if runtime.knobs.fills_rounds:
+        yield Rule(
+            name="full-rounds",
+            holds=lambda c: (
+                (c["schedule"] != ScheduleKind.INTERLEAVED)
+                | (c["num_micro_batches"] % c["num_stages"] == 0)
+            ),
+            message=f"runtime {runtime.name} interleaves multiples of {{num_stages}} micro-batches "
+            "on {num_stages} stages: {num_micro_batches} is none.",
+        )
     yield Rule(
         name="zero-bubble-keeps-parameters",
         holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["zero"] < 3),
@@ -191,18 +218,76 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         )
 
 
-def may_offload(level: MemoryLevel, activations: ArrayLike) -> Mask:
-    """Where layers at a level may have a share of their activations in host memory.
+def divides_ends(columns: Columns) -> tuple[NDArray[np.int64], ...]:
+    """What decides which part of a weight each rank of a stage has: dp, dp_replicate, tp, ZeRO-0.
 
-    What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do not
-    see.
+    Where embedding and head are one matrix, gradients of the first and the last stage are summed
+    rank by rank: both stages must have the same.
     """
-    return np.asarray((np.asarray(activations) == 0) | (level is not MemoryLevel.SELECTIVE))
+    arrays = {name: np.asarray(columns[name]) for name in ("dp", "dp_replicate", "tp", "zero")}
+    unsharded = (arrays["zero"] == 0).astype(np.int64)
+    dp, copies, tp, _ = np.broadcast_arrays(*arrays.values())
+    return dp, copies, tp, unsharded
+
+
+LEVEL_RULES: Final = (
+    # What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do
+    # not see.
+    Rule(
+        name="selective-stays",
+        holds=lambda c: (c["level"] != MemoryLevel.SELECTIVE) | (c["activations"] == 0),
+        message="what selective layers keep stays on the device; offload no activations, or use "
+        "eager or full layers",
+    ),
+    Rule(
+        name="zero-bubble-recomputes-nothing",
+        holds=lambda c: (
+            (c["level"] == MemoryLevel.EAGER) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
+        ),
+        message="zero-bubble splits the backward pass: torch runs a selective layer backward once "
+        "only, and a full one forward again for each of its weights; use eager layers, or 1f1b",
+    ),
+)
+"""What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`."""
+
+
+def may_have(level: MemoryLevel, columns: Columns) -> Mask:
+    """Where stages may have layers at a level."""
+    values = {name: columns[name] for name in ("activations", "schedule")}
+    masks = [rule.mask(values | {"level": level.value}) for rule in LEVEL_RULES]
+    return np.asarray(np.logical_and.reduce(masks))
+
+
+def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterator[str]:
+    """The messages of the level rules that one stage breaks."""
+    values = {name: columns[name] for name in ("activations", "schedule")}
+    for level in dict.fromkeys(levels):
+        yield from broken(LEVEL_RULES, values | {"level": level.value})
+
+
+def broken_between(
+    facts: ModelFacts | None, schedule: ScheduleKind, stages: Sequence[Columns]
+) -> Iterator[str]:
+    """The messages of what the stages of one pipeline break together.
+
+    `stages`: dp, dp_replicate, tp and zero of each, single values. `facts`: None where the model is
+    not known yet.
+    """
+    grids = sorted({(int(str(own["dp"])), int(str(own["tp"]))) for own in stages})
+    if schedule in TAKES_TURNS and len(grids) > 1:
+        found = " and ".join(f"dp {dp} tp {tp}" for dp, tp in grids)
+        yield (
+            f"{schedule} needs the same dp and tp in every stage, found {found}; use 1f1b or gpipe"
+        )
+    if facts is not None and facts.tied and divides_ends(stages[0]) != divides_ends(stages[-1]):
+        yield (
+            f"{facts.name} ties its embedding to its head, so the first and the last stage must "
+            "agree in dp, dp_replicate, tp, and in whether zero is 0"
+        )
 
 
 def _takes_turns(columns: Arrays) -> Mask:
-    kinds = (ScheduleKind.INTERLEAVED.value, ScheduleKind.ZERO_BUBBLE.value)
-    return np.isin(columns["schedule"], kinds)
+    return np.isin(columns["schedule"], [kind.value for kind in TAKES_TURNS])
 
 
 def _rounds(columns: Arrays) -> NDArray[np.int64]:
@@ -227,6 +312,7 @@ def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
         holds=lambda c: (c["activations"] == 0) | offers,
         message=f"offloading activations is not possible under runtime {runtime.name}.",
     )
+    yield from _share_rules(runtime)
     by_layer = runtime.offload is not None and runtime.offload.by_layer
     yield Rule(
         name="offload-by-layer",
@@ -234,6 +320,35 @@ def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
         message=f"runtime {runtime.name} offloads weights and gradients of a layer together: "
         "their ratios are {weights:g} and {grads:g}.",
     )
+
+
+def _share_rules(runtime: Runtime) -> Iterator[Rule]:
+    """Of which states a runtime offloads a share, and what it offloads only with others."""
+    shares = runtime.knobs.partial_offload
+    for name in ("weights", "grads", "optimizer") if shares is not None else ():
+        least = shares.get(name, 4) if shares else 4
+        needs = f" below ZeRO-{least}" if least <= 3 else ""
+        yield Rule(
+            name=f"offload-whole-{name}",
+            holds=lambda c, name=name, least=least: (  # type: ignore[misc]
+                np.isin(c[name], (0.0, 1.0)) | (c["zero"] >= least)
+            ),
+            message=f"runtime {runtime.name} offloads all {name} or none{needs}, "
+            f"found ratio {{{name}:g}} at ZeRO-{{zero}}.",
+        )
+    if runtime.knobs.weights_with_optimizer:
+        yield Rule(
+            name="offload-optimizer-first",
+            holds=lambda c: (c["weights"] == 0) | (c["optimizer"] > 0),
+            message=f"runtime {runtime.name} offloads weights only where the optimizer is "
+            "offloaded too.",
+        )
+
+
+def may_mix(runtime: Runtime, levels: Collection[MemoryLevel]) -> bool:
+    """Whether layers of one stage may have these memory levels."""
+    selective = MemoryLevel.SELECTIVE in levels and len(set(levels)) > 1
+    return runtime.knobs.mixes_selective or not selective
 
 
 def _copy_rules(platform: Platform) -> Iterator[Rule]:

@@ -33,7 +33,7 @@ from mist.pareto.bounds import lower_bound_s
 from mist.pareto.even import alike_layouts, even_layouts
 from mist.pareto.hosts import shared, stages_per_node
 from mist.pareto.layouts import Layout
-from mist.pareto.space import Group, expressible, groups, lean_ratios, offloading
+from mist.pareto.space import Group, expressible, groups, lean_ratios, offloading, refusals
 from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.refine import refined
@@ -359,6 +359,9 @@ def _no_group_words(job: Job, space: SearchSpace) -> str:
         ]
         if messages:
             return " ".join(messages)
+    if broken := refusals(job, space):
+        restricted = f"{', '.join(space.restrictions)}: " if space.restrictions else ""
+        return restricted + " ".join(broken)
     batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
     restricted = f" with {', '.join(space.restrictions)}" if space.restrictions else ""
     if batch % num_gpus:

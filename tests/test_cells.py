@@ -1,5 +1,7 @@
 """Frontiers that pipelines of different lengths share."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,3 +54,37 @@ def test_a_shared_frontier_is_that_of_a_pipeline_alone(limit: float) -> None:
             assert together.keys() == alone.keys() != set()
             for key, points in alone.items():
                 np.testing.assert_array_equal(together[key], points)
+
+
+def test_each_way_to_divide_a_tied_matrix_has_its_own_frontier() -> None:
+    """Ends of 4 stages as if only strategies of that way were known; those between as untied."""
+    space = SearchSpace(pp=(4,), offload=NO_RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,))
+    tied = toy_job(toy_graph((6,), vocab=8192, tied=True), 16, global_batch=16)
+    free = replace(tied, facts=replace(tied.facts, tied=False))
+    bounds = Bounds(limits=Limits(device_bytes=0.8e9, host_bytes=HOST), step_s=np.inf)
+    ways: set[tuple[int, ...]] = set()
+    for group in (group for group in groups(tied, space) if group.num_micro_batches == G):
+        found = problem_of(GroupModel(tied, group, group.strategies, space), bounds, CellStore())
+        for way in found.problem.ties:
+            dp, _, tp, unsharded = way
+            own = group.strategies
+            rows = (own.dp == dp) & (own.tp == tp) & ((own.zero == 0) == unsharded)
+            alone = problem_of(GroupModel(free, group, own.take(rows), space), bounds, CellStore())
+            for stage in (0, 3):
+                assert points_of(found, stage, way) == points_of(alone, stage, None)
+        ways |= set(found.problem.ties)
+        whole = problem_of(GroupModel(free, group, group.strategies, space), bounds, CellStore())
+        for stage in (1, 2):
+            assert points_of(found, stage, None) == points_of(whole, stage, None)
+    assert len(ways) >= 4
+
+
+def points_of(
+    found: GroupProblem, stage: int, way: tuple[int, ...] | None
+) -> dict[int, list[tuple[float, float]]]:
+    """The times of a stage's points by its layers, of one way to divide."""
+    return {
+        cell.count: list(zip(cell.stable_s.tolist(), cell.lone_s.tolist(), strict=True))
+        for cell in found.problem.cells
+        if cell.stage == stage and cell.tie == way
+    }

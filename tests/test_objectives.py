@@ -23,7 +23,7 @@ from mist.workflow.planning import Effort, Planned, make_plan
 from mist.workflow.question import Question
 from mist.workflow.renting import Rented, offer_of, rent
 from tests.sample_plans import estimate_of, stage_estimate
-from tests.test_tune import SCHEDULES, options_of
+from tests.test_tune import SCHEDULES, options_of, shares_ends
 from tests.toys import toy_graph, toy_job
 from tests.workflow.answering import answer_with
 
@@ -59,19 +59,34 @@ def least_of_all(
     for pp, g in itertools.product(space.pp or (1, 2), divisors(job.workload.global_batch)):
         cuts = range(1, num_layers) if pp == 2 else (num_layers,)
         for cut in (num_layers // pp,) if alike else cuts:
-            stages = []
+            stages, options_of_both = [], []
             for position, run in enumerate([range(cut), range(cut, num_layers)][:pp]):
                 devices = (position * job.platform.num_gpus // pp, job.platform.num_gpus // pp)
                 options = options_of(job, space, SCHEDULES[1][0], pp, g, devices, run)
                 options = [one for one in options if allows(space, one, whole=alike)]
+                options_of_both.append(options)
                 stages.append(held(job, options, pp, g, position))
             for at, host_bytes in enumerate(hosts):
                 own = [np.where(host <= host_bytes, peak, np.inf) for peak, host in stages]
                 if alike:  # the options of both stages are in the same order
                     own = [np.max(own, axis=0)]
-                worst = max(float(peaks.min(initial=math.inf)) for peaks in own)
+                if job.facts.tied and pp == 2:
+                    worst = least_of_ends(options_of_both, own)
+                else:
+                    worst = max(float(peaks.min(initial=math.inf)) for peaks in own)
                 best[at] = min(best[at], worst)
     return best
+
+
+def least_of_ends(options: list[list[StagePlan]], peaks: list[np.ndarray]) -> float:
+    """The least peak of two stages that share a matrix, each pair of options looked at."""
+    pairs = itertools.product(
+        *(list(zip(*both, strict=True)) for both in zip(options, peaks, strict=True))
+    )
+    return min(
+        (max(first[1], last[1]) for first, last in pairs if shares_ends([first[0], last[0]])),
+        default=math.inf,
+    )
 
 
 def allows(space: SearchSpace, stage: StagePlan, *, whole: bool) -> bool:
@@ -97,6 +112,14 @@ def test_the_least_memory_is_that_of_every_layout(counts: tuple[int, ...]) -> No
     assert len(set(want)) >= 3
     found = [leanest(job, SPACE, host_bytes=host).peak_bytes for host in hosts]
     assert found == pytest.approx(want, rel=1e-12)  # one sum, in another order
+
+
+def test_the_least_memory_of_a_tied_model_is_that_of_every_layout() -> None:
+    graph = toy_graph((1, 1), vocab=4096, hidden=2048, tied=True)
+    job = toy_job(graph, 4, global_batch=2)
+    space = replace(SPACE, pp=(2,), offload=NO_RATIOS)
+    (want,) = least_of_all(job, space, [1e12])
+    assert leanest(job, space, host_bytes=1e12).peak_bytes == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["3d", "deepspeed", "fsdp"])

@@ -125,8 +125,9 @@ def test_zero_bubble_with_what_its_backward_pass_cannot_do() -> None:
     )
     some = replace(second, memory={MemoryLevel.SELECTIVE: second.num_layers})
     assert words_of(replace(plan, stages=(first, some))) == (
-        "stages[1].memory.selective: zero-bubble splits the backward pass, and torch runs "
-        "selective layers backward once only; use eager or full layers, or 1f1b"
+        "stages[1].memory: zero-bubble splits the backward pass: torch runs a selective layer "
+        "backward once only, and a full one forward again for each of its weights; use eager "
+        "layers, or 1f1b"
     )
 
 
@@ -142,8 +143,8 @@ def test_offload_of_weights_and_gradients() -> None:
 def test_offload_of_what_selective_layers_keep() -> None:
     memory = {MemoryLevel.SELECTIVE: 16}
     assert words_of(one_stage(memory=memory, offload=Offload(activations=0.5))) == (
-        "stages[0].offload.activations: what selective layers keep stays on the device; "
-        "use eager or full layers"
+        "stages[0].memory: what selective layers keep stays on the device; offload no activations, "
+        "or use eager or full layers"
     )
 
 

@@ -21,7 +21,8 @@ E <= c - (G - 1) * theta_low, so (`_examine`):
     be negative: it cannot be left out). Its choices are a plan, and may be a new cut-off.
 Boxes split (`_split`) until none can beat the cut-off, which proves the best plan optimal. A state
 of the dynamic program is lam, or lam and the units of devices behind; a new cut-off leaves fewer of
-both and of cells to look at (`_narrowed`).
+both and of cells to look at (`_narrowed`). Where cells have ties, each tie is a problem of its own,
+whose cut-off is the best plan of those before it.
 """
 
 import math
@@ -86,7 +87,20 @@ def solve_exact(
 
     Optimal to a relative 1e-12, the size of rounding; the bound is therefore the step itself.
     """
-    moves = positions(problem)
+    best, num_nodes = None, 0
+    for tie in problem.ties or (None,):
+        found = _solve_tie(problem, tie, upper_bound_s)
+        if found is not None:
+            best, upper_bound_s = found, found.step_s
+            num_nodes += found.num_nodes
+    return None if best is None else replace(best, num_nodes=num_nodes)
+
+
+def _solve_tie(
+    problem: InterStageProblem, tie: tuple[int, ...] | None, upper_bound_s: float
+) -> InterStageSolution | None:
+    """The optimum of the cells with this tie, or none."""
+    moves = positions(problem, tie)
     if moves is None:
         return None
     search, num_nodes = _search(problem, moves), 0

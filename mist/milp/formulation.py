@@ -23,6 +23,8 @@ Subject to  sum_{p of i} z_p = 1                                               (
             sum_{co of i: o + m_c = b} y_co = sum_{co of i+1: o = b} y_co
                  for all i and b; stage 0 starts at 0, stage S-1 ends at N        (_contiguous)
             sum_{p of stages of k} h_p z_p <= H_k    for each shared limit k  (_shared_limits)
+            sum_{p of i: tie k} z_p = sum_{p of j: tie k} z_p
+                 for all ties k and stages i, j that have ties             (_like_ties)
 
 There is no variable for the layers of a stage and none for its times: T_i and U_i are written out.
 The chain A makes the rows sparse, and both together the relaxation tight: on cells of real models
@@ -41,6 +43,7 @@ of `mist.milp.rows`.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -170,6 +173,7 @@ def _constraints(
     elif problem.num_units is not None:
         yield _total(variables.pick, points["units"], problem.num_units)
     yield from _shared_limits(problem, points, variables)
+    yield from _like_ties(points, variables)
 
 
 def _aim(
@@ -271,6 +275,15 @@ def _shared_limits(
         host = points["host"][rows]
         unit = float(host.max(initial=0.0)) or 1.0
         yield _sum(variables.pick, rows, host / unit) <= shared.limit_bytes / unit
+
+
+def _like_ties(points: Rows, variables: _Variables) -> Iterator[pulp.LpConstraint]:
+    """sum_{p of i: tie k} z_p = sum_{p of j: tie k} z_p, for neighbours i, j among tied stages."""
+    stage, tie = points["stage"], points["tie"]
+    for before, after in pairwise(np.unique(stage[tie > 0]).tolist()):
+        for each in np.unique(tie[np.isin(stage, (before, after))]).tolist():
+            rows = np.flatnonzero(np.isin(stage, (before, after)) & (tie == each))
+            yield _sum(variables.pick, rows, np.where(stage[rows] == before, 1.0, -1.0)) == 0
 
 
 def _start(points: Rows, places: Rows, variables: _Variables, solution: InterStageSolution) -> None:

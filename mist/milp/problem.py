@@ -37,6 +37,9 @@ class Cell:
     that is no faster may then be needed because it takes less, so the points may have any order:
     give those that none beats in (stable, lone, host bytes).
 
+    `tie`: how the stage divides weights that it shares with others; chosen cells that have one have
+    the same. Points are compared within their cell only, so a slower tie may still win.
+
     Raises ValueError when something is not so.
     """
 
@@ -49,6 +52,7 @@ class Cell:
     units: int = 1
     offsets: tuple[int, ...] | None = None
     host_bytes: Floats | None = None
+    tie: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         fault = _fault_of_place(self) or _fault_of_shapes(self) or _fault_of_times(self)
@@ -109,8 +113,8 @@ class InterStageProblem:
     devices play no role, as on uniform meshes. `shared`: limits on the host memory of several
     stages, each of whose cells says its `host_bytes`. The cells of all stages; either all have
     `first` None (layers are alike: only counts matter) or none has (the chosen cells must follow
-    each other from layer 0 to `num_layers`). Raises ValueError when a size is not positive or a
-    cell lies outside.
+    each other from layer 0 to `num_layers`). Of one stage all cells have a `tie` or none has.
+    Raises ValueError when a size is not positive or a cell lies outside.
     """
 
     num_layers: int
@@ -136,6 +140,13 @@ class InterStageProblem:
                 raise ValueError(fault)
             if cell.stage in limited and cell.host_bytes is None:
                 raise ValueError(f"a cell of stage {cell.stage} does not say its host_bytes")
+        if {c.stage for c in self.cells if c.tie} & {c.stage for c in self.cells if not c.tie}:
+            raise ValueError("of one stage either every cell has a tie, or none has")
+
+    @property
+    def ties(self) -> tuple[tuple[int, ...], ...]:
+        """The ties of all cells, ascending."""
+        return tuple(sorted({cell.tie for cell in self.cells if cell.tie is not None}))
 
     def _fault_of(self, cell: Cell) -> str | None:
         """Why a cell lies outside; None when it does not."""

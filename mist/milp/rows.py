@@ -30,6 +30,7 @@ _POINT: Final = np.dtype(
         ("fill", np.float64),
         ("units", np.int64),
         ("host", np.float64),
+        ("tie", np.int64),
     ]
 )
 # A place of a cell: its stage, and the units `first` to `first` + `count`.
@@ -49,9 +50,12 @@ def time_unit_s(problem: InterStageProblem) -> float:
 
 
 def point_rows(problem: InterStageProblem, unit_s: float) -> Rows:
-    """The points of all cells [P], by stage; where layers are alike, `first` is 0."""
+    """The points of all cells [P], by stage; `first` is 0 where layers are alike, `tie` if none."""
     cells = sorted(enumerate(problem.cells), key=lambda item: item[1].stage)
+    ties = {tie: number for number, tie in enumerate((None, *problem.ties))}
     rows = [_cell_points(problem, index, unit_s) for index, _ in cells]
+    for (_, cell), own in zip(cells, rows, strict=True):
+        own["tie"] = ties[cell.tie]
     return np.concatenate([np.empty(0, _POINT), *rows])
 
 

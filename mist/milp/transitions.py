@@ -72,9 +72,14 @@ class Position:
         return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
-def positions(problem: InterStageProblem) -> tuple[Position, ...] | None:
-    """The moves of each position, last stage first; None when no assignment fits together."""
-    return linked(_position(problem, stage) for stage in reversed(range(problem.num_stages)))
+def positions(
+    problem: InterStageProblem, tie: tuple[int, ...] | None = None
+) -> tuple[Position, ...] | None:
+    """The moves of each position, last stage first; None when no assignment fits together.
+
+    `tie`: that of the cells that have one; others with one are left out.
+    """
+    return linked(_position(problem, stage, tie) for stage in reversed(range(problem.num_stages)))
 
 
 def linked(positions: Iterable[Position]) -> tuple[Position, ...] | None:
@@ -117,11 +122,11 @@ def _numbered(position: Position) -> Position:
     )
 
 
-def _position(problem: InterStageProblem, stage: int) -> Position:
+def _position(problem: InterStageProblem, stage: int, tie: tuple[int, ...] | None) -> Position:
     """Every move of a stage; of equal moves that of the earlier cell stays."""
     alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, cell in enumerate(problem.cells):
-        if cell.stage == stage and cell.stable_s.size:
+        if cell.stage == stage and cell.tie in (None, tie) and cell.stable_s.size:
             alike[_key(cell)].append(index)
     moves = [np.empty((4, 0), np.int32)]
     moves += [_moves(problem, key, group) for key, group in enumerate(alike.values())]

@@ -5,18 +5,18 @@
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import fill_seconds
+from mist.pareto.dealing import dealt_layers
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.points import Points, StackedMixes, stacked
 from mist.pareto.space import Floats, Ints
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
-from mist.plans import Limits, even_layers, layers_by_cost
+from mist.plans import Limits
 from mist.schedule import step_time
 from mist.spec import MemoryLevel
 
@@ -91,27 +91,20 @@ def _best_mixes(
 
 def alike_layouts(model: GroupModel, limits: Limits) -> Iterator[Layout]:
     """The layouts of a framework whose stages are alike: of each kind and mix of levels."""
-    counts = np.array(layer_counts(model))
-    if not counts.all():
+    counts = stage_layers(model)
+    if counts is None:
         return
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
-    levels = model.space.levels
-    for level in levels:
-        yield from _alike(model, ranges, limits, (level, level))
-    if model.space.some_layers:
-        for upper, lower in combinations(levels, 2):
-            yield from _alike(model, ranges, limits, (upper, lower))
+    for levels in [(level, level) for level in model.space.levels] + list(model.pairs):
+        yield from _alike(model, ranges, limits, levels)
 
 
-def layer_counts(model: GroupModel) -> tuple[int, ...]:
-    """Layers of each stage, as the runtime deals them out: evenly, or by their parameters."""
-    job, num_stages = model.job, model.group.num_stages
-    if job.platform.runtime.knobs.layer_split == "even" or num_stages == 1:
-        return even_layers(job.num_layers, num_stages)
-    layer, head = (
-        float(model.strategies.terms[f"term_{block}_params"][0]) for block in ("0", "head")
-    )
-    return layers_by_cost(job.num_layers, num_stages, layer_cost=layer, ends=(0.0, head))
+def stage_layers(model: GroupModel) -> Ints | None:
+    """Layers of each stage as the runtime deals them out, [S]; None where it cannot."""
+    job, group = model.job, model.group
+    num_stages, chunks = group.num_stages, group.schedule.vpp
+    parts = dealt_layers(job, num_stages * chunks)
+    return None if parts is None else np.reshape(parts, (chunks, num_stages)).sum(axis=0)
 
 
 def _alike(
@@ -126,6 +119,8 @@ def _alike(
         [model.least(stage, ranges, limits, *levels)[:, stage] for stage in range(num_stages)],
         axis=0,
     )
+    chunks = model.group.schedule.vpp  # one number for all: so many layers of each chunk
+    num_lower = -(-num_lower // chunks) * chunks
     columns = np.broadcast_to(num_lower[:, None], (len(num_lower), num_stages))
     tables = [
         stacked(

@@ -16,13 +16,12 @@ Stages that may be unlike choose for themselves and share the layers so that the
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Final
 
 import numpy as np
 
 from mist.estimate import Job
-from mist.pareto.even import layer_counts
+from mist.pareto.even import stage_layers
 from mist.pareto.space import Floats, Group, Ints, groups, lean_ratios, offloading
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
@@ -82,18 +81,22 @@ def _least(job: Job, space: SearchSpace, group: Group, host_bytes: float) -> flo
 
 
 def _unlike(model: GroupModel, limits: Limits) -> float:
-    """Every stage takes what suits it best."""
+    """Every stage takes what suits it best; of a tied model both ends divide its matrix alike."""
     group, num_layers = model.group, model.job.num_layers
     ranges = layer_ranges(model.job, group.num_stages, least=group.schedule.vpp)
-    value = np.full((1, group.num_stages, len(ranges)), np.inf)
+    ways = list(model.ties(0))
+    value = np.full((len(ways), group.num_stages, len(ranges)), np.inf)
     for stage in range(group.num_stages):
+        ties = model.ties(stage)
+        rows = [ties[way if model.is_tied(stage) else None] for way in ways]
         for mix in _mixes(model, stage, ranges, limits):
-            value[0, stage] = np.minimum(value[0, stage], _peaks(mix).min(axis=0, initial=np.inf))
-        value[0, stage, ~placed(ranges, num_layers, group.num_stages, stage)] = np.inf
-    picked = even_split(ranges, num_layers, value)[0]
-    if picked[0] < 0:
-        return math.inf
-    return float(value[0, np.arange(group.num_stages), picked].max())
+            least = [_peaks(mix)[own].min(axis=0, initial=np.inf) for own in rows]
+            value[:, stage] = np.minimum(value[:, stage], least)
+        value[:, stage, ~placed(ranges, num_layers, group.num_stages, stage)] = np.inf
+    picked = even_split(ranges, num_layers, value)
+    stages = np.arange(group.num_stages)
+    peaks = [value[k, stages, own].max() for k, own in enumerate(picked) if own[0] >= 0]
+    return float(min(peaks, default=math.inf))
 
 
 def _mixes(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Iterator[Mixes]:
@@ -101,8 +104,8 @@ def _mixes(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Ite
     for level in model.space.levels:
         none = np.zeros((len(model.strategies), len(ranges)), dtype=np.int64)
         yield model.mix(stage, ranges, limits, level, level, num_lower=none)
-    if model.job.facts.num_kinds > 1 and model.space.some_layers:
-        for upper, lower in combinations(model.space.levels, 2):
+    if model.job.facts.num_kinds > 1:
+        for upper, lower in model.pairs:
             for before in _layers_before(model.job, ranges):
                 num_lower = np.broadcast_to(before, (len(model.strategies), len(ranges)))
                 yield model.mix(stage, ranges, limits, upper, lower, num_lower=num_lower)
@@ -117,15 +120,14 @@ def _layers_before(job: Job, ranges: Ranges) -> Iterator[Ints]:
 
 def _alike(model: GroupModel, limits: Limits) -> float:
     """One strategy and one mix for all stages, layers dealt out by the runtime's rule."""
-    counts = np.array(layer_counts(model))
-    if not counts.all():
+    counts = stage_layers(model)
+    if counts is None:
         return math.inf
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
-    levels = model.space.levels
-    pairs = [(level, level, 0) for level in levels]
-    if model.space.some_layers:
-        most = int(counts.max())
-        pairs += [(*pair, lower) for pair in combinations(levels, 2) for lower in range(1, most)]
+    pairs = [(level, level, 0) for level in model.space.levels]
+    chunks = model.group.schedule.vpp  # one number for all: so many layers of each chunk
+    numbers = range(chunks, int(counts.max()), chunks)
+    pairs += [(*pair, lower) for pair in model.pairs for lower in numbers]
     least = math.inf
     for upper, lower, num_lower in pairs:
         each = np.full((len(model.strategies), len(counts)), num_lower)

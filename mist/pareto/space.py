@@ -10,25 +10,23 @@ group of its own.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import Job, strategy_columns
+from mist.pareto.dealing import dealing_words, dealt_layers
 from mist.pareto.meshes import unequal_sizes
 from mist.plans import ONE_F_ONE_B, Schedule
 from mist.platform import Runtime
+from mist.rules import TAKES_TURNS, broken, broken_by_levels, may_have
 from mist.spaces import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.spec import MemoryLevel, ScheduleKind
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 T = TypeVar("T")
-
-# Schedules that run chunks in turn, or split the backward pass, connect each stage's ranks one to
-# one: stages have the same dp and tp (torch.distributed.pipelining).
-ALIKE_MESHES: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,13 +131,19 @@ def _has_level(level: MemoryLevel, runtime: Runtime) -> bool:
 def groups(job: Job, space: SearchSpace) -> Iterator[Group]:
     """Every group with at least one strategy, fewest stages first."""
     space = expressible(space, job.platform.runtime)
-    num_gpus, batch = job.platform.num_gpus, job.workload.global_batch
-    counts = np.array([s for s in divisors(num_gpus) if s <= job.num_layers])
-    for num_stages in counts[space.allows("pp", counts)].tolist():
-        for num_micro_batches in divisors(batch):
-            yield from _groups(job, space, num_stages, num_micro_batches, (num_gpus // num_stages,))
+    for num_stages, num_micro_batches, size in _pipelines(job, space):
+        yield from _groups(job, space, num_stages, num_micro_batches, (size,))
     if space.unequal_meshes:
         yield from _unequal_groups(job, space)
+
+
+def _pipelines(job: Job, space: SearchSpace) -> Iterator[tuple[int, int, int]]:
+    """Numbers of stages, of micro-batches and of devices of a stage."""
+    num_gpus = job.platform.num_gpus
+    counts = np.array([s for s in divisors(num_gpus) if s <= job.num_layers])
+    for num_stages in counts[space.allows("pp", counts)].tolist():
+        for num_micro_batches in divisors(job.workload.global_batch):
+            yield num_stages, num_micro_batches, num_gpus // num_stages
 
 
 def _unequal_groups(job: Job, space: SearchSpace) -> Iterator[Group]:
@@ -177,7 +181,7 @@ def _groups(
     priced = found.take(used).priced(job, num_stages)
     for schedule, rows in kept:
         held = priced.take(rows[used])
-        if schedule.kind in ALIKE_MESHES:
+        if schedule.kind in TAKES_TURNS:
             for tp in np.unique(held.tp):
                 yield group(schedule=schedule, strategies=held.take(held.tp == tp))
         elif len(held):
@@ -192,15 +196,31 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
     if num_stages == 1:
         yield ONE_F_ONE_B
         return
+    for schedule in _known_schedules(job, space):
+        dealt = space.unlike_stages or dealt_layers(job, num_stages * schedule.vpp) is not None
+        if dealt and num_stages * schedule.vpp <= job.num_layers:
+            yield schedule
+
+
+def _known_schedules(job: Job, space: SearchSpace) -> Iterator[Schedule]:
+    """Schedules of several stages, with every number of chunks."""
     for kind in space.schedules:
+        if not levels_under(space, kind):
+            continue
         if kind is ScheduleKind.GPIPE and ScheduleKind.ONE_F_ONE_B in space.schedules:
             continue
         if kind is not ScheduleKind.INTERLEAVED:
             yield Schedule(kind=kind, vpp=1)
         elif job.facts.num_kinds == 1:  # chunks of unlike layers would be unlike
             for chunks in space.chunks:
-                if chunks > 1 and chunks * num_stages <= job.num_layers:
+                if chunks > 1:
                     yield Schedule(kind=kind, vpp=chunks)
+
+
+def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
+    """The memory levels of a space that layers may have under a schedule."""
+    kept = {"schedule": kind.value, "activations": 0.0}
+    return tuple(level for level in space.levels if may_have(level, kept))
 
 
 def divisors(number: int) -> list[int]:
@@ -235,17 +255,66 @@ def _strategies(
 
 def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.bool_]:
     """Which strategies break no rule in the pipelines of a group."""
-    columns = strategies.columns | {
+    columns = _rule_columns(group, strategies)
+    kept = np.ones(len(strategies), dtype=np.bool_)
+    for rule in job.rules:
+        kept &= rule.mask(columns)
+    return kept
+
+
+def _rule_columns(group: Group, strategies: Strategies) -> dict[str, Any]:
+    return strategies.columns | {
         "dp_replicate": 1,
         "num_stages": group.num_stages,
         "num_micro_batches": group.num_micro_batches,
         "schedule": group.schedule.kind.value,
         "chunks": group.schedule.vpp,
     }
-    kept = np.ones(len(strategies), dtype=np.bool_)
-    for rule in job.rules:
-        kept &= rule.mask(columns)
-    return kept
+
+
+def refusals(job: Job, space: SearchSpace) -> tuple[str, ...]:
+    """Why a space has no group: what the strategy breaks that breaks fewest rules.
+
+    Empty where the space has no strategy at all.
+    """
+    space = expressible(space, job.platform.runtime)
+    best: tuple[str, ...] = ()
+    for num_stages, num_micro_batches, size in _pipelines(job, space):
+        strategies = _strategies(job, space, (size,), num_micro_batches)
+        for schedule in _known_schedules(job, space) if num_stages > 1 else (ONE_F_ONE_B,):
+            group = Group(
+                num_stages=num_stages,
+                num_micro_batches=num_micro_batches,
+                sizes=(size,),
+                schedule=schedule,
+                strategies=strategies,
+            )
+            for found in _broken(job, group, space):
+                best = found if not best or len(found) < len(best) else best
+    return best or tuple(_without_levels(space))
+
+
+def _broken(job: Job, group: Group, space: SearchSpace) -> Iterator[tuple[str, ...]]:
+    """What the strategy of a group breaks that breaks fewest rules."""
+    if not len(group.strategies):
+        return
+    columns = _rule_columns(group, group.strategies)
+    counts = np.sum([~rule.mask(columns) for rule in job.rules], axis=0)
+    nearest = group.strategies.take(np.array([np.argmin(counts)]))
+    row = {name: column[0] for name, column in nearest.columns.items()}
+    messages = list(broken(job.rules, _rule_columns(group, nearest) | row))
+    stages, chunks = group.num_stages, group.schedule.vpp
+    if not space.unlike_stages and dealt_layers(job, stages * chunks) is None:
+        messages.append(f"{dealing_words(job, stages, chunks)}.")
+    yield tuple(messages)
+
+
+def _without_levels(space: SearchSpace) -> Iterator[str]:
+    """Of schedules under which layers may have no memory level of the space: why."""
+    for kind in space.schedules:
+        if not levels_under(space, kind):
+            columns = {"schedule": kind.value, "activations": 0.0}
+            yield from (f"{words}." for words in set(broken_by_levels(space.levels, columns)))
 
 
 def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strategies:

@@ -14,7 +14,7 @@ other the peak may rise again as recomputation reaches another kind: the least c
 between such numbers one by one. What fits is always checked, never inferred.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Final
@@ -25,11 +25,14 @@ from numpy.typing import NDArray
 from mist.estimate import Job, position_columns
 from mist.pareto.lines import LEVELS, StageLines
 from mist.pareto.meshes import Place
-from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
+from mist.pareto.space import Floats, Group, Ints, Strategies, expressible, levels_under
 from mist.plans import Limits
-from mist.rules import may_offload
+from mist.rules import Columns, divides_ends, may_have, may_mix
 from mist.spaces import SearchSpace
 from mist.spec import MemoryLevel
+
+Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
+"""Which strategies [K] divide a shared weight in each way; None: no weight is shared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,7 +105,8 @@ class GroupModel:
     def __init__(self, job: Job, group: Group, strategies: Strategies, space: SearchSpace) -> None:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
-        self.space = expressible(space, job.platform.runtime)
+        space = expressible(space, job.platform.runtime)
+        self.space = replace(space, levels=levels_under(space, group.schedule.kind))
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         columns = position_columns(job, devices, group.num_micro_batches, group.schedule)
@@ -122,6 +126,25 @@ class GroupModel:
         if key not in self._lines:
             self._lines[key] = StageLines.of(self.job, self.strategies.terms, position)
         return self._lines[key]
+
+    @property
+    def pairs(self) -> tuple[tuple[MemoryLevel, MemoryLevel], ...]:
+        """The pairs of memory levels that layers of one stage may have."""
+        runtime = self.job.platform.runtime
+        pairs = combinations(self.space.levels, 2) if self.space.some_layers else ()
+        return tuple(pair for pair in pairs if may_mix(runtime, pair))
+
+    def is_tied(self, stage: int) -> bool:
+        """Whether a position shares a weight with another stage."""
+        ends = (0, self.group.num_stages - 1)
+        return self.job.facts.tied and self.group.num_stages > 1 and stage in ends
+
+    def ties(self, stage: int) -> Ties:
+        """The strategies of a position by how they divide a weight that it shares."""
+        if not self.is_tied(stage):
+            return {None: np.ones(len(self.strategies), dtype=np.bool_)}
+        ways = np.stack(divides_ends(self.strategies.columns | {"dp_replicate": 1}), axis=-1)
+        return {tuple(way.tolist()): (ways == way).all(axis=1) for way in np.unique(ways, axis=0)}
 
     def in_flight(self, stage: int) -> float:
         """Micro-batches that a position holds."""
@@ -152,9 +175,8 @@ class GroupModel:
     def _mixes(self, position: "_Position") -> Iterator[Mixes]:
         for level in self.space.levels:
             yield position.whole(level)
-        if self.space.some_layers:
-            for upper, lower in combinations(self.space.levels, 2):
-                yield from position.mixed(upper, lower)
+        for upper, lower in self.pairs:
+            yield from position.mixed(upper, lower)
 
     def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
         """Stages that differ in nothing but their layers, and the mixes of each of them.
@@ -272,6 +294,7 @@ class _Position:
         self._job, self._lines, self._in_flight = model.job, lines, in_flight
         self._ranges, self._limits = ranges, limits
         self._kinds = kinds_of(model.job, ranges)
+        self._schedule = model.group.schedule.kind.value
         self._away = np.tile(model.strategies.activations, len(in_flight))
         self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
@@ -380,8 +403,9 @@ class _Position:
         stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
+        columns: Columns = {"activations": self._away[rows], "schedule": self._schedule}
         for level in (upper, lower):
-            possible = possible & may_offload(level, self._away[rows])[:, None]
+            possible = possible & may_have(level, columns)[:, None]
         return Mixes(
             upper=upper,
             lower=lower,

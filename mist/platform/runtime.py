@@ -242,21 +242,34 @@ class Loss(Record):
 class Knobs(Record):
     """What the runtime can do: ZeRO levels; whether tensor parallelism shards the sequence.
 
-    `layer_split`: how it deals layers out to pipeline stages when nobody says. `schedules`: the
-    pipeline schedules it has (none: one stage only). `tensor_parallel`: whether t > 1 is possible.
-    `recomputes_some`: whether a stage may recompute some of its layers only. `uneven_layers`:
-    whether a plan may give stages unequal numbers of layers; `unlike_stages`: whether stages may
-    differ in dp, tp, ZeRO level and recomputation.
+    `layer_split`: how it deals layers out to pipeline stages and their chunks when nobody says:
+    "even", the first ones a layer longer; "equal", all the same number or not at all; "by_cost", by
+    the parameters of layers and head. `schedules`: the pipeline schedules it has (none: one stage
+    only). `tensor_parallel`: whether t > 1 is possible. `recomputes_some`: whether a stage may
+    recompute some of its layers only. `uneven_layers`: whether a plan may give stages unequal
+    numbers of layers; `unlike_stages`: whether stages may differ in dp, tp, ZeRO level and
+    recomputation. `fills_rounds`: whether an interleaved schedule takes only multiples of the
+    stages as micro-batches. `precisions`: what it trains in. `mixes_selective`: whether some layers
+    of a stage may be selective. `most_zero_with_tp`: the highest ZeRO level beside t > 1.
+    `partial_offload`: of which states a share may be offloaded, from which ZeRO level on, and of
+    others all or nothing; None: of all. `weights_with_optimizer`: whether weights are offloaded
+    only where the optimizer is too.
     """
 
     zero_levels: tuple[ZeroLevel, ...]
     sequence_parallel: bool
-    layer_split: Literal["even", "by_cost"]
+    layer_split: Literal["even", "equal", "by_cost"]
     schedules: tuple[ScheduleKind, ...]
     tensor_parallel: bool
     recomputes_some: bool
     uneven_layers: bool
     unlike_stages: bool
+    fills_rounds: bool
+    precisions: tuple[Precision, ...]
+    mixes_selective: bool = True
+    most_zero_with_tp: ZeroLevel = 3
+    partial_offload: Mapping[str, ZeroLevel] | None = None
+    weights_with_optimizer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Final
 
 from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
+from mist.pareto.dealing import dealing_words, dealt_layers
 from mist.planfile import load_plan
 from mist.plans import (
     Estimate,
@@ -16,12 +17,11 @@ from mist.plans import (
     Plan,
     Schedule,
     StagePlan,
-    even_layers,
     fullest_host_bytes,
 )
 from mist.platform.profiles import is_machine
 from mist.programs import Progress, quiet
-from mist.rules import broken
+from mist.rules import broken, broken_by_levels
 from mist.spaces import OFFLOADED
 from mist.spec import MemoryLevel, ScheduleKind
 from mist.units import format_bytes, format_seconds
@@ -228,7 +228,7 @@ def _judged(job: Job, made: Made) -> Estimate:
 
 
 def _made(job: Job, layout: HandLayout) -> Made:
-    """Equal stages, the first ones a layer longer where the layers do not divide."""
+    """Stages alike in all but the number of layers that the runtime deals out to them."""
     num_gpus, ranks = job.platform.num_gpus, layout.tp * layout.pp
     if num_gpus % ranks:
         product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
@@ -249,17 +249,27 @@ def _made(job: Job, layout: HandLayout) -> Made:
         "chunks": layout.vpp,
         **asdict(layout.offload),
     }
-    messages = list(broken(job.rules, columns))
+    levels = [level for level, count in layout.memory(job.num_layers).items() if count]
+    messages = [*broken(job.rules, columns), *broken_by_levels(levels, columns)]
     if layout.checkpoint == MemoryLevel.SELECTIVE and job.platform.runtime.selective is None:
         messages.append(f"runtime {job.platform.runtime.name} has no selective checkpointing.")
     if messages:
         raise InputError("\n".join(messages))
-    counts = even_layers(job.num_layers, layout.pp * layout.vpp)
+    counts = _dealt(job, layout)
     return Made(
         stages=tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp)),
         num_micro_batches=num_micro_batches,
         schedule=Schedule(kind=layout.schedule, vpp=layout.vpp),
     )
+
+
+def _dealt(job: Job, layout: HandLayout) -> tuple[int, ...]:
+    """Layers of each chunk of each stage by the runtime's own rule. Raises InputError."""
+    counts = dealt_layers(job, layout.pp * layout.vpp)
+    if counts is None:
+        words = dealing_words(job, layout.pp, layout.vpp)
+        raise InputError(f"{words}. Give the layers of each stage with --layers, or another --pp.")
+    return counts
 
 
 def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int) -> StagePlan:

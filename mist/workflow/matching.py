@@ -10,7 +10,7 @@ from dataclasses import asdict
 from mist.errors import Fault
 from mist.estimate import Job
 from mist.plans import Plan, StagePlan
-from mist.rules import broken, may_offload
+from mist.rules import broken, broken_between, broken_by_levels, may_mix
 from mist.spec import MemoryLevel
 
 
@@ -66,7 +66,11 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
             "chunks": plan.schedule.vpp,
             **asdict(stage.offload),
         }
-        yield from (Fault(path=path, message=message) for message in broken(job.rules, columns))
+        messages = [*broken(job.rules, columns), *broken_by_levels(stage.levels, columns)]
+        yield from (Fault(path=path, message=message) for message in messages)
+    stages = [asdict(stage) for stage in plan.stages]
+    for message in broken_between(job.facts, plan.schedule.kind, stages):
+        yield Fault(path="stages", message=message)
 
 
 def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
@@ -78,9 +82,9 @@ def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
     if stage.num_at(MemoryLevel.SELECTIVE) and runtime.selective is None:
         message = f"runtime {runtime.name} has no selective checkpointing"
         yield Fault(path=f"{path}.memory.selective", message=message)
-    if not all(may_offload(level, stage.offload.activations) for level in stage.levels):
-        message = "activations of selective layers are not offloaded; use eager or full layers"
-        yield Fault(path=f"{path}.offload.activations", message=message)
+    if not may_mix(runtime, stage.levels):
+        message = f"runtime {runtime.name} makes all layers of a stage selective, or none"
+        yield Fault(path=f"{path}.memory.selective", message=message)
     shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
     if stage.sp != shards_sequence:
         yield Fault(

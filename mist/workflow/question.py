@@ -109,13 +109,24 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
 
 
 def platform_of(question: Question) -> Platform:
-    """The platform that a question names. Raises PlatformError."""
-    return load_platform(
+    """The platform that a question names.
+
+    Raises PlatformError, and InputError for a precision that its runtime does not train in.
+    """
+    platform = load_platform(
         num_gpus=question.num_gpus,
         gpu=question.gpu,
         cluster=question.cluster,
         runtime=question.runtime,
     )
+    known = platform.runtime.knobs.precisions
+    if question.precision not in known:
+        raise InputError(
+            f"--precision {question.precision}: runtime {platform.runtime.name} trains in "
+            f"{' and '.join(known)} (it scales no losses, which fp16 needs). "
+            f"Try --precision {known[0]}."
+        )
+    return platform
 
 
 def _sequence(graph: ModelFacts, asked: int | None) -> int:

@@ -60,12 +60,17 @@ def keeps_limits(problem: InterStageProblem, points: list[Point]) -> bool:
     )
 
 
+def agrees(points: list[Point]) -> bool:
+    """Whether the chosen cells that have a tie have the same."""
+    return len({cell.tie for cell, _ in points if cell.tie is not None}) <= 1
+
+
 def optimum(problem: InterStageProblem) -> float:
     """Least step time in seconds; inf when no assignment exists."""
     found = (
         paper_step(problem, points)
         for points in assignments(problem)
-        if keeps_limits(problem, points)
+        if keeps_limits(problem, points) and agrees(points)
     )
     return min(found, default=np.inf)
 
@@ -187,6 +192,30 @@ def with_units(problem: InterStageProblem, seed: int) -> InterStageProblem:
                 )
             )
     return replace(problem, num_units=num_units, cells=tuple(cells))
+
+
+def with_ties(problem: InterStageProblem, seed: int) -> InterStageProblem:
+    """The same, where the first and the last stage have up to three ways that must agree.
+
+    Each way is slower or faster by a random factor of its own at either end, and may be missing.
+    """
+    rng = np.random.default_rng(seed)
+    ends = (0, problem.num_stages - 1)
+    cells = []
+    for cell in problem.cells:
+        for way in range(3) if cell.stage in ends else (None,):
+            speed = 1.0 if way is None else float(rng.uniform(0.5, 2.0))
+            if way is None or rng.uniform() < 0.8:
+                cells.append(
+                    replace(
+                        cell,
+                        tie=None if way is None else (way, 1),
+                        stable_s=cell.stable_s / speed,
+                        lone_s=cell.lone_s / speed,
+                        spare_s=cell.spare_s / speed,
+                    )
+                )
+    return replace(problem, cells=tuple(cells[i] for i in rng.permutation(len(cells))))
 
 
 def with_host(problem: InterStageProblem, seed: int) -> InterStageProblem:

@@ -50,6 +50,7 @@ def test_illegal_cell(change: dict, message: str) -> None:
         ((1, 1, 1, 0), [{}], "must be at least 1"),
         ((1, 1, 1), [{}, {"first": 0}], "either every cell names its first layer, or none does"),
         ((1, 1, 1), [{"stage": 1}], r"cell \(stage 1, first None, count 1\) is outside 1 stages"),
+        ((1, 1, 1), [{}, {"tie": (1,)}], "either every cell has a tie, or none has"),
         ((2, 1, 1), [{"first": 2}], r"cell \(stage 0, first 2, count 1\) is outside"),
     ],
 )

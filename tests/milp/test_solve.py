@@ -21,7 +21,14 @@ from mist.milp import (
 )
 from mist.milp import exact as exact_module
 from mist.milp.formulation import solve_milp
-from tests.milp.oracle import dense_problem, optimum, random_problem, with_host, with_units
+from tests.milp.oracle import (
+    dense_problem,
+    optimum,
+    random_problem,
+    with_host,
+    with_ties,
+    with_units,
+)
 from tests.milp.test_exact import covers, dense
 
 # The tolerances of HiGHS (1e-6 and 1e-7), in units of a time that is part of every step.
@@ -80,6 +87,31 @@ def test_shared_host_memory_equals_enumeration(method: Method) -> None:
     # The dynamic program answers where no limit binds, HiGHS where one does.
     assert solvers.count("milp") >= 15
     assert method == "milp" or solvers.count("dp") >= 15
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ends_that_must_agree_equal_enumeration(method: Method) -> None:
+    num_feasible = num_dearer = 0
+    for seed in range(3000, 3060):
+        problem = random_problem(seed, max_layers=4, max_stages=3)
+        problem = with_units(problem, seed) if seed % 3 == 0 else problem
+        problem = with_host(problem, seed) if seed % 5 == 0 else problem
+        problem = with_ties(problem, seed)
+        expected, found = optimum(problem), solve(problem, method=method)
+        assert (found is None) == math.isinf(expected), seed
+        if found is not None:
+            num_feasible += 1
+            assert found.step_s == pytest.approx(expected, rel=SOLVER), seed
+            assert 0 <= found.gap <= SOLVER, seed
+            assert covers(problem, found.choices), seed
+            assert len({problem.cells[c.cell].tie for c in found.choices} - {None}) <= 1, seed
+            num_dearer += optimum(_untied(problem)) < expected * (1 - 1e-3)
+    assert num_feasible >= 30
+    assert num_dearer >= 10  # of which the ties cost something
+
+
+def _untied(problem: InterStageProblem) -> InterStageProblem:
+    return replace(problem, cells=tuple(replace(cell, tie=None) for cell in problem.cells))
 
 
 def test_the_optimum_without_shared_limits_bounds_the_one_with_them() -> None:

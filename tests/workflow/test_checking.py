@@ -370,7 +370,7 @@ def test_a_runtime_that_cannot_do_what_a_plan_says(tmp_path: Path) -> None:
     "layout",
     [
         HandLayout(pp=2, schedule=ScheduleKind.INTERLEAVED, vpp=2, checkpoint="3"),
-        HandLayout(pp=2, zero=2, schedule=ScheduleKind.ZERO_BUBBLE, checkpoint="selective"),
+        HandLayout(pp=2, zero=2, schedule=ScheduleKind.ZERO_BUBBLE),
         HandLayout(pp=4, schedule=ScheduleKind.GPIPE, offload=Offload(activations=0.75)),
         HandLayout(zero=3, offload=Offload(weights=0.5, grads=0.5, optimizer=0.25)),
         HandLayout(zero=2, dp_replicate=4),
