@@ -147,6 +147,7 @@ def test_a_loss_of_the_runtimes_own() -> None:
     number = TORCH.host.step_s
     loss = Loss(
         kept_bytes_per_logit=replace(number, value=10.0),
+        peak_bytes_per_logit=replace(number, value=10.0),
         moved_bytes_per_logit=replace(number, value=60.0),
         vocabulary_parallel=True,
     )
