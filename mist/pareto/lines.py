@@ -20,11 +20,18 @@ from numpy.typing import ArrayLike
 
 from mist.estimate import Job
 from mist.pareto.space import Floats
+from mist.platform import Runtime
 from mist.spec import MemoryLevel
 
 INSTANTS = ("begin_bytes", "end_bytes", "step_bytes")
 OUTPUTS = ("stable_s", "lone_s", "weight_s", *INSTANTS, "host_bytes")
 LEVELS = tuple(MemoryLevel)
+
+
+def instants(runtime: Runtime) -> tuple[str, ...]:
+    """The lines whose largest is the peak: a step that makes nothing never is."""
+    steps = runtime.transients.optimizer_bytes_per_param.value > 0
+    return INSTANTS if steps else INSTANTS[:-1]
 
 
 Line = tuple[Floats, Floats]  # without and for each micro-batch in flight
