@@ -354,10 +354,9 @@ def may_mix(runtime: Runtime, levels: Collection[MemoryLevel]) -> bool:
 def _copy_rules(platform: Platform) -> Iterator[Rule]:
     """Where the states that ZeRO divides may have copies."""
     per_node, runtime = platform.gpus_per_node, platform.runtime
-    is_fsdp2 = runtime.transients.root_group
     yield Rule(
         name="copies-known",
-        holds=lambda c: (c["dp_replicate"] == 1) | is_fsdp2,
+        holds=lambda c: (c["dp_replicate"] == 1) | runtime.knobs.copies,
         message=f"dp_replicate {{dp_replicate}}: copies of the states are predicted of FSDP2 only, "
         f"not of runtime {runtime.name}.",
     )

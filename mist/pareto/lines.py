@@ -6,9 +6,9 @@ For one kind of position in the pipeline, K strategies, and n_x layers of each k
 
 because times and kept bytes add up over layers, while the working set and the last collectives are
 those of the worst layer that the stage has at all. Outputs are straight lines in the micro-batches
-in flight, too. The peak is the larger of two lines: bytes as backward passes begin, and as they
-end. The lines are read off the compiled formulas at a few points, so there is one cost model;
-`StageLines` holds them and says what any mix of layers costs.
+in flight, too. The peak is the largest of three lines: bytes as backward passes begin, as they end,
+and as the optimizer steps. The lines are read off the compiled formulas at a few points, so there
+is one cost model; `StageLines` holds them and says what any mix of layers costs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,18 @@ from numpy.typing import ArrayLike
 
 from mist.estimate import Job
 from mist.pareto.space import Floats
+from mist.platform import Runtime
 from mist.spec import MemoryLevel
 
-OUTPUTS = ("stable_s", "lone_s", "weight_s", "begin_bytes", "end_bytes", "host_bytes")
+INSTANTS = ("begin_bytes", "end_bytes", "step_bytes")
+OUTPUTS = ("stable_s", "lone_s", "weight_s", *INSTANTS, "host_bytes")
 LEVELS = tuple(MemoryLevel)
+
+
+def instants(runtime: Runtime) -> tuple[str, ...]:
+    """The lines whose largest is the peak: a step that makes nothing never is."""
+    steps = runtime.transients.optimizer_bytes_per_param.value > 0
+    return INSTANTS if steps else INSTANTS[:-1]
 
 
 Line = tuple[Floats, Floats]  # without and for each micro-batch in flight

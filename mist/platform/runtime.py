@@ -42,15 +42,20 @@ class Transients(Record):
 
     `num_gathered_groups`: groups whose parameters are unsharded at once under ZeRO-3.
     `reduce_bytes_per_param`: gradients of the group being reduced, by compute precision.
-    `root_group`: FSDP2: embedding and head are one group, gathered for a whole micro-batch, and the
+    `root_group`: FSDP: embedding and head are one group, gathered for a whole micro-batch, and the
     buffer of a reduction lives until the next one. `divided_loss_bytes_per_logit`: what the model's
     own loss holds more where tensor parallelism divides the logits. `token_copies`: activations are
     [samples, tokens, hidden] and collectives act on the first dimension, so that gathering tokens
-    of several samples, and scattering them, goes through a whole copy.
+    of several samples, and scattering them, goes through a whole copy. `optimizer_bytes_per_param`:
+    what a step of the optimizer makes and drops again, per parameter of a rank's shard, when no
+    activation is left; under ZeRO-3 of `optimizer_group_params` parameters at a time (null: of all
+    at once, as below ZeRO-3).
     """
 
     num_gathered_groups: Quantity
     reduce_bytes_per_param: Mapping[Precision, Quantity]
+    optimizer_bytes_per_param: Quantity
+    optimizer_group_params: Quantity | None = None
     root_group: bool = False
     divided_loss_bytes_per_logit: Quantity | None = None
     token_copies: bool = False
@@ -172,18 +177,25 @@ class Selective(Record):
     """What selective checkpointing means.
 
     `keeps_products`: the results of matrix products and attention kernels are kept, everything else
-    is run again; both follow from the trace. Otherwise `kept_ratio` of what a layer saves and
-    `recomputed_ratio` of what it runs forward (0..1).
+    is run again. `recomputes_attention`: core attention is run again, from queries, keys and values
+    to what they give, and its scores are not kept (Korthikanti et al. 2022, section 5). Both follow
+    from the trace. Otherwise `kept_ratio` of what a layer saves and `recomputed_ratio` of what it
+    runs forward (0..1).
     """
 
     keeps_products: bool = False
+    recomputes_attention: bool = False
     kept_ratio: Quantity | None = None
     recomputed_ratio: Quantity | None = None
 
     def __post_init__(self) -> None:
-        ratios = (self.kept_ratio, self.recomputed_ratio)
-        if any((ratio is None) is not self.keeps_products for ratio in ratios):
-            raise ValueError("selective needs kept_ratio and recomputed_ratio, or keeps_products")
+        ratios = [ratio is not None for ratio in (self.kept_ratio, self.recomputed_ratio)]
+        meanings = (self.keeps_products, self.recomputes_attention, any(ratios))
+        if sum(meanings) != 1 or any(ratios) is not all(ratios):
+            raise ValueError(
+                "selective needs kept_ratio and recomputed_ratio, keeps_products "
+                "or recomputes_attention"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +221,9 @@ class Offloading(Record):
     ratios are one; otherwise a share of every layer. `activations`: a share of what layers save.
     `num_staged_layers`: layers whose share is on the device in passing. `bucket_bytes`: what the
     optimizer streams at a time of one fp32 state, once activations are gone (null: whole blocks
-    beside them).
+    beside them). `optimizer_on_host`: what is offloaded of the optimizer is updated by the host's
+    processor, so that none of it comes to the device. `host_overhead_ratio`: host memory beyond the
+    states themselves, over their bytes.
     """
 
     weights: HostedState | None
@@ -219,6 +233,8 @@ class Offloading(Record):
     by_layer: bool
     num_staged_layers: Quantity
     bucket_bytes: Quantity | None = None
+    optimizer_on_host: bool = False
+    host_overhead_ratio: Quantity | None = None
 
     def __post_init__(self) -> None:
         if self.by_layer and (self.weights is None or self.grads is None):
@@ -229,13 +245,19 @@ class Offloading(Record):
 class Loss(Record):
     """The loss of a framework that does not run the model's own.
 
-    Bytes for each logit of a rank: kept at the peak, and moved forward and backward together.
+    Bytes for each logit of a rank: kept from the forward to the backward pass, alive at once at the
+    most in either (the kept ones among them), and moved forward and backward together.
     `vocabulary_parallel`: whether tensor parallelism divides the logits.
     """
 
     kept_bytes_per_logit: Quantity
+    peak_bytes_per_logit: Quantity
     moved_bytes_per_logit: Quantity
     vocabulary_parallel: bool
+
+    def __post_init__(self) -> None:
+        if self.peak_bytes_per_logit.value < self.kept_bytes_per_logit.value:
+            raise ValueError("loss.peak_bytes_per_logit is less than kept_bytes_per_logit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +275,8 @@ class Knobs(Record):
     of a stage may be selective. `most_zero_with_tp`: the highest ZeRO level beside t > 1.
     `partial_offload`: of which states a share may be offloaded, from which ZeRO level on, and of
     others all or nothing; None: of all. `weights_with_optimizer`: whether weights are offloaded
-    only where the optimizer is too.
+    only where the optimizer is too. `copies`: whether states that are divided may have copies
+    (`dp_replicate`).
     """
 
     zero_levels: tuple[ZeroLevel, ...]
@@ -270,6 +293,7 @@ class Knobs(Record):
     most_zero_with_tp: ZeroLevel = 3
     partial_offload: Mapping[str, ZeroLevel] | None = None
     weights_with_optimizer: bool = False
+    copies: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

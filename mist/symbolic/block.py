@@ -76,13 +76,17 @@ class BlockCost:
     gradients over the ranks that share states, all-reduce of a rank's part over the copies of them;
     `gather_copy_s`, `scatter_copy_s`: the copies out of and into their flat buffers. `pointwise_s`:
     what `recompute_s` holds beside products and attention; `products_bytes`: the results of those;
-    `weight_s`: the products of the backward pass that give gradients of weights.
+    `weight_s`: the products of the backward pass that give gradients of weights. `attention_s`,
+    `attention_ratio`, `scores_bytes`: core attention forward, its share of the forward operations,
+    and what is saved inside it beyond queries, keys and values.
     """
 
     forward_s: Expr
     backward_s: Expr
     recompute_s: Expr
     pointwise_s: Expr
+    attention_s: Expr
+    attention_ratio: Expr
     weight_s: Expr
     tp_forward_s: Expr
     tp_backward_s: Expr
@@ -96,6 +100,7 @@ class BlockCost:
     scatter_copy_s: Expr
     saved_bytes: Expr
     products_bytes: Expr
+    scores_bytes: Expr
     boundary_bytes: Expr
     transient_bytes: Expr
     transient_with_grads_bytes: Expr
@@ -138,7 +143,7 @@ def head_cost(block: Block, setting: Setting) -> BlockCost:
             device["transient_with_grads_bytes"] += more
         return _end_cost(block, setting, device)
     device = _device_cost(_without_loss(block), setting)
-    return _end_cost(block, setting, _with_loss(device, loss, logits))
+    return _end_cost(block, setting, _with_loss(device, loss, logits, setting.precision))
 
 
 def _end_cost(block: Block, setting: Setting, device: dict[str, Expr]) -> BlockCost:
@@ -172,15 +177,25 @@ def _without_loss(block: Block) -> Block:
     )
 
 
-def _with_loss(device: dict[str, Expr], loss: Loss, logits: Expr) -> dict[str, Expr]:
-    """A head's cost and its loss: a third of the bytes moved is the forward's."""
+def _with_loss(
+    device: dict[str, Expr], loss: Loss, logits: Expr, precision: Precision
+) -> dict[str, Expr]:
+    """A head's cost and its loss: a third of the bytes moved is the forward's.
+
+    Where the loss is at its peak no gradient of a parameter exists. Behind it what it kept is gone,
+    and the head turns the gradient of its logits into that of its matrix.
+    """
     held = logits if loss.vocabulary_parallel else sympy.expand(logits * T)
     moved_s = sym.MEMORY[Traffic.SOFTMAX](held * loss.moved_bytes_per_logit.value, 1)
     kept = held * loss.kept_bytes_per_logit.value
+    more = held * loss.peak_bytes_per_logit.value - kept
+    behind = precision.num_bytes * (logits + device["params"]) - kept
     return device | {
         "forward_s": device["forward_s"] + moved_s / 3,
         "backward_s": device["backward_s"] + 2 * moved_s / 3,
         "saved_bytes": device["saved_bytes"] + kept,
+        "transient_bytes": more,
+        "transient_with_grads_bytes": sym.larger(more, behind),
     }
 
 
@@ -242,12 +257,15 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
     scattered = params * traffic.scatter_copy_bytes_per_param[setting.precision].value
     gather, scatter, reduce = _dp_collectives(params, setting)
     again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(_forward(block)) :]
+    core = [op for op in _forward(block) if _is_of_attention(op)]
     return {
         "forward_s": _pass_seconds(_forward(block), setting),
         "backward_s": _pass_seconds(backward, setting)
         + sym.MEMORY[Traffic.POINTWISE](_accumulated_share(accumulated), 1),
         "recompute_s": _pass_seconds(again, setting),
         "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
+        "attention_s": _pass_seconds(core, setting),
+        "attention_ratio": sympy.Rational(len(core), max(len(_forward(block)), 1)),
         "weight_s": _pass_seconds([op for op in backward if _is_of_weights(op)], setting),
         "params": params,
         "largest_params": sym.larger(0, *dict.fromkeys(map(rank_numbers, block.params))),
@@ -258,6 +276,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "scatter_copy_s": sym.MEMORY[Traffic.POINTWISE](scattered, 1),
         "saved_bytes": saved_bytes(block, setting),
         "products_bytes": _products_bytes(block, setting),
+        "scores_bytes": _scores_bytes(block, core, setting),
         "transient_bytes": _largest(block.transient_bytes, setting),
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
     }
@@ -350,7 +369,42 @@ def _pass_seconds(ops: Sequence[Op], setting: Setting) -> Expr:
 
 def _is_of_scores(op: Op) -> bool:
     """Whether an operation moves attention scores, of which there are s^2."""
-    return bool(sympy.expand(op.traffic_bytes).has(S**2))
+    return _is_square(op.traffic_bytes)
+
+
+def _is_of_attention(op: Op) -> bool:
+    """Whether an operation is of core attention: its kernel, or one that makes or reads scores."""
+    if op.kind == OpKind.GEMM:
+        _, m, n, k = op.dims
+        return _is_square(m * n) or _is_square(m * k)
+    return op.kind == OpKind.ATTENTION or _is_of_scores(op)
+
+
+def _is_square(size: Expr) -> bool:
+    """Whether a size grows with the square of the tokens."""
+    return bool(sympy.expand(size).has(S**2))
+
+
+def _scores_bytes(block: Block, core: Sequence[Op], setting: Setting) -> Expr:
+    """What is saved inside core attention, less the queries, keys and values that it begins with.
+
+    Without a kernel of its own attention saves the operands of both products, and of what lies
+    between them all that has a score for each pair of tokens.
+    """
+    products = [op for op in core if op.kind == OpKind.GEMM]
+    readers = {(op.name, op.module) for op in products}
+    saved, single = (
+        [each for each in tensors if _is_square(each.bytes) or (each.op, each.module) in readers]
+        for tensors in (block.saved, block.saved_single)
+    )
+    inputs = sympy.Add(*(_operands(op) for op in products)) * setting.precision.num_bytes
+    return kept_bytes(saved, single, setting) - inputs
+
+
+def _operands(product: Op) -> Expr:
+    """Elements of queries and keys, or of values: the operands that are no scores."""
+    batch, m, n, k = product.dims
+    return batch * (k * (m + n) if _is_square(m * n) else k * n)
 
 
 def _matrix_seconds(op: Op, kernels: Kernels) -> Expr:

@@ -20,6 +20,7 @@ SEARCHED = (
     "peak_bytes",
     "begin_bytes",
     "end_bytes",
+    "step_bytes",
     "host_bytes",
 )
 

@@ -39,7 +39,7 @@ class Level:
 
     name: str
     again_s: Expr
-    again_ratio: float
+    again_ratio: Expr | float
     kept_bytes: Expr
     working_bytes: Expr
     running_bytes: Expr
@@ -73,7 +73,11 @@ def _selective(cost: BlockCost, runtime: Runtime, full: Level) -> tuple[Level, .
     meaning = runtime.selective
     if meaning is None:
         return ()
-    if meaning.kept_ratio is None or meaning.recomputed_ratio is None:
+    ratio: Expr | float
+    if meaning.recomputes_attention:
+        again_s, ratio = cost.attention_s, cost.attention_ratio
+        kept_bytes = cost.saved_bytes - cost.scores_bytes
+    elif meaning.kept_ratio is None or meaning.recomputed_ratio is None:
         again_s, ratio = cost.pointwise_s + cost.tp_recompute_s, 1.0
         kept_bytes = cost.boundary_bytes + cost.products_bytes
     else:

@@ -9,7 +9,8 @@ data-parallel groups): for each block x and memory level, seconds of one micro-b
     stable_s = sum over layers of their slots (`slots.py`) + ends + p2p
     lone_s   = the same in the first forward and last backward + exposed collectives + optimizer
     weight_s = what of a micro-batch computes gradients of weights, which may wait
-    peak     = states + kept * in_flight + working set of the worst block + gathered + buffers
+    peak     = states + kept * in_flight + working set of the worst block + gathered + buffers,
+               or as the optimizer steps: states + what that makes + buffers
     host     = what of states and kept activations lives in host memory
 
 Formulas: Mist (EuroSys'25) section 4; bytes and collectives by ZeRO level from profiles/runtimes.
@@ -36,6 +37,7 @@ from mist.symbolic.slots import (
     optimizer_seconds,
     slots,
 )
+from mist.symbolic.transients import step_bytes
 
 _ONE = sympy.Integer(1)
 
@@ -133,6 +135,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
         **_hosted_terms(setting.runtime),
+        "step_bytes_per_param": step_bytes(graph, setting.runtime),
         "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
         "compute_bytes_per_param": sympy.Float(setting.precision.num_bytes),
         "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
@@ -177,7 +180,9 @@ def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
         else:
             layer += ratio * held
         streamed += sympy.ceiling(ratio) * held
-    staged = runtime.offload.num_staged_layers.value if runtime.offload else 0.0
+    staged = 0.0
+    if runtime.offload is not None and not runtime.offload.optimizer_on_host:
+        staged = runtime.offload.num_staged_layers.value
     return {
         "hosted_layer_bytes_per_param": layer,
         "hosted_bytes_per_param": every,
@@ -237,7 +242,7 @@ def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, 
     layers = [row for row in rows if row[0].isdigit()]
     once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
     once += runtime.host.step_s.value
-    memory, begin, end = _memory(rows, runtime, precision)
+    memory, instants = _memory(rows, runtime, precision)
     return {
         **parts,
         "stable_s": _total(rows, "stable_s") + p2p + each,
@@ -245,9 +250,8 @@ def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, 
         "weight_s": _of_blocks(rows, "weight_s"),
         **{f"{part}_bytes": expr for part, expr in memory.items()},
         "peak_bytes": sympy.Add(*memory.values()),
-        "begin_bytes": begin,
-        "end_bytes": end,
-        "host_bytes": _host_bytes(rows),
+        **instants,
+        "host_bytes": _host_bytes(rows, runtime),
     }
 
 
@@ -296,18 +300,21 @@ def _tied_reduce() -> Expr:
 
 def _memory(
     rows: list[_Row], runtime: Runtime, precision: Precision
-) -> tuple[dict[str, Expr], Expr, Expr]:
-    """Peak bytes by part, which sum to the peak; and bytes as backward passes begin and end.
+) -> tuple[dict[str, Expr], dict[str, Expr]]:
+    """Peak bytes by part, which sum to the peak; and bytes at the instants that may be the peak.
 
-    The peak is the larger of the two, and each is a straight line in the numbers of layers.
+    These are: a backward pass begins, it ends, the optimizer steps. The peak is the largest of
+    them, and each is a straight line in the numbers of layers.
     """
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
     states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
+    step = _params(rows) * _term("step_bytes_per_param")
     if runtime.transients.root_group:
-        begin, end, gathered = _of_groups(rows, precision)
+        begin, end, gathered, grads = _of_groups(rows, precision)
         states -= sym.FORWARD_FIRST * _gradients(rows)
+        step += grads
     else:
         streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
         begin = end = sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed)
@@ -319,11 +326,13 @@ def _memory(
         "buffers": _exchanged(runtime) * _term("p2p_bytes") + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
-    held, working = sympy.Add(*others.values()), sym.larger(begin, end)
+    step -= others["activations"] + others["gathered"]
+    held, working = sympy.Add(*others.values()), sym.larger(begin, end, step)
     parts = {name: others[name] for name in ("states", "activations")} | {"working": working}
     parts |= {name: others[name] for name in ("gathered", "buffers")}
     parts["allocator"] = overhead * (held + working)
-    return parts, (1 + overhead) * (held + begin), (1 + overhead) * (held + end)
+    instants = {"begin_bytes": begin, "end_bytes": end, "step_bytes": step}
+    return parts, {name: (1 + overhead) * (held + size) for name, size in instants.items()}
 
 
 def _exchanged(runtime: Runtime) -> Expr:
@@ -334,8 +343,10 @@ def _exchanged(runtime: Runtime) -> Expr:
     return to_next + to_previous
 
 
-def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr]:
-    """What FSDP2 and a backward pass hold for a while: as it begins, as it ends; what is gathered.
+def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr, Expr]:
+    """What FSDP and a backward pass hold for a while: as it begins, as it ends; what is gathered.
+
+    The last result are gradients that the states lack, as the optimizer steps.
 
     Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
     are gathered at all instants, and the next layer beside the one that runs. A layer that runs
@@ -361,9 +372,10 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
     left = _left("layer_") - sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
     done = sym.larger(reduced, _streamed(rows), again) + _left("") * root
     end = sym.larger(first - left * layer, done) + left * every
+    grads = left * every + _left("") * root
     end -= _total(rows, "kept_bytes") + _term("shared_bytes")
     gathered = _term("whole_bytes_per_param") * (root + layer)
-    return _begins(layers, early, precision), end, gathered
+    return _begins(layers, early, precision), end, gathered, grads
 
 
 def _next_layer(layers: list[_Row]) -> Expr:
@@ -462,9 +474,11 @@ def _hosted_bytes(rows: list[_Row]) -> Expr:
     )
 
 
-def _host_bytes(rows: list[_Row]) -> Expr:
+def _host_bytes(rows: list[_Row], runtime: Runtime) -> Expr:
     """What one rank keeps in host memory."""
-    return _hosted_bytes(rows) + sym.IN_FLIGHT * _total(rows, "host_bytes")
+    overhead = runtime.offload.host_overhead_ratio if runtime.offload else None
+    states = (1 + overhead.value if overhead else 1) * _hosted_bytes(rows)
+    return states + sym.IN_FLIGHT * _total(rows, "host_bytes")
 
 
 def _worst(rows: Iterable[_Row], template: str) -> Expr:

@@ -2,24 +2,27 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mist.estimate import Job, count_columns, position_columns, strategy_columns
+from mist.estimate import Job, count_columns, make_job, position_columns, strategy_columns
 from mist.pareto.points import Points, stacked
 from mist.pareto.space import Group, divisors, groups, offloading
 from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
 from mist.plans import ONE_F_ONE_B, Limits
 from mist.spaces import NO_RATIOS, SearchSpace
-from mist.spec import MemoryLevel, ScheduleKind
-from tests.toys import toy_graph, toy_job
+from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.symbolic.compile import compile_model
+from tests.toys import toy_graph, toy_job, toy_platform, toy_workload
 
 ALIKE, UNLIKE = (5,), (2, 3)
 ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
 RATIOS = {"weights": (0.0, 1.0), "grads": (0.0, 1.0), "optimizer": (0.0, 0.5, 1.0),
           "activations": (0.0, 0.25, 1.0)}  # fmt: skip
-ONE = SearchSpace(schedules=(ScheduleKind.ONE_F_ONE_B,), offload=NO_RATIOS)
+PLAIN = (ScheduleKind.ONE_F_ONE_B,)
+ONE = SearchSpace(schedules=PLAIN, offload=NO_RATIOS)
 
 
 def mixes_at(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> list[Mixes]:
@@ -82,6 +85,24 @@ def test_frontiers_are_those_of_every_stage_tried(
 ) -> None:
     job = toy_job(toy_graph(counts, vocab=4096), 2, global_batch=8, gpu=gpu)
     space = SearchSpace(pp=(2,), micro_batch=(2,), offload=RATIOS, schedules=tuple(ScheduleKind))
+    assert compared(job, space, limit) >= 3 or limit < 0.6e9
+
+
+@pytest.mark.parametrize("limit", [1.0e9, 1.5e9])
+def test_frontiers_where_the_optimizers_step_is_the_peak(limit: float) -> None:
+    """A step that makes 60 bytes a parameter: more than what activations hold."""
+    platform, graph = toy_platform(2), toy_graph(ALIKE, vocab=4096)
+    made = replace(platform.runtime.transients.optimizer_bytes_per_param, value=60.0)
+    transients = replace(platform.runtime.transients, optimizer_bytes_per_param=made)
+    platform = replace(platform, runtime=replace(platform.runtime, transients=transients))
+    programs = compile_model(graph, platform.runtime, Precision.BF16)
+    job = make_job(programs, platform, toy_workload(global_batch=8))
+    space = SearchSpace(pp=(1, 2), micro_batch=(2,), offload=NO_RATIOS, schedules=PLAIN)
+    assert compared(job, space, limit) >= 3
+
+
+def compared(job: Job, space: SearchSpace, limit: float) -> int:
+    """How many points of the frontiers there are, all of which are those of stages alone."""
     limits = Limits(device_bytes=limit, host_bytes=0.6e9)
     checked = 0
     for model in models(job, space):
@@ -98,7 +119,7 @@ def test_frontiers_are_those_of_every_stage_tried(
                 assert best_points(got.stable_s, got.lone_s) == want
                 confirm(model, got, i, first, count)
                 checked += len(want)
-    assert checked >= 3 or limit < 0.6e9
+    return checked
 
 
 def confirm(model: GroupModel, points: Points, i: int, first: int, count: int) -> None:

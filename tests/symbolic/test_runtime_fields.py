@@ -1,15 +1,18 @@
 """What each field of a runtime does to a stage: by how much, against the platform's own laws."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mist.estimate import rank_columns, stage_columns
+from mist.estimate import NO_OFFLOAD, rank_columns, stage_columns
 from mist.facts import Traffic
 from mist.graph import Layout
 from mist.platform import OpCosts, Runtime
+from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
 from mist.spec import Precision
 from mist.symbolic.compile import compile_model
@@ -40,7 +43,13 @@ def laws(runtime: Runtime = TORCH) -> OpCosts:
 
 
 def stage(
-    runtime: Runtime = TORCH, *, tp: int = 2, zero: int = 1, pp: int = 1, graph: object = None
+    runtime: Runtime = TORCH,
+    *,
+    tp: int = 2,
+    zero: int = 1,
+    pp: int = 1,
+    graph: object = None,
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
     """The first stage of a pipeline of toy layers on two nodes, by part."""
     dp = GPUS // (tp * pp)
@@ -49,7 +58,7 @@ def stage(
     terms = cost.terms(
         rank_columns(
             pipelined=int(pp > 1), seq_len=SEQ, gpus_per_node=8, dp=dp, tp=tp, micro_batch=B,
-            zero=zero,
+            zero=zero, offload=NO_OFFLOAD | dict(shares),
         )
     )  # fmt: skip
     position = stage_columns(
@@ -147,6 +156,7 @@ def test_a_loss_of_the_runtimes_own() -> None:
     number = TORCH.host.step_s
     loss = Loss(
         kept_bytes_per_logit=replace(number, value=10.0),
+        peak_bytes_per_logit=replace(number, value=10.0),
         moved_bytes_per_logit=replace(number, value=60.0),
         vocabulary_parallel=True,
     )
@@ -162,6 +172,108 @@ def test_a_loss_of_the_runtimes_own() -> None:
     assert divided["compute_s"] - plain["compute_s"] == pytest.approx(moved, rel=1e-6)
     whole = stage(replace(TORCH, loss=replace(loss, vocabulary_parallel=False)), graph=graph)
     assert whole["activations_bytes"] - divided["activations_bytes"] == pytest.approx(10 * logits)
+
+
+def without_root_group() -> Runtime:
+    """Runtime torch without FSDP's groups, with a loss of 4 bytes a logit, 12 at its peak."""
+    runtime, number = changed("transients.root_group", False), TORCH.host.step_s
+    loss = Loss(
+        kept_bytes_per_logit=replace(number, value=4.0),
+        peak_bytes_per_logit=replace(number, value=12.0),
+        moved_bytes_per_logit=replace(number, value=60.0),
+        vocabulary_parallel=True,
+    )
+    return replace(runtime, loss=loss)
+
+
+@pytest.mark.parametrize("root_group", [False, True])
+def test_a_loss_is_at_its_peak_while_no_layer_works(root_group: bool) -> None:
+    """Layers of the toy work in less than the loss: what it holds is 12 bytes a logit, in all."""
+    runtime = without_root_group()
+    if root_group:
+        runtime = replace(TORCH, loss=runtime.loss)
+    less = replace(runtime.loss, peak_bytes_per_logit=runtime.loss.kept_bytes_per_logit)
+    found, kept = stage(runtime), stage(replace(runtime, loss=less))
+    logits = B * SEQ * 32000 / 2
+    assert found["activations_bytes"] == kept["activations_bytes"]
+    assert found["working_bytes"] > 8 * logits - 1 > kept["working_bytes"]
+    if not root_group:
+        assert found["working_bytes"] == pytest.approx(8 * logits)
+
+
+def held_params(tp: int) -> float:
+    """Parameters of the toy: layers, embedding and head."""
+    return LAYERS * (2 * HIDDEN * 4 * HIDDEN / tp + HIDDEN) + 2 * 32000 * HIDDEN / tp
+
+
+@pytest.mark.parametrize("root_group", [False, True])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_of_the_optimizer_comes_when_activations_are_gone(
+    zero: int, root_group: bool
+) -> None:
+    """The peak is that of the step, where it makes more than a backward pass holds."""
+    made = changed("transients.optimizer_bytes_per_param", 400.0)
+    runtime = made if root_group else replace(made, transients=replace(
+        made.transients, root_group=False))  # fmt: skip
+    found = stage(runtime, zero=zero)
+    shard = 8 if zero else 1
+    states = found["states_bytes"] + found["buffers_bytes"] + 400 * held_params(2) / shard
+    overhead = 1 + TORCH.memory.allocator_overhead_ratio.value
+    assert found["peak_bytes"] == pytest.approx(overhead * states)
+    assert found["step_bytes"] == pytest.approx(found["peak_bytes"])
+    parts = ("states", "activations", "working", "gathered", "buffers", "allocator")
+    assert sum(found[f"{part}_bytes"] for part in parts) == pytest.approx(found["peak_bytes"])
+
+
+def test_zero_3_may_step_by_groups_of_parameters() -> None:
+    """A quarter of a rank's shard at a time; below ZeRO-3 all of it."""
+    made = changed("transients.optimizer_bytes_per_param", 4000.0)
+    group = replace(TORCH.host.step_s, value=held_params(2) / 8 / 4)
+    some = replace(made, transients=replace(made.transients, optimizer_group_params=group))
+    overhead = 1 + TORCH.memory.allocator_overhead_ratio.value
+    spared = stage(made, zero=3)["peak_bytes"] - stage(some, zero=3)["peak_bytes"]
+    assert spared == pytest.approx(overhead * 3000 * held_params(2) / 8)
+    assert stage(made, zero=2)["peak_bytes"] == stage(some, zero=2)["peak_bytes"]
+
+
+DEEPSPEED = load_runtime("deepspeed-zero3").profile
+
+
+@pytest.mark.parametrize(
+    ("zero", "shares", "device", "host"),
+    [  # bytes per parameter of a rank of 8, by memory.rst and stage_1_and_2.py
+        (1, {}, 4 + 12 / 8, 0),
+        (2, {}, 2 + 16 / 8, 0),
+        (3, {}, 18 / 8, 0),
+        (2, {"optimizer": 1}, 2, 16 / 8),
+        (3, {"optimizer": 1}, 2 / 8, 16 / 8),
+        (3, {"optimizer": 0.5}, 10 / 8, 8 / 8),
+    ],
+)
+def test_deepspeeds_states(zero: int, shares: dict[str, float], device: float, host: float) -> None:
+    """On the device, and with the overhead that its documents ask for in host memory."""
+    found = stage(DEEPSPEED, zero=zero, shares=shares)
+    params, margin = held_params(2), DEEPSPEED.memory.margin_ratio.value
+    assert found["states_bytes"] == pytest.approx(device * params)
+    assert found["host_bytes"] / (1 - margin) == pytest.approx(1.5 * host * params)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_deepspeed_holds_one_more_fp32_partition_as_it_steps(zero: int) -> None:
+    """LlamaFactory issue 1158: 4 bytes a parameter of the shard on top of the states."""
+    found = stage(DEEPSPEED, zero=zero)
+    assert found["step_bytes"] >= found["states_bytes"] + 4 * held_params(2) / 8
+    away = stage(DEEPSPEED, zero=max(zero, 2), shares={"optimizer": 1})
+    overhead = 1 + DEEPSPEED.memory.allocator_overhead_ratio.value
+    assert away["step_bytes"] == pytest.approx(
+        overhead * (away["states_bytes"] + away["buffers_bytes"])
+    )
+
+
+def test_deepspeed_with_weights_in_host_memory_leaves_one_gathered_layer() -> None:
+    found = stage(DEEPSPEED, zero=3, shares={"optimizer": 1, "weights": 1})
+    ends = 2 * 32000 * HIDDEN / 2  # embedding and head stay
+    assert found["states_bytes"] == pytest.approx(2 * ends / 8, abs=1)
 
 
 def test_inputs_that_are_gathered_again_are_kept_by_shards() -> None:
