@@ -260,8 +260,18 @@ class Knobs(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(Record):
+    """What every rank has in host memory while its weights are made.
+
+    `module_bytes_per_param`: of the largest module that a rank has part of, whole.
+    """
+
+    module_bytes_per_param: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime(Record):
-    """One training framework."""
+    """One training framework. `loading`: null where it is not known."""
 
     schema: Literal["mist.runtime/1"]
     name: str
@@ -278,6 +288,7 @@ class Runtime(Record):
     selective: Selective | None
     offload: Offloading | None
     knobs: Knobs
+    loading: Loading | None = None
 
     def __post_init__(self) -> None:
         rows = [(precision, row.zero) for row in self.states for precision in row.precisions]

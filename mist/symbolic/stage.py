@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.graph import ModelGraph, T
+from mist.graph import Block, ModelGraph, T
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
@@ -75,7 +75,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         values, named[name] = cost.named(name)
         costs |= values
         terms |= _block_terms(name, named[name], setting)
-    terms |= _stage_terms(graph, setting)
+    terms |= _stage_terms(graph, setting) | _drawn_terms(graph, runtime)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -146,6 +146,23 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "p2p_in_node_s": sym.P2P(sent, 0),
         "p2p_cross_s": sym.P2P(sent, 1),
     }
+
+
+def _drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
+    """Bytes of the largest module of each block, whole, as every rank of a stage draws it."""
+    ends = {"embed": graph.embed, "head": graph.head}
+    blocks = ends | {str(kind): block for kind, block in enumerate(graph.blocks)}
+    each = runtime.loading.module_bytes_per_param.value if runtime.loading else 0.0
+    return {f"{x}_drawn_bytes": each * _largest_module(block) for x, block in blocks.items()}
+
+
+def _largest_module(block: Block) -> Expr:
+    """The most numbers that one module of a block has in parameters of its own."""
+    of_modules: dict[str, int] = {}
+    for param in block.params:
+        owner = param.name.rpartition(".")[0]
+        of_modules[owner] = of_modules.get(owner, 0) + param.num_reals
+    return sympy.Integer(max(of_modules.values(), default=0))
 
 
 def _sent_bytes(graph: ModelGraph, setting: Setting) -> Expr:
@@ -248,6 +265,7 @@ def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, 
         "begin_bytes": begin,
         "end_bytes": end,
         "host_bytes": _host_bytes(rows),
+        "drawn_bytes": _worst(rows, "{x}_drawn_bytes"),
     }
 
 

@@ -139,8 +139,8 @@ def edited(tmp_path: Path, source: str, old: str, new: str) -> Path:
             "devices/l4.yaml",
             "kind: measured}",
             "kind: measurd}",
-            "memory_bytes.kind: Input should be 'spec', 'fit', 'calibrated', 'measured' or 'guess' "
-            "(found 'measurd')",
+            "memory_bytes.kind: Input should be 'spec', 'fit', 'calibrated', 'measured', 'guess' "
+            "or 'given' (found 'measurd')",
             id="wrong kind",
         ),
         pytest.param(

@@ -105,10 +105,16 @@ def test_host_memory_must_hold_it_too() -> None:
     layout = HandLayout(zero=1, offload=Offload(optimizer=1.0))
     found = check(layout)
     assert found.fits
-    held = found.plan.estimate.stages[0].host_bytes
-    for room, fits in ((held, True), (held - 1, False)):
-        judged = replace(found, limits=replace(found.limits, host_bytes=room))
-        assert (judged.fits, judged.margin_bytes) == (fits, found.margin_bytes)
+    # Both moments, 8 bytes of each parameter over 8 ranks; and what each draws, whole, in fp32.
+    drawn = 4 * 8 * 32000 * 1024
+    needed = 8 * toy_graph().num_params + drawn
+    assert found.host.loading_bytes == pytest.approx(needed, abs=8)
+    assert found.host.held_bytes == pytest.approx(needed - drawn, abs=8)
+    for room, fits in ((found.host.loading_bytes, True), (found.host.loading_bytes - 1, False)):
+        judged = check(layout, host_memory_bytes=room, margin_ratio=0.0)
+        assert (judged.fits, judged.margin_bytes > 0) == (fits, True)
+        words = f"--host-memory {1 + found.host.loading_bytes // 10**9}GB, if the nodes have it"
+        assert (words in judged.suggestions) is not fits
 
 
 @pytest.mark.parametrize(
