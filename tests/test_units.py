@@ -101,11 +101,11 @@ def test_sizes_of_memory(text: str, num_bytes: int) -> None:
     ["", "GB", "31", "31G", "31B", "31 MB", "-1GB", "1e3GB", "nanGB", "infGB", "1.2.3GB", "31GBs"],
 )
 def test_what_is_no_size_of_memory(text: str) -> None:
-    with pytest.raises(ValueError, match="^expected a number with GB"):
+    with pytest.raises(ValueError, match="expected a number with GB"):
         parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["0GB", "0.0000000001GB", "1000.1TB", "1" + "0" * 400 + "GB"])
 def test_sizes_that_no_machine_has(text: str) -> None:
-    with pytest.raises(ValueError, match="^expected more than zero"):
+    with pytest.raises(ValueError, match="expected more than zero"):
         parse_bytes(text)

@@ -56,17 +56,13 @@ from mist.spaces import narrowed, space_of
 from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
 
 if TYPE_CHECKING:
+    from mist.programs import Progress
     from mist.workflow.checking import Checked
     from mist.workflow.renting import Rented
     from mist.workflow.verifying import Verified
 
-OF_ANY_PLAN = {
-    "subject",
-    "margin",
-    "host_memory",
-    "out",
-    "as_json",
-}  # what `mist check PLAN` may be told
+# What `mist check PLAN` may be told.
+OF_ANY_PLAN = {"subject", "margin", "host_memory", "out", "as_json"}
 
 
 @app.command()
@@ -125,10 +121,11 @@ def plan(
         method=solver.value,
     )
 
-    def search(margin_ratio: float | None) -> "Rented":
-        return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
-
-    rented, verified = _searched(search, margin, verify=verify)
+    rented, verified = _searched(
+        lambda ratio: rent(replace(question, margin_ratio=ratio), offer, allowed, effort),
+        margin,
+        verify=verify,
+    )
     _write_plan(rented, out)
     _show_plan(rented, verified, tokens, as_json=as_json)
 
@@ -215,17 +212,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.workflow.checking import HandLayout, check_layout, check_plan, offload_of
+    from mist.workflow.checking import HandLayout, check_layout, offload_of
     from mist.workflow.question import Question, host_memory_of
 
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
-        judge = partial(
-            check_plan,
-            subject,
-            margin_ratio=margin,
-            host_memory_bytes=host_memory_of(host_memory),
-        )
+        judge = partial(_judged_file, subject, margin, host_memory)
         return _show_check(judge, out, as_json=as_json)
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
@@ -254,6 +246,17 @@ def check(
         offload=offload_of(offload or ()),
     )
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
+
+
+def _judged_file(
+    path: str, margin: float | None, host_memory: str | None, *, progress: "Progress"
+) -> "Checked":
+    """A plan file, under the margin and on the host memory that it was made for unless told."""
+    from mist.workflow.checking import check_plan
+    from mist.workflow.question import host_memory_of
+
+    host_bytes = host_memory_of(host_memory)
+    return check_plan(path, margin_ratio=margin, host_memory_bytes=host_bytes, progress=progress)
 
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:

@@ -145,8 +145,7 @@ class Cluster(Record):
             if count is not None and (count.value < 1 or count.value % 1):
                 raise ValueError(f"gpus_per_node and max_nodes must be whole, found {count.value}")
         self._check_price()
-        if strangers := sorted(set(self.host_memory_by_device) - set(self.devices)):
-            raise ValueError(f"host_memory_by_device names {strangers}, which are not in devices")
+        self._check_host_memory()
         for collective in Collective:
             groups = self.groups(collective)
             if self.num_gpus_per_node > 1 and (
@@ -161,6 +160,11 @@ class Cluster(Record):
         price = self.price_per_gpu_hour_usd
         if price is not None and price.value == 0:
             raise ValueError("price_per_gpu_hour_usd is 0: leave out a price that is not known")
+
+    def _check_host_memory(self) -> None:
+        strangers = sorted(set(self.host_memory_by_device) - set(self.devices))
+        if strangers:
+            raise ValueError(f"host_memory_by_device names {strangers}, which are not in devices")
 
     @property
     def num_gpus_per_node(self) -> int:

@@ -32,6 +32,7 @@ from mist.workflow.question import (
     Question,
     host_need,
     limits_of,
+    notes_of,
     prepare,
     unsearched_plan,
 )
@@ -140,7 +141,8 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     plan = unsearched_plan(job, question, made, _judged(job, made))
     limits = limits_of(job, question)
     host = host_need(job, made, plan.estimate, limits)
-    checked = Checked(plan=plan, limits=limits, host=host, notes=job.facts.notes, suggestions=())
+    notes = tuple(notes_of(job))
+    checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
     return replace(checked, suggestions=tuple(_suggestions(job, layout, checked)))
 
 
@@ -221,7 +223,7 @@ def _margin(plan: Plan) -> float | None:
 
 def _notes(plan: Plan, job: Job) -> Iterator[str]:
     """What the trace says, and what changed since the plan was made."""
-    yield from job.facts.notes
+    yield from notes_of(job)
     now = job.platform.profile_hashes()
     for name in sorted(plan.provenance.profiles):
         if now.get(name) != plan.provenance.profiles[name]:

@@ -32,6 +32,7 @@ from mist.workflow.question import (
     job_of,
     limits_of,
     margin_of,
+    notes_of,
     provenance_of,
     unsearched_plan,
 )
@@ -117,7 +118,7 @@ def search_plan(
         plan = replace(plan, excluded=_excluded(job, plan, points, limits))
     return Planned(
         plan=plan,
-        notes=(*job.facts.notes, *_OBJECTIVE_NOTES.get(effort.objective, ())),
+        notes=(*notes_of(job), *_OBJECTIVE_NOTES.get(effort.objective, ())),
         seconds={"search": seconds},
         points=points,
         limits=limits,

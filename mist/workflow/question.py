@@ -1,6 +1,6 @@
 """The question that every command asks, and the job that it becomes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.program import ModelPrograms
 from mist.trace import Setting, trace_model
-from mist.units import parse_bytes, whole_bytes
+from mist.units import GB, parse_bytes, whole_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +173,23 @@ def limits_of(job: Job, question: Question) -> Limits:
         device_bytes=job.platform.planned_bytes(margin),
         host_bytes=job.platform.planned_host_bytes(margin),
     )
+
+
+def notes_of(job: Job) -> Iterator[str]:
+    """What the trace says of the model; what the hardware lacks; machines of one GPU each."""
+    yield from job.facts.notes
+    platform, workload = job.platform, job.workload
+    for word in (workload.precision, workload.attention):
+        if lack := platform.device.lacks.get(word):
+            name = platform.device.name
+            yield f"{name} has no {word} in hardware: {lack.instead} ({lack.source})"
+    if platform.num_nodes == platform.num_gpus > 1:
+        nic = platform.cluster.network.nic_bytes_per_s
+        yield (
+            f"{platform.num_gpus} GPUs of {platform.cluster.name} are as many machines of one GPU, "
+            f"{nic.value / GB:.3g} GB/s apart ({nic.kind}: {nic.source}). For GPUs in one machine "
+            "name another --cluster"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

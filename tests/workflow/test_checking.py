@@ -8,7 +8,8 @@ import pytest
 from mist.errors import InputError, PlanError
 from mist.planfile import load_plan, save_plan
 from mist.plans import Offload, Plan, Schedule
-from mist.spec import MemoryLevel, ScheduleKind
+from mist.platform.profiles import Family, list_profiles, load_cluster, load_device
+from mist.spec import Attention, MemoryLevel, Precision, ScheduleKind
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
 from mist.workflow.question import Question
 from tests.toys import toy_graph
@@ -430,3 +431,47 @@ def test_the_model_is_looked_for_beside_the_plan(
 def test_an_empty_cluster_name_is_refused() -> None:
     with pytest.raises(InputError, match="--cluster '' is no name"):
         Question(model="toy", num_gpus=8, cluster="")
+
+
+V100_BF16 = (
+    "v100-sxm-32 has no bf16 in hardware: matrix products run in fp32, at an eighth of the fp16 "
+    "rate (NVIDIA Volta whitepaper: tensor cores take fp16)"
+)
+V100_FLASH = (
+    "v100-sxm-32 has no flash in hardware: torch runs its memory-efficient kernel, whose time is a "
+    "guess here (torch's flash attention needs compute capability 8.0, V100 has 7.0)"
+)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "attention", "notes"),
+    [
+        ("v100-sxm-32", Precision.BF16, Attention.FLASH, [V100_BF16, V100_FLASH]),
+        ("v100-sxm-32", Precision.BF16, Attention.MATH, [V100_BF16]),
+        ("v100-sxm-32", Precision.FP16, Attention.FLASH, [V100_FLASH]),
+        ("a100-sxm-40", Precision.BF16, Attention.FLASH, []),
+    ],
+)
+def test_what_the_hardware_lacks_is_said(
+    gpu: str, precision: Precision, attention: Attention, notes: list[str]
+) -> None:
+    found = check(gpu=gpu, precision=precision, attention=attention)
+    assert [*found.notes] == ["made by hand", *notes]
+
+
+def test_eight_v100_stand_in_one_machine_unless_they_are_asked_apart() -> None:
+    layout = HandLayout(zero=3)
+    beside = check(layout, gpu="v100-sxm-32").plan
+    assert (beside.cluster.name, beside.cluster.gpus_per_node) == ("dgx-1-v100", 8)
+    apart = check(layout, gpu="v100-sxm-32", cluster="one-gpu")
+    assert apart.notes[-1] == (
+        "8 GPUs of one-gpu are as many machines of one GPU, 3.12 GB/s apart (guess: 25 Gb/s "
+        "Ethernet). For GPUs in one machine name another --cluster"
+    )
+    assert apart.plan.estimate.step_s > beside.estimate.step_s
+
+
+def test_no_device_has_machines_of_one_gpu_unasked() -> None:
+    for path in list_profiles(Family.DEVICE):
+        cluster = load_cluster(load_device(path).profile.default_cluster).profile
+        assert cluster.num_gpus_per_node > 1

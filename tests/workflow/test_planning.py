@@ -184,8 +184,8 @@ def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) 
 
     Drawn is the largest module of the toy, four times hidden squared, in fp32.
     """
-    answer_with(toy_graph((4,), hidden=8192), monkeypatch)
-    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512, margin_ratio=0.0)
+    answer_with(toy_graph((3,), hidden=8192), monkeypatch)
+    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=4096, margin_ratio=0.0)
     space = SearchSpace(
         pp=(1,), tp=(1,), offload={**NO_RATIOS, "optimizer": (0.0, 0.25, 0.5, 0.75, 1.0)}
     )
