@@ -58,6 +58,7 @@ from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
 if TYPE_CHECKING:
     from mist.programs import Progress
     from mist.workflow.checking import Checked
+    from mist.workflow.planning import Effort
     from mist.workflow.renting import Rented
     from mist.workflow.verifying import Verified
 
@@ -94,11 +95,25 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
-    from mist.workflow.planning import Effort
     from mist.workflow.question import Question, host_memory_of
     from mist.workflow.renting import offer_of, rent
 
     check_out(out)
+    offer = offer_of(gpus, cluster, price, tokens)
+    question = Question(
+        model=model,
+        num_gpus=1,
+        gpu=gpu,
+        runtime=runtime,
+        seq_len=seq,
+        global_batch=global_batch,
+        precision=precision,
+        attention=attention,
+        margin_ratio=margin,
+        host_memory_bytes=host_memory_of(host_memory),
+    )
+    allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
+    effort = _effort(objective, solver, top, time_limit)
     offer = offer_of(gpus, cluster, price, tokens)
     question = Question(
         model=model,
@@ -128,6 +143,18 @@ def plan(
     )
     _write_plan(rented, out)
     _show_plan(rented, verified, tokens, as_json=as_json)
+
+
+def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
+    from mist.workflow.planning import Effort
+
+    return Effort(
+        objective=objective,
+        num_alternatives=top,
+        progress=progress,
+        time_limit_s=time_limit,
+        method=solver.value,
+    )
 
 
 def _searched(
@@ -217,8 +244,7 @@ def check(
 
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
-        judge = partial(_judged_file, subject, margin, host_memory)
-        return _show_check(judge, out, as_json=as_json)
+        return _show_check(partial(_of_file, subject, margin, host_memory), out, as_json=as_json)
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
     question = Question(
@@ -248,7 +274,7 @@ def check(
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
 
 
-def _judged_file(
+def _of_file(
     path: str, margin: float | None, host_memory: str | None, *, progress: "Progress"
 ) -> "Checked":
     """A plan file, under the margin and on the host memory that it was made for unless told."""
