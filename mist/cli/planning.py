@@ -114,33 +114,11 @@ def plan(
     )
     allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
     effort = _effort(objective, solver, top, time_limit)
-    offer = offer_of(gpus, cluster, price, tokens)
-    question = Question(
-        model=model,
-        num_gpus=1,
-        gpu=gpu,
-        runtime=runtime,
-        seq_len=seq,
-        global_batch=global_batch,
-        precision=precision,
-        attention=attention,
-        margin_ratio=margin,
-        host_memory_bytes=host_memory_of(host_memory),
-    )
-    allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
-    effort = Effort(
-        objective=objective,
-        num_alternatives=top,
-        progress=progress,
-        time_limit_s=time_limit,
-        method=solver.value,
-    )
 
-    rented, verified = _searched(
-        lambda ratio: rent(replace(question, margin_ratio=ratio), offer, allowed, effort),
-        margin,
-        verify=verify,
-    )
+    def search(margin_ratio: float | None) -> "Rented":
+        return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
+
+    rented, verified = _searched(search, margin, verify=verify)
     _write_plan(rented, out)
     _show_plan(rented, verified, tokens, as_json=as_json)
 
