@@ -3,13 +3,32 @@
 Amid a step they hold what is offloaded. While they are built each rank also holds, whole and in
 fp32, the module whose initial weights it draws (`mist.exec.weights`): the ranks of a node do so at
 the same time.
+
+Memory that a GPU copies to and from is pinned. Torch pins each tensor by itself, in a block whose
+size is a power of two: blocks of few sizes are used again more often.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from mist.origin import Kind
 from mist.units import GB, format_bytes
+
+
+def pinned_bytes(num_bytes: ArrayLike) -> NDArray[np.float64]:
+    """Bytes of pinned host memory that a tensor of `num_bytes` takes: the next power of two.
+
+    Source: torch 2.13, ATen/core/CachingHostAllocator.h, `allocate` (PowerOf2Ceil, of all sizes
+    unless pinned_max_round_threshold_mb is set).
+    """
+    size = np.asarray(num_bytes, dtype=np.float64)
+    _, exponent = np.frexp(size)
+    below = np.ldexp(1.0, exponent - 1)  # the largest power of two up to the size
+    rounded = np.where(below < size, 2.0 * below, below)
+    return np.asarray(np.where(size > 0, rounded, 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

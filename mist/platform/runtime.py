@@ -209,7 +209,7 @@ class Offloading(Record):
     ratios are one; otherwise a share of every layer. `activations`: a share of what layers save.
     `num_staged_layers`: layers whose share is on the device in passing. `bucket_bytes`: what the
     optimizer streams at a time of one fp32 state, once activations are gone (null: whole blocks
-    beside them).
+    beside them). `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up.
     """
 
     weights: HostedState | None
@@ -219,6 +219,7 @@ class Offloading(Record):
     by_layer: bool
     num_staged_layers: Quantity
     bucket_bytes: Quantity | None = None
+    pins_each_tensor: bool = False
 
     def __post_init__(self) -> None:
         if self.by_layer and (self.weights is None or self.grads is None):

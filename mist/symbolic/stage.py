@@ -31,6 +31,7 @@ from mist.symbolic.slots import (
     Level,
     at_least,
     ends_seconds,
+    hosted_by_tensor,
     hosted_bytes,
     levels,
     optimizer_seconds,
@@ -76,6 +77,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         costs |= values
         terms |= _block_terms(name, named[name], setting)
     terms |= _stage_terms(graph, setting) | _drawn_terms(graph, runtime)
+    terms |= _allocated_terms(graph, runtime)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -112,7 +114,7 @@ def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[st
         staged = offloads.offload.num_staged_layers.value
     return {
         f"{prefix}_kept_bytes": (1 - share) * level.kept_bytes,
-        f"{prefix}_host_bytes": share * level.kept_bytes,
+        f"{prefix}_host_bytes": share * level.allocated_bytes,
         f"{prefix}_staged_bytes": staged * share * level.kept_bytes,
         f"{prefix}_working_bytes": level.working_bytes,
         f"{prefix}_running_bytes": level.running_bytes,
@@ -146,6 +148,22 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "p2p_in_node_s": sym.P2P(sent, 0),
         "p2p_cross_s": sym.P2P(sent, 1),
     }
+
+
+def _allocated_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
+    """Bytes of the offloaded states of each block in host memory, tensor by tensor.
+
+    Of the ends only the optimizer's states go there. A tied parameter has them once.
+    """
+    layers = {str(kind): block.params for kind, block in enumerate(graph.blocks)}
+    blocks = layers | {"embed": graph.embed.params, "head": graph.head.params}
+    blocks |= {"tied": tuple(param for param in graph.head.params if param.tied)}
+    terms = {}
+    for x, params in blocks.items():
+        states = ("weights", "grads", "optimizer") if x in layers else ("optimizer",)
+        held = (sym.OFFLOAD[name] * hosted_by_tensor(runtime, name, params) for name in states)
+        terms[f"{x}_allocated_bytes"] = sympy.Add(*held)
+    return terms
 
 
 def _drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
@@ -481,8 +499,10 @@ def _hosted_bytes(rows: list[_Row]) -> Expr:
 
 
 def _host_bytes(rows: list[_Row]) -> Expr:
-    """What one rank keeps in host memory."""
-    return _hosted_bytes(rows) + sym.IN_FLIGHT * _total(rows, "host_bytes")
+    """What one rank keeps in host memory, as it is allocated there."""
+    states = _of_blocks(rows, "allocated_bytes")
+    states -= sym.FIRST * sym.LAST * _term("tied_allocated_bytes")
+    return states + sym.IN_FLIGHT * _total(rows, "host_bytes")
 
 
 def _worst(rows: Iterable[_Row], template: str) -> Expr:
