@@ -291,6 +291,29 @@ def stage_times(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """Host bytes of one rank of each stage, [S]: the module that it draws, and all at that time."""
+
+    drawn_bytes: NDArray[np.float64]
+    held_bytes: NDArray[np.float64]
+
+
+def loading(
+    job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
+) -> Loading | None:
+    """Host memory while weights are drawn; None where the runtime's way is not known.
+
+    Weights and moments are there already, gradients and activations not yet.
+    """
+    if job.platform.runtime.loading is None:
+        return None
+    begun = [replace(s, offload=replace(s.offload, grads=0.0, activations=0.0)) for s in stages]
+    columns = _stage_columns(job, begun, num_micro_batches, schedule)
+    drawn_bytes = columns["drawn_bytes"]
+    return Loading(drawn_bytes=drawn_bytes, held_bytes=columns["host_bytes"] + drawn_bytes)
+
+
 def model_flop(job: Job) -> float:
     """Model FLOPs of one step: backward as two forward passes, nothing recomputed."""
     forward = job.cost.flop({"b": 1, "s": job.workload.seq_len, "t": 1})

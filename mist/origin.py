@@ -10,6 +10,7 @@ class Kind(StrEnum):
 
     SPEC: the vendor's. FIT: fitted to published measurements of the part. MEASURED: one published
     or own measurement. CALIBRATED: fitted to whole training runs. GUESS: argued, not measured.
+    GIVEN: by the user, for this question.
     """
 
     SPEC = "spec"
@@ -17,6 +18,7 @@ class Kind(StrEnum):
     CALIBRATED = "calibrated"
     MEASURED = "measured"
     GUESS = "guess"
+    GIVEN = "given"
 
 
 class Sourced(Protocol):
@@ -33,7 +35,7 @@ class Sourced(Protocol):
 
 S = TypeVar("S", bound=Sourced)
 
-_SUREST_FIRST: Final = (Kind.SPEC, Kind.FIT, Kind.MEASURED, Kind.CALIBRATED, Kind.GUESS)
+_SUREST_FIRST: Final = (Kind.GIVEN, Kind.SPEC, Kind.FIT, Kind.MEASURED, Kind.CALIBRATED, Kind.GUESS)
 
 
 def weakest(figures: Iterable[S]) -> S:

@@ -40,13 +40,14 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRef:
-    """Which machines."""
+    """Which machines. `host_memory_bytes`: of one node, where the user gave it; else left out."""
 
     __pydantic_config__ = STRICT
     name: str
     device: str
     num_gpus: PositiveInt
     gpus_per_node: PositiveInt
+    host_memory_bytes: PositiveInt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

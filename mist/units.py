@@ -4,17 +4,45 @@ GiB and MiB are binary; GB, TB/s and TFLOP are decimal, as vendors print them.
 """
 
 import math
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 MIB: Final = 1024**2
 GIB: Final = 1024**3
 GB: Final = 10**9
+TIB: Final = 1024**4
+TB: Final = 10**12
 TFLOP: Final = 10**12
 MICROSECOND: Final = 1e-6
 MILLISECOND: Final = 1e-3
 HOUR_S: Final = 3600
 DAY_S: Final = 24 * HOUR_S
 MILLION: Final = 10**6
+LARGEST_BYTES: Final = 1000 * TB  # no machine has more: what is larger is a slip of the hand
+BYTE_UNITS: Final[Mapping[str, int]] = MappingProxyType(
+    {"gb": GB, "gib": GIB, "tb": TB, "tib": TIB}
+)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a number and its unit: "31GB", "0.5 TiB".
+
+    Raises ValueError, with what is wrong and what to try, for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
+    unit = BYTE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError("expected a number with GB, GiB, TB or TiB. Try 64GB.")
+    return whole_bytes(float(match[1]) * unit)
+
+
+def whole_bytes(num_bytes: float) -> int:
+    """A size of memory as a whole number of bytes. Raises ValueError for one that cannot be."""
+    if not 1 <= num_bytes <= LARGEST_BYTES:
+        raise ValueError("expected more than zero and at most 1000 TB. Try 64GB.")
+    return round(num_bytes)
 
 
 def format_bytes(num_bytes: float) -> str:

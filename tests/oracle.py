@@ -451,5 +451,35 @@ def _peak(
     sent = 0.0 if last else (in_flight + 1) * boundary
     buffers = sent + 2 * away * max(sizes)
     total = states + in_flight * kept + max(instants) + gathered + buffers
-    host = hosted + in_flight * away * sum(sizes)
+    host = _host(rank, layers, ends, in_flight)
     return total * (1 + runtime.memory.allocator_overhead_ratio.value), host
+
+
+def pinned(num_bytes: float) -> float:
+    """The block that torch's pinned allocator takes for a tensor."""
+    return float(1 << (math.ceil(num_bytes) - 1).bit_length())
+
+
+def _host(rank: Rank, layers: list[tuple[Block, str]], ends: list[Block], in_flight: int) -> float:
+    """Host memory, tensor by tensor."""
+    shard, grad_shard = (rank.sharers if rank.zero >= level else 1 for level in (1, 2))
+    boundary = rank.number(layers[0][0].boundary_bytes) / rank.tp
+    total = 0.0
+    for block in [block for block, _ in layers] + ends:
+        for param in block.params:
+            if param.tied and len(ends) == 2:
+                continue
+            own = 4 * param.numel / (rank.tp if param.sharded else 1)
+            total += rank.share("optimizer") * 2 * pinned(own / shard)
+            if block not in ends:
+                total += rank.share("weights") * pinned(own / shard)
+                total += rank.share("grads") * pinned(own / grad_shard)
+    for block, level in layers:
+        saved = block.saved_single if rank.micro_batch == 1 else block.saved
+        kept = {
+            "eager": sum(pinned(rank_bytes(rank, (tensor,))) for tensor in saved),
+            "selective": level_bytes(rank, block, boundary)["selective"],
+            "full": pinned(boundary),
+        }
+        total += in_flight * rank.share("activations") * kept[level]
+    return total

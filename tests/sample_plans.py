@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from mist.host_memory import HostNeed
 from mist.origin import Kind
 from mist.plans import (
     Alternative,
@@ -24,6 +25,23 @@ from mist.spec import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind
 from mist.units import GIB
 
 LIMITS = Limits(device_bytes=64.0 * GIB, host_bytes=32.0 * GIB)
+
+
+def host_need(held_gib: int = 0, **changes: object) -> HostNeed:
+    """A node of 320 GiB, of which a plan may use 256 GiB: 32 GiB for each of eight ranks."""
+    need = HostNeed(
+        held_bytes=held_gib * GIB,
+        loading_bytes=6 * GIB,
+        drawn_bytes=GIB // 2,
+        memory_bytes=320 * GIB,
+        limit_bytes=256 * GIB,
+        kind=Kind.GUESS,
+        source="usual servers",
+    )
+    return replace(need, **changes)  # type: ignore[arg-type]
+
+
+HOST = host_need()
 
 
 def stage_plan(first: int = 0, count: int = 8, device: int = 0, **changes: object) -> StagePlan:

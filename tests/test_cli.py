@@ -93,7 +93,7 @@ def test_the_json_of_a_plan_is_all_of_stdout(mist: Mist, models: Path, tmp_path:
     found = json.loads(run.out)
     written = yaml.safe_load((tmp_path / "p.yaml").read_text())
     assert {key: found[key] for key in written} == written
-    assert {*found} - {*written} == {"seconds", "notes", "candidates"}
+    assert {*found} - {*written} == {"host_memory", "seconds", "notes", "candidates"}
     assert len(found["alternatives"]) == 2
     assert {*found["seconds"]} == {"prepare", "search"}
 
@@ -252,18 +252,19 @@ def test_check_judges_chunks_and_offloads_and_the_file_keeps_them(mist: Mist, mo
     assert load_plan("again.yaml") == plan
 
 
-def test_a_host_without_room_is_no_fit(mist: Mist, models: Path, tmp_path: Path) -> None:
-    """The optimizer of 326 K parameters is 8 bytes of each, on a host with room for a hundredth."""
-    text = (ROOT / "profiles/clusters/dgx-h100.yaml").read_text()
-    start = text.index("host_memory_bytes: {value: ")
-    stop = text.index(",", start)
-    small = tmp_path / "small.yaml"
-    small.write_text(f"{text[:start]}host_memory_bytes: {{value: 1.0e+05{text[stop:]}")
-    layout = ("--cluster", small, "--offload", "optimizer=1")
+def test_a_host_without_room_is_no_fit(mist: Mist, models: Path) -> None:
+    """The optimizer of 326 K parameters is 8 bytes of each, on a host with room for a tenth.
+
+    Each of 4 ranks holds it, and draws the largest module (64 * 1000 numbers of fp32) beside it.
+    """
+    layout = ("--host-memory", "0.0013GB", "--offload", "optimizer=1")
     run = mist("check", models / "tiny.py", *SMALL, *layout)
     assert run.code == 3
     lines = run.out.splitlines()
-    assert lines[0].startswith("DOES NOT FIT in host memory: over by 2.5 MiB per GPU.")
+    assert lines[0] == (
+        "DOES NOT FIT in host memory: needs 10.9 MiB per node while weights are drawn, of the "
+        "1.1 MiB that a plan may use, over by 9.8 MiB."
+    )
     assert lines[1].startswith("Fits on the GPU, with ")
     assert any(line.startswith("Try --offload optimizer=0: ") for line in lines)
     found = json.loads(mist("check", models / "tiny.py", *SMALL, *layout, "--json").out)
@@ -272,8 +273,51 @@ def test_a_host_without_room_is_no_fit(mist: Mist, models: Path, tmp_path: Path)
     # Four layers of attention, MLP with biases and a norm; embedding and head.
     params = 4 * (4 * 64 * 64 + 2 * 64 * 256 + 256 + 64 + 128) + 2 * 1000 * 64
     assert found["stages"][0]["host_bytes"] == 8 * params
-    assert found["host_limit_bytes"] == round(1e5 * 0.88 / 4)
-    assert mist("check", models / "tiny.py", *SMALL, "--cluster", small).code == 0
+    assert found["host_limit_bytes"] == round(1.3e6 * 0.88 / 4)
+    host = found["host_memory"]
+    drawn = 4 * 1000 * 64
+    assert (host["held_bytes"], host["drawn_bytes"]) == (4 * 8 * params, drawn)
+    assert host["loading_bytes"] == host["needed_bytes"] == 4 * (8 * params + drawn)
+    assert (host["memory_bytes"], host["kind"]) == (1_300_000, "given")
+    plain = ("check", models / "tiny.py", *SMALL)
+    assert mist(*plain, "--host-memory", "0.0001GB").code == 3  # the draws alone
+    assert mist(*plain, "--host-memory", "0.0013GB").code == 0  # 4 * 256 KB = 0.88 * 1.16 MB
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("31", "expected a number with GB, GiB, TB or TiB. Try 64GB."),
+        ("nonsense", "expected a number with GB, GiB, TB or TiB. Try 64GB."),
+        ("-31GB", "expected a number with GB, GiB, TB or TiB. Try 64GB."),
+        ("0GB", "expected more than zero and at most 1000 TB. Try 64GB."),
+        ("5000TB", "expected more than zero and at most 1000 TB. Try 64GB."),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "check"])
+def test_sizes_of_host_memory_that_are_none(
+    mist: Mist, models: Path, command: str, size: str, message: str
+) -> None:
+    run = mist(command, models / "tiny.py", *SMALL, "--host-memory", size)
+    assert (run.code, run.out) == (2, "")
+    assert run.err == f"mist: --host-memory {size}: {message}\n"
+
+
+def test_a_plan_keeps_the_host_memory_it_was_made_for(mist: Mist, models: Path) -> None:
+    """`check PLAN` judges by it, unless told another; a plan for the cluster's own has no key."""
+    layout = (models / "tiny.py", *SMALL, "--offload", "optimizer=1")
+    assert mist("check", *layout, "--host-memory", "0.02GB", "--out", "given.yaml").code == 0
+    assert load_plan("given.yaml").cluster.host_memory_bytes == 20_000_000
+    run = mist("check", "given.yaml", "--json")
+    assert run.code == 0
+    assert json.loads(run.out)["host_memory"]["memory_bytes"] == 20_000_000
+    less = mist("check", "given.yaml", "--host-memory", "0.001GB", "--out", "less.yaml")
+    assert less.code == 3
+    assert less.out.startswith("DOES NOT FIT in host memory: needs 10.9 MiB per node")
+    assert load_plan("less.yaml").cluster.host_memory_bytes == 1_000_000
+    assert mist("check", "less.yaml").code == 3
+    mist("check", *layout, "--out", "plain.yaml")
+    assert "host_memory" not in Path("plain.yaml").read_text()
 
 
 def test_a_check_without_a_trace_traces_and_says_so(

@@ -146,8 +146,8 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
         "unknown kind of a figure",
         [put("estimate.op_costs.0.kind", "sure")],
         [
-            "estimate.op_costs[0].kind: input should be 'spec', 'fit', 'calibrated', 'measured' "
-            "or 'guess' (found \"sure\")"
+            "estimate.op_costs[0].kind: input should be 'spec', 'fit', 'calibrated', 'measured', "
+            "'guess' or 'given' (found \"sure\")"
         ],
     ),
     (

@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.units import GB, GIB, MIB, TFLOP, format_bytes, format_count, format_seconds
+from mist.units import (
+    GB,
+    GIB,
+    MIB,
+    TB,
+    TFLOP,
+    TIB,
+    format_bytes,
+    format_count,
+    format_seconds,
+    parse_bytes,
+)
 
 
 def test_binary_and_decimal_units() -> None:
@@ -68,3 +79,33 @@ def test_seconds_read_back_within_half_a_unit_of_the_third_digit(seconds: float)
     read = float(number) * {"s": 1.0, "ms": 1e-3, "us": 1e-6}[unit]
     assert "e" not in number
     assert read == pytest.approx(seconds, rel=0.5e-2)  # half of 1 in the third of three digits
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("31GB", 31 * GB),
+        ("31 GiB", 31 * GIB),
+        ("2tb", 2 * TB),
+        ("0.5TiB", TIB // 2),
+        (" .5 gb ", GB // 2),
+        ("1000TB", 1000 * TB),
+    ],
+)
+def test_sizes_of_memory(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "31", "31G", "31B", "31 MB", "-1GB", "1e3GB", "nanGB", "infGB", "1.2.3GB", "31GBs"],
+)
+def test_what_is_no_size_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a number with GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["0GB", "0.0000000001GB", "1000.1TB", "1" + "0" * 400 + "GB"])
+def test_sizes_that_no_machine_has(text: str) -> None:
+    with pytest.raises(ValueError, match="expected more than zero"):
+        parse_bytes(text)

@@ -42,6 +42,10 @@ AttentionName = Annotated[Attention, typer.Option("--attention", help="Attention
 Margin = Annotated[
     float | None, typer.Option("--margin", help="Share of device memory that stays free [0.12].")
 ]
+HostMemory = Annotated[
+    str | None,
+    typer.Option("--host-memory", help="Host memory of one node (64GB) [the cluster's]."),
+]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")]
 Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
 Zero = Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")]

@@ -25,6 +25,7 @@ from mist.cli.options import (
     Gpu,
     Gpus,
     GpusOfModel,
+    HostMemory,
     Json,
     Margin,
     MicroBatch,
@@ -55,11 +56,14 @@ from mist.spaces import narrowed, space_of
 from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
 
 if TYPE_CHECKING:
+    from mist.programs import Progress
     from mist.workflow.checking import Checked
+    from mist.workflow.planning import Effort
     from mist.workflow.renting import Rented
     from mist.workflow.verifying import Verified
 
-OF_ANY_PLAN = {"subject", "margin", "out", "as_json"}  # what `mist check PLAN` may be told
+# What `mist check PLAN` may be told.
+OF_ANY_PLAN = {"subject", "margin", "host_memory", "out", "as_json"}
 
 
 @app.command()
@@ -78,6 +82,7 @@ def plan(
     precision: PrecisionName = Precision.BF16,
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
+    host_memory: HostMemory = None,
     space: Space = "mist",
     fixed: Fixed = None,
     most: Most = None,
@@ -90,8 +95,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
-    from mist.workflow.planning import Effort
-    from mist.workflow.question import Question
+    from mist.workflow.question import Question, host_memory_of
     from mist.workflow.renting import offer_of, rent
 
     check_out(out)
@@ -106,15 +110,10 @@ def plan(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
+        host_memory_bytes=host_memory_of(host_memory),
     )
     allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
-    effort = Effort(
-        objective=objective,
-        num_alternatives=top,
-        progress=progress,
-        time_limit_s=time_limit,
-        method=solver.value,
-    )
+    effort = _effort(objective, solver, top, time_limit)
 
     def search(margin_ratio: float | None) -> "Rented":
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
@@ -122,6 +121,18 @@ def plan(
     rented, verified = _searched(search, margin, verify=verify)
     _write_plan(rented, out)
     _show_plan(rented, verified, tokens, as_json=as_json)
+
+
+def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
+    from mist.workflow.planning import Effort
+
+    return Effort(
+        objective=objective,
+        num_alternatives=top,
+        progress=progress,
+        time_limit_s=time_limit,
+        method=solver.value,
+    )
 
 
 def _searched(
@@ -149,11 +160,11 @@ def _show_plan(
     planned, candidates, index = rented.planned, rented.candidates, rented.index
     if as_json:
         curve = candidates_json(candidates, index, tokens)
-        found = plan_json(planned.plan, planned.seconds, planned.notes)
+        found = plan_json(planned.plan, planned.seconds, planned.host, planned.notes)
         return print_json({**found, "candidates": curve})
     if len(candidates) > 1 or tokens is not None or candidates[0].price_usd is not None:
         print_candidates(candidates, index, tokens)
-    return print_plan(planned.plan, planned.limits, planned.notes)
+    return print_plan(planned.plan, planned.limits, planned.host, planned.notes)
 
 
 def _write_plan(rented: "Rented", out: Path | None) -> None:
@@ -201,16 +212,17 @@ def check(
     precision: PrecisionName = Precision.BF16,
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
+    host_memory: HostMemory = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.workflow.checking import HandLayout, check_layout, check_plan, offload_of
-    from mist.workflow.question import Question
+    from mist.workflow.checking import HandLayout, check_layout, offload_of
+    from mist.workflow.question import Question, host_memory_of
 
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
-        return _show_check(partial(check_plan, subject, margin_ratio=margin), out, as_json=as_json)
+        return _show_check(partial(_of_file, subject, margin, host_memory), out, as_json=as_json)
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
     question = Question(
@@ -224,6 +236,7 @@ def check(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
+        host_memory_bytes=host_memory_of(host_memory),
     )
     layout = HandLayout(
         tp=tp,
@@ -237,6 +250,17 @@ def check(
         offload=offload_of(offload or ()),
     )
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
+
+
+def _of_file(
+    path: str, margin: float | None, host_memory: str | None, *, progress: "Progress"
+) -> "Checked":
+    """A plan file, under the margin and on the host memory that it was made for unless told."""
+    from mist.workflow.checking import check_plan
+    from mist.workflow.question import host_memory_of
+
+    host_bytes = host_memory_of(host_memory)
+    return check_plan(path, margin_ratio=margin, host_memory_bytes=host_bytes, progress=progress)
 
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:
@@ -267,9 +291,9 @@ def _show_check(judge: Callable[..., "Checked"], out: Path | None, *, as_json: b
         save_plan(checked.plan, out)
         progress(f"wrote {out}")
     if as_json:
-        print_json(check_json(checked.plan, checked.limits, checked.notes))
+        print_json(check_json(checked.plan, checked.limits, checked.host, checked.notes))
     else:
-        print_check(checked.plan, checked.limits, checked.notes, checked.suggestions)
+        print_check(checked.plan, checked.limits, checked.host, checked.notes, checked.suggestions)
     if not checked.fits:
         raise SystemExit(3)
 

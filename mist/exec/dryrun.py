@@ -52,7 +52,7 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
         subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         parallel = assemble(subject, short, torch.device("cpu"), Settings(), lambda: mode)
-        observer = Observer(parallel)
+        observer = Observer(parallel, pins=policy == "cuda")
         parallel.swapper.quietly = observer.on_host
         setting = Setting(
             precision=plan.workload.precision,

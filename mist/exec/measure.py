@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mist.exec.seen import Collective
+from mist.host_memory import pinned_bytes
 
 # The same collective has several names: c10d's own, and those of functional collectives.
 KINDS: Final = {
@@ -72,6 +73,7 @@ class Recorder(TorchDispatchMode):
         self._hosted: dict[int, int] = {}
         self._host_bytes = self._host_peak = 0
         self._hosting = False
+        self._pins = False
         self._rows: dict[tuple[str, str], list[int]] = {}
         for tensor in states:
             self._count(tensor.untyped_storage())
@@ -141,6 +143,7 @@ class Recorder(TorchDispatchMode):
         self._changed(key, change)
 
     def _keep_on_host(self, key: int, size: int) -> None:
+        size = int(pinned_bytes(size)) if self._pins else size
         self._hosted[key] = size
         self._host_bytes += size
         self._host_peak = max(self._host_peak, self._host_bytes)

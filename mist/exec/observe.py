@@ -46,10 +46,11 @@ class Peak:
 class Observer(Recorder):
     """Records one step of `parallel` on the CPU, real or fake; see `measure.Recorder`.
 
-    `ends`: after each backward pass, the collectives so far.
+    `ends`: after each backward pass, the collectives so far. `pins`: count host memory as a GPU
+    would have it, pinned.
     """
 
-    def __init__(self, parallel: Parallel) -> None:
+    def __init__(self, parallel: Parallel, *, pins: bool = False) -> None:
         self._tags: dict[int, str] = {}
         self._by_tag: Counter[str] = Counter()
         self._tag = "buffers"
@@ -61,6 +62,7 @@ class Observer(Recorder):
         self._since = 0
         self._paused = False
         super().__init__((), parallel.axes)
+        self._pins = pins
         for tag, tensors in parallel.states(on_host=False).items():
             with self.tagged(tag):
                 for tensor in tensors:

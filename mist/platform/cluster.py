@@ -6,7 +6,7 @@ all-gather, the input of a reduce-scatter or an all-reduce).
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -118,6 +118,7 @@ class Cluster(Record):
 
     Group sizes of a node's collectives come from `tables` (measured) and `links` (two-number laws);
     together they must reach from 2 to `gpus_per_node`. `max_nodes` is null where nothing limits it.
+    `host_memory_bytes`: of one node; `host_memory_by_device`: where nodes of a device have another.
     `contention` is measured; without it the runtime's slowdown of compute stands in.
     `price_per_gpu_hour_usd`: what one GPU costs to rent; without it `--price` says so.
     """
@@ -135,6 +136,7 @@ class Cluster(Record):
     tables: Mapping[Collective, CollectiveTable]
     contention: Contention | None = None
     price_per_gpu_hour_usd: Quantity | None = None
+    host_memory_by_device: Mapping[str, Quantity] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -143,6 +145,7 @@ class Cluster(Record):
             if count is not None and (count.value < 1 or count.value % 1):
                 raise ValueError(f"gpus_per_node and max_nodes must be whole, found {count.value}")
         self._check_price()
+        self._check_host_memory()
         for collective in Collective:
             groups = self.groups(collective)
             if self.num_gpus_per_node > 1 and (
@@ -158,6 +161,11 @@ class Cluster(Record):
         if price is not None and price.value == 0:
             raise ValueError("price_per_gpu_hour_usd is 0: leave out a price that is not known")
 
+    def _check_host_memory(self) -> None:
+        strangers = sorted(set(self.host_memory_by_device) - set(self.devices))
+        if strangers:
+            raise ValueError(f"host_memory_by_device names {strangers}, which are not in devices")
+
     @property
     def num_gpus_per_node(self) -> int:
         """Devices of a node."""
@@ -167,6 +175,10 @@ class Cluster(Record):
     def num_nodes_limit(self) -> int | None:
         """Nodes at most, None without a limit."""
         return None if self.max_nodes is None else int(self.max_nodes.value)
+
+    def host_memory_of(self, device: str) -> Quantity:
+        """Bytes of host memory of one node with this device."""
+        return self.host_memory_by_device.get(device, self.host_memory_bytes)
 
     def groups(self, collective: Collective) -> tuple[int, ...]:
         """Group sizes for which the node's collective has a table column or a link, rising.

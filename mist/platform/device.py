@@ -8,7 +8,7 @@ from mist.facts import Traffic
 from mist.origin import Kind
 from mist.platform.quantity import Quantity, Record
 from mist.platform.tables import Tables, check_columns
-from mist.spec import Precision
+from mist.spec import Attention, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,15 @@ class BandwidthRatios(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lack(Record):
+    """What a device cannot do though software offers it: `instead`, what happens then."""
+
+    instead: str
+    source: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device(Record):
     """One kind of device.
 
@@ -92,7 +101,8 @@ class Device(Record):
     memory-bound kernel. `tensor_time_scale` multiplies the time of matrix products and attention:
     the one factor that calibration fits (sustained clocks against the bursts that tables measure).
     `tables`: measured times, which take the place of the law of their operation and precision.
-    `kernels`: whose kernels run, and so what a model is traced for.
+    `kernels`: whose kernels run, and so what a model is traced for. `lacks`: precisions and kernels
+    of attention that the hardware has not, by name.
     """
 
     schema: Literal["mist.device/1"]
@@ -112,6 +122,7 @@ class Device(Record):
     flash_attention: FlashAttention
     tables: Tables = field(default_factory=dict)
     kernels: Literal["cuda", "cpu"] = "cuda"
+    lacks: Mapping[Precision | Attention, Lack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_columns(self.tables)

@@ -224,6 +224,7 @@ class Offloading(Record):
     beside them). `optimizer_on_host`: what is offloaded of the optimizer is updated by the host's
     processor, so that none of it comes to the device. `host_overhead_ratio`: host memory beyond the
     states themselves, over their bytes.
+    `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up.
     """
 
     weights: HostedState | None
@@ -235,6 +236,7 @@ class Offloading(Record):
     bucket_bytes: Quantity | None = None
     optimizer_on_host: bool = False
     host_overhead_ratio: Quantity | None = None
+    pins_each_tensor: bool = False
 
     def __post_init__(self) -> None:
         if self.by_layer and (self.weights is None or self.grads is None):
@@ -297,8 +299,18 @@ class Knobs(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(Record):
+    """What every rank has in host memory while its weights are made.
+
+    `module_bytes_per_param`: of the largest module that a rank has part of, whole.
+    """
+
+    module_bytes_per_param: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime(Record):
-    """One training framework."""
+    """One training framework. `loading`: null where it is not known."""
 
     schema: Literal["mist.runtime/1"]
     name: str
@@ -315,6 +327,7 @@ class Runtime(Record):
     selective: Selective | None
     offload: Offloading | None
     knobs: Knobs
+    loading: Loading | None = None
 
     def __post_init__(self) -> None:
         rows = [(precision, row.zero) for row in self.states for precision in row.precisions]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mist.errors import PlatformError
 from mist.files import digest
+from mist.origin import Kind
 from mist.platform.calibration import Calibration, Profiles
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
@@ -28,7 +29,8 @@ DEFAULT_DEVICE = "h100-sxm"
 class Platform:
     """What a plan is made for. `hashes`: "sha256:..." of each profile's file, by profile name.
 
-    `calibration`: what whole runs said of the profiles; it is in them already.
+    `calibration`: what whole runs said of the profiles; it is in them already. `host_memory`: bytes
+    of one node, as the user or else the cluster's profile gives them.
     """
 
     device: Device
@@ -38,6 +40,7 @@ class Platform:
     num_nodes: int
     hashes: Mapping[str, str]
     calibration: Calibration | None
+    host_memory: Quantity
 
     @property
     def gpus_per_node(self) -> int:
@@ -67,7 +70,7 @@ class Platform:
 
     def planned_host_bytes(self, margin: float) -> float:
         """Bytes of its node's memory that each rank may use: an equal share, less the margin."""
-        return self.cluster.host_memory_bytes.value * (1.0 - margin) / self.gpus_per_node
+        return self.host_memory.value * (1.0 - margin) / self.gpus_per_node
 
     @property
     def step_uncertainty_ratio(self) -> float:
@@ -104,12 +107,20 @@ class Platform:
         return dict(self.hashes)
 
 
-def load_platform(*, num_gpus: int, gpu: str | None, cluster: str | None, runtime: str) -> Platform:
+def load_platform(
+    *,
+    num_gpus: int,
+    gpu: str | None,
+    cluster: str | None,
+    runtime: str,
+    host_memory_bytes: float | None = None,
+) -> Platform:
     """The platform that the options name; what is not given follows from what is.
 
     `cluster` may be the file of a measured machine. No GPU: the cluster's first device. No cluster:
-    the GPU's default one. Neither: h100-sxm on dgx-h100. Raises PlatformError for an unknown name,
-    a GPU that the cluster does not hold, or a number of GPUs that does not fill nodes.
+    the GPU's default one. Neither: h100-sxm on dgx-h100. `host_memory_bytes`: of one node, where
+    the user gives it. Raises PlatformError for an unknown name, a GPU that the cluster does not
+    hold, or a number of GPUs that does not fill nodes.
     """
     software = load_runtime(runtime)
     machine = find_machine(cluster)
@@ -130,7 +141,15 @@ def load_platform(*, num_gpus: int, gpu: str | None, cluster: str | None, runtim
         num_nodes=count_nodes(num_gpus, profiles[1]),
         hashes=hashes,
         calibration=found.profile if found else None,
+        host_memory=_host_memory(host_memory_bytes, profiles),
     )
+
+
+def _host_memory(asked_bytes: float | None, profiles: Profiles) -> Quantity:
+    """Bytes of host memory of one node."""
+    if asked_bytes is None:
+        return profiles[1].host_memory_of(profiles[0].name)
+    return Quantity(value=asked_bytes, source="--host-memory", kind=Kind.GIVEN)
 
 
 Chosen = tuple[Profiles, dict[str, str]]  # device, cluster and runtime, and hashes of their files

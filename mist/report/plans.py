@@ -4,18 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
 from mist.explain import PART_NAMES, ROUNDING_RATIO, step_parts
+from mist.host_memory import HostNeed
+from mist.origin import Kind
 from mist.planfile import plain_data
-from mist.plans import Estimate, Limits, Plan, StagePlan, fullest_host_bytes
+from mist.plans import Estimate, Limits, Plan, StagePlan
 from mist.report.tables import say, say_note, show
 from mist.spec import MemoryLevel
 from mist.units import format_bytes, format_count, format_seconds
 
 
-def print_plan(plan: Plan, limits: Limits, notes: Sequence[str]) -> None:
+def print_plan(plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str]) -> None:
     """Layout, prediction with its parts, memory against the limit, and why other layouts lose."""
     _print_head(plan)
     _print_stages(plan)
     _print_memory(plan.estimate, limits)
+    _print_host(host)
     _print_alternatives(plan)
     _print_op_costs(plan.estimate)
     for note in (*notes, *plan.estimate.extrapolated):
@@ -24,24 +27,28 @@ def print_plan(plan: Plan, limits: Limits, notes: Sequence[str]) -> None:
 
 
 def print_check(
-    plan: Plan, limits: Limits, notes: Sequence[str], suggestions: Sequence[str]
+    plan: Plan,
+    limits: Limits,
+    host: HostNeed,
+    notes: Sequence[str],
+    suggestions: Sequence[str],
 ) -> None:
     """The verdict first, then the same tables, then what would help."""
     estimate = plan.estimate
     peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
     room = limits.device_bytes - peak_bytes
-    host_room = _host_room(plan, limits)
-    fits = "FITS, with" if host_room >= 0 else "Fits on the GPU, with"
+    fits = "FITS, with" if host.fits else "Fits on the GPU, with"
     verdict = fits if room >= 0 else "DOES NOT FIT: over by"
-    tail = "to spare" if room >= 0 else ""
-    if host_room < 0:
-        say(f"DOES NOT FIT in host memory: over by {format_bytes(-host_room)} per GPU.")
-    say(f"{verdict} {format_bytes(abs(room))} {tail}".rstrip() + f" ({_interval(estimate)})")
+    tail = "to spare" if room >= 0 else "per GPU"
+    if not host.fits:
+        say(f"DOES NOT FIT in host memory: {host.over_words}.")
+    say(f"{verdict} {format_bytes(abs(room))} {tail} ({_interval(estimate)})")
     if room < 0 and peak_bytes <= estimate.stages[0].usable_bytes:
         say("It stays below what the device reports, but runs that close to it crawl or fail.")
     _print_head(plan)
     _print_stages(plan)
     _print_memory(estimate, limits)
+    _print_host(host)
     _print_op_costs(estimate)
     for note in (*notes, *estimate.extrapolated):
         say_note(note)
@@ -50,26 +57,35 @@ def print_check(
     say(f"Not modelled: {'; '.join(estimate.not_modelled)}.")
 
 
-def plan_json(plan: Plan, seconds: Mapping[str, float], notes: Sequence[str]) -> dict[str, object]:
-    """The plan file's own fields, plus `seconds` (wall time by part of the work) and `notes`."""
+def plan_json(
+    plan: Plan, seconds: Mapping[str, float], host: HostNeed, notes: Sequence[str]
+) -> dict[str, object]:
+    """The plan file's own fields, plus `seconds` (wall time by part of the work) and `notes`.
+
+    `host_memory`: what the fullest node needs of its memory, and what there is.
+    """
     spent = {name: round(s, 3) for name, s in seconds.items()}
-    return {**plain_data(plan), "seconds": spent, "notes": list(notes)}
+    more = {"host_memory": _host_json(host), "seconds": spent, "notes": list(notes)}
+    return {**plain_data(plan), **more}
 
 
-def check_json(plan: Plan, limits: Limits, notes: Sequence[str]) -> dict[str, object]:
+def check_json(
+    plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str]
+) -> dict[str, object]:
     """The verdict, the prediction, and for each stage its peak, usable bytes, and parts of time.
 
-    `fits`: on the device, and what is offloaded in host memory. `margin_bytes` = `limit_bytes`
-    (usable less the margin) - the largest peak; `parts`: bytes of
-    the peak by name; `time_parts_s`: seconds of `stable_s` by name.
+    `fits`: on the device, and in host memory. `margin_bytes` = `limit_bytes` (usable less the
+    margin) - the largest peak; `host_memory`: of the fullest node; `parts`: bytes of the peak by
+    name; `time_parts_s`: seconds of `stable_s` by name.
     """
     estimate = plan.estimate
     margin_bytes = limits.device_bytes - max(stage.peak_bytes for stage in estimate.stages)
     return {
-        "fits": margin_bytes >= 0 and _host_room(plan, limits) >= 0,
+        "fits": margin_bytes >= 0 and host.fits,
         "margin_bytes": round(margin_bytes),
         "limit_bytes": round(limits.device_bytes),
         "host_limit_bytes": round(limits.host_bytes),
+        "host_memory": _host_json(host),
         "step_s": estimate.step_s,
         "tokens_per_s": estimate.tokens_per_s,
         "mfu": estimate.mfu,
@@ -93,11 +109,8 @@ def check_json(plan: Plan, limits: Limits, notes: Sequence[str]) -> dict[str, ob
     }
 
 
-def _host_room(plan: Plan, limits: Limits) -> float:
-    """What the memory of the fullest node leaves to each of its ranks."""
-    held_bytes = [stage.host_bytes for stage in plan.estimate.stages]
-    num_ranks = plan.cluster.gpus_per_node
-    return limits.host_bytes - fullest_host_bytes(plan.stages, held_bytes, num_ranks) / num_ranks
+def _host_json(host: HostNeed) -> dict[str, object]:
+    return {**asdict(host), "needed_bytes": host.needed_bytes, "fits": host.fits}
 
 
 def _print_head(plan: Plan) -> None:
@@ -206,11 +219,21 @@ def _print_memory(estimate: Estimate, limits: Limits) -> None:
         f"A plan may use {format_bytes(limit_bytes)}: the usable {format_bytes(usable_bytes)} "
         f"less a margin of {1 - limit_bytes / usable_bytes:.0%}."
     )
-    most_bytes = max(stage.host_bytes for stage in estimate.stages)
-    if most_bytes:
+    if any(stage.host_bytes for stage in estimate.stages):
         held = ", ".join(format_bytes(stage.host_bytes) for stage in estimate.stages)
-        whose = "that it may use" if most_bytes <= limits.host_bytes else "for each GPU of a node"
-        say(f"In host memory per GPU: {held}, of {format_bytes(limits.host_bytes)} {whose}.")
+        say(f"In host memory per GPU: {held}.")
+
+
+def _print_host(host: HostNeed) -> None:
+    """What is offloaded and what there is for it; and what loading takes."""
+    if host.held_bytes:
+        advice = " Give yours with --host-memory." if host.kind is Kind.GUESS else ""
+        say(f"This {host.words}. Source: {host.source}.{advice}")
+    if host.loading_bytes is None:
+        say("Host memory while the framework loads weights is not modelled.")
+    else:
+        drawn = format_bytes(host.loading_bytes)
+        say(f"While weights are drawn, the ranks of a node have up to {drawn} of host memory.")
 
 
 def _print_alternatives(plan: Plan) -> None:

@@ -99,6 +99,7 @@ class BlockCost:
     gather_copy_s: Expr
     scatter_copy_s: Expr
     saved_bytes: Expr
+    saved_allocated_bytes: Expr
     products_bytes: Expr
     scores_bytes: Expr
     boundary_bytes: Expr
@@ -275,6 +276,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "gather_copy_s": sym.MEMORY[Traffic.POINTWISE](gathered, 1),
         "scatter_copy_s": sym.MEMORY[Traffic.POINTWISE](scattered, 1),
         "saved_bytes": saved_bytes(block, setting),
+        "saved_allocated_bytes": _allocated_bytes(block, setting),
         "products_bytes": _products_bytes(block, setting),
         "scores_bytes": _scores_bytes(block, core, setting),
         "transient_bytes": _largest(block.transient_bytes, setting),
@@ -347,6 +349,22 @@ def _kept(saved: Iterable[SavedTensor], setting: Setting) -> Expr:
         total[Layout.REPLICATED if input_again else tensor.layout] += tensor.bytes
     whole = total[Layout.REPLICATED] / setting.sequence_shards
     return sympy.expand(total[Layout.SHARDED] + total[Layout.GATHERED] + whole)
+
+
+def _allocated_bytes(block: Block, setting: Setting) -> Expr:
+    """Host bytes of the saved tensors, where each is pinned by itself; else their bytes."""
+    offload = setting.runtime.offload
+    if offload is None or not offload.pins_each_tensor:
+        return saved_bytes(block, setting)
+    many, single = (
+        sympy.Add(*(sym.PINNED(_kept([tensor], setting)) for tensor in saved))
+        for saved in (block.saved, block.saved_single)
+    )
+    return (
+        many
+        if many.subs(B, 1) == single
+        else sympy.Piecewise((single, sympy.Eq(B, 1)), (many, True))
+    )
 
 
 def _forward(block: Block) -> tuple[Op, ...]:

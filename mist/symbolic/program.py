@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.facts import ModelFacts, Traffic
+from mist.host_memory import pinned_bytes
 from mist.platform import OpCosts
 
 TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "offload", "p2p")
@@ -138,6 +139,7 @@ def _laws(costs: OpCosts) -> dict[str, Law]:
         "to_device_s": costs.host_to_device_s,
         "to_host_s": costs.device_to_host_s,
         "together_s": costs.together_s,
+        "pinned_bytes": pinned_bytes if costs.device.kernels == "cuda" else np.asarray,
     }
     memory = {f"memory_{name}_s": partial(costs.memory_s, traffic=name) for name in Traffic}
     return laws | memory

@@ -12,17 +12,19 @@ gather, gradients go after their reduction (and come again to be added to), acti
 and come back backward. Mist (EuroSys'25) section 4; collectives as FSDP2 issues them.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import sympy
 from sympy import Expr
 
 from mist.facts import Traffic
-from mist.graph import T
+from mist.graph import Param, T
 from mist.platform.runtime import HostedState, Runtime
+from mist.spec import Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, Setting
+from mist.symbolic.block import BlockCost, Setting, rank_numbers
 
 _NONE = sympy.Integer(0)
 
@@ -34,7 +36,7 @@ class Level:
     `again_s`: device seconds that it runs again, collectives included; `again_ratio`: share of the
     forward launches that the host repeats; `kept_bytes`: what stays from forward to backward;
     `working_bytes`: what the backward pass holds beyond that; `running_bytes`: with the gradients
-    of parameters made so far.
+    of parameters made so far; `allocated_bytes`: what is kept, as host memory is allocated for it.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Level:
     kept_bytes: Expr
     working_bytes: Expr
     running_bytes: Expr
+    allocated_bytes: Expr
 
 
 def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level, ...]:
@@ -54,6 +57,7 @@ def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level,
         kept_bytes=cost.saved_bytes,
         working_bytes=cost.transient_bytes,
         running_bytes=cost.transient_with_grads_bytes,
+        allocated_bytes=cost.saved_allocated_bytes,
     )
     full = Level(
         name="full",
@@ -62,6 +66,7 @@ def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level,
         kept_bytes=cost.boundary_bytes,
         working_bytes=cost.saved_bytes + cost.transient_bytes,
         running_bytes=cost.saved_bytes + cost.transient_with_grads_bytes,
+        allocated_bytes=allocated_bytes(runtime, cost.boundary_bytes),
     )
     if not is_layer:
         return (eager,)
@@ -92,6 +97,7 @@ def _selective(cost: BlockCost, runtime: Runtime, full: Level) -> tuple[Level, .
             kept_bytes=kept_bytes,
             working_bytes=full.working_bytes - kept_bytes,
             running_bytes=full.running_bytes - kept_bytes,
+            allocated_bytes=kept_bytes,  # torch, which rounds, does not offload what it keeps here
         ),
     )
 
@@ -221,6 +227,28 @@ def hosted_bytes(runtime: Runtime, state: str, params: Expr) -> Expr:
         return _NONE
     whole = params * hosted.bytes_per_param.value
     return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.SHARD, True))
+
+
+def hosted_by_tensor(runtime: Runtime, state: str, params: Iterable[Param]) -> Expr:
+    """Bytes of one state of these parameters in host memory, as its tensors are allocated there.
+
+    Each is of fp32: a state of 8 bytes per parameter is two tensors of each.
+    """
+    hosted = hosted_state(runtime, state)
+    if hosted is None:
+        return _NONE
+    copies = hosted.bytes_per_param.value / Precision.FP32.num_bytes
+    total = _NONE
+    for numbers, count in Counter(map(rank_numbers, params)).items():
+        own = hosted_bytes(runtime, state, numbers)
+        total += count * copies * allocated_bytes(runtime, own / copies)
+    return total
+
+
+def allocated_bytes(runtime: Runtime, num_bytes: Expr) -> Expr:
+    """What a tensor in host memory takes there."""
+    offload = runtime.offload
+    return sym.PINNED(num_bytes) if offload and offload.pins_each_tensor else num_bytes
 
 
 def by_ratio(runtime: Runtime, seconds: Callable[[Expr, Expr], Expr]) -> Expr:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.graph import ModelGraph, T
+from mist.graph import Block, ModelGraph, T
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
@@ -32,6 +32,7 @@ from mist.symbolic.slots import (
     Level,
     at_least,
     ends_seconds,
+    hosted_by_tensor,
     hosted_bytes,
     levels,
     optimizer_seconds,
@@ -77,7 +78,8 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         values, named[name] = cost.named(name)
         costs |= values
         terms |= _block_terms(name, named[name], setting)
-    terms |= _stage_terms(graph, setting)
+    terms |= _stage_terms(graph, setting) | _drawn_terms(graph, runtime)
+    terms |= _allocated_terms(graph, runtime)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -114,7 +116,7 @@ def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[st
         staged = offloads.offload.num_staged_layers.value
     return {
         f"{prefix}_kept_bytes": (1 - share) * level.kept_bytes,
-        f"{prefix}_host_bytes": share * level.kept_bytes,
+        f"{prefix}_host_bytes": share * level.allocated_bytes,
         f"{prefix}_staged_bytes": staged * share * level.kept_bytes,
         f"{prefix}_working_bytes": level.working_bytes,
         f"{prefix}_running_bytes": level.running_bytes,
@@ -149,6 +151,39 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "p2p_in_node_s": sym.P2P(sent, 0),
         "p2p_cross_s": sym.P2P(sent, 1),
     }
+
+
+def _allocated_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
+    """Bytes of the offloaded states of each block in host memory, tensor by tensor.
+
+    Of the ends only the optimizer's states go there. A tied parameter has them once.
+    """
+    layers = {str(kind): block.params for kind, block in enumerate(graph.blocks)}
+    blocks = layers | {"embed": graph.embed.params, "head": graph.head.params}
+    blocks |= {"tied": tuple(param for param in graph.head.params if param.tied)}
+    terms = {}
+    for x, params in blocks.items():
+        states = ("weights", "grads", "optimizer") if x in layers else ("optimizer",)
+        held = (sym.OFFLOAD[name] * hosted_by_tensor(runtime, name, params) for name in states)
+        terms[f"{x}_allocated_bytes"] = sympy.Add(*held)
+    return terms
+
+
+def _drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
+    """Bytes of the largest module of each block, whole, as every rank of a stage draws it."""
+    ends = {"embed": graph.embed, "head": graph.head}
+    blocks = ends | {str(kind): block for kind, block in enumerate(graph.blocks)}
+    each = runtime.loading.module_bytes_per_param.value if runtime.loading else 0.0
+    return {f"{x}_drawn_bytes": each * _largest_module(block) for x, block in blocks.items()}
+
+
+def _largest_module(block: Block) -> Expr:
+    """The most numbers that one module of a block has in parameters of its own."""
+    of_modules: dict[str, int] = {}
+    for param in block.params:
+        owner = param.name.rpartition(".")[0]
+        of_modules[owner] = of_modules.get(owner, 0) + param.num_reals
+    return sympy.Integer(max(of_modules.values(), default=0))
 
 
 def _sent_bytes(graph: ModelGraph, setting: Setting) -> Expr:
@@ -252,6 +287,7 @@ def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, 
         "peak_bytes": sympy.Add(*memory.values()),
         **instants,
         "host_bytes": _host_bytes(rows, runtime),
+        "drawn_bytes": _worst(rows, "{x}_drawn_bytes"),
     }
 
 
@@ -475,9 +511,11 @@ def _hosted_bytes(rows: list[_Row]) -> Expr:
 
 
 def _host_bytes(rows: list[_Row], runtime: Runtime) -> Expr:
-    """What one rank keeps in host memory."""
+    """What one rank keeps in host memory, as it is allocated there."""
     overhead = runtime.offload.host_overhead_ratio if runtime.offload else None
-    states = (1 + overhead.value if overhead else 1) * _hosted_bytes(rows)
+    states = _of_blocks(rows, "allocated_bytes")
+    states -= sym.FIRST * sym.LAST * _term("tied_allocated_bytes")
+    states *= 1 + overhead.value if overhead else 1
     return states + sym.IN_FLIGHT * _total(rows, "host_bytes")
 
 

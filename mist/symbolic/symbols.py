@@ -55,6 +55,8 @@ ALL_REDUCE = sympy.Function("all_reduce_s")
 P2P = sympy.Function("p2p_s")
 TO_DEVICE = sympy.Function("to_device_s")
 TO_HOST = sympy.Function("to_host_s")
+PINNED = sympy.Function("pinned_bytes")
+"""Host bytes of a tensor, which is pinned where the device is a GPU."""
 TOGETHER = sympy.Function("together_s")
 MEMORY: Final = {traffic: sympy.Function(f"memory_{traffic}_s") for traffic in Traffic}
 

@@ -12,7 +12,7 @@ from mist.spaces import SearchSpace
 from mist.spec import Attention, Objective, Precision
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
 from mist.workflow.planning import Effort
-from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question
+from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question, host_memory_of
 from mist.workflow.renting import offer_of, rent
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class Options(TypedDict, total=False):
     gpu, cluster, runtime: profile names (None: the device's or cluster's own; "torch").
     seq: tokens per sample (None: min(8192, the model's maximum)). global_batch: samples per step.
     precision: "bf16", "fp16" or "fp32". attention: "flash" or "math". margin: share of the device
-    memory that stays free (None: the runtime's). make_batch, loss: for a module whose input is not
+    memory that stays free (None: the runtime's). host_memory: of one node, "31GB" or bytes (None:
+    the cluster's). make_batch, loss: for a module whose input is not
     token ids; see `mist.trace.trace_model`.
     """
 
@@ -37,6 +38,7 @@ class Options(TypedDict, total=False):
     precision: str
     attention: str
     margin: float | None
+    host_memory: str | float | None
     make_batch: Callable[..., object] | None
     loss: Callable[..., object] | None
 
@@ -123,7 +125,8 @@ def check(
         model: a plan file; or a model as in `plan`.
         gpus: number of GPUs; None when `model` is a plan file.
         progress: called with a line of text now and then.
-        options: see `Options` and `LayoutOptions`; with a plan file only `margin`.
+        options: see `Options` and `LayoutOptions`; with a plan file only `margin` and
+            `host_memory`.
 
     Returns:
         `fits`, `margin_bytes`, the plan with its estimate, notes and suggestions.
@@ -147,15 +150,18 @@ def check(
     return check_layout(_question(model, gpus, options), layout, progress=progress)
 
 
-def _check_plan(path: str, options: Mapping[str, object], progress: Progress) -> Checked:
+def _check_plan(path: str, options: LayoutOptions, progress: Progress) -> Checked:
     if not path.endswith((".yaml", ".yml")):
         raise InputError(f"{path} is no plan file (.yaml), and a model needs gpus=N.")
-    said = sorted(set(options) - {"margin"})
+    said = sorted(set(options) - {"margin", "host_memory"})
     if said:
         raise InputError(f"{path} says itself what {', '.join(said)} would; leave them out.")
-    margin = options.get("margin")
-    margin_ratio = margin if isinstance(margin, int | float) else None
-    return check_plan(path, margin_ratio=margin_ratio, progress=progress)
+    return check_plan(
+        path,
+        margin_ratio=options.get("margin"),
+        host_memory_bytes=host_memory_of(options.get("host_memory")),
+        progress=progress,
+    )
 
 
 def _known_only(options: Mapping[str, object], shape: type) -> None:
@@ -188,6 +194,7 @@ def _question(model: Model, gpus: int, options: Options) -> Question:
         precision=_choice("precision", options.get("precision", "bf16"), Precision),
         attention=_choice("attention", options.get("attention", "flash"), Attention),
         margin_ratio=options.get("margin"),
+        host_memory_bytes=host_memory_of(options.get("host_memory")),
         make_batch=options.get("make_batch"),
         loss=options.get("loss"),
     )

@@ -8,6 +8,7 @@ from typing import Final
 
 from mist.errors import InputError, PlanError
 from mist.estimate import Job, estimate
+from mist.host_memory import HostNeed
 from mist.pareto.dealing import dealing_words, dealt_layers
 from mist.planfile import load_plan
 from mist.plans import (
@@ -17,7 +18,6 @@ from mist.plans import (
     Plan,
     Schedule,
     StagePlan,
-    fullest_host_bytes,
 )
 from mist.platform.profiles import is_machine
 from mist.programs import Progress, quiet
@@ -30,7 +30,9 @@ from mist.workflow.question import (
     OBJECT,
     Made,
     Question,
+    host_need,
     limits_of,
+    notes_of,
     prepare,
     unsearched_plan,
 )
@@ -105,10 +107,11 @@ def offload_of(words: Iterable[str]) -> Offload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A judged plan: does it fit within the limit, by how much, and what would help."""
+    """A judged plan: does it fit within the limits, by how much, and what would help."""
 
     plan: Plan
     limits: Limits
+    host: HostNeed
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
 
@@ -125,18 +128,7 @@ class Checked:
     @property
     def fits(self) -> bool:
         """Whether every device stays within its limit, and every node within its memory."""
-        plan = self.plan
-        return _fits(plan.stages, plan.estimate, self.limits, plan.cluster.gpus_per_node)
-
-
-def _fits(
-    stages: Sequence[StagePlan], judged: Estimate, limits: Limits, ranks_per_node: int
-) -> bool:
-    held_bytes = [stage.host_bytes for stage in judged.stages]
-    fullest_bytes = fullest_host_bytes(stages, held_bytes, ranks_per_node)
-    return fullest_bytes <= limits.host_bytes * ranks_per_node and all(
-        stage.peak_bytes <= limits.device_bytes for stage in judged.stages
-    )
+        return self.margin_bytes >= 0 and self.host.fits
 
 
 def check_layout(question: Question, layout: HandLayout, progress: Progress = quiet) -> Checked:
@@ -148,27 +140,41 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     made = _made(job, layout)
     plan = unsearched_plan(job, question, made, _judged(job, made))
     limits = limits_of(job, question)
-    checked = Checked(plan=plan, limits=limits, notes=job.facts.notes, suggestions=())
+    host = host_need(job, made, plan.estimate, limits)
+    notes = tuple(notes_of(job))
+    checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
     return replace(checked, suggestions=tuple(_suggestions(job, layout, checked)))
 
 
 def check_plan(
-    path: str | Path, *, margin_ratio: float | None = None, progress: Progress = quiet
+    path: str | Path,
+    *,
+    margin_ratio: float | None = None,
+    host_memory_bytes: int | None = None,
+    progress: Progress = quiet,
 ) -> Checked:
     """Judge a plan file again, with the profiles and the model as they are now.
 
-    `margin_ratio`: None for the margin that the plan was made with. Raises PlanError when the file
-    is broken, is a plan for another model, or asks for what is not predicted or breaks a rule.
+    `margin_ratio`, `host_memory_bytes`: None for those that the plan was made with. Raises
+    PlanError when the file is broken, is a plan for another model, or asks for what is not
+    predicted or breaks a rule.
     """
     plan = load_plan(path)
+    if host_memory_bytes is not None:
+        cluster = replace(plan.cluster, host_memory_bytes=host_memory_bytes)
+        plan = replace(plan, cluster=cluster)
     question = question_of(plan, Path(path), margin_ratio)
     job = prepare(question, progress)
     if faults := plan_against(plan, job):
         raise PlanError(str(path), faults)
-    judged = estimate(job, plan.stages, plan.num_micro_batches, plan.schedule)
+    made = Made(
+        stages=plan.stages, num_micro_batches=plan.num_micro_batches, schedule=plan.schedule
+    )
+    judged, limits = _judged(job, made), limits_of(job, question)
     return Checked(
         plan=replace(plan, estimate=judged),
-        limits=limits_of(job, question),
+        limits=limits,
+        host=host_need(job, made, judged, limits),
         notes=tuple(_notes(plan, job)),
         suggestions=(),
     )
@@ -198,6 +204,7 @@ def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
         precision=workload.precision,
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
+        host_memory_bytes=plan.cluster.host_memory_bytes,
     )
 
 
@@ -216,7 +223,7 @@ def _margin(plan: Plan) -> float | None:
 
 def _notes(plan: Plan, job: Job) -> Iterator[str]:
     """What the trace says, and what changed since the plan was made."""
-    yield from job.facts.notes
+    yield from notes_of(job)
     now = job.platform.profile_hashes()
     for name in sorted(plan.provenance.profiles):
         if now.get(name) != plan.provenance.profiles[name]:
@@ -303,11 +310,14 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
             continue
         after = _judged(job, made)
         peak_bytes = max(stage.peak_bytes for stage in after.stages)
-        fits = _fits(made.stages, after, checked.limits, job.platform.gpus_per_node)
+        on_host = host_need(job, made, after, checked.limits).fits
+        fits = on_host and peak_bytes <= checked.limits.device_bytes
         if fits and (not checked.fits or after.step_s < step_s):
             judged.append((after.step_s, peak_bytes, words))
     for after_s, peak_bytes, words in sorted(judged)[:3]:
         yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"
+    if checked.margin_bytes >= 0 and not checked.host.fits:
+        yield f"{checked.host.fix}, if the nodes have it"
 
 
 def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:

@@ -1,8 +1,9 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from time import perf_counter, process_time
 from types import MappingProxyType
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.explain import layout_words, losing_reason, overflow, step_parts
+from mist.host_memory import HostNeed
 from mist.milp import Method
 from mist.pareto.layouts import Layout, stage_plans
 from mist.pareto.leanest import ROUNDING_RATIO, leanest
@@ -20,14 +22,17 @@ from mist.spaces import SearchSpace
 from mist.spec import Objective
 from mist.symbolic.program import ModelPrograms
 from mist.tune import Tuned, landscape, smallest_peak, tune
+from mist.units import format_bytes
 from mist.workflow.needs import Pipeline, change_words, memory_words, pipeline_of
 from mist.workflow.question import (
     Made,
     Question,
     compiled,
+    host_need,
     job_of,
     limits_of,
     margin_of,
+    notes_of,
     provenance_of,
     unsearched_plan,
 )
@@ -52,6 +57,7 @@ class Planned:
     seconds: dict[str, float]
     points: tuple[Layout, ...]
     limits: Limits
+    host: HostNeed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,18 +107,8 @@ def search_plan(
     start = perf_counter()
     job = job_of(question, programs)
     limits = limits_of(job, question)
-    end = process_time() + effort.time_limit_s
     try:
-        allowed, within = _objective(job, space, limits, effort.objective)
-        tuned = tune(
-            job,
-            allowed,
-            limits=within,
-            num_alternatives=effort.num_alternatives,
-            progress=effort.progress,
-            is_late=lambda: process_time() > end,
-            method=effort.method,
-        )
+        tuned, host = _search(job, space, limits, effort)
     except Infeasible:
         raise Infeasible(_infeasible_words(job, space, question)) from None
     seconds = perf_counter() - start
@@ -122,11 +118,69 @@ def search_plan(
         plan = replace(plan, excluded=_excluded(job, plan, points, limits))
     return Planned(
         plan=plan,
-        notes=(*job.facts.notes, *_OBJECTIVE_NOTES.get(effort.objective, ())),
+        notes=(*notes_of(job), *_OBJECTIVE_NOTES.get(effort.objective, ())),
         seconds={"search": seconds},
         points=points,
         limits=limits,
+        host=host,
     )
+
+
+def _search(job: Job, space: SearchSpace, limits: Limits, effort: Effort) -> tuple[Tuned, HostNeed]:
+    """The best layout, and what it needs of host memory.
+
+    The search sees to what is offloaded. Where its best cannot be loaded beside that, it searches
+    again with room for what each rank draws. Raises Infeasible.
+    """
+    end = process_time() + effort.time_limit_s
+
+    def best(limits: Limits) -> Tuned:
+        allowed, within = _objective(job, space, limits, effort.objective)
+        return tune(
+            job,
+            allowed,
+            limits=within,
+            num_alternatives=effort.num_alternatives,
+            progress=effort.progress,
+            is_late=lambda: process_time() > end,
+            method=effort.method,
+        )
+
+    tuned = best(limits)
+    host = _host_of(job, tuned.best, limits)
+    if not host.fits:
+        tuned = best(_less_drawn(limits, host))
+        host = _host_of(job, tuned.best, limits)
+    if not host.fits:
+        raise Infeasible(f"{job.facts.name} cannot be loaded.")
+    return tuned, host
+
+
+def _less_drawn(limits: Limits, host: HostNeed) -> Limits:
+    """Limits that leave room for what each rank draws."""
+    return replace(limits, host_bytes=max(limits.host_bytes - (host.drawn_bytes or 0), 0.0))
+
+
+def _smallest(job: Job, space: SearchSpace, limits: Limits) -> tuple[Layout, HostNeed]:
+    """The layout that takes least of a device among those that can be loaded, if any can."""
+    layout = smallest_peak(job, space, host_bytes=limits.host_bytes)
+    host = _host_of(job, layout, limits)
+    if not host.fits:
+        less = _less_drawn(limits, host)
+        layout = smallest_peak(job, space, host_bytes=less.host_bytes)
+        host = _host_of(job, layout, limits)
+    return layout, host
+
+
+def _host_of(job: Job, layout: Layout, limits: Limits) -> HostNeed:
+    """What a layout needs of the memory of a node."""
+    made = Made(
+        stages=stage_plans(job, layout),
+        num_micro_batches=layout.num_micro_batches,
+        schedule=layout.schedule,
+    )
+    judged = estimate(job, made.stages, made.num_micro_batches, made.schedule)
+    return host_need(job, made, judged, limits)
 
 
 def _objective(
@@ -247,18 +301,64 @@ def _too_large(job: Job, layout: Layout, limits: Limits) -> Alternative:
 
 
 def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
-    """The fullest stage of the layout that comes closest to fitting, and its bytes."""
-    limits = limits_of(job, question)
-    layout = smallest_peak(job, space, host_bytes=limits.host_bytes)
+    """The fullest stage of the layout that comes closest to fitting, and its bytes.
+
+    And the host memory that would do, where it is what binds.
+    """
+    limits, device = limits_of(job, question), job.platform.device.name
+    layout, host = _smallest(job, space, limits)
+    words = f"{job.facts.name} does not fit on {question.num_gpus} x {device}."
+    if not host.fits:
+        return f"{words} It cannot be loaded in host memory: it {host.over_words}. Try {host.fix}."
     stages, num_micro_batches = stage_plans(job, layout), layout.num_micro_batches
     judged = estimate(job, stages, num_micro_batches, layout.schedule).stages
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
-    device = job.platform.device.name
+    more = _host_words(job, space, limits)
     return (
-        f"{job.facts.name} does not fit on {question.num_gpus} x {device}. Even in the layout of "
-        f"least memory ({layout_words(stages, num_micro_batches, layout.schedule)}) "
+        f"{words} {f'{more} Within it, even' if more else 'Even'} in the layout of least memory "
+        f"({layout_words(stages, num_micro_batches, layout.schedule)}) "
         f"{overflow(index, judged[index], device, limits.device_bytes)}."
     )
+
+
+def _host_words(job: Job, space: SearchSpace, limits: Limits) -> str:
+    """What host memory the layout of least memory needs to fit the devices; "" if it never does."""
+    anywhere = smallest_peak(job, space)
+    if anywhere.peak_bytes > limits.device_bytes:
+        return ""
+    fitting = [anywhere, *_less_offloaded(job, space, anywhere, limits)]
+    hosts = [_host_of(job, each, limits) for each in fitting]
+    host = min(hosts, key=lambda host: host.needed_bytes)
+    return (
+        f"With offload it would need {format_bytes(host.needed_bytes)} of the "
+        f"{format_bytes(host.limit_bytes)} of host memory per node that a plan may use "
+        f"({host.limit_bytes / host.memory_bytes:.0%} of {format_bytes(host.memory_bytes)}, "
+        f"{host.kind}: {host.source}). Try {host.fix}."
+    )
+
+
+def _less_offloaded(
+    job: Job, space: SearchSpace, layout: Layout, limits: Limits
+) -> Iterator[Layout]:
+    """What still fits the devices with less of a layout's states in host memory."""
+    for weights, optimizer in product(space.offload["weights"], space.offload["optimizer"]):
+        stages = tuple(
+            replace(
+                stage,
+                offload=replace(
+                    stage.offload,
+                    weights=min(stage.offload.weights, weights),
+                    grads=min(stage.offload.grads, weights),
+                    optimizer=min(stage.offload.optimizer, optimizer),
+                ),
+            )
+            for stage in layout.stages
+        )
+        less = replace(layout, stages=stages)
+        plans = stage_plans(job, less)
+        judged = estimate(job, plans, layout.num_micro_batches, layout.schedule)
+        if all(stage.peak_bytes <= limits.device_bytes for stage in judged.stages):
+            yield less
 
 
 def what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:
@@ -268,8 +368,8 @@ def what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -
         try:
             larger = job_of(replace(question, num_gpus=num_gpus), programs)
             limits = limits_of(larger, question)
-            least = smallest_peak(larger, space, host_bytes=limits.host_bytes)
-            if least.peak_bytes <= limits.device_bytes:
+            least, host = _smallest(larger, space, limits)
+            if host.fits and least.peak_bytes <= limits.device_bytes:
                 return f"Try --gpus {num_gpus}."
         except InputError:  # a number that fills no nodes, or that the global batch does not divide
             pass

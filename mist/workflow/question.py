@@ -1,20 +1,32 @@
 """The question that every command asks, and the job that it becomes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from mist.errors import InputError
-from mist.estimate import Job, make_job
+from mist.estimate import Job, loading, make_job
 from mist.facts import ModelFacts
-from mist.plans import ClusterRef, Estimate, Limits, ModelRef, Plan, Provenance, Schedule, StagePlan
+from mist.host_memory import HostNeed
+from mist.plans import (
+    ClusterRef,
+    Estimate,
+    Limits,
+    ModelRef,
+    Plan,
+    Provenance,
+    Schedule,
+    StagePlan,
+    fullest_host_bytes,
+)
 from mist.platform import Platform, load_platform
 from mist.programs import Progress, compile_graph, model_programs, quiet
 from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.program import ModelPrograms
 from mist.trace import Setting, trace_model
+from mist.units import GB, parse_bytes, whole_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +40,10 @@ OBJECT = "object:"  # begins the source of a model that was given as a module, n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What the user asks about; None stands for the default of the model or device."""
+    """What the user asks about; None stands for the default of the model or device.
+
+    `host_memory_bytes`: of one node; None for what the cluster's profile says.
+    """
 
     model: "str | nn.Module"
     num_gpus: int
@@ -40,6 +55,7 @@ class Question:
     precision: Precision = Precision.BF16
     attention: Attention = Attention.FLASH
     margin_ratio: float | None = None
+    host_memory_bytes: int | None = None
     make_batch: Callable[..., object] | None = None
     loss: Callable[..., object] | None = None
 
@@ -52,6 +68,19 @@ class Question:
             raise InputError("--cluster '' is no name. Leave it out for the device's own cluster.")
         if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
+
+
+def host_memory_of(asked: str | float | None) -> int | None:
+    """Bytes of host memory that a user gives, with a unit ("31GB") or as a number of bytes.
+
+    Raises InputError for what is no size of memory.
+    """
+    if asked is None:
+        return None
+    try:
+        return parse_bytes(asked) if isinstance(asked, str) else whole_bytes(asked)
+    except ValueError as error:
+        raise InputError(f"--host-memory {asked}: {error}") from None
 
 
 def prepare(question: Question, progress: Progress = quiet) -> Job:
@@ -118,6 +147,7 @@ def platform_of(question: Question) -> Platform:
         gpu=question.gpu,
         cluster=question.cluster,
         runtime=question.runtime,
+        host_memory_bytes=question.host_memory_bytes,
     )
     known = platform.runtime.knobs.precisions
     if question.precision not in known:
@@ -155,6 +185,23 @@ def limits_of(job: Job, question: Question) -> Limits:
     )
 
 
+def notes_of(job: Job) -> Iterator[str]:
+    """What the trace says of the model; what the hardware lacks; machines of one GPU each."""
+    yield from job.facts.notes
+    platform, workload = job.platform, job.workload
+    for word in (workload.precision, workload.attention):
+        if lack := platform.device.lacks.get(word):
+            name = platform.device.name
+            yield f"{name} has no {word} in hardware: {lack.instead} ({lack.source})"
+    if platform.num_nodes == platform.num_gpus > 1:
+        nic = platform.cluster.network.nic_bytes_per_s
+        yield (
+            f"{platform.num_gpus} GPUs of {platform.cluster.name} are as many machines of one GPU, "
+            f"{nic.value / GB:.3g} GB/s apart ({nic.kind}: {nic.source}). For GPUs in one machine "
+            "name another --cluster"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """A layout as plans write it."""
@@ -162,6 +209,27 @@ class Made:
     stages: Sequence[StagePlan]
     num_micro_batches: int
     schedule: Schedule
+
+
+def host_need(job: Job, made: Made, judged: Estimate, limits: Limits) -> HostNeed:
+    """What a layout needs of the memory of its fullest node, under the limits."""
+    per_node, memory = job.platform.gpus_per_node, job.platform.host_memory
+    held = [stage.host_bytes for stage in judged.stages]
+    begun = loading(job, made.stages, made.num_micro_batches, made.schedule)
+    drawn_bytes = loading_bytes = None
+    if begun is not None:
+        ranks_bytes = begun.held_bytes.tolist()
+        loading_bytes = round(fullest_host_bytes(made.stages, ranks_bytes, per_node))
+        drawn_bytes = round(begun.drawn_bytes.max())
+    return HostNeed(
+        held_bytes=round(fullest_host_bytes(made.stages, held, per_node)),
+        loading_bytes=loading_bytes,
+        drawn_bytes=drawn_bytes,
+        memory_bytes=round(memory.value),
+        limit_bytes=round(limits.host_bytes * per_node),
+        kind=memory.kind,
+        source=memory.source,
+    )
 
 
 def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) -> Plan:
@@ -181,6 +249,7 @@ def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) 
             device=platform.device.name,
             num_gpus=platform.num_gpus,
             gpus_per_node=platform.gpus_per_node,
+            host_memory_bytes=question.host_memory_bytes,
         ),
         runtime=platform.runtime.name,
         schedule=made.schedule,

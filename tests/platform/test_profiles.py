@@ -28,9 +28,12 @@ def bare_numbers(node: object, path: str = "") -> Iterator[str]:
     if isinstance(node, dict) and {"source", "kind"} <= node.keys():
         assert node["source"].strip(), path
         assert node["kind"] in set(Kind), path
-        assert node.keys() - {"source", "kind"} in ({"value"}, {"columns", "rows"}, {"shares"}), (
-            path
-        )
+        assert node.keys() - {"source", "kind"} in (
+            {"value"},
+            {"columns", "rows"},
+            {"shares"},
+            {"instead"},
+        ), path
     elif isinstance(node, dict):
         for key, item in node.items():
             if key not in LABELS:
@@ -139,8 +142,8 @@ def edited(tmp_path: Path, source: str, old: str, new: str) -> Path:
             "devices/l4.yaml",
             "kind: measured}",
             "kind: measurd}",
-            "memory_bytes.kind: Input should be 'spec', 'fit', 'calibrated', 'measured' or 'guess' "
-            "(found 'measurd')",
+            "memory_bytes.kind: Input should be 'spec', 'fit', 'calibrated', 'measured', 'guess' "
+            "or 'given' (found 'measurd')",
             id="wrong kind",
         ),
         pytest.param(

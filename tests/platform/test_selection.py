@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mist.errors import PlatformError
+from mist.origin import Kind
 from mist.platform import Platform, load_platform
 from tests.platform.samples import DEVICES, ROOT, RUNTIMES
 
@@ -144,3 +146,47 @@ def test_the_room_imports_no_heavy_package() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cluster", "num_bytes", "kind"),
+    [
+        ("a100-sxm-80", "dgx-a100", 2e12, Kind.SPEC),  # its source: 2 TB with 80 GB cards
+        ("a100-sxm-40", "dgx-a100", 1e12, Kind.SPEC),  # and 1 TB with 40 GB
+        ("a100-sxm-40", "aws-p4d", 1152 * 2**30, Kind.SPEC),
+        ("h100-sxm", "aws-p5", 2 * 2**40, Kind.SPEC),
+        ("a10g", "pcie-box", 768 * 2**30, Kind.SPEC),  # g5.48xlarge
+        ("l40s", "pcie-box", 512e9, Kind.GUESS),
+        ("rtx-4090", "pcie-box", 64e9, Kind.GUESS),
+        ("rtx-4090", "one-gpu", 64e9, Kind.GUESS),
+        ("l4", "one-gpu", 128e9, Kind.GUESS),
+        ("gb200", "gb200-nvl72", 17e12 * 64 / 72, Kind.SPEC),  # a node is 64 of the 72
+    ],
+)
+def test_host_memory_is_of_the_nodes_with_that_device(
+    gpu: str, cluster: str, num_bytes: float, kind: Kind
+) -> None:
+    found = platform(1, gpu, cluster).host_memory
+    assert found.value == pytest.approx(num_bytes, rel=1e-4)
+    assert found.kind is kind
+
+
+def test_the_users_host_memory_comes_first() -> None:
+    found = load_platform(
+        num_gpus=8, gpu="l4", cluster=None, runtime="torch", host_memory_bytes=31e9
+    )
+    assert (found.host_memory.value, found.host_memory.kind) == (31e9, Kind.GIVEN)
+    assert found.planned_host_bytes(0.2) == pytest.approx(31e9 * 0.8 / 8)
+    assert found.hashes == platform(8, "l4").hashes
+
+
+def test_host_memory_of_a_device_that_is_not_there(tmp_path: Path) -> None:
+    text = (ROOT / "profiles/clusters/dgx-a100.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("  a100-sxm-40: {value", "  h100-sxm: {value"))
+    with pytest.raises(PlatformError) as refusal:
+        platform(8, None, str(path))
+    assert str(refusal.value) == (
+        f"{path} has 1 fault:\n  .: host_memory_by_device names ['h100-sxm'], which are not in "
+        "devices"
+    )

@@ -14,10 +14,10 @@ from mist.milp import Method
 from mist.planfile import dump_plan, save_plan
 from mist.spaces import NO_RATIOS, SearchSpace, space_of
 from mist.spec import MemoryLevel, Precision, ScheduleKind
-from mist.units import GIB
+from mist.units import GB, GIB
 from mist.workflow.checking import check_plan
 from mist.workflow.planning import Effort, make_plan
-from mist.workflow.question import Question
+from mist.workflow.question import Question, host_memory_of
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
@@ -154,6 +154,52 @@ def test_host_memory_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needed > 8 * held
     assert needed < 16 * held
     assert message.endswith(" Try --gpus 16.")
+    assert message.startswith("toy does not fit on 2 x l4. With offload it would need ")
+    assert (
+        " GiB of the 314.7 GiB of host memory per node that a plan may use (88% of 357.6 GiB, "
+        "spec: Google Cloud g2-standard-96: 384 GB). Try --host-memory " in message
+    )
+
+
+def test_the_host_memory_to_try_is_enough_and_a_tenth_less_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer_with(toy_graph((16,), hidden=8192), monkeypatch)
+    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512, host_memory_bytes=64 * GB)
+    space = SearchSpace(pp=(1,), tp=(1,))
+    with pytest.raises(Infeasible) as refused:
+        make_plan(asked, space)
+    found = re.search(r"Try --host-memory (\d+)GB\.", str(refused.value))
+    assert found is not None
+    num_bytes = host_memory_of(f"{found[1]}GB")
+    planned = make_plan(replace(asked, host_memory_bytes=num_bytes), space)
+    assert planned.host.fits
+    assert planned.plan.cluster.host_memory_bytes == num_bytes
+    with pytest.raises(Infeasible):
+        make_plan(replace(asked, host_memory_bytes=round(0.9 * num_bytes)), space)
+
+
+def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that holds what the best plan offloads, but not what each rank draws beside it.
+
+    Drawn is the largest module of the toy, four times hidden squared, in fp32.
+    """
+    answer_with(toy_graph((3,), hidden=8192), monkeypatch)
+    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=4096, margin_ratio=0.0)
+    space = SearchSpace(
+        pp=(1,), tp=(1,), offload={**NO_RATIOS, "optimizer": (0.0, 0.25, 0.5, 0.75, 1.0)}
+    )
+    ample = make_plan(asked, space).host
+    assert ample.held_bytes > 0
+    assert ample.loading_bytes == ample.held_bytes + 2 * ample.drawn_bytes
+    tight = make_plan(replace(asked, host_memory_bytes=ample.loading_bytes - 1), space).host
+    assert tight.fits
+    assert tight.held_bytes < ample.held_bytes
+    with pytest.raises(Infeasible) as refused:
+        make_plan(replace(asked, host_memory_bytes=2 * ample.drawn_bytes - 1), space)
+    assert "toy does not fit on 2 x l4. It cannot be loaded in host memory: it needs " in str(
+        refused.value
+    )
 
 
 @pytest.mark.parametrize(
