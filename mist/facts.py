@@ -39,6 +39,7 @@ class TpLimit:
 class ModelFacts:
     """A model by name, size and shape.
 
+    `num_trainable`: parameters that have a gradient, of all `num_params`.
     `layers`: runs of block numbers. `tp_limits` is None when no tensor-parallel rules are known for
     the model: t must be 1. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
@@ -47,6 +48,7 @@ class ModelFacts:
 
     name: str
     num_params: int
+    num_trainable: int
     layers: tuple[LayerRun, ...]
     tied: bool
     max_seq_len: int | None

@@ -15,6 +15,7 @@ from tests.sample_plans import sample_plan, stage_plan
 FACTS = ModelFacts(
     name="toy",
     num_params=8_030_261_248,
+    num_trainable=8_030_261_248,
     layers=(LayerRun(block=0, count=16),),
     tied=False,
     max_seq_len=None,

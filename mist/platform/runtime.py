@@ -261,7 +261,12 @@ class Knobs(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime(Record):
-    """One training framework."""
+    """One training framework.
+
+    `frozen_shard_bytes_per_param`: what FSDP keeps of a parameter that is not trained, divided from
+    ZeRO-1 on, beside the copy in compute precision; null where it keeps that copy only (an
+    optimizer that makes fp32 copies of what it trains).
+    """
 
     schema: Literal["mist.runtime/1"]
     name: str
@@ -278,6 +283,7 @@ class Runtime(Record):
     selective: Selective | None
     offload: Offloading | None
     knobs: Knobs
+    frozen_shard_bytes_per_param: Mapping[Precision, Quantity] | None = None
 
     def __post_init__(self) -> None:
         rows = [(precision, row.zero) for row in self.states for precision in row.precisions]

@@ -21,11 +21,19 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.graph import ModelGraph, T
+from mist.graph import Block, ModelGraph
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
+from mist.symbolic.block import (
+    BlockCost,
+    Setting,
+    embed_cost,
+    head_cost,
+    kept_bytes,
+    layer_cost,
+    rank_params,
+)
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
@@ -36,8 +44,9 @@ from mist.symbolic.slots import (
     optimizer_seconds,
     slots,
 )
+from mist.symbolic.states import from_level, frozen_bytes, gathered_bytes, unmade_terms
 
-_ONE = sympy.Integer(1)
+_NONE, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +71,9 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         precision: compute precision of the workload.
     """
     setting = Setting(runtime=runtime, precision=precision)
-    blocks = {str(kind): layer_cost(block, setting) for kind, block in enumerate(graph.blocks)}
+    traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
+    blocks = {name: layer_cost(block, setting) for name, block in traced.items()}
+    traced |= {"embed": graph.embed, "head": graph.head}
     blocks["embed"] = embed_cost(graph.embed, setting)
     blocks["head"] = head_cost(graph.head, setting)
     costs = {
@@ -74,7 +85,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     for name, cost in blocks.items():
         values, named[name] = cost.named(name)
         costs |= values
-        terms |= _block_terms(name, named[name], setting)
+        terms |= _block_terms(name, named[name], setting, traced[name])
     terms |= _stage_terms(graph, setting)
     return StageCost(
         num_kinds=len(graph.blocks),
@@ -84,19 +95,23 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     )
 
 
-def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr]:
+def _block_terms(name: str, cost: BlockCost, setting: Setting, traced: Block) -> dict[str, Expr]:
     """Terms of one block; the embedding and the head are never recomputed or offloaded."""
     is_layer, runtime = name.isdigit(), setting.runtime
     terms = {
         f"{name}_params": cost.params,
+        f"{name}_trainable_params": cost.trainable_params,
+        f"{name}_hosted_params": cost.hosted_params,
         f"{name}_largest_params": cost.largest_params,
-        f"{name}_optimizer_s": optimizer_seconds(cost.params, runtime, is_layer=is_layer),
+        f"{name}_optimizer_s": _NONE
+        if traced.is_frozen
+        else optimizer_seconds(cost.trainable_params, runtime, is_layer=is_layer),
         f"{name}_ends_s": ends_seconds(cost, runtime),
         f"{name}_weight_s": cost.weight_s,
     }
     for level in levels(cost, runtime, is_layer=is_layer):
         prefix = f"{name}_{level.name}"
-        times = slots(cost, level, setting, is_layer=is_layer)
+        times = slots(cost, level, setting, is_layer=is_layer, goes_back=traced.goes_back)
         for part in TIME_PARTS[:-1]:
             terms[f"{prefix}_{part}_s"] = getattr(times, part)
         terms |= {f"{prefix}_stable_s": times.stable(), f"{prefix}_lone_s": times.lone()}
@@ -122,24 +137,25 @@ def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[st
 def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
     """Terms that belong to no block: states per parameter, transfers, ties."""
     sent = sympy.Symbol("cost_sent_bytes", real=True)
-    tied = sympy.Add(
-        *(sympy.Integer(p.num_reals) / (T if p.sharded else 1) for p in graph.head.params if p.tied)
-    )
-    tied_bytes = tied * Precision.FP32.num_bytes
+    tied = [param for param in graph.head.params if param.tied]
+    trained = rank_params(param for param in tied if param.trainable)
+    tied_bytes = trained * Precision.FP32.num_bytes
     return {
-        "tied_params": tied,
+        "tied_params": rank_params(tied),
+        "tied_trainable_params": trained,
         "shared_bytes": sympy.Symbol("cost_shared_bytes", real=True),
         "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
+        "frozen_bytes_per_param": frozen_bytes(setting.runtime, setting.precision),
         **_hosted_terms(setting.runtime),
-        "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
+        "gathered_bytes_per_param": gathered_bytes(setting.runtime, setting.precision),
         "compute_bytes_per_param": sympy.Float(setting.precision.num_bytes),
         "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
-        **_unmade_terms(),
-        "whole_bytes_per_param": _from_level(3, setting.precision),
-        "unsharded_bytes_per_param": _from_level(0, setting.precision, below=3),
-        "buffer_bytes_per_param": _from_level(2, Precision.FP32),
+        **unmade_terms(),
+        "whole_bytes_per_param": from_level(3, setting.precision),
+        "unsharded_bytes_per_param": from_level(0, setting.precision, below=3),
+        "buffer_bytes_per_param": from_level(2, Precision.FP32),
         "reduces": at_least(2),
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
@@ -163,23 +179,28 @@ def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
 
 
 def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
-    """Bytes per parameter in host memory, of layers and of all blocks; and on their way in a step.
+    """Bytes per parameter in host memory, by state; and on their way in a step.
+
+    Weights and gradients are those of layers, moments those of all blocks.
 
     The optimizer streams a few parameters at a time, when no activation is left; those of the
     embedding and the head, large and taken whole, where all moments are in host memory.
     """
-    layer, every = sympy.Integer(0), sympy.Integer(0)
+    weights, grads, every = _NONE, _NONE, _NONE
     streamed, of_ends = sympy.Integer(0), sympy.Integer(0)
     for name in ("weights", "grads", "optimizer"):
         held, ratio = hosted_bytes(runtime, name, _ONE), sym.OFFLOAD[name]
         if name == "optimizer":
             every, of_ends = ratio * held, sympy.floor(ratio) * held
+        elif name == "grads":
+            grads = ratio * held
         else:
-            layer += ratio * held
+            weights = ratio * held
         streamed += sympy.ceiling(ratio) * held
     staged = runtime.offload.num_staged_layers.value if runtime.offload else 0.0
     return {
-        "hosted_layer_bytes_per_param": layer,
+        "hosted_weights_bytes_per_param": weights,
+        "hosted_grads_bytes_per_param": grads,
         "hosted_bytes_per_param": every,
         "streamed_bytes_per_param": staged * streamed,
         "streamed_end_bytes_per_param": staged * of_ends,
@@ -193,37 +214,6 @@ def _bucket_params(runtime: Runtime) -> Expr:
         return sympy.Float(0.0)
     own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
     return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
-
-
-def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
-    """Bytes per parameter of one group in passing: gathered copies, gradients being reduced."""
-    reducing = runtime.reduce_bytes[precision].value
-    gathered = runtime.transients.num_gathered_groups.value * precision.num_bytes
-    by_level = {int(z): reducing + (gathered if z == 3 else 0) for z in runtime.knobs.zero_levels}
-    return sym.by_zero(by_level)
-
-
-def _from_level(level: int, precision: Precision, *, below: int = 4) -> Expr:
-    """Bytes of a number of this precision from a ZeRO level on and below another, else 0."""
-    return sym.by_zero({zero: precision.num_bytes * (level <= zero < below) for zero in range(4)})
-
-
-def _unmade_terms() -> dict[str, Expr]:
-    """fp32 gradients per parameter on the device: amid a step with others, and as one leaves them.
-
-    There are none when the first backward pass begins; a lone one leaves shards under ZeRO-1.
-    """
-    fp32 = sympy.Float(Precision.FP32.num_bytes)
-    shard = fp32 / sym.SHARD
-    amid = sympy.Piecewise((fp32, sym.ZERO < 2), (shard, True))
-    left = sympy.Piecewise((fp32, sym.ZERO < 1), (shard, True))
-    stays = 1 - sym.OFFLOAD["grads"]
-    return {
-        "grads_bytes_per_param": amid,
-        "layer_grads_bytes_per_param": stays * amid,
-        "left_bytes_per_param": left,
-        "layer_left_bytes_per_param": stays * left,
-    }
 
 
 def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
@@ -304,7 +294,9 @@ def _memory(
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
-    states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
+    trainable = _params(rows, "trainable_params")
+    states = trainable * _term("state_bytes_per_param") - _hosted_bytes(rows)
+    states += (_params(rows) - trainable) * _term("frozen_bytes_per_param")
     if runtime.transients.root_group:
         begin, end, gathered = _of_groups(rows, precision)
         states -= sym.FORWARD_FIRST * _gradients(rows)
@@ -337,7 +329,8 @@ def _exchanged(runtime: Runtime) -> Expr:
 def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr]:
     """What FSDP2 and a backward pass hold for a while: as it begins, as it ends; what is gathered.
 
-    Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
+    Groups of parameters: P of a layer, R of both ends (the root); gradients are of those of them
+    that are trained. Under ZeRO-3 the root and a layer
     are gathered at all instants, and the next layer beside the one that runs. A layer that runs
     makes gradients in compute precision, beside what the reduction before holds in fp32 (the
     root's: of the micro-batch before); all of them are copied to fp32 when it has run. Gradients of
@@ -350,17 +343,22 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
     gathered parameters of each layer that has run.
     """
     layers = [row for row in rows if row[0].isdigit()]
-    root = _of_blocks([row for row in rows if not row[0].isdigit()], "params")
-    root -= sym.FIRST * sym.LAST * _term("tied_params")
-    every, layer = _of_blocks(layers, "params"), _worst(layers, "{x}_params")
-    buffer = _term("buffer_bytes_per_param") * root
+    ends = [row for row in rows if not row[0].isdigit()]
+    root, trained = _params(ends), _params(ends, "trainable_params")
+    layer = _worst(layers, "{x}_params")
+    buffer = _term("buffer_bytes_per_param") * trained
     early = (1 - sym.FORWARD_FIRST) * buffer
     first = _running(layers, early, precision) + _worst(layers, "{x}_{level}_kept_bytes")
-    reduced = _copied(precision) * root - _next_layer(layers)
+    reduced = _copied(precision) * trained - _next_layer(layers)
     again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer, precision)
-    left = _left("layer_") - sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
-    done = sym.larger(reduced, _streamed(rows), again) + _left("") * root
-    end = sym.larger(first - left * layer, done) + left * every
+    left, dropped = (
+        _left("layer_"),
+        sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param"),
+    )
+    done = sym.larger(reduced, _streamed(rows), again) + _left("") * trained
+    first -= left * _worst(layers, "{x}_trainable_params") - dropped * layer
+    end = sym.larger(first, done) + left * _of_blocks(layers, "trainable_params")
+    end -= dropped * _of_blocks(layers, "params")
     end -= _total(rows, "kept_bytes") + _term("shared_bytes")
     gathered = _term("whole_bytes_per_param") * (root + layer)
     return _begins(layers, early, precision), end, gathered
@@ -381,11 +379,11 @@ def _begins(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
 
 def _running(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
     """What the worst layer that runs backward holds, then its gradients as they are copied."""
-    params, apart = _worst(layers, "{x}_params"), _apart(precision)
+    params, apart = _worst(layers, "{x}_trainable_params"), _apart(precision)
     fp32 = _term("fp32_bytes_per_param")
     reduces = sym.larger(_term("buffer_bytes_per_param"), _lone() * fp32)
     runs = _made_in(layers, apart) + sym.larger(reduces * params, buffer)
-    wait = apart * _term("compute_bytes_per_param") * sym.LAST * _term("head_params")
+    wait = apart * _term("compute_bytes_per_param") * sym.LAST * _term("head_trainable_params")
     return sym.larger(runs, _copied(precision) * params) + wait + _next_layer(layers)
 
 
@@ -444,21 +442,23 @@ def _lone() -> Expr:
 
 def _gradients(rows: list[_Row]) -> Expr:
     """Bytes of gradients on the device amid a step."""
-    layers = _of_blocks([row for row in rows if row[0].isdigit()], "params")
-    ends = _params(rows) - layers
+    layers = _of_blocks([row for row in rows if row[0].isdigit()], "trainable_params")
+    ends = _params(rows, "trainable_params") - layers
     return layers * _term("layer_grads_bytes_per_param") + ends * _term("grads_bytes_per_param")
 
 
-def _params(rows: list[_Row]) -> Expr:
-    """Parameters of the stage on a rank; a tied one that both ends have counts once."""
-    return _of_blocks(rows, "params") - sym.FIRST * sym.LAST * _term("tied_params")
+def _params(rows: list[_Row], which: str = "params") -> Expr:
+    """Parameters of the stage on a rank, or `which`; a tied one that both ends have counts once."""
+    return _of_blocks(rows, which) - sym.FIRST * sym.LAST * _term(f"tied_{which}")
 
 
 def _hosted_bytes(rows: list[_Row]) -> Expr:
     """States in host memory: weights and gradients of layers, optimizer states of all blocks."""
-    layers = _of_blocks([row for row in rows if row[0].isdigit()], "params")
-    return layers * _term("hosted_layer_bytes_per_param") + _params(rows) * _term(
-        "hosted_bytes_per_param"
+    layers = [row for row in rows if row[0].isdigit()]
+    return (
+        _of_blocks(layers, "hosted_params") * _term("hosted_weights_bytes_per_param")
+        + _of_blocks(layers, "trainable_params") * _term("hosted_grads_bytes_per_param")
+        + _params(rows, "trainable_params") * _term("hosted_bytes_per_param")
     )
 
 
