@@ -46,7 +46,8 @@ def reference(variant: Variant, folder: Path) -> None:
     for name, module in model.named_modules():
         values = whole_values(pristine, name, SEED)
         for own, parameter in list(module.named_parameters(recurse=False)):
-            new = shared.setdefault(id(parameter), nn.Parameter(values[own].clone()))
+            value = nn.Parameter(values[own].clone(), parameter.requires_grad)
+            new = shared.setdefault(id(parameter), value)
             setattr(module, own, new)
     batches = Batches(loaded, plan.workload, SEED)
     given = settings(variant.max_norm)
