@@ -124,6 +124,7 @@ class Block:
 
     `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are
     made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps;
+    `flows`: whether it has a gradient, which goes back through it;
     `carried_bytes`: what else with a gradient comes from earlier layers (an encoder's result);
     `tp_bytes`: the activation that tensor-parallel ranks exchange.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
@@ -144,6 +145,7 @@ class Block:
     saved_single: tuple[SavedTensor, ...]
     boundary_bytes: Expr
     carried_bytes: Expr
+    flows: bool
     tp_bytes: Expr
     transient_bytes: tuple[Expr, ...]
     transient_with_grads_bytes: tuple[Expr, ...]

@@ -13,7 +13,7 @@ from mist.trace.loader import LoadedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flows:
-    """Of a chunk of layers: whether gradients go back from it and into it.
+    """Of a chunk of layers: whether its input has a gradient, and its output (the loss always has).
 
     `idle`: how many of its layers, the first ones, have no backward pass.
     """
@@ -29,7 +29,7 @@ def flows_of(loaded: LoadedModel, anatomy: Anatomy, layers: range) -> Flows:
     back = [any(trained[: index + 2]) for index in layers]
     return Flows(
         before=layers.start > 0 and any(trained[: layers.start + 1]),
-        behind=any(trained[: layers.stop + 1]),
+        behind=layers.stop == len(anatomy.layers) or any(trained[: layers.stop + 1]),
         idle=back.count(False),
     )
 

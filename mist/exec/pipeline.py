@@ -219,8 +219,7 @@ class Stage(PipelineStage):
         last = last_backward and not self._split
         begin_backward(root, zero=0 if self._split else self._zero, last=last)
         if not self._flows.behind:
-            if last:
-                end_of_step(root)
+            self.without_backward(last=last)
             return none
         if not self._flows.before and backward_type == "weight":
             return none
@@ -231,6 +230,12 @@ class Stage(PipelineStage):
                 (bwd_kwargs["output_grads"],) = bwd_kwargs["output_grads"]
         with self._clock.timing("backward"):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+
+    def without_backward(self, *, last: bool) -> None:
+        """What stands for a backward pass where nothing so far is trained."""
+        assert isinstance(self._root, FSDPModule)
+        if last:
+            end_of_step(self._root)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The end of a step: what was not reduced with the last micro-batch."""

@@ -102,6 +102,8 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting, traced: Block) ->
         f"{name}_params": cost.params,
         f"{name}_trainable_params": cost.trainable_params,
         f"{name}_hosted_params": cost.hosted_params,
+        f"{name}_back_params": cost.params * int(traced.goes_back),
+        f"{name}_without_gradient": sympy.Integer(int(not traced.flows)),
         f"{name}_largest_params": cost.largest_params,
         f"{name}_optimizer_s": _NONE
         if traced.is_frozen
@@ -330,13 +332,13 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
     """What FSDP2 and a backward pass hold for a while: as it begins, as it ends; what is gathered.
 
     Groups of parameters: P of a layer, R of both ends (the root); gradients are of those of them
-    that are trained. Under ZeRO-3 the root and a layer
-    are gathered at all instants, and the next layer beside the one that runs. A layer that runs
-    makes gradients in compute precision, beside what the reduction before holds in fp32 (the
-    root's: of the micro-batch before); all of them are copied to fp32 when it has run. Gradients of
-    the head wait for those of the embedding. While a layer runs backward nothing of the head is
-    kept; at the first layer nothing of others, when the root is reduced and when the optimizer
-    streams its states nothing at all.
+    that are trained. Under ZeRO-3 the root is gathered at all instants, so is a layer that has a
+    backward pass, and the next one beside the one that runs. A layer that runs makes gradients in
+    compute precision, beside what the reduction before holds in fp32 (of the micro-batch before:
+    that of `_reduced_last`); all of them are copied to fp32 when it has run. Gradients of the head
+    wait for those of the embedding. While a layer runs backward nothing of the head is kept; at the
+    first layer nothing of others, when the root is reduced and when the optimizer streams its
+    states nothing at all.
 
     Where all forward passes come first there is no gradient when the first backward pass begins;
     all the others hold a micro-batch less, and begin later than it ends. The last one drops the
@@ -346,27 +348,38 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
     ends = [row for row in rows if not row[0].isdigit()]
     root, trained = _params(ends), _params(ends, "trainable_params")
     layer = _worst(layers, "{x}_params")
-    buffer = _term("buffer_bytes_per_param") * trained
+    buffer = _term("buffer_bytes_per_param") * _reduced_last(layers, trained)
     early = (1 - sym.FORWARD_FIRST) * buffer
     first = _running(layers, early, precision) + _worst(layers, "{x}_{level}_kept_bytes")
     reduced = _copied(precision) * trained - _next_layer(layers)
     again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer, precision)
-    left, dropped = (
-        _left("layer_"),
-        sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param"),
-    )
+    left = _left("layer_")
+    dropped = sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
     done = sym.larger(reduced, _streamed(rows), again) + _left("") * trained
     first -= left * _worst(layers, "{x}_trainable_params") - dropped * layer
     end = sym.larger(first, done) + left * _of_blocks(layers, "trainable_params")
     end -= dropped * _of_blocks(layers, "params")
     end -= _total(rows, "kept_bytes") + _term("shared_bytes")
-    gathered = _term("whole_bytes_per_param") * (root + layer)
+    gathered = _term("whole_bytes_per_param") * root + _next_layer(layers)
     return _begins(layers, early, precision), end, gathered
 
 
+def _reduced_last(layers: list[_Row], of_root: Expr) -> Expr:
+    """Parameters of the group that FSDP2 reduces last: behind the root, layers without gradient.
+
+    Of their inputs, that is; only one of them is trained.
+    """
+    here = _of_blocks(layers, "without_gradient")
+    last = (
+        count * _term(f"{x}_without_gradient") * _term(f"{x}_trainable_params")
+        for x, _, count in layers
+    )
+    return sympy.Add(*last) + (1 - sym.smaller(1, here)) * of_root
+
+
 def _next_layer(layers: list[_Row]) -> Expr:
-    """Bytes of the layer that is gathered ahead."""
-    return _term("whole_bytes_per_param") * _worst(layers, "{x}_params")
+    """Bytes of the layer that is gathered for its backward pass, or ahead of it."""
+    return _term("whole_bytes_per_param") * _worst(layers, "{x}_back_params")
 
 
 def _begins(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
@@ -384,7 +397,8 @@ def _running(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
     reduces = sym.larger(_term("buffer_bytes_per_param"), _lone() * fp32)
     runs = _made_in(layers, apart) + sym.larger(reduces * params, buffer)
     wait = apart * _term("compute_bytes_per_param") * sym.LAST * _term("head_trainable_params")
-    return sym.larger(runs, _copied(precision) * params) + wait + _next_layer(layers)
+    gathered = _term("whole_bytes_per_param") * _worst(layers, "{x}_params")
+    return sym.larger(runs, _copied(precision) * params) + wait + gathered
 
 
 def _made_in(rows: list[_Row], apart: Expr) -> Expr:

@@ -55,6 +55,12 @@ FROZEN = (
         max_norm=0.5,
     ),
     Variant(
+        name="frozen head pp2",
+        model="head.py",
+        stages=(S(layers=(1,)), S(layers=(3,), full=1)),
+        micro=4,
+    ),
+    Variant(
         name="frozen amid pp2",
         model="amid.py",
         stages=(S(layers=(1,), full=1), S(layers=(3,), full=2)),
