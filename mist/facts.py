@@ -59,6 +59,11 @@ class ModelFacts:
     notes: tuple[str, ...]
 
     @property
+    def trainable(self) -> int | None:
+        """Parameters that have a gradient; None where all have, as plan files say it."""
+        return None if self.num_trainable == self.num_params else self.num_trainable
+
+    @property
     def num_layers(self) -> int:
         """Number of layers that pipeline stages divide among them."""
         return sum(run.count for run in self.layers)
@@ -75,3 +80,20 @@ class ModelFacts:
     def _kinds(self) -> Iterator[int]:
         for run in self.layers:
             yield from [run.block] * run.count
+
+
+def trained_words(num_params: int, num_trainable: int) -> str:
+    """What follows a number of parameters where not all are trained: ", 1,024 of them trained"."""
+    return f", {num_trainable:,} of them trained" if num_trainable < num_params else ""
+
+
+def difference_words(planned: tuple[int, int], found: tuple[int, int]) -> tuple[str, str]:
+    """What follows the parameters of a plan's model and those of another one that was found.
+
+    Args:
+        planned: number of parameters of the plan's model, and how many of them are trained.
+        found: the same of the other one.
+    """
+    if planned == found:
+        return "", " too, with other names, shapes or ties, or trains other ones"
+    return trained_words(*planned), trained_words(*found)
