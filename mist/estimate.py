@@ -315,11 +315,11 @@ def loading(
 
 
 def model_flop(job: Job) -> float:
-    """Model FLOPs of one step: backward as two forward passes, nothing recomputed."""
-    forward = job.cost.flop({"b": 1, "s": job.workload.seq_len, "t": 1})
-    layers = sum(float(forward[str(kind)]) for kind in job.facts.layer_kinds())
-    ends = float(forward["embed"] + forward["head"])
-    return 3.0 * job.workload.global_batch * (layers + ends)
+    """Model FLOPs of one step, nothing recomputed."""
+    flop = job.cost.flop({"b": 1, "s": job.workload.seq_len, "t": 1})
+    layers = sum(float(flop[str(kind)]) for kind in job.facts.layer_kinds())
+    ends = float(flop["embed"] + flop["head"])
+    return job.workload.global_batch * (layers + ends)
 
 
 def _peak_flop_per_s(job: Job) -> float:

@@ -39,6 +39,7 @@ class TpLimit:
 class ModelFacts:
     """A model by name, size and shape.
 
+    `num_trainable`: parameters that have a gradient, of all `num_params`.
     `layers`: runs of block numbers. `tp_limits` is None when no tensor-parallel rules are known for
     the model: t must be 1. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
@@ -47,6 +48,7 @@ class ModelFacts:
 
     name: str
     num_params: int
+    num_trainable: int
     layers: tuple[LayerRun, ...]
     tied: bool
     max_seq_len: int | None
@@ -55,6 +57,11 @@ class ModelFacts:
     precision: str
     fingerprint: str
     notes: tuple[str, ...]
+
+    @property
+    def trainable(self) -> int | None:
+        """Parameters that have a gradient; None where all have, as plan files say it."""
+        return None if self.num_trainable == self.num_params else self.num_trainable
 
     @property
     def num_layers(self) -> int:
@@ -73,3 +80,20 @@ class ModelFacts:
     def _kinds(self) -> Iterator[int]:
         for run in self.layers:
             yield from [run.block] * run.count
+
+
+def trained_words(num_params: int, num_trainable: int) -> str:
+    """What follows a number of parameters where not all are trained: ", 1,024 of them trained"."""
+    return f", {num_trainable:,} of them trained" if num_trainable < num_params else ""
+
+
+def difference_words(planned: tuple[int, int], found: tuple[int, int]) -> tuple[str, str]:
+    """What follows the parameters of a plan's model and those of another one that was found.
+
+    Args:
+        planned: number of parameters of the plan's model, and how many of them are trained.
+        found: the same of the other one.
+    """
+    if planned == found:
+        return "", " too, with other names, shapes or ties, or trains other ones"
+    return trained_words(*planned), trained_words(*found)

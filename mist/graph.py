@@ -93,7 +93,8 @@ class Param:
     """One parameter of a block. `numel` is of the whole tensor; `sharded`: a rank holds numel / t.
 
     `num_reals`: the real numbers that it holds, twice `numel` where it is complex. `tied` marks a
-    second use of a parameter that an earlier block already owns.
+    second use of a parameter that an earlier block already owns. Without `trainable` it has no
+    gradient (`requires_grad=False`).
     """
 
     name: str
@@ -101,6 +102,7 @@ class Param:
     num_reals: int
     sharded: bool
     tied: bool
+    trainable: bool
 
 
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -122,12 +124,15 @@ class Block:
 
     `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are
     made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps;
+    `flows`: whether it has a gradient, which goes back through it;
     `carried_bytes`: what else with a gradient comes from earlier layers (an encoder's result);
     `tp_bytes`: the activation that tensor-parallel ranks exchange.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
     worst for some (b, s, t); the peak is their maximum. `transient_with_grads_bytes`: the same with
-    the gradients of parameters that were made so far. `num_entries`, `num_exits`: how often the
+    the gradients of parameters that were made so far. Of a block without a backward pass both are
+    of its forward pass, input included. `num_entries`, `num_exits`: how often the
     activation enters and leaves what tensor parallelism divides (2 and 2 in a transformer layer);
+    `num_entries_back`, `num_exits_back`: those of them that a gradient goes back through;
     `num_whole`: what needs all tokens but divides nothing. `num_recomputed_ops`: how many of the
     forward operations (they come first in `ops`) checkpointing runs again: up to the last one that
     saves something, where torch stops early. `domain`: relations under which all this holds.
@@ -140,11 +145,14 @@ class Block:
     saved_single: tuple[SavedTensor, ...]
     boundary_bytes: Expr
     carried_bytes: Expr
+    flows: bool
     tp_bytes: Expr
     transient_bytes: tuple[Expr, ...]
     transient_with_grads_bytes: tuple[Expr, ...]
     num_entries: int
     num_exits: int
+    num_entries_back: int
+    num_exits_back: int
     num_whole: int
     num_recomputed_ops: int
     domain: tuple[sympy.Basic, ...]
@@ -154,22 +162,34 @@ class Block:
         """Parameters that this block owns (a tied second use counts where it is owned)."""
         return sum(param.numel for param in self.params if not param.tied)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it has parameters but none that is trained."""
+        return bool(self.params) and not any(param.trainable for param in self.params)
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether it has a backward pass: something in it or before it is trained."""
+        return any(op.phase == "backward" for op in self.ops)
+
     def collectives(self, *, sequence_parallel: bool) -> tuple[Collective, ...]:
         """What t ranks exchange in one pass each way (Korthikanti et al. 2022, figures 4 and 5).
 
-        Backward, an exit does what an entry does forward, and the other way round. What needs all
-        tokens but divides nothing is gathered; each rank keeps its own part of the result.
+        Backward, an exit does what an entry does forward, and the other way round, where there is
+        a gradient. What needs all tokens but divides nothing is gathered; each rank keeps its own
+        part of the result.
         """
         into, out, whole = self.num_entries, self.num_exits, self.num_whole
+        into_back, out_back = self.num_entries_back, self.num_exits_back
         if sequence_parallel:
             rows: tuple[tuple[CollectiveKind, Phase, int], ...] = (
                 ("all_gather", "forward", into + whole),
                 ("reduce_scatter", "forward", out),
-                ("all_gather", "backward", out + whole),
-                ("reduce_scatter", "backward", into),
+                ("all_gather", "backward", out_back + whole * self.goes_back),
+                ("reduce_scatter", "backward", into_back),
             )
         else:
-            rows = (("all_reduce", "forward", out), ("all_reduce", "backward", into))
+            rows = (("all_reduce", "forward", out), ("all_reduce", "backward", into_back))
         return tuple(
             Collective(kind=kind, phase=phase, bytes=self.tp_bytes, count=count)
             for kind, phase, count in rows

@@ -53,6 +53,8 @@ def plain_data(plan: Plan) -> dict[str, object]:
             del stage["dp_replicate"]
     if plan.cluster.host_memory_bytes is None:
         del data["cluster"]["host_memory_bytes"]
+    if plan.model.trainable is None:
+        del data["model"]["trainable"]
     return data
 
 

@@ -29,13 +29,22 @@ How = Literal["law", "table", "measured"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
-    """Which model: where it came from and how to recognise it."""
+    """Which model: where it came from and how to recognise it.
+
+    `trainable`: how many of `params` have a gradient; None where all have.
+    """
 
     __pydantic_config__ = STRICT
     source: str
     name: str
     params: PositiveInt
     fingerprint: str
+    trainable: PositiveInt | None = None
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that have a gradient."""
+        return self.params if self.trainable is None else self.trainable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
-from mist.facts import ModelFacts
+from mist.facts import ModelFacts, difference_words
 from mist.plans import Plan, StagePlan, fullest_host_bytes
 from mist.rules import TAKES_TURNS, broken_between, broken_by_levels
 from mist.spec import Precision, ScheduleKind
@@ -147,11 +147,14 @@ def _offload(plan: Plan) -> Iterator[Fault]:
 
 
 def _same_model(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
-    if plan.model.fingerprint != facts.fingerprint:
+    known = plan.model
+    if known.fingerprint != facts.fingerprint:
+        planned = known.params, known.num_trainable
+        before, now = difference_words(planned, (facts.num_params, facts.num_trainable))
         yield Fault(
             path="model.fingerprint",
-            message=f"the plan is for another model ({plan.model.params:,} parameters; "
-            f"{facts.name} from {plan.model.source} has {facts.num_params:,}); plan again",
+            message=f"the plan is for another model ({known.params:,} parameters{before}; "
+            f"{facts.name} from {known.source} has {facts.num_params:,}{now}); plan again",
         )
     elif plan.num_layers != facts.num_layers:
         words = f"the stages have {plan.num_layers} layers, {facts.name} has {facts.num_layers}"

@@ -15,6 +15,7 @@ from tests.sample_plans import sample_plan, stage_plan
 FACTS = ModelFacts(
     name="toy",
     num_params=8_030_261_248,
+    num_trainable=8_030_261_248,
     layers=(LayerRun(block=0, count=16),),
     tied=False,
     max_seq_len=None,
@@ -153,6 +154,25 @@ def test_another_model() -> None:
     assert words_of(sample_plan(), other) == (
         "model.fingerprint: the plan is for another model (8,030,261,248 parameters; "
         "toy from models/toy.py has 5); plan again"
+    )
+
+
+def test_a_model_that_trains_something_else() -> None:
+    plan, count = sample_plan(), FACTS.num_params
+    frozen = replace(FACTS, fingerprint="sha256:other", num_trainable=1024)
+    assert words_of(plan, frozen) == (
+        "model.fingerprint: the plan is for another model (8,030,261,248 parameters; toy from "
+        "models/toy.py has 8,030,261,248, 1,024 of them trained); plan again"
+    )
+    planned = replace(plan, model=replace(plan.model, params=count, trainable=1024))
+    assert words_of(planned, replace(FACTS, fingerprint="sha256:other")) == (
+        "model.fingerprint: the plan is for another model (8,030,261,248 parameters, 1,024 of them "
+        "trained; toy from models/toy.py has 8,030,261,248); plan again"
+    )
+    assert words_of(planned, frozen) == (
+        "model.fingerprint: the plan is for another model (8,030,261,248 parameters; toy from "
+        "models/toy.py has 8,030,261,248 too, with other names, shapes or ties, or trains other "
+        "ones); plan again"
     )
 
 

@@ -76,6 +76,12 @@ def kept(layout: Layout, num_bytes: sympy.Expr) -> SavedTensor:
     )
 
 
+def param(name: str, numel: int, *, sharded: bool, tied: bool = False) -> Param:
+    return Param(
+        name=name, numel=numel, num_reals=numel, sharded=sharded, tied=tied, trainable=True
+    )
+
+
 def mlp_block(name: str, hidden: int, wide: int) -> Block:
     """Two matrices, hidden -> wide -> hidden, column-parallel and row-parallel."""
     tokens, width = B * S, sympy.Integer(wide) / T
@@ -88,13 +94,9 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
     return Block(
         name=name,
         params=(
-            Param(
-                name="up", numel=hidden * wide, num_reals=hidden * wide, sharded=True, tied=False
-            ),
-            Param(
-                name="down", numel=hidden * wide, num_reals=hidden * wide, sharded=True, tied=False
-            ),
-            Param(name="norm", numel=hidden, num_reals=hidden, sharded=False, tied=False),
+            param("up", hidden * wide, sharded=True),
+            param("down", hidden * wide, sharded=True),
+            param("norm", hidden, sharded=False),
         ),
         ops=(
             pointwise("forward", 4 * tokens * hidden),
@@ -115,9 +117,12 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
             ELEMENT_BYTES * (amid * hidden + 2 * hidden * width + hidden),
         ),
         carried_bytes=sympy.Integer(0),
+        flows=name != "embed",
         tp_bytes=ELEMENT_BYTES * tokens * hidden,
         num_entries=1,
         num_exits=1,
+        num_entries_back=1,
+        num_exits_back=1,
         num_whole=1,
         num_recomputed_ops=2,  # the second matrix saves only its input
         domain=(),
@@ -129,15 +134,7 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
     tokens, width = B * S, sympy.Integer(vocab) / T
     return Block(
         name=name,
-        params=(
-            Param(
-                name="weight",
-                numel=hidden * vocab,
-                num_reals=hidden * vocab,
-                sharded=True,
-                tied=tied,
-            ),
-        ),
+        params=(param("weight", hidden * vocab, sharded=True, tied=tied),),
         ops=(
             gemm("forward", tokens, width, sympy.Integer(hidden)),
             gemm("backward", tokens, sympy.Integer(hidden), width),
@@ -151,9 +148,12 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
             ELEMENT_BYTES * (tokens * width + hidden * width),
         ),
         carried_bytes=sympy.Integer(0),
+        flows=name != "embed",
         tp_bytes=ELEMENT_BYTES * tokens * hidden,
         num_entries=int(name == "head"),
         num_exits=int(name == "embed"),
+        num_entries_back=int(name == "head"),
+        num_exits_back=int(name == "embed"),
         num_whole=0,
         num_recomputed_ops=1,
         domain=(),
@@ -173,6 +173,7 @@ def toy_graph(
     return ModelGraph(
         name="toy",
         num_params=num_params,
+        num_trainable=num_params,
         blocks=blocks,
         layers=layers,
         embed=embed,

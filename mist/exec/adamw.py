@@ -65,7 +65,10 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class AdamW:
-    """The optimizer of one rank. Raises nothing; parameters without a gradient stay as they are."""
+    """The optimizer of one rank. Raises nothing; parameters without a gradient stay as they are.
+
+    `slots`: of the parameters that are trained.
+    """
 
     def __init__(self, settings: Settings, swapper: Swapper, slots: Sequence[Slot]) -> None:
         self.settings = settings
@@ -148,15 +151,16 @@ def make_slots(
     host_ratio: float,
     swapper: Swapper,
 ) -> Iterator[Slot]:
-    """A slot for each parameter, moments zero.
+    """A slot for each parameter that is trained, moments zero.
 
     `on_host`: parameters that live there. `host_ratio`: share of the bytes of all moments that do,
     parameter by parameter, each whole.
     """
-    shards = {name: local(parameter.detach()) for name, parameter in parameters.items()}
+    trained = {name: each for name, each in parameters.items() if each.requires_grad}
+    shards = {name: local(parameter.detach()) for name, parameter in trained.items()}
     sizes = {name: shard.numel() * shard.element_size() for name, shard in shards.items()}
     moved = chosen(sizes, host_ratio)
-    for name, parameter in parameters.items():
+    for name, parameter in trained.items():
         away = name in moved
         first, second = (_zeros(shards[name], swapper, on_host=away) for _ in range(2))
         yield Slot(

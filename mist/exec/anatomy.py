@@ -50,6 +50,8 @@ def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
     model = deepcopy(loaded.module)
     with mode:
         model.to_empty(device="cpu")
+    for parameter in model.parameters():  # what takes what from which shows by gradients
+        parameter.requires_grad_(parameter.is_floating_point())
     found = find_layers(model)
     while found is not None:
         watch = _Watch(model=model, layers=found)

@@ -80,10 +80,10 @@ def resume(parallel: Parallel, last: Checkpoint) -> int:
 
 def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
     """All that is saved, each under its name; loading fills the same tensors."""
-    state: dict[str, torch.Tensor] = {}
+    values = {name: parameter.detach() for name, parameter in parallel.parameters.items()}
+    state = {f"model.{name}": value for name, value in values.items()}
     for slot in parallel.optimizer.slots:
-        value = slot.parameter.detach()
-        state[f"model.{slot.name}"] = value
+        value = values[slot.name]
         state[f"first.{slot.name}"] = _like(value, slot.first)
         state[f"second.{slot.name}"] = _like(value, slot.second)
     for chunk in parallel.chunks:

@@ -222,6 +222,7 @@ def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., ob
         yield group, name, _tagging(observer, getattr(group, name), "gathered parameters")
     yield group, "pre_backward", _noting_backward(observer, group.pre_backward)
     yield group, "post_backward", _reducing(observer, group.post_backward)
+    yield Stage, "without_backward", _backward(observer, Stage.without_backward)
     yield Stage, "_receive", _tagging(observer, Stage._receive, "communication")
     yield AdamW, "step", _optimizing(observer, AdamW.step)
     for name in ("backward", "grad"):

@@ -20,6 +20,7 @@ from mist.exec.anatomy import Anatomy
 from mist.exec.batch_shape import planned_shape
 from mist.exec.batches import micro_batch, own_rows, to_device
 from mist.exec.clock import Clock
+from mist.exec.flows import Flows, flows_of
 from mist.exec.grid import chunk_layers
 from mist.exec.measure import Measured, Recorder
 from mist.exec.meshes import Place, new_groups, take_place
@@ -76,6 +77,7 @@ class Built:
     parameters: Mapping[str, nn.Parameter]
     on_host: frozenset[str]
     partial: tuple[nn.Parameter, ...]
+    flows: Flows
     offloader: Offloader | None
 
 
@@ -176,8 +178,10 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     modules = [part.module.get_submodule(name) for name in names]
     offloader = _keep(job, modules, of_layers)
     away = modules[first_on_host:]
+    flows = flows_of(job.subject.loaded, anatomy, layers)
     level = Level(
         zero=stage.zero,
+        idle=flows.idle,
         precision=job.plan.workload.precision,
         on_host=frozenset(map(id, away)),
     )
@@ -193,6 +197,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
             n for n in held if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
         ),
         partial=tuple(held[name] for name in sorted(summed)),
+        flows=flows,
         offloader=offloader,
     )
 
@@ -244,10 +249,10 @@ class Parallel:
         self._scale = job.scale
         self._batch_shape = planned_shape(job.subject.loaded, job.plan.workload)
         self._tied = tuple(_tied(job, self.parameters))
-        on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
+        self._on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
         share = self.stage.offload.optimizer
         with job.memory():
-            slots = list(make_slots(self.parameters, on_host, share, job.swapper))
+            slots = list(make_slots(self.parameters, self._on_host, share, job.swapper))
         self.optimizer = AdamW(settings, job.swapper, slots)
         self._pipeline = self._make_pipeline(job) if len(self.plan.stages) > 1 else None
 
@@ -300,7 +305,8 @@ class Parallel:
     def states(self, *, on_host: bool) -> dict[str, list[torch.Tensor]]:
         """What the device, or the host, holds between steps: parameters, moments, buffers."""
         slots = self.optimizer.slots
-        shards = [local(s.parameter.detach()) for s in slots if s.parameter_on_host is on_host]
+        held = self.parameters.items()
+        shards = [local(p.detach()) for n, p in held if (n in self._on_host) is on_host]
         moments = [m for s in slots if s.moments_on_host is on_host for m in (s.first, s.second)]
         buffers = [] if on_host else [b for c in self.chunks for b in c.root.buffers()]
         return {"parameters": shards, "optimizer": moments, "buffers": buffers}
@@ -372,7 +378,7 @@ class Parallel:
             device="meta",
         ).requires_grad_()
         shells = {
-            index: Shell(chunk.root, chunk.offloader, self.clock)
+            index: Shell(chunk.root, chunk.offloader, self.clock, chunk.flows)
             for index, chunk in self._chunks.items()
         }
         return Pipeline(shells, self.place, self.plan, activation)

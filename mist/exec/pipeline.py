@@ -24,6 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mist.exec.activations import Offloader
 from mist.exec.clock import Clock
+from mist.exec.flows import Flows
 from mist.exec.grid import Grid, Span, transfers
 from mist.exec.meshes import Place
 from mist.exec.zero import begin_backward, groups
@@ -43,8 +44,11 @@ SEVERAL: Final = {
 class Shell(nn.Module):
     """Hides FSDP2 from torch's schedules, which would gather whole stages; names its batch."""
 
-    def __init__(self, root: nn.Module, offloader: Offloader | None, clock: Clock) -> None:
+    def __init__(
+        self, root: nn.Module, offloader: Offloader | None, clock: Clock, flows: Flows
+    ) -> None:
         super().__init__()
+        self.flows = flows
         self.root = root
         self.clock = clock
         self.offloader = offloader
@@ -112,6 +116,7 @@ class Stage(PipelineStage):
         self._place = place
         self._root = shell.root
         self._clock = shell.clock
+        self._flows = shell.flows
         self._zero = plan.stages[place.stage].zero
         self._split = plan.schedule.kind is ScheduleKind.ZERO_BUBBLE
         self._like = activation
@@ -144,7 +149,7 @@ class Stage(PipelineStage):
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Receive the parts of a gradient."""
-        none = self.is_last or not self.has_backward
+        none = self.is_last or not (self.has_backward and self._flows.behind)
         return [] if none else self._receive(self._arriving.backward, bwd_chunk_id, 1)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -159,14 +164,18 @@ class Stage(PipelineStage):
         if self.is_first or not self.has_backward:
             return []
         gradient = self.bwd_cache.pop(bwd_chunk_id)[0]
+        if not self._flows.before:
+            return []
         assert gradient is not None
         return list(self._send(gradient, self._grid_at(-1)))
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
-        return (self._arriving.forward.pop(fwd_chunk_id).assembled().requires_grad_(),)
+        received = self._arriving.forward.pop(fwd_chunk_id).assembled()
+        return (received.requires_grad_(self._flows.before),)
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor | None, ...]:
-        return (self._arriving.backward.pop(bwd_chunk_id).assembled(),)
+        arriving = self._arriving.backward.pop(bwd_chunk_id, None)
+        return (None if arriving is None else arriving.assembled(),)
 
     def _grid_at(self, step: int) -> Grid:
         """The grid of the chunk before or behind this one."""
@@ -200,12 +209,33 @@ class Stage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[torch.Tensor | None, ...], list[dict[str, Any]] | None]:
-        """The backward pass of one micro-batch, with gradients reduced as the level says."""
+        """The backward pass of one micro-batch, with gradients reduced as the level says.
+
+        A stage whose input needs no gradient runs all of it where others run the input's part.
+        """
         root = self._root
+        assert isinstance(root, FSDPModule)
+        none = (None,) * len(bwd_kwargs.get("input_values", ())), None
         last = last_backward and not self._split
         begin_backward(root, zero=0 if self._split else self._zero, last=last)
+        if not self._flows.behind:
+            self.without_backward(last=last)
+            return none
+        if not self._flows.before and backward_type == "weight":
+            return none
+        if not self._flows.before and backward_type == "input":
+            backward_type, (output,) = "full", bwd_kwargs["stage_output"]
+            bwd_kwargs = {**bwd_kwargs, "stage_output": output}
+            if bwd_kwargs["output_grads"] is not None:
+                (bwd_kwargs["output_grads"],) = bwd_kwargs["output_grads"]
         with self._clock.timing("backward"):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+
+    def without_backward(self, *, last: bool) -> None:
+        """What stands for a backward pass where nothing so far is trained."""
+        assert isinstance(self._root, FSDPModule)
+        if last:
+            end_of_step(self._root)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The end of a step: what was not reduced with the last micro-batch."""
@@ -223,6 +253,11 @@ def reduce_gradients(root: nn.Module) -> None:
     for module in groups(root):
         for group in module._get_fsdp_state()._fsdp_param_groups:
             group.post_backward()
+    end_of_step(root)
+
+
+def end_of_step(root: FSDPModule) -> None:
+    """What FSDP2 does behind the last backward pass: gathered parameters are dropped."""
     root._get_fsdp_state()._root_post_backward_final_callback()
 
 

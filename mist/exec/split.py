@@ -101,9 +101,13 @@ class Chunk(nn.Module):
 def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype) -> LoadedModel:
     """A copy of a model (on the meta device) with these layers only.
 
-    `dtype`: of the zeros that stand for parameters of other stages.
+    `dtype`: in which the model computes; of the zeros that stand for parameters of other stages,
+    and of parameters that are not trained, of which nothing more is ever read.
     """
     model = deepcopy(loaded.module)
+    for value in model.parameters():
+        if not value.requires_grad and value.is_floating_point():
+            value.data = value.data.to(dtype)
     last = len(anatomy.layers)
     for index, name in enumerate(anatomy.layers):
         if index not in layers:

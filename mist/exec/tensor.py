@@ -10,7 +10,7 @@ summed over the ranks once per step.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -207,19 +207,24 @@ def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial of ours)
-    """Apply `enter` to the activation that a module is given: its tensors with a gradient."""
+    """Apply `enter` to the activation that a module is given: its tensors with a gradient.
+
+    Where nothing up to here is trained none has one: then it is the first tensor of floats.
+    """
 
     def entered(
         module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
-        changed = {name: _entered(value, enter) for name, value in kwargs.items()}
-        return tuple(_entered(value, enter) for value in args), changed
+        given = [x for x in (*args, *kwargs.values()) if _is_float(x)]
+        chosen = {id(x) for x in given if x.requires_grad} or {id(x) for x in given[:1]}
+        changed = {n: enter(x) if id(x) in chosen else x for n, x in kwargs.items()}
+        return tuple(enter(x) if id(x) in chosen else x for x in args), changed
 
     module.register_forward_pre_hook(entered, prepend=True, with_kwargs=True)
 
 
-def _entered(value: object, enter: Any) -> object:  # noqa: ANN401
-    return enter(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
+def _is_float(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _partial(

@@ -41,11 +41,15 @@ KEPT = dict.fromkeys(COMPUTE, torch.float32)  # parameters and what is reduced
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """How states are divided. `on_host`: layers (by id) whose shards live in host memory."""
+    """How states are divided. `on_host`: layers (by id) whose shards live in host memory.
+
+    `idle`: how many of the first layers have no backward pass, as nothing up to them is trained.
+    """
 
     zero: int
     precision: Precision
     on_host: frozenset[int] = frozenset()
+    idle: int = 0
 
 
 def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level: Level) -> None:
@@ -68,7 +72,7 @@ def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level:
     for group in groups(root):
         group.set_force_sum_reduction_for_comms(True)
         group.set_gradient_divide_factor(1.0)
-    _prefetch([*layers, root])
+    _prefetch([*layers[level.idle :], root])
 
 
 def divided_dim(parameter: nn.Parameter, *, num_ranks: int) -> Shard | None:
@@ -86,7 +90,7 @@ def divided_dim(parameter: nn.Parameter, *, num_ranks: int) -> Shard | None:
 
 
 def _prefetch(in_order: Sequence[nn.Module]) -> None:
-    """Each group gathers the one that runs backward after it, and the first one none.
+    """Each group gathers the one that runs backward after it, and the first of these one none.
 
     Left to itself FSDP2 goes back through forward passes, of all micro-batches: behind the first
     layer it then gathers the last one, in vain after the last micro-batch.

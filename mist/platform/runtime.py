@@ -310,7 +310,12 @@ class Loading(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime(Record):
-    """One training framework. `loading`: null where it is not known."""
+    """One training framework.
+
+    `frozen_shard_bytes_per_param`: what FSDP keeps of a parameter that is not trained, divided from
+    ZeRO-1 on, beside the copy in compute precision; null where it keeps that copy only (an
+    optimizer that makes fp32 copies of what it trains). `loading`: null where it is not known.
+    """
 
     schema: Literal["mist.runtime/1"]
     name: str
@@ -328,6 +333,7 @@ class Runtime(Record):
     offload: Offloading | None
     knobs: Knobs
     loading: Loading | None = None
+    frozen_shard_bytes_per_param: Mapping[Precision, Quantity] | None = None
 
     def __post_init__(self) -> None:
         rows = [(precision, row.zero) for row in self.states for precision in row.precisions]

@@ -6,6 +6,7 @@ from typing import Final
 
 import sympy
 
+from mist.facts import trained_words
 from mist.graph import B, Block, ModelGraph, S, T
 from mist.platform.listing import FigureRow, ProfileRow
 from mist.platform.machine import Machine
@@ -36,7 +37,8 @@ def outside_trace(graph: ModelGraph, point: Point) -> Iterator[str]:
 def print_trace(graph: ModelGraph, point: Point | None) -> None:
     """Each distinct block with its costs as expressions, or at a point."""
     say(
-        f"{graph.name}: {graph.num_params:,} parameters, {graph.num_layers} layers, "
+        f"{graph.name}: {graph.num_params:,} parameters"
+        f"{trained_words(graph.num_params, graph.num_trainable)}, {graph.num_layers} layers, "
         f"{graph.precision}; b micro-batch, s sequence, t tensor-parallel degree"
     )
     rows = []
@@ -64,6 +66,7 @@ def trace_json(graph: ModelGraph, point: Point | None) -> dict[str, object]:
     return {
         "name": graph.name,
         "params": graph.num_params,
+        "trainable_params": graph.num_trainable,
         "layers": graph.num_layers,
         "precision": graph.precision,
         "fingerprint": graph.fingerprint,

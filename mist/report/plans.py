@@ -72,7 +72,7 @@ def plan_json(
 def check_json(
     plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str]
 ) -> dict[str, object]:
-    """The verdict, the prediction, and for each stage its peak, usable bytes, and parts of time.
+    """Size of the model, verdict, prediction; of each stage its peak, usable bytes, parts of time.
 
     `fits`: on the device, and in host memory. `margin_bytes` = `limit_bytes` (usable less the
     margin) - the largest peak; `host_memory`: of the fullest node; `parts`: bytes of the peak by
@@ -81,6 +81,8 @@ def check_json(
     estimate = plan.estimate
     margin_bytes = limits.device_bytes - max(stage.peak_bytes for stage in estimate.stages)
     return {
+        "params": plan.model.params,
+        "trainable_params": plan.model.num_trainable,
         "fits": margin_bytes >= 0 and host.fits,
         "margin_bytes": round(margin_bytes),
         "limit_bytes": round(limits.device_bytes),
@@ -113,10 +115,17 @@ def _host_json(host: HostNeed) -> dict[str, object]:
     return {**asdict(host), "needed_bytes": host.needed_bytes, "fits": host.fits}
 
 
+def _parameters(plan: Plan) -> str:
+    """How many parameters the model has, and how many of them are trained."""
+    trained = plan.model.trainable
+    words = "" if trained is None else f", {format_count(trained)} of them trained,"
+    return f"{format_count(plan.model.params)} parameters{words}"
+
+
 def _print_head(plan: Plan) -> None:
     estimate, workload, cluster = plan.estimate, plan.workload, plan.cluster
     say(
-        f"{plan.model.name}: {format_count(plan.model.params)} parameters on {cluster.num_gpus} x "
+        f"{plan.model.name}: {_parameters(plan)} on {cluster.num_gpus} x "
         f"{cluster.device} ({cluster.name}), runtime {plan.runtime}"
     )
     say(

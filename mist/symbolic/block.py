@@ -38,6 +38,7 @@ from mist.graph import (
 from mist.platform.runtime import Kernels, Loss, Runtime
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
+from mist.symbolic.states import frozen_weight_ratio
 
 ROWS_DIMS: Final = 3  # [samples, tokens, hidden]
 COLLECTIVES: Final = MappingProxyType(
@@ -71,9 +72,11 @@ class Setting:
 class BlockCost:
     """Seconds of one micro-batch and bytes of one rank.
 
-    `params` counts parameters of the rank, `largest_params` those of its largest tensor.
-    `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters and reduce-scatter of the
-    gradients over the ranks that share states, all-reduce of a rank's part over the copies of them;
+    `params` counts parameters of the rank, `trainable_params` those with a gradient,
+    `largest_params` those of the largest tensor of the latter; `hosted_params`: as many trained
+    ones take as much host memory. `gather_s`, `scatter_s`, `reduce_s`: all-gather of the parameters
+    and reduce-scatter of the gradients over the ranks that share states, all-reduce of a rank's
+    part over the copies of them;
     `gather_copy_s`, `scatter_copy_s`: the copies out of and into their flat buffers. `pointwise_s`:
     what `recompute_s` holds beside products and attention; `products_bytes`: the results of those;
     `weight_s`: the products of the backward pass that give gradients of weights. `attention_s`,
@@ -92,6 +95,8 @@ class BlockCost:
     tp_backward_s: Expr
     tp_recompute_s: Expr
     params: Expr
+    trainable_params: Expr
+    hosted_params: Expr
     largest_params: Expr
     gather_s: Expr
     scatter_s: Expr
@@ -122,8 +127,13 @@ def layer_cost(block: Block, setting: Setting) -> BlockCost:
     return BlockCost(
         **_device_cost(block, setting),
         **_collective_cost(block, setting, recomputed_exits=recomputed_exits(block)),
-        boundary_bytes=block.boundary_bytes / setting.sequence_shards,
+        boundary_bytes=_checkpointed(block) / setting.sequence_shards,
     )
+
+
+def _checkpointed(block: Block) -> Expr:
+    """What checkpointing keeps: the input, if there is anything to compute again."""
+    return block.boundary_bytes if block.saved else sympy.Integer(0)
 
 
 def embed_cost(block: Block, setting: Setting) -> BlockCost:
@@ -215,12 +225,13 @@ def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -
         for phase in ("forward", "backward")
     }
     if runtime.kernels.gathers_input_again and runtime.knobs.sequence_parallel:
-        seconds["backward"] += block.num_entries * sym.ALL_GATHER(
+        seconds["backward"] += block.num_entries_back * sym.ALL_GATHER(
             block.tp_bytes, T, sym.TP_PER_NODE
         )
     spared = block.num_exits - recomputed_exits
     leaving = "reduce_scatter" if runtime.knobs.sequence_parallel else "all_reduce"
     again = seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, sym.TP_PER_NODE)
+    again *= int(block.num_recomputed_ops > 0)
     paid = runtime.overlap.tensor_parallel_time_scale.value
     return {
         "tp_forward_s": paid * seconds["forward"],
@@ -252,29 +263,36 @@ def recomputed_exits(block: Block) -> int:
 
 
 def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
-    params, traffic = rank_params(block), setting.runtime.traffic
-    accumulated = params * traffic.accumulation_bytes_per_param.value
+    params, traffic = rank_params(block.params), setting.runtime.traffic
+    trained = [param for param in block.params if param.trainable]
+    frozen = [param for param in block.params if not param.trainable]
+    trainable, ratio = rank_params(trained), frozen_weight_ratio(setting.runtime, setting.precision)
+    accumulated = trainable * traffic.accumulation_bytes_per_param.value
     gathered = params * traffic.gather_copy_bytes_per_param[setting.precision].value
-    scattered = params * traffic.scatter_copy_bytes_per_param[setting.precision].value
-    gather, scatter, reduce = _dp_collectives(params, setting)
+    scattered = trainable * traffic.scatter_copy_bytes_per_param[setting.precision].value
+    gather, scatter, reduce = _dp_collectives(params, trainable, setting)
+    if block.is_frozen:
+        scatter = reduce = sympy.Integer(0)
     again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(_forward(block)) :]
     core = [op for op in _forward(block) if _is_of_attention(op)]
     return {
         "forward_s": _pass_seconds(_forward(block), setting),
         "backward_s": _pass_seconds(backward, setting)
-        + sym.MEMORY[Traffic.POINTWISE](_accumulated_share(accumulated), 1),
+        + _of_gradients(_accumulated_share(accumulated), block),
         "recompute_s": _pass_seconds(again, setting),
         "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
         "attention_s": _pass_seconds(core, setting),
         "attention_ratio": sympy.Rational(len(core), max(len(_forward(block)), 1)),
         "weight_s": _pass_seconds([op for op in backward if _is_of_weights(op)], setting),
         "params": params,
-        "largest_params": sym.larger(0, *dict.fromkeys(map(rank_numbers, block.params))),
+        "trainable_params": trainable,
+        "hosted_params": trainable + ratio * rank_params(frozen),
+        "largest_params": sym.larger(0, *dict.fromkeys(map(rank_numbers, trained))),
         "gather_s": gather,
         "scatter_s": scatter,
         "reduce_s": reduce,
         "gather_copy_s": sym.MEMORY[Traffic.POINTWISE](gathered, 1),
-        "scatter_copy_s": sym.MEMORY[Traffic.POINTWISE](scattered, 1),
+        "scatter_copy_s": _of_gradients(scattered, block),
         "saved_bytes": saved_bytes(block, setting),
         "saved_allocated_bytes": _allocated_bytes(block, setting),
         "products_bytes": _products_bytes(block, setting),
@@ -282,6 +300,13 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "transient_bytes": _largest(block.transient_bytes, setting),
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
     }
+
+
+def _of_gradients(num_bytes: Expr, block: Block) -> Expr:
+    """Seconds of one kernel on the gradients of a block; there is none where all is frozen."""
+    if block.is_frozen:
+        return sympy.Integer(0)
+    return sym.MEMORY[Traffic.POINTWISE](num_bytes, 1)
 
 
 def _largest(transients: Iterable[Expr], setting: Setting) -> Expr:
@@ -303,8 +328,8 @@ def _is_of_weights(op: Op) -> bool:
 
 
 def _products_bytes(block: Block, setting: Setting) -> Expr:
-    """Bytes of the results of matrix products and attention kernels on a rank."""
-    products = (op for op in _forward(block) if op.kind != OpKind.MEMORY)
+    """Bytes of the results of matrix products and attention kernels on a rank, where any stay."""
+    products = [op for op in _forward(block) if op.kind != OpKind.MEMORY and block.saved]
     shards = {Layout.REPLICATED: setting.sequence_shards}
     return sympy.expand(
         sympy.Add(*(op.written_bytes / shards.get(op.layout, 1) for op in products))
@@ -316,9 +341,9 @@ def _accumulated_share(accumulated: Expr) -> Expr:
     return sympy.Piecewise((accumulated, sym.ZERO < 2), (accumulated / sym.SHARD, True))
 
 
-def rank_params(block: Block) -> Expr:
-    """Parameters (real numbers) of the block on one rank of t, tied second uses included."""
-    return sympy.Add(*map(rank_numbers, block.params))
+def rank_params(params: Iterable[Param]) -> Expr:
+    """These parameters (real numbers) on one rank of t, tied second uses included."""
+    return sympy.Add(*map(rank_numbers, params))
 
 
 def rank_numbers(param: Param) -> Expr:
@@ -444,7 +469,7 @@ def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
         yield sym.MEMORY[name](sympy.expand(total), kernels[name])
 
 
-def _dp_collectives(params: Expr, setting: Setting) -> tuple[Expr, Expr, Expr]:
+def _dp_collectives(params: Expr, trainable: Expr, setting: Setting) -> tuple[Expr, Expr, Expr]:
     """All-gather of compute-precision parameters, scatter of fp32 gradients, their sum over copies.
 
     Ranks with the same part of the states sum that part (FSDP2: `foreach_reduce`). A collective
@@ -452,7 +477,7 @@ def _dp_collectives(params: Expr, setting: Setting) -> tuple[Expr, Expr, Expr]:
     """
     group = (sym.SHARD, sym.SHARD_PER_NODE)
     together = sympy.nsimplify(setting.runtime.overlap.layers_per_collective.value)
-    gradient_bytes = together * params * Precision.FP32.num_bytes
+    gradient_bytes = together * trainable * Precision.FP32.num_bytes
     return (
         sym.ALL_GATHER(together * params * setting.precision.num_bytes, *group) / together,
         sym.REDUCE_SCATTER(gradient_bytes, *group) / together,

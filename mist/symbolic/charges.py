@@ -18,7 +18,6 @@ from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
     collectives,
-    rank_numbers,
     rank_params,
     recomputed_exits,
 )
@@ -59,21 +58,26 @@ def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
     ends: list[Block],
 ) -> None:
     compute, fp32 = plan.workload.precision.num_bytes, Precision.FP32.num_bytes
-    groups = [(_params([layer], own.tp), True) for layer in layers]
+    groups = [([layer], not layer.goes_back) for layer in layers]
     if ends:
-        groups.append((_params(ends, own.tp), False))
-    for params, is_layer in groups:
-        counts = _times(own.zero, plan.num_micro_batches, runtime, is_layer=is_layer)
+        groups.append((ends, runtime.transients.root_group))
+    for blocks, stays in groups:
+        params = _params(blocks, own.tp)
+        trained = _params(blocks, own.tp, trainable=True)
+        counts = _times(own.zero, plan.num_micro_batches, runtime, stays=stays)
         _add(found, ("dp", "all_gather"), counts["gathers"], params * compute)
-        _add(found, ("dp", "reduce_scatter"), counts["scatters"], params * fp32)
-        if own.dp > own.dp_shard:
-            part = params // own.dp_shard
+        if trained:
+            _add(found, ("dp", "reduce_scatter"), counts["scatters"], trained * fp32)
+        if trained and own.dp > own.dp_shard:
+            part = trained // own.dp_shard
             _add(found, ("dp", "all_reduce"), counts["reduces"], part * fp32)
 
 
-def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, is_layer: bool) -> Counter[str]:
-    """How often a group of parameters is gathered, scattered and reduced in a step."""
-    stays = runtime.transients.root_group and not is_layer
+def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, stays: bool) -> Counter[str]:
+    """How often a group of parameters is gathered, scattered and reduced in a step.
+
+    `stays`: what is gathered for the forward pass serves the backward pass, if there is one.
+    """
     none = sympy.Integer(0)
     stable, lone = sequence(none, none, runtime, stays_gathered=stays)
     counts: Counter[str] = Counter()
@@ -84,11 +88,12 @@ def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, is_layer: boo
     return counts
 
 
-def _params(blocks: list[Block], tp: int) -> int:
-    """Parameters of blocks on a rank; a tied one counts once."""
-    held = sum(int(rank_params(block).subs(T, tp)) for block in blocks)
-    tied = [p for p in blocks[-1].params if p.tied] if len(blocks) > 1 else []
-    return held - sum(int(rank_numbers(p).subs(T, tp)) for p in tied)
+def _params(blocks: list[Block], tp: int, *, trainable: bool = False) -> int:
+    """Parameters of blocks on a rank, or those of them with a gradient; a tied one counts once."""
+    held = [p for block in blocks for p in block.params if p.trainable or not trainable]
+    twice = [p for p in held if p.tied and len(blocks) > 1]
+    every = int(rank_params(held).subs(T, tp))
+    return every - int(rank_params(twice).subs(T, tp))
 
 
 def _tensor_parallel(
@@ -106,6 +111,6 @@ def _tensor_parallel(
             if level is not MemoryLevel.EAGER and each.phase == "forward":
                 leaves = each.kind in ("reduce_scatter", "all_reduce")
                 spared = block.num_exits - recomputed_exits(block) if leaves else 0
-                count += each.count - spared
+                count += (each.count - spared) * int(block.num_recomputed_ops > 0)
             size = int(each.bytes.subs(at))
             _add(found, ("tp", each.kind), plan.num_micro_batches * count, size)

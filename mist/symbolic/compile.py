@@ -6,7 +6,7 @@ import sympy
 from sympy import Basic, Expr
 from sympy.printing.numpy import NumPyPrinter
 
-from mist.graph import B, Block, ModelGraph, S, T
+from mist.graph import B, Block, ModelGraph, OpKind, S, T
 from mist.platform import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
@@ -65,7 +65,7 @@ def compile_model(graph: ModelGraph, runtime: Runtime, precision: Precision) -> 
         search_terms=_only(terms, search),
         search=print_program(_inputs(counts, search), search),
         stage=print_program(_inputs(counts, cost.stage), cost.stage),
-        flop=print_program(SIZES, _forward_flop(graph)),
+        flop=print_program(SIZES, _model_flop(graph)),
         domain=print_program(SIZES, {str(relation): relation for relation in _domain(graph)}),
     )
 
@@ -77,10 +77,24 @@ def _only(terms: Mapping[str, Expr], search: Mapping[str, Expr]) -> Program:
     return print_program(_inputs(STRATEGY, wanted), wanted)
 
 
-def _forward_flop(graph: ModelGraph) -> dict[str, Basic]:
+def _model_flop(graph: ModelGraph) -> dict[str, Basic]:
+    """FLOPs that training needs of each block: backward as two forward passes, by convention.
+
+    Where something is frozen, backward is the products that run, and attention as two forward.
+    """
     blocks = {"embed": graph.embed, "head": graph.head}
     blocks |= {str(kind): block for kind, block in enumerate(graph.blocks)}
-    return {name: block.flop("forward") for name, block in blocks.items()}
+    if graph.num_trainable == graph.num_params:
+        return {name: 3 * block.flop("forward") for name, block in blocks.items()}
+    return {name: block.flop("forward") + _backward_flop(block) for name, block in blocks.items()}
+
+
+def _backward_flop(block: Block) -> Expr:
+    """The products of the backward pass; attention, where it has one, as two forward passes."""
+    scores = [op for op in block.ops if op.kind is OpKind.ATTENTION]
+    once = sympy.Add(*(op.flop for op in scores if op.phase == "forward"))
+    run = sympy.Add(*(op.flop for op in scores if op.phase == "backward"))
+    return block.flop("backward") - run + (2 * once if run != 0 else 0)
 
 
 def _domain(graph: ModelGraph) -> list[Basic]:

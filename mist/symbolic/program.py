@@ -41,8 +41,8 @@ class ModelPrograms:
     `costs` and `terms` are of the strategy (`estimate.rank_columns`), `terms` also of the costs,
     `search_terms` those of them that the search needs; `search` and `stage` of terms and layout:
     stable_s, lone_s, weight_s, peak_bytes, host_bytes, and for `stage` every part of them. `flop`:
-    forward FLOPs of each block at b, s, t. `domain`: the relations (by their text) under which all
-    of it holds, at b, s, t.
+    FLOPs that training needs of each block at b, s, t. `domain`: the relations (by their text)
+    under which all of it holds, at b, s, t.
     """
 
     facts: ModelFacts

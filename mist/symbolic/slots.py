@@ -139,18 +139,23 @@ class Slot:
     saved_go: int = 0
 
 
-def slots(cost: BlockCost, level: Level, setting: Setting, *, is_layer: bool) -> Slots:
-    """The four slots of a block, summed into a stable and a lone micro-batch."""
+def slots(
+    cost: BlockCost, level: Level, setting: Setting, *, is_layer: bool, goes_back: bool
+) -> Slots:
+    """The four slots of a block, summed into a stable and a lone micro-batch.
+
+    Without a backward pass (`goes_back`) the host launches none, and gathers nothing for it.
+    """
     runtime = setting.runtime
     device_forward = cost.forward_s + cost.tp_forward_s
     device_backward = cost.backward_s + cost.tp_backward_s + level.again_s
     host_forward, host_backward = _host_seconds(runtime) if is_layer else (_NONE, _NONE)
-    late = host_backward + level.again_ratio * host_forward
+    late = (host_backward + level.again_ratio * host_forward) * int(goes_back)
     ahead = sympy.nsimplify(runtime.host.launch_ahead_ratio.value)
     launch_forward = sym.larger(0, host_forward - ahead * device_forward)
     launch_backward = sym.larger(0, late - ahead * device_backward)
     timed = _Timed(cost=cost, level=level, runtime=runtime, is_layer=is_layer)
-    stays = runtime.transients.root_group and not is_layer
+    stays = not goes_back or (runtime.transients.root_group and not is_layer)
     stable, lone = sequence(
         device_forward + launch_forward,
         device_backward + launch_backward,
@@ -174,7 +179,8 @@ def sequence(
 ) -> tuple[tuple[Slot, Slot], tuple[Slot, Slot]]:
     """Forward and backward of a micro-batch amid others, and of a lone one.
 
-    `stays_gathered`: what is gathered for the forward pass serves the backward pass too.
+    `stays_gathered`: what is gathered for the forward pass serves the backward pass too, if there
+    is one.
     """
     from_1, from_2, from_3 = (at_least(zero) for zero in (1, 2, 3))
     again = _NONE if stays_gathered else from_3
@@ -312,9 +318,9 @@ class _Timed:
 
     def _copies(self, slot: Slot, weights: Expr, grads: Expr) -> tuple[Expr, Expr]:
         """Seconds of copies to the device and to the host, by these shares in host memory."""
-        params = self.cost.params
-        weight_bytes = weights * hosted_bytes(self.runtime, "weights", params)
-        grad_bytes = grads * hosted_bytes(self.runtime, "grads", params)
+        cost = self.cost
+        weight_bytes = weights * hosted_bytes(self.runtime, "weights", cost.hosted_params)
+        grad_bytes = grads * hosted_bytes(self.runtime, "grads", cost.trainable_params)
         saved_bytes = sym.OFFLOAD["activations"] * self.level.kept_bytes
         come = slot.weights_come * weight_bytes + slot.grads_come * grad_bytes
         go = slot.grads_go * grad_bytes
@@ -355,6 +361,7 @@ def ends_seconds(cost: BlockCost, runtime: Runtime) -> Expr:
 def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr:
     """Adam reads and writes its states once per step, divided among ranks from ZeRO-1 on.
 
+    `params`: those that are trained.
     The unsharded copy that it also writes is gone under ZeRO-3. States in host memory come and go
     beside it.
     """

@@ -22,25 +22,33 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.graph import Block, ModelGraph, T
+from mist.graph import Block, ModelGraph
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
+from mist.symbolic.block import (
+    BlockCost,
+    Setting,
+    embed_cost,
+    head_cost,
+    kept_bytes,
+    layer_cost,
+    rank_params,
+)
+from mist.symbolic.host import allocated_terms, drawn_terms, hosted_terms
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
     at_least,
     ends_seconds,
-    hosted_by_tensor,
-    hosted_bytes,
     levels,
     optimizer_seconds,
     slots,
 )
+from mist.symbolic.states import from_level, frozen_bytes, gathered_bytes, unmade_terms
 from mist.symbolic.transients import step_bytes
 
-_ONE = sympy.Integer(1)
+_NONE, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +73,9 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         precision: compute precision of the workload.
     """
     setting = Setting(runtime=runtime, precision=precision)
-    blocks = {str(kind): layer_cost(block, setting) for kind, block in enumerate(graph.blocks)}
+    traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
+    blocks = {name: layer_cost(block, setting) for name, block in traced.items()}
+    traced |= {"embed": graph.embed, "head": graph.head}
     blocks["embed"] = embed_cost(graph.embed, setting)
     blocks["head"] = head_cost(graph.head, setting)
     costs = {
@@ -77,9 +87,9 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     for name, cost in blocks.items():
         values, named[name] = cost.named(name)
         costs |= values
-        terms |= _block_terms(name, named[name], setting)
-    terms |= _stage_terms(graph, setting) | _drawn_terms(graph, runtime)
-    terms |= _allocated_terms(graph, runtime)
+        terms |= _block_terms(name, named[name], setting, traced[name])
+    terms |= _stage_terms(graph, setting) | drawn_terms(graph, runtime)
+    terms |= allocated_terms(graph, setting)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -88,19 +98,25 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     )
 
 
-def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr]:
+def _block_terms(name: str, cost: BlockCost, setting: Setting, traced: Block) -> dict[str, Expr]:
     """Terms of one block; the embedding and the head are never recomputed or offloaded."""
     is_layer, runtime = name.isdigit(), setting.runtime
     terms = {
         f"{name}_params": cost.params,
+        f"{name}_trainable_params": cost.trainable_params,
+        f"{name}_hosted_params": cost.hosted_params,
+        f"{name}_back_params": cost.params * int(traced.goes_back),
+        f"{name}_without_gradient": sympy.Integer(int(not traced.flows)),
         f"{name}_largest_params": cost.largest_params,
-        f"{name}_optimizer_s": optimizer_seconds(cost.params, runtime, is_layer=is_layer),
+        f"{name}_optimizer_s": _NONE
+        if traced.is_frozen
+        else optimizer_seconds(cost.trainable_params, runtime, is_layer=is_layer),
         f"{name}_ends_s": ends_seconds(cost, runtime),
         f"{name}_weight_s": cost.weight_s,
     }
     for level in levels(cost, runtime, is_layer=is_layer):
         prefix = f"{name}_{level.name}"
-        times = slots(cost, level, setting, is_layer=is_layer)
+        times = slots(cost, level, setting, is_layer=is_layer, goes_back=traced.goes_back)
         for part in TIME_PARTS[:-1]:
             terms[f"{prefix}_{part}_s"] = getattr(times, part)
         terms |= {f"{prefix}_stable_s": times.stable(), f"{prefix}_lone_s": times.lone()}
@@ -126,64 +142,32 @@ def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[st
 def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
     """Terms that belong to no block: states per parameter, transfers, ties."""
     sent = sympy.Symbol("cost_sent_bytes", real=True)
-    tied = sympy.Add(
-        *(sympy.Integer(p.num_reals) / (T if p.sharded else 1) for p in graph.head.params if p.tied)
-    )
-    tied_bytes = tied * Precision.FP32.num_bytes
+    tied = [param for param in graph.head.params if param.tied]
+    trained = rank_params(param for param in tied if param.trainable)
+    tied_bytes = trained * Precision.FP32.num_bytes
     return {
-        "tied_params": tied,
+        "tied_params": rank_params(tied),
+        "tied_trainable_params": trained,
         "shared_bytes": sympy.Symbol("cost_shared_bytes", real=True),
         "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
-        **_hosted_terms(setting.runtime),
+        "frozen_bytes_per_param": frozen_bytes(setting.runtime, setting.precision),
+        **hosted_terms(setting.runtime),
         "step_bytes_per_param": step_bytes(graph, setting.runtime),
-        "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
+        "gathered_bytes_per_param": gathered_bytes(setting.runtime, setting.precision),
         "compute_bytes_per_param": sympy.Float(setting.precision.num_bytes),
         "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
-        **_unmade_terms(),
-        "whole_bytes_per_param": _from_level(3, setting.precision),
-        "unsharded_bytes_per_param": _from_level(0, setting.precision, below=3),
-        "buffer_bytes_per_param": _from_level(2, Precision.FP32),
+        **unmade_terms(),
+        "whole_bytes_per_param": from_level(3, setting.precision),
+        "unsharded_bytes_per_param": from_level(0, setting.precision, below=3),
+        "buffer_bytes_per_param": from_level(2, Precision.FP32),
         "reduces": at_least(2),
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
         "p2p_in_node_s": sym.P2P(sent, 0),
         "p2p_cross_s": sym.P2P(sent, 1),
     }
-
-
-def _allocated_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
-    """Bytes of the offloaded states of each block in host memory, tensor by tensor.
-
-    Of the ends only the optimizer's states go there. A tied parameter has them once.
-    """
-    layers = {str(kind): block.params for kind, block in enumerate(graph.blocks)}
-    blocks = layers | {"embed": graph.embed.params, "head": graph.head.params}
-    blocks |= {"tied": tuple(param for param in graph.head.params if param.tied)}
-    terms = {}
-    for x, params in blocks.items():
-        states = ("weights", "grads", "optimizer") if x in layers else ("optimizer",)
-        held = (sym.OFFLOAD[name] * hosted_by_tensor(runtime, name, params) for name in states)
-        terms[f"{x}_allocated_bytes"] = sympy.Add(*held)
-    return terms
-
-
-def _drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
-    """Bytes of the largest module of each block, whole, as every rank of a stage draws it."""
-    ends = {"embed": graph.embed, "head": graph.head}
-    blocks = ends | {str(kind): block for kind, block in enumerate(graph.blocks)}
-    each = runtime.loading.module_bytes_per_param.value if runtime.loading else 0.0
-    return {f"{x}_drawn_bytes": each * _largest_module(block) for x, block in blocks.items()}
-
-
-def _largest_module(block: Block) -> Expr:
-    """The most numbers that one module of a block has in parameters of its own."""
-    of_modules: dict[str, int] = {}
-    for param in block.params:
-        owner = param.name.rpartition(".")[0]
-        of_modules[owner] = of_modules.get(owner, 0) + param.num_reals
-    return sympy.Integer(max(of_modules.values(), default=0))
 
 
 def _sent_bytes(graph: ModelGraph, setting: Setting) -> Expr:
@@ -198,72 +182,6 @@ def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
     replicated = {zero: row.replicated_bytes_per_param.value for zero, row in rows.items()}
     sharded = {zero: row.sharded_bytes_per_param.value for zero, row in rows.items()}
     return sym.by_zero(replicated) + sym.by_zero(sharded) / sym.SHARD
-
-
-def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
-    """Bytes per parameter in host memory, of layers and of all blocks; and on their way in a step.
-
-    The optimizer streams a few parameters at a time, when no activation is left; those of the
-    embedding and the head, large and taken whole, where all moments are in host memory.
-    """
-    layer, every = sympy.Integer(0), sympy.Integer(0)
-    streamed, of_ends = sympy.Integer(0), sympy.Integer(0)
-    for name in ("weights", "grads", "optimizer"):
-        held, ratio = hosted_bytes(runtime, name, _ONE), sym.OFFLOAD[name]
-        if name == "optimizer":
-            every, of_ends = ratio * held, sympy.floor(ratio) * held
-        else:
-            layer += ratio * held
-        streamed += sympy.ceiling(ratio) * held
-    staged = 0.0
-    if runtime.offload is not None and not runtime.offload.optimizer_on_host:
-        staged = runtime.offload.num_staged_layers.value
-    return {
-        "hosted_layer_bytes_per_param": layer,
-        "hosted_bytes_per_param": every,
-        "streamed_bytes_per_param": staged * streamed,
-        "streamed_end_bytes_per_param": staged * of_ends,
-        "bucket_params": _bucket_params(runtime),
-    }
-
-
-def _bucket_params(runtime: Runtime) -> Expr:
-    """Parameters whose shards fill a bucket of the optimizer's stream."""
-    if runtime.offload is None or runtime.offload.bucket_bytes is None:
-        return sympy.Float(0.0)
-    own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
-    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
-
-
-def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
-    """Bytes per parameter of one group in passing: gathered copies, gradients being reduced."""
-    reducing = runtime.reduce_bytes[precision].value
-    gathered = runtime.transients.num_gathered_groups.value * precision.num_bytes
-    by_level = {int(z): reducing + (gathered if z == 3 else 0) for z in runtime.knobs.zero_levels}
-    return sym.by_zero(by_level)
-
-
-def _from_level(level: int, precision: Precision, *, below: int = 4) -> Expr:
-    """Bytes of a number of this precision from a ZeRO level on and below another, else 0."""
-    return sym.by_zero({zero: precision.num_bytes * (level <= zero < below) for zero in range(4)})
-
-
-def _unmade_terms() -> dict[str, Expr]:
-    """fp32 gradients per parameter on the device: amid a step with others, and as one leaves them.
-
-    There are none when the first backward pass begins; a lone one leaves shards under ZeRO-1.
-    """
-    fp32 = sympy.Float(Precision.FP32.num_bytes)
-    shard = fp32 / sym.SHARD
-    amid = sympy.Piecewise((fp32, sym.ZERO < 2), (shard, True))
-    left = sympy.Piecewise((fp32, sym.ZERO < 1), (shard, True))
-    stays = 1 - sym.OFFLOAD["grads"]
-    return {
-        "grads_bytes_per_param": amid,
-        "layer_grads_bytes_per_param": stays * amid,
-        "left_bytes_per_param": left,
-        "layer_left_bytes_per_param": stays * left,
-    }
 
 
 def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
@@ -345,8 +263,10 @@ def _memory(
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
-    states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
-    step = _params(rows) * _term("step_bytes_per_param")
+    trainable = _params(rows, "trainable_params")
+    states = trainable * _term("state_bytes_per_param") - _hosted_bytes(rows)
+    states += (_params(rows) - trainable) * _term("frozen_bytes_per_param")
+    step = trainable * _term("step_bytes_per_param")
     if runtime.transients.root_group:
         begin, end, gathered, grads = _of_groups(rows, precision)
         states -= sym.FORWARD_FIRST * _gradients(rows)
@@ -384,39 +304,55 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
 
     The last result are gradients that the states lack, as the optimizer steps.
 
-    Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
-    are gathered at all instants, and the next layer beside the one that runs. A layer that runs
-    makes gradients in compute precision, beside what the reduction before holds in fp32 (the
-    root's: of the micro-batch before); all of them are copied to fp32 when it has run. Gradients of
-    the head wait for those of the embedding. While a layer runs backward nothing of the head is
-    kept; at the first layer nothing of others, when the root is reduced and when the optimizer
-    streams its states nothing at all.
+    Groups of parameters: P of a layer, R of both ends (the root); gradients are of those of them
+    that are trained. Under ZeRO-3 the root is gathered at all instants, so is a layer that has a
+    backward pass, and the next one beside the one that runs. A layer that runs makes gradients in
+    compute precision, beside what the reduction before holds in fp32 (of the micro-batch before:
+    that of `_reduced_last`); all of them are copied to fp32 when it has run. Gradients of the head
+    wait for those of the embedding. While a layer runs backward nothing of the head is kept; at the
+    first layer nothing of others, when the root is reduced and when the optimizer streams its
+    states nothing at all.
 
     Where all forward passes come first there is no gradient when the first backward pass begins;
     all the others hold a micro-batch less, and begin later than it ends. The last one drops the
     gathered parameters of each layer that has run.
     """
     layers = [row for row in rows if row[0].isdigit()]
-    root = _of_blocks([row for row in rows if not row[0].isdigit()], "params")
-    root -= sym.FIRST * sym.LAST * _term("tied_params")
-    every, layer = _of_blocks(layers, "params"), _worst(layers, "{x}_params")
-    buffer = _term("buffer_bytes_per_param") * root
+    ends = [row for row in rows if not row[0].isdigit()]
+    root, trained = _params(ends), _params(ends, "trainable_params")
+    layer = _worst(layers, "{x}_params")
+    buffer = _term("buffer_bytes_per_param") * _reduced_last(layers, trained)
     early = (1 - sym.FORWARD_FIRST) * buffer
     first = _running(layers, early, precision) + _worst(layers, "{x}_{level}_kept_bytes")
-    reduced = _copied(precision) * root - _next_layer(layers)
+    reduced = _copied(precision) * trained - _next_layer(layers)
     again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer, precision)
-    left = _left("layer_") - sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
-    done = sym.larger(reduced, _streamed(rows), again) + _left("") * root
-    end = sym.larger(first - left * layer, done) + left * every
-    grads = left * every + _left("") * root
+    left = _left("layer_")
+    dropped = sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
+    done = sym.larger(reduced, _streamed(rows), again) + _left("") * trained
+    first -= left * _worst(layers, "{x}_trainable_params") - dropped * layer
+    of_layers = left * _of_blocks(layers, "trainable_params")
+    end = sym.larger(first, done) + of_layers - dropped * _of_blocks(layers, "params")
     end -= _total(rows, "kept_bytes") + _term("shared_bytes")
-    gathered = _term("whole_bytes_per_param") * (root + layer)
-    return _begins(layers, early, precision), end, gathered, grads
+    gathered = _term("whole_bytes_per_param") * root + _next_layer(layers)
+    return _begins(layers, early, precision), end, gathered, of_layers + _left("") * trained
+
+
+def _reduced_last(layers: list[_Row], of_root: Expr) -> Expr:
+    """Parameters of the group that FSDP2 reduces last: behind the root, layers without gradient.
+
+    Of their inputs, that is; only one of them is trained.
+    """
+    here = _of_blocks(layers, "without_gradient")
+    last = (
+        count * _term(f"{x}_without_gradient") * _term(f"{x}_trainable_params")
+        for x, _, count in layers
+    )
+    return sympy.Add(*last) + (1 - sym.smaller(1, here)) * of_root
 
 
 def _next_layer(layers: list[_Row]) -> Expr:
-    """Bytes of the layer that is gathered ahead."""
-    return _term("whole_bytes_per_param") * _worst(layers, "{x}_params")
+    """Bytes of the layer that is gathered for its backward pass, or ahead of it."""
+    return _term("whole_bytes_per_param") * _worst(layers, "{x}_back_params")
 
 
 def _begins(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
@@ -429,12 +365,13 @@ def _begins(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
 
 def _running(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
     """What the worst layer that runs backward holds, then its gradients as they are copied."""
-    params, apart = _worst(layers, "{x}_params"), _apart(precision)
+    params, apart = _worst(layers, "{x}_trainable_params"), _apart(precision)
     fp32 = _term("fp32_bytes_per_param")
     reduces = sym.larger(_term("buffer_bytes_per_param"), _lone() * fp32)
     runs = _made_in(layers, apart) + sym.larger(reduces * params, buffer)
-    wait = apart * _term("compute_bytes_per_param") * sym.LAST * _term("head_params")
-    return sym.larger(runs, _copied(precision) * params) + wait + _next_layer(layers)
+    wait = apart * _term("compute_bytes_per_param") * sym.LAST * _term("head_trainable_params")
+    gathered = _term("whole_bytes_per_param") * _worst(layers, "{x}_params")
+    return sym.larger(runs, _copied(precision) * params) + wait + gathered
 
 
 def _made_in(rows: list[_Row], apart: Expr) -> Expr:
@@ -492,21 +429,23 @@ def _lone() -> Expr:
 
 def _gradients(rows: list[_Row]) -> Expr:
     """Bytes of gradients on the device amid a step."""
-    layers = _of_blocks([row for row in rows if row[0].isdigit()], "params")
-    ends = _params(rows) - layers
+    layers = _of_blocks([row for row in rows if row[0].isdigit()], "trainable_params")
+    ends = _params(rows, "trainable_params") - layers
     return layers * _term("layer_grads_bytes_per_param") + ends * _term("grads_bytes_per_param")
 
 
-def _params(rows: list[_Row]) -> Expr:
-    """Parameters of the stage on a rank; a tied one that both ends have counts once."""
-    return _of_blocks(rows, "params") - sym.FIRST * sym.LAST * _term("tied_params")
+def _params(rows: list[_Row], which: str = "params") -> Expr:
+    """Parameters of the stage on a rank, or `which`; a tied one that both ends have counts once."""
+    return _of_blocks(rows, which) - sym.FIRST * sym.LAST * _term(f"tied_{which}")
 
 
 def _hosted_bytes(rows: list[_Row]) -> Expr:
     """States in host memory: weights and gradients of layers, optimizer states of all blocks."""
-    layers = _of_blocks([row for row in rows if row[0].isdigit()], "params")
-    return layers * _term("hosted_layer_bytes_per_param") + _params(rows) * _term(
-        "hosted_bytes_per_param"
+    layers = [row for row in rows if row[0].isdigit()]
+    return (
+        _of_blocks(layers, "hosted_params") * _term("hosted_weights_bytes_per_param")
+        + _of_blocks(layers, "trainable_params") * _term("hosted_grads_bytes_per_param")
+        + _params(rows, "trainable_params") * _term("hosted_bytes_per_param")
     )
 
 

@@ -4,13 +4,15 @@ A fused kernel makes nothing. torch's own AdamW makes the root of the second mom
 rank's parameters at once, DeepSpeed for one flat partition at a time.
 """
 
+from collections.abc import Iterable
+
 import sympy
 from sympy import Expr
 
-from mist.graph import ModelGraph
+from mist.graph import ModelGraph, Param
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import rank_numbers, rank_params
+from mist.symbolic.block import rank_params
 
 
 def step_bytes(graph: ModelGraph, runtime: Runtime) -> Expr:
@@ -30,7 +32,11 @@ def step_bytes(graph: ModelGraph, runtime: Runtime) -> Expr:
 
 
 def _model_params(graph: ModelGraph) -> Expr:
-    """Parameters of the whole model on a tensor-parallel rank, a tied one once."""
-    layers = (run.count * rank_params(graph.blocks[run.block]) for run in graph.layers)
-    tied = (rank_numbers(param) for param in graph.head.params if param.tied)
-    return rank_params(graph.embed) + rank_params(graph.head) + sum(layers) - sum(tied)
+    """Trained parameters of the whole model on a tensor-parallel rank, a tied one once."""
+
+    def trained(params: Iterable[Param]) -> Expr:
+        return rank_params(param for param in params if param.trainable)
+
+    layers = (run.count * trained(graph.blocks[run.block].params) for run in graph.layers)
+    tied = trained(param for param in graph.head.params if param.tied)
+    return trained(graph.embed.params) + trained(graph.head.params) + sum(layers) - tied

@@ -67,7 +67,9 @@ class Part:
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
-    whose input enters a tensor-parallel region, with its storage. `mixed`: forward operations that
+    whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
+    that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
+    gradient, so that its memory is that of its forward pass. `mixed`: forward operations that
     a shard cannot run, with the reason.
     """
 
@@ -83,6 +85,8 @@ class Part:
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
     entered: dict[int, int] = field(default_factory=dict)
+    flows: set[int] = field(default_factory=set)
+    forward_only: bool = False
     mixed: list[str] = field(default_factory=list)
     last: Origin = Origin()
     origins: dict[int, Origin] = field(default_factory=dict)
@@ -193,6 +197,8 @@ class Recorder(TorchDispatchMode):
             reasons = mixing(call, self._symbols.shape)
             part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
             self._gather(part, call)
+            if part.forward_only:
+                self._leave(part, call, origin)
         ops = self._ops(call, origin) if self._runs(call) else []
         part.ops.extend(ops)
         self._add_node(part, call, ops, origin.module)
@@ -225,7 +231,7 @@ class Recorder(TorchDispatchMode):
             part.makers.update((key_of(t), name) for t in _tensors(call.out))
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
-        """Which storages a backward call leaves alive, and what a rank has of them."""
+        """Which storages a call leaves alive, and what a rank has of them."""
         hidden = self._kernel is not None and self._kernel.hidden
         made = [] if hidden else [
             tensor

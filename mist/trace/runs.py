@@ -101,9 +101,10 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
     progress("tracing at concrete sizes")
     eager = replace(setting, compiled=False)
     subject, check = _first_run(_Subject(model=model, setting=eager))
+    whole = _trained_whole(subject, check)
     progress("tracing symbolic sizes")
     try:
-        subject = replace(subject, sharding=find_sharding(model.module, check))
+        subject = replace(subject, sharding=find_sharding(model.module, whole))
         run, notes = _sharded_run(subject, check), list(subject.notes)
     except Unsupported as reason:
         subject = replace(subject, sharding=None)
@@ -115,6 +116,7 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
         run, notes = _compiled_run(subject, run), [*notes, COMPILED]
     progress("tracing b = 1")
     single, _ = _expressions(subject, batch=1)
+    run = replace(run, sequential=whole.sequential)
     return Recorded(
         layers=subject.layers,
         run=run,
@@ -129,8 +131,8 @@ def sharding_rules(model: LoadedModel, setting: Setting) -> Sharding:
 
     Raises Unsupported, with the reason, and TraceError.
     """
-    _, run = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
-    return find_sharding(model.module, run)
+    subject, run = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
+    return find_sharding(model.module, _trained_whole(subject, run))
 
 
 def _first_run(subject: _Subject) -> tuple[_Subject, Run]:
@@ -148,6 +150,28 @@ def _first_run(subject: _Subject) -> tuple[_Subject, Run]:
         else:
             return replace(subject, layers=layers.ordered(run.order)), run
     return subject, subject.run(point)
+
+
+def _trained_whole(subject: _Subject, run: Run) -> Run:
+    """The run as if every parameter were trained: what takes what from which shows by gradients.
+
+    `run`: of the model as it is, whose kinds of layers are kept apart.
+    """
+    module, layers = subject.model.module, subject.layers
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    if not frozen:
+        return run
+    if layers is not None:
+        kinds = (kind for kind in run.kinds if run.layers[kind].module is not None)
+        layers = replace(layers, signatures=tuple((kind,) for kind in kinds))
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = True
+        point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model))
+        return replace(subject, layers=layers).run(point)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
 
 
 def _expressions(subject: _Subject, batch: int | None) -> tuple[Run, bool]:
@@ -189,7 +213,7 @@ def _compiled_run(subject: _Subject, eager: Run) -> Run:
     """The symbolic run with compiled layers. What enters regions is known from the eager run."""
     run = subject.run(Point())
     for piece, known in zip(run.pieces, eager.pieces, strict=True):
-        piece.part.entered = known.part.entered
+        piece.part.entered, piece.part.flows = known.part.entered, known.part.flows
     return run
 
 

@@ -17,9 +17,9 @@ import sympy
 import torch
 from sympy import Basic, Expr, Integer
 from torch import nn
-from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from mist.errors import TraceError
 from mist.graph import B, S, SavedTensor, T
 from mist.trace.autocast import forward_in, outside
 from mist.trace.blame import Passed
@@ -31,6 +31,7 @@ from mist.trace.loader import LoadedModel
 from mist.trace.record import Origin, Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
 from mist.trace.routing import Routing
+from mist.trace.seed import Seed
 from mist.trace.shim import fused_norms, runs_as
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Share
@@ -62,13 +63,14 @@ class Point:
 class Piece:
     """The record of one part, with what is known only after it ran.
 
-    `opened`: what it made that a layer took, by identity.
+    `opened`: what it made that a layer took, by identity. `flows`: its input has a gradient.
     """
 
     part: Part
     opened: dict[int, torch.Tensor] = field(default_factory=dict)
     boundary_bytes: Expr = sympy.S.Zero
     carried_bytes: Expr = sympy.S.Zero
+    flows: bool = False
     transients: tuple[Expr, ...] = ()
     transients_with_grads: tuple[Expr, ...] = ()
     module: nn.Module | None = None
@@ -100,27 +102,6 @@ class Run:
     def pieces(self) -> tuple[Piece, ...]:
         """The embedding, the distinct layers and the head."""
         return self.embed, *self.layers, self.head
-
-
-class SeedContext(FunctionCtx):
-    """What backward needs to know of the outputs."""
-
-    likes: list[tuple[tuple[Size, ...], torch.dtype]]
-
-
-class Seed(torch.autograd.Function):
-    """Starts a backward pass from outputs, without holding the gradients it hands out."""
-
-    @staticmethod
-    def forward(ctx: SeedContext, *outputs: torch.Tensor) -> torch.Tensor:
-        """A scalar that depends on all outputs."""
-        ctx.likes = [(tuple(o.shape), o.dtype) for o in outputs]
-        return outputs[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx: SeedContext, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradients of all outputs, new."""
-        return tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in ctx.likes)
 
 
 @dataclass
@@ -207,6 +188,11 @@ class Session:
         self.embed.part.shared = self.head.part.shared = self.shared_keys
         with self.recorder.into(self.outer.part), forward_in(self.low):
             loss = self.model.run(inputs)
+        if not loss.requires_grad:
+            raise TraceError(
+                f"the loss of {self.model.name} has no gradient: it depends on no parameter with "
+                "requires_grad=True. Train a parameter that the loss depends on."
+            )
         if missed := self._missed():
             raise NotALayerList(missed[0])
         ends = (self.head, *self.between, self.embed)
@@ -316,6 +302,7 @@ class Session:
             self.between.append(self.outer)
         if not left or self.outer is not self.head:
             self.outer.boundary_bytes = self._total_bytes(last.outputs)
+            self.outer.flows = any(t.requires_grad for t in _tensors(last.outputs))
 
     def _trace(
         self,
@@ -328,16 +315,23 @@ class Session:
         self.stack.enter_context(faked(layer.modules(), self.fakes))
         args, kwargs = tree_map(self._given, tree_map(_leaf, (args, kwargs)))
         tensors = list(_tensors((args, kwargs)))
-        own = next((t for t in tensors if t.requires_grad), tensors[0] if tensors else None)
+        own = _activation(tensors)
         shared = frozenset(key_of(t) for t in tensors if t is not own)
         piece = Piece(self.recorder.new_part(type(layer).__name__, shared), module=layer)
         piece.boundary_bytes = self._total_bytes(own)
+        piece.flows = own is not None and own.requires_grad
         carried = [t for t in tensors if t.requires_grad and t is not own]
         piece.carried_bytes = self._total_bytes(carried)
+        trained = any(parameter.requires_grad for parameter in layer.parameters())
+        piece.part.forward_only = not (trained or any(t.requires_grad for t in tensors))
+        if piece.part.forward_only and own is not None:
+            piece.part.live.forward_done(())
+            piece.part.live.hold(own)
         run = self._runner(piece.part, layer, forward, (args, kwargs))
         with self.recorder.into(piece.part):
             outputs = run()
-        piece.part.live.forward_done(piece.part.gathered)
+        if not piece.part.forward_only:
+            piece.part.live.forward_done(piece.part.gathered)
         given = frozenset(key_of(t) for t in tensors)
         piece.outputs = tree_map(partial(_output, given), outputs)
         starts = [t for t in _tensors(outputs) if t.grad_fn is not None]
@@ -347,6 +341,7 @@ class Session:
             gradient = torch.empty_like(seed)
             with self.recorder.into(piece.part, "backward"), outside(self.low):
                 seed.backward(gradient)
+        if self.point.backward:
             self._backward_done([piece])
         return piece
 
@@ -438,16 +433,24 @@ class Session:
 
     @contextmanager
     def _colwise_hooks(self) -> Iterator[None]:
-        """Within: inputs of column-parallel matrices are known as gathered."""
+        """Within: inputs of column-parallel matrices are known as gathered, and what goes back."""
 
         def gather(module: nn.Module, args: tuple[object, ...]) -> None:
             if self.recorder.part is not None:
                 keys = [key_of(t) for t in _tensors(args)]
                 self.recorder.part.gathered.update(keys)
                 self.recorder.part.entered[id(module)] = keys[0]
+                flow(module, args, args)
 
-        modules = [m for m in self.model.module.modules() if id(m) in self.colwise]
-        hooks = [module.register_forward_pre_hook(gather) for module in modules]
+        def flow(module: nn.Module, args: object, tensors: object) -> None:
+            """A gradient goes back through what a module is given, or gives."""
+            if self.recorder.part and any(t.requires_grad for t in _tensors(tensors)):
+                self.recorder.part.flows.add(id(module))
+
+        ends = self.sharding.regions.keys() if self.sharding else ()
+        modules = list(self.model.module.modules())
+        hooks = [m.register_forward_pre_hook(gather) for m in modules if id(m) in self.colwise]
+        hooks += [m.register_forward_hook(flow) for m in modules if id(m) in ends]
         try:
             yield
         finally:
@@ -486,6 +489,12 @@ def _output(inputs: frozenset[int], value: object) -> object:
     if isinstance(value, torch.Tensor) and key_of(value) not in inputs:
         return value.detach().clone().requires_grad_(value.requires_grad)
     return _leaf(value)
+
+
+def _activation(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What a layer works on: the first tensor with a gradient, else the first of floats."""
+    floats = [t for t in tensors if t.is_floating_point()]
+    return next((t for t in tensors if t.requires_grad), next(iter(floats or tensors), None))
 
 
 def _leaf(value: object) -> object:

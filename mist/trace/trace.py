@@ -54,8 +54,20 @@ def trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
             "checkpointed is what a plan decides. Switch it off "
             "(model.gradient_checkpointing_disable())."
         )
+    _refuse_frozen(model)
     with _training(model.module):
         return _assemble(model, setting, record_model(model, setting, progress))
+
+
+def _refuse_frozen(model: LoadedModel) -> None:
+    """Raise TraceError when a model has parameters but trains none."""
+    parameters = list(model.module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        count = sum(parameter.numel() for parameter in parameters)
+        raise TraceError(
+            f"{model.name} has nothing to train: all of its {count:,} parameters have "
+            "requires_grad=False. Set requires_grad=True on those that should change."
+        )
 
 
 @contextmanager
@@ -99,6 +111,7 @@ def _graph(
     return ModelGraph(
         name=model.name,
         num_params=sum(p.numel() for p in model.module.parameters()),
+        num_trainable=sum(p.numel() for p in model.module.parameters() if p.requires_grad),
         blocks=tuple(layers),
         layers=runs,
         embed=embed,
@@ -124,8 +137,11 @@ def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:
 
 
 def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str:
-    shapes = sorted((name, list(p.shape)) for name, p in module.named_parameters())
-    text = json.dumps([shapes, [[run.block, run.count] for run in runs], tied])
+    parameters = list(module.named_parameters())
+    shapes = sorted((name, list(p.shape)) for name, p in parameters)
+    frozen = sorted(name for name, p in parameters if not p.requires_grad)
+    facts = [shapes, [[run.block, run.count] for run in runs], tied]
+    text = json.dumps([*facts, frozen] if frozen else facts)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -178,10 +194,10 @@ def _block(
             num_reals=tensor.numel() * (2 if tensor.is_complex() else 1),
             sharded=id(tensor) in shares,
             tied=tied,
+            trainable=tensor.requires_grad,
         )
         for name, tensor, tied in params
     )
-    entries, exits, whole = _crossings(piece, found, sharding, run)
     return Block(
         name=piece.part.name,
         params=found,
@@ -190,12 +206,11 @@ def _block(
         saved_single=single.part.saved(),
         boundary_bytes=piece.boundary_bytes,
         carried_bytes=piece.carried_bytes,
+        flows=piece.flows,
         tp_bytes=piece.boundary_bytes,
         transient_bytes=piece.transients,
         transient_with_grads_bytes=piece.transients_with_grads,
-        num_entries=entries,
-        num_exits=exits,
-        num_whole=whole,
+        **_crossings(piece, found, sharding, run),
         num_recomputed_ops=piece.part.num_recomputed_ops,
         domain=run.domain,
     )
@@ -203,31 +218,50 @@ def _block(
 
 def _crossings(
     piece: Piece, params: tuple[Param, ...], sharding: Sharding | None, run: Run
-) -> tuple[int, int, int]:
-    """Entries, exits, and what is whole: see `Block`."""
+) -> dict[str, int]:
+    """Entries and exits, those that gradients go back through, and what is whole: see `Block`."""
+    counts = {"num_entries": 0, "num_exits": 0, "num_entries_back": 0, "num_exits_back": 0}
     if sharding is None:
-        return 0, 0, 0
-    if piece.module is None:
-        divides = int(any(param.sharded for param in params))
-        return (divides, 0, 0) if piece is run.head else (0, divides, 0)
-    return _of_layer(piece.module, piece.part.entered, sharding)
+        return counts | {"num_whole": 0}
+    if piece.module is not None:
+        return _of_layer(piece, piece.module, sharding)
+    divided = [param for param in params if param.sharded]
+    if piece is run.head:
+        ends = {"num_entries": bool(divided), "num_entries_back": bool(divided) and piece.flows}
+    else:
+        trained = any(param.trainable for param in divided)
+        ends = {"num_exits": bool(divided), "num_exits_back": trained}
+    return counts | {name: int(value) for name, value in ends.items()} | {"num_whole": 0}
 
 
-def _of_layer(
-    layer: nn.Module, entered: Mapping[int, int], sharding: Sharding
-) -> tuple[int, int, int]:
+def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
     """A region has one exit and an entry for each tensor that enters it.
 
-    Regions in a module that needs all tokens count as one.
+    Regions in a module that needs all tokens count as one. What no hook saw enter (experts) enters
+    with the layer's input.
     """
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
     inside = [{id(inner) for inner in m.modules()} & sharding.regions.keys() for m in whole]
     regions = {id(m) for m in layer.modules()} & sharding.regions.keys()
-    alone = regions.difference(*inside)
     together = sum(1 for rows in inside if rows)
-    inputs = (len({entered[id] for id in sharding.regions[row] & entered.keys()}) for row in alone)
-    entries = sum(max(count, 1) for count in inputs)
-    return entries + together, len(alone) + together, sum(1 for rows in inside if not rows)
+    entered, flows = piece.part.entered, piece.part.flows
+    entries = entries_back = exits_back = together
+    if not piece.flows:
+        entries_back = exits_back = 0
+    alone = regions.difference(*inside)
+    for row in alone:
+        hooked = sharding.regions[row] & entered.keys()
+        inputs = {entered[id] for id in hooked}
+        back = {entered[id] for id in hooked & flows} if hooked else {0} if piece.flows else set()
+        entries, entries_back = entries + max(len(inputs), 1), entries_back + len(back)
+        exits_back += int(row in flows or bool(back))
+    return {
+        "num_entries": entries,
+        "num_exits": len(alone) + together,
+        "num_entries_back": entries_back,
+        "num_exits_back": exits_back,
+        "num_whole": sum(1 for rows in inside if not rows),
+    }
 
 
 def _empty(name: str) -> Block:
@@ -239,11 +273,14 @@ def _empty(name: str) -> Block:
         saved_single=(),
         boundary_bytes=Integer(0),
         carried_bytes=Integer(0),
+        flows=False,
         tp_bytes=Integer(0),
         transient_bytes=(),
         transient_with_grads_bytes=(),
         num_entries=0,
         num_exits=0,
+        num_entries_back=0,
+        num_exits_back=0,
         num_whole=0,
         num_recomputed_ops=0,
         domain=(),

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from mist.errors import Fault
 from mist.estimate import Job
+from mist.facts import difference_words
 from mist.plans import Plan, StagePlan
 from mist.rules import broken, broken_between, broken_by_levels, may_mix
 from mist.spec import MemoryLevel
@@ -21,17 +22,19 @@ def plan_against(plan: Plan, job: Job) -> tuple[Fault, ...]:
 
 def _model_faults(plan: Plan, job: Job) -> Iterator[Fault]:
     graph, known = job.facts, plan.model
+    planned, found = (known.params, known.num_trainable), (graph.num_params, graph.num_trainable)
+    before, now = difference_words(planned, found)
     if known.fingerprint != graph.fingerprint:
         yield Fault(
             path="model.fingerprint",
             message=f"the plan is for another model: it was made for {known.name} with "
-            f"{known.params} parameters, {known.source} is now {graph.name} with "
-            f"{graph.num_params}",
+            f"{known.params} parameters{before}, {known.source} is now {graph.name} with "
+            f"{graph.num_params}{now}",
         )
-    elif known.params != graph.num_params:
+    elif planned != found:
         yield Fault(
             path="model.params",
-            message=f"{known.params}, but {graph.name} has {graph.num_params}",
+            message=f"{known.params}{before}, but {graph.name} has {graph.num_params}{now}",
         )
     if plan.num_layers != graph.num_layers:
         yield Fault(

@@ -241,6 +241,7 @@ def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) 
             source=source,
             name=graph.name,
             params=graph.num_params,
+            trainable=graph.trainable,
             fingerprint=graph.fingerprint,
         ),
         workload=job.workload,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Final
 
 from mist.calibrate.comparing import live_bytes
-from mist.exec.grid import Transfer, grid_of, transfers
+from mist.exec.grid import Transfer, chunk_layers, grid_of, transfers
 from mist.exec.seen import Collective, Compared, Seen, StageVerified
 from mist.exec.verify import dry_run
-from mist.graph import B, S
+from mist.graph import B, ModelGraph, S
 from mist.planfile import load_plan
 from mist.plans import Plan, StageEstimate
 from mist.programs import Progress, quiet
@@ -78,7 +78,7 @@ def verify_plan(
     found = []
     for each in seen:
         known = charged(graph, platform.runtime, plan, each.stage)
-        known |= _transfers(plan, each.stage, per_token)
+        known |= _transfers(plan, each.stage, per_token, _edges(plan, graph))
         compared = tuple(_compared(known, each.collectives))
         found.append(_stage(each, plan.estimate.stages[each.stage], compared))
     return Verified(plan=plan, stages=tuple(found))
@@ -99,7 +99,14 @@ def _stage(seen: Seen, judged: StageEstimate, rows: tuple[Compared, ...]) -> Sta
 Sum = dict[tuple[str, str], tuple[int, int]]
 
 
-def _transfers(plan: Plan, stage: int, bytes_per_token: int) -> Sum:
+def _edges(plan: Plan, graph: ModelGraph) -> list[bool]:
+    """Behind each chunk of layers along the pipeline: whether a gradient comes back."""
+    kinds = graph.layer_kinds()
+    pieces = {k: piece for i in range(len(plan.stages)) for k, piece in chunk_layers(plan, i)}
+    return [graph.blocks[kinds[pieces[k].stop - 1]].goes_back for k in sorted(pieces)]
+
+
+def _transfers(plan: Plan, stage: int, bytes_per_token: int, edges: Sequence[bool]) -> Sum:
     """What the first rank of a stage sends to its neighbours and receives from them in a step."""
     grids = [grid_of(plan, each) for each in plan.stages]
     rank, last = grids[stage].first_rank, len(grids) * plan.schedule.vpp - 1
@@ -108,8 +115,10 @@ def _transfers(plan: Plan, stage: int, bytes_per_token: int) -> Sum:
         at = chunk * len(grids) + stage
         for there in (at - 1, at + 1):
             if 0 <= there <= last:
-                other = grids[there % len(grids)]
-                sent, received = transfers(grids[stage], other), transfers(other, grids[stage])
+                own, other = grids[stage], grids[there % len(grids)]
+                back = edges[min(at, there)]
+                sent = transfers(own, other) if there > at or back else ()
+                received = transfers(other, own) if there < at or back else ()
                 areas["send"] += [_area(each) for each in sent if each.source == rank]
                 areas["receive"] += [_area(each) for each in received if each.target == rank]
     times = plan.num_micro_batches

@@ -62,6 +62,26 @@ PLAIN = Path(__file__).parents[2] / "examples" / "my_transformer.py"
 PLAIN_SIZES = "DIM, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, MAX_SEQ_LEN = "
 
 
+# Which parameters are trained, by words in their names; the others are frozen.
+TRAINED = {
+    "upper": ("layers.2.attn.", "layers.3", "head"),
+    "norms": ("norm",),
+    "amid": ("layers.1.mlp_norm", "layers.1.up"),
+    "head": ("head",),
+    "inputs": ("position",),
+}
+PARTLY = """
+whole = build_model
+
+
+def build_model() -> nn.Module:
+    model = whole()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(word in name for word in {words}))
+    return model
+"""
+
+
 def write_models(folder: Path) -> None:
     """The tiny models, as files that a plan can name."""
     (folder / "llama.json").write_text(json.dumps(LLAMA))
@@ -73,6 +93,8 @@ def write_models(folder: Path) -> None:
     sizes = f"{PLAIN_SIZES}64, {NUM_LAYERS}, 4, {VOCAB}, 128"
     text = "\n".join(sizes if line.startswith(PLAIN_SIZES) else line for line in lines)
     (folder / "plain.py").write_text(text + "\n")
+    for name, words in TRAINED.items():
+        (folder / f"{name}.py").write_text(text + PARTLY.format(words=words))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

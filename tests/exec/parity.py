@@ -73,7 +73,8 @@ def whole_model(variant: Variant, folder: Path) -> tuple[nn.Module, LoadedModel]
     for name, module in model.named_modules():
         values = whole_values(pristine.module, name, SEED)
         for own, parameter in list(module.named_parameters(recurse=False)):
-            new = shared.setdefault(id(parameter), nn.Parameter(values[own].double()))
+            value = nn.Parameter(values[own].double(), parameter.requires_grad)
+            new = shared.setdefault(id(parameter), value)
             setattr(module, own, new)
     model.double()
     return model, loaded

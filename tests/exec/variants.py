@@ -35,6 +35,65 @@ TENSOR = (
     ),
     Variant(name="dp2 tp2 zero3 clipped", stages=(S(dp=2, tp=2, zero=3),), max_norm=0.5),
 )
+FROZEN = (
+    Variant(name="frozen upper zero3", model="upper.py", stages=(S(dp=2, zero=3),), micro=4),
+    Variant(name="frozen norms zero2", model="norms.py", stages=(S(dp=2, zero=2),), micro=4),
+    Variant(
+        name="frozen head levels zero0",
+        model="head.py",
+        stages=(S(dp=2, full=2, selective=1),),
+        micro=8,
+        max_norm=0.5,
+    ),
+    Variant(name="frozen upper tp2 sp", model="upper.py", stages=(S(tp=2, sp=True),), micro=8),
+    Variant(name="frozen norms tp2", model="norms.py", stages=(S(tp=2),), max_norm=0.5),
+    Variant(
+        name="frozen upper pp2",
+        model="upper.py",
+        stages=(S(layers=(2,)), S(layers=(2,))),
+        micro=4,
+        max_norm=0.5,
+    ),
+    Variant(
+        name="frozen head pp2",
+        model="head.py",
+        stages=(S(layers=(1,)), S(layers=(3,), full=1)),
+        micro=4,
+    ),
+    Variant(
+        name="frozen amid pp2",
+        model="amid.py",
+        stages=(S(layers=(1,), full=1), S(layers=(3,), full=2)),
+        micro=4,
+    ),
+    Variant(
+        name="frozen amid interleaved",
+        model="amid.py",
+        kind=INTERLEAVED,
+        stages=(S(layers=(1, 1)), S(layers=(1, 1))),
+        micro=4,
+    ),
+    Variant(
+        name="frozen upper zero-bubble",
+        model="upper.py",
+        kind=ZERO_BUBBLE,
+        stages=(S(layers=(1, 1)), S(layers=(1, 1))),
+        micro=4,
+    ),
+    Variant(
+        name="frozen inputs zero-bubble",
+        model="inputs.py",
+        kind=ZERO_BUBBLE,
+        stages=(S(layers=(2,)), S(layers=(2,))),
+        micro=4,
+    ),
+    Variant(
+        name="frozen norms offload",
+        model="norms.py",
+        stages=(S(dp=2, zero=3, offload=_offload(weights=0.5, grads=0.5, optimizer=0.5)),),
+        micro=8,
+    ),
+)
 PIPELINE = (
     Variant(
         name="tied pp2",
@@ -220,7 +279,17 @@ HYBRID = (
         micro=8,
     ),
 )
-VARIANTS = (*DATA, *TENSOR, *PIPELINE, *UNLIKE, *OFFLOAD, *ROUNDED, *MIXTURES, *HYBRID)
+VARIANTS = (
+    *DATA,
+    *TENSOR,
+    *FROZEN,
+    *PIPELINE,
+    *UNLIKE,
+    *OFFLOAD,
+    *ROUNDED,
+    *MIXTURES,
+    *HYBRID,
+)
 
 # Of more ranks than a small machine has cores for.
 SLOW = (

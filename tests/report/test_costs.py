@@ -61,6 +61,7 @@ def test_the_costs_of_a_block_as_expressions() -> None:
     assert [*found] == [
         "name",
         "params",
+        "trainable_params",
         "layers",
         "precision",
         "fingerprint",

@@ -37,19 +37,20 @@ def measure(
     batch: dict[str, torch.Tensor],
     *,
     carried: int = 0,
+    flows: bool = True,
     autocast: torch.dtype | None = None,
 ) -> Measured:
     """Measure the layer at `path` with the inputs that it gets in a run of the model.
 
-    `carried`: how many inputs after the first have a gradient, too. `autocast`: the precision of
-    the forward pass.
+    `carried`: how many inputs after the first have a gradient, too. `flows`: whether any has.
+    `autocast`: the precision of the forward pass.
     """
     mixed = partial(torch.autocast, "cpu", dtype=autocast, enabled=autocast is not None)
     layer = model.get_submodule(path)
     with mixed():
         args, kwargs = layer_inputs(model, layer, batch)
     # No leaves: autocast would take them for weights, whose casts it keeps.
-    flowing = (_not_leaf(each.detach().requires_grad_()) for each in args[: 1 + carried])
+    flowing = (_not_leaf(each.detach().requires_grad_(flows)) for each in args[: 1 + carried])
     args = (*flowing, *args[1 + carried :])
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
@@ -57,7 +58,8 @@ def measure(
     with FlopCounterMode(display=False) as forward, mixed():
         out = _first(layer(*args, **kwargs))
     with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
+        if out.requires_grad:
+            out.sum().backward()
     return Measured(
         saved_bytes=saved,
         live_bytes=live,
@@ -150,6 +152,9 @@ def _bytes(
     saved = sum(size for _, size in storages.values())
     given = {args[0].untyped_storage()._cdata, out.untyped_storage()._cdata}
     live = made.alive(given) + sum(storages[key][1] for key in given & storages.keys())
+    if not out.requires_grad:  # nothing but the forward pass, beside its input
+        peak = args[0].untyped_storage().nbytes() + made.peak(set())
+        return saved, live, (peak, peak)
     layer.zero_grad(set_to_none=True)
     watch = Watch(list(storages.values()), known)
     done, start = Start.apply(out), torch.empty((), dtype=out.dtype)

@@ -85,7 +85,7 @@ def test_rank_of_divided_matrices_is_exact(family: str, num_ranks: int, point: P
     block, real = block_of(family), ranks(point, *EXACT)[family, "tp", num_ranks]
     assert at(block.flop("forward"), point, num_ranks) == real.forward_flop
     assert at(block.flop("backward"), point, num_ranks) == real.backward_flop
-    assert at(rank_params(block), point, num_ranks) == real.num_params
+    assert at(rank_params(block.params), point, num_ranks) == real.num_params
     assert storages(block, point, num_ranks) == [tuple(each) for each in real.saved]
 
 
@@ -97,7 +97,7 @@ def test_rank_of_divided_sequence_is_exact(family: str, num_ranks: int, point: P
     block, real = block_of(family), ranks(point, *EXACT)[family, "sp", num_ranks]
     assert at(block.flop("forward"), point, num_ranks) == real.forward_flop
     assert at(block.flop("backward"), point, num_ranks) == real.backward_flop
-    assert at(rank_params(block), point, num_ranks) == real.num_params
+    assert at(rank_params(block.params), point, num_ranks) == real.num_params
     assert at(saved_bytes(block, TORCH), point, num_ranks) == in_all(real)
 
 
