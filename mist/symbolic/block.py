@@ -76,7 +76,9 @@ class BlockCost:
     gradients over the ranks that share states, all-reduce of a rank's part over the copies of them;
     `gather_copy_s`, `scatter_copy_s`: the copies out of and into their flat buffers. `pointwise_s`:
     what `recompute_s` holds beside products and attention; `products_bytes`: the results of those;
-    `weight_s`: the products of the backward pass that give gradients of weights.
+    `weight_s`: the products of the backward pass that give gradients of weights. `input_bytes`: its
+    input where the block does not save it. `early_bytes`, `awaited_bytes`, `made_bytes`: of what
+    `Block` lists under these names.
     """
 
     forward_s: Expr
@@ -99,6 +101,10 @@ class BlockCost:
     boundary_bytes: Expr
     transient_bytes: Expr
     transient_with_grads_bytes: Expr
+    input_bytes: Expr
+    early_bytes: Expr
+    awaited_bytes: Expr
+    made_bytes: Expr
 
     def named(self, block: str) -> tuple[dict[str, Expr], "BlockCost"]:
         """The fields under names of their own, and the same cost in terms of these names.
@@ -136,6 +142,7 @@ def head_cost(block: Block, setting: Setting) -> BlockCost:
             more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
             device["transient_bytes"] += more
             device["transient_with_grads_bytes"] += more
+            device["made_bytes"] += more
         return _end_cost(block, setting, device)
     device = _device_cost(_without_loss(block), setting)
     return _end_cost(block, setting, _with_loss(device, loss, logits))
@@ -169,6 +176,7 @@ def _without_loss(block: Block) -> Block:
         saved_single=tuple(tensor for tensor in block.saved_single if tensor.module),
         transient_bytes=(),
         transient_with_grads_bytes=(),
+        made_bytes=(),
     )
 
 
@@ -260,6 +268,10 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "products_bytes": _products_bytes(block, setting),
         "transient_bytes": _largest(block.transient_bytes, setting),
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
+        "input_bytes": int(not block.keeps_input) * block.boundary_bytes / setting.sequence_shards,
+        "early_bytes": _kept(block.early, setting),
+        "awaited_bytes": _kept(block.awaited, setting),
+        "made_bytes": _largest(block.made_bytes, setting),
     }
 
 

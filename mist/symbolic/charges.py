@@ -14,6 +14,7 @@ import sympy
 from mist.graph import B, Block, ModelGraph, S, T
 from mist.plans import Plan, StagePlan
 from mist.platform.runtime import Runtime
+from mist.schedule import zero_as_run
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
@@ -59,11 +60,12 @@ def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
     ends: list[Block],
 ) -> None:
     compute, fp32 = plan.workload.precision.num_bytes, Precision.FP32.num_bytes
+    zero = int(zero_as_run(plan.schedule.kind, own.zero))
     groups = [(_params([layer], own.tp), True) for layer in layers]
     if ends:
         groups.append((_params(ends, own.tp), False))
     for params, is_layer in groups:
-        counts = _times(own.zero, plan.num_micro_batches, runtime, is_layer=is_layer)
+        counts = _times(zero, plan.num_micro_batches, runtime, is_layer=is_layer)
         _add(found, ("dp", "all_gather"), counts["gathers"], params * compute)
         _add(found, ("dp", "reduce_scatter"), counts["scatters"], params * fp32)
         if own.dp > own.dp_shard:

@@ -26,6 +26,7 @@ from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
+from mist.symbolic.pipelined import SplitBackward, either, kept_outputs
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
@@ -36,6 +37,7 @@ from mist.symbolic.slots import (
     optimizer_seconds,
     slots,
 )
+from mist.symbolic.states import from_level, gathered_bytes, unmade_terms
 
 _ONE = sympy.Integer(1)
 
@@ -76,6 +78,10 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         costs |= values
         terms |= _block_terms(name, named[name], setting)
     terms |= _stage_terms(graph, setting)
+    hosted = terms["hosted_layer_bytes_per_param"] + terms["hosted_bytes_per_param"]
+    terms["hosted_bytes"] = hosted * sympy.Add(
+        *(named[str(kind)].params for kind in graph.layer_kinds())
+    )
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -93,6 +99,10 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting) -> dict[str, Expr
         f"{name}_optimizer_s": optimizer_seconds(cost.params, runtime, is_layer=is_layer),
         f"{name}_ends_s": ends_seconds(cost, runtime),
         f"{name}_weight_s": cost.weight_s,
+        f"{name}_input_bytes": cost.input_bytes,
+        f"{name}_early_bytes": cost.early_bytes,
+        f"{name}_awaited_bytes": cost.awaited_bytes,
+        f"{name}_made_bytes": cost.made_bytes,
     }
     for level in levels(cost, runtime, is_layer=is_layer):
         prefix = f"{name}_{level.name}"
@@ -133,13 +143,13 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),
         "state_bytes_per_param": _state_bytes(setting.runtime, setting.precision),
         **_hosted_terms(setting.runtime),
-        "gathered_bytes_per_param": _gathered_bytes(setting.runtime, setting.precision),
+        "gathered_bytes_per_param": gathered_bytes(setting.runtime, setting.precision),
         "compute_bytes_per_param": sympy.Float(setting.precision.num_bytes),
         "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
-        **_unmade_terms(),
-        "whole_bytes_per_param": _from_level(3, setting.precision),
-        "unsharded_bytes_per_param": _from_level(0, setting.precision, below=3),
-        "buffer_bytes_per_param": _from_level(2, Precision.FP32),
+        **unmade_terms(),
+        "whole_bytes_per_param": from_level(3, setting.precision),
+        "unsharded_bytes_per_param": from_level(0, setting.precision, below=3),
+        "buffer_bytes_per_param": from_level(2, Precision.FP32),
         "reduces": at_least(2),
         "p2p_bytes": sent,
         "activation_bytes": sent * setting.sequence_shards,
@@ -193,37 +203,6 @@ def _bucket_params(runtime: Runtime) -> Expr:
         return sympy.Float(0.0)
     own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
     return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
-
-
-def _gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
-    """Bytes per parameter of one group in passing: gathered copies, gradients being reduced."""
-    reducing = runtime.reduce_bytes[precision].value
-    gathered = runtime.transients.num_gathered_groups.value * precision.num_bytes
-    by_level = {int(z): reducing + (gathered if z == 3 else 0) for z in runtime.knobs.zero_levels}
-    return sym.by_zero(by_level)
-
-
-def _from_level(level: int, precision: Precision, *, below: int = 4) -> Expr:
-    """Bytes of a number of this precision from a ZeRO level on and below another, else 0."""
-    return sym.by_zero({zero: precision.num_bytes * (level <= zero < below) for zero in range(4)})
-
-
-def _unmade_terms() -> dict[str, Expr]:
-    """fp32 gradients per parameter on the device: amid a step with others, and as one leaves them.
-
-    There are none when the first backward pass begins; a lone one leaves shards under ZeRO-1.
-    """
-    fp32 = sympy.Float(Precision.FP32.num_bytes)
-    shard = fp32 / sym.SHARD
-    amid = sympy.Piecewise((fp32, sym.ZERO < 2), (shard, True))
-    left = sympy.Piecewise((fp32, sym.ZERO < 1), (shard, True))
-    stays = 1 - sym.OFFLOAD["grads"]
-    return {
-        "grads_bytes_per_param": amid,
-        "layer_grads_bytes_per_param": stays * amid,
-        "left_bytes_per_param": left,
-        "layer_left_bytes_per_param": stays * left,
-    }
 
 
 def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
@@ -314,9 +293,9 @@ def _memory(
         gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
     others = {
         "states": states,
-        "activations": sym.IN_FLIGHT * (_total(rows, "kept_bytes") + _term("shared_bytes")),
+        "activations": _activations(rows),
         "gathered": gathered,
-        "buffers": _exchanged(runtime) * _term("p2p_bytes") + own,
+        "buffers": _exchanged(rows, runtime) + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
     held, working = sympy.Add(*others.values()), sym.larger(begin, end)
@@ -326,12 +305,26 @@ def _memory(
     return parts, (1 + overhead) * (held + begin), (1 + overhead) * (held + end)
 
 
-def _exchanged(runtime: Runtime) -> Expr:
-    """Activations that a stage receives into, and those it sent that it still holds."""
-    to_next, to_previous = sym.CHUNKS - sym.LAST, sym.CHUNKS - sym.FIRST
-    if runtime.memory.keeps_outputs:  # what it receives forward is what its first layer keeps
-        return to_next + sym.CHUNKS - 1 + sym.IN_FLIGHT * to_next
-    return to_next + to_previous
+def _activations(rows: list[_Row]) -> Expr:
+    """What is kept of the micro-batches in flight, and of those that wait for W."""
+    layers = [row for row in rows if row[0].isdigit()]
+    embed, head = (_term(f"{end}_eager_kept_bytes") for end in ("embed", "head"))
+    kept = sym.IN_FLIGHT * (_total(layers, "kept_bytes") + sym.CHUNKS * _term("shared_bytes"))
+    kept += sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE) * embed + sym.LAST * sym.HEAD_HELD * head
+    of_head = sym.LAST * sym.CHUNKS * (_term("head_early_bytes") + _term("head_awaited_bytes"))
+    return kept + sym.WAITING * (_of_blocks(layers, "awaited_bytes") + of_head)
+
+
+def _exchanged(rows: list[_Row], runtime: Runtime) -> Expr:
+    """Bytes that a stage receives into, and of those it sent that it still holds."""
+    if not runtime.memory.keeps_outputs:
+        return (2 * sym.CHUNKS - sym.LAST - sym.FIRST) * _term("p2p_bytes")
+    eager = [row for row in rows if row[0].isdigit() and row[1] == MemoryLevel.EAGER]
+    deeper = [row for row in rows if row[0].isdigit() and row[1] != MemoryLevel.EAGER]
+    # Layers that keep least, and among that their input, come first.
+    alone = 1 - sym.smaller(1, sympy.Add(*(count for _, _, count in deeper)))
+    borders, inputs = kept_outputs()
+    return borders * _term("p2p_bytes") + inputs * alone * _worst(eager, "{x}_input_bytes")
 
 
 def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr]:
@@ -340,10 +333,10 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
     Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
     are gathered at all instants, and the next layer beside the one that runs. A layer that runs
     makes gradients in compute precision, beside what the reduction before holds in fp32 (the
-    root's: of the micro-batch before); all of them are copied to fp32 when it has run. Gradients of
-    the head wait for those of the embedding. While a layer runs backward nothing of the head is
-    kept; at the first layer nothing of others, when the root is reduced and when the optimizer
-    streams its states nothing at all.
+    root's: of the micro-batch before; other chunks of the rank hold theirs, too); all of them are
+    copied to fp32 when it has run. Gradients of the head wait for those of the embedding. While a
+    layer runs backward nothing of the head is kept; at the first layer nothing of others, when the
+    root is reduced and when the optimizer streams its states nothing at all.
 
     Where all forward passes come first there is no gradient when the first backward pass begins;
     all the others hold a micro-batch less, and begin later than it ends. The last one drops the
@@ -361,9 +354,33 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
     left = _left("layer_") - sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
     done = sym.larger(reduced, _streamed(rows), again) + _left("") * root
     end = sym.larger(first - left * layer, done) + left * every
-    end -= _total(rows, "kept_bytes") + _term("shared_bytes")
+    ends = [row for row in rows if not row[0].isdigit()]
+    end -= _total(layers, "kept_bytes") / sym.CHUNKS + _total(ends, "kept_bytes")
+    end -= _term("shared_bytes")
+    begin = _begins(layers, early, precision)
+    split = _split(rows, begin)
+    others = (sym.CHUNKS - 1) * _term("buffer_bytes_per_param") * layer
+    begin = either(begin + (1 - sym.FORWARD_FIRST) * others, split.begin())
     gathered = _term("whole_bytes_per_param") * (root + layer)
-    return _begins(layers, early, precision), end, gathered
+    return begin, either(end + others, split.end()), gathered
+
+
+def _split(rows: list[_Row], begin: Expr) -> SplitBackward:
+    """What a split backward pass holds."""
+    layers = [row for row in rows if row[0].isdigit()]
+    compute = _term("compute_bytes_per_param")
+    return SplitBackward(
+        loss=sym.LAST * _term("head_made_bytes"),
+        layer=_worst(layers, "{x}_made_bytes"),
+        awaited=_of_blocks(layers, "awaited_bytes"),
+        head_awaited=sym.LAST * _term("head_awaited_bytes"),
+        largest=compute * _worst(layers, "{x}_largest_params"),
+        layers=compute * _of_blocks(layers, "params"),
+        one=compute * _worst(layers, "{x}_params"),
+        head=compute * sym.LAST * _term("head_params"),
+        other=begin,
+        streamed=_streamed(rows),
+    )
 
 
 def _next_layer(layers: list[_Row]) -> Expr:
@@ -427,14 +444,19 @@ def _left(which: str) -> Expr:
 
 
 def _streamed(rows: list[_Row]) -> Expr:
-    """What the optimizer has on its way: buckets, of one parameter at least."""
+    """What the optimizer has on its way: buckets, of one parameter at least; no more than there is.
+
+    That is taken of all layers of the model, so that memory stays a straight line in the stage's.
+    """
     layers = [row for row in rows if row[0].isdigit()]
     ends = [row for row in rows if not row[0].isdigit()]
     bucket = sym.larger(_term("bucket_params"), _worst(layers, "{x}_largest_params"))
-    return sym.larger(
+    streamed = sym.larger(
         _term("streamed_bytes_per_param") * bucket,
         _term("streamed_end_bytes_per_param") * _worst(ends, "{x}_largest_params"),
     )
+    of_ends = _of_blocks(ends, "params") * _term("hosted_bytes_per_param")
+    return sym.smaller(streamed, _term("hosted_bytes") + of_ends)
 
 
 def _lone() -> Expr:

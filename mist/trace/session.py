@@ -330,7 +330,7 @@ class Session:
         tensors = list(_tensors((args, kwargs)))
         own = next((t for t in tensors if t.requires_grad), tensors[0] if tensors else None)
         shared = frozenset(key_of(t) for t in tensors if t is not own)
-        piece = Piece(self.recorder.new_part(type(layer).__name__, shared), module=layer)
+        piece = Piece(self.recorder.new_part(type(layer).__name__, shared, own), module=layer)
         piece.boundary_bytes = self._total_bytes(own)
         carried = [t for t in tensors if t.requires_grad and t is not own]
         piece.carried_bytes = self._total_bytes(carried)
