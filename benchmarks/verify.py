@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mist.errors import MistError
 from mist.plans import Offload, Plan
+from mist.refusals import refuse_unplayable
 from mist.spec import ScheduleKind
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.question import Question
@@ -34,7 +35,13 @@ MODELS = {  # largest tensor parallelism, sequence lengths, numbers of GPUs
     "examples/my_transformer.py": (8, (1024, 2048), (1, 4, 16, 64)),
 }
 GPT3_13B = {"model_type": "gpt2", "n_embd": 5120, "n_head": 40, "n_layer": 40, "n_positions": 2048}
-KINDS = [ScheduleKind.ONE_F_ONE_B] * 5 + [ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED]
+INTERLEAVED, ZERO_BUBBLE = ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE
+KINDS = [
+    *[ScheduleKind.ONE_F_ONE_B] * 3,
+    ScheduleKind.GPIPE,
+    *[INTERLEAVED] * 3,
+    *[ZERO_BUBBLE] * 6,  # most of these draws combine it with what it cannot run with
+]
 OFFLOADS = [Offload()] * 4 + [
     Offload(optimizer=0.5),
     Offload(activations=0.5),
@@ -49,7 +56,7 @@ def drawn(rng: random.Random) -> Iterator[tuple[str, Plan]]:
         most_tp, lengths, numbers = MODELS[model]
         gpus = rng.choice(numbers)
         tp = rng.choice([t for t in (1, 2, 4, 8) if t <= min(most_tp, gpus)])
-        pp = rng.choice([p for p in (1, 1, 2, 3, 4, 8) if p * tp <= gpus])
+        pp = rng.choice([p for p in (1, 2, 2, 3, 4, 4, 8) if p * tp <= gpus])
         kind = rng.choice(KINDS) if pp > 1 else ScheduleKind.ONE_F_ONE_B
         layout = HandLayout(
             tp=tp,
@@ -58,7 +65,7 @@ def drawn(rng: random.Random) -> Iterator[tuple[str, Plan]]:
             micro_batch=rng.choice((1, 2, 4)),
             checkpoint=rng.choice(("none", "selective", "full", "3")),
             schedule=kind,
-            vpp=2 if kind is ScheduleKind.INTERLEAVED else 1,
+            vpp=rng.choice((2, 2, 3, 4)) if kind is INTERLEAVED else 1,
             offload=rng.choice(OFFLOADS),
         )
         question = Question(
@@ -68,9 +75,11 @@ def drawn(rng: random.Random) -> Iterator[tuple[str, Plan]]:
             global_batch=gpus // (tp * pp) * layout.micro_batch * rng.choice((1, 4, 8, 16)),
         )
         try:
-            yield describe(question, layout), check_layout(question, layout).plan
+            plan = check_layout(question, layout).plan
+            refuse_unplayable(plan, None)
         except MistError:
             continue
+        yield describe(question, layout), plan
 
 
 def describe(question: Question, layout: HandLayout) -> str:
@@ -81,6 +90,7 @@ def describe(question: Question, layout: HandLayout) -> str:
         f"pp{layout.pp} tp{layout.tp} zero{layout.zero} mb{layout.micro_batch}",
         f"{layout.checkpoint}",
         *([str(layout.schedule)] if layout.pp > 1 else []),
+        *([f"vpp{layout.vpp}"] if layout.vpp > 1 else []),
         *([f"offload {away}"] if away else []),
     ]
     return ", ".join(words)

@@ -126,11 +126,18 @@ def _split_backward(index: int, stage: StagePlan) -> Iterator[Fault]:
             message="zero-bubble splits the backward pass, which keeps what it fetches of every "
             "micro-batch to the end of the step; use 1f1b",
         )
-    if stage.num_at(MemoryLevel.SELECTIVE):
+    if stage.num_at(MemoryLevel.SELECTIVE) or stage.num_at(MemoryLevel.FULL):
         yield Fault(
-            path=f"stages[{index}].memory.selective",
-            message="zero-bubble splits the backward pass, and torch runs selective layers "
-            "backward once only; use eager or full layers, or 1f1b",
+            path=f"stages[{index}].memory",
+            message="zero-bubble splits the backward pass: torch runs a selective layer backward "
+            "once only, and a full one forward again for each of its weights; use eager layers, "
+            "or 1f1b",
+        )
+    if stage.offload.grads > 0:
+        yield Fault(
+            path=f"stages[{index}].offload.grads",
+            message="zero-bubble reduces gradients once a step, and until then all of them are on "
+            "the device; offload no weights and grads, or use 1f1b",
         )
 
 

@@ -197,6 +197,8 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
         yield ONE_F_ONE_B
         return
     for kind in space.schedules:
+        if not levels_under(space, kind):
+            continue
         if kind is ScheduleKind.GPIPE and ScheduleKind.ONE_F_ONE_B in space.schedules:
             continue
         if kind is not ScheduleKind.INTERLEAVED:
@@ -205,6 +207,12 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
             for chunks in space.chunks:
                 if chunks > 1 and chunks * num_stages <= job.num_layers:
                     yield Schedule(kind=kind, vpp=chunks)
+
+
+def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
+    """The memory levels of a space that layers may have under a schedule."""
+    split = kind is ScheduleKind.ZERO_BUBBLE
+    return tuple(each for each in space.levels if each is MemoryLevel.EAGER or not split)
 
 
 def divisors(number: int) -> list[int]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from mist.estimate import Job, position_columns
 from mist.pareto.lines import LEVELS, StageLines
 from mist.pareto.meshes import Place
-from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
+from mist.pareto.space import Floats, Group, Ints, Strategies, expressible, levels_under
 from mist.plans import Limits
 from mist.rules import may_offload
 from mist.spaces import SearchSpace
@@ -102,7 +102,8 @@ class GroupModel:
     def __init__(self, job: Job, group: Group, strategies: Strategies, space: SearchSpace) -> None:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
-        self.space = expressible(space, job.platform.runtime)
+        space = expressible(space, job.platform.runtime)
+        self.space = replace(space, levels=levels_under(space, group.schedule.kind))
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         columns = position_columns(job, devices, group.num_micro_batches, group.schedule)

@@ -78,10 +78,8 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         costs |= values
         terms |= _block_terms(name, named[name], setting)
     terms |= _stage_terms(graph, setting)
-    hosted = terms["hosted_layer_bytes_per_param"] + terms["hosted_bytes_per_param"]
-    terms["hosted_bytes"] = hosted * sympy.Add(
-        *(named[str(kind)].params for kind in graph.layer_kinds())
-    )
+    every = (named[str(kind)].params for kind in graph.layer_kinds())
+    terms["all_layers_params"] = sympy.Add(*every)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -455,8 +453,11 @@ def _streamed(rows: list[_Row]) -> Expr:
         _term("streamed_bytes_per_param") * bucket,
         _term("streamed_end_bytes_per_param") * _worst(ends, "{x}_largest_params"),
     )
-    of_ends = _of_blocks(ends, "params") * _term("hosted_bytes_per_param")
-    return sym.smaller(streamed, _term("hosted_bytes") + of_ends)
+    hosted = (_term("all_layers_params") + _of_blocks(ends, "params")) * _term(
+        "hosted_bytes_per_param"
+    )
+    hosted += _term("all_layers_params") * _term("hosted_layer_bytes_per_param")
+    return sym.smaller(streamed, hosted)
 
 
 def _lone() -> Expr:
