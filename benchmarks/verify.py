@@ -1,6 +1,6 @@
 """The cost model against the real program: plans drawn by a seed, dry-run on their end stages.
 
-    python benchmarks/verify.py [--plans 40] [--seed 1]
+    python benchmarks/verify.py [--plans 40] [--seed 1] [--skip 0]
 
 Prints a table (markdown) of predicted and seen live peaks of each stage, whether all collectives
 agree, and the machine. GPT-2 with Conv1D and fused q, k, v cannot be divided by mist apply, so the
@@ -17,10 +17,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from mist.errors import MistError
 from mist.plans import Offload, Plan
+from mist.refusals import refuse_unplayable
 from mist.spec import ScheduleKind
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.question import Question
@@ -34,7 +36,13 @@ MODELS = {  # largest tensor parallelism, sequence lengths, numbers of GPUs
     "examples/my_transformer.py": (8, (1024, 2048), (1, 4, 16, 64)),
 }
 GPT3_13B = {"model_type": "gpt2", "n_embd": 5120, "n_head": 40, "n_layer": 40, "n_positions": 2048}
-KINDS = [ScheduleKind.ONE_F_ONE_B] * 5 + [ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED]
+INTERLEAVED, ZERO_BUBBLE = ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE
+KINDS = [
+    *[ScheduleKind.ONE_F_ONE_B] * 3,
+    ScheduleKind.GPIPE,
+    *[INTERLEAVED] * 3,
+    *[ZERO_BUBBLE] * 6,  # most of these draws combine it with what it cannot run with
+]
 OFFLOADS = [Offload()] * 4 + [
     Offload(optimizer=0.5),
     Offload(activations=0.5),
@@ -49,7 +57,7 @@ def drawn(rng: random.Random) -> Iterator[tuple[str, Plan]]:
         most_tp, lengths, numbers = MODELS[model]
         gpus = rng.choice(numbers)
         tp = rng.choice([t for t in (1, 2, 4, 8) if t <= min(most_tp, gpus)])
-        pp = rng.choice([p for p in (1, 1, 2, 3, 4, 8) if p * tp <= gpus])
+        pp = rng.choice([p for p in (1, 2, 2, 3, 4, 4, 8) if p * tp <= gpus])
         kind = rng.choice(KINDS) if pp > 1 else ScheduleKind.ONE_F_ONE_B
         layout = HandLayout(
             tp=tp,
@@ -58,19 +66,24 @@ def drawn(rng: random.Random) -> Iterator[tuple[str, Plan]]:
             micro_batch=rng.choice((1, 2, 4)),
             checkpoint=rng.choice(("none", "selective", "full", "3")),
             schedule=kind,
-            vpp=2 if kind is ScheduleKind.INTERLEAVED else 1,
+            vpp=rng.choice((2, 2, 3, 4)) if kind is INTERLEAVED else 1,
             offload=rng.choice(OFFLOADS),
         )
+        # Schedules that take turns repeat themselves after two rounds, and are dry-run whole.
+        rounds = kind in (INTERLEAVED, ZERO_BUBBLE)
+        num_micro_batches = pp * rng.choice((1, 2, 3)) if rounds else rng.choice((1, 4, 8, 16))
         question = Question(
             model=model,
             num_gpus=gpus,
             seq_len=rng.choice(lengths),
-            global_batch=gpus // (tp * pp) * layout.micro_batch * rng.choice((1, 4, 8, 16)),
+            global_batch=gpus // (tp * pp) * layout.micro_batch * num_micro_batches,
         )
         try:
-            yield describe(question, layout), check_layout(question, layout).plan
+            plan = check_layout(question, layout).plan
+            refuse_unplayable(plan, None)
         except MistError:
             continue
+        yield describe(question, layout), plan
 
 
 def describe(question: Question, layout: HandLayout) -> str:
@@ -81,6 +94,7 @@ def describe(question: Question, layout: HandLayout) -> str:
         f"pp{layout.pp} tp{layout.tp} zero{layout.zero} mb{layout.micro_batch}",
         f"{layout.checkpoint}",
         *([str(layout.schedule)] if layout.pp > 1 else []),
+        *([f"vpp{layout.vpp}"] if layout.vpp > 1 else []),
         *([f"offload {away}"] if away else []),
     ]
     return ", ".join(words)
@@ -98,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--plans", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--skip", type=int, default=0, help="of the plans drawn first")
     asked = parser.parse_args()
     print("| plan | stage | seen GiB | predicted GiB | differs | collectives | s |")
     print("|---|---|---|---|---|---|---|")
@@ -106,7 +121,7 @@ def main() -> None:
     MODELS[str(file)] = MODELS.pop("gpt3-13b")
     errors: list[float] = []
     wrong = done = 0
-    for words, plan in drawn(random.Random(asked.seed)):
+    for words, plan in islice(drawn(random.Random(asked.seed)), asked.skip, None):
         start = time.perf_counter()
         try:
             stages: tuple[StageVerified, ...] = verify_plan(plan, stages=ends(plan)).stages

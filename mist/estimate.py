@@ -20,7 +20,7 @@ from mist.plans import (
 )
 from mist.platform import OpCosts, Platform, extrapolations, op_costs
 from mist.rules import Rule, rules_for
-from mist.schedule import forward_first, in_flight, step_time
+from mist.schedule import held, step_time, zero_as_run
 from mist.spec import MemoryLevel, ScheduleKind, Workload
 from mist.symbolic.program import (
     MEMORY_PARTS,
@@ -35,10 +35,6 @@ NOT_MODELLED = (
     "stragglers, clock throttling and network contention from other jobs",
     "gradient clipping and the learning-rate schedule",
     "allocator fragmentation beyond the stated share",
-)
-ZERO_BUBBLE_MEMORY: Final = (
-    "what the split backward pass of zero bubble holds (dry runs of torch need up to 38 % more "
-    "memory than predicted: mist verify)"
 )
 
 NO_OFFLOAD: Final = MappingProxyType({item.name: 0.0 for item in fields(Offload)})
@@ -102,6 +98,7 @@ def strategy_columns(  # noqa: PLR0913 - a strategy's columns
     zero: ArrayLike,
     offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
     dp_replicate: ArrayLike = 1,
+    schedule: Schedule = ONE_F_ONE_B,
 ) -> dict[str, ArrayLike]:
     """Inputs of the terms of a job; `offload`: the ratio of each state in host memory."""
     return rank_columns(
@@ -111,7 +108,7 @@ def strategy_columns(  # noqa: PLR0913 - a strategy's columns
         dp=dp,
         tp=tp,
         micro_batch=micro_batch,
-        zero=zero,
+        zero=zero_as_run(schedule.kind, zero),
         offload=offload,
         dp_replicate=dp_replicate,
     )
@@ -156,26 +153,28 @@ def position_columns(
 ) -> dict[str, ArrayLike]:
     """Position of a job's stages, in order, from their [first, count] devices: shape [S]."""
     num_stages = len(devices)
-    held = in_flight(
+    columns = held(
         schedule.kind,
         stage=np.arange(num_stages),
         num_stages=num_stages,
         num_micro_batches=num_micro_batches,
         chunks=schedule.vpp,
     )
-    return stage_columns(
-        stage=np.arange(num_stages),
-        num_stages=np.full(num_stages, num_stages),
-        first_device=devices[:, 0],
-        num_devices=devices[:, 1],
-        gpus_per_node=np.full(num_stages, job.platform.gpus_per_node),
-        spans_nodes=np.full(num_stages, job.platform.num_nodes > 1),
-    ) | {
-        "in_flight": held,
-        "chunks": np.full(num_stages, schedule.vpp),
-        "num_micro_batches": np.full(num_stages, num_micro_batches),
-        "forward_first": forward_first(held, num_micro_batches),
-    }
+    return (
+        columns
+        | stage_columns(
+            stage=np.arange(num_stages),
+            num_stages=np.full(num_stages, num_stages),
+            first_device=devices[:, 0],
+            num_devices=devices[:, 1],
+            gpus_per_node=np.full(num_stages, job.platform.gpus_per_node),
+            spans_nodes=np.full(num_stages, job.platform.num_nodes > 1),
+        )
+        | {
+            "chunks": np.full(num_stages, schedule.vpp),
+            "num_micro_batches": np.full(num_stages, num_micro_batches),
+        }
+    )
 
 
 def stage_columns(  # noqa: PLR0913 - what says where a stage is
@@ -260,14 +259,8 @@ def estimate(
             job.laws, num_gpus=job.platform.num_gpus, num_nodes=job.platform.num_nodes
         ),
         extrapolated=extrapolations(job.laws, priced),
-        not_modelled=_not_modelled(schedule),
+        not_modelled=NOT_MODELLED,
     )
-
-
-def _not_modelled(schedule: Schedule) -> tuple[str, ...]:
-    if schedule.kind is not ScheduleKind.ZERO_BUBBLE:
-        return NOT_MODELLED
-    return (*NOT_MODELLED, ZERO_BUBBLE_MEMORY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,6 +344,7 @@ def _stage_columns(
         zero=[stage.zero for stage in stages],
         dp_replicate=[stage.dp_replicate for stage in stages],
         offload={name: [getattr(s.offload, name) for s in stages] for name in NO_OFFLOAD},
+        schedule=schedule,
     )
     terms = job.cost.terms(strategy)
     devices = np.array([stage.devices for stage in stages])

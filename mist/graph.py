@@ -123,14 +123,18 @@ class Block:
     """A distinct layer, the embedding, or the head with the loss.
 
     `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are
-    made). `boundary_bytes`: the input activation, which is all that full checkpointing keeps;
-    `flows`: whether it has a gradient, which goes back through it;
-    `carried_bytes`: what else with a gradient comes from earlier layers (an encoder's result);
-    `tp_bytes`: the activation that tensor-parallel ranks exchange.
+    made). Where the backward pass is split, what waits for the gradients of parameters
+    (`trace.split`) is `early`, saved by the last operation that reads a parameter and by those
+    before it, and `awaited`, the gradients of the results of all that read one. `boundary_bytes`:
+    the input activation, which is all that full checkpointing keeps; `keeps_input`: whether it is
+    among what is saved anyway; `flows`: whether it has a gradient, which goes back through the
+    block; `carried_bytes`: what else with a gradient comes from earlier layers
+    (an encoder's result); `tp_bytes`: the activation that tensor-parallel ranks exchange.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
     worst for some (b, s, t); the peak is their maximum. `transient_with_grads_bytes`: the same with
-    the gradients of parameters that were made so far. Of a block without a backward pass both are
-    of its forward pass, input included. `num_entries`, `num_exits`: how often the
+    the gradients of parameters that were made so far; `made_bytes`: of it what the backward pass
+    made, without these gradients. Of a block without a backward pass these are of its forward pass,
+    input included. `num_entries`, `num_exits`: how often the
     activation enters and leaves what tensor parallelism divides (2 and 2 in a transformer layer);
     `num_entries_back`, `num_exits_back`: those of them that a gradient goes back through;
     `num_whole`: what needs all tokens but divides nothing. `num_recomputed_ops`: how many of the
@@ -143,12 +147,16 @@ class Block:
     ops: tuple[Op, ...]
     saved: tuple[SavedTensor, ...]
     saved_single: tuple[SavedTensor, ...]
+    early: tuple[SavedTensor, ...]
+    awaited: tuple[SavedTensor, ...]
+    keeps_input: bool
     boundary_bytes: Expr
     carried_bytes: Expr
     flows: bool
     tp_bytes: Expr
     transient_bytes: tuple[Expr, ...]
     transient_with_grads_bytes: tuple[Expr, ...]
+    made_bytes: tuple[Expr, ...]
     num_entries: int
     num_exits: int
     num_entries_back: int

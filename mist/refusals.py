@@ -125,6 +125,12 @@ def _split_backward(index: int, stage: StagePlan) -> Iterator[Fault]:
             message="zero-bubble splits the backward pass, which keeps what it fetches of every "
             "micro-batch to the end of the step; use 1f1b",
         )
+    if stage.offload.grads > 0:
+        yield Fault(
+            path=f"stages[{index}].offload.grads",
+            message="zero-bubble reduces gradients once a step, and until then all of them are on "
+            "the device; offload no weights and grads, or use 1f1b",
+        )
 
 
 def _offload(plan: Plan) -> Iterator[Fault]:

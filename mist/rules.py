@@ -208,6 +208,13 @@ def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
         message="schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
         "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b.",
     )
+    if runtime.offloads("grads"):
+        yield Rule(
+            name="zero-bubble-keeps-gradients",
+            holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["grads"] == 0),
+            message="schedule zero-bubble reduces gradients once a step, and until then all of "
+            "them are on the device. Use 1f1b, or offload no weights and grads.",
+        )
     if runtime.offloads("activations"):
         yield Rule(
             name="zero-bubble-keeps-activations",

@@ -75,6 +75,48 @@ def in_flight(
     return np.asarray(np.minimum(chunks_held / np.asarray(chunks), micro), dtype=np.float64)
 
 
+def held(
+    kind: ScheduleKind,
+    *,
+    stage: ArrayLike,
+    num_stages: ArrayLike,
+    num_micro_batches: ArrayLike,
+    chunks: ArrayLike,
+) -> dict[str, NDArray[np.float64]]:
+    """What a stage holds at once, in micro-batches, as a backward pass begins: columns by name.
+
+    `in_flight` of its layers, on the average of its chunks; `embed_more` of the embedding, on the
+    first stage; `head_held` of the head, whose forward pass its own backward pass follows at once
+    (but for GPipe); `waiting`: those of them whose gradients of weights are still to come, one for
+    each stage before under zero bubble (`splits` 1, else 0); `forward_first`: see there. Arguments
+    are numbers or arrays that broadcast.
+    """
+    stages, micro, v = map(np.asarray, (num_stages, num_micro_batches, chunks))
+    sizes = {"num_stages": stages, "num_micro_batches": micro, "chunks": v}
+    layers = in_flight(kind, stage=stage, **sizes)
+    each_round = micro // np.maximum(micro // stages, 1)
+    embed = np.where(v > 1, np.minimum(2 * each_round, micro), layers)
+    gpipe, splits = kind is ScheduleKind.GPIPE, kind is ScheduleKind.ZERO_BUBBLE
+    columns = {
+        "in_flight": layers,
+        "embed_more": (embed - layers) * (np.asarray(stage) == 0),
+        "head_held": micro if gpipe else 1,
+        "splits": int(splits),
+        "waiting": splits * np.asarray(stage) / v,
+        "forward_first": forward_first(layers, micro),
+    }
+    return {name: np.asarray(column + 0.0 * layers) for name, column in columns.items()}
+
+
+def zero_as_run(kind: ScheduleKind, zero: ArrayLike) -> NDArray[np.int64]:
+    """The ZeRO level by which a stage reduces gradients: a split backward pass does so once a step.
+
+    FSDP2 knows no gradients of weights when it would reduce them, so that ZeRO-2 runs as ZeRO-1.
+    """
+    levels = np.asarray(zero)
+    return np.where(levels == 2, 1, levels) if kind is ScheduleKind.ZERO_BUBBLE else levels
+
+
 def forward_first(held: ArrayLike, num_micro_batches: ArrayLike) -> NDArray[np.bool_]:
     """Whether a stage that holds so many micro-batches runs all of a step forward before any back.
 

@@ -31,10 +31,6 @@ ALL_OR_NOTHING: Final = MappingProxyType(
 )
 
 
-# Zero bubble is searched where asked for: what its split backward pass holds is not predicted.
-_PREDICTED: Final = tuple(kind for kind in ScheduleKind if kind is not ScheduleKind.ZERO_BUBBLE)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
     """The allowed values of each knob; None leaves a knob to the runtime's own limits.
@@ -56,7 +52,7 @@ class SearchSpace:
     levels: tuple[MemoryLevel, ...] = tuple(MemoryLevel)
     some_layers: bool = True
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
-    schedules: tuple[ScheduleKind, ...] = _PREDICTED
+    schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
     chunks: tuple[int, ...] = (2, 3, 4, 6, 8)
     unlike_stages: bool = True
     unequal_meshes: bool = False
@@ -148,7 +144,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
     }
 )
 """What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
-the schedules whose memory is predicted, "whole" stages of unequal size too."""
+the other schedules, "whole" stages of unequal size too."""
 
 
 def space_of(name: str) -> SearchSpace:

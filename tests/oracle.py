@@ -397,6 +397,30 @@ def last_stage(rank: Rank) -> bool:
     return rank.stage == rank.num_stages - 1
 
 
+def _all_hosted(
+    rank: Rank, ends: list[Block], graph: ModelGraph, streams: dict[str, float]
+) -> float:
+    """Bytes of states in host memory, were all layers of the model on this stage."""
+    kinds = [graph.blocks[kind] for kind in graph.layer_kinds()]
+    of_layers = sum(held_params(rank, block) for block in kinds)
+    rest = sum(held_params(rank, block) for block in ends)
+    bytes_of = {state: size * rank.share(state) for state, size in streams.items()}
+    return of_layers * sum(bytes_of.values()) + rest * bytes_of["optimizer"]
+
+
+def _num_exchanged(rank: Rank, layers: list[tuple[Block, str]]) -> int:
+    """Activations at the borders of a stage that it holds.
+
+    Outputs in flight and a gradient received; inputs in flight, and the gradient sent last.
+    """
+    num = 0 if last_stage(rank) else _in_flight(rank) + 1
+    if rank.stage > 0:
+        num += 0 if _forward_first(rank) else 1
+        if all(level == "eager" and not block.keeps_input for block, level in layers):
+            num += _in_flight(rank)
+    return num
+
+
 def _peak(
     rank: Rank,
     layers: list[tuple[Block, str]],
@@ -430,6 +454,7 @@ def _peak(
     if rank.share("optimizer") == 1:
         largest = max((largest_tensor(rank, block) for block in ends), default=0.0)
         streamed = max(streamed, 2 * largest * streams["optimizer"])
+    streamed = min(streamed, _all_hosted(rank, ends, graph, streams))
     stays = 1 - rank.share("grads")
     rest = params - of_layers
     amid = left_layers = left_rest = 0.0
@@ -447,9 +472,8 @@ def _peak(
     first += left_layers * (of_layers - biggest)
     none = max(none, streamed) + left_layers * of_layers + left_rest
     instants = [*begin, max(first, none) - kept]
-    last = rank.stage == rank.num_stages - 1
-    sent = 0.0 if last else (in_flight + 1) * boundary
-    buffers = sent + 2 * away * max(sizes)
+    exchanged = boundary * _num_exchanged(rank, layers)
+    buffers = exchanged + 2 * away * max(sizes)
     total = states + in_flight * kept + max(instants) + gathered + buffers
     host = _host(rank, layers, ends, in_flight)
     return total * (1 + runtime.memory.allocator_overhead_ratio.value), host

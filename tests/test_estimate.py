@@ -97,24 +97,49 @@ def test_weight_gradients_fill_the_bubble() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunks", "held"),
+    ("kind", "chunks", "held", "embed", "head"),
     [
-        (ScheduleKind.GPIPE, 1, [64, 64, 64, 64]),
-        (ScheduleKind.ONE_F_ONE_B, 1, [4, 3, 2, 1]),
-        (ScheduleKind.ZERO_BUBBLE, 1, [4, 4, 4, 4]),
-        (ScheduleKind.INTERLEAVED, 2, [5.5, 4.5, 3.5, 2.5]),
+        (ScheduleKind.GPIPE, 1, [64, 64, 64, 64], 64, 64),
+        (ScheduleKind.ONE_F_ONE_B, 1, [4, 3, 2, 1], 4, 1),
+        (ScheduleKind.INTERLEAVED, 2, [5.5, 4.5, 3.5, 2.5], 8, 1),
+        (ScheduleKind.INTERLEAVED, 4, [4.75, 4.25, 3.75, 3.25], 8, 1),
     ],
 )
 def test_activations_are_held_by_schedule(
-    kind: ScheduleKind, chunks: int, held: list[float]
+    kind: ScheduleKind, chunks: int, held: list[float], embed: int, head: int
 ) -> None:
-    """As many as are in flight (tests/test_schedule.py) times those of one micro-batch."""
-    job = toy_job(toy_graph((64,), vocab=64), num_gpus=4)
+    """As many as are in flight (tests/test_schedule.py), embedding and head by their own order.
+
+    The toy: a layer keeps [tokens, 1024] twice and [tokens, 4096] once in 2 bytes, the tables that
+    all share [seq, 1024], an end [tokens, vocabulary] in 4 bytes.
+    """
+    vocab, tokens, num_layers = 8192, 2048, 16
+    job = toy_job(toy_graph((64,), vocab=vocab), num_gpus=4)
     stages = chunked(stages_of(job, 4), chunks)
     judged = estimate(job, stages, 64, Schedule(kind=kind, vpp=chunks)).stages
-    alone = estimate(job, stages_of(job, 4), 1).stages
-    for stage, one, count in zip(judged, alone, held, strict=True):
-        activations = count * one.memory_parts_bytes["activations"]
+    layers = num_layers * 2 * tokens * (1024 + 1024 + 4096) + chunks * 2 * tokens * 1024
+    ends = [embed, 0, 0, head]
+    for stage, count, end in zip(judged, held, ends, strict=True):
+        activations = count * layers + end * 4 * tokens * vocab
+        assert stage.memory_parts_bytes["activations"] == pytest.approx(activations, rel=1e-6)
+
+
+def test_activations_wait_under_zero_bubble() -> None:
+    """S micro-batches on every stage, of which stage i has i that wait for gradients of weights.
+
+    These hold gradients of [tokens, 1024] twice and [tokens, 4096] once for each layer, and of the
+    head its logits in 2 bytes and its input, but not what the loss kept.
+    """
+    vocab, tokens, num_layers = 8192, 2048, 16
+    job = toy_job(toy_graph((64,), vocab=vocab), num_gpus=4)
+    schedule = Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)
+    judged = estimate(job, stages_of(job, 4), 64, schedule).stages
+    layer, loss = 2 * tokens * (1024 + 1024 + 4096), 4 * tokens * vocab
+    for i, stage in enumerate(judged):
+        activations = 4 * (num_layers * layer + 2 * tokens * 1024) + i * num_layers * layer
+        activations += 4 * loss * (i == 0)
+        if i == 3:
+            activations += loss + i * 2 * tokens * (1024 + vocab)
         assert stage.memory_parts_bytes["activations"] == pytest.approx(activations, rel=1e-6)
 
 

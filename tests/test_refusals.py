@@ -81,8 +81,9 @@ def test_fewer_micro_batches_than_stages() -> None:
 
 def chunked(kind: ScheduleKind, **changes: object) -> Plan:
     """Two stages of two chunks."""
-    first = stage_plan(layers=((0, 4), (8, 4)))
-    second = stage_plan(layers=((4, 4), (12, 4)), device=4)
+    eager = {MemoryLevel.EAGER: 8}
+    first = stage_plan(layers=((0, 4), (8, 4)), memory=eager)
+    second = stage_plan(layers=((4, 4), (12, 4)), memory=eager, device=4)
     schedule = Schedule(kind=kind, vpp=2)
     return replace(sample_plan(schedule=schedule, stages=(first, second)), **changes)
 
@@ -124,11 +125,17 @@ def test_zero_bubble_with_what_its_backward_pass_cannot_do() -> None:
         "stages[0].offload.activations: zero-bubble splits the backward pass, which keeps what it "
         "fetches of every micro-batch to the end of the step; use 1f1b"
     )
-    some = replace(second, memory={MemoryLevel.SELECTIVE: second.num_layers})
-    assert words_of(replace(plan, stages=(first, some))) == (
-        "stages[1].memory: zero-bubble splits the backward pass: torch runs a selective layer "
-        "backward once only, and a full one forward again for each of its weights; use eager "
-        "layers, or 1f1b"
+    for level in (MemoryLevel.SELECTIVE, MemoryLevel.FULL):
+        some = replace(second, memory={level: second.num_layers})
+        assert words_of(replace(plan, stages=(first, some))) == (
+            "stages[1].memory: zero-bubble splits the backward pass: torch runs a selective layer "
+            "backward once only, and a full one forward again for each of its weights; use eager "
+            "layers, or 1f1b"
+        )
+    away = replace(first, zero=2, offload=Offload(weights=0.5, grads=0.5))
+    assert words_of(replace(plan, stages=(away, second))) == (
+        "stages[0].offload.grads: zero-bubble reduces gradients once a step, and until then all of "
+        "them are on the device; offload no weights and grads, or use 1f1b"
     )
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.schedule import in_flight, step_time
+from mist.schedule import held, in_flight, step_time, zero_as_run
 from mist.spec import ScheduleKind
-from tests.torch_schedules import most_held, pipeline_order
+from tests.torch_schedules import ends_held, most_held, pipeline_order
 
 
 def paper_form(num_micro_batches: int, stable: list[float], delta: list[float]) -> float:
@@ -113,7 +113,7 @@ def test_in_flight_as_torch_orders_it(kind: ScheduleKind, chunks: int) -> None:
         order = pipeline_order(kind.value, num_stages, num_micro_batches, chunks)
         if order is None:
             continue
-        held = in_flight(
+        found = in_flight(
             kind,
             stage=np.arange(num_stages),
             num_stages=num_stages,
@@ -121,9 +121,47 @@ def test_in_flight_as_torch_orders_it(kind: ScheduleKind, chunks: int) -> None:
             chunks=chunks,
         )
         want = [most_held(order[rank]) / chunks for rank in range(num_stages)]
-        assert held.tolist() == want, (num_stages, num_micro_batches)
+        assert found.tolist() == want, (num_stages, num_micro_batches)
         compared += 1
     assert compared > 50
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("kind", [ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE])
+def test_what_the_ends_hold_as_torch_orders_it(kind: ScheduleKind, chunks: int) -> None:
+    compared = 0
+    for num_stages, num_micro_batches in itertools.product(range(2, 7), range(2, 25)):
+        order = pipeline_order(kind.value, num_stages, num_micro_batches, chunks)
+        if order is None or num_micro_batches < num_stages:
+            continue
+        stage = np.arange(num_stages)
+        sizes = {"num_stages": num_stages, "num_micro_batches": num_micro_batches}
+        columns = held(kind, stage=stage, chunks=chunks, **sizes)
+        ends = [ends_held(order[rank], num_stages, chunks) for rank in range(num_stages)]
+        embed = columns["in_flight"][0] + columns["embed_more"][0]
+        assert (embed, columns["head_held"][-1]) == (ends[0][0], ends[-1][1]), sizes
+        assert columns["embed_more"][1:].tolist() == [0] * (num_stages - 1)
+        assert (columns["waiting"] * chunks).tolist() == [waits for _, _, waits in ends], sizes
+        compared += 1
+    assert compared > 40
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_what_the_ends_hold_where_nothing_takes_turns(num_stages: int) -> None:
+    sizes = {"num_stages": num_stages, "num_micro_batches": 8, "chunks": 1}
+    all_first = held(ScheduleKind.GPIPE, stage=np.arange(num_stages), **sizes)
+    assert all_first["head_held"].tolist() == [8] * num_stages
+    in_turn = held(ScheduleKind.ONE_F_ONE_B, stage=np.arange(num_stages), **sizes)
+    assert in_turn["head_held"].tolist() == [1] * num_stages
+    for columns in (all_first, in_turn):
+        assert not columns["embed_more"].any()
+        assert not columns["waiting"].any()
+
+
+def test_a_split_backward_pass_reduces_once_a_step() -> None:
+    levels = np.arange(4)
+    assert zero_as_run(ScheduleKind.ZERO_BUBBLE, levels).tolist() == [0, 1, 1, 3]
+    assert zero_as_run(ScheduleKind.ONE_F_ONE_B, levels).tolist() == [0, 1, 2, 3]
 
 
 def test_in_flight_of_many_pipelines_at_once() -> None:

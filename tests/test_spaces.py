@@ -20,7 +20,6 @@ from mist.spec import MemoryLevel, ScheduleKind
 
 EAGER, SELECTIVE, FULL = MemoryLevel
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
-PREDICTED = (GPIPE, ONE_F_ONE_B, INTERLEAVED)  # zero bubble is searched where it is asked for
 
 TABLE = {
     # name: tp, pp, ZeRO levels, memory levels, mixed in a stage, offloads, schedules, unlike stages
@@ -33,10 +32,10 @@ TABLE = {
     "aceso": (None, None, "01", (EAGER, FULL), True, "", (ONE_F_ONE_B,), True),
     "paper": (None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True),
     "mist": (
-        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", PREDICTED, True,
+        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
     "whole": (
-        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", PREDICTED, True,
+        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
 }  # fmt: skip
 
@@ -165,8 +164,8 @@ def test_what_is_limited(words: str, most: dict[str, int]) -> None:
         ("activations", {"offload": {**PAPER_RATIOS, "activations": (0.0,)}}),
         ("selective", {"levels": (EAGER, FULL)}),
         ("full", {"levels": (EAGER, SELECTIVE)}),
-        ("interleaved", {"schedules": (GPIPE, ONE_F_ONE_B)}),
-        ("1f1b", {"schedules": (GPIPE, INTERLEAVED)}),
+        ("interleaved", {"schedules": (GPIPE, ONE_F_ONE_B, ZERO_BUBBLE)}),
+        ("1f1b", {"schedules": (GPIPE, INTERLEAVED, ZERO_BUBBLE)}),
         ("unlike-stages", {"unlike_stages": False, "unequal_meshes": False}),
         ("unequal-meshes", {"unequal_meshes": False}),
     ],

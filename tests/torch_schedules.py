@@ -50,3 +50,31 @@ def most_held(actions: list[schedules._Action | None]) -> int:
                 held.remove(chunk)
         most = max(most, len(held))
     return most
+
+
+def ends_held(
+    actions: list[schedules._Action | None], num_stages: int, chunks: int
+) -> tuple[int, int, int]:
+    """The most micro-batches of the first and of the last chunk that a rank holds, and that wait.
+
+    Of the last one from forward to backward, counted as backward passes begin: its logits live so
+    long; those that wait for gradients of weights as another one begins backward.
+    """
+    embed, head, waiting = set(), set(), set()
+    most = [0, 0, 0]
+    for action in filter(None, actions):
+        at, kind = (action.stage_index, action.microbatch_index), action.computation_type.name
+        if kind == "FORWARD":
+            embed |= {at} if action.stage_index == 0 else set()
+            head |= {at} if action.stage_index == num_stages * chunks - 1 else set()
+            continue
+        if kind != "BACKWARD_WEIGHT":
+            held = (len(embed), len(head), len(waiting))
+            most = [max(pair) for pair in zip(most, held, strict=True)]
+            head.discard(at)
+        if kind == "BACKWARD_INPUT":
+            waiting.add(at)
+        else:
+            waiting.discard(at)
+            embed.discard(at)
+    return tuple(most)

@@ -110,6 +110,14 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         ),
         saved=saved,
         saved_single=saved,
+        early=saved,
+        awaited=(
+            kept(Layout.REPLICATED, ELEMENT_BYTES * tokens * hidden),
+            kept(Layout.SHARDED, ELEMENT_BYTES * tokens * width),
+            kept(Layout.GATHERED, ELEMENT_BYTES * tokens * hidden),
+        ),
+        keeps_input=False,
+        made_bytes=(ELEMENT_BYTES * tokens * (2 * width + hidden / Q),),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(ELEMENT_BYTES * tokens * width, ELEMENT_BYTES * amid * hidden),
         transient_with_grads_bytes=(
@@ -141,6 +149,10 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         ),
         saved=(kept(Layout.SHARDED, 4 * tokens * width),),
         saved_single=(kept(Layout.SHARDED, 4 * tokens * width),),
+        early=(kept(Layout.GATHERED, ELEMENT_BYTES * tokens * hidden),),
+        awaited=(kept(Layout.SHARDED, ELEMENT_BYTES * tokens * width),),
+        keeps_input=True,
+        made_bytes=(8 * tokens * width,),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(4 * tokens * (width + hidden / Q),),
         transient_with_grads_bytes=(

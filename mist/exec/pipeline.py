@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
     ScheduleGPipe,
@@ -119,6 +119,8 @@ class Stage(PipelineStage):
         self._flows = shell.flows
         self._zero = plan.stages[place.stage].zero
         self._split = plan.schedule.kind is ScheduleKind.ZERO_BUBBLE
+        self._sends_itself = plan.schedule.kind is not ScheduleKind.ONE_F_ONE_B
+        self._leaving: dict[int, list[dist.Work]] = {}
         self._like = activation
         self._arriving = _Arriving()
         if place.column.size() == 1:
@@ -157,7 +159,7 @@ class Stage(PipelineStage):
         if self.is_last:
             return []
         output = self.fwd_cache[fwd_chunk_id][0][0]
-        return list(self._send(output.detach(), self._grid_at(1)))
+        return self._leave(1, self._send(output.detach(), self._grid_at(1)))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Send a gradient to all that need a part of it."""
@@ -167,7 +169,24 @@ class Stage(PipelineStage):
         if not self._flows.before:
             return []
         assert gradient is not None
-        return list(self._send(gradient, self._grid_at(-1)))
+        return self._leave(-1, self._send(gradient, self._grid_at(-1)))
+
+    # Of torch's schedules only 1F1B drops what has been sent before the end of the step. Transfers
+    # between two ranks have one order on both, so waiting for the one before stops no rank.
+
+    def _leave(self, step: int, operations: Iterator[dist.P2POp]) -> list[dist.P2POp]:
+        """What the schedule has to send: nothing, where it would hold all of it to the end."""
+        if not self._sends_itself:
+            return list(operations)
+        self.sent(step)
+        self._leaving[step] = schedules._batch_p2p(list(operations))
+        return []
+
+    def sent(self, *steps: int) -> None:
+        """Wait for what was sent last to the chunk before (-1) or behind (1)."""
+        for step in steps:
+            for work in self._leaving.pop(step, ()):
+                work.wait()
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
         received = self._arriving.forward.pop(fwd_chunk_id).assembled()
@@ -279,6 +298,7 @@ class Pipeline:
         stages: list[Any] = [
             Stage(shell, index, place, plan, activation) for index, shell in shells.items()
         ]
+        self._stages: tuple[Stage, ...] = tuple(stages)
         self._last = any(stage.is_last for stage in stages)
         options: dict[str, Any] = {"loss_fn": _own_loss, "scale_grads": False}
         kind, count = plan.schedule.kind, plan.num_micro_batches
@@ -297,6 +317,8 @@ class Pipeline:
         target = {"target": leaves[0]} if self._last else {}
         named = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
         self._schedule.step(**target, **named, return_outputs=False)
+        for stage in self._stages:
+            stage.sent(-1, 1)
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -21,6 +21,7 @@ from mist.pareto.meshes import unequal_sizes
 from mist.plans import ONE_F_ONE_B, Schedule
 from mist.platform import Runtime
 from mist.rules import TAKES_TURNS, broken, broken_by_levels, may_have
+from mist.schedule import zero_as_run
 from mist.spaces import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.spec import MemoryLevel, ScheduleKind
 
@@ -74,7 +75,7 @@ class Strategies:
         terms = {n: np.concatenate([term, other.terms[n]]) for n, term in self.terms.items()}
         return Strategies(**columns, terms=terms)
 
-    def priced(self, job: Job, num_stages: int) -> "Strategies":
+    def priced(self, job: Job, num_stages: int, schedule: Schedule = ONE_F_ONE_B) -> "Strategies":
         """The same with their terms, as stages of a pipeline of `num_stages`."""
         strategy = strategy_columns(
             job,
@@ -84,6 +85,7 @@ class Strategies:
             micro_batch=self.micro_batch,
             zero=self.zero,
             offload=self.offload,
+            schedule=schedule,
         )
         return replace(self, terms=job.cost.search_terms_of(strategy))
 
@@ -181,6 +183,8 @@ def _groups(
     priced = found.take(used).priced(job, num_stages)
     for schedule, rows in kept:
         held = priced.take(rows[used])
+        if (zero_as_run(schedule.kind, held.zero) != held.zero).any():
+            held = held.priced(job, num_stages, schedule)
         if schedule.kind in TAKES_TURNS:
             for tp in np.unique(held.tp):
                 yield group(schedule=schedule, strategies=held.take(held.tp == tp))
@@ -337,7 +341,7 @@ def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Str
     away = np.tile(ratios, (len(base), 1))
     strategies = replace(many, **dict(zip(OFFLOADED, away.T, strict=True)))
     kept = strategies.take(_keeps_rules(job, group, strategies))
-    return kept.priced(job, group.num_stages)
+    return kept.priced(job, group.num_stages, group.schedule)
 
 
 def lean_ratios(space: SearchSpace) -> Mapping[str, tuple[float, ...]]:

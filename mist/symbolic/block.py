@@ -82,6 +82,8 @@ class BlockCost:
     `weight_s`: the products of the backward pass that give gradients of weights. `attention_s`,
     `attention_ratio`, `scores_bytes`: core attention forward, its share of the forward operations,
     and what is saved inside it beyond queries, keys and values.
+    `input_bytes`: the input of the block where it does not save it. `early_bytes`, `awaited_bytes`,
+    `made_bytes`: of what `Block` lists under these names.
     """
 
     forward_s: Expr
@@ -110,6 +112,10 @@ class BlockCost:
     boundary_bytes: Expr
     transient_bytes: Expr
     transient_with_grads_bytes: Expr
+    input_bytes: Expr
+    early_bytes: Expr
+    awaited_bytes: Expr
+    made_bytes: Expr
 
     def named(self, block: str) -> tuple[dict[str, Expr], "BlockCost"]:
         """The fields under names of their own, and the same cost in terms of these names.
@@ -152,6 +158,7 @@ def head_cost(block: Block, setting: Setting) -> BlockCost:
             more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
             device["transient_bytes"] += more
             device["transient_with_grads_bytes"] += more
+            device["made_bytes"] += more
         return _end_cost(block, setting, device)
     device = _device_cost(_without_loss(block), setting)
     return _end_cost(block, setting, _with_loss(device, loss, logits, setting.precision))
@@ -185,6 +192,7 @@ def _without_loss(block: Block) -> Block:
         saved_single=tuple(tensor for tensor in block.saved_single if tensor.module),
         transient_bytes=(),
         transient_with_grads_bytes=(),
+        made_bytes=(),
     )
 
 
@@ -299,6 +307,10 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "scores_bytes": _scores_bytes(block, core, setting),
         "transient_bytes": _largest(block.transient_bytes, setting),
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
+        "input_bytes": int(not block.keeps_input) * block.boundary_bytes / setting.sequence_shards,
+        "early_bytes": _kept(block.early, setting),
+        "awaited_bytes": _kept(block.awaited, setting),
+        "made_bytes": _largest(block.made_bytes, setting),
     }
 
 

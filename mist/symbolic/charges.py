@@ -14,6 +14,7 @@ import sympy
 from mist.graph import B, Block, ModelGraph, S, T
 from mist.plans import Plan, StagePlan
 from mist.platform.runtime import Runtime
+from mist.schedule import zero_as_run
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
@@ -58,13 +59,14 @@ def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
     ends: list[Block],
 ) -> None:
     compute, fp32 = plan.workload.precision.num_bytes, Precision.FP32.num_bytes
+    zero = int(zero_as_run(plan.schedule.kind, own.zero))
     groups = [([layer], not layer.goes_back) for layer in layers]
     if ends:
         groups.append((ends, runtime.transients.root_group))
     for blocks, stays in groups:
         params = _params(blocks, own.tp)
         trained = _params(blocks, own.tp, trainable=True)
-        counts = _times(own.zero, plan.num_micro_batches, runtime, stays=stays)
+        counts = _times(zero, plan.num_micro_batches, runtime, stays=stays)
         _add(found, ("dp", "all_gather"), counts["gathers"], params * compute)
         if trained:
             _add(found, ("dp", "reduce_scatter"), counts["scatters"], trained * fp32)

@@ -40,6 +40,10 @@ RANKS = (
 STRATEGY = (*RANKS, *sym.OFFLOAD.values())
 POSITION = (
     sym.IN_FLIGHT,
+    sym.EMBED_MORE,
+    sym.HEAD_HELD,
+    sym.SPLITS,
+    sym.WAITING,
     sym.CHUNKS,
     sym.NUM_MICRO_BATCHES,
     sym.FORWARD_FIRST,

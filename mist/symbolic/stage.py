@@ -16,7 +16,7 @@ data-parallel groups): for each block x and memory level, seconds of one micro-b
 Formulas: Mist (EuroSys'25) section 4; bytes and collectives by ZeRO level from profiles/runtimes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -35,8 +35,11 @@ from mist.symbolic.block import (
     layer_cost,
     rank_params,
 )
+from mist.symbolic.groups import gradients_bytes, held_by_groups
 from mist.symbolic.host import allocated_terms, drawn_terms, hosted_terms
+from mist.symbolic.pipelined import kept_outputs
 from mist.symbolic.program import TIME_PARTS
+from mist.symbolic.rows import Row, of_blocks, params_of, rows_of, term, total, worst
 from mist.symbolic.slots import (
     Level,
     at_least,
@@ -90,6 +93,8 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         terms |= _block_terms(name, named[name], setting, traced[name])
     terms |= _stage_terms(graph, setting) | drawn_terms(graph, runtime)
     terms |= allocated_terms(graph, setting)
+    every = (named[str(kind)].trainable_params for kind in graph.layer_kinds())
+    terms["all_layers_params"] = sympy.Add(*every)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -102,7 +107,7 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting, traced: Block) ->
     """Terms of one block; the embedding and the head are never recomputed or offloaded."""
     is_layer, runtime = name.isdigit(), setting.runtime
     terms = {
-        f"{name}_params": cost.params,
+        f"{name}params_of": cost.params,
         f"{name}_trainable_params": cost.trainable_params,
         f"{name}_hosted_params": cost.hosted_params,
         f"{name}_back_params": cost.params * int(traced.goes_back),
@@ -113,6 +118,10 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting, traced: Block) ->
         else optimizer_seconds(cost.trainable_params, runtime, is_layer=is_layer),
         f"{name}_ends_s": ends_seconds(cost, runtime),
         f"{name}_weight_s": cost.weight_s,
+        f"{name}_input_bytes": cost.input_bytes,
+        f"{name}_early_bytes": cost.early_bytes,
+        f"{name}_awaited_bytes": cost.awaited_bytes,
+        f"{name}_made_bytes": cost.made_bytes,
     }
     for level in levels(cost, runtime, is_layer=is_layer):
         prefix = f"{name}_{level.name}"
@@ -186,60 +195,33 @@ def _state_bytes(runtime: Runtime, precision: Precision) -> Expr:
 
 def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
     """Sums over the layers of the stage: every count and position times its term."""
-    rows = list(_rows(num_kinds, runtime))
-    parts = {f"{part}_s": _total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
+    rows = list(rows_of(num_kinds, runtime))
+    parts = {f"{part}_s": total(rows, f"{part}_s") for part in TIME_PARTS if part != "p2p"}
     p2p = _p2p(runtime)
     parts |= {"p2p_s": p2p}
     each = runtime.host.micro_batch_launch_s.value
     parts["launch_s"] += each
     layers = [row for row in rows if row[0].isdigit()]
-    once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
+    once = worst(layers, "{x}_ends_s") + of_blocks(rows, "optimizer_s") + _tied_reduce()
     once += runtime.host.step_s.value
     memory, instants = _memory(rows, runtime, precision)
     return {
         **parts,
-        "stable_s": _total(rows, "stable_s") + p2p + each,
-        "lone_s": _total(rows, "lone_s") + p2p + each + once,
-        "weight_s": _of_blocks(rows, "weight_s"),
+        "stable_s": total(rows, "stable_s") + p2p + each,
+        "lone_s": total(rows, "lone_s") + p2p + each + once,
+        "weight_s": of_blocks(rows, "weight_s"),
         **{f"{part}_bytes": expr for part, expr in memory.items()},
         "peak_bytes": sympy.Add(*memory.values()),
         **instants,
         "host_bytes": _host_bytes(rows, runtime),
-        "drawn_bytes": _worst(rows, "{x}_drawn_bytes"),
+        "drawn_bytes": worst(rows, "{x}_drawn_bytes"),
     }
-
-
-_Row = tuple[str, str, Expr]
-
-
-def _rows(num_kinds: int, runtime: Runtime) -> Iterable[_Row]:
-    """Every (block, level, how many of it the stage has)."""
-    for kind in range(num_kinds):
-        for level in MemoryLevel:
-            if level is not MemoryLevel.SELECTIVE or runtime.selective is not None:
-                yield str(kind), level.value, sym.layer_count(level.value, kind)
-    yield "embed", "eager", sym.FIRST
-    yield "head", "eager", sym.LAST
-
-
-def _term(name: str) -> sympy.Symbol:
-    """The symbol by which a stage formula names a term."""
-    return sympy.Symbol(f"term_{name}", real=True)
-
-
-def _of_blocks(rows: Iterable[_Row], name: str) -> Expr:
-    """Sum over the blocks of the stage of a term that does not depend on the memory level."""
-    return sympy.Add(*(count * _term(f"{x}_{name}") for x, _, count in rows))
-
-
-def _total(rows: Iterable[_Row], name: str) -> Expr:
-    return sympy.Add(*(count * _term(f"{x}_{level}_{name}") for x, level, count in rows))
 
 
 def _p2p(runtime: Runtime) -> Expr:
     """Each chunk sends its output forward and its input's gradient back, once per micro-batch."""
     more = runtime.overlap.chunk_transfer_ratio.value * (sym.CHUNKS - 1)
-    in_node, cross = _term("p2p_in_node_s"), _term("p2p_cross_s")
+    in_node, cross = term("p2p_in_node_s"), term("p2p_cross_s")
     to_next = in_node + sym.NEXT_CROSSES * (cross - in_node)
     to_prev = in_node + sym.PREV_CROSSES * (cross - in_node)
     return (1 - sym.LAST + more) * to_next + (1 - sym.FIRST + more) * to_prev
@@ -247,13 +229,13 @@ def _p2p(runtime: Runtime) -> Expr:
 
 def _tied_reduce() -> Expr:
     """A tied embedding on two stages exchanges its gradient once per step."""
-    in_node, cross = _term("tied_reduce_in_node_s"), _term("tied_reduce_cross_s")
+    in_node, cross = term("tied_reduce_in_node_s"), term("tied_reduce_cross_s")
     at_one_end = sym.FIRST + sym.LAST - 2 * sym.FIRST * sym.LAST
     return at_one_end * (in_node + sym.SPANS_NODES * (cross - in_node))
 
 
 def _memory(
-    rows: list[_Row], runtime: Runtime, precision: Precision
+    rows: list[Row], runtime: Runtime, precision: Precision
 ) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """Peak bytes by part, which sum to the peak; and bytes at the instants that may be the peak.
 
@@ -261,25 +243,25 @@ def _memory(
     them, and each is a straight line in the numbers of layers.
     """
     own = runtime.memory.fixed_bytes.value
-    own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
-    own += _worst(rows, "{x}_{level}_staged_bytes")
-    trainable = _params(rows, "trainable_params")
-    states = trainable * _term("state_bytes_per_param") - _hosted_bytes(rows)
-    states += (_params(rows) - trainable) * _term("frozen_bytes_per_param")
-    step = trainable * _term("step_bytes_per_param")
+    own += runtime.memory.buffer_ratio.value * term("activation_bytes")
+    own += worst(rows, "{x}_{level}_staged_bytes")
+    trainable = params_of(rows, "trainable_params")
+    states = trainable * term("state_bytes_per_param") - _hosted_bytes(rows)
+    states += (params_of(rows) - trainable) * term("frozen_bytes_per_param")
+    step = trainable * term("step_bytes_per_param")
     if runtime.transients.root_group:
-        begin, end, gathered, grads = _of_groups(rows, precision)
-        states -= sym.FORWARD_FIRST * _gradients(rows)
+        begin, end, gathered, grads = held_by_groups(rows, precision)
+        states -= sym.FORWARD_FIRST * gradients_bytes(rows)
         step += grads
     else:
-        streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
-        begin = end = sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed)
-        gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
+        streamed = term("streamed_bytes_per_param") * worst(rows, "{x}params_of")
+        begin = end = sym.larger(worst(rows, "{x}_{level}_working_bytes"), streamed)
+        gathered = term("gathered_bytes_per_param") * worst(rows, "{x}params_of")
     others = {
         "states": states,
-        "activations": sym.IN_FLIGHT * (_total(rows, "kept_bytes") + _term("shared_bytes")),
+        "activations": _activations(rows),
         "gathered": gathered,
-        "buffers": _exchanged(runtime) * _term("p2p_bytes") + own,
+        "buffers": _exchanged(rows, runtime) + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
     step -= others["activations"] + others["gathered"]
@@ -291,176 +273,42 @@ def _memory(
     return parts, {name: (1 + overhead) * (held + size) for name, size in instants.items()}
 
 
-def _exchanged(runtime: Runtime) -> Expr:
-    """Activations that a stage receives into, and those it sent that it still holds."""
-    to_next, to_previous = sym.CHUNKS - sym.LAST, sym.CHUNKS - sym.FIRST
-    if runtime.memory.keeps_outputs:  # what it receives forward is what its first layer keeps
-        return to_next + sym.CHUNKS - 1 + sym.IN_FLIGHT * to_next
-    return to_next + to_previous
-
-
-def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr, Expr]:
-    """What FSDP and a backward pass hold for a while: as it begins, as it ends; what is gathered.
-
-    The last result are gradients that the states lack, as the optimizer steps.
-
-    Groups of parameters: P of a layer, R of both ends (the root); gradients are of those of them
-    that are trained. Under ZeRO-3 the root is gathered at all instants, so is a layer that has a
-    backward pass, and the next one beside the one that runs. A layer that runs makes gradients in
-    compute precision, beside what the reduction before holds in fp32 (of the micro-batch before:
-    that of `_reduced_last`); all of them are copied to fp32 when it has run. Gradients of the head
-    wait for those of the embedding. While a layer runs backward nothing of the head is kept; at the
-    first layer nothing of others, when the root is reduced and when the optimizer streams its
-    states nothing at all.
-
-    Where all forward passes come first there is no gradient when the first backward pass begins;
-    all the others hold a micro-batch less, and begin later than it ends. The last one drops the
-    gathered parameters of each layer that has run.
-    """
+def _activations(rows: list[Row]) -> Expr:
+    """What is kept of the micro-batches in flight, and of those that wait for W."""
     layers = [row for row in rows if row[0].isdigit()]
-    ends = [row for row in rows if not row[0].isdigit()]
-    root, trained = _params(ends), _params(ends, "trainable_params")
-    layer = _worst(layers, "{x}_params")
-    buffer = _term("buffer_bytes_per_param") * _reduced_last(layers, trained)
-    early = (1 - sym.FORWARD_FIRST) * buffer
-    first = _running(layers, early, precision) + _worst(layers, "{x}_{level}_kept_bytes")
-    reduced = _copied(precision) * trained - _next_layer(layers)
-    again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer, precision)
-    left = _left("layer_")
-    dropped = sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
-    done = sym.larger(reduced, _streamed(rows), again) + _left("") * trained
-    first -= left * _worst(layers, "{x}_trainable_params") - dropped * layer
-    of_layers = left * _of_blocks(layers, "trainable_params")
-    end = sym.larger(first, done) + of_layers - dropped * _of_blocks(layers, "params")
-    end -= _total(rows, "kept_bytes") + _term("shared_bytes")
-    gathered = _term("whole_bytes_per_param") * root + _next_layer(layers)
-    return _begins(layers, early, precision), end, gathered, of_layers + _left("") * trained
+    embed, head = (term(f"{end}_eager_kept_bytes") for end in ("embed", "head"))
+    kept = sym.IN_FLIGHT * (total(layers, "kept_bytes") + sym.CHUNKS * term("shared_bytes"))
+    kept += sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE) * embed + sym.LAST * sym.HEAD_HELD * head
+    of_head = sym.LAST * sym.CHUNKS * (term("head_early_bytes") + term("head_awaited_bytes"))
+    return kept + sym.WAITING * (of_blocks(layers, "awaited_bytes") + of_head)
 
 
-def _reduced_last(layers: list[_Row], of_root: Expr) -> Expr:
-    """Parameters of the group that FSDP2 reduces last: behind the root, layers without gradient.
-
-    Of their inputs, that is; only one of them is trained.
-    """
-    here = _of_blocks(layers, "without_gradient")
-    last = (
-        count * _term(f"{x}_without_gradient") * _term(f"{x}_trainable_params")
-        for x, _, count in layers
-    )
-    return sympy.Add(*last) + (1 - sym.smaller(1, here)) * of_root
-
-
-def _next_layer(layers: list[_Row]) -> Expr:
-    """Bytes of the layer that is gathered for its backward pass, or ahead of it."""
-    return _term("whole_bytes_per_param") * _worst(layers, "{x}_back_params")
+def _exchanged(rows: list[Row], runtime: Runtime) -> Expr:
+    """Bytes that a stage receives into, and of those it sent that it still holds."""
+    if not runtime.memory.keeps_outputs:
+        return (2 * sym.CHUNKS - sym.LAST - sym.FIRST) * term("p2p_bytes")
+    eager = [row for row in rows if row[0].isdigit() and row[1] == MemoryLevel.EAGER]
+    deeper = [row for row in rows if row[0].isdigit() and row[1] != MemoryLevel.EAGER]
+    # Layers that keep least, and among that their input, come first.
+    alone = 1 - sym.smaller(1, sympy.Add(*(count for _, _, count in deeper)))
+    borders, inputs = kept_outputs()
+    return borders * term("p2p_bytes") + inputs * alone * worst(eager, "{x}_input_bytes")
 
 
-def _begins(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
-    """What a backward pass holds as it begins: in the loss, then in the first layer it runs."""
-    apart = _apart(precision)
-    loss = _made_in([("head", "eager", sym.LAST)], apart) + sym.LAST * buffer
-    no_head = sym.LAST * _term("head_eager_kept_bytes")
-    return sym.larger(0, loss, _running(layers, buffer, precision) - no_head)
-
-
-def _running(layers: list[_Row], buffer: Expr, precision: Precision) -> Expr:
-    """What the worst layer that runs backward holds, then its gradients as they are copied."""
-    params, apart = _worst(layers, "{x}_trainable_params"), _apart(precision)
-    fp32 = _term("fp32_bytes_per_param")
-    reduces = sym.larger(_term("buffer_bytes_per_param"), _lone() * fp32)
-    runs = _made_in(layers, apart) + sym.larger(reduces * params, buffer)
-    wait = apart * _term("compute_bytes_per_param") * sym.LAST * _term("head_trainable_params")
-    gathered = _term("whole_bytes_per_param") * _worst(layers, "{x}_params")
-    return sym.larger(runs, _copied(precision) * params) + wait + gathered
-
-
-def _made_in(rows: list[_Row], apart: Expr) -> Expr:
-    """What the backward pass of the worst block makes, gradients included.
-
-    Where they are added to those of the micro-batch before at once, one tensor's at a time.
-    """
-    running = _worst(rows, "{x}_{level}_running_bytes")
-    if apart == 1:
-        return running
-    added = _term("compute_bytes_per_param") * _worst(rows, "{x}_largest_params")
-    return apart * running + (1 - apart) * (_worst(rows, "{x}_{level}_working_bytes") + added)
-
-
-def _apart(precision: Precision) -> Expr:
-    """1 where a layer's gradients are not added at once to those of the micro-batch before.
-
-    They are where both are fp32 and no reduction takes them.
-    """
-    if precision is not Precision.FP32:
-        return _ONE
-    return sym.larger(_term("reduces"), sym.FORWARD_FIRST)
-
-
-def _copied(precision: Precision) -> Expr:
-    """Bytes per parameter of gradients and of the fp32 copy that a reduction or a sum begins with.
-
-    Later micro-batches add to that copy where nothing is reduced.
-    """
-    copies = sym.larger(_term("reduces"), sym.FORWARD_FIRST) * _term("fp32_bytes_per_param")
-    return _apart(precision) * _term("compute_bytes_per_param") + copies
-
-
-def _left(which: str) -> Expr:
-    """Bytes per parameter of gradients that the first backward pass leaves on the device."""
-    left, amid = (_term(f"{which}{name}_bytes_per_param") for name in ("left", "grads"))
-    return sym.FORWARD_FIRST * (_lone() * left + (1 - _lone()) * amid)
-
-
-def _streamed(rows: list[_Row]) -> Expr:
-    """What the optimizer has on its way: buckets, of one parameter at least."""
-    layers = [row for row in rows if row[0].isdigit()]
-    ends = [row for row in rows if not row[0].isdigit()]
-    bucket = sym.larger(_term("bucket_params"), _worst(layers, "{x}_largest_params"))
-    return sym.larger(
-        _term("streamed_bytes_per_param") * bucket,
-        _term("streamed_end_bytes_per_param") * _worst(ends, "{x}_largest_params"),
-    )
-
-
-def _lone() -> Expr:
-    """1 where a step has one micro-batch, else 0."""
-    return 1 - sym.smaller(1, sym.NUM_MICRO_BATCHES - 1)
-
-
-def _gradients(rows: list[_Row]) -> Expr:
-    """Bytes of gradients on the device amid a step."""
-    layers = _of_blocks([row for row in rows if row[0].isdigit()], "trainable_params")
-    ends = _params(rows, "trainable_params") - layers
-    return layers * _term("layer_grads_bytes_per_param") + ends * _term("grads_bytes_per_param")
-
-
-def _params(rows: list[_Row], which: str = "params") -> Expr:
-    """Parameters of the stage on a rank, or `which`; a tied one that both ends have counts once."""
-    return _of_blocks(rows, which) - sym.FIRST * sym.LAST * _term(f"tied_{which}")
-
-
-def _hosted_bytes(rows: list[_Row]) -> Expr:
+def _hosted_bytes(rows: list[Row]) -> Expr:
     """States in host memory: weights and gradients of layers, optimizer states of all blocks."""
     layers = [row for row in rows if row[0].isdigit()]
     return (
-        _of_blocks(layers, "hosted_params") * _term("hosted_weights_bytes_per_param")
-        + _of_blocks(layers, "trainable_params") * _term("hosted_grads_bytes_per_param")
-        + _params(rows, "trainable_params") * _term("hosted_bytes_per_param")
+        of_blocks(layers, "hosted_params") * term("hosted_weights_bytes_per_param")
+        + of_blocks(layers, "trainable_params") * term("hosted_grads_bytes_per_param")
+        + params_of(rows, "trainable_params") * term("hosted_bytes_per_param")
     )
 
 
-def _host_bytes(rows: list[_Row], runtime: Runtime) -> Expr:
+def _host_bytes(rows: list[Row], runtime: Runtime) -> Expr:
     """What one rank keeps in host memory, as it is allocated there."""
     overhead = runtime.offload.host_overhead_ratio if runtime.offload else None
-    states = _of_blocks(rows, "allocated_bytes")
-    states -= sym.FIRST * sym.LAST * _term("tied_allocated_bytes")
+    states = of_blocks(rows, "allocated_bytes")
+    states -= sym.FIRST * sym.LAST * term("tied_allocated_bytes")
     states *= 1 + overhead.value if overhead else 1
-    return states + sym.IN_FLIGHT * _total(rows, "host_bytes")
-
-
-def _worst(rows: Iterable[_Row], template: str) -> Expr:
-    """The largest of a term over the blocks that the stage has at all."""
-    present = [
-        sym.smaller(1, count) * _term(template.format(x=x, level=level)) for x, level, count in rows
-    ]
-    return sym.larger(*present)
+    return states + sym.IN_FLIGHT * total(rows, "host_bytes")

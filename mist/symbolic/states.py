@@ -1,4 +1,4 @@
-"""Bytes per parameter of single states, by ZeRO level: what the memory of a stage is built from."""
+"""What states and groups of parameters take, in bytes per parameter, by ZeRO level."""
 
 from typing import Final
 

@@ -32,7 +32,15 @@ OFFLOAD: Final = {
 }
 """Share of each state that lives in host memory, 0 to 1."""
 IN_FLIGHT = sympy.Symbol("in_flight", positive=True, integer=True)
-"""Micro-batches whose activations the stage holds at once, by `mist.schedule.in_flight`."""
+"""Micro-batches whose layers' activations the stage holds at once, by `mist.schedule.held`."""
+EMBED_MORE = sympy.Symbol("embed_more", real=True)
+"""Micro-batches in flight in the embedding beyond `IN_FLIGHT`: chunks of a rank are not alike."""
+HEAD_HELD = sympy.Symbol("head_held", positive=True, integer=True)
+"""Micro-batches whose logits the last stage holds at once."""
+SPLITS = sympy.Symbol("splits", nonnegative=True, integer=True)
+"""1 where gradients of weights are computed later than those of activations (zero bubble)."""
+WAITING = sympy.Symbol("waiting", nonnegative=True)
+"""Micro-batches that wait for their gradients of weights as another one begins backward."""
 CHUNKS = sympy.Symbol("chunks", positive=True, integer=True)
 """v, runs of layers that a stage takes in turn."""
 NUM_MICRO_BATCHES = sympy.Symbol("num_micro_batches", positive=True, integer=True)

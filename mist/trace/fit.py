@@ -22,6 +22,7 @@ from sympy import Basic, Expr
 from mist.graph import B, S
 from mist.trace.record import Kept, Part
 from mist.trace.session import Piece, Point, Run
+from mist.trace.split import Awaited
 
 BATCHES: Final = (2, 3)
 MULTIPLES: Final = (2, 3, 4)
@@ -167,6 +168,7 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         live=live,
         ops=fit.merged([piece.part.ops for piece in pieces]),
         kept=_kept(fit, [piece.part for piece in pieces]),
+        awaited=_awaited(fit, [piece.part.awaited for piece in pieces]),
     )
     return Piece(
         part,
@@ -176,6 +178,10 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         transients_with_grads=live.transients(with_grads=True) if first.transients else (),
         module=first.module,
     )
+
+
+def _awaited(fit: Fit, found: Sequence[Awaited]) -> Awaited:
+    return replace(found[0], gradients=fit.merged([each.gradients for each in found]))
 
 
 def _kept(fit: Fit, parts: Sequence[Part]) -> dict[int, Kept]:

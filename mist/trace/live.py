@@ -167,6 +167,16 @@ class Live:
             for row in moments[_undominated(moments @ _coefficients(sizes))]
         )
 
+    def made(self) -> tuple[Expr, ...]:
+        """Bytes of what the backward pass made, at its worst instants, without gradients."""
+        moments = {
+            tuple(held for held in moment if held[0] >= self._num_saved): None
+            for moment in self._moments
+        }
+        own = copy(self)
+        own._moments, own._num_saved = moments, 0
+        return own.transients()
+
     def _on_a_rank(self, index: int, form: Form) -> Expr:
         """Bytes of a storage under tensor and sequence parallelism."""
         size = self._bytes[index]

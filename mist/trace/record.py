@@ -32,6 +32,7 @@ from mist.trace.expr import Size, Symbols
 from mist.trace.flops import Work, work_of
 from mist.trace.fusion import Kernel
 from mist.trace.live import Live, Step
+from mist.trace.split import Awaited
 from mist.trace.tp_check import PRODUCTS, mixing
 from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
@@ -70,7 +71,7 @@ class Part:
     whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
     that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
     gradient, so that its memory is that of its forward pass. `mixed`: forward operations that
-    a shard cannot run, with the reason.
+    a shard cannot run, with the reason. `input`: the storage of its input activation.
     """
 
     name: str
@@ -88,6 +89,8 @@ class Part:
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False
     mixed: list[str] = field(default_factory=list)
+    awaited: Awaited = field(default_factory=Awaited)
+    input: int | None = None
     last: Origin = Origin()
     origins: dict[int, Origin] = field(default_factory=dict)
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -96,6 +99,16 @@ class Part:
     def saved(self) -> tuple[SavedTensor, ...]:
         """The saved storages, with what saved them."""
         return tuple(self._saved(kept) for kept in self.kept.values())
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether its input is among what it saved."""
+        return self.input in self.kept
+
+    def early(self) -> tuple[SavedTensor, ...]:
+        """Those that the last operation with a parameter, and the ones before it, saved."""
+        last = self.awaited.sequence
+        return tuple(self._saved(kept) for kept in self.kept.values() if kept.sequence <= last)
 
     def _saved(self, kept: Kept) -> SavedTensor:
         origin = self.origins.get(kept.sequence, Origin())
@@ -139,9 +152,15 @@ class Recorder(TorchDispatchMode):
         """The next call belongs to this kernel of a compiled graph (None: to none)."""
         self._kernel = kernel
 
-    def new_part(self, name: str, shared: frozenset[int] = frozenset()) -> Part:
-        """An empty part; saved tensors in the storages `shared` are not its own."""
-        return Part(name, Live(self._symbols), shared)
+    def new_part(
+        self,
+        name: str,
+        shared: frozenset[int] = frozenset(),
+        given: torch.Tensor | None = None,
+    ) -> Part:
+        """An empty part; saved tensors in the storages `shared` are not its own, `given` is."""
+        own = None if given is None else key_of(given)
+        return Part(name, Live(self._symbols), shared, input=own)
 
     @contextmanager
     def into(self, part: Part | None, phase: Phase = "forward") -> Iterator[None]:
@@ -194,6 +213,7 @@ class Recorder(TorchDispatchMode):
             self._leave(part, call, origin)
         else:
             self._read(part, call)
+            self._await(part, call, origin)
             reasons = mixing(call, self._symbols.shape)
             part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
             self._gather(part, call)
@@ -229,6 +249,27 @@ class Recorder(TorchDispatchMode):
         ):  # a graph has one node for all its calls: the maker is known here only
             name = str(call.func.overloadpacket)
             part.makers.update((key_of(t), name) for t in _tensors(call.out))
+
+    def _await(self, part: Part, call: Call, origin: Origin) -> None:
+        """Note a call that reads a parameter beside an activation."""
+        given = list(_tensors(tuple(call.arguments.values())))
+        parameters = {key for key in map(key_of, given) if key in self._states}
+        result = part.awaited.read(given, parameters, list(_tensors(call.out)))
+        if result is None:
+            return
+        size = self._symbols.expr(result.numel() * result.element_size())
+        whole = origin.whole or any(map(self._is_divided, given))
+        undivided = Layout.GATHERED if whole else Layout.REPLICATED
+        part.awaited.gradients.append(
+            SavedTensor(
+                bytes=size,
+                shape=self._symbols.shape(result),
+                dtype=dtype_of(result),
+                op=origin.op,
+                module=origin.module,
+                layout=Layout.SHARDED if T in size.free_symbols else undivided,
+            )
+        )
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
         """Which storages a call leaves alive, and what a rank has of them."""

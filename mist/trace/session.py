@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from mist.errors import TraceError
 from mist.graph import B, S, SavedTensor, T
 from mist.trace.autocast import forward_in, outside
+from mist.trace.between import activation_of, cut_off, handed_on
 from mist.trace.blame import Passed
 from mist.trace.compiled import compiled
 from mist.trace.expr import Size, Symbols
@@ -252,7 +253,7 @@ class Session:
             kind = self.known[key]
             self.order.append(index)
             self.kinds.append(kind)
-            leaves = tree_map(_leaf, self.pieces[kind].outputs)
+            leaves = tree_map(cut_off, self.pieces[kind].outputs)
             outputs = tree_map(self._given, leaves)
             self.flow.made(len(self.kinds) - 1, [*_tensors(leaves), *_tensors(outputs)])
             self._leave_layer(index)
@@ -313,11 +314,11 @@ class Session:
     ) -> Piece:
         """Run one layer forward and backward, alone."""
         self.stack.enter_context(faked(layer.modules(), self.fakes))
-        args, kwargs = tree_map(self._given, tree_map(_leaf, (args, kwargs)))
+        args, kwargs = tree_map(self._given, tree_map(cut_off, (args, kwargs)))
         tensors = list(_tensors((args, kwargs)))
-        own = _activation(tensors)
+        own = activation_of(tensors)
         shared = frozenset(key_of(t) for t in tensors if t is not own)
-        piece = Piece(self.recorder.new_part(type(layer).__name__, shared), module=layer)
+        piece = Piece(self.recorder.new_part(type(layer).__name__, shared, own), module=layer)
         piece.boundary_bytes = self._total_bytes(own)
         piece.flows = own is not None and own.requires_grad
         carried = [t for t in tensors if t.requires_grad and t is not own]
@@ -333,7 +334,7 @@ class Session:
         if not piece.part.forward_only:
             piece.part.live.forward_done(piece.part.gathered)
         given = frozenset(key_of(t) for t in tensors)
-        piece.outputs = tree_map(partial(_output, given), outputs)
+        piece.outputs = tree_map(partial(handed_on, given), outputs)
         starts = [t for t in _tensors(outputs) if t.grad_fn is not None]
         seed = self._seed(piece, starts) if starts and self.point.backward else None
         del outputs, starts  # what comes after the layer frees its results before it goes backward
@@ -482,26 +483,6 @@ def _replaced(layer: nn.Module, on_call: Callable[..., object]) -> Iterator[None
             vars(layer)["forward"] = forward
         else:
             del vars(layer)["forward"]
-
-
-def _output(inputs: frozenset[int], value: object) -> object:
-    """A result as what follows gets it: not the layer's own storage, unless it was passed on."""
-    if isinstance(value, torch.Tensor) and key_of(value) not in inputs:
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    return _leaf(value)
-
-
-def _activation(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """What a layer works on: the first tensor with a gradient, else the first of floats."""
-    floats = [t for t in tensors if t.is_floating_point()]
-    return next((t for t in tensors if t.requires_grad), next(iter(floats or tensors), None))
-
-
-def _leaf(value: object) -> object:
-    """A tensor that needs a gradient, cut off from what made it."""
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        return value.detach().requires_grad_()
-    return value
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mist.estimate import rank_columns, stage_columns
 from mist.platform import Cluster, Device, OpCosts, Runtime
-from mist.schedule import forward_first, in_flight, step_time
+from mist.schedule import held, step_time
 from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 from mist.validate.layouts import RunLayout
@@ -117,29 +117,24 @@ def _stages(
         spans_nodes=(gpus > per_node)[run],
     )
     micro, chunks = column("num_micro_batches")[run], column("chunks")[run]
-    in_flight = _in_flight(stage, column("num_stages")[run], micro, chunks)
-    held = {
-        "in_flight": in_flight,
-        "num_micro_batches": micro,
-        "forward_first": forward_first(in_flight, micro),
-        "chunks": chunks,
-    }
+    holds = _held(stage, column("num_stages")[run], micro, chunks)
+    steps = {"num_micro_batches": micro, "chunks": chunks}
     levels = {
         f"{level}_0": np.concatenate([layout.layers_at(level) for layout in layouts])
         for level in MemoryLevel
     }
-    return cost.stage({**terms, **position, **held, **levels})
+    return cost.stage({**terms, **position, **holds, **steps, **levels})
 
 
-def _in_flight(
+def _held(
     stage: NDArray[np.int64],
     num_stages: NDArray[np.int64],
     num_micro_batches: NDArray[np.int64],
     chunks: NDArray[np.int64],
-) -> Floats:
-    """Micro-batches in flight: runs of several chunks interleave, the others are 1F1B."""
+) -> dict[str, Floats]:
+    """What stages hold at once: runs of several chunks interleave, the others are 1F1B."""
     one, many = (
-        in_flight(
+        held(
             kind,
             stage=stage,
             num_stages=num_stages,
@@ -148,7 +143,7 @@ def _in_flight(
         )
         for kind in (ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED)
     )
-    return np.where(chunks > 1, many, one)
+    return {name: np.where(chunks > 1, many[name], one[name]) for name in one}
 
 
 def _padded(values: Floats, run: NDArray[np.int64], stages: NDArray[np.int64]) -> Floats:

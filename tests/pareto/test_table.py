@@ -44,6 +44,7 @@ def stages_alone(
         micro_batch=own.micro_batch,
         zero=own.zero,
         offload=own.offload,
+        schedule=group.schedule,
     )
     terms = {name: term[:, None] for name, term in job.cost.terms(strategy).items()}
     size = group.sizes[0]
@@ -54,8 +55,10 @@ def stages_alone(
     return job.cost.stage({**terms, **columns, **levels})
 
 
-def mixes_of(count: int) -> list[tuple[int, ...]]:
-    """Layers at each level, at most two levels at once."""
+def mixes_of(model: GroupModel, count: int) -> list[tuple[int, ...]]:
+    """Layers at each level, at most two levels at once; zero bubble recomputes none."""
+    if model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
+        return [(count, 0, 0)]
     every = itertools.product(range(count + 1), repeat=len(MemoryLevel))
     return [mix for mix in every if sum(mix) == count and sum(n > 0 for n in mix) <= 2]
 
@@ -112,7 +115,7 @@ def compared(job: Job, space: SearchSpace, limit: float) -> int:
             table = stacked(mixes_at(model, i, ranges, limits), model.weight_s(i, ranges))
             for r in np.flatnonzero(allowed)[::2]:
                 first, count = int(ranges.first[r]), int(ranges.count[r])
-                alone = stages_alone(model, i, first, mixes_of(count))
+                alone = stages_alone(model, i, first, mixes_of(model, count))
                 fits = (alone["peak_bytes"] <= limit) & (alone["host_bytes"] <= 0.6e9)
                 want = best_points(alone["stable_s"][fits], alone["lone_s"][fits])
                 got = table.frontier(int(r), table.fits[:, r])
@@ -141,6 +144,7 @@ def test_a_space_of_one_level(level: MemoryLevel) -> None:
     job = toy_job(toy_graph(ALIKE), 4, global_batch=16)
     space = SearchSpace(levels=(level,), schedules=tuple(ScheduleKind))
     for group in groups(job, space):
+        assert level is MemoryLevel.EAGER or group.schedule.kind is not ScheduleKind.ZERO_BUBBLE
         model = GroupModel(job, group, group.strategies, space)
         ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
         found = mixes_at(model, 0, ranges, ANY)

@@ -14,7 +14,8 @@ from mist.graph import Layout
 from mist.platform import OpCosts, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
-from mist.spec import Precision
+from mist.schedule import held
+from mist.spec import Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import stage_model
 from tests.toys import kept, pointwise, toy_graph, toy_platform
@@ -69,8 +70,11 @@ def stage(
         gpus_per_node=np.array(8),
         spans_nodes=np.array(True),
     )
-    held = {"in_flight": min(pp, 8), "num_micro_batches": 8, "forward_first": 0, "chunks": 1}
-    counts = held | {"eager_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
+    one_f_one_b = held(
+        ScheduleKind.ONE_F_ONE_B, stage=0, num_stages=pp, num_micro_batches=8, chunks=1
+    )
+    steps = {"num_micro_batches": 8, "chunks": 1}
+    counts = one_f_one_b | steps | {"eager_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
     return {
         name: float(value) for name, value in cost.stage({**terms, **position, **counts}).items()
     }

@@ -1,0 +1,61 @@
+"""What a split backward pass keeps, against torch's own split on real tensors."""
+
+from itertools import chain
+
+import pytest
+import torch
+from torch.distributed.pipelining._backward import (
+    stage_backward_input,
+    stage_backward_weight,
+)
+
+from mist.spec import Attention, Precision
+from mist.trace import Setting, trace_model
+from tests.trace.real import layer_inputs
+from tests.trace.test_exact import (
+    INPUTS,
+    PATHS,
+    Family,
+    bert,
+    gpt2,
+    llama,
+    plain,
+    saved_bytes,
+    token_ids,
+)
+
+POINTS = [(2, 48), (3, 77)]
+
+
+def waiting_bytes(module: torch.nn.Module, output: torch.Tensor, given: torch.Tensor) -> int:
+    """Bytes of the gradients that torch holds between the halves of a backward pass."""
+    weights = list(module.parameters())
+    _, groups = stage_backward_input([output], [torch.ones_like(output)], [given], iter(weights))
+    rows = chain.from_iterable(chain.from_iterable(group["grads"]) for group in groups)
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in rows if t is not None
+    }
+    stage_backward_weight(iter(weights), groups)
+    assert all(weight.grad is not None for weight in weights)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        pytest.param(family, Precision.FP32, id=family.__name__)
+        for family in (llama, gpt2, bert, plain)
+    ],
+)
+def test_gradients_that_wait_equal_real_ones(family: Family, precision: Precision) -> None:
+    setting = Setting(precision=precision, attention=Attention.FLASH, policy="cpu")
+    (block,) = trace_model(family(torch.float32, "meta"), setting).blocks
+    model = family(torch.float32, "cpu")
+    layer = model.get_submodule(PATHS[family])
+    for b, s in POINTS:
+        (first, *rest), kwargs = layer_inputs(model, layer, INPUTS.get(family, token_ids)(b, s))
+        given = first.detach().requires_grad_()
+        out = layer(given, *rest, **kwargs)
+        output = out[0] if isinstance(out, tuple) else out
+        found = waiting_bytes(layer, output, given)
+        assert saved_bytes(block.awaited, b, s) == found, (b, s)
