@@ -32,7 +32,7 @@ def held_by_groups(rows: list[Row], precision: Precision) -> tuple[Expr, Expr, E
     layers = [row for row in rows if row[0].isdigit()]
     ends = [row for row in rows if not row[0].isdigit()]
     root, trained = params_of(ends), params_of(ends, "trainable_params")
-    layer = worst(layers, "{x}params_of")
+    layer = worst(layers, "{x}_params")
     buffer = term("buffer_bytes_per_param") * _reduced_last(layers, trained)
     early = (1 - sym.FORWARD_FIRST) * buffer
     first = _running(layers, early, precision) + worst(layers, "{x}_{level}_kept_bytes")
@@ -107,7 +107,7 @@ def _running(layers: list[Row], buffer: Expr, precision: Precision) -> Expr:
     reduces = sym.larger(term("buffer_bytes_per_param"), _lone() * fp32)
     runs = _made_in(layers, apart) + sym.larger(reduces * params, buffer)
     wait = apart * term("compute_bytes_per_param") * sym.LAST * term("head_trainable_params")
-    gathered = term("whole_bytes_per_param") * worst(layers, "{x}params_of")
+    gathered = term("whole_bytes_per_param") * worst(layers, "{x}_params")
     return sym.larger(runs, _copied(precision) * params) + wait + gathered
 
 
@@ -160,11 +160,10 @@ def _streamed(rows: list[Row]) -> Expr:
         term("streamed_bytes_per_param") * bucket,
         term("streamed_end_bytes_per_param") * worst(ends, "{x}_largest_params"),
     )
-    hosted = (term("all_layers_params") + of_blocks(ends, "params")) * term(
-        "hosted_bytes_per_param"
-    )
-    hosted += term("all_layers_params") * term("hosted_layer_bytes_per_param")
-    return sym.smaller(streamed, hosted)
+    every = term("all_layers_params")
+    of_layers = term("hosted_weights_bytes_per_param") + term("hosted_grads_bytes_per_param")
+    hosted = (every + of_blocks(ends, "trainable_params")) * term("hosted_bytes_per_param")
+    return sym.smaller(streamed, hosted + every * of_layers)
 
 
 def _lone() -> Expr:

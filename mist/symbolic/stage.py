@@ -107,7 +107,7 @@ def _block_terms(name: str, cost: BlockCost, setting: Setting, traced: Block) ->
     """Terms of one block; the embedding and the head are never recomputed or offloaded."""
     is_layer, runtime = name.isdigit(), setting.runtime
     terms = {
-        f"{name}params_of": cost.params,
+        f"{name}_params": cost.params,
         f"{name}_trainable_params": cost.trainable_params,
         f"{name}_hosted_params": cost.hosted_params,
         f"{name}_back_params": cost.params * int(traced.goes_back),
@@ -254,9 +254,9 @@ def _memory(
         states -= sym.FORWARD_FIRST * gradients_bytes(rows)
         step += grads
     else:
-        streamed = term("streamed_bytes_per_param") * worst(rows, "{x}params_of")
+        streamed = term("streamed_bytes_per_param") * worst(rows, "{x}_params")
         begin = end = sym.larger(worst(rows, "{x}_{level}_working_bytes"), streamed)
-        gathered = term("gathered_bytes_per_param") * worst(rows, "{x}params_of")
+        gathered = term("gathered_bytes_per_param") * worst(rows, "{x}_params")
     others = {
         "states": states,
         "activations": _activations(rows),
