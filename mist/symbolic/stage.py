@@ -21,17 +21,17 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.graph import Block, ModelGraph, T
+from mist.graph import ModelGraph, T
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
+from mist.symbolic.hosting import allocated_terms, drawn_terms
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
     at_least,
     ends_seconds,
-    hosted_by_tensor,
     hosted_bytes,
     levels,
     optimizer_seconds,
@@ -76,8 +76,8 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         values, named[name] = cost.named(name)
         costs |= values
         terms |= _block_terms(name, named[name], setting)
-    terms |= _stage_terms(graph, setting) | _drawn_terms(graph, runtime)
-    terms |= _allocated_terms(graph, runtime)
+    terms |= _stage_terms(graph, setting) | drawn_terms(graph, runtime)
+    terms |= allocated_terms(graph, runtime)
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -148,39 +148,6 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
         "p2p_in_node_s": sym.P2P(sent, 0),
         "p2p_cross_s": sym.P2P(sent, 1),
     }
-
-
-def _allocated_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
-    """Bytes of the offloaded states of each block in host memory, tensor by tensor.
-
-    Of the ends only the optimizer's states go there. A tied parameter has them once.
-    """
-    layers = {str(kind): block.params for kind, block in enumerate(graph.blocks)}
-    blocks = layers | {"embed": graph.embed.params, "head": graph.head.params}
-    blocks |= {"tied": tuple(param for param in graph.head.params if param.tied)}
-    terms = {}
-    for x, params in blocks.items():
-        states = ("weights", "grads", "optimizer") if x in layers else ("optimizer",)
-        held = (sym.OFFLOAD[name] * hosted_by_tensor(runtime, name, params) for name in states)
-        terms[f"{x}_allocated_bytes"] = sympy.Add(*held)
-    return terms
-
-
-def _drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
-    """Bytes of the largest module of each block, whole, as every rank of a stage draws it."""
-    ends = {"embed": graph.embed, "head": graph.head}
-    blocks = ends | {str(kind): block for kind, block in enumerate(graph.blocks)}
-    each = runtime.loading.module_bytes_per_param.value if runtime.loading else 0.0
-    return {f"{x}_drawn_bytes": each * _largest_module(block) for x, block in blocks.items()}
-
-
-def _largest_module(block: Block) -> Expr:
-    """The most numbers that one module of a block has in parameters of its own."""
-    of_modules: dict[str, int] = {}
-    for param in block.params:
-        owner = param.name.rpartition(".")[0]
-        of_modules[owner] = of_modules.get(owner, 0) + param.num_reals
-    return sympy.Integer(max(of_modules.values(), default=0))
 
 
 def _sent_bytes(graph: ModelGraph, setting: Setting) -> Expr:
