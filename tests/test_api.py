@@ -1,6 +1,7 @@
 """The Python API returns what the command line writes, and refuses what it would refuse."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from torch import nn
 
 import mist
 from mist import cli
-from mist.errors import InputError
-from mist.planfile import dump_plan
+from mist.errors import Infeasible, InputError
+from mist.planfile import dump_plan, save_plan
 from mist.plans import Plan
 from mist.spaces import SearchSpace
+from mist.units import GIB
 from mist.workflow.checking import Checked
 
 
@@ -84,6 +86,9 @@ def test_a_check_judges_layouts_and_plan_files(models: Path, tmp_path: Path) -> 
     again = mist.check(tmp_path / "plan.yaml")
     assert again.plan == layout.plan
     assert not mist.check(tmp_path / "plan.yaml", margin=0.99999).fits
+    assert not mist.check(tmp_path / "plan.yaml", host_memory=1000).fits  # the draws alone
+    with pytest.raises(InputError, match=r"^--host-memory 0: expected more than zero"):
+        mist.check(models / "tiny.py", gpus=4, host_memory=0)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +159,32 @@ def test_a_module_with_inputs_of_its_own() -> None:
     assert plan.model.params == 4 * (64 * 64 + 64)
     with pytest.raises(InputError, match="belong in its file"):
         mist.plan("llama3-8b", gpus=2, loss=lambda output, batch: output)
+
+
+@pytest.mark.slow
+def test_opt_6_7b_on_one_consumer_card_of_deepspeed_issue_4571(tmp_path: Path) -> None:
+    """A 24 GB card and about 31 GB of host memory were not enough; nor are the 64 GB of a guess.
+
+    16 bytes for each of 6.66e9 parameters, less the 19.8 GiB of the card, are 79 GiB at least.
+    """
+    asked = {"gpus": 1, "gpu": "rtx-4090", "seq": 1024, "global_batch": 8, "top": 0}
+    least = 16 * 6.66e9 / GIB - 19.8
+    for memory, words in (
+        ("31GB", "25.4 GiB of host memory per node that a plan may use (88% of 28.9 GiB, given"),
+        (None, "52.5 GiB of host memory per node that a plan may use (88% of 59.6 GiB, guess"),
+    ):
+        with pytest.raises(Infeasible) as refused:
+            mist.plan("opt-6.7b", host_memory=memory, **asked)
+        found = re.search(
+            r"With offload it would need ([\d.]+) GiB of the (.*)", str(refused.value)
+        )
+        assert found is not None
+        assert found[2].startswith(words)
+        assert least < float(found[1]) < 1.15 * least
+    plan = mist.plan("opt-6.7b", host_memory="256GB", **asked)
+    assert plan.cluster.host_memory_bytes == 256 * 10**9
+    path = tmp_path / "opt.yaml"
+    save_plan(plan, path)
+    assert mist.check(path).fits
+    for memory, fits in (("31GB", False), (256e9, True)):
+        assert mist.check(path, host_memory=memory).fits is fits

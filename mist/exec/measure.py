@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
         if key not in self._live:
             weakref.finalize(storage, self._free, key)
             if self._hosting:
-                self._keep_on_host(key, size)
+                self._keep_on_host(key, self._allocated(size))
                 return
         change = size - self._live.get(key, 0)
         self._bytes += change
@@ -142,8 +142,11 @@ class Recorder(TorchDispatchMode):
         self._peak = max(self._peak, self._bytes)
         self._changed(key, change)
 
+    def _allocated(self, size: int) -> int:
+        """What a tensor in host memory takes there."""
+        return int(pinned_bytes(size)) if self._pins else size
+
     def _keep_on_host(self, key: int, size: int) -> None:
-        size = int(pinned_bytes(size)) if self._pins else size
         self._hosted[key] = size
         self._host_bytes += size
         self._host_peak = max(self._host_peak, self._host_bytes)

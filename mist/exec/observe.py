@@ -93,14 +93,22 @@ class Observer(Recorder):
             super()._count(storage)
 
     def left(self, tensors: Iterable[torch.Tensor | None]) -> None:
-        """These tensors went to host memory, which is the same place on a CPU."""
+        """These tensors went to host memory, which is the same place on a CPU.
+
+        Parts of one storage stay that here; from a GPU each of them is copied into its own.
+        """
+        allocated: Counter[int] = Counter()
         for tensor in tensors:
-            key = None if tensor is None else local(tensor).untyped_storage()._cdata
+            if tensor is not None:
+                own = local(tensor)
+                size = self._allocated(own.numel() * own.element_size())
+                allocated[own.untyped_storage()._cdata] += size
+        for key, size in allocated.items():
             if key in self._live:
-                size = self._live[key]
-                self._by_tag[self._tags.pop(key)] -= size
-                self._bytes -= self._live.pop(key)
-                self._keep_on_host(key, size)
+                whole = self._live.pop(key)
+                self._by_tag[self._tags.pop(key)] -= whole
+                self._bytes -= whole
+                self._keep_on_host(key, size if self._pins else whole)
 
     @contextmanager
     def tagged(self, tag: str) -> Iterator[None]:
@@ -270,12 +278,12 @@ def _reducing(observer: Observer, original: Callable[..., Any]) -> Callable[...,
         with observer.tagged("communication"):
             result = original(group, *args)
         observer.retag([group._partial_reduce_output], "gradients")
+        away = [each.sharded_param.grad for each in group.fsdp_params if each.offload_to_cpu]
         for each in group.fsdp_params:
             whole = getattr(each, "_unsharded_param", None)
             grads = (each.unsharded_accumulated_grad, each.sharded_param.grad)
             observer.retag((*grads, None if whole is None else whole.grad), "gradients")
-            if each.offload_to_cpu:
-                observer.left([each.sharded_param.grad])
+        observer.left(away)
         observer.event(f"reduced {group._module_fqn}")
         return result
 

@@ -43,7 +43,8 @@ def held_by_groups(rows: list[Row], precision: Precision) -> tuple[Expr, Expr, E
     done = sym.larger(reduced, _streamed(rows), again) + _left("") * trained
     first -= left * worst(layers, "{x}_trainable_params") - dropped * layer
     of_layers = left * of_blocks(layers, "trainable_params")
-    end = sym.larger(first, done) + of_layers - dropped * of_blocks(layers, "params")
+    of_layers -= dropped * of_blocks(layers, "params")
+    end = sym.larger(first, done) + of_layers
     end -= total(layers, "kept_bytes") / sym.CHUNKS + total(ends, "kept_bytes")
     end -= term("shared_bytes")
     begin = _begins(layers, early, precision)

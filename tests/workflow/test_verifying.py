@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.verify import drawn, ends
 from mist.planfile import save_plan
-from mist.plans import Plan
+from mist.plans import Offload, Plan
 from mist.spec import ScheduleKind
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.question import Question
@@ -86,6 +86,24 @@ def test_prediction_and_program_agree_where_parts_are_frozen(name: str, folder: 
     for stage in verify_plan(check_layout(question, FROZEN[name]).plan).stages:
         assert all(row.agrees for row in stage.collectives), stage.collectives
         assert abs(stage.difference_ratio) <= 0.02
+
+
+ON_HOST = {
+    "states": HandLayout(zero=3, offload=Offload(weights=1.0, grads=1.0, optimizer=1.0)),
+    "activations": HandLayout(
+        zero=2, micro_batch=2, checkpoint="full", offload=Offload(activations=1.0)
+    ),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["states", pytest.param("activations", marks=[pytest.mark.slow])])
+def test_host_memory_is_what_each_tensor_takes_pinned(name: str, folder: Path) -> None:
+    """The program's own tensors, each in a block of a power of two; to the byte."""
+    plan = plan_of(ON_HOST[name], folder)
+    (stage,) = verify_plan(plan).stages
+    assert stage.seen.host_bytes == stage.predicted_host_bytes
+    assert stage.predicted_host_bytes > 0
 
 
 @pytest.mark.slow
