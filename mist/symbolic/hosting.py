@@ -1,21 +1,69 @@
-"""Terms of host memory, by block: offloaded states as they are allocated, and modules as drawn.
+"""Bytes in host memory, by block: offloaded states, on their way in a step, modules as drawn.
 
 See `mist.host_memory`.
 """
 
+from collections.abc import Sequence
+
 import sympy
 from sympy import Expr
 
-from mist.graph import Block, ModelGraph
+from mist.graph import Block, ModelGraph, Param
 from mist.platform.runtime import Runtime
+from mist.spec import Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.slots import hosted_by_tensor
+from mist.symbolic.block import Setting
+from mist.symbolic.slots import hosted_by_tensor, hosted_bytes
+from mist.symbolic.states import frozen_weight_ratio
+
+_NONE, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 
-def allocated_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
+def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
+    """Bytes per parameter in host memory, by state; and on their way in a step.
+
+    Weights and gradients are those of layers, moments those of all blocks.
+
+    The optimizer streams a few parameters at a time, when no activation is left; those of the
+    embedding and the head, large and taken whole, where all moments are in host memory.
+    """
+    weights, grads, every = _NONE, _NONE, _NONE
+    streamed, of_ends = sympy.Integer(0), sympy.Integer(0)
+    for name in ("weights", "grads", "optimizer"):
+        held, ratio = hosted_bytes(runtime, name, _ONE), sym.OFFLOAD[name]
+        if name == "optimizer":
+            every, of_ends = ratio * held, sympy.floor(ratio) * held
+        elif name == "grads":
+            grads = ratio * held
+        else:
+            weights = ratio * held
+        streamed += sympy.ceiling(ratio) * held
+    staged = 0.0
+    if runtime.offload is not None and not runtime.offload.optimizer_on_host:
+        staged = runtime.offload.num_staged_layers.value
+    return {
+        "hosted_weights_bytes_per_param": weights,
+        "hosted_grads_bytes_per_param": grads,
+        "hosted_bytes_per_param": every,
+        "streamed_bytes_per_param": staged * streamed,
+        "streamed_end_bytes_per_param": staged * of_ends,
+        "bucket_params": _bucket_params(runtime),
+    }
+
+
+def _bucket_params(runtime: Runtime) -> Expr:
+    """Parameters whose shards fill a bucket of the optimizer's stream."""
+    if runtime.offload is None or runtime.offload.bucket_bytes is None:
+        return sympy.Float(0.0)
+    own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
+    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
+
+
+def allocated_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
     """Bytes of the offloaded states of each block in host memory, tensor by tensor.
 
-    Of the ends only the optimizer's states go there. A tied parameter has them once.
+    Of the ends only the optimizer's states go there. A tied parameter has them once. What is not
+    trained has no gradients and no moments.
     """
     layers = {str(kind): block.params for kind, block in enumerate(graph.blocks)}
     blocks = layers | {"embed": graph.embed.params, "head": graph.head.params}
@@ -23,9 +71,17 @@ def allocated_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
     terms = {}
     for x, params in blocks.items():
         states = ("weights", "grads", "optimizer") if x in layers else ("optimizer",)
-        held = (sym.OFFLOAD[name] * hosted_by_tensor(runtime, name, params) for name in states)
+        held = (sym.OFFLOAD[name] * _held(setting, name, params) for name in states)
         terms[f"{x}_allocated_bytes"] = sympy.Add(*held)
     return terms
+
+
+def _held(setting: Setting, state: str, params: Sequence[Param]) -> Expr:
+    trained = hosted_by_tensor(setting.runtime, state, [p for p in params if p.trainable])
+    if state != "weights":
+        return trained
+    frozen = hosted_by_tensor(setting.runtime, state, [p for p in params if not p.trainable])
+    return trained + frozen_weight_ratio(setting.runtime, setting.precision) * frozen
 
 
 def drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:

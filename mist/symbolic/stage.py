@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-<<<<<<< HEAD
 from mist.graph import Block, ModelGraph
 from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
@@ -37,26 +36,14 @@ from mist.symbolic.block import (
     rank_params,
 )
 from mist.symbolic.groups import gradients_bytes, held_by_groups
-from mist.symbolic.host import allocated_terms, drawn_terms, hosted_terms
+from mist.symbolic.hosting import allocated_terms, drawn_terms, hosted_terms
 from mist.symbolic.pipelined import kept_outputs
-=======
-from mist.graph import ModelGraph, T
-from mist.platform.runtime import Runtime
-from mist.spec import MemoryLevel, Precision
-from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
-from mist.symbolic.hosting import allocated_terms, drawn_terms
->>>>>>> h/host
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.rows import Row, of_blocks, params_of, rows_of, term, total, worst
 from mist.symbolic.slots import (
     Level,
     at_least,
     ends_seconds,
-<<<<<<< HEAD
-=======
-    hosted_bytes,
->>>>>>> h/host
     levels,
     optimizer_seconds,
     slots,
@@ -103,17 +90,11 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     for name, cost in blocks.items():
         values, named[name] = cost.named(name)
         costs |= values
-<<<<<<< HEAD
         terms |= _block_terms(name, named[name], setting, traced[name])
     terms |= _stage_terms(graph, setting) | drawn_terms(graph, runtime)
     terms |= allocated_terms(graph, setting)
     every = (named[str(kind)].trainable_params for kind in graph.layer_kinds())
     terms["all_layers_params"] = sympy.Add(*every)
-=======
-        terms |= _block_terms(name, named[name], setting)
-    terms |= _stage_terms(graph, setting) | drawn_terms(graph, runtime)
-    terms |= allocated_terms(graph, runtime)
->>>>>>> h/host
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,

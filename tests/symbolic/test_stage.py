@@ -260,7 +260,7 @@ def _evaluate(expr: sympy.Expr, units: pint.UnitRegistry) -> pint.Quantity | Non
     name = expr.func.__name__
     if name.endswith("_s"):
         return units.Quantity(1.0, units.second)
-    if name in ("ceiling", "floor"):
+    if name in ("ceiling", "floor", "pinned_bytes"):
         return _evaluate(expr.args[0], units)
     args = [_evaluate(arg, units) for arg in expr.args]
     if expr.is_Mul:
