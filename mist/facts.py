@@ -40,7 +40,8 @@ class ModelFacts:
     """A model by name, size and shape.
 
     `layers`: runs of block numbers. `tp_limits` is None when no tensor-parallel rules are known for
-    the model: t must be 1. `sequential`: each layer takes only what the one before gives or passes
+    the model: t must be 1. `undivided`: where they are known, why `mist apply` cannot divide it by
+    them; None if it can. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
     shapes of parameters, runs, ties), not the trace. `precision`: the one that was traced.
     """
@@ -55,6 +56,7 @@ class ModelFacts:
     precision: str
     fingerprint: str
     notes: tuple[str, ...]
+    undivided: str | None = None
 
     @property
     def num_layers(self) -> int:

@@ -94,6 +94,8 @@ def _tp_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iter
         f"{platform.cluster.name}.",
     )
     yield from limit_rules(facts)
+    if platform.runtime.name == "torch":
+        yield from division_rules(facts)
     most = platform.runtime.knobs.most_zero_with_tp
     if most < 3:
         yield Rule(
@@ -108,6 +110,17 @@ def _tp_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iter
             holds=lambda c: seq_len % c["tp"] == 0,
             message=f"tp {{tp}} does not divide the sequence of {seq_len} tokens, "
             f"which runtime {platform.runtime.name} shards with it.",
+        )
+
+
+def division_rules(facts: ModelFacts) -> Iterator[Rule]:
+    """What `mist apply` can divide."""
+    if facts.undivided is not None:
+        yield Rule(
+            name="tp-divides-model",
+            holds=lambda c: c["tp"] == 1,
+            message=f"tp {{tp}}: mist apply cannot divide {facts.name}: {facts.undivided}; "
+            "use tp 1",
         )
 
 
