@@ -87,12 +87,6 @@ PIPELINE = (
         for z in range(4)
     ),
     Variant(
-        name="plain pp2 tp2 sp",
-        model="plain.py",
-        stages=(S(layers=(1,), tp=2, sp=True), S(layers=(3,), tp=2, sp=True)),
-        micro=8,
-    ),
-    Variant(
         name="pp2 tp2 sp",
         stages=(S(layers=(1,), tp=2, sp=True), S(layers=(3,), tp=2, sp=True)),
         micro=4,
