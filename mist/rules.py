@@ -339,12 +339,12 @@ def _share_rules(runtime: Runtime) -> Iterator[Rule]:
     """Of which states a runtime offloads a share, and what it offloads only with others."""
     shares = runtime.knobs.partial_offload
     for name in ("weights", "grads", "optimizer") if shares is not None else ():
-        least = shares.get(name, 4) if shares else 4
-        needs = f" below ZeRO-{least}" if least <= 3 else ""
+        start = shares.get(name, 4) if shares else 4
+        needs = f" below ZeRO-{start}" if start <= 3 else ""
         yield Rule(
             name=f"offload-whole-{name}",
-            holds=lambda c, name=name, least=least: (  # type: ignore[misc]
-                np.isin(c[name], (0.0, 1.0)) | (c["zero"] >= least)
+            holds=lambda c, name=name, start=start: (  # type: ignore[misc]
+                np.isin(c[name], (0.0, 1.0)) | (c["zero"] >= start)
             ),
             message=f"runtime {runtime.name} offloads all {name} or none{needs}, "
             f"found ratio {{{name}:g}} at ZeRO-{{zero}}.",

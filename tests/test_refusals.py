@@ -80,8 +80,9 @@ def test_fewer_micro_batches_than_stages() -> None:
 
 def chunked(kind: ScheduleKind, **changes: object) -> Plan:
     """Two stages of two chunks."""
-    first = stage_plan(layers=((0, 4), (8, 4)))
-    second = stage_plan(layers=((4, 4), (12, 4)), device=4)
+    eager = {MemoryLevel.EAGER: 8}
+    first = stage_plan(layers=((0, 4), (8, 4)), memory=eager)
+    second = stage_plan(layers=((4, 4), (12, 4)), device=4, memory=eager)
     schedule = Schedule(kind=kind, vpp=2)
     return replace(sample_plan(schedule=schedule, stages=(first, second)), **changes)
 
