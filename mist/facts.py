@@ -41,7 +41,8 @@ class ModelFacts:
 
     `num_trainable`: parameters that have a gradient, of all `num_params`.
     `layers`: runs of block numbers. `tp_limits` is None when no tensor-parallel rules are known for
-    the model: t must be 1. `sequential`: each layer takes only what the one before gives or passes
+    the model: t must be 1. `undivided`: where they are known, why `mist apply` cannot divide it by
+    them; None if it can. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
     shapes of parameters, runs, ties), not the trace. `precision`: the one that was traced.
     """
@@ -57,6 +58,7 @@ class ModelFacts:
     precision: str
     fingerprint: str
     notes: tuple[str, ...]
+    undivided: str | None = None
 
     @property
     def trainable(self) -> int | None:

@@ -11,7 +11,7 @@ from typing import Final
 from mist.errors import Fault, InputError, PlanError
 from mist.facts import ModelFacts, difference_words
 from mist.plans import Plan, StagePlan, fullest_host_bytes
-from mist.rules import TAKES_TURNS, broken_between, broken_by_levels
+from mist.rules import TAKES_TURNS, broken, broken_between, broken_by_levels, division_rules
 from mist.spec import Precision, ScheduleKind
 from mist.units import GIB
 
@@ -168,7 +168,10 @@ def _same_model(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
 
 
 def _divisible(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
+    undivided = tuple(division_rules(facts))
     for index, stage in enumerate(plan.stages):
+        for message in broken(undivided, {"tp": stage.tp}):
+            yield Fault(path=f"stages[{index}].tp", message=message)
         if stage.tp > 1 and facts.tp_limits is None:
             words = f"no tensor-parallel rules are known for {facts.name}; use tp 1"
             yield Fault(path=f"stages[{index}].tp", message=words)

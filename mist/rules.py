@@ -94,6 +94,8 @@ def _tp_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iter
         f"{platform.cluster.name}.",
     )
     yield from limit_rules(facts)
+    if platform.runtime.name == "torch":
+        yield from division_rules(facts)
     most = platform.runtime.knobs.most_zero_with_tp
     if most < 3:
         yield Rule(
@@ -108,6 +110,17 @@ def _tp_rules(facts: ModelFacts, platform: Platform, workload: Workload) -> Iter
             holds=lambda c: seq_len % c["tp"] == 0,
             message=f"tp {{tp}} does not divide the sequence of {seq_len} tokens, "
             f"which runtime {platform.runtime.name} shards with it.",
+        )
+
+
+def division_rules(facts: ModelFacts) -> Iterator[Rule]:
+    """What `mist apply` can divide."""
+    if facts.undivided is not None:
+        yield Rule(
+            name="tp-divides-model",
+            holds=lambda c: c["tp"] == 1,
+            message=f"tp {{tp}}: mist apply cannot divide {facts.name}: {facts.undivided}; "
+            "use tp 1",
         )
 
 
@@ -333,12 +346,12 @@ def _share_rules(runtime: Runtime) -> Iterator[Rule]:
     """Of which states a runtime offloads a share, and what it offloads only with others."""
     shares = runtime.knobs.partial_offload
     for name in ("weights", "grads", "optimizer") if shares is not None else ():
-        least = shares.get(name, 4) if shares else 4
-        needs = f" below ZeRO-{least}" if least <= 3 else ""
+        start = shares.get(name, 4) if shares else 4
+        needs = f" below ZeRO-{start}" if start <= 3 else ""
         yield Rule(
             name=f"offload-whole-{name}",
-            holds=lambda c, name=name, least=least: (  # type: ignore[misc]
-                np.isin(c[name], (0.0, 1.0)) | (c["zero"] >= least)
+            holds=lambda c, name=name, start=start: (  # type: ignore[misc]
+                np.isin(c[name], (0.0, 1.0)) | (c["zero"] >= start)
             ),
             message=f"runtime {runtime.name} offloads all {name} or none{needs}, "
             f"found ratio {{{name}:g}} at ZeRO-{{zero}}.",

@@ -33,7 +33,15 @@ from mist.pareto.bounds import lower_bound_s
 from mist.pareto.even import alike_layouts, even_layouts
 from mist.pareto.hosts import shared, stages_per_node
 from mist.pareto.layouts import Layout
-from mist.pareto.space import Group, expressible, groups, lean_ratios, offloading, refusals
+from mist.pareto.space import (
+    Group,
+    expressible,
+    groups,
+    lean_ratios,
+    levels_under,
+    offloading,
+    refusals,
+)
 from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.refine import refined
@@ -320,10 +328,11 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
     for group in groups(job, replace(plain, unequal_meshes=False)):
         if lower_bound_s(job, group) > within_s:
             continue
-        whole = [(replace(space, levels=(level,)), anything) for level in space.levels]
+        levels = levels_under(expressible(space, job.platform.runtime), group.schedule.kind)
+        whole = [(replace(space, levels=(level,)), anything) for level in levels]
         for allowed, within in [*whole, (space, limits)]:
             model = GroupModel(job, group, group.strategies, allowed)
-            for layout in even_layouts(model, within) if model.space.levels else ():
+            for layout in even_layouts(model, within):
                 if layout.step_s <= within_s:
                     yield layout
 

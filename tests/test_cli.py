@@ -380,6 +380,56 @@ def test_profiles_are_listed_and_shown(mist: Mist) -> None:
 
 REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
+        "fp16 under torch",
+        ("plan", "{models}/raising.py", *SMALL, "--precision", "fp16"),
+        "--precision fp16: runtime torch trains in bf16 and fp32 (it scales no losses, which fp16 "
+        "needs). Try --precision bf16.",
+    ),
+    (
+        "fp16 under torch, a layout",
+        ("check", "{models}/raising.py", "--gpus", "2", "--precision", "fp16"),
+        "--precision fp16: runtime torch trains in bf16 and fp32 (it scales no losses, which fp16 "
+        "needs). Try --precision bf16.",
+    ),
+    (
+        "zero bubble with selective layers",
+        (
+            "plan",
+            "{models}/tiny.py",
+            "--gpus",
+            "2",
+            "--seq",
+            "512",
+            "--global-batch",
+            "8",
+            "--set",
+            "schedule=zero-bubble",
+            "--set",
+            "pp=2",
+            "--set",
+            "checkpoint=selective",
+        ),
+        "schedule=zero-bubble, pp=2, checkpoint=selective: zero-bubble splits the backward pass: "
+        "torch runs a selective layer backward once only, and a full one forward again for each of "
+        "its weights; use eager layers, or 1f1b.",
+    ),
+    (
+        "stages that Megatron does not deal out",
+        (
+            "plan",
+            "{models}/tiny.py",
+            "--gpus",
+            "3",
+            "--global-batch",
+            "9",
+            "--runtime",
+            "megatron",
+            "--set",
+            "pp=3",
+        ),
+        "pp=3: runtime megatron does not deal 4 layers out to 3 stages by itself.",
+    ),
+    (
         "file missing",
         ("plan", "missing.py", *SMALL),
         "model 'missing.py' is neither a file, a folder with a config.json, nor a preset. ...",
@@ -717,6 +767,19 @@ def test_a_model_that_does_not_fit(mist: Mist, models: Path, tmp_path: Path) -> 
     assert (run.code, run.out) == (3, "")
     assert run.message.startswith("tiny does not fit on 4 x h100-sxm. Even in the layout of least")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_a_plan_of_gemma2_has_ends_that_share_their_matrix(mist: Mist, tmp_path: Path) -> None:
+    run = mist(
+        "plan", "gemma2-9b", "--gpus", 8, "--gpu", "a100-sxm-40", "--seq", 4096,
+        "--global-batch", 64, "--set", "pp=2", "--out", "gemma.yaml",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    first, last = load_plan("gemma.yaml").stages
+    assert (first.dp, first.tp, first.zero > 0) == (last.dp, last.tp, last.zero > 0)
+    run = mist("check", "gemma.yaml")
+    assert run.code == 0, run.err
 
 
 @pytest.mark.slow

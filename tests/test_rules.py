@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from mist.estimate import Job, make_job
 from mist.graph import B, ModelGraph, S
 from mist.platform import load_platform
-from mist.rules import Rule, broken, out_of_domain
-from mist.spec import Precision, ScheduleKind
+from mist.rules import (
+    Rule,
+    broken,
+    broken_between,
+    broken_by_levels,
+    may_have,
+    out_of_domain,
+)
+from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
 from tests.torch_schedules import pipeline_order
 from tests.toys import toy_graph, toy_job, toy_workload
@@ -198,13 +205,50 @@ def of_runtime(name: str) -> tuple[Rule, ...]:
             ],
         ),
         (
+            "megatron",
+            {"schedule": "interleaved", "chunks": 2, "num_micro_batches": 17},
+            [
+                "dp 2 * micro-batch 2 * 17 micro-batches is not the global batch of 64.",
+                "schedule interleaved runs micro-batches in rounds of 2: "
+                "17 are no whole number of them.",
+                "runtime megatron interleaves multiples of 2 micro-batches on 2 stages: 17 is "
+                "none.",
+            ],
+        ),
+        (
+            "megatron",  # torch would run three micro-batches as one round of two stages
+            {"schedule": "interleaved", "chunks": 2, "num_micro_batches": 3},
+            [
+                "dp 2 * micro-batch 2 * 3 micro-batches is not the global batch of 64.",
+                "runtime megatron interleaves multiples of 2 micro-batches on 2 stages: 3 is none.",
+            ],
+        ),
+        (
+            "deepspeed-zero3",
+            {"num_stages": 1, "dp": 4, "zero": 3, "num_micro_batches": 8, "weights": 1.0},
+            [
+                "tp 2 with ZeRO-3: runtime deepspeed-zero3 divides tensors up to ZeRO-2 only.",
+                "runtime deepspeed-zero3 offloads weights only where the optimizer is offloaded "
+                "too.",
+            ],
+        ),
+        (
+            "deepspeed-zero3",
+            {"num_stages": 1, "dp": 4, "zero": 2, "num_micro_batches": 8, "optimizer": 0.5},
+            [
+                "runtime deepspeed-zero3 offloads all optimizer or none below ZeRO-3, "
+                "found ratio 0.5 at ZeRO-2.",
+            ],
+        ),
+        (
             "torchtune",
             {"tp": 1, "dp": 4, "micro_batch": 1},
             ["schedule 1f1b: runtime torchtune has no pipelines."],
         ),
         (
             "deepspeed-zero3",  # parameters without gradients
-            {"tp": 1, "dp": 8, "num_stages": 1, "num_micro_batches": 4, "weights": 0.5, "zero": 3},
+            {"tp": 1, "dp": 8, "num_stages": 1, "num_micro_batches": 4, "weights": 1.0, "zero": 3}
+            | {"optimizer": 0.5},
             [],
         ),
     ],
@@ -228,6 +272,71 @@ def test_whole_rounds_are_those_that_torch_accepts(schedule: str) -> None:
         }
         accepted = pipeline_order(schedule, num_stages, num_micro_batches, 2) is not None
         assert bool(found.mask(columns)) is accepted, (num_stages, num_micro_batches)
+
+
+def test_interleaving_needs_stages() -> None:
+    columns = FITTING | {"num_stages": 1, "dp": 4, "micro_batch": 1, "schedule": "interleaved"}
+    assert [*broken(job().rules, columns)] == [
+        "schedule interleaved needs at least 2 stages. Use 1f1b for one."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("levels", "schedule", "activations", "messages"),
+    [
+        (["eager", "full"], "1f1b", 0.5, []),
+        (["eager"], "zero-bubble", 0.0, []),
+        (["selective", "full"], "interleaved", 0.0, []),
+        (
+            ["eager", "selective"],
+            "1f1b",
+            0.5,
+            [
+                "what selective layers keep stays on the device; offload no activations, or use "
+                "eager or full layers"
+            ],
+        ),
+        (
+            ["full", "full"],
+            "zero-bubble",
+            0.0,
+            [
+                "zero-bubble splits the backward pass: torch runs a selective layer backward once "
+                "only, and a full one forward again for each of its weights; use eager layers, or "
+                "1f1b"
+            ],
+        ),
+    ],
+)
+def test_what_memory_levels_go_with(
+    levels: list[str], schedule: str, activations: float, messages: list[str]
+) -> None:
+    columns = {"schedule": schedule, "activations": activations}
+    known = [MemoryLevel(level) for level in levels]
+    assert [*broken_by_levels(known, columns)] == messages
+    assert all(may_have(level, columns).all() for level in known) is not bool(messages)
+
+
+def test_what_stages_of_a_pipeline_share() -> None:
+    facts = toy_graph(tied=True).facts
+    first = {"dp": 2, "tp": 2, "dp_replicate": 1, "zero": 1}
+    for change, alike in (
+        ({}, True),
+        ({"zero": 3}, True),  # all divided alike, gathered or not
+        ({"zero": 0}, False),
+        ({"dp": 4, "tp": 1}, False),
+        ({"dp_replicate": 2}, False),
+    ):
+        stages = [first, first | {"tp": 1, "dp": 4}, first | change]
+        found = [*broken_between(facts, ScheduleKind.ONE_F_ONE_B, stages)]
+        assert (not found) is alike, change
+        assert not [*broken_between(replace(facts, tied=False), ScheduleKind.GPIPE, stages)]
+    assert [
+        *broken_between(None, ScheduleKind.ZERO_BUBBLE, [first, first | {"tp": 1, "dp": 4}])
+    ] == [
+        "zero-bubble needs the same dp and tp in every stage, found dp 2 tp 2 and dp 4 tp 1; "
+        "use 1f1b or gpipe"
+    ]
 
 
 def test_a_model_without_tensor_parallel_rules() -> None:

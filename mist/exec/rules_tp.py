@@ -26,6 +26,7 @@ from mist.trace.runs import sharding_rules
 from mist.trace.shim import Kernels
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Unsupported
+from mist.trace.tp_apply import undivided
 from mist.trace.tp_plan import sharding_by_plan
 
 GATHERING: Final = "rowwise_split_input"
@@ -73,12 +74,9 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
         sharding = _sharding(loaded)
     except Unsupported as reason:
         raise ModelError(f"tp {tp}: {loaded.name}: {reason}.") from reason
-    if sharding.whole:
-        raise ModelError(
-            f"tp {tp}: {loaded.name} has experts or attention that every rank would hold whole, "
-            "which mist apply does not run. Use tp 1."
-        )
     model = loaded.module
+    if words := undivided(model, sharding):
+        raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
     entries = _entries(loaded, anatomy, seq_len)
     found = tuple(_regions(loaded, sharding, names, entries))
@@ -160,25 +158,10 @@ def _sharding(loaded: LoadedModel) -> Sharding:
 def _regions(
     loaded: LoadedModel, sharding: Sharding, names: Mapping[int, str], entries: Mapping[str, str]
 ) -> Iterator[RegionRule]:
-    """Every region; only plain linear layers that hold one matrix each can be divided."""
+    """Every region, of linear layers that hold one matrix each (`mist.trace.tp_apply`)."""
     modules = dict(loaded.module.named_modules())
     for key, colwise in sharding.regions.items():
-        row = modules[names[key]]
         columns = [modules[names[each]] for each in colwise]
-        for module in (row, *columns):
-            if type(module) is not nn.Linear:
-                raise ModelError(
-                    f"{names[id(module)]} of {loaded.name} is a {type(module).__name__}: mist "
-                    "apply divides torch.nn.Linear only. Use tp 1."
-                )
-        assert isinstance(row, nn.Linear)
-        for module in columns:
-            assert isinstance(module, nn.Linear)
-            if module.out_features > row.in_features:
-                raise ModelError(
-                    f"{names[id(module)]} of {loaded.name} holds several matrices in one, which "
-                    "mist apply cannot divide. Use tp 1, or one torch.nn.Linear for each."
-                )
         widths = {m.out_features for m in columns if isinstance(m, nn.Linear)}
         yield RegionRule(
             entries={names[each]: entries[names[each]] for each in sorted(colwise, key=names.get)},  # type: ignore[arg-type]

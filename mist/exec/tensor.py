@@ -61,8 +61,10 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
     sequence parallelism would divide the tokens that attention counts, or would leave a gradient
     that is a partial sum in part.
     """
+    modules = dict(model.named_modules())
     for (owner, attribute), value in rules.local.items():
-        setattr(model.get_submodule(owner), attribute, value)
+        if owner in modules:  # those of layers of other stages are not here
+            setattr(modules[owner], attribute, value)
     entered: set[str] = set()
     for region in rules.regions:
         if region.rowwise.startswith(tuple(f"{name}." for name in part.layers)):

@@ -134,6 +134,10 @@ class InterStageProblem:
         limited = {stage for shared in self.shared for stage in shared.stages}
         if not limited <= set(range(self.num_stages)):
             raise ValueError(f"shared limit of stages {sorted(limited)} of {self.num_stages}")
+        self._check_cells(limited)
+
+    def _check_cells(self, limited: set[int]) -> None:
+        """Raise ValueError for a cell that lies outside or lacks what its stage needs."""
         for cell in self.cells:
             fault = self._fault_of(cell)
             if fault is not None:

@@ -289,8 +289,8 @@ class Knobs(Record):
     recomputes_some: bool
     uneven_layers: bool
     unlike_stages: bool
-    fills_rounds: bool
-    precisions: tuple[Precision, ...]
+    fills_rounds: bool = False
+    precisions: tuple[Precision, ...] = tuple(Precision)
     mixes_selective: bool = True
     most_zero_with_tp: ZeroLevel = 3
     partial_offload: Mapping[str, ZeroLevel] | None = None

@@ -19,6 +19,7 @@ from mist.trace.session import Piece, Run
 from mist.trace.source import Setting
 from mist.trace.tidy import tidied
 from mist.trace.tp import Sharding
+from mist.trace.tp_apply import undivided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +122,7 @@ def _graph(
         tied=tied,
         max_seq_len=model.max_seq_len,
         tp_limits=result.sharding.limits if result.sharding else None,
+        undivided=undivided(model.module, result.sharding) if result.sharding else None,
         sequential=result.run.sequential,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),

@@ -21,6 +21,7 @@ FILES = sorted(PROFILES.rglob("*.yaml"))
 # Integers that name a thing rather than measure one.
 LABELS = {"head_dim", "zero", "group", "zero_levels"}
 LABELS |= {"sharded_from", "offered_from", "each_micro_batch_from"}  # ZeRO levels
+LABELS |= {"most_zero_with_tp", "partial_offload"}  # as well
 
 
 def bare_numbers(node: object, path: str = "") -> Iterator[str]:

@@ -217,6 +217,53 @@ def test_layouts_that_break_rules(layout: HandLayout, message: str) -> None:
     assert str(refused.value) == message
 
 
+def test_layers_are_dealt_out_by_the_runtimes_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanotron closes a stage when the parameters so far reach its share, those of the head too.
+
+    Eight layers of 8.4 M parameters and a head of 32.8 M are 100 M: 50 M are reached by six layers.
+    """
+    answer_with(toy_graph(), monkeypatch)
+    stages = check(HandLayout(pp=2), runtime="nanotron").plan.stages
+    assert [stage.layers for stage in stages] == [((0, 6),), ((6, 2),)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts"),
+    [
+        (HandLayout(pp=4), "4 stages"),
+        (HandLayout(pp=2, schedule=ScheduleKind.INTERLEAVED, vpp=2), "2 stages of 2 chunks"),
+    ],
+)
+def test_megatron_deals_out_equal_stages_and_chunks(
+    monkeypatch: pytest.MonkeyPatch, layout: HandLayout, parts: str
+) -> None:
+    answer_with(toy_graph((6,)), monkeypatch)
+    with pytest.raises(InputError) as refused:
+        check(layout, runtime="megatron")
+    assert str(refused.value) == (
+        f"runtime megatron does not deal 6 layers out to {parts} by itself. "
+        "Give the layers of each stage with --layers, or another --pp."
+    )
+    assert check(replace(layout, pp=3, vpp=layout.vpp), runtime="megatron", num_gpus=3,
+                 global_batch=9).plan.stages[0].num_layers == 2  # fmt: skip
+
+
+def test_a_plan_whose_stages_do_not_go_together_is_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = check(replace(LAYOUT, checkpoint="none")).plan
+    first, last = plan.stages
+    path = saved(tmp_path, replace(plan, stages=(first, replace(last, zero=0))))
+    check_plan(path)
+    answer_with(replace(toy_graph(), tied=True), monkeypatch)
+    with pytest.raises(PlanError) as refused:
+        check_plan(path)
+    assert [str(fault) for fault in refused.value.faults] == [
+        "stages: toy ties its embedding to its head, so the first and the last stage must agree in "
+        "dp, dp_replicate, tp, and in whether zero is 0"
+    ]
+
+
 def test_a_runtime_without_a_selective_level_has_no_selective_layout() -> None:
     with pytest.raises(InputError) as refused:
         check(replace(LAYOUT, checkpoint="selective"), runtime="nanotron")
