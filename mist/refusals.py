@@ -51,9 +51,12 @@ def refuse_small_host(plan: Plan, host_bytes: int, ranks_per_host: int) -> None:
 
 
 def offloaded_bytes(plan: Plan, stage: int) -> int:
-    """Bytes that one rank of a stage keeps on the host: what was predicted, at least its states."""
+    """Bytes that one rank of a stage keeps on the host: what was predicted, at least its states.
+
+    Of those that are trained.
+    """
     own = plan.stages[stage]
-    params = plan.model.params * own.num_layers / plan.num_layers / own.tp
+    params = plan.model.num_trainable * own.num_layers / plan.num_layers / own.tp
     states = (own.offload.weights + own.offload.optimizer) * STATE_BYTES * params / own.dp_shard
     return max(plan.estimate.stages[stage].host_bytes, int(states))
 

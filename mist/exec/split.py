@@ -105,9 +105,7 @@ def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype
     and of parameters that are not trained, of which nothing more is ever read.
     """
     model = deepcopy(loaded.module)
-    for value in model.parameters():
-        if not value.requires_grad and value.is_floating_point():
-            value.data = value.data.to(dtype)
+    _narrow_frozen(model, dtype)
     last = len(anatomy.layers)
     for index, name in enumerate(anatomy.layers):
         if index not in layers:
@@ -122,6 +120,14 @@ def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype
     for name in here:
         _drop_other_uses(model, name, anatomy, layers, dtype)
     return replace(loaded, module=model)
+
+
+def _narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters that are not trained take this dtype, where they have one that is wider."""
+    for value in model.parameters():
+        wider = value.is_floating_point() and value.element_size() > dtype.itemsize
+        if wider and not value.requires_grad:
+            value.data = value.data.to(dtype)
 
 
 def _stand_in(index: int, layers: range, *, in_tuple: bool) -> nn.Module:

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from mist.errors import TraceError
 from mist.graph import B, S, SavedTensor, T
 from mist.trace.autocast import forward_in, outside
-from mist.trace.between import activation_of, cut_off, handed_on
 from mist.trace.blame import Passed
 from mist.trace.compiled import compiled
+from mist.trace.edges import Seed, activation, leaf, output
 from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
 from mist.trace.flow import Flow
@@ -32,7 +32,6 @@ from mist.trace.loader import LoadedModel
 from mist.trace.record import Origin, Part, Recorder, key_of, recording
 from mist.trace.repeat import Layers
 from mist.trace.routing import Routing
-from mist.trace.seed import Seed
 from mist.trace.shim import fused_norms, runs_as
 from mist.trace.source import Setting
 from mist.trace.tp import Sharding, Share
@@ -253,7 +252,7 @@ class Session:
             kind = self.known[key]
             self.order.append(index)
             self.kinds.append(kind)
-            leaves = tree_map(cut_off, self.pieces[kind].outputs)
+            leaves = tree_map(leaf, self.pieces[kind].outputs)
             outputs = tree_map(self._given, leaves)
             self.flow.made(len(self.kinds) - 1, [*_tensors(leaves), *_tensors(outputs)])
             self._leave_layer(index)
@@ -314,9 +313,30 @@ class Session:
     ) -> Piece:
         """Run one layer forward and backward, alone."""
         self.stack.enter_context(faked(layer.modules(), self.fakes))
-        args, kwargs = tree_map(self._given, tree_map(cut_off, (args, kwargs)))
+        args, kwargs = tree_map(self._given, tree_map(leaf, (args, kwargs)))
         tensors = list(_tensors((args, kwargs)))
-        own = activation_of(tensors)
+        piece = self._open(layer, tensors)
+        run = self._runner(piece.part, layer, forward, (args, kwargs))
+        with self.recorder.into(piece.part):
+            outputs = run()
+        if not piece.part.forward_only:
+            piece.part.live.forward_done(piece.part.gathered)
+        given = frozenset(key_of(t) for t in tensors)
+        piece.outputs = tree_map(partial(output, given), outputs)
+        starts = [t for t in _tensors(outputs) if t.grad_fn is not None]
+        seed = self._seed(piece, starts) if starts and self.point.backward else None
+        del outputs, starts  # what comes after the layer frees its results before it goes backward
+        if seed is not None:
+            gradient = torch.empty_like(seed)
+            with self.recorder.into(piece.part, "backward"), outside(self.low):
+                seed.backward(gradient)
+        if self.point.backward:
+            self._backward_done([piece])
+        return piece
+
+    def _open(self, layer: nn.Module, tensors: Sequence[torch.Tensor]) -> Piece:
+        """The record of a layer that is about to run on these tensors."""
+        own = activation(tensors)
         shared = frozenset(key_of(t) for t in tensors if t is not own)
         piece = Piece(self.recorder.new_part(type(layer).__name__, shared, own), module=layer)
         piece.boundary_bytes = self._total_bytes(own)
@@ -328,22 +348,6 @@ class Session:
         if piece.part.forward_only and own is not None:
             piece.part.live.forward_done(())
             piece.part.live.hold(own)
-        run = self._runner(piece.part, layer, forward, (args, kwargs))
-        with self.recorder.into(piece.part):
-            outputs = run()
-        if not piece.part.forward_only:
-            piece.part.live.forward_done(piece.part.gathered)
-        given = frozenset(key_of(t) for t in tensors)
-        piece.outputs = tree_map(partial(handed_on, given), outputs)
-        starts = [t for t in _tensors(outputs) if t.grad_fn is not None]
-        seed = self._seed(piece, starts) if starts and self.point.backward else None
-        del outputs, starts  # what comes after the layer frees its results before it goes backward
-        if seed is not None:
-            gradient = torch.empty_like(seed)
-            with self.recorder.into(piece.part, "backward"), outside(self.low):
-                seed.backward(gradient)
-        if self.point.backward:
-            self._backward_done([piece])
         return piece
 
     def _runner(

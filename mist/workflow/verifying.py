@@ -108,25 +108,30 @@ def _edges(plan: Plan, graph: ModelGraph) -> list[bool]:
 
 def _transfers(plan: Plan, stage: int, bytes_per_token: int, edges: Sequence[bool]) -> Sum:
     """What the first rank of a stage sends to its neighbours and receives from them in a step."""
-    grids = [grid_of(plan, each) for each in plan.stages]
-    rank, last = grids[stage].first_rank, len(grids) * plan.schedule.vpp - 1
     areas: dict[str, list[int]] = {"send": [], "receive": []}
-    for chunk in range(plan.schedule.vpp if len(grids) > 1 else 0):
-        at = chunk * len(grids) + stage
+    last = len(plan.stages) * plan.schedule.vpp - 1
+    for chunk in range(plan.schedule.vpp if len(plan.stages) > 1 else 0):
+        at = chunk * len(plan.stages) + stage
         for there in (at - 1, at + 1):
             if 0 <= there <= last:
-                own, other = grids[stage], grids[there % len(grids)]
+                sent, received = _exchanged(plan, at, there)
                 back = edges[min(at, there)]
-                sent = transfers(own, other) if there > at or back else ()
-                received = transfers(other, own) if there < at or back else ()
-                areas["send"] += [_area(each) for each in sent if each.source == rank]
-                areas["receive"] += [_area(each) for each in received if each.target == rank]
+                areas["send"] += sent if there > at or back else []
+                areas["receive"] += received if there < at or back else []
     times = plan.num_micro_batches
     return {
         ("pp", kind): (times * len(found), times * sum(found) * bytes_per_token)
         for kind, found in areas.items()
         if found
     }
+
+
+def _exchanged(plan: Plan, at: int, there: int) -> tuple[list[int], list[int]]:
+    """Areas of the parts that the first rank of a chunk sends to another one, and receives."""
+    own, other = (grid_of(plan, plan.stages[chunk % len(plan.stages)]) for chunk in (at, there))
+    rank = own.first_rank
+    sent = [_area(each) for each in transfers(own, other) if each.source == rank]
+    return sent, [_area(each) for each in transfers(other, own) if each.target == rank]
 
 
 def _area(each: Transfer) -> int:

@@ -269,6 +269,8 @@ def test_the_json_of_a_plan() -> None:
 
 def test_the_json_of_a_check() -> None:
     assert check_json(sample_plan(), LIMITS, HOST, NOTES) == {
+        "params": 8_030_261_248,
+        "trainable_params": 8_030_261_248,
         "fits": True,
         "margin_bytes": 16 * GIB,
         "limit_bytes": 64 * GIB,
