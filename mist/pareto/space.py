@@ -13,14 +13,16 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from mist.errors import InputError
 from mist.estimate import Job, strategy_columns
 from mist.pareto.meshes import unequal_sizes
 from mist.plans import ONE_F_ONE_B, Schedule
 from mist.platform import Runtime
+from mist.rules import broken, broken_levels, knob_rules
 from mist.spaces import NO_RATIOS, OFFLOADED, SearchSpace
-from mist.spec import MemoryLevel, ScheduleKind
+from mist.spec import ScheduleKind
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -35,6 +37,8 @@ ALIKE_MESHES: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
 class Strategies:
     """How a stage may be trained: K rows. `weights` ... `activations`: offload ratios.
 
+    `dp_replicate`: copies of the states that ZeRO divides.
+
     `terms` [K]: what the search formulas need of each; empty until `priced`.
     """
 
@@ -42,6 +46,7 @@ class Strategies:
     dp: Ints
     micro_batch: Ints
     zero: Ints
+    dp_replicate: Ints
     weights: Floats
     grads: Floats
     optimizer: Floats
@@ -86,6 +91,7 @@ class Strategies:
             micro_batch=self.micro_batch,
             zero=self.zero,
             offload=self.offload,
+            dp_replicate=self.dp_replicate,
         )
         return replace(self, terms=job.cost.search_terms_of(strategy))
 
@@ -111,9 +117,10 @@ def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
     return replace(
         space,
         tp=space.tp if knobs.tensor_parallel else (1,),
+        dp=space.dp if knobs.data_parallel else (1,),
         pp=space.pp if knobs.schedules else (1,),
         zero=_common(space.zero, knobs.zero_levels),
-        levels=tuple(level for level in space.levels if _has_level(level, runtime)),
+        levels=_common(space.levels, runtime.levels),
         some_layers=space.some_layers and knobs.recomputes_some,
         offload=ratios,
         schedules=_common(space.schedules, knobs.schedules),
@@ -126,12 +133,40 @@ def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
     return tuple(value for value in wanted if value in known)
 
 
-def _has_level(level: MemoryLevel, runtime: Runtime) -> bool:
-    return level is not MemoryLevel.SELECTIVE or runtime.selective is not None
+def refuse_unknown(space: SearchSpace, runtime: Runtime) -> None:
+    """Raise InputError where a runtime has none of the values that a space allows of a knob."""
+    rest: dict[str, ArrayLike] = {
+        "zero": runtime.knobs.zero_levels[0],
+        "schedule": ScheduleKind.ONE_F_ONE_B.value,
+        **dict.fromkeys(("tp", "dp", "num_stages", "dp_replicate"), 1),
+        **dict.fromkeys(OFFLOADED, 0.0),
+    }
+    rules = tuple(knob_rules(runtime))
+    messages: list[str] = []
+    for column, values in {
+        "zero": space.zero,
+        "tp": space.tp,
+        "dp": space.dp,
+        "num_stages": space.pp,
+        "schedule": [kind.value for kind in space.schedules],
+        "dp_replicate": (space.dp_replicate,),
+    }.items():
+        faults = [list(broken(rules, rest | {column: value})) for value in values or ()]
+        if faults and all(faults):
+            messages += [message for each in faults for message in each]
+    faults = [list(broken_levels(runtime, [level])) for level in space.levels]
+    if all(faults):
+        messages += [message for each in faults for message in each]
+    if messages:
+        raise InputError(" ".join(messages))
 
 
 def groups(job: Job, space: SearchSpace) -> Iterator[Group]:
-    """Every group with at least one strategy, fewest stages first."""
+    """Every group with at least one strategy, fewest stages first.
+
+    Raises InputError where the runtime has nothing of what the space allows of a knob.
+    """
+    refuse_unknown(space, job.platform.runtime)
     space = expressible(space, job.platform.runtime)
     num_gpus, batch = job.platform.num_gpus, job.workload.global_batch
     counts = np.array([s for s in divisors(num_gpus) if s <= job.num_layers])
@@ -189,16 +224,20 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
 
     GPipe takes as long as 1F1B and holds more: it is looked at only where that may not be used.
     """
+    counts = np.array(space.chunks)
+    counts = counts[space.allows("chunks", counts)]
     if num_stages == 1:
-        yield ONE_F_ONE_B
+        if 1 in counts:
+            yield ONE_F_ONE_B
         return
     for kind in space.schedules:
         if kind is ScheduleKind.GPIPE and ScheduleKind.ONE_F_ONE_B in space.schedules:
             continue
         if kind is not ScheduleKind.INTERLEAVED:
-            yield Schedule(kind=kind, vpp=1)
+            if 1 in counts:
+                yield Schedule(kind=kind, vpp=1)
         elif job.facts.num_kinds == 1:  # chunks of unlike layers would be unlike
-            for chunks in space.chunks:
+            for chunks in counts.tolist():
                 if chunks > 1 and chunks * num_stages <= job.num_layers:
                     yield Schedule(kind=kind, vpp=chunks)
 
@@ -226,6 +265,7 @@ def _strategies(
         dp=dp[keep],
         micro_batch=micro_batch[keep],
         zero=zero[keep],
+        dp_replicate=np.full(len(none), space.dp_replicate),
         weights=none,
         grads=none,
         optimizer=none,
@@ -236,7 +276,6 @@ def _strategies(
 def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.bool_]:
     """Which strategies break no rule in the pipelines of a group."""
     columns = strategies.columns | {
-        "dp_replicate": 1,
         "num_stages": group.num_stages,
         "num_micro_batches": group.num_micro_batches,
         "schedule": group.schedule.kind.value,
@@ -269,6 +308,36 @@ def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Str
     strategies = replace(many, **dict(zip(OFFLOADED, away.T, strict=True)))
     kept = strategies.take(_keeps_rules(job, group, strategies))
     return kept.priced(job, group.num_stages)
+
+
+def whole_layers(ratio: ArrayLike, count: ArrayLike) -> Floats:
+    """Of `count` layers the least whole number that is a share of at least `ratio`."""
+    return np.asarray(np.ceil(np.asarray(ratio) * np.asarray(count) - 1e-9))
+
+
+def within_caps(
+    space: SearchSpace, runtime: Runtime, strategies: Strategies, count: Ints
+) -> NDArray[np.bool_]:
+    """Where shares that plans round up to whole layers stay within their limits, [K, R].
+
+    `count` [R]: layers of a stage.
+    """
+    kept = np.ones((len(strategies), len(count)), dtype=np.bool_)
+    by_layer = runtime.offload is not None and runtime.offload.by_layer
+    for name in ("weights", "grads") if by_layer else ():
+        most = space.most.get(name, 1.0)
+        if most < 1.0:
+            layers = whole_layers(strategies.offload[name][:, None], count)
+            kept &= layers <= most * count * (1 + 1e-9)
+    return kept
+
+
+def with_least_memory(space: SearchSpace) -> SearchSpace:
+    """The schedules among which least memory is found: 1F1B, where it may be used, holds least."""
+    one_f_one_b = ScheduleKind.ONE_F_ONE_B
+    if one_f_one_b in space.schedules and 1 in space.chunks:
+        return replace(space, schedules=(one_f_one_b,), chunks=(1,))
+    return space
 
 
 def lean_ratios(space: SearchSpace) -> Mapping[str, tuple[float, ...]]:

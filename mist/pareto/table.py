@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from mist.estimate import Job, position_columns
 from mist.pareto.lines import LEVELS, StageLines
 from mist.pareto.meshes import Place
-from mist.pareto.space import Floats, Group, Ints, Strategies, expressible
+from mist.pareto.space import Floats, Group, Ints, Strategies, expressible, within_caps
 from mist.plans import Limits
 from mist.rules import may_offload
 from mist.spaces import SearchSpace
@@ -273,6 +273,8 @@ class _Position:
         self._ranges, self._limits = ranges, limits
         self._kinds = kinds_of(model.job, ranges)
         self._away = np.tile(model.strategies.activations, len(in_flight))
+        capped = within_caps(model.space, model.job.platform.runtime, model.strategies, ranges.count)
+        self._within_caps = np.tile(capped, (len(in_flight), 1))
         self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
 
@@ -382,6 +384,7 @@ class _Position:
         possible = inside if upper is not lower else num_lower == 0
         for level in (upper, lower):
             possible = possible & may_offload(level, self._away[rows])[:, None]
+        possible = possible & self._within_caps[rows]
         return Mixes(
             upper=upper,
             lower=lower,

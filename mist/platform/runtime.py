@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from mist.origin import Kind
 from mist.platform.quantity import Quantity, Record
-from mist.spec import Precision, ScheduleKind
+from mist.spec import MemoryLevel, Precision, ScheduleKind
 
 ZeroLevel = Literal[0, 1, 2, 3]
 
@@ -245,8 +245,9 @@ class Knobs(Record):
     `layer_split`: how it deals layers out to pipeline stages when nobody says. `schedules`: the
     pipeline schedules it has (none: one stage only). `tensor_parallel`: whether t > 1 is possible.
     `recomputes_some`: whether a stage may recompute some of its layers only. `uneven_layers`:
-    whether a plan may give stages unequal numbers of layers; `unlike_stages`: whether stages may
-    differ in dp, tp, ZeRO level and recomputation.
+    whether it runs any split of the layers that a plan states, beside its own `layer_split`;
+    `unlike_stages`: whether stages may differ in dp, tp, ZeRO level and recomputation.
+    `data_parallel`: whether dp > 1 is possible.
     """
 
     zero_levels: tuple[ZeroLevel, ...]
@@ -257,6 +258,7 @@ class Knobs(Record):
     recomputes_some: bool
     uneven_layers: bool
     unlike_stages: bool
+    data_parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +299,12 @@ class Runtime(Record):
     def offloads(self, name: str) -> bool:
         """Whether "weights", "grads", "optimizer" or "activations" may live in host memory."""
         return self.offload is not None and bool(getattr(self.offload, name))
+
+    @property
+    def levels(self) -> tuple[MemoryLevel, ...]:
+        """The memory levels that its layers may have."""
+        without = () if self.selective else (MemoryLevel.SELECTIVE,)
+        return tuple(level for level in MemoryLevel if level not in without)
 
     def state(self, precision: Precision, zero: int) -> StateRow:
         """The row of a precision and ZeRO level. Raises KeyError when the runtime has none."""
