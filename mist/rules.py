@@ -86,8 +86,10 @@ def knob_rules(runtime: Runtime) -> Iterator[Rule]:
     )
     yield Rule(
         name="schedule-known",
-        holds=lambda c: np.isin(c["schedule"], [kind.value for kind in knobs.schedules])
-        | (c["num_stages"] == 1) & (c["schedule"] == ScheduleKind.ONE_F_ONE_B),
+        holds=lambda c: (
+            np.isin(c["schedule"], [kind.value for kind in knobs.schedules])
+            | (c["num_stages"] == 1) & (c["schedule"] == ScheduleKind.ONE_F_ONE_B)
+        ),
         message=f"schedule {{schedule}}: {name} has {_listed(knobs.schedules) or 'no pipelines'}.",
     )
     yield Rule(

@@ -322,22 +322,24 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
 def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Layout]:
     """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
 
-    With all layers at each memory level, and with as much recomputation as fits the limits.
+    With all layers at each memory level, and with as much recomputation as fits the limits. Of an
+    interleaved pipeline only the one with most chunks: it fills fastest and holds least.
     """
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
-    for group in groups(job, space):
-        if lower_bound_s(job, group) > within_s:
-            continue
+    deepest: dict[tuple[object, ...], Group] = {}
+    for group in sorted(groups(job, space), key=lambda group: group.schedule.vpp):
+        if lower_bound_s(job, group) <= within_s:
+            key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
+            deepest[*key, *group.strategies.tp] = group
+    for group in deepest.values():
         whole = [(replace(space, levels=(level,)), anything) for level in space.levels]
         for allowed, within in [*whole, (space, limits)]:
             model = GroupModel(job, group, group.strategies, allowed)
             yield from (each for each in _uniform(model, within) if each.step_s <= within_s)
 
 
-def _uniform(
-    model: GroupModel, limits: Limits, *, least: Measure = "stable_s"
-) -> Iterator[Layout]:
+def _uniform(model: GroupModel, limits: Limits, *, least: Measure = "stable_s") -> Iterator[Layout]:
     """Layouts with one strategy for all stages, which a runtime may ask to be alike in all else."""
     layouts = even_layouts if model.space.unlike_stages else alike_layouts
     return layouts(model, limits, least=least)

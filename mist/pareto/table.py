@@ -273,7 +273,9 @@ class _Position:
         self._ranges, self._limits = ranges, limits
         self._kinds = kinds_of(model.job, ranges)
         self._away = np.tile(model.strategies.activations, len(in_flight))
-        capped = within_caps(model.space, model.job.platform.runtime, model.strategies, ranges.count)
+        capped = within_caps(
+            model.space, model.job.platform.runtime, model.strategies, ranges.count
+        )
         self._within_caps = np.tile(capped, (len(in_flight), 1))
         self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
