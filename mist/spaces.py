@@ -51,7 +51,8 @@ class SearchSpace:
     `unlike_stages`: whether stages may differ in anything and share layers unevenly;
     `unequal_meshes`: also in their number of devices. `refines`: whether the best layout's ratios
     may lie between those of `offload` in the end (`mist.refine`). `most`: upper limits by knob, and
-    of the ratios of whole layers that plans round up. `restrictions`: what was narrowed. Raises InputError for a value that no plan can have.
+    of the ratios of whole layers that plans round up. `restrictions`: what was narrowed. Raises
+    InputError for a value that no plan can have.
     """
 
     name: str = "mist"
@@ -181,7 +182,7 @@ def narrowed(
 
     Raises InputError for what cannot be read, or is set twice.
     """
-    space = replace(space, restrictions=_of_space(space))
+    space = replace(space, restrictions=(*_of_space(space), *space.restrictions))
     known: set[str] = set()
     for word in fixed:
         key, _, value = word.partition("=")

@@ -38,6 +38,7 @@ from mist.pareto.space import (
     expressible,
     groups,
     lean_ratios,
+    nearest_refusal,
     offloading,
     with_least_memory,
 )
@@ -375,13 +376,23 @@ def _no_group_words(job: Job, space: SearchSpace) -> str:
         ]
         if messages:
             return " ".join(messages)
+    if reasons := nearest_refusal(job, space):
+        return f"Nothing can run{_restricted_words(space)}: {reasons}"
+    if 1 not in space.chunks:
+        return (
+            f"Nothing can run{_restricted_words(space)}: chunks take schedule interleaved, 2 or "
+            "more stages, layers that are all alike, and a layer for each chunk of each stage."
+        )
     batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
-    restricted = f" with {', '.join(space.restrictions)}" if space.restrictions else ""
     if batch % num_gpus:
         advice = f"Try --global-batch {-(-batch // num_gpus) * num_gpus}."
     else:
         advice = "Restrict less, or let the restricted sizes divide it."
     return (
         f"--global-batch {batch}: no (dp, micro-batch, micro-batches) factorises it on {num_gpus} "
-        f"GPUs{restricted}. {advice}"
+        f"GPUs{_restricted_words(space)}. {advice}"
     )
+
+
+def _restricted_words(space: SearchSpace) -> str:
+    return f" with {', '.join(space.restrictions)}" if space.restrictions else ""

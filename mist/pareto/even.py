@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import fill_seconds
+from mist.pareto.dealing import dealt_layers
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.points import Points, StackedMixes, stacked
 from mist.pareto.space import Floats, Ints
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
-from mist.plans import Limits, even_layers, layers_by_cost
+from mist.plans import Limits
 from mist.schedule import step_time
 from mist.spec import MemoryLevel
-
 
 Measure = Literal["stable_s", "peak_bytes"]
 
@@ -103,8 +103,8 @@ def alike_layouts(
     Of each kind (`Layout.kind`) only the fastest, or with `least` "peak_bytes" the one whose
     fullest stage holds least: offload ratios make thousands of the same kind.
     """
-    counts = np.array(layer_counts(model))
-    if not counts.all():
+    counts = stage_layers(model)
+    if counts is None:
         return
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
     levels = model.space.levels
@@ -115,15 +115,12 @@ def alike_layouts(
             yield from _alike(model, ranges, limits, (upper, lower), least=least)
 
 
-def layer_counts(model: GroupModel) -> tuple[int, ...]:
-    """Layers of each stage, as the runtime deals them out: evenly, or by their parameters."""
-    job, num_stages = model.job, model.group.num_stages
-    if job.platform.runtime.knobs.layer_split == "even" or num_stages == 1:
-        return even_layers(job.num_layers, num_stages)
-    layer, head = (
-        float(model.strategies.terms[f"term_{block}_params"][0]) for block in ("0", "head")
-    )
-    return layers_by_cost(job.num_layers, num_stages, layer_cost=layer, ends=(0.0, head))
+def stage_layers(model: GroupModel) -> Ints | None:
+    """Layers of each stage as the runtime deals them out, [S]; None where it cannot."""
+    job, group = model.job, model.group
+    num_stages, chunks = group.num_stages, group.schedule.vpp
+    parts = dealt_layers(job, num_stages * chunks)
+    return None if parts is None else np.reshape(parts, (chunks, num_stages)).sum(axis=0)
 
 
 def _alike(

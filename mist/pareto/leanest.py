@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 
 from mist.estimate import Job
-from mist.pareto.even import layer_counts
+from mist.pareto.even import stage_layers
 from mist.pareto.space import (
     Floats,
     Group,
@@ -121,8 +121,8 @@ def _layers_before(job: Job, ranges: Ranges) -> Iterator[Ints]:
 
 def _alike(model: GroupModel, limits: Limits) -> float:
     """One strategy and one mix for all stages, layers dealt out by the runtime's rule."""
-    counts = np.array(layer_counts(model))
-    if not counts.all():
+    counts = stage_layers(model)
+    if counts is None:
         return math.inf
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
     levels = model.space.levels

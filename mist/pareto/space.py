@@ -7,9 +7,11 @@ of `mist.rules` are never generated. Where a schedule needs stages alike in dp a
 group of its own.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import product
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -275,16 +277,51 @@ def _strategies(
 
 def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.bool_]:
     """Which strategies break no rule in the pipelines of a group."""
-    columns = strategies.columns | {
+    columns = _rule_columns(group, strategies)
+    kept = np.ones(len(strategies), dtype=np.bool_)
+    for rule in job.rules:
+        kept &= rule.mask(columns)
+    return kept
+
+
+def _rule_columns(group: Group, strategies: Strategies) -> Mapping[str, ArrayLike]:
+    """The columns of the rules, of strategies in the pipelines of a group."""
+    return strategies.columns | {
         "num_stages": group.num_stages,
         "num_micro_batches": group.num_micro_batches,
         "schedule": group.schedule.kind.value,
         "chunks": group.schedule.vpp,
     }
-    kept = np.ones(len(strategies), dtype=np.bool_)
-    for rule in job.rules:
-        kept &= rule.mask(columns)
-    return kept
+
+
+def nearest_refusal(job: Job, space: SearchSpace) -> str:
+    """Why a space has no group: the rules that break what breaks fewest; "" where it is empty."""
+    space = expressible(space, job.platform.runtime)
+    num_gpus, least, words = job.platform.num_gpus, math.inf, ""
+    stages = np.array([s for s in divisors(num_gpus) if s <= job.num_layers])
+    for num_stages, num_micro_batches in product(
+        stages[space.allows("pp", stages)].tolist(), divisors(job.workload.global_batch)
+    ):
+        sizes = (num_gpus // num_stages,)
+        found = _strategies(job, space, sizes, num_micro_batches)
+        for schedule in _schedules(job, space, num_stages) if len(found) else ():
+            group = Group(
+                num_stages=num_stages,
+                num_micro_batches=num_micro_batches,
+                sizes=sizes,
+                schedule=schedule,
+                strategies=found,
+            )
+            columns = _rule_columns(group, found)
+            faults = np.sum([~rule.mask(columns) for rule in job.rules], axis=0)
+            nearest = int(faults.argmin())
+            if faults[nearest] < least:
+                own = found.take(np.array([nearest]))
+                one = {
+                    name: np.ravel(column)[0] for name, column in _rule_columns(group, own).items()
+                }
+                least, words = faults[nearest], " ".join(broken(job.rules, one))
+    return words
 
 
 def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strategies:

@@ -242,8 +242,10 @@ class Loss(Record):
 class Knobs(Record):
     """What the runtime can do: ZeRO levels; whether tensor parallelism shards the sequence.
 
-    `layer_split`: how it deals layers out to pipeline stages when nobody says. `schedules`: the
-    pipeline schedules it has (none: one stage only). `tensor_parallel`: whether t > 1 is possible.
+    `layer_split`: how it deals layers out to pipeline stages and their chunks when nobody says:
+    "even", the first ones a layer longer; "equal", all the same number or not at all; "by_cost", by
+    the parameters of layers and head. `schedules`: the pipeline schedules it has (none: one stage
+    only). `tensor_parallel`: whether t > 1 is possible.
     `recomputes_some`: whether a stage may recompute some of its layers only. `uneven_layers`:
     whether it runs any split of the layers that a plan states, beside its own `layer_split`;
     `unlike_stages`: whether stages may differ in dp, tp, ZeRO level and recomputation.
@@ -252,7 +254,7 @@ class Knobs(Record):
 
     zero_levels: tuple[ZeroLevel, ...]
     sequence_parallel: bool
-    layer_split: Literal["even", "by_cost"]
+    layer_split: Literal["even", "equal", "by_cost"]
     schedules: tuple[ScheduleKind, ...]
     tensor_parallel: bool
     recomputes_some: bool
