@@ -344,7 +344,10 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
     step_s = checked.plan.estimate.step_s
     judged = []
     step_words = format_seconds(step_s)
+    shards = checked.plan.stages[0].dp > 1 or layout.offload != KEPT
     for words, changed in _changes(layout):
+        if changed.zero != layout.zero and not shards:
+            continue  # nothing is divided and nothing streams: all ZeRO levels are one
         try:
             made = _made(job, changed)
         except InputError:

@@ -9,6 +9,7 @@ from mist.errors import InputError, PlanError
 from mist.planfile import load_plan, save_plan
 from mist.plans import Offload, Plan, Schedule
 from mist.spec import MemoryLevel, ScheduleKind
+from mist.units import format_seconds
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
 from mist.workflow.question import Question
 from tests.toys import toy_graph
@@ -207,7 +208,7 @@ def test_layouts_that_break_rules(layout: HandLayout, message: str) -> None:
 def test_a_runtime_without_a_selective_level_has_no_selective_layout() -> None:
     with pytest.raises(InputError) as refused:
         check(replace(LAYOUT, checkpoint="selective"), runtime="nanotron")
-    assert str(refused.value) == "runtime nanotron has no selective checkpointing."
+    assert str(refused.value) == "checkpoint selective: runtime nanotron has none, full."
     found = check(HandLayout(micro_batch=32), runtime="nanotron")
     assert not any("selective" in words for words in found.suggestions)
 
@@ -355,14 +356,19 @@ def test_a_runtime_that_cannot_do_what_a_plan_says(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as refused:
         check_plan(path)
     assert [str(fault) for fault in refused.value.faults] == [
-        words
-        for i in range(2)
-        for words in (
-            f"stages[{i}].memory.selective: runtime nanotron has no selective checkpointing",
-            f"stages[{i}]: schedule interleaved: runtime nanotron has gpipe, 1f1b.",
-            f"stages[{i}]: offloading optimizer is not possible under runtime nanotron, "
-            "found ratio 0.5 at ZeRO-0.",
-        )
+        *(
+            words
+            for i in range(2)
+            for words in (
+                f"stages[{i}]: schedule interleaved: runtime nanotron has gpipe, 1f1b.",
+                f"stages[{i}]: offloading optimizer is not possible under runtime nanotron, "
+                "found ratio 0.5 at ZeRO-0.",
+            )
+        ),
+        *(
+            f"stages[{i}].memory: checkpoint selective: runtime nanotron has none, full."
+            for i in range(2)
+        ),
     ]
 
 
@@ -424,3 +430,14 @@ def test_the_model_is_looked_for_beside_the_plan(
 def test_an_empty_cluster_name_is_refused() -> None:
     with pytest.raises(InputError, match="--cluster '' is no name"):
         Question(model="toy", num_gpus=8, cluster="")
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_advice_that_changes_nothing_is_not_given(zero: int) -> None:
+    """On one data-parallel rank all ZeRO levels are one: "--zero 0: 1.19 s" was said of 1.19 s."""
+    found = check(HandLayout(tp=8, zero=zero, micro_batch=8))
+    assert found.fits
+    now = format_seconds(found.plan.estimate.step_s)
+    for words in found.suggestions:
+        assert not words.startswith("--zero")
+        assert f": {now} per step" not in words
