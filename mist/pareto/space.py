@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from mist.errors import InputError
 from mist.estimate import Job, strategy_columns
 from mist.pareto.meshes import unequal_sizes
-from mist.plans import ONE_F_ONE_B, Schedule
+from mist.plans import Schedule
 from mist.platform import Runtime
 from mist.rules import broken, broken_levels, knob_rules
 from mist.spaces import NO_RATIOS, OFFLOADED, SearchSpace
@@ -227,21 +227,18 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
     GPipe takes as long as 1F1B and holds more: it is looked at only where that may not be used.
     """
     counts = np.array(space.chunks)
-    counts = counts[space.allows("chunks", counts)]
-    if num_stages == 1:
-        if 1 in counts:
-            yield ONE_F_ONE_B
-        return
-    for kind in space.schedules:
-        if kind is ScheduleKind.GPIPE and ScheduleKind.ONE_F_ONE_B in space.schedules:
-            continue
-        if kind is not ScheduleKind.INTERLEAVED:
-            if 1 in counts:
-                yield Schedule(kind=kind, vpp=1)
-        elif job.facts.num_kinds == 1:  # chunks of unlike layers would be unlike
-            for chunks in counts.tolist():
-                if chunks > 1 and chunks * num_stages <= job.num_layers:
-                    yield Schedule(kind=kind, vpp=chunks)
+    for kind in _kinds(space) if num_stages > 1 else (ScheduleKind.ONE_F_ONE_B,):
+        for chunks in counts[space.allows("chunks", counts)].tolist():
+            # Chunks of unlike layers would be unlike.
+            has_layers = job.facts.num_kinds == 1 and chunks * num_stages <= job.num_layers
+            is_interleaved = kind is ScheduleKind.INTERLEAVED
+            if (chunks > 1 and has_layers) if is_interleaved else chunks == 1:
+                yield Schedule(kind=kind, vpp=chunks)
+
+
+def _kinds(space: SearchSpace) -> list[ScheduleKind]:
+    redundant = ScheduleKind.GPIPE if ScheduleKind.ONE_F_ONE_B in space.schedules else None
+    return [kind for kind in space.schedules if kind is not redundant]
 
 
 def divisors(number: int) -> list[int]:

@@ -344,10 +344,7 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
     step_s = checked.plan.estimate.step_s
     judged = []
     step_words = format_seconds(step_s)
-    shards = checked.plan.stages[0].dp > 1 or layout.offload != KEPT
-    for words, changed in _changes(layout):
-        if changed.zero != layout.zero and not shards:
-            continue  # nothing is divided and nothing streams: all ZeRO levels are one
+    for words, changed in _changes(layout, checked.plan.stages[0].dp):
         try:
             made = _made(job, changed)
         except InputError:
@@ -362,14 +359,13 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
         yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"
 
 
-def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:
+def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:
     """The layouts one change away."""
     for checkpoint in CHECKPOINTS:
         if checkpoint != layout.checkpoint:
             yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
-    for zero in range(4):
-        if zero != layout.zero:
-            yield f"--zero {zero}", replace(layout, zero=zero)
+    for zero in _other_levels(layout, dp):
+        yield f"--zero {zero}", replace(layout, zero=zero)
     for name in ("tp", "pp", "dp_replicate", "micro_batch"):
         for value in _doubled_and_halved(getattr(layout, name)):
             split = () if name == "pp" else layout.layers
@@ -379,6 +375,13 @@ def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:
         ratio = 0.0 if getattr(layout.offload, name) else 1.0
         offload = replace(layout.offload, **{name: ratio})
         yield f"--offload {name}={ratio:g}", replace(layout, offload=offload)
+
+
+def _other_levels(layout: HandLayout, dp: int) -> list[int]:
+    """Other ZeRO levels; all are one where nothing is divided and nothing streams from the host."""
+    if dp == 1 and layout.offload == KEPT:
+        return []
+    return [zero for zero in range(4) if zero != layout.zero]
 
 
 def _doubled_and_halved(value: int) -> Iterator[int]:
