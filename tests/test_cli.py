@@ -506,8 +506,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
-        "--set colour=2: expected tp, pp, dp, micro-batch or zero with a number, "
-        "checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble.",
+        "--set colour=2: expected tp, pp, dp, micro-batch, vpp, dp-replicate or zero with a "
+        "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble.",
     ),
     (
         "a knob set twice",
@@ -527,7 +527,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a limit that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--max", "zero=2"),
-        "--max zero=2: expected tp, pp, dp or micro-batch with a number.",
+        "--max zero=2: expected tp, pp, dp, micro-batch, vpp with a number, or offload, weights, "
+        "grads, optimizer, activations with a ratio from 0 to 1.",
     ),
     (
         "something unknown that is forbidden",
@@ -583,7 +584,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
             "--runtime",
             "nanotron",
         ),
-        "runtime nanotron has no selective checkpointing.",
+        "checkpoint selective: runtime nanotron has none, full.",
     ),
     (
         "an output folder that is missing",
