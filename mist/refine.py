@@ -69,15 +69,15 @@ def _stages(job: Job, group: Group, space: SearchSpace, layout: Layout) -> Itera
 
 def _strategy(stage: StageChoice) -> Strategies:
     """What the stage does, nothing offloaded, as one row."""
-    tp, dp, micro_batch, zero = (
-        np.array([number]) for number in (stage.tp, stage.dp, stage.micro_batch, stage.zero)
-    )
+    numbers = (stage.tp, stage.dp, stage.micro_batch, stage.zero, stage.dp_replicate)
+    tp, dp, micro_batch, zero, copies = (np.array([number]) for number in numbers)
     none = np.zeros(1)
     return Strategies(
         tp=tp,
         dp=dp,
         micro_batch=micro_batch,
         zero=zero,
+        dp_replicate=copies,
         weights=none,
         grads=none,
         optimizer=none,

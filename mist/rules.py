@@ -1,9 +1,9 @@
 """What may be combined with what: predicates over strategy columns, each with its message.
 
 The search masks candidates with these rules, `mist check` and later execution refuse with them: so
-nothing that cannot be run is ever planned. Columns: tp, dp, micro_batch, zero, dp_replicate (1 in a
-search: copies are not searched), num_stages, num_micro_batches, schedule, chunks, and the offload
-ratios weights, grads, optimizer, activations; arrays or single values.
+nothing that cannot be run is ever planned. Columns: tp, dp, micro_batch, zero, dp_replicate,
+num_stages, num_micro_batches, schedule, chunks, and the offload ratios weights, grads, optimizer,
+activations; arrays or single values.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mist.facts import ModelFacts
 from mist.platform import Platform, Runtime
+from mist.spaces import CHECKPOINTS
 from mist.spec import MemoryLevel, ScheduleKind, Workload
 
 Columns = Mapping[str, ArrayLike]
@@ -48,10 +49,10 @@ def rules_for(
 ) -> tuple[Rule, ...]:
     """Every rule of a model on a platform under a workload."""
     return (
+        *knob_rules(platform.runtime),
         *_tp_rules(facts, platform, workload),
         *_batch_rules(facts, platform, workload),
         *_schedule_rules(facts, platform.runtime),
-        *_offload_rules(platform.runtime),
         *_copy_rules(platform),
         *_domain_rules(facts, workload, domain),
     )
@@ -62,6 +63,67 @@ def broken(rules: tuple[Rule, ...], columns: Columns) -> Iterator[str]:
     for rule in rules:
         if not rule.mask(columns).all():
             yield rule.message.format(**columns)
+
+
+def knob_rules(runtime: Runtime) -> Iterator[Rule]:
+    """What a runtime has of each knob that a strategy sets, whatever the model and the cluster."""
+    knobs, name = runtime.knobs, f"runtime {runtime.name}"
+    yield Rule(
+        name="zero-known",
+        holds=lambda c: np.isin(c["zero"], knobs.zero_levels),
+        message=f"zero {{zero}}: {name} has zero {_listed(knobs.zero_levels)}.",
+    )
+    yield Rule(
+        name="tp-known",
+        holds=lambda c: (c["tp"] == 1) | knobs.tensor_parallel,
+        message=f"tp {{tp}}: {name} has no tensor parallelism; use tp 1.",
+    )
+    yield Rule(
+        name="dp-known",
+        holds=lambda c: (c["dp"] == 1) | knobs.data_parallel,
+        message=f"dp {{dp}}: {name} has no data parallelism; use dp 1.",
+    )
+    yield Rule(
+        name="pp-known",
+        holds=lambda c: (c["num_stages"] == 1) | bool(knobs.schedules),
+        message=f"pp {{num_stages}}: {name} has no pipelines; use pp 1.",
+    )
+    yield Rule(
+        name="schedule-known",
+        holds=lambda c: (
+            np.isin(c["schedule"], [kind.value for kind in knobs.schedules])
+            | (c["num_stages"] == 1) & (c["schedule"] == ScheduleKind.ONE_F_ONE_B)
+        ),
+        message=f"schedule {{schedule}}: {name} has {_listed(knobs.schedules) or 'no pipelines'}.",
+    )
+    yield Rule(
+        name="copies-known",
+        holds=lambda c: (c["dp_replicate"] == 1) | knobs.copies,
+        message="dp_replicate {dp_replicate}: copies of the states are predicted of FSDP2 only, "
+        f"not of {name}; use dp_replicate 1.",
+    )
+    yield from _offload_rules(runtime)
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def broken_levels(runtime: Runtime, levels: Iterable[MemoryLevel]) -> Iterator[str]:
+    """What a runtime has not of the memory levels that the layers of one stage have."""
+    used, own = set(levels), runtime.levels
+    words = {word: level for word, level in CHECKPOINTS.items() if level in used}
+    for word, level in words.items():
+        if level not in own:
+            known = _listed(word for word, level in CHECKPOINTS.items() if level in own)
+            yield f"checkpoint {word}: runtime {runtime.name} has {known}."
+    if len(words) > 1 and not runtime.knobs.recomputes_some:
+        yield (
+            f"checkpoint {' and '.join(words)} in one stage: runtime {runtime.name} does the same "
+            "with all layers of a stage."
+        )
+    elif not may_mix(runtime, used):
+        yield f"runtime {runtime.name} makes all layers of a stage selective, or none."
 
 
 def out_of_domain(domain: Domain, seq_len: int) -> tuple[str, ...]:
@@ -181,13 +243,6 @@ def _aligned(ranks: NDArray[np.int64], per_node: int) -> Mask:
 
 def _schedule_rules(facts: ModelFacts, runtime: Runtime) -> Iterator[Rule]:
     """What pipelines need of their schedule."""
-    known = [kind.value for kind in runtime.knobs.schedules]
-    yield Rule(
-        name="schedule-known",
-        holds=lambda c: (c["num_stages"] == 1) | np.isin(c["schedule"], known),
-        message=f"schedule {{schedule}}: runtime {runtime.name} has "
-        f"{', '.join(known) or 'no pipelines'}.",
-    )
     yield Rule(
         name="interleaved-has-stages",
         holds=lambda c: (c["schedule"] != ScheduleKind.INTERLEAVED) | (c["num_stages"] > 1),
@@ -373,13 +428,7 @@ def may_mix(runtime: Runtime, levels: Collection[MemoryLevel]) -> bool:
 
 def _copy_rules(platform: Platform) -> Iterator[Rule]:
     """Where the states that ZeRO divides may have copies."""
-    per_node, runtime = platform.gpus_per_node, platform.runtime
-    yield Rule(
-        name="copies-known",
-        holds=lambda c: (c["dp_replicate"] == 1) | runtime.knobs.copies,
-        message=f"dp_replicate {{dp_replicate}}: copies of the states are predicted of FSDP2 only, "
-        f"not of runtime {runtime.name}.",
-    )
+    per_node = platform.gpus_per_node
     yield Rule(
         name="copies-divide-dp",
         holds=lambda c: c["dp"] % c["dp_replicate"] == 0,

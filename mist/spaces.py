@@ -31,16 +31,24 @@ ALL_OR_NOTHING: Final = MappingProxyType(
 )
 
 
+CHECKPOINTS: Final = MappingProxyType(
+    {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
+)
+"""The memory levels by the words of `--checkpoint`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
     """The allowed values of each knob; None leaves a knob to the runtime's own limits.
 
     `levels`: the memory levels that layers may have; `some_layers`: whether a stage may mix two of
-    them. `offload`: ratios by state. `schedules`, and `chunks` (v) of those that take turns.
+    them. `offload`: ratios by state. `schedules`, and `chunks` (v) of a stage: 1, or more of those
+    that take turns. `dp_replicate`: copies of the states that ZeRO divides (HSDP), in every stage.
     `unlike_stages`: whether stages may differ in anything and share layers unevenly;
     `unequal_meshes`: also in their number of devices. `refines`: whether the best layout's ratios
-    may lie between those of `offload` in the end (`mist.refine`). `most`: upper limits by knob.
-    `restrictions`: what was narrowed. Raises InputError for a value that no plan can have.
+    may lie between those of `offload` in the end (`mist.refine`). `most`: upper limits by knob, and
+    of the ratios of whole layers that plans round up. `restrictions`: what was narrowed. Raises
+    InputError for a value that no plan can have.
     """
 
     name: str = "mist"
@@ -53,11 +61,12 @@ class SearchSpace:
     some_layers: bool = True
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
     schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
-    chunks: tuple[int, ...] = (2, 3, 4, 6, 8)
+    chunks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    dp_replicate: int = 1
     unlike_stages: bool = True
     unequal_meshes: bool = False
     refines: bool = True
-    most: Mapping[str, int] = field(default_factory=dict)
+    most: Mapping[str, float] = field(default_factory=dict)
     restrictions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,6 +74,8 @@ class SearchSpace:
             for value in getattr(self, name) or ():
                 if value < 1:
                     raise InputError(f"{name} {value} is not a positive number.")
+        if self.dp_replicate < 1:
+            raise InputError(f"dp_replicate {self.dp_replicate} is not a positive number.")
         for level in self.zero:
             if level not in range(4):
                 raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
@@ -73,7 +84,7 @@ class SearchSpace:
         _check_ratios(self.offload)
 
     def allows(self, name: str, values: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which values of "tp", "pp", "dp" or "micro_batch" may be used."""
+        """Which values of "tp", "pp", "dp", "micro_batch" or "chunks" may be used."""
         allowed, most = getattr(self, name), self.most.get(name)
         kept = np.ones(values.shape, dtype=np.bool_)
         if allowed is not None:
@@ -154,10 +165,10 @@ def space_of(name: str) -> SearchSpace:
     return SPACES[name]
 
 
-_NUMBERS: Final = ("tp", "pp", "dp", "micro_batch")
-_CHECKPOINTS: Final = MappingProxyType(
-    {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
+_NUMBERS: Final = MappingProxyType(
+    {"tp": "tp", "pp": "pp", "dp": "dp", "micro-batch": "micro_batch", "vpp": "chunks"}
 )
+"""Knobs that are whole numbers: their words, and the fields of a space and keys of its `most`."""
 
 
 def narrowed(
@@ -167,20 +178,18 @@ def narrowed(
 
     Raises InputError for what cannot be read, or is set twice.
     """
-    space = replace(space, restrictions=_of_space(space))
+    space = replace(space, restrictions=(*_of_space(space), *space.restrictions))
     known: set[str] = set()
     for word in fixed:
         key, _, value = word.partition("=")
-        if key in known:
+        knob = key.replace("_", "-")
+        if knob in known:
             raise InputError(f"--set {word}: {key} is set twice.")
-        known.add(key)
-        space = _said(replace(space, **_fixed(word, key.replace("-", "_"), value)), word)
+        known.add(knob)
+        space = _said(replace(space, **_fixed(word, knob, value)), word)
     for word in most:
         key, _, value = word.partition("=")
-        knob = key.replace("-", "_")
-        if knob not in _NUMBERS or not value.isdecimal() or int(value) < 1:
-            raise InputError(f"--max {word}: expected tp, pp, dp or micro-batch with a number.")
-        space = _said(replace(space, most={**space.most, knob: int(value)}), f"max {word}")
+        space = _said(replace(space, **_capped(space, word, key, value)), f"max {word}")
     for word in forbid:
         space = _said(replace(space, **_forbidden(space, word)), f"no {word}")
     return space
@@ -196,23 +205,60 @@ def _said(space: SearchSpace, words: str) -> SearchSpace:
 
 def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
     """The fields that fix one knob."""
-    if knob in _NUMBERS and value.isdecimal():
-        return {knob: (int(value),)}
-    if knob == "zero" and value.isdecimal():
-        return {knob: (int(value),)}
-    if knob == "checkpoint" and value in _CHECKPOINTS:
-        return {"levels": (_CHECKPOINTS[value],)}
+    if value.isdecimal():
+        number = int(value)
+        if knob in _NUMBERS:
+            return {_NUMBERS[knob]: (number,)}
+        if knob == "zero":
+            return {"zero": (number,)}
+        if knob == "dp-replicate":
+            return {"dp_replicate": number}
+    if knob == "checkpoint" and value in CHECKPOINTS:
+        return {"levels": (CHECKPOINTS[value],)}
     if knob == "schedule" and value in set(ScheduleKind):
         return {"schedules": (ScheduleKind(value),)}
     raise InputError(
-        f"--set {word}: expected tp, pp, dp, micro-batch or zero with a number, "
-        f"checkpoint={', '.join(_CHECKPOINTS)}, or schedule={', '.join(ScheduleKind)}."
+        f"--set {word}: expected {', '.join(_NUMBERS)}, dp-replicate or zero with a number, "
+        f"checkpoint={', '.join(CHECKPOINTS)}, or schedule={', '.join(ScheduleKind)}."
     )
+
+
+def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:
+    """The fields that limit one knob, or the ratio of one state or of all ("offload")."""
+    knob = key.replace("_", "-")
+    if knob in _NUMBERS and value.isdecimal() and int(value) > 0:
+        return {"most": {**space.most, _NUMBERS[knob]: int(value)}}
+    ratio = _ratio(value)
+    if (knob == "offload" or knob in OFFLOADED) and ratio is not None:
+        states = OFFLOADED if knob == "offload" else (knob,)
+        capped = {state: _up_to(space.offload[state], ratio) for state in states}
+        most = {state: min(ratio, space.most.get(state, 1.0)) for state in states}
+        return {"offload": {**space.offload, **capped}, "most": {**space.most, **most}}
+    raise InputError(
+        f"--max {word}: expected {', '.join(_NUMBERS)} with a number, or offload, "
+        f"{', '.join(OFFLOADED)} with a ratio from 0 to 1."
+    )
+
+
+def _ratio(value: str) -> float | None:
+    """A ratio from 0 to 1, if the word is one."""
+    try:
+        ratio = float(value)
+    except ValueError:
+        return None
+    return ratio if 0 <= ratio <= 1 else None
+
+
+def _up_to(ratios: tuple[float, ...], most: float) -> tuple[float, ...]:
+    """The ratios up to a limit, which is one of them itself where they are not all or nothing."""
+    left = tuple(ratio for ratio in ratios if ratio <= most)
+    finer = len(ratios) > 2 and max(left, default=0.0) < most < max(ratios)
+    return (*left, most) if finer else left
 
 
 def _forbidden(space: SearchSpace, word: str) -> dict[str, Any]:
     """The fields without what one word forbids."""
-    levels = {name: level for name, level in _CHECKPOINTS.items() if name != "none"}
+    levels = {name: level for name, level in CHECKPOINTS.items() if name != "none"}
     if word == "offload":
         return {"offload": NO_RATIOS}
     if word in OFFLOADED:

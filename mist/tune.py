@@ -30,7 +30,7 @@ from mist.errors import Infeasible, InputError
 from mist.estimate import Job
 from mist.milp import InterStageSolution, Method, Solver
 from mist.pareto.bounds import lower_bound_s
-from mist.pareto.even import alike_layouts, even_layouts
+from mist.pareto.even import Measure, alike_layouts, even_layouts
 from mist.pareto.hosts import shared, stages_per_node
 from mist.pareto.layouts import Layout
 from mist.pareto.space import (
@@ -41,12 +41,12 @@ from mist.pareto.space import (
     levels_under,
     offloading,
     refusals,
+    with_least_memory,
 )
 from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.refine import refined
 from mist.spaces import SearchSpace
-from mist.spec import ScheduleKind
 
 Progress = Callable[[str], None]
 
@@ -322,29 +322,39 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
 
 
 def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Layout]:
-    """Even layouts without, with just enough and with full recomputation, as far as `within_s`."""
+    """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
+
+    With all layers at each memory level, and with as much recomputation as fits the limits. Of an
+    interleaved pipeline only the one with most chunks: it fills fastest and holds least.
+    """
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
-    plain = replace(space, schedules=tuple(space.schedules[:1]))
-    for group in groups(job, replace(plain, unequal_meshes=False)):
-        if lower_bound_s(job, group) > within_s:
-            continue
-        levels = levels_under(expressible(space, job.platform.runtime), group.schedule.kind)
+    space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
+    deepest: dict[tuple[object, ...], Group] = {}
+    for group in sorted(groups(job, space), key=lambda group: group.schedule.vpp):
+        if lower_bound_s(job, group) <= within_s:
+            key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
+            deepest[*key, *group.strategies.tp] = group
+    for group in deepest.values():
+        levels = levels_under(space, group.schedule.kind)
         whole = [(replace(space, levels=(level,)), anything) for level in levels]
         for allowed, within in [*whole, (space, limits)]:
             model = GroupModel(job, group, group.strategies, allowed)
-            for layout in even_layouts(model, within):
-                if layout.step_s <= within_s:
-                    yield layout
+            yield from (each for each in _uniform(model, within) if each.step_s <= within_s)
+
+
+def _uniform(model: GroupModel, limits: Limits, *, least: Measure = "stable_s") -> Iterator[Layout]:
+    """Layouts with one strategy for all stages, which a runtime may ask to be alike in all else."""
+    layouts = even_layouts if model.space.unlike_stages else alike_layouts
+    return layouts(model, limits, least=least)
 
 
 def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:
     """The layout whose fullest device holds least, of those with room in host memory.
 
-    States are offloaded as far as they may be, or not at all; no schedule holds less than 1F1B.
-    Raises InputError when the space is empty.
+    States are offloaded as far as they may be, or not at all. Raises InputError when the space is
+    empty.
     """
-    if ScheduleKind.ONE_F_ONE_B in space.schedules:
-        space = replace(space, schedules=(ScheduleKind.ONE_F_ONE_B,))
+    space = with_least_memory(space)
     within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
     lean = replace(space, offload=lean_ratios(space))
     layouts: list[Layout] = []
@@ -352,7 +362,7 @@ def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf)
         rows = np.arange(len(group.strategies))
         away = offloading(job, group, lean, rows)
         model = GroupModel(job, group, group.strategies.joined(away), space)
-        layouts += even_layouts(model, within, least="peak_bytes")
+        layouts += _uniform(model, within, least="peak_bytes")
     if not layouts:
         raise InputError(_no_group_words(job, space))
     return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))
@@ -368,16 +378,23 @@ def _no_group_words(job: Job, space: SearchSpace) -> str:
         ]
         if messages:
             return " ".join(messages)
-    if broken := refusals(job, space):
-        restricted = f"{', '.join(space.restrictions)}: " if space.restrictions else ""
-        return restricted + " ".join(broken)
+    if reasons := refusals(job, space):
+        return f"Nothing can run{_restricted_words(space)}: {' '.join(reasons)}"
+    if 1 not in space.chunks:
+        return (
+            f"Nothing can run{_restricted_words(space)}: chunks take schedule interleaved, 2 or "
+            "more stages, layers that are all alike, and a layer for each chunk of each stage."
+        )
     batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
-    restricted = f" with {', '.join(space.restrictions)}" if space.restrictions else ""
     if batch % num_gpus:
         advice = f"Try --global-batch {-(-batch // num_gpus) * num_gpus}."
     else:
         advice = "Restrict less, or let the restricted sizes divide it."
     return (
         f"--global-batch {batch}: no (dp, micro-batch, micro-batches) factorises it on {num_gpus} "
-        f"GPUs{restricted}. {advice}"
+        f"GPUs{_restricted_words(space)}. {advice}"
     )
+
+
+def _restricted_words(space: SearchSpace) -> str:
+    return f" with {', '.join(space.restrictions)}" if space.restrictions else ""

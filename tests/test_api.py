@@ -91,6 +91,52 @@ def test_a_check_judges_layouts_and_plan_files(models: Path, tmp_path: Path) -> 
         mist.check(models / "tiny.py", gpus=4, host_memory=0)
 
 
+def test_a_check_takes_what_the_command_takes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cli.yaml"
+    words = "--pp 2 --schedule interleaved --vpp 2 --layers 1,1,1,1 --zero 2 --offload optimizer=.5"
+    words = f"{words} --offload activations=1 --gpus 4 --global-batch 16 --out {path}"
+    monkeypatch.setattr(sys, "argv", ["mist", "check", str(models / "tiny.py"), *words.split()])
+    cli_code(0)
+    layout = {"pp": 2, "schedule": "interleaved", "vpp": 2, "zero": 2}
+    for layers, offload in (
+        ([1, 1, 1, 1], {"optimizer": 0.5, "activations": 1}),
+        ("1,1,1,1", ["optimizer=0.5", "activations=1"]),
+    ):
+        checked = mist.check(
+            models / "tiny.py", gpus=4, global_batch=16, layers=layers, offload=offload, **layout
+        )  # type: ignore[misc]
+        assert dump_plan(checked.plan) == path.read_text()
+    copies = mist.check(models / "tiny.py", gpus=4, global_batch=16, zero=2, dp_replicate=2)
+    assert copies.plan.stages[0].dp_replicate == 2
+    with pytest.raises(InputError, match=r"^schedule 'dapple' is none of gpipe, 1f1b, "):
+        mist.check(models / "tiny.py", gpus=4, schedule="dapple")
+
+
+def test_a_plan_takes_what_the_command_takes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cli.yaml"
+    words = "--space megatron --set tp=2 --max vpp=2 --forbid selective --solver dp --top 1"
+    words = f"{words} --gpus 4 --global-batch 16 --runtime megatron --out {path}"
+    monkeypatch.setattr(sys, "argv", ["mist", "plan", str(models / "tiny.py"), *words.split()])
+    cli_code(0)
+    plan = mist.plan(
+        models / "tiny.py", gpus=4, global_batch=16, runtime="megatron", space="megatron",
+        set=["tp=2"], max=["vpp=2"], forbid=["selective"], solver="dp", time_limit=60.0, top=1,
+    )  # fmt: skip
+    assert dump_plan(plan) == path.read_text()
+    assert plan.provenance.search["restricted"] == ("space megatron, tp=2, max vpp=2, no selective")
+
+
+def cli_code(code: int) -> None:
+    """Run the command of sys.argv."""
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -252,6 +252,56 @@ def test_check_judges_chunks_and_offloads_and_the_file_keeps_them(mist: Mist, mo
     assert load_plan("again.yaml") == plan
 
 
+def test_check_judges_a_stated_split_and_the_file_keeps_it(mist: Mist, models: Path) -> None:
+    split = ("--pp", 2, "--layers", "1,3", "--out", "mine.yaml")
+    run = mist("check", models / "tiny.py", *SMALL, *split)
+    assert run.code == 0, run.err
+    assert [stage.layers for stage in load_plan("mine.yaml").stages] == [((0, 1),), ((1, 3),)]
+    assert mist("check", "mine.yaml").code == 0
+    run = mist("check", models / "tiny.py", *SMALL, "--pp", 2, "--layers", "two,2")
+    assert run.code == 2
+    assert run.message == (
+        "--layers two,2: expected whole numbers with commas between them (8,8,7)."
+    )
+    assert "--layers" in mist("check", "mine.yaml", "--layers", "1,3").message
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 128, "vocab_size": 256, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+def test_a_configuration_is_called_after_its_file_and_says_its_positions(
+    mist: Mist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a minute of tracing: what traces is not there."""
+    monkeypatch.setattr("mist.programs.load_graph", None)
+    (tmp_path / "small-llama.json").write_text(json.dumps(LLAMA))
+    folder = tmp_path / "Tiny-Llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"max_position_embeddings": 512}))
+    hint = "or a model with more: max_position_embeddings of a config.json can be raised."
+    for model, name, longest in (("small-llama.json", "small-llama", 1024),
+                                 ("Tiny-Llama", "tiny-llama", 512),
+                                 ("Tiny-Llama/config.json", "tiny-llama", 512)):  # fmt: skip
+        for command in (("plan",), ("check", "--micro-batch", 4)):
+            run = mist(command[0], model, *SMALL, "--seq", 2048, *command[1:])
+            assert run.code == 2
+            assert run.message == (
+                f"--seq 2048: {name} has positions for {longest} tokens. "
+                f"Use --seq {longest} or less, {hint}"
+            )
+
+
+@pytest.mark.parametrize("command", ["plan", "check"])
+def test_help_says_where_profiles_are_listed(mist: Mist, command: str) -> None:
+    words = " ".join(mist(command, "--help").out.split())
+    for option in ("--gpu", "--cluster", "--runtime"):
+        told = words[words.index(f"{option} ") :]
+        assert "mist profiles lists them" in told[:160]
+
+
 def test_a_host_without_room_is_no_fit(mist: Mist, models: Path) -> None:
     """The optimizer of 326 K parameters is 8 bytes of each, on a host with room for a tenth.
 
@@ -541,7 +591,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "longer than the positions",
         ("plan", "{models}/tiny.py", *SMALL, "--seq", "513"),
-        "--seq 513: tiny has positions for 512 tokens. Use --seq 512 or less.",
+        "--seq 513: tiny has positions for 512 tokens. Use --seq 512 or less, or a model with "
+        "more: max_position_embeddings of a config.json can be raised.",
     ),
     (
         "a margin of more than all",
@@ -551,8 +602,9 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
-        "--set colour=2: expected tp, pp, dp, micro-batch or zero with a number, "
-        "checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble.",
+        "--set colour=2: expected tp, pp, dp, micro-batch, vpp, dp-replicate or zero with a "
+        "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, "
+        "zero-bubble.",
     ),
     (
         "a knob set twice",
@@ -572,7 +624,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a limit that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--max", "zero=2"),
-        "--max zero=2: expected tp, pp, dp or micro-batch with a number.",
+        "--max zero=2: expected tp, pp, dp, micro-batch, vpp with a number, or offload, weights, "
+        "grads, optimizer, activations with a ratio from 0 to 1.",
     ),
     (
         "something unknown that is forbidden",
@@ -628,7 +681,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
             "--runtime",
             "nanotron",
         ),
-        "runtime nanotron has no selective checkpointing.",
+        "checkpoint selective: runtime nanotron has none, full.",
     ),
     (
         "an output folder that is missing",

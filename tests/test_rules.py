@@ -201,7 +201,7 @@ def of_runtime(name: str) -> tuple[Rule, ...]:
             {"dp": 4, "micro_batch": 1, "dp_replicate": 2},
             [
                 "dp_replicate 2: copies of the states are predicted of FSDP2 only, not of runtime "
-                "megatron."
+                "megatron; use dp_replicate 1."
             ],
         ),
         (
@@ -243,7 +243,25 @@ def of_runtime(name: str) -> tuple[Rule, ...]:
         (
             "torchtune",
             {"tp": 1, "dp": 4, "micro_batch": 1},
-            ["schedule 1f1b: runtime torchtune has no pipelines."],
+            [
+                "zero 1: runtime torchtune has zero 0.",
+                "dp 4: runtime torchtune has no data parallelism; use dp 1.",
+                "pp 2: runtime torchtune has no pipelines; use pp 1.",
+                "schedule 1f1b: runtime torchtune has no pipelines.",
+            ],
+        ),
+        (
+            "torchtitan",
+            {"zero": 2},
+            ["zero 2: runtime torchtitan has zero 0, 3."],
+        ),
+        (
+            "fsdp1",
+            {"zero": 3, "num_stages": 1, "dp": 4, "schedule": "gpipe", "num_micro_batches": 8},
+            [
+                "tp 2: runtime fsdp1 has no tensor parallelism; use tp 1.",
+                "schedule gpipe: runtime fsdp1 has no pipelines.",
+            ],
         ),
         (
             "deepspeed-zero3",  # parameters without gradients

@@ -129,6 +129,8 @@ def narrow(name: str = "mist", fixed: str = "", most: str = "", forbid: str = ""
         ("tp=2", {"tp": (2,)}),
         ("pp=4", {"pp": (4,)}),
         ("dp=8", {"dp": (8,)}),
+        ("vpp=4", {"chunks": (4,)}),
+        ("dp-replicate=2", {"dp_replicate": 2}),
         ("micro-batch=3", {"micro_batch": (3,)}),
         ("zero=2", {"zero": (2,)}),
         ("checkpoint=none", {"levels": (EAGER,)}),
@@ -149,11 +151,55 @@ def test_what_is_set(words: str, changed: dict[str, object]) -> None:
         ("tp=4", {"tp": 4}),
         ("pp=2 micro-batch=8", {"pp": 2, "micro_batch": 8}),
         ("dp=1", {"dp": 1}),
+        ("vpp=4", {"chunks": 4}),
     ],
 )
 def test_what_is_limited(words: str, most: dict[str, int]) -> None:
     told = tuple(f"max {word}" for word in words.split())
     assert narrow(most=words) == SearchSpace(most=most, restrictions=told)
+
+
+COARSE = (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "ratios", "most"),
+    [
+        (
+            "offload=0.5",
+            {
+                "weights": COARSE[:4],
+                "grads": COARSE[:4],
+                "optimizer": COARSE[:4],
+                "activations": COARSE[:4],
+            },
+            dict.fromkeys(OFFLOADED, 0.5),
+        ),
+        ("optimizer=0.3", {"optimizer": (0.0, 0.25, 0.3)}, {"optimizer": 0.3}),
+        ("activations=1", {}, {"activations": 1.0}),
+        ("offload=0", dict.fromkeys(OFFLOADED, (0.0,)), dict.fromkeys(OFFLOADED, 0.0)),
+        (
+            "offload=0.75 grads=.25",
+            {
+                "weights": COARSE[:5],
+                "grads": COARSE[:2],
+                "optimizer": (0.0, 0.25, 0.375, 0.5, 0.625, 0.75),
+                "activations": (0.0, 0.25, 0.375, 0.5, 0.625, 0.75),
+            },
+            {**dict.fromkeys(OFFLOADED, 0.75), "grads": 0.25},
+        ),
+    ],
+)
+def test_ratios_that_are_limited(
+    words: str, ratios: dict[str, tuple[float, ...]], most: dict[str, float]
+) -> None:
+    told = tuple(f"max {word}" for word in words.split())
+    offload = {**PAPER_RATIOS, **ratios}
+    assert narrow(most=words) == SearchSpace(offload=offload, most=most, restrictions=told)
+
+
+def test_all_or_nothing_below_a_limit_is_nothing() -> None:
+    assert narrow("deepspeed", most="offload=0.5").offload == NO_RATIOS
 
 
 @pytest.mark.parametrize(
@@ -185,10 +231,13 @@ def test_restrictions_are_told_in_order() -> None:
 
 
 EXPECTED_SET = (
-    "expected tp, pp, dp, micro-batch or zero with a number, checkpoint=none, selective, full, "
-    "or schedule=gpipe, 1f1b, interleaved, zero-bubble."
+    "expected tp, pp, dp, micro-batch, vpp, dp-replicate or zero with a number, checkpoint=none, "
+    "selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble."
 )
-EXPECTED_MAX = "expected tp, pp, dp or micro-batch with a number."
+EXPECTED_MAX = (
+    "expected tp, pp, dp, micro-batch, vpp with a number, or offload, weights, grads, optimizer, "
+    "activations with a ratio from 0 to 1."
+)
 EXPECTED_FORBID = (
     "expected offload, weights, grads, optimizer, activations, selective, full, gpipe, 1f1b, "
     "interleaved, zero-bubble, unlike-stages, unequal-meshes."
@@ -210,6 +259,12 @@ EXPECTED_FORBID = (
         ({"most": "tp"}, f"--max tp: {EXPECTED_MAX}"),
         ({"most": "pp=0"}, f"--max pp=0: {EXPECTED_MAX}"),
         ({"most": "zero=2"}, f"--max zero=2: {EXPECTED_MAX}"),
+        ({"most": "offload=2"}, f"--max offload=2: {EXPECTED_MAX}"),
+        ({"most": "optimizer=nan"}, f"--max optimizer=nan: {EXPECTED_MAX}"),
+        ({"most": "vpp=0.5"}, f"--max vpp=0.5: {EXPECTED_MAX}"),
+        ({"fixed": "vpp=0"}, "chunks 0 is not a positive number."),
+        ({"fixed": "dp-replicate=0"}, "dp_replicate 0 is not a positive number."),
+        ({"fixed": "offload=0.5"}, f"--set offload=0.5: {EXPECTED_SET}"),
         ({"forbid": "none"}, f"--forbid none: {EXPECTED_FORBID}"),
         ({"forbid": "tp"}, f"--forbid tp: {EXPECTED_FORBID}"),
         (

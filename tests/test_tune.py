@@ -11,9 +11,10 @@ import pytest
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.pareto.layouts import Layout, stage_plans
-from mist.pareto.space import divisors
+from mist.pareto.space import divisors, groups, offloading
+from mist.pareto.table import GroupModel, layer_ranges
 from mist.plans import Limits, Offload, Schedule, StagePlan
-from mist.spaces import NO_RATIOS, SPACES, SearchSpace
+from mist.spaces import NO_RATIOS, SPACES, SearchSpace, narrowed
 from mist.spec import MemoryLevel, ScheduleKind
 from mist.tune import Tuned, landscape, smallest_peak, tune
 from tests.toys import toy_graph, toy_job
@@ -71,7 +72,7 @@ def options_of(
         offload = Offload(**dict(zip(NO_RATIOS, away, strict=True)))
         columns = {
             "tp": tp, "dp": dp, "micro_batch": micro_batch, "zero": zero, "num_stages": pp,
-            "dp_replicate": 1,
+            "dp_replicate": space.dp_replicate,
             "num_micro_batches": g, "schedule": schedule.kind.value, "chunks": schedule.vpp,
             **dict(zip(NO_RATIOS, away, strict=True)),
         }  # fmt: skip
@@ -85,6 +86,7 @@ def options_of(
                 devices=devices, dp=dp, tp=tp, sp=tp > 1, cp=1, ep=1,
                 micro_batch=micro_batch, zero=zero, head="eager",  # type: ignore[arg-type]
                 memory=dict(zip(MemoryLevel, mix, strict=True)), offload=offload,
+                dp_replicate=space.dp_replicate,
             )
             for mix in mixes
         ]  # fmt: skip
@@ -105,6 +107,8 @@ def fastest(job: Job, space: SearchSpace, limit: float) -> float:
     for pp, g in itertools.product((1, 2), divisors(job.workload.global_batch)):
         for schedule in SCHEDULES[pp]:
             if schedule.vpp > 1 and job.facts.num_kinds > 1:
+                continue
+            if schedule.vpp not in space.chunks:
                 continue
             best = min(best, fastest_pipeline(job, space, schedule, pp, g, limit))
     return best
@@ -233,6 +237,38 @@ def test_ends_of_unequal_sizes_share_no_matrix() -> None:
     for tied in (False, True):
         job = toy_job(toy_graph((4,), vocab=8192, tied=tied), 4, global_batch=8)
         assert math.isinf(step_of(job, space, 8e9)) is tied
+
+
+@pytest.mark.parametrize(
+    ("how", "word", "num_gpus", "num_layers"),
+    [
+        ("fixed", "vpp=2", 2, 4),
+        ("fixed", "dp-replicate=2", 4, 3),
+        ("most", "optimizer=0.6", 1, 2),
+    ],
+)
+def test_a_narrowed_search_equals_the_enumeration_of_what_is_left(
+    how: str, word: str, num_gpus: int, num_layers: int
+) -> None:
+    """At the least memory that is possible, and with more."""
+    away = word.startswith("optimizer")
+    ratios = {**NO_RATIOS, "optimizer": (0.0, 0.3, 1.0)}
+    space = SearchSpace(offload=ratios if away else NO_RATIOS)
+    words = {"fixed": [], "most": [], "forbid": [], how: [word]}
+    space = narrowed(replace(space, refines=False), **words)
+    graph = toy_graph((num_layers,), hidden=1920, vocab=1024)
+    job = toy_job(graph, num_gpus, global_batch=num_gpus)
+    least = smallest_peak(job, space, host_bytes=HOST).peak_bytes
+    used = set()
+    for room in (1.0 + 1e-6, 2.0):
+        found = tuned(job, space, room * least)
+        assert found.best.step_s == pytest.approx(fastest(job, space, room * least), rel=6e-6)
+        confirm(job, found, room * least)
+        stages = stage_plans(job, found.best)
+        assert {len(stage.layers) for stage in stages} == {2 if word == "vpp=2" else 1}
+        assert {stage.dp_replicate for stage in stages} == {2 if "replicate" in word else 1}
+        used |= {stage.offload.optimizer for stage in stages}
+    assert max(used) == (0.6 if away else 0.0)
 
 
 def fastest_unequal(job: Job, space: SearchSpace, limit: float) -> float:
@@ -419,6 +455,55 @@ def test_landscape_reaches_both_sides_of_the_limit() -> None:
     assert min(point.peak_bytes for point in points) < 1.5e9 < max(p.peak_bytes for p in points)
 
 
+def test_whole_layers_stay_within_a_limit() -> None:
+    """Of five layers 30 % are two, which are 40 %."""
+    job = toy_job(toy_graph((5,), vocab=1024), 1, global_batch=4)
+    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
+    ratios = {**NO_RATIOS, "weights": (0.0, 0.3), "grads": (0.0, 0.3)}
+    for most, offloads in ((0.3, False), (0.39, False), (0.4, True)):
+        space = SearchSpace(offload=ratios, most={"weights": most, "grads": most}, zero=(3,))
+        group = next(groups(job, space))
+        away = offloading(job, group, space, np.arange(len(group.strategies)))
+        assert {*away.weights} == {0.3}
+        model = GroupModel(job, group, away, space)
+        ranges = layer_ranges(job, 1)
+        ((_, mixes),) = model.by_place(ranges.take(ranges.count == 5), anything)
+        assert any(mix.fits.any() for mix in mixes) is offloads
+
+
+def test_the_cloud_of_pipelines_is_of_the_schedules_that_are_searched() -> None:
+    """Four stages of one layer or more: 1F1B keeps 4, 3, 2, 1 micro-batches, GPipe all 16."""
+    job = toy_job(toy_graph((8,)), 4, global_batch=16)
+    space = SearchSpace(pp=(4,), micro_batch=(1,))
+    points = list(landscape(job, space, limits=Limits(device_bytes=1.5e9, host_bytes=HOST),
+                            within_s=math.inf))  # fmt: skip
+    kinds = {ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED}
+    assert {point.schedule.kind for point in points} == kinds
+    for point in points:
+        judged = estimate(job, stage_plans(job, point), point.num_micro_batches, point.schedule)
+        assert max(s.peak_bytes for s in judged.stages) == pytest.approx(point.peak_bytes, rel=1e-8)
+    eager = [
+        point for point in points
+        if point.schedule.kind is ScheduleKind.ONE_F_ONE_B and
+        all(stage.upper is stage.lower is MemoryLevel.EAGER for stage in point.stages)
+    ]  # fmt: skip
+    (plain,) = eager[:1]
+    gpipe = estimate(job, stage_plans(job, plain), 16, SCHEDULES[2][2])
+    assert plain.peak_bytes < 0.5 * max(stage.peak_bytes for stage in gpipe.stages)
+
+
+def test_the_cloud_of_another_runtime_is_what_it_can_run() -> None:
+    """Megatron has stages alike: eight layers on four stages are two each, never 3, 2, 2, 1."""
+    job = toy_job(toy_graph((8,)), 4, runtime="megatron", global_batch=16)
+    limits = Limits(device_bytes=1.5e9, host_bytes=HOST)
+    points = list(landscape(job, SearchSpace(pp=(4,)), limits=limits, within_s=math.inf))
+    assert {point.schedule.kind.value for point in points} == {"1f1b", "interleaved"}
+    assert {stage.count for point in points for stage in point.stages} == {2}
+    least = smallest_peak(job, SearchSpace(pp=(4,)))
+    assert {stage.count for stage in least.stages} == {2}
+    assert least.peak_bytes <= min(point.peak_bytes for point in points)
+
+
 def test_a_batch_that_does_not_factorise() -> None:
     job = toy_job(toy_graph((3,)), 8, global_batch=5)
     with pytest.raises(InputError) as error:
@@ -427,6 +512,41 @@ def test_a_batch_that_does_not_factorise() -> None:
         "--global-batch 5: no (dp, micro-batch, micro-batches) factorises it on 8 GPUs "
         "with pp=1, tp=1. Try --global-batch 8."
     )
+
+
+@pytest.mark.parametrize(
+    ("fixed", "counts", "message"),
+    [
+        (
+            "dp-replicate=2 zero=0",
+            (3,),
+            "Nothing can run with dp-replicate=2, zero=0: dp_replicate 2 of dp 4 at ZeRO-0: states "
+            "that have copies are also divided; use ZeRO-1 or more, and less than dp.",
+        ),
+        (
+            "vpp=2",
+            (2, 2),
+            "Nothing can run with vpp=2: chunks take schedule interleaved, 2 or more stages, "
+            "layers that are all alike, and a layer for each chunk of each stage.",
+        ),
+        (
+            "schedule=zero-bubble pp=2 zero=3",
+            (3,),
+            "Nothing can run with schedule=zero-bubble, pp=2, zero=3: schedule zero-bubble with "
+            "ZeRO-3 computes wrong gradients without an error (parameters are gone when the weight "
+            "gradients run). Use ZeRO-2, or 1f1b.",
+        ),
+    ],
+)
+def test_a_space_in_which_every_layout_breaks_a_rule(
+    fixed: str, counts: tuple[int, ...], message: str
+) -> None:
+    job = toy_job(toy_graph(counts), 4, global_batch=8)
+    space = narrowed(SearchSpace(), fixed=fixed.split(), most=[], forbid=[])
+    for search in (lambda: tuned(job, space, 80e9), lambda: smallest_peak(job, space)):
+        with pytest.raises(InputError) as error:
+            search()
+        assert str(error.value) == message
 
 
 def test_a_tp_that_breaks_a_rule() -> None:

@@ -24,6 +24,7 @@ from mist.graph import (
     T,
 )
 from mist.platform import Platform, load_platform
+from mist.platform.profiles import load_runtime
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms
@@ -203,9 +204,9 @@ def toy_graph(
 
 
 @cache
-def toy_platform(num_gpus: int = 8, gpu: str = "h100-sxm") -> Platform:
+def toy_platform(num_gpus: int = 8, gpu: str = "h100-sxm", runtime: str = "torch") -> Platform:
     """Some GPUs of a shipped profile."""
-    return load_platform(num_gpus=num_gpus, gpu=gpu, cluster=None, runtime="torch")
+    return load_platform(num_gpus=num_gpus, gpu=gpu, cluster=None, runtime=runtime)
 
 
 def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
@@ -221,14 +222,19 @@ def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
 
 
 @cache
-def toy_programs(graph: ModelGraph) -> ModelPrograms:
-    """The compiled costs of a graph under runtime torch in bf16, once for all tests."""
-    return compile_model(graph, toy_platform().runtime, Precision.BF16)
+def toy_programs(graph: ModelGraph, runtime: str = "torch") -> ModelPrograms:
+    """The compiled costs of a graph under a runtime in bf16, once for all tests."""
+    return compile_model(graph, load_runtime(runtime).profile, Precision.BF16)
 
 
 def toy_job(
-    graph: ModelGraph | None = None, num_gpus: int = 8, gpu: str = "h100-sxm", **workload: int
+    graph: ModelGraph | None = None,
+    num_gpus: int = 8,
+    gpu: str = "h100-sxm",
+    runtime: str = "torch",
+    **workload: int,
 ) -> Job:
     """A toy model on a few GPUs."""
-    platform = toy_platform(num_gpus, gpu)
-    return make_job(toy_programs(graph or toy_graph()), platform, toy_workload(**workload))
+    platform = toy_platform(num_gpus, gpu, runtime)
+    programs = toy_programs(graph or toy_graph(), runtime)
+    return make_job(programs, platform, toy_workload(**workload))

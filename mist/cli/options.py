@@ -18,11 +18,20 @@ GpusOfModel = Annotated[int | None, typer.Option("--gpus", help="Number of GPUs 
 Gpus = Annotated[
     str, typer.Option("--gpus", help="Number of GPUs, or several to choose from: 8,16 or 8..64.")
 ]
-Gpu = Annotated[str | None, typer.Option("--gpu", help="Device profile, for instance h100-sxm.")]
-ClusterName = Annotated[str | None, typer.Option("--cluster", help="Cluster profile or YAML file.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help="Device profile, for instance h100-sxm; mist profiles lists them."),
+]
+ClusterName = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Cluster profile (mist profiles lists them) or YAML file."),
+]
 ClusterNames = Annotated[
     str | None,
-    typer.Option("--cluster", help="Cluster profile or YAML file, or several to choose from: a,b."),
+    typer.Option(
+        "--cluster",
+        help="Cluster profile (mist profiles lists them) or YAML file, or several: a,b.",
+    ),
 ]
 ObjectiveName = Annotated[
     Objective, typer.Option("--objective", help="What the best plan is, and the best GPUs.")
@@ -34,7 +43,9 @@ Price = Annotated[
 Tokens = Annotated[
     float | None, typer.Option("--tokens", help="Tokens to train on: days and dollars for them.")
 ]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="Training framework.")]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", help="Training framework; mist profiles lists them.")
+]
 Seq = Annotated[int | None, typer.Option("--seq", help="Tokens per sample [min(8192, model's)].")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Samples per optimizer step.")]
 PrecisionName = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
@@ -68,12 +79,18 @@ Space = Annotated[
 Fixed = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Fix a knob (tp=2): tp, pp, dp, micro-batch, zero, checkpoint, schedule."
+        "--set",
+        help="Fix a knob (tp=2): tp, pp, dp, micro-batch, vpp, zero, dp-replicate, checkpoint, "
+        "schedule.",
     ),
 ]
 Most = Annotated[
     list[str] | None,
-    typer.Option("--max", help="Limit a knob (pp=8): tp, pp, dp, micro-batch."),
+    typer.Option(
+        "--max",
+        help="Limit a knob (pp=8): tp, pp, dp, micro-batch, vpp; or ratios (offload=0.5): offload "
+        "for all, weights, grads, optimizer, activations.",
+    ),
 ]
 Forbid = Annotated[
     list[str] | None,
@@ -94,6 +111,14 @@ ScheduleName = Annotated[
     ScheduleKind, typer.Option("--schedule", help="Order of micro-batches in the pipeline.")
 ]
 Vpp = Annotated[int, typer.Option("--vpp", help="Chunks of layers per stage.")]
+LayerSplit = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        help="Layers of each stage (9,8,8,7), or of each chunk in the order of the layers "
+        "[the runtime's own split].",
+    ),
+]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Dry-run the winner; plan again if it does not fit.")
 ]

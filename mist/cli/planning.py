@@ -27,6 +27,7 @@ from mist.cli.options import (
     GpusOfModel,
     HostMemory,
     Json,
+    LayerSplit,
     Margin,
     MicroBatch,
     Model,
@@ -204,6 +205,7 @@ def check(
     offload: Offloads = None,
     schedule: ScheduleName = ScheduleKind.ONE_F_ONE_B,
     vpp: Vpp = 1,
+    layers: LayerSplit = "",
     gpu: Gpu = None,
     cluster: ClusterName = None,
     runtime: RuntimeName = "torch",
@@ -217,7 +219,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.workflow.checking import HandLayout, check_layout, offload_of
+    from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
     from mist.workflow.question import Question, host_memory_of
 
     if subject.endswith(PLAN_SUFFIXES):
@@ -248,6 +250,7 @@ def check(
         schedule=schedule,
         vpp=vpp,
         offload=offload_of(offload or ()),
+        layers=layers_of(layers),
     )
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
 

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,12 @@ from mist.plans import Limits
 from mist.schedule import step_time
 from mist.spec import MemoryLevel
 
+Measure = Literal["stable_s", "peak_bytes"]
 
-def even_layouts(model: GroupModel, limits: Limits, *, least: str = "stable_s") -> Iterator[Layout]:
+
+def even_layouts(
+    model: GroupModel, limits: Limits, *, least: Measure = "stable_s"
+) -> Iterator[Layout]:
     """For each strategy the layout that uses it in every stage, split so that the worst is best.
 
     The worst is the slowest stage, or with `least` "peak_bytes" the fullest.
@@ -89,14 +94,20 @@ def _best_mixes(
     return value, rows
 
 
-def alike_layouts(model: GroupModel, limits: Limits) -> Iterator[Layout]:
-    """The layouts of a framework whose stages are alike: of each kind and mix of levels."""
+def alike_layouts(
+    model: GroupModel, limits: Limits, *, least: Measure = "stable_s"
+) -> Iterator[Layout]:
+    """The layouts of a framework whose stages are alike: of each kind and mix of levels.
+
+    Of each kind (`Layout.kind`) only the fastest, or with `least` "peak_bytes" the one whose
+    fullest stage holds least: offload ratios make thousands of the same kind.
+    """
     counts = stage_layers(model)
     if counts is None:
         return
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
     for levels in [(level, level) for level in model.space.levels] + list(model.pairs):
-        yield from _alike(model, ranges, limits, levels)
+        yield from _alike(model, ranges, limits, levels, least=least)
 
 
 def stage_layers(model: GroupModel) -> Ints | None:
@@ -108,12 +119,14 @@ def stage_layers(model: GroupModel) -> Ints | None:
 
 
 def _alike(
-    model: GroupModel, ranges: Ranges, limits: Limits, levels: tuple[MemoryLevel, MemoryLevel]
+    model: GroupModel,
+    ranges: Ranges,
+    limits: Limits,
+    levels: tuple[MemoryLevel, MemoryLevel],
+    *,
+    least: Measure,
 ) -> Iterator[Layout]:
-    """Layouts of one mix of levels, with the least recomputation that fits every stage.
-
-    Of each kind (`Layout.kind`) only the fastest: offload ratios make thousands of the same kind.
-    """
+    """Layouts of one mix of levels, with the least recomputation that fits every stage."""
     num_stages = model.group.num_stages
     num_lower = np.max(
         [model.least(stage, ranges, limits, *levels)[:, stage] for stage in range(num_stages)],
@@ -130,25 +143,35 @@ def _alike(
         for stage in range(num_stages)
     ]
     fits = np.all([table.fits[:, stage] for stage, table in enumerate(tables)], axis=0)
-    for k in _fastest_of_kinds(model, tables, np.flatnonzero(fits)):
+    for k in _best_of_kinds(model, tables, np.flatnonzero(fits), least):
         yield layout_of(model.job, model.group, _stages(model, ranges, tables, int(k)))
 
 
-def _fastest_of_kinds(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Ints:
-    """Of strategies `rows` the fastest of each kind, in their order."""
+def _best_of_kinds(
+    model: GroupModel, tables: Sequence[StackedMixes], rows: Ints, least: Measure
+) -> Ints:
+    """Of strategies `rows` the best of each kind, in their order."""
+    if least == "peak_bytes":
+        value = np.max([table.peak_bytes[rows, i] for i, table in enumerate(tables)], axis=0)
+    else:
+        value = _step_s(model, tables, rows)
+    own = model.strategies.take(rows)
+    away = [own.weights > 0, own.optimizer > 0, own.activations > 0]
+    order = np.argsort(value, kind="stable")
+    kinds = np.stack([own.tp, own.zero, *away], axis=-1)[order]
+    _, first = np.unique(kinds, axis=0, return_index=True)
+    return rows[np.sort(order[first])]
+
+
+def _step_s(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Floats:
+    """Seconds per step with one of strategies `rows` in every stage."""
     stable_s, lone_s = (
         np.stack([getattr(table, name)[rows, i] for i, table in enumerate(tables)], axis=-1)
         for name in ("stable_s", "lone_s")
     )
     weight_s = np.array([table.weight_s[i] for i, table in enumerate(tables)])
     fill_s = fill_seconds(model.group.schedule, stable_s, weight_s)
-    step_s = step_time(model.group.num_micro_batches, stable_s, lone_s, fill_s)
-    own = model.strategies.take(rows)
-    away = [own.weights > 0, own.optimizer > 0, own.activations > 0]
-    order = np.argsort(step_s, kind="stable")
-    kinds = np.stack([own.tp, own.zero, *away], axis=-1)[order]
-    _, first = np.unique(kinds, axis=0, return_index=True)
-    return rows[np.sort(order[first])]
+    return step_time(model.group.num_micro_batches, stable_s, lone_s, fill_s)
 
 
 def _stages(

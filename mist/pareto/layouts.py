@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mist.estimate import Job, fill_seconds, resharding_seconds
 from mist.pareto.points import Points
-from mist.pareto.space import Group, Strategies
+from mist.pareto.space import Group, Strategies, whole_layers
 from mist.plans import Offload, Schedule, StagePlan
 from mist.schedule import step_time
 from mist.spec import MemoryLevel
@@ -25,6 +25,7 @@ class StageChoice:
     dp: int
     micro_batch: int
     zero: int
+    dp_replicate: int
     offload: Offload
     upper: MemoryLevel
     lower: MemoryLevel
@@ -123,6 +124,7 @@ def _choice(pick: Picked, first: int) -> StageChoice:
         dp=int(row.dp[0]),
         micro_batch=int(row.micro_batch[0]),
         zero=int(row.zero[0]),
+        dp_replicate=int(row.dp_replicate[0]),
         offload=offload,
         upper=points.upper[p],
         lower=points.lower[p],
@@ -155,6 +157,7 @@ def stage_plans(job: Job, layout: Layout) -> tuple[StagePlan, ...]:
                 head="eager",
                 memory=stage.memory,
                 offload=_whole_layers(stage) if by_layer else stage.offload,
+                dp_replicate=stage.dp_replicate,
             )
         )
         device += stage.num_devices
@@ -162,7 +165,7 @@ def stage_plans(job: Job, layout: Layout) -> tuple[StagePlan, ...]:
 
 
 def _whole_layers(stage: StageChoice) -> Offload:
-    share = abs(float(np.ceil(stage.offload.weights * stage.count - 1e-9))) / stage.count
+    share = abs(float(whole_layers(stage.offload.weights, stage.count))) / stage.count
     return Offload(
         weights=share,
         grads=share,

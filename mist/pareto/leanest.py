@@ -22,12 +22,19 @@ import numpy as np
 
 from mist.estimate import Job
 from mist.pareto.even import stage_layers
-from mist.pareto.space import Floats, Group, Ints, groups, lean_ratios, offloading
+from mist.pareto.space import (
+    Floats,
+    Group,
+    Ints,
+    groups,
+    lean_ratios,
+    offloading,
+    with_least_memory,
+)
 from mist.pareto.split import even_split
 from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
 from mist.plans import Limits
 from mist.spaces import SearchSpace
-from mist.spec import ScheduleKind
 
 ROUNDING_RATIO: Final = 1e-12  # of a peak: the same sum taken in another order
 
@@ -44,12 +51,9 @@ def leanest(job: Job, space: SearchSpace, *, host_bytes: float) -> Leanest:
     """The least peak of the fullest device that any layout of the space reaches.
 
     Infinite where no layout has room in host memory, or the space is empty. Stages of unequal size
-    are not among the layouts. No schedule holds less than 1F1B, which stands for all where it may
-    be used.
+    are not among the layouts.
     """
-    if ScheduleKind.ONE_F_ONE_B in space.schedules:
-        space = replace(space, schedules=(ScheduleKind.ONE_F_ONE_B,))
-    space = replace(space, unequal_meshes=False)
+    space = replace(with_least_memory(space), unequal_meshes=False)
     found: dict[int, float] = {}
     for group in groups(job, space):
         peak_bytes = _of_group(job, space, group, host_bytes)

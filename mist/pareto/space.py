@@ -13,14 +13,22 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from mist.errors import InputError
 from mist.estimate import Job, strategy_columns
 from mist.pareto.dealing import dealing_words, dealt_layers
 from mist.pareto.meshes import unequal_sizes
 from mist.plans import ONE_F_ONE_B, Schedule
 from mist.platform import Runtime
-from mist.rules import TAKES_TURNS, broken, broken_by_levels, may_have
+from mist.rules import (
+    TAKES_TURNS,
+    broken,
+    broken_by_levels,
+    broken_levels,
+    knob_rules,
+    may_have,
+)
 from mist.schedule import zero_as_run
 from mist.spaces import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.spec import MemoryLevel, ScheduleKind
@@ -34,6 +42,8 @@ T = TypeVar("T")
 class Strategies:
     """How a stage may be trained: K rows. `weights` ... `activations`: offload ratios.
 
+    `dp_replicate`: copies of the states that ZeRO divides.
+
     `terms` [K]: what the search formulas need of each; empty until `priced`.
     """
 
@@ -41,6 +51,7 @@ class Strategies:
     dp: Ints
     micro_batch: Ints
     zero: Ints
+    dp_replicate: Ints
     weights: Floats
     grads: Floats
     optimizer: Floats
@@ -86,6 +97,7 @@ class Strategies:
             zero=self.zero,
             offload=self.offload,
             schedule=schedule,
+            dp_replicate=self.dp_replicate,
         )
         return replace(self, terms=job.cost.search_terms_of(strategy))
 
@@ -111,9 +123,10 @@ def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
     return replace(
         space,
         tp=space.tp if knobs.tensor_parallel else (1,),
+        dp=space.dp if knobs.data_parallel else (1,),
         pp=space.pp if knobs.schedules else (1,),
         zero=_common(space.zero, knobs.zero_levels),
-        levels=tuple(level for level in space.levels if _has_level(level, runtime)),
+        levels=_common(space.levels, runtime.levels),
         some_layers=space.some_layers and knobs.recomputes_some,
         offload=ratios,
         schedules=_common(space.schedules, knobs.schedules),
@@ -126,12 +139,40 @@ def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
     return tuple(value for value in wanted if value in known)
 
 
-def _has_level(level: MemoryLevel, runtime: Runtime) -> bool:
-    return level is not MemoryLevel.SELECTIVE or runtime.selective is not None
+def refuse_unknown(space: SearchSpace, runtime: Runtime) -> None:
+    """Raise InputError where a runtime has none of the values that a space allows of a knob."""
+    rest: dict[str, ArrayLike] = {
+        "zero": runtime.knobs.zero_levels[0],
+        "schedule": ScheduleKind.ONE_F_ONE_B.value,
+        **dict.fromkeys(("tp", "dp", "num_stages", "dp_replicate"), 1),
+        **dict.fromkeys(OFFLOADED, 0.0),
+    }
+    rules = tuple(knob_rules(runtime))
+    messages: list[str] = []
+    for column, values in {
+        "zero": space.zero,
+        "tp": space.tp,
+        "dp": space.dp,
+        "num_stages": space.pp,
+        "schedule": [kind.value for kind in space.schedules],
+        "dp_replicate": (space.dp_replicate,),
+    }.items():
+        faults = [list(broken(rules, rest | {column: value})) for value in values or ()]
+        if faults and all(faults):
+            messages += [message for each in faults for message in each]
+    faults = [list(broken_levels(runtime, [level])) for level in space.levels]
+    if all(faults):
+        messages += [message for each in faults for message in each]
+    if messages:
+        raise InputError(" ".join(messages))
 
 
 def groups(job: Job, space: SearchSpace) -> Iterator[Group]:
-    """Every group with at least one strategy, fewest stages first."""
+    """Every group with at least one strategy, fewest stages first.
+
+    Raises InputError where the runtime has nothing of what the space allows of a knob.
+    """
+    refuse_unknown(space, job.platform.runtime)
     space = expressible(space, job.platform.runtime)
     for num_stages, num_micro_batches, size in _pipelines(job, space):
         yield from _groups(job, space, num_stages, num_micro_batches, (size,))
@@ -197,28 +238,29 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
 
     GPipe takes as long as 1F1B and holds more: it is looked at only where that may not be used.
     """
-    if num_stages == 1:
-        yield ONE_F_ONE_B
-        return
-    for schedule in _known_schedules(job, space):
+    for schedule in _known_schedules(job, space, num_stages):
         dealt = space.unlike_stages or dealt_layers(job, num_stages * schedule.vpp) is not None
         if dealt and num_stages * schedule.vpp <= job.num_layers:
             yield schedule
 
 
-def _known_schedules(job: Job, space: SearchSpace) -> Iterator[Schedule]:
-    """Schedules of several stages, with every number of chunks."""
-    for kind in space.schedules:
-        if not levels_under(space, kind):
-            continue
-        if kind is ScheduleKind.GPIPE and ScheduleKind.ONE_F_ONE_B in space.schedules:
-            continue
-        if kind is not ScheduleKind.INTERLEAVED:
-            yield Schedule(kind=kind, vpp=1)
-        elif job.facts.num_kinds == 1:  # chunks of unlike layers would be unlike
-            for chunks in space.chunks:
-                if chunks > 1:
-                    yield Schedule(kind=kind, vpp=chunks)
+def _known_schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedule]:
+    """Schedules of so many stages, with every number of chunks."""
+    counts = np.array(space.chunks)
+    for kind in _kinds(space) if num_stages > 1 else (ScheduleKind.ONE_F_ONE_B,):
+        for chunks in counts[space.allows("chunks", counts)].tolist():
+            if kind is not ScheduleKind.INTERLEAVED:
+                known = chunks == 1
+            else:  # chunks of unlike layers would be unlike
+                known = chunks > 1 and job.facts.num_kinds == 1
+            if known:
+                yield Schedule(kind=kind, vpp=chunks)
+
+
+def _kinds(space: SearchSpace) -> list[ScheduleKind]:
+    """Schedules of pipelines under which layers may have a memory level of the space."""
+    redundant = ScheduleKind.GPIPE if ScheduleKind.ONE_F_ONE_B in space.schedules else None
+    return [kind for kind in space.schedules if kind is not redundant and levels_under(space, kind)]
 
 
 def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
@@ -250,6 +292,7 @@ def _strategies(
         dp=dp[keep],
         micro_batch=micro_batch[keep],
         zero=zero[keep],
+        dp_replicate=np.full(len(none), space.dp_replicate),
         weights=none,
         grads=none,
         optimizer=none,
@@ -267,8 +310,9 @@ def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.b
 
 
 def _rule_columns(group: Group, strategies: Strategies) -> dict[str, Any]:
-    return strategies.columns | {
-        "dp_replicate": 1,
+    """The columns of the rules, of strategies in the pipelines of a group."""
+    return {
+        **strategies.columns,
         "num_stages": group.num_stages,
         "num_micro_batches": group.num_micro_batches,
         "schedule": group.schedule.kind.value,
@@ -285,7 +329,7 @@ def refusals(job: Job, space: SearchSpace) -> tuple[str, ...]:
     best: tuple[str, ...] = ()
     for num_stages, num_micro_batches, size in _pipelines(job, space):
         strategies = _strategies(job, space, (size,), num_micro_batches)
-        for schedule in _known_schedules(job, space) if num_stages > 1 else (ONE_F_ONE_B,):
+        for schedule in _known_schedules(job, space, num_stages):
             group = Group(
                 num_stages=num_stages,
                 num_micro_batches=num_micro_batches,
@@ -342,6 +386,36 @@ def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Str
     strategies = replace(many, **dict(zip(OFFLOADED, away.T, strict=True)))
     kept = strategies.take(_keeps_rules(job, group, strategies))
     return kept.priced(job, group.num_stages, group.schedule)
+
+
+def whole_layers(ratio: ArrayLike, count: ArrayLike) -> Floats:
+    """Of `count` layers the least whole number that is a share of at least `ratio`."""
+    return np.asarray(np.ceil(np.asarray(ratio) * np.asarray(count) - 1e-9))
+
+
+def within_caps(
+    space: SearchSpace, runtime: Runtime, strategies: Strategies, count: Ints
+) -> NDArray[np.bool_]:
+    """Where shares that plans round up to whole layers stay within their limits, [K, R].
+
+    `count` [R]: layers of a stage.
+    """
+    kept = np.ones((len(strategies), len(count)), dtype=np.bool_)
+    by_layer = runtime.offload is not None and runtime.offload.by_layer
+    for name in ("weights", "grads") if by_layer else ():
+        most = space.most.get(name, 1.0)
+        if most < 1.0:
+            layers = whole_layers(strategies.offload[name][:, None], count)
+            kept &= layers <= most * count * (1 + 1e-9)
+    return kept
+
+
+def with_least_memory(space: SearchSpace) -> SearchSpace:
+    """The schedules among which least memory is found: 1F1B, where it may be used, holds least."""
+    one_f_one_b = ScheduleKind.ONE_F_ONE_B
+    if one_f_one_b in space.schedules and 1 in space.chunks:
+        return replace(space, schedules=(one_f_one_b,), chunks=(1,))
+    return space
 
 
 def lean_ratios(space: SearchSpace) -> Mapping[str, tuple[float, ...]]:

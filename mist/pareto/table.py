@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 from mist.estimate import Job, position_columns
 from mist.pareto.lines import LEVELS, StageLines, instants
 from mist.pareto.meshes import Place
-from mist.pareto.space import Floats, Group, Ints, Strategies, expressible, levels_under
+from mist.pareto.space import (
+    Floats,
+    Group,
+    Ints,
+    Strategies,
+    expressible,
+    levels_under,
+    within_caps,
+)
 from mist.plans import Limits
 from mist.rules import Columns, divides_ends, may_have, may_mix
 from mist.spaces import SearchSpace
@@ -298,6 +306,10 @@ class _Position:
         self._kinds = kinds_of(model.job, ranges)
         self._schedule = model.group.schedule.kind.value
         self._away = np.tile(model.strategies.activations, len(in_flight))
+        capped = within_caps(
+            model.space, model.job.platform.runtime, model.strategies, ranges.count
+        )
+        self._within_caps = np.tile(capped, (len(in_flight), 1))
         self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
 
@@ -408,6 +420,7 @@ class _Position:
         columns: Columns = {"activations": self._away[rows], "schedule": self._schedule}
         for level in (upper, lower):
             possible = possible & may_have(level, columns)[:, None]
+        possible = possible & self._within_caps[rows]
         return Mixes(
             upper=upper,
             lower=lower,

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from mist.origin import Kind
 from mist.platform.quantity import Quantity, Record
-from mist.spec import Precision, ScheduleKind
+from mist.spec import MemoryLevel, Precision, ScheduleKind
 
 ZeroLevel = Literal[0, 1, 2, 3]
 
@@ -270,15 +270,15 @@ class Knobs(Record):
     "even", the first ones a layer longer; "equal", all the same number or not at all; "by_cost", by
     the parameters of layers and head. `schedules`: the pipeline schedules it has (none: one stage
     only). `tensor_parallel`: whether t > 1 is possible. `recomputes_some`: whether a stage may
-    recompute some of its layers only. `uneven_layers`: whether a plan may give stages unequal
-    numbers of layers; `unlike_stages`: whether stages may differ in dp, tp, ZeRO level and
-    recomputation. `fills_rounds`: whether an interleaved schedule takes only multiples of the
-    stages as micro-batches. `precisions`: what it trains in. `mixes_selective`: whether some layers
-    of a stage may be selective. `most_zero_with_tp`: the highest ZeRO level beside t > 1.
-    `partial_offload`: of which states a share may be offloaded, from which ZeRO level on, and of
-    others all or nothing; None: of all. `weights_with_optimizer`: whether weights are offloaded
-    only where the optimizer is too. `copies`: whether states that are divided may have copies
-    (`dp_replicate`).
+    recompute some of its layers only. `uneven_layers`: whether it runs any split of the layers that
+    a plan states, beside its own `layer_split`; `unlike_stages`: whether stages may differ in dp,
+    tp, ZeRO level and recomputation. `fills_rounds`: whether an interleaved schedule takes only
+    multiples of the stages as micro-batches. `precisions`: what it trains in. `mixes_selective`:
+    whether some layers of a stage may be selective. `most_zero_with_tp`: the highest ZeRO level
+    beside t > 1. `partial_offload`: of which states a share may be offloaded, from which ZeRO level
+    on, and of others all or nothing; None: of all. `weights_with_optimizer`: whether weights are
+    offloaded only where the optimizer is too. `copies`: whether states that are divided may have
+    copies (`dp_replicate`). `data_parallel`: whether dp > 1 is possible.
     """
 
     zero_levels: tuple[ZeroLevel, ...]
@@ -296,6 +296,7 @@ class Knobs(Record):
     partial_offload: Mapping[str, ZeroLevel] | None = None
     weights_with_optimizer: bool = False
     copies: bool = False
+    data_parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,6 +354,12 @@ class Runtime(Record):
     def offloads(self, name: str) -> bool:
         """Whether "weights", "grads", "optimizer" or "activations" may live in host memory."""
         return self.offload is not None and bool(getattr(self.offload, name))
+
+    @property
+    def levels(self) -> tuple[MemoryLevel, ...]:
+        """The memory levels that its layers may have."""
+        without = () if self.selective else (MemoryLevel.SELECTIVE,)
+        return tuple(level for level in MemoryLevel if level not in without)
 
     def state(self, precision: Precision, zero: int) -> StateRow:
         """The row of a precision and ZeRO level. Raises KeyError when the runtime has none."""

@@ -23,6 +23,7 @@ __all__ = [
     "Setting",
     "load_graph",
     "load_listing",
+    "resolve",
     "trace_digest",
     "trace_model",
 ]

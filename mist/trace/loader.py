@@ -21,7 +21,7 @@ from mist.spec import Attention, Precision
 from mist.trace.blame import short
 from mist.trace.expr import Size
 from mist.trace.fake import DTYPES
-from mist.trace.source import PythonSource, Source
+from mist.trace.source import MAX_SEQ_LEN_NAMES, PythonSource, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,7 +33,6 @@ Loss = Callable[..., object]  # a mean, or the pair (sum over tokens, number of 
 OURS: Final = Path(__file__).resolve().parents[1]
 TOKENS, IMAGES = "input_ids", "pixel_values"
 LABELS: Final = "labels"
-MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 # What a configuration without `architectures` is for: the first of these heads that it can have.
 HEADS: Final = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",

@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from mist.errors import InputError, ModelError, did_you_mean
 from mist.spec import Attention, Precision
 from mist.trace.presets import PRESETS
 
 Policy = Literal["cuda", "cpu"]
+MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,14 @@ class ConfigSource:
     config: Mapping[str, Any]
 
     @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence of a language model, if the configuration says it."""
+        if "image_size" in self.config:  # sequences of patches are another number
+            return None
+        lengths = (self.config.get(name) for name in MAX_SEQ_LEN_NAMES)
+        return next((length for length in lengths if isinstance(length, int)), None)
+
+    @property
     def content(self) -> str:
         """What the trace depends on."""
         return f"{self.name}\n{json.dumps(dict(self.config), sort_keys=True)}"
@@ -126,8 +135,10 @@ def _config(path: Path) -> ConfigSource:
             f"{path} has no model_type, so it is not a Hugging Face model configuration. "
             'Add for example "model_type": "llama".'
         )
-    name = str(config.get("_name_or_path") or path.resolve().parent.name)
-    return ConfigSource(label=str(path), name=Path(name).name.lower(), config=config)
+    whole = path.resolve()
+    own = whole.parent.name if whole.name == "config.json" else whole.stem
+    name = Path(str(config.get("_name_or_path") or own)).name.lower()
+    return ConfigSource(label=str(path), name=name, config=config)
 
 
 def _read(path: Path) -> str:

@@ -1,16 +1,24 @@
 """The Python API: `mist.plan` and `mist.check`, with the names and defaults of the command line."""
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, Unpack
 
 from mist.errors import InputError, did_you_mean
 from mist.plans import Plan
 from mist.programs import Progress, quiet
-from mist.spaces import SearchSpace
-from mist.spec import Attention, Objective, Precision
-from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
+from mist.spaces import SearchSpace, narrowed, space_of
+from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
+from mist.workflow.checking import (
+    Checked,
+    HandLayout,
+    check_layout,
+    check_plan,
+    layers_of,
+    offload_of,
+)
 from mist.workflow.planning import Effort
 from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question, host_memory_of
 from mist.workflow.renting import offer_of, rent
@@ -47,7 +55,12 @@ Model: TypeAlias = "str | os.PathLike[str] | nn.Module"
 
 
 class LayoutOptions(Options, total=False):
-    """A layout as `mist check` takes it: see `HandLayout`."""
+    """A layout as `mist check` takes it: see `HandLayout`.
+
+    offload: ratios by state, {"optimizer": 0.5}, or as the command's words, ["optimizer=0.5"].
+    schedule: "gpipe", "1f1b", "interleaved" or "zero-bubble". vpp: chunks per stage. layers: of
+    each stage, or chunk, [9, 8, 8, 7] or "9,8,8,7" (none: the runtime's own split).
+    """
 
     tp: int
     pp: int
@@ -55,25 +68,36 @@ class LayoutOptions(Options, total=False):
     dp_replicate: int
     micro_batch: int
     checkpoint: str
+    offload: Mapping[str, float] | Sequence[str]
+    schedule: str
+    vpp: int
+    layers: Sequence[int] | str
 
 
 class PlanOptions(Options, total=False):
-    """What chooses among plans: see `mist plan --objective`, `--price` and `--tokens`.
+    """What chooses among plans, and narrows them: see the options of `mist plan`.
 
     objective: "throughput", "memory", "tokens-per-dollar" or "time-to-tokens". price: USD per GPU
     hour (None: the cluster's profile). tokens: to train on. `cluster` may be several, "a,b".
+    set, max, forbid: as the command's words, ["tp=2"], ["offload=0.5"], ["interleaved"]. solver:
+    "dp", "milp" or "both". time_limit: CPU seconds of searching.
     """
 
     objective: str
     price: float | None
     tokens: float | None
+    set: Sequence[str]
+    max: Sequence[str]
+    forbid: Sequence[str]
+    solver: str
+    time_limit: float
 
 
 def plan(
     model: Model,
     *,
     gpus: int | str,
-    space: SearchSpace | None = None,
+    space: SearchSpace | str | None = None,
     top: int = 5,
     progress: Progress = quiet,
     **options: Unpack[PlanOptions],
@@ -83,7 +107,7 @@ def plan(
     Args:
         model: a path (model file, config.json), a preset name, or a module on any device.
         gpus: number of GPUs, or several to choose from: "8,16" or "8..64".
-        space: restrictions of the search; None for everything the runtime can do.
+        space: what to search, by its name or in detail; None for all that the runtime can do.
         top: how many alternatives to report.
         progress: called with a line of text now and then.
         options: see `Options` and `PlanOptions`.
@@ -107,9 +131,16 @@ def plan(
         objective=_choice("objective", options.get("objective", "throughput"), Objective),
         num_alternatives=top,
         progress=progress,
+        time_limit_s=options.get("time_limit", math.inf),
+        method=_choice("solver", options.get("solver", "both"), Solver).value,
     )
-    question = _question(model, 1, options)
-    return rent(question, offer, space or SearchSpace(), effort).planned.plan
+    allowed = narrowed(
+        space_of(space) if isinstance(space, str) else space or SearchSpace(),
+        fixed=options.get("set", ()),
+        most=options.get("max", ()),
+        forbid=options.get("forbid", ()),
+    )
+    return rent(_question(model, 1, options), offer, allowed, effort).planned.plan
 
 
 def check(
@@ -139,15 +170,25 @@ def check(
         if not isinstance(model, str | os.PathLike):
             raise InputError("a module needs gpus=N.")
         return _check_plan(os.fspath(model), options, progress)
-    layout = HandLayout(
+    return check_layout(_question(model, gpus, options), _layout(options), progress=progress)
+
+
+def _layout(options: LayoutOptions) -> HandLayout:
+    layers, offload = options.get("layers", ()), options.get("offload", ())
+    if isinstance(offload, Mapping):
+        offload = [f"{name}={ratio}" for name, ratio in offload.items()]
+    return HandLayout(
         tp=options.get("tp", 1),
         pp=options.get("pp", 1),
         zero=options.get("zero", 0),
         dp_replicate=options.get("dp_replicate", 1),
         micro_batch=options.get("micro_batch", 1),
         checkpoint=options.get("checkpoint", "none"),
+        schedule=_choice("schedule", options.get("schedule", "1f1b"), ScheduleKind),
+        vpp=options.get("vpp", 1),
+        offload=offload_of(offload),
+        layers=layers_of(layers) if isinstance(layers, str) else tuple(layers),
     )
-    return check_layout(_question(model, gpus, options), layout, progress=progress)
 
 
 def _check_plan(path: str, options: LayoutOptions, progress: Progress) -> Checked:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from mist.errors import InputError, PlanError
@@ -19,13 +18,14 @@ from mist.plans import (
     Schedule,
     StagePlan,
 )
+from mist.platform import Platform
 from mist.platform.profiles import is_machine
 from mist.programs import Progress, quiet
-from mist.rules import broken, broken_by_levels
-from mist.spaces import OFFLOADED
+from mist.rules import broken, broken_levels, knob_rules
+from mist.spaces import CHECKPOINTS, OFFLOADED
 from mist.spec import MemoryLevel, ScheduleKind
 from mist.units import format_bytes, format_seconds
-from mist.workflow.matching import plan_against
+from mist.workflow.matching import pipeline_faults, plan_against
 from mist.workflow.question import (
     OBJECT,
     Made,
@@ -33,14 +33,12 @@ from mist.workflow.question import (
     host_need,
     limits_of,
     notes_of,
+    platform_of,
     prepare,
     unsearched_plan,
 )
 
 KEPT: Final = Offload()
-CHECKPOINTS: Final = MappingProxyType(
-    {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +46,8 @@ class HandLayout:
     """A layout as a user types it, the same for all stages.
 
     `checkpoint`: "none", "selective", "full", or how many layers of each stage are recomputed.
+    `layers`: of each stage, and with chunks of each chunk in the order of the layers; none for the
+    runtime's own split.
     """
 
     tp: int = 1
@@ -59,6 +59,7 @@ class HandLayout:
     schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
     vpp: int = 1
     offload: Offload = KEPT
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp_replicate", "micro_batch", "vpp"):
@@ -77,6 +78,7 @@ class HandLayout:
                 f"--schedule {self.schedule} with --vpp {self.vpp}: interleaved takes 2 or more "
                 "chunks per stage, the others 1."
             )
+        _check_split(self)
 
     def memory(self, num_layers: int) -> dict[MemoryLevel, int]:
         """Layers of a stage of `num_layers` at each memory level."""
@@ -86,6 +88,29 @@ class HandLayout:
         full = min(int(self.checkpoint), num_layers)
         counts = {MemoryLevel.EAGER: num_layers - full, MemoryLevel.FULL: full}
         return dict.fromkeys(MemoryLevel, 0) | counts
+
+
+def _check_split(layout: HandLayout) -> None:
+    """Refuse a stated split that has not a number of layers for each chunk of each stage."""
+    words, num_parts = ",".join(map(str, layout.layers)), layout.pp * layout.vpp
+    if layout.layers and len(layout.layers) != num_parts:
+        chunks = f" of {layout.vpp} chunks" if layout.vpp > 1 else ""
+        raise InputError(
+            f"--layers {words}: {len(layout.layers)} numbers for {layout.pp} pipeline stages"
+            f"{chunks}. Give {num_parts}, in the order of the layers."
+        )
+    if min(layout.layers, default=1) < 1:
+        raise InputError(f"--layers {words}: every stage and chunk has at least one layer.")
+
+
+def layers_of(words: str) -> tuple[int, ...]:
+    """Layers of each stage from "8,8,7"; none from "". Raises InputError for what is none."""
+    try:
+        return tuple(int(word) for word in words.split(",")) if words else ()
+    except ValueError:
+        raise InputError(
+            f"--layers {words}: expected whole numbers with commas between them (8,8,7)."
+        ) from None
 
 
 def offload_of(words: Iterable[str]) -> Offload:
@@ -136,6 +161,7 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
     Raises InputError naming every rule that it breaks.
     """
+    _refuse_unknown(layout, platform_of(question))  # before the model is traced
     job = prepare(question, progress)
     made = _made(job, layout)
     plan = unsearched_plan(job, question, made, _judged(job, made))
@@ -235,7 +261,10 @@ def _judged(job: Job, made: Made) -> Estimate:
 
 
 def _made(job: Job, layout: HandLayout) -> Made:
-    """Stages alike in all but the number of layers that the runtime deals out to them."""
+    """Stages alike in all but the number of layers, which are stated or dealt out by the runtime.
+
+    Raises InputError naming every broken rule.
+    """
     num_gpus, ranks = job.platform.num_gpus, layout.tp * layout.pp
     if num_gpus % ranks:
         product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
@@ -244,38 +273,59 @@ def _made(job: Job, layout: HandLayout) -> Made:
         raise InputError("\n".join([f"{product} does not divide the {num_gpus} GPUs.", *others]))
     dp = num_gpus // ranks
     num_micro_batches = max(job.workload.global_batch // (dp * layout.micro_batch), 1)
-    columns = {
+    columns = _columns(layout, dp) | {
+        "micro_batch": layout.micro_batch,
+        "num_micro_batches": num_micro_batches,
+        "chunks": layout.vpp,
+    }
+    _refuse(broken(job.rules, columns))
+    counts = _split(job, layout)
+    stages = tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp))
+    schedule = Schedule(kind=layout.schedule, vpp=layout.vpp)
+    _refuse(fault.message for fault in pipeline_faults(job, stages, schedule))
+    return Made(stages=stages, num_micro_batches=num_micro_batches, schedule=schedule)
+
+
+def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
+    """What rules about the runtime's knobs look at."""
+    return {
         "tp": layout.tp,
         "dp": dp,
-        "micro_batch": layout.micro_batch,
         "zero": layout.zero,
         "dp_replicate": layout.dp_replicate,
         "num_stages": layout.pp,
-        "num_micro_batches": num_micro_batches,
         "schedule": layout.schedule.value,
-        "chunks": layout.vpp,
         **asdict(layout.offload),
     }
-    levels = [level for level, count in layout.memory(job.num_layers).items() if count]
-    messages = [*broken(job.rules, columns), *broken_by_levels(levels, columns)]
-    if layout.checkpoint == MemoryLevel.SELECTIVE and job.platform.runtime.selective is None:
-        messages.append(f"runtime {job.platform.runtime.name} has no selective checkpointing.")
-    if messages:
-        raise InputError("\n".join(messages))
-    counts = _dealt(job, layout)
-    return Made(
-        stages=tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp)),
-        num_micro_batches=num_micro_batches,
-        schedule=Schedule(kind=layout.schedule, vpp=layout.vpp),
-    )
 
 
-def _dealt(job: Job, layout: HandLayout) -> tuple[int, ...]:
-    """Layers of each chunk of each stage by the runtime's own rule. Raises InputError."""
-    counts = dealt_layers(job, layout.pp * layout.vpp)
+def _refuse_unknown(layout: HandLayout, platform: Platform) -> None:
+    """Raise InputError for knobs that the runtime does not have."""
+    rules = tuple(knob_rules(platform.runtime))
+    levels = [CHECKPOINTS[layout.checkpoint]] if layout.checkpoint in CHECKPOINTS else []
+    dp = max(platform.num_gpus // (layout.tp * layout.pp), 1)
+    _refuse([*broken(rules, _columns(layout, dp)), *broken_levels(platform.runtime, levels)])
+
+
+def _refuse(messages: Iterable[str]) -> None:
+    """Raise InputError with every message, if there are any."""
+    if text := "\n".join(dict.fromkeys(messages)):  # stages alike have faults alike
+        raise InputError(text)
+
+
+def _split(job: Job, layout: HandLayout) -> tuple[int, ...]:
+    """Layers of each chunk of each stage: as stated, or dealt out by the runtime's own rule."""
+    if layout.layers and sum(layout.layers) != job.num_layers:
+        raise InputError(
+            f"--layers {','.join(map(str, layout.layers))}: {sum(layout.layers)} layers in all, "
+            f"but {job.facts.name} has {job.num_layers}."
+        )
+    counts = layout.layers or dealt_layers(job, layout.pp * layout.vpp)
     if counts is None:
-        words = dealing_words(job, layout.pp, layout.vpp)
-        raise InputError(f"{words}. Give the layers of each stage with --layers, or another --pp.")
+        raise InputError(
+            f"{dealing_words(job, layout.pp, layout.vpp)}. "
+            "Give the layers of each stage with --layers, or another --pp."
+        )
     return counts
 
 
@@ -303,7 +353,8 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
     """Single changes that make the layout fit or, if it fits, faster; the fastest three."""
     step_s = checked.plan.estimate.step_s
     judged = []
-    for words, changed in _changes(layout):
+    step_words = format_seconds(step_s)
+    for words, changed in _changes(layout, checked.plan.stages[0].dp):
         try:
             made = _made(job, changed)
         except InputError:
@@ -312,7 +363,8 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
         peak_bytes = max(stage.peak_bytes for stage in after.stages)
         on_host = host_need(job, made, after, checked.limits).fits
         fits = on_host and peak_bytes <= checked.limits.device_bytes
-        if fits and (not checked.fits or after.step_s < step_s):
+        faster = after.step_s < step_s and format_seconds(after.step_s) != step_words
+        if fits and (not checked.fits or faster):
             judged.append((after.step_s, peak_bytes, words))
     for after_s, peak_bytes, words in sorted(judged)[:3]:
         yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"
@@ -320,22 +372,29 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
         yield f"{checked.host.fix}, if the nodes have it"
 
 
-def _changes(layout: HandLayout) -> Iterator[tuple[str, HandLayout]]:
+def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:
     """The layouts one change away."""
     for checkpoint in CHECKPOINTS:
         if checkpoint != layout.checkpoint:
             yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
-    for zero in range(4):
-        if zero != layout.zero:
-            yield f"--zero {zero}", replace(layout, zero=zero)
+    for zero in _other_levels(layout, dp):
+        yield f"--zero {zero}", replace(layout, zero=zero)
     for name in ("tp", "pp", "dp_replicate", "micro_batch"):
         for value in _doubled_and_halved(getattr(layout, name)):
-            changed = replace(layout, **{name: value})  # type: ignore[arg-type]
+            split = () if name == "pp" else layout.layers
+            changed = replace(layout, **{name: value}, layers=split)  # type: ignore[arg-type]
             yield f"--{name.replace('_', '-')} {value}", changed
     for name in ("optimizer", "activations"):
         ratio = 0.0 if getattr(layout.offload, name) else 1.0
         offload = replace(layout.offload, **{name: ratio})
         yield f"--offload {name}={ratio:g}", replace(layout, offload=offload)
+
+
+def _other_levels(layout: HandLayout, dp: int) -> list[int]:
+    """Other ZeRO levels; all are one where nothing is divided and nothing streams from the host."""
+    if dp == 1 and layout.offload == KEPT:
+        return []
+    return [zero for zero in range(4) if zero != layout.zero]
 
 
 def _doubled_and_halved(value: int) -> Iterator[int]:

@@ -4,14 +4,15 @@ What a plan says and the prediction would pass over is a fault, not a note: a pl
 fitting must be one that can run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from mist.errors import Fault
 from mist.estimate import Job
 from mist.facts import difference_words
-from mist.plans import Plan, StagePlan
-from mist.rules import broken, broken_between, broken_by_levels, may_mix
+from mist.pareto.dealing import dealt_layers
+from mist.plans import Plan, Schedule, StagePlan
+from mist.rules import broken, broken_between, broken_by_levels, broken_levels
 from mist.spec import MemoryLevel
 
 
@@ -69,11 +70,55 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
             "chunks": plan.schedule.vpp,
             **asdict(stage.offload),
         }
-        messages = [*broken(job.rules, columns), *broken_by_levels(stage.levels, columns)]
-        yield from (Fault(path=path, message=message) for message in messages)
+        yield from (Fault(path=path, message=message) for message in broken(job.rules, columns))
     stages = [asdict(stage) for stage in plan.stages]
     for message in broken_between(job.facts, plan.schedule.kind, stages):
         yield Fault(path="stages", message=message)
+    yield from pipeline_faults(job, plan.stages, plan.schedule)
+
+
+def pipeline_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -> Iterator[Fault]:
+    """What the runtime cannot do of the memory levels, the split and the differences of stages."""
+    runtime = job.platform.runtime
+    for index, stage in enumerate(stages):
+        columns = {"activations": stage.offload.activations, "schedule": schedule.kind.value}
+        messages = [*broken_levels(runtime, stage.levels), *broken_by_levels(stage.levels, columns)]
+        for message in messages:
+            yield Fault(path=f"stages[{index}].memory", message=message)
+    if not runtime.knobs.unlike_stages:
+        yield from _unlike_faults(runtime.name, stages)
+    if not runtime.knobs.uneven_layers:
+        yield from _split_faults(job, stages, schedule)
+
+
+def _unlike_faults(name: str, stages: Sequence[StagePlan]) -> Iterator[Fault]:
+    """Stages that differ in more than the number of their layers."""
+    knobs = ("dp", "tp", "zero", "micro_batch", "dp_replicate", "offload")
+    unlike = [knob for knob in knobs if len({str(getattr(s, knob)) for s in stages}) > 1]
+    if unlike:
+        words = f"runtime {name} has stages alike, these differ in {', '.join(unlike)}"
+        yield Fault(path="stages", message=words)
+    deeper = [level for level in MemoryLevel if any(stage.num_at(level) for stage in stages)][1:]
+    for level in deeper:  # the same number in each, or all that a shorter stage has
+        most = max(stage.num_at(level) for stage in stages)
+        if any(stage.num_at(level) != min(most, stage.num_layers) for stage in stages):
+            counts = ", ".join(str(stage.num_at(level)) for stage in stages)
+            words = f"runtime {name} recomputes as many layers in each stage, found {counts}"
+            yield Fault(path="stages", message=f"{words} at {level}")
+
+
+def _split_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -> Iterator[Fault]:
+    """A split of the layers that is not the one which the runtime makes by itself."""
+    own = dealt_layers(job, len(stages) * schedule.vpp)
+    chunks = zip(*(stage.layers for stage in stages), strict=True)
+    counts = tuple(count for runs in chunks for _, count in runs)
+    if own is not None and counts != own:
+        words = f"runtime {job.platform.runtime.name} deals {job.num_layers} layers out as"
+        yield Fault(
+            path="stages",
+            message=f"{words} {','.join(map(str, own))} and takes no other split, found "
+            f"{','.join(map(str, counts))}",
+        )
 
 
 def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
@@ -82,12 +127,6 @@ def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
         if getattr(stage, name) != 1:
             yield Fault(path=f"{path}.{name}", message="only 1 is predicted")
     runtime = job.platform.runtime
-    if stage.num_at(MemoryLevel.SELECTIVE) and runtime.selective is None:
-        message = f"runtime {runtime.name} has no selective checkpointing"
-        yield Fault(path=f"{path}.memory.selective", message=message)
-    if not may_mix(runtime, stage.levels):
-        message = f"runtime {runtime.name} makes all layers of a stage selective, or none"
-        yield Fault(path=f"{path}.memory.selective", message=message)
     shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
     if stage.sp != shards_sequence:
         yield Fault(

@@ -25,7 +25,7 @@ from mist.programs import Progress, compile_graph, model_programs, quiet
 from mist.rules import out_of_domain
 from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.program import ModelPrograms
-from mist.trace import Setting, trace_model
+from mist.trace import ConfigSource, Setting, resolve, trace_model
 from mist.units import GB, parse_bytes, whole_bytes
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
     From the cache, where they need neither torch nor sympy; else from the trace. Raises InputError.
     """
     platform = platform_of(question)  # refused before the model is traced
+    if question.seq_len is not None and isinstance(question.model, str):
+        source = resolve(question.model)
+        if isinstance(source, ConfigSource):  # of another model the trace says it
+            _refuse_longer(source.name, question.seq_len, source.max_seq_len)
     setting = setting_of(question, platform)
     runtime = platform.runtime
     if not isinstance(question.model, str):
@@ -140,7 +144,8 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
 def platform_of(question: Question) -> Platform:
     """The platform that a question names.
 
-    Raises PlatformError, and InputError for a precision that its runtime does not train in.
+    Raises PlatformError, and InputError for a precision or a number of GPUs that its runtime does
+    not train with.
     """
     platform = load_platform(
         num_gpus=question.num_gpus,
@@ -149,12 +154,19 @@ def platform_of(question: Question) -> Platform:
         runtime=question.runtime,
         host_memory_bytes=question.host_memory_bytes,
     )
-    known = platform.runtime.knobs.precisions
-    if question.precision not in known:
+    knobs, name = platform.runtime.knobs, platform.runtime.name
+    if question.precision not in knobs.precisions:
         raise InputError(
-            f"--precision {question.precision}: runtime {platform.runtime.name} trains in "
-            f"{' and '.join(known)} (it scales no losses, which fp16 needs). "
-            f"Try --precision {known[0]}."
+            f"--precision {question.precision}: runtime {name} trains in "
+            f"{' and '.join(knobs.precisions)} (it scales no losses, which fp16 needs). "
+            f"Try --precision {knobs.precisions[0]}."
+        )
+    if question.num_gpus > 1 and not (
+        knobs.data_parallel or knobs.tensor_parallel or knobs.schedules
+    ):
+        raise InputError(
+            f"--gpus {question.num_gpus}: runtime {name} trains on one GPU. "
+            "Use --gpus 1, or another runtime (mist profiles lists them)."
         )
     return platform
 
@@ -163,12 +175,17 @@ def _sequence(graph: ModelFacts, asked: int | None) -> int:
     longest = graph.max_seq_len
     if asked is None:
         return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+    _refuse_longer(graph.name, asked, longest)
+    return asked
+
+
+def _refuse_longer(name: str, asked: int, longest: int | None) -> None:
+    """Raise InputError for a sequence for which a model has no positions."""
     if longest is not None and asked > longest:
         raise InputError(
-            f"--seq {asked}: {graph.name} has positions for {longest} tokens. "
-            f"Use --seq {longest} or less."
+            f"--seq {asked}: {name} has positions for {longest} tokens. Use --seq {longest} or "
+            "less, or a model with more: max_position_embeddings of a config.json can be raised."
         )
-    return asked
 
 
 def margin_of(platform: Platform, question: Question) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 from mist.errors import Infeasible, InputError
+from mist.pareto.space import refuse_unknown
 from mist.plans import Plan
 from mist.platform import Platform
 from mist.rent import Candidate, chosen
@@ -89,6 +90,7 @@ def rent(
     """
     asked = tuple(_asked(question, offer))
     _check_needs(asked, offer, effort.objective)
+    refuse_unknown(space, asked[0].platform.runtime)  # the same for all, before a model is traced
     if len(asked) == 1:
         found: list[Planned | str] = [make_plan(asked[0].question, space, effort)]
     else:

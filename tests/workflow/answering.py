@@ -15,7 +15,7 @@ def answer_with(graph: ModelGraph, patch: pytest.MonkeyPatch) -> list[object]:
 
     def compiled(question: Question, *_: object) -> ModelPrograms:
         asked.append(question.model)
-        return toy_programs(graph)
+        return toy_programs(graph, question.runtime)
 
     for module in (question, planning, renting):
         patch.setattr(module, "compiled", compiled)

@@ -10,6 +10,7 @@ from mist.planfile import load_plan, save_plan
 from mist.plans import Offload, Plan, Schedule
 from mist.platform.profiles import Family, list_profiles, load_cluster, load_device
 from mist.spec import Attention, MemoryLevel, Precision, ScheduleKind
+from mist.units import format_seconds
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
 from mist.workflow.question import Question
 from tests.toys import toy_graph
@@ -267,7 +268,7 @@ def test_a_plan_whose_stages_do_not_go_together_is_not_judged(
 def test_a_runtime_without_a_selective_level_has_no_selective_layout() -> None:
     with pytest.raises(InputError) as refused:
         check(replace(LAYOUT, checkpoint="selective"), runtime="nanotron")
-    assert str(refused.value) == "runtime nanotron has no selective checkpointing."
+    assert str(refused.value) == "checkpoint selective: runtime nanotron has none, full."
     found = check(HandLayout(micro_batch=32), runtime="nanotron")
     assert not any("selective" in words for words in found.suggestions)
 
@@ -415,14 +416,19 @@ def test_a_runtime_that_cannot_do_what_a_plan_says(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as refused:
         check_plan(path)
     assert [str(fault) for fault in refused.value.faults] == [
-        words
-        for i in range(2)
-        for words in (
-            f"stages[{i}].memory.selective: runtime nanotron has no selective checkpointing",
-            f"stages[{i}]: schedule interleaved: runtime nanotron has gpipe, 1f1b.",
-            f"stages[{i}]: offloading optimizer is not possible under runtime nanotron, "
-            "found ratio 0.5 at ZeRO-0.",
-        )
+        *(
+            words
+            for i in range(2)
+            for words in (
+                f"stages[{i}]: schedule interleaved: runtime nanotron has gpipe, 1f1b.",
+                f"stages[{i}]: offloading optimizer is not possible under runtime nanotron, "
+                "found ratio 0.5 at ZeRO-0.",
+            )
+        ),
+        *(
+            f"stages[{i}].memory: checkpoint selective: runtime nanotron has none, full."
+            for i in range(2)
+        ),
     ]
 
 
@@ -528,3 +534,14 @@ def test_no_device_has_machines_of_one_gpu_unasked() -> None:
     for path in list_profiles(Family.DEVICE):
         cluster = load_cluster(load_device(path).profile.default_cluster).profile
         assert cluster.num_gpus_per_node > 1
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_advice_that_changes_nothing_is_not_given(zero: int) -> None:
+    """On one data-parallel rank all ZeRO levels are one: "--zero 0: 1.19 s" was said of 1.19 s."""
+    found = check(HandLayout(tp=8, zero=zero, micro_batch=8))
+    assert found.fits
+    now = format_seconds(found.plan.estimate.step_s)
+    for words in found.suggestions:
+        assert not words.startswith("--zero")
+        assert f": {now} per step" not in words

@@ -89,7 +89,8 @@ def test_restrictions_are_kept_and_told() -> None:
         ({"margin_ratio": -0.1}, "--margin -0.1 is not a share of the memory (0 to 1)."),
         (
             {"seq_len": 4097},
-            "--seq 4097: toy has positions for 4096 tokens. Use --seq 4096 or less.",
+            "--seq 4097: toy has positions for 4096 tokens. Use --seq 4096 or less, or a model "
+            "with more: max_position_embeddings of a config.json can be raised.",
         ),
         ({"seq_len": 0}, "--seq 0 is not a positive number of samples or tokens."),
         ({"global_batch": 0}, "--global-batch 0 is not a positive number of samples or tokens."),
