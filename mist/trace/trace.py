@@ -252,7 +252,7 @@ def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, i
     together = sum(1 for rows in inside if rows)
     entered, flows = piece.part.entered, piece.part.flows
     entries = entries_back = exits_back = together
-    if not piece.flows:
+    if not any(op.phase == "backward" for op in piece.part.ops):
         entries_back = exits_back = 0
     alone = regions.difference(*inside)
     for row in alone:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mist.errors import TraceError
+from mist.facts import TpLimit
 from mist.graph import Block, ModelGraph, OpKind
 from mist.spec import Attention, Precision
 from mist.trace import Setting, trace_model
@@ -203,6 +204,31 @@ def test_tensor_parallel_rules_do_not_depend_on_what_is_trained() -> None:
         graph = traced(name)
         assert graph.tp_limits == every.tp_limits
         assert graph.notes == every.notes == ()
+
+
+class Gated(Layer):
+    """Its last matrix reads the residual stream, which no rank has a part of."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.gate, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y + self.out(self.gate(x) * x)
+
+
+def test_a_residual_stream_without_gradient_is_no_table() -> None:
+    def limits(words: Iterable[str]) -> object:
+        with torch.device("meta"):
+            model = Model()
+            model.layers = nn.ModuleList(Gated() for _ in range(NUM_LAYERS))
+        graph = trace_model(train_only(model, words), SETTING)
+        return graph.tp_limits, graph.notes
+
+    every = limits([""])
+    assert every == ((TpLimit(label="MLP width", size=4 * WIDTH),), ())
+    assert limits(["head"]) == every
 
 
 def test_gradients_cross_ranks_only_where_they_flow() -> None:
