@@ -507,7 +507,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, micro-batch, vpp, dp-replicate or zero with a "
-        "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble.",
+        "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, "
+        "zero-bubble.",
     ),
     (
         "a knob set twice",
