@@ -227,9 +227,9 @@ def of_runtime(name: str) -> tuple[Rule, ...]:
             "deepspeed-zero3",
             {"num_stages": 1, "dp": 4, "zero": 3, "num_micro_batches": 8, "weights": 1.0},
             [
-                "tp 2 with ZeRO-3: runtime deepspeed-zero3 divides tensors up to ZeRO-2 only.",
                 "runtime deepspeed-zero3 offloads weights only where the optimizer is offloaded "
                 "too.",
+                "tp 2 with ZeRO-3: runtime deepspeed-zero3 divides tensors up to ZeRO-2 only.",
             ],
         ),
         (

@@ -225,11 +225,9 @@ def check(
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
         return _show_check(partial(_of_file, subject, margin, host_memory), out, as_json=as_json)
-    if gpus is None:
-        raise InputError(f"mist check {subject}: a model needs --gpus.")
     question = Question(
         model=subject,
-        num_gpus=gpus,
+        num_gpus=_given_gpus(subject, gpus),
         gpu=gpu,
         cluster=cluster,
         runtime=runtime,
@@ -253,6 +251,12 @@ def check(
         layers=layers_of(layers),
     )
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
+
+
+def _given_gpus(subject: str, gpus: int | None) -> int:
+    if gpus is None:
+        raise InputError(f"mist check {subject}: a model needs --gpus.")
+    return gpus
 
 
 def _of_file(

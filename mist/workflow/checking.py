@@ -351,8 +351,7 @@ def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int)
 
 def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str]:
     """Single changes that make the layout fit or, if it fits, faster; the fastest three."""
-    step_s = checked.plan.estimate.step_s
-    judged = []
+    step_s, judged = checked.plan.estimate.step_s, []
     step_words = format_seconds(step_s)
     for words, changed in _changes(layout, checked.plan.stages[0].dp):
         try:
@@ -361,15 +360,19 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
             continue
         after = _judged(job, made)
         peak_bytes = max(stage.peak_bytes for stage in after.stages)
-        on_host = host_need(job, made, after, checked.limits).fits
-        fits = on_host and peak_bytes <= checked.limits.device_bytes
         faster = after.step_s < step_s and format_seconds(after.step_s) != step_words
-        if fits and (not checked.fits or faster):
+        if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
             judged.append((after.step_s, peak_bytes, words))
     for after_s, peak_bytes, words in sorted(judged)[:3]:
         yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"
     if checked.margin_bytes >= 0 and not checked.host.fits:
         yield f"{checked.host.fix}, if the nodes have it"
+
+
+def _fits(job: Job, made: Made, judged: Estimate, limits: Limits) -> bool:
+    """Whether every stage fits the device, and what is offloaded the host."""
+    peak_bytes = max(stage.peak_bytes for stage in judged.stages)
+    return peak_bytes <= limits.device_bytes and host_need(job, made, judged, limits).fits
 
 
 def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:

@@ -21,7 +21,7 @@ from mist.exec.stored import Tensor, stored_weights
 from mist.exec.weights import Whole
 from mist.spec import Attention
 from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
-from tests.exec.parity import SEED, parameter_error, settings
+from tests.exec.parity import SEED, difference, settings
 
 VARIANTS = (
     Variant(name="zero3", model="untied", stages=(S(dp=2, zero=3),), micro=8),
@@ -54,7 +54,7 @@ def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, obj
     parallel = assemble(subject, plan, device, settings(None))
     initialise(parallel, subject, SEED)
     whole = torch.load(folder / f"{variant.model}.pt", weights_only=True)
-    error = torch.tensor(parameter_error(parallel, whole))
+    error = torch.tensor(difference(parallel.parameters, whole))
     dist.all_reduce(error, dist.ReduceOp.MAX)
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, sum(read))
