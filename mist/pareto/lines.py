@@ -6,9 +6,9 @@ For one kind of position in the pipeline, K strategies, and n_x layers of each k
 
 because times and kept bytes add up over layers, while the working set and the last collectives are
 those of the worst layer that the stage has at all. Outputs are straight lines in the micro-batches
-in flight, too. The peak is the larger of two lines: bytes as backward passes begin, and as they
-end. The lines are read off the compiled formulas at a few points, so there is one cost model;
-`StageLines` holds them and says what any mix of layers costs.
+in flight, too. The peak is the largest of three lines: bytes as backward passes begin, as they end,
+and at the end of a step. The lines are read off the compiled formulas at a few points, so there is
+one cost model; `StageLines` holds them and says what any mix of layers costs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,8 @@ from mist.estimate import Job
 from mist.pareto.space import Floats
 from mist.spec import MemoryLevel
 
-OUTPUTS = ("stable_s", "lone_s", "weight_s", "begin_bytes", "end_bytes", "host_bytes")
+PEAKS = ("begin_bytes", "end_bytes", "last_bytes")
+OUTPUTS = ("stable_s", "lone_s", "weight_s", *PEAKS, "host_bytes")
 LEVELS = tuple(MemoryLevel)
 
 

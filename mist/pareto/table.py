@@ -16,6 +16,7 @@ between such numbers one by one. What fits is always checked, never inferred.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from itertools import combinations
 from typing import Final
 
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import Job, position_columns
-from mist.pareto.lines import LEVELS, StageLines
+from mist.pareto.lines import LEVELS, PEAKS, StageLines
 from mist.pareto.meshes import Place
 from mist.pareto.space import Floats, Group, Ints, Strategies, expressible, levels_under
 from mist.plans import Limits
@@ -360,7 +361,7 @@ class _Position:
         one = np.ones((len(rows), len(self._ranges)), dtype=np.int64)
         last = np.broadcast_to(last, one.shape)
         device_bytes, host_bytes = self._limits.device_bytes, self._limits.host_bytes
-        limits = {"begin_bytes": device_bytes, "end_bytes": device_bytes, "host_bytes": host_bytes}
+        limits = dict.fromkeys(PEAKS, device_bytes) | {"host_bytes": host_bytes}
         parts = self._parts(upper, lower, one)
         guess = np.zeros(one.shape)
         for name, limit in limits.items():
@@ -411,8 +412,8 @@ class _Position:
 
     def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
         """Peak on the device and bytes in host memory."""
-        begin, end = (self._value(name, parts, rows) for name in ("begin_bytes", "end_bytes"))
-        return np.maximum(begin, end), self._value("host_bytes", parts, rows)
+        peaks = (self._value(name, parts, rows) for name in PEAKS)
+        return reduce(np.maximum, peaks), self._value("host_bytes", parts, rows)
 
     def _value(self, name: str, parts: _Parts, rows: Ints) -> Floats:
         return self._base(name, parts, rows) + self._sum(name, parts, rows)

@@ -20,6 +20,7 @@ SEARCHED = (
     "peak_bytes",
     "begin_bytes",
     "end_bytes",
+    "last_bytes",
     "host_bytes",
 )
 
@@ -43,6 +44,7 @@ POSITION = (
     sym.HEAD_HELD,
     sym.SPLITS,
     sym.WAITING,
+    sym.ONE_ROUND,
     sym.CHUNKS,
     sym.NUM_MICRO_BATCHES,
     sym.FORWARD_FIRST,

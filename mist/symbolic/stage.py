@@ -26,7 +26,7 @@ from mist.platform.runtime import Runtime
 from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, Setting, embed_cost, head_cost, kept_bytes, layer_cost
-from mist.symbolic.pipelined import SplitBackward, either, kept_outputs
+from mist.symbolic.pipelined import UNMADE_RATIO, SplitBackward, either, kept_outputs, last
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.slots import (
     Level,
@@ -37,7 +37,7 @@ from mist.symbolic.slots import (
     optimizer_seconds,
     slots,
 )
-from mist.symbolic.states import from_level, gathered_bytes, unmade_terms
+from mist.symbolic.states import bucket_params, from_level, gathered_bytes, unmade_terms
 
 _ONE = sympy.Integer(1)
 
@@ -191,16 +191,8 @@ def _hosted_terms(runtime: Runtime) -> dict[str, Expr]:
         "hosted_bytes_per_param": every,
         "streamed_bytes_per_param": staged * streamed,
         "streamed_end_bytes_per_param": staged * of_ends,
-        "bucket_params": _bucket_params(runtime),
+        "bucket_params": bucket_params(runtime),
     }
-
-
-def _bucket_params(runtime: Runtime) -> Expr:
-    """Parameters whose shards fill a bucket of the optimizer's stream."""
-    if runtime.offload is None or runtime.offload.bucket_bytes is None:
-        return sympy.Float(0.0)
-    own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
-    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
 
 
 def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
@@ -214,7 +206,7 @@ def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, 
     layers = [row for row in rows if row[0].isdigit()]
     once = _worst(layers, "{x}_ends_s") + _of_blocks(rows, "optimizer_s") + _tied_reduce()
     once += runtime.host.step_s.value
-    memory, begin, end = _memory(rows, runtime, precision)
+    memory, instants = _memory(rows, runtime, precision)
     return {
         **parts,
         "stable_s": _total(rows, "stable_s") + p2p + each,
@@ -222,8 +214,7 @@ def _stage(num_kinds: int, runtime: Runtime, precision: Precision) -> dict[str, 
         "weight_s": _of_blocks(rows, "weight_s"),
         **{f"{part}_bytes": expr for part, expr in memory.items()},
         "peak_bytes": sympy.Add(*memory.values()),
-        "begin_bytes": begin,
-        "end_bytes": end,
+        **instants,
         "host_bytes": _host_bytes(rows),
     }
 
@@ -273,21 +264,21 @@ def _tied_reduce() -> Expr:
 
 def _memory(
     rows: list[_Row], runtime: Runtime, precision: Precision
-) -> tuple[dict[str, Expr], Expr, Expr]:
-    """Peak bytes by part, which sum to the peak; and bytes as backward passes begin and end.
+) -> tuple[dict[str, Expr], dict[str, Expr]]:
+    """Peak bytes by part, which sum to the peak; and bytes as backward passes begin, end, and last.
 
-    The peak is the larger of the two, and each is a straight line in the numbers of layers.
+    The peak is the largest of these, and each is a straight line in the numbers of layers.
     """
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * _term("activation_bytes")
     own += _worst(rows, "{x}_{level}_staged_bytes")
     states = _params(rows) * _term("state_bytes_per_param") - _hosted_bytes(rows)
     if runtime.transients.root_group:
-        begin, end, gathered = _of_groups(rows, precision)
-        states -= sym.FORWARD_FIRST * _gradients(rows)
+        instants, gathered = _of_groups(rows, precision)
+        states -= UNMADE_RATIO * _gradients(rows)
     else:
         streamed = _term("streamed_bytes_per_param") * _worst(rows, "{x}_params")
-        begin = end = sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed)
+        instants = (sym.larger(_worst(rows, "{x}_{level}_working_bytes"), streamed),) * 3
         gathered = _term("gathered_bytes_per_param") * _worst(rows, "{x}_params")
     others = {
         "states": states,
@@ -296,11 +287,14 @@ def _memory(
         "buffers": _exchanged(rows, runtime) + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
-    held, working = sympy.Add(*others.values()), sym.larger(begin, end)
+    held, working = sympy.Add(*others.values()), sym.larger(*dict.fromkeys(instants))
     parts = {name: others[name] for name in ("states", "activations")} | {"working": working}
     parts |= {name: others[name] for name in ("gathered", "buffers")}
     parts["allocator"] = overhead * (held + working)
-    return parts, (1 + overhead) * (held + begin), (1 + overhead) * (held + end)
+    names = ("begin_bytes", "end_bytes", "last_bytes")
+    return parts, {
+        name: (1 + overhead) * (held + more) for name, more in zip(names, instants, strict=True)
+    }
 
 
 def _activations(rows: list[_Row]) -> Expr:
@@ -325,8 +319,8 @@ def _exchanged(rows: list[_Row], runtime: Runtime) -> Expr:
     return borders * _term("p2p_bytes") + inputs * alone * _worst(eager, "{x}_input_bytes")
 
 
-def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr]:
-    """What FSDP2 and a backward pass hold for a while: as it begins, as it ends; what is gathered.
+def _of_groups(rows: list[_Row], precision: Precision) -> tuple[tuple[Expr, ...], Expr]:
+    """What FSDP2 and a backward pass hold for a while: as it begins, ends, last; what is gathered.
 
     Groups of parameters: P of a layer, R of both ends (the root). Under ZeRO-3 the root and a layer
     are gathered at all instants, and the next layer beside the one that runs. A layer that runs
@@ -351,16 +345,22 @@ def _of_groups(rows: list[_Row], precision: Precision) -> tuple[Expr, Expr, Expr
     again = sym.FORWARD_FIRST * (1 - _lone()) * _begins(layers, buffer, precision)
     left = _left("layer_") - sym.FORWARD_FIRST * _lone() * _term("unsharded_bytes_per_param")
     done = sym.larger(reduced, _streamed(rows), again) + _left("") * root
-    end = sym.larger(first - left * layer, done) + left * every
+    end = sym.larger(first - left * layer, done) + left * every / sym.CHUNKS
     ends = [row for row in rows if not row[0].isdigit()]
     end -= _total(layers, "kept_bytes") / sym.CHUNKS + _total(ends, "kept_bytes")
     end -= _term("shared_bytes")
     begin = _begins(layers, early, precision)
     split = _split(rows, begin)
     others = (sym.CHUNKS - 1) * _term("buffer_bytes_per_param") * layer
-    begin = either(begin + (1 - sym.FORWARD_FIRST) * others, split.begin())
+    amid = (1 - sym.FORWARD_FIRST) * (1 - sym.ONE_ROUND) * others
+    begin = either(begin + amid, split.begin())
+    made = UNMADE_RATIO * _gradients(rows) - _activations(rows)
+    fp32 = _term("fp32_bytes_per_param") * layer
+    chunks = first + others + (1 - sym.FORWARD_FIRST) * (1 - _term("reduces")) * fp32
+    reduced = 2 * fp32 - _term("unsharded_bytes_per_param") * (every + root)
+    final = last(begin, chunks=made + chunks, reduced=made + reduced)
     gathered = _term("whole_bytes_per_param") * (root + layer)
-    return begin, either(end + others, split.end()), gathered
+    return (begin, either(end + amid, split.end()), final), gathered
 
 
 def _split(rows: list[_Row], begin: Expr) -> SplitBackward:

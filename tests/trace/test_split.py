@@ -13,11 +13,9 @@ from mist.spec import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import (
-    CASES,
     INPUTS,
     PATHS,
     Family,
-    at,
     bert,
     gpt2,
     llama,
