@@ -196,9 +196,7 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
     if num_stages == 1:
         yield ONE_F_ONE_B
         return
-    for kind in space.schedules:
-        if not levels_under(space, kind):
-            continue
+    for kind in filter(partial(levels_under, space), space.schedules):
         if kind is ScheduleKind.GPIPE and ScheduleKind.ONE_F_ONE_B in space.schedules:
             continue
         if kind is not ScheduleKind.INTERLEAVED:
