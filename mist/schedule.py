@@ -88,8 +88,9 @@ def held(
     `in_flight` of its layers, on the average of its chunks; `embed_more` of the embedding, on the
     first stage; `head_held` of the head, whose forward pass its own backward pass follows at once
     (but for GPipe); `waiting`: those of them whose gradients of weights are still to come, one for
-    each stage before under zero bubble (`splits` 1, else 0); `forward_first`: see there. Arguments
-    are numbers or arrays that broadcast.
+    each stage before under zero bubble (`splits` 1, else 0); `one_round`: whether several chunks
+    run one round, so that a stage holds most as the first of them goes backward; `forward_first`:
+    see there. Arguments are numbers or arrays that broadcast.
     """
     stages, micro, v = map(np.asarray, (num_stages, num_micro_batches, chunks))
     sizes = {"num_stages": stages, "num_micro_batches": micro, "chunks": v}
@@ -103,6 +104,7 @@ def held(
         "head_held": micro if gpipe else 1,
         "splits": int(splits),
         "waiting": splits * np.asarray(stage) / v,
+        "one_round": (v > 1) & (micro < 2 * stages),
         "forward_first": forward_first(layers, micro),
     }
     return {name: np.asarray(column + 0.0 * layers) for name, column in columns.items()}

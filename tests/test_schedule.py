@@ -139,7 +139,9 @@ def test_what_the_ends_hold_as_torch_orders_it(kind: ScheduleKind, chunks: int) 
         columns = held(kind, stage=stage, chunks=chunks, **sizes)
         ends = [ends_held(order[rank], num_stages, chunks) for rank in range(num_stages)]
         embed = columns["in_flight"][0] + columns["embed_more"][0]
-        assert (embed, columns["head_held"][-1]) == (ends[0][0], ends[-1][1]), sizes
+        exact = kind is ScheduleKind.INTERLEAVED or chunks == 1  # else an upper bound, not searched
+        assert embed == ends[0][0] or (not exact and embed > ends[0][0]), sizes
+        assert columns["head_held"][-1] == ends[-1][1], sizes
         assert columns["embed_more"][1:].tolist() == [0] * (num_stages - 1)
         assert (columns["waiting"] * chunks).tolist() == [waits for _, _, waits in ends], sizes
         compared += 1

@@ -6,9 +6,10 @@ For one kind of position in the pipeline, K strategies, and n_x layers of each k
 
 because times and kept bytes add up over layers, while the working set and the last collectives are
 those of the worst layer that the stage has at all. Outputs are straight lines in the micro-batches
-in flight, too. The peak is the largest of three lines: bytes as backward passes begin, as they end,
-and as the optimizer steps. The lines are read off the compiled formulas at a few points, so there
-is one cost model; `StageLines` holds them and says what any mix of layers costs.
+in flight, too. The peak is the largest of four lines: bytes as backward passes begin, as they end,
+at the end of a step, and as the optimizer steps. The lines are read off the compiled formulas at a
+few points, so there is one cost model; `StageLines` holds them and says what any mix of layers
+costs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from mist.pareto.space import Floats
 from mist.platform import Runtime
 from mist.spec import MemoryLevel
 
-INSTANTS = ("begin_bytes", "end_bytes", "step_bytes")
+INSTANTS = ("begin_bytes", "end_bytes", "last_bytes", "step_bytes")
 OUTPUTS = ("stable_s", "lone_s", "weight_s", *INSTANTS, "host_bytes")
 LEVELS = tuple(MemoryLevel)
 

@@ -21,6 +21,7 @@ SEARCHED = (
     "begin_bytes",
     "end_bytes",
     "step_bytes",
+    "last_bytes",
     "host_bytes",
 )
 
@@ -44,6 +45,7 @@ POSITION = (
     sym.HEAD_HELD,
     sym.SPLITS,
     sym.WAITING,
+    sym.ONE_ROUND,
     sym.CHUNKS,
     sym.NUM_MICRO_BATCHES,
     sym.FORWARD_FIRST,

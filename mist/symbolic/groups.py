@@ -5,14 +5,24 @@ from sympy import Expr
 
 from mist.spec import Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.pipelined import SplitBackward, either
+from mist.symbolic.pipelined import UNMADE_RATIO, SplitBackward, either, last
 from mist.symbolic.rows import Row, of_blocks, params_of, term, total, worst
 
 _ONE = sympy.Integer(1)
 
 
-def held_by_groups(rows: list[Row], precision: Precision) -> tuple[Expr, Expr, Expr, Expr]:
-    """What FSDP and a backward pass hold for a while: as it begins, as it ends; what is gathered.
+def activations_bytes(rows: list[Row]) -> Expr:
+    """What is kept of the micro-batches in flight, and of those that wait for W."""
+    layers = [row for row in rows if row[0].isdigit()]
+    embed, head = (term(f"{end}_eager_kept_bytes") for end in ("embed", "head"))
+    kept = sym.IN_FLIGHT * (total(layers, "kept_bytes") + sym.CHUNKS * term("shared_bytes"))
+    kept += sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE) * embed + sym.LAST * sym.HEAD_HELD * head
+    of_head = sym.LAST * sym.CHUNKS * (term("head_early_bytes") + term("head_awaited_bytes"))
+    return kept + sym.WAITING * (of_blocks(layers, "awaited_bytes") + of_head)
+
+
+def held_by_groups(rows: list[Row], precision: Precision) -> tuple[dict[str, Expr], Expr, Expr]:
+    """What FSDP and a backward pass hold for a while: as it begins, ends, last; what is gathered.
 
     The last result are gradients that the states lack, as the optimizer steps.
 
@@ -41,20 +51,36 @@ def held_by_groups(rows: list[Row], precision: Precision) -> tuple[Expr, Expr, E
     left = _left("layer_")
     dropped = sym.FORWARD_FIRST * _lone() * term("unsharded_bytes_per_param")
     done = sym.larger(reduced, _streamed(rows), again) + _left("") * trained
-    first -= left * worst(layers, "{x}_trainable_params") - dropped * layer
+    shrinks = left * worst(layers, "{x}_trainable_params") - dropped * layer
     of_layers = left * of_blocks(layers, "trainable_params")
     of_layers -= dropped * of_blocks(layers, "params")
-    end = sym.larger(first, done) + of_layers
+    end = sym.larger(first - shrinks, done) + of_layers / sym.CHUNKS
     end -= total(layers, "kept_bytes") / sym.CHUNKS + total(ends, "kept_bytes")
     end -= term("shared_bytes")
     begin = _begins(layers, early, precision)
     split = _split(rows, begin)
     others = (sym.CHUNKS - 1) * term("buffer_bytes_per_param")
     others *= worst(layers, "{x}_trainable_params")
-    begin = either(begin + (1 - sym.FORWARD_FIRST) * others, split.begin())
+    amid = (1 - sym.FORWARD_FIRST) * (1 - sym.ONE_ROUND) * others
+    begin = either(begin + amid, split.begin())
+    unmade = UNMADE_RATIO * gradients_bytes(rows)
+    instants = {
+        "begin_bytes": begin,
+        "end_bytes": either(end + amid, split.end()),
+        "last_bytes": _last(rows, begin, unmade - activations_bytes(rows), first + others),
+    }
     gathered = term("whole_bytes_per_param") * root + _next_layer(layers)
-    grads = of_layers + _left("") * trained
-    return begin, either(end + others, split.end()), gathered, grads
+    grads = of_layers + _left("") * trained + unmade - sym.FORWARD_FIRST * gradients_bytes(rows)
+    return instants, gathered, grads
+
+
+def _last(rows: list[Row], begin: Expr, made: Expr, chunks: Expr) -> Expr:
+    """As the last backward pass of a step runs, when all gradients are `made`."""
+    layers = [row for row in rows if row[0].isdigit()]
+    fp32 = term("fp32_bytes_per_param") * worst(layers, "{x}_trainable_params")
+    chunks += (1 - sym.FORWARD_FIRST) * (1 - term("reduces")) * fp32
+    reduced = 2 * fp32 - term("unsharded_bytes_per_param") * params_of(rows)
+    return last(begin, chunks=made + chunks, reduced=made + reduced)
 
 
 def _reduced_last(layers: list[Row], of_root: Expr) -> Expr:

@@ -10,11 +10,10 @@ from sympy import Expr
 
 from mist.graph import Block, ModelGraph, Param
 from mist.platform.runtime import Runtime
-from mist.spec import Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import Setting
 from mist.symbolic.slots import hosted_by_tensor, hosted_bytes
-from mist.symbolic.states import frozen_weight_ratio
+from mist.symbolic.states import bucket_params, frozen_weight_ratio
 
 _NONE, _ONE = sympy.Integer(0), sympy.Integer(1)
 
@@ -47,16 +46,8 @@ def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
         "hosted_bytes_per_param": every,
         "streamed_bytes_per_param": staged * streamed,
         "streamed_end_bytes_per_param": staged * of_ends,
-        "bucket_params": _bucket_params(runtime),
+        "bucket_params": bucket_params(runtime),
     }
-
-
-def _bucket_params(runtime: Runtime) -> Expr:
-    """Parameters whose shards fill a bucket of the optimizer's stream."""
-    if runtime.offload is None or runtime.offload.bucket_bytes is None:
-        return sympy.Float(0.0)
-    own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
-    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
 
 
 def allocated_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:

@@ -21,6 +21,10 @@ SEVERAL = sym.smaller(1, sym.CHUNKS - 1)  # 1 where a rank has several chunks
 SPLIT = sym.SPLITS * (1 - sym.FIRST * (1 - SEVERAL))  # 1 where a chunk of the stage is split
 SPLIT_RATIO = sym.SPLITS * (sym.CHUNKS - sym.FIRST) / sym.CHUNKS  # how many of its chunks are
 
+# Share of the gradients of a stage that are not there yet when it holds most: all of them, or those
+# of the chunks but the first that goes backward.
+UNMADE_RATIO = sym.FORWARD_FIRST + (1 - sym.FORWARD_FIRST) * sym.ONE_ROUND * (1 - 1 / sym.CHUNKS)
+
 
 def kept_outputs() -> tuple[Expr, Expr]:
     """Activations at the borders of chunks that torch's stages hold, and inputs of layers of these.
@@ -61,9 +65,12 @@ class SplitBackward:
     streamed: Expr
 
     def begin(self) -> Expr:
-        """As I begins: gradients of parameters of the W before are still in compute precision."""
+        """As I begins, beside gradients of the W before; if there is none, as the first W ends.
+
+        Of what was saved W frees the inputs of products only, until it ends.
+        """
         made = sym.larger(sym.FIRST * self.other, self.loss, self.layer + self.head_awaited)
-        return made + self._left(self.head + SPLIT_RATIO * self.layers)
+        return made + self.head + SPLIT_RATIO * self.layers
 
     def end(self) -> Expr:
         """As I ends, in the first layer of a chunk, then in W.
@@ -72,12 +79,19 @@ class SplitBackward:
         """
         made = sym.larger(self.layer, self.largest, self.streamed)
         others = (SPLIT_RATIO - 1 / sym.CHUNKS) * self.layers
-        left = self._left(self.head + self.one + sym.larger(0, others))
+        left = self.head + self.one + sym.larger(0, others)
+        left *= 1 - sym.FORWARD_FIRST
         return made + self.awaited / sym.CHUNKS + self.head_awaited + left
 
-    @staticmethod
-    def _left(gradients: Expr) -> Expr:
-        return (1 - sym.FORWARD_FIRST) * gradients
+
+def last(begin: Expr, *, chunks: Expr, reduced: Expr) -> Expr:
+    """As the last layer of a step runs backward, or gradients are reduced: all of them are made.
+
+    So it is of several `chunks`, and of a split backward pass behind all forward passes, whose
+    gradients are `reduced` apart; of others nothing is to be said that `begin` does not say.
+    """
+    split = sym.SPLITS * sym.FORWARD_FIRST * (1 - SEVERAL)
+    return sympy.Add(SEVERAL * chunks, split * reduced, (1 - SEVERAL - split) * begin)
 
 
 def either(whole: Expr, split: Expr) -> Expr:

@@ -35,9 +35,9 @@ from mist.symbolic.block import (
     layer_cost,
     rank_params,
 )
-from mist.symbolic.groups import gradients_bytes, held_by_groups
+from mist.symbolic.groups import activations_bytes, gradients_bytes, held_by_groups
 from mist.symbolic.hosting import allocated_terms, drawn_terms, hosted_terms
-from mist.symbolic.pipelined import kept_outputs
+from mist.symbolic.pipelined import UNMADE_RATIO, kept_outputs
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.rows import Row, of_blocks, params_of, rows_of, term, total, worst
 from mist.symbolic.slots import (
@@ -239,8 +239,8 @@ def _memory(
 ) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """Peak bytes by part, which sum to the peak; and bytes at the instants that may be the peak.
 
-    These are: a backward pass begins, it ends, the optimizer steps. The peak is the largest of
-    them, and each is a straight line in the numbers of layers.
+    These are: a backward pass begins, it ends, the last one does (`pipelined.last`), the optimizer
+    steps. The peak is the largest of them, and each is a straight line in the numbers of layers.
     """
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * term("activation_bytes")
@@ -250,37 +250,28 @@ def _memory(
     states += (params_of(rows) - trainable) * term("frozen_bytes_per_param")
     step = trainable * term("step_bytes_per_param")
     if runtime.transients.root_group:
-        begin, end, gathered, grads = held_by_groups(rows, precision)
-        states -= sym.FORWARD_FIRST * gradients_bytes(rows)
+        amid, gathered, grads = held_by_groups(rows, precision)
+        states -= UNMADE_RATIO * gradients_bytes(rows)
         step += grads
     else:
         streamed = term("streamed_bytes_per_param") * worst(rows, "{x}_params")
-        begin = end = sym.larger(worst(rows, "{x}_{level}_working_bytes"), streamed)
+        works = sym.larger(worst(rows, "{x}_{level}_working_bytes"), streamed)
+        amid = dict.fromkeys(("begin_bytes", "end_bytes", "last_bytes"), works)
         gathered = term("gathered_bytes_per_param") * worst(rows, "{x}_params")
     others = {
         "states": states,
-        "activations": _activations(rows),
+        "activations": activations_bytes(rows),
         "gathered": gathered,
         "buffers": _exchanged(rows, runtime) + own,
     }
     overhead = runtime.memory.allocator_overhead_ratio.value
     step -= others["activations"] + others["gathered"]
-    held, working = sympy.Add(*others.values()), sym.larger(begin, end, step)
+    instants = {**amid, "step_bytes": step}
+    held, working = sympy.Add(*others.values()), sym.larger(*dict.fromkeys(instants.values()))
     parts = {name: others[name] for name in ("states", "activations")} | {"working": working}
     parts |= {name: others[name] for name in ("gathered", "buffers")}
     parts["allocator"] = overhead * (held + working)
-    instants = {"begin_bytes": begin, "end_bytes": end, "step_bytes": step}
     return parts, {name: (1 + overhead) * (held + size) for name, size in instants.items()}
-
-
-def _activations(rows: list[Row]) -> Expr:
-    """What is kept of the micro-batches in flight, and of those that wait for W."""
-    layers = [row for row in rows if row[0].isdigit()]
-    embed, head = (term(f"{end}_eager_kept_bytes") for end in ("embed", "head"))
-    kept = sym.IN_FLIGHT * (total(layers, "kept_bytes") + sym.CHUNKS * term("shared_bytes"))
-    kept += sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE) * embed + sym.LAST * sym.HEAD_HELD * head
-    of_head = sym.LAST * sym.CHUNKS * (term("head_early_bytes") + term("head_awaited_bytes"))
-    return kept + sym.WAITING * (of_blocks(layers, "awaited_bytes") + of_head)
 
 
 def _exchanged(rows: list[Row], runtime: Runtime) -> Expr:

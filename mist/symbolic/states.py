@@ -72,3 +72,11 @@ def unmade_terms() -> dict[str, Expr]:
         "left_bytes_per_param": left,
         "layer_left_bytes_per_param": stays * left,
     }
+
+
+def bucket_params(runtime: Runtime) -> Expr:
+    """Parameters whose shards fill a bucket of the optimizer's stream."""
+    if runtime.offload is None or runtime.offload.bucket_bytes is None:
+        return sympy.Float(0.0)
+    own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
+    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))

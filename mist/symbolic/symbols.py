@@ -39,6 +39,8 @@ HEAD_HELD = sympy.Symbol("head_held", positive=True, integer=True)
 """Micro-batches whose logits the last stage holds at once."""
 SPLITS = sympy.Symbol("splits", nonnegative=True, integer=True)
 """1 where gradients of weights are computed later than those of activations (zero bubble)."""
+ONE_ROUND = sympy.Symbol("one_round", nonnegative=True, integer=True)
+"""1 where several chunks run one round: when a stage holds most, only one of them went backward."""
 WAITING = sympy.Symbol("waiting", nonnegative=True)
 """Micro-batches that wait for their gradients of weights as another one begins backward."""
 CHUNKS = sympy.Symbol("chunks", positive=True, integer=True)

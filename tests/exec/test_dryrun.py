@@ -24,6 +24,8 @@ SLOW = (
     "tp2",
     "tp2 sp",
     "pp2 gpipe",
+    "pp2 zero-bubble",
+    "pp2 zero-bubble dp2 zero2",
     "optimizer 0.3",
     "bf16 zero2 levels",
     "pp3 1+2+1",
