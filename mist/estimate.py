@@ -404,5 +404,8 @@ def _stage_estimate(job: Job, columns: dict[str, NDArray[np.float64]], i: int) -
 
 
 def _digits(value: float) -> float:
-    """Six significant digits: all that a prediction can mean, and stable bytes in the plan file."""
-    return float(f"{value:.6g}")
+    """Six significant digits: all that a prediction can mean, and stable bytes in the plan file.
+
+    What is below a picosecond is what rounding leaves of sums that cancel, on each CPU another.
+    """
+    return float(f"{round(value, 12) + 0.0:.6g}")

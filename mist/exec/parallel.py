@@ -167,6 +167,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
         last=layers.stop == len(anatomy.layers),
         front=anatomy.front,
         tail=anatomy.tail,
+        micro_batch=stage.micro_batch,
         sp=stage.sp,
         split_loss=job.split_loss,
     )

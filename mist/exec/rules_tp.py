@@ -213,13 +213,15 @@ class _Inputs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
+        output = func(*args, **(kwargs or {}))
         owner = self.model.get_submodule(self.stack[-1][0] if self.stack else "")
         linear = isinstance(owner, nn.Linear)
         if not linear and getattr(func, "__name__", "") not in GETTERS:
+            handed_on = {id(leaf) for leaf in tree_leaves(output)}  # a cast to what it is already
             for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, torch.Tensor):
+                if isinstance(leaf, torch.Tensor) and id(leaf) not in handed_on:
                     self.read_elsewhere[id(leaf)] = leaf
-        return func(*args, **(kwargs or {}))
+        return output
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(

@@ -7,13 +7,12 @@ not divided but see part of the tokens or heads: `partial` names them, and their
 summed over the ranks once per step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -35,6 +34,7 @@ from mist.errors import ModelError
 from mist.exec.rules_tp import RegionRule, TensorRules
 
 SEQUENCE: Placement = Shard(1)
+ROWS: Final = 2  # dimensions of an activation whose tokens are rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Part:
     """The layers of a chunk by name, whether the ends of the model belong to it, and how it runs.
 
     `front`, `tail`: names of the parameters that are read before the first layer and behind the
-    last one. `sp`: sequence parallelism. `split_loss`: logits stay divided (within loss_parallel).
+    last one. `micro_batch`: samples. `sp`: sequence parallelism. `split_loss`: logits stay divided (within loss_parallel).
     """
 
     layers: tuple[str, ...]
@@ -50,6 +50,7 @@ class Part:
     last: bool
     front: frozenset[str]
     tail: frozenset[str]
+    micro_batch: int
     sp: bool
     split_loss: bool
 
@@ -68,7 +69,7 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
     entered: set[str] = set()
     for region in rules.regions:
         if region.rowwise.startswith(tuple(f"{name}." for name in part.layers)):
-            _divide_region(model, region, mesh, sp=part.sp)
+            _divide_region(model, region, mesh, part)
             entered |= set(region.entries.values())
     _divide_ends(model, rules, part, mesh)
     head_partial = part.sp and rules.head is not None
@@ -83,20 +84,24 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
     return summed
 
 
-def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, *, sp: bool) -> None:
+def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: Part) -> None:
+    sp = part.sp
     if sp and region.attends and set(region.entries) & set(region.entries.values()):
         raise ModelError(
             f"sp: attention around {region.rowwise} is not in a module of its own that is given "
             "the activation, so its tokens cannot be gathered for it. Plan without sp."
         )
-    output = SEQUENCE if sp else Replicate()
     styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in region.entries}
-    styles[region.rowwise] = RowwiseParallel(output_layouts=output)
+    styles[region.rowwise] = RowwiseParallel(output_layouts=Partial() if sp else Replicate())
     parallelize_module(model, mesh, styles)
+    if sp:
+        leave = partial(_leave, mesh=mesh, batch=part.micro_batch)
+        model.get_submodule(region.rowwise).register_forward_hook(leave)
     for name in region.entries:
         _partial_input(model.get_submodule(name), mesh)
     for name in sorted(set(region.entries.values())):  # runs first: it is put before the others
-        _on_entry(model.get_submodule(name), partial(_enter, mesh=mesh, sp=sp))
+        enter = partial(_enter, mesh=mesh, sp=sp, batch=part.micro_batch)
+        _on_entry(model.get_submodule(name), enter)
 
 
 def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
@@ -127,20 +132,40 @@ def _divide_table(model: nn.Module, name: str, mesh: DeviceMesh, *, direct: bool
     """
     table = model.get_submodule(name)
     assert isinstance(table, nn.Embedding)
+    if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+        raise ModelError(
+            f"tp: {name} has max_norm, scale_grad_by_freq or sparse gradients, which a part of its "
+            "rows cannot have. Use tp 1."
+        )
     weight = distribute_tensor(table.weight, mesh, (Shard(0),), src_data_rank=None)
     table.weight = nn.Parameter(weight, table.weight.requires_grad)
-    table.forward = partial(_look_up, table, mesh, direct=direct)  # type: ignore[method-assign]
+    num_rows = table.num_embeddings // mesh.size()
+    if table.padding_idx is not None:  # a row that gets no gradient: one rank has it
+        place = table.padding_idx - mesh.get_local_rank() * num_rows
+        table.padding_idx = place if 0 <= place < num_rows else None
+    look_up = partial(_look_up, table, table.forward, mesh, direct=direct)
+    table.forward = look_up  # type: ignore[method-assign]
 
 
 def _look_up(
-    table: nn.Embedding, mesh: DeviceMesh, ids: torch.Tensor, *, direct: bool
+    table: nn.Embedding,
+    own: Callable[[torch.Tensor], torch.Tensor],
+    mesh: DeviceMesh,
+    ids: torch.Tensor,
+    *,
+    direct: bool,
 ) -> torch.Tensor:
+    """What a table gives, by its `own` forward (which may scale it) on this rank's rows."""
     weight = table.weight
     assert isinstance(weight, DTensor)
     rows = weight.to_local(grad_placements=(Shard(0),))
     places = ids - mesh.get_local_rank() * rows.shape[0]
     outside = (places < 0) | (places >= rows.shape[0])
-    found = F.embedding(places.masked_fill(outside, 0), rows)
+    vars(table)["weight"] = rows  # before the parameter of that name, while the table looks up
+    try:
+        found = own(places.masked_fill(outside, 0))
+    finally:
+        del vars(table)["weight"]
     found = found.masked_fill(outside.unsqueeze(-1), 0)
     added = DTensor.from_local(found, mesh, (Partial(),), run_check=False)
     if direct:
@@ -187,12 +212,27 @@ def _scatter(whole: torch.Tensor, *, mesh: DeviceMesh) -> torch.Tensor:
     return copies.redistribute(placements=(SEQUENCE,)).to_local()
 
 
-def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool) -> torch.Tensor:
+def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool, batch: int) -> torch.Tensor:
     """What enters a region: whole, with a gradient that is summed over the ranks."""
     if sp:
-        return _whole(x, mesh, (Partial(),))
+        whole = _whole(_by_sample(x, batch), mesh, (Partial(),))
+        return whole.flatten(0, 1) if x.dim() == ROWS else whole
     copies = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
     return copies.to_local(grad_placements=(Partial(),))
+
+
+def _leave(
+    module: nn.Module, args: object, output: torch.Tensor, *, mesh: DeviceMesh, batch: int
+) -> torch.Tensor:
+    """What leaves a region: the sum over the ranks, of which each takes its tokens."""
+    parts = DTensor.from_local(_by_sample(output, batch), mesh, (Partial(),), run_check=False)
+    own = parts.redistribute(placements=(SEQUENCE,)).to_local()
+    return own.flatten(0, 1) if output.dim() == ROWS else own
+
+
+def _by_sample(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """[batch, tokens, width], also of a layer that has all tokens as rows."""
+    return x.unflatten(0, (batch, -1)) if x.dim() == ROWS else x
 
 
 def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:

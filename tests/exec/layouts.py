@@ -58,6 +58,26 @@ MIXTURES = {  # three experts: no number of ranks divides them evenly
         "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
     },
 }
+# Tables that scale what they look up (Gemma), that have a row without a gradient (OPT's padding),
+# that are added before the layers (OPT's positions); norms of heads (Qwen3).
+FAMILIES = {
+    "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 16, "sliding_window": 16},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
+    "opt": {
+        "model_type": "opt",
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    },
+}
 PLAIN = Path(__file__).parents[2] / "examples" / "my_transformer.py"
 PLAIN_SIZES = "DIM, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, MAX_SEQ_LEN = "
 
@@ -87,7 +107,7 @@ def write_models(folder: Path) -> None:
     (folder / "llama.json").write_text(json.dumps(LLAMA))
     (folder / "tied.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
     (folder / "gpt2.json").write_text(json.dumps(GPT2))
-    for name, config in MIXTURES.items():
+    for name, config in {**MIXTURES, **FAMILIES}.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
     lines = PLAIN.read_text().splitlines()
     sizes = f"{PLAIN_SIZES}64, {NUM_LAYERS}, 4, {VOCAB}, 128"

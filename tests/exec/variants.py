@@ -27,6 +27,10 @@ TENSOR = (
     Variant(name="tp2 sp clipped", stages=(S(tp=2, sp=True, zero=1),), max_norm=0.5),
     Variant(name="tp2 sp levels", stages=(S(tp=2, sp=True, full=2, selective=1),)),
     Variant(name="tied tp2 sp", model="tied.json", stages=(S(tp=2, sp=True),), micro=8),
+    Variant(name="gemma2 tied tp2 sp", model="gemma2.json", stages=(S(tp=2, sp=True),), micro=8),
+    Variant(name="opt tied tp2", model="opt.json", stages=(S(tp=2),), micro=8),
+    Variant(name="opt tied tp2 sp", model="opt.json", stages=(S(tp=2, sp=True),), micro=8),
+    Variant(name="qwen3 tp2 sp", model="qwen3.json", stages=(S(tp=2, sp=True),), micro=8),
     Variant(name="plain tp2", model="plain.py", stages=(S(tp=2),)),
     Variant(name="plain tp2 sp", model="plain.py", stages=(S(tp=2, sp=True),)),
     *(
@@ -134,6 +138,12 @@ PIPELINE = (
         stages=(S(layers=(1,)), S(layers=(3,))),
         micro=4,
         max_norm=0.5,
+    ),
+    Variant(
+        name="opt tied pp2",
+        model="opt.json",
+        stages=(S(layers=(2,)), S(layers=(2,))),
+        micro=4,
     ),
     Variant(name="plain pp2", model="plain.py", stages=(S(layers=(3,)), S(layers=(1,))), micro=4),
     Variant(name="pp3 1+2+1", stages=(S(layers=(1,)), S(layers=(2,)), S(layers=(1,))), micro=4),
