@@ -42,7 +42,8 @@ class Part:
     """The layers of a chunk by name, whether the ends of the model belong to it, and how it runs.
 
     `front`, `tail`: names of the parameters that are read before the first layer and behind the
-    last one. `micro_batch`: samples. `sp`: sequence parallelism. `split_loss`: logits stay divided (within loss_parallel).
+    last one. `micro_batch`: samples. `sp`: sequence parallelism. `split_loss`: logits stay divided
+    (within loss_parallel).
     """
 
     layers: tuple[str, ...]
