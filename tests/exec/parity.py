@@ -152,7 +152,7 @@ def watch_gradients(parallel: Parallel, known: Sequence[Mapping[str, torch.Tenso
 
     def compared(scale: torch.Tensor) -> None:
         held = {n: p.grad for n, p in parallel.parameters.items() if p.grad is not None}
-        assert set(held) == set(parallel.parameters)
+        assert set(held) == {n for n, p in parallel.parameters.items() if p.requires_grad}
         gradients = {name: grad * scale.to(grad.device) for name, grad in held.items()}
         found.append(difference(gradients, known[len(found)]))
         step(scale)
