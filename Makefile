@@ -27,7 +27,7 @@ plan: $(INSTALLED)  ## plan Llama-3-8B on 16 H100s
 	$(BIN)/mist plan examples/llama3_8b.py --gpus 16
 
 test: $(INSTALLED)  ## fast tests, with coverage
-	$(BIN)/python -m pytest -m 'not slow' --cov
+	$(BIN)/python -m pytest -m 'not slow' --cov -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -m slow --timeout 900

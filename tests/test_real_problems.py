@@ -39,7 +39,7 @@ def problems(name: str, space: SearchSpace) -> list[InterStageProblem]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_both_programs_agree_on_real_problems() -> None:
     real = [
         *problems("gpt2-xl-2xl4", SPACES["mist"]),

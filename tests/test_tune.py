@@ -477,7 +477,7 @@ def test_the_cloud_of_pipelines_is_of_the_schedules_that_are_searched() -> None:
     space = SearchSpace(pp=(4,), micro_batch=(1,))
     points = list(landscape(job, space, limits=Limits(device_bytes=1.5e9, host_bytes=HOST),
                             within_s=math.inf))  # fmt: skip
-    kinds = {ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED}
+    kinds = {ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE}
     assert {point.schedule.kind for point in points} == kinds
     for point in points:
         judged = estimate(job, stage_plans(job, point), point.num_micro_batches, point.schedule)

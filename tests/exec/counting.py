@@ -13,7 +13,7 @@ from tests.exec.running import Run, variant_of
 
 def main(folder: Path, out: Path, names: list[str]) -> None:
     found = {}
-    with joined(25.0) as device:
+    with joined(300.0) as device:
         for name in names:
             run = Run(variant_of(name), folder, device, max_norm=None)
             run.train(0, 1)

@@ -64,7 +64,7 @@ def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, obj
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    with joined(25.0) as where:
+    with joined(300.0) as where:
         results = {variant.name: found(variant, place, where) for variant in VARIANTS}
         if dist.get_rank() == 0:
             (place / "found.json").write_text(json.dumps(results))

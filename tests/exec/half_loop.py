@@ -27,7 +27,7 @@ def main(plan_file: Path, model_file: Path) -> None:
     model = model_of(model_file).bfloat16()
     before = {name: p.detach().float() for name, p in model.named_parameters()}
     shape = (plan.workload.global_batch, plan.workload.seq_len)
-    with joined(25.0):
+    with joined(300.0):
         parallel = parallelize(model, plan, settings=Settings(lr=LR))
         moved = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in before.items()}
         for number in range(NUM_STEPS):

@@ -24,7 +24,7 @@ def observe(run: Run) -> Observer:
 
 def main(folder: Path, out: Path, names: list[str]) -> None:
     found = {}
-    with joined(25.0) as device:
+    with joined(300.0) as device:
         for name in names:
             run = Run(variant_of(name), folder, device, max_norm=1.0)
             run.train(0, 1)

@@ -37,7 +37,7 @@ def said(run: Run) -> Iterator[str]:
 
 def main(folder: Path, out: Path) -> None:
     found: dict[str, list[str]] = {}
-    with joined(25.0) as device:
+    with joined(300.0) as device:
         for variant in LAYOUTS:
             mine = list(said(Run(variant, folder, device, max_norm=None)))
             every: list[list[str]] = [[], []]

@@ -103,12 +103,11 @@ def test_labels_of_classes_have_the_shape_that_the_file_gives() -> None:
         shape.check({"x": torch.empty(BATCH, SEQ_LEN, 2), "labels": torch.empty(BATCH, 5)})
 
 
-@pytest.mark.timeout(200)
 def test_every_rank_refuses_before_its_first_collective(tmp_path: Path) -> None:
     """A right step goes on after each refusal: no rank was left in a collective."""
     write_models(tmp_path)
     out = tmp_path / "refused.json"
-    run_ranks(["-m", "tests.exec.refusing", str(tmp_path), str(out)], 2, timeout_s=100)
+    run_ranks(["-m", "tests.exec.refusing", str(tmp_path), str(out)], 2, timeout_s=600)
     found = json.loads(out.read_text())
     assert sorted(found) == ["dp2", "pp2", "tp2"]
     for texts in found.values():
@@ -118,7 +117,6 @@ def test_every_rank_refuses_before_its_first_collective(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_apply_shows_one_message_and_exits_with_2(tmp_path: Path) -> None:
     write_masked_models(tmp_path)
     (tmp_path / "lengths.py").write_text((tmp_path / "mean.py").read_text() + LENGTHS)

@@ -15,7 +15,7 @@ from tests.exec.layouts import write_models
 @pytest.mark.timeout(1300)
 def test_a_checkpoint_goes_on_under_other_plans(tmp_path: Path) -> None:
     write_models(tmp_path)
-    run_ranks(["-m", "tests.exec.elastic", "save", str(tmp_path)], 4, timeout_s=6000)
+    run_ranks(["-m", "tests.exec.elastic", "save", str(tmp_path)], 4, timeout_s=600)
     run_ranks(["-m", "tests.exec.elastic", "two", str(tmp_path)], 2, timeout_s=600)
     found = json.loads((tmp_path / "losses.json").read_text())
     uninterrupted = found.pop("dp4")

@@ -60,7 +60,7 @@ def real(folder: Path) -> Callable[[tuple[str, ...]], list[Rank]]:
             names = [name for name in layouts if variant_of(name).world_size == number]
             if names:
                 command = ["-m", "tests.exec.observing", str(folder), str(folder), *names]
-                run_ranks(command, number, timeout_s=120)
+                run_ranks(command, number, timeout_s=600)
                 for rank in range(number):
                     ranks[rank] |= json.loads((folder / f"{rank}.json").read_text())
         return ranks
@@ -68,7 +68,6 @@ def real(folder: Path) -> Callable[[tuple[str, ...]], list[Rank]]:
     return run
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("name", "together"),
     [

@@ -93,7 +93,6 @@ time.sleep(600)
 """
 
 
-@pytest.mark.timeout(60)
 def test_a_lock_lasts_as_long_as_a_process_of_the_run(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(tmp_path)], stdout=subprocess.PIPE, text=True

@@ -79,7 +79,6 @@ def test_the_trace_sees_what_runs_whatever_was_built(
     assert plain.blocks == half.blocks
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_parallelize_trains_every_element_of_a_bf16_checkpoint(
     folder: Path, precision: Precision
@@ -89,4 +88,4 @@ def test_parallelize_trains_every_element_of_a_bf16_checkpoint(
     )
     plan = plan_file(variant, folder)
     program = ["-m", "tests.exec.half_loop", str(plan), str(folder / "buffered.py")]
-    run_ranks(program, 1, timeout_s=90)
+    run_ranks(program, 1, timeout_s=600)

@@ -6,23 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from mist.exec.launch import run_ranks
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import ROOT, plan_file
 
 
-@pytest.mark.timeout(120)
 def test_parallelize_keeps_weights_and_refuses_other_plans(tmp_path: Path) -> None:
     write_models(tmp_path)
     variant = Variant(name="own", model="plain.py", stages=(S(zero=2, full=2),), micro=8)
     plan = plan_file(variant, tmp_path)
     program = ["-m", "tests.exec.own_loop", str(plan), str(tmp_path / "plain.py")]
-    run_ranks(program, 1, timeout_s=90)
+    run_ranks(program, 1, timeout_s=600)
 
 
-@pytest.mark.timeout(120)
 def test_the_example_trains_under_torchrun(tmp_path: Path) -> None:
     write_models(tmp_path)
     stages = (S(layers=(2,), zero=1), S(layers=(2,), zero=0))
@@ -36,7 +32,7 @@ def test_the_example_trains_under_torchrun(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]

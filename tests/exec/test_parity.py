@@ -71,7 +71,6 @@ def assert_parity(found: Errors, variants: list[Variant]) -> None:
             assert found[variant.name]["loss"] > rounding(Precision.FP32)
 
 
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_layouts_agree_with_one_process(num_ranks: int, folder: Path) -> None:
     variants = [variant for variant in VARIANTS if variant.world_size == num_ranks]
@@ -79,7 +78,6 @@ def test_layouts_agree_with_one_process(num_ranks: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize("num_ranks", sorted({variant.world_size for variant in SLOW}))
 def test_large_layouts_agree_with_one_process(num_ranks: int, folder: Path) -> None:
     variants = [variant for variant in SLOW if variant.world_size == num_ranks]

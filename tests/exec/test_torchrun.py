@@ -44,7 +44,6 @@ def torchrun(line: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.timeout(150)
 def test_the_documented_line_runs(folder: Path) -> None:
     line = documented().replace("--nproc-per-node 8", "--nproc-per-node 2")
     run = torchrun(line, folder)
@@ -53,7 +52,6 @@ def test_the_documented_line_runs(folder: Path) -> None:
     assert num_steps(folder / "log.json") == 10
 
 
-@pytest.mark.timeout(150)
 def test_an_interrupt_of_torchrun_saves_first(folder: Path) -> None:
     line = "torchrun --no-python --nproc-per-node 2 -- mist apply plan.yaml --steps 100000"
     run = torchrun(f"{line} --log long.json --checkpoint ck", folder)
@@ -66,7 +64,6 @@ def test_an_interrupt_of_torchrun_saves_first(folder: Path) -> None:
     assert (folder / "ck" / f"step-{done}" / "mist.json").exists()
 
 
-@pytest.mark.timeout(150)
 def test_a_refusal_stands_in_the_report_of_torchrun(folder: Path) -> None:
     line = documented().replace("--nproc-per-node 8", "--nproc-per-node 1")
     run = torchrun(line, folder)

@@ -124,7 +124,7 @@ def test_a_relation_is_printed_and_kept(capsys: pytest.CaptureFixture[str]) -> N
 def test_every_figure_is_printed_with_its_kind_and_source(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")  # wide enough that no cell is folded
+    monkeypatch.setenv("COLUMNS", "600")  # wide enough that no cell is folded
     profiles = [(row, figure_rows(row.name)) for row in profile_rows()]
     print_profiles(profiles)
     lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}

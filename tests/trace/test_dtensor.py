@@ -46,7 +46,7 @@ def ranks(point: Point, *families: str) -> dict[tuple[str, Mode, int], Measured]
     run = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.trace.dtensor_oracle",
          *map(str, point), *families],
-        capture_output=True, text=True, check=True, timeout=100, cwd=ROOT,
+        capture_output=True, text=True, check=True, timeout=600, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     found = [Measured(**fields) for fields in json.loads(run.stdout)]

@@ -15,7 +15,7 @@ from tests.platform.samples import PUBLISHED
 RUNS, STAGES = PUBLISHED / "measured_runs_dev.csv", PUBLISHED / "mist_l4_stages.csv"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(not RUNS.is_file(), reason=f"no {RUNS.name}: it does not ship"),
 ]
 TIMES = {

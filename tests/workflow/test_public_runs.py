@@ -87,7 +87,6 @@ def box(folder: Path, host_memory_bytes: float) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_torchtitan_533_five_samples_are_the_most_for_a_vocabulary_of_128k(folder: Path) -> None:
     """4 H100 of 96 GB, FSDP2, 8192 tokens: batch 5 reserved 81.67 GiB, 6 did not run."""
 
@@ -105,7 +104,6 @@ def test_torchtitan_533_five_samples_are_the_most_for_a_vocabulary_of_128k(folde
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_s1_13_qwen_32b_under_fsdp1_on_cards_of_80_gb(folder: Path) -> None:
     """16 GPUs trained at 20,000 tokens; at 32,768 and on 8 GPUs memory was short."""
 
@@ -124,7 +122,6 @@ def test_s1_13_qwen_32b_under_fsdp1_on_cards_of_80_gb(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_llamafactory_1158_baichuan_13b_needs_zero_3_on_four_cards(folder: Path) -> None:
     """ZeRO-2 on 4 A800: 77.65 GiB allocated in the step, 12.94 more wanted; on 8 it runs."""
 
@@ -143,7 +140,6 @@ def test_llamafactory_1158_baichuan_13b_needs_zero_3_on_four_cards(folder: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_deepspeed_4867_starcoder_does_not_fit_a_host_of_256_gb(folder: Path) -> None:
     """8 cards of 24 GB, optimizer on the host: 16 bytes a parameter, 1.5 times to be safe."""
     layout = replace(FULL, offload=Offload(optimizer=1.0))
@@ -162,7 +158,6 @@ def test_deepspeed_4867_starcoder_does_not_fit_a_host_of_256_gb(folder: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_deepspeed_4571_a_host_of_31_gb_is_too_small_for_7_b(folder: Path) -> None:
     """One card of 24 GB with everything offloaded: killed, the host's memory was full."""
     layout = replace(FULL, offload=Offload(optimizer=1.0, weights=1.0))
@@ -175,7 +170,6 @@ def test_deepspeed_4571_a_host_of_31_gb_is_too_small_for_7_b(folder: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_torchtune_389_llama2_7b_in_pure_bf16_on_one_card(folder: Path) -> None:
     """AdamW that makes no temporaries: about 54 GB, 8 bytes a parameter."""
     asked = question(folder / "llama2-7b", 1, "a100-sxm-80", runtime="torchtune", seq_len=512)
@@ -186,7 +180,6 @@ def test_torchtune_389_llama2_7b_in_pure_bf16_on_one_card(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_anyscale_130_llama2_70b_trains_on_32_a10g_with_offload(folder: Path) -> None:
     """ZeRO-3 with parameters and optimizer in host memory, 4096 tokens: it ran for 25 hours."""
     layout = replace(FULL, offload=Offload(optimizer=1.0, weights=1.0))

@@ -52,7 +52,6 @@ def plan_of(layout: HandLayout, folder: Path) -> Plan:
     return check_layout(question, layout).plan
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[] if n == FAST else [pytest.mark.slow]) for n in LAYOUTS],
@@ -72,7 +71,6 @@ def test_prediction_and_program_agree(name: str, folder: Path) -> None:
         assert max(each.peak_bytes for each in stage.seen.timeline) == stage.seen.peak_bytes
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[] if n == "head pp2" else [pytest.mark.slow]) for n in FROZEN],
@@ -96,7 +94,6 @@ ON_HOST = {
 }
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["states", pytest.param("activations", marks=[pytest.mark.slow])])
 def test_host_memory_is_what_each_tensor_takes_pinned(name: str, folder: Path) -> None:
     """The program's own tensors, each in a block of a power of two; to the byte."""
@@ -107,7 +104,6 @@ def test_host_memory_is_what_each_tensor_takes_pinned(name: str, folder: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_no_layer_is_gathered_in_vain() -> None:
     """Two runs of layers that take turns: the first layer of one runs backward, then the other."""
     question = Question(
@@ -131,7 +127,6 @@ def axes_of(plan: Plan) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_a_prediction_that_is_off_is_told(folder: Path) -> None:
     plan = plan_of(LAYOUTS["zero3"], folder)
     (stage,) = plan.estimate.stages
@@ -145,7 +140,7 @@ def test_a_prediction_that_is_off_is_told(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_drawn_plans_stay_within_the_bars() -> None:
     """Twelve of the plans of benchmarks/verify.py, by another seed: median 3 %, largest 8 %."""
     source = drawn(random.Random(7))
