@@ -23,8 +23,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
 
+from mist.exec.conv1d import joined, take_apart
 from mist.exec.folder import FACTS, Checkpoint, checkpoints
 from mist.exec.parallel import Parallel
+from mist.exec.weights import bounds_of
 from mist.files import write_text
 
 KEPT: Final = 2
@@ -74,21 +76,46 @@ def resume(parallel: Parallel, last: Checkpoint) -> int:
             if name in known or not name.startswith(BUFFER)
         }
         load(state, checkpoint_id=last.path)
+    _take_apart(parallel, state)
     parallel.optimizer.num_steps = last.step
     return last.step
 
 
 def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
     """All that is saved, each under its name; loading fills the same tensors."""
+    state = _held(parallel)
+    for name in _apart(parallel, state):
+        value = state[name]
+        assert isinstance(value, DTensor)
+        state[name] = joined(value)
+    for chunk in parallel.chunks:
+        state.update({f"{BUFFER}{n}": value for n, value in saved_buffers(chunk.root.model)})
+    return state
+
+
+def _held(parallel: Parallel) -> dict[str, torch.Tensor]:
+    """Parameters and moments as this rank holds them."""
     values = {name: parameter.detach() for name, parameter in parallel.parameters.items()}
     state = {f"model.{name}": value for name, value in values.items()}
     for slot in parallel.optimizer.slots:
         value = values[slot.name]
         state[f"first.{slot.name}"] = _like(value, slot.first)
         state[f"second.{slot.name}"] = _like(value, slot.second)
-    for chunk in parallel.chunks:
-        state.update({f"{BUFFER}{n}": value for n, value in saved_buffers(chunk.root.model)})
     return state
+
+
+def _apart(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """What of a state keeps matrices apart that the model has side by side."""
+    return [name for name in state if name.partition(".")[2] in parallel.pieces]
+
+
+def _take_apart(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
+    """Give this rank its parts of what was loaded as the model has it."""
+    held = _held(parallel)
+    for name in _apart(parallel, held):
+        target = held[name]
+        assert isinstance(target, DTensor)
+        take_apart(target, loaded[name], bounds_of(target))
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -144,16 +144,17 @@ def assemble(
 def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
     """Fill this rank's shards with the weights that were given, or that the seed gives."""
     owners: dict[str, dict[str, nn.Parameter]] = {}
+    pieces = parallel.pieces
     for name, parameter in parallel.parameters.items():
         if name in subject.given:
-            fill(parameter, subject.given[name])
+            fill(parameter, subject.given[name], pieces=pieces.get(name, 1))
             continue
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, {})[own] = parameter
     for owner, own_parameters in owners.items():
         values = whole_values(subject.loaded.module, owner, seed)
         for name, parameter in own_parameters.items():
-            fill(parameter, values[name])
+            fill(parameter, values[name], pieces=pieces.get(f"{owner}.{name}", 1))
 
 
 def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int) -> Built:
@@ -237,12 +238,16 @@ def _moved(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Parallel:
-    """This rank's part of a model in training. `parameters`: its shards, by the model's names."""
+    """This rank's part of a model in training. `parameters`: its shards, by the model's names.
+
+    `pieces`: those of them that have one dimension more than the model's (`mist.exec.conv1d`).
+    """
 
     def __init__(self, job: _Job, chunks: Mapping[int, Built], settings: Settings) -> None:
         self.plan = job.plan
         self.place = job.place
         self.parameters = {n: p for c in chunks.values() for n, p in c.parameters.items()}
+        self.pieces = dict(_pieces(job))
         self._chunks = chunks
         self.swapper = job.swapper
         self.clock = Clock(job.place.device)
@@ -383,6 +388,15 @@ class Parallel:
             for index, chunk in self._chunks.items()
         }
         return Pipeline(shells, self.place, self.plan, activation)
+
+
+def _pieces(job: _Job) -> Iterator[tuple[str, int]]:
+    """Parameters that keep several matrices side by side apart, and how many."""
+    rules = job.subject.rules.get(job.stage.tp)
+    for region in rules.regions if rules is not None else ():
+        for name, count in region.pieces.items():
+            if count > 1:
+                yield from ((f"{name}.{own}", count) for own in ("weight", "bias"))
 
 
 def _tied(job: _Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tied]:

@@ -25,8 +25,8 @@ from mist.trace.repeat import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.shim import Kernels
 from mist.trace.source import Setting
-from mist.trace.tp import Sharding, Unsupported
-from mist.trace.tp_apply import undivided
+from mist.trace.tp import Matrix, Sharding, Unsupported, matrix_of
+from mist.trace.tp_apply import num_pieces, undivided
 from mist.trace.tp_plan import sharding_by_plan
 
 GATHERING: Final = "rowwise_split_input"
@@ -37,12 +37,14 @@ GETTERS: Final = ("__get__", "size", "dim", "stride")
 class RegionRule:
     """Column-parallel linear layers, the row-parallel one behind them, and where they are entered.
 
-    `entries`: for each column-parallel layer the module at which its input enters.
+    `entries`: for each column-parallel layer the module at which its input enters; `pieces`: how
+    many matrices it holds side by side.
     """
 
     entries: Mapping[str, str]
     rowwise: str
     attends: bool
+    pieces: Mapping[str, int]
 
     def moved(self, source: str, target: str) -> "RegionRule":
         """The same region of another layer."""
@@ -51,7 +53,8 @@ class RegionRule:
             return target + name.removeprefix(source)
 
         entries = {move(column): move(entry) for column, entry in self.entries.items()}
-        return replace(self, entries=entries, rowwise=move(self.rowwise))
+        pieces = {move(column): count for column, count in self.pieces.items()}
+        return replace(self, entries=entries, rowwise=move(self.rowwise), pieces=pieces)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,16 +161,27 @@ def _sharding(loaded: LoadedModel) -> Sharding:
 def _regions(
     loaded: LoadedModel, sharding: Sharding, names: Mapping[int, str], entries: Mapping[str, str]
 ) -> Iterator[RegionRule]:
-    """Every region, of linear layers that hold one matrix each (`mist.trace.tp_apply`)."""
-    modules = dict(loaded.module.named_modules())
+    """Every region, of what `mist.trace.tp_apply` says can be divided."""
     for key, colwise in sharding.regions.items():
-        columns = [modules[names[each]] for each in colwise]
-        widths = {m.out_features for m in columns if isinstance(m, nn.Linear)}
+        row = _matrix(loaded, names[key])
+        columns = {name: _matrix(loaded, name) for name in sorted(names[each] for each in colwise)}
+        pieces = {
+            name: num_pieces(loaded.module, name, matrix, row) or 1
+            for name, matrix in columns.items()
+        }
+        widths = {matrix.num_out for matrix in columns.values()}
         yield RegionRule(
-            entries={names[each]: entries[names[each]] for each in sorted(colwise, key=names.get)},  # type: ignore[arg-type]
+            entries={name: entries[name] for name in columns},
             rowwise=names[key],
-            attends=len(columns) > 2 or len(widths) > 1,
+            attends=sum(pieces.values()) > 2 or len(widths) > 1,
+            pieces=pieces,
         )
+
+
+def _matrix(loaded: LoadedModel, name: str) -> Matrix:
+    matrix = matrix_of(loaded.module.get_submodule(name))
+    assert matrix is not None, name
+    return matrix
 
 
 def _local(model: nn.Module, sharding: Sharding, tp: int) -> Iterator[tuple[tuple[str, str], int]]:
@@ -215,7 +229,7 @@ class _Inputs(TorchFunctionMode):
     ) -> object:
         output = func(*args, **(kwargs or {}))
         owner = self.model.get_submodule(self.stack[-1][0] if self.stack else "")
-        linear = isinstance(owner, nn.Linear)
+        linear = matrix_of(owner) is not None
         if not linear and getattr(func, "__name__", "") not in GETTERS:
             handed_on = {id(leaf) for leaf in tree_leaves(output)}  # a cast to what it is already
             for leaf in tree_leaves((args, kwargs)):
@@ -229,7 +243,7 @@ class _Inputs(TorchFunctionMode):
         ) -> None:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.stack.append((name, tuple(given)))
-            if isinstance(module, nn.Linear):
+            if matrix_of(module) is not None:
                 self.linear[name] = (given[0], tuple(self._chain(given[0])))
 
         return enter

@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mist.errors import ModelError
+from mist.exec.conv1d import add_up, divide_columns, divide_rows, with_parts
 from mist.exec.rules_tp import RegionRule, TensorRules
 
 SEQUENCE: Placement = Shard(1)
@@ -92,14 +93,24 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part:
             f"sp: attention around {region.rowwise} is not in a module of its own that is given "
             "the activation, so its tokens cannot be gathered for it. Plan without sp."
         )
-    styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in region.entries}
-    styles[region.rowwise] = RowwiseParallel(output_layouts=Partial() if sp else Replicate())
+    columns = {name for name in region.entries if isinstance(model.get_submodule(name), nn.Linear)}
+    styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
+    row = model.get_submodule(region.rowwise)
+    if isinstance(row, nn.Linear):
+        styles[region.rowwise] = RowwiseParallel(output_layouts=Partial() if sp else Replicate())
+    else:
+        divide_rows(row, mesh)
+        if not sp:
+            row.register_forward_hook(partial(add_up, mesh=mesh))
     parallelize_module(model, mesh, styles)
     if sp:
-        leave = partial(_leave, mesh=mesh, batch=part.micro_batch)
-        model.get_submodule(region.rowwise).register_forward_hook(leave)
+        row.register_forward_hook(partial(_leave, mesh=mesh, batch=part.micro_batch))
     for name in region.entries:
-        _partial_input(model.get_submodule(name), mesh)
+        module = model.get_submodule(name)
+        if name in columns:
+            _partial_input(module, mesh)
+        else:
+            divide_columns(module, region.pieces[name], mesh)
     for name in sorted(set(region.entries.values())):  # runs first: it is put before the others
         enter = partial(_enter, mesh=mesh, sp=sp, batch=part.micro_batch)
         _on_entry(model.get_submodule(name), enter)
@@ -162,11 +173,7 @@ def _look_up(
     rows = weight.to_local(grad_placements=(Shard(0),))
     places = ids - mesh.get_local_rank() * rows.shape[0]
     outside = (places < 0) | (places >= rows.shape[0])
-    vars(table)["weight"] = rows  # before the parameter of that name, while the table looks up
-    try:
-        found = own(places.masked_fill(outside, 0))
-    finally:
-        del vars(table)["weight"]
+    found = with_parts(table, own, {"weight": rows}, places.masked_fill(outside, 0))
     found = found.masked_fill(outside.unsqueeze(-1), 0)
     added = DTensor.from_local(found, mesh, (Partial(),), run_check=False)
     if direct:

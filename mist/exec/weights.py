@@ -63,10 +63,18 @@ class Whole(Protocol):
     def __getitem__(self, bounds: tuple[slice, ...], /) -> torch.Tensor: ...
 
 
-def fill(parameter: torch.Tensor, value: Whole) -> None:
-    """Give a parameter its part of a whole value, which every rank can read."""
+def fill(parameter: torch.Tensor, value: Whole, *, pieces: int = 1) -> None:
+    """Give a parameter its part of a whole value, which every rank can read.
+
+    `pieces`: how many matrices side by side it keeps apart (`mist.exec.conv1d`).
+    """
     target = parameter.detach()
-    if isinstance(target, DTensor):
+    if isinstance(target, DTensor) and pieces > 1:
+        *rows, piece, width = bounds_of(target)
+        outputs = slice(0, target.shape[-2] * target.shape[-1])
+        apart = value[(*rows, outputs)].unflatten(-1, tuple(target.shape[-2:]))
+        target.to_local().copy_(apart[..., piece, width])
+    elif isinstance(target, DTensor):
         target.to_local().copy_(value[bounds_of(target)])
     else:
         target.copy_(value[tuple(slice(0, size) for size in target.shape)])

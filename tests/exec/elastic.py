@@ -34,6 +34,10 @@ OTHERS = (
     Variant(name="dp2 tp2 sp", stages=(S(dp=2, tp=2, sp=True, zero=2),), micro=8),
     Variant(name="hsdp", stages=(S(dp=4, dp_replicate=2, zero=2),), micro=8),
 )
+PIECES = {
+    "tp2": Variant(name="pieces", model="gpt2.json", stages=(S(tp=2, sp=True),), micro=8),
+    "dp2": Variant(name="whole", model="gpt2.json", stages=(S(dp=2, zero=3),), micro=8),
+}
 TWO = Variant(name="dp2", stages=(S(dp=2, zero=1),), micro=4)
 
 
@@ -48,6 +52,20 @@ def save(folder: Path, device: torch.device) -> None:
     run.train(0, 2)
     checkpoints.save(run.parallel, folder / "copies", FACTS)
     losses["from hsdp"] = _resumed(DP4, folder, device, "copies")
+    if dist.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def pieces(folder: Path, device: torch.device) -> None:
+    """A matrix that tp keeps in pieces (GPT-2): saved by either layout, read by both."""
+    losses = {}
+    for name, variant in PIECES.items():
+        run = Run(variant, folder, device, MAX_NORM, in_double)
+        run.train(0, 2)
+        checkpoints.save(run.parallel, folder / name, FACTS)
+        losses[name] = [2, *run.train(2, 4)]
+        for other, again in PIECES.items():
+            losses[f"{name} to {other}"] = _resumed(again, folder, device, name)
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
 
@@ -94,7 +112,7 @@ def recover(folder: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    programs = {"save": save, "two": two, "die": die, "recover": recover}
+    programs = {"pieces": pieces, "save": save, "two": two, "die": die, "recover": recover}
     place = Path(sys.argv[2])
     with joined(300.0) as where:
         programs[sys.argv[1]](place, where)

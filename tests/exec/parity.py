@@ -167,7 +167,7 @@ def difference(mine: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tenso
     for name, tensor in mine.items():
         value = tensor.detach()
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        worst = max(worst, (whole - known[name]).abs().max().item())
+        worst = max(worst, (whole.reshape(known[name].shape) - known[name]).abs().max().item())
     return worst
 
 

@@ -27,6 +27,16 @@ def test_a_checkpoint_goes_on_under_other_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_matrices_in_pieces_are_saved_as_the_model_has_them(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    run_ranks(["-m", "tests.exec.elastic", "pieces", str(tmp_path)], 2, timeout_s=600)
+    found = json.loads((tmp_path / "losses.json").read_text())
+    assert len(found) == 6
+    for losses in found.values():
+        assert losses == pytest.approx(found["dp2"], abs=MAX_LOSS)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1300)
 def test_a_death_while_saving_loses_nothing(tmp_path: Path) -> None:
     write_models(tmp_path)

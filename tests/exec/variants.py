@@ -27,6 +27,14 @@ TENSOR = (
     Variant(name="tp2 sp clipped", stages=(S(tp=2, sp=True, zero=1),), max_norm=0.5),
     Variant(name="tp2 sp levels", stages=(S(tp=2, sp=True, full=2, selective=1),)),
     Variant(name="tied tp2 sp", model="tied.json", stages=(S(tp=2, sp=True),), micro=8),
+    Variant(name="gpt2 tied tp2", model="gpt2.json", stages=(S(tp=2),), micro=8),
+    Variant(
+        name="gpt2 tied tp2 sp clipped",
+        model="gpt2.json",
+        stages=(S(tp=2, sp=True),),
+        micro=8,
+        max_norm=0.5,
+    ),
     Variant(name="gemma2 tied tp2 sp", model="gemma2.json", stages=(S(tp=2, sp=True),), micro=8),
     Variant(name="opt tied tp2", model="opt.json", stages=(S(tp=2),), micro=8),
     Variant(name="opt tied tp2 sp", model="opt.json", stages=(S(tp=2, sp=True),), micro=8),
@@ -36,6 +44,12 @@ TENSOR = (
     *(
         Variant(name=f"dp2 tp2 sp zero{z}", stages=(S(dp=2, tp=2, sp=True, zero=z),), micro=8)
         for z in (0, 2, 3)
+    ),
+    Variant(
+        name="gpt2 tied dp2 tp2 sp zero3",
+        model="gpt2.json",
+        stages=(S(dp=2, tp=2, sp=True, zero=3),),
+        micro=8,
     ),
     Variant(name="dp2 tp2 zero3 clipped", stages=(S(dp=2, tp=2, zero=3),), max_norm=0.5),
 )
