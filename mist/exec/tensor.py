@@ -25,7 +25,6 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    ParallelStyle,
     RowwiseParallel,
     parallelize_module,
 )
@@ -93,27 +92,30 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part:
             f"sp: attention around {region.rowwise} is not in a module of its own that is given "
             "the activation, so its tokens cannot be gathered for it. Plan without sp."
         )
-    columns = {name for name in region.entries if isinstance(model.get_submodule(name), nn.Linear)}
-    styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns}
-    row = model.get_submodule(region.rowwise)
-    if isinstance(row, nn.Linear):
-        styles[region.rowwise] = RowwiseParallel(output_layouts=Partial() if sp else Replicate())
-    else:
-        divide_rows(row, mesh)
-        if not sp:
-            row.register_forward_hook(partial(add_up, mesh=mesh))
-    parallelize_module(model, mesh, styles)
-    if sp:
-        row.register_forward_hook(partial(_leave, mesh=mesh, batch=part.micro_batch))
     for name in region.entries:
         module = model.get_submodule(name)
-        if name in columns:
+        if isinstance(module, nn.Linear):
+            parallelize_module(module, mesh, ColwiseParallel())
             _partial_input(module, mesh)
         else:
             divide_columns(module, region.pieces[name], mesh)
+    _divide_row(model.get_submodule(region.rowwise), mesh, part)
     for name in sorted(set(region.entries.values())):  # runs first: it is put before the others
         enter = partial(_enter, mesh=mesh, sp=sp, batch=part.micro_batch)
         _on_entry(model.get_submodule(name), enter)
+
+
+def _divide_row(row: nn.Module, mesh: DeviceMesh, part: Part) -> None:
+    """What ends a region: its results are parts of sums, which are taken over the ranks."""
+    if isinstance(row, nn.Linear):
+        output = Partial() if part.sp else Replicate()
+        parallelize_module(row, mesh, RowwiseParallel(output_layouts=output))
+    else:
+        divide_rows(row, mesh)
+        if not part.sp:
+            row.register_forward_hook(partial(add_up, mesh=mesh))
+    if part.sp:
+        row.register_forward_hook(partial(_leave, mesh=mesh, batch=part.micro_batch))
 
 
 def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
