@@ -11,7 +11,7 @@ from mist.exec.batches import Batches
 from mist.exec.parallel import build, subject_of
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of
 from tests.exec.parity import SEED, loaded_of, settings
-from tests.exec.variants import VARIANTS
+from tests.exec.variants import SLOW, VARIANTS
 
 Precision = Callable[[], AbstractContextManager[None]]
 
@@ -42,4 +42,4 @@ class Run:
 
 
 def variant_of(name: str) -> Variant:
-    return next(variant for variant in VARIANTS if variant.name == name)
+    return next(variant for variant in (*VARIANTS, *SLOW) if variant.name == name)

@@ -44,6 +44,7 @@ def steps(log: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path) -> None:
     plan, log, saved = plan_file(TWO, folder), folder / "log.json", folder / "ck"
     common = ("--data", "tokens.npy", "--log", log, "--checkpoint", saved)

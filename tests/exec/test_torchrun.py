@@ -52,6 +52,7 @@ def test_the_documented_line_runs(folder: Path) -> None:
     assert num_steps(folder / "log.json") == 10
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_torchrun_saves_first(folder: Path) -> None:
     line = "torchrun --no-python --nproc-per-node 2 -- mist apply plan.yaml --steps 100000"
     run = torchrun(f"{line} --log long.json --checkpoint ck", folder)

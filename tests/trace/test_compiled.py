@@ -88,7 +88,9 @@ def saved(family: Family, b: int, s: int) -> int:
     return saved_bytes(block.saved_single if b == 1 else block.saved, b, s)
 
 
-@pytest.mark.parametrize("family", [llama, plain, pytest.param(bert, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [plain, *(pytest.param(f, marks=pytest.mark.slow) for f in (llama, bert))]
+)
 def test_what_is_kept_is_what_torch_keeps(family: Family) -> None:
     for b, s in POINTS:
         assert saved(family, b, s) == saved_by_torch(family, b, s), (b, s)
@@ -117,6 +119,7 @@ def test_products_are_the_layers_own(family: Family) -> None:
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_less_is_kept_and_less_is_moved_than_in_eager_mode() -> None:
     eager = Setting(precision=Precision.BF16, attention=Attention.FLASH, policy="cuda")
     (block,) = trace_model(llama(BF16, "meta"), eager).blocks

@@ -157,6 +157,7 @@ def test_experts_divide_by_their_width() -> None:
     assert {"mlp.gate", "mlp.experts"} <= gathered
 
 
+@pytest.mark.slow
 def test_attention_that_a_plan_leaves_whole() -> None:
     graph = graph_of("deepseek-v3")
     assert [run.count for run in graph.layers] == [3, 58]

@@ -237,6 +237,7 @@ def test_no_time_gives_a_plan_and_its_gap() -> None:
     assert cut.provenance.gap == pytest.approx(gap, rel=0.01)
 
 
+@pytest.mark.slow
 def test_no_number_of_gpus_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = toy_graph((8,), hidden=65536)
     answer_with(wide, monkeypatch)
