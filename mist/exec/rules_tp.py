@@ -25,7 +25,7 @@ from mist.trace.repeat import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.shim import Kernels
 from mist.trace.source import Setting
-from mist.trace.tp import Matrix, Sharding, Unsupported, matrix_of
+from mist.trace.tp import Matrix, Sharding, Unsupported, matrix_of, with_whole_vocabulary
 from mist.trace.tp_apply import num_pieces, undivided
 from mist.trace.tp_plan import sharding_by_plan
 
@@ -153,7 +153,8 @@ def _everywhere(
 def _sharding(loaded: LoadedModel) -> Sharding:
     plan: Mapping[str, str] = getattr(loaded.module, "tp_plan", None) or {}
     if plan and GATHERING not in plan.values():
-        return sharding_by_plan(loaded.module, plan)
+        found = sharding_by_plan(loaded.module, plan)
+        return found if loaded.loss is None else with_whole_vocabulary(found, loaded.module)
     setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
     return sharding_rules(loaded, setting)
 

@@ -29,7 +29,7 @@ from mist.trace.session import (
     seq_hint,
 )
 from mist.trace.source import Setting
-from mist.trace.tp import Sharding, Unsupported
+from mist.trace.tp import Sharding, Unsupported, with_whole_vocabulary
 from mist.trace.tp_graph import find_sharding
 
 Progress = Callable[[str], None]
@@ -104,7 +104,7 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
     whole = _trained_whole(subject, check)
     progress("tracing symbolic sizes")
     try:
-        subject = replace(subject, sharding=find_sharding(model.module, whole))
+        subject = replace(subject, sharding=_sharding(model, whole))
         run, notes = _sharded_run(subject, check), list(subject.notes)
     except Unsupported as reason:
         subject = replace(subject, sharding=None)
@@ -132,7 +132,13 @@ def sharding_rules(model: LoadedModel, setting: Setting) -> Sharding:
     Raises Unsupported, with the reason, and TraceError.
     """
     subject, run = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
-    return find_sharding(model.module, _trained_whole(subject, run))
+    return _sharding(model, _trained_whole(subject, run))
+
+
+def _sharding(model: LoadedModel, run: Run) -> Sharding:
+    """What is divided of a model whose run is given. Raises Unsupported."""
+    found = find_sharding(model.module, run)
+    return found if model.loss is None else with_whole_vocabulary(found, model.module)
 
 
 def _first_run(subject: _Subject) -> tuple[_Subject, Run]:

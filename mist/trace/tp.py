@@ -10,7 +10,7 @@ its operations (`tp_graph`).
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import Any, Final
 
@@ -24,6 +24,12 @@ HEADS: Final = ("num_heads", "n_heads", "n_head", "num_attention_heads", "n_loca
 KV_HEADS: Final = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "n_local_kv_heads")
 WIDTHS: Final = ("split_size", "all_head_size", "inner_dim")
 HEAD_DIMS: Final = ("head_dim", "head_size", "attention_head_size")
+
+
+WHOLE_VOCABULARY: Final = (
+    "embedding and head stay whole on every tensor-parallel rank: the model file's own loss reads "
+    "all logits"
+)
 
 
 class Unsupported(Exception):
@@ -223,6 +229,24 @@ def _share_vocabulary(
     owners = [getattr(model, "config", None), *model.modules()]
     tables = [vars(owner) for owner in owners if getattr(owner, "vocab_size", None) == vocab_size]
     return vocab_size, [(t, "vocab_size", share) for t in tables if "vocab_size" in t]
+
+
+def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
+    """The same with embedding and head whole on every rank: a user's own loss reads all logits."""
+    if sharding.vocab_size is None:
+        return sharding
+    share = Share(unit=sharding.vocab_size, multiple=1)
+    whole = {key for key, value in sharding.params.items() if value == share}
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    heads = frozenset(id(module) for module in linear if id(module.weight) in whole)
+    return replace(
+        sharding,
+        params={key: value for key, value in sharding.params.items() if key not in whole},
+        attributes=[each for each in sharding.attributes if each[1] != "vocab_size"],
+        colwise=sharding.colwise - heads,
+        vocab_size=None,
+        notes=(*sharding.notes, WHOLE_VOCABULARY),
+    )
 
 
 def matrix_of(module: nn.Module) -> Matrix | None:
