@@ -393,6 +393,7 @@ def test_smallest_peak_is_what_no_layout_undercuts() -> None:
             assert max(s.peak_bytes for s in judged.stages) >= found.peak_bytes * (1 - 1e-9)
 
 
+@pytest.mark.slow
 def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     job = toy_job(toy_graph((6,)), 4, global_batch=16)
     num_pruned = 0

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mist.exec.launch import run_ranks
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import ROOT, plan_file
@@ -19,6 +21,7 @@ def test_parallelize_keeps_weights_and_refuses_other_plans(tmp_path: Path) -> No
     run_ranks(program, 1, timeout_s=600)
 
 
+@pytest.mark.slow
 def test_the_example_trains_under_torchrun(tmp_path: Path) -> None:
     write_models(tmp_path)
     stages = (S(layers=(2,), zero=1), S(layers=(2,), zero=0))

@@ -123,6 +123,7 @@ def test_a_table_of_positions_is_no_vocabulary() -> None:
         assert sharded == {"embed.weight", "head.weight"}
 
 
+@pytest.mark.slow
 def test_a_decoder_with_an_encoder_is_entered_three_times() -> None:
     """MLP, queries of cross attention, and the encoder's result, which is given to keys, values."""
     config = transformers.T5Config(

@@ -74,6 +74,7 @@ def test_what_made_the_runs_is_found(tmp_path: Path) -> None:
     assert found.calibration.step_ratio.value == 0.05  # no few runs promise more
 
 
+@pytest.mark.slow
 def test_one_run_fits_one_constant_and_promises_nothing(tmp_path: Path) -> None:
     found = calibrate(pairs(tmp_path)[:1], lambda message: None)
     assert list(found.after) == ["device.tensor_time_scale"]

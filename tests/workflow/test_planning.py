@@ -137,6 +137,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         make_plan(replace(asked, num_gpus=num_gpus // 2), SearchSpace())
 
 
+@pytest.mark.slow
 def test_host_memory_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """34e9 parameters of 16 bytes: two L4s and their share of the host hold too little.
 
