@@ -4,7 +4,6 @@ One process has all samples of the step in one batch, and its loss is written ou
 the losses of the unmasked tokens, divided by their number.
 """
 
-import json
 import sys
 import traceback
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mist.exec.anatomy import examine
-from mist.exec.group import joined
 from mist.exec.loading import load
 from mist.exec.parallel import Parallel, build, subject_of
 from mist.exec.weights import whole_values
@@ -25,7 +23,7 @@ from mist.spec import Attention
 from tests.exec.double import in_double, wide
 from tests.exec.layouts import BATCH, SEQ_LEN, VOCAB, Variant, plan_of
 from tests.exec.masked_layouts import LAYOUTS, MORE
-from tests.exec.parity import SEED, settings
+from tests.exec.parity import SEED, settings, write_errors
 
 Batch = dict[str, torch.Tensor]
 Known = tuple[float, dict[str, torch.Tensor]]  # loss, and gradient of every parameter
@@ -137,17 +135,9 @@ def gradient_error(
 
 
 def main(folder: Path, out: Path, names: list[str]) -> None:
-    found = {}
-    with joined(300.0) as device, in_double():
-        for variant in (each for each in (*LAYOUTS, *MORE) if each.name in names):
-            try:
-                found[variant.name] = errors(variant, folder, device)
-            except Exception:
-                print(f"layout {variant.name}", file=sys.stderr)
-                raise
-        if dist.get_rank() == 0:
-            out.write_text(json.dumps(found))
-        dist.barrier()
+    variants = [each for each in (*LAYOUTS, *MORE) if each.name in names]
+    with in_double():
+        write_errors(variants, errors, folder, out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -171,19 +171,29 @@ def difference(mine: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tenso
     return worst
 
 
-def main(folder: Path, out: Path, names: Sequence[str]) -> None:
+def write_errors(
+    variants: Sequence[Variant],
+    errors_of: Callable[[Variant, Path, torch.device], object],
+    folder: Path,
+    out: Path,
+) -> None:
+    """What each variant comes to, by name, written by rank 0; one that fails is named."""
     found: dict[str, object] = {}
     with joined(300.0) as device:
-        for name in names:
-            variant = next(v for v in (*VARIANTS, *SLOW) if v.name == name)
+        for variant in variants:
             try:
-                found[name] = errors(variant, folder, device)
+                found[variant.name] = errors_of(variant, folder, device)
             except Exception:
-                print(f"variant {name}", file=sys.stderr)
+                print(f"variant {variant.name}", file=sys.stderr)
                 raise
         if dist.get_rank() == 0:
             out.write_text(json.dumps(found))
         dist.barrier()
+
+
+def main(folder: Path, out: Path, names: Sequence[str]) -> None:
+    known = {variant.name: variant for variant in (*VARIANTS, *SLOW)}
+    write_errors([known[name] for name in names], errors, folder, out)
 
 
 if __name__ == "__main__":
