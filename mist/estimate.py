@@ -149,19 +149,19 @@ def rank_columns(  # noqa: PLR0913 - a strategy's columns
 
 
 def position_columns(
-    job: Job, devices: NDArray[np.int64], num_micro_batches: int, schedule: Schedule = ONE_F_ONE_B
+    job: Job,
+    devices: NDArray[np.int64],
+    layers: ArrayLike,
+    num_micro_batches: int,
+    schedule: Schedule = ONE_F_ONE_B,
 ) -> dict[str, ArrayLike]:
-    """Position of a job's stages, in order, from their [first, count] devices: shape [S]."""
+    """Position of a job's stages, in order, from their [first, count] devices: shape [S].
+
+    `layers`: how many each stage has.
+    """
     num_stages = len(devices)
-    columns = held(
-        schedule.kind,
-        stage=np.arange(num_stages),
-        num_stages=num_stages,
-        num_micro_batches=num_micro_batches,
-        chunks=schedule.vpp,
-    )
     return (
-        columns
+        held(schedule.kind, layers=layers, **pipeline_of(schedule, num_stages, num_micro_batches))
         | stage_columns(
             stage=np.arange(num_stages),
             num_stages=np.full(num_stages, num_stages),
@@ -175,6 +175,18 @@ def position_columns(
             "num_micro_batches": np.full(num_stages, num_micro_batches),
         }
     )
+
+
+def pipeline_of(
+    schedule: Schedule, num_stages: int, num_micro_batches: int
+) -> dict[str, ArrayLike]:
+    """What `mist.schedule` asks of a pipeline, for all of its stages."""
+    return {
+        "stage": np.arange(num_stages),
+        "num_stages": num_stages,
+        "num_micro_batches": num_micro_batches,
+        "chunks": schedule.vpp,
+    }
 
 
 def stage_columns(  # noqa: PLR0913 - what says where a stage is
@@ -348,7 +360,8 @@ def _stage_columns(
     )
     terms = job.cost.terms(strategy)
     devices = np.array([stage.devices for stage in stages])
-    position = position_columns(job, devices, num_micro_batches, schedule)
+    layers = np.array([len(stage.levels) for stage in stages])
+    position = position_columns(job, devices, layers, num_micro_batches, schedule)
     columns = job.cost.stage({**terms, **position, **_layer_counts(job, stages)})
     between = resharding_seconds(terms, np.asarray(position["next_crosses_node"])[:-1])
     parts = ("p2p_s", "stable_s", "lone_s")

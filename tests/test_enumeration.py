@@ -70,7 +70,7 @@ def stages(
     terms = {name: term[:, None] for name, term in terms.items()}
     size = job.platform.num_gpus // pp
     devices = np.array([(i * size, size) for i in range(pp)])
-    columns = position_columns(job, devices, num_micro_batches)
+    columns = position_columns(job, devices, 1, num_micro_batches)  # one chunk: layers are alike
     place = {name: np.asarray(column)[position] for name, column in columns.items()}
     found = {}
     longest = job.num_layers - pp + 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.schedule import held, in_flight, step_time, zero_as_run
+from mist.schedule import held, in_flight, layers_more, step_time, zero_as_run
 from mist.spec import ScheduleKind
 from tests.torch_schedules import ends_held, most_held, pipeline_order
 
@@ -126,6 +126,39 @@ def test_in_flight_as_torch_orders_it(kind: ScheduleKind, chunks: int) -> None:
     assert compared > 50
 
 
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+@pytest.mark.parametrize("kind", [ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE])
+def test_unequal_chunks_in_flight_as_torch_orders_them(kind: ScheduleKind, chunks: int) -> None:
+    compared = 0
+    for num_stages, num_micro_batches in itertools.product((2, 3, 4, 7), range(1, 24)):
+        order = pipeline_order(kind.value, num_stages, num_micro_batches, chunks)
+        if order is None:
+            continue
+        pipeline = {
+            "stage": np.arange(num_stages),
+            "num_stages": num_stages,
+            "num_micro_batches": num_micro_batches,
+            "chunks": chunks,
+        }
+        layers = np.arange(chunks, 3 * chunks + 1)
+        found = in_flight(kind, **pipeline)[:, None]
+        found = found + layers_more(kind, layers=layers[None, :], **pipeline)
+        for stage, column in itertools.product(range(num_stages), range(len(layers))):
+            few, larger = divmod(int(layers[column]), chunks)
+            sizes = [few + (chunk < larger) for chunk in range(chunks)]
+            want = most_held(order[stage], [n for n in sizes for _ in range(num_stages)])
+            # Sums of whole numbers of layers: what is left is the rounding of one division.
+            assert found[stage, column] * layers[column] == pytest.approx(want, rel=1e-12), pipeline
+            compared += 1
+    assert compared > 300
+
+
+@pytest.mark.parametrize("kind", [ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B])
+def test_one_chunk_has_no_unequal_ones(kind: ScheduleKind) -> None:
+    pipeline = {"stage": np.arange(3), "num_stages": 3, "num_micro_batches": 6, "chunks": 1}
+    assert not layers_more(kind, layers=np.array([[5, 6]]), **pipeline).any()
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("kind", [ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE])
 def test_what_the_ends_hold_as_torch_orders_it(kind: ScheduleKind, chunks: int) -> None:
@@ -136,7 +169,7 @@ def test_what_the_ends_hold_as_torch_orders_it(kind: ScheduleKind, chunks: int) 
             continue
         stage = np.arange(num_stages)
         sizes = {"num_stages": num_stages, "num_micro_batches": num_micro_batches}
-        columns = held(kind, stage=stage, chunks=chunks, **sizes)
+        columns = held(kind, layers=chunks, stage=stage, chunks=chunks, **sizes)
         ends = [ends_held(order[rank], num_stages, chunks) for rank in range(num_stages)]
         embed = columns["in_flight"][0] + columns["embed_more"][0]
         exact = kind is ScheduleKind.INTERLEAVED or chunks == 1  # else an upper bound, not searched
@@ -151,9 +184,9 @@ def test_what_the_ends_hold_as_torch_orders_it(kind: ScheduleKind, chunks: int) 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_what_the_ends_hold_where_nothing_takes_turns(num_stages: int) -> None:
     sizes = {"num_stages": num_stages, "num_micro_batches": 8, "chunks": 1}
-    all_first = held(ScheduleKind.GPIPE, stage=np.arange(num_stages), **sizes)
+    all_first = held(ScheduleKind.GPIPE, layers=1, stage=np.arange(num_stages), **sizes)
     assert all_first["head_held"].tolist() == [8] * num_stages
-    in_turn = held(ScheduleKind.ONE_F_ONE_B, stage=np.arange(num_stages), **sizes)
+    in_turn = held(ScheduleKind.ONE_F_ONE_B, layers=1, stage=np.arange(num_stages), **sizes)
     assert in_turn["head_held"].tolist() == [1] * num_stages
     for columns in (all_first, in_turn):
         assert not columns["embed_more"].any()

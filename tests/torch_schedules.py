@@ -1,5 +1,6 @@
 """The orders in which torch itself runs micro-batches, made without processes or models."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 from torch.distributed.pipelining import schedules
@@ -36,19 +37,21 @@ def pipeline_order(
         return None
 
 
-def most_held(actions: list[schedules._Action | None]) -> int:
-    """Largest number of chunks whose activations a rank holds at once: from forward to weights."""
-    held, most = set(), 0
-    for action in actions:
-        if action is None:
-            continue
+def most_held(actions: list[schedules._Action | None], layers: Sequence[int] | None = None) -> int:
+    """Largest number of chunks whose activations a rank holds at once: from forward to weights.
+
+    Or of their layers, given how many each chunk of the pipeline has.
+    """
+    held: dict[tuple[int, int | None], int] = {}
+    most = 0
+    for action in filter(None, actions):
         chunk = (action.stage_index, action.microbatch_index)
         match action.computation_type.name:
             case "FORWARD":
-                held.add(chunk)
+                held[chunk] = layers[action.stage_index] if layers else 1
             case "FULL_BACKWARD" | "BACKWARD_WEIGHT":
-                held.remove(chunk)
-        most = max(most, len(held))
+                del held[chunk]
+        most = max(most, sum(held.values()))
     return most
 
 

@@ -6,15 +6,16 @@ For one kind of position in the pipeline, K strategies, and n_x layers of each k
 
 because times and kept bytes add up over layers, while the working set and the last collectives are
 those of the worst layer that the stage has at all. Outputs are straight lines in the micro-batches
-in flight, too. The peak is the largest of four lines: bytes as backward passes begin, as they end,
-at the end of a step, and as the optimizer steps. The lines are read off the compiled formulas at a
-few points, so there is one cost model; `StageLines` holds them and says what any mix of layers
-costs.
+in flight, too, and slopes in those that an average layer holds more. The peak is the largest of
+four lines: bytes as backward passes begin, as they end, at the end of a step, and as the optimizer
+steps. The lines are read off the compiled formulas at a few points, so there is one cost model;
+`StageLines` holds them and says what any mix of layers costs.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,7 +36,19 @@ def instants(runtime: Runtime) -> tuple[str, ...]:
     return INSTANTS if steps else INSTANTS[:-1]
 
 
-Line = tuple[Floats, Floats]  # without and for each micro-batch in flight
+Line = tuple[Floats, Floats, Floats]
+"""Without a micro-batch in flight, for each of them, and for each that layers hold more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Held:
+    """What F stages hold: micro-batches in flight [F], and how many more an average layer [F, R].
+
+    R: layer ranges (`mist.schedule.layers_more`); 1 where it is the same for all of them.
+    """
+
+    in_flight: Floats
+    layers_more: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,7 +68,7 @@ class StageLines:
     def of(
         cls, job: Job, terms: Mapping[str, Floats], position: Mapping[str, ArrayLike]
     ) -> "StageLines":
-        """Read the lines off the formulas. `terms` [K]; `position`: numbers, but for in_flight."""
+        """Read the lines off the formulas. `terms` [K]; `position`: numbers, nothing of `_HELD`."""
         columns = {name: np.asarray(term) for name, term in terms.items()} | dict(position)
         num_rows = len(LEVELS) * job.facts.num_kinds
         asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
@@ -70,18 +83,21 @@ class StageLines:
         bases = {bits: _bases(found, slope, counts, i) for i, bits in enumerate(asked)}
         return cls(job=job, columns=columns, slope=slope, bases=bases)
 
-    def rise(self, name: str, row: int, in_flight: Floats) -> Floats:
-        """What one more layer of a row adds, [F K] for F numbers of micro-batches in flight."""
-        fixed, each = self.slope[name]
-        return _at((fixed[row], each[row]), in_flight)
+    def rise(self, name: str, row: int, held: Held) -> Floats:
+        """What one more layer of a row adds, [F K, R]."""
+        fixed, each, more = (part[row][:, None] for part in self.slope[name])
+        per_layer = fixed + held.in_flight[:, None, None] * each
+        per_layer = per_layer + held.layers_more[:, None, :] * more
+        return np.asarray(per_layer.reshape(-1, per_layer.shape[-1]))
 
-    def base(self, name: str, present: int, in_flight: Floats) -> Floats:
+    def base(self, name: str, present: int, held: Held) -> Floats:
         """b_P of the rows whose bits are set in `present`, [F K]."""
         if present not in self.bases:
             counts = _counts(self.job, [present])
             found = _evaluated(self.job, self.columns, counts)
             self.bases[present] = _bases(found, self.slope, counts, 0)
-        return _at(self.bases[present][name], in_flight)
+        fixed, each, _ = self.bases[present][name]
+        return np.asarray(fixed + held.in_flight[:, None] * each).ravel()
 
 
 def _counts(job: Job, bits: Sequence[int]) -> Floats:
@@ -96,27 +112,25 @@ def _bases(
     """What of the outputs at a point the slopes do not account for."""
     bases: dict[str, Line] = {}
     for name in OUTPUTS:
-        fixed, each = _line(found[name][:, index])
-        rising, rising_each = slope[name]
-        bases[name] = (fixed - counts[index] @ rising, each - counts[index] @ rising_each)
+        parts = zip(_line(found[name][:, index]), slope[name], strict=True)
+        fixed, each, more = (part - counts[index] @ rising for part, rising in parts)
+        bases[name] = fixed, each, more
     return bases
 
 
-def _at(line: Line, in_flight: Floats) -> Floats:
-    fixed, each = line
-    return np.asarray(fixed + in_flight[:, None] * each).ravel()
-
-
 def _line(values: Floats) -> Line:
-    """Values with 0 and 1 micro-batches in flight as a line."""
-    return values[0], values[1] - values[0]
+    """Values at the points of `_HELD` as a line."""
+    return values[0], values[1] - values[0], values[2] - values[0]
+
+
+_HELD: Final = {"in_flight": np.array([0.0, 1.0, 0.0]), "layers_more": np.array([0.0, 0.0, 1.0])}
 
 
 def _evaluated(job: Job, columns: Mapping[str, ArrayLike], points: Floats) -> dict[str, Floats]:
-    """The outputs [2, P, K] at `points` [P, X] layers, with 0 and 1 micro-batches in flight."""
+    """The outputs [3, P, K] at `points` [P, X] layers, for each of `_HELD`."""
     rows = product((level.value for level in LEVELS), range(job.facts.num_kinds))
     counts = {
         f"{level}_{kind}": points[None, :, index, None] for index, (level, kind) in enumerate(rows)
     }
-    in_flight = np.array([0.0, 1.0])[:, None, None]
-    return job.cost.search({**columns, **counts, "in_flight": in_flight})
+    held = {name: values[:, None, None] for name, values in _HELD.items()}
+    return job.cost.search({**columns, **counts, **held})

@@ -23,8 +23,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.estimate import Job, position_columns
-from mist.pareto.lines import LEVELS, StageLines, instants
+from mist.estimate import Job, pipeline_of, position_columns
+from mist.pareto.lines import LEVELS, Held, StageLines, instants
 from mist.pareto.meshes import Place
 from mist.pareto.space import (
     Floats,
@@ -37,6 +37,7 @@ from mist.pareto.space import (
 )
 from mist.plans import Limits
 from mist.rules import Columns, divides_ends, may_have, may_mix
+from mist.schedule import layers_more
 from mist.spaces import SearchSpace
 from mist.spec import MemoryLevel
 
@@ -118,8 +119,10 @@ class GroupModel:
         self.space = replace(space, levels=levels_under(space, group.schedule.kind))
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
-        columns = position_columns(job, devices, group.num_micro_batches, group.schedule)
+        columns = position_columns(job, devices, 0, group.num_micro_batches, group.schedule)
+        self._pipeline = pipeline_of(group.schedule, group.num_stages, group.num_micro_batches)
         self._in_flight = np.asarray(columns.pop("in_flight"))
+        del columns["layers_more"]  # of each range its own: `_held`
         self._names = tuple(columns)
         rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
         self._places = [tuple(row) for row in rows.tolist()]
@@ -165,8 +168,9 @@ class GroupModel:
         They count where stages are alike in dp and tp, and then all strategies have the same.
         """
         lines, kinds = self.lines(stage), kinds_of(self.job, ranges)
-        each = np.array([lines.rise("weight_s", kind, _NONE)[0] for kind in range(len(kinds))])
-        return np.asarray(lines.base("weight_s", 1, _NONE)[0] + each @ kinds)
+        none = Held(in_flight=np.zeros(1), layers_more=np.zeros((1, 1)))  # it does not depend on it
+        each = [lines.rise("weight_s", kind, none)[0] for kind in range(len(kinds))]
+        return np.asarray(lines.base("weight_s", 1, none)[0] + np.ravel(each) @ kinds)
 
     def mixes(
         self,
@@ -176,10 +180,14 @@ class GroupModel:
         limits: Limits,
         place: Place | None = None,
     ) -> Iterator[tuple[float, list[Mixes]]]:
-        """Every mix of levels at a position, for each number of micro-batches in flight [F]."""
+        """Every mix of levels at a position, for each number of micro-batches in flight [F].
+
+        There are several only where stages have one chunk.
+        """
         lines = self.lines(stage, place)
         for some in _chunks(in_flight, len(self.strategies) * len(ranges)):
-            yield from self._by_in_flight(lines, some, ranges, limits)
+            held = self._held(np.full(len(some), stage), some, ranges)
+            yield from self._by_in_flight(lines, held, ranges, limits)
 
     def _mixes(self, position: "_Position") -> Iterator[Mixes]:
         for level in self.space.levels:
@@ -193,21 +201,21 @@ class GroupModel:
         Those that differ only in their micro-batches in flight are computed together: for a
         pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
         """
-        for stages, in_flight in self._together(len(self.strategies) * len(ranges)):
+        for stages, held in self._together(len(self.strategies) * len(ranges), ranges):
             lines = self.lines(int(stages[0]))
-            for held, own in self._by_in_flight(lines, in_flight, ranges, limits):
-                yield stages[self._in_flight[stages] == held], own
+            for in_flight, own in self._by_in_flight(lines, held, ranges, limits):
+                yield stages[self._in_flight[stages] == in_flight], own
 
     def _by_in_flight(
-        self, lines: StageLines, in_flight: Floats, ranges: Ranges, limits: Limits
+        self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits
     ) -> Iterator[tuple[float, list[Mixes]]]:
         """The possible mixes for each number of micro-batches in flight, computed together."""
         num_rows = len(self.strategies)
-        mixes = list(self._mixes(_Position(self, lines, in_flight, ranges, limits)))
-        for index, held in enumerate(in_flight.tolist()):
+        mixes = list(self._mixes(_Position(self, lines, held, ranges, limits)))
+        for index, in_flight in enumerate(held.in_flight.tolist()):
             parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
             yield (
-                held,
+                in_flight,
                 [
                     part
                     for part in parts
@@ -219,22 +227,32 @@ class GroupModel:
         """Strategies that do not fit everywhere with all layers at the first level, [K]."""
         num_rows, level = len(self.strategies), self.space.levels[0]
         short = np.zeros(num_rows, dtype=np.bool_)
-        for stages, in_flight in self._together(num_rows * len(ranges)):
-            position = _Position(self, self.lines(int(stages[0])), in_flight, ranges, limits)
+        for stages, held in self._together(num_rows * len(ranges), ranges):
+            position = _Position(self, self.lines(int(stages[0])), held, ranges, limits)
             whole = position.whole(level)
-            for index, held in enumerate(in_flight):
+            for index, in_flight in enumerate(held.in_flight):
                 fits = whole.part(index * num_rows, num_rows).fits
-                for stage in stages[self._in_flight[stages] == held]:
+                for stage in stages[self._in_flight[stages] == in_flight]:
                     allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
                     short |= ~fits[:, allowed].all(axis=1)
         return short
 
-    def _together(self, size: int) -> Iterator[tuple[Ints, Floats]]:
-        """Stages with the same lines, and their different micro-batches in flight, in chunks."""
+    def _together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
+        """Stages with the same lines, and what is held by those of them that differ, in chunks."""
         for place in dict.fromkeys(self._places):
             stages = np.array([i for i, other in enumerate(self._places) if other == place])
             for some in _chunks(np.unique(self._in_flight[stages]), size):
-                yield stages[np.isin(self._in_flight[stages], some)], some
+                first = [stages[self._in_flight[stages] == each][0] for each in some]
+                held = self._held(np.array(first), some, ranges)
+                yield stages[np.isin(self._in_flight[stages], some)], held
+
+    def _held(self, stages: Ints, in_flight: Floats, ranges: Ranges) -> Held:
+        """What stages [F] hold."""
+        if self.group.schedule.vpp == 1:
+            return Held(in_flight=in_flight, layers_more=np.zeros((len(stages), 1)))
+        kind, pipeline = self.group.schedule.kind, self._pipeline | {"stage": stages}
+        more = layers_more(kind, layers=ranges.count[None, :], **pipeline)
+        return Held(in_flight=in_flight, layers_more=more)
 
     def least(
         self, stage: int, ranges: Ranges, limits: Limits, upper: MemoryLevel, lower: MemoryLevel
@@ -262,11 +280,10 @@ class GroupModel:
     def _position(
         self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
     ) -> "_Position":
-        in_flight = self._in_flight[stage : stage + 1]
-        return _Position(self, self.lines(stage, place), in_flight, ranges, limits)
+        held = self._held(np.array([stage]), self._in_flight[stage : stage + 1], ranges)
+        return _Position(self, self.lines(stage, place), held, ranges, limits)
 
 
-_NONE: Final = np.zeros(1)  # micro-batches in flight, for what does not depend on them
 _CHUNK: Final = 1 << 16  # stages computed together: what a processor's cache holds
 
 
@@ -296,21 +313,21 @@ class _Position:
         self,
         model: GroupModel,
         lines: StageLines,
-        in_flight: Floats,
+        held: Held,
         ranges: Ranges,
         limits: Limits,
     ) -> None:
-        self._job, self._lines, self._in_flight = model.job, lines, in_flight
+        self._job, self._lines, self._held = model.job, lines, held
         self._ranges, self._limits = ranges, limits
         self._instants = instants(model.job.platform.runtime)
         self._kinds = kinds_of(model.job, ranges)
         self._schedule = model.group.schedule.kind.value
-        self._away = np.tile(model.strategies.activations, len(in_flight))
+        self._away = np.tile(model.strategies.activations, len(held.in_flight))
         capped = within_caps(
             model.space, model.job.platform.runtime, model.strategies, ranges.count
         )
-        self._within_caps = np.tile(capped, (len(in_flight), 1))
-        self._row = np.arange(len(in_flight) * lines.slope["stable_s"][0].shape[1])
+        self._within_caps = np.tile(capped, (len(held.in_flight), 1))
+        self._row = np.arange(len(held.in_flight) * lines.slope["stable_s"][0].shape[1])
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
 
     def whole(self, level: MemoryLevel) -> Mixes:
@@ -322,7 +339,7 @@ class _Position:
         """Some layers at each of two levels, where both times do not fall together."""
         names = ("stable_s", "lone_s", *(("host_bytes",) if self._limits.shares_host else ()))
         rises = np.stack([self._differs(name, upper, lower) for name in names])
-        rising, falling = (rises >= 0).all(axis=(0, 1)), (rises <= 0).all(axis=(0, 1))
+        rising, falling = (rises >= 0).all(axis=(0, 1, 3)), (rises <= 0).all(axis=(0, 1, 3))
         rows = np.flatnonzero(rising | ~falling)
         if not rows.size:
             return
@@ -335,7 +352,7 @@ class _Position:
             further = further + 1
 
     def _differs(self, name: str, upper: MemoryLevel, lower: MemoryLevel) -> Floats:
-        """How much a layer of each kind takes more at the lower level, [Q, K]."""
+        """How much a layer of each kind takes more at the lower level, [Q, K, R], or R = 1."""
         return np.stack(
             [
                 self._rise(name, lower, kind) - self._rise(name, upper, kind)
@@ -347,7 +364,7 @@ class _Position:
         key = (name, level, kind)
         if key not in self._rises:
             row = LEVELS.index(level) * len(self._kinds) + kind
-            self._rises[key] = self._lines.rise(name, row, self._in_flight)
+            self._rises[key] = self._lines.rise(name, row, self._held)
         return self._rises[key]
 
     def least(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> Ints:
@@ -403,7 +420,7 @@ class _Position:
             over = self._value(name, parts, rows) - limit
             if not (over > 0).any():
                 continue
-            saved = -self._differs(name, upper, lower)[0][rows, None]
+            saved = -self._differs(name, upper, lower)[0][rows]
             with np.errstate(divide="ignore", invalid="ignore"):
                 more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
             guess = np.maximum(guess, more)
@@ -460,7 +477,7 @@ class _Position:
         total = np.zeros(1)
         for level, kinds in parts:
             for kind, layers in enumerate(kinds):
-                total = total + layers * self._rise(name, level, kind)[rows, None]
+                total = total + layers * self._rise(name, level, kind)[rows]
         return total
 
     def _base(self, name: str, parts: _Parts, rows: Ints) -> Floats:
@@ -473,7 +490,7 @@ class _Position:
         ]
         if num_kinds == 1:  # every possible mix has a layer at each of its levels
             present = sum(bit for bit, _ in bits)
-            return self._lines.base(name, present, self._in_flight)[rows, None]
+            return self._lines.base(name, present, self._held)[rows, None]
         shape = (len(rows), len(self._ranges))
         held = np.zeros(shape, dtype=np.int64)
         for bit, layers in bits:
@@ -481,6 +498,6 @@ class _Position:
         base = np.empty(shape)
         for each in np.unique(held):
             at = held == each
-            line = self._lines.base(name, int(each), self._in_flight)[rows, None]
+            line = self._lines.base(name, int(each), self._held)[rows, None]
             base[at] = np.broadcast_to(line, shape)[at]
         return base

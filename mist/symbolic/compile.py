@@ -41,6 +41,7 @@ RANKS = (
 STRATEGY = (*RANKS, *sym.OFFLOAD.values())
 POSITION = (
     sym.IN_FLIGHT,
+    sym.LAYERS_MORE,
     sym.EMBED_MORE,
     sym.HEAD_HELD,
     sym.SPLITS,

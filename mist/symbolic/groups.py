@@ -15,7 +15,8 @@ def activations_bytes(rows: list[Row]) -> Expr:
     """What is kept of the micro-batches in flight, and of those that wait for W."""
     layers = [row for row in rows if row[0].isdigit()]
     embed, head = (term(f"{end}_eager_kept_bytes") for end in ("embed", "head"))
-    kept = sym.IN_FLIGHT * (total(layers, "kept_bytes") + sym.CHUNKS * term("shared_bytes"))
+    kept = (sym.IN_FLIGHT + sym.LAYERS_MORE) * total(layers, "kept_bytes")
+    kept += sym.IN_FLIGHT * sym.CHUNKS * term("shared_bytes")
     kept += sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE) * embed + sym.LAST * sym.HEAD_HELD * head
     of_head = sym.LAST * sym.CHUNKS * (term("head_early_bytes") + term("head_awaited_bytes"))
     return kept + sym.WAITING * (of_blocks(layers, "awaited_bytes") + of_head)

@@ -302,4 +302,4 @@ def _host_bytes(rows: list[Row], runtime: Runtime) -> Expr:
     states = of_blocks(rows, "allocated_bytes")
     states -= sym.FIRST * sym.LAST * term("tied_allocated_bytes")
     states *= 1 + overhead.value if overhead else 1
-    return states + sym.IN_FLIGHT * total(rows, "host_bytes")
+    return states + (sym.IN_FLIGHT + sym.LAYERS_MORE) * total(rows, "host_bytes")

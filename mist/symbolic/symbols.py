@@ -33,6 +33,8 @@ OFFLOAD: Final = {
 """Share of each state that lives in host memory, 0 to 1."""
 IN_FLIGHT = sympy.Symbol("in_flight", positive=True, integer=True)
 """Micro-batches whose layers' activations the stage holds at once, by `mist.schedule.held`."""
+LAYERS_MORE = sympy.Symbol("layers_more", nonnegative=True)
+"""Micro-batches in flight in an average layer beyond `IN_FLIGHT`: of unequal chunks."""
 EMBED_MORE = sympy.Symbol("embed_more", real=True)
 """Micro-batches in flight in the embedding beyond `IN_FLIGHT`: chunks of a rank are not alike."""
 HEAD_HELD = sympy.Symbol("head_held", positive=True, integer=True)

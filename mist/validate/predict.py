@@ -13,6 +13,7 @@ from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 from mist.validate.layouts import RunLayout
 
+Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
@@ -117,33 +118,21 @@ def _stages(
         spans_nodes=(gpus > per_node)[run],
     )
     micro, chunks = column("num_micro_batches")[run], column("chunks")[run]
-    holds = _held(stage, column("num_stages")[run], micro, chunks)
-    steps = {"num_micro_batches": micro, "chunks": chunks}
     levels = {
         f"{level}_0": np.concatenate([layout.layers_at(level) for layout in layouts])
         for level in MemoryLevel
     }
+    pipelines = {"stage": stage, "num_stages": column("num_stages")[run]}
+    steps = {"num_micro_batches": micro, "chunks": chunks}
+    holds = _held(np.sum([*levels.values()], axis=0), **pipelines, **steps)
     return cost.stage({**terms, **position, **holds, **steps, **levels})
 
 
-def _held(
-    stage: NDArray[np.int64],
-    num_stages: NDArray[np.int64],
-    num_micro_batches: NDArray[np.int64],
-    chunks: NDArray[np.int64],
-) -> dict[str, Floats]:
+def _held(layers: Counts, **pipelines: Counts) -> dict[str, Floats]:
     """What stages hold at once: runs of several chunks interleave, the others are 1F1B."""
-    one, many = (
-        held(
-            kind,
-            stage=stage,
-            num_stages=num_stages,
-            num_micro_batches=num_micro_batches,
-            chunks=chunks,
-        )
-        for kind in (ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED)
-    )
-    return {name: np.where(chunks > 1, many[name], one[name]) for name in one}
+    one = held(ScheduleKind.ONE_F_ONE_B, layers=layers, **pipelines)
+    many = held(ScheduleKind.INTERLEAVED, layers=layers, **pipelines)
+    return {name: np.where(pipelines["chunks"] > 1, many[name], one[name]) for name in one}
 
 
 def _padded(values: Floats, run: NDArray[np.int64], stages: NDArray[np.int64]) -> Floats:

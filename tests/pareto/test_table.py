@@ -49,7 +49,8 @@ def stages_alone(
     terms = {name: term[:, None] for name, term in job.cost.terms(strategy).items()}
     size = group.sizes[0]
     devices = np.array([(i * size, size) for i in range(group.num_stages)])
-    position = position_columns(job, devices, group.num_micro_batches, group.schedule)
+    layers = sum(counts[0])
+    position = position_columns(job, devices, layers, group.num_micro_batches, group.schedule)
     columns = {name: np.asarray(column)[i] for name, column in position.items()}
     levels = count_columns(job, first, np.array(counts).T)
     return job.cost.stage({**terms, **columns, **levels})

@@ -71,7 +71,12 @@ def stage(
         spans_nodes=np.array(True),
     )
     one_f_one_b = held(
-        ScheduleKind.ONE_F_ONE_B, stage=0, num_stages=pp, num_micro_batches=8, chunks=1
+        ScheduleKind.ONE_F_ONE_B,
+        layers=LAYERS // pp,
+        stage=0,
+        num_stages=pp,
+        num_micro_batches=8,
+        chunks=1,
     )
     steps = {"num_micro_batches": 8, "chunks": 1}
     counts = one_f_one_b | steps | {"eager_0": LAYERS // pp, "selective_0": 0, "full_0": 0}

@@ -57,7 +57,7 @@ def judged(
     return job.cost.stage(
         {
             **job.cost.terms(strategy),
-            **position_columns(job, devices, rows["num_micro_batches"]),
+            **position_columns(job, devices, count, rows["num_micro_batches"]),
             **count_columns(job, first, (count - full - some, some, full)),
         }
     )
