@@ -47,10 +47,10 @@ def _config(kind: str, name: str, layers: int, **more: object) -> dict[str, obje
 FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "llama tied": _config("llama", "LlamaForCausalLM", 5, **_HEADS, tie_word_embeddings=True),
     "gemma2": _config("gemma2", "Gemma2ForCausalLM", 4, **_HEADS, sliding_window=64),
-    "qwen3": _config("qwen3", "Qwen3ForCausalLM", 3, **_HEADS, tie_word_embeddings=False),
+    "qwen3": _config("qwen3", "Qwen3ForCausalLM", 6, **_HEADS, tie_word_embeddings=False),
     "opt": _config("opt", "OPTForCausalLM", 4, ffn_dim=128, word_embed_proj_dim=64),
-    "gpt-neox": _config("gpt_neox", "GPTNeoXForCausalLM", 3),
-    "phi3": _config("phi3", "Phi3ForCausalLM", 3, **_HEADS),
+    "gpt-neox": _config("gpt_neox", "GPTNeoXForCausalLM", 4),
+    "phi3": _config("phi3", "Phi3ForCausalLM", 4, **_HEADS),
 }
 RATIOS: Final = MappingProxyType(
     {"weights": (0.0, 1.0), "grads": (0.0, 1.0), "optimizer": (0.0, 0.5), "activations": (0.0, 0.5)}
@@ -74,10 +74,10 @@ def case(rng: np.random.Generator, asked: Question, known: ModelPrograms) -> Cas
     gpu = str(rng.choice(["h100-sxm", "l4"]))
     batch = num_gpus * int(rng.choice([2, 4]))
     job = job_of(replace(asked, num_gpus=num_gpus, gpu=gpu, global_batch=batch), known)
-    space = SearchSpace(offload=RATIOS, chunks=(2,), pp=_one_of(rng, job, num_gpus))
-    if rng.uniform() < 0.6:
+    space = SearchSpace(offload=RATIOS, pp=_one_of(rng, job, num_gpus))
+    if rng.uniform() < 0.8:
         space = replace(space, schedules=(list(ScheduleKind)[rng.integers(4)],))
-    if rng.uniform() < 0.5:
+    if rng.uniform() < 0.5 and job.facts.undivided is None:
         space = replace(space, tp=(2,))
     return Case(job=job, space=space, memory=float(rng.choice([1.02, 1.1, 1.3, 3.0])))
 
@@ -93,7 +93,7 @@ def plans(path: Path, seed: int) -> Iterator[tuple[Plan, Job]]:
     asked = Question(model=str(path), num_gpus=2, seq_len=128, global_batch=8)
     known = compiled(asked, quiet)
     rng, found = np.random.default_rng(seed), 0
-    for _ in range(2 * PER_FAMILY):
+    for _ in range(3 * PER_FAMILY):
         each = case(rng, asked, known)
         for layout in layouts(each)[:1]:
             plan = plan_of(each.job, layout)
