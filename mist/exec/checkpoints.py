@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
 
-from mist.exec.conv1d import joined, take_apart
 from mist.exec.folder import FACTS, Checkpoint, checkpoints
 from mist.exec.parallel import Parallel
+from mist.exec.parts import joined, read_within, take_apart
 from mist.exec.weights import bounds_of
 from mist.files import write_text
 
@@ -87,7 +87,7 @@ def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
     for name in _apart(parallel, state):
         value = state[name]
         assert isinstance(value, DTensor)
-        state[name] = joined(value)
+        state[name] = joined(value, parallel.pieces[_own(name)])
     for chunk in parallel.chunks:
         state.update({f"{BUFFER}{n}": value for n, value in saved_buffers(chunk.root.model)})
     return state
@@ -106,7 +106,12 @@ def _held(parallel: Parallel) -> dict[str, torch.Tensor]:
 
 def _apart(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
     """What of a state keeps matrices apart that the model has side by side."""
-    return [name for name in state if name.partition(".")[2] in parallel.pieces]
+    return [name for name in state if _own(name) in parallel.pieces]
+
+
+def _own(name: str) -> str:
+    """The parameter's name of a name in the state."""
+    return name.partition(".")[2]
 
 
 def _take_apart(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
@@ -115,7 +120,12 @@ def _take_apart(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
     for name in _apart(parallel, held):
         target = held[name]
         assert isinstance(target, DTensor)
-        take_apart(target, loaded[name], bounds_of(target))
+        whole, pieces, bounds = loaded[name], parallel.pieces[_own(name)], bounds_of(target)
+        if isinstance(whole, DTensor):
+            read = whole.to_local()
+        else:
+            read = whole[read_within(target, bounds, pieces)]
+        take_apart(target, read, bounds, pieces)
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

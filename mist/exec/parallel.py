@@ -24,6 +24,7 @@ from mist.exec.flows import Flows, flows_of
 from mist.exec.grid import chunk_layers
 from mist.exec.measure import Measured, Recorder
 from mist.exec.meshes import Place, new_groups, take_place
+from mist.exec.parts import ONE_PIECE, Pieces
 from mist.exec.pipeline import Pipeline, Shell
 from mist.exec.rules_tp import TensorRules, tensor_rules
 from mist.exec.split import Chunk, cut
@@ -147,14 +148,15 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
     pieces = parallel.pieces
     for name, parameter in parallel.parameters.items():
         if name in subject.given:
-            fill(parameter, subject.given[name], pieces=pieces.get(name, 1))
+            fill(parameter, subject.given[name], pieces=pieces.get(name, ONE_PIECE))
             continue
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, {})[own] = parameter
     for owner, own_parameters in owners.items():
         values = whole_values(subject.loaded.module, owner, seed)
         for name, parameter in own_parameters.items():
-            fill(parameter, values[name], pieces=pieces.get(f"{owner}.{name}", 1))
+            own_pieces = pieces.get(f"{owner}.{name}", ONE_PIECE)
+            fill(parameter, values[name], pieces=own_pieces)
 
 
 def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int) -> Built:
@@ -240,7 +242,7 @@ def _moved(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Parallel:
     """This rank's part of a model in training. `parameters`: its shards, by the model's names.
 
-    `pieces`: those of them that have one dimension more than the model's (`mist.exec.conv1d`).
+    `pieces`: those of them that have one dimension more than the model's (`mist.exec.parts`).
     """
 
     def __init__(self, job: _Job, chunks: Mapping[int, Built], settings: Settings) -> None:
@@ -390,13 +392,13 @@ class Parallel:
         return Pipeline(shells, self.place, self.plan, activation)
 
 
-def _pieces(job: _Job) -> Iterator[tuple[str, int]]:
+def _pieces(job: _Job) -> Iterator[tuple[str, Pieces]]:
     """Parameters that keep several matrices side by side apart, and how many."""
     rules = job.subject.rules.get(job.stage.tp)
-    for region in rules.regions if rules is not None else ():
-        for name, count in region.pieces.items():
-            if count > 1:
-                yield from ((f"{name}.{own}", count) for own in ("weight", "bias"))
+    for name, parts in (rules.parts if rules is not None else {}).items():
+        for own, rule in parts.items():
+            if rule.num_pieces > 1 and rule.dim is not None:
+                yield f"{name}.{own}", Pieces(count=rule.num_pieces, dim=rule.dim)
 
 
 def _tied(job: _Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tied]:

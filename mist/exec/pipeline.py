@@ -62,7 +62,22 @@ class Shell(nn.Module):
         values = [leaves[f"leaf{i}"] for i in range(len(leaves))]
         with self.clock.timing("forward"):
             output: torch.Tensor = self.root(tree_unflatten(values, self.layout), *received)
-        return output
+        return _NoView.apply(output) if output._is_view() else output  # type: ignore[no-untyped-call]
+
+
+class _NoView(torch.autograd.Function):
+    """The same values and gradients: torch's split backward pass detaches an output in place.
+
+    What autograd made as a view (a reshaped activation) cannot be.
+    """
+
+    @staticmethod
+    def forward(ctx: object, output: torch.Tensor) -> torch.Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        return grad
 
 
 @dataclass(slots=True, kw_only=True)

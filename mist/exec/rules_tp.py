@@ -6,10 +6,10 @@ that tensor and hands it to those matrices alone. That makes two entries and two
 not one for each matrix.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -19,52 +19,55 @@ from torch.utils._pytree import tree_leaves
 
 from mist.errors import ModelError
 from mist.exec.anatomy import Anatomy
+from mist.exec.parts import PartRule
 from mist.spec import Attention, Precision
 from mist.trace.loader import LoadedModel
 from mist.trace.repeat import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.shim import Kernels
 from mist.trace.source import Setting
-from mist.trace.tp import Matrix, Sharding, Unsupported, matrix_of, with_whole_vocabulary
+from mist.trace.tp import Matrix, Sharding, Unsupported, matrix_of
 from mist.trace.tp_apply import num_pieces, undivided
-from mist.trace.tp_plan import sharding_by_plan
 
-GATHERING: Final = "rowwise_split_input"
 GETTERS: Final = ("__get__", "size", "dim", "stride")
+
+
+Move = Callable[[str], str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionRule:
-    """Column-parallel linear layers, the row-parallel one behind them, and where they are entered.
+    """Column-parallel matrices, the row-parallel one behind them, and where they are entered.
 
-    `entries`: for each column-parallel layer the module at which its input enters; `pieces`: how
-    many matrices it holds side by side.
+    `entries`: for each column-parallel one the module at which its input enters. `block`: the
+    module that is one region with others and ends with their sum; None: it ends at `rowwise`.
     """
 
     entries: Mapping[str, str]
     rowwise: str
     attends: bool
-    pieces: Mapping[str, int]
+    block: str | None
 
-    def moved(self, source: str, target: str) -> "RegionRule":
+    def moved(self, move: "Move") -> "RegionRule":
         """The same region of another layer."""
-
-        def move(name: str) -> str:
-            return target + name.removeprefix(source)
-
         entries = {move(column): move(entry) for column, entry in self.entries.items()}
-        pieces = {move(column): count for column, count in self.pieces.items()}
-        return replace(self, entries=entries, rowwise=move(self.rowwise), pieces=pieces)
+        block = None if self.block is None else move(self.block)
+        return replace(self, entries=entries, rowwise=move(self.rowwise), block=block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRules:
     """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank.
 
-    `direct`: layer 0 takes what the embedding gives as it is.
+    `parts`: of modules that torch's parallel styles do not know, by parameter. `whole`: modules
+    that need all tokens, in which nothing is divided. `direct`: layer 0 takes what the embedding
+    gives as it is.
     """
 
     regions: tuple[RegionRule, ...]
+    parts: Mapping[str, Mapping[str, PartRule]]
+    whole: frozenset[str]
     embedding: str | None
     head: str | None
     direct: bool
@@ -74,7 +77,8 @@ class TensorRules:
 def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -> TensorRules:
     """The rules of a model for `tp` ranks. Raises ModelError when they cannot be run."""
     try:
-        sharding = _sharding(loaded)
+        setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
+        sharding = sharding_rules(loaded, setting)
     except Unsupported as reason:
         raise ModelError(f"tp {tp}: {loaded.name}: {reason}.") from reason
     model = loaded.module
@@ -82,10 +86,11 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
         raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
     entries = _entries(loaded, anatomy, seq_len)
-    found = tuple(_regions(loaded, sharding, names, entries))
+    blocks = frozenset(_outermost(names[each] for each in sharding.whole))
+    found = tuple(_regions(loaded, sharding, names, entries, blocks))
     like = _like(loaded, anatomy, found)
     regions = tuple(
-        region.moved(known, layer)
+        region.moved(_mover(known, layer))
         for layer, known in like.items()
         for region in found
         if region.rowwise.startswith(f"{known}.")
@@ -93,11 +98,28 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
     table, head = _vocabulary(loaded, sharding, regions, tp)
     return TensorRules(
         regions=regions,
+        parts=_everywhere(_parts(model, sharding), like),
+        whole=frozenset(_everywhere(dict.fromkeys(blocks), like)) - {r.block for r in regions},
         embedding=table,
         head=head,
         direct=table is not None and table == anatomy.direct,
-        local=_everywhere(dict(_local(model, sharding, tp)), like),
+        local={
+            (owner, attribute): value
+            for owner, values in _everywhere(_local(model, sharding, tp), like).items()
+            for attribute, value in values.items()
+        },
     )
+
+
+def _mover(source: str, target: str) -> Move:
+    """Names within one layer, for another one that is like it."""
+    return lambda name: target + name.removeprefix(source)
+
+
+def _outermost(names: Iterable[str]) -> Iterator[str]:
+    """Modules that lie in no other one of them."""
+    every = set(names)
+    return (n for n in every if not any(n.startswith(f"{other}.") for other in every))
 
 
 def _vocabulary(
@@ -138,58 +160,83 @@ def _like(
     return {layer: known[kind] for layer, kind in kinds.items()}
 
 
-def _everywhere(
-    local: Mapping[tuple[str, str], int], like: Mapping[str, str]
-) -> Mapping[tuple[str, str], int]:
-    """Numbers of one layer of a kind, for all of the kind."""
-    found = dict(local)
+def _everywhere(of_modules: Mapping[str, T], like: Mapping[str, str]) -> dict[str, T]:
+    """What is known of modules in one layer of a kind, for all of the kind."""
+    found = dict(of_modules)
     for layer, known in like.items():
-        for (owner, attribute), value in local.items():
-            if owner == known or owner.startswith(f"{known}."):
-                found[layer + owner.removeprefix(known), attribute] = value
+        for name, value in of_modules.items():
+            if name == known or name.startswith(f"{known}."):
+                found[_mover(known, layer)(name)] = value
     return found
 
 
-def _sharding(loaded: LoadedModel) -> Sharding:
-    plan: Mapping[str, str] = getattr(loaded.module, "tp_plan", None) or {}
-    if plan and GATHERING not in plan.values():
-        found = sharding_by_plan(loaded.module, plan)
-        return found if loaded.loss is None else with_whole_vocabulary(found, loaded.module)
-    setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
-    return sharding_rules(loaded, setting)
-
-
 def _regions(
-    loaded: LoadedModel, sharding: Sharding, names: Mapping[int, str], entries: Mapping[str, str]
+    loaded: LoadedModel,
+    sharding: Sharding,
+    names: Mapping[int, str],
+    entries: Mapping[str, str],
+    blocks: frozenset[str],
 ) -> Iterator[RegionRule]:
     """Every region, of what `mist.trace.tp_apply` says can be divided."""
     for key, colwise in sharding.regions.items():
-        row = _matrix(loaded, names[key])
-        columns = {name: _matrix(loaded, name) for name in sorted(names[each] for each in colwise)}
-        pieces = {
-            name: num_pieces(loaded.module, name, matrix, row) or 1
-            for name, matrix in columns.items()
-        }
-        widths = {matrix.num_out for matrix in columns.values()}
+        rowwise, columns = names[key], sorted(names[each] for each in colwise)
+        block = next((each for each in blocks if rowwise.startswith(f"{each}.")), None)
         yield RegionRule(
-            entries={name: entries[name] for name in columns},
-            rowwise=names[key],
-            attends=sum(pieces.values()) > 2 or len(widths) > 1,
-            pieces=pieces,
+            entries={name: entries[name] if block is None else block for name in columns},
+            rowwise=rowwise,
+            attends=_attends(loaded.module, rowwise, columns),
+            block=block,
         )
 
 
-def _matrix(loaded: LoadedModel, name: str) -> Matrix:
-    matrix = matrix_of(loaded.module.get_submodule(name))
-    assert matrix is not None, name
-    return matrix
+def _attends(model: nn.Module, rowwise: str, columns: Sequence[str]) -> bool:
+    """Whether these are queries, keys and values: three matrices, or of unlike widths."""
+    row = matrix_of(model.get_submodule(rowwise))
+    found = {name: matrix_of(model.get_submodule(name)) for name in columns}
+    matrices = {name: matrix for name, matrix in found.items() if matrix is not None}
+    if row is None:
+        return False
+    count = sum(num_pieces(model, name, matrix, row) or 1 for name, matrix in matrices.items())
+    return count > 2 or len({matrix.num_out for matrix in matrices.values()}) > 1
 
 
-def _local(model: nn.Module, sharding: Sharding, tp: int) -> Iterator[tuple[tuple[str, str], int]]:
+def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
+    """Of modules with divided parameters that are neither linear layers nor tables."""
+    found: dict[str, dict[str, PartRule]] = {}
+    rows = _rows(model, sharding)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        shares = {n: sharding.params[id(p)] for n, p in own.items() if id(p) in sharding.params}
+        row, matrix = rows.get(id(module)), matrix_of(module)
+        fused = row and matrix and num_pieces(model, name, matrix, row)
+        rules = {
+            n: PartRule(dim=share.dim - own[n].dim(), num_pieces=fused or share.pieces)
+            for n, share in shares.items()
+        }
+        if id(module) in sharding.regions:  # its bias is added to the sum once
+            rules |= {n: PartRule(dim=None) for n in own.keys() - shares if n.endswith("bias")}
+        if rules:
+            found[name] = rules
+    return found
+
+
+def _rows(model: nn.Module, sharding: Sharding) -> dict[int, Matrix | None]:
+    """Of each column-parallel module the row-parallel matrix behind it."""
+    modules = {id(module): module for module in model.modules()}
+    rows = {key: matrix_of(modules[key]) for key in sharding.regions}
+    return {each: rows[key] for key, columns in sharding.regions.items() for each in columns}
+
+
+def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
     owners = {id(vars(module)): name for name, module in model.named_modules()}
+    found: dict[str, dict[str, int]] = {}
     for table, attribute, share in sharding.attributes:
         if id(table) in owners and attribute != "vocab_size":
-            yield (owners[id(table)], attribute), share.multiple * share.unit // tp
+            own = found.setdefault(owners[id(table)], {})
+            own[attribute] = share.multiple * share.unit // tp
+    return found
 
 
 def _entries(loaded: LoadedModel, anatomy: Anatomy, seq_len: int) -> Mapping[str, str]:

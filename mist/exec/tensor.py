@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mist.errors import ModelError
-from mist.exec.conv1d import add_up, divide_columns, divide_rows, with_parts
+from mist.exec.parts import divide_parts, with_parts
 from mist.exec.rules_tp import RegionRule, TensorRules
 
 SEQUENCE: Placement = Shard(1)
@@ -63,26 +63,51 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
     sequence parallelism would divide the tokens that attention counts, or would leave a gradient
     that is a partial sum in part.
     """
-    modules = dict(model.named_modules())
-    for (owner, attribute), value in rules.local.items():
-        if owner in modules:  # those of layers of other stages are not here
-            setattr(modules[owner], attribute, value)
-    entered: set[str] = set()
-    for region in rules.regions:
-        if region.rowwise.startswith(tuple(f"{name}." for name in part.layers)):
-            _divide_region(model, region, mesh, part)
-            entered |= set(region.entries.values())
+    entered, whole = _divide_layers(model, rules, part, mesh)
     _divide_ends(model, rules, part, mesh)
     head_partial = part.sp and rules.head is not None
     if part.sp:
         _shard_sequence(model, part, mesh, head_partial=head_partial)
-    summed = frozenset(_partial(model, part, entered, head_partial=head_partial))
+    summed = frozenset(
+        name
+        for name in _partial(model, part, entered, head_partial=head_partial)
+        if not name.startswith(tuple(f"{module}." for module in whole))
+    )
     if mixed := sorted(summed & part.front) if part.first else []:
         raise ModelError(
             f"sp: {mixed[0]} is read before the layers, by all tokens on every rank, and behind "
             "them, by the tokens of a rank; its gradient cannot be summed. Plan without sp."
         )
     return summed
+
+
+def _divide_layers(
+    model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh
+) -> tuple[set[str], tuple[str, ...]]:
+    """Divide the layers; the modules at which regions are entered, and those that gather tokens."""
+    modules = dict(model.named_modules())
+    for (owner, attribute), value in rules.local.items():
+        if owner in modules:  # those of layers of other stages are not here
+            setattr(modules[owner], attribute, value)
+    here = tuple(f"{name}." for name in part.layers)
+    for name, parts in rules.parts.items():
+        if name.startswith(here):
+            divide_parts(modules[name], parts, mesh)
+    regions = [region for region in rules.regions if region.rowwise.startswith(here)]
+    for region in regions:
+        _divide_region(model, region, mesh, part)
+    entered = {name for region in regions for name in region.entries.values()}
+    for name in sorted(entered):  # runs first: it is put before the others
+        enter = partial(_enter, mesh=mesh, sp=part.sp, batch=part.micro_batch)
+        _on_entry(model.get_submodule(name), enter)
+    for name in {region.block or region.rowwise for region in regions}:
+        leave = _leave if part.sp else _add_up
+        _on_exit(model.get_submodule(name), partial(leave, mesh=mesh, batch=part.micro_batch))
+    whole = tuple(name for name in rules.whole if name.startswith(here)) if part.sp else ()
+    for name in whole:
+        _on_entry(model.get_submodule(name), partial(_gather, mesh=mesh, batch=part.micro_batch))
+        _on_exit(model.get_submodule(name), partial(_own, mesh=mesh, batch=part.micro_batch))
+    return entered, whole
 
 
 def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: Part) -> None:
@@ -97,25 +122,9 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part:
         if isinstance(module, nn.Linear):
             parallelize_module(module, mesh, ColwiseParallel())
             _partial_input(module, mesh)
-        else:
-            divide_columns(module, region.pieces[name], mesh)
-    _divide_row(model.get_submodule(region.rowwise), mesh, part)
-    for name in sorted(set(region.entries.values())):  # runs first: it is put before the others
-        enter = partial(_enter, mesh=mesh, sp=sp, batch=part.micro_batch)
-        _on_entry(model.get_submodule(name), enter)
-
-
-def _divide_row(row: nn.Module, mesh: DeviceMesh, part: Part) -> None:
-    """What ends a region: its results are parts of sums, which are taken over the ranks."""
+    row = model.get_submodule(region.rowwise)
     if isinstance(row, nn.Linear):
-        output = Partial() if part.sp else Replicate()
-        parallelize_module(row, mesh, RowwiseParallel(output_layouts=output))
-    else:
-        divide_rows(row, mesh)
-        if not part.sp:
-            row.register_forward_hook(partial(add_up, mesh=mesh))
-    if part.sp:
-        row.register_forward_hook(partial(_leave, mesh=mesh, batch=part.micro_batch))
+        parallelize_module(row, mesh, RowwiseParallel(output_layouts=Partial()))
 
 
 def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
@@ -197,13 +206,8 @@ def _shard_sequence(model: nn.Module, part: Part, mesh: DeviceMesh, *, head_part
         _on_entry(model.get_submodule(part.layers[0]), partial(_scatter, mesh=mesh))
     if part.last:
         grads = (Partial(),) if head_partial else None
-
-        def gather(module: nn.Module, args: object, output: Any) -> object:  # noqa: ANN401
-            if isinstance(output, torch.Tensor):
-                return _whole(output, mesh, grads)
-            return (_whole(output[0], mesh, grads), *output[1:])
-
-        model.get_submodule(part.layers[-1]).register_forward_hook(gather)
+        gather = partial(_whole, mesh=mesh, grads=grads)
+        _on_exit(model.get_submodule(part.layers[-1]), gather)
 
 
 def _whole(
@@ -231,12 +235,28 @@ def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool, batch: int) -> torch.
     return copies.to_local(grad_placements=(Partial(),))
 
 
-def _leave(
-    module: nn.Module, args: object, output: torch.Tensor, *, mesh: DeviceMesh, batch: int
-) -> torch.Tensor:
+def _leave(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
     """What leaves a region: the sum over the ranks, of which each takes its tokens."""
     parts = DTensor.from_local(_by_sample(output, batch), mesh, (Partial(),), run_check=False)
     own = parts.redistribute(placements=(SEQUENCE,)).to_local()
+    return own.flatten(0, 1) if output.dim() == ROWS else own
+
+
+def _add_up(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """What leaves a region without sequence parallelism: the sum over the ranks, on every rank."""
+    parts = DTensor.from_local(output, mesh, (Partial(),), run_check=False)
+    return parts.redistribute(placements=(Replicate(),)).to_local()
+
+
+def _gather(x: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """What enters a module that needs all tokens, which every rank computes alike."""
+    whole = _whole(_by_sample(x, batch), mesh, None)
+    return whole.flatten(0, 1) if x.dim() == ROWS else whole
+
+
+def _own(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """This rank's tokens of what such a module gives."""
+    own = _scatter(_by_sample(output, batch), mesh=mesh)
     return own.flatten(0, 1) if output.dim() == ROWS else own
 
 
@@ -273,6 +293,17 @@ def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial
         return tuple(enter(x) if id(x) in chosen else x for x in args), changed
 
     module.register_forward_pre_hook(entered, prepend=True, with_kwargs=True)
+
+
+def _on_exit(module: nn.Module, leave: Any) -> None:  # noqa: ANN401 (a partial of ours)
+    """Apply `leave` to the activation that a module gives: the first tensor of what it returns."""
+
+    def left(module: nn.Module, args: object, output: Any) -> object:  # noqa: ANN401
+        if isinstance(output, torch.Tensor):
+            return leave(output)
+        return (leave(output[0]), *output[1:])
+
+    module.register_forward_hook(left)
 
 
 def _is_float(value: object) -> TypeGuard[torch.Tensor]:

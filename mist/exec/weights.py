@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from mist.exec.parts import ONE_PIECE, Pieces, read_within, take_apart
+
 SPREAD: Final = 0.02  # of a matrix whose module does not say how it is initialised (GPT-2's)
 
 
@@ -63,17 +65,15 @@ class Whole(Protocol):
     def __getitem__(self, bounds: tuple[slice, ...], /) -> torch.Tensor: ...
 
 
-def fill(parameter: torch.Tensor, value: Whole, *, pieces: int = 1) -> None:
+def fill(parameter: torch.Tensor, value: Whole, *, pieces: Pieces = ONE_PIECE) -> None:
     """Give a parameter its part of a whole value, which every rank can read.
 
-    `pieces`: how many matrices side by side it keeps apart (`mist.exec.conv1d`).
+    `pieces`: how many matrices side by side it keeps apart.
     """
     target = parameter.detach()
-    if isinstance(target, DTensor) and pieces > 1:
-        *rows, piece, width = bounds_of(target)
-        outputs = slice(0, target.shape[-2] * target.shape[-1])
-        apart = value[(*rows, outputs)].unflatten(-1, tuple(target.shape[-2:]))
-        target.to_local().copy_(apart[..., piece, width])
+    if isinstance(target, DTensor) and pieces.count > 1:
+        bounds = bounds_of(target)
+        take_apart(target, value[read_within(target, bounds, pieces)], bounds, pieces)
     elif isinstance(target, DTensor):
         target.to_local().copy_(value[bounds_of(target)])
     else:

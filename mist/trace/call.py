@@ -1,10 +1,11 @@
 """One call of a torch operation as the dispatcher sees it, with its arguments by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +37,14 @@ def bind(
     schema = func._schema.arguments
     given = {a.name: value for a, value in zip(schema, args, strict=False)} | dict(kwargs)
     return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+def key_of(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's storage while it is alive."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """The tensors of an argument or a result, which may be nested."""
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

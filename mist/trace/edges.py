@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import FunctionCtx
 
+from mist.trace.call import key_of
 from mist.trace.expr import Size
-from mist.trace.record import key_of
 
 
 class SeedContext(FunctionCtx):

@@ -22,18 +22,19 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mist.errors import TraceError
 from mist.graph import Layout, Op, OpKind, Phase, SavedTensor, T
-from mist.trace.call import Call, bind
+from mist.trace.call import Call, bind, key_of, tensors_in
 from mist.trace.expr import Size, Symbols
 from mist.trace.flops import Work, work_of
 from mist.trace.fusion import Kernel
 from mist.trace.live import Live, Step
 from mist.trace.split import Awaited
-from mist.trace.tp_check import PRODUCTS, mixing
+from mist.trace.tp_check import PRODUCTS, is_partial, mixing
+from mist.trace.tp_sums import NOT_LINEAR, PartialSums
 from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
@@ -71,7 +72,8 @@ class Part:
     whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
     that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
     gradient, so that its memory is that of its forward pass. `mixed`: forward operations that
-    a shard cannot run, with the reason. `input`: the storage of its input activation.
+    a shard cannot run, with the reason; `unsummed`: those that read a sum over the ranks before it
+    is added up. `input`: the storage of its input activation.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Part:
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False
     mixed: list[str] = field(default_factory=list)
+    unsummed: list[str] = field(default_factory=list)
     awaited: Awaited = field(default_factory=Awaited)
     input: int | None = None
     last: Origin = Origin()
@@ -147,6 +150,7 @@ class Recorder(TorchDispatchMode):
         self._colwise = colwise
         self._tensors_shared: dict[int, Kept] = {}
         self._kernel: Kernel | None = None
+        self._sums = PartialSums()
 
     def on_call(self, kernel: Kernel | None) -> None:
         """The next call belongs to this kernel of a compiled graph (None: to none)."""
@@ -217,6 +221,7 @@ class Recorder(TorchDispatchMode):
             reasons = mixing(call, self._symbols.shape)
             part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
             self._gather(part, call)
+            self._follow(part, call, origin)
             if part.forward_only:
                 self._leave(part, call, origin)
         ops = self._ops(call, origin) if self._runs(call) else []
@@ -242,19 +247,19 @@ class Recorder(TorchDispatchMode):
 
     def _read(self, part: Part, call: Call) -> None:
         """Which parameters a forward call reads, and what it makes in a compiled graph."""
-        keys = (key_of(t) for t in _tensors(tuple(call.arguments.values())))
+        keys = (key_of(t) for t in tensors_in(tuple(call.arguments.values())))
         part.used.update((key, None) for key in keys if key in self._states)
         if part.compiled and moves_bytes(
             call.func, call.out
         ):  # a graph has one node for all its calls: the maker is known here only
             name = str(call.func.overloadpacket)
-            part.makers.update((key_of(t), name) for t in _tensors(call.out))
+            part.makers.update((key_of(t), name) for t in tensors_in(call.out))
 
     def _await(self, part: Part, call: Call, origin: Origin) -> None:
         """Note a call that reads a parameter beside an activation."""
-        given = list(_tensors(tuple(call.arguments.values())))
+        given = list(tensors_in(tuple(call.arguments.values())))
         parameters = {key for key in map(key_of, given) if key in self._states}
-        result = part.awaited.read(given, parameters, list(_tensors(call.out)))
+        result = part.awaited.read(given, parameters, list(tensors_in(call.out)))
         if result is None:
             return
         size = self._symbols.expr(result.numel() * result.element_size())
@@ -276,15 +281,15 @@ class Recorder(TorchDispatchMode):
         hidden = self._kernel is not None and self._kernel.hidden
         made = [] if hidden else [
             tensor
-            for tensor in _tensors(call.out)
+            for tensor in tensors_in(call.out)
             if key_of(tensor) not in self._states and key_of(tensor) not in part.shared
         ]  # fmt: skip
-        given = list(_tensors(tuple(call.arguments.values())))
+        given = list(tensors_in(tuple(call.arguments.values())))
         node: Node | None = torch._C._current_autograd_node()
         step = Step(
             given=tuple(map(key_of, given)),
             node=None if node is None else node._sequence_nr(),
-            divided=origin.whole or any(map(self._is_divided, (*given, *_tensors(call.out)))),
+            divided=origin.whole or any(map(self._is_divided, (*given, *tensors_in(call.out)))),
             adds=call.func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_),
         )
         part.live.called(step, made)
@@ -292,6 +297,24 @@ class Recorder(TorchDispatchMode):
     def _is_divided(self, tensor: torch.Tensor) -> bool:
         """Whether tensor parallelism divides a tensor."""
         return T in self._symbols.expr(tensor.untyped_storage().nbytes()).free_symbols
+
+    def _follow(self, part: Part, call: Call, origin: Origin) -> None:
+        """What a call makes of sums over the ranks, in a module that is one region."""
+        if not any(id(module) in self._whole for module in self.callers):
+            return
+        if not self._sums.read(call):
+            part.unsummed.append(f"{origin.op} in {origin.module} {NOT_LINEAR}")
+        if is_partial(call, self._symbols.shape):
+            self._sums.begin(call)
+
+    def left(self, module: nn.Module, output: object) -> None:
+        """A module has run; `callers` are those around it."""
+        around = any(id(outer) in self._whole for outer in self.callers)
+        if id(module) not in self._whole or around or self.phase != "forward":
+            return
+        if not self._sums.end(output) and self.part is not None:
+            kind = type(module).__name__
+            self.part.unsummed.append(f"{kind} does not give the sum over the ranks first")
 
     def _runs(self, call: Call) -> bool:
         """Whether a call is a kernel on the device: no view, and not fused into another."""
@@ -312,7 +335,7 @@ class Recorder(TorchDispatchMode):
     def _op(self, call: Call, origin: Origin, work: Work, parts: int) -> Op:
         """One of the `parts` products of a call, with an equal part of its bytes."""
         flop, dims = self._flop(work), [self._symbols.expr(size) for size in work.dims]
-        out = next(_tensors(call.out))
+        out = next(tensors_in(call.out))
         if work.groups > 1:
             dims[0] *= work.groups
             dims[work.split] /= work.groups
@@ -356,7 +379,7 @@ class Recorder(TorchDispatchMode):
 
         arguments = tree_map(node_of, tuple(call.arguments.values()))
         node = part.graph.call_function(call.func, arguments)
-        outs = list(_tensors(call.out))
+        outs = list(tensors_in(call.out))
         for tensor in outs:
             part.nodes[tensor] = node
         node.meta.update(
@@ -408,6 +431,7 @@ def recording(recorder: Recorder, names: Mapping[torch.nn.Module, str]) -> Itera
     def leave(module: torch.nn.Module, args: object, output: object) -> None:
         recorder.modules.pop()
         recorder.callers.pop()
+        recorder.left(module, output)
 
     hooks = (
         register_module_forward_pre_hook(enter),
@@ -421,19 +445,9 @@ def recording(recorder: Recorder, names: Mapping[torch.nn.Module, str]) -> Itera
             hook.remove()
 
 
-def key_of(tensor: torch.Tensor) -> int:
-    """The identity of a tensor's storage while it is alive."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
-
-
 def dtype_of(tensor: torch.Tensor) -> str:
     """A dtype's plain name: "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def _accumulates() -> bool:

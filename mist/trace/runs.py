@@ -220,6 +220,7 @@ def _compiled_run(subject: _Subject, eager: Run) -> Run:
     run = subject.run(Point())
     for piece, known in zip(run.pieces, eager.pieces, strict=True):
         piece.part.entered, piece.part.flows = known.part.entered, known.part.flows
+        piece.part.unsummed = known.part.unsummed
     return run
 
 

@@ -17,19 +17,20 @@ import sympy
 import torch
 from sympy import Basic, Expr, Integer
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from mist.errors import TraceError
 from mist.graph import B, S, SavedTensor, T
 from mist.trace.autocast import forward_in, outside
 from mist.trace.blame import Passed
+from mist.trace.call import key_of, tensors_in
 from mist.trace.compiled import compiled
 from mist.trace.edges import Seed, activation, leaf, output
 from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
 from mist.trace.flow import Flow
 from mist.trace.loader import LoadedModel
-from mist.trace.record import Origin, Part, Recorder, key_of, recording
+from mist.trace.record import Origin, Part, Recorder, recording
 from mist.trace.repeat import Layers
 from mist.trace.routing import Routing
 from mist.trace.shim import fused_norms, runs_as
@@ -184,7 +185,7 @@ class Session:
         return value.to(DTYPES[self.setting.precision]) if value.is_floating_point() else value
 
     def _forward_and_backward(self, inputs: object) -> None:
-        self.shared_keys = frozenset(key_of(t) for t in _tensors(inputs))
+        self.shared_keys = frozenset(key_of(t) for t in tensors_in(inputs))
         self.embed.part.shared = self.head.part.shared = self.shared_keys
         with self.recorder.into(self.outer.part), forward_in(self.low):
             loss = self.model.run(inputs)
@@ -254,7 +255,7 @@ class Session:
             self.kinds.append(kind)
             leaves = tree_map(leaf, self.pieces[kind].outputs)
             outputs = tree_map(self._given, leaves)
-            self.flow.made(len(self.kinds) - 1, [*_tensors(leaves), *_tensors(outputs)])
+            self.flow.made(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
             self._leave_layer(index)
         self.recorder.part = self.outer.part
         return outputs
@@ -266,7 +267,7 @@ class Session:
 
     def _enter_layer(self, inputs: object) -> None:
         """What runs outside the layers ends here, and what it made is an output of it."""
-        tensors = [t for t in _tensors(inputs) if t.requires_grad]
+        tensors = [t for t in tensors_in(inputs) if t.requires_grad]
         fresh = {id(t): t for t in tensors if t.grad_fn is not None and not self._is_open(t)}
         self.outer.opened.update(fresh)
         if fresh and self.point.backward:
@@ -302,7 +303,7 @@ class Session:
             self.between.append(self.outer)
         if not left or self.outer is not self.head:
             self.outer.boundary_bytes = self._total_bytes(last.outputs)
-            self.outer.flows = any(t.requires_grad for t in _tensors(last.outputs))
+            self.outer.flows = any(t.requires_grad for t in tensors_in(last.outputs))
 
     def _trace(
         self,
@@ -314,7 +315,7 @@ class Session:
         """Run one layer forward and backward, alone."""
         self.stack.enter_context(faked(layer.modules(), self.fakes))
         args, kwargs = tree_map(self._given, tree_map(leaf, (args, kwargs)))
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         piece = self._open(layer, tensors)
         run = self._runner(piece.part, layer, forward, (args, kwargs))
         with self.recorder.into(piece.part):
@@ -323,7 +324,7 @@ class Session:
             piece.part.live.forward_done(piece.part.gathered)
         given = frozenset(key_of(t) for t in tensors)
         piece.outputs = tree_map(partial(output, given), outputs)
-        starts = [t for t in _tensors(outputs) if t.grad_fn is not None]
+        starts = [t for t in tensors_in(outputs) if t.grad_fn is not None]
         seed = self._seed(piece, starts) if starts and self.point.backward else None
         del outputs, starts  # what comes after the layer frees its results before it goes backward
         if seed is not None:
@@ -396,7 +397,7 @@ class Session:
         return leaf if plain else type(leaf).__name__
 
     def _total_bytes(self, value: object) -> Expr:
-        sizes = {key_of(t): t.untyped_storage().nbytes() for t in _tensors(value)}
+        sizes = {key_of(t): t.untyped_storage().nbytes() for t in tensors_in(value)}
         return sum((self.symbols.expr(size) for size in sizes.values()), Integer(0))
 
     def _names(self, layers: Sequence[nn.Module]) -> dict[nn.Module, str]:
@@ -442,14 +443,14 @@ class Session:
 
         def gather(module: nn.Module, args: tuple[object, ...]) -> None:
             if self.recorder.part is not None:
-                keys = [key_of(t) for t in _tensors(args)]
+                keys = [key_of(t) for t in tensors_in(args)]
                 self.recorder.part.gathered.update(keys)
                 self.recorder.part.entered[id(module)] = keys[0]
                 flow(module, args, args)
 
         def flow(module: nn.Module, args: object, tensors: object) -> None:
             """A gradient goes back through what a module is given, or gives."""
-            if self.recorder.part and any(t.requires_grad for t in _tensors(tensors)):
+            if self.recorder.part and any(t.requires_grad for t in tensors_in(tensors)):
                 self.recorder.part.flows.add(id(module))
 
         ends = self.sharding.regions.keys() if self.sharding else ()
@@ -487,7 +488,3 @@ def _replaced(layer: nn.Module, on_call: Callable[..., object]) -> Iterator[None
             vars(layer)["forward"] = forward
         else:
             del vars(layer)["forward"]
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

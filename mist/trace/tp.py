@@ -38,11 +38,15 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """A dimension of which a rank holds `multiple * unit / t`."""
+    """A dimension of which a rank holds `multiple * unit / t`.
+
+    `pieces`: matrices that lie side by side along it, of each of which a rank holds 1/t.
+    """
 
     unit: int
     multiple: int
     dim: int = 0
+    pieces: int = 1
 
 
 Attribute = tuple[dict[str, Any], str, Share]
@@ -50,13 +54,17 @@ Attribute = tuple[dict[str, Any], str, Share]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """A matrix (or one per expert): its parameters, its module, and which dimension is which."""
+    """A matrix (or one per expert): its parameters, its module, and which dimension is which.
+
+    `pieces`: how many of the model's matrices it holds side by side, where its plan says so.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     module: nn.Module
     out_dim: int
     in_dim: int
+    pieces: int = 1
 
     @property
     def num_out(self) -> int:
@@ -112,6 +120,16 @@ class Region:
         """Inputs of the row-parallel matrix: all heads, or the width of the MLP."""
         widths = [m.num_in for m in self.rowwise] or [m.num_out for m in self.colwise]
         return max(widths)
+
+    def per_head(self) -> Iterator[nn.Parameter]:
+        """Parameters of the module around the heads with one number for each (sinks)."""
+        heads = self.width // self.grain
+        for owner in self.owners if self.grain > 1 else ():
+            for parameter in (
+                owner.parameters(recurse=False) if isinstance(owner, nn.Module) else ()
+            ):
+                if parameter.shape == (heads,):
+                    yield parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,14 +190,20 @@ def sharding_of(
 def _shares(region: Region) -> dict[int, Share]:
     unit, shares = region.unit, dict[int, Share]()
     for matrix in region.colwise:
-        multiple = matrix.num_out // unit
-        shares[id(matrix.weight)] = Share(unit=unit, multiple=multiple, dim=matrix.out_dim)
+        share = Share(
+            unit=unit,
+            multiple=matrix.num_out // unit,
+            dim=matrix.out_dim,
+            pieces=matrix.pieces,
+        )
+        shares[id(matrix.weight)] = share
         if matrix.bias is not None:
-            dim = matrix.bias.dim() - 1
-            shares[id(matrix.bias)] = Share(unit=unit, multiple=multiple, dim=dim)
+            shares[id(matrix.bias)] = replace(share, dim=matrix.bias.dim() - 1)
     for matrix in region.rowwise:
         multiple = matrix.num_in // unit
         shares[id(matrix.weight)] = Share(unit=unit, multiple=multiple, dim=matrix.in_dim)
+    for parameter in region.per_head():
+        shares[id(parameter)] = Share(unit=unit, multiple=len(parameter) // unit)
     return shares
 
 

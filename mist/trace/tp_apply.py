@@ -8,13 +8,13 @@ from mist.trace.tp import WIDTHS, Matrix, Sharding, matrix_of
 def undivided(model: nn.Module, sharding: Sharding) -> str | None:
     """Why the regions of a model cannot be divided, as the end of a sentence; None if they can.
 
-    Only linear layers can, and transformers' Conv1D, and nothing may stay whole on a rank.
+    Only linear layers can, transformers' Conv1D, and parameters with a matrix for each expert.
     """
-    if sharding.whole:
-        return "it has experts or attention that every rank would hold whole"
     modules = {id(module): (name, module) for name, module in model.named_modules()}
     for key, colwise in sharding.regions.items():
         row = matrix_of(modules[key][1])
+        if row is None and colwise == {key}:  # experts: one module with both
+            continue
         for name, module in (modules[key], *sorted(modules[each] for each in colwise)):
             kind, matrix = type(module), matrix_of(module)
             if (

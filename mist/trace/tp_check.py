@@ -13,10 +13,9 @@ from typing import Final
 import torch
 from sympy import Expr
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils._pytree import tree_leaves
 
 from mist.graph import B, S, T
-from mist.trace.call import Call
+from mist.trace.call import Call, tensors_in
 from mist.trace.kernels import RMS_NORM
 
 aten = torch.ops.aten
@@ -72,7 +71,7 @@ def mixing(call: Call, shape_of: ShapeOf) -> Iterator[str]:
     `shape_of` gives a tensor's shape in B, S, T; a dimension with T is divided.
     """
     packet = call.func.overloadpacket
-    inputs = [shape_of(t) for t in _tensors(call.arguments.values())]
+    inputs = [shape_of(t) for t in tensors_in([*call.arguments.values()])]
     if not any(map(_divided, inputs)) or packet in ALLOCATIONS:
         return
     if packet in PRODUCTS:
@@ -87,6 +86,17 @@ def mixing(call: Call, shape_of: ShapeOf) -> Iterator[str]:
             yield "goes over a divided dimension"
 
 
+def is_partial(call: Call, shape_of: ShapeOf) -> bool:
+    """Whether a forward call is a product whose result is this rank's part of a sum."""
+    return any(T in shape[dim].free_symbols for shape, dim in _operands(call, shape_of))
+
+
+def _operands(call: Call, shape_of: ShapeOf) -> list[tuple[Shape, int]]:
+    """The operands of a product, and the dimension of each that it sums over."""
+    sums = PRODUCTS.get(call.func.overloadpacket, ())
+    return [(shape_of(call.tensor(name)), dim) for name, dim in sums]
+
+
 def _divided(shape: Shape) -> list[int]:
     """The dimensions of which a rank holds a part."""
     return [dim for dim, size in enumerate(shape) if T in size.free_symbols]
@@ -98,12 +108,8 @@ def _keeps(func: OpOverload) -> bool:
 
 def _summed(call: Call, shape_of: ShapeOf) -> Iterator[str]:
     """A sum over a divided dimension is a partial one: right only before a region's reduction."""
-    operands = [
-        (shape_of(call.tensor(name)), dim) for name, dim in PRODUCTS[call.func.overloadpacket]
-    ]
-    partial = any(T in shape[dim].free_symbols for shape, dim in operands)
-    weights = any(not _has_tokens(shape) for shape, _ in operands)
-    if partial and not weights:
+    weights = any(not _has_tokens(shape) for shape, _ in _operands(call, shape_of))
+    if is_partial(call, shape_of) and not weights:
         yield "a product of activations sums over a divided dimension"
 
 
@@ -119,7 +125,7 @@ def _has_tokens(shape: Shape) -> bool:
 
 def _cut(call: Call, inputs: Sequence[Shape], shape_of: ShapeOf) -> Iterator[str]:
     """A part of the shards, or shards beside what every rank holds, is no shard of the whole."""
-    outputs = [shape_of(t) for t in _tensors([call.out])]
+    outputs = [shape_of(t) for t in tensors_in([call.out])]
     sizes = [size for shape in (*inputs, *outputs) for size in shape if T in size.free_symbols]
     if any((size * T).expand().has(T) for size in sizes):
         yield "puts shards and whole tensors beside each other"
@@ -144,7 +150,3 @@ def _mixed_dims(call: Call, shape: Shape) -> Iterable[int] | None:
     if isinstance(dims, list | tuple) and dims:
         return [int(dim) % ndim for dim in dims]
     return None
-
-
-def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mist.trace.session import Piece, Run
 from mist.trace.tp import Matrix, Region, Sharding, Unsupported, matrix_of, sharding_of
-from mist.trace.tp_plan import sharding_by_plan
+from mist.trace.tp_plan import own_plan, sharding_by_plan
 
 aten = torch.ops.aten
 
@@ -39,7 +39,6 @@ NORMS: Final = frozenset(
 )  # fmt: skip
 TOKEN_DIMS: Final = 3  # [batch, sequence, hidden]
 SCORE_DIMS: Final = 4
-GATHERING: Final = "rowwise_split_input"
 NO_TOKENS: Final = (
     "layers do not pass on [batch, sequence, hidden]: tensor parallelism is of no use; t = 1 only"
 )
@@ -59,8 +58,7 @@ def find_sharding(model: nn.Module, run: Run) -> Sharding:
         raise Unsupported("without a list of layers tensor parallelism is not planned; t = 1 only")
     matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
     blocks = [_Block(piece, run, matrices) for piece in layers]
-    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
-    if plan and GATHERING not in plan.values():
+    if (plan := own_plan(model)) is not None:
         sharding = sharding_by_plan(model, plan)
     elif all(map(_carries_tokens, layers)):
         regions = [region for block in blocks for region in block.regions()]

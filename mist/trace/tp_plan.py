@@ -6,6 +6,7 @@ with one matrix per expert in one parameter; routing in front of them works on a
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -23,14 +24,33 @@ from mist.trace.tp import (
     sharding_of,
 )
 
-COLWISE: Final = frozenset({"colwise", "packed_colwise", "colwise_gather_output"})
+PACKED: Final = "packed_colwise"  # gates beside inputs: two halves
+SIDE_BY_SIDE: Final = 2
+COLWISE: Final = frozenset({"colwise", PACKED, "colwise_gather_output"})
 ROWWISE: Final = frozenset({"rowwise", "packed_rowwise"})
 EMBEDDING: Final = frozenset({"embedding_rowwise", "colwise", "rowwise", "colwise_gather_output"})
 EXPERTS: Final = "moe_tp_experts"
+GATHERING: Final = "rowwise_split_input"
 # Styles whose matrices stay whole on every rank.
 WHOLE: Final = frozenset({"replicate", "replicated_with_grad_allreduce", "sequence_parallel"})
 
 Plan = Mapping[str, str]
+
+
+def own_plan(model: nn.Module) -> Plan | None:
+    """The model's plan, if it divides activations: not where it gathers what every matrix makes.
+
+    Nor where it names nothing but the vocabulary.
+    """
+    plan: Plan = getattr(model, "tp_plan", None) or {}
+    if GATHERING in plan.values():
+        return None
+    inside = (
+        _style(plan, path)
+        for path, module in model.named_modules()
+        if not _is_vocabulary(model, path, module)
+    )
+    return plan if any(style is not None and style not in WHOLE for style in inside) else None
 
 
 def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
@@ -43,7 +63,7 @@ def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
         parent = path.rpartition(".")[0]
         if style is None or style in WHOLE:
             continue
-        if isinstance(module, nn.Embedding) or _is_head(model, path, module):
+        if _is_vocabulary(model, path, module):
             vocabulary.append(_known(module, style, EMBEDDING, path))
         elif style == EXPERTS:
             regions[path] = _experts(plan, path, module)
@@ -60,7 +80,9 @@ def _style(plan: Plan, path: str) -> str | None:
     return next((style for rule, style in plan.items() if fnmatchcase(path, rule)), None)
 
 
-def _is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
+def _is_vocabulary(model: nn.Module, path: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Embedding):
+        return True
     get_head = getattr(model, "get_output_embeddings", None)
     return module is get_head() if get_head else "." not in path and isinstance(module, nn.Linear)
 
@@ -88,7 +110,8 @@ def _experts(plan: Plan, path: str, module: nn.Module) -> Region:
     for matrix, name in _stacked(module):
         style = _style(plan, f"{path}.{name}")
         if style in COLWISE:
-            region.colwise.append(matrix)
+            pieces = SIDE_BY_SIDE if style == PACKED else 1
+            region.colwise.append(replace(matrix, pieces=pieces))
         elif style in ROWWISE:
             region.rowwise.append(matrix)
     return region

@@ -122,12 +122,20 @@ def _graph(
         tied=tied,
         max_seq_len=model.max_seq_len,
         tp_limits=result.sharding.limits if result.sharding else None,
-        undivided=undivided(model.module, result.sharding) if result.sharding else None,
+        undivided=_undivided(model.module, result),
         sequential=result.run.sequential,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
         notes=result.notes,
     )
+
+
+def _undivided(model: nn.Module, result: Recorded) -> str | None:
+    """Why `mist apply` cannot divide a model whose shares are known."""
+    if result.sharding is None:
+        return None
+    unsummed = (words for piece in result.run.layers for words in piece.part.unsummed)
+    return undivided(model, result.sharding) or next(unsummed, None)
 
 
 def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:

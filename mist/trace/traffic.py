@@ -5,17 +5,16 @@ of `READS` or `WRITES` says what an operation leaves untouched: a gather reads t
 not the table. Views and allocations move nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils._pytree import tree_leaves
 
 from mist.facts import Traffic
-from mist.trace.call import Call
+from mist.trace.call import Call, tensors_in
 from mist.trace.expr import Size, num_bytes
 from mist.trace.kernels import RMS_NORM, RMS_NORM_BACKWARD
 
@@ -123,13 +122,9 @@ CLASSES: Final[Mapping[OpOverloadPacket, Traffic]] = MappingProxyType(
 )  # fmt: skip
 
 
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
-
-
 def _bytes(value: object) -> Size:
     """Bytes of the distinct tensors in a value."""
-    return sum((num_bytes(t) for t in {id(t): t for t in _tensors(value)}.values()), start=0)
+    return sum((num_bytes(t) for t in {id(t): t for t in tensors_in(value)}.values()), start=0)
 
 
 def _arguments_bytes(call: Call) -> Size:
@@ -264,7 +259,7 @@ def moves_bytes(func: OpOverload, out: object) -> bool:
     """Whether a call does work on the device at all: it is no view, allocation or size query."""
     view = func.is_view or torch.Tag.inplace_view in func.tags
     free = view or func.overloadpacket in ALLOCATIONS
-    return not free and any(True for _ in _tensors(out))
+    return not free and any(True for _ in tensors_in(out))
 
 
 def read_bytes(call: Call) -> Size:

@@ -35,8 +35,9 @@ OTHERS = (
     Variant(name="hsdp", stages=(S(dp=4, dp_replicate=2, zero=2),), micro=8),
 )
 PIECES = {
-    "tp2": Variant(name="pieces", model="gpt2.json", stages=(S(tp=2, sp=True),), micro=8),
-    "dp2": Variant(name="whole", model="gpt2.json", stages=(S(dp=2, zero=3),), micro=8),
+    f"{model} {name}": Variant(name=name, model=f"{model}.json", stages=stages, micro=8)
+    for model in ("gpt2", "qwen3-moe")
+    for name, stages in {"tp2": (S(tp=2, sp=True),), "dp2": (S(dp=2, zero=3),)}.items()
 }
 TWO = Variant(name="dp2", stages=(S(dp=2, zero=1),), micro=4)
 
@@ -57,14 +58,15 @@ def save(folder: Path, device: torch.device) -> None:
 
 
 def pieces(folder: Path, device: torch.device) -> None:
-    """A matrix that tp keeps in pieces (GPT-2): saved by either layout, read by both."""
+    """Matrices that tp keeps in pieces (of heads, of experts): saved by any layout, read by all."""
     losses = {}
     for name, variant in PIECES.items():
+        alike = {other: v for other, v in PIECES.items() if v.model == variant.model}
         run = Run(variant, folder, device, MAX_NORM, in_double)
         run.train(0, 2)
         checkpoints.save(run.parallel, folder / name, FACTS)
         losses[name] = [2, *run.train(2, 4)]
-        for other, again in PIECES.items():
+        for other, again in alike.items():
             losses[f"{name} to {other}"] = _resumed(again, folder, device, name)
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))

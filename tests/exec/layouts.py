@@ -57,12 +57,31 @@ MIXTURES = {  # three experts: no number of ranks divides them evenly
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
     },
+    # A first layer without experts, experts that see every token; attention that tp cannot divide.
+    "deepseek": {
+        **LLAMA,
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
 }
 # Tables that scale what they look up (Gemma), that have a row without a gradient (OPT's padding),
 # that are added before the layers (OPT's positions); norms of heads (Qwen3).
 FAMILIES = {
     "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 16, "sliding_window": 16},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
+    "one-kv-head": {**LLAMA, "num_key_value_heads": 1},  # attention is whole on every rank
     "opt": {
         "model_type": "opt",
         "vocab_size": VOCAB,

@@ -31,9 +31,10 @@ def test_matrices_in_pieces_are_saved_as_the_model_has_them(tmp_path: Path) -> N
     write_models(tmp_path)
     run_ranks(["-m", "tests.exec.elastic", "pieces", str(tmp_path)], 2, timeout_s=600)
     found = json.loads((tmp_path / "losses.json").read_text())
-    assert len(found) == 6
-    for losses in found.values():
-        assert losses == pytest.approx(found["dp2"], abs=MAX_LOSS)
+    assert len(found) == 12
+    for name, losses in found.items():
+        model = name.split()[0]
+        assert losses == pytest.approx(found[f"{model} dp2"], abs=MAX_LOSS)
 
 
 @pytest.mark.slow

@@ -36,6 +36,10 @@ TENSOR = (
         max_norm=0.5,
     ),
     Variant(name="gemma2 tied tp2 sp", model="gemma2.json", stages=(S(tp=2, sp=True),), micro=8),
+    Variant(name="one-kv-head tp2", model="one-kv-head.json", stages=(S(tp=2),), micro=8),
+    Variant(
+        name="one-kv-head tp2 sp", model="one-kv-head.json", stages=(S(tp=2, sp=True),), micro=8
+    ),
     Variant(name="opt tied tp2", model="opt.json", stages=(S(tp=2),), micro=8),
     Variant(name="opt tied tp2 sp", model="opt.json", stages=(S(tp=2, sp=True),), micro=8),
     Variant(name="qwen3 tp2 sp", model="qwen3.json", stages=(S(tp=2, sp=True),), micro=8),
@@ -136,6 +140,13 @@ PIPELINE = (
     ),
     Variant(
         name="pp2 zero-bubble vpp2",
+        kind=ZERO_BUBBLE,
+        stages=(S(layers=(1, 1)), S(layers=(1, 1))),
+        micro=4,
+    ),
+    Variant(  # layers that give views, which a chunk in the middle would pass on
+        name="opt tied pp2 zero-bubble vpp2",
+        model="opt.json",
         kind=ZERO_BUBBLE,
         stages=(S(layers=(1, 1)), S(layers=(1, 1))),
         micro=4,
@@ -280,12 +291,16 @@ ROUNDED = (
 )
 MIXTURES = tuple(
     Variant(name=f"{model} {kind}", model=f"{model}.json", stages=stages, micro=8)
-    for model in ("mixtral", "qwen3-moe", "gpt-oss")
+    for model in ("mixtral", "qwen3-moe", "gpt-oss", "deepseek")
     for kind, stages in {
         "zero3": (S(dp=2, zero=3, full=2),),
         "pp2": (S(layers=(2,)), S(layers=(2,))),
+        "tp2": (S(tp=2),),
+        "tp2 sp": (S(tp=2, sp=True, full=1),),
+        "dp2 tp2 sp zero3": (S(dp=2, tp=2, sp=True, zero=3),),
     }.items()
 )
+FAST_MIXTURES = tuple(v for v in MIXTURES if v.name in ("mixtral pp2", "deepseek tp2 sp"))
 HYBRID = (
     *(Variant(name=f"hsdp zero{z}", stages=(S(dp=4, dp_replicate=2, zero=z),)) for z in (1, 2, 3)),
     *(
@@ -311,7 +326,7 @@ VARIANTS = (
     *UNLIKE,
     *OFFLOAD[1::2],
     *ROUNDED,
-    *MIXTURES[:2],
+    *FAST_MIXTURES,
     *HYBRID,
 )
 
@@ -319,7 +334,7 @@ VARIANTS = (
 SLOW = (
     *(variant for index, variant in enumerate(FROZEN) if index % 3),
     *OFFLOAD[::2],
-    *MIXTURES[2:],
+    *(variant for variant in MIXTURES if variant not in FAST_MIXTURES),
     Variant(
         name="pp2 dp2 tp2 sp zero2",
         stages=(
