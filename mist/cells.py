@@ -27,8 +27,9 @@ from mist.pareto.hosts import num_crowded_out, stages_per_node
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.meshes import Place, depths, places
 from mist.pareto.points import Points, StackedMixes, stacked
+from mist.pareto.ranges import Ranges, layer_ranges, placed
 from mist.pareto.space import Floats, Strategies, offloading
-from mist.pareto.table import GroupModel, Ranges, Ties, layer_ranges, placed
+from mist.pareto.table import GroupModel, Ties
 from mist.plans import Limits
 from mist.schedule import forward_first
 from mist.spec import ScheduleKind

@@ -19,8 +19,9 @@ from mist.cells import Bounds, FixedStage, fixed_problem, joined
 from mist.estimate import Job, estimate
 from mist.pareto.layouts import Layout, StageChoice, stage_plans
 from mist.pareto.meshes import Place
+from mist.pareto.ranges import Ranges
 from mist.pareto.space import Group, Strategies, expressible, with_ratios
-from mist.pareto.table import GroupModel, Ranges
+from mist.pareto.table import GroupModel
 from mist.plans import Estimate, Limits, fullest_host_bytes
 from mist.spaces import OFFLOADED, SearchSpace
 

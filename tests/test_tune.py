@@ -11,8 +11,9 @@ import pytest
 from mist.errors import Infeasible, InputError
 from mist.estimate import Job, estimate
 from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.ranges import layer_ranges
 from mist.pareto.space import divisors, groups, offloading
-from mist.pareto.table import GroupModel, layer_ranges
+from mist.pareto.table import GroupModel
 from mist.plans import Limits, Offload, Schedule, StagePlan
 from mist.spaces import NO_RATIOS, SPACES, SearchSpace, narrowed
 from mist.spec import MemoryLevel, ScheduleKind

@@ -83,31 +83,40 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
 
 def _divide_layers(
     model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh
-) -> tuple[set[str], tuple[str, ...]]:
+) -> tuple[set[str], set[str]]:
     """Divide the layers; the modules at which regions are entered, and those that gather tokens."""
-    modules = dict(model.named_modules())
-    for (owner, attribute), value in rules.local.items():
-        if owner in modules:  # those of layers of other stages are not here
-            setattr(modules[owner], attribute, value)
     here = tuple(f"{name}." for name in part.layers)
-    for name, parts in rules.parts.items():
-        if name.startswith(here):
-            divide_parts(modules[name], parts, mesh)
+    _divide_own(model, rules, here, mesh)
     regions = [region for region in rules.regions if region.rowwise.startswith(here)]
     for region in regions:
         _divide_region(model, region, mesh, part)
     entered = {name for region in regions for name in region.entries.values()}
-    for name in sorted(entered):  # runs first: it is put before the others
-        enter = partial(_enter, mesh=mesh, sp=part.sp, batch=part.micro_batch)
-        _on_entry(model.get_submodule(name), enter)
-    for name in {region.block or region.rowwise for region in regions}:
-        leave = _leave if part.sp else _add_up
-        _on_exit(model.get_submodule(name), partial(leave, mesh=mesh, batch=part.micro_batch))
-    whole = tuple(name for name in rules.whole if name.startswith(here)) if part.sp else ()
-    for name in whole:
-        _on_entry(model.get_submodule(name), partial(_gather, mesh=mesh, batch=part.micro_batch))
-        _on_exit(model.get_submodule(name), partial(_own, mesh=mesh, batch=part.micro_batch))
+    left = {region.block or region.rowwise for region in regions}
+    whole = {name for name in rules.whole if part.sp and name.startswith(here)}
+    own: Any = {"mesh": mesh, "batch": part.micro_batch}
+    _on_all(model, entered, _on_entry, partial(_enter, sp=part.sp, **own))
+    _on_all(model, left, _on_exit, partial(_leave if part.sp else _add_up, **own))
+    _on_all(model, whole, _on_entry, partial(_gather, **own))
+    _on_all(model, whole, _on_exit, partial(_own, **own))
     return entered, whole
+
+
+def _divide_own(
+    model: nn.Module, rules: TensorRules, here: tuple[str, ...], mesh: DeviceMesh
+) -> None:
+    """Numbers that are smaller on a rank, and parameters that torch's styles do not know."""
+    modules = dict(model.named_modules())
+    for (owner, attribute), value in rules.local.items():
+        if owner in modules:  # those of layers of other stages are not here
+            setattr(modules[owner], attribute, value)
+    for name, parts in rules.parts.items():
+        if name.startswith(here):
+            divide_parts(modules[name], parts, mesh)
+
+
+def _on_all(model: nn.Module, names: set[str], hook: Callable[..., None], cross: Any) -> None:  # noqa: ANN401 (a partial of ours)
+    for name in sorted(names):
+        hook(model.get_submodule(name), cross)
 
 
 def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: Part) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.estimate import Job
+from mist.pareto.ranges import Ranges, kinds_of
 from mist.pareto.space import Floats, Group
-from mist.pareto.table import GroupModel, Ranges, kinds_of
+from mist.pareto.table import GroupModel
 from mist.spec import ScheduleKind
 
 

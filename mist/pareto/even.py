@@ -14,9 +14,10 @@ from mist.estimate import fill_seconds
 from mist.pareto.dealing import dealt_layers
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.points import Points, StackedMixes, stacked
+from mist.pareto.ranges import Ranges, layer_ranges, placed
 from mist.pareto.space import Floats, Ints
 from mist.pareto.split import even_split
-from mist.pareto.table import GroupModel, Ranges, layer_ranges, placed
+from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.schedule import step_time
 from mist.spec import MemoryLevel

@@ -22,6 +22,7 @@ import numpy as np
 
 from mist.estimate import Job
 from mist.pareto.even import stage_layers
+from mist.pareto.ranges import Ranges, layer_ranges, placed
 from mist.pareto.space import (
     Floats,
     Group,
@@ -32,7 +33,7 @@ from mist.pareto.space import (
     with_least_memory,
 )
 from mist.pareto.split import even_split
-from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
+from mist.pareto.table import GroupModel, Mixes
 from mist.plans import Limits
 from mist.spaces import SearchSpace
 

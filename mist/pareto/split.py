@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mist.pareto.ranges import Ranges
 from mist.pareto.space import Floats, Ints
-from mist.pareto.table import Ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

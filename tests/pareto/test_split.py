@@ -9,9 +9,10 @@ import pytest
 from mist.estimate import estimate
 from mist.pareto.even import alike_layouts, even_layouts
 from mist.pareto.layouts import stage_plans
+from mist.pareto.ranges import Ranges, layer_ranges
 from mist.pareto.space import groups, offloading
 from mist.pareto.split import even_split
-from mist.pareto.table import GroupModel, Ranges, layer_ranges
+from mist.pareto.table import GroupModel
 from mist.plans import Limits
 from mist.spaces import NO_RATIOS, SPACES, SearchSpace
 from mist.spec import ScheduleKind

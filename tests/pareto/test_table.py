@@ -9,8 +9,9 @@ import pytest
 
 from mist.estimate import Job, count_columns, make_job, position_columns, strategy_columns
 from mist.pareto.points import Points, stacked
+from mist.pareto.ranges import Ranges, layer_ranges, placed
 from mist.pareto.space import Group, divisors, groups, offloading
-from mist.pareto.table import GroupModel, Mixes, Ranges, layer_ranges, placed
+from mist.pareto.table import GroupModel, Mixes
 from mist.plans import ONE_F_ONE_B, Limits
 from mist.spaces import NO_RATIOS, SearchSpace
 from mist.spec import MemoryLevel, Precision, ScheduleKind
@@ -92,6 +93,16 @@ def test_frontiers_are_those_of_every_stage_tried(
     assert compared(job, space, limit) >= 3 or limit < 0.6e9
 
 
+@pytest.mark.parametrize("limit", [0.7e9, 8e9])
+def test_frontiers_of_chunks_of_unequal_size(limit: float) -> None:
+    job = toy_job(toy_graph((8,), vocab=4096), 2, global_batch=8, gpu="h100-sxm")
+    interleaved = (ScheduleKind.INTERLEAVED,)
+    space = SearchSpace(
+        pp=(2,), micro_batch=(2,), chunks=(2,), schedules=interleaved, offload=RATIOS
+    )
+    assert compared(job, space, limit, stride=1) >= 3
+
+
 @pytest.mark.parametrize("limit", [1.0e9, 1.5e9])
 def test_frontiers_where_the_optimizers_step_is_the_peak(limit: float) -> None:
     """A step that makes 60 bytes a parameter: more than what activations hold."""
@@ -105,7 +116,7 @@ def test_frontiers_where_the_optimizers_step_is_the_peak(limit: float) -> None:
     assert compared(job, space, limit) >= 3
 
 
-def compared(job: Job, space: SearchSpace, limit: float) -> int:
+def compared(job: Job, space: SearchSpace, limit: float, *, stride: int = 2) -> int:
     """How many points of the frontiers there are, all of which are those of stages alone."""
     limits = Limits(device_bytes=limit, host_bytes=0.6e9)
     checked = 0
@@ -114,7 +125,7 @@ def compared(job: Job, space: SearchSpace, limit: float) -> int:
         for i in range(model.group.num_stages):
             allowed = placed(ranges, job.num_layers, model.group.num_stages, i)
             table = stacked(mixes_at(model, i, ranges, limits), model.weight_s(i, ranges))
-            for r in np.flatnonzero(allowed)[::2]:
+            for r in np.flatnonzero(allowed)[::stride]:
                 first, count = int(ranges.first[r]), int(ranges.count[r])
                 alone = stages_alone(model, i, first, mixes_of(model, count))
                 fits = (alone["peak_bytes"] <= limit) & (alone["host_bytes"] <= 0.6e9)
