@@ -14,8 +14,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mist.errors import InputError
+from mist.exec.draw import seed_of
 from mist.exec.grid import Grid
-from mist.exec.weights import seed_of
 from mist.spec import Workload
 from mist.trace.loader import TOKENS, LoadedModel
 

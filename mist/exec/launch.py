@@ -31,6 +31,11 @@ ASKING: Final = (signal.SIGINT, signal.SIGTERM)
 STOPPED: Final = {128 + number: number for number in ASKING}  # exit codes of ranks that were asked
 
 
+# Unless the user says otherwise: one thread, and memory that tensors of any size can share, as
+# copies beside the computation free theirs late and pools of several streams would grow apart.
+DEFAULTS: Final = {"OMP_NUM_THREADS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
 class RankFailed(MistError):
     """A rank died; the message has its number and the end of what it printed."""
 
@@ -77,7 +82,8 @@ def run_ranks(
 ) -> None:
     """Run `python *command` as every rank and wait for all of them.
 
-    Ranks find themselves through RANK, LOCAL_RANK, WORLD_SIZE and MIST_RENDEZVOUS. SIGTERM and
+    Ranks find themselves through RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, WORLD_SIZE and
+    MIST_RENDEZVOUS. SIGTERM and
     Ctrl-C are passed on; the second one ends all at once. `held`: open files that ranks keep open
     too, so that locks on them last as long as any rank. Raises RankFailed with the cause of the
     first failure, also at the time limit, and Stopped after a signal.
@@ -96,10 +102,10 @@ def _start(
     command: Sequence[str], number: int, num_ranks: int, folder: Path, held: Sequence[int]
 ) -> Rank:
     errors = (folder / f"errors-{number}").open("w+b")
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    defaults = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
     process = subprocess.Popen(
         [sys.executable, *command],
-        env={**os.environ, **_environment(number, num_ranks, folder), "OMP_NUM_THREADS": threads},
+        env={**os.environ, **_environment(number, num_ranks, folder), **defaults},
         stdin=subprocess.PIPE,
         stdout=2,  # progress is no result
         stderr=errors,
@@ -113,6 +119,7 @@ def _environment(number: int, num_ranks: int, folder: Path) -> Mapping[str, str]
     return {
         "RANK": str(number),
         "LOCAL_RANK": str(number),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
         "WORLD_SIZE": str(num_ranks),
         "MIST_RENDEZVOUS": f"file://{folder / 'rendezvous'}",
     }

@@ -20,8 +20,10 @@ from mist.exec.anatomy import Anatomy
 from mist.exec.batch_shape import planned_shape
 from mist.exec.batches import micro_batch, own_rows, to_device
 from mist.exec.clock import Clock
+from mist.exec.draw import Whole, initial_values
 from mist.exec.flows import Flows, flows_of
 from mist.exec.grid import chunk_layers
+from mist.exec.group import warm_up
 from mist.exec.measure import Measured, Recorder
 from mist.exec.meshes import Place, new_groups, take_place
 from mist.exec.parts import ONE_PIECE, Pieces
@@ -31,7 +33,7 @@ from mist.exec.split import Chunk, cut
 from mist.exec.sums import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.swap import Swapper
 from mist.exec.tensor import Part, divide
-from mist.exec.weights import Whole, fill, whole_values
+from mist.exec.weights import fill
 from mist.exec.zero import COMPUTE, Level, begin_backward, shard
 from mist.plans import Plan, StagePlan
 from mist.spec import MemoryLevel
@@ -139,7 +141,9 @@ def assemble(
         first_on_host = job.stage.num_layers - num_on_host - done
         built[index] = _chunk(job, layers, of_layers[done:], max(first_on_host, 0))
         done += len(layers)
-    return Parallel(job, built, settings)
+    parallel = Parallel(job, built, settings)
+    warm_up(parallel.groups(), device)
+    return parallel
 
 
 def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
@@ -153,7 +157,8 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, {})[own] = parameter
     for owner, own_parameters in owners.items():
-        values = whole_values(subject.loaded.module, owner, seed)
+        device = parallel.place.device
+        values = initial_values(subject.loaded.module, owner, seed, device)
         for name, parameter in own_parameters.items():
             own_pieces = pieces.get(f"{owner}.{name}", ONE_PIECE)
             fill(parameter, values[name], pieces=own_pieces)
@@ -323,6 +328,13 @@ class Parallel:
     def chunks(self) -> tuple[Built, ...]:
         """The chunks of layers of this rank."""
         return tuple(self._chunks.values())
+
+    def groups(self) -> Iterator[dist.ProcessGroup]:
+        """Every group that this rank has collectives or transfers in, in the order of all ranks."""
+        for mesh in (self.place.dp_mesh, self.place.tp_mesh):
+            yield from mesh.get_all_groups()
+        yield self.place.column
+        yield from {id(each.group): each.group for each in self._tied}.values()
 
     @property
     def axes(self) -> dict[str, str]:

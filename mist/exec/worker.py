@@ -21,6 +21,7 @@ from mist.exec import checkpoints
 from mist.exec.adamw import Settings
 from mist.exec.anatomy import examine
 from mist.exec.batches import Batches
+from mist.exec.draw import seed_of
 from mist.exec.folder import Checkpoint, last_of
 from mist.exec.group import joined
 from mist.exec.launch import ASKING, LOST, Stopped
@@ -30,7 +31,6 @@ from mist.exec.parallel import Parallel, Subject, assemble, initialise, subject_
 from mist.exec.preflight import same_facts
 from mist.exec.runlog import RunLog, say
 from mist.exec.stored import stored_weights
-from mist.exec.weights import seed_of
 from mist.planfile import load_plan
 from mist.plans import Plan
 from mist.refusals import refuse_unplayable, refuse_world

@@ -303,10 +303,10 @@ class Knobs(Record):
 class Loading(Record):
     """What every rank has in host memory while its weights are made.
 
-    `module_bytes_per_param`: of the largest module that a rank has part of, whole.
+    `part_bytes_per_param`: of its part of the largest parameter.
     """
 
-    module_bytes_per_param: Quantity
+    part_bytes_per_param: Quantity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

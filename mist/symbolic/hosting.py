@@ -1,4 +1,4 @@
-"""Bytes in host memory, by block: offloaded states, on their way in a step, modules as drawn.
+"""Bytes in host memory, by block: offloaded states, on their way in a step, parameters as drawn.
 
 See `mist.host_memory`.
 """
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import sympy
 from sympy import Expr
 
-from mist.graph import Block, ModelGraph, Param
+from mist.graph import ModelGraph, Param
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import Setting
+from mist.symbolic.block import Setting, rank_numbers
 from mist.symbolic.slots import hosted_by_tensor, hosted_bytes
 from mist.symbolic.states import bucket_params, frozen_weight_ratio
 
@@ -76,17 +76,13 @@ def _held(setting: Setting, state: str, params: Sequence[Param]) -> Expr:
 
 
 def drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
-    """Bytes of the largest module of each block, whole, as every rank of a stage draws it."""
+    """Bytes of what a rank draws at a time: its part of the largest parameter of each block."""
     ends = {"embed": graph.embed, "head": graph.head}
     blocks = ends | {str(kind): block for kind, block in enumerate(graph.blocks)}
-    each = runtime.loading.module_bytes_per_param.value if runtime.loading else 0.0
-    return {f"{x}_drawn_bytes": each * _largest_module(block) for x, block in blocks.items()}
-
-
-def _largest_module(block: Block) -> Expr:
-    """The most numbers that one module of a block has in parameters of its own."""
-    of_modules: dict[str, int] = {}
-    for param in block.params:
-        owner = param.name.rpartition(".")[0]
-        of_modules[owner] = of_modules.get(owner, 0) + param.num_reals
-    return sympy.Integer(max(of_modules.values(), default=0))
+    each = runtime.loading.part_bytes_per_param.value if runtime.loading else 0.0
+    return {
+        f"{x}_drawn_bytes": each
+        * sym.larger(0, *dict.fromkeys(map(rank_numbers, block.params)))
+        / sym.SHARD
+        for x, block in blocks.items()
+    }

@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from mist.exec.anatomy import examine
 from mist.exec.batches import Batches
+from mist.exec.draw import Whole
 from mist.exec.group import joined
 from mist.exec.loading import load
 from mist.exec.parallel import assemble, initialise, subject_of
 from mist.exec.stored import Tensor, stored_weights
-from mist.exec.weights import Whole
 from mist.spec import Attention
 from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
 from tests.exec.parity import SEED, difference, settings

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from mist.exec.anatomy import examine
 from mist.exec.loading import load
 from mist.exec.parallel import Parallel, build, subject_of
-from mist.exec.weights import whole_values
 from mist.spec import Attention
 from tests.exec.double import in_double, wide
+from tests.exec.drawn import whole_values
 from tests.exec.layouts import BATCH, SEQ_LEN, VOCAB, Variant, plan_of
 from tests.exec.masked_layouts import LAYOUTS, MORE
 from tests.exec.parity import SEED, settings, write_errors

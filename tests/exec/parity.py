@@ -24,10 +24,10 @@ from mist.exec.group import joined
 from mist.exec.launch import run_ranks
 from mist.exec.loading import load
 from mist.exec.parallel import Parallel, build, subject_of
-from mist.exec.weights import whole_values
 from mist.spec import Attention
 from mist.trace.loader import LoadedModel
 from tests.exec.double import in_double, wide
+from tests.exec.drawn import whole_values
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of
 from tests.exec.variants import SLOW, VARIANTS
 

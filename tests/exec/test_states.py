@@ -14,9 +14,9 @@ from mist.exec.batches import Batches, own_rows
 from mist.exec.grid import Grid
 from mist.exec.loading import load
 from mist.exec.swap import Copy, Swapper
-from mist.exec.weights import whole_values
 from mist.exec.zero import divided_dim
 from mist.spec import Attention, MemoryLevel, Optimizer, Precision, Workload
+from tests.exec.drawn import whole_values
 from tests.exec.layouts import VOCAB, write_models
 
 CPU = torch.device("cpu")
