@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+KIB: Final = 1024
 MIB: Final = 1024**2
 GIB: Final = 1024**3
 GB: Final = 10**9

@@ -101,7 +101,9 @@ def apply(
 @app.command()
 def profile(
     *,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda [what mist apply uses].")] = (
+        "auto"
+    ),
     ranks: Annotated[
         int | None, typer.Option("--ranks", help="Ranks at once [all there is room for, of 2^k].")
     ] = None,
@@ -111,7 +113,7 @@ def profile(
     ),
 ) -> None:
     """Measure this machine into a profile: mist plan MODEL --gpus N --cluster ./local.yaml."""
-    from mist.exec.profiling import Request
+    from mist.exec.profiling import Request, num_gpus
     from mist.files import write_text
     from mist.platform.machine import dump_machine
     from mist.report.costs import print_machine
@@ -119,6 +121,8 @@ def profile(
     from mist.workflow.profiling import profile as measure
 
     check_out(out)
+    if device == "auto":
+        device = "cuda" if num_gpus() else "cpu"
     request = Request(device=device, num_ranks=ranks or num_places(device), seconds=seconds)
     with redirect_stdout(sys.stderr):
         machine = measure(request, out.stem, progress)

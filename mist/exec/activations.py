@@ -98,6 +98,14 @@ class _Pass:
     known: dict[object, tuple[StorageWeakRef, _Saved | None]] = field(default_factory=dict)
     fetched: bool = False
 
+    def leave(self) -> None:
+        """Let what computes next wait till all of it is on the host: two layers are on their way.
+
+        Else a device that computes faster than it copies would keep what it should not.
+        """
+        if self.saved:
+            self.saved[-1].out.wait()  # copies end in the order in which they began
+
 
 class Offloader:
     """Takes a share of the bytes that the layers of a chunk save to the host."""
@@ -119,6 +127,8 @@ class Offloader:
         self, layer: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object
     ) -> object:
         before = self._latest
+        if before is not None and before.before is not None:
+            before.before.leave()
         current = _Pass(
             before=before,
             parameters=frozenset(_storage(p) for p in layer.parameters()),

@@ -94,6 +94,8 @@ class AdamW:
         leaving: list[Copy] = []
         for index, bucket in enumerate(buckets):
             here = [tuple(copy.wait() for copy in copies) for copies in coming]
+            if leaving:
+                leaving[-1].wait()  # the bucket before is gone: three are never here at once
             coming = self._fetch(buckets[index + 1]) if index + 1 < len(buckets) else []
             self._update(here, scale)
             leaving += self._put_back(bucket, here)

@@ -33,7 +33,8 @@ STOPPED: Final = {128 + number: number for number in ASKING}  # exit codes of ra
 
 # Unless the user says otherwise: one thread, and memory that tensors of any size can share, as
 # copies beside the computation free theirs late and pools of several streams would grow apart.
-DEFAULTS: Final = {"OMP_NUM_THREADS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+ALLOCATOR: Final = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+DEFAULTS: Final = {"OMP_NUM_THREADS": "1", **ALLOCATOR}
 
 
 class RankFailed(MistError):

@@ -2,8 +2,9 @@
 
 Every operation passes through a dispatch mode. Live bytes are those of tensor storages: counted
 when an operation makes one, no longer when it is freed or FSDP2 resizes it to nothing. On CUDA the
-allocator's own peak is exact and costs nothing, so storages are counted on the CPU only. A
-collective is counted once, with the bytes of the whole buffer (gathered, or before scattering).
+allocator's own peaks are exact and cost nothing, and a step whose operations are counted is bound
+by the host: memory and collectives are of different steps there. A collective is counted once, with
+the bytes of the whole buffer (gathered, or before scattering).
 """
 
 import weakref
@@ -45,10 +46,28 @@ NAMESPACES: Final = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One step of one rank. `peak_bytes`: of the device, states included."""
+    """One step of one rank. `peak_bytes`: of the device, states included.
+
+    On CUDA the bytes of blocks in use, those included that are freed but that a stream still reads;
+    beside it what tensors alone took, what the allocator had of the device, and how often it had to
+    give memory back and try again. `collectives`: none where nothing counted them.
+    """
 
     peak_bytes: int
-    collectives: tuple[Collective, ...]
+    collectives: tuple[Collective, ...] = ()
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    num_alloc_retries: int | None = None
+
+
+def allocated(stats: Mapping[str, int]) -> Measured:
+    """What CUDA's caching allocator says of a step (`torch.cuda.memory_stats`)."""
+    return Measured(
+        peak_bytes=stats["active_bytes.all.peak"],
+        allocated_bytes=stats["allocated_bytes.all.peak"],
+        reserved_bytes=stats["reserved_bytes.all.peak"],
+        num_alloc_retries=stats["num_alloc_retries"],
+    )
 
 
 Rows = Mapping[tuple[str, str], tuple[int, int]]

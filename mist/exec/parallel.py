@@ -6,7 +6,7 @@ FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedu
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -24,7 +24,7 @@ from mist.exec.draw import Whole, initial_values
 from mist.exec.flows import Flows, flows_of
 from mist.exec.grid import chunk_layers
 from mist.exec.group import warm_up
-from mist.exec.measure import Measured, Recorder
+from mist.exec.measure import Measured, Recorder, allocated
 from mist.exec.meshes import Place, new_groups, take_place
 from mist.exec.parts import ONE_PIECE, Pieces
 from mist.exec.pipeline import Pipeline, Shell
@@ -297,23 +297,22 @@ class Parallel:
             self.optimizer.zero_grad()
         return loss, norm
 
-    def measured_step(self, batch: object) -> tuple[Step, Measured]:
-        """A step that is watched: slower on the CPU, where every operation is counted."""
-        place, swapper = self.place, self.swapper
-        cuda = place.device.type == "cuda"
-        held = [] if cuda else chain(*self.states(on_host=False).values())
-        recorder = Recorder(held, self.axes)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(place.device)
-        swapper.quietly = recorder.on_host
+    def counted_step(self, batch: object) -> tuple[Step, Measured]:
+        """A step of which every operation is counted: slower, and on CUDA not as it runs else."""
+        recorder = Recorder(chain(*self.states(on_host=False).values()), self.axes)
+        self.swapper.quietly = recorder.on_host
         with recorder:
             step = self.train_step(batch)
-        swapper.quietly = nullcontext
-        measured = recorder.measured()
-        if cuda:
-            peak = torch.cuda.max_memory_allocated(place.device)
-            measured = replace(measured, peak_bytes=peak)
-        return step, measured
+        self.swapper.quietly = nullcontext
+        return step, recorder.measured()
+
+    def measured_step(self, batch: object) -> tuple[Step, Measured]:
+        """A step with its peak: on CUDA the allocator's own, of a step like any other."""
+        if self.place.device.type != "cuda":
+            return self.counted_step(batch)
+        torch.cuda.reset_peak_memory_stats(self.place.device)
+        step = self.train_step(batch)
+        return step, allocated(torch.cuda.memory_stats(self.place.device))
 
     def states(self, *, on_host: bool) -> dict[str, list[torch.Tensor]]:
         """What the device, or the host, holds between steps: parameters, moments, buffers."""

@@ -46,12 +46,16 @@ def global_norm(
     Each rank adds up its shards; what several ranks hold counts once.
     """
     shared = {id(each.parameter) for each in tied}
-    total = torch.zeros((), device=device)
+    alike: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
     for parameter in parameters.values():
         if parameter.grad is not None:
             copies = _copies(parameter, tp) * (2 if id(parameter) in shared else 1)
-            square = at_least_fp32(local(parameter.grad)).pow(2).sum() / copies
-            total += square.to(device)
+            grad = at_least_fp32(local(parameter.grad))
+            alike.setdefault((grad.device, copies), []).append(grad)
+    total = torch.zeros((), device=device)
+    for (_, copies), grads in alike.items():  # those in host memory cross once, as one number
+        norms = torch.stack(torch._foreach_norm(grads))
+        total += (norms.square().sum() / copies).to(device)
     dist.all_reduce(total)
     return total.sqrt()
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from mist.exec.batches import Batches
 from mist.exec.draw import seed_of
 from mist.exec.folder import Checkpoint, last_of
 from mist.exec.group import joined
-from mist.exec.launch import ASKING, LOST, Stopped
+from mist.exec.launch import ALLOCATOR, ASKING, LOST, Stopped
 from mist.exec.loading import load
 from mist.exec.options import RunOptions
 from mist.exec.parallel import Parallel, Subject, assemble, initialise, subject_of
@@ -35,14 +35,18 @@ from mist.planfile import load_plan
 from mist.plans import Plan
 from mist.refusals import refuse_unplayable, refuse_world
 
+Watch = Literal["memory", "collectives"]
 OF_PEERS = ("gloo", "NCCL", "Connection", "Timed out", "Broken pipe")  # words of errors by peers
 CHANGEABLE = ("lr", "data", "global_batch", "seq_len")  # a resumed run may differ in, and says so
-WATCHED = 1  # the step (from 0) whose memory and collectives are measured: the first with moments
+WATCHED = 1  # the step (from 0) whose memory is measured: the first with moments; on a CPU all
+COUNTED = 2  # the step whose collectives are counted where that disturbs what is measured (CUDA)
 
 
 def main(argv: list[str]) -> int:
     """Run a rank; the exit code. A traceback is printed unless the input is refused."""
     warnings.filterwarnings("ignore", module=r"torch\..*")
+    for name, value in ALLOCATOR.items():  # torchrun starts ranks without our launcher
+        os.environ.setdefault(name, value)
     try:
         run(RunOptions.parse(argv[0]))
     except MistError as error:
@@ -110,6 +114,13 @@ def _asked_to_stop() -> Iterator[_Stop]:
             signal.signal(each, handler)
 
 
+def _watch(index: int, last: int, device: torch.device) -> Watch | None:
+    """What is measured in the step of this index of a run, whose last has index `last`."""
+    if index == min(WATCHED, last):
+        return "memory"
+    return "collectives" if device.type == "cuda" and index == COUNTED else None
+
+
 @dataclass(slots=True, kw_only=True)
 class _Training:
     """The loop over steps."""
@@ -134,7 +145,7 @@ class _Training:
         first = self._begin(subject)
         for number in range(first, self.options.steps):
             last = self.options.steps - first - 1
-            self._step(number, watched=number - first == min(WATCHED, last))
+            self._step(number, _watch(number - first, last, self.parallel.place.device))
             done = number + 1
             asked = self._anyone_asked()
             if self._due(done, ending=asked > 0):
@@ -180,22 +191,25 @@ class _Training:
         self._say("; ".join([f"weights: of {last.path}; resumed after step {done}", *words]))
         return done
 
-    def _step(self, number: int, *, watched: bool) -> None:
+    def _step(self, number: int, watch: Watch | None) -> None:
         batch = self.batches.step(number)
         place = self.parallel.place
         # Dropout draws the same, resumed or not; ranks that share samples draw alike.
         torch.manual_seed(seed_of(self.options.seed, "step", number, place.stage, place.i))
         begin = time.perf_counter()
-        if watched:
+        measured = None
+        if watch is None:
+            step = self.parallel.train_step(batch)
+        elif watch == "memory":
             step, measured = self.parallel.measured_step(batch)
         else:
-            step = self.parallel.train_step(batch)
+            step, measured = self.parallel.counted_step(batch)
         if place.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         parts = self._stage_parts()
-        if watched:
-            self._gather(asdict(measured))
+        if measured is not None:
+            self._gather(asdict(measured), watch)
         if dist.get_rank() == 0:
             done = {
                 "step": number + 1,
@@ -205,7 +219,8 @@ class _Training:
                 "seconds": seconds,
                 "stages": parts,
             }
-            self.log.step(done, self.plan.workload.tokens_per_step, measured=watched)
+            slow = watch is not None and (place.device.type != "cuda" or watch != "memory")
+            self.log.step(done, self.plan.workload.tokens_per_step, measured=slow)
 
     def _stage_parts(self) -> list[dict[str, float]]:
         """Seconds of the parts of the step just done: of each stage, the mean of its ranks."""
@@ -219,7 +234,7 @@ class _Training:
         names = [f"{part}_s" for part in mine]
         return [dict(zip(names, row, strict=True)) for row in means]
 
-    def _gather(self, measured: dict[str, Any]) -> None:
+    def _gather(self, measured: dict[str, Any], watch: Watch | None) -> None:
         """What the first rank of every stage measured, and the highest peak of its ranks."""
         place = self.parallel.place
         mine = {"stage": place.stage, "rank": place.rank, **measured}
@@ -227,8 +242,15 @@ class _Training:
         dist.all_gather_object(every, mine)
         for index in range(len(self.plan.stages)):
             rows = [row for row in every if row["stage"] == index]
-            peak = max(row["peak_bytes"] for row in rows)
-            self.log.stages.append({**rows[0], "peak_bytes": peak})
+            if watch == "collectives":
+                self.log.stages[index]["collectives"] = rows[0]["collectives"]
+                continue
+            highest = {
+                name: max(row[name] for row in rows)
+                for name, value in rows[0].items()
+                if name.endswith("_bytes") and value is not None
+            }
+            self.log.stages.append({**rows[0], **highest})
 
     def _anyone_asked(self) -> int:
         """The signal that any rank was asked to end by; 0: none."""

@@ -21,7 +21,6 @@ from mist.spec import Precision
 from mist.units import MICROSECOND
 
 ATTENTION: Final = (TabledOp.ATTENTION_FORWARD, TabledOp.ATTENTION_BACKWARD)
-MEASURED_ATTENTION: Final = Precision.FP32
 
 
 def device_of(readings: Readings, name: str, cluster: str, kernels: str) -> Device:
@@ -30,7 +29,8 @@ def device_of(readings: Readings, name: str, cluster: str, kernels: str) -> Devi
     hbm = max(_rate(row) for row in _memory_rows(readings))
     tiny = next(readings.of("kernel"))
     gemm = {precision: gemm_law(readings, precision, hbm) for precision in Precision}
-    peak = gemm[MEASURED_ATTENTION].peak_flop_per_s.value
+    attention = _attention_precision(readings)
+    peak = gemm[attention].peak_flop_per_s.value
     return Device(
         schema="mist.device/1",
         name=name,
@@ -46,7 +46,7 @@ def device_of(readings: Readings, name: str, cluster: str, kernels: str) -> Devi
         bandwidth_ratio=_bandwidths(readings, hbm),
         gemm=gemm,
         gemm_fp8=None,
-        flash_attention=_flash(readings, peak),
+        flash_attention=_flash(readings, attention, peak),
         tables=_tables(readings),
         kernels="cuda" if kernels == "cuda" else "cpu",
     )
@@ -132,12 +132,17 @@ def gemm_law(readings: Readings, precision: Precision, hbm: float) -> GemmLaw:
     )
 
 
-def _flash(readings: Readings, peak: float) -> FlashAttention:
+def _attention_precision(readings: Readings) -> Precision:
+    """The precision in which attention was measured: that of training on this kind of device."""
+    return next(p for p in Precision if any(readings.of(f"{ATTENTION[0]} {p}")))
+
+
+def _flash(readings: Readings, precision: Precision, peak: float) -> FlashAttention:
     """Laws through the two longest sequences of each head size.
 
     t = t0 + F (1 + s0 / s) / (e peak): the rate F / t at two lengths gives e and s0.
     """
-    forward, backward = (_attention_rows(readings, op) for op in ATTENTION)
+    forward, backward = (list(readings.of(f"{op} {precision}")) for op in ATTENTION)
     heads = sorted({row.sizes["head_dim"] for row in forward})
     least = min(row.sizes["seq"] for row in forward)
     ratios = {
@@ -146,7 +151,7 @@ def _flash(readings: Readings, peak: float) -> FlashAttention:
     }
     long_, short = sorted(ratios)[-1], sorted(ratios)[-2]
     ramp = max((ratios[short] - ratios[long_]) / (1 / short - 1 / long_), 0.0)
-    full = next(readings.of(f"attention_full {MEASURED_ATTENTION}"))
+    full = next(readings.of(f"attention_full {precision}"))
     words = f"causal attention, {spread(forward)}"
     laws = tuple(_law([r for r in forward if r.sizes["head_dim"] == d], peak) for d in heads)
     masked_s = forward[-1].seconds
@@ -160,10 +165,6 @@ def _flash(readings: Readings, peak: float) -> FlashAttention:
         backward_ramp_tokens=figure(ramp, words),
         backward_min_tokens=figure(least, words),
     )
-
-
-def _attention_rows(readings: Readings, op: TabledOp) -> list[Reading]:
-    return list(readings.of(f"{op} {MEASURED_ATTENTION}"))
 
 
 def _law(rows: Sequence[Reading], peak: float) -> AttentionLaw:

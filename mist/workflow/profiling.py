@@ -46,12 +46,20 @@ def machine_of(readings: Readings, request: Request, name: str) -> Machine:
     return Machine(
         schema=SCHEMA,
         what=f"{readings.about['name']}; {request.num_ranks} ranks at once, about "
-        f"{request.seconds:.0f} s, other programs had {others:.0%} of the processors",
+        f"{request.seconds:.0f} s, other programs had {others:.0%} of the processors"
+        f"{_driven(readings.about)}",
         runtime=RUNTIME,
         device=device,
         cluster=_cluster(readings, request, name, device.name),
         values=dict(_values(readings, device)),
     )
+
+
+def _driven(about: Mapping[str, str | float]) -> str:
+    """How a GPU was driven behind the products, as a part of a sentence."""
+    units = {"sm_clock_mhz": "MHz", "power_w": "W", "temperature_c": "degrees C"}
+    words = [f"{about[name]:g} {unit}" for name, unit in units.items() if name in about]
+    return f"; under load {', '.join(words)}" if words else ""
 
 
 def _cluster(readings: Readings, request: Request, name: str, device: str) -> Cluster:

@@ -17,7 +17,7 @@ def main(folder: Path, out: Path, names: list[str]) -> None:
         for name in names:
             run = Run(variant_of(name), folder, device, max_norm=None)
             run.train(0, 1)
-            _, measured = run.parallel.measured_step(run.batches.step(0))
+            _, measured = run.parallel.counted_step(run.batches.step(0))
             rows = [asdict(row) for row in measured.collectives]
             found[name] = {"peak_bytes": measured.peak_bytes, "collectives": rows}
         if dist.get_rank() == 0:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.readings import Reading
+from mist.exec.profiling.sizes import Sizes
 
 SAMPLE_S: Final = 2e-3
 LEAST, MOST = 5, 40  # samples of a reading
@@ -29,7 +30,7 @@ Call = Callable[[], object]
 
 @dataclass(slots=True, kw_only=True)
 class Clock:
-    """Measures on one device.
+    """Measures on one device, at sizes of its kind.
 
     `reading_s`: how long one reading may take. Sizes at which one call takes more than `longest_s`
     are left out. A reading during which other programs were busy is taken again, and the quietest
@@ -37,6 +38,7 @@ class Clock:
     """
 
     device: torch.device
+    sizes: Sizes
     reading_s: float
     longest_s: float
     patience_s: float
@@ -122,6 +124,13 @@ class Clock:
         seconds = (time.perf_counter() - begin) / repeats
         del held
         return seconds
+
+    def warm(self, call: Call) -> None:
+        """Repeat a call for as long as the device takes to get warm: clocks fall under load."""
+        end = time.monotonic() + self.sizes.warm_s
+        while time.monotonic() < end:
+            call()
+            self.wait()
 
     def wait(self) -> None:
         """Until the device has done what it was given."""

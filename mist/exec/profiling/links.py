@@ -8,11 +8,6 @@ import torch
 import torch.distributed as dist
 
 from mist.exec.profiling.clock import Call, Clock
-from mist.units import MIB
-
-SIZES_BYTES: Final = (*(4**i * 1024 for i in range(8)), 32 * MIB)  # 1 KiB to 16 MiB, 32 MiB
-SENT_BYTES: Final = (16 * 1024, 256 * 1024, 2 * MIB, 8 * MIB)
-BESIDE_BYTES: Final = 8 * MIB
 
 Start = Callable[[torch.Tensor, torch.Tensor, Any, bool], Any]
 
@@ -42,7 +37,7 @@ def read_collectives(clock: Clock) -> None:
     while size <= dist.get_world_size():
         group, _ = dist.new_subgroups(size)
         for name, start in COLLECTIVES.items():
-            for num_bytes in SIZES_BYTES:
+            for num_bytes in clock.sizes.collective_bytes:
                 whole, part = _buffers(clock.device, num_bytes, size)
                 sizes = {"bytes": num_bytes, "group": size}
                 clock.read(name, sizes, lambda: start(whole, part, group, False))  # noqa: B023
@@ -57,7 +52,7 @@ def _buffers(device: torch.device, num_bytes: int, size: int) -> tuple[torch.Ten
 def read_transfers(clock: Clock) -> None:
     """Neighbours (0 and 1, 2 and 3, ...): one sends, the other receives, and back again."""
     rank = dist.get_rank()
-    for num_bytes in SENT_BYTES:
+    for num_bytes in clock.sizes.sent_bytes:
         tensor = torch.zeros(num_bytes // 4, device=clock.device)
 
         def both_ways() -> None:
@@ -72,10 +67,11 @@ def read_transfers(clock: Clock) -> None:
 
 def read_beside(clock: Clock) -> None:
     """Computation, a collective and copies: each alone, and the others beside computation."""
-    whole, part = _buffers(clock.device, BESIDE_BYTES, dist.get_world_size())
+    whole, part = _buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
     here = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
     group = dist.group.WORLD
-    x_NN = torch.randn(512, 512, device=clock.device)
+    width = clock.sizes.beside_width
+    x_NN = torch.randn(width, width, device=clock.device)
     collective_s = clock.read(
         "beside collective", {}, lambda: _all_gather(whole, part, group, False)
     )
@@ -122,7 +118,7 @@ def read_waiting(clock: Clock) -> None:
 
     FSDP2 issues its collectives this way, on a stream of their own where there are streams.
     """
-    whole, part = _buffers(clock.device, BESIDE_BYTES, dist.get_world_size())
+    whole, part = _buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
     for name, start in COLLECTIVES.items():
         call = partial(start, whole, part, dist.group.WORLD, False)
         clock.note(f"{name} waits", {}, clock.waits_ratio(call))

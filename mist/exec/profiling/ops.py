@@ -17,32 +17,25 @@ from mist.exec.profiling.clock import Call, Clock
 from mist.exec.sums import clip_scale, global_norm
 from mist.exec.swap import Swapper
 from mist.spec import Precision
-from mist.units import MIB
 
 DTYPES: Final = {
     Precision.FP32: torch.float32,
     Precision.BF16: torch.bfloat16,
     Precision.FP16: torch.float16,
 }
-GEMM_SIZES: Final = (32, 128, 512, 2048, 8192)
-PROBE_SIZE: Final = 512  # square product that tells how fast a precision is
 FAST_RATIO: Final = 0.25  # of the fastest precision; the others get a small table
-SMALL_SIZES: Final = (128, 512)
-SEQUENCES, SEQ_LENS, HEAD_DIMS = (4, 32), (64, 256, 1024), (64, 128)
-MEMORY_BYTES: Final = (1 * MIB, 4 * MIB, 16 * MIB)
 COLUMNS: Final = 1024
-NUM_PARAMS: Final = 1 << 20  # of one tensor of the optimizer
-NUM_TENSORS: Final = 4
 CHAIN: Final = 16  # tiny operations in a row
 
 
 def read_products(clock: Clock) -> None:
     """Every precision: the grid of sizes that it is fast enough for."""
-    rates = {p: 2 * PROBE_SIZE**3 / _probe_s(clock, p) for p in DTYPES}
+    probe = clock.sizes.probe
+    rates = {p: 2 * probe**3 / _probe_s(clock, p) for p in DTYPES}
     for precision, rate in rates.items():
         fast = rate >= FAST_RATIO * max(rates.values())
-        sizes = [s for s in GEMM_SIZES if 2 * s**3 / rate <= clock.longest_s]
-        sizes = sizes if fast else [s for s in sizes if s in SMALL_SIZES]
+        sizes = [s for s in clock.sizes.gemm if 2 * s**3 / rate <= clock.longest_s]
+        sizes = sizes if fast else [s for s in sizes if s in clock.sizes.small_gemm]
         for m, n, k in product(sizes, repeat=3):
             calls = _products(clock.device, DTYPES[precision], m, n, k)
             size = DTYPES[precision].itemsize
@@ -52,7 +45,8 @@ def read_products(clock: Clock) -> None:
 
 
 def _probe_s(clock: Clock, precision: Precision) -> float:
-    calls = _products(clock.device, DTYPES[precision], *[PROBE_SIZE] * 3)
+    calls = _products(clock.device, DTYPES[precision], *[clock.sizes.probe] * 3)
+    clock.warm(calls[0])
     return clock.read(f"probe {precision}", {}, *calls)
 
 
@@ -63,9 +57,12 @@ def _products(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) 
     return [lambda: a_MK @ b_NK.t(), lambda: a_MK @ b_KN, lambda: a_KM.t() @ b_KN]
 
 
-def read_attention(clock: Clock, precision: Precision) -> None:
+def read_attention(clock: Clock) -> None:
     """Forward and backward of causal attention, and one forward without a mask."""
-    for sequences, seq, head in product(SEQUENCES, _lengths(clock, precision), HEAD_DIMS):
+    precision = clock.sizes.attention
+    for sequences, seq, head in product(
+        clock.sizes.sequences, _lengths(clock, precision), clock.sizes.head_dims
+    ):
         sizes = {"sequences": sequences, "seq": seq, "head_dim": head}
         shape = (1, sequences, seq, head)
         inputs = q, k, v = [
@@ -84,12 +81,14 @@ def read_attention(clock: Clock, precision: Precision) -> None:
 
 def _lengths(clock: Clock, precision: Precision) -> list[int]:
     """Sequence lengths that do not take too long; two at least."""
-    shape = (1, SEQUENCES[-1], SEQ_LENS[0], HEAD_DIMS[-1])
+    sizes = clock.sizes
+    shape = (1, sizes.sequences[-1], sizes.seq_lens[0], sizes.head_dims[-1])
     x = torch.randn(shape, device=clock.device, dtype=DTYPES[precision])
     forward = partial(F.scaled_dot_product_attention, x, x, x, is_causal=True)
     shortest_s = clock.read("probe attention", {}, forward)
-    kept = [s for s in SEQ_LENS if shortest_s * (s / SEQ_LENS[0]) ** 2 <= clock.longest_s]
-    return kept if len(kept) > 1 else list(SEQ_LENS[:2])
+    lengths = sizes.seq_lens
+    kept = [s for s in lengths if shortest_s * (s / lengths[0]) ** 2 <= clock.longest_s]
+    return kept if len(kept) > 1 else list(lengths[:2])
 
 
 def _forward_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Call:
@@ -99,7 +98,7 @@ def _forward_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Te
 
 def read_memory_bound(clock: Clock) -> None:
     """One kernel of each class at several sizes; `bytes`: read and written, as a trace counts."""
-    for num_bytes in MEMORY_BYTES:
+    for num_bytes in clock.sizes.memory_bytes:
         rows = num_bytes // (4 * COLUMNS)
         x_RD, y_RD = (torch.randn(rows, COLUMNS, device=clock.device) for _ in range(2))
         for traffic, passes, calls in _kernels(x_RD, y_RD):
@@ -151,9 +150,10 @@ def _kernels(x_RD: torch.Tensor, y_RD: torch.Tensor) -> Iterator[tuple[str, floa
 
 def read_copies(clock: Clock) -> None:
     """From host memory to the device and back."""
-    there = torch.randn(MEMORY_BYTES[-1] // 4, device=clock.device)
+    num_bytes = clock.sizes.memory_bytes[-1]
+    there = torch.randn(num_bytes // 4, device=clock.device)
     here = torch.randn(there.shape, pin_memory=clock.device.type == "cuda")
-    sizes = {"bytes": float(MEMORY_BYTES[-1])}
+    sizes = {"bytes": float(num_bytes)}
     clock.read("host_to_device", sizes, lambda: there.copy_(here))
     clock.read("device_to_host", sizes, lambda: here.copy_(there))
 
@@ -161,8 +161,8 @@ def read_copies(clock: Clock) -> None:
 def read_optimizer(clock: Clock) -> None:
     """One step of AdamW with the norm for clipping; `params`: parameters updated."""
     parameters = {
-        str(i): torch.nn.Parameter(torch.randn(NUM_PARAMS, device=clock.device))
-        for i in range(NUM_TENSORS)
+        str(i): torch.nn.Parameter(torch.randn(clock.sizes.num_params, device=clock.device))
+        for i in range(clock.sizes.num_tensors)
     }
     swapper = Swapper(clock.device)
     optimizer = AdamW(Settings(), swapper, list(make_slots(parameters, frozenset(), 0.0, swapper)))
@@ -173,12 +173,12 @@ def read_optimizer(clock: Clock) -> None:
         norm = global_norm(parameters, 1, (), clock.device)
         optimizer.step(clip_scale(norm, 1.0))
 
-    clock.read("optimizer", {"params": NUM_TENSORS * NUM_PARAMS}, step)
+    clock.read("optimizer", {"params": clock.sizes.num_tensors * clock.sizes.num_params}, step)
 
 
 def read_ahead(clock: Clock) -> None:
     """How soon products return to the host, and when their work is done."""
-    a_NN = torch.randn(PROBE_SIZE, PROBE_SIZE, device=clock.device)
+    a_NN = torch.randn(clock.sizes.probe, clock.sizes.probe, device=clock.device)
 
     def several() -> None:
         for _ in range(CHAIN):

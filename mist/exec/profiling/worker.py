@@ -3,10 +3,12 @@
 import os
 import platform
 import resource
+import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,14 +22,14 @@ from mist.exec.profiling import layers, links, ops
 from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.clock import Clock
 from mist.exec.profiling.readings import Readings, Request
+from mist.exec.profiling.sizes import SIZES
 from mist.exec.runlog import say
-from mist.spec import Precision
 
 Part = Callable[[Clock], None]
 
 ON_DEVICE: Final[dict[str, Part]] = {
     "matrix products": ops.read_products,
-    "attention": lambda clock: ops.read_attention(clock, Precision.FP32),
+    "attention": ops.read_attention,
     "memory-bound operations": ops.read_memory_bound,
     "copies": ops.read_copies,
     "optimizer": ops.read_optimizer,
@@ -40,10 +42,15 @@ BETWEEN: Final[dict[str, Part]] = {
     "overlap": links.read_beside,
     "waiting": links.read_waiting,
 }
-NUM_READINGS: Final = 260  # about as many as there are; the time is divided among them
 LONGEST_RATIO: Final = 1 / 200  # of the time asked for, for one call
 PATIENCE_RATIO: Final = 1.5  # of the time asked for, on top, where other programs are busy
 TIMEOUT_S: Final = 300.0
+DRIVEN: Final = {
+    "clocks.sm": "sm_clock_mhz",
+    "clocks.mem": "memory_clock_mhz",
+    "power.draw": "power_w",
+    "temperature.gpu": "temperature_c",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -70,19 +77,23 @@ def run(request: Request, out: Path) -> None:
     with joined(TIMEOUT_S) as device:
         torch.manual_seed(dist.get_rank())
         own_bytes, before = _own_bytes(device), Busy.now()
+        sizes = SIZES[device.type]
         clock = Clock(
             device=device,
-            reading_s=request.seconds / NUM_READINGS,
+            sizes=sizes,
+            reading_s=request.seconds / sizes.num_readings,
             longest_s=LONGEST_RATIO * request.seconds,
             patience_s=PATIENCE_RATIO * request.seconds,
         )
         parts = ON_DEVICE | (BETWEEN if request.num_ranks > 1 else {})
+        warm: dict[str, str | float] = {}
         for name, part in parts.items():
             _say(f"measuring {name}")
             part(clock)
+            warm = warm or _driven(device)  # behind the products, which drive it hardest
         others = clock.others_ratio(Busy.now().since(before))
         if dist.get_rank() == 0:
-            about = _about(device) | {"own_bytes": own_bytes, "others_ratio": others}
+            about = _about(device) | {"own_bytes": own_bytes, "others_ratio": others} | warm
             readings = Readings(about=about, rows=tuple(clock.rows))
             out.write_text(readings.dump(), encoding="utf-8")
 
@@ -95,6 +106,30 @@ def _about(device: torch.device) -> dict[str, str | float]:
         return {"name": found.name, "host_bytes": host_bytes, "bytes": float(found.total_memory)}
     each = host_bytes / dist.get_world_size()
     return {"name": _processor(), "host_bytes": host_bytes, "bytes": each}
+
+
+def _driven(device: torch.device) -> dict[str, str | float]:
+    """How a GPU is driven just now, as its driver says; nothing where that cannot be asked."""
+    if device.type != "cuda":
+        return {}
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    command = ["nvidia-smi", f"--query-gpu={','.join(DRIVEN)}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(
+            [*command, f"--id=GPU-{own}"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return driven(told.stdout)
+
+
+def driven(told: str) -> dict[str, str | float]:
+    """What a line of numbers by nvidia-smi says; those that it does not know are left out."""
+    found: dict[str, str | float] = {}
+    for name, word in zip(DRIVEN.values(), told.split(","), strict=False):
+        with suppress(ValueError):
+            found[name] = float(word)
+    return found
 
 
 def _own_bytes(device: torch.device) -> float:

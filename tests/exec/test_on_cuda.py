@@ -1,0 +1,101 @@
+"""What is done on a GPU only, as far as a CPU can show it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mist.exec import group
+from mist.exec.activations import Offloader
+from mist.exec.launch import DEFAULTS
+from mist.exec.measure import Measured, allocated
+from mist.exec.swap import Copy, Swapper
+from mist.exec.worker import _watch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_memory_is_the_allocators_of_a_step_like_any_other() -> None:
+    """On CUDA collectives are counted in the step behind: counting binds a step to the host."""
+    assert [_watch(i, 9, CUDA) for i in range(4)] == [None, "memory", "collectives", None]
+    assert [_watch(i, 9, CPU) for i in range(4)] == [None, "memory", None, None]
+    assert [_watch(i, 0, CUDA) for i in range(1)] == ["memory"]
+
+
+def test_blocks_that_a_stream_still_reads_are_in_the_peak() -> None:
+    found = allocated(
+        {
+            "active_bytes.all.peak": 7,
+            "allocated_bytes.all.peak": 5,
+            "reserved_bytes.all.peak": 11,
+            "num_alloc_retries": 1,
+        }
+    )
+    assert found == Measured(
+        peak_bytes=7, allocated_bytes=5, reserved_bytes=11, num_alloc_retries=1
+    )
+
+
+def test_segments_expand_unless_the_user_says_otherwise() -> None:
+    assert DEFAULTS["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_no_more_than_two_layers_are_on_their_way_to_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    layer_of: dict[int, int] = {}
+
+    class Noted(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            order.append(f"run {self.number}")
+            return x.sin()
+
+    class Slow(Swapper):
+        def to_host(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> Copy:
+            copy = super().to_host(tensor, into)
+            layer_of[id(copy)] = int(order[-1].split()[1])
+            return copy
+
+    wait = Copy.wait
+
+    def noted(copy: Copy) -> torch.Tensor:
+        if id(copy) in layer_of:
+            order.append(f"wait {layer_of[id(copy)]}")
+        return wait(copy)
+
+    monkeypatch.setattr(Copy, "wait", noted)
+    layers = [Noted(number) for number in range(5)]
+    offloader = Offloader(1.0, Slow(CPU))
+    for layer in layers:
+        offloader.attach(layer)
+    x = torch.ones(4, requires_grad=True)
+    offloader.start()
+    for layer in layers:
+        x = layer(x)
+    want = ["run 0", "run 1", "wait 0", "run 2", "wait 1", "run 3", "wait 2", "run 4"]
+    assert order == want
+
+
+class _Lost(Exception):
+    pass
+
+
+@pytest.mark.parametrize("abort", [True, False])
+def test_a_group_is_aborted_where_peers_may_be_stuck(
+    abort: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(
+        group.distributed_c10d, "_abort_process_group", lambda: done.append("abort")
+    )
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroy"))
+    with pytest.raises(_Lost), group._left(abort=abort):
+        raise _Lost
+    with group._left(abort=abort):
+        pass
+    assert done == ["abort" if abort else "destroy", "destroy"]
