@@ -9,9 +9,15 @@ PYTHON := $(shell for p in python3.11 python3 python; do \
 TORCH := torch==2.13.0
 INSTALLED := .venv/.installed
 BIN := .venv/bin
+GPU_PYTHON ?= python3
+GPU_PYTHON_VERSION ?= 3.12
+GPU_NEEDS := pulp==3.3.2 highspy==1.15.1 'pandas>=2.2' 'typer>=0.15' 'pydantic>=2.9,<3' 'platformdirs>=4.3'
+GPU_HAS := numpy packaging typing_extensions pyyaml
+OUT ?= gpu-check
 SOURCES := mist tests examples benchmarks cli.py
 
 .PHONY: help plan test coverage test-slow check bench accuracy format mutants golden
+.PHONY: gpu-check gpu-bundle
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +50,16 @@ check: $(INSTALLED)  ## format, lint, types, import contracts, budgets
 
 bench: $(INSTALLED)  ## speed of the planner
 	set -e; for f in benchmarks/*.py; do $(BIN)/python "$$f"; done
+
+gpu-check:  ## the whole loop on one GPU, at most 8 minutes (GPU_PYTHON=, OUT=)
+	$(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
+gpu-bundle: $(INSTALLED)  ## what gpu-check needs beside torch and transformers, as wheels
+	$(BIN)/python -m pip download --quiet --dest gpu-bundle --python-version $(GPU_PYTHON_VERSION) \
+		--implementation cp --only-binary=:all: --platform any --platform manylinux2014_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 $(GPU_NEEDS)
+	cd gpu-bundle && rm -f $(foreach name,$(GPU_HAS),$(name)-*.whl)  # come with the other two
+	@du -sm gpu-bundle
 
 accuracy: $(INSTALLED)  ## docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
 	$(BIN)/python benchmarks/calibrations/accuracy.py $(RUNS) $(STAGES)

@@ -35,12 +35,16 @@ class Copy:
 
 
 class Swapper:
-    """One stream out and one stream in. `quietly`: what host memory is allocated in (`measure`)."""
+    """One stream out and one stream in. `quietly`: what host memory is allocated in (`measure`).
 
-    def __init__(self, device: torch.device) -> None:
+    `beside` False: copies wait for the computation and it for them, which tells what hides them.
+    """
+
+    def __init__(self, device: torch.device, *, beside: bool = True) -> None:
         self.device = device
         self.quietly: Callable[[], AbstractContextManager[object]] = nullcontext
-        self._asynchronous = device.type == "cuda"
+        self._pins = device.type == "cuda"
+        self._asynchronous = self._pins and beside
         self._out = torch.cuda.Stream(device) if self._asynchronous else None
         self._in = torch.cuda.Stream(device) if self._asynchronous else None
 
@@ -64,7 +68,7 @@ class Swapper:
     def empty_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory of a tensor's shape and strides, pinned where that helps."""
         with self.quietly():
-            return torch.empty_like(tensor, device="cpu", pin_memory=self._asynchronous)
+            return torch.empty_like(tensor, device="cpu", pin_memory=self._pins)
 
     def _after_current(self, stream: "torch.cuda.Stream | None") -> AbstractContextManager[object]:
         if stream is None:
