@@ -1,6 +1,6 @@
-"""The loop on this machine: measure it, plan layouts of a small Llama, train them, compare.
+"""The loop on this machine: measure it, plan layouts of a small model, train them, compare.
 
-python benchmarks/local_loop.py FOLDER [--seconds 75] [--steps 7] [--rounds 2]
+python benchmarks/local_loop.py FOLDER [--model llama] [--ranks 2] [--seconds 75] [--steps 7]
 
 Prints a table in Markdown with a row for each layout, and the errors in all. All layouts are
 trained in turn, `--rounds` times, so that a machine that drifts does so for all of them; each waits
@@ -35,8 +35,8 @@ from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.profiling import profile
 from mist.workflow.question import Question
 
-NUM_RANKS: Final = 2
-SEQ_LEN, GLOBAL_BATCH = 256, 8
+SEQ_LEN = 256
+SAMPLES_PER_RANK: Final = 4
 LLAMA: Final = {
     "model_type": "llama",
     "vocab_size": 4096,
@@ -50,6 +50,18 @@ LLAMA: Final = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+GPT2: Final = {
+    "model_type": "gpt2",
+    "vocab_size": 6000,
+    "n_embd": 384,
+    "n_layer": 6,
+    "n_head": 6,
+    "n_positions": SEQ_LEN,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+MODELS: Final = {"llama": LLAMA, "gpt2": GPT2}
 LAYOUTS: Final = {
     "zero0 mb4": HandLayout(zero=0, micro_batch=4),
     "zero0 mb1": HandLayout(zero=0, micro_batch=1),
@@ -64,6 +76,21 @@ LAYOUTS: Final = {
     "pp2 mb1": HandLayout(pp=2, micro_batch=1),
     "pp2 mb2": HandLayout(pp=2, micro_batch=2),
 }
+OF_FOUR: Final = {
+    "zero0 mb2": HandLayout(zero=0, micro_batch=2),
+    "zero1 mb2": HandLayout(zero=1, micro_batch=2),
+    "zero2 mb1": HandLayout(zero=2, micro_batch=1),
+    "zero3 mb4": HandLayout(zero=3, micro_batch=4),
+    "zero3 mb2 full": HandLayout(zero=3, micro_batch=2, checkpoint="full"),
+    "tp2 zero1 mb4": HandLayout(tp=2, zero=1, micro_batch=4),
+    "tp2 zero3 mb4": HandLayout(tp=2, zero=3, micro_batch=4),
+    "pp2 zero0 mb2": HandLayout(pp=2, micro_batch=2),
+    "pp2 zero1 mb2": HandLayout(pp=2, zero=1, micro_batch=2),
+    "pp2 tp2 mb2": HandLayout(pp=2, tp=2, micro_batch=2),
+    "pp2 mb2 selective": HandLayout(pp=2, micro_batch=2, checkpoint="selective"),
+    "pp4 mb2": HandLayout(pp=4, micro_batch=2),
+}
+OF_RANKS: Final = {2: LAYOUTS, 4: OF_FOUR}
 QUIET_RATIO, MOST_WAIT_S = 0.1, 60.0
 
 
@@ -94,18 +121,18 @@ def wait_for_quiet() -> None:
             return
 
 
-def plan_file(name: str, folder: Path) -> Path:
+def plan_file(name: str, folder: Path, model: str, num_ranks: int) -> Path:
     """Plan a layout by the measured profile."""
     question = Question(
-        model=str(folder / "llama.json"),
-        num_gpus=NUM_RANKS,
-        cluster=str(folder / "local.yaml"),
+        model=str(folder / f"{model}.json"),
+        num_gpus=num_ranks,
+        cluster=str(folder / f"local-{num_ranks}.yaml"),
         seq_len=SEQ_LEN,
-        global_batch=GLOBAL_BATCH,
+        global_batch=SAMPLES_PER_RANK * num_ranks,
         precision=Precision.FP32,
     )
-    path = folder / f"{name.replace(' ', '-')}.yaml"
-    save_plan(check_layout(question, LAYOUTS[name]).plan, path)
+    path = folder / f"{model}-{num_ranks}-{name.replace(' ', '-')}.yaml"
+    save_plan(check_layout(question, OF_RANKS[num_ranks][name]).plan, path)
     return path
 
 
@@ -160,22 +187,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75.0)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--model", choices=list(MODELS), default="llama")
+    parser.add_argument("--ranks", type=int, choices=list(OF_RANKS), default=2)
+    parser.add_argument("--layouts", nargs="*")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    (asked.folder / "llama.json").write_text(json.dumps(LLAMA))
-    local = asked.folder / "local.yaml"
+    (asked.folder / f"{asked.model}.json").write_text(json.dumps(MODELS[asked.model]))
+    local = asked.folder / f"local-{asked.ranks}.yaml"
     if not local.exists():
         wait_for_quiet()
-        request = Request(device="cpu", num_ranks=NUM_RANKS, seconds=asked.seconds)
-        made = profile(request, "local", lambda message: print(message, file=sys.stderr))
+        request = Request(device="cpu", num_ranks=asked.ranks, seconds=asked.seconds)
+        made = profile(request, local.stem, lambda message: print(message, file=sys.stderr))
         local.write_text(dump_machine(made))
     machine = find_machine(str(local))
     assert machine is not None
     print(machine.profile.what)
     print("| layout | measured step | predicted | off by | measured peak | predicted | off by "
           "| others |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
-    paths = {name: plan_file(name, asked.folder) for name in asked.layouts}
+    names = asked.layouts or OF_RANKS[asked.ranks]
+    paths = {name: plan_file(name, asked.folder, asked.model, asked.ranks) for name in names}
     logs: dict[str, list[tuple[RunLog, float]]] = {name: [] for name in paths}
     for number in range(asked.rounds):
         for name, path in paths.items():

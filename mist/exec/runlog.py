@@ -1,13 +1,13 @@
 """The log of a run: a line for each step, and one JSON file. Torch-free.
 
-{"steps": [{"step": 1, "loss": 5.5, "norm": 1.2, "lr": 3e-4, "seconds": 0.4, "tokens_per_s": 1024.0,
-    "stages": [{"forward_s": 0.1, "backward_s": 0.2, "sums_s": 0.01, "optimizer_s": 0.05}, ...]},
-    ...],
+{"steps": [{"step": 1, "loss": 5.5, "norm": 1.2, "lr": 3e-4, "seconds": 0.4, "wall_s": 0.5,
+    "tokens_per_s": 1024.0, "stages": [{"forward_s": 0.1, "backward_s": 0.2, "sums_s": 0.01,
+    "optimizer_s": 0.05}, ...]}, ...],
  "stages": [{"peak_bytes": 123, "rank": 0, "collectives": [...]}, ...], "resumed_after": 0, ...}
 
-`norm`: of the gradient, before clipping. `mist compare PLAN LOG` and `mist calibrate PLAN LOG` read
-the steps behind `resumed_after`: those before may have had another layout. The file appears whole
-or not at all, after every step.
+`norm`: of the gradient, before clipping. `wall_s`: with making the batch and gathering this log.
+`mist compare PLAN LOG` and `mist calibrate PLAN LOG` read the steps behind `resumed_after`: those
+before may have had another layout. The file appears whole or not at all, after every step.
 """
 
 import json

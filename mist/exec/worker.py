@@ -192,6 +192,7 @@ class _Training:
         return done
 
     def _step(self, number: int, watch: Watch | None) -> None:
+        woken = time.perf_counter()
         batch = self.batches.step(number)
         place = self.parallel.place
         # Dropout draws the same, resumed or not; ranks that share samples draw alike.
@@ -217,6 +218,7 @@ class _Training:
                 "norm": step.norm,
                 "lr": self.parallel.optimizer.settings.lr,
                 "seconds": seconds,
+                "wall_s": time.perf_counter() - woken,
                 "stages": parts,
             }
             slow = watch is not None and (place.device.type != "cuda" or watch != "memory")
