@@ -1,11 +1,12 @@
-# Everything runs in .venv, made on first use: a clean checkout needs Python 3.11, git and make.
+# Everything runs in .venv, made on first use: a clean checkout needs Python 3.11 to 3.13, git, make.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export OMP_NUM_THREADS := 1
 
-PYTHON := $(shell for p in python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$p && break; done)
 TORCH := torch==2.13.0
 INSTALLED := .venv/.installed
 BIN := .venv/bin
@@ -23,7 +24,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(INSTALLED): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found on the path." >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 was not found on the path." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'

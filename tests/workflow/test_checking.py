@@ -112,8 +112,8 @@ def test_host_memory_must_hold_it_too() -> None:
     layout = HandLayout(zero=1, offload=Offload(optimizer=1.0))
     found = check(layout)
     assert found.fits
-    # Both moments, 8 bytes of each parameter over 8 ranks; and what each draws, whole, in fp32.
-    drawn = 4 * 8 * 32000 * 1024
+    # Both moments, 8 bytes of each parameter over 8 ranks; and the part that each draws, in fp32.
+    drawn = 4 * 32000 * 1024
     rounding = 8 * 2 * 2 * (2**24 - 4 * 32000 * 1024 // 8)  # of the ends, as above
     needed = 8 * toy_graph().num_params + rounding + drawn
     assert found.host.loading_bytes == needed
