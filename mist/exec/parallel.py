@@ -33,6 +33,7 @@ from mist.exec.split import Chunk, cut
 from mist.exec.sums import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.swap import Swapper
 from mist.exec.tensor import Part, divide
+from mist.exec.torch_versions import refuse_missing
 from mist.exec.weights import fill
 from mist.exec.zero import COMPUTE, Level, begin_backward, shard
 from mist.plans import Plan, StagePlan
@@ -129,7 +130,11 @@ def assemble(
     settings: Settings,
     memory: Memory = nullcontext,
 ) -> "Parallel":
-    """This rank's part of the model, without values. `memory`: within which it is allocated."""
+    """This rank's part of the model, without values. `memory`: within which it is allocated.
+
+    Raises ModelError for a plan that this version of torch cannot run.
+    """
+    refuse_missing(plan)
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
     pieces = chunk_layers(plan, place.stage)

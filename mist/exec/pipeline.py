@@ -27,6 +27,7 @@ from mist.exec.clock import Clock
 from mist.exec.flows import Flows
 from mist.exec.grid import Grid, Span, transfers
 from mist.exec.meshes import Place
+from mist.exec.torch_versions import known_by_older_names, param_groups
 from mist.exec.zero import begin_backward, groups
 from mist.plans import Plan
 from mist.spec import ScheduleKind
@@ -111,6 +112,7 @@ class _Arriving:
     backward: dict[int, _Whole] = field(default_factory=dict)
 
 
+@known_by_older_names
 class Stage(PipelineStage):
     """One chunk of layers of a rank. `index` counts chunks along the pipeline."""
 
@@ -285,7 +287,7 @@ def reduce_gradients(root: nn.Module) -> None:
     root.set_reshard_after_backward(True)
     root.set_requires_gradient_sync(True)
     for module in groups(root):
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in param_groups(module):
             group.post_backward()
     end_of_step(root)
 
