@@ -18,11 +18,13 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
 
+from mist.errors import InputError, MistError
 from mist.exec.folder import FACTS, Checkpoint, checkpoints
 from mist.exec.parallel import Parallel
 from mist.exec.parts import joined, read_within, take_apart
@@ -66,7 +68,23 @@ def _remove(checkpoint: Path) -> None:
 
 
 def resume(parallel: Parallel, last: Checkpoint) -> int:
-    """Go on from a checkpoint; the number of steps done."""
+    """Go on from a checkpoint; the number of steps done. Raises InputError where it is damaged."""
+    try:
+        state = _read(parallel, last)
+    except MistError:
+        raise
+    except (Exception, CheckpointException) as error:  # whatever zip files and pickles raise
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]
+        raise InputError(
+            f"{last.path} cannot be read ({type(error).__name__}: {reason}). Remove it to go on "
+            "from the checkpoint before it."
+        ) from error
+    _take_apart(parallel, state)
+    parallel.optimizer.num_steps = last.step
+    return last.step
+
+
+def _read(parallel: Parallel, last: Checkpoint) -> dict[str, torch.Tensor]:
     with _without_noise():
         known = FileSystemReader(last.path).read_metadata().state_dict_metadata
         # Earlier versions saved no buffers; everything else must be there.
@@ -76,9 +94,7 @@ def resume(parallel: Parallel, last: Checkpoint) -> int:
             if name in known or not name.startswith(BUFFER)
         }
         load(state, checkpoint_id=last.path)
-    _take_apart(parallel, state)
-    parallel.optimizer.num_steps = last.step
-    return last.step
+    return state
 
 
 def _state(parallel: Parallel) -> dict[str, torch.Tensor]:

@@ -45,6 +45,24 @@ def steps(log: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut", "empty", "gone"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(folder: Path, how: str) -> None:
+    plan, saved = plan_file(TWO, folder), folder / f"damaged-{how}"
+    code, errors = apply(folder, plan, "--steps", 1, "--checkpoint", saved)
+    assert code == 0, errors
+    file = next((saved / "step-1").glob("*.distcp"))
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:1000] if how == "cut" else b"")
+    code, errors = apply(folder, plan, "--steps", 2, "--resume", "--checkpoint", saved)
+    assert code == 2, errors
+    assert f"mist: {saved / 'step-1'} cannot be read (" in errors
+    assert "Traceback" not in errors
+    assert (saved / "step-1").exists()
+
+
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path) -> None:
     plan, log, saved = plan_file(TWO, folder), folder / "log.json", folder / "ck"
     common = ("--data", "tokens.npy", "--log", log, "--checkpoint", saved)
