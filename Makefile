@@ -15,10 +15,11 @@ GPU_PYTHON_VERSION ?= 3.12
 GPU_NEEDS := pulp==3.3.2 highspy==1.15.1 'pandas>=2.2' 'typer>=0.15' 'pydantic>=2.9,<3' 'platformdirs>=4.3'
 GPU_HAS := numpy packaging typing_extensions pyyaml
 OUT ?= gpu-check
+MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
 .PHONY: help plan test coverage test-slow check bench accuracy format mutants golden
-.PHONY: gpu-check gpu-bundle
+.PHONY: gpu-check gpu-bundle test-matrix
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +42,14 @@ coverage: $(INSTALLED)  ## fast tests, counting lines: a quarter slower
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -m slow --timeout 900
+
+test-matrix:  ## fast tests on other Pythons and on the newest torch (MATRIX="3.12:2.13.0 ...")
+	set -e; for each in $(MATRIX); do \
+		venv=.venv-$${each/:/-}; python$${each%:*} -m venv $$venv; \
+		$$venv/bin/python -m pip install --quiet "torch==$${each#*:}"; \
+		$$venv/bin/python -m pip install --quiet --editable '.[test]'; \
+		$$venv/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile; \
+	done
 
 check: $(INSTALLED)  ## format, lint, types, import contracts, budgets
 	$(BIN)/ruff format --check $(SOURCES)
