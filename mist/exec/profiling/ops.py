@@ -5,12 +5,14 @@ columns of the rest.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import Final
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mist.exec.adamw import AdamW, Settings, make_slots
 from mist.exec.profiling.clock import Call, Clock
@@ -77,6 +79,29 @@ def read_attention(clock: Clock) -> None:
         clock.note(f"attention_backward {precision}", sizes, backward_s)
     full = partial(F.scaled_dot_product_attention, q, k, v)
     clock.read(f"attention_full {precision}", sizes, full)
+
+
+def read_attention_kernels(clock: Clock) -> None:
+    """Forward and backward by each of torch's kernels, at the longest sequence: which is fastest.
+
+    For readers of the readings: what is predicted is the one that torch picks by itself.
+    """
+    sizes, dtype = clock.sizes, DTYPES[clock.sizes.attention]
+    seq = _lengths(clock, sizes.attention)[-1]
+    shape = (1, sizes.sequences[0], seq, sizes.head_dims[-1])
+    inputs = q, k, v = [
+        torch.randn(shape, device=clock.device, dtype=dtype).requires_grad_() for _ in range(3)
+    ]
+    for kernel in (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ):
+        with suppress(RuntimeError), sdpa_kernel(kernel):  # those that this device does not have
+            forward = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+            both = _forward_and_back(forward, inputs)
+            clock.read(f"attention_by {kernel.name.lower()}", {"seq": seq}, both)
 
 
 def _lengths(clock: Clock, precision: Precision) -> list[int]:

@@ -30,6 +30,7 @@ Part = Callable[[Clock], None]
 ON_DEVICE: Final[dict[str, Part]] = {
     "matrix products": ops.read_products,
     "attention": ops.read_attention,
+    "attention kernels": ops.read_attention_kernels,
     "memory-bound operations": ops.read_memory_bound,
     "copies": ops.read_copies,
     "optimizer": ops.read_optimizer,
