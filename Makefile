@@ -15,11 +15,12 @@ GPU_PYTHON_VERSION ?= 3.12
 GPU_NEEDS := pulp==3.3.2 highspy==1.15.1 'pandas>=2.2' 'typer>=0.15' 'pydantic>=2.9,<3' 'platformdirs>=4.3'
 GPU_HAS := numpy packaging typing_extensions pyyaml
 OUT ?= gpu-check
+LOOP ?= local-loop
 MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
 .PHONY: help plan test coverage test-slow check bench accuracy format mutants golden
-.PHONY: gpu-check gpu-bundle test-matrix
+.PHONY: gpu-check gpu-bundle test-matrix local-loop
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +61,11 @@ check: $(INSTALLED)  ## format, lint, types, import contracts, budgets
 
 bench: $(INSTALLED)  ## speed of the planner
 	set -e; for f in benchmarks/*.py; do $(BIN)/python "$$f"; done
+
+local-loop: $(INSTALLED)  ## measure this machine, plan, train, compare: two models, 2 and 4 ranks
+	set -e; for ranks in 2 4; do for model in llama gpt2; do \
+		$(BIN)/python benchmarks/local_loop.py $(LOOP) --model $$model --ranks $$ranks; \
+	done; done
 
 gpu-check:  ## the whole loop on one GPU, at most 8 minutes (GPU_PYTHON=, OUT=)
 	$(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT)
