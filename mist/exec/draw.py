@@ -21,7 +21,8 @@ from torch import nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from mist.trace.call import key_of, tensors_in
 
 aten = torch.ops.aten
 
@@ -78,7 +79,7 @@ def _noted(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | 
     On fake tensors: torch does nothing to some on the meta device.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _replaced(module) as held:
-        notes = _Notes({_key(value): (name, value.shape) for name, value in held.items()})
+        notes = _Notes({key_of(value): (name, value.shape) for name, value in held.items()})
         try:
             with notes, patch.object(nn.init, "_no_grad_trunc_normal_", notes.truncated):
                 initialise(model, module)
@@ -167,12 +168,11 @@ class _Notes(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        touched = [leaf for leaf in given if _key(leaf) in self.names]
+        touched = [leaf for leaf in tensors_in((args, kwargs)) if key_of(leaf) in self.names]
         if not touched or func.is_view or func.namespace == "prim":  # prim: asks for the device
             return
-        name, _ = self.names[_key(touched[0])]
-        numbers = not any(isinstance(x, torch.Tensor) for x in tree_leaves((args[1:], kwargs)))
+        name, _ = self.names[key_of(touched[0])]
+        numbers = not any(True for _ in tensors_in((args[1:], kwargs)))
         packet = func.overloadpacket
         if packet not in DRAWS | SETS | EACH or not numbers or kwargs.get("generator") is not None:
             self.others = f"{func} on {name}"
@@ -195,7 +195,7 @@ class _Notes(TorchDispatchMode):
         draws: bool,
         sets: bool,
     ) -> None:
-        name, shape = self.names.get(_key(tensor), ("", torch.Size()))
+        name, shape = self.names.get(key_of(tensor), ("", torch.Size()))
         row = _row_of(tensor, shape)
         if not name or row is False:
             self.others = self.others or f"{func} on a part of {name or 'something else'}"
@@ -204,10 +204,6 @@ class _Notes(TorchDispatchMode):
         if sets and row is None:  # nothing is left of what was there
             done.clear()
         done.append(_Step(func=func, args=args, kwargs=kwargs, row=row, draws=draws))
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _row_of(tensor: torch.Tensor, shape: torch.Size) -> int | None:
@@ -231,9 +227,9 @@ class Drawn:
 
     def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
         own = [range(size)[each] for size, each in zip(self.shape, bounds, strict=True)]
-        out = torch.empty([len(each) for each in own], dtype=self.dtype, device=self.device)
-        if not self.shape:
+        if not own:
             return self._block((), 0, 1).view(())
+        out = torch.empty([len(each) for each in own], dtype=self.dtype, device=self.device)
         *leading, rows = own[: max(len(own) - 1, 1)]
         for place in product(*(enumerate(each) for each in leading)):
             self._fill(

@@ -119,18 +119,20 @@ def _bases(
 
 
 def _line(values: Floats) -> Line:
-    """Values at the points of `_HELD` as a line."""
-    return values[0], values[1] - values[0], values[2] - values[0]
+    """Values at the points of `_HELD` as a line; layers of one chunk hold no more: two points."""
+    more = values[2] - values[0] if len(values) > 2 else np.zeros_like(values[0])
+    return values[0], values[1] - values[0], more
 
 
 _HELD: Final = {"in_flight": np.array([0.0, 1.0, 0.0]), "layers_more": np.array([0.0, 0.0, 1.0])}
 
 
 def _evaluated(job: Job, columns: Mapping[str, ArrayLike], points: Floats) -> dict[str, Floats]:
-    """The outputs [3, P, K] at `points` [P, X] layers, for each of `_HELD`."""
+    """The outputs [3, P, K] at `points` [P, X] layers, by `_HELD`; [2, P, K] of one chunk."""
     rows = product((level.value for level in LEVELS), range(job.facts.num_kinds))
     counts = {
         f"{level}_{kind}": points[None, :, index, None] for index, (level, kind) in enumerate(rows)
     }
-    held = {name: values[:, None, None] for name, values in _HELD.items()}
+    count = 3 if np.max(columns["chunks"]) > 1 else 2
+    held = {name: values[:count, None, None] for name, values in _HELD.items()}
     return job.cost.search({**columns, **counts, **held})
