@@ -132,7 +132,9 @@ class Block:
     (an encoder's result); `tp_bytes`: the activation that tensor-parallel ranks exchange.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
     worst for some (b, s, t); the peak is their maximum. `transient_with_grads_bytes`: the same with
-    the gradients of parameters that were made so far; `made_bytes`: of it what the backward pass
+    the gradients of parameters that were made so far; `transient_adding_bytes`: with those of
+    the node that runs, the others being added to what is held of them; `made_bytes`: of
+    `transient_bytes` what the backward pass
     made, without these gradients. Of a block without a backward pass these are of its forward pass,
     input included. `num_entries`, `num_exits`: how often the
     activation enters and leaves what tensor parallelism divides (2 and 2 in a transformer layer);
@@ -156,6 +158,7 @@ class Block:
     tp_bytes: Expr
     transient_bytes: tuple[Expr, ...]
     transient_with_grads_bytes: tuple[Expr, ...]
+    transient_adding_bytes: tuple[Expr, ...]
     made_bytes: tuple[Expr, ...]
     num_entries: int
     num_exits: int

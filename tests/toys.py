@@ -125,6 +125,10 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
             ELEMENT_BYTES * (tokens + hidden) * width,
             ELEMENT_BYTES * (amid * hidden + 2 * hidden * width + hidden),
         ),
+        transient_adding_bytes=(
+            ELEMENT_BYTES * (tokens + hidden) * width,
+            ELEMENT_BYTES * (amid * hidden + hidden * width + hidden),
+        ),
         carried_bytes=sympy.Integer(0),
         flows=name != "embed",
         tp_bytes=ELEMENT_BYTES * tokens * hidden,
@@ -157,6 +161,10 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(4 * tokens * (width + hidden / Q),),
         transient_with_grads_bytes=(
+            4 * tokens * (width + hidden / Q),
+            ELEMENT_BYTES * (tokens * width + hidden * width),
+        ),
+        transient_adding_bytes=(
             4 * tokens * (width + hidden / Q),
             ELEMENT_BYTES * (tokens * width + hidden * width),
         ),

@@ -112,6 +112,7 @@ class BlockCost:
     boundary_bytes: Expr
     transient_bytes: Expr
     transient_with_grads_bytes: Expr
+    transient_adding_bytes: Expr
     input_bytes: Expr
     early_bytes: Expr
     awaited_bytes: Expr
@@ -158,6 +159,7 @@ def head_cost(block: Block, setting: Setting) -> BlockCost:
             more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
             device["transient_bytes"] += more
             device["transient_with_grads_bytes"] += more
+            device["transient_adding_bytes"] += more
             device["made_bytes"] += more
         return _end_cost(block, setting, device)
     device = _device_cost(_without_loss(block), setting)
@@ -192,6 +194,7 @@ def _without_loss(block: Block) -> Block:
         saved_single=tuple(tensor for tensor in block.saved_single if tensor.module),
         transient_bytes=(),
         transient_with_grads_bytes=(),
+        transient_adding_bytes=(),
         made_bytes=(),
     )
 
@@ -215,6 +218,7 @@ def _with_loss(
         "saved_bytes": device["saved_bytes"] + kept,
         "transient_bytes": more,
         "transient_with_grads_bytes": sym.larger(more, behind),
+        "transient_adding_bytes": sym.larger(more, behind),
     }
 
 
@@ -307,6 +311,7 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
         "scores_bytes": _scores_bytes(block, core, setting),
         "transient_bytes": _largest(block.transient_bytes, setting),
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
+        "transient_adding_bytes": _largest(block.transient_adding_bytes, setting),
         "input_bytes": int(not block.keeps_input) * block.boundary_bytes / setting.sequence_shards,
         "early_bytes": _kept(block.early, setting),
         "awaited_bytes": _kept(block.awaited, setting),

@@ -142,13 +142,12 @@ def _running(layers: list[Row], buffer: Expr, precision: Precision) -> Expr:
 def _made_in(rows: list[Row], apart: Expr) -> Expr:
     """What the backward pass of the worst block makes, gradients included.
 
-    Where they are added to those of the micro-batch before at once, one tensor's at a time.
+    Where they are added to those of the micro-batch before at once, only those just made.
     """
     running = worst(rows, "{x}_{level}_running_bytes")
     if apart == 1:
         return running
-    added = term("compute_bytes_per_param") * worst(rows, "{x}_largest_params")
-    return apart * running + (1 - apart) * (worst(rows, "{x}_{level}_working_bytes") + added)
+    return apart * running + (1 - apart) * worst(rows, "{x}_{level}_adding_bytes")
 
 
 def _apart(precision: Precision) -> Expr:

@@ -36,7 +36,8 @@ class Level:
     `again_s`: device seconds that it runs again, collectives included; `again_ratio`: share of the
     forward launches that the host repeats; `kept_bytes`: what stays from forward to backward;
     `working_bytes`: what the backward pass holds beyond that; `running_bytes`: with the gradients
-    of parameters made so far; `allocated_bytes`: what is kept, as host memory is allocated for it.
+    of parameters made so far, `adding_bytes`: with those just made; `allocated_bytes`: what is
+    kept, as host memory is allocated for it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Level:
     kept_bytes: Expr
     working_bytes: Expr
     running_bytes: Expr
+    adding_bytes: Expr
     allocated_bytes: Expr
 
 
@@ -57,6 +59,7 @@ def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level,
         kept_bytes=cost.saved_bytes,
         working_bytes=cost.transient_bytes,
         running_bytes=cost.transient_with_grads_bytes,
+        adding_bytes=cost.transient_adding_bytes,
         allocated_bytes=cost.saved_allocated_bytes,
     )
     full = Level(
@@ -66,6 +69,7 @@ def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level,
         kept_bytes=cost.boundary_bytes,
         working_bytes=cost.saved_bytes + cost.transient_bytes,
         running_bytes=cost.saved_bytes + cost.transient_with_grads_bytes,
+        adding_bytes=cost.saved_bytes + cost.transient_adding_bytes,
         allocated_bytes=allocated_bytes(runtime, cost.boundary_bytes),
     )
     if not is_layer:
@@ -97,6 +101,7 @@ def _selective(cost: BlockCost, runtime: Runtime, full: Level) -> tuple[Level, .
             kept_bytes=kept_bytes,
             working_bytes=full.working_bytes - kept_bytes,
             running_bytes=full.running_bytes - kept_bytes,
+            adding_bytes=full.adding_bytes - kept_bytes,
             allocated_bytes=kept_bytes,  # torch, which rounds, does not offload what it keeps here
         ),
     )

@@ -145,6 +145,7 @@ def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[st
         f"{prefix}_staged_bytes": staged * share * level.kept_bytes,
         f"{prefix}_working_bytes": level.working_bytes,
         f"{prefix}_running_bytes": level.running_bytes,
+        f"{prefix}_adding_bytes": level.adding_bytes,
     }
 
 

@@ -20,6 +20,7 @@ import sympy
 from sympy import Basic, Expr
 
 from mist.graph import B, S
+from mist.trace.live import Counted
 from mist.trace.record import Kept, Part
 from mist.trace.session import Piece, Point, Run
 from mist.trace.split import Awaited
@@ -175,7 +176,8 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         boundary_bytes=fit.through([piece.boundary_bytes for piece in pieces]),
         carried_bytes=fit.through([piece.carried_bytes for piece in pieces]),
         transients=live.transients() if first.transients else (),
-        transients_with_grads=live.transients(with_grads=True) if first.transients else (),
+        transients_with_grads=live.transients(Counted.SO_FAR) if first.transients else (),
+        transients_adding=live.transients(Counted.MADE_NOW) if first.transients else (),
         module=first.module,
     )
 

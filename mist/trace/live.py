@@ -10,7 +10,7 @@ any monomial in (b, s, t, q): the maximum of the others is the peak at every siz
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum
@@ -35,6 +35,14 @@ class Form(Enum):
     GATHER_COPY = GATHER_COPY
     SCATTERED = GATHERS / Q
     SCATTER_COPY = SCATTER_COPY
+
+
+class Counted(Enum):
+    """Which gradients of parameters count: none, those of the node that runs, all so far."""
+
+    NONE = 0
+    MADE_NOW = 1
+    SO_FAR = 2
 
 
 Held = tuple[int, Form]
@@ -63,7 +71,7 @@ class Live:
         self._bytes: list[Expr] = []
         self._last: dict[int, int] = {}
         self._num_saved = 0
-        self._moments: dict[tuple[Held, ...], None] = {}
+        self._moments: dict[tuple[Held, ...], int | None] = {}
         self._gradients: frozenset[int] = frozenset()
         self._whole: set[int] = set()
         self._gathered: list[int] = []
@@ -124,7 +132,7 @@ class Live:
     def _note(self, alive: Sequence[int], *more: Held) -> None:
         """Note a moment: which storages are alive, and what a rank has of each and beside them."""
         gathered = [(index, Form.GATHERED) for index in self._gathered if index in alive]
-        self._moments[*map(self._held, alive), *gathered, *more] = None
+        self._moments.setdefault((*map(self._held, alive), *gathered, *more), self._node)
 
     def _held(self, index: int) -> Held:
         return index, Form.WHOLE if index in self._whole else Form.SHARE
@@ -148,18 +156,17 @@ class Live:
         other._bytes = list(sizes)
         return other
 
-    def transients(self, *, with_grads: bool = False) -> tuple[Expr, ...]:
-        """Bytes beyond the saved ones at the worst instants, with or without gradients so far."""
+    def transients(self, counted: Counted = Counted.NONE) -> tuple[Expr, ...]:
+        """Bytes beyond the saved ones at the worst instants, with these gradients of parameters."""
         saved = [self._held(index) for index in range(self._num_saved)]
         every = dict.fromkeys([*saved, *(held for moment in self._moments for held in moment)])
         size_of = {held: self._on_a_rank(*held) for held in every}
         sizes = sorted(set(size_of.values()), key=str)
         rank_of = {held: sizes.index(size) for held, size in size_of.items()}
-        out = frozenset() if with_grads else self._gradients
         rows = {
             _counts([rank_of[held] for held in moment if held[0] not in out],
                     [rank_of[held] for held in saved], len(sizes))
-            for moment in self._moments
+            for moment, out in zip(self._moments, self._left_out(counted), strict=True)
         }  # fmt: skip
         moments = np.array(sorted(rows)).reshape(len(rows), len(sizes))
         return tuple(
@@ -167,11 +174,23 @@ class Live:
             for row in moments[_undominated(moments @ _coefficients(sizes))]
         )
 
+    def _left_out(self, counted: Counted) -> Iterator[frozenset[int]]:
+        """Of each moment the gradients of parameters that do not count."""
+        made_by: dict[int, int | None] = {}
+        for moment, node in self._moments.items():
+            for index in self._gradients.intersection(index for index, _ in moment):
+                made_by.setdefault(index, node)
+            yield {
+                Counted.NONE: self._gradients,
+                Counted.MADE_NOW: frozenset(i for i, maker in made_by.items() if maker != node),
+                Counted.SO_FAR: frozenset(),
+            }[counted]
+
     def made(self) -> tuple[Expr, ...]:
         """Bytes of what the backward pass made, at its worst instants, without gradients."""
         moments = {
-            tuple(held for held in moment if held[0] >= self._num_saved): None
-            for moment in self._moments
+            tuple(held for held in moment if held[0] >= self._num_saved): node
+            for moment, node in self._moments.items()
         }
         own = copy(self)
         own._moments, own._num_saved = moments, 0

@@ -29,6 +29,7 @@ from mist.trace.edges import Seed, activation, leaf, output
 from mist.trace.expr import Size, Symbols
 from mist.trace.fake import DTYPES, Fakes, faked
 from mist.trace.flow import Flow
+from mist.trace.live import Counted
 from mist.trace.loader import LoadedModel
 from mist.trace.record import Origin, Part, Recorder, recording
 from mist.trace.repeat import Layers
@@ -74,6 +75,7 @@ class Piece:
     flows: bool = False
     transients: tuple[Expr, ...] = ()
     transients_with_grads: tuple[Expr, ...] = ()
+    transients_adding: tuple[Expr, ...] = ()
     module: nn.Module | None = None
     outputs: object = None
 
@@ -380,7 +382,8 @@ class Session:
             live = piece.part.live
             live.backward_done(p.grad for p in self.fakes.copies if p.grad is not None)
             piece.transients = live.transients()
-            piece.transients_with_grads = live.transients(with_grads=True)
+            piece.transients_with_grads = live.transients(Counted.SO_FAR)
+            piece.transients_adding = live.transients(Counted.MADE_NOW)
         for parameter in self.fakes.copies:
             parameter.grad = None
 

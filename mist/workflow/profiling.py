@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Final
 
 import numpy as np
@@ -17,7 +16,6 @@ from mist.units import MICROSECOND
 from mist.workflow.device_of import device_of, figure, quantity, spread
 
 RUNTIME: Final = "torch"
-COLLECTIVES_PER_LAYER: Final = 8  # two to enter and two to leave, forward and backward
 BUSY_RATIO: Final = 0.1  # of the processors with other programs: from here on it is told
 
 
@@ -155,7 +153,9 @@ def _values(readings: Readings, device: Device) -> Mapping[str, Quantity]:
     }
     if next(readings.of("host tensor layer"), None) is not None:
         values |= {
-            "host.tensor_parallel_launch_s": _tensor_parallel(readings),
+            "host.tensor_parallel_launch_s": _noted(
+                readings, "host tensor layer", "what tensor parallelism adds to it", "tp"
+            ),
             "overlap.zero_all_gather_ratio": _ahead(readings, "all_gather"),
             "overlap.zero_reduce_scatter_ratio": _ahead(readings, "reduce_scatter"),
             "overlap.gradient_all_reduce_ratio": _ahead(readings, "all_reduce"),
@@ -163,17 +163,9 @@ def _values(readings: Readings, device: Device) -> Mapping[str, Quantity]:
     return {f"runtime.{name}": value for name, value in values.items()}
 
 
-def _noted(readings: Readings, op: str, words: str) -> Quantity:
-    timed = [*readings.of("tiny dp"), *readings.of("tiny plain")]
+def _noted(readings: Readings, op: str, words: str, axis: str = "dp") -> Quantity:
+    timed = [*readings.of(f"tiny {axis}"), *readings.of("tiny plain")]
     return figure(next(readings.of(op)).seconds, f"{words}, of a tiny model; {spread(timed)}")
-
-
-def _tensor_parallel(readings: Readings) -> Quantity:
-    """What DTensors add to a layer, less its eight small collectives."""
-    smallest_s = fmean(next(readings.of(word)).seconds for word in ("all_gather", "reduce_scatter"))
-    added_s = next(readings.of("host tensor layer")).seconds - COLLECTIVES_PER_LAYER * smallest_s
-    words = "what tensor parallelism adds to a layer of a tiny model, its collectives aside"
-    return figure(max(added_s, 0.0), f"{words}; {spread(list(readings.of('tiny tp')))}")
 
 
 def _ahead(readings: Readings, what: str) -> Quantity:

@@ -27,6 +27,7 @@ class Measured:
     live_bytes: int
     transient_bytes: int
     transient_with_grads_bytes: int
+    transient_adding_bytes: int
     forward_flop: int
     backward_flop: int
 
@@ -54,7 +55,11 @@ def measure(
     args = (*flowing, *args[1 + carried :])
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
+    layer.zero_grad(set_to_none=True)
     saved, live, (transient, with_grads) = _bytes(layer, args, kwargs, known, mixed)
+    held = _hold_gradients(layer)
+    _, _, (_, adding) = _bytes(layer, args, kwargs, known | held, mixed)
+    layer.zero_grad(set_to_none=True)
     with FlopCounterMode(display=False) as forward, mixed():
         out = _first(layer(*args, **kwargs))
     with FlopCounterMode(display=False) as backward:
@@ -65,6 +70,7 @@ def measure(
         live_bytes=live,
         transient_bytes=transient,
         transient_with_grads_bytes=with_grads,
+        transient_adding_bytes=adding,
         forward_flop=forward.get_total_flops(),
         backward_flop=backward.get_total_flops(),
     )
@@ -127,6 +133,14 @@ def layer_inputs(
     return seen[0]
 
 
+def _hold_gradients(layer: nn.Module) -> set[int]:
+    """Gradients that those of a backward pass are added to; their storages."""
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    return {p.grad.untyped_storage()._cdata for p in trained if p.grad is not None}
+
+
 def _bytes(
     layer: nn.Module,
     args: tuple[Any, ...],
@@ -155,7 +169,6 @@ def _bytes(
     if not out.requires_grad:  # nothing but the forward pass, beside its input
         peak = args[0].untyped_storage().nbytes() + made.peak(set())
         return saved, live, (peak, peak)
-    layer.zero_grad(set_to_none=True)
     watch = Watch(list(storages.values()), known)
     done, start = Start.apply(out), torch.empty((), dtype=out.dtype)
     del out

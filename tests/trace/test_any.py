@@ -264,6 +264,7 @@ def variant_is_exact(
             transient_with_grads_bytes=max(
                 at(size, b, s) for size in block.transient_with_grads_bytes
             ),
+            transient_adding_bytes=max(at(size, b, s) for size in block.transient_adding_bytes),
             forward_flop=flop(block, "forward", OpKind.GEMM, b, s),
             backward_flop=flop(block, "backward", OpKind.GEMM, b, s),
         ), (sizes, b, s)

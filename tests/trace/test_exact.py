@@ -139,6 +139,7 @@ def test_block_equals_real_tensors(family: Family, precision: Precision) -> None
             transient_with_grads_bytes=max(
                 at(size, b, s) for size in block.transient_with_grads_bytes
             ),
+            transient_adding_bytes=max(at(size, b, s) for size in block.transient_adding_bytes),
             forward_flop=flop(block, "forward", OpKind.GEMM, b, s) - experts,
             backward_flop=flop(block, "backward", OpKind.GEMM, b, s) - 2 * experts,
         )

@@ -82,6 +82,9 @@ def test_layer_equals_real_tensors(stem: str, path: str, kind: int, carried: int
             transient_with_grads_bytes=max(
                 0, *(at(size, b, s) for size in block.transient_with_grads_bytes)
             ),
+            transient_adding_bytes=max(
+                0, *(at(size, b, s) for size in block.transient_adding_bytes)
+            ),
             forward_flop=flop(block, "forward", OpKind.GEMM, b, s) - uncounted,
             backward_flop=flop(block, "backward", OpKind.GEMM, b, s) - 2 * uncounted,
         ), (b, s)

@@ -113,6 +113,7 @@ def traced_of(block: Block, b: int, s: int) -> Measured:
         live_bytes=saved,
         transient_bytes=max(at(size, b, s) for size in plain),
         transient_with_grads_bytes=max(at(size, b, s) for size in grads),
+        transient_adding_bytes=max(at(size, b, s) for size in block.transient_adding_bytes),
         forward_flop=flop(block, "forward", OpKind.GEMM, b, s),
         backward_flop=flop(block, "backward", OpKind.GEMM, b, s),
     )

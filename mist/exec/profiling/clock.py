@@ -8,11 +8,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median, quantiles
+from functools import partial
+from statistics import fmean, median, quantiles
 from typing import Final
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.readings import Reading
@@ -26,6 +29,7 @@ QUIET_RATIO: Final = 0.1  # of the processors
 TOLD_S: Final = 0.2  # processor seconds from which on the system's ticks of 10 ms tell a share
 
 Call = Callable[[], object]
+Seconds = NDArray[np.float64]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,13 +61,63 @@ class Clock:
         repeats = max(1, math.ceil(SAMPLE_S / guess_s))
         if held_bytes:
             repeats = max(1, min(repeats, int(HELD_BYTES / held_bytes)))
+        count = self._count(repeats * guess_s)
+
+        def take() -> list[float]:
+            return [self._sample(calls[i % len(calls)], repeats) for i in range(count)]
+
+        return self._keep(op, sizes, take, lambda samples: self._slowest(median(samples)))
+
+    def read_amid(self, op: str, sizes: Mapping[str, float], call: Call, work: Call) -> float:
+        """Mean seconds of a call that follows each piece of work, as training meets it.
+
+        Ranks do not begin together: who is done with its work waits for those that are not, at
+        times for long. What the call adds to many pieces of work is the mean of ranks and samples.
+        """
+        self._amid(call, work, 1)
+        begin = time.monotonic()
+        self._amid(call, work, 1)
+        count = self._count(self._slowest(time.monotonic() - begin))
+        take = partial(self._amid, call, work, count)
+        return self._keep(op, sizes, take, lambda samples: self._mean(fmean(samples)))
+
+    def read_in_turn(
+        self, op: str, sizes: Sequence[Mapping[str, float]], calls: Sequence[Call]
+    ) -> list[Seconds]:
+        """Seconds of each call in each round, in which all of them have a turn; a row for each."""
+        for call in calls:
+            call()
+        round_s = sum(self._slowest(self._sample(call, 1)) for call in calls)
+        count = self._count(round_s / len(calls))
+        before = Busy.now()
+        rounds = [[self._sample(call, 1) for call in calls] for _ in range(count)]
+        others = self.others_ratio(Busy.now().since(before))
+        rows = [*zip(*rounds, strict=True)]
+        self.rows += [
+            _reading(op, size, row, self._slowest(median(row)), others)
+            for size, row in zip(sizes, rows, strict=True)
+        ]
+        return [np.array([self._slowest(s) for s in row]) for row in rows]
+
+    def _count(self, sample_s: float) -> int:
+        """How many samples a reading has time for."""
         least = LEAST if self.reading_s >= BRIEF_S else 2
-        count = min(max(int(self.reading_s / (repeats * guess_s)), least), MOST)
+        return min(max(int(self.reading_s / sample_s), least), MOST)
+
+    def _keep(
+        self,
+        op: str,
+        sizes: Mapping[str, float],
+        take: Callable[[], list[float]],
+        joined: Callable[[list[float]], float],
+    ) -> float:
+        """Take samples until other programs are quiet, and keep the reading; its seconds."""
         tries: list[Reading] = []
         while not tries or self._is_blurred(tries[-1]):
             before, begin = Busy.now(), time.monotonic()
-            samples = [self._sample(calls[i % len(calls)], repeats) for i in range(count)]
-            tries.append(self._reading(op, sizes, samples, Busy.now().since(before)))
+            samples = take()
+            others = self.others_ratio(Busy.now().since(before))
+            tries.append(_reading(op, sizes, samples, joined(samples), others))
             if len(tries) > 1:
                 self.patience_s -= self._slowest(time.monotonic() - begin)
         best = min(tries, key=lambda each: each.others_ratio)
@@ -73,19 +127,6 @@ class Clock:
     def _is_blurred(self, last: Reading) -> bool:
         """Whether to read again, because other programs were busy; for a while only."""
         return last.others_ratio > QUIET_RATIO and self.patience_s > 0
-
-    def _reading(
-        self, op: str, sizes: Mapping[str, float], samples: Sequence[float], busy: Busy
-    ) -> Reading:
-        low, middle, high = quantiles(samples, n=4)
-        return Reading(
-            op=op,
-            sizes=dict(sizes),
-            seconds=self._slowest(median(samples)),
-            spread_ratio=(high - low) / middle,
-            others_ratio=self.others_ratio(busy),
-            count=len(samples),
-        )
 
     def note(self, op: str, sizes: Mapping[str, float], seconds: float) -> None:
         """Keep a figure (seconds or a ratio) that was put together from others."""
@@ -125,6 +166,19 @@ class Clock:
         del held
         return seconds
 
+    def _amid(self, call: Call, work: Call, count: int) -> list[float]:
+        """Seconds of each of `count` calls, which take turns with work."""
+        samples = []
+        dist.barrier()
+        for _ in range(count):
+            work()
+            self.wait()
+            begin = time.perf_counter()
+            call()
+            self.wait()
+            samples.append(time.perf_counter() - begin)
+        return samples
+
     def warm(self, call: Call) -> None:
         """Repeat a call for as long as the device takes to get warm: clocks fall under load."""
         end = time.monotonic() + self.sizes.warm_s
@@ -142,3 +196,23 @@ class Clock:
         worst = torch.tensor(seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         return float(worst)
+
+    def _mean(self, seconds: float) -> float:
+        """The mean of all ranks' figures."""
+        total = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total) / dist.get_world_size()
+
+
+def _reading(
+    op: str, sizes: Mapping[str, float], samples: Sequence[float], seconds: float, others: float
+) -> Reading:
+    low, middle, high = quantiles(samples, n=4)
+    return Reading(
+        op=op,
+        sizes=dict(sizes),
+        seconds=seconds,
+        spread_ratio=(high - low) / middle,
+        others_ratio=others,
+        count=len(samples),
+    )

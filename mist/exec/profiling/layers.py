@@ -5,11 +5,12 @@ many layers and micro-batches. What a layer more adds to a micro-batch, less wha
 a plain model, is the work of the host.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from statistics import fmean
+from typing import Final, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,14 +20,15 @@ from mist.exec.adamw import Settings
 from mist.exec.anatomy import examine
 from mist.exec.loading import deferred, empty_parameters
 from mist.exec.parallel import build, subject_of
-from mist.exec.profiling.clock import Clock
+from mist.exec.profiling.clock import Call, Clock, Seconds
 from mist.exec.profiling.plan import SAMPLES, SEQ_LEN, tiny_plan
 from mist.plans import Plan
 from mist.trace.loader import LoadedModel
 
 DIM, NUM_HEADS, VOCAB_SIZE = 32, 4, 64
 FEW, MANY = 2, 6  # layers
-MICRO_BATCHES = 3
+ONE, MORE = 1, 5  # micro-batches
+COLLECTIVES_PER_LAYER: Final = 8  # two to enter and two to leave, forward and backward
 
 
 class Attention(nn.Module):
@@ -92,28 +94,28 @@ class _Line:
 
 
 def read_layers(clock: Clock) -> None:
-    """What FSDP2 and tensor parallelism add to a layer, to a micro-batch, and to a step, in s.
+    """What FSDP2 and tensor parallelism add to a layer and to a micro-batch, in s.
 
-    Forward and backward together. Collectives are in it, those of layers only where `axis` is tp.
+    Forward and backward together, without the collectives of a layer.
     """
     plain, data = _plain(clock), _micro_batch(clock, "dp")
     clock.note("host layer", {}, max(data.layer_s - plain.layer_s, 0.0))
     clock.note("host micro-batch", {}, max(data.ends_s - plain.ends_s, 0.0))
     if dist.get_world_size() > 1:
-        tensor = _micro_batch(clock, "tp")
-        clock.note("host tensor layer", {}, max(tensor.layer_s - data.layer_s, 0.0))
+        added_s = _micro_batch(clock, "tp").layer_s - data.layer_s
+        clock.note("host tensor layer", {}, max(added_s - _collectives_s(clock), 0.0))
 
 
 def _plain(clock: Clock) -> _Line:
     """One micro-batch of the model by itself."""
-    seconds = {}
+    calls, sizes = [], []
     for num_layers in (FEW, MANY):
         model = Tiny(num_layers).to(clock.device)
         ids_BS = torch.zeros((SAMPLES, SEQ_LEN), dtype=torch.int64, device=clock.device)
-        seconds[num_layers] = clock.read(
-            "tiny plain", {"layers": num_layers}, partial(_forward_and_back, model, ids_BS)
-        )
-    return _line(seconds)
+        calls.append(partial(_forward_and_back, model, ids_BS))
+        sizes.append({"layers": num_layers})
+    few, many = clock.read_in_turn("tiny plain", sizes, calls)
+    return _line(few, many)
 
 
 def _forward_and_back(model: nn.Module, ids_BS: torch.Tensor) -> None:
@@ -122,22 +124,36 @@ def _forward_and_back(model: nn.Module, ids_BS: torch.Tensor) -> None:
 
 def _micro_batch(clock: Clock, axis: Literal["dp", "tp"]) -> _Line:
     """One micro-batch amid others, of a step of ZeRO-1: what it adds to a step of fewer."""
-    seconds = {}
-    for num_layers in (FEW, MANY):
-        steps_s = [
-            _step_s(clock, tiny_plan(num_layers, count, axis), axis) for count in (1, MICRO_BATCHES)
-        ]
-        seconds[num_layers] = (steps_s[1] - steps_s[0]) / (MICRO_BATCHES - 1)
-    return _line(seconds)
+    plans = [tiny_plan(layers, count, axis) for layers in (FEW, MANY) for count in (ONE, MORE)]
+    sizes = [{"layers": p.num_layers, "micro_batches": p.num_micro_batches} for p in plans]
+    steps = [_step(clock, plan) for plan in plans]
+    few_one, few_more, many_one, many_more = clock.read_in_turn(f"tiny {axis}", sizes, steps)
+    return _line((few_more - few_one) / (MORE - ONE), (many_more - many_one) / (MORE - ONE))
 
 
-def _line(seconds: Mapping[int, float]) -> _Line:
-    layer_s = (seconds[MANY] - seconds[FEW]) / (MANY - FEW)
-    return _Line(layer_s=layer_s, ends_s=seconds[FEW] - FEW * layer_s)
+def _line(few: Seconds, many: Seconds) -> _Line:
+    """Through the seconds of a micro-batch with few and with many layers, of all rounds.
+
+    What is slow for a while is so for all that is timed in a round, so the difference is taken
+    within each.
+    """
+    layer_s = float(np.median(many - few)) / (MANY - FEW)
+    return _Line(layer_s=layer_s, ends_s=float(np.median(few)) - FEW * layer_s)
 
 
-def _step_s(clock: Clock, plan: Plan, axis: str) -> float:
-    """Seconds of a step as the plan says."""
+def _collectives_s(clock: Clock) -> float:
+    """Seconds of the collectives of one layer of the tiny model, by themselves."""
+    whole = torch.zeros(SAMPLES, SEQ_LEN, DIM, device=clock.device)
+    part = whole.chunk(dist.get_world_size(), dim=1)[0].contiguous()
+    to_enter = partial(dist.all_gather_into_tensor, whole.flatten(), part.flatten())
+    to_leave = partial(dist.reduce_scatter_tensor, part.flatten(), whole.flatten())
+    sizes = {"bytes": float(whole.nbytes)}
+    both = (clock.read(f"tiny {call.func.__name__}", sizes, call) for call in (to_enter, to_leave))
+    return COLLECTIVES_PER_LAYER * fmean(both)
+
+
+def _step(clock: Clock, plan: Plan) -> Call:
+    """A step as the plan says."""
     with deferred():
         model = Tiny(plan.num_layers)
     empty_parameters(model)
@@ -145,5 +161,4 @@ def _step_s(clock: Clock, plan: Plan, axis: str) -> float:
     subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
     parallel = build(subject, plan, clock.device, Settings(), 7)
     ids_BS = torch.zeros((plan.workload.global_batch, SEQ_LEN), dtype=torch.int64)
-    sizes = {"layers": plan.num_layers, "micro_batches": plan.num_micro_batches}
-    return clock.read(f"tiny {axis}", sizes, partial(parallel.train_step, ids_BS))
+    return partial(parallel.train_step, ids_BS)

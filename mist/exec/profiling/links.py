@@ -32,16 +32,40 @@ COLLECTIVES: Final[dict[str, Start]] = {
 
 
 def read_collectives(clock: Clock) -> None:
-    """Every collective at every size in groups of 2, 4, ... ranks, all groups at once."""
+    """Every collective at every size in groups of 2, 4, ... ranks, all groups at once.
+
+    Each stands between products, as in training: with its buffers out of the caches, and ranks
+    that come to it at different times.
+    """
+    work = _products(clock, clock.sizes.between_s)
     size = 2
     while size <= dist.get_world_size():
         group, _ = dist.new_subgroups(size)
         for name, start in COLLECTIVES.items():
             for num_bytes in clock.sizes.collective_bytes:
-                whole, part = _buffers(clock.device, num_bytes, size)
-                sizes = {"bytes": num_bytes, "group": size}
-                clock.read(name, sizes, lambda: start(whole, part, group, False))  # noqa: B023
+                call = _into_fresh(start, *_buffers(clock.device, num_bytes, size), group)
+                clock.read_amid(name, {"bytes": num_bytes, "group": size}, call, work)
         size *= 2
+
+
+def _into_fresh(start: Start, whole: torch.Tensor, part: torch.Tensor, group: Any) -> Call:  # noqa: ANN401
+    """A collective whose result is allocated for it."""
+    if start is _all_gather:
+        return lambda: start(torch.empty_like(whole), part, group, False)
+    return lambda: start(whole, torch.empty_like(part), group, False)
+
+
+def _products(clock: Clock, seconds: float) -> Call:
+    """Products that take about this long."""
+    width = clock.sizes.beside_width
+    x_NN = torch.randn(width, width, device=clock.device)
+    times = max(round(seconds / clock.read("beside product", {}, lambda: x_NN @ x_NN)), 1)
+
+    def compute() -> None:
+        for _ in range(times):
+            x_NN @ x_NN
+
+    return compute
 
 
 def _buffers(device: torch.device, num_bytes: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,17 +94,10 @@ def read_beside(clock: Clock) -> None:
     whole, part = _buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
     here = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
     group = dist.group.WORLD
-    width = clock.sizes.beside_width
-    x_NN = torch.randn(width, width, device=clock.device)
     collective_s = clock.read(
         "beside collective", {}, lambda: _all_gather(whole, part, group, False)
     )
-    once_s = clock.read("beside product", {}, lambda: x_NN @ x_NN)
-    times = max(round(collective_s / once_s), 1)
-
-    def compute() -> None:
-        for _ in range(times):
-            x_NN @ x_NN
+    compute = _products(clock, collective_s)
 
     def with_collective() -> None:
         work = _all_gather(whole, part, group, True)

@@ -20,7 +20,8 @@ class Sizes:
     a precision is. `attention`: its precision; `sequences`, `seq_lens`, `head_dims`. `memory_bytes`
     of a tensor of memory-bound kernels and of copies. `num_params` of each of `num_tensors` of the
     optimizer. `collective_bytes`, `sent_bytes`: what passes between ranks. `beside`: width of the
-    product, and bytes of the rest, that run beside each other. `num_readings`: about as many as
+    product, and bytes of the rest, that run beside each other. `between_s`: of products between
+    two collectives, as long as a part of a layer takes. `num_readings`: about as many as
     there are. `warm_s`: of products before the first reading.
     """
 
@@ -38,6 +39,7 @@ class Sizes:
     sent_bytes: tuple[int, ...]
     beside_width: int
     beside_bytes: int
+    between_s: float
     num_readings: int
     warm_s: float
 
@@ -61,6 +63,7 @@ SIZES: Final = MappingProxyType(
             sent_bytes=(16 * KIB, 256 * KIB, 2 * MIB, 8 * MIB),
             beside_width=512,
             beside_bytes=8 * MIB,
+            between_s=10e-3,
             num_readings=260,
             warm_s=0.0,
         ),
@@ -79,6 +82,7 @@ SIZES: Final = MappingProxyType(
             sent_bytes=(256 * KIB, 2 * MIB, 16 * MIB, 64 * MIB),
             beside_width=4096,
             beside_bytes=256 * MIB,
+            between_s=1e-3,
             num_readings=300,
             warm_s=2.0,
         ),
