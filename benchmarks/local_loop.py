@@ -16,10 +16,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from itertools import combinations
+from statistics import fmean, median
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mist.calibrate.comparing import Beside, Compared, compared
 from mist.calibrate.logs import RunLog, read_log
@@ -175,9 +177,21 @@ def summary(runs: list[Ran]) -> str:
     return (
         f"step: median error {median(errors):.1%}, largest {max(errors):.1%}, "
         f"{within} of {len(runs)} within the promised interval; "
-        f"Kendall tau {kendall(predicted, measured):.2f}; "
+        f"Kendall tau {kendall(predicted, measured):.2f}, "
+        f"{apart(predicted, runs):.2f} of pairs that differ by more than either spread; "
         f"peak: median error {median(peaks):.1%}, largest {max(peaks):.1%}"
     )
+
+
+def apart(predicted: NDArray[np.float64], runs: list[Ran]) -> float:
+    """Kendall's tau over the pairs whose order the measurement itself tells."""
+    signs = [
+        float(np.sign((a.step.measured - b.step.measured) * (predicted[i] - predicted[j])))
+        for (i, a), (j, b) in combinations(enumerate(runs), 2)
+        if abs(a.step.measured - b.step.measured)
+        > max(a.step.measured * a.step.spread_ratio, b.step.measured * b.step.spread_ratio)
+    ]
+    return fmean(signs) if signs else 0.0
 
 
 def main() -> None:

@@ -494,7 +494,7 @@ def _host(rank: Rank, layers: list[tuple[Block, str]], ends: list[Block], in_fli
             if param.tied and len(ends) == 2:
                 continue
             own = 4 * param.numel / (rank.tp if param.sharded else 1)
-            total += rank.share("optimizer") * 2 * pinned(own / shard)
+            total += rank.share("optimizer") * 2 * own / shard
             if block not in ends:
                 total += rank.share("weights") * pinned(own / shard)
                 total += rank.share("grads") * pinned(own / grad_shard)

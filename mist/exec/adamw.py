@@ -197,7 +197,7 @@ def chosen(sizes: Mapping[str, int], ratio: float) -> frozenset[str]:
 
 def _zeros(shard: torch.Tensor, swapper: Swapper, *, on_host: bool) -> torch.Tensor:
     if on_host:
-        return swapper.empty_on_host(shard).zero_()
+        return swapper.kept_on_host(shard)
     return torch.zeros_like(shard, device=swapper.device)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from itertools import chain
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -68,9 +67,11 @@ class Observer(Recorder):
                 for tensor in tensors:
                     self._count(tensor.untyped_storage())
         self.static_bytes = self._bytes
-        with self.on_host():
-            for tensor in chain(*parallel.states(on_host=True).values()):
-                self._count(tensor.untyped_storage())
+        for tag, tensors in parallel.states(on_host=True).items():
+            # Moments are as large as they are (`Swapper.kept_on_host`).
+            with self.on_host(), patch.object(self, "_pins", pins and tag != "optimizer"):
+                for tensor in tensors:
+                    self._count(tensor.untyped_storage())
 
     @property
     def peak_bytes(self) -> int:

@@ -5,6 +5,7 @@ and the caching allocator is told which stream still reads a tensor. On a machin
 same calls copy at once: the code that decides what moves, and when, is the same.
 """
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,14 @@ class Copy:
         """Block until the host may read the tensor."""
         if self.event is not None:
             self.event.synchronize()
+
+
+def register(tensor: torch.Tensor) -> None:
+    """Pin the memory of a tensor until it is freed. Raises torch.cuda.CudaError."""
+    runtime, storage = torch.cuda.cudart(), tensor.untyped_storage()
+    torch.cuda.check_error(runtime.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+    freed = weakref.finalize(tensor, runtime.cudaHostUnregister, storage.data_ptr())
+    freed.atexit = False  # the process ends, and all that it has registered with it
 
 
 class Swapper:
@@ -69,6 +78,17 @@ class Swapper:
         """Host memory of a tensor's shape and strides, pinned where that helps."""
         with self.quietly():
             return torch.empty_like(tensor, device="cpu", pin_memory=self._pins)
+
+    def kept_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Zeros in host memory for good, pinned where that helps, and no larger than they are.
+
+        Torch's pinned blocks are powers of two; memory that is registered with the driver is not.
+        Raises torch.cuda.CudaError where the driver refuses.
+        """
+        target = torch.zeros_like(tensor, device="cpu")
+        if self._pins and target.nbytes:
+            register(target)
+        return target
 
     def _after_current(self, stream: "torch.cuda.Stream | None") -> AbstractContextManager[object]:
         if stream is None:

@@ -224,7 +224,8 @@ class Offloading(Record):
     beside them). `optimizer_on_host`: what is offloaded of the optimizer is updated by the host's
     processor, so that none of it comes to the device. `host_overhead_ratio`: host memory beyond the
     states themselves, over their bytes.
-    `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up.
+    `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up, but for
+    moments.
     """
 
     weights: HostedState | None

@@ -243,7 +243,8 @@ def hosted_bytes(runtime: Runtime, state: str, params: Expr) -> Expr:
 def hosted_by_tensor(runtime: Runtime, state: str, params: Iterable[Param]) -> Expr:
     """Bytes of one state of these parameters in host memory, as its tensors are allocated there.
 
-    Each is of fp32: a state of 8 bytes per parameter is two tensors of each.
+    Each is of fp32: a state of 8 bytes per parameter is two tensors of each. Moments, which stay
+    there for good, are pinned as they are, and not by torch's allocator.
     """
     hosted = hosted_state(runtime, state)
     if hosted is None:
@@ -252,7 +253,8 @@ def hosted_by_tensor(runtime: Runtime, state: str, params: Iterable[Param]) -> E
     total = _NONE
     for numbers, count in Counter(map(rank_numbers, params)).items():
         own = hosted_bytes(runtime, state, numbers)
-        total += count * copies * allocated_bytes(runtime, own / copies)
+        each = own / copies
+        total += count * copies * (each if state == "optimizer" else allocated_bytes(runtime, each))
     return total
 
 

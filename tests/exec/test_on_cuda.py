@@ -9,7 +9,7 @@ from mist.exec import group
 from mist.exec.activations import Offloader
 from mist.exec.launch import DEFAULTS
 from mist.exec.measure import Measured, allocated
-from mist.exec.swap import Copy, Swapper
+from mist.exec.swap import Copy, Swapper, register
 from mist.exec.worker import _watch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -38,6 +38,47 @@ def test_blocks_that_a_stream_still_reads_are_in_the_peak() -> None:
 
 def test_segments_expand_unless_the_user_says_otherwise() -> None:
     assert DEFAULTS["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+class Driver:
+    """The calls of a CUDA runtime."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.held: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
+        self.held[address] = num_bytes
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+        del self.held[address]
+
+
+def test_memory_is_pinned_as_large_as_it_is_until_it_is_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    moments = [torch.zeros(1000), torch.zeros(3)]
+    for each in moments:
+        register(each)
+    assert sorted(driver.held.values()) == [12, 4000]
+    del each
+    moments.pop()
+    assert [*driver.held.values()] == [4000]
+
+
+def test_a_driver_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(code: int) -> None:
+        assert code == 2
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(2))
+    monkeypatch.setattr(torch.cuda, "check_error", refuse)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        register(torch.zeros(3))
 
 
 def test_no_more_than_two_layers_are_on_their_way_to_the_host(
