@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean, median
 from typing import Final
 
