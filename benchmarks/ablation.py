@@ -19,15 +19,15 @@ import numpy as np
 from paper_models import FAMILIES, SIZES, machine, paper_question, prepared
 
 from mist.errors import Infeasible
-from mist.estimate import Job
-from mist.explain import layout_words
 from mist.pareto.layouts import stage_plans
-from mist.pareto.space import expressible
-from mist.plans import Limits
-from mist.programs import quiet
-from mist.spaces import PAPER_RATIOS, SPACES, SearchSpace
-from mist.spec import Attention, MemoryLevel
-from mist.tune import tune
+from mist.pareto.strategies import expressible
+from mist.plans.breakdown import layout_words
+from mist.plans.plan import Limits
+from mist.plans.search_space import PAPER_RATIOS, SPACES, SearchSpace
+from mist.plans.workload import Attention, MemoryLevel
+from mist.search.tune import tune
+from mist.symbolic.estimate import Job
+from mist.symbolic.load_programs import quiet
 
 START: Final = SPACES["3d"]
 CHECKPOINTS: Final = replace(START, levels=tuple(MemoryLevel), some_layers=True)

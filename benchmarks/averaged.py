@@ -16,18 +16,18 @@ import numpy as np
 from ablation import LADDER, Setting
 from paper_models import SIZES, machine, paper_question, prepared
 
-from mist.cells import Bounds, CellStore, GroupProblem, problem_of
-from mist.estimate import Job
-from mist.explain import layout_words
 from mist.milp import InterStageProblem, solve
 from mist.pareto.bounds import lower_bound_s
+from mist.pareto.candidates import GroupModel
 from mist.pareto.layouts import Layout, Picked, layout_of, stage_plans
-from mist.pareto.space import groups
-from mist.pareto.table import GroupModel
-from mist.plans import Limits
-from mist.programs import quiet
-from mist.spec import Attention
-from mist.tune import tune
+from mist.pareto.strategies import groups
+from mist.plans.breakdown import layout_words
+from mist.plans.plan import Limits
+from mist.plans.workload import Attention
+from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, problem_of
+from mist.search.tune import tune
+from mist.symbolic.estimate import Job
+from mist.symbolic.load_programs import quiet
 
 SPACE: Final = LADDER["+imbalance"]
 REACH: Final = 1.35

@@ -155,8 +155,8 @@ LAYOUTS: Final = {  # words of `mist check`; the micro-batch of each
 
 def question(check: Check, profile: Path | None, precision: str) -> Any:  # noqa: ANN401 (mist is not loaded yet)
     """What is asked of the planner; without a profile by the card's name."""
-    from mist.spec import Precision
-    from mist.workflow.question import Question
+    from mist.plans.workload import Precision
+    from mist.workflow.request import Question
 
     return Question(
         model=str(check.model),
@@ -181,8 +181,8 @@ def shipped(check: Check) -> str:
 
 def planned(check: Check, name: str, profile: Path | None) -> Any:  # noqa: ANN401
     """A layout as a plan with its prediction."""
-    from mist.planfile import save_plan
-    from mist.plans import Offload
+    from mist.plans.file import save_plan
+    from mist.plans.plan import Offload
     from mist.workflow.checking import HandLayout, check_layout
 
     words, micro_batch = LAYOUTS[name]
@@ -198,7 +198,7 @@ def planned(check: Check, name: str, profile: Path | None) -> Any:  # noqa: ANN4
 @contextmanager
 def one_rank(check: Check) -> Iterator[Any]:
     """Within: this process is the only rank of a run; gives its device."""
-    from mist.exec.group import joined
+    from mist.exec.build.process_group import joined
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -214,12 +214,12 @@ def trained(check: Check, plan: Any, device: Any, *, synchronous: bool = False) 
     """Train a few steps by `mist apply`'s own code: peaks of one of them, seconds of the others."""
     import torch
 
-    from mist.exec import parallel as program
-    from mist.exec.adamw import Settings
-    from mist.exec.anatomy import examine
-    from mist.exec.batches import Batches
-    from mist.exec.loading import load
-    from mist.exec.swap import Swapper
+    from mist.exec.build import parallel as program
+    from mist.exec.build.adamw import Settings
+    from mist.exec.build.batches import Batches
+    from mist.exec.build.empty_weights import load
+    from mist.exec.build.host_copies import Swapper
+    from mist.exec.build.model_structure import examine
 
     loaded = load(plan.model.source, plan.workload.attention)
     subject = program.subject_of(loaded, examine(loaded, check.seq_len), plan)
@@ -296,10 +296,10 @@ def plain_losses(plan: Any, device: Any, num_steps: int) -> list[float]:  # noqa
     import torch
     from torch import nn
 
-    from mist.exec.batches import Batches
-    from mist.exec.draw import initial_values
-    from mist.exec.loading import load
-    from mist.exec.loss import summed_loss
+    from mist.exec.build.batches import Batches
+    from mist.exec.build.empty_weights import load
+    from mist.exec.build.loss import summed_loss
+    from mist.exec.build.weight_init import initial_values
 
     loaded = load(plan.model.source, plan.workload.attention)
     model = loaded.module
@@ -337,10 +337,10 @@ def measure(check: Check) -> dict[str, object]:
     """`mist profile` of this card, against its data sheet."""
     from mist.exec.profiling import Request
     from mist.files import write_text
+    from mist.plans.workload import Precision
     from mist.platform.machine import dump_machine
     from mist.platform.profiles import load_device
-    from mist.spec import Precision
-    from mist.workflow.profiling import profile
+    from mist.workflow.machine_profile import profile
 
     seconds = 4.0 if check.tiny else 60.0
     request = Request(device=check.device, num_ranks=1, seconds=seconds)
@@ -386,7 +386,7 @@ def beside(
     device: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
     """One layout, trained, with what each profile predicted of it."""
-    from mist.calibrate.comparing import live_bytes
+    from mist.calibrate.run_comparison import live_bytes
 
     plans = {word: planned(check, name, profile) for word, profile in profiles.items()}
     row = trained(check, plans["measured"], device)

@@ -20,7 +20,7 @@ import numpy as np
 from paper_models import machine
 
 from mist.milp import Cell, InterStageProblem, InterStageSolution, solve
-from mist.milp.formulation import solve_milp
+from mist.milp.integer_program import solve_milp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,19 +23,19 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.calibrate.comparing import Beside, Compared, compared
 from mist.calibrate.logs import RunLog, read_log
+from mist.calibrate.run_comparison import Beside, Compared, compared
 from mist.exec import RunOptions
 from mist.exec.profiling import Busy, Request
-from mist.planfile import load_plan, save_plan
+from mist.plans.file import load_plan, save_plan
+from mist.plans.workload import Precision
 from mist.platform.machine import dump_machine
 from mist.platform.profiles import find_machine
-from mist.spec import Precision
 from mist.validate.scores import kendall
 from mist.workflow.applying import apply_plan
 from mist.workflow.checking import HandLayout, check_layout
-from mist.workflow.profiling import profile
-from mist.workflow.question import Question
+from mist.workflow.machine_profile import profile
+from mist.workflow.request import Question
 
 SEQ_LEN = 256
 SAMPLES_PER_RANK: Final = 4

@@ -15,14 +15,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from mist.estimate import Job
-from mist.facts import LayerRun
-from mist.plans import Limits
-from mist.programs import model_programs, quiet
-from mist.spec import Attention, Precision
+from mist.model.summary import LayerRun
+from mist.plans.plan import Limits
+from mist.plans.workload import Attention, Precision
+from mist.symbolic.estimate import Job
+from mist.symbolic.load_programs import model_programs, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.trace import ConfigSource
-from mist.workflow.question import Question, job_of, limits_of, platform_of, setting_of
+from mist.workflow.request import Question, job_of, limits_of, platform_of, setting_of
 
 SIZES: Final = {  # hidden size, layers, attention heads; GPUs that the paper trains each on
     "1.3b": (2048, 24, 16, 2),

@@ -15,16 +15,16 @@ from typing import Final
 
 from paper_models import SIZES, gpt, machine, paper_question, prepared, write_config
 
-from mist.estimate import estimate
-from mist.planfile import save_plan
-from mist.plans import ONE_F_ONE_B, Offload, StagePlan
-from mist.programs import quiet
-from mist.spaces import SPACES
-from mist.spec import Attention, MemoryLevel
-from mist.tune import tune
+from mist.plans.file import save_plan
+from mist.plans.plan import ONE_F_ONE_B, Offload, StagePlan
+from mist.plans.search_space import SPACES
+from mist.plans.workload import Attention, MemoryLevel
+from mist.search.tune import tune
+from mist.symbolic.estimate import estimate
+from mist.symbolic.load_programs import quiet
 from mist.units import GIB
 from mist.workflow.checking import Checked, check_plan
-from mist.workflow.question import Made, Question, unsearched_plan
+from mist.workflow.request import Made, Question, unsearched_plan
 
 FLASH, MATH = Attention.FLASH, Attention.MATH
 

@@ -17,10 +17,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from paper_models import machine, prepared
 
-from mist.programs import quiet
-from mist.spaces import SPACES
-from mist.tune import tune
-from mist.workflow.question import Question
+from mist.plans.search_space import SPACES
+from mist.search.tune import tune
+from mist.symbolic.load_programs import quiet
+from mist.workflow.request import Question
 
 NAMES: Final = ("paper", "mist", "whole")
 LAYERS: Final = (20, 40, 80, 160, 320)

@@ -13,9 +13,9 @@ from typing import Final
 from ablation import LADDER
 from paper_models import machine, paper_question, prepared
 
-from mist.spaces import SPACES, SearchSpace
-from mist.tune import tune
-from mist.workflow.question import Question
+from mist.plans.search_space import SPACES, SearchSpace
+from mist.search.tune import tune
+from mist.workflow.request import Question
 
 JOBS: Final = {
     "GPT-1.3B, 2 L4": replace(paper_question("gpt-1.3b", "l4"), global_batch=32),

@@ -21,11 +21,11 @@ from itertools import islice
 from pathlib import Path
 
 from mist.errors import MistError
-from mist.plans import Offload, Plan
-from mist.refusals import refuse_unplayable
-from mist.spec import ScheduleKind
+from mist.plans.plan import Offload, Plan
+from mist.plans.workload import ScheduleKind
+from mist.rules.apply import refuse_unplayable
 from mist.workflow.checking import HandLayout, check_layout
-from mist.workflow.question import Question
+from mist.workflow.request import Question
 from mist.workflow.verifying import StageVerified, verify_plan
 
 MODELS = {  # largest tensor parallelism, sequence lengths, numbers of GPUs

@@ -12,7 +12,7 @@ Everything is imported when it is first used.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mist.planfile import load_plan, save_plan
+    from mist.plans.file import load_plan, save_plan
     from mist.workflow.api import check, plan
 
 __all__ = ["check", "load_plan", "plan", "save_plan"]
@@ -20,8 +20,8 @@ __all__ = ["check", "load_plan", "plan", "save_plan"]
 _HOME = {
     "check": "mist.workflow.api",
     "plan": "mist.workflow.api",
-    "load_plan": "mist.planfile",
-    "save_plan": "mist.planfile",
+    "load_plan": "mist.plans.file",
+    "save_plan": "mist.plans.file",
 }
 
 

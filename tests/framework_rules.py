@@ -1,15 +1,16 @@
 """What frameworks ask of a configuration, read in their own sources: the oracle of printed plans.
 
-Nothing here comes from `mist.rules` or from profiles: each line names where its framework refuses.
+Nothing here comes from `mist.rules.combinations` or from profiles: each line names where its
+framework refuses.
 """
 
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Final
 
-from mist.facts import ModelFacts
-from mist.plans import Plan, StagePlan
-from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.model.summary import ModelFacts
+from mist.plans.plan import Plan, StagePlan
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 
 Check = Callable[[Plan, ModelFacts], Iterator[str]]
 

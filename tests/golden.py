@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mist.planfile import dump_plan
-from mist.spaces import SearchSpace
+from mist.plans.file import dump_plan
+from mist.plans.search_space import SearchSpace
 from mist.workflow.planning import make_plan
-from mist.workflow.question import Question
+from mist.workflow.request import Question
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import sympy
 
-from mist.graph import Block
-from mist.spec import Attention, Precision
+from mist.model.graph import Block
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, load_graph
-from mist.trace.presets import PRESETS
+from mist.trace.models.presets import PRESETS
 
 EXAMPLES = ("my_transformer", "fno", "gnn", "unet")
 BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)

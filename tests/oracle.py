@@ -11,10 +11,10 @@ from typing import Any
 
 from sympy import Expr
 
-from mist.facts import Traffic
-from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
+from mist.model.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
+from mist.model.summary import Traffic
+from mist.plans.workload import Precision, Workload
 from mist.platform import OpCosts, Platform
-from mist.spec import Precision, Workload
 from tests.tokens import tokens
 
 

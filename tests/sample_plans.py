@@ -4,9 +4,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from mist.host_memory import HostNeed
-from mist.origin import Kind
-from mist.plans import (
+from mist.plans.host_memory import HostNeed
+from mist.plans.plan import (
     Alternative,
     ClusterRef,
     Estimate,
@@ -21,7 +20,8 @@ from mist.plans import (
     StagePlan,
     Uncertainty,
 )
-from mist.spec import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
+from mist.plans.provenance import Kind
+from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
 from mist.units import GIB
 
 LIMITS = Limits(device_bytes=64.0 * GIB, host_bytes=32.0 * GIB)

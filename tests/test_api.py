@@ -12,9 +12,9 @@ from torch import nn
 import mist
 from mist import cli
 from mist.errors import Infeasible, InputError
-from mist.planfile import dump_plan, save_plan
-from mist.plans import Plan
-from mist.spaces import SearchSpace
+from mist.plans.file import dump_plan, save_plan
+from mist.plans.plan import Plan
+from mist.plans.search_space import SearchSpace
 from mist.units import GIB
 from mist.workflow.checking import Checked
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.cells import Bounds, CellStore, GroupProblem, problem_of
-from mist.estimate import Job
-from mist.pareto.space import groups
-from mist.pareto.table import GroupModel
-from mist.plans import Limits
-from mist.spaces import NO_RATIOS, SearchSpace
-from mist.spec import ScheduleKind
+from mist.pareto.candidates import GroupModel
+from mist.pareto.strategies import groups
+from mist.plans.plan import Limits
+from mist.plans.search_space import NO_RATIOS, SearchSpace
+from mist.plans.workload import ScheduleKind
+from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, problem_of
+from mist.symbolic.estimate import Job
 from tests.test_tune import HOST
 from tests.toys import toy_graph, toy_job
 

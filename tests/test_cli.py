@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from mist import cli
-from mist.cli import planning
-from mist.planfile import load_plan
-from mist.plans import Offload, Plan, Schedule
-from mist.spec import ScheduleKind
+from mist.cli import plan_commands as planning
+from mist.plans.file import load_plan
+from mist.plans.plan import Offload, Plan, Schedule
+from mist.plans.workload import ScheduleKind
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--gpus", "4", "--global-batch", "16")
@@ -276,7 +276,7 @@ def test_a_configuration_is_called_after_its_file_and_says_its_positions(
     mist: Mist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a minute of tracing: what traces is not there."""
-    monkeypatch.setattr("mist.programs.load_graph", None)
+    monkeypatch.setattr("mist.symbolic.load_programs.load_graph", None)
     (tmp_path / "small-llama.json").write_text(json.dumps(LLAMA))
     folder = tmp_path / "Tiny-Llama"
     folder.mkdir()

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from mist.errors import Infeasible
-from mist.estimate import Job, position_columns, strategy_columns
-from mist.pareto.space import divisors
-from mist.plans import Limits
-from mist.programs import quiet
-from mist.spaces import OFFLOADED, PAPER_RATIOS, SPACES
-from mist.spec import MemoryLevel
-from mist.tune import tune
-from mist.workflow.question import Question, compiled, job_of, limits_of
+from mist.pareto.strategies import divisors
+from mist.plans.plan import Limits
+from mist.plans.search_space import OFFLOADED, PAPER_RATIOS, SPACES
+from mist.plans.workload import MemoryLevel
+from mist.search.tune import tune
+from mist.symbolic.estimate import Job, position_columns, strategy_columns
+from mist.symbolic.load_programs import quiet
+from mist.workflow.request import Question, compiled, job_of, limits_of
 
 GPT_1_3B = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257,

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.estimate import Job, estimate, make_job, model_flop, resharding_seconds
-from mist.plans import Offload, Schedule, StagePlan
+from mist.plans.plan import Offload, Schedule, StagePlan
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.cluster import Collective
-from mist.spec import MemoryLevel, ScheduleKind
+from mist.symbolic.estimate import Job, estimate, make_job, model_flop, resharding_seconds
 from tests.toys import toy_graph, toy_job
 
 

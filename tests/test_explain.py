@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.explain import PART_NAMES, layout_words, losing_reason, overflow, step_parts
-from mist.plans import Offload, Schedule
-from mist.spec import MemoryLevel, ScheduleKind
+from mist.plans.breakdown import PART_NAMES, layout_words, losing_reason, overflow, step_parts
+from mist.plans.plan import Offload, Schedule
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.symbolic.program import TIME_PARTS
 from mist.units import GIB
 from tests.sample_plans import estimate_of, stage_estimate, stage_plan

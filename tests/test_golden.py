@@ -2,7 +2,7 @@
 
 import pytest
 
-from mist.planfile import dump_plan, load_plan
+from mist.plans.file import dump_plan, load_plan
 from mist.workflow.checking import check_plan
 from tests.golden import JOBS, ROOT, golden, path_of
 

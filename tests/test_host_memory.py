@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.host_memory import pinned_bytes
+from mist.plans.host_memory import pinned_bytes
 from tests.sample_plans import host_need
 
 

@@ -27,9 +27,13 @@ HEAVY = ("torch", "transformers", "matplotlib", "pandas", "pulp", "highspy")
 MAX_HELP_S = 3.0
 # Only these modules may load a heavy package when they are imported.
 ROOMS = {
-    re.compile(r"mist\.trace\.(?!(source|cache|presets)$).+"): {"torch", "transformers"},
-    re.compile(r"mist\.exec\.(?!(launch|options|grid|runlog)$).+"): {"torch", "transformers"},
-    re.compile(r"mist\.milp\.formulation"): {"pulp", "highspy"},
+    re.compile(
+        r"mist\.trace\.(?!(models(\.(source|presets))?|trace_cache|operations|recording|tensor_parallel)$).+"
+    ): {"torch", "transformers"},
+    re.compile(
+        r"mist\.exec\.(?!(build|dryrun|run|build\.rank_grid|run\.(launch|run_options|run_log))$).+"
+    ): {"torch", "transformers"},
+    re.compile(r"mist\.milp\.integer_program"): {"pulp", "highspy"},
 }
 
 
@@ -186,7 +190,7 @@ API = """
 import sys
 import mist
 assert not {"numpy", "pydantic", "sympy", "torch"} & set(sys.modules), "import mist is not lazy"
-import mist.planfile, mist.workflow.api  # a module of that name would now hide a functions
+import mist.plans.file, mist.workflow.api  # a module of that name would now hide a functions
 for name in ("plan", "check", "load_plan", "save_plan"):
     assert callable(getattr(mist, name)), f"mist.{name} is hidden by a module of that name"
 """

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from mist.errors import Infeasible, InputError
-from mist.estimate import Job, _stage_columns
-from mist.pareto.leanest import leanest
-from mist.pareto.space import divisors
-from mist.planfile import dump_plan
-from mist.plans import Estimate, StagePlan
+from mist.pareto.least_memory import leanest
+from mist.pareto.strategies import divisors
+from mist.plans.file import dump_plan
+from mist.plans.objectives import Candidate, chosen
+from mist.plans.plan import Estimate, StagePlan
+from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
+from mist.plans.workload import MemoryLevel, Objective, ScheduleKind
 from mist.platform.profiles import load_cluster
-from mist.rent import Candidate, chosen
-from mist.spaces import NO_RATIOS, SPACES, SearchSpace
-from mist.spec import MemoryLevel, Objective, ScheduleKind
-from mist.workflow.counts import counts_of
+from mist.symbolic.estimate import Job, _stage_columns
+from mist.workflow.cluster_choice import Rented, offer_of, rent
+from mist.workflow.gpu_counts import counts_of
 from mist.workflow.planning import Effort, Planned, make_plan
-from mist.workflow.question import Question
-from mist.workflow.renting import Rented, offer_of, rent
+from mist.workflow.request import Question
 from tests.sample_plans import estimate_of, stage_estimate
 from tests.test_tune import SCHEDULES, options_of, shares_ends
 from tests.toys import toy_graph, toy_job

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 
 from mist.errors import InputError, OutputError, PlanError
 from mist.files import write_bytes, write_text
-from mist.planfile import dump_plan, load_plan, save_plan
-from mist.plans import Plan
-from mist.spec import MemoryLevel
+from mist.plans.file import dump_plan, load_plan, save_plan
+from mist.plans.plan import Plan
+from mist.plans.workload import MemoryLevel
 from tests.sample_plans import estimate_of, plans, sample_plan, stage_estimate, stage_plan
 
 Data = dict[str, object]

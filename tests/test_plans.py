@@ -4,8 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mist.errors import PlanError
-from mist.plans import Plan, plan_faults
-from mist.spec import MemoryLevel
+from mist.plans.plan import Plan, plan_faults
+from mist.plans.workload import MemoryLevel
 from tests.sample_plans import estimate_of, plans, sample_plan, stage_estimate, stage_plan
 
 

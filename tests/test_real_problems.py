@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from mist.cells import Bounds, CellStore, problem_of
 from mist.milp import InterStageProblem, solve
-from mist.pareto.space import groups
-from mist.pareto.table import GroupModel
-from mist.planfile import dump_plan
-from mist.plans import Plan
-from mist.programs import quiet
-from mist.spaces import SPACES, SearchSpace
-from mist.tune import tune
+from mist.pareto.candidates import GroupModel
+from mist.pareto.strategies import groups
+from mist.plans.file import dump_plan
+from mist.plans.plan import Plan
+from mist.plans.search_space import SPACES, SearchSpace
+from mist.search.stage_frontiers import Bounds, CellStore, problem_of
+from mist.search.tune import tune
+from mist.symbolic.load_programs import quiet
 from mist.workflow.planning import Effort, make_plan
-from mist.workflow.question import limits_of, prepare
+from mist.workflow.request import limits_of, prepare
 from tests.golden import JOBS, ROOT
 
 
@@ -68,7 +68,11 @@ def test_a_plan_without_bounds_is_byte_identical(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_bounds = planned(name)
-    monkeypatch.setattr("mist.tune.lower_bound_s", lambda job, group: 0.0)
-    monkeypatch.setattr("mist.cells.window", lambda m, ranges, step_s, **_: ranges.count > 0)
-    monkeypatch.setattr("mist.cells.least_step_s", lambda m, r, stable_s, lone_s: 0 * lone_s)
+    monkeypatch.setattr("mist.search.tune.lower_bound_s", lambda job, group: 0.0)
+    monkeypatch.setattr(
+        "mist.search.stage_frontiers.window", lambda m, ranges, step_s, **_: ranges.count > 0
+    )
+    monkeypatch.setattr(
+        "mist.search.stage_frontiers.least_step_s", lambda m, r, stable_s, lone_s: 0 * lone_s
+    )
     assert dump_plan(planned(name)) == dump_plan(with_bounds)

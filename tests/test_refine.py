@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.estimate import Job, _stage_columns, estimate
 from mist.pareto.layouts import Layout, stage_plans
-from mist.plans import Limits, fullest_host_bytes
-from mist.schedule import step_time
-from mist.spaces import NO_RATIOS, PAPER_RATIOS, SearchSpace
-from mist.spec import MemoryLevel, ScheduleKind
-from mist.tune import Tuned, smallest_peak, tune
+from mist.plans.plan import Limits, fullest_host_bytes
+from mist.plans.schedules import step_time
+from mist.plans.search_space import NO_RATIOS, PAPER_RATIOS, SearchSpace
+from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.search.tune import Tuned, smallest_peak, tune
+from mist.symbolic.estimate import Job, _stage_columns, estimate
 from tests.toys import toy_graph, toy_job
 
 LIMITS = Limits(device_bytes=0.6e9, host_bytes=0.5e9)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from mist.errors import InputError, PlanError
-from mist.facts import LayerRun, ModelFacts, TpLimit
-from mist.plans import Offload, Plan, Schedule, StagePlan
-from mist.refusals import offloaded_bytes, refuse_small_host, refuse_unplayable, refuse_world
-from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.model.summary import LayerRun, ModelFacts, TpLimit
+from mist.plans.plan import Offload, Plan, Schedule, StagePlan
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.rules.apply import offloaded_bytes, refuse_small_host, refuse_unplayable, refuse_world
 from mist.units import GIB
 from tests.sample_plans import sample_plan, stage_plan
 

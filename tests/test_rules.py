@@ -9,10 +9,10 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.estimate import Job, make_job
-from mist.graph import B, ModelGraph, S
+from mist.model.graph import B, ModelGraph, S
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform import load_platform
-from mist.rules import (
+from mist.rules.combinations import (
     Rule,
     broken,
     broken_between,
@@ -20,8 +20,8 @@ from mist.rules import (
     may_have,
     out_of_domain,
 )
-from mist.spec import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
+from mist.symbolic.estimate import Job, make_job
 from tests.torch_schedules import pipeline_order
 from tests.toys import toy_graph, toy_job, toy_workload
 

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 
 from mist.errors import Infeasible, InputError
-from mist.estimate import Job, estimate, make_job
-from mist.facts import LayerRun, ModelFacts, TpLimit
+from mist.model.summary import LayerRun, ModelFacts, TpLimit
 from mist.pareto.layouts import Layout, stage_plans
-from mist.plans import Limits, Plan
+from mist.plans.plan import Limits, Plan
+from mist.plans.search_space import SPACES, SearchSpace
+from mist.plans.workload import Precision, ScheduleKind
 from mist.platform import load_platform
 from mist.platform.profiles import load_runtime
-from mist.refusals import refuse_unplayable
-from mist.spaces import SPACES, SearchSpace
-from mist.spec import Precision, ScheduleKind
+from mist.rules.apply import refuse_unplayable
+from mist.search.tune import smallest_peak, tune
 from mist.symbolic.compile import compile_model
+from mist.symbolic.estimate import Job, estimate, make_job
 from mist.symbolic.program import ModelPrograms
-from mist.tune import smallest_peak, tune
-from mist.workflow.matching import plan_against
-from mist.workflow.question import Made, Question, unsearched_plan
+from mist.workflow.plan_against_job import plan_against
+from mist.workflow.request import Made, Question, unsearched_plan
 from tests import framework_rules
 from tests.toys import toy_graph, toy_programs, toy_workload
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.schedule import held, in_flight, layers_more, step_time, zero_as_run
-from mist.spec import ScheduleKind
+from mist.plans.schedules import held, in_flight, layers_more, step_time, zero_as_run
+from mist.plans.workload import ScheduleKind
 from tests.torch_schedules import ends_held, most_held, pipeline_order
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mist.errors import InputError
-from mist.spaces import (
+from mist.plans.search_space import (
     ALL_OR_NOTHING,
     NO_RATIOS,
     OFFLOADED,
@@ -16,7 +16,7 @@ from mist.spaces import (
     narrowed,
     space_of,
 )
-from mist.spec import MemoryLevel, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind
 
 EAGER, SELECTIVE, FULL = MemoryLevel
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mist.errors import InputError
-from mist.spec import Precision
+from mist.plans.workload import Precision
 from tests.toys import toy_workload
 
 

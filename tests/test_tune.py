@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from mist.errors import Infeasible, InputError
-from mist.estimate import Job, estimate
+from mist.pareto.candidates import GroupModel
+from mist.pareto.layer_ranges import layer_ranges
 from mist.pareto.layouts import Layout, stage_plans
-from mist.pareto.ranges import layer_ranges
-from mist.pareto.space import divisors, groups, offloading
-from mist.pareto.table import GroupModel
-from mist.plans import Limits, Offload, Schedule, StagePlan
-from mist.spaces import NO_RATIOS, SPACES, SearchSpace, narrowed
-from mist.spec import MemoryLevel, ScheduleKind
-from mist.tune import Tuned, landscape, smallest_peak, tune
+from mist.pareto.strategies import divisors, groups, offloading
+from mist.plans.plan import Limits, Offload, Schedule, StagePlan
+from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace, narrowed
+from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.search.tune import Tuned, landscape, smallest_peak, tune
+from mist.symbolic.estimate import Job, estimate
 from tests.toys import toy_graph, toy_job
 
 HOST = 0.5e9
@@ -401,9 +401,15 @@ def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> No
     for limit in (0.9e9, 1.3e9, 4e9):
         with_bounds = tuned(job, SearchSpace(), limit, alternatives=0)
         with monkeypatch.context() as patch:
-            patch.setattr("mist.tune.lower_bound_s", lambda job, group: 0.0)
-            patch.setattr("mist.cells.window", lambda m, ranges, step_s, **_: ranges.count > 0)
-            patch.setattr("mist.cells.least_step_s", lambda m, r, stable_s, lone_s: 0 * lone_s)
+            patch.setattr("mist.search.tune.lower_bound_s", lambda job, group: 0.0)
+            patch.setattr(
+                "mist.search.stage_frontiers.window",
+                lambda m, ranges, step_s, **_: ranges.count > 0,
+            )
+            patch.setattr(
+                "mist.search.stage_frontiers.least_step_s",
+                lambda m, r, stable_s, lone_s: 0 * lone_s,
+            )
             without = tuned(job, SearchSpace(), limit, alternatives=0)
         assert stage_plans(job, with_bounds.best) == stage_plans(job, without.best)
         assert with_bounds.best.step_s == without.best.step_s

@@ -6,10 +6,10 @@ whose bound does not rule them out, stages priced, and points of frontiers.
 
 import pytest
 
-from mist.programs import quiet
-from mist.spaces import SPACES
-from mist.tune import tune
-from mist.workflow.question import limits_of, prepare
+from mist.plans.search_space import SPACES
+from mist.search.tune import tune
+from mist.symbolic.load_programs import quiet
+from mist.workflow.request import limits_of, prepare
 from tests.golden import JOBS, ROOT
 
 # Golden job and space: what the search took when this was written.

@@ -2,7 +2,7 @@
 
 from sympy import Symbol
 
-from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, Q
+from mist.model.graph import GATHER_COPY, GATHERS, SCATTER_COPY, Q
 
 
 def tokens(shards: int, samples: int) -> dict[Symbol, int]:

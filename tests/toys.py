@@ -4,9 +4,7 @@ from functools import cache
 
 import sympy
 
-from mist.estimate import Job, make_job
-from mist.facts import LayerRun, TpLimit, Traffic
-from mist.graph import (
+from mist.model.graph import (
     GATHER_COPY,
     GATHERS,
     SCATTER_COPY,
@@ -23,10 +21,12 @@ from mist.graph import (
     SavedTensor,
     T,
 )
+from mist.model.summary import LayerRun, TpLimit, Traffic
+from mist.plans.workload import Attention, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
 from mist.platform.profiles import load_runtime
-from mist.spec import Attention, Optimizer, Precision, Workload
 from mist.symbolic.compile import compile_model
+from mist.symbolic.estimate import Job, make_job
 from mist.symbolic.program import ModelPrograms
 
 ELEMENT_BYTES = 2

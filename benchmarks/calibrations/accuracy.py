@@ -8,7 +8,7 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-from mist.programs import quiet
+from mist.symbolic.load_programs import quiet
 from mist.validate.results import Errors, Ranking, RunPrediction, Score
 from mist.validate.scores import is_core, is_regular
 from mist.workflow.validating import Validation, validate

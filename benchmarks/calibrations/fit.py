@@ -13,18 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.calibrate.fit import Range, fitted
-from mist.graph import ModelGraph
+from mist.model.graph import ModelGraph
 from mist.platform.calibration import Calibration, calibrated, dump_calibration
 from mist.platform.profiles import load_device
 from mist.platform.quantity import Quantity
-from mist.programs import quiet
 from mist.symbolic.compile import compile_model
+from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
 from mist.trace import load_graph
 from mist.validate.cases import Group, Key, grouped
+from mist.validate.measured_runs import Run, read_runs
 from mist.validate.predict import predict
 from mist.validate.predictions import GIB
-from mist.validate.runs import Run, read_runs
 from mist.validate.scores import TIERS, runs_regularly
 from mist.validate.sources import load_sources
 

@@ -19,11 +19,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mist.calibrate.fit import Range, fitted
+from mist.plans.workload import Precision
 from mist.platform import Cluster, Collective, Kind, OpCosts, Quantity
 from mist.platform.cluster import CollectiveTable
 from mist.platform.collectives import CollectiveLaw
 from mist.platform.profiles import load_cluster, load_device, load_runtime
-from mist.spec import Precision
 
 # Device, its folder, the tables of products and of NCCL that its profile was fitted to.
 SYSTEMS = (

@@ -3,7 +3,9 @@
 import sys
 from typing import NoReturn
 
-from mist.cli import planning, running, showing
+from mist.cli import plan_commands as planning
+from mist.cli import run_commands as running
+from mist.cli import show_commands as showing
 from mist.cli.common import app
 from mist.errors import MistError
 

@@ -9,20 +9,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from mist.errors import InputError
-from mist.exec.launch import run_ranks
-from mist.exec.options import RunOptions
-from mist.exec.preflight import preflight, say_finished, shown_by_torchrun
-from mist.plans import Plan
-from mist.refusals import refuse_small_host, refuse_unplayable, refuse_world
+from mist.exec.run.launch import run_ranks
+from mist.exec.run.preflight import preflight, say_finished, shown_by_torchrun
+from mist.exec.run.run_options import RunOptions
+from mist.plans.plan import Plan
+from mist.rules.apply import refuse_small_host, refuse_unplayable, refuse_world
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import nn
 
-    from mist.exec.adamw import Settings
-    from mist.exec.parallel import Parallel
-    from mist.facts import ModelFacts
+    from mist.exec.build.adamw import Settings
+    from mist.exec.build.parallel import Parallel
+    from mist.model.summary import ModelFacts
 
 __all__ = ["RunOptions", "apply", "deferred", "parallelize", "shown_by_torchrun"]
 
@@ -47,12 +47,12 @@ def apply(options: RunOptions, plan: Plan, facts: "ModelFacts") -> None:
             if leads:
                 say_finished(found)
         elif is_rank:
-            from mist.exec.worker import run
+            from mist.exec.run.rank_worker import run
 
             run(found.options)
         else:
             sys.stderr.flush()
-            command = ["-m", "mist.exec.worker", found.options.dump()]
+            command = ["-m", "mist.exec.run.rank_worker", found.options.dump()]
             run_ranks(command, planned, held=found.held)
     finally:
         for handle in found.held:
@@ -61,7 +61,7 @@ def apply(options: RunOptions, plan: Plan, facts: "ModelFacts") -> None:
 
 def deferred() -> "AbstractContextManager[None]":
     """Within: models that are built hold no memory for parameters, so any size can be built."""
-    from mist.exec.loading import deferred as within
+    from mist.exec.build.empty_weights import deferred as within
 
     return within()
 
@@ -69,8 +69,8 @@ def deferred() -> "AbstractContextManager[None]":
 class ParallelOptions(TypedDict, total=False):
     """What `parallelize` may be told beside the model and the plan.
 
-    settings: of the optimizer (`mist.exec.adamw.Settings`). seed: of weights, where the model has
-    no values (7). make_batch, loss: as in a model file.
+    settings: of the optimizer (`mist.exec.build.adamw.Settings`). seed: of weights, where the model
+    has no values (7). make_batch, loss: as in a model file.
     """
 
     settings: "Settings"
@@ -89,8 +89,8 @@ def parallelize(model: "nn.Module", plan: Plan, **options: Unpack[ParallelOption
     import torch
     import torch.distributed as dist
 
-    from mist.exec.adamw import Settings
-    from mist.exec.own import subject_of_module
+    from mist.exec.build.adamw import Settings
+    from mist.exec.build.user_model import subject_of_module
 
     if not dist.is_initialized():
         raise InputError("parallelize needs a process group: start the script with torchrun.")
@@ -98,7 +98,7 @@ def parallelize(model: "nn.Module", plan: Plan, **options: Unpack[ParallelOption
     make_batch, loss = options.get("make_batch"), options.get("loss")
     subject, facts = subject_of_module(model, plan, make_batch, loss)
     refuse_unplayable(plan, facts)
-    from mist.exec.parallel import build
+    from mist.exec.build.parallel import build
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import Final
 
-from mist.milp.exact import solve_exact
+from mist.milp.dynamic_program import solve_exact
 from mist.milp.highs import Limits
 from mist.milp.problem import (
     Cell,
@@ -76,7 +76,7 @@ def solve(
 def _solve_milp(
     problem: InterStageProblem, *, upper_bound_s: float, limits: Limits | None
 ) -> InterStageSolution | None:
-    from mist.milp.formulation import solve_milp
+    from mist.milp.integer_program import solve_milp
 
     return solve_milp(problem, upper_bound_s=upper_bound_s, limits=limits)
 
@@ -112,7 +112,7 @@ def _tighter(problem: InterStageProblem) -> InterStageProblem:
 def _confirmed(
     problem: InterStageProblem, exact: InterStageSolution, limits: Limits | None
 ) -> InterStageSolution:
-    from mist.milp.formulation import solve_milp
+    from mist.milp.integer_program import solve_milp
 
     checked = solve_milp(problem, confirm=exact, limits=limits)
     found_s = math.inf if checked is None else checked.step_s

@@ -2,7 +2,7 @@
 
 A cell is a frontier of stage i for a number of layers. A solution chooses, for each stage, one cell
 and one of its points, so that the layers add up, and the units of devices where they play a role,
-and the step time of `mist.schedule` is least.
+and the step time of `mist.plans.schedules` is least.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.schedule import step_time
+from mist.plans.schedules import step_time
 
 Method = Literal["milp", "dp", "both"]
 Solver = Literal["milp", "dp"]
@@ -26,8 +26,8 @@ class Cell:
     `first`: index of the first of these layers, or None where all layers are alike. `stable_s` [P],
     seconds, ascending; `lone_s` [P], seconds, descending; none negative: the columns of a
     `mist.pareto.frontier.Frontier`. P may be 0. `spare_s`: seconds of each stable time in which the
-    stage need not keep others waiting while the pipeline fills and drains (2 w of `mist.schedule`;
-    0 unless the schedule is zero bubble).
+    stage need not keep others waiting while the pipeline fills and drains (2 w of
+    `mist.plans.schedules`; 0 unless the schedule is zero bubble).
 
     `units` and `offsets` count where the problem has `num_units`: how many units of devices the
     stage takes, and the units of the cluster, from 0, that it may begin at; None: any. A cell that
@@ -188,10 +188,10 @@ class Choice:
 class InterStageSolution:
     """The best choices found, stage by stage, and the proof of how good they are.
 
-    `step_s`: seconds of one step by `mist.schedule.step_time`. `lower_bound_s`: no assignment is
-    faster. `num_nodes`: of the branch and bound that gave the bound. `solver`: which one found the
-    choices. Nothing here depends on the clock, unless HiGHS is given a time limit: the same problem
-    gives the same solution.
+    `step_s`: seconds of one step by `mist.plans.schedules.step_time`. `lower_bound_s`: no
+    assignment is faster. `num_nodes`: of the branch and bound that gave the bound. `solver`: which
+    one found the choices. Nothing here depends on the clock, unless HiGHS is given a time limit:
+    the same problem gives the same solution.
     """
 
     step_s: float

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mist.milp.moves import Position, linked
 from mist.milp.problem import Floats
-from mist.milp.transitions import Position, linked
 
 
 def pruned(

@@ -13,11 +13,11 @@ Neither offloading nor recomputation makes a stage faster than keeping everythin
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.estimate import Job
-from mist.pareto.ranges import Ranges, kinds_of
-from mist.pareto.space import Floats, Group
-from mist.pareto.table import GroupModel
-from mist.spec import ScheduleKind
+from mist.pareto.candidates import GroupModel
+from mist.pareto.layer_ranges import Ranges, kinds_of
+from mist.pareto.strategies import Floats, Group
+from mist.plans.workload import ScheduleKind
+from mist.symbolic.estimate import Job
 
 
 def lower_bound_s(job: Job, group: Group) -> float:

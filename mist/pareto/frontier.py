@@ -1,10 +1,11 @@
 """The exact non-dominated set of candidates in (stable, lone).
 
 A candidate dominates another when it is no slower in both times and faster in one. The step time
-(`mist.schedule`) is monotone in both, so no dominated candidate can improve a plan, whatever the
-other stages do. Of candidates with the same two times the one with the lower peak stays, then the
-one with the lower index: the result does not depend on the order of evaluation. Where stages share
-host memory a candidate must be no worse in the bytes that it holds there either (`lean_frontier`).
+(`mist.plans.schedules`) is monotone in both, so no dominated candidate can improve a plan, whatever
+the other stages do. Of candidates with the same two times the one with the lower peak stays, then
+the one with the lower index: the result does not depend on the order of evaluation. Where stages
+share host memory a candidate must be no worse in the bytes that it holds there either
+(`lean_frontier`).
 """
 
 from collections.abc import Sequence

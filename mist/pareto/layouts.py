@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.estimate import Job, fill_seconds, resharding_seconds
-from mist.pareto.points import Points
-from mist.pareto.space import Group, Strategies, whole_layers
-from mist.plans import Offload, Schedule, StagePlan
-from mist.schedule import step_time
-from mist.spec import MemoryLevel
+from mist.pareto.frontier_points import Points
+from mist.pareto.strategies import Group, Strategies, whole_layers
+from mist.plans.plan import Offload, Schedule, StagePlan
+from mist.plans.schedules import step_time
+from mist.plans.workload import MemoryLevel
+from mist.symbolic.estimate import Job, fill_seconds, resharding_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

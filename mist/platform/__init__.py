@@ -5,15 +5,15 @@
 every figure with its source.
 """
 
-from mist.origin import Kind
-from mist.platform.choices import op_costs
+from mist.plans.provenance import Kind
 from mist.platform.cluster import Cluster, Collective
-from mist.platform.costs import OpCosts
 from mist.platform.device import Device
+from mist.platform.extrapolation import extrapolations
+from mist.platform.op_sources import op_costs
+from mist.platform.op_times import OpCosts
 from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 from mist.platform.selection import Platform, load_platform
-from mist.platform.watch import extrapolations
 
 __all__ = [
     "Cluster",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
 from mist.platform.quantity import Quantity, Record

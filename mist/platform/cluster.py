@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 from mist.platform.quantity import Quantity, Record
 
 

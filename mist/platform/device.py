@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mist.facts import Traffic
-from mist.origin import Kind
+from mist.model.summary import Traffic
+from mist.plans.provenance import Kind
+from mist.plans.workload import Attention, Precision
+from mist.platform.op_tables import Tables, check_columns
 from mist.platform.quantity import Quantity, Record
-from mist.platform.tables import Tables, check_columns
-from mist.spec import Attention, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmLaw(Record):
-    """Time of a matrix product from its FLOPs and bytes; the equation is in `costs.gemm_s`.
+    """Time of a matrix product from its FLOPs and bytes; the equation is in `op_times.gemm_s`.
 
     `peak_flop_per_s` is the dense datasheet peak, `efficiency_ratio` what large shapes reach of it.
     `bandwidth_scale` multiplies the HBM bandwidth (above 1 it is a curvature of the fit, not a
@@ -67,7 +67,7 @@ class FlashAttention(Record):
 class BandwidthRatios(Record):
     """Share of the HBM bandwidth that each class of memory-bound operation reaches (0..1).
 
-    The fields are the words of `mist.graph.Traffic`.
+    The fields are the words of `mist.model.graph.Traffic`.
     """
 
     pointwise: Quantity

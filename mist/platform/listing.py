@@ -5,10 +5,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from mist.errors import PlatformError, did_you_mean
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster, CollectiveTable, Contention
 from mist.platform.device import Device
+from mist.platform.op_tables import OpTable
 from mist.platform.profiles import (
     Family,
     list_profiles,
@@ -19,7 +20,6 @@ from mist.platform.profiles import (
 )
 from mist.platform.quantity import Quantity, unit_of_key
 from mist.platform.runtime import Runtime
-from mist.platform.tables import OpTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

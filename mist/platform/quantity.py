@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 
 
 class Record:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform.quantity import Quantity, Record
-from mist.spec import MemoryLevel, Precision, ScheduleKind
 
 ZeroLevel = Literal[0, 1, 2, 3]
 

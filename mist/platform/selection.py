@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mist.errors import PlatformError
 from mist.files import digest
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 from mist.platform.calibration import Calibration, Profiles
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device

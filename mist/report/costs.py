@@ -6,13 +6,13 @@ from typing import Final
 
 import sympy
 
-from mist.facts import trained_words
-from mist.graph import B, Block, ModelGraph, S, T
+from mist.model.graph import B, Block, ModelGraph, S, T
+from mist.model.summary import trained_words
+from mist.plans.workload import Precision
 from mist.platform.listing import FigureRow, ProfileRow
 from mist.platform.machine import Machine
 from mist.report.tables import say, say_note, show
-from mist.rules import broken, limit_rules
-from mist.spec import Precision
+from mist.rules.combinations import broken, limit_rules
 from mist.units import GB, MICROSECOND, format_bytes, format_seconds
 
 Point = Mapping[str, int]

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mist.rent import Candidate
+from mist.plans.objectives import Candidate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from mist.plans import Plan
+from mist.plans.plan import Plan
 from mist.units import GIB
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mist.exec.seen import Seen, StageVerified
+from mist.exec.observation import Seen, StageVerified
 from mist.report.tables import say, show
 from mist.units import GIB, format_bytes
 

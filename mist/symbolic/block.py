@@ -18,8 +18,7 @@ from typing import Final
 import sympy
 from sympy import Expr
 
-from mist.facts import Traffic
-from mist.graph import (
+from mist.model.graph import (
     GATHER_COPY,
     GATHERS,
     SCATTER_COPY,
@@ -35,10 +34,11 @@ from mist.graph import (
     SavedTensor,
     T,
 )
+from mist.model.summary import Traffic
+from mist.plans.workload import Precision
 from mist.platform.runtime import Kernels, Loss, Runtime
-from mist.spec import Precision
 from mist.symbolic import symbols as sym
-from mist.symbolic.states import frozen_weight_ratio
+from mist.symbolic.state_bytes import frozen_weight_ratio
 
 ROWS_DIMS: Final = 3  # [samples, tokens, hidden]
 COLLECTIVES: Final = MappingProxyType(

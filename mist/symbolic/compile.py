@@ -6,9 +6,9 @@ import sympy
 from sympy import Basic, Expr
 from sympy.printing.numpy import NumPyPrinter
 
-from mist.graph import B, Block, ModelGraph, OpKind, S, T
+from mist.model.graph import B, Block, ModelGraph, OpKind, S, T
+from mist.plans.workload import MemoryLevel, Precision
 from mist.platform import Runtime
-from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.program import ModelPrograms, Program
 from mist.symbolic.stage import StageCost, stage_cost

@@ -13,8 +13,8 @@ from types import CodeType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mist.facts import ModelFacts, Traffic
-from mist.host_memory import pinned_bytes
+from mist.model.summary import ModelFacts, Traffic
+from mist.plans.host_memory import pinned_bytes
 from mist.platform import OpCosts
 
 TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "offload", "p2p")

@@ -6,7 +6,7 @@ Two levels, so that a search pays for each only where it varies:
 data-parallel groups): for each block x and memory level, seconds of one micro-batch by part, bytes;
 *stage*, functions of the terms and of the layout (layers of each kind and level, position):
 
-    stable_s = sum over layers of their slots (`slots.py`) + ends + p2p
+    stable_s = sum over layers of their slots (`overlap.py`) + ends + p2p
     lone_s   = the same in the first forward and last backward + exposed collectives + optimizer
     weight_s = what of a micro-batch computes gradients of weights, which may wait
     peak     = states + kept * in_flight + working set of the worst block + gathered + buffers,
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.graph import Block, ModelGraph
+from mist.model.graph import Block, ModelGraph
+from mist.plans.workload import MemoryLevel, Precision
 from mist.platform.runtime import Runtime
-from mist.spec import MemoryLevel, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
     BlockCost,
@@ -35,12 +35,11 @@ from mist.symbolic.block import (
     layer_cost,
     rank_params,
 )
-from mist.symbolic.groups import activations_bytes, gradients_bytes, held_by_groups
-from mist.symbolic.hosting import allocated_terms, drawn_terms, hosted_terms
-from mist.symbolic.pipelined import UNMADE_RATIO, kept_outputs
-from mist.symbolic.program import TIME_PARTS
-from mist.symbolic.rows import Row, of_blocks, params_of, rows_of, term, total, worst
-from mist.symbolic.slots import (
+from mist.symbolic.block_sums import Row, of_blocks, params_of, rows_of, term, total, worst
+from mist.symbolic.fsdp_groups import activations_bytes, gradients_bytes, held_by_groups
+from mist.symbolic.host_bytes import allocated_terms, drawn_terms, hosted_terms
+from mist.symbolic.optimizer_memory import step_bytes
+from mist.symbolic.overlap import (
     Level,
     at_least,
     ends_seconds,
@@ -48,8 +47,9 @@ from mist.symbolic.slots import (
     optimizer_seconds,
     slots,
 )
-from mist.symbolic.states import from_level, frozen_bytes, gathered_bytes, unmade_terms
-from mist.symbolic.transients import step_bytes
+from mist.symbolic.pipeline_memory import UNMADE_RATIO, kept_outputs
+from mist.symbolic.program import TIME_PARTS
+from mist.symbolic.state_bytes import from_level, frozen_bytes, gathered_bytes, unmade_terms
 
 _NONE, _ONE = sympy.Integer(0), sympy.Integer(1)
 
@@ -240,8 +240,9 @@ def _memory(
 ) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """Peak bytes by part, which sum to the peak; and bytes at the instants that may be the peak.
 
-    These are: a backward pass begins, it ends, the last one does (`pipelined.last`), the optimizer
-    steps. The peak is the largest of them, and each is a straight line in the numbers of layers.
+    These are: a backward pass begins, it ends, the last one does (`pipeline_memory.last`), the
+    optimizer steps. The peak is the largest of them, and each is a straight line in the numbers of
+    layers.
     """
     own = runtime.memory.fixed_bytes.value
     own += runtime.memory.buffer_ratio.value * term("activation_bytes")

@@ -1,4 +1,4 @@
-"""The symbols of the stage formulas, beside b, s, t of `mist.graph`, and the platform's functions.
+"""The symbols of the stage formulas, and the platform's functions; b, s, t: `mist.model.graph`.
 
 Strategy columns say how a stage is trained; layout columns say which stage it is.
 Functions are opaque to sympy: each is one of the platform's laws (or tables), bound at compile.
@@ -10,7 +10,7 @@ from typing import Final
 
 import sympy
 
-from mist.facts import Traffic
+from mist.model.summary import Traffic
 
 SHARD = sympy.Symbol("dp_shard", positive=True, integer=True)
 """Data-parallel ranks that share one copy of the states: 1 at ZeRO-0."""
@@ -32,7 +32,8 @@ OFFLOAD: Final = {
 }
 """Share of each state that lives in host memory, 0 to 1."""
 IN_FLIGHT = sympy.Symbol("in_flight", positive=True, integer=True)
-"""Micro-batches whose layers' activations the stage holds at once, by `mist.schedule.held`."""
+"""Micro-batches whose layers' activations the stage holds at once, by
+`mist.plans.schedules.held`."""
 LAYERS_MORE = sympy.Symbol("layers_more", nonnegative=True)
 """Micro-batches in flight in an average layer beyond `IN_FLIGHT`: of unequal chunks."""
 EMBED_MORE = sympy.Symbol("embed_more", real=True)

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mist.errors import OutputError
-from mist.trace import cache
-from mist.trace.source import ConfigSource, Policy, PythonSource, Setting, Source, resolve
+from mist.trace import trace_cache as cache
+from mist.trace.models.source import ConfigSource, Policy, PythonSource, Setting, Source, resolve
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mist.graph import ModelGraph
-    from mist.trace.expr import Size
+    from mist.model.graph import ModelGraph
+    from mist.trace.expressions import Size
 
 __all__ = [
     "ConfigSource",
@@ -47,7 +47,7 @@ def load_graph(
     if graph is not None:
         progress(f"{graph.name}: trace from the cache")
         return graph
-    from mist.trace.loader import load_model, local_modules
+    from mist.trace.models.loader import load_model, local_modules
     from mist.trace.trace import listing, trace
 
     progress(f"loading {found.label}")
@@ -110,7 +110,7 @@ def trace_model(
     labels of the batch, or the token ids). The model's `name`, if it has one,
     names the graph. Raises TraceError when its costs cannot be traced.
     """
-    from mist.trace.loader import LoadedModel
+    from mist.trace.models.loader import LoadedModel
     from mist.trace.trace import trace
 
     name = getattr(model, "name", None)

@@ -13,7 +13,7 @@ from typing import Final, get_args, get_origin, get_type_hints
 import sympy
 from sympy import Basic
 
-from mist.graph import GATHER_COPY, GATHERS, SCATTER_COPY, B, ModelGraph, Q, S, T
+from mist.model.graph import GATHER_COPY, GATHERS, SCATTER_COPY, B, ModelGraph, Q, S, T
 
 FUNCTIONS: Final[Mapping[str, Callable[..., Basic]]] = MappingProxyType(
     {

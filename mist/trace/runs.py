@@ -14,12 +14,12 @@ import sympy
 from sympy import Expr
 
 from mist.errors import TraceError
-from mist.graph import B, Op, S, T
-from mist.trace.blame import short, traced
-from mist.trace.fit import NotPolynomial, fitted_run
-from mist.trace.loader import LoadedModel
-from mist.trace.repeat import Layers, find_layers
-from mist.trace.session import (
+from mist.model.graph import B, Op, S, T
+from mist.trace.diagnose import short, traced
+from mist.trace.models.loader import LoadedModel
+from mist.trace.models.source import Setting
+from mist.trace.polynomial_fit import NotPolynomial, fitted_run
+from mist.trace.recording.session import (
     BATCH_HINT,
     SEQ_HINT,
     NotALayerList,
@@ -28,8 +28,8 @@ from mist.trace.session import (
     Session,
     seq_hint,
 )
-from mist.trace.source import Setting
-from mist.trace.tp import Sharding, Unsupported, with_whole_vocabulary
+from mist.trace.repeated_blocks import Layers, find_layers
+from mist.trace.tensor_parallel.tp_sharding import Sharding, Unsupported, with_whole_vocabulary
 from mist.trace.tp_graph import find_sharding
 
 Progress = Callable[[str], None]

@@ -15,9 +15,16 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from mist.trace.session import Piece, Run
-from mist.trace.tp import Matrix, Region, Sharding, Unsupported, matrix_of, sharding_of
-from mist.trace.tp_plan import own_plan, sharding_by_plan
+from mist.trace.recording.session import Piece, Run
+from mist.trace.tensor_parallel.tp_plan import own_plan, sharding_by_plan
+from mist.trace.tensor_parallel.tp_sharding import (
+    Matrix,
+    Region,
+    Sharding,
+    Unsupported,
+    matrix_of,
+    sharding_of,
+)
 
 aten = torch.ops.aten
 

@@ -11,15 +11,15 @@ from sympy import Integer
 from torch import fx, nn
 
 from mist.errors import TraceError
-from mist.facts import LayerRun
-from mist.graph import Block, ModelGraph, Param
-from mist.trace.loader import LoadedModel
+from mist.model.graph import Block, ModelGraph, Param
+from mist.model.summary import LayerRun
+from mist.trace.models.loader import LoadedModel
+from mist.trace.models.source import Setting
+from mist.trace.recording.session import Piece, Run
 from mist.trace.runs import Progress, Recorded, record_model
-from mist.trace.session import Piece, Run
-from mist.trace.source import Setting
-from mist.trace.tidy import tidied
-from mist.trace.tp import Sharding
-from mist.trace.tp_apply import undivided
+from mist.trace.simplify import tidied
+from mist.trace.tensor_parallel.tp_apply import undivided
+from mist.trace.tensor_parallel.tp_sharding import Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

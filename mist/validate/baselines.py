@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import median
 
+from mist.validate.measured_runs import Run
 from mist.validate.results import RunPrediction
-from mist.validate.runs import Run
 
 Times = Mapping[str, float]
 

@@ -7,7 +7,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import Final
 
-from mist.plans import layers_by_cost
+from mist.plans.plan import layers_by_cost
+from mist.plans.workload import Precision
 from mist.platform.profiles import (
     Loaded,
     find_calibration,
@@ -16,12 +17,11 @@ from mist.platform.profiles import (
     load_runtime,
 )
 from mist.platform.runtime import Runtime
-from mist.spec import Precision
 from mist.trace import ConfigSource, Setting
-from mist.validate.layouts import RunLayout, layout_of
-from mist.validate.models import Unsupported, architecture_of
+from mist.validate.measured_runs import Run, StageRun, Stages
 from mist.validate.predict import Case, Machine
-from mist.validate.runs import Run, StageRun, Stages
+from mist.validate.run_layouts import RunLayout, layout_of
+from mist.validate.run_models import Unsupported, architecture_of
 from mist.validate.sources import AttentionKernel, Hardware, Source, Sources
 
 PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.BF16}

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.estimate import rank_columns, stage_columns
+from mist.plans.schedules import held, step_time
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform import Cluster, Device, OpCosts, Runtime
-from mist.schedule import held, step_time
-from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.symbolic.estimate import rank_columns, stage_columns
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
-from mist.validate.layouts import RunLayout
+from mist.validate.run_layouts import RunLayout
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]

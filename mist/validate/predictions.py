@@ -6,12 +6,12 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 from mist.errors import MistError
-from mist.programs import Progress, model_programs, quiet
+from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.validate.cases import Group, Member, grouped
+from mist.validate.measured_runs import Run, Stages
 from mist.validate.predict import Prediction, predict
 from mist.validate.results import RunPrediction
-from mist.validate.runs import Run, Stages
 from mist.validate.sources import Source, Sources
 
 GIB = 2.0**30

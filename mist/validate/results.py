@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mist.validate.runs import Run
+from mist.validate.measured_runs import Run
 
 MemoryKind = Literal["allocated", "reserved", "active"]
 Status = Literal["predicted", "unsupported", "error"]

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.validate.baselines import Times, constant_utilisation, flops_and_bubble
+from mist.validate.measured_runs import Run, Stages
 from mist.validate.results import Errors, Ranking, RunPrediction, Score
-from mist.validate.runs import Run, Stages
 
 MIN_GROUP = 4
 MB_PER_GIB = 1024.0

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
+from mist.plans.workload import Attention
 from mist.platform.profiles import load_shipped
 from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
-from mist.spec import Attention
 from mist.validate.results import MemoryKind
 
 AS_TRACED: Final = Quantity(value=1.0, source="the traced kernels", kind=Kind.SPEC)

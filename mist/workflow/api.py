@@ -7,10 +7,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, Unpack
 
 from mist.errors import InputError, did_you_mean
-from mist.plans import Plan
-from mist.programs import Progress, quiet
-from mist.spaces import SearchSpace, narrowed, space_of
-from mist.spec import Attention, Objective, Precision, ScheduleKind, Solver
+from mist.plans.plan import Plan
+from mist.plans.search_space import SearchSpace, narrowed, space_of
+from mist.plans.workload import Attention, Objective, Precision, ScheduleKind, Solver
+from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.checking import (
     Checked,
     HandLayout,
@@ -19,9 +19,9 @@ from mist.workflow.checking import (
     layers_of,
     offload_of,
 )
+from mist.workflow.cluster_choice import offer_of, rent
 from mist.workflow.planning import Effort
-from mist.workflow.question import DEFAULT_GLOBAL_BATCH, Question, host_memory_of
-from mist.workflow.renting import offer_of, rent
+from mist.workflow.request import DEFAULT_GLOBAL_BATCH, Question, host_memory_of
 
 if TYPE_CHECKING:
     from torch import nn

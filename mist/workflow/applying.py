@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mist.exec import RunOptions, apply, shown_by_torchrun
-from mist.planfile import load_plan
+from mist.plans.file import load_plan
 from mist.trace import Setting, load_graph
 from mist.workflow.checking import question_of
 

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from mist.calibrate.fit import Range, fitted
 from mist.calibrate.logs import read_log
 from mist.errors import InputError
-from mist.estimate import estimate, make_job
-from mist.graph import ModelGraph
-from mist.planfile import load_plan
-from mist.plans import Plan
+from mist.model.graph import ModelGraph
+from mist.plans.file import load_plan
+from mist.plans.plan import Plan
 from mist.platform import Kind, Platform, Quantity
 from mist.platform.calibration import Calibration, calibrated
-from mist.programs import compile_graph
+from mist.symbolic.estimate import estimate, make_job
+from mist.symbolic.load_programs import compile_graph
 from mist.trace import Setting, load_graph
 from mist.workflow.checking import question_of
-from mist.workflow.question import platform_of, setting_of
+from mist.workflow.request import platform_of, setting_of
 
 # In the order in which they are fitted: as many as half of the runs, and at least one.
 CONSTANTS: Final = (

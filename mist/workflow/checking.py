@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Final
 
 from mist.errors import InputError, PlanError
-from mist.estimate import Job, estimate
-from mist.host_memory import HostNeed
-from mist.pareto.dealing import dealing_words, dealt_layers
-from mist.planfile import load_plan
-from mist.plans import (
+from mist.pareto.default_partition import dealing_words, dealt_layers
+from mist.plans.file import load_plan
+from mist.plans.host_memory import HostNeed
+from mist.plans.plan import (
     Estimate,
     Limits,
     Offload,
@@ -18,15 +17,16 @@ from mist.plans import (
     Schedule,
     StagePlan,
 )
+from mist.plans.search_space import CHECKPOINTS, OFFLOADED
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Platform
 from mist.platform.profiles import is_machine
-from mist.programs import Progress, quiet
-from mist.rules import broken, broken_levels, knob_rules
-from mist.spaces import CHECKPOINTS, OFFLOADED
-from mist.spec import MemoryLevel, ScheduleKind
+from mist.rules.combinations import broken, broken_levels, knob_rules
+from mist.symbolic.estimate import Job, estimate
+from mist.symbolic.load_programs import Progress, quiet
 from mist.units import format_bytes, format_seconds
-from mist.workflow.matching import pipeline_faults, plan_against
-from mist.workflow.question import (
+from mist.workflow.plan_against_job import pipeline_faults, plan_against
+from mist.workflow.request import (
     OBJECT,
     Made,
     Question,

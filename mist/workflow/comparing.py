@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mist.calibrate.comparing import Compared, compared
 from mist.calibrate.logs import read_log
+from mist.calibrate.run_comparison import Compared, compared
 from mist.errors import InputError
-from mist.planfile import load_plan
+from mist.plans.file import load_plan
 
 
 def compare(plan_path: Path, log_path: Path) -> Compared:

@@ -9,22 +9,21 @@ from types import MappingProxyType
 from typing import Final
 
 from mist.errors import Infeasible, InputError
-from mist.estimate import Job, estimate
-from mist.explain import layout_words, losing_reason, overflow, step_parts
-from mist.host_memory import HostNeed
 from mist.milp import Method
 from mist.pareto.layouts import Layout, stage_plans
-from mist.pareto.leanest import ROUNDING_RATIO, leanest
-from mist.pareto.space import expressible
-from mist.plans import Alternative, Limits, Plan
-from mist.programs import Progress, quiet
-from mist.spaces import SearchSpace
-from mist.spec import Objective
+from mist.pareto.least_memory import ROUNDING_RATIO, leanest
+from mist.pareto.strategies import expressible
+from mist.plans.breakdown import layout_words, losing_reason, overflow, step_parts
+from mist.plans.host_memory import HostNeed
+from mist.plans.plan import Alternative, Limits, Plan
+from mist.plans.search_space import SearchSpace
+from mist.plans.workload import Objective
+from mist.search.tune import Tuned, landscape, smallest_peak, tune
+from mist.symbolic.estimate import Job, estimate
+from mist.symbolic.load_programs import Progress, quiet
 from mist.symbolic.program import ModelPrograms
-from mist.tune import Tuned, landscape, smallest_peak, tune
 from mist.units import format_bytes
-from mist.workflow.needs import Pipeline, change_words, memory_words, pipeline_of
-from mist.workflow.question import (
+from mist.workflow.request import (
     Made,
     Question,
     compiled,
@@ -36,6 +35,7 @@ from mist.workflow.question import (
     provenance_of,
     unsearched_plan,
 )
+from mist.workflow.sensitivity import Pipeline, change_words, memory_words, pipeline_of
 
 MOST_GPUS_SUGGESTED = 4096
 MOST_EXCLUDED: Final = 3

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mist.validate.measured_runs import read_runs, read_stages
 from mist.validate.predictions import predictions
 from mist.validate.results import RunPrediction, Score
-from mist.validate.runs import read_runs, read_stages
 from mist.validate.scores import scored
 from mist.validate.sources import load_sources
 

@@ -5,20 +5,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from mist.calibrate.comparing import live_bytes
-from mist.exec.grid import Transfer, chunk_layers, grid_of, transfers
-from mist.exec.seen import Collective, Compared, Seen, StageVerified
-from mist.exec.verify import dry_run
-from mist.graph import B, ModelGraph, S
-from mist.planfile import load_plan
-from mist.plans import Plan, StageEstimate
-from mist.programs import Progress, quiet
-from mist.refusals import refuse_unplayable
-from mist.symbolic.charges import charged
+from mist.calibrate.run_comparison import live_bytes
+from mist.exec.build.rank_grid import Transfer, chunk_layers, grid_of, transfers
+from mist.exec.dryrun.dry_runs import dry_run
+from mist.exec.observation import Collective, Compared, Seen, StageVerified
+from mist.model.graph import B, ModelGraph, S
+from mist.plans.file import load_plan
+from mist.plans.plan import Plan, StageEstimate
+from mist.rules.apply import refuse_unplayable
+from mist.symbolic.collective_counts import charged
+from mist.symbolic.load_programs import Progress, quiet
 from mist.trace import load_graph
 from mist.workflow.checking import question_of
-from mist.workflow.question import platform_of, setting_of
-from mist.workflow.renting import Rented
+from mist.workflow.cluster_choice import Rented
+from mist.workflow.request import platform_of, setting_of
 
 HERE: Final = Path()  # a plan without a file
 MOST_SEARCHES: Final = 4  # of a plan whose dry runs refute it

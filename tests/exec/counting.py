@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mist.exec.group import joined
+from mist.exec.build.process_group import joined
 from tests.exec.running import Run, variant_of
 
 

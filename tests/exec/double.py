@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mist.exec import zero
-from mist.spec import Precision
-from mist.trace.loader import LoadedModel
+from mist.exec.build import fsdp as zero
+from mist.plans.workload import Precision
+from mist.trace.models.loader import LoadedModel
 
 MAX_LOSS = 1e-9  # also of gradients and their norm
 MAX_PARAMETER = 1e-8  # AdamW divides a difference by at least eps, 1e-8, and multiplies by 1e-3

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from mist.exec.draw import initial_values
+from mist.exec.build.weight_init import initial_values
 
 
 def whole_values(model: nn.Module, module_name: str, seed: int) -> Mapping[str, torch.Tensor]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mist.exec import checkpoints
-from mist.exec.folder import last_of
-from mist.exec.group import joined
+from mist.exec.build.process_group import joined
+from mist.exec.run import checkpoints
+from mist.exec.run.checkpoint_folder import last_of
 from tests.exec.double import in_double
 from tests.exec.layouts import S, Variant
 from tests.exec.parity import SEED

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mist.exec.anatomy import examine
-from mist.exec.batches import Batches
-from mist.exec.draw import Whole
-from mist.exec.group import joined
-from mist.exec.loading import load
-from mist.exec.parallel import assemble, initialise, subject_of
-from mist.exec.stored import Tensor, stored_weights
-from mist.spec import Attention
+from mist.exec.build.batches import Batches
+from mist.exec.build.empty_weights import load
+from mist.exec.build.model_structure import examine
+from mist.exec.build.parallel import assemble, initialise, subject_of
+from mist.exec.build.process_group import joined
+from mist.exec.build.weight_init import Whole
+from mist.exec.run.stored_weights import Tensor, stored_weights
+from mist.plans.workload import Attention
 from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
 from tests.exec.parity import SEED, difference, settings
 

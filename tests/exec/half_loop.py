@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from mist.exec import checkpoints, parallelize
-from mist.exec.adamw import Settings, local
-from mist.exec.folder import last_of
-from mist.exec.group import joined
-from mist.exec.parallel import Parallel
-from mist.planfile import load_plan
+from mist.exec import parallelize
+from mist.exec.build.adamw import Settings, local
+from mist.exec.build.parallel import Parallel
+from mist.exec.build.process_group import joined
+from mist.exec.run import checkpoints
+from mist.exec.run.checkpoint_folder import last_of
+from mist.plans.file import load_plan
 from tests.exec.own_loop import model_of
 
 NUM_STEPS, LR = 3, 1e-5

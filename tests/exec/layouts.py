@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mist.plans import ClusterRef, ModelRef, Offload, Plan, Schedule, StagePlan
-from mist.spec import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
+from mist.plans.plan import ClusterRef, ModelRef, Offload, Plan, Schedule, StagePlan
+from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
 from tests.sample_plans import estimate_of, sample_plan, stage_estimate
 
 NUM_LAYERS, SEQ_LEN, BATCH, VOCAB = 4, 32, 16, 256

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mist.exec.anatomy import examine
-from mist.exec.loading import load
-from mist.exec.parallel import Parallel, build, subject_of
-from mist.spec import Attention
+from mist.exec.build.empty_weights import load
+from mist.exec.build.model_structure import examine
+from mist.exec.build.parallel import Parallel, build, subject_of
+from mist.plans.workload import Attention
 from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
 from tests.exec.layouts import BATCH, SEQ_LEN, VOCAB, Variant, plan_of

@@ -3,7 +3,7 @@
 from itertools import product
 from pathlib import Path
 
-from mist.spec import ScheduleKind
+from mist.plans.workload import ScheduleKind
 from tests.exec.layouts import PLAIN, S, Variant, write_models
 
 PLAIN_WITH_LABELS = """

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mist.exec.group import joined
-from mist.exec.observe import Observer, observed
+from mist.exec.build.process_group import joined
+from mist.exec.dryrun.observer import Observer, observed
 from tests.exec.running import Run, variant_of
 
 NUM_STEPS = 3  # threads of gloo may hold a buffer a moment longer: the least of these counts

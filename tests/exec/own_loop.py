@@ -10,9 +10,9 @@ from torch import nn
 
 from mist.errors import InputError, PlanError
 from mist.exec import parallelize
-from mist.exec.group import joined
-from mist.planfile import load_plan
-from mist.trace.loader import cross_entropy
+from mist.exec.build.process_group import joined
+from mist.plans.file import load_plan
+from mist.trace.models.loader import cross_entropy
 from tests.exec.double import MAX_LOSS, in_double
 from tests.exec.parity import settings
 

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mist.exec.adamw import Settings
-from mist.exec.anatomy import examine
-from mist.exec.batches import Batches
-from mist.exec.group import joined
-from mist.exec.launch import run_ranks
-from mist.exec.loading import load
-from mist.exec.parallel import Parallel, build, subject_of
-from mist.spec import Attention
-from mist.trace.loader import LoadedModel
+from mist.exec.build.adamw import Settings
+from mist.exec.build.batches import Batches
+from mist.exec.build.empty_weights import load
+from mist.exec.build.model_structure import examine
+from mist.exec.build.parallel import Parallel, build, subject_of
+from mist.exec.build.process_group import joined
+from mist.exec.run.launch import run_ranks
+from mist.plans.workload import Attention
+from mist.trace.models.loader import LoadedModel
 from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of

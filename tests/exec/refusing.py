@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mist.errors import InputError
-from mist.exec.group import joined
+from mist.exec.build.process_group import joined
 from tests.exec.layouts import BATCH, SEQ_LEN, S, Variant
 from tests.exec.running import Run
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mist.exec.anatomy import examine
-from mist.exec.batches import Batches
-from mist.exec.parallel import build, subject_of
+from mist.exec.build.batches import Batches
+from mist.exec.build.model_structure import examine
+from mist.exec.build.parallel import build, subject_of
 from tests.exec.layouts import SEQ_LEN, Variant, plan_of
 from tests.exec.parity import SEED, loaded_of, settings
 from tests.exec.variants import SLOW, VARIANTS

@@ -15,11 +15,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mist.calibrate.logs import read_log
-from mist.exec.batches import Batches
-from mist.exec.loading import load
-from mist.planfile import load_plan, save_plan
-from mist.plans import Plan
-from mist.spec import Attention
+from mist.exec.build.batches import Batches
+from mist.exec.build.empty_weights import load
+from mist.plans.file import load_plan, save_plan
+from mist.plans.plan import Plan
+from mist.plans.workload import Attention
 from mist.trace import Setting, load_graph
 from tests.exec.layouts import LLAMA, S, Variant, plan_of, write_models
 
@@ -165,7 +165,7 @@ def test_weights_beside_a_config_are_where_a_run_starts(folder: Path) -> None:
 SLEEPING = """
 import os, sys, time
 from pathlib import Path
-from mist.exec.group import joined
+from mist.exec.build.process_group import joined
 with joined(20.0):
     Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(600)
@@ -176,7 +176,7 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
     program = tmp_path / "sleeping.py"
     program.write_text(SLEEPING)
     arguments = [str(program), str(tmp_path)]
-    code = f"from mist.exec.launch import run_ranks; run_ranks({arguments!r}, 2)"
+    code = f"from mist.exec.run.launch import run_ranks; run_ranks({arguments!r}, 2)"
     launcher = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from mist.errors import InputError
-from mist.exec.batch_shape import BatchShape, planned_shape
-from mist.exec.launch import run_ranks
-from mist.exec.loading import load
-from mist.spec import Attention
-from mist.trace.loader import LoadedModel
+from mist.exec.build.batch_shape import BatchShape, planned_shape
+from mist.exec.build.empty_weights import load
+from mist.exec.run.launch import run_ranks
+from mist.plans.workload import Attention
+from mist.trace.models.loader import LoadedModel
 from tests.exec.layouts import BATCH, SEQ_LEN, S, Variant, plan_of, write_models
 from tests.exec.masked_layouts import write_masked_models
 from tests.exec.test_apply import LIMIT_S, plan_file, start

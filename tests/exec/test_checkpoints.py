@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mist.exec.launch import RankFailed, run_ranks
+from mist.exec.run.launch import RankFailed, run_ranks
 from tests.exec.double import MAX_LOSS
 from tests.exec.layouts import write_models
 

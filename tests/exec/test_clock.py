@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mist.exec import clock
-from mist.exec.clock import Clock
+from mist.exec.build import step_clock as clock
+from mist.exec.build.step_clock import Clock
 
 
 def test_parts_add_up_until_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:

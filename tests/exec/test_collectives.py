@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from mist.exec.launch import run_ranks
-from mist.graph import B, ModelGraph, S, T
+from mist.exec.run.launch import run_ranks
+from mist.model.graph import B, ModelGraph, S, T
+from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
-from mist.spec import Attention, Precision
-from mist.symbolic.charges import charged
+from mist.symbolic.collective_counts import charged
 from mist.trace import Setting, load_graph
 from tests.exec.layouts import BATCH, NUM_LAYERS, SEQ_LEN, Variant, plan_of, write_models
 from tests.exec.running import variant_of

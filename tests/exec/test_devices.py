@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from mist.errors import InputError
-from mist.exec import devices
-from mist.exec.devices import device_index, own_device, refuse_shared
+from mist.exec.build import devices
+from mist.exec.build.devices import device_index, own_device, refuse_shared
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mist.exec import draw
-from mist.exec.draw import Drawn, initial_values
+from mist.exec.build import weight_init as draw
+from mist.exec.build.weight_init import Drawn, initial_values
 
 CPU = torch.device("cpu")
 SHAPES = [(), (7,), (9, 4), (3, 8, 5), (2, 3, 6, 4)]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mist.exec.dryrun import extended, look
-from mist.exec.launch import run_ranks
+from mist.exec.dryrun.dry_run import extended, look
+from mist.exec.run.launch import run_ranks
 from tests.exec.layouts import plan_of, write_models
 from tests.exec.running import variant_of
 

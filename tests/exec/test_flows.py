@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mist.exec.anatomy import examine
-from mist.exec.flows import flows_of
-from mist.exec.loading import load
-from mist.spec import Attention
+from mist.exec.build.empty_weights import load
+from mist.exec.build.gradient_flow import flows_of
+from mist.exec.build.model_structure import examine
+from mist.plans.workload import Attention
 from tests.exec.layouts import NUM_LAYERS, SEQ_LEN, TRAINED, write_models
 
 

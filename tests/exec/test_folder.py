@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mist.errors import InputError, OutputError
-from mist.exec.folder import checkpoints, last_of, lock, refuse_used
+from mist.exec.run.checkpoint_folder import checkpoints, last_of, lock, refuse_used
 
 
 def write(folder: Path, step: int, **facts: object) -> Path:
@@ -84,7 +84,7 @@ def test_another_model_or_seed_is_refused(tmp_path: Path) -> None:
 HOLDING = """
 import subprocess, sys, time
 from pathlib import Path
-from mist.exec.folder import lock
+from mist.exec.run.checkpoint_folder import lock
 handle = lock(Path(sys.argv[1]))
 child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"],
                          stdin=subprocess.PIPE, pass_fds=[handle])

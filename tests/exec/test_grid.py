@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.exec.grid import Grid, Span, transfers
+from mist.exec.build.rank_grid import Grid, Span, transfers
 
 sizes = st.sampled_from([1, 2, 4])
 

@@ -7,7 +7,7 @@ from itertools import permutations
 
 import pytest
 
-from mist.exec.launch import LOST, REFUSED, RankFailed, cause, run_ranks
+from mist.exec.run.launch import LOST, REFUSED, RankFailed, cause, run_ranks
 
 KILLED, ABORTED, OWN = -signal.SIGKILL, -signal.SIGABRT, 1
 
@@ -64,7 +64,7 @@ while True:
 
 def test_a_second_interrupt_ends_at_once() -> None:
     code = f"""
-from mist.exec.launch import Stopped, run_ranks
+from mist.exec.run.launch import Stopped, run_ranks
 try:
     run_ranks(["-c", {STUBBORN!r}], 1)
 except Stopped as end:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mist.errors import TraceError
-from mist.exec.loss import summed_loss
-from mist.trace.loader import LoadedModel
+from mist.exec.build.loss import summed_loss
+from mist.trace.models.loader import LoadedModel
 
 B, S, V = 6, 5, 11
 Batch = dict[str, torch.Tensor]

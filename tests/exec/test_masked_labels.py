@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mist.exec.launch import run_ranks
+from mist.exec.run.launch import run_ranks
 from tests.exec.layouts import Variant
 from tests.exec.masked_layouts import LAYOUTS, MORE, write_masked_models
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mist.exec.dryrun import load_shapes
-from mist.exec.launch import run_ranks
-from mist.exec.loading import load
-from mist.spec import Attention, Precision
+from mist.exec.build.empty_weights import load
+from mist.exec.dryrun.dry_run import load_shapes
+from mist.exec.run.launch import run_ranks
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, load_graph
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import plan_file
@@ -56,7 +56,7 @@ def test_a_model_file_that_builds_16_bits_gets_fp32_parameters(folder: Path, dty
 
 
 def test_tied_parameters_stay_tied_in_fp32() -> None:
-    from mist.exec.loading import to_masters
+    from mist.exec.build.empty_weights import to_masters
 
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)).bfloat16()
     model[1].weight = model[0].weight

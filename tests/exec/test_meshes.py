@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from mist.exec.dryrun import pretended
-from mist.exec.meshes import take_place
+from mist.exec.build.device_meshes import take_place
+from mist.exec.dryrun.dry_run import pretended
 from tests.exec.layouts import S, Variant, plan_of
 
 

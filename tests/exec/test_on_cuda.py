@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mist.exec import group
-from mist.exec.activations import Offloader
-from mist.exec.launch import DEFAULTS
-from mist.exec.measure import Measured, allocated
-from mist.exec.swap import Copy, Swapper, register
-from mist.exec.worker import _watch
+from mist.exec.build import process_group as group
+from mist.exec.build.activations import Offloader
+from mist.exec.build.host_copies import Copy, Swapper, register
+from mist.exec.build.step_recorder import Measured, allocated
+from mist.exec.run.launch import DEFAULTS
+from mist.exec.run.rank_worker import _watch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

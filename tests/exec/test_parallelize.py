@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mist.exec.launch import run_ranks
+from mist.exec.run.launch import run_ranks
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import ROOT, plan_file
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mist.spec import Precision
+from mist.plans.workload import Precision
 from tests.exec.double import MAX_LOSS, MAX_PARAMETER
 from tests.exec.layouts import NUM_LAYERS, Variant, write_models
 from tests.exec.parity import LR, NUM_STEPS, run_variants

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from mist.errors import InputError
-from mist.exec.options import RunOptions
-from mist.exec.preflight import preflight, say_finished
-from mist.plans import Plan
+from mist.exec.run.preflight import preflight, say_finished
+from mist.exec.run.run_options import RunOptions
+from mist.plans.plan import Plan
 from tests.exec.layouts import LLAMA, S, Variant, plan_of
 
 

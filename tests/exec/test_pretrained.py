@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from mist.errors import InputError
-from mist.exec.options import RunOptions
-from mist.exec.pretrained import INDEX, SINGLE, check, folder_beside, tensors_of
+from mist.exec.build.pretrained import INDEX, SINGLE, check, folder_beside, tensors_of
+from mist.exec.run.run_options import RunOptions
 from tests.exec.layouts import LLAMA, write_models
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}

@@ -10,17 +10,17 @@ from typer.testing import CliRunner
 from mist.cli import app
 from mist.errors import InputError, MistError, PlatformError
 from mist.exec.profiling import Request
-from mist.planfile import save_plan
+from mist.plans.file import save_plan
+from mist.plans.search_space import NO_RATIOS, SearchSpace
+from mist.plans.workload import Precision
 from mist.platform import Kind, Quantity, load_platform
 from mist.platform.cluster import CollectiveTable
 from mist.platform.machine import Machine, dump_machine
+from mist.platform.op_tables import OpTable
 from mist.platform.profiles import check, find_machine, read_yaml
-from mist.platform.tables import OpTable
-from mist.spaces import NO_RATIOS, SearchSpace
-from mist.spec import Precision
 from mist.workflow.checking import question_of
 from mist.workflow.planning import make_plan
-from mist.workflow.question import Question
+from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from mist.exec.profiling.profile_worker import driven
 from mist.exec.profiling.sizes import SIZES
-from mist.exec.profiling.worker import driven
-from mist.spec import Precision
+from mist.plans.workload import Precision
 from mist.units import MIB
 
 GPU, CPU = SIZES["cuda"], SIZES["cpu"]

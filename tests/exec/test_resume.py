@@ -11,11 +11,11 @@ import pytest
 
 from mist.calibrate.logs import read_log
 from mist.errors import InputError
-from mist.exec.batches import Batches
-from mist.exec.loading import load
-from mist.exec.runlog import RunLog, steps_of
-from mist.planfile import load_plan, save_plan
-from mist.spec import Attention
+from mist.exec.build.batches import Batches
+from mist.exec.build.empty_weights import load
+from mist.exec.run.run_log import RunLog, steps_of
+from mist.plans.file import load_plan, save_plan
+from mist.plans.workload import Attention
 from tests.exec.layouts import BATCH, GPT2, SEQ_LEN, S, Variant, plan_of, write_models
 from tests.exec.test_apply import LIMIT_S, plan_file, start
 

@@ -2,8 +2,8 @@
 
 The rules of the search are shared with the refusals of `mist apply`, so these cannot test
 themselves: here every stage of every plan found is really divided, wrapped and run by
-`mist.exec.dryrun`, each in a process of its own as in `mist verify` (torch keeps what it found out
-about meshes of ranks). What torch then refuses is a rule that is missing.
+`mist.exec.dryrun.dry_run`, each in a process of its own as in `mist verify` (torch keeps what it
+found out about meshes of ranks). What torch then refuses is a rule that is missing.
 """
 
 import json
@@ -17,16 +17,16 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from mist.estimate import Job
-from mist.exec.dryrun import look
-from mist.exec.verify import dry_run
-from mist.plans import Plan
-from mist.programs import quiet
-from mist.refusals import refuse_unplayable
-from mist.spaces import SearchSpace
-from mist.spec import ScheduleKind
+from mist.exec.dryrun.dry_run import look
+from mist.exec.dryrun.dry_runs import dry_run
+from mist.plans.plan import Plan
+from mist.plans.search_space import SearchSpace
+from mist.plans.workload import ScheduleKind
+from mist.rules.apply import refuse_unplayable
+from mist.symbolic.estimate import Job
+from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
-from mist.workflow.question import Question, compiled, job_of
+from mist.workflow.request import Question, compiled, job_of
 from tests.exec.layouts import plan_of as written
 from tests.exec.running import variant_of
 from tests.small_models import MODELS

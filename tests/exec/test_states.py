@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from mist.errors import InputError
-from mist.exec.activations import Offloader, keep
-from mist.exec.adamw import AdamW, Settings, make_slots
-from mist.exec.batches import Batches, own_rows
-from mist.exec.grid import Grid
-from mist.exec.loading import load
-from mist.exec.swap import Copy, Swapper
-from mist.exec.zero import divided_dim
-from mist.spec import Attention, MemoryLevel, Optimizer, Precision, Workload
+from mist.exec.build.activations import Offloader, keep
+from mist.exec.build.adamw import AdamW, Settings, make_slots
+from mist.exec.build.batches import Batches, own_rows
+from mist.exec.build.empty_weights import load
+from mist.exec.build.fsdp import divided_dim
+from mist.exec.build.host_copies import Copy, Swapper
+from mist.exec.build.rank_grid import Grid
+from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
 from tests.exec.drawn import whole_values
 from tests.exec.layouts import VOCAB, write_models
 

@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from mist.errors import InputError
-from mist.exec.batches import Batches
-from mist.exec.launch import run_ranks
-from mist.exec.loading import load
-from mist.exec.pretrained import SINGLE
-from mist.exec.stored import stored_weights
-from mist.spec import Attention
+from mist.exec.build.batches import Batches
+from mist.exec.build.empty_weights import load
+from mist.exec.build.pretrained import SINGLE
+from mist.exec.run.launch import run_ranks
+from mist.exec.run.stored_weights import stored_weights
+from mist.plans.workload import Attention
 from tests.exec.from_files import VARIANTS
 from tests.exec.layouts import BATCH, GPT2, LLAMA, SEQ_LEN, plan_of
 from tests.exec.parity import SEED

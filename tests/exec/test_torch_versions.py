@@ -10,8 +10,8 @@ import pytest
 
 import mist
 from mist.errors import ModelError
-from mist.exec import torch_versions
-from mist.exec.torch_versions import ALL, HOOKS, Hook, missing, refuse_missing
+from mist.exec.build import torch_versions
+from mist.exec.build.torch_versions import ALL, HOOKS, Hook, missing, refuse_missing
 from tests.exec.layouts import plan_of
 from tests.exec.running import variant_of
 

@@ -1,7 +1,7 @@
 """The layouts that must agree with one process."""
 
-from mist.plans import Offload
-from mist.spec import Precision, ScheduleKind
+from mist.plans.plan import Offload
+from mist.plans.workload import Precision, ScheduleKind
 from tests.exec.layouts import S, Variant
 
 GPIPE, INTERLEAVED = ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from mist.milp import Cell, InterStageProblem, Shared
-from mist.schedule import step_time
+from mist.plans.schedules import step_time
 
 Point = tuple[Cell, int]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mist.milp import InterStageProblem, solve
+from mist.milp.moves import positions
 from mist.milp.pruning import pruned
-from mist.milp.transitions import positions
 from tests.milp.oracle import dense_problem
 
 

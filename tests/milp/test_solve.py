@@ -19,8 +19,8 @@ from mist.milp import (
     solve,
     within_shared,
 )
-from mist.milp import exact as exact_module
-from mist.milp.formulation import solve_milp
+from mist.milp import dynamic_program as exact_module
+from mist.milp.integer_program import solve_milp
 from tests.milp.oracle import (
     dense_problem,
     optimum,

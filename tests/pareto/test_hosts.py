@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from mist.errors import Infeasible
-from mist.estimate import Job, _stage_columns
-from mist.pareto.hosts import stages_per_node
 from mist.pareto.layouts import stage_plans
-from mist.pareto.space import divisors, groups
-from mist.plans import Limits, fullest_host_bytes
-from mist.schedule import step_time
-from mist.spaces import NO_RATIOS, SPACES, SearchSpace
-from mist.spec import ScheduleKind
-from mist.tune import Tuned, tune
+from mist.pareto.shared_host_memory import stages_per_node
+from mist.pareto.strategies import divisors, groups
+from mist.plans.plan import Limits, fullest_host_bytes
+from mist.plans.schedules import step_time
+from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
+from mist.plans.workload import ScheduleKind
+from mist.search.tune import Tuned, tune
+from mist.symbolic.estimate import Job, _stage_columns
 from tests.sample_plans import stage_plan
 from tests.test_tune import SCHEDULES, options_of
 from tests.toys import toy_graph, toy_job

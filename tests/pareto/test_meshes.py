@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mist.pareto.meshes import places, unequal_sizes
+from mist.pareto.unequal_meshes import places, unequal_sizes
 
 
 def placements(sizes: tuple[int, ...], num_stages: int, num_gpus: int, per_node: int) -> list:

@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from mist.estimate import estimate
-from mist.pareto.even import alike_layouts, even_layouts
+from mist.pareto.candidates import GroupModel
+from mist.pareto.layer_partition import even_split
+from mist.pareto.layer_ranges import Ranges, layer_ranges
 from mist.pareto.layouts import stage_plans
-from mist.pareto.ranges import Ranges, layer_ranges
-from mist.pareto.space import groups, offloading
-from mist.pareto.split import even_split
-from mist.pareto.table import GroupModel
-from mist.plans import Limits
-from mist.spaces import NO_RATIOS, SPACES, SearchSpace
-from mist.spec import ScheduleKind
+from mist.pareto.strategies import groups, offloading
+from mist.pareto.uniform_layouts import alike_layouts, even_layouts
+from mist.plans.plan import Limits
+from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
+from mist.plans.workload import ScheduleKind
+from mist.symbolic.estimate import estimate
 from tests.toys import toy_graph, toy_job
 
 ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)

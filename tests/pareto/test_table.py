@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.estimate import Job, count_columns, make_job, position_columns, strategy_columns
-from mist.pareto.points import Points, stacked
-from mist.pareto.ranges import Ranges, layer_ranges, placed
-from mist.pareto.space import Group, divisors, groups, offloading
-from mist.pareto.table import GroupModel, Mixes
-from mist.plans import ONE_F_ONE_B, Limits
-from mist.spaces import NO_RATIOS, SearchSpace
-from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.pareto.candidates import GroupModel, Mixes
+from mist.pareto.frontier_points import Points, stacked
+from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.strategies import Group, divisors, groups, offloading
+from mist.plans.plan import ONE_F_ONE_B, Limits
+from mist.plans.search_space import NO_RATIOS, SearchSpace
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
+from mist.symbolic.estimate import Job, count_columns, make_job, position_columns, strategy_columns
 from tests.toys import toy_graph, toy_job, toy_platform, toy_workload
 
 ALIKE, UNLIKE = (5,), (2, 3)

@@ -3,8 +3,8 @@
 from functools import cache
 from pathlib import Path
 
+from mist.plans.workload import Precision
 from mist.platform import OpCosts, load_platform
-from mist.spec import Precision
 
 ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "profiles"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 from mist.platform import load_platform
 from mist.platform.calibration import Calibration
 from mist.platform.profiles import load_cluster, load_device, load_runtime, load_shipped

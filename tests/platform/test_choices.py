@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mist.origin import Kind, weakest
-from mist.plans import OpCost
+from mist.plans.plan import OpCost
+from mist.plans.provenance import Kind, weakest
+from mist.plans.workload import Precision
 from mist.platform import OpCosts, Quantity, op_costs
-from mist.platform.tables import OpTable, TabledOp
-from mist.spec import Precision
+from mist.platform.op_tables import OpTable, TabledOp
 from tests.platform.samples import costs
 
 H100 = costs("h100-sxm")

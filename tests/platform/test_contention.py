@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 from mist.platform import OpCosts
 from mist.platform.cluster import Contention
 from tests.platform.samples import PUBLISHED, costs

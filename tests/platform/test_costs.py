@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.facts import Traffic
-from mist.spec import Precision
+from mist.model.summary import Traffic
+from mist.plans.workload import Precision
 from tests.platform.samples import DEVICES, PUBLISHED, costs
 
 sizes = st.integers(1, 65536)

@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from mist.errors import PlatformError
-from mist.facts import Traffic
-from mist.origin import Kind
+from mist.model.summary import Traffic
+from mist.plans.provenance import Kind
+from mist.plans.workload import Precision
 from mist.platform.device import BandwidthRatios
 from mist.platform.listing import figure_rows, profile_rows
 from mist.platform.profiles import Family, list_profiles, load_cluster, load_device, load_runtime
 from mist.platform.quantity import Quantity, unit_of_key
-from mist.spec import Precision
 from tests.platform.samples import CLUSTERS, DEVICES, PROFILES
 
 FILES = sorted(PROFILES.rglob("*.yaml"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mist.errors import PlatformError
-from mist.origin import Kind
+from mist.plans.provenance import Kind
 from mist.platform import Platform, load_platform
 from tests.platform.samples import DEVICES, ROOT, RUNTIMES
 

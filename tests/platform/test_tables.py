@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.errors import PlatformError
-from mist.origin import Kind
+from mist.plans.provenance import Kind
+from mist.plans.workload import Precision
 from mist.platform import OpCosts, Quantity, load_platform
 from mist.platform.listing import figure_rows
+from mist.platform.op_tables import AXES, OpTable, TabledOp
 from mist.platform.profiles import load_device
-from mist.platform.tables import AXES, OpTable, TabledOp
-from mist.spec import Precision
 from tests.platform.samples import PROFILES, PUBLISHED, costs
 
 Times = Mapping[tuple[float, ...], float]

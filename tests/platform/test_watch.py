@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mist.origin import Kind
+from mist.plans.provenance import Kind
+from mist.plans.workload import Precision
 from mist.platform import OpCosts, extrapolations
 from mist.platform.cluster import Collective
 from mist.platform.collectives import CollectiveLaw
+from mist.platform.extrapolation import FAR_RATIO
+from mist.platform.op_tables import OpTable, TabledOp
 from mist.platform.profiles import load_cluster
-from mist.platform.tables import OpTable, TabledOp
-from mist.platform.watch import FAR_RATIO
-from mist.spec import Precision
 from mist.units import GIB, MIB
 from tests.platform.samples import costs
 

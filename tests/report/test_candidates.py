@@ -2,9 +2,9 @@
 
 import pytest
 
-from mist.rent import Candidate
-from mist.report.candidates import candidates_json, print_candidates
+from mist.plans.objectives import Candidate
 from mist.report.curve import curve, curve_png
+from mist.report.gpu_count_tables import candidates_json, print_candidates
 from tests.sample_plans import estimate_of, stage_estimate
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import sympy
 
-from mist.graph import B
+from mist.model.graph import B
 from mist.platform.listing import figure_rows, profile_rows
 from mist.report.costs import outside_trace, print_profiles, print_trace, profiles_json, trace_json
 from tests.toys import toy_graph

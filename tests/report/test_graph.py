@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree
 
-from mist.report.graph import graph_svg, rows_of
+from mist.report.operation_graph import graph_svg, rows_of
 
 LISTING = """# 0:embed
 embedding_default = aten.embedding.default(input_1, input_2) -> float32[b, s, 16] flop=0 \

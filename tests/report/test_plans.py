@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from mist.origin import Kind
-from mist.plans import Alternative, Offload, Plan, Schedule, StageEstimate
-from mist.report.plans import check_json, plan_json, print_check, print_plan
-from mist.spec import MemoryLevel, ScheduleKind
+from mist.plans.plan import Alternative, Offload, Plan, Schedule, StageEstimate
+from mist.plans.provenance import Kind
+from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.report.plan_tables import check_json, plan_json, print_check, print_plan
 from mist.units import GIB
 from tests.sample_plans import (
     HOST,

@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 from sympy import Expr
 
-from mist.estimate import Job, model_flop
-from mist.graph import B, Block, ModelGraph, Op, OpKind, S, T
+from mist.model.graph import B, Block, ModelGraph, Op, OpKind, S, T
+from mist.plans.workload import Precision
 from mist.platform import load_platform
-from mist.spec import Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import Setting, layer_cost
-from mist.symbolic.states import frozen_bytes
+from mist.symbolic.estimate import Job, model_flop
+from mist.symbolic.state_bytes import frozen_bytes
 from tests.symbolic.test_stage import judged
 from tests.toys import toy_graph, toy_job, toy_platform
 

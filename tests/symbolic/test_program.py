@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import sympy
 
-from mist.estimate import make_job
-from mist.graph import B, S, T
-from mist.rules import out_of_domain
-from mist.spec import Precision
+from mist.model.graph import B, S, T
+from mist.plans.workload import Precision
+from mist.rules.combinations import out_of_domain
 from mist.symbolic.compile import compile_model, print_program
+from mist.symbolic.estimate import make_job
 from mist.symbolic.program import bind
-from mist.symbolic.store import load_programs, programs_key, store_programs
+from mist.symbolic.program_cache import load_programs, programs_key, store_programs
 from tests.toys import toy_graph, toy_platform, toy_workload
 
 EXPRESSIONS = {

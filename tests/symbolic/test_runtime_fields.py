@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mist.estimate import NO_OFFLOAD, rank_columns, stage_columns
-from mist.facts import Traffic
-from mist.graph import Layout
+from mist.model.graph import Layout
+from mist.model.summary import Traffic
+from mist.plans.schedules import held
+from mist.plans.workload import Precision, ScheduleKind
 from mist.platform import OpCosts, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
-from mist.schedule import held
-from mist.spec import Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
+from mist.symbolic.estimate import NO_OFFLOAD, rank_columns, stage_columns
 from mist.symbolic.program import stage_model
 from tests.toys import kept, pointwise, toy_graph, toy_platform
 
@@ -98,7 +98,7 @@ def test_memory_bound_kernels_are_scaled_apart() -> None:
 def test_kernels_on_scores_are_scaled_apart() -> None:
     graph = toy_graph((LAYERS,))
     (block,) = graph.blocks
-    from mist.graph import S
+    from mist.model.graph import S
 
     scores = replace(pointwise("forward", 4 * S**2), layout=Layout.SHARDED)
     graph = replace(graph, blocks=(replace(block, ops=(scores, *block.ops)),))

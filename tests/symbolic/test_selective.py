@@ -7,12 +7,12 @@ import transformers
 from sympy import Expr
 from sympy.core.function import AppliedUndef
 
-from mist.graph import B, Block, S, T
+from mist.model.graph import B, Block, S, T
+from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
-from mist.spec import Attention, Precision
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import Setting, layer_cost
-from mist.symbolic.slots import Level, levels
+from mist.symbolic.overlap import Level, levels
 from mist.trace import Setting as TraceSetting
 from mist.trace import trace_model
 from tests.trace.test_exact import build

@@ -9,8 +9,14 @@ import pint
 import pytest
 import sympy
 
-from mist.estimate import NO_OFFLOAD, Job, count_columns, position_columns, strategy_columns
-from mist.spec import Precision
+from mist.plans.workload import Precision
+from mist.symbolic.estimate import (
+    NO_OFFLOAD,
+    Job,
+    count_columns,
+    position_columns,
+    strategy_columns,
+)
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.stage import stage_cost
 from tests.oracle import Rank, simulate

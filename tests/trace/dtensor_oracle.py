@@ -40,9 +40,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mist.spec import Attention, Precision
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting
-from mist.trace.shim import runs_as
+from mist.trace.recording.shim import runs_as
 from tests.trace.real import Start, Watch, layer_inputs
 
 Mode = Literal["tp", "sp"]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mist.errors import TraceError
-from mist.graph import B, ModelGraph, OpKind, S, T
-from mist.spec import Attention, Precision
+from mist.model.graph import B, ModelGraph, OpKind, S, T
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
-from mist.trace.repeat import find_layers
+from mist.trace.repeated_blocks import find_layers
 from mist.trace.runs import NOT_SYMBOLIC, ROUTED
 from tests.trace.real import Measured, measure
 from tests.trace.test_exact import ALONE, at, build, flop, saved_bytes

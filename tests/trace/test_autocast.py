@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, empty, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mist.graph import OpKind
-from mist.spec import Attention, Precision
+from mist.model.graph import OpKind
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
-from mist.trace.autocast import forward_in
-from mist.trace.shim import runs_as
+from mist.trace.operations.autocast import forward_in
+from mist.trace.recording.shim import runs_as
 from tests.trace.real import measure, saved_in_a_run
 from tests.trace.test_exact import (
     INPUTS,

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sympy import Basic
 
-from mist.graph import B, S, T
-from mist.spec import Attention, Precision
-from mist.trace import Setting, cache, codec, load_graph
+from mist.model.graph import B, S, T
+from mist.plans.workload import Attention, Precision
+from mist.trace import Setting, codec, load_graph
+from mist.trace import trace_cache as cache
 from tests.trace.test_source import file_with
 
 FP32 = Setting(precision=Precision.FP32, attention=Attention.FLASH)

@@ -19,10 +19,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from mist.graph import Block, OpKind
-from mist.spec import Attention, Precision
+from mist.model.graph import Block, OpKind
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
-from mist.trace.fusion import kernels_of
+from mist.trace.operations.fusion import kernels_of
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import (
     INPUTS,

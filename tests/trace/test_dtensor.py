@@ -15,9 +15,9 @@ import pytest
 import torch
 from sympy import Expr
 
-from mist.graph import B, Block, S, T
+from mist.model.graph import B, Block, S, T
+from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
-from mist.spec import Attention, Precision
 from mist.symbolic.block import Setting as Pricing
 from mist.symbolic.block import rank_params, saved_bytes
 from mist.trace import Setting, trace_model

@@ -8,8 +8,8 @@ import transformers
 from sympy import Expr
 from torch import nn
 
-from mist.graph import B, Block, OpKind, S, SavedTensor, T
-from mist.spec import Attention, Precision
+from mist.model.graph import B, Block, OpKind, S, SavedTensor, T
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.tokens import tokens
 from tests.trace.real import Measured, measure

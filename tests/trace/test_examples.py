@@ -12,8 +12,8 @@ import sympy
 import torch
 from torch import nn
 
-from mist.graph import B, ModelGraph, OpKind, S
-from mist.spec import Attention, Precision
+from mist.model.graph import B, ModelGraph, OpKind, S
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.trace.real import Measured, measure
 from tests.trace.test_exact import at, flop, saved_bytes

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mist.errors import TraceError
-from mist.facts import TpLimit
-from mist.graph import Block, ModelGraph, OpKind
-from mist.spec import Attention, Precision
+from mist.model.graph import Block, ModelGraph, OpKind
+from mist.model.summary import TpLimit
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
 from mist.trace.codec import decode_graph, encode_graph
 from tests.trace.real import Measured, measure

@@ -10,13 +10,13 @@ import sympy
 import torch
 from sympy import Expr
 
-from mist.facts import LayerRun, TpLimit
-from mist.graph import B, Block, Layout, ModelGraph, OpKind, S, T
-from mist.spec import Attention, Precision
+from mist.model.graph import B, Block, Layout, ModelGraph, OpKind, S, T
+from mist.model.summary import LayerRun, TpLimit
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, load_graph, trace_model
-from mist.trace.loader import load_model
-from mist.trace.presets import PRESETS
-from mist.trace.source import resolve
+from mist.trace.models.loader import load_model
+from mist.trace.models.presets import PRESETS
+from mist.trace.models.source import resolve
 from tests.trace.test_exact import gpt2
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
 MEASURE = """
 import resource, sys, time
 start = time.process_time()
-from mist.spec import Attention, Precision
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, load_graph
 setting = Setting(precision=Precision.BF16, attention=Attention.FLASH)
 load_graph(sys.argv[1], setting, progress=lambda message: None)

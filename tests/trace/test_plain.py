@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from mist.errors import TraceError
-from mist.facts import LayerRun, TpLimit
-from mist.graph import B, Layout, ModelGraph, OpKind, S, T
-from mist.spec import Attention, Precision
+from mist.model.graph import B, Layout, ModelGraph, OpKind, S, T
+from mist.model.summary import LayerRun, TpLimit
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
-from mist.trace.repeat import find_layers
+from mist.trace.repeated_blocks import find_layers
 
 FP32 = Setting(precision=Precision.FP32, attention=Attention.FLASH)
 WIDTH, VOCAB = 32, 96

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from mist.graph import B, Block, S
-from mist.spec import Attention, Precision
+from mist.model.graph import B, Block, S
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
-from mist.trace.shim import runs_as
+from mist.trace.recording.shim import runs_as
 from tests.trace.test_exact import llama
 from tests.trace.test_plain import WIDTH, Layer, Model
 

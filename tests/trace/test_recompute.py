@@ -5,8 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mist.graph import OpKind
-from mist.spec import Attention, Precision
+from mist.model.graph import OpKind
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import PATHS, Family, at, gpt2, llama, token_ids

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mist.errors import TraceError
-from mist.facts import Traffic
-from mist.graph import OpKind
-from mist.trace.call import Call, bind
-from mist.trace.flops import RULES, Work, _is_heavy, work_of
-from mist.trace.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
+from mist.model.graph import OpKind
+from mist.model.summary import Traffic
+from mist.trace.dispatch_call import Call, bind
+from mist.trace.operations.flops import RULES, Work, _is_heavy, work_of
+from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 
 aten = torch.ops.aten
 CPU_ATTENTION = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from mist.errors import ModelError
-from mist.spec import Attention, Precision
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, load_graph
-from mist.trace.presets import PRESETS
-from mist.trace.source import ConfigSource, PythonSource, resolve
+from mist.trace.models.presets import PRESETS
+from mist.trace.models.source import ConfigSource, PythonSource, resolve
 
 NO_MODEL = "x = 1\n"
 NOT_CALLABLE = "build_model = 3\n"

@@ -9,7 +9,7 @@ from torch.distributed.pipelining._backward import (
     stage_backward_weight,
 )
 
-from mist.spec import Attention, Precision
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import (

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from mist.graph import B, S
-from mist.spec import Attention, Precision
+from mist.model.graph import B, S
+from mist.plans.workload import Attention, Precision
 from mist.trace import Setting, trace_model
 from tests.trace.test_plain import WIDTH, Model
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mist.spec import Attention, Precision
+from mist.plans.workload import Attention, Precision
 from mist.trace import trace_model
-from mist.trace.source import Setting
-from mist.trace.tp_sums import NOT_LINEAR as NOT_LINEAR_WORDS
+from mist.trace.models.source import Setting
+from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR as NOT_LINEAR_WORDS
 
 HIDDEN, WIDTH, EXPERTS, VOCAB = 32, 16, 4, 64
 Behind = Callable[["Block", torch.Tensor, torch.Tensor], torch.Tensor]

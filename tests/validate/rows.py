@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from mist.validate.measured_runs import Run
 from mist.validate.results import RunPrediction
-from mist.validate.runs import Run
 
 RUN = Run(
     run_id="one",

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mist.plans import even_layers, layers_by_cost
+from mist.plans.plan import even_layers, layers_by_cost
 from mist.validate.cases import grouped
-from mist.validate.layouts import layout_of
-from mist.validate.models import Unsupported, architecture_of
-from mist.validate.runs import StageRun
+from mist.validate.measured_runs import StageRun
+from mist.validate.run_layouts import layout_of
+from mist.validate.run_models import Unsupported, architecture_of
 from mist.validate.sources import Source, load_sources
 from tests.validate.rows import RUN, run
 

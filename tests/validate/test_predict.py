@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mist.estimate import estimate
-from mist.facts import LayerRun
-from mist.plans import Offload, StagePlan
+from mist.model.summary import LayerRun
+from mist.plans.plan import Offload, StagePlan
+from mist.plans.schedules import step_time
+from mist.plans.workload import MemoryLevel, Precision
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
-from mist.schedule import step_time
-from mist.spec import MemoryLevel, Precision
 from mist.symbolic.compile import compile_model
-from mist.validate.layouts import RunLayout
+from mist.symbolic.estimate import estimate
 from mist.validate.predict import Case, Machine, predict
+from mist.validate.run_layouts import RunLayout
 from tests.toys import toy_graph, toy_job, toy_platform
 
 LAYOUTS = [(1, 1, 0, 1, 8), (2, 2, 1, 2, 4), (4, 1, 3, 1, 2), (2, 4, 2, 4, 8), (8, 1, 1, 2, 16)]

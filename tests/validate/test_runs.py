@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mist.errors import InputError
-from mist.validate.runs import read_runs, read_stages
+from mist.validate.measured_runs import read_runs, read_stages
 
 HEAD = "run_id,source,n_layers,step_time_s,gpu,unheard_of\n"
 

@@ -2,10 +2,12 @@
 
 import pytest
 
-from mist.graph import ModelGraph
+from mist.model.graph import ModelGraph
 from mist.symbolic.program import ModelPrograms
-from mist.workflow import planning, question, renting
-from mist.workflow.question import Question
+from mist.workflow import cluster_choice as renting
+from mist.workflow import planning
+from mist.workflow import request as question
+from mist.workflow.request import Question
 from tests.toys import toy_programs
 
 

@@ -8,16 +8,16 @@ import pytest
 
 from mist.cli import app
 from mist.errors import InputError
-from mist.estimate import estimate, make_job
-from mist.planfile import save_plan
+from mist.plans.file import save_plan
+from mist.plans.search_space import NO_RATIOS, SearchSpace
+from mist.plans.workload import Precision, ScheduleKind
 from mist.platform import Kind, load_platform
-from mist.spaces import NO_RATIOS, SearchSpace
-from mist.spec import Precision, ScheduleKind
 from mist.symbolic.compile import compile_model
+from mist.symbolic.estimate import estimate, make_job
 from mist.workflow import calibrating
 from mist.workflow.calibrating import calibrate
 from mist.workflow.planning import make_plan
-from mist.workflow.question import Question
+from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 

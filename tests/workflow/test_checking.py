@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from mist.errors import InputError, PlanError
-from mist.planfile import load_plan, save_plan
-from mist.plans import Offload, Plan, Schedule
+from mist.plans.file import load_plan, save_plan
+from mist.plans.plan import Offload, Plan, Schedule
+from mist.plans.workload import Attention, MemoryLevel, Precision, ScheduleKind
 from mist.platform.profiles import Family, list_profiles, load_cluster, load_device
-from mist.spec import Attention, MemoryLevel, Precision, ScheduleKind
 from mist.units import format_seconds
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
-from mist.workflow.question import Question
+from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mist.calibrate.comparing import Compared
+from mist.calibrate.run_comparison import Compared
 from mist.cli import app
 from mist.errors import InputError
-from mist.planfile import save_plan
+from mist.plans.file import save_plan
 from mist.units import GIB
 from mist.workflow.comparing import compare
 from tests.sample_plans import sample_plan

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from mist.estimate import Job
-from mist.explain import PART_NAMES
 from mist.pareto.layouts import Layout, stage_plans
-from mist.plans import Limits
-from mist.spaces import SearchSpace
-from mist.spec import ScheduleKind
-from mist.tune import tune
-from mist.workflow.needs import (
+from mist.plans.breakdown import PART_NAMES
+from mist.plans.plan import Limits
+from mist.plans.search_space import SearchSpace
+from mist.plans.workload import ScheduleKind
+from mist.search.tune import tune
+from mist.symbolic.estimate import Job
+from mist.workflow.sensitivity import (
     Pipeline,
     change_words,
     least_change,
@@ -80,8 +80,8 @@ def test_the_change_that_is_named_makes_a_tie(global_batch: int) -> None:
 
 def by_hand(num_micro_batches: int, **parts_s: float) -> Pipeline:
     """One stage without a delta."""
-    from mist.estimate import StageTimes
-    from mist.plans import ONE_F_ONE_B
+    from mist.plans.plan import ONE_F_ONE_B
+    from mist.symbolic.estimate import StageTimes
 
     parts = {name: np.array([s]) for name, s in parts_s.items()}
     times = StageTimes(parts_s=parts, delta_s=np.zeros(1), weight_s=np.zeros(1))

@@ -8,16 +8,16 @@ import pytest
 import sympy
 
 from mist.errors import Infeasible, InputError
-from mist.explain import layout_words
-from mist.graph import S
 from mist.milp import Method
-from mist.planfile import dump_plan, save_plan
-from mist.spaces import NO_RATIOS, SearchSpace, space_of
-from mist.spec import MemoryLevel, Precision, ScheduleKind
+from mist.model.graph import S
+from mist.plans.breakdown import layout_words
+from mist.plans.file import dump_plan, save_plan
+from mist.plans.search_space import NO_RATIOS, SearchSpace, space_of
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.units import GB, GIB
 from mist.workflow.checking import check_plan
 from mist.workflow.planning import Effort, make_plan
-from mist.workflow.question import Question, host_memory_of
+from mist.workflow.request import Question, host_memory_of
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mist.plans import Offload
+from mist.plans.plan import Offload
 from mist.units import GIB
 from mist.workflow.checking import Checked, HandLayout, check_layout
-from mist.workflow.question import Question
+from mist.workflow.request import Question
 from tests.platform.samples import PROFILES
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}

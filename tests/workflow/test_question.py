@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mist import programs
-from mist.graph import ModelGraph
+from mist.model.graph import ModelGraph
+from mist.symbolic import load_programs as programs
 from mist.trace import Setting
-from mist.workflow.question import Question, compiled
+from mist.workflow.request import Question, compiled
 from tests.toys import toy_graph
 
 TORCH = Path(__file__).parents[2] / "profiles/runtimes/torch.yaml"

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from mist.errors import InputError, PlanError
-from mist.graph import ModelGraph
-from mist.planfile import save_plan
-from mist.plans import Offload, Plan
+from mist.model.graph import ModelGraph
+from mist.plans.file import save_plan
+from mist.plans.plan import Offload, Plan
+from mist.plans.search_space import SearchSpace, narrowed, space_of
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.profiles import load_runtime
-from mist.spaces import SearchSpace, narrowed, space_of
-from mist.spec import MemoryLevel, ScheduleKind
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan
+from mist.workflow.cluster_choice import offer_of, rent
 from mist.workflow.planning import make_plan
-from mist.workflow.question import Question
-from mist.workflow.renting import offer_of, rent
+from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 

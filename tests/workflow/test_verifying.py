@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.verify import drawn, ends
-from mist.planfile import save_plan
-from mist.plans import Offload, Plan
-from mist.spec import ScheduleKind
+from mist.plans.file import save_plan
+from mist.plans.plan import Offload, Plan
+from mist.plans.workload import ScheduleKind
 from mist.workflow.checking import HandLayout, check_layout
-from mist.workflow.question import Question
+from mist.workflow.request import Question
 from mist.workflow.verifying import Verified, until_it_fits, verify_file, verify_plan
 from tests.exec.layouts import NUM_LAYERS, VOCAB, write_models
 

@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from mist.exec.launch import run_ranks
 from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.readings import Readings, Request
+from mist.exec.run.launch import run_ranks
 
 __all__ = ["Busy", "Readings", "Request", "num_gpus", "take_readings"]
 
@@ -33,7 +33,7 @@ def take_readings(request: Request) -> Readings:
         out = Path(folder) / "readings.json"
         sys.stderr.flush()
         run_ranks(
-            ["-m", "mist.exec.profiling.worker", request.dump(), str(out)],
+            ["-m", "mist.exec.profiling.profile_worker", request.dump(), str(out)],
             request.num_ranks,
             timeout_s=START_S + LIMIT_RATIO * request.seconds,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from mist.spec import Precision
+from mist.plans.workload import Precision
 from mist.units import KIB, MIB
 
 

@@ -1,0 +1,124 @@
+"""Options of the command line that several commands have, or that take lines to say."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mist.plans.workload import Attention, Objective, Precision, ScheduleKind, Solver
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
+]
+Subject = Annotated[
+    str, typer.Argument(help="A plan file, or a model to judge with --tp, --pp, ...")
+]
+GpusOfModel = Annotated[int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")]
+Gpus = Annotated[
+    str, typer.Option("--gpus", help="Number of GPUs, or several to choose from: 8,16 or 8..64.")
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help="Device profile, for instance h100-sxm; mist profiles lists them."),
+]
+ClusterName = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Cluster profile (mist profiles lists them) or YAML file."),
+]
+ClusterNames = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Cluster profile (mist profiles lists them) or YAML file, or several: a,b.",
+    ),
+]
+ObjectiveName = Annotated[
+    Objective, typer.Option("--objective", help="What the best plan is, and the best GPUs.")
+]
+Price = Annotated[
+    str | None,
+    typer.Option("--price", help="USD per GPU hour [the cluster's]; or one for each cluster: 2,3."),
+]
+Tokens = Annotated[
+    float | None, typer.Option("--tokens", help="Tokens to train on: days and dollars for them.")
+]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", help="Training framework; mist profiles lists them.")
+]
+Seq = Annotated[int | None, typer.Option("--seq", help="Tokens per sample [min(8192, model's)].")]
+GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Samples per optimizer step.")]
+PrecisionName = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
+AttentionName = Annotated[Attention, typer.Option("--attention", help="Attention kernel.")]
+Margin = Annotated[
+    float | None, typer.Option("--margin", help="Share of device memory that stays free [0.12].")
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option("--host-memory", help="Host memory of one node (64GB) [the cluster's]."),
+]
+Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")]
+Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
+Zero = Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")]
+DpReplicate = Annotated[
+    int, typer.Option("--dp-replicate", help="Copies of the states that ZeRO divides (HSDP).")
+]
+MicroBatch = Annotated[
+    int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
+]
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", help="Recomputed layers: none, selective, full, or a number.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
+]
+Space = Annotated[
+    str, typer.Option("--space", help="What to search: 3d, megatron, deepspeed, ..., mist.")
+]
+Fixed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Fix a knob (tp=2): tp, pp, dp, micro-batch, vpp, zero, dp-replicate, checkpoint, "
+        "schedule.",
+    ),
+]
+Most = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max",
+        help="Limit a knob (pp=8): tp, pp, dp, micro-batch, vpp; or ratios (offload=0.5): offload "
+        "for all, weights, grads, optimizer, activations.",
+    ),
+]
+Forbid = Annotated[
+    list[str] | None,
+    typer.Option("--forbid", help="Leave out: offload, selective, full, a schedule, ..."),
+]
+SolverName = Annotated[
+    Solver, typer.Option("--solver", help="Exact dynamic program, MILP, or one by the other.")
+]
+TimeLimit = Annotated[
+    float, typer.Option("--time-limit", min=0.0, help="CPU seconds of searching.")
+]
+Top = Annotated[int, typer.Option("--top", min=0, help="Alternatives to report.")]
+Offloads = Annotated[
+    list[str] | None,
+    typer.Option("--offload", help="Share in host memory (optimizer=0.5): weights, grads, ..."),
+]
+ScheduleName = Annotated[
+    ScheduleKind, typer.Option("--schedule", help="Order of micro-batches in the pipeline.")
+]
+Vpp = Annotated[int, typer.Option("--vpp", help="Chunks of layers per stage.")]
+LayerSplit = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        help="Layers of each stage (9,8,8,7), or of each chunk in the order of the layers "
+        "[the runtime's own split].",
+    ),
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Dry-run the winner; plan again if it does not fit.")
+]

@@ -1,0 +1,310 @@
+"""`mist plan` and `mist check`."""
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from mist.cli.command_options import (
+    AttentionName,
+    Checkpoint,
+    ClusterName,
+    ClusterNames,
+    DpReplicate,
+    Fixed,
+    Forbid,
+    GlobalBatch,
+    Gpu,
+    Gpus,
+    GpusOfModel,
+    HostMemory,
+    Json,
+    LayerSplit,
+    Margin,
+    MicroBatch,
+    Model,
+    Most,
+    ObjectiveName,
+    Offloads,
+    Out,
+    Pp,
+    PrecisionName,
+    Price,
+    RuntimeName,
+    ScheduleName,
+    Seq,
+    SolverName,
+    Space,
+    Subject,
+    TimeLimit,
+    Tokens,
+    Top,
+    Tp,
+    Verify,
+    Vpp,
+    Zero,
+)
+from mist.cli.common import PLAN_SUFFIXES, app, check_out, print_json, progress
+from mist.errors import InputError
+from mist.plans.search_space import narrowed, space_of
+from mist.plans.workload import Attention, Objective, Precision, ScheduleKind, Solver
+
+if TYPE_CHECKING:
+    from mist.symbolic.load_programs import Progress
+    from mist.workflow.checking import Checked
+    from mist.workflow.cluster_choice import Rented
+    from mist.workflow.planning import Effort
+    from mist.workflow.verifying import Verified
+
+# What `mist check PLAN` may be told.
+OF_ANY_PLAN = {"subject", "margin", "host_memory", "out", "as_json"}
+
+
+@app.command()
+def plan(
+    model: Model,
+    *,
+    gpus: Gpus,
+    gpu: Gpu = None,
+    cluster: ClusterNames = None,
+    objective: ObjectiveName = Objective.THROUGHPUT,
+    price: Price = None,
+    tokens: Tokens = None,
+    runtime: RuntimeName = "torch",
+    seq: Seq = None,
+    global_batch: GlobalBatch = 256,
+    precision: PrecisionName = Precision.BF16,
+    attention: AttentionName = Attention.FLASH,
+    margin: Margin = None,
+    host_memory: HostMemory = None,
+    space: Space = "mist",
+    fixed: Fixed = None,
+    most: Most = None,
+    forbid: Forbid = None,
+    solver: SolverName = Solver.BOTH,
+    time_limit: TimeLimit = math.inf,
+    top: Top = 5,
+    verify: Verify = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
+    from mist.workflow.cluster_choice import offer_of, rent
+    from mist.workflow.request import Question, host_memory_of
+
+    check_out(out)
+    offer = offer_of(gpus, cluster, price, tokens)
+    question = Question(
+        model=model,
+        num_gpus=1,
+        gpu=gpu,
+        runtime=runtime,
+        seq_len=seq,
+        global_batch=global_batch,
+        precision=precision,
+        attention=attention,
+        margin_ratio=margin,
+        host_memory_bytes=host_memory_of(host_memory),
+    )
+    allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
+    effort = _effort(objective, solver, top, time_limit)
+
+    def search(margin_ratio: float | None) -> "Rented":
+        return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
+
+    rented, verified = _searched(search, margin, verify=verify)
+    _write_plan(rented, out)
+    _show_plan(rented, verified, tokens, as_json=as_json)
+
+
+def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
+    from mist.workflow.planning import Effort
+
+    return Effort(
+        objective=objective,
+        num_alternatives=top,
+        progress=progress,
+        time_limit_s=time_limit,
+        method=solver.value,
+    )
+
+
+def _searched(
+    search: Callable[[float | None], "Rented"], margin_ratio: float | None, *, verify: bool
+) -> "tuple[Rented, Verified | None]":
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        if not verify:
+            return search(margin_ratio), None
+        from mist.workflow.verifying import until_it_fits
+
+        return until_it_fits(search, margin_ratio, progress)
+
+
+def _show_plan(
+    rented: "Rented", verified: "Verified | None", tokens: float | None, *, as_json: bool
+) -> None:
+    from mist.report.gpu_count_tables import candidates_json, print_candidates
+    from mist.report.plan_tables import plan_json, print_plan
+
+    if verified is not None and not as_json:
+        from mist.report.verified import print_verified
+        from mist.workflow.verifying import UNSEEN
+
+        print_verified(verified.stages, UNSEEN)
+    planned, candidates, index = rented.planned, rented.candidates, rented.index
+    if as_json:
+        curve = candidates_json(candidates, index, tokens)
+        found = plan_json(planned.plan, planned.seconds, planned.host, planned.notes)
+        return print_json({**found, "candidates": curve})
+    if len(candidates) > 1 or tokens is not None or candidates[0].price_usd is not None:
+        print_candidates(candidates, index, tokens)
+    return print_plan(planned.plan, planned.limits, planned.host, planned.notes)
+
+
+def _write_plan(rented: "Rented", out: Path | None) -> None:
+    """The plan and its pictures, beside each other."""
+    from mist.files import write_bytes
+    from mist.plans.file import save_plan
+    from mist.report.curve import curve_png
+    from mist.report.plot import plot_png
+
+    planned, plan = rented.planned, rented.planned.plan
+    path = out or Path(
+        f"{_file_name(plan.model.name)}-{plan.cluster.num_gpus}x{plan.cluster.device}.yaml"
+    )
+    picture = plot_png(plan, planned.points, planned.limits.device_bytes)
+    pictures = {path.with_suffix(".png"): picture}
+    if len(rented.candidates) > 1:
+        curve = curve_png(plan.model.name, rented.candidates, rented.index)
+        pictures[path.with_name(f"{path.stem}-candidates.png")] = curve
+    save_plan(plan, path)
+    for name, content in pictures.items():
+        write_bytes(name, content)
+    progress(f"wrote {' and '.join(map(str, [path, *pictures]))}")
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    subject: Subject,
+    *,
+    gpus: GpusOfModel = None,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    zero: Zero = 0,
+    dp_replicate: DpReplicate = 1,
+    micro_batch: MicroBatch = 1,
+    checkpoint: Checkpoint = "none",
+    offload: Offloads = None,
+    schedule: ScheduleName = ScheduleKind.ONE_F_ONE_B,
+    vpp: Vpp = 1,
+    layers: LayerSplit = "",
+    gpu: Gpu = None,
+    cluster: ClusterName = None,
+    runtime: RuntimeName = "torch",
+    seq: Seq = None,
+    global_batch: GlobalBatch = 256,
+    precision: PrecisionName = Precision.BF16,
+    attention: AttentionName = Attention.FLASH,
+    margin: Margin = None,
+    host_memory: HostMemory = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
+    from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
+    from mist.workflow.request import Question, host_memory_of
+
+    if subject.endswith(PLAN_SUFFIXES):
+        _refuse_ignored(context, subject)
+        return _show_check(partial(_of_file, subject, margin, host_memory), out, as_json=as_json)
+    question = Question(
+        model=subject,
+        num_gpus=_given_gpus(subject, gpus),
+        gpu=gpu,
+        cluster=cluster,
+        runtime=runtime,
+        seq_len=seq,
+        global_batch=global_batch,
+        precision=precision,
+        attention=attention,
+        margin_ratio=margin,
+        host_memory_bytes=host_memory_of(host_memory),
+    )
+    layout = HandLayout(
+        tp=tp,
+        pp=pp,
+        zero=zero,
+        dp_replicate=dp_replicate,
+        micro_batch=micro_batch,
+        checkpoint=checkpoint,
+        schedule=schedule,
+        vpp=vpp,
+        offload=offload_of(offload or ()),
+        layers=layers_of(layers),
+    )
+    return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
+
+
+def _given_gpus(subject: str, gpus: int | None) -> int:
+    if gpus is None:
+        raise InputError(f"mist check {subject}: a model needs --gpus.")
+    return gpus
+
+
+def _of_file(
+    path: str, margin: float | None, host_memory: str | None, *, progress: "Progress"
+) -> "Checked":
+    """A plan file, under the margin and on the host memory that it was made for unless told."""
+    from mist.workflow.checking import check_plan
+    from mist.workflow.request import host_memory_of
+
+    host_bytes = host_memory_of(host_memory)
+    return check_plan(path, margin_ratio=margin, host_memory_bytes=host_bytes, progress=progress)
+
+
+def _refuse_ignored(context: typer.Context, subject: str) -> None:
+    """Options that a plan file answers itself: they would be ignored."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in OF_ANY_PLAN
+        and (source := context.get_parameter_source(name)) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise InputError(
+            f"mist check {subject}: the plan file says itself what {', '.join(given)} would. "
+            "Leave them out, or give the model instead of the plan."
+        )
+
+
+def _show_check(judge: Callable[..., "Checked"], out: Path | None, *, as_json: bool) -> None:
+    from mist.plans.file import save_plan
+    from mist.report.plan_tables import check_json, print_check
+
+    if out is not None:
+        check_out(out)
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        checked = judge(progress=progress)
+    if out is not None:
+        save_plan(checked.plan, out)
+        progress(f"wrote {out}")
+    if as_json:
+        print_json(check_json(checked.plan, checked.limits, checked.host, checked.notes))
+    else:
+        print_check(checked.plan, checked.limits, checked.host, checked.notes, checked.suggestions)
+    if not checked.fits:
+        raise SystemExit(3)
+
+
+def _file_name(model: str) -> str:
+    """A model's name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"

@@ -1,0 +1,213 @@
+"""`mist apply`, and what is learnt from runs: `mist calibrate` and `mist validate`."""
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mist.cli.command_options import (
+    Json,
+)
+from mist.cli.common import app, check_out, print_json, progress
+from mist.errors import InputError, OutputError
+
+
+@app.command()
+def verify(
+    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    *,
+    picture: Annotated[
+        Path | None, typer.Option("--timeline", help="Write live bytes over the step (.png).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Dry-run one rank of every stage of PLAN here: real peak, real collectives, no GPU."""
+    from mist.files import write_bytes
+    from mist.report.verified import print_verified, timeline_png, verified_json
+    from mist.workflow.verifying import UNSEEN, verify_file
+
+    if picture is not None and picture.suffix != ".png":
+        raise OutputError(f"--timeline {picture}: the timeline is written as .png.")
+    with redirect_stdout(sys.stderr):
+        found = verify_file(subject, progress)
+    if picture is not None:
+        write_bytes(picture, timeline_png(found.stages))
+        progress(f"wrote {picture}")
+    if as_json:
+        print_json(verified_json(found.stages, fits=found.fits, agrees=found.agrees))
+    else:
+        print_verified(found.stages, UNSEEN)
+    if not found.fits:
+        raise SystemExit(3)
+    if not found.agrees:
+        raise SystemExit(4)
+
+
+@app.command()
+def apply(
+    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    *,
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 10,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights and data.")] = 7,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.")] = 3e-4,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Tokens: bytes of a file, or an .npy array.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option("--log", help="Write the log (.json).")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Folder of checkpoints.")
+    ] = None,
+    every: Annotated[
+        int, typer.Option("--every", help="Steps between checkpoints [only at the end].")
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, of any layout.")
+    ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="Folder of safetensors [beside config.json, if any]."),
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Draw weights from the seed, read none.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds until a stuck collective fails.")
+    ] = 600.0,
+) -> None:
+    """Train as PLAN says: on this machine, or as one rank of torchrun."""
+    from mist.exec import RunOptions
+    from mist.workflow.applying import apply_plan
+
+    options = RunOptions(
+        plan=str(subject),
+        steps=steps,
+        seed=seed,
+        lr=lr,
+        data=str(data) if data else None,
+        log=str(log) if log else None,
+        checkpoint=str(checkpoint) if checkpoint else None,
+        every=every,
+        resume=resume,
+        weights=str(weights) if weights else None,
+        from_scratch=from_scratch,
+        timeout_s=timeout,
+    )
+    with redirect_stdout(sys.stderr):
+        apply_plan(subject, options, progress)
+
+
+@app.command()
+def profile(
+    *,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda [what mist apply uses].")] = (
+        "auto"
+    ),
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", help="Ranks at once [all there is room for, of 2^k].")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long to measure.")] = 75.0,
+    out: Annotated[Path, typer.Option("--out", help="Profile to write (.yaml).")] = Path(
+        "local.yaml"
+    ),
+) -> None:
+    """Measure this machine into a profile: mist plan MODEL --gpus N --cluster ./local.yaml."""
+    from mist.exec.profiling import Request, num_gpus
+    from mist.files import write_text
+    from mist.platform.machine import dump_machine
+    from mist.report.costs import print_machine
+    from mist.workflow.machine_profile import num_places
+    from mist.workflow.machine_profile import profile as measure
+
+    check_out(out)
+    if device == "auto":
+        device = "cuda" if num_gpus() else "cpu"
+    request = Request(device=device, num_ranks=ranks or num_places(device), seconds=seconds)
+    with redirect_stdout(sys.stderr):
+        machine = measure(request, out.stem, progress)
+    write_text(out, dump_machine(machine))
+    print_machine(machine)
+    print(f"wrote {out}: plan for it with --cluster ./{out.name} --gpus {request.num_ranks}")
+
+
+@app.command()
+def compare(
+    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="The log of its run (.json).")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Set the time and memory that PLAN predicts beside what its run measured."""
+    from mist.report.comparison_tables import compared_json, print_compared
+    from mist.workflow.comparing import compare as set_beside
+
+    found = set_beside(subject, log)
+    if as_json:
+        print_json(compared_json(found))
+    else:
+        print_compared(found)
+
+
+@app.command()
+def calibrate(
+    files: Annotated[
+        list[Path], typer.Argument(help="PLAN LOG pairs: plan files, each with its run's log.")
+    ],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write what was fitted (.yaml).")
+    ] = None,
+) -> None:
+    """Fit a few constants of the profiles to your own measured runs, for the plans to come."""
+    from mist.files import write_text
+    from mist.platform.calibration import dump_calibration
+    from mist.platform.profiles import user_folder
+    from mist.report.costs import print_calibration
+    from mist.workflow.calibrating import calibrate as fit
+
+    if len(files) % 2:
+        raise InputError("mist calibrate takes pairs: PLAN LOG [PLAN LOG ...].")
+    if out is not None and out.suffix != ".yaml":
+        raise OutputError(f"--out {out}: a calibration is written as .yaml.")
+    with redirect_stdout(sys.stderr):
+        found = fit(list(zip(files[::2], files[1::2], strict=True)), progress)
+    name = f"{found.calibration.runtime}-{found.calibration.device}.yaml"
+    path = out or user_folder() / "calibrations" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, dump_calibration(found.calibration, "Written by mist calibrate."))
+    print_calibration(found.before, found.after, found.errors_before, found.errors_after)
+    print(f"wrote {path}" + ("" if out else ": plans for this runtime and GPU use it from now on"))
+
+
+@app.command()
+def validate(
+    runs: Annotated[Path, typer.Argument(help="A CSV file of measured runs.")],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write a prediction for each run (.csv).")
+    ] = None,
+    stages: Annotated[
+        Path | None, typer.Option("--stages", help="Layers of unequal pipeline stages (.csv).")
+    ] = None,
+    uncalibrated: Annotated[
+        bool, typer.Option("--uncalibrated", help="Use no number fitted to run times.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict measured runs, and score the predictions for each source."""
+    from mist.files import write_text
+    from mist.report.validation import predictions_csv, print_scores, scores_json
+    from mist.workflow.validating import validate as judged
+
+    if out is not None and out.suffix != ".csv":
+        raise OutputError(f"--out {out}: predictions are written as .csv.")
+    with redirect_stdout(sys.stderr):
+        found = judged(runs, stages, calibrated=not uncalibrated, progress=progress)
+    if out is not None:
+        write_text(out, predictions_csv(found.rows))
+        progress(f"wrote {out}")
+    if as_json:
+        print_json(scores_json(found.scores))
+    else:
+        print_scores(found.scores, calibrated=not uncalibrated)

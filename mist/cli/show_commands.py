@@ -1,0 +1,126 @@
+"""`mist trace` and `mist profiles`: what a plan is made from."""
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mist.cli.command_options import (
+    AttentionName,
+    Json,
+    Model,
+    PrecisionName,
+)
+from mist.cli.common import app, print_json, progress
+from mist.errors import InputError, OutputError
+from mist.plans.workload import Attention, Precision
+
+if TYPE_CHECKING:
+    from mist.trace import Setting
+
+
+@app.command()
+def trace(
+    model: Model,
+    *,
+    at: Annotated[
+        str | None, typer.Option("--at", help="Evaluate the expressions at a point: b=2,s=128,t=2.")
+    ] = None,
+    precision: PrecisionName = Precision.BF16,
+    attention: AttentionName = Attention.FLASH,
+    policy: Annotated[
+        str, typer.Option("--policy", help="cuda: kernels of a GPU. cpu: of this machine.")
+    ] = "cuda",
+    autocast: Annotated[
+        bool, typer.Option("--autocast", help="fp32 parameters under torch.autocast.")
+    ] = False,
+    fused_norms: Annotated[
+        bool, typer.Option("--fused-norms", help="RMS norms written out run as one kernel.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Each layer runs under torch.compile.")
+    ] = False,
+    capacity: Annotated[
+        float, typer.Option("--capacity", help="Rows of an expert over those of a balanced one.")
+    ] = 1.0,
+    picture: Annotated[
+        Path | None, typer.Option("--graph", help="Write the operations (.svg or .txt).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
+    from mist.report.costs import outside_trace, print_trace, trace_json
+    from mist.trace import Setting, load_graph
+
+    if picture is not None and picture.suffix not in (".svg", ".txt"):
+        raise OutputError(f"--graph {picture}: write an .svg or a .txt file.")
+    if policy not in ("cuda", "cpu"):
+        raise InputError(f"--policy {policy} is neither cuda nor cpu.")
+    point = _point(at)
+    setting = Setting(
+        precision=precision,
+        attention=attention,
+        policy="cuda" if policy == "cuda" else "cpu",
+        autocast=autocast,
+        fused_norms=fused_norms,
+        compiled=compiled,
+        capacity_ratio=capacity,
+    )
+    with redirect_stdout(sys.stderr):
+        graph = load_graph(model, setting, progress=progress)
+        if picture is not None:
+            _write_graph(model, setting, picture)
+    if point and (reasons := list(outside_trace(graph, point))):
+        raise InputError(f"--at {at}: {' '.join(reasons)}")
+    if as_json:
+        print_json(trace_json(graph, point))
+    else:
+        print_trace(graph, point)
+
+
+@app.command()
+def profiles(
+    action: Annotated[str, typer.Argument(help="list, or show NAME")] = "list",
+    name: Annotated[str | None, typer.Argument(help="A profile to show.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List devices, clusters, runtimes and calibrations; show every number with its source."""
+    from mist.platform.listing import figure_rows, profile_rows
+    from mist.report.costs import print_profiles, profiles_json
+
+    if action not in ("list", "show") or (action == "show") != (name is not None):
+        raise InputError("Say `mist profiles` or `mist profiles show NAME`.")
+    known = profile_rows()
+    names = [row.name for row in known]
+    if name is not None:
+        figure_rows(name)  # refuses an unknown name with the nearest ones
+        names = [name]
+    shown = [(row, figure_rows(row.name)) for row in known if row.name in names]
+    if as_json:
+        print_json(profiles_json(shown))
+    else:
+        print_profiles(shown)
+
+
+def _write_graph(model: str, setting: "Setting", path: Path) -> None:
+    from mist.files import write_text
+    from mist.report.operation_graph import graph_svg
+    from mist.trace import load_listing
+
+    listing = load_listing(model, setting, progress=progress)
+    write_text(path, graph_svg(listing) if path.suffix == ".svg" else listing)
+    progress(f"wrote {path}")
+
+
+def _point(at: str | None) -> dict[str, int] | None:
+    """--at b=2,s=128,t=2 as numbers of at least 1; t defaults to 1."""
+    if at is None:
+        return None
+    items = at.split(",")
+    pairs = dict(item.partition("=")[::2] for item in items)
+    known = {"b", "s"} <= set(pairs) <= {"b", "s", "t"} and len(pairs) == len(items)
+    if not known or not all(v.isdecimal() and int(v) > 0 for v in pairs.values()):
+        raise InputError(f"--at {at}: expected b=2,s=128 and perhaps t=2.")
+    return {"t": 1} | {name: int(value) for name, value in pairs.items()}

@@ -1,0 +1,1 @@
+"""From a plan to the parallel model of one rank."""

@@ -1,0 +1,217 @@
+"""How much of a layer's activation is kept, and where: memory levels, and offload by ratio.
+
+`full`: a layer keeps its input and runs again in the backward pass. `selective`: it also keeps the
+results of matrix products and attention. Of what is kept, offload takes a share of the bytes: as a
+micro-batch goes through the layers, each tensor that is saved goes to the host, whole, if the share
+taken so far leaves room for it. In the backward pass the tensors of one layer are fetched while the
+layer behind it runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from mist.exec.build.host_copies import Copy, Swapper
+from mist.plans.workload import MemoryLevel
+
+aten = torch.ops.aten
+
+KEPT: Final = frozenset(
+    {
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)  # fmt: skip
+
+
+def keep(layer: nn.Module, level: MemoryLevel) -> None:
+    """Make a layer keep what its level says, in place; the names of parameters stay."""
+    if level is MemoryLevel.EAGER:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if level is MemoryLevel.SELECTIVE:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    layer.forward = partial(_checkpointed, layer.forward, options)
+
+
+def _checkpointed(
+    forward: Callable[..., object], options: dict[str, Any], *args: object, **kwargs: object
+) -> object:
+    return checkpoint(partial(forward, **kwargs), *args, **options)
+
+
+def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Saved:
+    """What is on the host, and its copy on the way back."""
+
+    out: Copy
+    back: Copy | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _View:
+    """A saved tensor that is on the host: one shape of it, as some layers save several.
+
+    `stride`: None where what is on the host is that tensor alone. `of`: the DTensor, without memory
+    of its own, whose local part it is.
+    """
+
+    saved: _Saved
+    shape: torch.Size
+    stride: tuple[int, ...] | None
+    of: DTensor | None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Pass:
+    """What one layer put on the host in one forward pass; `before`: what ran before it.
+
+    `known`: what was met already: autograd saves some tensors more than once, and in two shapes.
+    """
+
+    before: "_Pass | None"
+    parameters: frozenset[int]
+    seen_bytes: int
+    taken_bytes: int
+    saved: list[_Saved] = field(default_factory=list)
+    known: dict[object, tuple[StorageWeakRef, _Saved | None]] = field(default_factory=dict)
+    fetched: bool = False
+
+    def leave(self) -> None:
+        """Let what computes next wait till all of it is on the host: two layers are on their way.
+
+        Else a device that computes faster than it copies would keep what it should not.
+        """
+        if self.saved:
+            self.saved[-1].out.wait()  # copies end in the order in which they began
+
+
+class Offloader:
+    """Takes a share of the bytes that the layers of a chunk save to the host."""
+
+    def __init__(self, ratio: float, swapper: Swapper) -> None:
+        self._ratio = ratio
+        self._swapper = swapper
+        self._latest: _Pass | None = None
+
+    def attach(self, layer: nn.Module) -> None:
+        """Offload what this layer saves, its checkpoint input included, in place."""
+        layer.forward = partial(self._run, layer, layer.forward)
+
+    def start(self) -> None:
+        """A micro-batch begins: nothing ran before its first layer."""
+        self._latest = None
+
+    def _run(
+        self, layer: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object
+    ) -> object:
+        before = self._latest
+        if before is not None and before.before is not None:
+            before.before.leave()
+        current = _Pass(
+            before=before,
+            parameters=frozenset(_storage(p) for p in layer.parameters()),
+            seen_bytes=before.seen_bytes if before else 0,
+            taken_bytes=before.taken_bytes if before else 0,
+        )
+        with saved_tensors_hooks(partial(self._pack, current), partial(self._unpack, current)):
+            output = forward(*args, **kwargs)
+        current.known.clear()
+        self._latest = current
+        return output
+
+    def _pack(self, current: _Pass, tensor: torch.Tensor) -> torch.Tensor | _View:
+        local = _local(tensor)
+        if not local.is_floating_point() or _storage(local) in current.parameters:
+            return tensor
+        storage = StorageWeakRef(local.untyped_storage())
+        whole = _is_whole(local)
+        part = (local.storage_offset(), local.shape, local.stride())
+        key = (storage.cdata, local.dtype, None if whole else part)
+        if key not in current.known:
+            current.known[key] = (storage, self._taken(current, local))
+        saved = current.known[key][1]
+        if saved is None:
+            return tensor
+        return _View(
+            saved=saved,
+            shape=local.shape,
+            stride=local.stride() if whole else None,
+            of=_without_memory(tensor) if isinstance(tensor, DTensor) else None,
+        )
+
+    def _taken(self, current: _Pass, local: torch.Tensor) -> _Saved | None:
+        """The copy of a tensor on the host, if there is room for it in the share."""
+        size = local.numel() * local.element_size()
+        current.seen_bytes += size
+        if current.taken_bytes + size > round(self._ratio * current.seen_bytes):
+            return None
+        current.taken_bytes += size
+        saved = _Saved(out=self._swapper.to_host(local.detach()))
+        current.saved.append(saved)
+        return saved
+
+    def _unpack(self, current: _Pass, packed: torch.Tensor | _View) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        self._fetch(current)
+        if current.before is not None:
+            self._fetch(current.before)
+        saved = packed.saved
+        saved.back = saved.back or self._swapper.to_device(saved.out)
+        local = saved.back.wait()
+        if packed.stride is not None:
+            local = local.as_strided(packed.shape, packed.stride)
+        return local if packed.of is None else _with_local(packed.of, local)
+
+    def _fetch(self, each: _Pass) -> None:
+        if not each.fetched:
+            each.fetched = True
+            for saved in each.saved:
+                saved.back = self._swapper.to_device(saved.out)
+            each.saved.clear()
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether it is all of its storage, each place once: then a copy has the same strides."""
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return whole and is_non_overlapping_and_dense_or_false(tensor)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(_local(tensor).untyped_storage()._cdata)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds, when it has arrived."""
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held.wait() if isinstance(held, AsyncCollectiveTensor) else held
+
+
+def _without_memory(tensor: DTensor) -> DTensor:
+    return _with_local(tensor, _local(tensor).detach().to("meta"))
+
+
+def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    return DTensor(local, tensor._spec, requires_grad=False)

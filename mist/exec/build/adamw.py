@@ -1,0 +1,213 @@
+"""AdamW over the shards of a rank, with any part of its state in host memory.
+
+The update is torch's own functional AdamW on local shards (fused: no temporary copies). What
+lives on the host (moments by ratio; shards and gradients of offloaded layers) is streamed through
+the device bucket by bucket: while one is updated the next one is on its way in and the last one on
+its way out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from mist.exec.build.host_copies import Copy, Swapper
+
+BUCKET_BYTES: Final = 64 * 2**20  # what is on its way at once, per state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What AdamW is told; `max_norm` is of the gradient of the whole model (None: no clipping)."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_norm: float | None = 1.0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Slot:
+    """One parameter's shard with its moments, and which of them live in host memory."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    first: torch.Tensor
+    second: torch.Tensor
+    parameter_on_host: bool
+    moments_on_host: bool
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Shards of value and gradient, and the moments."""
+        assert self.parameter.grad is not None, self.name
+        return local(self.parameter.detach()), local(self.parameter.grad), self.first, self.second
+
+    @property
+    def away(self) -> tuple[bool, ...]:
+        """Which of the tensors are on the host."""
+        held = self.parameter_on_host
+        return held, held, self.moments_on_host, self.moments_on_host
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one moment."""
+        return self.first.numel() * self.first.element_size()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class AdamW:
+    """The optimizer of one rank. Raises nothing; parameters without a gradient stay as they are.
+
+    `slots`: of the parameters that are trained.
+    """
+
+    def __init__(self, settings: Settings, swapper: Swapper, slots: Sequence[Slot]) -> None:
+        self.settings = settings
+        self.num_steps = 0
+        self.slots = tuple(slots)
+        self._swapper = swapper
+
+    def step(self, scale: torch.Tensor) -> None:
+        """Update every parameter; gradients are multiplied by `scale` first."""
+        self.num_steps += 1
+        ready = [slot for slot in self.slots if slot.parameter.grad is not None]
+        if here := [slot.tensors for slot in ready if not any(slot.away)]:
+            self._update(here, scale)
+        self._stream(list(_buckets(slot for slot in ready if any(slot.away))), scale)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for slot in self.slots:
+            slot.parameter.grad = None
+
+    def _stream(self, buckets: Sequence[Sequence[Slot]], scale: torch.Tensor) -> None:
+        coming = self._fetch(buckets[0]) if buckets else []
+        leaving: list[Copy] = []
+        for index, bucket in enumerate(buckets):
+            here = [tuple(copy.wait() for copy in copies) for copies in coming]
+            if leaving:
+                leaving[-1].wait()  # the bucket before is gone: three are never here at once
+            coming = self._fetch(buckets[index + 1]) if index + 1 < len(buckets) else []
+            self._update(here, scale)
+            leaving += self._put_back(bucket, here)
+        for copy in leaving:
+            copy.arrived()
+
+    def _fetch(self, bucket: Sequence[Slot]) -> list[tuple[Copy, ...]]:
+        return [
+            tuple(
+                self._swapper.to_device(copy) if away else copy
+                for copy, away in zip(
+                    (Copy(tensor=t) for t in slot.tensors), slot.away, strict=True
+                )
+            )
+            for slot in bucket
+        ]
+
+    def _put_back(
+        self, bucket: Sequence[Slot], here: Sequence[tuple[torch.Tensor, ...]]
+    ) -> Iterator[Copy]:
+        """Copies to the host of what was changed; a gradient is not needed any more."""
+        for slot, updated in zip(bucket, here, strict=True):
+            for index in (0, 2, 3):
+                if slot.away[index]:
+                    yield self._swapper.to_host(updated[index], slot.tensors[index])
+
+    def _update(self, tensors: Sequence[tuple[torch.Tensor, ...]], scale: torch.Tensor) -> None:
+        values, grads, first, second = (list(column) for column in zip(*tensors, strict=True))
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+        device = self._swapper.device
+        past = torch.full((len(values),), float(self.num_steps - 1), device=device)
+        beta1, beta2 = self.settings.betas
+        adamw(
+            values,
+            grads,
+            first,
+            second,
+            [],
+            list(past.unbind()),
+            foreach=False,
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            eps=self.settings.eps,
+            maximize=False,
+        )
+
+
+def make_slots(
+    parameters: Mapping[str, torch.nn.Parameter],
+    on_host: frozenset[str],
+    host_ratio: float,
+    swapper: Swapper,
+) -> Iterator[Slot]:
+    """A slot for each parameter that is trained, moments zero.
+
+    `on_host`: parameters that live there. `host_ratio`: share of the bytes of all moments that do,
+    parameter by parameter, each whole.
+    """
+    trained = {name: each for name, each in parameters.items() if each.requires_grad}
+    shards = {name: local(parameter.detach()) for name, parameter in trained.items()}
+    sizes = {name: shard.numel() * shard.element_size() for name, shard in shards.items()}
+    moved = chosen(sizes, host_ratio)
+    for name, parameter in trained.items():
+        away = name in moved
+        first, second = (_zeros(shards[name], swapper, on_host=away) for _ in range(2))
+        yield Slot(
+            name=name,
+            parameter=parameter,
+            first=first,
+            second=second,
+            parameter_on_host=name in on_host,
+            moments_on_host=away,
+        )
+
+
+def chosen(sizes: Mapping[str, int], ratio: float) -> frozenset[str]:
+    """Names whose sizes make up this share of the whole, or a little less.
+
+    They are spread evenly over all; what the last of them leave open, the largest that fit fill.
+    """
+    seen = taken = 0
+    found = set()
+    whole = round(ratio * sum(sizes.values()))
+    for name, size in sizes.items():
+        seen += size
+        if 0 < size <= round(ratio * seen) - taken:
+            found.add(name)
+            taken += size
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        if name not in found and 0 < sizes[name] <= whole - taken:
+            found.add(name)
+            taken += sizes[name]
+    return frozenset(found)
+
+
+def _zeros(shard: torch.Tensor, swapper: Swapper, *, on_host: bool) -> torch.Tensor:
+    if on_host:
+        return swapper.kept_on_host(shard)
+    return torch.zeros_like(shard, device=swapper.device)
+
+
+def _buckets(slots: Iterator[Slot]) -> Iterator[list[Slot]]:
+    """Slots in groups of about BUCKET_BYTES."""
+    bucket: list[Slot] = []
+    for slot in slots:
+        bucket.append(slot)
+        if sum(each.num_bytes for each in bucket) >= BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -1,0 +1,121 @@
+"""What a step trains on: the same samples in the same order under every layout.
+
+Without a file, token ids are drawn from a generator seeded by the seed and the step. A file gives
+tokens: `.npy` an array of integers, anything else its bytes (256 ids, no tokenizer). Step n takes
+the samples that follow those of step n - 1, from the start again at the end of the file. A model
+with `make_batch` makes its own batch, seeded in the same way.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mist.errors import InputError
+from mist.exec.build.weight_init import seed_of
+from mist.exec.build.rank_grid import Grid
+from mist.plans.workload import Workload
+from mist.trace.models.loader import TOKENS, LoadedModel
+
+NUM_BYTES = 256
+
+
+class Batches:
+    """The batches of a run. Raises InputError when a file and a model do not fit."""
+
+    def __init__(
+        self, loaded: LoadedModel, workload: Workload, seed: int, file: Path | None = None
+    ) -> None:
+        self._loaded = loaded
+        self._workload = workload
+        self._seed = seed
+        self._begin = (0, 0)  # a step, and the tokens that were read before it
+        self._vocab_size = vocabulary(loaded)
+        self._tokens = None if file is None else read_tokens(file, loaded, workload)
+        if self._tokens is not None and int(self._tokens.max()) >= self._vocab_size:
+            raise InputError(
+                f"{file} has token {int(self._tokens.max())}, but the vocabulary of "
+                f"{loaded.name} has {self._vocab_size}."
+            )
+
+    def go_on(self, step: int, tokens: int) -> None:
+        """Take up a file where another run left it: after `tokens`, which it read in `step`s."""
+        self._begin = (step, tokens)
+
+    def position(self, step: int) -> int:
+        """Tokens that are read before a step (from 0)."""
+        first, tokens = self._begin
+        return tokens + (step - first) * self._workload.tokens_per_step
+
+    def step(self, number: int) -> object:
+        """All samples of a step (from 0), on the CPU."""
+        size, seq_len = self._workload.global_batch, self._workload.seq_len
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self._seed, "data", number))
+            batch = self._loaded.batch(size, seq_len)
+            if self._loaded.make_batch is not None:
+                return batch
+            ids = self._ids(number, size, seq_len)
+        return tree_map(lambda leaf: ids if leaf.shape == ids.shape else leaf, batch)
+
+    def _ids(self, number: int, size: int, seq_len: int) -> torch.Tensor:
+        if self._tokens is None:
+            return torch.randint(0, self._vocab_size, (size, seq_len))
+        first = self.position(number)
+        places = np.arange(first, first + size * seq_len) % len(self._tokens)
+        ids = self._tokens[places].astype(np.int64)
+        return torch.from_numpy(ids).view(size, seq_len)
+
+
+def vocabulary(loaded: LoadedModel) -> int:
+    """The number of token ids: the model's own figure, else the rows of its first embedding."""
+    config = getattr(loaded.module, "config", None)
+    for owner in (loaded.module, config):
+        if isinstance(size := getattr(owner, "vocab_size", None), int):
+            return size
+    tables = (m for m in loaded.module.modules() if isinstance(m, torch.nn.Embedding))
+    table = next(tables, None)
+    if table is None and loaded.make_batch is None:
+        raise InputError(f"{loaded.name} has no embedding: give its file make_batch(batch, seq).")
+    return table.num_embeddings if table is not None else 0
+
+
+def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarray[Any, Any]:
+    """The tokens of a file. Raises InputError."""
+    if loaded.make_batch is not None or getattr(loaded.module, "main_input_name", TOKENS) != TOKENS:
+        raise InputError(f"--data {file}: {loaded.name} does not take token ids.")
+    try:
+        if file.suffix == ".npy":
+            tokens: np.ndarray[Any, Any] = np.load(file, mmap_mode="r").reshape(-1)
+        else:
+            tokens = np.fromfile(file, dtype=np.uint8)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--data {file} cannot be read: {error}.") from error
+    if not np.issubdtype(tokens.dtype, np.integer) or len(tokens) < workload.seq_len:
+        raise InputError(
+            f"--data {file} holds {len(tokens)} values of type {tokens.dtype}; a sample needs "
+            f"{workload.seq_len} integer tokens."
+        )
+    return tokens
+
+
+def own_rows(batch: object, grid: Grid, i: int, num_micro_batches: int) -> object:
+    """The samples of data-parallel rank i, micro-batch by micro-batch."""
+    size = grid.rows // grid.dp
+    rows = torch.cat(
+        [torch.arange(size) + m * grid.rows + i * size for m in range(num_micro_batches)]
+    )
+    return tree_map(lambda leaf: leaf[rows], batch)
+
+
+def micro_batch(batch: object, size: int, index: int) -> object:
+    """One micro-batch of a rank's samples."""
+    return tree_map(lambda leaf: leaf[index * size : (index + 1) * size], batch)
+
+
+def to_device(batch: object, device: torch.device) -> object:
+    """A batch on the device."""
+    moved = {id(leaf): leaf.to(device, non_blocking=True) for leaf in tree_leaves(batch)}
+    return tree_map(lambda leaf: moved[id(leaf)], batch)

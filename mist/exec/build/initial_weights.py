@@ -1,0 +1,41 @@
+"""A rank's part of the initial values of parameters, from wherever they come."""
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from mist.exec.build.weight_init import Whole
+from mist.exec.build.tensor_parts import ONE_PIECE, Pieces, read_within, take_apart
+
+
+def fill(parameter: torch.Tensor, value: Whole, *, pieces: Pieces = ONE_PIECE) -> None:
+    """Give a parameter its part of a whole value, which every rank can read.
+
+    `pieces`: how many matrices side by side it keeps apart.
+    """
+    target = parameter.detach()
+    if isinstance(target, DTensor) and pieces.count > 1:
+        bounds = bounds_of(target)
+        take_apart(target, value[read_within(target, bounds, pieces)], bounds, pieces)
+    elif isinstance(target, DTensor):
+        target.to_local().copy_(value[bounds_of(target)])
+    else:
+        target.copy_(value[tuple(slice(0, size) for size in target.shape)])
+
+
+def bounds_of(target: DTensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole, in each dimension.
+
+    FSDP2 divides what tensor parallelism (the last axis) divided before, both as `torch.chunk`.
+    """
+    mesh = target.device_mesh
+    place = mesh.get_coordinate()
+    assert place is not None
+    bounds = [range(size) for size in target.shape]
+    for axis in reversed(range(mesh.ndim)):
+        placement = target.placements[axis]
+        if isinstance(placement, Shard | _StridedShard):
+            whole = bounds[placement.dim]
+            size = -(-len(whole) // mesh.size(axis))
+            bounds[placement.dim] = whole[place[axis] * size : (place[axis] + 1) * size]
+    return tuple(slice(each.start, each.stop) for each in bounds)

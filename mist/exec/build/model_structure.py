@@ -1,0 +1,176 @@
+"""What a model does around its layers, found by running it once on fake tensors.
+
+A pipeline stage runs the model's own forward with other layers taken out (`split`). For that it
+must be known in which order the layers are called, what a layer passes on, and which parameters are
+read before the first layer (front) and after the last one (tail).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from mist.errors import ModelError
+from mist.trace.models.loader import LoadedModel
+from mist.trace.repeated_blocks import Layers, find_layers
+from mist.trace.recording.shim import Kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """Names of the layers in the order of their calls, and of what is read before and after.
+
+    `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
+    tuple that begins with it.
+    `direct`: the embedding, if layer 0 takes what it gave as it is.
+    `in_a_row`: each layer takes exactly what the one before gave, and nothing else with a gradient.
+    `tied`: for each name under which a parameter appears again, its first name.
+    """
+
+    layers: tuple[str, ...]
+    front: frozenset[str]
+    tail: frozenset[str]
+    boundary: tuple[int, ...]
+    in_tuple: bool
+    in_a_row: bool
+    direct: str | None
+    tied: Mapping[str, str]
+
+
+def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
+    """Run a model once on fake tensors. Raises ModelError when it has no list of layers."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = deepcopy(loaded.module)
+    with mode:
+        model.to_empty(device="cpu")
+    for parameter in model.parameters():  # what takes what from which shows by gradients
+        parameter.requires_grad_(parameter.is_floating_point())
+    found = find_layers(model)
+    while found is not None:
+        watch = _Watch(model=model, layers=found)
+        with mode, Kernels("cpu"), watch.hooks():
+            fake = replace(loaded, module=model)
+            fake.run(fake.batch(2, seq_len))
+        if sorted(watch.order) == list(range(len(found.modules))):
+            return _anatomy(loaded.module, watch)
+        found = found.without(_not_once(watch, found))
+    raise ModelError(
+        f"{loaded.name} has no list of layers that are each called once; mist apply needs one."
+    )
+
+
+def _not_once(watch: "_Watch", layers: Layers) -> int:
+    """The list of the first layer that is not called exactly once."""
+    counts = [watch.order.count(i) for i in range(len(layers.modules))]
+    return layers.lists[next(i for i, count in enumerate(counts) if count != 1)]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Watch(TorchFunctionMode):
+    """Notes what layers are given and give, and which parameters are read around them."""
+
+    model: nn.Module
+    layers: Layers
+    order: list[int] = field(default_factory=list)
+    front: set[int] = field(default_factory=set)
+    tail: set[int] = field(default_factory=set)
+    hidden: torch.Tensor | None = None
+    embedded: dict[int, tuple[torch.Tensor, nn.Module]] = field(default_factory=dict)
+    direct: nn.Module | None = None
+    in_tuple: bool = False
+    in_a_row: bool = True
+    inside: bool = False
+
+    def __post_init__(self) -> None:
+        TorchFunctionMode.__init__(self)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if not self.inside:
+            leaves = tree_leaves((args, kwargs))
+            self._read({id(x) for x in leaves if isinstance(x, nn.Parameter)})
+        return func(*args, **(kwargs or {}))
+
+    def _read(self, parameters: set[int]) -> None:
+        """Parameters that are read outside the layers."""
+        if not self.order:
+            self.front |= parameters
+            return
+        self.tail |= parameters
+        if parameters and len(self.order) < len(self.layers.modules):
+            self.in_a_row = False
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers.modules):
+                before = layer.register_forward_pre_hook(self._enter(index), with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(layer.register_forward_hook(self._leave).remove)
+            for module in self.model.modules():
+                if isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_hook(self._embed).remove)
+            stack.enter_context(self)
+            yield
+
+    def _embed(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        self.embedded[id(output)] = (output, module)
+
+    def _enter(self, index: int) -> Callable[..., None]:
+        def enter(
+            module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+        ) -> None:
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if not self.order and id(given[0]) in self.embedded:
+                self.direct = self.embedded[id(given[0])][1]
+            self.order.append(index)
+            self.inside = True
+            if self.hidden is not None and given[0] is not self.hidden:
+                self.in_a_row = False
+            self.hidden = given[0]
+            self.in_a_row &= not any(x.requires_grad for x in given[1:])
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        self.inside = False
+        self.in_tuple = isinstance(output, tuple | list)
+        self.hidden = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor))
+
+
+def _anatomy(original: nn.Module, watch: _Watch) -> Anatomy:
+    """Ties are those of the original: a copy on another device has none."""
+    copy = watch.model
+    names = {id(module): name for name, module in copy.named_modules()}
+    first = {id(parameter): name for name, parameter in original.named_parameters()}
+    every = dict(original.named_parameters(remove_duplicate=False))
+    tied = {name: first[id(p)] for name, p in every.items() if first[id(p)] != name}
+    inside = {id(p) for layer in watch.layers.modules for p in layer.parameters()}
+    outside = {
+        id(p): tied.get(name, name)
+        for name, p in copy.named_parameters(remove_duplicate=False)
+        if id(p) not in inside
+    }
+    assert watch.hidden is not None
+    return Anatomy(
+        layers=tuple(names[id(watch.layers.modules[i])] for i in watch.order),
+        front=frozenset(outside[key] for key in watch.front & outside.keys()),
+        tail=frozenset(outside[key] for key in watch.tail & outside.keys()),
+        boundary=tuple(watch.hidden.shape[1:]),
+        in_tuple=watch.in_tuple,
+        in_a_row=watch.in_a_row,
+        direct=names[id(watch.direct)] if watch.direct is not None else None,
+        tied=tied,
+    )

@@ -1,0 +1,431 @@
+"""A model in the parallel form that a plan says, with its optimizer.
+
+Order: cut into chunks, on the meta device -> tensor parallelism -> memory levels and offload ->
+FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedule.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import loss_parallel
+
+from mist.exec.build.activations import Offloader, keep
+from mist.exec.build.adamw import AdamW, Settings, local, make_slots
+from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.batch_shape import planned_shape
+from mist.exec.build.batches import micro_batch, own_rows, to_device
+from mist.exec.build.step_clock import Clock
+from mist.exec.build.weight_init import Whole, initial_values
+from mist.exec.build.gradient_flow import Flows, flows_of
+from mist.exec.build.rank_grid import chunk_layers
+from mist.exec.build.process_group import warm_up
+from mist.exec.build.step_recorder import Measured, Recorder, allocated
+from mist.exec.build.device_meshes import Place, new_groups, take_place
+from mist.exec.build.tensor_parts import ONE_PIECE, Pieces
+from mist.exec.build.pipeline import Pipeline, Shell
+from mist.exec.build.tensor_rules import TensorRules, tensor_rules
+from mist.exec.build.stage_module import Chunk, cut
+from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
+from mist.exec.build.host_copies import Swapper
+from mist.exec.build.tensor_parallelism import Part, divide
+from mist.exec.build.torch_versions import refuse_missing
+from mist.exec.build.initial_weights import fill
+from mist.exec.build.fsdp import COMPUTE, Level, begin_backward, shard
+from mist.plans.plan import Plan, StagePlan
+from mist.plans.workload import MemoryLevel
+from mist.trace.models.loader import LoadedModel
+
+Memory = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model with what is known of it: what `build` needs beside the plan.
+
+    `given`: values of parameters that do not come from the seed, in memory or in files.
+    """
+
+    loaded: LoadedModel
+    anatomy: Anatomy
+    rules: Mapping[int, TensorRules]
+    given: Mapping[str, Whole] = field(default_factory=dict)
+
+
+def subject_of(loaded: LoadedModel, anatomy: Anatomy, plan: Plan) -> Subject:
+    """Find the tensor-parallel rules that the plan needs. Raises ModelError."""
+    degrees = {stage.tp for stage in plan.stages} - {1}
+    seq_len = plan.workload.seq_len
+    rules = {tp: tensor_rules(loaded, anatomy, seq_len, tp) for tp in sorted(degrees)}
+    return Subject(loaded=loaded, anatomy=anatomy, rules=rules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step gave, the same on every rank: mean loss, and norm of the gradient."""
+
+    loss: float
+    norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """One chunk of layers; `parameters` by the model's names, `partial` those to be summed."""
+
+    root: Chunk
+    layers: tuple[str, ...]
+    parameters: Mapping[str, nn.Parameter]
+    on_host: frozenset[str]
+    partial: tuple[nn.Parameter, ...]
+    flows: Flows
+    offloader: Offloader | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What every chunk of this rank is built from."""
+
+    subject: Subject
+    plan: Plan
+    place: Place
+    swapper: Swapper
+    memory: Memory
+
+    @property
+    def stage(self) -> StagePlan:
+        return self.plan.stages[self.place.stage]
+
+    @property
+    def scale(self) -> float:
+        """What summed losses are multiplied by before the backward pass, to keep gradients small.
+
+        What they are sums over is known only after it: gradients are divided by that at the end.
+        """
+        return 1.0 / self.plan.workload.tokens_per_step
+
+    @property
+    def split_loss(self) -> bool:
+        """Whether logits stay divided: not when the user's own loss reads them."""
+        rules = self.subject.rules.get(self.stage.tp)
+        return rules is not None and rules.head is not None and self.subject.loaded.loss is None
+
+
+def build(
+    subject: Subject, plan: Plan, device: torch.device, settings: Settings, seed: int
+) -> "Parallel":
+    """This rank's part of the model; all ranks of the default process group call it together."""
+    parallel = assemble(subject, plan, device, settings)
+    initialise(parallel, subject, seed)
+    return parallel
+
+
+def assemble(
+    subject: Subject,
+    plan: Plan,
+    device: torch.device,
+    settings: Settings,
+    memory: Memory = nullcontext,
+) -> "Parallel":
+    """This rank's part of the model, without values. `memory`: within which it is allocated.
+
+    Raises ModelError for a plan that this version of torch cannot run.
+    """
+    refuse_missing(plan)
+    place = take_place(plan, device)
+    job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
+    pieces = chunk_layers(plan, place.stage)
+    of_layers = job.stage.levels
+    num_on_host = round(job.stage.offload.weights * job.stage.num_layers)
+    built: dict[int, Built] = {}
+    done = 0
+    for index, layers in pieces:
+        first_on_host = job.stage.num_layers - num_on_host - done
+        built[index] = _chunk(job, layers, of_layers[done:], max(first_on_host, 0))
+        done += len(layers)
+    parallel = Parallel(job, built, settings)
+    warm_up(parallel.groups(), device)
+    return parallel
+
+
+def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
+    """Fill this rank's shards with the weights that were given, or that the seed gives."""
+    owners: dict[str, dict[str, nn.Parameter]] = {}
+    pieces = parallel.pieces
+    for name, parameter in parallel.parameters.items():
+        if name in subject.given:
+            fill(parameter, subject.given[name], pieces=pieces.get(name, ONE_PIECE))
+            continue
+        owner, _, own = name.rpartition(".")
+        owners.setdefault(owner, {})[own] = parameter
+    for owner, own_parameters in owners.items():
+        device = parallel.place.device
+        values = initial_values(subject.loaded.module, owner, seed, device)
+        for name, parameter in own_parameters.items():
+            own_pieces = pieces.get(f"{owner}.{name}", ONE_PIECE)
+            fill(parameter, values[name], pieces=own_pieces)
+
+
+def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int) -> Built:
+    """Build one chunk. `first_on_host`: its layers from here on keep their states on the host."""
+    anatomy, stage, place = job.subject.anatomy, job.stage, job.place
+    part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
+    names = anatomy.layers[layers.start : layers.stop]
+    ends = Part(
+        layers=names,
+        first=layers.start == 0,
+        last=layers.stop == len(anatomy.layers),
+        front=anatomy.front,
+        tail=anatomy.tail,
+        micro_batch=stage.micro_batch,
+        sp=stage.sp,
+        split_loss=job.split_loss,
+    )
+    summed: frozenset[str] = frozenset()
+    if stage.tp > 1:
+        rules = job.subject.rules[stage.tp]
+        summed = divide(part.module, rules, ends, place.tp_mesh)
+    root = Chunk(part, job.scale)
+    modules = [part.module.get_submodule(name) for name in names]
+    offloader = _keep(job, modules, of_layers)
+    away = modules[first_on_host:]
+    flows = flows_of(job.subject.loaded, anatomy, layers)
+    level = Level(
+        zero=stage.zero,
+        idle=flows.idle,
+        precision=job.plan.workload.precision,
+        on_host=frozenset(map(id, away)),
+    )
+    shard(root, modules, place.dp_mesh, level)
+    with job.memory():
+        _give_memory(root, place.device, {id(p) for layer in away for p in layer.parameters()})
+    held = dict(part.module.named_parameters())
+    return Built(
+        root=root,
+        layers=tuple(names),
+        parameters={anatomy.tied.get(name, name): p for name, p in held.items()},
+        on_host=frozenset(
+            n for n in held if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
+        ),
+        partial=tuple(held[name] for name in sorted(summed)),
+        flows=flows,
+        offloader=offloader,
+    )
+
+
+def _keep(
+    job: _Job, modules: Sequence[nn.Module], of_layers: Sequence[MemoryLevel]
+) -> Offloader | None:
+    ratio = job.stage.offload.activations
+    offloader = Offloader(ratio, job.swapper) if ratio else None
+    for module, level in zip(modules, of_layers, strict=False):
+        keep(module, level)
+        if offloader is not None:
+            offloader.attach(module)
+    return offloader
+
+
+def _give_memory(root: nn.Module, device: torch.device, on_host: set[int]) -> None:
+    """Memory for parameters on the meta device, once for tied ones; buffers go along."""
+    given: dict[int, nn.Parameter] = {}
+    for module in root.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta:
+                where = torch.device("cpu") if id(value) in on_host else device
+                new = nn.Parameter(torch.empty_like(value, device=where), value.requires_grad)
+                module._parameters[name] = given.setdefault(id(value), new)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _moved(buffer, device)
+
+
+def _moved(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A buffer on the device; what stands for zeros stays the size of one number."""
+    if buffer.numel() > 1 and not any(buffer.stride()):
+        return buffer.flatten()[:1].to(device).view(()).expand(buffer.shape)
+    return buffer.to(device)
+
+
+class Parallel:
+    """This rank's part of a model in training. `parameters`: its shards, by the model's names.
+
+    `pieces`: those of them that have one dimension more than the model's
+    (`mist.exec.build.tensor_parts`).
+    """
+
+    def __init__(self, job: _Job, chunks: Mapping[int, Built], settings: Settings) -> None:
+        self.plan = job.plan
+        self.place = job.place
+        self.parameters = {n: p for c in chunks.values() for n, p in c.parameters.items()}
+        self.pieces = dict(_pieces(job))
+        self._chunks = chunks
+        self.swapper = job.swapper
+        self.clock = Clock(job.place.device)
+        self._split_loss = job.split_loss
+        self._scale = job.scale
+        self._batch_shape = planned_shape(job.subject.loaded, job.plan.workload)
+        self._tied = tuple(_tied(job, self.parameters))
+        self._on_host = frozenset[str]().union(*(chunk.on_host for chunk in chunks.values()))
+        share = self.stage.offload.optimizer
+        with job.memory():
+            slots = list(make_slots(self.parameters, self._on_host, share, job.swapper))
+        self.optimizer = AdamW(settings, job.swapper, slots)
+        self._pipeline = self._make_pipeline(job) if len(self.plan.stages) > 1 else None
+
+    @property
+    def stage(self) -> StagePlan:
+        """The stage of this rank."""
+        return self.plan.stages[self.place.stage]
+
+    def train_step(self, batch: object) -> Step:
+        """One optimizer step on all samples of a step (each rank takes its own of them).
+
+        Raises InputError for a batch of another shape than the plan's, alike on every rank.
+        """
+        loss, norm = self.unread_step(batch)
+        return Step(loss=float(loss), norm=float(norm))
+
+    def unread_step(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same step; mean loss and norm stay on the device."""
+        self.clock.start()
+        with self._loss_context():
+            self.gradients(batch)
+        with self.clock.timing("sums"):
+            self._add_up()
+            loss, factor = self._mean()
+            sums_norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+            norm = sums_norm * factor
+        with self.clock.timing("optimizer"):
+            self.optimizer.step(factor * clip_scale(norm, self.optimizer.settings.max_norm))
+            self.optimizer.zero_grad()
+        return loss, norm
+
+    def counted_step(self, batch: object) -> tuple[Step, Measured]:
+        """A step of which every operation is counted: slower, and on CUDA not as it runs else."""
+        recorder = Recorder(chain(*self.states(on_host=False).values()), self.axes)
+        self.swapper.quietly = recorder.on_host
+        with recorder:
+            step = self.train_step(batch)
+        self.swapper.quietly = nullcontext
+        return step, recorder.measured()
+
+    def measured_step(self, batch: object) -> tuple[Step, Measured]:
+        """A step with its peak: on CUDA the allocator's own, of a step like any other."""
+        if self.place.device.type != "cuda":
+            return self.counted_step(batch)
+        torch.cuda.reset_peak_memory_stats(self.place.device)
+        step = self.train_step(batch)
+        return step, allocated(torch.cuda.memory_stats(self.place.device))
+
+    def states(self, *, on_host: bool) -> dict[str, list[torch.Tensor]]:
+        """What the device, or the host, holds between steps: parameters, moments, buffers."""
+        slots = self.optimizer.slots
+        held = self.parameters.items()
+        shards = [local(p.detach()) for n, p in held if (n in self._on_host) is on_host]
+        moments = [m for s in slots if s.moments_on_host is on_host for m in (s.first, s.second)]
+        buffers = [] if on_host else [b for c in self.chunks for b in c.root.buffers()]
+        return {"parameters": shards, "optimizer": moments, "buffers": buffers}
+
+    @property
+    def chunks(self) -> tuple[Built, ...]:
+        """The chunks of layers of this rank."""
+        return tuple(self._chunks.values())
+
+    def groups(self) -> Iterator[dist.ProcessGroup]:
+        """Every group that this rank has collectives or transfers in, in the order of all ranks."""
+        for mesh in (self.place.dp_mesh, self.place.tp_mesh):
+            yield from mesh.get_all_groups()
+        yield self.place.column
+        yield from {id(each.group): each.group for each in self._tied}.values()
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """Names of process groups, and the axis that each stands for."""
+        meshes = {"dp": self.place.dp_mesh, "tp": self.place.tp_mesh}
+        return {
+            str(group.group_name): axis
+            for axis, mesh in meshes.items()
+            for group in mesh.get_all_groups()
+        }
+
+    def gradients(self, batch: object) -> None:
+        """Forward and backward of all micro-batches: gradients of summed losses (`_Job.scale`)."""
+        self._batch_shape.check(batch)
+        count, size = self.plan.num_micro_batches, self.stage.micro_batch
+        rows = own_rows(batch, self.place.grid, self.place.i, count)
+        mine = to_device(rows, self.place.device)
+        for each in self.chunks:
+            each.root.start(self.place.device)
+        if self._pipeline is not None:
+            self._pipeline.step(mine)
+            return
+        chunk = self._chunks[0]
+        for index in range(count):
+            if chunk.offloader is not None:
+                chunk.offloader.start()
+            begin_backward(chunk.root, zero=self.stage.zero, last=index == count - 1)
+            with self.clock.timing("forward"):
+                loss = chunk.root(micro_batch(mine, size, index))
+            with self.clock.timing("backward"):
+                loss.backward()
+
+    def _loss_context(self) -> AbstractContextManager[object]:
+        return loss_parallel() if self._split_loss else nullcontext()
+
+    def _add_up(self) -> None:
+        """Sum the gradients that several ranks hold a part of."""
+        for chunk in self._chunks.values():
+            if chunk.partial:
+                add_partial(chunk.partial, self.place.tp_mesh)
+        add_tied(self._tied)
+
+    def _mean(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss of the step, and what makes gradients those of it.
+
+        Of what the ranks of the last stage have tallied; both are 0 where nothing was learned.
+        """
+        tally = torch.stack([chunk.root.tally for chunk in self.chunks]).sum(0) / self.stage.tp
+        dist.all_reduce(tally)
+        total, number = tally.unbind()
+        share = torch.where(number == 0, 0.0, 1.0 / number)
+        return total * share, share / self._scale
+
+    def _make_pipeline(self, job: _Job) -> Pipeline:
+        anatomy, workload = job.subject.anatomy, self.plan.workload
+        seq_len, *others = anatomy.boundary
+        tokens = seq_len // self.stage.tp if self.stage.sp else seq_len
+        activation = torch.empty(
+            (self.stage.micro_batch, tokens, *others),
+            dtype=COMPUTE[workload.precision],
+            device="meta",
+        ).requires_grad_()
+        shells = {
+            index: Shell(chunk.root, chunk.offloader, self.clock, chunk.flows)
+            for index, chunk in self._chunks.items()
+        }
+        return Pipeline(shells, self.place, self.plan, activation)
+
+
+def _pieces(job: _Job) -> Iterator[tuple[str, Pieces]]:
+    """Parameters that keep several matrices side by side apart, and how many."""
+    rules = job.subject.rules.get(job.stage.tp)
+    for name, parts in (rules.parts if rules is not None else {}).items():
+        for own, rule in parts.items():
+            if rule.num_pieces > 1 and rule.dim is not None:
+                yield f"{name}.{own}", Pieces(count=rule.num_pieces, dim=rule.dim)
+
+
+def _tied(job: _Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tied]:
+    """Parameters that the first and the last stage both hold."""
+    anatomy, grids, stages = job.subject.anatomy, job.place.grids, job.plan.stages
+    shared = sorted(anatomy.front & anatomy.tail)
+    if len(stages) == 1 or not shared:
+        return
+    first, last = grids[0], grids[-1]
+    pairs = [[first.rank(*at), last.rank(*at)] for at in first.places()]
+    group = new_groups(pairs).get(job.place.rank)
+    if group is not None:
+        yield from (Tied(parameter=parameters[name], group=group) for name in shared)

@@ -1,0 +1,76 @@
+"""Joins the process group of a run, started by `launch`, torchrun or a cluster's launcher."""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from mist.exec.build.devices import own_device, refuse_shared
+
+
+@contextmanager
+def joined(timeout_s: float) -> Iterator[torch.device]:
+    """Within: the default process group is there; gives this rank's device.
+
+    NCCL where CUDA is, else gloo. A collective that takes longer than `timeout_s` fails. Raises
+    InputError when a rank has no device of its own.
+    """
+    device = own_device(os.environ)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    ours = os.environ.get("MIST_RENDEZVOUS")
+    if ours:
+        _leave_with_launcher()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        init_method=ours or "env://",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if cuda else None,
+    )
+    with _left(abort=cuda):
+        if cuda:
+            refuse_shared(device)
+        yield device
+
+
+@contextmanager
+def _left(*, abort: bool) -> Iterator[None]:
+    """Behind: the group is gone. `abort`: after an error peers may be stuck; NCCL would wait."""
+    try:
+        yield
+    except BaseException:
+        if abort:
+            distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def warm_up(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
+    """One collective on the default group and on each of these, in the same order on every rank.
+
+    NCCL connects a group, and takes its buffers, in its first collective, which all ranks must
+    join: here, not amid a pipeline where only some of them send.
+    """
+    one = torch.ones(1, device=device)
+    for group in (dist.group.WORLD, *groups):
+        dist.all_reduce(one, group=group)
+
+
+def _leave_with_launcher() -> None:
+    """End this process when the launcher's end of standard input closes: no rank is orphaned."""
+
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written: this returns at the end
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,173 @@
+"""A pipeline stage of any model: its own forward, with the layers of other stages taken out.
+
+The list of layers keeps its length and the layers of the stage their names. Slot 0 of a later stage
+gives what was received, whatever it is given; other absent layers pass on what they get; the slot
+behind the last layer of the stage ends the forward. What runs before the layers runs on every
+stage (masks, rotary tables); the parameters read there, such as the embedding, exist on the first
+stage only and are zeros elsewhere, which take no memory.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.loss import summed_loss
+from mist.trace.models.loader import LoadedModel
+
+
+class _Leave(BaseException):
+    """Ends the forward of a stage with its result; no `except Exception` of a model stops it."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+class _Exit(nn.Module):
+    """Stands behind the last layer of a stage."""
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        raise _Leave(_hidden(args, kwargs))
+
+
+class _Skip(nn.Module):
+    """Stands for a layer of another stage."""
+
+    def __init__(self, *, in_tuple: bool) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        hidden = self.replaced(_hidden(args, kwargs))
+        return (hidden,) if self.in_tuple else hidden
+
+    def replaced(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+class _Entry(_Skip):
+    """Stands for layer 0 on a later stage: gives what was received."""
+
+    received: torch.Tensor
+
+    def replaced(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.received
+
+
+def _hidden(args: tuple[object, ...], kwargs: Mapping[str, object]) -> torch.Tensor:
+    return next(x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+
+
+class Chunk(nn.Module):
+    """Consecutive layers of a model with the ends that belong to them.
+
+    `forward(batch, received)`: the summed loss times `scale` on the last chunk, else the
+    activation. `tally`: of the step so far, the summed loss and the number of what it sums.
+    """
+
+    tally: torch.Tensor
+
+    def __init__(self, loaded: LoadedModel, scale: float) -> None:
+        super().__init__()
+        self.model = loaded.module
+        self.loaded = loaded
+        self.scale = scale
+        entries = [m for m in loaded.module.modules() if isinstance(m, _Entry)]
+        self.entry = entries[0] if entries else None
+
+    def start(self, device: torch.device) -> None:
+        """A step begins."""
+        self.tally = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def forward(self, batch: object, received: torch.Tensor | None = None) -> torch.Tensor:
+        """One micro-batch; `received`: what the chunk before passed on."""
+        if self.entry is not None and received is not None:
+            self.entry.received = received
+        try:
+            total, number = summed_loss(self.loaded, batch)
+            self.tally += torch.stack([total.detach().double(), number.double()])
+            return total * self.scale
+        except _Leave as end:
+            return end.hidden
+        finally:
+            if self.entry is not None and received is not None:
+                del self.entry.received
+
+
+def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype) -> LoadedModel:
+    """A copy of a model (on the meta device) with these layers only.
+
+    `dtype`: in which the model computes; of the zeros that stand for parameters of other stages,
+    and of parameters that are not trained, of which nothing more is ever read.
+    """
+    model = deepcopy(loaded.module)
+    _narrow_frozen(model, dtype)
+    last = len(anatomy.layers)
+    for index, name in enumerate(anatomy.layers):
+        if index not in layers:
+            _replace(model, name, _stand_in(index, layers, in_tuple=anatomy.in_tuple))
+    here = (anatomy.front if layers.start == 0 else frozenset[str]()) | (
+        anatomy.tail if layers.stop == last else frozenset[str]()
+    )
+    ends = anatomy.front | anatomy.tail
+    unread = {name for name, _ in model.named_parameters()} - ends - _inside(model, anatomy)
+    for name in _all_names(ends - here, anatomy) | (unread if layers.start else set()):
+        _zeros(model, name, dtype)
+    for name in here:
+        _drop_other_uses(model, name, anatomy, layers, dtype)
+    return replace(loaded, module=model)
+
+
+def _narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters that are not trained take this dtype, where they have one that is wider."""
+    for value in model.parameters():
+        wider = value.is_floating_point() and value.element_size() > dtype.itemsize
+        if wider and not value.requires_grad:
+            value.data = value.data.to(dtype)
+
+
+def _stand_in(index: int, layers: range, *, in_tuple: bool) -> nn.Module:
+    if index == layers.stop:
+        return _Exit()
+    return _Entry(in_tuple=in_tuple) if index == 0 else _Skip(in_tuple=in_tuple)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module
+
+
+def _inside(model: nn.Module, anatomy: Anatomy) -> set[str]:
+    prefixes = tuple(f"{name}." for name in anatomy.layers)
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+def _all_names(names: frozenset[str], anatomy: Anatomy) -> set[str]:
+    """These parameters under all their names."""
+    return set(names) | {again for again, first in anatomy.tied.items() if first in names}
+
+
+def _drop_other_uses(
+    model: nn.Module, name: str, anatomy: Anatomy, layers: range, dtype: torch.dtype
+) -> None:
+    """Of a tied parameter on a stage with one end only: zeros for the other end, which is not run.
+
+    The front of a model runs on every stage; so an embedding tied to the head of the last stage
+    would gather its gradient twice.
+    """
+    both = name in anatomy.front and name in anatomy.tail
+    if both and layers.start > 0:
+        _zeros(model, name, dtype)
+
+
+def _zeros(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Replace a parameter by zeros of its shape that take the memory of one number."""
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    value = owner._parameters.pop(child, None)
+    if value is not None:
+        owner.register_buffer(child, torch.zeros((), dtype=dtype).expand(value.shape), False)

@@ -1,0 +1,331 @@
+"""Tensor and sequence parallelism of one stage: torch's own styles, entered once per region.
+
+Forward, what enters a region is gathered under sequence parallelism (else it is whole already), and
+what leaves it is reduced or reduce-scattered; backward the other way round (Korthikanti et al.
+2022). Within a region activations have gradients that are partial sums. So do parameters that are
+not divided but see part of the tokens or heads: `partial` names them, and their gradients are
+summed over the ranks once per step.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeGuard
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from mist.errors import ModelError
+from mist.exec.build.tensor_parts import divide_parts, with_parts
+from mist.exec.build.tensor_rules import RegionRule, TensorRules
+
+SEQUENCE: Placement = Shard(1)
+ROWS: Final = 2  # dimensions of an activation whose tokens are rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The layers of a chunk by name, whether the ends of the model belong to it, and how it runs.
+
+    `front`, `tail`: names of the parameters that are read before the first layer and behind the
+    last one. `micro_batch`: samples. `sp`: sequence parallelism. `split_loss`: logits stay divided
+    (within loss_parallel).
+    """
+
+    layers: tuple[str, ...]
+    first: bool
+    last: bool
+    front: frozenset[str]
+    tail: frozenset[str]
+    micro_batch: int
+    sp: bool
+    split_loss: bool
+
+
+def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> frozenset[str]:
+    """Divide a chunk over the ranks of `mesh`, in place.
+
+    Returns the names of parameters whose gradients are partial sums. Raises ModelError when
+    sequence parallelism would divide the tokens that attention counts, or would leave a gradient
+    that is a partial sum in part.
+    """
+    entered, whole = _divide_layers(model, rules, part, mesh)
+    _divide_ends(model, rules, part, mesh)
+    head_partial = part.sp and rules.head is not None
+    if part.sp:
+        _shard_sequence(model, part, mesh, head_partial=head_partial)
+    summed = frozenset(
+        name
+        for name in _partial(model, part, entered, head_partial=head_partial)
+        if not name.startswith(tuple(f"{module}." for module in whole))
+    )
+    if mixed := sorted(summed & part.front) if part.first else []:
+        raise ModelError(
+            f"sp: {mixed[0]} is read before the layers, by all tokens on every rank, and behind "
+            "them, by the tokens of a rank; its gradient cannot be summed. Plan without sp."
+        )
+    return summed
+
+
+def _divide_layers(
+    model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh
+) -> tuple[set[str], set[str]]:
+    """Divide the layers; the modules at which regions are entered, and those that gather tokens."""
+    here = tuple(f"{name}." for name in part.layers)
+    _divide_own(model, rules, here, mesh)
+    regions = [region for region in rules.regions if region.rowwise.startswith(here)]
+    for region in regions:
+        _divide_region(model, region, mesh, part)
+    entered = {name for region in regions for name in region.entries.values()}
+    left = {region.block or region.rowwise for region in regions}
+    whole = {name for name in rules.whole if part.sp and name.startswith(here)}
+    own: Any = {"mesh": mesh, "batch": part.micro_batch}
+    _on_all(model, entered, _on_entry, partial(_enter, sp=part.sp, **own))
+    _on_all(model, left, _on_exit, partial(_leave if part.sp else _add_up, **own))
+    _on_all(model, whole, _on_entry, partial(_gather, **own))
+    _on_all(model, whole, _on_exit, partial(_own, **own))
+    return entered, whole
+
+
+def _divide_own(
+    model: nn.Module, rules: TensorRules, here: tuple[str, ...], mesh: DeviceMesh
+) -> None:
+    """Numbers that are smaller on a rank, and parameters that torch's styles do not know."""
+    modules = dict(model.named_modules())
+    for (owner, attribute), value in rules.local.items():
+        if owner in modules:  # those of layers of other stages are not here
+            setattr(modules[owner], attribute, value)
+    for name, parts in rules.parts.items():
+        if name.startswith(here):
+            divide_parts(modules[name], parts, mesh)
+
+
+def _on_all(model: nn.Module, names: set[str], hook: Callable[..., None], cross: Any) -> None:  # noqa: ANN401 (a partial of ours)
+    for name in sorted(names):
+        hook(model.get_submodule(name), cross)
+
+
+def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: Part) -> None:
+    sp = part.sp
+    if sp and region.attends and set(region.entries) & set(region.entries.values()):
+        raise ModelError(
+            f"sp: attention around {region.rowwise} is not in a module of its own that is given "
+            "the activation, so its tokens cannot be gathered for it. Plan without sp."
+        )
+    for name in region.entries:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            parallelize_module(module, mesh, ColwiseParallel())
+            _partial_input(module, mesh)
+    row = model.get_submodule(region.rowwise)
+    if isinstance(row, nn.Linear):
+        parallelize_module(row, mesh, RowwiseParallel(output_layouts=Partial()))
+
+
+def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
+    """Embedding and head by vocabulary, where they belong to the chunk; tied ones stay tied."""
+    table = rules.embedding if part.first else None
+    head = rules.head if part.last else None
+    both = table is not None and head is not None
+    tied = both and _weight(model, table) is _weight(model, head)
+    if table is not None:
+        _divide_table(model, table, mesh, direct=part.sp and rules.direct)
+    if head is not None:
+        _divide_head(model, head, part, mesh)
+    if tied:
+        model.get_submodule(str(head)).weight = _weight(model, table)
+
+
+def _weight(model: nn.Module, name: str | None) -> nn.Parameter:
+    weight = model.get_submodule(str(name)).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _divide_table(model: nn.Module, name: str, mesh: DeviceMesh, *, direct: bool) -> None:
+    """Each rank looks up its own rows of the vocabulary.
+
+    DTensor's lookup has the gradient of the whole table on every rank, and adds those up. `direct`:
+    the first layer takes its shards right out of the result.
+    """
+    table = model.get_submodule(name)
+    assert isinstance(table, nn.Embedding)
+    if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+        raise ModelError(
+            f"tp: {name} has max_norm, scale_grad_by_freq or sparse gradients, which a part of its "
+            "rows cannot have. Use tp 1."
+        )
+    weight = distribute_tensor(table.weight, mesh, (Shard(0),), src_data_rank=None)
+    table.weight = nn.Parameter(weight, table.weight.requires_grad)
+    num_rows = table.num_embeddings // mesh.size()
+    if table.padding_idx is not None:  # a row that gets no gradient: one rank has it
+        place = table.padding_idx - mesh.get_local_rank() * num_rows
+        table.padding_idx = place if 0 <= place < num_rows else None
+    look_up = partial(_look_up, table, table.forward, mesh, direct=direct)
+    table.forward = look_up  # type: ignore[method-assign]
+
+
+def _look_up(
+    table: nn.Embedding,
+    own: Callable[[torch.Tensor], torch.Tensor],
+    mesh: DeviceMesh,
+    ids: torch.Tensor,
+    *,
+    direct: bool,
+) -> torch.Tensor:
+    """What a table gives, by its `own` forward (which may scale it) on this rank's rows."""
+    weight = table.weight
+    assert isinstance(weight, DTensor)
+    rows = weight.to_local(grad_placements=(Shard(0),))
+    places = ids - mesh.get_local_rank() * rows.shape[0]
+    outside = (places < 0) | (places >= rows.shape[0])
+    found = with_parts(table, own, {"weight": rows}, places.masked_fill(outside, 0))
+    found = found.masked_fill(outside.unsqueeze(-1), 0)
+    added = DTensor.from_local(found, mesh, (Partial(),), run_check=False)
+    if direct:
+        return added.redistribute(placements=(SEQUENCE,))
+    return added.redistribute(placements=(Replicate(),)).to_local()
+
+
+def _divide_head(model: nn.Module, name: str, part: Part, mesh: DeviceMesh) -> None:
+    logits = Shard(-1) if part.split_loss else Replicate()
+    style = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
+    parallelize_module(model, mesh, {name: style})
+    if part.sp:
+        _partial_input(model.get_submodule(name), mesh)
+
+
+def _shard_sequence(model: nn.Module, part: Part, mesh: DeviceMesh, *, head_partial: bool) -> None:
+    """Tokens are divided from the first layer of the model to the last one."""
+    if part.first:
+        _on_entry(model.get_submodule(part.layers[0]), partial(_scatter, mesh=mesh))
+    if part.last:
+        grads = (Partial(),) if head_partial else None
+        gather = partial(_whole, mesh=mesh, grads=grads)
+        _on_exit(model.get_submodule(part.layers[-1]), gather)
+
+
+def _whole(
+    shard: torch.Tensor, mesh: DeviceMesh, grads: tuple[Placement, ...] | None
+) -> torch.Tensor:
+    """All tokens of an activation whose tokens are divided."""
+    shards = DTensor.from_local(shard, mesh, (SEQUENCE,), run_check=False)
+    return shards.redistribute(placements=(Replicate(),)).to_local(grad_placements=grads)
+
+
+def _scatter(whole: torch.Tensor, *, mesh: DeviceMesh) -> torch.Tensor:
+    """This rank's tokens of an activation that every rank has, or has its shard of already."""
+    if isinstance(whole, DTensor):
+        return whole.to_local()
+    copies = DTensor.from_local(whole, mesh, (Replicate(),), run_check=False)
+    return copies.redistribute(placements=(SEQUENCE,)).to_local()
+
+
+def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool, batch: int) -> torch.Tensor:
+    """What enters a region: whole, with a gradient that is summed over the ranks."""
+    if sp:
+        whole = _whole(_by_sample(x, batch), mesh, (Partial(),))
+        return whole.flatten(0, 1) if x.dim() == ROWS else whole
+    copies = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
+    return copies.to_local(grad_placements=(Partial(),))
+
+
+def _leave(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """What leaves a region: the sum over the ranks, of which each takes its tokens."""
+    parts = DTensor.from_local(_by_sample(output, batch), mesh, (Partial(),), run_check=False)
+    own = parts.redistribute(placements=(SEQUENCE,)).to_local()
+    return own.flatten(0, 1) if output.dim() == ROWS else own
+
+
+def _add_up(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """What leaves a region without sequence parallelism: the sum over the ranks, on every rank."""
+    parts = DTensor.from_local(output, mesh, (Partial(),), run_check=False)
+    return parts.redistribute(placements=(Replicate(),)).to_local()
+
+
+def _gather(x: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """What enters a module that needs all tokens, which every rank computes alike."""
+    whole = _whole(_by_sample(x, batch), mesh, None)
+    return whole.flatten(0, 1) if x.dim() == ROWS else whole
+
+
+def _own(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """This rank's tokens of what such a module gives."""
+    own = _scatter(_by_sample(output, batch), mesh=mesh)
+    return own.flatten(0, 1) if output.dim() == ROWS else own
+
+
+def _by_sample(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """[batch, tokens, width], also of a layer that has all tokens as rows."""
+    return x.unflatten(0, (batch, -1)) if x.dim() == ROWS else x
+
+
+def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
+    """The input of a column-parallel matrix was entered before: its gradient stays partial."""
+
+    def given(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, *others = args
+        entered = DTensor.from_local(
+            x, mesh, (Replicate(),), run_check=False, grad_placements=(Partial(),)
+        )
+        return (entered, *others)
+
+    module.register_forward_pre_hook(given, prepend=True)
+
+
+def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial of ours)
+    """Apply `enter` to the activation that a module is given: its tensors with a gradient.
+
+    Where nothing up to here is trained none has one: then it is the first tensor of floats.
+    """
+
+    def entered(
+        module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        given = [x for x in (*args, *kwargs.values()) if _is_float(x)]
+        chosen = {id(x) for x in given if x.requires_grad} or {id(x) for x in given[:1]}
+        changed = {n: enter(x) if id(x) in chosen else x for n, x in kwargs.items()}
+        return tuple(enter(x) if id(x) in chosen else x for x in args), changed
+
+    module.register_forward_pre_hook(entered, prepend=True, with_kwargs=True)
+
+
+def _on_exit(module: nn.Module, leave: Any) -> None:  # noqa: ANN401 (a partial of ours)
+    """Apply `leave` to the activation that a module gives: the first tensor of what it returns."""
+
+    def left(module: nn.Module, args: object, output: Any) -> object:  # noqa: ANN401
+        if isinstance(output, torch.Tensor):
+            return leave(output)
+        return (leave(output[0]), *output[1:])
+
+    module.register_forward_hook(left)
+
+
+def _is_float(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _partial(
+    model: nn.Module, part: Part, entered: set[str], *, head_partial: bool
+) -> Iterator[str]:
+    layers = tuple(f"{name}." for name in part.layers)
+    regions = tuple(f"{name}." for name in entered)
+    for name, parameter in model.named_parameters():
+        in_tail = head_partial and part.last and name in part.tail
+        in_layers = name.startswith(layers if part.sp else regions)
+        if not isinstance(parameter, DTensor) and (in_layers or in_tail):
+            yield name

@@ -1,0 +1,312 @@
+"""Which modules tensor parallelism divides, by name, and where their input enters.
+
+The shares are those that the trace found (`mist.trace.tensor_parallel.tp_sharding`). An input that
+several matrices of a region read is gathered once, where it enters: at the outermost module below
+the layer that is given that tensor and hands it to those matrices alone. That makes two entries and
+two exits in a layer, not one for each matrix.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from mist.errors import ModelError
+from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.tensor_parts import PartRule
+from mist.plans.workload import Attention, Precision
+from mist.trace.models.loader import LoadedModel
+from mist.trace.repeated_blocks import signature
+from mist.trace.runs import sharding_rules
+from mist.trace.recording.shim import Kernels
+from mist.trace.models.source import Setting
+from mist.trace.tensor_parallel.tp_sharding import Matrix, Sharding, Unsupported, matrix_of
+from mist.trace.tensor_parallel.tp_apply import num_pieces, undivided
+
+GETTERS: Final = ("__get__", "size", "dim", "stride")
+
+
+Move = Callable[[str], str]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionRule:
+    """Column-parallel matrices, the row-parallel one behind them, and where they are entered.
+
+    `entries`: for each column-parallel one the module at which its input enters. `block`: the
+    module that is one region with others and ends with their sum; None: it ends at `rowwise`.
+    """
+
+    entries: Mapping[str, str]
+    rowwise: str
+    attends: bool
+    block: str | None
+
+    def moved(self, move: "Move") -> "RegionRule":
+        """The same region of another layer."""
+        entries = {move(column): move(entry) for column, entry in self.entries.items()}
+        block = None if self.block is None else move(self.block)
+        return replace(self, entries=entries, rowwise=move(self.rowwise), block=block)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRules:
+    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank.
+
+    `parts`: of modules that torch's parallel styles do not know, by parameter. `whole`: modules
+    that need all tokens, in which nothing is divided. `direct`: layer 0 takes what the embedding
+    gives as it is.
+    """
+
+    regions: tuple[RegionRule, ...]
+    parts: Mapping[str, Mapping[str, PartRule]]
+    whole: frozenset[str]
+    embedding: str | None
+    head: str | None
+    direct: bool
+    local: Mapping[tuple[str, str], int]
+
+
+def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -> TensorRules:
+    """The rules of a model for `tp` ranks. Raises ModelError when they cannot be run."""
+    try:
+        setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
+        sharding = sharding_rules(loaded, setting)
+    except Unsupported as reason:
+        raise ModelError(f"tp {tp}: {loaded.name}: {reason}.") from reason
+    model = loaded.module
+    if words := undivided(model, sharding):
+        raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
+    names = {id(module): name for name, module in model.named_modules()}
+    entries = _entries(loaded, anatomy, seq_len)
+    blocks = frozenset(_outermost(names[each] for each in sharding.whole))
+    found = tuple(_regions(loaded, sharding, names, entries, blocks))
+    like = _like(loaded, anatomy, found)
+    regions = tuple(
+        region.moved(_mover(known, layer))
+        for layer, known in like.items()
+        for region in found
+        if region.rowwise.startswith(f"{known}.")
+    )
+    table, head = _vocabulary(loaded, sharding, regions, tp)
+    return TensorRules(
+        regions=regions,
+        parts=_everywhere(_parts(model, sharding), like),
+        whole=frozenset(_everywhere(dict.fromkeys(blocks), like)) - {r.block for r in regions},
+        embedding=table,
+        head=head,
+        direct=table is not None and table == anatomy.direct,
+        local={
+            (owner, attribute): value
+            for owner, values in _everywhere(_local(model, sharding, tp), like).items()
+            for attribute, value in values.items()
+        },
+    )
+
+
+def _mover(source: str, target: str) -> Move:
+    """Names within one layer, for another one that is like it."""
+    return lambda name: target + name.removeprefix(source)
+
+
+def _outermost(names: Iterable[str]) -> Iterator[str]:
+    """Modules that lie in no other one of them."""
+    every = set(names)
+    return (n for n in every if not any(n.startswith(f"{other}.") for other in every))
+
+
+def _vocabulary(
+    loaded: LoadedModel, sharding: Sharding, regions: Sequence[RegionRule], tp: int
+) -> tuple[str | None, str | None]:
+    """Embedding and head, if they are divided; both stay whole where tp does not divide them."""
+    modules = dict(loaded.module.named_modules())
+    inside = {name for region in regions for name in region.entries}
+    tables = {
+        name: module.num_embeddings
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding) and id(module.weight) in sharding.params
+    }
+    heads = [n for n, m in modules.items() if id(m) in sharding.colwise and n not in inside]
+    if any(size % tp for size in tables.values()):
+        return None, None
+    return next(iter(tables), None), next(iter(heads), None)
+
+
+def _like(
+    loaded: LoadedModel, anatomy: Anatomy, regions: Sequence[RegionRule]
+) -> Mapping[str, str]:
+    """For each layer one that costs the same and has rules: the trace looks at one of each kind.
+
+    Raises ModelError for a layer without rules.
+    """
+    known = {
+        signature(loaded.module.get_submodule(layer)): layer
+        for layer in reversed(anatomy.layers)
+        if any(region.rowwise.startswith(f"{layer}.") for region in regions)
+    }
+    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in anatomy.layers}
+    for layer, kind in kinds.items():
+        if kind not in known:
+            raise ModelError(
+                f"no tensor-parallel rules are known for {layer} of {loaded.name}. Use tp 1."
+            )
+    return {layer: known[kind] for layer, kind in kinds.items()}
+
+
+def _everywhere(of_modules: Mapping[str, T], like: Mapping[str, str]) -> dict[str, T]:
+    """What is known of modules in one layer of a kind, for all of the kind."""
+    found = dict(of_modules)
+    for layer, known in like.items():
+        for name, value in of_modules.items():
+            if name == known or name.startswith(f"{known}."):
+                found[_mover(known, layer)(name)] = value
+    return found
+
+
+def _regions(
+    loaded: LoadedModel,
+    sharding: Sharding,
+    names: Mapping[int, str],
+    entries: Mapping[str, str],
+    blocks: frozenset[str],
+) -> Iterator[RegionRule]:
+    """Every region, of what `mist.trace.tensor_parallel.tp_apply` says can be divided."""
+    for key, colwise in sharding.regions.items():
+        rowwise, columns = names[key], sorted(names[each] for each in colwise)
+        block = next((each for each in blocks if rowwise.startswith(f"{each}.")), None)
+        yield RegionRule(
+            entries={name: entries[name] if block is None else block for name in columns},
+            rowwise=rowwise,
+            attends=_attends(loaded.module, rowwise, columns),
+            block=block,
+        )
+
+
+def _attends(model: nn.Module, rowwise: str, columns: Sequence[str]) -> bool:
+    """Whether these are queries, keys and values: three matrices, or of unlike widths."""
+    row = matrix_of(model.get_submodule(rowwise))
+    found = {name: matrix_of(model.get_submodule(name)) for name in columns}
+    matrices = {name: matrix for name, matrix in found.items() if matrix is not None}
+    if row is None:
+        return False
+    count = sum(num_pieces(model, name, matrix, row) or 1 for name, matrix in matrices.items())
+    return count > 2 or len({matrix.num_out for matrix in matrices.values()}) > 1
+
+
+def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
+    """Of modules with divided parameters that are neither linear layers nor tables."""
+    found: dict[str, dict[str, PartRule]] = {}
+    rows = _rows(model, sharding)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        shares = {n: sharding.params[id(p)] for n, p in own.items() if id(p) in sharding.params}
+        row, matrix = rows.get(id(module)), matrix_of(module)
+        fused = row and matrix and num_pieces(model, name, matrix, row)
+        rules = {
+            n: PartRule(dim=share.dim - own[n].dim(), num_pieces=fused or share.pieces)
+            for n, share in shares.items()
+        }
+        if id(module) in sharding.regions:  # its bias is added to the sum once
+            rules |= {n: PartRule(dim=None) for n in own.keys() - shares if n.endswith("bias")}
+        if rules:
+            found[name] = rules
+    return found
+
+
+def _rows(model: nn.Module, sharding: Sharding) -> dict[int, Matrix | None]:
+    """Of each column-parallel module the row-parallel matrix behind it."""
+    modules = {id(module): module for module in model.modules()}
+    rows = {key: matrix_of(modules[key]) for key in sharding.regions}
+    return {each: rows[key] for key, columns in sharding.regions.items() for each in columns}
+
+
+def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
+    owners = {id(vars(module)): name for name, module in model.named_modules()}
+    found: dict[str, dict[str, int]] = {}
+    for table, attribute, share in sharding.attributes:
+        if id(table) in owners and attribute != "vocab_size":
+            own = found.setdefault(owners[id(table)], {})
+            own[attribute] = share.multiple * share.unit // tp
+    return found
+
+
+def _entries(loaded: LoadedModel, anatomy: Anatomy, seq_len: int) -> Mapping[str, str]:
+    """For each linear layer: the module at which its input enters."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = deepcopy(loaded.module)
+    with mode:
+        model.to_empty(device="cpu")
+    watch = _Inputs(model=model, layers=frozenset(anatomy.layers))
+    with mode, Kernels("cpu"), watch:
+        fake = replace(loaded, module=model)
+        fake.run(fake.batch(2, seq_len))
+    return {name: watch.entry(name, chain) for name, chain in watch.linear.items()}
+
+
+@dataclass(kw_only=True, eq=False)
+class _Inputs(TorchFunctionMode):
+    """Notes which modules are given the same tensor, and who else reads it."""
+
+    model: nn.Module
+    layers: frozenset[str]
+    stack: list[tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=list)
+    linear: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = field(default_factory=dict)
+    read_elsewhere: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        TorchFunctionMode.__init__(self)
+        for name, module in self.model.named_modules():
+            module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+            module.register_forward_hook(self._leave)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        output = func(*args, **(kwargs or {}))
+        owner = self.model.get_submodule(self.stack[-1][0] if self.stack else "")
+        linear = matrix_of(owner) is not None
+        if not linear and getattr(func, "__name__", "") not in GETTERS:
+            handed_on = {id(leaf) for leaf in tree_leaves(output)}  # a cast to what it is already
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and id(leaf) not in handed_on:
+                    self.read_elsewhere[id(leaf)] = leaf
+        return output
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def enter(
+            module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+        ) -> None:
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.stack.append((name, tuple(given)))
+            if matrix_of(module) is not None:
+                self.linear[name] = (given[0], tuple(self._chain(given[0])))
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        self.stack.pop()
+
+    def _chain(self, tensor: torch.Tensor) -> Iterator[str]:
+        """The modules, innermost first, that hand on this tensor, below the layer."""
+        for name, given in reversed(self.stack):
+            if name in self.layers or not any(x is tensor for x in given):
+                return
+            yield name
+
+    def entry(self, name: str, found: tuple[torch.Tensor, tuple[str, ...]]) -> str:
+        """The outermost module of the chain; the layer itself where others read the tensor."""
+        tensor, chain = found
+        return name if id(tensor) in self.read_elsewhere else chain[-1]

@@ -1,0 +1,1 @@
+"""One rank of each stage on fake tensors."""

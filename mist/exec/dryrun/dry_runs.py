@@ -1,0 +1,90 @@
+"""Dry runs of the stages of a plan, several at a time, each in its own process. Torch-free."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from mist.errors import MistError
+from mist.exec.observation import Seen, from_json
+from mist.plans.file import save_plan
+from mist.plans.plan import Plan
+
+POLL_S: Final = 0.1
+
+
+class DryRunFailed(MistError):
+    """A dry run ended without a result; the message has the end of what it printed."""
+
+    exit_code = 1
+
+
+def dry_run(
+    plan: Plan,
+    stages: Sequence[int],
+    progress: Callable[[str], None],
+    *,
+    policy: Literal["cuda", "cpu"] = "cuda",
+    timeout_s: float = 1800.0,
+) -> tuple[Seen, ...]:
+    """What one rank of each of these stages does in a step. Raises DryRunFailed."""
+    with tempfile.TemporaryDirectory(prefix="mist-") as name:
+        folder = Path(name)
+        save_plan(plan, folder / "plan.yaml")
+        waiting = list(stages)
+        running: dict[int, subprocess.Popen[str]] = {}
+        limit = time.monotonic() + timeout_s
+        try:
+            while waiting or running:
+                while waiting and len(running) < (os.cpu_count() or 1):
+                    stage = waiting.pop(0)
+                    running[stage] = _start(folder, stage, policy)
+                for stage in list(_ended(running)):
+                    progress(f"stage {stage} of {len(plan.stages)} dry-run")
+                if time.monotonic() > limit:
+                    raise DryRunFailed(f"the dry runs did not end within {timeout_s:.0f} s.")
+                time.sleep(POLL_S)
+        finally:
+            for process in running.values():
+                process.kill()
+        return tuple(from_json((folder / f"{stage}.json").read_bytes()) for stage in stages)
+
+
+def _start(folder: Path, stage: int, policy: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "mist.exec.dryrun.dry_run",
+        str(folder / "plan.yaml"),
+        str(stage),
+    ]
+    with (folder / f"{stage}.err").open("w") as errors:
+        return subprocess.Popen(
+            [*command, policy, str(folder / f"{stage}.json")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            text=True,
+        )
+
+
+def _ended(running: dict[int, subprocess.Popen[str]]) -> Iterator[int]:
+    """Stages whose process is over, taken out of `running`."""
+    for stage, process in list(running.items()):
+        if process.poll() is None:
+            continue
+        del running[stage]
+        if process.returncode:
+            errors = Path(str(process.args[-1])).with_suffix(".err")  # type: ignore[index]
+            error = DryRunFailed(f"the dry run of stage {stage} failed.\n{_tail(errors)}")
+            error.exit_code = process.returncode if process.returncode == 2 else 1
+            raise error
+        yield stage
+
+
+def _tail(file: Path, num_bytes: int = 4000) -> str:
+    return file.read_text(errors="replace")[-num_bytes:].strip()

@@ -1,0 +1,1 @@
+"""Training: ranks, steps, logs, checkpoints."""

@@ -1,0 +1,1 @@
+"""A traced model as facts, without torch."""

@@ -1,0 +1,102 @@
+"""What is known of a traced model in plain numbers and words: all but its costs.
+
+No expressions here (those are in `mist.model.graph`), so that what reads these facts needs no
+sympy.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Traffic(StrEnum):
+    """Class of a memory-bound operation: each reaches its own share of the device's bandwidth."""
+
+    POINTWISE = "pointwise"
+    REDUCTION = "reduction"
+    NORM_FORWARD = "norm_forward"
+    NORM_BACKWARD = "norm_backward"
+    SOFTMAX = "softmax"
+    GATHER = "gather"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRun:
+    """`count` consecutive layers that are the block number `block`."""
+
+    block: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TpLimit:
+    """A size that the tensor-parallel degree must divide: "key/value heads", 8."""
+
+    label: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A model by name, size and shape.
+
+    `num_trainable`: parameters that have a gradient, of all `num_params`.
+    `layers`: runs of block numbers. `tp_limits` is None when no tensor-parallel rules are known for
+    the model: t must be 1. `undivided`: where they are known, why `mist apply` cannot divide it by
+    them; None if it can. `sequential`: each layer takes only what the one before gives or passes
+    on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
+    shapes of parameters, runs, ties), not the trace. `precision`: the one that was traced.
+    """
+
+    name: str
+    num_params: int
+    num_trainable: int
+    layers: tuple[LayerRun, ...]
+    tied: bool
+    max_seq_len: int | None
+    tp_limits: tuple[TpLimit, ...] | None
+    sequential: bool
+    precision: str
+    fingerprint: str
+    notes: tuple[str, ...]
+    undivided: str | None = None
+
+    @property
+    def trainable(self) -> int | None:
+        """Parameters that have a gradient; None where all have, as plan files say it."""
+        return None if self.num_trainable == self.num_params else self.num_trainable
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that pipeline stages divide among them."""
+        return sum(run.count for run in self.layers)
+
+    @property
+    def num_kinds(self) -> int:
+        """Number of distinct blocks."""
+        return 1 + max(run.block for run in self.layers)
+
+    def layer_kinds(self) -> tuple[int, ...]:
+        """The block number of every layer, in order."""
+        return tuple(self._kinds())
+
+    def _kinds(self) -> Iterator[int]:
+        for run in self.layers:
+            yield from [run.block] * run.count
+
+
+def trained_words(num_params: int, num_trainable: int) -> str:
+    """What follows a number of parameters where not all are trained: ", 1,024 of them trained"."""
+    return f", {num_trainable:,} of them trained" if num_trainable < num_params else ""
+
+
+def difference_words(planned: tuple[int, int], found: tuple[int, int]) -> tuple[str, str]:
+    """What follows the parameters of a plan's model and those of another one that was found.
+
+    Args:
+        planned: number of parameters of the plan's model, and how many of them are trained.
+        found: the same of the other one.
+    """
+    if planned == found:
+        return "", " too, with other names, shapes or ties, or trains other ones"
+    return trained_words(*planned), trained_words(*found)

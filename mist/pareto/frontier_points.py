@@ -1,0 +1,86 @@
+"""The points that a stage may take: of all its mixes, those that none beats in (stable, lone)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.pareto.candidates import Mixes
+from mist.pareto.frontier import frontier, lean_frontier
+from mist.pareto.strategies import Floats, Ints
+
+LevelNames = NDArray[np.object_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Points:
+    """P points of one stage and layer range. Times in s; `row` of the strategies.
+
+    The first `num_lower` layers are at the level `lower`, the others at `upper`.
+    """
+
+    stable_s: Floats
+    lone_s: Floats
+    weight_s: Floats
+    peak_bytes: Floats
+    host_bytes: Floats
+    row: Ints
+    num_lower: Ints
+    upper: LevelNames
+    lower: LevelNames
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StackedMixes:
+    """All mixes of a position as one table, [N, R]; levels and rows [N]."""
+
+    stable_s: Floats
+    lone_s: Floats
+    peak_bytes: Floats
+    host_bytes: Floats
+    fits: NDArray[np.bool_]
+    num_lower: Ints
+    row: Ints
+    upper: LevelNames
+    lower: LevelNames
+    weight_s: Floats
+
+    def points(self, rows: Ints, column: int) -> Points:
+        """Rows of one range as points."""
+        wide = ("stable_s", "lone_s", "peak_bytes", "host_bytes", "num_lower")
+        return Points(
+            weight_s=np.full(len(rows), self.weight_s[column]),
+            row=self.row[rows],
+            upper=self.upper[rows],
+            lower=self.lower[rows],
+            **{name: getattr(self, name)[rows, column] for name in wide},
+        )
+
+    def frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
+        """The non-dominated points of one range among the useful ones."""
+        found = frontier(
+            self.stable_s[:, column], self.lone_s[:, column], self.peak_bytes[:, column], useful
+        )
+        return self.points(found.choice, column)
+
+    def lean_frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
+        """The same, where less host memory counts as well."""
+        columns = (self.stable_s[:, column], self.lone_s[:, column], self.host_bytes[:, column])
+        return self.points(lean_frontier(*columns, useful), column)
+
+
+def stacked(mixes: Sequence[Mixes], weight_s: Floats) -> StackedMixes:
+    """Mixes of one position, one under the other; `weight_s` [R]."""
+    wide = ("stable_s", "lone_s", "peak_bytes", "host_bytes", "fits", "num_lower")
+    lengths = [len(mix.row) for mix in mixes]
+    return StackedMixes(
+        row=np.concatenate([mix.row for mix in mixes]),
+        upper=np.repeat(np.array([mix.upper for mix in mixes], dtype=object), lengths),
+        lower=np.repeat(np.array([mix.lower for mix in mixes], dtype=object), lengths),
+        weight_s=weight_s,
+        **{name: np.concatenate([getattr(mix, name) for mix in mixes]) for name in wide},
+    )

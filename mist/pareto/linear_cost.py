@@ -1,0 +1,138 @@
+"""The stage formulas as straight lines in the numbers of layers: exact, and cheap to search.
+
+For one kind of position in the pipeline, K strategies, and n_x layers of each kind and level x,
+
+    output = b_P + sum_x n_x a_x,   P = { x : n_x > 0 }
+
+because times and kept bytes add up over layers, while the working set and the last collectives are
+those of the worst layer that the stage has at all. Outputs are straight lines in the micro-batches
+in flight, too, and slopes in those that an average layer holds more. The peak is the largest of
+four lines: bytes as backward passes begin, as they end, at the end of a step, and as the optimizer
+steps. The lines are read off the compiled formulas at a few points, so there is one cost model;
+`StageLines` holds them and says what any mix of layers costs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mist.pareto.strategies import Floats
+from mist.plans.workload import MemoryLevel
+from mist.platform import Runtime
+from mist.symbolic.estimate import Job
+
+INSTANTS = ("begin_bytes", "end_bytes", "last_bytes", "step_bytes")
+OUTPUTS = ("stable_s", "lone_s", "weight_s", *INSTANTS, "host_bytes")
+LEVELS = tuple(MemoryLevel)
+
+
+def instants(runtime: Runtime) -> tuple[str, ...]:
+    """The lines whose largest is the peak: a step that makes nothing never is."""
+    steps = runtime.transients.optimizer_bytes_per_param.value > 0
+    return INSTANTS if steps else INSTANTS[:-1]
+
+
+Line = tuple[Floats, Floats, Floats]
+"""Without a micro-batch in flight, for each of them, and for each that layers hold more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Held:
+    """What F stages hold: micro-batches in flight [F], and how many more an average layer [F, R].
+
+    R: layer ranges (`mist.plans.schedules.layers_more`); 1 where it is the same for all of them.
+    """
+
+    in_flight: Floats
+    layers_more: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageLines:
+    """Lines of K strategies at one kind of position.
+
+    `slope[output]` [X, K] each: per layer of x = level * kinds + kind. `bases`: b_P [K] by the bits
+    of P, as they are asked for.
+    """
+
+    job: Job
+    columns: Mapping[str, ArrayLike]
+    slope: Mapping[str, Line]
+    bases: dict[int, Mapping[str, Line]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, job: Job, terms: Mapping[str, Floats], position: Mapping[str, ArrayLike]
+    ) -> "StageLines":
+        """Read the lines off the formulas. `terms` [K]; `position`: numbers, nothing of `_HELD`."""
+        columns = {name: np.asarray(term) for name, term in terms.items()} | dict(position)
+        num_rows = len(LEVELS) * job.facts.num_kinds
+        asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
+        if job.facts.num_kinds == 1:
+            asked += [a | b for a, b in combinations(asked, 2)]
+        counts = _counts(job, asked)
+        found = _evaluated(job, columns, np.concatenate([counts, 2 * counts[:num_rows]]))
+        slope = {
+            name: _line(found[name][:, len(asked) :] - found[name][:, :num_rows])
+            for name in OUTPUTS
+        }
+        bases = {bits: _bases(found, slope, counts, i) for i, bits in enumerate(asked)}
+        return cls(job=job, columns=columns, slope=slope, bases=bases)
+
+    def rise(self, name: str, row: int, held: Held) -> Floats:
+        """What one more layer of a row adds, [F K, R]."""
+        fixed, each, more = (part[row][:, None] for part in self.slope[name])
+        per_layer = fixed + held.in_flight[:, None, None] * each
+        per_layer = per_layer + held.layers_more[:, None, :] * more
+        return np.asarray(per_layer.reshape(-1, per_layer.shape[-1]))
+
+    def base(self, name: str, present: int, held: Held) -> Floats:
+        """b_P of the rows whose bits are set in `present`, [F K]."""
+        if present not in self.bases:
+            counts = _counts(self.job, [present])
+            found = _evaluated(self.job, self.columns, counts)
+            self.bases[present] = _bases(found, self.slope, counts, 0)
+        fixed, each, _ = self.bases[present][name]
+        return np.asarray(fixed + held.in_flight[:, None] * each).ravel()
+
+
+def _counts(job: Job, bits: Sequence[int]) -> Floats:
+    """One layer of each row whose bit is set, [P, X]."""
+    num_rows = len(LEVELS) * job.facts.num_kinds
+    return np.array([[float(each >> row & 1) for row in range(num_rows)] for each in bits])
+
+
+def _bases(
+    found: Mapping[str, Floats], slope: Mapping[str, Line], counts: Floats, index: int
+) -> Mapping[str, Line]:
+    """What of the outputs at a point the slopes do not account for."""
+    bases: dict[str, Line] = {}
+    for name in OUTPUTS:
+        parts = zip(_line(found[name][:, index]), slope[name], strict=True)
+        fixed, each, more = (part - counts[index] @ rising for part, rising in parts)
+        bases[name] = fixed, each, more
+    return bases
+
+
+def _line(values: Floats) -> Line:
+    """Values at the points of `_HELD` as a line; layers of one chunk hold no more: two points."""
+    more = values[2] - values[0] if len(values) > 2 else np.zeros_like(values[0])
+    return values[0], values[1] - values[0], more
+
+
+_HELD: Final = {"in_flight": np.array([0.0, 1.0, 0.0]), "layers_more": np.array([0.0, 0.0, 1.0])}
+
+
+def _evaluated(job: Job, columns: Mapping[str, ArrayLike], points: Floats) -> dict[str, Floats]:
+    """The outputs [3, P, K] at `points` [P, X] layers, by `_HELD`; [2, P, K] of one chunk."""
+    rows = product((level.value for level in LEVELS), range(job.facts.num_kinds))
+    counts = {
+        f"{level}_{kind}": points[None, :, index, None] for index, (level, kind) in enumerate(rows)
+    }
+    count = 3 if np.max(columns["chunks"]) > 1 else 2
+    held = {name: values[:count, None, None] for name, values in _HELD.items()}
+    return job.cost.search({**columns, **counts, **held})

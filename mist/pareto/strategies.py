@@ -1,0 +1,451 @@
+"""The search space as named columns: groups of layouts and the strategies of their stages.
+
+A group fixes the number of stages S, of micro-batches G, and the schedule; all stages have N / S
+devices. Then the samples per micro-step B / G are fixed too, and a strategy is (tp, zero) and the
+offload ratios: dp = N / S / tp and the micro-batch B / G / dp follow. Strategies that break a rule
+of `mist.rules.combinations` are never generated. Where a schedule needs stages alike in dp and tp,
+each tp is a group of its own.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mist.errors import InputError
+from mist.pareto.default_partition import dealing_words, dealt_layers
+from mist.pareto.unequal_meshes import unequal_sizes
+from mist.plans.plan import ONE_F_ONE_B, Schedule
+from mist.plans.schedules import zero_as_run
+from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
+from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.platform import Runtime
+from mist.rules.combinations import (
+    TAKES_TURNS,
+    broken,
+    broken_by_levels,
+    broken_levels,
+    knob_rules,
+    may_have,
+)
+from mist.symbolic.estimate import Job, strategy_columns
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Strategies:
+    """How a stage may be trained: K rows. `weights` ... `activations`: offload ratios.
+
+    `dp_replicate`: copies of the states that ZeRO divides.
+
+    `terms` [K]: what the search formulas need of each; empty until `priced`.
+    """
+
+    tp: Ints
+    dp: Ints
+    micro_batch: Ints
+    zero: Ints
+    dp_replicate: Ints
+    weights: Floats
+    grads: Floats
+    optimizer: Floats
+    activations: Floats
+    terms: Mapping[str, Floats] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The knobs by name, each [K]."""
+        return {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
+
+    @property
+    def offload(self) -> dict[str, Floats]:
+        """Offload ratios by state, each [K]."""
+        return {name: getattr(self, name) for name in OFFLOADED}
+
+    def take(self, rows: NDArray[np.bool_] | Ints) -> "Strategies":
+        """Some of the rows."""
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        terms = {name: term[rows] for name, term in self.terms.items()}
+        return Strategies(**columns, terms=terms)
+
+    def joined(self, other: "Strategies") -> "Strategies":
+        """The rows of both, priced or not alike."""
+        columns = {
+            name: np.concatenate([column, getattr(other, name)])
+            for name, column in self.columns.items()
+        }
+        terms = {n: np.concatenate([term, other.terms[n]]) for n, term in self.terms.items()}
+        return Strategies(**columns, terms=terms)
+
+    def priced(self, job: Job, num_stages: int, schedule: Schedule = ONE_F_ONE_B) -> "Strategies":
+        """The same with their terms, as stages of a pipeline of `num_stages`."""
+        strategy = strategy_columns(
+            job,
+            num_stages=num_stages,
+            dp=self.dp,
+            tp=self.tp,
+            micro_batch=self.micro_batch,
+            zero=self.zero,
+            offload=self.offload,
+            schedule=schedule,
+            dp_replicate=self.dp_replicate,
+        )
+        return replace(self, terms=job.cost.search_terms_of(strategy))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """S stages, G micro-batches, a schedule; what stages may do without offloading, priced.
+
+    `sizes`: devices that a stage may have, ascending; one, or stages may differ.
+    """
+
+    num_stages: int
+    num_micro_batches: int
+    sizes: tuple[int, ...]
+    schedule: Schedule
+    strategies: Strategies
+
+
+def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
+    """What of a space a runtime can express."""
+    knobs = runtime.knobs
+    ratios = {n: space.offload[n] if runtime.offloads(n) else NO_RATIOS[n] for n in OFFLOADED}
+    return replace(
+        space,
+        tp=space.tp if knobs.tensor_parallel else (1,),
+        dp=space.dp if knobs.data_parallel else (1,),
+        pp=space.pp if knobs.schedules else (1,),
+        zero=_common(space.zero, knobs.zero_levels),
+        levels=_common(space.levels, runtime.levels),
+        some_layers=space.some_layers and knobs.recomputes_some,
+        offload=ratios,
+        schedules=_common(space.schedules, knobs.schedules),
+        unlike_stages=space.unlike_stages and knobs.unlike_stages,
+        unequal_meshes=space.unequal_meshes and knobs.unlike_stages,
+    )
+
+
+def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
+    return tuple(value for value in wanted if value in known)
+
+
+def refuse_unknown(space: SearchSpace, runtime: Runtime) -> None:
+    """Raise InputError where a runtime has none of the values that a space allows of a knob."""
+    rest: dict[str, ArrayLike] = {
+        "zero": runtime.knobs.zero_levels[0],
+        "schedule": ScheduleKind.ONE_F_ONE_B.value,
+        **dict.fromkeys(("tp", "dp", "num_stages", "dp_replicate"), 1),
+        **dict.fromkeys(OFFLOADED, 0.0),
+    }
+    rules = tuple(knob_rules(runtime))
+    messages: list[str] = []
+    for column, values in {
+        "zero": space.zero,
+        "tp": space.tp,
+        "dp": space.dp,
+        "num_stages": space.pp,
+        "schedule": [kind.value for kind in space.schedules],
+        "dp_replicate": (space.dp_replicate,),
+    }.items():
+        faults = [list(broken(rules, rest | {column: value})) for value in values or ()]
+        if faults and all(faults):
+            messages += [message for each in faults for message in each]
+    faults = [list(broken_levels(runtime, [level])) for level in space.levels]
+    if all(faults):
+        messages += [message for each in faults for message in each]
+    if messages:
+        raise InputError(" ".join(messages))
+
+
+def groups(job: Job, space: SearchSpace) -> Iterator[Group]:
+    """Every group with at least one strategy, fewest stages first.
+
+    Raises InputError where the runtime has nothing of what the space allows of a knob.
+    """
+    refuse_unknown(space, job.platform.runtime)
+    space = expressible(space, job.platform.runtime)
+    for num_stages, num_micro_batches, size in _pipelines(job, space):
+        yield from _groups(job, space, num_stages, num_micro_batches, (size,))
+    if space.unequal_meshes:
+        yield from _unequal_groups(job, space)
+
+
+def _pipelines(job: Job, space: SearchSpace) -> Iterator[tuple[int, int, int]]:
+    """Numbers of stages, of micro-batches and of devices of a stage."""
+    num_gpus = job.platform.num_gpus
+    counts = np.array([s for s in divisors(num_gpus) if s <= job.num_layers])
+    for num_stages in counts[space.allows("pp", counts)].tolist():
+        for num_micro_batches in divisors(job.workload.global_batch):
+            yield num_stages, num_micro_batches, num_gpus // num_stages
+
+
+def _unequal_groups(job: Job, space: SearchSpace) -> Iterator[Group]:
+    """Groups whose stages differ in their devices, under 1F1B."""
+    num_gpus, per_node = job.platform.num_gpus, job.platform.gpus_per_node
+    space = replace(space, schedules=_common(space.schedules, (ScheduleKind.ONE_F_ONE_B,)))
+    counts = np.arange(2, min(num_gpus, job.num_layers) + 1)
+    for num_stages in counts[space.allows("pp", counts)].tolist():
+        sizes = unequal_sizes(num_gpus, num_stages, per_node)
+        for num_micro_batches in divisors(job.workload.global_batch) if sizes else ():
+            for group in _groups(job, space, num_stages, num_micro_batches, sizes):
+                strategies = group.strategies
+                if len(np.unique(strategies.tp * strategies.dp)) > 1:
+                    yield group
+
+
+def _groups(
+    job: Job, space: SearchSpace, num_stages: int, num_micro_batches: int, sizes: tuple[int, ...]
+) -> Iterator[Group]:
+    """One group for each schedule, and where stages must be alike for each tp."""
+    found = _strategies(job, space, sizes, num_micro_batches)
+    group = partial(
+        Group,
+        num_stages=num_stages,
+        num_micro_batches=num_micro_batches,
+        sizes=sizes,
+    )
+    kept = [
+        (schedule, _keeps_rules(job, group(schedule=schedule, strategies=found), found))
+        for schedule in _schedules(job, space, num_stages)
+    ]
+    used = np.logical_or.reduce([rows for _, rows in kept]) if kept else np.zeros(0, dtype=bool)
+    if not used.any():
+        return
+    priced = found.take(used).priced(job, num_stages)
+    for schedule, rows in kept:
+        held = priced.take(rows[used])
+        if (zero_as_run(schedule.kind, held.zero) != held.zero).any():
+            held = held.priced(job, num_stages, schedule)
+        if schedule.kind in TAKES_TURNS:
+            for tp in np.unique(held.tp):
+                yield group(schedule=schedule, strategies=held.take(held.tp == tp))
+        elif len(held):
+            yield group(schedule=schedule, strategies=held)
+
+
+def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedule]:
+    """The schedules of a pipeline; of one stage all are the same.
+
+    GPipe takes as long as 1F1B and holds more: it is looked at only where that may not be used.
+    """
+    for schedule in _known_schedules(job, space, num_stages):
+        dealt = space.unlike_stages or dealt_layers(job, num_stages * schedule.vpp) is not None
+        if dealt and num_stages * schedule.vpp <= job.num_layers:
+            yield schedule
+
+
+def _known_schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedule]:
+    """Schedules of so many stages, with every number of chunks."""
+    counts = np.array(space.chunks)
+    for kind in _kinds(space) if num_stages > 1 else (ScheduleKind.ONE_F_ONE_B,):
+        for chunks in counts[space.allows("chunks", counts)].tolist():
+            if kind is not ScheduleKind.INTERLEAVED:
+                known = chunks == 1
+            else:  # chunks of unlike layers would be unlike
+                known = chunks > 1 and job.facts.num_kinds == 1
+            if known:
+                yield Schedule(kind=kind, vpp=chunks)
+
+
+def _kinds(space: SearchSpace) -> list[ScheduleKind]:
+    """Schedules of pipelines under which layers may have a memory level of the space."""
+    redundant = ScheduleKind.GPIPE if ScheduleKind.ONE_F_ONE_B in space.schedules else None
+    return [kind for kind in space.schedules if kind is not redundant and levels_under(space, kind)]
+
+
+def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
+    """The memory levels of a space that layers may have under a schedule."""
+    kept = {"schedule": kind.value, "activations": 0.0}
+    return tuple(level for level in space.levels if may_have(level, kept))
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors in ascending order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _strategies(
+    job: Job, space: SearchSpace, sizes: tuple[int, ...], num_micro_batches: int
+) -> Strategies:
+    """Every (tp, zero) of stages of these sizes that the space allows, nothing offloaded."""
+    samples = job.workload.global_batch // num_micro_batches
+    rows = [(n, tp, z) for n in sizes for tp in divisors(n) for z in space.zero]
+    devices, tp, zero = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    dp = devices // tp
+    micro_batch = samples // dp
+    keep = (dp * micro_batch == samples) & ((dp > 1) | (zero == min(space.zero, default=0)))
+    for name, values in (("tp", tp), ("dp", dp), ("micro_batch", micro_batch)):
+        keep &= space.allows(name, values)
+    none = np.zeros(int(keep.sum()))
+    return Strategies(
+        tp=tp[keep],
+        dp=dp[keep],
+        micro_batch=micro_batch[keep],
+        zero=zero[keep],
+        dp_replicate=np.full(len(none), space.dp_replicate),
+        weights=none,
+        grads=none,
+        optimizer=none,
+        activations=none,
+    )
+
+
+def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.bool_]:
+    """Which strategies break no rule in the pipelines of a group."""
+    columns = _rule_columns(group, strategies)
+    kept = np.ones(len(strategies), dtype=np.bool_)
+    for rule in job.rules:
+        kept &= rule.mask(columns)
+    return kept
+
+
+def _rule_columns(group: Group, strategies: Strategies) -> dict[str, Any]:
+    """The columns of the rules, of strategies in the pipelines of a group."""
+    return {
+        **strategies.columns,
+        "num_stages": group.num_stages,
+        "num_micro_batches": group.num_micro_batches,
+        "schedule": group.schedule.kind.value,
+        "chunks": group.schedule.vpp,
+    }
+
+
+def refusals(job: Job, space: SearchSpace) -> tuple[str, ...]:
+    """Why a space has no group: what the strategy breaks that breaks fewest rules.
+
+    Empty where the space has no strategy at all.
+    """
+    space = expressible(space, job.platform.runtime)
+    best: tuple[str, ...] = ()
+    for num_stages, num_micro_batches, size in _pipelines(job, space):
+        strategies = _strategies(job, space, (size,), num_micro_batches)
+        for schedule in _known_schedules(job, space, num_stages):
+            group = Group(
+                num_stages=num_stages,
+                num_micro_batches=num_micro_batches,
+                sizes=(size,),
+                schedule=schedule,
+                strategies=strategies,
+            )
+            for found in _broken(job, group, space):
+                best = found if not best or len(found) < len(best) else best
+    return best or tuple(_without_levels(space))
+
+
+def _broken(job: Job, group: Group, space: SearchSpace) -> Iterator[tuple[str, ...]]:
+    """What the strategy of a group breaks that breaks fewest rules."""
+    if not len(group.strategies):
+        return
+    columns = _rule_columns(group, group.strategies)
+    counts = np.sum([~rule.mask(columns) for rule in job.rules], axis=0)
+    nearest = group.strategies.take(np.array([np.argmin(counts)]))
+    row = {name: column[0] for name, column in nearest.columns.items()}
+    messages = list(broken(job.rules, _rule_columns(group, nearest) | row))
+    stages, chunks = group.num_stages, group.schedule.vpp
+    if not space.unlike_stages and dealt_layers(job, stages * chunks) is None:
+        messages.append(f"{dealing_words(job, stages, chunks)}.")
+    yield tuple(messages)
+
+
+def _without_levels(space: SearchSpace) -> Iterator[str]:
+    """Of schedules under which layers may have no memory level of the space: why."""
+    for kind in space.schedules:
+        if not levels_under(space, kind):
+            columns = {"schedule": kind.value, "activations": 0.0}
+            yield from (f"{words}." for words in set(broken_by_levels(space.levels, columns)))
+
+
+def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strategies:
+    """Strategies `rows` of a group with every tuple of offload ratios but none at all.
+
+    Weights are offloaded only where gradients are. On one data-parallel rank the higher ZeRO levels
+    come in, as what streams from the host.
+    """
+    space = expressible(space, job.platform.runtime)
+    ratios = _tuples(space, job.platform.runtime)
+    base = group.strategies.take(rows)
+    if not len(ratios) or not len(base):
+        return base.take(np.zeros(0, dtype=np.int64))
+    return with_ratios(job, group, _with_higher_levels(base, space), ratios)
+
+
+def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Strategies:
+    """Every strategy with every tuple of offload ratios [T, 4] that breaks no rule, priced."""
+    many = base.take(np.repeat(np.arange(len(base)), len(ratios)))
+    away = np.tile(ratios, (len(base), 1))
+    strategies = replace(many, **dict(zip(OFFLOADED, away.T, strict=True)))
+    kept = strategies.take(_keeps_rules(job, group, strategies))
+    return kept.priced(job, group.num_stages, group.schedule)
+
+
+def whole_layers(ratio: ArrayLike, count: ArrayLike) -> Floats:
+    """Of `count` layers the least whole number that is a share of at least `ratio`."""
+    return np.asarray(np.ceil(np.asarray(ratio) * np.asarray(count) - 1e-9))
+
+
+def within_caps(
+    space: SearchSpace, runtime: Runtime, strategies: Strategies, count: Ints
+) -> NDArray[np.bool_]:
+    """Where shares that plans round up to whole layers stay within their limits, [K, R].
+
+    `count` [R]: layers of a stage.
+    """
+    kept = np.ones((len(strategies), len(count)), dtype=np.bool_)
+    by_layer = runtime.offload is not None and runtime.offload.by_layer
+    for name in ("weights", "grads") if by_layer else ():
+        most = space.most.get(name, 1.0)
+        if most < 1.0:
+            layers = whole_layers(strategies.offload[name][:, None], count)
+            kept &= layers <= most * count * (1 + 1e-9)
+    return kept
+
+
+def with_least_memory(space: SearchSpace) -> SearchSpace:
+    """The schedules among which least memory is found: 1F1B, where it may be used, holds least."""
+    one_f_one_b = ScheduleKind.ONE_F_ONE_B
+    if one_f_one_b in space.schedules and 1 in space.chunks:
+        return replace(space, schedules=(one_f_one_b,), chunks=(1,))
+    return space
+
+
+def lean_ratios(space: SearchSpace) -> Mapping[str, tuple[float, ...]]:
+    """The offload ratios among which least memory is found, where host memory does not bind.
+
+    Memory falls with the share of a state. That of activations staged on their way grows with the
+    share, which may be more than it saves at the end of a backward pass: all of these are tried.
+    """
+    return {
+        name: ratios if name == "activations" else tuple(sorted({min(ratios), max(ratios)}))
+        for name, ratios in space.offload.items()
+    }
+
+
+def _tuples(space: SearchSpace, runtime: Runtime) -> Floats:
+    """Offload ratios [T, 4] of what the space allows, without the tuple of nothing."""
+    axes = np.meshgrid(*(space.offload[name] for name in OFFLOADED), indexing="ij")
+    rows = np.stack([axis.ravel() for axis in axes], axis=-1)
+    weights, grads = rows[:, 0], rows[:, 1]
+    by_layer = runtime.offload is not None and runtime.offload.by_layer
+    alone = not runtime.offloads("grads")
+    kept = weights == grads if by_layer else (weights == 0) | (grads > 0) | alone
+    return np.asarray(rows[kept & (rows > 0).any(axis=1)])
+
+
+def _with_higher_levels(base: Strategies, space: SearchSpace) -> Strategies:
+    """On one data-parallel rank every ZeRO level is generated: streaming tells them apart."""
+    alone = base.take(base.dp == 1)
+    for zero in space.zero:
+        if len(alone) and zero != alone.zero[0]:
+            higher = replace(alone, zero=np.full_like(alone.zero, zero))
+            base = base.joined(higher)
+    return base

@@ -1,0 +1,185 @@
+"""Layouts whose stages are alike: an upper bound for the search, or all that a framework can run.
+
+`even_layouts`: one strategy for every stage, layers and recomputation as suits each stage best.
+`alike_layouts`: every stage alike in all it does, layers dealt out by the runtime's own rule.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.pareto.candidates import GroupModel
+from mist.pareto.default_partition import dealt_layers
+from mist.pareto.frontier_points import Points, StackedMixes, stacked
+from mist.pareto.layer_partition import even_split
+from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.layouts import Layout, Picked, layout_of
+from mist.pareto.strategies import Floats, Ints
+from mist.plans.plan import Limits
+from mist.plans.schedules import step_time
+from mist.plans.workload import MemoryLevel
+from mist.symbolic.estimate import fill_seconds
+
+Measure = Literal["stable_s", "peak_bytes"]
+
+
+def even_layouts(
+    model: GroupModel, limits: Limits, *, least: Measure = "stable_s"
+) -> Iterator[Layout]:
+    """For each strategy the layout that uses it in every stage, split so that the worst is best.
+
+    The worst is the slowest stage, or with `least` "peak_bytes" the fullest.
+    """
+    job, group = model.job, model.group
+    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
+    tables = _tables(model, ranges, limits)
+    picks = _picks(model, tables, ranges, least)
+    value = np.stack([value for value, _ in picks], axis=1)
+    chosen = even_split(ranges, job.num_layers, value)
+    for k in np.flatnonzero(chosen[:, 0] >= 0):
+        picked = []
+        for stage, column in enumerate(chosen[k]):
+            rows = picks[stage][1][k, column : column + 1]
+            points = tables[stage].points(rows, int(column))
+            picked.append(_picked(model, int(ranges.count[column]), points))
+        yield layout_of(job, group, picked)
+
+
+def _picked(model: GroupModel, count: int, points: Points) -> Picked:
+    return Picked(
+        count=count,
+        strategies=model.strategies,
+        points=points,
+        point=0,
+    )
+
+
+def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[StackedMixes]:
+    """The mixes of every stage, first stage first; stages that are alike share a table."""
+    tables: dict[int, StackedMixes] = {}
+    for stages, mixes in model.by_place(ranges, limits):
+        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
+        tables |= dict.fromkeys(stages.tolist(), table)
+    return [tables[stage] for stage in range(model.group.num_stages)]
+
+
+def _picks(
+    model: GroupModel, tables: Sequence[StackedMixes], ranges: Ranges, least: str
+) -> list[tuple[Floats, Ints]]:
+    """The best mixes of every stage; those of stages that are alike are looked for once."""
+    known: dict[tuple[int, bytes], tuple[Floats, Ints]] = {}
+    found = []
+    for stage, table in enumerate(tables):
+        allowed = placed(ranges, model.job.num_layers, model.group.num_stages, stage)
+        key = (id(table), allowed.tobytes())
+        if key not in known:
+            known[key] = _best_mixes(model, table, allowed, least)
+        found.append(known[key])
+    return found
+
+
+def _best_mixes(
+    model: GroupModel, table: StackedMixes, placeable: NDArray[np.bool_], least: str
+) -> tuple[Floats, Ints]:
+    """Of each strategy and range the least value, inf where nothing fits, and its row: [K, R]."""
+    allowed = table.fits & placeable
+    measured = np.where(allowed, getattr(table, least), np.inf)
+    value = np.empty((len(model.strategies), len(placeable)))
+    rows = np.empty(value.shape, dtype=np.int64)
+    for k in range(len(model.strategies)):
+        own = np.flatnonzero(table.row == k)
+        best = measured[own].argmin(axis=0)
+        rows[k], value[k] = own[best], measured[own[best], np.arange(len(placeable))]
+    return value, rows
+
+
+def alike_layouts(
+    model: GroupModel, limits: Limits, *, least: Measure = "stable_s"
+) -> Iterator[Layout]:
+    """The layouts of a framework whose stages are alike: of each kind and mix of levels.
+
+    Of each kind (`Layout.kind`) only the fastest, or with `least` "peak_bytes" the one whose
+    fullest stage holds least: offload ratios make thousands of the same kind.
+    """
+    counts = stage_layers(model)
+    if counts is None:
+        return
+    ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
+    for levels in [(level, level) for level in model.space.levels] + list(model.pairs):
+        yield from _alike(model, ranges, limits, levels, least=least)
+
+
+def stage_layers(model: GroupModel) -> Ints | None:
+    """Layers of each stage as the runtime deals them out, [S]; None where it cannot."""
+    job, group = model.job, model.group
+    num_stages, chunks = group.num_stages, group.schedule.vpp
+    parts = dealt_layers(job, num_stages * chunks)
+    return None if parts is None else np.reshape(parts, (chunks, num_stages)).sum(axis=0)
+
+
+def _alike(
+    model: GroupModel,
+    ranges: Ranges,
+    limits: Limits,
+    levels: tuple[MemoryLevel, MemoryLevel],
+    *,
+    least: Measure,
+) -> Iterator[Layout]:
+    """Layouts of one mix of levels, with the least recomputation that fits every stage."""
+    num_stages = model.group.num_stages
+    num_lower = np.max(
+        [model.least(stage, ranges, limits, *levels)[:, stage] for stage in range(num_stages)],
+        axis=0,
+    )
+    chunks = model.group.schedule.vpp  # one number for all: so many layers of each chunk
+    num_lower = -(-num_lower // chunks) * chunks
+    columns = np.broadcast_to(num_lower[:, None], (len(num_lower), num_stages))
+    tables = [
+        stacked(
+            [model.mix(stage, ranges, limits, *levels, num_lower=columns)],
+            model.weight_s(stage, ranges),
+        )
+        for stage in range(num_stages)
+    ]
+    fits = np.all([table.fits[:, stage] for stage, table in enumerate(tables)], axis=0)
+    for k in _best_of_kinds(model, tables, np.flatnonzero(fits), least):
+        yield layout_of(model.job, model.group, _stages(model, ranges, tables, int(k)))
+
+
+def _best_of_kinds(
+    model: GroupModel, tables: Sequence[StackedMixes], rows: Ints, least: Measure
+) -> Ints:
+    """Of strategies `rows` the best of each kind, in their order."""
+    if least == "peak_bytes":
+        value = np.max([table.peak_bytes[rows, i] for i, table in enumerate(tables)], axis=0)
+    else:
+        value = _step_s(model, tables, rows)
+    own = model.strategies.take(rows)
+    away = [own.weights > 0, own.optimizer > 0, own.activations > 0]
+    order = np.argsort(value, kind="stable")
+    kinds = np.stack([own.tp, own.zero, *away], axis=-1)[order]
+    _, first = np.unique(kinds, axis=0, return_index=True)
+    return rows[np.sort(order[first])]
+
+
+def _step_s(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Floats:
+    """Seconds per step with one of strategies `rows` in every stage."""
+    stable_s, lone_s = (
+        np.stack([getattr(table, name)[rows, i] for i, table in enumerate(tables)], axis=-1)
+        for name in ("stable_s", "lone_s")
+    )
+    weight_s = np.array([table.weight_s[i] for i, table in enumerate(tables)])
+    fill_s = fill_seconds(model.group.schedule, stable_s, weight_s)
+    return step_time(model.group.num_micro_batches, stable_s, lone_s, fill_s)
+
+
+def _stages(
+    model: GroupModel, ranges: Ranges, tables: Sequence[StackedMixes], k: int
+) -> list[Picked]:
+    rows = np.array([k])
+    return [
+        _picked(model, int(ranges.count[stage]), table.points(rows, stage))
+        for stage, table in enumerate(tables)
+    ]

@@ -1,0 +1,1 @@
+"""What crosses rooms: workload, search space, schedules, and the plan with its invariants."""

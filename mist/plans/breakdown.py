@@ -1,0 +1,106 @@
+"""Why one layout beats another: the parts of a step, and where they differ.
+
+A step is G micro-batches of the slowest stage, the delta of its first and last one, and the time
+that the stage waits for others (bubble and imbalance): these parts sum to the step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import groupby
+from typing import Final
+
+from mist.plans.plan import ONE_F_ONE_B, Estimate, Offload, Schedule, StageEstimate, StagePlan
+from mist.plans.workload import MemoryLevel
+from mist.units import format_bytes, format_seconds
+
+ROUNDING_RATIO: Final = 1e-5  # of the step: estimates carry six digits
+
+PART_NAMES: Mapping[str, str] = {
+    "compute": "compute",
+    "tp": "tensor-parallel collectives",
+    "recompute": "recomputation",
+    "launch": "waiting for the host to launch kernels",
+    "dp": "exposed data-parallel collectives",
+    "offload": "exposed copies between GPU and host",
+    "p2p": "transfers between stages",
+    "delta": "first and last micro-batch, optimizer",
+    "bubble": "pipeline bubble and imbalance",
+}
+
+
+def step_parts(estimate: Estimate, num_micro_batches: int) -> dict[str, float]:
+    """Seconds of a step by part, seen from the slowest stage; they sum to step_s."""
+    slowest = max(estimate.stages, key=lambda stage: stage.stable_s)
+    parts = {part: num_micro_batches * s for part, s in slowest.time_parts_s.items()}
+    parts["delta"] = slowest.delta_s
+    parts["bubble"] = estimate.step_s - sum(parts.values())
+    return parts
+
+
+def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> str:
+    """Where a slower layout spends more, the two largest differences first; where it gains most."""
+    noise_s = ROUNDING_RATIO * sum(winner.values())
+    more = {part: loser[part] - winner[part] for part in winner}
+    worst = sorted(more, key=lambda part: -more[part])[:2]
+    words = [f"+{format_seconds(more[p])} {PART_NAMES[p]}" for p in worst if more[p] > noise_s]
+    less = min(more, key=lambda part: more[part])
+    gained = f", {format_seconds(more[less])} {PART_NAMES[less]}" if more[less] < -noise_s else ""
+    return (" and ".join(words) or "equal within rounding") + gained
+
+
+def layout_words(
+    stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule = ONE_F_ONE_B
+) -> str:
+    """A layout in one line: "pp2 dp4 tp2 zero1 mb1 x32, 3+0 of 16 layers recomputed"."""
+    names: dict[str, list[int]] = {
+        "dp": [stage.dp for stage in stages],
+        "tp": [stage.tp for stage in stages],
+        "zero": [stage.zero for stage in stages],
+        "mb": [stage.micro_batch for stage in stages],
+    }
+    words = [f"pp{len(stages)}"]
+    words += [f"{name}{_spread(values)}" for name, values in names.items()]
+    full, some, layers = (
+        _spread(counts)
+        for counts in (
+            [s.num_full for s in stages],
+            [s.num_at(MemoryLevel.SELECTIVE) for s in stages],
+            [s.num_layers for s in stages],
+        )
+    )
+    if any(stage.dp_replicate > 1 for stage in stages):
+        words.insert(2, f"replicate{_spread([stage.dp_replicate for stage in stages])}")
+    line = f"{' '.join(words)} x{num_micro_batches}, {full} of {layers} layers recomputed"
+    line += f", {some} selectively" if some != "0" else ""
+    if len(stages) > 1 and schedule != ONE_F_ONE_B:
+        line += f", {schedule.kind}" + (f" of {schedule.vpp} chunks" if schedule.vpp > 1 else "")
+    return line + _offload_words(stages)
+
+
+def _offload_words(stages: Sequence[StagePlan]) -> str:
+    """What is offloaded, in per cent: ", offloaded: optimizer 50 %"."""
+    words = []
+    for item in fields(Offload):
+        shares = [round(100 * getattr(stage.offload, item.name)) for stage in stages]
+        if any(shares):
+            words.append(f"{item.name} {_spread(shares)} %")
+    return f", offloaded: {', '.join(words)}" if words else ""
+
+
+def _spread(values: Sequence[int]) -> str:
+    """One value where all are equal, else all of them; three and more in a row as "3*7"."""
+    if len(set(values)) == 1:
+        return str(values[0])
+    runs = [(value, len(list(run))) for value, run in groupby(values)]
+    words = (f"{n}*{value}" if n > 2 else "+".join([str(value)] * n) for value, n in runs)
+    return "+".join(words)
+
+
+def overflow(index: int, stage: StageEstimate, device: str, limit_bytes: float) -> str:
+    """One stage that does not fit: what it needs, what there is, and the largest parts."""
+    parts = sorted(stage.memory_parts_bytes.items(), key=lambda item: -item[1])
+    largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size > 0)
+    return (
+        f"stage {index} needs {format_bytes(stage.peak_bytes)} of the {format_bytes(limit_bytes)} "
+        f"that a plan may use on {device} ({largest})"
+    )

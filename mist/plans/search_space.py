@@ -1,0 +1,275 @@
+"""Which values of each knob a search may use: the tables of `--space`, and what narrows them.
+
+A space is a table of allowed values; what a runtime cannot express is taken out of it later
+(`mist.pareto.strategies`), and everything that a user narrows is written down for the plan.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.errors import InputError
+from mist.plans.workload import MemoryLevel, ScheduleKind
+
+OFFLOADED: Final = ("weights", "grads", "optimizer", "activations")
+"""What may live in host memory: the fields of `mist.plans.plan.Offload`."""
+
+_COARSE: Final = (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)
+_FINE: Final = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+PAPER_RATIOS: Final = MappingProxyType(
+    dict(zip(OFFLOADED, (_COARSE, _COARSE, _FINE, _FINE), strict=True))
+)
+"""Ratios that the artifact of the Mist paper searches (EuroSys'25): 1,984 tuples, as it offloads
+weights only where it offloads gradients too."""
+NO_RATIOS: Final = MappingProxyType(dict.fromkeys(OFFLOADED, (0.0,)))
+ALL_OR_NOTHING: Final = MappingProxyType(
+    dict(zip(OFFLOADED, ((0.0, 1.0),) * 3 + ((0.0,),), strict=True))
+)
+
+
+CHECKPOINTS: Final = MappingProxyType(
+    {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
+)
+"""The memory levels by the words of `--checkpoint`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """The allowed values of each knob; None leaves a knob to the runtime's own limits.
+
+    `levels`: the memory levels that layers may have; `some_layers`: whether a stage may mix two of
+    them. `offload`: ratios by state. `schedules`, and `chunks` (v) of a stage: 1, or more of those
+    that take turns. `dp_replicate`: copies of the states that ZeRO divides (HSDP), in every stage.
+    `unlike_stages`: whether stages may differ in anything and share layers unevenly;
+    `unequal_meshes`: also in their number of devices. `refines`: whether the best layout's ratios
+    may lie between those of `offload` in the end (`mist.search.refine_offload`). `most`: upper
+    limits by knob, and of the ratios of whole layers that plans round up. `restrictions`: what was
+    narrowed. Raises InputError for a value that no plan can have.
+    """
+
+    name: str = "mist"
+    tp: tuple[int, ...] | None = None
+    pp: tuple[int, ...] | None = None
+    dp: tuple[int, ...] | None = None
+    micro_batch: tuple[int, ...] | None = None
+    zero: tuple[int, ...] = (0, 1, 2, 3)
+    levels: tuple[MemoryLevel, ...] = tuple(MemoryLevel)
+    some_layers: bool = True
+    offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
+    schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
+    chunks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    dp_replicate: int = 1
+    unlike_stages: bool = True
+    unequal_meshes: bool = False
+    refines: bool = True
+    most: Mapping[str, float] = field(default_factory=dict)
+    restrictions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "micro_batch", "chunks"):
+            for value in getattr(self, name) or ():
+                if value < 1:
+                    raise InputError(f"{name} {value} is not a positive number.")
+        if self.dp_replicate < 1:
+            raise InputError(f"dp_replicate {self.dp_replicate} is not a positive number.")
+        for level in self.zero:
+            if level not in range(4):
+                raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
+        if not self.levels:
+            raise InputError("no memory level is left: allow eager, selective or full.")
+        _check_ratios(self.offload)
+
+    def allows(self, name: str, values: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which values of "tp", "pp", "dp", "micro_batch" or "chunks" may be used."""
+        allowed, most = getattr(self, name), self.most.get(name)
+        kept = np.ones(values.shape, dtype=np.bool_)
+        if allowed is not None:
+            kept &= np.isin(values, allowed)
+        return kept if most is None else kept & (values <= most)
+
+
+def _check_ratios(offload: Mapping[str, tuple[float, ...]]) -> None:
+    for name, ratios in offload.items():
+        if name not in OFFLOADED:
+            raise InputError(f"offload {name} is none of {', '.join(OFFLOADED)}.")
+        if bad := [ratio for ratio in ratios if not 0 <= ratio <= 1]:
+            raise InputError(f"offload {name} {bad[0]:g} is not a ratio from 0 to 1.")
+
+
+_ALIKE: Final = (ScheduleKind.ONE_F_ONE_B,)
+
+SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
+    {
+        space.name: space
+        for space in (
+            SearchSpace(
+                name="3d",
+                zero=(0, 1),
+                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                some_layers=False,
+                offload=NO_RATIOS,
+                schedules=_ALIKE,
+                unlike_stages=False,
+            ),
+            SearchSpace(
+                name="megatron",
+                zero=(0, 1),
+                offload=NO_RATIOS,
+                schedules=(ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED),
+                unlike_stages=False,
+            ),
+            SearchSpace(
+                name="deepspeed",
+                pp=(1,),
+                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                some_layers=False,
+                offload=ALL_OR_NOTHING,
+                schedules=_ALIKE,
+                unlike_stages=False,
+            ),
+            SearchSpace(
+                name="fsdp",
+                tp=(1,),
+                pp=(1,),
+                zero=(2, 3),
+                some_layers=False,
+                offload=NO_RATIOS,
+                schedules=_ALIKE,
+                unlike_stages=False,
+            ),
+            SearchSpace(
+                name="aceso",
+                zero=(0, 1),
+                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                offload=NO_RATIOS,
+                schedules=_ALIKE,
+            ),
+            SearchSpace(name="paper", schedules=_ALIKE, refines=False),
+            SearchSpace(name="mist"),
+            SearchSpace(name="whole", unequal_meshes=True),
+        )
+    }
+)
+"""What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
+the other schedules, "whole" stages of unequal size too."""
+
+
+def space_of(name: str) -> SearchSpace:
+    """A space by its name. Raises InputError for an unknown one."""
+    if name not in SPACES:
+        raise InputError(f"--space {name} is not known. Known: {', '.join(SPACES)}.")
+    return SPACES[name]
+
+
+_NUMBERS: Final = MappingProxyType(
+    {"tp": "tp", "pp": "pp", "dp": "dp", "micro-batch": "micro_batch", "vpp": "chunks"}
+)
+"""Knobs that are whole numbers: their words, and the fields of a space and keys of its `most`."""
+
+
+def narrowed(
+    space: SearchSpace, *, fixed: Iterable[str], most: Iterable[str], forbid: Iterable[str]
+) -> SearchSpace:
+    """A space with what the user fixes ("tp=2"), limits ("pp=8") and forbids ("offload").
+
+    Raises InputError for what cannot be read, or is set twice.
+    """
+    space = replace(space, restrictions=(*_of_space(space), *space.restrictions))
+    known: set[str] = set()
+    for word in fixed:
+        key, _, value = word.partition("=")
+        knob = key.replace("_", "-")
+        if knob in known:
+            raise InputError(f"--set {word}: {key} is set twice.")
+        known.add(knob)
+        space = _said(replace(space, **_fixed(word, knob, value)), word)
+    for word in most:
+        key, _, value = word.partition("=")
+        space = _said(replace(space, **_capped(space, word, key, value)), f"max {word}")
+    for word in forbid:
+        space = _said(replace(space, **_forbidden(space, word)), f"no {word}")
+    return space
+
+
+def _of_space(space: SearchSpace) -> tuple[str, ...]:
+    return () if space.name == "mist" else (f"space {space.name}",)
+
+
+def _said(space: SearchSpace, words: str) -> SearchSpace:
+    return replace(space, restrictions=(*space.restrictions, words))
+
+
+def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
+    """The fields that fix one knob."""
+    if value.isdecimal():
+        number = int(value)
+        if knob in _NUMBERS:
+            return {_NUMBERS[knob]: (number,)}
+        if knob == "zero":
+            return {"zero": (number,)}
+        if knob == "dp-replicate":
+            return {"dp_replicate": number}
+    if knob == "checkpoint" and value in CHECKPOINTS:
+        return {"levels": (CHECKPOINTS[value],)}
+    if knob == "schedule" and value in set(ScheduleKind):
+        return {"schedules": (ScheduleKind(value),)}
+    raise InputError(
+        f"--set {word}: expected {', '.join(_NUMBERS)}, dp-replicate or zero with a number, "
+        f"checkpoint={', '.join(CHECKPOINTS)}, or schedule={', '.join(ScheduleKind)}."
+    )
+
+
+def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:
+    """The fields that limit one knob, or the ratio of one state or of all ("offload")."""
+    knob = key.replace("_", "-")
+    if knob in _NUMBERS and value.isdecimal() and int(value) > 0:
+        return {"most": {**space.most, _NUMBERS[knob]: int(value)}}
+    ratio = _ratio(value)
+    if (knob == "offload" or knob in OFFLOADED) and ratio is not None:
+        states = OFFLOADED if knob == "offload" else (knob,)
+        capped = {state: _up_to(space.offload[state], ratio) for state in states}
+        most = {state: min(ratio, space.most.get(state, 1.0)) for state in states}
+        return {"offload": {**space.offload, **capped}, "most": {**space.most, **most}}
+    raise InputError(
+        f"--max {word}: expected {', '.join(_NUMBERS)} with a number, or offload, "
+        f"{', '.join(OFFLOADED)} with a ratio from 0 to 1."
+    )
+
+
+def _ratio(value: str) -> float | None:
+    """A ratio from 0 to 1, if the word is one."""
+    try:
+        ratio = float(value)
+    except ValueError:
+        return None
+    return ratio if 0 <= ratio <= 1 else None
+
+
+def _up_to(ratios: tuple[float, ...], most: float) -> tuple[float, ...]:
+    """The ratios up to a limit, which is one of them itself where they are not all or nothing."""
+    left = tuple(ratio for ratio in ratios if ratio <= most)
+    finer = len(ratios) > 2 and max(left, default=0.0) < most < max(ratios)
+    return (*left, most) if finer else left
+
+
+def _forbidden(space: SearchSpace, word: str) -> dict[str, Any]:
+    """The fields without what one word forbids."""
+    levels = {name: level for name, level in CHECKPOINTS.items() if name != "none"}
+    if word == "offload":
+        return {"offload": NO_RATIOS}
+    if word in OFFLOADED:
+        return {"offload": {**space.offload, word: (0.0,)}}
+    if word in levels:
+        return {"levels": tuple(level for level in space.levels if level is not levels[word])}
+    if word in set(ScheduleKind):
+        return {"schedules": tuple(kind for kind in space.schedules if kind != word)}
+    if word == "unlike-stages":
+        return {"unlike_stages": False, "unequal_meshes": False}
+    if word == "unequal-meshes":
+        return {"unequal_meshes": False}
+    known = ("offload", *OFFLOADED, *levels, *ScheduleKind, "unlike-stages", "unequal-meshes")
+    raise InputError(f"--forbid {word}: expected {', '.join(known)}.")

@@ -1,0 +1,281 @@
+"""A plan or a judged layout, for people (tables) and for tools (one JSON object)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+
+from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, step_parts
+from mist.plans.file import plain_data
+from mist.plans.host_memory import HostNeed
+from mist.plans.plan import Estimate, Limits, Plan, StagePlan
+from mist.plans.provenance import Kind
+from mist.plans.workload import MemoryLevel
+from mist.report.tables import say, say_note, show
+from mist.units import format_bytes, format_count, format_seconds
+
+
+def print_plan(plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str]) -> None:
+    """Layout, prediction with its parts, memory against the limit, and why other layouts lose."""
+    _print_head(plan)
+    _print_stages(plan)
+    _print_memory(plan.estimate, limits)
+    _print_host(host)
+    _print_alternatives(plan)
+    _print_op_costs(plan.estimate)
+    for note in (*notes, *plan.estimate.extrapolated):
+        say_note(note)
+    _print_foot(plan)
+
+
+def print_check(
+    plan: Plan,
+    limits: Limits,
+    host: HostNeed,
+    notes: Sequence[str],
+    suggestions: Sequence[str],
+) -> None:
+    """The verdict first, then the same tables, then what would help."""
+    estimate = plan.estimate
+    peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
+    room = limits.device_bytes - peak_bytes
+    fits = "FITS, with" if host.fits else "Fits on the GPU, with"
+    verdict = fits if room >= 0 else "DOES NOT FIT: over by"
+    tail = "to spare" if room >= 0 else "per GPU"
+    if not host.fits:
+        say(f"DOES NOT FIT in host memory: {host.over_words}.")
+    say(f"{verdict} {format_bytes(abs(room))} {tail} ({_interval(estimate)})")
+    if room < 0 and peak_bytes <= estimate.stages[0].usable_bytes:
+        say("It stays below what the device reports, but runs that close to it crawl or fail.")
+    _print_head(plan)
+    _print_stages(plan)
+    _print_memory(estimate, limits)
+    _print_host(host)
+    _print_op_costs(estimate)
+    for note in (*notes, *estimate.extrapolated):
+        say_note(note)
+    for suggestion in suggestions:
+        say(f"Try {suggestion}")
+    say(f"Not modelled: {'; '.join(estimate.not_modelled)}.")
+
+
+def plan_json(
+    plan: Plan, seconds: Mapping[str, float], host: HostNeed, notes: Sequence[str]
+) -> dict[str, object]:
+    """The plan file's own fields, plus `seconds` (wall time by part of the work) and `notes`.
+
+    `host_memory`: what the fullest node needs of its memory, and what there is.
+    """
+    spent = {name: round(s, 3) for name, s in seconds.items()}
+    more = {"host_memory": _host_json(host), "seconds": spent, "notes": list(notes)}
+    return {**plain_data(plan), **more}
+
+
+def check_json(
+    plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str]
+) -> dict[str, object]:
+    """Size of the model, verdict, prediction; of each stage its peak, usable bytes, parts of time.
+
+    `fits`: on the device, and in host memory. `margin_bytes` = `limit_bytes` (usable less the
+    margin) - the largest peak; `host_memory`: of the fullest node; `parts`: bytes of the peak by
+    name; `time_parts_s`: seconds of `stable_s` by name.
+    """
+    estimate = plan.estimate
+    margin_bytes = limits.device_bytes - max(stage.peak_bytes for stage in estimate.stages)
+    return {
+        "params": plan.model.params,
+        "trainable_params": plan.model.num_trainable,
+        "fits": margin_bytes >= 0 and host.fits,
+        "margin_bytes": round(margin_bytes),
+        "limit_bytes": round(limits.device_bytes),
+        "host_limit_bytes": round(limits.host_bytes),
+        "host_memory": _host_json(host),
+        "step_s": estimate.step_s,
+        "tokens_per_s": estimate.tokens_per_s,
+        "mfu": estimate.mfu,
+        "uncertainty": asdict(estimate.uncertainty),
+        "stages": [
+            {
+                "peak_bytes": stage.peak_bytes,
+                "host_bytes": stage.host_bytes,
+                "usable_bytes": stage.usable_bytes,
+                "parts": stage.memory_parts_bytes,
+                "stable_s": stage.stable_s,
+                "delta_s": stage.delta_s,
+                "time_parts_s": stage.time_parts_s,
+            }
+            for stage in estimate.stages
+        ],
+        "op_costs": [asdict(row) for row in estimate.op_costs],
+        "extrapolated": list(estimate.extrapolated),
+        "notes": list(notes),
+        "not_modelled": list(estimate.not_modelled),
+    }
+
+
+def _host_json(host: HostNeed) -> dict[str, object]:
+    return {**asdict(host), "needed_bytes": host.needed_bytes, "fits": host.fits}
+
+
+def _parameters(plan: Plan) -> str:
+    """How many parameters the model has, and how many of them are trained."""
+    trained = plan.model.trainable
+    words = "" if trained is None else f", {format_count(trained)} of them trained,"
+    return f"{format_count(plan.model.params)} parameters{words}"
+
+
+def _print_head(plan: Plan) -> None:
+    estimate, workload, cluster = plan.estimate, plan.workload, plan.cluster
+    say(
+        f"{plan.model.name}: {_parameters(plan)} on {cluster.num_gpus} x "
+        f"{cluster.device} ({cluster.name}), runtime {plan.runtime}"
+    )
+    say(
+        f"sequence {workload.seq_len}, global batch {workload.global_batch}, {workload.precision}, "
+        f"{workload.optimizer}, attention {workload.attention}"
+    )
+    if len(plan.stages) > 1:
+        chunks = f", {plan.schedule.vpp} chunks per stage" if plan.schedule.vpp > 1 else ""
+        say(f"schedule {plan.schedule.kind}{chunks}")
+    calibrated = "calibrated" if estimate.uncertainty.calibrated else "not calibrated"
+    say(
+        f"predicted: {format_seconds(estimate.step_s)} per step "
+        f"(+-{estimate.uncertainty.step_ratio:.0%}, {calibrated}), "
+        f"{format_count(estimate.tokens_per_s)} tokens/s, MFU {estimate.mfu:.1%}"
+    )
+    parts = step_parts(estimate, plan.num_micro_batches)
+    rounding_s = ROUNDING_RATIO * estimate.step_s
+    spent = [f"{PART_NAMES[p]} {format_seconds(s)}" for p, s in parts.items() if s > rounding_s]
+    say(f"the step: {', '.join(spent)}")
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"peak predicted to +-{estimate.uncertainty.memory_ratio:.0%}"
+
+
+def _print_stages(plan: Plan) -> None:
+    rows = []
+    for index, (stage, judged) in enumerate(zip(plan.stages, plan.estimate.stages, strict=True)):
+        layers = ", ".join(f"{first}-{first + count - 1}" for first, count in stage.layers)
+        device, rounding_s = stage.devices[0], ROUNDING_RATIO * judged.stable_s
+        times = ", ".join(
+            f"{name} {format_seconds(s)}"
+            for name, s in judged.time_parts_s.items()
+            if s > rounding_s
+        )
+        rows.append(
+            (
+                f"{index}: layers {layers}",
+                f"{device}-{device + stage.devices[1] - 1}",
+                _data_parallel(stage),
+                f"{stage.tp}{'+sp' if stage.sp else ''}",
+                str(stage.zero),
+                f"{stage.micro_batch} x{plan.num_micro_batches}",
+                _recomputed(stage),
+                _offloaded(stage),
+                format_seconds(judged.stable_s),
+                format_seconds(judged.delta_s),
+                times,
+            )
+        )
+    header = (
+        "stage",
+        "GPUs",
+        "dp",
+        "tp",
+        "zero",
+        "micro-batch",
+        "recomputed",
+        "offloaded",
+        "micro-step",
+        "+ per step",
+        "of a micro-step",
+    )
+    show("Stages (predicted times; + per step: first and last micro-batch)", header, rows)
+
+
+def _data_parallel(stage: StagePlan) -> str:
+    """Ranks, or copies of the states x ranks that share one: "16" or "2x8"."""
+    copies = stage.dp_replicate
+    return str(stage.dp) if copies == 1 else f"{copies}x{stage.dp_shard}"
+
+
+def _recomputed(stage: StagePlan) -> str:
+    some = stage.num_at(MemoryLevel.SELECTIVE)
+    words = f"{stage.num_full} of {stage.num_layers}"
+    return f"{words}, {some} selectively" if some else words
+
+
+def _offloaded(stage: StagePlan) -> str:
+    ratios = {item.name: getattr(stage.offload, item.name) for item in fields(stage.offload)}
+    return ", ".join(f"{name} {ratio:.0%}" for name, ratio in ratios.items() if ratio) or "-"
+
+
+def _print_memory(estimate: Estimate, limits: Limits) -> None:
+    rows, limit_bytes = [], limits.device_bytes
+    for index, stage in enumerate(estimate.stages):
+        parts = (format_bytes(size) for size in stage.memory_parts_bytes.values())
+        rows.append(
+            (
+                str(index),
+                *parts,
+                format_bytes(stage.peak_bytes),
+                f"{stage.peak_bytes / limit_bytes:.0%} of {format_bytes(limit_bytes)}",
+            )
+        )
+    header = ("stage", *estimate.stages[0].memory_parts_bytes, "peak", "of what a plan may use")
+    show(f"Memory per GPU ({_interval(estimate)})", header, rows)
+    usable_bytes = estimate.stages[0].usable_bytes
+    say(
+        f"A plan may use {format_bytes(limit_bytes)}: the usable {format_bytes(usable_bytes)} "
+        f"less a margin of {1 - limit_bytes / usable_bytes:.0%}."
+    )
+    if any(stage.host_bytes for stage in estimate.stages):
+        held = ", ".join(format_bytes(stage.host_bytes) for stage in estimate.stages)
+        say(f"In host memory per GPU: {held}.")
+
+
+def _print_host(host: HostNeed) -> None:
+    """What is offloaded and what there is for it; and what loading takes."""
+    if host.held_bytes:
+        advice = " Give yours with --host-memory." if host.kind is Kind.GUESS else ""
+        say(f"This {host.words}. Source: {host.source}.{advice}")
+    if host.loading_bytes is None:
+        say("Host memory while the framework loads weights is not modelled.")
+    else:
+        drawn = format_bytes(host.loading_bytes)
+        say(f"While weights are drawn, the ranks of a node have up to {drawn} of host memory.")
+
+
+def _print_alternatives(plan: Plan) -> None:
+    best = plan.estimate.step_s
+    tables = (("Other layouts that fit", plan.alternatives), ("Faster, too large", plan.excluded))
+    for title, others in tables:
+        rows = [
+            (
+                other.layout,
+                format_seconds(other.step_s),
+                f"{other.step_s / best - 1:+.1%}",
+                format_bytes(other.peak_bytes),
+                f"{other.reason}; {other.needs}",
+            )
+            for other in others
+        ]
+        if rows:
+            header = ("layout", "step", "slower", "peak", "why it loses; what it would need")
+            show(title, header, rows)
+
+
+def _print_op_costs(estimate: Estimate) -> None:
+    rows = [(row.what, row.how, row.kind, row.source) for row in estimate.op_costs]
+    header = ("operation", "by", "kind", "source of the least sure figure")
+    show("Op costs", header, rows)
+
+
+def _print_foot(plan: Plan) -> None:
+    provenance = plan.provenance
+    say(
+        f"Searched {provenance.search.get('stages_evaluated', 0)} stages in "
+        f"{provenance.search.get('groups', 0)} groups; solver: {provenance.solver}; "
+        f"optimality gap {provenance.gap:.2g} of the step."
+    )
+    say(f"Uncertainty: {plan.estimate.uncertainty.basis}.")
+    say(f"Not modelled: {'; '.join(plan.estimate.not_modelled)}.")

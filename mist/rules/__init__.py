@@ -1,0 +1,1 @@
+"""Which combinations of settings are possible: one list of rules, and what apply refuses."""

@@ -1,0 +1,1 @@
+"""The search: frontiers of stages, their joining, and the refinement of offloads."""

@@ -1,0 +1,333 @@
+"""From a group of layouts to its inter-stage problem: the frontiers of every stage as cells.
+
+For each size that a stage may have: the layer ranges that a plan within the bound can give it
+(`mist.pareto.bounds`), its strategies with offloading where memory binds, and per position, place
+and range the points that none beats. Points that alone exceed the bound are left out.
+
+Where stages differ in size, one of n devices in the same position from the end is the same in
+pipelines of any length: its frontiers are kept in a `CellStore`. A bound that has become tighter
+since only means that they hold more than needed.
+
+Where stages share the host memory of their nodes (`mist.pareto.shared_host_memory`), frontiers are
+also in what a point holds there, and the problem has a limit for each node.
+
+Where embedding and head are one matrix, the first and the last stage must divide it alike
+(`mist.rules.combinations.divides_ends`): they have frontiers of their own for each way, as the
+`tie` of a cell.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, Shared, solve
+from mist.pareto.bounds import least_step_s, window
+from mist.pareto.candidates import GroupModel, Ties
+from mist.pareto.frontier_points import Points, StackedMixes, stacked
+from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.layouts import Layout, Picked, layout_of
+from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
+from mist.pareto.strategies import Floats, Strategies, offloading
+from mist.pareto.unequal_meshes import Place, depths, places
+from mist.plans.plan import Limits
+from mist.plans.schedules import forward_first
+from mist.plans.workload import ScheduleKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a plan must keep: bytes, and a step no slower than `step_s`."""
+
+    limits: Limits
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupProblem:
+    """The inter-stage problem of a group, and what its cells' points stand for.
+
+    `num_stages_tried`: strategies times ranges, over all positions and mixes. `num_crowded_out`:
+    strategies times ranges that an equal share of host memory may have kept out.
+    """
+
+    model: GroupModel
+    problem: InterStageProblem
+    points: tuple[tuple[Points, Strategies], ...]
+    num_stages_tried: int
+    num_crowded_out: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sized:
+    """Stages of one size: their strategies, and the ranges that they may take."""
+
+    size: int
+    model: GroupModel
+    ranges: Ranges
+
+
+_Found = tuple[Cell, Points, Strategies]
+
+
+@dataclass(slots=True)
+class CellStore:
+    """Frontiers of stages of unequal pipelines, by all that they depend on.
+
+    How many stages were tried, and of how many equal shares of host memory may have kept some out.
+    """
+
+    num_tried: int = 0
+    num_crowded_out: int = 0
+    sized: dict[tuple[int, int], _Sized] = field(default_factory=dict)
+    cells: dict[tuple[object, ...], list[_Found]] = field(default_factory=dict)
+
+
+def problem_of(base: GroupModel, bounds: Bounds, store: CellStore) -> GroupProblem:
+    """The frontiers of every stage of a group, as the inter-stage problem."""
+    before, crowded = store.num_tried, store.num_crowded_out
+    cells_of = _unequal_cells if len(base.group.sizes) > 1 else _equal_cells
+    problem = _problem(base, list(cells_of(base, bounds, store)), bounds.limits)
+    return replace(
+        problem,
+        num_stages_tried=store.num_tried - before,
+        num_crowded_out=store.num_crowded_out - crowded,
+    )
+
+
+def _problem(base: GroupModel, found: Sequence[_Found], limits: Limits) -> GroupProblem:
+    """The inter-stage problem of these cells, as nothing was looked at for it."""
+    job, group = base.job, base.group
+    problem = InterStageProblem(
+        num_layers=job.num_layers,
+        num_stages=group.num_stages,
+        num_micro_batches=group.num_micro_batches,
+        cells=tuple(cell for cell, _, _ in found),
+        num_chunks=group.schedule.vpp,
+        num_units=job.platform.num_gpus // group.sizes[0] if len(group.sizes) > 1 else None,
+        shared=_shared(base, limits),
+    )
+    return GroupProblem(
+        model=base,
+        problem=problem,
+        points=tuple((points, strategies) for _, points, strategies in found),
+        num_stages_tried=0,
+        num_crowded_out=0,
+    )
+
+
+def _shared(model: GroupModel, limits: Limits) -> tuple[Shared, ...]:
+    """What the stages of each node may hold together in its memory, if they share it."""
+    stages, each = range(model.group.num_stages), stages_per_node(model.job, model.group)
+    return tuple(
+        Shared(stages=tuple(stages[first : first + each]), limit_bytes=limits.host_bytes)
+        for first in (stages[::each] if limits.shares_host else ())
+    )
+
+
+def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:
+    """The frontiers of stages that all have the same devices."""
+    group = base.group
+    ranges = layer_ranges(base.job, group.num_stages, least=group.schedule.vpp)
+    ranges = ranges.take(window(base, ranges, bounds.step_s))
+    if not len(ranges):
+        return
+    short = np.flatnonzero(base.short(ranges, bounds.limits))
+    model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
+    sized = _Sized(size=group.sizes[0], model=model, ranges=ranges)
+    for stages, mixes in model.by_place(ranges, bounds.limits):
+        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
+        least_s = least_step_s(base, ranges, table.stable_s, table.lone_s)
+        useful = table.fits & (least_s <= bounds.step_s)
+        store.num_tried += useful.size * len(stages)
+        if not bounds.limits.shares_host and stages_per_node(base.job, group) > 1:
+            store.num_crowded_out += num_crowded_out(
+                table, least_s, len(model.strategies), step_s=bounds.step_s, limits=bounds.limits
+            )
+        known: dict[tuple[bool, bytes], list[_Found]] = {}
+        for stage in stages.tolist():
+            allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
+            key = (model.is_tied(stage), allowed.tobytes())
+            if key not in known:
+                ties = model.ties(stage)
+                known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits, ties))
+            for cell, points, strategies in known[key]:
+                yield replace(cell, stage=stage), points, strategies
+
+
+def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:
+    """The frontiers of stages of several sizes, in every place that each may have."""
+    group, platform = base.group, base.job.platform
+    for size in group.sizes:
+        sized = _stored_size(base, size, bounds, store)
+        model = GroupModel(base.job, group, sized.model.strategies, base.space)
+        sized = replace(sized, model=model)
+        for stage in range(group.num_stages) if len(sized.model.strategies) else ():
+            for place in places(
+                stage, group.num_stages, (group.sizes[0], size),
+                num_gpus=platform.num_gpus, per_node=platform.gpus_per_node,
+            ):  # fmt: skip
+                if size in place.begins:
+                    known = _stored_cells(sized, stage, place, (bounds, store))
+                    yield from _stood(known, base, stage, size, place)
+
+
+def _stood(
+    known: list[_Found], base: GroupModel, stage: int, size: int, place: Place
+) -> Iterator[_Found]:
+    """Frontiers as cells of a stage of this pipeline, which leaves a layer to each other stage."""
+    group, most = base.group, base.job.num_layers - base.group.num_stages + 1
+    units, begins = size // group.sizes[0], place.begins[size]
+    for cell, points, strategies in known:
+        if cell.count <= most:
+            yield replace(cell, stage=stage, units=units, offsets=begins), points, strategies
+
+
+def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) -> _Sized:
+    """The strategies of a size, with every offloading that is fast enough."""
+    key = (size, base.group.num_micro_batches)
+    if key not in store.sized or base.job.facts.num_kinds > 1:
+        own = base.strategies
+        rows = np.flatnonzero(own.tp * own.dp == size)
+        model = GroupModel(base.job, base.group, own.take(rows), base.space)
+        ranges = layer_ranges(base.job, 2)
+        if len(rows):
+            ranges = ranges.take(window(model, ranges, bounds.step_s, alone=True))
+            away = offloading(base.job, base.group, base.space, rows)
+            model = _with(model, away, ranges, bounds.step_s)
+        store.sized[key] = _Sized(size=size, model=model, ranges=ranges)
+    return store.sized[key]
+
+
+def _stored_cells(
+    sized: _Sized, stage: int, place: Place, within: tuple[Bounds, CellStore]
+) -> list[_Found]:
+    """The frontiers of a size at a position from the end, between these borders."""
+    bounds, store = within
+    model, ranges = sized.model, sized.ranges
+    group = model.group
+    ends = (stage == 0, stage == group.num_stages - 1)
+    borders = (place.prev_crosses, place.next_crosses)
+    fixed = (sized.size, group.num_micro_batches, ends, borders)
+    key = (*fixed, model.in_flight(stage))
+    if ranges.alike and key in store.cells:
+        return store.cells[key]
+    for held, mixes in model.mixes(stage, _in_flight(sized, stage), ranges, bounds.limits, place):
+        table = stacked(mixes, model.weight_s(stage, ranges))
+        least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
+        useful = table.fits & (least_s <= bounds.step_s)
+        useful &= placed(ranges, model.job.num_layers, group.num_stages, stage)
+        store.num_tried += useful.size
+        ties = model.ties(stage)
+        store.cells[*fixed, held] = list(_frontiers(sized, table, useful, bounds.limits, ties))
+    return store.cells[key]
+
+
+def _in_flight(sized: _Sized, stage: int) -> Floats:
+    """Micro-batches that a stage may hold in any pipeline with stages of this size.
+
+    Those with the same lines are looked at together: with the same ends, and all or not all of the
+    step's micro-batches. Where layers differ, places do: its own only.
+    """
+    model, group, job = sized.model, sized.model.group, sized.model.job
+    if not sized.ranges.alike or stage == group.num_stages - 1:
+        return np.array([model.in_flight(stage)])
+    platform = job.platform
+    found = depths(platform.num_gpus, job.num_layers, platform.gpus_per_node, sized.size)
+    held = found if stage == 0 else range(2, max(found))
+    most = group.num_micro_batches
+    counts = np.unique(np.minimum(held, most).astype(np.float64))
+    alike = forward_first(counts, most) == forward_first(model.in_flight(stage), most)
+    return np.asarray(counts[alike])
+
+
+def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:
+    """A model with strategies that offload, without those that are too slow for any range."""
+    least, kinds = int(ranges.count.min(initial=0)), range(model.job.facts.num_kinds)
+    fastest_s = np.min(
+        [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in model.space.levels],
+        axis=0,
+    )
+    useful = model.group.num_micro_batches * least * fastest_s <= step_s
+    strategies = model.strategies.joined(away.take(useful))
+    return GroupModel(model.job, model.group, strategies, model.space)
+
+
+def _frontiers(
+    sized: _Sized,
+    table: StackedMixes,
+    useful: NDArray[np.bool_],
+    limits: Limits,
+    ties: Ties,
+) -> Iterator[_Found]:
+    """Non-empty frontiers of the useful points [N, R] of a position, as cells of stage 0."""
+    for tie, rows in ties.items():
+        own = useful if tie is None else useful & rows[table.row][:, None]
+        for cell, points, strategies in _untied_frontiers(sized, table, own, limits):
+            yield replace(cell, tie=tie), points, strategies
+
+
+def _untied_frontiers(
+    sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_], limits: Limits
+) -> Iterator[_Found]:
+    """The same of strategies that are compared with each other."""
+    ranges, model = sized.ranges, sized.model
+    points_of = table.lean_frontier if limits.shares_host else table.frontier
+    zero_bubble = model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE
+    for column in np.flatnonzero(useful.any(axis=0)):
+        points = points_of(int(column), useful[:, column])
+        cell = Cell(
+            stage=0,
+            first=None if ranges.alike else int(ranges.first[column]),
+            count=int(ranges.count[column]),
+            stable_s=points.stable_s,
+            lone_s=points.lone_s,
+            spare_s=2 * float(table.weight_s[column]) if zero_bubble else 0.0,
+            host_bytes=points.host_bytes if limits.shares_host else None,
+        )
+        yield cell, points, model.strategies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedStage:
+    """A stage whose layers and devices are given: its strategies, its one range, its place."""
+
+    model: GroupModel
+    ranges: Ranges
+    place: Place | None
+
+
+def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:
+    """The frontiers of given stages as the inter-stage problem."""
+    found: list[_Found] = []
+    for index, stage in enumerate(stages):
+        model, ranges = stage.model, stage.ranges
+        in_flight = np.array([model.in_flight(index)])
+        ((_, mixes),) = model.mixes(index, in_flight, ranges, limits, stage.place)
+        table = stacked(mixes, model.weight_s(index, ranges))
+        sized = _Sized(size=0, model=model, ranges=ranges)
+        units = int(model.strategies.tp[0] * model.strategies.dp[0]) // model.group.sizes[0]
+        ties = model.ties(index)
+        for cell, points, strategies in _frontiers(sized, table, table.fits, limits, ties):
+            found.append((replace(cell, stage=index, units=units), points, strategies))
+    return _problem(stages[0].model, found, limits)
+
+
+def joined(
+    found: GroupProblem, bounds: Bounds, method: Method
+) -> tuple[Layout, InterStageSolution] | None:
+    """The best mix of stages that beats the bound, by the exact or the mixed-integer program."""
+    solution = solve(found.problem, upper_bound_s=bounds.step_s, method=method)
+    if solution is None:
+        return None
+    picked = [
+        Picked(
+            count=found.problem.cells[choice.cell].count,
+            strategies=found.points[choice.cell][1],
+            points=found.points[choice.cell][0],
+            point=choice.point,
+        )
+        for choice in solution.choices
+    ]
+    return layout_of(found.model.job, found.model.group, picked), solution

@@ -1,0 +1,401 @@
+"""The method on one screen: search parallelism, memory and layers together, and prove the answer.
+
+For every group (S stages, G micro-batches, schedule), most promising first, and those with stages
+of unequal size last:
+
+1. bound     no plan of the group is faster than `lower_bound_s`; a group whose bound is not below
+             the best plan is pruned;
+2. enumerate every strategy x position x layer range x mix of memory levels
+             (mist.pareto.candidates), first without offloading, then with every offload tuple where
+             memory binds;
+3. frontier  per position and range, the points that none beats in (stable, lone);
+4. join      one point per stage, by the exact dynamic program (mist.milp);
+5. share     again, with host memory shared by the stages of a node, where an equal share for each
+             rank may have kept out a faster plan: the mixed-integer program where the limit binds.
+
+The winner is confirmed by the mixed-integer program through PuLP and HiGHS, and its offload ratios
+are refined between those of the grid (mist.search.refine_offload). Its gap is against the
+least of what the programs prove, and of the bounds of groups that were not searched (--time-limit,
+Ctrl-C). The programs do not see what transfers between neighbours unlike in dp and tp add: layouts
+are compared with it, and the gap covers it. Bounds never change the optimum.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from mist.errors import Infeasible, InputError
+from mist.milp import InterStageSolution, Method, Solver
+from mist.pareto.bounds import lower_bound_s
+from mist.pareto.candidates import GroupModel
+from mist.pareto.layouts import Layout
+from mist.pareto.shared_host_memory import shared, stages_per_node
+from mist.pareto.strategies import (
+    Group,
+    expressible,
+    groups,
+    lean_ratios,
+    levels_under,
+    offloading,
+    refusals,
+    with_least_memory,
+)
+from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts
+from mist.plans.plan import Limits
+from mist.plans.search_space import SearchSpace
+from mist.search.refine_offload import refined
+from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
+from mist.symbolic.estimate import Job
+
+Progress = Callable[[str], None]
+
+COUNTED = ("groups", "groups_pruned", "groups_solved", "groups_left", "stages_evaluated", "points")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """The fastest layout, the proof, other kinds of layout by step time, and what was searched.
+
+    `shares_host`: in it the stages of a node share its memory, as equal shares do not allow.
+    `solver`: what found it. `grid_step_s`: of the best with the space's own offload ratios, which
+    the bound is of; `best` may have finer ones.
+    """
+
+    best: Layout
+    grid_step_s: float
+    shares_host: bool
+    solver: Solver
+    lower_bound_s: float
+    others: tuple[Layout, ...]
+    statistics: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Visit:
+    """A group to search within limits, and seconds that no plan of it undercuts."""
+
+    bound_s: float
+    group: Group
+    limits: Limits
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        group = self.group
+        return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Search:
+    """Best layout so far and what found it, the best of each kind, and counts.
+
+    `relaxed_s`: the least that any group's dynamic program proved, which does not see what
+    transfers between unlike neighbours add. `finalists`: the best with stages of one size (False)
+    and of several, whose ratios are refined: so the space that has both is never the slower one.
+    """
+
+    job: Job
+    space: SearchSpace
+    num_alternatives: int
+    best: Layout | None = None
+    best_visit: _Visit | None = None
+    best_solver: Solver = "dp"
+    relaxed_s: float = math.inf
+    store: CellStore = field(default_factory=CellStore)
+    by_kind: dict[tuple[object, ...], Layout] = field(default_factory=dict)
+    finalists: dict[bool, tuple[Layout, _Visit]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+
+    @property
+    def upper_bound_s(self) -> float:
+        return self.best.step_s if self.best else math.inf
+
+    @property
+    def horizon_s(self) -> float:
+        """Step time beyond which a group can neither win nor be among the alternatives."""
+        steps = sorted(layout.step_s for layout in self.by_kind.values())
+        return steps[self.num_alternatives] if len(steps) > self.num_alternatives else math.inf
+
+    def count(self, problem: GroupProblem) -> None:
+        """Note how much was looked at."""
+        self.counts["stages_evaluated"] += problem.num_stages_tried
+        self.counts["points"] += sum(len(points) for points, _ in problem.points)
+
+    def offer(self, layout: Layout, visit: _Visit, solver: Solver = "dp") -> None:
+        """Keep a layout if it is the best, or the best of its kind."""
+        if layout.step_s < self.upper_bound_s:
+            self.best, self.best_visit, self.best_solver = layout, visit, solver
+        unequal = len(visit.group.sizes) > 1
+        if unequal not in self.finalists or layout.step_s < self.finalists[unequal][0].step_s:
+            self.finalists[unequal] = layout, visit
+        known = self.by_kind.get(layout.kind)
+        if known is None or layout.step_s < known.step_s:
+            self.by_kind[layout.kind] = layout
+
+
+def tune(  # noqa: PLR0913 - what is searched, and how
+    job: Job,
+    space: SearchSpace,
+    *,
+    limits: Limits,
+    num_alternatives: int,
+    progress: Progress,
+    is_late: Callable[[], bool] = lambda: False,
+    method: Method = "both",
+) -> Tuned:
+    """Find the fastest layout whose every stage stays within the limits.
+
+    `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
+    there is one. `method`: what solves and confirms the winner. Raises Infeasible when no layout
+    fits, InputError when the space is empty.
+    """
+    search = _Search(job=job, space=space, num_alternatives=num_alternatives)
+    work = _work(job, space, limits)
+    if not work:
+        raise InputError(_no_group_words(job, space))
+    num_groups, left_s = len(work), math.inf
+    try:
+        for done, visit in enumerate(work):  # it grows: some groups are visited twice
+            if is_late() and search.best is not None:
+                left_s = _least_bound(work[done:])
+                break
+            _put(work, _visit(search, visit))
+            progress(_progress_words(search, done + 1, len(work)))
+    except KeyboardInterrupt:
+        if search.best is None:
+            raise
+        left_s = _least_bound(work[done:])
+    search.counts["groups_left"] = num_groups - search.counts["groups"]
+    if search.best is None:
+        raise Infeasible(f"{job.facts.name} does not fit.")
+    return _refined(search, _prove(search, search.best, left_s, method))
+
+
+def _work(job: Job, space: SearchSpace, limits: Limits) -> list[_Visit]:
+    """Every group, in the order of the search."""
+    found = [
+        _Visit(bound_s=lower_bound_s(job, group), group=group, limits=limits)
+        for group in groups(job, space)
+    ]
+    return sorted(found, key=lambda visit: visit.order)
+
+
+def _put(work: list[_Visit], more: Sequence[_Visit]) -> None:
+    """Further visits, before the groups with stages of several sizes."""
+    at = next((i for i, visit in enumerate(work) if len(visit.group.sizes) > 1), len(work))
+    work[at:at] = more
+
+
+def _least_bound(work: Sequence[_Visit]) -> float:
+    return min((visit.bound_s for visit in work), default=math.inf)
+
+
+def _progress_words(search: _Search, done: int, total: int) -> str:
+    found = f"best {search.best.step_s:.4g} s per step" if search.best else "nothing fits yet"
+    return f"group {done} of {total} ({search.counts['groups_pruned']} pruned): {found}"
+
+
+def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
+    """Search a group unless it can neither win nor give an alternative.
+
+    Returns what is to be visited later: the same group with host memory shared, where equal shares
+    may have kept out what is faster.
+    """
+    group = visit.group
+    if visit.limits.shares_host:
+        if visit.bound_s < search.upper_bound_s:
+            _share(search, visit)
+        return []
+    search.counts["groups"] += 1
+    if visit.bound_s >= max(search.upper_bound_s, search.horizon_s):
+        search.counts["groups_pruned"] += 1
+        return []
+    model = GroupModel(search.job, group, group.strategies, search.space)
+    if not model.space.unlike_stages:
+        _search_alike(search, visit)
+        return []
+    for layout in even_layouts(model, visit.limits) if len(group.sizes) == 1 else ():
+        search.offer(layout, visit)
+    if visit.bound_s >= search.upper_bound_s:
+        return []
+    search.counts["groups_solved"] += 1
+    problem = _join(search, visit)
+    if not problem.num_crowded_out:
+        return []
+    return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
+
+
+def _share(search: _Search, visit: _Visit) -> None:
+    """Offer the best layout of a group with host memory shared.
+
+    A first look lets every stage have all of its node, for which frontiers in time do.
+    """
+    search.counts["groups_shared"] = search.counts.get("groups_shared", 0) + 1
+    _, found = _joined(search, replace(visit, limits=replace(visit.limits, shares_host=False)))
+    if found is not None:
+        _join(search, visit)
+
+
+def _join(search: _Search, visit: _Visit) -> GroupProblem:
+    """Offer the best layout of a group."""
+    problem, found = _joined(search, visit)
+    if found is not None:
+        search.relaxed_s = min(search.relaxed_s, found[1].lower_bound_s)
+        search.offer(found[0], visit, found[1].solver)
+    return problem
+
+
+def _joined(
+    search: _Search, visit: _Visit
+) -> tuple[GroupProblem, tuple[Layout, InterStageSolution] | None]:
+    """The problem of a group, and what of it beats the best so far."""
+    group = visit.group
+    model = GroupModel(search.job, group, group.strategies, search.space)
+    bounds = Bounds(limits=visit.limits, step_s=search.upper_bound_s)
+    problem = problem_of(model, bounds, search.store)
+    search.count(problem)
+    return problem, joined(problem, bounds, "dp")
+
+
+def _search_alike(search: _Search, visit: _Visit) -> None:
+    """Every layout with stages alike."""
+    group = visit.group
+    search.counts["groups_solved"] += 1
+    rows = np.arange(len(group.strategies))
+    away = offloading(search.job, group, search.space, rows)
+    model = GroupModel(search.job, group, group.strategies.joined(away), search.space)
+    search.counts["stages_evaluated"] += len(model.strategies)
+    for layout in alike_layouts(model, visit.limits):
+        search.offer(layout, visit)
+
+
+def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tuned:
+    """Confirm the winner's group with the mixed-integer program; pruned groups cannot beat it.
+
+    A winner that this program found has its proof, in `relaxed_s`.
+    """
+    layout, proven_s, visit = best, best.step_s, search.best_visit
+    assert visit is not None
+    unlike = expressible(search.space, search.job.platform.runtime).unlike_stages
+    if unlike and search.best_solver == "dp":
+        slack = 1.0 + 1e-9  # the bound is the winner itself: rounding must not cut it off
+        model = GroupModel(search.job, visit.group, visit.group.strategies, search.space)
+        bounds = Bounds(limits=visit.limits, step_s=best.step_s * slack)
+        problem = problem_of(model, bounds, search.store)
+        search.count(problem)
+        found = joined(problem, bounds, method)
+        assert found is not None, "the winner vanished from its own group"
+        proven_s = found[1].lower_bound_s
+        if found[0].step_s <= best.step_s:
+            layout = found[0]
+    others = sorted(
+        (other for kind, other in search.by_kind.items() if kind != layout.kind),
+        key=lambda other: other.step_s,
+    )
+    return Tuned(
+        best=layout,
+        grid_step_s=layout.step_s,
+        lower_bound_s=min(proven_s, search.relaxed_s, left_s, layout.step_s),
+        shares_host=visit.limits.shares_host,
+        solver=search.best_solver,
+        others=tuple(others[: search.num_alternatives]),
+        statistics=search.counts,
+    )
+
+
+def _refined(search: _Search, tuned: Tuned) -> Tuned:
+    """The same with the finer offload ratios of the finalist that they make fastest."""
+    space, job = search.space, search.job
+    if not (space.refines and expressible(space, job.platform.runtime).unlike_stages):
+        return tuned
+    for layout, visit in search.finalists.values():
+        found = refined(job, visit.group, space, layout, visit.limits)
+        if found is not None and found.step_s < tuned.best.step_s:
+            tuned = replace(
+                tuned,
+                best=found,
+                shares_host=visit.limits.shares_host,
+                lower_bound_s=min(tuned.lower_bound_s, found.step_s),
+                others=tuple(other for other in tuned.others if other.kind != found.kind),
+            )
+    return tuned
+
+
+def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Layout]:
+    """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
+
+    With all layers at each memory level, and with as much recomputation as fits the limits. Of an
+    interleaved pipeline only the one with most chunks: it fills fastest and holds least.
+    """
+    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
+    space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
+    deepest: dict[tuple[object, ...], Group] = {}
+    for group in sorted(groups(job, space), key=lambda group: group.schedule.vpp):
+        if lower_bound_s(job, group) <= within_s:
+            key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
+            deepest[*key, *group.strategies.tp] = group
+    for group in deepest.values():
+        levels = levels_under(space, group.schedule.kind)
+        whole = [(replace(space, levels=(level,)), anything) for level in levels]
+        for allowed, within in [*whole, (space, limits)]:
+            model = GroupModel(job, group, group.strategies, allowed)
+            yield from (each for each in _uniform(model, within) if each.step_s <= within_s)
+
+
+def _uniform(model: GroupModel, limits: Limits, *, least: Measure = "stable_s") -> Iterator[Layout]:
+    """Layouts with one strategy for all stages, which a runtime may ask to be alike in all else."""
+    layouts = even_layouts if model.space.unlike_stages else alike_layouts
+    return layouts(model, limits, least=least)
+
+
+def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:
+    """The layout whose fullest device holds least, of those with room in host memory.
+
+    States are offloaded as far as they may be, or not at all. Raises InputError when the space is
+    empty.
+    """
+    space = with_least_memory(space)
+    within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
+    lean = replace(space, offload=lean_ratios(space))
+    layouts: list[Layout] = []
+    for group in groups(job, replace(space, unequal_meshes=False)):
+        rows = np.arange(len(group.strategies))
+        away = offloading(job, group, lean, rows)
+        model = GroupModel(job, group, group.strategies.joined(away), space)
+        layouts += _uniform(model, within, least="peak_bytes")
+    if not layouts:
+        raise InputError(_no_group_words(job, space))
+    return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))
+
+
+def _no_group_words(job: Job, space: SearchSpace) -> str:
+    """Why the space is empty: the rules that a restriction breaks, or the global batch."""
+    for tp in space.tp or ():
+        messages = [
+            rule.message.format(tp=tp)
+            for rule in job.rules
+            if rule.name.startswith("tp-") and not rule.mask({"tp": tp}).all()
+        ]
+        if messages:
+            return " ".join(messages)
+    if reasons := refusals(job, space):
+        return f"Nothing can run{_restricted_words(space)}: {' '.join(reasons)}"
+    if 1 not in space.chunks:
+        return (
+            f"Nothing can run{_restricted_words(space)}: chunks take schedule interleaved, 2 or "
+            "more stages, layers that are all alike, and a layer for each chunk of each stage."
+        )
+    batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
+    if batch % num_gpus:
+        advice = f"Try --global-batch {-(-batch // num_gpus) * num_gpus}."
+    else:
+        advice = "Restrict less, or let the restricted sizes divide it."
+    return (
+        f"--global-batch {batch}: no (dp, micro-batch, micro-batches) factorises it on {num_gpus} "
+        f"GPUs{_restricted_words(space)}. {advice}"
+    )
+
+
+def _restricted_words(space: SearchSpace) -> str:
+    return f" with {', '.join(space.restrictions)}" if space.restrictions else ""

@@ -1,0 +1,148 @@
+"""What to trace, without torch: a Python file, a configuration or a preset; and for what."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from mist.errors import InputError, ModelError, did_you_mean
+from mist.plans.workload import Attention, Precision
+from mist.trace.models.presets import PRESETS
+
+Policy = Literal["cuda", "cpu"]
+MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """For which kernels and precision a model is traced.
+
+    Policy "cuda": what a GPU would run; "cpu": what this machine runs. `autocast`: parameters stay
+    fp32 and operations run in `precision` as torch.autocast decides. `fused_norms`: RMS norms
+    written in several operations run as one kernel. `compiled`: each layer runs under
+    torch.compile. `capacity_ratio`: rows of an expert whose rows
+    are selected by value, over those of a balanced one. Raises InputError for settings that
+    contradict each other.
+    """
+
+    precision: Precision
+    attention: Attention
+    policy: Policy = "cuda"
+    autocast: bool = False
+    fused_norms: bool = False
+    compiled: bool = False
+    capacity_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.autocast and self.precision is Precision.FP32:
+            raise InputError(
+                "--autocast needs --precision bf16 or fp16: fp32 is what it casts from."
+            )
+        if not 0 < self.capacity_ratio < float("inf"):
+            raise InputError(f"--capacity {self.capacity_ratio} is not a positive number.")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The setting as text, for digests."""
+        return tuple(f"{item.name}={getattr(self, item.name)}" for item in fields(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PythonSource:
+    """A file that defines build_model(). `name` is the default name of its model."""
+
+    label: str
+    name: str
+    path: Path
+    text: str
+
+    @property
+    def content(self) -> str:
+        """What the trace depends on, apart from imported local modules."""
+        return f"{self.path.resolve()}\n{self.text}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSource:
+    """The fields of a Hugging Face configuration, with `model_type`."""
+
+    label: str
+    name: str
+    config: Mapping[str, Any]
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence of a language model, if the configuration says it."""
+        if "image_size" in self.config:  # sequences of patches are another number
+            return None
+        lengths = (self.config.get(name) for name in MAX_SEQ_LEN_NAMES)
+        return next((length for length in lengths if isinstance(length, int)), None)
+
+    @property
+    def content(self) -> str:
+        """What the trace depends on."""
+        return f"{self.name}\n{json.dumps(dict(self.config), sort_keys=True)}"
+
+
+Source = PythonSource | ConfigSource
+
+
+def resolve(source: str) -> Source:
+    """The Python file, config.json (or its folder), or preset that `source` names.
+
+    Raises ModelError when there is no such thing, or when it is no model description.
+    """
+    path = Path(source).expanduser()
+    if source in PRESETS and not path.exists():
+        return ConfigSource(label=f"preset {source}", name=source, config=PRESETS[source])
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise ModelError(
+            f"model {source!r} is neither a file, a folder with a config.json, nor a preset. "
+            f"{did_you_mean(source, PRESETS)}"
+        )
+    if path.suffix == ".json":
+        return _config(path)
+    if path.suffix == ".py":
+        name = path.stem.replace("_", "-")
+        return PythonSource(label=str(path), name=name, path=path, text=_read(path))
+    raise ModelError(
+        f"model {source!r} is a {path.suffix or 'nameless'} file. "
+        "Give a Python file with build_model(), a Hugging Face config.json, or a preset: "
+        f"{', '.join(sorted(PRESETS))}."
+    )
+
+
+def _folder(folder: Path) -> ConfigSource:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"folder {str(folder)!r} holds no config.json. "
+            "Give the folder of a Hugging Face model, or a Python file with build_model()."
+        )
+    return _config(path)
+
+
+def _config(path: Path) -> ConfigSource:
+    try:
+        config = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(
+            f"{path} has no model_type, so it is not a Hugging Face model configuration. "
+            'Add for example "model_type": "llama".'
+        )
+    whole = path.resolve()
+    own = whole.parent.name if whole.name == "config.json" else whole.stem
+    name = Path(str(config.get("_name_or_path") or own)).name.lower()
+    return ConfigSource(label=str(path), name=name, config=config)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.") from error

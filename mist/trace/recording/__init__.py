@@ -1,0 +1,1 @@
+"""Running a model on fake tensors and noting what happens."""

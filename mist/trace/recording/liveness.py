@@ -1,0 +1,231 @@
+"""Which storages are alive at each instant of a backward pass, and the worst instants.
+
+live(i) = bytes of the storages alive after operation i: those saved by the forward pass and not
+yet released, and those made since. Gradients of parameters (states, not activations) count or not.
+Under sequence parallelism a rank has 1/q of an activation that no matrix divides: it gathers the
+whole for the calls of an autograd node that reads divided tensors, too; what such a call makes is a
+whole that adds to those of other ranks, until a call other than an addition needs it and scatters.
+transient(i) = live(i) - all saved bytes. An instant is left out where another one has no less of
+any monomial in (b, s, t, q): the maximum of the others is the peak at every size.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import sympy
+import torch
+from numpy.typing import NDArray
+from sympy import Expr
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from mist.model.graph import GATHER_COPY, GATHERS, SCATTER_COPY, Q, T
+from mist.trace.expressions import Symbols
+
+
+class Form(Enum):
+    """What a rank has of an activation under sequence parallelism, or has beside it."""
+
+    SHARE = 1 / Q
+    WHOLE = sympy.Integer(1)
+    GATHERED = GATHERS
+    GATHER_COPY = GATHER_COPY
+    SCATTERED = GATHERS / Q
+    SCATTER_COPY = SCATTER_COPY
+
+
+class Counted(Enum):
+    """Which gradients of parameters count: none, those of the node that runs, all so far."""
+
+    NONE = 0
+    MADE_NOW = 1
+    SO_FAR = 2
+
+
+Held = tuple[int, Form]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A call of the backward pass: the storages (keys) that it reads, and the node it belongs to.
+
+    `divided`: it reads or makes a tensor that tensor parallelism divides, or needs all tokens.
+    `adds`: all it does is to add.
+    """
+
+    given: tuple[int, ...]
+    node: int | None
+    divided: bool
+    adds: bool
+
+
+class Live:
+    """The storages of one part of a model, by weak reference."""
+
+    def __init__(self, symbols: Symbols) -> None:
+        self._symbols = symbols
+        self._refs: list[StorageWeakRef] = []
+        self._bytes: list[Expr] = []
+        self._last: dict[int, int] = {}
+        self._num_saved = 0
+        self._moments: dict[tuple[Held, ...], int | None] = {}
+        self._gradients: frozenset[int] = frozenset()
+        self._whole: set[int] = set()
+        self._gathered: list[int] = []
+        self._node: int | None = None
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Start to watch the storage of a tensor, unless it is watched already."""
+        storage = tensor.untyped_storage()
+        known = self._last.get(storage._cdata)
+        if known is None or self._refs[known].expired():
+            self._last[storage._cdata] = len(self._refs)
+            self._refs.append(StorageWeakRef(storage))
+            self._bytes.append(self._symbols.expr(storage.nbytes()))
+
+    def forward_done(self, gathered: Iterable[int]) -> None:
+        """Everything watched so far is what the forward pass saved, some of it `gathered`."""
+        self._whole.update(self._last[key] for key in gathered if key in self._last)
+        self._num_saved = len(self._refs)
+
+    def called(self, step: Step, made: Iterable[torch.Tensor]) -> None:
+        """A call of the backward pass has run; `made`: those of its results to be watched."""
+        before, num_known = self._alive(), len(self._refs)
+        given = self._flowing(step.given, before)
+        for tensor in made:
+            self.hold(tensor)
+        new = range(num_known, len(self._refs))
+        if step.node != self._node:
+            self._node, self._gathered = step.node, []
+        if step.divided:
+            self._gather(given - self._whole, before)
+        elif new and not (step.adds and given <= self._whole):
+            self._scatter(given & self._whole, before)
+        if step.divided or given & self._whole:
+            self._whole.update(new)
+        self._note(self._alive())
+
+    def _flowing(self, keys: Iterable[int], alive: Sequence[int]) -> set[int]:
+        """Which of these the backward pass made, as activations that no matrix divides."""
+        found = {self._last.get(key, -1) for key in keys}.intersection(alive)
+        made = [index for index in found if index >= self._num_saved]
+        return {index for index in made if _is_replicated(self._bytes[index])}
+
+    def _gather(self, indices: Iterable[int], before: Sequence[int]) -> None:
+        """A call on divided tensors reads the whole of these, of which a rank has a share."""
+        for index in sorted(set(indices).difference(self._gathered)):
+            self._gathered.append(index)
+            self._note(before, (index, Form.GATHER_COPY))
+
+    def _scatter(self, indices: Iterable[int], before: Sequence[int]) -> None:
+        """These are summed over the ranks, and each keeps its share."""
+        for index in sorted(indices):
+            self._note(before, (index, Form.SCATTER_COPY), (index, Form.SCATTERED))
+            self._whole.discard(index)
+
+    def _alive(self) -> list[int]:
+        return [index for index, ref in enumerate(self._refs) if not ref.expired()]
+
+    def _note(self, alive: Sequence[int], *more: Held) -> None:
+        """Note a moment: which storages are alive, and what a rank has of each and beside them."""
+        gathered = [(index, Form.GATHERED) for index in self._gathered if index in alive]
+        self._moments.setdefault((*map(self._held, alive), *gathered, *more), self._node)
+
+    def _held(self, index: int) -> Held:
+        return index, Form.WHOLE if index in self._whole else Form.SHARE
+
+    def backward_done(self, gradients: Iterable[torch.Tensor]) -> None:
+        """These tensors, where they are watched, are gradients of parameters."""
+        found = (self._last.get(each.untyped_storage()._cdata) for each in gradients)
+        self._gradients = frozenset(index for index in found if index is not None)
+
+    @property
+    def history(
+        self,
+    ) -> tuple[tuple[Expr, ...], tuple[tuple[Held, ...], ...], int, tuple[int, ...]]:
+        """Bytes of the storages; which are alive at each moment; how many are saved; gradients."""
+        moments, gradients = tuple(self._moments), tuple(sorted(self._gradients))
+        return tuple(self._bytes), moments, self._num_saved, gradients
+
+    def resized(self, sizes: Iterable[Expr]) -> "Live":
+        """The same history of storages of other sizes."""
+        other = copy(self)
+        other._bytes = list(sizes)
+        return other
+
+    def transients(self, counted: Counted = Counted.NONE) -> tuple[Expr, ...]:
+        """Bytes beyond the saved ones at the worst instants, with these gradients of parameters."""
+        saved = [self._held(index) for index in range(self._num_saved)]
+        every = dict.fromkeys([*saved, *(held for moment in self._moments for held in moment)])
+        size_of = {held: self._on_a_rank(*held) for held in every}
+        sizes = sorted(set(size_of.values()), key=str)
+        rank_of = {held: sizes.index(size) for held, size in size_of.items()}
+        rows = {
+            _counts([rank_of[held] for held in moment if held[0] not in out],
+                    [rank_of[held] for held in saved], len(sizes))
+            for moment, out in zip(self._moments, self._left_out(counted), strict=True)
+        }  # fmt: skip
+        moments = np.array(sorted(rows)).reshape(len(rows), len(sizes))
+        return tuple(
+            sympy.expand(sum(int(n) * size for n, size in zip(row, sizes, strict=True)))
+            for row in moments[_undominated(moments @ _coefficients(sizes))]
+        )
+
+    def _left_out(self, counted: Counted) -> Iterator[frozenset[int]]:
+        """Of each moment the gradients of parameters that do not count."""
+        made_by: dict[int, int | None] = {}
+        for moment, node in self._moments.items():
+            for index in self._gradients.intersection(index for index, _ in moment):
+                made_by.setdefault(index, node)
+            yield {
+                Counted.NONE: self._gradients,
+                Counted.MADE_NOW: frozenset(i for i, maker in made_by.items() if maker != node),
+                Counted.SO_FAR: frozenset(),
+            }[counted]
+
+    def made(self) -> tuple[Expr, ...]:
+        """Bytes of what the backward pass made, at its worst instants, without gradients."""
+        moments = {
+            tuple(held for held in moment if held[0] >= self._num_saved): node
+            for moment, node in self._moments.items()
+        }
+        own = copy(self)
+        own._moments, own._num_saved = moments, 0
+        return own.transients()
+
+    def _on_a_rank(self, index: int, form: Form) -> Expr:
+        """Bytes of a storage under tensor and sequence parallelism."""
+        size = self._bytes[index]
+        return size * form.value if _is_replicated(size) else size
+
+
+def _is_replicated(size: Expr) -> bool:
+    """Whether this is of samples or tokens, and of no tensor that tensor parallelism divides."""
+    return bool(size.free_symbols) and T not in size.free_symbols
+
+
+def _counts(alive: Iterable[int], saved: Iterable[int], num_sizes: int) -> tuple[int, ...]:
+    """How many storages of each size are alive, less those that were saved."""
+    count = Counter(alive)
+    count.subtract(saved)
+    return tuple(count[i] for i in range(num_sizes))
+
+
+def _coefficients(sizes: Iterable[Expr]) -> NDArray[np.float64]:
+    """Of each size (row) the coefficient of each monomial (column); no monomial is negative."""
+    terms = [sympy.expand(size).as_coefficients_dict() for size in sizes]
+    monomials = list(dict.fromkeys(key for row in terms for key in row))
+    table = [[float(row[key]) for key in monomials] for row in terms]
+    return np.array(table).reshape(len(terms), len(monomials))
+
+
+def _undominated(rows: NDArray[np.float64]) -> list[int]:
+    """Which rows no other row equals or exceeds in every column; the first of equal ones."""
+    if not rows.size:
+        return []
+    _, first = np.unique(rows, axis=0, return_index=True)
+    least = (rows[first][:, None] <= rows[first]).all(axis=2).sum(axis=1)  # by itself, too
+    return sorted(int(index) for index in first[least == 1])

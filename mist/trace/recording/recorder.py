@@ -1,0 +1,456 @@
+"""Records what one part of a model does: its operations as a torch.fx.Graph with costs.
+
+A dispatch mode sees every aten call of the forward and the backward pass. Each becomes a node of
+the part's graph with shapes, dtype, FLOPs, bytes, phase and module in `node.meta`, and, when it
+does work on the device, one `Op` (one per matrix product). Autograd's sequence numbers tie a
+backward call, and a saved tensor, to the forward call and module that caused it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import sympy
+import torch
+from sympy import Expr, Integer
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mist.errors import TraceError
+from mist.model.graph import Layout, Op, OpKind, Phase, SavedTensor, T
+from mist.trace.dispatch_call import Call, bind, key_of, tensors_in
+from mist.trace.expressions import Size, Symbols
+from mist.trace.operations.flops import Work, work_of
+from mist.trace.operations.fusion import Kernel
+from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
+from mist.trace.recording.liveness import Live, Step
+from mist.trace.recording.split_backward import Awaited
+from mist.trace.tensor_parallel.tp_check import PRODUCTS, is_partial, mixing
+from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
+
+KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
+ACCUMULATE: Final = "torch::autograd::AccumulateGrad"
+
+
+@dataclass(slots=True)
+class Kept:
+    """A saved storage, before its origin and layout are known."""
+
+    bytes: Expr
+    shape: tuple[Expr, ...]
+    dtype: str
+    sequence: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a call belongs to: operation, module, and whether that module needs all tokens."""
+
+    op: str = ""
+    module: str = ""
+    whole: bool = False
+    compiled: bool = False
+    makers: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Part:
+    """What is recorded of one part: a layer, or what comes before or after the layers.
+
+    `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
+    compiled graph; then `makers` are the operations that made its storages. `entered`: modules
+    whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
+    that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
+    gradient, so that its memory is that of its forward pass. `mixed`: forward operations that
+    a shard cannot run, with the reason; `unsummed`: those that read a sum over the ranks before it
+    is added up. `input`: the storage of its input activation.
+    """
+
+    name: str
+    live: Live
+    shared: frozenset[int] = frozenset()
+    whole: bool = False
+    compiled: bool = False
+    makers: dict[int, str] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    num_recomputed_ops: int = 0
+    kept: dict[int, Kept] = field(default_factory=dict)
+    used: dict[int, None] = field(default_factory=dict)
+    gathered: set[int] = field(default_factory=set)
+    entered: dict[int, int] = field(default_factory=dict)
+    flows: set[int] = field(default_factory=set)
+    forward_only: bool = False
+    mixed: list[str] = field(default_factory=list)
+    unsummed: list[str] = field(default_factory=list)
+    awaited: Awaited = field(default_factory=Awaited)
+    input: int | None = None
+    last: Origin = Origin()
+    origins: dict[int, Origin] = field(default_factory=dict)
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    def saved(self) -> tuple[SavedTensor, ...]:
+        """The saved storages, with what saved them."""
+        return tuple(self._saved(kept) for kept in self.kept.values())
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether its input is among what it saved."""
+        return self.input in self.kept
+
+    def early(self) -> tuple[SavedTensor, ...]:
+        """Those that the last operation with a parameter, and the ones before it, saved."""
+        last = self.awaited.sequence
+        return tuple(self._saved(kept) for kept in self.kept.values() if kept.sequence <= last)
+
+    def _saved(self, kept: Kept) -> SavedTensor:
+        origin = self.origins.get(kept.sequence, Origin())
+        undivided = kept.key in self.gathered or not kept.bytes.free_symbols
+        whole = Layout.GATHERED if undivided else Layout.REPLICATED
+        return SavedTensor(
+            bytes=kept.bytes,
+            shape=kept.shape,
+            dtype=kept.dtype,
+            op=self.makers.get(kept.key, origin.op),
+            module=origin.module,
+            layout=Layout.SHARDED if T in kept.bytes.free_symbols else whole,
+        )
+
+
+class Recorder(TorchDispatchMode):
+    """Writes every call into the current part, if there is one."""
+
+    def __init__(
+        self,
+        symbols: Symbols,
+        states: Mapping[int, object],
+        *,
+        whole: frozenset[int],
+        colwise: frozenset[int],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.part: Part | None = None
+        self.phase: Phase = "forward"
+        self.parts: tuple[Part, ...] = ()
+        self.modules: list[str] = []
+        self.callers: list[nn.Module] = []
+        self._symbols = symbols
+        self._states = states
+        self._whole = whole
+        self._colwise = colwise
+        self._tensors_shared: dict[int, Kept] = {}
+        self._kernel: Kernel | None = None
+        self._sums = PartialSums()
+
+    def on_call(self, kernel: Kernel | None) -> None:
+        """The next call belongs to this kernel of a compiled graph (None: to none)."""
+        self._kernel = kernel
+
+    def new_part(
+        self,
+        name: str,
+        shared: frozenset[int] = frozenset(),
+        given: torch.Tensor | None = None,
+    ) -> Part:
+        """An empty part; saved tensors in the storages `shared` are not its own, `given` is."""
+        own = None if given is None else key_of(given)
+        return Part(name, Live(self._symbols), shared, input=own)
+
+    @contextmanager
+    def into(self, part: Part | None, phase: Phase = "forward") -> Iterator[None]:
+        """Within: calls are recorded into `part` (None: nowhere)."""
+        before = self.part, self.phase
+        self.part, self.phase = part, phase
+        try:
+            yield
+        finally:
+            self.part, self.phase = before
+
+    @contextmanager
+    def backward_of(self, parts: Iterable[Part]) -> Iterator[None]:
+        """Within: each backward call is recorded into the part whose forward call it answers."""
+        self.parts = tuple(parts)
+        with self.into(self.parts[0], "backward"):
+            yield
+        self.parts = ()
+
+    def _turn(self) -> None:
+        """Turn to the part of the autograd node that runs, if it is known."""
+        node: Node | None = torch._C._current_autograd_node()
+        number = None if node is None else node._sequence_nr()
+        self.part = next((part for part in self.parts if number in part.origins), self.part)
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.parts:
+            self._turn()
+        if self.part is not None and func.namespace != "prim" and not _accumulates():
+            self._record(self.part, Call(func, bind(func, args, kwargs), out))
+        return out
+
+    def _record(self, part: Part, call: Call) -> None:
+        if call.func.namespace not in KNOWN_NAMESPACES:
+            raise TraceError(
+                f"operation {call.func} is not one of torch's own, so Mist does not know its cost. "
+                "Use the same layer written with torch operations to plan."
+            )
+        name = str(call.func.overloadpacket)
+        origin = self._origin(part, name)
+        if self.phase == "backward":
+            self._leave(part, call, origin)
+        else:
+            self._read(part, call)
+            self._await(part, call, origin)
+            reasons = mixing(call, self._symbols.shape)
+            part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
+            self._gather(part, call)
+            self._follow(part, call, origin)
+            if part.forward_only:
+                self._leave(part, call, origin)
+        ops = self._ops(call, origin) if self._runs(call) else []
+        part.ops.extend(ops)
+        self._add_node(part, call, ops, origin.module)
+
+    def _origin(self, part: Part, name: str) -> Origin:
+        """The operation a call belongs to; in the forward pass remembered for the backward."""
+        if self.phase == "forward":
+            sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+            module = self.modules[-1] if self.modules else ""
+            part.last = Origin(name, module, self._needs_all_tokens())
+            part.origins.setdefault(sequence, part.last)
+            return part.last
+        node: Node | None = torch._C._current_autograd_node()
+        if node is not None and node._sequence_nr() in part.origins:
+            part.last = part.origins[node._sequence_nr()]
+        return replace(part.last, op=name)
+
+    def _needs_all_tokens(self) -> bool:
+        inside = self.part is not None and self.part.whole
+        return inside or any(id(module) in self._whole for module in self.callers)
+
+    def _read(self, part: Part, call: Call) -> None:
+        """Which parameters a forward call reads, and what it makes in a compiled graph."""
+        keys = (key_of(t) for t in tensors_in(tuple(call.arguments.values())))
+        part.used.update((key, None) for key in keys if key in self._states)
+        if part.compiled and moves_bytes(
+            call.func, call.out
+        ):  # a graph has one node for all its calls: the maker is known here only
+            name = str(call.func.overloadpacket)
+            part.makers.update((key_of(t), name) for t in tensors_in(call.out))
+
+    def _await(self, part: Part, call: Call, origin: Origin) -> None:
+        """Note a call that reads a parameter beside an activation."""
+        given = list(tensors_in(tuple(call.arguments.values())))
+        parameters = {key for key in map(key_of, given) if key in self._states}
+        result = part.awaited.read(given, parameters, list(tensors_in(call.out)))
+        if result is None:
+            return
+        size = self._symbols.expr(result.numel() * result.element_size())
+        whole = origin.whole or any(map(self._is_divided, given))
+        undivided = Layout.GATHERED if whole else Layout.REPLICATED
+        part.awaited.gradients.append(
+            SavedTensor(
+                bytes=size,
+                shape=self._symbols.shape(result),
+                dtype=dtype_of(result),
+                op=origin.op,
+                module=origin.module,
+                layout=Layout.SHARDED if T in size.free_symbols else undivided,
+            )
+        )
+
+    def _leave(self, part: Part, call: Call, origin: Origin) -> None:
+        """Which storages a call leaves alive, and what a rank has of them."""
+        hidden = self._kernel is not None and self._kernel.hidden
+        made = [] if hidden else [
+            tensor
+            for tensor in tensors_in(call.out)
+            if key_of(tensor) not in self._states and key_of(tensor) not in part.shared
+        ]  # fmt: skip
+        given = list(tensors_in(tuple(call.arguments.values())))
+        node: Node | None = torch._C._current_autograd_node()
+        step = Step(
+            given=tuple(map(key_of, given)),
+            node=None if node is None else node._sequence_nr(),
+            divided=origin.whole or any(map(self._is_divided, (*given, *tensors_in(call.out)))),
+            adds=call.func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_),
+        )
+        part.live.called(step, made)
+
+    def _is_divided(self, tensor: torch.Tensor) -> bool:
+        """Whether tensor parallelism divides a tensor."""
+        return T in self._symbols.expr(tensor.untyped_storage().nbytes()).free_symbols
+
+    def _follow(self, part: Part, call: Call, origin: Origin) -> None:
+        """What a call makes of sums over the ranks, in a module that is one region."""
+        if not any(id(module) in self._whole for module in self.callers):
+            return
+        if not self._sums.read(call):
+            part.unsummed.append(f"{origin.op} in {origin.module} {NOT_LINEAR}")
+        if is_partial(call, self._symbols.shape):
+            self._sums.begin(call)
+
+    def left(self, module: nn.Module, output: object) -> None:
+        """A module has run; `callers` are those around it."""
+        around = any(id(outer) in self._whole for outer in self.callers)
+        if id(module) not in self._whole or around or self.phase != "forward":
+            return
+        if not self._sums.end(output) and self.part is not None:
+            kind = type(module).__name__
+            self.part.unsummed.append(f"{kind} does not give the sum over the ranks first")
+
+    def _runs(self, call: Call) -> bool:
+        """Whether a call is a kernel on the device: no view, and not fused into another."""
+        fused = self._kernel is not None and not self._kernel.charged
+        return not fused and moves_bytes(call.func, call.out)
+
+    def _gather(self, part: Part, call: Call) -> None:
+        """The input of a column-parallel product is gathered; in a graph no hook tells."""
+        if call.func.overloadpacket in PRODUCTS:
+            (given, _), (matrix, _) = PRODUCTS[call.func.overloadpacket]
+            if id(self._states.get(key_of(call.tensor(matrix)))) in self._colwise:
+                part.gathered.add(key_of(call.tensor(given)))
+
+    def _ops(self, call: Call, origin: Origin) -> list[Op]:
+        works = work_of(call) or [Work(OpKind.MEMORY, (), 0)]
+        return [self._op(call, origin, work, len(works)) for work in works]
+
+    def _op(self, call: Call, origin: Origin, work: Work, parts: int) -> Op:
+        """One of the `parts` products of a call, with an equal part of its bytes."""
+        flop, dims = self._flop(work), [self._symbols.expr(size) for size in work.dims]
+        out = next(tensors_in(call.out))
+        if work.groups > 1:
+            dims[0] *= work.groups
+            dims[work.split] /= work.groups
+        kernel = self._kernel
+        sizes = (read_bytes(call), written_bytes(call))
+        if kernel is not None:
+            sizes = (kernel.read_bytes, kernel.written_bytes)
+        read, written = (self._symbols.expr(size) / parts for size in sizes)
+        sharded = any(T in size.free_symbols for size in (flop, read, written))
+        undivided = Layout.GATHERED if origin.whole else Layout.REPLICATED
+        return Op(
+            name=str(call.func.overloadpacket),
+            kind=work.kind,
+            phase=self.phase,
+            module=origin.module,
+            dims=tuple(dims),
+            causal=call.arguments.get("is_causal") is True,
+            traffic=traffic_class(call.func) if kernel is None else kernel.traffic,
+            layout=Layout.SHARDED if sharded else undivided,
+            flop=flop,
+            shape=self._symbols.shape(out),
+            dtype=dtype_of(out),
+            read_bytes=read,
+            written_bytes=written,
+        )
+
+    def _flop(self, work: Work) -> Expr:
+        flop = self._symbols.expr(work.flop)
+        return flop if work.log2_of == 2 else flop * sympy.log(self._symbols.expr(work.log2_of), 2)
+
+    def _add_node(self, part: Part, call: Call, ops: list[Op], module: str) -> None:
+        def node_of(value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                if value not in part.nodes:
+                    key = key_of(value)
+                    flows = value.requires_grad and key not in self._states
+                    part.nodes[value] = part.graph.placeholder("input")
+                    part.nodes[value].meta.update(key=key, flows=flows)
+                return part.nodes[value]
+            return str(value) if isinstance(value, torch.SymInt) else value
+
+        arguments = tree_map(node_of, tuple(call.arguments.values()))
+        node = part.graph.call_function(call.func, arguments)
+        outs = list(tensors_in(call.out))
+        for tensor in outs:
+            part.nodes[tensor] = node
+        node.meta.update(
+            shape=self._symbols.shape(outs[0]) if outs else (),
+            dtype=dtype_of(outs[0]) if outs else "",
+            flop=sum((op.flop for op in ops), Integer(0)),
+            bytes=sum((op.traffic_bytes for op in ops), Integer(0)),
+            phase=self.phase,
+            module=module,
+        )
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Hook on saving a tensor for backward: count its storage once."""
+        part, key = self.part, key_of(tensor)
+        if part is None or self.phase == "backward":
+            return tensor
+        part.num_recomputed_ops = len(part.ops)  # inputs are saved before a kernel runs
+        if key in self._states:
+            return tensor
+        if self._needs_all_tokens():
+            part.gathered.add(key)
+        kept = self._tensors_shared if key in part.shared else part.kept
+        if key not in kept:
+            kept[key] = self._kept(tensor, key)
+            if key not in part.shared:
+                part.live.hold(tensor)
+        return tensor
+
+    def _kept(self, tensor: torch.Tensor, key: int) -> Kept:
+        sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        size: Size = tensor.untyped_storage().nbytes()
+        shape = self._symbols.shape(tensor)
+        return Kept(self._symbols.expr(size), shape, dtype_of(tensor), sequence, key)
+
+    @property
+    def shared(self) -> dict[int, Kept]:
+        """Storages that layers saved but do not own: rotary tables, masks."""
+        return self._tensors_shared
+
+
+@contextmanager
+def recording(recorder: Recorder, names: Mapping[torch.nn.Module, str]) -> Iterator[None]:
+    """Within: the recorder sees calls, saved tensors and the module they come from."""
+
+    def enter(module: torch.nn.Module, args: object) -> None:
+        recorder.modules.append(names.get(module, ""))
+        recorder.callers.append(module)
+
+    def leave(module: torch.nn.Module, args: object, output: object) -> None:
+        recorder.modules.pop()
+        recorder.callers.pop()
+        recorder.left(module, output)
+
+    hooks = (
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        with saved_tensors_hooks(recorder.pack, lambda tensor: tensor), recorder:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def dtype_of(tensor: torch.Tensor) -> str:
+    """A dtype's plain name: "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _accumulates() -> bool:
+    """Whether autograd is adding a gradient into its parameter: the optimizer's side."""
+    node: Node | None = torch._C._current_autograd_node()
+    return node is not None and node.name() == ACCUMULATE

@@ -1,0 +1,493 @@
+"""One symbolic run of a model: forward with loss and backward, recorded part by part.
+
+The model runs once as it is, but each layer's forward is replaced: the first of its kind runs on
+detached inputs and goes backward at once, so its record is its own; a repeated one returns what the
+first returned. What the model does before its first layer is recorded as the embedding, what it
+does between two lists of layers (an encoder and a decoder) as a layer of its own, the rest as the
+head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Final
+
+import sympy
+import torch
+from sympy import Basic, Expr, Integer
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from mist.errors import TraceError
+from mist.model.graph import B, S, SavedTensor, T
+from mist.trace.diagnose import Passed
+from mist.trace.dispatch_call import key_of, tensors_in
+from mist.trace.expressions import Size, Symbols
+from mist.trace.models.fake_tensors import DTYPES, Fakes, faked
+from mist.trace.models.loader import LoadedModel
+from mist.trace.models.source import Setting
+from mist.trace.operations.autocast import forward_in, outside
+from mist.trace.operations.routing import Routing
+from mist.trace.recording.compiled import compiled
+from mist.trace.recording.graph_edges import Seed, activation, leaf, output
+from mist.trace.recording.layer_dependencies import Flow
+from mist.trace.recording.liveness import Counted
+from mist.trace.recording.recorder import Origin, Part, Recorder, recording
+from mist.trace.recording.shim import fused_norms, runs_as
+from mist.trace.repeated_blocks import Layers
+from mist.trace.tensor_parallel.tp_sharding import Sharding, Share
+
+# A symbol's hint decides branches on shapes. Three samples and a sequence with many divisors are
+# typical; a short limit is halved, so that the hint is no limit of the model.
+BATCH_HINT: Final = 3
+SEQ_HINT: Final = 384
+
+
+class NotALayerList(Passed):
+    """The layers of list `number` are not called once each."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """Sizes of a run; None is a symbol. `backward`: whether gradients are run, too."""
+
+    batch: int | None = None
+    seq: int | None = None
+    backward: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """The record of one part, with what is known only after it ran.
+
+    `opened`: what it made that a layer took, by identity. `flows`: its input has a gradient.
+    """
+
+    part: Part
+    opened: dict[int, torch.Tensor] = field(default_factory=dict)
+    boundary_bytes: Expr = sympy.S.Zero
+    carried_bytes: Expr = sympy.S.Zero
+    flows: bool = False
+    transients: tuple[Expr, ...] = ()
+    transients_with_grads: tuple[Expr, ...] = ()
+    transients_adding: tuple[Expr, ...] = ()
+    module: nn.Module | None = None
+    outputs: object = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one run recorded. `kinds[i]` is the number in `layers` of the i-th layer.
+
+    `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
+    what the one before gives or passes on. `shared`: what layers saved but do not own (rotary
+    tables, masks).
+    """
+
+    embed: Piece
+    head: Piece
+    layers: tuple[Piece, ...]
+    kinds: tuple[int, ...]
+    order: tuple[int, ...]
+    experts: frozenset[tuple[int, int]]
+    sequential: bool
+    shared: tuple[SavedTensor, ...]
+    domain: tuple[Basic, ...]
+    fixed: Mapping[Expr, Expr]
+    originals: Mapping[int, torch.Tensor]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The embedding, the distinct layers and the head."""
+        return self.embed, *self.layers, self.head
+
+
+@dataclass
+class Session:
+    """The state of one run."""
+
+    model: LoadedModel
+    layers: Layers | None
+    setting: Setting
+    sharding: Sharding | None
+    point: Point
+    symbols: Symbols = field(default_factory=Symbols)
+    pieces: list[Piece] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    known: dict[object, int] = field(default_factory=dict)
+    between: list[Piece] = field(default_factory=list)
+    seeds: list[torch.Tensor] = field(default_factory=list)
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        self.sizes = self._sizes()
+        self.units = {unit: self._unit(unit) for unit in self._unit_sizes()}
+        dtype = DTYPES[self.setting.precision]
+        self.low = dtype if self.setting.autocast else None
+        wide = torch.float32 if self.setting.autocast else dtype
+        self.fakes = Fakes(self.symbols, wide, self._local_shape)
+        self.whole = self.sharding.whole if self.sharding else frozenset[int]()
+        self.colwise = self.sharding.colwise if self.sharding else frozenset[int]()
+        columns = (m for m in self.model.module.modules() if id(m) in self.colwise)
+        self.recorder = Recorder(
+            self.symbols,
+            self.fakes.originals,
+            whole=self.whole,
+            colwise=frozenset(id(p) for m in columns for p in m.parameters(recurse=False)),
+        )
+        self.embed = Piece(self.recorder.new_part("embed"))
+        self.head = Piece(self.recorder.new_part("head"))
+        self.outer = self.embed if self.layers else self.head
+        self.flow = Flow(self.embed.opened)
+        hints = {B: BATCH_HINT, S: seq_hint(self.model)}
+        ratio = self.setting.capacity_ratio
+        self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
+
+    def run(self) -> Run:
+        """Record the model. Raises NotALayerList, or whatever the model raises."""
+        batch, seq = self.sizes
+        with self._prepared():
+            inputs = tree_map(self._input, self.model.batch(batch, seq))
+            self.embed.boundary_bytes = self._total_bytes(inputs)
+            self._forward_and_backward(inputs)
+        return Run(
+            embed=self.embed,
+            head=self.head,
+            layers=tuple(self.pieces),
+            kinds=tuple(self.kinds),
+            order=tuple(self.order),
+            experts=frozenset(self.routing.experts),
+            sequential=self.sequential,
+            shared=self._shared(),
+            domain=self.symbols.domain(),
+            fixed=self.symbols.fixed(),
+            originals=dict(self.fakes.originals),
+        )
+
+    def _shared(self) -> tuple[SavedTensor, ...]:
+        own = self.head.part.shared | self.embed.part.kept.keys()
+        kept = {key: each for key, each in self.recorder.shared.items() if key not in own}
+        return Part("shared", self.embed.part.live, kept=kept).saved()
+
+    def _sizes(self) -> tuple[Size, Size]:
+        batch = self.point.batch or self.symbols.create("b", hint=BATCH_HINT, meaning=B)
+        seq = self.point.seq or self.symbols.create("s", hint=seq_hint(self.model), meaning=S)
+        return batch, seq
+
+    def _input(self, value: object) -> object:
+        """Floating inputs take the compute precision, as under FSDP2's mixed precision."""
+        if self.setting.autocast or not isinstance(value, torch.Tensor):
+            return value
+        return value.to(DTYPES[self.setting.precision]) if value.is_floating_point() else value
+
+    def _forward_and_backward(self, inputs: object) -> None:
+        self.shared_keys = frozenset(key_of(t) for t in tensors_in(inputs))
+        self.embed.part.shared = self.head.part.shared = self.shared_keys
+        with self.recorder.into(self.outer.part), forward_in(self.low):
+            loss = self.model.run(inputs)
+        if not loss.requires_grad:
+            raise TraceError(
+                f"the loss of {self.model.name} has no gradient: it depends on no parameter with "
+                "requires_grad=True. Train a parameter that the loss depends on."
+            )
+        if missed := self._missed():
+            raise NotALayerList(missed[0])
+        ends = (self.head, *self.between, self.embed)
+        for piece in ends:
+            piece.part.live.forward_done(piece.part.gathered)
+            piece.opened.clear()
+        if self.point.backward:
+            starts = [loss, *self.seeds]
+            gradients = [None, *map(torch.empty_like, self.seeds)]
+            with self.recorder.backward_of(piece.part for piece in ends):
+                torch.autograd.backward(starts, gradients)
+            self._backward_done(ends)
+
+    def _missed(self) -> list[int]:
+        """Lists with a layer that was not called."""
+        lists = self.layers.lists if self.layers else ()
+        return [of for index, of in enumerate(lists) if index not in self.order]
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Within: the model is fake, sharded, recorded, and its layers are replaced."""
+        layers = self.layers.modules if self.layers else ()
+        inside = {id(m) for layer in layers for m in layer.modules()}
+        outside = [m for m in self.model.module.modules() if id(m) not in inside]
+        with ExitStack() as self.stack:
+            self.stack.enter_context(faked(outside, self.fakes))
+            self.stack.enter_context(self._local_attributes())
+            for index, layer in enumerate(layers):
+                self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
+            self.stack.enter_context(self.symbols.mode)
+            self.stack.enter_context(runs_as(self.setting))
+            if self.setting.fused_norms:
+                for norm, kernel in fused_norms(self.model.module.modules()):
+                    self.stack.enter_context(_replaced(norm, kernel))
+            self.stack.enter_context(self.routing)
+            self.stack.enter_context(self._colwise_hooks())
+            self.stack.enter_context(recording(self.recorder, self._names(layers)))
+            yield
+
+    def _on_layer(
+        self,
+        index: int,
+        forward: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
+        """In the place of a layer's forward."""
+        assert self.layers is not None
+        if index in self.order:
+            raise NotALayerList(self.layers.lists[index])
+        with self.recorder.into(None):
+            self._enter_layer((args, kwargs))
+            key = (self.layers.signatures[index], self._spec((args, kwargs), self._place_of(index)))
+            if key not in self.known:
+                self.known[key] = len(self.pieces)
+                self.pieces.append(self._trace(self.layers.modules[index], forward, args, kwargs))
+            kind = self.known[key]
+            self.order.append(index)
+            self.kinds.append(kind)
+            leaves = tree_map(leaf, self.pieces[kind].outputs)
+            outputs = tree_map(self._given, leaves)
+            self.flow.made(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
+            self._leave_layer(index)
+        self.recorder.part = self.outer.part
+        return outputs
+
+    def _place_of(self, index: int) -> int:
+        """The number that a layer has in its own list."""
+        assert self.layers is not None
+        return self.layers.lists[:index].count(self.layers.lists[index])
+
+    def _enter_layer(self, inputs: object) -> None:
+        """What runs outside the layers ends here, and what it made is an output of it."""
+        tensors = [t for t in tensors_in(inputs) if t.requires_grad]
+        fresh = {id(t): t for t in tensors if t.grad_fn is not None and not self._is_open(t)}
+        self.outer.opened.update(fresh)
+        if fresh and self.point.backward:
+            self.seeds.append(self._seed(self.outer, list(fresh.values())))
+        if self.outer in self.between and self.outer.part.ops:
+            self._place(self.outer)
+        self.sequential &= self.flow.enters(tensors)
+
+    def _is_open(self, tensor: torch.Tensor) -> bool:
+        pieces = (self.embed, self.head, *self.between)
+        return self.flow.knows(tensor) or any(id(tensor) in piece.opened for piece in pieces)
+
+    def _given(self, value: object) -> object:
+        """Autocast takes a leaf that needs a gradient for a weight, and keeps its cast."""
+        if self.low is not None and isinstance(value, torch.Tensor) and value.requires_grad:
+            return value.view_as(value)
+        return value
+
+    def _place(self, piece: Piece) -> None:
+        """What ran between two lists of layers is a layer between them."""
+        self.sequential &= self.flow.enters(piece.opened.values())
+        self.kinds.append(len(self.pieces))
+        self.pieces.append(piece)
+
+    def _leave_layer(self, index: int) -> None:
+        """What comes next is the head, or what lies between two lists."""
+        assert self.layers is not None
+        left = [of for i, of in enumerate(self.layers.lists) if i not in self.order]
+        self.outer = self.head
+        last = self.pieces[self.kinds[-1]]
+        if left and self.layers.lists[index] not in left:
+            self.outer = Piece(self.recorder.new_part("between", self.shared_keys))
+            self.between.append(self.outer)
+        if not left or self.outer is not self.head:
+            self.outer.boundary_bytes = self._total_bytes(last.outputs)
+            self.outer.flows = any(t.requires_grad for t in tensors_in(last.outputs))
+
+    def _trace(
+        self,
+        layer: nn.Module,
+        forward: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> Piece:
+        """Run one layer forward and backward, alone."""
+        self.stack.enter_context(faked(layer.modules(), self.fakes))
+        args, kwargs = tree_map(self._given, tree_map(leaf, (args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
+        piece = self._open(layer, tensors)
+        run = self._runner(piece.part, layer, forward, (args, kwargs))
+        with self.recorder.into(piece.part):
+            outputs = run()
+        if not piece.part.forward_only:
+            piece.part.live.forward_done(piece.part.gathered)
+        given = frozenset(key_of(t) for t in tensors)
+        piece.outputs = tree_map(partial(output, given), outputs)
+        starts = [t for t in tensors_in(outputs) if t.grad_fn is not None]
+        seed = self._seed(piece, starts) if starts and self.point.backward else None
+        del outputs, starts  # what comes after the layer frees its results before it goes backward
+        if seed is not None:
+            gradient = torch.empty_like(seed)
+            with self.recorder.into(piece.part, "backward"), outside(self.low):
+                seed.backward(gradient)
+        if self.point.backward:
+            self._backward_done([piece])
+        return piece
+
+    def _open(self, layer: nn.Module, tensors: Sequence[torch.Tensor]) -> Piece:
+        """The record of a layer that is about to run on these tensors."""
+        own = activation(tensors)
+        shared = frozenset(key_of(t) for t in tensors if t is not own)
+        piece = Piece(self.recorder.new_part(type(layer).__name__, shared, own), module=layer)
+        piece.boundary_bytes = self._total_bytes(own)
+        piece.flows = own is not None and own.requires_grad
+        carried = [t for t in tensors if t.requires_grad and t is not own]
+        piece.carried_bytes = self._total_bytes(carried)
+        trained = any(parameter.requires_grad for parameter in layer.parameters())
+        piece.part.forward_only = not (trained or any(t.requires_grad for t in tensors))
+        if piece.part.forward_only and own is not None:
+            piece.part.live.forward_done(())
+            piece.part.live.hold(own)
+        return piece
+
+    def _runner(
+        self,
+        part: Part,
+        layer: nn.Module,
+        forward: Callable[..., object],
+        inputs: tuple[tuple[object, ...], dict[str, object]],
+    ) -> Callable[[], object]:
+        """What runs a layer's forward: itself, or its compiled graph."""
+        args, kwargs = inputs
+        if not self.setting.compiled:
+            return partial(forward, *args, **kwargs)
+        part.compiled = True
+        part.whole = any(id(module) in self.whole for module in layer.modules())
+        sizes = torch.empty(()).expand(*self.sizes, *self.units.values())
+        return compiled(layer, forward, inputs, sizes=sizes, on_call=self.recorder.on_call)
+
+    def _seed(self, piece: Piece, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A scalar whose backward pass starts that of a part."""
+        seed: torch.Tensor = Seed.apply(*outputs)  # type: ignore[no-untyped-call]
+        assert seed.grad_fn is not None
+        piece.part.origins.setdefault(seed.grad_fn._sequence_nr(), Origin())
+        return seed
+
+    def _backward_done(self, pieces: Sequence[Piece]) -> None:
+        """The transient bytes of parts, and the end of the gradients of parameters."""
+        for piece in pieces:
+            live = piece.part.live
+            live.backward_done(p.grad for p in self.fakes.copies if p.grad is not None)
+            piece.transients = live.transients()
+            piece.transients_with_grads = live.transients(Counted.SO_FAR)
+            piece.transients_adding = live.transients(Counted.MADE_NOW)
+        for parameter in self.fakes.copies:
+            parameter.grad = None
+
+    def _spec(self, value: object, index: int) -> object:
+        """What of a layer's inputs decides its cost."""
+        leaves, tree = tree_flatten(value)
+        return str(tree), tuple(self._spec_leaf(leaf, index) for leaf in leaves)
+
+    def _spec_leaf(self, leaf: object, index: int) -> object:
+        if isinstance(leaf, torch.Tensor):
+            return self.symbols.shape(leaf), leaf.dtype, leaf.requires_grad
+        is_index = type(leaf) is int and leaf == index
+        plain = isinstance(leaf, bool | int | float | str) and not is_index
+        return leaf if plain else type(leaf).__name__
+
+    def _total_bytes(self, value: object) -> Expr:
+        sizes = {key_of(t): t.untyped_storage().nbytes() for t in tensors_in(value)}
+        return sum((self.symbols.expr(size) for size in sizes.values()), Integer(0))
+
+    def _names(self, layers: Sequence[nn.Module]) -> dict[nn.Module, str]:
+        names = {module: name for name, module in self.model.module.named_modules()}
+        for layer in layers:
+            names.update({module: name for name, module in layer.named_modules()})
+        return names
+
+    def _unit_sizes(self) -> set[int]:
+        shares = self.sharding.params.values() if self.sharding else ()
+        return {share.unit for share in shares}
+
+    def _unit(self, unit: int) -> torch.SymInt:
+        # A hint other than the unit itself: at t = 1 a shard would look equal to whole sizes.
+        return self.symbols.create(f"unit{unit}", hint=unit + 1, meaning=unit / T)
+
+    def _local(self, share: Share) -> Size:
+        return share.multiple * self.units[share.unit]
+
+    def _local_shape(self, tensor: torch.Tensor) -> tuple[Size, ...] | None:
+        share = self.sharding.params.get(id(tensor)) if self.sharding else None
+        if share is None:
+            return None
+        shape: list[Size] = list(tensor.shape)
+        shape[share.dim] = self._local(share)
+        return tuple(shape)
+
+    @contextmanager
+    def _local_attributes(self) -> Iterator[None]:
+        attributes = self.sharding.attributes if self.sharding else ()
+        before = [table[name] for table, name, _ in attributes]
+        for table, name, share in attributes:
+            table[name] = self._local(share)
+        try:
+            yield
+        finally:
+            for (table, name, _), value in zip(attributes, before, strict=True):
+                table[name] = value
+
+    @contextmanager
+    def _colwise_hooks(self) -> Iterator[None]:
+        """Within: inputs of column-parallel matrices are known as gathered, and what goes back."""
+
+        def gather(module: nn.Module, args: tuple[object, ...]) -> None:
+            if self.recorder.part is not None:
+                keys = [key_of(t) for t in tensors_in(args)]
+                self.recorder.part.gathered.update(keys)
+                self.recorder.part.entered[id(module)] = keys[0]
+                flow(module, args, args)
+
+        def flow(module: nn.Module, args: object, tensors: object) -> None:
+            """A gradient goes back through what a module is given, or gives."""
+            if self.recorder.part and any(t.requires_grad for t in tensors_in(tensors)):
+                self.recorder.part.flows.add(id(module))
+
+        ends = self.sharding.regions.keys() if self.sharding else ()
+        modules = list(self.model.module.modules())
+        hooks = [m.register_forward_pre_hook(gather) for m in modules if id(m) in self.colwise]
+        hooks += [m.register_forward_hook(flow) for m in modules if id(m) in ends]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def seq_hint(model: LoadedModel) -> int:
+    """The sequence length that decides branches."""
+    limit = model.max_seq_len
+    return SEQ_HINT if limit is None or limit > SEQ_HINT else max(limit // 2, 2)
+
+
+@contextmanager
+def _replaced(layer: nn.Module, on_call: Callable[..., object]) -> Iterator[None]:
+    """Within: `on_call(forward, args, kwargs)` stands in for the layer's forward."""
+    forward = layer.forward
+
+    @wraps(forward)
+    def stand_in(*args: object, **kwargs: object) -> object:
+        return on_call(forward, args, kwargs)
+
+    own = "forward" in vars(layer)
+    vars(layer)["forward"] = stand_in
+    try:
+        yield
+    finally:
+        if own:
+            vars(layer)["forward"] = forward
+        else:
+            del vars(layer)["forward"]

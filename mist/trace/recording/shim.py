@@ -1,0 +1,163 @@
+"""What the traced model runs on: a GPU's kernels imitated on fake CPU tensors, or this CPU.
+
+Fake CPU tensors follow the CPU's rules: attention, dropout and norms save other tensors than on a
+GPU. Policy "cuda" sends the three composite functions to the operations that a GPU build chooses,
+and gives norm statistics the dtype that CUDA kernels write. Policy "cpu" changes nothing.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Final, cast
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+from torch.library import Library
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mist.plans.workload import Attention
+from mist.trace.models.source import Policy, Setting
+from mist.trace.operations import attention
+from mist.trace.operations.autocast import in_fp32
+from mist.trace.operations.kernels import OPAQUE, SYMBOLIC, fused_rms_norm
+
+aten = torch.ops.aten
+OnCall = Callable[..., object]
+WRITTEN_NORMS: Final = ("RMSNorm", "T5LayerNorm")
+STATISTICS_IN_FP32: Final = frozenset({aten.native_layer_norm, aten.native_batch_norm})
+
+
+class Functions(TorchFunctionMode):
+    """Calls of some torch functions go to a replacement, however the model imported them."""
+
+    def __init__(self, replacements: Mapping[object, Callable[..., object]]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+class Kernels(TorchDispatchMode):
+    """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._policy = policy
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        stand_ins: Mapping[Any, Callable[..., Any]] = OPAQUE if _traced_ahead() else SYMBOLIC
+        kernel = stand_ins.get(func.overloadpacket, func)
+        out = kernel(*args, **(kwargs or {}))
+        if self._policy == "cuda" and func.overloadpacket in STATISTICS_IN_FP32:
+            first, *statistics = out
+            return first, *(each.float() for each in statistics)
+        return out
+
+
+def _traced_ahead() -> bool:
+    """Whether calls go into a graph (see `compiled`)."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) for key in (keys.FUNCTIONAL, keys.PROXY))
+
+
+def _first(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    return outputs[0]
+
+
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    return _first(torch.native_dropout(input, p, train)) if train and p > 0 else input
+
+
+def _rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    if _traced_ahead():  # Inductor makes its own kernel of the parts
+        parts = aten.rms_norm.default.decompose(input, normalized_shape, weight, eps)
+        return cast(torch.Tensor, parts)
+    return _first(fused_rms_norm(input, weight, len(normalized_shape)))
+
+
+# Under fake tensors transformers cannot look at position_ids and builds a [b, 1, s, s] mask for
+# packed sequences, which a real run does not have.
+MASKING: Final = "transformers.masking_utils"
+PACKED_CHECK: Final = "find_packed_sequence_indices"
+
+
+@contextmanager
+def runs_as(setting: Setting) -> Iterator[None]:
+    """Within: functions and kernels behave as on the setting's device."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(logging.getLogger("transformers"), "disabled", True))
+        if MASKING in sys.modules:
+            stack.enter_context(patch.object(sys.modules[MASKING], PACKED_CHECK, _not_packed))
+        stack.enter_context(Kernels(setting.policy))
+        if setting.autocast and setting.policy == "cuda":
+            stack.enter_context(Functions(in_fp32()))
+        stack.enter_context(_composed(_kernels_of(setting)))
+        yield
+
+
+@contextmanager
+def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
+    """Within: these composite operations of aten run by other kernels, whoever calls them."""
+    library = Library("aten", "IMPL")
+    for name, kernel in kernels.items():
+        library.impl(name, kernel, "AutogradCPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _kernels_of(setting: Setting) -> dict[str, Callable[..., object]]:
+    found: dict[str, Callable[..., object]] = {}
+    if setting.policy == "cuda":
+        found |= {
+            "dropout": _dropout,
+            "rms_norm": _rms_norm,
+            "scaled_dot_product_attention": attention.fused,
+        }
+    if setting.attention is Attention.MATH:
+        found |= {"scaled_dot_product_attention": attention.math}
+    return found
+
+
+def fused_norms(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, OnCall]]:
+    """The RMS norms that are written out in several operations, and a kernel to stand in."""
+    for module in modules:
+        name, weight = type(module).__name__, getattr(module, "weight", None)
+        written = name.endswith(WRITTEN_NORMS) and not isinstance(module, nn.RMSNorm)
+        if written and isinstance(weight, torch.Tensor) and weight.dim() == 1:
+            yield module, partial(_fused_norm, module)
+
+
+def _fused_norm(
+    norm: nn.Module, forward: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    (x,) = (*args, *kwargs.values())
+    return _first(fused_rms_norm(x, norm.weight, 1))
+
+
+def _not_packed(position_ids: torch.Tensor) -> None:
+    return None

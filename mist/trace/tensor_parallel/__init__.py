@@ -1,0 +1,1 @@
+"""How tensor parallelism divides a model."""

@@ -1,0 +1,42 @@
+"""What keeps `mist apply` from dividing matrices whose shares and costs the trace knows."""
+
+from torch import nn
+
+from mist.trace.tensor_parallel.tp_sharding import WIDTHS, Matrix, Sharding, matrix_of
+
+
+def undivided(model: nn.Module, sharding: Sharding) -> str | None:
+    """Why the regions of a model cannot be divided, as the end of a sentence; None if they can.
+
+    Only linear layers can, transformers' Conv1D, and parameters with a matrix for each expert.
+    """
+    modules = {id(module): (name, module) for name, module in model.named_modules()}
+    for key, colwise in sharding.regions.items():
+        row = matrix_of(modules[key][1])
+        if row is None and colwise == {key}:  # experts: one module with both
+            continue
+        for name, module in (modules[key], *sorted(modules[each] for each in colwise)):
+            kind, matrix = type(module), matrix_of(module)
+            if (
+                matrix is None
+                or row is None
+                or issubclass(kind, nn.Linear) is not (kind is nn.Linear)
+            ):
+                return f"{name} is a {kind.__name__}, which mist apply does not divide"
+            if module is not modules[key][1] and num_pieces(model, name, matrix, row) is None:
+                return f"{name} holds several matrices in one"
+    return None
+
+
+def num_pieces(model: nn.Module, name: str, matrix: Matrix, row: Matrix) -> int | None:
+    """How many matrices of equal width a column-parallel one holds side by side; None: not known.
+
+    Those of GPT-2's attention are cut apart by a width that the module names (`split_size`).
+    `row`: the row-parallel matrix behind it.
+    """
+    if matrix.num_out <= row.num_in:
+        return 1
+    owner = model.get_submodule(name.rpartition(".")[0])
+    widths = {getattr(owner, width, None) for width in WIDTHS}
+    fused = matrix.out_dim == 1 and row.num_in in widths and matrix.num_out % row.num_in == 0
+    return matrix.num_out // row.num_in if fused else None

@@ -1,0 +1,132 @@
+"""Regions of tensor parallelism from a model's own tp_plan.
+
+A rule names a module or parameter (wildcards allowed) and a style, as Hugging Face writes them.
+The matrices under one parent are one region. Experts (`moe_tp_experts`) are a region of their own,
+with one matrix per expert in one parameter; routing in front of them works on all tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Final
+
+from torch import nn
+
+from mist.trace.tensor_parallel.tp_sharding import (
+    HEAD_DIMS,
+    HEADS,
+    Matrix,
+    Region,
+    Sharding,
+    Unsupported,
+    first_int,
+    matrix_of,
+    sharding_of,
+)
+
+PACKED: Final = "packed_colwise"  # gates beside inputs: two halves
+SIDE_BY_SIDE: Final = 2
+COLWISE: Final = frozenset({"colwise", PACKED, "colwise_gather_output"})
+ROWWISE: Final = frozenset({"rowwise", "packed_rowwise"})
+EMBEDDING: Final = frozenset({"embedding_rowwise", "colwise", "rowwise", "colwise_gather_output"})
+EXPERTS: Final = "moe_tp_experts"
+GATHERING: Final = "rowwise_split_input"
+# Styles whose matrices stay whole on every rank.
+WHOLE: Final = frozenset({"replicate", "replicated_with_grad_allreduce", "sequence_parallel"})
+
+Plan = Mapping[str, str]
+
+
+def own_plan(model: nn.Module) -> Plan | None:
+    """The model's plan, if it divides activations: not where it gathers what every matrix makes.
+
+    Nor where it names nothing but the vocabulary.
+    """
+    plan: Plan = getattr(model, "tp_plan", None) or {}
+    if GATHERING in plan.values():
+        return None
+    inside = (
+        _style(plan, path)
+        for path, module in model.named_modules()
+        if not _is_vocabulary(model, path, module)
+    )
+    return plan if any(style is not None and style not in WHOLE for style in inside) else None
+
+
+def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
+    """What the plan divides. Raises Unsupported for a style that Mist does not know."""
+    regions: dict[str, Region] = {}
+    vocabulary: list[nn.Module] = []
+    whole: list[nn.Module] = []
+    for path, module in model.named_modules():
+        style = _style(plan, path)
+        parent = path.rpartition(".")[0]
+        if style is None or style in WHOLE:
+            continue
+        if _is_vocabulary(model, path, module):
+            vocabulary.append(_known(module, style, EMBEDDING, path))
+        elif style == EXPERTS:
+            regions[path] = _experts(plan, path, module)
+            whole.append(model.get_submodule(parent))
+        else:
+            region = regions.setdefault(parent, Region(owners=[model.get_submodule(parent)]))
+            _add(region, module, style, path)
+    for region in regions.values():
+        region.head_dim = _head_dim(region)
+    return sharding_of(model, list(regions.values()), vocabulary, frozenset(map(id, whole)))
+
+
+def _style(plan: Plan, path: str) -> str | None:
+    return next((style for rule, style in plan.items() if fnmatchcase(path, rule)), None)
+
+
+def _is_vocabulary(model: nn.Module, path: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Embedding):
+        return True
+    get_head = getattr(model, "get_output_embeddings", None)
+    return module is get_head() if get_head else "." not in path and isinstance(module, nn.Linear)
+
+
+def _known(module: nn.Module, style: str, styles: frozenset[str], path: str) -> nn.Module:
+    if style not in styles:
+        raise Unsupported(
+            f"tensor-parallel style {style!r} of {path} ({type(module).__name__}) is not known to "
+            "Mist; t = 1 only"
+        )
+    return module
+
+
+def _add(region: Region, module: nn.Module, style: str, path: str) -> None:
+    matrix = matrix_of(module)
+    known = (COLWISE | ROWWISE) - {"colwise_gather_output"} if matrix is not None else frozenset()
+    _known(module, style, known, path)
+    assert matrix is not None
+    (region.colwise if style in COLWISE else region.rowwise).append(matrix)
+
+
+def _experts(plan: Plan, path: str, module: nn.Module) -> Region:
+    """Parameters [experts, outputs, inputs], divided as their own rules say."""
+    region = Region(owners=[module], label="expert width")
+    for matrix, name in _stacked(module):
+        style = _style(plan, f"{path}.{name}")
+        if style in COLWISE:
+            pieces = SIDE_BY_SIDE if style == PACKED else 1
+            region.colwise.append(replace(matrix, pieces=pieces))
+        elif style in ROWWISE:
+            region.rowwise.append(matrix)
+    return region
+
+
+def _stacked(module: nn.Module) -> Iterator[tuple[Matrix, str]]:
+    for name, weight in module.named_parameters(recurse=False):
+        if weight.dim() == 3:
+            bias = getattr(module, f"{name}_bias", None)
+            yield Matrix(weight=weight, bias=bias, module=module, out_dim=1, in_dim=2), name
+
+
+def _head_dim(region: Region) -> int | None:
+    parent, width = region.owners[0], region.width
+    head_dim, heads = first_int(parent, HEAD_DIMS), first_int(parent, HEADS)
+    if head_dim is None and heads is not None and width % heads == 0:
+        return width // heads
+    return head_dim

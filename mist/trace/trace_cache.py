@@ -1,0 +1,84 @@
+"""Traces kept between runs, as JSON, so that planning again needs no torch.
+
+An entry is found by a digest of everything a trace depends on: the source, the versions of torch
+and transformers, the tracer's own source and the setting. It also names the local modules that the
+model file imported, with their digests, and holds only while they are unchanged. An entry that
+cannot be read is as good as none. `codec` turns graphs into the JSON of an entry and back.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import platformdirs
+
+from mist.errors import OutputError
+from mist.files import digest, write_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A cached trace that holds: its fields for `codec`, and the digest of all of it."""
+
+    fields: Mapping[str, object]
+    digest: str
+
+
+def cache_folder() -> Path:
+    """Where traces are kept."""
+    return Path(platformdirs.user_cache_dir("mist")) / "traces"
+
+
+def cache_key(content: str, setting: Sequence[str]) -> str:
+    """The digest of everything that a trace depends on, apart from local modules."""
+    here = Path(__file__).parent
+    ours = (*sorted(here.rglob("*.py")), *sorted((here.parent / "model").glob("*.py")))
+    tracer = digest(*(path.read_text(encoding="utf-8") for path in ours))
+    return digest(content, version("torch"), version("transformers"), tracer, *setting)
+
+
+def load(key: str) -> Entry | None:
+    """The entry of that key, or None when there is none that holds."""
+    try:
+        text = (cache_folder() / f"{key}.json").read_text(encoding="utf-8")
+        entry = json.loads(text)
+        for path, known in entry["modules"].items():
+            if file_digest(Path(path)) != known:
+                return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return Entry(fields=entry, digest=digest(text))
+
+
+def store(key: str, fields: Mapping[str, object], listing: str, modules: Sequence[Path]) -> None:
+    """Keep a graph's fields and the listing of its operations.
+
+    A folder that cannot be written is no fault: the next run traces again.
+    """
+    entry = {"modules": {str(path): file_digest(path) for path in modules}, **fields}
+    with suppress(OSError, OutputError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_text(cache_folder() / f"{key}.graph.txt", listing)
+        write_text(cache_folder() / f"{key}.json", json.dumps(entry, separators=(",", ":")))
+
+
+def forget(key: str) -> None:
+    """Drop the entry of that key, so that it is traced again."""
+    with suppress(OSError):
+        (cache_folder() / f"{key}.json").unlink(missing_ok=True)
+
+
+def load_listing(key: str) -> str | None:
+    """The listing of the operations of that key's entry, or None."""
+    try:
+        return (cache_folder() / f"{key}.graph.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's text."""
+    return digest(path.read_text(encoding="utf-8"))

@@ -1,0 +1,136 @@
+"""Whether a plan file can be judged as it stands: its model, its cluster, its knobs, the rules.
+
+What a plan says and the prediction would pass over is a fault, not a note: a plan that is called
+fitting must be one that can run.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from mist.errors import Fault
+from mist.model.summary import difference_words
+from mist.pareto.default_partition import dealt_layers
+from mist.plans.plan import Plan, Schedule, StagePlan
+from mist.plans.workload import MemoryLevel
+from mist.rules.combinations import broken, broken_between, broken_by_levels, broken_levels
+from mist.symbolic.estimate import Job
+
+
+def plan_against(plan: Plan, job: Job) -> tuple[Fault, ...]:
+    """Every fault of a plan for the model and platform that it names; the model's come alone."""
+    return tuple(_model_faults(plan, job)) or tuple(_other_faults(plan, job))
+
+
+def _model_faults(plan: Plan, job: Job) -> Iterator[Fault]:
+    graph, known = job.facts, plan.model
+    planned, found = (known.params, known.num_trainable), (graph.num_params, graph.num_trainable)
+    before, now = difference_words(planned, found)
+    if known.fingerprint != graph.fingerprint:
+        yield Fault(
+            path="model.fingerprint",
+            message=f"the plan is for another model: it was made for {known.name} with "
+            f"{known.params} parameters{before}, {known.source} is now {graph.name} with "
+            f"{graph.num_params}{now}",
+        )
+    elif planned != found:
+        yield Fault(
+            path="model.params",
+            message=f"{known.params}{before}, but {graph.name} has {graph.num_params}{now}",
+        )
+    if plan.num_layers != graph.num_layers:
+        yield Fault(
+            path="stages",
+            message=f"the stages cover {plan.num_layers} layers, "
+            f"{graph.name} has {graph.num_layers}",
+        )
+
+
+def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
+    platform = job.platform
+    if plan.cluster.gpus_per_node != platform.gpus_per_node:
+        yield Fault(
+            path="cluster.gpus_per_node",
+            message=f"{plan.cluster.gpus_per_node}, but {plan.cluster.num_gpus} GPUs of "
+            f"{platform.cluster.name} are {platform.gpus_per_node} per node",
+        )
+    if plan.workload.compile:
+        yield Fault(path="workload.compile", message="compiled models are not predicted")
+    for index, stage in enumerate(plan.stages):
+        path = f"stages[{index}]"
+        yield from _knob_faults(path, stage, job)
+        columns = {
+            "tp": stage.tp,
+            "dp": stage.dp,
+            "micro_batch": stage.micro_batch,
+            "zero": stage.zero,
+            "dp_replicate": stage.dp_replicate,
+            "num_stages": len(plan.stages),
+            "num_micro_batches": plan.num_micro_batches,
+            "schedule": plan.schedule.kind.value,
+            "chunks": plan.schedule.vpp,
+            **asdict(stage.offload),
+        }
+        yield from (Fault(path=path, message=message) for message in broken(job.rules, columns))
+    stages = [asdict(stage) for stage in plan.stages]
+    for message in broken_between(job.facts, plan.schedule.kind, stages):
+        yield Fault(path="stages", message=message)
+    yield from pipeline_faults(job, plan.stages, plan.schedule)
+
+
+def pipeline_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -> Iterator[Fault]:
+    """What the runtime cannot do of the memory levels, the split and the differences of stages."""
+    runtime = job.platform.runtime
+    for index, stage in enumerate(stages):
+        columns = {"activations": stage.offload.activations, "schedule": schedule.kind.value}
+        messages = [*broken_levels(runtime, stage.levels), *broken_by_levels(stage.levels, columns)]
+        for message in messages:
+            yield Fault(path=f"stages[{index}].memory", message=message)
+    if not runtime.knobs.unlike_stages:
+        yield from _unlike_faults(runtime.name, stages)
+    if not runtime.knobs.uneven_layers:
+        yield from _split_faults(job, stages, schedule)
+
+
+def _unlike_faults(name: str, stages: Sequence[StagePlan]) -> Iterator[Fault]:
+    """Stages that differ in more than the number of their layers."""
+    knobs = ("dp", "tp", "zero", "micro_batch", "dp_replicate", "offload")
+    unlike = [knob for knob in knobs if len({str(getattr(s, knob)) for s in stages}) > 1]
+    if unlike:
+        words = f"runtime {name} has stages alike, these differ in {', '.join(unlike)}"
+        yield Fault(path="stages", message=words)
+    deeper = [level for level in MemoryLevel if any(stage.num_at(level) for stage in stages)][1:]
+    for level in deeper:  # the same number in each, or all that a shorter stage has
+        most = max(stage.num_at(level) for stage in stages)
+        if any(stage.num_at(level) != min(most, stage.num_layers) for stage in stages):
+            counts = ", ".join(str(stage.num_at(level)) for stage in stages)
+            words = f"runtime {name} recomputes as many layers in each stage, found {counts}"
+            yield Fault(path="stages", message=f"{words} at {level}")
+
+
+def _split_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -> Iterator[Fault]:
+    """A split of the layers that is not the one which the runtime makes by itself."""
+    own = dealt_layers(job, len(stages) * schedule.vpp)
+    chunks = zip(*(stage.layers for stage in stages), strict=True)
+    counts = tuple(count for runs in chunks for _, count in runs)
+    if own is not None and counts != own:
+        words = f"runtime {job.platform.runtime.name} deals {job.num_layers} layers out as"
+        yield Fault(
+            path="stages",
+            message=f"{words} {','.join(map(str, own))} and takes no other split, found "
+            f"{','.join(map(str, counts))}",
+        )
+
+
+def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
+    """Knobs that plan files have and predictions do not: they must stay at rest."""
+    for name in ("cp", "ep"):
+        if getattr(stage, name) != 1:
+            yield Fault(path=f"{path}.{name}", message="only 1 is predicted")
+    runtime = job.platform.runtime
+    shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
+    if stage.sp != shards_sequence:
+        yield Fault(
+            path=f"{path}.sp",
+            message=f"runtime {runtime.name} with tp {stage.tp} is predicted with "
+            f"sp {str(shards_sequence).lower()} only",
+        )

@@ -1,0 +1,300 @@
+"""The question that every command asks, and the job that it becomes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from mist.errors import InputError
+from mist.model.summary import ModelFacts
+from mist.plans.host_memory import HostNeed
+from mist.plans.plan import (
+    ClusterRef,
+    Estimate,
+    Limits,
+    ModelRef,
+    Plan,
+    Provenance,
+    Schedule,
+    StagePlan,
+    fullest_host_bytes,
+)
+from mist.plans.workload import Attention, Optimizer, Precision, Workload
+from mist.platform import Platform, load_platform
+from mist.rules.combinations import out_of_domain
+from mist.symbolic.estimate import Job, loading, make_job
+from mist.symbolic.load_programs import Progress, compile_graph, model_programs, quiet
+from mist.symbolic.program import ModelPrograms
+from mist.trace import ConfigSource, Setting, resolve, trace_model
+from mist.units import GB, parse_bytes, whole_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mist.model.graph import ModelGraph
+
+DEFAULT_SEQ_LEN = 8192
+DEFAULT_GLOBAL_BATCH = 256
+OBJECT = "object:"  # begins the source of a model that was given as a module, not as a file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the user asks about; None stands for the default of the model or device.
+
+    `host_memory_bytes`: of one node; None for what the cluster's profile says.
+    """
+
+    model: "str | nn.Module"
+    num_gpus: int
+    gpu: str | None = None
+    cluster: str | None = None
+    runtime: str = "torch"
+    seq_len: int | None = None
+    global_batch: int = DEFAULT_GLOBAL_BATCH
+    precision: Precision = Precision.BF16
+    attention: Attention = Attention.FLASH
+    margin_ratio: float | None = None
+    host_memory_bytes: int | None = None
+    make_batch: Callable[..., object] | None = None
+    loss: Callable[..., object] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, str) and (self.make_batch or self.loss):
+            raise InputError(
+                f"make_batch and loss of {self.model} belong in its file; give them with a module."
+            )
+        if self.cluster == "":
+            raise InputError("--cluster '' is no name. Leave it out for the device's own cluster.")
+        if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
+            raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
+
+
+def host_memory_of(asked: str | float | None) -> int | None:
+    """Bytes of host memory that a user gives, with a unit ("31GB") or as a number of bytes.
+
+    Raises InputError for what is no size of memory.
+    """
+    if asked is None:
+        return None
+    try:
+        return parse_bytes(asked) if isinstance(asked, str) else whole_bytes(asked)
+    except ValueError as error:
+        raise InputError(f"--host-memory {asked}: {error}") from None
+
+
+def prepare(question: Question, progress: Progress = quiet) -> Job:
+    """Trace the model, load the platform and compile the stage cost.
+
+    Raises InputError for anything in the question that cannot be used.
+    """
+    return job_of(question, compiled(question, progress))
+
+
+def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
+    """The costs of the model under the runtime, for any number of GPUs, sequence and batch.
+
+    From the cache, where they need neither torch nor sympy; else from the trace. Raises InputError.
+    """
+    platform = platform_of(question)  # refused before the model is traced
+    if question.seq_len is not None and isinstance(question.model, str):
+        source = resolve(question.model)
+        if isinstance(source, ConfigSource):  # of another model the trace says it
+            _refuse_longer(source.name, question.seq_len, source.max_seq_len)
+    setting = setting_of(question, platform)
+    runtime = platform.runtime
+    if not isinstance(question.model, str):
+        return compile_graph(_trace_module(question, setting), setting, runtime)
+    return model_programs(question.model, setting, runtime, platform.runtime_hash, progress)
+
+
+def setting_of(question: Question, platform: Platform) -> Setting:
+    """For which kernels the model of a question is traced."""
+    return Setting(
+        precision=question.precision,
+        attention=question.attention,
+        policy=platform.device.kernels,
+        fused_norms=platform.runtime.kernels.fused_norms,
+    )
+
+
+def _trace_module(question: Question, setting: Setting) -> "ModelGraph":
+    assert not isinstance(question.model, str)
+    return trace_model(question.model, setting, make_batch=question.make_batch, loss=question.loss)
+
+
+def job_of(question: Question, programs: ModelPrograms) -> Job:
+    """The compiled costs on the GPUs of the question. Raises InputError."""
+    workload = Workload(
+        seq_len=_sequence(programs.facts, question.seq_len),
+        global_batch=question.global_batch,
+        precision=question.precision,
+        optimizer=Optimizer.ADAMW,
+        attention=question.attention,
+        compile=False,
+    )
+    job = make_job(programs, platform_of(question), workload)
+    if broken := out_of_domain(job.cost.domain, workload.seq_len):
+        raise InputError(
+            f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(broken)} only."
+        )
+    return job
+
+
+def platform_of(question: Question) -> Platform:
+    """The platform that a question names.
+
+    Raises PlatformError, and InputError for a precision or a number of GPUs that its runtime does
+    not train with.
+    """
+    platform = load_platform(
+        num_gpus=question.num_gpus,
+        gpu=question.gpu,
+        cluster=question.cluster,
+        runtime=question.runtime,
+        host_memory_bytes=question.host_memory_bytes,
+    )
+    knobs, name = platform.runtime.knobs, platform.runtime.name
+    if question.precision not in knobs.precisions:
+        raise InputError(
+            f"--precision {question.precision}: runtime {name} trains in "
+            f"{' and '.join(knobs.precisions)} (it scales no losses, which fp16 needs). "
+            f"Try --precision {knobs.precisions[0]}."
+        )
+    if question.num_gpus > 1 and not (
+        knobs.data_parallel or knobs.tensor_parallel or knobs.schedules
+    ):
+        raise InputError(
+            f"--gpus {question.num_gpus}: runtime {name} trains on one GPU. "
+            "Use --gpus 1, or another runtime (mist profiles lists them)."
+        )
+    return platform
+
+
+def _sequence(graph: ModelFacts, asked: int | None) -> int:
+    longest = graph.max_seq_len
+    if asked is None:
+        return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+    _refuse_longer(graph.name, asked, longest)
+    return asked
+
+
+def _refuse_longer(name: str, asked: int, longest: int | None) -> None:
+    """Raise InputError for a sequence for which a model has no positions."""
+    if longest is not None and asked > longest:
+        raise InputError(
+            f"--seq {asked}: {name} has positions for {longest} tokens. Use --seq {longest} or "
+            "less, or a model with more: max_position_embeddings of a config.json can be raised."
+        )
+
+
+def margin_of(platform: Platform, question: Question) -> float:
+    """Share of the device memory that stays free."""
+    return platform.margin_ratio if question.margin_ratio is None else question.margin_ratio
+
+
+def limits_of(job: Job, question: Question) -> Limits:
+    """Bytes that a device may hold, and a rank in the memory of its node, under the margin."""
+    margin = margin_of(job.platform, question)
+    return Limits(
+        device_bytes=job.platform.planned_bytes(margin),
+        host_bytes=job.platform.planned_host_bytes(margin),
+    )
+
+
+def notes_of(job: Job) -> Iterator[str]:
+    """What the trace says of the model; what the hardware lacks; machines of one GPU each."""
+    yield from job.facts.notes
+    platform, workload = job.platform, job.workload
+    for word in (workload.precision, workload.attention):
+        if lack := platform.device.lacks.get(word):
+            name = platform.device.name
+            yield f"{name} has no {word} in hardware: {lack.instead} ({lack.source})"
+    if platform.num_nodes == platform.num_gpus > 1:
+        nic = platform.cluster.network.nic_bytes_per_s
+        yield (
+            f"{platform.num_gpus} GPUs of {platform.cluster.name} are as many machines of one GPU, "
+            f"{nic.value / GB:.3g} GB/s apart ({nic.kind}: {nic.source}). For GPUs in one machine "
+            "name another --cluster"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A layout as plans write it."""
+
+    stages: Sequence[StagePlan]
+    num_micro_batches: int
+    schedule: Schedule
+
+
+def host_need(job: Job, made: Made, judged: Estimate, limits: Limits) -> HostNeed:
+    """What a layout needs of the memory of its fullest node, under the limits."""
+    per_node, memory = job.platform.gpus_per_node, job.platform.host_memory
+    held = [stage.host_bytes for stage in judged.stages]
+    begun = loading(job, made.stages, made.num_micro_batches, made.schedule)
+    drawn_bytes = loading_bytes = None
+    if begun is not None:
+        ranks_bytes = begun.held_bytes.tolist()
+        loading_bytes = round(fullest_host_bytes(made.stages, ranks_bytes, per_node))
+        drawn_bytes = round(begun.drawn_bytes.max())
+    return HostNeed(
+        held_bytes=round(fullest_host_bytes(made.stages, held, per_node)),
+        loading_bytes=loading_bytes,
+        drawn_bytes=drawn_bytes,
+        memory_bytes=round(memory.value),
+        limit_bytes=round(limits.host_bytes * per_node),
+        kind=memory.kind,
+        source=memory.source,
+    )
+
+
+def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) -> Plan:
+    """A plan of given stages that nobody searched."""
+    graph, platform = job.facts, job.platform
+    source = question.model if isinstance(question.model, str) else f"{OBJECT}{graph.name}"
+    return Plan(
+        model=ModelRef(
+            source=source,
+            name=graph.name,
+            params=graph.num_params,
+            trainable=graph.trainable,
+            fingerprint=graph.fingerprint,
+        ),
+        workload=job.workload,
+        cluster=ClusterRef(
+            name=platform.cluster.name,
+            device=platform.device.name,
+            num_gpus=platform.num_gpus,
+            gpus_per_node=platform.gpus_per_node,
+            host_memory_bytes=question.host_memory_bytes,
+        ),
+        runtime=platform.runtime.name,
+        schedule=made.schedule,
+        num_micro_batches=made.num_micro_batches,
+        stages=tuple(made.stages),
+        estimate=judged,
+        alternatives=(),
+        excluded=(),
+        provenance=provenance_of(
+            job,
+            solver="none: written by hand",
+            gap=0.0,
+            lower_bound_s=0.0,
+            search={"margin": margin_of(platform, question)},
+        ),
+    )
+
+
+def provenance_of(
+    job: Job, *, solver: str, gap: float, lower_bound_s: float, search: dict[str, str | int | float]
+) -> Provenance:
+    """Versions and profiles behind a plan, and how it was found."""
+    return Provenance(
+        mist=version("mist-planner"),
+        profiles=job.platform.profile_hashes(),
+        solver=solver,
+        gap=gap,
+        lower_bound_s=lower_bound_s,
+        search=search,
+    )
