@@ -23,8 +23,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.calibrate.logs import RunLog, read_log
-from mist.calibrate.run_comparison import Beside, Compared, compared
+from mist.calibrate.logs import LoggedRun, read_log
+from mist.calibrate.run_comparison import Beside, RunComparison, compared
 from mist.exec import RunOptions
 from mist.exec.profiling import Busy, Request
 from mist.plans.file import load_plan, save_plan
@@ -101,7 +101,7 @@ class Ran:
     """One layout: what was predicted and measured, and how busy other programs were meanwhile."""
 
     name: str
-    found: Compared
+    found: RunComparison
     others_ratio: float
 
     @property
@@ -138,7 +138,7 @@ def plan_file(name: str, folder: Path, model: str, num_ranks: int) -> Path:
     return path
 
 
-def train(path: Path, number: int, steps: int) -> tuple[RunLog, float]:
+def train(path: Path, number: int, steps: int) -> tuple[LoggedRun, float]:
     """Train once; the log, and the share of the processors that other programs had."""
     wait_for_quiet()
     log, before = path.with_suffix(f".{number}.json"), Busy.now()
@@ -147,7 +147,7 @@ def train(path: Path, number: int, steps: int) -> tuple[RunLog, float]:
     return read_log(log), Busy.now().since(before).others_ratio
 
 
-def pooled(name: str, path: Path, runs: Sequence[tuple[RunLog, float]]) -> Ran:
+def pooled(name: str, path: Path, runs: Sequence[tuple[LoggedRun, float]]) -> Ran:
     """The steps of all undisturbed rounds together; of the quietest one, if none was."""
     quiet = [run for run in runs if run[1] <= QUIET_RATIO] or [min(runs, key=lambda run: run[1])]
     seconds = tuple(s for log, _ in quiet for s in log.seconds)
@@ -220,7 +220,7 @@ def main() -> None:
           "| others |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     names = asked.layouts or OF_RANKS[asked.ranks]
     paths = {name: plan_file(name, asked.folder, asked.model, asked.ranks) for name in names}
-    logs: dict[str, list[tuple[RunLog, float]]] = {name: [] for name in paths}
+    logs: dict[str, list[tuple[LoggedRun, float]]] = {name: [] for name in paths}
     for number in range(asked.rounds):
         for name, path in paths.items():
             logs[name].append(train(path, number, asked.steps))

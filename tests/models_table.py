@@ -6,11 +6,11 @@ import sympy
 
 from mist.model.graph import Block
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, load_graph
+from mist.trace import TraceSetting, load_graph
 from mist.trace.models.presets import PRESETS
 
 EXAMPLES = ("my_transformer", "fno", "gnn", "unet")
-BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 
 
 def row(source: str) -> str:

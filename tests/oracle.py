@@ -11,7 +11,7 @@ from typing import Any
 
 from sympy import Expr
 
-from mist.model.graph import B, Block, Layout, ModelGraph, OpKind, S, SavedTensor, T
+from mist.model.graph import B, Block, ModelGraph, OpKind, S, SavedTensor, T, TensorLayout
 from mist.model.summary import Traffic
 from mist.plans.workload import Precision, Workload
 from mist.platform import OpCosts, Platform
@@ -92,7 +92,7 @@ def op_seconds(rank: Rank, block: Block, phase: str) -> float:
             )
             total += float(law(*(rank.number(dim) for dim in op.dims), int(op.causal)))
         else:
-            share = rank.tp if op.layout == Layout.REPLICATED else 1
+            share = rank.tp if op.layout == TensorLayout.REPLICATED else 1
             size = rank.number(op.traffic_bytes) / share
             total += float(rank.laws.memory_s(size, 1, op.traffic))
     return total
@@ -108,7 +108,7 @@ def kept_bytes(rank: Rank, block: Block) -> float:
 
 def rank_bytes(rank: Rank, saved: tuple[SavedTensor, ...]) -> float:
     return sum(
-        rank.number(tensor.bytes) / (rank.tp if tensor.layout == Layout.REPLICATED else 1)
+        rank.number(tensor.bytes) / (rank.tp if tensor.layout == TensorLayout.REPLICATED else 1)
         for tensor in saved
     )
 
@@ -374,7 +374,9 @@ def _on_all_tokens(head: Block) -> Block:
 
     def whole(rows: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
-            replace(row, layout=Layout.GATHERED) if row.layout == Layout.REPLICATED else row
+            replace(row, layout=TensorLayout.GATHERED)
+            if row.layout == TensorLayout.REPLICATED
+            else row
             for row in rows
         )
 

@@ -10,7 +10,6 @@ from mist.model.graph import (
     SCATTER_COPY,
     B,
     Block,
-    Layout,
     ModelGraph,
     Op,
     OpKind,
@@ -20,6 +19,7 @@ from mist.model.graph import (
     S,
     SavedTensor,
     T,
+    TensorLayout,
 )
 from mist.model.summary import LayerRun, TpLimit, Traffic
 from mist.plans.workload import Attention, Optimizer, Precision, Workload
@@ -42,7 +42,7 @@ def gemm(phase: Phase, rows: sympy.Expr, columns: sympy.Expr, inner: sympy.Expr)
         dims=(sympy.Integer(1), rows, columns, inner),
         causal=False,
         traffic=Traffic.POINTWISE,
-        layout=Layout.SHARDED,
+        layout=TensorLayout.SHARDED,
         flop=2 * rows * columns * inner,
         shape=(rows, columns),
         dtype="bfloat16",
@@ -61,7 +61,7 @@ def pointwise(phase: Phase, traffic_bytes: sympy.Expr) -> Op:
         dims=(),
         causal=False,
         traffic=Traffic.POINTWISE,
-        layout=Layout.REPLICATED,
+        layout=TensorLayout.REPLICATED,
         flop=sympy.Integer(0),
         shape=(),
         dtype="bfloat16",
@@ -70,7 +70,7 @@ def pointwise(phase: Phase, traffic_bytes: sympy.Expr) -> Op:
     )
 
 
-def kept(layout: Layout, num_bytes: sympy.Expr) -> SavedTensor:
+def kept(layout: TensorLayout, num_bytes: sympy.Expr) -> SavedTensor:
     """A saved tensor of the toy."""
     return SavedTensor(
         bytes=num_bytes, shape=(), dtype="bfloat16", op="linear", module="mlp", layout=layout
@@ -87,9 +87,9 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
     """Two matrices, hidden -> wide -> hidden, column-parallel and row-parallel."""
     tokens, width = B * S, sympy.Integer(wide) / T
     saved = (
-        kept(Layout.REPLICATED, ELEMENT_BYTES * tokens * hidden),
-        kept(Layout.GATHERED, ELEMENT_BYTES * tokens * hidden),
-        kept(Layout.SHARDED, ELEMENT_BYTES * tokens * width),
+        kept(TensorLayout.REPLICATED, ELEMENT_BYTES * tokens * hidden),
+        kept(TensorLayout.GATHERED, ELEMENT_BYTES * tokens * hidden),
+        kept(TensorLayout.SHARDED, ELEMENT_BYTES * tokens * width),
     )
     amid = tokens * (3 / Q + GATHERS / Q + GATHER_COPY + SCATTER_COPY)
     return Block(
@@ -113,9 +113,9 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         saved_single=saved,
         early=saved,
         awaited=(
-            kept(Layout.REPLICATED, ELEMENT_BYTES * tokens * hidden),
-            kept(Layout.SHARDED, ELEMENT_BYTES * tokens * width),
-            kept(Layout.GATHERED, ELEMENT_BYTES * tokens * hidden),
+            kept(TensorLayout.REPLICATED, ELEMENT_BYTES * tokens * hidden),
+            kept(TensorLayout.SHARDED, ELEMENT_BYTES * tokens * width),
+            kept(TensorLayout.GATHERED, ELEMENT_BYTES * tokens * hidden),
         ),
         keeps_input=False,
         made_bytes=(ELEMENT_BYTES * tokens * (2 * width + hidden / Q),),
@@ -152,10 +152,10 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
             gemm("forward", tokens, width, sympy.Integer(hidden)),
             gemm("backward", tokens, sympy.Integer(hidden), width),
         ),
-        saved=(kept(Layout.SHARDED, 4 * tokens * width),),
-        saved_single=(kept(Layout.SHARDED, 4 * tokens * width),),
-        early=(kept(Layout.GATHERED, ELEMENT_BYTES * tokens * hidden),),
-        awaited=(kept(Layout.SHARDED, ELEMENT_BYTES * tokens * width),),
+        saved=(kept(TensorLayout.SHARDED, 4 * tokens * width),),
+        saved_single=(kept(TensorLayout.SHARDED, 4 * tokens * width),),
+        early=(kept(TensorLayout.GATHERED, ELEMENT_BYTES * tokens * hidden),),
+        awaited=(kept(TensorLayout.SHARDED, ELEMENT_BYTES * tokens * width),),
         keeps_input=True,
         made_bytes=(8 * tokens * width,),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
@@ -198,8 +198,8 @@ def toy_graph(
         blocks=blocks,
         layers=layers,
         embed=embed,
-        shared=(kept(Layout.GATHERED, ELEMENT_BYTES * S * hidden),),
-        shared_single=(kept(Layout.GATHERED, ELEMENT_BYTES * S * hidden),),
+        shared=(kept(TensorLayout.GATHERED, ELEMENT_BYTES * S * hidden),),
+        shared_single=(kept(TensorLayout.GATHERED, ELEMENT_BYTES * S * hidden),),
         head=head,
         tied=tied,
         max_seq_len=None,

@@ -21,7 +21,7 @@ from mist.symbolic.compile import compile_model
 from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
 from mist.trace import load_graph
-from mist.validate.cases import Group, Key, grouped
+from mist.validate.cases import Key, RunGroup, grouped
 from mist.validate.measured_runs import Run, read_runs
 from mist.validate.predict import predict
 from mist.validate.predictions import GIB
@@ -105,7 +105,7 @@ class Judge:
         """log(predicted / measured) of every run."""
         return np.concatenate([self._of(group, values) for group in self.groups])
 
-    def _of(self, group: Group, values: Mapping[str, float]) -> NDArray[np.float64]:
+    def _of(self, group: RunGroup, values: Mapping[str, float]) -> NDArray[np.float64]:
         machine = group.machine
         held = (machine.device, machine.cluster, machine.runtime)
         profiles = calibration(self.fit, values).applied(held)
@@ -121,7 +121,7 @@ class Judge:
         real = [member.run.step_time_s for member in group.members]
         return np.log([each.step_s / r for each, r in zip(made, real, strict=True) if r])
 
-    def _compiled(self, group: Group, runtime: object) -> ModelPrograms:
+    def _compiled(self, group: RunGroup, runtime: object) -> ModelPrograms:
         key = (group.key, runtime)
         text = str(key)
         if text not in self._programs:
@@ -138,7 +138,7 @@ class Judge:
         return self._graphs[key]
 
 
-def _rescaled(group: Group, values: Mapping[str, float]) -> dict[str, Quantity]:
+def _rescaled(group: RunGroup, values: Mapping[str, float]) -> dict[str, Quantity]:
     """Scales of kernels: the constant times what the run's own kernel is of the traced one."""
     attention = load_sources().attention[group.key.attention]
     found: dict[str, Quantity] = {}

@@ -50,7 +50,7 @@ class StageParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunLog:
+class LoggedRun:
     """Seconds of the steps that count, and the stages and their parts where the log has them."""
 
     seconds: tuple[float, ...]
@@ -71,7 +71,7 @@ class RunLog:
         return (high - low) / 2 / self.step_s
 
 
-def read_log(path: Path) -> RunLog:
+def read_log(path: Path) -> LoggedRun:
     """A log without its first two steps, and without those that were watched, where others are.
 
     Raises InputError for a file that is no log.
@@ -92,7 +92,7 @@ def read_log(path: Path) -> RunLog:
     if not steps or min(seconds for seconds, _ in steps) <= 0:
         raise InputError(f"{path} has no steps with seconds above 0.")
     seconds = tuple(seconds for seconds, _ in _counted(steps))
-    return RunLog(seconds=seconds, stages=stages, parts=parts)
+    return LoggedRun(seconds=seconds, stages=stages, parts=parts)
 
 
 Step = tuple[float, Mapping[str, Any]]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mist.calibrate.logs import CollectiveRow, RunLog, StageParts
+from mist.calibrate.logs import CollectiveRow, LoggedRun, StageParts
 from mist.plans.breakdown import step_parts
 from mist.plans.plan import Plan, StageEstimate
 
@@ -38,7 +38,7 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class RunComparison:
     """A plan and its run.
 
     `parts_s`: the predicted step by part, from the slowest stage; they sum to it. `stages`: the
@@ -69,7 +69,7 @@ class StageStep:
     parts: StageParts
 
 
-def stage_steps(plan: Plan, log: RunLog) -> Iterator[StageStep]:
+def stage_steps(plan: Plan, log: LoggedRun) -> Iterator[StageStep]:
     """The two halves of the step of every stage; `rest_s` is of median steps and medians of parts.
 
     Nothing for a log without seconds of stages.
@@ -87,9 +87,9 @@ def stage_steps(plan: Plan, log: RunLog) -> Iterator[StageStep]:
         )
 
 
-def compared(plan: Plan, log: RunLog) -> Compared:
+def compared(plan: Plan, log: LoggedRun) -> RunComparison:
     """Set a plan beside the log of its run; stages that the log lacks are left out."""
-    return Compared(
+    return RunComparison(
         plan=plan,
         rows=tuple(_rows(plan, log)),
         parts_s=step_parts(plan.estimate, plan.num_micro_batches),
@@ -99,7 +99,7 @@ def compared(plan: Plan, log: RunLog) -> Compared:
     )
 
 
-def _rows(plan: Plan, log: RunLog) -> Iterator[Beside]:
+def _rows(plan: Plan, log: LoggedRun) -> Iterator[Beside]:
     predicted, allowed = plan.estimate, plan.estimate.uncertainty
     spread = {"spread_ratio": log.spread_ratio, "allowed_ratio": allowed.step_ratio}
     yield Beside(what="step", unit="s", predicted=predicted.step_s, measured=log.step_s, **spread)

@@ -18,7 +18,7 @@ from mist.errors import InputError, OutputError
 from mist.plans.workload import Attention, Precision
 
 if TYPE_CHECKING:
-    from mist.trace import Setting
+    from mist.trace import TraceSetting
 
 
 @app.command()
@@ -52,14 +52,14 @@ def trace(
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
     from mist.report.costs import outside_trace, print_trace, trace_json
-    from mist.trace import Setting, load_graph
+    from mist.trace import TraceSetting, load_graph
 
     if picture is not None and picture.suffix not in (".svg", ".txt"):
         raise OutputError(f"--graph {picture}: write an .svg or a .txt file.")
     if policy not in ("cuda", "cpu"):
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
     point = _point(at)
-    setting = Setting(
+    setting = TraceSetting(
         precision=precision,
         attention=attention,
         policy="cuda" if policy == "cuda" else "cpu",
@@ -104,7 +104,7 @@ def profiles(
         print_profiles(shown)
 
 
-def _write_graph(model: str, setting: "Setting", path: Path) -> None:
+def _write_graph(model: str, setting: "TraceSetting", path: Path) -> None:
     from mist.files import write_text
     from mist.report.operation_graph import graph_svg
     from mist.trace import load_listing

@@ -13,7 +13,7 @@ BYTES_TOLERANCE: Final = 0.01  # between the bytes of collectives charged and is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
+class CollectiveTotal:
     """Collectives of one kind along one axis of a step: how many, bytes of whole buffers.
 
     Axes: dp, tp, pp, world; of dry runs also sums (of a few numbers, which nothing charges for).
@@ -51,12 +51,12 @@ class Seen:
     phase: str
     module: str
     operation: str
-    collectives: tuple[Collective, ...]
+    collectives: tuple[CollectiveTotal, ...]
     timeline: tuple[Moment, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class CollectiveComparison:
     """Collectives of one kind along one axis: charged by the cost model, issued by the program."""
 
     axis: str
@@ -85,7 +85,7 @@ class StageVerified:
     predicted_host_bytes: int
     allowance_bytes: int
     usable_bytes: int
-    collectives: tuple[Compared, ...]
+    collectives: tuple[CollectiveComparison, ...]
 
     @property
     def difference_ratio(self) -> float:

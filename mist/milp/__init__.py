@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from mist.milp.dynamic_program import solve_exact
-from mist.milp.highs import Limits
+from mist.milp.highs import SolverLimits
 from mist.milp.problem import (
     Cell,
     Choice,
@@ -29,10 +29,10 @@ __all__ = [
     "Choice",
     "InterStageProblem",
     "InterStageSolution",
-    "Limits",
     "Method",
     "Shared",
     "Solver",
+    "SolverLimits",
     "chosen_step",
     "chosen_times",
     "solve",
@@ -48,7 +48,7 @@ def solve(
     *,
     upper_bound_s: float = math.inf,
     method: Method,
-    limits: Limits | None = None,
+    limits: SolverLimits | None = None,
 ) -> InterStageSolution | None:
     """The fastest assignment, or None when none is feasible and faster than `upper_bound_s`.
 
@@ -74,7 +74,7 @@ def solve(
 
 
 def _solve_milp(
-    problem: InterStageProblem, *, upper_bound_s: float, limits: Limits | None
+    problem: InterStageProblem, *, upper_bound_s: float, limits: SolverLimits | None
 ) -> InterStageSolution | None:
     from mist.milp.integer_program import solve_milp
 
@@ -86,7 +86,7 @@ def _limited(
     exact: InterStageSolution,
     *,
     upper_bound_s: float,
-    limits: Limits | None,
+    limits: SolverLimits | None,
 ) -> InterStageSolution | None:
     """The best within the shared limits, which `exact`, the optimum without them, exceeds."""
     found = _solve_milp(problem, upper_bound_s=upper_bound_s, limits=limits)
@@ -110,7 +110,7 @@ def _tighter(problem: InterStageProblem) -> InterStageProblem:
 
 
 def _confirmed(
-    problem: InterStageProblem, exact: InterStageSolution, limits: Limits | None
+    problem: InterStageProblem, exact: InterStageSolution, limits: SolverLimits | None
 ) -> InterStageSolution:
     from mist.milp.integer_program import solve_milp
 

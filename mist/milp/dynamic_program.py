@@ -34,7 +34,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.milp.moves import Points, Position, positions
+from mist.milp.moves import FrontierTimes, Position, positions
 from mist.milp.problem import Choice, Floats, InterStageProblem, InterStageSolution, chosen_step
 from mist.milp.pruning import pruned
 
@@ -56,7 +56,7 @@ class _Box:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Search:
+class _DynamicProgram:
     """What one search knows: the moves that a plan faster than `cutoff_s` may take, and the rest.
 
     `thetas` [N], seconds, ascending; `floors_s` = (G - 1) * thetas; `min_delta_s`: the least
@@ -127,12 +127,12 @@ def _solve_tie(
     )
 
 
-def _search(problem: InterStageProblem, moves: tuple[Position, ...]) -> _Search:
+def _search(problem: InterStageProblem, moves: tuple[Position, ...]) -> _DynamicProgram:
     """The distinct stable times in reach; for G = 1 the bottleneck costs nothing: the largest."""
     thetas = np.unique(np.concatenate([p.stable_s for q in moves for p in q.frontiers]))
     thetas = thetas[-1:] if problem.num_micro_batches == 1 else thetas
     deltas = [-points.negative_lone_s - points.fill_s[:-1] for points in moves[-1].frontiers]
-    return _Search(
+    return _DynamicProgram(
         problem=problem,
         positions=moves,
         cutoff_s=_worst_s(problem, moves),
@@ -152,7 +152,7 @@ def _worst_s(problem: InterStageProblem, moves: tuple[Position, ...]) -> float:
     return float(worst_s) * (1 + _ROUNDING)
 
 
-def _narrowed(search: _Search, cutoff_s: float) -> _Search | None:
+def _narrowed(search: _DynamicProgram, cutoff_s: float) -> _DynamicProgram | None:
     """The search below a cut-off; None when no move leads to a plan that is faster."""
     if cutoff_s >= search.cutoff_s:
         return search
@@ -169,7 +169,7 @@ def _faster_than(step_s: float) -> float:
     return step_s * (1 - _ROUNDING)
 
 
-def _examine(search: _Search, boxes: list[_Box], best: _Best) -> tuple[_Best, list[_Box]]:
+def _examine(search: _DynamicProgram, boxes: list[_Box], best: _Best) -> tuple[_Best, list[_Box]]:
     """Evaluate every box at several targets up to the cut-off, in one dynamic program.
 
     Returns the best plan and the boxes that may hold a better one, with their new bounds. Targets
@@ -194,14 +194,14 @@ def _examine(search: _Search, boxes: list[_Box], best: _Best) -> tuple[_Best, li
     return best, open_boxes
 
 
-def _better(search: _Search, best: _Best, choices: tuple[Choice, ...]) -> _Best:
+def _better(search: _DynamicProgram, best: _Best, choices: tuple[Choice, ...]) -> _Best:
     step_s = chosen_step(search.problem, choices)
     if step_s >= best.step_s:
         return best
     return _Best(cutoff_s=min(best.cutoff_s, _faster_than(step_s)), step_s=step_s, choices=choices)
 
 
-def _split(search: _Search, box: _Box, parts: int) -> list[_Box]:
+def _split(search: _DynamicProgram, box: _Box, parts: int) -> list[_Box]:
     """At most `parts` boxes that cover this one, each with the bound of its own least theta."""
     edges = np.unique(np.linspace(box.low, box.high + 1, parts + 1).astype(np.int64))
     return [
@@ -216,7 +216,7 @@ def _split(search: _Search, box: _Box, parts: int) -> list[_Box]:
 
 
 def _suffix_s(
-    search: _Search, theta_s: Floats, budget_s: Floats
+    search: _DynamicProgram, theta_s: Floats, budget_s: Floats
 ) -> tuple[Floats, list[NDArray[np.int32]]]:
     """A_{S-1}(L) for B scenarios (theta, budget of E): seconds [B], inf where infeasible.
 
@@ -237,7 +237,7 @@ def _suffix_s(
     return behind_s[-1], picks
 
 
-def _added_s(points: Points, behind_s: Floats, theta_s: Floats, budget_s: Floats) -> Floats:
+def _added_s(points: FrontierTimes, behind_s: Floats, theta_s: Floats, budget_s: Floats) -> Floats:
     """A + min { f : t <= theta, u <= e - A }, seconds; `behind_s`, A: [M, B]; the others: [B]."""
     point = np.searchsorted(points.negative_lone_s, behind_s - budget_s)
     fill_s = points.fill_s[point]
@@ -247,7 +247,7 @@ def _added_s(points: Points, behind_s: Floats, theta_s: Floats, budget_s: Floats
 
 
 def _choices(
-    search: _Search, picks: Sequence[NDArray[np.int32]], budget_s: float
+    search: _DynamicProgram, picks: Sequence[NDArray[np.int32]], budget_s: float
 ) -> tuple[Choice, ...]:
     """The choices of one feasible scenario, first stage first. `picks`: per position, [states]."""
     path, state = [], 0

@@ -21,7 +21,7 @@ _FEASIBLE: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class SolverLimits:
     """When HiGHS stops: at this relative gap, or after so many nodes or seconds (None: any)."""
 
     relative_gap: float = 1e-7
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def minimise(
-    program: "pulp.LpProblem", variables: Sequence["pulp.LpVariable"], limits: Limits
+    program: "pulp.LpProblem", variables: Sequence["pulp.LpVariable"], limits: SolverLimits
 ) -> Outcome | None:
     """Solve; `values` of the outcome are those of `variables`. None when infeasible.
 
@@ -87,7 +87,7 @@ def _set_start(highs: "highspy.Highs", values: list[float | None]) -> None:
         highs.setSolution(start)
 
 
-def _has_answer(highs: "highspy.Highs", limits: Limits) -> bool:
+def _has_answer(highs: "highspy.Highs", limits: SolverLimits) -> bool:
     """True with a feasible point, False when there is none; anything else is an error."""
     from highspy import HighsModelStatus as Status
 

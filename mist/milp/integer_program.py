@@ -50,7 +50,7 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from mist.milp.highs import Limits, Outcome, minimise
+from mist.milp.highs import Outcome, SolverLimits, minimise
 from mist.milp.problem import (
     Choice,
     InterStageProblem,
@@ -90,7 +90,7 @@ def solve_milp(
     *,
     upper_bound_s: float = math.inf,
     confirm: InterStageSolution | None = None,
-    limits: Limits | None = None,
+    limits: SolverLimits | None = None,
 ) -> InterStageSolution | None:
     """The best assignment by HiGHS, or None when none is faster than `upper_bound_s` (seconds).
 
@@ -117,7 +117,7 @@ def solve_milp(
     _aim(program, problem, variables, upper_bound_s / unit_s)
     if confirm is not None:
         _start(points, places, variables, confirm)
-    outcome = minimise(program, variables.pick, limits or Limits())
+    outcome = minimise(program, variables.pick, limits or SolverLimits())
     solution = None if outcome is None else _solution(problem, points, outcome, unit_s)
     return solution if solution is not None and solution.step_s < upper_bound_s else None
 

@@ -26,7 +26,7 @@ Indices = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Points:
+class FrontierTimes:
     """A frontier of P points as the dynamic program reads it, seconds.
 
     `stable_s` [P] and `negative_lone_s` [P] ascend, for searchsorted; so does `fill_s` [P+1], whose
@@ -48,7 +48,7 @@ class Position:
     `cell` [M]: index of the cell in the problem.
     """
 
-    frontiers: tuple[Points, ...]
+    frontiers: tuple[FrontierTimes, ...]
     num_sources: int
     num_targets: int
     source: Indices
@@ -180,12 +180,12 @@ def _targets(problem: InterStageProblem, cell: Cell) -> NDArray[np.int64]:
     return (layers[:, None] * _width(problem) + units).ravel()
 
 
-def _points(problem: InterStageProblem, cell: Cell) -> Points:
+def _points(problem: InterStageProblem, cell: Cell) -> FrontierTimes:
     """The frontier of a cell in (stable, lone): all points, where host memory makes no more."""
     point = np.arange(cell.stable_s.size)
     if cell.host_bytes is not None:
         point = frontier(cell.stable_s, cell.lone_s, cell.host_bytes, np.ones(point.size)).choice
-    return Points(
+    return FrontierTimes(
         stable_s=cell.stable_s[point],
         negative_lone_s=-cell.lone_s[point],
         fill_s=np.append(problem.fill_s(cell)[point], np.inf),

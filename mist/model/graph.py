@@ -34,7 +34,7 @@ class OpKind(StrEnum):
     MEMORY = "memory"
 
 
-class Layout(StrEnum):
+class TensorLayout(StrEnum):
     """What a tensor-parallel rank holds of a tensor.
 
     SHARDED: 1/t, already in the expression. GATHERED: all of it, even under sequence parallelism
@@ -63,7 +63,7 @@ class Op:
     dims: tuple[Expr, ...]
     causal: bool
     traffic: Traffic
-    layout: Layout
+    layout: TensorLayout
     flop: Expr
     shape: tuple[Expr, ...]
     dtype: str
@@ -85,7 +85,7 @@ class SavedTensor:
     dtype: str
     op: str
     module: str
-    layout: Layout
+    layout: TensorLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
+class TensorParallelCollective:
     """`count` collectives of a tensor-parallel group; `bytes` is the whole buffer of each."""
 
     kind: CollectiveKind
@@ -183,7 +183,7 @@ class Block:
         """Whether it has a backward pass: something in it or before it is trained."""
         return any(op.phase == "backward" for op in self.ops)
 
-    def collectives(self, *, sequence_parallel: bool) -> tuple[Collective, ...]:
+    def collectives(self, *, sequence_parallel: bool) -> tuple[TensorParallelCollective, ...]:
         """What t ranks exchange in one pass each way (Korthikanti et al. 2022, figures 4 and 5).
 
         Backward, an exit does what an entry does forward, and the other way round, where there is
@@ -202,7 +202,7 @@ class Block:
         else:
             rows = (("all_reduce", "forward", out), ("all_reduce", "backward", into_back))
         return tuple(
-            Collective(kind=kind, phase=phase, bytes=self.tp_bytes, count=count)
+            TensorParallelCollective(kind=kind, phase=phase, bytes=self.tp_bytes, count=count)
             for kind, phase, count in rows
             if count
         )

@@ -34,7 +34,7 @@ from mist.pareto.strategies import (
     levels_under,
     within_caps,
 )
-from mist.pareto.unequal_meshes import Place
+from mist.pareto.unequal_meshes import NodePosition
 from mist.plans.plan import Limits
 from mist.plans.schedules import layers_more
 from mist.plans.search_space import SearchSpace
@@ -90,7 +90,7 @@ class GroupModel:
         self._places = [tuple(row) for row in rows.tolist()]
         self._lines: dict[tuple[float, ...], StageLines] = {}
 
-    def lines(self, stage: int, place: Place | None = None) -> StageLines:
+    def lines(self, stage: int, place: NodePosition | None = None) -> StageLines:
         """The lines at a position; `place`: where it stands between nodes, of unequal meshes."""
         position = dict(zip(self._names, map(float, self._places[stage]), strict=True))
         if place is not None:
@@ -140,7 +140,7 @@ class GroupModel:
         in_flight: Floats,
         ranges: Ranges,
         limits: Limits,
-        place: Place | None = None,
+        place: NodePosition | None = None,
     ) -> Iterator[tuple[float, list[Mixes]]]:
         """Every mix of levels at a position, for each number of micro-batches in flight [F].
 
@@ -240,7 +240,7 @@ class GroupModel:
         return self._position(stage, ranges, limits).mix(upper, lower, rows, num_lower)
 
     def _position(
-        self, stage: int, ranges: Ranges, limits: Limits, place: Place | None = None
+        self, stage: int, ranges: Ranges, limits: Limits, place: NodePosition | None = None
     ) -> "_Position":
         held = self._held(np.array([stage]), self._in_flight[stage : stage + 1], ranges)
         return _Position(self, self.lines(stage, place), held, ranges, limits)

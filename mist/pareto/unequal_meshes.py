@@ -17,7 +17,7 @@ MOST_UNITS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class NodePosition:
     """A way to stand between nodes: 1 where the border to the neighbour is one of nodes.
 
     `begins` [size]: the first devices, counted in units, at which a stage of that size stands so.
@@ -53,7 +53,7 @@ def _fills(size: int, per_node: int) -> bool:
 
 def places(
     stage: int, num_stages: int, sizes: tuple[int, ...], *, num_gpus: int, per_node: int
-) -> Iterator[Place]:
+) -> Iterator[NodePosition]:
     """The ways in which a stage may stand, each size with its beginnings."""
     found: dict[tuple[int, int], dict[int, list[int]]] = {}
     for size in sizes:
@@ -64,7 +64,7 @@ def places(
             borders = (int(begin % per_node == 0), int((begin + size) % per_node == 0))
             found.setdefault(borders, {}).setdefault(size, []).append(begin // sizes[0])
     for (prev_crosses, next_crosses), begins in sorted(found.items()):
-        yield Place(
+        yield NodePosition(
             prev_crosses=prev_crosses,
             next_crosses=next_crosses,
             begins={size: tuple(units) for size, units in begins.items()},

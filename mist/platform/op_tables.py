@@ -142,7 +142,7 @@ def check_columns(tables: Tables) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class TimeGrid:
     """A table ready to be asked.
 
     `sizes`: one rising array per axis, of lengths K1, K2, ...; `log_seconds[K1, K2, ...]`.
@@ -153,7 +153,7 @@ class Grid:
     log_seconds: F64
 
     @classmethod
-    def of(cls, op: TabledOp, table: OpTable) -> "Grid":
+    def of(cls, op: TabledOp, table: OpTable) -> "TimeGrid":
         """The grid of a table of that operation."""
         times_us = np.asarray([row[-1] for row in sorted(table.rows)], dtype=np.float64)
         return cls(

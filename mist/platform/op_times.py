@@ -33,7 +33,7 @@ from mist.plans.workload import Precision
 from mist.platform.cluster import Cluster, Collective
 from mist.platform.collectives import CollectiveLaw
 from mist.platform.device import AttentionLaw, Device, GemmLaw
-from mist.platform.op_tables import Arrays, Grid, Law, OpTable, TabledOp
+from mist.platform.op_tables import Arrays, Law, OpTable, TabledOp, TimeGrid
 from mist.platform.runtime import Runtime
 
 F64 = NDArray[np.float64]
@@ -53,7 +53,7 @@ class OpCosts:
     precision: Precision
     fp8: bool = False
     _collectives: dict[Collective, CollectiveLaw] = field(init=False, repr=False, compare=False)
-    _grids: dict[TabledOp, Grid] = field(init=False, repr=False, compare=False)
+    _grids: dict[TabledOp, TimeGrid] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.fp8 and self.device.gemm_fp8 is None:
@@ -61,7 +61,7 @@ class OpCosts:
         laws = {word: CollectiveLaw.of(self.cluster, word) for word in Collective}
         object.__setattr__(self, "_collectives", laws)
         tables = {op: table for op in TabledOp if (table := self.table(op))}
-        grids = {op: Grid.of(op, table) for op, table in tables.items()}
+        grids = {op: TimeGrid.of(op, table) for op, table in tables.items()}
         object.__setattr__(self, "_grids", grids)
 
     def table(self, op: TabledOp) -> OpTable | None:

@@ -143,7 +143,7 @@ class MemoryPolicy(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Uncertainty(Record):
+class ExpectedError(Record):
     """Expected relative error of an uncalibrated prediction, as a ratio of the predicted value."""
 
     step_ratio: Quantity
@@ -328,7 +328,7 @@ class Runtime(Record):
     host: HostLaunch
     overlap: Overlap
     memory: MemoryPolicy
-    uncertainty: Uncertainty
+    uncertainty: ExpectedError
     kernels: Kernels
     loss: Loss | None
     selective: Selective | None

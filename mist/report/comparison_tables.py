@@ -2,13 +2,13 @@
 
 from dataclasses import asdict
 
-from mist.calibrate.run_comparison import Beside, Compared
+from mist.calibrate.run_comparison import Beside, RunComparison
 from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, layout_words
 from mist.report.tables import say, say_note, show
 from mist.units import format_bytes, format_count, format_seconds
 
 
-def print_compared(found: Compared) -> None:
+def print_compared(found: RunComparison) -> None:
     """Each figure beside its prediction, where the predicted step goes, what was exchanged."""
     plan = found.plan
     layout = layout_words(plan.stages, plan.num_micro_batches, plan.schedule)
@@ -53,7 +53,7 @@ def print_compared(found: Compared) -> None:
     say_note("peaks are of tensors: the predicted share of the allocator is left out")
 
 
-def _print_stages(found: Compared) -> None:
+def _print_stages(found: RunComparison) -> None:
     rows = [
         (
             str(index),
@@ -76,7 +76,7 @@ def _print_stages(found: Compared) -> None:
         show(title, ("stage", "part", "predicted", "measured"), rows)
 
 
-def compared_json(found: Compared) -> dict[str, object]:
+def compared_json(found: RunComparison) -> dict[str, object]:
     """`figures` (unit, predicted, measured, ratios), `parts_s`, and `stages` with collectives.
 
     `stage_steps`: of each stage, what was measured beside what was predicted; empty for a log

@@ -19,7 +19,7 @@ from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges
 from mist.pareto.layouts import Layout, StageChoice, stage_plans
 from mist.pareto.strategies import Group, Strategies, expressible, with_ratios
-from mist.pareto.unequal_meshes import Place
+from mist.pareto.unequal_meshes import NodePosition
 from mist.plans.plan import Estimate, Limits, fullest_host_bytes
 from mist.plans.search_space import OFFLOADED, SearchSpace
 from mist.search.stage_frontiers import Bounds, FixedStage, fixed_problem, joined
@@ -48,7 +48,7 @@ def _stages(job: Job, group: Group, space: SearchSpace, layout: Layout) -> Itera
     begin, per_node = 0, job.platform.gpus_per_node
     for stage in layout.stages:
         end = begin + stage.num_devices
-        place = Place(
+        place = NodePosition(
             prev_crosses=int(begin % per_node == 0),
             next_crosses=int(end % per_node == 0),
             begins={},

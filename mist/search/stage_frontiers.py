@@ -30,7 +30,7 @@ from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
 from mist.pareto.strategies import Floats, Strategies, offloading
-from mist.pareto.unequal_meshes import Place, depths, places
+from mist.pareto.unequal_meshes import NodePosition, depths, places
 from mist.plans.plan import Limits
 from mist.plans.schedules import forward_first
 from mist.plans.workload import ScheduleKind
@@ -174,7 +174,7 @@ def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterat
 
 
 def _stood(
-    known: list[_Found], base: GroupModel, stage: int, size: int, place: Place
+    known: list[_Found], base: GroupModel, stage: int, size: int, place: NodePosition
 ) -> Iterator[_Found]:
     """Frontiers as cells of a stage of this pipeline, which leaves a layer to each other stage."""
     group, most = base.group, base.job.num_layers - base.group.num_stages + 1
@@ -201,7 +201,7 @@ def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) 
 
 
 def _stored_cells(
-    sized: _Sized, stage: int, place: Place, within: tuple[Bounds, CellStore]
+    sized: _Sized, stage: int, place: NodePosition, within: tuple[Bounds, CellStore]
 ) -> list[_Found]:
     """The frontiers of a size at a position from the end, between these borders."""
     bounds, store = within
@@ -295,7 +295,7 @@ class FixedStage:
 
     model: GroupModel
     ranges: Ranges
-    place: Place | None
+    place: NodePosition | None
 
 
 def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:

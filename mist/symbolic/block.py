@@ -24,8 +24,6 @@ from mist.model.graph import (
     SCATTER_COPY,
     B,
     Block,
-    Collective,
-    Layout,
     Op,
     OpKind,
     Param,
@@ -33,10 +31,12 @@ from mist.model.graph import (
     S,
     SavedTensor,
     T,
+    TensorLayout,
+    TensorParallelCollective,
 )
 from mist.model.summary import Traffic
 from mist.plans.workload import Precision
-from mist.platform.runtime import Kernels, Loss, Runtime
+from mist.platform.runtime import Kernels, Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.state_bytes import frozen_weight_ratio
 
@@ -51,7 +51,7 @@ COLLECTIVES: Final = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class CostSetting:
     """What expressions are built for: the runtime's habits and the precision.
 
     `whole`: a part of the model that runs on all tokens even under sequence parallelism.
@@ -129,11 +129,11 @@ class BlockCost:
         return values, BlockCost(**symbols)
 
 
-def layer_cost(block: Block, setting: Setting) -> BlockCost:
+def layer_cost(block: Block, setting: CostSetting) -> BlockCost:
     """Cost of a pipeline layer, which may be recomputed."""
     return BlockCost(
-        **_device_cost(block, setting),
-        **_collective_cost(block, setting, recomputed_exits=recomputed_exits(block)),
+        **device_cost(block, setting),
+        **collective_cost(block, setting, recomputed_exits=recomputed_exits(block)),
         boundary_bytes=_checkpointed(block) / setting.sequence_shards,
     )
 
@@ -143,86 +143,9 @@ def _checkpointed(block: Block) -> Expr:
     return block.boundary_bytes if block.saved else sympy.Integer(0)
 
 
-def embed_cost(block: Block, setting: Setting) -> BlockCost:
-    """Cost of the embedding."""
-    return _end_cost(block, setting, _device_cost(block, setting))
-
-
-def head_cost(block: Block, setting: Setting) -> BlockCost:
-    """Cost of the head, with the loss of the runtime if it has its own."""
-    setting = replace(setting, whole=setting.runtime.kernels.whole_tail)
-    loss, logits = setting.runtime.loss, _logits(block)
-    if loss is None or logits is None:
-        device = _device_cost(block, setting)
-        divided = setting.runtime.transients.divided_loss_bytes_per_logit
-        if divided is not None and logits is not None and _divides_loss(block):
-            more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
-            device["transient_bytes"] += more
-            device["transient_with_grads_bytes"] += more
-            device["transient_adding_bytes"] += more
-            device["made_bytes"] += more
-        return _end_cost(block, setting, device)
-    device = _device_cost(_without_loss(block), setting)
-    return _end_cost(block, setting, _with_loss(device, loss, logits, setting.precision))
-
-
-def _end_cost(block: Block, setting: Setting, device: dict[str, Expr]) -> BlockCost:
-    return BlockCost(
-        **device,
-        **_collective_cost(block, setting, recomputed_exits=0),
-        boundary_bytes=sympy.Integer(0),
-    )
-
-
-def _logits(block: Block) -> Expr | None:
-    """How many logits a rank has: the result of the last product forward, if there is one."""
-    products = [op for op in _forward(block) if op.kind == OpKind.GEMM]
-    return sympy.prod(products[-1].dims[:3]) if products else None
-
-
-def _divides_loss(block: Block) -> bool:
-    """Whether tensor-parallel ranks hold parts of the logits."""
-    return any(param.sharded for param in block.params)
-
-
-def _without_loss(block: Block) -> Block:
-    """A head without what the model does outside its modules: the loss."""
-    return replace(
-        block,
-        ops=tuple(op for op in block.ops if op.module or op.kind != OpKind.MEMORY),
-        saved=tuple(tensor for tensor in block.saved if tensor.module),
-        saved_single=tuple(tensor for tensor in block.saved_single if tensor.module),
-        transient_bytes=(),
-        transient_with_grads_bytes=(),
-        transient_adding_bytes=(),
-        made_bytes=(),
-    )
-
-
-def _with_loss(
-    device: dict[str, Expr], loss: Loss, logits: Expr, precision: Precision
+def collective_cost(
+    block: Block, setting: CostSetting, *, recomputed_exits: int
 ) -> dict[str, Expr]:
-    """A head's cost and its loss: a third of the bytes moved is the forward's.
-
-    Where the loss is at its peak no gradient of a parameter exists. Behind it what it kept is gone,
-    and the head turns the gradient of its logits into that of its matrix.
-    """
-    held = logits if loss.vocabulary_parallel else sympy.expand(logits * T)
-    moved_s = sym.MEMORY[Traffic.SOFTMAX](held * loss.moved_bytes_per_logit.value, 1)
-    kept = held * loss.kept_bytes_per_logit.value
-    more = held * loss.peak_bytes_per_logit.value - kept
-    behind = precision.num_bytes * (logits + device["params"]) - kept
-    return device | {
-        "forward_s": device["forward_s"] + moved_s / 3,
-        "backward_s": device["backward_s"] + 2 * moved_s / 3,
-        "saved_bytes": device["saved_bytes"] + kept,
-        "transient_bytes": more,
-        "transient_with_grads_bytes": sym.larger(more, behind),
-        "transient_adding_bytes": sym.larger(more, behind),
-    }
-
-
-def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -> dict[str, Expr]:
     """Seconds of the tensor-parallel collectives of each pass."""
     runtime = setting.runtime
     rows = collectives(block, sequence_parallel=runtime.knobs.sequence_parallel)
@@ -252,14 +175,14 @@ def _collective_cost(block: Block, setting: Setting, *, recomputed_exits: int) -
     }
 
 
-def collectives(block: Block, *, sequence_parallel: bool) -> tuple[Collective, ...]:
+def collectives(block: Block, *, sequence_parallel: bool) -> tuple[TensorParallelCollective, ...]:
     """What t ranks exchange for a block in one pass each way.
 
     An embedding whose rows are changed before the first layer (positions are added) is summed whole
     and then divided, where its rows alone would be scattered.
     """
     rows = block.collectives(sequence_parallel=sequence_parallel)
-    sums = [op for op in _forward(block) if len(op.shape) == ROWS_DIMS and op.shape[0] == B]
+    sums = [op for op in forward_ops(block) if len(op.shape) == ROWS_DIMS and op.shape[0] == B]
     if not sums or "embedding" not in sums[0].name or len(sums) == 1:
         return rows
     return tuple(
@@ -269,12 +192,13 @@ def collectives(block: Block, *, sequence_parallel: bool) -> tuple[Collective, .
 
 def recomputed_exits(block: Block) -> int:
     """Reductions that recomputation repeats: not the last where it stops before that product."""
-    rest = _forward(block)[block.num_recomputed_ops :]
+    rest = forward_ops(block)[block.num_recomputed_ops :]
     stops_early = any(op.kind == OpKind.GEMM for op in rest)
     return max(block.num_exits - int(stops_early), 0)
 
 
-def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
+def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
+    """What a rank computes, moves and holds of a block, by the names of `BlockCost`."""
     params, traffic = rank_params(block.params), setting.runtime.traffic
     trained = [param for param in block.params if param.trainable]
     frozen = [param for param in block.params if not param.trainable]
@@ -285,16 +209,16 @@ def _device_cost(block: Block, setting: Setting) -> dict[str, Expr]:
     gather, scatter, reduce = _dp_collectives(params, trainable, setting)
     if block.is_frozen:
         scatter = reduce = sympy.Integer(0)
-    again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(_forward(block)) :]
-    core = [op for op in _forward(block) if _is_of_attention(op)]
+    again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(forward_ops(block)) :]
+    core = [op for op in forward_ops(block) if _is_of_attention(op)]
     return {
-        "forward_s": _pass_seconds(_forward(block), setting),
+        "forward_s": _pass_seconds(forward_ops(block), setting),
         "backward_s": _pass_seconds(backward, setting)
         + _of_gradients(_accumulated_share(accumulated), block),
         "recompute_s": _pass_seconds(again, setting),
         "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
         "attention_s": _pass_seconds(core, setting),
-        "attention_ratio": sympy.Rational(len(core), max(len(_forward(block)), 1)),
+        "attention_ratio": sympy.Rational(len(core), max(len(forward_ops(block)), 1)),
         "weight_s": _pass_seconds([op for op in backward if _is_of_weights(op)], setting),
         "params": params,
         "trainable_params": trainable,
@@ -326,7 +250,7 @@ def _of_gradients(num_bytes: Expr, block: Block) -> Expr:
     return sym.MEMORY[Traffic.POINTWISE](num_bytes, 1)
 
 
-def _largest(transients: Iterable[Expr], setting: Setting) -> Expr:
+def _largest(transients: Iterable[Expr], setting: CostSetting) -> Expr:
     """The most of a rank's transient bytes at any instant."""
     gathers = sympy.Piecewise((1, setting.sequence_shards > 1), (0, True))
     copies = int(setting.runtime.transients.token_copies) * gathers
@@ -344,10 +268,10 @@ def _is_of_weights(op: Op) -> bool:
     return op.kind == OpKind.GEMM and op.dims[3].has(B)
 
 
-def _products_bytes(block: Block, setting: Setting) -> Expr:
+def _products_bytes(block: Block, setting: CostSetting) -> Expr:
     """Bytes of the results of matrix products and attention kernels on a rank, where any stay."""
-    products = [op for op in _forward(block) if op.kind != OpKind.MEMORY and block.saved]
-    shards = {Layout.REPLICATED: setting.sequence_shards}
+    products = [op for op in forward_ops(block) if op.kind != OpKind.MEMORY and block.saved]
+    shards = {TensorLayout.REPLICATED: setting.sequence_shards}
     return sympy.expand(
         sympy.Add(*(op.written_bytes / shards.get(op.layout, 1) for op in products))
     )
@@ -368,13 +292,13 @@ def rank_numbers(param: Param) -> Expr:
     return sympy.Integer(param.num_reals) / (T if param.sharded else 1)
 
 
-def saved_bytes(block: Block, setting: Setting) -> Expr:
+def saved_bytes(block: Block, setting: CostSetting) -> Expr:
     """Activation bytes kept for the backward pass; b = 1 is a case of its own where it differs."""
     return kept_bytes(block.saved, block.saved_single, setting)
 
 
 def kept_bytes(
-    saved: Iterable[SavedTensor], saved_single: Iterable[SavedTensor], setting: Setting
+    saved: Iterable[SavedTensor], saved_single: Iterable[SavedTensor], setting: CostSetting
 ) -> Expr:
     """Bytes of saved tensors on a rank, for b >= 2 and for b = 1."""
     many, single = _kept(saved, setting), _kept(saved_single, setting)
@@ -383,17 +307,17 @@ def kept_bytes(
     return sympy.Piecewise((single, sympy.Eq(B, 1)), (many, True))
 
 
-def _kept(saved: Iterable[SavedTensor], setting: Setting) -> Expr:
-    total: dict[Layout, Expr] = defaultdict(lambda: sympy.Integer(0))
+def _kept(saved: Iterable[SavedTensor], setting: CostSetting) -> Expr:
+    total: dict[TensorLayout, Expr] = defaultdict(lambda: sympy.Integer(0))
     again = setting.runtime.kernels.gathers_input_again
     for tensor in saved:
-        input_again = again and tensor.layout == Layout.GATHERED and tensor.bytes.free_symbols
-        total[Layout.REPLICATED if input_again else tensor.layout] += tensor.bytes
-    whole = total[Layout.REPLICATED] / setting.sequence_shards
-    return sympy.expand(total[Layout.SHARDED] + total[Layout.GATHERED] + whole)
+        input_again = again and tensor.layout == TensorLayout.GATHERED and tensor.bytes.free_symbols
+        total[TensorLayout.REPLICATED if input_again else tensor.layout] += tensor.bytes
+    whole = total[TensorLayout.REPLICATED] / setting.sequence_shards
+    return sympy.expand(total[TensorLayout.SHARDED] + total[TensorLayout.GATHERED] + whole)
 
 
-def _allocated_bytes(block: Block, setting: Setting) -> Expr:
+def _allocated_bytes(block: Block, setting: CostSetting) -> Expr:
     """Host bytes of the saved tensors, where each is pinned by itself; else their bytes."""
     offload = setting.runtime.offload
     if offload is None or not offload.pins_each_tensor:
@@ -409,12 +333,13 @@ def _allocated_bytes(block: Block, setting: Setting) -> Expr:
     )
 
 
-def _forward(block: Block) -> tuple[Op, ...]:
+def forward_ops(block: Block) -> tuple[Op, ...]:
+    """The operations of the forward pass, in order."""
     """The forward operations, which come first."""
     return tuple(op for op in block.ops if op.phase == "forward")
 
 
-def _pass_seconds(ops: Sequence[Op], setting: Setting) -> Expr:
+def _pass_seconds(ops: Sequence[Op], setting: CostSetting) -> Expr:
     kernels = setting.runtime.kernels
     matrix = Counter(_matrix_seconds(op, kernels) for op in ops if op.kind != OpKind.MEMORY)
     memory = [op for op in ops if op.kind == OpKind.MEMORY]
@@ -445,7 +370,7 @@ def _is_square(size: Expr) -> bool:
     return bool(sympy.expand(size).has(S**2))
 
 
-def _scores_bytes(block: Block, core: Sequence[Op], setting: Setting) -> Expr:
+def _scores_bytes(block: Block, core: Sequence[Op], setting: CostSetting) -> Expr:
     """What is saved inside core attention, less the queries, keys and values that it begins with.
 
     Without a kernel of its own attention saves the operands of both products, and of what lies
@@ -474,19 +399,19 @@ def _matrix_seconds(op: Op, kernels: Kernels) -> Expr:
     return kernels.attention_time_scale.value * law(*op.dims, int(op.causal))
 
 
-def _memory_seconds(ops: Iterable[Op], setting: Setting) -> Iterable[Expr]:
+def _memory_seconds(ops: Iterable[Op], setting: CostSetting) -> Iterable[Expr]:
     """One law call per class of operation: bytes and kernels add up."""
     traffic: dict[Traffic, Expr] = defaultdict(lambda: sympy.Integer(0))
     kernels: Counter[Traffic] = Counter()
     for op in ops:
-        shards = setting.sequence_shards if op.layout == Layout.REPLICATED else 1
+        shards = setting.sequence_shards if op.layout == TensorLayout.REPLICATED else 1
         traffic[op.traffic] += op.traffic_bytes / shards
         kernels[op.traffic] += 1
     for name, total in traffic.items():
         yield sym.MEMORY[name](sympy.expand(total), kernels[name])
 
 
-def _dp_collectives(params: Expr, trainable: Expr, setting: Setting) -> tuple[Expr, Expr, Expr]:
+def _dp_collectives(params: Expr, trainable: Expr, setting: CostSetting) -> tuple[Expr, Expr, Expr]:
     """All-gather of compute-precision parameters, scatter of fp32 gradients, their sum over copies.
 
     Ranks with the same part of the states sum that part (FSDP2: `foreach_reduce`). A collective

@@ -297,7 +297,7 @@ def stage_times(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
+class LoadingBytes:
     """Host bytes of one rank of each stage, [S]: the module that it draws, and all at that time."""
 
     drawn_bytes: NDArray[np.float64]
@@ -306,7 +306,7 @@ class Loading:
 
 def loading(
     job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
-) -> Loading | None:
+) -> LoadingBytes | None:
     """Host memory while weights are drawn; None where the runtime's way is not known.
 
     Weights and moments are there already, gradients and activations not yet.
@@ -316,7 +316,7 @@ def loading(
     begun = [replace(s, offload=replace(s.offload, grads=0.0, activations=0.0)) for s in stages]
     columns = _stage_columns(job, begun, num_micro_batches, schedule)
     drawn_bytes = columns["drawn_bytes"]
-    return Loading(drawn_bytes=drawn_bytes, held_bytes=columns["host_bytes"] + drawn_bytes)
+    return LoadingBytes(drawn_bytes=drawn_bytes, held_bytes=columns["host_bytes"] + drawn_bytes)
 
 
 def model_flop(job: Job) -> float:

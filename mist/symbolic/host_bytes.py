@@ -11,7 +11,7 @@ from sympy import Expr
 from mist.model.graph import ModelGraph, Param
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import Setting, rank_numbers
+from mist.symbolic.block import CostSetting, rank_numbers
 from mist.symbolic.overlap import hosted_by_tensor, hosted_bytes
 from mist.symbolic.state_bytes import bucket_params, frozen_weight_ratio
 
@@ -50,7 +50,7 @@ def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
     }
 
 
-def allocated_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
+def allocated_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     """Bytes of the offloaded states of each block in host memory, tensor by tensor.
 
     Of the ends only the optimizer's states go there. A tied parameter has them once. What is not
@@ -67,7 +67,7 @@ def allocated_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
     return terms
 
 
-def _held(setting: Setting, state: str, params: Sequence[Param]) -> Expr:
+def _held(setting: CostSetting, state: str, params: Sequence[Param]) -> Expr:
     trained = hosted_by_tensor(setting.runtime, state, [p for p in params if p.trainable])
     if state != "weights":
         return trained

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from mist.platform import Runtime
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
-from mist.trace import ConfigSource, Setting, load_graph, trace_digest
+from mist.trace import ConfigSource, TraceSetting, load_graph, trace_digest
 from mist.trace.trace_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def quiet(message: str) -> None:
 
 def model_programs(
     source: str | ConfigSource,
-    setting: Setting,
+    setting: TraceSetting,
     runtime: Runtime,
     profile_hash: str,
     progress: Progress,
@@ -43,14 +43,14 @@ def model_programs(
     return programs
 
 
-def compile_graph(graph: "ModelGraph", setting: Setting, runtime: Runtime) -> ModelPrograms:
+def compile_graph(graph: "ModelGraph", setting: TraceSetting, runtime: Runtime) -> ModelPrograms:
     """The costs of a traced model under a runtime."""
     from mist.symbolic.compile import compile_model  # sympy, which cached programs do not need
 
     return compile_model(graph, runtime, setting.precision)
 
 
-def _key(source: str | ConfigSource, setting: Setting, profile_hash: str) -> str | None:
+def _key(source: str | ConfigSource, setting: TraceSetting, profile_hash: str) -> str | None:
     """Where the programs of a cached trace are kept; None without a cached trace."""
     trace = trace_digest(source, setting)
     return programs_key(trace, profile_hash, setting.precision) if trace else None

@@ -24,7 +24,7 @@ from mist.model.summary import Traffic
 from mist.plans.workload import Precision
 from mist.platform.runtime import HostedState, Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, Setting, rank_numbers
+from mist.symbolic.block import BlockCost, CostSetting, rank_numbers
 
 _NONE = sympy.Integer(0)
 
@@ -145,7 +145,7 @@ class Slot:
 
 
 def slots(
-    cost: BlockCost, level: Level, setting: Setting, *, is_layer: bool, goes_back: bool
+    cost: BlockCost, level: Level, setting: CostSetting, *, is_layer: bool, goes_back: bool
 ) -> Slots:
     """The four slots of a block, summed into a stable and a lone micro-batch.
 

@@ -28,15 +28,14 @@ from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
     BlockCost,
-    Setting,
-    embed_cost,
-    head_cost,
+    CostSetting,
     kept_bytes,
     layer_cost,
     rank_params,
 )
 from mist.symbolic.block_sums import Row, of_blocks, params_of, rows_of, term, total, worst
 from mist.symbolic.fsdp_groups import activations_bytes, gradients_bytes, held_by_groups
+from mist.symbolic.head_cost import embed_cost, head_cost
 from mist.symbolic.host_bytes import allocated_terms, drawn_terms, hosted_terms
 from mist.symbolic.optimizer_memory import step_bytes
 from mist.symbolic.overlap import (
@@ -75,7 +74,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         runtime: the framework whose behaviour is predicted.
         precision: compute precision of the workload.
     """
-    setting = Setting(runtime=runtime, precision=precision)
+    setting = CostSetting(runtime=runtime, precision=precision)
     traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
     blocks = {name: layer_cost(block, setting) for name, block in traced.items()}
     traced |= {"embed": graph.embed, "head": graph.head}
@@ -103,7 +102,9 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     )
 
 
-def _block_terms(name: str, cost: BlockCost, setting: Setting, traced: Block) -> dict[str, Expr]:
+def _block_terms(
+    name: str, cost: BlockCost, setting: CostSetting, traced: Block
+) -> dict[str, Expr]:
     """Terms of one block; the embedding and the head are never recomputed or offloaded."""
     is_layer, runtime = name.isdigit(), setting.runtime
     terms = {
@@ -149,7 +150,7 @@ def _level_bytes(prefix: str, level: Level, offloads: Runtime | None) -> dict[st
     }
 
 
-def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
+def _stage_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     """Terms that belong to no block: states per parameter, transfers, ties."""
     sent = sympy.Symbol("cost_sent_bytes", real=True)
     tied = [param for param in graph.head.params if param.tied]
@@ -180,7 +181,7 @@ def _stage_terms(graph: ModelGraph, setting: Setting) -> dict[str, Expr]:
     }
 
 
-def _sent_bytes(graph: ModelGraph, setting: Setting) -> Expr:
+def _sent_bytes(graph: ModelGraph, setting: CostSetting) -> Expr:
     """What a stage sends to the next: the largest input of any layer."""
     inputs = {block.boundary_bytes + block.carried_bytes for block in graph.blocks}
     return sym.larger(*sorted(inputs, key=str)) / setting.sequence_shards

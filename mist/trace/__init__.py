@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from mist.errors import OutputError
 from mist.trace import trace_cache as cache
-from mist.trace.models.source import ConfigSource, Policy, PythonSource, Setting, Source, resolve
+from mist.trace.models.source import (
+    ConfigSource,
+    Policy,
+    PythonSource,
+    Source,
+    TraceSetting,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigSource",
     "Policy",
-    "Setting",
+    "TraceSetting",
     "load_graph",
     "load_listing",
     "resolve",
@@ -30,7 +37,7 @@ __all__ = [
 
 
 def load_graph(
-    source: str | ConfigSource, setting: Setting, *, progress: Callable[[str], None]
+    source: str | ConfigSource, setting: TraceSetting, *, progress: Callable[[str], None]
 ) -> "ModelGraph":
     """The graph of the model that `source` names: from the cache, or traced and then cached.
 
@@ -59,7 +66,7 @@ def load_graph(
     return traced.graph
 
 
-def trace_digest(source: str | ConfigSource, setting: Setting) -> str | None:
+def trace_digest(source: str | ConfigSource, setting: TraceSetting) -> str | None:
     """A digest of the cached trace of a model, or None when it is not in the cache.
 
     Raises ModelError when there is no such model.
@@ -68,7 +75,7 @@ def trace_digest(source: str | ConfigSource, setting: Setting) -> str | None:
     return entry.digest if entry is not None else None
 
 
-def load_listing(source: str, setting: Setting, *, progress: Callable[[str], None]) -> str:
+def load_listing(source: str, setting: TraceSetting, *, progress: Callable[[str], None]) -> str:
     """The operations of every block of a model, one a line; traced where they are not cached.
 
     Raises ModelError and TraceError as `load_graph`, OutputError when nothing can be cached.
@@ -91,13 +98,13 @@ def _found(source: str | ConfigSource) -> Source:
     return source if isinstance(source, ConfigSource) else resolve(source)
 
 
-def _key(source: Source, setting: Setting) -> str:
+def _key(source: Source, setting: TraceSetting) -> str:
     return cache.cache_key(source.content, setting.words)
 
 
 def trace_model(
     model: "nn.Module",
-    setting: Setting,
+    setting: TraceSetting,
     *,
     make_batch: "Callable[[Size, Size], object] | None" = None,
     loss: Callable[..., object] | None = None,

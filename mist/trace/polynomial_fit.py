@@ -22,7 +22,7 @@ from sympy import Basic, Expr
 from mist.model.graph import B, S
 from mist.trace.recording.liveness import Counted
 from mist.trace.recording.recorder import Kept, Part
-from mist.trace.recording.session import Piece, Point, Run
+from mist.trace.recording.session import Piece, Point, RecordedRun
 from mist.trace.recording.split_backward import Awaited
 
 BATCHES: Final = (2, 3)
@@ -94,7 +94,9 @@ class Fit:
         return zip(*values, strict=True)
 
 
-def fitted_run(run_at: Callable[[Point], Run], *, longest: int | None, batch: int | None) -> Run:
+def fitted_run(
+    run_at: Callable[[Point], RecordedRun], *, longest: int | None, batch: int | None
+) -> RecordedRun:
     """A run with polynomials in b and s (batch None) or in s (a given batch).
 
     Args:
@@ -137,7 +139,7 @@ def _point(point: tuple[int, int], batch: int | None) -> Point:
     return Point(batch=point[0], seq=point[1], backward=batch is None)
 
 
-def _merge(fit: Fit, runs: Sequence[Run], lattice: int = 1) -> Run:
+def _merge(fit: Fit, runs: Sequence[RecordedRun], lattice: int = 1) -> RecordedRun:
     """One run from runs of the same operations."""
     first = runs[0]
     if len({(run.kinds, run.order, len(run.layers)) for run in runs}) > 1:

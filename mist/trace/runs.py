@@ -17,19 +17,19 @@ from mist.errors import TraceError
 from mist.model.graph import B, Op, S, T
 from mist.trace.diagnose import short, traced
 from mist.trace.models.loader import LoadedModel
-from mist.trace.models.source import Setting
+from mist.trace.models.source import TraceSetting
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run
 from mist.trace.recording.session import (
     BATCH_HINT,
     SEQ_HINT,
     NotALayerList,
     Point,
-    Run,
+    RecordedRun,
     Session,
     seq_hint,
 )
 from mist.trace.repeated_blocks import Layers, find_layers
-from mist.trace.tensor_parallel.tp_sharding import Sharding, Unsupported, with_whole_vocabulary
+from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, with_whole_vocabulary
 from mist.trace.tp_graph import find_sharding
 
 Progress = Callable[[str], None]
@@ -58,8 +58,8 @@ class Recorded:
     """A model's runs: symbolic and at b = 1; its layers and its tensor-parallel rules, if any."""
 
     layers: Layers | None
-    run: Run
-    single: Run
+    run: RecordedRun
+    single: RecordedRun
     sharding: Sharding | None
     notes: tuple[str, ...]
 
@@ -69,7 +69,7 @@ class _Subject:
     """What is run: a model with what is known of it so far."""
 
     model: LoadedModel
-    setting: Setting
+    setting: TraceSetting
     layers: Layers | None = None
     sharding: Sharding | None = None
 
@@ -78,7 +78,7 @@ class _Subject:
         """What tensor parallelism leaves whole."""
         return self.sharding.notes if self.sharding else ()
 
-    def run(self, point: Point) -> Run:
+    def run(self, point: Point) -> RecordedRun:
         """One run. Raises TraceError, naming the line of the model at fault."""
         with traced(self.model.name):
             run = self.session(point)
@@ -91,12 +91,12 @@ class _Subject:
                 )
         return run
 
-    def session(self, point: Point) -> Run:
+    def session(self, point: Point) -> RecordedRun:
         """One run. Raises whatever the model raises."""
         return Session(self.model, self.layers, self.setting, self.sharding, point).run()
 
 
-def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Recorded:
+def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Recorded:
     """Run a model as often as its costs need. Raises TraceError."""
     progress("tracing at concrete sizes")
     eager = replace(setting, compiled=False)
@@ -106,7 +106,7 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
     try:
         subject = replace(subject, sharding=_sharding(model, whole))
         run, notes = _sharded_run(subject, check), list(subject.notes)
-    except Unsupported as reason:
+    except UnsupportedRules as reason:
         subject = replace(subject, sharding=None)
         run, fitted = _expressions(subject, batch=None)
         notes = [NOT_SYMBOLIC if fitted else str(reason)]
@@ -126,7 +126,7 @@ def record_model(model: LoadedModel, setting: Setting, progress: Progress) -> Re
     )
 
 
-def sharding_rules(model: LoadedModel, setting: Setting) -> Sharding:
+def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:
     """What tensor parallelism divides of a model, from one run at concrete sizes.
 
     Raises Unsupported, with the reason, and TraceError.
@@ -135,13 +135,13 @@ def sharding_rules(model: LoadedModel, setting: Setting) -> Sharding:
     return _sharding(model, _trained_whole(subject, run))
 
 
-def _sharding(model: LoadedModel, run: Run) -> Sharding:
+def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
     """What is divided of a model whose run is given. Raises Unsupported."""
     found = find_sharding(model.module, run)
     return found if model.loss is None else with_whole_vocabulary(found, model.module)
 
 
-def _first_run(subject: _Subject) -> tuple[_Subject, Run]:
+def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
     """A run at concrete sizes, and with it the layers in the order of their calls.
 
     A list whose layers are not called once each is no list of layers.
@@ -158,7 +158,7 @@ def _first_run(subject: _Subject) -> tuple[_Subject, Run]:
     return subject, subject.run(point)
 
 
-def _trained_whole(subject: _Subject, run: Run) -> Run:
+def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
     """The run as if every parameter were trained: what takes what from which shows by gradients.
 
     `run`: of the model as it is, whose kinds of layers are kept apart.
@@ -180,7 +180,7 @@ def _trained_whole(subject: _Subject, run: Run) -> Run:
             parameter.requires_grad = False
 
 
-def _expressions(subject: _Subject, batch: int | None) -> tuple[Run, bool]:
+def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, bool]:
     """The symbolic run, or one fitted to concrete runs where that fails; and whether it is."""
     try:
         return subject.run(Point(batch=batch, backward=batch is None)), False
@@ -191,31 +191,35 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[Run, bool]:
             raise fault from None
 
 
-def _sharded_run(subject: _Subject, check: Run) -> Run:
+def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
     """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
     try:
         run = subject.session(Point())
     except Exception as error:
-        raise Unsupported(
+        raise UnsupportedRules(
             f"tensor parallelism cannot be traced ({short(error)}); t = 1 only"
         ) from error
     if run.fixed:
-        raise Unsupported("tensor parallelism cannot be traced (a shard has one size); t = 1 only")
+        raise UnsupportedRules(
+            "tensor parallelism cannot be traced (a shard has one size); t = 1 only"
+        )
     point = {B: BATCH_HINT, S: seq_hint(subject.model), T: 1}
     if _facts(run, point) != _facts(check, point):
-        raise Unsupported("the tensor-parallel trace at t = 1 is not the model's own; t = 1 only")
+        raise UnsupportedRules(
+            "the tensor-parallel trace at t = 1 is not the model's own; t = 1 only"
+        )
     for piece in run.layers:
         if piece.module is not None and piece.part.mixed:
-            raise Unsupported(f"no shard can run {piece.part.mixed[0]}; t = 1 only")
+            raise UnsupportedRules(f"no shard can run {piece.part.mixed[0]}; t = 1 only")
     for op in _ops(run):
         if op.flop.has(T) and sympy.expand(op.flop * T).has(T):
-            raise Unsupported(
+            raise UnsupportedRules(
                 f"{op.name} in {op.module} does not divide by t ({op.flop} FLOPs); t = 1 only"
             )
     return run
 
 
-def _compiled_run(subject: _Subject, eager: Run) -> Run:
+def _compiled_run(subject: _Subject, eager: RecordedRun) -> RecordedRun:
     """The symbolic run with compiled layers. What enters regions is known from the eager run."""
     run = subject.run(Point())
     for piece, known in zip(run.pieces, eager.pieces, strict=True):
@@ -224,12 +228,12 @@ def _compiled_run(subject: _Subject, eager: Run) -> Run:
     return run
 
 
-def _ops(run: Run) -> Iterator[Op]:
+def _ops(run: RecordedRun) -> Iterator[Op]:
     for piece in run.pieces:
         yield from piece.part.ops
 
 
-def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
+def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
     """All costs of a run as numbers."""
     values: dict[Expr, Expr] = {}
 
@@ -244,7 +248,7 @@ def _facts(run: Run, point: Mapping[Expr, int]) -> list[object]:
     return [*ops, *sorted(kept), *(at(p.boundary_bytes) for p in run.pieces)]
 
 
-def _notes(subject: _Subject, run: Run) -> Iterator[str]:
+def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
     """What a reader of the costs should know."""
     ops = list(_ops(run))
     size = subject.sharding.vocab_size if subject.sharding else None

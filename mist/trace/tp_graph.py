@@ -15,13 +15,13 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from mist.trace.recording.session import Piece, Run
+from mist.trace.recording.session import Piece, RecordedRun
 from mist.trace.tensor_parallel.tp_plan import own_plan, sharding_by_plan
 from mist.trace.tensor_parallel.tp_sharding import (
     Matrix,
     Region,
     Sharding,
-    Unsupported,
+    UnsupportedRules,
     matrix_of,
     sharding_of,
 )
@@ -54,7 +54,7 @@ WHOLE_ATTENTION: Final = (
 )
 
 
-def find_sharding(model: nn.Module, run: Run) -> Sharding:
+def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
     """What tensor parallelism divides: by the model's plan, else by its operations in `run`.
 
     A plan that gathers the outputs of every matrix divides no activation: it is passed over. Raises
@@ -62,7 +62,9 @@ def find_sharding(model: nn.Module, run: Run) -> Sharding:
     """
     layers = [piece for piece in run.layers if piece.module is not None]
     if not layers:
-        raise Unsupported("without a list of layers tensor parallelism is not planned; t = 1 only")
+        raise UnsupportedRules(
+            "without a list of layers tensor parallelism is not planned; t = 1 only"
+        )
     matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
     blocks = [_Block(piece, run, matrices) for piece in layers]
     if (plan := own_plan(model)) is not None:
@@ -71,7 +73,7 @@ def find_sharding(model: nn.Module, run: Run) -> Sharding:
         regions = [region for block in blocks for region in block.regions()]
         sharding = sharding_of(model, regions, list(_vocabulary(model, run)))
     else:
-        raise Unsupported(NO_TOKENS)
+        raise UnsupportedRules(NO_TOKENS)
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
     notes = (WHOLE_ATTENTION,) if attention else ()
     return replace(sharding, whole=sharding.whole | attention, notes=notes)
@@ -82,7 +84,7 @@ def _carries_tokens(piece: Piece) -> bool:
     return not outputs or outputs[0].dim() == TOKEN_DIMS
 
 
-def _vocabulary(model: nn.Module, run: Run) -> Iterator[nn.Module]:
+def _vocabulary(model: nn.Module, run: RecordedRun) -> Iterator[nn.Module]:
     """The last linear layer outside the layers that scores a table, and the first such table.
 
     Another table of that size, of positions, is no vocabulary.
@@ -117,7 +119,7 @@ class _Found:
 class _Block:
     """The forward operations of one part, and the products with matrices among them."""
 
-    def __init__(self, piece: Piece, run: Run, matrices: Mapping[int, Matrix]) -> None:
+    def __init__(self, piece: Piece, run: RecordedRun, matrices: Mapping[int, Matrix]) -> None:
         assert piece.module is not None
         self._layer, self._run, self._matrices = piece.module, run, matrices
         nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]

@@ -14,8 +14,8 @@ from mist.errors import TraceError
 from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun
 from mist.trace.models.loader import LoadedModel
-from mist.trace.models.source import Setting
-from mist.trace.recording.session import Piece, Run
+from mist.trace.models.source import TraceSetting
+from mist.trace.recording.session import Piece, RecordedRun
 from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.simplify import tidied
 from mist.trace.tensor_parallel.tp_apply import undivided
@@ -47,7 +47,7 @@ def listing(traced: Traced) -> str:
     return "\n".join(lines) + "\n"
 
 
-def trace(model: LoadedModel, setting: Setting, progress: Progress) -> Traced:
+def trace(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Traced:
     """Trace a loaded model as it trains. Raises TraceError, naming the line at fault."""
     if any(getattr(m, "gradient_checkpointing", False) is True for m in model.module.modules()):
         raise TraceError(
@@ -82,7 +82,7 @@ def _training(module: nn.Module) -> Iterator[None]:
             each.training = mode
 
 
-def _assemble(model: LoadedModel, setting: Setting, result: Recorded) -> Traced:
+def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Traced:
     run, single, sharding = result.run, result.single, result.sharding
     owners = _owners(model.module, result)
     pieces = (run.embed, run.head, *run.layers)
@@ -104,7 +104,7 @@ def _assemble(model: LoadedModel, setting: Setting, result: Recorded) -> Traced:
 
 
 def _graph(
-    model: LoadedModel, setting: Setting, result: Recorded, blocks: tuple[Block, ...]
+    model: LoadedModel, setting: TraceSetting, result: Recorded, blocks: tuple[Block, ...]
 ) -> ModelGraph:
     embed, head, *layers = blocks
     tied = any(param.tied for block in blocks for param in block.params)
@@ -183,18 +183,18 @@ def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
     return [owned[id(piece)] for piece in (run.embed, run.head, *run.layers)]
 
 
-def _outside(run: Run) -> list[Piece]:
+def _outside(run: RecordedRun) -> list[Piece]:
     """What runs outside the layers, in order."""
     return [run.embed, *(piece for piece in run.layers if piece.module is None), run.head]
 
 
-def _read_by(piece: Piece, run: Run) -> set[int]:
+def _read_by(piece: Piece, run: RecordedRun) -> set[int]:
     """The parameters (by identity) that a part reads."""
     return {id(run.originals[key]) for key in piece.part.used}
 
 
 def _block(
-    piece: Piece, single: Piece, params: Owned, sharding: Sharding | None, run: Run
+    piece: Piece, single: Piece, params: Owned, sharding: Sharding | None, run: RecordedRun
 ) -> Block:
     shares = sharding.params if sharding else {}
     found = tuple(
@@ -232,7 +232,7 @@ def _block(
 
 
 def _crossings(
-    piece: Piece, params: tuple[Param, ...], sharding: Sharding | None, run: Run
+    piece: Piece, params: tuple[Param, ...], sharding: Sharding | None, run: RecordedRun
 ) -> dict[str, int]:
     """Entries and exits, those that gradients go back through, and what is whole: see `Block`."""
     counts = {"num_entries": 0, "num_exits": 0, "num_entries_back": 0, "num_exits_back": 0}

@@ -17,9 +17,9 @@ from mist.platform.profiles import (
     load_runtime,
 )
 from mist.platform.runtime import Runtime
-from mist.trace import ConfigSource, Setting
+from mist.trace import ConfigSource, TraceSetting
 from mist.validate.measured_runs import Run, StageRun, Stages
-from mist.validate.predict import Case, Machine
+from mist.validate.predict import Case, RunProfiles
 from mist.validate.run_layouts import RunLayout, layout_of
 from mist.validate.run_models import Unsupported, architecture_of
 from mist.validate.sources import AttentionKernel, Hardware, Source, Sources
@@ -36,7 +36,7 @@ class Key:
 
     content: str
     config: ConfigSource = field(compare=False)
-    setting: Setting
+    setting: TraceSetting
     attention: str
     source: str
     device: str
@@ -53,11 +53,11 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class RunGroup:
     """Runs that are predicted together; `profile_hash` tells their runtime apart in the cache."""
 
     key: Key
-    machine: Machine
+    machine: RunProfiles
     profile_hash: str
     calibrated: bool
     members: tuple[Member, ...]
@@ -69,7 +69,7 @@ def grouped(
     *,
     calibrated: bool,
     stages: Stages = MappingProxyType({}),
-) -> tuple[tuple[Group, ...], dict[str, str]]:
+) -> tuple[tuple[RunGroup, ...], dict[str, str]]:
     """Groups, and why each run that is in none is not supported, by its name.
 
     `stages`: layers of the stages of runs whose stages are unequal.
@@ -100,7 +100,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
     key = Key(
         content=architecture.config.content,
         config=architecture.config,
-        setting=Setting(
+        setting=TraceSetting(
             precision=PRECISIONS[run.precision],
             attention=attention.kernel,
             fused_norms=runtime.kernels.fused_norms or attention.fused_norms,
@@ -183,7 +183,9 @@ def _of_stages(layout: RunLayout, num_layers: int, stages: tuple[StageRun, ...])
     return replace(layout, layers=layers, num_full=full)
 
 
-def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool) -> Group:
+def _group(
+    key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool
+) -> RunGroup:
     source = sources.of(key.source)
     loaded = _runtime(source.runtime)
     profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, loaded.profile)
@@ -194,9 +196,9 @@ def _group(key: Key, members: tuple[Member, ...], sources: Sources, *, calibrate
     device, cluster, runtime = profiles
     runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
     words = (loaded.sha256, key.attention, str(calibration and calibration.sha256))
-    return Group(
+    return RunGroup(
         key=key,
-        machine=Machine(
+        machine=RunProfiles(
             device=device,
             cluster=cluster,
             runtime=runtime,

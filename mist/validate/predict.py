@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class RunProfiles:
     """The profiles that runs are predicted on."""
 
     device: Device
@@ -51,7 +51,7 @@ class Prediction:
 
 
 def predict(
-    programs: ModelPrograms, machine: Machine, cases: Sequence[Case]
+    programs: ModelPrograms, machine: RunProfiles, cases: Sequence[Case]
 ) -> tuple[Prediction, ...]:
     """Predict runs of one model on one machine."""
     cost = stage_model(
@@ -86,7 +86,7 @@ def predict(
 
 
 def _stages(
-    cost: StageModel, machine: Machine, cases: Sequence[Case], run: NDArray[np.int64]
+    cost: StageModel, machine: RunProfiles, cases: Sequence[Case], run: NDArray[np.int64]
 ) -> dict[str, Floats]:
     """Every output of the stage formulas for every stage of every run; `run`: whose it is."""
     layouts = [case.layout for case in cases]

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from mist.errors import MistError
 from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
-from mist.validate.cases import Group, Member, grouped
+from mist.validate.cases import Member, RunGroup, grouped
 from mist.validate.measured_runs import Run, Stages
 from mist.validate.predict import Prediction, predict
 from mist.validate.results import RunPrediction
@@ -44,8 +44,8 @@ def predictions(
 
 
 def _programs(
-    groups: Sequence[Group], progress: Progress
-) -> Iterable[tuple[Group, Programs | str]]:
+    groups: Sequence[RunGroup], progress: Progress
+) -> Iterable[tuple[RunGroup, Programs | str]]:
     """The compiled costs of every group, or why there are none; traced side by side."""
     context = get_context("spawn")
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
@@ -55,7 +55,7 @@ def _programs(
             yield group, result
 
 
-def _compiled(group: Group) -> Programs | str:
+def _compiled(group: RunGroup) -> Programs | str:
     """In a process of its own: the costs, and those with an unknown setting the other way."""
     key, runtime = group.key, group.machine.runtime
     variants = {group.profile_hash: runtime}
@@ -77,7 +77,7 @@ def _failed(member: Member, reason: str) -> RunPrediction:
     return RunPrediction(run=member.run, status="error", reason=reason)
 
 
-def _predicted(group: Group, programs: Programs, sources: Sources) -> list[RunPrediction]:
+def _predicted(group: RunGroup, programs: Programs, sources: Sources) -> list[RunPrediction]:
     cases = [member.case for member in group.members]
     variants = [predict(each, group.machine, cases) for each in programs]
     source = sources.of(group.key.source)
@@ -88,7 +88,7 @@ def _predicted(group: Group, programs: Programs, sources: Sources) -> list[RunPr
 
 
 def _row(
-    group: Group, member: Member, variants: Sequence[Prediction], source: Source
+    group: RunGroup, member: Member, variants: Sequence[Prediction], source: Source
 ) -> RunPrediction:
     """A run's row: the first variant is the estimate, the others widen its interval."""
     made = variants[0]

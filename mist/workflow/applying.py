@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mist.exec import RunOptions, apply, shown_by_torchrun
 from mist.plans.file import load_plan
-from mist.trace import Setting, load_graph
+from mist.trace import TraceSetting, load_graph
 from mist.workflow.checking import question_of
 
 
@@ -20,6 +20,6 @@ def apply_plan(path: Path, options: RunOptions, progress: Callable[[str], None])
         source = question_of(plan, path, None).model
         assert isinstance(source, str)
         workload = plan.workload
-        setting = Setting(precision=workload.precision, attention=workload.attention)
+        setting = TraceSetting(precision=workload.precision, attention=workload.attention)
         facts = load_graph(source, setting, progress=progress).facts
         apply(replace(options, model=source), plan, facts)

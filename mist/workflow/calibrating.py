@@ -18,7 +18,7 @@ from mist.platform import Kind, Platform, Quantity
 from mist.platform.calibration import Calibration, calibrated
 from mist.symbolic.estimate import estimate, make_job
 from mist.symbolic.load_programs import compile_graph
-from mist.trace import Setting, load_graph
+from mist.trace import TraceSetting, load_graph
 from mist.workflow.checking import question_of
 from mist.workflow.request import platform_of, setting_of
 
@@ -34,12 +34,12 @@ LEAST_ERROR: Final = 0.05  # no fit to a few runs promises more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class PlanRun:
     """A plan that was run, with the median of its steps."""
 
     plan: Plan
     platform: Platform
-    setting: Setting
+    setting: TraceSetting
     graph: ModelGraph
     seconds: float
 
@@ -99,14 +99,14 @@ def calibrate(pairs: Sequence[tuple[Path, Path]], progress: Callable[[str], None
     )
 
 
-def _measured(path: Path, log: Path, progress: Callable[[str], None]) -> Measured:
+def _measured(path: Path, log: Path, progress: Callable[[str], None]) -> PlanRun:
     seconds, plan = read_log(log).step_s, load_plan(path)
     question = question_of(plan, path, None)
     platform = platform_of(question)
     setting = setting_of(question, platform)
     assert isinstance(question.model, str)
     graph = load_graph(question.model, setting, progress=progress)
-    return Measured(plan=plan, platform=platform, setting=setting, graph=graph, seconds=seconds)
+    return PlanRun(plan=plan, platform=platform, setting=setting, graph=graph, seconds=seconds)
 
 
 def _names(platform: Platform) -> tuple[str, str]:

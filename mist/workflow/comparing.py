@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from mist.calibrate.logs import read_log
-from mist.calibrate.run_comparison import Compared, compared
+from mist.calibrate.run_comparison import RunComparison, compared
 from mist.errors import InputError
 from mist.plans.file import load_plan
 
 
-def compare(plan_path: Path, log_path: Path) -> Compared:
+def compare(plan_path: Path, log_path: Path) -> RunComparison:
     """Set a plan beside the log of its run.
 
     Raises PlanError for a broken plan, InputError for a broken log or one of another layout.

@@ -35,7 +35,7 @@ from mist.workflow.request import (
     provenance_of,
     unsearched_plan,
 )
-from mist.workflow.sensitivity import Pipeline, change_words, memory_words, pipeline_of
+from mist.workflow.sensitivity import PipelineTimes, change_words, memory_words, pipeline_of
 
 MOST_GPUS_SUGGESTED = 4096
 MOST_EXCLUDED: Final = 3
@@ -258,7 +258,7 @@ class _Winner:
     """The plan as others are compared with it."""
 
     parts: dict[str, float]
-    pipeline: Pipeline
+    pipeline: PipelineTimes
 
 
 def _alternative(job: Job, layout: Layout, winner: _Winner) -> Alternative:

@@ -25,7 +25,7 @@ from mist.rules.combinations import out_of_domain
 from mist.symbolic.estimate import Job, loading, make_job
 from mist.symbolic.load_programs import Progress, compile_graph, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
-from mist.trace import ConfigSource, Setting, resolve, trace_model
+from mist.trace import ConfigSource, TraceSetting, resolve, trace_model
 from mist.units import GB, parse_bytes, whole_bytes
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
     return model_programs(question.model, setting, runtime, platform.runtime_hash, progress)
 
 
-def setting_of(question: Question, platform: Platform) -> Setting:
+def setting_of(question: Question, platform: Platform) -> TraceSetting:
     """For which kernels the model of a question is traced."""
-    return Setting(
+    return TraceSetting(
         precision=question.precision,
         attention=question.attention,
         policy=platform.device.kernels,
@@ -118,7 +118,7 @@ def setting_of(question: Question, platform: Platform) -> Setting:
     )
 
 
-def _trace_module(question: Question, setting: Setting) -> "ModelGraph":
+def _trace_module(question: Question, setting: TraceSetting) -> "ModelGraph":
     assert not isinstance(question.model, str)
     return trace_model(question.model, setting, make_batch=question.make_batch, loss=question.loss)
 

@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
+class PipelineTimes:
     """A layout's times, from which its step is computed again under a change."""
 
     num_micro_batches: int
@@ -65,9 +65,9 @@ class Pipeline:
 
 def pipeline_of(
     job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
-) -> Pipeline:
+) -> PipelineTimes:
     """The times of a layout."""
-    return Pipeline(
+    return PipelineTimes(
         num_micro_batches=num_micro_batches,
         schedule=schedule,
         times=stage_times(job, stages, num_micro_batches, schedule),
@@ -82,7 +82,7 @@ class Change:
     share: float
 
 
-def least_change(other: Pipeline, plan: Pipeline) -> Change | None:
+def least_change(other: PipelineTimes, plan: PipelineTimes) -> Change | None:
     """The least share of one part with which both layouts take as long; None if none does."""
     found = [
         Change(part=part, share=share)
@@ -92,7 +92,7 @@ def least_change(other: Pipeline, plan: Pipeline) -> Change | None:
     return min(found, key=lambda change: change.share, default=None)
 
 
-def _share(other: Pipeline, plan: Pipeline, part: str) -> float | None:
+def _share(other: PipelineTimes, plan: PipelineTimes, part: str) -> float | None:
     """The least share of a part with which the other layout is no slower."""
 
     def behind_s(shares: Floats) -> Floats:
@@ -110,7 +110,7 @@ def _share(other: Pipeline, plan: Pipeline, part: str) -> float | None:
     return high
 
 
-def change_words(other: Pipeline, plan: Pipeline) -> str:
+def change_words(other: PipelineTimes, plan: PipelineTimes) -> str:
     """The least change with which two layouts tie, its share rounded up."""
     none = np.zeros(1)
     plan_s = float(plan.step_s("compute", none)[0])

@@ -8,7 +8,7 @@ from typing import Final
 from mist.calibrate.run_comparison import live_bytes
 from mist.exec.build.rank_grid import Transfer, chunk_layers, grid_of, transfers
 from mist.exec.dryrun.dry_runs import dry_run
-from mist.exec.observation import Collective, Compared, Seen, StageVerified
+from mist.exec.observation import CollectiveComparison, CollectiveTotal, Seen, StageVerified
 from mist.model.graph import B, ModelGraph, S
 from mist.plans.file import load_plan
 from mist.plans.plan import Plan, StageEstimate
@@ -84,7 +84,9 @@ def verify_plan(
     return Verified(plan=plan, stages=tuple(found))
 
 
-def _stage(seen: Seen, judged: StageEstimate, rows: tuple[Compared, ...]) -> StageVerified:
+def _stage(
+    seen: Seen, judged: StageEstimate, rows: tuple[CollectiveComparison, ...]
+) -> StageVerified:
     live = live_bytes(judged)
     return StageVerified(
         seen=seen,
@@ -139,13 +141,13 @@ def _area(each: Transfer) -> int:
     return (span.last - span.first) * (span.right - span.left)
 
 
-def _compared(known: Sum, issued: tuple[Collective, ...]) -> Iterator[Compared]:
+def _compared(known: Sum, issued: tuple[CollectiveTotal, ...]) -> Iterator[CollectiveComparison]:
     """Rows of both."""
     found = {(row.axis, row.kind): (row.count, row.bytes) for row in issued if row.axis in AXES}
     for key in sorted({*known, *found}):
         count, size = found.get(key, (0, 0))
         want = known.get(key, (0, 0))
-        yield Compared(
+        yield CollectiveComparison(
             axis=key[0],
             kind=key[1],
             charged=want[0],

@@ -20,7 +20,7 @@ from mist.exec.build.empty_weights import load
 from mist.plans.file import load_plan, save_plan
 from mist.plans.plan import Plan
 from mist.plans.workload import Attention
-from mist.trace import Setting, load_graph
+from mist.trace import TraceSetting, load_graph
 from tests.exec.layouts import LLAMA, S, Variant, plan_of, write_models
 
 COMMAND = [sys.executable, "-c", "from mist.cli import main; main()", "apply"]
@@ -61,7 +61,7 @@ def plan_file(variant: Variant, folder: Path) -> Path:
     """A plan that names its model as `mist plan` would."""
     plan = plan_of(variant, folder)
     workload = plan.workload
-    setting = Setting(precision=workload.precision, attention=workload.attention)
+    setting = TraceSetting(precision=workload.precision, attention=workload.attention)
     facts = load_graph(plan.model.source, setting, progress=lambda message: None).facts
     known = replace(plan.model, fingerprint=facts.fingerprint, params=facts.num_params)
     path = folder / f"{variant.name}.yaml"

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from mist.exec.build import step_clock as clock
-from mist.exec.build.step_clock import Clock
+from mist.exec.build.step_clock import StepClock
 
 
 def test_parts_add_up_until_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([1.0, 2.0, 10.0, 14.0, 20.0, 20.5])
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
-    found = Clock(torch.device("cpu"))
+    found = StepClock(torch.device("cpu"))
     for part in ("forward", "backward", "forward"):
         with found.timing(part):  # type: ignore[arg-type]
             pass

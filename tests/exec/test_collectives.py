@@ -21,7 +21,7 @@ from mist.model.graph import B, ModelGraph, S, T
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
 from mist.symbolic.collective_counts import charged
-from mist.trace import Setting, load_graph
+from mist.trace import TraceSetting, load_graph
 from tests.exec.layouts import BATCH, NUM_LAYERS, SEQ_LEN, Variant, plan_of, write_models
 from tests.exec.running import variant_of
 
@@ -61,7 +61,7 @@ def counted(names: list[str], folder: Path, *, num_ranks: int) -> dict[str, Rows
 
 
 def graph_of(variant: Variant, folder: Path) -> ModelGraph:
-    setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
+    setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
     return load_graph(str(folder / variant.model), setting, progress=lambda message: None)
 
 

@@ -3,14 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.exec.build.rank_grid import Grid, Span, transfers
+from mist.exec.build.rank_grid import RankGrid, Span, transfers
 
 sizes = st.sampled_from([1, 2, 4])
 
 
-def grids(first_rank: int) -> st.SearchStrategy[Grid]:
+def grids(first_rank: int) -> st.SearchStrategy[RankGrid]:
     return st.builds(
-        Grid,
+        RankGrid,
         first_rank=st.just(first_rank),
         dp=sizes,
         dp_replicate=st.just(1),
@@ -27,7 +27,9 @@ def cells(span: Span) -> set[tuple[int, int]]:
 
 
 @given(source=grids(0), target=grids(100))
-def test_every_part_arrives_once_from_a_rank_that_holds_it(source: Grid, target: Grid) -> None:
+def test_every_part_arrives_once_from_a_rank_that_holds_it(
+    source: RankGrid, target: RankGrid
+) -> None:
     held = {source.rank(*place): cells(source.holds(*place)) for place in source.places()}
     for place in target.places():
         mine = [t for t in transfers(source, target) if t.target == target.rank(*place)]
@@ -38,7 +40,7 @@ def test_every_part_arrives_once_from_a_rank_that_holds_it(source: Grid, target:
 
 
 @given(grid=grids(0))
-def test_equal_grids_pair_up(grid: Grid) -> None:
+def test_equal_grids_pair_up(grid: RankGrid) -> None:
     found = transfers(grid, grid)
     assert [(each.source, each.target) for each in found] == [
         (grid.rank(*place), grid.rank(*place)) for place in grid.places()

@@ -10,7 +10,7 @@ from mist.exec.build.empty_weights import load
 from mist.exec.dryrun.dry_run import load_shapes
 from mist.exec.run.launch import run_ranks
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, load_graph
+from mist.trace import TraceSetting, load_graph
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import plan_file
 
@@ -71,7 +71,7 @@ def test_tied_parameters_stay_tied_in_fp32() -> None:
 def test_the_trace_sees_what_runs_whatever_was_built(
     folder: Path, precision: Precision, built: str
 ) -> None:
-    setting = Setting(precision=precision, attention=Attention.FLASH)
+    setting = TraceSetting(precision=precision, attention=Attention.FLASH)
     plain, half = (
         load_graph(str(folder / f"{name}.py"), setting, progress=lambda _: None)
         for name in ("plain", built)

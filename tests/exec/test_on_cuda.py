@@ -8,7 +8,7 @@ from torch import nn
 from mist.exec.build import process_group as group
 from mist.exec.build.activations import Offloader
 from mist.exec.build.host_copies import Copy, Swapper, register
-from mist.exec.build.step_recorder import Measured, allocated
+from mist.exec.build.step_recorder import StepMeasurement, allocated
 from mist.exec.run.launch import DEFAULTS
 from mist.exec.run.rank_worker import _watch
 
@@ -31,7 +31,7 @@ def test_blocks_that_a_stream_still_reads_are_in_the_peak() -> None:
             "num_alloc_retries": 1,
         }
     )
-    assert found == Measured(
+    assert found == StepMeasurement(
         peak_bytes=7, allocated_bytes=5, reserved_bytes=11, num_alloc_retries=1
     )
 

@@ -14,7 +14,7 @@ from mist.exec.build.batches import Batches, own_rows
 from mist.exec.build.empty_weights import load
 from mist.exec.build.fsdp import divided_dim
 from mist.exec.build.host_copies import Copy, Swapper
-from mist.exec.build.rank_grid import Grid
+from mist.exec.build.rank_grid import RankGrid
 from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
 from tests.exec.drawn import whole_values
 from tests.exec.layouts import VOCAB, write_models
@@ -170,7 +170,7 @@ def test_ranks_divide_the_samples_of_a_step(tmp_path: Path) -> None:
     loaded = load(str(tmp_path / "plain.py"), Attention.FLASH)
     ids = Batches(loaded, workload(), 7).step(3)
     assert isinstance(ids, torch.Tensor) and ids.shape == (8, 16) and int(ids.max()) < VOCAB
-    grid = Grid(
+    grid = RankGrid(
         first_rank=0, dp=2, dp_replicate=1, tp=1, sequence_parallel=False, rows=4, columns=16
     )
     first, second = (own_rows(ids, grid, i, 2) for i in range(2))

@@ -13,9 +13,9 @@ from mist.milp import (
     Cell,
     InterStageProblem,
     InterStageSolution,
-    Limits,
     Method,
     Shared,
+    SolverLimits,
     solve,
     within_shared,
 )
@@ -250,7 +250,7 @@ def test_same_problem_same_solution(method: Method) -> None:
 def test_a_node_limit_leaves_a_gap_that_is_reported() -> None:
     problem = dense_problem(1, num_layers=20, num_stages=5, num_micro_batches=8, num_points=10)
     best = solve(problem, method="dp")
-    found = solve_milp(problem, limits=Limits(max_nodes=1))
+    found = solve_milp(problem, limits=SolverLimits(max_nodes=1))
     assert best is not None
     assert found is not None
     assert found.lower_bound_s <= best.step_s <= found.step_s
@@ -261,7 +261,7 @@ def test_a_time_limit_leaves_a_gap_that_is_reported() -> None:
     # PuLP calls this "Optimal". The dynamic program knows better: HiGHS needs minutes for it.
     problem = dense_problem(1, num_layers=48, num_stages=8, num_micro_batches=8, num_points=30)
     best = solve(problem, method="dp")
-    found = solve(problem, method="milp", limits=Limits(time_s=1.0))
+    found = solve(problem, method="milp", limits=SolverLimits(time_s=1.0))
     assert best is not None
     assert found is not None
     assert found.lower_bound_s <= best.step_s * (1 + SOLVER)
@@ -275,14 +275,14 @@ def test_highs_starts_from_the_solution_that_it_confirms() -> None:
     best = solve(problem, method="dp")
     assert best is not None
     # Without a node HiGHS finds nothing itself (next test): what it has, it was given.
-    found = solve_milp(problem, confirm=best, limits=Limits(max_nodes=0))
+    found = solve_milp(problem, confirm=best, limits=SolverLimits(max_nodes=0))
     assert found is not None
     assert found.choices == best.choices
 
 
 def test_no_assignment_within_the_node_limit_is_an_error() -> None:
     with pytest.raises(MistError) as error:
-        solve_milp(dense(64), limits=Limits(max_nodes=0))
+        solve_milp(dense(64), limits=SolverLimits(max_nodes=0))
     assert str(error.value) == (
         "HiGHS stopped with 'Solution limit reached' and no assignment (node limit 0, time limit "
         "None s). Try a higher limit, or method 'dp' where no shared memory limit binds."

@@ -15,7 +15,7 @@ from mist.model.graph import B, Block, ModelGraph, Op, OpKind, S, T
 from mist.plans.workload import Precision
 from mist.platform import load_platform
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import Setting, layer_cost
+from mist.symbolic.block import CostSetting, layer_cost
 from mist.symbolic.estimate import Job, model_flop
 from mist.symbolic.state_bytes import frozen_bytes
 from tests.symbolic.test_stage import judged
@@ -84,7 +84,7 @@ def test_states_of_a_frozen_model(zero: int) -> None:
 
 
 def test_what_is_frozen_is_gathered_but_not_reduced() -> None:
-    setting = Setting(runtime=toy_platform().runtime, precision=Precision.BF16)
+    setting = CostSetting(runtime=toy_platform().runtime, precision=Precision.BF16)
     whole = layer_cost(toy_graph((LAYERS,)).blocks[0], setting)
     for flows in (True, False):
         cost = layer_cost(only_head(flows=flows).blocks[0], setting)
@@ -97,7 +97,7 @@ def test_what_is_frozen_is_gathered_but_not_reduced() -> None:
 
 
 def test_reductions_are_of_what_is_trained() -> None:
-    setting = Setting(runtime=toy_platform().runtime, precision=Precision.BF16)
+    setting = CostSetting(runtime=toy_platform().runtime, precision=Precision.BF16)
     graph = toy_graph((LAYERS,))
     up, down, norm = graph.blocks[0].params
     some = replace(graph.blocks[0], params=(replace(up, trainable=False), down, norm))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mist.model.graph import Layout
+from mist.model.graph import TensorLayout
 from mist.model.summary import Traffic
 from mist.plans.schedules import held
 from mist.plans.workload import Precision, ScheduleKind
@@ -100,7 +100,7 @@ def test_kernels_on_scores_are_scaled_apart() -> None:
     (block,) = graph.blocks
     from mist.model.graph import S
 
-    scores = replace(pointwise("forward", 4 * S**2), layout=Layout.SHARDED)
+    scores = replace(pointwise("forward", 4 * S**2), layout=TensorLayout.SHARDED)
     graph = replace(graph, blocks=(replace(block, ops=(scores, *block.ops)),))
     plain = stage(graph=graph)
     twice = stage(changed("kernels.scores_time_scale", 2.0), graph=graph)
@@ -170,7 +170,7 @@ def test_a_loss_of_the_runtimes_own() -> None:
         vocabulary_parallel=True,
     )
     graph = toy_graph((LAYERS,))
-    head = replace(graph.head, saved=(replace(kept(Layout.SHARDED, 4 * B), module=""),))
+    head = replace(graph.head, saved=(replace(kept(TensorLayout.SHARDED, 4 * B), module=""),))
     graph = replace(graph, head=replace(head, saved_single=head.saved, transient_bytes=()))
     logits = B * SEQ * 32000 / 2
     divided = stage(replace(TORCH, loss=loss), graph=graph)

@@ -11,13 +11,12 @@ from mist.model.graph import B, Block, S, T
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import Setting, layer_cost
+from mist.symbolic.block import CostSetting, layer_cost
 from mist.symbolic.overlap import Level, levels
-from mist.trace import Setting as TraceSetting
-from mist.trace import trace_model
+from mist.trace import TraceSetting, trace_model
 from tests.trace.test_exact import build
 
-MEGATRON = Setting(runtime=load_runtime("megatron").profile, precision=Precision.BF16)
+MEGATRON = CostSetting(runtime=load_runtime("megatron").profile, precision=Precision.BF16)
 WIDTH, HEADS, SAMPLES, TOKENS = 128, 4, 3, 256
 STATISTICS = 2 * 2 * 4  # per token: mean and deviation of two norms in fp32, which the paper omits
 RNG_STATE = 24  # per layer: seeds and offsets of dropout

@@ -41,14 +41,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting
+from mist.trace import TraceSetting
 from mist.trace.recording.shim import runs_as
 from tests.trace.real import Start, Watch, layer_inputs
 
 Mode = Literal["tp", "sp"]
 DEGREES: Final = (1, 2, 4, 8)
 HIDDEN: Final = 256
-BF16: Final = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+BF16: Final = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 SEQ_DIM: Final = 1  # activations are [batch, sequence, hidden]
 
 

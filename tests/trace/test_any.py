@@ -14,15 +14,15 @@ from torch import nn
 from mist.errors import TraceError
 from mist.model.graph import B, ModelGraph, OpKind, S, T
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from mist.trace.repeated_blocks import find_layers
 from mist.trace.runs import NOT_SYMBOLIC, ROUTED
 from tests.trace.real import Measured, measure
 from tests.trace.test_exact import ALONE, at, build, flop, saved_bytes
 from tests.trace.test_plain import WIDTH, Layer, Model
 
-CPU = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
-BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+CPU = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
+BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 
 
 class Experts(nn.Module):
@@ -44,7 +44,7 @@ class Experts(nn.Module):
         return x + out.view(x.shape)
 
 
-def traced(model: nn.Module, setting: Setting = CPU) -> ModelGraph:
+def traced(model: nn.Module, setting: TraceSetting = CPU) -> ModelGraph:
     return trace_model(model, setting)
 
 
@@ -62,7 +62,7 @@ def test_rows_of_an_expert_are_those_of_even_routing() -> None:
 
 
 def test_capacity_makes_experts_larger() -> None:
-    setting = Setting(
+    setting = TraceSetting(
         precision=Precision.FP32, attention=Attention.FLASH, policy="cpu", capacity_ratio=1.25
     )
     block = traced(Model([Experts(), Experts()]), setting).blocks[0]
@@ -249,7 +249,7 @@ def variant_is_exact(
     sizes: dict[str, object], half: bool, tied: bool, points: list[tuple[int, int]]
 ) -> None:
     precision = Precision.BF16 if half else Precision.FP32
-    setting = Setting(precision=precision, attention=Attention.FLASH, policy="cpu")
+    setting = TraceSetting(precision=precision, attention=Attention.FLASH, policy="cpu")
     graph = traced(random_variant(sizes, half, tied, "meta"), setting)
     block, model = graph.blocks[0], random_variant(sizes, half, tied, "cpu")
     assert graph.num_params == sum(p.numel() for p in model.parameters())

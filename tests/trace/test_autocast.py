@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mist.model.graph import OpKind
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from mist.trace.operations.autocast import forward_in
 from mist.trace.recording.shim import runs_as
 from tests.trace.real import measure, saved_in_a_run
@@ -32,8 +32,8 @@ BF16, F32 = torch.bfloat16, torch.float32
 POINTS = [(1, 32), (2, 48), (3, 77)]
 
 
-def setting(policy: str) -> Setting:
-    return Setting(
+def setting(policy: str) -> TraceSetting:
+    return TraceSetting(
         precision=Precision.BF16, attention=Attention.FLASH, policy=policy, autocast=True
     )
 

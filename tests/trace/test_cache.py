@@ -12,11 +12,11 @@ from sympy import Basic
 
 from mist.model.graph import B, S, T
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, codec, load_graph
+from mist.trace import TraceSetting, codec, load_graph
 from mist.trace import trace_cache as cache
 from tests.trace.test_source import file_with
 
-FP32 = Setting(precision=Precision.FP32, attention=Attention.FLASH)
+FP32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
 
 MODEL = """
 import torch

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from mist.model.graph import Block, OpKind
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from mist.trace.operations.fusion import kernels_of
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import (
@@ -48,7 +48,7 @@ Run = Callable[..., object]
 
 @cache
 def block_of(family: Family, policy: str = "cpu") -> Block:
-    setting = Setting(
+    setting = TraceSetting(
         precision=Precision.BF16, attention=Attention.FLASH, policy=policy, compiled=True
     )
     graph = trace_model(family(BF16, "meta"), setting)
@@ -112,7 +112,7 @@ def test_a_cut_elsewhere_keeps_nearly_as_much(family: Family, ratio: float) -> N
 @pytest.mark.parametrize("family", [llama, pytest.param(mixtral, marks=pytest.mark.slow)])
 def test_products_are_the_layers_own(family: Family) -> None:
     """Recomputation repeats no product: FLOPs equal those of torch's counter in eager mode."""
-    eager = Setting(precision=Precision.BF16, attention=Attention.FLASH, policy="cpu")
+    eager = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH, policy="cpu")
     (block,) = trace_model(family(BF16, "meta"), eager).blocks
     for phase in ("forward", "backward"):
         ours, theirs = (flop(each, phase, OpKind.GEMM, 2, 48) for each in (block_of(family), block))
@@ -121,7 +121,7 @@ def test_products_are_the_layers_own(family: Family) -> None:
 
 @pytest.mark.slow
 def test_less_is_kept_and_less_is_moved_than_in_eager_mode() -> None:
-    eager = Setting(precision=Precision.BF16, attention=Attention.FLASH, policy="cuda")
+    eager = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH, policy="cuda")
     (block,) = trace_model(llama(BF16, "meta"), eager).blocks
     compiled = block_of(llama, "cuda")
     moved = [sum(at(op.traffic_bytes, 2, 512) for op in each.ops) for each in (compiled, block)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from mist.model.graph import B, Block, OpKind, S, SavedTensor, T
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from tests.tokens import tokens
 from tests.trace.real import Measured, measure
 from tests.trace.test_plain import Layer, Model
@@ -124,7 +124,7 @@ EXPERTS = {mixtral: 2 * (2 * 128 * 128 + 2 * 64 * 128)}
 
 @pytest.mark.parametrize(("family", "precision"), CASES)
 def test_block_equals_real_tensors(family: Family, precision: Precision) -> None:
-    setting = Setting(precision=precision, attention=Attention.FLASH, policy="cpu")
+    setting = TraceSetting(precision=precision, attention=Attention.FLASH, policy="cpu")
     dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
     (block,) = trace_model(family(dtype, "meta"), setting).blocks
     model = family(dtype, "cpu")

@@ -14,12 +14,12 @@ from torch import nn
 
 from mist.model.graph import B, ModelGraph, OpKind, S
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from tests.trace.real import Measured, measure
 from tests.trace.test_exact import at, flop, saved_bytes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FP32 = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
+FP32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
 CHANNELS, MODES = 8, 4
 
 

@@ -13,14 +13,14 @@ from mist.errors import TraceError
 from mist.model.graph import Block, ModelGraph, OpKind
 from mist.model.summary import TpLimit
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from mist.trace.codec import decode_graph, encode_graph
 from tests.trace.real import Measured, measure
 from tests.trace.test_exact import at, flop, gpt2, llama, saved_bytes
 
 WIDTH, RANK, VOCAB, NUM_LAYERS = 64, 4, 96, 4
 POINTS = [(1, 32), (3, 77)]
-SETTING = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
+SETTING = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
 
 
 class Layer(nn.Module):

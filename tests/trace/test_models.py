@@ -10,17 +10,17 @@ import sympy
 import torch
 from sympy import Expr
 
-from mist.model.graph import B, Block, Layout, ModelGraph, OpKind, S, T
+from mist.model.graph import B, Block, ModelGraph, OpKind, S, T, TensorLayout
 from mist.model.summary import LayerRun, TpLimit
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, load_graph, trace_model
+from mist.trace import TraceSetting, load_graph, trace_model
 from mist.trace.models.loader import load_model
 from mist.trace.models.presets import PRESETS
 from mist.trace.models.source import resolve
 from tests.trace.test_exact import gpt2
 
 ROOT = Path(__file__).parents[2]
-BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 SILENT = lambda message: None  # noqa: E731
 
 
@@ -113,11 +113,11 @@ def test_llama_layouts(llama: ModelGraph) -> None:
     The seed and offset of flash attention are whole on every rank, too.
     """
     (block,) = llama.blocks
-    gathered = [(t.module, t.bytes) for t in block.saved if t.layout is Layout.GATHERED]
+    gathered = [(t.module, t.bytes) for t in block.saved if t.layout is TensorLayout.GATHERED]
     inputs = [(module, size) for module, size in gathered if size.free_symbols]
     assert inputs == [("self_attn.q_proj", 2 * 8192 * B * S), ("mlp.gate_proj", 2 * 8192 * B * S)]
     assert sorted(size for _, size in gathered if not size.free_symbols) == [8, 16]
-    sharded = [tensor.bytes for tensor in block.saved if tensor.layout is Layout.SHARDED]
+    sharded = [tensor.bytes for tensor in block.saved if tensor.layout is TensorLayout.SHARDED]
     assert sympy.expand(sum(sharded)) == 266496 * B * S / T
 
 
@@ -153,7 +153,7 @@ def test_experts_divide_by_their_width() -> None:
     h, f = 4096, 14336
     divided = 2 * (2 * 3 * h * f + 2 * h**2 + 2 * h**2 // 4) + 4 * h * S
     assert block.flop("forward").equals(B * S * (divided / T + 2 * 8 * h))
-    gathered = {t.module for t in block.saved if t.layout is Layout.GATHERED}
+    gathered = {t.module for t in block.saved if t.layout is TensorLayout.GATHERED}
     assert {"mlp.gate", "mlp.experts"} <= gathered
 
 
@@ -212,7 +212,7 @@ def test_example_is_its_preset(stem: str) -> None:
 
 
 def test_fingerprint_is_the_model_not_the_trace(llama: ModelGraph) -> None:
-    fp32 = Setting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
+    fp32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
     model = gpt2(torch.float32, "meta")
     assert trace_model(model, fp32).fingerprint == trace_model(model, BF16).fingerprint
     assert llama.fingerprint.startswith("sha256:")

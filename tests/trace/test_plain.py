@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from mist.errors import TraceError
-from mist.model.graph import B, Layout, ModelGraph, OpKind, S, T
+from mist.model.graph import B, ModelGraph, OpKind, S, T, TensorLayout
 from mist.model.summary import LayerRun, TpLimit
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from mist.trace.repeated_blocks import find_layers
 
-FP32 = Setting(precision=Precision.FP32, attention=Attention.FLASH)
+FP32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
 WIDTH, VOCAB = 32, 96
 
 
@@ -150,7 +150,7 @@ def test_math_attention_keeps_the_scores(policy: str) -> None:
             out = F.scaled_dot_product_attention(q, q, q, is_causal=True)
             return out.transpose(1, 2).reshape(x.shape)
 
-    setting = Setting(precision=Precision.FP32, attention=Attention.MATH, policy=policy)
+    setting = TraceSetting(precision=Precision.FP32, attention=Attention.MATH, policy=policy)
     (block,) = trace_model(Model([Attend(), Attend()]), setting).blocks
     assert not [op for op in block.ops if op.kind is OpKind.ATTENTION]
     assert 16 * B * S**2 in {tensor.bytes for tensor in block.saved}
@@ -220,7 +220,7 @@ def test_one_key_head_cannot_be_divided() -> None:
     (block,) = graph.blocks
     assert (block.num_entries, block.num_exits, block.num_whole) == (1, 1, 1)
     kinds = {tensor.layout for tensor in block.saved if tensor.module.startswith("attend")}
-    assert kinds == {Layout.GATHERED}
+    assert kinds == {TensorLayout.GATHERED}
     assert [c.count for c in block.collectives(sequence_parallel=True)] == [2, 1, 2, 1]
 
 

@@ -15,13 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mist.model.graph import B, Block, S
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from mist.trace.recording.shim import runs_as
 from tests.trace.test_exact import llama
 from tests.trace.test_plain import WIDTH, Layer, Model
 
 aten = torch.ops.aten
-CUDA = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+CUDA = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 Make = Callable[..., Tensor]
 Saved = list[tuple[str, tuple[int, ...]]]
 
@@ -195,7 +195,7 @@ def test_norms_written_out_become_one_kernel() -> None:
     Written out: x in fp32 (4 h), 1 / rms (4), and the normed x before the weight (2 h).
     """
     written, fused = (
-        trace_model(llama(torch.bfloat16, "meta"), Setting(
+        trace_model(llama(torch.bfloat16, "meta"), TraceSetting(
             precision=Precision.BF16, attention=Attention.FLASH, fused_norms=each
         )).blocks[0]
         for each in (False, True)

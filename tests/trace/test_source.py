@@ -7,7 +7,7 @@ import pytest
 
 from mist.errors import ModelError
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, load_graph
+from mist.trace import TraceSetting, load_graph
 from mist.trace.models.presets import PRESETS
 from mist.trace.models.source import ConfigSource, PythonSource, resolve
 
@@ -20,7 +20,7 @@ BROKEN_SYNTAX = "def build_model(:\n"
 
 
 def load(source: Path | str) -> None:
-    setting = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+    setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
     load_graph(str(source), setting, progress=lambda message: None)
 
 

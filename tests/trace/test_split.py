@@ -10,7 +10,7 @@ from torch.distributed.pipelining._backward import (
 )
 
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import (
     INPUTS,
@@ -48,7 +48,7 @@ def waiting_bytes(module: torch.nn.Module, output: torch.Tensor, given: torch.Te
     ],
 )
 def test_gradients_that_wait_equal_real_ones(family: Family, precision: Precision) -> None:
-    setting = Setting(precision=precision, attention=Attention.FLASH, policy="cpu")
+    setting = TraceSetting(precision=precision, attention=Attention.FLASH, policy="cpu")
     (block,) = trace_model(family(torch.float32, "meta"), setting).blocks
     model = family(torch.float32, "cpu")
     layer = model.get_submodule(PATHS[family])

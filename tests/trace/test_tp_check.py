@@ -10,10 +10,10 @@ from torch import nn
 
 from mist.model.graph import B, S
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from tests.trace.test_plain import WIDTH, Model
 
-BF16 = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 FFN = 32
 Between = Callable[[torch.Tensor], torch.Tensor]
 

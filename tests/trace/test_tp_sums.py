@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mist.plans.workload import Attention, Precision
 from mist.trace import trace_model
-from mist.trace.models.source import Setting
+from mist.trace.models.source import TraceSetting
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR as NOT_LINEAR_WORDS
 
 HIDDEN, WIDTH, EXPERTS, VOCAB = 32, 16, 4, 64
@@ -75,7 +75,7 @@ class Model(nn.Module):
 def undivided(behind: Behind) -> str | None:
     with torch.device("meta"):
         model = Model(behind)
-    setting = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+    setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
     facts = trace_model(model, setting).facts
     assert [limit.label for limit in facts.tp_limits or ()] == ["expert width"], facts
     return facts.undivided

@@ -16,16 +16,16 @@ from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
-from mist.validate.predict import Case, Machine, predict
+from mist.validate.predict import Case, RunProfiles, predict
 from mist.validate.run_layouts import RunLayout
 from tests.toys import toy_graph, toy_job, toy_platform
 
 LAYOUTS = [(1, 1, 0, 1, 8), (2, 2, 1, 2, 4), (4, 1, 3, 1, 2), (2, 4, 2, 4, 8), (8, 1, 1, 2, 16)]
 
 
-def machine() -> Machine:
+def machine() -> RunProfiles:
     platform = toy_platform()
-    return Machine(
+    return RunProfiles(
         device=platform.device,
         cluster=platform.cluster,
         runtime=platform.runtime,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mist.calibrate.run_comparison import Compared
+from mist.calibrate.run_comparison import RunComparison
 from mist.cli import app
 from mist.errors import InputError
 from mist.plans.file import save_plan
@@ -39,7 +39,7 @@ def written(folder: Path, log: object) -> tuple[Path, Path]:
     return plan, path
 
 
-def found_of(folder: Path, **changes: object) -> Compared:
+def found_of(folder: Path, **changes: object) -> RunComparison:
     return compare(*written(folder, log_of(**changes)))
 
 

@@ -13,7 +13,7 @@ from mist.plans.workload import ScheduleKind
 from mist.search.tune import tune
 from mist.symbolic.estimate import Job
 from mist.workflow.sensitivity import (
-    Pipeline,
+    PipelineTimes,
     change_words,
     least_change,
     memory_words,
@@ -24,12 +24,12 @@ from tests.toys import toy_graph, toy_job
 LIMITS = Limits(device_bytes=2.2e9, host_bytes=0.0)
 
 
-def judged(job: Job, layout: Layout) -> Pipeline:
+def judged(job: Job, layout: Layout) -> PipelineTimes:
     stages = stage_plans(job, layout)
     return pipeline_of(job, stages, layout.num_micro_batches, layout.schedule)
 
 
-def changed_step(layout: Pipeline, part: str, share: float) -> float:
+def changed_step(layout: PipelineTimes, part: str, share: float) -> float:
     """The step after the change, in the paper's form and with plain loops."""
     g, times = layout.num_micro_batches, layout.times
     num_stages = len(times.delta_s)
@@ -78,14 +78,14 @@ def test_the_change_that_is_named_makes_a_tie(global_batch: int) -> None:
     assert len(parts) >= 2
 
 
-def by_hand(num_micro_batches: int, **parts_s: float) -> Pipeline:
+def by_hand(num_micro_batches: int, **parts_s: float) -> PipelineTimes:
     """One stage without a delta."""
     from mist.plans.plan import ONE_F_ONE_B
     from mist.symbolic.estimate import StageTimes
 
     parts = {name: np.array([s]) for name, s in parts_s.items()}
     times = StageTimes(parts_s=parts, delta_s=np.zeros(1), weight_s=np.zeros(1))
-    return Pipeline(num_micro_batches=num_micro_batches, schedule=ONE_F_ONE_B, times=times)
+    return PipelineTimes(num_micro_batches=num_micro_batches, schedule=ONE_F_ONE_B, times=times)
 
 
 def test_a_change_by_hand() -> None:

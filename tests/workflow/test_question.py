@@ -6,7 +6,7 @@ import pytest
 
 from mist.model.graph import ModelGraph
 from mist.symbolic import load_programs as programs
-from mist.trace import Setting
+from mist.trace import TraceSetting
 from mist.workflow.request import Question, compiled
 from tests.toys import toy_graph
 
@@ -17,9 +17,9 @@ TORCH = Path(__file__).parents[2] / "profiles/runtimes/torch.yaml"
 def test_the_runtime_says_which_norms_run(
     fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: list[Setting] = []
+    settings: list[TraceSetting] = []
 
-    def load_graph(source: str, setting: Setting, **_: object) -> ModelGraph:
+    def load_graph(source: str, setting: TraceSetting, **_: object) -> ModelGraph:
         settings.append(setting)
         return toy_graph()
 

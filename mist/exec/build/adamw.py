@@ -31,7 +31,7 @@ class Settings:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Slot:
+class ParameterState:
     """One parameter's shard with its moments, and which of them live in host memory."""
 
     name: str
@@ -70,7 +70,9 @@ class AdamW:
     `slots`: of the parameters that are trained.
     """
 
-    def __init__(self, settings: Settings, swapper: Swapper, slots: Sequence[Slot]) -> None:
+    def __init__(
+        self, settings: Settings, swapper: Swapper, slots: Sequence[ParameterState]
+    ) -> None:
         self.settings = settings
         self.num_steps = 0
         self.slots = tuple(slots)
@@ -89,7 +91,7 @@ class AdamW:
         for slot in self.slots:
             slot.parameter.grad = None
 
-    def _stream(self, buckets: Sequence[Sequence[Slot]], scale: torch.Tensor) -> None:
+    def _stream(self, buckets: Sequence[Sequence[ParameterState]], scale: torch.Tensor) -> None:
         coming = self._fetch(buckets[0]) if buckets else []
         leaving: list[Copy] = []
         for index, bucket in enumerate(buckets):
@@ -102,7 +104,7 @@ class AdamW:
         for copy in leaving:
             copy.arrived()
 
-    def _fetch(self, bucket: Sequence[Slot]) -> list[tuple[Copy, ...]]:
+    def _fetch(self, bucket: Sequence[ParameterState]) -> list[tuple[Copy, ...]]:
         return [
             tuple(
                 self._swapper.to_device(copy) if away else copy
@@ -114,7 +116,7 @@ class AdamW:
         ]
 
     def _put_back(
-        self, bucket: Sequence[Slot], here: Sequence[tuple[torch.Tensor, ...]]
+        self, bucket: Sequence[ParameterState], here: Sequence[tuple[torch.Tensor, ...]]
     ) -> Iterator[Copy]:
         """Copies to the host of what was changed; a gradient is not needed any more."""
         for slot, updated in zip(bucket, here, strict=True):
@@ -152,7 +154,7 @@ def make_slots(
     on_host: frozenset[str],
     host_ratio: float,
     swapper: Swapper,
-) -> Iterator[Slot]:
+) -> Iterator[ParameterState]:
     """A slot for each parameter that is trained, moments zero.
 
     `on_host`: parameters that live there. `host_ratio`: share of the bytes of all moments that do,
@@ -165,7 +167,7 @@ def make_slots(
     for name, parameter in trained.items():
         away = name in moved
         first, second = (_zeros(shards[name], swapper, on_host=away) for _ in range(2))
-        yield Slot(
+        yield ParameterState(
             name=name,
             parameter=parameter,
             first=first,
@@ -201,9 +203,9 @@ def _zeros(shard: torch.Tensor, swapper: Swapper, *, on_host: bool) -> torch.Ten
     return torch.zeros_like(shard, device=swapper.device)
 
 
-def _buckets(slots: Iterator[Slot]) -> Iterator[list[Slot]]:
+def _buckets(slots: Iterator[ParameterState]) -> Iterator[list[ParameterState]]:
     """Slots in groups of about BUCKET_BYTES."""
-    bucket: list[Slot] = []
+    bucket: list[ParameterState] = []
     for slot in slots:
         bucket.append(slot)
         if sum(each.num_bytes for each in bucket) >= BUCKET_BYTES:

@@ -14,8 +14,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mist.errors import InputError
+from mist.exec.build.rank_grid import RankGrid
 from mist.exec.build.weight_init import seed_of
-from mist.exec.build.rank_grid import Grid
 from mist.plans.workload import Workload
 from mist.trace.models.loader import TOKENS, LoadedModel
 
@@ -101,7 +101,7 @@ def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarr
     return tokens
 
 
-def own_rows(batch: object, grid: Grid, i: int, num_micro_batches: int) -> object:
+def own_rows(batch: object, grid: RankGrid, i: int, num_micro_batches: int) -> object:
     """The samples of data-parallel rank i, micro-batch by micro-batch."""
     size = grid.rows // grid.dp
     rows = torch.cat(

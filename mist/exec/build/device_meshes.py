@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mist.exec.build.rank_grid import Grid, grid_of, stage_of, uniform
+from mist.exec.build.rank_grid import RankGrid, grid_of, stage_of, uniform
 from mist.plans.plan import Plan
 
 DATA: Final = {False: ("dp",), True: ("dp_replicate", "dp_shard")}
@@ -16,7 +16,7 @@ DATA: Final = {False: ("dp",), True: ("dp_replicate", "dp_shard")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RankPlace:
     """Where a rank is: its stage, indices, meshes, and the group that its pipeline counts ranks in.
 
     `dp_mesh`: of the data-parallel ranks, two-dimensional (replicate, shard) where the states have
@@ -28,19 +28,19 @@ class Place:
     stage: int
     i: int
     j: int
-    grids: tuple[Grid, ...]
+    grids: tuple[RankGrid, ...]
     dp_mesh: DeviceMesh
     tp_mesh: DeviceMesh
     column: dist.ProcessGroup
     device: torch.device
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> RankGrid:
         """The grid of this rank's stage."""
         return self.grids[self.stage]
 
 
-def take_place(plan: Plan, device: torch.device) -> Place:
+def take_place(plan: Plan, device: torch.device) -> RankPlace:
     """Build every mesh and group of the plan; the default process group must be there."""
     rank = dist.get_rank()
     grids = tuple(grid_of(plan, stage) for stage in plan.stages)
@@ -48,7 +48,7 @@ def take_place(plan: Plan, device: torch.device) -> Place:
     stage = stage_of(plan, rank)
     i, j = divmod(rank - grids[stage].first_rank, grids[stage].tp)
     columns = _columns(grids) if uniform(plan) else [[r] for r in range(dist.get_world_size())]
-    return Place(
+    return RankPlace(
         rank=rank,
         stage=stage,
         i=i,
@@ -67,7 +67,7 @@ def new_groups(members: Sequence[Sequence[int]]) -> Mapping[int, dist.ProcessGro
     return {rank: group for ranks, group in zip(members, groups, strict=True) for rank in ranks}
 
 
-def _mesh(grid: Grid, device: torch.device) -> DeviceMesh:
+def _mesh(grid: RankGrid, device: torch.device) -> DeviceMesh:
     """Data-parallel axes before the tensor-parallel one: ranks that share states are neighbours."""
     copies = grid.dp_replicate
     sizes = (copies, grid.dp // copies) if copies > 1 else (grid.dp,)
@@ -75,5 +75,5 @@ def _mesh(grid: Grid, device: torch.device) -> DeviceMesh:
     return DeviceMesh(device.type, ranks, mesh_dim_names=(*DATA[copies > 1], "tp"))
 
 
-def _columns(grids: Sequence[Grid]) -> list[list[int]]:
+def _columns(grids: Sequence[RankGrid]) -> list[list[int]]:
     return [[grid.rank(*place) for grid in grids] for place in grids[0].places()]

@@ -4,8 +4,8 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from mist.exec.build.weight_init import Whole
 from mist.exec.build.tensor_parts import ONE_PIECE, Pieces, read_within, take_apart
+from mist.exec.build.weight_init import Whole
 
 
 def fill(parameter: torch.Tensor, value: Whole, *, pieces: Pieces = ONE_PIECE) -> None:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from mist.errors import ModelError
 from mist.trace.models.loader import LoadedModel
+from mist.trace.recording.shim import ImitatedKernels
 from mist.trace.repeated_blocks import Layers, find_layers
-from mist.trace.recording.shim import Kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
     found = find_layers(model)
     while found is not None:
         watch = _Watch(model=model, layers=found)
-        with mode, Kernels("cpu"), watch.hooks():
+        with mode, ImitatedKernels("cpu"), watch.hooks():
             fake = replace(loaded, module=model)
             fake.run(fake.batch(2, seq_len))
         if sorted(watch.order) == list(range(len(found.modules))):

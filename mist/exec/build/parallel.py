@@ -16,26 +16,26 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from mist.exec.build.activations import Offloader, keep
 from mist.exec.build.adamw import AdamW, Settings, local, make_slots
-from mist.exec.build.model_structure import Anatomy
 from mist.exec.build.batch_shape import planned_shape
 from mist.exec.build.batches import micro_batch, own_rows, to_device
-from mist.exec.build.step_clock import Clock
-from mist.exec.build.weight_init import Whole, initial_values
+from mist.exec.build.device_meshes import RankPlace, new_groups, take_place
+from mist.exec.build.fsdp import COMPUTE, Sharding, begin_backward, shard
 from mist.exec.build.gradient_flow import Flows, flows_of
-from mist.exec.build.rank_grid import chunk_layers
-from mist.exec.build.process_group import warm_up
-from mist.exec.build.step_recorder import Measured, Recorder, allocated
-from mist.exec.build.device_meshes import Place, new_groups, take_place
-from mist.exec.build.tensor_parts import ONE_PIECE, Pieces
-from mist.exec.build.pipeline import Pipeline, Shell
-from mist.exec.build.tensor_rules import TensorRules, tensor_rules
-from mist.exec.build.stage_module import Chunk, cut
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.build.host_copies import Swapper
-from mist.exec.build.tensor_parallelism import Part, divide
-from mist.exec.build.torch_versions import refuse_missing
 from mist.exec.build.initial_weights import fill
-from mist.exec.build.fsdp import COMPUTE, Level, begin_backward, shard
+from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.pipeline import PipelineSchedule, Shell
+from mist.exec.build.process_group import warm_up
+from mist.exec.build.rank_grid import chunk_layers
+from mist.exec.build.stage_module import Chunk, cut
+from mist.exec.build.step_clock import StepClock
+from mist.exec.build.step_recorder import StepMeasurement, StepRecorder, allocated
+from mist.exec.build.tensor_parallelism import ChunkPart, divide
+from mist.exec.build.tensor_parts import ONE_PIECE, Pieces
+from mist.exec.build.tensor_rules import TensorRules, tensor_rules
+from mist.exec.build.torch_versions import refuse_missing
+from mist.exec.build.weight_init import Whole, initial_values
 from mist.plans.plan import Plan, StagePlan
 from mist.plans.workload import MemoryLevel
 from mist.trace.models.loader import LoadedModel
@@ -65,7 +65,7 @@ def subject_of(loaded: LoadedModel, anatomy: Anatomy, plan: Plan) -> Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class StepResult:
     """What one step gave, the same on every rank: mean loss, and norm of the gradient."""
 
     loss: float
@@ -91,7 +91,7 @@ class _Job:
 
     subject: Subject
     plan: Plan
-    place: Place
+    place: RankPlace
     swapper: Swapper
     memory: Memory
 
@@ -174,7 +174,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     anatomy, stage, place = job.subject.anatomy, job.stage, job.place
     part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
     names = anatomy.layers[layers.start : layers.stop]
-    ends = Part(
+    ends = ChunkPart(
         layers=names,
         first=layers.start == 0,
         last=layers.stop == len(anatomy.layers),
@@ -193,7 +193,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     offloader = _keep(job, modules, of_layers)
     away = modules[first_on_host:]
     flows = flows_of(job.subject.loaded, anatomy, layers)
-    level = Level(
+    level = Sharding(
         zero=stage.zero,
         idle=flows.idle,
         precision=job.plan.workload.precision,
@@ -263,7 +263,7 @@ class Parallel:
         self.pieces = dict(_pieces(job))
         self._chunks = chunks
         self.swapper = job.swapper
-        self.clock = Clock(job.place.device)
+        self.clock = StepClock(job.place.device)
         self._split_loss = job.split_loss
         self._scale = job.scale
         self._batch_shape = planned_shape(job.subject.loaded, job.plan.workload)
@@ -280,13 +280,13 @@ class Parallel:
         """The stage of this rank."""
         return self.plan.stages[self.place.stage]
 
-    def train_step(self, batch: object) -> Step:
+    def train_step(self, batch: object) -> StepResult:
         """One optimizer step on all samples of a step (each rank takes its own of them).
 
         Raises InputError for a batch of another shape than the plan's, alike on every rank.
         """
         loss, norm = self.unread_step(batch)
-        return Step(loss=float(loss), norm=float(norm))
+        return StepResult(loss=float(loss), norm=float(norm))
 
     def unread_step(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
         """The same step; mean loss and norm stay on the device."""
@@ -303,16 +303,16 @@ class Parallel:
             self.optimizer.zero_grad()
         return loss, norm
 
-    def counted_step(self, batch: object) -> tuple[Step, Measured]:
+    def counted_step(self, batch: object) -> tuple[StepResult, StepMeasurement]:
         """A step of which every operation is counted: slower, and on CUDA not as it runs else."""
-        recorder = Recorder(chain(*self.states(on_host=False).values()), self.axes)
+        recorder = StepRecorder(chain(*self.states(on_host=False).values()), self.axes)
         self.swapper.quietly = recorder.on_host
         with recorder:
             step = self.train_step(batch)
         self.swapper.quietly = nullcontext
         return step, recorder.measured()
 
-    def measured_step(self, batch: object) -> tuple[Step, Measured]:
+    def measured_step(self, batch: object) -> tuple[StepResult, StepMeasurement]:
         """A step with its peak: on CUDA the allocator's own, of a step like any other."""
         if self.place.device.type != "cuda":
             return self.counted_step(batch)
@@ -393,7 +393,7 @@ class Parallel:
         share = torch.where(number == 0, 0.0, 1.0 / number)
         return total * share, share / self._scale
 
-    def _make_pipeline(self, job: _Job) -> Pipeline:
+    def _make_pipeline(self, job: _Job) -> PipelineSchedule:
         anatomy, workload = job.subject.anatomy, self.plan.workload
         seq_len, *others = anatomy.boundary
         tokens = seq_len // self.stage.tp if self.stage.sp else seq_len
@@ -406,7 +406,7 @@ class Parallel:
             index: Shell(chunk.root, chunk.offloader, self.clock, chunk.flows)
             for index, chunk in self._chunks.items()
         }
-        return Pipeline(shells, self.place, self.plan, activation)
+        return PipelineSchedule(shells, self.place, self.plan, activation)
 
 
 def _pieces(job: _Job) -> Iterator[tuple[str, Pieces]]:

@@ -23,12 +23,12 @@ from torch.distributed.pipelining.schedules import (
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mist.exec.build.activations import Offloader
-from mist.exec.build.step_clock import Clock
-from mist.exec.build.gradient_flow import Flows
-from mist.exec.build.rank_grid import Grid, Span, transfers
-from mist.exec.build.device_meshes import Place
-from mist.exec.build.torch_versions import known_by_older_names, param_groups
+from mist.exec.build.device_meshes import RankPlace
 from mist.exec.build.fsdp import begin_backward, groups
+from mist.exec.build.gradient_flow import Flows
+from mist.exec.build.rank_grid import RankGrid, Span, transfers
+from mist.exec.build.step_clock import StepClock
+from mist.exec.build.torch_versions import known_by_older_names, param_groups
 from mist.plans.plan import Plan
 from mist.plans.workload import ScheduleKind
 
@@ -46,7 +46,7 @@ class Shell(nn.Module):
     """Hides FSDP2 from torch's schedules, which would gather whole stages; names its batch."""
 
     def __init__(
-        self, root: nn.Module, offloader: Offloader | None, clock: Clock, flows: Flows
+        self, root: nn.Module, offloader: Offloader | None, clock: StepClock, flows: Flows
     ) -> None:
         super().__init__()
         self.flows = flows
@@ -117,7 +117,7 @@ class Stage(PipelineStage):
     """One chunk of layers of a rank. `index` counts chunks along the pipeline."""
 
     def __init__(
-        self, shell: Shell, index: int, place: Place, plan: Plan, activation: torch.Tensor
+        self, shell: Shell, index: int, place: RankPlace, plan: Plan, activation: torch.Tensor
     ) -> None:
         num_chunks = len(plan.stages) * plan.schedule.vpp
         ids = torch.empty(0, device=place.device)
@@ -213,7 +213,7 @@ class Stage(PipelineStage):
         arriving = self._arriving.backward.pop(bwd_chunk_id, None)
         return (None if arriving is None else arriving.assembled(),)
 
-    def _grid_at(self, step: int) -> Grid:
+    def _grid_at(self, step: int) -> RankGrid:
         """The grid of the chunk before or behind this one."""
         return self._place.grids[(self.stage_index + step) % len(self._place.grids)]
 
@@ -234,7 +234,7 @@ class Stage(PipelineStage):
         into[chunk_id] = _Whole(buffer=buffer, pieces=tuple(pieces))
         return operations
 
-    def _send(self, tensor: torch.Tensor, target: Grid) -> Iterator[dist.P2POp]:
+    def _send(self, tensor: torch.Tensor, target: RankGrid) -> Iterator[dist.P2POp]:
         place = self._place
         held = place.grid.holds(place.i, place.j)
         for each in transfers(place.grid, target):
@@ -305,11 +305,11 @@ def _within(held: Span, part: Span) -> tuple[slice, slice]:
     )
 
 
-class Pipeline:
+class PipelineSchedule:
     """Runs one step of a plan with several stages on this rank."""
 
     def __init__(
-        self, shells: Mapping[int, Shell], place: Place, plan: Plan, activation: torch.Tensor
+        self, shells: Mapping[int, Shell], place: RankPlace, plan: Plan, activation: torch.Tensor
     ) -> None:
         self._shells = tuple(shells.values())
         stages: list[Any] = [

@@ -33,7 +33,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class RankGrid:
     """The ranks of one stage, and what each holds of an activation between layers.
 
     `dp_replicate`: copies of the states; the ranks of one are neighbours.
@@ -72,7 +72,7 @@ class Transfer:
     span: Span
 
 
-def transfers(source: Grid, target: Grid) -> tuple[Transfer, ...]:
+def transfers(source: RankGrid, target: RankGrid) -> tuple[Transfer, ...]:
     """All that moves when an activation goes from one grid to another, in a fixed order."""
     return tuple(
         Transfer(source=source.rank(i, k), target=target.rank(*place), span=part)
@@ -83,7 +83,7 @@ def transfers(source: Grid, target: Grid) -> tuple[Transfer, ...]:
     )
 
 
-def _copies(source: Grid, target: Grid, j: int) -> range:
+def _copies(source: RankGrid, target: RankGrid, j: int) -> range:
     """Tensor-parallel indices to pull from: all shards, or one of the equal copies."""
     if source.sequence_parallel:
         return range(source.tp)
@@ -91,9 +91,9 @@ def _copies(source: Grid, target: Grid, j: int) -> range:
     return range(one, one + 1)
 
 
-def grid_of(plan: Plan, stage: StagePlan) -> Grid:
+def grid_of(plan: Plan, stage: StagePlan) -> RankGrid:
     """The grid of a stage."""
-    return Grid(
+    return RankGrid(
         first_rank=stage.devices[0],
         dp=stage.dp,
         dp_replicate=stage.dp_replicate,

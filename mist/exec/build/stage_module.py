@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from mist.exec.build.model_structure import Anatomy
 from mist.exec.build.loss import summed_loss
+from mist.exec.build.model_structure import Anatomy
 from mist.trace.models.loader import LoadedModel
 
 

@@ -16,7 +16,7 @@ Part = Literal["forward", "backward", "sums", "optimizer"]
 Mark = float | torch.cuda.Event
 
 
-class Clock:
+class StepClock:
     """Adds up the seconds of each part of a step."""
 
     def __init__(self, device: torch.device) -> None:

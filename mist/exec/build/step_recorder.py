@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mist.exec.observation import Collective
+from mist.exec.observation import CollectiveTotal
 from mist.plans.host_memory import pinned_bytes
 
 # The same collective has several names: c10d's own, and those of functional collectives.
@@ -45,7 +45,7 @@ NAMESPACES: Final = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class StepMeasurement:
     """One step of one rank. `peak_bytes`: of the device, states included.
 
     On CUDA the bytes of blocks in use, those included that are freed but that a stream still reads;
@@ -54,15 +54,15 @@ class Measured:
     """
 
     peak_bytes: int
-    collectives: tuple[Collective, ...] = ()
+    collectives: tuple[CollectiveTotal, ...] = ()
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     num_alloc_retries: int | None = None
 
 
-def allocated(stats: Mapping[str, int]) -> Measured:
+def allocated(stats: Mapping[str, int]) -> StepMeasurement:
     """What CUDA's caching allocator says of a step (`torch.cuda.memory_stats`)."""
-    return Measured(
+    return StepMeasurement(
         peak_bytes=stats["active_bytes.all.peak"],
         allocated_bytes=stats["allocated_bytes.all.peak"],
         reserved_bytes=stats["reserved_bytes.all.peak"],
@@ -73,15 +73,15 @@ def allocated(stats: Mapping[str, int]) -> Measured:
 Rows = Mapping[tuple[str, str], tuple[int, int]]
 
 
-def collectives_of(rows: Rows) -> tuple[Collective, ...]:
+def collectives_of(rows: Rows) -> tuple[CollectiveTotal, ...]:
     """Rows of (axis, kind): (count, bytes) in order."""
     return tuple(
-        Collective(axis=axis, kind=kind, count=count, bytes=size)
+        CollectiveTotal(axis=axis, kind=kind, count=count, bytes=size)
         for (axis, kind), (count, size) in sorted(rows.items())
     )
 
 
-class Recorder(TorchDispatchMode):
+class StepRecorder(TorchDispatchMode):
     """Counts within `with`; `axes`: names of process groups, and the axis that each stands for."""
 
     def __init__(self, states: Iterable[torch.Tensor], axes: Mapping[str, str]) -> None:
@@ -97,9 +97,9 @@ class Recorder(TorchDispatchMode):
         for tensor in states:
             self._count(tensor.untyped_storage())
 
-    def measured(self) -> Measured:
+    def measured(self) -> StepMeasurement:
         """What was counted."""
-        return Measured(peak_bytes=self._peak, collectives=collectives_of(self.rows()))
+        return StepMeasurement(peak_bytes=self._peak, collectives=collectives_of(self.rows()))
 
     def rows(self) -> Rows:
         """Collectives so far: (axis, kind) to (count, bytes)."""
@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
         with patch.object(self, "_hosting", True):
             yield
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "StepRecorder":
         self._resize: Callable[..., Any] = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> object:

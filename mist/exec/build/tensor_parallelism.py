@@ -38,7 +38,7 @@ ROWS: Final = 2  # dimensions of an activation whose tokens are rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ChunkPart:
     """The layers of a chunk by name, whether the ends of the model belong to it, and how it runs.
 
     `front`, `tail`: names of the parameters that are read before the first layer and behind the
@@ -56,7 +56,9 @@ class Part:
     split_loss: bool
 
 
-def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> frozenset[str]:
+def divide(
+    model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: DeviceMesh
+) -> frozenset[str]:
     """Divide a chunk over the ranks of `mesh`, in place.
 
     Returns the names of parameters whose gradients are partial sums. Raises ModelError when
@@ -82,7 +84,7 @@ def divide(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -
 
 
 def _divide_layers(
-    model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh
+    model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: DeviceMesh
 ) -> tuple[set[str], set[str]]:
     """Divide the layers; the modules at which regions are entered, and those that gather tokens."""
     here = tuple(f"{name}." for name in part.layers)
@@ -119,7 +121,7 @@ def _on_all(model: nn.Module, names: set[str], hook: Callable[..., None], cross:
         hook(model.get_submodule(name), cross)
 
 
-def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: Part) -> None:
+def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: ChunkPart) -> None:
     sp = part.sp
     if sp and region.attends and set(region.entries) & set(region.entries.values()):
         raise ModelError(
@@ -136,7 +138,7 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part:
         parallelize_module(row, mesh, RowwiseParallel(output_layouts=Partial()))
 
 
-def _divide_ends(model: nn.Module, rules: TensorRules, part: Part, mesh: DeviceMesh) -> None:
+def _divide_ends(model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: DeviceMesh) -> None:
     """Embedding and head by vocabulary, where they belong to the chunk; tied ones stay tied."""
     table = rules.embedding if part.first else None
     head = rules.head if part.last else None
@@ -201,7 +203,7 @@ def _look_up(
     return added.redistribute(placements=(Replicate(),)).to_local()
 
 
-def _divide_head(model: nn.Module, name: str, part: Part, mesh: DeviceMesh) -> None:
+def _divide_head(model: nn.Module, name: str, part: ChunkPart, mesh: DeviceMesh) -> None:
     logits = Shard(-1) if part.split_loss else Replicate()
     style = ColwiseParallel(output_layouts=logits, use_local_output=not part.split_loss)
     parallelize_module(model, mesh, {name: style})
@@ -209,7 +211,9 @@ def _divide_head(model: nn.Module, name: str, part: Part, mesh: DeviceMesh) -> N
         _partial_input(model.get_submodule(name), mesh)
 
 
-def _shard_sequence(model: nn.Module, part: Part, mesh: DeviceMesh, *, head_partial: bool) -> None:
+def _shard_sequence(
+    model: nn.Module, part: ChunkPart, mesh: DeviceMesh, *, head_partial: bool
+) -> None:
     """Tokens are divided from the first layer of the model to the last one."""
     if part.first:
         _on_entry(model.get_submodule(part.layers[0]), partial(_scatter, mesh=mesh))
@@ -320,7 +324,7 @@ def _is_float(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def _partial(
-    model: nn.Module, part: Part, entered: set[str], *, head_partial: bool
+    model: nn.Module, part: ChunkPart, entered: set[str], *, head_partial: bool
 ) -> Iterator[str]:
     layers = tuple(f"{name}." for name in part.layers)
     regions = tuple(f"{name}." for name in entered)

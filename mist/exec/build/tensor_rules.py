@@ -22,12 +22,12 @@ from mist.exec.build.model_structure import Anatomy
 from mist.exec.build.tensor_parts import PartRule
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel
+from mist.trace.models.source import TraceSetting
+from mist.trace.recording.shim import ImitatedKernels
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
-from mist.trace.recording.shim import Kernels
-from mist.trace.models.source import Setting
-from mist.trace.tensor_parallel.tp_sharding import Matrix, Sharding, Unsupported, matrix_of
 from mist.trace.tensor_parallel.tp_apply import num_pieces, undivided
+from mist.trace.tensor_parallel.tp_sharding import Matrix, Sharding, UnsupportedRules, matrix_of
 
 GETTERS: Final = ("__get__", "size", "dim", "stride")
 
@@ -77,9 +77,9 @@ class TensorRules:
 def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -> TensorRules:
     """The rules of a model for `tp` ranks. Raises ModelError when they cannot be run."""
     try:
-        setting = Setting(precision=Precision.FP32, attention=Attention.FLASH)
+        setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
         sharding = sharding_rules(loaded, setting)
-    except Unsupported as reason:
+    except UnsupportedRules as reason:
         raise ModelError(f"tp {tp}: {loaded.name}: {reason}.") from reason
     model = loaded.module
     if words := undivided(model, sharding):
@@ -246,7 +246,7 @@ def _entries(loaded: LoadedModel, anatomy: Anatomy, seq_len: int) -> Mapping[str
     with mode:
         model.to_empty(device="cpu")
     watch = _Inputs(model=model, layers=frozenset(anatomy.layers))
-    with mode, Kernels("cpu"), watch:
+    with mode, ImitatedKernels("cpu"), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))
     return {name: watch.entry(name, chain) for name, chain in watch.linear.items()}

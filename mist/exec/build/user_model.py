@@ -5,12 +5,12 @@ from copy import deepcopy
 
 from torch import nn
 
-from mist.exec.build.model_structure import examine
 from mist.exec.build.empty_weights import empty_parameters
+from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Subject, subject_of
 from mist.model.summary import ModelFacts
 from mist.plans.plan import Plan
-from mist.trace import Setting, trace_model
+from mist.trace import TraceSetting, trace_model
 from mist.trace.models.loader import LoadedModel
 
 
@@ -25,7 +25,7 @@ def subject_of_module(
     Parameters that have values keep them. Raises ModelError and TraceError.
     """
     workload = plan.workload
-    setting = Setting(precision=workload.precision, attention=workload.attention)
+    setting = TraceSetting(precision=workload.precision, attention=workload.attention)
     facts = trace_model(model, setting, make_batch=make_batch, loss=loss).facts
     given = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
     empty = _without_values(model)

@@ -38,7 +38,7 @@ from mist.plans.plan import Plan
 from mist.plans.workload import Attention, ScheduleKind
 from mist.trace.models.fake_tensors import tables_of
 from mist.trace.models.loader import LoadedModel
-from mist.trace.models.source import Policy, Setting
+from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.recording.shim import runs_as
 
 MORE = 3  # micro-batches beyond those in flight that are run: the first, one amid others, the last
@@ -55,7 +55,7 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
         parallel = assemble(subject, short, torch.device("cpu"), Settings(), lambda: mode)
         observer = Observer(parallel, pins=policy == "cuda")
         parallel.swapper.quietly = observer.on_host
-        setting = Setting(
+        setting = TraceSetting(
             precision=plan.workload.precision,
             attention=plan.workload.attention,
             policy=policy,

@@ -23,7 +23,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from mist.exec.build.adamw import AdamW, local
 from mist.exec.build.parallel import Built, Parallel
 from mist.exec.build.pipeline import Stage
-from mist.exec.build.step_recorder import Recorder, Rows
+from mist.exec.build.step_recorder import Rows, StepRecorder
 from mist.exec.observation import Moment
 
 LOSS: Final = "logits and loss"
@@ -42,7 +42,7 @@ class Peak:
     operation: str = ""
 
 
-class Observer(Recorder):
+class Observer(StepRecorder):
     """Records one step of `parallel` on the CPU, real or fake; see `step_recorder.Recorder`.
 
     `ends`: after each backward pass, the collectives so far. `pins`: count host memory as a GPU

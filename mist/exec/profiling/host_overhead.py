@@ -31,7 +31,7 @@ ONE, MORE = 1, 5  # micro-batches
 COLLECTIVES_PER_LAYER: Final = 8  # two to enter and two to leave, forward and backward
 
 
-class Attention(nn.Module):
+class TinyAttention(nn.Module):
     """Causal attention. x [B, S, D]."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(DIM), nn.RMSNorm(DIM)
-        self.attn = Attention()
+        self.attn = TinyAttention()
         self.gate, self.up, self.down = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:

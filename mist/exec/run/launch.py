@@ -52,7 +52,7 @@ class Stopped(MistError):
 
 
 @dataclass(slots=True, kw_only=True)
-class _Asked:
+class _StopRequest:
     """The signal that the launcher was sent, if any, and whether it killed the ranks for it."""
 
     number: int | None = None
@@ -127,9 +127,9 @@ def _environment(number: int, num_ranks: int, folder: Path) -> Mapping[str, str]
 
 
 @contextmanager
-def _passing_on(ranks: Sequence[Rank]) -> Iterator[_Asked]:
+def _passing_on(ranks: Sequence[Rank]) -> Iterator[_StopRequest]:
     """Within: SIGTERM and Ctrl-C reach every rank, which saves and leaves; the second one kills."""
-    asked = _Asked()
+    asked = _StopRequest()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.killed = asked.number is not None
@@ -148,7 +148,7 @@ def _passing_on(ranks: Sequence[Rank]) -> Iterator[_Asked]:
             signal.signal(name, handler)
 
 
-def _wait(ranks: Sequence[Rank], timeout_s: float | None, asked: _Asked) -> None:
+def _wait(ranks: Sequence[Rank], timeout_s: float | None, asked: _StopRequest) -> None:
     limit = None if timeout_s is None else time.monotonic() + timeout_s
     while any(rank.process.poll() is None for rank in ranks):
         if any(_failed(rank) for rank in ranks):
@@ -192,7 +192,7 @@ def cause(codes: Mapping[int, int]) -> int:
     return min(codes, key=lambda number: (severity(codes[number]), number))
 
 
-def _raise_cause(ranks: Sequence[Rank], asked: _Asked) -> None:
+def _raise_cause(ranks: Sequence[Rank], asked: _StopRequest) -> None:
     """Raise for the rank that is the cause, or for the signal that ranks were asked to end by."""
     codes = {rank.number: rank.process.returncode for rank in ranks if _failed(rank)}
     first = ranks[cause(codes)]

@@ -15,7 +15,7 @@ MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_l
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class TraceSetting:
     """For which kernels and precision a model is traced.
 
     Policy "cuda": what a GPU would run; "cpu": what this machine runs. `autocast`: parameters stay

@@ -49,7 +49,7 @@ Held = tuple[int, Form]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class BackwardCall:
     """A call of the backward pass: the storages (keys) that it reads, and the node it belongs to.
 
     `divided`: it reads or makes a tensor that tensor parallelism divides, or needs all tokens.
@@ -91,7 +91,7 @@ class Live:
         self._whole.update(self._last[key] for key in gathered if key in self._last)
         self._num_saved = len(self._refs)
 
-    def called(self, step: Step, made: Iterable[torch.Tensor]) -> None:
+    def called(self, step: BackwardCall, made: Iterable[torch.Tensor]) -> None:
         """A call of the backward pass has run; `made`: those of its results to be watched."""
         before, num_known = self._alive(), len(self._refs)
         given = self._flowing(step.given, before)

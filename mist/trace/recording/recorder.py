@@ -26,13 +26,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mist.errors import TraceError
-from mist.model.graph import Layout, Op, OpKind, Phase, SavedTensor, T
+from mist.model.graph import Op, OpKind, Phase, SavedTensor, T, TensorLayout
 from mist.trace.dispatch_call import Call, bind, key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
 from mist.trace.operations.flops import Work, work_of
 from mist.trace.operations.fusion import Kernel
 from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
-from mist.trace.recording.liveness import Live, Step
+from mist.trace.recording.liveness import BackwardCall, Live
 from mist.trace.recording.split_backward import Awaited
 from mist.trace.tensor_parallel.tp_check import PRODUCTS, is_partial, mixing
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
@@ -116,14 +116,14 @@ class Part:
     def _saved(self, kept: Kept) -> SavedTensor:
         origin = self.origins.get(kept.sequence, Origin())
         undivided = kept.key in self.gathered or not kept.bytes.free_symbols
-        whole = Layout.GATHERED if undivided else Layout.REPLICATED
+        whole = TensorLayout.GATHERED if undivided else TensorLayout.REPLICATED
         return SavedTensor(
             bytes=kept.bytes,
             shape=kept.shape,
             dtype=kept.dtype,
             op=self.makers.get(kept.key, origin.op),
             module=origin.module,
-            layout=Layout.SHARDED if T in kept.bytes.free_symbols else whole,
+            layout=TensorLayout.SHARDED if T in kept.bytes.free_symbols else whole,
         )
 
 
@@ -264,7 +264,7 @@ class Recorder(TorchDispatchMode):
             return
         size = self._symbols.expr(result.numel() * result.element_size())
         whole = origin.whole or any(map(self._is_divided, given))
-        undivided = Layout.GATHERED if whole else Layout.REPLICATED
+        undivided = TensorLayout.GATHERED if whole else TensorLayout.REPLICATED
         part.awaited.gradients.append(
             SavedTensor(
                 bytes=size,
@@ -272,7 +272,7 @@ class Recorder(TorchDispatchMode):
                 dtype=dtype_of(result),
                 op=origin.op,
                 module=origin.module,
-                layout=Layout.SHARDED if T in size.free_symbols else undivided,
+                layout=TensorLayout.SHARDED if T in size.free_symbols else undivided,
             )
         )
 
@@ -286,7 +286,7 @@ class Recorder(TorchDispatchMode):
         ]  # fmt: skip
         given = list(tensors_in(tuple(call.arguments.values())))
         node: Node | None = torch._C._current_autograd_node()
-        step = Step(
+        step = BackwardCall(
             given=tuple(map(key_of, given)),
             node=None if node is None else node._sequence_nr(),
             divided=origin.whole or any(map(self._is_divided, (*given, *tensors_in(call.out)))),
@@ -345,7 +345,7 @@ class Recorder(TorchDispatchMode):
             sizes = (kernel.read_bytes, kernel.written_bytes)
         read, written = (self._symbols.expr(size) / parts for size in sizes)
         sharded = any(T in size.free_symbols for size in (flop, read, written))
-        undivided = Layout.GATHERED if origin.whole else Layout.REPLICATED
+        undivided = TensorLayout.GATHERED if origin.whole else TensorLayout.REPLICATED
         return Op(
             name=str(call.func.overloadpacket),
             kind=work.kind,
@@ -354,7 +354,7 @@ class Recorder(TorchDispatchMode):
             dims=tuple(dims),
             causal=call.arguments.get("is_causal") is True,
             traffic=traffic_class(call.func) if kernel is None else kernel.traffic,
-            layout=Layout.SHARDED if sharded else undivided,
+            layout=TensorLayout.SHARDED if sharded else undivided,
             flop=flop,
             shape=self._symbols.shape(out),
             dtype=dtype_of(out),

@@ -26,7 +26,7 @@ from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
 from mist.trace.models.fake_tensors import DTYPES, Fakes, faked
 from mist.trace.models.loader import LoadedModel
-from mist.trace.models.source import Setting
+from mist.trace.models.source import TraceSetting
 from mist.trace.operations.autocast import forward_in, outside
 from mist.trace.operations.routing import Routing
 from mist.trace.recording.compiled import compiled
@@ -81,7 +81,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RecordedRun:
     """What one run recorded. `kinds[i]` is the number in `layers` of the i-th layer.
 
     `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
@@ -113,7 +113,7 @@ class Session:
 
     model: LoadedModel
     layers: Layers | None
-    setting: Setting
+    setting: TraceSetting
     sharding: Sharding | None
     point: Point
     symbols: Symbols = field(default_factory=Symbols)
@@ -149,14 +149,14 @@ class Session:
         ratio = self.setting.capacity_ratio
         self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
 
-    def run(self) -> Run:
+    def run(self) -> RecordedRun:
         """Record the model. Raises NotALayerList, or whatever the model raises."""
         batch, seq = self.sizes
         with self._prepared():
             inputs = tree_map(self._input, self.model.batch(batch, seq))
             self.embed.boundary_bytes = self._total_bytes(inputs)
             self._forward_and_backward(inputs)
-        return Run(
+        return RecordedRun(
             embed=self.embed,
             head=self.head,
             layers=tuple(self.pieces),

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mist.plans.workload import Attention
-from mist.trace.models.source import Policy, Setting
+from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
 from mist.trace.operations.kernels import OPAQUE, SYMBOLIC, fused_rms_norm
@@ -49,7 +49,7 @@ class Functions(TorchFunctionMode):
         return self._replacements.get(func, func)(*args, **(kwargs or {}))
 
 
-class Kernels(TorchDispatchMode):
+class ImitatedKernels(TorchDispatchMode):
     """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none."""
 
     def __init__(self, policy: Policy) -> None:
@@ -105,13 +105,13 @@ PACKED_CHECK: Final = "find_packed_sequence_indices"
 
 
 @contextmanager
-def runs_as(setting: Setting) -> Iterator[None]:
+def runs_as(setting: TraceSetting) -> Iterator[None]:
     """Within: functions and kernels behave as on the setting's device."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(logging.getLogger("transformers"), "disabled", True))
         if MASKING in sys.modules:
             stack.enter_context(patch.object(sys.modules[MASKING], PACKED_CHECK, _not_packed))
-        stack.enter_context(Kernels(setting.policy))
+        stack.enter_context(ImitatedKernels(setting.policy))
         if setting.autocast and setting.policy == "cuda":
             stack.enter_context(Functions(in_fp32()))
         stack.enter_context(_composed(_kernels_of(setting)))
@@ -130,7 +130,7 @@ def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
         library._destroy()
 
 
-def _kernels_of(setting: Setting) -> dict[str, Callable[..., object]]:
+def _kernels_of(setting: TraceSetting) -> dict[str, Callable[..., object]]:
     found: dict[str, Callable[..., object]] = {}
     if setting.policy == "cuda":
         found |= {

@@ -18,7 +18,7 @@ from mist.trace.tensor_parallel.tp_sharding import (
     Matrix,
     Region,
     Sharding,
-    Unsupported,
+    UnsupportedRules,
     first_int,
     matrix_of,
     sharding_of,
@@ -89,7 +89,7 @@ def _is_vocabulary(model: nn.Module, path: str, module: nn.Module) -> bool:
 
 def _known(module: nn.Module, style: str, styles: frozenset[str], path: str) -> nn.Module:
     if style not in styles:
-        raise Unsupported(
+        raise UnsupportedRules(
             f"tensor-parallel style {style!r} of {path} ({type(module).__name__}) is not known to "
             "Mist; t = 1 only"
         )

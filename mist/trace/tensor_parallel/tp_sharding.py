@@ -32,7 +32,7 @@ WHOLE_VOCABULARY: Final = (
 )
 
 
-class Unsupported(Exception):
+class UnsupportedRules(Exception):
     """Why the model's tensor-parallel rules cannot be used; becomes a note."""
 
 
@@ -164,7 +164,7 @@ def sharding_of(
     """
     divided = [region for region in regions if region.unit > 1]
     if not divided:
-        raise Unsupported("no matrices that tensor parallelism could divide; t = 1 only")
+        raise UnsupportedRules("no matrices that tensor parallelism could divide; t = 1 only")
     shares: dict[int, Share] = {}
     for region in divided:
         shares |= _shares(region)
