@@ -129,12 +129,12 @@ def stages_of(plan: Published) -> Iterator[StagePlan]:
     num_ranks, first = plan.dp * plan.tp, 0
     for index, (count, full) in enumerate(zip(plan.layers, plan.full, strict=True)):
         memory = dict.fromkeys(MemoryLevel, 0)
-        memory |= {MemoryLevel.EAGER: count - full, MemoryLevel.FULL: full}
+        memory |= {MemoryLevel.NONE: count - full, MemoryLevel.FULL: full}
         yield StagePlan(
             layers=((first, count),), devices=(index * num_ranks, num_ranks), dp=plan.dp,
             tp=plan.tp, sp=False, cp=1, ep=1, micro_batch=plan.micro_batch,
             zero=plan.zero[index],  # type: ignore[arg-type]
-            head="eager", memory=memory, offload=Offload(),
+            head="none", memory=memory, offload=Offload(),
         )  # fmt: skip
         first += count
 

@@ -128,14 +128,14 @@ def _megatron_deepspeed(plan: Plan, facts: ModelFacts) -> Iterator[str]:
     yield from _kept(plan)
     yield from _zero(plan, 0, 1)  # engine.py:77: ZeRO-2 and 3 are incompatible with pipelines
     yield from _schedules(plan, ScheduleKind.ONE_F_ONE_B)
-    yield from _whole(plan, MemoryLevel.EAGER, MemoryLevel.FULL)  # one checkpoint interval
+    yield from _whole(plan, MemoryLevel.NONE, MemoryLevel.FULL)  # one checkpoint interval
 
 
 def _deepspeed(plan: Plan, facts: ModelFacts) -> Iterator[str]:
     """DeepSpeed 0.19: runtime/zero/config.py, zero/stage3.py, engine.py."""
     del facts
     yield from _no_pipeline(plan)
-    yield from _whole(plan, MemoryLevel.EAGER, MemoryLevel.FULL)
+    yield from _whole(plan, MemoryLevel.NONE, MemoryLevel.FULL)
     for stage in plan.stages:
         away = stage.offload
         if stage.tp > 1 and stage.zero == 3:
@@ -158,7 +158,7 @@ def _nanotron(plan: Plan, facts: ModelFacts) -> Iterator[str]:
     yield from _kept(plan)
     yield from _zero(plan, 0, 1)
     yield from _schedules(plan, ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B)
-    yield from _whole(plan, MemoryLevel.EAGER, MemoryLevel.FULL)
+    yield from _whole(plan, MemoryLevel.NONE, MemoryLevel.FULL)
     if plan.num_micro_batches < len(plan.stages) - 1:
         yield "fewer micro-batches than stages"
     counts = [stage.num_layers for stage in plan.stages]
@@ -187,7 +187,7 @@ def _torch_schedule(plan: Plan) -> Iterator[str]:
         if len({(stage.dp, stage.tp) for stage in plan.stages}) > 1:
             yield "ranks of stages that are not connected one to one"
     if plan.schedule.kind is ScheduleKind.ZERO_BUBBLE:
-        if any(stage.num_layers != stage.num_at(MemoryLevel.EAGER) for stage in plan.stages):
+        if any(stage.num_layers != stage.num_at(MemoryLevel.NONE) for stage in plan.stages):
             yield "a split backward pass of layers that are recomputed"
         if any(stage.zero == 3 and stage.dp > 1 for stage in plan.stages):
             yield "a split backward pass of parameters that are dropped after the forward pass"
@@ -199,7 +199,7 @@ def _fsdp1(plan: Plan, facts: ModelFacts) -> Iterator[str]:
     yield from _no_pipeline(plan)
     yield from _kept(plan)
     yield from _zero(plan, 0, 3)
-    yield from _whole(plan, MemoryLevel.EAGER, MemoryLevel.FULL)
+    yield from _whole(plan, MemoryLevel.NONE, MemoryLevel.FULL)
     if any(stage.tp > 1 for stage in plan.stages):
         yield "tensor parallelism"
 
@@ -210,7 +210,7 @@ def _torchtune(plan: Plan, facts: ModelFacts) -> Iterator[str]:
     yield from _no_pipeline(plan)
     yield from _kept(plan)
     yield from _zero(plan, 0)
-    yield from _whole(plan, MemoryLevel.EAGER, MemoryLevel.FULL)
+    yield from _whole(plan, MemoryLevel.NONE, MemoryLevel.FULL)
     if any(stage.tp > 1 for stage in plan.stages):
         yield "tensor parallelism"
     if plan.workload.precision is Precision.FP16:
@@ -224,7 +224,7 @@ def _aleph(plan: Plan, facts: ModelFacts) -> Iterator[str]:
     yield from _kept(plan)
     yield from _zero(plan, 0, 1)
     yield from _schedules(plan, ScheduleKind.ONE_F_ONE_B)
-    yield from _whole(plan, MemoryLevel.EAGER, MemoryLevel.FULL)
+    yield from _whole(plan, MemoryLevel.NONE, MemoryLevel.FULL)
 
 
 def _mist_paper(plan: Plan, facts: ModelFacts) -> Iterator[str]:

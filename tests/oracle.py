@@ -140,7 +140,7 @@ def pass_times(
         launch = host.layer_launch_s.value
         launch += host.tensor_parallel_launch_s.value if rank.tp > 1 else 0.0
         host_s = [launch * host.forward_ratio.value, launch * (1 - host.forward_ratio.value)]
-    if level != "eager":  # up to the last product, whose result and reduction nobody needs
+    if level != "none":  # up to the last product, whose result and reduction nobody needs
         again = replace(block, ops=block.ops[: block.num_recomputed_ops])
         if level == "selective":  # products are kept
             rest = tuple(op for op in again.ops if op.kind == OpKind.MEMORY)
@@ -201,7 +201,7 @@ def layer_times(
 def level_bytes(rank: Rank, block: Block, boundary_bytes: float) -> dict[str, float]:
     """What each memory level keeps of a block."""
     return {
-        "eager": kept_bytes(rank, block),
+        "none": kept_bytes(rank, block),
         "selective": boundary_bytes + products_bytes(rank, block),
         "full": boundary_bytes,
     }
@@ -240,7 +240,7 @@ def simulate(rank: Rank, layers: list[tuple[Block, str]], graph: ModelGraph) -> 
     embed, head = graph.embed, graph.head
     ends = ([embed] if first else []) + ([head] if last else [])
     blocks = [(block, level, True) for block, level in layers]
-    blocks += [(block, "eager", False) for block in ends]
+    blocks += [(block, "none", False) for block in ends]
     times = [
         layer_times(rank, block, activation, level=level, is_layer=is_layer)
         for block, level, is_layer in blocks
@@ -358,7 +358,7 @@ def _working(rank: Rank, block: Block, level: str, graph: ModelGraph) -> float:
     if level == "selective":
         boundary = rank.number(block.boundary_bytes) / rank.tp
         most -= level_bytes(rank, block, boundary)["selective"]
-    return most + (0.0 if level == "eager" else kept_bytes(rank, block))
+    return most + (0.0 if level == "none" else kept_bytes(rank, block))
 
 
 def _in_flight(rank: Rank) -> int:
@@ -418,7 +418,7 @@ def _num_exchanged(rank: Rank, layers: list[tuple[Block, str]]) -> int:
     num = 0 if last_stage(rank) else _in_flight(rank) + 1
     if rank.stage > 0:
         num += 0 if _forward_first(rank) else 1
-        if all(level == "eager" and not block.keeps_input for block, level in layers):
+        if all(level == "none" and not block.keeps_input for block, level in layers):
             num += _in_flight(rank)
     return num
 
@@ -449,7 +449,7 @@ def _peak(
     kept = sum((1 - away) * size for size in sizes)
     kept += sum(kept_bytes(rank, block) for block in ends) + rank_bytes(rank, graph.shared)
     working = [_working(rank, block, level, graph) for block, level in layers]
-    working += [_working(rank, end, "eager", graph) for end in ends]
+    working += [_working(rank, end, "none", graph) for end in ends]
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
     bucket = max([2**24 * shard, *(largest_tensor(rank, block) for block, _ in layers)])
     streamed = 2 * bucket * sum(size for s, size in streams.items() if rank.share(s))
@@ -503,7 +503,7 @@ def _host(rank: Rank, layers: list[tuple[Block, str]], ends: list[Block], in_fli
     for block, level in layers:
         saved = block.saved_single if rank.micro_batch == 1 else block.saved
         kept = {
-            "eager": sum(pinned(rank_bytes(rank, (tensor,))) for tensor in saved),
+            "none": sum(pinned(rank_bytes(rank, (tensor,))) for tensor in saved),
             "selective": level_bytes(rank, block, boundary)["selective"],
             "full": pinned(boundary),
         }

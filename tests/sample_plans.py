@@ -56,8 +56,8 @@ def stage_plan(first: int = 0, count: int = 8, device: int = 0, **changes: objec
         ep=1,
         micro_batch=2,
         zero=1,
-        head="eager",
-        memory={MemoryLevel.EAGER: count - 1, MemoryLevel.FULL: 1},
+        head="none",
+        memory={MemoryLevel.NONE: count - 1, MemoryLevel.FULL: 1},
         offload=Offload(),
     )
     return replace(stage, **changes)  # type: ignore[arg-type]
@@ -179,8 +179,8 @@ def _stages(draw: st.DrawFn, samples: int, vpp: int) -> tuple[StagePlan, ...]:
                 micro_batch=samples // dp,
                 zero=zero,
                 dp_replicate=draw(st.sampled_from(copies)),
-                head="eager",
-                memory={MemoryLevel.EAGER: count - num_full, MemoryLevel.FULL: num_full},
+                head="none",
+                memory={MemoryLevel.NONE: count - num_full, MemoryLevel.FULL: num_full},
                 offload=Offload(
                     weights=draw(ratios),
                     grads=draw(ratios),

@@ -461,7 +461,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "Nothing can run with schedule=zero-bubble, pp=2, checkpoint=selective: "
         "zero-bubble splits the backward pass: "
         "torch runs a selective layer backward once only, and a full one forward again for each of "
-        "its weights; use eager layers, or 1f1b.",
+        "its weights; use checkpoint none, or 1f1b.",
     ),
     (
         "stages that Megatron does not deal out",

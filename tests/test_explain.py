@@ -69,7 +69,7 @@ def test_a_layout_in_words() -> None:
 
 
 def test_a_layout_of_unequal_stages_in_words() -> None:
-    levels = {MemoryLevel.EAGER: 4, MemoryLevel.FULL: 2}
+    levels = {MemoryLevel.NONE: 4, MemoryLevel.FULL: 2}
     second = stage_plan(first=8, count=6, device=4, zero=3, tp=1, dp=4, memory=levels)
     assert layout_words([stage_plan(), second], 8) == (
         "pp2 dp2+4 tp2+1 zero1+3 mb2 x8, 1+2 of 8+6 layers recomputed"
@@ -77,7 +77,7 @@ def test_a_layout_of_unequal_stages_in_words() -> None:
 
 
 def test_a_selective_level_a_schedule_and_offloads_in_words() -> None:
-    levels = {MemoryLevel.EAGER: 3, MemoryLevel.SELECTIVE: 4, MemoryLevel.FULL: 1}
+    levels = {MemoryLevel.NONE: 3, MemoryLevel.SELECTIVE: 4, MemoryLevel.FULL: 1}
     stages = [
         stage_plan(memory=levels, offload=Offload(optimizer=0.5, activations=0.375)),
         stage_plan(first=8, device=4, offload=Offload(optimizer=0.5, activations=1.0)),

@@ -42,7 +42,7 @@ def test_rounding_noise_and_negative_deltas_load(tmp_path: Path) -> None:
 
 
 def test_memory_levels_keep_their_order(tmp_path: Path) -> None:
-    levels = {MemoryLevel.FULL: 3, MemoryLevel.EAGER: 5}
+    levels = {MemoryLevel.FULL: 3, MemoryLevel.NONE: 5}
     stages = (stage_plan(memory=levels), stage_plan(first=8, device=4))
     save_plan(sample_plan(stages=stages), tmp_path / "plan.yaml")
     assert [*load_plan(tmp_path / "plan.yaml").stages[0].memory] == [*levels]
@@ -52,7 +52,7 @@ def test_the_file_is_the_documented_one() -> None:
     text = dump_plan(sample_plan())
     assert text.startswith("schema: mist.plan/1\nmodel: {source: models/toy.py, name: toy, ")
     assert "  devices: [0, 4]\n  dp: 2\n  tp: 2\n  sp: true\n" in text
-    assert "memory: {eager: 7, full: 1}" in text
+    assert "memory: {none: 7, full: 1}" in text
     assert "dp_replicate" not in text
     assert [*yaml.safe_load(text)] == [
         "schema",
@@ -152,8 +152,8 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
     ),
     (
         "unknown memory level",
-        [put("stages.0.memory", {"eager": 7, "some": 1})],
-        ["stages[0].memory.some: input should be 'eager', 'selective' or 'full' (found \"some\")"],
+        [put("stages.0.memory", {"none": 7, "some": 1})],
+        ["stages[0].memory.some: input should be 'none', 'selective' or 'full' (found \"some\")"],
     ),
     (
         "levels that do not sum",
@@ -177,12 +177,12 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
     ),
     (
         "layers that do not start at 0",
-        [put("stages.0.layers", [[1, 7]]), put("stages.0.memory", {"eager": 7})],
+        [put("stages.0.layers", [[1, 7]]), put("stages.0.memory", {"none": 7})],
         ["stages[0].layers: layers [1, 7] do not start at 0"],
     ),
     (
         "an empty run",
-        [put("stages.1.layers", [[8, 0]]), put("stages.1.memory", {"eager": 0})],
+        [put("stages.1.layers", [[8, 0]]), put("stages.1.memory", {"none": 0})],
         ["stages[1].layers: a run of 0 layers"],
     ),
     (
@@ -322,15 +322,15 @@ def test_a_key_given_twice_is_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     text = dump_plan(sample_plan())
     twice = text.replace("  dp: 2\n", "  dp: 2\n  dp: 2\n", 1).replace(
-        "{eager: 7,", "{eager: 7, eager: 7,"
+        "{none: 7,", "{none: 7, none: 7,"
     )
     path.write_text(f"{twice}runtime: torch\n")
     with pytest.raises(PlanError) as refused:
         load_plan(path)
     assert [str(fault) for fault in refused.value.faults] == [
         "stages[0].dp: given twice",
-        "stages[0].memory.eager: given twice",
-        "stages[1].memory.eager: given twice",
+        "stages[0].memory.none: given twice",
+        "stages[1].memory.none: given twice",
         "runtime: given twice",
     ]
 

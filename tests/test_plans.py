@@ -17,7 +17,7 @@ def test_counts_of_layers() -> None:
 
 
 def test_a_level_that_is_not_named_has_no_layers() -> None:
-    assert stage_plan(memory={MemoryLevel.EAGER: 8}).num_full == 0
+    assert stage_plan(memory={MemoryLevel.NONE: 8}).num_full == 0
 
 
 def test_a_broken_plan_does_not_construct() -> None:

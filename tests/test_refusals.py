@@ -36,7 +36,7 @@ def words_of(plan: Plan, facts: ModelFacts | None = None) -> str:
 
 def one_stage(**changes: object) -> Plan:
     stage = stage_plan(count=16, devices=(0, 8), dp=4, micro_batch=1, **changes)
-    memory = changes.get("memory", {MemoryLevel.EAGER: 16})
+    memory = changes.get("memory", {MemoryLevel.NONE: 16})
     return staged(replace(stage, memory=memory))  # type: ignore[arg-type]
 
 
@@ -81,7 +81,7 @@ def test_fewer_micro_batches_than_stages() -> None:
 
 def chunked(kind: ScheduleKind, **changes: object) -> Plan:
     """Two stages of two chunks."""
-    eager = {MemoryLevel.EAGER: 8}
+    eager = {MemoryLevel.NONE: 8}
     first = stage_plan(layers=((0, 4), (8, 4)), memory=eager)
     second = stage_plan(layers=((4, 4), (12, 4)), memory=eager, device=4)
     schedule = Schedule(kind=kind, vpp=2)
@@ -129,8 +129,8 @@ def test_zero_bubble_with_what_its_backward_pass_cannot_do() -> None:
         some = replace(second, memory={level: second.num_layers})
         assert words_of(replace(plan, stages=(first, some))) == (
             "stages[1].memory: zero-bubble splits the backward pass: torch runs a selective layer "
-            "backward once only, and a full one forward again for each of its weights; use eager "
-            "layers, or 1f1b"
+            "backward once only, and a full one forward again for each of its weights; use "
+            "checkpoint none, or 1f1b"
         )
     away = replace(first, zero=2, offload=Offload(weights=0.5, grads=0.5))
     assert words_of(replace(plan, stages=(away, second))) == (
@@ -152,7 +152,7 @@ def test_offload_of_what_selective_layers_keep() -> None:
     memory = {MemoryLevel.SELECTIVE: 16}
     assert words_of(one_stage(memory=memory, offload=Offload(activations=0.5))) == (
         "stages[0].memory: what selective layers keep stays on the device; offload no activations, "
-        "or use eager or full layers"
+        "or use checkpoint none or full"
     )
 
 

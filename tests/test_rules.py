@@ -302,16 +302,16 @@ def test_interleaving_needs_stages() -> None:
 @pytest.mark.parametrize(
     ("levels", "schedule", "activations", "messages"),
     [
-        (["eager", "full"], "1f1b", 0.5, []),
-        (["eager"], "zero-bubble", 0.0, []),
+        (["none", "full"], "1f1b", 0.5, []),
+        (["none"], "zero-bubble", 0.0, []),
         (["selective", "full"], "interleaved", 0.0, []),
         (
-            ["eager", "selective"],
+            ["none", "selective"],
             "1f1b",
             0.5,
             [
                 "what selective layers keep stays on the device; offload no activations, or use "
-                "eager or full layers"
+                "checkpoint none or full"
             ],
         ),
         (
@@ -320,8 +320,8 @@ def test_interleaving_needs_stages() -> None:
             0.0,
             [
                 "zero-bubble splits the backward pass: torch runs a selective layer backward once "
-                "only, and a full one forward again for each of its weights; use eager layers, or "
-                "1f1b"
+                "only, and a full one forward again for each of its weights; use checkpoint none, "
+                "or 1f1b"
             ],
         ),
     ],

@@ -18,24 +18,24 @@ from mist.plans.search_space import (
 )
 from mist.plans.workload import MemoryLevel, ScheduleKind
 
-EAGER, SELECTIVE, FULL = MemoryLevel
+NONE, SELECTIVE, FULL = MemoryLevel
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
 
 TABLE = {
     # name: tp, pp, ZeRO levels, memory levels, mixed in a stage, offloads, schedules, unlike stages
-    "3d": (None, None, "01", (EAGER, FULL), False, "", (ONE_F_ONE_B,), False),
+    "3d": (None, None, "01", (NONE, FULL), False, "", (ONE_F_ONE_B,), False),
     "megatron": (
-        None, None, "01", (EAGER, SELECTIVE, FULL), True, "", (ONE_F_ONE_B, INTERLEAVED), False,
+        None, None, "01", (NONE, SELECTIVE, FULL), True, "", (ONE_F_ONE_B, INTERLEAVED), False,
     ),
-    "deepspeed": (None, (1,), "0123", (EAGER, FULL), False, "wgo", (ONE_F_ONE_B,), False),
-    "fsdp": ((1,), (1,), "23", (EAGER, SELECTIVE, FULL), False, "", (ONE_F_ONE_B,), False),
-    "aceso": (None, None, "01", (EAGER, FULL), True, "", (ONE_F_ONE_B,), True),
-    "paper": (None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True),
+    "deepspeed": (None, (1,), "0123", (NONE, FULL), False, "wgo", (ONE_F_ONE_B,), False),
+    "fsdp": ((1,), (1,), "23", (NONE, SELECTIVE, FULL), False, "", (ONE_F_ONE_B,), False),
+    "aceso": (None, None, "01", (NONE, FULL), True, "", (ONE_F_ONE_B,), True),
+    "paper": (None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True),
     "mist": (
-        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
+        None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
     "whole": (
-        None, None, "0123", (EAGER, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
+        None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
 }  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_every_state_may_stay_on_the_device(ratios: dict[str, tuple[float, ...]]
         ({"micro_batch": (0,)}, "micro_batch 0 is not a positive number."),
         ({"chunks": (2, 0)}, "chunks 0 is not a positive number."),
         ({"zero": (1, 4)}, "zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
-        ({"levels": ()}, "no memory level is left: allow eager, selective or full."),
+        ({"levels": ()}, "no memory level is left: allow none, selective or full."),
         (
             {"offload": {"adam": (0.0,)}},
             "offload adam is none of weights, grads, optimizer, activations.",
@@ -133,7 +133,7 @@ def narrow(name: str = "mist", fixed: str = "", most: str = "", forbid: str = ""
         ("dp-replicate=2", {"dp_replicate": 2}),
         ("micro-batch=3", {"micro_batch": (3,)}),
         ("zero=2", {"zero": (2,)}),
-        ("checkpoint=none", {"levels": (EAGER,)}),
+        ("checkpoint=none", {"levels": (NONE,)}),
         ("checkpoint=selective", {"levels": (SELECTIVE,)}),
         ("checkpoint=full", {"levels": (FULL,)}),
         ("schedule=zero-bubble", {"schedules": (ZERO_BUBBLE,)}),
@@ -208,8 +208,8 @@ def test_all_or_nothing_below_a_limit_is_nothing() -> None:
         ("offload", {"offload": NO_RATIOS}),
         ("weights", {"offload": {**PAPER_RATIOS, "weights": (0.0,)}}),
         ("activations", {"offload": {**PAPER_RATIOS, "activations": (0.0,)}}),
-        ("selective", {"levels": (EAGER, FULL)}),
-        ("full", {"levels": (EAGER, SELECTIVE)}),
+        ("selective", {"levels": (NONE, FULL)}),
+        ("full", {"levels": (NONE, SELECTIVE)}),
         ("interleaved", {"schedules": (GPIPE, ONE_F_ONE_B, ZERO_BUBBLE)}),
         ("1f1b", {"schedules": (GPIPE, INTERLEAVED, ZERO_BUBBLE)}),
         ("unlike-stages", {"unlike_stages": False, "unequal_meshes": False}),
@@ -226,7 +226,7 @@ def test_restrictions_are_told_in_order() -> None:
     assert space.restrictions == (
         "space megatron", "zero=1", "tp=2", "max pp=4", "no selective", "no interleaved",
     )  # fmt: skip
-    assert (space.levels, space.schedules) == ((EAGER, FULL), (ONE_F_ONE_B,))
+    assert (space.levels, space.schedules) == ((NONE, FULL), (ONE_F_ONE_B,))
     assert narrow("mist") == SearchSpace()
 
 
@@ -269,7 +269,7 @@ EXPECTED_FORBID = (
         ({"forbid": "tp"}, f"--forbid tp: {EXPECTED_FORBID}"),
         (
             {"fixed": "checkpoint=full", "forbid": "full"},
-            "no memory level is left: allow eager, selective or full.",
+            "no memory level is left: allow none, selective or full.",
         ),
     ],
 )

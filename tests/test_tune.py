@@ -85,7 +85,7 @@ def options_of(
             StagePlan(
                 layers=runs_of(run, schedule.vpp),
                 devices=devices, dp=dp, tp=tp, sp=tp > 1, cp=1, ep=1,
-                micro_batch=micro_batch, zero=zero, head="eager",  # type: ignore[arg-type]
+                micro_batch=micro_batch, zero=zero, head="none",  # type: ignore[arg-type]
                 memory=dict(zip(MemoryLevel, mix, strict=True)), offload=offload,
                 dp_replicate=space.dp_replicate,
             )
@@ -230,7 +230,7 @@ def fastest_of_two(job: Job, space: SearchSpace, limit: float) -> float:
 
 def test_ends_of_unequal_sizes_share_no_matrix() -> None:
     """Three stages on four GPUs have 2 + 1 + 1 or 1 + 1 + 2 of them: never like ends."""
-    levels = (MemoryLevel.EAGER, MemoryLevel.FULL)
+    levels = (MemoryLevel.NONE, MemoryLevel.FULL)
     space = SearchSpace(
         pp=(3,), offload=NO_RATIOS, levels=levels, zero=(0, 2),
         schedules=(ScheduleKind.ONE_F_ONE_B,), unequal_meshes=True,
@@ -303,7 +303,7 @@ def peak_of(job: Job, others: list[StagePlan], position: int, stage: StagePlan, 
 @pytest.mark.parametrize("limit", [0.45e9, 0.6e9, pytest.param(8e9, marks=pytest.mark.slow)])
 def test_unequal_meshes_equal_exhaustive_search(limit: float) -> None:
     job = toy_job(toy_graph((4,), vocab=8192), 4, global_batch=8)
-    levels = (MemoryLevel.EAGER, MemoryLevel.FULL)
+    levels = (MemoryLevel.NONE, MemoryLevel.FULL)
     space = SearchSpace(
         pp=(3,), offload=NO_RATIOS, levels=levels, some_layers=False, zero=(0, 2),
         schedules=(ScheduleKind.ONE_F_ONE_B,), unequal_meshes=True,
@@ -339,7 +339,7 @@ def test_more_memory_is_never_slower() -> None:
 def test_a_larger_space_is_never_slower() -> None:
     job = toy_job(toy_graph((6,)), 4, global_batch=16)
     spaces = [
-        SearchSpace(tp=(1,), pp=(2,), zero=(0,), levels=(MemoryLevel.EAGER,), offload=NO_RATIOS),
+        SearchSpace(tp=(1,), pp=(2,), zero=(0,), levels=(MemoryLevel.NONE,), offload=NO_RATIOS),
         SearchSpace(tp=(1,), pp=(2,), zero=(0,), offload=NO_RATIOS),
         SearchSpace(tp=(1,), pp=(2,), offload=NO_RATIOS),
         SearchSpace(pp=(2,), offload=NO_RATIOS),
@@ -493,7 +493,7 @@ def test_the_cloud_of_pipelines_is_of_the_schedules_that_are_searched() -> None:
     eager = [
         point for point in points
         if point.schedule.kind is ScheduleKind.ONE_F_ONE_B and
-        all(stage.upper is stage.lower is MemoryLevel.EAGER for stage in point.stages)
+        all(stage.upper is stage.lower is MemoryLevel.NONE for stage in point.stages)
     ]  # fmt: skip
     (plain,) = eager[:1]
     gpipe = estimate(job, stage_plans(job, plain), 16, SCHEDULES[2][2])

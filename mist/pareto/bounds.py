@@ -26,7 +26,7 @@ def lower_bound_s(job: Job, group: Group) -> float:
     layers = job.kind_prefix[:, -1]
     blocks = [(str(kind), int(count)) for kind, count in enumerate(layers)]
     blocks += [("embed", 1), ("head", 1)]
-    stable = {x: terms[f"term_{x}_eager_stable_s"] for x, _ in blocks}
+    stable = {x: terms[f"term_{x}_none_stable_s"] for x, _ in blocks}
     total_s = sum(count * stable[x].min() for x, count in blocks)
     devices = group.strategies.tp * group.strategies.dp
     device_s = sum(count * (devices * stable[x]).min() for x, count in blocks)
@@ -61,7 +61,7 @@ def window(
 def _fastest_layers(model: GroupModel) -> Floats:
     """Seconds of a layer of each kind, kept whole, under the strategy that is fastest at it."""
     terms, kinds = model.strategies.terms, range(model.job.facts.num_kinds)
-    return np.array([terms[f"term_{kind}_eager_stable_s"].min() for kind in kinds])
+    return np.array([terms[f"term_{kind}_none_stable_s"].min() for kind in kinds])
 
 
 def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Floats) -> Floats:

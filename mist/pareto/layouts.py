@@ -154,7 +154,7 @@ def stage_plans(job: Job, layout: Layout) -> tuple[StagePlan, ...]:
                 ep=1,
                 micro_batch=stage.micro_batch,
                 zero=stage.zero,  # type: ignore[arg-type]
-                head="eager",
+                head="none",
                 memory=stage.memory,
                 offload=_whole_layers(stage) if by_layer else stage.offload,
                 dp_replicate=stage.dp_replicate,

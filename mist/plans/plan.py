@@ -101,7 +101,7 @@ class StagePlan:
     ep: PositiveInt
     micro_batch: PositiveInt
     zero: Literal[0, 1, 2, 3]
-    head: Literal["eager"]
+    head: Literal["none"]
     memory: dict[MemoryLevel, Annotated[int, Field(ge=0)]]
     offload: Offload
     dp_replicate: PositiveInt = 1

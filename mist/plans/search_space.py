@@ -32,7 +32,7 @@ ALL_OR_NOTHING: Final = MappingProxyType(
 
 
 CHECKPOINTS: Final = MappingProxyType(
-    {"none": MemoryLevel.EAGER, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
+    {"none": MemoryLevel.NONE, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
 )
 """The memory levels by the words of `--checkpoint`."""
 
@@ -80,7 +80,7 @@ class SearchSpace:
             if level not in range(4):
                 raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
         if not self.levels:
-            raise InputError("no memory level is left: allow eager, selective or full.")
+            raise InputError("no memory level is left: allow none, selective or full.")
         _check_ratios(self.offload)
 
     def allows(self, name: str, values: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -109,7 +109,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             SearchSpace(
                 name="3d",
                 zero=(0, 1),
-                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                levels=(MemoryLevel.NONE, MemoryLevel.FULL),
                 some_layers=False,
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
@@ -125,7 +125,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             SearchSpace(
                 name="deepspeed",
                 pp=(1,),
-                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                levels=(MemoryLevel.NONE, MemoryLevel.FULL),
                 some_layers=False,
                 offload=ALL_OR_NOTHING,
                 schedules=_ALIKE,
@@ -144,7 +144,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             SearchSpace(
                 name="aceso",
                 zero=(0, 1),
-                levels=(MemoryLevel.EAGER, MemoryLevel.FULL),
+                levels=(MemoryLevel.NONE, MemoryLevel.FULL),
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
             ),

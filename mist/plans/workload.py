@@ -55,7 +55,7 @@ class ScheduleKind(StrEnum):
 class MemoryLevel(StrEnum):
     """How much of a layer's activation is kept, from most to least."""
 
-    EAGER = "eager"
+    NONE = "none"
     SELECTIVE = "selective"
     FULL = "full"
 

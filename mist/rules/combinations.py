@@ -312,15 +312,15 @@ LEVEL_RULES: Final = (
         name="selective-stays",
         holds=lambda c: (c["level"] != MemoryLevel.SELECTIVE) | (c["activations"] == 0),
         message="what selective layers keep stays on the device; offload no activations, or use "
-        "eager or full layers",
+        "checkpoint none or full",
     ),
     Rule(
         name="zero-bubble-recomputes-nothing",
         holds=lambda c: (
-            (c["level"] == MemoryLevel.EAGER) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
+            (c["level"] == MemoryLevel.NONE) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
         ),
         message="zero-bubble splits the backward pass: torch runs a selective layer backward once "
-        "only, and a full one forward again for each of its weights; use eager layers, or 1f1b",
+        "only, and a full one forward again for each of its weights; use checkpoint none, or 1f1b",
     ),
 )
 """What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`."""

@@ -18,8 +18,8 @@ def rows_of(num_kinds: int, runtime: Runtime) -> Iterable[Row]:
         for level in MemoryLevel:
             if level is not MemoryLevel.SELECTIVE or runtime.selective is not None:
                 yield str(kind), level.value, sym.layer_count(level.value, kind)
-    yield "embed", "eager", sym.FIRST
-    yield "head", "eager", sym.LAST
+    yield "embed", "none", sym.FIRST
+    yield "head", "none", sym.LAST
 
 
 def term(name: str) -> sympy.Symbol:

@@ -106,11 +106,11 @@ def _tensor_parallel(
     ends: list[Block],
 ) -> None:
     at = {B: own.micro_batch, S: plan.workload.seq_len, T: own.tp}
-    levels = (*own.levels, *[MemoryLevel.EAGER] * len(ends))
+    levels = (*own.levels, *[MemoryLevel.NONE] * len(ends))
     for block, level in zip([*layers, *ends], levels, strict=True):
         for each in collectives(block, sequence_parallel=own.sp):
             count = each.count
-            if level is not MemoryLevel.EAGER and each.phase == "forward":
+            if level is not MemoryLevel.NONE and each.phase == "forward":
                 leaves = each.kind in ("reduce_scatter", "all_reduce")
                 spared = block.num_exits - recomputed_exits(block) if leaves else 0
                 count += (each.count - spared) * int(block.num_recomputed_ops > 0)

@@ -14,7 +14,7 @@ _ONE = sympy.Integer(1)
 def activations_bytes(rows: list[Row]) -> Expr:
     """What is kept of the micro-batches in flight, and of those that wait for W."""
     layers = [row for row in rows if row[0].isdigit()]
-    embed, head = (term(f"{end}_eager_kept_bytes") for end in ("embed", "head"))
+    embed, head = (term(f"{end}_none_kept_bytes") for end in ("embed", "head"))
     kept = (sym.IN_FLIGHT + sym.LAYERS_MORE) * total(layers, "kept_bytes")
     kept += sym.IN_FLIGHT * sym.CHUNKS * term("shared_bytes")
     kept += sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE) * embed + sym.LAST * sym.HEAD_HELD * head
@@ -123,8 +123,8 @@ def _next_layer(layers: list[Row]) -> Expr:
 def _begins(layers: list[Row], buffer: Expr, precision: Precision) -> Expr:
     """What a backward pass holds as it begins: in the loss, then in the first layer it runs."""
     apart = _apart(precision)
-    loss = _made_in([("head", "eager", sym.LAST)], apart) + sym.LAST * buffer
-    no_head = sym.LAST * term("head_eager_kept_bytes")
+    loss = _made_in([("head", "none", sym.LAST)], apart) + sym.LAST * buffer
+    no_head = sym.LAST * term("head_none_kept_bytes")
     return sym.larger(0, loss, _running(layers, buffer, precision) - no_head)
 
 

@@ -53,7 +53,7 @@ class Level:
 def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level, ...]:
     """The levels of a block, from most kept to least; the ends of a model keep everything."""
     eager = Level(
-        name="eager",
+        name="none",
         again_s=_NONE,
         again_ratio=0.0,
         kept_bytes=cost.saved_bytes,

@@ -281,8 +281,8 @@ def _exchanged(rows: list[Row], runtime: Runtime) -> Expr:
     """Bytes that a stage receives into, and of those it sent that it still holds."""
     if not runtime.memory.keeps_outputs:
         return (2 * sym.CHUNKS - sym.LAST - sym.FIRST) * term("p2p_bytes")
-    eager = [row for row in rows if row[0].isdigit() and row[1] == MemoryLevel.EAGER]
-    deeper = [row for row in rows if row[0].isdigit() and row[1] != MemoryLevel.EAGER]
+    eager = [row for row in rows if row[0].isdigit() and row[1] == MemoryLevel.NONE]
+    deeper = [row for row in rows if row[0].isdigit() and row[1] != MemoryLevel.NONE]
     # Layers that keep least, and among that their input, come first.
     alone = 1 - sym.smaller(1, sympy.Add(*(count for _, _, count in deeper)))
     borders, inputs = kept_outputs()

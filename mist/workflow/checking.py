@@ -86,7 +86,7 @@ class HandLayout:
             level = CHECKPOINTS[self.checkpoint]
             return {each: num_layers if each is level else 0 for each in MemoryLevel}
         full = min(int(self.checkpoint), num_layers)
-        counts = {MemoryLevel.EAGER: num_layers - full, MemoryLevel.FULL: full}
+        counts = {MemoryLevel.NONE: num_layers - full, MemoryLevel.FULL: full}
         return dict.fromkeys(MemoryLevel, 0) | counts
 
 
@@ -342,7 +342,7 @@ def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int)
         ep=1,
         micro_batch=layout.micro_batch,
         zero=layout.zero,  # type: ignore[arg-type]
-        head="eager",
+        head="none",
         memory=layout.memory(sum(count for _, count in runs)),
         offload=layout.offload,
         dp_replicate=layout.dp_replicate,

@@ -220,7 +220,7 @@ def _firsts(counts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 def _stage(s: S, layers: tuple[tuple[int, int], ...], device: int, micro: int) -> StagePlan:
     eager = sum(s.layers) - s.full - s.selective
     memory: Mapping[MemoryLevel, int] = {
-        MemoryLevel.EAGER: eager,
+        MemoryLevel.NONE: eager,
         MemoryLevel.SELECTIVE: s.selective,
         MemoryLevel.FULL: s.full,
     }
@@ -234,7 +234,7 @@ def _stage(s: S, layers: tuple[tuple[int, int], ...], device: int, micro: int) -
         ep=1,
         micro_batch=micro // s.dp,
         zero=s.zero,  # type: ignore[arg-type]
-        head="eager",
+        head="none",
         memory=dict(memory),
         offload=s.offload,
         dp_replicate=s.dp_replicate,

@@ -151,12 +151,12 @@ def confirm(model: GroupModel, points: Points, i: int, first: int, count: int) -
             assert points.weight_s[p] == pytest.approx(alone["weight_s"][points.row[p], 0])
 
 
-@pytest.mark.parametrize("level", [MemoryLevel.EAGER, MemoryLevel.FULL])
+@pytest.mark.parametrize("level", [MemoryLevel.NONE, MemoryLevel.FULL])
 def test_a_space_of_one_level(level: MemoryLevel) -> None:
     job = toy_job(toy_graph(ALIKE), 4, global_batch=16)
     space = SearchSpace(levels=(level,), schedules=tuple(ScheduleKind))
     for group in groups(job, space):
-        assert level is MemoryLevel.EAGER or group.schedule.kind is not ScheduleKind.ZERO_BUBBLE
+        assert level is MemoryLevel.NONE or group.schedule.kind is not ScheduleKind.ZERO_BUBBLE
         model = GroupModel(job, group, group.strategies, space)
         ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
         found = mixes_at(model, 0, ranges, ANY)

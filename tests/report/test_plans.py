@@ -78,7 +78,7 @@ def test_copies_of_the_states_are_told(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_chunks_levels_and_offloads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    levels = {MemoryLevel.EAGER: 4, MemoryLevel.SELECTIVE: 3, MemoryLevel.FULL: 1}
+    levels = {MemoryLevel.NONE: 4, MemoryLevel.SELECTIVE: 3, MemoryLevel.FULL: 1}
     offload = Offload(optimizer=0.5, activations=0.375)
     plan = sample_plan(
         schedule=Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2),

@@ -114,7 +114,7 @@ def test_nothing_is_gathered_for_a_backward_pass_that_is_not_there() -> None:
 
 def test_recomputation_of_nothing_takes_no_time_and_keeps_nothing() -> None:
     eager, full = stage_of(only_head(), 0), stage_of(only_head(), 0, full=LAYERS)
-    assert full == eager
+    assert full == pytest.approx(eager, rel=1e-12)  # sums in another order
 
 
 def test_flops_that_training_needs() -> None:

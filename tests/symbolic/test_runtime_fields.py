@@ -79,7 +79,7 @@ def stage(
         chunks=1,
     )
     steps = {"num_micro_batches": 8, "chunks": 1}
-    counts = one_f_one_b | steps | {"eager_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
+    counts = one_f_one_b | steps | {"none_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
     return {
         name: float(value) for name, value in cost.stage({**terms, **position, **counts}).items()
     }

@@ -52,13 +52,13 @@ def test_selective_keeps_34_bytes_of_a_token_and_hidden_unit(gpt: Block, tp: int
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_eager_keeps_the_scores_too(gpt: Block, tp: int) -> None:
+def test_none_keeps_the_scores_too(gpt: Block, tp: int) -> None:
     """And the operands in fp32, as torch's own unfused attention works in fp32.
 
     The paper's scores are 2 bytes: 5 a s^2 b. In fp32 softmax 4, mask 1, what dropout gives 4;
     queries, keys and values 12 s b h in the place of 6. Running a layer again needs them all.
     """
-    eager, selective = (of_level(gpt, name) for name in ("eager", "selective"))
+    eager, selective = (of_level(gpt, name) for name in ("none", "selective"))
     scores = 9 * HEADS * SAMPLES * TOKENS**2 / tp + 6 * WIDTH * SAMPLES * TOKENS / tp
     assert value(eager.kept_bytes - selective.kept_bytes, tp) == pytest.approx(scores)
     assert value(selective.working_bytes - eager.working_bytes, tp) == pytest.approx(scores)
@@ -82,7 +82,7 @@ def test_a_kernel_of_its_own_keeps_no_scores() -> None:
     )
     setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
     (block,) = trace_model(build(config, torch.bfloat16, "meta"), setting).blocks
-    eager, selective = (of_level(block, name) for name in ("eager", "selective"))
+    eager, selective = (of_level(block, name) for name in ("none", "selective"))
     assert eager.kept_bytes == selective.kept_bytes
     calls = selective.again_s.atoms(AppliedUndef)
     assert [call.func for call in calls] == [sym.ATTENTION_FORWARD]

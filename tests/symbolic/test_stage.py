@@ -153,7 +153,7 @@ def assert_stages_simulated(
             offload=offload,
             copies=rows.get("dp_replicate", 1),
         )
-        levels = ["full"] * full + ["selective"] * some + ["eager"] * (count - full - some)
+        levels = ["full"] * full + ["selective"] * some + ["none"] * (count - full - some)
         layers = [(graph.blocks[kinds[first + i]], level) for i, level in enumerate(levels)]
         want = simulate(rank, layers, graph)
         for name in ("stable_s", "lone_s", "peak_bytes", "host_bytes"):

@@ -62,9 +62,9 @@ def stages(of: RunLayout) -> list[StagePlan]:
             ep=1,
             micro_batch=of.micro_batch,
             zero=of.zero,
-            head="eager",
+            head="none",
             memory={
-                MemoryLevel.EAGER: count - of.num_full[i],
+                MemoryLevel.NONE: count - of.num_full[i],
                 MemoryLevel.FULL: of.num_full[i],
             },
             offload=Offload(),

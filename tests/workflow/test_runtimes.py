@@ -231,7 +231,7 @@ def test_plan_files_are_held_to_the_runtime_too(
     answer_with(GRAPHS["like"], monkeypatch)
     plan = checked("torch", pp=2, zero=2, checkpoint="3", layers=(5, 3)).plan
     first, second = plan.stages
-    memory = {MemoryLevel.EAGER: 3, MemoryLevel.SELECTIVE: 0, MemoryLevel.FULL: 0}
+    memory = {MemoryLevel.NONE: 3, MemoryLevel.SELECTIVE: 0, MemoryLevel.FULL: 0}
     stages = (first, replace(second, zero=3, memory=memory))
     path = tmp_path / "plan.yaml"
     assert faults_of(replace(plan, runtime="nanotron", stages=stages), path) == [

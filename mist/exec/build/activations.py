@@ -43,7 +43,7 @@ KEPT: Final = frozenset(
 
 def keep(layer: nn.Module, level: MemoryLevel) -> None:
     """Make a layer keep what its level says, in place; the names of parameters stay."""
-    if level is MemoryLevel.EAGER:
+    if level is MemoryLevel.NONE:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if level is MemoryLevel.SELECTIVE:

@@ -58,8 +58,8 @@ def tiny_plan(num_layers: int, num_micro_batches: int, axis: Literal["dp", "tp"]
         ep=1,
         micro_batch=SAMPLES,
         zero=1,
-        head="eager",
-        memory={MemoryLevel.EAGER: num_layers},
+        head="none",
+        memory={MemoryLevel.NONE: num_layers},
         offload=Offload(),
     )
     return Plan(
