@@ -603,7 +603,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
-        "--set colour=2: expected tp, pp, dp, micro-batch, vpp, dp-replicate or zero with a "
+        "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
         "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, "
         "zero-bubble.",
     ),
@@ -625,8 +625,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a limit that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--max", "zero=2"),
-        "--max zero=2: expected tp, pp, dp, micro-batch, vpp with a number, or offload, weights, "
-        "grads, optimizer, activations with a ratio from 0 to 1.",
+        "--max zero=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp with a number, or "
+        "offload, weights, grads, optimizer, activations with a ratio from 0 to 1.",
     ),
     (
         "something unknown that is forbidden",

@@ -27,11 +27,15 @@ FACTS = ModelFacts(
 )
 
 
-def words_of(plan: Plan, facts: ModelFacts | None = None) -> str:
+def faults_of(plan: Plan, facts: ModelFacts | None = None) -> list[str]:
     with pytest.raises(PlanError) as error:
         refuse_unplayable(plan, facts)
-    (fault,) = error.value.faults
-    return str(fault)
+    return [*map(str, error.value.faults)]
+
+
+def words_of(plan: Plan, facts: ModelFacts | None = None) -> str:
+    (fault,) = faults_of(plan, facts)
+    return fault
 
 
 def one_stage(**changes: object) -> Plan:
@@ -67,15 +71,15 @@ def test_fp16() -> None:
 def test_context_parallelism() -> None:
     stage = stage_plan(count=16, devices=(0, 8), cp=2)
     assert words_of(staged(stage)) == (
-        "stages[0].cp: cp 2: context and expert parallelism are not run yet; use 1"
+        "stages[0].cp: cp 2: context parallelism is not predicted or run yet; use 1."
     )
 
 
 def test_fewer_micro_batches_than_stages() -> None:
     big = [replace(s, micro_batch=16) for s in sample_plan().stages]
     assert words_of(sample_plan(stages=tuple(big), num_micro_batches=1)) == (
-        "num_micro_batches: 1 micro-batches cannot fill 2 pipeline stages; "
-        "use at least one for each (a smaller micro_batch, or fewer stages)"
+        "num_micro_batches: 1 micro-batches cannot fill 2 pipeline stages: "
+        "use at least one for each (a smaller micro-batch, or fewer stages)."
     )
 
 
@@ -93,8 +97,8 @@ def test_interleaved_turns_must_divide_the_micro_batches() -> None:
     refuse_unplayable(plan, FACTS)
     workload = replace(plan.workload, global_batch=28)
     assert words_of(replace(plan, workload=workload, num_micro_batches=7)) == (
-        "num_micro_batches: interleaved runs micro-batches in rounds: 7 make no equal rounds of 2 "
-        "or more"
+        "num_micro_batches: schedule interleaved runs micro-batches in rounds of 2: 7 are no whole "
+        "number of them."
     )
 
 
@@ -103,7 +107,7 @@ def test_schedules_that_take_turns_need_like_stages() -> None:
     first, second = plan.stages
     unlike = replace(second, dp=4, tp=1, sp=False, micro_batch=1)
     assert words_of(replace(plan, stages=(first, unlike))) == (
-        "schedule.kind: zero-bubble needs the same dp and tp in every stage, found "
+        "stages: zero-bubble needs the same dp and tp in every stage, found "
         "dp 2 tp 2 and dp 4 tp 1; use 1f1b or gpipe"
     )
 
@@ -112,8 +116,8 @@ def test_zero_bubble_with_zero3() -> None:
     plan = chunked(ScheduleKind.ZERO_BUBBLE)
     first, second = plan.stages
     assert words_of(replace(plan, stages=(first, replace(second, zero=3)))) == (
-        "stages[1].zero: zero-bubble splits the backward pass, and FSDP2 then loses gradients of "
-        "parameters that it drops after the forward pass (ZeRO-3); use zero 2, or 1f1b"
+        "stages[1].zero: schedule zero-bubble with ZeRO-3 computes wrong gradients without an "
+        "error (parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b."
     )
 
 
@@ -122,8 +126,9 @@ def test_zero_bubble_with_what_its_backward_pass_cannot_do() -> None:
     first, second = plan.stages
     away = replace(first, offload=Offload(activations=0.5))
     assert words_of(replace(plan, stages=(away, second))) == (
-        "stages[0].offload.activations: zero-bubble splits the backward pass, which keeps what it "
-        "fetches of every micro-batch to the end of the step; use 1f1b"
+        "stages[0].offload.activations: schedule zero-bubble with offloaded activations holds "
+        "those of all micro-batches (its split backward pass keeps what it fetches). Use 1f1b, or "
+        "offload none."
     )
     for level in (MemoryLevel.SELECTIVE, MemoryLevel.FULL):
         some = replace(second, memory={level: second.num_layers})
@@ -134,18 +139,21 @@ def test_zero_bubble_with_what_its_backward_pass_cannot_do() -> None:
         )
     away = replace(first, zero=2, offload=Offload(weights=0.5, grads=0.5))
     assert words_of(replace(plan, stages=(away, second))) == (
-        "stages[0].offload.grads: zero-bubble reduces gradients once a step, and until then all of "
-        "them are on the device; offload no weights and grads, or use 1f1b"
+        "stages[0].offload.grads: schedule zero-bubble reduces gradients once a step, and until "
+        "then all of them are on the device. Use 1f1b, or offload no weights and grads."
     )
 
 
 def test_offload_of_weights_and_gradients() -> None:
     assert words_of(one_stage(zero=2, offload=Offload(weights=0.5))) == (
-        "stages[0].offload: weights 0.5 and grads 0.0 move together; use one ratio"
+        "stages[0].offload: runtime torch offloads weights and gradients of a layer together: "
+        "their ratios are 0.5 and 0."
     )
-    assert words_of(one_stage(zero=1, offload=Offload(weights=0.5, grads=0.5))) == (
-        "stages[0].zero: weights are offloaded as ZeRO-2 or ZeRO-3 shards, found zero 1"
-    )
+    assert faults_of(one_stage(zero=1, offload=Offload(weights=0.5, grads=0.5))) == [
+        f"stages[0].offload.{name}: offloading {name} needs ZeRO-2 or more under runtime torch, "
+        "found ratio 0.5 at ZeRO-1."
+        for name in ("weights", "grads")
+    ]
 
 
 def test_offload_of_what_selective_layers_keep() -> None:
@@ -186,17 +194,18 @@ def test_a_model_that_trains_something_else() -> None:
 def test_heads_that_tp_does_not_divide() -> None:
     facts = replace(FACTS, tp_limits=(TpLimit(label="key/value heads", size=3),))
     assert words_of(one_stage(), facts) == (
-        "stages[0].tp: tp 2 does not divide the 3 key/value heads of toy"
+        "stages[0].tp: tp 2 does not divide the 3 key/value heads of toy."
     )
     assert words_of(one_stage(), replace(FACTS, tp_limits=None)) == (
-        "stages[0].tp: no tensor-parallel rules are known for toy; use tp 1"
+        "stages[0].tp: tp 2: no tensor-parallel rules are known for toy; give the model a "
+        "`tp_plan`, or use --tp 1."
     )
 
 
 def test_layers_that_exchange_tensors() -> None:
     assert words_of(sample_plan(), replace(FACTS, sequential=False)) == (
-        "stages: layers of toy exchange tensors with others than their neighbours; "
-        "it runs on one stage only"
+        "stages: pp 2: layers of toy exchange tensors with layers that are not their neighbours "
+        "(skip connections); it runs on one pipeline stage only."
     )
 
 
@@ -205,7 +214,7 @@ def test_tied_ends_must_be_alike() -> None:
     tied = replace(FACTS, tied=True)
     refuse_unplayable(sample_plan(), tied)
     assert words_of(sample_plan(stages=(first, replace(second, zero=0))), tied) == (
-        "stages[1]: toy ties its embedding to its head, so the first and the last stage "
+        "stages: toy ties its embedding to its head, so the first and the last stage "
         "must agree in dp, dp_replicate, tp, and in whether zero is 0"
     )
 
@@ -214,8 +223,8 @@ def test_copies_of_the_states() -> None:
     refuse_unplayable(one_stage(dp_replicate=2, zero=2, offload=Offload(optimizer=0.5)), FACTS)
     away = one_stage(dp_replicate=2, zero=2, offload=Offload(weights=1.0, grads=1.0))
     assert words_of(away) == (
-        "stages[0].dp_replicate: FSDP2 keeps gradients that wait for their sum over copies of the "
-        "states on the device; offload no weights and grads, or use dp_replicate 1"
+        "stages[0].dp_replicate: dp_replicate 2: gradients that wait for their sum over copies of "
+        "the states stay on the device; offload no weights and grads, or use dp_replicate 1."
     )
 
 
@@ -225,7 +234,7 @@ def test_tied_embeddings_need_alike_copies() -> None:
     )
     unlike = sample_plan(stages=(first, replace(second, dp_replicate=2)))
     assert words_of(unlike, replace(FACTS, tied=True)) == (
-        "stages[1]: toy ties its embedding to its head, so the first and the last stage "
+        "stages: toy ties its embedding to its head, so the first and the last stage "
         "must agree in dp, dp_replicate, tp, and in whether zero is 0"
     )
 

@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 from mist.model.graph import B, ModelGraph, S
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform import load_platform
-from mist.rules.combinations import (
-    Rule,
-    broken,
-    broken_between,
-    broken_by_levels,
-    may_have,
-    out_of_domain,
-)
+from mist.rules.between_stages import broken_between
+from mist.rules.combinations import apply_rules, out_of_domain
+from mist.rules.levels import broken_by_levels, may_have
+from mist.rules.rule import Rule, broken
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import Job, make_job
 from tests.torch_schedules import pipeline_order
@@ -61,10 +57,10 @@ def test_a_layout_that_keeps_every_rule() -> None:
         (
             {"tp": 3},
             [
-                "tp 3 does not divide the 8 GPUs per node of dgx-h100.",
-                "tp 3 does not divide the 4096 MLP width of toy.",
                 "tp 3 does not divide the sequence of 2048 tokens, "
                 "which runtime torch shards with it.",
+                "tp 3 does not divide the 4096 MLP width of toy.",
+                "tp 3 does not divide the 8 GPUs per node of dgx-h100.",
                 "2 * 3 ranks per stage neither divide nor fill the 8 GPUs of a node.",
             ],
         ),
@@ -75,7 +71,10 @@ def test_a_layout_that_keeps_every_rule() -> None:
         ),
         (
             {"num_stages": 4, "num_micro_batches": 2, "micro_batch": 16},
-            ["2 micro-batches cannot fill 4 pipeline stages: 1F1B needs at least one for each."],
+            [
+                "2 micro-batches cannot fill 4 pipeline stages: use at least one for each "
+                "(a smaller micro-batch, or fewer stages)."
+            ],
         ),
         ({"num_stages": 16}, ["pp 16 stages, but toy has 8 layers."]),
         (
@@ -167,7 +166,7 @@ def test_a_layout_that_keeps_every_rule() -> None:
             },
             [
                 "dp_replicate 2: gradients that wait for their sum over copies of the states stay "
-                "on the device; offload no weights and grads."
+                "on the device; offload no weights and grads, or use dp_replicate 1."
             ],
         ),
     ],
@@ -453,3 +452,19 @@ def test_sequences_that_no_micro_batch_makes_right(
     relation: sympy.Basic, seq_len: int, outside: tuple[str, ...]
 ) -> None:
     assert out_of_domain(toy_job(restricted(relation)).cost.domain, seq_len) == outside
+
+
+def test_apply_keeps_every_rule_but_those_of_the_prediction() -> None:
+    """What the search keeps beyond it is about priced clusters and traced sizes."""
+    found = job()
+    kept = apply_rules(found.platform.runtime, found.workload, found.facts)
+    beyond = {rule.name for rule in found.rules} - {rule.name for rule in kept}
+    assert beyond == {"tp-in-node", "stage-fills-nodes", "copies-fill-nodes"}
+    assert {rule.name for rule in kept} - {rule.name for rule in found.rules} == {
+        "cp-at-rest",
+        "ep-at-rest",
+    }
+    assert not {rule.name for rule in apply_rules(found.platform.runtime, found.workload, None)} & {
+        "tp-divides-MLP width",
+        "enough-layers",
+    }

@@ -130,7 +130,7 @@ def narrow(name: str = "mist", fixed: str = "", most: str = "", forbid: str = ""
         ("pp=4", {"pp": (4,)}),
         ("dp=8", {"dp": (8,)}),
         ("vpp=4", {"chunks": (4,)}),
-        ("dp-replicate=2", {"dp_replicate": 2}),
+        ("dp-replicate=2", {"dp_replicate": (2,)}),
         ("micro-batch=3", {"micro_batch": (3,)}),
         ("zero=2", {"zero": (2,)}),
         ("checkpoint=none", {"levels": (NONE,)}),
@@ -231,12 +231,12 @@ def test_restrictions_are_told_in_order() -> None:
 
 
 EXPECTED_SET = (
-    "expected tp, pp, dp, micro-batch, vpp, dp-replicate or zero with a number, checkpoint=none, "
+    "expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a number, checkpoint=none, "
     "selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble."
 )
 EXPECTED_MAX = (
-    "expected tp, pp, dp, micro-batch, vpp with a number, or offload, weights, grads, optimizer, "
-    "activations with a ratio from 0 to 1."
+    "expected tp, pp, dp, dp-replicate, micro-batch, vpp with a number, or offload, weights, "
+    "grads, optimizer, activations with a ratio from 0 to 1."
 )
 EXPECTED_FORBID = (
     "expected offload, weights, grads, optimizer, activations, selective, full, gpipe, 1f1b, "

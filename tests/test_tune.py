@@ -65,7 +65,8 @@ def options_of(
     if schedule.kind is ScheduleKind.ZERO_BUBBLE:  # its split backward pass recomputes nothing
         mixes = [mix for mix in mixes if mix[0] == count]
     ratios = itertools.product(*(space.offload[name] for name in NO_RATIOS))
-    for tp, zero, away in itertools.product(divisors(per_stage), range(4), ratios):
+    knobs = (divisors(per_stage), range(4), space.dp_replicate, ratios)
+    for tp, zero, copies, away in itertools.product(*knobs):
         dp = per_stage // tp
         micro_batch = job.workload.global_batch // (g * dp)
         if not micro_batch:
@@ -73,7 +74,7 @@ def options_of(
         offload = Offload(**dict(zip(NO_RATIOS, away, strict=True)))
         columns = {
             "tp": tp, "dp": dp, "micro_batch": micro_batch, "zero": zero, "num_stages": pp,
-            "dp_replicate": space.dp_replicate,
+            "dp_replicate": copies,
             "num_micro_batches": g, "schedule": schedule.kind.value, "chunks": schedule.vpp,
             **dict(zip(NO_RATIOS, away, strict=True)),
         }  # fmt: skip
@@ -87,7 +88,7 @@ def options_of(
                 devices=devices, dp=dp, tp=tp, sp=tp > 1, cp=1, ep=1,
                 micro_batch=micro_batch, zero=zero, head="none",  # type: ignore[arg-type]
                 memory=dict(zip(MemoryLevel, mix, strict=True)), offload=offload,
-                dp_replicate=space.dp_replicate,
+                dp_replicate=copies,
             )
             for mix in mixes
         ]  # fmt: skip

@@ -39,7 +39,9 @@ from mist.plans.plan import Limits
 from mist.plans.schedules import layers_more
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import MemoryLevel
-from mist.rules.combinations import Columns, divides_ends, may_have, may_mix
+from mist.rules.between_stages import divides_ends
+from mist.rules.levels import may_have, may_mix
+from mist.rules.rule import Columns
 from mist.symbolic.estimate import Job, pipeline_of, position_columns
 
 Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]

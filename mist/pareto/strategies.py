@@ -23,14 +23,10 @@ from mist.plans.schedules import zero_as_run
 from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Runtime
-from mist.rules.combinations import (
-    TAKES_TURNS,
-    broken,
-    broken_by_levels,
-    broken_levels,
-    knob_rules,
-    may_have,
-)
+from mist.rules.between_stages import TAKES_TURNS
+from mist.rules.combinations import knob_rules
+from mist.rules.levels import broken_by_levels, broken_levels, may_have
+from mist.rules.rule import broken
 from mist.symbolic.estimate import Job, strategy_columns
 
 Ints = NDArray[np.int64]
@@ -155,7 +151,7 @@ def refuse_unknown(space: SearchSpace, runtime: Runtime) -> None:
         "dp": space.dp,
         "num_stages": space.pp,
         "schedule": [kind.value for kind in space.schedules],
-        "dp_replicate": (space.dp_replicate,),
+        "dp_replicate": space.dp_replicate,
     }.items():
         faults = [list(broken(rules, rest | {column: value})) for value in values or ()]
         if faults and all(faults):
@@ -277,14 +273,21 @@ def divisors(number: int) -> list[int]:
 def _strategies(
     job: Job, space: SearchSpace, sizes: tuple[int, ...], num_micro_batches: int
 ) -> Strategies:
-    """Every (tp, zero) of stages of these sizes that the space allows, nothing offloaded."""
+    """Every (tp, zero, dp_replicate) of stages of these sizes that the space allows."""
     samples = job.workload.global_batch // num_micro_batches
-    rows = [(n, tp, z) for n in sizes for tp in divisors(n) for z in space.zero]
-    devices, tp, zero = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    rows = [
+        (n, tp, z, c)
+        for n in sizes
+        for tp in divisors(n)
+        for z in space.zero
+        for c in space.dp_replicate
+    ]
+    devices, tp, zero, copies = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     dp = devices // tp
     micro_batch = samples // dp
     keep = (dp * micro_batch == samples) & ((dp > 1) | (zero == min(space.zero, default=0)))
-    for name, values in (("tp", tp), ("dp", dp), ("micro_batch", micro_batch)):
+    columns = {"tp": tp, "dp": dp, "micro_batch": micro_batch, "dp_replicate": copies}
+    for name, values in columns.items():
         keep &= space.allows(name, values)
     none = np.zeros(int(keep.sum()))
     return Strategies(
@@ -292,7 +295,7 @@ def _strategies(
         dp=dp[keep],
         micro_batch=micro_batch[keep],
         zero=zero[keep],
-        dp_replicate=np.full(len(none), space.dp_replicate),
+        dp_replicate=copies[keep],
         weights=none,
         grads=none,
         optimizer=none,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.errors import InputError
+from mist.plans.knobs import SEARCHED_KNOBS, Knob
 from mist.plans.workload import MemoryLevel, ScheduleKind
 
 OFFLOADED: Final = ("weights", "grads", "optimizer", "activations")
@@ -62,7 +63,7 @@ class SearchSpace:
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
     schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
     chunks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
-    dp_replicate: int = 1
+    dp_replicate: tuple[int, ...] = (1,)
     unlike_stages: bool = True
     unequal_meshes: bool = False
     refines: bool = True
@@ -70,18 +71,19 @@ class SearchSpace:
     restrictions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "micro_batch", "chunks"):
-            for value in getattr(self, name) or ():
-                if value < 1:
-                    raise InputError(f"{name} {value} is not a positive number.")
-        if self.dp_replicate < 1:
-            raise InputError(f"dp_replicate {self.dp_replicate} is not a positive number.")
-        for level in self.zero:
-            if level not in range(4):
-                raise InputError(f"zero {level} is not a ZeRO level (0, 1, 2 or 3).")
+        for knob in SEARCHED_KNOBS.values():
+            for value in self.values_of(knob) or ():
+                if not knob.means(value):
+                    raise InputError(f"{knob.space} {value} {knob.complaint}.")
         if not self.levels:
             raise InputError("no memory level is left: allow none, selective or full.")
         _check_ratios(self.offload)
+
+    def values_of(self, knob: Knob) -> tuple[int, ...] | None:
+        """The allowed values of a knob; None where the runtime decides."""
+        assert knob.space is not None
+        values: tuple[int, ...] | None = getattr(self, knob.space)
+        return values
 
     def allows(self, name: str, values: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which values of "tp", "pp", "dp", "micro_batch" or "chunks" may be used."""
@@ -165,12 +167,6 @@ def space_of(name: str) -> SearchSpace:
     return SPACES[name]
 
 
-_NUMBERS: Final = MappingProxyType(
-    {"tp": "tp", "pp": "pp", "dp": "dp", "micro-batch": "micro_batch", "vpp": "chunks"}
-)
-"""Knobs that are whole numbers: their words, and the fields of a space and keys of its `most`."""
-
-
 def narrowed(
     space: SearchSpace, *, fixed: Iterable[str], most: Iterable[str], forbid: Iterable[str]
 ) -> SearchSpace:
@@ -205,20 +201,14 @@ def _said(space: SearchSpace, words: str) -> SearchSpace:
 
 def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
     """The fields that fix one knob."""
-    if value.isdecimal():
-        number = int(value)
-        if knob in _NUMBERS:
-            return {_NUMBERS[knob]: (number,)}
-        if knob == "zero":
-            return {"zero": (number,)}
-        if knob == "dp-replicate":
-            return {"dp_replicate": number}
+    if value.isdecimal() and (row := SEARCHED_KNOBS.get(knob)) and row.space:
+        return {row.space: (int(value),)}
     if knob == "checkpoint" and value in CHECKPOINTS:
         return {"levels": (CHECKPOINTS[value],)}
     if knob == "schedule" and value in set(ScheduleKind):
         return {"schedules": (ScheduleKind(value),)}
     raise InputError(
-        f"--set {word}: expected {', '.join(_NUMBERS)}, dp-replicate or zero with a number, "
+        f"--set {word}: expected {', '.join(SEARCHED_KNOBS)} with a number, "
         f"checkpoint={', '.join(CHECKPOINTS)}, or schedule={', '.join(ScheduleKind)}."
     )
 
@@ -226,8 +216,9 @@ def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
 def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:
     """The fields that limit one knob, or the ratio of one state or of all ("offload")."""
     knob = key.replace("_", "-")
-    if knob in _NUMBERS and value.isdecimal() and int(value) > 0:
-        return {"most": {**space.most, _NUMBERS[knob]: int(value)}}
+    counted = {name: row for name, row in SEARCHED_KNOBS.items() if row.counts}
+    if knob in counted and value.isdecimal() and counted[knob].means(int(value)):
+        return {"most": {**space.most, str(counted[knob].space): int(value)}}
     ratio = _ratio(value)
     if (knob == "offload" or knob in OFFLOADED) and ratio is not None:
         states = OFFLOADED if knob == "offload" else (knob,)
@@ -235,7 +226,7 @@ def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, An
         most = {state: min(ratio, space.most.get(state, 1.0)) for state in states}
         return {"offload": {**space.offload, **capped}, "most": {**space.most, **most}}
     raise InputError(
-        f"--max {word}: expected {', '.join(_NUMBERS)} with a number, or offload, "
+        f"--max {word}: expected {', '.join(counted)} with a number, or offload, "
         f"{', '.join(OFFLOADED)} with a ratio from 0 to 1."
     )
 

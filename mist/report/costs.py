@@ -12,7 +12,8 @@ from mist.plans.workload import Precision
 from mist.platform.listing import FigureRow, ProfileRow
 from mist.platform.machine import Machine
 from mist.report.tables import say, say_note, show
-from mist.rules.combinations import broken, limit_rules
+from mist.rules.combinations import limit_rules
+from mist.rules.rule import broken
 from mist.units import GB, MICROSECOND, format_bytes, format_seconds
 
 Point = Mapping[str, int]

@@ -1,36 +1,32 @@
 """What of a plan `mist apply` cannot run, said before any rank starts. Torch-free.
 
-Each rule looks at a whole plan and gives a message for each thing that it finds: what was asked,
-what was found, which rule failed, what to try. Those that need the model take its facts.
+The rules are those of the rule book. Here is what depends on the machine, on the number of ranks,
+and on whether this is the model that the plan was made for.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.model.summary import ModelFacts, difference_words
-from mist.plans.plan import Plan, StagePlan, fullest_host_bytes
-from mist.plans.workload import Precision, ScheduleKind
-from mist.rules.combinations import (
-    TAKES_TURNS,
-    broken,
-    broken_between,
-    broken_by_levels,
-    division_rules,
-)
+from mist.plans.plan import Plan, fullest_host_bytes
+from mist.plans.workload import Precision
+from mist.platform.profiles import load_runtime
+from mist.rules.between_stages import broken_between
+from mist.rules.combinations import apply_rules
+from mist.rules.levels import broken_by_levels
+from mist.rules.rule import plan_columns, stage_faults
 from mist.units import GIB
 
+RUNTIME: Final = "torch"
 STATE_BYTES: Final = 8  # fp32 weights and gradients, or both moments, of one parameter
-
-Rule = Callable[[Plan], Iterator[Fault]]
 
 
 def refuse_unplayable(plan: Plan, facts: ModelFacts | None) -> None:
     """Raise PlanError with everything in a plan that cannot be run; facts where they are known."""
-    faults = [fault for rule in RULES for fault in rule(plan)]
+    faults = [*_workload_faults(plan), *_rule_faults(plan, facts)]
     if facts is not None:
-        faults += [fault for check in MODEL_RULES for fault in check(plan, facts)]
+        faults += _model_faults(plan, facts)
     if faults:
         raise PlanError(f"plan for {plan.model.name}: mist apply cannot run it; it", faults)
 
@@ -67,9 +63,9 @@ def offloaded_bytes(plan: Plan, stage: int) -> int:
     return max(plan.estimate.stages[stage].host_bytes, int(states))
 
 
-def _runtime(plan: Plan) -> Iterator[Fault]:
-    if plan.runtime != "torch":
-        words = f"{plan.runtime} is run by its own framework; mist apply runs plans for torch"
+def _workload_faults(plan: Plan) -> Iterator[Fault]:
+    if plan.runtime != RUNTIME:
+        words = f"{plan.runtime} is run by its own framework; mist apply runs plans for {RUNTIME}"
         yield Fault(path="runtime", message=words)
     if plan.workload.precision is Precision.FP16:
         words = "fp16 needs loss scaling, which mist apply has not; use bf16 or fp32"
@@ -79,89 +75,19 @@ def _runtime(plan: Plan) -> Iterator[Fault]:
         yield Fault(path="workload.compile", message=words)
 
 
-def _axes(plan: Plan) -> Iterator[Fault]:
+def _rule_faults(plan: Plan, facts: ModelFacts | None) -> Iterator[Fault]:
+    """What the rule book says of each stage, of its layers, and of the stages together."""
+    columns, kind = plan_columns(plan), plan.schedule.kind
+    rules = apply_rules(load_runtime(RUNTIME).profile, plan.workload, facts)
+    yield from stage_faults(rules, columns)
     for index, stage in enumerate(plan.stages):
-        for axis, size in (("cp", stage.cp), ("ep", stage.ep)):
-            if size > 1:
-                words = f"{axis} {size}: context and expert parallelism are not run yet; use 1"
-                yield Fault(path=f"stages[{index}].{axis}", message=words)
-        if stage.sp and plan.workload.seq_len % stage.tp:
-            words = f"tp {stage.tp} does not divide the sequence of {plan.workload.seq_len} tokens"
-            yield Fault(path=f"stages[{index}].sp", message=words)
-
-
-def _schedule(plan: Plan) -> Iterator[Fault]:
-    kind, count, num_stages = plan.schedule.kind, plan.num_micro_batches, len(plan.stages)
-    if count < num_stages:
-        yield Fault(
-            path="num_micro_batches",
-            message=f"{count} micro-batches cannot fill {num_stages} pipeline stages; "
-            "use at least one for each (a smaller micro_batch, or fewer stages)",
-        )
-    if kind is ScheduleKind.INTERLEAVED and num_stages == 1:
-        words = "interleaved needs at least 2 stages; use 1f1b for one"
-        yield Fault(path="schedule.kind", message=words)
-    elif kind in TAKES_TURNS and count % max(count // num_stages, 1):
-        words = f"{kind} runs micro-batches in rounds: {count} make no equal rounds of {num_stages}"
-        yield Fault(path="num_micro_batches", message=f"{words} or more")
-    yield from _turns(plan)
-
-
-def _turns(plan: Plan) -> Iterator[Fault]:
-    """What a schedule asks of the stages."""
-    kind = plan.schedule.kind
-    for message in broken_between(None, kind, [asdict(stage) for stage in plan.stages]):
-        yield Fault(path="schedule.kind", message=message)
-    for index, stage in enumerate(plan.stages):
-        if kind is ScheduleKind.ZERO_BUBBLE:
-            yield from _split_backward(index, stage)
-        columns = {"activations": stage.offload.activations, "schedule": kind.value}
-        for message in broken_by_levels(stage.levels, columns):
+        for message in broken_by_levels(stage.levels, columns[index]):
             yield Fault(path=f"stages[{index}].memory", message=message)
+    for message in broken_between(facts, kind, columns):
+        yield Fault(path="stages", message=message)
 
 
-def _split_backward(index: int, stage: StagePlan) -> Iterator[Fault]:
-    """What zero-bubble's split backward pass cannot run with."""
-    if stage.zero == 3:
-        yield Fault(
-            path=f"stages[{index}].zero",
-            message="zero-bubble splits the backward pass, and FSDP2 then loses gradients of "
-            "parameters that it drops after the forward pass (ZeRO-3); use zero 2, or 1f1b",
-        )
-    if stage.offload.activations > 0:
-        yield Fault(
-            path=f"stages[{index}].offload.activations",
-            message="zero-bubble splits the backward pass, which keeps what it fetches of every "
-            "micro-batch to the end of the step; use 1f1b",
-        )
-    if stage.offload.grads > 0:
-        yield Fault(
-            path=f"stages[{index}].offload.grads",
-            message="zero-bubble reduces gradients once a step, and until then all of them are on "
-            "the device; offload no weights and grads, or use 1f1b",
-        )
-
-
-def _offload(plan: Plan) -> Iterator[Fault]:
-    for index, stage in enumerate(plan.stages):
-        path, ratios = f"stages[{index}]", stage.offload
-        if ratios.weights != ratios.grads:
-            words = (
-                f"weights {ratios.weights} and grads {ratios.grads} move together; use one ratio"
-            )
-            yield Fault(path=f"{path}.offload", message=words)
-        if max(ratios.weights, ratios.grads) > 0 and stage.zero < 2:
-            words = f"weights are offloaded as ZeRO-2 or ZeRO-3 shards, found zero {stage.zero}"
-            yield Fault(path=f"{path}.zero", message=words)
-        if max(ratios.weights, ratios.grads) > 0 and stage.dp_replicate > 1:
-            yield Fault(
-                path=f"{path}.dp_replicate",
-                message="FSDP2 keeps gradients that wait for their sum over copies of the states "
-                "on the device; offload no weights and grads, or use dp_replicate 1",
-            )
-
-
-def _same_model(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
+def _model_faults(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
     known = plan.model
     if known.fingerprint != facts.fingerprint:
         planned = known.params, known.num_trainable
@@ -174,32 +100,3 @@ def _same_model(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
     elif plan.num_layers != facts.num_layers:
         words = f"the stages have {plan.num_layers} layers, {facts.name} has {facts.num_layers}"
         yield Fault(path="stages", message=words)
-
-
-def _divisible(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
-    undivided = tuple(division_rules(facts))
-    for index, stage in enumerate(plan.stages):
-        for message in broken(undivided, {"tp": stage.tp}):
-            yield Fault(path=f"stages[{index}].tp", message=message)
-        if stage.tp > 1 and facts.tp_limits is None:
-            words = f"no tensor-parallel rules are known for {facts.name}; use tp 1"
-            yield Fault(path=f"stages[{index}].tp", message=words)
-        for limit in facts.tp_limits or ():
-            if limit.size % stage.tp:
-                words = f"tp {stage.tp} does not divide the {limit.size} {limit.label}"
-                yield Fault(path=f"stages[{index}].tp", message=f"{words} of {facts.name}")
-
-
-def _in_a_row(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
-    if len(plan.stages) == 1:
-        return
-    if not facts.sequential:
-        words = f"layers of {facts.name} exchange tensors with others than their neighbours"
-        yield Fault(path="stages", message=f"{words}; it runs on one stage only")
-    stages = [asdict(stage) for stage in plan.stages]
-    for message in broken_between(facts, ScheduleKind.ONE_F_ONE_B, stages):
-        yield Fault(path=f"stages[{len(plan.stages) - 1}]", message=message)
-
-
-RULES: Final[tuple[Rule, ...]] = (_runtime, _axes, _schedule, _offload)
-MODEL_RULES: Final = (_same_model, _divisible, _in_a_row)

@@ -12,7 +12,7 @@ Where stages share the host memory of their nodes (`mist.pareto.shared_host_memo
 also in what a point holds there, and the problem has a limit for each node.
 
 Where embedding and head are one matrix, the first and the last stage must divide it alike
-(`mist.rules.combinations.divides_ends`): they have frontiers of their own for each way, as the
+(`mist.rules.between_stages.divides_ends`): they have frontiers of their own for each way, as the
 `tie` of a cell.
 """
 

@@ -21,7 +21,8 @@ from mist.plans.plan import (
 from mist.plans.schedules import held, step_time, zero_as_run
 from mist.plans.workload import MemoryLevel, ScheduleKind, Workload
 from mist.platform import OpCosts, Platform, extrapolations, op_costs
-from mist.rules.combinations import Rule, rules_for
+from mist.rules.combinations import rules_for
+from mist.rules.rule import Rule
 from mist.symbolic.program import (
     MEMORY_PARTS,
     TIME_PARTS,

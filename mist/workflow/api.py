@@ -4,9 +4,10 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from mist.errors import InputError, did_you_mean
+from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import Plan
 from mist.plans.search_space import SearchSpace, narrowed, space_of
 from mist.plans.workload import Attention, Objective, Precision, ScheduleKind, Solver
@@ -177,15 +178,12 @@ def _layout(options: LayoutOptions) -> HandLayout:
     layers, offload = options.get("layers", ()), options.get("offload", ())
     if isinstance(offload, Mapping):
         offload = [f"{name}={ratio}" for name, ratio in offload.items()]
+    said: Mapping[str, Any] = options
+    numbers = {knob.field: said[knob.field] for knob in TYPED_KNOBS if knob.field in said}
     return HandLayout(
-        tp=options.get("tp", 1),
-        pp=options.get("pp", 1),
-        zero=options.get("zero", 0),
-        dp_replicate=options.get("dp_replicate", 1),
-        micro_batch=options.get("micro_batch", 1),
+        **numbers,
         checkpoint=options.get("checkpoint", "none"),
         schedule=_choice("schedule", options.get("schedule", "1f1b"), ScheduleKind),
-        vpp=options.get("vpp", 1),
         offload=offload_of(offload),
         layers=layers_of(layers) if isinstance(layers, str) else tuple(layers),
     )

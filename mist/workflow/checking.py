@@ -9,6 +9,7 @@ from mist.errors import InputError, PlanError
 from mist.pareto.default_partition import dealing_words, dealt_layers
 from mist.plans.file import load_plan
 from mist.plans.host_memory import HostNeed
+from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import (
     Estimate,
     Limits,
@@ -21,7 +22,9 @@ from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Platform
 from mist.platform.profiles import is_machine
-from mist.rules.combinations import broken, broken_levels, knob_rules
+from mist.rules.combinations import knob_rules
+from mist.rules.levels import broken_levels
+from mist.rules.rule import broken
 from mist.symbolic.estimate import Job, estimate
 from mist.symbolic.load_programs import Progress, quiet
 from mist.units import format_bytes, format_seconds
@@ -62,12 +65,10 @@ class HandLayout:
     layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp_replicate", "micro_batch", "vpp"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {getattr(self, name)} is not a positive number.")
-        if self.zero not in range(4):
-            raise InputError(f"--zero {self.zero} is not a ZeRO level (0, 1, 2 or 3).")
+        for knob in TYPED_KNOBS:
+            value = getattr(self, knob.field)
+            if not knob.means(value):
+                raise InputError(f"--{knob.word} {value} {knob.complaint}.")
         if self.checkpoint not in CHECKPOINTS and not self.checkpoint.isdecimal():
             raise InputError(
                 f"--checkpoint {self.checkpoint} is neither none, selective, full "
@@ -273,11 +274,7 @@ def _made(job: Job, layout: HandLayout) -> Made:
         raise InputError("\n".join([f"{product} does not divide the {num_gpus} GPUs.", *others]))
     dp = num_gpus // ranks
     num_micro_batches = max(job.workload.global_batch // (dp * layout.micro_batch), 1)
-    columns = _columns(layout, dp) | {
-        "micro_batch": layout.micro_batch,
-        "num_micro_batches": num_micro_batches,
-        "chunks": layout.vpp,
-    }
+    columns = _columns(layout, dp) | {"num_micro_batches": num_micro_batches}
     _refuse(broken(job.rules, columns))
     counts = _split(job, layout)
     stages = tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp))
@@ -289,11 +286,8 @@ def _made(job: Job, layout: HandLayout) -> Made:
 def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
     """What rules about the runtime's knobs look at."""
     return {
-        "tp": layout.tp,
+        **{knob.name: getattr(layout, knob.field) for knob in TYPED_KNOBS},
         "dp": dp,
-        "zero": layout.zero,
-        "dp_replicate": layout.dp_replicate,
-        "num_stages": layout.pp,
         "schedule": layout.schedule.value,
         **asdict(layout.offload),
     }
@@ -382,11 +376,11 @@ def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:
             yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
     for zero in _other_levels(layout, dp):
         yield f"--zero {zero}", replace(layout, zero=zero)
-    for name in ("tp", "pp", "dp_replicate", "micro_batch"):
-        for value in _doubled_and_halved(getattr(layout, name)):
-            split = () if name == "pp" else layout.layers
-            changed = replace(layout, **{name: value}, layers=split)  # type: ignore[arg-type]
-            yield f"--{name.replace('_', '-')} {value}", changed
+    for knob in (knob for knob in TYPED_KNOBS if knob.halves):
+        for value in _doubled_and_halved(getattr(layout, knob.field)):
+            split = layout.layers if knob.of_stage else ()
+            changed = replace(layout, **{knob.field: value}, layers=split)  # type: ignore[arg-type]
+            yield f"--{knob.word} {value}", changed
     for name in ("optimizer", "activations"):
         ratio = 0.0 if getattr(layout.offload, name) else 1.0
         offload = replace(layout.offload, **{name: ratio})

@@ -5,14 +5,17 @@ fitting must be one that can run.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 from mist.errors import Fault
 from mist.model.summary import difference_words
 from mist.pareto.default_partition import dealt_layers
+from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.plan import Plan, Schedule, StagePlan
 from mist.plans.workload import MemoryLevel
-from mist.rules.combinations import broken, broken_between, broken_by_levels, broken_levels
+from mist.rules.between_stages import broken_between
+from mist.rules.combinations import AXES_AT_REST
+from mist.rules.levels import broken_by_levels, broken_levels
+from mist.rules.rule import plan_columns, stage_faults
 from mist.symbolic.estimate import Job
 
 
@@ -56,23 +59,10 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
     if plan.workload.compile:
         yield Fault(path="workload.compile", message="compiled models are not predicted")
     for index, stage in enumerate(plan.stages):
-        path = f"stages[{index}]"
-        yield from _knob_faults(path, stage, job)
-        columns = {
-            "tp": stage.tp,
-            "dp": stage.dp,
-            "micro_batch": stage.micro_batch,
-            "zero": stage.zero,
-            "dp_replicate": stage.dp_replicate,
-            "num_stages": len(plan.stages),
-            "num_micro_batches": plan.num_micro_batches,
-            "schedule": plan.schedule.kind.value,
-            "chunks": plan.schedule.vpp,
-            **asdict(stage.offload),
-        }
-        yield from (Fault(path=path, message=message) for message in broken(job.rules, columns))
-    stages = [asdict(stage) for stage in plan.stages]
-    for message in broken_between(job.facts, plan.schedule.kind, stages):
+        yield from _sequence_faults(f"stages[{index}]", stage, job)
+    columns = plan_columns(plan)
+    yield from stage_faults((*AXES_AT_REST, *job.rules), columns)
+    for message in broken_between(job.facts, plan.schedule.kind, columns):
         yield Fault(path="stages", message=message)
     yield from pipeline_faults(job, plan.stages, plan.schedule)
 
@@ -93,7 +83,7 @@ def pipeline_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -
 
 def _unlike_faults(name: str, stages: Sequence[StagePlan]) -> Iterator[Fault]:
     """Stages that differ in more than the number of their layers."""
-    knobs = ("dp", "tp", "zero", "micro_batch", "dp_replicate", "offload")
+    knobs = (*(knob.name for knob in STAGE_KNOBS), "offload")
     unlike = [knob for knob in knobs if len({str(getattr(s, knob)) for s in stages}) > 1]
     if unlike:
         words = f"runtime {name} has stages alike, these differ in {', '.join(unlike)}"
@@ -121,11 +111,8 @@ def _split_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -> 
         )
 
 
-def _knob_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
-    """Knobs that plan files have and predictions do not: they must stay at rest."""
-    for name in ("cp", "ep"):
-        if getattr(stage, name) != 1:
-            yield Fault(path=f"{path}.{name}", message="only 1 is predicted")
+def _sequence_faults(path: str, stage: StagePlan, job: Job) -> Iterator[Fault]:
+    """Sequence parallelism is the runtime's habit, not a choice that predictions know."""
     runtime = job.platform.runtime
     shards_sequence = stage.tp > 1 and runtime.knobs.sequence_parallel
     if stage.sp != shards_sequence:

@@ -185,9 +185,10 @@ def test_layouts_that_mean_nothing(values: dict[str, object], message: str) -> N
         (
             HandLayout(tp=3),
             "--tp 3 * --pp 1 = 3 does not divide the 8 GPUs.\n"
-            "tp 3 does not divide the 8 GPUs per node of dgx-h100.\n"
+            "tp 3 does not divide the sequence of 2048 tokens, "
+            "which runtime torch shards with it.\n"
             "tp 3 does not divide the 4096 MLP width of toy.\n"
-            "tp 3 does not divide the sequence of 2048 tokens, which runtime torch shards with it.",
+            "tp 3 does not divide the 8 GPUs per node of dgx-h100.",
         ),
         (
             HandLayout(micro_batch=3),
@@ -391,11 +392,11 @@ def test_what_a_prediction_would_pass_over_is_a_fault(tmp_path: Path) -> None:
         "  cluster.gpus_per_node: 4, but 8 GPUs of dgx-h100 are 8 per node\n"
         "  workload.compile: compiled models are not predicted\n"
         "  stages[0].sp: runtime torch with tp 2 is predicted with sp true only\n"
-        "  stages[1].cp: only 1 is predicted\n"
-        "  stages[1].ep: only 1 is predicted\n"
-        "  stages[1]: offloading weights needs ZeRO-2 or more under runtime torch, "
+        "  stages[1].cp: cp 2: context parallelism is not predicted or run yet; use 1.\n"
+        "  stages[1].ep: ep 2: expert parallelism is not predicted or run yet; use 1.\n"
+        "  stages[1].offload.weights: offloading weights needs ZeRO-2 or more under runtime torch, "
         "found ratio 0.5 at ZeRO-1.\n"
-        "  stages[1]: offloading grads needs ZeRO-2 or more under runtime torch, "
+        "  stages[1].offload.grads: offloading grads needs ZeRO-2 or more under runtime torch, "
         "found ratio 0.5 at ZeRO-1."
     )
 
@@ -413,14 +414,11 @@ def test_a_runtime_that_cannot_do_what_a_plan_says(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as refused:
         check_plan(path)
     assert [str(fault) for fault in refused.value.faults] == [
+        "schedule.kind: schedule interleaved: runtime nanotron has gpipe, 1f1b.",
         *(
-            words
+            f"stages[{i}].offload.optimizer: offloading optimizer is not possible under runtime "
+            "nanotron, found ratio 0.5 at ZeRO-0."
             for i in range(2)
-            for words in (
-                f"stages[{i}]: schedule interleaved: runtime nanotron has gpipe, 1f1b.",
-                f"stages[{i}]: offloading optimizer is not possible under runtime nanotron, "
-                "found ratio 0.5 at ZeRO-0.",
-            )
         ),
         *(
             f"stages[{i}].memory: checkpoint selective: runtime nanotron has none, full."
@@ -457,8 +455,8 @@ def test_a_plan_that_breaks_a_rule_is_not_judged(
         check_plan(path)
     message = "tp 2 does not divide the 3 MLP width of toy."
     assert [str(fault) for fault in refused.value.faults] == [
-        f"stages[0]: {message}",
-        f"stages[1]: {message}",
+        f"stages[0].tp: {message}",
+        f"stages[1].tp: {message}",
     ]
 
 

@@ -1,0 +1,69 @@
+"""The knobs that are whole numbers: one row each, which rules, command line and search loop over.
+
+A knob has one name wherever it is a column or a field of a stage; on the command line it has a
+word, and a search space holds its allowed values in a field.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """One knob.
+
+    Args:
+        name: of the column of strategies and rules.
+        word: on the command line, `--WORD` and `--set WORD=`.
+        least, most: the numbers that mean something.
+        of_stage: whether a stage of a plan has a field of this name; else the pipeline has one.
+        space: the field of `SearchSpace` with the allowed values; None: no search sets it.
+        typed: whether `mist check` takes it; dp follows from the others.
+        halves: whether `mist check` tries its half and its double.
+    """
+
+    name: str
+    word: str
+    least: int = 1
+    most: int | None = None
+    of_stage: bool = True
+    space: str | None = None
+    typed: bool = True
+    halves: bool = True
+
+    @property
+    def field(self) -> str:
+        """The name of its option in Python."""
+        return self.word.replace("-", "_")
+
+    @property
+    def counts(self) -> bool:
+        """Whether more is more; a ZeRO level is a choice."""
+        return self.most is None
+
+    @property
+    def complaint(self) -> str:
+        """What to say of a number that is none of its values."""
+        return "is not a positive number" if self.counts else "is not a ZeRO level (0, 1, 2 or 3)"
+
+    def means(self, value: int) -> bool:
+        """Whether a number is one of its values."""
+        return value >= self.least and (self.most is None or value <= self.most)
+
+
+KNOBS: Final = (
+    Knob(name="tp", word="tp", space="tp"),
+    Knob(name="num_stages", word="pp", of_stage=False, space="pp"),
+    Knob(name="dp", word="dp", space="dp", typed=False),
+    Knob(name="dp_replicate", word="dp-replicate", space="dp_replicate"),
+    Knob(name="micro_batch", word="micro-batch", space="micro_batch"),
+    Knob(name="chunks", word="vpp", of_stage=False, space="chunks", halves=False),
+    Knob(name="zero", word="zero", least=0, most=3, space="zero", halves=False),
+    Knob(name="cp", word="cp", typed=False),
+    Knob(name="ep", word="ep", typed=False),
+)
+
+STAGE_KNOBS: Final = tuple(knob for knob in KNOBS if knob.of_stage)
+TYPED_KNOBS: Final = tuple(knob for knob in KNOBS if knob.typed)
+SEARCHED_KNOBS: Final = MappingProxyType({knob.word: knob for knob in KNOBS if knob.space})

@@ -1,0 +1,68 @@
+"""Which memory levels layers may have: under a runtime, together, and with other settings."""
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Final
+
+import numpy as np
+
+from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.platform import Runtime
+from mist.rules.rule import Columns, Mask, Rule, broken
+
+LEVEL_RULES: Final = (
+    # What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do
+    # not see.
+    Rule(
+        name="selective-stays",
+        field="memory",
+        holds=lambda c: (c["level"] != MemoryLevel.SELECTIVE) | (c["activations"] == 0),
+        message="what selective layers keep stays on the device; offload no activations, or use "
+        "checkpoint none or full",
+    ),
+    Rule(
+        name="zero-bubble-recomputes-nothing",
+        field="memory",
+        holds=lambda c: (
+            (c["level"] == MemoryLevel.NONE) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
+        ),
+        message="zero-bubble splits the backward pass: torch runs a selective layer backward once "
+        "only, and a full one forward again for each of its weights; use checkpoint none, or 1f1b",
+    ),
+)
+"""What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`."""
+
+
+def may_have(level: MemoryLevel, columns: Columns) -> Mask:
+    """Where stages may have layers at a level."""
+    values = {name: columns[name] for name in ("activations", "schedule")}
+    masks = [rule.mask(values | {"level": level.value}) for rule in LEVEL_RULES]
+    return np.asarray(np.logical_and.reduce(masks))
+
+
+def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterator[str]:
+    """The messages of the level rules that one stage breaks."""
+    values = {name: columns[name] for name in ("activations", "schedule")}
+    for level in dict.fromkeys(levels):
+        yield from broken(LEVEL_RULES, values | {"level": level.value})
+
+
+def broken_levels(runtime: Runtime, levels: Iterable[MemoryLevel]) -> Iterator[str]:
+    """What a runtime has not of the memory levels that the layers of one stage have."""
+    used, known = set(levels), [level for level in MemoryLevel if level in runtime.levels]
+    words = [level for level in MemoryLevel if level in used]
+    for level in words:
+        if level not in known:
+            yield f"checkpoint {level}: runtime {runtime.name} has {', '.join(known)}."
+    if len(words) > 1 and not runtime.knobs.recomputes_some:
+        yield (
+            f"checkpoint {' and '.join(words)} in one stage: runtime {runtime.name} does the same "
+            "with all layers of a stage."
+        )
+    elif not may_mix(runtime, used):
+        yield f"runtime {runtime.name} makes all layers of a stage selective, or none."
+
+
+def may_mix(runtime: Runtime, levels: Collection[MemoryLevel]) -> bool:
+    """Whether layers of one stage may have these memory levels."""
+    selective = MemoryLevel.SELECTIVE in levels and len(set(levels)) > 1
+    return runtime.knobs.mixes_selective or not selective

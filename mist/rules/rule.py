@@ -1,0 +1,107 @@
+"""A rule: what may be combined, as a predicate over columns, and what to say where it fails.
+
+Columns are the knobs of a stage and of its pipeline: tp, dp, cp, ep, micro_batch, zero,
+dp_replicate, num_stages, num_micro_batches, schedule, chunks, and the offload ratios weights,
+grads, optimizer, activations; arrays over candidates in the search, single values of a plan.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mist.errors import Fault
+from mist.plans.knobs import STAGE_KNOBS
+from mist.plans.plan import Plan
+
+Columns = Mapping[str, ArrayLike]
+Arrays = Mapping[str, NDArray[Any]]
+Mask = NDArray[np.bool_]
+
+
+class Scope(StrEnum):
+    """Who keeps a rule: the search, the prediction of a given layout, or `mist apply`."""
+
+    SEARCH = "search"
+    PREDICT = "predict"
+    APPLY = "apply"
+
+
+EVERYWHERE: Final = frozenset(Scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One rule.
+
+    Args:
+        name: what it is called.
+        holds: from columns to where the rule holds.
+        message: what to say where it does not (format fields: the columns).
+        field: what it is about: a field of a stage, or of the plan after "plan.".
+        scope: who keeps it.
+        runtimes: whose rule it is; empty: of every runtime.
+    """
+
+    name: str
+    holds: Callable[[Arrays], ArrayLike]
+    message: str
+    field: str
+    scope: frozenset[Scope] = EVERYWHERE
+    runtimes: frozenset[str] = frozenset()
+
+    def mask(self, columns: Columns) -> Mask:
+        """True where the rule holds, in the broadcast shape of the columns."""
+        arrays = {name: np.asarray(value) for name, value in columns.items()}
+        shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        return np.broadcast_to(np.asarray(self.holds(arrays), dtype=np.bool_), shape)
+
+    def path(self, stage: int) -> str:
+        """Where in a plan its field stands."""
+        whole = self.field.removeprefix("plan.")
+        return whole if whole != self.field else f"stages[{stage}].{self.field}"
+
+
+def kept_by(rules: Iterable[Rule], scope: Scope, runtime: str) -> tuple[Rule, ...]:
+    """The rules of a scope under a runtime."""
+    return tuple(
+        rule
+        for rule in rules
+        if scope in rule.scope and (not rule.runtimes or runtime in rule.runtimes)
+    )
+
+
+def broken(rules: Iterable[Rule], columns: Columns) -> Iterator[str]:
+    """The messages of the rules that one layout (scalar columns) breaks."""
+    for rule in rules:
+        if not rule.mask(columns).all():
+            yield rule.message.format(**columns)
+
+
+def plan_columns(plan: Plan) -> list[dict[str, Any]]:
+    """The columns of each stage of a plan, single values."""
+    return [
+        {
+            **{knob.name: getattr(stage, knob.name) for knob in STAGE_KNOBS},
+            **asdict(stage.offload),
+            "num_stages": len(plan.stages),
+            "num_micro_batches": plan.num_micro_batches,
+            "schedule": plan.schedule.kind.value,
+            "chunks": plan.schedule.vpp,
+        }
+        for stage in plan.stages
+    ]
+
+
+def stage_faults(rules: Sequence[Rule], stages: Sequence[Columns]) -> Iterator[Fault]:
+    """What the stages of a pipeline break: each fault of the whole plan once."""
+    faults = {
+        Fault(path=rule.path(index), message=rule.message.format(**columns)): None
+        for index, columns in enumerate(stages)
+        for rule in rules
+        if not rule.mask(columns).all()
+    }
+    yield from faults
