@@ -52,8 +52,8 @@ def cli_page() -> str:
 def _command(name: str, command: TyperCommand) -> str:
     arguments = [each for each in command.params if each.param_type_name == "argument"]
     options = [each for each in command.params if each.param_type_name == "option"]
-    words = " ".join(_argument(each) for each in arguments)
-    lines = [f"## `mist {name} {words}`", "", _escaped(command.help), ""]
+    words = " ".join([name, *(_argument(each) for each in arguments)])
+    lines = [f"## `mist {words}`", "", _escaped(command.help), ""]
     lines += ["| argument or option | takes | default | meaning |", "|---|---|---|---|"]
     lines += [_row(f"`{_name(each)}`", each) for each in arguments]
     lines += [_row(f"`{', '.join(each.opts)}`", each) for each in options]
