@@ -80,7 +80,7 @@ gpu-bundle: $(INSTALLED)  ## what gpu-check needs beside torch and transformers,
 accuracy: $(INSTALLED)  ## docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
 	$(BIN)/python benchmarks/calibrations/accuracy.py $(RUNS) $(STAGES)
 
-docs: $(INSTALLED)  ## docs/cli.md, and the tree in docs/concepts.md
+docs: $(INSTALLED)  ## what is generated in docs (cli.md, the tree, lists of files)
 	$(BIN)/python -m tests.make_docs
 
 format: $(INSTALLED)  ## format, and fix what can be fixed

@@ -1,7 +1,8 @@
-"""Writes what documents generate: `make docs`. docs/cli.md, and the tree in docs/concepts.md.
+"""Writes what is generated in documents: `make docs`. tests/test_docs.py compares it.
 
-The options come from the typer commands, the tree from the layers in pyproject.toml and the first
-docstring line of each room and module. tests/test_docs.py compares the committed files with these.
+docs/cli.md comes from the typer commands. The tree in docs/concepts.md comes from the layers in
+pyproject.toml and the first docstring line of each room and module. The lists of files in
+docs/extending.md are the modules that name an idea.
 """
 
 import ast
@@ -22,7 +23,15 @@ from mist.cli import app
 ROOT = Path(__file__).parents[1]
 CLI = ROOT / "docs" / "cli.md"
 CONCEPTS = ROOT / "docs" / "concepts.md"
-BEGIN, END = "<!-- tree: written by make docs -->", "<!-- end of the tree -->"
+EXTENDING = ROOT / "docs" / "extending.md"
+BLOCK = re.compile(r"(?s)(<!-- make docs: (\w+) -->).*?(<!-- end -->)")
+# What a module that knows of an idea has in its text.
+IDEAS = {
+    "level": r"\bMemoryLevel\b",
+    "knob": r"\bdp[_-]replicate\b",
+    "schedule": r"\bScheduleKind\b",
+    "optimizer": r"\bOptimizer\b|adamw",
+}
 
 CLI_HEAD = """# Commands and options
 
@@ -148,12 +157,29 @@ def _line(name: str, path: Path) -> str:
     return f"{name:34}{first}".rstrip()
 
 
-def with_tree(text: str) -> str:
-    """docs/concepts.md with its tree as it should be."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tree()}\n\n{END}{rest.split(END)[1]}"
+def modules_of(idea: str) -> str:
+    """The modules that name an idea, by room, as points of a list."""
+    rooms: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "mist").rglob("*.py")):
+        if re.search(IDEAS[idea], path.read_text()):
+            file = path.relative_to(ROOT)
+            rooms.setdefault(file.parts[1], []).append(f"`{file}`")
+    count = sum(len(files) for files in rooms.values())
+    lines = [f"- {room}: {', '.join(files)}" for room, files in rooms.items()]
+    return "\n".join([f"{count} modules name it today:", "", *lines])
+
+
+def with_blocks(text: str) -> str:
+    """A document with its generated blocks as they should be."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        return f"{match[1]}\n\n{tree() if name == 'tree' else modules_of(name)}\n\n{match[3]}"
+
+    return BLOCK.sub(block, text)
 
 
 if __name__ == "__main__":
     CLI.write_text(cli_page())
-    CONCEPTS.write_text(with_tree(CONCEPTS.read_text()))
+    for page in (CONCEPTS, EXTENDING):
+        page.write_text(with_blocks(page.read_text()))
