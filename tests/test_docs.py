@@ -212,6 +212,24 @@ def dead_members(text: str) -> Iterator[str]:
             yield word
 
 
+def anchors(path: Path) -> set[str]:
+    """The headings of a document as links name them."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", path.read_text()))
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def dead_links(text: str, folder: Path) -> Iterator[str]:
+    """Links to files, pictures and headings of ours that are not there."""
+    for link in re.findall(r"\]\(([^()\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        path = folder / name
+        if "://" in link or (not name and not anchor):
+            continue
+        if not path.exists() or (anchor and path.is_file() and anchor not in anchors(path)):
+            yield link
+
+
 @cache
 def options() -> dict[str, frozenset[str]]:
     """The options of every command."""
@@ -250,6 +268,13 @@ def test_a_document_names_what_exists(name: str) -> None:
     dead = {*dead_names(text), *dead_files(text), *dead_options(text)}
     dead |= {*dead_python_files(text), *dead_members(text)}
     assert not dead
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_links_to_what_exists(name: str) -> None:
+    path = ROOT / name
+    text = path.read_text().replace("](#", f"]({path.name}#")
+    assert not list(dead_links(text, path.parent))
 
 
 def test_every_module_stands_once_in_the_tree() -> None:
@@ -340,6 +365,8 @@ def test_dead_names_are_found() -> None:
     assert list(dead_files(text)) == ["mist/nowhere.py"]
     assert list(dead_options(text)) == ["mist plan --no-such"]
     assert list(dead_options("    mist fly PLAN")) == ["mist fly"]
+    links = "[a](nowhere.md) [b](README.md#nowhere) [c](README.md#limits) [d](https://x.y/z)"
+    assert list(dead_links(links, ROOT)) == ["nowhere.md", "README.md#nowhere"]
     assert list(dead_python_files("`nowhere.py` `test_docs.py` `mist/trace/flops.py`")) == [
         "nowhere.py",
         "mist/trace/flops.py",
