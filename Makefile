@@ -19,7 +19,7 @@ LOOP ?= local-loop
 MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
-.PHONY: help plan test coverage test-slow check bench accuracy format mutants golden
+.PHONY: help plan test coverage test-slow check bench accuracy docs format mutants golden
 .PHONY: gpu-check gpu-bundle test-matrix local-loop
 
 help:  ## this list
@@ -79,6 +79,9 @@ gpu-bundle: $(INSTALLED)  ## what gpu-check needs beside torch and transformers,
 
 accuracy: $(INSTALLED)  ## docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
 	$(BIN)/python benchmarks/calibrations/accuracy.py $(RUNS) $(STAGES)
+
+docs: $(INSTALLED)  ## what is generated in docs (cli.md, the tree, lists of files)
+	$(BIN)/python -m tests.make_docs
 
 format: $(INSTALLED)  ## format, and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)

@@ -1,0 +1,167 @@
+"""Recipes of docs/extending.md, each followed with the files that it names and no others."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mist
+from mist.plans.search_space import SearchSpace
+from mist.workflow.planning import Planned, make_plan
+from mist.workflow.request import Question
+from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+PROFILES = ROOT / "profiles"
+
+
+@pytest.fixture
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's own folder of profiles, empty."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return tmp_path / "mist" / "profiles"
+
+
+def copied(profiles: Path, nearest: str, name: str, *changes: tuple[str, str]) -> None:
+    """The nearest shipped file under another name, with lines changed."""
+    text = (PROFILES / nearest).read_text()
+    for pattern, new in ((r"^name: .*$", f"name: {name}"), *changes):
+        text, count = re.subn(f"(?m){pattern}", new, text)
+        assert count == 1, pattern
+    path = profiles / Path(nearest).parent / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def planned(**options: object) -> Planned:
+    """A plan of the toy for two GPUs."""
+    question = Question(model="toy", num_gpus=2, seq_len=2048, global_batch=16, **options)  # type: ignore[arg-type]
+    return make_plan(question, SearchSpace(tp=(1,)))
+
+
+def test_a_gpu(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(toy_graph(), monkeypatch)
+    quick = r"^tensor_time_scale: \{value: 1.0", "tensor_time_scale: {value: 0.5"
+    copied(profiles, "devices/l4.yaml", "l5", (r"^default_cluster: .*$", "default_cluster: l5-box"))
+    copied(profiles, "clusters/l4-box.yaml", "l5-box", (r"^devices: .*$", "devices: [l5]"))
+    as_l4 = planned(gpu="l5").plan
+    assert (as_l4.cluster.device, as_l4.cluster.name) == ("l5", "l5-box")
+    assert as_l4.estimate.step_s == planned(gpu="l4").plan.estimate.step_s
+    box = r"^default_cluster: .*$", "default_cluster: l5-box"
+    copied(profiles, "devices/l4.yaml", "l5", box, quick)
+    assert planned(gpu="l5").plan.estimate.step_s < as_l4.estimate.step_s
+
+
+def test_a_cluster(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(toy_graph(), monkeypatch)
+    copied(profiles, "clusters/l4-box.yaml", "mine", (r"value: 3.84e\+11", "value: 1.0e+11"))
+    plan = planned(gpu="l4", cluster="mine").plan
+    assert (plan.cluster.device, plan.cluster.name) == ("l4", "mine")
+
+
+def test_a_runtime(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(toy_graph(), monkeypatch)
+    copied(profiles, "runtimes/torch.yaml", "mine", (r"zero_levels: \[.*\]", "zero_levels: [3]"))
+    plan = planned(gpu="l4", runtime="mine").plan
+    assert plan.runtime == "mine"
+    assert {stage.zero for stage in plan.stages} == {3}
+
+
+NEW_OBJECTIVE = {
+    "mist/plans/workload.py": (
+        r'(class Objective\(StrEnum\):\n    """.*?""")',
+        r'\1\n\n    FEWEST_GPUS = "fewest-gpus"',
+    ),
+    "mist/plans/objectives.py": (
+        r"(_COSTS: .*?MappingProxyType\(\n    \{)",
+        r"\1\n        Objective.FEWEST_GPUS: lambda candidate: candidate.num_gpus,",
+    ),
+}
+CHOOSE = """
+import sys
+
+import pytest
+
+from mist.plans.search_space import SearchSpace
+from mist.plans.workload import Objective
+from mist.workflow.cluster_choice import offer_of, rent
+from mist.workflow.planning import Effort
+from mist.workflow.request import Question
+
+sys.path.append(sys.argv[1])
+from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
+
+answer_with(toy_graph(), pytest.MonkeyPatch())
+question = Question(model="toy", num_gpus=8, seq_len=2048, global_batch=16)
+for objective in (Objective.THROUGHPUT, Objective("fewest-gpus")):
+    offer = offer_of("4,2,8", None, None, None)
+    rented = rent(question, offer, SearchSpace(tp=(1,)), Effort(objective=objective))
+    print(rented.planned.plan.cluster.num_gpus)
+"""
+
+
+def test_an_objective(tmp_path: Path) -> None:
+    """In a copy of the package, as no enumeration takes a member at run time."""
+    shutil.copytree(ROOT / "mist", tmp_path / "mist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PROFILES, tmp_path / "profiles")
+    for name, (pattern, new) in NEW_OBJECTIVE.items():
+        assert f"`{name}`" in PAGE.split("## 7.")[1].split("## 8.")[0]
+        text, count = re.subn(f"(?s){pattern}", new, (tmp_path / name).read_text(), count=1)
+        assert count == 1
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSE, str(ROOT)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["8", "2"], done.stderr
+
+
+def test_a_model_family(tmp_path: Path) -> None:
+    """A file of the user: parallel branches, no attention, layers in a list of another name."""
+    path = tmp_path / "branches.py"
+    path.write_text(MODEL)
+    judged = mist.check(str(path), gpus=2, gpu="l4", seq=64, global_batch=4, zero=2)
+    assert judged.fits
+    assert judged.plan.stages[0].num_layers == 3
+
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x + torch.tanh(self.left(x)) * torch.sigmoid(self.right(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(100, 32)
+        self.trunk = nn.ModuleList(Branches() for _ in range(3))
+        self.out = nn.Linear(32, 100)
+
+    def forward(self, ids):
+        x = self.words(ids)
+        for layer in self.trunk:
+            x = layer(x)
+        return self.out(x)
+
+
+def build_model():
+    return Net()
+"""
