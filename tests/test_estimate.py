@@ -8,7 +8,9 @@ import pytest
 from mist.plans.plan import Offload, Schedule, StagePlan
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.cluster import Collective
-from mist.symbolic.estimate import Job, estimate, make_job, model_flop, resharding_seconds
+from mist.symbolic.estimate import estimate, model_flop
+from mist.symbolic.job import Job, make_job
+from mist.symbolic.pipeline_costs import resharding_seconds
 from tests.toys import toy_graph, toy_job
 
 

@@ -21,7 +21,7 @@ from mist.rules.combinations import (
     out_of_domain,
 )
 from mist.symbolic.compile import compile_model
-from mist.symbolic.estimate import Job, make_job
+from mist.symbolic.job import Job, make_job
 from tests.torch_schedules import pipeline_order
 from tests.toys import toy_graph, toy_job, toy_workload
 

@@ -40,7 +40,8 @@ from mist.plans.schedules import layers_more
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import MemoryLevel
 from mist.rules.combinations import Columns, divides_ends, may_have, may_mix
-from mist.symbolic.estimate import Job, pipeline_of, position_columns
+from mist.symbolic.columns import pipeline_of, position_columns
+from mist.symbolic.job import Job
 
 Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
 """Which strategies [K] divide a shared weight in each way; None: no weight is shared."""

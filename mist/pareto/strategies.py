@@ -31,7 +31,8 @@ from mist.rules.combinations import (
     knob_rules,
     may_have,
 )
-from mist.symbolic.estimate import Job, strategy_columns
+from mist.symbolic.columns import strategy_columns
+from mist.symbolic.job import Job
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -22,7 +22,8 @@ from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Platform
 from mist.platform.profiles import is_machine
 from mist.rules.combinations import broken, broken_levels, knob_rules
-from mist.symbolic.estimate import Job, estimate
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.units import format_bytes, format_seconds
 from mist.workflow.plan_against_job import pipeline_faults, plan_against

@@ -13,7 +13,7 @@ from mist.pareto.default_partition import dealt_layers
 from mist.plans.plan import Plan, Schedule, StagePlan
 from mist.plans.workload import MemoryLevel
 from mist.rules.combinations import broken, broken_between, broken_by_levels, broken_levels
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 
 def plan_against(plan: Plan, job: Job) -> tuple[Fault, ...]:
