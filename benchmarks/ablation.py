@@ -26,7 +26,7 @@ from mist.plans.plan import Limits
 from mist.plans.search_space import PAPER_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import Attention, MemoryLevel
 from mist.search.tune import tune
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import quiet
 
 START: Final = SPACES["3d"]

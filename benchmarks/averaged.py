@@ -26,7 +26,7 @@ from mist.plans.plan import Limits
 from mist.plans.workload import Attention
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, problem_of
 from mist.search.tune import tune
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import quiet
 
 SPACE: Final = LADDER["+imbalance"]

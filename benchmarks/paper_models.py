@@ -18,7 +18,7 @@ import numpy as np
 from mist.model.summary import LayerRun
 from mist.plans.plan import Limits
 from mist.plans.workload import Attention, Precision
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import model_programs, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.trace import ConfigSource

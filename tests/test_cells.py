@@ -11,7 +11,7 @@ from mist.plans.plan import Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import ScheduleKind
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, problem_of
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 from tests.test_tune import HOST
 from tests.toys import toy_graph, toy_job
 

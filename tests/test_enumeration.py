@@ -17,7 +17,8 @@ from mist.plans.plan import Limits
 from mist.plans.search_space import OFFLOADED, PAPER_RATIOS, SPACES
 from mist.plans.workload import MemoryLevel
 from mist.search.tune import tune
-from mist.symbolic.estimate import Job, position_columns, strategy_columns
+from mist.symbolic.columns import position_columns, strategy_columns
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import quiet
 from mist.workflow.request import Question, compiled, job_of, limits_of
 

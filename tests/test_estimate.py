@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from mist.plans.plan import Offload, Schedule, StagePlan
+from mist.plans.schedules import fill_time, spare_time
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.cluster import Collective
-from mist.symbolic.estimate import Job, estimate, make_job, model_flop, resharding_seconds
+from mist.symbolic.estimate import estimate, model_flop
+from mist.symbolic.job import Job, make_job
+from mist.symbolic.pipeline_costs import resharding_seconds
 from tests.toys import toy_graph, toy_job
 
 
@@ -81,6 +84,22 @@ def test_chunks_divide_the_bubble(chunks: int) -> None:
     judged = estimate(job, chunked(stages_of(job, 4), chunks), 64, schedule)
     stable_s = max(stage.stable_s for stage in judged.stages)
     assert judged.bubble_s == pytest.approx(3 * stable_s / chunks, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunks", "fill_s"),
+    [
+        (ScheduleKind.GPIPE, 1, 6.0),
+        (ScheduleKind.ONE_F_ONE_B, 1, 6.0),
+        (ScheduleKind.INTERLEAVED, 3, 6.0 / 3),
+        (ScheduleKind.ZERO_BUBBLE, 1, 6.0 - 2 * 2.5),
+        (ScheduleKind.ZERO_BUBBLE, 2, (6.0 - 2 * 2.5) / 2),
+    ],
+)
+def test_fill_of_each_schedule_by_hand(kind: ScheduleKind, chunks: int, fill_s: float) -> None:
+    # A stable time of 6 s, of which 2.5 s compute gradients of weights.
+    assert fill_time(6.0, spare_time(kind, 2.5), chunks=chunks) == fill_s
+    assert fill_time(6.0, spare_time(kind, 4.0), chunks=chunks) >= 0.0
 
 
 def test_weight_gradients_fill_the_bubble() -> None:

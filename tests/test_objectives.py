@@ -17,7 +17,8 @@ from mist.plans.plan import Estimate, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import MemoryLevel, Objective, ScheduleKind
 from mist.platform.profiles import load_cluster
-from mist.symbolic.estimate import Job, _stage_columns
+from mist.symbolic.job import Job
+from mist.symbolic.pipeline_costs import stage_outputs
 from mist.workflow.cluster_choice import Rented, offer_of, rent
 from mist.workflow.gpu_counts import counts_of
 from mist.workflow.planning import Effort, Planned, make_plan
@@ -46,7 +47,7 @@ def held(job: Job, options: list[StagePlan], pp: int, g: int, position: int) -> 
     for option in options:
         other = replace(option, devices=((1 - position) * option.devices[1], option.devices[1]))
         pipeline = (option, other) if position == 0 else (other, option)
-        columns = _stage_columns(job, pipeline[:pp], g, SCHEDULES[1][0])
+        columns = stage_outputs(job, pipeline[:pp], g, SCHEDULES[1][0])
         found.append([columns[name][position] for name in ("peak_bytes", "host_bytes")])
     return np.array(found).reshape(-1, 2).T
 

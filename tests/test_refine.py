@@ -12,7 +12,9 @@ from mist.plans.schedules import step_time
 from mist.plans.search_space import NO_RATIOS, PAPER_RATIOS, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, smallest_peak, tune
-from mist.symbolic.estimate import Job, _stage_columns, estimate
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import Job
+from mist.symbolic.pipeline_costs import stage_outputs
 from tests.toys import toy_graph, toy_job
 
 LIMITS = Limits(device_bytes=0.6e9, host_bytes=0.5e9)
@@ -37,7 +39,7 @@ def fastest(job: Job, layout: Layout, limits: Limits) -> float:
             memory=dict(zip(MemoryLevel, mix, strict=True)),
             offload=replace(plan.offload, optimizer=sixty_fourths / 64),
         )
-        found = _stage_columns(job, (own,), layout.num_micro_batches, layout.schedule)
+        found = stage_outputs(job, (own,), layout.num_micro_batches, layout.schedule)
         fits = found["peak_bytes"][0] <= limits.device_bytes
         if fits and found["host_bytes"][0] <= limits.host_bytes:
             step_s = step_time(layout.num_micro_batches, found["stable_s"], found["lone_s"])

@@ -17,7 +17,7 @@ from mist.rules.combinations import apply_rules, out_of_domain
 from mist.rules.levels import broken_by_levels, may_have
 from mist.rules.rule import Rule, broken
 from mist.symbolic.compile import compile_model
-from mist.symbolic.estimate import Job, make_job
+from mist.symbolic.job import Job, make_job
 from tests.torch_schedules import pipeline_order
 from tests.toys import toy_graph, toy_job, toy_workload
 

@@ -25,7 +25,8 @@ from mist.platform.profiles import load_runtime
 from mist.rules.apply import refuse_unplayable
 from mist.search.tune import smallest_peak, tune
 from mist.symbolic.compile import compile_model
-from mist.symbolic.estimate import Job, estimate, make_job
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import Job, make_job
 from mist.symbolic.program import ModelPrograms
 from mist.workflow.plan_against_job import plan_against
 from mist.workflow.request import Made, Question, unsearched_plan

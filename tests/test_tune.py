@@ -17,7 +17,8 @@ from mist.plans.plan import Limits, Offload, Schedule, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace, narrowed
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
-from mist.symbolic.estimate import Job, estimate
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import Job
 from tests.toys import toy_graph, toy_job
 
 HOST = 0.5e9

@@ -26,7 +26,7 @@ from mist.plans.workload import Attention, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
 from mist.platform.profiles import load_runtime
 from mist.symbolic.compile import compile_model
-from mist.symbolic.estimate import Job, make_job
+from mist.symbolic.job import Job, make_job
 from mist.symbolic.program import ModelPrograms
 
 ELEMENT_BYTES = 2

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.plans.schedules import step_time
+from mist.plans.schedules import fill_time, step_time
 
 Method = Literal["milp", "dp", "both"]
 Solver = Literal["milp", "dp"]
@@ -172,7 +172,7 @@ class InterStageProblem:
 
     def fill_s(self, cell: Cell) -> Floats:
         """Seconds [P] that each point adds to filling and draining: (t - w) / v."""
-        return (cell.stable_s - cell.spare_s) / self.num_chunks
+        return fill_time(cell.stable_s, cell.spare_s, chunks=self.num_chunks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

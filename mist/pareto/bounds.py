@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges, kinds_of
 from mist.pareto.strategies import Floats, Group
+from mist.plans.schedules import fill_time, spare_time
 from mist.plans.workload import ScheduleKind
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 
 def lower_bound_s(job: Job, group: Group) -> float:
@@ -31,11 +32,10 @@ def lower_bound_s(job: Job, group: Group) -> float:
     devices = group.strategies.tp * group.strategies.dp
     device_s = sum(count * (devices * stable[x]).min() for x, count in blocks)
     slowest_s = device_s / job.platform.num_gpus
-    spared_s = 0.0
-    if group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
-        spared_s = 2 * sum(count * terms[f"term_{x}_weight_s"].max() for x, count in blocks)
-    filled_s = max(total_s - spared_s, 0.0) / group.schedule.vpp
-    return float((group.num_micro_batches - 1) * slowest_s + max(filled_s, slowest_s))
+    weight_s = sum(count * terms[f"term_{x}_weight_s"].max() for x, count in blocks)
+    spare_s = spare_time(group.schedule.kind, weight_s)
+    fill_s = float(fill_time(total_s, spare_s, chunks=group.schedule.vpp))
+    return float((group.num_micro_batches - 1) * slowest_s + max(fill_s, slowest_s))
 
 
 def window(
@@ -73,6 +73,7 @@ def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Fl
         exit_s = lone_s
     else:
         others = model.job.kind_prefix[:, -1:] - kinds_of(model.job, ranges)
-        fill_s = (stable_s + _fastest_layers(model) @ others) / model.group.schedule.vpp
+        others_s = _fastest_layers(model) @ others
+        fill_s = fill_time(stable_s + others_s, chunks=model.group.schedule.vpp)
         exit_s = np.maximum(lone_s, fill_s * (1 - 1e-9))
     return np.asarray((model.group.num_micro_batches - 1) * stable_s + exit_s)

@@ -42,7 +42,8 @@ from mist.plans.workload import MemoryLevel
 from mist.rules.between_stages import divides_ends
 from mist.rules.levels import may_have, may_mix
 from mist.rules.rule import Columns
-from mist.symbolic.estimate import Job, pipeline_of, position_columns
+from mist.symbolic.columns import pipeline_of, position_columns
+from mist.symbolic.job import Job
 
 Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
 """Which strategies [K] divide a shared weight in each way; None: no weight is shared."""

@@ -4,7 +4,8 @@ A part is a stage, or one of the chunks of a stage: part p is chunk p // S of st
 """
 
 from mist.plans.plan import even_layers, layers_by_cost
-from mist.symbolic.estimate import Job, strategy_columns
+from mist.symbolic.columns import strategy_columns
+from mist.symbolic.job import Job
 
 
 def dealt_layers(job: Job, num_parts: int) -> tuple[int, ...] | None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.strategies import Ints
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

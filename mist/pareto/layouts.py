@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from mist.pareto.frontier_points import Points
 from mist.pareto.strategies import Group, Strategies, whole_layers
 from mist.plans.plan import Offload, Schedule, StagePlan
-from mist.plans.schedules import step_time
+from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.plans.workload import MemoryLevel
-from mist.symbolic.estimate import Job, fill_seconds, resharding_seconds
+from mist.symbolic.job import Job
+from mist.symbolic.pipeline_costs import resharding_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,8 @@ def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> Layout:
     )
     between_s = _between(job, picked)
     stable_s, lone_s = stable_s + between_s, lone_s + between_s
-    fill_s = fill_seconds(group.schedule, stable_s, weight_s)
+    spare_s = spare_time(group.schedule.kind, weight_s)
+    fill_s = fill_time(stable_s, spare_s, chunks=group.schedule.vpp)
     return Layout(
         schedule=group.schedule,
         num_micro_batches=group.num_micro_batches,

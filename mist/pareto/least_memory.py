@@ -35,7 +35,7 @@ from mist.pareto.strategies import (
 from mist.pareto.uniform_layouts import stage_layers
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 ROUNDING_RATIO: Final = 1e-12  # of a peak: the same sum taken in another order
 

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from mist.pareto.strategies import Floats
 from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 INSTANTS = ("begin_bytes", "end_bytes", "last_bytes", "step_bytes")
 OUTPUTS = ("stable_s", "lone_s", "weight_s", *INSTANTS, "host_bytes")

@@ -18,7 +18,7 @@ import numpy as np
 from mist.pareto.frontier_points import StackedMixes
 from mist.pareto.strategies import Floats, Group
 from mist.plans.plan import Limits
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 
 def stages_per_node(job: Job, group: Group) -> int:

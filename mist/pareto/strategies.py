@@ -27,7 +27,8 @@ from mist.rules.between_stages import TAKES_TURNS
 from mist.rules.combinations import knob_rules
 from mist.rules.levels import broken_by_levels, broken_levels, may_have
 from mist.rules.rule import broken
-from mist.symbolic.estimate import Job, strategy_columns
+from mist.symbolic.columns import strategy_columns
+from mist.symbolic.job import Job
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

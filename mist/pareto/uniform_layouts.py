@@ -18,9 +18,8 @@ from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Layout, Picked, layout_of
 from mist.pareto.strategies import Floats, Ints
 from mist.plans.plan import Limits
-from mist.plans.schedules import step_time
+from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.plans.workload import MemoryLevel
-from mist.symbolic.estimate import fill_seconds
 
 Measure = Literal["stable_s", "peak_bytes"]
 
@@ -171,7 +170,9 @@ def _step_s(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Fl
         for name in ("stable_s", "lone_s")
     )
     weight_s = np.array([table.weight_s[i] for i, table in enumerate(tables)])
-    fill_s = fill_seconds(model.group.schedule, stable_s, weight_s)
+    schedule = model.group.schedule
+    spare_s = spare_time(schedule.kind, weight_s)
+    fill_s = fill_time(stable_s, spare_s, chunks=schedule.vpp)
     return step_time(model.group.num_micro_batches, stable_s, lone_s, fill_s)
 
 

@@ -2,8 +2,9 @@
 
     T = (G - 1) * max_i t_i  +  max_i ( u_i + sum_{j>i} f_j )
 
-i = 0..S-1 counts stages from the first, t_i is the stage's stable time, d_i its delta and
-u_i = t_i + d_i the time of a lone micro-batch. f_j is what stage j adds to filling and draining:
+(`step_time`). i = 0..S-1 counts stages from the first, t_i is the stage's stable time, d_i its
+delta and u_i = t_i + d_i the time of a lone micro-batch. f_j is what stage j adds to filling and
+draining (`fill_time`, with 2 w_j from `spare_time`):
 
     f_j = t_j                1F1B and GPipe
     f_j = t_j / v            v interleaved chunks (Narayanan et al. 2021, section 2.2)
@@ -47,6 +48,27 @@ def step_time(
     lone_exit_s = np.max(lone_s + (up_to_s - fill_s), axis=-1)
     bottleneck_s = np.max(stable_s, axis=-1)
     return np.asarray((num_micro_batches - 1) * bottleneck_s + lone_exit_s, dtype=np.float64)
+
+
+def spare_time(kind: ScheduleKind, weight_s: ArrayLike) -> NDArray[np.float64]:
+    """Seconds of a stable time that keep no other stage waiting; same shape as `weight_s`.
+
+    2 w under zero bubble, else 0: gradients of weights wait, and those of another micro-batch run
+    where 1F1B has a bubble (ZB-H1, Qi et al. 2024). `weight_s`: seconds of a micro-batch that
+    compute gradients of weights.
+    """
+    return np.asarray((2.0 if kind is ScheduleKind.ZERO_BUBBLE else 0.0) * np.asarray(weight_s))
+
+
+def fill_time(
+    stable_s: ArrayLike, spare_s: ArrayLike = 0.0, *, chunks: ArrayLike = 1
+) -> NDArray[np.float64]:
+    """Seconds that each stage adds to filling and draining the pipeline: f = (t - spare) / v.
+
+    `stable_s`, `spare_s` (see `spare_time`) and `chunks` (v: a chunk is 1/v of a stage) are numbers
+    or arrays that broadcast; the result has their shape.
+    """
+    return np.asarray(np.maximum(np.asarray(stable_s) - np.asarray(spare_s), 0.0) / chunks)
 
 
 def in_flight(

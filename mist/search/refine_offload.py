@@ -23,7 +23,8 @@ from mist.pareto.unequal_meshes import NodePosition
 from mist.plans.plan import Estimate, Limits, fullest_host_bytes
 from mist.plans.search_space import OFFLOADED, SearchSpace
 from mist.search.stage_frontiers import Bounds, FixedStage, fixed_problem, joined
-from mist.symbolic.estimate import Job, estimate
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import Job
 
 STEPS: Final = 64  # of a ratio
 WORTH: Final = 1e-3  # share of the step from which a gain is worth uneven ratios

@@ -32,8 +32,7 @@ from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
 from mist.pareto.strategies import Floats, Strategies, offloading
 from mist.pareto.unequal_meshes import NodePosition, depths, places
 from mist.plans.plan import Limits
-from mist.plans.schedules import forward_first
-from mist.plans.workload import ScheduleKind
+from mist.plans.schedules import forward_first, spare_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +273,7 @@ def _untied_frontiers(
     """The same of strategies that are compared with each other."""
     ranges, model = sized.ranges, sized.model
     points_of = table.lean_frontier if limits.shares_host else table.frontier
-    zero_bubble = model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE
+    kind = model.group.schedule.kind
     for column in np.flatnonzero(useful.any(axis=0)):
         points = points_of(int(column), useful[:, column])
         cell = Cell(
@@ -283,7 +282,7 @@ def _untied_frontiers(
             count=int(ranges.count[column]),
             stable_s=points.stable_s,
             lone_s=points.lone_s,
-            spare_s=2 * float(table.weight_s[column]) if zero_bubble else 0.0,
+            spare_s=float(spare_time(kind, table.weight_s[column])),
             host_bytes=points.host_bytes if limits.shares_host else None,
         )
         yield cell, points, model.strategies

@@ -47,7 +47,7 @@ from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 Progress = Callable[[str], None]
 

@@ -134,13 +134,9 @@ def layer_cost(block: Block, setting: CostSetting) -> BlockCost:
     return BlockCost(
         **device_cost(block, setting),
         **collective_cost(block, setting, recomputed_exits=recomputed_exits(block)),
-        boundary_bytes=_checkpointed(block) / setting.sequence_shards,
+        # Whole-layer checkpointing keeps the input, if there is anything to compute again.
+        boundary_bytes=block.boundary_bytes * int(bool(block.saved)) / setting.sequence_shards,
     )
-
-
-def _checkpointed(block: Block) -> Expr:
-    """What checkpointing keeps: the input, if there is anything to compute again."""
-    return block.boundary_bytes if block.saved else sympy.Integer(0)
 
 
 def collective_cost(
@@ -210,16 +206,16 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
     if block.is_frozen:
         scatter = reduce = sympy.Integer(0)
     again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(forward_ops(block)) :]
-    core = [op for op in forward_ops(block) if _is_of_attention(op)]
+    core = [op for op in forward_ops(block) if _is_core_attention(op)]
     return {
         "forward_s": _pass_seconds(forward_ops(block), setting),
         "backward_s": _pass_seconds(backward, setting)
-        + _of_gradients(_accumulated_share(accumulated), block),
+        + _gradient_kernel_seconds(_accumulation_bytes(accumulated), block),
         "recompute_s": _pass_seconds(again, setting),
         "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
         "attention_s": _pass_seconds(core, setting),
         "attention_ratio": sympy.Rational(len(core), max(len(forward_ops(block)), 1)),
-        "weight_s": _pass_seconds([op for op in backward if _is_of_weights(op)], setting),
+        "weight_s": _pass_seconds([op for op in backward if _is_weight_gradient(op)], setting),
         "params": params,
         "trainable_params": trainable,
         "hosted_params": trainable + ratio * rank_params(frozen),
@@ -228,7 +224,7 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
         "scatter_s": scatter,
         "reduce_s": reduce,
         "gather_copy_s": sym.MEMORY[Traffic.POINTWISE](gathered, 1),
-        "scatter_copy_s": _of_gradients(scattered, block),
+        "scatter_copy_s": _gradient_kernel_seconds(scattered, block),
         "saved_bytes": saved_bytes(block, setting),
         "saved_allocated_bytes": _allocated_bytes(block, setting),
         "products_bytes": _products_bytes(block, setting),
@@ -237,13 +233,13 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
         "transient_adding_bytes": _largest(block.transient_adding_bytes, setting),
         "input_bytes": int(not block.keeps_input) * block.boundary_bytes / setting.sequence_shards,
-        "early_bytes": _kept(block.early, setting),
-        "awaited_bytes": _kept(block.awaited, setting),
+        "early_bytes": _rank_bytes(block.early, setting),
+        "awaited_bytes": _rank_bytes(block.awaited, setting),
         "made_bytes": _largest(block.made_bytes, setting),
     }
 
 
-def _of_gradients(num_bytes: Expr, block: Block) -> Expr:
+def _gradient_kernel_seconds(num_bytes: Expr, block: Block) -> Expr:
     """Seconds of one kernel on the gradients of a block; there is none where all is frozen."""
     if block.is_frozen:
         return sympy.Integer(0)
@@ -254,16 +250,16 @@ def _largest(transients: Iterable[Expr], setting: CostSetting) -> Expr:
     """The most of a rank's transient bytes at any instant."""
     gathers = sympy.Piecewise((1, setting.sequence_shards > 1), (0, True))
     copies = int(setting.runtime.transients.token_copies) * gathers
-    found = {
+    values = {
         Q: setting.sequence_shards,
         GATHERS: gathers,
         SCATTER_COPY: copies,
         GATHER_COPY: copies * sympy.Piecewise((1, B > 1), (0, True)),
     }
-    return sym.larger(0, *dict.fromkeys(size.subs(found) for size in transients))
+    return sym.larger(0, *dict.fromkeys(size.subs(values) for size in transients))
 
 
-def _is_of_weights(op: Op) -> bool:
+def _is_weight_gradient(op: Op) -> bool:
     """Whether a product of the backward pass sums over samples, as gradients of weights do."""
     return op.kind == OpKind.GEMM and op.dims[3].has(B)
 
@@ -277,7 +273,7 @@ def _products_bytes(block: Block, setting: CostSetting) -> Expr:
     )
 
 
-def _accumulated_share(accumulated: Expr) -> Expr:
+def _accumulation_bytes(accumulated: Expr) -> Expr:
     """Gradients are accumulated whole below ZeRO-2, and by shard from there on."""
     return sympy.Piecewise((accumulated, sym.ZERO < 2), (accumulated / sym.SHARD, True))
 
@@ -301,13 +297,13 @@ def kept_bytes(
     saved: Iterable[SavedTensor], saved_single: Iterable[SavedTensor], setting: CostSetting
 ) -> Expr:
     """Bytes of saved tensors on a rank, for b >= 2 and for b = 1."""
-    many, single = _kept(saved, setting), _kept(saved_single, setting)
+    many, single = _rank_bytes(saved, setting), _rank_bytes(saved_single, setting)
     if sympy.expand(many.subs(B, 1) - single) == 0:
         return many
     return sympy.Piecewise((single, sympy.Eq(B, 1)), (many, True))
 
 
-def _kept(saved: Iterable[SavedTensor], setting: CostSetting) -> Expr:
+def _rank_bytes(saved: Iterable[SavedTensor], setting: CostSetting) -> Expr:
     total: dict[TensorLayout, Expr] = defaultdict(lambda: sympy.Integer(0))
     again = setting.runtime.kernels.gathers_input_again
     for tensor in saved:
@@ -323,7 +319,7 @@ def _allocated_bytes(block: Block, setting: CostSetting) -> Expr:
     if offload is None or not offload.pins_each_tensor:
         return saved_bytes(block, setting)
     many, single = (
-        sympy.Add(*(sym.PINNED(_kept([tensor], setting)) for tensor in saved))
+        sympy.Add(*(sym.PINNED(_rank_bytes([tensor], setting)) for tensor in saved))
         for saved in (block.saved, block.saved_single)
     )
     return (
@@ -334,8 +330,7 @@ def _allocated_bytes(block: Block, setting: CostSetting) -> Expr:
 
 
 def forward_ops(block: Block) -> tuple[Op, ...]:
-    """The operations of the forward pass, in order."""
-    """The forward operations, which come first."""
+    """The forward operations of a block, in order; they come before the others."""
     return tuple(op for op in block.ops if op.phase == "forward")
 
 
@@ -343,8 +338,8 @@ def _pass_seconds(ops: Sequence[Op], setting: CostSetting) -> Expr:
     kernels = setting.runtime.kernels
     matrix = Counter(_matrix_seconds(op, kernels) for op in ops if op.kind != OpKind.MEMORY)
     memory = [op for op in ops if op.kind == OpKind.MEMORY]
-    scores = [op for op in memory if _is_of_scores(op)]
-    others = [op for op in memory if not _is_of_scores(op)]
+    scores = [op for op in memory if _is_on_scores(op)]
+    others = [op for op in memory if not _is_on_scores(op)]
     return sympy.Add(
         *(count * seconds for seconds, count in matrix.items()),
         *(kernels.memory_time_scale.value * each for each in _memory_seconds(others, setting)),
@@ -352,17 +347,17 @@ def _pass_seconds(ops: Sequence[Op], setting: CostSetting) -> Expr:
     )
 
 
-def _is_of_scores(op: Op) -> bool:
+def _is_on_scores(op: Op) -> bool:
     """Whether an operation moves attention scores, of which there are s^2."""
     return _is_square(op.traffic_bytes)
 
 
-def _is_of_attention(op: Op) -> bool:
+def _is_core_attention(op: Op) -> bool:
     """Whether an operation is of core attention: its kernel, or one that makes or reads scores."""
     if op.kind == OpKind.GEMM:
         _, m, n, k = op.dims
         return _is_square(m * n) or _is_square(m * k)
-    return op.kind == OpKind.ATTENTION or _is_of_scores(op)
+    return op.kind == OpKind.ATTENTION or _is_on_scores(op)
 
 
 def _is_square(size: Expr) -> bool:

@@ -1,6 +1,7 @@
 """Sums and maxima over the blocks of a stage: a row for each block at each memory level."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import sympy
 from sympy import Expr
@@ -12,14 +13,34 @@ from mist.symbolic import symbols as sym
 Row = tuple[str, str, Expr]  # block, level, how many of it the stage has
 
 
-def rows_of(num_kinds: int, runtime: Runtime) -> Iterable[Row]:
-    """Every (block, level, how many of it the stage has)."""
-    for kind in range(num_kinds):
-        for level in MemoryLevel:
-            if level is not MemoryLevel.SELECTIVE or runtime.selective is not None:
-                yield str(kind), level.value, sym.layer_count(level.value, kind)
-    yield "embed", "none", sym.FIRST
-    yield "head", "none", sym.LAST
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageBlocks:
+    """The rows of a stage: `layers` of each kind at each level, and the two `ends` of the model."""
+
+    layers: tuple[Row, ...]
+    ends: tuple[Row, ...]
+
+    @property
+    def every(self) -> tuple[Row, ...]:
+        """Layers and ends."""
+        return (*self.layers, *self.ends)
+
+
+def stage_blocks(num_kinds: int, runtime: Runtime) -> StageBlocks:
+    """The rows of any stage of a model with so many kinds of layers."""
+    levels = [
+        level
+        for level in MemoryLevel
+        if level is not MemoryLevel.SELECTIVE or runtime.selective is not None
+    ]
+    return StageBlocks(
+        layers=tuple(
+            (str(kind), level.value, sym.layer_count(level.value, kind))
+            for kind in range(num_kinds)
+            for level in levels
+        ),
+        ends=(("embed", "none", sym.FIRST), ("head", "none", sym.LAST)),
+    )
 
 
 def term(name: str) -> sympy.Symbol:
@@ -27,24 +48,22 @@ def term(name: str) -> sympy.Symbol:
     return sympy.Symbol(f"term_{name}", real=True)
 
 
-def of_blocks(rows: Iterable[Row], name: str) -> Expr:
-    """Sum over the blocks of the stage of a term that does not depend on the memory level."""
-    return sympy.Add(*(count * term(f"{x}_{name}") for x, _, count in rows))
+def sum_over(rows: Iterable[Row], template: str) -> Expr:
+    """The sum of a term over the blocks of a stage; `template` names it: "{x}_{level}_kept_bytes".
+
+    Terms that do not depend on the memory level are named without it: "{x}_params".
+    """
+    return sympy.Add(*(count * term(template.format(x=x, level=level)) for x, level, count in rows))
 
 
-def total(rows: Iterable[Row], name: str) -> Expr:
-    """Sum over the blocks of the stage of a term of their memory level."""
-    return sympy.Add(*(count * term(f"{x}_{level}_{name}") for x, level, count in rows))
-
-
-def params_of(rows: list[Row], which: str = "params") -> Expr:
-    """Parameters of the stage on a rank, or `which`; a tied one that both ends have counts once."""
-    return of_blocks(rows, which) - sym.FIRST * sym.LAST * term(f"tied_{which}")
-
-
-def worst(rows: Iterable[Row], template: str) -> Expr:
-    """The largest of a term over the blocks that the stage has at all."""
+def max_over(rows: Iterable[Row], template: str) -> Expr:
+    """The largest of a term over the blocks that the stage has at all; see `sum_over`."""
     present = [
         sym.smaller(1, count) * term(template.format(x=x, level=level)) for x, level, count in rows
     ]
     return sym.larger(*present)
+
+
+def params_of(rows: Iterable[Row], which: str = "params") -> Expr:
+    """Parameters of the stage on a rank, or `which`; a tied one that both ends have counts once."""
+    return sum_over(rows, "{x}_" + which) - sym.FIRST * sym.LAST * term(f"tied_{which}")

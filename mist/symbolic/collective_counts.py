@@ -31,48 +31,48 @@ def charged(
     graph: ModelGraph, runtime: Runtime, plan: Plan, stage: int
 ) -> dict[Key, tuple[int, int]]:
     """Of one rank of a stage, along ("dp" or "tp", kind): how many in a step, and their bytes."""
-    own = plan.stages[stage]
+    stage_plan = plan.stages[stage]
     kinds = graph.layer_kinds()
-    numbers = [n for first, count in own.layers for n in range(first, first + count)]
+    numbers = [n for first, count in stage_plan.layers for n in range(first, first + count)]
     layers = [graph.blocks[kinds[n]] for n in numbers]
     ends = [graph.embed] * (numbers[0] == 0) + [graph.head] * (numbers[-1] == len(kinds) - 1)
-    found: dict[Key, list[int]] = {}
-    if own.dp > 1:
-        _data_parallel(found, plan, own, runtime, layers, ends)
-    if own.tp > 1:
-        _tensor_parallel(found, plan, own, layers, ends)
-    return {key: (count, size) for key, (count, size) in found.items() if count}
+    counts: dict[Key, list[int]] = {}
+    if stage_plan.dp > 1:
+        _data_parallel(counts, plan, stage_plan, runtime, layers, ends)
+    if stage_plan.tp > 1:
+        _tensor_parallel(counts, plan, stage_plan, layers, ends)
+    return {key: (count, size) for key, (count, size) in counts.items() if count}
 
 
-def _add(found: dict[Key, list[int]], key: Key, count: int, num_bytes: int) -> None:
-    row = found.setdefault(key, [0, 0])
+def _add(counts: dict[Key, list[int]], key: Key, count: int, num_bytes: int) -> None:
+    row = counts.setdefault(key, [0, 0])
     row[0] += count
     row[1] += count * num_bytes
 
 
 def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
-    found: dict[Key, list[int]],
+    counts: dict[Key, list[int]],
     plan: Plan,
-    own: StagePlan,
+    stage_plan: StagePlan,
     runtime: Runtime,
     layers: list[Block],
     ends: list[Block],
 ) -> None:
     compute, fp32 = plan.workload.precision.num_bytes, Precision.FP32.num_bytes
-    zero = int(zero_as_run(plan.schedule.kind, own.zero))
+    zero = int(zero_as_run(plan.schedule.kind, stage_plan.zero))
     groups = [([layer], not layer.goes_back) for layer in layers]
     if ends:
         groups.append((ends, runtime.transients.root_group))
     for blocks, stays in groups:
-        params = _params(blocks, own.tp)
-        trained = _params(blocks, own.tp, trainable=True)
-        counts = _times(zero, plan.num_micro_batches, runtime, stays=stays)
-        _add(found, ("dp", "all_gather"), counts["gathers"], params * compute)
+        params = _params(blocks, stage_plan.tp)
+        trained = _params(blocks, stage_plan.tp, trainable=True)
+        times = _times(zero, plan.num_micro_batches, runtime, stays=stays)
+        _add(counts, ("dp", "all_gather"), times["gathers"], params * compute)
         if trained:
-            _add(found, ("dp", "reduce_scatter"), counts["scatters"], trained * fp32)
-        if trained and own.dp > own.dp_shard:
-            part = trained // own.dp_shard
-            _add(found, ("dp", "all_reduce"), counts["reduces"], part * fp32)
+            _add(counts, ("dp", "reduce_scatter"), times["scatters"], trained * fp32)
+        if trained and stage_plan.dp > stage_plan.dp_shard:
+            part = trained // stage_plan.dp_shard
+            _add(counts, ("dp", "all_reduce"), times["reduces"], part * fp32)
 
 
 def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, stays: bool) -> Counter[str]:
@@ -92,27 +92,27 @@ def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, stays: bool) 
 
 def _params(blocks: list[Block], tp: int, *, trainable: bool = False) -> int:
     """Parameters of blocks on a rank, or those of them with a gradient; a tied one counts once."""
-    held = [p for block in blocks for p in block.params if p.trainable or not trainable]
-    twice = [p for p in held if p.tied and len(blocks) > 1]
-    every = int(rank_params(held).subs(T, tp))
-    return every - int(rank_params(twice).subs(T, tp))
+    rows = [p for block in blocks for p in block.params if p.trainable or not trainable]
+    tied_again = [p for p in rows if p.tied and len(blocks) > 1]
+    every = int(rank_params(rows).subs(T, tp))
+    return every - int(rank_params(tied_again).subs(T, tp))
 
 
 def _tensor_parallel(
-    found: dict[Key, list[int]],
+    counts: dict[Key, list[int]],
     plan: Plan,
-    own: StagePlan,
+    stage_plan: StagePlan,
     layers: list[Block],
     ends: list[Block],
 ) -> None:
-    at = {B: own.micro_batch, S: plan.workload.seq_len, T: own.tp}
-    levels = (*own.levels, *[MemoryLevel.NONE] * len(ends))
+    at = {B: stage_plan.micro_batch, S: plan.workload.seq_len, T: stage_plan.tp}
+    levels = (*stage_plan.levels, *[MemoryLevel.NONE] * len(ends))
     for block, level in zip([*layers, *ends], levels, strict=True):
-        for each in collectives(block, sequence_parallel=own.sp):
+        for each in collectives(block, sequence_parallel=stage_plan.sp):
             count = each.count
             if level is not MemoryLevel.NONE and each.phase == "forward":
                 leaves = each.kind in ("reduce_scatter", "all_reduce")
                 spared = block.num_exits - recomputed_exits(block) if leaves else 0
                 count += (each.count - spared) * int(block.num_recomputed_ops > 0)
             size = int(each.bytes.subs(at))
-            _add(found, ("tp", each.kind), plan.num_micro_batches * count, size)
+            _add(counts, ("tp", each.kind), plan.num_micro_batches * count, size)

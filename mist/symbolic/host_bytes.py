@@ -3,19 +3,58 @@
 See `mist.plans.host_memory`.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import sympy
 from sympy import Expr
 
 from mist.model.graph import ModelGraph, Param
-from mist.platform.runtime import Runtime
+from mist.plans.workload import Precision
+from mist.platform.runtime import HostedState, Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import CostSetting, rank_numbers
-from mist.symbolic.overlap import hosted_by_tensor, hosted_bytes
+from mist.symbolic.block_sums import StageBlocks, params_of, sum_over, term
 from mist.symbolic.state_bytes import bucket_params, frozen_weight_ratio
 
 _NONE, _ONE = sympy.Integer(0), sympy.Integer(1)
+
+
+def hosted_state(runtime: Runtime, state: str) -> HostedState | None:
+    """Figures of "weights", "grads" or "optimizer" in host memory; None where they never are."""
+    return getattr(runtime.offload, state) if runtime.offload else None
+
+
+def hosted_bytes(runtime: Runtime, state: str, params: Expr) -> Expr:
+    """Bytes of one state of `params` parameters that a rank can keep in host memory."""
+    hosted = hosted_state(runtime, state)
+    if hosted is None:
+        return _NONE
+    whole = params * hosted.bytes_per_param.value
+    return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.SHARD, True))
+
+
+def hosted_by_tensor(runtime: Runtime, state: str, params: Iterable[Param]) -> Expr:
+    """Bytes of one state of these parameters in host memory, as its tensors are allocated there.
+
+    Each is of fp32: a state of 8 bytes per parameter is two tensors of each. Moments, which stay
+    there for good, are pinned as they are, and not by torch's allocator.
+    """
+    hosted = hosted_state(runtime, state)
+    if hosted is None:
+        return _NONE
+    copies = hosted.bytes_per_param.value / Precision.FP32.num_bytes
+    total = _NONE
+    for numbers, count in Counter(map(rank_numbers, params)).items():
+        each = hosted_bytes(runtime, state, numbers) / copies
+        total += count * copies * (each if state == "optimizer" else allocated_bytes(runtime, each))
+    return total
+
+
+def allocated_bytes(runtime: Runtime, num_bytes: Expr) -> Expr:
+    """What a tensor in host memory takes there."""
+    offload = runtime.offload
+    return sym.PINNED(num_bytes) if offload and offload.pins_each_tensor else num_bytes
 
 
 def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
@@ -26,26 +65,20 @@ def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
     The optimizer streams a few parameters at a time, when no activation is left; those of the
     embedding and the head, large and taken whole, where all moments are in host memory.
     """
-    weights, grads, every = _NONE, _NONE, _NONE
-    streamed, of_ends = sympy.Integer(0), sympy.Integer(0)
-    for name in ("weights", "grads", "optimizer"):
-        held, ratio = hosted_bytes(runtime, name, _ONE), sym.OFFLOAD[name]
-        if name == "optimizer":
-            every, of_ends = ratio * held, sympy.floor(ratio) * held
-        elif name == "grads":
-            grads = ratio * held
-        else:
-            weights = ratio * held
-        streamed += sympy.ceiling(ratio) * held
-    staged = 0.0
+    names = ("weights", "grads", "optimizer")
+    whole = {name: hosted_bytes(runtime, name, _ONE) for name in names}
+    # Anything offloaded of a state makes its stream as wide as if all of it were.
+    stream = sympy.Add(*(sympy.ceiling(sym.OFFLOAD[name]) * size for name, size in whole.items()))
+    num_buffers = 0.0
     if runtime.offload is not None and not runtime.offload.optimizer_on_host:
-        staged = runtime.offload.num_staged_layers.value
+        num_buffers = runtime.offload.num_staged_layers.value
     return {
-        "hosted_weights_bytes_per_param": weights,
-        "hosted_grads_bytes_per_param": grads,
-        "hosted_bytes_per_param": every,
-        "streamed_bytes_per_param": staged * streamed,
-        "streamed_end_bytes_per_param": staged * of_ends,
+        "hosted_weights_bytes_per_param": sym.OFFLOAD["weights"] * whole["weights"],
+        "hosted_grads_bytes_per_param": sym.OFFLOAD["grads"] * whole["grads"],
+        "hosted_moments_bytes_per_param": sym.OFFLOAD["optimizer"] * whole["optimizer"],
+        "stream_bytes_per_param": num_buffers * stream,
+        "end_stream_bytes_per_param": num_buffers
+        * (sympy.floor(sym.OFFLOAD["optimizer"]) * whole["optimizer"]),
         "bucket_params": bucket_params(runtime),
     }
 
@@ -62,12 +95,13 @@ def allocated_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     terms = {}
     for x, params in blocks.items():
         states = ("weights", "grads", "optimizer") if x in layers else ("optimizer",)
-        held = (sym.OFFLOAD[name] * _held(setting, name, params) for name in states)
-        terms[f"{x}_allocated_bytes"] = sympy.Add(*held)
+        each = (sym.OFFLOAD[name] * _state_by_tensor(setting, name, params) for name in states)
+        terms[f"{x}_allocated_bytes"] = sympy.Add(*each)
     return terms
 
 
-def _held(setting: CostSetting, state: str, params: Sequence[Param]) -> Expr:
+def _state_by_tensor(setting: CostSetting, state: str, params: Sequence[Param]) -> Expr:
+    """Bytes of a state in host memory; a frozen parameter has weights only."""
     trained = hosted_by_tensor(setting.runtime, state, [p for p in params if p.trainable])
     if state != "weights":
         return trained
@@ -86,3 +120,23 @@ def drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:
         / sym.SHARD
         for x, block in blocks.items()
     }
+
+
+def offloaded_bytes(blocks: StageBlocks) -> Expr:
+    """States that leave the device: weights and gradients of layers, moments of all blocks."""
+    return (
+        sum_over(blocks.layers, "{x}_hosted_params") * term("hosted_weights_bytes_per_param")
+        + sum_over(blocks.layers, "{x}_trainable_params") * term("hosted_grads_bytes_per_param")
+        + params_of(blocks.every, "trainable_params") * term("hosted_moments_bytes_per_param")
+    )
+
+
+def stage_host_bytes(blocks: StageBlocks, runtime: Runtime) -> Expr:
+    """What one rank of a stage keeps in host memory, as it is allocated there."""
+    overhead = runtime.offload.host_overhead_ratio if runtime.offload else None
+    states = sum_over(blocks.every, "{x}_allocated_bytes")
+    states -= sym.FIRST * sym.LAST * term("tied_allocated_bytes")
+    states *= 1 + overhead.value if overhead else 1
+    return states + (sym.IN_FLIGHT + sym.LAYERS_MORE) * sum_over(
+        blocks.every, "{x}_{level}_host_bytes"
+    )

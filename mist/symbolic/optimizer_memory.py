@@ -1,4 +1,4 @@
-"""What a step of the optimizer makes for a while: bytes per parameter that a rank holds.
+"""What a step of the optimizer makes for a while, and what it streams from host memory.
 
 A fused kernel makes nothing. torch's own AdamW makes the root of the second moments for all of a
 rank's parameters at once, DeepSpeed for one flat partition at a time.
@@ -13,6 +13,7 @@ from mist.model.graph import ModelGraph, Param
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import rank_params
+from mist.symbolic.block_sums import StageBlocks, max_over, sum_over, term
 
 
 def step_bytes(graph: ModelGraph, runtime: Runtime) -> Expr:
@@ -40,3 +41,21 @@ def _model_params(graph: ModelGraph) -> Expr:
     layers = (run.count * trained(graph.blocks[run.block].params) for run in graph.layers)
     tied = trained(param for param in graph.head.params if param.tied)
     return trained(graph.embed.params) + trained(graph.head.params) + sum(layers) - tied
+
+
+def stream_bytes(blocks: StageBlocks) -> Expr:
+    """What the optimizer has on its way between host and device, in bytes of one rank.
+
+    Buckets of offloaded states, each of at least one parameter; a parameter of the embedding or the
+    head goes whole. Never more than what is in host memory: taken of all layers of the model, not
+    of the stage's, so that memory stays a straight line in the numbers of layers.
+    """
+    bucket = sym.larger(term("bucket_params"), max_over(blocks.layers, "{x}_largest_params"))
+    stream = sym.larger(
+        term("stream_bytes_per_param") * bucket,
+        term("end_stream_bytes_per_param") * max_over(blocks.ends, "{x}_largest_params"),
+    )
+    layers = term("all_layers_params")
+    of_layers = term("hosted_weights_bytes_per_param") + term("hosted_grads_bytes_per_param")
+    every = layers + sum_over(blocks.ends, "{x}_trainable_params")
+    return sym.smaller(stream, every * term("hosted_moments_bytes_per_param") + layers * of_layers)

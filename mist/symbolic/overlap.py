@@ -4,107 +4,29 @@ A slot is the first forward, any other forward, any other backward or the last b
 With compute C (device or host, whichever is longer), data-parallel collectives M, copies to the
 device I and to the host O, a slot takes
 
-    alone + together_s(C + copies of flat buffers, M, I, O)
+    serial + together_s(C + copies of flat buffers, M, I, O)
 
-where `alone` are collectives that the runtime runs beside nothing. Which collectives a slot has
+where `serial` are collectives that the runtime overlaps with nothing. Which collectives a slot has
 follows from the ZeRO level; what is copied, from the offload ratios: weights come before their
 gather, gradients go after their reduction (and come again to be added to), activations go forward
 and come back backward. Mist (EuroSys'25) section 4; collectives as FSDP2 issues them.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
 from sympy import Expr
 
-from mist.model.graph import Param, T
+from mist.model.graph import T
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision
-from mist.platform.runtime import HostedState, Runtime
+from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, CostSetting, rank_numbers
+from mist.symbolic.block import BlockCost, CostSetting
+from mist.symbolic.host_bytes import hosted_bytes, hosted_state
+from mist.symbolic.level_cost import LevelCost
 
 _NONE = sympy.Integer(0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
-    """What a memory level does to a block.
-
-    `again_s`: device seconds that it runs again, collectives included; `again_ratio`: share of the
-    forward launches that the host repeats; `kept_bytes`: what stays from forward to backward;
-    `working_bytes`: what the backward pass holds beyond that; `running_bytes`: with the gradients
-    of parameters made so far, `adding_bytes`: with those just made; `allocated_bytes`: what is
-    kept, as host memory is allocated for it.
-    """
-
-    name: str
-    again_s: Expr
-    again_ratio: Expr | float
-    kept_bytes: Expr
-    working_bytes: Expr
-    running_bytes: Expr
-    adding_bytes: Expr
-    allocated_bytes: Expr
-
-
-def levels(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[Level, ...]:
-    """The levels of a block, from most kept to least; the ends of a model keep everything."""
-    eager = Level(
-        name="none",
-        again_s=_NONE,
-        again_ratio=0.0,
-        kept_bytes=cost.saved_bytes,
-        working_bytes=cost.transient_bytes,
-        running_bytes=cost.transient_with_grads_bytes,
-        adding_bytes=cost.transient_adding_bytes,
-        allocated_bytes=cost.saved_allocated_bytes,
-    )
-    full = Level(
-        name="full",
-        again_s=cost.recompute_s + cost.tp_recompute_s,
-        again_ratio=1.0,
-        kept_bytes=cost.boundary_bytes,
-        working_bytes=cost.saved_bytes + cost.transient_bytes,
-        running_bytes=cost.saved_bytes + cost.transient_with_grads_bytes,
-        adding_bytes=cost.saved_bytes + cost.transient_adding_bytes,
-        allocated_bytes=allocated_bytes(runtime, cost.boundary_bytes),
-    )
-    if not is_layer:
-        return (eager,)
-    return (eager, *_selective(cost, runtime, full), full)
-
-
-def _selective(cost: BlockCost, runtime: Runtime, full: Level) -> tuple[Level, ...]:
-    """Selective recomputation as the runtime means it; nothing where it has none."""
-    meaning = runtime.selective
-    if meaning is None:
-        return ()
-    ratio: Expr | float
-    if meaning.recomputes_attention:
-        again_s, ratio = cost.attention_s, cost.attention_ratio
-        kept_bytes = cost.saved_bytes - cost.scores_bytes
-    elif meaning.kept_ratio is None or meaning.recomputed_ratio is None:
-        again_s, ratio = cost.pointwise_s + cost.tp_recompute_s, 1.0
-        kept_bytes = cost.boundary_bytes + cost.products_bytes
-    else:
-        ratio = meaning.recomputed_ratio.value
-        again_s = ratio * full.again_s
-        kept_bytes = meaning.kept_ratio.value * cost.saved_bytes
-    return (
-        Level(
-            name="selective",
-            again_s=again_s,
-            again_ratio=ratio,
-            kept_bytes=kept_bytes,
-            working_bytes=full.working_bytes - kept_bytes,
-            running_bytes=full.running_bytes - kept_bytes,
-            adding_bytes=full.adding_bytes - kept_bytes,
-            allocated_bytes=kept_bytes,  # torch, which rounds, does not offload what it keeps here
-        ),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,15 +59,15 @@ class Slot:
     gathers: Expr = _NONE
     scatters: Expr = _NONE
     reduces: Expr = _NONE
-    weights_come: Expr = _NONE
-    grads_come: Expr = _NONE
-    grads_go: Expr = _NONE
-    saved_come: int = 0
-    saved_go: int = 0
+    weights_in: Expr = _NONE
+    grads_in: Expr = _NONE
+    grads_out: Expr = _NONE
+    activations_in: int = 0
+    activations_out: int = 0
 
 
 def slots(
-    cost: BlockCost, level: Level, setting: CostSetting, *, is_layer: bool, goes_back: bool
+    cost: BlockCost, level: LevelCost, setting: CostSetting, *, is_layer: bool, goes_back: bool
 ) -> Slots:
     """The four slots of a block, summed into a stable and a lone micro-batch.
 
@@ -153,13 +75,15 @@ def slots(
     """
     runtime = setting.runtime
     device_forward = cost.forward_s + cost.tp_forward_s
-    device_backward = cost.backward_s + cost.tp_backward_s + level.again_s
+    device_backward = cost.backward_s + cost.tp_backward_s + level.recompute_s
     host_forward, host_backward = _host_seconds(runtime) if is_layer else (_NONE, _NONE)
-    late = (host_backward + level.again_ratio * host_forward) * int(goes_back)
-    ahead = sympy.nsimplify(runtime.host.launch_ahead_ratio.value)
-    launch_forward = sym.larger(0, host_forward - ahead * device_forward)
-    launch_backward = sym.larger(0, late - ahead * device_backward)
-    timed = _Timed(cost=cost, level=level, runtime=runtime, is_layer=is_layer)
+    host_backward += level.recompute_launch_ratio * host_forward
+    host_backward *= int(goes_back)
+    launch_ahead = sympy.nsimplify(runtime.host.launch_ahead_ratio.value)
+    launch_forward = sym.larger(0, host_forward - launch_ahead * device_forward)
+    launch_backward = sym.larger(0, host_backward - launch_ahead * device_backward)
+    streams = _BlockStreams(cost=cost, level=level, runtime=runtime, is_layer=is_layer)
+    # FSDP2's root is not resharded between its passes (`reshard_after_forward`).
     stays = not goes_back or (runtime.transients.root_group and not is_layer)
     stable, lone = sequence(
         device_forward + launch_forward,
@@ -170,12 +94,12 @@ def slots(
     return Slots(
         compute=cost.forward_s + cost.backward_s,
         tp=cost.tp_forward_s + cost.tp_backward_s,
-        recompute=level.again_s,
+        recompute=level.recompute_s,
         launch=launch_forward + launch_backward,
-        dp=sympy.Add(*map(timed.exposed, stable)),
-        offload=sympy.Add(*map(timed.copied, stable)),
-        lone_dp=sympy.Add(*map(timed.exposed, lone)),
-        lone_offload=sympy.Add(*map(timed.copied, lone)),
+        dp=sympy.Add(*map(streams.exposed_collectives, stable)),
+        offload=sympy.Add(*map(streams.exposed_copies, stable)),
+        lone_dp=sympy.Add(*map(streams.exposed_collectives, lone)),
+        lone_offload=sympy.Add(*map(streams.exposed_copies, lone)),
     )
 
 
@@ -187,32 +111,32 @@ def sequence(
     `stays_gathered`: what is gathered for the forward pass serves the backward pass too, if there
     is one.
     """
-    from_1, from_2, from_3 = (at_least(zero) for zero in (1, 2, 3))
+    from_1, from_2, from_3 = (sym.zero_at_least(zero) for zero in (1, 2, 3))
     again = _NONE if stays_gathered else from_3
     weights, grads = _moves_each(runtime, "weights"), _moves_each(runtime, "grads")
     stable = (
-        Slot(compute=forward, gathers=from_3, weights_come=weights, saved_go=1),
+        Slot(compute=forward, gathers=from_3, weights_in=weights, activations_out=1),
         Slot(
             compute=backward,
             gathers=again,
             scatters=from_2,
-            weights_come=weights,
-            grads_come=grads,
-            grads_go=grads,
-            saved_come=1,
+            weights_in=weights,
+            grads_in=grads,
+            grads_out=grads,
+            activations_in=1,
         ),
     )
     lone = (
-        Slot(compute=forward, gathers=from_1, weights_come=sympy.Integer(1), saved_go=1),
+        Slot(compute=forward, gathers=from_1, weights_in=sympy.Integer(1), activations_out=1),
         Slot(
             compute=backward,
             gathers=again,
             scatters=from_1,
             reduces=sympy.Integer(1),
-            weights_come=weights,
-            grads_come=grads,
-            grads_go=sympy.Integer(1),
-            saved_come=1,
+            weights_in=weights,
+            grads_in=grads,
+            grads_out=sympy.Integer(1),
+            activations_in=1,
         ),
     )
     return stable, lone
@@ -223,45 +147,7 @@ def _moves_each(runtime: Runtime, state: str) -> Expr:
     hosted = hosted_state(runtime, state)
     if hosted is None or hosted.each_micro_batch_from is None:
         return _NONE
-    return at_least(hosted.each_micro_batch_from)
-
-
-def hosted_state(runtime: Runtime, state: str) -> HostedState | None:
-    """Figures of "weights", "grads" or "optimizer" in host memory; None where they never are."""
-    return getattr(runtime.offload, state) if runtime.offload else None
-
-
-def hosted_bytes(runtime: Runtime, state: str, params: Expr) -> Expr:
-    """Bytes of one state of `params` parameters that a rank can keep in host memory."""
-    hosted = hosted_state(runtime, state)
-    if hosted is None:
-        return _NONE
-    whole = params * hosted.bytes_per_param.value
-    return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.SHARD, True))
-
-
-def hosted_by_tensor(runtime: Runtime, state: str, params: Iterable[Param]) -> Expr:
-    """Bytes of one state of these parameters in host memory, as its tensors are allocated there.
-
-    Each is of fp32: a state of 8 bytes per parameter is two tensors of each. Moments, which stay
-    there for good, are pinned as they are, and not by torch's allocator.
-    """
-    hosted = hosted_state(runtime, state)
-    if hosted is None:
-        return _NONE
-    copies = hosted.bytes_per_param.value / Precision.FP32.num_bytes
-    total = _NONE
-    for numbers, count in Counter(map(rank_numbers, params)).items():
-        own = hosted_bytes(runtime, state, numbers)
-        each = own / copies
-        total += count * copies * (each if state == "optimizer" else allocated_bytes(runtime, each))
-    return total
-
-
-def allocated_bytes(runtime: Runtime, num_bytes: Expr) -> Expr:
-    """What a tensor in host memory takes there."""
-    offload = runtime.offload
-    return sym.PINNED(num_bytes) if offload and offload.pins_each_tensor else num_bytes
+    return sym.zero_at_least(hosted.each_micro_batch_from)
 
 
 def by_ratio(runtime: Runtime, seconds: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -279,39 +165,40 @@ def by_ratio(runtime: Runtime, seconds: Callable[[Expr, Expr], Expr]) -> Expr:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Timed:
-    """What times the slots of one block at one level."""
+class _BlockStreams:
+    """The streams of the slots of one block at one memory level."""
 
     cost: BlockCost
-    level: Level
+    level: LevelCost
     runtime: Runtime
     is_layer: bool
 
-    def exposed(self, slot: Slot) -> Expr:
-        """What data-parallel collectives add to the compute of a slot.
+    def exposed_collectives(self, slot: Slot) -> Expr:
+        """Seconds that data-parallel collectives add to the compute of a slot.
 
         Copies out of and into their buffers are work of the device; the collectives themselves
-        overlap with it, or stand alone where the runtime runs nothing beside them.
+        overlap with it, or run alone where the runtime runs nothing at the same time.
         """
-        busy, beside, alone = self._streams(slot)
-        overlapped = sym.TOGETHER(busy, beside) - busy if beside != 0 else _NONE
-        return busy - slot.compute + alone + overlapped
+        device, concurrent, serial = self._device_streams(slot)
+        overlap = sym.TOGETHER(device, concurrent) - device if concurrent != 0 else _NONE
+        return device - slot.compute + serial + overlap
 
-    def copied(self, slot: Slot) -> Expr:
-        """What copies between device and host add to that."""
+    def exposed_copies(self, slot: Slot) -> Expr:
+        """Seconds that copies between device and host add to that."""
         if not self.is_layer or self.runtime.offload is None:
             return _NONE
-        busy, beside, _ = self._streams(slot)
-        without = sym.TOGETHER(busy, beside) if beside != 0 else busy
+        device, concurrent, _ = self._device_streams(slot)
+        without = sym.TOGETHER(device, concurrent) if concurrent != 0 else device
         return by_ratio(
             self.runtime,
             lambda weights, grads: (
-                sym.TOGETHER(busy, beside, *self._copies(slot, weights, grads)) - without
+                sym.TOGETHER(device, concurrent, *self._host_streams(slot, weights, grads))
+                - without
             ),
         )
 
-    def _streams(self, slot: Slot) -> tuple[Expr, Expr, Expr]:
-        """Seconds of the device, of collectives beside it, and of collectives that stand alone."""
+    def _device_streams(self, slot: Slot) -> tuple[Expr, Expr, Expr]:
+        """Seconds of the device, of collectives that overlap with it, and of those that do not."""
         cost, overlap = self.cost, self.runtime.overlap
         rows = (
             (slot.gathers * cost.gather_s, overlap.zero_all_gather_ratio.value),
@@ -319,27 +206,22 @@ class _Timed:
             (slot.reduces * cost.reduce_s, overlap.gradient_all_reduce_ratio.value),
         )
         copies = slot.gathers * cost.gather_copy_s + slot.scatters * cost.scatter_copy_s
-        beside = sympy.Add(*(ratio * seconds for seconds, ratio in rows if ratio))
-        alone = sympy.Add(*((1 - ratio) * seconds for seconds, ratio in rows if ratio < 1))
-        return slot.compute + copies, beside, alone
+        concurrent = sympy.Add(*(ratio * seconds for seconds, ratio in rows if ratio))
+        serial = sympy.Add(*((1 - ratio) * seconds for seconds, ratio in rows if ratio < 1))
+        return slot.compute + copies, concurrent, serial
 
-    def _copies(self, slot: Slot, weights: Expr, grads: Expr) -> tuple[Expr, Expr]:
+    def _host_streams(self, slot: Slot, weights: Expr, grads: Expr) -> tuple[Expr, Expr]:
         """Seconds of copies to the device and to the host, by these shares in host memory."""
         cost = self.cost
         weight_bytes = weights * hosted_bytes(self.runtime, "weights", cost.hosted_params)
         grad_bytes = grads * hosted_bytes(self.runtime, "grads", cost.trainable_params)
-        saved_bytes = sym.OFFLOAD["activations"] * self.level.kept_bytes
-        come = slot.weights_come * weight_bytes + slot.grads_come * grad_bytes
-        go = slot.grads_go * grad_bytes
+        activation_bytes = sym.OFFLOAD["activations"] * self.level.kept_bytes
+        to_device = slot.weights_in * weight_bytes + slot.grads_in * grad_bytes
+        to_host = slot.grads_out * grad_bytes
         return (
-            sym.TO_DEVICE(come + slot.saved_come * saved_bytes),
-            sym.TO_HOST(go + slot.saved_go * saved_bytes),
+            sym.TO_DEVICE(to_device + slot.activations_in * activation_bytes),
+            sym.TO_HOST(to_host + slot.activations_out * activation_bytes),
         )
-
-
-def at_least(level: int) -> Expr:
-    """1 from this ZeRO level on, else 0."""
-    return sympy.Piecewise((1, sym.ZERO >= level), (0, True))
 
 
 def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
@@ -358,7 +240,7 @@ def ends_seconds(cost: BlockCost, runtime: Runtime) -> Expr:
 
     Those that the runtime lets nothing run beside stand alone in their slots already.
     """
-    overlap, sharded = runtime.overlap, at_least(1)
+    overlap, sharded = runtime.overlap, sym.zero_at_least(1)
     gather_s = overlap.zero_all_gather_ratio.value * cost.gather_s
     scatter_s = overlap.zero_reduce_scatter_ratio.value * cost.scatter_s
     reduce_s = overlap.gradient_all_reduce_ratio.value * cost.reduce_s
@@ -376,7 +258,7 @@ def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr
     owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.SHARD, True))
     moved = (
         owned * traffic.optimizer_sharded_bytes_per_param.value
-        + params * traffic.optimizer_replicated_bytes_per_param.value * (1 - at_least(3))
+        + params * traffic.optimizer_replicated_bytes_per_param.value * (1 - sym.zero_at_least(3))
     )
     update_s = sym.MEMORY[Traffic.POINTWISE](moved, 1)
     if runtime.offload is None:
@@ -386,7 +268,7 @@ def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr
     def seconds(weights: Expr, grads: Expr) -> Expr:
         weight_bytes = weights * hosted_bytes(runtime, "weights", params)
         grad_bytes = grads * hosted_bytes(runtime, "grads", params)
-        come = sym.TO_DEVICE(moments + weight_bytes + grad_bytes)
-        return sym.TOGETHER(update_s, 0, come, sym.TO_HOST(moments + weight_bytes))
+        to_device = sym.TO_DEVICE(moments + weight_bytes + grad_bytes)
+        return sym.TOGETHER(update_s, 0, to_device, sym.TO_HOST(moments + weight_bytes))
 
     return by_ratio(runtime, seconds) if is_layer else seconds(_NONE, _NONE)

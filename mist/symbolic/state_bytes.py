@@ -14,6 +14,14 @@ GRADIENT_BYTES: Final = Precision.FP32.num_bytes  # as FSDP reduces them
 MOMENTS_BYTES: Final = 2 * Precision.FP32.num_bytes  # both of AdamW
 
 
+def state_bytes(runtime: Runtime, precision: Precision) -> Expr:
+    """Bytes per parameter that live through the step: parameters, gradients, moments."""
+    rows = {int(zero): runtime.state(precision, zero) for zero in runtime.knobs.zero_levels}
+    replicated = {zero: row.replicated_bytes_per_param.value for zero, row in rows.items()}
+    sharded = {zero: row.sharded_bytes_per_param.value for zero, row in rows.items()}
+    return sym.by_zero(replicated) + sym.by_zero(sharded) / sym.SHARD
+
+
 def frozen_bytes(runtime: Runtime, precision: Precision) -> Expr:
     """Bytes per parameter that is not trained.
 
@@ -51,26 +59,28 @@ def gathered_bytes(runtime: Runtime, precision: Precision) -> Expr:
     return sym.by_zero(by_level)
 
 
-def from_level(level: int, precision: Precision, *, below: int = 4) -> Expr:
+def bytes_by_zero(precision: Precision, *, at_least: int, below: int = 4) -> Expr:
     """Bytes of a number of this precision from a ZeRO level on and below another, else 0."""
-    return sym.by_zero({zero: precision.num_bytes * (level <= zero < below) for zero in range(4)})
+    size = precision.num_bytes
+    return sym.by_zero({zero: size * (at_least <= zero < below) for zero in range(4)})
 
 
-def unmade_terms() -> dict[str, Expr]:
-    """fp32 gradients per parameter on the device: amid a step with others, and as one leaves them.
+def gradient_terms() -> dict[str, Expr]:
+    """fp32 gradients per parameter on the device between two micro-batches, and behind the last.
 
-    There are none when the first backward pass begins; a lone one leaves shards under ZeRO-1.
+    Between micro-batches they are whole below ZeRO-2, since nothing was reduced yet. Behind the
+    last one ZeRO-1 has reduced them to shards, too. Only gradients of layers are offloaded.
     """
     fp32 = sympy.Float(Precision.FP32.num_bytes)
     shard = fp32 / sym.SHARD
-    amid = sympy.Piecewise((fp32, sym.ZERO < 2), (shard, True))
-    left = sympy.Piecewise((fp32, sym.ZERO < 1), (shard, True))
-    stays = 1 - sym.OFFLOAD["grads"]
+    between = sympy.Piecewise((fp32, sym.ZERO < 2), (shard, True))
+    behind = sympy.Piecewise((fp32, sym.ZERO < 1), (shard, True))
+    on_device = 1 - sym.OFFLOAD["grads"]
     return {
-        "grads_bytes_per_param": amid,
-        "layer_grads_bytes_per_param": stays * amid,
-        "left_bytes_per_param": left,
-        "layer_left_bytes_per_param": stays * left,
+        "grads_bytes_per_param": between,
+        "layer_grads_bytes_per_param": on_device * between,
+        "last_grads_bytes_per_param": behind,
+        "layer_last_grads_bytes_per_param": on_device * behind,
     }
 
 
@@ -78,5 +88,5 @@ def bucket_params(runtime: Runtime) -> Expr:
     """Parameters whose shards fill a bucket of the optimizer's stream."""
     if runtime.offload is None or runtime.offload.bucket_bytes is None:
         return sympy.Float(0.0)
-    own = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
-    return sympy.Piecewise((own, sym.ZERO < 1), (own * sym.SHARD, True))
+    shard = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
+    return sympy.Piecewise((shard, sym.ZERO < 1), (shard * sym.SHARD, True))

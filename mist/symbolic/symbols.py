@@ -94,6 +94,17 @@ def by_zero(values: Mapping[int, float]) -> sympy.Expr:
     return sympy.Piecewise(*rows, (sympy.Float(values[top]), True))
 
 
+def zero_at_least(level: int) -> sympy.Expr:
+    """1 from this ZeRO level on, else 0."""
+    return sympy.Piecewise((1, ZERO >= level), (0, True))
+
+
 def layer_count(level: str, kind: int) -> sympy.Symbol:
     """Layers of block `kind` in the stage at a memory level."""
     return sympy.Symbol(f"{level}_{kind}", nonnegative=True, integer=True)
+
+
+SEVERAL_CHUNKS = smaller(1, CHUNKS - 1)
+"""1 where a rank has several chunks, else 0."""
+LONE = 1 - smaller(1, NUM_MICRO_BATCHES - 1)
+"""1 where a step has one micro-batch (G = 1), else 0."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.plans.schedules import held, step_time
+from mist.plans.schedules import fill_time, held, step_time
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform import Cluster, Device, OpCosts, Runtime
-from mist.symbolic.estimate import rank_columns, stage_columns
+from mist.symbolic.columns import rank_columns, stage_columns
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 from mist.validate.run_layouts import RunLayout
 
@@ -70,7 +70,7 @@ def predict(
     padded = {name: _padded(out[name], run, stages) for name in ("stable_s", "lone_s")}
     counts = np.array([case.layout.num_micro_batches for case in cases])
     chunks = np.array([[case.layout.chunks] for case in cases])
-    fill_s = padded["stable_s"] / chunks
+    fill_s = fill_time(padded["stable_s"], chunks=chunks)
     step_s = step_time(counts, padded["stable_s"], padded["lone_s"], fill_s)
     allocated = out["peak_bytes"] - out["allocator_bytes"]
     ends = np.cumsum(stages)

@@ -16,7 +16,8 @@ from mist.plans.file import load_plan
 from mist.plans.plan import Plan
 from mist.platform import Kind, Platform, Quantity
 from mist.platform.calibration import Calibration, calibrated
-from mist.symbolic.estimate import estimate, make_job
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import make_job
 from mist.symbolic.load_programs import compile_graph
 from mist.trace import TraceSetting, load_graph
 from mist.workflow.checking import question_of

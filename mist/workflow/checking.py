@@ -25,7 +25,8 @@ from mist.platform.profiles import is_machine
 from mist.rules.combinations import knob_rules
 from mist.rules.levels import broken_levels
 from mist.rules.rule import broken
-from mist.symbolic.estimate import Job, estimate
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.units import format_bytes, format_seconds
 from mist.workflow.plan_against_job import pipeline_faults, plan_against

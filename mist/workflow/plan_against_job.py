@@ -16,7 +16,7 @@ from mist.rules.between_stages import broken_between
 from mist.rules.combinations import AXES_AT_REST
 from mist.rules.levels import broken_by_levels, broken_levels
 from mist.rules.rule import plan_columns, stage_faults
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 
 
 def plan_against(plan: Plan, job: Job) -> tuple[Fault, ...]:

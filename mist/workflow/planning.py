@@ -19,7 +19,8 @@ from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import Objective
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
-from mist.symbolic.estimate import Job, estimate
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.units import format_bytes

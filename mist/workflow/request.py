@@ -22,8 +22,9 @@ from mist.plans.plan import (
 from mist.plans.workload import Attention, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
 from mist.rules.combinations import out_of_domain
-from mist.symbolic.estimate import Job, loading, make_job
+from mist.symbolic.job import Job, make_job
 from mist.symbolic.load_programs import Progress, compile_graph, model_programs, quiet
+from mist.symbolic.pipeline_costs import loading
 from mist.symbolic.program import ModelPrograms
 from mist.trace import ConfigSource, TraceSetting, resolve, trace_model
 from mist.units import GB, parse_bytes, whole_bytes

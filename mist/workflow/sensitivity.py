@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO
 from mist.plans.plan import Schedule, StagePlan
-from mist.plans.schedules import step_time
-from mist.symbolic.estimate import Job, StageTimes, fill_seconds, stage_times
+from mist.plans.schedules import fill_time, spare_time, step_time
+from mist.symbolic.job import Job
+from mist.symbolic.pipeline_costs import StageTimes, stage_times
 from mist.units import GIB
 
 NUM_SHARES: Final = 1000  # shares tried between 0 and 1; the first that ties is then bisected
@@ -53,7 +54,8 @@ class PipelineTimes:
         delta_s = self.times.delta_s * (left if part == "delta" else 1.0)
         weight_s = self.times.weight_s * (left if part == "compute" else 1.0)
         stable_s = np.broadcast_to(stable_s, (len(shares), stable_s.shape[-1]))
-        fill_s = fill_seconds(self.schedule, stable_s, weight_s)
+        spare_s = spare_time(self.schedule.kind, weight_s)
+        fill_s = fill_time(stable_s, spare_s, chunks=self.schedule.vpp)
         return step_time(self.num_micro_batches, stable_s, stable_s + delta_s, fill_s)
 
     def _busy_s(self) -> float:

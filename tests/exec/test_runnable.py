@@ -23,7 +23,7 @@ from mist.plans.plan import Plan
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import ScheduleKind
 from mist.rules.apply import refuse_unplayable
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
 from mist.workflow.request import Question, compiled, job_of

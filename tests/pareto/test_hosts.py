@@ -16,7 +16,8 @@ from mist.plans.schedules import step_time
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import ScheduleKind
 from mist.search.tune import Tuned, tune
-from mist.symbolic.estimate import Job, _stage_columns
+from mist.symbolic.job import Job
+from mist.symbolic.pipeline_costs import stage_outputs
 from tests.sample_plans import stage_plan
 from tests.test_tune import SCHEDULES, options_of
 from tests.toys import toy_graph, toy_job
@@ -45,7 +46,7 @@ def stages_of(job: Job, g: int, position: int, run: range) -> np.ndarray:
     for option in (option for option in options if option.zero in SPACE.zero):
         other = replace(option, devices=(1 - position, 1))
         pipeline = (option, other) if position == 0 else (other, option)
-        columns = _stage_columns(job, pipeline, g, SCHEDULES[1][0])
+        columns = stage_outputs(job, pipeline, g, SCHEDULES[1][0])
         found.append([columns[name][position] for name in names])
     return np.array(found).reshape(-1, 4).T
 
@@ -108,7 +109,7 @@ def test_a_node_never_holds_more_than_its_memory() -> None:
     space = SearchSpace(pp=(4,))
     found = tune(job, space, limits=limits, num_alternatives=0, progress=lambda _: None)
     plans = stage_plans(job, found.best)
-    columns = _stage_columns(job, plans, found.best.num_micro_batches, found.best.schedule)
+    columns = stage_outputs(job, plans, found.best.num_micro_batches, found.best.schedule)
     held = columns["host_bytes"].tolist()
     assert found.shares_host
     assert max(held) > limits.host_bytes

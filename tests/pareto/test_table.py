@@ -14,8 +14,9 @@ from mist.pareto.strategies import Group, divisors, groups, offloading
 from mist.plans.plan import ONE_F_ONE_B, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.symbolic.columns import count_columns, position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
-from mist.symbolic.estimate import Job, count_columns, make_job, position_columns, strategy_columns
+from mist.symbolic.job import Job, make_job
 from tests.toys import toy_graph, toy_job, toy_platform, toy_workload
 
 ALIKE, UNLIKE = (5,), (2, 3)

@@ -16,7 +16,8 @@ from mist.plans.workload import Precision
 from mist.platform import load_platform
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import CostSetting, layer_cost
-from mist.symbolic.estimate import Job, model_flop
+from mist.symbolic.estimate import model_flop
+from mist.symbolic.job import Job
 from mist.symbolic.state_bytes import frozen_bytes
 from tests.symbolic.test_stage import judged
 from tests.toys import toy_graph, toy_job, toy_platform

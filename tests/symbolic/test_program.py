@@ -11,7 +11,7 @@ from mist.model.graph import B, S, T
 from mist.plans.workload import Precision
 from mist.rules.combinations import out_of_domain
 from mist.symbolic.compile import compile_model, print_program
-from mist.symbolic.estimate import make_job
+from mist.symbolic.job import make_job
 from mist.symbolic.program import bind
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
 from tests.toys import toy_graph, toy_platform, toy_workload

@@ -15,8 +15,8 @@ from mist.plans.workload import Precision, ScheduleKind
 from mist.platform import OpCosts, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
+from mist.symbolic.columns import NO_OFFLOAD, rank_columns, stage_columns
 from mist.symbolic.compile import compile_model
-from mist.symbolic.estimate import NO_OFFLOAD, rank_columns, stage_columns
 from mist.symbolic.program import stage_model
 from tests.toys import kept, pointwise, toy_graph, toy_platform
 

@@ -12,7 +12,7 @@ from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import CostSetting, layer_cost
-from mist.symbolic.overlap import Level, levels
+from mist.symbolic.level_cost import LevelCost, level_costs
 from mist.trace import TraceSetting, trace_model
 from tests.trace.test_exact import build
 
@@ -33,9 +33,9 @@ def gpt() -> Block:
     return block
 
 
-def of_level(block: Block, name: str) -> Level:
+def of_level(block: Block, name: str) -> LevelCost:
     """A level of a layer under Megatron, which divides tokens too."""
-    rows = levels(layer_cost(block, MEGATRON), MEGATRON.runtime, is_layer=True)
+    rows = level_costs(layer_cost(block, MEGATRON), MEGATRON.runtime, is_layer=True)
     return next(level for level in rows if level.name == name)
 
 
@@ -72,7 +72,7 @@ def test_core_attention_alone_runs_again(gpt: Block) -> None:
         4 * SAMPLES * WIDTH * TOKENS**2
     )
     assert {call.func for call in cost.attention_s.atoms(AppliedUndef)} > {sym.GEMM}
-    assert of_level(gpt, "selective").again_s == cost.attention_s
+    assert of_level(gpt, "selective").recompute_s == cost.attention_s
 
 
 def test_a_kernel_of_its_own_keeps_no_scores() -> None:
@@ -84,5 +84,5 @@ def test_a_kernel_of_its_own_keeps_no_scores() -> None:
     (block,) = trace_model(build(config, torch.bfloat16, "meta"), setting).blocks
     eager, selective = (of_level(block, name) for name in ("none", "selective"))
     assert eager.kept_bytes == selective.kept_bytes
-    calls = selective.again_s.atoms(AppliedUndef)
+    calls = selective.recompute_s.atoms(AppliedUndef)
     assert [call.func for call in calls] == [sym.ATTENTION_FORWARD]

@@ -10,13 +10,8 @@ import pytest
 import sympy
 
 from mist.plans.workload import Precision
-from mist.symbolic.estimate import (
-    NO_OFFLOAD,
-    Job,
-    count_columns,
-    position_columns,
-    strategy_columns,
-)
+from mist.symbolic.columns import NO_OFFLOAD, count_columns, position_columns, strategy_columns
+from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.stage import stage_cost
 from tests.oracle import Rank, simulate

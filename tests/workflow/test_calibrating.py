@@ -13,7 +13,8 @@ from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import Precision, ScheduleKind
 from mist.platform import Kind, load_platform
 from mist.symbolic.compile import compile_model
-from mist.symbolic.estimate import estimate, make_job
+from mist.symbolic.estimate import estimate
+from mist.symbolic.job import make_job
 from mist.workflow import calibrating
 from mist.workflow.calibrating import calibrate
 from mist.workflow.planning import make_plan

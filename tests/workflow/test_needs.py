@@ -11,7 +11,7 @@ from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import ScheduleKind
 from mist.search.tune import tune
-from mist.symbolic.estimate import Job
+from mist.symbolic.job import Job
 from mist.workflow.sensitivity import (
     PipelineTimes,
     change_words,
@@ -81,7 +81,7 @@ def test_the_change_that_is_named_makes_a_tie(global_batch: int) -> None:
 def by_hand(num_micro_batches: int, **parts_s: float) -> PipelineTimes:
     """One stage without a delta."""
     from mist.plans.plan import ONE_F_ONE_B
-    from mist.symbolic.estimate import StageTimes
+    from mist.symbolic.pipeline_costs import StageTimes
 
     parts = {name: np.array([s]) for name, s in parts_s.items()}
     times = StageTimes(parts_s=parts, delta_s=np.zeros(1), weight_s=np.zeros(1))

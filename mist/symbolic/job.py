@@ -1,0 +1,59 @@
+"""What is priced: a model on a platform under a workload, with its stage cost bound to both."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.model.summary import ModelFacts
+from mist.plans.workload import Workload
+from mist.platform import OpCosts, Platform
+from mist.rules.combinations import rules_for
+from mist.rules.rule import Rule
+from mist.symbolic.program import ModelPrograms, StageModel, stage_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A model on a platform under a workload, with its stage cost bound and its rules.
+
+    `cost` are the `programs` bound to the `laws`. `kind_prefix[k, x]`: how many of the first x
+    layers are block k.
+    """
+
+    facts: ModelFacts
+    programs: ModelPrograms
+    laws: OpCosts
+    platform: Platform
+    workload: Workload
+    cost: StageModel
+    rules: tuple[Rule, ...]
+    kind_prefix: NDArray[np.int64]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.facts.num_layers
+
+
+def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) -> Job:
+    """Bind the programs of a model to a platform, for a workload."""
+    facts = programs.facts
+    is_kind = np.array(facts.layer_kinds()) == np.arange(facts.num_kinds)[:, None]
+    laws = OpCosts(
+        device=platform.device,
+        cluster=platform.cluster,
+        runtime=platform.runtime,
+        precision=workload.precision,
+    )
+    cost = stage_model(programs, laws)
+    return Job(
+        facts=facts,
+        programs=programs,
+        laws=laws,
+        platform=platform,
+        workload=workload,
+        cost=cost,
+        rules=rules_for(facts, platform, workload, cost.domain),
+        kind_prefix=np.pad(is_kind.cumsum(axis=1), ((0, 0), (1, 0))),
+    )

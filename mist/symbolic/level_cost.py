@@ -1,0 +1,88 @@
+"""What a memory level does to a block: what it keeps, repeats and works in."""
+
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr
+
+from mist.platform.runtime import Runtime
+from mist.symbolic.block import BlockCost
+from mist.symbolic.host_bytes import allocated_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelCost:
+    """What a memory level does to a block.
+
+    `recompute_s`: device seconds that it runs again, collectives included;
+    `recompute_launch_ratio`: share of the forward launches that the host repeats; `kept_bytes`:
+    what stays from forward to backward; `working_bytes`: what the backward pass holds beyond that;
+    `running_bytes`: with the gradients of parameters made so far, `adding_bytes`: with those just
+    made; `allocated_bytes`: what is kept, as host memory is allocated for it.
+    """
+
+    name: str
+    recompute_s: Expr
+    recompute_launch_ratio: Expr | float
+    kept_bytes: Expr
+    working_bytes: Expr
+    running_bytes: Expr
+    adding_bytes: Expr
+    allocated_bytes: Expr
+
+
+def level_costs(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[LevelCost, ...]:
+    """The levels of a block, from most kept to least; the ends of a model keep everything."""
+    eager = LevelCost(
+        name="none",
+        recompute_s=sympy.Integer(0),
+        recompute_launch_ratio=0.0,
+        kept_bytes=cost.saved_bytes,
+        working_bytes=cost.transient_bytes,
+        running_bytes=cost.transient_with_grads_bytes,
+        adding_bytes=cost.transient_adding_bytes,
+        allocated_bytes=cost.saved_allocated_bytes,
+    )
+    full = LevelCost(
+        name="full",
+        recompute_s=cost.recompute_s + cost.tp_recompute_s,
+        recompute_launch_ratio=1.0,
+        kept_bytes=cost.boundary_bytes,
+        working_bytes=cost.saved_bytes + cost.transient_bytes,
+        running_bytes=cost.saved_bytes + cost.transient_with_grads_bytes,
+        adding_bytes=cost.saved_bytes + cost.transient_adding_bytes,
+        allocated_bytes=allocated_bytes(runtime, cost.boundary_bytes),
+    )
+    if not is_layer:
+        return (eager,)
+    return (eager, *_selective(cost, runtime, full), full)
+
+
+def _selective(cost: BlockCost, runtime: Runtime, full: LevelCost) -> tuple[LevelCost, ...]:
+    """Selective recomputation as the runtime means it; nothing where it has none."""
+    meaning = runtime.selective
+    if meaning is None:
+        return ()
+    ratio: Expr | float
+    if meaning.recomputes_attention:
+        recompute_s, ratio = cost.attention_s, cost.attention_ratio
+        kept_bytes = cost.saved_bytes - cost.scores_bytes
+    elif meaning.kept_ratio is None or meaning.recomputed_ratio is None:
+        recompute_s, ratio = cost.pointwise_s + cost.tp_recompute_s, 1.0
+        kept_bytes = cost.boundary_bytes + cost.products_bytes
+    else:
+        ratio = meaning.recomputed_ratio.value
+        recompute_s = ratio * full.recompute_s
+        kept_bytes = meaning.kept_ratio.value * cost.saved_bytes
+    return (
+        LevelCost(
+            name="selective",
+            recompute_s=recompute_s,
+            recompute_launch_ratio=ratio,
+            kept_bytes=kept_bytes,
+            working_bytes=full.working_bytes - kept_bytes,
+            running_bytes=full.running_bytes - kept_bytes,
+            adding_bytes=full.adding_bytes - kept_bytes,
+            allocated_bytes=kept_bytes,  # torch, which rounds, does not offload what it keeps here
+        ),
+    )

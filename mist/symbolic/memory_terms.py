@@ -1,0 +1,84 @@
+"""Terms of memory: bytes of each block at each level, and bytes per parameter by ZeRO level.
+
+`stage_memory.py` sums them over the layers of a stage.
+"""
+
+import sympy
+from sympy import Expr
+
+from mist.model.graph import Block, ModelGraph
+from mist.plans.workload import Precision
+from mist.platform.runtime import Runtime
+from mist.symbolic import symbols as sym
+from mist.symbolic.block import BlockCost, CostSetting, rank_params
+from mist.symbolic.host_bytes import hosted_terms
+from mist.symbolic.level_cost import LevelCost
+from mist.symbolic.optimizer_memory import step_bytes
+from mist.symbolic.state_bytes import (
+    bytes_by_zero,
+    frozen_bytes,
+    gathered_bytes,
+    gradient_terms,
+    state_bytes,
+)
+
+
+def block_memory_terms(name: str, cost: BlockCost, traced: Block) -> dict[str, Expr]:
+    """Parameters and bytes of one block that do not depend on its memory level."""
+    return {
+        f"{name}_params": cost.params,
+        f"{name}_trainable_params": cost.trainable_params,
+        f"{name}_hosted_params": cost.hosted_params,
+        f"{name}_backward_params": cost.params * int(traced.goes_back),
+        f"{name}_without_gradient": sympy.Integer(int(not traced.flows)),
+        f"{name}_largest_params": cost.largest_params,
+        f"{name}_input_bytes": cost.input_bytes,
+        f"{name}_early_bytes": cost.early_bytes,
+        f"{name}_awaited_bytes": cost.awaited_bytes,
+        f"{name}_made_bytes": cost.made_bytes,
+    }
+
+
+def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) -> dict[str, Expr]:
+    """Bytes of a block at a level: on the device, in host memory, and on their way.
+
+    `prefix`: block and level. `offloads`: None for the embedding and the head, whose activations
+    stay on the device.
+    """
+    share, staged = sympy.Integer(0), 0.0
+    if offloads is not None and offloads.offload is not None and offloads.offload.activations:
+        share = sym.OFFLOAD["activations"]
+        staged = offloads.offload.num_staged_layers.value
+    return {
+        f"{prefix}_kept_bytes": (1 - share) * level.kept_bytes,
+        f"{prefix}_host_bytes": share * level.allocated_bytes,
+        f"{prefix}_staged_bytes": staged * share * level.kept_bytes,
+        f"{prefix}_working_bytes": level.working_bytes,
+        f"{prefix}_running_bytes": level.running_bytes,
+        f"{prefix}_adding_bytes": level.adding_bytes,
+    }
+
+
+def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
+    """Terms that belong to no block: bytes per parameter by ZeRO level, tied and shared tensors."""
+    runtime, precision = setting.runtime, setting.precision
+    tied = [param for param in graph.head.params if param.tied]
+    return {
+        "tied_params": rank_params(tied),
+        "tied_trainable_params": rank_params(param for param in tied if param.trainable),
+        "shared_bytes": sympy.Symbol("cost_shared_bytes", real=True),
+        "state_bytes_per_param": state_bytes(runtime, precision),
+        "frozen_bytes_per_param": frozen_bytes(runtime, precision),
+        **hosted_terms(runtime),
+        "step_bytes_per_param": step_bytes(graph, runtime),
+        "gathered_bytes_per_param": gathered_bytes(runtime, precision),
+        "compute_bytes_per_param": sympy.Float(precision.num_bytes),
+        "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
+        **gradient_terms(),
+        # ZeRO-3 gathers a copy in compute precision for each pass; below it the copy stays.
+        "zero3_copy_bytes_per_param": bytes_by_zero(precision, at_least=3),
+        "resident_copy_bytes_per_param": bytes_by_zero(precision, at_least=0, below=3),
+        # From ZeRO-2 on every micro-batch reduces its gradients, through a buffer in fp32.
+        "reduce_buffer_bytes_per_param": bytes_by_zero(Precision.FP32, at_least=2),
+        "reduces": sym.zero_at_least(2),
+    }

@@ -1,0 +1,376 @@
+"""Peak memory of a stage: what lives at each instant of a step that may be the largest.
+
+    peak = states + activations + gathered + buffers + max over instants of working, + allocator
+
+One backward pass of a micro-batch under FSDP2, on a stage that has embedding and head. Layers run
+from the last, n, to the first; embedding and head are one group of parameters, the root, which is
+reduced last. # lives, < grows, > shrinks, . nothing; numbers say of which layer.
+
+                            loss  head  layer n    ...    layer 1  embed  root is   optimizer
+                                                                          reduced   steps
+    states                  ####  ####  #######  #######  #######  #####  ########  ########
+    activations of layers   ####  ####  #######  >>>>>>>  1>>>>>>  .....  ........  ........
+    activations of the head ####  >>>>  .......  .......  .......  .....  ........  ........
+    gathered, ZeRO-3: root  ####  ####  #######  #######  #######  #####  ########  ........
+              layers        n     n     n, n-1   i, i-1   1        .....  ........  ........
+    gradients in compute
+    precision: of the head  ....  <<<<  #######  #######  #######  #####  >>>>>>>>  ........
+               of a layer   ....  ....  n<<<<<>  i<<<<<>  1<<<<<>  .....  ........  ........
+    fp32 buffer of the      root of the          i+1      2        1      root      ........
+    reduction before        micro-batch before
+    working set             loss  head  n        i        1        embed  ........  buckets
+    ------------------------------------------------------------------------------------------
+    candidate instants      |-- `backward_begin` --|      |--- `backward_end` ---|  `optimizer_step`
+
+The layers that keep least come first in a stage (`StagePlan.levels`). So memory falls or rises
+through all of a backward pass, and only its two ends can be the peak. Where gradients wait (several
+chunks, a split backward pass) the last backward pass of a step is a candidate of its own
+(`last_backward`). The search relies on each instant being linear in the numbers of layers.
+
+Instants are counted on top of states, activations, gathered and buffers as a backward pass begins,
+so what was freed by then counts as negative.
+
+F (`sym.FORWARD_FIRST`) is 1 where all forward passes of a step come before the first backward
+pass: GPipe, 1F1B on a stage that holds all G, G = 1. Then the first backward pass meets most
+activations, and no gradients exist as it begins. Otherwise a micro-batch in the middle of the step
+is the worst, and fp32 gradients of those before it are part of the states.
+
+The order of events is that of torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py; what lives
+was checked against dry runs of the real program (docs/verify.md). Runtimes without a root group
+(`transients.root_group`) hold what their profile says per parameter of the largest block.
+"""
+
+import sympy
+from sympy import Expr
+
+from mist.plans.workload import MemoryLevel, Precision
+from mist.platform.runtime import Runtime
+from mist.symbolic import symbols as sym
+from mist.symbolic.block_sums import Row, StageBlocks, max_over, params_of, sum_over, term
+from mist.symbolic.host_bytes import offloaded_bytes
+from mist.symbolic.optimizer_memory import stream_bytes
+from mist.symbolic.zero_bubble_memory import (
+    input_gradients_begin,
+    input_gradients_end,
+    split_or_whole,
+)
+
+# Share of the gradients of a stage that do not exist when it holds most: all of them in the first
+# backward pass of a step; where several chunks run one round, those of all chunks but the first
+# that goes backward.
+PENDING_GRADIENTS_RATIO = sym.FORWARD_FIRST + (1 - sym.FORWARD_FIRST) * sym.ONE_ROUND * (
+    1 - 1 / sym.CHUNKS
+)
+
+
+def stage_memory(blocks: StageBlocks, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
+    """Bytes of the parts of the peak, of the peak, which is their sum, and of each instant.
+
+    Instants: `begin_bytes`, `end_bytes` of a backward pass, `last_bytes` of the last one,
+    `step_bytes` of the optimizer. The peak is the largest of them.
+    """
+    states, activations = _states(blocks), activations_bytes(blocks)
+    buffers = _buffers(blocks, runtime)
+    if runtime.transients.root_group:
+        states -= PENDING_GRADIENTS_RATIO * gradient_bytes(blocks)
+        gathered = term("zero3_copy_bytes_per_param") * params_of(blocks.ends)
+        gathered += _next_layer(blocks)
+        instants = _fsdp_instants(blocks, precision)
+    else:
+        layer = max_over(blocks.every, "{x}_params")
+        stream = term("stream_bytes_per_param") * layer
+        working = sym.larger(max_over(blocks.every, "{x}_{level}_working_bytes"), stream)
+        gathered = term("gathered_bytes_per_param") * layer
+        instants = dict.fromkeys(("begin_bytes", "end_bytes", "last_bytes"), working)
+    # As the optimizer steps no activations are left and nothing is gathered.
+    instants["step_bytes"] = optimizer_step(blocks, runtime) - activations - gathered
+    whole = states + activations + gathered + buffers
+    # The instants are the same for some runtimes: each enters the maximum once.
+    working = sym.larger(*dict.fromkeys(instants.values()))
+    overhead = runtime.memory.allocator_overhead_ratio.value
+    parts = {
+        "states_bytes": states,
+        "activations_bytes": activations,
+        "working_bytes": working,
+        "gathered_bytes": gathered,
+        "buffers_bytes": buffers,
+        "allocator_bytes": overhead * (whole + working),
+    }
+    at_instants = {name: (1 + overhead) * (whole + size) for name, size in instants.items()}
+    return {**parts, "peak_bytes": sympy.Add(*parts.values()), **at_instants}
+
+
+# What lives through all of a step, or as long as a micro-batch is in flight.
+
+
+def _states(blocks: StageBlocks) -> Expr:
+    """Parameters, gradients between two micro-batches and moments on the device."""
+    trainable = params_of(blocks.every, "trainable_params")
+    frozen = params_of(blocks.every) - trainable
+    states = trainable * term("state_bytes_per_param") - offloaded_bytes(blocks)
+    return states + frozen * term("frozen_bytes_per_param")
+
+
+def gradient_bytes(blocks: StageBlocks) -> Expr:
+    """fp32 gradients on the device between two micro-batches, which are part of the states."""
+    layers = sum_over(blocks.layers, "{x}_trainable_params")
+    ends = params_of(blocks.every, "trainable_params") - layers
+    return layers * term("layer_grads_bytes_per_param") + ends * term("grads_bytes_per_param")
+
+
+def activations_bytes(blocks: StageBlocks) -> Expr:
+    """What is kept of the micro-batches in flight, and of those that wait for W.
+
+    The head's backward pass follows its forward pass at once, so it keeps fewer micro-batches than
+    the layers do (`HEAD_HELD`); chunks of unequal length keep more (`LAYERS_MORE`), and the chunk
+    of the embedding another number (`EMBED_MORE`). Of a micro-batch that waits for W the head still
+    keeps what it saved before the loss.
+    """
+    embed, head = (term(f"{end}_none_kept_bytes") for end in ("embed", "head"))
+    kept = (sym.IN_FLIGHT + sym.LAYERS_MORE) * sum_over(blocks.layers, "{x}_{level}_kept_bytes")
+    kept += sym.IN_FLIGHT * sym.CHUNKS * term("shared_bytes")
+    kept += sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE) * embed + sym.LAST * sym.HEAD_HELD * head
+    of_head = sym.LAST * sym.CHUNKS * (term("head_early_bytes") + term("head_awaited_bytes"))
+    return kept + sym.WAITING * (sum_over(blocks.layers, "{x}_awaited_bytes") + of_head)
+
+
+def _buffers(blocks: StageBlocks, runtime: Runtime) -> Expr:
+    """Buffers of transfers between stages, of communication, and of offloaded activations."""
+    fixed = runtime.memory.fixed_bytes.value
+    fixed += runtime.memory.buffer_ratio.value * term("activation_bytes")
+    fixed += max_over(blocks.every, "{x}_{level}_staged_bytes")
+    return _boundary_buffers(blocks, runtime) + fixed
+
+
+def _boundary_buffers(blocks: StageBlocks, runtime: Runtime) -> Expr:
+    """Activations and gradients at the borders of the chunks of a stage.
+
+    torch's stages hold inputs and outputs as long as what their micro-batch saved (`fwd_cache` of
+    torch/distributed/pipelining/stage.py). Other runtimes have buffers to receive into, one each
+    way for each chunk.
+    """
+    if not runtime.memory.keeps_outputs:
+        return (2 * sym.CHUNKS - sym.LAST - sym.FIRST) * term("p2p_bytes")
+    chunks = sym.CHUNKS * sym.IN_FLIGHT
+    # The last chunk of the model sends nothing: its output goes into the loss.
+    outputs = chunks - sym.LAST * (sym.HEAD_HELD + sym.CHUNKS * sym.WAITING)
+    # A gradient that is received. The last stage receives none, or two if it has several chunks.
+    gradients = 1 - sym.LAST + 2 * sym.SEVERAL_CHUNKS * sym.LAST
+    # Several chunks, and a split backward pass, receive an input ahead of its forward pass.
+    ahead = sym.larger(sym.SEVERAL_CHUNKS, sym.SPLITS * (1 - sym.FIRST))
+    # What each chunk sent last is held until the next transfer; nothing before any backward pass.
+    sent = (1 - sym.FORWARD_FIRST) * (sym.CHUNKS - sym.FIRST)
+    # Inputs count where the first layer does not save its own. Layers that keep least come first
+    # and save their input, so that is so only of stages all of whose layers keep everything.
+    inputs = chunks - sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE)
+    all_none = [row for row in blocks.layers if row[1] == MemoryLevel.NONE]
+    recomputed = [count for _, level, count in blocks.layers if level != MemoryLevel.NONE]
+    inputs *= 1 - sym.smaller(1, sympy.Add(*recomputed))
+    transfers = (outputs + gradients + ahead + sent) * term("p2p_bytes")
+    return transfers + inputs * max_over(all_none, "{x}_input_bytes")
+
+
+# The instants that may be the peak.
+
+
+def _fsdp_instants(blocks: StageBlocks, precision: Precision) -> dict[str, Expr]:
+    """The instants of a backward pass, whole or split, of one chunk or several."""
+    # Other chunks of the rank went backward before, and each still holds its last reduction's
+    # buffer. Not in the first backward pass of a step, nor amid a single round.
+    buffers = _other_chunks_buffers(blocks)
+    buffers *= (1 - sym.FORWARD_FIRST) * (1 - sym.ONE_ROUND)
+    begin = backward_begin(blocks, precision, (1 - sym.FORWARD_FIRST) * _root_buffer(blocks))
+    end = backward_end(blocks, precision)
+    begin = split_or_whole(input_gradients_begin(blocks, begin), begin + buffers)
+    return {
+        "begin_bytes": begin,
+        "end_bytes": split_or_whole(input_gradients_end(blocks), end + buffers),
+        "last_bytes": last_backward(blocks, precision, begin),
+    }
+
+
+def backward_begin(blocks: StageBlocks, precision: Precision, root_buffer: Expr) -> Expr:
+    """As a backward pass begins: in the loss, then in the layer that runs first.
+
+        max( working set of head and loss + buffer, on the last stage;
+             a layer that runs backward - what the head kept )
+
+    `root_buffer`: what the root's reduction in the micro-batch before still holds.
+    """
+    head: list[Row] = [("head", "none", sym.LAST)]
+    loss = _working_set(head, precision) + sym.LAST * root_buffer
+    head_kept = sym.LAST * term("head_none_kept_bytes")
+    return sym.larger(0, loss, layer_backward(blocks, precision, root_buffer) - head_kept)
+
+
+def layer_backward(blocks: StageBlocks, precision: Precision, root_buffer: Expr) -> Expr:
+    """While the worst layer runs backward, then as FSDP2 copies its gradients to fp32.
+
+    max( working set + fp32 buffer of the group that was reduced before;
+         gradients in compute precision + their fp32 copy )
+    + gradients of the head + [ZeRO-3] the gathered layer
+    """
+    trainable = max_over(blocks.layers, "{x}_trainable_params")
+    fp32 = term("fp32_bytes_per_param")
+    # FSDP2 frees the buffer of a reduction as the next group begins its own. That is the layer
+    # behind this one; for the last layer it is the root, of the micro-batch before. A lone
+    # micro-batch reduces at every ZeRO level.
+    layer_buffer = sym.larger(term("reduce_buffer_bytes_per_param"), sym.LONE * fp32) * trainable
+    working = _working_set(blocks.layers, precision) + sym.larger(layer_buffer, root_buffer)
+    copies = _gradient_copies(precision) * trainable
+    # Gradients of the head wait for those of the embedding: the root is one group.
+    head = sym.LAST * term("head_trainable_params")
+    head *= _fresh_gradients(precision) * term("compute_bytes_per_param")
+    gathered = term("zero3_copy_bytes_per_param") * max_over(blocks.layers, "{x}_params")
+    return sym.larger(working, copies) + head + gathered
+
+
+def backward_end(blocks: StageBlocks, precision: Precision) -> Expr:
+    """As a backward pass ends: in the first layer, then in the root's reduction.
+
+        max( a layer that runs backward + its activations - its gradients, which that includes;
+             max( copied gradients of the root; the optimizer's stream; `backward_begin` of the
+                  next micro-batch ) + gradients of the root )
+        + what the first backward pass leaves in all layers - all activations of the micro-batch
+
+    Only a chunk's share, 1/v, of layers has run.
+    """
+    buffer = _root_buffer(blocks)
+    root = params_of(blocks.ends, "trainable_params")
+    layer = layer_backward(blocks, precision, (1 - sym.FORWARD_FIRST) * buffer)
+    layer += max_over(blocks.layers, "{x}_{level}_kept_bytes")
+    # This layer's gradients are still among those that run; its gathered copy is still there.
+    layer -= _first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
+    layer += _dropped_copy() * max_over(blocks.layers, "{x}_params")
+    # As the root is reduced no layer is gathered ahead. Behind it the optimizer's stream begins.
+    reduction = _gradient_copies(precision) * root - _next_layer(blocks)
+    # The second backward pass of a step meets the gradients of the first: with F it may hold more,
+    # though it begins with a micro-batch less.
+    second = sym.FORWARD_FIRST * (1 - sym.LONE) * backward_begin(blocks, precision, buffer)
+    behind = sym.larger(reduction, stream_bytes(blocks), second) + _first_gradients("") * root
+    # All that the micro-batch kept is gone, but for the activations of the layer that runs.
+    kept = sum_over(blocks.layers, "{x}_{level}_kept_bytes") / sym.CHUNKS
+    kept += sum_over(blocks.ends, "{x}_{level}_kept_bytes") + term("shared_bytes")
+    return sym.larger(layer, behind) + _after_first_backward(blocks) / sym.CHUNKS - kept
+
+
+def last_backward(blocks: StageBlocks, precision: Precision, begin: Expr) -> Expr:
+    """As the last backward pass of a step ends: all gradients exist, and one layer's activations.
+
+    A candidate of its own only where gradients wait until then: with several chunks, and where
+    a split backward pass comes behind all forward passes (its gradients are reduced at the end of
+    the step, a layer's in compute precision and in fp32 at once). Else it is `begin`.
+    """
+    fp32 = term("fp32_bytes_per_param") * max_over(blocks.layers, "{x}_trainable_params")
+    gradients = PENDING_GRADIENTS_RATIO * gradient_bytes(blocks) - activations_bytes(blocks)
+    buffer = (1 - sym.FORWARD_FIRST) * _root_buffer(blocks)
+    chunks = layer_backward(blocks, precision, buffer) + _other_chunks_buffers(blocks)
+    chunks += max_over(blocks.layers, "{x}_{level}_kept_bytes")
+    # Below ZeRO-2 this backward pass is the first that reduces, so it needs a buffer, too.
+    chunks += (1 - sym.FORWARD_FIRST) * (1 - term("reduces")) * fp32
+    # Copies in compute precision are dropped behind the last backward pass.
+    split = 2 * fp32 - term("resident_copy_bytes_per_param") * params_of(blocks.every)
+    is_split = sym.SPLITS * sym.FORWARD_FIRST * (1 - sym.SEVERAL_CHUNKS)
+    return sympy.Add(
+        sym.SEVERAL_CHUNKS * (gradients + chunks),
+        is_split * (gradients + split),
+        (1 - sym.SEVERAL_CHUNKS - is_split) * begin,
+    )
+
+
+def optimizer_step(blocks: StageBlocks, runtime: Runtime) -> Expr:
+    """As the optimizer steps: what it makes, and the gradients that the states do not count.
+
+    The states count none with F, since none exist as the first backward pass begins: here are those
+    that it leaves. And they do not count those of chunks that had not gone backward.
+    """
+    trainable = params_of(blocks.every, "trainable_params")
+    step = trainable * term("step_bytes_per_param")
+    if not runtime.transients.root_group:
+        return step
+    step += _after_first_backward(blocks)
+    step += _first_gradients("") * params_of(blocks.ends, "trainable_params")
+    return step + (PENDING_GRADIENTS_RATIO - sym.FORWARD_FIRST) * gradient_bytes(blocks)
+
+
+# Quantities that several instants share.
+
+
+def _working_set(rows: tuple[Row, ...] | list[Row], precision: Precision) -> Expr:
+    """The most that the backward pass of a block makes, gradients of parameters included.
+
+    Where autograd adds them in place to those of the micro-batch before, only those just made.
+    """
+    fresh = _fresh_gradients(precision)
+    running = max_over(rows, "{x}_{level}_running_bytes")
+    if fresh == 1:
+        return running
+    return fresh * running + (1 - fresh) * max_over(rows, "{x}_{level}_adding_bytes")
+
+
+def _fresh_gradients(precision: Precision) -> Expr:
+    """1 where gradients of a micro-batch are tensors apart from those of the one before.
+
+    In fp32 autograd adds to `.grad` in place, unless a reduction took it, or there is none yet. In
+    lower precision FSDP2 keeps the sum as an fp32 tensor (`unsharded_accumulated_grad`).
+    """
+    if precision is not Precision.FP32:
+        return sympy.Integer(1)
+    return sym.larger(term("reduces"), sym.FORWARD_FIRST)
+
+
+def _gradient_copies(precision: Precision) -> Expr:
+    """Bytes per parameter as FSDP2 copies gradients of a group to fp32: both copies.
+
+    It does so where a reduction takes them, and with the first gradients of a step; later ones are
+    added to that copy.
+    """
+    copy = sym.larger(term("reduces"), sym.FORWARD_FIRST) * term("fp32_bytes_per_param")
+    return _fresh_gradients(precision) * term("compute_bytes_per_param") + copy
+
+
+def _root_buffer(blocks: StageBlocks) -> Expr:
+    """fp32 buffer of the group that FSDP2 reduces last, until the next micro-batch reduces.
+
+    It is the root. If a layer's input has no gradient (nothing before it is trained), autograd
+    ends in that layer, and its post-backward hook runs behind the root's.
+    """
+    flows = [(count * term(f"{x}_without_gradient"), x) for x, _, count in blocks.layers]
+    last = sympy.Add(*(count * term(f"{x}_trainable_params") for count, x in flows))
+    no_such_layer = 1 - sym.smaller(1, sympy.Add(*(count for count, _ in flows)))
+    last += no_such_layer * params_of(blocks.ends, "trainable_params")
+    return term("reduce_buffer_bytes_per_param") * last
+
+
+def _other_chunks_buffers(blocks: StageBlocks) -> Expr:
+    """fp32 buffers of the last reductions of the other chunks of a rank, which reduce apart."""
+    params = max_over(blocks.layers, "{x}_trainable_params")
+    return (sym.CHUNKS - 1) * term("reduce_buffer_bytes_per_param") * params
+
+
+def _next_layer(blocks: StageBlocks) -> Expr:
+    """[ZeRO-3] The layer whose parameters FSDP2 gathers ahead of its backward pass, if any."""
+    return term("zero3_copy_bytes_per_param") * max_over(blocks.layers, "{x}_backward_params")
+
+
+def _first_gradients(prefix: str) -> Expr:
+    """Bytes per parameter of the gradients that the first backward pass adds to the states.
+
+    If it is also the last one it reduces them. Nothing but with F: the states have them already.
+    """
+    lone, others = (term(f"{prefix}{name}_bytes_per_param") for name in ("last_grads", "grads"))
+    return sym.FORWARD_FIRST * (sym.LONE * lone + (1 - sym.LONE) * others)
+
+
+def _dropped_copy() -> Expr:
+    """Bytes per parameter that a layer frees behind the last backward pass (below ZeRO-3).
+
+    `set_reshard_after_backward`: its copy in compute precision. Only if the first is the last.
+    """
+    return sym.FORWARD_FIRST * sym.LONE * term("resident_copy_bytes_per_param")
+
+
+def _after_first_backward(blocks: StageBlocks) -> Expr:
+    """What the first backward pass adds in all layers: gradients, less copies that are freed."""
+    gradients = _first_gradients("layer_") * sum_over(blocks.layers, "{x}_trainable_params")
+    return gradients - _dropped_copy() * sum_over(blocks.layers, "{x}_params")
