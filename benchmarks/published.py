@@ -16,7 +16,7 @@ from typing import Final
 from paper_models import SIZES, gpt, machine, paper_question, prepared, write_config
 
 from mist.plans.file import save_plan
-from mist.plans.plan import ONE_F_ONE_B, Offload, StagePlan
+from mist.plans.plan import DEFAULT_SCHEDULE, Offload, StagePlan
 from mist.plans.search_space import SPACES
 from mist.plans.workload import Attention, MemoryLevel
 from mist.search.tune import tune
@@ -153,7 +153,7 @@ def checked(plan: Published, folder: Path) -> Checked:
     made = Made(
         stages=tuple(stages_of(plan)),
         num_micro_batches=plan.num_micro_batches,
-        schedule=ONE_F_ONE_B,
+        schedule=DEFAULT_SCHEDULE,
     )
     judged = estimate(job, made.stages, made.num_micro_batches)
     path = folder / "plan.yaml"

@@ -53,8 +53,9 @@ from mist.cli.command_options import (
 )
 from mist.cli.common import PLAN_SUFFIXES, app, check_out, print_json, progress
 from mist.errors import InputError
+from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
-from mist.plans.workload import Attention, Objective, Precision, ScheduleKind, Solver
+from mist.plans.workload import Attention, Objective, Precision, Solver
 
 if TYPE_CHECKING:
     from mist.symbolic.load_programs import Progress
@@ -203,7 +204,7 @@ def check(
     micro_batch: MicroBatch = 1,
     checkpoint: Checkpoint = "none",
     offload: Offloads = None,
-    schedule: ScheduleName = ScheduleKind.ONE_F_ONE_B,
+    schedule: ScheduleName = DEFAULT_KIND,
     vpp: Vpp = 1,
     layers: LayerSplit = "",
     gpu: Gpu = None,

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges, kinds_of
 from mist.pareto.strategies import Floats, Group
-from mist.plans.schedules import fill_time, spare_time
-from mist.plans.workload import ScheduleKind
+from mist.plans.schedules import SCHEDULES, fill_time, spare_time
 from mist.symbolic.job import Job
 
 
@@ -69,7 +68,7 @@ def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Fl
 
     (G - 1) t + max(u, fill of all stages), the fill of the others being that of their layers.
     """
-    if model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
+    if SCHEDULES[model.group.schedule.kind].splits_backward:
         exit_s = lone_s
     else:
         others = model.job.kind_prefix[:, -1:] - kinds_of(model.job, ranges)

@@ -18,12 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from mist.errors import InputError
 from mist.pareto.default_partition import dealing_words, dealt_layers
 from mist.pareto.unequal_meshes import unequal_sizes
-from mist.plans.plan import ONE_F_ONE_B, Schedule
-from mist.plans.schedules import zero_as_run
+from mist.plans.plan import DEFAULT_SCHEDULE, Schedule
+from mist.plans.schedules import DEFAULT_KIND, SCHEDULES, zero_as_run
 from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Runtime
-from mist.rules.between_stages import TAKES_TURNS
 from mist.rules.combinations import knob_rules
 from mist.rules.levels import broken_by_levels, broken_levels, may_have
 from mist.rules.rule import broken
@@ -83,7 +82,9 @@ class Strategies:
         terms = {n: np.concatenate([term, other.terms[n]]) for n, term in self.terms.items()}
         return Strategies(**columns, terms=terms)
 
-    def priced(self, job: Job, num_stages: int, schedule: Schedule = ONE_F_ONE_B) -> "Strategies":
+    def priced(
+        self, job: Job, num_stages: int, schedule: Schedule = DEFAULT_SCHEDULE
+    ) -> "Strategies":
         """The same with their terms, as stages of a pipeline of `num_stages`."""
         strategy = strategy_columns(
             job,
@@ -140,7 +141,7 @@ def refuse_unknown(space: SearchSpace, runtime: Runtime) -> None:
     """Raise InputError where a runtime has none of the values that a space allows of a knob."""
     rest: dict[str, ArrayLike] = {
         "zero": runtime.knobs.zero_levels[0],
-        "schedule": ScheduleKind.ONE_F_ONE_B.value,
+        "schedule": DEFAULT_KIND.value,
         **dict.fromkeys(("tp", "dp", "num_stages", "dp_replicate"), 1),
         **dict.fromkeys(OFFLOADED, 0.0),
     }
@@ -189,7 +190,7 @@ def _pipelines(job: Job, space: SearchSpace) -> Iterator[tuple[int, int, int]]:
 def _unequal_groups(job: Job, space: SearchSpace) -> Iterator[Group]:
     """Groups whose stages differ in their devices, under 1F1B."""
     num_gpus, per_node = job.platform.num_gpus, job.platform.gpus_per_node
-    space = replace(space, schedules=_common(space.schedules, (ScheduleKind.ONE_F_ONE_B,)))
+    space = replace(space, schedules=_common(space.schedules, (DEFAULT_KIND,)))
     counts = np.arange(2, min(num_gpus, job.num_layers) + 1)
     for num_stages in counts[space.allows("pp", counts)].tolist():
         sizes = unequal_sizes(num_gpus, num_stages, per_node)
@@ -223,7 +224,7 @@ def _groups(
         held = priced.take(rows[used])
         if (zero_as_run(schedule.kind, held.zero) != held.zero).any():
             held = held.priced(job, num_stages, schedule)
-        if schedule.kind in TAKES_TURNS:
+        if SCHEDULES[schedule.kind].takes_turns:
             for tp in np.unique(held.tp):
                 yield group(schedule=schedule, strategies=held.take(held.tp == tp))
         elif len(held):
@@ -244,9 +245,9 @@ def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedu
 def _known_schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedule]:
     """Schedules of so many stages, with every number of chunks."""
     counts = np.array(space.chunks)
-    for kind in _kinds(space) if num_stages > 1 else (ScheduleKind.ONE_F_ONE_B,):
+    for kind in _kinds(space) if num_stages > 1 else (DEFAULT_KIND,):
         for chunks in counts[space.allows("chunks", counts)].tolist():
-            if kind is not ScheduleKind.INTERLEAVED:
+            if SCHEDULES[kind].least_chunks == 1:
                 known = chunks == 1
             else:  # chunks of unlike layers would be unlike
                 known = chunks > 1 and job.facts.num_kinds == 1
@@ -256,8 +257,12 @@ def _known_schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[
 
 def _kinds(space: SearchSpace) -> list[ScheduleKind]:
     """Schedules of pipelines under which layers may have a memory level of the space."""
-    redundant = ScheduleKind.GPIPE if ScheduleKind.ONE_F_ONE_B in space.schedules else None
-    return [kind for kind in space.schedules if kind is not redundant and levels_under(space, kind)]
+    has_default = DEFAULT_KIND in space.schedules  # as fast as one that holds all, with less
+    return [
+        kind
+        for kind in space.schedules
+        if not (has_default and SCHEDULES[kind].holds_all) and levels_under(space, kind)
+    ]
 
 
 def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
@@ -416,9 +421,8 @@ def within_caps(
 
 def with_least_memory(space: SearchSpace) -> SearchSpace:
     """The schedules among which least memory is found: 1F1B, where it may be used, holds least."""
-    one_f_one_b = ScheduleKind.ONE_F_ONE_B
-    if one_f_one_b in space.schedules and 1 in space.chunks:
-        return replace(space, schedules=(one_f_one_b,), chunks=(1,))
+    if DEFAULT_KIND in space.schedules and 1 in space.chunks:
+        return replace(space, schedules=(DEFAULT_KIND,), chunks=(1,))
     return space
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from mist.errors import Fault, PlanError
 from mist.plans.provenance import Kind
+from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.workload import STRICT, MemoryLevel, PositiveInt, ScheduleKind, Workload
 
 SCHEMA: Final = "mist.plan/1"
@@ -68,7 +69,7 @@ class Schedule:
     vpp: PositiveInt
 
 
-ONE_F_ONE_B: Final = Schedule(kind=ScheduleKind.ONE_F_ONE_B, vpp=1)
+DEFAULT_SCHEDULE: Final = Schedule(kind=DEFAULT_KIND, vpp=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,10 +399,13 @@ def _chunk_faults(stages: _Stages, schedule: Mapping[str, object]) -> Iterator[F
     kind, vpp = schedule.get("kind"), _int(schedule.get("vpp"))
     if vpp is None:
         return
-    if vpp > 1 and kind in (ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B):
-        yield Fault(path="schedule.vpp", message=f"{kind} runs one chunk per stage, found {vpp}")
-    if vpp == 1 and kind == ScheduleKind.INTERLEAVED:
-        yield Fault(path="schedule.vpp", message="interleaved needs at least 2 chunks per stage")
+    for row in (row for each, row in SCHEDULES.items() if each == kind):
+        if vpp > 1 and not row.takes_turns:
+            words = f"{kind} runs one chunk per stage, found {vpp}"
+            yield Fault(path="schedule.vpp", message=words)
+        if vpp < row.least_chunks:
+            words = f"{kind} needs at least {row.least_chunks} chunks per stage"
+            yield Fault(path="schedule.vpp", message=words)
     for path, stage in stages:
         runs = _runs(stage.get("layers"))
         if runs and len(runs) != vpp:

@@ -20,12 +20,68 @@ because sum_i t_i - sum_{j<i} t_j = t_i + sum_{j>i} t_j. The form in (t, u) is m
 so a point that is worse in t and in u is never needed: frontiers are kept in (t, u), not (t, d).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.plans.workload import ScheduleKind
 
 Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleRow:
+    """What a schedule is.
+
+    Args:
+        forwards: chunks that go forward on a rank before the first one goes back, plus one. From
+            chunks of the turns before the last, stages behind the rank, stages, chunks of a step.
+        least_chunks: that a stage has at least.
+        takes_turns: chunks run in turn, or the backward pass is split: ranks of stages are
+            connected one to one (torch.distributed.pipelining), so stages have the same dp and tp.
+        splits_backward: gradients of weights are computed later than those of activations.
+        holds_all: all micro-batches go forward before any goes back.
+    """
+
+    forwards: Callable[[Counts, Counts, Counts, Counts], Counts]
+    least_chunks: int = 1
+    takes_turns: bool = False
+    splits_backward: bool = False
+    holds_all: bool = False
+
+
+SCHEDULES: Final = MappingProxyType(
+    {
+        ScheduleKind.GPIPE: ScheduleRow(
+            forwards=lambda turns, behind, stages, step: step + 0 * behind, holds_all=True
+        ),
+        ScheduleKind.ONE_F_ONE_B: ScheduleRow(
+            forwards=lambda turns, behind, stages, step: behind + 1
+        ),
+        ScheduleKind.INTERLEAVED: ScheduleRow(
+            forwards=lambda turns, behind, stages, step: turns + 2 * behind + 1,
+            least_chunks=2,
+            takes_turns=True,
+        ),
+        ScheduleKind.ZERO_BUBBLE: ScheduleRow(
+            forwards=lambda turns, behind, stages, step: turns + stages + 0 * behind,
+            takes_turns=True,
+            splits_backward=True,
+        ),
+    }
+)
+"""What is known of each schedule; the class that runs it is in `mist.exec.build.pipeline`."""
+
+DEFAULT_KIND: Final = ScheduleKind.ONE_F_ONE_B
+
+
+def kinds_that(has: Callable[[ScheduleRow], bool]) -> tuple[str, ...]:
+    """The schedules with a property, as values of a column."""
+    return tuple(kind.value for kind, row in SCHEDULES.items() if has(row))
 
 
 def step_time(
@@ -57,7 +113,7 @@ def spare_time(kind: ScheduleKind, weight_s: ArrayLike) -> NDArray[np.float64]:
     where 1F1B has a bubble (ZB-H1, Qi et al. 2024). `weight_s`: seconds of a micro-batch that
     compute gradients of weights.
     """
-    return np.asarray((2.0 if kind is ScheduleKind.ZERO_BUBBLE else 0.0) * np.asarray(weight_s))
+    return np.asarray((2.0 if SCHEDULES[kind].splits_backward else 0.0) * np.asarray(weight_s))
 
 
 def fill_time(
@@ -97,12 +153,7 @@ def _chunks_held(
     """The same in chunks, in a step of many micro-batches."""
     behind = num_stages - 1 - stage
     turns = (v - 1) * _each_round(num_stages, num_micro_batches)
-    return {
-        ScheduleKind.GPIPE: num_micro_batches * v + 0 * behind,
-        ScheduleKind.ONE_F_ONE_B: behind + 1,
-        ScheduleKind.INTERLEAVED: turns + 2 * behind + 1,
-        ScheduleKind.ZERO_BUBBLE: turns + num_stages + 0 * behind,
-    }[kind]
+    return SCHEDULES[kind].forwards(turns, behind, num_stages, num_micro_batches * v)
 
 
 def _each_round(num_stages: Counts, num_micro_batches: Counts) -> Counts:
@@ -135,12 +186,12 @@ def held(  # noqa: PLR0913 - a pipeline and its layers
     more = layers_more(kind, layers=np.asarray(layers)[..., None], stage=stage, **sizes)[..., 0]
     each_round = _each_round(stages, micro)
     embed = np.where(v > 1, np.minimum(2 * each_round, micro), average)
-    gpipe, splits = kind is ScheduleKind.GPIPE, kind is ScheduleKind.ZERO_BUBBLE
+    holds_all, splits = SCHEDULES[kind].holds_all, SCHEDULES[kind].splits_backward
     columns = {
         "in_flight": average,
         "layers_more": more,
         "embed_more": (embed - average) * (np.asarray(stage) == 0),
-        "head_held": micro if gpipe else 1,
+        "head_held": micro if holds_all else 1,
         "splits": int(splits),
         "waiting": splits * np.asarray(stage) / v,
         "one_round": (v > 1) & (micro < 2 * stages),
@@ -171,7 +222,7 @@ def layers_more(  # noqa: PLR0913 - a pipeline and its layers
     sizes = {"num_stages": num_stages, "num_micro_batches": num_micro_batches, "chunks": chunks}
     average = in_flight(kind, stage=stage, **sizes)[..., None]
     count, v = np.asarray(layers), np.asarray(chunks)[..., None]
-    if kind in (ScheduleKind.GPIPE, ScheduleKind.ONE_F_ONE_B) or np.max(chunks) == 1:
+    if not SCHEDULES[kind].takes_turns or np.max(chunks) == 1:
         return np.asarray(0.0 * (average + count))
     larger = count % v
     most = _first_chunks_held(kind, stage, **sizes)
@@ -214,7 +265,7 @@ def zero_as_run(kind: ScheduleKind, zero: ArrayLike) -> NDArray[np.int64]:
     FSDP2 knows no gradients of weights when it would reduce them, so that ZeRO-2 runs as ZeRO-1.
     """
     levels = np.asarray(zero)
-    return np.where(levels == 2, 1, levels) if kind is ScheduleKind.ZERO_BUBBLE else levels
+    return np.where(levels == 2, 1, levels) if SCHEDULES[kind].splits_backward else levels
 
 
 def forward_first(held: ArrayLike, num_micro_batches: ArrayLike) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mist.errors import InputError
 from mist.plans.knobs import SEARCHED_KNOBS, Knob
+from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import MemoryLevel, ScheduleKind
 
 OFFLOADED: Final = ("weights", "grads", "optimizer", "activations")
@@ -102,7 +103,7 @@ def _check_ratios(offload: Mapping[str, tuple[float, ...]]) -> None:
             raise InputError(f"offload {name} {bad[0]:g} is not a ratio from 0 to 1.")
 
 
-_ALIKE: Final = (ScheduleKind.ONE_F_ONE_B,)
+_ALIKE: Final = (DEFAULT_KIND,)
 
 SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
     {
@@ -121,7 +122,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 name="megatron",
                 zero=(0, 1),
                 offload=NO_RATIOS,
-                schedules=(ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED),
+                schedules=(DEFAULT_KIND, ScheduleKind.INTERLEAVED),
                 unlike_stages=False,
             ),
             SearchSpace(

@@ -1,18 +1,14 @@
 """What the stages of one pipeline must have in common."""
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.model.summary import ModelFacts
+from mist.plans.schedules import SCHEDULES
 from mist.plans.workload import ScheduleKind
 from mist.rules.rule import Columns
-
-TAKES_TURNS: Final = (ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE)
-"""Schedules that run chunks in turn, or split the backward pass: ranks of stages are connected one
-to one (torch.distributed.pipelining), so stages have the same dp and tp."""
 
 
 def divides_ends(columns: Columns) -> tuple[NDArray[np.int64], ...]:
@@ -36,11 +32,10 @@ def broken_between(
     not known yet.
     """
     grids = sorted({(int(str(own["dp"])), int(str(own["tp"]))) for own in stages})
-    if schedule in TAKES_TURNS and len(grids) > 1:
+    if SCHEDULES[schedule].takes_turns and len(grids) > 1:
         found = " and ".join(f"dp {dp} tp {tp}" for dp, tp in grids)
-        yield (
-            f"{schedule} needs the same dp and tp in every stage, found {found}; use 1f1b or gpipe"
-        )
+        others = " or ".join(sorted(kind for kind, row in SCHEDULES.items() if not row.takes_turns))
+        yield (f"{schedule} needs the same dp and tp in every stage, found {found}; use {others}")
     if facts is not None and facts.tied and divides_ends(stages[0]) != divides_ends(stages[-1]):
         yield (
             f"{facts.name} ties its embedding to its head, so the first and the last stage must "

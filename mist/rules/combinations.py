@@ -13,12 +13,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.model.summary import ModelFacts
-from mist.plans.workload import ScheduleKind, Workload
+from mist.plans.schedules import DEFAULT_KIND, kinds_that
+from mist.plans.workload import Workload
 from mist.platform import Platform, Runtime
-from mist.rules.between_stages import TAKES_TURNS
+from mist.rules.levels import SPLIT
 from mist.rules.rule import Arrays, Columns, Mask, Rule, Scope, kept_by
 
 Domain = Callable[[Columns], Mapping[str, NDArray[np.float64]]]
+
+TAKES_TURNS: Final = kinds_that(lambda row: row.takes_turns)
+CHUNKED: Final = kinds_that(lambda row: row.least_chunks > 1)
 
 PREDICTED: Final = frozenset({Scope.SEARCH, Scope.PREDICT})
 GIVEN: Final = frozenset({Scope.PREDICT, Scope.APPLY})
@@ -105,7 +109,7 @@ def knob_rules(runtime: Runtime) -> Iterator[Rule]:
         field="plan.schedule.kind",
         holds=lambda c: (
             np.isin(c["schedule"], [kind.value for kind in knobs.schedules])
-            | (c["num_stages"] == 1) & (c["schedule"] == ScheduleKind.ONE_F_ONE_B)
+            | (c["num_stages"] == 1) & (c["schedule"] == DEFAULT_KIND)
         ),
         message=f"schedule {{schedule}}: {name} has {_listed(knobs.schedules) or 'no pipelines'}.",
     )
@@ -278,10 +282,10 @@ def _aligned(ranks: NDArray[np.int64], per_node: int) -> Mask:
 def _schedule_rules(runtime: Runtime) -> Iterator[Rule]:
     """What pipelines need of their schedule."""
     yield Rule(
-        name="interleaved-has-stages",
+        name="chunked-has-stages",
         field="plan.schedule.kind",
-        holds=lambda c: (c["schedule"] != ScheduleKind.INTERLEAVED) | (c["num_stages"] > 1),
-        message="schedule interleaved needs at least 2 stages. Use 1f1b for one.",
+        holds=lambda c: ~np.isin(c["schedule"], CHUNKED) | (c["num_stages"] > 1),
+        message=f"schedule {{schedule}} needs at least 2 stages. Use {DEFAULT_KIND} for one.",
     )
     yield Rule(
         name="whole-rounds",
@@ -295,40 +299,39 @@ def _schedule_rules(runtime: Runtime) -> Iterator[Rule]:
             name="full-rounds",
             field="plan.num_micro_batches",
             holds=lambda c: (
-                (c["schedule"] != ScheduleKind.INTERLEAVED)
-                | (c["num_micro_batches"] % c["num_stages"] == 0)
+                ~np.isin(c["schedule"], CHUNKED) | (c["num_micro_batches"] % c["num_stages"] == 0)
             ),
             message=f"runtime {runtime.name} interleaves multiples of {{num_stages}} micro-batches "
             "on {num_stages} stages: {num_micro_batches} is none.",
         )
     yield Rule(
-        name="zero-bubble-keeps-parameters",
+        name="split-backward-keeps-parameters",
         field="zero",
-        holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["zero"] < 3),
-        message="schedule zero-bubble with ZeRO-3 computes wrong gradients without an error "
+        holds=lambda c: ~np.isin(c["schedule"], SPLIT) | (c["zero"] < 3),
+        message="schedule {schedule} with ZeRO-3 computes wrong gradients without an error "
         "(parameters are gone when the weight gradients run). Use ZeRO-2, or 1f1b.",
     )
     if runtime.offloads("grads"):
         yield Rule(
-            name="zero-bubble-keeps-gradients",
+            name="split-backward-keeps-gradients",
             field="offload.grads",
-            holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["grads"] == 0),
-            message="schedule zero-bubble reduces gradients once a step, and until then all of "
+            holds=lambda c: ~np.isin(c["schedule"], SPLIT) | (c["grads"] == 0),
+            message="schedule {schedule} reduces gradients once a step, and until then all of "
             "them are on the device. Use 1f1b, or offload no weights and grads.",
         )
     if runtime.offloads("activations"):
         yield Rule(
-            name="zero-bubble-keeps-activations",
+            name="split-backward-keeps-activations",
             field="offload.activations",
-            holds=lambda c: (c["schedule"] != ScheduleKind.ZERO_BUBBLE) | (c["activations"] == 0),
-            message="schedule zero-bubble with offloaded activations holds those of all "
+            holds=lambda c: ~np.isin(c["schedule"], SPLIT) | (c["activations"] == 0),
+            message="schedule {schedule} with offloaded activations holds those of all "
             "micro-batches (its split backward pass keeps what it fetches). Use 1f1b, or offload "
             "none.",
         )
 
 
 def _takes_turns(columns: Arrays) -> Mask:
-    return np.isin(columns["schedule"], [kind.value for kind in TAKES_TURNS])
+    return np.isin(columns["schedule"], TAKES_TURNS)
 
 
 def _rounds(columns: Arrays) -> NDArray[np.int64]:

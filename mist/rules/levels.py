@@ -5,9 +5,12 @@ from typing import Final
 
 import numpy as np
 
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.schedules import kinds_that
+from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
 from mist.rules.rule import Columns, Mask, Rule, broken
+
+SPLIT: Final = kinds_that(lambda row: row.splits_backward)
 
 LEVEL_RULES: Final = (
     # What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do
@@ -20,12 +23,10 @@ LEVEL_RULES: Final = (
         "checkpoint none or full",
     ),
     Rule(
-        name="zero-bubble-recomputes-nothing",
+        name="split-backward-recomputes-nothing",
         field="memory",
-        holds=lambda c: (
-            (c["level"] == MemoryLevel.NONE) | (c["schedule"] != ScheduleKind.ZERO_BUBBLE)
-        ),
-        message="zero-bubble splits the backward pass: torch runs a selective layer backward once "
+        holds=lambda c: (c["level"] == MemoryLevel.NONE) | ~np.isin(c["schedule"], SPLIT),
+        message="{schedule} splits the backward pass: torch runs a selective layer backward once "
         "only, and a full one forward again for each of its weights; use checkpoint none, or 1f1b",
     ),
 )

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mist.plans.plan import ONE_F_ONE_B, Offload, Schedule, StagePlan
+from mist.plans.plan import DEFAULT_SCHEDULE, Offload, Schedule, StagePlan
 from mist.plans.schedules import held, zero_as_run
 from mist.plans.workload import MemoryLevel
 from mist.symbolic.job import Job
@@ -36,7 +36,7 @@ def strategy_columns(  # noqa: PLR0913 - a strategy's columns
     zero: ArrayLike,
     offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
     dp_replicate: ArrayLike = 1,
-    schedule: Schedule = ONE_F_ONE_B,
+    schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> dict[str, ArrayLike]:
     """Inputs of the terms of a job; `offload`: the ratio of each state in host memory."""
     return rank_columns(
@@ -91,7 +91,7 @@ def position_columns(
     devices: NDArray[np.int64],
     layers: ArrayLike,
     num_micro_batches: int,
-    schedule: Schedule = ONE_F_ONE_B,
+    schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> dict[str, ArrayLike]:
     """Position of a job's stages, in order, from their [first, count] devices: shape [S].
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.plans.plan import (
-    ONE_F_ONE_B,
+    DEFAULT_SCHEDULE,
     Estimate,
     Schedule,
     StageEstimate,
@@ -32,7 +32,7 @@ def estimate(
     job: Job,
     stages: Sequence[StagePlan],
     num_micro_batches: int,
-    schedule: Schedule = ONE_F_ONE_B,
+    schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> Estimate:
     """Predict one step of a layout.
 

@@ -18,6 +18,7 @@ from mist.plans.plan import (
     Schedule,
     StagePlan,
 )
+from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Platform
@@ -60,7 +61,7 @@ class HandLayout:
     dp_replicate: int = 1
     micro_batch: int = 1
     checkpoint: str = "none"
-    schedule: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+    schedule: ScheduleKind = DEFAULT_KIND
     vpp: int = 1
     offload: Offload = KEPT
     layers: tuple[int, ...] = ()
@@ -75,7 +76,7 @@ class HandLayout:
                 f"--checkpoint {self.checkpoint} is neither none, selective, full "
                 "nor a number of layers."
             )
-        if (self.vpp > 1) is not (self.schedule is ScheduleKind.INTERLEAVED):
+        if (self.vpp > 1) is not (SCHEDULES[self.schedule].least_chunks > 1):
             raise InputError(
                 f"--schedule {self.schedule} with --vpp {self.vpp}: interleaved takes 2 or more "
                 "chunks per stage, the others 1."

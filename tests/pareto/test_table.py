@@ -11,7 +11,7 @@ from mist.pareto.candidates import GroupModel, Mixes
 from mist.pareto.frontier_points import Points, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.strategies import Group, divisors, groups, offloading
-from mist.plans.plan import ONE_F_ONE_B, Limits
+from mist.plans.plan import DEFAULT_SCHEDULE, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.symbolic.columns import count_columns, position_columns, strategy_columns
@@ -217,7 +217,7 @@ def test_schedules_that_need_stages_alike_have_one_tp() -> None:
         ScheduleKind.ZERO_BUBBLE,
     }  # GPipe is never better
     for group in found:
-        if group.schedule != ONE_F_ONE_B:
+        if group.schedule != DEFAULT_SCHEDULE:
             assert len(set(group.strategies.tp)) == 1
         if group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
             assert group.strategies.zero.max() < 3

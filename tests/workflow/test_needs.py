@@ -80,12 +80,14 @@ def test_the_change_that_is_named_makes_a_tie(global_batch: int) -> None:
 
 def by_hand(num_micro_batches: int, **parts_s: float) -> PipelineTimes:
     """One stage without a delta."""
-    from mist.plans.plan import ONE_F_ONE_B
+    from mist.plans.plan import DEFAULT_SCHEDULE
     from mist.symbolic.pipeline_costs import StageTimes
 
     parts = {name: np.array([s]) for name, s in parts_s.items()}
     times = StageTimes(parts_s=parts, delta_s=np.zeros(1), weight_s=np.zeros(1))
-    return PipelineTimes(num_micro_batches=num_micro_batches, schedule=ONE_F_ONE_B, times=times)
+    return PipelineTimes(
+        num_micro_batches=num_micro_batches, schedule=DEFAULT_SCHEDULE, times=times
+    )
 
 
 def test_a_change_by_hand() -> None:
