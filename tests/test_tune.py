@@ -66,7 +66,9 @@ def options_of(
     if schedule.kind is ScheduleKind.ZERO_BUBBLE:  # its split backward pass recomputes nothing
         mixes = [mix for mix in mixes if mix[0] == count]
     ratios = itertools.product(*(space.offload[name] for name in NO_RATIOS))
-    knobs = (divisors(per_stage), range(4), space.dp_replicate, ratios)
+    num_nodes = per_stage // job.platform.gpus_per_node
+    replicas = space.dp_replicate or ((1, num_nodes) if num_nodes > 1 else (1,))
+    knobs = (divisors(per_stage), range(4), replicas, ratios)
     for tp, zero, copies, away in itertools.product(*knobs):
         dp = per_stage // tp
         micro_batch = job.workload.global_batch // (g * dp)
@@ -568,3 +570,15 @@ def test_a_tp_that_breaks_a_rule() -> None:
         "tp 3 does not divide the 4096 MLP width of toy. "
         "tp 3 does not divide the sequence of 2048 tokens, which runtime torch shards with it."
     )
+
+
+def test_copies_in_each_node_are_found_where_they_are_faster() -> None:
+    """Two nodes under ZeRO-3: many micro-batches of few tokens gather parameters across nodes."""
+    job = toy_job(toy_graph((8,), hidden=8192), 16, global_batch=128, seq_len=256)
+    space = SearchSpace(pp=(1,), tp=(1,), zero=(3,), micro_batch=(1,), offload=NO_RATIOS)
+    free, one = (
+        tuned(job, replace(space, dp_replicate=copies), 200e9, alternatives=0).best
+        for copies in (None, (1,))
+    )
+    assert [stage.dp_replicate for stage in stage_plans(job, free)] == [2]
+    assert free.step_s < one.step_s

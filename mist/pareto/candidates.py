@@ -120,7 +120,7 @@ class GroupModel:
         """The strategies of a position by how they divide a weight that it shares."""
         if not self.is_tied(stage):
             return {None: np.ones(len(self.strategies), dtype=np.bool_)}
-        ways = np.stack(divides_ends(self.strategies.columns | {"dp_replicate": 1}), axis=-1)
+        ways = np.stack(divides_ends(self.strategies.columns), axis=-1)
         return {tuple(way.tolist()): (ways == way).all(axis=1) for way in np.unique(ways, axis=0)}
 
     def in_flight(self, stage: int) -> float:

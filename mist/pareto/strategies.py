@@ -286,7 +286,7 @@ def _strategies(
         for n in sizes
         for tp in divisors(n)
         for z in space.zero
-        for c in space.dp_replicate
+        for c in _copies(job, space, n)
     ]
     devices, tp, zero, copies = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     dp = devices // tp
@@ -307,6 +307,19 @@ def _strategies(
         optimizer=none,
         activations=none,
     )
+
+
+def _copies(job: Job, space: SearchSpace, num_devices: int) -> tuple[int, ...]:
+    """Copies of the states that a stage may have; if nobody says: none, or one in each node.
+
+    A copy that is smaller than a node shards less than one that fills it, and its collectives are
+    as near; one that spans nodes gains little over no copies.
+    """
+    if space.dp_replicate is not None:
+        return space.dp_replicate
+    num_nodes = num_devices // job.platform.gpus_per_node
+    has_copies = num_nodes > 1 and job.platform.runtime.knobs.copies
+    return (1, num_nodes) if has_copies else (1,)
 
 
 def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.bool_]:

@@ -45,7 +45,7 @@ class SearchSpace:
 
     `levels`: the memory levels that layers may have; `some_layers`: whether a stage may mix two of
     them. `offload`: ratios by state. `schedules`, and `chunks` (v) of a stage: 1, or more of those
-    that take turns. `dp_replicate`: copies of the states that ZeRO divides (HSDP), in every stage.
+    that take turns. `dp_replicate`: copies of the states that ZeRO divides (HSDP).
     `unlike_stages`: whether stages may differ in anything and share layers unevenly;
     `unequal_meshes`: also in their number of devices. `refines`: whether the best layout's ratios
     may lie between those of `offload` in the end (`mist.search.refine_offload`). `most`: upper
@@ -64,7 +64,7 @@ class SearchSpace:
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
     schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
     chunks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
-    dp_replicate: tuple[int, ...] = (1,)
+    dp_replicate: tuple[int, ...] | None = None
     unlike_stages: bool = True
     unequal_meshes: bool = False
     refines: bool = True
@@ -111,6 +111,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
         for space in (
             SearchSpace(
                 name="3d",
+                dp_replicate=(1,),
                 zero=(0, 1),
                 levels=(MemoryLevel.NONE, MemoryLevel.FULL),
                 some_layers=False,
@@ -120,6 +121,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             ),
             SearchSpace(
                 name="megatron",
+                dp_replicate=(1,),
                 zero=(0, 1),
                 offload=NO_RATIOS,
                 schedules=(DEFAULT_KIND, ScheduleKind.INTERLEAVED),
@@ -127,6 +129,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             ),
             SearchSpace(
                 name="deepspeed",
+                dp_replicate=(1,),
                 pp=(1,),
                 levels=(MemoryLevel.NONE, MemoryLevel.FULL),
                 some_layers=False,
@@ -146,12 +149,13 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             ),
             SearchSpace(
                 name="aceso",
+                dp_replicate=(1,),
                 zero=(0, 1),
                 levels=(MemoryLevel.NONE, MemoryLevel.FULL),
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
             ),
-            SearchSpace(name="paper", schedules=_ALIKE, refines=False),
+            SearchSpace(name="paper", dp_replicate=(1,), schedules=_ALIKE, refines=False),
             SearchSpace(name="mist"),
             SearchSpace(name="whole", unequal_meshes=True),
         )
