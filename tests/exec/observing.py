@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.dryrun.observer import Observer, observed
 from tests.exec.running import Run, variant_of
 
@@ -24,7 +24,7 @@ def observe(run: Run) -> Observer:
 
 def main(folder: Path, out: Path, names: list[str]) -> None:
     found = {}
-    with joined(300.0) as device:
+    with process_group(300.0) as device:
         for name in names:
             run = Run(variant_of(name), folder, device, max_norm=1.0)
             run.train(0, 1)

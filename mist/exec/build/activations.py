@@ -30,7 +30,7 @@ from mist.plans.workload import MemoryLevel
 
 aten = torch.ops.aten
 
-KEPT: Final = frozenset(
+SAVED_OPS: Final = frozenset(
     {
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
         aten._scaled_dot_product_flash_attention.default,
@@ -45,9 +45,12 @@ def keep(layer: nn.Module, level: MemoryLevel) -> None:
     """Make a layer keep what its level says, in place; the names of parameters stay."""
     if level is MemoryLevel.NONE:
         return
+    # The non-reentrant form works with saved-tensor hooks and stops running forward again at the
+    # last tensor that the backward pass needs.
     options: dict[str, Any] = {"use_reentrant": False}
     if level is MemoryLevel.SELECTIVE:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    # The forward is replaced, not the module: a wrapper would change the names of parameters.
     layer.forward = partial(_checkpointed, layer.forward, options)
 
 
@@ -58,7 +61,7 @@ def _checkpointed(
 
 
 def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -92,7 +95,7 @@ class _Pass:
 
     before: "_Pass | None"
     parameters: frozenset[int]
-    seen_bytes: int
+    saved_bytes: int
     taken_bytes: int
     saved: list[_Saved] = field(default_factory=list)
     known: dict[object, tuple[StorageWeakRef, _Saved | None]] = field(default_factory=dict)
@@ -126,46 +129,57 @@ class Offloader:
     def _run(
         self, layer: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object
     ) -> object:
+        # The chain of passes is the order of the layers, which a backward pass follows in reverse.
         before = self._latest
         if before is not None and before.before is not None:
             before.before.leave()
         current = _Pass(
             before=before,
             parameters=frozenset(_storage(p) for p in layer.parameters()),
-            seen_bytes=before.seen_bytes if before else 0,
+            saved_bytes=before.saved_bytes if before else 0,
             taken_bytes=before.taken_bytes if before else 0,
         )
+        # Outside of the checkpoint, which `keep` put into the forward: there autograd saves the
+        # input of the layer, and the hooks see it as any other tensor.
         with saved_tensors_hooks(partial(self._pack, current), partial(self._unpack, current)):
             output = forward(*args, **kwargs)
+        # Weak references keep the identities of freed storages from being used again; behind the
+        # layer nothing is looked up any more.
         current.known.clear()
         self._latest = current
         return output
 
     def _pack(self, current: _Pass, tensor: torch.Tensor) -> torch.Tensor | _View:
         local = _local(tensor)
+        # A parameter that a layer saves belongs to FSDP2, which frees and gathers it.
         if not local.is_floating_point() or _storage(local) in current.parameters:
             return tensor
         storage = StorageWeakRef(local.untyped_storage())
         whole = _is_whole(local)
         part = (local.storage_offset(), local.shape, local.stride())
+        # A copy of a whole storage has its strides, so every view of it can be made from one copy.
+        # Of a storage that is saved in part, each part has a copy.
         key = (storage.cdata, local.dtype, None if whole else part)
         if key not in current.known:
             current.known[key] = (storage, self._taken(current, local))
         saved = current.known[key][1]
         if saved is None:
             return tensor
+        of = None
+        if isinstance(tensor, DTensor):
+            of = _with_local(tensor, local.detach().to("meta"))
         return _View(
             saved=saved,
             shape=local.shape,
             stride=local.stride() if whole else None,
-            of=_without_memory(tensor) if isinstance(tensor, DTensor) else None,
+            of=of,
         )
 
     def _taken(self, current: _Pass, local: torch.Tensor) -> _Saved | None:
         """The copy of a tensor on the host, if there is room for it in the share."""
         size = local.numel() * local.element_size()
-        current.seen_bytes += size
-        if current.taken_bytes + size > round(self._ratio * current.seen_bytes):
+        current.saved_bytes += size
+        if current.taken_bytes + size > round(self._ratio * current.saved_bytes):
             return None
         current.taken_bytes += size
         saved = _Saved(out=self._swapper.to_host(local.detach()))
@@ -176,6 +190,7 @@ class Offloader:
         if isinstance(packed, torch.Tensor):
             return packed
         self._fetch(current)
+        # While this layer runs backward, the tensors of the layer before it are on their way in.
         if current.before is not None:
             self._fetch(current.before)
         saved = packed.saved
@@ -205,12 +220,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds, when it has arrived."""
-    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return held.wait() if isinstance(held, AsyncCollectiveTensor) else held
-
-
-def _without_memory(tensor: DTensor) -> DTensor:
-    return _with_local(tensor, _local(tensor).detach().to("meta"))
+    shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard
 
 
 def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:

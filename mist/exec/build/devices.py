@@ -11,7 +11,7 @@ import torch.distributed as dist
 from mist.errors import InputError
 
 
-def own_device(environment: Mapping[str, str]) -> torch.device:
+def rank_device(environment: Mapping[str, str]) -> torch.device:
     """This rank's device, by what its launcher says: CUDA where it is, else the CPU.
 
     Raises InputError for more ranks than devices.
@@ -44,8 +44,9 @@ def device_index(num_devices: int, local_rank: int, num_local: int, *, ours: boo
 
 def refuse_shared(device: torch.device) -> None:
     """Raise InputError, on every rank, where two ranks were given the same CUDA device."""
-    found = torch.cuda.get_device_properties(device)
-    mine = (socket.gethostname(), str(getattr(found, "uuid", device.index)))
+    properties = torch.cuda.get_device_properties(device)
+    # By UUID: with different CUDA_VISIBLE_DEVICES one index means several devices.
+    mine = (socket.gethostname(), str(getattr(properties, "uuid", device.index)))
     every: list[tuple[str, str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     shared = [place for place, count in Counter(every).items() if count > 1]

@@ -26,6 +26,7 @@ class Flows:
 def flows_of(loaded: LoadedModel, anatomy: Anatomy, layers: range) -> Flows:
     """Where gradients flow around and in consecutive layers of a model."""
     trained = _trained(loaded, anatomy)
+    # trained[0] is of what is read before the layers: layer i has entry i + 1.
     back = [any(trained[: index + 2]) for index in layers]
     return Flows(
         before=layers.start > 0 and any(trained[: layers.start + 1]),

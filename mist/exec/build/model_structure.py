@@ -48,19 +48,22 @@ def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
     """Run a model once on fake tensors. Raises ModelError when it has no list of layers."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
+    # On the CPU: on the meta device some functions (attention) run other operations.
     with mode:
         model.to_empty(device="cpu")
     for parameter in model.parameters():  # what takes what from which shows by gradients
         parameter.requires_grad_(parameter.is_floating_point())
-    found = find_layers(model)
-    while found is not None:
-        watch = _Watch(model=model, layers=found)
+    layers = find_layers(model)
+    while layers is not None:
+        watch = _Watch(model=model, layers=layers)
         with mode, ImitatedKernels("cpu"), watch.hooks():
             fake = replace(loaded, module=model)
             fake.run(fake.batch(2, seq_len))
-        if sorted(watch.order) == list(range(len(found.modules))):
+        if sorted(watch.order) == list(range(len(layers.modules))):
             return _anatomy(loaded.module, watch)
-        found = found.without(_not_once(watch, found))
+        # A list with a layer that is not called once (experts, heads) is no stack: look for
+        # another.
+        layers = layers.without(_not_once(watch, layers))
     raise ModelError(
         f"{loaded.name} has no list of layers that are each called once; mist apply needs one."
     )
@@ -109,6 +112,7 @@ class _Watch(TorchFunctionMode):
             self.front |= parameters
             return
         self.tail |= parameters
+        # A parameter that is read between two layers has no stage to belong to.
         if parameters and len(self.order) < len(self.layers.modules):
             self.in_a_row = False
 
@@ -126,21 +130,22 @@ class _Watch(TorchFunctionMode):
             yield
 
     def _embed(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        # The output is held so that no later tensor gets its identity.
         self.embedded[id(output)] = (output, module)
 
     def _enter(self, index: int) -> Callable[..., None]:
         def enter(
             module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
         ) -> None:
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            if not self.order and id(given[0]) in self.embedded:
-                self.direct = self.embedded[id(given[0])][1]
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if not self.order and id(tensors[0]) in self.embedded:
+                self.direct = self.embedded[id(tensors[0])][1]
             self.order.append(index)
             self.inside = True
-            if self.hidden is not None and given[0] is not self.hidden:
+            if self.hidden is not None and tensors[0] is not self.hidden:
                 self.in_a_row = False
-            self.hidden = given[0]
-            self.in_a_row &= not any(x.requires_grad for x in given[1:])
+            self.hidden = tensors[0]
+            self.in_a_row &= not any(x.requires_grad for x in tensors[1:])
 
         return enter
 

@@ -87,6 +87,7 @@ def _copies(source: RankGrid, target: RankGrid, j: int) -> range:
     """Tensor-parallel indices to pull from: all shards, or one of the equal copies."""
     if source.sequence_parallel:
         return range(source.tp)
+    # Spread over the copies, so that no rank of the source sends to all.
     one = j * source.tp // target.tp if source.tp > target.tp else j % source.tp
     return range(one, one + 1)
 

@@ -1,10 +1,10 @@
 """A pipeline stage of any model: its own forward, with the layers of other stages taken out.
 
-The list of layers keeps its length and the layers of the stage their names. Slot 0 of a later stage
-gives what was received, whatever it is given; other absent layers pass on what they get; the slot
-behind the last layer of the stage ends the forward. What runs before the layers runs on every
-stage (masks, rotary tables); the parameters read there, such as the embedding, exist on the first
-stage only and are zeros elsewhere, which take no memory.
+The list of layers keeps its length and the layers of the stage their names. On later stages layer 0
+is a stand-in that returns the received activation; other absent layers pass on their input; a
+stand-in behind the last layer of the stage ends the forward pass. Code before the layers runs on
+every stage (masks, rotary tables). The parameters read there, such as the embedding, exist on the
+first stage only and are zeros elsewhere, which take no memory.
 """
 
 from collections.abc import Mapping
@@ -89,12 +89,14 @@ class Chunk(nn.Module):
             self.entry.received = received
         try:
             total, number = summed_loss(self.loaded, batch)
+            # fp64, since counts of tokens beyond 2**24 are no fp32 numbers.
             self.tally += torch.stack([total.detach().double(), number.double()])
             return total * self.scale
         except _Leave as end:
             return end.hidden
         finally:
             if self.entry is not None and received is not None:
+                # Kept in the module it would live until the next micro-batch.
                 del self.entry.received
 
 
@@ -104,16 +106,20 @@ def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype
     `dtype`: in which the model computes; of the zeros that stand for parameters of other stages,
     and of parameters that are not trained, of which nothing more is ever read.
     """
+    # A copy on the meta device takes no memory.
     model = deepcopy(loaded.module)
     _narrow_frozen(model, dtype)
     last = len(anatomy.layers)
     for index, name in enumerate(anatomy.layers):
         if index not in layers:
-            _replace(model, name, _stand_in(index, layers, in_tuple=anatomy.in_tuple))
+            parent, _, child = name.rpartition(".")
+            stand_in = _stand_in(index, layers, in_tuple=anatomy.in_tuple)
+            model.get_submodule(parent)._modules[child] = stand_in
     here = (anatomy.front if layers.start == 0 else frozenset[str]()) | (
         anatomy.tail if layers.stop == last else frozenset[str]()
     )
     ends = anatomy.front | anatomy.tail
+    # What no forward pass reads belongs to the first stage, so that one stage saves it.
     unread = {name for name, _ in model.named_parameters()} - ends - _inside(model, anatomy)
     for name in _all_names(ends - here, anatomy) | (unread if layers.start else set()):
         _zeros(model, name, dtype)
@@ -134,11 +140,6 @@ def _stand_in(index: int, layers: range, *, in_tuple: bool) -> nn.Module:
     if index == layers.stop:
         return _Exit()
     return _Entry(in_tuple=in_tuple) if index == 0 else _Skip(in_tuple=in_tuple)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
 
 
 def _inside(model: nn.Module, anatomy: Anatomy) -> set[str]:

@@ -78,14 +78,14 @@ def _noted(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | 
 
     On fake tensors: torch does nothing to some on the meta device.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _replaced(module) as held:
-        notes = _Notes({key_of(value): (name, value.shape) for name, value in held.items()})
+    with FakeTensorMode(allow_non_fake_inputs=True), _replaced(module) as parameters:
+        notes = _Notes({key_of(value): (name, value.shape) for name, value in parameters.items()})
         try:
             with notes, patch.object(nn.init, "_no_grad_trunc_normal_", notes.truncated):
                 initialise(model, module)
         except Exception:  # whatever needs numbers fails without them, and is done as it is
             return None
-        same = all(module._parameters[name] is value for name, value in held.items())
+        same = all(module._parameters[name] is value for name, value in parameters.items())
     return notes.steps if same and notes.others is None else None
 
 
@@ -93,14 +93,14 @@ def _noted(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | 
 def _replaced(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """Within: a module's own parameters are others, on the CPU; those are given."""
     before = dict(module.named_parameters(recurse=False))
-    held = {
+    stand_ins = {
         name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="cpu"))
         for name, value in before.items()
     }
-    module._parameters.update(held)
+    module._parameters.update(stand_ins)
     try:
         with torch.no_grad():
-            yield held
+            yield stand_ins
     finally:
         module._parameters.update(before)
 
@@ -120,12 +120,13 @@ def initialise(model: nn.Module, module: nn.Module) -> None:
             value.normal_(std=SPREAD)
         else:
             value.fill_(0.0 if "bias" in name else 1.0)
-    own: Callable[[], None] | None = getattr(module, "reset_parameters", None)
-    if own is not None:
-        own()
-    models: Callable[[nn.Module], None] | None = getattr(model, "_init_weights", None)
-    if models is not None:
-        models(module)
+    # Torch first, then transformers, which initialises again whatever it knows.
+    reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    init: Callable[[nn.Module], None] | None = getattr(model, "_init_weights", None)
+    if init is not None:
+        init(module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,17 +227,17 @@ class Drawn:
     seed: int
 
     def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
-        own = [range(size)[each] for size, each in zip(self.shape, bounds, strict=True)]
-        if not own:
+        ranges = [range(size)[each] for size, each in zip(self.shape, bounds, strict=True)]
+        if not ranges:
             return self._block((), 0, 1).view(())
-        out = torch.empty([len(each) for each in own], dtype=self.dtype, device=self.device)
-        *leading, rows = own[: max(len(own) - 1, 1)]
+        out = torch.empty([len(each) for each in ranges], dtype=self.dtype, device=self.device)
+        *leading, rows = ranges[: max(len(ranges) - 1, 1)]
         for place in product(*(enumerate(each) for each in leading)):
             self._fill(
                 out[tuple(at for at, _ in place)],
                 tuple(index for _, index in place),
                 rows,
-                tuple(slice(each.start, each.stop) for each in own[len(leading) + 1 :]),
+                tuple(slice(each.start, each.stop) for each in ranges[len(leading) + 1 :]),
             )
         return out
 
@@ -259,6 +260,8 @@ class Drawn:
         sizes = (count, *self.shape[len(place) + 1 :]) if self.shape else (1,)
         block = torch.empty(sizes, dtype=self.dtype, device=self.device)
         generator = torch.Generator(self.device)
+        # By block, not by rank: a rank draws the blocks that its part touches, and gets the numbers
+        # that it would get under any layout.
         generator.manual_seed(seed_of(self.seed, *place, start))
         with torch.no_grad():
             for step in self.steps:

@@ -46,13 +46,14 @@ MORE = 3  # micro-batches beyond those in flight that are run: the first, one am
 
 def look(plan: Plan, stage: int, policy: Policy) -> Seen:
     """Dry-run a step of the first rank of a stage. Raises ModelError for what cannot be built."""
-    short = cut(plan, stage)
+    short_plan = cut(plan, stage)
     loaded = load_shapes(plan.model.source, plan.workload.attention)
     rank = plan.stages[stage].devices[0]
     with pretended(rank, plan.cluster.num_gpus):
         subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
+        # Meshes and groups compute with ranks as real tensors: the fake mode is for memory only.
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        parallel = assemble(subject, short, torch.device("cpu"), Settings(), lambda: mode)
+        parallel = assemble(subject, short_plan, torch.device("cpu"), Settings(), lambda: mode)
         observer = Observer(parallel, pins=policy == "cuda")
         parallel.swapper.quietly = observer.on_host
         setting = TraceSetting(
@@ -62,7 +63,7 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
         )
         with mode, runs_as(setting), warnings.catch_warnings(action="ignore"):
             _step(parallel, loaded, observer)
-    return _seen(plan, stage, short, observer)
+    return _observation(plan, stage, short_plan, observer)
 
 
 def _step(parallel: Parallel, loaded: LoadedModel, observer: Observer) -> None:
@@ -72,13 +73,13 @@ def _step(parallel: Parallel, loaded: LoadedModel, observer: Observer) -> None:
         parallel.unread_step(batch)
 
 
-def _seen(plan: Plan, stage: int, short: Plan, observer: Observer) -> Seen:
-    left = plan.num_micro_batches - short.num_micro_batches
-    rows = extended(observer.rows(), observer.ends, left)
+def _observation(plan: Plan, stage: int, short_plan: Plan, observer: Observer) -> Seen:
+    num_skipped = plan.num_micro_batches - short_plan.num_micro_batches
+    rows = extended(observer.rows(), observer.ends, num_skipped)
     return Seen(
         stage=stage,
         rank=plan.stages[stage].devices[0],
-        num_micro_batches=short.num_micro_batches,
+        num_micro_batches=short_plan.num_micro_batches,
         peak_bytes=observer.peak_bytes,
         host_bytes=observer.host_peak_bytes,
         static_bytes=observer.static_bytes,
@@ -96,22 +97,24 @@ def extended(rows: Rows, ends: Sequence[Rows], more: int) -> Rows:
     if more == 0:
         return rows
     first, second = ends[0], ends[1]
-    found = dict(rows)
+    totals = dict(rows)
     for key, (count, size) in second.items():
         before = first.get(key, (0, 0))
-        total = found[key]
-        found[key] = (
+        total = totals[key]
+        totals[key] = (
             total[0] + more * (count - before[0]),
             total[1] + more * (size - before[1]),
         )
-    return found
+    return totals
 
 
 def cut(plan: Plan, stage: int) -> Plan:
     """The plan with no more micro-batches than its peak and its collectives need."""
     num_stages, kind = len(plan.stages), plan.schedule.kind
+    # Other schedules hold all micro-batches (GPipe), or run them in rounds over the chunks.
     if num_stages > 1 and kind is not ScheduleKind.ONE_F_ONE_B:
         return plan
+    # As many as 1F1B has in flight here, and no fewer than stages: torch refuses less.
     enough = min(max(num_stages - stage - 1 + MORE, num_stages), plan.num_micro_batches)
     samples = plan.workload.global_batch // plan.num_micro_batches * enough
     workload = replace(plan.workload, global_batch=samples)
@@ -165,11 +168,11 @@ def main(argv: list[str]) -> int:
     plan_file, stage, policy, out = argv
     warnings.filterwarnings("ignore", module=r"torch\..*")
     try:
-        seen = look(load_plan(plan_file), int(stage), "cpu" if policy == "cpu" else "cuda")
+        observation = look(load_plan(plan_file), int(stage), "cpu" if policy == "cpu" else "cuda")
     except MistError as error:
         sys.stderr.write(f"mist: {error}\n")
         return error.exit_code
-    write_bytes(Path(out), to_json(seen))
+    write_bytes(Path(out), to_json(observation))
     return 0
 
 

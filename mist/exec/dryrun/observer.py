@@ -43,7 +43,7 @@ class Peak:
 
 
 class Observer(StepRecorder):
-    """Records one step of `parallel` on the CPU, real or fake; see `step_recorder.Recorder`.
+    """Records one step of `parallel` on the CPU, real or fake; see `StepRecorder`.
 
     `ends`: after each backward pass, the collectives so far. `pins`: count host memory as a GPU
     would have it, pinned.
@@ -93,7 +93,7 @@ class Observer(StepRecorder):
         if not self._paused:
             super()._count(storage)
 
-    def left(self, tensors: Iterable[torch.Tensor | None]) -> None:
+    def moved_to_host(self, tensors: Iterable[torch.Tensor | None]) -> None:
         """These tensors went to host memory, which is the same place on a CPU.
 
         Parts of one storage stay that here; from a GPU each of them is copied into its own.
@@ -101,9 +101,9 @@ class Observer(StepRecorder):
         allocated: Counter[int] = Counter()
         for tensor in tensors:
             if tensor is not None:
-                own = local(tensor)
-                size = self._allocated(own.numel() * own.element_size())
-                allocated[own.untyped_storage()._cdata] += size
+                shard = local(tensor)
+                size = self._allocated(shard.numel() * shard.element_size())
+                allocated[shard.untyped_storage()._cdata] += size
         for key, size in allocated.items():
             if key in self._live:
                 whole = self._live.pop(key)
@@ -225,8 +225,9 @@ def _leave(observer: Observer, name: str, then: str) -> Callable[..., None]:
 
 
 def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., object]]]:
-    """What of torch is wrapped so that the observer hears of it."""
+    """The functions of torch and of ours whose calls the observer must know of, each wrapped."""
     group = FSDPParamGroup
+    # The first makes the buffer of the all-gather, the second the parameters copied out of it.
     for name in ("unshard", "wait_for_unshard"):
         yield group, name, _tagging(observer, getattr(group, name), "gathered parameters")
     yield group, "pre_backward", _noting_backward(observer, group.pre_backward)
@@ -234,6 +235,7 @@ def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., ob
     yield Stage, "without_backward", _backward(observer, Stage.without_backward)
     yield Stage, "_receive", _tagging(observer, Stage._receive, "communication")
     yield AdamW, "step", _optimizing(observer, AdamW.step)
+    # Whole backward passes call the first, split ones the second.
     for name in ("backward", "grad"):
         original = getattr(torch.autograd, name)
         yield torch.autograd, name, _backward(observer, original)
@@ -278,13 +280,16 @@ def _reducing(observer: Observer, original: Callable[..., Any]) -> Callable[...,
     def around(group: FSDPParamGroup, *args: object) -> object:
         with observer.tagged("communication"):
             result = original(group, *args)
+        # Under HSDP this waits for the all-reduce of the last micro-batch.
         observer.retag([group._partial_reduce_output], "gradients")
-        away = [each.sharded_param.grad for each in group.fsdp_params if each.offload_to_cpu]
+        host_gradients = [
+            each.sharded_param.grad for each in group.fsdp_params if each.offload_to_cpu
+        ]
         for each in group.fsdp_params:
             whole = getattr(each, "_unsharded_param", None)
             grads = (each.unsharded_accumulated_grad, each.sharded_param.grad)
             observer.retag((*grads, None if whole is None else whole.grad), "gradients")
-        observer.left(away)
+        observer.moved_to_host(host_gradients)
         observer.event(f"reduced {group._module_fqn}")
         return result
 

@@ -112,8 +112,8 @@ def _lengths(clock: Clock, precision: Precision) -> list[int]:
     forward = partial(F.scaled_dot_product_attention, x, x, x, is_causal=True)
     shortest_s = clock.read("probe attention", {}, forward)
     lengths = sizes.seq_lens
-    kept = [s for s in lengths if shortest_s * (s / lengths[0]) ** 2 <= clock.longest_s]
-    return kept if len(kept) > 1 else list(lengths[:2])
+    quick_lengths = [s for s in lengths if shortest_s * (s / lengths[0]) ** 2 <= clock.longest_s]
+    return quick_lengths if len(quick_lengths) > 1 else list(lengths[:2])
 
 
 def _forward_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Call:

@@ -1,4 +1,4 @@
-"""What the host does for a layer beside its operations: hooks of FSDP2, dispatch of DTensors.
+"""What the host does for a layer apart from its operations: hooks of FSDP2, dispatch of DTensors.
 
 A transformer so small that it computes next to nothing is trained as plans say, with few and with
 many layers and micro-batches. What a layer more adds to a micro-batch, less what it adds to that of
@@ -46,8 +46,8 @@ class TinyAttention(nn.Module):
             for each in (self.q, self.k, self.v)
         )
         out_BHSK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        joined: torch.Tensor = self.o(out_BHSK.transpose(1, 2).reshape(batch, seq, -1))
-        return joined
+        output: torch.Tensor = self.o(out_BHSK.transpose(1, 2).reshape(batch, seq, -1))
+        return output
 
 
 class Layer(nn.Module):

@@ -94,6 +94,7 @@ def lock(folder: Path) -> int:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # The lock lasts as long as any process has the descriptor: a crash leaves none behind.
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise OutputError(

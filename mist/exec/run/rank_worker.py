@@ -22,7 +22,7 @@ from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Parallel, Subject, assemble, initialise, subject_of
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.build.weight_init import seed_of
 from mist.exec.run import checkpoints
 from mist.exec.run.checkpoint_folder import Checkpoint, last_of
@@ -71,17 +71,18 @@ def run(options: RunOptions) -> None:
     Raises InputError, and Stopped when it was asked to end.
     """
     plan = load_plan(options.plan)
+    # Before the model is built, which takes long.
     refuse_unplayable(plan, None)
     refuse_world(plan, int(os.environ["WORLD_SIZE"]))
     loaded = load(options.model or plan.model.source, plan.workload.attention)
     subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
     if options.weights is not None:
-        given = stored_weights(Path(options.weights), loaded.module)
-        subject = replace(subject, given=given)
+        values = stored_weights(Path(options.weights), loaded.module)
+        subject = replace(subject, values=values)
     file = Path(options.data) if options.data else None
     batches = Batches(loaded, plan.workload, options.seed, file)
     settings = Settings(lr=options.lr, max_norm=options.max_norm)
-    with _asked_to_stop() as stop, joined(options.timeout_s) as device:
+    with _stop_on_signal() as stop, process_group(options.timeout_s) as device:
         parallel = assemble(subject, plan, device, settings)
         training = _Training(
             options=options, plan=plan, parallel=parallel, batches=batches, stop=stop
@@ -97,7 +98,7 @@ class _Stop:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[_Stop]:
+def _stop_on_signal() -> Iterator[_Stop]:
     """Within: the first SIGTERM or Ctrl-C is noted, a second one ends the process at once."""
     stop = _Stop()
 
@@ -147,12 +148,12 @@ class _Training:
             last = self.options.steps - first - 1
             self._step(number, _watch(number - first, last, self.parallel.place.device))
             done = number + 1
-            asked = self._anyone_asked()
-            if self._due(done, ending=asked > 0):
+            signal_number = self._signal_of_any_rank()
+            if self._due(done, ending=signal_number > 0):
                 self._save()
-            if asked:
+            if signal_number:
                 self._say(f"asked to stop after step {done}")
-                raise Stopped(asked)
+                raise Stopped(signal_number)
 
     def _begin(self, subject: Subject) -> int:
         """Give weights and moments their values; the number of steps that are done."""
@@ -182,11 +183,11 @@ class _Training:
                 f"{last.path} does not say how many tokens were read: {done} steps of this plan"
             )
         self.log.go_on(done)
-        own = self._facts(done)
+        facts = self._facts(done)
         words = [
-            f"{name} was {last.facts[name]}, is {own[name]}"
+            f"{name} was {last.facts[name]}, is {facts[name]}"
             for name in CHANGEABLE
-            if name in last.facts and last.facts[name] != own[name]
+            if name in last.facts and last.facts[name] != facts[name]
         ]
         self._say("; ".join([f"weights: of {last.path}; resumed after step {done}", *words]))
         return done
@@ -206,6 +207,7 @@ class _Training:
         else:
             step, measured = self.parallel.counted_step(batch)
         if place.device.type == "cuda":
+            # Launches return at once: the step ends when the device is done.
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         parts = self._stage_parts()
@@ -227,12 +229,12 @@ class _Training:
     def _stage_parts(self) -> list[dict[str, float]]:
         """Seconds of the parts of the step just done: of each stage, the mean of its ranks."""
         mine = self.parallel.clock.read()
-        own = torch.tensor([*mine.values()], device=self.parallel.place.device)
-        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, own)
-        found = torch.stack(every)
+        seconds = torch.tensor([*mine.values()], device=self.parallel.place.device)
+        every = [torch.empty_like(seconds) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, seconds)
+        seconds_by_rank = torch.stack(every)
         spans = (slice(first, first + n) for first, n in (s.devices for s in self.plan.stages))
-        means = (found[span].mean(0).tolist() for span in spans)
+        means = (seconds_by_rank[span].mean(0).tolist() for span in spans)
         names = [f"{part}_s" for part in mine]
         return [dict(zip(names, row, strict=True)) for row in means]
 
@@ -254,9 +256,10 @@ class _Training:
             }
             self.log.stages.append({**rows[0], **highest})
 
-    def _anyone_asked(self) -> int:
+    def _signal_of_any_rank(self) -> int:
         """The signal that any rank was asked to end by; 0: none."""
         flag = torch.tensor(float(self.stop.number), device=self.parallel.place.device)
+        # Signals reach ranks at different times; all must stop after the same step.
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
