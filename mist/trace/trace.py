@@ -73,6 +73,7 @@ def _refuse_frozen(model: LoadedModel) -> None:
 
 @contextmanager
 def _training(module: nn.Module) -> Iterator[None]:
+    # A file may build its model in eval mode, in which dropout keeps no masks.
     modes = [(each, each.training) for each in module.modules()]
     module.train()
     try:
@@ -92,7 +93,8 @@ def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Tr
         for piece, one, params in zip(pieces, singles, owners, strict=True)
     ]
     embed, head, *layers = blocks
-    if layers:  # what ends exchange is what the layer beside them takes, without what it carries
+    # The ends exchange the activation of the layer next to them, not what that layer carries.
+    if layers:
         embed = replace(embed, tp_bytes=layers[run.kinds[0]].boundary_bytes)
         head = replace(head, tp_bytes=layers[run.kinds[-1]].boundary_bytes)
     if result.layers is None:
@@ -151,6 +153,7 @@ def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str
     shapes = sorted((name, list(p.shape)) for name, p in parameters)
     frozen = sorted(name for name, p in parameters if not p.requires_grad)
     facts = [shapes, [[run.block, run.count] for run in runs], tied]
+    # Models without frozen parameters keep the fingerprints of existing plan files.
     text = json.dumps([*facts, frozen] if frozen else facts)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -167,7 +170,9 @@ def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
     run, layers = result.run, result.layers.modules if result.layers else ()
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
-    parts = {id(piece): _read_by(piece, run) for piece in _outside(run)}
+    parts = {
+        id(piece): {id(run.originals[key]) for key in piece.part.used} for piece in _outside(run)
+    }
     unread = {id(p) for _, p in outside}.difference(*parts.values())
     parts[id(run.embed if layers else run.head)] |= unread
     owned: dict[int, Owned] = {}
@@ -178,8 +183,8 @@ def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
         known |= read
     for piece in run.layers:
         if piece.module is not None:
-            own = piece.module.named_parameters()
-            owned[id(piece)] = [(name, parameter, False) for name, parameter in own]
+            parameters = piece.module.named_parameters()
+            owned[id(piece)] = [(name, parameter, False) for name, parameter in parameters]
     return [owned[id(piece)] for piece in (run.embed, run.head, *run.layers)]
 
 
@@ -188,16 +193,11 @@ def _outside(run: RecordedRun) -> list[Piece]:
     return [run.embed, *(piece for piece in run.layers if piece.module is None), run.head]
 
 
-def _read_by(piece: Piece, run: RecordedRun) -> set[int]:
-    """The parameters (by identity) that a part reads."""
-    return {id(run.originals[key]) for key in piece.part.used}
-
-
 def _block(
     piece: Piece, single: Piece, params: Owned, sharding: Sharding | None, run: RecordedRun
 ) -> Block:
     shares = sharding.params if sharding else {}
-    found = tuple(
+    block_params = tuple(
         Param(
             name=name,
             numel=tensor.numel(),
@@ -210,7 +210,7 @@ def _block(
     )
     return Block(
         name=piece.part.name,
-        params=found,
+        params=block_params,
         ops=tuple(piece.part.ops),
         saved=piece.part.saved(),
         saved_single=single.part.saved(),
@@ -224,8 +224,8 @@ def _block(
         transient_bytes=piece.transients,
         transient_with_grads_bytes=piece.transients_with_grads,
         transient_adding_bytes=piece.transients_adding,
-        made_bytes=piece.part.live.made() if piece.transients else (),
-        **_crossings(piece, found, sharding, run),
+        made_bytes=piece.part.live.made_bytes() if piece.transients else (),
+        **_crossings(piece, block_params, sharding, run),
         num_recomputed_ops=piece.part.num_recomputed_ops,
         domain=run.domain,
     )

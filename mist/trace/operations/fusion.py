@@ -55,15 +55,16 @@ def kernels_of(graph: fx.Graph) -> Mapping[fx.Node, Kernel]:
     needed = frozenset(node for node in levels if _is_needed(node, levels))
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in (n for n in levels if _fuses(n) and not _is_view(n)):
+        # A node joins the kernels that it reads from, unless a heavy operation lies between.
         same = (groups[b] for b in _bases(node) if b in groups and levels[b] == levels[node])
         behind = {id(group): group for group in same}
-        joined = [*(each for group in behind.values() for each in group), node]
-        groups |= dict.fromkeys(joined, joined)
-    found = {node: Kernel(hidden=node not in needed) for node in groups}
+        merged = [*(each for group in behind.values() for each in group), node]
+        groups |= dict.fromkeys(merged, merged)
+    kernels = {node: Kernel(hidden=node not in needed) for node in groups}
     for group in {id(group): group for group in groups.values()}.values():
         if writes := [node for node in group if node in needed]:
-            found[writes[-1]] = _kernel(group, writes)
-    return found
+            kernels[writes[-1]] = _kernel(group, writes)
+    return kernels
 
 
 def _kernel(nodes: Sequence[fx.Node], writes: Sequence[fx.Node]) -> Kernel:
