@@ -302,7 +302,7 @@ class Knobs(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading(Record):
-    """What every rank has in host memory while its weights are made.
+    """Host memory of every rank while its weights are made.
 
     `part_bytes_per_param`: of its part of the largest parameter.
     """

@@ -24,7 +24,7 @@ _K: Final = sympy.Symbol("k", positive=True, integer=True)
 V = TypeVar("V")
 
 
-def tidied(graph: ModelGraph) -> ModelGraph:
+def simplify_graph(graph: ModelGraph) -> ModelGraph:
     """The same costs on the same domain, in plainer expressions."""
     blocks = (graph.embed, *graph.blocks, graph.head)
     guards = sorted({relation for block in blocks for relation in block.domain}, key=str)

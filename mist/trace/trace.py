@@ -17,7 +17,7 @@ from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.recording.session import Piece, RecordedRun
 from mist.trace.runs import Progress, Recorded, record_model
-from mist.trace.simplify import tidied
+from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
 from mist.trace.tensor_parallel.tp_sharding import Sharding
 
@@ -100,7 +100,7 @@ def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Tr
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
-    graph = tidied(_graph(model, setting, result, (embed, head, *layers)))
+    graph = simplify_graph(_graph(model, setting, result, (embed, head, *layers)))
     names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
     return Traced(graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)})
 
@@ -252,8 +252,8 @@ def _crossings(
 def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
     """A region has one exit and an entry for each tensor that enters it.
 
-    Regions in a module that needs all tokens count as one. What no hook saw enter (experts) enters
-    with the layer's input.
+    Regions in a module that needs all tokens count as one. An input that no hook sees (experts)
+    enters with the layer's input.
     """
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
     inside = [{id(inner) for inner in m.modules()} & sharding.regions.keys() for m in whole]

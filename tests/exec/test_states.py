@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mist.errors import InputError
-from mist.exec.build.activations import Offloader, keep
+from mist.exec.build.activations import Offloader, apply_memory_level
 from mist.exec.build.adamw import AdamW, Settings, make_slots
 from mist.exec.build.batches import Batches, rank_rows
 from mist.exec.build.empty_weights import load
@@ -55,7 +55,7 @@ def gradients(ratio: float, level: MemoryLevel) -> tuple[list[torch.Tensor], int
     swapper = Watched()
     offloader = Offloader(ratio, swapper)
     for layer in layers:
-        keep(layer, level)
+        apply_memory_level(layer, level)
         if ratio:
             offloader.attach(layer)
     for _ in range(2):

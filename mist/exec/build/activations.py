@@ -41,8 +41,8 @@ SAVED_OPS: Final = frozenset(
 )  # fmt: skip
 
 
-def keep(layer: nn.Module, level: MemoryLevel) -> None:
-    """Make a layer keep what its level says, in place; the names of parameters stay."""
+def apply_memory_level(layer: nn.Module, level: MemoryLevel) -> None:
+    """Checkpoint a layer as its level says, in place; the names of parameters stay."""
     if level is MemoryLevel.NONE:
         return
     # The non-reentrant form works with saved-tensor hooks and stops running forward again at the
@@ -96,7 +96,7 @@ class _Pass:
     before: "_Pass | None"
     parameters: frozenset[int]
     saved_bytes: int
-    taken_bytes: int
+    offloaded_bytes: int
     saved: list[_Saved] = field(default_factory=list)
     known: dict[object, tuple[StorageWeakRef, _Saved | None]] = field(default_factory=dict)
     fetched: bool = False
@@ -137,10 +137,10 @@ class Offloader:
             before=before,
             parameters=frozenset(_storage(p) for p in layer.parameters()),
             saved_bytes=before.saved_bytes if before else 0,
-            taken_bytes=before.taken_bytes if before else 0,
+            offloaded_bytes=before.offloaded_bytes if before else 0,
         )
-        # Outside of the checkpoint, which `keep` put into the forward: there autograd saves the
-        # input of the layer, and the hooks see it as any other tensor.
+        # Outside of the checkpoint, which `apply_memory_level` put into the forward: there autograd
+        # saves the input of the layer, and the hooks see it as any other tensor.
         with saved_tensors_hooks(partial(self._pack, current), partial(self._unpack, current)):
             output = forward(*args, **kwargs)
         # Weak references keep the identities of freed storages from being used again; behind the
@@ -161,7 +161,7 @@ class Offloader:
         # Of a storage that is saved in part, each part has a copy.
         key = (storage.cdata, local.dtype, None if whole else part)
         if key not in current.known:
-            current.known[key] = (storage, self._taken(current, local))
+            current.known[key] = (storage, self._offloaded_copy(current, local))
         saved = current.known[key][1]
         if saved is None:
             return tensor
@@ -175,13 +175,13 @@ class Offloader:
             of=of,
         )
 
-    def _taken(self, current: _Pass, local: torch.Tensor) -> _Saved | None:
+    def _offloaded_copy(self, current: _Pass, local: torch.Tensor) -> _Saved | None:
         """The copy of a tensor on the host, if there is room for it in the share."""
         size = local.numel() * local.element_size()
         current.saved_bytes += size
-        if current.taken_bytes + size > round(self._ratio * current.saved_bytes):
+        if current.offloaded_bytes + size > round(self._ratio * current.saved_bytes):
             return None
-        current.taken_bytes += size
+        current.offloaded_bytes += size
         saved = _Saved(out=self._swapper.to_host(local.detach()))
         current.saved.append(saved)
         return saved
@@ -219,7 +219,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds, when it has arrived."""
+    """This rank's shard; a collective that still runs is waited for."""
     shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard
 

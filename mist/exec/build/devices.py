@@ -12,7 +12,7 @@ from mist.errors import InputError
 
 
 def rank_device(environment: Mapping[str, str]) -> torch.device:
-    """This rank's device, by what its launcher says: CUDA where it is, else the CPU.
+    """This rank's device: CUDA where there is one, by the launcher's local rank, else the CPU.
 
     Raises InputError for more ranks than devices.
     """

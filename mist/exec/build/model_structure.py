@@ -24,7 +24,7 @@ from mist.trace.repeated_blocks import Layers, find_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Anatomy:
+class ModelStructure:
     """Names of the layers in the order of their calls, and of what is read before and after.
 
     `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
@@ -44,7 +44,7 @@ class Anatomy:
     tied: Mapping[str, str]
 
 
-def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
+def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
     """Run a model once on fake tensors. Raises ModelError when it has no list of layers."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
@@ -60,7 +60,7 @@ def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
             fake = replace(loaded, module=model)
             fake.run(fake.batch(2, seq_len))
         if sorted(watch.order) == list(range(len(layers.modules))):
-            return _anatomy(loaded.module, watch)
+            return _structure(loaded.module, watch)
         # A list with a layer that is not called once (experts, heads) is no stack: look for
         # another.
         layers = layers.without(_not_once(watch, layers))
@@ -155,7 +155,7 @@ class _Watch(TorchFunctionMode):
         self.hidden = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
-def _anatomy(original: nn.Module, watch: _Watch) -> Anatomy:
+def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
     """Ties are those of the original: a copy on another device has none."""
     copy = watch.model
     names = {id(module): name for name, module in copy.named_modules()}
@@ -169,7 +169,7 @@ def _anatomy(original: nn.Module, watch: _Watch) -> Anatomy:
         if id(p) not in inside
     }
     assert watch.hidden is not None
-    return Anatomy(
+    return ModelStructure(
         layers=tuple(names[id(watch.layers.modules[i])] for i in watch.order),
         front=frozenset(outside[key] for key in watch.front & outside.keys()),
         tail=frozenset(outside[key] for key in watch.tail & outside.keys()),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import loss_parallel
 
-from mist.exec.build.activations import Offloader, keep
+from mist.exec.build.activations import Offloader, apply_memory_level
 from mist.exec.build.adamw import AdamW, Settings, local, make_slots
 from mist.exec.build.batch_shape import planned_shape
 from mist.exec.build.batches import micro_batch, rank_rows, to_device
@@ -24,7 +24,7 @@ from mist.exec.build.gradient_flow import Flows, flows_of
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.build.host_copies import Swapper
 from mist.exec.build.initial_weights import fill
-from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.model_structure import ModelStructure
 from mist.exec.build.pipeline import PipelineSchedule, Shell
 from mist.exec.build.process_group import warm_up
 from mist.exec.build.rank_grid import chunk_layers
@@ -51,22 +51,22 @@ class Subject:
     """
 
     loaded: LoadedModel
-    anatomy: Anatomy
+    structure: ModelStructure
     rules: Mapping[int, TensorRules]
     values: Mapping[str, Whole] = field(default_factory=dict)
 
 
-def subject_of(loaded: LoadedModel, anatomy: Anatomy, plan: Plan) -> Subject:
+def subject_of(loaded: LoadedModel, structure: ModelStructure, plan: Plan) -> Subject:
     """Find the tensor-parallel rules that the plan needs. Raises ModelError."""
     degrees = {stage.tp for stage in plan.stages} - {1}
     seq_len = plan.workload.seq_len
-    rules = {tp: tensor_rules(loaded, anatomy, seq_len, tp) for tp in sorted(degrees)}
-    return Subject(loaded=loaded, anatomy=anatomy, rules=rules)
+    rules = {tp: tensor_rules(loaded, structure, seq_len, tp) for tp in sorted(degrees)}
+    return Subject(loaded=loaded, structure=structure, rules=rules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one step gave, the same on every rank: mean loss, and norm of the gradient."""
+    """Mean loss of a step and norm of its gradient, the same on every rank."""
 
     loss: float
     norm: float
@@ -172,15 +172,15 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
 
 def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int) -> Built:
     """Build one chunk. `first_on_host`: its layers from here on keep their states on the host."""
-    anatomy, stage, place = job.subject.anatomy, job.stage, job.place
-    part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
-    names = anatomy.layers[layers.start : layers.stop]
+    structure, stage, place = job.subject.structure, job.stage, job.place
+    part = cut(job.subject.loaded, structure, layers, COMPUTE[job.plan.workload.precision])
+    names = structure.layers[layers.start : layers.stop]
     ends = ChunkPart(
         layers=names,
         first=layers.start == 0,
-        last=layers.stop == len(anatomy.layers),
-        front=anatomy.front,
-        tail=anatomy.tail,
+        last=layers.stop == len(structure.layers),
+        front=structure.front,
+        tail=structure.tail,
         micro_batch=stage.micro_batch,
         sp=stage.sp,
         split_loss=job.split_loss,
@@ -194,9 +194,9 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     modules = [part.module.get_submodule(name) for name in names]
     # Before FSDP2, whose hooks run around a forward: when a checkpoint runs it again in the
     # backward pass, the layer is gathered.
-    offloader = _keep(job, modules, of_layers)
+    offloader = _apply_levels(job, modules, of_layers)
     host_layers = modules[first_on_host:]
-    flows = flows_of(job.subject.loaded, anatomy, layers)
+    flows = flows_of(job.subject.loaded, structure, layers)
     level = Sharding(
         zero=stage.zero,
         idle=flows.idle,
@@ -212,7 +212,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     return Built(
         root=root,
         layers=tuple(names),
-        parameters={anatomy.tied.get(name, name): p for name, p in parameters.items()},
+        parameters={structure.tied.get(name, name): p for name, p in parameters.items()},
         on_host=frozenset(
             n for n in parameters if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
         ),
@@ -222,13 +222,13 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     )
 
 
-def _keep(
+def _apply_levels(
     job: _Job, modules: Sequence[nn.Module], of_layers: Sequence[MemoryLevel]
 ) -> Offloader | None:
     ratio = job.stage.offload.activations
     offloader = Offloader(ratio, job.swapper) if ratio else None
     for module, level in zip(modules, of_layers, strict=False):
-        keep(module, level)
+        apply_memory_level(module, level)
         if offloader is not None:
             offloader.attach(module)
     return offloader
@@ -388,7 +388,7 @@ class Parallel:
         add_tied(self._tied)
 
     def _mean(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss of the step, and what makes gradients those of it.
+        """The mean loss of the step, and the factor that makes gradients those of the mean.
 
         Of what the ranks of the last stage have tallied; both are 0 where nothing was learned.
         """
@@ -400,8 +400,8 @@ class Parallel:
         return total * share, share / self._scale
 
     def _make_pipeline(self, job: _Job) -> PipelineSchedule:
-        anatomy, workload = job.subject.anatomy, self.plan.workload
-        seq_len, *others = anatomy.boundary
+        structure, workload = job.subject.structure, self.plan.workload
+        seq_len, *others = structure.boundary
         tokens = seq_len // self.stage.tp if self.stage.sp else seq_len
         activation = torch.empty(
             (self.stage.micro_batch, tokens, *others),
@@ -426,8 +426,8 @@ def _pieces(job: _Job) -> Iterator[tuple[str, Pieces]]:
 
 def _tied(job: _Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tied]:
     """Parameters that the first and the last stage both hold."""
-    anatomy, grids, stages = job.subject.anatomy, job.place.grids, job.plan.stages
-    shared = sorted(anatomy.front & anatomy.tail)
+    structure, grids, stages = job.subject.structure, job.place.grids, job.plan.stages
+    shared = sorted(structure.front & structure.tail)
     if len(stages) == 1 or not shared:
         return
     first, last = grids[0], grids[-1]

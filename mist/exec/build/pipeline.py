@@ -195,7 +195,7 @@ class Stage(PipelineStage):
     # between two ranks have one order on both, so waiting for the one before stops no rank.
 
     def _leave(self, step: int, operations: Iterator[dist.P2POp]) -> list[dist.P2POp]:
-        """What the schedule has to send: nothing, where it would hold all of it to the end."""
+        """The sends that the schedule issues: none, where it would keep tensors to the end."""
         if not self._sends_itself:
             return list(operations)
         self.sent(step)
@@ -307,7 +307,7 @@ def end_of_step(root: FSDPModule) -> None:
 
 
 def _within(whole: Span, part: Span) -> tuple[slice, slice]:
-    """The place of a part in what a rank holds."""
+    """Rows and columns of a part, counted within the span of a rank."""
     return (
         slice(part.first - whole.first, part.last - whole.first),
         slice(part.left - whole.left, part.right - whole.left),

@@ -108,7 +108,7 @@ def _index(path: Path) -> dict[str, Path]:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
-    """What a file holds. Raises InputError when it is cut short or no such file."""
+    """The tensors of a file. Raises InputError when it is cut short or no such file."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

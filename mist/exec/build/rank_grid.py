@@ -22,7 +22,7 @@ class Span:
     right: int
 
     def overlap(self, other: "Span") -> "Span | None":
-        """What two spans share, if anything."""
+        """The intersection of two spans, None if it is empty."""
         both = Span(
             first=max(self.first, other.first),
             last=min(self.last, other.last),
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankGrid:
-    """The ranks of one stage, and what each holds of an activation between layers.
+    """The ranks of one stage, and the part of an activation between layers that each has.
 
     `dp_replicate`: copies of the states; the ranks of one are neighbours.
     """
@@ -52,7 +52,7 @@ class RankGrid:
         return self.first_rank + i * self.tp + j
 
     def holds(self, i: int, j: int) -> Span:
-        """What the rank (i, j) holds."""
+        """The part of an activation on the rank (i, j)."""
         rows, columns = self.rows // self.dp, self.columns
         part = columns // self.tp if self.sequence_parallel else columns
         left = j * part if self.sequence_parallel else 0

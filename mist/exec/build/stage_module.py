@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from mist.exec.build.loss import summed_loss
-from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.model_structure import ModelStructure
 from mist.trace.models.loader import LoadedModel
 
 
@@ -100,7 +100,9 @@ class Chunk(nn.Module):
                 del self.entry.received
 
 
-def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype) -> LoadedModel:
+def cut(
+    loaded: LoadedModel, structure: ModelStructure, layers: range, dtype: torch.dtype
+) -> LoadedModel:
     """A copy of a model (on the meta device) with these layers only.
 
     `dtype`: in which the model computes; of the zeros that stand for parameters of other stages,
@@ -109,22 +111,22 @@ def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype
     # A copy on the meta device takes no memory.
     model = deepcopy(loaded.module)
     _narrow_frozen(model, dtype)
-    last = len(anatomy.layers)
-    for index, name in enumerate(anatomy.layers):
+    last = len(structure.layers)
+    for index, name in enumerate(structure.layers):
         if index not in layers:
             parent, _, child = name.rpartition(".")
-            stand_in = _stand_in(index, layers, in_tuple=anatomy.in_tuple)
+            stand_in = _stand_in(index, layers, in_tuple=structure.in_tuple)
             model.get_submodule(parent)._modules[child] = stand_in
-    here = (anatomy.front if layers.start == 0 else frozenset[str]()) | (
-        anatomy.tail if layers.stop == last else frozenset[str]()
+    here = (structure.front if layers.start == 0 else frozenset[str]()) | (
+        structure.tail if layers.stop == last else frozenset[str]()
     )
-    ends = anatomy.front | anatomy.tail
+    ends = structure.front | structure.tail
     # What no forward pass reads belongs to the first stage, so that one stage saves it.
-    unread = {name for name, _ in model.named_parameters()} - ends - _inside(model, anatomy)
-    for name in _all_names(ends - here, anatomy) | (unread if layers.start else set()):
+    unread = {name for name, _ in model.named_parameters()} - ends - _inside(model, structure)
+    for name in _all_names(ends - here, structure) | (unread if layers.start else set()):
         _zeros(model, name, dtype)
     for name in here:
-        _drop_other_uses(model, name, anatomy, layers, dtype)
+        _drop_other_uses(model, name, structure, layers, dtype)
     return replace(loaded, module=model)
 
 
@@ -142,25 +144,25 @@ def _stand_in(index: int, layers: range, *, in_tuple: bool) -> nn.Module:
     return _Entry(in_tuple=in_tuple) if index == 0 else _Skip(in_tuple=in_tuple)
 
 
-def _inside(model: nn.Module, anatomy: Anatomy) -> set[str]:
-    prefixes = tuple(f"{name}." for name in anatomy.layers)
+def _inside(model: nn.Module, structure: ModelStructure) -> set[str]:
+    prefixes = tuple(f"{name}." for name in structure.layers)
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
-def _all_names(names: frozenset[str], anatomy: Anatomy) -> set[str]:
+def _all_names(names: frozenset[str], structure: ModelStructure) -> set[str]:
     """These parameters under all their names."""
-    return set(names) | {again for again, first in anatomy.tied.items() if first in names}
+    return set(names) | {again for again, first in structure.tied.items() if first in names}
 
 
 def _drop_other_uses(
-    model: nn.Module, name: str, anatomy: Anatomy, layers: range, dtype: torch.dtype
+    model: nn.Module, name: str, structure: ModelStructure, layers: range, dtype: torch.dtype
 ) -> None:
     """Of a tied parameter on a stage with one end only: zeros for the other end, which is not run.
 
     The front of a model runs on every stage; so an embedding tied to the head of the last stage
     would gather its gradient twice.
     """
-    both = name in anatomy.front and name in anatomy.tail
+    both = name in structure.front and name in structure.tail
     if both and layers.start > 0:
         _zeros(model, name, dtype)
 

@@ -192,7 +192,7 @@ def _look_up(
     *,
     direct: bool,
 ) -> torch.Tensor:
-    """What a table gives, by its own forward (which may scale it) on this rank's rows."""
+    """Embeddings by the table's own forward (which may scale them) on this rank's rows."""
     weight = table.weight
     assert isinstance(weight, DTensor)
     # The gradient of these rows is a shard already, not a part of a sum.
@@ -276,7 +276,7 @@ def _gather(x: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
 
 
 def _scatter_output(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
-    """This rank's tokens of what such a module gives."""
+    """This rank's tokens of the output of such a module."""
     shard = _scatter(_by_sample(output, batch), mesh=mesh)
     return shard.flatten(0, 1) if output.dim() == ROWS else shard
 

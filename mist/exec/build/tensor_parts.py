@@ -34,7 +34,7 @@ ONE_PIECE: Final = Pieces(count=1, dim=-1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRule:
-    """What a rank has of a parameter: 1/t of a dimension, counted from the end, of each piece.
+    """The part of a parameter on a rank: 1/t of a dimension, counted from the end, of each piece.
 
     `dim` None: all of it, which the sum over the ranks shall have once.
     """
@@ -76,7 +76,7 @@ def _as_read(module: nn.Module, name: str, rule: PartRule, num_ranks: int) -> to
 
 
 def share_of(value: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """1/t of what the sum over the ranks has once; each of them sees all of its gradient."""
+    """1/t of a value, so that the sum over the ranks has it once; its gradient stays whole."""
     # The detached term changes the value, not the gradient.
     return value + (1.0 / num_ranks - 1.0) * value.detach()
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mist.errors import ModelError
-from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.model_structure import ModelStructure
 from mist.exec.build.tensor_parts import PartRule
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel
@@ -58,11 +58,11 @@ class RegionRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRules:
-    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank.
+    """Modules and parameters that ranks divide.
 
-    `parts`: of modules that torch's parallel styles do not know, by parameter. `whole`: modules
-    that need all tokens, in which nothing is divided. `direct`: layer 0 takes what the embedding
-    gives as it is.
+    `local`: numbers (module, attribute) that are smaller on a rank. `parts`: of modules that
+    torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
+    which nothing is divided. `direct`: layer 0 takes the result of the embedding as it is.
     """
 
     regions: tuple[RegionRule, ...]
@@ -74,7 +74,9 @@ class TensorRules:
     local: Mapping[tuple[str, str], int]
 
 
-def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -> TensorRules:
+def tensor_rules(
+    loaded: LoadedModel, structure: ModelStructure, seq_len: int, tp: int
+) -> TensorRules:
     """The rules of a model for `tp` ranks. Raises ModelError when they cannot be run."""
     try:
         setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
@@ -85,10 +87,10 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
     if words := undivided(model, sharding):
         raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
-    entries = _entries(loaded, anatomy, seq_len)
+    entries = _entries(loaded, structure, seq_len)
     blocks = frozenset(_outermost(names[each] for each in sharding.whole))
     traced_regions = tuple(_regions(loaded, sharding, names, entries, blocks))
-    like = _like(loaded, anatomy, traced_regions)
+    like = _like(loaded, structure, traced_regions)
     regions = tuple(
         region.moved(_mover(known, layer))
         for layer, known in like.items()
@@ -102,7 +104,7 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
         whole=frozenset(_everywhere(dict.fromkeys(blocks), like)) - {r.block for r in regions},
         embedding=table,
         head=head,
-        direct=table is not None and table == anatomy.direct,
+        direct=table is not None and table == structure.direct,
         local={
             (owner, attribute): value
             for owner, values in _everywhere(_local(model, sharding, tp), like).items()
@@ -140,7 +142,7 @@ def _vocabulary(
 
 
 def _like(
-    loaded: LoadedModel, anatomy: Anatomy, regions: Sequence[RegionRule]
+    loaded: LoadedModel, structure: ModelStructure, regions: Sequence[RegionRule]
 ) -> Mapping[str, str]:
     """For each layer one that costs the same and has rules: the trace looks at one of each kind.
 
@@ -148,10 +150,10 @@ def _like(
     """
     known = {
         signature(loaded.module.get_submodule(layer)): layer
-        for layer in reversed(anatomy.layers)
+        for layer in reversed(structure.layers)
         if any(region.rowwise.startswith(f"{layer}.") for region in regions)
     }
-    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in anatomy.layers}
+    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in structure.layers}
     for layer, kind in kinds.items():
         if kind not in known:
             raise ModelError(
@@ -243,13 +245,13 @@ def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str,
     return numbers
 
 
-def _entries(loaded: LoadedModel, anatomy: Anatomy, seq_len: int) -> Mapping[str, str]:
+def _entries(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> Mapping[str, str]:
     """For each linear layer: the module at which its input enters."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
     with mode:
         model.to_empty(device="cpu")
-    watch = _Inputs(model=model, layers=frozenset(anatomy.layers))
+    watch = _Inputs(model=model, layers=frozenset(structure.layers))
     with mode, ImitatedKernels("cpu"), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))

@@ -33,7 +33,7 @@ def subject_of_module(
     loaded = LoadedModel(module=empty, name=facts.name, make_batch=make_batch, loss=loss)
     subject = subject_of(loaded, examine(loaded, workload.seq_len), plan)
     return Subject(
-        loaded=subject.loaded, anatomy=subject.anatomy, rules=subject.rules, values=values
+        loaded=subject.loaded, structure=subject.structure, rules=subject.rules, values=values
     ), facts
 
 

@@ -30,7 +30,7 @@ from mist.exec.build.empty_weights import load_within
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Parallel, assemble, subject_of
 from mist.exec.build.step_recorder import Rows, collectives_of
-from mist.exec.dryrun.observer import Observer, observed
+from mist.exec.dryrun.observer import Observer, observing
 from mist.exec.observation import Seen, to_json
 from mist.files import write_bytes
 from mist.plans.file import load_plan
@@ -49,7 +49,7 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
     short_plan = cut(plan, stage)
     loaded = load_shapes(plan.model.source, plan.workload.attention)
     rank = plan.stages[stage].devices[0]
-    with pretended(rank, plan.cluster.num_gpus):
+    with fake_process_group(rank, plan.cluster.num_gpus):
         subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
         # Meshes and groups compute with ranks as real tensors: the fake mode is for memory only.
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -69,13 +69,13 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
 def _step(parallel: Parallel, loaded: LoadedModel, observer: Observer) -> None:
     workload = parallel.plan.workload
     batch = loaded.batch(workload.global_batch, workload.seq_len)
-    with observed(observer, parallel):
+    with observing(observer, parallel):
         parallel.unread_step(batch)
 
 
 def _observation(plan: Plan, stage: int, short_plan: Plan, observer: Observer) -> Seen:
     num_skipped = plan.num_micro_batches - short_plan.num_micro_batches
-    rows = extended(observer.rows(), observer.ends, num_skipped)
+    rows = extend_totals(observer.rows(), observer.ends, num_skipped)
     return Seen(
         stage=stage,
         rank=plan.stages[stage].devices[0],
@@ -92,7 +92,7 @@ def _observation(plan: Plan, stage: int, short_plan: Plan, observer: Observer) -
     )
 
 
-def extended(rows: Rows, ends: Sequence[Rows], more: int) -> Rows:
+def extend_totals(rows: Rows, ends: Sequence[Rows], more: int) -> Rows:
     """Collectives with `more` micro-batches like the one between the first two backward passes."""
     if more == 0:
         return rows
@@ -122,7 +122,7 @@ def cut(plan: Plan, stage: int) -> Plan:
 
 
 @contextmanager
-def pretended(rank: int, world_size: int) -> Iterator[None]:
+def fake_process_group(rank: int, world_size: int) -> Iterator[None]:
     """Within: this process is one rank of a process group that moves nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:

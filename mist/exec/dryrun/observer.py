@@ -1,4 +1,4 @@
-"""What a rank holds at each instant of a step, and what for: a recorder that knows torch.
+"""The memory of a rank at each instant of a step, by purpose: a recorder that knows torch.
 
 A storage belongs to what runs when it is made: FSDP2 gathers or reduces, a layer runs forward, the
 model's ends, a backward pass (working memory), the optimizer. What autograd made and FSDP2 then
@@ -170,7 +170,7 @@ class Observer(StepRecorder):
 
 
 @contextmanager
-def observed(observer: Observer, parallel: Parallel) -> Iterator[None]:
+def observing(observer: Observer, parallel: Parallel) -> Iterator[None]:
     """Within: the observer knows what runs."""
     with ExitStack() as stack:
         at_end = parallel.place.stage == len(parallel.plan.stages) - 1

@@ -48,7 +48,7 @@ BETWEEN: Final[dict[str, Part]] = {
 LONGEST_RATIO: Final = 1 / 200  # of the time asked for, for one call
 PATIENCE_RATIO: Final = 1.5  # of the time asked for, on top, where other programs are busy
 TIMEOUT_S: Final = 300.0
-DRIVEN: Final = {
+GPU_STATE: Final = {
     "clocks.sm": "sm_clock_mhz",
     "clocks.mem": "memory_clock_mhz",
     "power.draw": "power_w",
@@ -94,7 +94,7 @@ def run(request: Request, out: Path) -> None:
             if dist.get_rank() == 0:
                 say(f"measuring {name}")
             part(clock)
-            warm = warm or _driven(device)  # behind the products, which drive it hardest
+            warm = warm or _gpu_state(device)  # behind the products, which drive it hardest
         others = clock.others_ratio(Busy.now().since(before))
         if dist.get_rank() == 0:
             about = _about(device) | {"own_bytes": own_bytes, "others_ratio": others} | warm
@@ -103,7 +103,7 @@ def run(request: Request, out: Path) -> None:
 
 
 def _about(device: torch.device) -> dict[str, str | float]:
-    """The machine in words, and what it holds in bytes."""
+    """The machine in words, and its memory in bytes."""
     host_bytes = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -117,32 +117,32 @@ def _about(device: torch.device) -> dict[str, str | float]:
     return {"name": _processor(), "host_bytes": host_bytes, "bytes": each}
 
 
-def _driven(device: torch.device) -> dict[str, str | float]:
+def _gpu_state(device: torch.device) -> dict[str, str | float]:
     """How a GPU is driven just now, as its driver says; nothing where that cannot be asked."""
     if device.type != "cuda":
         return {}
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    command = ["nvidia-smi", f"--query-gpu={','.join(DRIVEN)}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader,nounits"]
     try:
         reply = subprocess.run(
             [*command, f"--id=GPU-{uuid}"], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return {}
-    return driven(reply.stdout)
+    return gpu_state(reply.stdout)
 
 
-def driven(reply: str) -> dict[str, str | float]:
+def gpu_state(reply: str) -> dict[str, str | float]:
     """What a line of numbers by nvidia-smi says; those that it does not know are left out."""
     figures: dict[str, str | float] = {}
-    for name, word in zip(DRIVEN.values(), reply.split(","), strict=False):
+    for name, word in zip(GPU_STATE.values(), reply.split(","), strict=False):
         with suppress(ValueError):
             figures[name] = float(word)
     return figures
 
 
 def _own_bytes(device: torch.device) -> float:
-    """What a rank holds before it has tensors of its own."""
+    """Memory of a rank before it has tensors of its own."""
     if device.type != "cuda":
         return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # NCCL takes its buffers in the first collective; they are a rank's own.

@@ -123,7 +123,7 @@ def _states(parallel: Parallel) -> dict[str, torch.Tensor]:
 
 
 def _apart(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """What of a state keeps matrices apart that the model has side by side."""
+    """Names of tensors that keep matrices apart which the model has side by side."""
     return [name for name in state if _parameter_name(name) in parallel.pieces]
 
 
@@ -133,7 +133,7 @@ def _parameter_name(name: str) -> str:
 
 
 def _take_apart(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
-    """Give this rank its parts of what was loaded as the model has it."""
+    """Fill this rank's parts from tensors that were loaded in the model's own form."""
     states = _states(parallel)
     for name in _apart(parallel, states):
         target = states[name]

@@ -275,7 +275,7 @@ class _Training:
         self._say(f"saved {path}")
 
     def _facts(self, done: int) -> dict[str, object]:
-        """What a checkpoint says of the run, for the one that goes on from it."""
+        """Facts of the run in a checkpoint, for the run that goes on from it."""
         workload, file = self.plan.workload, self.options.data
         return {
             **same_facts(self.options, self.plan),

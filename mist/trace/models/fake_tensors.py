@@ -71,7 +71,7 @@ class Fakes:
 
 
 @contextmanager
-def faked(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
+def fake_tables(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
     """Within: the modules' own parameters, buffers and tensor attributes are fake."""
     # Only tensors of the module itself: its children are among the modules.
     tables = [table for m in modules for table in tables_of(m)]

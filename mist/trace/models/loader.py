@@ -102,7 +102,7 @@ class LoadedModel:
         return cross_entropy(output, batch), None
 
     def forward(self, batch: object) -> object:
-        """What the model makes of a batch."""
+        """The output of the model on a batch."""
         if isinstance(batch, Mapping):
             # A cache of keys and values is for generation.
             no_cache = {"use_cache": False} if "use_cache" in self._parameters() else {}

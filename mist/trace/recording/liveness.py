@@ -27,7 +27,7 @@ from mist.trace.expressions import Symbols
 
 
 class Form(Enum):
-    """What a rank has of an activation under sequence parallelism, or in addition to it."""
+    """The part of an activation on a rank under sequence parallelism, and copies in addition."""
 
     SHARE = 1 / Q
     WHOLE = sympy.Integer(1)

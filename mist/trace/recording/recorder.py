@@ -252,7 +252,7 @@ class Recorder(TorchDispatchMode):
         return inside or any(id(module) in self._whole for module in self.callers)
 
     def _read(self, part: Part, call: Call) -> None:
-        """Which parameters a forward call reads, and what it makes in a compiled graph."""
+        """Note the parameters that a forward call reads, and its results in a compiled graph."""
         keys = (key_of(t) for t in tensors_in(tuple(call.arguments.values())))
         part.used.update((key, None) for key in keys if key in self._states)
         if part.compiled and moves_bytes(
@@ -283,7 +283,7 @@ class Recorder(TorchDispatchMode):
         )
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
-        """Which storages a call leaves alive, and what a rank has of them."""
+        """Note the storages that a call leaves alive, and their form on a rank."""
         hidden = self._kernel is not None and self._kernel.hidden
         results = [] if hidden else [
             tensor
@@ -305,7 +305,7 @@ class Recorder(TorchDispatchMode):
         return T in self._symbols.expr(tensor.untyped_storage().nbytes()).free_symbols
 
     def _follow(self, part: Part, call: Call, origin: Origin) -> None:
-        """What a call makes of sums over the ranks, in a module that is one region."""
+        """Follow sums over the ranks through a call, in a module that is one region."""
         if not any(id(module) in self._whole for module in self.callers):
             return
         if not self._sums.read(call):

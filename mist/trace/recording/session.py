@@ -24,7 +24,7 @@ from mist.model.graph import B, S, SavedTensor, T
 from mist.trace.diagnose import Passed
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
-from mist.trace.models.fake_tensors import DTYPES, Fakes, faked
+from mist.trace.models.fake_tensors import DTYPES, Fakes, fake_tables
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.operations.autocast import forward_in, outside
@@ -222,7 +222,7 @@ class Session:
         inside = {id(m) for layer in layers for m in layer.modules()}
         outside = [m for m in self.model.module.modules() if id(m) not in inside]
         with ExitStack() as self.stack:
-            self.stack.enter_context(faked(outside, self.fakes))
+            self.stack.enter_context(fake_tables(outside, self.fakes))
             self.stack.enter_context(self._local_attributes())
             for index, layer in enumerate(layers):
                 self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
@@ -319,7 +319,7 @@ class Session:
         kwargs: dict[str, object],
     ) -> Piece:
         """Run one layer forward and backward, alone."""
-        self.stack.enter_context(faked(layer.modules(), self.fakes))
+        self.stack.enter_context(fake_tables(layer.modules(), self.fakes))
         args, kwargs = tree_map(self._as_input, tree_map(leaf, (args, kwargs)))
         tensors = list(tensors_in((args, kwargs)))
         piece = self._open(layer, tensors)

@@ -134,7 +134,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """What a rank holds of a model. Parameters and modules are meant by identity.
+    """The part of a model on a rank. Parameters and modules are meant by identity.
 
     `colwise`: modules whose input enters a region. `regions`: of each region the module that ends
     it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also
