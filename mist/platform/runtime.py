@@ -224,8 +224,8 @@ class Offloading(Record):
     while they live). `optimizer_on_host`: the host's processor updates the offloaded part of the
     optimizer, so that none of it comes to the device. `host_overhead_ratio`: host memory beyond the
     states themselves, over their bytes.
-    `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up, but for
-    moments.
+    `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up,
+    except moments.
     """
 
     weights: HostedState | None

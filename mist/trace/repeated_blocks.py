@@ -68,9 +68,9 @@ def find_layers(model: nn.Module) -> Layers | None:
     lists = list(_lists(model))
     outermost = _outermost(lists)
     repeating = _outermost([each for each in lists if each.repeats])
-    enough = repeating and 2 * _total(repeating) >= _total(outermost)
-    chosen = repeating if enough else outermost
-    main_lists = [each for each in chosen if each.size >= DETAIL_RATIO * _total(chosen)]
+    mostly_repeats = repeating and 2 * _total(repeating) >= _total(outermost)
+    candidates = repeating if mostly_repeats else outermost
+    main_lists = [each for each in candidates if each.size >= DETAIL_RATIO * _total(candidates)]
     if not main_lists:
         return None
     return Layers(

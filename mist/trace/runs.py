@@ -109,8 +109,8 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
         run, notes = _sharded_run(subject, check), list(subject.notes)
     except UnsupportedRules as reason:
         subject = replace(subject, sharding=None)
-        run, fitted = _expressions(subject, batch=None)
-        notes = [NOT_SYMBOLIC if fitted else str(reason)]
+        run, is_fitted = _expressions(subject, batch=None)
+        notes = [NOT_SYMBOLIC if is_fitted else str(reason)]
     if setting.compiled:
         progress("tracing as compiled")
         subject = replace(subject, setting=setting)

@@ -152,7 +152,7 @@ class _Block:
                 yield module
 
     def _matrix(self, node: fx.Node) -> Matrix | None:
-        """The matrix of a product, which is its last operand but for scalars."""
+        """The matrix of a product: its last operand that is no scalar."""
         if node.target not in PRODUCTS:
             return None
         operand = node.args[1] if node.target is aten.mm.default else node.args[2]

@@ -158,10 +158,10 @@ def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-Owned = list[tuple[str, torch.Tensor, bool]]
+BlockParams = list[tuple[str, torch.Tensor, bool]]
 
 
-def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
+def _owners(module: nn.Module, result: Recorded) -> list[BlockParams]:
     """The parameters of embed, head and each distinct layer: name, tensor, tied.
 
     Outside the layers a parameter belongs where it is first read (one never read: to the
@@ -175,17 +175,17 @@ def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
     }
     unread = {id(p) for _, p in outside}.difference(*parts.values())
     parts[id(run.embed if layers else run.head)] |= unread
-    owned: dict[int, Owned] = {}
+    params_of: dict[int, BlockParams] = {}
     known: set[int] = set()
     for piece in _outside(run):
         read = parts[id(piece)]
-        owned[id(piece)] = [(name, p, id(p) in known) for name, p in outside if id(p) in read]
+        params_of[id(piece)] = [(name, p, id(p) in known) for name, p in outside if id(p) in read]
         known |= read
     for piece in run.layers:
         if piece.module is not None:
             parameters = piece.module.named_parameters()
-            owned[id(piece)] = [(name, parameter, False) for name, parameter in parameters]
-    return [owned[id(piece)] for piece in (run.embed, run.head, *run.layers)]
+            params_of[id(piece)] = [(name, parameter, False) for name, parameter in parameters]
+    return [params_of[id(piece)] for piece in (run.embed, run.head, *run.layers)]
 
 
 def _outside(run: RecordedRun) -> list[Piece]:
@@ -194,7 +194,7 @@ def _outside(run: RecordedRun) -> list[Piece]:
 
 
 def _block(
-    piece: Piece, single: Piece, params: Owned, sharding: Sharding | None, run: RecordedRun
+    piece: Piece, single: Piece, params: BlockParams, sharding: Sharding | None, run: RecordedRun
 ) -> Block:
     shares = sharding.params if sharding else {}
     block_params = tuple(
@@ -258,21 +258,24 @@ def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, i
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
     inside = [{id(inner) for inner in m.modules()} & sharding.regions.keys() for m in whole]
     regions = {id(m) for m in layer.modules()} & sharding.regions.keys()
-    together = sum(1 for rows in inside if rows)
+    num_joint = sum(1 for rows in inside if rows)
     entered, flows = piece.part.entered, piece.part.flows
-    entries = entries_back = exits_back = together
+    entries = entries_back = exits_back = num_joint
     if not any(op.phase == "backward" for op in piece.part.ops):
         entries_back = exits_back = 0
-    alone = regions.difference(*inside)
-    for row in alone:
-        hooked = sharding.regions[row] & entered.keys()
-        inputs = {entered[id] for id in hooked}
-        back = {entered[id] for id in hooked & flows} if hooked else {0} if piece.flows else set()
+    separate = regions.difference(*inside)
+    for row in separate:
+        entry_ids = sharding.regions[row] & entered.keys()
+        inputs = {entered[key] for key in entry_ids}
+        # Without a hook the layer's own input stands for what enters.
+        back = {0} if piece.flows else set()
+        if entry_ids:
+            back = {entered[key] for key in entry_ids & flows}
         entries, entries_back = entries + max(len(inputs), 1), entries_back + len(back)
         exits_back += int(row in flows or bool(back))
     return {
         "num_entries": entries,
-        "num_exits": len(alone) + together,
+        "num_exits": len(separate) + num_joint,
         "num_entries_back": entries_back,
         "num_exits_back": exits_back,
         "num_whole": sum(1 for rows in inside if not rows),

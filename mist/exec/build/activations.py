@@ -102,9 +102,10 @@ class _Pass:
     fetched: bool = False
 
     def leave(self) -> None:
-        """Let what computes next wait till all of it is on the host: two layers are on their way.
+        """Make the next computation wait until the copies of this layer are on the host.
 
-        Else a device that computes faster than it copies would keep what it should not.
+        At most two layers are in flight: a device that computes faster than it copies would
+        otherwise hold more than planned.
         """
         if self.saved:
             self.saved[-1].out.wait()  # copies end in the order in which they began

@@ -82,8 +82,8 @@ class AdamW:
         self.num_steps += 1
         # A parameter that the loss does not depend on has no gradient.
         ready = [slot for slot in self.slots if slot.parameter.grad is not None]
-        if here := [slot.tensors for slot in ready if not any(slot.on_host)]:
-            self._update(here, scale)
+        if on_device := [slot.tensors for slot in ready if not any(slot.on_host)]:
+            self._update(on_device, scale)
         self._stream(list(_buckets(slot for slot in ready if any(slot.on_host))), scale)
 
     def zero_grad(self) -> None:
@@ -92,17 +92,17 @@ class AdamW:
             slot.parameter.grad = None
 
     def _stream(self, buckets: Sequence[Sequence[ParameterState]], scale: torch.Tensor) -> None:
-        coming = self._fetch(buckets[0]) if buckets else []
-        leaving: list[Copy] = []
+        incoming = self._fetch(buckets[0]) if buckets else []
+        outgoing: list[Copy] = []
         for index, bucket in enumerate(buckets):
-            here = [tuple(copy.wait() for copy in copies) for copies in coming]
-            if leaving:
-                leaving[-1].wait()  # the bucket before is gone: three are never here at once
-            coming = self._fetch(buckets[index + 1]) if index + 1 < len(buckets) else []
-            self._update(here, scale)
-            leaving += self._put_back(bucket, here)
+            tensors = [tuple(copy.wait() for copy in copies) for copies in incoming]
+            if outgoing:
+                outgoing[-1].wait()  # the bucket before is gone: three are never here at once
+            incoming = self._fetch(buckets[index + 1]) if index + 1 < len(buckets) else []
+            self._update(tensors, scale)
+            outgoing += self._put_back(bucket, tensors)
         # The host reads without streams (a checkpoint): it must not see a copy in flight.
-        for copy in leaving:
+        for copy in outgoing:
             copy.arrived()
 
     def _fetch(self, bucket: Sequence[ParameterState]) -> list[tuple[Copy, ...]]:
@@ -117,13 +117,13 @@ class AdamW:
         ]
 
     def _put_back(
-        self, bucket: Sequence[ParameterState], here: Sequence[tuple[torch.Tensor, ...]]
+        self, bucket: Sequence[ParameterState], updates: Sequence[tuple[torch.Tensor, ...]]
     ) -> Iterator[Copy]:
         """Copies to the host of what was changed; a gradient is not needed any more."""
-        for slot, updated in zip(bucket, here, strict=True):
+        for slot, tensors in zip(bucket, updates, strict=True):
             for index in (0, 2, 3):
                 if slot.on_host[index]:
-                    yield self._swapper.to_host(updated[index], slot.tensors[index])
+                    yield self._swapper.to_host(tensors[index], slot.tensors[index])
 
     def _update(self, tensors: Sequence[tuple[torch.Tensor, ...]], scale: torch.Tensor) -> None:
         values, grads, first, second = (list(column) for column in zip(*tensors, strict=True))
@@ -132,7 +132,7 @@ class AdamW:
         device = self._swapper.device
         # The functional form counts the step up before it uses it, and wants a tensor of its own
         # for each parameter.
-        past = torch.full((len(values),), float(self.num_steps - 1), device=device)
+        steps = torch.full((len(values),), float(self.num_steps - 1), device=device)
         beta1, beta2 = self.settings.betas
         adamw(
             values,
@@ -140,7 +140,7 @@ class AdamW:
             first,
             second,
             [],
-            list(past.unbind()),
+            list(steps.unbind()),
             foreach=False,
             fused=True,
             amsgrad=False,
@@ -167,9 +167,9 @@ def make_slots(
     trained = {name: each for name, each in parameters.items() if each.requires_grad}
     shards = {name: local(parameter.detach()) for name, parameter in trained.items()}
     sizes = {name: shard.numel() * shard.element_size() for name, shard in shards.items()}
-    moved = chosen(sizes, host_ratio)
+    offloaded = chosen(sizes, host_ratio)
     for name, parameter in trained.items():
-        moments_on_host = name in moved
+        moments_on_host = name in offloaded
         first, second = (_zeros(shards[name], swapper, on_host=moments_on_host) for _ in range(2))
         yield ParameterState(
             name=name,
@@ -186,20 +186,20 @@ def chosen(sizes: Mapping[str, int], ratio: float) -> frozenset[str]:
 
     They are spread evenly over all; what the last of them leave open, the largest that fit fill.
     """
-    total = taken = 0
+    total = offloaded = 0
     names = set()
     # First a greedy pass that keeps to the ratio at every prefix, so that the chosen parameters lie
     # all along the model; then the largest that still fit.
-    whole = round(ratio * sum(sizes.values()))
+    budget = round(ratio * sum(sizes.values()))
     for name, size in sizes.items():
         total += size
-        if 0 < size <= round(ratio * total) - taken:
+        if 0 < size <= round(ratio * total) - offloaded:
             names.add(name)
-            taken += size
+            offloaded += size
     for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
-        if name not in names and 0 < sizes[name] <= whole - taken:
+        if name not in names and 0 < sizes[name] <= budget - offloaded:
             names.add(name)
-            taken += sizes[name]
+            offloaded += sizes[name]
     return frozenset(names)
 
 

@@ -38,23 +38,23 @@ class BatchShape:
     def check(self, batch: object) -> None:
         """Raise InputError unless a batch fits."""
         leaves = _leaves(batch)
-        wanted = dict(self.leaves)
+        expected = dict(self.leaves)
         if self.is_open and leaves:
-            wanted = {next(iter(leaves)): (self.num_samples, self.seq_len)}
+            expected = {next(iter(leaves)): (self.num_samples, self.seq_len)}
         tokens = (self.num_samples, self.seq_len)
-        extra = set(OF_TOKENS) - wanted.keys()
-        wanted |= {name: tokens for name in extra if len(_shape(leaves.get(name))) == 2}
+        extra = set(OF_TOKENS) - expected.keys()
+        expected |= {name: tokens for name in extra if len(_shape(leaves.get(name))) == 2}
         if OPTIONAL not in leaves:
-            wanted.pop(OPTIONAL, None)
-        fits = all(_shape(leaves.get(name)) == shape for name, shape in wanted.items())
+            expected.pop(OPTIONAL, None)
+        fits = all(_shape(leaves.get(name)) == shape for name, shape in expected.items())
         if fits and all(_shape(leaf)[:1] == tokens[:1] for leaf in leaves.values()):
             return
-        had = {name: _words(leaf) for name, leaf in leaves.items()}
+        actual = {name: _words(leaf) for name, leaf in leaves.items()}
         raise InputError(
             f"the batch does not fit the plan: a step takes {self.num_samples} samples of "
-            f"{self.seq_len} tokens, as {_listed(self.leaves)}; found {_listed(had)}. Give every "
-            "rank all samples of a step in tensors whose first dimension counts them, or plan "
-            "again with --seq and --global-batch of the batch."
+            f"{self.seq_len} tokens, as {_shapes_text(self.leaves)}; found {_shapes_text(actual)}. "
+            "Give every rank all samples of a step in tensors whose first dimension counts them, "
+            "or plan again with --seq and --global-batch of the batch."
         )
 
 
@@ -90,7 +90,7 @@ def _words(leaf: object) -> tuple[int, ...] | str:
     return _shape(leaf) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
 
 
-def _listed(leaves: Mapping[str, tuple[int, ...] | str]) -> str:
+def _shapes_text(leaves: Mapping[str, tuple[int, ...] | str]) -> str:
     each = (
         f"{name} {list(shape) if isinstance(shape, tuple) else shape}"
         for name, shape in leaves.items()

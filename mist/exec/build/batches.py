@@ -121,5 +121,5 @@ def to_device(batch: object, device: torch.device) -> object:
     """A batch on the device."""
     # By identity: a tensor that a batch has under two names (ids that are labels, too) is copied
     # once.
-    moved = {id(leaf): leaf.to(device, non_blocking=True) for leaf in tree_leaves(batch)}
-    return tree_map(lambda leaf: moved[id(leaf)], batch)
+    copies = {id(leaf): leaf.to(device, non_blocking=True) for leaf in tree_leaves(batch)}
+    return tree_map(lambda leaf: copies[id(leaf)], batch)

@@ -186,10 +186,10 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
         split_loss=job.split_loss,
     )
     # Tensor parallelism first: FSDP2 then divides the part that a rank has.
-    summed: frozenset[str] = frozenset()
+    partial_names: frozenset[str] = frozenset()
     if stage.tp > 1:
         rules = job.subject.rules[stage.tp]
-        summed = divide(part.module, rules, ends, place.tp_mesh)
+        partial_names = divide(part.module, rules, ends, place.tp_mesh)
     root = Chunk(part, job.scale)
     modules = [part.module.get_submodule(name) for name in names]
     # Before FSDP2, whose hooks run around a forward: when a checkpoint runs it again in the
@@ -216,7 +216,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
         on_host=frozenset(
             n for n in parameters if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
         ),
-        partial=tuple(parameters[name] for name in sorted(summed)),
+        partial=tuple(parameters[name] for name in sorted(partial_names)),
         flows=flows,
         offloader=offloader,
     )
@@ -363,11 +363,11 @@ class Parallel:
         self._batch_shape.check(batch)
         count, size = self.plan.num_micro_batches, self.stage.micro_batch
         rows = rank_rows(batch, self.place.grid, self.place.i, count)
-        mine = to_device(rows, self.place.device)
+        inputs = to_device(rows, self.place.device)
         for each in self.chunks:
             each.root.start(self.place.device)
         if self._pipeline is not None:
-            self._pipeline.step(mine)
+            self._pipeline.step(inputs)
             return
         chunk = self._chunks[0]
         for index in range(count):
@@ -376,7 +376,7 @@ class Parallel:
             # FSDP2 reads these flags in the hooks of the coming backward pass.
             begin_backward(chunk.root, zero=self.stage.zero, last=index == count - 1)
             with self.clock.timing("forward"):
-                loss = chunk.root(micro_batch(mine, size, index))
+                loss = chunk.root(micro_batch(inputs, size, index))
             with self.clock.timing("backward"):
                 loss.backward()
 

@@ -343,8 +343,8 @@ class PipelineSchedule:
             shell.layout = layout
         # Torch's schedules call the loss only where they get a target.
         target = {"target": leaves[0]} if self._last else {}
-        named = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
-        self._schedule.step(**target, **named, return_outputs=False)
+        inputs = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
+        self._schedule.step(**target, **inputs, return_outputs=False)
         for stage in self._stages:
             stage.sent(-1, 1)
 

@@ -54,10 +54,12 @@ def check(folder: Path) -> None:
 def tensors_of(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in a folder's weights, by its name there. Raises InputError."""
     if not _readable(folder):
-        others = _others(folder)
-        there = f"only {', '.join(others)}, which Mist does not read" if others else "no weights"
+        other_files = _others(folder)
+        content = "no weights"
+        if other_files:
+            content = f"only {', '.join(other_files)}, which Mist does not read"
         raise InputError(
-            f"{folder} has {there}. Save the model again (save_pretrained writes {SINGLE}), "
+            f"{folder} has {content}. Save the model again (save_pretrained writes {SINGLE}), "
             f"{INSTEAD}."
         )
     if (folder / SINGLE).is_file():
@@ -123,11 +125,11 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             f"{path} is no safetensors file: {error}. Download it again, {INSTEAD}."
         ) from error
     # Offsets in a header count from its end.
-    needed, there = 8 + size + max(ends, default=0), path.stat().st_size
-    if there != needed:
+    expected_bytes, num_bytes = 8 + size + max(ends, default=0), path.stat().st_size
+    if num_bytes != expected_bytes:
         raise InputError(
-            f"{path} has {there:,} bytes, its header says {needed:,}: it is cut short or damaged. "
-            f"Download it again, {INSTEAD}."
+            f"{path} has {num_bytes:,} bytes, its header says {expected_bytes:,}: it is cut short "
+            f"or damaged. Download it again, {INSTEAD}."
         )
     return tensors
 

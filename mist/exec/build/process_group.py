@@ -36,15 +36,15 @@ def process_group(timeout_s: float) -> Iterator[torch.device]:
         # NCCL connects the default group here, not in its first collective.
         device_id=device if cuda else None,
     )
-    with _destroyed_behind(abort=cuda):
+    with _destroy_afterwards(abort=cuda):
         if cuda:
             refuse_shared(device)
         yield device
 
 
 @contextmanager
-def _destroyed_behind(*, abort: bool) -> Iterator[None]:
-    """Behind: the group is gone. `abort`: after an error peers may be stuck; NCCL would wait."""
+def _destroy_afterwards(*, abort: bool) -> Iterator[None]:
+    """Within: the group is there, afterwards not. `abort`: after an error do not wait for peers."""
     try:
         yield
     except BaseException:

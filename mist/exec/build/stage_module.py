@@ -42,10 +42,10 @@ class _Skip(nn.Module):
         self.in_tuple = in_tuple
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        hidden = self.replaced(_hidden(args, kwargs))
+        hidden = self.result(_hidden(args, kwargs))
         return (hidden,) if self.in_tuple else hidden
 
-    def replaced(self, hidden: torch.Tensor) -> torch.Tensor:
+    def result(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
 
@@ -54,7 +54,7 @@ class _Entry(_Skip):
 
     received: torch.Tensor
 
-    def replaced(self, hidden: torch.Tensor) -> torch.Tensor:
+    def result(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.received
 
 
@@ -117,15 +117,15 @@ def cut(
             parent, _, child = name.rpartition(".")
             stand_in = _stand_in(index, layers, in_tuple=structure.in_tuple)
             model.get_submodule(parent)._modules[child] = stand_in
-    here = (structure.front if layers.start == 0 else frozenset[str]()) | (
+    local_names = (structure.front if layers.start == 0 else frozenset[str]()) | (
         structure.tail if layers.stop == last else frozenset[str]()
     )
     ends = structure.front | structure.tail
     # What no forward pass reads belongs to the first stage, so that one stage saves it.
     unread = {name for name, _ in model.named_parameters()} - ends - _inside(model, structure)
-    for name in _all_names(ends - here, structure) | (unread if layers.start else set()):
+    for name in _all_names(ends - local_names, structure) | (unread if layers.start else set()):
         _zeros(model, name, dtype)
-    for name in here:
+    for name in local_names:
         _drop_other_uses(model, name, structure, layers, dtype)
     return replace(loaded, module=model)
 

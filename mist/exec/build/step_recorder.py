@@ -175,7 +175,7 @@ class StepRecorder(TorchDispatchMode):
         self._host_peak = max(self._host_peak, self._host_bytes)
 
     def _changed(self, key: int, num_bytes: int) -> None:
-        """For those who want to know more."""
+        """Hook for subclasses: a storage changed its size by so much."""
 
     def _free(self, key: int) -> None:
         self._bytes -= self._live.pop(key, 0)

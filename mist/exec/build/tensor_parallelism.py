@@ -65,46 +65,46 @@ def divide(
     sequence parallelism would divide the tokens that attention counts, or would leave a gradient
     that is a partial sum in part.
     """
-    entered, whole = _divide_layers(model, rules, part, mesh)
+    entries, whole = _divide_layers(model, rules, part, mesh)
     _divide_ends(model, rules, part, mesh)
     head_partial = part.sp and rules.head is not None
     if part.sp:
         _shard_sequence(model, part, mesh, head_partial=head_partial)
-    summed = frozenset(
+    partial_names = frozenset(
         name
-        for name in _partial(model, part, entered, head_partial=head_partial)
+        for name in _partial(model, part, entries, head_partial=head_partial)
         if not name.startswith(tuple(f"{module}." for module in whole))
     )
-    if mixed := sorted(summed & part.front) if part.first else []:
+    if mixed := sorted(partial_names & part.front) if part.first else []:
         raise ModelError(
             f"sp: {mixed[0]} is read before the layers, by all tokens on every rank, and behind "
             "them, by the tokens of a rank; its gradient cannot be summed. Plan without sp."
         )
-    return summed
+    return partial_names
 
 
 def _divide_layers(
     model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: DeviceMesh
 ) -> tuple[set[str], set[str]]:
     """Divide the layers; the modules at which regions are entered, and those that gather tokens."""
-    here = tuple(f"{name}." for name in part.layers)
-    _divide_parameters(model, rules, here, mesh)
-    regions = [region for region in rules.regions if region.rowwise.startswith(here)]
+    prefixes = tuple(f"{name}." for name in part.layers)
+    _divide_parameters(model, rules, prefixes, mesh)
+    regions = [region for region in rules.regions if region.rowwise.startswith(prefixes)]
     for region in regions:
         _divide_region(model, region, mesh, part)
-    entered = {name for region in regions for name in region.entries.values()}
+    entries = {name for region in regions for name in region.entries.values()}
     exits = {region.block or region.rowwise for region in regions}
-    whole = {name for name in rules.whole if part.sp and name.startswith(here)}
+    whole = {name for name in rules.whole if part.sp and name.startswith(prefixes)}
     options: Any = {"mesh": mesh, "batch": part.micro_batch}
-    _on_all(model, entered, _on_entry, partial(_enter, sp=part.sp, **options))
+    _on_all(model, entries, _on_entry, partial(_enter, sp=part.sp, **options))
     _on_all(model, exits, _on_exit, partial(_leave if part.sp else _add_up, **options))
     _on_all(model, whole, _on_entry, partial(_gather, **options))
     _on_all(model, whole, _on_exit, partial(_scatter_output, **options))
-    return entered, whole
+    return entries, whole
 
 
 def _divide_parameters(
-    model: nn.Module, rules: TensorRules, here: tuple[str, ...], mesh: DeviceMesh
+    model: nn.Module, rules: TensorRules, prefixes: tuple[str, ...], mesh: DeviceMesh
 ) -> None:
     """Numbers that are smaller on a rank, and parameters that torch's styles do not know."""
     modules = dict(model.named_modules())
@@ -112,7 +112,7 @@ def _divide_parameters(
         if owner in modules:  # those of layers of other stages are not here
             setattr(modules[owner], attribute, value)
     for name, parts in rules.parts.items():
-        if name.startswith(here):
+        if name.startswith(prefixes):
             divide_parts(modules[name], parts, mesh)
 
 
@@ -201,10 +201,10 @@ def _look_up(
     outside = (places < 0) | (places >= rows.shape[0])
     embeddings = with_parts(table, forward, {"weight": rows}, places.masked_fill(outside, 0))
     embeddings = embeddings.masked_fill(outside.unsqueeze(-1), 0)
-    added = DTensor.from_local(embeddings, mesh, (Partial(),), run_check=False)
+    sums = DTensor.from_local(embeddings, mesh, (Partial(),), run_check=False)
     if direct:
-        return added.redistribute(placements=(SEQUENCE,))
-    return added.redistribute(placements=(Replicate(),)).to_local()
+        return sums.redistribute(placements=(SEQUENCE,))
+    return sums.redistribute(placements=(Replicate(),)).to_local()
 
 
 def _divide_head(model: nn.Module, name: str, part: ChunkPart, mesh: DeviceMesh) -> None:
@@ -305,15 +305,15 @@ def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial
     Where nothing up to here is trained none has one: then it is the first tensor of floats.
     """
 
-    def entered(
+    def on_input(
         module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         floats = [x for x in (*args, *kwargs.values()) if _is_float(x)]
-        chosen = {id(x) for x in floats if x.requires_grad} or {id(x) for x in floats[:1]}
-        changed = {n: enter(x) if id(x) in chosen else x for n, x in kwargs.items()}
-        return tuple(enter(x) if id(x) in chosen else x for x in args), changed
+        activations = {id(x) for x in floats if x.requires_grad} or {id(x) for x in floats[:1]}
+        new_kwargs = {n: enter(x) if id(x) in activations else x for n, x in kwargs.items()}
+        return tuple(enter(x) if id(x) in activations else x for x in args), new_kwargs
 
-    module.register_forward_pre_hook(entered, prepend=True, with_kwargs=True)
+    module.register_forward_pre_hook(on_input, prepend=True, with_kwargs=True)
 
 
 def _on_exit(module: nn.Module, leave: Any) -> None:  # noqa: ANN401 (a partial of ours)
@@ -332,10 +332,10 @@ def _is_float(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def _partial(
-    model: nn.Module, part: ChunkPart, entered: set[str], *, head_partial: bool
+    model: nn.Module, part: ChunkPart, entries: set[str], *, head_partial: bool
 ) -> Iterator[str]:
     layers = tuple(f"{name}." for name in part.layers)
-    regions = tuple(f"{name}." for name in entered)
+    regions = tuple(f"{name}." for name in entries)
     for name, parameter in model.named_parameters():
         in_tail = head_partial and part.last and name in part.tail
         in_layers = name.startswith(layers if part.sp else regions)

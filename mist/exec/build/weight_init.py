@@ -58,7 +58,7 @@ def initial_values(
     drawn.
     """
     module = model.get_submodule(module_name)
-    steps = _noted(model, module)
+    steps = _steps_of(model, module)
     if steps is None:
         return _as_it_is(model, module, seed_of(seed, "weights", module_name))
     return {
@@ -73,25 +73,25 @@ def initial_values(
     }
 
 
-def _noted(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | None":
+def _steps_of(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | None":
     """What is done to a module's own parameters; None where that is not a list of known steps.
 
     On fake tensors: torch does nothing to some on the meta device.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _replaced(module) as parameters:
+    with FakeTensorMode(allow_non_fake_inputs=True), _with_stand_ins(module) as parameters:
         notes = _Notes({key_of(value): (name, value.shape) for name, value in parameters.items()})
         try:
             with notes, patch.object(nn.init, "_no_grad_trunc_normal_", notes.truncated):
                 initialise(model, module)
         except Exception:  # whatever needs numbers fails without them, and is done as it is
             return None
-        same = all(module._parameters[name] is value for name, value in parameters.items())
-    return notes.steps if same and notes.others is None else None
+        is_intact = all(module._parameters[name] is value for name, value in parameters.items())
+    return notes.steps if is_intact and notes.others is None else None
 
 
 @contextmanager
-def _replaced(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Within: a module's own parameters are others, on the CPU; those are given."""
+def _with_stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Within: a module has stand-ins for its own parameters, on the CPU; they are returned."""
     before = dict(module.named_parameters(recurse=False))
     stand_ins = {
         name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="cpu"))
@@ -107,7 +107,7 @@ def _replaced(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 def _as_it_is(model: nn.Module, module: nn.Module, seed: int) -> Mapping[str, torch.Tensor]:
     """What a module draws by itself, whole, on the CPU."""
-    with _replaced(module), torch.random.fork_rng(devices=[]):
+    with _with_stand_ins(module), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         initialise(model, module)
         return {name: value.detach() for name, value in module.named_parameters(recurse=False)}
@@ -169,17 +169,17 @@ class _Notes(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        touched = [leaf for leaf in tensors_in((args, kwargs)) if key_of(leaf) in self.names]
-        if not touched or func.is_view or func.namespace == "prim":  # prim: asks for the device
+        targets = [leaf for leaf in tensors_in((args, kwargs)) if key_of(leaf) in self.names]
+        if not targets or func.is_view or func.namespace == "prim":  # prim: asks for the device
             return
-        name, _ = self.names[key_of(touched[0])]
+        name, _ = self.names[key_of(targets[0])]
         numbers = not any(True for _ in tensors_in((args[1:], kwargs)))
         packet = func.overloadpacket
         if packet not in DRAWS | SETS | EACH or not numbers or kwargs.get("generator") is not None:
             self.others = f"{func} on {name}"
             return
         draws, sets = packet in DRAWS, packet in DRAWS | SETS
-        self._add(touched[0], func, args[1:], kwargs, draws=draws, sets=sets)
+        self._add(targets[0], func, args[1:], kwargs, draws=draws, sets=sets)
 
     def truncated(self, tensor: torch.Tensor, *args: float, **kwargs: object) -> torch.Tensor:
         """Stands for torch's truncated normal numbers, which are drawn again until all fit."""

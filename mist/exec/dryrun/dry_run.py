@@ -115,10 +115,10 @@ def cut(plan: Plan, stage: int) -> Plan:
     if num_stages > 1 and kind is not ScheduleKind.ONE_F_ONE_B:
         return plan
     # As many as 1F1B has in flight here, and no fewer than stages: torch refuses less.
-    enough = min(max(num_stages - stage - 1 + MORE, num_stages), plan.num_micro_batches)
-    samples = plan.workload.global_batch // plan.num_micro_batches * enough
+    count = min(max(num_stages - stage - 1 + MORE, num_stages), plan.num_micro_batches)
+    samples = plan.workload.global_batch // plan.num_micro_batches * count
     workload = replace(plan.workload, global_batch=samples)
-    return replace(plan, num_micro_batches=enough, workload=workload)
+    return replace(plan, num_micro_batches=count, workload=workload)
 
 
 @contextmanager

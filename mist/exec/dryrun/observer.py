@@ -159,7 +159,7 @@ class Observer(StepRecorder):
         super()._free(key)
 
     def _row(self, axis: str, kind: str, num_bytes: int) -> None:
-        """Sums of a few numbers, in a divided loss and between gradients and optimizer, apart."""
+        """As the base; sums of a few numbers (divided loss, norm) have an axis of their own."""
         in_loss = self.phase == "forward" and self._tag == LOSS and kind == "all_reduce"
         after = self.phase in (NORM, OPTIMIZER)
         super()._row("sums" if in_loss or after else axis, kind, num_bytes)
@@ -192,11 +192,11 @@ def _watch_layers(observer: Observer, chunk: Built, then: str, stack: ExitStack)
     names = chunk.layers
     for index, name in enumerate(names):
         layer: nn.Module = chunk.root.model.get_submodule(name)
-        before = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
+        pre_hook = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
         behind = then if index == len(names) - 1 else ""
-        after = layer.register_forward_hook(_leave(observer, name, behind))
-        stack.callback(before.remove)
-        stack.callback(after.remove)
+        post_hook = layer.register_forward_hook(_leave(observer, name, behind))
+        stack.callback(pre_hook.remove)
+        stack.callback(post_hook.remove)
 
 
 def _begin(observer: Observer) -> Callable[..., None]:

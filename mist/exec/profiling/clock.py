@@ -151,9 +151,9 @@ class Clock:
             self.wait()
             begin = time.perf_counter()
             call()
-            returned = time.perf_counter() - begin
+            return_s = time.perf_counter() - begin
             self.wait()
-            samples.append(returned / (time.perf_counter() - begin))
+            samples.append(return_s / (time.perf_counter() - begin))
         return round(self._slowest(median(samples)), 2)
 
     def _sample(self, call: Call, repeats: int) -> float:

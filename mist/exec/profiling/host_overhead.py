@@ -134,8 +134,8 @@ def _micro_batch(clock: Clock, axis: Literal["dp", "tp"]) -> _Line:
 def _line(few: Seconds, many: Seconds) -> _Line:
     """Through the seconds of a micro-batch with few and with many layers, of all rounds.
 
-    What is slow for a while is so for all that is timed in a round, so the difference is taken
-    within each.
+    A disturbance slows down everything that is timed in the same round, so the difference is taken
+    within each round.
     """
     layer_s = float(np.median(many - few)) / (MANY - FEW)
     return _Line(layer_s=layer_s, ends_s=float(np.median(few)) - FEW * layer_s)

@@ -92,7 +92,7 @@ def read_transfers(clock: Clock) -> None:
 def read_beside(clock: Clock) -> None:
     """Computation, a collective and copies: each alone, and each at once with computation."""
     whole, part = _buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
-    here = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
+    on_host = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
     group = dist.group.WORLD
     collective_s = clock.read(
         "beside collective", {}, lambda: _all_gather(whole, part, group, False)
@@ -106,7 +106,7 @@ def read_beside(clock: Clock) -> None:
 
     clock.read("beside compute", {}, compute)
     clock.read("beside compute and collective", {}, with_collective)
-    for name, target, source in (("to_device", whole, here), ("to_host", here, whole)):
+    for name, target, source in (("to_device", whole, on_host), ("to_host", on_host, whole)):
         copy = _copier(clock.device, target, source)
         clock.read(f"beside {name}", {}, copy)
 

@@ -102,7 +102,7 @@ def _read(parallel: Parallel, last: Checkpoint) -> dict[str, torch.Tensor]:
 def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
     """All that is saved, each under its name; loading fills the same tensors."""
     state = _states(parallel)
-    for name in _apart(parallel, state):
+    for name in _names_in_pieces(parallel, state):
         value = state[name]
         assert isinstance(value, DTensor)
         state[name] = merge_pieces(value, parallel.pieces[_parameter_name(name)])
@@ -122,7 +122,7 @@ def _states(parallel: Parallel) -> dict[str, torch.Tensor]:
     return state
 
 
-def _apart(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
+def _names_in_pieces(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of tensors that keep matrices apart which the model has side by side."""
     return [name for name in state if _parameter_name(name) in parallel.pieces]
 
@@ -135,7 +135,7 @@ def _parameter_name(name: str) -> str:
 def _take_apart(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
     """Fill this rank's parts from tensors that were loaded in the model's own form."""
     states = _states(parallel)
-    for name in _apart(parallel, states):
+    for name in _names_in_pieces(parallel, states):
         target = states[name]
         assert isinstance(target, DTensor)
         pieces = parallel.pieces[_parameter_name(name)]

@@ -38,9 +38,7 @@ def preflight(options: RunOptions, plan: Plan, *, leads: bool) -> Preflight:
 
     Raises InputError and OutputError.
     """
-    lock_fds = (
-        _claimed(Path(options.checkpoint), options, leads=leads) if options.checkpoint else ()
-    )
+    lock_fds = _claim(Path(options.checkpoint), options, leads=leads) if options.checkpoint else ()
     try:
         return _read(options, plan, lock_fds)
     except MistError:
@@ -49,7 +47,7 @@ def preflight(options: RunOptions, plan: Plan, *, leads: bool) -> Preflight:
         raise
 
 
-def _claimed(folder: Path, options: RunOptions, *, leads: bool) -> tuple[int, ...]:
+def _claim(folder: Path, options: RunOptions, *, leads: bool) -> tuple[int, ...]:
     """Open files that keep other runs out of a folder."""
     refuse_used(folder, resume=options.resume)
     # Other ranks would find the lock of rank 0.
@@ -72,8 +70,8 @@ def _read(options: RunOptions, plan: Plan, lock_fds: tuple[int, ...]) -> Preflig
         if options.log is not None:
             steps_of(Path(options.log))
     weights = None if last else _weights(options, plan)
-    settled = replace(options, weights=weights, from_scratch=weights is None)
-    return Preflight(options=settled, last=last, lock_fds=lock_fds)
+    run_options = replace(options, weights=weights, from_scratch=weights is None)
+    return Preflight(options=run_options, last=last, lock_fds=lock_fds)
 
 
 def same_facts(options: RunOptions, plan: Plan) -> dict[str, object]:

@@ -193,7 +193,7 @@ class _Training:
         return done
 
     def _step(self, number: int, watch: Watch | None) -> None:
-        woken = time.perf_counter()
+        batch_begin = time.perf_counter()
         batch = self.batches.step(number)
         place = self.parallel.place
         # Dropout draws the same, resumed or not; ranks that share samples draw alike.
@@ -220,7 +220,7 @@ class _Training:
                 "norm": step.norm,
                 "lr": self.parallel.optimizer.settings.lr,
                 "seconds": seconds,
-                "wall_s": time.perf_counter() - woken,
+                "wall_s": time.perf_counter() - batch_begin,
                 "stages": parts,
             }
             slow = watch is not None and (place.device.type != "cuda" or watch != "memory")
@@ -228,24 +228,24 @@ class _Training:
 
     def _stage_parts(self) -> list[dict[str, float]]:
         """Seconds of the parts of the step just done: of each stage, the mean of its ranks."""
-        mine = self.parallel.clock.read()
-        seconds = torch.tensor([*mine.values()], device=self.parallel.place.device)
-        every = [torch.empty_like(seconds) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, seconds)
-        seconds_by_rank = torch.stack(every)
+        parts_s = self.parallel.clock.read()
+        seconds = torch.tensor([*parts_s.values()], device=self.parallel.place.device)
+        gathered = [torch.empty_like(seconds) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, seconds)
+        seconds_by_rank = torch.stack(gathered)
         spans = (slice(first, first + n) for first, n in (s.devices for s in self.plan.stages))
         means = (seconds_by_rank[span].mean(0).tolist() for span in spans)
-        names = [f"{part}_s" for part in mine]
+        names = [f"{part}_s" for part in parts_s]
         return [dict(zip(names, row, strict=True)) for row in means]
 
     def _gather(self, measured: dict[str, Any], watch: Watch | None) -> None:
         """What the first rank of every stage measured, and the highest peak of its ranks."""
         place = self.parallel.place
-        mine = {"stage": place.stage, "rank": place.rank, **measured}
-        every: list[dict[str, Any]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
+        row = {"stage": place.stage, "rank": place.rank, **measured}
+        gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, row)
         for index in range(len(self.plan.stages)):
-            rows = [row for row in every if row["stage"] == index]
+            rows = [row for row in gathered if row["stage"] == index]
             if watch == "collectives":
                 self.log.stages[index]["collectives"] = rows[0]["collectives"]
                 continue

@@ -83,14 +83,14 @@ def stored_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     tensors = _by_name_in_model(folder, model)
     buffers = dict(saved_buffers(model))
-    wanted = _of_parameters(model, tensors) | {name: tensors.get(name) for name in buffers}
-    _refuse_names(folder, model, tensors, wanted)
-    there = {name: tensor for name, tensor in wanted.items() if tensor is not None}
-    _refuse_tensors(folder, dict(model.named_parameters()) | buffers, there)
+    expected = _of_parameters(model, tensors) | {name: tensors.get(name) for name in buffers}
+    _refuse_names(folder, model, tensors, expected)
+    present = {name: tensor for name, tensor in expected.items() if tensor is not None}
+    _refuse_tensors(folder, dict(model.named_parameters()) | buffers, present)
     # Buffers are not sharded, so they need no place among what ranks read in part.
-    for name in buffers.keys() & there.keys():
-        buffers[name].copy_(_whole(there[name]))
-    return {name: tensor for name, tensor in there.items() if name not in buffers}
+    for name in buffers.keys() & present.keys():
+        buffers[name].copy_(_whole(present[name]))
+    return {name: tensor for name, tensor in present.items() if name not in buffers}
 
 
 def _whole(tensor: Tensor) -> torch.Tensor:
@@ -129,15 +129,15 @@ def _refuse_names(
     folder: Path,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor | None],
+    expected: Mapping[str, Tensor | None],
 ) -> None:
     """Raise InputError for tensors that are not there, or that the model does not have."""
-    missing = _counted(
-        [name for name, tensor in wanted.items() if tensor is None], model, "missing"
+    missing = _significant(
+        [name for name, tensor in expected.items() if tensor is None], model, "missing"
     )
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in model.named_buffers()}
-    extra = _counted(tensors.keys() - known, model, "unexpected")
+    extra = _significant(tensors.keys() - known, model, "unexpected")
     lacks = f"lacks {some(missing)}" if missing else ""
     has = f"has {some(extra)}, which the model has not" if extra else ""
     if lacks or has:
@@ -148,22 +148,22 @@ def _refuse_names(
         )
 
 
-def _counted(names: Collection[str], model: nn.Module, kind: str) -> list[str]:
+def _significant(names: Collection[str], model: nn.Module, kind: str) -> list[str]:
     """Names without those that the model's class in transformers says do not matter."""
     patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
     return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _refuse_tensors(
-    folder: Path, wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, Tensor]
+    folder: Path, expected: Mapping[str, torch.Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise InputError for tensors of other shapes, or of types that are codes, not numbers."""
     faults = []
     for name, tensor in tensors.items():
-        shape = tuple(wanted[name].shape)
+        shape = tuple(expected[name].shape)
         if tensor.shape != shape:
             faults.append(f"{name} has shape {list(tensor.shape)}, the model {list(shape)}")
-        elif wanted[name].is_floating_point() and (codes := tensor.dtypes - DTYPE_BYTES.keys()):
+        elif expected[name].is_floating_point() and (codes := tensor.dtypes - DTYPE_BYTES.keys()):
             faults.append(
                 f"{name} is {', '.join(sorted(codes))}, read are {', '.join(DTYPE_BYTES)}"
             )
