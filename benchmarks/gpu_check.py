@@ -198,7 +198,7 @@ def planned(check: Check, name: str, profile: Path | None) -> Any:  # noqa: ANN4
 @contextmanager
 def one_rank(check: Check) -> Iterator[Any]:
     """Within: this process is the only rank of a run; gives its device."""
-    from mist.exec.build.process_group import joined
+    from mist.exec.build.process_group import process_group
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -206,7 +206,7 @@ def one_rank(check: Check) -> Iterator[Any]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(dict(zip(names, "0011", strict=True)))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with joined(120.0) as device:
+    with process_group(120.0) as device:
         yield device
 
 
@@ -224,7 +224,7 @@ def trained(check: Check, plan: Any, device: Any, *, synchronous: bool = False) 
     loaded = load(plan.model.source, plan.workload.attention)
     subject = program.subject_of(loaded, examine(loaded, check.seq_len), plan)
     begin = time.monotonic()
-    with patch.object(program, "Swapper", partial(Swapper, beside=not synchronous)):
+    with patch.object(program, "Swapper", partial(Swapper, overlap=not synchronous)):
         parallel = program.assemble(subject, plan, device, Settings())
     program.initialise(parallel, subject, 7)
     built_s = time.monotonic() - begin

@@ -44,6 +44,7 @@ def fitted(
     `errors_at`: log(predicted / measured) of every run at given constants.
     """
     names = list(constants)
+    # Logarithms keep constants positive and make steps relative.
     point, low, high = (
         np.log([getattr(constants[name], end) for name in names])
         for end in ("start", "least", "most")
@@ -52,32 +53,37 @@ def fitted(
     def errors(at: Floats) -> Floats:
         return errors_at(dict(zip(names, np.exp(at), strict=True)))
 
-    left, damping = errors(point), 1e-2
+    residuals, damping = errors(point), 1e-2
     for _ in range(MAX_STEPS):
-        move = _step(errors, point, left)
+        move = _step(errors, point, residuals)
         for _ in range(MAX_TRIES):
             tried = np.clip(point + move(damping), low, high)
             after = errors(tried)
-            if loss(after) < loss(left) * (1 - GAIN):
-                point, left, damping = tried, after, damping / 3
+            if loss(after) < loss(residuals) * (1 - GAIN):
+                point, residuals, damping = tried, after, damping / 3
                 break
+            # Levenberg-Marquardt: a failed step is tried again, shorter and nearer to steepest
+            # descent.
             damping *= 4
         else:
             break
-    return dict(zip(names, np.exp(point).tolist(), strict=True)), left
+    return dict(zip(names, np.exp(point).tolist(), strict=True)), residuals
 
 
 def _step(
-    errors: Callable[[Floats], Floats], point: Floats, left: Floats
+    errors: Callable[[Floats], Floats], point: Floats, residuals: Floats
 ) -> Callable[[float], Floats]:
     """The move from a point as a function of the damping."""
     slopes = np.array(
-        [(errors(point + STEP * unit) - left) / STEP for unit in np.eye(len(point))]
+        # Finite differences, one prediction of all runs per constant.
+        [(errors(point + STEP * unit) - residuals) / STEP for unit in np.eye(len(point))]
     ).T
-    weights = 1 / np.sqrt(1 + (left / SOFTNESS) ** 2)
-    normal, pull = (slopes.T * weights) @ slopes, (slopes.T * weights) @ left
+    # The weights of soft-L1: runs with large errors count less.
+    weights = 1 / np.sqrt(1 + (residuals / SOFTNESS) ** 2)
+    normal, pull = (slopes.T * weights) @ slopes, (slopes.T * weights) @ residuals
 
     def move(damping: float) -> Floats:
+        # The small term keeps a constant without influence from making the matrix singular.
         scaled = normal + damping * np.diag(np.diag(normal) + 1e-6)
         return np.clip(np.linalg.solve(scaled, -pull), -LONGEST_MOVE, LONGEST_MOVE)
 

@@ -99,7 +99,9 @@ Step = tuple[float, Mapping[str, Any]]
 
 
 def _counted(steps: list[Step]) -> list[Step]:
+    # Short runs keep their warm-up steps: a rough median is better than none.
     late = steps[WARM_UP:] if len(steps) > 2 * WARM_UP else steps
+    # Steps under a recorder are slower, unless all of them are.
     return [step for step in late if not step[1].get("measured")] or late
 
 

@@ -1,4 +1,4 @@
-"""What a plan predicted beside what its run measured, figure by figure."""
+"""The figures that a plan predicted, compared with those that its run measured."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +80,8 @@ def stage_steps(plan: Plan, log: LoggedRun) -> Iterator[StageStep]:
         work_s = parts.forward_s + parts.backward_s + parts.optimizer_s
         yield StageStep(
             predicted_work_s=predicted_s,
-            predicted_rest_s=max(plan.estimate.step_s - predicted_s, 0.0),  # but for rounding
+            # Plans are rounded, which can make the difference negative.
+            predicted_rest_s=max(plan.estimate.step_s - predicted_s, 0.0),
             work_s=work_s,
             rest_s=log.step_s - work_s,
             parts=parts,
@@ -88,7 +89,7 @@ def stage_steps(plan: Plan, log: LoggedRun) -> Iterator[StageStep]:
 
 
 def compared(plan: Plan, log: LoggedRun) -> RunComparison:
-    """Set a plan beside the log of its run; stages that the log lacks are left out."""
+    """Compare a plan with the log of its run; stages that the log lacks are left out."""
     return RunComparison(
         plan=plan,
         rows=tuple(_rows(plan, log)),
@@ -110,12 +111,12 @@ def _rows(plan: Plan, log: LoggedRun) -> Iterator[Beside]:
         measured=plan.workload.tokens_per_step / log.step_s,
         **spread,
     )
-    for index, (stage, found) in enumerate(zip(predicted.stages, log.stages, strict=False)):
+    for index, (stage, logged) in enumerate(zip(predicted.stages, log.stages, strict=False)):
         yield Beside(
             what=f"stage {index}: peak",
             unit="B",
             predicted=live_bytes(stage),
-            measured=found.peak_bytes,
+            measured=logged.peak_bytes,
             allowed_ratio=allowed.memory_ratio,
         )
 

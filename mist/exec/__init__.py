@@ -41,21 +41,21 @@ def apply(options: RunOptions, plan: Plan, facts: "ModelFacts") -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", planned))
     refuse_small_host(plan, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), local)
     leads = not is_rank or os.environ["RANK"] == "0"
-    found = preflight(options, plan, leads=leads)
+    checks = preflight(options, plan, leads=leads)
     try:
-        if found.finished:
+        if checks.finished:
             if leads:
-                say_finished(found)
+                say_finished(checks)
         elif is_rank:
             from mist.exec.run.rank_worker import run
 
-            run(found.options)
+            run(checks.options)
         else:
             sys.stderr.flush()
-            command = ["-m", "mist.exec.run.rank_worker", found.options.dump()]
-            run_ranks(command, planned, held=found.held)
+            command = ["-m", "mist.exec.run.rank_worker", checks.options.dump()]
+            run_ranks(command, planned, lock_fds=checks.lock_fds)
     finally:
-        for handle in found.held:
+        for handle in checks.lock_fds:
             os.close(handle)
 
 
@@ -67,7 +67,7 @@ def deferred() -> "AbstractContextManager[None]":
 
 
 class ParallelOptions(TypedDict, total=False):
-    """What `parallelize` may be told beside the model and the plan.
+    """Options of `parallelize`, apart from the model and the plan.
 
     settings: of the optimizer (`mist.exec.build.adamw.Settings`). seed: of weights, where the model
     has no values (7). make_batch, loss: as in a model file.

@@ -1,6 +1,6 @@
-"""What a dry run of one rank saw, and how it compares with a prediction. Torch-free.
+"""The observation of one rank in a dry run, and its comparison with a prediction. Torch-free.
 
-What was seen travels between processes as JSON.
+An observation travels between processes as JSON.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class StageVerified:
 
     @property
     def fits(self) -> bool:
-        """Whether what was seen fits beside the allowance."""
+        """Whether the observed peak and the allowance fit together."""
         return self.seen.peak_bytes + self.allowance_bytes <= self.usable_bytes
 
     @property
@@ -107,9 +107,9 @@ class StageVerified:
 _SEEN = TypeAdapter(Seen)
 
 
-def to_json(seen: Seen) -> bytes:
+def to_json(observation: Seen) -> bytes:
     """One line."""
-    return _SEEN.dump_json(seen)
+    return _SEEN.dump_json(observation)
 
 
 def from_json(text: bytes) -> Seen:

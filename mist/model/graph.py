@@ -18,6 +18,7 @@ from sympy import Expr
 
 from mist.model.summary import ModelFacts, Traffic
 
+# Positive integers, so that sympy simplifies Max, floor and Mod of them.
 B, S, T, Q = sympy.symbols("b s t q", positive=True, integer=True)
 GATHERS, GATHER_COPY, SCATTER_COPY = sympy.symbols(
     "gathers gather_copy scatter_copy", nonnegative=True, integer=True
@@ -171,6 +172,7 @@ class Block:
     @property
     def num_params(self) -> int:
         """Parameters that this block owns (a tied second use counts where it is owned)."""
+        # A tied parameter is stored once.
         return sum(param.numel for param in self.params if not param.tied)
 
     @property
@@ -181,6 +183,7 @@ class Block:
     @property
     def goes_back(self) -> bool:
         """Whether it has a backward pass: something in it or before it is trained."""
+        # A frozen block that gradients pass through has a backward pass, too.
         return any(op.phase == "backward" for op in self.ops)
 
     def collectives(self, *, sequence_parallel: bool) -> tuple[TensorParallelCollective, ...]:
@@ -190,6 +193,7 @@ class Block:
         a gradient. What needs all tokens but divides nothing is gathered; each rank keeps its own
         part of the result.
         """
+        # A gather in the forward pass is a scatter in the backward pass, and the other way round.
         into, out, whole = self.num_entries, self.num_exits, self.num_whole
         into_back, out_back = self.num_entries_back, self.num_exits_back
         if sequence_parallel:

@@ -4,7 +4,6 @@ No expressions here (those are in `mist.model.graph`), so that what reads these 
 sympy.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -64,6 +63,7 @@ class ModelFacts:
     @property
     def trainable(self) -> int | None:
         """Parameters that have a gradient; None where all have, as plan files say it."""
+        # Plan files write the number only where something is frozen.
         return None if self.num_trainable == self.num_params else self.num_trainable
 
     @property
@@ -78,11 +78,7 @@ class ModelFacts:
 
     def layer_kinds(self) -> tuple[int, ...]:
         """The block number of every layer, in order."""
-        return tuple(self._kinds())
-
-    def _kinds(self) -> Iterator[int]:
-        for run in self.layers:
-            yield from [run.block] * run.count
+        return tuple(run.block for run in self.layers for _ in range(run.count))
 
 
 def trained_words(num_params: int, num_trainable: int) -> str:
@@ -90,13 +86,13 @@ def trained_words(num_params: int, num_trainable: int) -> str:
     return f", {num_trainable:,} of them trained" if num_trainable < num_params else ""
 
 
-def difference_words(planned: tuple[int, int], found: tuple[int, int]) -> tuple[str, str]:
+def difference_words(planned: tuple[int, int], other: tuple[int, int]) -> tuple[str, str]:
     """What follows the parameters of a plan's model and those of another one that was found.
 
     Args:
         planned: number of parameters of the plan's model, and how many of them are trained.
-        found: the same of the other one.
+        other: the same of the other one.
     """
-    if planned == found:
+    if planned == other:
         return "", " too, with other names, shapes or ties, or trains other ones"
-    return trained_words(*planned), trained_words(*found)
+    return trained_words(*planned), trained_words(*other)

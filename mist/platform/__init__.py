@@ -1,7 +1,7 @@
 """Platform: what operations, collectives and copies cost, and what a framework keeps and overlaps.
 
-`load_platform` finds and checks the profiles, `OpCosts` prices operations on them, `op_costs` and
-`extrapolations` tell by what and how far from what was measured, and `mist.platform.listing` shows
+`load_platform` finds and checks the profiles, and `OpCosts` prices operations on them. `op_costs`
+says by which law or table, `extrapolations` how far from measurements. `mist.platform.listing` has
 every figure with its source.
 """
 

@@ -53,19 +53,21 @@ def with_values(profiles: Profiles, values: Mapping[str, Quantity]) -> Profiles:
     Raises KeyError for a field that they do not have.
     """
     device, cluster, runtime = profiles
-    held: dict[str, Any] = {"device": device, "cluster": cluster, "runtime": runtime}
+    records: dict[str, Any] = {"device": device, "cluster": cluster, "runtime": runtime}
     for path, quantity in values.items():
+        # Records are frozen: each value makes new ones along its path.
         family, *fields = path.split(".")
-        held[family] = _with(held[family], fields, quantity)
-    return held["device"], held["cluster"], held["runtime"]
+        records[family] = _with(records[family], fields, quantity)
+    return records["device"], records["cluster"], records["runtime"]
 
 
 def calibrated(value: float, source: str) -> Quantity:
     """A fitted constant; more than four digits say nothing."""
+    # Rounded here, so that the file and what is planned with it have the same value.
     return Quantity(value=float(f"{value:.4g}"), source=source, kind=Kind.CALIBRATED)
 
 
-def dump_calibration(found: Calibration, comment: str) -> str:
+def dump_calibration(calibration: Calibration, comment: str) -> str:
     """The calibration as the text of its YAML file."""
     import yaml
 
@@ -73,11 +75,11 @@ def dump_calibration(found: Calibration, comment: str) -> str:
         return {"value": quantity.value, "source": quantity.source, "kind": quantity.kind.value}
 
     data = {
-        "schema": found.schema,
-        "runtime": found.runtime,
-        "device": found.device,
-        "step_ratio": written(found.step_ratio),
-        "values": {name: written(each) for name, each in found.values.items()},
+        "schema": calibration.schema,
+        "runtime": calibration.runtime,
+        "device": calibration.device,
+        "step_ratio": written(calibration.step_ratio),
+        "values": {name: written(each) for name, each in calibration.values.items()},
     }
     return f"# {comment}\n" + yaml.safe_dump(data, sort_keys=False, width=1000)
 

@@ -147,6 +147,8 @@ class Cluster(Record):
         self._check_price()
         self._check_host_memory()
         for collective in Collective:
+            # Group sizes between those given are interpolated, those outside are not: they must
+            # span the node.
             groups = self.groups(collective)
             if self.num_gpus_per_node > 1 and (
                 groups[:1] != (2,) or groups[-1] < self.num_gpus_per_node

@@ -57,10 +57,12 @@ class CollectiveLaw:
         ranks_per_node = np.minimum(ranks_per_node, ranks)
         inside = np.zeros(())
         if self.in_node.log_groups.size:
-            asked = self.in_node.seconds(
-                np.maximum(num_bytes, 1.0), np.maximum(ranks_per_node, 2.0)
+            in_node_s = self.in_node.seconds(
+                # Where nothing moves the logarithm still needs a size; that entry is masked below.
+                np.maximum(num_bytes, 1.0),
+                np.maximum(ranks_per_node, 2.0),
             )
-            inside = np.where(ranks_per_node > 1, asked, 0.0)
+            inside = np.where(ranks_per_node > 1, in_node_s, 0.0)
         total = np.where(
             ranks > ranks_per_node,
             np.maximum(inside, self._across_nodes_s(num_bytes, ranks, ranks_per_node)),
@@ -101,21 +103,26 @@ class NodeTimes:
     def seconds(self, num_bytes: F64, group: F64) -> F64:
         """Time in s of `num_bytes` (> 0) among `group` ranks (>= 2); arrays broadcast."""
         log_bytes = np.log(num_bytes)
+        # np.interp over the indices gives each size a fractional index: its whole part is the cell,
+        # its rest the place in it. Sizes outside get the index of the edge.
         size = np.interp(log_bytes, self.log_bytes, np.arange(self.log_bytes.size, dtype=float))
         rank = np.interp(
             np.log(group), self.log_groups, np.arange(self.log_groups.size, dtype=float)
         )
+        # The last point belongs to the last cell, which keeps low + 1 within the grid.
         low_size = np.minimum(size.astype(np.intp), self.log_bytes.size - 2)
         low_rank = np.minimum(rank.astype(np.intp), max(self.log_groups.size - 2, 0))
         high_rank = np.minimum(low_rank + 1, self.log_groups.size - 1)
         toward_size, toward_rank = size - low_size, rank - low_rank
         low = self._at(low_rank, low_size, toward_size)
         high = self._at(high_rank, low_size, toward_size)
+        # In logarithms a sum: above the largest size time grows with the bytes.
         beyond = np.maximum(log_bytes - self.log_bytes[-1], 0.0)
         result: F64 = np.exp(low + (high - low) * toward_rank + beyond)
         return result
 
     def _at(self, rank: NDArray[np.intp], size: NDArray[np.intp], toward: F64) -> F64:
+        # One flat index: rank and size broadcast before anything is gathered.
         flat, width = self.log_seconds.ravel(), self.log_bytes.size
         low = flat[rank * width + size]
         result: F64 = low + (flat[rank * width + size + 1] - low) * toward
@@ -124,6 +131,7 @@ class NodeTimes:
 
 def _grid_bytes(table: CollectiveTable | None, *, has_links: bool) -> F64:
     measured = np.asarray([row[0] for row in table.rows] if table else [], dtype=np.float64)
+    # Measured sizes stay grid points, so that interpolation meets them exactly.
     return np.union1d(measured, _LINK_BYTES) if has_links or table is None else measured
 
 

@@ -29,7 +29,7 @@ class GemmLaw(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLaw(Record):
-    """Time of the flash attention kernel for one head size; the equation is in `costs`.
+    """Time of the flash attention kernel for one head size; the equation is in `op_times`.
 
     `efficiency_ratio` is what very long sequences reach of the matrix peak, `half_rate_tokens` the
     causal sequence length at which half of that is reached.

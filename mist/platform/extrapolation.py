@@ -1,8 +1,8 @@
 """What of a plan is priced far outside the table that prices it: sentences for a reader.
 
 A plan is priced again with costs that keep, for each end of each axis of a table, the size that
-lies farthest beyond it. An end is told of when it matters: where everything beyond it takes twice
-as long, a stage takes noticeably longer.
+lies farthest beyond it. An end is reported when it matters: where doubling every time beyond it
+makes a stage noticeably longer.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,15 +42,15 @@ class Edge:
         """How many times beyond this end each size lies; below 1: it does not."""
         return sizes / self.size if self.is_largest else self.size / np.maximum(sizes, 1.0)
 
-    def told(self, size: float) -> str:
+    def sentence(self, size: float) -> str:
         """The sentence about the size that lies farthest beyond."""
         end = "beyond the largest" if self.is_largest else "below the smallest"
         ratio = f"x{float(self.ratio(np.asarray(size))):.1f}"
         if self.axis == BYTES:
-            found, known = format_bytes(size), format_bytes(self.size)
+            size_words, edge_words = format_bytes(size), format_bytes(self.size)
         else:
-            found, known = f"{self.axis} {size:.0f}", f"{self.size:.0f}"
-        return f"{self.what} of {found} are priced {end} measured size, {known} ({ratio})"
+            size_words, edge_words = f"{self.axis} {size:.0f}", f"{self.size:.0f}"
+        return f"{self.what} of {size_words} are priced {end} measured size, {edge_words} ({ratio})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +66,8 @@ class Watched(OpCosts):
         table = self.table(op)
         if table is None:
             return seconds
-        asked = AXES[op].sizes([np.asarray(each, dtype=np.float64) for each in arguments])
-        for name, sizes, known in zip(AXES[op].names, asked, table.axes, strict=True):
+        sizes_by_axis = AXES[op].sizes([np.asarray(each, dtype=np.float64) for each in arguments])
+        for name, sizes, known in zip(AXES[op].names, sizes_by_axis, table.axes, strict=True):
             seconds = self._watch((WHAT[op], name, known[0], known[-1]), sizes, seconds)
         return seconds
 
@@ -84,10 +84,13 @@ class Watched(OpCosts):
         table = self.cluster.tables.get(collective)
         if table is None:
             return seconds
+        # The table decides only where the part in the node is the slower one, and its group is in
+        # the table.
         inside = np.minimum(group, group_per_node)
         in_node_s = OpCosts.collective_s(self, collective, total_bytes, inside, inside)
         by_table = (in_node_s >= seconds) & (inside > 1) & (inside <= table.groups[-1])
         low, high = table.rows[0][0], table.rows[-1][0]
+        # The smallest size stands for what the table does not price: it is beyond no edge.
         sizes = np.where(by_table, total_bytes, low)
         what = f"{collective.replace('_', '-')}s"
         return self._watch((what, BYTES, low, high), sizes, seconds)
@@ -97,6 +100,7 @@ class Watched(OpCosts):
         what, name, low, high = axis
         for end, is_largest in ((low, False), (high, True)):
             edge = Edge(what=what, axis=name, size=end, is_largest=is_largest)
+            # How far, over all arguments that are priced at once.
             ratio = edge.ratio(sizes)
             far = ratio > FAR_RATIO
             if far.any():
@@ -124,7 +128,8 @@ def extrapolations(costs: OpCosts, priced: Prices) -> tuple[str, ...]:
     )
     before = priced(watched)
     return tuple(
-        edge.told(size)
+        edge.sentence(size)
+        # A list, as pricing again notes sizes in the same dictionary.
         for edge, size in list(watched.farthest.items())
         if _is_noticed(before, priced(replace(watched, doubled=edge)))
     )

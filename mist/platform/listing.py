@@ -120,4 +120,5 @@ def _items(record: object) -> Iterator[tuple[str, object]]:
 def _unit_key(path: str) -> str:
     """The key with the unit: the last one that has a unit ("reduce_bytes_per_param.bf16")."""
     keys = path.split(".")
+    # Of a figure by precision the last key is the precision, the one before has the unit.
     return next((key for key in reversed(keys) if unit_of_key(key)), keys[-1])

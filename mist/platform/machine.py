@@ -45,6 +45,7 @@ class Machine(Record):
 
         Raises KeyError for a value that the runtime has no field for.
         """
+        # Host overheads are of the framework that was running.
         values = self.values if runtime.name == self.runtime else {}
         return with_values((self.device, self.cluster, runtime), values)
 

@@ -23,8 +23,11 @@ WHAT: Final = {
 def op_costs(costs: OpCosts, *, num_gpus: int, num_nodes: int) -> tuple[OpCost, ...]:
     """A row for each kind of operation that a job of so many GPUs and nodes may have."""
     between_gpus = _between_gpus(costs) if num_gpus > 1 else ()
-    between_nodes = _between_nodes(costs) if num_nodes > 1 else ()
-    return (*_on_device(costs), *between_gpus, *between_nodes, *_beside(costs))
+    rows = [*_on_device(costs), *between_gpus]
+    if num_nodes > 1:
+        network = _quantities(costs.cluster.network)
+        rows.append(_by_law("collectives and transfers between nodes", *network))
+    return (*rows, *_at_once(costs))
 
 
 def _on_device(costs: OpCosts) -> Iterator[OpCost]:
@@ -54,11 +57,8 @@ def _between_gpus(costs: OpCosts) -> Iterator[OpCost]:
     yield _by_law("transfers in a node", *_quantities(costs.cluster.p2p_in_node))
 
 
-def _between_nodes(costs: OpCosts) -> Iterator[OpCost]:
-    yield _by_law("collectives and transfers between nodes", *_quantities(costs.cluster.network))
-
-
-def _beside(costs: OpCosts) -> Iterator[OpCost]:
+def _at_once(costs: OpCosts) -> Iterator[OpCost]:
+    """Copies, and what runs at the same time as computation."""
     device, contention = costs.device, costs.cluster.contention
     yield _by_law(
         "copies between host and device",

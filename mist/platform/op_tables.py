@@ -108,6 +108,7 @@ class OpTable(Record):
             raise ValueError(f"rows must be of {len(self.columns)} numbers each")
         if not all(0 < number < math.inf for row in self.rows for number in row):
             raise ValueError("sizes and times must be positive")
+        # Rows are a full grid if there are as many as points, and no two of the same sizes.
         num_points, num_different = math.prod(self.shape), len({row[:-1] for row in self.rows})
         if not len(self.rows) == num_different == num_points:
             raise ValueError(
@@ -155,6 +156,7 @@ class TimeGrid:
     @classmethod
     def of(cls, op: TabledOp, table: OpTable) -> "TimeGrid":
         """The grid of a table of that operation."""
+        # Sorted rows are the grid in C order, the last size varying fastest.
         times_us = np.asarray([row[-1] for row in sorted(table.rows)], dtype=np.float64)
         return cls(
             op=op,
@@ -165,18 +167,20 @@ class TimeGrid:
     def seconds(self, arguments: Arrays, law: Law) -> F64:
         """Time in s at the arguments of the operation's law; arrays broadcast."""
         axes = AXES[self.op]
-        asked = axes.sizes(arguments)
+        sizes = axes.sizes(arguments)
+        # The grid has the time of the nearest point, the ratio of laws carries on from there.
         nearest = [
             np.clip(size, known[0], known[-1])
-            for size, known in zip(asked, self.sizes, strict=True)
+            for size, known in zip(sizes, self.sizes, strict=True)
         ]
         result: F64 = self._inside(nearest) * (law(arguments) / law(axes.point(nearest)))
         return result
 
-    def _inside(self, asked: Arrays) -> F64:
+    def _inside(self, sizes: Arrays) -> F64:
         """Time in s at sizes within the grid: the corners of the cell, weighted."""
-        cell = [_between(size, known) for size, known in zip(asked, self.sizes, strict=True)]
+        cell = [_between(size, known) for size, known in zip(sizes, self.sizes, strict=True)]
         total: F64 = np.zeros(())
+        # Multilinear: each of the 2**n corners with the product of its weights along the axes.
         for ends in product((0, 1), repeat=len(cell)):
             weight = math.prod(side[end].weight for side, end in zip(cell, ends, strict=True))
             index = tuple(side[end].at for side, end in zip(cell, ends, strict=True))
@@ -192,10 +196,11 @@ class _End(NamedTuple):
     weight: F64
 
 
-def _between(asked: F64, known: F64) -> tuple[_End, _End]:
+def _between(sizes: F64, known: F64) -> tuple[_End, _End]:
     """The interval of an axis, in logarithms, that each size lies in."""
     last = known.size - 1
-    place = np.interp(np.log(asked), np.log(known), np.arange(known.size, dtype=np.float64))
+    place = np.interp(np.log(sizes), np.log(known), np.arange(known.size, dtype=np.float64))
+    # An axis of one size has no interval: low stays at 0 with weight 1.
     low = np.minimum(place.astype(np.intp), max(last - 1, 0))
     toward = place - low
     return _End(low, 1.0 - toward), _End(np.minimum(low + 1, last), toward)

@@ -14,8 +14,8 @@ Laws, with every constant from the device's, cluster's or runtime's profile:
     streams at once  `together_s`
 
 A measured table of the device, where it has one of the operation in the precision, takes the place
-of the law of a matrix product or of attention: c times `op_tables.Grid.seconds`.
-`op_sources.op_costs` tells which is used for what.
+of the law of a matrix product or of attention: c times `TimeGrid.seconds`.
+`op_sources.op_costs` lists which is used for what.
 
 c is `tensor_time_scale`, the factor that calibration fits. The backward rule is from the
 FlashAttention-3 paper's figures (3.7 at 512 tokens, 2.9 from 8k on), not the 2.5 of counted FLOPs.
@@ -59,6 +59,7 @@ class OpCosts:
         if self.fp8 and self.device.gemm_fp8 is None:
             raise ValueError(f"{self.device.name} has no law for products in fp8")
         laws = {word: CollectiveLaw.of(self.cluster, word) for word in Collective}
+        # Frozen: compiled laws are made once here, not with every price.
         object.__setattr__(self, "_collectives", laws)
         tables = {op: table for op in TabledOp if (table := self.table(op))}
         grids = {op: TimeGrid.of(op, table) for op, table in tables.items()}
@@ -92,6 +93,7 @@ class OpCosts:
         compute = flop / (law.efficiency_ratio.value * law.peak_flop_per_s.value)
         memory = num_bytes / (law.bandwidth_scale.value * self.device.hbm_bytes_per_s.value)
         sharpness = law.exponent.value
+        # A smooth maximum: near the crossing both limits slow a product down.
         bend = (compute**sharpness + memory**sharpness) ** (1.0 / sharpness)
         result: F64 = self.device.tensor_time_scale.value * (law.launch_s.value + bend)
         return result
@@ -211,11 +213,12 @@ class OpCosts:
         """Time of streams that run at once, from what each takes by itself, in s.
 
         Measured contention where the cluster has it: the longest of its rows, none shorter than the
-        longest stream. Else compute takes (1 + gamma) times as long for the time that collectives
-        run beside it, max(C + gamma min(C, M), M), and copies are free.
+        longest stream. Else compute takes (1 + gamma) times as long while collectives run,
+        max(C + gamma min(C, M), M), and copies are free.
         """
         streams = _floats(compute_s, collectives_s, to_device_s, to_host_s)
         longest = reduce(np.maximum, streams)
+        # Without measurements copies are free, and only collectives slow compute down.
         contention = self.cluster.contention
         if contention is None:
             compute, collectives = streams[:2]
@@ -227,6 +230,7 @@ class OpCosts:
             for row in contention.shares
         )
         result: F64 = np.where(
+            # Rows were fitted to streams at once: a stream alone takes its own time.
             sum((stream > 0).astype(int) for stream in streams) > 1,
             reduce(np.maximum, rows, longest),
             longest,

@@ -103,10 +103,11 @@ def is_machine(path: Path) -> bool:
 
 def list_profiles(family: Family) -> dict[str, Path]:
     """Names of a family's profiles and their files, sorted; the user's own hide shipped ones."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
+    # The user's folder comes last, and so replaces shipped files of the same name.
     for folder in reversed(_folders()):
-        found |= {path.stem: path for path in (folder / family.folder).glob("*.yaml")}
-    return dict(sorted(found.items()))
+        files |= {path.stem: path for path in (folder / family.folder).glob("*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def find_profile(name: str, family: Family) -> Path:
@@ -118,6 +119,7 @@ def find_profile(name: str, family: Family) -> Path:
         return path
     known = list_profiles(family)
     if name not in known:
+        # A beginning ("h100") is a likelier wish than a name with few other letters.
         longer = [other for other in known if other.startswith(name.lower())]
         hint = did_you_mean(name, longer or known)
         raise PlatformError(f"{family.option} {name}: no {family} of that name. {hint}")
@@ -152,6 +154,7 @@ def _read(path: Path, shape: type[P]) -> Loaded[P]:
     return loaded
 
 
+# The content is part of the key: a file that is edited meanwhile is read again.
 @cache
 def _parsed(content: bytes, path: Path, shape: type[Any]) -> Loaded[Any]:
     """A file's record, checked once for what the file holds."""
@@ -166,6 +169,7 @@ def read_yaml(content: bytes, path: Path) -> Mapping[str, object]:
     import yaml
 
     try:
+        # The C loader is much faster; builds of PyYAML without it have the Python one.
         data = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise PlatformError(f"{path} is not YAML: {error}") from error
@@ -213,8 +217,8 @@ def _adapter(shape: type[Any]) -> "TypeAdapter[Any]":
 
 
 def _fault(detail: "ErrorDetails", others: "list[ErrorDetails]") -> Fault:
-    """One pydantic error in our words; an unknown key is told with those missing beside it."""
-    place, message, found = detail["loc"], detail["msg"], detail["input"]
+    """One pydantic error in our words; an unknown key comes with those missing in its record."""
+    place, message, value = detail["loc"], detail["msg"], detail["input"]
     match detail["type"]:
         case "unexpected_keyword_argument":
             missing = [str(e["loc"][-1]) for e in others if _is_missing_beside(e, place)]
@@ -224,11 +228,11 @@ def _fault(detail: "ErrorDetails", others: "list[ErrorDetails]") -> Fault:
         case "missing":
             message = "missing"
         case "dataclass_type":
-            message = f"{found!r} is not a mapping (a number is {{value, source, kind}})"
+            message = f"{value!r} is not a mapping (a number is {{value, source, kind}})"
         case "value_error":
             message = message.removeprefix("Value error, ")
         case _:
-            message = f"{message} (found {found!r})"
+            message = f"{message} (found {value!r})"
     return Fault(path=_dotted(place), message=message)
 
 

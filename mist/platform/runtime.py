@@ -63,7 +63,7 @@ class Transients(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateTraffic(Record):
-    """HBM traffic of gradients, parameters and optimizer beside the layers' own.
+    """HBM traffic of gradients, parameters and optimizer, in addition to the layers' own.
 
     The copies out of an all-gather's and into a reduce-scatter's flat buffer are per parameter of
     the group, by compute precision. Accumulation is per parameter held and micro-batch. A step of
@@ -104,11 +104,11 @@ class HostLaunch(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap(Record):
-    """How much of the collectives runs beside compute, and how much compute slows down meanwhile.
+    """How much of the collectives overlaps with compute, and how much that slows compute down.
 
     compute under communication takes (1 + `compute_slowdown_ratio`) times as long for the time
-    that both run. Of each collective the ratio here (0 to 1) can run beside compute, the rest
-    stands alone; `gradient_all_reduce` concerns the last micro-batch. Tensor-parallel collectives
+    that both run. Of each collective the ratio here (0 to 1) can overlap with compute, the rest
+    is exposed; `gradient_all_reduce` concerns the last micro-batch. Tensor-parallel collectives
     add `tensor_parallel_time_scale` times their law: less than 1 where a part is hidden, more where
     ranks wait for each other. `layers_per_collective`: layers whose
     parameters or gradients one data-parallel collective carries. `chunk_transfer_ratio`: share of
@@ -132,7 +132,7 @@ class MemoryPolicy(Record):
     (1 - `margin_ratio`) of the usable bytes. The framework's own buffers hold `fixed_bytes`, and
     `buffer_ratio` times the activation between layers (whole, not sharded).
     `keeps_outputs`: a pipeline stage keeps what it sent until the backward pass of that micro-batch
-    (torch), beside the buffer it receives into.
+    (torch), in addition to the buffer it receives into.
     """
 
     keeps_outputs: bool
@@ -220,12 +220,12 @@ class Offloading(Record):
     `by_layer`: whole layers have their weights and gradients offloaded together, so that the two
     ratios are one; otherwise a share of every layer. `activations`: a share of what layers save.
     `num_staged_layers`: layers whose share is on the device in passing. `bucket_bytes`: what the
-    optimizer streams at a time of one fp32 state, once activations are gone (null: whole blocks
-    beside them). `optimizer_on_host`: what is offloaded of the optimizer is updated by the host's
-    processor, so that none of it comes to the device. `host_overhead_ratio`: host memory beyond the
+    optimizer streams at a time of one fp32 state, once activations are gone (null: whole blocks,
+    while they live). `optimizer_on_host`: the host's processor updates the offloaded part of the
+    optimizer, so that none of it comes to the device. `host_overhead_ratio`: host memory beyond the
     states themselves, over their bytes.
-    `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up, but for
-    moments.
+    `pins_each_tensor`: torch's allocator pins tensors one by one, and rounds each up,
+    except moments.
     """
 
     weights: HostedState | None
@@ -272,11 +272,11 @@ class Knobs(Record):
     the parameters of layers and head. `schedules`: the pipeline schedules it has (none: one stage
     only). `tensor_parallel`: whether t > 1 is possible. `recomputes_some`: whether a stage may
     recompute some of its layers only. `uneven_layers`: whether it runs any split of the layers that
-    a plan states, beside its own `layer_split`; `unlike_stages`: whether stages may differ in dp,
+    a plan states, not only its own `layer_split`; `unlike_stages`: whether stages may differ in dp,
     tp, ZeRO level and recomputation. `fills_rounds`: whether an interleaved schedule takes only
     multiples of the stages as micro-batches. `precisions`: what it trains in. `mixes_selective`:
     whether some layers of a stage may be selective. `most_zero_with_tp`: the highest ZeRO level
-    beside t > 1. `partial_offload`: of which states a share may be offloaded, from which ZeRO level
+    where t > 1. `partial_offload`: of which states a share may be offloaded, from which ZeRO level
     on, and of others all or nothing; None: of all. `weights_with_optimizer`: whether weights are
     offloaded only where the optimizer is too. `copies`: whether states that are divided may have
     copies (`dp_replicate`). `data_parallel`: whether dp > 1 is possible.
@@ -302,7 +302,7 @@ class Knobs(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading(Record):
-    """What every rank has in host memory while its weights are made.
+    """Host memory of every rank while its weights are made.
 
     `part_bytes_per_param`: of its part of the largest parameter.
     """
@@ -315,7 +315,7 @@ class Runtime(Record):
     """One training framework.
 
     `frozen_shard_bytes_per_param`: what FSDP keeps of a parameter that is not trained, divided from
-    ZeRO-1 on, beside the copy in compute precision; null where it keeps that copy only (an
+    ZeRO-1 on, in addition to the copy in compute precision; null where it keeps that copy only (an
     optimizer that makes fp32 copies of what it trains). `loading`: null where it is not known.
     """
 
@@ -339,6 +339,7 @@ class Runtime(Record):
 
     def __post_init__(self) -> None:
         rows = [(precision, row.zero) for row in self.states for precision in row.precisions]
+        # A missing row would fail in the middle of a search; here the file is known.
         wanted = {(precision, zero) for precision in Precision for zero in self.knobs.zero_levels}
         if len(rows) != len(set(rows)):
             raise ValueError("states has two rows for one precision and ZeRO level")

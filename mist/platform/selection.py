@@ -129,10 +129,14 @@ def load_platform(
     )
     hashes[software.profile.name] = software.sha256
     name = f"{software.profile.name}-{profiles[0].name}"
-    found = find_calibration(software.profile.name, profiles[0].name)
-    if found is not None:
-        profiles = found.profile.applied(profiles)
-        hashes[name] = digest(hashes.get(name, ""), found.sha256) if machine else found.sha256
+    calibration = find_calibration(software.profile.name, profiles[0].name)
+    if calibration is not None:
+        profiles = calibration.profile.applied(profiles)
+        # On a measured machine the calibration comes on top of its own values: the digest is of
+        # both.
+        hashes[name] = (
+            digest(hashes.get(name, ""), calibration.sha256) if machine else calibration.sha256
+        )
     return Platform(
         device=profiles[0],
         cluster=profiles[1],
@@ -140,7 +144,7 @@ def load_platform(
         num_gpus=num_gpus,
         num_nodes=count_nodes(num_gpus, profiles[1]),
         hashes=hashes,
-        calibration=found.profile if found else None,
+        calibration=calibration.profile if calibration else None,
         host_memory=_host_memory(host_memory_bytes, profiles),
     )
 
@@ -170,16 +174,16 @@ def _named(gpu: str | None, cluster: str | None, software: Loaded[Runtime]) -> C
 
 def _measured(gpu: str | None, machine: Loaded[Machine], software: Loaded[Runtime]) -> Chosen:
     """What one file of a measured machine says; the runtime is as this machine runs it."""
-    found = machine.profile
-    if gpu not in (None, found.device.name):
+    profile = machine.profile
+    if gpu not in (None, profile.device.name):
         raise PlatformError(
-            f"--gpu {gpu}: {machine.path} is of {found.device.name}. Leave --gpu out."
+            f"--gpu {gpu}: {machine.path} is of {profile.device.name}. Leave --gpu out."
         )
     try:
-        profiles = found.with_runtime(software.profile)
+        profiles = profile.with_runtime(software.profile)
     except KeyError as error:
         raise PlatformError(f"{machine.path} has a value that is none: {error.args[0]}.") from error
-    names = (found.device.name, found.cluster.name, f"{found.runtime}-{found.device.name}")
+    names = (profile.device.name, profile.cluster.name, f"{profile.runtime}-{profile.device.name}")
     return profiles, dict.fromkeys(names, machine.sha256)
 
 

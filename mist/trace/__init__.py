@@ -42,13 +42,13 @@ def load_graph(
     """The graph of the model that `source` names: from the cache, or traced and then cached.
 
     `source`: a Python file with build_model(), a Hugging Face config.json or its folder, a preset,
-    or the fields of a configuration. `progress` is told what is being done. Raises ModelError when
-    there is no such model, and TraceError when its costs cannot be traced.
+    or the fields of a configuration. `progress` gets a message for each phase. Raises ModelError
+    when there is no such model, and TraceError when its costs cannot be traced.
     """
     from mist.trace.codec import decode_graph, encode_graph
 
-    found = _found(source)
-    key = _key(found, setting)
+    model_source = _source_of(source)
+    key = _key(model_source, setting)
     entry = cache.load(key)
     graph = decode_graph(entry.fields) if entry is not None else None
     if graph is not None:
@@ -57,10 +57,11 @@ def load_graph(
     from mist.trace.models.loader import load_model, local_modules
     from mist.trace.trace import listing, trace
 
-    progress(f"loading {found.label}")
-    path = found.path if isinstance(found, PythonSource) else None
+    progress(f"loading {model_source.label}")
+    path = model_source.path if isinstance(model_source, PythonSource) else None
+    # Modules that the file imports belong to the entry, which holds only while they are unchanged.
     with local_modules(path) as modules:
-        model = load_model(found, precision=setting.precision, attention=setting.attention)
+        model = load_model(model_source, precision=setting.precision, attention=setting.attention)
         traced = trace(model, setting, progress)
     cache.store(key, encode_graph(traced.graph), listing(traced), modules)
     return traced.graph
@@ -71,7 +72,7 @@ def trace_digest(source: str | ConfigSource, setting: TraceSetting) -> str | Non
 
     Raises ModelError when there is no such model.
     """
-    entry = cache.load(_key(_found(source), setting))
+    entry = cache.load(_key(_source_of(source), setting))
     return entry.digest if entry is not None else None
 
 
@@ -81,20 +82,20 @@ def load_listing(source: str, setting: TraceSetting, *, progress: Callable[[str]
     Raises ModelError and TraceError as `load_graph`, OutputError when nothing can be cached.
     """
     key = _key(resolve(source), setting)
-    found = cache.load_listing(key)
-    if found is None:
+    listing = cache.load_listing(key)
+    if listing is None:
         cache.forget(key)
         load_graph(source, setting, progress=progress)
-        found = cache.load_listing(key)
-    if found is None:
+        listing = cache.load_listing(key)
+    if listing is None:
         raise OutputError(
             f"the operations of {source} are kept in {cache.cache_folder()}, which cannot be "
             "written. Set XDG_CACHE_HOME to a folder that can."
         )
-    return found
+    return listing
 
 
-def _found(source: str | ConfigSource) -> Source:
+def _source_of(source: str | ConfigSource) -> Source:
     return source if isinstance(source, ConfigSource) else resolve(source)
 
 

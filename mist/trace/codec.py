@@ -88,6 +88,7 @@ def decode_expr(value: object) -> Basic:
         return SYMBOLS[value]
     if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in FUNCTIONS:
         name, *args = value
+        # Their arguments are numbers and text, no expressions.
         plain = name in ("Rational", "Float")
         return FUNCTIONS[name](*(args if plain else map(decode_expr, args)))
     raise ValueError(f"not an expression: {value!r}")
@@ -109,10 +110,11 @@ def _encode(value: object, exprs: dict[Basic, int]) -> object:
 def _decoder(hint: object, exprs: Sequence[Basic]) -> Decode:
     """The function that rebuilds a value of type `hint`."""
     if get_origin(hint) is tuple:
-        return _tuple_decoder(_decoder(get_args(hint)[0], exprs))
+        each = _decoder(get_args(hint)[0], exprs)
+        return lambda values: tuple(map(each, _list(values)))
     if get_origin(hint) is UnionType:
-        some = next(arg for arg in get_args(hint) if arg is not NoneType)
-        return _optional(_decoder(some, exprs))
+        some = _decoder(next(arg for arg in get_args(hint) if arg is not NoneType), exprs)
+        return lambda value: None if value is None else some(value)
     if not isinstance(hint, type):
         return _checked(lambda value: value in get_args(hint))
     if dataclasses.is_dataclass(hint):
@@ -132,14 +134,6 @@ def _dataclass_decoder(hint: type, exprs: Sequence[Basic]) -> Decode:
         return hint(**{name: decoder(value) for name, decoder, value in triples})
 
     return decode
-
-
-def _tuple_decoder(decode: Decode) -> Decode:
-    return lambda values: tuple(map(decode, _list(values)))
-
-
-def _optional(decode: Decode) -> Decode:
-    return lambda value: None if value is None else decode(value)
 
 
 def _checked(holds: Callable[[object], bool]) -> Decode:

@@ -42,12 +42,12 @@ def traced(name: str) -> Iterator[None]:
                 "replace the branch or .item() by an operation on tensors, such as torch.where."
             ) from error
         raise TraceError(
-            f"{name} cannot be traced: {short(error)}{place}. "
+            f"{name} cannot be traced: {one_line(error)}{place}. "
             "Check that the model runs on a batch of token ids, or define make_batch(batch, seq)."
         ) from error
 
 
-def short(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -35,12 +35,13 @@ def bind(
 ) -> dict[str, object]:
     """The arguments of a call by name, in the schema's order and with its defaults."""
     schema = func._schema.arguments
-    given = {a.name: value for a, value in zip(schema, args, strict=False)} | dict(kwargs)
-    return {a.name: given.get(a.name, a.default_value) for a in schema}
+    by_name = {a.name: value for a, value in zip(schema, args, strict=False)} | dict(kwargs)
+    return {a.name: by_name.get(a.name, a.default_value) for a in schema}
 
 
 def key_of(tensor: torch.Tensor) -> int:
     """The identity of a tensor's storage while it is alive."""
+    # The address of the memory's owner, which all views share.
     key: int = tensor.untyped_storage()._cdata
     return key
 

@@ -49,6 +49,7 @@ class Symbols:
     """The symbolic sizes of one run: torch's ShapeEnv and what its symbols mean."""
 
     def __init__(self) -> None:
+        # Sizes that are equal by chance (a hint and a number of heads) must not become one symbol.
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         # Its entries cost more than they save: few operations of a layer repeat their shapes.
@@ -102,8 +103,9 @@ class Symbols:
     def domain(self) -> tuple[Basic, ...]:
         """The relations in B, S, T on which the traced path relies, without those always true."""
         relations = (self._translate(guard.expr) for guard in self.env.guards)
-        kept = {r for r in relations if isinstance(r, sympy.core.relational.Relational)}
-        return tuple(sorted((r for r in kept if not r.free_symbols & {T}), key=str))
+        # Guards that hold for all positive sizes have become plain True by now.
+        inequalities = {r for r in relations if isinstance(r, sympy.core.relational.Relational)}
+        return tuple(sorted((r for r in inequalities if not r.free_symbols & {T}), key=str))
 
     def fixed(self) -> dict[Expr, Expr]:
         """Symbols that the model forced to one value: meaning -> value."""
@@ -116,9 +118,11 @@ class Symbols:
 
 def num_bytes(tensor: torch.Tensor) -> Size:
     """Bytes that reading the whole tensor touches: an expanded dimension (stride 0) counts once."""
-    sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if _moves(stride))
+    strides: tuple[Size, ...] = tensor.stride()
+    # A symbolic stride is no 0; comparing it would add a guard.
+    sizes = (
+        size
+        for size, stride in zip(tensor.shape, strides, strict=True)
+        if not (isinstance(stride, int) and stride == 0)
+    )
     return prod(sizes, start=tensor.element_size())
-
-
-def _moves(stride: Size) -> bool:
-    return not (isinstance(stride, int) and stride == 0)

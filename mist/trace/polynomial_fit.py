@@ -21,9 +21,8 @@ from sympy import Basic, Expr
 
 from mist.model.graph import B, S
 from mist.trace.recording.liveness import Counted
-from mist.trace.recording.recorder import Kept, Part
+from mist.trace.recording.recorder import Part, SavedStorage
 from mist.trace.recording.session import Piece, Point, RecordedRun
-from mist.trace.recording.split_backward import Awaited
 
 BATCHES: Final = (2, 3)
 MULTIPLES: Final = (2, 3, 4)
@@ -47,6 +46,7 @@ class Fit:
         self.points = points
         self._monomials = [B**i * S**j for i, j in product(range(batch_powers), range(3))]
         rows = [self._at(self._monomials, point) for point in points[: len(self._monomials)]]
+        # One exact inverse serves every number of the record.
         self._solve = sympy.Matrix(rows).inv()
         self._known: dict[tuple[Expr, ...], Expr] = {}
 
@@ -57,6 +57,7 @@ class Fit:
     def through(self, values: Sequence[Expr]) -> Expr:
         """The polynomial. Raises NotPolynomial when a held-out value is off it."""
         key = tuple(values)
+        # Most numbers are the same in all runs.
         if len(set(key)) == 1:
             return key[0]
         if key not in self._known:
@@ -116,6 +117,8 @@ def fitted_run(
     fit = Fit(points, batch_powers=2 if batch is None else 1)
     _merge(fit, list(known.values()))
     for lattice in (each for each in LATTICES if each < unit):
+        # A multiple of this lattice and of no coarser one: if the polynomials hold there, too, the
+        # lattice is as fine as this.
         odd = (batch or BATCHES[0], lattice * (unit // lattice + 1))
         try:
             run = run_at(_point(odd, batch))
@@ -170,8 +173,11 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         first.part,
         live=live,
         ops=fit.merged([piece.part.ops for piece in pieces]),
-        kept=_kept(fit, [piece.part for piece in pieces]),
-        awaited=_awaited(fit, [piece.part.awaited for piece in pieces]),
+        storages=_storages(fit, [piece.part for piece in pieces]),
+        awaited=replace(
+            first.part.awaited,
+            gradients=fit.merged([piece.part.awaited.gradients for piece in pieces]),
+        ),
     )
     return Piece(
         part,
@@ -184,15 +190,13 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
     )
 
 
-def _awaited(fit: Fit, found: Sequence[Awaited]) -> Awaited:
-    return replace(found[0], gradients=fit.merged([each.gradients for each in found]))
-
-
-def _kept(fit: Fit, parts: Sequence[Part]) -> dict[int, Kept]:
-    first = parts[0].kept
-    columns = [list(part.kept.values()) for part in parts]
-    sizes = fit.merged([[(kept.bytes, kept.shape, kept.dtype) for kept in c] for c in columns])
+def _storages(fit: Fit, parts: Sequence[Part]) -> dict[int, SavedStorage]:
+    first = parts[0].storages
+    columns = [list(part.storages.values()) for part in parts]
+    sizes = fit.merged(
+        [[(storage.bytes, storage.shape, storage.dtype) for storage in c] for c in columns]
+    )
     return {
-        key: replace(kept, bytes=size, shape=shape)
-        for (key, kept), (size, shape, _) in zip(first.items(), sizes, strict=True)
+        key: replace(storage, bytes=size, shape=shape)
+        for (key, storage), (size, shape, _) in zip(first.items(), sizes, strict=True)
     }

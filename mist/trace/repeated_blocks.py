@@ -1,9 +1,9 @@
 """Finds the layers of a model, and says which of them cost the same.
 
 Layers are the children of lists: ModuleList, Sequential, ModuleDict, where a list that is never
-called itself (a ModuleList in a ModuleList) stands for its children. Of nested lists those are
-taken that mostly repeat (most of their parameters are in children that occur more than once), the
-outermost of them; where these hold less than half of what all lists hold, the outermost lists
+called itself (a ModuleList in a ModuleList) stands for its children. Of nested lists the outermost
+are preferred whose children mostly repeat (most of their parameters are in children that occur more
+than once). If those have under half of the parameters in lists, the outermost lists are taken
 (unequal layers). An encoder and a decoder are two lists. Two layers are the same when their
 classes, parameters and settings agree; a layer's own number in the list is no setting.
 """
@@ -16,6 +16,7 @@ from typing import Final
 
 from torch import nn
 
+# Attributes with the number of a layer (layer_idx), which all layers of a list differ in.
 INDEX_NAME: Final = re.compile(r"(^|_)(idx|index|id|number)$")
 LISTS: Final = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 NEVER_CALLED: Final = (nn.ModuleList, nn.ModuleDict)
@@ -43,8 +44,8 @@ class Layers:
 
     def without(self, number: int) -> "Layers | None":
         """The layers of the other lists, if there are two or more."""
-        kept = [i for i, of in enumerate(self.lists) if of != number]
-        return self.ordered(kept) if len(kept) > 1 else None
+        indices = [i for i, of in enumerate(self.lists) if of != number]
+        return self.ordered(indices) if len(indices) > 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +68,15 @@ def find_layers(model: nn.Module) -> Layers | None:
     lists = list(_lists(model))
     outermost = _outermost(lists)
     repeating = _outermost([each for each in lists if each.repeats])
-    enough = repeating and 2 * _total(repeating) >= _total(outermost)
-    chosen = repeating if enough else outermost
-    kept = [each for each in chosen if each.size >= DETAIL_RATIO * _total(chosen)]
-    if not kept:
+    mostly_repeats = repeating and 2 * _total(repeating) >= _total(outermost)
+    candidates = repeating if mostly_repeats else outermost
+    main_lists = [each for each in candidates if each.size >= DETAIL_RATIO * _total(candidates)]
+    if not main_lists:
         return None
     return Layers(
-        modules=tuple(child for each in kept for child in each.children),
-        signatures=tuple(known for each in kept for known in each.signatures),
-        lists=tuple(number for number, each in enumerate(kept) for _ in each.children),
+        modules=tuple(child for each in main_lists for child in each.children),
+        signatures=tuple(known for each in main_lists for known in each.signatures),
+        lists=tuple(number for number, each in enumerate(main_lists) for _ in each.children),
     )
 
 

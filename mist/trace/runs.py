@@ -15,7 +15,7 @@ from sympy import Expr
 
 from mist.errors import TraceError
 from mist.model.graph import B, Op, S, T
-from mist.trace.diagnose import short, traced
+from mist.trace.diagnose import one_line, traced
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run
@@ -99,6 +99,7 @@ class _Subject:
 def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Recorded:
     """Run a model as often as its costs need. Raises TraceError."""
     progress("tracing at concrete sizes")
+    # A compiled graph hides modules: layers and regions are those of the eager run.
     eager = replace(setting, compiled=False)
     subject, check = _first_run(_Subject(model=model, setting=eager))
     whole = _trained_whole(subject, check)
@@ -108,8 +109,8 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
         run, notes = _sharded_run(subject, check), list(subject.notes)
     except UnsupportedRules as reason:
         subject = replace(subject, sharding=None)
-        run, fitted = _expressions(subject, batch=None)
-        notes = [NOT_SYMBOLIC if fitted else str(reason)]
+        run, is_fitted = _expressions(subject, batch=None)
+        notes = [NOT_SYMBOLIC if is_fitted else str(reason)]
     if setting.compiled:
         progress("tracing as compiled")
         subject = replace(subject, setting=setting)
@@ -137,8 +138,8 @@ def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:
 
 def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
     """What is divided of a model whose run is given. Raises Unsupported."""
-    found = find_sharding(model.module, run)
-    return found if model.loss is None else with_whole_vocabulary(found, model.module)
+    sharding = find_sharding(model.module, run)
+    return sharding if model.loss is None else with_whole_vocabulary(sharding, model.module)
 
 
 def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
@@ -168,6 +169,7 @@ def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
     if not frozen:
         return run
     if layers is not None:
+        # Parts between two lists have a kind, too, but are no layers.
         kinds = (kind for kind in run.kinds if run.layers[kind].module is not None)
         layers = replace(layers, signatures=tuple((kind,) for kind in kinds))
     try:
@@ -188,6 +190,7 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
         try:
             return fitted_run(subject.run, longest=subject.model.max_seq_len, batch=batch), True
         except (TraceError, NotPolynomial):
+            # The error of the symbolic run names a line of the model, that of the fit none.
             raise fault from None
 
 
@@ -197,7 +200,7 @@ def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
         run = subject.session(Point())
     except Exception as error:
         raise UnsupportedRules(
-            f"tensor parallelism cannot be traced ({short(error)}); t = 1 only"
+            f"tensor parallelism cannot be traced ({one_line(error)}); t = 1 only"
         ) from error
     if run.fixed:
         raise UnsupportedRules(
@@ -212,6 +215,7 @@ def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
         if piece.module is not None and piece.part.mixed:
             raise UnsupportedRules(f"no shard can run {piece.part.mixed[0]}; t = 1 only")
     for op in _ops(run):
+        # A rank must do 1/t of the work: else a part of it is divided and a part is not.
         if op.flop.has(T) and sympy.expand(op.flop * T).has(T):
             raise UnsupportedRules(
                 f"{op.name} in {op.module} does not divide by t ({op.flop} FLOPs); t = 1 only"
@@ -244,8 +248,8 @@ def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
         return values[expr]
 
     ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
-    kept = ((k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.kept.values())
-    return [*ops, *sorted(kept), *(at(p.boundary_bytes) for p in run.pieces)]
+    storages = ((k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.storages.values())
+    return [*ops, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)]
 
 
 def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:

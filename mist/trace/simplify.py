@@ -24,19 +24,19 @@ _K: Final = sympy.Symbol("k", positive=True, integer=True)
 V = TypeVar("V")
 
 
-def tidied(graph: ModelGraph) -> ModelGraph:
+def simplify_graph(graph: ModelGraph) -> ModelGraph:
     """The same costs on the same domain, in plainer expressions."""
     blocks = (graph.embed, *graph.blocks, graph.head)
     guards = sorted({relation for block in blocks for relation in block.domain}, key=str)
     winding = [guard for guard in guards if guard.free_symbols == {S} and not _is_longest(guard)]
-    found = _multiples(winding)
-    if found is None:
+    lattice = _multiples(winding)
+    if lattice is None:
         return graph
-    start, multiple = found
+    start, multiple = lattice
     bounds: list[Basic] = [] if start <= multiple else [S >= start]
-    kept = [guard for guard in guards if guard not in winding]
+    others = [guard for guard in guards if guard not in winding]
     divides = [sympy.Eq(sympy.Mod(S, multiple), 0)] if multiple > 1 else []
-    domain = tuple(sorted({*kept, *bounds, *divides}, key=str))
+    domain = tuple(sorted({*others, *bounds, *divides}, key=str))
     plain = _Plain(multiple)
     embed, *layers, head = (replace(plain.mapped(block), domain=domain) for block in blocks)
     return replace(
@@ -64,12 +64,13 @@ def _multiples(guards: Sequence[Basic]) -> tuple[int, int] | None:
             np.broadcast_to(sympy.lambdify(S, guard, "numpy")(lengths), lengths.shape)
             for guard in guards
         ]
-    held = lengths[reduce(np.logical_and, masks)]
-    if len(held) < 2:
+    valid = lengths[reduce(np.logical_and, masks)]
+    if len(valid) < 2:
         return None
-    start, multiple = int(held[0]), int(held[1] - held[0])
+    # The first two valid lengths suggest the rule; all others must confirm it.
+    start, multiple = int(valid[0]), int(valid[1] - valid[0])
     expected = lengths[(lengths >= start) & (lengths % multiple == 0)]
-    return (start, multiple) if np.array_equal(held, expected) else None
+    return (start, multiple) if np.array_equal(valid, expected) else None
 
 
 class _Plain:
@@ -81,15 +82,15 @@ class _Plain:
 
     def mapped(self, value: V) -> V:
         """The same record with plain expressions; what is not an expression stays."""
-        found: object = value
+        result: object = value
         if isinstance(value, Expr):
-            found = self._expr(value)
+            result = self._expr(value)
         elif isinstance(value, tuple):
-            found = tuple(map(self.mapped, value))
+            result = tuple(map(self.mapped, value))
         elif is_dataclass(value) and not isinstance(value, type):
             names = (item.name for item in fields(value))
-            found = replace(value, **{name: self.mapped(getattr(value, name)) for name in names})
-        return cast(V, found)
+            result = replace(value, **{name: self.mapped(getattr(value, name)) for name in names})
+        return cast(V, result)
 
     def _expr(self, expr: Expr) -> Expr:
         if expr not in self._known:

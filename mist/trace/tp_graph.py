@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from mist.trace.recording.session import Piece, RecordedRun
-from mist.trace.tensor_parallel.tp_plan import own_plan, sharding_by_plan
+from mist.trace.tensor_parallel.tp_plan import plan_of_model, sharding_by_plan
 from mist.trace.tensor_parallel.tp_sharding import (
     Matrix,
     Region,
@@ -67,7 +67,7 @@ def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
         )
     matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
     blocks = [_Block(piece, run, matrices) for piece in layers]
-    if (plan := own_plan(model)) is not None:
+    if (plan := plan_of_model(model)) is not None:
         sharding = sharding_by_plan(model, plan)
     elif all(map(_carries_tokens, layers)):
         regions = [region for block in blocks for region in block.regions()]
@@ -108,7 +108,7 @@ def _is_scores(node: fx.Node) -> bool:
 
 
 @dataclass(slots=True)
-class _Found:
+class _Ancestry:
     """What lies behind the input of a matrix."""
 
     partners: dict[int, Matrix] = field(default_factory=dict)
@@ -130,15 +130,16 @@ class _Block:
         """Pairs in the order of execution; a matrix is in one of them."""
         used: set[int] = set()
         for node, matrix in self._products.items():
-            found = self._behind(node)
-            partners = list(found.partners.values())
+            ancestry = self._behind(node)
+            partners = list(ancestry.partners.values())
+            # A weight that two regions read (tied layers) goes to the first of them.
             names = {id(m.weight) for m in (matrix, *partners)}
-            if not partners or found.residual or names & used or self._normed(found):
+            if not partners or ancestry.residual or names & used or self._normed(ancestry):
                 continue
             used |= names
             yield Region(
                 owners=list(self._owners([matrix, *partners])),
-                head_dim=self._head_dim(found, matrix),
+                head_dim=self._head_dim(ancestry, matrix),
                 colwise=partners,
                 rowwise=[matrix],
             )
@@ -151,44 +152,47 @@ class _Block:
                 yield module
 
     def _matrix(self, node: fx.Node) -> Matrix | None:
-        """The matrix of a product, which is its last operand but for scalars."""
+        """The matrix of a product: its last operand that is no scalar."""
         if node.target not in PRODUCTS:
             return None
         operand = node.args[1] if node.target is aten.mm.default else node.args[2]
+        # Transposes and casts have the parameter as their first argument.
         while isinstance(operand, fx.Node) and operand.op != "placeholder":
             operand = operand.args[0]
         key = operand.meta.get("key") if isinstance(operand, fx.Node) else None
         parameter = self._run.originals.get(key) if key is not None else None
         return self._matrices.get(id(parameter))
 
-    def _behind(self, product: fx.Node) -> _Found:
+    def _behind(self, product: fx.Node) -> _Ancestry:
         """Walk back from the input of a product."""
-        found = _Found()
+        ancestry = _Ancestry()
         waiting = [product.args[0] if product.target is aten.mm.default else product.args[1]]
-        seen: set[fx.Node] = set()
+        visited: set[fx.Node] = set()
         while waiting:
             node = waiting.pop()
-            if not isinstance(node, fx.Node) or node in seen:
+            if not isinstance(node, fx.Node) or node in visited:
                 continue
-            seen.add(node)
+            visited.add(node)
             if node in self._products:
                 matrix = self._products[node]
-                found.partners[id(matrix.weight)] = matrix
+                ancestry.partners[id(matrix.weight)] = matrix
                 continue
-            found.nodes.append(node)
-            found.residual |= bool(node.meta.get("flows")) or node.target is aten.embedding.default
+            ancestry.nodes.append(node)
+            ancestry.residual |= (
+                bool(node.meta.get("flows")) or node.target is aten.embedding.default
+            )
             waiting += node.all_input_nodes
-        return found
+        return ancestry
 
-    def _normed(self, found: _Found) -> bool:
+    def _normed(self, ancestry: _Ancestry) -> bool:
         """Whether a norm goes over all outputs of a partner."""
-        widths = {matrix.num_out for matrix in found.partners.values()}
-        norms = (node for node in found.nodes if node.target in NORMS)
+        widths = {matrix.num_out for matrix in ancestry.partners.values()}
+        norms = (node for node in ancestry.nodes if node.target in NORMS)
         return any(int(node.meta["shape"][-1]) in widths for node in norms)
 
-    def _head_dim(self, found: _Found, matrix: Matrix) -> int | None:
+    def _head_dim(self, ancestry: _Ancestry, matrix: Matrix) -> int | None:
         """Of the attention operation on the way; of scores [b, heads, s, s] by their number."""
-        for node in found.nodes:
+        for node in ancestry.nodes:
             if node.target in ATTENTION:
                 return int(node.meta["shape"][-1])
             if _is_scores(node):

@@ -17,7 +17,7 @@ from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.recording.session import Piece, RecordedRun
 from mist.trace.runs import Progress, Recorded, record_model
-from mist.trace.simplify import tidied
+from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
 from mist.trace.tensor_parallel.tp_sharding import Sharding
 
@@ -73,6 +73,7 @@ def _refuse_frozen(model: LoadedModel) -> None:
 
 @contextmanager
 def _training(module: nn.Module) -> Iterator[None]:
+    # A file may build its model in eval mode, in which dropout keeps no masks.
     modes = [(each, each.training) for each in module.modules()]
     module.train()
     try:
@@ -92,13 +93,14 @@ def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Tr
         for piece, one, params in zip(pieces, singles, owners, strict=True)
     ]
     embed, head, *layers = blocks
-    if layers:  # what ends exchange is what the layer beside them takes, without what it carries
+    # The ends exchange the activation of the layer next to them, not what that layer carries.
+    if layers:
         embed = replace(embed, tp_bytes=layers[run.kinds[0]].boundary_bytes)
         head = replace(head, tp_bytes=layers[run.kinds[-1]].boundary_bytes)
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
-    graph = tidied(_graph(model, setting, result, (embed, head, *layers)))
+    graph = simplify_graph(_graph(model, setting, result, (embed, head, *layers)))
     names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
     return Traced(graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)})
 
@@ -151,14 +153,15 @@ def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str
     shapes = sorted((name, list(p.shape)) for name, p in parameters)
     frozen = sorted(name for name, p in parameters if not p.requires_grad)
     facts = [shapes, [[run.block, run.count] for run in runs], tied]
+    # Models without frozen parameters keep the fingerprints of existing plan files.
     text = json.dumps([*facts, frozen] if frozen else facts)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-Owned = list[tuple[str, torch.Tensor, bool]]
+BlockParams = list[tuple[str, torch.Tensor, bool]]
 
 
-def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
+def _owners(module: nn.Module, result: Recorded) -> list[BlockParams]:
     """The parameters of embed, head and each distinct layer: name, tensor, tied.
 
     Outside the layers a parameter belongs where it is first read (one never read: to the
@@ -167,20 +170,22 @@ def _owners(module: nn.Module, result: Recorded) -> list[Owned]:
     run, layers = result.run, result.layers.modules if result.layers else ()
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
-    parts = {id(piece): _read_by(piece, run) for piece in _outside(run)}
+    parts = {
+        id(piece): {id(run.originals[key]) for key in piece.part.used} for piece in _outside(run)
+    }
     unread = {id(p) for _, p in outside}.difference(*parts.values())
     parts[id(run.embed if layers else run.head)] |= unread
-    owned: dict[int, Owned] = {}
+    params_of: dict[int, BlockParams] = {}
     known: set[int] = set()
     for piece in _outside(run):
         read = parts[id(piece)]
-        owned[id(piece)] = [(name, p, id(p) in known) for name, p in outside if id(p) in read]
+        params_of[id(piece)] = [(name, p, id(p) in known) for name, p in outside if id(p) in read]
         known |= read
     for piece in run.layers:
         if piece.module is not None:
-            own = piece.module.named_parameters()
-            owned[id(piece)] = [(name, parameter, False) for name, parameter in own]
-    return [owned[id(piece)] for piece in (run.embed, run.head, *run.layers)]
+            parameters = piece.module.named_parameters()
+            params_of[id(piece)] = [(name, parameter, False) for name, parameter in parameters]
+    return [params_of[id(piece)] for piece in (run.embed, run.head, *run.layers)]
 
 
 def _outside(run: RecordedRun) -> list[Piece]:
@@ -188,16 +193,11 @@ def _outside(run: RecordedRun) -> list[Piece]:
     return [run.embed, *(piece for piece in run.layers if piece.module is None), run.head]
 
 
-def _read_by(piece: Piece, run: RecordedRun) -> set[int]:
-    """The parameters (by identity) that a part reads."""
-    return {id(run.originals[key]) for key in piece.part.used}
-
-
 def _block(
-    piece: Piece, single: Piece, params: Owned, sharding: Sharding | None, run: RecordedRun
+    piece: Piece, single: Piece, params: BlockParams, sharding: Sharding | None, run: RecordedRun
 ) -> Block:
     shares = sharding.params if sharding else {}
-    found = tuple(
+    block_params = tuple(
         Param(
             name=name,
             numel=tensor.numel(),
@@ -210,7 +210,7 @@ def _block(
     )
     return Block(
         name=piece.part.name,
-        params=found,
+        params=block_params,
         ops=tuple(piece.part.ops),
         saved=piece.part.saved(),
         saved_single=single.part.saved(),
@@ -224,8 +224,8 @@ def _block(
         transient_bytes=piece.transients,
         transient_with_grads_bytes=piece.transients_with_grads,
         transient_adding_bytes=piece.transients_adding,
-        made_bytes=piece.part.live.made() if piece.transients else (),
-        **_crossings(piece, found, sharding, run),
+        made_bytes=piece.part.live.made_bytes() if piece.transients else (),
+        **_crossings(piece, block_params, sharding, run),
         num_recomputed_ops=piece.part.num_recomputed_ops,
         domain=run.domain,
     )
@@ -252,27 +252,30 @@ def _crossings(
 def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
     """A region has one exit and an entry for each tensor that enters it.
 
-    Regions in a module that needs all tokens count as one. What no hook saw enter (experts) enters
-    with the layer's input.
+    Regions in a module that needs all tokens count as one. An input that no hook sees (experts)
+    enters with the layer's input.
     """
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
     inside = [{id(inner) for inner in m.modules()} & sharding.regions.keys() for m in whole]
     regions = {id(m) for m in layer.modules()} & sharding.regions.keys()
-    together = sum(1 for rows in inside if rows)
+    num_joint = sum(1 for rows in inside if rows)
     entered, flows = piece.part.entered, piece.part.flows
-    entries = entries_back = exits_back = together
+    entries = entries_back = exits_back = num_joint
     if not any(op.phase == "backward" for op in piece.part.ops):
         entries_back = exits_back = 0
-    alone = regions.difference(*inside)
-    for row in alone:
-        hooked = sharding.regions[row] & entered.keys()
-        inputs = {entered[id] for id in hooked}
-        back = {entered[id] for id in hooked & flows} if hooked else {0} if piece.flows else set()
+    separate = regions.difference(*inside)
+    for row in separate:
+        entry_ids = sharding.regions[row] & entered.keys()
+        inputs = {entered[key] for key in entry_ids}
+        # Without a hook the layer's own input stands for what enters.
+        back = {0} if piece.flows else set()
+        if entry_ids:
+            back = {entered[key] for key in entry_ids & flows}
         entries, entries_back = entries + max(len(inputs), 1), entries_back + len(back)
         exits_back += int(row in flows or bool(back))
     return {
         "num_entries": entries,
-        "num_exits": len(alone) + together,
+        "num_exits": len(separate) + num_joint,
         "num_entries_back": entries_back,
         "num_exits_back": exits_back,
         "num_whole": sum(1 for rows in inside if not rows),

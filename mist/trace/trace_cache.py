@@ -3,7 +3,7 @@
 An entry is found by a digest of everything a trace depends on: the source, the versions of torch
 and transformers, the tracer's own source and the setting. It also names the local modules that the
 model file imported, with their digests, and holds only while they are unchanged. An entry that
-cannot be read is as good as none. `codec` turns graphs into the JSON of an entry and back.
+cannot be read counts as missing. `codec` turns graphs into the JSON of an entry and back.
 """
 
 import json

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from tests.exec.running import Run, variant_of
 
 
 def main(folder: Path, out: Path, names: list[str]) -> None:
     found = {}
-    with joined(300.0) as device:
+    with process_group(300.0) as device:
         for name in names:
             run = Run(variant_of(name), folder, device, max_norm=None)
             run.train(0, 1)

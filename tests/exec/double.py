@@ -34,7 +34,7 @@ def in_double() -> Iterator[None]:
         for owner, name in ((torch, "float32"), (torch, "float"), (torch.Tensor, "float")):
             wide = torch.Tensor.double if owner is torch.Tensor else torch.float64
             changed.enter_context(patch.object(owner, name, wide))
-        for table in (zero.COMPUTE, zero.KEPT):
+        for table in (zero.COMPUTE, zero.MASTER):
             changed.enter_context(patch.dict(table, {Precision.FP32: torch.float64}))
         changed.enter_context(patch.object(F, "grouped_mm", _grouped_mm))
         changed.callback(torch.set_default_dtype, default)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.run import checkpoints
 from mist.exec.run.checkpoint_folder import last_of
 from tests.exec.double import in_double
@@ -116,6 +116,6 @@ def recover(folder: Path, device: torch.device) -> None:
 if __name__ == "__main__":
     programs = {"pieces": pieces, "save": save, "two": two, "die": die, "recover": recover}
     place = Path(sys.argv[2])
-    with joined(300.0) as where:
+    with process_group(300.0) as where:
         programs[sys.argv[1]](place, where)
         dist.barrier()

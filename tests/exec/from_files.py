@@ -16,7 +16,7 @@ from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import assemble, initialise, subject_of
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.build.weight_init import Whole
 from mist.exec.run.stored_weights import Tensor, stored_weights
 from mist.plans.workload import Attention
@@ -49,8 +49,8 @@ def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, obj
     loaded = load(plan.model.source, Attention.FLASH)
     read: list[int] = []
     stored = stored_weights(folder / variant.model, loaded.module)
-    given: Mapping[str, Whole] = {n: Counted(stored=s, read=read) for n, s in stored.items()}
-    subject = replace(subject_of(loaded, examine(loaded, SEQ_LEN), plan), given=given)
+    values: Mapping[str, Whole] = {n: Counted(stored=s, read=read) for n, s in stored.items()}
+    subject = replace(subject_of(loaded, examine(loaded, SEQ_LEN), plan), values=values)
     parallel = assemble(subject, plan, device, settings(None))
     initialise(parallel, subject, SEED)
     whole = torch.load(folder / f"{variant.model}.pt", weights_only=True)
@@ -64,7 +64,7 @@ def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, obj
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    with joined(300.0) as where:
+    with process_group(300.0) as where:
         results = {variant.name: found(variant, place, where) for variant in VARIANTS}
         if dist.get_rank() == 0:
             (place / "found.json").write_text(json.dumps(results))

@@ -12,7 +12,7 @@ import torch
 from mist.exec import parallelize
 from mist.exec.build.adamw import Settings, local
 from mist.exec.build.parallel import Parallel
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.run import checkpoints
 from mist.exec.run.checkpoint_folder import last_of
 from mist.plans.file import load_plan
@@ -28,7 +28,7 @@ def main(plan_file: Path, model_file: Path) -> None:
     model = model_of(model_file).bfloat16()
     before = {name: p.detach().float() for name, p in model.named_parameters()}
     shape = (plan.workload.global_batch, plan.workload.seq_len)
-    with joined(300.0):
+    with process_group(300.0):
         parallel = parallelize(model, plan, settings=Settings(lr=LR))
         moved = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in before.items()}
         for number in range(NUM_STEPS):

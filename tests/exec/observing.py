@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mist.exec.build.process_group import joined
-from mist.exec.dryrun.observer import Observer, observed
+from mist.exec.build.process_group import process_group
+from mist.exec.dryrun.observer import Observer, observing
 from tests.exec.running import Run, variant_of
 
 NUM_STEPS = 3  # threads of gloo may hold a buffer a moment longer: the least of these counts
@@ -17,14 +17,14 @@ def observe(run: Run) -> Observer:
     """One step as the observer sees it."""
     observer = Observer(run.parallel)
     run.parallel.swapper.quietly = observer.on_host
-    with observed(observer, run.parallel):
+    with observing(observer, run.parallel):
         run.parallel.unread_step(run.batches.step(0))
     return observer
 
 
 def main(folder: Path, out: Path, names: list[str]) -> None:
     found = {}
-    with joined(300.0) as device:
+    with process_group(300.0) as device:
         for name in names:
             run = Run(variant_of(name), folder, device, max_norm=1.0)
             run.train(0, 1)

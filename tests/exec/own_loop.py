@@ -10,7 +10,7 @@ from torch import nn
 
 from mist.errors import InputError, PlanError
 from mist.exec import parallelize
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.plans.file import load_plan
 from mist.trace.models.loader import cross_entropy
 from tests.exec.double import MAX_LOSS, in_double
@@ -34,7 +34,7 @@ def main(plan_file: Path, model_file: Path) -> None:
         parallelize(model, plan)
     except InputError as error:
         assert str(error).startswith("parallelize needs a process group")
-    with joined(300.0), in_double():
+    with process_group(300.0), in_double():
         model.double()
         try:
             parallelize(model, replace(plan, model=replace(plan.model, fingerprint="sha256:no")))

@@ -22,7 +22,7 @@ from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Parallel, build, subject_of
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.run.launch import run_ranks
 from mist.plans.workload import Attention
 from mist.trace.models.loader import LoadedModel
@@ -179,7 +179,7 @@ def write_errors(
 ) -> None:
     """What each variant comes to, by name, written by rank 0; one that fails is named."""
     found: dict[str, object] = {}
-    with joined(300.0) as device:
+    with process_group(300.0) as device:
         for variant in variants:
             try:
                 found[variant.name] = errors_of(variant, folder, device)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mist.errors import InputError
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from tests.exec.layouts import BATCH, SEQ_LEN, S, Variant
 from tests.exec.running import Run
 
@@ -37,7 +37,7 @@ def said(run: Run) -> Iterator[str]:
 
 def main(folder: Path, out: Path) -> None:
     found: dict[str, list[str]] = {}
-    with joined(300.0) as device:
+    with process_group(300.0) as device:
         for variant in LAYOUTS:
             mine = list(said(Run(variant, folder, device, max_norm=None)))
             every: list[list[str]] = [[], []]

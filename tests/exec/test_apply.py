@@ -165,8 +165,8 @@ def test_weights_beside_a_config_are_where_a_run_starts(folder: Path) -> None:
 SLEEPING = """
 import os, sys, time
 from pathlib import Path
-from mist.exec.build.process_group import joined
-with joined(20.0):
+from mist.exec.build.process_group import process_group
+with process_group(20.0):
     Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(600)
 """

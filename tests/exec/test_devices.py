@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from mist.errors import InputError
 from mist.exec.build import devices
-from mist.exec.build.devices import device_index, own_device, refuse_shared
+from mist.exec.build.devices import device_index, rank_device, refuse_shared
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_the_launcher_says_which_rank_of_a_machine_this_is(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     by_torchrun = {"LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}
-    assert own_device(by_torchrun) == torch.device("cuda", 5)
+    assert rank_device(by_torchrun) == torch.device("cuda", 5)
     with pytest.raises(InputError, match="16 ranks on this machine"):
-        own_device({"LOCAL_RANK": "5", "WORLD_SIZE": "16", "MIST_RENDEZVOUS": "file://x"})
+        rank_device({"LOCAL_RANK": "5", "WORLD_SIZE": "16", "MIST_RENDEZVOUS": "file://x"})
 
 
 def test_without_cuda_it_is_the_cpu() -> None:
-    assert own_device({}) == torch.device("cpu")
+    assert rank_device({}) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(("uuids", "refused"), [(["a", "b"], False), (["a", "a"], True)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mist.exec.dryrun.dry_run import extended, look
+from mist.exec.dryrun.dry_run import extend_totals, look
 from mist.exec.run.launch import run_ranks
 from tests.exec.layouts import plan_of, write_models
 from tests.exec.running import variant_of
@@ -95,4 +95,4 @@ def test_a_dry_run_sees_what_a_real_one_does(
 def test_micro_batches_that_were_not_run_are_like_the_second() -> None:
     key = ("dp", "reduce_scatter")
     ends = [{key: (4, 40)}, {key: (7, 70)}]
-    assert extended({key: (10, 100)}, ends, 5) == {key: (25, 250)}
+    assert extend_totals({key: (10, 100)}, ends, 5) == {key: (25, 250)}

@@ -18,7 +18,7 @@ def test_chunks_know_what_has_a_gradient(trained: str, tmp_path: Path) -> None:
     write_models(tmp_path)
     source = str(tmp_path / f"{trained}.py")
     loaded = load(source, Attention.FLASH)
-    anatomy = examine(loaded, SEQ_LEN)
+    structure = examine(loaded, SEQ_LEN)
     module = loaded.module.to_empty(device="cpu")
     given, gives = [], []
 
@@ -26,12 +26,12 @@ def test_chunks_know_what_has_a_gradient(trained: str, tmp_path: Path) -> None:
         given.append(args[0].requires_grad)
         gives.append(out.requires_grad)
 
-    for name in anatomy.layers:
+    for name in structure.layers:
         module.get_submodule(name).register_forward_hook(note)
     assert loaded.run(torch.zeros(2, SEQ_LEN, dtype=torch.int64)).requires_grad
     for start in range(NUM_LAYERS):
         for stop in range(start + 1, NUM_LAYERS + 1):
-            flows = flows_of(loaded, anatomy, range(start, stop))
+            flows = flows_of(loaded, structure, range(start, stop))
             assert flows.before is (start > 0 and given[start])
             assert flows.behind is (stop == NUM_LAYERS or gives[stop - 1])  # the loss always has
             assert flows.idle == gives[start:stop].count(False)

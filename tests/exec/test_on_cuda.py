@@ -135,8 +135,8 @@ def test_a_group_is_aborted_where_peers_may_be_stuck(
         group.distributed_c10d, "_abort_process_group", lambda: done.append("abort")
     )
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroy"))
-    with pytest.raises(_Lost), group._left(abort=abort):
+    with pytest.raises(_Lost), group._destroy_afterwards(abort=abort):
         raise _Lost
-    with group._left(abort=abort):
+    with group._destroy_afterwards(abort=abort):
         pass
     assert done == ["abort" if abort else "destroy", "destroy"]

@@ -74,7 +74,7 @@ def test_a_used_folder_stays_locked_for_nobody(plan: Plan, tmp_path: Path) -> No
     asked = {"checkpoint": str(folder), "resume": True}
     with pytest.raises(InputError, match="was made with seed 7, this run has 8"):
         preflight(options(**asked, seed=8), plan, leads=True)
-    assert preflight(options(**asked), plan, leads=True).held
+    assert preflight(options(**asked), plan, leads=True).lock_fds
     with pytest.raises(InputError, match="another run is writing into it"):
         preflight(options(**asked), plan, leads=True)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mist.exec.profiling.profile_worker import driven
+from mist.exec.profiling.profile_worker import gpu_state
 from mist.exec.profiling.sizes import SIZES
 from mist.plans.workload import Precision
 from mist.units import MIB
@@ -51,4 +51,4 @@ def test_attention_is_that_of_training() -> None:
     ],
 )
 def test_clocks_and_power_are_read(line: str, want: dict[str, float]) -> None:
-    assert driven(line) == want
+    assert gpu_state(line) == want

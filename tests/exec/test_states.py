@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from mist.errors import InputError
-from mist.exec.build.activations import Offloader, keep
+from mist.exec.build.activations import Offloader, apply_memory_level
 from mist.exec.build.adamw import AdamW, Settings, make_slots
-from mist.exec.build.batches import Batches, own_rows
+from mist.exec.build.batches import Batches, rank_rows
 from mist.exec.build.empty_weights import load
 from mist.exec.build.fsdp import divided_dim
 from mist.exec.build.host_copies import Copy, Swapper
@@ -55,7 +55,7 @@ def gradients(ratio: float, level: MemoryLevel) -> tuple[list[torch.Tensor], int
     swapper = Watched()
     offloader = Offloader(ratio, swapper)
     for layer in layers:
-        keep(layer, level)
+        apply_memory_level(layer, level)
         if ratio:
             offloader.attach(layer)
     for _ in range(2):
@@ -173,7 +173,7 @@ def test_ranks_divide_the_samples_of_a_step(tmp_path: Path) -> None:
     grid = RankGrid(
         first_rank=0, dp=2, dp_replicate=1, tp=1, sequence_parallel=False, rows=4, columns=16
     )
-    first, second = (own_rows(ids, grid, i, 2) for i in range(2))
+    first, second = (rank_rows(ids, grid, i, 2) for i in range(2))
     assert torch.equal(first, ids[[0, 1, 4, 5]]) and torch.equal(second, ids[[2, 3, 6, 7]])
 
 

@@ -30,7 +30,7 @@ from mist.plans.workload import MemoryLevel
 
 aten = torch.ops.aten
 
-KEPT: Final = frozenset(
+SAVED_OPS: Final = frozenset(
     {
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
         aten._scaled_dot_product_flash_attention.default,
@@ -41,13 +41,16 @@ KEPT: Final = frozenset(
 )  # fmt: skip
 
 
-def keep(layer: nn.Module, level: MemoryLevel) -> None:
-    """Make a layer keep what its level says, in place; the names of parameters stay."""
+def apply_memory_level(layer: nn.Module, level: MemoryLevel) -> None:
+    """Checkpoint a layer as its level says, in place; the names of parameters stay."""
     if level is MemoryLevel.NONE:
         return
+    # The non-reentrant form works with saved-tensor hooks and stops running forward again at the
+    # last tensor that the backward pass needs.
     options: dict[str, Any] = {"use_reentrant": False}
     if level is MemoryLevel.SELECTIVE:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    # The forward is replaced, not the module: a wrapper would change the names of parameters.
     layer.forward = partial(_checkpointed, layer.forward, options)
 
 
@@ -58,7 +61,7 @@ def _checkpointed(
 
 
 def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -92,16 +95,17 @@ class _Pass:
 
     before: "_Pass | None"
     parameters: frozenset[int]
-    seen_bytes: int
-    taken_bytes: int
+    saved_bytes: int
+    offloaded_bytes: int
     saved: list[_Saved] = field(default_factory=list)
     known: dict[object, tuple[StorageWeakRef, _Saved | None]] = field(default_factory=dict)
     fetched: bool = False
 
     def leave(self) -> None:
-        """Let what computes next wait till all of it is on the host: two layers are on their way.
+        """Make the next computation wait until the copies of this layer are on the host.
 
-        Else a device that computes faster than it copies would keep what it should not.
+        At most two layers are in flight: a device that computes faster than it copies would
+        otherwise hold more than planned.
         """
         if self.saved:
             self.saved[-1].out.wait()  # copies end in the order in which they began
@@ -126,48 +130,59 @@ class Offloader:
     def _run(
         self, layer: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object
     ) -> object:
+        # The chain of passes is the order of the layers, which a backward pass follows in reverse.
         before = self._latest
         if before is not None and before.before is not None:
             before.before.leave()
         current = _Pass(
             before=before,
             parameters=frozenset(_storage(p) for p in layer.parameters()),
-            seen_bytes=before.seen_bytes if before else 0,
-            taken_bytes=before.taken_bytes if before else 0,
+            saved_bytes=before.saved_bytes if before else 0,
+            offloaded_bytes=before.offloaded_bytes if before else 0,
         )
+        # Outside of the checkpoint, which `apply_memory_level` put into the forward: there autograd
+        # saves the input of the layer, and the hooks see it as any other tensor.
         with saved_tensors_hooks(partial(self._pack, current), partial(self._unpack, current)):
             output = forward(*args, **kwargs)
+        # Weak references keep the identities of freed storages from being used again; behind the
+        # layer nothing is looked up any more.
         current.known.clear()
         self._latest = current
         return output
 
     def _pack(self, current: _Pass, tensor: torch.Tensor) -> torch.Tensor | _View:
         local = _local(tensor)
+        # A parameter that a layer saves belongs to FSDP2, which frees and gathers it.
         if not local.is_floating_point() or _storage(local) in current.parameters:
             return tensor
         storage = StorageWeakRef(local.untyped_storage())
         whole = _is_whole(local)
         part = (local.storage_offset(), local.shape, local.stride())
+        # A copy of a whole storage has its strides, so every view of it can be made from one copy.
+        # Of a storage that is saved in part, each part has a copy.
         key = (storage.cdata, local.dtype, None if whole else part)
         if key not in current.known:
-            current.known[key] = (storage, self._taken(current, local))
+            current.known[key] = (storage, self._offloaded_copy(current, local))
         saved = current.known[key][1]
         if saved is None:
             return tensor
+        of = None
+        if isinstance(tensor, DTensor):
+            of = _with_local(tensor, local.detach().to("meta"))
         return _View(
             saved=saved,
             shape=local.shape,
             stride=local.stride() if whole else None,
-            of=_without_memory(tensor) if isinstance(tensor, DTensor) else None,
+            of=of,
         )
 
-    def _taken(self, current: _Pass, local: torch.Tensor) -> _Saved | None:
+    def _offloaded_copy(self, current: _Pass, local: torch.Tensor) -> _Saved | None:
         """The copy of a tensor on the host, if there is room for it in the share."""
         size = local.numel() * local.element_size()
-        current.seen_bytes += size
-        if current.taken_bytes + size > round(self._ratio * current.seen_bytes):
+        current.saved_bytes += size
+        if current.offloaded_bytes + size > round(self._ratio * current.saved_bytes):
             return None
-        current.taken_bytes += size
+        current.offloaded_bytes += size
         saved = _Saved(out=self._swapper.to_host(local.detach()))
         current.saved.append(saved)
         return saved
@@ -176,6 +191,7 @@ class Offloader:
         if isinstance(packed, torch.Tensor):
             return packed
         self._fetch(current)
+        # While this layer runs backward, the tensors of the layer before it are on their way in.
         if current.before is not None:
             self._fetch(current.before)
         saved = packed.saved
@@ -204,13 +220,9 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds, when it has arrived."""
-    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return held.wait() if isinstance(held, AsyncCollectiveTensor) else held
-
-
-def _without_memory(tensor: DTensor) -> DTensor:
-    return _with_local(tensor, _local(tensor).detach().to("meta"))
+    """This rank's shard; a collective that still runs is waited for."""
+    shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard
 
 
 def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:

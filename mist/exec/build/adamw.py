@@ -21,7 +21,7 @@ BUCKET_BYTES: Final = 64 * 2**20  # what is on its way at once, per state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What AdamW is told; `max_norm` is of the gradient of the whole model (None: no clipping)."""
+    """Settings of AdamW; `max_norm` is of the gradient of the whole model (None: no clipping)."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -48,10 +48,9 @@ class ParameterState:
         return local(self.parameter.detach()), local(self.parameter.grad), self.first, self.second
 
     @property
-    def away(self) -> tuple[bool, ...]:
+    def on_host(self) -> tuple[bool, ...]:
         """Which of the tensors are on the host."""
-        held = self.parameter_on_host
-        return held, held, self.moments_on_host, self.moments_on_host
+        return (self.parameter_on_host,) * 2 + (self.moments_on_host,) * 2
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +59,7 @@ class ParameterState:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -81,10 +80,11 @@ class AdamW:
     def step(self, scale: torch.Tensor) -> None:
         """Update every parameter; gradients are multiplied by `scale` first."""
         self.num_steps += 1
+        # A parameter that the loss does not depend on has no gradient.
         ready = [slot for slot in self.slots if slot.parameter.grad is not None]
-        if here := [slot.tensors for slot in ready if not any(slot.away)]:
-            self._update(here, scale)
-        self._stream(list(_buckets(slot for slot in ready if any(slot.away))), scale)
+        if on_device := [slot.tensors for slot in ready if not any(slot.on_host)]:
+            self._update(on_device, scale)
+        self._stream(list(_buckets(slot for slot in ready if any(slot.on_host))), scale)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -92,43 +92,47 @@ class AdamW:
             slot.parameter.grad = None
 
     def _stream(self, buckets: Sequence[Sequence[ParameterState]], scale: torch.Tensor) -> None:
-        coming = self._fetch(buckets[0]) if buckets else []
-        leaving: list[Copy] = []
+        incoming = self._fetch(buckets[0]) if buckets else []
+        outgoing: list[Copy] = []
         for index, bucket in enumerate(buckets):
-            here = [tuple(copy.wait() for copy in copies) for copies in coming]
-            if leaving:
-                leaving[-1].wait()  # the bucket before is gone: three are never here at once
-            coming = self._fetch(buckets[index + 1]) if index + 1 < len(buckets) else []
-            self._update(here, scale)
-            leaving += self._put_back(bucket, here)
-        for copy in leaving:
+            tensors = [tuple(copy.wait() for copy in copies) for copies in incoming]
+            if outgoing:
+                outgoing[-1].wait()  # the bucket before is gone: three are never here at once
+            incoming = self._fetch(buckets[index + 1]) if index + 1 < len(buckets) else []
+            self._update(tensors, scale)
+            outgoing += self._put_back(bucket, tensors)
+        # The host reads without streams (a checkpoint): it must not see a copy in flight.
+        for copy in outgoing:
             copy.arrived()
 
     def _fetch(self, bucket: Sequence[ParameterState]) -> list[tuple[Copy, ...]]:
         return [
             tuple(
-                self._swapper.to_device(copy) if away else copy
-                for copy, away in zip(
-                    (Copy(tensor=t) for t in slot.tensors), slot.away, strict=True
+                self._swapper.to_device(copy) if on_host else copy
+                for copy, on_host in zip(
+                    (Copy(tensor=t) for t in slot.tensors), slot.on_host, strict=True
                 )
             )
             for slot in bucket
         ]
 
     def _put_back(
-        self, bucket: Sequence[ParameterState], here: Sequence[tuple[torch.Tensor, ...]]
+        self, bucket: Sequence[ParameterState], updates: Sequence[tuple[torch.Tensor, ...]]
     ) -> Iterator[Copy]:
         """Copies to the host of what was changed; a gradient is not needed any more."""
-        for slot, updated in zip(bucket, here, strict=True):
+        for slot, tensors in zip(bucket, updates, strict=True):
             for index in (0, 2, 3):
-                if slot.away[index]:
-                    yield self._swapper.to_host(updated[index], slot.tensors[index])
+                if slot.on_host[index]:
+                    yield self._swapper.to_host(tensors[index], slot.tensors[index])
 
     def _update(self, tensors: Sequence[tuple[torch.Tensor, ...]], scale: torch.Tensor) -> None:
         values, grads, first, second = (list(column) for column in zip(*tensors, strict=True))
+        # Clipping and the division by the number of tokens in one pass over the gradients.
         torch._foreach_mul_(grads, scale.to(grads[0].dtype))
         device = self._swapper.device
-        past = torch.full((len(values),), float(self.num_steps - 1), device=device)
+        # The functional form counts the step up before it uses it, and wants a tensor of its own
+        # for each parameter.
+        steps = torch.full((len(values),), float(self.num_steps - 1), device=device)
         beta1, beta2 = self.settings.betas
         adamw(
             values,
@@ -136,7 +140,7 @@ class AdamW:
             first,
             second,
             [],
-            list(past.unbind()),
+            list(steps.unbind()),
             foreach=False,
             fused=True,
             amsgrad=False,
@@ -163,17 +167,17 @@ def make_slots(
     trained = {name: each for name, each in parameters.items() if each.requires_grad}
     shards = {name: local(parameter.detach()) for name, parameter in trained.items()}
     sizes = {name: shard.numel() * shard.element_size() for name, shard in shards.items()}
-    moved = chosen(sizes, host_ratio)
+    offloaded = chosen(sizes, host_ratio)
     for name, parameter in trained.items():
-        away = name in moved
-        first, second = (_zeros(shards[name], swapper, on_host=away) for _ in range(2))
+        moments_on_host = name in offloaded
+        first, second = (_zeros(shards[name], swapper, on_host=moments_on_host) for _ in range(2))
         yield ParameterState(
             name=name,
             parameter=parameter,
             first=first,
             second=second,
             parameter_on_host=name in on_host,
-            moments_on_host=away,
+            moments_on_host=moments_on_host,
         )
 
 
@@ -182,24 +186,26 @@ def chosen(sizes: Mapping[str, int], ratio: float) -> frozenset[str]:
 
     They are spread evenly over all; what the last of them leave open, the largest that fit fill.
     """
-    seen = taken = 0
-    found = set()
-    whole = round(ratio * sum(sizes.values()))
+    total = offloaded = 0
+    names = set()
+    # First a greedy pass that keeps to the ratio at every prefix, so that the chosen parameters lie
+    # all along the model; then the largest that still fit.
+    budget = round(ratio * sum(sizes.values()))
     for name, size in sizes.items():
-        seen += size
-        if 0 < size <= round(ratio * seen) - taken:
-            found.add(name)
-            taken += size
+        total += size
+        if 0 < size <= round(ratio * total) - offloaded:
+            names.add(name)
+            offloaded += size
     for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
-        if name not in found and 0 < sizes[name] <= whole - taken:
-            found.add(name)
-            taken += sizes[name]
-    return frozenset(found)
+        if name not in names and 0 < sizes[name] <= budget - offloaded:
+            names.add(name)
+            offloaded += sizes[name]
+    return frozenset(names)
 
 
 def _zeros(shard: torch.Tensor, swapper: Swapper, *, on_host: bool) -> torch.Tensor:
     if on_host:
-        return swapper.kept_on_host(shard)
+        return swapper.zeros_on_host(shard)
     return torch.zeros_like(shard, device=swapper.device)
 
 

@@ -17,7 +17,7 @@ from mist.errors import InputError
 from mist.plans.workload import Workload
 from mist.trace.models.loader import LABELS, LoadedModel
 
-# What a batch may have beside what was planned, with one entry for each token.
+# Inputs that a batch may have although the plan has not, with one entry for each token.
 OF_TOKENS: Final = ("attention_mask", LABELS, "position_ids", "token_type_ids")
 OPTIONAL: Final = "decoder_input_ids"  # made of the labels, where it is left out
 WHOLE: Final = "tensor"  # the name of a batch that is one tensor
@@ -37,29 +37,30 @@ class BatchShape:
 
     def check(self, batch: object) -> None:
         """Raise InputError unless a batch fits."""
-        found = _leaves(batch)
-        wanted = dict(self.leaves)
-        if self.is_open and found:
-            wanted = {next(iter(found)): (self.num_samples, self.seq_len)}
+        leaves = _leaves(batch)
+        expected = dict(self.leaves)
+        if self.is_open and leaves:
+            expected = {next(iter(leaves)): (self.num_samples, self.seq_len)}
         tokens = (self.num_samples, self.seq_len)
-        extra = set(OF_TOKENS) - wanted.keys()
-        wanted |= {name: tokens for name in extra if len(_shape(found.get(name))) == 2}
-        if OPTIONAL not in found:
-            wanted.pop(OPTIONAL, None)
-        fits = all(_shape(found.get(name)) == shape for name, shape in wanted.items())
-        if fits and all(_shape(leaf)[:1] == tokens[:1] for leaf in found.values()):
+        extra = set(OF_TOKENS) - expected.keys()
+        expected |= {name: tokens for name in extra if len(_shape(leaves.get(name))) == 2}
+        if OPTIONAL not in leaves:
+            expected.pop(OPTIONAL, None)
+        fits = all(_shape(leaves.get(name)) == shape for name, shape in expected.items())
+        if fits and all(_shape(leaf)[:1] == tokens[:1] for leaf in leaves.values()):
             return
-        had = {name: _words(leaf) for name, leaf in found.items()}
+        actual = {name: _words(leaf) for name, leaf in leaves.items()}
         raise InputError(
             f"the batch does not fit the plan: a step takes {self.num_samples} samples of "
-            f"{self.seq_len} tokens, as {_listed(self.leaves)}; found {_listed(had)}. Give every "
-            "rank all samples of a step in tensors whose first dimension counts them, or plan "
-            "again with --seq and --global-batch of the batch."
+            f"{self.seq_len} tokens, as {_shapes_text(self.leaves)}; found {_shapes_text(actual)}. "
+            "Give every rank all samples of a step in tensors whose first dimension counts them, "
+            "or plan again with --seq and --global-batch of the batch."
         )
 
 
 def planned_shape(loaded: LoadedModel, workload: Workload) -> BatchShape:
     """The shape of the batches of a plan, as the model file or the model makes them."""
+    # make_batch of a model file allocates a whole step: on fake tensors only its shapes are made.
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = loaded.batch(workload.global_batch, workload.seq_len)
     return BatchShape(
@@ -89,7 +90,7 @@ def _words(leaf: object) -> tuple[int, ...] | str:
     return _shape(leaf) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
 
 
-def _listed(leaves: Mapping[str, tuple[int, ...] | str]) -> str:
+def _shapes_text(leaves: Mapping[str, tuple[int, ...] | str]) -> str:
     each = (
         f"{name} {list(shape) if isinstance(shape, tuple) else shape}"
         for name, shape in leaves.items()

@@ -52,6 +52,7 @@ class Batches:
     def step(self, number: int) -> object:
         """All samples of a step (from 0), on the CPU."""
         size, seq_len = self._workload.global_batch, self._workload.seq_len
+        # The state of the generator is restored: dropout must not depend on how batches are made.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self._seed, "data", number))
             batch = self._loaded.batch(size, seq_len)
@@ -101,10 +102,11 @@ def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarr
     return tokens
 
 
-def own_rows(batch: object, grid: RankGrid, i: int, num_micro_batches: int) -> object:
+def rank_rows(batch: object, grid: RankGrid, i: int, num_micro_batches: int) -> object:
     """The samples of data-parallel rank i, micro-batch by micro-batch."""
     size = grid.rows // grid.dp
     rows = torch.cat(
+        # A micro-batch is a run of consecutive samples: stages with another dp divide the same one.
         [torch.arange(size) + m * grid.rows + i * size for m in range(num_micro_batches)]
     )
     return tree_map(lambda leaf: leaf[rows], batch)
@@ -117,5 +119,7 @@ def micro_batch(batch: object, size: int, index: int) -> object:
 
 def to_device(batch: object, device: torch.device) -> object:
     """A batch on the device."""
-    moved = {id(leaf): leaf.to(device, non_blocking=True) for leaf in tree_leaves(batch)}
-    return tree_map(lambda leaf: moved[id(leaf)], batch)
+    # By identity: a tensor that a batch has under two names (ids that are labels, too) is copied
+    # once.
+    copies = {id(leaf): leaf.to(device, non_blocking=True) for leaf in tree_leaves(batch)}
+    return tree_map(lambda leaf: copies[id(leaf)], batch)

@@ -47,7 +47,11 @@ def take_place(plan: Plan, device: torch.device) -> RankPlace:
     meshes = [_mesh(grid, device) for grid in grids]
     stage = stage_of(plan, rank)
     i, j = divmod(rank - grids[stage].first_rank, grids[stage].tp)
-    columns = _columns(grids) if uniform(plan) else [[r] for r in range(dist.get_world_size())]
+    # Where stages differ in ranks, torch's stage gets a group of this rank alone: our transfers
+    # name ranks of the default group themselves.
+    columns = [[r] for r in range(dist.get_world_size())]
+    if uniform(plan):
+        columns = [[grid.rank(*at) for grid in grids] for at in grids[0].places()]
     return RankPlace(
         rank=rank,
         stage=stage,
@@ -63,6 +67,7 @@ def take_place(plan: Plan, device: torch.device) -> RankPlace:
 
 def new_groups(members: Sequence[Sequence[int]]) -> Mapping[int, dist.ProcessGroup]:
     """Process groups of these ranks; for each member its group."""
+    # new_group is a collective of all ranks, members or not: one order everywhere.
     groups = [dist.new_group(list(ranks)) for ranks in members]
     return {rank: group for ranks, group in zip(members, groups, strict=True) for rank in ranks}
 
@@ -73,7 +78,3 @@ def _mesh(grid: RankGrid, device: torch.device) -> DeviceMesh:
     sizes = (copies, grid.dp // copies) if copies > 1 else (grid.dp,)
     ranks = torch.arange(grid.dp * grid.tp).view(*sizes, grid.tp) + grid.first_rank
     return DeviceMesh(device.type, ranks, mesh_dim_names=(*DATA[copies > 1], "tp"))
-
-
-def _columns(grids: Sequence[RankGrid]) -> list[list[int]]:
-    return [[grid.rank(*place) for grid in grids] for place in grids[0].places()]

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from mist.errors import InputError
 
 
-def own_device(environment: Mapping[str, str]) -> torch.device:
-    """This rank's device, by what its launcher says: CUDA where it is, else the CPU.
+def rank_device(environment: Mapping[str, str]) -> torch.device:
+    """This rank's device: CUDA where there is one, by the launcher's local rank, else the CPU.
 
     Raises InputError for more ranks than devices.
     """
@@ -44,15 +44,17 @@ def device_index(num_devices: int, local_rank: int, num_local: int, *, ours: boo
 
 def refuse_shared(device: torch.device) -> None:
     """Raise InputError, on every rank, where two ranks were given the same CUDA device."""
-    found = torch.cuda.get_device_properties(device)
-    mine = (socket.gethostname(), str(getattr(found, "uuid", device.index)))
-    every: list[tuple[str, str]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    shared = [place for place, count in Counter(every).items() if count > 1]
-    if shared:
-        ranks = [rank for rank, place in enumerate(every) if place == shared[0]]
+    properties = torch.cuda.get_device_properties(device)
+    # By UUID: with different CUDA_VISIBLE_DEVICES one index means several devices.
+    identity = (socket.gethostname(), str(getattr(properties, "uuid", device.index)))
+    identities: list[tuple[str, str]] = [identity] * dist.get_world_size()
+    dist.all_gather_object(identities, identity)
+    duplicates = [place for place, count in Counter(identities).items() if count > 1]
+    if duplicates:
+        ranks = [rank for rank, place in enumerate(identities) if place == duplicates[0]]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise InputError(
-            f"ranks {ranks} use the same device of {shared[0][0]}: each rank needs one of its own. "
-            f"Look at CUDA_VISIBLE_DEVICES ({os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')} on "
+            f"ranks {ranks} use the same device of {duplicates[0][0]}: each rank needs one of its "
+            f"own. Look at CUDA_VISIBLE_DEVICES ({visible} on "
             f"rank {dist.get_rank()}) and at how many tasks the launcher starts on a machine."
         )

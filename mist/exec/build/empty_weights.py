@@ -38,10 +38,10 @@ def load_within(
     where: AbstractContextManager[None], source: str, attention: Attention
 ) -> LoadedModel:
     """The model that a plan names, in fp32, built within a context. Raises ModelError."""
-    found = resolve(source)
-    path = found.path if isinstance(found, PythonSource) else None
+    model_source = resolve(source)
+    path = model_source.path if isinstance(model_source, PythonSource) else None
     with local_modules(path), where:
-        model = load_model(found, precision=Precision.FP32, attention=attention)
+        model = load_model(model_source, precision=Precision.FP32, attention=attention)
     to_masters(model.module)
     return model
 
@@ -53,9 +53,10 @@ def deferred() -> Iterator[None]:
 
     def without_memory(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
         if value is not None and not value.is_meta:  # one that is registered again is tied
-            value = _on_meta(value)
+            value = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
         register(module, name, value)
 
+    # A patch, as torch.device("meta") would leave buffers without values, too.
     setattr(nn.Module, "register_parameter", without_memory)  # noqa: B010 (mypy: a method)
     try:
         with _OnCpu():
@@ -74,14 +75,10 @@ class _OnCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        given = dict(kwargs or {})
-        if given.get("device") == torch.device("meta"):
-            given["device"] = torch.device("cpu")
-        return func(*args, **given)
-
-
-def _on_meta(value: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+        options = dict(kwargs or {})
+        if options.get("device") == torch.device("meta"):
+            options["device"] = torch.device("cpu")
+        return func(*args, **options)
 
 
 def to_masters(module: nn.Module) -> None:
@@ -93,6 +90,7 @@ def to_masters(module: nn.Module) -> None:
     for owner in module.modules():
         for name, value in owner._parameters.items():
             if value is not None and (not value.is_meta or value.dtype in HALF):
+                # By identity, so that tied names share the new parameter.
                 owner._parameters[name] = moved.setdefault(id(value), _master(value))
 
 

@@ -36,7 +36,7 @@ from mist.plans.workload import Precision
 
 MAX_PADDING: Final = 1 / 16  # of a parameter; dividing another dimension costs a copy more
 COMPUTE = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
-KEPT = dict.fromkeys(COMPUTE, torch.float32)  # parameters and what is reduced
+MASTER = dict.fromkeys(COMPUTE, torch.float32)  # parameters and what is reduced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +55,9 @@ class Sharding:
 def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level: Sharding) -> None:
     """Make each layer, and what remains of `root`, a group of FSDP2, in place."""
     policy = MixedPrecisionPolicy(
-        param_dtype=COMPUTE[level.precision], reduce_dtype=KEPT[level.precision]
+        param_dtype=COMPUTE[level.precision], reduce_dtype=MASTER[level.precision]
     )
+    # Layers first: the group of the root takes the parameters that no group has yet.
     for module in (*layers, root):
         if level.zero == 0:
             replicate(module, mesh=mesh, mp_policy=policy)
@@ -65,11 +66,15 @@ def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level:
             module,
             mesh=mesh,
             mp_policy=policy,
+            # The root (embedding, head) runs backward right behind its forward pass: resharding
+            # would gather it twice.
             reshard_after_forward=level.zero == 3 and module is not root,
             offload_policy=_offload(mesh, on_host=id(module) in level.on_host),
+            # Only the last axis of the mesh divides; along dp_replicate ranks hold copies.
             shard_placement_fn=partial(divided_dim, num_ranks=mesh.size(mesh.ndim - 1)),
         )
     for group in groups(root):
+        # Sums on the wire and no division behind: FSDP2 would average over the ranks.
         group.set_force_sum_reduction_for_comms(True)
         group.set_gradient_divide_factor(1.0)
     _prefetch([*layers[level.idle :], root])
@@ -117,7 +122,11 @@ def begin_backward(root: nn.Module, *, zero: int, last: bool) -> None:
     after the last one.
     """
     assert isinstance(root, FSDPModule)
+    # Behind the last backward pass FSDP2 waits for its reductions and forgets its prefetching
+    # order.
     root.set_is_last_backward(last)
     root.set_reshard_after_backward(last or zero == 3)
+    # Below level 2 gradients add up in fp32, not sharded, until the last micro-batch reduces them.
     root.set_requires_gradient_sync(last or zero >= 2)
+    # Copies of the states (HSDP) add up once per step, whatever the level scatters before.
     root.set_requires_all_reduce(last)

@@ -25,6 +25,7 @@ def add_partial(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     if not grads:
         return
+    # Norms and biases are small and many: in one buffer they cost one latency.
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat, group=mesh.get_group())
     parts = flat.split([grad.numel() for grad in grads])
@@ -46,16 +47,19 @@ def global_norm(
     Each rank adds up its shards; what several ranks hold counts once.
     """
     shared = {id(each.parameter) for each in tied}
-    alike: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+    by_copies: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
     for parameter in parameters.values():
         if parameter.grad is not None:
+            # After add_tied both stages have the whole gradient of a tied parameter.
             copies = _copies(parameter, tp) * (2 if id(parameter) in shared else 1)
             grad = at_least_fp32(local(parameter.grad))
-            alike.setdefault((grad.device, copies), []).append(grad)
+            by_copies.setdefault((grad.device, copies), []).append(grad)
     total = torch.zeros((), device=device)
-    for (_, copies), grads in alike.items():  # those in host memory cross once, as one number
+    for (_, copies), grads in by_copies.items():  # those in host memory cross once, as one number
         norms = torch.stack(torch._foreach_norm(grads))
         total += (norms.square().sum() / copies).to(device)
+    # Over the default group, which has shards, copies and stages: a rank without gradients joins,
+    # too.
     dist.all_reduce(total)
     return total.sqrt()
 

@@ -1,7 +1,7 @@
-"""Copies between device and host that run beside the computation.
+"""Copies between device and host that run at the same time as the computation.
 
 On CUDA a copy runs on a side stream into pinned memory; who uses its result waits for its event,
-and the caching allocator is told which stream still reads a tensor. On a machine without CUDA the
+and the caching allocator must know which stream still reads a tensor. On a machine without CUDA the
 same calls copy at once: the code that decides what moves, and when, is the same.
 """
 
@@ -26,6 +26,8 @@ class Copy:
             current = torch.cuda.current_stream()
             current.wait_event(self.event)
             if self.tensor.is_cuda:
+                # It was allocated on the side stream: the allocator must not reuse its memory
+                # before this stream has read it.
                 self.tensor.record_stream(current)
         return self.tensor
 
@@ -46,14 +48,14 @@ def register(tensor: torch.Tensor) -> None:
 class Swapper:
     """One stream out and one stream in. `quietly`: what host memory is allocated in (`measure`).
 
-    `beside` False: copies wait for the computation and it for them, which tells what hides them.
+    `overlap` False: copies and computation wait for each other, to measure what overlap hides.
     """
 
-    def __init__(self, device: torch.device, *, beside: bool = True) -> None:
+    def __init__(self, device: torch.device, *, overlap: bool = True) -> None:
         self.device = device
         self.quietly: Callable[[], AbstractContextManager[object]] = nullcontext
         self._pins = device.type == "cuda"
-        self._asynchronous = self._pins and beside
+        self._asynchronous = self._pins and overlap
         self._out = torch.cuda.Stream(device) if self._asynchronous else None
         self._in = torch.cuda.Stream(device) if self._asynchronous else None
 
@@ -63,12 +65,14 @@ class Swapper:
         with self._after_current(self._out):
             target.copy_(tensor, non_blocking=self._asynchronous)
             if self._out is not None:
+                # The caller may drop the tensor before the copy has run.
                 tensor.record_stream(self._out)
         return Copy(tensor=target, event=self._event(self._out))
 
     def to_device(self, copy: Copy) -> Copy:
         """Bring back what a copy took out."""
         with self._after_current(self._in):
+            # It may still be on its way out.
             if copy.event is not None and self._in is not None:
                 self._in.wait_event(copy.event)
             tensor = copy.tensor.to(self.device, non_blocking=self._asynchronous, copy=True)
@@ -79,7 +83,7 @@ class Swapper:
         with self.quietly():
             return torch.empty_like(tensor, device="cpu", pin_memory=self._pins)
 
-    def kept_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+    def zeros_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Zeros in host memory for good, pinned where that helps, and no larger than they are.
 
         Torch's pinned blocks are powers of two; memory that is registered with the driver is not.
@@ -93,6 +97,7 @@ class Swapper:
     def _after_current(self, stream: "torch.cuda.Stream | None") -> AbstractContextManager[object]:
         if stream is None:
             return nullcontext()
+        # A copy begins when the computation that makes the tensor is done.
         stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(stream)
 

@@ -36,6 +36,7 @@ def bounds_of(target: DTensor) -> tuple[slice, ...]:
         placement = target.placements[axis]
         if isinstance(placement, Shard | _StridedShard):
             whole = bounds[placement.dim]
+            # As torch.chunk: parts are rounded up, the last ranks may have less or nothing.
             size = -(-len(whole) // mesh.size(axis))
             bounds[placement.dim] = whole[place[axis] * size : (place[axis] + 1) * size]
     return tuple(slice(each.start, each.stop) for each in bounds)

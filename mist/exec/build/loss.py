@@ -35,6 +35,8 @@ def summed_loss(loaded: LoadedModel, batch: object) -> tuple[torch.Tensor, torch
     counted: list[torch.Tensor] = []
     with _in_modules(counted):
         output = loaded.forward(batch)
+    # Only the loss runs under the mode: there a model file may hold cross-entropies by names of its
+    # own.
     with _Counting(counted):
         loss, number = loaded.loss_of(output, batch)
     plain = (loss.to_local() if isinstance(loss, DTensor) else loss).reshape(())
@@ -48,6 +50,7 @@ def summed_loss(loaded: LoadedModel, batch: object) -> tuple[torch.Tensor, torch
         _drop_gradients(output, count == 0)
     else:
         count = torch.tensor(tree_leaves(batch)[0].shape[0], device=total.device)
+    # A mean over nothing is no number; its sum is 0.
     return torch.where(count == 0, 0.0, total * count), count
 
 
@@ -113,15 +116,18 @@ def _noting(
     def around(*args: object, **kwargs: object) -> torch.Tensor:
         call = form.bind(*args, **kwargs)
         call.apply_defaults()
-        given: dict[str, Any] = call.arguments
-        target, weight = given["target"], given["weight"]
-        old_names = given["size_average"], given["reduce"]
-        if (*old_names, given["reduction"]) != (None, None, "mean") or target.is_floating_point():
-            return original(*args, **kwargs)  # class probabilities: a mean over samples
-        counts = target != given["ignore_index"]
+        arguments: dict[str, Any] = call.arguments
+        target, weight = arguments["target"], arguments["weight"]
+        old_names = arguments["size_average"], arguments["reduce"]
+        is_mean = old_names == (None, None) and arguments["reduction"] == "mean"
+        # Targets of floats are class probabilities: their mean is over samples.
+        if not is_mean or target.is_floating_point():
+            return original(*args, **kwargs)
+        counts = target != arguments["ignore_index"]
+        # ignore_index is no index of a class: it must not reach the weights.
         shares = counts if weight is None else weight[target.where(counts, 0)] * counts
         counted.append(shares.sum())
-        total = original(**{**given, "reduction": "sum"})
+        total = original(**{**arguments, "reduction": "sum"})
         return total / torch.where(counted[-1] == 0, 1, counted[-1])
 
     return around

@@ -24,7 +24,7 @@ from mist.trace.repeated_blocks import Layers, find_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Anatomy:
+class ModelStructure:
     """Names of the layers in the order of their calls, and of what is read before and after.
 
     `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
@@ -44,23 +44,26 @@ class Anatomy:
     tied: Mapping[str, str]
 
 
-def examine(loaded: LoadedModel, seq_len: int) -> Anatomy:
+def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
     """Run a model once on fake tensors. Raises ModelError when it has no list of layers."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
+    # On the CPU: on the meta device some functions (attention) run other operations.
     with mode:
         model.to_empty(device="cpu")
     for parameter in model.parameters():  # what takes what from which shows by gradients
         parameter.requires_grad_(parameter.is_floating_point())
-    found = find_layers(model)
-    while found is not None:
-        watch = _Watch(model=model, layers=found)
+    layers = find_layers(model)
+    while layers is not None:
+        watch = _Watch(model=model, layers=layers)
         with mode, ImitatedKernels("cpu"), watch.hooks():
             fake = replace(loaded, module=model)
             fake.run(fake.batch(2, seq_len))
-        if sorted(watch.order) == list(range(len(found.modules))):
-            return _anatomy(loaded.module, watch)
-        found = found.without(_not_once(watch, found))
+        if sorted(watch.order) == list(range(len(layers.modules))):
+            return _structure(loaded.module, watch)
+        # A list with a layer that is not called once (experts, heads) is no stack: look for
+        # another.
+        layers = layers.without(_not_once(watch, layers))
     raise ModelError(
         f"{loaded.name} has no list of layers that are each called once; mist apply needs one."
     )
@@ -109,6 +112,7 @@ class _Watch(TorchFunctionMode):
             self.front |= parameters
             return
         self.tail |= parameters
+        # A parameter that is read between two layers has no stage to belong to.
         if parameters and len(self.order) < len(self.layers.modules):
             self.in_a_row = False
 
@@ -126,21 +130,22 @@ class _Watch(TorchFunctionMode):
             yield
 
     def _embed(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        # The output is held so that no later tensor gets its identity.
         self.embedded[id(output)] = (output, module)
 
     def _enter(self, index: int) -> Callable[..., None]:
         def enter(
             module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
         ) -> None:
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            if not self.order and id(given[0]) in self.embedded:
-                self.direct = self.embedded[id(given[0])][1]
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if not self.order and id(tensors[0]) in self.embedded:
+                self.direct = self.embedded[id(tensors[0])][1]
             self.order.append(index)
             self.inside = True
-            if self.hidden is not None and given[0] is not self.hidden:
+            if self.hidden is not None and tensors[0] is not self.hidden:
                 self.in_a_row = False
-            self.hidden = given[0]
-            self.in_a_row &= not any(x.requires_grad for x in given[1:])
+            self.hidden = tensors[0]
+            self.in_a_row &= not any(x.requires_grad for x in tensors[1:])
 
         return enter
 
@@ -150,7 +155,7 @@ class _Watch(TorchFunctionMode):
         self.hidden = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
-def _anatomy(original: nn.Module, watch: _Watch) -> Anatomy:
+def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
     """Ties are those of the original: a copy on another device has none."""
     copy = watch.model
     names = {id(module): name for name, module in copy.named_modules()}
@@ -164,7 +169,7 @@ def _anatomy(original: nn.Module, watch: _Watch) -> Anatomy:
         if id(p) not in inside
     }
     assert watch.hidden is not None
-    return Anatomy(
+    return ModelStructure(
         layers=tuple(names[id(watch.layers.modules[i])] for i in watch.order),
         front=frozenset(outside[key] for key in watch.front & outside.keys()),
         tail=frozenset(outside[key] for key in watch.tail & outside.keys()),

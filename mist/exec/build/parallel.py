@@ -14,17 +14,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import loss_parallel
 
-from mist.exec.build.activations import Offloader, keep
+from mist.exec.build.activations import Offloader, apply_memory_level
 from mist.exec.build.adamw import AdamW, Settings, local, make_slots
 from mist.exec.build.batch_shape import planned_shape
-from mist.exec.build.batches import micro_batch, own_rows, to_device
+from mist.exec.build.batches import micro_batch, rank_rows, to_device
 from mist.exec.build.device_meshes import RankPlace, new_groups, take_place
 from mist.exec.build.fsdp import COMPUTE, Sharding, begin_backward, shard
 from mist.exec.build.gradient_flow import Flows, flows_of
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.build.host_copies import Swapper
 from mist.exec.build.initial_weights import fill
-from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.model_structure import ModelStructure
 from mist.exec.build.pipeline import PipelineSchedule, Shell
 from mist.exec.build.process_group import warm_up
 from mist.exec.build.rank_grid import chunk_layers
@@ -45,28 +45,28 @@ Memory = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model with what is known of it: what `build` needs beside the plan.
+    """A model with its structure and rules: what `build` needs in addition to the plan.
 
-    `given`: values of parameters that do not come from the seed, in memory or in files.
+    `values`: values of parameters that do not come from the seed, in memory or in files.
     """
 
     loaded: LoadedModel
-    anatomy: Anatomy
+    structure: ModelStructure
     rules: Mapping[int, TensorRules]
-    given: Mapping[str, Whole] = field(default_factory=dict)
+    values: Mapping[str, Whole] = field(default_factory=dict)
 
 
-def subject_of(loaded: LoadedModel, anatomy: Anatomy, plan: Plan) -> Subject:
+def subject_of(loaded: LoadedModel, structure: ModelStructure, plan: Plan) -> Subject:
     """Find the tensor-parallel rules that the plan needs. Raises ModelError."""
     degrees = {stage.tp for stage in plan.stages} - {1}
     seq_len = plan.workload.seq_len
-    rules = {tp: tensor_rules(loaded, anatomy, seq_len, tp) for tp in sorted(degrees)}
-    return Subject(loaded=loaded, anatomy=anatomy, rules=rules)
+    rules = {tp: tensor_rules(loaded, structure, seq_len, tp) for tp in sorted(degrees)}
+    return Subject(loaded=loaded, structure=structure, rules=rules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one step gave, the same on every rank: mean loss, and norm of the gradient."""
+    """Mean loss of a step and norm of its gradient, the same on every rank."""
 
     loss: float
     norm: float
@@ -147,6 +147,7 @@ def assemble(
         built[index] = _chunk(job, layers, of_layers[done:], max(first_on_host, 0))
         done += len(layers)
     parallel = Parallel(job, built, settings)
+    # In the order of all ranks; a first send amid the schedule would wait for ranks that compute.
     warm_up(parallel.groups(), device)
     return parallel
 
@@ -156,11 +157,11 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
     owners: dict[str, dict[str, nn.Parameter]] = {}
     pieces = parallel.pieces
     for name, parameter in parallel.parameters.items():
-        if name in subject.given:
-            fill(parameter, subject.given[name], pieces=pieces.get(name, ONE_PIECE))
+        if name in subject.values:
+            fill(parameter, subject.values[name], pieces=pieces.get(name, ONE_PIECE))
             continue
-        owner, _, own = name.rpartition(".")
-        owners.setdefault(owner, {})[own] = parameter
+        owner, _, attribute = name.rpartition(".")
+        owners.setdefault(owner, {})[attribute] = parameter
     for owner, own_parameters in owners.items():
         device = parallel.place.device
         values = initial_values(subject.loaded.module, owner, seed, device)
@@ -171,58 +172,63 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
 
 def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int) -> Built:
     """Build one chunk. `first_on_host`: its layers from here on keep their states on the host."""
-    anatomy, stage, place = job.subject.anatomy, job.stage, job.place
-    part = cut(job.subject.loaded, anatomy, layers, COMPUTE[job.plan.workload.precision])
-    names = anatomy.layers[layers.start : layers.stop]
+    structure, stage, place = job.subject.structure, job.stage, job.place
+    part = cut(job.subject.loaded, structure, layers, COMPUTE[job.plan.workload.precision])
+    names = structure.layers[layers.start : layers.stop]
     ends = ChunkPart(
         layers=names,
         first=layers.start == 0,
-        last=layers.stop == len(anatomy.layers),
-        front=anatomy.front,
-        tail=anatomy.tail,
+        last=layers.stop == len(structure.layers),
+        front=structure.front,
+        tail=structure.tail,
         micro_batch=stage.micro_batch,
         sp=stage.sp,
         split_loss=job.split_loss,
     )
-    summed: frozenset[str] = frozenset()
+    # Tensor parallelism first: FSDP2 then divides the part that a rank has.
+    partial_names: frozenset[str] = frozenset()
     if stage.tp > 1:
         rules = job.subject.rules[stage.tp]
-        summed = divide(part.module, rules, ends, place.tp_mesh)
+        partial_names = divide(part.module, rules, ends, place.tp_mesh)
     root = Chunk(part, job.scale)
     modules = [part.module.get_submodule(name) for name in names]
-    offloader = _keep(job, modules, of_layers)
-    away = modules[first_on_host:]
-    flows = flows_of(job.subject.loaded, anatomy, layers)
+    # Before FSDP2, whose hooks run around a forward: when a checkpoint runs it again in the
+    # backward pass, the layer is gathered.
+    offloader = _apply_levels(job, modules, of_layers)
+    host_layers = modules[first_on_host:]
+    flows = flows_of(job.subject.loaded, structure, layers)
     level = Sharding(
         zero=stage.zero,
         idle=flows.idle,
         precision=job.plan.workload.precision,
-        on_host=frozenset(map(id, away)),
+        on_host=frozenset(map(id, host_layers)),
     )
+    # On the meta device: only shards ever get memory.
     shard(root, modules, place.dp_mesh, level)
     with job.memory():
-        _give_memory(root, place.device, {id(p) for layer in away for p in layer.parameters()})
-    held = dict(part.module.named_parameters())
+        on_host = {id(p) for layer in host_layers for p in layer.parameters()}
+        _give_memory(root, place.device, on_host)
+    parameters = dict(part.module.named_parameters())
     return Built(
         root=root,
         layers=tuple(names),
-        parameters={anatomy.tied.get(name, name): p for name, p in held.items()},
+        parameters={structure.tied.get(name, name): p for name, p in parameters.items()},
         on_host=frozenset(
-            n for n in held if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
+            n for n in parameters if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
         ),
-        partial=tuple(held[name] for name in sorted(summed)),
+        partial=tuple(parameters[name] for name in sorted(partial_names)),
         flows=flows,
         offloader=offloader,
     )
 
 
-def _keep(
+def _apply_levels(
     job: _Job, modules: Sequence[nn.Module], of_layers: Sequence[MemoryLevel]
 ) -> Offloader | None:
     ratio = job.stage.offload.activations
     offloader = Offloader(ratio, job.swapper) if ratio else None
     for module, level in zip(modules, of_layers, strict=False):
-        keep(module, level)
+        apply_memory_level(module, level)
         if offloader is not None:
             offloader.attach(module)
     return offloader
@@ -230,13 +236,13 @@ def _keep(
 
 def _give_memory(root: nn.Module, device: torch.device, on_host: set[int]) -> None:
     """Memory for parameters on the meta device, once for tied ones; buffers go along."""
-    given: dict[int, nn.Parameter] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for module in root.modules():
         for name, value in module._parameters.items():
             if value is not None and value.is_meta:
                 where = torch.device("cpu") if id(value) in on_host else device
                 new = nn.Parameter(torch.empty_like(value, device=where), value.requires_grad)
-                module._parameters[name] = given.setdefault(id(value), new)
+                module._parameters[name] = parameters.setdefault(id(value), new)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _moved(buffer, device)
@@ -291,12 +297,13 @@ class Parallel:
     def unread_step(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
         """The same step; mean loss and norm stay on the device."""
         self.clock.start()
-        with self._loss_context():
+        with loss_parallel() if self._split_loss else nullcontext():
             self.gradients(batch)
         with self.clock.timing("sums"):
             self._add_up()
             loss, factor = self._mean()
             sums_norm = global_norm(self.parameters, self.stage.tp, self._tied, self.place.device)
+            # Gradients are of sums over tokens: factor makes them those of the mean.
             norm = sums_norm * factor
         with self.clock.timing("optimizer"):
             self.optimizer.step(factor * clip_scale(norm, self.optimizer.settings.max_norm))
@@ -323,8 +330,8 @@ class Parallel:
     def states(self, *, on_host: bool) -> dict[str, list[torch.Tensor]]:
         """What the device, or the host, holds between steps: parameters, moments, buffers."""
         slots = self.optimizer.slots
-        held = self.parameters.items()
-        shards = [local(p.detach()) for n, p in held if (n in self._on_host) is on_host]
+        parameters = self.parameters.items()
+        shards = [local(p.detach()) for n, p in parameters if (n in self._on_host) is on_host]
         moments = [m for s in slots if s.moments_on_host is on_host for m in (s.first, s.second)]
         buffers = [] if on_host else [b for c in self.chunks for b in c.root.buffers()]
         return {"parameters": shards, "optimizer": moments, "buffers": buffers}
@@ -355,25 +362,23 @@ class Parallel:
         """Forward and backward of all micro-batches: gradients of summed losses (`_Job.scale`)."""
         self._batch_shape.check(batch)
         count, size = self.plan.num_micro_batches, self.stage.micro_batch
-        rows = own_rows(batch, self.place.grid, self.place.i, count)
-        mine = to_device(rows, self.place.device)
+        rows = rank_rows(batch, self.place.grid, self.place.i, count)
+        inputs = to_device(rows, self.place.device)
         for each in self.chunks:
             each.root.start(self.place.device)
         if self._pipeline is not None:
-            self._pipeline.step(mine)
+            self._pipeline.step(inputs)
             return
         chunk = self._chunks[0]
         for index in range(count):
             if chunk.offloader is not None:
                 chunk.offloader.start()
+            # FSDP2 reads these flags in the hooks of the coming backward pass.
             begin_backward(chunk.root, zero=self.stage.zero, last=index == count - 1)
             with self.clock.timing("forward"):
-                loss = chunk.root(micro_batch(mine, size, index))
+                loss = chunk.root(micro_batch(inputs, size, index))
             with self.clock.timing("backward"):
                 loss.backward()
-
-    def _loss_context(self) -> AbstractContextManager[object]:
-        return loss_parallel() if self._split_loss else nullcontext()
 
     def _add_up(self) -> None:
         """Sum the gradients that several ranks hold a part of."""
@@ -383,10 +388,11 @@ class Parallel:
         add_tied(self._tied)
 
     def _mean(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss of the step, and what makes gradients those of it.
+        """The mean loss of the step, and the factor that makes gradients those of the mean.
 
         Of what the ranks of the last stage have tallied; both are 0 where nothing was learned.
         """
+        # Stages before the last have tallied nothing, and tensor-parallel ranks all the same.
         tally = torch.stack([chunk.root.tally for chunk in self.chunks]).sum(0) / self.stage.tp
         dist.all_reduce(tally)
         total, number = tally.unbind()
@@ -394,8 +400,8 @@ class Parallel:
         return total * share, share / self._scale
 
     def _make_pipeline(self, job: _Job) -> PipelineSchedule:
-        anatomy, workload = job.subject.anatomy, self.plan.workload
-        seq_len, *others = anatomy.boundary
+        structure, workload = job.subject.structure, self.plan.workload
+        seq_len, *others = structure.boundary
         tokens = seq_len // self.stage.tp if self.stage.sp else seq_len
         activation = torch.empty(
             (self.stage.micro_batch, tokens, *others),
@@ -413,18 +419,19 @@ def _pieces(job: _Job) -> Iterator[tuple[str, Pieces]]:
     """Parameters that keep several matrices side by side apart, and how many."""
     rules = job.subject.rules.get(job.stage.tp)
     for name, parts in (rules.parts if rules is not None else {}).items():
-        for own, rule in parts.items():
+        for attribute, rule in parts.items():
             if rule.num_pieces > 1 and rule.dim is not None:
-                yield f"{name}.{own}", Pieces(count=rule.num_pieces, dim=rule.dim)
+                yield f"{name}.{attribute}", Pieces(count=rule.num_pieces, dim=rule.dim)
 
 
 def _tied(job: _Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tied]:
     """Parameters that the first and the last stage both hold."""
-    anatomy, grids, stages = job.subject.anatomy, job.place.grids, job.plan.stages
-    shared = sorted(anatomy.front & anatomy.tail)
+    structure, grids, stages = job.subject.structure, job.place.grids, job.plan.stages
+    shared = sorted(structure.front & structure.tail)
     if len(stages) == 1 or not shared:
         return
     first, last = grids[0], grids[-1]
+    # Stages in between create the groups, too: new_group is collective.
     pairs = [[first.rank(*at), last.rank(*at)] for at in first.places()]
     group = new_groups(pairs).get(job.place.rank)
     if group is not None:

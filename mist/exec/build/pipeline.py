@@ -120,6 +120,7 @@ class Stage(PipelineStage):
         self, shell: Shell, index: int, place: RankPlace, plan: Plan, activation: torch.Tensor
     ) -> None:
         num_chunks = len(plan.stages) * plan.schedule.vpp
+        # With example inputs and outputs torch's stage runs no step to find out shapes.
         ids = torch.empty(0, device=place.device)
         super().__init__(
             shell,
@@ -141,6 +142,8 @@ class Stage(PipelineStage):
         self._like = activation
         self._arriving = _Arriving()
         if place.column.size() == 1:
+            # A group of one rank: the table that torch makes of its size would name ranks that are
+            # not in it.
             self.stage_index_to_group_rank = dict.fromkeys(range(num_chunks), 0)
 
     # Shapes are known from the plan, so nothing is negotiated along the pipeline.
@@ -192,7 +195,7 @@ class Stage(PipelineStage):
     # between two ranks have one order on both, so waiting for the one before stops no rank.
 
     def _leave(self, step: int, operations: Iterator[dist.P2POp]) -> list[dist.P2POp]:
-        """What the schedule has to send: nothing, where it would hold all of it to the end."""
+        """The sends that the schedule issues: none, where it would keep tensors to the end."""
         if not self._sends_itself:
             return list(operations)
         self.sent(step)
@@ -220,14 +223,18 @@ class Stage(PipelineStage):
     def _receive(self, into: dict[int, _Whole], chunk_id: int, step: int) -> list[dist.P2POp]:
         """Begin to receive a micro-batch from the chunk before (-1) or behind (1)."""
         place, source = self._place, self._grid_at(step)
-        held = place.grid.holds(place.i, place.j)
+        span = place.grid.holds(place.i, place.j)
         buffer = torch.empty_like(self._like, device=place.device, requires_grad=False)
         pieces, operations = [], []
+        # Sender and receiver walk the same list, so the n-th send of a pair of ranks meets its n-th
+        # receive.
         for each in transfers(source, place.grid):
             if each.target == place.rank:
-                rows, columns = _within(held, each.span)
+                rows, columns = _within(span, each.span)
                 part = buffer[rows, columns]
                 if not part.is_contiguous():
+                    # Transfers need contiguous memory: such a part is copied into its place when
+                    # all have arrived.
                     part = torch.empty_like(part, memory_format=torch.contiguous_format)
                     pieces.append(_Piece(buffer=part, rows=rows, columns=columns))
                 operations.append(dist.P2POp(dist.irecv, part, each.source))
@@ -236,10 +243,10 @@ class Stage(PipelineStage):
 
     def _send(self, tensor: torch.Tensor, target: RankGrid) -> Iterator[dist.P2POp]:
         place = self._place
-        held = place.grid.holds(place.i, place.j)
+        span = place.grid.holds(place.i, place.j)
         for each in transfers(place.grid, target):
             if each.source == place.rank:
-                rows, columns = _within(held, each.span)
+                rows, columns = _within(span, each.span)
                 yield dist.P2POp(dist.isend, tensor[rows, columns].contiguous(), each.target)
 
     def backward_maybe_with_nosync(
@@ -252,6 +259,8 @@ class Stage(PipelineStage):
         root = self._root
         assert isinstance(root, FSDPModule)
         none = (None,) * len(bwd_kwargs.get("input_values", ())), None
+        # FSDP2's hooks reduce behind the gradients of inputs. In a split backward pass those of
+        # parameters come later, so all are reduced at the end of the step.
         last = last_backward and not self._split
         begin_backward(root, zero=0 if self._split else self._zero, last=last)
         if not self._flows.behind:
@@ -297,11 +306,11 @@ def end_of_step(root: FSDPModule) -> None:
     root._get_fsdp_state()._root_post_backward_final_callback()
 
 
-def _within(held: Span, part: Span) -> tuple[slice, slice]:
-    """The place of a part in what a rank holds."""
+def _within(whole: Span, part: Span) -> tuple[slice, slice]:
+    """Rows and columns of a part, counted within the span of a rank."""
     return (
-        slice(part.first - held.first, part.last - held.first),
-        slice(part.left - held.left, part.right - held.left),
+        slice(part.first - whole.first, part.last - whole.first),
+        slice(part.left - whole.left, part.right - whole.left),
     )
 
 
@@ -317,7 +326,8 @@ class PipelineSchedule:
         ]
         self._stages: tuple[Stage, ...] = tuple(stages)
         self._last = any(stage.is_last for stage in stages)
-        options: dict[str, Any] = {"loss_fn": _own_loss, "scale_grads": False}
+        # Losses are divided by the tokens of the step already, not by micro-batches.
+        options: dict[str, Any] = {"loss_fn": _loss_of_output, "scale_grads": False}
         kind, count = plan.schedule.kind, plan.num_micro_batches
         self._schedule: Any = (
             SINGLE[kind](stages[0], count, **options)
@@ -331,9 +341,10 @@ class PipelineSchedule:
         leaves, layout = tree_flatten(batch)
         for shell in self._shells:
             shell.layout = layout
+        # Torch's schedules call the loss only where they get a target.
         target = {"target": leaves[0]} if self._last else {}
-        named = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
-        self._schedule.step(**target, **named, return_outputs=False)
+        inputs = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
+        self._schedule.step(**target, **inputs, return_outputs=False)
         for stage in self._stages:
             stage.sent(-1, 1)
 
@@ -341,6 +352,6 @@ class PipelineSchedule:
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _own_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _loss_of_output(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The last chunk gives its loss itself."""
     return output

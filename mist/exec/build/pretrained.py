@@ -32,13 +32,13 @@ class StoredTensor:
 
 
 def folder_beside(source: str) -> Path | None:
-    """The folder of the config.json that a model comes from, if weights lie beside it.
+    """The folder of the config.json that a model comes from, if the folder has weights.
 
     Raises InputError when they are there in a form that is not read.
     """
-    found = resolve(source)
-    config = Path(found.label)
-    if isinstance(found, PythonSource) or config.name != "config.json":
+    model_source = resolve(source)
+    config = Path(model_source.label)
+    if isinstance(model_source, PythonSource) or config.name != "config.json":
         return None
     folder = config.parent
     return folder if _readable(folder) or _others(folder) else None
@@ -54,23 +54,27 @@ def check(folder: Path) -> None:
 def tensors_of(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in a folder's weights, by its name there. Raises InputError."""
     if not _readable(folder):
-        others = _others(folder)
-        there = f"only {', '.join(others)}, which Mist does not read" if others else "no weights"
+        other_files = _others(folder)
+        content = "no weights"
+        if other_files:
+            content = f"only {', '.join(other_files)}, which Mist does not read"
         raise InputError(
-            f"{folder} has {there}. Save the model again (save_pretrained writes {SINGLE}), "
+            f"{folder} has {content}. Save the model again (save_pretrained writes {SINGLE}), "
             f"{INSTEAD}."
         )
     if (folder / SINGLE).is_file():
         return _header(folder / SINGLE)
     places = _index(folder / INDEX)
-    found = {name: t for file in sorted(set(places.values())) for name, t in _header(file).items()}
-    lacking = [f"{name} ({places[name].name})" for name in places if name not in found]
+    tensors = {
+        name: t for file in sorted(set(places.values())) for name, t in _header(file).items()
+    }
+    lacking = [f"{name} ({places[name].name})" for name in places if name not in tensors]
     if lacking:
         raise InputError(
             f"{folder / INDEX} names tensors that their files do not have: {some(lacking)}. "
             f"Download the folder again, {INSTEAD}."
         )
-    return found
+    return tensors
 
 
 def some(names: list[str], count: int = 5) -> str:
@@ -92,21 +96,21 @@ def _index(path: Path) -> dict[str, Path]:
     """The file of each tensor."""
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        found = {str(name): path.parent / str(file) for name, file in places.items()}
+        files = {str(name): path.parent / str(file) for name, file in places.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
             f"{path} is no index of weights: {error}. Download it again, {INSTEAD}."
         ) from error
-    if missing := sorted({file.name for file in found.values() if not file.is_file()}):
+    if missing := sorted({file.name for file in files.values() if not file.is_file()}):
         raise InputError(
             f"{path.parent} lacks {some(missing)}, which {INDEX} names. Download the rest, "
             f"{INSTEAD}."
         )
-    return found
+    return files
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
-    """What a file holds. Raises InputError when it is cut short or no such file."""
+    """The tensors of a file. Raises InputError when it is cut short or no such file."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -114,19 +118,20 @@ def _header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError("its header has no length")
             rows = json.loads(file.read(size))
         rows.pop("__metadata__", None)
-        found = {name: _tensor(path, row) for name, row in rows.items()}
+        tensors = {name: _tensor(path, row) for name, row in rows.items()}
         ends = [int(row["data_offsets"][1]) for row in rows.values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no safetensors file: {error}. Download it again, {INSTEAD}."
         ) from error
-    needed, there = 8 + size + max(ends, default=0), path.stat().st_size
-    if there != needed:
+    # Offsets in a header count from its end.
+    expected_bytes, num_bytes = 8 + size + max(ends, default=0), path.stat().st_size
+    if num_bytes != expected_bytes:
         raise InputError(
-            f"{path} has {there:,} bytes, its header says {needed:,}: it is cut short or damaged. "
-            f"Download it again, {INSTEAD}."
+            f"{path} has {num_bytes:,} bytes, its header says {expected_bytes:,}: it is cut short "
+            f"or damaged. Download it again, {INSTEAD}."
         )
-    return found
+    return tensors
 
 
 def _tensor(path: Path, row: Mapping[str, Any]) -> StoredTensor:

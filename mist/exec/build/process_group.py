@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from mist.exec.build.devices import own_device, refuse_shared
+from mist.exec.build.devices import rank_device, refuse_shared
 
 
 @contextmanager
-def joined(timeout_s: float) -> Iterator[torch.device]:
+def process_group(timeout_s: float) -> Iterator[torch.device]:
     """Within: the default process group is there; gives this rank's device.
 
     NCCL where CUDA is, else gloo. A collective that takes longer than `timeout_s` fails. Raises
     InputError when a rank has no device of its own.
     """
-    device = own_device(os.environ)
+    device = rank_device(os.environ)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
@@ -33,20 +33,22 @@ def joined(timeout_s: float) -> Iterator[torch.device]:
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=timeout_s),
+        # NCCL connects the default group here, not in its first collective.
         device_id=device if cuda else None,
     )
-    with _left(abort=cuda):
+    with _destroy_afterwards(abort=cuda):
         if cuda:
             refuse_shared(device)
         yield device
 
 
 @contextmanager
-def _left(*, abort: bool) -> Iterator[None]:
-    """Behind: the group is gone. `abort`: after an error peers may be stuck; NCCL would wait."""
+def _destroy_afterwards(*, abort: bool) -> Iterator[None]:
+    """Within: the group is there, afterwards not. `abort`: after an error do not wait for peers."""
     try:
         yield
     except BaseException:
+        # destroy_process_group waits for collectives that a dead peer never joins.
         if abort:
             distributed_c10d._abort_process_group()
         else:

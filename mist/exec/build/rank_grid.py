@@ -22,7 +22,7 @@ class Span:
     right: int
 
     def overlap(self, other: "Span") -> "Span | None":
-        """What two spans share, if anything."""
+        """The intersection of two spans, None if it is empty."""
         both = Span(
             first=max(self.first, other.first),
             last=min(self.last, other.last),
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankGrid:
-    """The ranks of one stage, and what each holds of an activation between layers.
+    """The ranks of one stage, and the part of an activation between layers that each has.
 
     `dp_replicate`: copies of the states; the ranks of one are neighbours.
     """
@@ -52,7 +52,7 @@ class RankGrid:
         return self.first_rank + i * self.tp + j
 
     def holds(self, i: int, j: int) -> Span:
-        """What the rank (i, j) holds."""
+        """The part of an activation on the rank (i, j)."""
         rows, columns = self.rows // self.dp, self.columns
         part = columns // self.tp if self.sequence_parallel else columns
         left = j * part if self.sequence_parallel else 0
@@ -87,6 +87,7 @@ def _copies(source: RankGrid, target: RankGrid, j: int) -> range:
     """Tensor-parallel indices to pull from: all shards, or one of the equal copies."""
     if source.sequence_parallel:
         return range(source.tp)
+    # Spread over the copies, so that no rank of the source sends to all.
     one = j * source.tp // target.tp if source.tp > target.tp else j % source.tp
     return range(one, one + 1)
 

@@ -1,10 +1,10 @@
 """A pipeline stage of any model: its own forward, with the layers of other stages taken out.
 
-The list of layers keeps its length and the layers of the stage their names. Slot 0 of a later stage
-gives what was received, whatever it is given; other absent layers pass on what they get; the slot
-behind the last layer of the stage ends the forward. What runs before the layers runs on every
-stage (masks, rotary tables); the parameters read there, such as the embedding, exist on the first
-stage only and are zeros elsewhere, which take no memory.
+The list of layers keeps its length and the layers of the stage their names. On later stages layer 0
+is a stand-in that returns the received activation; other absent layers pass on their input; a
+stand-in behind the last layer of the stage ends the forward pass. Code before the layers runs on
+every stage (masks, rotary tables). The parameters read there, such as the embedding, exist on the
+first stage only and are zeros elsewhere, which take no memory.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from mist.exec.build.loss import summed_loss
-from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.model_structure import ModelStructure
 from mist.trace.models.loader import LoadedModel
 
 
@@ -42,10 +42,10 @@ class _Skip(nn.Module):
         self.in_tuple = in_tuple
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        hidden = self.replaced(_hidden(args, kwargs))
+        hidden = self.result(_hidden(args, kwargs))
         return (hidden,) if self.in_tuple else hidden
 
-    def replaced(self, hidden: torch.Tensor) -> torch.Tensor:
+    def result(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
 
@@ -54,7 +54,7 @@ class _Entry(_Skip):
 
     received: torch.Tensor
 
-    def replaced(self, hidden: torch.Tensor) -> torch.Tensor:
+    def result(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.received
 
 
@@ -89,36 +89,44 @@ class Chunk(nn.Module):
             self.entry.received = received
         try:
             total, number = summed_loss(self.loaded, batch)
+            # fp64, since counts of tokens beyond 2**24 are no fp32 numbers.
             self.tally += torch.stack([total.detach().double(), number.double()])
             return total * self.scale
         except _Leave as end:
             return end.hidden
         finally:
             if self.entry is not None and received is not None:
+                # Kept in the module it would live until the next micro-batch.
                 del self.entry.received
 
 
-def cut(loaded: LoadedModel, anatomy: Anatomy, layers: range, dtype: torch.dtype) -> LoadedModel:
+def cut(
+    loaded: LoadedModel, structure: ModelStructure, layers: range, dtype: torch.dtype
+) -> LoadedModel:
     """A copy of a model (on the meta device) with these layers only.
 
     `dtype`: in which the model computes; of the zeros that stand for parameters of other stages,
     and of parameters that are not trained, of which nothing more is ever read.
     """
+    # A copy on the meta device takes no memory.
     model = deepcopy(loaded.module)
     _narrow_frozen(model, dtype)
-    last = len(anatomy.layers)
-    for index, name in enumerate(anatomy.layers):
+    last = len(structure.layers)
+    for index, name in enumerate(structure.layers):
         if index not in layers:
-            _replace(model, name, _stand_in(index, layers, in_tuple=anatomy.in_tuple))
-    here = (anatomy.front if layers.start == 0 else frozenset[str]()) | (
-        anatomy.tail if layers.stop == last else frozenset[str]()
+            parent, _, child = name.rpartition(".")
+            stand_in = _stand_in(index, layers, in_tuple=structure.in_tuple)
+            model.get_submodule(parent)._modules[child] = stand_in
+    local_names = (structure.front if layers.start == 0 else frozenset[str]()) | (
+        structure.tail if layers.stop == last else frozenset[str]()
     )
-    ends = anatomy.front | anatomy.tail
-    unread = {name for name, _ in model.named_parameters()} - ends - _inside(model, anatomy)
-    for name in _all_names(ends - here, anatomy) | (unread if layers.start else set()):
+    ends = structure.front | structure.tail
+    # What no forward pass reads belongs to the first stage, so that one stage saves it.
+    unread = {name for name, _ in model.named_parameters()} - ends - _inside(model, structure)
+    for name in _all_names(ends - local_names, structure) | (unread if layers.start else set()):
         _zeros(model, name, dtype)
-    for name in here:
-        _drop_other_uses(model, name, anatomy, layers, dtype)
+    for name in local_names:
+        _drop_other_uses(model, name, structure, layers, dtype)
     return replace(loaded, module=model)
 
 
@@ -136,30 +144,25 @@ def _stand_in(index: int, layers: range, *, in_tuple: bool) -> nn.Module:
     return _Entry(in_tuple=in_tuple) if index == 0 else _Skip(in_tuple=in_tuple)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
-
-
-def _inside(model: nn.Module, anatomy: Anatomy) -> set[str]:
-    prefixes = tuple(f"{name}." for name in anatomy.layers)
+def _inside(model: nn.Module, structure: ModelStructure) -> set[str]:
+    prefixes = tuple(f"{name}." for name in structure.layers)
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
-def _all_names(names: frozenset[str], anatomy: Anatomy) -> set[str]:
+def _all_names(names: frozenset[str], structure: ModelStructure) -> set[str]:
     """These parameters under all their names."""
-    return set(names) | {again for again, first in anatomy.tied.items() if first in names}
+    return set(names) | {again for again, first in structure.tied.items() if first in names}
 
 
 def _drop_other_uses(
-    model: nn.Module, name: str, anatomy: Anatomy, layers: range, dtype: torch.dtype
+    model: nn.Module, name: str, structure: ModelStructure, layers: range, dtype: torch.dtype
 ) -> None:
     """Of a tied parameter on a stage with one end only: zeros for the other end, which is not run.
 
     The front of a model runs on every stage; so an embedding tied to the head of the last stage
     would gather its gradient twice.
     """
-    both = name in anatomy.front and name in anatomy.tail
+    both = name in structure.front and name in structure.tail
     if both and layers.start > 0:
         _zeros(model, name, dtype)
 

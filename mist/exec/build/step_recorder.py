@@ -49,8 +49,9 @@ class StepMeasurement:
     """One step of one rank. `peak_bytes`: of the device, states included.
 
     On CUDA the bytes of blocks in use, those included that are freed but that a stream still reads;
-    beside it what tensors alone took, what the allocator had of the device, and how often it had to
-    give memory back and try again. `collectives`: none where nothing counted them.
+    `allocated_bytes`: of tensors alone. `reserved_bytes`: what the allocator had of the device.
+    `num_alloc_retries`: how often it gave memory back and tried again. `collectives`: none where
+    nothing counted them.
     """
 
     peak_bytes: int
@@ -119,6 +120,7 @@ class StepRecorder(TorchDispatchMode):
             self._count(storage)
             return result
 
+        # FSDP2 frees gathered parameters by resizing their storages, which no dispatch mode sees.
         setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 (mypy: a method)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -134,6 +136,7 @@ class StepRecorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
+        # A DTensor runs the same operation on its local tensor, which comes by here again.
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
@@ -151,6 +154,7 @@ class StepRecorder(TorchDispatchMode):
         if key in self._hosted:
             return
         if key not in self._live:
+            # Torch keeps one Python object of a storage as long as its memory lives.
             weakref.finalize(storage, self._free, key)
             if self._hosting:
                 self._keep_on_host(key, self._allocated(size))
@@ -171,7 +175,7 @@ class StepRecorder(TorchDispatchMode):
         self._host_peak = max(self._host_peak, self._host_bytes)
 
     def _changed(self, key: int, num_bytes: int) -> None:
-        """For those who want to know more."""
+        """Hook for subclasses: a storage changed its size by so much."""
 
     def _free(self, key: int) -> None:
         self._bytes -= self._live.pop(key, 0)
@@ -182,9 +186,12 @@ class StepRecorder(TorchDispatchMode):
         if kind is None:
             return
         group = _group_of(args)
+        # Within one rank nothing moves.
         if group is not None and group.size() == 1:
             return
-        axis = "pp" if kind in ("send", "receive") else self._axes.get(_name(group), "world")
+        name = "" if group is None else str(group.group_name)
+        axis = "pp" if kind in ("send", "receive") else self._axes.get(name, "world")
+        # The larger of input and output is the whole buffer.
         sizes = (t.numel() * t.element_size() for t in _tensors((args, result)))
         self._row(axis, kind, max(sizes, default=0))
 
@@ -198,15 +205,11 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
     return (x for x in tree_leaves(value) if isinstance(x, torch.Tensor) and not x.is_meta)
 
 
-def _name(group: dist.ProcessGroup | None) -> str:
-    return "" if group is None else str(group.group_name)
-
-
 def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
     """The process group among the arguments of a collective: an object, or its name."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
-            found: dist.ProcessGroup = dist.ProcessGroup.unbox(arg)
-            return found
+            group: dist.ProcessGroup = dist.ProcessGroup.unbox(arg)
+            return group
     name = next((arg for arg in reversed(args) if isinstance(arg, str)), None)
     return None if name is None else _resolve_process_group(GroupName(name))

@@ -65,46 +65,46 @@ def divide(
     sequence parallelism would divide the tokens that attention counts, or would leave a gradient
     that is a partial sum in part.
     """
-    entered, whole = _divide_layers(model, rules, part, mesh)
+    entries, whole = _divide_layers(model, rules, part, mesh)
     _divide_ends(model, rules, part, mesh)
     head_partial = part.sp and rules.head is not None
     if part.sp:
         _shard_sequence(model, part, mesh, head_partial=head_partial)
-    summed = frozenset(
+    partial_names = frozenset(
         name
-        for name in _partial(model, part, entered, head_partial=head_partial)
+        for name in _partial(model, part, entries, head_partial=head_partial)
         if not name.startswith(tuple(f"{module}." for module in whole))
     )
-    if mixed := sorted(summed & part.front) if part.first else []:
+    if mixed := sorted(partial_names & part.front) if part.first else []:
         raise ModelError(
             f"sp: {mixed[0]} is read before the layers, by all tokens on every rank, and behind "
             "them, by the tokens of a rank; its gradient cannot be summed. Plan without sp."
         )
-    return summed
+    return partial_names
 
 
 def _divide_layers(
     model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: DeviceMesh
 ) -> tuple[set[str], set[str]]:
     """Divide the layers; the modules at which regions are entered, and those that gather tokens."""
-    here = tuple(f"{name}." for name in part.layers)
-    _divide_own(model, rules, here, mesh)
-    regions = [region for region in rules.regions if region.rowwise.startswith(here)]
+    prefixes = tuple(f"{name}." for name in part.layers)
+    _divide_parameters(model, rules, prefixes, mesh)
+    regions = [region for region in rules.regions if region.rowwise.startswith(prefixes)]
     for region in regions:
         _divide_region(model, region, mesh, part)
-    entered = {name for region in regions for name in region.entries.values()}
-    left = {region.block or region.rowwise for region in regions}
-    whole = {name for name in rules.whole if part.sp and name.startswith(here)}
-    own: Any = {"mesh": mesh, "batch": part.micro_batch}
-    _on_all(model, entered, _on_entry, partial(_enter, sp=part.sp, **own))
-    _on_all(model, left, _on_exit, partial(_leave if part.sp else _add_up, **own))
-    _on_all(model, whole, _on_entry, partial(_gather, **own))
-    _on_all(model, whole, _on_exit, partial(_own, **own))
-    return entered, whole
+    entries = {name for region in regions for name in region.entries.values()}
+    exits = {region.block or region.rowwise for region in regions}
+    whole = {name for name in rules.whole if part.sp and name.startswith(prefixes)}
+    options: Any = {"mesh": mesh, "batch": part.micro_batch}
+    _on_all(model, entries, _on_entry, partial(_enter, sp=part.sp, **options))
+    _on_all(model, exits, _on_exit, partial(_leave if part.sp else _add_up, **options))
+    _on_all(model, whole, _on_entry, partial(_gather, **options))
+    _on_all(model, whole, _on_exit, partial(_scatter_output, **options))
+    return entries, whole
 
 
-def _divide_own(
-    model: nn.Module, rules: TensorRules, here: tuple[str, ...], mesh: DeviceMesh
+def _divide_parameters(
+    model: nn.Module, rules: TensorRules, prefixes: tuple[str, ...], mesh: DeviceMesh
 ) -> None:
     """Numbers that are smaller on a rank, and parameters that torch's styles do not know."""
     modules = dict(model.named_modules())
@@ -112,7 +112,7 @@ def _divide_own(
         if owner in modules:  # those of layers of other stages are not here
             setattr(modules[owner], attribute, value)
     for name, parts in rules.parts.items():
-        if name.startswith(here):
+        if name.startswith(prefixes):
             divide_parts(modules[name], parts, mesh)
 
 
@@ -135,6 +135,7 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part:
             _partial_input(module, mesh)
     row = model.get_submodule(region.rowwise)
     if isinstance(row, nn.Linear):
+        # The sum stays open here: it is added up or scattered once, where the region ends.
         parallelize_module(row, mesh, RowwiseParallel(output_layouts=Partial()))
 
 
@@ -149,6 +150,7 @@ def _divide_ends(model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: De
     if head is not None:
         _divide_head(model, head, part, mesh)
     if tied:
+        # Divided apart they would be two DTensors, which are trained apart.
         model.get_submodule(str(head)).weight = _weight(model, table)
 
 
@@ -171,6 +173,7 @@ def _divide_table(model: nn.Module, name: str, mesh: DeviceMesh, *, direct: bool
             f"tp: {name} has max_norm, scale_grad_by_freq or sparse gradients, which a part of its "
             "rows cannot have. Use tp 1."
         )
+    # Without a source rank nothing is sent: every rank has the parameter, on the meta device.
     weight = distribute_tensor(table.weight, mesh, (Shard(0),), src_data_rank=None)
     table.weight = nn.Parameter(weight, table.weight.requires_grad)
     num_rows = table.num_embeddings // mesh.size()
@@ -183,24 +186,25 @@ def _divide_table(model: nn.Module, name: str, mesh: DeviceMesh, *, direct: bool
 
 def _look_up(
     table: nn.Embedding,
-    own: Callable[[torch.Tensor], torch.Tensor],
+    forward: Callable[[torch.Tensor], torch.Tensor],
     mesh: DeviceMesh,
     ids: torch.Tensor,
     *,
     direct: bool,
 ) -> torch.Tensor:
-    """What a table gives, by its `own` forward (which may scale it) on this rank's rows."""
+    """Embeddings by the table's own forward (which may scale them) on this rank's rows."""
     weight = table.weight
     assert isinstance(weight, DTensor)
+    # The gradient of these rows is a shard already, not a part of a sum.
     rows = weight.to_local(grad_placements=(Shard(0),))
     places = ids - mesh.get_local_rank() * rows.shape[0]
     outside = (places < 0) | (places >= rows.shape[0])
-    found = with_parts(table, own, {"weight": rows}, places.masked_fill(outside, 0))
-    found = found.masked_fill(outside.unsqueeze(-1), 0)
-    added = DTensor.from_local(found, mesh, (Partial(),), run_check=False)
+    embeddings = with_parts(table, forward, {"weight": rows}, places.masked_fill(outside, 0))
+    embeddings = embeddings.masked_fill(outside.unsqueeze(-1), 0)
+    sums = DTensor.from_local(embeddings, mesh, (Partial(),), run_check=False)
     if direct:
-        return added.redistribute(placements=(SEQUENCE,))
-    return added.redistribute(placements=(Replicate(),)).to_local()
+        return sums.redistribute(placements=(SEQUENCE,))
+    return sums.redistribute(placements=(Replicate(),)).to_local()
 
 
 def _divide_head(model: nn.Module, name: str, part: ChunkPart, mesh: DeviceMesh) -> None:
@@ -218,6 +222,8 @@ def _shard_sequence(
     if part.first:
         _on_entry(model.get_submodule(part.layers[0]), partial(_scatter, mesh=mesh))
     if part.last:
+        # A divided head gives each rank a part of the gradient, another one gives all of it to
+        # each.
         grads = (Partial(),) if head_partial else None
         gather = partial(_whole, mesh=mesh, grads=grads)
         _on_exit(model.get_submodule(part.layers[-1]), gather)
@@ -245,14 +251,16 @@ def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool, batch: int) -> torch.
         whole = _whole(_by_sample(x, batch), mesh, (Partial(),))
         return whole.flatten(0, 1) if x.dim() == ROWS else whole
     copies = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
+    # As each rank computes a part of the gradient, its backward adds them up: the one all-reduce of
+    # the entry.
     return copies.to_local(grad_placements=(Partial(),))
 
 
 def _leave(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
     """What leaves a region: the sum over the ranks, of which each takes its tokens."""
     parts = DTensor.from_local(_by_sample(output, batch), mesh, (Partial(),), run_check=False)
-    own = parts.redistribute(placements=(SEQUENCE,)).to_local()
-    return own.flatten(0, 1) if output.dim() == ROWS else own
+    shard = parts.redistribute(placements=(SEQUENCE,)).to_local()
+    return shard.flatten(0, 1) if output.dim() == ROWS else shard
 
 
 def _add_up(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
@@ -267,10 +275,10 @@ def _gather(x: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
     return whole.flatten(0, 1) if x.dim() == ROWS else whole
 
 
-def _own(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
-    """This rank's tokens of what such a module gives."""
-    own = _scatter(_by_sample(output, batch), mesh=mesh)
-    return own.flatten(0, 1) if output.dim() == ROWS else own
+def _scatter_output(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:
+    """This rank's tokens of the output of such a module."""
+    shard = _scatter(_by_sample(output, batch), mesh=mesh)
+    return shard.flatten(0, 1) if output.dim() == ROWS else shard
 
 
 def _by_sample(x: torch.Tensor, batch: int) -> torch.Tensor:
@@ -281,14 +289,14 @@ def _by_sample(x: torch.Tensor, batch: int) -> torch.Tensor:
 def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
     """The input of a column-parallel matrix was entered before: its gradient stays partial."""
 
-    def given(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def mark_partial(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *others = args
         entered = DTensor.from_local(
             x, mesh, (Replicate(),), run_check=False, grad_placements=(Partial(),)
         )
         return (entered, *others)
 
-    module.register_forward_pre_hook(given, prepend=True)
+    module.register_forward_pre_hook(mark_partial, prepend=True)
 
 
 def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial of ours)
@@ -297,26 +305,26 @@ def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial
     Where nothing up to here is trained none has one: then it is the first tensor of floats.
     """
 
-    def entered(
+    def on_input(
         module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
-        given = [x for x in (*args, *kwargs.values()) if _is_float(x)]
-        chosen = {id(x) for x in given if x.requires_grad} or {id(x) for x in given[:1]}
-        changed = {n: enter(x) if id(x) in chosen else x for n, x in kwargs.items()}
-        return tuple(enter(x) if id(x) in chosen else x for x in args), changed
+        floats = [x for x in (*args, *kwargs.values()) if _is_float(x)]
+        activations = {id(x) for x in floats if x.requires_grad} or {id(x) for x in floats[:1]}
+        new_kwargs = {n: enter(x) if id(x) in activations else x for n, x in kwargs.items()}
+        return tuple(enter(x) if id(x) in activations else x for x in args), new_kwargs
 
-    module.register_forward_pre_hook(entered, prepend=True, with_kwargs=True)
+    module.register_forward_pre_hook(on_input, prepend=True, with_kwargs=True)
 
 
 def _on_exit(module: nn.Module, leave: Any) -> None:  # noqa: ANN401 (a partial of ours)
     """Apply `leave` to the activation that a module gives: the first tensor of what it returns."""
 
-    def left(module: nn.Module, args: object, output: Any) -> object:  # noqa: ANN401
+    def on_output(module: nn.Module, args: object, output: Any) -> object:  # noqa: ANN401
         if isinstance(output, torch.Tensor):
             return leave(output)
         return (leave(output[0]), *output[1:])
 
-    module.register_forward_hook(left)
+    module.register_forward_hook(on_output)
 
 
 def _is_float(value: object) -> TypeGuard[torch.Tensor]:
@@ -324,10 +332,10 @@ def _is_float(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def _partial(
-    model: nn.Module, part: ChunkPart, entered: set[str], *, head_partial: bool
+    model: nn.Module, part: ChunkPart, entries: set[str], *, head_partial: bool
 ) -> Iterator[str]:
     layers = tuple(f"{name}." for name in part.layers)
-    regions = tuple(f"{name}." for name in entered)
+    regions = tuple(f"{name}." for name in entries)
     for name, parameter in model.named_parameters():
         in_tail = head_partial and part.last and name in part.tail
         in_layers = name.startswith(layers if part.sp else regions)

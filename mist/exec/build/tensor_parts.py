@@ -34,7 +34,7 @@ ONE_PIECE: Final = Pieces(count=1, dim=-1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRule:
-    """What a rank has of a parameter: 1/t of a dimension, counted from the end, of each piece.
+    """The part of a parameter on a rank: 1/t of a dimension, counted from the end, of each piece.
 
     `dim` None: all of it, which the sum over the ranks shall have once.
     """
@@ -58,14 +58,14 @@ def divide_parts(module: nn.Module, rules: Mapping[str, PartRule], mesh: DeviceM
 
 def _forward(
     module: nn.Module,
-    own: Forward,
+    forward: Forward,
     rules: Mapping[str, PartRule],
     num_ranks: int,
     *args: object,
     **kwargs: object,
 ) -> torch.Tensor:
     parts = {name: _as_read(module, name, rule, num_ranks) for name, rule in rules.items()}
-    return with_parts(module, own, parts, *args, **kwargs)
+    return with_parts(module, forward, parts, *args, **kwargs)
 
 
 def _as_read(module: nn.Module, name: str, rule: PartRule, num_ranks: int) -> torch.Tensor:
@@ -76,7 +76,8 @@ def _as_read(module: nn.Module, name: str, rule: PartRule, num_ranks: int) -> to
 
 
 def share_of(value: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """1/t of what the sum over the ranks has once; each of them sees all of its gradient."""
+    """1/t of a value, so that the sum over the ranks has it once; its gradient stays whole."""
+    # The detached term changes the value, not the gradient.
     return value + (1.0 / num_ranks - 1.0) * value.detach()
 
 
@@ -98,7 +99,7 @@ def part_of(module: nn.Module, name: str) -> torch.Tensor:
 
 def with_parts(
     module: nn.Module,
-    own: Forward,
+    forward: Forward,
     parts: Mapping[str, torch.Tensor],
     *args: object,
     **kwargs: object,
@@ -106,16 +107,17 @@ def with_parts(
     """A module's own forward with other tensors in the place of its parameters."""
     vars(module).update(parts)  # is found before the parameters of these names
     try:
-        return own(*args, **kwargs)
+        return forward(*args, **kwargs)
     finally:
         for name in parts:
             del vars(module)[name]
 
 
-def joined(value: DTensor, pieces: Pieces) -> torch.Tensor:
+def merge_pieces(value: DTensor, pieces: Pieces) -> torch.Tensor:
     """A tensor in pieces as the model has it, with whole outputs on every tensor-parallel rank."""
     mesh, placements = value.device_mesh, tuple(value.placements)
     dim = _first_of(value, pieces)
+    # Where FSDP2 divides rows, only tensor-parallel ranks need to exchange; else all is gathered.
     by_rows = dim > 0 and all(not p.is_shard() or p == Shard(0) for p in placements[:-1])
     if not by_rows:
         return value.full_tensor().flatten(dim, dim + 1)
@@ -147,8 +149,8 @@ def take_apart(
     """Fill a tensor in pieces from what was `read_within` its bounds."""
     dim = _first_of(target, pieces)
     apart = read.unflatten(dim, tuple(target.shape[dim : dim + 2]))
-    own = (*(slice(None),) * dim, *bounds[dim : dim + 2])
-    target.to_local().copy_(apart[own])
+    index = (*(slice(None),) * dim, *bounds[dim : dim + 2])
+    target.to_local().copy_(apart[index])
 
 
 def _first_of(value: torch.Tensor, pieces: Pieces) -> int:

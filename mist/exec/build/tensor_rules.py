@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mist.errors import ModelError
-from mist.exec.build.model_structure import Anatomy
+from mist.exec.build.model_structure import ModelStructure
 from mist.exec.build.tensor_parts import PartRule
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel
@@ -58,11 +58,11 @@ class RegionRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRules:
-    """What a rank holds 1/t of. `local`: numbers (module, attribute) that are smaller on a rank.
+    """Modules and parameters that ranks divide.
 
-    `parts`: of modules that torch's parallel styles do not know, by parameter. `whole`: modules
-    that need all tokens, in which nothing is divided. `direct`: layer 0 takes what the embedding
-    gives as it is.
+    `local`: numbers (module, attribute) that are smaller on a rank. `parts`: of modules that
+    torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
+    which nothing is divided. `direct`: layer 0 takes the result of the embedding as it is.
     """
 
     regions: tuple[RegionRule, ...]
@@ -74,7 +74,9 @@ class TensorRules:
     local: Mapping[tuple[str, str], int]
 
 
-def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -> TensorRules:
+def tensor_rules(
+    loaded: LoadedModel, structure: ModelStructure, seq_len: int, tp: int
+) -> TensorRules:
     """The rules of a model for `tp` ranks. Raises ModelError when they cannot be run."""
     try:
         setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
@@ -85,14 +87,14 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
     if words := undivided(model, sharding):
         raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
-    entries = _entries(loaded, anatomy, seq_len)
+    entries = _entries(loaded, structure, seq_len)
     blocks = frozenset(_outermost(names[each] for each in sharding.whole))
-    found = tuple(_regions(loaded, sharding, names, entries, blocks))
-    like = _like(loaded, anatomy, found)
+    traced_regions = tuple(_regions(loaded, sharding, names, entries, blocks))
+    like = _like(loaded, structure, traced_regions)
     regions = tuple(
         region.moved(_mover(known, layer))
         for layer, known in like.items()
-        for region in found
+        for region in traced_regions
         if region.rowwise.startswith(f"{known}.")
     )
     table, head = _vocabulary(loaded, sharding, regions, tp)
@@ -102,7 +104,7 @@ def tensor_rules(loaded: LoadedModel, anatomy: Anatomy, seq_len: int, tp: int) -
         whole=frozenset(_everywhere(dict.fromkeys(blocks), like)) - {r.block for r in regions},
         embedding=table,
         head=head,
-        direct=table is not None and table == anatomy.direct,
+        direct=table is not None and table == structure.direct,
         local={
             (owner, attribute): value
             for owner, values in _everywhere(_local(model, sharding, tp), like).items()
@@ -140,7 +142,7 @@ def _vocabulary(
 
 
 def _like(
-    loaded: LoadedModel, anatomy: Anatomy, regions: Sequence[RegionRule]
+    loaded: LoadedModel, structure: ModelStructure, regions: Sequence[RegionRule]
 ) -> Mapping[str, str]:
     """For each layer one that costs the same and has rules: the trace looks at one of each kind.
 
@@ -148,10 +150,10 @@ def _like(
     """
     known = {
         signature(loaded.module.get_submodule(layer)): layer
-        for layer in reversed(anatomy.layers)
+        for layer in reversed(structure.layers)
         if any(region.rowwise.startswith(f"{layer}.") for region in regions)
     }
-    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in anatomy.layers}
+    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in structure.layers}
     for layer, kind in kinds.items():
         if kind not in known:
             raise ModelError(
@@ -162,12 +164,12 @@ def _like(
 
 def _everywhere(of_modules: Mapping[str, T], like: Mapping[str, str]) -> dict[str, T]:
     """What is known of modules in one layer of a kind, for all of the kind."""
-    found = dict(of_modules)
+    result = dict(of_modules)
     for layer, known in like.items():
         for name, value in of_modules.items():
             if name == known or name.startswith(f"{known}."):
-                found[_mover(known, layer)(name)] = value
-    return found
+                result[_mover(known, layer)(name)] = value
+    return result
 
 
 def _regions(
@@ -192,8 +194,8 @@ def _regions(
 def _attends(model: nn.Module, rowwise: str, columns: Sequence[str]) -> bool:
     """Whether these are queries, keys and values: three matrices, or of unlike widths."""
     row = matrix_of(model.get_submodule(rowwise))
-    found = {name: matrix_of(model.get_submodule(name)) for name in columns}
-    matrices = {name: matrix for name, matrix in found.items() if matrix is not None}
+    by_name = {name: matrix_of(model.get_submodule(name)) for name in columns}
+    matrices = {name: matrix for name, matrix in by_name.items() if matrix is not None}
     if row is None:
         return False
     count = sum(num_pieces(model, name, matrix, row) or 1 for name, matrix in matrices.items())
@@ -202,24 +204,28 @@ def _attends(model: nn.Module, rowwise: str, columns: Sequence[str]) -> bool:
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
     """Of modules with divided parameters that are neither linear layers nor tables."""
-    found: dict[str, dict[str, PartRule]] = {}
+    rules_by_module: dict[str, dict[str, PartRule]] = {}
     rows = _rows(model, sharding)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             continue
-        own = dict(module.named_parameters(recurse=False))
-        shares = {n: sharding.params[id(p)] for n, p in own.items() if id(p) in sharding.params}
+        parameters = dict(module.named_parameters(recurse=False))
+        shares = {
+            n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
+        }
         row, matrix = rows.get(id(module)), matrix_of(module)
         fused = row and matrix and num_pieces(model, name, matrix, row)
         rules = {
-            n: PartRule(dim=share.dim - own[n].dim(), num_pieces=fused or share.pieces)
+            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=fused or share.pieces)
             for n, share in shares.items()
         }
         if id(module) in sharding.regions:  # its bias is added to the sum once
-            rules |= {n: PartRule(dim=None) for n in own.keys() - shares if n.endswith("bias")}
+            rules |= {
+                n: PartRule(dim=None) for n in parameters.keys() - shares if n.endswith("bias")
+            }
         if rules:
-            found[name] = rules
-    return found
+            rules_by_module[name] = rules
+    return rules_by_module
 
 
 def _rows(model: nn.Module, sharding: Sharding) -> dict[int, Matrix | None]:
@@ -231,21 +237,21 @@ def _rows(model: nn.Module, sharding: Sharding) -> dict[int, Matrix | None]:
 
 def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
     owners = {id(vars(module)): name for name, module in model.named_modules()}
-    found: dict[str, dict[str, int]] = {}
+    numbers: dict[str, dict[str, int]] = {}
     for table, attribute, share in sharding.attributes:
         if id(table) in owners and attribute != "vocab_size":
-            own = found.setdefault(owners[id(table)], {})
-            own[attribute] = share.multiple * share.unit // tp
-    return found
+            attributes = numbers.setdefault(owners[id(table)], {})
+            attributes[attribute] = share.multiple * share.unit // tp
+    return numbers
 
 
-def _entries(loaded: LoadedModel, anatomy: Anatomy, seq_len: int) -> Mapping[str, str]:
+def _entries(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> Mapping[str, str]:
     """For each linear layer: the module at which its input enters."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
     with mode:
         model.to_empty(device="cpu")
-    watch = _Inputs(model=model, layers=frozenset(anatomy.layers))
+    watch = _Inputs(model=model, layers=frozenset(structure.layers))
     with mode, ImitatedKernels("cpu"), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))
@@ -282,6 +288,7 @@ class _Inputs(TorchFunctionMode):
             handed_on = {id(leaf) for leaf in tree_leaves(output)}  # a cast to what it is already
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and id(leaf) not in handed_on:
+                    # Held, so that no later tensor gets its identity.
                     self.read_elsewhere[id(leaf)] = leaf
         return output
 
@@ -289,10 +296,12 @@ class _Inputs(TorchFunctionMode):
         def enter(
             module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
         ) -> None:
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            self.stack.append((name, tuple(given)))
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.stack.append((name, tuple(tensors)))
             if matrix_of(module) is not None:
-                self.linear[name] = (given[0], tuple(self._chain(given[0])))
+                # The stack is of the modules around, so the chain is known now, the readers at the
+                # end only.
+                self.linear[name] = (tensors[0], tuple(self._chain(tensors[0])))
 
         return enter
 
@@ -301,12 +310,12 @@ class _Inputs(TorchFunctionMode):
 
     def _chain(self, tensor: torch.Tensor) -> Iterator[str]:
         """The modules, innermost first, that hand on this tensor, below the layer."""
-        for name, given in reversed(self.stack):
-            if name in self.layers or not any(x is tensor for x in given):
+        for name, inputs in reversed(self.stack):
+            if name in self.layers or not any(x is tensor for x in inputs):
                 return
             yield name
 
-    def entry(self, name: str, found: tuple[torch.Tensor, tuple[str, ...]]) -> str:
+    def entry(self, name: str, origin: tuple[torch.Tensor, tuple[str, ...]]) -> str:
         """The outermost module of the chain; the layer itself where others read the tensor."""
-        tensor, chain = found
+        tensor, chain = origin
         return name if id(tensor) in self.read_elsewhere else chain[-1]

@@ -1,7 +1,7 @@
 """What Mist uses of torch that is not public, and which versions of torch have it.
 
-Everything else is documented API. Tests look up every row, so that a release without one of them is
-told by name; a feature whose rows are missing is refused by name, the others run.
+Everything else is documented API. Tests look up every row, so that a release without one of them
+fails by name; a feature whose rows are missing is refused by name, the others run.
 """
 
 from collections.abc import Iterator
@@ -50,14 +50,14 @@ class Hook:
 
     def _has(self, name: str) -> bool:
         try:
-            found: Any = import_module(self.module)
+            value: Any = import_module(self.module)
         except ImportError:
             return False
         for part in name.split("."):
-            if not hasattr(found, part):
+            if not hasattr(value, part):
                 return False
-            found = getattr(found, part)
-        return self.argument is None or self.argument in signature(found).parameters
+            value = getattr(value, part)
+        return self.argument is None or self.argument in signature(value).parameters
 
 
 HOOKS: Final = (
@@ -142,7 +142,7 @@ def known_by_older_names(stage: Stage) -> Stage:
         def backward(self: Any, num: int) -> None:  # noqa: ANN401
             self._setup_backward_recv_info(num)
 
-        def anything(self: object, *given: object) -> None:
+        def anything(self: object, *outputs: object) -> None:
             return None
 
         setattr(stage, "_prepare_forward_infra", forward)  # noqa: B010 (mypy: a method)

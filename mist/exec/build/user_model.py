@@ -27,13 +27,13 @@ def subject_of_module(
     workload = plan.workload
     setting = TraceSetting(precision=workload.precision, attention=workload.attention)
     facts = trace_model(model, setting, make_batch=make_batch, loss=loss).facts
-    given = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+    values = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
     empty = _without_values(model)
     empty_parameters(empty)
     loaded = LoadedModel(module=empty, name=facts.name, make_batch=make_batch, loss=loss)
     subject = subject_of(loaded, examine(loaded, workload.seq_len), plan)
     return Subject(
-        loaded=subject.loaded, anatomy=subject.anatomy, rules=subject.rules, given=given
+        loaded=subject.loaded, structure=subject.structure, rules=subject.rules, values=values
     ), facts
 
 

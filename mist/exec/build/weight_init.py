@@ -58,7 +58,7 @@ def initial_values(
     drawn.
     """
     module = model.get_submodule(module_name)
-    steps = _noted(model, module)
+    steps = _steps_of(model, module)
     if steps is None:
         return _as_it_is(model, module, seed_of(seed, "weights", module_name))
     return {
@@ -73,41 +73,41 @@ def initial_values(
     }
 
 
-def _noted(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | None":
+def _steps_of(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | None":
     """What is done to a module's own parameters; None where that is not a list of known steps.
 
     On fake tensors: torch does nothing to some on the meta device.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _replaced(module) as held:
-        notes = _Notes({key_of(value): (name, value.shape) for name, value in held.items()})
+    with FakeTensorMode(allow_non_fake_inputs=True), _with_stand_ins(module) as parameters:
+        notes = _Notes({key_of(value): (name, value.shape) for name, value in parameters.items()})
         try:
             with notes, patch.object(nn.init, "_no_grad_trunc_normal_", notes.truncated):
                 initialise(model, module)
         except Exception:  # whatever needs numbers fails without them, and is done as it is
             return None
-        same = all(module._parameters[name] is value for name, value in held.items())
-    return notes.steps if same and notes.others is None else None
+        is_intact = all(module._parameters[name] is value for name, value in parameters.items())
+    return notes.steps if is_intact and notes.others is None else None
 
 
 @contextmanager
-def _replaced(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Within: a module's own parameters are others, on the CPU; those are given."""
+def _with_stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Within: a module has stand-ins for its own parameters, on the CPU; they are returned."""
     before = dict(module.named_parameters(recurse=False))
-    held = {
+    stand_ins = {
         name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="cpu"))
         for name, value in before.items()
     }
-    module._parameters.update(held)
+    module._parameters.update(stand_ins)
     try:
         with torch.no_grad():
-            yield held
+            yield stand_ins
     finally:
         module._parameters.update(before)
 
 
 def _as_it_is(model: nn.Module, module: nn.Module, seed: int) -> Mapping[str, torch.Tensor]:
     """What a module draws by itself, whole, on the CPU."""
-    with _replaced(module), torch.random.fork_rng(devices=[]):
+    with _with_stand_ins(module), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         initialise(model, module)
         return {name: value.detach() for name, value in module.named_parameters(recurse=False)}
@@ -120,12 +120,13 @@ def initialise(model: nn.Module, module: nn.Module) -> None:
             value.normal_(std=SPREAD)
         else:
             value.fill_(0.0 if "bias" in name else 1.0)
-    own: Callable[[], None] | None = getattr(module, "reset_parameters", None)
-    if own is not None:
-        own()
-    models: Callable[[nn.Module], None] | None = getattr(model, "_init_weights", None)
-    if models is not None:
-        models(module)
+    # Torch first, then transformers, which initialises again whatever it knows.
+    reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    init: Callable[[nn.Module], None] | None = getattr(model, "_init_weights", None)
+    if init is not None:
+        init(module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,17 +169,17 @@ class _Notes(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        touched = [leaf for leaf in tensors_in((args, kwargs)) if key_of(leaf) in self.names]
-        if not touched or func.is_view or func.namespace == "prim":  # prim: asks for the device
+        targets = [leaf for leaf in tensors_in((args, kwargs)) if key_of(leaf) in self.names]
+        if not targets or func.is_view or func.namespace == "prim":  # prim: asks for the device
             return
-        name, _ = self.names[key_of(touched[0])]
+        name, _ = self.names[key_of(targets[0])]
         numbers = not any(True for _ in tensors_in((args[1:], kwargs)))
         packet = func.overloadpacket
         if packet not in DRAWS | SETS | EACH or not numbers or kwargs.get("generator") is not None:
             self.others = f"{func} on {name}"
             return
         draws, sets = packet in DRAWS, packet in DRAWS | SETS
-        self._add(touched[0], func, args[1:], kwargs, draws=draws, sets=sets)
+        self._add(targets[0], func, args[1:], kwargs, draws=draws, sets=sets)
 
     def truncated(self, tensor: torch.Tensor, *args: float, **kwargs: object) -> torch.Tensor:
         """Stands for torch's truncated normal numbers, which are drawn again until all fit."""
@@ -226,17 +227,17 @@ class Drawn:
     seed: int
 
     def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
-        own = [range(size)[each] for size, each in zip(self.shape, bounds, strict=True)]
-        if not own:
+        ranges = [range(size)[each] for size, each in zip(self.shape, bounds, strict=True)]
+        if not ranges:
             return self._block((), 0, 1).view(())
-        out = torch.empty([len(each) for each in own], dtype=self.dtype, device=self.device)
-        *leading, rows = own[: max(len(own) - 1, 1)]
+        out = torch.empty([len(each) for each in ranges], dtype=self.dtype, device=self.device)
+        *leading, rows = ranges[: max(len(ranges) - 1, 1)]
         for place in product(*(enumerate(each) for each in leading)):
             self._fill(
                 out[tuple(at for at, _ in place)],
                 tuple(index for _, index in place),
                 rows,
-                tuple(slice(each.start, each.stop) for each in own[len(leading) + 1 :]),
+                tuple(slice(each.start, each.stop) for each in ranges[len(leading) + 1 :]),
             )
         return out
 
@@ -259,6 +260,8 @@ class Drawn:
         sizes = (count, *self.shape[len(place) + 1 :]) if self.shape else (1,)
         block = torch.empty(sizes, dtype=self.dtype, device=self.device)
         generator = torch.Generator(self.device)
+        # By block, not by rank: a rank draws the blocks that its part touches, and gets the numbers
+        # that it would get under any layout.
         generator.manual_seed(seed_of(self.seed, *place, start))
         with torch.no_grad():
             for step in self.steps:

@@ -30,7 +30,7 @@ from mist.exec.build.empty_weights import load_within
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Parallel, assemble, subject_of
 from mist.exec.build.step_recorder import Rows, collectives_of
-from mist.exec.dryrun.observer import Observer, observed
+from mist.exec.dryrun.observer import Observer, observing
 from mist.exec.observation import Seen, to_json
 from mist.files import write_bytes
 from mist.plans.file import load_plan
@@ -46,13 +46,14 @@ MORE = 3  # micro-batches beyond those in flight that are run: the first, one am
 
 def look(plan: Plan, stage: int, policy: Policy) -> Seen:
     """Dry-run a step of the first rank of a stage. Raises ModelError for what cannot be built."""
-    short = cut(plan, stage)
+    short_plan = cut(plan, stage)
     loaded = load_shapes(plan.model.source, plan.workload.attention)
     rank = plan.stages[stage].devices[0]
-    with pretended(rank, plan.cluster.num_gpus):
+    with fake_process_group(rank, plan.cluster.num_gpus):
         subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
+        # Meshes and groups compute with ranks as real tensors: the fake mode is for memory only.
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        parallel = assemble(subject, short, torch.device("cpu"), Settings(), lambda: mode)
+        parallel = assemble(subject, short_plan, torch.device("cpu"), Settings(), lambda: mode)
         observer = Observer(parallel, pins=policy == "cuda")
         parallel.swapper.quietly = observer.on_host
         setting = TraceSetting(
@@ -62,23 +63,23 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
         )
         with mode, runs_as(setting), warnings.catch_warnings(action="ignore"):
             _step(parallel, loaded, observer)
-    return _seen(plan, stage, short, observer)
+    return _observation(plan, stage, short_plan, observer)
 
 
 def _step(parallel: Parallel, loaded: LoadedModel, observer: Observer) -> None:
     workload = parallel.plan.workload
     batch = loaded.batch(workload.global_batch, workload.seq_len)
-    with observed(observer, parallel):
+    with observing(observer, parallel):
         parallel.unread_step(batch)
 
 
-def _seen(plan: Plan, stage: int, short: Plan, observer: Observer) -> Seen:
-    left = plan.num_micro_batches - short.num_micro_batches
-    rows = extended(observer.rows(), observer.ends, left)
+def _observation(plan: Plan, stage: int, short_plan: Plan, observer: Observer) -> Seen:
+    num_skipped = plan.num_micro_batches - short_plan.num_micro_batches
+    rows = extend_totals(observer.rows(), observer.ends, num_skipped)
     return Seen(
         stage=stage,
         rank=plan.stages[stage].devices[0],
-        num_micro_batches=short.num_micro_batches,
+        num_micro_batches=short_plan.num_micro_batches,
         peak_bytes=observer.peak_bytes,
         host_bytes=observer.host_peak_bytes,
         static_bytes=observer.static_bytes,
@@ -91,35 +92,37 @@ def _seen(plan: Plan, stage: int, short: Plan, observer: Observer) -> Seen:
     )
 
 
-def extended(rows: Rows, ends: Sequence[Rows], more: int) -> Rows:
+def extend_totals(rows: Rows, ends: Sequence[Rows], more: int) -> Rows:
     """Collectives with `more` micro-batches like the one between the first two backward passes."""
     if more == 0:
         return rows
     first, second = ends[0], ends[1]
-    found = dict(rows)
+    totals = dict(rows)
     for key, (count, size) in second.items():
         before = first.get(key, (0, 0))
-        total = found[key]
-        found[key] = (
+        total = totals[key]
+        totals[key] = (
             total[0] + more * (count - before[0]),
             total[1] + more * (size - before[1]),
         )
-    return found
+    return totals
 
 
 def cut(plan: Plan, stage: int) -> Plan:
     """The plan with no more micro-batches than its peak and its collectives need."""
     num_stages, kind = len(plan.stages), plan.schedule.kind
+    # Other schedules hold all micro-batches (GPipe), or run them in rounds over the chunks.
     if num_stages > 1 and kind is not ScheduleKind.ONE_F_ONE_B:
         return plan
-    enough = min(max(num_stages - stage - 1 + MORE, num_stages), plan.num_micro_batches)
-    samples = plan.workload.global_batch // plan.num_micro_batches * enough
+    # As many as 1F1B has in flight here, and no fewer than stages: torch refuses less.
+    count = min(max(num_stages - stage - 1 + MORE, num_stages), plan.num_micro_batches)
+    samples = plan.workload.global_batch // plan.num_micro_batches * count
     workload = replace(plan.workload, global_batch=samples)
-    return replace(plan, num_micro_batches=enough, workload=workload)
+    return replace(plan, num_micro_batches=count, workload=workload)
 
 
 @contextmanager
-def pretended(rank: int, world_size: int) -> Iterator[None]:
+def fake_process_group(rank: int, world_size: int) -> Iterator[None]:
     """Within: this process is one rank of a process group that moves nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
@@ -165,11 +168,11 @@ def main(argv: list[str]) -> int:
     plan_file, stage, policy, out = argv
     warnings.filterwarnings("ignore", module=r"torch\..*")
     try:
-        seen = look(load_plan(plan_file), int(stage), "cpu" if policy == "cpu" else "cuda")
+        observation = look(load_plan(plan_file), int(stage), "cpu" if policy == "cpu" else "cuda")
     except MistError as error:
         sys.stderr.write(f"mist: {error}\n")
         return error.exit_code
-    write_bytes(Path(out), to_json(seen))
+    write_bytes(Path(out), to_json(observation))
     return 0
 
 

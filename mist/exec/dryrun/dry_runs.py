@@ -15,6 +15,7 @@ from mist.plans.file import save_plan
 from mist.plans.plan import Plan
 
 POLL_S: Final = 0.1
+TAIL_CHARS: Final = 4000  # of what a failed dry run printed
 
 
 class DryRunFailed(MistError):
@@ -65,6 +66,7 @@ def _start(folder: Path, stage: int, policy: str) -> subprocess.Popen[str]:
     with (folder / f"{stage}.err").open("w") as errors:
         return subprocess.Popen(
             [*command, policy, str(folder / f"{stage}.json")],
+            # A process per core: threads would only take turns.
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -80,11 +82,8 @@ def _ended(running: dict[int, subprocess.Popen[str]]) -> Iterator[int]:
         del running[stage]
         if process.returncode:
             errors = Path(str(process.args[-1])).with_suffix(".err")  # type: ignore[index]
-            error = DryRunFailed(f"the dry run of stage {stage} failed.\n{_tail(errors)}")
+            tail = errors.read_text(errors="replace")[-TAIL_CHARS:].strip()
+            error = DryRunFailed(f"the dry run of stage {stage} failed.\n{tail}")
             error.exit_code = process.returncode if process.returncode == 2 else 1
             raise error
         yield stage
-
-
-def _tail(file: Path, num_bytes: int = 4000) -> str:
-    return file.read_text(errors="replace")[-num_bytes:].strip()

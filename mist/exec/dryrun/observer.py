@@ -1,4 +1,4 @@
-"""What a rank holds at each instant of a step, and what for: a recorder that knows torch.
+"""The memory of a rank at each instant of a step, by purpose: a recorder that knows torch.
 
 A storage belongs to what runs when it is made: FSDP2 gathers or reduces, a layer runs forward, the
 model's ends, a backward pass (working memory), the optimizer. What autograd made and FSDP2 then
@@ -43,7 +43,7 @@ class Peak:
 
 
 class Observer(StepRecorder):
-    """Records one step of `parallel` on the CPU, real or fake; see `step_recorder.Recorder`.
+    """Records one step of `parallel` on the CPU, real or fake; see `StepRecorder`.
 
     `ends`: after each backward pass, the collectives so far. `pins`: count host memory as a GPU
     would have it, pinned.
@@ -68,7 +68,7 @@ class Observer(StepRecorder):
                     self._count(tensor.untyped_storage())
         self.static_bytes = self._bytes
         for tag, tensors in parallel.states(on_host=True).items():
-            # Moments are as large as they are (`Swapper.kept_on_host`).
+            # Moments are as large as they are (`Swapper.zeros_on_host`).
             with self.on_host(), patch.object(self, "_pins", pins and tag != "optimizer"):
                 for tensor in tensors:
                     self._count(tensor.untyped_storage())
@@ -93,7 +93,7 @@ class Observer(StepRecorder):
         if not self._paused:
             super()._count(storage)
 
-    def left(self, tensors: Iterable[torch.Tensor | None]) -> None:
+    def moved_to_host(self, tensors: Iterable[torch.Tensor | None]) -> None:
         """These tensors went to host memory, which is the same place on a CPU.
 
         Parts of one storage stay that here; from a GPU each of them is copied into its own.
@@ -101,9 +101,9 @@ class Observer(StepRecorder):
         allocated: Counter[int] = Counter()
         for tensor in tensors:
             if tensor is not None:
-                own = local(tensor)
-                size = self._allocated(own.numel() * own.element_size())
-                allocated[own.untyped_storage()._cdata] += size
+                shard = local(tensor)
+                size = self._allocated(shard.numel() * shard.element_size())
+                allocated[shard.untyped_storage()._cdata] += size
         for key, size in allocated.items():
             if key in self._live:
                 whole = self._live.pop(key)
@@ -159,7 +159,7 @@ class Observer(StepRecorder):
         super()._free(key)
 
     def _row(self, axis: str, kind: str, num_bytes: int) -> None:
-        """Sums of a few numbers, in a divided loss and between gradients and optimizer, apart."""
+        """As the base; sums of a few numbers (divided loss, norm) have an axis of their own."""
         in_loss = self.phase == "forward" and self._tag == LOSS and kind == "all_reduce"
         after = self.phase in (NORM, OPTIMIZER)
         super()._row("sums" if in_loss or after else axis, kind, num_bytes)
@@ -170,7 +170,7 @@ class Observer(StepRecorder):
 
 
 @contextmanager
-def observed(observer: Observer, parallel: Parallel) -> Iterator[None]:
+def observing(observer: Observer, parallel: Parallel) -> Iterator[None]:
     """Within: the observer knows what runs."""
     with ExitStack() as stack:
         at_end = parallel.place.stage == len(parallel.plan.stages) - 1
@@ -192,11 +192,11 @@ def _watch_layers(observer: Observer, chunk: Built, then: str, stack: ExitStack)
     names = chunk.layers
     for index, name in enumerate(names):
         layer: nn.Module = chunk.root.model.get_submodule(name)
-        before = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
+        pre_hook = layer.register_forward_pre_hook(_enter(observer, name), prepend=True)
         behind = then if index == len(names) - 1 else ""
-        after = layer.register_forward_hook(_leave(observer, name, behind))
-        stack.callback(before.remove)
-        stack.callback(after.remove)
+        post_hook = layer.register_forward_hook(_leave(observer, name, behind))
+        stack.callback(pre_hook.remove)
+        stack.callback(post_hook.remove)
 
 
 def _begin(observer: Observer) -> Callable[..., None]:
@@ -225,8 +225,9 @@ def _leave(observer: Observer, name: str, then: str) -> Callable[..., None]:
 
 
 def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., object]]]:
-    """What of torch is wrapped so that the observer hears of it."""
+    """The functions of torch and of ours whose calls the observer must know of, each wrapped."""
     group = FSDPParamGroup
+    # The first makes the buffer of the all-gather, the second the parameters copied out of it.
     for name in ("unshard", "wait_for_unshard"):
         yield group, name, _tagging(observer, getattr(group, name), "gathered parameters")
     yield group, "pre_backward", _noting_backward(observer, group.pre_backward)
@@ -234,6 +235,7 @@ def _patches(observer: Observer) -> Iterator[tuple[object, str, Callable[..., ob
     yield Stage, "without_backward", _backward(observer, Stage.without_backward)
     yield Stage, "_receive", _tagging(observer, Stage._receive, "communication")
     yield AdamW, "step", _optimizing(observer, AdamW.step)
+    # Whole backward passes call the first, split ones the second.
     for name in ("backward", "grad"):
         original = getattr(torch.autograd, name)
         yield torch.autograd, name, _backward(observer, original)
@@ -278,13 +280,16 @@ def _reducing(observer: Observer, original: Callable[..., Any]) -> Callable[...,
     def around(group: FSDPParamGroup, *args: object) -> object:
         with observer.tagged("communication"):
             result = original(group, *args)
+        # Under HSDP this waits for the all-reduce of the last micro-batch.
         observer.retag([group._partial_reduce_output], "gradients")
-        away = [each.sharded_param.grad for each in group.fsdp_params if each.offload_to_cpu]
+        host_gradients = [
+            each.sharded_param.grad for each in group.fsdp_params if each.offload_to_cpu
+        ]
         for each in group.fsdp_params:
             whole = getattr(each, "_unsharded_param", None)
             grads = (each.unsharded_accumulated_grad, each.sharded_param.grad)
             observer.retag((*grads, None if whole is None else whole.grad), "gradients")
-        observer.left(away)
+        observer.moved_to_host(host_gradients)
         observer.event(f"reduced {group._module_fqn}")
         return result
 

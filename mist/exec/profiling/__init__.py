@@ -14,9 +14,7 @@ from mist.exec.run.launch import run_ranks
 
 __all__ = ["Busy", "Readings", "Request", "num_gpus", "take_readings"]
 
-LIMIT_RATIO: Final = (
-    4.0  # of the time that was asked for; starting torch and slow machines are in it
-)
+LIMIT_RATIO: Final = 4.0  # of the time asked for, with the start of torch and slow machines
 START_S: Final = 120.0
 
 

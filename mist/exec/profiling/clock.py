@@ -26,7 +26,7 @@ LEAST, MOST = 5, 40  # samples of a reading
 HELD_BYTES: Final = 64 * 2**20  # by what one sample's calls give
 BRIEF_S: Final = 0.02  # a reading that is allowed less takes two samples, however uncertain
 QUIET_RATIO: Final = 0.1  # of the processors
-TOLD_S: Final = 0.2  # processor seconds from which on the system's ticks of 10 ms tell a share
+MEASURABLE_S: Final = 0.2  # processor seconds; the system counts them in ticks of 10 ms
 
 Call = Callable[[], object]
 Seconds = NDArray[np.float64]
@@ -57,6 +57,8 @@ class Clock:
         """
         for call in calls:
             call()
+        # The figure of the slowest rank, so that all ranks repeat alike: their collectives must
+        # meet.
         guess_s = self._slowest(max(self._sample(call, 1) for call in calls))
         repeats = max(1, math.ceil(SAMPLE_S / guess_s))
         if held_bytes:
@@ -109,24 +111,21 @@ class Clock:
         op: str,
         sizes: Mapping[str, float],
         take: Callable[[], list[float]],
-        joined: Callable[[list[float]], float],
+        combine: Callable[[list[float]], float],
     ) -> float:
         """Take samples until other programs are quiet, and keep the reading; its seconds."""
         tries: list[Reading] = []
-        while not tries or self._is_blurred(tries[-1]):
+        while not tries or (tries[-1].others_ratio > QUIET_RATIO and self.patience_s > 0):
             before, begin = Busy.now(), time.monotonic()
             samples = take()
             others = self.others_ratio(Busy.now().since(before))
-            tries.append(_reading(op, sizes, samples, joined(samples), others))
+            tries.append(_reading(op, sizes, samples, combine(samples), others))
             if len(tries) > 1:
                 self.patience_s -= self._slowest(time.monotonic() - begin)
+        # Of blurred readings the least blurred one.
         best = min(tries, key=lambda each: each.others_ratio)
         self.rows.append(best)
         return best.seconds
-
-    def _is_blurred(self, last: Reading) -> bool:
-        """Whether to read again, because other programs were busy; for a while only."""
-        return last.others_ratio > QUIET_RATIO and self.patience_s > 0
 
     def note(self, op: str, sizes: Mapping[str, float], seconds: float) -> None:
         """Keep a figure (seconds or a ratio) that was put together from others."""
@@ -137,10 +136,12 @@ class Clock:
 
     def others_ratio(self, busy: Busy) -> float:
         """Share of the processors that none of the ranks had, the same on all of them."""
-        own = torch.tensor(busy.own_s, dtype=torch.float64, device=self.device)
-        dist.all_reduce(own)
-        told = busy.all_s > TOLD_S
-        return self._slowest(replace(busy, own_s=float(own)).others_ratio if told else 0.0)
+        ranks_s = torch.tensor(busy.own_s, dtype=torch.float64, device=self.device)
+        dist.all_reduce(ranks_s)
+        is_measurable = busy.all_s > MEASURABLE_S
+        return self._slowest(
+            replace(busy, own_s=float(ranks_s)).others_ratio if is_measurable else 0.0
+        )
 
     def waits_ratio(self, call: Call) -> float:
         """Share of a call's time that passes before it returns (0..1): 1 where the host is busy."""
@@ -150,9 +151,9 @@ class Clock:
             self.wait()
             begin = time.perf_counter()
             call()
-            returned = time.perf_counter() - begin
+            return_s = time.perf_counter() - begin
             self.wait()
-            samples.append(returned / (time.perf_counter() - begin))
+            samples.append(return_s / (time.perf_counter() - begin))
         return round(self._slowest(median(samples)), 2)
 
     def _sample(self, call: Call, repeats: int) -> float:
@@ -160,10 +161,11 @@ class Clock:
         dist.barrier()
         self.wait()
         begin = time.perf_counter()
-        held = [call() for _ in range(repeats)]
+        # Results live until the sample ends: fresh memory costs page faults.
+        results = [call() for _ in range(repeats)]
         self.wait()
         seconds = (time.perf_counter() - begin) / repeats
-        del held
+        del results
         return seconds
 
     def _amid(self, call: Call, work: Call, count: int) -> list[float]:

@@ -112,8 +112,8 @@ def _lengths(clock: Clock, precision: Precision) -> list[int]:
     forward = partial(F.scaled_dot_product_attention, x, x, x, is_causal=True)
     shortest_s = clock.read("probe attention", {}, forward)
     lengths = sizes.seq_lens
-    kept = [s for s in lengths if shortest_s * (s / lengths[0]) ** 2 <= clock.longest_s]
-    return kept if len(kept) > 1 else list(lengths[:2])
+    quick_lengths = [s for s in lengths if shortest_s * (s / lengths[0]) ** 2 <= clock.longest_s]
+    return quick_lengths if len(quick_lengths) > 1 else list(lengths[:2])
 
 
 def _forward_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Call:
@@ -176,11 +176,11 @@ def _kernels(x_RD: torch.Tensor, y_RD: torch.Tensor) -> Iterator[tuple[str, floa
 def read_copies(clock: Clock) -> None:
     """From host memory to the device and back."""
     num_bytes = clock.sizes.memory_bytes[-1]
-    there = torch.randn(num_bytes // 4, device=clock.device)
-    here = torch.randn(there.shape, pin_memory=clock.device.type == "cuda")
+    on_device = torch.randn(num_bytes // 4, device=clock.device)
+    on_host = torch.randn(on_device.shape, pin_memory=clock.device.type == "cuda")
     sizes = {"bytes": float(num_bytes)}
-    clock.read("host_to_device", sizes, lambda: there.copy_(here))
-    clock.read("device_to_host", sizes, lambda: here.copy_(there))
+    clock.read("host_to_device", sizes, lambda: on_device.copy_(on_host))
+    clock.read("device_to_host", sizes, lambda: on_host.copy_(on_device))
 
 
 def read_optimizer(clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""What the host does for a layer beside its operations: hooks of FSDP2, dispatch of DTensors.
+"""What the host does for a layer apart from its operations: hooks of FSDP2, dispatch of DTensors.
 
 A transformer so small that it computes next to nothing is trained as plans say, with few and with
 many layers and micro-batches. What a layer more adds to a micro-batch, less what it adds to that of
@@ -46,8 +46,8 @@ class TinyAttention(nn.Module):
             for each in (self.q, self.k, self.v)
         )
         out_BHSK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        joined: torch.Tensor = self.o(out_BHSK.transpose(1, 2).reshape(batch, seq, -1))
-        return joined
+        output: torch.Tensor = self.o(out_BHSK.transpose(1, 2).reshape(batch, seq, -1))
+        return output
 
 
 class Layer(nn.Module):
@@ -134,8 +134,8 @@ def _micro_batch(clock: Clock, axis: Literal["dp", "tp"]) -> _Line:
 def _line(few: Seconds, many: Seconds) -> _Line:
     """Through the seconds of a micro-batch with few and with many layers, of all rounds.
 
-    What is slow for a while is so for all that is timed in a round, so the difference is taken
-    within each.
+    A disturbance slows down everything that is timed in the same round, so the difference is taken
+    within each round.
     """
     layer_s = float(np.median(many - few)) / (MANY - FEW)
     return _Line(layer_s=layer_s, ends_s=float(np.median(few)) - FEW * layer_s)

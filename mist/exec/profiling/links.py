@@ -1,4 +1,4 @@
-"""What passes between ranks, and what it does to computation that runs beside it."""
+"""Transfers between ranks, and how they slow down computation at the same time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -90,9 +90,9 @@ def read_transfers(clock: Clock) -> None:
 
 
 def read_beside(clock: Clock) -> None:
-    """Computation, a collective and copies: each alone, and the others beside computation."""
+    """Computation, a collective and copies: each alone, and each at once with computation."""
     whole, part = _buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
-    here = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
+    on_host = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
     group = dist.group.WORLD
     collective_s = clock.read(
         "beside collective", {}, lambda: _all_gather(whole, part, group, False)
@@ -106,7 +106,7 @@ def read_beside(clock: Clock) -> None:
 
     clock.read("beside compute", {}, compute)
     clock.read("beside compute and collective", {}, with_collective)
-    for name, target, source in (("to_device", whole, here), ("to_host", here, whole)):
+    for name, target, source in (("to_device", whole, on_host), ("to_host", on_host, whole)):
         copy = _copier(clock.device, target, source)
         clock.read(f"beside {name}", {}, copy)
 
@@ -118,9 +118,10 @@ def read_beside(clock: Clock) -> None:
 
 
 def _copier(device: torch.device, target: torch.Tensor, source: torch.Tensor) -> Call:
-    """A copy that runs beside what follows, where the device can."""
+    """A copy that overlaps with what follows, where the device can."""
     if device.type != "cuda":
         return lambda: target.copy_(source)
+    # Copies on the computing stream would wait for the products.
     stream = torch.cuda.Stream(device)
 
     def copy() -> None:
@@ -131,7 +132,7 @@ def _copier(device: torch.device, target: torch.Tensor, source: torch.Tensor) ->
 
 
 def read_waiting(clock: Clock) -> None:
-    """How soon each collective returns, against when it is done: nothing runs beside it till then.
+    """How soon each collective returns, against when it is done: till then nothing overlaps.
 
     FSDP2 issues its collectives this way, on a stream of their own where there are streams.
     """

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mist.errors import InputError, MistError
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.profiling import device_ops as ops
 from mist.exec.profiling import host_overhead as layers
 from mist.exec.profiling import links
@@ -48,7 +48,7 @@ BETWEEN: Final[dict[str, Part]] = {
 LONGEST_RATIO: Final = 1 / 200  # of the time asked for, for one call
 PATIENCE_RATIO: Final = 1.5  # of the time asked for, on top, where other programs are busy
 TIMEOUT_S: Final = 300.0
-DRIVEN: Final = {
+GPU_STATE: Final = {
     "clocks.sm": "sm_clock_mhz",
     "clocks.mem": "memory_clock_mhz",
     "power.draw": "power_w",
@@ -73,11 +73,11 @@ def main(argv: list[str]) -> int:
 def run(request: Request, out: Path) -> None:
     """Take all readings. Raises InputError for a device that is not there."""
     if (request.device == "cuda") is not torch.cuda.is_available():
-        found = "cuda" if torch.cuda.is_available() else "cpu"
+        usable = "cuda" if torch.cuda.is_available() else "cpu"
         raise InputError(
-            f"--device {request.device}: mist apply would use {found} here. Try --device {found}."
+            f"--device {request.device}: mist apply would use {usable} here. Try --device {usable}."
         )
-    with joined(TIMEOUT_S) as device:
+    with process_group(TIMEOUT_S) as device:
         torch.manual_seed(dist.get_rank())
         own_bytes, before = _own_bytes(device), Busy.now()
         sizes = SIZES[device.type]
@@ -91,9 +91,10 @@ def run(request: Request, out: Path) -> None:
         parts = ON_DEVICE | (BETWEEN if request.num_ranks > 1 else {})
         warm: dict[str, str | float] = {}
         for name, part in parts.items():
-            _say(f"measuring {name}")
+            if dist.get_rank() == 0:
+                say(f"measuring {name}")
             part(clock)
-            warm = warm or _driven(device)  # behind the products, which drive it hardest
+            warm = warm or _gpu_state(device)  # behind the products, which drive it hardest
         others = clock.others_ratio(Busy.now().since(before))
         if dist.get_rank() == 0:
             about = _about(device) | {"own_bytes": own_bytes, "others_ratio": others} | warm
@@ -102,43 +103,49 @@ def run(request: Request, out: Path) -> None:
 
 
 def _about(device: torch.device) -> dict[str, str | float]:
-    """The machine in words, and what it holds in bytes."""
+    """The machine in words, and its memory in bytes."""
     host_bytes = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return {"name": found.name, "host_bytes": host_bytes, "bytes": float(found.total_memory)}
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "name": properties.name,
+            "host_bytes": host_bytes,
+            "bytes": float(properties.total_memory),
+        }
+    # On a CPU the ranks share the memory of the host.
     each = host_bytes / dist.get_world_size()
     return {"name": _processor(), "host_bytes": host_bytes, "bytes": each}
 
 
-def _driven(device: torch.device) -> dict[str, str | float]:
+def _gpu_state(device: torch.device) -> dict[str, str | float]:
     """How a GPU is driven just now, as its driver says; nothing where that cannot be asked."""
     if device.type != "cuda":
         return {}
-    own = str(torch.cuda.get_device_properties(device).uuid)
-    command = ["nvidia-smi", f"--query-gpu={','.join(DRIVEN)}", "--format=csv,noheader,nounits"]
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(
-            [*command, f"--id=GPU-{own}"], capture_output=True, text=True, timeout=20, check=True
+        reply = subprocess.run(
+            [*command, f"--id=GPU-{uuid}"], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return {}
-    return driven(told.stdout)
+    return gpu_state(reply.stdout)
 
 
-def driven(told: str) -> dict[str, str | float]:
+def gpu_state(reply: str) -> dict[str, str | float]:
     """What a line of numbers by nvidia-smi says; those that it does not know are left out."""
-    found: dict[str, str | float] = {}
-    for name, word in zip(DRIVEN.values(), told.split(","), strict=False):
+    figures: dict[str, str | float] = {}
+    for name, word in zip(GPU_STATE.values(), reply.split(","), strict=False):
         with suppress(ValueError):
-            found[name] = float(word)
-    return found
+            figures[name] = float(word)
+    return figures
 
 
 def _own_bytes(device: torch.device) -> float:
-    """What a rank holds before it has tensors of its own."""
+    """Memory of a rank before it has tensors of its own."""
     if device.type != "cuda":
         return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # NCCL takes its buffers in the first collective; they are a rank's own.
     dist.all_reduce(torch.zeros(1, device=device))
     free, total = torch.cuda.mem_get_info(device)
     return float(total - free - torch.cuda.memory_reserved(device))
@@ -150,11 +157,6 @@ def _processor() -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.machine()
     return f"{name}, {os.cpu_count()} cores"
-
-
-def _say(message: str) -> None:
-    if dist.get_rank() == 0:
-        say(message)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Sizes:
     a precision is. `attention`: its precision; `sequences`, `seq_lens`, `head_dims`. `memory_bytes`
     of a tensor of memory-bound kernels and of copies. `num_params` of each of `num_tensors` of the
     optimizer. `collective_bytes`, `sent_bytes`: what passes between ranks. `beside`: width of the
-    product, and bytes of the rest, that run beside each other. `between_s`: of products between
+    product, and bytes of the rest, that run at the same time. `between_s`: of products between
     two collectives, as long as a part of a layer takes. `num_readings`: about as many as
     there are. `warm_s`: of products before the first reading.
     """

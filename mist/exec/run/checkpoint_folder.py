@@ -32,7 +32,7 @@ class Checkpoint:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Of writing; checkpoints of earlier versions have no order but that of their steps."""
+        """The order of writing; checkpoints of earlier versions are ordered by step alone."""
         return int(self.facts.get("order", 0)), self.step
 
 
@@ -67,24 +67,24 @@ def refuse_used(folder: Path, *, resume: bool) -> None:
             f"--checkpoint {folder} has {', '.join(sorted(foreign))}, which mist apply has not "
             "written and would replace. Give another folder."
         )
-    if not resume and (there := checkpoints(folder)):
+    if not resume and (existing := checkpoints(folder)):
         raise InputError(
-            f"--checkpoint {folder} holds the run that wrote {there[-1].path.name}. Go on from it "
-            "with --resume, or give another folder."
+            f"--checkpoint {folder} holds the run that wrote {existing[-1].path.name}. Go on from "
+            "it with --resume, or give another folder."
         )
 
 
 def last_of(folder: Path, same: Mapping[str, object]) -> Checkpoint | None:
     """The checkpoint that was written last. Raises InputError unless its facts are the `same`."""
-    there = checkpoints(folder)
-    for name, value in same.items() if there else ():
-        known = there[-1].facts.get(name)
+    existing = checkpoints(folder)
+    for name, value in same.items() if existing else ():
+        known = existing[-1].facts.get(name)
         if known != value:
             raise InputError(
-                f"{there[-1].path} was made with {name} {known}, this run has {value}. "
+                f"{existing[-1].path} was made with {name} {known}, this run has {value}. "
                 "Give another --checkpoint folder, or the same model and seed."
             )
-    return there[-1] if there else None
+    return existing[-1] if existing else None
 
 
 def lock(folder: Path) -> int:
@@ -94,6 +94,7 @@ def lock(folder: Path) -> int:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # The lock lasts as long as any process has the descriptor: a crash leaves none behind.
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise OutputError(

@@ -3,7 +3,7 @@
 Every parameter and moment is saved under the model's own name as a distributed tensor (torch's
 distributed checkpoint, which knows which rank holds which part), so the layout does not matter. A
 checkpoint is written into a hidden folder and renamed when it is complete: what was there before
-stays whole, whatever happens meanwhile. The KEPT ones that were written last stay. Buffers that a
+stays whole, whatever happens meanwhile. The last NUM_KEPT of them stay. Buffers that a
 model saves with its weights are saved too: they may have come with them.
 """
 
@@ -27,11 +27,11 @@ from torch.distributed.tensor import DTensor
 from mist.errors import InputError, MistError
 from mist.exec.build.initial_weights import bounds_of
 from mist.exec.build.parallel import Parallel
-from mist.exec.build.tensor_parts import joined, read_within, take_apart
+from mist.exec.build.tensor_parts import merge_pieces, read_within, take_apart
 from mist.exec.run.checkpoint_folder import FACTS, Checkpoint, checkpoints
 from mist.files import write_text
 
-KEPT: Final = 2
+NUM_KEPT: Final = 2
 BUFFER: Final = "buffer."
 
 
@@ -40,9 +40,10 @@ def save(parallel: Parallel, folder: Path, facts: Mapping[str, object]) -> Path:
     number = parallel.optimizer.num_steps
     complete, partial = folder / f"step-{number}", folder / f".step-{number}.partial"
     if dist.get_rank() == 0:
-        for left in folder.glob(".step-*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
+        # Not by step: a run that goes on from an earlier step writes lower numbers later.
         order = max((each.order[0] for each in checkpoints(folder)), default=0) + 1
         write_text(partial / FACTS, json.dumps({**facts, "step": number, "order": order}))
     dist.barrier()
@@ -51,9 +52,10 @@ def save(parallel: Parallel, folder: Path, facts: Mapping[str, object]) -> Path:
     dist.barrier()
     if dist.get_rank() == 0:
         _remove(complete)
+        # A rename is atomic: the checkpoint is there whole or not at all.
         partial.rename(complete)
         _flush(folder)
-        for old in checkpoints(folder)[:-KEPT]:
+        for old in checkpoints(folder)[:-NUM_KEPT]:
             _remove(old.path)
     dist.barrier()
     return complete
@@ -99,17 +101,17 @@ def _read(parallel: Parallel, last: Checkpoint) -> dict[str, torch.Tensor]:
 
 def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
     """All that is saved, each under its name; loading fills the same tensors."""
-    state = _held(parallel)
-    for name in _apart(parallel, state):
+    state = _states(parallel)
+    for name in _names_in_pieces(parallel, state):
         value = state[name]
         assert isinstance(value, DTensor)
-        state[name] = joined(value, parallel.pieces[_own(name)])
+        state[name] = merge_pieces(value, parallel.pieces[_parameter_name(name)])
     for chunk in parallel.chunks:
         state.update({f"{BUFFER}{n}": value for n, value in saved_buffers(chunk.root.model)})
     return state
 
 
-def _held(parallel: Parallel) -> dict[str, torch.Tensor]:
+def _states(parallel: Parallel) -> dict[str, torch.Tensor]:
     """Parameters and moments as this rank holds them."""
     values = {name: parameter.detach() for name, parameter in parallel.parameters.items()}
     state = {f"model.{name}": value for name, value in values.items()}
@@ -120,23 +122,24 @@ def _held(parallel: Parallel) -> dict[str, torch.Tensor]:
     return state
 
 
-def _apart(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """What of a state keeps matrices apart that the model has side by side."""
-    return [name for name in state if _own(name) in parallel.pieces]
+def _names_in_pieces(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that keep matrices apart which the model has side by side."""
+    return [name for name in state if _parameter_name(name) in parallel.pieces]
 
 
-def _own(name: str) -> str:
+def _parameter_name(name: str) -> str:
     """The parameter's name of a name in the state."""
     return name.partition(".")[2]
 
 
 def _take_apart(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
-    """Give this rank its parts of what was loaded as the model has it."""
-    held = _held(parallel)
-    for name in _apart(parallel, held):
-        target = held[name]
+    """Fill this rank's parts from tensors that were loaded in the model's own form."""
+    states = _states(parallel)
+    for name in _names_in_pieces(parallel, states):
+        target = states[name]
         assert isinstance(target, DTensor)
-        whole, pieces, bounds = loaded[name], parallel.pieces[_own(name)], bounds_of(target)
+        pieces = parallel.pieces[_parameter_name(name)]
+        whole, bounds = loaded[name], bounds_of(target)
         if isinstance(whole, DTensor):
             read = whole.to_local()
         else:

@@ -32,7 +32,7 @@ STOPPED: Final = {128 + number: number for number in ASKING}  # exit codes of ra
 
 
 # Unless the user says otherwise: one thread, and memory that tensors of any size can share, as
-# copies beside the computation free theirs late and pools of several streams would grow apart.
+# copies on side streams free theirs late and pools of several streams would grow apart.
 ALLOCATOR: Final = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 DEFAULTS: Final = {"OMP_NUM_THREADS": "1", **ALLOCATOR}
 
@@ -79,39 +79,43 @@ def run_ranks(
     num_ranks: int,
     *,
     timeout_s: float | None = None,
-    held: Sequence[int] = (),
+    lock_fds: Sequence[int] = (),
 ) -> None:
     """Run `python *command` as every rank and wait for all of them.
 
     Ranks find themselves through RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, WORLD_SIZE and
-    MIST_RENDEZVOUS. SIGTERM and
-    Ctrl-C are passed on; the second one ends all at once. `held`: open files that ranks keep open
-    too, so that locks on them last as long as any rank. Raises RankFailed with the cause of the
-    first failure, also at the time limit, and Stopped after a signal.
+    MIST_RENDEZVOUS. SIGTERM and Ctrl-C are passed on; the second one ends all at once. `lock_fds`:
+    files that ranks keep open too, so that locks on them last as long as any rank. Raises
+    RankFailed with the cause of the first failure, also at the time limit, and Stopped after a
+    signal.
     """
     with tempfile.TemporaryDirectory(prefix="mist-") as name:
         folder = Path(name)
-        ranks = [_start(command, number, num_ranks, folder, held) for number in range(num_ranks)]
-        with _passing_on(ranks) as asked:
+        ranks = [
+            _start(command, number, num_ranks, folder, lock_fds) for number in range(num_ranks)
+        ]
+        with _passing_on(ranks) as stop:
             try:
-                _wait(ranks, timeout_s, asked)
+                _wait(ranks, timeout_s, stop)
             finally:
                 _end(ranks)
 
 
 def _start(
-    command: Sequence[str], number: int, num_ranks: int, folder: Path, held: Sequence[int]
+    command: Sequence[str], number: int, num_ranks: int, folder: Path, lock_fds: Sequence[int]
 ) -> Rank:
     errors = (folder / f"errors-{number}").open("w+b")
     defaults = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
     process = subprocess.Popen(
         [sys.executable, *command],
         env={**os.environ, **_environment(number, num_ranks, folder), **defaults},
+        # A rank leaves when this pipe closes: then the launcher is gone.
         stdin=subprocess.PIPE,
         stdout=2,  # progress is no result
         stderr=errors,
+        # In the launcher's session Ctrl-C would reach ranks twice, from the terminal and from us.
         start_new_session=True,
-        pass_fds=held,
+        pass_fds=lock_fds,
     )
     return Rank(number=number, process=process, errors=errors)
 
@@ -129,26 +133,26 @@ def _environment(number: int, num_ranks: int, folder: Path) -> Mapping[str, str]
 @contextmanager
 def _passing_on(ranks: Sequence[Rank]) -> Iterator[_StopRequest]:
     """Within: SIGTERM and Ctrl-C reach every rank, which saves and leaves; the second one kills."""
-    asked = _StopRequest()
+    stop = _StopRequest()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.killed = asked.number is not None
-        asked.number = number
+        stop.killed = stop.number is not None
+        stop.number = number
         for rank in ranks:
             if rank.process.poll() is None:
-                rank.process.send_signal(signal.SIGKILL if asked.killed else number)
+                rank.process.send_signal(signal.SIGKILL if stop.killed else number)
 
     before: dict[signal.Signals, Callable[..., object] | int | None] = {}
     for name in ASKING:
         before[name] = signal.signal(name, pass_on)
     try:
-        yield asked
+        yield stop
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
 
 
-def _wait(ranks: Sequence[Rank], timeout_s: float | None, asked: _StopRequest) -> None:
+def _wait(ranks: Sequence[Rank], timeout_s: float | None, stop: _StopRequest) -> None:
     limit = None if timeout_s is None else time.monotonic() + timeout_s
     while any(rank.process.poll() is None for rank in ranks):
         if any(_failed(rank) for rank in ranks):
@@ -158,7 +162,7 @@ def _wait(ranks: Sequence[Rank], timeout_s: float | None, asked: _StopRequest) -
         time.sleep(POLL_S)
     if any(_failed(rank) for rank in ranks):
         _settle(ranks)
-        _raise_cause(ranks, asked)
+        _raise_cause(ranks, stop)
 
 
 def _settle(ranks: Sequence[Rank]) -> None:
@@ -192,13 +196,13 @@ def cause(codes: Mapping[int, int]) -> int:
     return min(codes, key=lambda number: (severity(codes[number]), number))
 
 
-def _raise_cause(ranks: Sequence[Rank], asked: _StopRequest) -> None:
+def _raise_cause(ranks: Sequence[Rank], stop: _StopRequest) -> None:
     """Raise for the rank that is the cause, or for the signal that ranks were asked to end by."""
     codes = {rank.number: rank.process.returncode for rank in ranks if _failed(rank)}
     first = ranks[cause(codes)]
     code = codes[first.number]
-    number = STOPPED.get(code) if asked.number is None else asked.number
-    if number is not None and (asked.killed or severity(code) >= CONSEQUENCE):
+    number = STOPPED.get(code) if stop.number is None else stop.number
+    if number is not None and (stop.killed or severity(code) >= CONSEQUENCE):
         raise Stopped(number)
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     error = RankFailed(f"rank {first.number} {how}.\n{first.tail()}")

@@ -20,12 +20,12 @@ from mist.plans.plan import Plan
 class Preflight:
     """`options`: with the folder of weights, if any. `last`: the checkpoint to go on from.
 
-    `held`: open files that keep the checkpoint folder locked.
+    `lock_fds`: open files that keep the checkpoint folder locked.
     """
 
     options: RunOptions
     last: Checkpoint | None
-    held: tuple[int, ...]
+    lock_fds: tuple[int, ...]
 
     @property
     def finished(self) -> bool:
@@ -38,18 +38,19 @@ def preflight(options: RunOptions, plan: Plan, *, leads: bool) -> Preflight:
 
     Raises InputError and OutputError.
     """
-    held = _claimed(Path(options.checkpoint), options, leads=leads) if options.checkpoint else ()
+    lock_fds = _claim(Path(options.checkpoint), options, leads=leads) if options.checkpoint else ()
     try:
-        return _read(options, plan, held)
+        return _read(options, plan, lock_fds)
     except MistError:
-        for handle in held:
+        for handle in lock_fds:
             os.close(handle)
         raise
 
 
-def _claimed(folder: Path, options: RunOptions, *, leads: bool) -> tuple[int, ...]:
+def _claim(folder: Path, options: RunOptions, *, leads: bool) -> tuple[int, ...]:
     """Open files that keep other runs out of a folder."""
     refuse_used(folder, resume=options.resume)
+    # Other ranks would find the lock of rank 0.
     if not leads:
         return ()
     handle = lock(folder)
@@ -61,7 +62,7 @@ def _claimed(folder: Path, options: RunOptions, *, leads: bool) -> tuple[int, ..
     return (handle,)
 
 
-def _read(options: RunOptions, plan: Plan, held: tuple[int, ...]) -> Preflight:
+def _read(options: RunOptions, plan: Plan, lock_fds: tuple[int, ...]) -> Preflight:
     last = None
     if options.resume:
         assert options.checkpoint is not None
@@ -69,8 +70,8 @@ def _read(options: RunOptions, plan: Plan, held: tuple[int, ...]) -> Preflight:
         if options.log is not None:
             steps_of(Path(options.log))
     weights = None if last else _weights(options, plan)
-    settled = replace(options, weights=weights, from_scratch=weights is None)
-    return Preflight(options=settled, last=last, held=held)
+    run_options = replace(options, weights=weights, from_scratch=weights is None)
+    return Preflight(options=run_options, last=last, lock_fds=lock_fds)
 
 
 def same_facts(options: RunOptions, plan: Plan) -> dict[str, object]:
@@ -78,11 +79,11 @@ def same_facts(options: RunOptions, plan: Plan) -> dict[str, object]:
     return {"fingerprint": plan.model.fingerprint, "seed": options.seed}
 
 
-def say_finished(found: Preflight) -> None:
+def say_finished(checks: Preflight) -> None:
     """Tell that there is nothing to do; a log that is not there is written, empty."""
-    assert found.last is not None
-    step, steps, log = found.last.step, found.options.steps, found.options.log
-    say(f"already at step {step} of {steps} ({found.last.path}): nothing to do")
+    assert checks.last is not None
+    step, steps, log = checks.last.step, checks.options.steps, checks.options.log
+    say(f"already at step {step} of {steps} ({checks.last.path}): nothing to do")
     if log is not None and not Path(log).exists():
         RunLog(path=Path(log), about={"resumed_after": step}).write()
 

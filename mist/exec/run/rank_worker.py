@@ -22,7 +22,7 @@ from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Parallel, Subject, assemble, initialise, subject_of
-from mist.exec.build.process_group import joined
+from mist.exec.build.process_group import process_group
 from mist.exec.build.weight_init import seed_of
 from mist.exec.run import checkpoints
 from mist.exec.run.checkpoint_folder import Checkpoint, last_of
@@ -71,17 +71,18 @@ def run(options: RunOptions) -> None:
     Raises InputError, and Stopped when it was asked to end.
     """
     plan = load_plan(options.plan)
+    # Before the model is built, which takes long.
     refuse_unplayable(plan, None)
     refuse_world(plan, int(os.environ["WORLD_SIZE"]))
     loaded = load(options.model or plan.model.source, plan.workload.attention)
     subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
     if options.weights is not None:
-        given = stored_weights(Path(options.weights), loaded.module)
-        subject = replace(subject, given=given)
+        values = stored_weights(Path(options.weights), loaded.module)
+        subject = replace(subject, values=values)
     file = Path(options.data) if options.data else None
     batches = Batches(loaded, plan.workload, options.seed, file)
     settings = Settings(lr=options.lr, max_norm=options.max_norm)
-    with _asked_to_stop() as stop, joined(options.timeout_s) as device:
+    with _stop_on_signal() as stop, process_group(options.timeout_s) as device:
         parallel = assemble(subject, plan, device, settings)
         training = _Training(
             options=options, plan=plan, parallel=parallel, batches=batches, stop=stop
@@ -97,7 +98,7 @@ class _Stop:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[_Stop]:
+def _stop_on_signal() -> Iterator[_Stop]:
     """Within: the first SIGTERM or Ctrl-C is noted, a second one ends the process at once."""
     stop = _Stop()
 
@@ -147,12 +148,12 @@ class _Training:
             last = self.options.steps - first - 1
             self._step(number, _watch(number - first, last, self.parallel.place.device))
             done = number + 1
-            asked = self._anyone_asked()
-            if self._due(done, ending=asked > 0):
+            signal_number = self._signal_of_any_rank()
+            if self._due(done, ending=signal_number > 0):
                 self._save()
-            if asked:
+            if signal_number:
                 self._say(f"asked to stop after step {done}")
-                raise Stopped(asked)
+                raise Stopped(signal_number)
 
     def _begin(self, subject: Subject) -> int:
         """Give weights and moments their values; the number of steps that are done."""
@@ -182,17 +183,17 @@ class _Training:
                 f"{last.path} does not say how many tokens were read: {done} steps of this plan"
             )
         self.log.go_on(done)
-        own = self._facts(done)
+        facts = self._facts(done)
         words = [
-            f"{name} was {last.facts[name]}, is {own[name]}"
+            f"{name} was {last.facts[name]}, is {facts[name]}"
             for name in CHANGEABLE
-            if name in last.facts and last.facts[name] != own[name]
+            if name in last.facts and last.facts[name] != facts[name]
         ]
         self._say("; ".join([f"weights: of {last.path}; resumed after step {done}", *words]))
         return done
 
     def _step(self, number: int, watch: Watch | None) -> None:
-        woken = time.perf_counter()
+        batch_begin = time.perf_counter()
         batch = self.batches.step(number)
         place = self.parallel.place
         # Dropout draws the same, resumed or not; ranks that share samples draw alike.
@@ -206,6 +207,7 @@ class _Training:
         else:
             step, measured = self.parallel.counted_step(batch)
         if place.device.type == "cuda":
+            # Launches return at once: the step ends when the device is done.
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         parts = self._stage_parts()
@@ -218,7 +220,7 @@ class _Training:
                 "norm": step.norm,
                 "lr": self.parallel.optimizer.settings.lr,
                 "seconds": seconds,
-                "wall_s": time.perf_counter() - woken,
+                "wall_s": time.perf_counter() - batch_begin,
                 "stages": parts,
             }
             slow = watch is not None and (place.device.type != "cuda" or watch != "memory")
@@ -226,24 +228,24 @@ class _Training:
 
     def _stage_parts(self) -> list[dict[str, float]]:
         """Seconds of the parts of the step just done: of each stage, the mean of its ranks."""
-        mine = self.parallel.clock.read()
-        own = torch.tensor([*mine.values()], device=self.parallel.place.device)
-        every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, own)
-        found = torch.stack(every)
+        parts_s = self.parallel.clock.read()
+        seconds = torch.tensor([*parts_s.values()], device=self.parallel.place.device)
+        gathered = [torch.empty_like(seconds) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, seconds)
+        seconds_by_rank = torch.stack(gathered)
         spans = (slice(first, first + n) for first, n in (s.devices for s in self.plan.stages))
-        means = (found[span].mean(0).tolist() for span in spans)
-        names = [f"{part}_s" for part in mine]
+        means = (seconds_by_rank[span].mean(0).tolist() for span in spans)
+        names = [f"{part}_s" for part in parts_s]
         return [dict(zip(names, row, strict=True)) for row in means]
 
     def _gather(self, measured: dict[str, Any], watch: Watch | None) -> None:
         """What the first rank of every stage measured, and the highest peak of its ranks."""
         place = self.parallel.place
-        mine = {"stage": place.stage, "rank": place.rank, **measured}
-        every: list[dict[str, Any]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
+        row = {"stage": place.stage, "rank": place.rank, **measured}
+        gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, row)
         for index in range(len(self.plan.stages)):
-            rows = [row for row in every if row["stage"] == index]
+            rows = [row for row in gathered if row["stage"] == index]
             if watch == "collectives":
                 self.log.stages[index]["collectives"] = rows[0]["collectives"]
                 continue
@@ -254,9 +256,10 @@ class _Training:
             }
             self.log.stages.append({**rows[0], **highest})
 
-    def _anyone_asked(self) -> int:
+    def _signal_of_any_rank(self) -> int:
         """The signal that any rank was asked to end by; 0: none."""
         flag = torch.tensor(float(self.stop.number), device=self.parallel.place.device)
+        # Signals reach ranks at different times; all must stop after the same step.
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
@@ -272,7 +275,7 @@ class _Training:
         self._say(f"saved {path}")
 
     def _facts(self, done: int) -> dict[str, object]:
-        """What a checkpoint says of the run, for the one that goes on from it."""
+        """Facts of the run in a checkpoint, for the run that goes on from it."""
         workload, file = self.plan.workload, self.options.data
         return {
             **same_facts(self.options, self.plan),

@@ -1,4 +1,4 @@
-"""What a run is asked for beside its plan. Torch-free; crosses to the ranks as JSON."""
+"""The options of a run, apart from its plan. Torch-free; crosses to the ranks as JSON."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ class RunOptions:
     """One run of `mist apply`. Paths are text. `timeout_s`: of one collective.
 
     `model`: where the model is, if not where the plan says. `weights`: a folder to read them from;
-    None: from beside the model's config.json where there are some, else drawn from the seed.
+    None: from the folder of the model's config.json where it has some, else drawn from the seed.
 
     Raises InputError for options that do not belong together.
     """

@@ -53,7 +53,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
+class ComposedTensor:
     """A tensor that is made of several in files, all of which are read for any part of it."""
 
     name: str
@@ -68,11 +68,11 @@ class Joined:
 
     def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
         """The part within the bounds of each dimension."""
-        made = self.recipe.make(lambda name: _whole(self.pieces[name]))
-        return made[self.name][bounds]
+        tensors = self.recipe.make(lambda name: _whole(self.pieces[name]))
+        return tensors[self.name][bounds]
 
 
-Tensor = Stored | Joined
+Tensor = Stored | ComposedTensor
 
 
 def stored_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -81,15 +81,16 @@ def stored_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     Buffers that are saved with weights are filled in at once: every rank has all of them. Raises
     InputError with the names that are missing, left over or of other shapes.
     """
-    found = _by_name_in_model(folder, model)
+    tensors = _by_name_in_model(folder, model)
     buffers = dict(saved_buffers(model))
-    wanted = _of_parameters(model, found) | {name: found.get(name) for name in buffers}
-    _refuse_names(folder, model, found, wanted)
-    there = {name: tensor for name, tensor in wanted.items() if tensor is not None}
-    _refuse_tensors(folder, dict(model.named_parameters()) | buffers, there)
-    for name in buffers.keys() & there.keys():
-        buffers[name].copy_(_whole(there[name]))
-    return {name: tensor for name, tensor in there.items() if name not in buffers}
+    expected = _of_parameters(model, tensors) | {name: tensors.get(name) for name in buffers}
+    _refuse_names(folder, model, tensors, expected)
+    present = {name: tensor for name, tensor in expected.items() if tensor is not None}
+    _refuse_tensors(folder, dict(model.named_parameters()) | buffers, present)
+    # Buffers are not sharded, so they need no place among what ranks read in part.
+    for name in buffers.keys() & present.keys():
+        buffers[name].copy_(_whole(present[name]))
+    return {name: tensor for name, tensor in present.items() if name not in buffers}
 
 
 def _whole(tensor: Tensor) -> torch.Tensor:
@@ -99,44 +100,44 @@ def _whole(tensor: Tensor) -> torch.Tensor:
 def _by_name_in_model(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     at = {name: Stored(name=name, at=tensor) for name, tensor in tensors_of(folder).items()}
     renamed, recipes = names_in_model(list(at), model)
-    found: dict[str, Tensor] = {new: at[name] for name, new in renamed.items()}
+    by_name: dict[str, Tensor] = {new: at[name] for name, new in renamed.items()}
     for recipe in recipes:
         pieces = {name: at[name] for name, _ in recipe.pieces}
         try:
-            made = recipe.make(lambda name: torch.empty(at[name].shape, device="meta"))
+            tensors = recipe.make(lambda name: torch.empty(at[name].shape, device="meta"))
         except Exception as error:  # transformers raises what its operations raise
             raise InputError(
                 f"{folder}: {recipe.target} cannot be made of {some(list(pieces))}: {error}. "
                 f"Download the folder again, {INSTEAD}."
             ) from error
-        for name, value in made.items():
+        for name, value in tensors.items():
             shape = tuple(value.shape)
-            found[name] = Joined(name=name, recipe=recipe, pieces=pieces, shape=shape)
-    return found
+            by_name[name] = ComposedTensor(name=name, recipe=recipe, pieces=pieces, shape=shape)
+    return by_name
 
 
-def _of_parameters(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+def _of_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """What is stored for each parameter, under any of its names: tied ones are stored once."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     result: dict[str, Tensor | None] = dict.fromkeys(first.values())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        result[first[id(parameter)]] = result[first[id(parameter)]] or found.get(name)
+        result[first[id(parameter)]] = result[first[id(parameter)]] or tensors.get(name)
     return result
 
 
 def _refuse_names(
     folder: Path,
     model: nn.Module,
-    found: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor | None],
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor | None],
 ) -> None:
     """Raise InputError for tensors that are not there, or that the model does not have."""
-    missing = _counted(
-        [name for name, tensor in wanted.items() if tensor is None], model, "missing"
+    missing = _significant(
+        [name for name, tensor in expected.items() if tensor is None], model, "missing"
     )
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in model.named_buffers()}
-    extra = _counted(found.keys() - known, model, "unexpected")
+    extra = _significant(tensors.keys() - known, model, "unexpected")
     lacks = f"lacks {some(missing)}" if missing else ""
     has = f"has {some(extra)}, which the model has not" if extra else ""
     if lacks or has:
@@ -147,22 +148,22 @@ def _refuse_names(
         )
 
 
-def _counted(names: Collection[str], model: nn.Module, kind: str) -> list[str]:
+def _significant(names: Collection[str], model: nn.Module, kind: str) -> list[str]:
     """Names without those that the model's class in transformers says do not matter."""
     patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
     return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _refuse_tensors(
-    folder: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, Tensor]
+    folder: Path, expected: Mapping[str, torch.Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise InputError for tensors of other shapes, or of types that are codes, not numbers."""
     faults = []
-    for name, tensor in found.items():
-        shape = tuple(wanted[name].shape)
+    for name, tensor in tensors.items():
+        shape = tuple(expected[name].shape)
         if tensor.shape != shape:
             faults.append(f"{name} has shape {list(tensor.shape)}, the model {list(shape)}")
-        elif wanted[name].is_floating_point() and (codes := tensor.dtypes - DTYPE_BYTES.keys()):
+        elif expected[name].is_floating_point() and (codes := tensor.dtypes - DTYPE_BYTES.keys()):
             faults.append(
                 f"{name} is {', '.join(sorted(codes))}, read are {', '.join(DTYPE_BYTES)}"
             )

@@ -66,13 +66,14 @@ class Fakes:
         with self._symbols.mode:
             if shape is not None:
                 return torch.empty(shape, dtype=dtype, device="cpu")
+            # Strides decide which operations make copies.
             return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="cpu")
 
 
 @contextmanager
-def faked(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
+def fake_tables(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
     """Within: the modules' own parameters, buffers and tensor attributes are fake."""
-    # What a module holds itself, not what its children hold.
+    # Only tensors of the module itself: its children are among the modules.
     tables = [table for m in modules for table in tables_of(m)]
     before = [{k: v for k, v in t.items() if isinstance(v, torch.Tensor)} for t in tables]
     for table, tensors in zip(tables, before, strict=True):

@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +18,7 @@ from torch import nn
 
 from mist.errors import ModelError, TraceError, did_you_mean
 from mist.plans.workload import Attention, Precision
-from mist.trace.diagnose import short
+from mist.trace.diagnose import one_line
 from mist.trace.expressions import Size
 from mist.trace.models.fake_tensors import DTYPES
 from mist.trace.models.source import MAX_SEQ_LEN_NAMES, PythonSource, Source
@@ -77,8 +77,9 @@ class LoadedModel:
             shape = (config.num_channels, *_sides(config.image_size))
             labels = torch.empty(batch, dtype=torch.int64)
             return {"pixel_values": torch.empty(batch, *shape), "labels": labels}
+        # Values do not matter: ids and labels may be one tensor.
         ids = torch.empty(batch, seq, dtype=torch.int64)
-        if not self._takes_labels():
+        if not (hasattr(self.module, "loss_function") and "labels" in self._parameters()):
             return ids
         second = {"decoder_input_ids": ids} if "decoder_input_ids" in self._parameters() else {}
         return {"input_ids": ids, "labels": ids, **second}
@@ -95,27 +96,23 @@ class LoadedModel:
         """
         if self.loss is not None:
             return _sum_or_mean(self.loss(output, batch))
-        own = getattr(output, "loss", None)
-        if isinstance(own, torch.Tensor):
-            return own, None
+        model_loss = getattr(output, "loss", None)
+        if isinstance(model_loss, torch.Tensor):
+            return model_loss, None
         return cross_entropy(output, batch), None
 
     def forward(self, batch: object) -> object:
-        """What the model makes of a batch."""
+        """The output of the model on a batch."""
         if isinstance(batch, Mapping):
-            return self.module(**batch, **self._no_cache())
+            # A cache of keys and values is for generation.
+            no_cache = {"use_cache": False} if "use_cache" in self._parameters() else {}
+            return self.module(**batch, **no_cache)
         if isinstance(batch, tuple | list):
             return self.module(*batch)
         return self.module(batch)
 
     def _input(self) -> str:
         return str(getattr(self.module, "main_input_name", TOKENS))
-
-    def _takes_labels(self) -> bool:
-        return hasattr(self.module, "loss_function") and "labels" in self._parameters()
-
-    def _no_cache(self) -> dict[str, bool]:
-        return {"use_cache": False} if "use_cache" in self._parameters() else {}
 
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.module.forward).parameters
@@ -194,7 +191,7 @@ def _from_config(
         raise
     except Exception as error:
         raise ModelError(
-            f"transformers cannot build a model from {label}: {short(error)}"
+            f"transformers cannot build a model from {label}: {one_line(error)}"
         ) from error
     if (name := model.main_input_name) not in (TOKENS, IMAGES):
         raise ModelError(
@@ -214,9 +211,9 @@ def _class_of(label: str, config: "PreTrainedConfig") -> "type[PreTrainedModel]"
     fitting = (mapping.get(config.model_type) for mapping in mappings)
     heads = (head[0] if isinstance(head, tuple) else head for head in fitting)
     for name in named or heads:
-        found: type[PreTrainedModel] | None = getattr(transformers, name or "", None)
-        if found is not None:
-            return found
+        model_class: type[PreTrainedModel] | None = getattr(transformers, name or "", None)
+        if model_class is not None:
+            return model_class
     wanted = f"class {', '.join(named)}" if named else "language model or image classifier"
     raise ModelError(
         f"{label}: transformers has no {wanted} for model_type {config.model_type!r}. Name one of "
@@ -257,7 +254,7 @@ def _build(source: PythonSource, build: object) -> nn.Module:
             module = build()
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"{source.label}: build_model() raised {short(error)}{_where(error, source.path)}."
+            f"{source.label}: build_model() raised {one_line(error)}{_where(error, source.path)}."
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -275,14 +272,14 @@ def _run_file(source: PythonSource) -> ModuleType:
         spec.loader.exec_module(namespace)
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"{source.label} cannot be imported: {short(error)}{_where(error, source.path)}."
+            f"{source.label} cannot be imported: {one_line(error)}{_where(error, source.path)}."
         ) from error
     return namespace
 
 
 @contextmanager
 def local_modules(path: Path | None) -> Iterator[list[Path]]:
-    """Within: modules beside the model file can be imported by name.
+    """Within: modules in the folder of the model file can be imported by name.
 
     The list holds, afterwards, the files so imported; they are forgotten again, so that the next
     model does not get this one's.
@@ -298,10 +295,10 @@ def local_modules(path: Path | None) -> Iterator[list[Path]]:
         yield files
     finally:
         sys.path.remove(str(folder))
-        found = {name: _local_file(module, folder) for name, module in sys.modules.items()}
-        files.extend(sorted({file for file in found.values() if file is not None}))
+        file_of = {name: _local_file(module, folder) for name, module in sys.modules.items()}
+        files.extend(sorted({file for file in file_of.values() if file is not None}))
         for name in set(sys.modules) - before:
-            if found[name] is not None:
+            if file_of[name] is not None:
                 del sys.modules[name]
 
 
@@ -319,10 +316,7 @@ def _where(error: BaseException, path: Path) -> str:
     """The place in the user's file that an exception came through."""
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})"
-    return _place([f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)])
-
-
-def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 

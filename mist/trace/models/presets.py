@@ -1,8 +1,8 @@
 """Published models by name, as the fields of their Hugging Face configurations.
 
-Each is the config.json that its authors published under the name beside it; Llama 3 also Dubey et
-al. 2024 (arXiv 2407.21783), table 3; GPT-3 is Brown et al. 2020 (arXiv 2005.14165), table 2.1, as
-GPT-2 with 2048 positions. Fields that transformers has as its defaults are left out.
+Each is the config.json that its authors published under the name in its comment. Llama 3 also:
+Dubey et al. 2024 (arXiv 2407.21783), table 3. GPT-3 is Brown et al. 2020 (arXiv 2005.14165), table
+2.1, as GPT-2 with 2048 positions. Fields that transformers has as its defaults are left out.
 """
 
 from collections.abc import Mapping

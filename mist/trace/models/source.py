@@ -135,9 +135,9 @@ def _config(path: Path) -> ConfigSource:
             f"{path} has no model_type, so it is not a Hugging Face model configuration. "
             'Add for example "model_type": "llama".'
         )
-    whole = path.resolve()
-    own = whole.parent.name if whole.name == "config.json" else whole.stem
-    name = Path(str(config.get("_name_or_path") or own)).name.lower()
+    absolute = path.resolve()
+    stem = absolute.parent.name if absolute.name == "config.json" else absolute.stem
+    name = Path(str(config.get("_name_or_path") or stem)).name.lower()
     return ConfigSource(label=str(path), name=name, config=config)
 
 

@@ -35,8 +35,8 @@ class Recipe:
         work = deepcopy(self.converter)
         for name, pattern in self.pieces:
             work.add_tensor(self.target, name, pattern, read(name))
-        made = work.convert(self.target, model=self.model, config=self.model.config)
-        return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
+        tensors = work.convert(self.target, model=self.model, config=self.model.config)
+        return {name: each[0] if isinstance(each, list) else each for name, each in tensors.items()}
 
 
 def names_in_model(

@@ -65,8 +65,10 @@ class Attend:
             return False
         if not self.query.shape[0] == self.key.shape[0] == self.value.shape[0]:
             return False
-        heads, own, other = (each.shape[1] for each in inputs)
-        return own == other and (heads == own or (grouped and heads % own == 0))
+        heads, key_heads, value_heads = (each.shape[1] for each in inputs)
+        if key_heads != value_heads:
+            return False
+        return heads == key_heads or (grouped and heads % key_heads == 0)
 
     @staticmethod
     def _strided(inputs: Sequence[torch.Tensor]) -> bool:
@@ -107,6 +109,7 @@ def _flash(call: Attend) -> torch.Tensor:
     missing = -head_dim % FLASH_GRAIN
     if missing:
         query, key, value = (F.pad(each, (0, missing)) for each in (query, key, value))
+        # Padding must not change the scale, which is of the unpadded size.
         scale = head_dim**-0.5 if scale is None else scale
     out = _first(
         aten._scaled_dot_product_flash_attention(

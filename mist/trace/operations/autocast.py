@@ -40,6 +40,7 @@ def outside(dtype: torch.dtype | None) -> Iterator[None]:
     if dtype is None:
         yield
         return
+    # Behind the forward pass only autograd holds the casts of weights.
     torch.clear_autocast_cache()
     with torch.autocast("cpu", enabled=False):
         yield
@@ -48,8 +49,8 @@ def outside(dtype: torch.dtype | None) -> Iterator[None]:
 def in_fp32() -> Mapping[object, Callable[..., object]]:
     """What CUDA's autocast runs in fp32, by every name under which torch has it."""
     owners = (torch, torch.Tensor, F)
-    found = {getattr(owner, name, None) for name in IN_FP32 for owner in owners}
-    return {func: _widened(func) for func in found if func is not None}
+    functions = {getattr(owner, name, None) for name in IN_FP32 for owner in owners}
+    return {func: _widened(func) for func in functions if func is not None}
 
 
 def _widened(func: Callable[..., object]) -> Callable[..., object]:

@@ -95,6 +95,8 @@ def _grouped_mm(call: Call) -> list[Work]:
         return _bmm("self", "mat2")(call)
     groups = int(call.tensor("offs").shape[0])
     work = _gemm(1, left.shape[-2], right.shape[-1], left.shape[-1])
+    # Which size the offsets divide follows from the dimensions of the operands: rows, columns, or
+    # the summed one.
     split = {(2, 3): 1, (3, 2): 2, (2, 2): 3}[left.dim(), right.dim()]
     return [replace(work, groups=groups, split=split)]
 

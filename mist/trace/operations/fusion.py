@@ -55,15 +55,16 @@ def kernels_of(graph: fx.Graph) -> Mapping[fx.Node, Kernel]:
     needed = frozenset(node for node in levels if _is_needed(node, levels))
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in (n for n in levels if _fuses(n) and not _is_view(n)):
-        same = (groups[b] for b in _bases(node) if b in groups and levels[b] == levels[node])
-        behind = {id(group): group for group in same}
-        joined = [*(each for group in behind.values() for each in group), node]
-        groups |= dict.fromkeys(joined, joined)
-    found = {node: Kernel(hidden=node not in needed) for node in groups}
+        # A node joins the kernels that it reads from, unless a heavy operation lies between.
+        neighbours = (groups[b] for b in _bases(node) if b in groups and levels[b] == levels[node])
+        distinct = {id(group): group for group in neighbours}
+        merged = [*(each for group in distinct.values() for each in group), node]
+        groups |= dict.fromkeys(merged, merged)
+    kernels = {node: Kernel(hidden=node not in needed) for node in groups}
     for group in {id(group): group for group in groups.values()}.values():
         if writes := [node for node in group if node in needed]:
-            found[writes[-1]] = _kernel(group, writes)
-    return found
+            kernels[writes[-1]] = _kernel(group, writes)
+    return kernels
 
 
 def _kernel(nodes: Sequence[fx.Node], writes: Sequence[fx.Node]) -> Kernel:
@@ -118,8 +119,8 @@ def _bases(node: fx.Node) -> Iterator[fx.Node]:
 def _base(node: fx.Node) -> fx.Node:
     if not _is_view(node):
         return node
-    viewed = node.all_input_nodes[0]
-    return node if node.target is getitem and _is_heavy(viewed) else _base(viewed)
+    base = node.all_input_nodes[0]
+    return node if node.target is getitem and _is_heavy(base) else _base(base)
 
 
 def _packet(node: fx.Node) -> object:
@@ -138,8 +139,8 @@ def _fuses(node: fx.Node) -> bool:
 
 def _is_heavy(node: fx.Node) -> bool:
     """A call that runs by itself; a size is none."""
-    called = node.op == "call_function" and not _fuses(node)
-    return called and any(True for _ in _results(node))
+    is_call = node.op == "call_function" and not _fuses(node)
+    return is_call and any(True for _ in _results(node))
 
 
 def _results(node: fx.Node) -> Iterator[torch.Tensor]:

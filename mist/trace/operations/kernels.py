@@ -59,6 +59,7 @@ class _Context(FunctionCtx):
 
 def _keep(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, weight, _ = inputs
+    # 1 / rms has no gradient: zeros in its place would count as memory.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], *([] if weight is None else [weight]))
 
@@ -140,8 +141,8 @@ def _opaque(packet: OpOverloadPacket) -> OpOverload:
     name = packet.default.name().removeprefix("aten::")
     _LIBRARY.define(str(packet.default._schema).removeprefix("aten::"))
     torch.library.register_fake(f"mist::{name}", SYMBOLIC[packet], lib=_LIBRARY)
-    found: OpOverload = getattr(torch.ops.mist, name).default
-    return found
+    stand_in: OpOverload = getattr(torch.ops.mist, name).default
+    return stand_in
 
 
 # What stands in a graph traced ahead of time for an operation with a stand-in, which would fall

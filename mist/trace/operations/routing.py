@@ -69,6 +69,7 @@ class Routing(TorchDispatchMode):
             return None
         if (count, chosen) not in self.experts:
             meaning = B * S * chosen * self._capacity / count
+            # Torch specialises sizes 0 and 1.
             hint = max(int(meaning.subs(self._hints)), 2)
             name = f"rows{count}_{chosen}"
             self.experts[count, chosen] = self._symbols.create(name, hint=hint, meaning=meaning)
@@ -76,10 +77,11 @@ class Routing(TorchDispatchMode):
 
     def _number(self, names: Iterable[str]) -> int | None:
         """The first of these attributes that a running module or its config has."""
+        # The innermost module first: it may have another number than the model.
         for module in reversed(self._callers):
             for owner in (module, getattr(module, "config", None)):
-                found = (getattr(owner, name, None) for name in names)
-                if (value := next((v for v in found if type(v) is int), None)) is not None:
+                values = (getattr(owner, name, None) for name in names)
+                if (value := next((v for v in values if type(v) is int), None)) is not None:
                     return value
         return None
 

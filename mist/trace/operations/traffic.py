@@ -169,9 +169,9 @@ def _in_place(call: Call) -> bool:
 
 def _scatter_reads(call: Call) -> Size:
     """Index and source; the places (read, changed, written); out of place the whole as well."""
-    given = {name: value for name, value in call.arguments.items() if name != "self"}
+    arguments = {name: value for name, value in call.arguments.items() if name != "self"}
     whole = 0 if _in_place(call) else num_bytes(call.tensor("self"))
-    return _bytes(tuple(given.values())) + _touched(call) + whole
+    return _bytes(tuple(arguments.values())) + _touched(call) + whole
 
 
 def _scatter_writes(call: Call) -> Size:

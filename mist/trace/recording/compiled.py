@@ -7,7 +7,7 @@ of the layer, so that what they do is recorded as it is of a layer that is not c
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -31,11 +31,12 @@ OnCall = Callable[[Kernel | None], None]
 class _Runs(fx.Interpreter):
     """Runs a graph call by call.
 
-    `on_call` is told before each call what it does to memory, None for one that runs by itself.
+    `on_call` gets, before each call, what that does to memory: None where it runs by itself.
     """
 
     def __init__(self, graph: fx.GraphModule, on_call: OnCall) -> None:
         super().__init__(graph)
+        # Kernels first: which operations fuse is decided by the names of the stand-ins.
         self._kernels, self._on_call = kernels_of(graph.graph), on_call
         for node in graph.graph.nodes:  # what is recorded is the operation that one stands for
             node.target = KNOWN_AS.get(node.target, node.target)
@@ -49,7 +50,7 @@ class _Runs(fx.Interpreter):
 def compiled(
     layer: nn.Module,
     forward: Callable[..., object],
-    given_inputs: tuple[tuple[object, ...], dict[str, object]],
+    inputs: tuple[tuple[object, ...], dict[str, object]],
     *,
     sizes: torch.Tensor,
     on_call: OnCall,
@@ -59,20 +60,21 @@ def compiled(
     `sizes`: a tensor in whose shape every symbol stands alone, by which the graph knows it.
     `on_call`: see `_Runs`.
     """
-    leaves, inputs = tree_flatten(given_inputs)
-    given = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    held = [(t, name) for m in layer.modules() for t in tables_of(m) for name in _tensor_names(t)]
+    leaves, input_spec = tree_flatten(inputs)
+    positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    tables = [table for module in layer.modules() for table in tables_of(module)]
+    entries = [(t, n) for t in tables for n, value in t.items() if isinstance(value, torch.Tensor)]
     outputs: list[TreeSpec] = []
 
     def pure(*tensors: torch.Tensor) -> list[object]:
         values = list(leaves)
-        for index, tensor in zip(given, tensors, strict=False):
+        for index, tensor in zip(positions, tensors, strict=False):
             values[index] = tensor
-        with _holding(held, tensors[len(given) : -1]):
-            own_args, own_kwargs = tree_unflatten(values, inputs)
-            found, spec = tree_flatten(forward(*own_args, **own_kwargs))
+        with _holding(entries, tensors[len(positions) : -1]):
+            own_args, own_kwargs = tree_unflatten(values, input_spec)
+            results, spec = tree_flatten(forward(*own_args, **own_kwargs))
         outputs[:] = [spec]
-        return found
+        return results
 
     def graph_runs(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
         boxed: Callable[..., object] = make_boxed_func(_Runs(gm, on_call).run)
@@ -87,7 +89,9 @@ def compiled(
     )
 
     def run() -> object:
-        tensors = [leaves[index] for index in given] + [table[name] for table, name in held]
+        # AOTAutograd takes a tensor that is no argument for a constant: parameters and buffers are
+        # arguments.
+        tensors = [leaves[index] for index in positions] + [table[name] for table, name in entries]
         return tree_unflatten(list(function(*tensors, sizes)), outputs[0])
 
     # Numbers made of symbols would become tensors, of symbols that only Dynamo announces.
@@ -98,20 +102,16 @@ def compiled(
     return run
 
 
-def _tensor_names(table: Mapping[str, object]) -> list[str]:
-    return [name for name, value in table.items() if isinstance(value, torch.Tensor)]
-
-
 @contextmanager
 def _holding(
-    held: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[torch.Tensor]
+    entries: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[torch.Tensor]
 ) -> Iterator[None]:
     """Within: tables of modules hold these tensors."""
-    before = [table[name] for table, name in held]
-    for (table, name), tensor in zip(held, tensors, strict=True):
+    before = [table[name] for table, name in entries]
+    for (table, name), tensor in zip(entries, tensors, strict=True):
         table[name] = tensor
     try:
         yield
     finally:
-        for (table, name), tensor in zip(held, before, strict=True):
+        for (table, name), tensor in zip(entries, before, strict=True):
             table[name] = tensor

@@ -23,7 +23,7 @@ class Flow:
         self._outputs: list[torch.Tensor] = []  # kept, so that no identity is used twice
         self._sources: list[frozenset[int]] = []
 
-    def made(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
+    def add_outputs(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Layer number `layer` gave these outputs."""
         for tensor in outputs:
             self._maker[id(tensor)] = layer
@@ -45,11 +45,13 @@ class Flow:
             yield EMBEDDING
         if id(tensor) in self._maker:
             yield self._maker[id(tensor)]
-        waiting, seen = [tensor.grad_fn], set[Node | None]({None})
+        waiting, visited = [tensor.grad_fn], set[Node | None]({None})
         while waiting:
             node = waiting.pop()
-            if node not in seen and node is not None:
-                seen.add(node)
+            if node not in visited and node is not None:
+                visited.add(node)
+                # Outputs of layers are leaves of this graph: their AccumulateGrad nodes know the
+                # tensor.
                 variable = getattr(node, "variable", None)
                 if id(variable) in self._maker:
                     yield self._maker[id(variable)]

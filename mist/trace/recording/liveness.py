@@ -5,8 +5,8 @@ yet released, and those made since. Gradients of parameters (states, not activat
 Under sequence parallelism a rank has 1/q of an activation that no matrix divides: it gathers the
 whole for the calls of an autograd node that reads divided tensors, too; what such a call makes is a
 whole that adds to those of other ranks, until a call other than an addition needs it and scatters.
-transient(i) = live(i) - all saved bytes. An instant is left out where another one has no less of
-any monomial in (b, s, t, q): the maximum of the others is the peak at every size.
+transient(i) = live(i) - all saved bytes. An instant is dropped if another one is at least as
+large in every monomial of (b, s, t, q): the maximum of the others is the peak at every size.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from mist.trace.expressions import Symbols
 
 
 class Form(Enum):
-    """What a rank has of an activation under sequence parallelism, or has beside it."""
+    """The part of an activation on a rank under sequence parallelism, and copies in addition."""
 
     SHARE = 1 / Q
     WHOLE = sympy.Integer(1)
@@ -45,7 +45,7 @@ class Counted(Enum):
     SO_FAR = 2
 
 
-Held = tuple[int, Form]
+Entry = tuple[int, Form]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class BackwardCall:
     `adds`: all it does is to add.
     """
 
-    given: tuple[int, ...]
+    inputs: tuple[int, ...]
     node: int | None
     divided: bool
     adds: bool
@@ -67,11 +67,12 @@ class Live:
 
     def __init__(self, symbols: Symbols) -> None:
         self._symbols = symbols
+        # Weak, as a strong reference would keep alive what is to be seen freed.
         self._refs: list[StorageWeakRef] = []
         self._bytes: list[Expr] = []
         self._last: dict[int, int] = {}
         self._num_saved = 0
-        self._moments: dict[tuple[Held, ...], int | None] = {}
+        self._moments: dict[tuple[Entry, ...], int | None] = {}
         self._gradients: frozenset[int] = frozenset()
         self._whole: set[int] = set()
         self._gathered: list[int] = []
@@ -81,6 +82,7 @@ class Live:
         """Start to watch the storage of a tensor, unless it is watched already."""
         storage = tensor.untyped_storage()
         known = self._last.get(storage._cdata)
+        # A new storage may have the address of one that was freed.
         if known is None or self._refs[known].expired():
             self._last[storage._cdata] = len(self._refs)
             self._refs.append(StorageWeakRef(storage))
@@ -91,28 +93,28 @@ class Live:
         self._whole.update(self._last[key] for key in gathered if key in self._last)
         self._num_saved = len(self._refs)
 
-    def called(self, step: BackwardCall, made: Iterable[torch.Tensor]) -> None:
-        """A call of the backward pass has run; `made`: those of its results to be watched."""
+    def called(self, step: BackwardCall, results: Iterable[torch.Tensor]) -> None:
+        """A call of the backward pass has run; `results`: those that are to be watched."""
         before, num_known = self._alive(), len(self._refs)
-        given = self._flowing(step.given, before)
-        for tensor in made:
+        activations = self._flowing(step.inputs, before)
+        for tensor in results:
             self.hold(tensor)
         new = range(num_known, len(self._refs))
         if step.node != self._node:
             self._node, self._gathered = step.node, []
         if step.divided:
-            self._gather(given - self._whole, before)
-        elif new and not (step.adds and given <= self._whole):
-            self._scatter(given & self._whole, before)
-        if step.divided or given & self._whole:
+            self._gather(activations - self._whole, before)
+        elif new and not (step.adds and activations <= self._whole):
+            self._scatter(activations & self._whole, before)
+        if step.divided or activations & self._whole:
             self._whole.update(new)
         self._note(self._alive())
 
     def _flowing(self, keys: Iterable[int], alive: Sequence[int]) -> set[int]:
         """Which of these the backward pass made, as activations that no matrix divides."""
-        found = {self._last.get(key, -1) for key in keys}.intersection(alive)
-        made = [index for index in found if index >= self._num_saved]
-        return {index for index in made if _is_replicated(self._bytes[index])}
+        indices = {self._last.get(key, -1) for key in keys}.intersection(alive)
+        from_backward = [index for index in indices if index >= self._num_saved]
+        return {index for index in from_backward if _is_replicated(self._bytes[index])}
 
     def _gather(self, indices: Iterable[int], before: Sequence[int]) -> None:
         """A call on divided tensors reads the whole of these, of which a rank has a share."""
@@ -129,23 +131,24 @@ class Live:
     def _alive(self) -> list[int]:
         return [index for index, ref in enumerate(self._refs) if not ref.expired()]
 
-    def _note(self, alive: Sequence[int], *more: Held) -> None:
-        """Note a moment: which storages are alive, and what a rank has of each and beside them."""
+    def _note(self, alive: Sequence[int], *more: Entry) -> None:
+        """Note a moment: which storages are alive, what a rank has of each, and `more`."""
         gathered = [(index, Form.GATHERED) for index in self._gathered if index in alive]
-        self._moments.setdefault((*map(self._held, alive), *gathered, *more), self._node)
+        # Many calls leave the same storages alive: such moments are one.
+        self._moments.setdefault((*map(self._entry, alive), *gathered, *more), self._node)
 
-    def _held(self, index: int) -> Held:
+    def _entry(self, index: int) -> Entry:
         return index, Form.WHOLE if index in self._whole else Form.SHARE
 
     def backward_done(self, gradients: Iterable[torch.Tensor]) -> None:
         """These tensors, where they are watched, are gradients of parameters."""
-        found = (self._last.get(each.untyped_storage()._cdata) for each in gradients)
-        self._gradients = frozenset(index for index in found if index is not None)
+        indices = (self._last.get(each.untyped_storage()._cdata) for each in gradients)
+        self._gradients = frozenset(index for index in indices if index is not None)
 
     @property
     def history(
         self,
-    ) -> tuple[tuple[Expr, ...], tuple[tuple[Held, ...], ...], int, tuple[int, ...]]:
+    ) -> tuple[tuple[Expr, ...], tuple[tuple[Entry, ...], ...], int, tuple[int, ...]]:
         """Bytes of the storages; which are alive at each moment; how many are saved; gradients."""
         moments, gradients = tuple(self._moments), tuple(sorted(self._gradients))
         return tuple(self._bytes), moments, self._num_saved, gradients
@@ -158,14 +161,16 @@ class Live:
 
     def transients(self, counted: Counted = Counted.NONE) -> tuple[Expr, ...]:
         """Bytes beyond the saved ones at the worst instants, with these gradients of parameters."""
-        saved = [self._held(index) for index in range(self._num_saved)]
-        every = dict.fromkeys([*saved, *(held for moment in self._moments for held in moment)])
-        size_of = {held: self._on_a_rank(*held) for held in every}
+        saved = [self._entry(index) for index in range(self._num_saved)]
+        every = dict.fromkeys([*saved, *(entry for moment in self._moments for entry in moment)])
+        size_of = {entry: self._on_a_rank(*entry) for entry in every}
+        # Storages of equal size are interchangeable: a moment becomes a row of counts by size, and
+        # thousands of moments become few rows.
         sizes = sorted(set(size_of.values()), key=str)
-        rank_of = {held: sizes.index(size) for held, size in size_of.items()}
+        rank_of = {entry: sizes.index(size) for entry, size in size_of.items()}
         rows = {
-            _counts([rank_of[held] for held in moment if held[0] not in out],
-                    [rank_of[held] for held in saved], len(sizes))
+            _counts([rank_of[entry] for entry in moment if entry[0] not in out],
+                    [rank_of[entry] for entry in saved], len(sizes))
             for moment, out in zip(self._moments, self._left_out(counted), strict=True)
         }  # fmt: skip
         moments = np.array(sorted(rows)).reshape(len(rows), len(sizes))
@@ -186,15 +191,15 @@ class Live:
                 Counted.SO_FAR: frozenset(),
             }[counted]
 
-    def made(self) -> tuple[Expr, ...]:
+    def made_bytes(self) -> tuple[Expr, ...]:
         """Bytes of what the backward pass made, at its worst instants, without gradients."""
         moments = {
-            tuple(held for held in moment if held[0] >= self._num_saved): node
+            tuple(entry for entry in moment if entry[0] >= self._num_saved): node
             for moment, node in self._moments.items()
         }
-        own = copy(self)
-        own._moments, own._num_saved = moments, 0
-        return own.transients()
+        backward_only = copy(self)
+        backward_only._moments, backward_only._num_saved = moments, 0
+        return backward_only.transients()
 
     def _on_a_rank(self, index: int, form: Form) -> Expr:
         """Bytes of a storage under tensor and sequence parallelism."""
@@ -227,5 +232,6 @@ def _undominated(rows: NDArray[np.float64]) -> list[int]:
     if not rows.size:
         return []
     _, first = np.unique(rows, axis=0, return_index=True)
+    # [i, j]: row j is at least row i in every column.
     least = (rows[first][:, None] <= rows[first]).all(axis=2).sum(axis=1)  # by itself, too
     return sorted(int(index) for index in first[least == 1])

@@ -42,7 +42,7 @@ ACCUMULATE: Final = "torch::autograd::AccumulateGrad"
 
 
 @dataclass(slots=True)
-class Kept:
+class SavedStorage:
     """A saved storage, before its origin and layout are known."""
 
     bytes: Expr
@@ -84,7 +84,7 @@ class Part:
     makers: dict[int, str] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     num_recomputed_ops: int = 0
-    kept: dict[int, Kept] = field(default_factory=dict)
+    storages: dict[int, SavedStorage] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
     entered: dict[int, int] = field(default_factory=dict)
@@ -97,33 +97,36 @@ class Part:
     last: Origin = Origin()
     origins: dict[int, Origin] = field(default_factory=dict)
     graph: fx.Graph = field(default_factory=fx.Graph)
+    # Weak keys: the graph must not prolong the lives that are recorded.
     nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def saved(self) -> tuple[SavedTensor, ...]:
         """The saved storages, with what saved them."""
-        return tuple(self._saved(kept) for kept in self.kept.values())
+        return tuple(self._saved(storage) for storage in self.storages.values())
 
     @property
     def keeps_input(self) -> bool:
         """Whether its input is among what it saved."""
-        return self.input in self.kept
+        return self.input in self.storages
 
     def early(self) -> tuple[SavedTensor, ...]:
         """Those that the last operation with a parameter, and the ones before it, saved."""
         last = self.awaited.sequence
-        return tuple(self._saved(kept) for kept in self.kept.values() if kept.sequence <= last)
+        return tuple(
+            self._saved(storage) for storage in self.storages.values() if storage.sequence <= last
+        )
 
-    def _saved(self, kept: Kept) -> SavedTensor:
-        origin = self.origins.get(kept.sequence, Origin())
-        undivided = kept.key in self.gathered or not kept.bytes.free_symbols
+    def _saved(self, storage: SavedStorage) -> SavedTensor:
+        origin = self.origins.get(storage.sequence, Origin())
+        undivided = storage.key in self.gathered or not storage.bytes.free_symbols
         whole = TensorLayout.GATHERED if undivided else TensorLayout.REPLICATED
         return SavedTensor(
-            bytes=kept.bytes,
-            shape=kept.shape,
-            dtype=kept.dtype,
-            op=self.makers.get(kept.key, origin.op),
+            bytes=storage.bytes,
+            shape=storage.shape,
+            dtype=storage.dtype,
+            op=self.makers.get(storage.key, origin.op),
             module=origin.module,
-            layout=TensorLayout.SHARDED if T in kept.bytes.free_symbols else whole,
+            layout=TensorLayout.SHARDED if T in storage.bytes.free_symbols else whole,
         )
 
 
@@ -148,7 +151,7 @@ class Recorder(TorchDispatchMode):
         self._states = states
         self._whole = whole
         self._colwise = colwise
-        self._tensors_shared: dict[int, Kept] = {}
+        self._tensors_shared: dict[int, SavedStorage] = {}
         self._kernel: Kernel | None = None
         self._sums = PartialSums()
 
@@ -160,11 +163,11 @@ class Recorder(TorchDispatchMode):
         self,
         name: str,
         shared: frozenset[int] = frozenset(),
-        given: torch.Tensor | None = None,
+        activation: torch.Tensor | None = None,
     ) -> Part:
-        """An empty part; saved tensors in the storages `shared` are not its own, `given` is."""
-        own = None if given is None else key_of(given)
-        return Part(name, Live(self._symbols), shared, input=own)
+        """An empty part with its input activation; storages in `shared` are not its own."""
+        input_key = None if activation is None else key_of(activation)
+        return Part(name, Live(self._symbols), shared, input=input_key)
 
     @contextmanager
     def into(self, part: Part | None, phase: Phase = "forward") -> Iterator[None]:
@@ -231,8 +234,11 @@ class Recorder(TorchDispatchMode):
     def _origin(self, part: Part, name: str) -> Origin:
         """The operation a call belongs to; in the forward pass remembered for the backward."""
         if self.phase == "forward":
+            # The call has run, so the counter stands at the number of the next one.
             sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
             module = self.modules[-1] if self.modules else ""
+            # A composite operation dispatches several calls under one number: the first one names
+            # it.
             part.last = Origin(name, module, self._needs_all_tokens())
             part.origins.setdefault(sequence, part.last)
             return part.last
@@ -246,7 +252,7 @@ class Recorder(TorchDispatchMode):
         return inside or any(id(module) in self._whole for module in self.callers)
 
     def _read(self, part: Part, call: Call) -> None:
-        """Which parameters a forward call reads, and what it makes in a compiled graph."""
+        """Note the parameters that a forward call reads, and its results in a compiled graph."""
         keys = (key_of(t) for t in tensors_in(tuple(call.arguments.values())))
         part.used.update((key, None) for key in keys if key in self._states)
         if part.compiled and moves_bytes(
@@ -256,14 +262,14 @@ class Recorder(TorchDispatchMode):
             part.makers.update((key_of(t), name) for t in tensors_in(call.out))
 
     def _await(self, part: Part, call: Call, origin: Origin) -> None:
-        """Note a call that reads a parameter beside an activation."""
-        given = list(tensors_in(tuple(call.arguments.values())))
-        parameters = {key for key in map(key_of, given) if key in self._states}
-        result = part.awaited.read(given, parameters, list(tensors_in(call.out)))
+        """Note a call that reads a parameter and an activation."""
+        inputs = list(tensors_in(tuple(call.arguments.values())))
+        parameters = {key for key in map(key_of, inputs) if key in self._states}
+        result = part.awaited.read(inputs, parameters, list(tensors_in(call.out)))
         if result is None:
             return
         size = self._symbols.expr(result.numel() * result.element_size())
-        whole = origin.whole or any(map(self._is_divided, given))
+        whole = origin.whole or any(map(self._is_divided, inputs))
         undivided = TensorLayout.GATHERED if whole else TensorLayout.REPLICATED
         part.awaited.gradients.append(
             SavedTensor(
@@ -277,29 +283,29 @@ class Recorder(TorchDispatchMode):
         )
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
-        """Which storages a call leaves alive, and what a rank has of them."""
+        """Note the storages that a call leaves alive, and their form on a rank."""
         hidden = self._kernel is not None and self._kernel.hidden
-        made = [] if hidden else [
+        results = [] if hidden else [
             tensor
             for tensor in tensors_in(call.out)
             if key_of(tensor) not in self._states and key_of(tensor) not in part.shared
         ]  # fmt: skip
-        given = list(tensors_in(tuple(call.arguments.values())))
+        inputs = list(tensors_in(tuple(call.arguments.values())))
         node: Node | None = torch._C._current_autograd_node()
         step = BackwardCall(
-            given=tuple(map(key_of, given)),
+            inputs=tuple(map(key_of, inputs)),
             node=None if node is None else node._sequence_nr(),
-            divided=origin.whole or any(map(self._is_divided, (*given, *tensors_in(call.out)))),
+            divided=origin.whole or any(map(self._is_divided, (*inputs, *tensors_in(call.out)))),
             adds=call.func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_),
         )
-        part.live.called(step, made)
+        part.live.called(step, results)
 
     def _is_divided(self, tensor: torch.Tensor) -> bool:
         """Whether tensor parallelism divides a tensor."""
         return T in self._symbols.expr(tensor.untyped_storage().nbytes()).free_symbols
 
     def _follow(self, part: Part, call: Call, origin: Origin) -> None:
-        """What a call makes of sums over the ranks, in a module that is one region."""
+        """Follow sums over the ranks through a call, in a module that is one region."""
         if not any(id(module) in self._whole for module in self.callers):
             return
         if not self._sums.read(call):
@@ -307,7 +313,7 @@ class Recorder(TorchDispatchMode):
         if is_partial(call, self._symbols.shape):
             self._sums.begin(call)
 
-    def left(self, module: nn.Module, output: object) -> None:
+    def module_done(self, module: nn.Module, output: object) -> None:
         """A module has run; `callers` are those around it."""
         around = any(id(outer) in self._whole for outer in self.callers)
         if id(module) not in self._whole or around or self.phase != "forward":
@@ -322,11 +328,11 @@ class Recorder(TorchDispatchMode):
         return not fused and moves_bytes(call.func, call.out)
 
     def _gather(self, part: Part, call: Call) -> None:
-        """The input of a column-parallel product is gathered; in a graph no hook tells."""
+        """The input of a column-parallel product is gathered; a compiled graph has no hooks."""
         if call.func.overloadpacket in PRODUCTS:
-            (given, _), (matrix, _) = PRODUCTS[call.func.overloadpacket]
+            (operand, _), (matrix, _) = PRODUCTS[call.func.overloadpacket]
             if id(self._states.get(key_of(call.tensor(matrix)))) in self._colwise:
-                part.gathered.add(key_of(call.tensor(given)))
+                part.gathered.add(key_of(call.tensor(operand)))
 
     def _ops(self, call: Call, origin: Origin) -> list[Op]:
         works = work_of(call) or [Work(OpKind.MEMORY, (), 0)]
@@ -401,21 +407,21 @@ class Recorder(TorchDispatchMode):
             return tensor
         if self._needs_all_tokens():
             part.gathered.add(key)
-        kept = self._tensors_shared if key in part.shared else part.kept
-        if key not in kept:
-            kept[key] = self._kept(tensor, key)
+        storages = self._tensors_shared if key in part.shared else part.storages
+        if key not in storages:
+            storages[key] = self._storage(tensor, key)
             if key not in part.shared:
                 part.live.hold(tensor)
         return tensor
 
-    def _kept(self, tensor: torch.Tensor, key: int) -> Kept:
+    def _storage(self, tensor: torch.Tensor, key: int) -> SavedStorage:
         sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         size: Size = tensor.untyped_storage().nbytes()
         shape = self._symbols.shape(tensor)
-        return Kept(self._symbols.expr(size), shape, dtype_of(tensor), sequence, key)
+        return SavedStorage(self._symbols.expr(size), shape, dtype_of(tensor), sequence, key)
 
     @property
-    def shared(self) -> dict[int, Kept]:
+    def shared(self) -> dict[int, SavedStorage]:
         """Storages that layers saved but do not own: rotary tables, masks."""
         return self._tensors_shared
 
@@ -431,10 +437,11 @@ def recording(recorder: Recorder, names: Mapping[torch.nn.Module, str]) -> Itera
     def leave(module: torch.nn.Module, args: object, output: object) -> None:
         recorder.modules.pop()
         recorder.callers.pop()
-        recorder.left(module, output)
+        recorder.module_done(module, output)
 
     hooks = (
         register_module_forward_pre_hook(enter),
+        # Also behind an exception, or the stack of modules would stay off.
         register_module_forward_hook(leave, always_call=True),
     )
     try:

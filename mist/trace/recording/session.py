@@ -24,7 +24,7 @@ from mist.model.graph import B, S, SavedTensor, T
 from mist.trace.diagnose import Passed
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
-from mist.trace.models.fake_tensors import DTYPES, Fakes, faked
+from mist.trace.models.fake_tensors import DTYPES, Fakes, fake_tables
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.operations.autocast import forward_in, outside
@@ -65,7 +65,7 @@ class Point:
 class Piece:
     """The record of one part, with what is known only after it ran.
 
-    `opened`: what it made that a layer took, by identity. `flows`: its input has a gradient.
+    `opened`: its results that a layer took, by identity. `flows`: its input has a gradient.
     """
 
     part: Part
@@ -171,9 +171,11 @@ class Session:
         )
 
     def _shared(self) -> tuple[SavedTensor, ...]:
-        own = self.head.part.shared | self.embed.part.kept.keys()
-        kept = {key: each for key, each in self.recorder.shared.items() if key not in own}
-        return Part("shared", self.embed.part.live, kept=kept).saved()
+        outer_keys = self.head.part.shared | self.embed.part.storages.keys()
+        storages = {
+            key: each for key, each in self.recorder.shared.items() if key not in outer_keys
+        }
+        return Part("shared", self.embed.part.live, storages=storages).saved()
 
     def _sizes(self) -> tuple[Size, Size]:
         batch = self.point.batch or self.symbols.create("b", hint=BATCH_HINT, meaning=B)
@@ -196,23 +198,22 @@ class Session:
                 f"the loss of {self.model.name} has no gradient: it depends on no parameter with "
                 "requires_grad=True. Train a parameter that the loss depends on."
             )
-        if missed := self._missed():
-            raise NotALayerList(missed[0])
+        lists = self.layers.lists if self.layers else ()
+        for index, number in enumerate(lists):
+            if index not in self.order:
+                raise NotALayerList(number)
         ends = (self.head, *self.between, self.embed)
         for piece in ends:
             piece.part.live.forward_done(piece.part.gathered)
             piece.opened.clear()
         if self.point.backward:
+            # The parts outside the layers go backward together: autograd orders them by sequence
+            # number.
             starts = [loss, *self.seeds]
             gradients = [None, *map(torch.empty_like, self.seeds)]
             with self.recorder.backward_of(piece.part for piece in ends):
                 torch.autograd.backward(starts, gradients)
             self._backward_done(ends)
-
-    def _missed(self) -> list[int]:
-        """Lists with a layer that was not called."""
-        lists = self.layers.lists if self.layers else ()
-        return [of for index, of in enumerate(lists) if index not in self.order]
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -221,7 +222,7 @@ class Session:
         inside = {id(m) for layer in layers for m in layer.modules()}
         outside = [m for m in self.model.module.modules() if id(m) not in inside]
         with ExitStack() as self.stack:
-            self.stack.enter_context(faked(outside, self.fakes))
+            self.stack.enter_context(fake_tables(outside, self.fakes))
             self.stack.enter_context(self._local_attributes())
             for index, layer in enumerate(layers):
                 self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
@@ -232,6 +233,8 @@ class Session:
                     self.stack.enter_context(_replaced(norm, kernel))
             self.stack.enter_context(self.routing)
             self.stack.enter_context(self._colwise_hooks())
+            # The mode that is entered last sees a call first: the recorder sees operations of the
+            # model, not their stand-ins.
             self.stack.enter_context(recording(self.recorder, self._names(layers)))
             yield
 
@@ -255,9 +258,10 @@ class Session:
             kind = self.known[key]
             self.order.append(index)
             self.kinds.append(kind)
+            # Leaves: the backward pass of what follows ends here, as the layer has had its own.
             leaves = tree_map(leaf, self.pieces[kind].outputs)
-            outputs = tree_map(self._given, leaves)
-            self.flow.made(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
+            outputs = tree_map(self._as_input, leaves)
+            self.flow.add_outputs(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
             self._leave_layer(index)
         self.recorder.part = self.outer.part
         return outputs
@@ -282,7 +286,7 @@ class Session:
         pieces = (self.embed, self.head, *self.between)
         return self.flow.knows(tensor) or any(id(tensor) in piece.opened for piece in pieces)
 
-    def _given(self, value: object) -> object:
+    def _as_input(self, value: object) -> object:
         """Autocast takes a leaf that needs a gradient for a weight, and keeps its cast."""
         if self.low is not None and isinstance(value, torch.Tensor) and value.requires_grad:
             return value.view_as(value)
@@ -297,13 +301,13 @@ class Session:
     def _leave_layer(self, index: int) -> None:
         """What comes next is the head, or what lies between two lists."""
         assert self.layers is not None
-        left = [of for i, of in enumerate(self.layers.lists) if i not in self.order]
+        later_lists = [of for i, of in enumerate(self.layers.lists) if i not in self.order]
         self.outer = self.head
         last = self.pieces[self.kinds[-1]]
-        if left and self.layers.lists[index] not in left:
+        if later_lists and self.layers.lists[index] not in later_lists:
             self.outer = Piece(self.recorder.new_part("between", self.shared_keys))
             self.between.append(self.outer)
-        if not left or self.outer is not self.head:
+        if not later_lists or self.outer is not self.head:
             self.outer.boundary_bytes = self._total_bytes(last.outputs)
             self.outer.flows = any(t.requires_grad for t in tensors_in(last.outputs))
 
@@ -315,8 +319,8 @@ class Session:
         kwargs: dict[str, object],
     ) -> Piece:
         """Run one layer forward and backward, alone."""
-        self.stack.enter_context(faked(layer.modules(), self.fakes))
-        args, kwargs = tree_map(self._given, tree_map(leaf, (args, kwargs)))
+        self.stack.enter_context(fake_tables(layer.modules(), self.fakes))
+        args, kwargs = tree_map(self._as_input, tree_map(leaf, (args, kwargs)))
         tensors = list(tensors_in((args, kwargs)))
         piece = self._open(layer, tensors)
         run = self._runner(piece.part, layer, forward, (args, kwargs))
@@ -324,8 +328,8 @@ class Session:
             outputs = run()
         if not piece.part.forward_only:
             piece.part.live.forward_done(piece.part.gathered)
-        given = frozenset(key_of(t) for t in tensors)
-        piece.outputs = tree_map(partial(output, given), outputs)
+        input_keys = frozenset(key_of(t) for t in tensors)
+        piece.outputs = tree_map(partial(output, input_keys), outputs)
         starts = [t for t in tensors_in(outputs) if t.grad_fn is not None]
         seed = self._seed(piece, starts) if starts and self.point.backward else None
         del outputs, starts  # what comes after the layer frees its results before it goes backward
@@ -339,18 +343,19 @@ class Session:
 
     def _open(self, layer: nn.Module, tensors: Sequence[torch.Tensor]) -> Piece:
         """The record of a layer that is about to run on these tensors."""
-        own = activation(tensors)
-        shared = frozenset(key_of(t) for t in tensors if t is not own)
-        piece = Piece(self.recorder.new_part(type(layer).__name__, shared, own), module=layer)
-        piece.boundary_bytes = self._total_bytes(own)
-        piece.flows = own is not None and own.requires_grad
-        carried = [t for t in tensors if t.requires_grad and t is not own]
+        hidden = activation(tensors)
+        # Masks and rotary tables are arguments of all layers, and saved once.
+        shared = frozenset(key_of(t) for t in tensors if t is not hidden)
+        piece = Piece(self.recorder.new_part(type(layer).__name__, shared, hidden), module=layer)
+        piece.boundary_bytes = self._total_bytes(hidden)
+        piece.flows = hidden is not None and hidden.requires_grad
+        carried = [t for t in tensors if t.requires_grad and t is not hidden]
         piece.carried_bytes = self._total_bytes(carried)
         trained = any(parameter.requires_grad for parameter in layer.parameters())
         piece.part.forward_only = not (trained or any(t.requires_grad for t in tensors))
-        if piece.part.forward_only and own is not None:
+        if piece.part.forward_only and hidden is not None:
             piece.part.live.forward_done(())
-            piece.part.live.hold(own)
+            piece.part.live.hold(hidden)
         return piece
 
     def _runner(
@@ -395,6 +400,7 @@ class Session:
     def _spec_leaf(self, leaf: object, index: int) -> object:
         if isinstance(leaf, torch.Tensor):
             return self.symbols.shape(leaf), leaf.dtype, leaf.requires_grad
+        # A layer's own number among its arguments changes no cost.
         is_index = type(leaf) is int and leaf == index
         plain = isinstance(leaf, bool | int | float | str) and not is_index
         return leaf if plain else type(leaf).__name__
@@ -482,12 +488,12 @@ def _replaced(layer: nn.Module, on_call: Callable[..., object]) -> Iterator[None
     def stand_in(*args: object, **kwargs: object) -> object:
         return on_call(forward, args, kwargs)
 
-    own = "forward" in vars(layer)
+    is_attribute = "forward" in vars(layer)
     vars(layer)["forward"] = stand_in
     try:
         yield
     finally:
-        if own:
+        if is_attribute:
             vars(layer)["forward"] = forward
         else:
             del vars(layer)["forward"]

@@ -123,6 +123,8 @@ def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
     """Within: these composite operations of aten run by other kernels, whoever calls them."""
     library = Library("aten", "IMPL")
     for name, kernel in kernels.items():
+        # At the dispatch key that fake CPU tensors have with gradients, so that calls from C++ come
+        # by here, too.
         library.impl(name, kernel, "AutogradCPU")
     try:
         yield
@@ -131,16 +133,16 @@ def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
 
 
 def _kernels_of(setting: TraceSetting) -> dict[str, Callable[..., object]]:
-    found: dict[str, Callable[..., object]] = {}
+    kernels: dict[str, Callable[..., object]] = {}
     if setting.policy == "cuda":
-        found |= {
+        kernels |= {
             "dropout": _dropout,
             "rms_norm": _rms_norm,
             "scaled_dot_product_attention": attention.fused,
         }
     if setting.attention is Attention.MATH:
-        found |= {"scaled_dot_product_attention": attention.math}
-    return found
+        kernels |= {"scaled_dot_product_attention": attention.math}
+    return kernels
 
 
 def fused_norms(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, OnCall]]:

@@ -19,28 +19,33 @@ class Awaited:
     """The operations of a part where parameters meet activations.
 
     `gradients`: of their results, one each; `sequence`: autograd's number of the last of them;
-    `made`: storages that are made of parameters alone.
+    `parameter_storages`: storages that are made of parameters alone.
     """
 
     gradients: list[SavedTensor] = field(default_factory=list)
     sequence: int = -1
-    made: set[int] = field(default_factory=set)
+    parameter_storages: set[int] = field(default_factory=set)
 
     def read(
         self,
-        given: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
         parameters: Collection[int],
         out: Sequence[torch.Tensor],
     ) -> torch.Tensor | None:
         """The result of a forward call where a parameter meets an activation, else None.
 
-        `parameters`: the storages of those among what is `given`.
+        `parameters`: the storages of those among the `inputs`.
         """
-        own = [_key(t) in parameters or _key(t) in self.made for t in given if t.requires_grad]
-        self.made.difference_update(map(_key, out))  # a storage that is gone leaves its number
-        if own and all(own):
-            self.made.update(_key(t) for t in out if _key(t) not in parameters)
-        if not any(own) or all(own):
+        of_parameters = [
+            _key(t) in parameters or _key(t) in self.parameter_storages
+            for t in inputs
+            if t.requires_grad
+        ]
+        # A storage that is gone leaves its number to another one.
+        self.parameter_storages.difference_update(map(_key, out))
+        if of_parameters and all(of_parameters):
+            self.parameter_storages.update(_key(t) for t in out if _key(t) not in parameters)
+        if not any(of_parameters) or all(of_parameters):
             return None
         self.sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         return next((t for t in out if t.is_floating_point() or t.is_complex()), None)

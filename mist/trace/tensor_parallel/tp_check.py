@@ -124,9 +124,11 @@ def _has_tokens(shape: Shape) -> bool:
 
 
 def _cut(call: Call, inputs: Sequence[Shape], shape_of: ShapeOf) -> Iterator[str]:
-    """A part of the shards, or shards beside what every rank holds, is no shard of the whole."""
+    """A part of the shards, or shards joined with whole tensors, is no shard of the whole."""
     outputs = [shape_of(t) for t in tensors_in([call.out])]
     sizes = [size for shape in (*inputs, *outputs) for size in shape if T in size.free_symbols]
+    # A shard has c / t elements along a dimension; a sum of a shard and a whole has a constant,
+    # too.
     if any((size * T).expand().has(T) for size in sizes):
         yield "puts shards and whole tensors beside each other"
     if not all(map(_divided, outputs)):
@@ -137,8 +139,8 @@ def _mixed_dims(call: Call, shape: Shape) -> Iterable[int] | None:
     """The dimensions that an operation works along; None where that is not known."""
     arguments, ndim = call.arguments, len(shape)
     if call.func.overloadpacket in NORMS:
-        given = arguments.get("normalized_shape", arguments.get("num_dims"))
-        count = len(given) if isinstance(given, list | tuple) else int(str(given))
+        norm_dims = arguments.get("normalized_shape", arguments.get("num_dims"))
+        count = len(norm_dims) if isinstance(norm_dims, list | tuple) else int(str(norm_dims))
         return range(ndim - count, ndim)
     if call.func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         indices = arguments["indices"]

@@ -24,7 +24,7 @@ from mist.trace.tensor_parallel.tp_sharding import (
     sharding_of,
 )
 
-PACKED: Final = "packed_colwise"  # gates beside inputs: two halves
+PACKED: Final = "packed_colwise"  # gates and inputs: two halves
 SIDE_BY_SIDE: Final = 2
 COLWISE: Final = frozenset({"colwise", PACKED, "colwise_gather_output"})
 ROWWISE: Final = frozenset({"rowwise", "packed_rowwise"})
@@ -37,7 +37,7 @@ WHOLE: Final = frozenset({"replicate", "replicated_with_grad_allreduce", "sequen
 Plan = Mapping[str, str]
 
 
-def own_plan(model: nn.Module) -> Plan | None:
+def plan_of_model(model: nn.Module) -> Plan | None:
     """The model's plan, if it divides activations: not where it gathers what every matrix makes.
 
     Nor where it names nothing but the vocabulary.

@@ -107,7 +107,7 @@ class Region:
     def counts(self) -> set[int]:
         """Numbers of heads (or widths of an MLP) that every rank's share divides.
 
-        A matrix with more outputs than there are queries has keys and values beside them.
+        A matrix with more outputs than there are queries has keys and values, too.
         """
         queries = self.width // self.grain
         outputs = {matrix.num_out // self.grain for matrix in self.colwise}
@@ -134,7 +134,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """What a rank holds of a model. Parameters and modules are meant by identity.
+    """The part of a model on a rank. Parameters and modules are meant by identity.
 
     `colwise`: modules whose input enters a region. `regions`: of each region the module that ends
     it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also
@@ -228,10 +228,10 @@ def _attributes(region: Region) -> Iterator[Attribute]:
     wanted = dict.fromkeys((*HEADS, *KV_HEADS), region.counts)
     wanted |= {name: {region.width} for name in WIDTHS}
     for owner in region.owners:
-        held = vars(owner)
+        table = vars(owner)
         for name, sizes in wanted.items():
-            if type(held.get(name)) is int and held[name] in sizes:
-                yield held, name, Share(unit=unit, multiple=held[name] // unit)
+            if type(table.get(name)) is int and table[name] in sizes:
+                yield table, name, Share(unit=unit, multiple=table[name] // unit)
 
 
 def _share_vocabulary(

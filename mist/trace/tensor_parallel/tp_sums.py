@@ -60,27 +60,29 @@ class PartialSums:
 
     def read(self, call: Call) -> bool:
         """Follow a forward call; whether it is linear in the parts of sums that it reads."""
-        given = dict(_operands(call))
-        made = {key_of(leaf) for leaf in tensors_in(call.out)}
-        summed = {name for name, key in given.items() if key in self.parts}
+        operands = dict(_operands(call))
+        results = {key_of(leaf) for leaf in tensors_in(call.out)}
+        summed = {name for name, key in operands.items() if key in self.parts}
         if summed:
-            self.parts |= made
-            return call.func.is_view or self._is_linear(call, given, summed)
+            self.parts |= results
+            return call.func.is_view or self._is_linear(call, operands, summed)
         if not call.func.is_view:
-            self.parts -= made
-            self.zeros -= made
-            self.zeros |= made if call.func.overloadpacket in ZEROS else set()
+            # A storage that is written anew, or has the address of a freed one, is no part of a
+            # sum.
+            self.parts -= results
+            self.zeros -= results
+            self.zeros |= results if call.func.overloadpacket in ZEROS else set()
         return True
 
-    def _is_linear(self, call: Call, given: Mapping[str, int], summed: set[str]) -> bool:
+    def _is_linear(self, call: Call, operands: Mapping[str, int], summed: set[str]) -> bool:
         packet = call.func.overloadpacket
         if packet in SCALED:
             return len(summed) == 1
         if packet not in LINEAR:
             return False
         names = LINEAR[packet]
-        together = {n for n in given if names is None or n.partition(".")[0] in names}
-        whole = {name for name in together - summed if given[name] not in self.zeros}
+        together = {n for n in operands if names is None or n.partition(".")[0] in names}
+        whole = {name for name in together - summed if operands[name] not in self.zeros}
         return summed <= together and not whole and not _adds_number(call)
 
 
