@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mist.exec.run.launch import DEFAULTS, LOST, cause, run_ranks
+from tests.exec.subjects import SHARED
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = (
@@ -53,10 +54,11 @@ def interpreters(module: str, *arguments: object, num_ranks: int) -> None:
 def forking() -> Iterator[RunRanks]:
     """Within: the parent of ranks is there from the first call on."""
     server: list[subprocess.Popen[str]] = []
+    subjects = tempfile.TemporaryDirectory(prefix="mist-subjects-")
 
     def run(module: str, *arguments: object, num_ranks: int) -> None:
         if not server:
-            server.append(_start())
+            server.append(_start(subjects.name))
         with tempfile.TemporaryDirectory(prefix="mist-") as folder:
             _ask(server[0], [module, *map(str, arguments)], num_ranks, Path(folder))
 
@@ -65,13 +67,14 @@ def forking() -> Iterator[RunRanks]:
     finally:
         for each in server:
             each.communicate()  # which closes its input: it leaves
+        subjects.cleanup()
 
 
-def _start() -> "subprocess.Popen[str]":
+def _start(subjects: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "tests.exec.forking"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **DEFAULTS},
+        env={**os.environ, "PYTHONPATH": str(ROOT), SHARED: subjects, **DEFAULTS},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
