@@ -139,7 +139,7 @@ def test_other_returns_are_refused(returned: object) -> None:
     )
 
 
-TINY: dict[str, Any] = {"vocab_size": V, "pad_token_id": 0, "attn_implementation": "none"}
+TINY: dict[str, Any] = {"vocab_size": V, "pad_token_id": 0, "attn_implementation": "eager"}
 HUGGING_FACE: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {
         "hidden_size": 8,
