@@ -1,9 +1,14 @@
 """Tests leave no trace outside their temporary folders and give the same result every time."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Before torch and numpy are imported: workers take every core already, and threads that wait for
+# each other on small tensors spin. Commands that tests start see it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.small_models import MODELS
 

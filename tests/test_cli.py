@@ -817,7 +817,7 @@ def test_a_plan_for_another_model(mist: Mist, models: Path, tmp_path: Path) -> N
 
 
 def test_a_model_that_does_not_fit(mist: Mist, models: Path, tmp_path: Path) -> None:
-    run = mist("plan", models / "tiny.py", *SMALL, "--margin", 0.99999)
+    run = mist("plan", models / "tiny.py", *SMALL, "--space", "3d", "--margin", 0.99999)
     assert (run.code, run.out) == (3, "")
     assert run.message.startswith("tiny does not fit on 4 x h100-sxm. Even in the layout of least")
     assert not [*tmp_path.iterdir()]

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -132,8 +133,8 @@ def fastest_pipeline(
         fitting = []
         for position, run in enumerate(cuts):
             size = job.platform.num_gpus // pp
-            options = options_of(job, space, schedule, pp, g, (position * size, size), run)
-            fitting.append([o for o in options if fits(job, o, schedule, pp, g, position, limit)])
+            peaks = peaks_of(job, space, schedule, pp, g, (position * size, size), run)
+            fitting.append([o for o, peak in peaks if peak <= limit])
         for stages in itertools.product(*fitting):
             if alike and len({stage.tp for stage in stages}) > 1:
                 continue
@@ -150,13 +151,37 @@ def shares_ends(stages: Sequence[StagePlan]) -> bool:
     return (first.dp, first.tp, first.zero > 0) == (last.dp, last.tp, last.zero > 0)
 
 
-def fits(
-    job: Job, stage: StagePlan, schedule: Schedule, pp: int, g: int, position: int, limit: float
-) -> bool:
+Peaks = list[tuple[StagePlan, float]]
+_PEAKS: dict[tuple[object, ...], tuple[Job, Peaks]] = {}  # with its job, whose identity is the key
+
+
+def peaks_of(
+    job: Job, space: SearchSpace, schedule: Schedule, pp: int, g: int, devices: tuple[int, int],
+    run: range,
+) -> Peaks:  # fmt: skip
+    """What one stage may do with what the host holds, and its peak: the same under every limit."""
+    key = (id(job), repr(space), schedule, pp, g, devices, run)
+    if key not in _PEAKS:
+        options = options_of(job, space, schedule, pp, g, devices, run)
+        judged = [(option, *peak_and_host(job, option, schedule, pp, g)) for option in options]
+        _PEAKS[key] = job, [(option, peak) for option, peak, host in judged if host <= HOST]
+    return _PEAKS[key][1]
+
+
+def peak_and_host(
+    job: Job, stage: StagePlan, schedule: Schedule, pp: int, g: int
+) -> tuple[float, float]:
+    position = stage.devices[0] // stage.devices[1]
     other = replace(stage, devices=((1 - position) * stage.devices[1], stage.devices[1]))
     pipeline = (stage, other) if position == 0 else (other, stage)
     judged = estimate(job, pipeline[:pp], g, schedule).stages[position]
-    return judged.peak_bytes <= limit and judged.host_bytes <= HOST
+    return judged.peak_bytes, judged.host_bytes
+
+
+@cache
+def job_of(counts: tuple[int, ...], num_gpus: int, global_batch: int) -> Job:
+    """Of a toy with a large vocabulary: the same one under every limit."""
+    return toy_job(toy_graph(counts, vocab=8192), num_gpus, global_batch=global_batch)
 
 
 def confirm(job: Job, found: Tuned, limit: float) -> None:
@@ -179,8 +204,8 @@ def confirm(job: Job, found: Tuned, limit: float) -> None:
 def test_equals_exhaustive_search(
     counts: tuple[int, ...], limit: float, offload: dict[str, tuple[float, ...]]
 ) -> None:
-    size = (2, 4) if offload is NO_RATIOS else (1, 2)
-    job = toy_job(toy_graph(counts, vocab=8192), size[0], global_batch=size[1])
+    num_gpus, batch = (2, 4) if offload is NO_RATIOS else (1, 2)
+    job = job_of(counts, num_gpus, batch)
     space = SearchSpace(offload=offload, schedules=tuple(ScheduleKind))
     want = fastest(job, space, limit)
     try:

@@ -14,14 +14,14 @@ import torch.distributed as dist
 
 from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
-from mist.exec.build.model_structure import examine
-from mist.exec.build.parallel import assemble, initialise, subject_of
+from mist.exec.build.parallel import assemble, initialise
 from mist.exec.build.process_group import process_group
 from mist.exec.build.weight_init import Whole
 from mist.exec.run.stored_weights import Tensor, stored_weights
 from mist.plans.workload import Attention
-from tests.exec.layouts import SEQ_LEN, S, Variant, plan_of
+from tests.exec.layouts import S, Variant, plan_of
 from tests.exec.parity import SEED, difference, settings
+from tests.exec.subjects import known_subject
 
 VARIANTS = (
     Variant(name="zero3", model="untied", stages=(S(dp=2, zero=3),), micro=8),
@@ -50,7 +50,7 @@ def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, obj
     read: list[int] = []
     stored = stored_weights(folder / variant.model, loaded.module)
     values: Mapping[str, Whole] = {n: Counted(stored=s, read=read) for n, s in stored.items()}
-    subject = replace(subject_of(loaded, examine(loaded, SEQ_LEN), plan), values=values)
+    subject = replace(known_subject(loaded, plan), values=values)
     parallel = assemble(subject, plan, device, settings(None))
     initialise(parallel, subject, SEED)
     whole = torch.load(folder / f"{variant.model}.pt", weights_only=True)

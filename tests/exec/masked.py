@@ -16,14 +16,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mist.exec.build.empty_weights import load
-from mist.exec.build.model_structure import examine
-from mist.exec.build.parallel import Parallel, build, subject_of
+from mist.exec.build.parallel import Parallel, build
 from mist.plans.workload import Attention
 from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
 from tests.exec.layouts import BATCH, SEQ_LEN, VOCAB, Variant, plan_of
 from tests.exec.masked_layouts import LAYOUTS, MORE
 from tests.exec.parity import SEED, settings, write_errors
+from tests.exec.subjects import known_subject
 
 Batch = dict[str, torch.Tensor]
 Known = tuple[float, dict[str, torch.Tensor]]  # loss, and gradient of every parameter
@@ -98,7 +98,7 @@ def errors(variant: Variant, folder: Path, device: torch.device) -> list[dict[st
     """Of each step, how far this layout is from one process: the worst over all ranks."""
     plan = plan_of(variant, folder)
     loaded = wide(load(plan.model.source, Attention.FLASH))
-    subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
+    subject = known_subject(loaded, plan)
     parallel = build(subject, plan, device, settings(variant.max_norm), SEED)
     optimizer = Stopped(parallel)
     found = []

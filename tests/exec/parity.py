@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor
 from mist.exec.build.adamw import Settings
 from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
-from mist.exec.build.model_structure import examine
-from mist.exec.build.parallel import Parallel, build, subject_of
+from mist.exec.build.parallel import Parallel, build
 from mist.exec.build.process_group import process_group
-from mist.exec.run.launch import run_ranks
 from mist.plans.workload import Attention
 from mist.trace.models.loader import LoadedModel
 from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
-from tests.exec.layouts import SEQ_LEN, Variant, plan_of
+from tests.exec.forking import RunRanks
+from tests.exec.layouts import Variant, plan_of
+from tests.exec.subjects import known_subject
 from tests.exec.variants import SLOW, VARIANTS
 
 NUM_STEPS, SEED, LR = 3, 7, 1e-3
@@ -106,15 +106,16 @@ def reference_path(variant: Variant, folder: Path) -> Path:
     return folder / f"reference-{Path(variant.model).stem}{kind}.pt"
 
 
-def run_variants(variants: Sequence[Variant], folder: Path) -> Mapping[str, Mapping[str, float]]:
+def run_variants(
+    variants: Sequence[Variant], folder: Path, run: RunRanks
+) -> Mapping[str, Mapping[str, float]]:
     """The errors of variants of one world size, by name; in one launch."""
     for variant in variants:
         reference(variant, folder)
     names = [variant.name for variant in variants]
     world_size = variants[0].world_size
     out = folder / f"results-{world_size}.json"
-    command = ["-m", "tests.exec.parity", str(folder), str(out), *names]
-    run_ranks(command, world_size, timeout_s=600.0)
+    run("tests.exec.parity", folder, out, *names, num_ranks=world_size)
     found: dict[str, dict[str, float]] = json.loads(out.read_text())
     return found
 
@@ -125,7 +126,7 @@ def errors(variant: Variant, folder: Path, device: torch.device) -> dict[str, fl
     plan = plan_of(variant, folder)
     with precision_of(variant):
         loaded = loaded_of(variant, folder)
-        subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
+        subject = known_subject(loaded, plan)
         parallel = build(subject, plan, device, settings(variant.max_norm), SEED)
         gradients = watch_gradients(parallel, known["gradients"])
         batches = Batches(loaded, plan.workload, SEED)

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from mist.exec.build.batches import Batches
-from mist.exec.build.model_structure import examine
-from mist.exec.build.parallel import build, subject_of
-from tests.exec.layouts import SEQ_LEN, Variant, plan_of
+from mist.exec.build.parallel import build
+from tests.exec.layouts import Variant, plan_of
 from tests.exec.parity import SEED, loaded_of, settings
+from tests.exec.subjects import known_subject
 from tests.exec.variants import SLOW, VARIANTS
 
 Precision = Callable[[], AbstractContextManager[None]]
@@ -31,7 +31,7 @@ class Run:
         self._precision = precision
         with precision():
             loaded = loaded_of(variant, folder)
-            subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
+            subject = known_subject(loaded, plan)
             self.parallel = build(subject, plan, device, settings(max_norm), SEED)
             self.batches = Batches(loaded, plan.workload, SEED)
 

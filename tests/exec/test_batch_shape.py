@@ -10,9 +10,9 @@ from torch import nn
 from mist.errors import InputError
 from mist.exec.build.batch_shape import BatchShape, planned_shape
 from mist.exec.build.empty_weights import load
-from mist.exec.run.launch import run_ranks
 from mist.plans.workload import Attention
 from mist.trace.models.loader import LoadedModel
+from tests.exec.forking import RunRanks
 from tests.exec.layouts import BATCH, SEQ_LEN, S, Variant, plan_of, write_models
 from tests.exec.masked_layouts import write_masked_models
 from tests.exec.test_apply import LIMIT_S, plan_file, start
@@ -103,11 +103,11 @@ def test_labels_of_classes_have_the_shape_that_the_file_gives() -> None:
         shape.check({"x": torch.empty(BATCH, SEQ_LEN, 2), "labels": torch.empty(BATCH, 5)})
 
 
-def test_every_rank_refuses_before_its_first_collective(tmp_path: Path) -> None:
+def test_every_rank_refuses_before_its_first_collective(tmp_path: Path, forked: RunRanks) -> None:
     """A right step goes on after each refusal: no rank was left in a collective."""
     write_models(tmp_path)
     out = tmp_path / "refused.json"
-    run_ranks(["-m", "tests.exec.refusing", str(tmp_path), str(out)], 2, timeout_s=600)
+    forked("tests.exec.refusing", tmp_path, out, num_ranks=2)
     found = json.loads(out.read_text())
     assert sorted(found) == ["dp2", "pp2", "tp2"]
     for texts in found.values():

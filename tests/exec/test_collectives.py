@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from mist.exec.run.launch import run_ranks
 from mist.model.graph import B, ModelGraph, S, T
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
 from mist.symbolic.collective_counts import charged
 from mist.trace import TraceSetting, load_graph
+from tests.exec.forking import RunRanks, interpreters
 from tests.exec.layouts import BATCH, NUM_LAYERS, SEQ_LEN, Variant, plan_of, write_models
 from tests.exec.running import variant_of
 
@@ -44,15 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def issued(folder: Path) -> dict[str, Rows]:
+def issued(folder: Path, forked: RunRanks) -> dict[str, Rows]:
     """Large collectives of every variant, in one launch: (axis, kind) to (count, bytes)."""
-    return counted([*DATA, *TENSOR, *PIPELINE], folder, num_ranks=2)
+    return counted([*DATA, *TENSOR, *PIPELINE], folder, forked, num_ranks=2)
 
 
-def counted(names: list[str], folder: Path, *, num_ranks: int) -> dict[str, Rows]:
+def counted(names: list[str], folder: Path, run: RunRanks, *, num_ranks: int) -> dict[str, Rows]:
     out = folder / "counted.json"
-    command = ["-m", "tests.exec.counting", str(folder), str(out), *names]
-    run_ranks(command, num_ranks, timeout_s=600)
+    run("tests.exec.counting", folder, out, *names, num_ranks=num_ranks)
     found: dict[str, Rows] = {}
     for name, counted in json.loads(out.read_text()).items():
         rows = counted["collectives"]
@@ -127,7 +126,7 @@ def test_pipeline_transfers(name: str, issued: dict[str, Rows], folder: Path) ->
 
 @pytest.mark.slow
 def test_collectives_of_copies_of_the_states(folder: Path) -> None:
-    issued = counted(HYBRID, folder, num_ranks=4)
+    issued = counted(HYBRID, folder, interpreters, num_ranks=4)
     runtime = load_runtime("torch").profile
     for name in HYBRID:
         variant = variant_of(name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mist.exec.dryrun.dry_run import extend_totals, look
-from mist.exec.run.launch import run_ranks
+from tests.exec.forking import RunRanks, interpreters
 from tests.exec.layouts import plan_of, write_models
 from tests.exec.running import variant_of
 
@@ -50,17 +50,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real(folder: Path) -> Callable[[tuple[str, ...]], list[Rank]]:
+def real(folder: Path, forked: RunRanks) -> Callable[[tuple[str, ...]], list[Rank]]:
     """What every rank of some layouts saw, in one launch for each number of ranks."""
 
     @cache
     def run(layouts: tuple[str, ...]) -> list[Rank]:
         ranks: list[Rank] = [{}, {}, {}, {}]
+        launch = forked if layouts is FAST else interpreters
         for number in (2, 3, 4):
             names = [name for name in layouts if variant_of(name).world_size == number]
             if names:
-                command = ["-m", "tests.exec.observing", str(folder), str(folder), *names]
-                run_ranks(command, number, timeout_s=600)
+                launch("tests.exec.observing", folder, folder, *names, num_ranks=number)
                 for rank in range(number):
                     ranks[rank] |= json.loads((folder / f"{rank}.json").read_text())
         return ranks

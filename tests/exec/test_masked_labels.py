@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mist.exec.run.launch import run_ranks
+from tests.exec.forking import RunRanks, interpreters
 from tests.exec.layouts import Variant
 from tests.exec.masked_layouts import LAYOUTS, MORE, write_masked_models
 
@@ -26,13 +26,13 @@ MAX_ERROR = 1e-9
     ],
 )
 def test_masked_labels_agree_with_one_process(
-    layouts: tuple[Variant, ...], num_ranks: int, tmp_path: Path
+    layouts: tuple[Variant, ...], num_ranks: int, tmp_path: Path, forked: RunRanks
 ) -> None:
     write_masked_models(tmp_path)
     out = tmp_path / "found.json"
     names = [each.name for each in layouts if each.world_size == num_ranks]
-    command = ["-m", "tests.exec.masked", str(tmp_path), str(out), *names]
-    run_ranks(command, num_ranks, timeout_s=600)
+    run = forked if layouts is LAYOUTS and num_ranks == 2 else interpreters
+    run("tests.exec.masked", tmp_path, out, *names, num_ranks=num_ranks)
     found = json.loads(out.read_text())
     assert set(found) == set(names)
     far = {

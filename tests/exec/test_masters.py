@@ -8,9 +8,9 @@ from torch import nn
 
 from mist.exec.build.empty_weights import load
 from mist.exec.dryrun.dry_run import load_shapes
-from mist.exec.run.launch import run_ranks
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph
+from tests.exec.forking import RunRanks
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import plan_file
 
@@ -81,11 +81,10 @@ def test_the_trace_sees_what_runs_whatever_was_built(
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_parallelize_trains_every_element_of_a_bf16_checkpoint(
-    folder: Path, precision: Precision
+    folder: Path, precision: Precision, forked: RunRanks
 ) -> None:
     variant = Variant(
         name="own", model="buffered.py", stages=(S(zero=2),), micro=8, precision=precision
     )
     plan = plan_file(variant, folder)
-    program = ["-m", "tests.exec.half_loop", str(plan), str(folder / "buffered.py")]
-    run_ranks(program, 1, timeout_s=600)
+    forked("tests.exec.half_loop", plan, folder / "buffered.py", num_ranks=1)

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from mist.exec.run.launch import run_ranks
+from tests.exec.forking import RunRanks
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import ROOT, plan_file
 
 
-def test_parallelize_keeps_weights_and_refuses_other_plans(tmp_path: Path) -> None:
+def test_parallelize_keeps_weights_and_refuses_other_plans(
+    tmp_path: Path, forked: RunRanks
+) -> None:
     write_models(tmp_path)
     variant = Variant(name="own", model="plain.py", stages=(S(zero=2, full=2),), micro=8)
     plan = plan_file(variant, tmp_path)
-    program = ["-m", "tests.exec.own_loop", str(plan), str(tmp_path / "plain.py")]
-    run_ranks(program, 1, timeout_s=600)
+    forked("tests.exec.own_loop", plan, tmp_path / "plain.py", num_ranks=1)
 
 
 @pytest.mark.slow

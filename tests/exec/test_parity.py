@@ -12,6 +12,7 @@ import pytest
 
 from mist.plans.workload import Precision
 from tests.exec.double import MAX_LOSS, MAX_PARAMETER
+from tests.exec.forking import RunRanks, interpreters
 from tests.exec.layouts import NUM_LAYERS, Variant, write_models
 from tests.exec.parity import LR, NUM_STEPS, run_variants
 from tests.exec.variants import SLOW, VARIANTS
@@ -72,16 +73,16 @@ def assert_parity(found: Errors, variants: list[Variant]) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
-def test_layouts_agree_with_one_process(num_ranks: int, folder: Path) -> None:
+def test_layouts_agree_with_one_process(num_ranks: int, folder: Path, forked: RunRanks) -> None:
     variants = [variant for variant in VARIANTS if variant.world_size == num_ranks]
-    assert_parity(run_variants(variants, folder), variants)
+    assert_parity(run_variants(variants, folder, forked), variants)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", sorted({variant.world_size for variant in SLOW}))
 def test_large_layouts_agree_with_one_process(num_ranks: int, folder: Path) -> None:
     variants = [variant for variant in SLOW if variant.world_size == num_ranks]
-    assert_parity(run_variants(variants, folder), variants)
+    assert_parity(run_variants(variants, folder, interpreters), variants)
 
 
 def test_there_are_at_least_24_layouts() -> None:

@@ -24,9 +24,9 @@ from mist.errors import InputError
 from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
 from mist.exec.build.pretrained import SINGLE
-from mist.exec.run.launch import run_ranks
 from mist.exec.run.stored_weights import stored_weights
 from mist.plans.workload import Attention
+from tests.exec.forking import RunRanks
 from tests.exec.from_files import VARIANTS
 from tests.exec.layouts import BATCH, GPT2, LLAMA, SEQ_LEN, plan_of
 from tests.exec.parity import SEED
@@ -53,7 +53,9 @@ def own_loss(folder: Path) -> float:
         return float(model(**batch).loss)
 
 
-def test_every_layout_starts_from_the_file_and_reads_its_part(tmp_path: Path) -> None:
+def test_every_layout_starts_from_the_file_and_reads_its_part(
+    tmp_path: Path, forked: RunRanks
+) -> None:
     torch.manual_seed(5)
     losses = {}
     for name, tied in (("untied", False), ("tied", True)):
@@ -62,7 +64,7 @@ def test_every_layout_starts_from_the_file_and_reads_its_part(tmp_path: Path) ->
         folder = saved(model.bfloat16(), tmp_path / name, max_shard_size="60KB")
         assert len(list(folder.glob("*.safetensors"))) > 3
         losses[name] = own_loss(folder)
-    run_ranks(["-m", "tests.exec.from_files", str(tmp_path)], 2, timeout_s=600)
+    forked("tests.exec.from_files", tmp_path, num_ranks=2)
     found = json.loads((tmp_path / "found.json").read_text())
     for variant in VARIANTS:
         row = found[variant.name]

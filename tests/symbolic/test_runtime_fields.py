@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mist.model.graph import TensorLayout
+from mist.model.graph import ModelGraph, TensorLayout
 from mist.model.summary import Traffic
 from mist.plans.schedules import held
 from mist.plans.workload import Precision, ScheduleKind
@@ -17,7 +17,7 @@ from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
 from mist.symbolic.columns import NO_OFFLOAD, rank_columns, stage_columns
 from mist.symbolic.compile import compile_model
-from mist.symbolic.program import stage_model
+from mist.symbolic.program import ModelPrograms, stage_model
 from tests.toys import kept, pointwise, toy_graph, toy_platform
 
 B, SEQ, HIDDEN, LAYERS, GPUS = 2, 2048, 1024, 4, 16
@@ -43,19 +43,31 @@ def laws(runtime: Runtime = TORCH) -> OpCosts:
     )
 
 
+_COMPILED: list[tuple[ModelGraph, Runtime, ModelPrograms]] = []
+
+
+def compiled(graph: ModelGraph, runtime: Runtime) -> ModelPrograms:
+    """The programs of a graph under a runtime, which tests ask for more than once."""
+    for known, under, programs in _COMPILED:
+        if known == graph and under == runtime:
+            return programs
+    programs = compile_model(graph, runtime, Precision.BF16)
+    _COMPILED.append((graph, runtime, programs))
+    return programs
+
+
 def stage(
     runtime: Runtime = TORCH,
     *,
     tp: int = 2,
     zero: int = 1,
     pp: int = 1,
-    graph: object = None,
+    graph: ModelGraph | None = None,
     shares: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
     """The first stage of a pipeline of toy layers on two nodes, by part."""
     dp = GPUS // (tp * pp)
-    programs = compile_model(graph or toy_graph((LAYERS,)), runtime, Precision.BF16)  # type: ignore[arg-type]
-    cost = stage_model(programs, laws(runtime))
+    cost = stage_model(compiled(graph or toy_graph((LAYERS,)), runtime), laws(runtime))
     terms = cost.terms(
         rank_columns(
             pipelined=int(pp > 1), seq_len=SEQ, gpus_per_node=8, dp=dp, tp=tp, micro_batch=B,

@@ -1,0 +1,14 @@
+"""What tests of execution share: one parent of all ranks that they fork."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.exec.forking import RunRanks, forking
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[RunRanks]:
+    """Runs a rank program in forked ranks."""
+    with forking() as run:
+        yield run
