@@ -15,6 +15,7 @@ between such numbers one by one. What fits is always checked, never inferred.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import combinations
@@ -101,6 +102,13 @@ class GroupModel:
             self._lines[key] = StageLines.of(self.job, self.strategies.terms, position)
         return self._lines[key]
 
+    def take(self, rows: NDArray[np.bool_]) -> "GroupModel":
+        """The model of some of the strategies, with the lines that are known."""
+        model = copy(self)
+        model.strategies = self.strategies.take(rows)
+        model._lines = {key: lines.take(rows) for key, lines in self._lines.items()}
+        return model
+
     @property
     def pairs(self) -> tuple[tuple[MemoryLevel, MemoryLevel], ...]:
         """The pairs of memory levels that layers of one stage may have."""
@@ -163,7 +171,7 @@ class GroupModel:
         Those that differ only in their micro-batches in flight are computed together: for a
         pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
         """
-        for stages, held in self._together(len(self.strategies) * len(ranges), ranges):
+        for stages, held in self.together(len(self.strategies) * len(ranges), ranges):
             lines = self.lines(int(stages[0]))
             for in_flight, own in self._by_in_flight(lines, held, ranges, limits):
                 yield stages[self._in_flight[stages] == in_flight], own
@@ -189,7 +197,7 @@ class GroupModel:
         """Strategies that do not fit everywhere with all layers at the first level, [K]."""
         num_rows, level = len(self.strategies), self.space.levels[0]
         short = np.zeros(num_rows, dtype=np.bool_)
-        for stages, held in self._together(num_rows * len(ranges), ranges):
+        for stages, held in self.together(num_rows * len(ranges), ranges):
             position = _Position(self, self.lines(int(stages[0])), held, ranges, limits)
             whole = position.whole(level)
             for index, in_flight in enumerate(held.in_flight):
@@ -199,7 +207,7 @@ class GroupModel:
                     short |= ~fits[:, allowed].all(axis=1)
         return short
 
-    def _together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
+    def together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
         """Stages with the same lines, and what is held by those of them that differ, in chunks."""
         for place in dict.fromkeys(self._places):
             stages = np.array([i for i, other in enumerate(self._places) if other == place])

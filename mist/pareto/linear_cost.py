@@ -18,7 +18,7 @@ from itertools import combinations, product
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mist.pareto.strategies import Floats
 from mist.plans.workload import MemoryLevel
@@ -83,6 +83,19 @@ class StageLines:
         bases = {bits: _bases(found, slope, counts, i) for i, bits in enumerate(asked)}
         return cls(job=job, columns=columns, slope=slope, bases=bases)
 
+    def take(self, rows: NDArray[np.bool_]) -> "StageLines":
+        """The lines of some of the strategies."""
+        columns = {
+            name: column[rows] if np.shape(column) else column
+            for name, column in self.columns.items()
+        }
+        slope = {name: _rows(line, rows) for name, line in self.slope.items()}
+        bases = {
+            bits: {name: _rows(line, rows) for name, line in base.items()}
+            for bits, base in self.bases.items()
+        }
+        return StageLines(job=self.job, columns=columns, slope=slope, bases=bases)
+
     def rise(self, name: str, row: int, held: Held) -> Floats:
         """What one more layer of a row adds, [F K, R]."""
         fixed, each, more = (part[row][:, None] for part in self.slope[name])
@@ -98,6 +111,11 @@ class StageLines:
             self.bases[present] = _bases(found, self.slope, counts, 0)
         fixed, each, _ = self.bases[present][name]
         return np.asarray(fixed + held.in_flight[:, None] * each).ravel()
+
+
+def _rows(line: Line, rows: NDArray[np.bool_]) -> Line:
+    fixed, each, more = (part[..., rows] for part in line)
+    return fixed, each, more
 
 
 def _counts(job: Job, bits: Sequence[int]) -> Floats:

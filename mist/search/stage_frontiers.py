@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, Shared, solve
 from mist.pareto.bounds import least_step_s, window
 from mist.pareto.candidates import GroupModel, Ties
+from mist.pareto.capacity import capacity
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Layout, Picked, layout_of
@@ -135,6 +136,12 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     short = np.flatnonzero(base.short(ranges, bounds.limits))
     model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
+    room = capacity(model, ranges, bounds.limits, bounds.step_s)
+    if not room.suffices:
+        return
+    placeable = room.placeable[:, room.placeable.any(axis=0)]
+    ranges = ranges.take(room.placeable.any(axis=0))
+    model = model.take(room.useful)
     sized = _Sized(size=group.sizes[0], model=model, ranges=ranges)
     for stages, mixes in model.by_place(ranges, bounds.limits):
         table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
@@ -148,6 +155,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         known: dict[tuple[bool, bytes], list[_Found]] = {}
         for stage in stages.tolist():
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
+            allowed = allowed & placeable[stage]
             key = (model.is_tied(stage), allowed.tobytes())
             if key not in known:
                 ties = model.ties(stage)
