@@ -109,6 +109,13 @@ class GroupModel:
         model._lines = {key: lines.take(rows) for key, lines in self._lines.items()}
         return model
 
+    def under(self, space: SearchSpace) -> "GroupModel":
+        """The model with the memory levels of another space, with the lines that are known."""
+        model = copy(self)
+        levels = levels_under(space, self.group.schedule.kind)
+        model.space = replace(expressible(space, self.job.platform.runtime), levels=levels)
+        return model
+
     @property
     def pairs(self) -> tuple[tuple[MemoryLevel, MemoryLevel], ...]:
         """The pairs of memory levels that layers of one stage may have."""

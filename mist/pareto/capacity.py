@@ -89,8 +89,14 @@ class Capacity:
         return np.asarray((self.load <= most[:, None]) & (self.load >= self.least[:, None]))
 
 
-def capacity(model: GroupModel, ranges: Ranges, limits: Limits, step_s: float) -> Capacity:
-    """What the positions of a group can take in a plan no slower than `step_s`."""
+def capacity(
+    model: GroupModel, ranges: Ranges, limits: Limits, step_s: float, *, coarse: bool = False
+) -> Capacity:
+    """What the positions of a group can take in a plan no slower than `step_s`.
+
+    `coarse`: positions that differ in their micro-batches in flight are taken for the one of them
+    that holds fewest, which can take most.
+    """
     layers, fastest_s = model.job.kind_prefix[:, -1], fastest_layers(model)
     weight = fastest_s if len(layers) > 1 else np.ones(1)
     load = weight @ kinds_of(model.job, ranges)
@@ -99,13 +105,14 @@ def capacity(model: GroupModel, ranges: Ranges, limits: Limits, step_s: float) -
         knapsack = _Knapsack(
             model=model,
             lines=model.lines(int(stages[0])),
-            held=_extremes(held),
+            held=_least(held, coarse=coarse),
             weight=weight,
             filled_s=fastest_s,
         )
         found = knapsack.most(limits.device_bytes, step_s * (1 + _SLACK))
-        for in_flight, own in zip(held.in_flight.tolist(), found, strict=True):
-            most[[stage for stage in stages if model.in_flight(stage) == in_flight]] = own
+        for index, in_flight in enumerate(held.in_flight.tolist()):
+            own = [stage for stage in stages if model.in_flight(stage) == in_flight]
+            most[own] = found[0 if coarse else index]
     if len(layers) == 1:
         most = np.floor(most * (1 + _SLACK))
     most = np.minimum(most, load.max(initial=-np.inf))
@@ -115,10 +122,12 @@ def capacity(model: GroupModel, ranges: Ranges, limits: Limits, step_s: float) -
     )
 
 
-def _extremes(held: Held) -> Held:
-    """The least and the most that an average layer holds in any range, [F, 2]."""
-    more = held.layers_more
-    return replace(held, layers_more=np.stack([more.min(axis=1), more.max(axis=1)], axis=1))
+def _least(held: Held, *, coarse: bool) -> Held:
+    """The least that an average layer holds in any range, [F, 1]; of the first position only."""
+    more = held.layers_more.min(axis=1, keepdims=True)
+    if not coarse:
+        return replace(held, layers_more=more)
+    return Held(in_flight=held.in_flight[:1], layers_more=more.min(keepdims=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -198,7 +207,7 @@ class _Knapsack:
         else:
             alone = [[self.lines.base(name, 1 << row, self.held) for row in own] for own in rows]
             base = np.min(alone, axis=1).max(axis=0)
-        rates = [self.lines.rise(name, row, self.held).min(axis=1) for own in rows for row in own]
+        rates = [self.lines.rise(name, row, self.held)[:, 0] for own in rows for row in own]
         return base, np.stack(rates)
 
 

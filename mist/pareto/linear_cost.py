@@ -80,8 +80,8 @@ class StageLines:
             name: _line(found[name][:, len(asked) :] - found[name][:, :num_rows])
             for name in OUTPUTS
         }
-        bases = {bits: _bases(found, slope, counts, i) for i, bits in enumerate(asked)}
-        return cls(job=job, columns=columns, slope=slope, bases=bases)
+        bases = _bases(found, slope, counts)
+        return cls(job=job, columns=columns, slope=slope, bases=dict(zip(asked, bases, strict=True)))
 
     def take(self, rows: NDArray[np.bool_]) -> "StageLines":
         """The lines of some of the strategies."""
@@ -108,7 +108,7 @@ class StageLines:
         if present not in self.bases:
             counts = _counts(self.job, [present])
             found = _evaluated(self.job, self.columns, counts)
-            self.bases[present] = _bases(found, self.slope, counts, 0)
+            (self.bases[present],) = _bases(found, self.slope, counts)
         fixed, each, _ = self.bases[present][name]
         return np.asarray(fixed + held.in_flight[:, None] * each).ravel()
 
@@ -125,15 +125,25 @@ def _counts(job: Job, bits: Sequence[int]) -> Floats:
 
 
 def _bases(
-    found: Mapping[str, Floats], slope: Mapping[str, Line], counts: Floats, index: int
-) -> Mapping[str, Line]:
-    """What of the outputs at a point the slopes do not account for."""
-    bases: dict[str, Line] = {}
-    for name in OUTPUTS:
-        parts = zip(_line(found[name][:, index]), slope[name], strict=True)
-        fixed, each, more = (part - counts[index] @ rising for part, rising in parts)
-        bases[name] = fixed, each, more
-    return bases
+    found: Mapping[str, Floats], slope: Mapping[str, Line], counts: Floats
+) -> list[Mapping[str, Line]]:
+    """What of the outputs at each of the first points the slopes do not account for."""
+    whole = {
+        name: [
+            part - _sums(counts, rising)
+            for part, rising in zip(_line(found[name][:, : len(counts)]), slope[name], strict=True)
+        ]
+        for name in OUTPUTS
+    }
+    return [
+        {name: (fixed[i], each[i], more[i]) for name, (fixed, each, more) in whole.items()}
+        for i in range(len(counts))
+    ]
+
+
+def _sums(counts: Floats, rising: Floats) -> Floats:
+    """Sums over rows [X] of counts [P, X] times slopes [X, K]; a vector's keeps its rounding."""
+    return counts @ rising if len(counts) > 1 else (counts[0] @ rising)[None]
 
 
 def _line(values: Floats) -> Line:

@@ -136,6 +136,10 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     short = np.flatnonzero(base.short(ranges, bounds.limits))
     model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
+    room = capacity(model, ranges, bounds.limits, bounds.step_s, coarse=True)
+    if not room.suffices:
+        return
+    model = model.take(room.useful)
     room = capacity(model, ranges, bounds.limits, bounds.step_s)
     if not room.suffices:
         return
