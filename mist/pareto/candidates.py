@@ -104,6 +104,8 @@ class GroupModel:
 
     def take(self, rows: NDArray[np.bool_]) -> "GroupModel":
         """The model of some of the strategies, with the lines that are known."""
+        if rows.all():
+            return self
         model = copy(self)
         model.strategies = self.strategies.take(rows)
         model._lines = {key: lines.take(rows) for key, lines in self._lines.items()}
@@ -299,6 +301,7 @@ class _Position:
         )
         self._within_caps = np.tile(capped, (len(held.in_flight), 1))
         self._row = np.arange(len(held.in_flight) * lines.slope["stable_s"][0].shape[1])
+        self._allowed: dict[MemoryLevel, NDArray[np.bool_]] = {}
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
 
     def whole(self, level: MemoryLevel) -> Mixes:
@@ -405,9 +408,8 @@ class _Position:
         stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
-        columns: Columns = {"activations": self._away[rows], "schedule": self._schedule}
-        for level in (upper, lower):
-            possible = possible & may_have(level, columns)[:, None]
+        for level in {upper, lower}:
+            possible = possible & self._may_have(level)[rows, None]
         possible = possible & self._within_caps[rows]
         return Mixes(
             upper=upper,
@@ -420,6 +422,13 @@ class _Position:
             host_bytes=host_bytes,
             fits=self._fits(peak_bytes, host_bytes) & possible,
         )
+
+    def _may_have(self, level: MemoryLevel) -> NDArray[np.bool_]:
+        """Rows whose layers may have a level."""
+        if level not in self._allowed:
+            columns: Columns = {"activations": self._away, "schedule": self._schedule}
+            self._allowed[level] = may_have(level, columns)
+        return self._allowed[level]
 
     def _fits(self, peak_bytes: Floats, host_bytes: Floats) -> NDArray[np.bool_]:
         limits = self._limits

@@ -29,7 +29,7 @@ of the model, no plan is fast enough; where they hardly do, each position needs 
 cannot take. Nothing is said about host memory: what equal shares keep out must stay in sight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -42,7 +42,7 @@ from mist.pareto.layer_ranges import Ranges, kinds_of
 from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
 from mist.pareto.strategies import Floats
 from mist.plans.plan import Limits
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import ScheduleKind
 
 _SLACK: Final = 1e-9  # above the rounding of the sums that are compared
 
@@ -131,104 +131,33 @@ def _least(held: Held, *, coarse: bool) -> Held:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Line:
-    """c_0 [P] and c_x [X, P] per load of each kind and level of a mix, and what it may come to."""
+class _Budget:
+    """c_0 [P, N] and c_x per load [P, X, N] of N stages under P mixes, and what they may come to.
+
+    x: the kinds at the upper level of a mix, then those at the lower one.
+    """
 
     base: Floats
     rates: Floats
     limit: float
 
+    def load(self) -> Floats:
+        """What the line alone allows, [P, N]."""
+        return _quotient(self.limit - self.base, self.rates.min(axis=1))
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Knapsack:
-    """The stages of one kind of position: K strategies for each of F micro-batches in flight.
-
-    `weight` [Q]: load of a layer of each kind; `filled_s` [Q]: seconds of one under the fastest
-    strategy.
-    """
-
-    model: GroupModel
-    lines: StageLines
-    held: Held
-    weight: Floats
-    filled_s: Floats
-
-    def most(self, device_bytes: float, step_s: float) -> Floats:
-        """The load, [F, K]."""
-        size = len(self.held.in_flight) * len(self.model.strategies)
-        most = np.full(size, -np.inf)
-        for levels in [*((level,) for level in self.model.space.levels), *self.model.pairs]:
-            bytes_ = list(self._bytes(levels, device_bytes))
-            own = np.full(size, np.inf)
-            for times in self._times(levels, step_s):
-                own = np.minimum(own, _alone(times))
-                for each in bytes_:
-                    own = np.minimum(own, _both(times, each))
-            for each in bytes_:
-                own = np.minimum(own, _alone(each))
-            most = np.maximum(most, own)
-        return most.reshape(len(self.held.in_flight), -1)
-
-    def _bytes(self, levels: Sequence[MemoryLevel], device_bytes: float) -> Iterator[_Line]:
-        if np.isfinite(device_bytes):
-            for name in instants(self.model.job.platform.runtime):
-                base, rates = self._output(name, levels)
-                yield _Line(base=base, rates=rates / self._each(levels), limit=device_bytes)
-
-    def _times(self, levels: Sequence[MemoryLevel], step_s: float) -> Iterator[_Line]:
-        group, all_layers = self.model.group, self.model.job.kind_prefix[:, -1]
-        rounds, chunks = group.num_micro_batches - 1, group.schedule.vpp
-        stable_s, stable_rates = self._output("stable_s", levels)
-        lone_s, lone_rates = self._output("lone_s", levels)
-        each = self._each(levels)
-        yield _Line(
-            base=rounds * stable_s + lone_s,
-            rates=(rounds * stable_rates + lone_rates) / each,
-            limit=step_s,
-        )
-        if group.schedule.kind is not ScheduleKind.ZERO_BUBBLE:
-            filled_s = np.tile(self.filled_s, len(levels))[:, None]
-            share = rounds + 1 / chunks
-            yield _Line(
-                base=share * stable_s + float(self.filled_s @ all_layers) / chunks,
-                rates=(share * stable_rates - filled_s / chunks) / each,
-                limit=step_s,
-            )
-
-    def _each(self, levels: Sequence[MemoryLevel]) -> Floats:
-        return np.tile(self.weight, len(levels))[:, None]
-
-    def _output(self, name: str, levels: Sequence[MemoryLevel]) -> tuple[Floats, Floats]:
-        """The least that an output has on top of its layers, [P], and of each of them, [X, P]."""
-        num_kinds = len(self.weight)
-        rows = [[LEVELS.index(level) * num_kinds + q for q in range(num_kinds)] for level in levels]
-        if num_kinds == 1:
-            base = self.lines.base(name, sum(1 << own[0] for own in rows), self.held)
-        else:
-            alone = [[self.lines.base(name, 1 << row, self.held) for row in own] for own in rows]
-            base = np.min(alone, axis=1).max(axis=0)
-        rates = [self.lines.rise(name, row, self.held)[:, 0] for own in rows for row in own]
-        return base, np.stack(rates)
-
-
-def _alone(line: _Line) -> Floats:
-    """The load that one line allows, [P]."""
-    return _quotient(line.limit - line.base, line.rates.min(axis=0))
-
-
-def _both(times: _Line, bytes_: _Line) -> Floats:
-    """The load that a time and bytes allow together, [P]: both levels of a mix cost the same."""
-    most = np.full(times.base.shape, np.inf)
-    half = len(times.rates) // 2
-    for upper, lower in [(row, half + row) for row in range(half)]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            price = (times.rates[lower] - times.rates[upper]) / (
-                bytes_.rates[upper] - bytes_.rates[lower]
-            )
-        price = np.where(np.isfinite(price) & (price > 0), price, 0.0)
-        room = times.limit - times.base + price * (bytes_.limit - bytes_.base)
-        most = np.minimum(most, _quotient(room, (times.rates + price * bytes_.rates).min(axis=0)))
-    return most
+    def load_beside(self, bytes_: "_Budget") -> Floats:
+        """What this time and bytes allow together, [P, N]: both levels of a mix cost the same."""
+        most = np.full(self.base.shape, np.inf)
+        half = self.rates.shape[1] // 2
+        for kind in range(half):
+            slower = self.rates[:, half + kind] - self.rates[:, kind]
+            saved = bytes_.rates[:, kind] - bytes_.rates[:, half + kind]
+            price = np.zeros(slower.shape)
+            np.divide(slower, saved, out=price, where=(slower > 0) & (saved > 0))
+            room = self.limit - self.base + price * (bytes_.limit - bytes_.base)
+            rate = (self.rates + price[:, None] * bytes_.rates).min(axis=1)
+            most = np.minimum(most, _quotient(room, rate))
+        return most
 
 
 def _quotient(room: Floats, rate: Floats) -> Floats:
@@ -237,3 +166,64 @@ def _quotient(room: Floats, rate: Floats) -> Floats:
     np.divide(room, rate, out=most, where=rate > 0)
     most[room < 0] = -np.inf
     return most
+
+
+class _Knapsack:
+    """The stages of one kind of position: K strategies for each of F micro-batches in flight."""
+
+    def __init__(
+        self, model: GroupModel, lines: StageLines, held: Held, weight: Floats, filled_s: Floats
+    ) -> None:
+        """`weight` [Q]: load of a layer of each kind; `filled_s` [Q]: seconds of the fastest."""
+        self._model, self._lines, self._held = model, lines, held
+        self._weight, self._filled_s = weight, filled_s
+        levels = model.space.levels
+        mixes = [*((level, level) for level in levels), *model.pairs]
+        self._mixes = np.array([[levels.index(level) for level in mix] for mix in mixes]).T
+
+    def most(self, device_bytes: float, step_s: float) -> Floats:
+        """The load, [F, K]."""
+        bytes_ = list(self._bytes(device_bytes)) if np.isfinite(device_bytes) else []
+        found = [each.load() for each in bytes_]
+        for times in self._times(step_s):
+            found += [times.load(), *(times.load_beside(each) for each in bytes_)]
+        most = np.min(found, axis=0).max(axis=0, initial=-np.inf)
+        return np.asarray(most.reshape(len(self._held.in_flight), -1))
+
+    def _bytes(self, device_bytes: float) -> Iterator[_Budget]:
+        weight = np.tile(self._weight, 2)[None, :, None]
+        for name in instants(self._model.job.platform.runtime):
+            base, rates = self._output(name)
+            yield _Budget(base=base, rates=rates / weight, limit=device_bytes)
+
+    def _times(self, step_s: float) -> Iterator[_Budget]:
+        group, all_layers = self._model.group, self._model.job.kind_prefix[:, -1]
+        rounds, chunks = group.num_micro_batches - 1, group.schedule.vpp
+        stable_s, stable_rates = self._output("stable_s")
+        lone_s, lone_rates = self._output("lone_s")
+        weight = np.tile(self._weight, 2)[None, :, None]
+        rates = (rounds * stable_rates + lone_rates) / weight
+        yield _Budget(base=rounds * stable_s + lone_s, rates=rates, limit=step_s)
+        if group.schedule.kind is not ScheduleKind.ZERO_BUBBLE:
+            filled_s, share = np.tile(self._filled_s, 2)[None, :, None], rounds + 1 / chunks
+            base = share * stable_s + float(self._filled_s @ all_layers) / chunks
+            rates = (share * stable_rates - filled_s / chunks) / weight
+            yield _Budget(base=base, rates=rates, limit=step_s)
+
+    def _output(self, name: str) -> tuple[Floats, Floats]:
+        """What an output has on top of its layers, and for each of them."""
+        levels, num_kinds = self._model.space.levels, len(self._weight)
+        rows = np.array([LEVELS.index(level) for level in levels])[:, None] * num_kinds
+        rows = rows + np.arange(num_kinds)
+        rises = [[self._lines.rise(name, row, self._held)[:, 0] for row in own] for own in rows]
+        upper, lower = self._mixes
+        rates = np.concatenate([np.array(rises)[upper], np.array(rises)[lower]], axis=1)
+        if num_kinds == 1:
+            bits = 1 << rows[:, 0]
+            mixes = (bits[upper] | bits[lower]).tolist()
+            return np.stack([self._lines.base(name, mix, self._held) for mix in mixes]), rates
+        alone = [
+            np.min([self._lines.base(name, 1 << row, self._held) for row in own], axis=0)
+            for own in rows.tolist()
+        ]
+        return np.maximum(np.array(alone)[upper], np.array(alone)[lower]), rates

@@ -42,7 +42,7 @@ def even_layouts(
     job, group = model.job, model.group
     ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
     if within_s < math.inf:
-        model = model.take(capacity(model, ranges, limits, within_s).alone)
+        model = model.take(capacity(model, ranges, limits, within_s, coarse=True).alone)
         if not len(model.strategies):
             return
     tables = _tables(model, ranges, limits)
