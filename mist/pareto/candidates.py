@@ -88,19 +88,30 @@ class GroupModel:
         del columns["layers_more"]  # of each range its own: `_held`
         self._names = tuple(columns)
         rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
-        self._places = [tuple(row) for row in rows.tolist()]
+        self._places: list[tuple[float, ...]] = [tuple(map(float, row)) for row in rows.tolist()]
         self._lines: dict[tuple[float, ...], StageLines] = {}
 
     def lines(self, stage: int, place: NodePosition | None = None) -> StageLines:
         """The lines at a position; `place`: where it stands between nodes, of unequal meshes."""
-        position = dict(zip(self._names, map(float, self._places[stage]), strict=True))
+        key = self._places[stage]
         if place is not None:
-            position["prev_crosses_node"] = float(place.prev_crosses)
-            position["next_crosses_node"] = float(place.next_crosses)
-        key = tuple(position.values())
+            borders = {
+                "prev_crosses_node": float(place.prev_crosses),
+                "next_crosses_node": float(place.next_crosses),
+            }
+            key = tuple((dict(zip(self._names, key, strict=True)) | borders).values())
         if key not in self._lines:
-            self._lines[key] = StageLines.of(self.job, self.strategies.terms, position)
+            self._read(list(dict.fromkeys(self._places)) if place is None else [key])
         return self._lines[key]
+
+    def _read(self, places: list[tuple[float, ...]]) -> None:
+        """Lines at several places, as many together as the cache of a processor likes."""
+        each = max(1, _TOGETHER // max(1, len(self.strategies)))
+        for first in range(0, len(places), each):
+            some = places[first : first + each]
+            positions = [dict(zip(self._names, place, strict=True)) for place in some]
+            found = StageLines.of_each(self.job, self.strategies.terms, positions)
+            self._lines |= dict(zip(some, found, strict=True))
 
     def take(self, rows: NDArray[np.bool_]) -> "GroupModel":
         """The model of some of the strategies, with the lines that are known."""
@@ -263,6 +274,7 @@ class GroupModel:
         return _Position(self, self.lines(stage, place), held, ranges, limits)
 
 
+_TOGETHER: Final = 1 << 10  # strategies at places whose lines are read together
 _CHUNK: Final = 1 << 16  # stages computed together: what a processor's cache holds
 
 
