@@ -118,7 +118,7 @@ def capacity(
     most = np.minimum(most, load.max(initial=-np.inf))
     most[most < load.min(initial=np.inf) * (1 - _SLACK)] = -np.inf
     return Capacity(
-        most=most, total=float(weight @ layers) * (1 - _SLACK), load=load * (1 - _SLACK)
+        most=most, total=float(weight @ layers) * (1 - 2 * _SLACK), load=load * (1 - _SLACK)
     )
 
 

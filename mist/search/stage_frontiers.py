@@ -136,16 +136,10 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     short = np.flatnonzero(base.short(ranges, bounds.limits))
     model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
-    room = capacity(model, ranges, bounds.limits, bounds.step_s, coarse=True)
-    if not room.suffices:
+    sufficient = _sufficient(model, ranges, bounds)
+    if sufficient is None:
         return
-    model = model.take(room.useful)
-    room = capacity(model, ranges, bounds.limits, bounds.step_s)
-    if not room.suffices:
-        return
-    placeable = room.placeable[:, room.placeable.any(axis=0)]
-    ranges = ranges.take(room.placeable.any(axis=0))
-    model = model.take(room.useful)
+    model, ranges, placeable = sufficient
     sized = _Sized(size=group.sizes[0], model=model, ranges=ranges)
     for stages, mixes in model.by_place(ranges, bounds.limits):
         table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
@@ -166,6 +160,25 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
                 known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits, ties))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
+
+
+def _sufficient(
+    model: GroupModel, ranges: Ranges, bounds: Bounds
+) -> tuple[GroupModel, Ranges, NDArray[np.bool_]] | None:
+    """What a plan within the bounds may use: strategies, ranges, and where each may stand [S, R].
+
+    None where no plan is. A coarse look leaves few strategies for the fine one.
+    """
+    for coarse in (True, False):
+        room = capacity(model, ranges, bounds.limits, bounds.step_s, coarse=coarse)
+        if not room.suffices:
+            return None
+        model = model.take(room.useful)
+    placeable = room.placeable
+    possible = placeable.any(axis=0)
+    if not placeable.any(axis=1).all():
+        return None
+    return model, ranges.take(possible), placeable[:, possible]
 
 
 def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:
