@@ -105,7 +105,7 @@ class StageLines:
         """The lines of some of the strategies."""
         columns = {name: column[rows] for name, column in self.columns.items()}
         slope = {name: _rows(line, rows) for name, line in self.slope.items()}
-        bases = {
+        bases: dict[int, Mapping[str, Line]] = {
             bits: {name: _rows(line, rows) for name, line in base.items()}
             for bits, base in self.bases.items()
         }

@@ -175,7 +175,7 @@ def _sufficient(
             return None
         model = model.take(room.useful)
     placeable = room.placeable
-    possible = placeable.any(axis=0)
+    possible = np.asarray(placeable.any(axis=0))
     if not placeable.any(axis=1).all():
         return None
     return model, ranges.take(possible), placeable[:, possible]
