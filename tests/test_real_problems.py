@@ -16,6 +16,7 @@ from mist.symbolic.load_programs import quiet
 from mist.workflow.planning import Effort, make_plan
 from mist.workflow.request import limits_of, prepare
 from tests.golden import JOBS, ROOT
+from tests.pareto.boundless import boundless
 
 
 @pytest.fixture(autouse=True)
@@ -75,4 +76,6 @@ def test_a_plan_without_bounds_is_byte_identical(
     monkeypatch.setattr(
         "mist.search.stage_frontiers.least_step_s", lambda m, r, stable_s, lone_s: 0 * lone_s
     )
+    monkeypatch.setattr("mist.search.stage_frontiers.capacity", boundless)
+    monkeypatch.setattr("mist.pareto.uniform_layouts.capacity", boundless)
     assert dump_plan(planned(name)) == dump_plan(with_bounds)

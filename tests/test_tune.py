@@ -20,6 +20,7 @@ from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
+from tests.pareto.boundless import boundless
 from tests.toys import toy_graph, toy_job
 
 HOST = 0.5e9
@@ -439,6 +440,8 @@ def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> No
                 "mist.search.stage_frontiers.least_step_s",
                 lambda m, r, stable_s, lone_s: 0 * lone_s,
             )
+            patch.setattr("mist.search.stage_frontiers.capacity", boundless)
+            patch.setattr("mist.pareto.uniform_layouts.capacity", boundless)
             without = tuned(job, SearchSpace(), limit, alternatives=0)
         assert stage_plans(job, with_bounds.best) == stage_plans(job, without.best)
         assert with_bounds.best.step_s == without.best.step_s

@@ -47,7 +47,7 @@ def window(
     """
     if not np.isfinite(step_s):
         return np.ones(len(ranges), dtype=np.bool_)
-    fastest_s, kinds = _fastest_layers(model), kinds_of(model.job, ranges)
+    fastest_s, kinds = fastest_layers(model), kinds_of(model.job, ranges)
     longest_s = step_s * (1 + 1e-9) / model.group.num_micro_batches
     own_s = fastest_s @ kinds
     if alone:
@@ -57,7 +57,7 @@ def window(
     return np.asarray((own_s <= longest_s) & (all_s - own_s <= others_s))
 
 
-def _fastest_layers(model: GroupModel) -> Floats:
+def fastest_layers(model: GroupModel) -> Floats:
     """Seconds of a layer of each kind, kept whole, under the strategy that is fastest at it."""
     terms, kinds = model.strategies.terms, range(model.job.facts.num_kinds)
     return np.array([terms[f"term_{kind}_none_stable_s"].min() for kind in kinds])
@@ -72,7 +72,7 @@ def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Fl
         exit_s = lone_s
     else:
         others = model.job.kind_prefix[:, -1:] - kinds_of(model.job, ranges)
-        others_s = _fastest_layers(model) @ others
+        others_s = fastest_layers(model) @ others
         fill_s = fill_time(stable_s + others_s, chunks=model.group.schedule.vpp)
         exit_s = np.maximum(lone_s, fill_s * (1 - 1e-9))
     return np.asarray((model.group.num_micro_batches - 1) * stable_s + exit_s)

@@ -15,6 +15,7 @@ between such numbers one by one. What fits is always checked, never inferred.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import combinations
@@ -90,19 +91,46 @@ class GroupModel:
         del columns["layers_more"]  # of each range its own: `_held`
         self._names = tuple(columns)
         rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
-        self._places = [tuple(row) for row in rows.tolist()]
+        self._places: list[tuple[float, ...]] = [tuple(map(float, row)) for row in rows.tolist()]
         self._lines: dict[tuple[float, ...], StageLines] = {}
 
     def lines(self, stage: int, place: NodePosition | None = None) -> StageLines:
         """The lines at a position; `place`: where it stands between nodes, of unequal meshes."""
-        position = dict(zip(self._names, map(float, self._places[stage]), strict=True))
+        key = self._places[stage]
         if place is not None:
-            position["prev_crosses_node"] = float(place.prev_crosses)
-            position["next_crosses_node"] = float(place.next_crosses)
-        key = tuple(position.values())
+            borders = {
+                "prev_crosses_node": float(place.prev_crosses),
+                "next_crosses_node": float(place.next_crosses),
+            }
+            key = tuple((dict(zip(self._names, key, strict=True)) | borders).values())
         if key not in self._lines:
-            self._lines[key] = StageLines.of(self.job, self.strategies.terms, position)
+            self._read(list(dict.fromkeys(self._places)) if place is None else [key])
         return self._lines[key]
+
+    def _read(self, places: list[tuple[float, ...]]) -> None:
+        """Lines at several places, as many together as the cache of a processor likes."""
+        each = max(1, _TOGETHER // max(1, len(self.strategies)))
+        for first in range(0, len(places), each):
+            some = places[first : first + each]
+            positions = [dict(zip(self._names, place, strict=True)) for place in some]
+            found = StageLines.of_each(self.job, self.strategies.terms, positions)
+            self._lines |= dict(zip(some, found, strict=True))
+
+    def take(self, rows: NDArray[np.bool_]) -> "GroupModel":
+        """The model of some of the strategies, with the lines that are known."""
+        if rows.all():
+            return self
+        model = copy(self)
+        model.strategies = self.strategies.take(rows)
+        model._lines = {key: lines.take(rows) for key, lines in self._lines.items()}
+        return model
+
+    def under(self, space: SearchSpace) -> "GroupModel":
+        """The model with the memory levels of another space, with the lines that are known."""
+        model = copy(self)
+        levels = levels_under(space, self.group.schedule.kind)
+        model.space = replace(expressible(space, self.job.platform.runtime), levels=levels)
+        return model
 
     @property
     def pairs(self) -> tuple[tuple[MemoryLevel, MemoryLevel], ...]:
@@ -166,7 +194,7 @@ class GroupModel:
         Those that differ only in their micro-batches in flight are computed together: for a
         pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
         """
-        for stages, held in self._together(len(self.strategies) * len(ranges), ranges):
+        for stages, held in self.together(len(self.strategies) * len(ranges), ranges):
             lines = self.lines(int(stages[0]))
             for in_flight, own in self._by_in_flight(lines, held, ranges, limits):
                 yield stages[self._in_flight[stages] == in_flight], own
@@ -192,7 +220,7 @@ class GroupModel:
         """Strategies that do not fit everywhere with all layers at the first level, [K]."""
         num_rows, level = len(self.strategies), self.space.levels[0]
         short = np.zeros(num_rows, dtype=np.bool_)
-        for stages, held in self._together(num_rows * len(ranges), ranges):
+        for stages, held in self.together(num_rows * len(ranges), ranges):
             position = _Position(self, self.lines(int(stages[0])), held, ranges, limits)
             whole = position.whole(level)
             for index, in_flight in enumerate(held.in_flight):
@@ -202,7 +230,7 @@ class GroupModel:
                     short |= ~fits[:, allowed].all(axis=1)
         return short
 
-    def _together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
+    def together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
         """Stages with the same lines, and what is held by those of them that differ, in chunks."""
         for place in dict.fromkeys(self._places):
             stages = np.array([i for i, other in enumerate(self._places) if other == place])
@@ -249,6 +277,7 @@ class GroupModel:
         return _Position(self, self.lines(stage, place), held, ranges, limits)
 
 
+_TOGETHER: Final = 1 << 10  # strategies at places whose lines are read together
 _CHUNK: Final = 1 << 16  # stages computed together: what a processor's cache holds
 
 
@@ -287,6 +316,7 @@ class _Position:
         )
         self._within_caps = np.tile(capped, (len(held.in_flight), 1))
         self._row = np.arange(len(held.in_flight) * lines.slope["stable_s"][0].shape[1])
+        self._allowed: dict[MemoryLevel, NDArray[np.bool_]] = {}
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
 
     def whole(self, level: MemoryLevel) -> Mixes:
@@ -393,9 +423,8 @@ class _Position:
         stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
-        columns: Columns = {"activations": self._away[rows], "schedule": self._schedule}
-        for level in (upper, lower):
-            possible = possible & may_have(level, columns)[:, None]
+        for level in {upper, lower}:
+            possible = possible & self._may_have(level)[rows, None]
         possible = possible & self._within_caps[rows]
         return Mixes(
             upper=upper,
@@ -408,6 +437,13 @@ class _Position:
             host_bytes=host_bytes,
             fits=self._fits(peak_bytes, host_bytes) & possible,
         )
+
+    def _may_have(self, level: MemoryLevel) -> NDArray[np.bool_]:
+        """Rows whose layers may have a level."""
+        if level not in self._allowed:
+            columns: Columns = {"activations": self._away, "schedule": self._schedule}
+            self._allowed[level] = may_have(level, columns)
+        return self._allowed[level]
 
     def _fits(self, peak_bytes: Floats, host_bytes: Floats) -> NDArray[np.bool_]:
         limits = self._limits

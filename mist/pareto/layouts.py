@@ -115,19 +115,18 @@ def _between(job: Job, picked: Sequence[Picked]) -> NDArray[np.float64]:
 
 
 def _choice(pick: Picked, first: int) -> StageChoice:
-    points, p = pick.points, pick.point
-    row = pick.strategies.take(np.array([points.row[p]]))
-    offload = Offload(**{name: float(ratio[0]) for name, ratio in row.offload.items()})
+    points, p, own = pick.points, pick.point, pick.strategies
+    row = int(points.row[p])
     return StageChoice(
         first=first,
         count=pick.count,
         num_devices=pick.num_devices,
-        tp=int(row.tp[0]),
-        dp=int(row.dp[0]),
-        micro_batch=int(row.micro_batch[0]),
-        zero=int(row.zero[0]),
-        dp_replicate=int(row.dp_replicate[0]),
-        offload=offload,
+        tp=int(own.tp[row]),
+        dp=int(own.dp[row]),
+        micro_batch=int(own.micro_batch[row]),
+        zero=int(own.zero[row]),
+        dp_replicate=int(own.dp_replicate[row]),
+        offload=Offload(**{name: float(ratio[row]) for name, ratio in own.offload.items()}),
         upper=points.upper[p],
         lower=points.lower[p],
         num_lower=int(points.num_lower[p]),

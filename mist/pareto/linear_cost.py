@@ -12,13 +12,13 @@ steps. The lines are read off the compiled formulas at a few points, so there is
 `StageLines` holds them and says what any mix of layers costs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mist.pareto.strategies import Floats
 from mist.plans.workload import MemoryLevel
@@ -60,7 +60,7 @@ class StageLines:
     """
 
     job: Job
-    columns: Mapping[str, ArrayLike]
+    columns: Mapping[str, Floats]
     slope: Mapping[str, Line]
     bases: dict[int, Mapping[str, Line]] = field(default_factory=dict)
 
@@ -69,7 +69,23 @@ class StageLines:
         cls, job: Job, terms: Mapping[str, Floats], position: Mapping[str, ArrayLike]
     ) -> "StageLines":
         """Read the lines off the formulas. `terms` [K]; `position`: numbers, nothing of `_HELD`."""
-        columns = {name: np.asarray(term) for name, term in terms.items()} | dict(position)
+        return next(cls.of_each(job, terms, [position]))
+
+    @classmethod
+    def of_each(
+        cls,
+        job: Job,
+        terms: Mapping[str, Floats],
+        positions: Sequence[Mapping[str, ArrayLike]],
+    ) -> Iterator["StageLines"]:
+        """The lines at each of several positions, read off together: numpy's calls take the time.
+
+        `terms` [K]; positions: numbers, nothing of `_HELD`.
+        """
+        size = len(next(iter(terms.values())))
+        columns = {name: np.tile(term, len(positions)) for name, term in terms.items()}
+        for name in positions[0]:
+            columns[name] = np.repeat([float(np.asarray(each[name])) for each in positions], size)
         num_rows = len(LEVELS) * job.facts.num_kinds
         asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
         if job.facts.num_kinds == 1:
@@ -80,8 +96,20 @@ class StageLines:
             name: _line(found[name][:, len(asked) :] - found[name][:, :num_rows])
             for name in OUTPUTS
         }
-        bases = {bits: _bases(found, slope, counts, i) for i, bits in enumerate(asked)}
-        return cls(job=job, columns=columns, slope=slope, bases=bases)
+        bases = dict(zip(asked, _bases(found, slope, counts), strict=True))
+        whole = cls(job=job, columns=columns, slope=slope, bases=bases)
+        for first in range(0, size * len(positions), max(size, 1)):
+            yield whole.take(slice(first, first + size)) if len(positions) > 1 else whole
+
+    def take(self, rows: NDArray[np.bool_] | slice) -> "StageLines":
+        """The lines of some of the strategies."""
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        slope = {name: _rows(line, rows) for name, line in self.slope.items()}
+        bases: dict[int, Mapping[str, Line]] = {
+            bits: {name: _rows(line, rows) for name, line in base.items()}
+            for bits, base in self.bases.items()
+        }
+        return StageLines(job=self.job, columns=columns, slope=slope, bases=bases)
 
     def rise(self, name: str, row: int, held: Held) -> Floats:
         """What one more layer of a row adds, [F K, R]."""
@@ -95,9 +123,14 @@ class StageLines:
         if present not in self.bases:
             counts = _counts(self.job, [present])
             found = _evaluated(self.job, self.columns, counts)
-            self.bases[present] = _bases(found, self.slope, counts, 0)
+            (self.bases[present],) = _bases(found, self.slope, counts)
         fixed, each, _ = self.bases[present][name]
         return np.asarray(fixed + held.in_flight[:, None] * each).ravel()
+
+
+def _rows(line: Line, rows: NDArray[np.bool_] | slice) -> Line:
+    fixed, each, more = (part[..., rows] for part in line)
+    return fixed, each, more
 
 
 def _counts(job: Job, bits: Sequence[int]) -> Floats:
@@ -107,15 +140,25 @@ def _counts(job: Job, bits: Sequence[int]) -> Floats:
 
 
 def _bases(
-    found: Mapping[str, Floats], slope: Mapping[str, Line], counts: Floats, index: int
-) -> Mapping[str, Line]:
-    """What of the outputs at a point the slopes do not account for."""
-    bases: dict[str, Line] = {}
-    for name in OUTPUTS:
-        parts = zip(_line(found[name][:, index]), slope[name], strict=True)
-        fixed, each, more = (part - counts[index] @ rising for part, rising in parts)
-        bases[name] = fixed, each, more
-    return bases
+    found: Mapping[str, Floats], slope: Mapping[str, Line], counts: Floats
+) -> list[Mapping[str, Line]]:
+    """What of the outputs at each of the first points the slopes do not account for."""
+    whole = {
+        name: [
+            part - _sums(counts, rising)
+            for part, rising in zip(_line(found[name][:, : len(counts)]), slope[name], strict=True)
+        ]
+        for name in OUTPUTS
+    }
+    return [
+        {name: (fixed[i], each[i], more[i]) for name, (fixed, each, more) in whole.items()}
+        for i in range(len(counts))
+    ]
+
+
+def _sums(counts: Floats, rising: Floats) -> Floats:
+    """Sums over rows [X] of counts [P, X] times slopes [X, K]; a vector's keeps its rounding."""
+    return counts @ rising if len(counts) > 1 else (counts[0] @ rising)[None]
 
 
 def _line(values: Floats) -> Line:
@@ -133,6 +176,6 @@ def _evaluated(job: Job, columns: Mapping[str, ArrayLike], points: Floats) -> di
     counts = {
         f"{level}_{kind}": points[None, :, index, None] for index, (level, kind) in enumerate(rows)
     }
-    count = 3 if np.max(columns["chunks"]) > 1 else 2
+    count = 3 if np.max(columns["chunks"], initial=1) > 1 else 2
     held = {name: values[:count, None, None] for name, values in _HELD.items()}
     return job.cost.search({**columns, **counts, **held})

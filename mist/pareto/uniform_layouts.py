@@ -4,6 +4,7 @@
 `alike_layouts`: every stage alike in all it does, layers dealt out by the runtime's own rule.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.candidates import GroupModel
+from mist.pareto.capacity import capacity
 from mist.pareto.default_partition import dealt_layers
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_partition import even_split
@@ -25,14 +27,23 @@ Measure = Literal["stable_s", "peak_bytes"]
 
 
 def even_layouts(
-    model: GroupModel, limits: Limits, *, least: Measure = "stable_s"
+    model: GroupModel,
+    limits: Limits,
+    *,
+    least: Measure = "stable_s",
+    within_s: float = math.inf,
 ) -> Iterator[Layout]:
     """For each strategy the layout that uses it in every stage, split so that the worst is best.
 
-    The worst is the slowest stage, or with `least` "peak_bytes" the fullest.
+    The worst is the slowest stage, or with `least` "peak_bytes" the fullest. Those that take longer
+    than `within_s` are left out.
     """
     job, group = model.job, model.group
     ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
+    if within_s < math.inf:
+        model = model.take(capacity(model, ranges, limits, within_s, coarse=True).alone)
+        if not len(model.strategies):
+            return
     tables = _tables(model, ranges, limits)
     picks = _picks(model, tables, ranges, least)
     value = np.stack([value for value, _ in picks], axis=1)
@@ -43,7 +54,9 @@ def even_layouts(
             rows = picks[stage][1][k, column : column + 1]
             points = tables[stage].points(rows, int(column))
             picked.append(_picked(model, int(ranges.count[column]), points))
-        yield layout_of(job, group, picked)
+        layout = layout_of(job, group, picked)
+        if layout.step_s <= within_s:
+            yield layout
 
 
 def _picked(model: GroupModel, count: int, points: Points) -> Picked:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, Shared, solve
 from mist.pareto.bounds import least_step_s, window
 from mist.pareto.candidates import GroupModel, Ties
+from mist.pareto.capacity import capacity
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Layout, Picked, layout_of
@@ -134,6 +135,10 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     short = np.flatnonzero(base.short(ranges, bounds.limits))
     model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
+    sufficient = _sufficient(model, ranges, bounds)
+    if sufficient is None:
+        return
+    model, ranges, placeable = sufficient
     sized = _Sized(size=group.sizes[0], model=model, ranges=ranges)
     for stages, mixes in model.by_place(ranges, bounds.limits):
         table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
@@ -147,12 +152,32 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         known: dict[tuple[bool, bytes], list[_Found]] = {}
         for stage in stages.tolist():
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
+            allowed = allowed & placeable[stage]
             key = (model.is_tied(stage), allowed.tobytes())
             if key not in known:
                 ties = model.ties(stage)
                 known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits, ties))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
+
+
+def _sufficient(
+    model: GroupModel, ranges: Ranges, bounds: Bounds
+) -> tuple[GroupModel, Ranges, NDArray[np.bool_]] | None:
+    """What a plan within the bounds may use: strategies, ranges, and where each may stand [S, R].
+
+    None where no plan is. A coarse look leaves few strategies for the fine one.
+    """
+    for coarse in (True, False):
+        room = capacity(model, ranges, bounds.limits, bounds.step_s, coarse=coarse)
+        if not room.suffices:
+            return None
+        model = model.take(room.useful)
+    placeable = room.placeable
+    possible = np.asarray(placeable.any(axis=0))
+    if not placeable.any(axis=1).all():
+        return None
+    return model, ranges.take(possible), placeable[:, possible]
 
 
 def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:

@@ -215,12 +215,14 @@ def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
     if not model.space.unlike_stages:
         _search_alike(search, visit)
         return []
-    for layout in even_layouts(model, visit.limits) if len(group.sizes) == 1 else ():
-        search.offer(layout, visit)
+    horizon_s = max(search.upper_bound_s, search.horizon_s)
+    if len(group.sizes) == 1:
+        for layout in even_layouts(model, visit.limits, within_s=horizon_s):
+            search.offer(layout, visit)
     if visit.bound_s >= search.upper_bound_s:
         return []
-    search.counts["groups_solved"] += 1
-    problem = _join(search, visit)
+    problem = _join(search, visit, model)
+    search.counts["groups_solved" if problem.num_stages_tried else "groups_pruned"] += 1
     if not problem.num_crowded_out:
         return []
     return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
@@ -232,14 +234,16 @@ def _share(search: _Search, visit: _Visit) -> None:
     A first look lets every stage have all of its node, for which frontiers in time do.
     """
     search.counts["groups_shared"] = search.counts.get("groups_shared", 0) + 1
-    _, found = _joined(search, replace(visit, limits=replace(visit.limits, shares_host=False)))
-    if found is not None:
-        _join(search, visit)
+    group = visit.group
+    model = GroupModel(search.job, group, group.strategies, search.space)
+    alone = replace(visit, limits=replace(visit.limits, shares_host=False))
+    if _joined(search, alone, model)[1] is not None:
+        _join(search, visit, model)
 
 
-def _join(search: _Search, visit: _Visit) -> GroupProblem:
+def _join(search: _Search, visit: _Visit, model: GroupModel) -> GroupProblem:
     """Offer the best layout of a group."""
-    problem, found = _joined(search, visit)
+    problem, found = _joined(search, visit, model)
     if found is not None:
         search.relaxed_s = min(search.relaxed_s, found[1].lower_bound_s)
         search.offer(found[0], visit, found[1].solver)
@@ -247,11 +251,9 @@ def _join(search: _Search, visit: _Visit) -> GroupProblem:
 
 
 def _joined(
-    search: _Search, visit: _Visit
+    search: _Search, visit: _Visit, model: GroupModel
 ) -> tuple[GroupProblem, tuple[Layout, InterStageSolution] | None]:
     """The problem of a group, and what of it beats the best so far."""
-    group = visit.group
-    model = GroupModel(search.job, group, group.strategies, search.space)
     bounds = Bounds(limits=visit.limits, step_s=search.upper_bound_s)
     problem = problem_of(model, bounds, search.store)
     search.count(problem)
@@ -338,15 +340,19 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
     for group in deepest.values():
         levels = levels_under(space, group.schedule.kind)
         whole = [(replace(space, levels=(level,)), anything) for level in levels]
+        model = GroupModel(job, group, group.strategies, space)
         for allowed, within in [*whole, (space, limits)]:
-            model = GroupModel(job, group, group.strategies, allowed)
-            yield from (each for each in _uniform(model, within) if each.step_s <= within_s)
+            yield from _uniform(model.under(allowed), within, within_s=within_s)
 
 
-def _uniform(model: GroupModel, limits: Limits, *, least: Measure = "stable_s") -> Iterator[Layout]:
+def _uniform(
+    model: GroupModel, limits: Limits, *, least: Measure = "stable_s", within_s: float = math.inf
+) -> Iterator[Layout]:
     """Layouts with one strategy for all stages, which a runtime may ask to be alike in all else."""
-    layouts = even_layouts if model.space.unlike_stages else alike_layouts
-    return layouts(model, limits, least=least)
+    if model.space.unlike_stages:
+        return even_layouts(model, limits, least=least, within_s=within_s)
+    found = alike_layouts(model, limits, least=least)
+    return (layout for layout in found if layout.step_s <= within_s)
 
 
 def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:

@@ -1,0 +1,229 @@
+"""The most layers that a stage can hold and still be part of a plan that is fast enough.
+
+A stage with t, u, and at every instant m bytes is part of a plan of step T or less only if, with F
+the least stable time of the layers of the other stages, v chunks and M bytes of memory,
+
+    (G - 1) t + u <= T,    (G - 1) t + (t + F) / v <= T,    m <= M                             (*)
+
+(zero bubble: without the second). The first holds because what stages behind add to filling is not
+negative, the second because a lone micro-batch passes through all stages. All of them are lines in
+the numbers n_x of layers at each level (`mist.pareto.linear_cost`), so each reads
+
+    c_0 + sum_x n_x c_x <= T,    m_0 + sum_x n_x m_x <= M.
+
+Numbers need not be whole for what follows: the time saved by recomputing one byte less is that of
+the edge of the convex envelope on which a fractional knapsack of layers ends. Adding mu >= 0 times
+the second line to the first, with y the layers and r = min_x (c_x + mu m_x),
+
+    y r <= sum_x n_x (c_x + mu m_x) <= T - c_0 + mu (M - m_0).
+
+Any mu is valid, that at which two levels cost the same is the envelope's, 0 and infinity are the
+two lines alone; the least y over mu and over the pairs of lines bounds the layers of the stage, and
+the largest over the strategies and mixes of levels those of the position. Layers of unlike kinds
+count by weight, in seconds of the fastest strategy. A stage has at least one layer at each level of
+a mix, so c_0 and m_0 are those of the mix; of several kinds each level has one kind at least, and
+what a stage has more of only adds to both.
+
+Every plan gives all layers to its positions, so where these capacities do not add up to the layers
+of the model, no plan is fast enough; where they hardly do, each position needs what the others
+cannot take. Nothing is said about host memory: what equal shares keep out must stay in sight.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mist.pareto.bounds import fastest_layers
+from mist.pareto.candidates import GroupModel
+from mist.pareto.layer_ranges import Ranges, kinds_of
+from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
+from mist.pareto.strategies import Floats
+from mist.plans.plan import Limits
+from mist.plans.schedules import SCHEDULES
+
+_SLACK: Final = 1e-9  # above the rounding of the sums that are compared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Capacity:
+    """What each position can take in a plan that is fast enough.
+
+    `most` [S, K]: load of a stage under each strategy, -inf where it has none. `total`: load of all
+    layers; `load` [R]: of each range.
+    """
+
+    most: Floats
+    total: float
+    load: Floats
+
+    @property
+    def suffices(self) -> bool:
+        """Whether the positions can take all layers, each under the strategy that suits it best."""
+        most = self.most.max(axis=1, initial=-np.inf)
+        return bool(most.sum() >= self.total)
+
+    @property
+    def alone(self) -> NDArray[np.bool_]:
+        """Strategies [K] under which all positions together can take all layers."""
+        return np.asarray(self.most.sum(axis=0) >= self.total)
+
+    @property
+    def least(self) -> Floats:
+        """The load that the other positions leave to each of them, [S]."""
+        most = self.most.max(axis=1, initial=-np.inf)
+        return np.asarray(self.total - (most.sum() - most))
+
+    @property
+    def useful(self) -> NDArray[np.bool_]:
+        """Strategies [K] under which some position can take what the others leave to it."""
+        enough = self.most >= np.maximum(self.least, 0.0)[:, None]
+        return np.asarray(enough.any(axis=0))
+
+    @property
+    def placeable(self) -> NDArray[np.bool_]:
+        """Ranges that a position can take and that leave no more than the others can, [S, R]."""
+        most = self.most.max(axis=1, initial=-np.inf)
+        return np.asarray((self.load <= most[:, None]) & (self.load >= self.least[:, None]))
+
+
+def capacity(
+    model: GroupModel, ranges: Ranges, limits: Limits, step_s: float, *, coarse: bool = False
+) -> Capacity:
+    """What the positions of a group can take in a plan no slower than `step_s`.
+
+    `coarse`: positions that differ in their micro-batches in flight are taken for the one of them
+    that holds fewest, which can take most.
+    """
+    layers, fastest_s = model.job.kind_prefix[:, -1], fastest_layers(model)
+    weight = fastest_s if len(layers) > 1 else np.ones(1)
+    load = weight @ kinds_of(model.job, ranges)
+    most = np.full((model.group.num_stages, len(model.strategies)), -np.inf)
+    for stages, held in model.together(len(model.strategies), ranges):
+        knapsack = _Knapsack(
+            model=model,
+            lines=model.lines(int(stages[0])),
+            held=_least(held, coarse=coarse),
+            weight=weight,
+            filled_s=fastest_s,
+        )
+        found = knapsack.most(limits.device_bytes, step_s * (1 + _SLACK))
+        for index, in_flight in enumerate(held.in_flight.tolist()):
+            own = [stage for stage in stages if model.in_flight(stage) == in_flight]
+            most[own] = found[0 if coarse else index]
+    if len(layers) == 1:
+        most = np.floor(most * (1 + _SLACK))
+    most = np.minimum(most, load.max(initial=-np.inf))
+    most[most < load.min(initial=np.inf) * (1 - _SLACK)] = -np.inf
+    return Capacity(
+        most=most, total=float(weight @ layers) * (1 - 2 * _SLACK), load=load * (1 - _SLACK)
+    )
+
+
+def _least(held: Held, *, coarse: bool) -> Held:
+    """The least that an average layer holds in any range, [F, 1]; of the first position only."""
+    more = held.layers_more.min(axis=1, keepdims=True)
+    if not coarse:
+        return replace(held, layers_more=more)
+    return Held(in_flight=held.in_flight[:1], layers_more=more.min(keepdims=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Budget:
+    """c_0 [P, N] and c_x per load [P, X, N] of N stages under P mixes, and what they may come to.
+
+    x: the kinds at the upper level of a mix, then those at the lower one.
+    """
+
+    base: Floats
+    rates: Floats
+    limit: float
+
+    def load(self) -> Floats:
+        """What the line alone allows, [P, N]."""
+        return _quotient(self.limit - self.base, self.rates.min(axis=1))
+
+    def load_beside(self, bytes_: "_Budget") -> Floats:
+        """What this time and bytes allow together, [P, N]: both levels of a mix cost the same."""
+        most = np.full(self.base.shape, np.inf)
+        half = self.rates.shape[1] // 2
+        for kind in range(half):
+            slower = self.rates[:, half + kind] - self.rates[:, kind]
+            saved = bytes_.rates[:, kind] - bytes_.rates[:, half + kind]
+            price = np.zeros(slower.shape)
+            np.divide(slower, saved, out=price, where=(slower > 0) & (saved > 0))
+            room = self.limit - self.base + price * (bytes_.limit - bytes_.base)
+            rate = (self.rates + price[:, None] * bytes_.rates).min(axis=1)
+            most = np.minimum(most, _quotient(room, rate))
+        return most
+
+
+def _quotient(room: Floats, rate: Floats) -> Floats:
+    """Room over rate; none where there is no room, any load where it costs nothing."""
+    most = np.full(room.shape, np.inf)
+    np.divide(room, rate, out=most, where=rate > 0)
+    most[room < 0] = -np.inf
+    return most
+
+
+class _Knapsack:
+    """The stages of one kind of position: K strategies for each of F micro-batches in flight."""
+
+    def __init__(
+        self, model: GroupModel, lines: StageLines, held: Held, weight: Floats, filled_s: Floats
+    ) -> None:
+        """`weight` [Q]: load of a layer of each kind; `filled_s` [Q]: seconds of the fastest."""
+        self._model, self._lines, self._held = model, lines, held
+        self._weight, self._filled_s = weight, filled_s
+        levels = model.space.levels
+        mixes = [*((level, level) for level in levels), *model.pairs]
+        self._mixes = np.array([[levels.index(level) for level in mix] for mix in mixes]).T
+
+    def most(self, device_bytes: float, step_s: float) -> Floats:
+        """The load, [F, K]."""
+        bytes_ = list(self._bytes(device_bytes)) if np.isfinite(device_bytes) else []
+        found = [each.load() for each in bytes_]
+        for times in self._times(step_s):
+            found += [times.load(), *(times.load_beside(each) for each in bytes_)]
+        most = np.min(found, axis=0).max(axis=0, initial=-np.inf)
+        return np.asarray(most.reshape(len(self._held.in_flight), -1))
+
+    def _bytes(self, device_bytes: float) -> Iterator[_Budget]:
+        weight = np.tile(self._weight, 2)[None, :, None]
+        for name in instants(self._model.job.platform.runtime):
+            base, rates = self._output(name)
+            yield _Budget(base=base, rates=rates / weight, limit=device_bytes)
+
+    def _times(self, step_s: float) -> Iterator[_Budget]:
+        group, all_layers = self._model.group, self._model.job.kind_prefix[:, -1]
+        rounds, chunks = group.num_micro_batches - 1, group.schedule.vpp
+        stable_s, stable_rates = self._output("stable_s")
+        lone_s, lone_rates = self._output("lone_s")
+        weight = np.tile(self._weight, 2)[None, :, None]
+        rates = (rounds * stable_rates + lone_rates) / weight
+        yield _Budget(base=rounds * stable_s + lone_s, rates=rates, limit=step_s)
+        if not SCHEDULES[group.schedule.kind].splits_backward:
+            filled_s, share = np.tile(self._filled_s, 2)[None, :, None], rounds + 1 / chunks
+            base = share * stable_s + float(self._filled_s @ all_layers) / chunks
+            rates = (share * stable_rates - filled_s / chunks) / weight
+            yield _Budget(base=base, rates=rates, limit=step_s)
+
+    def _output(self, name: str) -> tuple[Floats, Floats]:
+        """What an output has on top of its layers, and for each of them."""
+        levels, num_kinds = self._model.space.levels, len(self._weight)
+        rows = np.array([LEVELS.index(level) for level in levels])[:, None] * num_kinds
+        rows = rows + np.arange(num_kinds)
+        rises = [[self._lines.rise(name, row, self._held)[:, 0] for row in own] for own in rows]
+        upper, lower = self._mixes
+        rates = np.concatenate([np.array(rises)[upper], np.array(rises)[lower]], axis=1)
+        if num_kinds == 1:
+            bits = 1 << rows[:, 0]
+            mixes = (bits[upper] | bits[lower]).tolist()
+            return np.stack([self._lines.base(name, mix, self._held) for mix in mixes]), rates
+        alone = [
+            np.min([self._lines.base(name, 1 << row, self._held) for row in own], axis=0)
+            for own in rows.tolist()
+        ]
+        return np.maximum(np.array(alone)[upper], np.array(alone)[lower]), rates
