@@ -22,7 +22,7 @@ from mist.errors import Infeasible
 from mist.pareto.layouts import stage_plans
 from mist.pareto.strategies import expressible
 from mist.plans.breakdown import layout_words
-from mist.plans.plan import Limits
+from mist.plans.plan import Layout, Limits
 from mist.plans.search_space import PAPER_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import Attention, MemoryLevel
 from mist.search.tune import tune
@@ -134,7 +134,13 @@ def best_of(job: Job, limits: Limits, space: SearchSpace) -> Found:
     except Infeasible:
         return NOTHING
     best = found.best
-    words = layout_words(stage_plans(job, best), best.num_micro_batches, best.schedule)
+    words = layout_words(
+        Layout(
+            stages=stage_plans(job, best),
+            num_micro_batches=best.num_micro_batches,
+            schedule=best.schedule,
+        )
+    )
     return Found(step_s=best.step_s, words=words)
 
 

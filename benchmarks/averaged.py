@@ -19,7 +19,7 @@ from paper_models import SIZES, machine, paper_question, prepared
 from mist.milp import InterStageProblem, solve
 from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
-from mist.pareto.layouts import Layout, Picked, layout_of, stage_plans
+from mist.pareto.layouts import Picked, PricedLayout, layout_of, plain_layout
 from mist.pareto.strategies import groups
 from mist.plans.breakdown import layout_words
 from mist.plans.plan import Limits
@@ -45,7 +45,7 @@ def averaged(problem: InterStageProblem) -> tuple[InterStageProblem, list[int]]:
     return replace(problem, cells=tuple(cells)), points
 
 
-def picked(found: GroupProblem, best_s: float) -> tuple[float, Layout] | None:
+def picked(found: GroupProblem, best_s: float) -> tuple[float, PricedLayout] | None:
     """The layout of a group that looks faster than `best_s`, and how fast it looks."""
     problem, points = averaged(found.problem)
     solution = solve(problem, upper_bound_s=best_s, method="dp")
@@ -63,7 +63,7 @@ def picked(found: GroupProblem, best_s: float) -> tuple[float, Layout] | None:
     return solution.step_s, layout_of(found.model.job, found.model.group, stages)
 
 
-def unaware(job: Job, limits: Limits, longest_s: float) -> Layout:
+def unaware(job: Job, limits: Limits, longest_s: float) -> PricedLayout:
     """The layout that looks best where micro-batches are taken to be alike."""
     looks_s, best, store = np.inf, None, CellStore()
     for group in groups(job, SPACE):
@@ -85,10 +85,7 @@ def row(setting: Setting) -> str:
     job, limits = prepared(asked)
     aware = tune(job, SPACE, limits=limits, num_alternatives=0, progress=quiet, method="dp").best
     naive = unaware(job, limits, REACH * aware.step_s)
-    words = [
-        layout_words(stage_plans(job, layout), layout.num_micro_batches)
-        for layout in (aware, naive)
-    ]
+    words = [layout_words(plain_layout(job, layout)) for layout in (aware, naive)]
     return (
         f"| {setting.words} | {aware.step_s:.4g} | {naive.step_s:.4g} "
         f"| {naive.step_s / aware.step_s:.3f} | {' | '.join(words)} |"

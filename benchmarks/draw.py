@@ -16,7 +16,7 @@ from mist.exec.build.adamw import Settings
 from mist.exec.build.empty_weights import load
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import assemble, initialise, subject_of
-from mist.exec.dryrun.dry_run import pretended
+from mist.exec.dryrun.dry_run import fake_process_group
 from mist.units import GIB, format_bytes
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
@@ -39,7 +39,7 @@ def main() -> None:
     )
     plan = check_layout(question, HandLayout(zero=3)).plan
     loaded = load(model, plan.workload.attention)
-    with pretended(0, int(num_ranks)):
+    with fake_process_group(0, int(num_ranks)):
         subject = subject_of(loaded, examine(loaded, SEQ_LEN), plan)
         parallel = assemble(subject, plan, torch.device("cpu"), Settings())
         states = [tensor for each in parallel.states(on_host=False).values() for tensor in each]

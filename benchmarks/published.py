@@ -16,7 +16,7 @@ from typing import Final
 from paper_models import SIZES, gpt, machine, paper_question, prepared, write_config
 
 from mist.plans.file import save_plan
-from mist.plans.plan import DEFAULT_SCHEDULE, Offload, StagePlan
+from mist.plans.plan import Layout, Offload, StagePlan
 from mist.plans.search_space import SPACES
 from mist.plans.workload import Attention, MemoryLevel
 from mist.search.tune import tune
@@ -24,7 +24,7 @@ from mist.symbolic.estimate import estimate
 from mist.symbolic.load_programs import quiet
 from mist.units import GIB
 from mist.workflow.checking import Checked, check_plan
-from mist.workflow.request import Made, Question, unsearched_plan
+from mist.workflow.request import Question, unsearched_plan
 
 FLASH, MATH = Attention.FLASH, Attention.MATH
 
@@ -150,14 +150,10 @@ def checked(plan: Published, folder: Path) -> Checked:
     """What `mist check` says of it, with the whole memory of the device for the plan."""
     asked = replace(question_of(plan), model=write_config(gpt(plan.size), folder))
     job, _ = prepared(question_of(plan))
-    made = Made(
-        stages=tuple(stages_of(plan)),
-        num_micro_batches=plan.num_micro_batches,
-        schedule=DEFAULT_SCHEDULE,
-    )
-    judged = estimate(job, made.stages, made.num_micro_batches)
+    layout = Layout(stages=tuple(stages_of(plan)), num_micro_batches=plan.num_micro_batches)
+    judged = estimate(job, layout)
     path = folder / "plan.yaml"
-    save_plan(unsearched_plan(job, asked, made, judged), path)
+    save_plan(unsearched_plan(job, asked, layout, judged), path)
     return check_plan(path, margin_ratio=0.0)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.plans.plan import Offload, Schedule, StagePlan
+from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.cluster import Collective
@@ -52,7 +52,7 @@ def test_model_flop_is_six_per_parameter_and_token() -> None:
 
 def test_step_is_micro_batches_times_stable_plus_delta_without_a_pipeline() -> None:
     job = toy_job(num_gpus=8)
-    judged = estimate(job, stages_of(job, 1), 8)
+    judged = estimate(job, Layout(stages=stages_of(job, 1), num_micro_batches=8))
     (stage,) = judged.stages
     assert judged.step_s == pytest.approx(8 * stage.stable_s + stage.delta_s, rel=1e-5)
     assert judged.bubble_s == 0.0
@@ -62,7 +62,7 @@ def test_step_is_micro_batches_times_stable_plus_delta_without_a_pipeline() -> N
 def test_bubble_is_that_of_1f1b() -> None:
     """Equal stages: the bubble is (S - 1) t (Narayanan et al., SC'21), here up to the ends."""
     job = toy_job(toy_graph((64,), vocab=64), num_gpus=4)
-    judged = estimate(job, stages_of(job, 4), 64)
+    judged = estimate(job, Layout(stages=stages_of(job, 4), num_micro_batches=64))
     stable_s = max(stage.stable_s for stage in judged.stages)
     assert judged.bubble_s == pytest.approx(3 * stable_s, rel=0.05)  # ends lack one transfer
 
@@ -81,7 +81,10 @@ def test_chunks_divide_the_bubble(chunks: int) -> None:
     """Narayanan et al. (SC'21), section 2.2: (S - 1) t / v with v chunks."""
     job = toy_job(toy_graph((64,), vocab=64), num_gpus=4)
     schedule = Schedule(kind=ScheduleKind.INTERLEAVED, vpp=chunks)
-    judged = estimate(job, chunked(stages_of(job, 4), chunks), 64, schedule)
+    judged = estimate(
+        job,
+        Layout(stages=chunked(stages_of(job, 4), chunks), num_micro_batches=64, schedule=schedule),
+    )
     stable_s = max(stage.stable_s for stage in judged.stages)
     assert judged.bubble_s == pytest.approx(3 * stable_s / chunks, rel=0.05)
 
@@ -106,7 +109,9 @@ def test_weight_gradients_fill_the_bubble() -> None:
     """ZB-H1 (Qi et al. 2024, table 1): (S - 1) (F + B - W) = (S - 1) (t - 2 W)."""
     job = toy_job(toy_graph((64,), hidden=8192, vocab=64), num_gpus=4)
     schedule = Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)
-    judged = estimate(job, stages_of(job, 4), 64, schedule)
+    judged = estimate(
+        job, Layout(stages=stages_of(job, 4), num_micro_batches=64, schedule=schedule)
+    )
     tokens = 2048
     products = [(1, 8192, 4 * 8192, tokens), (1, 4 * 8192, 8192, tokens)]
     weight_s = 16 * sum(float(job.laws.gemm_s(*dims)) for dims in products)
@@ -135,7 +140,9 @@ def test_activations_are_held_by_schedule(
     vocab, tokens, num_layers = 8192, 2048, 16
     job = toy_job(toy_graph((64,), vocab=vocab), num_gpus=4)
     stages = chunked(stages_of(job, 4), chunks)
-    judged = estimate(job, stages, 64, Schedule(kind=kind, vpp=chunks)).stages
+    judged = estimate(
+        job, Layout(stages=stages, num_micro_batches=64, schedule=Schedule(kind=kind, vpp=chunks))
+    ).stages
     layers = num_layers * 2 * tokens * (1024 + 1024 + 4096) + chunks * 2 * tokens * 1024
     ends = [embed, 0, 0, head]
     for stage, count, end in zip(judged, held, ends, strict=True):
@@ -152,7 +159,9 @@ def test_activations_wait_under_zero_bubble() -> None:
     vocab, tokens, num_layers = 8192, 2048, 16
     job = toy_job(toy_graph((64,), vocab=vocab), num_gpus=4)
     schedule = Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)
-    judged = estimate(job, stages_of(job, 4), 64, schedule).stages
+    judged = estimate(
+        job, Layout(stages=stages_of(job, 4), num_micro_batches=64, schedule=schedule)
+    ).stages
     layer, loss = 2 * tokens * (1024 + 1024 + 4096), 4 * tokens * vocab
     for i, stage in enumerate(judged):
         activations = 4 * (num_layers * layer + 2 * tokens * 1024) + i * num_layers * layer
@@ -164,27 +173,34 @@ def test_activations_wait_under_zero_bubble() -> None:
 
 def test_mfu_is_model_flop_over_peak() -> None:
     job = toy_job(num_gpus=8)
-    judged = estimate(job, stages_of(job, 1), 8)
+    judged = estimate(job, Layout(stages=stages_of(job, 1), num_micro_batches=8))
     assert judged.mfu == pytest.approx(model_flop(job) / judged.step_s / (8 * 989e12), rel=1e-5)
 
 
 def test_recomputation_trades_memory_for_time() -> None:
     job = toy_job(num_gpus=8)
-    kept, recomputed = (estimate(job, stages_of(job, 1, full=full), 8) for full in (0, 8))
+    kept, recomputed = (
+        estimate(job, Layout(stages=stages_of(job, 1, full=full), num_micro_batches=8))
+        for full in (0, 8)
+    )
     assert recomputed.stages[0].peak_bytes < kept.stages[0].peak_bytes
     assert recomputed.step_s > kept.step_s
     assert kept.stages[0].time_parts_s["recompute"] == 0.0
 
 
 def test_figures_are_rounded_to_six_digits() -> None:
-    judged = estimate(toy_job(num_gpus=8), stages_of(toy_job(num_gpus=8), 1), 8)
+    judged = estimate(
+        toy_job(num_gpus=8), Layout(stages=stages_of(toy_job(num_gpus=8), 1), num_micro_batches=8)
+    )
     assert judged.step_s == float(f"{judged.step_s:.6g}")
     assert judged.stages[0].usable_bytes > judged.stages[0].peak_bytes
     assert "data loading" in judged.not_modelled[0]
 
 
 def test_how_operations_are_priced_is_told_of_one_node() -> None:
-    judged = estimate(toy_job(num_gpus=8), stages_of(toy_job(num_gpus=8), 1), 8)
+    judged = estimate(
+        toy_job(num_gpus=8), Layout(stages=stages_of(toy_job(num_gpus=8), 1), num_micro_batches=8)
+    )
     assert [(row.what, row.how) for row in judged.op_costs] == [
         ("matrix products", "law"),
         ("attention forward", "law"),
@@ -217,7 +233,8 @@ def test_only_collectives_of_the_layout_are_told_to_leave_their_table(
     }
     platform = replace(job.platform, cluster=replace(cluster, tables=tables))
     judged = estimate(
-        make_job(job.programs, platform, job.workload), stages_of(job, 1, zero=zero), 8
+        make_job(job.programs, platform, job.workload),
+        Layout(stages=stages_of(job, 1, zero=zero), num_micro_batches=8),
     )
     ratios = {"125.0 MiB": "x125.0", "62.5 MiB": "x62.5"}
     assert sorted(judged.extrapolated) == sorted(
@@ -235,12 +252,14 @@ def test_unlike_neighbours_wait_for_the_larger_transfer() -> None:
     narrow = replace(like[1], dp=1, tp=4, sp=True, micro_batch=4)
     edge = float(job.laws.p2p_s(2 * 2048 * 1024, 0))  # bf16, sequence, hidden, in a node
     for second in (wide, narrow):
-        judged = estimate(job, (like[0], second), 16)
+        judged = estimate(job, Layout(stages=(like[0], second), num_micro_batches=16))
         sent = [stage.time_parts_s["p2p"] for stage in judged.stages]
         assert sent == [pytest.approx(edge, rel=1e-5)] * 2
     pair = stages_of(job, 2, zero=1)
     deep = (replace(pair[0], dp=2, tp=2, sp=True, micro_batch=2), replace(pair[1], dp=4, tp=1))
-    assert estimate(job, deep, 16).stages[0].time_parts_s["p2p"] == pytest.approx(edge, rel=1e-5)
+    assert estimate(job, Layout(stages=deep, num_micro_batches=16)).stages[0].time_parts_s[
+        "p2p"
+    ] == pytest.approx(edge, rel=1e-5)
 
 
 def test_the_slower_side_sets_the_pace_of_both() -> None:

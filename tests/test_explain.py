@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.plans.breakdown import PART_NAMES, layout_words, losing_reason, overflow, step_parts
-from mist.plans.plan import Offload, Schedule
+from mist.plans.plan import Layout, Offload, Schedule
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.symbolic.program import TIME_PARTS
 from mist.units import GIB
@@ -65,13 +65,16 @@ def test_why_a_layout_loses(changes: dict[str, float], words: str) -> None:
 
 
 def test_a_layout_in_words() -> None:
-    assert layout_words([stage_plan()], 8) == "pp1 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed"
+    assert (
+        layout_words(Layout(stages=[stage_plan()], num_micro_batches=8))
+        == "pp1 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed"
+    )
 
 
 def test_a_layout_of_unequal_stages_in_words() -> None:
     levels = {MemoryLevel.NONE: 4, MemoryLevel.FULL: 2}
     second = stage_plan(first=8, count=6, device=4, zero=3, tp=1, dp=4, memory=levels)
-    assert layout_words([stage_plan(), second], 8) == (
+    assert layout_words(Layout(stages=[stage_plan(), second], num_micro_batches=8)) == (
         "pp2 dp2+4 tp2+1 zero1+3 mb2 x8, 1+2 of 8+6 layers recomputed"
     )
 
@@ -82,7 +85,13 @@ def test_a_selective_level_a_schedule_and_offloads_in_words() -> None:
         stage_plan(memory=levels, offload=Offload(optimizer=0.5, activations=0.375)),
         stage_plan(first=8, device=4, offload=Offload(optimizer=0.5, activations=1.0)),
     ]
-    assert layout_words(stages, 8, Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1)) == (
+    assert layout_words(
+        Layout(
+            stages=stages,
+            num_micro_batches=8,
+            schedule=Schedule(kind=ScheduleKind.ZERO_BUBBLE, vpp=1),
+        )
+    ) == (
         "pp2 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed, 4+0 selectively, zero-bubble, "
         "offloaded: optimizer 50 %, activations 38+100 %"
     )
@@ -92,15 +101,29 @@ def test_chunks_in_words() -> None:
     stages = [stage_plan(), stage_plan(first=8, device=4)]
     chunks = Schedule(kind=ScheduleKind.INTERLEAVED, vpp=4)
     line = "pp2 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed"
-    assert layout_words(stages, 8, chunks) == f"{line}, interleaved of 4 chunks"
-    assert layout_words(stages, 8, Schedule(kind=ScheduleKind.GPIPE, vpp=1)) == f"{line}, gpipe"
-    assert layout_words(stages, 8) == line
+    assert (
+        layout_words(Layout(stages=stages, num_micro_batches=8, schedule=chunks))
+        == f"{line}, interleaved of 4 chunks"
+    )
+    assert (
+        layout_words(
+            Layout(
+                stages=stages,
+                num_micro_batches=8,
+                schedule=Schedule(kind=ScheduleKind.GPIPE, vpp=1),
+            )
+        )
+        == f"{line}, gpipe"
+    )
+    assert layout_words(Layout(stages=stages, num_micro_batches=8)) == line
 
 
 def test_one_stage_has_no_schedule_to_tell() -> None:
     offload = Offload(weights=1.0, grads=1.0, optimizer=0.004)  # the last rounds to nothing
     schedule = Schedule(kind=ScheduleKind.GPIPE, vpp=1)
-    assert layout_words([stage_plan(offload=offload)], 8, schedule) == (
+    assert layout_words(
+        Layout(stages=[stage_plan(offload=offload)], num_micro_batches=8, schedule=schedule)
+    ) == (
         "pp1 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed, offloaded: weights 100 %, grads 100 %"
     )
 
@@ -108,12 +131,14 @@ def test_one_stage_has_no_schedule_to_tell() -> None:
 def test_copies_of_the_states_in_words() -> None:
     stage = stage_plan(devices=(0, 8), dp=4, dp_replicate=2)
     line = "pp1 dp4 replicate2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed"
-    assert layout_words([stage], 8) == line
+    assert layout_words(Layout(stages=[stage], num_micro_batches=8)) == line
 
 
 def test_long_runs_of_equal_stages_are_counted() -> None:
     stages = [stage_plan(first=8 * i, device=4 * i, zero=3 if i == 0 else 2) for i in range(5)]
-    assert layout_words(stages, 8) == ("pp5 dp2 tp2 zero3+4*2 mb2 x8, 1 of 8 layers recomputed")
+    assert layout_words(Layout(stages=stages, num_micro_batches=8)) == (
+        "pp5 dp2 tp2 zero3+4*2 mb2 x8, 1 of 8 layers recomputed"
+    )
 
 
 def test_a_stage_that_does_not_fit_in_words() -> None:

@@ -13,7 +13,7 @@ from mist.pareto.least_memory import leanest
 from mist.pareto.strategies import divisors
 from mist.plans.file import dump_plan
 from mist.plans.objectives import Candidate, chosen
-from mist.plans.plan import Estimate, StagePlan
+from mist.plans.plan import Estimate, Layout, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import MemoryLevel, Objective, ScheduleKind
 from mist.platform.profiles import load_cluster
@@ -47,7 +47,9 @@ def held(job: Job, options: list[StagePlan], pp: int, g: int, position: int) -> 
     for option in options:
         other = replace(option, devices=((1 - position) * option.devices[1], option.devices[1]))
         pipeline = (option, other) if position == 0 else (other, option)
-        columns = stage_outputs(job, pipeline[:pp], g, SCHEDULES[1][0])
+        columns = stage_outputs(
+            job, Layout(stages=pipeline[:pp], num_micro_batches=g, schedule=SCHEDULES[1][0])
+        )
         found.append([columns[name][position] for name in ("peak_bytes", "host_bytes")])
     return np.array(found).reshape(-1, 2).T
 

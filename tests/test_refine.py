@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.pareto.layouts import Layout, stage_plans
-from mist.plans.plan import Limits, fullest_host_bytes
+from mist.pareto.layouts import PricedLayout, plain_layout, stage_plans
+from mist.plans.plan import Layout, Limits, fullest_host_bytes
 from mist.plans.schedules import step_time
 from mist.plans.search_space import NO_RATIOS, PAPER_RATIOS, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
@@ -24,7 +24,7 @@ def tuned(job: Job, space: SearchSpace, limits: Limits = LIMITS) -> Tuned:
     return tune(job, space, limits=limits, num_alternatives=0, progress=lambda _: None)
 
 
-def fastest(job: Job, layout: Layout, limits: Limits) -> float:
+def fastest(job: Job, layout: PricedLayout, limits: Limits) -> float:
     """Of one stage, with every 64th of the optimizer states and every mix of levels."""
     (plan,), (stage,) = stage_plans(job, layout), layout.stages
     best = np.inf
@@ -39,7 +39,12 @@ def fastest(job: Job, layout: Layout, limits: Limits) -> float:
             memory=dict(zip(MemoryLevel, mix, strict=True)),
             offload=replace(plan.offload, optimizer=sixty_fourths / 64),
         )
-        found = stage_outputs(job, (own,), layout.num_micro_batches, layout.schedule)
+        found = stage_outputs(
+            job,
+            Layout(
+                stages=(own,), num_micro_batches=layout.num_micro_batches, schedule=layout.schedule
+            ),
+        )
         fits = found["peak_bytes"][0] <= limits.device_bytes
         if fits and found["host_bytes"][0] <= limits.host_bytes:
             step_s = step_time(layout.num_micro_batches, found["stable_s"], found["lone_s"])
@@ -77,7 +82,10 @@ def test_is_never_slower_and_fits(seed: int) -> None:
     steps = []
     for best in (coarse.best, fine.best):
         plans, per_node = stage_plans(job, best), job.platform.gpus_per_node
-        judged = estimate(job, plans, best.num_micro_batches, best.schedule)
+        judged = estimate(
+            job,
+            replace(plain_layout(job, best), stages=plans),
+        )
         held_bytes = [stage.host_bytes for stage in judged.stages]
         assert fullest_host_bytes(plans, held_bytes, per_node) <= 1e9 * per_node + 1
         assert all(stage.peak_bytes <= limits.device_bytes + 1 for stage in judged.stages)

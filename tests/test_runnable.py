@@ -16,7 +16,7 @@ import pytest
 
 from mist.errors import Infeasible, InputError
 from mist.model.summary import LayerRun, ModelFacts, TpLimit
-from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.plan import Limits, Plan
 from mist.plans.search_space import SPACES, SearchSpace
 from mist.plans.workload import Precision, ScheduleKind
@@ -29,7 +29,7 @@ from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job, make_job
 from mist.symbolic.program import ModelPrograms
 from mist.workflow.plan_against_job import plan_against
-from mist.workflow.request import Made, Question, unsearched_plan
+from mist.workflow.request import Question, unsearched_plan
 from tests import framework_rules
 from tests.toys import toy_graph, toy_programs, toy_workload
 
@@ -101,7 +101,7 @@ def spaced(rng: np.random.Generator, job: Job) -> SearchSpace:
     return space
 
 
-def layouts(case: Case) -> tuple[Layout, ...]:
+def layouts(case: Case) -> tuple[PricedLayout, ...]:
     """The plan and its alternatives; none where nothing fits or the space is empty."""
     try:
         least = smallest_peak(case.job, case.space, host_bytes=HOST).peak_bytes
@@ -114,15 +114,13 @@ def layouts(case: Case) -> tuple[Layout, ...]:
     return (found.best, *found.others)
 
 
-def plan_of(job: Job, layout: Layout) -> Plan:
+def plan_of(job: Job, layout: PricedLayout) -> Plan:
     """A layout as `mist plan` writes it."""
-    stages = stage_plans(job, layout)
-    judged = estimate(job, stages, layout.num_micro_batches, layout.schedule)
-    made = Made(stages=stages, num_micro_batches=layout.num_micro_batches, schedule=layout.schedule)
+    plain = plain_layout(job, layout)
     question = Question(
         model="toy.py", num_gpus=job.platform.num_gpus, runtime=job.platform.runtime.name
     )
-    return unsearched_plan(job, question, made, judged)
+    return unsearched_plan(job, question, plain, estimate(job, plain))
 
 
 def judge(cases: Iterator[Case]) -> Counter[str]:

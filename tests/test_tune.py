@@ -12,9 +12,9 @@ import pytest
 from mist.errors import Infeasible, InputError
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import layer_ranges
-from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.layouts import PricedLayout, stage_plans
 from mist.pareto.strategies import divisors, groups, offloading
-from mist.plans.plan import Limits, Offload, Schedule, StagePlan
+from mist.plans.plan import Layout, Limits, Offload, Schedule, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace, narrowed
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
@@ -141,7 +141,10 @@ def fastest_pipeline(
                 continue
             if job.facts.tied and not shares_ends(stages):
                 continue
-            best = min(best, estimate(job, stages, g, schedule).step_s)
+            best = min(
+                best,
+                estimate(job, Layout(stages=stages, num_micro_batches=g, schedule=schedule)).step_s,
+            )
     return best
 
 
@@ -175,7 +178,9 @@ def peak_and_host(
     position = stage.devices[0] // stage.devices[1]
     other = replace(stage, devices=((1 - position) * stage.devices[1], stage.devices[1]))
     pipeline = (stage, other) if position == 0 else (other, stage)
-    judged = estimate(job, pipeline[:pp], g, schedule).stages[position]
+    judged = estimate(
+        job, Layout(stages=pipeline[:pp], num_micro_batches=g, schedule=schedule)
+    ).stages[position]
     return judged.peak_bytes, judged.host_bytes
 
 
@@ -188,7 +193,14 @@ def job_of(counts: tuple[int, ...], num_gpus: int, global_batch: int) -> Job:
 def confirm(job: Job, found: Tuned, limit: float) -> None:
     """The winner is what its estimate says, and its proof holds."""
     best = found.best
-    judged = estimate(job, stage_plans(job, best), best.num_micro_batches, best.schedule)
+    judged = estimate(
+        job,
+        Layout(
+            stages=stage_plans(job, best),
+            num_micro_batches=best.num_micro_batches,
+            schedule=best.schedule,
+        ),
+    )
     assert judged.step_s == pytest.approx(best.step_s, rel=1e-5)
     assert max(stage.peak_bytes for stage in judged.stages) <= limit * (1 + 1e-9)
     assert found.lower_bound_s <= best.step_s <= found.lower_bound_s * (1 + 1e-6)
@@ -321,13 +333,13 @@ def fastest_unequal(job: Job, space: SearchSpace, limit: float) -> float:
                     if len(others) == 3 and peak_of(job, others, position, o, g) <= limit
                 ])  # fmt: skip
             for stages in itertools.product(*fitting):
-                best = min(best, estimate(job, stages, g).step_s)
+                best = min(best, estimate(job, Layout(stages=stages, num_micro_batches=g)).step_s)
     return best
 
 
 def peak_of(job: Job, others: list[StagePlan], position: int, stage: StagePlan, g: int) -> float:
     stages = [stage if i == position else other for i, other in enumerate(others)]
-    return estimate(job, stages, g).stages[position].peak_bytes
+    return estimate(job, Layout(stages=stages, num_micro_batches=g)).stages[position].peak_bytes
 
 
 @pytest.mark.parametrize("limit", [0.45e9, 0.6e9, pytest.param(8e9, marks=pytest.mark.slow)])
@@ -346,7 +358,7 @@ def test_unequal_meshes_equal_exhaustive_search(limit: float) -> None:
     found = tuned(job, space, limit)
     stages = stage_plans(job, found.best)
     assert sorted(stage.devices[1] for stage in stages) == [1, 1, 2]
-    judged = estimate(job, stages, found.best.num_micro_batches)
+    judged = estimate(job, Layout(stages=stages, num_micro_batches=found.best.num_micro_batches))
     assert judged.step_s == pytest.approx(found.best.step_s, rel=1e-5)
     assert found.lower_bound_s <= want * (1 + 1e-5)
     assert judged.step_s == pytest.approx(want, rel=1e-3)  # transfers of unlike stages, in the gap
@@ -420,7 +432,7 @@ def test_smallest_peak_is_what_no_layout_undercuts() -> None:
         ]
         for _ in range(60 if all(options) else 0):
             stages = tuple(own[rng.integers(len(own))] for own in options)
-            judged = estimate(job, stages, g)
+            judged = estimate(job, Layout(stages=stages, num_micro_batches=g))
             assert max(s.peak_bytes for s in judged.stages) >= found.peak_bytes * (1 - 1e-9)
 
 
@@ -456,7 +468,7 @@ def test_a_search_that_is_cut_short_says_how_good_it_is() -> None:
     cut = tuned(job, SearchSpace(), 1.3e9, is_late=lambda: True)
     assert cut.statistics["groups_left"] > 0 == whole.statistics["groups_left"]
     assert cut.lower_bound_s <= whole.best.step_s <= cut.best.step_s
-    assert isinstance(cut.best, Layout)
+    assert isinstance(cut.best, PricedLayout)
 
 
 def test_ctrl_c_gives_the_best_so_far() -> None:
@@ -520,7 +532,14 @@ def test_the_cloud_of_pipelines_is_of_the_schedules_that_are_searched() -> None:
     kinds = {ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE}
     assert {point.schedule.kind for point in points} == kinds
     for point in points:
-        judged = estimate(job, stage_plans(job, point), point.num_micro_batches, point.schedule)
+        judged = estimate(
+            job,
+            Layout(
+                stages=stage_plans(job, point),
+                num_micro_batches=point.num_micro_batches,
+                schedule=point.schedule,
+            ),
+        )
         assert max(s.peak_bytes for s in judged.stages) == pytest.approx(point.peak_bytes, rel=1e-8)
     eager = [
         point for point in points
@@ -528,7 +547,9 @@ def test_the_cloud_of_pipelines_is_of_the_schedules_that_are_searched() -> None:
         all(stage.upper is stage.lower is MemoryLevel.NONE for stage in point.stages)
     ]  # fmt: skip
     (plain,) = eager[:1]
-    gpipe = estimate(job, stage_plans(job, plain), 16, SCHEDULES[2][2])
+    gpipe = estimate(
+        job, Layout(stages=stage_plans(job, plain), num_micro_batches=16, schedule=SCHEDULES[2][2])
+    )
     assert plain.peak_bytes < 0.5 * max(stage.peak_bytes for stage in gpipe.stages)
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mist.pareto.frontier_points import Points
 from mist.pareto.strategies import Group, Strategies, whole_layers
-from mist.plans.plan import Offload, Schedule, StagePlan
+from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.plans.workload import MemoryLevel
 from mist.symbolic.job import Job
@@ -42,7 +42,7 @@ class StageChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class PricedLayout:
     """A pipeline, its predicted step time and the peak of its fullest device."""
 
     schedule: Schedule
@@ -77,7 +77,7 @@ class Picked:
         return int(self.strategies.tp[row] * self.strategies.dp[row])
 
 
-def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> Layout:
+def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> PricedLayout:
     """The layout of picked points, first stage first: each starts where the one before ends.
 
     Its step includes what transfers between unlike neighbours add.
@@ -94,7 +94,7 @@ def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> Layout:
     stable_s, lone_s = stable_s + between_s, lone_s + between_s
     spare_s = spare_time(group.schedule.kind, weight_s)
     fill_s = fill_time(stable_s, spare_s, chunks=group.schedule.vpp)
-    return Layout(
+    return PricedLayout(
         schedule=group.schedule,
         num_micro_batches=group.num_micro_batches,
         stages=tuple(stages),
@@ -133,7 +133,16 @@ def _choice(pick: Picked, first: int) -> StageChoice:
     )
 
 
-def stage_plans(job: Job, layout: Layout) -> tuple[StagePlan, ...]:
+def plain_layout(job: Job, layout: PricedLayout) -> Layout:
+    """The layout as plans write it."""
+    return Layout(
+        stages=stage_plans(job, layout),
+        num_micro_batches=layout.num_micro_batches,
+        schedule=layout.schedule,
+    )
+
+
+def stage_plans(job: Job, layout: PricedLayout) -> tuple[StagePlan, ...]:
     """The stages of a layout as a plan writes them, devices in pipeline order.
 
     Where whole layers are offloaded, their share is rounded up to layers: never less memory than
@@ -175,7 +184,7 @@ def _whole_layers(stage: StageChoice) -> Offload:
     )
 
 
-def _runs(layout: Layout) -> list[tuple[tuple[int, int], ...]]:
+def _runs(layout: PricedLayout) -> list[tuple[tuple[int, int], ...]]:
     """Runs of layers of each stage: one, or as many as it has chunks, dealt out in turn."""
     chunks = layout.schedule.vpp
     shares = [

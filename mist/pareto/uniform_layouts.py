@@ -17,7 +17,7 @@ from mist.pareto.default_partition import dealt_layers
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_partition import even_split
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
-from mist.pareto.layouts import Layout, Picked, layout_of
+from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.strategies import Floats, Ints
 from mist.plans.plan import Limits
 from mist.plans.schedules import fill_time, spare_time, step_time
@@ -32,7 +32,7 @@ def even_layouts(
     *,
     least: Measure = "stable_s",
     within_s: float = math.inf,
-) -> Iterator[Layout]:
+) -> Iterator[PricedLayout]:
     """For each strategy the layout that uses it in every stage, split so that the worst is best.
 
     The worst is the slowest stage, or with `least` "peak_bytes" the fullest. Those that take longer
@@ -109,7 +109,7 @@ def _best_mixes(
 
 def alike_layouts(
     model: GroupModel, limits: Limits, *, least: Measure = "stable_s"
-) -> Iterator[Layout]:
+) -> Iterator[PricedLayout]:
     """The layouts of a framework whose stages are alike: of each kind and mix of levels.
 
     Of each kind (`Layout.kind`) only the fastest, or with `least` "peak_bytes" the one whose
@@ -138,7 +138,7 @@ def _alike(
     levels: tuple[MemoryLevel, MemoryLevel],
     *,
     least: Measure,
-) -> Iterator[Layout]:
+) -> Iterator[PricedLayout]:
     """Layouts of one mix of levels, with the least recomputation that fits every stage."""
     num_stages = model.group.num_stages
     num_lower = np.max(

@@ -9,7 +9,7 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Final
 
-from mist.plans.plan import DEFAULT_SCHEDULE, Estimate, Offload, Schedule, StageEstimate, StagePlan
+from mist.plans.plan import DEFAULT_SCHEDULE, Estimate, Layout, Offload, StageEstimate, StagePlan
 from mist.plans.workload import MemoryLevel
 from mist.units import format_bytes, format_seconds
 
@@ -48,10 +48,9 @@ def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> st
     return (" and ".join(words) or "equal within rounding") + gained
 
 
-def layout_words(
-    stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule = DEFAULT_SCHEDULE
-) -> str:
+def layout_words(layout: Layout) -> str:
     """A layout in one line: "pp2 dp4 tp2 zero1 mb1 x32, 3+0 of 16 layers recomputed"."""
+    stages, schedule = layout.stages, layout.schedule
     names: dict[str, list[int]] = {
         "dp": [stage.dp for stage in stages],
         "tp": [stage.tp for stage in stages],
@@ -70,7 +69,7 @@ def layout_words(
     )
     if any(stage.dp_replicate > 1 for stage in stages):
         words.insert(2, f"replicate{_spread([stage.dp_replicate for stage in stages])}")
-    line = f"{' '.join(words)} x{num_micro_batches}, {full} of {layers} layers recomputed"
+    line = f"{' '.join(words)} x{layout.num_micro_batches}, {full} of {layers} layers recomputed"
     line += f", {some} selectively" if some != "0" else ""
     if len(stages) > 1 and schedule != DEFAULT_SCHEDULE:
         line += f", {schedule.kind}" + (f" of {schedule.vpp} chunks" if schedule.vpp > 1 else "")

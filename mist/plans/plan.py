@@ -138,6 +138,15 @@ class StagePlan:
         return self.num_at(MemoryLevel.FULL)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a model is trained, without what is predicted of it: G micro-batches through stages."""
+
+    stages: Sequence[StagePlan]
+    num_micro_batches: int
+    schedule: Schedule = DEFAULT_SCHEDULE
+
+
 def fullest_host_bytes(
     stages: Sequence[StagePlan], held_bytes: Sequence[float], ranks_per_host: int
 ) -> float:
@@ -272,6 +281,15 @@ class Plan:
         faults = tuple(plan_faults(asdict(self)))
         if faults:
             raise PlanError(f"plan for {self.model.name}", faults)
+
+    @property
+    def layout(self) -> Layout:
+        """The plan without its prediction."""
+        return Layout(
+            stages=self.stages,
+            num_micro_batches=self.num_micro_batches,
+            schedule=self.schedule,
+        )
 
     @property
     def num_layers(self) -> int:

@@ -11,7 +11,7 @@ from mist.units import format_bytes, format_count, format_seconds
 def print_compared(found: RunComparison) -> None:
     """Each figure beside its prediction, where the predicted step goes, what was exchanged."""
     plan = found.plan
-    layout = layout_words(plan.stages, plan.num_micro_batches, plan.schedule)
+    layout = layout_words(plan.layout)
     say(f"{plan.model.name} on {plan.cluster.num_gpus} x {plan.cluster.device}: {layout}")
     show(
         f"Predicted and measured ({found.num_steps} steps)",

@@ -17,7 +17,7 @@ import numpy as np
 
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges
-from mist.pareto.layouts import Layout, StageChoice, stage_plans
+from mist.pareto.layouts import PricedLayout, StageChoice, plain_layout, stage_plans
 from mist.pareto.strategies import Group, Strategies, expressible, with_ratios
 from mist.pareto.unequal_meshes import NodePosition
 from mist.plans.plan import Estimate, Limits, fullest_host_bytes
@@ -31,8 +31,8 @@ WORTH: Final = 1e-3  # share of the step from which a gain is worth uneven ratio
 
 
 def refined(
-    job: Job, group: Group, space: SearchSpace, layout: Layout, limits: Limits
-) -> Layout | None:
+    job: Job, group: Group, space: SearchSpace, layout: PricedLayout, limits: Limits
+) -> PricedLayout | None:
     """The best with finer ratios; None where it gains little, or not as plans write it."""
     space = expressible(space, job.platform.runtime)
     problem = fixed_problem(list(_stages(job, group, space, layout)), limits)
@@ -44,7 +44,9 @@ def refined(
     return found[0] if faster and _fits(job, found[0], after, limits) else None
 
 
-def _stages(job: Job, group: Group, space: SearchSpace, layout: Layout) -> Iterator[FixedStage]:
+def _stages(
+    job: Job, group: Group, space: SearchSpace, layout: PricedLayout
+) -> Iterator[FixedStage]:
     """Each stage where it stands, with its strategy at every finer tuple of ratios."""
     begin, per_node = 0, job.platform.gpus_per_node
     for stage in layout.stages:
@@ -117,13 +119,12 @@ def _around(allowed: tuple[float, ...], ratio: float, steps: int) -> list[float]
     return sorted({ratio, *(each / steps for each in finer)})
 
 
-def _written(job: Job, layout: Layout) -> Estimate:
+def _written(job: Job, layout: PricedLayout) -> Estimate:
     """A layout as a plan writes it: with whole layers of weights."""
-    plans = stage_plans(job, layout)
-    return estimate(job, plans, layout.num_micro_batches, layout.schedule)
+    return estimate(job, plain_layout(job, layout))
 
 
-def _fits(job: Job, layout: Layout, judged: Estimate, limits: Limits) -> bool:
+def _fits(job: Job, layout: PricedLayout, judged: Estimate, limits: Limits) -> bool:
     """Whether what is written fits too: whole layers of weights take more of the host."""
     held_bytes = [stage.host_bytes for stage in judged.stages]
     most_bytes: float = max(held_bytes)

@@ -28,7 +28,7 @@ from mist.pareto.candidates import GroupModel, Ties
 from mist.pareto.capacity import capacity
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
-from mist.pareto.layouts import Layout, Picked, layout_of
+from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
 from mist.pareto.strategies import Floats, Strategies, offloading
 from mist.pareto.unequal_meshes import NodePosition, depths, places
@@ -340,7 +340,7 @@ def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:
 
 def joined(
     found: GroupProblem, bounds: Bounds, method: Method
-) -> tuple[Layout, InterStageSolution] | None:
+) -> tuple[PricedLayout, InterStageSolution] | None:
     """The best mix of stages that beats the bound, by the exact or the mixed-integer program."""
     solution = solve(found.problem, upper_bound_s=bounds.step_s, method=method)
     if solution is None:

@@ -30,7 +30,7 @@ from mist.errors import Infeasible, InputError
 from mist.milp import InterStageSolution, Method, Solver
 from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
-from mist.pareto.layouts import Layout
+from mist.pareto.layouts import PricedLayout
 from mist.pareto.shared_host_memory import shared, stages_per_node
 from mist.pareto.strategies import (
     Group,
@@ -63,12 +63,12 @@ class Tuned:
     the bound is of; `best` may have finer ones.
     """
 
-    best: Layout
+    best: PricedLayout
     grid_step_s: float
     shares_host: bool
     solver: Solver
     lower_bound_s: float
-    others: tuple[Layout, ...]
+    others: tuple[PricedLayout, ...]
     statistics: dict[str, int]
 
 
@@ -98,13 +98,13 @@ class _Search:
     job: Job
     space: SearchSpace
     num_alternatives: int
-    best: Layout | None = None
+    best: PricedLayout | None = None
     best_visit: _Visit | None = None
     best_solver: Solver = "dp"
     relaxed_s: float = math.inf
     store: CellStore = field(default_factory=CellStore)
-    by_kind: dict[tuple[object, ...], Layout] = field(default_factory=dict)
-    finalists: dict[bool, tuple[Layout, _Visit]] = field(default_factory=dict)
+    by_kind: dict[tuple[object, ...], PricedLayout] = field(default_factory=dict)
+    finalists: dict[bool, tuple[PricedLayout, _Visit]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
     @property
@@ -122,7 +122,7 @@ class _Search:
         self.counts["stages_evaluated"] += problem.num_stages_tried
         self.counts["points"] += sum(len(points) for points, _ in problem.points)
 
-    def offer(self, layout: Layout, visit: _Visit, solver: Solver = "dp") -> None:
+    def offer(self, layout: PricedLayout, visit: _Visit, solver: Solver = "dp") -> None:
         """Keep a layout if it is the best, or the best of its kind."""
         if layout.step_s < self.upper_bound_s:
             self.best, self.best_visit, self.best_solver = layout, visit, solver
@@ -252,7 +252,7 @@ def _join(search: _Search, visit: _Visit, model: GroupModel) -> GroupProblem:
 
 def _joined(
     search: _Search, visit: _Visit, model: GroupModel
-) -> tuple[GroupProblem, tuple[Layout, InterStageSolution] | None]:
+) -> tuple[GroupProblem, tuple[PricedLayout, InterStageSolution] | None]:
     """The problem of a group, and what of it beats the best so far."""
     bounds = Bounds(limits=visit.limits, step_s=search.upper_bound_s)
     problem = problem_of(model, bounds, search.store)
@@ -272,7 +272,7 @@ def _search_alike(search: _Search, visit: _Visit) -> None:
         search.offer(layout, visit)
 
 
-def _prove(search: _Search, best: Layout, left_s: float, method: Method) -> Tuned:
+def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -> Tuned:
     """Confirm the winner's group with the mixed-integer program; pruned groups cannot beat it.
 
     A winner that this program found has its proof, in `relaxed_s`.
@@ -324,7 +324,9 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
     return tuned
 
 
-def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) -> Iterator[Layout]:
+def landscape(
+    job: Job, space: SearchSpace, *, limits: Limits, within_s: float
+) -> Iterator[PricedLayout]:
     """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
 
     With all layers at each memory level, and with as much recomputation as fits the limits. Of an
@@ -347,7 +349,7 @@ def landscape(job: Job, space: SearchSpace, *, limits: Limits, within_s: float) 
 
 def _uniform(
     model: GroupModel, limits: Limits, *, least: Measure = "stable_s", within_s: float = math.inf
-) -> Iterator[Layout]:
+) -> Iterator[PricedLayout]:
     """Layouts with one strategy for all stages, which a runtime may ask to be alike in all else."""
     if model.space.unlike_stages:
         return even_layouts(model, limits, least=least, within_s=within_s)
@@ -355,7 +357,7 @@ def _uniform(
     return (layout for layout in found if layout.step_s <= within_s)
 
 
-def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> Layout:
+def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> PricedLayout:
     """The layout whose fullest device holds least, of those with room in host memory.
 
     States are offloaded as far as they may be, or not at all. Raises InputError when the space is
@@ -364,7 +366,7 @@ def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf)
     space = with_least_memory(space)
     within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
     lean = replace(space, offload=lean_ratios(space))
-    layouts: list[Layout] = []
+    layouts: list[PricedLayout] = []
     for group in groups(job, replace(space, unequal_meshes=False)):
         rows = np.arange(len(group.strategies))
         away = offloading(job, group, lean, rows)

@@ -1,17 +1,15 @@
 """Any concrete layout -> Estimate, by the stage cost and the step time that the search uses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.plans.plan import (
-    DEFAULT_SCHEDULE,
     Estimate,
-    Schedule,
+    Layout,
     StageEstimate,
-    StagePlan,
     Uncertainty,
 )
 from mist.plans.schedules import fill_time, spare_time, step_time
@@ -28,26 +26,20 @@ NOT_MODELLED = (
 )
 
 
-def estimate(
-    job: Job,
-    stages: Sequence[StagePlan],
-    num_micro_batches: int,
-    schedule: Schedule = DEFAULT_SCHEDULE,
-) -> Estimate:
+def estimate(job: Job, layout: Layout) -> Estimate:
     """Predict one step of a layout.
 
     Args:
         job: model, platform and workload.
-        stages: the pipeline stages in order.
-        num_micro_batches: G, micro-batches per step.
-        schedule: the order of micro-batches.
+        layout: its stages in order, G micro-batches per step, and their schedule.
     """
 
     def priced(laws: OpCosts) -> Mapping[str, NDArray[np.float64]]:
         other = replace(job, cost=stage_model(job.programs, laws))
-        return stage_outputs(other, stages, num_micro_batches, schedule)
+        return stage_outputs(other, layout)
 
-    columns = stage_outputs(job, stages, num_micro_batches, schedule)
+    num_micro_batches, schedule = layout.num_micro_batches, layout.schedule
+    columns = stage_outputs(job, layout)
     stable_s, lone_s = columns["stable_s"], columns["lone_s"]
     fill_s = fill_time(
         stable_s, spare_time(schedule.kind, columns["weight_s"]), chunks=schedule.vpp
@@ -64,7 +56,7 @@ def estimate(
         tokens_per_s=_digits(job.workload.tokens_per_step / step_s),
         mfu=_digits(model_flop(job) / step_s / flop_per_s),
         bubble_s=_digits(max(step_s - busy_s, 0.0)),
-        stages=tuple(_stage_estimate(job, columns, i) for i in range(len(stages))),
+        stages=tuple(_stage_estimate(job, columns, i) for i in range(len(layout.stages))),
         uncertainty=Uncertainty(
             step_ratio=job.platform.step_uncertainty_ratio,
             memory_ratio=job.platform.memory_uncertainty_ratio,

@@ -3,22 +3,21 @@
 The step time that follows from them is `mist.plans.schedules.step_time`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.plans.plan import Schedule, StagePlan
+from mist.plans.plan import Layout
 from mist.symbolic.columns import NO_OFFLOAD, layer_columns, position_columns, strategy_columns
 from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS
 
 
-def stage_outputs(
-    job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
-) -> dict[str, NDArray[np.float64]]:
+def stage_outputs(job: Job, layout: Layout) -> dict[str, NDArray[np.float64]]:
     """Every output of the stage formulas, each of shape [S]."""
+    stages, schedule = layout.stages, layout.schedule
     strategy = strategy_columns(
         job,
         num_stages=len(stages),
@@ -33,7 +32,7 @@ def stage_outputs(
     terms = job.cost.terms(strategy)
     devices = np.array([stage.devices for stage in stages])
     layers = np.array([len(stage.levels) for stage in stages])
-    position = position_columns(job, devices, layers, num_micro_batches, schedule)
+    position = position_columns(job, devices, layers, layout.num_micro_batches, schedule)
     columns = job.cost.stage({**terms, **position, **layer_columns(job, stages)})
     between = resharding_seconds(terms, np.asarray(position["next_crosses_node"])[:-1])
     parts = ("p2p_s", "stable_s", "lone_s")
@@ -69,11 +68,9 @@ class StageTimes:
     weight_s: NDArray[np.float64]
 
 
-def stage_times(
-    job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
-) -> StageTimes:
+def stage_times(job: Job, layout: Layout) -> StageTimes:
     """The numbers behind `estimate`, not rounded: what a step is computed from."""
-    columns = stage_outputs(job, stages, num_micro_batches, schedule)
+    columns = stage_outputs(job, layout)
     return StageTimes(
         parts_s={part: columns[f"{part}_s"] for part in TIME_PARTS},
         delta_s=columns["lone_s"] - columns["stable_s"],
@@ -89,16 +86,16 @@ class LoadingBytes:
     held_bytes: NDArray[np.float64]
 
 
-def loading(
-    job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
-) -> LoadingBytes | None:
+def loading(job: Job, layout: Layout) -> LoadingBytes | None:
     """Host memory while weights are drawn; None where the runtime's way is not known.
 
     Weights and moments are there already, gradients and activations not yet.
     """
     if job.platform.runtime.loading is None:
         return None
-    begun = [replace(s, offload=replace(s.offload, grads=0.0, activations=0.0)) for s in stages]
-    columns = stage_outputs(job, begun, num_micro_batches, schedule)
+    begun = [
+        replace(s, offload=replace(s.offload, grads=0.0, activations=0.0)) for s in layout.stages
+    ]
+    columns = stage_outputs(job, replace(layout, stages=begun))
     drawn_bytes = columns["drawn_bytes"]
     return LoadingBytes(drawn_bytes=drawn_bytes, held_bytes=columns["host_bytes"] + drawn_bytes)

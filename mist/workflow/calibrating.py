@@ -51,9 +51,7 @@ class PlanRun:
         platform = replace(self.platform, device=device, cluster=cluster, runtime=runtime)
         programs = compile_graph(self.graph, self.setting, runtime)
         job = make_job(programs, platform, self.plan.workload)
-        predicted = estimate(
-            job, self.plan.stages, self.plan.num_micro_batches, self.plan.schedule
-        ).step_s
+        predicted = estimate(job, self.plan.layout).step_s
         return float(np.log(predicted / self.seconds))
 
 

@@ -12,6 +12,7 @@ from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import (
     Estimate,
+    Layout,
     Limits,
     Offload,
     Plan,
@@ -33,7 +34,6 @@ from mist.units import format_bytes, format_seconds
 from mist.workflow.plan_against_job import pipeline_faults, plan_against
 from mist.workflow.request import (
     OBJECT,
-    Made,
     Question,
     host_need,
     limits_of,
@@ -167,7 +167,7 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     _refuse_unknown(layout, platform_of(question))  # before the model is traced
     job = prepare(question, progress)
     made = _made(job, layout)
-    plan = unsearched_plan(job, question, made, _judged(job, made))
+    plan = unsearched_plan(job, question, made, estimate(job, made))
     limits = limits_of(job, question)
     host = host_need(job, made, plan.estimate, limits)
     notes = tuple(notes_of(job))
@@ -196,14 +196,11 @@ def check_plan(
     job = prepare(question, progress)
     if faults := plan_against(plan, job):
         raise PlanError(str(path), faults)
-    made = Made(
-        stages=plan.stages, num_micro_batches=plan.num_micro_batches, schedule=plan.schedule
-    )
-    judged, limits = _judged(job, made), limits_of(job, question)
+    judged, limits = estimate(job, plan.layout), limits_of(job, question)
     return Checked(
         plan=replace(plan, estimate=judged),
         limits=limits,
-        host=host_need(job, made, judged, limits),
+        host=host_need(job, plan.layout, judged, limits),
         notes=tuple(_notes(plan, job)),
         suggestions=(),
     )
@@ -259,11 +256,7 @@ def _notes(plan: Plan, job: Job) -> Iterator[str]:
             yield f"profile {name} has changed since the plan was made: the figures are new"
 
 
-def _judged(job: Job, made: Made) -> Estimate:
-    return estimate(job, made.stages, made.num_micro_batches, made.schedule)
-
-
-def _made(job: Job, layout: HandLayout) -> Made:
+def _made(job: Job, layout: HandLayout) -> Layout:
     """Stages alike in all but the number of layers, which are stated or dealt out by the runtime.
 
     Raises InputError naming every broken rule.
@@ -282,7 +275,7 @@ def _made(job: Job, layout: HandLayout) -> Made:
     stages = tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp))
     schedule = Schedule(kind=layout.schedule, vpp=layout.vpp)
     _refuse(fault.message for fault in pipeline_faults(job, stages, schedule))
-    return Made(stages=stages, num_micro_batches=num_micro_batches, schedule=schedule)
+    return Layout(stages=stages, num_micro_batches=num_micro_batches, schedule=schedule)
 
 
 def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
@@ -354,7 +347,7 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
             made = _made(job, changed)
         except InputError:
             continue
-        after = _judged(job, made)
+        after = estimate(job, made)
         peak_bytes = max(stage.peak_bytes for stage in after.stages)
         faster = after.step_s < step_s and format_seconds(after.step_s) != step_words
         if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
@@ -365,7 +358,7 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
         yield f"{checked.host.fix}, if the nodes have it"
 
 
-def _fits(job: Job, made: Made, judged: Estimate, limits: Limits) -> bool:
+def _fits(job: Job, made: Layout, judged: Estimate, limits: Limits) -> bool:
     """Whether every stage fits the device, and what is offloaded the host."""
     peak_bytes = max(stage.peak_bytes for stage in judged.stages)
     return peak_bytes <= limits.device_bytes and host_need(job, made, judged, limits).fits

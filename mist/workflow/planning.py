@@ -10,7 +10,7 @@ from typing import Final
 
 from mist.errors import Infeasible, InputError
 from mist.milp import Method
-from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.pareto.least_memory import ROUNDING_RATIO, leanest
 from mist.pareto.strategies import expressible
 from mist.plans.breakdown import layout_words, losing_reason, overflow, step_parts
@@ -25,7 +25,6 @@ from mist.symbolic.load_programs import Progress, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.units import format_bytes
 from mist.workflow.request import (
-    Made,
     Question,
     compiled,
     host_need,
@@ -56,7 +55,7 @@ class Planned:
     plan: Plan
     notes: tuple[str, ...]
     seconds: dict[str, float]
-    points: tuple[Layout, ...]
+    points: tuple[PricedLayout, ...]
     limits: Limits
     host: HostNeed
 
@@ -162,7 +161,7 @@ def _less_drawn(limits: Limits, host: HostNeed) -> Limits:
     return replace(limits, host_bytes=max(limits.host_bytes - (host.drawn_bytes or 0), 0.0))
 
 
-def _smallest(job: Job, space: SearchSpace, limits: Limits) -> tuple[Layout, HostNeed]:
+def _smallest(job: Job, space: SearchSpace, limits: Limits) -> tuple[PricedLayout, HostNeed]:
     """The layout that takes least of a device among those that can be loaded, if any can."""
     layout = smallest_peak(job, space, host_bytes=limits.host_bytes)
     host = _host_of(job, layout, limits)
@@ -173,15 +172,10 @@ def _smallest(job: Job, space: SearchSpace, limits: Limits) -> tuple[Layout, Hos
     return layout, host
 
 
-def _host_of(job: Job, layout: Layout, limits: Limits) -> HostNeed:
+def _host_of(job: Job, layout: PricedLayout, limits: Limits) -> HostNeed:
     """What a layout needs of the memory of a node."""
-    made = Made(
-        stages=stage_plans(job, layout),
-        num_micro_batches=layout.num_micro_batches,
-        schedule=layout.schedule,
-    )
-    judged = estimate(job, made.stages, made.num_micro_batches, made.schedule)
-    return host_need(job, made, judged, limits)
+    plain = plain_layout(job, layout)
+    return host_need(job, plain, estimate(job, plain), limits)
 
 
 def _objective(
@@ -212,11 +206,11 @@ def _assemble(
     job: Job, question: Question, space: SearchSpace, tuned: Tuned, effort: Effort
 ) -> Plan:
     best = tuned.best
-    stages = stage_plans(job, best)
-    judged = estimate(job, stages, best.num_micro_batches, best.schedule)
+    layout = plain_layout(job, best)
+    judged = estimate(job, layout)
     winner = _Winner(
         parts=step_parts(judged, best.num_micro_batches),
-        pipeline=pipeline_of(job, stages, best.num_micro_batches, best.schedule),
+        pipeline=pipeline_of(job, layout),
     )
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
@@ -230,9 +224,8 @@ def _assemble(
         | {"objective": effort.objective.value}
         | _refined_words(tuned),
     )
-    made = Made(stages=stages, num_micro_batches=best.num_micro_batches, schedule=best.schedule)
     return replace(
-        unsearched_plan(job, question, made, judged),
+        unsearched_plan(job, question, layout, judged),
         alternatives=tuple(_alternative(job, other, winner) for other in tuned.others),
         provenance=provenance,
     )
@@ -262,25 +255,23 @@ class _Winner:
     pipeline: PipelineTimes
 
 
-def _alternative(job: Job, layout: Layout, winner: _Winner) -> Alternative:
-    num_micro_batches = layout.num_micro_batches
-    stages = stage_plans(job, layout)
-    judged = estimate(job, stages, num_micro_batches, layout.schedule)
-    own = pipeline_of(job, stages, num_micro_batches, layout.schedule)
+def _alternative(job: Job, layout: PricedLayout, winner: _Winner) -> Alternative:
+    plain = plain_layout(job, layout)
+    judged = estimate(job, plain)
     return Alternative(
-        layout=layout_words(stages, num_micro_batches, layout.schedule),
+        layout=layout_words(plain),
         step_s=judged.step_s,
         peak_bytes=max(stage.peak_bytes for stage in judged.stages),
-        reason=losing_reason(step_parts(judged, num_micro_batches), winner.parts),
-        needs=change_words(own, winner.pipeline),
+        reason=losing_reason(step_parts(judged, plain.num_micro_batches), winner.parts),
+        needs=change_words(pipeline_of(job, plain), winner.pipeline),
     )
 
 
 def _excluded(
-    job: Job, plan: Plan, points: Sequence[Layout], limits: Limits
+    job: Job, plan: Plan, points: Sequence[PricedLayout], limits: Limits
 ) -> tuple[Alternative, ...]:
     """Of the layouts for the plot those that are faster and do not fit: least over first."""
-    best: dict[tuple[object, ...], Layout] = {}
+    best: dict[tuple[object, ...], PricedLayout] = {}
     for layout in points:
         known = best.get(layout.kind)
         faster = layout.step_s < plan.estimate.step_s and layout.peak_bytes > limits.device_bytes
@@ -290,10 +281,9 @@ def _excluded(
     return tuple(_too_large(job, layout, limits) for layout in nearest)
 
 
-def _too_large(job: Job, layout: Layout, limits: Limits) -> Alternative:
-    stages = stage_plans(job, layout)
+def _too_large(job: Job, layout: PricedLayout, limits: Limits) -> Alternative:
     return Alternative(
-        layout=layout_words(stages, layout.num_micro_batches, layout.schedule),
+        layout=layout_words(plain_layout(job, layout)),
         step_s=float(f"{layout.step_s:.6g}"),
         peak_bytes=round(layout.peak_bytes),
         reason="does not fit",
@@ -311,13 +301,13 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     words = f"{job.facts.name} does not fit on {question.num_gpus} x {device}."
     if not host.fits:
         return f"{words} It cannot be loaded in host memory: it {host.over_words}. Try {host.fix}."
-    stages, num_micro_batches = stage_plans(job, layout), layout.num_micro_batches
-    judged = estimate(job, stages, num_micro_batches, layout.schedule).stages
+    plain = plain_layout(job, layout)
+    judged = estimate(job, plain).stages
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
     more = _host_words(job, space, limits)
     return (
         f"{words} {f'{more} Within it, even' if more else 'Even'} in the layout of least memory "
-        f"({layout_words(stages, num_micro_batches, layout.schedule)}) "
+        f"({layout_words(plain)}) "
         f"{overflow(index, judged[index], device, limits.device_bytes)}."
     )
 
@@ -339,8 +329,8 @@ def _host_words(job: Job, space: SearchSpace, limits: Limits) -> str:
 
 
 def _less_offloaded(
-    job: Job, space: SearchSpace, layout: Layout, limits: Limits
-) -> Iterator[Layout]:
+    job: Job, space: SearchSpace, layout: PricedLayout, limits: Limits
+) -> Iterator[PricedLayout]:
     """What still fits the devices with less of a layout's states in host memory."""
     for weights, optimizer in product(space.offload["weights"], space.offload["optimizer"]):
         stages = tuple(
@@ -356,8 +346,7 @@ def _less_offloaded(
             for stage in layout.stages
         )
         less = replace(layout, stages=stages)
-        plans = stage_plans(job, less)
-        judged = estimate(job, plans, layout.num_micro_batches, layout.schedule)
+        judged = estimate(job, plain_layout(job, less))
         if all(stage.peak_bytes <= limits.device_bytes for stage in judged.stages):
             yield less
 

@@ -1,6 +1,6 @@
 """The question that every command asks, and the job that it becomes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -11,12 +11,11 @@ from mist.plans.host_memory import HostNeed
 from mist.plans.plan import (
     ClusterRef,
     Estimate,
+    Layout,
     Limits,
     ModelRef,
     Plan,
     Provenance,
-    Schedule,
-    StagePlan,
     fullest_host_bytes,
 )
 from mist.plans.workload import Attention, Optimizer, Precision, Workload
@@ -220,27 +219,18 @@ def notes_of(job: Job) -> Iterator[str]:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """A layout as plans write it."""
-
-    stages: Sequence[StagePlan]
-    num_micro_batches: int
-    schedule: Schedule
-
-
-def host_need(job: Job, made: Made, judged: Estimate, limits: Limits) -> HostNeed:
+def host_need(job: Job, layout: Layout, judged: Estimate, limits: Limits) -> HostNeed:
     """What a layout needs of the memory of its fullest node, under the limits."""
     per_node, memory = job.platform.gpus_per_node, job.platform.host_memory
     held = [stage.host_bytes for stage in judged.stages]
-    begun = loading(job, made.stages, made.num_micro_batches, made.schedule)
+    begun = loading(job, layout)
     drawn_bytes = loading_bytes = None
     if begun is not None:
         ranks_bytes = begun.held_bytes.tolist()
-        loading_bytes = round(fullest_host_bytes(made.stages, ranks_bytes, per_node))
+        loading_bytes = round(fullest_host_bytes(layout.stages, ranks_bytes, per_node))
         drawn_bytes = round(begun.drawn_bytes.max())
     return HostNeed(
-        held_bytes=round(fullest_host_bytes(made.stages, held, per_node)),
+        held_bytes=round(fullest_host_bytes(layout.stages, held, per_node)),
         loading_bytes=loading_bytes,
         drawn_bytes=drawn_bytes,
         memory_bytes=round(memory.value),
@@ -250,7 +240,7 @@ def host_need(job: Job, made: Made, judged: Estimate, limits: Limits) -> HostNee
     )
 
 
-def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) -> Plan:
+def unsearched_plan(job: Job, question: Question, layout: Layout, judged: Estimate) -> Plan:
     """A plan of given stages that nobody searched."""
     graph, platform = job.facts, job.platform
     source = question.model if isinstance(question.model, str) else f"{OBJECT}{graph.name}"
@@ -271,9 +261,9 @@ def unsearched_plan(job: Job, question: Question, made: Made, judged: Estimate) 
             host_memory_bytes=question.host_memory_bytes,
         ),
         runtime=platform.runtime.name,
-        schedule=made.schedule,
-        num_micro_batches=made.num_micro_batches,
-        stages=tuple(made.stages),
+        schedule=layout.schedule,
+        num_micro_batches=layout.num_micro_batches,
+        stages=tuple(layout.stages),
         estimate=judged,
         alternatives=(),
         excluded=(),

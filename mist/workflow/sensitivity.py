@@ -10,7 +10,6 @@ and the change asked for is the least x of any part with T_other(x) = T_plan(x).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO
-from mist.plans.plan import Schedule, StagePlan
+from mist.plans.plan import Layout, Schedule
 from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.symbolic.job import Job
 from mist.symbolic.pipeline_costs import StageTimes, stage_times
@@ -65,14 +64,12 @@ class PipelineTimes:
         return float(self.num_micro_batches * stable_s[slowest] + self.times.delta_s[slowest])
 
 
-def pipeline_of(
-    job: Job, stages: Sequence[StagePlan], num_micro_batches: int, schedule: Schedule
-) -> PipelineTimes:
+def pipeline_of(job: Job, layout: Layout) -> PipelineTimes:
     """The times of a layout."""
     return PipelineTimes(
-        num_micro_batches=num_micro_batches,
-        schedule=schedule,
-        times=stage_times(job, stages, num_micro_batches, schedule),
+        num_micro_batches=layout.num_micro_batches,
+        schedule=layout.schedule,
+        times=stage_times(job, layout),
     )
 
 

@@ -11,7 +11,7 @@ from mist.errors import Infeasible
 from mist.pareto.layouts import stage_plans
 from mist.pareto.shared_host_memory import stages_per_node
 from mist.pareto.strategies import divisors, groups
-from mist.plans.plan import Limits, fullest_host_bytes
+from mist.plans.plan import Layout, Limits, fullest_host_bytes
 from mist.plans.schedules import step_time
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import ScheduleKind
@@ -46,7 +46,9 @@ def stages_of(job: Job, g: int, position: int, run: range) -> np.ndarray:
     for option in (option for option in options if option.zero in SPACE.zero):
         other = replace(option, devices=(1 - position, 1))
         pipeline = (option, other) if position == 0 else (other, option)
-        columns = stage_outputs(job, pipeline, g, SCHEDULES[1][0])
+        columns = stage_outputs(
+            job, Layout(stages=pipeline, num_micro_batches=g, schedule=SCHEDULES[1][0])
+        )
         found.append([columns[name][position] for name in names])
     return np.array(found).reshape(-1, 4).T
 
@@ -109,7 +111,14 @@ def test_a_node_never_holds_more_than_its_memory() -> None:
     space = SearchSpace(pp=(4,))
     found = tune(job, space, limits=limits, num_alternatives=0, progress=lambda _: None)
     plans = stage_plans(job, found.best)
-    columns = stage_outputs(job, plans, found.best.num_micro_batches, found.best.schedule)
+    columns = stage_outputs(
+        job,
+        Layout(
+            stages=plans,
+            num_micro_batches=found.best.num_micro_batches,
+            schedule=found.best.schedule,
+        ),
+    )
     held = columns["host_bytes"].tolist()
     assert found.shares_host
     assert max(held) > limits.host_bytes

@@ -12,7 +12,7 @@ from mist.pareto.layer_ranges import Ranges, layer_ranges
 from mist.pareto.layouts import stage_plans
 from mist.pareto.strategies import groups, offloading
 from mist.pareto.uniform_layouts import alike_layouts, even_layouts
-from mist.plans.plan import Limits
+from mist.plans.plan import Layout, Limits
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import ScheduleKind
 from mist.symbolic.estimate import estimate
@@ -71,7 +71,12 @@ def test_even_layouts_are_what_the_estimate_says(counts: tuple[int, ...]) -> Non
         model = GroupModel(job, group, group.strategies, space)
         for layout in itertools.islice(even_layouts(model, ANY), 2):
             judged = estimate(
-                job, stage_plans(job, layout), layout.num_micro_batches, layout.schedule
+                job,
+                Layout(
+                    stages=stage_plans(job, layout),
+                    num_micro_batches=layout.num_micro_batches,
+                    schedule=layout.schedule,
+                ),
             )
             assert judged.step_s == pytest.approx(layout.step_s, rel=6e-6)
             assert max(s.peak_bytes for s in judged.stages) == pytest.approx(layout.peak_bytes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mist.model.summary import LayerRun
-from mist.plans.plan import Offload, StagePlan
+from mist.plans.plan import Layout, Offload, StagePlan
 from mist.plans.schedules import step_time
 from mist.plans.workload import MemoryLevel, Precision
 from mist.platform.profiles import load_runtime
@@ -82,7 +82,7 @@ def test_runs_are_predicted_as_plans_are() -> None:
     for one, each in zip(made, layouts, strict=True):
         batch = each.dp * each.micro_batch * each.num_micro_batches
         job = toy_job(graph, 16, global_batch=batch)
-        alone = estimate(job, stages(each), each.num_micro_batches)
+        alone = estimate(job, Layout(stages=stages(each), num_micro_batches=each.num_micro_batches))
         assert one.step_s == pytest.approx(alone.step_s, rel=1e-5)
         peaks = [stage.peak_bytes for stage in alone.stages]
         assert one.reserved_bytes == pytest.approx(max(peaks), abs=1)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mist.pareto.layouts import Layout, stage_plans
+from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.breakdown import PART_NAMES
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
@@ -24,9 +24,8 @@ from tests.toys import toy_graph, toy_job
 LIMITS = Limits(device_bytes=2.2e9, host_bytes=0.0)
 
 
-def judged(job: Job, layout: Layout) -> PipelineTimes:
-    stages = stage_plans(job, layout)
-    return pipeline_of(job, stages, layout.num_micro_batches, layout.schedule)
+def judged(job: Job, layout: PricedLayout) -> PipelineTimes:
+    return pipeline_of(job, plain_layout(job, layout))
 
 
 def changed_step(layout: PipelineTimes, part: str, share: float) -> float:

@@ -54,7 +54,7 @@ def test_alternatives_are_slower_other_layouts_with_a_reason() -> None:
     assert len(plan.alternatives) == 3
     steps = [plan.estimate.step_s, *(other.step_s for other in plan.alternatives)]
     assert steps == sorted(steps)
-    words = {layout_words(plan.stages, plan.num_micro_batches)}
+    words = {layout_words(plan.layout)}
     words |= {other.layout for other in plan.alternatives}
     assert len(words) == 4
     assert all(other.reason for other in plan.alternatives)
