@@ -578,16 +578,16 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "tp that does not divide the heads",
         ("plan", "{models}/tiny.py", "--gpus", "3", "--global-batch", "12", "--set", "tp=3"),
+        "tp 3 does not divide the sequence of 512 tokens, which runtime torch shards with it. "
         "tp 3 does not divide the 4 attention heads of tiny. "
-        "tp 3 does not divide the 256 MLP width of tiny. "
-        "tp 3 does not divide the sequence of 512 tokens, which runtime torch shards with it.",
+        "tp 3 does not divide the 256 MLP width of tiny.",
     ),
     (
         "check with tp that does not divide the heads",
         ("check", "{models}/tiny.py", "--gpus", "3", "--global-batch", "12", "--tp", "3"),
+        "tp 3 does not divide the sequence of 512 tokens, which runtime torch shards with it.\n"
         "tp 3 does not divide the 4 attention heads of tiny.\n"
-        "tp 3 does not divide the 256 MLP width of tiny.\n"
-        "tp 3 does not divide the sequence of 512 tokens, which runtime torch shards with it.",
+        "tp 3 does not divide the 256 MLP width of tiny.",
     ),
     (
         "longer than the positions",

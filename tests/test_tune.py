@@ -615,9 +615,9 @@ def test_a_tp_that_breaks_a_rule() -> None:
     with pytest.raises(InputError) as error:
         tuned(job, SearchSpace(tp=(3,)), 80e9)
     assert str(error.value) == (
-        "tp 3 does not divide the 8 GPUs per node of dgx-h100. "
+        "tp 3 does not divide the sequence of 2048 tokens, which runtime torch shards with it. "
         "tp 3 does not divide the 4096 MLP width of toy. "
-        "tp 3 does not divide the sequence of 2048 tokens, which runtime torch shards with it."
+        "tp 3 does not divide the 8 GPUs per node of dgx-h100."
     )
 
 

@@ -235,8 +235,8 @@ def test_plan_files_are_held_to_the_runtime_too(
     stages = (first, replace(second, zero=3, memory=memory))
     path = tmp_path / "plan.yaml"
     assert faults_of(replace(plan, runtime="nanotron", stages=stages), path) == [
-        "stages[0]: zero 2: runtime nanotron has zero 0, 1.",
-        "stages[1]: zero 3: runtime nanotron has zero 0, 1.",
+        "stages[0].zero: zero 2: runtime nanotron has zero 0, 1.",
+        "stages[1].zero: zero 3: runtime nanotron has zero 0, 1.",
         "stages[0].memory: checkpoint none and full in one stage: runtime nanotron does the same "
         "with all layers of a stage.",
         "stages: runtime nanotron has stages alike, these differ in zero",
@@ -244,8 +244,8 @@ def test_plan_files_are_held_to_the_runtime_too(
         "stages: runtime nanotron deals 8 layers out as 6,2 and takes no other split, found 5,3",
     ]
     assert faults_of(replace(plan, runtime="megatron"), path) == [
-        "stages[0]: zero 2: runtime megatron has zero 0, 1.",
-        "stages[1]: zero 2: runtime megatron has zero 0, 1.",
+        "stages[0].zero: zero 2: runtime megatron has zero 0, 1.",
+        "stages[1].zero: zero 2: runtime megatron has zero 0, 1.",
     ]
 
 
