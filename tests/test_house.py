@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,3 +222,27 @@ def test_every_mutant_still_applies() -> None:
     tests = {test.split("::")[0] for mutant in table for test in mutant.tests}
     assert not [mutant.name for mutant in table if text[mutant.file].count(mutant.old) != 1]
     assert not [test for test in sorted(tests) if not (ROOT / test).exists()]
+
+
+def test_a_name_is_of_one_class_and_of_one_module() -> None:
+    classes = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    modules = Counter(
+        path.parent.name if path.name == "__init__.py" else path.stem for path in SOURCES[:-1]
+    )
+    assert not [name for name, count in (classes + modules).items() if count > 1]
+
+
+# House rule: the model code bases that we learned from have 20 to 90.
+MIN_COMMENT_LINES = 10.0  # per 1,000 lines of code
+
+
+def test_comments_say_why() -> None:
+    lines = [line.strip() for path in SOURCES for line in path.read_text().splitlines()]
+    code = [line for line in lines if line and not line.startswith("#")]
+    comments = [line for line in lines if line.startswith("#")]
+    assert 1000 * len(comments) / len(code) >= MIN_COMMENT_LINES

@@ -54,8 +54,8 @@ def load_graph(
     if graph is not None:
         progress(f"{graph.name}: trace from the cache")
         return graph
+    from mist.trace.model_trace import listing, trace
     from mist.trace.models.loader import load_model, local_modules
-    from mist.trace.trace import listing, trace
 
     progress(f"loading {model_source.label}")
     path = model_source.path if isinstance(model_source, PythonSource) else None
@@ -118,8 +118,8 @@ def trace_model(
     labels of the batch, or the token ids). The model's `name`, if it has one,
     names the graph. Raises TraceError when its costs cannot be traced.
     """
+    from mist.trace.model_trace import trace
     from mist.trace.models.loader import LoadedModel
-    from mist.trace.trace import trace
 
     name = getattr(model, "name", None)
     loaded = LoadedModel(

@@ -40,7 +40,7 @@ MASTER = dict.fromkeys(COMPUTE, torch.float32)  # parameters and what is reduced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sharding:
+class ZeroSharding:
     """How states are divided. `on_host`: layers (by id) whose shards live in host memory.
 
     `idle`: how many of the first layers have no backward pass, as nothing up to them is trained.
@@ -52,7 +52,9 @@ class Sharding:
     idle: int = 0
 
 
-def shard(root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level: Sharding) -> None:
+def shard(
+    root: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, level: ZeroSharding
+) -> None:
     """Make each layer, and what remains of `root`, a group of FSDP2, in place."""
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE[level.precision], reduce_dtype=MASTER[level.precision]

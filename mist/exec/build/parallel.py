@@ -19,7 +19,7 @@ from mist.exec.build.adamw import AdamW, Settings, local, make_slots
 from mist.exec.build.batch_shape import planned_shape
 from mist.exec.build.batches import micro_batch, rank_rows, to_device
 from mist.exec.build.device_meshes import RankPlace, new_groups, take_place
-from mist.exec.build.fsdp import COMPUTE, Sharding, begin_backward, shard
+from mist.exec.build.fsdp import COMPUTE, ZeroSharding, begin_backward, shard
 from mist.exec.build.gradient_flow import Flows, flows_of
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.build.host_copies import Swapper
@@ -197,7 +197,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     offloader = _apply_levels(job, modules, of_layers)
     host_layers = modules[first_on_host:]
     flows = flows_of(job.subject.loaded, structure, layers)
-    level = Sharding(
+    level = ZeroSharding(
         zero=stage.zero,
         idle=flows.idle,
         precision=job.plan.workload.precision,
