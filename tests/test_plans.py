@@ -4,7 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mist.errors import PlanError
-from mist.plans.plan import Plan, plan_faults
+from mist.plans.invariants import plan_faults
+from mist.plans.plan import Plan
 from mist.plans.workload import MemoryLevel
 from tests.sample_plans import estimate_of, plans, sample_plan, stage_estimate, stage_plan
 

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from mist.errors import Fault, InputError, PlanError
 from mist.files import write_text
-from mist.plans.plan import SCHEMA, Plan, plan_faults
+from mist.plans.invariants import plan_faults
+from mist.plans.plan import SCHEMA, Plan
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
