@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Final
 
 from mist.plans.plan import DEFAULT_SCHEDULE, Estimate, Layout, Offload, StageEstimate, StagePlan
-from mist.plans.workload import MemoryLevel
 from mist.units import format_bytes, format_seconds
 
 ROUNDING_RATIO: Final = 1e-5  # of the step: estimates carry six digits
@@ -63,7 +62,7 @@ def layout_words(layout: Layout) -> str:
         _spread(counts)
         for counts in (
             [s.num_full for s in stages],
-            [s.num_at(MemoryLevel.SELECTIVE) for s in stages],
+            [s.num_partly for s in stages],
             [s.num_layers for s in stages],
         )
     )

@@ -136,7 +136,12 @@ class StagePlan:
     @property
     def num_full(self) -> int:
         """Layers recomputed whole in the backward pass (the first ones of the stage)."""
-        return self.num_at(MemoryLevel.FULL)
+        return sum(count for level, count in self.memory.items() if level.repeats == "all")
+
+    @property
+    def num_partly(self) -> int:
+        """Layers of which the backward pass runs a part again."""
+        return sum(count for level, count in self.memory.items() if level.repeats == "part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

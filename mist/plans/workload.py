@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -58,6 +58,13 @@ class MemoryLevel(StrEnum):
     NONE = "none"
     SELECTIVE = "selective"
     FULL = "full"
+
+    @property
+    def repeats(self) -> Literal["nothing", "part", "all"]:
+        """What of a layer's forward pass the backward pass runs again."""
+        if self is MemoryLevel.NONE:
+            return "nothing"
+        return "all" if self is MemoryLevel.FULL else "part"
 
 
 class Solver(StrEnum):

@@ -8,7 +8,6 @@ from mist.plans.file import plain_data
 from mist.plans.host_memory import HostNeed
 from mist.plans.plan import Estimate, Limits, Plan, StagePlan
 from mist.plans.provenance import Kind
-from mist.plans.workload import MemoryLevel
 from mist.report.tables import say, say_note, show
 from mist.units import format_bytes, format_count, format_seconds
 
@@ -199,7 +198,7 @@ def _data_parallel(stage: StagePlan) -> str:
 
 
 def _recomputed(stage: StagePlan) -> str:
-    some = stage.num_at(MemoryLevel.SELECTIVE)
+    some = stage.num_partly
     words = f"{stage.num_full} of {stage.num_layers}"
     return f"{words}, {some} selectively" if some else words
 

@@ -35,7 +35,8 @@ from mist.exec.observation import Seen, to_json
 from mist.files import write_bytes
 from mist.plans.file import load_plan
 from mist.plans.plan import Plan
-from mist.plans.workload import Attention, ScheduleKind
+from mist.plans.schedules import DEFAULT_KIND
+from mist.plans.workload import Attention
 from mist.trace.models.fake_tensors import tables_of
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import Policy, TraceSetting
@@ -112,7 +113,7 @@ def cut(plan: Plan, stage: int) -> Plan:
     """The plan with no more micro-batches than its peak and its collectives need."""
     num_stages, kind = len(plan.stages), plan.schedule.kind
     # Other schedules hold all micro-batches (GPipe), or run them in rounds over the chunks.
-    if num_stages > 1 and kind is not ScheduleKind.ONE_F_ONE_B:
+    if num_stages > 1 and kind is not DEFAULT_KIND:
         return plan
     # As many as 1F1B has in flight here, and no fewer than stages: torch refuses less.
     count = min(max(num_stages - stage - 1 + MORE, num_stages), plan.num_micro_batches)

@@ -5,18 +5,18 @@ from typing import Final, Literal
 import torch.distributed as dist
 
 from mist.plans.plan import (
+    DEFAULT_SCHEDULE,
     ClusterRef,
     Estimate,
     ModelRef,
     Offload,
     Plan,
     Provenance,
-    Schedule,
     StageEstimate,
     StagePlan,
     Uncertainty,
 )
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
+from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
 
 SAMPLES: Final = 2  # of a rank's micro-batch
 SEQ_LEN: Final = 16
@@ -74,7 +74,7 @@ def tiny_plan(num_layers: int, num_micro_batches: int, axis: Literal["dp", "tp"]
         ),
         cluster=ClusterRef(name="here", device="here", num_gpus=world, gpus_per_node=world),
         runtime="torch",
-        schedule=Schedule(kind=ScheduleKind.ONE_F_ONE_B, vpp=1),
+        schedule=DEFAULT_SCHEDULE,
         num_micro_batches=num_micro_batches,
         stages=(stage,),
         estimate=NOT_PREDICTED,
