@@ -26,6 +26,8 @@ def load_plan(path: str | Path) -> Plan:
     faults = [*repeated, *_schema_faults(data), *plan_faults(data)]
     if faults:
         raise PlanError(str(path), faults)
+    # By way of JSON: strict validation takes its lists for tuples and its text for enums, but
+    # refuses the same as Python objects.
     return _adapter().validate_json(json.dumps(data), strict=True)
 
 
@@ -80,6 +82,7 @@ def _read(path: Path) -> tuple[Mapping[str, object], list[Fault]]:
 
 def _repeated_keys(node: yaml.Node | None, path: str, above: frozenset[int]) -> Iterator[Fault]:
     """Every key that a mapping at or below this node has twice. Raises YAMLError on a cycle."""
+    # An alias may point to a node above it, and the walk would never end.
     if id(node) in above:
         raise yaml.YAMLError(f"{path.lstrip('.')} contains itself")
     above |= {id(node)}
