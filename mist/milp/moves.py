@@ -148,7 +148,7 @@ def _position(problem: InterStageProblem, stage: int, tie: tuple[int, ...] | Non
 def _key(cell: Cell) -> tuple[object, ...]:
     """Equal for cells whose moves differ in nothing but the states."""
     columns = (cell.stable_s, cell.lone_s, cell.host_bytes)
-    # An array cannot be a key of a dictionary; its bytes can, and they compare exactly.
+    # Arrays cannot be keys of a dictionary; their bytes can, and they compare exactly.
     times = (None if column is None else column.tobytes() for column in columns)
     return (cell.count, cell.units, cell.spare_s, *times)
 

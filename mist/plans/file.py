@@ -26,8 +26,8 @@ def load_plan(path: str | Path) -> Plan:
     faults = [*repeated, *_schema_faults(data), *plan_faults(data)]
     if faults:
         raise PlanError(str(path), faults)
-    # By way of JSON: strict validation takes its lists for tuples and its text for enums, but
-    # refuses the same as Python objects.
+    # Through JSON text, because strict validation of Python objects refuses a list for a tuple and
+    # a string for an enum.
     return _adapter().validate_json(json.dumps(data), strict=True)
 
 

@@ -276,7 +276,7 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
         [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in model.space.levels],
         axis=0,
     )
-    # A step is at least G times its slowest stage, here the shortest range at its fastest level.
+    # No stage with the strategy is faster, and a step takes at least G times its slowest stage.
     useful = model.group.num_micro_batches * least * fastest_s <= step_s
     strategies = model.strategies.joined(away.take(useful))
     return GroupModel(model.job, model.group, strategies, model.space)
