@@ -96,6 +96,8 @@ def _limited(
         return None
     if found.step_s < exact.step_s * (1 - _AGREEMENT):
         raise _disagreement(exact, found.step_s)
+    # Limits only remove choices, so the optimum without them is a bound. The min allows for an
+    # answer of HiGHS that is lower by its tolerance.
     lower_bound_s = max(found.lower_bound_s, min(exact.step_s, found.step_s))
     return replace(found, lower_bound_s=lower_bound_s)
 
@@ -118,6 +120,7 @@ def _confirmed(
     found_s = math.inf if checked is None else checked.step_s
     if checked is None or abs(found_s - exact.step_s) > _AGREEMENT * exact.step_s:
         raise _disagreement(exact, found_s)
+    # Within its tolerance HiGHS may report a bound above the step; a gap is never negative.
     lower_bound_s = min(checked.lower_bound_s, exact.step_s)
     return replace(exact, lower_bound_s=lower_bound_s, num_nodes=checked.num_nodes)
 

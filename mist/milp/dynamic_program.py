@@ -88,6 +88,7 @@ def solve_exact(
     Optimal to a relative 1e-12, the size of rounding; the bound is therefore the step itself.
     """
     best, num_nodes = None, 0
+    # The best plan of one tie is the cut-off of the next, whose search then closes sooner.
     for tie in problem.ties or (None,):
         found = _solve_tie(problem, tie, upper_bound_s)
         if found is not None:
@@ -109,10 +110,13 @@ def _solve_tie(
     boxes = [_Box(bound_s=0.0, exit_s=0.0, low=0, high=len(search.thetas) - 1)]
     while boxes and (narrowed := _narrowed(search, best.cutoff_s)) is not None:
         search = narrowed
+        # Least bound first: a good plan early closes the boxes behind it.
         boxes.sort(key=lambda box: (box.bound_s, box.low))
         batch, rest = boxes[:_BATCH], boxes[_BATCH:]
         best, open_boxes = _examine(search, batch, best)
+        # A node is a scenario of the dynamic program, and each box is examined at several targets.
         num_nodes += len(batch) * (_BATCH // len(batch))
+        # Few open boxes split into many parts, so that the next batch is full.
         parts = max(2, _BATCH // max(1, len(open_boxes)))
         boxes = rest + [part for box in open_boxes for part in _split(search, box, parts)]
         boxes = [box for box in boxes if box.bound_s < best.cutoff_s]
@@ -146,6 +150,7 @@ def _worst_s(problem: InterStageProblem, moves: tuple[Position, ...]) -> float:
     """A finite step time that no plan exceeds, so that the first budgets are finite."""
     frontiers = [position.frontiers for position in moves]
     theta_s = max(points.stable_s[-1] for row in frontiers for points in row)
+    # `fill_s` ends in inf: its largest time is the last entry but one.
     sum_s = sum(max(points.fill_s[-2] for points in row) for row in frontiers)
     lone_s = max(-points.negative_lone_s[0] for row in frontiers for points in row)
     worst_s = (problem.num_micro_batches - 1) * theta_s + sum_s + lone_s
@@ -179,15 +184,18 @@ def _examine(search: _DynamicProgram, boxes: list[_Box], best: _Best) -> tuple[_
     num_targets = _BATCH // len(boxes)
     floor_s = search.floors_s[[box.low for box in boxes]]
     theta_s = search.thetas[[box.high for box in boxes]]
+    # The last target is the cut-off itself: a box that is infeasible there holds no better plan.
     target_s = np.linspace([box.bound_s for box in boxes], best.cutoff_s, num_targets + 1, axis=1)
     budget_s = target_s[:, 1:] - floor_s[:, None]
     sum_s, picks = _suffix_s(search, np.repeat(theta_s, num_targets), budget_s.ravel())
     sum_s = sum_s.reshape(budget_s.shape)
     open_boxes = []
     for row in np.flatnonzero(np.isfinite(sum_s[:, -1])):
+        # The first feasible target gives a plan; the one before it is infeasible: a bound.
         column = int(np.argmax(np.isfinite(sum_s[row])))
         scenario = [picked[:, row * num_targets + column] for picked in picks]
         best = _better(search, best, _choices(search, scenario, budget_s[row, column]))
+        # From the loosest budget: the sum under a tighter one is larger and bounds fewer plans.
         exit_s = float(sum_s[row, -1]) + search.min_delta_s
         bound_s = max(float(target_s[row, column]), float(floor_s[row]) + exit_s)
         open_boxes.append(replace(boxes[row], bound_s=bound_s, exit_s=exit_s))
@@ -203,6 +211,7 @@ def _better(search: _DynamicProgram, best: _Best, choices: tuple[Choice, ...]) -
 
 def _split(search: _DynamicProgram, box: _Box, parts: int) -> list[_Box]:
     """At most `parts` boxes that cover this one, each with the bound of its own least theta."""
+    # A box with fewer thetas than parts gives the same edge twice.
     edges = np.unique(np.linspace(box.low, box.high + 1, parts + 1).astype(np.int64))
     return [
         _Box(
@@ -229,6 +238,8 @@ def _suffix_s(
         for index, own in enumerate(position.runs()):
             source, target = position.source[own], position.target[own]
             added_s = _added_s(position.frontiers[index], behind_s[source], theta_s, budget_s)
+            # Targets within one run are distinct, so plain index assignment loses no update. A tie
+            # stays with the earlier frontier: the same problem gives the same plan.
             better = added_s < sum_s[target]
             sum_s[target] = np.where(better, added_s, sum_s[target])
             picked[target] = np.where(better, index, picked[target])
@@ -239,8 +250,10 @@ def _suffix_s(
 
 def _added_s(points: FrontierTimes, behind_s: Floats, theta_s: Floats, budget_s: Floats) -> Floats:
     """A + min { f : t <= theta, u <= e - A }, seconds; `behind_s`, A: [M, B]; the others: [B]."""
+    # u <= e - A reads -u >= A - e. Where no point satisfies it, the index is that of the inf.
     point = np.searchsorted(points.negative_lone_s, behind_s - budget_s)
     fill_s = points.fill_s[point]
+    # side="right", because a point with t equal to theta is allowed.
     fill_s[point >= np.searchsorted(points.stable_s, theta_s, side="right")] = np.inf
     fill_s += behind_s
     return fill_s
@@ -258,6 +271,7 @@ def _choices(
         state = int(position.source[move])
     choices, tail_s = [], 0.0
     for behind, (points, cell) in enumerate(reversed(path)):
+        # The same sums in the same order as `_added_s`, so that rounding picks the same point.
         point = int(np.searchsorted(points.negative_lone_s, tail_s - budget_s))
         tail_s = tail_s + float(points.fill_s[point])
         stage = len(path) - 1 - behind

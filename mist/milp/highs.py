@@ -57,6 +57,7 @@ def minimise(
         threads=1,
         timeLimit=limits.time_s,
         gapRel=limits.relative_gap,
+        # HiGHS stops at the first gap that closes: its absolute one must not pre-empt the relative.
         gapAbs=0.0,
         **_OPTIONS,
         **nodes,
@@ -92,6 +93,7 @@ def _has_answer(highs: "highspy.Highs", limits: SolverLimits) -> bool:
     from highspy import HighsModelStatus as Status
 
     status = highs.getModelStatus()
+    # All variables and costs are at least 0: what may be unbounded can only be infeasible.
     if status in (Status.kInfeasible, Status.kUnboundedOrInfeasible):
         return False
     feasible = highs.getInfo().primal_solution_status == _FEASIBLE

@@ -106,6 +106,7 @@ def solve_milp(
     points = point_rows(problem, unit_s)
     points = points[useful_rows(problem, points, upper_bound_s / unit_s)]
     if confirm is not None:
+        # Theta was divided by the same unit as the points: the comparison is exact.
         points = points[points["stable"] <= theta]
     if np.unique(points["stage"]).size < problem.num_stages:
         return None
@@ -130,6 +131,7 @@ def _solution(
         Choice(stage=int(row["stage"]), cell=int(row["cell"]), point=int(row["point"]))
         for row in points[np.round(outcome.values) == 1]
     )
+    # The objective of HiGHS is exact only to its tolerance; the choices are exact.
     step_s, bound_s = chosen_step(problem, choices), max(0.0, outcome.lower_bound) * unit_s
     return InterStageSolution(
         step_s=step_s,
@@ -273,6 +275,7 @@ def _shared_limits(
     for shared in problem.shared:
         rows = np.flatnonzero(np.isin(points["stage"], shared.stages))
         host = points["host"][rows]
+        # Bytes near 1e10 and times near 1 in one program would scale it badly.
         unit = float(host.max(initial=0.0)) or 1.0
         yield _sum(variables.pick, rows, host / unit) <= shared.limit_bytes / unit
 

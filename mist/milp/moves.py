@@ -87,6 +87,7 @@ def linked(positions: Iterable[Position]) -> tuple[Position, ...] | None:
 
     None when there is no such path. The first and the last state stay the first and the last.
     """
+    # Forward drops what no path reaches, backward what leads nowhere: one pass each is enough.
     states, forward = np.zeros(1, dtype=np.int32), []
     for position in positions:
         forward.append(position.where(_marked(states, position.num_sources)[position.source]))
@@ -109,6 +110,7 @@ def _marked(states: Indices, num_states: int) -> NDArray[np.bool_]:
 def _numbered(position: Position) -> Position:
     """With the states and the frontiers that occur as 0, 1, .. in the same order."""
     used = _marked(position.frontier, len(position.frontiers))
+    # The running count of marks, less one, numbers the marked states without holes.
     before = _marked(position.source, position.num_sources).cumsum(dtype=np.int32)
     after = _marked(position.target, position.num_targets).cumsum(dtype=np.int32)
     return replace(
@@ -146,6 +148,7 @@ def _position(problem: InterStageProblem, stage: int, tie: tuple[int, ...] | Non
 def _key(cell: Cell) -> tuple[object, ...]:
     """Equal for cells whose moves differ in nothing but the states."""
     columns = (cell.stable_s, cell.lone_s, cell.host_bytes)
+    # Arrays cannot be keys of a dictionary; their bytes can, and they compare exactly.
     times = (None if column is None else column.tobytes() for column in columns)
     return (cell.count, cell.units, cell.spare_s, *times)
 
@@ -159,6 +162,7 @@ def _moves(problem: InterStageProblem, frontier: int, cells: Sequence[int]) -> I
     first = problem.cells[cells[0]]
     step = first.count * _width(problem) + (0 if problem.num_units is None else first.units)
     targets = [_targets(problem, problem.cells[index]) for index in cells]
+    # unique returns the index of the first occurrence: that of the earlier cell.
     target, kept = np.unique(np.concatenate(targets), return_index=True)
     moves = np.empty((4, target.size), np.int32)
     moves[0], moves[1], moves[2] = target - step, target, frontier
@@ -176,6 +180,7 @@ def _targets(problem: InterStageProblem, cell: Cell) -> NDArray[np.int64]:
         return layers
     units = np.arange(cell.units, num_units + 1)
     if cell.offsets is not None:
+        # Offsets count from the first unit, states from the last: descending offsets ascend here.
         units = num_units - np.array(sorted(cell.offsets, reverse=True), dtype=np.int64)
     return (layers[:, None] * _width(problem) + units).ravel()
 

@@ -32,6 +32,7 @@ def pruned(
     """
     least = [_least(position) for position in positions]
     behind = _behind(positions, least)
+    # The same recursion on reversed moves, then turned round: both lists go by the same boundary.
     ahead = _behind([_reversed(position) for position in reversed(positions)], least[::-1])[::-1]
     kept = []
     for position, (stable_s, lone_s, fill_s), before, after in zip(

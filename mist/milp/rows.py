@@ -41,6 +41,7 @@ Rows = NDArray[np.void]
 def time_unit_s(problem: InterStageProblem) -> float:
     """Seconds that some stage needs at least, so that no step is shorter than 1 unit; or 1."""
     least = np.full((problem.num_stages, 2), np.inf)
+    # With one micro-batch the bottleneck costs nothing: only lone times bound the step.
     bottleneck = min(1, problem.num_micro_batches - 1)
     for cell in (cell for cell in problem.cells if cell.stable_s.size):
         times_s = (bottleneck * float(cell.stable_s.min()), float(cell.lone_s.min()))
@@ -76,6 +77,7 @@ def useful_rows(problem: InterStageProblem, points: Rows, upper_bound: float) ->
     """Which points [P] an assignment faster than `upper_bound`, in the unit, may take."""
     stage, fill = points["stage"], points["fill"]
     least = np.full(problem.num_stages, np.inf)
+    # ufunc.at, because many points share a stage: indexed assignment would use one of them.
     np.minimum.at(least, stage, fill)
     min_delta = (points["lone"] - fill)[stage == 0].min(initial=np.inf)
     exit_least = min_delta + fill + (least.sum() - least[stage])

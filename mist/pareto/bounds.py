@@ -27,10 +27,12 @@ def lower_bound_s(job: Job, group: Group) -> float:
     blocks = [(str(kind), int(count)) for kind, count in enumerate(layers)]
     blocks += [("embed", 1), ("head", 1)]
     stable = {x: terms[f"term_{x}_none_stable_s"] for x, _ in blocks}
+    # Each kind of layer takes its own best strategy: no plan can do better than this relaxation.
     total_s = sum(count * stable[x].min() for x, count in blocks)
     devices = group.strategies.tp * group.strategies.dp
     device_s = sum(count * (devices * stable[x]).min() for x, count in blocks)
     slowest_s = device_s / job.platform.num_gpus
+    # The largest, because more spare time means a shorter filling, and this must bound all plans.
     weight_s = sum(count * terms[f"term_{x}_weight_s"].max() for x, count in blocks)
     spare_s = spare_time(group.schedule.kind, weight_s)
     fill_s = float(fill_time(total_s, spare_s, chunks=group.schedule.vpp))
@@ -48,6 +50,7 @@ def window(
     if not np.isfinite(step_s):
         return np.ones(len(ranges), dtype=np.bool_)
     fastest_s, kinds = fastest_layers(model), kinds_of(model.job, ranges)
+    # The slack keeps the ranges of the best plan itself, whose times sum with other rounding.
     longest_s = step_s * (1 + 1e-9) / model.group.num_micro_batches
     own_s = fastest_s @ kinds
     if alone:
@@ -69,6 +72,7 @@ def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Fl
     (G - 1) t + max(u, fill of all stages), the fill of the others being that of their layers.
     """
     if SCHEDULES[model.group.schedule.kind].splits_backward:
+        # Weight gradients fill the bubble, so layers of other stages bound nothing here.
         exit_s = lone_s
     else:
         others = model.job.kind_prefix[:, -1:] - kinds_of(model.job, ranges)

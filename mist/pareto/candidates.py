@@ -390,6 +390,7 @@ class _Position:
             middle = (low + high) // 2
             fits = self._fits(*self._bytes(self._parts(upper, lower, middle), rows))
             low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
+            # Entries that are done may pass `high` by one while others still search.
             low = np.minimum(low, high)
         return np.asarray(high)
 

@@ -114,9 +114,11 @@ def capacity(
             own = [stage for stage in stages if model.in_flight(stage) == in_flight]
             most[own] = found[0 if coarse else index]
     if len(layers) == 1:
+        # Of one kind the load is a number of layers: the slack keeps 3.9999999999 from becoming 3.
         most = np.floor(most * (1 + _SLACK))
     most = np.minimum(most, load.max(initial=-np.inf))
     most[most < load.min(initial=np.inf) * (1 - _SLACK)] = -np.inf
+    # Rounding alone must never rule a plan out: the total loses more slack than the loads.
     return Capacity(
         most=most, total=float(weight @ layers) * (1 - 2 * _SLACK), load=load * (1 - _SLACK)
     )
@@ -152,6 +154,7 @@ class _Budget:
         for kind in range(half):
             slower = self.rates[:, half + kind] - self.rates[:, kind]
             saved = bytes_.rates[:, kind] - bytes_.rates[:, half + kind]
+            # A lower level that is faster, or saves nothing, has no price: any mu is valid, also 0.
             price = np.zeros(slower.shape)
             np.divide(slower, saved, out=price, where=(slower > 0) & (saved > 0))
             room = self.limit - self.base + price * (bytes_.limit - bytes_.base)
@@ -222,6 +225,7 @@ class _Knapsack:
             bits = 1 << rows[:, 0]
             mixes = (bits[upper] | bits[lower]).tolist()
             return np.stack([self._lines.base(name, mix, self._held) for mix in mixes]), rates
+        # A mix costs at least the constant of either level, and a level at least that of one kind.
         alone = [
             np.min([self._lines.base(name, 1 << row, self._held) for row in own], axis=0)
             for own in rows.tolist()

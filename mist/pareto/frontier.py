@@ -106,7 +106,10 @@ def _select(
     if not (np.isfinite(stable_s).all() and np.isfinite(lone_s).all()):
         raise ValueError("a feasible candidate has a time that is not finite")
     kept = _weed(stable_s, lone_s)
+    # lexsort sorts by its last key first; peak and index only break ties between equal times.
     kept = kept[np.lexsort((choice[kept], peak_bytes[kept], lone_s[kept], stable_s[kept]))]
+    # Every earlier point has a stable time at least as short: one whose lone time is not below all
+    # of theirs is dominated.
     before_s = np.minimum.accumulate(np.concatenate(([np.inf], lone_s[kept])))[:-1]
     kept = kept[lone_s[kept] < before_s]
     return Frontier(

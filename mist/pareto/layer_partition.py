@@ -33,6 +33,7 @@ def even_split(ranges: Ranges, num_layers: int, value: Floats) -> Ints:
     """
     num_strategies, num_stages, _ = value.shape
     placed = _placed(ranges, num_layers)
+    # Ranges are ordered by their end, so reduceat takes one minimum for each boundary.
     starts = np.flatnonzero(np.diff(placed.end, prepend=-1))
     best = np.full((num_stages + 1, num_strategies, num_layers + 1), np.inf)
     best[0, :, 0] = -np.inf

@@ -57,6 +57,7 @@ class PricedLayout:
         first = self.stages[0]
         offload = first.offload
         away = [ratio > 0 for ratio in (offload.weights, offload.optimizer, offload.activations)]
+        # Of one stage all schedules are the same, so they are one kind of layout.
         schedule = (self.schedule.kind, self.schedule.vpp) if len(self.stages) > 1 else ()
         return (schedule, len(self.stages), first.tp, first.zero, *away)
 
@@ -187,6 +188,7 @@ def _whole_layers(stage: StageChoice) -> Offload:
 def _runs(layout: PricedLayout) -> list[tuple[tuple[int, int], ...]]:
     """Runs of layers of each stage: one, or as many as it has chunks, dealt out in turn."""
     chunks = layout.schedule.vpp
+    # The first chunks take the layers that do not divide, as `schedules.layers_more` counts them.
     shares = [
         [stage.count // chunks + (chunk < stage.count % chunks) for chunk in range(chunks)]
         for stage in layout.stages

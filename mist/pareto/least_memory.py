@@ -71,6 +71,7 @@ def _of_group(job: Job, space: SearchSpace, group: Group, host_bytes: float) -> 
     """The least peak of a group: every ratio is tried where the ends of each do not tell."""
     narrow = replace(space, offload=lean_ratios(space))
     least = _least(job, narrow, group, host_bytes)
+    # Unlimited host memory gives the same peak, so it does not bind: the ends suffice.
     if least == _least(job, narrow, group, math.inf):
         return least
     return _least(job, space, group, host_bytes)

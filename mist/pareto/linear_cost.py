@@ -91,6 +91,7 @@ class StageLines:
         if job.facts.num_kinds == 1:
             asked += [a | b for a, b in combinations(asked, 2)]
         counts = _counts(job, asked)
+        # From one layer to two no new kind of layer appears: the difference is the slope alone.
         found = _evaluated(job, columns, np.concatenate([counts, 2 * counts[:num_rows]]))
         slope = {
             name: _line(found[name][:, len(asked) :] - found[name][:, :num_rows])
@@ -167,6 +168,7 @@ def _line(values: Floats) -> Line:
     return values[0], values[1] - values[0], more
 
 
+# Three points fix a plane: its value at zero, and one step along each variable.
 _HELD: Final = {"in_flight": np.array([0.0, 1.0, 0.0]), "layers_more": np.array([0.0, 0.0, 1.0])}
 
 

@@ -219,6 +219,7 @@ def _groups(
     used = np.logical_or.reduce([rows for _, rows in kept]) if kept else np.zeros(0, dtype=bool)
     if not used.any():
         return
+    # One pricing serves all schedules but zero bubble, which may run another ZeRO level.
     priced = found.take(used).priced(job, num_stages)
     for schedule, rows in kept:
         held = priced.take(rows[used])
@@ -291,6 +292,7 @@ def _strategies(
     devices, tp, zero, copies = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     dp = devices // tp
     micro_batch = samples // dp
+    # On one data-parallel rank all ZeRO levels do the same: the lowest stands for them.
     keep = (dp * micro_batch == samples) & ((dp > 1) | (zero == min(space.zero, default=0)))
     columns = {"tp": tp, "dp": dp, "micro_batch": micro_batch, "dp_replicate": copies}
     for name, values in columns.items():
@@ -412,6 +414,7 @@ def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Str
 
 def whole_layers(ratio: ArrayLike, count: ArrayLike) -> Floats:
     """Of `count` layers the least whole number that is a share of at least `ratio`."""
+    # The slack keeps a product such as 7.000000000000001 from becoming 8 layers.
     return np.asarray(np.ceil(np.asarray(ratio) * np.asarray(count) - 1e-9))
 
 

@@ -85,6 +85,7 @@ def _picks(
     found = []
     for stage, table in enumerate(tables):
         allowed = placed(ranges, model.job.num_layers, model.group.num_stages, stage)
+        # `_tables` gives stages that are alike one table: its identity is a cheap key.
         key = (id(table), allowed.tobytes())
         if key not in known:
             known[key] = _best_mixes(model, table, allowed, least)
@@ -170,6 +171,7 @@ def _best_of_kinds(
         value = _step_s(model, tables, rows)
     own = model.strategies.take(rows)
     away = [own.weights > 0, own.optimizer > 0, own.activations > 0]
+    # In the order of values, the first index of each kind is that of its best row.
     order = np.argsort(value, kind="stable")
     kinds = np.stack([own.tp, own.zero, *away], axis=-1)[order]
     _, first = np.unique(kinds, axis=0, return_index=True)

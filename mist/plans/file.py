@@ -27,6 +27,8 @@ def load_plan(path: str | Path) -> Plan:
     faults = [*repeated, *_schema_faults(data), *plan_faults(data)]
     if faults:
         raise PlanError(str(path), faults)
+    # Through JSON text, because strict validation of Python objects refuses a list for a tuple and
+    # a string for an enum.
     return _adapter().validate_json(json.dumps(data), strict=True)
 
 
@@ -81,6 +83,7 @@ def _read(path: Path) -> tuple[Mapping[str, object], list[Fault]]:
 
 def _repeated_keys(node: yaml.Node | None, path: str, above: frozenset[int]) -> Iterator[Fault]:
     """Every key that a mapping at or below this node has twice. Raises YAMLError on a cycle."""
+    # An alias may point to a node above it, and the walk would never end.
     if id(node) in above:
         raise yaml.YAMLError(f"{path.lstrip('.')} contains itself")
     above |= {id(node)}

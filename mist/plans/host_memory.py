@@ -25,6 +25,7 @@ def pinned_bytes(num_bytes: ArrayLike) -> NDArray[np.float64]:
     unless pinned_max_round_threshold_mb is set).
     """
     size = np.asarray(num_bytes, dtype=np.float64)
+    # frexp is exact, where a logarithm may round at the powers of two themselves.
     _, exponent = np.frexp(size)
     below = np.ldexp(1.0, exponent - 1)  # the largest power of two up to the size
     rounded = np.where(below < size, 2.0 * below, below)

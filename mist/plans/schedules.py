@@ -56,6 +56,7 @@ class ScheduleRow:
 
 SCHEDULES: Final = MappingProxyType(
     {
+        # "0 * behind" gives a number that is the same for all stages their shape.
         ScheduleKind.GPIPE: ScheduleRow(
             forwards=lambda turns, behind, stages, step: step + 0 * behind, holds_all=True
         ),
@@ -100,6 +101,7 @@ def step_time(
     one pipeline an array without dimensions, which `float()` takes.
     """
     fill_s = stable_s if fill_s is None else fill_s
+    # Cumulative from the last stage; without its own part each sum is that of the stages behind.
     up_to_s = np.cumsum(fill_s[..., ::-1], axis=-1)[..., ::-1]
     lone_exit_s = np.max(lone_s + (up_to_s - fill_s), axis=-1)
     bottleneck_s = np.max(stable_s, axis=-1)
@@ -254,6 +256,7 @@ def _first_chunks_held(
         return np.asarray(rounds * each_round + own)
 
     ahead = _chunks_held(kind, place, stages, micro, v)
+    # Backward passes begin with the last chunk, so its turns count from the other end.
     held = run(np.minimum(ahead + backward, micro * v), chunk) - run(backward, v - 1 - chunk)
     together = np.cumsum(np.where(chunk < v, held, 0), axis=-1)[..., :-1].max(axis=-2)
     return np.concatenate([np.zeros_like(together[..., :1]), together], axis=-1)

@@ -15,6 +15,7 @@ def curve_png(model: str, candidates: Sequence[Candidate], index: int) -> bytes:
     """The picture as a PNG file's content; the same candidates give the same bytes."""
     buffer = io.BytesIO()
     figure = curve(model, candidates, index)
+    # Matplotlib would write its version into the file: other bytes after every update.
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
 

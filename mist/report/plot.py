@@ -35,6 +35,7 @@ def plot(plan: Plan, points: Sequence[Judged], limit_bytes: float) -> "Figure":
     """Step time in s against peak memory in GiB, the plan marked, what does not fit shaded."""
     from matplotlib.figure import Figure
 
+    # Figure without pyplot: no global state, and no display is needed.
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     axes = figure.add_subplot()
     peaks = [point.peak_bytes / GIB for point in points]
@@ -64,6 +65,7 @@ def plot(plan: Plan, points: Sequence[Judged], limit_bytes: float) -> "Figure":
 def pareto_front(points: Sequence[Judged]) -> list[Judged]:
     """Layouts that no other beats in both step time and peak memory, by rising memory."""
     front: list[Judged] = []
+    # Of layouts with the same peak the fastest comes first, and the others do not enter.
     for point in sorted(points, key=lambda p: (p.peak_bytes, p.step_s)):
         if not front or point.step_s < front[-1].step_s:
             front.append(point)

@@ -147,6 +147,7 @@ def _domain_rules(facts: ModelFacts, workload: Workload, domain: Domain) -> Iter
 
 
 def _in_domain(domain: Domain, relation: str, seq_len: int, columns: Arrays) -> ArrayLike:
+    # A program returns floats: a relation that holds is 1.0.
     return domain({"b": columns["micro_batch"], "s": seq_len, "t": columns["tp"]})[relation] > 0
 
 
@@ -181,6 +182,7 @@ def limit_rules(facts: ModelFacts) -> Iterator[Rule]:
             message=f"tp {{tp}}: no tensor-parallel rules are known for {facts.name}; "
             "give the model a `tp_plan`, or use --tp 1.",
         )
+    # `size` is bound as a default, because a closure would see the last limit of the loop.
     for limit in facts.tp_limits or ():
         yield Rule(
             name=f"tp-divides-{limit.label}",
@@ -335,6 +337,7 @@ def _takes_turns(columns: Arrays) -> Mask:
 
 
 def _rounds(columns: Arrays) -> NDArray[np.int64]:
+    # Too few micro-batches break a rule of their own; here they must not divide by zero.
     return np.asarray(np.maximum(columns["num_micro_batches"] // columns["num_stages"], 1))
 
 
@@ -342,6 +345,7 @@ def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
     """What a runtime can keep in host memory, and from which ZeRO level on."""
     for name in ("weights", "grads", "optimizer"):
         hosted = getattr(runtime.offload, name) if runtime.offload else None
+        # No ZeRO level reaches 4: what the runtime never offloads breaks the rule at every level.
         least = hosted.offered_from if hosted else 4
         needs = f"needs ZeRO-{least} or more" if hosted else "is not possible"
         yield Rule(
@@ -420,4 +424,5 @@ COPY_RULES: Final = (
 
 
 def _copy_ranks(columns: Arrays) -> NDArray[np.int64]:
+    # More copies than ranks break a rule of their own; here they must not divide by zero.
     return np.asarray(np.maximum(columns["dp"] // columns["dp_replicate"], 1) * columns["tp"])

@@ -39,6 +39,7 @@ def refined(
     found = joined(problem, Bounds(limits=limits, step_s=layout.step_s), "dp")
     if found is None or found[0].step_s > layout.step_s * (1 - WORTH):
         return None
+    # A plan rounds offloaded weights up to whole layers: the gain must survive that.
     before, after = _written(job, layout), _written(job, found[0])
     faster = after.step_s <= before.step_s
     return found[0] if faster and _fits(job, found[0], after, limits) else None

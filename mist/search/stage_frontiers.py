@@ -133,6 +133,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
     ranges = ranges.take(window(base, ranges, bounds.step_s))
     if not len(ranges):
         return
+    # No time falls with an offload ratio: what fits everywhere as it is needs no offloading.
     short = np.flatnonzero(base.short(ranges, bounds.limits))
     model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
     sufficient = _sufficient(model, ranges, bounds)
@@ -153,6 +154,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         for stage in stages.tolist():
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
             allowed = allowed & placeable[stage]
+            # Stages of one place that agree in ranges and tie have the same frontiers.
             key = (model.is_tied(stage), allowed.tobytes())
             if key not in known:
                 ties = model.ties(stage)
@@ -215,6 +217,7 @@ def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) 
         own = base.strategies
         rows = np.flatnonzero(own.tp * own.dp == size)
         model = GroupModel(base.job, base.group, own.take(rows), base.space)
+        # Two stages leave the longest ranges; `_stood` drops those too long for deeper pipelines.
         ranges = layer_ranges(base.job, 2)
         if len(rows):
             ranges = ranges.take(window(model, ranges, bounds.step_s, alone=True))
@@ -273,6 +276,7 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
         [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in model.space.levels],
         axis=0,
     )
+    # No stage with the strategy is faster, and a step takes at least G times its slowest stage.
     useful = model.group.num_micro_batches * least * fastest_s <= step_s
     strategies = model.strategies.joined(away.take(useful))
     return GroupModel(model.job, model.group, strategies, model.space)

@@ -298,6 +298,7 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
     return Tuned(
         best=layout,
         grid_step_s=layout.step_s,
+        # Each of these proofs covers some of the groups: the least of them covers all.
         lower_bound_s=min(proven_s, search.relaxed_s, left_s, layout.step_s),
         shares_host=visit.limits.shares_host,
         solver=search.best_solver,

@@ -83,6 +83,7 @@ def _times(zero: int, num_micro_batches: int, runtime: Runtime, *, stays: bool) 
     none = sympy.Integer(0)
     stable, lone = sequence(none, none, runtime, stays_gathered=stays)
     counts: Counter[str] = Counter()
+    # The lone slots are the first forward and the last backward pass of a step.
     for slots, times in ((stable, num_micro_batches - 1), (lone, 1)):
         for slot in slots:
             for name in ("gathers", "scatters", "reduces"):

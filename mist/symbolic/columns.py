@@ -159,6 +159,7 @@ def count_columns(job: Job, first: ArrayLike, counts: Sequence[ArrayLike]) -> di
     """
     start = np.asarray(first)
     columns = {}
+    # The layers that keep least come first in a stage (decision 11): memory is then convex.
     for level, count in reversed([*zip(MemoryLevel, counts, strict=True)]):
         stop = start + np.asarray(count)
         for kind, prefix in enumerate(job.kind_prefix):

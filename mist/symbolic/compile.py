@@ -122,6 +122,7 @@ def _inputs(
 ) -> tuple[sympy.Symbol, ...]:
     """The given symbols, then all others that the outputs name."""
     named = {symbol for expr in outputs.values() for symbol in expr.free_symbols}
+    # A set has no fixed order: sorted by name, a model prints the same program every time.
     return (*first, *sorted(named - set(first), key=str))
 
 

@@ -135,6 +135,7 @@ def stage_host_bytes(blocks: StageBlocks, runtime: Runtime) -> Expr:
     """What one rank of a stage keeps in host memory, as it is allocated there."""
     overhead = runtime.offload.host_overhead_ratio if runtime.offload else None
     states = sum_over(blocks.every, "{x}_allocated_bytes")
+    # A stage that is both ends has a tied matrix once, but both of its blocks count it.
     states -= sym.FIRST * sym.LAST * term("tied_allocated_bytes")
     states *= 1 + overhead.value if overhead else 1
     return states + (sym.IN_FLIGHT + sym.LAYERS_MORE) * sum_over(

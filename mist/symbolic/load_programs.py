@@ -38,6 +38,7 @@ def model_programs(
         return programs
     graph = load_graph(source, setting, progress=progress)
     programs = compile_graph(graph, setting, runtime)
+    # Asked again, because a model that was not in the cache has a trace there only now.
     if key := _key(source, setting, profile_hash):
         store_programs(cache_folder(), key, programs)
     return programs

@@ -127,6 +127,7 @@ def sequence(
         ),
     )
     lone = (
+        # Offloaded weights that do not move each micro-batch come once: for the first forward pass.
         Slot(compute=forward, gathers=from_1, weights_in=sympy.Integer(1), activations_out=1),
         Slot(
             compute=backward,
@@ -271,4 +272,5 @@ def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr
         to_device = sym.TO_DEVICE(moments + weight_bytes + grad_bytes)
         return sym.TOGETHER(update_s, 0, to_device, sym.TO_HOST(moments + weight_bytes))
 
+    # Of embedding and head only the moments go to host memory, never weights or gradients.
     return by_ratio(runtime, seconds) if is_layer else seconds(_NONE, _NONE)

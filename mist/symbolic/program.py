@@ -119,6 +119,7 @@ def stage_model(programs: ModelPrograms, costs: OpCosts) -> StageModel:
         costs=bind(programs.costs, laws),
         block_terms=bind(programs.terms, laws),
         search_terms=bind(programs.search_terms, laws),
+        # The formulas of a stage are arithmetic on its terms: they call no law of the platform.
         search=bind(programs.search, {}),
         stage=bind(programs.stage, {}),
         flop=bind(programs.flop, {}),

@@ -102,4 +102,5 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
 def _sent_bytes(graph: ModelGraph, setting: CostSetting) -> Expr:
     """What a stage sends to the next: the largest input of any layer."""
     inputs = {block.boundary_bytes + block.carried_bytes for block in graph.blocks}
+    # Sorted, because the order of a set would change the text of the program.
     return sym.larger(*sorted(inputs, key=str)) / setting.sequence_shards

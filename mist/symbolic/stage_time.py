@@ -99,5 +99,6 @@ def _p2p_seconds(runtime: Runtime) -> Expr:
 def _tied_reduce_seconds() -> Expr:
     """A tied embedding on two stages exchanges its gradient once per step."""
     in_node, cross = term("tied_reduce_in_node_s"), term("tied_reduce_cross_s")
+    # 1 where a stage is one end only: a single stage has the matrix once and sums nothing.
     at_one_end = sym.FIRST + sym.LAST - 2 * sym.FIRST * sym.LAST
     return at_one_end * (in_node + sym.SPANS_NODES * (cross - in_node))

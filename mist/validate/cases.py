@@ -140,6 +140,7 @@ def _layout(
     num_layers: int,
     stages: tuple[StageRun, ...],
 ) -> RunLayout:
+    # The table of stages says how many layers each one recomputes; `_of_stages` reads it.
     partial = stages and run.activation_ckpt in ("", "partial")
     given = replace(run, activation_ckpt="none") if partial else run
     layout = layout_of(given, num_layers=num_layers, zero=source.zero, checkpoint=source.checkpoint)

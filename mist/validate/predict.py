@@ -137,6 +137,8 @@ def _held(layers: Counts, **pipelines: Counts) -> dict[str, Floats]:
 
 def _padded(values: Floats, run: NDArray[np.int64], stages: NDArray[np.int64]) -> Floats:
     """One row for each run, zeros behind its last stage."""
+    # A stage of zeros changes neither the slowest stage nor a sum: one array holds pipelines of
+    # all lengths.
     wide = np.zeros((len(stages), stages.max()))
     first = np.cumsum(stages) - stages
     wide[run, np.arange(len(values)) - first[run]] = values

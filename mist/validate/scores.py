@@ -161,5 +161,6 @@ def kendall(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> fl
     """Kendall's tau-b of two columns; 0 where one of them is constant."""
     upper = np.triu_indices(len(predicted), 1)
     signs = [np.sign(np.subtract.outer(each, each)[upper]) for each in (predicted, measured)]
+    # tau-b: a pair that is tied in one column does not count in the norm of that column.
     norm = np.sqrt(np.prod([np.sum(sign != 0) for sign in signs], dtype=float))
     return float(np.sum(signs[0] * signs[1]) / norm) if norm else 0.0

@@ -49,6 +49,7 @@ class PlanRun:
         held = (self.platform.device, self.platform.cluster, self.platform.runtime)
         device, cluster, runtime = _calibration(self.platform, values).applied(held)
         platform = replace(self.platform, device=device, cluster=cluster, runtime=runtime)
+        # Figures of the runtime are printed into the programs: a new value needs new programs.
         programs = compile_graph(self.graph, self.setting, runtime)
         job = make_job(programs, platform, self.plan.workload)
         predicted = estimate(job, self.plan.layout).step_s

@@ -349,6 +349,7 @@ def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str
             continue
         after = estimate(job, made)
         peak_bytes = max(stage.peak_bytes for stage in after.stages)
+        # A gain that the printed digits do not show is no suggestion.
         faster = after.step_s < step_s and format_seconds(after.step_s) != step_words
         if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
             judged.append((after.step_s, peak_bytes, words))

@@ -112,6 +112,7 @@ def gemm_law(readings: Readings, precision: Precision, hbm: float) -> GemmLaw:
         memory = moved / (values["bandwidth"] * hbm)
         sharp = values["exponent"]
         bend = (compute**sharp + memory**sharp) ** (1 / sharp)
+        # Logarithms, so that short and long products weigh alike.
         return np.asarray(np.log((values["launch"] + bend) / seconds))
 
     ranges = {

@@ -212,6 +212,7 @@ def _assemble(
         parts=step_parts(judged, best.num_micro_batches),
         pipeline=pipeline_of(job, layout),
     )
+    # Rounding to six digits must not lift the bound above the step.
     lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
     provenance = provenance_of(
         job,

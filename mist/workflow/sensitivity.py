@@ -97,6 +97,8 @@ def _share(other: PipelineTimes, plan: PipelineTimes, part: str) -> float | None
     def behind_s(shares: Floats) -> Floats:
         return other.step_s(part, shares) - plan.step_s(part, shares)
 
+    # The slowest stage may change on the way, so the difference may cross zero more than once: a
+    # grid brackets the first crossing before the bisection.
     shares = np.linspace(0.0, 1.0, NUM_SHARES + 1)
     ahead = np.flatnonzero(behind_s(shares) <= 0)
     if not len(ahead):
