@@ -33,9 +33,7 @@ ALL_OR_NOTHING: Final = MappingProxyType(
 )
 
 
-CHECKPOINTS: Final = MappingProxyType(
-    {"none": MemoryLevel.NONE, "selective": MemoryLevel.SELECTIVE, "full": MemoryLevel.FULL}
-)
+CHECKPOINTS: Final = MappingProxyType({level.value: level for level in MemoryLevel})
 """The memory levels by the words of `--checkpoint`."""
 
 

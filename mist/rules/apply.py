@@ -14,8 +14,8 @@ from mist.plans.workload import Precision
 from mist.platform.profiles import load_runtime
 from mist.rules.between_stages import broken_between
 from mist.rules.combinations import apply_rules
-from mist.rules.levels import broken_by_levels
-from mist.rules.rule import plan_columns, stage_faults
+from mist.rules.levels import level_faults
+from mist.rules.rule import layout_columns, stage_faults
 from mist.units import GIB
 
 RUNTIME: Final = "torch"
@@ -77,13 +77,10 @@ def _workload_faults(plan: Plan) -> Iterator[Fault]:
 
 def _rule_faults(plan: Plan, facts: ModelFacts | None) -> Iterator[Fault]:
     """What the rule book says of each stage, of its layers, and of the stages together."""
-    columns, kind = plan_columns(plan), plan.schedule.kind
-    rules = apply_rules(load_runtime(RUNTIME).profile, plan.workload, facts)
-    yield from stage_faults(rules, columns)
-    for index, stage in enumerate(plan.stages):
-        for message in broken_by_levels(stage.levels, columns[index]):
-            yield Fault(path=f"stages[{index}].memory", message=message)
-    for message in broken_between(facts, kind, columns):
+    columns, runtime = layout_columns(plan.layout), load_runtime(RUNTIME).profile
+    yield from stage_faults(apply_rules(runtime, plan.workload, facts), columns)
+    yield from level_faults(runtime, plan.layout)
+    for message in broken_between(facts, plan.schedule.kind, columns):
         yield Fault(path="stages", message=message)
 
 

@@ -5,10 +5,12 @@ from typing import Final
 
 import numpy as np
 
+from mist.errors import Fault
+from mist.plans.plan import Layout
 from mist.plans.schedules import kinds_that
 from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
-from mist.rules.rule import Columns, Mask, Rule, broken
+from mist.rules.rule import Columns, Mask, Rule, broken, layout_columns
 
 SPLIT: Final = kinds_that(lambda row: row.splits_backward)
 
@@ -49,11 +51,11 @@ def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterato
 
 def broken_levels(runtime: Runtime, levels: Iterable[MemoryLevel]) -> Iterator[str]:
     """What a runtime has not of the memory levels that the layers of one stage have."""
-    used, known = set(levels), [level for level in MemoryLevel if level in runtime.levels]
+    used = set(levels)
     words = [level for level in MemoryLevel if level in used]
     for level in words:
-        if level not in known:
-            yield f"checkpoint {level}: runtime {runtime.name} has {', '.join(known)}."
+        if level not in runtime.levels:
+            yield f"checkpoint {level}: runtime {runtime.name} has {', '.join(runtime.levels)}."
     if len(words) > 1 and not runtime.knobs.recomputes_some:
         yield (
             f"checkpoint {' and '.join(words)} in one stage: runtime {runtime.name} does the same "
@@ -61,6 +63,16 @@ def broken_levels(runtime: Runtime, levels: Iterable[MemoryLevel]) -> Iterator[s
         )
     elif not may_mix(runtime, used):
         yield f"runtime {runtime.name} makes all layers of a stage selective, or none."
+
+
+def level_faults(runtime: Runtime, layout: Layout) -> Iterator[Fault]:
+    """What stages break by the memory levels of their layers."""
+    for index, (stage, columns) in enumerate(
+        zip(layout.stages, layout_columns(layout), strict=True)
+    ):
+        messages = [*broken_levels(runtime, stage.levels), *broken_by_levels(stage.levels, columns)]
+        for message in messages:
+            yield Fault(path=f"stages[{index}].memory", message=message)
 
 
 def may_mix(runtime: Runtime, levels: Collection[MemoryLevel]) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mist.errors import Fault
 from mist.plans.knobs import STAGE_KNOBS
-from mist.plans.plan import Plan
+from mist.plans.plan import Layout
 
 Columns = Mapping[str, ArrayLike]
 Arrays = Mapping[str, NDArray[Any]]
@@ -81,18 +81,18 @@ def broken(rules: Iterable[Rule], columns: Columns) -> Iterator[str]:
             yield rule.message.format(**columns)
 
 
-def plan_columns(plan: Plan) -> list[dict[str, Any]]:
-    """The columns of each stage of a plan, single values."""
+def layout_columns(layout: Layout) -> list[dict[str, Any]]:
+    """The columns of each stage of a layout, single values."""
     return [
         {
             **{knob.name: getattr(stage, knob.name) for knob in STAGE_KNOBS},
             **asdict(stage.offload),
-            "num_stages": len(plan.stages),
-            "num_micro_batches": plan.num_micro_batches,
-            "schedule": plan.schedule.kind.value,
-            "chunks": plan.schedule.vpp,
+            "num_stages": len(layout.stages),
+            "num_micro_batches": layout.num_micro_batches,
+            "schedule": layout.schedule.kind.value,
+            "chunks": layout.schedule.vpp,
         }
-        for stage in plan.stages
+        for stage in layout.stages
     ]
 
 

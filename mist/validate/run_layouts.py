@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mist.plans.plan import even_layers
+from mist.plans.search_space import CHECKPOINTS
 from mist.plans.workload import MemoryLevel
 from mist.validate.measured_runs import Run
 from mist.validate.run_models import Unsupported
@@ -16,7 +17,6 @@ ZERO_LEVELS: Final = (
     ("hsdp", 3),
     ("none", 0),
 )
-CHECKPOINTS: Final = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

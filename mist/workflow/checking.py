@@ -274,8 +274,9 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     counts = _split(job, layout)
     stages = tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp))
     schedule = Schedule(kind=layout.schedule, vpp=layout.vpp)
-    _refuse(fault.message for fault in pipeline_faults(job, stages, schedule))
-    return Layout(stages=stages, num_micro_batches=num_micro_batches, schedule=schedule)
+    made = Layout(stages=stages, num_micro_batches=num_micro_batches, schedule=schedule)
+    _refuse(fault.message for fault in pipeline_faults(job, made))
+    return made
 
 
 def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:

@@ -10,12 +10,12 @@ from mist.errors import Fault
 from mist.model.summary import difference_words
 from mist.pareto.default_partition import dealt_layers
 from mist.plans.knobs import STAGE_KNOBS
-from mist.plans.plan import Plan, Schedule, StagePlan
+from mist.plans.plan import Layout, Plan, StagePlan
 from mist.plans.workload import MemoryLevel
 from mist.rules.between_stages import broken_between
 from mist.rules.combinations import AXES_AT_REST
-from mist.rules.levels import broken_by_levels, broken_levels
-from mist.rules.rule import plan_columns, stage_faults
+from mist.rules.levels import level_faults
+from mist.rules.rule import layout_columns, stage_faults
 from mist.symbolic.job import Job
 
 
@@ -60,25 +60,21 @@ def _other_faults(plan: Plan, job: Job) -> Iterator[Fault]:
         yield Fault(path="workload.compile", message="compiled models are not predicted")
     for index, stage in enumerate(plan.stages):
         yield from _sequence_faults(f"stages[{index}]", stage, job)
-    columns = plan_columns(plan)
+    columns = layout_columns(plan.layout)
     yield from stage_faults((*AXES_AT_REST, *job.rules), columns)
     for message in broken_between(job.facts, plan.schedule.kind, columns):
         yield Fault(path="stages", message=message)
-    yield from pipeline_faults(job, plan.stages, plan.schedule)
+    yield from pipeline_faults(job, plan.layout)
 
 
-def pipeline_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -> Iterator[Fault]:
+def pipeline_faults(job: Job, layout: Layout) -> Iterator[Fault]:
     """What the runtime cannot do of the memory levels, the split and the differences of stages."""
     runtime = job.platform.runtime
-    for index, stage in enumerate(stages):
-        columns = {"activations": stage.offload.activations, "schedule": schedule.kind.value}
-        messages = [*broken_levels(runtime, stage.levels), *broken_by_levels(stage.levels, columns)]
-        for message in messages:
-            yield Fault(path=f"stages[{index}].memory", message=message)
+    yield from level_faults(runtime, layout)
     if not runtime.knobs.unlike_stages:
-        yield from _unlike_faults(runtime.name, stages)
+        yield from _unlike_faults(runtime.name, layout.stages)
     if not runtime.knobs.uneven_layers:
-        yield from _split_faults(job, stages, schedule)
+        yield from _split_faults(job, layout)
 
 
 def _unlike_faults(name: str, stages: Sequence[StagePlan]) -> Iterator[Fault]:
@@ -97,10 +93,10 @@ def _unlike_faults(name: str, stages: Sequence[StagePlan]) -> Iterator[Fault]:
             yield Fault(path="stages", message=f"{words} at {level}")
 
 
-def _split_faults(job: Job, stages: Sequence[StagePlan], schedule: Schedule) -> Iterator[Fault]:
+def _split_faults(job: Job, layout: Layout) -> Iterator[Fault]:
     """A split of the layers that is not the one which the runtime makes by itself."""
-    own = dealt_layers(job, len(stages) * schedule.vpp)
-    chunks = zip(*(stage.layers for stage in stages), strict=True)
+    own = dealt_layers(job, len(layout.stages) * layout.schedule.vpp)
+    chunks = zip(*(stage.layers for stage in layout.stages), strict=True)
     counts = tuple(count for runs in chunks for _, count in runs)
     if own is not None and counts != own:
         words = f"runtime {job.platform.runtime.name} deals {job.num_layers} layers out as"

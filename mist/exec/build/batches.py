@@ -19,8 +19,6 @@ from mist.exec.build.weight_init import seed_of
 from mist.plans.workload import Workload
 from mist.trace.models.loader import TOKENS, LoadedModel
 
-NUM_BYTES = 256
-
 
 class Batches:
     """The batches of a run. Raises InputError when a file and a model do not fit."""
