@@ -65,7 +65,7 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_entry(path: Path, text: str) -> None:
-    """Keep a cache entry (JSON), in a folder of this user's; where it cannot be kept, do nothing."""
+    """Keep a cache entry (JSON) in a folder of this user's; a fault of the disk is no fault."""
     with suppress(OSError, OutputError):
         path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         if _trusted(path.parent):

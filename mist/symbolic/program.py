@@ -1,9 +1,9 @@
 """Compiled expressions without sympy: source text of numpy functions, and what it is bound to.
 
 A program is what `mist.symbolic.compile` prints from expressions: named inputs, named outputs, one
-assignment per common subexpression. Binding runs its text with a platform's laws and a few functions
-of numpy in scope, and nothing else. The text is of this process: `program_codec` writes what is kept
-between runs.
+assignment per common subexpression. Binding runs its text with a platform's laws and a few
+functions of numpy in scope, and nothing else. The text is of this process: `program_codec` writes
+what is kept between runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -49,7 +49,9 @@ def load_programs(folder: Path, key: str) -> ModelPrograms | None:
     try:
         entry: dict[str, Any] = json.loads(text or "")
         facts = _facts().validate_python(entry["facts"])
-        return ModelPrograms(facts=facts, **{name: decode_program(entry[name]) for name in PROGRAMS})
+        return ModelPrograms(
+            facts=facts, **{name: decode_program(entry[name]) for name in PROGRAMS}
+        )
     except (ValidationError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

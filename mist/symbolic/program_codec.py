@@ -119,17 +119,19 @@ def _body(steps: Iterable[object], inputs: Iterable[str]) -> tuple[list[str], Se
     lines = []
     for step in steps:
         name, value = _list(step)
-        lines.append(f"{_new_name(name)} = {_text(value, names)}")
-        names.add(name)
+        assigned = _new_name(name)
+        lines.append(f"{assigned} = {_text(value, names)}")
+        names.add(assigned)
     return lines, names
 
 
 def _new_name(name: object) -> str:
     """A name that hides no function: it would be another one's from there on."""
-    plain = isinstance(name, str) and name.isidentifier() and name.isascii()
-    if not plain or keyword.iskeyword(name) or name in CALLED | CONSTANTS or "__" in name:
-        raise ValueError(f"no name: {name!r}")
-    return str(name)
+    word = _word(name)
+    plain = word.isidentifier() and word.isascii() and not keyword.iskeyword(word)
+    if not plain or word in CALLED | CONSTANTS or "__" in word:
+        raise ValueError(f"no name: {word!r}")
+    return word
 
 
 def _text(value: object, names: Set[str]) -> str:
