@@ -118,8 +118,8 @@ def _body(steps: Iterable[object], inputs: Iterable[str]) -> tuple[list[str], Se
         names.add(_new_name(name))
     lines = []
     for step in steps:
-        name, value = _list(step)
-        assigned = _new_name(name)
+        new, value = _list(step)
+        assigned = _new_name(new)
         lines.append(f"{assigned} = {_text(value, names)}")
         names.add(assigned)
     return lines, names

@@ -1,8 +1,8 @@
 """Reads checkpoints of tensors as data: no file of one can run code.
 
-Torch's own reader unpickles the index of a checkpoint (`.metadata`), and values that the index calls
-bytes, without a limit. Here the index may name the classes of the table and nothing else, and every
-value in it is a tensor, which torch reads with weights_only.
+Torch's own reader unpickles the index of a checkpoint (`.metadata`), and the values that the index
+calls bytes, without a limit. Here the index may name the classes of the tables and nothing else,
+and every value in it is a tensor, which torch reads with weights_only.
 """
 
 import pickle
@@ -69,7 +69,9 @@ class TensorReader(FileSystemReader):
 
 def _of_tensors(index: Metadata) -> bool:
     """Whether all values are tensors, in files that are named without a folder."""
-    values, places = index.state_dict_metadata, index.storage_data
+    # The file says what lies in the fields, whatever their types are.
+    values: object = index.state_dict_metadata
+    places: object = index.storage_data
     return (
         isinstance(values, dict)
         and isinstance(places, dict)
