@@ -84,4 +84,5 @@ def _beside(place: object) -> bool:
     if type(place) is not filesystem._StorageInfo or place.transform_descriptors:
         return False
     name = place.relative_path
-    return type(name) is str and PurePath(name).name == name
+    plain = type(name) is str and PurePath(name).name == name
+    return plain and name.endswith(filesystem.DEFAULT_SUFFIX)

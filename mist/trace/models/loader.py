@@ -188,11 +188,12 @@ def _from_config(
         )
     kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
     try:
-        known = AutoConfig.for_model(model_type, **config)
-        build = _class_of(label, known)._from_config
         # A configuration names no file of elsewhere that a model of it could need.
-        with torch.device("meta"), patch.object(constants, "HF_HUB_OFFLINE", True):
-            model: nn.Module = build(known, dtype=DTYPES[precision], **kernel)
+        with patch.object(constants, "HF_HUB_OFFLINE", True):
+            known = AutoConfig.for_model(model_type, **config)
+            build = _class_of(label, known)._from_config
+            with torch.device("meta"):
+                model: nn.Module = build(known, dtype=DTYPES[precision], **kernel)
     except ModelError:
         raise
     except Exception as error:
