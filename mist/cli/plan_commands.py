@@ -57,6 +57,7 @@ from mist.cli.command_options import (
 from mist.cli.common import app, print_json, progress
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
+from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
 from mist.plans.workload import Attention, Objective, Precision, Solver
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from mist.symbolic.load_programs import Progress
     from mist.workflow.checking import Checked
     from mist.workflow.cluster_choice import Rented
-    from mist.workflow.plan_model import ModelAccess
     from mist.workflow.planning import Effort
     from mist.workflow.verifying import Verified
 
@@ -128,13 +128,7 @@ def plan(
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
 
     rented, verified = _searched(search, margin, verify=verify)
-    try:
-        _write_plan(rented, writing)
-    except OutputError:
-        # The search was not in vain.
-        _show_plan(rented, verified, tokens, as_json=as_json)
-        raise
-    _show_plan(rented, verified, tokens, as_json=as_json)
+    _deliver(rented, writing, partial(_show_plan, rented, verified, tokens, as_json=as_json))
 
 
 def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
@@ -202,6 +196,16 @@ class _Writing:
             check_output("--out", path, PICTURE_FILE, inputs=self.inputs, force=self.force)
 
 
+def _deliver(rented: "Rented", writing: _Writing, show: Callable[[], None]) -> None:
+    """Write the plan and show it; where it cannot be written, the search was not in vain."""
+    try:
+        _write_plan(rented, writing)
+    except OutputError:
+        show()
+        raise
+    show()
+
+
 def _write_plan(rented: "Rented", writing: _Writing) -> None:
     """The plan and its pictures, beside each other."""
     from mist.files import write_bytes
@@ -258,20 +262,16 @@ def check(
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
     from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
-    from mist.workflow.plan_model import ModelAccess
     from mist.workflow.request import Question, host_memory_of
 
     check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
-        access = ModelAccess(model=model, trust=trust)
-        judge = partial(_of_file, subject, margin, host_memory, access)
+        judge = partial(_of_file, subject, model, margin, host_memory, trust=trust)
         return _show_check(judge, out, as_json=as_json)
-    if model is not None:
-        raise InputError(f"mist check {subject} {model}: a second model. Give one of them.")
     question = Question(
         model=subject,
-        num_gpus=_given_gpus(subject, gpus),
+        num_gpus=_given_gpus(subject, model, gpus),
         gpu=gpu,
         cluster=cluster,
         runtime=runtime,
@@ -283,21 +283,19 @@ def check(
         host_memory_bytes=host_memory_of(host_memory),
     )
     layout = HandLayout(
-        tp=tp,
-        pp=pp,
-        zero=zero,
-        dp_replicate=dp_replicate,
-        micro_batch=micro_batch,
+        **{knob.field: context.params[knob.field] for knob in TYPED_KNOBS},
         checkpoint=checkpoint,
         schedule=schedule,
-        vpp=vpp,
         offload=offload_of(offload or ()),
         layers=layers_of(layers),
     )
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
 
 
-def _given_gpus(subject: str, gpus: int | None) -> int:
+def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
+    """The number of GPUs of a layout of `subject`, behind which no other model may stand."""
+    if model is not None:
+        raise InputError(f"mist check {subject} {model}: a second model. Give one of them.")
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
     return gpus
@@ -305,14 +303,16 @@ def _given_gpus(subject: str, gpus: int | None) -> int:
 
 def _of_file(
     path: str,
+    model: str | None,
     margin: float | None,
     host_memory: str | None,
-    access: "ModelAccess",
     *,
+    trust: bool,
     progress: "Progress",
 ) -> "Checked":
     """A plan file, under the margin and on the host memory that it was made for unless told."""
     from mist.workflow.checking import check_plan
+    from mist.workflow.plan_model import ModelAccess
     from mist.workflow.request import host_memory_of
 
     host_bytes = host_memory_of(host_memory)
@@ -320,7 +320,7 @@ def _of_file(
         path,
         margin_ratio=margin,
         host_memory_bytes=host_bytes,
-        access=access,
+        access=ModelAccess(model=model, trust=trust),
         progress=progress,
     )
 

@@ -136,12 +136,9 @@ def _new_name(name: object) -> str:
 
 def _text(value: object, names: Set[str]) -> str:
     """An expression as Python writes it, in brackets wherever order could be read otherwise."""
-    kind = type(value)
-    if kind is str and value in names:
-        return str(value)
-    if kind is int or kind is float or kind is bool:
-        return _number(value)  # type: ignore[arg-type]
-    word, *arguments = _list(value)
+    if not isinstance(value, list):
+        return _leaf(value, names)
+    word, *arguments = value
     if word == "infix":
         return f"({' '.join(_infix(arguments, names))})"
     parts = [_text(argument, names) for argument in arguments]
@@ -155,6 +152,16 @@ def _text(value: object, names: Set[str]) -> str:
     raise ValueError(f"no word of a program: {word!r}")
 
 
+def _leaf(value: object, names: Set[str]) -> str:
+    """A name that is known, or a number that Python reads as the same one."""
+    if isinstance(value, str) and value in names:
+        return value
+    # A negative number is written with "neg"; infinity is a name.
+    if isinstance(value, int | float) and 0 <= value < float("inf"):
+        return repr(value)
+    raise ValueError(f"no name and no number of a program: {value!r}")
+
+
 def _infix(parts: list[object], names: Set[str]) -> Iterator[str]:
     """Operands with the words between them, all of one level."""
     words = parts[1::2]
@@ -163,13 +170,6 @@ def _infix(parts: list[object], names: Set[str]) -> Iterator[str]:
         raise ValueError(f"no words between operands: {words!r}")
     for index, part in enumerate(parts):
         yield str(part) if index % 2 else _text(part, names)
-
-
-def _number(value: float) -> str:
-    """A number that Python reads as the same one."""
-    if not 0 <= value < float("inf"):  # a negative one is written with "neg"
-        raise ValueError(f"no number of a program: {value!r}")
-    return repr(value)
 
 
 def _words(value: object) -> tuple[str, ...]:

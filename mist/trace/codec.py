@@ -91,11 +91,15 @@ def decode_expr(value: object) -> Basic:
     if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in FUNCTIONS:
         name, *args = value
         # Their arguments are numbers, or the digits of one, and no expressions.
-        plain = name in ("Rational", "Float")
-        if plain and not all(type(arg) is int or NUMBER.fullmatch(str(arg)) for arg in args):
-            raise ValueError(f"not a number: {value!r}")
-        return FUNCTIONS[name](*(args if plain else map(decode_expr, args)))
+        each = _digits if name in ("Rational", "Float") else decode_expr
+        return FUNCTIONS[name](*map(each, args))
     raise ValueError(f"not an expression: {value!r}")
+
+
+def _digits(value: object) -> object:
+    if type(value) is int or NUMBER.fullmatch(str(value)):
+        return value
+    raise ValueError(f"not a number: {value!r}")
 
 
 def _encode(value: object, exprs: dict[Basic, int]) -> object:

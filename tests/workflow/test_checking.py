@@ -12,6 +12,7 @@ from mist.plans.workload import Attention, MemoryLevel, Precision, ScheduleKind
 from mist.platform.profiles import Family, list_profiles, load_cluster, load_device
 from mist.units import format_seconds
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
+from mist.workflow.plan_model import TRUSTED
 from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
@@ -478,7 +479,7 @@ def test_the_model_is_looked_for_beside_the_plan(
     asked = answer_with(toy_graph(), monkeypatch)
     check_plan(path)
     (tmp_path / "toy.py").write_text("")
-    check_plan(path)
+    check_plan(path, access=TRUSTED)  # a file there would run
     assert asked == ["toy.py", str(tmp_path / "toy.py")]
 
 

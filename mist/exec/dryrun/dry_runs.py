@@ -56,7 +56,7 @@ def dry_run(
         finally:
             for process in running.values():
                 process.kill()
-                process.wait()  # it writes into the folder that goes now
+                _close(process)  # it writes into the folder that goes now
             signal.signal(signal.SIGTERM, before)
         return tuple(from_json((folder / f"{stage}.json").read_bytes()) for stage in stages)
 
@@ -87,12 +87,20 @@ def _start(folder: Path, stage: int, policy: str) -> subprocess.Popen[str]:
         )
 
 
+def _close(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that ends, and close its end of the pipe."""
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
 def _ended(running: dict[int, subprocess.Popen[str]]) -> Iterator[int]:
     """Stages whose process is over, taken out of `running`."""
     for stage, process in list(running.items()):
         if process.poll() is None:
             continue
         del running[stage]
+        _close(process)
         if process.returncode:
             errors = Path(str(process.args[-1])).with_suffix(".err")  # type: ignore[index]
             tail = errors.read_text(errors="replace")[-TAIL_CHARS:].strip()
