@@ -246,3 +246,17 @@ def test_comments_say_why() -> None:
     code = [line for line in lines if line and not line.startswith("#")]
     comments = [line for line in lines if line.startswith("#")]
     assert 1000 * len(comments) / len(code) >= MIN_COMMENT_LINES
+
+
+# The name of a member of a table, and how many modules may know one. Others loop over its rows.
+NAMED_MEMBERS = {
+    "memory levels": (r'SELECTIVE|\bFULL\b|"selective"|"full"', 7),
+    "schedules": (r'\b(GPIPE|ONE_F_ONE_B|INTERLEAVED|ZERO_BUBBLE)\b|"(1f1b|zero-bubble)"', 8),
+}
+
+
+@pytest.mark.parametrize("idea", NAMED_MEMBERS)
+def test_few_modules_name_a_member_of_a_table(idea: str) -> None:
+    pattern, most = NAMED_MEMBERS[idea]
+    naming = [path for path in SOURCES if re.search(pattern, path.read_text())]
+    assert len(naming) <= most, naming

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from mist.errors import PlanError
 from mist.plans.invariants import plan_faults
+from mist.plans.memory_levels import LEVELS
 from mist.plans.provenance import Kind
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import STRICT, MemoryLevel, PositiveInt, ScheduleKind, Workload
@@ -136,12 +137,12 @@ class StagePlan:
     @property
     def num_full(self) -> int:
         """Layers recomputed whole in the backward pass (the first ones of the stage)."""
-        return sum(count for level, count in self.memory.items() if level.repeats == "all")
+        return sum(n for level, n in self.memory.items() if LEVELS[level].repeats == "all")
 
     @property
     def num_partly(self) -> int:
         """Layers of which the backward pass runs a part again."""
-        return sum(count for level, count in self.memory.items() if level.repeats == "part")
+        return sum(n for level, n in self.memory.items() if LEVELS[level].repeats == "part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,9 @@ from functools import cache
 from types import MappingProxyType
 from typing import Final
 
+from mist.plans.memory_levels import memory_of
 from mist.plans.plan import layers_by_cost
-from mist.plans.workload import Precision
+from mist.plans.workload import MemoryLevel, Precision
 from mist.platform.profiles import (
     Loaded,
     find_calibration,
@@ -155,8 +156,9 @@ def _layout(
 def _check_runtime(layout: RunLayout, runtime: Runtime) -> None:
     if layout.zero not in runtime.knobs.zero_levels:
         raise Unsupported(f"runtime {runtime.name} has no ZeRO-{layout.zero}")
-    if layout.selective and runtime.selective is None:
-        raise Unsupported(f"selective checkpointing of runtime {runtime.name} is not known")
+    for level in _levels(layout):
+        if level not in runtime.levels:
+            raise Unsupported(f"{level} checkpointing of runtime {runtime.name} is not known")
 
 
 def _by_cost(run: Run, layout: RunLayout, num_layers: int) -> RunLayout:
@@ -168,8 +170,13 @@ def _by_cost(run: Run, layout: RunLayout, num_layers: int) -> RunLayout:
         layer_cost=4 * h * h + 3 * h * ffn,
         ends=(0.0, float(h * vocab)),
     )
-    full = any(layout.num_full)
-    return replace(layout, layers=layers, num_full=layers if full else (0,) * len(layers))
+    (level,) = _levels(layout)
+    return replace(layout, memory=tuple(memory_of(count, level) for count in layers))
+
+
+def _levels(layout: RunLayout) -> set[MemoryLevel]:
+    """The memory levels of a layout's layers; one, as runs say it."""
+    return {level for stage in layout.memory for level, count in stage.items() if count}
 
 
 def _of_stages(layout: RunLayout, num_layers: int, stages: tuple[StageRun, ...]) -> RunLayout:
@@ -179,9 +186,9 @@ def _of_stages(layout: RunLayout, num_layers: int, stages: tuple[StageRun, ...])
             f"stages of {' + '.join(map(str, layers))} layers are not the {num_layers} layers on "
             f"{layout.num_stages} stages"
         )
-    recomputed = tuple(stage.checkpointed_layers for stage in stages)
-    full = layers if any(layout.num_full) else recomputed
-    return replace(layout, layers=layers, num_full=full)
+    (level,) = _levels(layout)
+    memory = (memory_of(stage.layers, level, stage.checkpointed_layers) for stage in stages)
+    return replace(layout, memory=tuple(memory))
 
 
 def _group(

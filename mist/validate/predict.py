@@ -119,7 +119,7 @@ def _stages(
     )
     micro, chunks = column("num_micro_batches")[run], column("chunks")[run]
     levels = {
-        f"{level}_0": np.concatenate([layout.layers_at(level) for layout in layouts])
+        f"{level}_0": np.array([stage[level] for layout in layouts for stage in layout.memory])
         for level in MemoryLevel
     }
     pipelines = {"stage": stage, "num_stages": column("num_stages")[run]}

@@ -1,8 +1,10 @@
 """From a run's columns to the layout that it trained with: what each pipeline stage holds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from mist.plans.memory_levels import memory_of
 from mist.plans.plan import even_layers
 from mist.plans.search_space import CHECKPOINTS
 from mist.plans.workload import MemoryLevel
@@ -21,11 +23,9 @@ ZERO_LEVELS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLayout:
-    """Layers and recomputed layers of each stage, and what all stages share.
+    """Layers of each stage by memory level, first stage first, and what all stages share.
 
-    `layers`, `num_full`: per stage, first first. `chunks`: of layers that a stage runs in turn
-    (interleaved schedule; 1: 1F1B). `selective`: whether layers that are not recomputed whole are
-    so in part, as the runtime does it.
+    `chunks`: of layers that a stage runs in turn (interleaved schedule; 1: 1F1B).
     """
 
     dp: int
@@ -34,21 +34,12 @@ class RunLayout:
     micro_batch: int
     num_micro_batches: int
     chunks: int
-    layers: tuple[int, ...]
-    num_full: tuple[int, ...]
-    selective: bool
+    memory: tuple[Mapping[MemoryLevel, int], ...]
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages."""
-        return len(self.layers)
-
-    def layers_at(self, level: MemoryLevel) -> tuple[int, ...]:
-        """Layers of each stage at a memory level."""
-        if level is MemoryLevel.FULL:
-            return self.num_full
-        kept = tuple(n - full for n, full in zip(self.layers, self.num_full, strict=True))
-        return kept if (level is MemoryLevel.SELECTIVE) is self.selective else (0,) * len(kept)
+        return len(self.memory)
 
 
 def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -> RunLayout:
@@ -59,8 +50,8 @@ def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -
     _check(run)
     assert run.dp and run.tp and run.pp and run.micro_batch
     level = _zero(run.zero_or_fsdp, zero)
-    layers = even_layers(num_layers, run.pp)
     memory_level = _level(run.activation_ckpt or checkpoint)
+    layers = even_layers(num_layers, run.pp)
     return RunLayout(
         dp=run.dp,
         tp=run.tp,
@@ -68,9 +59,7 @@ def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -
         micro_batch=run.micro_batch,
         num_micro_batches=_num_micro_batches(run),
         chunks=run.vpp or 1,
-        layers=layers,
-        num_full=layers if memory_level == "full" else (0,) * run.pp,
-        selective=memory_level == "selective",
+        memory=tuple(memory_of(count, memory_level) for count in layers),
     )
 
 
@@ -94,10 +83,10 @@ def _zero(text: str, default: int | None) -> int:
     return default
 
 
-def _level(text: str) -> str:
+def _level(text: str) -> MemoryLevel:
     if text not in CHECKPOINTS:
         raise Unsupported(f"activation checkpointing {text or '(blank)'!r} is not modelled")
-    return text
+    return CHECKPOINTS[text]
 
 
 def _num_micro_batches(run: Run) -> int:

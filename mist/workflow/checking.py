@@ -10,6 +10,7 @@ from mist.pareto.default_partition import dealing_words, dealt_layers
 from mist.plans.file import load_plan
 from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
+from mist.plans.memory_levels import KEEPS_ALL, memory_of
 from mist.plans.plan import (
     Estimate,
     Layout,
@@ -50,7 +51,7 @@ KEPT: Final = Offload()
 class HandLayout:
     """A layout as a user types it, the same for all stages.
 
-    `checkpoint`: "none", "selective", "full", or how many layers of each stage are recomputed.
+    `checkpoint`: a memory level, or of how many layers of each stage everything is run again.
     `layers`: of each stage, and with chunks of each chunk in the order of the layers; none for the
     runtime's own split.
     """
@@ -73,7 +74,7 @@ class HandLayout:
                 raise InputError(f"--{knob.word} {value} {knob.complaint}.")
         if self.checkpoint not in CHECKPOINTS and not self.checkpoint.isdecimal():
             raise InputError(
-                f"--checkpoint {self.checkpoint} is neither none, selective, full "
+                f"--checkpoint {self.checkpoint} is neither {', '.join(CHECKPOINTS)} "
                 "nor a number of layers."
             )
         if (self.vpp > 1) is not (SCHEDULES[self.schedule].least_chunks > 1):
@@ -86,11 +87,8 @@ class HandLayout:
     def memory(self, num_layers: int) -> dict[MemoryLevel, int]:
         """Layers of a stage of `num_layers` at each memory level."""
         if self.checkpoint in CHECKPOINTS:
-            level = CHECKPOINTS[self.checkpoint]
-            return {each: num_layers if each is level else 0 for each in MemoryLevel}
-        full = min(int(self.checkpoint), num_layers)
-        counts = {MemoryLevel.NONE: num_layers - full, MemoryLevel.FULL: full}
-        return dict.fromkeys(MemoryLevel, 0) | counts
+            return memory_of(num_layers, CHECKPOINTS[self.checkpoint])
+        return memory_of(num_layers, KEEPS_ALL, int(self.checkpoint))
 
 
 def _check_split(layout: HandLayout) -> None:

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from mist.plans.memory_levels import memory_of
 from mist.plans.plan import even_layers, layers_by_cost
+from mist.plans.workload import MemoryLevel
 from mist.validate.cases import grouped
 from mist.validate.measured_runs import StageRun
 from mist.validate.run_layouts import layout_of
@@ -69,7 +71,8 @@ def test_what_a_run_does_not_say_the_source_does() -> None:
     layout = layout_of(
         run(zero_or_fsdp="", activation_ckpt=""), num_layers=6, zero=1, checkpoint="full"
     )
-    assert (layout.zero, layout.num_full) == (1, (6,))
+    assert layout.zero == 1
+    assert layout.memory == (memory_of(6, MemoryLevel.FULL),)
 
 
 def test_micro_batches_follow_from_the_global_batch() -> None:
@@ -122,6 +125,9 @@ def test_given_stages_stand_for_even_ones() -> None:
     piped = run(pp=2, dp=2, activation_ckpt="partial")
     (group,), _ = grouped([piped], load_sources(), calibrated=True, stages={"one": rows})
     layout = group.members[0].case.layout
-    assert (layout.layers, layout.num_full) == ((4, 2), (0, 1))
+    assert layout.memory == (
+        memory_of(4, MemoryLevel.NONE),
+        {MemoryLevel.NONE: 1, MemoryLevel.SELECTIVE: 0, MemoryLevel.FULL: 1},
+    )
     _, reasons = grouped([run(pp=1)], load_sources(), calibrated=True, stages={"one": rows})
     assert reasons["one"] == "stages of 4 + 2 layers are not the 6 layers on 1 stages"

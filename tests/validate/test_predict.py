@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mist.model.summary import LayerRun
+from mist.plans.memory_levels import memory_of
 from mist.plans.plan import Layout, Offload, StagePlan
 from mist.plans.schedules import step_time
 from mist.plans.workload import MemoryLevel, Precision
@@ -34,8 +35,8 @@ def machine() -> RunProfiles:
     )
 
 
-def layout(pp: int, tp: int, zero: int, b: int, g: int, *, selective: bool = False) -> RunLayout:
-    layers = (8 // pp,) * pp
+def layout(pp: int, tp: int, zero: int, b: int, g: int) -> RunLayout:
+    num_layers = 8 // pp
     return RunLayout(
         dp=16 // (pp * tp),
         tp=tp,
@@ -43,17 +44,15 @@ def layout(pp: int, tp: int, zero: int, b: int, g: int, *, selective: bool = Fal
         micro_batch=b,
         num_micro_batches=g,
         chunks=1,
-        layers=layers,
-        num_full=tuple(n // 2 for n in layers),
-        selective=selective,
+        memory=(memory_of(num_layers, MemoryLevel.NONE, num_layers // 2),) * pp,
     )
 
 
 def stages(of: RunLayout) -> list[StagePlan]:
-    ranks = of.dp * of.tp
+    ranks, count = of.dp * of.tp, 8 // of.num_stages
     return [
         StagePlan(
-            layers=((sum(of.layers[:i]), count),),
+            layers=((i * count, count),),
             devices=(i * ranks, ranks),
             dp=of.dp,
             tp=of.tp,
@@ -63,13 +62,10 @@ def stages(of: RunLayout) -> list[StagePlan]:
             micro_batch=of.micro_batch,
             zero=of.zero,
             head="none",
-            memory={
-                MemoryLevel.NONE: count - of.num_full[i],
-                MemoryLevel.FULL: of.num_full[i],
-            },
+            memory=dict(memory),
             offload=Offload(),
         )
-        for i, count in enumerate(of.layers)
+        for i, memory in enumerate(of.memory)
     ]
 
 
@@ -97,11 +93,13 @@ def test_selective_lies_between_kept_and_recomputed() -> None:
     half = replace(runtime, selective=Selective(kept_ratio=ratio, recomputed_ratio=ratio))
     programs = compile_model(graph, half, Precision.BF16)
     here = replace(machine(), runtime=half)
-    kept = replace(layout(1, 1, 0, 1, 4), num_full=(0,))
-    full = replace(kept, num_full=(8,))
     cases = [
-        Case(layout=each, seq_len=1024, num_gpus=16)
-        for each in (kept, replace(kept, selective=True), full)
+        Case(
+            layout=replace(layout(1, 1, 0, 1, 4), memory=(memory_of(8, level),)),
+            seq_len=1024,
+            num_gpus=16,
+        )
+        for level in MemoryLevel
     ]
     a, b, c = predict(programs, here, cases)
     assert b.step_s == pytest.approx((a.step_s + c.step_s) / 2, rel=1e-6)

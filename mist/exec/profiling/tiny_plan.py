@@ -4,6 +4,7 @@ from typing import Final, Literal
 
 import torch.distributed as dist
 
+from mist.plans.memory_levels import KEEPS_ALL
 from mist.plans.plan import (
     DEFAULT_SCHEDULE,
     ClusterRef,
@@ -16,7 +17,7 @@ from mist.plans.plan import (
     StagePlan,
     Uncertainty,
 )
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
+from mist.plans.workload import Attention, Optimizer, Precision, Workload
 
 SAMPLES: Final = 2  # of a rank's micro-batch
 SEQ_LEN: Final = 16
@@ -59,7 +60,7 @@ def tiny_plan(num_layers: int, num_micro_batches: int, axis: Literal["dp", "tp"]
         micro_batch=SAMPLES,
         zero=1,
         head="none",
-        memory={MemoryLevel.NONE: num_layers},
+        memory={KEEPS_ALL: num_layers},
         offload=Offload(),
     )
     return Plan(
