@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.errors import InputError
-from mist.plans.knobs import SEARCHED_KNOBS, Knob
+from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
 from mist.plans.memory_levels import KEEPS_ALL, levels_that
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import MemoryLevel, ScheduleKind
@@ -222,9 +222,9 @@ def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
 def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:
     """The fields that limit one knob, or the ratio of one state or of all ("offload")."""
     knob = key.replace("_", "-")
-    counted = {name: row for name, row in SEARCHED_KNOBS.items() if row.counts}
-    if knob in counted and value.isdecimal() and counted[knob].means(int(value)):
-        return {"most": {**space.most, str(counted[knob].space): int(value)}}
+    counts = knob in COUNTED_KNOBS and value.isdecimal()
+    if counts and COUNTED_KNOBS[knob].means(int(value)):
+        return {"most": {**space.most, str(COUNTED_KNOBS[knob].space): int(value)}}
     ratio = _ratio(value)
     if (knob == "offload" or knob in OFFLOADED) and ratio is not None:
         states = OFFLOADED if knob == "offload" else (knob,)
@@ -232,7 +232,7 @@ def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, An
         most = {state: min(ratio, space.most.get(state, 1.0)) for state in states}
         return {"offload": {**space.offload, **capped}, "most": {**space.most, **most}}
     raise InputError(
-        f"--max {word}: expected {', '.join(counted)} with a number, or offload, "
+        f"--max {word}: expected {', '.join(COUNTED_KNOBS)} with a number, or offload, "
         f"{', '.join(OFFLOADED)} with a ratio from 0 to 1."
     )
 

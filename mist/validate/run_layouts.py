@@ -1,12 +1,14 @@
 """From a run's columns to the layout that it trained with: what each pipeline stage holds."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
+from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.memory_levels import memory_of
-from mist.plans.plan import even_layers
+from mist.plans.plan import Layout, Schedule
+from mist.plans.schedules import kind_of
 from mist.plans.search_space import CHECKPOINTS
+from mist.plans.uniform_stages import chunk_shares, uniform_layout
 from mist.plans.workload import MemoryLevel
 from mist.validate.measured_runs import Run
 from mist.validate.run_models import Unsupported
@@ -21,49 +23,33 @@ ZERO_LEVELS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunLayout:
-    """Layers of each stage by memory level, first stage first, and what all stages share.
-
-    `chunks`: of layers that a stage runs in turn (interleaved schedule; 1: 1F1B).
-    """
-
-    dp: int
-    tp: int
-    zero: int
-    micro_batch: int
-    num_micro_batches: int
-    chunks: int
-    memory: tuple[Mapping[MemoryLevel, int], ...]
-
-    @property
-    def num_stages(self) -> int:
-        """Pipeline stages."""
-        return len(self.memory)
-
-
-def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -> RunLayout:
+def layout_of(
+    run: Run, *, layers: Sequence[tuple[int, int]], zero: int | None, checkpoint: str
+) -> Layout:
     """The layout of a run; `zero` and `checkpoint` stand in where the run does not say.
 
+    `layers`: of each stage, and how many of them run again whole even if the run does not say so.
     Raises Unsupported, naming what is missing or cannot be predicted.
     """
-    _check(run)
-    assert run.dp and run.tp and run.pp and run.micro_batch
-    level = _zero(run.zero_or_fsdp, zero)
-    memory_level = _level(run.activation_ckpt or checkpoint)
-    layers = even_layers(num_layers, run.pp)
-    return RunLayout(
-        dp=run.dp,
-        tp=run.tp,
-        zero=level,
-        micro_batch=run.micro_batch,
+    assert run.dp and run.tp and run.micro_batch
+    knobs = {
+        **{knob.name: value for knob in STAGE_KNOBS if (value := getattr(run, knob.name, None))},
+        "zero": _zero(run.zero_or_fsdp, zero),
+    }
+    level = _level(run.activation_ckpt or checkpoint)
+    chunks = run.vpp or 1
+    return uniform_layout(
+        knobs,
+        chunk_layers=chunk_shares([count for count, _ in layers], chunks),
+        memory=[memory_of(count, level, repeated) for count, repeated in layers],
         num_micro_batches=_num_micro_batches(run),
-        chunks=run.vpp or 1,
-        memory=tuple(memory_of(count, memory_level) for count in layers),
+        schedule=Schedule(kind=kind_of(chunks), vpp=chunks),
+        shards_sequence=True,
     )
 
 
-def _check(run: Run) -> None:
+def check_run(run: Run) -> None:
+    """Raise Unsupported, naming what a run does not say or what is not modelled."""
     names = ("dp", "tp", "pp", "micro_batch")
     if absent := [name for name in names if not getattr(run, name)]:
         raise Unsupported(f"{', '.join(absent)} not given")
