@@ -73,22 +73,17 @@ def test_a_runtime(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NEW_OBJECTIVE = {
-    "mist/plans/workload.py": (
-        r'(class Objective\(StrEnum\):\n    """.*?""")',
-        r'\1\n\n    FEWEST_GPUS = "fewest-gpus"',
-    ),
-    "mist/plans/objectives.py": (
-        r"(_COSTS: .*?MappingProxyType\(\n    \{)",
-        r"\1\n        Objective.FEWEST_GPUS: lambda candidate: candidate.num_gpus,",
-    ),
+    r'(class Objective\(StrEnum\):\n    """.*?""")': r'\1\n\n    FEWEST_GPUS = "fewest-gpus"',
+    r"(OBJECTIVES: .*?MappingProxyType\(\n    \{)": r"\1\n        Objective.FEWEST_GPUS: "
+    "ObjectiveRow(cost=lambda candidate: candidate.num_gpus),",
 }
 CHOOSE = """
 import sys
 
 import pytest
 
+from mist.plans.objectives import Objective
 from mist.plans.search_space import SearchSpace
-from mist.plans.workload import Objective
 from mist.workflow.cluster_choice import offer_of, rent
 from mist.workflow.planning import Effort
 from mist.workflow.request import Question
@@ -106,23 +101,39 @@ for objective in (Objective.THROUGHPUT, Objective("fewest-gpus")):
 """
 
 
-def test_an_objective(tmp_path: Path) -> None:
-    """In a copy of the package, as no enumeration takes a member at run time."""
-    shutil.copytree(ROOT / "mist", tmp_path / "mist", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(PROFILES, tmp_path / "profiles")
-    for name, (pattern, new) in NEW_OBJECTIVE.items():
-        assert f"`{name}`" in PAGE.split("## 7.")[1].split("## 8.")[0]
-        text, count = re.subn(f"(?s){pattern}", new, (tmp_path / name).read_text(), count=1)
-        assert count == 1
-        (tmp_path / name).write_text(text)
+def copied_package(folder: Path, recipe: int, edits: dict[str, dict[str, str]]) -> None:
+    """A copy of the package with edits (pattern, new text) of files that a recipe names.
+
+    No enumeration takes a member at run time.
+    """
+    shutil.copytree(ROOT / "mist", folder / "mist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PROFILES, folder / "profiles")
+    words = PAGE.split(f"\n## {recipe}.")[1].split("\n## ")[0]
+    for name, changes in edits.items():
+        assert f"`{name}`" in words
+        text = (folder / name).read_text()
+        for pattern, new in changes.items():
+            text, count = re.subn(f"(?s){pattern}", new, text, count=1)
+            assert count == 1, pattern
+        (folder / name).write_text(text)
+
+
+def printed(folder: Path, script: str) -> list[str]:
+    """What a script prints that runs with the copied package."""
     done = subprocess.run(
-        [sys.executable, "-c", CHOOSE, str(ROOT)],
-        cwd=tmp_path,
+        [sys.executable, "-c", script, str(ROOT)],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["8", "2"], done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_an_objective(tmp_path: Path) -> None:
+    copied_package(tmp_path, 7, {"mist/plans/objectives.py": NEW_OBJECTIVE})
+    assert printed(tmp_path, CHOOSE) == ["8", "2"]
 
 
 def test_a_model_family(tmp_path: Path) -> None:
