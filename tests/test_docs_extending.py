@@ -176,3 +176,104 @@ class Net(nn.Module):
 def build_model():
     return Net()
 """
+
+
+NEW_LEVEL = {
+    "mist/plans/workload.py": {
+        r'(    SELECTIVE = "selective"\n)': r'\1    INPUTS = "inputs"\n',
+    },
+    "mist/plans/memory_levels.py": {
+        r"(        MemoryLevel.FULL: LevelRow)": r"        MemoryLevel.INPUTS: "
+        r'LevelRow(repeats="part"),\n\1',
+    },
+    "mist/symbolic/level_cost.py": {
+        r"(            MemoryLevel.FULL: _full,)": r"            MemoryLevel.INPUTS: lambda cost, "
+        r'runtime: replace(_full(cost, runtime), name="inputs"),\n\1',
+        r"from dataclasses import dataclass": "from dataclasses import dataclass, replace",
+    },
+    "mist/exec/build/activations.py": {
+        r"(        MemoryLevel.FULL: \{\},)": r"        MemoryLevel.INPUTS: {},\n\1",
+    },
+}
+NEW_SCHEDULE = {
+    "mist/plans/workload.py": {
+        r'(    ZERO_BUBBLE = "zero-bubble"\n)': r'\1    ONE_AHEAD = "one-ahead"\n',
+    },
+    "mist/plans/schedules.py": {
+        r"(        ScheduleKind.INTERLEAVED: ScheduleRow)": r"        ScheduleKind.ONE_AHEAD: "
+        r"ScheduleRow(forwards=lambda turns, behind, stages, step: behind + 2),\n\1",
+    },
+    "mist/exec/build/pipeline.py": {
+        r"(    ScheduleKind.ONE_F_ONE_B: Schedule1F1B,\n)": r"\1"
+        r"    ScheduleKind.ONE_AHEAD: Schedule1F1B,\n",
+    },
+    "profiles/runtimes/torch.yaml": {r"(schedules: \[)": r"\1one-ahead, "},
+}
+PLAN = """
+import sys
+
+import pytest
+
+from mist.plans.search_space import narrowed, space_of
+from mist.workflow.planning import make_plan
+from mist.workflow.request import Question
+
+sys.path.append(sys.argv[1])
+from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
+
+answer_with(toy_graph(), pytest.MonkeyPatch())
+question = Question(model="toy", num_gpus=2, seq_len=2048, global_batch=16)
+fixed = {fixed}
+space = narrowed(space_of("3d"), fixed=fixed, most=(), forbid=())
+plan = make_plan(question, space).plan
+print(plan.schedule.kind, *[stage.levels[0].value for stage in plan.stages])
+"""
+
+
+def test_a_memory_level(tmp_path: Path) -> None:
+    copied_package(tmp_path, 4, NEW_LEVEL)
+    script = PLAN.replace("{fixed}", '["tp=1", "pp=1", "checkpoint=inputs"]')
+    assert printed(tmp_path, script) == ["1f1b", "inputs"]
+
+
+def test_a_schedule(tmp_path: Path) -> None:
+    copied_package(tmp_path, 6, NEW_SCHEDULE)
+    script = PLAN.replace("{fixed}", '["tp=1", "pp=2", "schedule=one-ahead"]')
+    assert printed(tmp_path, script)[0] == "one-ahead"
+
+
+NEW_KNOB = {
+    "mist/plans/knobs.py": {
+        r'(    Knob\(name="cp",)': r'    Knob(name="streams", word="streams", meaning="New."),\n\1',
+    },
+    "mist/plans/plan.py": {
+        r"(    dp_replicate: \w+ = 1\n)": r"\1    streams: PositiveInt = 1\n",
+    },
+}
+CHECK = """
+import sys
+
+import pytest
+import typer.main
+
+from mist.cli import app
+from mist.workflow.checking import HandLayout, check_layout
+from mist.workflow.request import Question
+
+sys.path.append(sys.argv[1])
+from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
+
+answer_with(toy_graph(), pytest.MonkeyPatch())
+question = Question(model="toy", num_gpus=2, seq_len=2048, global_batch=16)
+(option,) = [
+    each for each in typer.main.get_command(app).commands["check"].params if each.name == "streams"
+]
+print(*option.opts, check_layout(question, HandLayout(streams=2)).plan.stages[0].streams)
+"""
+
+
+def test_a_knob(tmp_path: Path) -> None:
+    copied_package(tmp_path, 5, NEW_KNOB)
+    assert printed(tmp_path, CHECK) == ["--streams", "2"]
