@@ -17,7 +17,6 @@ from mist.cli.command_options import (
     Checkpoint,
     ClusterName,
     ClusterNames,
-    DpReplicate,
     Fixed,
     Forbid,
     Force,
@@ -29,14 +28,12 @@ from mist.cli.command_options import (
     Json,
     LayerSplit,
     Margin,
-    MicroBatch,
     Model,
     ModelOfPlan,
     Most,
     ObjectiveName,
     Offloads,
     Out,
-    Pp,
     PrecisionName,
     Price,
     RuntimeName,
@@ -48,19 +45,17 @@ from mist.cli.command_options import (
     TimeLimit,
     Tokens,
     Top,
-    Tp,
     Trust,
     Verify,
-    Vpp,
-    Zero,
+    with_knobs,
 )
 from mist.cli.common import app, print_json, progress
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
-from mist.plans.knobs import TYPED_KNOBS
+from mist.plans.objectives import Objective
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
-from mist.plans.workload import Attention, Objective, Precision, Solver
+from mist.plans.workload import Attention, Precision, Solver
 
 if TYPE_CHECKING:
     from mist.symbolic.load_programs import Progress
@@ -230,21 +225,16 @@ def _write_plan(rented: "Rented", writing: _Writing) -> None:
 
 
 @app.command()
+@with_knobs
 def check(
     context: typer.Context,
     subject: Subject,
     model: ModelOfPlan = None,
     *,
     gpus: GpusOfModel = None,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    zero: Zero = 0,
-    dp_replicate: DpReplicate = 1,
-    micro_batch: MicroBatch = 1,
     checkpoint: Checkpoint = "none",
     offload: Offloads = None,
     schedule: ScheduleName = DEFAULT_KIND,
-    vpp: Vpp = 1,
     layers: LayerSplit = "",
     gpu: Gpu = None,
     cluster: ClusterName = None,
@@ -259,6 +249,7 @@ def check(
     trust: Trust = False,
     force: Force = False,
     as_json: Json = False,
+    **knobs: int,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
     from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
@@ -283,11 +274,11 @@ def check(
         host_memory_bytes=host_memory_of(host_memory),
     )
     layout = HandLayout(
-        **{knob.field: context.params[knob.field] for knob in TYPED_KNOBS},
         checkpoint=checkpoint,
         schedule=schedule,
         offload=offload_of(offload or ()),
         layers=layers_of(layers),
+        **knobs,
     )
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
 
