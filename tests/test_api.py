@@ -17,6 +17,7 @@ from mist.plans.plan import Plan
 from mist.plans.search_space import SearchSpace
 from mist.units import GIB
 from mist.workflow.checking import Checked
+from tests.platform.samples import other_one
 
 
 def tiny(models: Path) -> nn.Module:
@@ -142,7 +143,11 @@ def cli_code(code: int) -> None:
     [
         ({"precision": "bf8"}, "precision 'bf8' is none of bf16, fp16, fp32."),
         ({"attention": "fast"}, "attention 'fast' is none of flash, math."),
-        ({"gpu": "h10"}, "--gpu h10: no device of that name. Did you mean h100-sxm or h100-pcie?"),
+        (
+            {"gpu": "h10"},
+            "--gpu h10: no device of that name. Did you mean h200 or h100-sxm or h100-pcie? "
+            f"{other_one('device')}",
+        ),
     ],
 )
 def test_choices_that_are_none(models: Path, options: dict[str, str], message: str) -> None:

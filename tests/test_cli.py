@@ -18,6 +18,7 @@ from mist.cli import plan_commands as planning
 from mist.plans.file import load_plan
 from mist.plans.plan import Offload, Plan, Schedule
 from mist.plans.workload import ScheduleKind
+from tests.platform.samples import other_one
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--gpus", "4", "--global-batch", "16")
@@ -530,17 +531,20 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "unknown GPU",
         ("plan", "{models}/tiny.py", *SMALL, "--gpu", "h10"),
-        "--gpu h10: no device of that name. Did you mean h100-sxm or h100-pcie?",
+        "--gpu h10: no device of that name. Did you mean h200 or h100-sxm or h100-pcie? "
+        f"{other_one('device')}",
     ),
     (
         "unknown cluster",
         ("plan", "{models}/tiny.py", *SMALL, "--cluster", "dgx-h10"),
-        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100?",
+        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100? "
+        f"{other_one('cluster')}",
     ),
     (
         "unknown runtime",
         ("plan", "{models}/tiny.py", *SMALL, "--runtime", "troch"),
-        "--runtime troch: no runtime of that name. Did you mean torch or torchtune or torchtitan?",
+        "--runtime troch: no runtime of that name. Did you mean torch or torchtune or torchtitan? "
+        f"{other_one('runtime')}",
     ),
     (
         "no GPUs",

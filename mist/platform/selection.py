@@ -1,7 +1,7 @@
 """A platform: the device, cluster and runtime that a plan is for, and how many GPUs of it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mist.errors import PlatformError
@@ -15,6 +15,7 @@ from mist.platform.profiles import (
     Loaded,
     find_calibration,
     find_machine,
+    is_path,
     load_cluster,
     load_device,
     load_runtime,
@@ -30,7 +31,8 @@ class Platform:
     """What a plan is made for. `hashes`: "sha256:..." of each profile's file, by profile name.
 
     `calibration`: what whole runs said of the profiles; it is in them already. `host_memory`: bytes
-    of one node, as the user or else the cluster's profile gives them.
+    of one node, as the user or else the cluster's profile gives them. `assumed`: sentences on what
+    the user's words did not say, or said otherwise than the profiles.
     """
 
     device: Device
@@ -41,6 +43,7 @@ class Platform:
     hashes: Mapping[str, str]
     calibration: Calibration | None
     host_memory: Quantity
+    assumed: tuple[str, ...] = ()
 
     @property
     def gpus_per_node(self) -> int:
@@ -128,6 +131,7 @@ def load_platform(
         _named(gpu, cluster, software) if machine is None else _measured(gpu, machine, software)
     )
     hashes[software.profile.name] = software.sha256
+    measured = None if machine is None else machine.profile.device.name
     name = f"{software.profile.name}-{profiles[0].name}"
     calibration = find_calibration(software.profile.name, profiles[0].name)
     if calibration is not None:
@@ -146,7 +150,18 @@ def load_platform(
         hashes=hashes,
         calibration=calibration.profile if calibration else None,
         host_memory=_host_memory(host_memory_bytes, profiles),
+        assumed=tuple(_assumed((measured or gpu, cluster, runtime), profiles)),
     )
+
+
+def _assumed(asked: tuple[str | None, ...], profiles: Profiles) -> Iterator[str]:
+    """What stands in for options that were left out, or that are written otherwise."""
+    options = ("--gpu", "--cluster", "--runtime")
+    for option, name, profile in zip(options, asked, profiles, strict=True):
+        if name is None:
+            yield f"{option} is not given: {profile.name} is assumed ({profile.what})"
+        elif not is_path(name) and name != profile.name:
+            yield f"{option} {name} is taken for {profile.name} ({profile.what})"
 
 
 def _host_memory(asked_bytes: float | None, profiles: Profiles) -> Quantity:

@@ -169,7 +169,9 @@ def _searched(asked: Sequence[_Asked], space: SearchSpace, effort: Effort) -> li
         if is_due(number, len(asked)):
             effort.progress(f"candidate {number} of {len(asked)}: {_name(one)}")
         try:
-            found.append(search_plan(one.question, known[key], space, replace(effort, progress=quiet)))
+            found.append(
+                search_plan(one.question, known[key], space, replace(effort, progress=quiet))
+            )
         # A candidate without a plan is a row of the table; only if all have none is it an error.
         except (Infeasible, InputError) as refusal:
             refusals.append(refusal)

@@ -203,9 +203,10 @@ def limits_of(job: Job, question: Question) -> Limits:
 
 
 def notes_of(job: Job) -> Iterator[str]:
-    """What the trace says of the model; what the hardware lacks; machines of one GPU each."""
-    yield from job.facts.notes
+    """What was assumed; what the trace says; what the hardware lacks; machines of one GPU each."""
     platform, workload = job.platform, job.workload
+    yield from platform.assumed
+    yield from job.facts.notes
     for word in (workload.precision, workload.attention):
         if lack := platform.device.lacks.get(word):
             name = platform.device.name

@@ -9,7 +9,7 @@ import pytest
 from mist.errors import PlatformError
 from mist.plans.provenance import Kind
 from mist.platform import Platform, load_platform
-from tests.platform.samples import DEVICES, ROOT, RUNTIMES
+from tests.platform.samples import DEVICES, ROOT, RUNTIMES, other_one
 
 
 def platform(num_gpus: int, gpu: str | None = None, cluster: str | None = None) -> Platform:
@@ -67,19 +67,22 @@ def test_jobs_fill_whole_nodes(num_gpus: int, num_nodes: int, per_node: int) -> 
             8,
             "H100",
             None,
-            "--gpu H100: no device of that name. Did you mean h100-sxm or h100-pcie?",
+            "--gpu H100: more than one device is called so. "
+            "Give h100-pcie or h100-sxm or h100-sxm-500w-hbm2e.",
         ),
         (
             8,
             "hx00",
             None,
-            "--gpu hx00: no device of that name. Did you mean h200 or rtx-4090 or h100-sxm?",
+            "--gpu hx00: no device of that name. Did you mean h200 or rtx-4090 or h100-sxm? "
+            f"{other_one('device')}",
         ),
         (
             8,
             None,
             "dgx-h10",
-            "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100?",
+            "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100? "
+            f"{other_one('cluster')}",
         ),
         (
             8,
@@ -104,7 +107,8 @@ def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(PlatformError) as refusal:
         load_platform(num_gpus=8, gpu=None, cluster=None, runtime="tensorflow")
     assert str(refusal.value) == (
-        f"--runtime tensorflow: no runtime of that name. Known: {', '.join(RUNTIMES)}."
+        f"--runtime tensorflow: no runtime of that name. Known: {', '.join(RUNTIMES)}. "
+        f"{other_one('runtime')}"
     )
 
 
