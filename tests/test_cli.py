@@ -18,6 +18,7 @@ from mist.cli import plan_commands as planning
 from mist.plans.file import load_plan
 from mist.plans.plan import Offload, Plan, Schedule
 from mist.plans.workload import ScheduleKind
+from mist.platform.overrides import HOST_MEMORY
 from tests.platform.samples import other_one
 
 ROOT = Path(__file__).parents[1]
@@ -359,14 +360,14 @@ def test_a_plan_keeps_the_host_memory_it_was_made_for(mist: Mist, models: Path) 
     """`check PLAN` judges by it, unless told another; a plan for the cluster's own has no key."""
     layout = (models / "tiny.py", *SMALL, "--offload", "optimizer=1")
     assert mist("check", *layout, "--host-memory", "0.02GB", "--out", "given.yaml").code == 0
-    assert load_plan("given.yaml").cluster.host_memory_bytes == 20_000_000
+    assert load_plan("given.yaml").overrides[HOST_MEMORY] == 20_000_000
     run = mist("check", "given.yaml", "--json")
     assert run.code == 0
     assert json.loads(run.out)["host_memory"]["memory_bytes"] == 20_000_000
     less = mist("check", "given.yaml", "--host-memory", "0.001GB", "--out", "less.yaml")
     assert less.code == 3
     assert less.out.startswith("DOES NOT FIT in host memory: needs 10.9 MiB per node")
-    assert load_plan("less.yaml").cluster.host_memory_bytes == 1_000_000
+    assert load_plan("less.yaml").overrides[HOST_MEMORY] == 1_000_000
     assert mist("check", "less.yaml").code == 3
     mist("check", *layout, "--out", "plain.yaml")
     assert "host_memory" not in Path("plain.yaml").read_text()
@@ -537,8 +538,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "unknown cluster",
         ("plan", "{models}/tiny.py", *SMALL, "--cluster", "dgx-h10"),
-        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100? "
-        f"{other_one('cluster')}",
+        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
+        f"hgx-h100-ib? {other_one('cluster')}",
     ),
     (
         "unknown runtime",

@@ -81,7 +81,15 @@ Fixed = Annotated[
     typer.Option(
         "--set",
         help="Fix a knob (tp=2): tp, pp, dp, micro-batch, vpp, zero, dp-replicate, checkpoint, "
-        "schedule.",
+        "schedule; or a figure of a profile (cluster.host_memory_bytes=64GB).",
+    ),
+]
+Figures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A figure of a profile (cluster.host_memory_bytes=64GB); mist profiles show NAME "
+        "lists them.",
     ),
 ]
 Most = Annotated[

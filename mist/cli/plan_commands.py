@@ -18,6 +18,7 @@ from mist.cli.command_options import (
     ClusterName,
     ClusterNames,
     DpReplicate,
+    Figures,
     Fixed,
     Forbid,
     GlobalBatch,
@@ -58,14 +59,13 @@ from mist.plans.search_space import narrowed, space_of
 from mist.plans.workload import Attention, Objective, Precision, Solver
 
 if TYPE_CHECKING:
-    from mist.symbolic.load_programs import Progress
     from mist.workflow.checking import Checked
     from mist.workflow.cluster_choice import Rented
     from mist.workflow.planning import Effort
     from mist.workflow.verifying import Verified
 
 # What `mist check PLAN` may be told.
-OF_ANY_PLAN = {"subject", "margin", "host_memory", "out", "as_json"}
+OF_ANY_PLAN = {"subject", "margin", "host_memory", "figures", "out", "as_json"}
 
 
 @app.command()
@@ -97,11 +97,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
+    from mist.platform.overrides import knobs_and_figures
     from mist.workflow.cluster_choice import offer_of, rent
-    from mist.workflow.request import Question, host_memory_of
+    from mist.workflow.request import Question, figures_of
 
     check_out(out)
     offer = offer_of(gpus, cluster, price, tokens)
+    knobs, figures = knobs_and_figures(fixed or ())
     question = Question(
         model=model,
         num_gpus=1,
@@ -112,9 +114,9 @@ def plan(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
-        host_memory_bytes=host_memory_of(host_memory),
+        overrides=figures_of(figures, host_memory),
     )
-    allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
+    allowed = narrowed(space_of(space), fixed=knobs, most=most or (), forbid=forbid or ())
     effort = _effort(objective, solver, top, time_limit)
 
     def search(margin_ratio: float | None) -> "Rented":
@@ -216,16 +218,19 @@ def check(
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
     host_memory: HostMemory = None,
+    figures: Figures = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
-    from mist.workflow.request import Question, host_memory_of
+    from mist.workflow.checking import HandLayout, check_layout, check_plan, layers_of, offload_of
+    from mist.workflow.request import Question, figures_of
 
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
-        return _show_check(partial(_of_file, subject, margin, host_memory), out, as_json=as_json)
+        overrides = figures_of(figures or (), host_memory)
+        judge = partial(check_plan, subject, margin_ratio=margin, overrides=overrides)
+        return _show_check(judge, out, as_json=as_json)
     question = Question(
         model=subject,
         num_gpus=_given_gpus(subject, gpus),
@@ -237,7 +242,7 @@ def check(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
-        host_memory_bytes=host_memory_of(host_memory),
+        overrides=figures_of(figures or (), host_memory),
     )
     layout = HandLayout(
         tp=tp,
@@ -258,17 +263,6 @@ def _given_gpus(subject: str, gpus: int | None) -> int:
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
     return gpus
-
-
-def _of_file(
-    path: str, margin: float | None, host_memory: str | None, *, progress: "Progress"
-) -> "Checked":
-    """A plan file, under the margin and on the host memory that it was made for unless told."""
-    from mist.workflow.checking import check_plan
-    from mist.workflow.request import host_memory_of
-
-    host_bytes = host_memory_of(host_memory)
-    return check_plan(path, margin_ratio=margin, host_memory_bytes=host_bytes, progress=progress)
 
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:

@@ -8,6 +8,7 @@ from mist.plans.file import plain_data
 from mist.plans.host_memory import HostNeed
 from mist.plans.plan import Estimate, Limits, Plan, StagePlan
 from mist.plans.provenance import Kind
+from mist.platform.quantity import unit_of_path
 from mist.report.tables import say, say_note, show
 from mist.units import format_bytes, format_count, format_seconds
 
@@ -81,6 +82,7 @@ def check_json(
     margin_bytes = limits.device_bytes - max(stage.peak_bytes for stage in estimate.stages)
     return {
         "params": plan.model.params,
+        "overrides": plan.overrides,
         "trainable_params": plan.model.num_trainable,
         "fits": margin_bytes >= 0 and host.fits,
         "margin_bytes": round(margin_bytes),
@@ -131,6 +133,9 @@ def _print_head(plan: Plan) -> None:
         f"sequence {workload.seq_len}, global batch {workload.global_batch}, {workload.precision}, "
         f"{workload.optimizer}, attention {workload.attention}"
     )
+    if plan.overrides:
+        own = (f"{name} {_figure(name, value)}" for name, value in plan.overrides.items())
+        say(f"your own figures: {', '.join(own)}")
     if len(plan.stages) > 1:
         chunks = f", {plan.schedule.vpp} chunks per stage" if plan.schedule.vpp > 1 else ""
         say(f"schedule {plan.schedule.kind}{chunks}")
@@ -144,6 +149,11 @@ def _print_head(plan: Plan) -> None:
     rounding_s = ROUNDING_RATIO * estimate.step_s
     spent = [f"{PART_NAMES[p]} {format_seconds(s)}" for p, s in parts.items() if s > rounding_s]
     say(f"the step: {', '.join(spent)}")
+
+
+def _figure(name: str, value: float) -> str:
+    unit = unit_of_path(name)
+    return format_bytes(value) if unit == "B" else f"{value:g} {unit}".rstrip()
 
 
 def _interval(estimate: Estimate) -> str:

@@ -23,6 +23,7 @@ from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Platform
+from mist.platform.overrides import NO_OVERRIDES, Overrides
 from mist.platform.profiles import is_machine
 from mist.rules.combinations import knob_rules
 from mist.rules.levels import broken_levels
@@ -179,19 +180,17 @@ def check_plan(
     path: str | Path,
     *,
     margin_ratio: float | None = None,
-    host_memory_bytes: int | None = None,
+    overrides: Overrides = NO_OVERRIDES,
     progress: Progress = quiet,
 ) -> Checked:
     """Judge a plan file again, with the profiles and the model as they are now.
 
-    `margin_ratio`, `host_memory_bytes`: None for those that the plan was made with. Raises
-    PlanError when the file is broken, is a plan for another model, or asks for what is not
-    predicted or breaks a rule.
+    `margin_ratio`: None for the one that the plan was made with. `overrides`: figures of profiles
+    in addition to those of the plan, or in place of them. Raises PlanError when the file is broken,
+    is a plan for another model, or asks for what is not predicted or breaks a rule.
     """
     plan = load_plan(path)
-    if host_memory_bytes is not None:
-        cluster = replace(plan.cluster, host_memory_bytes=host_memory_bytes)
-        plan = replace(plan, cluster=cluster)
+    plan = replace(plan, overrides={**plan.overrides, **overrides})
     question = question_of(plan, Path(path), margin_ratio)
     job = prepare(question, progress)
     if faults := plan_against(plan, job):
@@ -230,7 +229,7 @@ def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
         precision=workload.precision,
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
-        host_memory_bytes=plan.cluster.host_memory_bytes,
+        overrides=plan.overrides,
     )
 
 

@@ -1,7 +1,7 @@
 """The question that every command asks, and the job that it becomes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from mist.plans.plan import (
 )
 from mist.plans.workload import Attention, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
+from mist.platform.overrides import HOST_MEMORY, Overrides, overrides_of
 from mist.rules.combinations import out_of_domain
 from mist.symbolic.job import Job, make_job
 from mist.symbolic.load_programs import Progress, compile_graph, model_programs, quiet
@@ -42,7 +43,7 @@ OBJECT = "object:"  # begins the source of a model that was given as a module, n
 class Question:
     """What the user asks about; None stands for the default of the model or device.
 
-    `host_memory_bytes`: of one node; None for what the cluster's profile says.
+    `overrides`: figures that the user sets in place of those of profiles, by name.
     """
 
     model: "str | nn.Module"
@@ -55,7 +56,7 @@ class Question:
     precision: Precision = Precision.BF16
     attention: Attention = Attention.FLASH
     margin_ratio: float | None = None
-    host_memory_bytes: int | None = None
+    overrides: Overrides = field(default_factory=dict)
     make_batch: Callable[..., object] | None = None
     loss: Callable[..., object] | None = None
 
@@ -70,17 +71,23 @@ class Question:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
 
 
-def host_memory_of(asked: str | float | None) -> int | None:
-    """Bytes of host memory that a user gives, with a unit ("31GB") or as a number of bytes.
+def figures_of(words: Iterable[str], host_memory: str | float | None) -> dict[str, float]:
+    """Figures of profiles that `--set` words give, and `--host-memory`, which is short for one.
 
-    Raises InputError for what is no size of memory.
+    `host_memory`: with a unit ("31GB"), or a number of bytes. Raises InputError.
     """
-    if asked is None:
-        return None
+    figures = overrides_of(words)
+    if host_memory is None:
+        return figures
+    if HOST_MEMORY in figures:
+        raise InputError(f"--host-memory {host_memory}: --set {HOST_MEMORY} says it too. Give one.")
     try:
-        return parse_bytes(asked) if isinstance(asked, str) else whole_bytes(asked)
+        num_bytes = (
+            parse_bytes(host_memory) if isinstance(host_memory, str) else whole_bytes(host_memory)
+        )
     except ValueError as error:
-        raise InputError(f"--host-memory {asked}: {error}") from None
+        raise InputError(f"--host-memory {host_memory}: {error}") from None
+    return figures | {HOST_MEMORY: float(num_bytes)}
 
 
 def prepare(question: Question, progress: Progress = quiet) -> Job:
@@ -152,7 +159,7 @@ def platform_of(question: Question) -> Platform:
         gpu=question.gpu,
         cluster=question.cluster,
         runtime=question.runtime,
-        host_memory_bytes=question.host_memory_bytes,
+        overrides=question.overrides,
     )
     knobs, name = platform.runtime.knobs, platform.runtime.name
     if question.precision not in knobs.precisions:
@@ -259,7 +266,6 @@ def unsearched_plan(job: Job, question: Question, layout: Layout, judged: Estima
             device=platform.device.name,
             num_gpus=platform.num_gpus,
             gpus_per_node=platform.gpus_per_node,
-            host_memory_bytes=question.host_memory_bytes,
         ),
         runtime=platform.runtime.name,
         schedule=layout.schedule,
@@ -275,6 +281,7 @@ def unsearched_plan(job: Job, question: Question, layout: Layout, judged: Estima
             lower_bound_s=0.0,
             search={"margin": margin_of(platform, question)},
         ),
+        overrides=dict(question.overrides),
     )
 
 

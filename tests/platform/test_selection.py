@@ -9,6 +9,7 @@ import pytest
 from mist.errors import PlatformError
 from mist.plans.provenance import Kind
 from mist.platform import Platform, load_platform
+from mist.platform.overrides import HOST_MEMORY
 from tests.platform.samples import DEVICES, ROOT, RUNTIMES, other_one
 
 
@@ -81,8 +82,8 @@ def test_jobs_fill_whole_nodes(num_gpus: int, num_nodes: int, per_node: int) -> 
             8,
             None,
             "dgx-h10",
-            "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100? "
-            f"{other_one('cluster')}",
+            "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
+            f"hgx-h100-ib? {other_one('cluster')}",
         ),
         (
             8,
@@ -177,7 +178,7 @@ def test_host_memory_is_of_the_nodes_with_that_device(
 
 def test_the_users_host_memory_comes_first() -> None:
     found = load_platform(
-        num_gpus=8, gpu="l4", cluster=None, runtime="torch", host_memory_bytes=31e9
+        num_gpus=8, gpu="l4", cluster=None, runtime="torch", overrides={HOST_MEMORY: 31e9}
     )
     assert (found.host_memory.value, found.host_memory.kind) == (31e9, Kind.GIVEN)
     assert found.planned_host_bytes(0.2) == pytest.approx(31e9 * 0.8 / 8)

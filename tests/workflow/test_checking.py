@@ -9,6 +9,7 @@ from mist.errors import InputError, PlanError
 from mist.plans.file import load_plan, save_plan
 from mist.plans.plan import Offload, Plan, Schedule
 from mist.plans.workload import Attention, MemoryLevel, Precision, ScheduleKind
+from mist.platform.overrides import HOST_MEMORY
 from mist.platform.profiles import Family, list_profiles, load_cluster, load_device
 from mist.units import format_seconds
 from mist.workflow.checking import Checked, HandLayout, check_layout, check_plan, offload_of
@@ -116,7 +117,7 @@ def test_host_memory_must_hold_it_too() -> None:
     assert found.host.loading_bytes == needed
     assert found.host.held_bytes == needed - drawn
     for room, fits in ((found.host.loading_bytes, True), (found.host.loading_bytes - 1, False)):
-        judged = check(layout, host_memory_bytes=room, margin_ratio=0.0)
+        judged = check(layout, overrides={HOST_MEMORY: room}, margin_ratio=0.0)
         assert (judged.fits, judged.margin_bytes > 0) == (fits, True)
         words = f"--host-memory {1 + found.host.loading_bytes // 10**9}GB, if the nodes have it"
         assert (words in judged.suggestions) is not fits
