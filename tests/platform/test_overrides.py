@@ -1,4 +1,4 @@
-"""Figures that the user sets: what they mean, what is refused, and that they reach every profile."""
+"""Figures that the user sets: what they mean, what is refused, and that they reach profiles."""
 
 import pytest
 
