@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
-from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, step_parts
+from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, exceeded_words, step_parts
 from mist.plans.file import plain_data
 from mist.plans.host_memory import HostNeed
 from mist.plans.plan import Estimate, Limits, Plan, StagePlan
@@ -43,8 +43,12 @@ def print_check(
     if not host.fits:
         say(f"DOES NOT FIT in host memory: {host.over_words}.")
     say(f"{verdict} {format_bytes(abs(room))} {tail} ({_interval(estimate)})")
-    if room < 0 and peak_bytes <= estimate.stages[0].usable_bytes:
-        say("It stays below what the device reports, but runs that close to it crawl or fail.")
+    if room < 0:
+        usable_bytes = estimate.stages[0].usable_bytes
+        words = f"The peak is {format_bytes(peak_bytes)}"
+        say(f"{words}; {exceeded_words(peak_bytes, usable_bytes)}.")
+        if peak_bytes <= usable_bytes:
+            say("Runs that close to what the device reports crawl or fail.")
     _print_head(plan)
     _print_stages(plan)
     _print_memory(estimate, limits)

@@ -11,7 +11,6 @@ from mist.plans.file import load_plan
 from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import (
-    Estimate,
     Layout,
     Limits,
     Offload,
@@ -31,7 +30,7 @@ from mist.rules.rule import broken
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
-from mist.units import format_bytes, format_seconds
+from mist.workflow.advice import suggestions
 from mist.workflow.plan_against_job import pipeline_faults, plan_against
 from mist.workflow.request import (
     OBJECT,
@@ -173,7 +172,7 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     host = host_need(job, made, plan.estimate, limits)
     notes = tuple(notes_of(job))
     checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
-    return replace(checked, suggestions=tuple(_suggestions(job, layout, checked)))
+    return replace(checked, suggestions=tuple(suggestions(question, job, layout, checked, _made)))
 
 
 def check_plan(
@@ -336,61 +335,3 @@ def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int)
         offload=layout.offload,
         dp_replicate=layout.dp_replicate,
     )
-
-
-def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str]:
-    """Single changes that make the layout fit or, if it fits, faster; the fastest three."""
-    step_s, judged = checked.plan.estimate.step_s, []
-    step_words = format_seconds(step_s)
-    for words, changed in _changes(layout, checked.plan.stages[0].dp):
-        try:
-            made = _made(job, changed)
-        except InputError:
-            continue
-        after = estimate(job, made)
-        peak_bytes = max(stage.peak_bytes for stage in after.stages)
-        # A gain that the printed digits do not show is no suggestion.
-        faster = after.step_s < step_s and format_seconds(after.step_s) != step_words
-        if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
-            judged.append((after.step_s, peak_bytes, words))
-    for after_s, peak_bytes, words in sorted(judged)[:3]:
-        yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"
-    if checked.margin_bytes >= 0 and not checked.host.fits:
-        yield f"{checked.host.fix}, if the nodes have it"
-
-
-def _fits(job: Job, made: Layout, judged: Estimate, limits: Limits) -> bool:
-    """Whether every stage fits the device, and what is offloaded the host."""
-    peak_bytes = max(stage.peak_bytes for stage in judged.stages)
-    return peak_bytes <= limits.device_bytes and host_need(job, made, judged, limits).fits
-
-
-def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:
-    """The layouts one change away."""
-    for checkpoint in CHECKPOINTS:
-        if checkpoint != layout.checkpoint:
-            yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
-    for zero in _other_levels(layout, dp):
-        yield f"--zero {zero}", replace(layout, zero=zero)
-    for knob in (knob for knob in TYPED_KNOBS if knob.halves):
-        for value in _doubled_and_halved(getattr(layout, knob.field)):
-            split = layout.layers if knob.of_stage else ()
-            changed = replace(layout, **{knob.field: value}, layers=split)  # type: ignore[arg-type]
-            yield f"--{knob.word} {value}", changed
-    for name in ("optimizer", "activations"):
-        ratio = 0.0 if getattr(layout.offload, name) else 1.0
-        offload = replace(layout.offload, **{name: ratio})
-        yield f"--offload {name}={ratio:g}", replace(layout, offload=offload)
-
-
-def _other_levels(layout: HandLayout, dp: int) -> list[int]:
-    """Other ZeRO levels; all are one where nothing is divided and nothing streams from the host."""
-    if dp == 1 and layout.offload == KEPT:
-        return []
-    return [zero for zero in range(4) if zero != layout.zero]
-
-
-def _doubled_and_halved(value: int) -> Iterator[int]:
-    yield 2 * value
-    if value > 1:
-        yield value // 2

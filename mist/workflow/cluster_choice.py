@@ -19,6 +19,7 @@ from mist.platform import Platform
 from mist.progress import is_due
 from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
+from mist.workflow.advice import what_fits
 from mist.workflow.gpu_counts import Counts, counts_of
 from mist.workflow.planning import (
     DEFAULT_EFFORT,
@@ -26,7 +27,6 @@ from mist.workflow.planning import (
     Planned,
     make_plan,
     search_plan,
-    what_fits,
 )
 from mist.workflow.request import Question, compiled, platform_of
 

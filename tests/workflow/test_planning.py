@@ -18,7 +18,7 @@ from mist.platform.overrides import HOST_MEMORY
 from mist.units import GB, GIB
 from mist.workflow.checking import check_plan
 from mist.workflow.planning import Effort, make_plan
-from mist.workflow.request import Question, host_memory_of
+from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
@@ -174,7 +174,7 @@ def test_the_host_memory_to_try_is_enough_and_a_tenth_less_is_not(
         make_plan(asked, space)
     found = re.search(r"Try --host-memory (\d+)GB\.", str(refused.value))
     assert found is not None
-    num_bytes = host_memory_of(f"{found[1]}GB")
+    num_bytes = int(found[1]) * GB
     planned = make_plan(replace(asked, overrides={HOST_MEMORY: num_bytes}), space)
     assert planned.host.fits
     assert planned.plan.overrides[HOST_MEMORY] == num_bytes
