@@ -27,7 +27,7 @@ SHARD_FAULTS: Final[Mapping[str, str]] = MappingProxyType(
         r"invalid for input of size|view size|split_with_sizes": (
             "a tensor is given a size that a rank's share of it does not have"
         ),
-        r"must match|must have same|mismatch|cannot be multiplied|inconsistent|broadcast|Expected size": (
+        r"must match|must have same|mismatch|be multiplied|inconsistent|broadcast|Expected size": (
             "a part of a tensor meets a whole one"
         ),
     }

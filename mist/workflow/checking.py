@@ -165,7 +165,7 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     Raises InputError naming every rule that it breaks.
     """
     _refuse_unknown(layout, platform_of(question))  # before the model is traced
-    job = prepare(question, progress)
+    job = prepare(question, progress, layout.tp)
     made = _made(job, layout)
     plan = unsearched_plan(job, question, made, estimate(job, made))
     limits = limits_of(job, question)
@@ -261,10 +261,7 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     """
     num_gpus, ranks = job.platform.num_gpus, layout.tp * layout.pp
     if num_gpus % ranks:
-        product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
-        on_tp = tuple(rule for rule in job.rules if rule.name.startswith("tp-"))
-        others = broken(on_tp, {"tp": layout.tp})
-        raise InputError("\n".join([f"{product} does not divide the {num_gpus} GPUs.", *others]))
+        raise InputError(_ranks_words(layout, num_gpus))
     dp = num_gpus // ranks
     num_micro_batches = max(job.workload.global_batch // (dp * layout.micro_batch), 1)
     columns = _columns(layout, dp) | {"num_micro_batches": num_micro_batches}
@@ -275,6 +272,14 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     made = Layout(stages=stages, num_micro_batches=num_micro_batches, schedule=schedule)
     _refuse(fault.message for fault in pipeline_faults(job, made))
     return made
+
+
+def _ranks_words(layout: HandLayout, num_gpus: int) -> str:
+    ranks = layout.tp * layout.pp
+    product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
+    if ranks > num_gpus:
+        return f"{product} is more than the {num_gpus} GPUs."
+    return f"{product} does not divide the {num_gpus} GPUs."
 
 
 def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
@@ -291,7 +296,9 @@ def _refuse_unknown(layout: HandLayout, platform: Platform) -> None:
     """Raise InputError for knobs that the runtime does not have."""
     rules = tuple(knob_rules(platform.runtime))
     levels = [CHECKPOINTS[layout.checkpoint]] if layout.checkpoint in CHECKPOINTS else []
-    dp = max(platform.num_gpus // (layout.tp * layout.pp), 1)
+    if platform.num_gpus % (layout.tp * layout.pp):
+        raise InputError(_ranks_words(layout, platform.num_gpus))
+    dp = platform.num_gpus // (layout.tp * layout.pp)
     _refuse([*broken(rules, _columns(layout, dp)), *broken_levels(platform.runtime, levels)])
 
 

@@ -90,7 +90,9 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
     """
     start = perf_counter()
-    programs = compiled(question, effort.progress)
+    # Of one degree that the user set; of several the search leaves out what the model does not do.
+    tp = space.tp[0] if space.tp is not None and len(space.tp) == 1 else 1
+    programs = compiled(question, effort.progress, tp)
     seconds = {"prepare": perf_counter() - start}
     try:
         planned = search_plan(question, programs, space, effort)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from mist.errors import InputError
-from mist.model.summary import ModelFacts
+from mist.model.summary import ModelFacts, ModelLimits
 from mist.plans.host_memory import HostNeed
 from mist.plans.plan import (
     ClusterRef,
@@ -21,7 +22,8 @@ from mist.plans.plan import (
 from mist.plans.workload import Attention, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
 from mist.platform.overrides import HOST_MEMORY, Overrides, overrides_of
-from mist.rules.combinations import out_of_domain
+from mist.rules.combinations import divides, out_of_domain
+from mist.rules.rule import broken
 from mist.symbolic.job import Job, make_job
 from mist.symbolic.load_programs import Progress, compile_graph, model_programs, quiet
 from mist.symbolic.pipeline_costs import loading
@@ -90,29 +92,38 @@ def figures_of(words: Iterable[str], host_memory: str | float | None) -> dict[st
     return figures | {HOST_MEMORY: float(num_bytes)}
 
 
-def prepare(question: Question, progress: Progress = quiet) -> Job:
+def prepare(question: Question, progress: Progress = quiet, tp: int = 1) -> Job:
     """Trace the model, load the platform and compile the stage cost.
 
-    Raises InputError for anything in the question that cannot be used.
+    `tp`: a degree that the model must allow. Raises InputError for anything in the question that
+    cannot be used.
     """
-    return job_of(question, compiled(question, progress))
+    return job_of(question, compiled(question, progress, tp))
 
 
-def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
+def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> ModelPrograms:
     """The costs of the model under the runtime, for any number of GPUs, sequence and batch.
 
-    From the cache, where they need neither torch nor sympy; else from the trace. Raises InputError.
+    From the cache, where they need neither torch nor sympy; else from the trace. `tp`: a degree
+    that the model must allow. Raises InputError.
     """
     platform = platform_of(question)  # refused before the model is traced
-    if question.seq_len is not None and isinstance(question.model, str):
+    if isinstance(question.model, str):
         source = resolve(question.model)
-        if isinstance(source, ConfigSource):  # of another model the trace says it
+        if isinstance(source, ConfigSource):  # of another model it is known once it is loaded
             _refuse_longer(source.name, question.seq_len, source.max_seq_len)
     setting = setting_of(question, platform)
     runtime = platform.runtime
     if not isinstance(question.model, str):
         return compile_graph(_trace_module(question, setting), setting, runtime)
-    return model_programs(question.model, setting, runtime, platform.runtime_hash, progress)
+    return model_programs(
+        question.model,
+        setting,
+        runtime,
+        platform.runtime_hash,
+        progress,
+        refuse=partial(_refuse_beyond, question.seq_len, tp),
+    )
 
 
 def setting_of(question: Question, platform: Platform) -> TraceSetting:
@@ -141,9 +152,9 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
         compile=False,
     )
     job = make_job(programs, platform_of(question), workload)
-    if broken := out_of_domain(job.cost.domain, workload.seq_len):
+    if outside := out_of_domain(job.cost.domain, workload.seq_len):
         raise InputError(
-            f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(broken)} only."
+            f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(outside)} only."
         )
     return job
 
@@ -186,9 +197,17 @@ def _sequence(graph: ModelFacts, asked: int | None) -> int:
     return asked
 
 
-def _refuse_longer(name: str, asked: int, longest: int | None) -> None:
+def _refuse_beyond(seq_len: int | None, tp: int, limits: ModelLimits) -> None:
+    """Raise InputError for what a model says that it cannot do."""
+    _refuse_longer(limits.name, seq_len, limits.max_seq_len)
+    rules = (divides(limit, limits.name) for limit in limits.tp_limits)
+    if faults := list(broken(rules, {"tp": tp})):
+        raise InputError("\n".join(faults))
+
+
+def _refuse_longer(name: str, asked: int | None, longest: int | None) -> None:
     """Raise InputError for a sequence for which a model has no positions."""
-    if longest is not None and asked > longest:
+    if asked is not None and longest is not None and asked > longest:
         raise InputError(
             f"--seq {asked}: {name} has positions for {longest} tokens. Use --seq {longest} or "
             "less, or a model with more: max_position_embeddings of a config.json can be raised."

@@ -280,6 +280,7 @@ def test_the_json_of_a_check() -> None:
     assert check_json(sample_plan(), LIMITS, HOST, NOTES) == {
         "params": 8_030_261_248,
         "trainable_params": 8_030_261_248,
+        "overrides": {},
         "fits": True,
         "margin_bytes": 16 * GIB,
         "limit_bytes": 64 * GIB,

@@ -185,12 +185,9 @@ def test_layouts_that_mean_nothing(values: dict[str, object], message: str) -> N
     [
         (
             HandLayout(tp=3),
-            "--tp 3 * --pp 1 = 3 does not divide the 8 GPUs.\n"
-            "tp 3 does not divide the sequence of 2048 tokens, "
-            "which runtime torch shards with it.\n"
-            "tp 3 does not divide the 4096 MLP width of toy.\n"
-            "tp 3 does not divide the 8 GPUs per node of dgx-h100.",
+            "--tp 3 * --pp 1 = 3 does not divide the 8 GPUs.",
         ),
+        (HandLayout(tp=4, pp=4), "--tp 4 * --pp 4 = 16 is more than the 8 GPUs."),
         (
             HandLayout(micro_batch=3),
             "dp 8 * micro-batch 3 * 10 micro-batches is not the global batch of 256.",
