@@ -223,14 +223,11 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
-    from mist.workflow.checking import HandLayout, check_layout, check_plan, layers_of, offload_of
+    from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
     from mist.workflow.request import Question, figures_of
 
     if subject.endswith(PLAN_SUFFIXES):
-        _refuse_ignored(context, subject)
-        overrides = figures_of(figures or (), host_memory)
-        judge = partial(check_plan, subject, margin_ratio=margin, overrides=overrides)
-        return _show_check(judge, out, as_json=as_json)
+        return _show_check(_of_file(context, subject), out, as_json=as_json)
     question = Question(
         model=subject,
         num_gpus=_given_gpus(subject, gpus),
@@ -263,6 +260,17 @@ def _given_gpus(subject: str, gpus: int | None) -> int:
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
     return gpus
+
+
+def _of_file(context: typer.Context, path: str) -> Callable[..., "Checked"]:
+    """What judges a plan file, under the margin and figures that it was made for unless given."""
+    from mist.workflow.checking import check_plan
+    from mist.workflow.request import figures_of
+
+    _refuse_ignored(context, path)
+    said = context.params
+    overrides = figures_of(said["figures"] or (), said["host_memory"])
+    return partial(check_plan, path, margin_ratio=said["margin"], overrides=overrides)
 
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:

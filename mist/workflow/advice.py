@@ -37,7 +37,7 @@ Changes = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class Remedy:
     """A changed layout that fits: its step, its fullest device, and the options that change."""
 
     step_s: float
@@ -79,7 +79,7 @@ def _judged(
     candidates: list[tuple[Changes, "HandLayout"]],
     checked: "Checked",
     make: Make,
-) -> list[Judged]:
+) -> list[Remedy]:
     """The fastest few of the candidates that fit and, where the layout itself fits, are faster."""
     step_s, found, known = checked.plan.estimate.step_s, [], set()
     for changes, changed in candidates:
@@ -95,7 +95,7 @@ def _judged(
         faster = after.step_s < step_s and format_seconds(after.step_s) != format_seconds(step_s)
         if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
             peak_bytes = max(stage.peak_bytes for stage in after.stages)
-            found.append(Judged(step_s=after.step_s, peak_bytes=peak_bytes, changes=changes))
+            found.append(Remedy(step_s=after.step_s, peak_bytes=peak_bytes, changes=changes))
     return sorted(found, key=lambda judged: (judged.step_s, judged.changes))[:MOST_SUGGESTED]
 
 
