@@ -164,7 +164,7 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
     Raises InputError naming every rule that it breaks.
     """
-    _refuse_unknown(layout, platform_of(question))  # before the model is traced
+    _refuse_early(question, layout, platform_of(question))
     job = prepare(question, progress, layout.tp)
     made = _made(job, layout)
     plan = unsearched_plan(job, question, made, estimate(job, made))
@@ -274,6 +274,17 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     return made
 
 
+def _refuse_batch(batch: int, dp: int, micro_batch: int) -> None:
+    """Raise InputError for a global batch that is no whole number of micro-steps."""
+    step = dp * micro_batch
+    if batch > 0 and (rest := batch % step):
+        near = " or ".join(str(each) for each in (batch - rest, batch - rest + step) if each)
+        raise InputError(
+            f"--global-batch {batch}: dp {dp} * micro-batch {micro_batch} = {step} does not "
+            f"divide it. Try --global-batch {near}."
+        )
+
+
 def _ranks_words(layout: HandLayout, num_gpus: int) -> str:
     ranks = layout.tp * layout.pp
     product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
@@ -292,14 +303,18 @@ def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
     }
 
 
-def _refuse_unknown(layout: HandLayout, platform: Platform) -> None:
-    """Raise InputError for knobs that the runtime does not have."""
+def _refuse_early(question: Question, layout: HandLayout, platform: Platform) -> None:
+    """Raise InputError for what cannot be, whatever the model: before it is traced.
+
+    Knobs that the runtime does not have, ranks that are not the GPUs, a batch that does not divide.
+    """
     rules = tuple(knob_rules(platform.runtime))
     levels = [CHECKPOINTS[layout.checkpoint]] if layout.checkpoint in CHECKPOINTS else []
     if platform.num_gpus % (layout.tp * layout.pp):
         raise InputError(_ranks_words(layout, platform.num_gpus))
     dp = platform.num_gpus // (layout.tp * layout.pp)
     _refuse([*broken(rules, _columns(layout, dp)), *broken_levels(platform.runtime, levels)])
+    _refuse_batch(question.global_batch, dp, layout.micro_batch)
 
 
 def _refuse(messages: Iterable[str]) -> None:

@@ -190,7 +190,8 @@ def test_layouts_that_mean_nothing(values: dict[str, object], message: str) -> N
         (HandLayout(tp=4, pp=4), "--tp 4 * --pp 4 = 16 is more than the 8 GPUs."),
         (
             HandLayout(micro_batch=3),
-            "dp 8 * micro-batch 3 * 10 micro-batches is not the global batch of 256.",
+            "--global-batch 256: dp 8 * micro-batch 3 = 24 does not divide it. "
+            "Try --global-batch 240 or 264.",
         ),
         (
             HandLayout(zero=2, offload=Offload(weights=0.5)),
