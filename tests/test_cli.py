@@ -137,6 +137,24 @@ def planned(mist: Mist, models: Path, *options: object) -> tuple[Run, Plan]:
     return run, load_plan("p.yaml")
 
 
+def test_own_figures_are_kept_by_the_plan_and_used_again(mist: Mist, models: Path) -> None:
+    own = ("--set", "device.memory_bytes=4GB", "--set", "runtime.memory.margin_ratio=0.2")
+    run = mist("check", models / "tiny.py", *SMALL, *own, "--out", "own.yaml")
+    words = "your own figures: device.memory_bytes 3.7 GiB, runtime.memory.margin_ratio 0.2\n"
+    assert words in run.out
+    assert load_plan("own.yaml").overrides == {
+        "device.memory_bytes": 4e9,
+        "runtime.memory.margin_ratio": 0.2,
+    }
+    # 4 GB less 1 GiB of context, less a fifth; and of 3 GB asked of the same plan.
+    for more, total in (((), 4e9), (("--set", "device.memory_bytes=3GB"), 3e9)):
+        found = json.loads(mist("check", "own.yaml", *more, "--json").out)
+        assert found["limit_bytes"] == round((total - 2**30) * 0.8)
+        assert found["overrides"]["device.memory_bytes"] == total
+    planned = json.loads(mist("plan", models / "tiny.py", *SMALL, *own, "--json").out)
+    assert planned["overrides"] == found["overrides"] | {"device.memory_bytes": 4e9}
+
+
 def test_a_space_and_what_narrows_it(mist: Mist, models: Path) -> None:
     """Megatron without interleaving, at most two GPUs by tp and one by pp: only tp2 dp2 is left."""
     options = ("--space", "megatron", "--set", "tp=2", "--max", "pp=1", "--forbid", "interleaved")
@@ -202,7 +220,8 @@ def test_a_model_without_layers_is_one_stage_with_a_note(mist: Mist, models: Pat
 
 def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
     layout = ("--tp", 2, "--pp", 2, "--zero", 1, "--micro-batch", 1, "--checkpoint", "full")
-    run = mist("check", models / "tiny.py", *SMALL, *layout, "--out", "mine.yaml")
+    machines = ("--gpu", "h100-sxm", "--cluster", "dgx-h100")
+    run = mist("check", models / "tiny.py", *SMALL, *machines, *layout, "--out", "mine.yaml")
     assert run.code == 0, run.err
     assert run.out.startswith("FITS, with ")
     assert run.err.endswith("wrote mine.yaml\n")
@@ -609,8 +628,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
-        "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, "
-        "zero-bubble.",
+        "number, checkpoint=none, selective, full, schedule=gpipe, 1f1b, interleaved, "
+        "zero-bubble, or a figure of a profile (cluster.host_memory_bytes=64GB).",
     ),
     (
         "a knob set twice",
