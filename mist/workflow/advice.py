@@ -16,7 +16,7 @@ from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.breakdown import layout_words
 from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
-from mist.plans.plan import Estimate, Layout, Limits, Offload
+from mist.plans.plan import NOTHING_OFFLOADED, Estimate, Layout, Limits
 from mist.plans.search_space import CHECKPOINTS, SearchSpace
 from mist.search.tune import smallest_peak
 from mist.symbolic.estimate import estimate
@@ -120,7 +120,8 @@ def _changes(job: Job, layout: "HandLayout") -> Iterator[tuple[str, "HandLayout"
         if checkpoint != layout.checkpoint:
             yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
     for zero in _other_levels(job, layout):
-        yield f"--zero {zero}", replace(layout, zero=zero)
+        changed = replace(layout, zero=zero)  # type: ignore[call-arg]  # a generated field
+        yield f"--zero {zero}", changed
     for knob in (knob for knob in TYPED_KNOBS if knob.halves):
         for value in _doubled_and_halved(getattr(layout, knob.field)):
             split = layout.layers if knob.of_stage else ()
@@ -142,7 +143,7 @@ def _offloads(job: Job, layout: "HandLayout") -> Iterator[tuple[str, "HandLayout
 
 def _other_levels(job: Job, layout: "HandLayout") -> list[int]:
     """Other ZeRO levels; all are one where nothing is divided and nothing streams from the host."""
-    if job.platform.num_gpus == layout.tp * layout.pp and layout.offload == Offload():
+    if job.platform.num_gpus == layout.tp * layout.pp and layout.offload == NOTHING_OFFLOADED:
         return []
     return [zero for zero in range(4) if zero != layout.zero]
 
