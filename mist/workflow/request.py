@@ -108,7 +108,7 @@ def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> Mod
     that the model must allow. Raises InputError.
     """
     platform = platform_of(question)  # refused before the model is traced
-    if isinstance(question.model, str):
+    if question.seq_len is not None and isinstance(question.model, str):
         source = resolve(question.model)
         if isinstance(source, ConfigSource):  # of another model it is known once it is loaded
             _refuse_longer(source.name, question.seq_len, source.max_seq_len)
