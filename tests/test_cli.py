@@ -18,6 +18,8 @@ from mist.cli import plan_commands as planning
 from mist.plans.file import load_plan
 from mist.plans.plan import Offload, Plan, Schedule
 from mist.plans.workload import ScheduleKind
+from mist.platform.overrides import HOST_MEMORY
+from tests.platform.samples import other_one
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--gpus", "4", "--global-batch", "16")
@@ -135,6 +137,24 @@ def planned(mist: Mist, models: Path, *options: object) -> tuple[Run, Plan]:
     return run, load_plan("p.yaml")
 
 
+def test_own_figures_are_kept_by_the_plan_and_used_again(mist: Mist, models: Path) -> None:
+    own = ("--set", "device.memory_bytes=4GB", "--set", "runtime.memory.margin_ratio=0.2")
+    run = mist("check", models / "tiny.py", *SMALL, *own, "--out", "own.yaml")
+    words = "your own figures: device.memory_bytes 3.7 GiB, runtime.memory.margin_ratio 0.2\n"
+    assert words in run.out
+    assert load_plan("own.yaml").overrides == {
+        "device.memory_bytes": 4e9,
+        "runtime.memory.margin_ratio": 0.2,
+    }
+    # 4 GB less 1 GiB of context, less a fifth; and of 3 GB asked of the same plan.
+    for more, total in (((), 4e9), (("--set", "device.memory_bytes=3GB"), 3e9)):
+        found = json.loads(mist("check", "own.yaml", *more, "--json").out)
+        assert found["limit_bytes"] == round((total - 2**30) * 0.8)
+        assert found["overrides"]["device.memory_bytes"] == total
+    planned = json.loads(mist("plan", models / "tiny.py", *SMALL, *own, "--json").out)
+    assert planned["overrides"] == found["overrides"] | {"device.memory_bytes": 4e9}
+
+
 def test_a_space_and_what_narrows_it(mist: Mist, models: Path) -> None:
     """Megatron without interleaving, at most two GPUs by tp and one by pp: only tp2 dp2 is left."""
     options = ("--space", "megatron", "--set", "tp=2", "--max", "pp=1", "--forbid", "interleaved")
@@ -200,7 +220,8 @@ def test_a_model_without_layers_is_one_stage_with_a_note(mist: Mist, models: Pat
 
 def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
     layout = ("--tp", 2, "--pp", 2, "--zero", 1, "--micro-batch", 1, "--checkpoint", "full")
-    run = mist("check", models / "tiny.py", *SMALL, *layout, "--out", "mine.yaml")
+    machines = ("--gpu", "h100-sxm", "--cluster", "dgx-h100")
+    run = mist("check", models / "tiny.py", *SMALL, *machines, *layout, "--out", "mine.yaml")
     assert run.code == 0, run.err
     assert run.out.startswith("FITS, with ")
     assert run.err.endswith("wrote mine.yaml\n")
@@ -358,14 +379,14 @@ def test_a_plan_keeps_the_host_memory_it_was_made_for(mist: Mist, models: Path) 
     """`check PLAN` judges by it, unless told another; a plan for the cluster's own has no key."""
     layout = (models / "tiny.py", *SMALL, "--offload", "optimizer=1")
     assert mist("check", *layout, "--host-memory", "0.02GB", "--out", "given.yaml").code == 0
-    assert load_plan("given.yaml").cluster.host_memory_bytes == 20_000_000
+    assert load_plan("given.yaml").overrides[HOST_MEMORY] == 20_000_000
     run = mist("check", "given.yaml", "--trust", "--json")
     assert run.code == 0
     assert json.loads(run.out)["host_memory"]["memory_bytes"] == 20_000_000
     less = mist("check", "given.yaml", "--trust", "--host-memory", "0.001GB", "--out", "less.yaml")
     assert less.code == 3
     assert less.out.startswith("DOES NOT FIT in host memory: needs 10.9 MiB per node")
-    assert load_plan("less.yaml").cluster.host_memory_bytes == 1_000_000
+    assert load_plan("less.yaml").overrides[HOST_MEMORY] == 1_000_000
     assert mist("check", "less.yaml", "--trust").code == 3
     mist("check", *layout, "--out", "plain.yaml")
     assert "host_memory" not in Path("plain.yaml").read_text()
@@ -530,17 +551,20 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "unknown GPU",
         ("plan", "{models}/tiny.py", *SMALL, "--gpu", "h10"),
-        "--gpu h10: no device of that name. Did you mean h100-sxm or h100-pcie?",
+        "--gpu h10: no device of that name. Did you mean h200 or h100-sxm or h100-pcie? "
+        f"{other_one('device')}",
     ),
     (
         "unknown cluster",
         ("plan", "{models}/tiny.py", *SMALL, "--cluster", "dgx-h10"),
-        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100?",
+        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
+        f"hgx-h100-ib? {other_one('cluster')}",
     ),
     (
         "unknown runtime",
         ("plan", "{models}/tiny.py", *SMALL, "--runtime", "troch"),
-        "--runtime troch: no runtime of that name. Did you mean torch or torchtune or torchtitan?",
+        "--runtime troch: no runtime of that name. Did you mean torch or torchtune or torchtitan? "
+        f"{other_one('runtime')}",
     ),
     (
         "no GPUs",
@@ -604,8 +628,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
-        "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, "
-        "zero-bubble.",
+        "number, checkpoint=none, selective, full, schedule=gpipe, 1f1b, interleaved, "
+        "zero-bubble, or a figure of a profile (cluster.host_memory_bytes=64GB).",
     ),
     (
         "a knob set twice",

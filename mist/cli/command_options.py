@@ -116,7 +116,16 @@ Fixed = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help=f"Fix a knob (tp=2): {', '.join(SEARCHED_KNOBS)}, checkpoint, schedule.",
+        help=f"Fix a knob (tp=2): {', '.join(SEARCHED_KNOBS)}, checkpoint, schedule; or a figure "
+        "of a profile (cluster.host_memory_bytes=64GB).",
+    ),
+]
+Figures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A figure of a profile (cluster.host_memory_bytes=64GB); mist profiles show NAME "
+        "lists them.",
     ),
 ]
 Most = Annotated[

@@ -17,6 +17,7 @@ from mist.cli.command_options import (
     Checkpoint,
     ClusterName,
     ClusterNames,
+    Figures,
     Fixed,
     Forbid,
     Force,
@@ -58,14 +59,15 @@ from mist.plans.search_space import narrowed, space_of
 from mist.plans.workload import Attention, Precision, Solver
 
 if TYPE_CHECKING:
-    from mist.symbolic.load_programs import Progress
     from mist.workflow.checking import Checked
     from mist.workflow.cluster_choice import Rented
     from mist.workflow.planning import Effort
     from mist.workflow.verifying import Verified
 
 # What `mist check PLAN` may be told.
-OF_ANY_PLAN = {"subject", "model", "trust", "force", "margin", "host_memory", "out", "as_json"}
+OF_ANY_PLAN = {
+    "subject", "model", "trust", "force", "margin", "host_memory", "figures", "out", "as_json",
+}  # fmt: skip
 
 
 @app.command()
@@ -98,12 +100,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
+    from mist.platform.overrides import knobs_and_figures
     from mist.workflow.cluster_choice import offer_of, rent
-    from mist.workflow.request import Question, host_memory_of
+    from mist.workflow.request import Question, figures_of
 
     writing = _Writing(out=out, inputs=(model, *(cluster or "").split(",")), force=force)
     writing.check()
     offer = offer_of(gpus, cluster, price, tokens)
+    knobs, figures = knobs_and_figures(fixed or ())
     question = Question(
         model=model,
         num_gpus=1,
@@ -114,9 +118,9 @@ def plan(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
-        host_memory_bytes=host_memory_of(host_memory),
+        overrides=figures_of(figures, host_memory),
     )
-    allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
+    allowed = narrowed(space_of(space), fixed=knobs, most=most or (), forbid=forbid or ())
     effort = _effort(objective, solver, top, time_limit)
 
     def search(margin_ratio: float | None) -> "Rented":
@@ -245,6 +249,7 @@ def check(
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
     host_memory: HostMemory = None,
+    figures: Figures = None,
     out: Out = None,
     trust: Trust = False,
     force: Force = False,
@@ -253,13 +258,11 @@ def check(
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
     from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
-    from mist.workflow.request import Question, host_memory_of
+    from mist.workflow.request import Question, figures_of
 
     check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
     if subject.endswith(PLAN_SUFFIXES):
-        _refuse_ignored(context, subject)
-        judge = partial(_of_file, subject, model, margin, host_memory, trust=trust)
-        return _show_check(judge, out, as_json=as_json)
+        return _show_check(_of_file(context, subject), out, as_json=as_json)
     question = Question(
         model=subject,
         num_gpus=_given_gpus(subject, model, gpus),
@@ -271,7 +274,7 @@ def check(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
-        host_memory_bytes=host_memory_of(host_memory),
+        overrides=figures_of(figures or (), host_memory),
     )
     layout = HandLayout(
         checkpoint=checkpoint,
@@ -292,27 +295,20 @@ def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
     return gpus
 
 
-def _of_file(
-    path: str,
-    model: str | None,
-    margin: float | None,
-    host_memory: str | None,
-    *,
-    trust: bool,
-    progress: "Progress",
-) -> "Checked":
-    """A plan file, under the margin and on the host memory that it was made for unless told."""
+def _of_file(context: typer.Context, path: str) -> Callable[..., "Checked"]:
+    """What judges a plan file, under the margin and figures that it was made for unless given."""
     from mist.workflow.checking import check_plan
     from mist.workflow.plan_model import ModelAccess
-    from mist.workflow.request import host_memory_of
+    from mist.workflow.request import figures_of
 
-    host_bytes = host_memory_of(host_memory)
-    return check_plan(
+    _refuse_ignored(context, path)
+    said = context.params
+    return partial(
+        check_plan,
         path,
-        margin_ratio=margin,
-        host_memory_bytes=host_bytes,
-        access=ModelAccess(model=model, trust=trust),
-        progress=progress,
+        margin_ratio=said["margin"],
+        overrides=figures_of(said["figures"] or (), said["host_memory"]),
+        access=ModelAccess(model=said["model"], trust=said["trust"]),
     )
 
 

@@ -16,6 +16,7 @@ from mist.exec.observation import Seen, from_json
 from mist.exec.run.launch import Stopped
 from mist.plans.file import save_plan
 from mist.plans.plan import Plan
+from mist.progress import is_due
 
 POLL_S: Final = 0.1
 TAIL_CHARS: Final = 4000  # of what a failed dry run printed
@@ -41,7 +42,7 @@ def dry_run(
         save_plan(plan, folder / "plan.yaml")
         waiting = list(stages)
         running: dict[int, subprocess.Popen[str]] = {}
-        limit = time.monotonic() + timeout_s
+        limit, num_ended = time.monotonic() + timeout_s, 0
         before = signal.signal(signal.SIGTERM, _stop)
         try:
             while waiting or running:
@@ -49,7 +50,9 @@ def dry_run(
                     stage = waiting.pop(0)
                     running[stage] = _start(folder, stage, policy)
                 for stage in list(_ended(running)):
-                    progress(f"stage {stage} of {len(plan.stages)} dry-run")
+                    num_ended += 1
+                    if is_due(num_ended, len(stages)):
+                        progress(f"stage {stage} of {len(plan.stages)} dry-run")
                 if time.monotonic() > limit:
                     raise DryRunFailed(f"the dry runs did not end within {timeout_s:.0f} s.")
                 time.sleep(POLL_S)
