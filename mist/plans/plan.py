@@ -25,7 +25,11 @@ SCHEMA: Final = "mist.plan/1"
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[Number, Field(ge=0.0)]
 Ratio = Annotated[Number, Field(ge=0.0, le=1.0)]
-Bytes = Annotated[int, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
+LayerCount = Annotated[int, Field(le=MOST_LAYERS)]
+DeviceCount = Annotated[int, Field(le=MOST_GPUS)]
+TimePart = Literal["compute", "tp", "recompute", "launch", "dp", "offload", "p2p"]
+MemoryPart = Literal["states", "activations", "working", "gathered", "buffers", "allocator"]
 How = Literal["law", "table", "measured"]
 
 
@@ -56,8 +60,8 @@ class ClusterRef:
     __pydantic_config__ = STRICT
     name: str
     device: str
-    num_gpus: PositiveInt
-    gpus_per_node: PositiveInt
+    num_gpus: GpuCount
+    gpus_per_node: GpuCount
     host_memory_bytes: PositiveInt | None = None
 
 
@@ -67,7 +71,7 @@ class Schedule:
 
     __pydantic_config__ = STRICT
     kind: ScheduleKind
-    vpp: PositiveInt
+    vpp: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 
 
 DEFAULT_SCHEDULE: Final = Schedule(kind=DEFAULT_KIND, vpp=1)
@@ -94,19 +98,19 @@ class StagePlan:
     """
 
     __pydantic_config__ = STRICT
-    layers: tuple[tuple[int, int], ...]
-    devices: tuple[int, int]
-    dp: PositiveInt
-    tp: PositiveInt
+    layers: tuple[tuple[LayerCount, LayerCount], ...]
+    devices: tuple[DeviceCount, DeviceCount]
+    dp: GpuCount
+    tp: GpuCount
     sp: bool
-    cp: PositiveInt
-    ep: PositiveInt
-    micro_batch: PositiveInt
+    cp: GpuCount
+    ep: GpuCount
+    micro_batch: SampleCount
     zero: Literal[0, 1, 2, 3]
     head: Literal["none"]
-    memory: dict[MemoryLevel, Annotated[int, Field(ge=0)]]
+    memory: dict[MemoryLevel, LayerCount]
     offload: Offload
-    dp_replicate: PositiveInt = 1
+    dp_replicate: GpuCount = 1
 
     @property
     def dp_shard(self) -> int:
@@ -276,7 +280,7 @@ class Plan:
     cluster: ClusterRef
     runtime: str
     schedule: Schedule
-    num_micro_batches: PositiveInt
+    num_micro_batches: SampleCount
     stages: tuple[StagePlan, ...]
     estimate: Estimate
     alternatives: tuple[Alternative, ...]

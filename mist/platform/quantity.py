@@ -14,7 +14,11 @@ class Record:
     """Base of everything that a profile file may hold: unknown keys are errors."""
 
     __slots__ = ()
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": False}
+    __pydantic_config__: ClassVar[dict[str, object]] = {
+        "extra": "forbid",
+        "strict": False,
+        "allow_inf_nan": False,  # tables of numbers are no quantities
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
