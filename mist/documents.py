@@ -1,9 +1,9 @@
 """YAML and JSON that anyone may have written: read within limits, and refused in our words.
 
 Plans, profiles, calibrations, logs and configurations come through here, so that whatever a parser
-raises, and whatever makes one run long, is met in one place. A document has at most `mist.files.MOST_BYTES`
-(YAML: `MOST_YAML_BYTES`), `MOST_NODES` values of YAML with every alias written out, and `MOST_DEPTH`
-levels; its keys are text, and its whole numbers lie within 64 bits.
+raises, and whatever makes one run long, is met in one place. A document has at most
+`mist.files.MOST_BYTES` (YAML: `MOST_YAML_BYTES`), `MOST_NODES` values of YAML with every alias
+written out, and `MOST_DEPTH` levels; its keys are text, and its whole numbers lie within 64 bits.
 """
 
 import json
@@ -202,7 +202,7 @@ def _loader() -> Any:  # noqa: ANN401 - PyYAML with its C library, or without
 
     # The C library is much faster; builds of PyYAML without it have the Python one.
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    loader = type("JsonLikeLoader", (base,), {})
+    loader: Any = type("JsonLikeLoader", (base,), {})
     loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: str(node.value))
     for kind in ("binary", "set", "omap", "pairs"):
         loader.add_constructor(f"tag:yaml.org,2002:{kind}", _refuse)

@@ -18,7 +18,7 @@ from typing import get_args, get_origin
 import typer.main
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
-from mist.cli import app
+from mist.cli.application import app
 
 ROOT = Path(__file__).parents[1]
 CLI = ROOT / "docs" / "cli.md"

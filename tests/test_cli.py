@@ -712,7 +712,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a plan that is missing",
         ("check", "missing.yaml"),
-        "Cannot read the plan missing.yaml: No such file or directory.",
+        "missing.yaml cannot be read: No such file or directory.",
     ),
     (
         "options that a plan answers",

@@ -1,8 +1,10 @@
 """What commands share: the application, where output goes, which files may be written."""
 
+import io
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,13 +26,20 @@ app = typer.Typer(
 
 
 def progress(message: str) -> None:
-    """One line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """One line on stderr, if it is open; a run does not end because nobody listens."""
+    with suppress(OSError):
+        print(message, file=sys.stderr or io.StringIO(), flush=True)
 
 
 def print_json(data: object) -> None:
-    """The result of a command with --json."""
-    print(json.dumps(data, indent=2))
+    """The result of a command with --json: JSON as its standard has it, without NaN.
+
+    Raises OutputError for a number that JSON cannot say.
+    """
+    try:
+        print(json.dumps(data, indent=2, allow_nan=False))
+    except ValueError as error:
+        raise OutputError("--json: the result has a number that is infinite or none.") from error
 
 
 def check_out(out: Path | None) -> None:

@@ -18,12 +18,25 @@ from mist.errors import PlanError
 from mist.plans.invariants import plan_faults
 from mist.plans.provenance import Kind
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.workload import STRICT, MemoryLevel, PositiveInt, ScheduleKind, Workload
+from mist.plans.workload import (
+    MOST_GPUS,
+    MOST_LAYERS,
+    STRICT,
+    GpuCount,
+    MemoryLevel,
+    PositiveInt,
+    SampleCount,
+    ScheduleKind,
+    Workload,
+)
+from mist.units import LARGEST_INTEGER
 
 SCHEMA: Final = "mist.plan/1"
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+# Products and ratios of numbers within these limits are numbers too.
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Seconds = Annotated[Number, Field(ge=0.0)]
+StepSeconds = Annotated[Number, Field(ge=1e-12)]  # estimates are rounded to a picosecond
 Ratio = Annotated[Number, Field(ge=0.0, le=1.0)]
 Bytes = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 LayerCount = Annotated[int, Field(le=MOST_LAYERS)]
@@ -187,10 +200,10 @@ class StageEstimate:
     __pydantic_config__ = STRICT
     stable_s: Seconds
     delta_s: Number
-    time_parts_s: dict[str, Number]
+    time_parts_s: dict[TimePart, Number]
     peak_bytes: Bytes
     usable_bytes: Bytes
-    memory_parts_bytes: dict[str, int]
+    memory_parts_bytes: dict[MemoryPart, int]
     host_bytes: Bytes
 
 
@@ -230,7 +243,7 @@ class Estimate:
     """
 
     __pydantic_config__ = STRICT
-    step_s: Seconds
+    step_s: StepSeconds
     tokens_per_s: Number
     mfu: Number
     bubble_s: Seconds
@@ -263,7 +276,7 @@ class Provenance:
     solver: str
     gap: Number
     lower_bound_s: Number
-    search: dict[str, str | int | Number]
+    search: dict[str, str | Annotated[int, Field(ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)] | Number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from mist.errors import InputError
 from mist.plans.knobs import SEARCHED_KNOBS, Knob
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.units import parse_whole
 
 OFFLOADED: Final = ("weights", "grads", "optimizer", "activations")
 """What may live in host memory: the fields of `mist.plans.plan.Offload`."""
@@ -73,7 +74,7 @@ class SearchSpace:
         for knob in SEARCHED_KNOBS.values():
             for value in self.values_of(knob) or ():
                 if not knob.means(value):
-                    raise InputError(f"{knob.space} {value} {knob.complaint}.")
+                    raise InputError(f"{knob.space} {value} {knob.complaint(value)}.")
         if not self.levels:
             raise InputError("no memory level is left: allow none, selective or full.")
         _check_ratios(self.offload)
@@ -204,8 +205,9 @@ def _said(space: SearchSpace, words: str) -> SearchSpace:
 
 def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
     """The fields that fix one knob."""
-    if value.isdecimal() and (row := SEARCHED_KNOBS.get(knob)) and row.space:
-        return {row.space: (int(value),)}
+    number, row = _whole(value), SEARCHED_KNOBS.get(knob)
+    if number is not None and row is not None and row.space:
+        return {row.space: (number,)}
     if knob == "checkpoint" and value in CHECKPOINTS:
         return {"levels": (CHECKPOINTS[value],)}
     if knob == "schedule" and value in set(ScheduleKind):
@@ -220,8 +222,9 @@ def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, An
     """The fields that limit one knob, or the ratio of one state or of all ("offload")."""
     knob = key.replace("_", "-")
     counted = {name: row for name, row in SEARCHED_KNOBS.items() if row.counts}
-    if knob in counted and value.isdecimal() and counted[knob].means(int(value)):
-        return {"most": {**space.most, str(counted[knob].space): int(value)}}
+    number = _whole(value)
+    if knob in counted and number is not None and counted[knob].means(number):
+        return {"most": {**space.most, str(counted[knob].space): number}}
     ratio = _ratio(value)
     if (knob == "offload" or knob in OFFLOADED) and ratio is not None:
         states = OFFLOADED if knob == "offload" else (knob,)
@@ -232,6 +235,15 @@ def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, An
         f"--max {word}: expected {', '.join(counted)} with a number, or offload, "
         f"{', '.join(OFFLOADED)} with a ratio from 0 to 1."
     )
+
+
+def _whole(value: str) -> int | None:
+    """A whole number from 0 up, if the word is one."""
+    try:
+        number = parse_whole(value)
+    except ValueError:
+        return None
+    return number if number >= 0 else None
 
 
 def _ratio(value: str) -> float | None:

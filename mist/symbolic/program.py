@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from types import CodeType
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.model.summary import ModelFacts, Traffic
 from mist.plans.host_memory import pinned_bytes
+from mist.plans.plan import MemoryPart, TimePart
 from mist.platform import OpCosts
 
-TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "offload", "p2p")
-MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allocator")
+TIME_PARTS: tuple[TimePart, ...] = get_args(TimePart)
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 
 Column = NDArray[np.float64]
 Columns = Mapping[str, ArrayLike]

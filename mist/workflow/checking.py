@@ -1,5 +1,6 @@
 """`mist check`: judge a plan file or a layout written by hand, and say what would help."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from mist.rules.rule import broken
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
-from mist.units import format_bytes, format_seconds
+from mist.units import format_bytes, format_seconds, parse_whole
 from mist.workflow.plan_against_job import pipeline_faults, plan_against
 from mist.workflow.request import (
     OBJECT,
@@ -70,8 +71,8 @@ class HandLayout:
         for knob in TYPED_KNOBS:
             value = getattr(self, knob.field)
             if not knob.means(value):
-                raise InputError(f"--{knob.word} {value} {knob.complaint}.")
-        if self.checkpoint not in CHECKPOINTS and not self.checkpoint.isdecimal():
+                raise InputError(f"--{knob.word} {value} {knob.complaint(value)}.")
+        if self.checkpoint not in CHECKPOINTS and not _is_count(self.checkpoint):
             raise InputError(
                 f"--checkpoint {self.checkpoint} is neither none, selective, full "
                 "nor a number of layers."
@@ -93,6 +94,14 @@ class HandLayout:
         return dict.fromkeys(MemoryLevel, 0) | counts
 
 
+def _is_count(text: str) -> bool:
+    """Whether a word is a whole number from 0 up."""
+    try:
+        return parse_whole(text) >= 0
+    except ValueError:
+        return False
+
+
 def _check_split(layout: HandLayout) -> None:
     """Refuse a stated split that has not a number of layers for each chunk of each stage."""
     words, num_parts = ",".join(map(str, layout.layers)), layout.pp * layout.vpp
@@ -109,7 +118,7 @@ def _check_split(layout: HandLayout) -> None:
 def layers_of(words: str) -> tuple[int, ...]:
     """Layers of each stage from "8,8,7"; none from "". Raises InputError for what is none."""
     try:
-        return tuple(int(word) for word in words.split(",")) if words else ()
+        return tuple(map(parse_whole, words.split(","))) if words else ()
     except ValueError:
         raise InputError(
             f"--layers {words}: expected whole numbers with commas between them (8,8,7)."
@@ -220,7 +229,7 @@ def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
     beside = path.parent / source
     workload = plan.workload
     return Question(
-        model=str(beside) if beside.exists() and not Path(source).exists() else source,
+        model=str(beside) if os.path.exists(beside) and not os.path.exists(source) else source,
         num_gpus=plan.cluster.num_gpus,
         gpu=plan.cluster.device,
         cluster=_cluster_of(plan, path),
