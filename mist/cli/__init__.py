@@ -103,11 +103,13 @@ def _write(text: str, code: int) -> int:
 
 def _say(message: str) -> None:
     """A message on stderr, its lines cut where they are absurd; where that is closed, nothing."""
-    lines = (
-        f"{line[:LONGEST_LINE]} ... ({len(line):,} characters)"
-        if len(line) > LONGEST_LINE
-        else line
-        for line in message.split("\n")
-    )
+    from mist.errors import printable
+
     with suppress(OSError):
-        print("mist: " + "\n".join(lines), file=sys.stderr or io.StringIO(), flush=True)
+        text = "\n".join(printable(_cut(line)) for line in message.split("\n"))
+        print(f"mist: {text}", file=sys.stderr or io.StringIO(), flush=True)
+
+
+def _cut(line: str) -> str:
+    most = LONGEST_LINE
+    return line if len(line) <= most else f"{line[:most]} ... ({len(line):,} characters)"

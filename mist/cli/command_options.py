@@ -73,6 +73,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Out = Annotated[
     Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a file of another kind at the output's place.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the Python file that PLAN names, wherever it lies.")
+]
+ModelOfPlan = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="The model of PLAN [what PLAN names]."),
+]
 Space = Annotated[
     str, typer.Option("--space", help="What to search: 3d, megatron, deepspeed, ..., mist.")
 ]

@@ -3,9 +3,9 @@
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from mist.cli.command_options import (
     DpReplicate,
     Fixed,
     Forbid,
+    Force,
     GlobalBatch,
     Gpu,
     Gpus,
@@ -30,6 +31,7 @@ from mist.cli.command_options import (
     Margin,
     MicroBatch,
     Model,
+    ModelOfPlan,
     Most,
     ObjectiveName,
     Offloads,
@@ -47,11 +49,13 @@ from mist.cli.command_options import (
     Tokens,
     Top,
     Tp,
+    Trust,
     Verify,
     Vpp,
     Zero,
 )
-from mist.cli.common import PLAN_SUFFIXES, app, check_out, print_json, progress
+from mist.cli.common import app, print_json, progress
+from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
@@ -61,11 +65,12 @@ if TYPE_CHECKING:
     from mist.symbolic.load_programs import Progress
     from mist.workflow.checking import Checked
     from mist.workflow.cluster_choice import Rented
+    from mist.workflow.plan_model import ModelAccess
     from mist.workflow.planning import Effort
     from mist.workflow.verifying import Verified
 
 # What `mist check PLAN` may be told.
-OF_ANY_PLAN = {"subject", "margin", "host_memory", "out", "as_json"}
+OF_ANY_PLAN = {"subject", "model", "trust", "force", "margin", "host_memory", "out", "as_json"}
 
 
 @app.command()
@@ -94,13 +99,15 @@ def plan(
     top: Top = 5,
     verify: Verify = False,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
     from mist.workflow.cluster_choice import offer_of, rent
     from mist.workflow.request import Question, host_memory_of
 
-    check_out(out)
+    writing = _Writing(out=out, inputs=(model, *(cluster or "").split(",")), force=force)
+    writing.check()
     offer = offer_of(gpus, cluster, price, tokens)
     question = Question(
         model=model,
@@ -121,8 +128,9 @@ def plan(
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
 
     rented, verified = _searched(search, margin, verify=verify)
-    _write_plan(rented, out)
+    # Shown first: should it not be possible to write it, the search was not in vain.
     _show_plan(rented, verified, tokens, as_json=as_json)
+    _write_plan(rented, writing)
 
 
 def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
@@ -169,7 +177,28 @@ def _show_plan(
     return print_plan(planned.plan, planned.limits, planned.host, planned.notes)
 
 
-def _write_plan(rented: "Rented", out: Path | None) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Writing:
+    """Where the plan goes (None: a file in the current folder, named by the plan)."""
+
+    out: Path | None
+    inputs: tuple[str, ...]
+    force: bool
+
+    def check(self) -> None:
+        """Refuse before the work is done, not after it."""
+        if self.out is None:
+            return check_here()
+        return self.check_files([self.out, self.out.with_suffix(".png")])
+
+    def check_files(self, paths: Iterable[Path]) -> None:
+        """Refuse the plan or a picture where another file lies."""
+        for path in paths:
+            kind = PICTURE_FILE if path.suffix == ".png" else PLAN_FILE
+            check_output("--out", path, kind, inputs=self.inputs, force=self.force)
+
+
+def _write_plan(rented: "Rented", writing: _Writing) -> None:
     """The plan and its pictures, beside each other."""
     from mist.files import write_bytes
     from mist.plans.file import save_plan
@@ -177,7 +206,7 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
     from mist.report.plot import plot_png
 
     planned, plan = rented.planned, rented.planned.plan
-    path = out or Path(
+    path = writing.out or Path(
         f"{_file_name(plan.model.name)}-{plan.cluster.num_gpus}x{plan.cluster.device}.yaml"
     )
     picture = plot_png(plan, planned.points, planned.limits.device_bytes)
@@ -185,6 +214,7 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
     if len(rented.candidates) > 1:
         curve = curve_png(plan.model.name, rented.candidates, rented.index)
         pictures[path.with_name(f"{path.stem}-candidates.png")] = curve
+    writing.check_files([path, *pictures])
     save_plan(plan, path)
     for name, content in pictures.items():
         write_bytes(name, content)
@@ -195,6 +225,7 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
 def check(
     context: typer.Context,
     subject: Subject,
+    model: ModelOfPlan = None,
     *,
     gpus: GpusOfModel = None,
     tp: Tp = 1,
@@ -217,15 +248,23 @@ def check(
     margin: Margin = None,
     host_memory: HostMemory = None,
     out: Out = None,
+    trust: Trust = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
     from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
+    from mist.workflow.plan_model import ModelAccess
     from mist.workflow.request import Question, host_memory_of
 
+    check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
     if subject.endswith(PLAN_SUFFIXES):
         _refuse_ignored(context, subject)
-        return _show_check(partial(_of_file, subject, margin, host_memory), out, as_json=as_json)
+        access = ModelAccess(model=model, trust=trust)
+        judge = partial(_of_file, subject, margin, host_memory, access)
+        return _show_check(judge, out, as_json=as_json)
+    if model is not None:
+        raise InputError(f"mist check {subject} {model}: a second model. Give one of them.")
     question = Question(
         model=subject,
         num_gpus=_given_gpus(subject, gpus),
@@ -261,14 +300,25 @@ def _given_gpus(subject: str, gpus: int | None) -> int:
 
 
 def _of_file(
-    path: str, margin: float | None, host_memory: str | None, *, progress: "Progress"
+    path: str,
+    margin: float | None,
+    host_memory: str | None,
+    access: "ModelAccess",
+    *,
+    progress: "Progress",
 ) -> "Checked":
     """A plan file, under the margin and on the host memory that it was made for unless told."""
     from mist.workflow.checking import check_plan
     from mist.workflow.request import host_memory_of
 
     host_bytes = host_memory_of(host_memory)
-    return check_plan(path, margin_ratio=margin, host_memory_bytes=host_bytes, progress=progress)
+    return check_plan(
+        path,
+        margin_ratio=margin,
+        host_memory_bytes=host_bytes,
+        access=access,
+        progress=progress,
+    )
 
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:
@@ -291,8 +341,6 @@ def _show_check(judge: Callable[..., "Checked"], out: Path | None, *, as_json: b
     from mist.plans.file import save_plan
     from mist.report.plan_tables import check_json, print_check
 
-    if out is not None:
-        check_out(out)
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
         checked = judge(progress=progress)
     if out is not None:

@@ -9,12 +9,14 @@ import typer
 
 from mist.cli.command_options import (
     AttentionName,
+    Force,
     Json,
     Model,
     PrecisionName,
 )
 from mist.cli.common import app, print_json, progress
-from mist.errors import InputError, OutputError
+from mist.cli.outputs import GRAPH_FILE, check_output
+from mist.errors import InputError
 from mist.plans.workload import MOST_TOKENS, Attention, Precision
 from mist.units import parse_whole
 
@@ -49,14 +51,14 @@ def trace(
     picture: Annotated[
         Path | None, typer.Option("--graph", help="Write the operations (.svg or .txt).")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
     from mist.report.costs import outside_trace, print_trace, trace_json
     from mist.trace import TraceSetting, load_graph
 
-    if picture is not None and picture.suffix not in (".svg", ".txt"):
-        raise OutputError(f"--graph {picture}: write an .svg or a .txt file.")
+    check_output("--graph", picture, GRAPH_FILE, inputs=[model], force=force)
     if policy not in ("cuda", "cpu"):
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
     point = _point(at)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mist.errors import OutputError
-from mist.files import digest, write_text
+from mist.files import digest, read_entry, write_entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +42,12 @@ def cache_key(content: str, setting: Sequence[str]) -> str:
 def load(key: str) -> Entry | None:
     """The entry of that key, or None when there is none that holds."""
     try:
-        text = (cache_folder() / f"{key}.json").read_text(encoding="utf-8")
+        text = read_entry(cache_folder() / f"{key}.json") or ""
         entry = json.loads(text)
         for path, known in entry["modules"].items():
             if file_digest(Path(path)) != known:
                 return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return Entry(fields=entry, digest=digest(text))
 
@@ -59,10 +58,8 @@ def store(key: str, fields: Mapping[str, object], listing: str, modules: Sequenc
     A folder that cannot be written is no fault: the next run traces again.
     """
     entry = {"modules": {str(path): file_digest(path) for path in modules}, **fields}
-    with suppress(OSError, OutputError):
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        write_text(cache_folder() / f"{key}.graph.txt", listing)
-        write_text(cache_folder() / f"{key}.json", json.dumps(entry, separators=(",", ":")))
+    write_entry(cache_folder() / f"{key}.listing", json.dumps(listing))
+    write_entry(cache_folder() / f"{key}.json", json.dumps(entry, separators=(",", ":")))
 
 
 def forget(key: str) -> None:
@@ -73,10 +70,8 @@ def forget(key: str) -> None:
 
 def load_listing(key: str) -> str | None:
     """The listing of the operations of that key's entry, or None."""
-    try:
-        return (cache_folder() / f"{key}.graph.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
+    text = read_entry(cache_folder() / f"{key}.listing")
+    return json.loads(text) if text else None
 
 
 def file_digest(path: Path) -> str:

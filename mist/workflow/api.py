@@ -21,6 +21,7 @@ from mist.workflow.checking import (
     offload_of,
 )
 from mist.workflow.cluster_choice import offer_of, rent
+from mist.workflow.plan_model import ModelAccess
 from mist.workflow.planning import Effort
 from mist.workflow.request import DEFAULT_GLOBAL_BATCH, Question, host_memory_of
 
@@ -60,7 +61,8 @@ class LayoutOptions(Options, total=False):
 
     offload: ratios by state, {"optimizer": 0.5}, or as the command's words, ["optimizer=0.5"].
     schedule: "gpipe", "1f1b", "interleaved" or "zero-bubble". vpp: chunks per stage. layers: of
-    each stage, or chunk, [9, 8, 8, 7] or "9,8,8,7" (none: the runtime's own split).
+    each stage, or chunk, [9, 8, 8, 7] or "9,8,8,7" (none: the runtime's own split). trust: with a
+    plan file, run the Python file that it names wherever it lies.
     """
 
     tp: int
@@ -73,6 +75,7 @@ class LayoutOptions(Options, total=False):
     schedule: str
     vpp: int
     layers: Sequence[int] | str
+    trust: bool
 
 
 class PlanOptions(Options, total=False):
@@ -157,8 +160,8 @@ def check(
         model: a plan file; or a model as in `plan`.
         gpus: number of GPUs; None when `model` is a plan file.
         progress: called with a line of text now and then.
-        options: see `Options` and `LayoutOptions`; with a plan file only `margin` and
-            `host_memory`.
+        options: see `Options` and `LayoutOptions`; with a plan file only `margin`,
+            `host_memory` and `trust`.
 
     Returns:
         `fits`, `margin_bytes`, the plan with its estimate, notes and suggestions.
@@ -192,13 +195,14 @@ def _layout(options: LayoutOptions) -> HandLayout:
 def _check_plan(path: str, options: LayoutOptions, progress: Progress) -> Checked:
     if not path.endswith((".yaml", ".yml")):
         raise InputError(f"{path} is no plan file (.yaml), and a model needs gpus=N.")
-    said = sorted(set(options) - {"margin", "host_memory"})
+    said = sorted(set(options) - {"margin", "host_memory", "trust"})
     if said:
         raise InputError(f"{path} says itself what {', '.join(said)} would; leave them out.")
     return check_plan(
         path,
         margin_ratio=options.get("margin"),
         host_memory_bytes=host_memory_of(options.get("host_memory")),
+        access=ModelAccess(trust=options.get("trust", False)),
         progress=progress,
     )
 

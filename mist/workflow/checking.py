@@ -1,6 +1,5 @@
 """`mist check`: judge a plan file or a layout written by hand, and say what would help."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,8 +32,8 @@ from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.units import format_bytes, format_seconds, parse_whole
 from mist.workflow.plan_against_job import pipeline_faults, plan_against
+from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import (
-    OBJECT,
     Question,
     host_need,
     limits_of,
@@ -189,19 +188,21 @@ def check_plan(
     *,
     margin_ratio: float | None = None,
     host_memory_bytes: int | None = None,
+    access: ModelAccess = UNDER_HERE,
     progress: Progress = quiet,
 ) -> Checked:
     """Judge a plan file again, with the profiles and the model as they are now.
 
-    `margin_ratio`, `host_memory_bytes`: None for those that the plan was made with. Raises
-    PlanError when the file is broken, is a plan for another model, or asks for what is not
-    predicted or breaks a rule.
+    `margin_ratio`, `host_memory_bytes`: None for those that the plan was made with. `access`: to
+    its model. Raises PlanError when the file is broken, is a plan for another model, or asks for
+    what is not predicted or breaks a rule, and InputError for a model that may not run.
     """
     plan = load_plan(path)
     if host_memory_bytes is not None:
         cluster = replace(plan.cluster, host_memory_bytes=host_memory_bytes)
         plan = replace(plan, cluster=cluster)
-    question = question_of(plan, Path(path), margin_ratio)
+    source = model_of(plan, Path(path), access, progress)
+    question = question_of(plan, Path(path), source, margin_ratio)
     job = prepare(question, progress)
     if faults := plan_against(plan, job):
         raise PlanError(str(path), faults)
@@ -215,21 +216,14 @@ def check_plan(
     )
 
 
-def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
-    """The question that a plan answers; its model is looked for here and beside the plan.
+def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None = None) -> Question:
+    """The question that a plan answers about a model (`plan_model.model_of`).
 
-    So is the file of the machine that was measured for it.
+    The file of the machine that was measured for it is looked for here and beside the plan.
     """
-    source = plan.model.source
-    if source.startswith(OBJECT):
-        raise InputError(
-            f"{path} was planned from a module in Python, which no file names. "
-            "Set model.source to a file with build_model()."
-        )
-    beside = path.parent / source
     workload = plan.workload
     return Question(
-        model=str(beside) if os.path.exists(beside) and not os.path.exists(source) else source,
+        model=source,
         num_gpus=plan.cluster.num_gpus,
         gpu=plan.cluster.device,
         cluster=_cluster_of(plan, path),

@@ -1,16 +1,19 @@
 """Dry runs of the stages of a plan, several at a time, each in its own process. Torch-free."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from types import FrameType
+from typing import Final, Literal, NoReturn
 
 from mist.errors import MistError
 from mist.exec.observation import Seen, from_json
+from mist.exec.run.launch import Stopped
 from mist.plans.file import save_plan
 from mist.plans.plan import Plan
 
@@ -32,13 +35,14 @@ def dry_run(
     policy: Literal["cuda", "cpu"] = "cuda",
     timeout_s: float = 1800.0,
 ) -> tuple[Seen, ...]:
-    """What one rank of each of these stages does in a step. Raises DryRunFailed."""
+    """What one rank of each of these stages does in a step. Raises DryRunFailed and Stopped."""
     with tempfile.TemporaryDirectory(prefix="mist-") as name:
         folder = Path(name)
         save_plan(plan, folder / "plan.yaml")
         waiting = list(stages)
         running: dict[int, subprocess.Popen[str]] = {}
         limit = time.monotonic() + timeout_s
+        before = signal.signal(signal.SIGTERM, _stop)
         try:
             while waiting or running:
                 while waiting and len(running) < (os.cpu_count() or 1):
@@ -52,12 +56,20 @@ def dry_run(
         finally:
             for process in running.values():
                 process.kill()
+                process.wait()  # it writes into the folder that goes now
+            signal.signal(signal.SIGTERM, before)
         return tuple(from_json((folder / f"{stage}.json").read_bytes()) for stage in stages)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The default would leave the folder behind."""
+    raise Stopped(number)
 
 
 def _start(folder: Path, stage: int, policy: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
+        "-P",  # a file of the current folder is no module of ours
         "-m",
         "mist.exec.dryrun.dry_run",
         str(folder / "plan.yaml"),
@@ -68,6 +80,7 @@ def _start(folder: Path, stage: int, policy: str) -> subprocess.Popen[str]:
             [*command, policy, str(folder / f"{stage}.json")],
             # A process per core: threads would only take turns.
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,  # it ends when this closes: then we are gone
             stdout=subprocess.DEVNULL,
             stderr=errors,
             text=True,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mist.documents import read_json
-from mist.errors import InputError
+from mist.errors import InputError, printable
 from mist.files import write_text
 from mist.units import GIB
 
@@ -73,5 +73,5 @@ def steps_of(path: Path) -> list[dict[str, Any]]:
 
 def say(message: str) -> None:
     """A line for people: ranks print to standard output, which the launcher sends to its errors."""
-    sys.stdout.write(f"{message}\n")
+    sys.stdout.write(f"{printable(message)}\n")
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,9 @@ def load_model(source: Source, *, precision: Precision, attention: Attention) ->
 def _from_config(
     label: str, config: dict[str, Any], precision: Precision, attention: Attention
 ) -> nn.Module:
+    # Kernels of a hub are code. What somebody sets in the environment is an answer to that.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    from huggingface_hub import constants
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -183,10 +188,12 @@ def _from_config(
         )
     kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
     try:
-        known = AutoConfig.for_model(model_type, **config)
-        build = _class_of(label, known)._from_config
-        with torch.device("meta"):
-            model: nn.Module = build(known, dtype=DTYPES[precision], **kernel)
+        # A configuration names no file of elsewhere that a model of it could need.
+        with patch.object(constants, "HF_HUB_OFFLINE", True):
+            known = AutoConfig.for_model(model_type, **config)
+            build = _class_of(label, known)._from_config
+            with torch.device("meta"):
+                model: nn.Module = build(known, dtype=DTYPES[precision], **kernel)
     except ModelError:
         raise
     except Exception as error:

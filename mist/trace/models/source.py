@@ -1,6 +1,7 @@
 """What to trace, without torch: a Python file, a configuration or a preset; and for what."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,12 @@ from mist.errors import InputError, ModelError, did_you_mean
 from mist.files import is_file, is_folder, user_path
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.presets import PRESETS
+
+# Keys by which a configuration names code that transformers would fetch, and what it has itself.
+FETCHING: Final = re.compile(
+    r"_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config|kernels?"
+)
+OWN_KERNELS: Final = (None, False, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 Policy = Literal["cuda", "cpu"]
 MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -135,7 +142,23 @@ def _config(path: Path) -> ConfigSource:
             f"{path} has no model_type, so it is not a Hugging Face model configuration. "
             'Add for example "model_type": "llama".'
         )
+    _refuse_fetching(path, config)
     absolute = path.resolve()
     stem = absolute.parent.name if absolute.name == "config.json" else absolute.stem
     name = Path(str(config.get("_name_or_path") or stem)).name.lower()
     return ConfigSource(label=str(path), name=name, config=config)
+
+
+def _refuse_fetching(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for kernels that would come from elsewhere, at any depth: they are code."""
+    for key, value in config.items():
+        if FETCHING.fullmatch(key):
+            # A mapping says one for each part of the model.
+            named = value.values() if isinstance(value, dict) else [value]
+            if not all(each in OWN_KERNELS for each in named):
+                raise ModelError(
+                    f"{path} has {key} {json.dumps(value)}, which transformers may fetch and run. "
+                    "Remove it: --attention says which attention is planned."
+                )
+        elif isinstance(value, dict):
+            _refuse_fetching(path, value)
