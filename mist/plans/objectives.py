@@ -87,10 +87,11 @@ _COSTS: Final[Mapping[Objective, Callable[[Candidate], float]]] = MappingProxyTy
 
 
 def chosen(candidates: Sequence[Candidate], objective: Objective) -> int:
-    """The index of the candidate with a plan that the objective prefers; of equals the smallest.
+    """The index of the candidate with a plan that the objective prefers.
 
+    Of equals the one of fewest GPUs, and then of the first name, in whatever order they are given.
     Raises ValueError when none has a plan.
     """
-    able = [index for index, candidate in enumerate(candidates) if candidate.estimate]
+    able = [(index, each) for index, each in enumerate(candidates) if each.estimate]
     cost = _COSTS[objective]
-    return min(able, key=lambda index: (cost(candidates[index]), candidates[index].num_gpus))
+    return min(able, key=lambda item: (cost(item[1]), item[1].num_gpus, item[1].cluster))[0]

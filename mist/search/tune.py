@@ -23,6 +23,7 @@ are compared with it, and the gap covers it. Bounds never change the optimum.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -52,6 +53,10 @@ from mist.symbolic.job import Job
 Progress = Callable[[str], None]
 
 COUNTED = ("groups", "groups_pruned", "groups_solved", "groups_left", "stages_evaluated", "points")
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,44 +146,65 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     limits: Limits,
     num_alternatives: int,
     progress: Progress,
-    is_late: Callable[[], bool] = lambda: False,
+    is_late: Callable[[], bool] = _never,
+    is_over: Callable[[], bool] = _never,
     method: Method = "both",
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
-    there is one. `method`: what solves and confirms the winner. Raises Infeasible when no layout
-    fits, InputError when the space is empty.
+    there is one; `is_over` ends it without one, and the listing of groups before it. `method`: what
+    solves and confirms the winner. Raises Infeasible when no layout fits, InputError when the space
+    is empty or nothing was found in time.
     """
     search = _Search(job=job, space=space, num_alternatives=num_alternatives)
-    work = _work(job, space, limits)
+    work, is_whole = _work(job, space, limits, is_over)
     if not work:
         raise InputError(_no_group_words(job, space))
-    num_groups, left_s = len(work), math.inf
+    # Of groups that were not even listed nothing is known: no step is too short for them.
+    num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
         for done, visit in enumerate(work):  # it grows: some groups are visited twice
             if is_late() and search.best is not None:
-                left_s = _least_bound(work[done:])
+                left_s = min(left_s, _least_bound(work[done:]))
                 break
+            if search.best is None and is_over():
+                raise InputError(_out_of_time_words(job, done, len(work), is_whole=is_whole))
             _put(work, _visit(search, visit))
             progress(_progress_words(search, done + 1, len(work)))
     except KeyboardInterrupt:
         if search.best is None:
             raise
-        left_s = _least_bound(work[done:])
+        left_s = min(left_s, _least_bound(work[done:]))
     search.counts["groups_left"] = num_groups - search.counts["groups"]
     if search.best is None:
+        if not is_whole:
+            raise InputError(_out_of_time_words(job, num_groups, num_groups, is_whole=False))
         raise Infeasible(f"{job.facts.name} does not fit.")
     return _refined(search, _prove(search, search.best, left_s, method))
 
 
-def _work(job: Job, space: SearchSpace, limits: Limits) -> list[_Visit]:
-    """Every group, in the order of the search."""
-    found = [
-        _Visit(bound_s=lower_bound_s(job, group), group=group, limits=limits)
-        for group in groups(job, space)
-    ]
-    return sorted(found, key=lambda visit: visit.order)
+def _work(
+    job: Job, space: SearchSpace, limits: Limits, is_over: Callable[[], bool]
+) -> tuple[list[_Visit], bool]:
+    """The groups in the order of the search, and whether they are all: a batch of many divisors has
+    thousands.
+    """
+    found, is_whole = [], True
+    for group in groups(job, space):
+        found.append(_Visit(bound_s=lower_bound_s(job, group), group=group, limits=limits))
+        if is_over():
+            is_whole = False
+            break
+    return sorted(found, key=lambda visit: visit.order), is_whole
+
+
+def _out_of_time_words(job: Job, done: int, total: int, *, is_whole: bool) -> str:
+    return (
+        f"--time-limit: no layout of {job.facts.name} that fits was found in time, in {done} of "
+        f"{'' if is_whole else 'more than '}{total} groups of layouts. Allow more time, or "
+        "restrict more."
+    )
 
 
 def _put(work: list[_Visit], more: Sequence[_Visit]) -> None:
@@ -326,21 +352,28 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
 
 
 def landscape(
-    job: Job, space: SearchSpace, *, limits: Limits, within_s: float
+    job: Job,
+    space: SearchSpace,
+    *,
+    limits: Limits,
+    within_s: float,
+    is_over: Callable[[], bool] = _never,
 ) -> Iterator[PricedLayout]:
     """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
 
     With all layers at each memory level, and with as much recomputation as fits the limits. Of an
-    interleaved pipeline only the one with most chunks: it fills fastest and holds least.
+    interleaved pipeline only the one with most chunks: it fills fastest and holds least. Ends when
+    `is_over`.
     """
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
     deepest: dict[tuple[object, ...], Group] = {}
-    for group in sorted(groups(job, space), key=lambda group: group.schedule.vpp):
+    known = takewhile(lambda _: not is_over(), groups(job, space))
+    for group in sorted(known, key=lambda group: group.schedule.vpp):
         if lower_bound_s(job, group) <= within_s:
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
             deepest[*key, *group.strategies.tp] = group
-    for group in deepest.values():
+    for group in takewhile(lambda _: not is_over(), deepest.values()):
         levels = levels_under(space, group.schedule.kind)
         whole = [(replace(space, levels=(level,)), anything) for level in levels]
         model = GroupModel(job, group, group.strategies, space)
