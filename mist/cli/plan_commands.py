@@ -189,7 +189,8 @@ class _Writing:
         """Refuse before the work is done, not after it."""
         if self.out is None:
             return check_here()
-        return self.check_files([self.out, self.out.with_suffix(".png")])
+        self.check_files([self.out])  # a name without an ending has no picture beside it
+        return self.check_files([self.out.with_suffix(".png")])
 
     def check_files(self, paths: Iterable[Path]) -> None:
         """Refuse the plan or a picture where another file lies."""

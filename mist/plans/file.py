@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,9 @@ def _path(location: tuple[int | str, ...]) -> str:
     return "".join(steps).removesuffix(".[key]").lstrip(".") or "plan"
 
 
+@cache
 def _adapter() -> TypeAdapter[Plan]:
+    """What checks plans: slow to make."""
     return TypeAdapter(Plan)
 
 

@@ -187,8 +187,9 @@ def tune(  # noqa: PLR0913 - what is searched, and how
 def _work(
     job: Job, space: SearchSpace, limits: Limits, is_over: Callable[[], bool]
 ) -> tuple[list[_Visit], bool]:
-    """The groups in the order of the search, and whether they are all: a batch of many divisors has
-    thousands.
+    """The groups in the order of the search, and whether these are all.
+
+    A batch with many divisors has thousands.
     """
     found, is_whole = [], True
     for group in groups(job, space):

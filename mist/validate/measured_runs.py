@@ -136,6 +136,6 @@ def _row(path: Path, line: int, row: dict[str, str], shape: type[Row]) -> Row:
 def _number(text: str, kind: type) -> float:
     """A number of a table, of that type. Raises ValueError for what no run has."""
     number = float(text)
-    if not 0 <= number <= MOST or number % 1 and kind is int:
+    if not 0 <= number <= MOST or (number % 1 and kind is int):
         raise ValueError(text)
     return int(number) if kind is int else number
