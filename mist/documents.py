@@ -140,7 +140,7 @@ def _check_size(text: str) -> None:
         unclosed[-1] = above, before + size
         if before + size > MOST_NODES:
             raise _BeyondLimits(f"it stands for more than {MOST_NODES:,} values")
-        if len(unclosed) > MOST_DEPTH:
+        if len(unclosed) > MOST_DEPTH + 1:
             raise _BeyondLimits("it is nested too deeply")
 
 
@@ -151,7 +151,7 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 def _check_values(data: object, *, is_finite: bool) -> None:
     """Refuse values that nothing behind can take: see the head of this file."""
     level: list[tuple[str, object]] = [("", data)]
-    for _ in range(MOST_DEPTH + 1):
+    for _ in range(MOST_DEPTH):
         for path, value in level:
             if type(value) is int and abs(value) > LARGEST_INTEGER:
                 # str() of an integer of thousands of digits is refused by Python itself.

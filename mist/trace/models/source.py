@@ -20,6 +20,12 @@ FETCHING: Final = re.compile(
 OWN_KERNELS: Final = (None, False, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 Policy = Literal["cuda", "cpu"]
+# Words in the names of numbers of parts, which transformers makes one by one; a key that ends as
+# SIZE is the size of something. A thousand layers is the most that anybody trained.
+MOST_PARTS: Final = {"layer|block|stage|depth|repeat": 4096, "expert|head": 2**16, "label": 2**20}
+SIZE: Final = re.compile(
+    r"(size|sizes|dim|dims|len|length|tokens|positions|embeddings|factor|theta|base|id|eps|scale)$"
+)
 MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -143,10 +149,22 @@ def _config(path: Path) -> ConfigSource:
             'Add for example "model_type": "llama".'
         )
     _refuse_fetching(path, config)
+    _refuse_counts(path, config)
     absolute = path.resolve()
     stem = absolute.parent.name if absolute.name == "config.json" else absolute.stem
     name = Path(str(config.get("_name_or_path") or stem)).name.lower()
     return ConfigSource(label=str(path), name=name, config=config)
+
+
+def _refuse_counts(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a number of parts, at any depth, that would be built one by one."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_counts(path, value)
+        elif isinstance(value, int | float) and not SIZE.search(key):
+            for word, most in MOST_PARTS.items():
+                if re.search(word, key) and value > most:
+                    raise ModelError(f"{path} has {key} {value}: Mist builds at most {most}.")
 
 
 def _refuse_fetching(path: Path, config: Mapping[str, Any]) -> None:
