@@ -12,6 +12,7 @@ from mist.plans.provenance import Kind
 # No figure of a machine is smaller or larger: seconds of a launch are 1e-9, FLOP/s 1e18.
 LEAST_FIGURE: Final = 1e-15
 LARGEST_FIGURE: Final = 1e21
+LEAST_EXPONENT: Final = 0.1
 LARGEST_EXPONENT: Final = 32.0
 
 
@@ -19,7 +20,7 @@ class Record:
     """Base of everything that a profile file may hold: unknown keys are errors.
 
     `not_zero`: figures that cannot be 0: rates, efficiencies, and scales of times. `exponents`:
-    powers that sizes or times are raised to, which overflow where they are large. Raises ValueError
+    powers that sizes or times are raised to, or their inverse, which must not overflow. Raises ValueError
     for a figure that is so.
     """
 
@@ -37,8 +38,10 @@ class Record:
             if getattr(self, name).value == 0:
                 raise ValueError(f"{name} is 0: with it, time would be infinite or none")
         for name in self.exponents:
-            if getattr(self, name).value > LARGEST_EXPONENT:
-                raise ValueError(f"{name} is more than {LARGEST_EXPONENT:g}, for a power")
+            if not LEAST_EXPONENT <= getattr(self, name).value <= LARGEST_EXPONENT:
+                raise ValueError(
+                    f"{name} is not between {LEAST_EXPONENT:g} and {LARGEST_EXPONENT:g}, for a power"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,7 +83,9 @@ class Bound:
         """The outputs by name."""
         args = [np.asarray(columns[name], dtype=np.float64) for name in self.program.inputs]
         shape = np.broadcast_shapes(*(arg.shape for arg in args))
-        values = self.call(*args)
+        # Figures that are absurd together overflow; `estimate` refuses what comes of them.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self.call(*args)
         return {
             name: _spread(np.asarray(value, dtype=np.float64), shape)
             for name, value in zip(self.program.outputs, values, strict=True)
