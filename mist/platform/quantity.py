@@ -20,8 +20,8 @@ class Record:
     """Base of everything that a profile file may hold: unknown keys are errors.
 
     `not_zero`: figures that cannot be 0: rates, efficiencies, and scales of times. `exponents`:
-    powers that sizes or times are raised to, or their inverse, which must not overflow. Raises ValueError
-    for a figure that is so.
+    powers that sizes or times are raised to, or their inverse, which must not overflow. Raises
+    ValueError for a figure that is so.
     """
 
     __slots__ = ()
@@ -39,9 +39,8 @@ class Record:
                 raise ValueError(f"{name} is 0: with it, time would be infinite or none")
         for name in self.exponents:
             if not LEAST_EXPONENT <= getattr(self, name).value <= LARGEST_EXPONENT:
-                raise ValueError(
-                    f"{name} is not between {LEAST_EXPONENT:g} and {LARGEST_EXPONENT:g}, for a power"
-                )
+                limits = f"{LEAST_EXPONENT:g} and {LARGEST_EXPONENT:g}"
+                raise ValueError(f"{name} is not between {limits}, for a power")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
