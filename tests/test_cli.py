@@ -183,7 +183,7 @@ def test_a_schedule_that_is_set_is_planned_and_checked(mist: Mist, models: Path)
         _, plan = planned(mist, models, "--set", "pp=2", "--set", f"schedule={kind}")
         assert plan.schedule.kind is kind
         assert (plan.schedule.vpp > 1) is (kind is ScheduleKind.INTERLEAVED)
-        checked = json.loads(mist("check", "p.yaml", "--json").out)
+        checked = json.loads(mist("check", "p.yaml", "--trust", "--json").out)
         assert checked["step_s"] == plan.estimate.step_s
         assert checked["fits"]
 
@@ -194,8 +194,8 @@ def test_a_model_without_layers_is_one_stage_with_a_note(mist: Mist, models: Pat
     assert run.code == 0, run.err
     assert f"Note: {note}.\n" in run.out
     assert len(load_plan("flat.yaml").stages) == 1
-    assert f"Note: {note}.\n" in mist("check", "flat.yaml").out
-    assert note in json.loads(mist("check", "flat.yaml", "--json").out)["notes"]
+    assert f"Note: {note}.\n" in mist("check", "flat.yaml", "--trust").out
+    assert note in json.loads(mist("check", "flat.yaml", "--trust", "--json").out)["notes"]
 
 
 def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
@@ -206,7 +206,7 @@ def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
     assert run.err.endswith("wrote mine.yaml\n")
     plan = load_plan("mine.yaml")
     assert [(stage.tp, stage.zero, stage.num_full) for stage in plan.stages] == [(2, 1, 2)] * 2
-    again = mist("check", "mine.yaml")
+    again = mist("check", "mine.yaml", "--trust")
     assert again.code == 0
     # A plan file has no suggestions: its stages may differ.
     assert again.out == "".join(
@@ -216,7 +216,7 @@ def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
 
 def test_the_json_of_a_check(mist: Mist, models: Path) -> None:
     mist("plan", models / "tiny.py", *SMALL, "--out", "p.yaml")
-    run = mist("check", "p.yaml", "--json")
+    run = mist("check", "p.yaml", "--trust", "--json")
     found = json.loads(run.out)
     assert found["fits"] is True
     assert {"margin_bytes", "step_s", "stages"} <= {*found}
@@ -248,7 +248,7 @@ def test_check_judges_chunks_and_offloads_and_the_file_keeps_them(mist: Mist, mo
     assert plan.schedule == Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
     assert [stage.layers for stage in plan.stages] == [((0, 1), (2, 1)), ((1, 1), (3, 1))]
     assert {s.offload for s in plan.stages} == {Offload(optimizer=0.5, activations=1.0)}
-    mist("check", "mine.yaml", "--out", "again.yaml")
+    mist("check", "mine.yaml", "--trust", "--out", "again.yaml")
     assert load_plan("again.yaml") == plan
 
 
@@ -257,7 +257,7 @@ def test_check_judges_a_stated_split_and_the_file_keeps_it(mist: Mist, models: P
     run = mist("check", models / "tiny.py", *SMALL, *split)
     assert run.code == 0, run.err
     assert [stage.layers for stage in load_plan("mine.yaml").stages] == [((0, 1),), ((1, 3),)]
-    assert mist("check", "mine.yaml").code == 0
+    assert mist("check", "mine.yaml", "--trust").code == 0
     run = mist("check", models / "tiny.py", *SMALL, "--pp", 2, "--layers", "two,2")
     assert run.code == 2
     assert run.message == (
@@ -359,14 +359,14 @@ def test_a_plan_keeps_the_host_memory_it_was_made_for(mist: Mist, models: Path) 
     layout = (models / "tiny.py", *SMALL, "--offload", "optimizer=1")
     assert mist("check", *layout, "--host-memory", "0.02GB", "--out", "given.yaml").code == 0
     assert load_plan("given.yaml").cluster.host_memory_bytes == 20_000_000
-    run = mist("check", "given.yaml", "--json")
+    run = mist("check", "given.yaml", "--trust", "--json")
     assert run.code == 0
     assert json.loads(run.out)["host_memory"]["memory_bytes"] == 20_000_000
-    less = mist("check", "given.yaml", "--host-memory", "0.001GB", "--out", "less.yaml")
+    less = mist("check", "given.yaml", "--trust", "--host-memory", "0.001GB", "--out", "less.yaml")
     assert less.code == 3
     assert less.out.startswith("DOES NOT FIT in host memory: needs 10.9 MiB per node")
     assert load_plan("less.yaml").cluster.host_memory_bytes == 1_000_000
-    assert mist("check", "less.yaml").code == 3
+    assert mist("check", "less.yaml", "--trust").code == 3
     mist("check", *layout, "--out", "plain.yaml")
     assert "host_memory" not in Path("plain.yaml").read_text()
 
@@ -791,7 +791,7 @@ def test_a_broken_plan_file_tells_all_faults(mist: Mist, models: Path, tmp_path:
     text = (tmp_path / "p.yaml").read_text()
     text = text.replace("mist.plan/1", "mist.plan/2").replace("weights: 0.0", "weights: 1.5")
     (tmp_path / "p.yaml").write_text(f"{text}colour: red\n")
-    run = mist("check", "p.yaml")
+    run = mist("check", "p.yaml", "--trust")
     assert (run.code, run.out) == (2, "")
     assert run.message == (
         "p.yaml has 3 faults:\n"
@@ -806,7 +806,7 @@ def test_a_plan_for_another_model(mist: Mist, models: Path, tmp_path: Path) -> N
     model.write_text((models / "tiny.py").read_text())
     mist("plan", "mine.py", *SMALL, "--out", "p.yaml")
     model.write_text(model.read_text().replace("1000", "2000"))
-    run = mist("check", "p.yaml")
+    run = mist("check", "p.yaml", "--trust")
     params = 4 * (4 * 64 * 64 + 2 * 64 * 256 + 256 + 64 + 128) + 2 * 1000 * 64
     assert run.code == 2
     assert run.message == (
@@ -917,7 +917,7 @@ def test_the_checkout_plans_and_a_check_needs_no_torch(
     assert out.startswith("tiny: ")
     code = (
         "import sys\n"
-        "sys.argv = ['mist', 'check', 'tiny-4xh100-sxm.yaml']\n"
+        "sys.argv = ['mist', 'check', 'tiny-4xh100-sxm.yaml', '--trust']\n"
         "from mist.cli import main\n"
         "try:\n    main()\n"
         "finally:\n    print(sorted({'torch', 'transformers', 'pulp'} & {*sys.modules}))\n"

@@ -56,7 +56,7 @@ from mist.cli.command_options import (
 )
 from mist.cli.common import app, print_json, progress
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
-from mist.errors import InputError
+from mist.errors import InputError, OutputError
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
 from mist.plans.workload import Attention, Objective, Precision, Solver
@@ -128,9 +128,13 @@ def plan(
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
 
     rented, verified = _searched(search, margin, verify=verify)
-    # Shown first: should it not be possible to write it, the search was not in vain.
+    try:
+        _write_plan(rented, writing)
+    except OutputError:
+        # The search was not in vain.
+        _show_plan(rented, verified, tokens, as_json=as_json)
+        raise
     _show_plan(rented, verified, tokens, as_json=as_json)
-    _write_plan(rented, writing)
 
 
 def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
@@ -189,14 +193,14 @@ class _Writing:
         """Refuse before the work is done, not after it."""
         if self.out is None:
             return check_here()
-        self.check_files([self.out])  # a name without an ending has no picture beside it
-        return self.check_files([self.out.with_suffix(".png")])
+        self.check_files(self.out, [])  # a name without an ending has no picture beside it
+        return self.check_files(self.out, [self.out.with_suffix(".png")])
 
-    def check_files(self, paths: Iterable[Path]) -> None:
+    def check_files(self, plan_path: Path, pictures: Iterable[Path]) -> None:
         """Refuse the plan or a picture where another file lies."""
-        for path in paths:
-            kind = PICTURE_FILE if path.suffix == ".png" else PLAN_FILE
-            check_output("--out", path, kind, inputs=self.inputs, force=self.force)
+        check_output("--out", plan_path, PLAN_FILE, inputs=self.inputs, force=self.force)
+        for path in pictures:
+            check_output("--out", path, PICTURE_FILE, inputs=self.inputs, force=self.force)
 
 
 def _write_plan(rented: "Rented", writing: _Writing) -> None:
@@ -215,7 +219,7 @@ def _write_plan(rented: "Rented", writing: _Writing) -> None:
     if len(rented.candidates) > 1:
         curve = curve_png(plan.model.name, rented.candidates, rented.index)
         pictures[path.with_name(f"{path.stem}-candidates.png")] = curve
-    writing.check_files([path, *pictures])
+    writing.check_files(path, pictures)
     save_plan(plan, path)
     for name, content in pictures.items():
         write_bytes(name, content)

@@ -30,6 +30,8 @@ def config(tmp_path: Path, **keys: object) -> str:
         {"experts_implementation": "org/experts"},
         {"use_kernels": True},
         {"kernel_config": {"RMSNorm": "org/norm"}},
+        {"kernels": ["org/norm"]},
+        {"parts": [{"part": {"_attn_implementation": "org/kernel"}}]},
     ],
 )
 def test_kernels_of_elsewhere_are_refused(tmp_path: Path, keys: dict[str, object]) -> None:

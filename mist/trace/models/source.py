@@ -15,7 +15,7 @@ from mist.trace.models.presets import PRESETS
 
 # Keys by which a configuration names code that transformers would fetch, and what it has itself.
 FETCHING: Final = re.compile(
-    r"_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config|kernels?"
+    r"_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config|kernels"
 )
 OWN_KERNELS: Final = (None, False, "eager", "sdpa", "batched_mm", "grouped_mm")
 
@@ -169,14 +169,21 @@ def _refuse_counts(path: Path, config: Mapping[str, Any]) -> None:
 
 def _refuse_fetching(path: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelError for kernels that would come from elsewhere, at any depth: they are code."""
-    for key, value in config.items():
-        if FETCHING.fullmatch(key):
-            # A mapping says one for each part of the model.
-            named = value.values() if isinstance(value, dict) else [value]
-            if not all(each in OWN_KERNELS for each in named):
-                raise ModelError(
-                    f"{path} has {key} {json.dumps(value)}, which transformers may fetch and run. "
-                    "Remove it: --attention says which attention is planned."
-                )
-        elif isinstance(value, dict):
-            _refuse_fetching(path, value)
+    found = [*config.items()]
+    while found:
+        key, value = found.pop()
+        if FETCHING.fullmatch(key) and not all(each in OWN_KERNELS for each in _leaves(value)):
+            raise ModelError(
+                f"{path} has {key} {json.dumps(value)}, which transformers may fetch and run. "
+                "Remove it: --attention says which attention is planned."
+            )
+        # A list has the key of its own for each of its values.
+        inner = value if isinstance(value, list) else []
+        found += value.items() if isinstance(value, dict) else ((key, each) for each in inner)
+
+
+def _leaves(value: object) -> list[object]:
+    """The words that a value says, for one part of the model or for each of them."""
+    if isinstance(value, dict):
+        return [*value.values()]
+    return value if isinstance(value, list) else [value]
