@@ -153,17 +153,24 @@ def _check_values(data: object, *, is_finite: bool) -> None:
     level: list[tuple[str, object]] = [("", data)]
     for _ in range(MOST_DEPTH):
         for path, value in level:
-            if type(value) is int and abs(value) > LARGEST_INTEGER:
-                # str() of an integer of thousands of digits is refused by Python itself.
-                raise _BeyondLimits(f"{path or 'it'} is a number beyond 64 bits")
-            if is_finite and type(value) is float and not math.isfinite(value):
-                raise _BeyondLimits(f"{path or 'it'} is {value}, no finite number")
-            if type(value) is str and not value.isascii() and _SURROGATE.search(value):
-                raise _BeyondLimits(f"{path or 'it'} holds half of a surrogate pair")
+            if words := _value_fault(value, is_finite=is_finite):
+                raise _BeyondLimits(f"{path or 'it'} {words}")
         level = [item for path, value in level for item in _items(path, value)]
         if not level:
             return
     raise _BeyondLimits("it is nested too deeply")
+
+
+def _value_fault(value: object, *, is_finite: bool) -> str:
+    """What is wrong with a value, "" for a good one."""
+    # Never with the value itself: Python refuses to print an integer of thousands of digits.
+    if type(value) is int and abs(value) > LARGEST_INTEGER:
+        return "is a number beyond 64 bits"
+    if type(value) is float and is_finite and not math.isfinite(value):
+        return f"is {value}, no finite number"
+    if type(value) is str and _SURROGATE.search(value):
+        return "holds half of a surrogate pair"
+    return ""
 
 
 def _items(path: str, value: object) -> Iterator[tuple[str, object]]:

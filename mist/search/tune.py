@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import NoReturn
 
 import numpy as np
 
@@ -159,17 +160,13 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     """
     search = _Search(job=job, space=space, num_alternatives=num_alternatives)
     work, is_whole = _work(job, space, limits, is_over)
-    if not work:
-        raise InputError(_no_group_words(job, space))
     # Of groups that were not even listed nothing is known: no step is too short for them.
     num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
         for done, visit in enumerate(work):  # it grows: some groups are visited twice
-            if is_late() and search.best is not None:
-                left_s = min(left_s, _least_bound(work[done:]))
+            if (is_over if search.best is None else is_late)():
+                is_whole, left_s = False, min(left_s, _least_bound(work[done:]))
                 break
-            if search.best is None and is_over():
-                raise InputError(_out_of_time_words(job, done, len(work), is_whole=is_whole))
             _put(work, _visit(search, visit))
             progress(_progress_words(search, done + 1, len(work)))
     except KeyboardInterrupt:
@@ -178,9 +175,7 @@ def tune(  # noqa: PLR0913 - what is searched, and how
         left_s = min(left_s, _least_bound(work[done:]))
     search.counts["groups_left"] = num_groups - search.counts["groups"]
     if search.best is None:
-        if not is_whole:
-            raise InputError(_out_of_time_words(job, num_groups, num_groups, is_whole=False))
-        raise Infeasible(f"{job.facts.name} does not fit.")
+        _refuse(job, search, len(work), is_whole=is_whole)
     return _refined(search, _prove(search, search.best, left_s, method))
 
 
@@ -189,7 +184,7 @@ def _work(
 ) -> tuple[list[_Visit], bool]:
     """The groups in the order of the search, and whether these are all.
 
-    A batch with many divisors has thousands.
+    A batch with many divisors has thousands. Raises InputError where there are none.
     """
     found, is_whole = [], True
     for group in groups(job, space):
@@ -197,13 +192,18 @@ def _work(
         if is_over():
             is_whole = False
             break
+    if not found:
+        raise InputError(_no_group_words(job, space))
     return sorted(found, key=lambda visit: visit.order), is_whole
 
 
-def _out_of_time_words(job: Job, done: int, total: int, *, is_whole: bool) -> str:
-    return (
-        f"--time-limit: no layout of {job.facts.name} that fits was found in time, in {done} of "
-        f"{'' if is_whole else 'more than '}{total} groups of layouts. Allow more time, or "
+def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> NoReturn:
+    """Nothing fits, or nothing was found in time: these are two answers."""
+    if is_whole:
+        raise Infeasible(f"{job.facts.name} does not fit.")
+    raise InputError(
+        f"--time-limit: no layout of {job.facts.name} that fits was found in time, in "
+        f"{search.counts['groups']} of {num_groups} groups of layouts or more. Allow more time, or "
         "restrict more."
     )
 
