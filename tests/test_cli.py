@@ -723,12 +723,12 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a point that is none",
         ("trace", "{models}/tiny.py", "--at", "b=2"),
-        "--at b=2: expected b=2,s=128 and perhaps t=2.",
+        "--at b=2: expected b=2,s=128 and perhaps t=2, numbers from 1 to 1073741824.",
     ),
     (
         "a point of nothing",
         ("trace", "{models}/tiny.py", "--at", "b=0,s=128"),
-        "--at b=0,s=128: expected b=2,s=128 and perhaps t=2.",
+        "--at b=0,s=128: expected b=2,s=128 and perhaps t=2, numbers from 1 to 1073741824.",
     ),
     (
         "a point beyond the positions",
