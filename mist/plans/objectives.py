@@ -89,9 +89,15 @@ _COSTS: Final[Mapping[Objective, Callable[[Candidate], float]]] = MappingProxyTy
 def chosen(candidates: Sequence[Candidate], objective: Objective) -> int:
     """The index of the candidate with a plan that the objective prefers.
 
-    Of equals the one of fewest GPUs, and then of the first name, in whatever order they are given.
+    Of equals the one of fewest GPUs, then the fastest, and then the first name, in whatever order
+    they are given.
     Raises ValueError when none has a plan.
     """
     able = [(index, each) for index, each in enumerate(candidates) if each.estimate]
     cost = _COSTS[objective]
-    return min(able, key=lambda item: (cost(item[1]), item[1].num_gpus, item[1].cluster))[0]
+
+    def rank(item: tuple[int, Candidate]) -> tuple[float, int, float, str]:
+        each = item[1]
+        return cost(each), each.num_gpus, -each.tokens_per_s, each.cluster
+
+    return min(able, key=rank)[0]
