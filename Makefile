@@ -16,11 +16,12 @@ GPU_NEEDS := pulp==3.3.2 highspy==1.15.1 'pandas>=2.2' 'typer>=0.15' 'pydantic>=
 GPU_HAS := numpy packaging typing_extensions pyyaml
 OUT ?= gpu-check
 LOOP ?= local-loop
+INPUTS ?= 10000
 MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
 .PHONY: help plan test coverage test-slow check bench accuracy docs format mutants golden
-.PHONY: gpu-check gpu-bundle test-matrix local-loop
+.PHONY: gpu-check gpu-bundle test-matrix local-loop fuzz
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -86,6 +87,9 @@ docs: $(INSTALLED)  ## what is generated in docs (cli.md, the tree, lists of fil
 format: $(INSTALLED)  ## format, and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+fuzz: $(INSTALLED)  ## ten thousand inputs that nobody meant; none may end badly (INPUTS=)
+	$(BIN)/python -m tests.fuzz.run --inputs $(INPUTS)
 
 mutants: $(INSTALLED)  ## every committed mutant must fail its tests
 	$(BIN)/python tests/mutants/run.py

@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all, entries of the cache, and digests.
+"""Files: read within a limit, written whole or not at all; entries of the cache; digests.
+
+A name that a user gives may be too long, hold a zero byte or name nobody's home, for which pathlib
+raises; `user_path`, `is_file` and `is_folder` answer for every name, as os.path does.
 
 A cache entry is a JSON file that says the digest of its own content. It is read where the folder
 and the file are this user's and nobody else may write into them: whoever writes an entry decides
@@ -18,10 +21,47 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from mist.errors import OutputError
+from mist.errors import InputError, OutputError
+from mist.units import MIB
 
+MOST_BYTES: Final = 64 * MIB  # a log of a hundred thousand steps has as much
 PRIVATE: Final = 0o700
 ENTRY: Final = re.compile(r'{"sha256":"([0-9a-f]{64})","entry":(.*)}', re.DOTALL)
+
+
+def user_path(name: str) -> Path:
+    """A path as a user types it: a leading ~ is a home folder, where there is one."""
+    return Path(os.path.expanduser(name))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file of that name, be it a name or not."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder of that name, be it a name or not."""
+    return os.path.isdir(path)
+
+
+def read_bytes(path: Path, refusal: type[InputError] = InputError) -> bytes:
+    """The content of a file. Raises `refusal` when it cannot be read, or is above `MOST_BYTES`."""
+    try:
+        # Devices and pipes may have no end, and opening a pipe may wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise refusal(f"{path} cannot be read: it is no file.")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise refusal(f"{path} cannot be read: {reason_of(error)}.") from error
+    if len(content) > MOST_BYTES:
+        raise refusal(f"{path} has more than {MOST_BYTES // MIB} MiB, too much for such a file.")
+    return content
+
+
+def reason_of(error: Exception) -> str:
+    """Why the system refused, without the number of the error and the path again."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ MILLISECOND: Final = 1e-3
 HOUR_S: Final = 3600
 DAY_S: Final = 24 * HOUR_S
 MILLION: Final = 10**6
+LARGEST_INTEGER: Final = 2**63 - 1  # of 64 bits: what numpy, JSON readers and databases hold
 LARGEST_BYTES: Final = 1000 * TB  # no machine has more: what is larger is a slip of the hand
 BYTE_UNITS: Final[Mapping[str, int]] = MappingProxyType(
     {"gb": GB, "gib": GIB, "tb": TB, "tib": TIB}
@@ -64,6 +65,16 @@ def parse_number(text: str, unit: str) -> float:
     if unit == "B" and match[2] not in ("", unit):
         return float(parse_bytes(text))
     return float(match[1]) * known.get(match[2], 1.0)
+
+
+def parse_whole(text: str) -> int:
+    """A whole number within 64 bits, as a user types it. Raises ValueError for anything else.
+
+    Python itself refuses to read thousands of digits, and numpy to hold more than 19.
+    """
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or abs(int(text)) > LARGEST_INTEGER:
+        raise ValueError("expected a whole number within 64 bits")
+    return int(text)
 
 
 def whole_bytes(num_bytes: float) -> int:

@@ -18,7 +18,7 @@ from typing import get_args, get_origin
 import typer.main
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
-from mist.cli import app
+from mist.cli.application import app
 
 ROOT = Path(__file__).parents[1]
 CLI = ROOT / "docs" / "cli.md"
@@ -44,10 +44,11 @@ Results go to stdout, progress and errors to stderr. Exit codes:
 | code | meaning |
 |---|---|
 | 0 | planned, or it fits, or done |
-| 1 | a training run failed |
+| 1 | a training run failed, or the result cannot be written to stdout |
 | 2 | the input cannot be used; the message says why and what to try |
 | 3 | nothing fits, or this layout does not |
 | 4 | prediction and dry run differ |
+| 70 | an error of Mist itself: one line, and a file with what to report |
 | 130, 143 | interrupted; ended by SIGTERM |
 """
 

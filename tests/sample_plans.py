@@ -22,6 +22,7 @@ from mist.plans.plan import (
 )
 from mist.plans.provenance import Kind
 from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
+from mist.symbolic.program import MEMORY_PARTS, TIME_PARTS
 from mist.units import GIB
 
 LIMITS = Limits(device_bytes=64.0 * GIB, host_bytes=32.0 * GIB)
@@ -141,6 +142,7 @@ def sample_plan(**changes: object) -> Plan:
 sizes = st.sampled_from([1, 2, 3, 4, 8])
 ratios = st.floats(0.0, 1.0)
 seconds = st.floats(0.0, 1e9)
+step_seconds = st.floats(1e-12, 1e9)
 signed = st.floats(-1e9, 1e9)
 num_bytes = st.integers(0, 10**15)
 # What YAML may take for a number, a date, a truth value or nothing unless it is quoted.
@@ -206,10 +208,10 @@ _stage_estimates = st.builds(
     StageEstimate,
     stable_s=seconds,
     delta_s=signed,
-    time_parts_s=st.dictionaries(words, signed, max_size=4),
+    time_parts_s=st.dictionaries(st.sampled_from(TIME_PARTS), signed, max_size=4),
     peak_bytes=num_bytes,
     usable_bytes=num_bytes,
-    memory_parts_bytes=st.dictionaries(words, num_bytes, max_size=4),
+    memory_parts_bytes=st.dictionaries(st.sampled_from(MEMORY_PARTS), num_bytes, max_size=4),
     host_bytes=num_bytes,
 )
 
@@ -226,7 +228,7 @@ _op_costs = st.builds(
 @st.composite
 def _estimates(draw: st.DrawFn, num_stages: int) -> Estimate:
     return Estimate(
-        step_s=draw(seconds),
+        step_s=draw(step_seconds),
         tokens_per_s=draw(seconds),
         mfu=draw(ratios),
         bubble_s=draw(seconds),
@@ -291,6 +293,10 @@ def plans(draw: st.DrawFn) -> Plan:
             solver=draw(words),
             gap=draw(signed),
             lower_bound_s=draw(seconds),
-            search=draw(st.dictionaries(words, words | st.integers() | signed, max_size=4)),
+            search=draw(
+                st.dictionaries(
+                    words, words | st.integers(-(2**63) + 1, 2**63 - 1) | signed, max_size=4
+                )
+            ),
         ),
     )

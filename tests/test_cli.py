@@ -736,7 +736,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a plan that is missing",
         ("check", "missing.yaml"),
-        "Cannot read the plan missing.yaml: No such file or directory.",
+        "missing.yaml cannot be read: No such file or directory.",
     ),
     (
         "options that a plan answers",
@@ -747,12 +747,12 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "a point that is none",
         ("trace", "{models}/tiny.py", "--at", "b=2"),
-        "--at b=2: expected b=2,s=128 and perhaps t=2.",
+        "--at b=2: expected b=2,s=128 and perhaps t=2, numbers from 1 to 1073741824.",
     ),
     (
         "a point of nothing",
         ("trace", "{models}/tiny.py", "--at", "b=0,s=128"),
-        "--at b=0,s=128: expected b=2,s=128 and perhaps t=2.",
+        "--at b=0,s=128: expected b=2,s=128 and perhaps t=2, numbers from 1 to 1073741824.",
     ),
     (
         "a point beyond the positions",

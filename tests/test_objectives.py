@@ -285,9 +285,12 @@ REFUSED = [
         {"objective": Objective.TIME_TO_TOKENS},
         "--objective time-to-tokens: how many tokens? Try --tokens 2e12.",
     ),
-    ({"tokens": 0.0}, "--tokens 0 is no positive number. Try --tokens 2e12."),
-    ({"tokens": math.nan}, "--tokens nan is no positive number. Try --tokens 2e12."),
-    ({"price": "0"}, "--price 0 is no positive number of USD per GPU hour."),
+    ({"tokens": 0.0}, "--tokens 0 is no number of tokens from 1 to 1e+18. Try --tokens 2e12."),
+    (
+        {"tokens": math.nan},
+        "--tokens nan is no number of tokens from 1 to 1e+18. Try --tokens 2e12.",
+    ),
+    ({"price": "0"}, "--price 0 is no number of USD per GPU hour from 1e-06 to 1e+06."),
     (
         {"price": "cheap"},
         "--price cheap: expected USD per GPU hour (2.5), or one for each cluster (2.5,4).",

@@ -349,11 +349,11 @@ def test_yaml_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     [
         ("a: [1", "expected ',' or ']'"),
         ("a: 1\n---\nb: 2\n", "expected a single document"),
-        ("a: &here [*here]", "a[0] contains itself"),
+        ("a: &here [*here]", "*here contains itself"),
         ("? [1, 2]\n: 3", "found unhashable key"),
-        ("a: !!binary aGVsbG8=", "a plan holds no binary"),
+        ("a: !!binary aGVsbG8=", "a file of Mist holds no binary"),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
-        ("a: \x00", "special characters are not allowed"),
+        ("a: \x00", "control characters are not allowed"),
     ],
 )
 def test_what_is_not_yaml_of_ours(tmp_path: Path, text: str, reason: str) -> None:
@@ -376,12 +376,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\xfd")
     for path, reason in (
         (missing, "No such file or directory"),
-        (tmp_path, "Is a directory"),
-        (binary, "it is not a text file"),
+        (tmp_path, "it is no file"),
+        (binary, "it is not text in UTF-8"),
     ):
         with pytest.raises(InputError) as refused:
             load_plan(path)
-        assert str(refused.value) == f"Cannot read the plan {path}: {reason}."
+        assert str(refused.value) == f"{path} cannot be read: {reason}."
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ only the seconds of the steps must be there. Steps up to "resumed_after" are not
 that this one goes on from may have had another layout.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Final
 
+from mist.documents import read_json
 from mist.errors import InputError
+from mist.units import LARGEST_INTEGER
 
+SHORTEST_S: Final = 1e-9  # of a step: no clock tells less
+LONGEST_S: Final = 1e9  # thirty years
 WARM_UP: Final = 2  # steps that compile, allocate and connect; left out where there are enough
 
 
@@ -76,20 +79,20 @@ def read_log(path: Path) -> LoggedRun:
 
     Raises InputError for a file that is no log.
     """
+    data: Any = read_json(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        after = int(data.get("resumed_after", 0))
-        rows = [row for row in data["steps"] if not after or int(row["step"]) > after]
-        steps = [(float(row["seconds"]), row) for row in rows]
+        after = _count(data.get("resumed_after", 0))
+        rows = [row for row in data["steps"] if not after or _count(row["step"]) > after]
+        steps = [(_seconds(row["seconds"]), row) for row in rows]
         parts = _parts([row for _, row in _counted(steps)])
         stages = tuple(_stage(row) for row in data.get("stages", ()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        words = f" ({error})" if isinstance(error, ValueError) else ""
         raise InputError(
-            f'{path} is no log of a run: expected {{"steps": [{{"seconds": 1.5}}, ...]}} as JSON.'
+            f"{path} is no log of a run{words}: "
+            'expected {"steps": [{"seconds": 1.5}, ...]} as JSON.'
         ) from error
-    if not steps or min(seconds for seconds, _ in steps) <= 0:
+    if not steps or min(seconds for seconds, _ in steps) < SHORTEST_S:
         raise InputError(f"{path} has no steps with seconds above 0.")
     seconds = tuple(seconds for seconds, _ in _counted(steps))
     return LoggedRun(seconds=seconds, stages=stages, parts=parts)
@@ -110,9 +113,27 @@ def _parts(rows: list[Mapping[str, Any]]) -> tuple[StageParts, ...]:
     steps = [row.get("stages", ()) for row in rows]
     names = [item.name for item in fields(StageParts)]
     return tuple(
-        StageParts(**{name: median(float(row[name]) for row in stage) for name in names})
+        StageParts(**{name: median(_seconds(row[name]) for row in stage) for name in names})
         for stage in zip(*steps, strict=True)
     )
+
+
+def _seconds(value: object) -> float:
+    """A time of a log. Raises ValueError for a number that no run takes."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError("seconds are no number")
+    seconds = float(value)
+    if not 0 <= seconds <= LONGEST_S:
+        raise ValueError(f"{value} seconds")
+    return seconds
+
+
+def _count(value: object, *, least: int = 0) -> int:
+    """A whole number of a log, of at least `least`. Raises ValueError."""
+    count = int(str(value))
+    if not least <= count <= LARGEST_INTEGER:
+        raise ValueError(f"{value} where {least} is the least")
+    return count
 
 
 def _stage(row: Mapping[str, object]) -> StageRow:
@@ -120,13 +141,13 @@ def _stage(row: Mapping[str, object]) -> StageRow:
     if not isinstance(collectives, list | tuple):
         raise TypeError("collectives is no list")
     return StageRow(
-        peak_bytes=int(str(row["peak_bytes"])),
+        peak_bytes=_count(row["peak_bytes"], least=1),
         collectives=tuple(
             CollectiveRow(
                 axis=str(each["axis"]),
                 kind=str(each["kind"]),
-                count=int(each["count"]),
-                num_bytes=int(each["bytes"]),
+                count=_count(each["count"]),
+                num_bytes=_count(each["bytes"]),
             )
             for each in collectives
         ),

@@ -186,6 +186,7 @@ class _Writing:
         """Refuse before the work is done, not after it."""
         if self.out is None:
             return check_here()
+        self.check_files(self.out, [])  # a name without an ending has no picture beside it
         return self.check_files(self.out, [self.out.with_suffix(".png")])
 
     def check_files(self, plan_path: Path, pictures: Iterable[Path]) -> None:

@@ -17,7 +17,8 @@ from mist.cli.command_options import (
 from mist.cli.common import app, print_json, progress
 from mist.cli.outputs import GRAPH_FILE, check_output
 from mist.errors import InputError
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import MOST_TOKENS, Attention, Precision
+from mist.units import parse_whole
 
 if TYPE_CHECKING:
     from mist.trace import TraceSetting
@@ -120,9 +121,14 @@ def _point(at: str | None) -> dict[str, int] | None:
     """--at b=2,s=128,t=2 as numbers of at least 1; t defaults to 1."""
     if at is None:
         return None
-    items = at.split(",")
-    pairs = dict(item.partition("=")[::2] for item in items)
-    known = {"b", "s"} <= set(pairs) <= {"b", "s", "t"} and len(pairs) == len(items)
-    if not known or not all(v.isdecimal() and int(v) > 0 for v in pairs.values()):
-        raise InputError(f"--at {at}: expected b=2,s=128 and perhaps t=2.")
-    return {"t": 1} | {name: int(value) for name, value in pairs.items()}
+    words = dict(item.partition("=")[::2] for item in at.split(","))
+    try:
+        point = {name: parse_whole(word) for name, word in words.items()}
+    except ValueError:
+        point = {}
+    known = {"b", "s"} <= set(point) <= {"b", "s", "t"} and len(point) == at.count(",") + 1
+    if not known or not all(1 <= size <= MOST_TOKENS for size in point.values()):
+        raise InputError(
+            f"--at {at}: expected b=2,s=128 and perhaps t=2, numbers from 1 to {MOST_TOKENS}."
+        )
+    return {"t": 1} | point

@@ -7,9 +7,10 @@ of `mist.rules.combinations` are never generated. Where a schedule needs stages 
 each tp is a group of its own.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -271,9 +272,12 @@ def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, .
     return tuple(level for level in space.levels if may_have(level, kept))
 
 
-def divisors(number: int) -> list[int]:
-    """Divisors in ascending order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+@cache
+def divisors(number: int) -> tuple[int, ...]:
+    """Divisors in ascending order: each up to the square root has a partner beyond it."""
+    tried = np.arange(1, math.isqrt(number) + 1)
+    small = tried[number % tried == 0].tolist()
+    return (*small, *(number // d for d in reversed(small) if d * d != number))
 
 
 def _strategies(

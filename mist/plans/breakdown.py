@@ -31,7 +31,9 @@ PART_NAMES: Mapping[str, str] = {
 def step_parts(estimate: Estimate, num_micro_batches: int) -> dict[str, float]:
     """Seconds of a step by part, seen from the slowest stage; they sum to step_s."""
     slowest = max(estimate.stages, key=lambda stage: stage.stable_s)
-    parts = {part: num_micro_batches * s for part, s in slowest.time_parts_s.items()}
+    parts: dict[str, float] = {
+        part: num_micro_batches * s for part, s in slowest.time_parts_s.items()
+    }
     parts["delta"] = slowest.delta_s
     parts["bubble"] = estimate.step_s - sum(parts.values())
     return parts

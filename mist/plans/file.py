@@ -1,16 +1,18 @@
 """Plan files: YAML, read with every fault reported at once, written whole or not at all."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from mist.documents import Document, parse_yaml
 from mist.errors import Fault, InputError, PlanError
-from mist.files import write_text
+from mist.files import read_bytes, write_text
 from mist.plans.invariants import plan_faults
 from mist.plans.plan import SCHEMA, Plan
 
@@ -23,7 +25,11 @@ def load_plan(path: str | Path) -> Plan:
 
     Raises InputError when the file cannot be read and PlanError with every fault and its path.
     """
-    data, repeated = _read(Path(path))
+    document = parse_yaml(read_bytes(Path(path)), Path(path))
+    if not isinstance(document, Document):
+        raise InputError(f"{path} is not a plan: it has no {SCHEMA} mapping.")
+    data = document.data
+    repeated = (Fault(path=key, message="given twice") for key in document.repeated)
     faults = [*repeated, *_schema_faults(data), *plan_faults(data)]
     if faults:
         raise PlanError(str(path), faults)
@@ -61,45 +67,6 @@ def plain_data(plan: Plan) -> dict[str, object]:
     return data
 
 
-def _read(path: Path) -> tuple[Mapping[str, object], list[Fault]]:
-    """The mapping in a file, and the keys that it gives twice (of which YAML keeps the last)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"Cannot read the plan {path}: it is not a text file.") from error
-    except OSError as error:
-        raise InputError(f"Cannot read the plan {path}: {error.strerror}.") from error
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        repeated = list(_repeated_keys(node, "", frozenset()))
-        data = loader.construct_document(node) if node else None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a plan: it has no {SCHEMA} mapping.")
-    return data, repeated
-
-
-def _repeated_keys(node: yaml.Node | None, path: str, above: frozenset[int]) -> Iterator[Fault]:
-    """Every key that a mapping at or below this node has twice. Raises YAMLError on a cycle."""
-    # An alias may point to a node above it, and the walk would never end.
-    if id(node) in above:
-        raise yaml.YAMLError(f"{path.lstrip('.')} contains itself")
-    above |= {id(node)}
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _repeated_keys(item, f"{path}[{index}]", above)
-    elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            here = f"{path}.{key.value}"
-            if here in seen:
-                yield Fault(path=here.lstrip("."), message="given twice")
-            seen.add(here)
-            yield from _repeated_keys(value, here, above)
-
-
 def _schema_faults(data: Mapping[str, object]) -> list[Fault]:
     """Faults of names and types; those of the invariants come from plan_faults."""
     try:
@@ -128,26 +95,10 @@ def _path(location: tuple[int | str, ...]) -> str:
     return "".join(steps).removesuffix(".[key]").lstrip(".") or "plan"
 
 
+@cache
 def _adapter() -> TypeAdapter[Plan]:
+    """What checks plans: slow to make."""
     return TypeAdapter(Plan)
-
-
-class _Loader(yaml.SafeLoader):
-    """What JSON can say: no bytes, sets or pairs, and a date is text."""
-
-
-def _as_text(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    return str(node.value)
-
-
-def _refuse(loader: yaml.SafeLoader, node: yaml.Node) -> NoReturn:
-    message = f"a plan holds no {node.tag.rpartition(':')[2]}"
-    raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_text)
-for _kind in ("binary", "set", "omap", "pairs"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _refuse)
 
 
 class _PlanDumper(yaml.SafeDumper):

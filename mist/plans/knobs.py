@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from mist.plans.workload import MOST_SAMPLES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
@@ -44,14 +46,15 @@ class Knob:
         """Whether more is more; a ZeRO level is a choice."""
         return self.most is None
 
-    @property
-    def complaint(self) -> str:
+    def complaint(self, value: int) -> str:
         """What to say of a number that is none of its values."""
-        return "is not a positive number" if self.counts else "is not a ZeRO level (0, 1, 2 or 3)"
+        if not self.counts:
+            return "is not a ZeRO level (0, 1, 2 or 3)"
+        return "is not a positive number" if value < 1 else f"is more than {MOST_SAMPLES}"
 
     def means(self, value: int) -> bool:
         """Whether a number is one of its values."""
-        return value >= self.least and (self.most is None or value <= self.most)
+        return self.least <= value <= (MOST_SAMPLES if self.most is None else self.most)
 
 
 KNOBS: Final = (

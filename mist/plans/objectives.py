@@ -129,10 +129,17 @@ OBJECTIVES: Final[Mapping[Objective, ObjectiveRow]] = MappingProxyType(
 
 
 def chosen(candidates: Sequence[Candidate], objective: Objective) -> int:
-    """The index of the candidate with a plan that the objective prefers; of equals the smallest.
+    """The index of the candidate with a plan that the objective prefers.
 
+    Of equals the one of fewest GPUs, then the fastest, and then the first name, in whatever order
+    they are given.
     Raises ValueError when none has a plan.
     """
-    able = [index for index, candidate in enumerate(candidates) if candidate.estimate]
+    able = [(index, each) for index, each in enumerate(candidates) if each.estimate]
     cost = OBJECTIVES[objective].cost
-    return min(able, key=lambda index: (cost(candidates[index]), candidates[index].num_gpus))
+
+    def rank(item: tuple[int, Candidate]) -> tuple[float, int, float, str]:
+        each = item[1]
+        return cost(each), each.num_gpus, -each.tokens_per_s, each.cluster
+
+    return min(able, key=rank)[0]

@@ -20,14 +20,31 @@ from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.memory_levels import LEVELS
 from mist.plans.provenance import Kind
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.workload import STRICT, MemoryLevel, PositiveInt, ScheduleKind, Workload
+from mist.plans.workload import (
+    MOST_GPUS,
+    MOST_LAYERS,
+    STRICT,
+    GpuCount,
+    MemoryLevel,
+    PositiveInt,
+    SampleCount,
+    ScheduleKind,
+    Workload,
+)
+from mist.units import LARGEST_INTEGER
 
 SCHEMA: Final = "mist.plan/1"
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+# Products and ratios of numbers within these limits are numbers too.
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Seconds = Annotated[Number, Field(ge=0.0)]
+StepSeconds = Annotated[Number, Field(ge=1e-12)]  # estimates are rounded to a picosecond
 Ratio = Annotated[Number, Field(ge=0.0, le=1.0)]
-Bytes = Annotated[int, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
+LayerCount = Annotated[int, Field(le=MOST_LAYERS)]
+DeviceCount = Annotated[int, Field(le=MOST_GPUS)]
+TimePart = Literal["compute", "tp", "recompute", "launch", "dp", "offload", "p2p"]
+MemoryPart = Literal["states", "activations", "working", "gathered", "buffers", "allocator"]
 How = Literal["law", "table", "measured"]
 
 
@@ -58,8 +75,8 @@ class ClusterRef:
     __pydantic_config__ = STRICT
     name: str
     device: str
-    num_gpus: PositiveInt
-    gpus_per_node: PositiveInt
+    num_gpus: GpuCount
+    gpus_per_node: GpuCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +85,7 @@ class Schedule:
 
     __pydantic_config__ = STRICT
     kind: ScheduleKind
-    vpp: PositiveInt
+    vpp: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 
 
 DEFAULT_SCHEDULE: Final = Schedule(kind=DEFAULT_KIND, vpp=1)
@@ -98,19 +115,19 @@ class StagePlan:
     """
 
     __pydantic_config__ = STRICT
-    layers: tuple[tuple[int, int], ...]
-    devices: tuple[int, int]
-    dp: PositiveInt
-    tp: PositiveInt
+    layers: tuple[tuple[LayerCount, LayerCount], ...]
+    devices: tuple[DeviceCount, DeviceCount]
+    dp: GpuCount
+    tp: GpuCount
     sp: bool
-    cp: PositiveInt
-    ep: PositiveInt
-    micro_batch: PositiveInt
+    cp: GpuCount
+    ep: GpuCount
+    micro_batch: SampleCount
     zero: Literal[0, 1, 2, 3]
     head: Literal["none"]
-    memory: dict[MemoryLevel, Annotated[int, Field(ge=0)]]
+    memory: dict[MemoryLevel, LayerCount]
     offload: Offload
-    dp_replicate: PositiveInt = 1
+    dp_replicate: GpuCount = 1
 
     @property
     def columns(self) -> dict[str, float]:
@@ -193,10 +210,10 @@ class StageEstimate:
     __pydantic_config__ = STRICT
     stable_s: Seconds
     delta_s: Number
-    time_parts_s: dict[str, Number]
+    time_parts_s: dict[TimePart, Number]
     peak_bytes: Bytes
     usable_bytes: Bytes
-    memory_parts_bytes: dict[str, int]
+    memory_parts_bytes: dict[MemoryPart, int]
     host_bytes: Bytes
 
 
@@ -236,7 +253,7 @@ class Estimate:
     """
 
     __pydantic_config__ = STRICT
-    step_s: Seconds
+    step_s: StepSeconds
     tokens_per_s: Number
     mfu: Number
     bubble_s: Seconds
@@ -269,7 +286,7 @@ class Provenance:
     solver: str
     gap: Number
     lower_bound_s: Number
-    search: dict[str, str | int | Number]
+    search: dict[str, str | Annotated[int, Field(ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)] | Number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,7 +304,7 @@ class Plan:
     cluster: ClusterRef
     runtime: str
     schedule: Schedule
-    num_micro_batches: PositiveInt
+    num_micro_batches: SampleCount
     stages: tuple[StagePlan, ...]
     estimate: Estimate
     alternatives: tuple[Alternative, ...]

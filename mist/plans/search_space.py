@@ -17,6 +17,7 @@ from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
 from mist.plans.memory_levels import KEEPS_ALL, levels_that
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.units import parse_whole
 
 OFFLOADED: Final = ("weights", "grads", "optimizer", "activations")
 """What may live in host memory: the fields of `mist.plans.plan.Offload`."""
@@ -74,7 +75,7 @@ class SearchSpace:
         for knob in SEARCHED_KNOBS.values():
             for value in self.values_of(knob) or ():
                 if not knob.means(value):
-                    raise InputError(f"{knob.space} {value} {knob.complaint}.")
+                    raise InputError(f"{knob.space} {value} {knob.complaint(value)}.")
         if not self.levels:
             *words, last = MemoryLevel
             raise InputError(f"no memory level is left: allow {', '.join(words)} or {last}.")
@@ -207,8 +208,9 @@ def _said(space: SearchSpace, words: str) -> SearchSpace:
 
 def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
     """The fields that fix one knob."""
-    if value.isdecimal() and (row := SEARCHED_KNOBS.get(knob)) and row.space:
-        return {row.space: (int(value),)}
+    number, row = _whole(value), SEARCHED_KNOBS.get(knob)
+    if number is not None and row is not None and row.space:
+        return {row.space: (number,)}
     if knob == "checkpoint" and value in CHECKPOINTS:
         return {"levels": (CHECKPOINTS[value],)}
     if knob == "schedule" and value in set(ScheduleKind):
@@ -223,9 +225,9 @@ def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
 def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:
     """The fields that limit one knob, or the ratio of one state or of all ("offload")."""
     knob = key.replace("_", "-")
-    counts = knob in COUNTED_KNOBS and value.isdecimal()
-    if counts and COUNTED_KNOBS[knob].means(int(value)):
-        return {"most": {**space.most, str(COUNTED_KNOBS[knob].space): int(value)}}
+    number = _whole(value)
+    if knob in COUNTED_KNOBS and number is not None and COUNTED_KNOBS[knob].means(number):
+        return {"most": {**space.most, str(COUNTED_KNOBS[knob].space): number}}
     ratio = _ratio(value)
     if (knob == "offload" or knob in OFFLOADED) and ratio is not None:
         states = OFFLOADED if knob == "offload" else (knob,)
@@ -236,6 +238,15 @@ def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, An
         f"--max {word}: expected {', '.join(COUNTED_KNOBS)} with a number, or offload, "
         f"{', '.join(OFFLOADED)} with a ratio from 0 to 1."
     )
+
+
+def _whole(value: str) -> int | None:
+    """A whole number from 0 up, if the word is one."""
+    try:
+        number = parse_whole(value)
+    except ValueError:
+        return None
+    return number if number >= 0 else None
 
 
 def _ratio(value: str) -> float | None:

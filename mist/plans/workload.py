@@ -7,10 +7,20 @@ from typing import Annotated, Final
 from pydantic import ConfigDict, Field
 
 from mist.errors import InputError
+from mist.units import LARGEST_INTEGER
 
 STRICT: Final = ConfigDict(extra="forbid")  # an unknown key of a plan file is a fault
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Nobody has more. Within these limits every product of sizes is exact in 64 bits, and every loop
+# over GPUs, layers or divisors of the batch ends at once.
+MOST_GPUS: Final = 2**20
+MOST_SAMPLES: Final = 2**32
+MOST_TOKENS: Final = 2**30
+MOST_LAYERS: Final = 2**16
+
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
+GpuCount = Annotated[int, Field(ge=1, le=MOST_GPUS)]
+SampleCount = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 
 
 class Precision(StrEnum):
@@ -76,17 +86,23 @@ class Workload:
     """
 
     __pydantic_config__ = STRICT
-    seq_len: PositiveInt
-    global_batch: PositiveInt
+    seq_len: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+    global_batch: SampleCount
     precision: Precision
     optimizer: Optimizer
     attention: Attention
     compile: bool
 
     def __post_init__(self) -> None:
-        for name, size in (("--seq", self.seq_len), ("--global-batch", self.global_batch)):
+        sizes = (
+            ("--seq", self.seq_len, MOST_TOKENS),
+            ("--global-batch", self.global_batch, MOST_SAMPLES),
+        )
+        for name, size, most in sizes:
             if size < 1:
                 raise InputError(f"{name} {size} is not a positive number of samples or tokens.")
+            if size > most:
+                raise InputError(f"{name} {size} is more than Mist plans for. Use at most {most}.")
 
     @property
     def tokens_per_step(self) -> int:

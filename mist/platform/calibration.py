@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from mist.errors import PlatformError
 from mist.plans.provenance import Kind
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
@@ -43,21 +44,24 @@ class Calibration(Record):
         return f"{self.runtime} on {self.device}; nine of ten of its runs within {percent:.0f} %"
 
     def applied(self, profiles: Profiles) -> Profiles:
-        """The profiles with these values. Raises KeyError for a field that they do not have."""
+        """The profiles with these values. Raises PlatformError for one that they cannot have."""
         return with_values(profiles, self.values)
 
 
 def with_values(profiles: Profiles, values: Mapping[str, Quantity]) -> Profiles:
     """Profiles with some figures replaced, named as in a calibration.
 
-    Raises KeyError for a field that they do not have.
+    Raises PlatformError for a figure that they do not have, or that cannot be 0 and is.
     """
     device, cluster, runtime = profiles
     records: dict[str, Any] = {"device": device, "cluster": cluster, "runtime": runtime}
     for path, quantity in values.items():
         # Records are frozen: each value makes new ones along its path.
-        family, *fields = path.split(".")
-        records[family] = _with(records[family], fields, quantity)
+        family, *names = path.split(".")
+        try:
+            records[family] = _with(records[family], names, quantity)
+        except ValueError as error:
+            raise PlatformError(f"a calibration sets {path}: {error}.") from error
     return records["device"], records["cluster"], records["runtime"]
 
 
@@ -84,10 +88,10 @@ def dump_calibration(calibration: Calibration, comment: str) -> str:
     return f"# {comment}\n" + yaml.safe_dump(data, sort_keys=False, width=1000)
 
 
-def _with(record: Any, fields: list[str], quantity: Quantity) -> Any:  # noqa: ANN401 - any record
-    """A record with one of its quantities, deep inside, replaced."""
-    name, *rest = fields
-    if not hasattr(record, name):
-        raise KeyError(f"{type(record).__name__} has no {name}")
-    value = _with(getattr(record, name), rest, quantity) if rest else quantity
-    return replace(record, **{name: value})
+def _with(record: Any, names: list[str], quantity: Quantity) -> Any:  # noqa: ANN401 - any record
+    """A record with one of its quantities, deep inside, replaced. Raises ValueError."""
+    name, *rest = names or ("nothing",)
+    known = getattr(record, name, None)
+    if not isinstance(known, Record) or (isinstance(known, Quantity) is bool(rest)):
+        raise ValueError(f"{type(record).__name__} has no figure {name}")
+    return replace(record, **{name: _with(known, rest, quantity) if rest else quantity})

@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mist.plans.provenance import Kind
+from mist.plans.workload import MOST_GPUS
 from mist.platform.quantity import Quantity, Record
 
 
@@ -64,11 +65,13 @@ class CollectiveTable(Record):
 class Link(Record):
     """One group size without a table: latency + passes * (n - 1) / n * bytes / bandwidth."""
 
+    not_zero: ClassVar = ("bus_bytes_per_s",)
     group: int
     bus_bytes_per_s: Quantity
     latency_s: Quantity
 
     def __post_init__(self) -> None:
+        Record.__post_init__(self)
         if self.group < 2:
             raise ValueError(f"group {self.group} is not at least 2 ranks")
 
@@ -77,6 +80,7 @@ class Link(Record):
 class PointToPoint(Record):
     """One transfer between two devices: latency + bytes / bandwidth."""
 
+    not_zero: ClassVar = ("bytes_per_s",)
     bytes_per_s: Quantity
     latency_s: Quantity
 
@@ -88,6 +92,7 @@ class Network(Record):
     `hop_s` is paid once per rank of a collective that leaves the node (twice for an all-reduce).
     """
 
+    not_zero: ClassVar = ("nic_bytes_per_s", "efficiency_ratio")
     nic_bytes_per_s: Quantity
     efficiency_ratio: Quantity
     hop_s: Quantity
@@ -123,6 +128,7 @@ class Cluster(Record):
     `price_per_gpu_hour_usd`: what one GPU costs to rent; without it `--price` says so.
     """
 
+    not_zero: ClassVar = ("host_memory_bytes",)
     schema: Literal["mist.cluster/1"]
     name: str
     what: str
@@ -139,11 +145,15 @@ class Cluster(Record):
     host_memory_by_device: Mapping[str, Quantity] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        Record.__post_init__(self)
         if not self.devices:
             raise ValueError("devices is empty: name at least one")
         for count in (self.gpus_per_node, self.max_nodes):
-            if count is not None and (count.value < 1 or count.value % 1):
-                raise ValueError(f"gpus_per_node and max_nodes must be whole, found {count.value}")
+            if count is not None and (count.value % 1 or not 1 <= count.value <= MOST_GPUS):
+                raise ValueError(
+                    f"gpus_per_node and max_nodes must be whole numbers from 1 to {MOST_GPUS}, "
+                    f"found {count.value}"
+                )
         self._check_price()
         self._check_host_memory()
         for collective in Collective:

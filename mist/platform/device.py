@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mist.model.summary import Traffic
 from mist.plans.provenance import Kind
@@ -20,6 +20,8 @@ class GemmLaw(Record):
     bandwidth), `exponent` sharpens the bend between the two regimes, `launch_s` is added to both.
     """
 
+    not_zero: ClassVar = ("peak_flop_per_s", "efficiency_ratio", "bandwidth_scale")
+    exponents: ClassVar = ("exponent",)
     peak_flop_per_s: Quantity
     efficiency_ratio: Quantity
     bandwidth_scale: Quantity
@@ -35,6 +37,7 @@ class AttentionLaw(Record):
     causal sequence length at which half of that is reached.
     """
 
+    not_zero: ClassVar = ("efficiency_ratio",)
     head_dim: int
     efficiency_ratio: Quantity
     half_rate_tokens: Quantity
@@ -70,6 +73,14 @@ class BandwidthRatios(Record):
     The fields are the words of `mist.model.graph.Traffic`.
     """
 
+    not_zero: ClassVar = (
+        "pointwise",
+        "reduction",
+        "norm_forward",
+        "norm_backward",
+        "softmax",
+        "gather",
+    )
     pointwise: Quantity
     reduction: Quantity
     norm_forward: Quantity
@@ -105,6 +116,13 @@ class Device(Record):
     of attention that the hardware has not, by name.
     """
 
+    not_zero: ClassVar = (
+        "memory_bytes",
+        "hbm_bytes_per_s",
+        "host_to_device_bytes_per_s",
+        "device_to_host_bytes_per_s",
+        "tensor_time_scale",
+    )
     schema: Literal["mist.device/1"]
     name: str
     what: str
@@ -125,6 +143,7 @@ class Device(Record):
     lacks: Mapping[Precision | Attention, Lack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        Record.__post_init__(self)
         check_columns(self.tables)
         absent = [precision.value for precision in Precision if precision not in self.gemm]
         if absent:

@@ -43,7 +43,7 @@ class Machine(Record):
     def with_runtime(self, runtime: Runtime) -> Profiles:
         """Device, cluster, and a runtime as this machine runs it; another one stays as it is.
 
-        Raises KeyError for a value that the runtime has no field for.
+        Raises PlatformError for a value that the runtime has no figure for.
         """
         # Host overheads are of the framework that was running.
         values = self.values if runtime.name == self.runtime else {}

@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from mist.documents import Document, parse_yaml
 from mist.errors import Fault, PlatformError
+from mist.files import is_file, read_bytes, user_path
 from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
@@ -98,9 +100,13 @@ def find_machine(cluster: str | None) -> Loaded[Machine] | None:
 
 def is_machine(path: Path) -> bool:
     """Whether there is such a file, and it is of a measured machine (broken or not)."""
-    if not path.is_file() or f"schema: {SCHEMA}".encode() not in path.read_bytes():
+    if not is_file(path):
         return False
-    return read_yaml(path.read_bytes(), path).get("schema") == SCHEMA
+    content = read_bytes(path, PlatformError)
+    # Most files are of a cluster: to look for the words is quicker than to parse.
+    if f"schema: {SCHEMA}".encode() not in content:
+        return False
+    return read_yaml(content, path).get("schema") == SCHEMA
 
 
 def list_profiles(family: Family) -> dict[str, Path]:
@@ -115,8 +121,8 @@ def list_profiles(family: Family) -> dict[str, Path]:
 def find_profile(name: str, family: Family) -> Path:
     """The file of a profile given by name or path. Raises PlatformError when there is none."""
     if is_path(name):
-        path = Path(name).expanduser()
-        if not path.is_file():
+        path = user_path(name)
+        if not is_file(path):
             raise PlatformError(f"{family.option} {name}: no such file.")
         return path
     known = list_profiles(family)
@@ -172,7 +178,7 @@ def _load(name: str, family: Family, shape: type[P]) -> Loaded[P]:
 
 def _read(path: Path, shape: type[P]) -> Loaded[P]:
     kind: Any = shape  # mypy holds the class of a record that cannot be hashed for unhashable
-    loaded: Loaded[P] = _parsed(path.read_bytes(), path, kind)
+    loaded: Loaded[P] = _parsed(read_bytes(path, PlatformError), path, kind)
     return loaded
 
 
@@ -187,23 +193,19 @@ def _parsed(content: bytes, path: Path, shape: type[Any]) -> Loaded[Any]:
 
 
 def read_yaml(content: bytes, path: Path) -> Mapping[str, object]:
-    """The mapping in a YAML file. Raises PlatformError when it is none."""
-    import yaml
-
-    try:
-        # The C loader is much faster; builds of PyYAML without it have the Python one.
-        data = yaml.load(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise PlatformError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
+    """The mapping in a YAML file. Raises PlatformError when it is none, or has a key twice."""
+    document = parse_yaml(content, path, PlatformError)
+    if not isinstance(document, Document):
         raise PlatformError(f"{path} is not a mapping of keys to values.")
-    return data
+    if document.repeated:
+        raise PlatformError(f"{path} gives {' and '.join(document.repeated)} twice.")
+    return document.data
 
 
 def load_shipped(relative: str, shape: type[R]) -> R:
     """A file of the shipped profiles' folder. Raises PlatformError when it is broken."""
     path = _folders()[-1] / relative
-    return check(read_yaml(path.read_bytes(), path), shape, path)
+    return check(read_yaml(read_bytes(path, PlatformError), path), shape, path)
 
 
 def find_calibration(runtime: str, device: str) -> Loaded[Calibration] | None:

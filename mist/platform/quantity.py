@@ -9,19 +9,45 @@ from typing import ClassVar, Final
 
 from mist.plans.provenance import Kind
 
+# No figure of a machine is smaller or larger: seconds of a launch are 1e-9, FLOP/s 1e18.
+LEAST_FIGURE: Final = 1e-15
+LARGEST_FIGURE: Final = 1e21
+LEAST_EXPONENT: Final = 0.1
+LARGEST_EXPONENT: Final = 32.0
+
 
 class Record:
-    """Base of everything that a profile file may hold: unknown keys are errors."""
+    """Base of everything that a profile file may hold: unknown keys are errors.
+
+    `not_zero`: figures that cannot be 0: rates, efficiencies, and scales of times. `exponents`:
+    powers that sizes or times are raised to, or their inverse, which must not overflow. Raises
+    ValueError for a figure that is so.
+    """
 
     __slots__ = ()
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": False}
+    __pydantic_config__: ClassVar[dict[str, object]] = {
+        "extra": "forbid",
+        "strict": False,
+        "allow_inf_nan": False,  # tables of numbers are no quantities
+    }
+    not_zero: ClassVar[tuple[str, ...]] = ()
+    exponents: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in (*self.not_zero, *self.exponents):
+            if getattr(self, name).value == 0:
+                raise ValueError(f"{name} is 0: with it, time would be infinite or none")
+        for name in self.exponents:
+            if not LEAST_EXPONENT <= getattr(self, name).value <= LARGEST_EXPONENT:
+                limits = f"{LEAST_EXPONENT:g} and {LARGEST_EXPONENT:g}"
+                raise ValueError(f"{name} is not between {limits}, for a power")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity(Record):
     """One number: `value` in the unit of its key, where it comes from, and how sure it is.
 
-    Raises ValueError when the value is not finite, is negative, or has no source.
+    Raises ValueError when the value is not finite, is negative or absurd, or has no source.
     """
 
     value: float
@@ -31,6 +57,11 @@ class Quantity(Record):
     def __post_init__(self) -> None:
         if not math.isfinite(self.value) or self.value < 0:
             raise ValueError(f"value {self.value} is not a finite number from 0 up")
+        if self.value and not LEAST_FIGURE <= self.value <= LARGEST_FIGURE:
+            raise ValueError(
+                f"value {self.value:g} is neither 0 nor between {LEAST_FIGURE:g} and "
+                f"{LARGEST_FIGURE:g}: look at its unit"
+            )
         if not self.source.strip():
             raise ValueError("source is empty: say where the number comes from")
 

@@ -6,7 +6,7 @@ after tensor and pipeline parallelism; "sharded" bytes are divided by the data-p
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from mist.plans.memory_levels import levels_that
 from mist.plans.provenance import Kind
@@ -93,6 +93,7 @@ class HostLaunch(Record):
     (logging, the training loop).
     """
 
+    exponents: ClassVar = ("pipeline_launch_exponent",)
     layer_launch_s: Quantity
     tensor_parallel_launch_s: Quantity
     pipeline_launch_s: Quantity
@@ -116,6 +117,7 @@ class Overlap(Record):
     the transfers that chunks beyond a stage's first add which stands alone.
     """
 
+    not_zero: ClassVar = ("tensor_parallel_time_scale", "layers_per_collective")
     compute_slowdown_ratio: Quantity
     zero_all_gather_ratio: Quantity
     zero_reduce_scatter_ratio: Quantity
@@ -165,6 +167,7 @@ class Kernels(Record):
     sequence parallelism ends with the last layer, so that the norm behind it runs on all tokens.
     """
 
+    not_zero: ClassVar = ("memory_time_scale", "scores_time_scale", "attention_time_scale")
     fused_norms: bool
     memory_time_scale: Quantity
     scores_time_scale: Quantity

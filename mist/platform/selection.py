@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mist.errors import PlatformError
 from mist.files import digest
+from mist.plans.workload import MOST_GPUS
 from mist.platform.calibration import Calibration, Profiles
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
@@ -198,10 +199,7 @@ def _measured(gpu: str | None, machine: Loaded[Machine], software: Loaded[Runtim
         raise PlatformError(
             f"--gpu {gpu}: {machine.path} is of {profile.device.name}. Leave --gpu out."
         )
-    try:
-        profiles = profile.with_runtime(software.profile)
-    except KeyError as error:
-        raise PlatformError(f"{machine.path} has a value that is none: {error.args[0]}.") from error
+    profiles = profile.with_runtime(software.profile)
     names = (profile.device.name, profile.cluster.name, f"{profile.runtime}-{profile.device.name}")
     return profiles, dict.fromkeys(names, machine.sha256)
 
@@ -229,6 +227,10 @@ def count_nodes(num_gpus: int, cluster: Cluster) -> int:
         raise PlatformError(
             f"--gpus {num_gpus}: {cluster.name} has at most {limit * per_node} GPUs "
             f"(nodes: {limit}, GPUs per node: {per_node}). Try --gpus {limit * per_node}."
+        )
+    if num_gpus > MOST_GPUS:
+        raise PlatformError(
+            f"--gpus {num_gpus} is more than Mist plans for. Use at most {MOST_GPUS}."
         )
     if num_gpus > per_node and num_gpus % per_node:
         below = num_gpus // per_node * per_node  # and the next is within the limit, a multiple too

@@ -13,7 +13,7 @@ _NARROWEST = 120
 
 def say(text: str = "") -> None:
     """A line of plain text, never wrapped or marked up."""
-    _console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    _console().print(printable(text), soft_wrap=True)
 
 
 def say_note(text: str) -> None:
@@ -31,9 +31,10 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
         table.add_column(name, justify="left" if words else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
-    _console().print(table, markup=False, highlight=False)
+    _console().print(table)
 
 
 def _console() -> Console:
-    console = Console()
-    return Console(width=max(console.width, _NARROWEST))
+    # A name with brackets is no markup, neither in a line nor in a cell.
+    width = max(Console().width, _NARROWEST)
+    return Console(width=width, markup=False, highlight=False, emoji=False)

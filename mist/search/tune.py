@@ -23,6 +23,8 @@ are compared with it, and the gap covers it. Bounds never change the optimum.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import NoReturn
 
 import numpy as np
 
@@ -52,6 +54,10 @@ from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 
 COUNTED = ("groups", "groups_pruned", "groups_solved", "groups_left", "stages_evaluated", "points")
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,24 +147,25 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     limits: Limits,
     num_alternatives: int,
     progress: Progress,
-    is_late: Callable[[], bool] = lambda: False,
+    is_late: Callable[[], bool] = _never,
+    is_over: Callable[[], bool] = _never,
     method: Method = "both",
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
-    there is one. `method`: what solves and confirms the winner. Raises Infeasible when no layout
-    fits, InputError when the space is empty.
+    there is one; `is_over` ends it without one, and the listing of groups before it. `method`: what
+    solves and confirms the winner. Raises Infeasible when no layout fits, InputError when the space
+    is empty or nothing was found in time.
     """
     search = _Search(job=job, space=space, num_alternatives=num_alternatives)
-    work = _work(job, space, limits)
-    if not work:
-        raise InputError(_no_group_words(job, space))
-    num_groups, left_s = len(work), math.inf
+    work, is_whole = _work(job, space, limits, is_over)
+    # Of groups that were not even listed nothing is known: no step is too short for them.
+    num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
         for done, visit in enumerate(work):  # it grows: some groups are visited twice
-            if is_late() and search.best is not None:
-                left_s = _least_bound(work[done:])
+            if (is_over if search.best is None else is_late)():
+                is_whole, left_s = False, min(left_s, _least_bound(work[done:]))
                 break
             _put(work, _visit(search, visit))
             if is_due(done + 1, len(work)):
@@ -166,20 +173,40 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     except KeyboardInterrupt:
         if search.best is None:
             raise
-        left_s = _least_bound(work[done:])
+        left_s = min(left_s, _least_bound(work[done:]))
     search.counts["groups_left"] = num_groups - search.counts["groups"]
     if search.best is None:
-        raise Infeasible(f"{job.facts.name} does not fit.")
+        _refuse(job, search, len(work), is_whole=is_whole)
     return _refined(search, _prove(search, search.best, left_s, method))
 
 
-def _work(job: Job, space: SearchSpace, limits: Limits) -> list[_Visit]:
-    """Every group, in the order of the search."""
-    found = [
-        _Visit(bound_s=lower_bound_s(job, group), group=group, limits=limits)
-        for group in groups(job, space)
-    ]
-    return sorted(found, key=lambda visit: visit.order)
+def _work(
+    job: Job, space: SearchSpace, limits: Limits, is_over: Callable[[], bool]
+) -> tuple[list[_Visit], bool]:
+    """The groups in the order of the search, and whether these are all.
+
+    A batch with many divisors has thousands. Raises InputError where there are none.
+    """
+    found, is_whole = [], True
+    for group in groups(job, space):
+        found.append(_Visit(bound_s=lower_bound_s(job, group), group=group, limits=limits))
+        if is_over():
+            is_whole = False
+            break
+    if not found:
+        raise InputError(_no_group_words(job, space))
+    return sorted(found, key=lambda visit: visit.order), is_whole
+
+
+def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> NoReturn:
+    """Nothing fits, or nothing was found in time: these are two answers."""
+    if is_whole:
+        raise Infeasible(f"{job.facts.name} does not fit.")
+    raise InputError(
+        f"--time-limit: no layout of {job.facts.name} that fits was found in time, in "
+        f"{search.counts['groups']} of {num_groups} groups of layouts or more. Allow more time, or "
+        "restrict more."
+    )
 
 
 def _put(work: list[_Visit], more: Sequence[_Visit]) -> None:
@@ -327,21 +354,28 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
 
 
 def landscape(
-    job: Job, space: SearchSpace, *, limits: Limits, within_s: float
+    job: Job,
+    space: SearchSpace,
+    *,
+    limits: Limits,
+    within_s: float,
+    is_over: Callable[[], bool] = _never,
 ) -> Iterator[PricedLayout]:
     """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
 
     With all layers at each memory level, and with as much recomputation as fits the limits. Of an
-    interleaved pipeline only the one with most chunks: it fills fastest and holds least.
+    interleaved pipeline only the one with most chunks: it fills fastest and holds least. Ends when
+    `is_over`.
     """
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
     deepest: dict[tuple[object, ...], Group] = {}
-    for group in sorted(groups(job, space), key=lambda group: group.schedule.vpp):
+    known = takewhile(lambda _: not is_over(), groups(job, space))
+    for group in sorted(known, key=lambda group: group.schedule.vpp):
         if lower_bound_s(job, group) <= within_s:
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
             deepest[*key, *group.strategies["tp"]] = group
-    for group in deepest.values():
+    for group in takewhile(lambda _: not is_over(), deepest.values()):
         levels = levels_under(space, group.schedule.kind)
         whole = [(replace(space, levels=(level,)), anything) for level in levels]
         model = GroupModel(job, group, group.strategies, space)

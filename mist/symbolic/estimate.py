@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mist.errors import PlatformError
 from mist.plans.plan import (
     Estimate,
     Layout,
@@ -17,6 +19,10 @@ from mist.platform import OpCosts, extrapolations, op_costs
 from mist.symbolic.job import Job
 from mist.symbolic.pipeline_costs import stage_outputs
 from mist.symbolic.program import MEMORY_PARTS, TIME_PARTS, stage_model
+from mist.units import LARGEST_INTEGER
+
+SHORTEST_S: Final = 1e-9
+LONGEST_S: Final = 1e15  # of a step; a year has 3e7
 
 NOT_MODELLED = (
     "data loading, checkpoint writing, evaluation and restarts",
@@ -32,6 +38,8 @@ def estimate(job: Job, layout: Layout) -> Estimate:
     Args:
         job: model, platform and workload.
         layout: its stages in order, G micro-batches per step, and their schedule.
+
+    Raises PlatformError where figures of the profiles give no time or memory at all.
     """
 
     def priced(laws: OpCosts) -> Mapping[str, NDArray[np.float64]]:
@@ -45,6 +53,7 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         stable_s, spare_time(schedule.kind, columns["weight_s"]), chunks=schedule.vpp
     )
     step_s = float(step_time(num_micro_batches, stable_s, lone_s, fill_s))
+    _refuse_absurd(job, columns, step_s)
     slowest = int(stable_s.argmax())
     busy_s = (num_micro_batches - 1) * stable_s[slowest] + lone_s[slowest]
     flop_per_s = (
@@ -69,6 +78,20 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         extrapolated=extrapolations(job.laws, priced),
         not_modelled=NOT_MODELLED,
     )
+
+
+def _refuse_absurd(job: Job, columns: Mapping[str, NDArray[np.float64]], step_s: float) -> None:
+    """Raise PlatformError for numbers that no machine gives: comparing NaN says "fits"."""
+    finite = all(np.isfinite(values).all() for values in columns.values())
+    if not (finite and SHORTEST_S <= step_s <= LONGEST_S) or (
+        max(columns["peak_bytes"].max(), columns["host_bytes"].max()) > LARGEST_INTEGER
+    ):
+        names = ", ".join(job.platform.profile_hashes())
+        raise PlatformError(
+            f"a step of {job.facts.name} is predicted to take {step_s:.3g} s and "
+            f"{columns['peak_bytes'].max():.3g} bytes, which cannot be. Look at the figures of "
+            f"{names} (mist profiles show NAME), and at the sizes asked for."
+        )
 
 
 def model_flop(job: Job) -> float:

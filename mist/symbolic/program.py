@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from types import CodeType
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.model.summary import ModelFacts, Traffic
 from mist.plans.host_memory import pinned_bytes
+from mist.plans.plan import MemoryPart, TimePart
 from mist.platform import OpCosts
 
 # The functions of numpy that sympy prints for what `mist.trace.codec` lets into a trace.
@@ -32,8 +34,8 @@ SCOPE = {
     **{name: getattr(np, name) for name in FUNCTIONS},
 }
 
-TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "offload", "p2p")
-MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allocator")
+TIME_PARTS: tuple[TimePart, ...] = get_args(TimePart)
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 
 Column = NDArray[np.float64]
 Columns = Mapping[str, ArrayLike]
@@ -81,7 +83,9 @@ class Bound:
         """The outputs by name."""
         args = [np.asarray(columns[name], dtype=np.float64) for name in self.program.inputs]
         shape = np.broadcast_shapes(*(arg.shape for arg in args))
-        values = self.call(*args)
+        # Figures that are absurd together overflow; `estimate` refuses what comes of them.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self.call(*args)
         return {
             name: _spread(np.asarray(value, dtype=np.float64), shape)
             for name, value in zip(self.program.outputs, values, strict=True)

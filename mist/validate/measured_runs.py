@@ -1,13 +1,17 @@
 """Measured runs from a CSV file: one configuration a row, with what was measured of it."""
 
 import csv
+import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TypeVar, cast, get_args
+from typing import Final, TypeVar, cast, get_args
 
+from mist.documents import read_text
 from mist.errors import InputError
+
+MOST: Final = 1e15  # of anything in a row: beyond it sums of counts are not exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +101,12 @@ def read_stages(path: Path) -> Stages:
 def _read(path: Path, shape: type[Row]) -> tuple[Row, ...]:
     needed = [f.name for f in fields(shape) if f.default is MISSING]
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            absent = [name for name in needed if name not in (rows.fieldnames or ())]
-            if absent:
-                raise InputError(f"{path} has no column {' or '.join(absent)}.")
-            return tuple(_row(path, line, row, shape) for line, row in enumerate(rows, start=2))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        absent = [name for name in needed if name not in (rows.fieldnames or ())]
+        if absent:
+            raise InputError(f"{path} has no column {' or '.join(absent)}.")
+        return tuple(_row(path, line, row, shape) for line, row in enumerate(rows, start=2))
+    except csv.Error as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
 
 
@@ -120,9 +123,19 @@ def _row(path: Path, line: int, row: dict[str, str], shape: type[Row]) -> Row:
             continue
         kind = cast(type, item.type if item.default is MISSING else get_args(item.type)[0])
         try:
-            values[item.name] = kind(float(text)) if text else item.default
+            values[item.name] = _number(text, kind) if text else item.default
         except ValueError:
-            raise InputError(f"{path}, line {line}: {item.name} {text!r} is no number.") from None
+            raise InputError(
+                f"{path}, line {line}: {item.name} {text:.40} is no number that a run can have."
+            ) from None
         if values[item.name] is MISSING:
             raise InputError(f"{path}, line {line}: {item.name} is blank.")
     return shape(**values)  # type: ignore[arg-type]
+
+
+def _number(text: str, kind: type) -> float:
+    """A number of a table, of that type. Raises ValueError for what no run has."""
+    number = float(text)
+    if not 0 <= number <= MOST or (number % 1 and kind is int):
+        raise ValueError(text)
+    return int(number) if kind is int else number

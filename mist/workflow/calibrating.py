@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -86,7 +87,13 @@ def calibrate(
                 f"{pairs[0][0]} for {' on '.join(_names(first))}. Calibrate each by itself."
             )
     count = max(len(runs) // 2, 1)
-    before = {name: _value(first, name) for name in CONSTANTS[:count]}
+    known = {name: _value(first, name) for name in CONSTANTS}
+    # A constant of 0 is of something that is not there: no factor changes it.
+    before = dict(islice(((name, value) for name, value in known.items() if value), count))
+    if not before:
+        raise InputError(
+            f"nothing can be fitted: {', '.join(CONSTANTS)} are 0 for {' on '.join(_names(first))}."
+        )
     ranges = {
         name: Range(start=value, least=value / FACTOR, most=value * FACTOR)
         for name, value in before.items()

@@ -32,6 +32,7 @@ from mist.rules.rule import broken
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
+from mist.units import parse_whole
 from mist.workflow.advice import suggestions
 from mist.workflow.plan_against_job import pipeline_faults, plan_against
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
@@ -73,8 +74,8 @@ class HandLayout(_KnobFields):  # type: ignore[misc]  # a generated class
         for knob in TYPED_KNOBS:
             value = getattr(self, knob.field)
             if not knob.means(value):
-                raise InputError(f"--{knob.word} {value} {knob.complaint}.")
-        if self.checkpoint not in CHECKPOINTS and not self.checkpoint.isdecimal():
+                raise InputError(f"--{knob.word} {value} {knob.complaint(value)}.")
+        if self.checkpoint not in CHECKPOINTS and not _is_count(self.checkpoint):
             raise InputError(
                 f"--checkpoint {self.checkpoint} is neither {', '.join(CHECKPOINTS)} "
                 "nor a number of layers."
@@ -93,6 +94,14 @@ class HandLayout(_KnobFields):  # type: ignore[misc]  # a generated class
         return memory_of(num_layers, KEEPS_ALL, int(self.checkpoint))
 
 
+def _is_count(text: str) -> bool:
+    """Whether a word is a whole number from 0 up."""
+    try:
+        return parse_whole(text) >= 0
+    except ValueError:
+        return False
+
+
 def _check_split(layout: HandLayout) -> None:
     """Refuse a stated split that has not a number of layers for each chunk of each stage."""
     words, num_parts = ",".join(map(str, layout.layers)), layout.pp * layout.vpp
@@ -109,7 +118,7 @@ def _check_split(layout: HandLayout) -> None:
 def layers_of(words: str) -> tuple[int, ...]:
     """Layers of each stage from "8,8,7"; none from "". Raises InputError for what is none."""
     try:
-        return tuple(int(word) for word in words.split(",")) if words else ()
+        return tuple(map(parse_whole, words.split(","))) if words else ()
     except ValueError:
         raise InputError(
             f"--layers {words}: expected whole numbers with commas between them (8,8,7)."

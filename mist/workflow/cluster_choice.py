@@ -4,7 +4,6 @@ The model is traced once; its costs are compiled once for each runtime as it is 
 number of GPUs of a single cluster is one plain search.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
@@ -30,6 +29,9 @@ from mist.workflow.planning import (
 from mist.workflow.request import Question, compiled, platform_of
 
 NO_PRICE: Final = "nobody said"
+LEAST_PRICE_USD: Final = 1e-6
+MOST_PRICE_USD: Final = 1e6
+MOST_TOKENS_TRAINED: Final = 1e18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +56,16 @@ class Offer:
                 f"{len(self.clusters)} clusters. Give one for all, or one for each."
             )
         for price in self.prices_usd:
-            if not 0 < price < math.inf:
-                raise InputError(f"--price {price:g} is no positive number of USD per GPU hour.")
-        if self.tokens is not None and not 0 < self.tokens < math.inf:
-            raise InputError(f"--tokens {self.tokens:g} is no positive number. Try --tokens 2e12.")
+            if not LEAST_PRICE_USD <= price <= MOST_PRICE_USD:
+                raise InputError(
+                    f"--price {price:g} is no number of USD per GPU hour from {LEAST_PRICE_USD:g} "
+                    f"to {MOST_PRICE_USD:g}."
+                )
+        if self.tokens is not None and not 1 <= self.tokens <= MOST_TOKENS_TRAINED:
+            raise InputError(
+                f"--tokens {self.tokens:g} is no number of tokens from 1 to "
+                f"{MOST_TOKENS_TRAINED:g}. Try --tokens 2e12."
+            )
 
 
 def offer_of(gpus: str, clusters: str | None, price: str | None, tokens: float | None) -> Offer:

@@ -4,12 +4,13 @@ Of a range A..B: the powers of two, and the multiples of a node, that the cluste
 they are more than MOST_COUNTS, only multiples of 2, 4, 8, ... nodes beside the powers of two.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Final
 
 from mist.errors import InputError
+from mist.plans.workload import MOST_GPUS
 from mist.platform import Cluster
+from mist.units import parse_whole
 
 MOST_COUNTS: Final = 12
 EXPECTED: Final = "expected a number (16), a list (8,16,24) or a range (8..64)"
@@ -31,8 +32,17 @@ class Counts:
 
 def counts_of(text: str) -> Counts:
     """What `--gpus` says. Raises InputError when it cannot be read."""
-    if found := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-        first, last = int(found[1]), int(found[2])
+    try:
+        return _counts(text)
+    except ValueError:
+        raise InputError(f"--gpus {text}: {EXPECTED}.") from None
+
+
+def _counts(text: str) -> Counts:
+    """The same. Raises ValueError for what is no number."""
+    first_word, dots, last_word = text.partition("..")
+    if dots:
+        first, last = parse_whole(first_word), parse_whole(last_word)
         if first < 1:
             raise InputError(f"--gpus {text}: a plan needs at least one GPU. Try --gpus 1..{last}.")
         if first > last:
@@ -40,17 +50,18 @@ def counts_of(text: str) -> Counts:
                 f"--gpus {text}: {first} is more than {last}. Try --gpus {last}..{first}."
             )
         return Counts(text=text, listed=(), first=first, last=last)
-    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        raise InputError(f"--gpus {text}: {EXPECTED}.")
-    return Counts(text=text, listed=tuple(sorted({int(word) for word in text.split(",")})))
+    return Counts(text=text, listed=tuple(sorted(set(map(parse_whole, text.split(","))))))
 
 
 def _in_range(counts: Counts, cluster: Cluster) -> tuple[int, ...]:
     per_node, nodes = cluster.num_gpus_per_node, cluster.num_nodes_limit
-    last = counts.last if nodes is None else min(counts.last, nodes * per_node)
+    last = min(counts.last, MOST_GPUS if nodes is None else min(nodes * per_node, MOST_GPUS))
     powers = {1 << bit for bit in range(last.bit_length())}
     able = {n for n in powers if counts.first <= n <= last and (n <= per_node or n % per_node == 0)}
     step = per_node
+    # Of a range of a billion no list is made: multiples are counted first.
+    while last // step - (counts.first - 1) // step > MOST_COUNTS:
+        step *= 2
     while True:
         start = -(-counts.first // step) * step
         found = able | set(range(start, last + 1, step))

@@ -6,11 +6,13 @@ where the user named it on the command line, or where the user trusts the plan. 
 plan proves nothing: whoever writes the plan writes it.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from mist.errors import InputError
+from mist.files import is_file, user_path
 from mist.plans.plan import Plan
 from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.request import OBJECT
@@ -44,10 +46,10 @@ def model_of(
             "Set model.source to a file with build_model()."
         )
     beside = path.parent / source
-    if beside.exists() and not Path(source).exists():
+    if os.path.exists(beside) and not os.path.exists(source):
         source = str(beside)
-    file = Path(source).expanduser()
-    if file.suffix == ".py" and file.is_file():
+    file = user_path(source)
+    if file.suffix == ".py" and is_file(file):
         # Links are followed: a folder that was unpacked may hold one that leads out of it.
         under_here = file.resolve().is_relative_to(Path.cwd().resolve())
         if not (access.trust or under_here):

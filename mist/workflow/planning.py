@@ -38,6 +38,7 @@ from mist.workflow.request import (
 from mist.workflow.sensitivity import PipelineTimes, change_words, memory_words, pipeline_of
 
 MOST_EXCLUDED: Final = 3
+GRACE_S: Final = 2.0  # after a time limit: to find a first layout, and for the picture
 SOLVERS: Final[Mapping[Method, str]] = MappingProxyType(
     {
         "dp": "dynamic program",
@@ -63,7 +64,8 @@ class Planned:
 class Effort:
     """What a search makes least, and how far it goes.
 
-    After `time_limit_s` of processor time the best layout so far is the answer, with its gap.
+    After `time_limit_s` of processor time the best layout so far is the answer, with its gap;
+    `GRACE_S` later there is none. Raises InputError for a limit that is no time.
     """
 
     objective: Objective = Objective.THROUGHPUT
@@ -71,6 +73,23 @@ class Effort:
     progress: Progress = quiet
     time_limit_s: float = math.inf
     method: Method = "both"
+
+    def __post_init__(self) -> None:
+        if not self.time_limit_s >= 0:  # nor is nan a limit
+            raise InputError(f"--time-limit {self.time_limit_s}: expected seconds from 0 up.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Deadline:
+    """The processor time of this process at which the limit of a search has passed."""
+
+    end_s: float
+
+    def is_late(self) -> bool:
+        return process_time() > self.end_s
+
+    def is_over(self) -> bool:
+        return process_time() > self.end_s + GRACE_S
 
 
 DEFAULT_EFFORT: Final = Effort()
@@ -100,12 +119,16 @@ def search_plan(
     start = perf_counter()
     job = job_of(question, programs)
     limits = limits_of(job, question)
+    deadline = _Deadline(end_s=process_time() + effort.time_limit_s)
     try:
-        tuned, host = _search(job, space, limits, effort)
+        tuned, host = _search(job, space, limits, effort, deadline)
     except Infeasible:
         raise Infeasible(_infeasible_words(job, space, question)) from None
     seconds = perf_counter() - start
-    points = tuple(landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s))
+    within_s = 3 * tuned.best.step_s
+    points = tuple(
+        landscape(job, space, limits=limits, within_s=within_s, is_over=deadline.is_over)
+    )
     plan = _assemble(job, question, space, tuned, effort)
     row = OBJECTIVES[effort.objective]
     if not row.least_memory:
@@ -120,13 +143,14 @@ def search_plan(
     )
 
 
-def _search(job: Job, space: SearchSpace, limits: Limits, effort: Effort) -> tuple[Tuned, HostNeed]:
+def _search(
+    job: Job, space: SearchSpace, limits: Limits, effort: Effort, deadline: _Deadline
+) -> tuple[Tuned, HostNeed]:
     """The best layout, and what it needs of host memory.
 
     The search sees to what is offloaded. Where its best cannot be loaded beside that, it searches
     again with room for what each rank draws. Raises Infeasible.
     """
-    end = process_time() + effort.time_limit_s
 
     def best(limits: Limits) -> Tuned:
         allowed, within = _objective(job, space, limits, effort.objective)
@@ -136,7 +160,8 @@ def _search(job: Job, space: SearchSpace, limits: Limits, effort: Effort) -> tup
             limits=within,
             num_alternatives=effort.num_alternatives,
             progress=effort.progress,
-            is_late=lambda: process_time() > end,
+            is_late=deadline.is_late,
+            is_over=deadline.is_over,
             method=effort.method,
         )
 

@@ -60,7 +60,7 @@ def test_the_first_steps_of_a_log_are_left_out(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{}", "is no log of a run"),
-        ("not json", "is no log of a run"),
+        ("not json", "is not valid JSON"),
         ('{"steps": []}', "has no steps with seconds above 0"),
         ('{"steps": [{"seconds": 0}]}', "has no steps with seconds above 0"),
         ('{"steps": [{"seconds": "soon"}]}', "is no log of a run"),

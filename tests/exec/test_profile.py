@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mist.cli import app
+from mist.cli.application import app
 from mist.errors import InputError, MistError, PlatformError
 from mist.exec.profiling import Request
 from mist.plans.file import save_plan
@@ -146,5 +146,5 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, object], message:
 def test_a_value_that_the_runtime_lacks_is_told(path: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(path.read_text().replace("runtime.host.layer_launch_s", "runtime.host.none"))
-    with pytest.raises(MistError, match=r"has a value that is none: HostLaunch has no none\."):
+    with pytest.raises(MistError, match=r"runtime\.host\.none: HostLaunch has no figure none\."):
         load_platform(num_gpus=2, gpu=None, cluster=str(broken), runtime="torch")

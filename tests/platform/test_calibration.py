@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mist.errors import PlatformError
 from mist.plans.provenance import Kind
 from mist.platform import load_platform
 from mist.platform.calibration import Calibration
@@ -47,7 +48,7 @@ def test_what_a_profile_does_not_have_is_refused() -> None:
         load_cluster("dgx-h100").profile,
         load_runtime("torch").profile,
     )
-    with pytest.raises(KeyError, match="has no patience_s"):
+    with pytest.raises(PlatformError, match="HostLaunch has no figure patience_s"):
         calibration("runtime.host.patience_s").applied(held)
     with pytest.raises(ValueError, match="does not begin with"):
         calibration("weather.rain")

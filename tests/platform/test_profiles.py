@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_ratios_are_ratios() -> None:
 
 
 def test_bandwidth_ratios_are_the_words_of_the_graph() -> None:
-    assert set(BandwidthRatios.__dataclass_fields__) == {word.value for word in Traffic}
+    assert {item.name for item in fields(BandwidthRatios)} == {word.value for word in Traffic}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def edited(tmp_path: Path, source: str, old: str, new: str) -> Path:
             "clusters/l4-box.yaml",
             "gpus_per_node: {value: 8",
             "gpus_per_node: {value: 7.5",
-            ".: gpus_per_node and max_nodes must be whole, found 7.5",
+            ".: gpus_per_node and max_nodes must be whole numbers from 1 to 1048576, found 7.5",
             id="half a GPU",
         ),
         pytest.param(

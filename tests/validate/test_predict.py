@@ -123,7 +123,7 @@ OTHER = ROW.replace("llama-1", "llama-2").replace("H100-80GB-SXM", "abacus")
 def test_a_file_of_runs_is_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mist.cli import app
+    from mist.cli.application import app
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     runs, out = tmp_path / "runs.csv", tmp_path / "predictions.csv"

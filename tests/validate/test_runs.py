@@ -21,7 +21,10 @@ def test_blank_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEAD + "a,here,many,,,\n", "{path}, line 2: n_layers 'many' is no number."),
+        (
+            HEAD + "a,here,many,,,\n",
+            "{path}, line 2: n_layers many is no number that a run can have.",
+        ),
         (HEAD + "a,here,,,,\na,there,,,,\n", "{path} has run a twice."),
         ("run_id\na\n", "{path} has no column source."),
         ("", "{path} has no column run_id or source."),

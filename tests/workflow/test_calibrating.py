@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mist.cli import app
+from mist.cli.application import app
 from mist.errors import InputError
 from mist.plans.file import save_plan
 from mist.plans.search_space import NO_RATIOS, SearchSpace

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mist.calibrate.run_comparison import RunComparison
-from mist.cli import app
+from mist.cli.application import app
 from mist.errors import InputError
 from mist.plans.file import save_plan
 from mist.units import GIB

@@ -4,14 +4,15 @@ What such files say of themselves is read here, without torch and without their 
 the length of its header (8 bytes), the header (JSON: of each tensor dtype, shape and place), bytes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from mist.documents import parse_json, read_json
 from mist.errors import InputError
+from mist.files import is_file, is_folder
 from mist.trace.models.source import PythonSource, resolve
 
 SINGLE: Final = "model.safetensors"
@@ -46,7 +47,7 @@ def folder_beside(source: str) -> Path | None:
 
 def check(folder: Path) -> None:
     """Raise InputError unless a folder has weights whose files are whole. Reads headers only."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"--weights {folder} is no folder. Give one with {SINGLE} in it.")
     tensors_of(folder)
 
@@ -62,7 +63,7 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} has {content}. Save the model again (save_pretrained writes {SINGLE}), "
             f"{INSTEAD}."
         )
-    if (folder / SINGLE).is_file():
+    if is_file(folder / SINGLE):
         return _header(folder / SINGLE)
     places = _index(folder / INDEX)
     tensors = {
@@ -84,7 +85,7 @@ def some(names: list[str], count: int = 5) -> str:
 
 
 def _readable(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return is_file(folder / SINGLE) or is_file(folder / INDEX)
 
 
 def _others(folder: Path) -> list[str]:
@@ -95,13 +96,14 @@ def _others(folder: Path) -> list[str]:
 def _index(path: Path) -> dict[str, Path]:
     """The file of each tensor."""
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index: Any = read_json(path)
+        places = index["weight_map"]
         files = {str(name): path.parent / str(file) for name, file in places.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (InputError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
             f"{path} is no index of weights: {error}. Download it again, {INSTEAD}."
         ) from error
-    if missing := sorted({file.name for file in files.values() if not file.is_file()}):
+    if missing := sorted({file.name for file in files.values() if not is_file(file)}):
         raise InputError(
             f"{path.parent} lacks {some(missing)}, which {INDEX} names. Download the rest, "
             f"{INSTEAD}."
@@ -116,11 +118,11 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             size = int.from_bytes(file.read(8), "little")
             if not 0 < size <= MAX_HEADER_BYTES:
                 raise ValueError("its header has no length")
-            rows = json.loads(file.read(size))
+            rows: Any = parse_json(file.read(size), path)
         rows.pop("__metadata__", None)
         tensors = {name: _tensor(path, row) for name, row in rows.items()}
         ends = [int(row["data_offsets"][1]) for row in rows.values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no safetensors file: {error}. Download it again, {INSTEAD}."
         ) from error

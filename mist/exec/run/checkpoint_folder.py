@@ -6,7 +6,6 @@ holds the lock, which the system gives back when the run's processes are gone, h
 """
 
 import fcntl
-import json
 import os
 import re
 import sys
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from mist.documents import read_json
 from mist.errors import InputError, OutputError
+from mist.files import is_file
 
 NAME: Final = re.compile(r"step-(\d+)")
 FACTS: Final = "mist.json"
@@ -33,7 +34,7 @@ class Checkpoint:
     @property
     def order(self) -> tuple[int, int]:
         """The order of writing; checkpoints of earlier versions are ordered by step alone."""
-        return int(self.facts.get("order", 0)), self.step
+        return self.facts.get("order", 0), self.step
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -43,14 +44,17 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def _ours(path: Path) -> bool:
-    return (path / FACTS).is_file()
+    return is_file(path / FACTS)
 
 
 def _read(path: Path) -> Checkpoint:
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        return Checkpoint(path=path, step=int(facts["step"]), facts=facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        facts: Any = read_json(path / FACTS)
+        step, order = facts["step"], facts.get("order", 0)
+        if type(step) is not int or type(order) is not int or step < 0:
+            raise ValueError("its step is no count")
+        return Checkpoint(path=path, step=step, facts=facts)
+    except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"checkpoint {path} is damaged: {FACTS} cannot be read ({error}). Remove {path} to go "
             "on from the one before."
@@ -59,7 +63,7 @@ def _read(path: Path) -> Checkpoint:
 
 def refuse_used(folder: Path, *, resume: bool) -> None:
     """Raise InputError for a folder that a run must not write into."""
-    if folder.exists() and not folder.is_dir():
+    if is_file(folder):
         raise InputError(f"--checkpoint {folder} is a file. Give a folder.")
     foreign = [p.name for p in folder.glob("step-*") if NAME.fullmatch(p.name) and not _ours(p)]
     if foreign:

@@ -11,11 +11,13 @@ before may have had another layout. The file appears whole or not at all, after 
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mist.documents import read_json
 from mist.errors import InputError, printable
 from mist.files import write_text
 from mist.units import GIB
@@ -58,12 +60,12 @@ class RunLog:
 
 def steps_of(path: Path) -> list[dict[str, Any]]:
     """The steps in a log of an earlier run, none where there is no file. Raises InputError."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["steps"]
-        return [{**row, "step": int(row["step"])} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data: Any = read_json(path, is_finite=False)  # the loss of a step may be no number
+        return [{**row, "step": int(row["step"])} for row in data["steps"]]
+    except (InputError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--log {path} is no log of a run, and --resume would write into it. Give another file."
         ) from error

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from mist.errors import ModelError, TraceError, did_you_mean
 from mist.plans.workload import Attention, Precision
@@ -32,6 +33,7 @@ MakeBatch = Callable[[Size, Size], object]
 Number = int | float | torch.SymInt | torch.Tensor
 Loss = Callable[..., object]  # a mean, or the pair (sum over tokens, number of tokens)
 
+MOST_MODULES: Final = 2**18  # a model with a module for each of its 15,000 experts has a third
 OURS: Final = Path(__file__).resolve().parents[2]
 TOKENS, IMAGES = "input_ids", "pixel_values"
 LABELS: Final = "labels"
@@ -192,7 +194,7 @@ def _from_config(
         with patch.object(constants, "HF_HUB_OFFLINE", True):
             known = AutoConfig.for_model(model_type, **config)
             build = _class_of(label, known)._from_config
-            with torch.device("meta"):
+            with torch.device("meta"), _bounded():
                 model: nn.Module = build(known, dtype=DTYPES[precision], **kernel)
     except ModelError:
         raise
@@ -206,6 +208,24 @@ def _from_config(
             "Python file with build_model() and make_batch(batch, seq)."
         )
     return model
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Within: a model of more than `MOST_MODULES` modules is refused before memory is full."""
+    count = 0
+
+    def counted(module: nn.Module, name: str, part: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise ModelError(f"the model has more than {MOST_MODULES:,} modules. Build fewer.")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _class_of(label: str, config: "PreTrainedConfig") -> "type[PreTrainedModel]":
@@ -257,7 +277,7 @@ def _build(source: PythonSource, build: object) -> nn.Module:
             "torch.nn.Module."
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _bounded():
             module = build()
     except (Exception, SystemExit) as error:
         raise ModelError(

@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from mist.documents import read_json, read_text
 from mist.errors import InputError, ModelError, did_you_mean
+from mist.files import is_file, is_folder, user_path
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.presets import PRESETS
 
@@ -18,6 +20,12 @@ FETCHING: Final = re.compile(
 OWN_KERNELS: Final = (None, False, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 Policy = Literal["cuda", "cpu"]
+# Words in the names of numbers of parts, which transformers makes one by one; a key that ends as
+# SIZE is the size of something. A thousand layers is the most that anybody trained.
+MOST_PARTS: Final = {"layer|block|stage|depth|repeat": 4096, "expert|head": 2**16, "label": 2**20}
+SIZE: Final = re.compile(
+    r"(size|sizes|dim|dims|len|length|tokens|positions|embeddings|factor|theta|base|id|eps|scale)$"
+)
 MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -100,12 +108,12 @@ def resolve(source: str) -> Source:
 
     Raises ModelError when there is no such thing, or when it is no model description.
     """
-    path = Path(source).expanduser()
-    if source in PRESETS and not path.exists():
+    path = user_path(source)
+    if source in PRESETS and not (is_file(path) or is_folder(path)):
         return ConfigSource(label=f"preset {source}", name=source, config=PRESETS[source])
-    if path.is_dir():
+    if is_folder(path):
         return _folder(path)
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(
             f"model {source!r} is neither a file, a folder with a config.json, nor a preset. "
             f"{did_you_mean(source, PRESETS)}"
@@ -114,7 +122,7 @@ def resolve(source: str) -> Source:
         return _config(path)
     if path.suffix == ".py":
         name = path.stem.replace("_", "-")
-        return PythonSource(label=str(path), name=name, path=path, text=_read(path))
+        return PythonSource(label=str(path), name=name, path=path, text=read_text(path, ModelError))
     raise ModelError(
         f"model {source!r} is a {path.suffix or 'nameless'} file. "
         "Give a Python file with build_model(), a Hugging Face config.json, or a preset: "
@@ -124,7 +132,7 @@ def resolve(source: str) -> Source:
 
 def _folder(folder: Path) -> ConfigSource:
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(
             f"folder {str(folder)!r} holds no config.json. "
             "Give the folder of a Hugging Face model, or a Python file with build_model()."
@@ -133,20 +141,30 @@ def _folder(folder: Path) -> ConfigSource:
 
 
 def _config(path: Path) -> ConfigSource:
-    try:
-        config = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    # Configurations of some models have an infinite limit, which Python writes as Infinity.
+    config = read_json(path, ModelError, is_finite=False)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(
             f"{path} has no model_type, so it is not a Hugging Face model configuration. "
             'Add for example "model_type": "llama".'
         )
     _refuse_fetching(path, config)
+    _refuse_counts(path, config)
     absolute = path.resolve()
     stem = absolute.parent.name if absolute.name == "config.json" else absolute.stem
     name = Path(str(config.get("_name_or_path") or stem)).name.lower()
     return ConfigSource(label=str(path), name=name, config=config)
+
+
+def _refuse_counts(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a number of parts, at any depth, that would be built one by one."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_counts(path, value)
+        elif isinstance(value, int | float) and not SIZE.search(key):
+            for word, most in MOST_PARTS.items():
+                if re.search(word, key) and value > most:
+                    raise ModelError(f"{path} has {key} {value}: Mist builds at most {most}.")
 
 
 def _refuse_fetching(path: Path, config: Mapping[str, Any]) -> None:
@@ -169,10 +187,3 @@ def _leaves(value: object) -> list[object]:
     if isinstance(value, dict):
         return [*value.values()]
     return value if isinstance(value, list) else [value]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.") from error

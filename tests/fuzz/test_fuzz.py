@@ -1,0 +1,54 @@
+"""A few cases of every category of `make fuzz`, evenly: none ends badly."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.categories import CATEGORIES
+from tests.fuzz.judge import ended
+from tests.fuzz.mutation import Rng, mutate, places
+from tests.fuzz.workspace import Workspace, made
+
+# Three hundred in all, in 15 s of processor time. Configurations are built by transformers, which
+# takes a second each: `make fuzz` has as many of them as of others.
+CASES = dict.fromkeys(CATEGORIES, 42) | {"configs": 16, "tables": 16, "caches": 16}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return made(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.filterwarnings("ignore")  # as a process of its own has them; the judge reads them
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_no_input_ends_badly(category: str, workspace: Workspace) -> None:
+    cases = [ended(category, number, workspace) for number in range(CASES[category])]
+    bad = [f"{each.name} {each.argv}: {each.faults}\n{each.err[-500:]}" for each in cases]
+    assert not [words for words, each in zip(bad, cases, strict=True) if each.faults]
+    # Cases that all end alike would show little.
+    assert len({each.code for each in cases}) > 1 or category == "caches"
+
+
+def test_the_same_number_is_the_same_case() -> None:
+    data = {"a": [1, {"b": 2}], "c": "x"}
+    assert list(places(data)) == [("a",), ("a", 0), ("a", 1), ("a", 1, "b"), ("c",)]
+    first, second = ({"a": [1, {"b": 2}], "c": "x"} for _ in range(2))
+    for number in range(20):
+        mutate(Rng(number), first)
+        mutate(Rng(number), second)
+        assert repr(first) == repr(second)
+
+
+def test_the_judge_sees_faults(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        Path("canary").touch()
+        Path(".o.yaml.0123456789abcdef").touch()
+        print("{NaN}")
+        raise KeyError("nobody foresaw this")
+
+    monkeypatch.setattr("mist.cli.application.app", fail)
+    faults = ended("logs", 0, workspace).faults
+    assert faults[0].endswith("KeyError: 'nobody foresaw this'")
+    assert faults[1:] == ("half a file: .o.yaml.0123456789abcdef", "code of a file ran")
