@@ -66,9 +66,7 @@ def landscape_layouts(
     yield from _even(model, tables, ranges, least="stable_s", within_s=within_s)
 
 
-def _within(
-    model: GroupModel, limits: Limits, within_s: float
-) -> tuple[GroupModel, Ranges] | None:
+def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
     """The strategies and ranges of layouts that take no longer than `within_s`; None: there is none.
 
     A layout uses no other range, so that those left out do not change how its layers are split.
