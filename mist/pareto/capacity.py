@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from mist.pareto.bounds import fastest_layers
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges, kinds_of
-from mist.pareto.linear_cost import INSTANTS, LEVELS, Held, StageLines, instants
+from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
 from mist.pareto.strategies import Floats
 from mist.plans.plan import Limits
 from mist.plans.schedules import SCHEDULES
@@ -92,20 +92,13 @@ class Capacity:
         return np.asarray((self.load <= most[:, None]) & (self.load >= self.least[:, None]))
 
 
-def capacity(  # noqa: PLR0913 - a group, what a plan must keep, and how sharp the look is
-    model: GroupModel,
-    ranges: Ranges,
-    limits: Limits,
-    step_s: float,
-    *,
-    coarse: bool = False,
-    lean: GroupModel | None = None,
+def capacity(
+    model: GroupModel, ranges: Ranges, limits: Limits, step_s: float, *, coarse: bool = False
 ) -> Capacity:
     """What the positions of a group can take in a plan no slower than `step_s`.
 
     `coarse`: positions that differ in their micro-batches in flight are taken for the one of them
-    that holds fewest, which can take most. `lean`: as many strategies that stand for the bytes of
-    those of the model.
+    that holds fewest, which can take most.
     """
     layers, fastest_s = model.job.kind_prefix[:, -1], fastest_layers(model)
     weight = fastest_s if len(layers) > 1 else np.ones(1)
@@ -116,7 +109,7 @@ def capacity(  # noqa: PLR0913 - a group, what a plan must keep, and how sharp t
         is_first = bool(stages[0] == 0)  # what `together` begins with
         knapsack = _Knapsack(
             model=model,
-            lines=(model.lines(int(stages[0])), (lean or model).lines(int(stages[0]))),
+            lines=model.lines(int(stages[0])),
             held=_least(held, coarse=coarse),
             weight=weight,
             filled_s=fastest_s,
@@ -190,17 +183,9 @@ class _Knapsack:
     """The stages of one kind of position: K strategies for each of F micro-batches in flight."""
 
     def __init__(
-        self,
-        model: GroupModel,
-        lines: tuple[StageLines, StageLines],
-        held: Held,
-        weight: Floats,
-        filled_s: Floats,
+        self, model: GroupModel, lines: StageLines, held: Held, weight: Floats, filled_s: Floats
     ) -> None:
-        """`lines`: of times, and of bytes.
-
-        `weight` [Q]: load of a layer of each kind; `filled_s` [Q]: seconds of the fastest.
-        """
+        """`weight` [Q]: load of a layer of each kind; `filled_s` [Q]: seconds of the fastest."""
         self._model, self._lines, self._held = model, lines, held
         self._weight, self._filled_s = weight, filled_s
         levels = model.space.levels
@@ -265,20 +250,19 @@ class _Knapsack:
 
     def _output(self, name: str) -> tuple[Floats, Floats]:
         """What an output has on top of its layers, and for each of them."""
-        lines = self._lines[name in INSTANTS]
         levels, num_kinds = self._model.space.levels, len(self._weight)
         rows = np.array([LEVELS.index(level) for level in levels])[:, None] * num_kinds
         rows = rows + np.arange(num_kinds)
-        rises = [[lines.rise(name, row, self._held)[:, 0] for row in own] for own in rows]
+        rises = [[self._lines.rise(name, row, self._held)[:, 0] for row in own] for own in rows]
         upper, lower = self._mixes
         rates = np.concatenate([np.array(rises)[upper], np.array(rises)[lower]], axis=1)
         if num_kinds == 1:
             bits = 1 << rows[:, 0]
             mixes = (bits[upper] | bits[lower]).tolist()
-            return np.stack([lines.base(name, mix, self._held) for mix in mixes]), rates
+            return np.stack([self._lines.base(name, mix, self._held) for mix in mixes]), rates
         # A mix costs at least the constant of either level, and a level at least that of one kind.
         alone = [
-            np.min([lines.base(name, 1 << row, self._held) for row in own], axis=0)
+            np.min([self._lines.base(name, 1 << row, self._held) for row in own], axis=0)
             for own in rows.tolist()
         ]
         return np.maximum(np.array(alone)[upper], np.array(alone)[lower]), rates

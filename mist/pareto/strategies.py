@@ -395,32 +395,21 @@ def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strate
     Weights are offloaded only where gradients are. On one data-parallel rank the higher ZeRO levels
     come in, as what streams from the host.
     """
-    away = offload_tuples(job, group, space, rows)
-    if not len(away):
-        return group.strategies.take(np.zeros(0, dtype=np.int64))
-    return away.priced(job, group.num_stages, group.schedule)
-
-
-def offload_tuples(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strategies:
-    """The same, not priced."""
     space = expressible(space, job.platform.runtime)
-    base = replace(group.strategies, terms={}).take(rows)
-    return _with_ratios(
-        job, group, _with_higher_levels(base, space), _tuples(space, job.platform.runtime)
-    )
+    ratios = _tuples(space, job.platform.runtime)
+    base = group.strategies.take(rows)
+    if not len(ratios) or not len(base):
+        return base.take(np.zeros(0, dtype=np.int64))
+    return with_ratios(job, group, _with_higher_levels(base, space), ratios)
 
 
 def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Strategies:
     """Every strategy with every tuple of offload ratios [T, 4] that breaks no rule, priced."""
-    kept = _with_ratios(job, group, replace(base, terms={}), ratios)
-    return kept.priced(job, group.num_stages, group.schedule)
-
-
-def _with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Strategies:
     many = base.take(np.repeat(np.arange(len(base)), len(ratios)))
     away = np.tile(ratios, (len(base), 1))
     strategies = replace(many, **dict(zip(OFFLOADED, away.T, strict=True)))
-    return strategies.take(_keeps_rules(job, group, strategies))
+    kept = strategies.take(_keeps_rules(job, group, strategies))
+    return kept.priced(job, group.num_stages, group.schedule)
 
 
 def whole_layers(ratio: ArrayLike, count: ArrayLike) -> Floats:

@@ -67,7 +67,7 @@ def landscape_layouts(
 
 
 def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
-    """The strategies and ranges of layouts that take no longer than `within_s`; None: there is none.
+    """The strategies and ranges of layouts that take no longer than `within_s`, if there are any.
 
     A layout uses no other range, so that those left out do not change how its layers are split.
     """

@@ -29,7 +29,6 @@ from mist.pareto.capacity import capacity
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
-from mist.pareto.offload_blocks import useful_offloading
 from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
 from mist.pareto.strategies import Floats, Strategies, offloading
 from mist.pareto.unequal_meshes import NodePosition, depths, places
@@ -136,10 +135,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     # No time falls with an offload ratio: what fits everywhere as it is needs no offloading.
     short = np.flatnonzero(base.short(ranges, bounds.limits))
-    away = useful_offloading(base, short, ranges, bounds.limits, bounds.step_s)
-    if away is None:
-        return
-    model = _with(base, away, ranges, bounds.step_s)
+    model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
     sufficient = _sufficient(model, ranges, bounds)
     if sufficient is None:
         return

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mist.model.summary import LayerRun
-from mist.plans.plan import Layout, Offload, StagePlan
+from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import step_time
-from mist.plans.workload import MemoryLevel, Precision
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.symbolic.compile import compile_model
@@ -88,6 +88,31 @@ def test_runs_are_predicted_as_plans_are() -> None:
         assert one.reserved_bytes == pytest.approx(max(peaks), abs=1)
         parts = [stage.peak_bytes - stage.memory_parts_bytes["allocator"] for stage in alone.stages]
         assert one.stage_bytes == pytest.approx(parts, abs=2)
+
+
+def test_chunks_fill_the_pipeline_as_plans_do() -> None:
+    """Two stages of four layers, whole or in two chunks of two."""
+    graph = toy_graph((8,))
+    programs = compile_model(graph, toy_platform().runtime, Precision.BF16)
+    one = replace(layout(2, 2, 1, 2, 4), num_full=(0, 0))
+    seq = toy_job(graph, 16).workload.seq_len
+    cases = [
+        Case(layout=replace(one, chunks=chunks), seq_len=seq, num_gpus=16) for chunks in (1, 2)
+    ]
+    made = predict(programs, machine(), cases)
+    job = toy_job(graph, 16, global_batch=one.dp * one.micro_batch * one.num_micro_batches)
+    interleaved = tuple(
+        replace(stage, layers=((2 * i, 2), (4 + 2 * i, 2))) for i, stage in enumerate(stages(one))
+    )
+    for stage_plans, schedule, run in (
+        (tuple(stages(one)), Schedule(kind=ScheduleKind.ONE_F_ONE_B, vpp=1), made[0]),
+        (interleaved, Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2), made[1]),
+    ):
+        plan = Layout(
+            stages=stage_plans, num_micro_batches=one.num_micro_batches, schedule=schedule
+        )
+        assert run.step_s == pytest.approx(estimate(job, plan).step_s, rel=1e-5)
+    assert made[1].step_s < made[0].step_s
 
 
 def test_selective_lies_between_kept_and_recomputed() -> None:
