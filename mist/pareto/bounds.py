@@ -13,7 +13,8 @@ to stable time of any block
 
     T >= min over x of  (G - 1) max( omega / N, (tau - x) / (S - 1) ) + r x + (tau - x) / v
 
-which has straight pieces: it is least at x = 0, at x = tau / S or at x = tau. Neither offloading
+which has straight pieces: it is least at x = 0, at x = tau, or where both of the first maximum are
+the same. Neither offloading
 nor recomputation makes a stage faster than keeping everything on the device; together they may:
 recomputation leaves less to copy.
 """
@@ -55,7 +56,9 @@ def lower_bound_s(job: Job, group: Group) -> float:
         ),
         default=0.0,
     )
-    first_s = np.array([0.0, total_s / group.num_stages, total_s])
+    # Where the others, alike, take as long as the slowest at least: for stages of one size tau / S.
+    kink_s = max(total_s - (group.num_stages - 1) * slowest_s, 0.0)
+    first_s = np.array([0.0, kink_s, total_s])
     others_s = total_s - first_s
     longest_s = np.maximum(slowest_s, others_s / (group.num_stages - 1))
     lone_s = ratio * first_s + others_s / group.schedule.vpp
