@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from mist.pareto.candidates import Mixes
 from mist.pareto.frontier import frontier, lean_frontier
 from mist.pareto.strategies import Floats, Ints
-from mist.plans.workload import MemoryLevel
 
 LevelNames = NDArray[np.object_]
 
@@ -61,7 +60,7 @@ class StackedMixes:
             **{name: getattr(self, name)[rows, columns] for name in wide},
         )
 
-    def whole(self, level: MemoryLevel) -> "StackedMixes":
+    def whole(self, level: str) -> "StackedMixes":
         """The stages with all layers at one level, whether they fit or not."""
         own = (self.upper == level) & (self.lower == level)
         rows = {item.name: getattr(self, item.name)[own] for item in fields(self)[:-1]}
