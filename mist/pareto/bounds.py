@@ -7,8 +7,16 @@ at least omega / N, and a lone micro-batch fills at least all of tau,
     T >= (G - 1) omega / N + max( omega / N, (tau - w) / v )
 
 for N devices, v chunks and, under zero bubble, w twice the largest time of gradients of weights.
-Neither offloading nor recomputation makes a stage faster than keeping everything on the device;
-together they may: recomputation leaves less to copy.
+But for zero bubble the lone micro-batch passes through all of the first stage before it fills the
+others. If that has x of tau, the S - 1 others have the rest, so that with r the least ratio of lone
+to stable time of any block
+
+    T >= min over x of  (G - 1) max( omega / N, (tau - x) / (S - 1) ) + r x + (tau - x) / v
+
+which has straight pieces: it is least at x = 0, at x = tau, or where both of the first maximum are
+the same. Neither offloading
+nor recomputation makes a stage faster than keeping everything on the device; together they may:
+recomputation leaves less to copy.
 """
 
 import numpy as np
@@ -37,7 +45,26 @@ def lower_bound_s(job: Job, group: Group) -> float:
     weight_s = sum(count * terms[f"term_{x}_weight_s"].max() for x, count in blocks)
     spare_s = spare_time(group.schedule.kind, weight_s)
     fill_s = float(fill_time(total_s, spare_s, chunks=group.schedule.vpp))
-    return float((group.num_micro_batches - 1) * slowest_s + max(fill_s, slowest_s))
+    bound_s = (group.num_micro_batches - 1) * slowest_s + max(fill_s, slowest_s)
+    if group.num_stages == 1 or SCHEDULES[group.schedule.kind].splits_backward:
+        return float(bound_s)
+    ratio = min(
+        (
+            terms[f"term_{x}_none_lone_s"].min() / stable[x].min()
+            for x, _ in blocks
+            if stable[x].min() > 0
+        ),
+        default=0.0,
+    )
+    # Where the others, alike, take as long as the slowest at least: for stages of one size tau / S.
+    kink_s = max(total_s - (group.num_stages - 1) * slowest_s, 0.0)
+    first_s = np.array([0.0, kink_s, total_s])
+    others_s = total_s - first_s
+    longest_s = np.maximum(slowest_s, others_s / (group.num_stages - 1))
+    lone_s = ratio * first_s + others_s / group.schedule.vpp
+    steps_s = (group.num_micro_batches - 1) * longest_s + lone_s
+    # Rounding alone must never rule a group out.
+    return max(float(bound_s), float(steps_s.min()) * (1 - 1e-12))
 
 
 def window(

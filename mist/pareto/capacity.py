@@ -3,11 +3,14 @@
 A stage with t, u, and at every instant m bytes is part of a plan of step T or less only if, with F
 the least stable time of the layers of the other stages, v chunks and M bytes of memory,
 
-    (G - 1) t + u <= T,    (G - 1) t + (t + F) / v <= T,    m <= M                             (*)
+    (G - 1) t + u <= T,    (G - 1) t + e + (t + F) / v <= T,    m <= M                         (*)
 
-(zero bubble: without the second). The first holds because what stages behind add to filling is not
-negative, the second because a lone micro-batch passes through all stages. All of them are lines in
-the numbers n_x of layers at each level (`mist.pareto.linear_cost`), so each reads
+where e is what the first stage takes more than its part of filling: at least 0, at least the least
+of u - t / v over what the first stage may be, and of the first stage itself just u - t / v, so that
+its second line holds the first one (zero bubble: without the second). The first holds because what
+stages behind add to filling is not negative, the second because the lone micro-batch that leaves
+the first stage after u passes through all others. All of them are lines in the numbers n_x of
+layers at each level (`mist.pareto.linear_cost`), so each reads
 
     c_0 + sum_x n_x c_x <= T,    m_0 + sum_x n_x m_x <= M.
 
@@ -29,7 +32,7 @@ of the model, no plan is fast enough; where they hardly do, each position needs 
 cannot take. Nothing is said about host memory: what equal shares keep out must stay in sight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -101,7 +104,9 @@ def capacity(
     weight = fastest_s if len(layers) > 1 else np.ones(1)
     load = weight @ kinds_of(model.job, ranges)
     most = np.full((model.group.num_stages, len(model.strategies)), -np.inf)
+    entry_s = 0.0
     for stages, held in model.together(len(model.strategies), ranges):
+        is_first = bool(stages[0] == 0)  # what `together` begins with
         knapsack = _Knapsack(
             model=model,
             lines=model.lines(int(stages[0])),
@@ -109,7 +114,10 @@ def capacity(
             weight=weight,
             filled_s=fastest_s,
         )
-        found = knapsack.most(limits.device_bytes, step_s * (1 + _SLACK))
+        if is_first:
+            entry_s = knapsack.entry_s(load)
+        times = knapsack.times(step_s * (1 + _SLACK), None if is_first else entry_s)
+        found = knapsack.most(limits.device_bytes, list(times))
         for index, in_flight in enumerate(held.in_flight.tolist()):
             own = [stage for stage in stages if model.in_flight(stage) == in_flight]
             most[own] = found[0 if coarse else index]
@@ -183,35 +191,62 @@ class _Knapsack:
         levels = model.space.levels
         mixes = [*((level, level) for level in levels), *model.pairs]
         self._mixes = np.array([[levels.index(level) for level in mix] for mix in mixes]).T
+        self._stable, self._lone = self._output("stable_s"), self._output("lone_s")
 
-    def most(self, device_bytes: float, step_s: float) -> Floats:
+    def most(self, device_bytes: float, times: Sequence[_Budget]) -> Floats:
         """The load, [F, K]."""
         bytes_ = list(self._bytes(device_bytes)) if np.isfinite(device_bytes) else []
         found = [each.load() for each in bytes_]
-        for times in self._times(step_s):
-            found += [times.load(), *(times.load_beside(each) for each in bytes_)]
+        for each_time in times:
+            found += [each_time.load(), *(each_time.load_beside(each) for each in bytes_)]
         most = np.min(found, axis=0).max(axis=0, initial=-np.inf)
         return np.asarray(most.reshape(len(self._held.in_flight), -1))
 
     def _bytes(self, device_bytes: float) -> Iterator[_Budget]:
-        weight = np.tile(self._weight, 2)[None, :, None]
         for name in instants(self._model.job.platform.runtime):
             base, rates = self._output(name)
-            yield _Budget(base=base, rates=rates / weight, limit=device_bytes)
+            yield _Budget(base=base, rates=rates / self._weights, limit=device_bytes)
 
-    def _times(self, step_s: float) -> Iterator[_Budget]:
-        group, all_layers = self._model.group, self._model.job.kind_prefix[:, -1]
-        rounds, chunks = group.num_micro_batches - 1, group.schedule.vpp
-        stable_s, stable_rates = self._output("stable_s")
-        lone_s, lone_rates = self._output("lone_s")
-        weight = np.tile(self._weight, 2)[None, :, None]
-        rates = (rounds * stable_rates + lone_rates) / weight
-        yield _Budget(base=rounds * stable_s + lone_s, rates=rates, limit=step_s)
-        if not SCHEDULES[group.schedule.kind].splits_backward:
-            filled_s, share = np.tile(self._filled_s, 2)[None, :, None], rounds + 1 / chunks
-            base = share * stable_s + float(self._filled_s @ all_layers) / chunks
-            rates = (share * stable_rates - filled_s / chunks) / weight
+    def entry_s(self, load: Floats) -> float:
+        """The least seconds of a first stage beyond its part of filling: e, for loads [R]."""
+        (lone_s, lone_rates), (fill_s, fill_rates) = self._lone, self._fill()
+        if self._splits_backward or not lone_s.size or not load.size:
+            return 0.0
+        rate = ((lone_rates - fill_rates) / self._weights).min(axis=1)
+        entry_s = lone_s - fill_s + np.minimum(rate * load.min(), rate * load.max())
+        return max(float(entry_s.min()) * (1 - _SLACK), 0.0)
+
+    def times(self, step_s: float, entry_s: float | None) -> Iterator[_Budget]:
+        """The lines in seconds of a step; `entry_s`: e, None of the first stage itself."""
+        rounds = self._model.group.num_micro_batches - 1
+        (stable_s, stable_rates), (lone_s, lone_rates) = self._stable, self._lone
+        filling = None if self._splits_backward else self._fill()
+        if filling is None or entry_s is not None:
+            rates = (rounds * stable_rates + lone_rates) / self._weights
+            yield _Budget(base=rounds * stable_s + lone_s, rates=rates, limit=step_s)
+        if filling is not None:
+            # The first stage fills with all of a lone micro-batch, others with their part behind e.
+            (own_s, own_rates) = self._lone if entry_s is None else filling
+            chunks = self._model.group.schedule.vpp
+            all_s = float(self._filled_s @ self._model.job.kind_prefix[:, -1])
+            others_rates = np.tile(self._filled_s, 2)[None, :, None] / chunks
+            base = rounds * stable_s + own_s + (all_s / chunks + (entry_s or 0.0))
+            rates = (rounds * stable_rates + own_rates - others_rates) / self._weights
             yield _Budget(base=base, rates=rates, limit=step_s)
+
+    def _fill(self) -> tuple[Floats, Floats]:
+        """What a stage adds to filling."""
+        chunks = self._model.group.schedule.vpp
+        return self._stable[0] / chunks, self._stable[1] / chunks
+
+    @property
+    def _splits_backward(self) -> bool:
+        return SCHEDULES[self._model.group.schedule.kind].splits_backward
+
+    @property
+    def _weights(self) -> Floats:
+        """Load of a layer of each kind at either level of a mix, [1, X, 1]."""
+        return np.tile(self._weight, 2)[None, :, None]
 
     def _output(self, name: str) -> tuple[Floats, Floats]:
         """What an output has on top of its layers, and for each of them."""

@@ -1,7 +1,7 @@
 """The points that a stage may take: of all its mixes, those that none beats in (stable, lone)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,28 +49,36 @@ class StackedMixes:
     lower: LevelNames
     weight_s: Floats
 
-    def points(self, rows: Ints, column: int) -> Points:
-        """Rows of one range as points."""
+    def points(self, rows: Ints, columns: Ints) -> Points:
+        """Rows and their ranges, both [P], as points."""
         wide = ("stable_s", "lone_s", "peak_bytes", "host_bytes", "num_lower")
         return Points(
-            weight_s=np.full(len(rows), self.weight_s[column]),
+            weight_s=self.weight_s[columns],
             row=self.row[rows],
             upper=self.upper[rows],
             lower=self.lower[rows],
-            **{name: getattr(self, name)[rows, column] for name in wide},
+            **{name: getattr(self, name)[rows, columns] for name in wide},
         )
+
+    def whole(self, level: str) -> "StackedMixes":
+        """The stages with all layers at one level, whether they fit or not."""
+        own = (self.upper == level) & (self.lower == level)
+        rows = {item.name: getattr(self, item.name)[own] for item in fields(self)[:-1]}
+        rows["fits"] = np.ones_like(rows["fits"])
+        return StackedMixes(weight_s=self.weight_s, **rows)
 
     def frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
         """The non-dominated points of one range among the useful ones."""
         found = frontier(
             self.stable_s[:, column], self.lone_s[:, column], self.peak_bytes[:, column], useful
         )
-        return self.points(found.choice, column)
+        return self.points(found.choice, np.full(len(found), column))
 
     def lean_frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
         """The same, where less host memory counts as well."""
         columns = (self.stable_s[:, column], self.lone_s[:, column], self.host_bytes[:, column])
-        return self.points(lean_frontier(*columns, useful), column)
+        rows = lean_frontier(*columns, useful)
+        return self.points(rows, np.full(len(rows), column))
 
 
 def stacked(mixes: Sequence[Mixes], weight_s: Floats) -> StackedMixes:

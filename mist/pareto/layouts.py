@@ -1,13 +1,14 @@
 """A layout that a search found: what each stage does, in plain numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.frontier_points import Points
-from mist.pareto.strategies import Group, Strategies, whole_layers
+from mist.pareto.strategies import Group, Ints, Strategies, whole_layers
 from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.plans.uniform_stages import chunk_shares, layer_runs, stage_at
@@ -85,7 +86,8 @@ def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> PricedLayout:
     """
     stages, first = [], 0
     for pick in picked:
-        stages.append(_choice(pick, first))
+        strategy = _strategy(pick.strategies, int(pick.points.row[pick.point]))
+        stages.append(_choice(strategy, pick.points, pick.point, first, pick.count))
         first += pick.count
     stable_s, lone_s, weight_s, peaks = (
         np.array([getattr(pick.points, name)[pick.point] for pick in picked])
@@ -104,6 +106,37 @@ def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> PricedLayout:
     )
 
 
+def alike_pipelines(
+    group: Group, strategies: Strategies, rows: Ints, stages: Sequence[Points], counts: Ints
+) -> Iterator[PricedLayout]:
+    """N layouts, each with one strategy in all its stages: no transfers between unlike neighbours.
+
+    `rows` [N]: of the strategies; `stages`: N points of each stage; `counts` [N, S]: its layers.
+    """
+    stable_s, lone_s, weight_s, peaks = (
+        np.stack([getattr(points, name) for points in stages], axis=-1)
+        for name in ("stable_s", "lone_s", "weight_s", "peak_bytes")
+    )
+    spare_s = spare_time(group.schedule.kind, weight_s)
+    fill_s = fill_time(stable_s, spare_s, chunks=group.schedule.vpp)
+    step_s = step_time(group.num_micro_batches, stable_s, lone_s, fill_s)
+    firsts = np.cumsum(counts, axis=1) - counts
+    for index, row in enumerate(rows.tolist()):
+        strategy = _strategy(strategies, row)
+        yield PricedLayout(
+            schedule=group.schedule,
+            num_micro_batches=group.num_micro_batches,
+            stages=tuple(
+                _choice(strategy, points, index, first, count)
+                for points, first, count in zip(
+                    stages, firsts[index].tolist(), counts[index].tolist(), strict=True
+                )
+            ),
+            step_s=float(step_s[index]),
+            peak_bytes=float(peaks[index].max()),
+        )
+
+
 def _between(job: Job, picked: Sequence[Picked]) -> NDArray[np.float64]:
     names = ("term_p2p_in_node_s", "term_p2p_cross_s")
     rows = [int(pick.points.row[pick.point]) for pick in picked]
@@ -115,18 +148,25 @@ def _between(job: Job, picked: Sequence[Picked]) -> NDArray[np.float64]:
     return resharding_seconds(terms, ends % job.platform.gpus_per_node == 0)
 
 
-def _choice(pick: Picked, first: int) -> StageChoice:
-    points, p, own = pick.points, pick.point, pick.strategies
-    row = int(points.row[p])
+def _strategy(strategies: Strategies, row: int) -> dict[str, Any]:
+    """The fields of a stage that its strategy decides."""
+    return {
+        "num_devices": int(strategies.num_devices[row]),
+        "knobs": {name: int(column[row]) for name, column in strategies.knobs.items()},
+        "offload": Offload(**{name: float(x[row]) for name, x in strategies.offload.items()}),
+    }
+
+
+def _choice(
+    strategy: Mapping[str, Any], points: Points, point: int, first: int, count: int
+) -> StageChoice:
     return StageChoice(
         first=first,
-        count=pick.count,
-        num_devices=pick.num_devices,
-        knobs={name: int(column[row]) for name, column in own.knobs.items()},
-        offload=Offload(**{name: float(ratio[row]) for name, ratio in own.offload.items()}),
-        upper=points.upper[p],
-        lower=points.lower[p],
-        num_lower=int(points.num_lower[p]),
+        count=count,
+        upper=points.upper[point],
+        lower=points.lower[point],
+        num_lower=int(points.num_lower[point]),
+        **strategy,
     )
 
 

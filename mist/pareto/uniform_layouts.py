@@ -11,13 +11,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mist.pareto.bounds import window
 from mist.pareto.candidates import GroupModel
 from mist.pareto.capacity import capacity
 from mist.pareto.default_partition import dealt_layers
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_partition import even_split
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
-from mist.pareto.layouts import Picked, PricedLayout, layout_of
+from mist.pareto.layouts import Picked, PricedLayout, alike_pipelines, layout_of
 from mist.pareto.strategies import Floats, Ints
 from mist.plans.plan import Limits
 from mist.plans.schedules import fill_time, spare_time, step_time
@@ -38,25 +39,67 @@ def even_layouts(
     The worst is the slowest stage, or with `least` "peak_bytes" the fullest. Those that take longer
     than `within_s` are left out.
     """
-    job, group = model.job, model.group
-    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
+    found = _within(model, limits, within_s)
+    if found is not None:
+        model, ranges = found
+        tables = _tables(model, ranges, limits)
+        yield from _even(model, tables, ranges, least=least, within_s=within_s)
+
+
+def landscape_layouts(
+    model: GroupModel, limits: Limits, *, within_s: float
+) -> Iterator[PricedLayout]:
+    """The same of strategies that offload nothing: all layers at each level, then what fits.
+
+    The first have no limits of memory. One table has the stages of all of them.
+    """
+    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
+    found = _within(model, anything, within_s)
+    if found is None:
+        return
+    model, ranges = found
+    tables = _tables(model, ranges, limits)
+    for level in model.space.levels:
+        whole = {id(table): table.whole(level) for table in tables}
+        own = [whole[id(table)] for table in tables]
+        yield from _even(model, own, ranges, least="stable_s", within_s=within_s)
+    yield from _even(model, tables, ranges, least="stable_s", within_s=within_s)
+
+
+def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
+    """The strategies and ranges of layouts that take no longer than `within_s`, if there are any.
+
+    A layout uses no other range, so that those left out do not change how its layers are split.
+    """
+    ranges = layer_ranges(model.job, model.group.num_stages, least=model.group.schedule.vpp)
     if within_s < math.inf:
         model = model.take(capacity(model, ranges, limits, within_s, coarse=True).alone)
         if not len(model.strategies):
-            return
-    tables = _tables(model, ranges, limits)
+            return None
+        ranges = ranges.take(window(model, ranges, within_s))
+    return (model, ranges) if len(ranges) else None
+
+
+def _even(
+    model: GroupModel,
+    tables: Sequence[StackedMixes],
+    ranges: Ranges,
+    *,
+    least: Measure,
+    within_s: float,
+) -> Iterator[PricedLayout]:
+    """Of each strategy the best split of the layers, of stages that are in the tables."""
     picks = _picks(model, tables, ranges, least)
     value = np.stack([value for value, _ in picks], axis=1)
-    chosen = even_split(ranges, job.num_layers, value)
-    for k in np.flatnonzero(chosen[:, 0] >= 0):
-        picked = []
-        for stage, column in enumerate(chosen[k]):
-            rows = picks[stage][1][k, column : column + 1]
-            points = tables[stage].points(rows, int(column))
-            picked.append(_picked(model, int(ranges.count[column]), points))
-        layout = layout_of(job, group, picked)
-        if layout.step_s <= within_s:
-            yield layout
+    chosen = even_split(ranges, model.job.num_layers, value)
+    strategies = np.flatnonzero(chosen[:, 0] >= 0)
+    stages = [
+        table.points(rows[strategies, columns], columns)
+        for table, (_, rows), columns in zip(tables, picks, chosen[strategies].T, strict=True)
+    ]
+    counts = ranges.count[chosen[strategies]]
+    found = alike_pipelines(model.group, model.strategies, strategies, stages, counts)
+    yield from (layout for layout in found if layout.step_s <= within_s)
 
 
 def _picked(model: GroupModel, count: int, points: Points) -> Picked:
@@ -196,6 +239,6 @@ def _stages(
 ) -> list[Picked]:
     rows = np.array([k])
     return [
-        _picked(model, int(ranges.count[stage]), table.points(rows, stage))
+        _picked(model, int(ranges.count[stage]), table.points(rows, np.array([stage])))
         for stage, table in enumerate(tables)
     ]

@@ -44,7 +44,7 @@ from mist.pareto.strategies import (
     refusals,
     with_least_memory,
 )
-from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts
+from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts, landscape_layouts
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
 from mist.progress import is_due
@@ -376,9 +376,12 @@ def landscape(
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
             deepest[*key, *group.strategies["tp"]] = group
     for group in takewhile(lambda _: not is_over(), deepest.values()):
+        model = GroupModel(job, group, group.strategies, space)
+        if model.space.unlike_stages:
+            yield from landscape_layouts(model, limits, within_s=within_s)
+            continue
         levels = levels_under(space, group.schedule.kind)
         whole = [(replace(space, levels=(level,)), anything) for level in levels]
-        model = GroupModel(job, group, group.strategies, space)
         for allowed, within in [*whole, (space, limits)]:
             yield from _uniform(model.under(allowed), within, within_s=within_s)
 

@@ -10,10 +10,10 @@ import pytest
 
 from mist.model.summary import LayerRun
 from mist.plans.memory_levels import memory_of
-from mist.plans.plan import DEFAULT_SCHEDULE, Layout
+from mist.plans.plan import DEFAULT_SCHEDULE, Layout, Schedule
 from mist.plans.schedules import step_time
 from mist.plans.uniform_stages import uniform_layout
-from mist.plans.workload import MemoryLevel, Precision
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.symbolic.compile import compile_model
@@ -67,6 +67,24 @@ def test_runs_are_predicted_as_plans_are() -> None:
         assert one.reserved_bytes == pytest.approx(max(peaks), abs=1)
         parts = [stage.peak_bytes - stage.memory_parts_bytes["allocator"] for stage in alone.stages]
         assert one.stage_bytes == pytest.approx(parts, abs=2)
+
+
+def test_chunks_fill_the_pipeline_as_plans_do() -> None:
+    """Two stages of four layers, whole or in two chunks of two."""
+    graph = toy_graph((8,))
+    programs = compile_model(graph, toy_platform().runtime, Precision.BF16)
+    one, two = layout(2, 2, 1, 2, 4), Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
+    stages = tuple(
+        replace(stage, layers=((2 * i, 2), (4 + 2 * i, 2))) for i, stage in enumerate(one.stages)
+    )
+    layouts = [one, replace(one, stages=stages, schedule=two)]
+    job = toy_job(graph, 16, global_batch=4 * 2 * 4)
+    seq = job.workload.seq_len
+    made = predict(programs, machine(), [Case(layout=x, seq_len=seq, num_gpus=16) for x in layouts])
+    whole_s, chunks_s = (prediction.step_s for prediction in made)
+    for step_s, each in zip((whole_s, chunks_s), layouts, strict=True):
+        assert step_s == pytest.approx(estimate(job, each).step_s, rel=1e-5)
+    assert chunks_s < whole_s
 
 
 def test_selective_lies_between_kept_and_recomputed() -> None:
