@@ -1,0 +1,128 @@
+"""Activations and gated products that are written out in the forward of a small module.
+
+torch.fx draws the forward with its children as leaves; in the drawing, a product of an activation
+and another tensor becomes one gated product, and an activation that is called as a function becomes
+ours. What can run differently another time is not rewritten: a forward with more than one argument
+or with branches on values, and one that reads `training`.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any, Final
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mist.layers.activations import ActivationRung, activate, gated
+from mist.layers.masks import Masks
+from mist.layers.recognition import takes_one_tensor
+
+FUNCTIONS: Final[Mapping[object, str]] = {
+    F.silu: "silu",
+    F.gelu: "gelu",
+    torch._C._nn.gelu: "gelu",
+    F.relu: "relu",
+    torch.relu: "relu",
+}
+PRODUCTS: Final = frozenset({operator.mul, torch.mul})
+
+
+class _Leaves(fx.Tracer):
+    """Draws one module; its children are leaves, whatever they are."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return True
+
+
+def rewrite(
+    module: nn.Module, activations: Mapping[str, str], rung: ActivationRung, masks: Masks
+) -> tuple[str, ...]:
+    """Put our activations and gated products into a module's forward, in place.
+
+    `activations`: names of activations by name of child. Returns what was changed, in words.
+    """
+    graph = _drawn(module)
+    if graph is None:
+        return ()
+    words = []
+    for node in list(graph.nodes):
+        if name := _name_of(node, activations):
+            users = list(node.users)
+            product = users[0] if len(users) == 1 and _is_product(users[0]) else None
+            if product is not None:
+                _gate(graph, node, product, name, rung)
+                words.append(f"{name} times a second matrix")
+            elif node.op == "call_function" and name != "relu":
+                _activate(graph, node, name, rung, masks)
+                words.append(name)
+    if words:
+        forward = type(fx.GraphModule(module, graph)).forward
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    return tuple(words)
+
+
+def _drawn(module: nn.Module) -> fx.Graph | None:
+    """The graph of a forward that is the same in every call, or None."""
+    if not takes_one_tensor(module):
+        return None
+    mode = module.training
+    try:
+        graphs = []
+        for training in (True, False):
+            module.training = training
+            graphs.append(_Leaves().trace(module))
+    except Exception:  # branches on values, other libraries: any error that proxies can raise
+        return None
+    finally:
+        module.training = mode
+    first, second = (graph.python_code("self").src for graph in graphs)
+    return graphs[0] if first == second else None
+
+
+def _name_of(node: fx.Node, activations: Mapping[str, str]) -> str | None:
+    """The activation that a node is, or None."""
+    if node.op == "call_module":
+        return activations.get(str(node.target))
+    name = FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    options = dict(node.kwargs)
+    if name == "gelu" and options.pop("approximate", "none") == "tanh":
+        name = "gelu-tanh"
+    options.pop("inplace", None)
+    # Any other argument is one that we do not know the meaning of.
+    return None if options or len(node.args) != 1 else name
+
+
+def _is_product(node: fx.Node) -> bool:
+    tensors = len(node.args) == 2 and all(isinstance(each, fx.Node) for each in node.args)
+    return node.op == "call_function" and node.target in PRODUCTS and tensors
+
+
+def _gate(graph: fx.Graph, node: fx.Node, product: fx.Node, name: str, rung: str) -> None:
+    """One step for activation and product, where the product was."""
+    first, second = product.args
+    other = second if first is node else first
+    with graph.inserting_before(product):
+        product.replace_all_uses_with(
+            graph.call_function(_gated, (node.args[0], other, name, rung))
+        )
+    graph.erase_node(product)
+    graph.erase_node(node)  # the product was all that read it
+
+
+def _activate(graph: fx.Graph, node: fx.Node, name: str, rung: str, masks: Masks) -> None:
+    with graph.inserting_before(node):
+        ours: Callable[..., Any] = _activated
+        node.replace_all_uses_with(graph.call_function(ours, (node.args[0], name, rung, masks)))
+    graph.erase_node(node)
+
+
+def _gated(gate: Tensor, up: Tensor, name: str, rung: ActivationRung) -> Tensor:
+    """As `gated`; products of tensors of two shapes stay products."""
+    return gated(gate, up, name, rung)
+
+
+def _activated(x: Tensor, name: str, rung: ActivationRung, masks: Masks) -> Tensor:
+    return activate(x, name, rung, masks)
