@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from mist.layers.gelu_inverse import right_of_minimum, slope_from_output
 from mist.layers.masks import Masks, kept_mask, plain_mask
-from mist.layers.recipes import offer
+from mist.layers.recipes import apply_function, offer
 
 ActivationRung = Literal["fused", "drop", "output"]
 
@@ -52,12 +52,8 @@ ACTIVATIONS: Final = {
             invertible=True,
         ),
         Activation(name="silu", run=F.silu, back=aten.silu_backward),
-        Activation(
-            name="relu-squared", run=lambda x: F.relu(x).square(), back=_relu_squared_back
-        ),
-        Activation(
-            name="quick-gelu", run=lambda x: x * torch.sigmoid(QUICK * x), back=_quick_back
-        ),
+        Activation(name="relu-squared", run=lambda x: F.relu(x).square(), back=_relu_squared_back),
+        Activation(name="quick-gelu", run=lambda x: x * torch.sigmoid(QUICK * x), back=_quick_back),
         # Alone it keeps its output, which the next matrix keeps anyway; gated it is like the rest.
         Activation(name="relu", run=F.relu, back=lambda grad, x: grad * (x > 0)),
     )
@@ -70,14 +66,14 @@ class ActivationFromInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.name = name
+        ctx.activation = name
         return ACTIVATIONS[name].run(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return ACTIVATIONS[ctx.name].back(grad, x), None
+        return ACTIVATIONS[ctx.activation].back(grad, x), None
 
 
 class ActivationFromOutput(torch.autograd.Function):
@@ -87,14 +83,14 @@ class ActivationFromOutput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, name: str, masks: Masks) -> Tensor:
         result = ACTIVATIONS[name].run(x)
         ctx.save_for_backward(result, kept_mask(right_of_minimum(x, name), masks))
-        ctx.name = name
+        ctx.activation = name
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         result, kept = ctx.saved_tensors
-        slope = slope_from_output(result, plain_mask(kept, result), ctx.name)
+        slope = slope_from_output(result, plain_mask(kept, result), ctx.activation)
         return (grad * slope).to(grad.dtype), None, None
 
 
@@ -104,14 +100,14 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.name = name
+        ctx.activation = name
         return ACTIVATIONS[name].run(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up = ctx.saved_tensors
-        row, (needs_gate, needs_up, _) = ACTIVATIONS[ctx.name], ctx.needs_input_grad
+        row, (needs_gate, needs_up, _) = ACTIVATIONS[ctx.activation], ctx.needs_input_grad
         dgate = row.back(grad * up, gate) if needs_gate else None
         return dgate, grad * row.run(gate) if needs_up else None, None
 
@@ -119,13 +115,13 @@ class GatedProduct(torch.autograd.Function):
 def activate(x: Tensor, name: str, rung: ActivationRung, masks: Masks = "byte") -> Tensor:
     """The activation `name` of x, of any shape."""
     if rung == "output" and ACTIVATIONS[name].invertible:
-        return ActivationFromOutput.apply(x, name, masks)
-    result = ActivationFromInput.apply(x, name)
+        return apply_function(ActivationFromOutput, x, name, masks)
+    result = apply_function(ActivationFromInput, x, name)
     return offer(result, ACTIVATIONS[name].run, x) if rung == "drop" else result
 
 
 def gated(gate: Tensor, up: Tensor, name: str, rung: ActivationRung) -> Tensor:
     """activation(gate) * up, of tensors of one shape."""
-    result = GatedProduct.apply(gate, up, name)
+    result = apply_function(GatedProduct, gate, up, name)
     run = ACTIVATIONS[name].run
     return offer(result, lambda g, u: run(g) * u, gate, up) if rung == "drop" else result

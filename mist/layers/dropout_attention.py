@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mist.layers.masks import Masks, kept_mask, scaled
+from mist.layers.recipes import apply_function
 
 IMPLEMENTATION: Final = "mist_dropout_"  # and the kind of masks; as transformers knows it
 
@@ -66,11 +67,10 @@ def attend(
     if mask is not None:
         low = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    result: Tensor = SoftmaxDropoutProduct.apply(scores, value, p, masks)
-    return result
+    return apply_function(SoftmaxDropoutProduct, scores, value, p, masks)
 
 
-def _attention(masks: Masks) -> Any:  # noqa: ANN401 (a function as transformers calls it)
+def _attention(masks: Masks) -> Any:
     def run(
         module: nn.Module,
         query: Tensor,

@@ -67,7 +67,7 @@ def _table(name: str) -> NDArray[np.float64]:
     # As in `_place`: differences of roots lose the digits of a small y.
     u = np.where(x < turn, -y / (math.sqrt(-low) + root), math.sqrt(-low) + root)
     v = np.sqrt(np.maximum(u, 0) / (math.sqrt(-low) + math.sqrt(high - low)))
-    return np.interp(np.linspace(0, 1, SIZE), v, slope)
+    return np.asarray(np.interp(np.linspace(0, 1, SIZE), v, slope), dtype=np.float64)
 
 
 def right_of_minimum(x: Tensor, name: str) -> Tensor:

@@ -2,22 +2,22 @@
 
 torch.fx draws the forward with its children as leaves; in the drawing, a product of an activation
 and another tensor becomes one gated product, and an activation that is called as a function becomes
-ours. What can run differently another time is not rewritten: a forward with more than one argument
-or with branches on values, and one that reads `training`.
+ours; `F.dropout` keeps a mask. What can run differently another time is not rewritten: a forward
+with more than one argument or with branches on values, and one that reads `training` otherwise.
 """
 
+import operator
 from collections.abc import Callable, Mapping
+from inspect import signature
 from types import MethodType
 from typing import Any, Final
-
-import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mist.layers.activations import ActivationRung, activate, gated
-from mist.layers.masks import Masks
+from mist.layers.activations import ACTIVATIONS, ActivationRung, activate, gated
+from mist.layers.masks import Masks, dropout
 from mist.layers.recognition import takes_one_tensor
 
 FUNCTIONS: Final[Mapping[object, str]] = {
@@ -44,7 +44,7 @@ def rewrite(
 
     `activations`: names of activations by name of child. Returns what was changed, in words.
     """
-    graph = _drawn(module)
+    graph = _drawn(module, masks)
     if graph is None:
         return ()
     words = []
@@ -58,13 +58,15 @@ def rewrite(
             elif node.op == "call_function" and name != "relu":
                 _activate(graph, node, name, rung, masks)
                 words.append(name)
+        elif node.target is _dropped:
+            words.append(f"dropout, keeps a {masks} an element")
     if words:
         forward = type(fx.GraphModule(module, graph)).forward
-        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        module.forward = MethodType(forward, module)
     return tuple(words)
 
 
-def _drawn(module: nn.Module) -> fx.Graph | None:
+def _drawn(module: nn.Module, masks: Masks) -> fx.Graph | None:
     """The graph of a forward that is the same in every call, or None."""
     if not takes_one_tensor(module):
         return None
@@ -73,13 +75,30 @@ def _drawn(module: nn.Module) -> fx.Graph | None:
         graphs = []
         for training in (True, False):
             module.training = training
-            graphs.append(_Leaves().trace(module))
+            graphs.append(_with_dropout(_Leaves().trace(module), masks))
     except Exception:  # branches on values, other libraries: any error that proxies can raise
         return None
     finally:
         module.training = mode
     first, second = (graph.python_code("self").src for graph in graphs)
     return graphs[0] if first == second else None
+
+
+def _with_dropout(graph: fx.Graph, masks: Masks) -> fx.Graph:
+    """The graph in which dropout asks the module whether it trains, and keeps a mask."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not F.dropout:
+            continue
+        call = signature(F.dropout).bind(*node.args, **node.kwargs)
+        call.apply_defaults()
+        x, p, training, inplace = call.args
+        if inplace or not isinstance(training, bool):
+            continue
+        with graph.inserting_before(node):
+            asks = graph.get_attr("training")
+            node.replace_all_uses_with(graph.call_function(_dropped, (x, p, asks, masks)))
+        graph.erase_node(node)
+    return graph
 
 
 def _name_of(node: fx.Node, activations: Mapping[str, str]) -> str | None:
@@ -120,9 +139,15 @@ def _activate(graph: fx.Graph, node: fx.Node, name: str, rung: str, masks: Masks
 
 
 def _gated(gate: Tensor, up: Tensor, name: str, rung: ActivationRung) -> Tensor:
-    """As `gated`; products of tensors of two shapes stay products."""
+    # A gate that is broadcast has a gradient that is summed: a product of two steps, as it was.
+    if gate.shape != up.shape:
+        return ACTIVATIONS[name].run(gate) * up
     return gated(gate, up, name, rung)
 
 
 def _activated(x: Tensor, name: str, rung: ActivationRung, masks: Masks) -> Tensor:
     return activate(x, name, rung, masks)
+
+
+def _dropped(x: Tensor, p: float, training: bool, masks: Masks) -> Tensor:
+    return dropout(x, p, masks) if training and p > 0 else x

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from mist.layers.recipes import Rebuild, recipe_of
+from mist.layers.recipes import Rebuild, apply_function, recipe_of
 
 
 class LinearOfDropped(torch.autograd.Function):
@@ -74,7 +74,6 @@ def linear_of_dropped(x: Tensor, weight: Tensor, bias: Tensor | None, *, flipped
     device = x.device.type
     mixed = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
-    result: Tensor = LinearOfDropped.apply(
-        x, weight, bias, recipe.rebuild, flipped, dtype, *recipe.sources
+    return apply_function(
+        LinearOfDropped, x, weight, bias, recipe.rebuild, flipped, dtype, *recipe.sources
     )
-    return result

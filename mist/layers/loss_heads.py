@@ -1,7 +1,7 @@
 """The last matrix and the cross-entropy in one, without all logits at once.
 
-    logits_i = x_i W^T (+ bias),  loss_i = logsumexp(logits_i) - logits_i[target_i]
-    dlogits_i = (softmax(logits_i) - onehot(target_i)) * weight_i,   dx = dlogits W,  dW = dlogits^T x
+    logits_i = x_i W^T,  loss_i = logsumexp(logits_i) - logits_i[target_i]
+    dlogits_i = softmax(logits_i) - onehot(target_i),  dx = dlogits W,  dW = dlogits^T x
 
 x [n, h], W [V, h], targets [n]; logits of `chunk` rows at a time. `checkpointed` computes them once
 more in the backward pass and keeps an fp32 number a row. `in-forward` computes the gradients with
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from mist.errors import InputError
 from mist.layers.norms import wide
+from mist.layers.recipes import apply_function
 
 HeadMode = Literal["eager", "checkpointed", "in-forward"]
 
@@ -86,7 +87,7 @@ def _row_losses(logits: Tensor, target: Tensor, setting: _Setting) -> tuple[Tens
 def _gradient_of_logits(
     logits: Tensor, lse: Tensor, target: Tensor, factor: Tensor, setting: _Setting
 ) -> Tensor:
-    """(softmax - onehot) * factor [c, V], made of the logits in place; 0 for what is not learned."""
+    """(softmax - onehot) * factor [c, V], in place of the logits; 0 for targets that are ignored."""
     column, ours = setting.targets(target, logits.shape[1])
     logits.sub_(lse[:, None]).exp_().scatter_add_(1, column, -ours.to(logits.dtype))
     return logits.mul_((factor * (target != setting.ignore_index))[:, None])
@@ -135,7 +136,9 @@ class ChunkedHead(torch.autograd.Function):
         gradients = _Gradients(x, weight, ctx.needs_input_grad[:2])
         for rows, (x_rows, t, row_lse) in ctx.setting.chunks(x, target, lse):
             # Made again, or a copy: what is kept may go backward twice.
-            logits = kept[rows.start // ctx.setting.chunk].clone() if kept else _logits(x_rows, weight)
+            logits = (
+                kept[rows.start // ctx.setting.chunk].clone() if kept else _logits(x_rows, weight)
+            )
             dlogits = _gradient_of_logits(logits, row_lse, t, grad, ctx.setting)
             gradients.add(rows, dlogits, ctx.setting)
         dweight = gradients.dweight
@@ -202,8 +205,8 @@ def head_loss(
     )
     with torch.autocast(x.device.type, enabled=False):
         if mode == "in-forward":
-            return InForwardHead.apply(rows, weight, ids, setting, factor)
+            return apply_function(InForwardHead, rows, weight, ids, setting, factor)
         if mode == "checkpointed" or part:
-            return ChunkedHead.apply(rows, weight, ids, setting) * factor
+            return apply_function(ChunkedHead, rows, weight, ids, setting) * factor
         logits = wide(F.linear(rows, weight))
         return F.cross_entropy(logits, ids, ignore_index=ignore_index, reduction="sum") * factor

@@ -22,17 +22,18 @@ def pack_bits(mask: Tensor) -> Tensor:
     flat = mask.reshape(-1).to(torch.uint8)
     missing = -flat.shape[0] % BITS
     rows = torch.nn.functional.pad(flat, (0, missing)).view(-1, BITS)
-    return (rows << _shifts(mask)).sum(-1, dtype=torch.uint8)
+    return (rows * _values(mask)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
     """The booleans that were packed, in the shape of `like`."""
-    rows = (packed[:, None] >> _shifts(packed)) & 1
-    return rows.reshape(-1)[: like.numel()].view(like.shape).to(torch.bool)
+    rows = (packed[:, None] & _values(packed)) != 0
+    return rows.reshape(-1)[: like.numel()].view(like.shape)
 
 
-def _shifts(like: Tensor) -> Tensor:
-    return torch.arange(BITS, dtype=torch.uint8, device=like.device)
+def _values(like: Tensor) -> Tensor:
+    """Of the bits of a byte, lowest first."""
+    return torch.tensor([1 << bit for bit in range(BITS)], dtype=torch.uint8, device=like.device)
 
 
 def kept_mask(mask: Tensor, masks: Masks) -> Tensor:
@@ -67,7 +68,8 @@ class MaskedDropout(torch.autograd.Function):
 
 def scaled(x: Tensor, kept: Tensor, scale: float) -> Tensor:
     """x * mask * scale, as the forward pass of dropout computes it."""
-    return torch.ops.aten.native_dropout_backward(x, plain_mask(kept, x), scale)
+    result: Tensor = torch.ops.aten.native_dropout_backward(x, plain_mask(kept, x), scale)
+    return result
 
 
 def dropout(x: Tensor, p: float, masks: Masks) -> Tensor:
@@ -75,7 +77,8 @@ def dropout(x: Tensor, p: float, masks: Masks) -> Tensor:
     if p >= 1:  # all is zero, and 1 / (1 - p) no number
         return x * 0.0
     recipe = recipe_of(x)
-    result, kept = MaskedDropout.apply(x, p, masks)
+    made: tuple[Tensor, Tensor] = MaskedDropout.apply(x, p, masks)  # type: ignore[no-untyped-call]
+    result, kept = made
     if recipe is None:
         return result
     compute, scale = recipe.rebuild.compute, 1 / (1 - p)

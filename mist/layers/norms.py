@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from mist.layers.recipes import offer
+from mist.layers.recipes import apply_function, offer
 
 NormRung = Literal["fused", "drop", "output"]
 
@@ -194,8 +194,8 @@ class NormOp:
             x = x.float()
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         if self.rung == "output":
-            return NormFromOutput.apply(x, weight, bias, eps, self.form)
-        result: Tensor = NormFromInput.apply(x, weight, bias, eps, self.form)
+            return apply_function(NormFromOutput, x, weight, bias, eps, self.form)
+        result: Tensor = apply_function(NormFromInput, x, weight, bias, eps, self.form)
         if self.rung == "fused":
             return result
         present = [each for each in (weight, bias) if each is not None]

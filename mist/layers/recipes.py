@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
 Compute = Callable[..., Tensor]
 
 ATTRIBUTE: Final = "_mist_recipe"
+
+
+def apply_function(function: type[Function], *arguments: object) -> Tensor:
+    """What an autograd function makes of its arguments."""
+    result: Tensor = function.apply(*arguments)
+    return result
 
 
 class Rebuild:

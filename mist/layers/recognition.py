@@ -23,7 +23,10 @@ from mist.layers.norms import NORM_FORMS, NormForm, normalize
 # forms that are not the same differ by.
 FP32_CLOSE: Final = 1e-5
 FP64_CLOSE: Final = 1e-9  # some write sqrt(2 / pi) with ten digits
-BF16_APART_RATIO: Final = 0.02  # of elements that round the other way; 0.3 where the form is another
+BF16_APART_RATIO: Final = (
+    0.02  # of elements that round the other way; 0.3 where the form is another
+)
+COMMON_EPSILONS: Final = (1e-5, 1e-6, 1e-8, 1e-12)  # written into a forward as a number
 NUM_IN, NUM_OUT, NUM_ROWS = 5, 3, 4  # of a small matrix: no two alike
 
 
@@ -42,7 +45,7 @@ class KnownNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownMatrix:
-    """A linear layer with parameters `weight` and perhaps `bias`; `flipped`: weight is [in, out]."""
+    """A linear layer with `weight` and perhaps `bias`; `flipped`: weight is [in, out]."""
 
     flipped: bool
 
@@ -61,10 +64,11 @@ def norm_of(module: nn.Module) -> KnownNorm | None:
     """The norm that a module is, or None."""
     names = parameter_names(module)
     shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
-    row = names <= {"weight", "bias"} and len(shapes) == 1 and len(next(iter(shapes))) == 1
-    if not (row or (not names and isinstance(module, nn.LayerNorm | nn.RMSNorm))):
+    if not names and isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        shapes = {tuple(module.normalized_shape)}
+    if not (names <= {"weight", "bias"} and len(shapes) == 1 and len(next(iter(shapes))) == 1):
         return None
-    width = next(iter(shapes))[0] if row else module.normalized_shape[-1]
+    ((width,),) = shapes
     matches = (
         KnownNorm(name=name, eps=eps)
         for name, form in NORM_FORMS.items()
@@ -75,11 +79,11 @@ def norm_of(module: nn.Module) -> KnownNorm | None:
 
 
 def _epsilons(module: nn.Module) -> Iterator[float | None]:
-    """The numbers that may be the epsilon of a norm: its attributes."""
+    """The numbers that may be the epsilon of a norm: its attributes, or those in use."""
     numbers = {value for value in vars(module).values() if isinstance(value, float)}
     yield from sorted(number for number in numbers if 0 < number < 1)
     if not numbers:
-        yield None
+        yield from (*COMMON_EPSILONS, None)
 
 
 def _normalized(
@@ -93,7 +97,7 @@ def _is_norm(module: nn.Module, width: int, known: Callable[..., Tensor]) -> boo
     """Equal in fp32, on rows of size 1 and so small that epsilon counts; in bf16 where rounded."""
     for dtype, size in ((torch.float32, 1.0), (torch.float32, 1e-3), (torch.bfloat16, 1.0)):
         x = _numbers(NUM_ROWS, width).to(dtype) * size
-        probe = _with_parameters(module, lambda p: _numbers(*p.shape).to(dtype))
+        probe = _with_parameters(module, partial(_random_like, dtype))
         found = _run(probe, x)
         expected = known(x, probe._parameters.get("weight"), probe._parameters.get("bias"))
         if found is None or (found.shape, found.dtype) != (expected.shape, expected.dtype):
@@ -106,7 +110,7 @@ def _is_norm(module: nn.Module, width: int, known: Callable[..., Tensor]) -> boo
 
 def activation_of(module: nn.Module) -> str | None:
     """The name of the activation that a module is, or None."""
-    if list(module.parameters()) or list(module.buffers()) or isinstance(module, nn.Dropout):
+    if any(True for _ in module.state_dict()) or isinstance(module, nn.Dropout):
         return None
     return activation_name(partial(_run, _with_parameters(module, lambda p: p)))
 
@@ -137,6 +141,10 @@ def matrix_of_weight(module: nn.Module) -> KnownMatrix | None:
         if _equal(_run(small, x), expected if bias is None else expected + bias, FP64_CLOSE):
             return KnownMatrix(flipped=flipped)
     return None
+
+
+def _random_like(dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    return _numbers(*parameter.shape).to(dtype)
 
 
 def _small(shape: tuple[int, int], parameter: Tensor) -> Tensor:

@@ -6,11 +6,11 @@
 Forwards are replaced, modules are not: parameters, names, hooks, types and the state dict stay.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from torch import Tensor, nn
 
@@ -30,6 +30,8 @@ from mist.layers.recognition import (
     replaced,
 )
 from mist.layers.rungs import RUNGS, Rung
+
+LINEAR: Final = "linear, keeps what a dropped input is made of"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class _Surgery:
     rung: Rung
     masks: Masks
     changes: list[Change] = field(default_factory=list)
+    linears: list[Change] = field(default_factory=list)
     left_alone: list[LeftAlone] = field(default_factory=list)
 
     def change(self, path: str, what: str) -> None:
@@ -85,7 +88,7 @@ def convert(model: nn.Module, level: str, *, masks: Masks = "byte") -> Conversio
     if any(getattr(module, "_mist_level", None) for module in model.modules()):
         raise InputError("this model was converted before. Convert a new one, with one level.")
     surgery = _Surgery(rung=RUNGS[level], masks=masks)
-    activations = {}
+    activations: dict[str, str] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if not list(module.children()):
@@ -101,7 +104,9 @@ def convert(model: nn.Module, level: str, *, masks: Masks = "byte") -> Conversio
         )
     model._mist_level = level  # type: ignore[assignment]
     return Conversion(
-        level=level, changes=tuple(surgery.changes), left_alone=tuple(surgery.left_alone)
+        level=level,
+        changes=(*surgery.changes, *surgery.linears),
+        left_alone=tuple(surgery.left_alone),
     )
 
 
@@ -119,7 +124,7 @@ def _leaf(surgery: _Surgery, path: str, module: nn.Module) -> str | None:
     elif matrix := matrix_of_weight(module):
         if surgery.rung.linears:
             _replace(module, _linear_forward(type(module).forward, matrix.flipped))
-            surgery.change(path, "linear, keeps the sources of a dropped input")
+            surgery.linears.append(Change(path=path, what=LINEAR))
     elif name := activation_of(module):
         _activation(surgery, path, module, name)
         return name
@@ -163,12 +168,12 @@ def _activation(surgery: _Surgery, path: str, module: nn.Module, name: str) -> N
     surgery.change(path, f"{name}, {rung}")
 
 
-def _inner(
-    surgery: _Surgery, path: str, module: nn.Module, activations: dict[str, str]
-) -> None:
+def _inner(surgery: _Surgery, path: str, module: nn.Module, activations: dict[str, str]) -> None:
     """What is written out in a module with children; and where layers end."""
     prefix = f"{path}." if path else ""
-    children = {n: activations[prefix + n] for n, _ in module.named_children() if prefix + n in activations}
+    children = {
+        n: activations[prefix + n] for n, _ in module.named_children() if prefix + n in activations
+    }
     matrices = any(len(p) for p in map(parameter_names, module.children()))
     if matrices and not replaced(module):
         for words in rewrite(module, children, surgery.rung.activations, surgery.masks):
@@ -194,8 +199,9 @@ def _attention(surgery: _Surgery, path: str, module: nn.Module) -> None:
         surgery.leave(path, f"{type(module).__name__} does more with its scores than softmax")
         return
     # A copy for this module alone: the model's own decides about masks.
-    module.config = copy(config)
-    module.config._attn_implementation = dropout_attention.implementation(surgery.masks)
+    alone: Any = copy(config)
+    alone._attn_implementation = dropout_attention.implementation(surgery.masks)
+    module.config = alone
     surgery.change(path, "attention written out, makes dropped-out probabilities again")
 
 
@@ -208,18 +214,18 @@ def _differs(module: nn.Module, config: object) -> bool:
 
 def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     """Bound to the module, so that a deep copy of it calls its own."""
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = MethodType(forward, module)
 
 
 def _norm_forward(op: NormOp) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor) -> Tensor:  # noqa: ANN401 (the module)
+    def forward(self: Any, x: Tensor) -> Tensor:
         return op(x, self._parameters.get("weight"), self._parameters.get("bias"))
 
     return forward
 
 
 def _linear_forward(plain: Callable[..., Tensor], flipped: bool) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(self: Any, x: Tensor) -> Tensor:
         if not drops_input(x, self.weight):
             return plain(self, x)
         return linear_of_dropped(x, self.weight, self.bias, flipped=flipped)
@@ -237,7 +243,7 @@ def _activation_forward(name: str, surgery: _Surgery) -> Callable[..., Tensor]:
 
 
 def _dropout_forward(masks: Masks) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(self: Any, x: Tensor) -> Tensor:
         return dropout(x, self.p, masks) if self.training and self.p > 0 else x
 
     return forward
