@@ -4,7 +4,7 @@
     dlogits_i = softmax(logits_i) - onehot(target_i),  dx = dlogits W,  dW = dlogits^T x
 
 x [n, h], W [V, h], targets [n]; logits of `chunk` rows at a time. `checkpointed` computes them once
-more in the backward pass and keeps an fp32 number a row. `in-forward` computes the gradients with
+more in the backward pass and keeps two fp32 numbers a row. `in-forward` computes the gradients with
 the loss, and keeps them: it does no product twice. `eager` is torch's own, which keeps all logits.
 Each runs on a part of the vocabulary, too, with three sums over the ranks of a group: of the
 exponents, of the targets' logits, of dx.
@@ -69,7 +69,11 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _row_losses(logits: Tensor, target: Tensor, setting: _Setting) -> tuple[Tensor, Tensor]:
-    """Losses and logsumexp of rows [c], from logits [c, V] in fp32."""
+    """Losses [c], and the two terms of logsumexp [c, 2], from logits [c, V] in fp32.
+
+    The terms, the largest logit and the logarithm of the rest, stay two: their sum would lose the
+    digits of the smaller one.
+    """
     top = logits.amax(-1)
     if setting.part:
         setting.part.max(top)
@@ -80,8 +84,9 @@ def _row_losses(logits: Tensor, target: Tensor, setting: _Setting) -> tuple[Tens
     if setting.part:
         setting.part.sum(total)
         setting.part.sum(hit)
-    lse = total.log() + top
-    return (lse - hit).where(target != setting.ignore_index, 0.0), lse
+    rest = total.log()
+    losses = (rest - (hit - top)).where(target != setting.ignore_index, 0.0)
+    return losses, torch.stack((top, rest), -1)
 
 
 def _gradient_of_logits(
@@ -89,7 +94,8 @@ def _gradient_of_logits(
 ) -> Tensor:
     """(softmax - onehot) * factor [c, V], in place of the logits; 0 for targets that are ignored."""
     column, ours = setting.targets(target, logits.shape[1])
-    logits.sub_(lse[:, None]).exp_().scatter_add_(1, column, -ours.to(logits.dtype))
+    top, rest = lse.unsqueeze(1).unbind(-1)
+    logits.sub_(top).sub_(rest).exp_().scatter_add_(1, column, -ours.to(logits.dtype))
     return logits.mul_((factor * (target != setting.ignore_index))[:, None])
 
 
@@ -114,7 +120,7 @@ class _Gradients:
 
 
 class ChunkedHead(torch.autograd.Function):
-    """Sum of losses; keeps x, W, targets, logsumexp [n], and logits only where it should."""
+    """Sum of losses; keeps x, W, targets, the terms of logsumexp [n, 2], and logits only where it should."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, setting: _Setting) -> Tensor:
@@ -198,8 +204,8 @@ def head_loss(
         low = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(low), weight.to(low)
     rows, ids = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-    count = (ids != ignore_index).sum().clamp(min=1)
-    factor = (1 / count if reduction == "mean" else torch.ones_like(count)).to(wide(x[:0]).dtype)
+    count = (ids != ignore_index).sum().clamp(min=1).to(wide(x[:0]).dtype)
+    factor = 1 / count if reduction == "mean" else torch.ones_like(count)
     setting = _Setting(
         ignore_index=ignore_index, chunk=chunk_rows, keeps_logits=mode == "eager", part=part
     )

@@ -144,9 +144,13 @@ def _reason(module: nn.Module) -> str | None:
         p.dim() == 2 and n == "weight" for n, p in module.named_parameters()
     ):
         return f"{kind} has a matrix, but does not compute input times weight"
-    if any(p.dim() == 3 for p in module.parameters()):
-        return f"{kind} has several matrices in one parameter (experts)"
-    return None
+    return _experts(module)
+
+
+def _experts(module: nn.Module) -> str | None:
+    """Why a module that holds the matrices of several experts in one parameter stays."""
+    several = any(p.dim() > 2 for p in module.parameters(recurse=False))
+    return f"{type(module).__name__} has several matrices in one parameter" if several else None
 
 
 def _dropout(surgery: _Surgery, path: str, module: nn.Dropout) -> None:
@@ -180,6 +184,8 @@ def _inner(surgery: _Surgery, path: str, module: nn.Module, activations: dict[st
             surgery.change(path, f"{words}, {surgery.rung.activations}")
     if isinstance(module, nn.MultiheadAttention):
         surgery.leave(path, "MultiheadAttention runs as one function")
+    if reason := _experts(module):
+        surgery.leave(path, reason)
     if surgery.rung.attention:
         _attention(surgery, path, module)
     if isinstance(module, nn.ModuleList | nn.Sequential):
