@@ -54,10 +54,10 @@ def rewrite(
             product = users[0] if len(users) == 1 and _is_product(users[0]) else None
             if product is not None:
                 _gate(graph, node, product, name, rung)
-                words.append(f"{name} times a second matrix")
+                words.append(f"{name} times a second matrix, {rung}")
             elif node.op == "call_function" and name != "relu":
                 _activate(graph, node, name, rung, masks)
-                words.append(name)
+                words.append(f"{name}, {rung}")
         elif node.target is _dropped:
             words.append(f"dropout, keeps a {masks} an element")
     if words:

@@ -59,6 +59,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def default_epsilon(x: Tensor) -> float:
+    """What `nn.RMSNorm` takes where it is given none: the step of fp32, or fp64."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+
+
 def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, form: NormForm
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +186,7 @@ def _lossy(scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Ten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormOp:
-    """A norm with its numbers; `eps` None: the least step of the type of x, as `nn.RMSNorm`."""
+    """A norm with its numbers; `eps` None: the step of the type it computes in, as `nn.RMSNorm`."""
 
     form: NormForm
     eps: float | None
@@ -192,7 +197,7 @@ class NormOp:
         # Autocast runs the norms of torch in fp32 on a GPU; those written out decide themselves.
         if x.is_cuda and not self.form.rounds_first and torch.is_autocast_enabled("cuda"):
             x = x.float()
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = default_epsilon(x) if self.eps is None else self.eps
         if self.rung == "output":
             return apply_function(NormFromOutput, x, weight, bias, eps, self.form)
         result: Tensor = apply_function(NormFromInput, x, weight, bias, eps, self.form)

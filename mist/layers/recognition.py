@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mist.layers.activations import ACTIVATIONS
-from mist.layers.norms import NORM_FORMS, NormForm, normalize
+from mist.layers.norms import NORM_FORMS, NormForm, default_epsilon, normalize
 
 # Of numbers of size 1: far above the rounding of another order of operations, and below what two
 # forms that are not the same differ by.
@@ -89,7 +89,7 @@ def _epsilons(module: nn.Module) -> Iterator[float | None]:
 def _normalized(
     form: NormForm, eps: float | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    number = torch.finfo(x.dtype).eps if eps is None else eps
+    number = default_epsilon(x) if eps is None else eps
     return normalize(x, weight, bias, number, form)[0]
 
 

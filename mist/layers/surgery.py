@@ -136,7 +136,7 @@ def _leaf(surgery: _Surgery, path: str, module: nn.Module) -> str | None:
 def _reason(module: nn.Module) -> str | None:
     """Why a module without children that looks like one with a rung has none."""
     kind = type(module).__name__
-    if "norm" in kind.lower():
+    if any("norm" in each.__name__.lower() for each in type(module).__mro__):
         return f"{kind} computes none of the norms that are known"
     if not list(module.parameters()) and type(module).__module__.endswith("activation"):
         return f"{kind} is none of the activations that are known"
@@ -149,7 +149,9 @@ def _reason(module: nn.Module) -> str | None:
 
 def _experts(module: nn.Module) -> str | None:
     """Why a module that holds the matrices of several experts in one parameter stays."""
-    several = any(p.dim() > 2 for p in module.parameters(recurse=False))
+    # Of [experts, in, out]; tables of positions are [1, tokens, width].
+    several = any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False))
+    several = several and not isinstance(module, nn.Conv1d)
     return f"{type(module).__name__} has several matrices in one parameter" if several else None
 
 
@@ -181,7 +183,7 @@ def _inner(surgery: _Surgery, path: str, module: nn.Module, activations: dict[st
     matrices = any(len(p) for p in map(parameter_names, module.children()))
     if matrices and not replaced(module):
         for words in rewrite(module, children, surgery.rung.activations, surgery.masks):
-            surgery.change(path, f"{words}, {surgery.rung.activations}")
+            surgery.change(path, words)
     if isinstance(module, nn.MultiheadAttention):
         surgery.leave(path, "MultiheadAttention runs as one function")
     if reason := _experts(module):
