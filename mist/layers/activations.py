@@ -54,7 +54,6 @@ ACTIVATIONS: Final = {
         Activation(name="silu", run=F.silu, back=aten.silu_backward),
         Activation(name="relu-squared", run=lambda x: F.relu(x).square(), back=_relu_squared_back),
         Activation(name="quick-gelu", run=lambda x: x * torch.sigmoid(QUICK * x), back=_quick_back),
-        # Alone it keeps its output, which the next matrix keeps anyway; gated it is like the rest.
         Activation(name="relu", run=F.relu, back=lambda grad, x: grad * (x > 0)),
     )
 }
@@ -110,6 +109,14 @@ class GatedProduct(torch.autograd.Function):
         row, (needs_gate, needs_up, _) = ACTIVATIONS[ctx.activation], ctx.needs_input_grad
         dgate = row.back(grad * up, gate) if needs_gate else None
         return dgate, grad * row.run(gate) if needs_up else None, None
+
+
+def gains(name: str, rung: ActivationRung) -> bool:
+    """Whether an activation that stands alone keeps less on a rung than as it is."""
+    # relu keeps its result, which the next matrix keeps anyway; the others keep their input.
+    return name != "relu" and (
+        rung == "drop" or (rung == "output" and ACTIVATIONS[name].invertible)
+    )
 
 
 def activate(x: Tensor, name: str, rung: ActivationRung, masks: Masks = "byte") -> Tensor:

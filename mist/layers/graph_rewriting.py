@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mist.layers.activations import ACTIVATIONS, ActivationRung, activate, gated
+from mist.layers.activations import ACTIVATIONS, ActivationRung, activate, gains, gated
 from mist.layers.masks import Masks, dropout
+from mist.layers.norms import RUNG_WORDS
 from mist.layers.recognition import takes_one_tensor
 
 FUNCTIONS: Final[Mapping[object, str]] = {
@@ -48,16 +49,18 @@ def rewrite(
     if graph is None:
         return ()
     words = []
+    # A product of two does not tell both: it has no form from its result.
+    product_words = RUNG_WORDS["fused" if rung == "output" else rung]
     for node in list(graph.nodes):
         if name := _name_of(node, activations):
             users = list(node.users)
             product = users[0] if len(users) == 1 and _is_product(users[0]) else None
             if product is not None:
                 _gate(graph, node, product, name, rung)
-                words.append(f"{name} times a second matrix, {rung}")
-            elif node.op == "call_function" and name != "relu":
+                words.append(f"{name} times a second matrix, {product_words}")
+            elif node.op == "call_function" and gains(name, rung):
                 _activate(graph, node, name, rung, masks)
-                words.append(f"{name}, {rung}")
+                words.append(f"{name}, {RUNG_WORDS[rung]}")
         elif node.target is _dropped:
             words.append(f"dropout, keeps a {masks} an element")
     if words:

@@ -92,7 +92,7 @@ def _row_losses(logits: Tensor, target: Tensor, setting: _Setting) -> tuple[Tens
 def _gradient_of_logits(
     logits: Tensor, lse: Tensor, target: Tensor, factor: Tensor, setting: _Setting
 ) -> Tensor:
-    """(softmax - onehot) * factor [c, V], in place of the logits; 0 for targets that are ignored."""
+    """(softmax - onehot) * factor [c, V], in place of the logits; 0 for ignored targets."""
     column, ours = setting.targets(target, logits.shape[1])
     top, rest = lse.unsqueeze(1).unbind(-1)
     logits.sub_(top).sub_(rest).exp_().scatter_add_(1, column, -ours.to(logits.dtype))
@@ -120,7 +120,7 @@ class _Gradients:
 
 
 class ChunkedHead(torch.autograd.Function):
-    """Sum of losses; keeps x, W, targets, the terms of logsumexp [n, 2], and logits only where it should."""
+    """Sum of losses; keeps x, W, targets and the terms of logsumexp [n, 2]; logits if it should."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, setting: _Setting) -> Tensor:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from mist.layers.recipes import apply_function, offer
 
 NormRung = Literal["fused", "drop", "output"]
+RUNG_WORDS: Final = {"fused": "in one step", "drop": "made again", "output": "from its result"}
 
 # Of |bias| over |scale|: xhat from y has the rounding error of y times 1 + this ratio.
 MAX_BIAS_RATIO: Final = 4.0

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mist.errors import InputError, did_you_mean
 from mist.layers import dropout_attention
-from mist.layers.activations import activate
+from mist.layers.activations import activate, gains
 from mist.layers.graph_rewriting import rewrite
 from mist.layers.linears import drops_input, linear_of_dropped
 from mist.layers.masks import Masks, dropout
-from mist.layers.norms import NormOp
+from mist.layers.norms import RUNG_WORDS, NormOp
 from mist.layers.recipes import end_recipes
 from mist.layers.recognition import (
     activation_of,
@@ -120,7 +120,7 @@ def _leaf(surgery: _Surgery, path: str, module: nn.Module) -> str | None:
     elif known := norm_of(module):
         op = NormOp(form=known.form, eps=known.eps, rung=surgery.rung.norms)
         _replace(module, _norm_forward(op))
-        surgery.change(path, f"{known.name}, {surgery.rung.norms}")
+        surgery.change(path, f"{known.name}, {RUNG_WORDS[surgery.rung.norms]}")
     elif matrix := matrix_of_weight(module):
         if surgery.rung.linears:
             _replace(module, _linear_forward(type(module).forward, matrix.flipped))
@@ -165,13 +165,11 @@ def _dropout(surgery: _Surgery, path: str, module: nn.Dropout) -> None:
 
 
 def _activation(surgery: _Surgery, path: str, module: nn.Module, name: str) -> None:
-    if name == "relu":
-        return  # it keeps its output, which the next matrix keeps anyway
     rung = surgery.rung.activations
-    if rung == "fused":
-        return  # alone, one step already
+    if not gains(name, rung):
+        return
     _replace(module, _activation_forward(name, surgery))
-    surgery.change(path, f"{name}, {rung}")
+    surgery.change(path, f"{name}, {RUNG_WORDS[rung]}")
 
 
 def _inner(surgery: _Surgery, path: str, module: nn.Module, activations: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Each layer alone: gradients against finite differences, float64, and the plain layer of torch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from mist.layers.activations import ACTIVATIONS, activate, gated
 from mist.layers.dropout_attention import attend
 from mist.layers.gelu_inverse import minimum, right_of_minimum, slope_from_output
 from mist.layers.linears import drops_input, linear_of_dropped
-from mist.layers.masks import dropout, pack_bits, unpack_bits
+from mist.layers.masks import Masks, dropout, pack_bits, unpack_bits
 from mist.layers.norms import GEMMA_NORM, LAYER_NORM, LLAMA_NORM, RMS_NORM, NormForm, NormOp
 from mist.layers.recipes import recipe_of
 
@@ -268,7 +267,7 @@ def test_a_dropped_input_is_made_once_for_all_that_read_it() -> None:
 
 @pytest.mark.parametrize("masks", ["byte", "bit"])
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (3, 5, 13)])
-def test_masks_come_back(shape: tuple[int, ...], masks: Any) -> None:
+def test_masks_come_back(shape: tuple[int, ...], masks: Masks) -> None:
     mask = numbers(*shape) > 0
     packed = pack_bits(mask)
     assert packed.numel() == -(-mask.numel() // 8)
@@ -282,7 +281,7 @@ def test_masks_come_back(shape: tuple[int, ...], masks: Any) -> None:
 
 
 @pytest.mark.parametrize("masks", ["byte", "bit"])
-def test_dropout_behind_an_activation_is_made_again_too(masks: Any) -> None:
+def test_dropout_behind_an_activation_is_made_again_too(masks: Masks) -> None:
     x, matrix = numbers(6, WIDTH).requires_grad_(), numbers(5, WIDTH, seed=1).requires_grad_()
     y = dropout(activate(x, "gelu", "drop"), 0.4, masks)
     value = y.detach().clone()
@@ -293,7 +292,7 @@ def test_dropout_behind_an_activation_is_made_again_too(masks: Any) -> None:
 
 @pytest.mark.parametrize("masks", ["byte", "bit"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_with_dropout(causal: bool, masks: Any) -> None:
+def test_attention_with_dropout(causal: bool, masks: Masks) -> None:
     arguments = [numbers(1, 2, 5, 3, seed=i).requires_grad_() for i in range(3)]
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mist.errors import InputError
 from mist.layers import VocabularyPart, head_loss
+from mist.layers.loss_heads import HeadMode
 from tests.layers.test_functions import FP32_CLOSE, error, gradients, numbers
 
 ROWS, WIDTH, WORDS = 37, 12, 90
-MODES = ["eager", "checkpointed", "in-forward"]
+MODES: list[HeadMode] = ["eager", "checkpointed", "in-forward"]
 
 
 def targets() -> Tensor:
@@ -34,7 +35,9 @@ def plain(x: Tensor, weight: Tensor, reduction: str = "mean") -> Tensor:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("chunk_rows", [1, 16, 1000])
 @pytest.mark.parametrize("mode", MODES)
-def test_heads_against_float64(mode: Any, chunk_rows: int, reduction: Any) -> None:
+def test_heads_against_float64(
+    mode: HeadMode, chunk_rows: int, reduction: Literal["mean", "sum"]
+) -> None:
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return head_loss(
             x, weight, targets(), mode=mode, chunk_rows=chunk_rows, reduction=reduction
@@ -49,7 +52,7 @@ def test_heads_against_float64(mode: Any, chunk_rows: int, reduction: Any) -> No
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_heads_by_finite_differences(mode: Any) -> None:
+def test_heads_by_finite_differences(mode: HeadMode) -> None:
     leaves = [each[:8, :3].clone().requires_grad_() for each in arguments()]
     ids = (targets() % 8)[:8]
     assert torch.autograd.gradcheck(
@@ -58,7 +61,7 @@ def test_heads_by_finite_differences(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_heads_in_bf16(mode: Any) -> None:
+def test_heads_in_bf16(mode: HeadMode) -> None:
     low = [each.bfloat16() for each in arguments()]
     eager = lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets())  # noqa: E731
     reference = gradients(plain, [each.double() for each in low])
@@ -105,7 +108,7 @@ class Part(VocabularyPart):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_parts_of_the_vocabulary_together_are_the_whole(mode: Any) -> None:
+def test_parts_of_the_vocabulary_together_are_the_whole(mode: HeadMode) -> None:
     reference = gradients(plain, arguments())
     ranks, group = 3, Threads(3)
     results: dict[int, list[Tensor]] = {}
