@@ -1,22 +1,28 @@
 """What memory levels keep and take on this CPU: the figures of docs/memory-levels.md.
 
-    python -m benchmarks.memory_levels layers | heads
+    python benchmarks/memory_levels.py [heads | layers | errors]
 
 Layers: bytes by live storages, and processor time of forward and backward, paired with the plain
 layer, median of seven. Heads: a process each, peak of resident memory above what it had before.
+Errors: of the bf16 gradient of all parameters, dropout off, against the same model in fp64.
 """
 
+import copy
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from mist.layers import RUNGS, head_loss
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are not installed
+from mist.layers import RUNGS, convert, head_loss
+from tests.layers.families import without_dropout
 from tests.layers.test_bytes import LAYERS, MODELS, built, published_shapes, stacked
+from tests.layers.test_surgery import distance, gradient
 from tests.trace.real import layer_inputs
 
 ROUNDS = 7
@@ -64,10 +70,8 @@ def head(mode: str) -> None:
     x = torch.randn(ROWS, WIDTH).bfloat16().requires_grad_()
     weight = (0.05 * torch.randn(WORDS, WIDTH)).bfloat16().requires_grad_()
     target = torch.randint(0, WORDS, (ROWS,))
-    weight.sum().backward()  # a training step has a gradient of the weight anyway
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     if mode != "baseline":
-        weight.grad = None
         loss = head_loss(x, weight, target, mode=mode)  # type: ignore[arg-type]
         loss.backward()
         print(f"{mode:13} loss {loss.item():.6f} |dx| {x.grad.float().norm():.6e}", end=" ")  # type: ignore[union-attr]
@@ -75,19 +79,33 @@ def head(mode: str) -> None:
     print(f"{peak / 1024:.0f} MiB above the baseline, {time.process_time() - start:.2f} s")
 
 
+def heads() -> None:
+    """One process a head, as a peak does not fall again."""
+    for mode in HEADS:
+        subprocess.run([sys.executable, __file__, "head", mode], check=True)
+
+
+def errors() -> None:
+    """One row a model and level."""
+    MODELS.update(published_shapes())
+    for family in ("llama", "gpt2", "bert"):
+        plain = without_dropout(built(family, "none", "byte", torch.bfloat16, "cpu"))
+        exact = gradient(copy.deepcopy(plain).double())[1]
+        for level in ("none", *RUNGS):
+            model = copy.deepcopy(plain)
+            if level != "none":
+                convert(model, level)
+            print(f"{family:6} {level:16} {distance(gradient(model)[1], exact):.2e}", flush=True)
+
+
 def main() -> None:
-    """What the first argument names."""
+    """What the first argument names, or all."""
     match sys.argv[1:]:
-        case ["layers"]:
-            layers()
-        case ["heads"]:
-            for mode in HEADS:
-                command = [sys.executable, "-m", "benchmarks.memory_levels", "head", mode]
-                subprocess.run(command, check=True)
         case ["head", mode]:
             head(mode)
-        case _:
-            raise SystemExit("say: python -m benchmarks.memory_levels layers | heads")
+        case parts:
+            for part in parts or ["heads", "layers", "errors"]:
+                {"heads": heads, "layers": layers, "errors": errors}[part]()
 
 
 if __name__ == "__main__":
