@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mist.layers.activations import ACTIVATIONS, ActivationRung, activate, gains, gated
+from mist.layers.activation_functions import ACTIVATIONS, ActivationRung, activate, gains, gated
 from mist.layers.masks import Masks, dropout
 from mist.layers.norms import RUNG_WORDS
 from mist.layers.recognition import takes_one_tensor
@@ -48,25 +48,39 @@ def rewrite(
     graph = _drawn(module, masks)
     if graph is None:
         return ()
-    words = []
-    # A product of two does not tell both: it has no form from its result.
-    product_words = RUNG_WORDS["fused" if rung == "output" else rung]
-    for node in list(graph.nodes):
-        if name := _name_of(node, activations):
-            users = list(node.users)
-            product = users[0] if len(users) == 1 and _is_product(users[0]) else None
-            if product is not None:
-                _gate(graph, node, product, name, rung)
-                words.append(f"{name} times a second matrix, {product_words}")
-            elif node.op == "call_function" and gains(name, rung):
-                _activate(graph, node, name, rung, masks)
-                words.append(f"{name}, {RUNG_WORDS[rung]}")
-        elif node.target is _dropped:
-            words.append(f"dropout, keeps a {masks} an element")
+    words = [
+        word
+        for node in list(graph.nodes)
+        if (word := _changed(graph, node, activations, rung, masks))
+    ]
     if words:
         forward = type(fx.GraphModule(module, graph)).forward
         module.forward = MethodType(forward, module)
     return tuple(words)
+
+
+def _changed(
+    graph: fx.Graph,
+    node: fx.Node,
+    activations: Mapping[str, str],
+    rung: ActivationRung,
+    masks: Masks,
+) -> str | None:
+    """Put ours in the place of one node, if it has one; what that is, in words."""
+    if node.target is _dropped:
+        return f"dropout, keeps a {masks} an element"
+    name, users = _name_of(node, activations), list(node.users)
+    if name is None:
+        return None
+    if len(users) == 1 and _is_product(users[0]):
+        _gate(graph, node, users[0], name, rung)
+        # A product of two does not tell both: it has no form from its result.
+        words = RUNG_WORDS["fused" if rung == "output" else rung]
+        return f"{name} times a second matrix, {words}"
+    if node.op == "call_function" and gains(name, rung):
+        _activate(graph, node, name, rung, masks)
+        return f"{name}, {RUNG_WORDS[rung]}"
+    return None
 
 
 def _drawn(module: nn.Module, masks: Masks) -> fx.Graph | None:

@@ -56,7 +56,7 @@ class Rebuild:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Recipe:
+class RebuildRecipe:
     """How to compute a tensor again: `rebuild.again(*sources)`, bit for bit."""
 
     rebuild: Rebuild
@@ -69,14 +69,14 @@ def offer(result: Tensor, compute: Compute, *sources: Tensor) -> Tensor:
     if result.requires_grad:
         # Detached, sources share memory and version with the originals, but bring no graph along.
         kept = tuple(source.detach() for source in sources)
-        recipe = Recipe(rebuild=Rebuild(compute), sources=kept, version=result._version)
+        recipe = RebuildRecipe(rebuild=Rebuild(compute), sources=kept, version=result._version)
         setattr(result, ATTRIBUTE, recipe)
     return result
 
 
-def recipe_of(tensor: Tensor) -> Recipe | None:
+def recipe_of(tensor: Tensor) -> RebuildRecipe | None:
     """The recipe that a tensor came with, unless it was changed in place since."""
-    recipe: Recipe | None = getattr(tensor, ATTRIBUTE, None)
+    recipe: RebuildRecipe | None = getattr(tensor, ATTRIBUTE, None)
     return recipe if recipe is not None and recipe.version == tensor._version else None
 
 

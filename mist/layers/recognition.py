@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from mist.layers.activations import ACTIVATIONS
+from mist.layers.activation_functions import ACTIVATIONS
 from mist.layers.norms import NORM_FORMS, NormForm, default_epsilon, normalize
 
 # Of numbers of size 1: far above the rounding of another order of operations, and below what two

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from mist.layers.activations import ActivationRung
+from mist.layers.activation_functions import ActivationRung
 from mist.layers.norms import NormRung
 
 

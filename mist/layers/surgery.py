@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mist.errors import InputError, did_you_mean
 from mist.layers import dropout_attention
-from mist.layers.activations import activate, gains
+from mist.layers.activation_functions import activate, gains
 from mist.layers.graph_rewriting import rewrite
 from mist.layers.linears import drops_input, linear_of_dropped
 from mist.layers.masks import Masks, dropout
@@ -35,7 +35,7 @@ LINEAR: Final = "linear, keeps what a dropped input is made of"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class ModuleChange:
     """One module whose forward was replaced, and what it is now."""
 
     path: str
@@ -55,7 +55,7 @@ class Conversion:
     """What `convert` did to a model."""
 
     level: str
-    changes: tuple[Change, ...]
+    changes: tuple[ModuleChange, ...]
     left_alone: tuple[LeftAlone, ...]
 
 
@@ -63,12 +63,12 @@ class Conversion:
 class _Surgery:
     rung: Rung
     masks: Masks
-    changes: list[Change] = field(default_factory=list)
-    linears: list[Change] = field(default_factory=list)
+    changes: list[ModuleChange] = field(default_factory=list)
+    linears: list[ModuleChange] = field(default_factory=list)
     left_alone: list[LeftAlone] = field(default_factory=list)
 
     def change(self, path: str, what: str) -> None:
-        self.changes.append(Change(path=path, what=what))
+        self.changes.append(ModuleChange(path=path, what=what))
 
     def leave(self, path: str, reason: str) -> None:
         self.left_alone.append(LeftAlone(path=path, reason=reason))
@@ -124,7 +124,7 @@ def _leaf(surgery: _Surgery, path: str, module: nn.Module) -> str | None:
     elif matrix := matrix_of_weight(module):
         if surgery.rung.linears:
             _replace(module, _linear_forward(type(module).forward, matrix.flipped))
-            surgery.linears.append(Change(path=path, what=LINEAR))
+            surgery.linears.append(ModuleChange(path=path, what=LINEAR))
     elif name := activation_of(module):
         _activation(surgery, path, module, name)
         return name
@@ -174,18 +174,11 @@ def _activation(surgery: _Surgery, path: str, module: nn.Module, name: str) -> N
 
 def _inner(surgery: _Surgery, path: str, module: nn.Module, activations: dict[str, str]) -> None:
     """What is written out in a module with children; and where layers end."""
-    prefix = f"{path}." if path else ""
-    children = {
-        n: activations[prefix + n] for n, _ in module.named_children() if prefix + n in activations
-    }
-    matrices = any(len(p) for p in map(parameter_names, module.children()))
-    if matrices and not replaced(module):
-        for words in rewrite(module, children, surgery.rung.activations, surgery.masks):
-            surgery.change(path, words)
     if isinstance(module, nn.MultiheadAttention):
         surgery.leave(path, "MultiheadAttention runs as one function")
     if reason := _experts(module):
         surgery.leave(path, reason)
+    _written_out(surgery, path, module, activations)
     if surgery.rung.attention:
         _attention(surgery, path, module)
     if isinstance(module, nn.ModuleList | nn.Sequential):
@@ -193,6 +186,18 @@ def _inner(surgery: _Surgery, path: str, module: nn.Module, activations: dict[st
             # A layer, not a step of one: what leaves it is kept by the next.
             if list(layer.children()):
                 layer.register_forward_hook(end_recipes)
+
+
+def _written_out(
+    surgery: _Surgery, path: str, module: nn.Module, activations: dict[str, str]
+) -> None:
+    """Products and functions in the forward of a module around matrices."""
+    if replaced(module) or not any(parameter_names(child) for child in module.children()):
+        return
+    paths = {name: f"{path}.{name}".lstrip(".") for name, _ in module.named_children()}
+    children = {name: activations[full] for name, full in paths.items() if full in activations}
+    for words in rewrite(module, children, surgery.rung.activations, surgery.masks):
+        surgery.change(path, words)
 
 
 def _attention(surgery: _Surgery, path: str, module: nn.Module) -> None:

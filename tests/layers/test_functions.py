@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mist.layers.activations import ACTIVATIONS, activate, gated
+from mist.layers.activation_functions import ACTIVATIONS, activate, gated
 from mist.layers.dropout_attention import attend
 from mist.layers.gelu_inverse import minimum, right_of_minimum, slope_from_output
 from mist.layers.linears import drops_input, linear_of_dropped
