@@ -59,9 +59,10 @@ class LinearOfDropped(torch.autograd.Function):
 
 
 def drops_input(x: Tensor, weight: Tensor) -> bool:
-    """Whether a linear layer can let its input go: it has a recipe, and a trained weight."""
+    """Whether a linear layer can let its input go: it has a recipe, and the weight is trained."""
     parts = isinstance(x, DTensor) or isinstance(weight, DTensor)
-    return weight.requires_grad and not parts and recipe_of(x) is not None
+    trains = weight.requires_grad and torch.is_grad_enabled()
+    return trains and not parts and recipe_of(x) is not None
 
 
 def linear_of_dropped(x: Tensor, weight: Tensor, bias: Tensor | None, *, flipped: bool) -> Tensor:

@@ -184,6 +184,14 @@ def test_frozen_matrices_keep_neither_input_nor_sources() -> None:
     assert sizes[""] == sizes["drop-norm"] == 4 * (8 * 16 + 2 * 8 + 8 * 24)
 
 
+def test_a_layer_keeps_its_own_input_whatever_came_before() -> None:
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(2)]
+    model = nn.Sequential(*layers)
+    convert(model, "drop-norm")
+    # Of each layer the input, that of its norm, and two numbers a row: eight rows in fp32.
+    assert kept(model, torch.randn(8, 16)) == 2 * 4 * (2 * 8 * 16 + 2 * 8)
+
+
 def left(module: nn.Module, level: str = "drop-norm") -> Conversion:
     return convert(nn.Sequential(nn.LayerNorm(4), module), level)
 
