@@ -64,6 +64,24 @@ def test_every_family_is_converted_and_stays_itself(family: str) -> None:
         assert distance(found[1], reference) < FP32_CLOSE, level
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_attention_that_is_written_out_masks_as_before(family: str) -> None:
+    plain = model_of(family)
+    plain.set_attn_implementation("eager")  # type: ignore[operator]
+    padding = {"attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3])}
+    converted = copy.deepcopy(plain)
+    result = convert(converted, "drop-norm")
+    assert sum("written out" in change.what for change in result.changes) == 2  # of two layers
+    for more in ({}, padding):
+        inputs = batch(plain, 2, 9) | more
+        exact, found = (
+            torch.autograd.grad(model(**inputs).logits[:, :6].square().sum(), [*model.parameters()])
+            for model in (copy.deepcopy(plain).double(), converted)
+        )
+        flat = [torch.cat([g.flatten().double() for g in grads]) for grads in (found, exact)]
+        assert distance(*flat) < FP32_CLOSE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_levels_are_as_good_as_eager_in_bf16(family: str) -> None:
