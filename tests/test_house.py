@@ -38,6 +38,7 @@ ROOMS = {
     re.compile(
         r"mist\.exec\.(?!(build|dryrun|run|build\.rank_grid|run\.(launch|run_options|run_log))$).+"
     ): {"torch", "transformers"},
+    re.compile(r"mist\.layers(\..+)?"): {"torch"},
     re.compile(r"mist\.milp\.integer_program"): {"pulp", "highspy"},
 }
 

@@ -1,4 +1,4 @@
-"""`mist trace` and `mist profiles`: what a plan is made from."""
+"""`mist trace`, `mist convert` and `mist profiles`: what a plan is made from."""
 
 import sys
 from contextlib import redirect_stdout
@@ -21,6 +21,7 @@ from mist.plans.workload import MOST_TOKENS, Attention, Precision
 from mist.units import parse_whole
 
 if TYPE_CHECKING:
+    from mist.layers.masks import Masks
     from mist.trace import TraceSetting
 
 
@@ -81,6 +82,38 @@ def trace(
         print_json(trace_json(graph, point))
     else:
         print_trace(graph, point)
+
+
+@app.command()
+def convert(
+    model: Model,
+    *,
+    level: Annotated[
+        str,
+        typer.Option(
+            "--level", help="fused, drop-activation, drop-norm, norm-output or tempo: see the docs."
+        ),
+    ],
+    masks: Annotated[
+        str, typer.Option("--masks", help="What dropout keeps of an element: byte or bit.")
+    ] = "byte",
+    attention: AttentionName = Attention.FLASH,
+    as_json: Json = False,
+) -> None:
+    """Show what a memory level would change in MODEL; `mist.layers.convert` does it."""
+    from mist.layers.rungs import RUNGS
+    from mist.report.conversions import conversion_json, print_conversion
+    from mist.workflow.converting import conversion_of
+
+    if masks not in ("byte", "bit"):
+        raise InputError(f"--masks {masks} is neither byte nor bit.")
+    with redirect_stdout(sys.stderr):
+        kind: Masks = "bit" if masks == "bit" else "byte"
+        conversion = conversion_of(model, level, kind, attention, progress)
+    if as_json:
+        print_json(conversion_json(conversion))
+    else:
+        print_conversion(conversion, RUNGS[level].meaning)
 
 
 @app.command()

@@ -1,0 +1,13 @@
+"""Tempo's layers and their generalisation: exact ways to keep less for the backward pass.
+
+    import mist.layers
+    mist.layers.convert(model, "drop-norm")
+
+`convert` gives a model a memory level; `head_loss` computes the loss without all logits at once.
+"""
+
+from mist.layers.loss_heads import VocabularyPart, head_loss
+from mist.layers.rungs import RUNGS
+from mist.layers.surgery import Conversion, convert
+
+__all__ = ["RUNGS", "Conversion", "VocabularyPart", "convert", "head_loss"]
