@@ -1,4 +1,4 @@
-"""Rank program: first loss and parameters from files under several layouts (test_stored).
+"""Rank program: first loss and parameters from files under several layouts (test_stored_weights).
 
 `python -m tests.exec.from_files DIR`: DIR has the folders and, for each, the loss of the file.
 """
