@@ -23,6 +23,7 @@ from tests.platform.samples import other_one
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--gpus", "4", "--global-batch", "16")
+QUICK = (*SMALL, "--space", "3d")  # where any plan will do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +237,7 @@ def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
 
 
 def test_the_json_of_a_check(mist: Mist, models: Path) -> None:
-    mist("plan", models / "tiny.py", *SMALL, "--out", "p.yaml")
+    mist("plan", models / "tiny.py", *QUICK, "--out", "p.yaml")
     run = mist("check", "p.yaml", "--trust", "--json")
     found = json.loads(run.out)
     assert found["fits"] is True
@@ -811,7 +812,7 @@ def test_a_folder_that_cannot_be_written(
 
 
 def test_a_broken_plan_file_tells_all_faults(mist: Mist, models: Path, tmp_path: Path) -> None:
-    mist("plan", models / "tiny.py", *SMALL, "--out", "p.yaml")
+    mist("plan", models / "tiny.py", *QUICK, "--out", "p.yaml")
     text = (tmp_path / "p.yaml").read_text()
     text = text.replace("mist.plan/1", "mist.plan/2").replace("weights: 0.0", "weights: 1.5")
     (tmp_path / "p.yaml").write_text(f"{text}colour: red\n")
@@ -828,7 +829,7 @@ def test_a_broken_plan_file_tells_all_faults(mist: Mist, models: Path, tmp_path:
 def test_a_plan_for_another_model(mist: Mist, models: Path, tmp_path: Path) -> None:
     model = tmp_path / "mine.py"
     model.write_text((models / "tiny.py").read_text())
-    mist("plan", "mine.py", *SMALL, "--out", "p.yaml")
+    mist("plan", "mine.py", *QUICK, "--out", "p.yaml")
     model.write_text(model.read_text().replace("1000", "2000"))
     run = mist("check", "p.yaml", "--trust")
     params = 4 * (4 * 64 * 64 + 2 * 64 * 256 + 256 + 64 + 128) + 2 * 1000 * 64
@@ -895,7 +896,7 @@ def test_ctrl_c_has_a_message_and_no_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupt)  # the last step of writing a file
-    run = mist("plan", models / "tiny.py", *SMALL)
+    run = mist("plan", models / "tiny.py", *QUICK)
     assert (run.code, run.out) == (130, "")
     assert run.message == "interrupted. No file is half written."
     assert "Traceback" not in run.err

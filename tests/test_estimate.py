@@ -132,7 +132,7 @@ def test_weight_gradients_fill_the_bubble() -> None:
 def test_activations_are_held_by_schedule(
     kind: ScheduleKind, chunks: int, held: list[float], embed: int, head: int
 ) -> None:
-    """As many as are in flight (tests/test_schedule.py), embedding and head by their own order.
+    """As many as are in flight (tests/test_schedules.py), embedding and head by their own order.
 
     The toy: a layer keeps [tokens, 1024] twice and [tokens, 4096] once in 2 bytes, the tables that
     all share [seq, 1024], an end [tokens, vocabulary] in 4 bytes.

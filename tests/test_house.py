@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mist.plans.knobs import SEARCHED_KNOBS, STAGE_KNOBS, TYPED_KNOBS
 from mist.plans.plan import StagePlan
@@ -251,6 +252,23 @@ def test_comments_say_why() -> None:
     code = [line for line in lines if line and not line.startswith("#")]
     comments = [line for line in lines if line.startswith("#")]
     assert 1000 * len(comments) / len(code) >= MIN_COMMENT_LINES
+
+
+def test_a_module_has_a_test_file_of_its_name_or_a_row() -> None:
+    """The rows: tests/tested_by.yaml. One that is not needed, or names nothing, is a fault too."""
+    table = yaml.safe_load((ROOT / "tests" / "tested_by.yaml").read_text())
+    rows = [module for modules in table.values() for module in modules]
+    assert len(rows) == len(set(rows))
+    assert [name for name in table if not (ROOT / "tests" / name).exists()] == []
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")}
+    with_logic = {
+        ".".join(path.relative_to(ROOT / "mist").with_suffix("").parts)
+        for path in SOURCES[:-1]
+        if path.stem != "__init__" and any(functions(path.read_text()))
+    }
+    untested = {name for name in with_logic if name.rpartition(".")[2] not in tested}
+    assert untested - set(rows) == set(), "give it a test file of its name, or a row"
+    assert set(rows) - untested == set(), "rows that are not needed"
 
 
 # The name of a member of a table, and how many modules may know one. Others loop over its rows.

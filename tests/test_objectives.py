@@ -18,11 +18,11 @@ from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.profiles import load_cluster
 from mist.symbolic.job import Job
-from mist.symbolic.pipeline_costs import stage_outputs
 from mist.workflow.cluster_choice import Rented, offer_of, rent
 from mist.workflow.gpu_counts import counts_of
 from mist.workflow.planning import Effort, Planned, make_plan
 from mist.workflow.request import Question
+from tests.judging import outputs
 from tests.platform.samples import other_one
 from tests.sample_plans import estimate_of, stage_estimate
 from tests.test_tune import SCHEDULES, options_of, shares_ends
@@ -48,7 +48,7 @@ def held(job: Job, options: list[StagePlan], pp: int, g: int, position: int) -> 
     for option in options:
         other = replace(option, devices=((1 - position) * option.devices[1], option.devices[1]))
         pipeline = (option, other) if position == 0 else (other, option)
-        columns = stage_outputs(
+        columns = outputs(
             job, Layout(stages=pipeline[:pp], num_micro_batches=g, schedule=SCHEDULES[1][0])
         )
         found.append([columns[name][position] for name in ("peak_bytes", "host_bytes")])

@@ -18,7 +18,7 @@ NUMERIC = (
     "tests/exec/test_parity.py",
     "tests/exec/test_states.py",
     "tests/exec/test_parallelize.py",
-    "tests/exec/test_dryrun.py",
+    "tests/exec/test_dry_run.py",
     "tests/trace/test_tp_check.py",
     "tests/trace/test_exact.py",
     "tests/symbolic",

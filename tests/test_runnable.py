@@ -123,10 +123,15 @@ def plan_of(job: Job, layout: PricedLayout) -> Plan:
     return unsearched_plan(job, question, plain, estimate(job, plain))
 
 
-def judge(cases: Iterator[Case]) -> Counter[str]:
-    """Count the plans of each runtime and of each thing that makes a plan hard to run."""
+def judge(cases: Iterator[Case], num_jobs: int) -> Counter[str]:
+    """Count the plans of each runtime and of each thing that makes a plan hard to run.
+
+    Of the first jobs that have any plan, this many: a random space may be empty, or nothing fit.
+    """
     seen: Counter[str] = Counter()
     for each in cases:
+        if seen["jobs"] == num_jobs:
+            break
         plans = [plan_of(each.job, layout) for layout in layouts(each)]
         seen["jobs"] += bool(plans)
         for plan in plans:
@@ -157,17 +162,17 @@ def traits(plan: Plan, job: Job) -> Iterator[str]:
 def test_plans_of_random_jobs_can_be_run() -> None:
     """Two runtimes: the one that `mist apply` runs, and the one with most rules of its own."""
     names = ["torch", "megatron"]
-    cases = (case(seed, names, kinds=(1,), ties=(False, True)) for seed in range(24))
-    seen = judge(cases)
-    assert seen["jobs"] >= 15
+    cases = (case(seed, names, kinds=(1,), ties=(False, True)) for seed in range(30))
+    seen = judge(cases, 15)
+    assert seen["jobs"] == 15
 
 
 @pytest.mark.slow
 def test_plans_of_random_jobs_of_every_runtime_can_be_run() -> None:
-    cases = (case(seed, SHIPPED, kinds=(1, 2), ties=(False, True)) for seed in range(1000, 1420))
-    seen = judge(cases)
+    cases = (case(seed, SHIPPED, kinds=(1, 2), ties=(False, True)) for seed in range(1000, 1600))
+    seen = judge(cases, 300)
     print(seen)
-    assert seen["jobs"] >= 300
+    assert seen["jobs"] == 300  # if half of all jobs have no plan, the search has lost some
     assert all(seen[name] >= 20 for name in SHIPPED)
     for trait in (*ScheduleKind, "tied pipeline", "unlike stages", "uneven stages", "offload"):
         assert seen[trait] >= 5, trait

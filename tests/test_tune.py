@@ -20,6 +20,7 @@ from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
+from tests.judging import judged
 from tests.pareto.boundless import boundless
 from tests.toys import toy_graph, toy_job
 
@@ -143,7 +144,7 @@ def fastest_pipeline(
                 continue
             best = min(
                 best,
-                estimate(job, Layout(stages=stages, num_micro_batches=g, schedule=schedule)).step_s,
+                judged(job, Layout(stages=stages, num_micro_batches=g, schedule=schedule)).step_s,
             )
     return best
 
@@ -178,10 +179,9 @@ def peak_and_host(
     position = stage.devices[0] // stage.devices[1]
     other = replace(stage, devices=((1 - position) * stage.devices[1], stage.devices[1]))
     pipeline = (stage, other) if position == 0 else (other, stage)
-    judged = estimate(
-        job, Layout(stages=pipeline[:pp], num_micro_batches=g, schedule=schedule)
-    ).stages[position]
-    return judged.peak_bytes, judged.host_bytes
+    layout = Layout(stages=pipeline[:pp], num_micro_batches=g, schedule=schedule)
+    own = judged(job, layout).stages[position]
+    return own.peak_bytes, own.host_bytes
 
 
 @cache
@@ -193,7 +193,7 @@ def job_of(counts: tuple[int, ...], num_gpus: int, global_batch: int) -> Job:
 def confirm(job: Job, found: Tuned, limit: float) -> None:
     """The winner is what its estimate says, and its proof holds."""
     best = found.best
-    judged = estimate(
+    own = estimate(
         job,
         Layout(
             stages=stage_plans(job, best),
@@ -201,8 +201,8 @@ def confirm(job: Job, found: Tuned, limit: float) -> None:
             schedule=best.schedule,
         ),
     )
-    assert judged.step_s == pytest.approx(best.step_s, rel=1e-5)
-    assert max(stage.peak_bytes for stage in judged.stages) <= limit * (1 + 1e-9)
+    assert own.step_s == pytest.approx(best.step_s, rel=1e-5)
+    assert max(stage.peak_bytes for stage in own.stages) <= limit * (1 + 1e-9)
     assert found.lower_bound_s <= best.step_s <= found.lower_bound_s * (1 + 1e-6)
     assert [o.step_s for o in found.others] == sorted(o.step_s for o in found.others)
     assert all(o.step_s >= best.step_s and o.kind != best.kind for o in found.others)
@@ -333,13 +333,13 @@ def fastest_unequal(job: Job, space: SearchSpace, limit: float) -> float:
                     if len(others) == 3 and peak_of(job, others, position, o, g) <= limit
                 ])  # fmt: skip
             for stages in itertools.product(*fitting):
-                best = min(best, estimate(job, Layout(stages=stages, num_micro_batches=g)).step_s)
+                best = min(best, judged(job, Layout(stages=stages, num_micro_batches=g)).step_s)
     return best
 
 
 def peak_of(job: Job, others: list[StagePlan], position: int, stage: StagePlan, g: int) -> float:
     stages = [stage if i == position else other for i, other in enumerate(others)]
-    return estimate(job, Layout(stages=stages, num_micro_batches=g)).stages[position].peak_bytes
+    return judged(job, Layout(stages=stages, num_micro_batches=g)).stages[position].peak_bytes
 
 
 @pytest.mark.parametrize("limit", [0.45e9, 0.6e9, pytest.param(8e9, marks=pytest.mark.slow)])
@@ -358,10 +358,10 @@ def test_unequal_meshes_equal_exhaustive_search(limit: float) -> None:
     found = tuned(job, space, limit)
     stages = stage_plans(job, found.best)
     assert sorted(stage.devices[1] for stage in stages) == [1, 1, 2]
-    judged = estimate(job, Layout(stages=stages, num_micro_batches=found.best.num_micro_batches))
-    assert judged.step_s == pytest.approx(found.best.step_s, rel=1e-5)
+    own = estimate(job, Layout(stages=stages, num_micro_batches=found.best.num_micro_batches))
+    assert own.step_s == pytest.approx(found.best.step_s, rel=1e-5)
     assert found.lower_bound_s <= want * (1 + 1e-5)
-    assert judged.step_s == pytest.approx(want, rel=1e-3)  # transfers of unlike stages, in the gap
+    assert own.step_s == pytest.approx(want, rel=1e-3)  # transfers of unlike stages, in the gap
 
 
 def step_of(job: Job, space: SearchSpace, limit: float) -> float:
@@ -432,8 +432,8 @@ def test_smallest_peak_is_what_no_layout_undercuts() -> None:
         ]
         for _ in range(60 if all(options) else 0):
             stages = tuple(own[rng.integers(len(own))] for own in options)
-            judged = estimate(job, Layout(stages=stages, num_micro_batches=g))
-            assert max(s.peak_bytes for s in judged.stages) >= found.peak_bytes * (1 - 1e-9)
+            own = judged(job, Layout(stages=stages, num_micro_batches=g))
+            assert max(s.peak_bytes for s in own.stages) >= found.peak_bytes * (1 - 1e-9)
 
 
 @pytest.mark.slow
@@ -532,7 +532,7 @@ def test_the_cloud_of_pipelines_is_of_the_schedules_that_are_searched() -> None:
     kinds = {ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED, ScheduleKind.ZERO_BUBBLE}
     assert {point.schedule.kind for point in points} == kinds
     for point in points:
-        judged = estimate(
+        own = estimate(
             job,
             Layout(
                 stages=stage_plans(job, point),
@@ -540,7 +540,7 @@ def test_the_cloud_of_pipelines_is_of_the_schedules_that_are_searched() -> None:
                 schedule=point.schedule,
             ),
         )
-        assert max(s.peak_bytes for s in judged.stages) == pytest.approx(point.peak_bytes, rel=1e-8)
+        assert max(s.peak_bytes for s in own.stages) == pytest.approx(point.peak_bytes, rel=1e-8)
     eager = [
         point for point in points
         if point.schedule.kind is ScheduleKind.ONE_F_ONE_B and

@@ -20,7 +20,7 @@ from mist.units import format_bytes
 
 # How far outside a table its price is still taken as it is. Node tables cut short meet their last
 # size within 4 % (median, at most 9 %) at a ratio of 2, 10 % (19 %) at 4, 19 % (67 %) at 8: beyond
-# 4 the error reaches that of whole predictions (tests/platform/test_watch.py).
+# 4 the error reaches that of whole predictions (tests/platform/test_extrapolation.py).
 FAR_RATIO: Final = 4.0
 # Of a stage's time: a tenth of the least error that is claimed for a prediction.
 NOTICEABLE_RATIO: Final = 0.01

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.exec.forking import RunRanks, forking
+from tests.exec.forking import Forked, forking
 
 
 @pytest.fixture(scope="session")
-def forked() -> Iterator[RunRanks]:
+def forked() -> Iterator[Forked]:
     """Runs a rank program in forked ranks."""
     with forking() as run:
         yield run

@@ -7,6 +7,7 @@ requests from its standard input, a line of JSON each, and answers with exit cod
 have ended. It has one thread, no process group, and draws no random numbers.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -42,7 +43,13 @@ POLL_S = 0.02
 class RunRanks(Protocol):
     """Runs `python -m MODULE *arguments` as every rank; an error tells what the cause printed."""
 
-    def __call__(self, module: str, *arguments: object, num_ranks: int) -> None: ...
+    def __call__(self, module: str, *arguments: object, num_ranks: int) -> object: ...
+
+
+class Forked(Protocol):
+    """The same in forked ranks; returns what rank 0 printed."""
+
+    def __call__(self, module: str, *arguments: object, num_ranks: int) -> str: ...
 
 
 def interpreters(module: str, *arguments: object, num_ranks: int) -> None:
@@ -51,16 +58,17 @@ def interpreters(module: str, *arguments: object, num_ranks: int) -> None:
 
 
 @contextmanager
-def forking() -> Iterator[RunRanks]:
+def forking() -> Iterator[Forked]:
     """Within: the parent of ranks is there from the first call on."""
     server: list[subprocess.Popen[str]] = []
     subjects = tempfile.TemporaryDirectory(prefix="mist-subjects-")
 
-    def run(module: str, *arguments: object, num_ranks: int) -> None:
+    def run(module: str, *arguments: object, num_ranks: int) -> str:
         if not server:
             server.append(_start(subjects.name))
         with tempfile.TemporaryDirectory(prefix="mist-") as folder:
             _ask(server[0], [module, *map(str, arguments)], num_ranks, Path(folder))
+            return _printed(Path(folder), 0)
 
     try:
         yield run
@@ -92,14 +100,19 @@ def _ask(
     failed = {number: code for number, code in enumerate(codes) if code}
     if failed:
         first = cause(failed)
-        errors = (folder / f"errors-{first}").read_text(errors="replace")
-        raise AssertionError(f"rank {first} ended with {failed[first]}.\n{errors[-8000:].strip()}")
+        printed = _printed(folder, first)[-8000:].strip()
+        raise AssertionError(f"rank {first} ended with {failed[first]}.\n{printed}")
+
+
+def _printed(folder: Path, rank: int) -> str:
+    return (folder / f"printed-{rank}").read_text(errors="replace")
 
 
 def serve() -> None:
     """Answer requests until nobody can ask any more."""
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a rank would write to, and so copy, every page of the parent's
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what ranks print is no answer
     for line in sys.stdin:
@@ -117,8 +130,9 @@ def _fork(command: Sequence[str], number: int, num_ranks: int, folder: Path) -> 
         return process
     code = 1
     try:
-        errors = os.open(folder / f"errors-{number}", os.O_CREAT | os.O_WRONLY)
-        os.dup2(errors, 2)
+        printed = os.open(folder / f"printed-{number}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
         os.environ.update(_environment(number, num_ranks, folder))
         sys.argv[1:] = command[1:]
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Rank program: first loss and parameters from files under several layouts (test_stored).
+"""Rank program: first loss and parameters from files under several layouts (test_stored_weights).
 
 `python -m tests.exec.from_files DIR`: DIR has the folders and, for each, the loss of the file.
 """
@@ -13,12 +13,10 @@ import torch
 import torch.distributed as dist
 
 from mist.exec.build.batches import Batches
-from mist.exec.build.empty_weights import load
 from mist.exec.build.parallel import assemble, initialise
 from mist.exec.build.process_group import process_group
 from mist.exec.build.weight_init import Whole
 from mist.exec.run.stored_weights import Tensor, stored_weights
-from mist.plans.workload import Attention
 from tests.exec.layouts import S, Variant, plan_of
 from tests.exec.parity import SEED, difference, settings
 from tests.exec.subjects import known_subject
@@ -46,11 +44,11 @@ class Counted:
 
 def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, object]:
     plan = plan_of(variant, folder)
-    loaded = load(plan.model.source, Attention.FLASH)
+    subject = known_subject(plan)
     read: list[int] = []
-    stored = stored_weights(folder / variant.model, loaded.module)
+    stored = stored_weights(folder / variant.model, subject.loaded.module)
     values: Mapping[str, Whole] = {n: Counted(stored=s, read=read) for n, s in stored.items()}
-    subject = replace(known_subject(loaded, plan), values=values)
+    subject = replace(subject, values=values)
     parallel = assemble(subject, plan, device, settings(None))
     initialise(parallel, subject, SEED)
     whole = torch.load(folder / f"{variant.model}.pt", weights_only=True)
@@ -58,7 +56,7 @@ def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, obj
     dist.all_reduce(error, dist.ReduceOp.MAX)
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, sum(read))
-    loss = parallel.train_step(Batches(loaded, plan.workload, SEED).step(0)).loss
+    loss = parallel.train_step(Batches(subject.loaded, plan.workload, SEED).step(0)).loss
     return {"error": error.item(), "read": sizes, "loss": loss}
 
 

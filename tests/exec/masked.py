@@ -97,9 +97,7 @@ class Stopped:
 def errors(variant: Variant, folder: Path, device: torch.device) -> list[dict[str, float]]:
     """Of each step, how far this layout is from one process: the worst over all ranks."""
     plan = plan_of(variant, folder)
-    loaded = wide(load(plan.model.source, Attention.FLASH))
-    subject = known_subject(loaded, plan)
-    parallel = build(subject, plan, device, settings(variant.max_norm), SEED)
+    parallel = build(known_subject(plan), plan, device, settings(variant.max_norm), SEED)
     optimizer = Stopped(parallel)
     found = []
     kind = variant.name.split()[-1]

@@ -31,7 +31,7 @@ from tests.exec.layouts import Variant, plan_of
 from tests.exec.subjects import known_subject
 from tests.exec.variants import SLOW, VARIANTS
 
-NUM_STEPS, SEED, LR = 3, 7, 1e-3
+NUM_STEPS, SEED, LR = 2, 7, 1e-3
 
 
 def settings(max_norm: float | None) -> Settings:
@@ -125,11 +125,10 @@ def errors(variant: Variant, folder: Path, device: torch.device) -> dict[str, fl
     known = torch.load(reference_path(variant, folder), weights_only=False)
     plan = plan_of(variant, folder)
     with precision_of(variant):
-        loaded = loaded_of(variant, folder)
-        subject = known_subject(loaded, plan)
+        subject = known_subject(plan)
         parallel = build(subject, plan, device, settings(variant.max_norm), SEED)
         gradients = watch_gradients(parallel, known["gradients"])
-        batches = Batches(loaded, plan.workload, SEED)
+        batches = Batches(subject.loaded, plan.workload, SEED)
         steps = [parallel.train_step(batches.step(step)) for step in range(NUM_STEPS)]
     worst = {
         "loss": farthest([step.loss for step in steps], known["losses"]),

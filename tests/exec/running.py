@@ -9,7 +9,7 @@ import torch
 from mist.exec.build.batches import Batches
 from mist.exec.build.parallel import build
 from tests.exec.layouts import Variant, plan_of
-from tests.exec.parity import SEED, loaded_of, settings
+from tests.exec.parity import SEED, settings
 from tests.exec.subjects import known_subject
 from tests.exec.variants import SLOW, VARIANTS
 
@@ -30,10 +30,9 @@ class Run:
         plan = plan_of(variant, folder)
         self._precision = precision
         with precision():
-            loaded = loaded_of(variant, folder)
-            subject = known_subject(loaded, plan)
+            subject = known_subject(plan)
             self.parallel = build(subject, plan, device, settings(max_norm), SEED)
-            self.batches = Batches(loaded, plan.workload, SEED)
+            self.batches = Batches(subject.loaded, plan.workload, SEED)
 
     def train(self, first: int, last: int) -> list[float]:
         steps = range(first, last)

@@ -8,21 +8,31 @@ import fcntl
 import os
 import pickle
 from collections.abc import Callable
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mist.exec.build.empty_weights import load
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Subject
 from mist.exec.build.tensor_rules import tensor_rules
 from mist.plans.plan import Plan
+from mist.plans.workload import Attention
 from mist.trace.models.loader import LoadedModel
+from tests.exec.double import wide
 
 SHARED = "MIST_TESTS_SUBJECTS"  # the folder of what is shared, if anything is
 
 
-def known_subject(loaded: LoadedModel, plan: Plan) -> Subject:
-    """As `subject_of` gives it. `loaded`: the model that the plan names, as it was loaded."""
+def known_subject(plan: Plan) -> Subject:
+    """The model that a plan names, and what `subject_of` finds of it.
+
+    In float64 within `in_double()`. A layout is built from a copy of it: nobody changes it.
+    """
+    loaded = _loaded(plan.model.source, torch.get_default_dtype())
     source, seq_len = Path(plan.model.source), plan.workload.seq_len
     content = sha256((source / "config.json" if source.is_dir() else source).read_bytes())
     name = f"{content.hexdigest()}-{seq_len}"
@@ -32,6 +42,11 @@ def known_subject(loaded: LoadedModel, plan: Plan) -> Subject:
         for tp in sorted({stage.tp for stage in plan.stages} - {1})
     }
     return Subject(loaded=loaded, structure=structure, rules=rules)
+
+
+@cache
+def _loaded(source: str, dtype: torch.dtype) -> LoadedModel:
+    return wide(load(source, Attention.FLASH))
 
 
 _FOUND: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from mist.plans.file import load_plan, save_plan
 from mist.plans.plan import Plan
 from mist.plans.workload import Attention
 from mist.trace import TraceSetting, load_graph
+from tests.exec.forking import Forked
 from tests.exec.layouts import LLAMA, S, Variant, plan_of, write_models
 
 COMMAND = [sys.executable, "-c", "from mist.cli import main; main()", "apply"]
@@ -141,16 +142,15 @@ def test_a_plan_for_another_model_is_refused_before_any_rank(folder: Path) -> No
     assert "step" not in errors
 
 
-def test_weights_beside_a_config_are_where_a_run_starts(folder: Path) -> None:
+def test_weights_beside_a_config_are_where_a_run_starts(folder: Path, forked: Forked) -> None:
+    """As a rank that somebody else has started."""
     hub, log = folder / "hub", folder / "hub.json"
     torch.manual_seed(11)
     fields = {name: value for name, value in LLAMA.items() if name != "model_type"}
     LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(hub)
     plan = plan_file(Variant(name="hub", model="hub", stages=(S(),), micro=8), folder)
-    run = start(plan, "--steps", 1, "--log", log, folder=folder)
-    _, errors = run.communicate(timeout=LIMIT_S)
-    assert run.returncode == 0, errors
-    assert f"weights: read from {hub}\n" in errors
+    printed = forked("cli", "apply", plan, "--steps", 1, "--log", log, num_ranks=1)
+    assert f"weights: read from {hub}\n" in printed
     loaded = load(str(hub), Attention.FLASH)
     batch = Batches(loaded, load_plan(plan).workload, 7).step(0)
     assert isinstance(batch, dict)

@@ -1,5 +1,6 @@
-"""Every layout ends where one process ends: 3 AdamW steps, in float64 (tests/exec/double.py).
+"""Every layout ends where one process ends: 2 AdamW steps, in float64 (tests/exec/double.py).
 
+The second step reads all that the first one wrote: parameters, moments, what lives on the host.
 Sums in another order then differ by some 1e-15, on any CPU; mistakes show at 1e-3 and more. What
 fp32 and bf16 change is bounded by their unit round-off. All variants of one number of ranks share
 a launch.
@@ -28,8 +29,8 @@ ROUNDINGS = 4 + 21 * NUM_LAYERS
 # normalised inputs times weights of .02 are .16 in the mean square. A loss moves by at most twice
 # what a logit does.
 MAX_LOGIT = 1.0
-# A step moves a parameter by at most 1.004 times the learning rate in three steps of these betas
-# (Cauchy-Schwarz on the two running means), either way.
+# A step moves a parameter by at most 1.004 times the learning rate in up to three steps of these
+# betas (Cauchy-Schwarz on the two running means), either way.
 MAX_MOVED = 2 * NUM_STEPS * 1.004 * LR
 
 RANKS = [  # with 3 or more, two cores take long

@@ -44,6 +44,7 @@ def torchrun(line: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_documented_line_runs(folder: Path) -> None:
     line = documented().replace("--nproc-per-node 8", "--nproc-per-node 2")
     run = torchrun(line, folder)

@@ -78,7 +78,7 @@ def optimum(problem: InterStageProblem) -> float:
 def optimum_of_many(problem: InterStageProblem) -> float:
     """The same for some 100,000 assignments, all points of a choice of cells at once.
 
-    Layers are alike, units have no offsets. Uses `step_time`, which tests/test_schedule.py checks
+    Layers are alike, units have no offsets. Uses `step_time`, which tests/test_schedules.py checks
     against the paper's form.
     """
     per_stage = [[c for c in problem.cells if c.stage == i] for i in range(problem.num_stages)]

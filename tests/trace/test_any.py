@@ -19,7 +19,7 @@ from mist.trace.repeated_blocks import find_layers
 from mist.trace.runs import NOT_SYMBOLIC, ROUTED
 from tests.trace.real import Measured, measure
 from tests.trace.test_exact import ALONE, at, build, flop, saved_bytes
-from tests.trace.test_plain import WIDTH, Layer, Model
+from tests.trace.test_repeated_blocks import WIDTH, Layer, Model
 
 CPU = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)

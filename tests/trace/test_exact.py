@@ -13,7 +13,7 @@ from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from tests.tokens import tokens
 from tests.trace.real import Measured, measure
-from tests.trace.test_plain import Layer, Model
+from tests.trace.test_repeated_blocks import Layer, Model
 
 Family = Callable[[torch.dtype, str], nn.Module]
 POINTS = [(1, 32), (2, 48), (3, 77), (4, 128), (2, 257)]

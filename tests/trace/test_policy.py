@@ -18,7 +18,7 @@ from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from mist.trace.recording.shim import runs_as
 from tests.trace.test_exact import llama
-from tests.trace.test_plain import WIDTH, Layer, Model
+from tests.trace.test_repeated_blocks import WIDTH, Layer, Model
 
 aten = torch.ops.aten
 CUDA = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)

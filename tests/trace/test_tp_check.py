@@ -11,7 +11,7 @@ from torch import nn
 from mist.model.graph import B, S
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
-from tests.trace.test_plain import WIDTH, Model
+from tests.trace.test_repeated_blocks import WIDTH, Model
 
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 FFN = 32

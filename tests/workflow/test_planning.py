@@ -126,16 +126,17 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = toy_graph((8,), hidden=16384)
     answer_with(wide, monkeypatch)
     asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512)
+    space = SearchSpace(micro_batch=(1,), schedules=(ScheduleKind.ONE_F_ONE_B,))
     with pytest.raises(Infeasible) as refused:
-        make_plan(asked, SearchSpace())
+        make_plan(asked, space)
     message = str(refused.value)
     assert message.startswith("toy does not fit on 2 x l4. Even in the layout of least memory (pp")
     assert " GiB that a plan may use on l4 (working " in message
     # What it tells us to try fits, and half of that does not.
     num_gpus = int(message.rpartition("--gpus ")[2].rstrip("."))
-    assert make_plan(replace(asked, num_gpus=num_gpus), SearchSpace()).plan.stages
+    assert make_plan(replace(asked, num_gpus=num_gpus), space).plan.stages
     with pytest.raises(Infeasible):
-        make_plan(replace(asked, num_gpus=num_gpus // 2), SearchSpace())
+        make_plan(replace(asked, num_gpus=num_gpus // 2), space)
 
 
 @pytest.mark.slow

@@ -2,12 +2,15 @@
 
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.verify import drawn, ends
+from mist.exec.dryrun.dry_run import look
+from mist.exec.observation import Seen
 from mist.plans.file import save_plan
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import ScheduleKind
@@ -44,6 +47,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs without the seconds in which a process imports torch."""
+
+    def dry_run(
+        plan: Plan, stages: Sequence[int], progress: object, *, policy: str
+    ) -> tuple[Seen, ...]:
+        return tuple(look(plan, stage, policy) for stage in stages)
+
+    monkeypatch.setattr("mist.workflow.verifying.dry_run", dry_run)
+
+
 def plan_of(layout: HandLayout, folder: Path) -> Plan:
     """Of the tiny Llama on eight GPUs of two nodes."""
     question = Question(
@@ -71,6 +86,7 @@ def test_prediction_and_program_agree(name: str, folder: Path) -> None:
         assert max(each.peak_bytes for each in stage.seen.timeline) == stage.seen.peak_bytes
 
 
+@pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[] if n == "head pp2" else [pytest.mark.slow]) for n in FROZEN],
@@ -94,6 +110,7 @@ ON_HOST = {
 }
 
 
+@pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize("name", ["states", pytest.param("activations", marks=[pytest.mark.slow])])
 def test_host_memory_is_what_each_tensor_takes_pinned(name: str, folder: Path) -> None:
     """The program's own tensors, each in a block of a power of two; to the byte."""

@@ -29,7 +29,7 @@ from tests.milp.oracle import (
     with_ties,
     with_units,
 )
-from tests.milp.test_exact import covers, dense
+from tests.milp.test_dynamic_program import covers, dense
 
 # The tolerances of HiGHS (1e-6 and 1e-7), in units of a time that is part of every step.
 SOLVER = 1e-6
@@ -294,7 +294,7 @@ def test_another_thread_count_before_does_not_stop_highs() -> None:
     code = """
 import highspy
 from mist.milp import solve
-from tests.milp.test_exact import dense
+from tests.milp.test_dynamic_program import dense
 other = highspy.Highs()
 other.setOptionValue("output_flag", False)
 other.setOptionValue("threads", 2)

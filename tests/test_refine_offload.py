@@ -14,7 +14,7 @@ from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
-from mist.symbolic.pipeline_costs import stage_outputs
+from tests.judging import outputs
 from tests.toys import toy_graph, toy_job
 
 LIMITS = Limits(device_bytes=0.6e9, host_bytes=0.5e9)
@@ -39,7 +39,7 @@ def fastest(job: Job, layout: PricedLayout, limits: Limits) -> float:
             memory=dict(zip(MemoryLevel, mix, strict=True)),
             offload=replace(plan.offload, optimizer=sixty_fourths / 64),
         )
-        found = stage_outputs(
+        found = outputs(
             job,
             Layout(
                 stages=(own,), num_micro_batches=layout.num_micro_batches, schedule=layout.schedule

@@ -18,6 +18,7 @@ from mist.plans.workload import ScheduleKind
 from mist.search.tune import Tuned, tune
 from mist.symbolic.job import Job
 from mist.symbolic.pipeline_costs import stage_outputs
+from tests.judging import outputs
 from tests.sample_plans import stage_plan
 from tests.test_tune import SCHEDULES, options_of
 from tests.toys import toy_graph, toy_job
@@ -46,7 +47,7 @@ def stages_of(job: Job, g: int, position: int, run: range) -> np.ndarray:
     for option in (option for option in options if option.zero in SPACE.zero):
         other = replace(option, devices=(1 - position, 1))
         pipeline = (option, other) if position == 0 else (other, option)
-        columns = stage_outputs(
+        columns = outputs(
             job, Layout(stages=pipeline, num_micro_batches=g, schedule=SCHEDULES[1][0])
         )
         found.append([columns[name][position] for name in names])
