@@ -7,7 +7,8 @@ at least omega / N, and a lone micro-batch fills at least all of tau,
     T >= (G - 1) omega / N + max( omega / N, (tau - w) / v )
 
 for N devices, v chunks and, under zero bubble, w twice the largest time of gradients of weights.
-Neither offloading nor recomputation makes a stage faster than keeping everything on the device.
+Neither offloading nor recomputation makes a stage faster than keeping everything on the device;
+together they may: recomputation leaves less to copy.
 """
 
 import numpy as np
@@ -61,9 +62,12 @@ def window(
 
 
 def fastest_layers(model: GroupModel) -> Floats:
-    """Seconds of a layer of each kind, kept whole, under the strategy that is fastest at it."""
+    """Seconds of a layer of each kind under the strategy and level that are fastest at it."""
     terms, kinds = model.strategies.terms, range(model.job.facts.num_kinds)
-    return np.array([terms[f"term_{kind}_none_stable_s"].min() for kind in kinds])
+    # Where activations are offloaded, a layer that keeps less has less to copy: the level that
+    # recomputes nothing need not be the fastest.
+    names = [[f"term_{kind}_{level}_stable_s" for level in model.space.levels] for kind in kinds]
+    return np.array([min(terms[name].min() for name in own) for own in names])
 
 
 def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Floats) -> Floats:
