@@ -161,6 +161,4 @@ def _on(job: Job, profiles: Profiles) -> Job:
         device=device, cluster=cluster, runtime=runtime, precision=job.workload.precision
     )
     platform = replace(job.platform, device=device, cluster=cluster, runtime=runtime)
-    return replace(
-        job, platform=platform, laws=laws, cost=stage_model(job.programs, laws)
-    )
+    return replace(job, platform=platform, laws=laws, cost=stage_model(job.programs, laws))

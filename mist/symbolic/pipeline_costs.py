@@ -16,7 +16,6 @@ from mist.symbolic.columns import NO_OFFLOAD, layer_columns, position_columns, s
 from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS, StageModel
 
-
 TRANSFERS: Final = ("term_p2p_in_node_s", "term_p2p_cross_s")
 
 Column = NDArray[np.float64]
@@ -70,9 +69,7 @@ def _strategy(job: Job, layout: Layout) -> dict[str, ArrayLike]:
     )
 
 
-def _in_a_row(
-    each: Sequence[Mapping[str, ArrayLike]], sizes: Sequence[int]
-) -> dict[str, Column]:
+def _in_a_row(each: Sequence[Mapping[str, ArrayLike]], sizes: Sequence[int]) -> dict[str, Column]:
     """The columns of all layouts, of so many stages, joined."""
     return {
         name: np.concatenate(
