@@ -30,7 +30,7 @@ def lower_bound_s(job: Job, group: Group) -> float:
     stable = {x: terms[f"term_{x}_none_stable_s"] for x, _ in blocks}
     # Each kind of layer takes its own best strategy: no plan can do better than this relaxation.
     total_s = sum(count * stable[x].min() for x, count in blocks)
-    devices = group.strategies.tp * group.strategies.dp
+    devices = group.strategies.num_devices
     device_s = sum(count * (devices * stable[x]).min() for x, count in blocks)
     slowest_s = device_s / job.platform.num_gpus
     # The largest, because more spare time means a shorter filling, and this must bound all plans.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from pydantic import ConfigDict, Field
 
@@ -53,18 +53,11 @@ class ScheduleKind(StrEnum):
 
 
 class MemoryLevel(StrEnum):
-    """How much of a layer's activation is kept, from most to least."""
+    """How much of a layer's activation is kept, from most to least: `mist.plans.memory_levels`."""
 
     NONE = "none"
     SELECTIVE = "selective"
     FULL = "full"
-
-    @property
-    def repeats(self) -> Literal["nothing", "part", "all"]:
-        """What of a layer's forward pass the backward pass runs again."""
-        if self is MemoryLevel.NONE:
-            return "nothing"
-        return "all" if self is MemoryLevel.FULL else "part"
 
 
 class Solver(StrEnum):

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mist.plans.plan import Layout
 from mist.plans.schedules import fill_time, spare_time, step_time
-from mist.symbolic.columns import NO_OFFLOAD, layer_columns, position_columns, strategy_columns
+from mist.symbolic.columns import layout_inputs
 from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS, StageModel
 
@@ -36,36 +36,13 @@ class PipelineInputs:
 
 def pipeline_inputs(job: Job, layouts: Sequence[Layout]) -> PipelineInputs:
     """What the formulas ask of each layout; the same on any platform of as many GPUs a node."""
-    strategies, rests = [], []
-    for layout in layouts:
-        stages, schedule = layout.stages, layout.schedule
-        devices = np.array([stage.devices for stage in stages])
-        layers = np.array([len(stage.levels) for stage in stages])
-        strategies.append(_strategy(job, layout))
-        rests.append(
-            position_columns(job, devices, layers, layout.num_micro_batches, schedule)
-            | layer_columns(job, stages)
-        )
+    kinds = job.facts.layer_kinds()
+    each = [layout_inputs(job.placement, kinds, layout) for layout in layouts]
     sizes = [len(layout.stages) for layout in layouts]
     return PipelineInputs(
-        strategy=_in_a_row(strategies, sizes),
-        rest=_in_a_row(rests, sizes),
+        strategy=_in_a_row([strategy for strategy, _ in each], sizes),
+        rest=_in_a_row([rest for _, rest in each], sizes),
         ends=tuple(np.cumsum(sizes).tolist()),
-    )
-
-
-def _strategy(job: Job, layout: Layout) -> dict[str, ArrayLike]:
-    stages = layout.stages
-    return strategy_columns(
-        job,
-        num_stages=len(stages),
-        dp=[stage.dp for stage in stages],
-        tp=[stage.tp for stage in stages],
-        micro_batch=[stage.micro_batch for stage in stages],
-        zero=[stage.zero for stage in stages],
-        dp_replicate=[stage.dp_replicate for stage in stages],
-        offload={name: [getattr(s.offload, name) for s in stages] for name in NO_OFFLOAD},
-        schedule=layout.schedule,
     )
 
 
