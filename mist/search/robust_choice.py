@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.layouts import PricedLayout, plain_layout
+from mist.plans.search_space import OFFLOADED
 from mist.platform import OpCosts, Platform
 from mist.platform.calibration import Profiles
 from mist.platform.uncertain_figures import drawn_profiles, pessimistic_profiles
@@ -111,13 +112,8 @@ def complexity(layout: PricedLayout) -> tuple[int, ...]:
     stages; whether chunks take turns.
     """
     stages = layout.stages
-    away = {
-        name
-        for stage in stages
-        for name in ("weights", "grads", "optimizer", "activations")
-        if getattr(stage.offload, name) > 0
-    }
-    kinds = {(s.tp, s.dp, s.micro_batch, s.zero, s.dp_replicate, s.offload) for s in stages}
+    away = {name for stage in stages for name in OFFLOADED if getattr(stage.offload, name) > 0}
+    kinds = {(*sorted(stage.knobs.items()), stage.offload) for stage in stages}
     levels = max(sum(count > 0 for count in stage.memory.values()) for stage in stages)
     return (len(away), len(kinds), levels, len(stages), layout.schedule.vpp)
 
@@ -128,8 +124,11 @@ def _fastest(layouts: Iterable[PricedLayout]) -> PricedLayout | None:
 
 def _priced_anew(job: Job, pool: Sequence[PricedLayout]) -> list[PricedLayout]:
     """Each layout once, with its step on the job's own platform."""
-    each = {(one.schedule, one.num_micro_batches, one.stages): one for one in pool}
-    (steps_s,) = _steps(job, [job], layouts := list(each.values()))
+    layouts: list[PricedLayout] = []
+    for layout in pool:
+        if layout not in layouts:
+            layouts.append(layout)
+    (steps_s,) = _steps(job, [job], layouts)
     return [replace(one, step_s=float(s)) for one, s in zip(layouts, steps_s, strict=True)]
 
 

@@ -63,9 +63,7 @@ def judged_steps(layouts: list[PricedLayout]) -> np.ndarray:
 
 
 def test_the_choice_is_the_one_of_least_mean_regret_within_the_tolerance() -> None:
-    layouts = list(
-        {(one.schedule, one.num_micro_batches, one.stages): one for one in pool()}.values()
-    )
+    layouts = [one for i, one in enumerate(pool()) if one not in pool()[:i]]
     steps_s = judged_steps(layouts)
     regrets = (steps_s / steps_s.min(axis=1, keepdims=True) - 1).mean(axis=0)
     nominal = np.array([estimate(job(), plain_layout(job(), one)).step_s for one in layouts])
