@@ -8,11 +8,11 @@ from typing import Annotated, ParamSpec
 import typer
 
 from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, TYPED_KNOBS
+from mist.plans.objectives import Objective
 from mist.plans.search_space import OFFLOADED
 from mist.plans.workload import (
     Attention,
     MemoryLevel,
-    Objective,
     Precision,
     ScheduleKind,
     Solver,

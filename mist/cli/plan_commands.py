@@ -48,9 +48,10 @@ from mist.cli.command_options import (
 )
 from mist.cli.common import PLAN_SUFFIXES, app, check_out, print_json, progress
 from mist.errors import InputError
+from mist.plans.objectives import Objective
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
-from mist.plans.workload import Attention, Objective, Precision, Solver
+from mist.plans.workload import Attention, Precision, Solver
 
 if TYPE_CHECKING:
     from mist.symbolic.load_programs import Progress

@@ -68,20 +68,6 @@ class Solver(StrEnum):
     BOTH = "both"
 
 
-class Objective(StrEnum):
-    """What the best plan is.
-
-    Most tokens per second, least memory of the fullest GPU, most tokens for the money, or the
-    shortest time for a number of tokens. For one number of GPUs of one cluster all but MEMORY ask
-    for the fastest step; they differ in which number of GPUs, and which cluster, they choose.
-    """
-
-    THROUGHPUT = "throughput"
-    MEMORY = "memory"
-    TOKENS_PER_DOLLAR = "tokens-per-dollar"
-    TIME_TO_TOKENS = "time-to-tokens"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What one training step does: `global_batch` samples of `seq_len` tokens.
