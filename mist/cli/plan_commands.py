@@ -42,6 +42,7 @@ from mist.cli.command_options import (
     Subject,
     TimeLimit,
     Tokens,
+    Tolerance,
     Top,
     Verify,
     with_knobs,
@@ -72,6 +73,7 @@ def plan(
     gpu: Gpu = None,
     cluster: ClusterNames = None,
     objective: ObjectiveName = Objective.THROUGHPUT,
+    tolerance: Tolerance = 0.03,
     price: Price = None,
     tokens: Tokens = None,
     runtime: RuntimeName = "torch",
@@ -111,7 +113,7 @@ def plan(
         host_memory_bytes=host_memory_of(host_memory),
     )
     allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
-    effort = _effort(objective, solver, top, time_limit)
+    effort = _effort(objective, tolerance, solver, top, time_limit)
 
     def search(margin_ratio: float | None) -> "Rented":
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
@@ -121,11 +123,14 @@ def plan(
     _show_plan(rented, verified, tokens, as_json=as_json)
 
 
-def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
+def _effort(
+    objective: Objective, tolerance_ratio: float, solver: Solver, top: int, time_limit: float
+) -> "Effort":
     from mist.workflow.planning import Effort
 
     return Effort(
         objective=objective,
+        tolerance_ratio=tolerance_ratio,
         num_alternatives=top,
         progress=progress,
         time_limit_s=time_limit,

@@ -87,6 +87,33 @@ def pessimistic_profiles(profiles: Profiles) -> Profiles:
     return _at(profiles, places, figures)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariedFigure:
+    """Profiles with one figure at an end of what it may be; `value` and `known` of its first path.
+
+    `value`: what it is there, `known`: what the profiles say, both in the unit of `path`.
+    """
+
+    name: str
+    path: str
+    value: float
+    known: float
+    profiles: Profiles
+
+
+def varied_profiles(profiles: Profiles) -> Iterator[VariedFigure]:
+    """Profiles with each uncertain figure at each of its ends, the others as they stand."""
+    figures = _uncertain(profiles)
+    for j, row in enumerate(figures):
+        path, known = next(_found(profiles, row))
+        for place in (0.0, 1.0):
+            moved = _at(profiles, {j: place}, figures)
+            _, quantity = next(_found(moved, row))
+            yield VariedFigure(
+                name=row.name, path=path, value=quantity.value, known=known.value, profiles=moved
+            )
+
+
 def _place(draw: int, figure: int) -> float:
     return (draw * (figure + 1) % (NUM_DRAWS + 1) - 0.5) / NUM_DRAWS
 
@@ -117,10 +144,10 @@ def _found(profiles: Profiles, row: UncertainFigure) -> Iterator[tuple[str, Quan
 def _at(
     profiles: Profiles, places: dict[int, float], figures: tuple[UncertainFigure, ...]
 ) -> Profiles:
-    """The profiles with each figure at its place of 0..1."""
+    """The profiles with figures, by their row, at places of 0..1."""
     values = {}
-    for j, row in enumerate(figures):
-        drawn = row.at(places[j])
+    for j, place in places.items():
+        row, drawn = figures[j], figures[j].at(place)
         for path, quantity in _found(profiles, row):
             value = quantity.value * drawn if row.by == "factor" else drawn
             value = value if row.most is None else min(value, row.most)

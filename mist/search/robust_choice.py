@@ -24,13 +24,19 @@ from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.search_space import OFFLOADED
 from mist.platform import OpCosts, Platform
 from mist.platform.calibration import Profiles
-from mist.platform.uncertain_figures import drawn_profiles, pessimistic_profiles
+from mist.platform.uncertain_figures import (
+    drawn_profiles,
+    pessimistic_profiles,
+    varied_profiles,
+)
 from mist.symbolic.job import Job
 from mist.symbolic.pipeline_costs import pipeline_inputs, pipeline_outputs, pipeline_step_s
 from mist.symbolic.program import stage_model
 
 DEFAULT_TOLERANCE_RATIO: Final = 0.03
 TIE_RATIO: Final = 0.001  # of regret: less says nothing of a prediction
+
+TURN_RATIO: Final = 0.01  # of the step: what another figure must gain to be worth a word
 
 Floats = NDArray[np.float64]
 
@@ -54,16 +60,33 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a figure decides: once it is `value`, a layout is faster than the one chosen.
+
+    By a share `gain_ratio` of the chosen one's step; negative where it is slower.
+    """
+
+    name: str
+    path: str
+    value: float
+    known: float
+    layout: PricedLayout
+    gain_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RobustChoice:
     """The layout chosen, the fastest one, and others to set beside them.
 
     `without_offload` and `one_stage`: the fastest of their kind in the pool, if it has any.
+    `turns`: what would make another layout the better choice, most telling first.
     """
 
     chosen: Judged
     nominal: Judged
     without_offload: PricedLayout | None
     one_stage: PricedLayout | None
+    turns: tuple[Turn, ...]
 
 
 def drawn_jobs(job: Job) -> list[Job]:
@@ -92,12 +115,44 @@ def robust_choice(
     able = [each for each in judged if each.layout.step_s <= most_s]
     least = min(each.mean_regret for each in able)
     ties = [each for each in able if each.mean_regret <= least + TIE_RATIO]
+    chosen = min(ties, key=lambda each: (complexity(each.layout), each.mean_regret))
     return RobustChoice(
-        chosen=min(ties, key=lambda each: (complexity(each.layout), each.mean_regret)),
+        chosen=chosen,
         nominal=nominal,
         without_offload=_fastest(layout for layout in pool if not offloads(layout)),
         one_stage=_fastest(layout for layout in pool if len(layout.stages) == 1),
+        turns=_turns(job, pool, chosen.layout, nominal.layout),
     )
+
+
+def _turns(
+    job: Job, pool: Sequence[PricedLayout], chosen: PricedLayout, nominal: PricedLayout
+) -> tuple[Turn, ...]:
+    """For each figure the end that speaks most for another layout, or most against the fastest."""
+    varied = list(varied_profiles(_profiles(job.platform)))
+    steps_s = _steps(job, [_on(job, each.profiles) for each in varied], pool)
+    own, fastest = pool.index(chosen), pool.index(nominal)
+    known_gain = 1.0 - nominal.step_s / chosen.step_s
+    turns: dict[str, Turn] = {}
+    for each, own_s in zip(varied, steps_s, strict=True):
+        winner = int(own_s.argmin())
+        gain, loss = 1.0 - own_s[[winner, fastest]] / own_s[own]
+        # That the fastest layout is faster where a figure is as good as it may be, is no news.
+        other = gain >= TURN_RATIO + (known_gain if winner == fastest else 0.0)
+        ratio, index = (gain, winner) if other else (loss, fastest)
+        known = turns.get(each.name)
+        if abs(ratio) < TURN_RATIO or (ratio > 0 and not other):
+            continue
+        if known is None or abs(ratio) > abs(known.gain_ratio):
+            turns[each.name] = Turn(
+                name=each.name,
+                path=each.path,
+                value=each.value,
+                known=each.known,
+                layout=pool[index],
+                gain_ratio=float(ratio),
+            )
+    return tuple(sorted(turns.values(), key=lambda turn: -abs(turn.gain_ratio)))
 
 
 def offloads(layout: PricedLayout) -> bool:

@@ -58,6 +58,7 @@ COUNTED = ("groups", "groups_pruned", "groups_solved", "groups_left", "stages_ev
 class Tuned:
     """The fastest layout, the proof, other kinds of layout by step time, and what was searched.
 
+    `pool`: the best of every kind that the search met, with and without refined ratios.
     `shares_host`: in it the stages of a node share its memory, as equal shares do not allow.
     `solver`: what found it. `grid_step_s`: of the best with the space's own offload ratios, which
     the bound is of; `best` may have finer ones.
@@ -69,6 +70,7 @@ class Tuned:
     solver: Solver
     lower_bound_s: float
     others: tuple[PricedLayout, ...]
+    pool: tuple[PricedLayout, ...]
     statistics: dict[str, int]
 
 
@@ -143,15 +145,16 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     progress: Progress,
     is_late: Callable[[], bool] = lambda: False,
     method: Method = "both",
+    is_worth: Callable[[Group], bool] = lambda group: True,
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
-    there is one. `method`: what solves and confirms the winner. Raises Infeasible when no layout
-    fits, InputError when the space is empty.
+    there is one. `method`: what solves and confirms the winner. `is_worth`: which groups to search
+    at all. Raises Infeasible when no layout fits, InputError when the space is empty.
     """
     search = _Search(job=job, space=space, num_alternatives=num_alternatives)
-    work = _work(job, space, limits)
+    work = [visit for visit in _work(job, space, limits) if is_worth(visit.group)]
     if not work:
         raise InputError(_no_group_words(job, space))
     num_groups, left_s = len(work), math.inf
@@ -303,6 +306,7 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
         shares_host=visit.limits.shares_host,
         solver=search.best_solver,
         others=tuple(others[: search.num_alternatives]),
+        pool=tuple(search.by_kind.values()),
         statistics=search.counts,
     )
 
@@ -321,6 +325,7 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
                 shares_host=visit.limits.shares_host,
                 lower_bound_s=min(tuned.lower_bound_s, found.step_s),
                 others=tuple(other for other in tuned.others if other.kind != found.kind),
+                pool=(*tuned.pool, found),
             )
     return tuned
 

@@ -1,7 +1,7 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter, process_time
@@ -18,6 +18,7 @@ from mist.plans.host_memory import HostNeed
 from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
+from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO, RobustChoice
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
@@ -35,6 +36,7 @@ from mist.workflow.request import (
     provenance_of,
     unsearched_plan,
 )
+from mist.workflow.robust_planning import Robust, chosen_robustly, robustness_of
 from mist.workflow.sensitivity import PipelineTimes, change_words, memory_words, pipeline_of
 
 MOST_GPUS_SUGGESTED = 4096
@@ -64,7 +66,8 @@ class Planned:
 class Effort:
     """What a search makes least, and how far it goes.
 
-    After `time_limit_s` of processor time the best layout so far is the answer, with its gap.
+    After `time_limit_s` of processor time the best layout so far is the answer, with its gap. A
+    robust plan is within `tolerance_ratio` of the fastest if every figure is right.
     """
 
     objective: Objective = Objective.THROUGHPUT
@@ -72,6 +75,7 @@ class Effort:
     progress: Progress = quiet
     time_limit_s: float = math.inf
     method: Method = "both"
+    tolerance_ratio: float = DEFAULT_TOLERANCE_RATIO
 
 
 DEFAULT_EFFORT: Final = Effort()
@@ -96,17 +100,24 @@ def search_plan(
     question: Question, programs: ModelPrograms, space: SearchSpace, effort: Effort
 ) -> Planned:
     """The same, of a model whose costs are known; what refuses it does not say what would fit."""
-    start = perf_counter()
+    start, end = perf_counter(), process_time() + effort.time_limit_s
     job = job_of(question, programs)
     limits = limits_of(job, question)
+
+    def is_late() -> bool:
+        return process_time() > end
+
     try:
-        tuned, host = _search(job, space, limits, effort)
+        tuned, host = _search(job, space, limits, effort, is_late)
     except Infeasible:
         raise Infeasible(_infeasible_words(job, space, question)) from None
+    row, choice = OBJECTIVES[effort.objective], None
+    if row.robust and effort.tolerance_ratio > 0:
+        choice = chosen_robustly(job, space, limits, tuned, _robust(job, limits, effort, is_late))
+        host = _host_of(job, choice.chosen.layout, limits)
     seconds = perf_counter() - start
     points = tuple(landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s))
-    plan = _assemble(job, question, space, tuned, effort)
-    row = OBJECTIVES[effort.objective]
+    plan = _assemble(job, question, space, (tuned, choice), effort)
     if not row.least_memory:
         plan = replace(plan, excluded=_excluded(job, plan, points, limits))
     return Planned(
@@ -119,13 +130,23 @@ def search_plan(
     )
 
 
-def _search(job: Job, space: SearchSpace, limits: Limits, effort: Effort) -> tuple[Tuned, HostNeed]:
+def _robust(job: Job, limits: Limits, effort: Effort, is_late: Callable[[], bool]) -> Robust:
+    return Robust(
+        progress=effort.progress,
+        can_load=lambda layout: _host_of(job, layout, limits).fits,
+        is_late=is_late,
+        tolerance_ratio=effort.tolerance_ratio,
+    )
+
+
+def _search(
+    job: Job, space: SearchSpace, limits: Limits, effort: Effort, is_late: Callable[[], bool]
+) -> tuple[Tuned, HostNeed]:
     """The best layout, and what it needs of host memory.
 
     The search sees to what is offloaded. Where its best cannot be loaded beside that, it searches
     again with room for what each rank draws. Raises Infeasible.
     """
-    end = process_time() + effort.time_limit_s
 
     def best(limits: Limits) -> Tuned:
         allowed, within = _objective(job, space, limits, effort.objective)
@@ -135,7 +156,7 @@ def _search(job: Job, space: SearchSpace, limits: Limits, effort: Effort) -> tup
             limits=within,
             num_alternatives=effort.num_alternatives,
             progress=effort.progress,
-            is_late=lambda: process_time() > end,
+            is_late=is_late,
             method=effort.method,
         )
 
@@ -196,21 +217,28 @@ def _objective(
 
 
 def _assemble(
-    job: Job, question: Question, space: SearchSpace, tuned: Tuned, effort: Effort
+    job: Job,
+    question: Question,
+    space: SearchSpace,
+    found: tuple[Tuned, RobustChoice | None],
+    effort: Effort,
 ) -> Plan:
-    best = tuned.best
+    tuned, choice = found
+    best = choice.chosen.layout if choice else tuned.best
     layout = plain_layout(job, best)
     judged = estimate(job, layout)
     winner = _Winner(
         parts=step_parts(judged, best.num_micro_batches),
         pipeline=pipeline_of(job, layout),
     )
+    # The gap is of the fastest plan if every figure is right; a robust one may be slower.
+    fastest_s = estimate(job, plain_layout(job, tuned.best)).step_s
     # Rounding to six digits must not lift the bound above the step.
-    lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
+    lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), fastest_s)
     provenance = provenance_of(
         job,
         solver=_solver_words(job, space, effort.method, tuned),
-        gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
+        gap=float(f"{1 - lower_bound_s / fastest_s:.3g}"),
         lower_bound_s=lower_bound_s,
         search=tuned.statistics
         | {"margin": margin_of(job.platform, question)}
@@ -220,9 +248,24 @@ def _assemble(
     )
     return replace(
         unsearched_plan(job, question, layout, judged),
-        alternatives=tuple(_alternative(job, other, winner) for other in tuned.others),
+        alternatives=tuple(
+            _alternative(job, other, winner) for other in _others(best, tuned, choice)
+        ),
         provenance=provenance,
+        robustness=robustness_of(job, choice, effort.tolerance_ratio) if choice else None,
     )
+
+
+def _others(
+    best: PricedLayout, tuned: Tuned, choice: RobustChoice | None
+) -> Iterator[PricedLayout]:
+    """Layouts to set beside the best: the fastest, those that people compare with, other kinds."""
+    told = [best.stages]
+    compared = (tuned.best, choice.without_offload, choice.one_stage) if choice else ()
+    for other in (*compared, *tuned.others):
+        if other is not None and other.stages not in told:
+            told.append(other.stages)
+            yield other
 
 
 def _solver_words(job: Job, space: SearchSpace, method: Method, tuned: Tuned) -> str:
@@ -252,12 +295,17 @@ class _Winner:
 def _alternative(job: Job, layout: PricedLayout, winner: _Winner) -> Alternative:
     plain = plain_layout(job, layout)
     judged = estimate(job, plain)
+    if judged.step_s < sum(winner.parts.values()) * (1 - ROUNDING_RATIO):
+        reason, needs = "faster if every figure is right", "more regret where one is wrong"
+    else:
+        reason = losing_reason(step_parts(judged, plain.num_micro_batches), winner.parts)
+        needs = change_words(pipeline_of(job, plain), winner.pipeline)
     return Alternative(
         layout=layout_words(plain),
         step_s=judged.step_s,
         peak_bytes=max(stage.peak_bytes for stage in judged.stages),
-        reason=losing_reason(step_parts(judged, plain.num_micro_batches), winner.parts),
-        needs=change_words(pipeline_of(job, plain), winner.pipeline),
+        reason=reason,
+        needs=needs,
     )
 
 
