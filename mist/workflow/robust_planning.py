@@ -8,7 +8,7 @@ import numpy as np
 from mist.errors import Infeasible, InputError
 from mist.pareto.bounds import lower_bound_s
 from mist.pareto.layouts import PricedLayout, plain_layout
-from mist.pareto.strategies import Group
+from mist.pareto.strategies import Group, groups
 from mist.plans.breakdown import layout_words
 from mist.plans.plan import Limits, Regret, Robustness
 from mist.plans.search_space import NO_RATIOS, SearchSpace
@@ -49,11 +49,11 @@ def chosen_robustly(
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
 
-    def is_near(group: Group) -> bool:
-        return lower_bound_s(job, group) <= most_s
+    # The bounds of groups as the profiles say, which are not those of the pessimistic job.
+    near = {_name(group) for group in groups(job, space) if lower_bound_s(job, group) <= most_s}
 
     pool = [tuned.best, *tuned.pool]
-    pool += _found(pessimistic_job(job), space, limits, how, is_near)
+    pool += _found(pessimistic_job(job), space, limits, how, lambda group: _name(group) in near)
     if any(offloads(layout) for layout in pool):
         pool += _found(job, replace(space, offload=NO_RATIOS, refines=False), limits, how)
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
@@ -64,6 +64,10 @@ def chosen_robustly(
         if layout.stages == tuned.best.stages or how.can_load(layout):
             return choice
         pool = [other for other in pool if other.stages != layout.stages]
+
+
+def _name(group: Group) -> tuple[object, ...]:
+    return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes)
 
 
 def _found(
