@@ -70,6 +70,15 @@ ClusterNames = Annotated[
 ObjectiveName = Annotated[
     Objective, typer.Option("--objective", help="What the best plan is, and the best GPUs.")
 ]
+Tolerance = Annotated[
+    float,
+    typer.Option(
+        "--tolerance",
+        min=0.0,
+        max=1.0,
+        help="Slower than the fastest by this share at most, to lose less where a figure is wrong.",
+    ),
+]
 Price = Annotated[
     str | None,
     typer.Option("--price", help="USD per GPU hour [the cluster's]; or one for each cluster: 2,3."),

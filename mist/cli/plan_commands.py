@@ -45,6 +45,7 @@ from mist.cli.command_options import (
     Subject,
     TimeLimit,
     Tokens,
+    Tolerance,
     Top,
     Trust,
     Verify,
@@ -78,6 +79,7 @@ def plan(
     gpu: Gpu = None,
     cluster: ClusterNames = None,
     objective: ObjectiveName = Objective.THROUGHPUT,
+    tolerance: Tolerance = 0.03,
     price: Price = None,
     tokens: Tokens = None,
     runtime: RuntimeName = "torch",
@@ -121,7 +123,7 @@ def plan(
         overrides=figures_of(figures, host_memory),
     )
     allowed = narrowed(space_of(space), fixed=knobs, most=most or (), forbid=forbid or ())
-    effort = _effort(objective, solver, top, time_limit)
+    effort = _effort(objective, tolerance, solver, top, time_limit)
 
     def search(margin_ratio: float | None) -> "Rented":
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
@@ -130,11 +132,14 @@ def plan(
     _deliver(rented, writing, partial(_show_plan, rented, verified, tokens, as_json=as_json))
 
 
-def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
+def _effort(
+    objective: Objective, tolerance_ratio: float, solver: Solver, top: int, time_limit: float
+) -> "Effort":
     from mist.workflow.planning import Effort
 
     return Effort(
         objective=objective,
+        tolerance_ratio=tolerance_ratio,
         num_alternatives=top,
         progress=progress,
         time_limit_s=time_limit,

@@ -24,9 +24,11 @@ class Objective(StrEnum):
     Most tokens per second, least memory of the fullest GPU, most tokens for the money, or the
     shortest time for a number of tokens. For one number of GPUs of one cluster all but MEMORY ask
     for the fastest step; they differ in which number of GPUs, and which cluster, they choose.
+    NOMINAL is THROUGHPUT as if every figure of the profiles were right.
     """
 
     THROUGHPUT = "throughput"
+    NOMINAL = "nominal"
     MEMORY = "memory"
     TOKENS_PER_DOLLAR = "tokens-per-dollar"
     TIME_TO_TOKENS = "time-to-tokens"
@@ -96,21 +98,30 @@ class ObjectiveRow:
         needs: what must be known of the offer: "tokens" to train on, a "price".
         least_memory: whether a plan may hold no more than the least that any layout can; of those
             that do the fastest is best, as it is of all layouts under every other objective.
+        robust: whether the plan of a number of GPUs is the one of least regret among those within a
+            tolerance of the fastest (`mist.search.robust_choice`).
         note: what a report says of a plan that was found so.
     """
 
     cost: Callable[[Candidate], float]
     needs: Literal["tokens", "price"] | None = None
     least_memory: bool = False
+    robust: bool = True
     note: str = ""
 
 
 OBJECTIVES: Final[Mapping[Objective, ObjectiveRow]] = MappingProxyType(
     {
         Objective.THROUGHPUT: ObjectiveRow(cost=lambda candidate: -candidate.tokens_per_s),
+        Objective.NOMINAL: ObjectiveRow(
+            cost=lambda candidate: -candidate.tokens_per_s,
+            robust=False,
+            note="objective nominal: the fastest plan if every figure of the profiles is right",
+        ),
         Objective.MEMORY: ObjectiveRow(
             cost=lambda candidate: candidate.peak_bytes,
             least_memory=True,
+            robust=False,
             note="objective memory: the fullest GPU holds the least that any layout of this search "
             "reaches, and of those that reach it this one is the fastest",
         ),

@@ -277,6 +277,37 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Regret:
+    """How much slower a layout is than the best of each draw, as a ratio: mean and worst."""
+
+    __pydantic_config__ = STRICT
+    mean_ratio: Number
+    worst_ratio: Number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Robustness:
+    """How the plan does where figures of the platform are not what the profiles say.
+
+    `median_step_s`, `worst_step_s`: over `num_draws` draws of the uncertain figures.
+    `nominal_layout`: the fastest if every figure is right, `nominal_step_s` then, which the plan is
+    within `tolerance_ratio` of; its `nominal_regret` beside the plan's own. `turns`: what would
+    make another layout the better choice, a sentence each.
+    """
+
+    __pydantic_config__ = STRICT
+    num_draws: int
+    tolerance_ratio: Number
+    median_step_s: Seconds
+    worst_step_s: Seconds
+    regret: Regret
+    nominal_layout: str
+    nominal_step_s: Seconds
+    nominal_regret: Regret
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """What made the plan: versions, profiles, solver, gap, search. No times."""
 
@@ -293,8 +324,9 @@ class Provenance:
 class Plan:
     """How to train a model on a cluster. Raises PlanError with every broken invariant.
 
-    `alternatives` fit and are slower; `excluded` are faster and do not fit. `overrides`: figures of
-    the profiles that the user set, by name ("cluster.host_memory_bytes"); left out where none is.
+    `alternatives` fit; `excluded` are faster and do not fit. `overrides`: figures of the profiles
+    that the user set, by name ("cluster.host_memory_bytes"); left out where none is. `robustness`:
+    None where the plan was chosen by its predicted step alone, or by hand.
     """
 
     __pydantic_config__ = STRICT
@@ -311,6 +343,7 @@ class Plan:
     excluded: tuple[Alternative, ...]
     provenance: Provenance
     overrides: dict[str, Number] = field(default_factory=dict)
+    robustness: Robustness | None = None
 
     def __post_init__(self) -> None:
         faults = tuple(plan_faults(asdict(self)))

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, exceeded_words, step_parts
 from mist.plans.file import plain_data
 from mist.plans.host_memory import HostNeed
-from mist.plans.plan import Estimate, Limits, Plan, StagePlan
+from mist.plans.plan import Estimate, Limits, Plan, Robustness, StagePlan
 from mist.plans.provenance import Kind
 from mist.platform.quantity import unit_of_path
 from mist.report.tables import say, say_note, show
@@ -19,6 +19,8 @@ def print_plan(plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str])
     _print_stages(plan)
     _print_memory(plan.estimate, limits)
     _print_host(host)
+    if plan.robustness:
+        _print_robustness(plan.estimate.step_s, plan.robustness)
     _print_alternatives(plan)
     _print_op_costs(plan.estimate)
     for note in (*notes, *plan.estimate.extrapolated):
@@ -275,6 +277,25 @@ def _print_alternatives(plan: Plan) -> None:
         if rows:
             header = ("layout", "step", "slower", "peak", "why it loses; what it would need")
             show(title, header, rows)
+
+
+def _print_robustness(step_s: float, robust: Robustness) -> None:
+    """How the plan does where figures are wrong, and what would make another one better."""
+    regret, nominal = robust.regret, robust.nominal_regret
+    say(
+        f"Over {robust.num_draws} draws of what is uncertain, a step takes "
+        f"{format_seconds(robust.median_step_s)} (median) to {format_seconds(robust.worst_step_s)} "
+        f"(worst); the best layout of each draw is {regret.mean_ratio:.1%} faster on the average, "
+        f"{regret.worst_ratio:.1%} at most."
+    )
+    if robust.nominal_step_s < step_s * (1 - ROUNDING_RATIO):
+        say(
+            f"Chosen for that, within {robust.tolerance_ratio:.0%} of the fastest if every figure "
+            f"is right: {robust.nominal_layout} takes {format_seconds(robust.nominal_step_s)}, "
+            f"but loses {nominal.mean_ratio:.1%} on the average, {nominal.worst_ratio:.1%} at most."
+        )
+    for turn in robust.turns:
+        say(f"{turn[0].upper()}{turn[1:]}.")
 
 
 def _print_op_costs(estimate: Estimate) -> None:

@@ -64,6 +64,7 @@ def _never() -> bool:
 class Tuned:
     """The fastest layout, the proof, other kinds of layout by step time, and what was searched.
 
+    `pool`: the best of every kind that the search met, with and without refined ratios.
     `shares_host`: in it the stages of a node share its memory, as equal shares do not allow.
     `solver`: what found it. `grid_step_s`: of the best with the space's own offload ratios, which
     the bound is of; `best` may have finer ones.
@@ -75,6 +76,7 @@ class Tuned:
     solver: Solver
     lower_bound_s: float
     others: tuple[PricedLayout, ...]
+    pool: tuple[PricedLayout, ...]
     statistics: dict[str, int]
 
 
@@ -150,16 +152,18 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     is_late: Callable[[], bool] = _never,
     is_over: Callable[[], bool] = _never,
     method: Method = "both",
+    is_worth: Callable[[Group], bool] = lambda group: True,
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
     there is one; `is_over` ends it without one, and the listing of groups before it. `method`: what
-    solves and confirms the winner. Raises Infeasible when no layout fits, InputError when the space
-    is empty or nothing was found in time.
+    solves and confirms the winner. `is_worth`: which groups to search at all. Raises Infeasible
+    when no layout fits, InputError when the space is empty or nothing was found in time.
     """
     search = _Search(job=job, space=space, num_alternatives=num_alternatives)
     work, is_whole = _work(job, space, limits, is_over)
+    work = [visit for visit in work if is_worth(visit.group)]
     # Of groups that were not even listed nothing is known: no step is too short for them.
     num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
@@ -331,6 +335,7 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
         shares_host=visit.limits.shares_host,
         solver=search.best_solver,
         others=tuple(others[: search.num_alternatives]),
+        pool=tuple(search.by_kind.values()),
         statistics=search.counts,
     )
 
@@ -349,6 +354,7 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
                 shares_host=visit.limits.shares_host,
                 lower_bound_s=min(tuned.lower_bound_s, found.step_s),
                 others=tuple(other for other in tuned.others if other.kind != found.kind),
+                pool=(*tuned.pool, found),
             )
     return tuned
 

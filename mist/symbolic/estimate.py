@@ -14,10 +14,9 @@ from mist.plans.plan import (
     StageEstimate,
     Uncertainty,
 )
-from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.platform import OpCosts, extrapolations, op_costs
 from mist.symbolic.job import Job
-from mist.symbolic.pipeline_costs import stage_outputs
+from mist.symbolic.pipeline_costs import pipeline_step_s, stage_outputs
 from mist.symbolic.program import MEMORY_PARTS, TIME_PARTS, stage_model
 from mist.units import LARGEST_INTEGER
 
@@ -46,16 +45,12 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         other = replace(job, cost=stage_model(job.programs, laws))
         return stage_outputs(other, layout)
 
-    num_micro_batches, schedule = layout.num_micro_batches, layout.schedule
     columns = stage_outputs(job, layout)
     stable_s, lone_s = columns["stable_s"], columns["lone_s"]
-    fill_s = fill_time(
-        stable_s, spare_time(schedule.kind, columns["weight_s"]), chunks=schedule.vpp
-    )
-    step_s = float(step_time(num_micro_batches, stable_s, lone_s, fill_s))
+    step_s = pipeline_step_s(layout, columns)
     _refuse_absurd(job, columns, step_s)
     slowest = int(stable_s.argmax())
-    busy_s = (num_micro_batches - 1) * stable_s[slowest] + lone_s[slowest]
+    busy_s = (layout.num_micro_batches - 1) * stable_s[slowest] + lone_s[slowest]
     flop_per_s = (
         job.platform.num_gpus
         * job.platform.device.gemm[job.workload.precision].peak_flop_per_s.value

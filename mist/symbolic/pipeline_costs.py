@@ -3,30 +3,95 @@
 The step time that follows from them is `mist.plans.schedules.step_time`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mist.plans.plan import Layout
+from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.symbolic.columns import layout_inputs
 from mist.symbolic.job import Job
-from mist.symbolic.program import TIME_PARTS
+from mist.symbolic.program import TIME_PARTS, StageModel
+
+TRANSFERS: Final = ("term_p2p_in_node_s", "term_p2p_cross_s")
+
+Column = NDArray[np.float64]
 
 
-def stage_outputs(job: Job, layout: Layout) -> dict[str, NDArray[np.float64]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineInputs:
+    """Inputs of the stage formulas for the stages of some layouts, one after the other: [N].
+
+    `strategy`: of the terms. `rest`: where each stage is, and its layers. `ends`: where each layout
+    ends, so the last is N.
+    """
+
+    strategy: Mapping[str, Column]
+    rest: Mapping[str, Column]
+    ends: tuple[int, ...]
+
+
+def pipeline_inputs(job: Job, layouts: Sequence[Layout]) -> PipelineInputs:
+    """What the formulas ask of each layout; the same on any platform of as many GPUs a node."""
+    kinds = job.facts.layer_kinds()
+    each = [layout_inputs(job.placement, kinds, layout) for layout in layouts]
+    sizes = [len(layout.stages) for layout in layouts]
+    return PipelineInputs(
+        strategy=_in_a_row([strategy for strategy, _ in each], sizes),
+        rest=_in_a_row([rest for _, rest in each], sizes),
+        ends=tuple(np.cumsum(sizes).tolist()),
+    )
+
+
+def _in_a_row(each: Sequence[Mapping[str, ArrayLike]], sizes: Sequence[int]) -> dict[str, Column]:
+    """The columns of all layouts, of so many stages, joined."""
+    return {
+        name: np.concatenate(
+            [
+                np.broadcast_to(np.asarray(columns[name], dtype=np.float64), size)
+                for columns, size in zip(each, sizes, strict=True)
+            ]
+        )
+        for name in each[0]
+    }
+
+
+def pipeline_outputs(cost: StageModel, inputs: PipelineInputs) -> list[dict[str, Column]]:
+    """Every output of the stage formulas for each layout, each of shape [S]."""
+    terms = cost.terms(inputs.strategy)
+    columns = cost.stage({**terms, **inputs.rest})
+    outputs, begin = [], 0
+    for end in inputs.ends:
+        own = slice(begin, end)
+        begin = end
+        edges = inputs.rest["next_crosses_node"][own][:-1]
+        between = resharding_seconds({name: terms[name][own] for name in TRANSFERS}, edges)
+        parts = {name: column[own] for name, column in columns.items()}
+        outputs.append(
+            parts | {name: parts[name] + between for name in ("p2p_s", "stable_s", "lone_s")}
+        )
+    return outputs
+
+
+def stage_outputs(job: Job, layout: Layout) -> dict[str, Column]:
     """Every output of the stage formulas, each of shape [S]."""
-    strategy, position = layout_inputs(job.placement, job.facts.layer_kinds(), layout)
-    terms = job.cost.terms(strategy)
-    columns = job.cost.stage({**terms, **position})
-    between = resharding_seconds(terms, np.asarray(position["next_crosses_node"])[:-1])
-    parts = ("p2p_s", "stable_s", "lone_s")
-    return columns | {name: columns[name] + between for name in parts}
+    (outputs,) = pipeline_outputs(job.cost, pipeline_inputs(job, [layout]))
+    return outputs
+
+
+def pipeline_step_s(layout: Layout, outputs: Mapping[str, Column]) -> float:
+    """Seconds of one step of a layout, from the outputs of its stages."""
+    spare_s = spare_time(layout.schedule.kind, outputs["weight_s"])
+    fill_s = fill_time(outputs["stable_s"], spare_s, chunks=layout.schedule.vpp)
+    stable_s, lone_s = outputs["stable_s"], outputs["lone_s"]
+    return float(step_time(layout.num_micro_batches, stable_s, lone_s, fill_s))
 
 
 def resharding_seconds(
-    terms: Mapping[str, NDArray[np.float64]], crosses: NDArray[np.int64]
+    terms: Mapping[str, NDArray[np.float64]], crosses: NDArray[np.int64] | Column
 ) -> NDArray[np.float64]:
     """What transfers between unlike neighbours add to stages that send less themselves, in s [S].
 
@@ -34,7 +99,7 @@ def resharding_seconds(
     the pace of both; the stage formulas count each stage's own. `terms` [S]; `crosses` [S - 1]:
     whether the edge behind a stage leaves the node.
     """
-    in_node_s, cross_s = terms["term_p2p_in_node_s"], terms["term_p2p_cross_s"]
+    in_node_s, cross_s = (terms[name] for name in TRANSFERS)
     left_s, right_s = (
         np.where(crosses, cross_s[side], in_node_s[side])
         for side in (slice(None, -1), slice(1, None))

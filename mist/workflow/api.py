@@ -14,6 +14,7 @@ from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import SearchSpace, narrowed, space_of
 from mist.plans.workload import Attention, Precision, ScheduleKind, Solver
 from mist.platform.overrides import knobs_and_figures
+from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO
 from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.checking import (
     Checked,
@@ -85,13 +86,15 @@ class LayoutOptions(Options, total=False):
 class PlanOptions(Options, total=False):
     """What chooses among plans, and narrows them: see the options of `mist plan`.
 
-    objective: "throughput", "memory", "tokens-per-dollar" or "time-to-tokens". price: USD per GPU
-    hour (None: the cluster's profile). tokens: to train on. `cluster` may be several, "a,b".
+    objective: "throughput", "nominal", "memory", "tokens-per-dollar" or "time-to-tokens".
+    tolerance: how much slower than the fastest a robust plan may be (0.03). price: USD per GPU hour
+    (None: the cluster's profile). tokens: to train on. `cluster` may be several, "a,b".
     set (also of knobs), max, forbid: as the command's words, ["tp=2"], ["offload=0.5"],
     ["interleaved"]. solver: "dp", "milp" or "both". time_limit: CPU seconds of searching.
     """
 
     objective: str
+    tolerance: float
     price: float | None
     tokens: float | None
     max: Sequence[str]
@@ -136,6 +139,7 @@ def plan(
     )
     effort = Effort(
         objective=_choice("objective", options.get("objective", "throughput"), Objective),
+        tolerance_ratio=options.get("tolerance", DEFAULT_TOLERANCE_RATIO),
         num_alternatives=top,
         progress=progress,
         time_limit_s=options.get("time_limit", math.inf),

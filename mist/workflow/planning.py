@@ -1,7 +1,7 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter, process_time
@@ -18,6 +18,7 @@ from mist.plans.host_memory import HostNeed
 from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
+from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO, RobustChoice
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
@@ -35,6 +36,7 @@ from mist.workflow.request import (
     provenance_of,
     unsearched_plan,
 )
+from mist.workflow.robust_planning import Robust, chosen_robustly, robustness_of
 from mist.workflow.sensitivity import PipelineTimes, change_words, memory_words, pipeline_of
 
 MOST_EXCLUDED: Final = 3
@@ -65,7 +67,8 @@ class Effort:
     """What a search makes least, and how far it goes.
 
     After `time_limit_s` of processor time the best layout so far is the answer, with its gap;
-    `GRACE_S` later there is none. Raises InputError for a limit that is no time.
+    `GRACE_S` later there is none. A robust plan is within `tolerance_ratio` of the fastest if every
+    figure is right. Raises InputError for a limit that is no time.
     """
 
     objective: Objective = Objective.THROUGHPUT
@@ -73,6 +76,7 @@ class Effort:
     progress: Progress = quiet
     time_limit_s: float = math.inf
     method: Method = "both"
+    tolerance_ratio: float = DEFAULT_TOLERANCE_RATIO
 
     def __post_init__(self) -> None:
         if not self.time_limit_s >= 0:  # nor is nan a limit
@@ -124,13 +128,16 @@ def search_plan(
         tuned, host = _search(job, space, limits, effort, deadline)
     except Infeasible:
         raise Infeasible(_infeasible_words(job, space, question)) from None
+    row, choice = OBJECTIVES[effort.objective], None
+    if row.robust and effort.tolerance_ratio > 0:
+        choice = chosen_robustly(job, space, limits, tuned, _robust(job, limits, effort, deadline))
+        host = _host_of(job, choice.chosen.layout, limits)
     seconds = perf_counter() - start
     within_s = 3 * tuned.best.step_s
     points = tuple(
         landscape(job, space, limits=limits, within_s=within_s, is_over=deadline.is_over)
     )
-    plan = _assemble(job, question, space, tuned, effort)
-    row = OBJECTIVES[effort.objective]
+    plan = _assemble(job, question, space, (tuned, choice), effort)
     if not row.least_memory:
         plan = replace(plan, excluded=_excluded(job, plan, points, limits))
     return Planned(
@@ -140,6 +147,15 @@ def search_plan(
         points=points,
         limits=limits,
         host=host,
+    )
+
+
+def _robust(job: Job, limits: Limits, effort: Effort, deadline: _Deadline) -> Robust:
+    return Robust(
+        progress=effort.progress,
+        can_load=lambda layout: _host_of(job, layout, limits).fits,
+        is_late=deadline.is_late,
+        tolerance_ratio=effort.tolerance_ratio,
     )
 
 
@@ -200,21 +216,28 @@ def _objective(
 
 
 def _assemble(
-    job: Job, question: Question, space: SearchSpace, tuned: Tuned, effort: Effort
+    job: Job,
+    question: Question,
+    space: SearchSpace,
+    found: tuple[Tuned, RobustChoice | None],
+    effort: Effort,
 ) -> Plan:
-    best = tuned.best
+    tuned, choice = found
+    best = choice.chosen.layout if choice else tuned.best
     layout = plain_layout(job, best)
     judged = estimate(job, layout)
     winner = _Winner(
         parts=step_parts(judged, best.num_micro_batches),
         pipeline=pipeline_of(job, layout),
     )
+    # The gap is of the fastest plan if every figure is right; a robust one may be slower.
+    fastest_s = estimate(job, plain_layout(job, tuned.best)).step_s
     # Rounding to six digits must not lift the bound above the step.
-    lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), judged.step_s)
+    lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), fastest_s)
     provenance = provenance_of(
         job,
         solver=_solver_words(job, space, effort.method, tuned),
-        gap=float(f"{1 - lower_bound_s / judged.step_s:.3g}"),
+        gap=float(f"{1 - lower_bound_s / fastest_s:.3g}"),
         lower_bound_s=lower_bound_s,
         search=tuned.statistics
         | {"margin": margin_of(job.platform, question)}
@@ -224,9 +247,24 @@ def _assemble(
     )
     return replace(
         unsearched_plan(job, question, layout, judged),
-        alternatives=tuple(_alternative(job, other, winner) for other in tuned.others),
+        alternatives=tuple(
+            _alternative(job, other, winner) for other in _others(best, tuned, choice)
+        ),
         provenance=provenance,
+        robustness=robustness_of(job, choice, effort.tolerance_ratio) if choice else None,
     )
+
+
+def _others(
+    best: PricedLayout, tuned: Tuned, choice: RobustChoice | None
+) -> Iterator[PricedLayout]:
+    """Layouts to set beside the best: the fastest, those that people compare with, other kinds."""
+    told = [best.stages]
+    compared = (tuned.best, choice.without_offload, choice.one_stage) if choice else ()
+    for other in (*compared, *tuned.others):
+        if other is not None and other.stages not in told:
+            told.append(other.stages)
+            yield other
 
 
 def _solver_words(job: Job, space: SearchSpace, method: Method, tuned: Tuned) -> str:
@@ -256,12 +294,17 @@ class _Winner:
 def _alternative(job: Job, layout: PricedLayout, winner: _Winner) -> Alternative:
     plain = plain_layout(job, layout)
     judged = estimate(job, plain)
+    if judged.step_s < sum(winner.parts.values()) * (1 - ROUNDING_RATIO):
+        reason, needs = "faster if every figure is right", "more regret where one is wrong"
+    else:
+        reason = losing_reason(step_parts(judged, plain.num_micro_batches), winner.parts)
+        needs = change_words(pipeline_of(job, plain), winner.pipeline)
     return Alternative(
         layout=layout_words(plain),
         step_s=judged.step_s,
         peak_bytes=max(stage.peak_bytes for stage in judged.stages),
-        reason=losing_reason(step_parts(judged, plain.num_micro_batches), winner.parts),
-        needs=change_words(pipeline_of(job, plain), winner.pipeline),
+        reason=reason,
+        needs=needs,
     )
 
 

@@ -1,0 +1,138 @@
+"""The pool of a robust choice, and what a plan says of it (`mist.search.robust_choice`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mist.errors import Infeasible, InputError
+from mist.pareto.bounds import lower_bound_s
+from mist.pareto.layouts import PricedLayout, plain_layout
+from mist.pareto.strategies import Group, groups
+from mist.plans.breakdown import layout_words
+from mist.plans.plan import Limits, Regret, Robustness
+from mist.plans.search_space import NO_RATIOS, SearchSpace
+from mist.search.robust_choice import (
+    DEFAULT_TOLERANCE_RATIO,
+    Judged,
+    RobustChoice,
+    Turn,
+    offloads,
+    pessimistic_job,
+    robust_choice,
+)
+from mist.search.tune import Progress, Tuned, tune
+from mist.symbolic.job import Job
+from mist.units import GB, format_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Robust:
+    """How the searches behind a robust choice go about it.
+
+    `can_load`: whether a layout can be loaded in host memory. `is_late`: no further search then.
+    """
+
+    progress: Progress
+    can_load: Callable[[PricedLayout], bool]
+    is_late: Callable[[], bool]
+    tolerance_ratio: float = DEFAULT_TOLERANCE_RATIO
+
+
+def chosen_robustly(
+    job: Job, space: SearchSpace, limits: Limits, tuned: Tuned, how: Robust
+) -> RobustChoice:
+    """Choose among what the search found, and two or three further searches find.
+
+    One with each uncertain figure at its worse end, of the groups whose bound is within the
+    tolerance of the fastest; one without offloading; one of a single stage where no search met one.
+    """
+    most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
+
+    # The bounds of groups as the profiles say, which are not those of the pessimistic job.
+    near = {_name(group) for group in groups(job, space) if lower_bound_s(job, group) <= most_s}
+
+    pool = [tuned.best, *tuned.pool]
+    pool += _found(pessimistic_job(job), space, limits, how, lambda group: _name(group) in near)
+    if any(offloads(layout) for layout in pool):
+        pool += _found(job, replace(space, offload=NO_RATIOS, refines=False), limits, how)
+    if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
+        pool += _found(job, replace(space, pp=(1,)), limits, how)
+    while True:
+        choice = robust_choice(job, pool, how.tolerance_ratio)
+        layout = choice.chosen.layout
+        if layout.stages == tuned.best.stages or how.can_load(layout):
+            return choice
+        pool = [other for other in pool if other.stages != layout.stages]
+
+
+def _name(group: Group) -> tuple[object, ...]:
+    return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes)
+
+
+def _found(
+    job: Job,
+    space: SearchSpace,
+    limits: Limits,
+    how: Robust,
+    is_worth: Callable[[Group], bool] = lambda group: True,
+) -> tuple[PricedLayout, ...]:
+    """The best of every kind that a search meets; none where it finds none, or it is late."""
+    if how.is_late():
+        return ()
+    try:
+        return tune(
+            job,
+            space,
+            limits=limits,
+            num_alternatives=0,
+            progress=how.progress,
+            is_late=how.is_late,
+            is_over=how.is_late,
+            method="dp",
+            is_worth=is_worth,
+        ).pool
+    except (Infeasible, InputError):  # nothing fits, or no group is left
+        return ()
+
+
+def robustness_of(job: Job, choice: RobustChoice, tolerance_ratio: float) -> Robustness:
+    """What a plan file says of the choice."""
+    chosen, nominal = choice.chosen, choice.nominal
+    return Robustness(
+        num_draws=len(chosen.steps_s),
+        tolerance_ratio=tolerance_ratio,
+        median_step_s=_digits(float(np.median(chosen.steps_s))),
+        worst_step_s=_digits(float(chosen.steps_s.max())),
+        regret=_regret(chosen),
+        nominal_layout=layout_words(plain_layout(job, nominal.layout)),
+        nominal_step_s=_digits(nominal.layout.step_s),
+        nominal_regret=_regret(nominal),
+        turns=tuple(_turn_words(job, turn) for turn in choice.turns),
+    )
+
+
+def _regret(judged: Judged) -> Regret:
+    return Regret(
+        mean_ratio=round(judged.mean_regret, 4), worst_ratio=round(float(judged.regrets.max()), 4)
+    )
+
+
+def _turn_words(job: Job, turn: Turn) -> str:
+    """A sentence: with which figure a layout wins or loses, and by how much."""
+    how = "faster" if turn.gain_ratio > 0 else "slower"
+    return (
+        f"if the {turn.name} were {_figure_words(turn.path, turn.value)} (the profile says "
+        f"{_figure_words(turn.path, turn.known)}), {layout_words(plain_layout(job, turn.layout))} "
+        f"would be {abs(turn.gain_ratio):.1%} {how}"
+    )
+
+
+def _figure_words(path: str, value: float) -> str:
+    if path.endswith("_bytes_per_s"):
+        return f"{value / GB:.3g} GB/s"
+    return format_seconds(value) if path.endswith("_s") else f"{value:.2g}"
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
