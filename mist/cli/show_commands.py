@@ -48,6 +48,9 @@ def trace(
     picture: Annotated[
         Path | None, typer.Option("--graph", help="Write the operations (.svg or .txt).")
     ] = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", min=1, help="A sequence length that must be covered.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
@@ -67,6 +70,7 @@ def trace(
         fused_norms=fused_norms,
         compiled=compiled,
         capacity_ratio=capacity,
+        seq_len=point["s"] if seq is None and point else seq,
     )
     with redirect_stdout(sys.stderr):
         graph = load_graph(model, setting, progress=progress)

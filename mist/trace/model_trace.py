@@ -15,7 +15,7 @@ from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
-from mist.trace.recording.session import Piece, RecordedRun
+from mist.trace.recording.session import Piece, RecordedRun, seq_hint
 from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
@@ -24,10 +24,14 @@ from mist.trace.tensor_parallel.tp_sharding import Sharding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traced:
-    """A model graph and the torch.fx graph of each of its parts, by block name."""
+    """A model graph and the torch.fx graph of each of its parts, by block name.
+
+    `seq_len`: the length that decided its branches, None for the usual one.
+    """
 
     graph: ModelGraph
     fx: Mapping[str, fx.Graph]
+    seq_len: int | None
 
 
 def listing(traced: Traced) -> str:
@@ -57,7 +61,23 @@ def trace(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Trac
         )
     _refuse_frozen(model)
     with _training(model.module):
-        return _assemble(model, setting, record_model(model, setting, progress))
+        return _in_regime(model, setting, progress)
+
+
+def _in_regime(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Traced:
+    """The usual trace, or one at the length that is asked for where the usual does not hold."""
+    usual = replace(setting, seq_len=None)
+    length = seq_hint(model, setting.seq_len)
+    try:
+        traced = _assemble(model, usual, record_model(model, usual, progress))
+    except TraceError:
+        if setting.seq_len is None or length == seq_hint(model, None):
+            raise
+    else:
+        if setting.seq_len is None or length in traced.graph.lengths:
+            return traced
+    progress(f"{model.name} runs otherwise at {length} tokens")
+    return _assemble(model, setting, record_model(model, setting, progress))
 
 
 def _refuse_frozen(model: LoadedModel) -> None:
@@ -100,9 +120,11 @@ def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Tr
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
-    graph = simplify_graph(_graph(model, setting, result, (embed, head, *layers)))
+    hint = seq_hint(model, setting.seq_len)
+    graph = simplify_graph(_graph(model, setting, result, (embed, head, *layers)), hint)
     names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
-    return Traced(graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)})
+    graphs = {n: p.part.graph for n, p in zip(names, pieces, strict=True)}
+    return Traced(graph=graph, fx=graphs, seq_len=setting.seq_len)
 
 
 def _graph(

@@ -42,9 +42,12 @@ class NotPolynomial(Exception):
 class Fit:
     """Polynomials through values at points (b, s); the first points determine them."""
 
-    def __init__(self, points: Sequence[tuple[int, int]], batch_powers: int) -> None:
+    def __init__(
+        self, points: Sequence[tuple[int, int]], *, batch_powers: int, seq_powers: int = 3
+    ) -> None:
         self.points = points
-        self._monomials = [B**i * S**j for i, j in product(range(batch_powers), range(3))]
+        powers = product(range(batch_powers), range(seq_powers))
+        self._monomials = [B**i * S**j for i, j in powers]
         rows = [self._at(self._monomials, point) for point in points[: len(self._monomials)]]
         # One exact inverse serves every number of the record.
         self._solve = sympy.Matrix(rows).inv()
@@ -127,6 +130,26 @@ def fitted_run(
         except NotPolynomial:
             continue
     return _merge(fit, list(known.values()), unit)
+
+
+def run_of_one_length(
+    run_at: Callable[[Point], RecordedRun], *, seq_len: int, batch: int | None
+) -> RecordedRun:
+    """A run with polynomials in b alone (batch None), or of a given batch, at one length.
+
+    Args:
+        run_at: records the model at a point of concrete sizes.
+        seq_len: the only sequence length [tokens].
+        batch: None, or the only batch size.
+
+    Raises NotPolynomial when a number of the record is not linear in b.
+    """
+    batches = (*BATCHES, *(held for held, _ in HELD_OUT)) if batch is None else (batch,)
+    points = [(b, seq_len) for b in batches]
+    fit = Fit(points, batch_powers=min(len(points), 2), seq_powers=1)
+    run = _merge(fit, [run_at(_point(point, batch)) for point in points])
+    bounds: tuple[Basic, ...] = (sympy.Le(B, max(batches)), sympy.Eq(S, seq_len))
+    return replace(run, domain=bounds, fixed={S: sympy.Integer(seq_len)})
 
 
 def _unit(longest: int | None) -> int:

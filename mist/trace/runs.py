@@ -18,7 +18,7 @@ from mist.model.graph import B, Op, S, T
 from mist.trace.diagnose import one_line, traced
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
-from mist.trace.polynomial_fit import NotPolynomial, fitted_run
+from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
 from mist.trace.recording.session import (
     BATCH_HINT,
     SEQ_HINT,
@@ -83,7 +83,8 @@ class _Subject:
         with traced(self.model.name):
             run = self.session(point)
         for size, value in run.fixed.items():
-            if size in (B, S):
+            # A trace for one length that was asked for is of use, one for one batch is not.
+            if size == B or (size == S and self.setting.seq_len is None):
                 name = "batch" if size == B else "sequence length"
                 raise TraceError(
                     f"{self.model.name} works for one {name} only ({value}): an operation compares "
@@ -148,7 +149,7 @@ def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
     A list whose layers are not called once each is no list of layers.
     """
     layers = find_layers(subject.model.module)
-    point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model))
+    point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model, subject.setting.seq_len))
     while layers is not None:
         try:
             run = replace(subject, layers=layers).run(point)
@@ -175,7 +176,7 @@ def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
     try:
         for parameter in frozen:
             parameter.requires_grad = True
-        point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model))
+        point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model, subject.setting.seq_len))
         return replace(subject, layers=layers).run(point)
     finally:
         for parameter in frozen:
@@ -187,8 +188,12 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
     try:
         return subject.run(Point(batch=batch, backward=batch is None)), False
     except TraceError as fault:
+        asked, longest = subject.setting.seq_len, subject.model.max_seq_len
         try:
-            return fitted_run(subject.run, longest=subject.model.max_seq_len, batch=batch), True
+            if asked is not None:
+                seq = seq_hint(subject.model, asked)
+                return run_of_one_length(subject.run, seq_len=seq, batch=batch), True
+            return fitted_run(subject.run, longest=longest, batch=batch), True
         except (TraceError, NotPolynomial):
             # The error of the symbolic run names a line of the model, that of the fit none.
             raise fault from None
@@ -202,11 +207,11 @@ def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
         raise UnsupportedRules(
             f"tensor parallelism cannot be traced ({one_line(error)}); t = 1 only"
         ) from error
-    if run.fixed:
+    if run.fixed.keys() - {S}:
         raise UnsupportedRules(
             "tensor parallelism cannot be traced (a shard has one size); t = 1 only"
         )
-    point = {B: BATCH_HINT, S: seq_hint(subject.model), T: 1}
+    point = {B: BATCH_HINT, S: seq_hint(subject.model, subject.setting.seq_len), T: 1}
     if _facts(run, point) != _facts(check, point):
         raise UnsupportedRules(
             "the tensor-parallel trace at t = 1 is not the model's own; t = 1 only"
@@ -264,5 +269,5 @@ def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
         yield OUT_OF_LINE
     if run.experts or any(op.name == "aten._grouped_mm" for op in ops):
         yield ROUTED
-    if not any(S in op.traffic_bytes.free_symbols for op in ops):
+    if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):
         yield ONE_SIZE

@@ -20,6 +20,10 @@ def apply_plan(path: Path, options: RunOptions, progress: Callable[[str], None])
         source = question_of(plan, path, None).model
         assert isinstance(source, str)
         workload = plan.workload
-        setting = TraceSetting(precision=workload.precision, attention=workload.attention)
+        setting = TraceSetting(
+            precision=workload.precision,
+            attention=workload.attention,
+            seq_len=workload.seq_len,
+        )
         facts = load_graph(source, setting, progress=progress).facts
         apply(replace(options, model=source), plan, facts)

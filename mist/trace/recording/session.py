@@ -145,7 +145,7 @@ class Session:
         self.head = Piece(self.recorder.new_part("head"))
         self.outer = self.embed if self.layers else self.head
         self.flow = Flow(self.embed.opened)
-        hints = {B: BATCH_HINT, S: seq_hint(self.model)}
+        hints = {B: BATCH_HINT, S: seq_hint(self.model, self.setting.seq_len)}
         ratio = self.setting.capacity_ratio
         self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
 
@@ -179,7 +179,7 @@ class Session:
 
     def _sizes(self) -> tuple[Size, Size]:
         batch = self.point.batch or self.symbols.create("b", hint=BATCH_HINT, meaning=B)
-        seq = self.point.seq or self.symbols.create("s", hint=seq_hint(self.model), meaning=S)
+        seq = self.point.seq or self.symbols.create("s", hint=seq_hint(self.model, self.setting.seq_len), meaning=S)
         return batch, seq
 
     def _input(self, value: object) -> object:
@@ -473,9 +473,11 @@ class Session:
                 hook.remove()
 
 
-def seq_hint(model: LoadedModel) -> int:
-    """The sequence length that decides branches."""
+def seq_hint(model: LoadedModel, asked: int | None) -> int:
+    """The sequence length that decides branches: `asked`, where one is asked for."""
     limit = model.max_seq_len
+    if asked is not None:
+        return asked if limit is None else min(asked, limit)
     return SEQ_HINT if limit is None or limit > SEQ_HINT else max(limit // 2, 2)
 
 
