@@ -35,6 +35,7 @@ ATTENTION: Final = frozenset(
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._flash_attention_forward.default,
     }
 )
 SOFTMAX: Final = frozenset({aten._softmax.default, aten._safe_softmax.default})
