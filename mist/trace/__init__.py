@@ -65,7 +65,7 @@ def load_graph(
         traced = trace(model, setting, progress)
     graph, text = traced.graph, listing(traced)
     fields = encode_graph(graph)
-    cache.store(key, graph.facts, fields, text, seq_len=traced.seq_len, modules=modules)
+    cache.store(cache.entry_name(key, traced.seq_len), graph.facts, fields, text, modules)
     return graph
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from sympy import Integer
 from torch import fx, nn
 
@@ -15,7 +14,9 @@ from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
-from mist.trace.recording.session import Piece, RecordedRun, seq_hint
+from mist.trace.ownership import Owned, owned_parts, unread_note
+from mist.trace.recording.recorded_run import Piece, RecordedRun
+from mist.trace.recording.session import seq_hint
 from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
@@ -105,12 +106,12 @@ def _training(module: nn.Module) -> Iterator[None]:
 
 def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Traced:
     run, single, sharding = result.run, result.single, result.sharding
-    owners = _owners(model.module, result)
+    owners = owned_parts(model.module, result)
     pieces = (run.embed, run.head, *run.layers)
     singles = (single.embed, single.head, *single.layers)
     blocks = [
-        _block(piece, one, params, sharding, run)
-        for piece, one, params in zip(pieces, singles, owners, strict=True)
+        _block(piece, one, owned, sharding, run)
+        for piece, one, owned in zip(pieces, singles, owners, strict=True)
     ]
     embed, head, *layers = blocks
     # The ends exchange the activation of the layer next to them, not what that layer carries.
@@ -150,7 +151,7 @@ def _graph(
         sequential=result.run.sequential,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
-        notes=result.notes,
+        notes=(*result.notes, *unread_note(model.module, result)),
     )
 
 
@@ -180,43 +181,8 @@ def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-BlockParams = list[tuple[str, torch.Tensor, bool]]
-
-
-def _owners(module: nn.Module, result: Recorded) -> list[BlockParams]:
-    """The parameters of embed, head and each distinct layer: name, tensor, tied.
-
-    Outside the layers a parameter belongs where it is first read (one never read: to the
-    embedding); a later use is tied.
-    """
-    run, layers = result.run, result.layers.modules if result.layers else ()
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    outside = [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
-    parts = {
-        id(piece): {id(run.originals[key]) for key in piece.part.used} for piece in _outside(run)
-    }
-    unread = {id(p) for _, p in outside}.difference(*parts.values())
-    parts[id(run.embed if layers else run.head)] |= unread
-    params_of: dict[int, BlockParams] = {}
-    known: set[int] = set()
-    for piece in _outside(run):
-        read = parts[id(piece)]
-        params_of[id(piece)] = [(name, p, id(p) in known) for name, p in outside if id(p) in read]
-        known |= read
-    for piece in run.layers:
-        if piece.module is not None:
-            parameters = piece.module.named_parameters()
-            params_of[id(piece)] = [(name, parameter, False) for name, parameter in parameters]
-    return [params_of[id(piece)] for piece in (run.embed, run.head, *run.layers)]
-
-
-def _outside(run: RecordedRun) -> list[Piece]:
-    """What runs outside the layers, in order."""
-    return [run.embed, *(piece for piece in run.layers if piece.module is None), run.head]
-
-
 def _block(
-    piece: Piece, single: Piece, params: BlockParams, sharding: Sharding | None, run: RecordedRun
+    piece: Piece, single: Piece, owned: Owned, sharding: Sharding | None, run: RecordedRun
 ) -> Block:
     shares = sharding.params if sharding else {}
     block_params = tuple(
@@ -228,11 +194,12 @@ def _block(
             tied=tied,
             trainable=tensor.requires_grad,
         )
-        for name, tensor, tied in params
+        for name, tensor, tied in owned.params
     )
     return Block(
         name=piece.part.name,
         params=block_params,
+        buffer_bytes=owned.buffer_bytes,
         ops=tuple(piece.part.ops),
         saved=piece.part.saved(),
         saved_single=single.part.saved(),
@@ -308,6 +275,7 @@ def _empty(name: str) -> Block:
     return Block(
         name=name,
         params=(),
+        buffer_bytes=0,
         ops=(),
         saved=(),
         saved_single=(),

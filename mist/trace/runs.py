@@ -6,12 +6,15 @@ with the first at t = 1; and one at b = 1, forward only, since a dimension of si
 tensors autograd keeps. Where symbolic sizes fail, expressions come from more runs at concrete ones.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
 import sympy
 from sympy import Expr
+from torch import nn
 
 from mist.errors import TraceError
 from mist.model.graph import B, Op, S, T
@@ -19,16 +22,9 @@ from mist.trace.diagnose import one_line, traced
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
-from mist.trace.recording.session import (
-    BATCH_HINT,
-    SEQ_HINT,
-    NotALayerList,
-    Point,
-    RecordedRun,
-    Session,
-    seq_hint,
-)
-from mist.trace.repeated_blocks import Layers, find_layers
+from mist.trace.recording.recorded_run import Point, RecordedRun
+from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, NotALayerList, Session, seq_hint
+from mist.trace.repeated_blocks import Layers, called_again, find_layers
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, with_whole_vocabulary
 from mist.trace.tp_graph import find_sharding
 
@@ -44,6 +40,14 @@ NOT_SYMBOLIC = (
 OUT_OF_LINE = (
     "layers exchange tensors with layers that are not their neighbours (skip connections): "
     "one pipeline stage only"
+)
+SHARED = (
+    "layers are called again with the same parameters, which one pipeline stage must have: "
+    "counted once, run each time"
+)
+WINDOWED = (
+    "sliding windows run in a kernel that skips what lies outside of them (FlashAttention 2, "
+    "FlexAttention); torch's own attention takes them as a mask over all pairs and needs more"
 )
 COMPILED: Final = (
     "torch.compile: layers only; which tensors are kept is decided at b = "
@@ -124,7 +128,7 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
         run=run,
         single=single,
         sharding=subject.sharding,
-        notes=(*_notes(subject, run), *notes),
+        notes=(*model.notes, *_notes(subject, run), *notes),
     )
 
 
@@ -146,18 +150,68 @@ def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
 def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
     """A run at concrete sizes, and with it the layers in the order of their calls.
 
-    A list whose layers are not called once each is no list of layers.
+    A list whose layers are not called once each, one on what another gave, is no list of layers.
     """
-    layers = find_layers(subject.model.module)
-    point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model, subject.setting.seq_len))
+    model = subject.model.module
+    layers = find_layers(model)
+    with _every_parameter_trained(model) as is_whole:
+        layers, run = _searched(subject, layers)
+        if layers is None:
+            with counted_calls(model) as calls:
+                run = subject.run(_hints(subject))
+            layers = called_again(model, calls)
+            if layers is not None:
+                layers, run = _searched(subject, layers)
+    subject = replace(subject, layers=layers)
+    return subject, run if is_whole and run is not None else subject.run(_hints(subject))
+
+
+def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, RecordedRun | None]:
+    """What of these is a chain of layers, in the order of their calls, and a run that shows it."""
     while layers is not None:
         try:
-            run = replace(subject, layers=layers).run(point)
+            run = replace(subject, layers=layers).run(_hints(subject))
         except NotALayerList as fault:
-            layers = layers.without(fault.number)
+            is_new = fault.again and fault.number not in layers.shared
+            layers = layers.with_shared(fault.number) if is_new else layers.without(fault.number)
         else:
-            return replace(subject, layers=layers.ordered(run.order)), run
-    return subject, subject.run(point)
+            return layers.ordered(list(dict.fromkeys(run.order))), run
+    return None, None
+
+
+def _hints(subject: _Subject) -> Point:
+    """The concrete sizes that stand for all."""
+    return Point(batch=BATCH_HINT, seq=seq_hint(subject.model, subject.setting.seq_len))
+
+
+@contextmanager
+def counted_calls(model: nn.Module) -> Iterator[Counter[nn.Module]]:
+    """Within: how often each module with parameters is called."""
+    calls: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, args: object) -> None:
+        calls[module] += 1
+
+    owners = [m for m in model.modules() if next(m.parameters(), None) is not None]
+    hooks = [module.register_forward_pre_hook(count) for module in owners]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _every_parameter_trained(model: nn.Module) -> Iterator[bool]:
+    """Within: gradients show what takes what from which. Whether that is the model as it is."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = True
+        yield not frozen
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
 
 
 def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
@@ -165,22 +219,16 @@ def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
 
     `run`: of the model as it is, whose kinds of layers are kept apart.
     """
-    module, layers = subject.model.module, subject.layers
-    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
-    if not frozen:
-        return run
+    layers = subject.layers
     if layers is not None:
         # Parts between two lists have a kind, too, but are no layers.
         kinds = (kind for kind in run.kinds if run.layers[kind].module is not None)
-        layers = replace(layers, signatures=tuple((kind,) for kind in kinds))
-    try:
-        for parameter in frozen:
-            parameter.requires_grad = True
-        point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model, subject.setting.seq_len))
-        return replace(subject, layers=layers).run(point)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad = False
+        first: dict[int, int] = {}
+        for index, kind in zip(run.order, kinds, strict=True):
+            first.setdefault(index, kind)
+        layers = replace(layers, signatures=tuple((kind,) for kind in first.values()))
+    with _every_parameter_trained(subject.model.module) as is_whole:
+        return run if is_whole else replace(subject, layers=layers).run(_hints(subject))
 
 
 def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, bool]:
@@ -265,8 +313,12 @@ def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
         yield NO_LAYERS
     if size is not None and size % 8:
         yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
-    if not run.sequential:
+    if len(set(run.order)) < len(run.order):
+        yield SHARED
+    elif not run.sequential:
         yield OUT_OF_LINE
+    if any(op.name == "aten._flash_attention_forward" for op in ops):
+        yield WINDOWED
     if run.experts or any(op.name == "aten._grouped_mm" for op in ops):
         yield ROUTED
     if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):

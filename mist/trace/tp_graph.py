@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from mist.trace.recording.session import Piece, RecordedRun
+from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.tensor_parallel.tp_plan import plan_of_model, sharding_by_plan
 from mist.trace.tensor_parallel.tp_sharding import (
     Matrix,

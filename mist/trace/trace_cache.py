@@ -44,6 +44,11 @@ def cache_key(content: str, setting: Sequence[str]) -> str:
     return digest(content, version("torch"), version("transformers"), tracer, *setting)
 
 
+def entry_name(key: str, seq_len: int | None) -> str:
+    """The name of what was traced at a sequence length (None: the usual one)."""
+    return key if seq_len is None else f"{key}-{seq_len}"
+
+
 def load(key: str, seq_len: int | None) -> Entry | None:
     """The entry of that key that holds for a sequence length (None: the usual one), if any."""
     usual = _entry(cache_folder() / f"{key}.json", seq_len)
@@ -71,20 +76,16 @@ def _entry(path: Path, seq_len: int | None) -> Entry | None:
 
 
 def store(
-    key: str,
+    name: str,
     facts: ModelFacts,
     fields: Mapping[str, object],
     listing: str,
-    *,
-    seq_len: int | None,
     modules: Sequence[Path],
 ) -> None:
-    """Keep a graph's fields and the listing of its operations.
+    """Keep a graph's fields and the listing of its operations, under the name of its regime.
 
-    `seq_len`: what it was traced at, if not at the usual length. A folder that cannot be written is
-    no fault: the next run traces again.
+    A folder that cannot be written is no fault: the next run traces again.
     """
-    name = key if seq_len is None else f"{key}-{seq_len}"
     entry = {
         "modules": {str(path): file_digest(path) for path in modules},
         "longest": facts.max_seq_len,

@@ -11,7 +11,13 @@ from mist.plans.workload import Attention, Precision
 from mist.trace.models.presets import PRESETS
 
 Policy = Literal["cuda", "cpu"]
-MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "block_size")
+MAX_SEQ_LEN_NAMES: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "block_size",
+    "max_target_positions",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

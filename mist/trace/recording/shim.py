@@ -24,8 +24,8 @@ from mist.plans.workload import Attention
 from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
-from mist.trace.operations.windows import Windows, windowed_masks
 from mist.trace.operations.kernels import OPAQUE, SYMBOLIC, fused_rms_norm
+from mist.trace.operations.windows import Windows, windowed_masks
 
 aten = torch.ops.aten
 OnCall = Callable[..., object]
