@@ -17,7 +17,7 @@ from mist.trace.models.source import TraceSetting
 from mist.trace.ownership import Owned, owned_parts, unread_note
 from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.recording.session import seq_hint
-from mist.trace.runs import Progress, Recorded, record_model
+from mist.trace.runs import OneLength, Progress, Recorded, record_model
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
 from mist.trace.tensor_parallel.tp_sharding import Sharding
@@ -71,6 +71,9 @@ def _in_regime(model: LoadedModel, setting: TraceSetting, progress: Progress) ->
     length = seq_hint(model, setting.seq_len)
     try:
         traced = _assemble(model, usual, record_model(model, usual, progress))
+    except OneLength:
+        # Still of use: another length is traced when it is asked for.
+        setting = replace(setting, seq_len=length)
     except TraceError:
         if setting.seq_len is None or length == seq_hint(model, None):
             raise

@@ -128,7 +128,8 @@ def called_again(model: nn.Module, calls: Mapping[nn.Module, int]) -> Layers | N
     inside = {id(i) for m in calls if id(m) in again for i in m.modules() if i is not m}
     for module in calls:
         outermost = id(module) in again - inside and module is not model
-        if outermost and 2 * _size(module) > _size(model):
+        # Work is parameters times calls: what runs once may be larger, a vocabulary for one.
+        if outermost and calls[module] * _size(module) > _size(model) - _size(module):
             known = (signature(module),)
             return Layers(modules=(module,), signatures=known, lists=(0,), shared=frozenset({0}))
     return None

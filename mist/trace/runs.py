@@ -57,6 +57,10 @@ COMPILED: Final = (
 LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
 
 
+class OneLength(TraceError):
+    """A model whose trace holds for the length that it was traced at only."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
     """A model's runs: symbolic and at b = 1; its layers and its tensor-parallel rules, if any."""
@@ -90,7 +94,8 @@ class _Subject:
             # A trace for one length that was asked for is of use, one for one batch is not.
             if size == B or (size == S and self.setting.seq_len is None):
                 name = "batch" if size == B else "sequence length"
-                raise TraceError(
+                fault = OneLength if size == S else TraceError
+                raise fault(
                     f"{self.model.name} works for one {name} only ({value}): an operation compares "
                     "it with a fixed size. Let make_batch and the model take any size."
                 )

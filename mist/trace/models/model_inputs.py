@@ -61,10 +61,11 @@ def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
         return {SOUND: _sound(module.config, batch), LABELS: ids}
     inputs: Batch = {TOKENS: ids}
     if "return_loss" in asked:  # pairs of a text and an image
-        text: Any = module.config.text_config
+        config: Any = module.config
+        text = config.text_config
         longest = min(seq, text.max_position_embeddings) if isinstance(seq, int) else seq
         inputs[TOKENS] = torch.empty(batch, longest, dtype=torch.int64)
-        pixels: Any = _images(module, module.config.vision_config, batch)
+        pixels: Any = _images(module, config.vision_config, batch)
         return inputs | {IMAGES: pixels[IMAGES], "return_loss": True}
     if "decoder_input_ids" in asked:
         inputs["decoder_input_ids"] = ids
