@@ -2,4 +2,5 @@
 
 from mist.cli import main
 
-main()
+if __name__ == "__main__":  # processes that a command starts import this file
+    main()

@@ -68,7 +68,7 @@ def test_each_way_to_divide_a_tied_matrix_has_its_own_frontier() -> None:
         for way in found.problem.ties:
             dp, _, tp, unsharded = way
             own = group.strategies
-            rows = (own.dp == dp) & (own.tp == tp) & ((own.zero == 0) == unsharded)
+            rows = (own["dp"] == dp) & (own["tp"] == tp) & ((own["zero"] == 0) == unsharded)
             alone = problem_of(GroupModel(free, group, own.take(rows), space), bounds, CellStore())
             for stage in (0, 3):
                 assert points_of(found, stage, way) == points_of(alone, stage, None)

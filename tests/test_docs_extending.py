@@ -73,22 +73,17 @@ def test_a_runtime(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NEW_OBJECTIVE = {
-    "mist/plans/workload.py": (
-        r'(class Objective\(StrEnum\):\n    """.*?""")',
-        r'\1\n\n    FEWEST_GPUS = "fewest-gpus"',
-    ),
-    "mist/plans/objectives.py": (
-        r"(_COSTS: .*?MappingProxyType\(\n    \{)",
-        r"\1\n        Objective.FEWEST_GPUS: lambda candidate: candidate.num_gpus,",
-    ),
+    r'(class Objective\(StrEnum\):\n    """.*?""")': r'\1\n\n    FEWEST_GPUS = "fewest-gpus"',
+    r"(OBJECTIVES: .*?MappingProxyType\(\n    \{)": r"\1\n        Objective.FEWEST_GPUS: "
+    "ObjectiveRow(cost=lambda candidate: candidate.num_gpus),",
 }
 CHOOSE = """
 import sys
 
 import pytest
 
+from mist.plans.objectives import Objective
 from mist.plans.search_space import SearchSpace
-from mist.plans.workload import Objective
 from mist.workflow.cluster_choice import offer_of, rent
 from mist.workflow.planning import Effort
 from mist.workflow.request import Question
@@ -106,23 +101,39 @@ for objective in (Objective.THROUGHPUT, Objective("fewest-gpus")):
 """
 
 
-def test_an_objective(tmp_path: Path) -> None:
-    """In a copy of the package, as no enumeration takes a member at run time."""
-    shutil.copytree(ROOT / "mist", tmp_path / "mist", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(PROFILES, tmp_path / "profiles")
-    for name, (pattern, new) in NEW_OBJECTIVE.items():
-        assert f"`{name}`" in PAGE.split("## 7.")[1].split("## 8.")[0]
-        text, count = re.subn(f"(?s){pattern}", new, (tmp_path / name).read_text(), count=1)
-        assert count == 1
-        (tmp_path / name).write_text(text)
+def copied_package(folder: Path, recipe: int, edits: dict[str, dict[str, str]]) -> None:
+    """A copy of the package with edits (pattern, new text) of files that a recipe names.
+
+    No enumeration takes a member at run time.
+    """
+    shutil.copytree(ROOT / "mist", folder / "mist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PROFILES, folder / "profiles")
+    words = PAGE.split(f"\n## {recipe}.")[1].split("\n## ")[0]
+    for name, changes in edits.items():
+        assert f"`{name}`" in words
+        text = (folder / name).read_text()
+        for pattern, new in changes.items():
+            text, count = re.subn(f"(?s){pattern}", new, text, count=1)
+            assert count == 1, pattern
+        (folder / name).write_text(text)
+
+
+def printed(folder: Path, script: str) -> list[str]:
+    """What a script prints that runs with the copied package."""
     done = subprocess.run(
-        [sys.executable, "-c", CHOOSE, str(ROOT)],
-        cwd=tmp_path,
+        [sys.executable, "-c", script, str(ROOT)],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["8", "2"], done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_an_objective(tmp_path: Path) -> None:
+    copied_package(tmp_path, 7, {"mist/plans/objectives.py": NEW_OBJECTIVE})
+    assert printed(tmp_path, CHOOSE) == ["8", "2"]
 
 
 def test_a_model_family(tmp_path: Path) -> None:
@@ -165,3 +176,104 @@ class Net(nn.Module):
 def build_model():
     return Net()
 """
+
+
+NEW_LEVEL = {
+    "mist/plans/workload.py": {
+        r'(    SELECTIVE = "selective"\n)': r'\1    INPUTS = "inputs"\n',
+    },
+    "mist/plans/memory_levels.py": {
+        r"(        MemoryLevel.FULL: LevelRow)": r"        MemoryLevel.INPUTS: "
+        r'LevelRow(repeats="part"),\n\1',
+    },
+    "mist/symbolic/level_cost.py": {
+        r"(            MemoryLevel.FULL: _full,)": r"            MemoryLevel.INPUTS: lambda cost, "
+        r'runtime: replace(_full(cost, runtime), name="inputs"),\n\1',
+        r"from dataclasses import dataclass": "from dataclasses import dataclass, replace",
+    },
+    "mist/exec/build/activations.py": {
+        r"(        MemoryLevel.FULL: \{\},)": r"        MemoryLevel.INPUTS: {},\n\1",
+    },
+}
+NEW_SCHEDULE = {
+    "mist/plans/workload.py": {
+        r'(    ZERO_BUBBLE = "zero-bubble"\n)': r'\1    ONE_AHEAD = "one-ahead"\n',
+    },
+    "mist/plans/schedules.py": {
+        r"(        ScheduleKind.INTERLEAVED: ScheduleRow)": r"        ScheduleKind.ONE_AHEAD: "
+        r"ScheduleRow(forwards=lambda turns, behind, stages, step: behind + 2),\n\1",
+    },
+    "mist/exec/build/pipeline.py": {
+        r"(    ScheduleKind.ONE_F_ONE_B: Schedule1F1B,\n)": r"\1"
+        r"    ScheduleKind.ONE_AHEAD: Schedule1F1B,\n",
+    },
+    "profiles/runtimes/torch.yaml": {r"(schedules: \[)": r"\1one-ahead, "},
+}
+PLAN = """
+import sys
+
+import pytest
+
+from mist.plans.search_space import narrowed, space_of
+from mist.workflow.planning import make_plan
+from mist.workflow.request import Question
+
+sys.path.append(sys.argv[1])
+from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
+
+answer_with(toy_graph(), pytest.MonkeyPatch())
+question = Question(model="toy", num_gpus=2, seq_len=2048, global_batch=16)
+fixed = {fixed}
+space = narrowed(space_of("3d"), fixed=fixed, most=(), forbid=())
+plan = make_plan(question, space).plan
+print(plan.schedule.kind, *[stage.levels[0].value for stage in plan.stages])
+"""
+
+
+def test_a_memory_level(tmp_path: Path) -> None:
+    copied_package(tmp_path, 4, NEW_LEVEL)
+    script = PLAN.replace("{fixed}", '["tp=1", "pp=1", "checkpoint=inputs"]')
+    assert printed(tmp_path, script) == ["1f1b", "inputs"]
+
+
+def test_a_schedule(tmp_path: Path) -> None:
+    copied_package(tmp_path, 6, NEW_SCHEDULE)
+    script = PLAN.replace("{fixed}", '["tp=1", "pp=2", "schedule=one-ahead"]')
+    assert printed(tmp_path, script)[0] == "one-ahead"
+
+
+NEW_KNOB = {
+    "mist/plans/knobs.py": {
+        r'(    Knob\(name="cp",)': r'    Knob(name="streams", word="streams", meaning="New."),\n\1',
+    },
+    "mist/plans/plan.py": {
+        r"(    dp_replicate: \w+ = 1\n)": r"\1    streams: PositiveInt = 1\n",
+    },
+}
+CHECK = """
+import sys
+
+import pytest
+import typer.main
+
+from mist.cli import app
+from mist.workflow.checking import HandLayout, check_layout
+from mist.workflow.request import Question
+
+sys.path.append(sys.argv[1])
+from tests.toys import toy_graph
+from tests.workflow.answering import answer_with
+
+answer_with(toy_graph(), pytest.MonkeyPatch())
+question = Question(model="toy", num_gpus=2, seq_len=2048, global_batch=16)
+(option,) = [
+    each for each in typer.main.get_command(app).commands["check"].params if each.name == "streams"
+]
+print(*option.opts, check_layout(question, HandLayout(streams=2)).plan.stages[0].streams)
+"""
+
+
+def test_a_knob(tmp_path: Path) -> None:
+    copied_package(tmp_path, 5, NEW_KNOB)
+    assert printed(tmp_path, CHECK) == ["--streams", "2"]

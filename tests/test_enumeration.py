@@ -62,16 +62,13 @@ def stages(
     own = strategies(job, pp, num_micro_batches)
     if not len(own["tp"]):
         return {}
-    terms = job.cost.terms(
-        strategy_columns(
-            job, num_stages=pp, dp=own["dp"], tp=own["tp"], micro_batch=own["micro_batch"],
-            zero=own["zero"], offload={name: own[name] for name in OFFLOADED},
-        )
-    )  # fmt: skip
+    terms = job.cost.terms(strategy_columns(job.placement, own, num_stages=pp))
     terms = {name: term[:, None] for name, term in terms.items()}
     size = job.platform.num_gpus // pp
     devices = np.array([(i * size, size) for i in range(pp)])
-    columns = position_columns(job, devices, 1, num_micro_batches)  # one chunk: layers are alike
+    columns = position_columns(
+        job.placement, devices, 1, num_micro_batches
+    )  # one chunk: layers are alike
     place = {name: np.asarray(column)[position] for name, column in columns.items()}
     found = {}
     longest = job.num_layers - pp + 1

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
+from mist.plans.knobs import SEARCHED_KNOBS, STAGE_KNOBS, TYPED_KNOBS
+from mist.plans.plan import StagePlan
+from mist.plans.search_space import SearchSpace
+from mist.workflow.api import LayoutOptions
 from tests.mutants import run as mutants
 
 ROOT = Path(__file__).parents[1]
@@ -246,3 +250,58 @@ def test_comments_say_why() -> None:
     code = [line for line in lines if line and not line.startswith("#")]
     comments = [line for line in lines if line.startswith("#")]
     assert 1000 * len(comments) / len(code) >= MIN_COMMENT_LINES
+
+
+# The name of a member of a table, and how many modules may know one. Others loop over its rows.
+NAMED_MEMBERS = {
+    "memory levels": (r'SELECTIVE|\bFULL\b|"selective"|"full"', 7),
+    "schedules": (r'\b(GPIPE|ONE_F_ONE_B|INTERLEAVED|ZERO_BUBBLE)\b|"(1f1b|zero-bubble)"', 8),
+}
+
+
+@pytest.mark.parametrize("idea", NAMED_MEMBERS)
+def test_few_modules_name_a_member_of_a_table(idea: str) -> None:
+    pattern, most = NAMED_MEMBERS[idea]
+    naming = [path for path in SOURCES if re.search(pattern, path.read_text())]
+    assert len(naming) <= most, naming
+
+
+def listed_names(node: ast.AST) -> set[object]:
+    """The names that one list, call, signature or class body puts side by side."""
+    match node:
+        case ast.Call(keywords=keywords):
+            return {keyword.arg for keyword in keywords}
+        case ast.Dict(keys=keys):
+            return {key.value for key in keys if isinstance(key, ast.Constant)}
+        case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items):
+            constants = {item.value for item in items if isinstance(item, ast.Constant)}
+            return constants | {item.attr for item in items if isinstance(item, ast.Attribute)}
+        case ast.arguments(args=args, kwonlyargs=more):
+            return {each.arg for each in (*args, *more)}
+        case ast.ClassDef(body=body):
+            lines = [line.target for line in body if isinstance(line, ast.AnnAssign)]
+            return {target.id for target in lines if isinstance(target, ast.Name)}
+    return set()
+
+
+def test_few_modules_list_knobs_by_hand() -> None:
+    """Typed declarations of a stage, a search space and the Python API; others loop over KNOBS."""
+    knobs = {"tp", "zero", "micro_batch"}
+    listing = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if knobs <= listed_names(node)
+    }
+    assert listing <= {
+        "mist/plans/plan.py",
+        "mist/plans/search_space.py",
+        "mist/workflow/api.py",
+    }
+
+
+def test_typed_declarations_have_every_knob() -> None:
+    stage = {item.name for item in fields(StagePlan)}
+    assert {knob.name for knob in STAGE_KNOBS} <= stage
+    assert {knob.space for knob in SEARCHED_KNOBS.values()} <= {f.name for f in fields(SearchSpace)}
+    assert {knob.field for knob in TYPED_KNOBS} <= set(LayoutOptions.__annotations__)

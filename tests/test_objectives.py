@@ -12,10 +12,10 @@ from mist.errors import Infeasible, InputError
 from mist.pareto.least_memory import leanest
 from mist.pareto.strategies import divisors
 from mist.plans.file import dump_plan
-from mist.plans.objectives import Candidate, chosen
+from mist.plans.objectives import Candidate, Objective, chosen
 from mist.plans.plan import Estimate, Layout, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
-from mist.plans.workload import MemoryLevel, Objective, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.profiles import load_cluster
 from mist.symbolic.job import Job
 from mist.symbolic.pipeline_costs import stage_outputs

@@ -1,5 +1,7 @@
 """Plans: what they say of themselves, and that a broken one does not construct."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -50,3 +52,12 @@ def test_layers_and_devices_are_covered_once(plan: Plan) -> None:
 @pytest.mark.parametrize("data", [{}, {"stages": 3}, {"stages": [3]}, {"stages": [{"layers": 1}]}])
 def test_invariants_pass_over_what_the_schema_reports(data: dict[str, object]) -> None:
     assert not [*plan_faults(data)]
+
+
+def test_layers_that_keep_least_come_first_in_each_chunk() -> None:
+    """Their backward passes run last, when most else is gone."""
+    none, full = MemoryLevel.NONE, MemoryLevel.FULL
+    stage = stage_plan(memory={none: 5, full: 3})
+    assert stage.levels == (full,) * 3 + (none,) * 5
+    chunks = replace(stage, layers=((0, 4), (8, 4)))
+    assert chunks.levels == (full, full, none, none, full, none, none, none)

@@ -516,7 +516,7 @@ def test_whole_layers_stay_within_a_limit() -> None:
         space = SearchSpace(offload=ratios, most={"weights": most, "grads": most}, zero=(3,))
         group = next(groups(job, space))
         away = offloading(job, group, space, np.arange(len(group.strategies)))
-        assert {*away.weights} == {0.3}
+        assert {*away["weights"]} == {0.3}
         model = GroupModel(job, group, away, space)
         ranges = layer_ranges(job, 1)
         ((_, mixes),) = model.by_place(ranges.take(ranges.count == 5), anything)

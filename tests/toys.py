@@ -1,8 +1,11 @@
 """Small models and platforms made by hand: the rooms after trace are tested without torch."""
 
+from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import sympy
+from numpy.typing import ArrayLike, NDArray
 
 from mist.model.graph import (
     GATHER_COPY,
@@ -22,7 +25,7 @@ from mist.model.graph import (
     TensorLayout,
 )
 from mist.model.summary import LayerRun, TpLimit, Traffic
-from mist.plans.workload import Attention, Optimizer, Precision, Workload
+from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
 from mist.platform.profiles import load_runtime
 from mist.symbolic.compile import compile_model
@@ -248,3 +251,21 @@ def toy_job(
     platform = toy_platform(num_gpus, gpu, runtime)
     programs = toy_programs(graph or toy_graph(), runtime)
     return make_job(programs, platform, toy_workload(**workload))
+
+
+def count_columns(
+    job: Job, first: ArrayLike, counts: Sequence[ArrayLike]
+) -> dict[str, NDArray[np.int64]]:
+    """Layers by kind and level from `first` on; `counts`: layers at each level, in their order.
+
+    Those at the last level come first.
+    """
+    start = np.asarray(first)
+    columns = {}
+    # The layers that keep least come first in a stage (decision 11): memory is then convex.
+    for level, count in reversed([*zip(MemoryLevel, counts, strict=True)]):
+        stop = start + np.asarray(count)
+        for kind, prefix in enumerate(job.kind_prefix):
+            columns[f"{level}_{kind}"] = prefix[stop] - prefix[start]
+        start = stop
+    return columns

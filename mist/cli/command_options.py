@@ -1,11 +1,45 @@
 """Options of the command line that several commands have, or that take lines to say."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 
-from mist.plans.workload import Attention, Objective, Precision, ScheduleKind, Solver
+from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, TYPED_KNOBS
+from mist.plans.objectives import Objective
+from mist.plans.search_space import OFFLOADED
+from mist.plans.workload import (
+    Attention,
+    MemoryLevel,
+    Precision,
+    ScheduleKind,
+    Solver,
+)
+
+Arguments = ParamSpec("Arguments")
+
+
+def with_knobs(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Give a command an option for each knob that a user may type, in place of its `**knobs`."""
+    signature = inspect.signature(command)
+    *named, _ = signature.parameters.values()
+    behind = [parameter.name for parameter in named].index("gpus") + 1
+    options = [
+        inspect.Parameter(
+            knob.field,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=knob.least,
+            annotation=Annotated[int, typer.Option(f"--{knob.word}", help=knob.meaning)],
+        )
+        for knob in TYPED_KNOBS
+    ]
+    every = [*named[:behind], *options, *named[behind:]]
+    # typer reads the signature; Python itself goes on to take any keyword.
+    command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+    return command
+
 
 Model = Annotated[
     str,
@@ -57,17 +91,9 @@ HostMemory = Annotated[
     str | None,
     typer.Option("--host-memory", help="Host memory of one node (64GB) [the cluster's]."),
 ]
-Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")]
-Pp = Annotated[int, typer.Option("--pp", help="Pipeline stages.")]
-Zero = Annotated[int, typer.Option("--zero", help="ZeRO level, 0 to 3.")]
-DpReplicate = Annotated[
-    int, typer.Option("--dp-replicate", help="Copies of the states that ZeRO divides (HSDP).")
-]
-MicroBatch = Annotated[
-    int, typer.Option("--micro-batch", help="Samples per data-parallel rank and micro-step.")
-]
 Checkpoint = Annotated[
-    str, typer.Option("--checkpoint", help="Recomputed layers: none, selective, full, or a number.")
+    str,
+    typer.Option("--checkpoint", help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Out = Annotated[
@@ -80,16 +106,15 @@ Fixed = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Fix a knob (tp=2): tp, pp, dp, micro-batch, vpp, zero, dp-replicate, checkpoint, "
-        "schedule.",
+        help=f"Fix a knob (tp=2): {', '.join(SEARCHED_KNOBS)}, checkpoint, schedule.",
     ),
 ]
 Most = Annotated[
     list[str] | None,
     typer.Option(
         "--max",
-        help="Limit a knob (pp=8): tp, pp, dp, micro-batch, vpp; or ratios (offload=0.5): offload "
-        "for all, weights, grads, optimizer, activations.",
+        help=f"Limit a knob (pp=8): {', '.join(COUNTED_KNOBS)}; or ratios (offload=0.5): offload "
+        f"for all, {', '.join(OFFLOADED)}.",
     ),
 ]
 Forbid = Annotated[
@@ -110,7 +135,6 @@ Offloads = Annotated[
 ScheduleName = Annotated[
     ScheduleKind, typer.Option("--schedule", help="Order of micro-batches in the pipeline.")
 ]
-Vpp = Annotated[int, typer.Option("--vpp", help="Chunks of layers per stage.")]
 LayerSplit = Annotated[
     str,
     typer.Option(

@@ -17,7 +17,6 @@ from mist.cli.command_options import (
     Checkpoint,
     ClusterName,
     ClusterNames,
-    DpReplicate,
     Fixed,
     Forbid,
     GlobalBatch,
@@ -28,13 +27,11 @@ from mist.cli.command_options import (
     Json,
     LayerSplit,
     Margin,
-    MicroBatch,
     Model,
     Most,
     ObjectiveName,
     Offloads,
     Out,
-    Pp,
     PrecisionName,
     Price,
     RuntimeName,
@@ -46,16 +43,15 @@ from mist.cli.command_options import (
     TimeLimit,
     Tokens,
     Top,
-    Tp,
     Verify,
-    Vpp,
-    Zero,
+    with_knobs,
 )
 from mist.cli.common import PLAN_SUFFIXES, app, check_out, print_json, progress
 from mist.errors import InputError
+from mist.plans.objectives import Objective
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
-from mist.plans.workload import Attention, Objective, Precision, Solver
+from mist.plans.workload import Attention, Precision, Solver
 
 if TYPE_CHECKING:
     from mist.symbolic.load_programs import Progress
@@ -192,20 +188,15 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
 
 
 @app.command()
+@with_knobs
 def check(
     context: typer.Context,
     subject: Subject,
     *,
     gpus: GpusOfModel = None,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    zero: Zero = 0,
-    dp_replicate: DpReplicate = 1,
-    micro_batch: MicroBatch = 1,
     checkpoint: Checkpoint = "none",
     offload: Offloads = None,
     schedule: ScheduleName = DEFAULT_KIND,
-    vpp: Vpp = 1,
     layers: LayerSplit = "",
     gpu: Gpu = None,
     cluster: ClusterName = None,
@@ -218,6 +209,7 @@ def check(
     host_memory: HostMemory = None,
     out: Out = None,
     as_json: Json = False,
+    **knobs: int,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
     from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
@@ -240,16 +232,11 @@ def check(
         host_memory_bytes=host_memory_of(host_memory),
     )
     layout = HandLayout(
-        tp=tp,
-        pp=pp,
-        zero=zero,
-        dp_replicate=dp_replicate,
-        micro_batch=micro_batch,
         checkpoint=checkpoint,
         schedule=schedule,
-        vpp=vpp,
         offload=offload_of(offload or ()),
         layers=layers_of(layers),
+        **knobs,
     )
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
 

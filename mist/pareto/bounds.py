@@ -7,7 +7,8 @@ at least omega / N, and a lone micro-batch fills at least all of tau,
     T >= (G - 1) omega / N + max( omega / N, (tau - w) / v )
 
 for N devices, v chunks and, under zero bubble, w twice the largest time of gradients of weights.
-Neither offloading nor recomputation makes a stage faster than keeping everything on the device.
+Neither offloading nor recomputation makes a stage faster than keeping everything on the device;
+together they may: recomputation leaves less to copy.
 """
 
 import numpy as np
@@ -29,7 +30,7 @@ def lower_bound_s(job: Job, group: Group) -> float:
     stable = {x: terms[f"term_{x}_none_stable_s"] for x, _ in blocks}
     # Each kind of layer takes its own best strategy: no plan can do better than this relaxation.
     total_s = sum(count * stable[x].min() for x, count in blocks)
-    devices = group.strategies.tp * group.strategies.dp
+    devices = group.strategies.num_devices
     device_s = sum(count * (devices * stable[x]).min() for x, count in blocks)
     slowest_s = device_s / job.platform.num_gpus
     # The largest, because more spare time means a shorter filling, and this must bound all plans.
@@ -61,9 +62,12 @@ def window(
 
 
 def fastest_layers(model: GroupModel) -> Floats:
-    """Seconds of a layer of each kind, kept whole, under the strategy that is fastest at it."""
+    """Seconds of a layer of each kind under the strategy and level that are fastest at it."""
     terms, kinds = model.strategies.terms, range(model.job.facts.num_kinds)
-    return np.array([terms[f"term_{kind}_none_stable_s"].min() for kind in kinds])
+    # Where activations are offloaded, a layer that keeps less has less to copy: the level that
+    # recomputes nothing need not be the fastest.
+    names = [[f"term_{kind}_{level}_stable_s" for level in model.space.levels] for kind in kinds]
+    return np.array([min(terms[name].min() for name in own) for own in names])
 
 
 def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Floats) -> Floats:

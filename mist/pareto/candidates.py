@@ -85,8 +85,9 @@ class GroupModel:
         self.space = replace(space, levels=levels_under(space, group.schedule.kind))
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
-        columns = position_columns(job, devices, 0, group.num_micro_batches, group.schedule)
-        self._pipeline = pipeline_of(group.schedule, group.num_stages, group.num_micro_batches)
+        micro = group.num_micro_batches
+        columns = position_columns(job.placement, devices, 0, micro, group.schedule)
+        self._pipeline = pipeline_of(group.schedule, group.num_stages, micro)
         self._in_flight = np.asarray(columns.pop("in_flight"))
         del columns["layers_more"]  # of each range its own: `_held`
         self._names = tuple(columns)
@@ -310,7 +311,7 @@ class _Position:
         self._instants = instants(model.job.platform.runtime)
         self._kinds = kinds_of(model.job, ranges)
         self._schedule = model.group.schedule.kind.value
-        self._away = np.tile(model.strategies.activations, len(held.in_flight))
+        self._away = np.tile(model.strategies["activations"], len(held.in_flight))
         capped = within_caps(
             model.space, model.job.platform.runtime, model.strategies, ranges.count
         )

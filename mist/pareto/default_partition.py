@@ -31,6 +31,6 @@ def dealing_words(job: Job, num_stages: int, chunks: int) -> str:
 
 def _parameters(job: Job) -> tuple[float, float]:
     """Parameters of a layer of the first kind and of the head."""
-    whole = strategy_columns(job, num_stages=1, dp=1, tp=1, micro_batch=1, zero=0)
+    whole = strategy_columns(job.placement, {}, num_stages=1)
     terms = job.cost.terms(whole)
     return float(terms["term_0_params"]), float(terms["term_head_params"])

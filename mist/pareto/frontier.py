@@ -8,7 +8,6 @@ share host memory a candidate must be no worse in the bytes that it holds there 
 (`lean_frontier`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,21 +78,6 @@ def lean_frontier(
         leaner = (lone_s[left] < lone_s[left[0]]) | (host_bytes[left] < host_bytes[left[0]])
         left = left[leaner]
     return np.array(kept, dtype=np.int64)
-
-
-def merge(frontiers: Sequence[Frontier]) -> Frontier:
-    """The frontier of the union of frontiers whose `choice` index the same table.
-
-    Ties in both times go to the lower peak, then the lower `choice`.
-    """
-    if not frontiers:
-        return frontier((), (), (), ())
-    return _select(
-        np.concatenate([part.stable_s for part in frontiers]),
-        np.concatenate([part.lone_s for part in frontiers]),
-        np.concatenate([part.peak_bytes for part in frontiers]),
-        np.concatenate([part.choice for part in frontiers]),
-    )
 
 
 def _select(

@@ -1,6 +1,6 @@
 """A layout that a search found: what each stage does, in plain numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from mist.pareto.frontier_points import Points
 from mist.pareto.strategies import Group, Strategies, whole_layers
 from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time, step_time
+from mist.plans.uniform_stages import chunk_shares, layer_runs, stage_at
 from mist.plans.workload import MemoryLevel
 from mist.symbolic.job import Job
 from mist.symbolic.pipeline_costs import resharding_seconds
@@ -17,16 +18,15 @@ from mist.symbolic.pipeline_costs import resharding_seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageChoice:
-    """What one stage does with layers [first, count]; the first `num_lower` are at `lower`."""
+    """What one stage does with layers [first, count]; the first `num_lower` are at `lower`.
+
+    `knobs`: of a stage, by name (`mist.plans.knobs`).
+    """
 
     first: int
     count: int
     num_devices: int
-    tp: int
-    dp: int
-    micro_batch: int
-    zero: int
-    dp_replicate: int
+    knobs: Mapping[str, int]
     offload: Offload
     upper: MemoryLevel
     lower: MemoryLevel
@@ -59,7 +59,7 @@ class PricedLayout:
         away = [ratio > 0 for ratio in (offload.weights, offload.optimizer, offload.activations)]
         # Of one stage all schedules are the same, so they are one kind of layout.
         schedule = (self.schedule.kind, self.schedule.vpp) if len(self.stages) > 1 else ()
-        return (schedule, len(self.stages), first.tp, first.zero, *away)
+        return (schedule, len(self.stages), first.knobs["tp"], first.knobs["zero"], *away)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class Picked:
     def num_devices(self) -> int:
         """Devices of the stage."""
         row = int(self.points.row[self.point])
-        return int(self.strategies.tp[row] * self.strategies.dp[row])
+        return int(self.strategies.num_devices[row])
 
 
 def layout_of(job: Job, group: Group, picked: Sequence[Picked]) -> PricedLayout:
@@ -122,11 +122,7 @@ def _choice(pick: Picked, first: int) -> StageChoice:
         first=first,
         count=pick.count,
         num_devices=pick.num_devices,
-        tp=int(own.tp[row]),
-        dp=int(own.dp[row]),
-        micro_batch=int(own.micro_batch[row]),
-        zero=int(own.zero[row]),
-        dp_replicate=int(own.dp_replicate[row]),
+        knobs={name: int(column[row]) for name, column in own.knobs.items()},
         offload=Offload(**{name: float(ratio[row]) for name, ratio in own.offload.items()}),
         upper=points.upper[p],
         lower=points.lower[p],
@@ -150,25 +146,19 @@ def stage_plans(job: Job, layout: PricedLayout) -> tuple[StagePlan, ...]:
     was planned, at most a layer's copies slower.
     """
     plans, device = [], 0
-    runs = _runs(layout)
+    shares = chunk_shares([stage.count for stage in layout.stages], layout.schedule.vpp)
+    runs = layer_runs(shares, len(layout.stages))
     offload = job.platform.runtime.offload
     for stage, own in zip(layout.stages, runs, strict=True):
         by_layer = offload is not None and offload.by_layer
         plans.append(
-            StagePlan(
+            stage_at(
+                stage.knobs,
                 layers=own,
-                devices=(device, stage.num_devices),
-                dp=stage.dp,
-                tp=stage.tp,
-                sp=bool(stage.tp > 1 and job.platform.runtime.knobs.sequence_parallel),
-                cp=1,
-                ep=1,
-                micro_batch=stage.micro_batch,
-                zero=stage.zero,  # type: ignore[arg-type]
-                head="none",
+                first_device=device,
+                shards_sequence=job.platform.runtime.knobs.sequence_parallel,
                 memory=stage.memory,
                 offload=_whole_layers(stage) if by_layer else stage.offload,
-                dp_replicate=stage.dp_replicate,
             )
         )
         device += stage.num_devices
@@ -183,20 +173,3 @@ def _whole_layers(stage: StageChoice) -> Offload:
         optimizer=stage.offload.optimizer,
         activations=stage.offload.activations,
     )
-
-
-def _runs(layout: PricedLayout) -> list[tuple[tuple[int, int], ...]]:
-    """Runs of layers of each stage: one, or as many as it has chunks, dealt out in turn."""
-    chunks = layout.schedule.vpp
-    # The first chunks take the layers that do not divide, as `schedules.layers_more` counts them.
-    shares = [
-        [stage.count // chunks + (chunk < stage.count % chunks) for chunk in range(chunks)]
-        for stage in layout.stages
-    ]
-    first = 0
-    runs: list[list[tuple[int, int]]] = [[] for _ in layout.stages]
-    for chunk in range(chunks):
-        for own, share in zip(runs, shares, strict=True):
-            own.append((first, share[chunk]))
-            first += share[chunk]
-    return [tuple(own) for own in runs]

@@ -8,8 +8,9 @@ each tp is a group of its own.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from mist.errors import InputError
 from mist.pareto.default_partition import dealing_words, dealt_layers
 from mist.pareto.unequal_meshes import unequal_sizes
+from mist.plans.knobs import KNOBS, SEARCHED_KNOBS
 from mist.plans.plan import DEFAULT_SCHEDULE, Schedule
 from mist.plans.schedules import DEFAULT_KIND, SCHEDULES, zero_as_run
 from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
@@ -36,68 +38,69 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Strategies:
-    """How a stage may be trained: K rows. `weights` ... `activations`: offload ratios.
+    """How a stage may be trained: K rows.
 
-    `dp_replicate`: copies of the states that ZeRO divides.
-
-    `terms` [K]: what the search formulas need of each; empty until `priced`.
+    `columns` [K]: knobs of a stage (`mist.plans.knobs`) and the offload ratio of each state, by
+    name. `terms` [K]: what the search formulas need of each; empty until `priced`.
     """
 
-    tp: Ints
-    dp: Ints
-    micro_batch: Ints
-    zero: Ints
-    dp_replicate: Ints
-    weights: Floats
-    grads: Floats
-    optimizer: Floats
-    activations: Floats
+    columns: Mapping[str, NDArray[Any]]
     terms: Mapping[str, Floats] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.tp)
+        return len(self["tp"])
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """The column of a knob, or of the offload ratio of a state, [K]."""
+        return self.columns[name]
 
     @property
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """The knobs by name, each [K]."""
-        return {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
+    def knobs(self) -> dict[str, Ints]:
+        """The columns of knobs."""
+        return {name: self[name] for name in self.columns if name not in OFFLOADED}
 
     @property
     def offload(self) -> dict[str, Floats]:
         """Offload ratios by state, each [K]."""
-        return {name: getattr(self, name) for name in OFFLOADED}
+        return {name: self[name] for name in OFFLOADED}
+
+    @property
+    def num_devices(self) -> Ints:
+        """Devices of a stage that is trained so."""
+        return np.asarray(self["tp"] * self["dp"])
 
     def take(self, rows: NDArray[np.bool_] | Ints) -> "Strategies":
         """Some of the rows."""
         columns = {name: column[rows] for name, column in self.columns.items()}
         terms = {name: term[rows] for name, term in self.terms.items()}
-        return Strategies(**columns, terms=terms)
+        return Strategies(columns=columns, terms=terms)
 
     def joined(self, other: "Strategies") -> "Strategies":
         """The rows of both, priced or not alike."""
         columns = {
-            name: np.concatenate([column, getattr(other, name)])
-            for name, column in self.columns.items()
+            name: np.concatenate([column, other[name]]) for name, column in self.columns.items()
         }
         terms = {n: np.concatenate([term, other.terms[n]]) for n, term in self.terms.items()}
-        return Strategies(**columns, terms=terms)
+        return Strategies(columns=columns, terms=terms)
+
+    def altered(self, **columns: NDArray[Any]) -> "Strategies":
+        """The same with other values in some columns."""
+        return replace(self, columns={**self.columns, **columns})
 
     def priced(
         self, job: Job, num_stages: int, schedule: Schedule = DEFAULT_SCHEDULE
     ) -> "Strategies":
         """The same with their terms, as stages of a pipeline of `num_stages`."""
         strategy = strategy_columns(
-            job,
-            num_stages=num_stages,
-            dp=self.dp,
-            tp=self.tp,
-            micro_batch=self.micro_batch,
-            zero=self.zero,
-            offload=self.offload,
-            schedule=schedule,
-            dp_replicate=self.dp_replicate,
+            job.placement, self.columns, num_stages=num_stages, schedule=schedule
         )
         return replace(self, terms=job.cost.search_terms_of(strategy))
+
+
+def all_resident(knobs: Mapping[str, Ints]) -> Strategies:
+    """Strategies of these knobs [K] that offload nothing."""
+    (count,) = {len(column) for column in knobs.values()}
+    return Strategies(columns={**knobs, **dict.fromkeys(OFFLOADED, np.zeros(count))})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,20 +143,16 @@ def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
 def refuse_unknown(space: SearchSpace, runtime: Runtime) -> None:
     """Raise InputError where a runtime has none of the values that a space allows of a knob."""
     rest: dict[str, ArrayLike] = {
+        **{knob.name: knob.least for knob in KNOBS},
         "zero": runtime.knobs.zero_levels[0],
         "schedule": DEFAULT_KIND.value,
-        **dict.fromkeys(("tp", "dp", "num_stages", "dp_replicate"), 1),
         **dict.fromkeys(OFFLOADED, 0.0),
     }
     rules = tuple(knob_rules(runtime))
     messages: list[str] = []
     for column, values in {
-        "zero": space.zero,
-        "tp": space.tp,
-        "dp": space.dp,
-        "num_stages": space.pp,
+        **{knob.name: space.values_of(knob) for knob in SEARCHED_KNOBS.values()},
         "schedule": [kind.value for kind in space.schedules],
-        "dp_replicate": space.dp_replicate,
     }.items():
         faults = [list(broken(rules, rest | {column: value})) for value in values or ()]
         if faults and all(faults):
@@ -197,7 +196,7 @@ def _unequal_groups(job: Job, space: SearchSpace) -> Iterator[Group]:
         for num_micro_batches in divisors(job.workload.global_batch) if sizes else ():
             for group in _groups(job, space, num_stages, num_micro_batches, sizes):
                 strategies = group.strategies
-                if len(np.unique(strategies.tp * strategies.dp)) > 1:
+                if len(np.unique(strategies.num_devices)) > 1:
                     yield group
 
 
@@ -223,11 +222,11 @@ def _groups(
     priced = found.take(used).priced(job, num_stages)
     for schedule, rows in kept:
         held = priced.take(rows[used])
-        if (zero_as_run(schedule.kind, held.zero) != held.zero).any():
+        if (zero_as_run(schedule.kind, held["zero"]) != held["zero"]).any():
             held = held.priced(job, num_stages, schedule)
         if SCHEDULES[schedule.kind].takes_turns:
-            for tp in np.unique(held.tp):
-                yield group(schedule=schedule, strategies=held.take(held.tp == tp))
+            for tp in np.unique(held["tp"]):
+                yield group(schedule=schedule, strategies=held.take(held["tp"] == tp))
         elif len(held):
             yield group(schedule=schedule, strategies=held)
 
@@ -283,32 +282,21 @@ def _strategies(
     """Every (tp, zero, dp_replicate) of stages of these sizes that the space allows."""
     samples = job.workload.global_batch // num_micro_batches
     rows = [
-        (n, tp, z, c)
-        for n in sizes
-        for tp in divisors(n)
-        for z in space.zero
-        for c in _copies(job, space, n)
+        (n, *row) for n in sizes for row in product(divisors(n), space.zero, _copies(job, space, n))
     ]
-    devices, tp, zero, copies = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    dp = devices // tp
+    # What is free; the rest follows from it.
+    devices, *free = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    knobs = dict(zip(("tp", "zero", "dp_replicate"), free, strict=True))
+    dp = devices // knobs["tp"]
     micro_batch = samples // dp
     # On one data-parallel rank all ZeRO levels do the same: the lowest stands for them.
-    keep = (dp * micro_batch == samples) & ((dp > 1) | (zero == min(space.zero, default=0)))
-    columns = {"tp": tp, "dp": dp, "micro_batch": micro_batch, "dp_replicate": copies}
-    for name, values in columns.items():
-        keep &= space.allows(name, values)
-    none = np.zeros(int(keep.sum()))
-    return Strategies(
-        tp=tp[keep],
-        dp=dp[keep],
-        micro_batch=micro_batch[keep],
-        zero=zero[keep],
-        dp_replicate=copies[keep],
-        weights=none,
-        grads=none,
-        optimizer=none,
-        activations=none,
+    keep = (dp * micro_batch == samples) & (
+        (dp > 1) | (knobs["zero"] == min(space.zero, default=0))
     )
+    knobs["dp"], knobs["micro_batch"] = dp, micro_batch
+    for name, values in knobs.items():
+        keep &= space.allows(name, values)
+    return all_resident({name: values[keep] for name, values in knobs.items()})
 
 
 def _copies(job: Job, space: SearchSpace, num_devices: int) -> tuple[int, ...]:
@@ -407,7 +395,7 @@ def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Str
     """Every strategy with every tuple of offload ratios [T, 4] that breaks no rule, priced."""
     many = base.take(np.repeat(np.arange(len(base)), len(ratios)))
     away = np.tile(ratios, (len(base), 1))
-    strategies = replace(many, **dict(zip(OFFLOADED, away.T, strict=True)))
+    strategies = many.altered(**dict(zip(OFFLOADED, away.T, strict=True)))
     kept = strategies.take(_keeps_rules(job, group, strategies))
     return kept.priced(job, group.num_stages, group.schedule)
 
@@ -467,9 +455,9 @@ def _tuples(space: SearchSpace, runtime: Runtime) -> Floats:
 
 def _with_higher_levels(base: Strategies, space: SearchSpace) -> Strategies:
     """On one data-parallel rank every ZeRO level is generated: streaming tells them apart."""
-    alone = base.take(base.dp == 1)
+    alone = base.take(base["dp"] == 1)
     for zero in space.zero:
-        if len(alone) and zero != alone.zero[0]:
-            higher = replace(alone, zero=np.full_like(alone.zero, zero))
+        if len(alone) and zero != alone["zero"][0]:
+            higher = alone.altered(zero=np.full_like(alone["zero"], zero))
             base = base.joined(higher)
     return base

@@ -170,10 +170,10 @@ def _best_of_kinds(
     else:
         value = _step_s(model, tables, rows)
     own = model.strategies.take(rows)
-    away = [own.weights > 0, own.optimizer > 0, own.activations > 0]
+    away = [own[name] > 0 for name in ("weights", "optimizer", "activations")]
     # In the order of values, the first index of each kind is that of its best row.
     order = np.argsort(value, kind="stable")
-    kinds = np.stack([own.tp, own.zero, *away], axis=-1)[order]
+    kinds = np.stack([own["tp"], own["zero"], *away], axis=-1)[order]
     _, first = np.unique(kinds, axis=0, return_index=True)
     return rows[np.sort(order[first])]
 

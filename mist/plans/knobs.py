@@ -16,7 +16,8 @@ class Knob:
     Args:
         name: of the column of strategies and rules.
         word: on the command line, `--WORD` and `--set WORD=`.
-        least, most: the numbers that mean something.
+        meaning: what its number is, as `--help` says it.
+        least, most: the numbers that mean something; at rest it is the least one.
         of_stage: whether a stage of a plan has a field of this name; else the pipeline has one.
         space: the field of `SearchSpace` with the allowed values; None: no search sets it.
         typed: whether `mist check` takes it; dp follows from the others.
@@ -25,6 +26,7 @@ class Knob:
 
     name: str
     word: str
+    meaning: str
     least: int = 1
     most: int | None = None
     of_stage: bool = True
@@ -53,17 +55,46 @@ class Knob:
 
 
 KNOBS: Final = (
-    Knob(name="tp", word="tp", space="tp"),
-    Knob(name="num_stages", word="pp", of_stage=False, space="pp"),
-    Knob(name="dp", word="dp", space="dp", typed=False),
-    Knob(name="dp_replicate", word="dp-replicate", space="dp_replicate"),
-    Knob(name="micro_batch", word="micro-batch", space="micro_batch"),
-    Knob(name="chunks", word="vpp", of_stage=False, space="chunks", halves=False),
-    Knob(name="zero", word="zero", least=0, most=3, space="zero", halves=False),
-    Knob(name="cp", word="cp", typed=False),
-    Knob(name="ep", word="ep", typed=False),
+    Knob(name="tp", word="tp", meaning="Tensor-parallel degree.", space="tp"),
+    Knob(name="num_stages", word="pp", meaning="Pipeline stages.", of_stage=False, space="pp"),
+    Knob(name="dp", word="dp", meaning="Data-parallel degree.", space="dp", typed=False),
+    Knob(
+        name="dp_replicate",
+        word="dp-replicate",
+        meaning="Copies of the states that ZeRO divides (HSDP).",
+        space="dp_replicate",
+    ),
+    Knob(
+        name="micro_batch",
+        word="micro-batch",
+        meaning="Samples per data-parallel rank and micro-step.",
+        space="micro_batch",
+    ),
+    Knob(
+        name="chunks",
+        word="vpp",
+        meaning="Chunks of layers per stage.",
+        of_stage=False,
+        space="chunks",
+        halves=False,
+    ),
+    Knob(
+        name="zero",
+        word="zero",
+        meaning="ZeRO level, 0 to 3.",
+        least=0,
+        most=3,
+        space="zero",
+        halves=False,
+    ),
+    Knob(name="cp", word="cp", meaning="Context-parallel degree.", typed=False),
+    Knob(name="ep", word="ep", meaning="Expert-parallel degree.", typed=False),
 )
 
 STAGE_KNOBS: Final = tuple(knob for knob in KNOBS if knob.of_stage)
 TYPED_KNOBS: Final = tuple(knob for knob in KNOBS if knob.typed)
+AT_REST: Final = MappingProxyType({knob.name: knob.least for knob in STAGE_KNOBS})
 SEARCHED_KNOBS: Final = MappingProxyType({knob.word: knob for knob in KNOBS if knob.space})
+COUNTED_KNOBS: Final = MappingProxyType(
+    {w: knob for w, knob in SEARCHED_KNOBS.items() if knob.counts}
+)

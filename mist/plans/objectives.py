@@ -10,12 +10,26 @@ All from predicted step times, so the relative error of a step time is that of e
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from mist.plans.plan import Estimate
-from mist.plans.workload import Objective
 from mist.units import HOUR_S, MILLION
+
+
+class Objective(StrEnum):
+    """What the best plan is.
+
+    Most tokens per second, least memory of the fullest GPU, most tokens for the money, or the
+    shortest time for a number of tokens. For one number of GPUs of one cluster all but MEMORY ask
+    for the fastest step; they differ in which number of GPUs, and which cluster, they choose.
+    """
+
+    THROUGHPUT = "throughput"
+    MEMORY = "memory"
+    TOKENS_PER_DOLLAR = "tokens-per-dollar"
+    TIME_TO_TOKENS = "time-to-tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,17 +87,45 @@ class Candidate:
         return self.tokens_per_s / self.num_gpus / (least.tokens_per_s / least.num_gpus)
 
 
-_COSTS: Final[Mapping[Objective, Callable[[Candidate], float]]] = MappingProxyType(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveRow:
+    """What an objective is.
+
+    Args:
+        cost: what it makes least, over numbers of GPUs and clusters, each with its plan.
+        needs: what must be known of the offer: "tokens" to train on, a "price".
+        least_memory: whether a plan may hold no more than the least that any layout can; of those
+            that do the fastest is best, as it is of all layouts under every other objective.
+        note: what a report says of a plan that was found so.
+    """
+
+    cost: Callable[[Candidate], float]
+    needs: Literal["tokens", "price"] | None = None
+    least_memory: bool = False
+    note: str = ""
+
+
+OBJECTIVES: Final[Mapping[Objective, ObjectiveRow]] = MappingProxyType(
     {
-        Objective.THROUGHPUT: lambda candidate: -candidate.tokens_per_s,
-        Objective.MEMORY: lambda candidate: candidate.peak_bytes,
-        Objective.TOKENS_PER_DOLLAR: lambda candidate: (
-            math.inf if (usd := candidate.usd_per_million_tokens) is None else usd
+        Objective.THROUGHPUT: ObjectiveRow(cost=lambda candidate: -candidate.tokens_per_s),
+        Objective.MEMORY: ObjectiveRow(
+            cost=lambda candidate: candidate.peak_bytes,
+            least_memory=True,
+            note="objective memory: the fullest GPU holds the least that any layout of this search "
+            "reaches, and of those that reach it this one is the fastest",
         ),
-        Objective.TIME_TO_TOKENS: lambda candidate: -candidate.tokens_per_s,
+        Objective.TOKENS_PER_DOLLAR: ObjectiveRow(
+            cost=lambda candidate: (
+                math.inf if (usd := candidate.usd_per_million_tokens) is None else usd
+            ),
+            needs="price",
+        ),
+        Objective.TIME_TO_TOKENS: ObjectiveRow(
+            cost=lambda candidate: -candidate.tokens_per_s, needs="tokens"
+        ),
     }
 )
-"""What each objective makes least."""
+"""What is known of each objective."""
 
 
 def chosen(candidates: Sequence[Candidate], objective: Objective) -> int:
@@ -92,5 +134,5 @@ def chosen(candidates: Sequence[Candidate], objective: Objective) -> int:
     Raises ValueError when none has a plan.
     """
     able = [index for index, candidate in enumerate(candidates) if candidate.estimate]
-    cost = _COSTS[objective]
+    cost = OBJECTIVES[objective].cost
     return min(able, key=lambda index: (cost(candidates[index]), candidates[index].num_gpus))

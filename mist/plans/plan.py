@@ -16,6 +16,8 @@ from pydantic import Field
 
 from mist.errors import PlanError
 from mist.plans.invariants import plan_faults
+from mist.plans.knobs import STAGE_KNOBS
+from mist.plans.memory_levels import LEVELS
 from mist.plans.provenance import Kind
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import STRICT, MemoryLevel, PositiveInt, ScheduleKind, Workload
@@ -84,6 +86,9 @@ class Offload:
     activations: Ratio = 0.0
 
 
+NOTHING_OFFLOADED: Final = Offload()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
     """One pipeline stage. `layers` are runs [first, count]; `devices` is [first, count].
@@ -107,6 +112,12 @@ class StagePlan:
     memory: dict[MemoryLevel, Annotated[int, Field(ge=0)]]
     offload: Offload
     dp_replicate: PositiveInt = 1
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """Its knobs (`mist.plans.knobs`) and its offload ratios, by name."""
+        knobs = {knob.name: getattr(self, knob.name) for knob in STAGE_KNOBS}
+        return knobs | asdict(self.offload)
 
     @property
     def dp_shard(self) -> int:
@@ -136,12 +147,12 @@ class StagePlan:
     @property
     def num_full(self) -> int:
         """Layers recomputed whole in the backward pass (the first ones of the stage)."""
-        return sum(count for level, count in self.memory.items() if level.repeats == "all")
+        return sum(n for level, n in self.memory.items() if LEVELS[level].repeats == "all")
 
     @property
     def num_partly(self) -> int:
         """Layers of which the backward pass runs a part again."""
-        return sum(count for level, count in self.memory.items() if level.repeats == "part")
+        return sum(n for level, n in self.memory.items() if LEVELS[level].repeats == "part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

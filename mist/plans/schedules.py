@@ -80,6 +80,11 @@ SCHEDULES: Final = MappingProxyType(
 DEFAULT_KIND: Final = ScheduleKind.ONE_F_ONE_B
 
 
+def kind_of(chunks: int) -> ScheduleKind:
+    """The schedule of a framework that says only how many chunks a stage has."""
+    return DEFAULT_KIND if chunks == 1 else ScheduleKind.INTERLEAVED
+
+
 def kinds_that(has: Callable[[ScheduleRow], bool]) -> tuple[str, ...]:
     """The schedules with a property, as values of a column."""
     return tuple(kind.value for kind, row in SCHEDULES.items() if has(row))

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.errors import InputError
-from mist.plans.knobs import SEARCHED_KNOBS, Knob
+from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
+from mist.plans.memory_levels import KEEPS_ALL, levels_that
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import MemoryLevel, ScheduleKind
 
@@ -75,7 +76,8 @@ class SearchSpace:
                 if not knob.means(value):
                     raise InputError(f"{knob.space} {value} {knob.complaint}.")
         if not self.levels:
-            raise InputError("no memory level is left: allow none, selective or full.")
+            *words, last = MemoryLevel
+            raise InputError(f"no memory level is left: allow {', '.join(words)} or {last}.")
         _check_ratios(self.offload)
 
     def values_of(self, knob: Knob) -> tuple[int, ...] | None:
@@ -102,6 +104,7 @@ def _check_ratios(offload: Mapping[str, tuple[float, ...]]) -> None:
 
 
 _ALIKE: Final = (DEFAULT_KIND,)
+ALL_OR_NONE: Final = levels_that(lambda row: row.repeats != "part")
 
 SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
     {
@@ -111,7 +114,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 name="3d",
                 dp_replicate=(1,),
                 zero=(0, 1),
-                levels=(MemoryLevel.NONE, MemoryLevel.FULL),
+                levels=ALL_OR_NONE,
                 some_layers=False,
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
@@ -129,7 +132,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 name="deepspeed",
                 dp_replicate=(1,),
                 pp=(1,),
-                levels=(MemoryLevel.NONE, MemoryLevel.FULL),
+                levels=ALL_OR_NONE,
                 some_layers=False,
                 offload=ALL_OR_NOTHING,
                 schedules=_ALIKE,
@@ -149,7 +152,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 name="aceso",
                 dp_replicate=(1,),
                 zero=(0, 1),
-                levels=(MemoryLevel.NONE, MemoryLevel.FULL),
+                levels=ALL_OR_NONE,
                 offload=NO_RATIOS,
                 schedules=_ALIKE,
             ),
@@ -219,9 +222,9 @@ def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
 def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:
     """The fields that limit one knob, or the ratio of one state or of all ("offload")."""
     knob = key.replace("_", "-")
-    counted = {name: row for name, row in SEARCHED_KNOBS.items() if row.counts}
-    if knob in counted and value.isdecimal() and counted[knob].means(int(value)):
-        return {"most": {**space.most, str(counted[knob].space): int(value)}}
+    counts = knob in COUNTED_KNOBS and value.isdecimal()
+    if counts and COUNTED_KNOBS[knob].means(int(value)):
+        return {"most": {**space.most, str(COUNTED_KNOBS[knob].space): int(value)}}
     ratio = _ratio(value)
     if (knob == "offload" or knob in OFFLOADED) and ratio is not None:
         states = OFFLOADED if knob == "offload" else (knob,)
@@ -229,7 +232,7 @@ def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, An
         most = {state: min(ratio, space.most.get(state, 1.0)) for state in states}
         return {"offload": {**space.offload, **capped}, "most": {**space.most, **most}}
     raise InputError(
-        f"--max {word}: expected {', '.join(counted)} with a number, or offload, "
+        f"--max {word}: expected {', '.join(COUNTED_KNOBS)} with a number, or offload, "
         f"{', '.join(OFFLOADED)} with a ratio from 0 to 1."
     )
 
@@ -252,7 +255,7 @@ def _up_to(ratios: tuple[float, ...], most: float) -> tuple[float, ...]:
 
 def _forbidden(space: SearchSpace, word: str) -> dict[str, Any]:
     """The fields without what one word forbids."""
-    levels = {name: level for name, level in CHECKPOINTS.items() if name != "none"}
+    levels = {name: level for name, level in CHECKPOINTS.items() if level is not KEEPS_ALL}
     if word == "offload":
         return {"offload": NO_RATIOS}
     if word in OFFLOADED:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from pydantic import ConfigDict, Field
 
@@ -53,18 +53,11 @@ class ScheduleKind(StrEnum):
 
 
 class MemoryLevel(StrEnum):
-    """How much of a layer's activation is kept, from most to least."""
+    """How much of a layer's activation is kept, from most to least: `mist.plans.memory_levels`."""
 
     NONE = "none"
     SELECTIVE = "selective"
     FULL = "full"
-
-    @property
-    def repeats(self) -> Literal["nothing", "part", "all"]:
-        """What of a layer's forward pass the backward pass runs again."""
-        if self is MemoryLevel.NONE:
-            return "nothing"
-        return "all" if self is MemoryLevel.FULL else "part"
 
 
 class Solver(StrEnum):
@@ -73,20 +66,6 @@ class Solver(StrEnum):
     DP = "dp"
     MILP = "milp"
     BOTH = "both"
-
-
-class Objective(StrEnum):
-    """What the best plan is.
-
-    Most tokens per second, least memory of the fullest GPU, most tokens for the money, or the
-    shortest time for a number of tokens. For one number of GPUs of one cluster all but MEMORY ask
-    for the fastest step; they differ in which number of GPUs, and which cluster, they choose.
-    """
-
-    THROUGHPUT = "throughput"
-    MEMORY = "memory"
-    TOKENS_PER_DOLLAR = "tokens-per-dollar"
-    TIME_TO_TOKENS = "time-to-tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

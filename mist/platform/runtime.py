@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from mist.plans.memory_levels import levels_that
 from mist.plans.provenance import Kind
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform.quantity import Quantity, Record
@@ -360,8 +361,7 @@ class Runtime(Record):
     @property
     def levels(self) -> tuple[MemoryLevel, ...]:
         """The memory levels that its layers may have."""
-        without = () if self.selective else (MemoryLevel.SELECTIVE,)
-        return tuple(level for level in MemoryLevel if level not in without)
+        return levels_that(lambda row: not row.meaning or bool(getattr(self, row.meaning)))
 
     def state(self, precision: Precision, zero: int) -> StateRow:
         """The row of a precision and ZeRO level. Raises KeyError when the runtime has none."""

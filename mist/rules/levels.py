@@ -6,30 +6,32 @@ from typing import Final
 import numpy as np
 
 from mist.errors import Fault
+from mist.plans.memory_levels import levels_that
 from mist.plans.plan import Layout
-from mist.plans.schedules import kinds_that
+from mist.plans.schedules import DEFAULT_KIND, kinds_that
 from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
 from mist.rules.rule import Columns, Mask, Rule, broken, layout_columns
 
 SPLIT: Final = kinds_that(lambda row: row.splits_backward)
+OFFLOADABLE: Final = levels_that(lambda row: row.may_offload)
+SPLITTABLE: Final = levels_that(lambda row: row.may_split)
 
 LEVEL_RULES: Final = (
-    # What selective layers keep is kept by torch's checkpointing, which hooks of saved tensors do
-    # not see.
     Rule(
-        name="selective-stays",
+        name="level-offloads",
         field="memory",
-        holds=lambda c: (c["level"] != MemoryLevel.SELECTIVE) | (c["activations"] == 0),
-        message="what selective layers keep stays on the device; offload no activations, or use "
-        "checkpoint none or full",
+        holds=lambda c: np.isin(c["level"], OFFLOADABLE) | (c["activations"] == 0),
+        message="what {level} layers keep stays on the device; offload no activations, or use "
+        f"checkpoint {' or '.join(OFFLOADABLE)}",
     ),
     Rule(
-        name="split-backward-recomputes-nothing",
+        name="level-splits-backward",
         field="memory",
-        holds=lambda c: (c["level"] == MemoryLevel.NONE) | ~np.isin(c["schedule"], SPLIT),
+        holds=lambda c: np.isin(c["level"], SPLITTABLE) | ~np.isin(c["schedule"], SPLIT),
         message="{schedule} splits the backward pass: torch runs a selective layer backward once "
-        "only, and a full one forward again for each of its weights; use checkpoint none, or 1f1b",
+        "only, and a full one forward again for each of its weights; use checkpoint "
+        f"{' or '.join(SPLITTABLE)}, or {DEFAULT_KIND}",
     ),
 )
 """What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`."""
@@ -62,7 +64,8 @@ def broken_levels(runtime: Runtime, levels: Iterable[MemoryLevel]) -> Iterator[s
             "with all layers of a stage."
         )
     elif not may_mix(runtime, used):
-        yield f"runtime {runtime.name} makes all layers of a stage selective, or none."
+        partly = " and ".join(levels_that(lambda row: row.repeats == "part", used))
+        yield f"runtime {runtime.name} makes all layers of a stage {partly}, or none."
 
 
 def level_faults(runtime: Runtime, layout: Layout) -> Iterator[Fault]:
@@ -77,5 +80,5 @@ def level_faults(runtime: Runtime, layout: Layout) -> Iterator[Fault]:
 
 def may_mix(runtime: Runtime, levels: Collection[MemoryLevel]) -> bool:
     """Whether layers of one stage may have these memory levels."""
-    selective = MemoryLevel.SELECTIVE in levels and len(set(levels)) > 1
-    return runtime.knobs.mixes_selective or not selective
+    partly = levels_that(lambda row: row.repeats == "part", levels)
+    return runtime.knobs.mixes_selective or not partly or len(set(levels)) == 1

@@ -1,12 +1,12 @@
 """A rule: what may be combined, as a predicate over columns, and what to say where it fails.
 
-Columns are the knobs of a stage and of its pipeline: tp, dp, cp, ep, micro_batch, zero,
-dp_replicate, num_stages, num_micro_batches, schedule, chunks, and the offload ratios weights,
-grads, optimizer, activations; arrays over candidates in the search, single values of a plan.
+Columns are the knobs of a stage and of its pipeline by name (`mist.plans.knobs`), `schedule`,
+`num_micro_batches`, and the offload ratios of each state; arrays over candidates in the search,
+single values of a plan.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.errors import Fault
-from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.plan import Layout
 
 Columns = Mapping[str, ArrayLike]
@@ -85,8 +84,7 @@ def layout_columns(layout: Layout) -> list[dict[str, Any]]:
     """The columns of each stage of a layout, single values."""
     return [
         {
-            **{knob.name: getattr(stage, knob.name) for knob in STAGE_KNOBS},
-            **asdict(stage.offload),
+            **stage.columns,
             "num_stages": len(layout.stages),
             "num_micro_batches": layout.num_micro_batches,
             "schedule": layout.schedule.kind.value,

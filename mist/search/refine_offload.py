@@ -18,7 +18,7 @@ import numpy as np
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges
 from mist.pareto.layouts import PricedLayout, StageChoice, plain_layout, stage_plans
-from mist.pareto.strategies import Group, Strategies, expressible, with_ratios
+from mist.pareto.strategies import Group, Strategies, all_resident, expressible, with_ratios
 from mist.pareto.unequal_meshes import NodePosition
 from mist.plans.plan import Estimate, Limits, fullest_host_bytes
 from mist.plans.search_space import OFFLOADED, SearchSpace
@@ -74,20 +74,7 @@ def _stages(
 
 def _strategy(stage: StageChoice) -> Strategies:
     """What the stage does, nothing offloaded, as one row."""
-    numbers = (stage.tp, stage.dp, stage.micro_batch, stage.zero, stage.dp_replicate)
-    tp, dp, micro_batch, zero, copies = (np.array([number]) for number in numbers)
-    none = np.zeros(1)
-    return Strategies(
-        tp=tp,
-        dp=dp,
-        micro_batch=micro_batch,
-        zero=zero,
-        dp_replicate=copies,
-        weights=none,
-        grads=none,
-        optimizer=none,
-        activations=none,
-    )
+    return all_resident({name: np.array([value]) for name, value in stage.knobs.items()})
 
 
 def _tuples(job: Job, space: SearchSpace, stage: StageChoice) -> Iterator[tuple[float, ...]]:

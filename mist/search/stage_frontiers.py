@@ -215,7 +215,7 @@ def _stored_size(base: GroupModel, size: int, bounds: Bounds, store: CellStore) 
     key = (size, base.group.num_micro_batches)
     if key not in store.sized or base.job.facts.num_kinds > 1:
         own = base.strategies
-        rows = np.flatnonzero(own.tp * own.dp == size)
+        rows = np.flatnonzero(own.num_devices == size)
         model = GroupModel(base.job, base.group, own.take(rows), base.space)
         # Two stages leave the longest ranges; `_stood` drops those too long for deeper pipelines.
         ranges = layer_ranges(base.job, 2)
@@ -335,7 +335,7 @@ def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:
         ((_, mixes),) = model.mixes(index, in_flight, ranges, limits, stage.place)
         table = stacked(mixes, model.weight_s(index, ranges))
         sized = _Sized(size=0, model=model, ranges=ranges)
-        units = int(model.strategies.tp[0] * model.strategies.dp[0]) // model.group.sizes[0]
+        units = int(model.strategies.num_devices[0]) // model.group.sizes[0]
         ties = model.ties(index)
         for cell, points, strategies in _frontiers(sized, table, table.fits, limits, ties):
             found.append((replace(cell, stage=index, units=units), points, strategies))

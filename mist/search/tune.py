@@ -339,7 +339,7 @@ def landscape(
     for group in sorted(groups(job, space), key=lambda group: group.schedule.vpp):
         if lower_bound_s(job, group) <= within_s:
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
-            deepest[*key, *group.strategies.tp] = group
+            deepest[*key, *group.strategies["tp"]] = group
     for group in deepest.values():
         levels = levels_under(space, group.schedule.kind)
         whole = [(replace(space, levels=(level,)), anything) for level in levels]

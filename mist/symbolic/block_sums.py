@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from mist.plans.workload import MemoryLevel
+from mist.plans.memory_levels import KEEPS_ALL
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 
@@ -28,18 +28,13 @@ class StageBlocks:
 
 def stage_blocks(num_kinds: int, runtime: Runtime) -> StageBlocks:
     """The rows of any stage of a model with so many kinds of layers."""
-    levels = [
-        level
-        for level in MemoryLevel
-        if level is not MemoryLevel.SELECTIVE or runtime.selective is not None
-    ]
     return StageBlocks(
         layers=tuple(
             (str(kind), level.value, sym.layer_count(level.value, kind))
             for kind in range(num_kinds)
-            for level in levels
+            for level in runtime.levels
         ),
-        ends=(("embed", "none", sym.FIRST), ("head", "none", sym.LAST)),
+        ends=(("embed", KEEPS_ALL.value, sym.FIRST), ("head", KEEPS_ALL.value, sym.LAST)),
     )
 
 

@@ -12,9 +12,10 @@ from collections import Counter
 import sympy
 
 from mist.model.graph import B, Block, ModelGraph, S, T
+from mist.plans.memory_levels import KEEPS_ALL
 from mist.plans.plan import Plan, StagePlan
 from mist.plans.schedules import zero_as_run
-from mist.plans.workload import MemoryLevel, Precision
+from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
@@ -107,11 +108,11 @@ def _tensor_parallel(
     ends: list[Block],
 ) -> None:
     at = {B: stage_plan.micro_batch, S: plan.workload.seq_len, T: stage_plan.tp}
-    levels = (*stage_plan.levels, *[MemoryLevel.NONE] * len(ends))
+    levels = (*stage_plan.levels, *[KEEPS_ALL] * len(ends))
     for block, level in zip([*layers, *ends], levels, strict=True):
         for each in collectives(block, sequence_parallel=stage_plan.sp):
             count = each.count
-            if level is not MemoryLevel.NONE and each.phase == "forward":
+            if level is not KEEPS_ALL and each.phase == "forward":
                 leaves = each.kind in ("reduce_scatter", "all_reduce")
                 spared = block.num_exits - recomputed_exits(block) if leaves else 0
                 count += (each.count - spared) * int(block.num_recomputed_ops > 0)

@@ -9,110 +9,111 @@ Three sets of columns meet in a stage's formulas (`symbols.py` says what each me
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mist.plans.plan import DEFAULT_SCHEDULE, Offload, Schedule, StagePlan
+from mist.plans.knobs import AT_REST
+from mist.plans.plan import DEFAULT_SCHEDULE, Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import held, zero_as_run
 from mist.plans.workload import MemoryLevel
-from mist.symbolic.job import Job
 
 NO_OFFLOAD: Final = MappingProxyType({item.name: 0.0 for item in fields(Offload)})
 
 Counts = NDArray[np.int64]
 
 
-def strategy_columns(  # noqa: PLR0913 - a strategy's columns
-    job: Job,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What all stages of a job share. `spans_nodes`: whether it has more than one node."""
+
+    seq_len: int
+    gpus_per_node: int
+    spans_nodes: bool
+
+
+def layout_inputs(
+    placement: Placement, kinds: Sequence[int], layout: Layout
+) -> tuple[dict[str, ArrayLike], dict[str, ArrayLike]]:
+    """Inputs of the terms of a layout, and those of the stage formulas behind them: [S] each.
+
+    `kinds`: which block each layer of the model is.
+    """
+    stages, schedule = layout.stages, layout.schedule
+    knobs = {name: np.array([s.columns[name] for s in stages]) for name in stages[0].columns}
+    strategy = strategy_columns(placement, knobs, num_stages=len(stages), schedule=schedule)
+    devices = np.array([stage.devices for stage in stages])
+    layers = np.array([stage.num_layers for stage in stages])
+    position = position_columns(placement, devices, layers, layout.num_micro_batches, schedule)
+    return strategy, {**position, **layer_columns(kinds, stages)}
+
+
+def strategy_columns(
+    placement: Placement,
+    knobs: Mapping[str, ArrayLike],
     *,
     num_stages: int,
-    dp: ArrayLike,
-    tp: ArrayLike,
-    micro_batch: ArrayLike,
-    zero: ArrayLike,
-    offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
-    dp_replicate: ArrayLike = 1,
     schedule: Schedule = DEFAULT_SCHEDULE,
-) -> dict[str, ArrayLike]:
-    """Inputs of the terms of a job; `offload`: the ratio of each state in host memory."""
-    return rank_columns(
-        pipelined=int(num_stages > 1 and job.platform.num_nodes > 1),
-        seq_len=job.workload.seq_len,
-        gpus_per_node=job.platform.gpus_per_node,
-        dp=dp,
-        tp=tp,
-        micro_batch=micro_batch,
-        zero=zero_as_run(schedule.kind, zero),
-        offload=offload,
-        dp_replicate=dp_replicate,
-    )
-
-
-def rank_columns(  # noqa: PLR0913 - a strategy's columns
-    *,
-    pipelined: ArrayLike,
-    seq_len: ArrayLike,
-    gpus_per_node: ArrayLike,
-    dp: ArrayLike,
-    tp: ArrayLike,
-    micro_batch: ArrayLike,
-    zero: ArrayLike,
-    offload: Mapping[str, ArrayLike] = NO_OFFLOAD,
-    dp_replicate: ArrayLike = 1,
 ) -> dict[str, ArrayLike]:
     """Inputs of the terms. tp is innermost: ranks that share states are tp apart, copies further.
 
-    At ZeRO-0 every data-parallel rank has a copy of the states.
+    `knobs`: of strategies by name, and the ratio of each state in host memory; what is left out is
+    at rest. At ZeRO-0 every data-parallel rank has a copy of the states.
     """
-    per_node = np.maximum(np.asarray(gpus_per_node) // np.asarray(tp), 1)
-    shard = np.where(np.asarray(zero) > 0, np.asarray(dp) // np.asarray(dp_replicate), 1)
-    copies = np.asarray(dp) // shard
+    rest: dict[str, ArrayLike] = {**AT_REST, **NO_OFFLOAD, **knobs}
+    values = {name: np.asarray(value) for name, value in rest.items()}
+    tp, dp, zero = values["tp"], values["dp"], zero_as_run(schedule.kind, values["zero"])
+    per_node = np.maximum(placement.gpus_per_node // tp, 1)
+    shard = np.where(zero > 0, dp // values["dp_replicate"], 1)
+    copies = dp // shard
     return {
-        "b": micro_batch,
-        "s": seq_len,
+        "b": values["micro_batch"],
+        "s": placement.seq_len,
         "t": tp,
         "dp_shard": shard,
         "dp_shard_per_node": np.minimum(shard, per_node),
         "copies": copies,
         "copies_per_node": np.minimum(copies, np.maximum(per_node // shard, 1)),
         "zero": zero,
-        "tp_per_node": np.minimum(tp, gpus_per_node),
-        "pipelined": pipelined,
-        **{f"offload_{name}": ratio for name, ratio in offload.items()},
+        "tp_per_node": np.minimum(tp, placement.gpus_per_node),
+        "pipelined": int(num_stages > 1 and placement.spans_nodes),
+        **{f"offload_{name}": values[name] for name in NO_OFFLOAD},
     }
 
 
 def position_columns(
-    job: Job,
+    placement: Placement,
     devices: NDArray[np.int64],
     layers: ArrayLike,
     num_micro_batches: int,
     schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> dict[str, ArrayLike]:
-    """Position of a job's stages, in order, from their [first, count] devices: shape [S].
+    """Position of the stages of a pipeline, in order, from their [first, count] devices: shape [S].
 
     `layers`: how many each stage has.
     """
     num_stages = len(devices)
-    return (
-        held(schedule.kind, layers=layers, **pipeline_of(schedule, num_stages, num_micro_batches))
-        | stage_columns(
-            stage=np.arange(num_stages),
-            num_stages=np.full(num_stages, num_stages),
-            first_device=devices[:, 0],
-            num_devices=devices[:, 1],
-            gpus_per_node=np.full(num_stages, job.platform.gpus_per_node),
-            spans_nodes=np.full(num_stages, job.platform.num_nodes > 1),
-        )
-        | {
-            "chunks": np.full(num_stages, schedule.vpp),
-            "num_micro_batches": np.full(num_stages, num_micro_batches),
-        }
-    )
+    stage, first_device = np.arange(num_stages), devices[:, 0]
+    is_first, is_last = stage == 0, stage == num_stages - 1
+    starts_node = first_device % placement.gpus_per_node == 0
+    ends_node = (first_device + devices[:, 1]) % placement.gpus_per_node == 0
+    # The last stage's next is the first, where chunks take turns.
+    prev_crosses = np.where(is_first, placement.spans_nodes, starts_node)
+    next_crosses = np.where(is_last, placement.spans_nodes, ends_node)
+    pipeline = pipeline_of(schedule, num_stages, num_micro_batches)
+    return {
+        **held(schedule.kind, layers=layers, **pipeline),
+        "is_first": is_first.astype(int),
+        "is_last": is_last.astype(int),
+        "prev_crosses_node": prev_crosses.astype(int),
+        "next_crosses_node": next_crosses.astype(int),
+        "spans_nodes": np.full(num_stages, int(placement.spans_nodes)),
+        "chunks": np.full(num_stages, schedule.vpp),
+        "num_micro_batches": np.full(num_stages, num_micro_batches),
+    }
 
 
 def pipeline_of(
@@ -127,54 +128,12 @@ def pipeline_of(
     }
 
 
-def stage_columns(  # noqa: PLR0913 - what says where a stage is
-    *,
-    stage: Counts,
-    num_stages: Counts,
-    first_device: Counts,
-    num_devices: Counts,
-    gpus_per_node: Counts,
-    spans_nodes: NDArray[np.bool_],
-) -> dict[str, ArrayLike]:
-    """Where stages are, of one pipeline or of many: shape [any], each stage with its own.
-
-    The last stage's next is the first, where chunks take turns.
-    """
-    is_first, is_last = stage == 0, stage == num_stages - 1
-    starts_node = first_device % gpus_per_node == 0
-    ends_node = (first_device + num_devices) % gpus_per_node == 0
-    return {
-        "is_first": is_first.astype(int),
-        "is_last": is_last.astype(int),
-        "prev_crosses_node": np.where(is_first, spans_nodes, starts_node).astype(int),
-        "next_crosses_node": np.where(is_last, spans_nodes, ends_node).astype(int),
-        "spans_nodes": spans_nodes.astype(int),
-    }
-
-
-def count_columns(job: Job, first: ArrayLike, counts: Sequence[ArrayLike]) -> dict[str, Counts]:
-    """Layers by kind and level from `first` on; `counts`: layers at each level, in their order.
-
-    Those at the last level come first.
-    """
-    start = np.asarray(first)
-    columns = {}
-    # The layers that keep least come first in a stage (decision 11): memory is then convex.
-    for level, count in reversed([*zip(MemoryLevel, counts, strict=True)]):
-        stop = start + np.asarray(count)
-        for kind, prefix in enumerate(job.kind_prefix):
-            columns[f"{level}_{kind}"] = prefix[stop] - prefix[start]
-        start = stop
-    return columns
-
-
-def layer_columns(job: Job, stages: Sequence[StagePlan]) -> dict[str, Counts]:
+def layer_columns(kinds: Sequence[int], stages: Sequence[StagePlan]) -> dict[str, Counts]:
     """Layers of each stage by kind and level, over all its runs; shape [S]."""
-    kinds = job.facts.layer_kinds()
     columns = {
         f"{level}_{kind}": np.zeros(len(stages), dtype=np.int64)
         for level in MemoryLevel
-        for kind in range(job.facts.num_kinds)
+        for kind in set(kinds)
     }
     for i, stage in enumerate(stages):
         layers = (layer for first, count in stage.layers for layer in range(first, first + count))

@@ -10,6 +10,7 @@ from mist.plans.workload import Workload
 from mist.platform import OpCosts, Platform
 from mist.rules.combinations import rules_for
 from mist.rules.rule import Rule
+from mist.symbolic.columns import Placement
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 
 
@@ -34,6 +35,15 @@ class Job:
     def num_layers(self) -> int:
         """Layers of the model."""
         return self.facts.num_layers
+
+    @property
+    def placement(self) -> Placement:
+        """The sequence and the nodes of its ranks."""
+        return Placement(
+            seq_len=self.workload.seq_len,
+            gpus_per_node=self.platform.gpus_per_node,
+            spans_nodes=self.platform.num_nodes > 1,
+        )
 
 
 def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) -> Job:

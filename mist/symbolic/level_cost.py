@@ -1,10 +1,15 @@
 """What a memory level does to a block: what it keeps, repeats and works in."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 import sympy
 from sympy import Expr
 
+from mist.plans.memory_levels import KEEPS_ALL
+from mist.plans.workload import MemoryLevel
 from mist.platform.runtime import Runtime
 from mist.symbolic.block import BlockCost
 from mist.symbolic.host_bytes import allocated_bytes
@@ -33,8 +38,14 @@ class LevelCost:
 
 def level_costs(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[LevelCost, ...]:
     """The levels of a block, from most kept to least; the ends of a model keep everything."""
-    eager = LevelCost(
-        name="none",
+    levels = runtime.levels if is_layer else (KEEPS_ALL,)
+    return tuple(LEVEL_COSTS[level](cost, runtime) for level in levels)
+
+
+def _none(cost: BlockCost, runtime: Runtime) -> LevelCost:
+    """Everything is kept."""
+    return LevelCost(
+        name=MemoryLevel.NONE.value,
         recompute_s=sympy.Integer(0),
         recompute_launch_ratio=0.0,
         kept_bytes=cost.saved_bytes,
@@ -43,8 +54,12 @@ def level_costs(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[L
         adding_bytes=cost.transient_adding_bytes,
         allocated_bytes=cost.saved_allocated_bytes,
     )
-    full = LevelCost(
-        name="full",
+
+
+def _full(cost: BlockCost, runtime: Runtime) -> LevelCost:
+    """The input is kept, and the whole block runs again."""
+    return LevelCost(
+        name=MemoryLevel.FULL.value,
         recompute_s=cost.recompute_s + cost.tp_recompute_s,
         recompute_launch_ratio=1.0,
         kept_bytes=cost.boundary_bytes,
@@ -53,16 +68,12 @@ def level_costs(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[L
         adding_bytes=cost.saved_bytes + cost.transient_adding_bytes,
         allocated_bytes=allocated_bytes(runtime, cost.boundary_bytes),
     )
-    if not is_layer:
-        return (eager,)
-    return (eager, *_selective(cost, runtime, full), full)
 
 
-def _selective(cost: BlockCost, runtime: Runtime, full: LevelCost) -> tuple[LevelCost, ...]:
-    """Selective recomputation as the runtime means it; nothing where it has none."""
-    meaning = runtime.selective
-    if meaning is None:
-        return ()
+def _selective(cost: BlockCost, runtime: Runtime) -> LevelCost:
+    """Selective recomputation as the runtime means it."""
+    meaning, full = runtime.selective, _full(cost, runtime)
+    assert meaning is not None
     ratio: Expr | float
     if meaning.recomputes_attention:
         recompute_s, ratio = cost.attention_s, cost.attention_ratio
@@ -74,15 +85,25 @@ def _selective(cost: BlockCost, runtime: Runtime, full: LevelCost) -> tuple[Leve
         ratio = meaning.recomputed_ratio.value
         recompute_s = ratio * full.recompute_s
         kept_bytes = meaning.kept_ratio.value * cost.saved_bytes
-    return (
-        LevelCost(
-            name="selective",
-            recompute_s=recompute_s,
-            recompute_launch_ratio=ratio,
-            kept_bytes=kept_bytes,
-            working_bytes=full.working_bytes - kept_bytes,
-            running_bytes=full.running_bytes - kept_bytes,
-            adding_bytes=full.adding_bytes - kept_bytes,
-            allocated_bytes=kept_bytes,  # torch, which rounds, does not offload what it keeps here
-        ),
+    return LevelCost(
+        name=MemoryLevel.SELECTIVE.value,
+        recompute_s=recompute_s,
+        recompute_launch_ratio=ratio,
+        kept_bytes=kept_bytes,
+        working_bytes=full.working_bytes - kept_bytes,
+        running_bytes=full.running_bytes - kept_bytes,
+        adding_bytes=full.adding_bytes - kept_bytes,
+        allocated_bytes=kept_bytes,  # torch, which rounds, does not offload what it keeps here
     )
+
+
+LEVEL_COSTS: Final[Mapping[MemoryLevel, Callable[[BlockCost, Runtime], LevelCost]]] = (
+    MappingProxyType(
+        {
+            MemoryLevel.NONE: _none,
+            MemoryLevel.SELECTIVE: _selective,
+            MemoryLevel.FULL: _full,
+        }
+    )
+)
+"""What each memory level costs a block under a runtime that has it."""

@@ -10,30 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.plans.plan import Layout
-from mist.symbolic.columns import NO_OFFLOAD, layer_columns, position_columns, strategy_columns
+from mist.symbolic.columns import layout_inputs
 from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS
 
 
 def stage_outputs(job: Job, layout: Layout) -> dict[str, NDArray[np.float64]]:
     """Every output of the stage formulas, each of shape [S]."""
-    stages, schedule = layout.stages, layout.schedule
-    strategy = strategy_columns(
-        job,
-        num_stages=len(stages),
-        dp=[stage.dp for stage in stages],
-        tp=[stage.tp for stage in stages],
-        micro_batch=[stage.micro_batch for stage in stages],
-        zero=[stage.zero for stage in stages],
-        dp_replicate=[stage.dp_replicate for stage in stages],
-        offload={name: [getattr(s.offload, name) for s in stages] for name in NO_OFFLOAD},
-        schedule=schedule,
-    )
+    strategy, position = layout_inputs(job.placement, job.facts.layer_kinds(), layout)
     terms = job.cost.terms(strategy)
-    devices = np.array([stage.devices for stage in stages])
-    layers = np.array([len(stage.levels) for stage in stages])
-    position = position_columns(job, devices, layers, layout.num_micro_batches, schedule)
-    columns = job.cost.stage({**terms, **position, **layer_columns(job, stages)})
+    columns = job.cost.stage({**terms, **position})
     between = resharding_seconds(terms, np.asarray(position["next_crosses_node"])[:-1])
     parts = ("p2p_s", "stable_s", "lone_s")
     return columns | {name: columns[name] + between for name in parts}

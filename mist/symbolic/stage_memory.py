@@ -43,7 +43,8 @@ was checked against dry runs of the real program (docs/verify.md). Runtimes with
 import sympy
 from sympy import Expr
 
-from mist.plans.workload import MemoryLevel, Precision
+from mist.plans.memory_levels import KEEPS_ALL
+from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block_sums import Row, StageBlocks, max_over, params_of, sum_over, term
@@ -164,8 +165,8 @@ def _boundary_buffers(blocks: StageBlocks, runtime: Runtime) -> Expr:
     # Inputs count where the first layer does not save its own. Layers that keep least come first
     # and save their input, so that is so only of stages all of whose layers keep everything.
     inputs = chunks - sym.FIRST * (sym.IN_FLIGHT + sym.EMBED_MORE)
-    all_none = [row for row in blocks.layers if row[1] == MemoryLevel.NONE]
-    recomputed = [count for _, level, count in blocks.layers if level != MemoryLevel.NONE]
+    all_none = [row for row in blocks.layers if row[1] == KEEPS_ALL]
+    recomputed = [count for _, level, count in blocks.layers if level != KEEPS_ALL]
     inputs *= 1 - sym.smaller(1, sympy.Add(*recomputed))
     transfers = (outputs + gradients + ahead + sent) * term("p2p_bytes")
     return transfers + inputs * max_over(all_none, "{x}_input_bytes")

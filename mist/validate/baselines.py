@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import median
 
+from mist.plans.memory_levels import REPEATS_ALL
 from mist.validate.measured_runs import Run
 from mist.validate.results import RunPrediction
 
@@ -34,7 +35,7 @@ def flops_and_bubble(rows: Iterable[RunPrediction]) -> Times:
     for row in rows:
         run, flop = row.run, _flop_per_gpu(row.run)
         if flop is not None and run.pp and run.grad_accum:
-            again = 4 / 3 if run.activation_ckpt == "full" else 1.0
+            again = 4 / 3 if run.activation_ckpt == REPEATS_ALL else 1.0
             bubble = 1 + (run.pp - 1) / ((run.vpp or 1) * run.grad_accum)
             times[run.run_id] = flop * again * bubble
     return times

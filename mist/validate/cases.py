@@ -7,7 +7,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Final
 
-from mist.plans.plan import layers_by_cost
+from mist.plans.plan import Layout, even_layers, layers_by_cost
 from mist.plans.workload import Precision
 from mist.platform.profiles import (
     Loaded,
@@ -20,7 +20,7 @@ from mist.platform.runtime import Runtime
 from mist.trace import ConfigSource, TraceSetting
 from mist.validate.measured_runs import Run, StageRun, Stages
 from mist.validate.predict import Case, RunProfiles
-from mist.validate.run_layouts import RunLayout, layout_of
+from mist.validate.run_layouts import check_run, layout_of
 from mist.validate.run_models import Unsupported, architecture_of
 from mist.validate.sources import AttentionKernel, Hardware, Source, Sources
 
@@ -112,7 +112,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
         cluster=hardware.cluster,
         fp8=run.precision == "fp8",
     )
-    num_gpus = run.n_gpus or layout.dp * layout.tp * layout.num_stages
+    num_gpus = run.n_gpus or sum(layout.stages[-1].devices)
     assert run.seq_len is not None
     return key, Case(layout=layout, seq_len=run.seq_len, num_gpus=num_gpus)
 
@@ -139,49 +139,48 @@ def _layout(
     runtime: Runtime,
     num_layers: int,
     stages: tuple[StageRun, ...],
-) -> RunLayout:
-    # The table of stages says how many layers each one recomputes; `_of_stages` reads it.
+) -> Layout:
+    # The table of stages says how many layers each one recomputes.
     partial = stages and run.activation_ckpt in ("", "partial")
-    given = replace(run, activation_ckpt="none") if partial else run
-    layout = layout_of(given, num_layers=num_layers, zero=source.zero, checkpoint=source.checkpoint)
+    stated = replace(run, activation_ckpt="none") if partial else run
+    check_run(run)
+    layers = _layers(run, runtime, num_layers, stages)
+    layout = layout_of(stated, layers=layers, zero=source.zero, checkpoint=source.checkpoint)
     _check_runtime(layout, runtime)
-    if stages:
-        return _of_stages(layout, num_layers, stages)
-    if runtime.knobs.layer_split == "by_cost" and layout.num_stages > 1:
-        return _by_cost(run, layout, num_layers)
     return layout
 
 
-def _check_runtime(layout: RunLayout, runtime: Runtime) -> None:
-    if layout.zero not in runtime.knobs.zero_levels:
-        raise Unsupported(f"runtime {runtime.name} has no ZeRO-{layout.zero}")
-    if layout.selective and runtime.selective is None:
-        raise Unsupported(f"selective checkpointing of runtime {runtime.name} is not known")
+def _check_runtime(layout: Layout, runtime: Runtime) -> None:
+    for stage in layout.stages:
+        if stage.zero not in runtime.knobs.zero_levels:
+            raise Unsupported(f"runtime {runtime.name} has no ZeRO-{stage.zero}")
+        for level in set(stage.levels) - set(runtime.levels):
+            raise Unsupported(f"{level} checkpointing of runtime {runtime.name} is not known")
 
 
-def _by_cost(run: Run, layout: RunLayout, num_layers: int) -> RunLayout:
+def _layers(
+    run: Run, runtime: Runtime, num_layers: int, stages: tuple[StageRun, ...]
+) -> list[tuple[int, int]]:
+    """Layers of each stage, and how many of them the table of stages has run again."""
+    assert run.pp
+    if stages:
+        counts = [stage.layers for stage in stages]
+        if len(counts) != run.pp or sum(counts) != num_layers:
+            raise Unsupported(
+                f"stages of {' + '.join(map(str, counts))} layers are not the {num_layers} layers "
+                f"on {run.pp} stages"
+            )
+        return [(stage.layers, stage.checkpointed_layers) for stage in stages]
+    if runtime.knobs.layer_split == "by_cost" and run.pp > 1:
+        return [(count, 0) for count in _by_cost(run, num_layers, run.pp)]
+    return [(count, 0) for count in even_layers(num_layers, run.pp)]
+
+
+def _by_cost(run: Run, num_layers: int, num_stages: int) -> tuple[int, ...]:
     """Layers dealt out by the products' parameters, those of the head among them."""
     h, ffn, vocab = run.hidden or 0, run.ffn_hidden or 0, run.vocab or 0
-    layers = layers_by_cost(
-        num_layers,
-        layout.num_stages,
-        layer_cost=4 * h * h + 3 * h * ffn,
-        ends=(0.0, float(h * vocab)),
-    )
-    full = any(layout.num_full)
-    return replace(layout, layers=layers, num_full=layers if full else (0,) * len(layers))
-
-
-def _of_stages(layout: RunLayout, num_layers: int, stages: tuple[StageRun, ...]) -> RunLayout:
-    layers = tuple(stage.layers for stage in stages)
-    if len(layers) != layout.num_stages or sum(layers) != num_layers:
-        raise Unsupported(
-            f"stages of {' + '.join(map(str, layers))} layers are not the {num_layers} layers on "
-            f"{layout.num_stages} stages"
-        )
-    recomputed = tuple(stage.checkpointed_layers for stage in stages)
-    full = layers if any(layout.num_full) else recomputed
-    return replace(layout, layers=layers, num_full=full)
+    layer_cost, head = 4 * h * h + 3 * h * ffn, float(h * vocab)
+    return layers_by_cost(num_layers, num_stages, layer_cost=layer_cost, ends=(0.0, head))
 
 
 def _group(

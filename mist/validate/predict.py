@@ -1,19 +1,18 @@
 """Predictions of many runs at once: those of one model, platform and precision in one go."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from mist.plans.schedules import fill_time, held, step_time
-from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.plans.plan import Layout
+from mist.plans.schedules import fill_time, step_time
+from mist.plans.workload import Precision
 from mist.platform import Cluster, Device, OpCosts, Runtime
-from mist.symbolic.columns import rank_columns, stage_columns
+from mist.symbolic.columns import Placement, layout_inputs
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
-from mist.validate.run_layouts import RunLayout
 
-Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
@@ -32,7 +31,7 @@ class RunProfiles:
 class Case:
     """A run ready to be predicted."""
 
-    layout: RunLayout
+    layout: Layout
     seq_len: int
     num_gpus: int
 
@@ -64,12 +63,12 @@ def predict(
             fp8=machine.fp8,
         ),
     )
-    stages = np.array([case.layout.num_stages for case in cases])
+    stages = np.array([len(case.layout.stages) for case in cases])
     run = np.repeat(np.arange(len(cases)), stages)
-    out = _stages(cost, machine, cases, run)
+    out = _stages(cost, machine.cluster, cases)
     padded = {name: _padded(out[name], run, stages) for name in ("stable_s", "lone_s")}
     counts = np.array([case.layout.num_micro_batches for case in cases])
-    chunks = np.array([[case.layout.chunks] for case in cases])
+    chunks = np.array([[case.layout.schedule.vpp] for case in cases])
     fill_s = fill_time(padded["stable_s"], chunks=chunks)
     step_s = step_time(counts, padded["stable_s"], padded["lone_s"], fill_s)
     allocated = out["peak_bytes"] - out["allocator_bytes"]
@@ -85,54 +84,39 @@ def predict(
     )
 
 
-def _stages(
-    cost: StageModel, machine: RunProfiles, cases: Sequence[Case], run: NDArray[np.int64]
+def _stages(cost: StageModel, cluster: Cluster, cases: Sequence[Case]) -> dict[str, Floats]:
+    """Every output of the stage formulas for every stage of every run, one run behind another."""
+    # Layers of a run are all of one kind; how many the traced model has does not matter.
+    inputs = [
+        layout_inputs(
+            _placement(cluster, case),
+            [0] * sum(stage.num_layers for stage in case.layout.stages),
+            case.layout,
+        )
+        for case in cases
+    ]
+    strategies, positions = zip(*inputs, strict=True)
+    sizes = [len(case.layout.stages) for case in cases]
+    terms = cost.terms(_one_behind_another(strategies, sizes))
+    return cost.stage({**terms, **_one_behind_another(positions, sizes)})
+
+
+def _placement(cluster: Cluster, case: Case) -> Placement:
+    per_node = min(case.num_gpus, cluster.num_gpus_per_node)
+    return Placement(
+        seq_len=case.seq_len, gpus_per_node=per_node, spans_nodes=case.num_gpus > per_node
+    )
+
+
+def _one_behind_another(
+    runs: Sequence[Mapping[str, ArrayLike]], sizes: Sequence[int]
 ) -> dict[str, Floats]:
-    """Every output of the stage formulas for every stage of every run; `run`: whose it is."""
-    layouts = [case.layout for case in cases]
-
-    def column(name: str) -> NDArray[np.int64]:
-        return np.array([getattr(layout, name) for layout in layouts])
-
-    gpus = np.array([case.num_gpus for case in cases])
-    per_node = np.minimum(gpus, machine.cluster.num_gpus_per_node)
-    strategy = rank_columns(
-        pipelined=((column("num_stages") > 1) & (gpus > per_node)).astype(int),
-        seq_len=np.array([case.seq_len for case in cases]),
-        gpus_per_node=per_node,
-        dp=column("dp"),
-        tp=column("tp"),
-        micro_batch=column("micro_batch"),
-        zero=column("zero"),
-    )
-    terms = cost.terms(strategy)
-    terms = {name: value[run] for name, value in terms.items()}
-    stage = np.concatenate([np.arange(layout.num_stages) for layout in layouts])
-    ranks = column("dp") * column("tp")
-    position = stage_columns(
-        stage=stage,
-        num_stages=column("num_stages")[run],
-        first_device=stage * ranks[run],
-        num_devices=ranks[run],
-        gpus_per_node=per_node[run],
-        spans_nodes=(gpus > per_node)[run],
-    )
-    micro, chunks = column("num_micro_batches")[run], column("chunks")[run]
-    levels = {
-        f"{level}_0": np.concatenate([layout.layers_at(level) for layout in layouts])
-        for level in MemoryLevel
+    """Columns of many pipelines from those of each; `sizes`: stages of each."""
+    pairs = [*zip(runs, sizes, strict=True)]
+    return {
+        name: np.concatenate([np.broadcast_to(columns[name], size) for columns, size in pairs])
+        for name in runs[0]
     }
-    pipelines = {"stage": stage, "num_stages": column("num_stages")[run]}
-    steps = {"num_micro_batches": micro, "chunks": chunks}
-    holds = _held(np.sum([*levels.values()], axis=0), **pipelines, **steps)
-    return cost.stage({**terms, **position, **holds, **steps, **levels})
-
-
-def _held(layers: Counts, **pipelines: Counts) -> dict[str, Floats]:
-    """What stages hold at once: runs of several chunks interleave, the others are 1F1B."""
-    one = held(ScheduleKind.ONE_F_ONE_B, layers=layers, **pipelines)
-    many = held(ScheduleKind.INTERLEAVED, layers=layers, **pipelines)
-    return {name: np.where(pipelines["chunks"] > 1, many[name], one[name]) for name in one}
 
 
 def _padded(values: Floats, run: NDArray[np.int64], stages: NDArray[np.int64]) -> Floats:

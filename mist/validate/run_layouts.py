@@ -1,10 +1,14 @@
 """From a run's columns to the layout that it trained with: what each pipeline stage holds."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
-from mist.plans.plan import even_layers
+from mist.plans.knobs import STAGE_KNOBS
+from mist.plans.memory_levels import memory_of
+from mist.plans.plan import Layout, Schedule
+from mist.plans.schedules import kind_of
 from mist.plans.search_space import CHECKPOINTS
+from mist.plans.uniform_stages import chunk_shares, uniform_layout
 from mist.plans.workload import MemoryLevel
 from mist.validate.measured_runs import Run
 from mist.validate.run_models import Unsupported
@@ -19,62 +23,33 @@ ZERO_LEVELS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunLayout:
-    """Layers and recomputed layers of each stage, and what all stages share.
-
-    `layers`, `num_full`: per stage, first first. `chunks`: of layers that a stage runs in turn
-    (interleaved schedule; 1: 1F1B). `selective`: whether layers that are not recomputed whole are
-    so in part, as the runtime does it.
-    """
-
-    dp: int
-    tp: int
-    zero: int
-    micro_batch: int
-    num_micro_batches: int
-    chunks: int
-    layers: tuple[int, ...]
-    num_full: tuple[int, ...]
-    selective: bool
-
-    @property
-    def num_stages(self) -> int:
-        """Pipeline stages."""
-        return len(self.layers)
-
-    def layers_at(self, level: MemoryLevel) -> tuple[int, ...]:
-        """Layers of each stage at a memory level."""
-        if level is MemoryLevel.FULL:
-            return self.num_full
-        kept = tuple(n - full for n, full in zip(self.layers, self.num_full, strict=True))
-        return kept if (level is MemoryLevel.SELECTIVE) is self.selective else (0,) * len(kept)
-
-
-def layout_of(run: Run, *, num_layers: int, zero: int | None, checkpoint: str) -> RunLayout:
+def layout_of(
+    run: Run, *, layers: Sequence[tuple[int, int]], zero: int | None, checkpoint: str
+) -> Layout:
     """The layout of a run; `zero` and `checkpoint` stand in where the run does not say.
 
+    `layers`: of each stage, and how many of them run again whole even if the run does not say so.
     Raises Unsupported, naming what is missing or cannot be predicted.
     """
-    _check(run)
-    assert run.dp and run.tp and run.pp and run.micro_batch
-    level = _zero(run.zero_or_fsdp, zero)
-    layers = even_layers(num_layers, run.pp)
-    memory_level = _level(run.activation_ckpt or checkpoint)
-    return RunLayout(
-        dp=run.dp,
-        tp=run.tp,
-        zero=level,
-        micro_batch=run.micro_batch,
+    assert run.dp and run.tp and run.micro_batch
+    knobs = {
+        **{knob.name: value for knob in STAGE_KNOBS if (value := getattr(run, knob.name, None))},
+        "zero": _zero(run.zero_or_fsdp, zero),
+    }
+    level = _level(run.activation_ckpt or checkpoint)
+    chunks = run.vpp or 1
+    return uniform_layout(
+        knobs,
+        chunk_layers=chunk_shares([count for count, _ in layers], chunks),
+        memory=[memory_of(count, level, repeated) for count, repeated in layers],
         num_micro_batches=_num_micro_batches(run),
-        chunks=run.vpp or 1,
-        layers=layers,
-        num_full=layers if memory_level == "full" else (0,) * run.pp,
-        selective=memory_level == "selective",
+        schedule=Schedule(kind=kind_of(chunks), vpp=chunks),
+        shards_sequence=True,
     )
 
 
-def _check(run: Run) -> None:
+def check_run(run: Run) -> None:
+    """Raise Unsupported, naming what a run does not say or what is not modelled."""
     names = ("dp", "tp", "pp", "micro_batch")
     if absent := [name for name in names if not getattr(run, name)]:
         raise Unsupported(f"{', '.join(absent)} not given")
@@ -94,10 +69,10 @@ def _zero(text: str, default: int | None) -> int:
     return default
 
 
-def _level(text: str) -> str:
+def _level(text: str) -> MemoryLevel:
     if text not in CHECKPOINTS:
         raise Unsupported(f"activation checkpointing {text or '(blank)'!r} is not modelled")
-    return text
+    return CHECKPOINTS[text]
 
 
 def _num_micro_batches(run: Run) -> int:

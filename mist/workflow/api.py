@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from mist.errors import InputError, did_you_mean
 from mist.plans.knobs import TYPED_KNOBS
+from mist.plans.objectives import Objective
 from mist.plans.plan import Plan
+from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import SearchSpace, narrowed, space_of
-from mist.plans.workload import Attention, Objective, Precision, ScheduleKind, Solver
+from mist.plans.workload import Attention, Precision, ScheduleKind, Solver
 from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.checking import (
     Checked,
@@ -183,7 +185,7 @@ def _layout(options: LayoutOptions) -> HandLayout:
     return HandLayout(
         **numbers,
         checkpoint=options.get("checkpoint", "none"),
-        schedule=_choice("schedule", options.get("schedule", "1f1b"), ScheduleKind),
+        schedule=_choice("schedule", options.get("schedule", DEFAULT_KIND), ScheduleKind),
         offload=offload_of(offload),
         layers=layers_of(layers) if isinstance(layers, str) else tuple(layers),
     )

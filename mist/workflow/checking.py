@@ -1,26 +1,28 @@
 """`mist check`: judge a plan file or a layout written by hand, and say what would help."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 from mist.errors import InputError, PlanError
 from mist.pareto.default_partition import dealing_words, dealt_layers
 from mist.plans.file import load_plan
 from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
+from mist.plans.memory_levels import KEEPS_ALL, memory_of
 from mist.plans.plan import (
+    NOTHING_OFFLOADED,
     Estimate,
     Layout,
     Limits,
     Offload,
     Plan,
     Schedule,
-    StagePlan,
 )
 from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.search_space import CHECKPOINTS, OFFLOADED
+from mist.plans.uniform_stages import uniform_layout
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Platform
 from mist.platform.profiles import is_machine
@@ -43,27 +45,28 @@ from mist.workflow.request import (
     unsearched_plan,
 )
 
-KEPT: Final = Offload()
+# A field for each knob, so that a new row of the table is one that a user may set.
+_KnobFields: Any = make_dataclass(
+    "_KnobFields",
+    [(knob.field, int, knob.least) for knob in TYPED_KNOBS],
+    frozen=True,
+    slots=True,
+    kw_only=True,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HandLayout:
-    """A layout as a user types it, the same for all stages.
+class HandLayout(_KnobFields):  # type: ignore[misc]  # a generated class
+    """A layout as a user types it, the same for all stages; knobs by `Knob.field`.
 
-    `checkpoint`: "none", "selective", "full", or how many layers of each stage are recomputed.
+    `checkpoint`: a memory level, or of how many layers of each stage everything is run again.
     `layers`: of each stage, and with chunks of each chunk in the order of the layers; none for the
     runtime's own split.
     """
 
-    tp: int = 1
-    pp: int = 1
-    zero: int = 0
-    dp_replicate: int = 1
-    micro_batch: int = 1
-    checkpoint: str = "none"
+    checkpoint: str = KEEPS_ALL.value
     schedule: ScheduleKind = DEFAULT_KIND
-    vpp: int = 1
-    offload: Offload = KEPT
+    offload: Offload = NOTHING_OFFLOADED
     layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class HandLayout:
                 raise InputError(f"--{knob.word} {value} {knob.complaint}.")
         if self.checkpoint not in CHECKPOINTS and not self.checkpoint.isdecimal():
             raise InputError(
-                f"--checkpoint {self.checkpoint} is neither none, selective, full "
+                f"--checkpoint {self.checkpoint} is neither {', '.join(CHECKPOINTS)} "
                 "nor a number of layers."
             )
         if (self.vpp > 1) is not (SCHEDULES[self.schedule].least_chunks > 1):
@@ -86,11 +89,8 @@ class HandLayout:
     def memory(self, num_layers: int) -> dict[MemoryLevel, int]:
         """Layers of a stage of `num_layers` at each memory level."""
         if self.checkpoint in CHECKPOINTS:
-            level = CHECKPOINTS[self.checkpoint]
-            return {each: num_layers if each is level else 0 for each in MemoryLevel}
-        full = min(int(self.checkpoint), num_layers)
-        counts = {MemoryLevel.NONE: num_layers - full, MemoryLevel.FULL: full}
-        return dict.fromkeys(MemoryLevel, 0) | counts
+            return memory_of(num_layers, CHECKPOINTS[self.checkpoint])
+        return memory_of(num_layers, KEEPS_ALL, int(self.checkpoint))
 
 
 def _check_split(layout: HandLayout) -> None:
@@ -271,10 +271,16 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     num_micro_batches = max(job.workload.global_batch // (dp * layout.micro_batch), 1)
     columns = _columns(layout, dp) | {"num_micro_batches": num_micro_batches}
     _refuse(broken(job.rules, columns))
-    counts = _split(job, layout)
-    stages = tuple(_stage(job, layout, counts, i, dp) for i in range(layout.pp))
-    schedule = Schedule(kind=layout.schedule, vpp=layout.vpp)
-    made = Layout(stages=stages, num_micro_batches=num_micro_batches, schedule=schedule)
+    counts, pp = _split(job, layout), layout.pp
+    made = uniform_layout(
+        {knob.name: columns[knob.name] for knob in TYPED_KNOBS if knob.of_stage} | {"dp": dp},
+        chunk_layers=counts,
+        memory=[layout.memory(sum(counts[stage::pp])) for stage in range(pp)],
+        num_micro_batches=num_micro_batches,
+        schedule=Schedule(kind=layout.schedule, vpp=layout.vpp),
+        offload=layout.offload,
+        shards_sequence=job.platform.runtime.knobs.sequence_parallel,
+    )
     _refuse(fault.message for fault in pipeline_faults(job, made))
     return made
 
@@ -319,26 +325,6 @@ def _split(job: Job, layout: HandLayout) -> tuple[int, ...]:
     return counts
 
 
-def _stage(job: Job, layout: HandLayout, counts: Sequence[int], i: int, dp: int) -> StagePlan:
-    chunks = range(i, len(counts), layout.pp)
-    runs = tuple((sum(counts[:chunk]), counts[chunk]) for chunk in chunks)
-    return StagePlan(
-        layers=runs,
-        devices=(i * dp * layout.tp, dp * layout.tp),
-        dp=dp,
-        tp=layout.tp,
-        sp=layout.tp > 1 and job.platform.runtime.knobs.sequence_parallel,
-        cp=1,
-        ep=1,
-        micro_batch=layout.micro_batch,
-        zero=layout.zero,  # type: ignore[arg-type]
-        head="none",
-        memory=layout.memory(sum(count for _, count in runs)),
-        offload=layout.offload,
-        dp_replicate=layout.dp_replicate,
-    )
-
-
 def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str]:
     """Single changes that make the layout fit or, if it fits, faster; the fastest three."""
     step_s, judged = checked.plan.estimate.step_s, []
@@ -372,7 +358,8 @@ def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:
         if checkpoint != layout.checkpoint:
             yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
     for zero in _other_levels(layout, dp):
-        yield f"--zero {zero}", replace(layout, zero=zero)
+        changed = replace(layout, zero=zero)  # type: ignore[call-arg]  # a generated field
+        yield f"--zero {zero}", changed
     for knob in (knob for knob in TYPED_KNOBS if knob.halves):
         for value in _doubled_and_halved(getattr(layout, knob.field)):
             split = layout.layers if knob.of_stage else ()
@@ -386,7 +373,7 @@ def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:
 
 def _other_levels(layout: HandLayout, dp: int) -> list[int]:
     """Other ZeRO levels; all are one where nothing is divided and nothing streams from the host."""
-    if dp == 1 and layout.offload == KEPT:
+    if dp == 1 and layout.offload == NOTHING_OFFLOADED:
         return []
     return [zero for zero in range(4) if zero != layout.zero]
 

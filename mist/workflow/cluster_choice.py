@@ -11,10 +11,9 @@ from typing import Final, NoReturn
 
 from mist.errors import Infeasible, InputError
 from mist.pareto.strategies import refuse_unknown
-from mist.plans.objectives import Candidate, chosen
+from mist.plans.objectives import OBJECTIVES, Candidate, Objective, chosen
 from mist.plans.plan import Plan
 from mist.plans.search_space import SearchSpace
-from mist.plans.workload import Objective
 from mist.platform import Platform
 from mist.symbolic.program import ModelPrograms
 from mist.workflow.gpu_counts import Counts, counts_of
@@ -142,14 +141,15 @@ def _price(platform: Platform, offer: Offer, index: int) -> tuple[float | None, 
 
 def _check_needs(asked: Sequence[_Asked], offer: Offer, objective: Objective) -> None:
     """Refuse an objective that misses a price or tokens before anything is searched."""
-    if objective is Objective.TIME_TO_TOKENS and offer.tokens is None:
-        raise InputError("--objective time-to-tokens: how many tokens? Try --tokens 2e12.")
-    if objective is not Objective.TOKENS_PER_DOLLAR:
+    needs = OBJECTIVES[objective].needs
+    if needs == "tokens" and offer.tokens is None:
+        raise InputError(f"--objective {objective}: how many tokens? Try --tokens 2e12.")
+    if needs != "price":
         return
     names = {one.platform.cluster.name for one in asked if one.price_usd is None}
     if names:
         raise InputError(
-            f"--objective tokens-per-dollar: no price for {', '.join(sorted(names))}. Give --price "
+            f"--objective {objective}: no price for {', '.join(sorted(names))}. Give --price "
             "USD per GPU hour, or set price_per_gpu_hour_usd: {value, source, kind} in the "
             "cluster's YAML."
         )

@@ -15,9 +15,9 @@ from mist.pareto.least_memory import ROUNDING_RATIO, leanest
 from mist.pareto.strategies import expressible
 from mist.plans.breakdown import layout_words, losing_reason, overflow, step_parts
 from mist.plans.host_memory import HostNeed
+from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
-from mist.plans.workload import Objective
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
@@ -75,14 +75,6 @@ class Effort:
 
 
 DEFAULT_EFFORT: Final = Effort()
-_OBJECTIVE_NOTES: Final[Mapping[Objective, tuple[str, ...]]] = MappingProxyType(
-    {
-        Objective.MEMORY: (
-            "objective memory: the fullest GPU holds the least that any layout of this search "
-            "reaches, and of those that reach it this one is the fastest",
-        )
-    }
-)
 
 
 def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_EFFORT) -> Planned:
@@ -114,11 +106,12 @@ def search_plan(
     seconds = perf_counter() - start
     points = tuple(landscape(job, space, limits=limits, within_s=3 * tuned.best.step_s))
     plan = _assemble(job, question, space, tuned, effort)
-    if effort.objective is not Objective.MEMORY:
+    row = OBJECTIVES[effort.objective]
+    if not row.least_memory:
         plan = replace(plan, excluded=_excluded(job, plan, points, limits))
     return Planned(
         plan=plan,
-        notes=(*notes_of(job), *_OBJECTIVE_NOTES.get(effort.objective, ())),
+        notes=(*notes_of(job), *([row.note] if row.note else [])),
         seconds={"search": seconds},
         points=points,
         limits=limits,
@@ -186,12 +179,12 @@ def _objective(
     Least memory: among layouts whose fullest GPU holds no more than the least that any reaches.
     Raises Infeasible when that does not fit, InputError for a space where it is not known.
     """
-    if objective is not Objective.MEMORY:
+    if not OBJECTIVES[objective].least_memory:
         return space, limits
     if space.unequal_meshes:
         raise InputError(
-            f"--objective memory with --space {space.name}: the least memory of stages of unequal "
-            "size is not known. Try --space mist."
+            f"--objective {objective} with --space {space.name}: the least memory of stages of "
+            "unequal size is not known. Try --space mist."
         )
     least = leanest(job, space, host_bytes=limits.host_bytes)
     if limits.device_bytes < least.peak_bytes < math.inf:

@@ -1,11 +1,12 @@
 """What positions can take, against every stage that the table of mixes lists."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mist.pareto.bounds import least_step_s
+from mist.pareto.bounds import fastest_layers, least_step_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.capacity import Capacity, capacity
 from mist.pareto.frontier_points import stacked
@@ -13,6 +14,7 @@ from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.strategies import Floats, groups, offloading
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
+from mist.symbolic.job import make_job
 from tests.toys import toy_graph, toy_job
 
 HOST = 64e9
@@ -86,3 +88,19 @@ def test_capacities_leave_to_each_position_what_the_others_cannot_take() -> None
     ]  # fmt: skip
     assert not Capacity(most=room.most, total=9.0, load=room.load).suffices
     assert not Capacity(most=room.most[:, :0], total=0.0, load=room.load).suffices
+
+
+def test_a_layer_that_keeps_less_may_be_the_fastest_where_activations_leave() -> None:
+    job = toy_job(toy_graph((3, 3)), 4, global_batch=8)
+    device, links = job.platform.device, {}
+    for name in ("host_to_device_bytes_per_s", "device_to_host_bytes_per_s"):
+        links[name] = getattr(device, name).times(0.02)
+    platform = replace(job.platform, device=replace(device, **links))
+    job, space = make_job(job.programs, platform, job.workload), SearchSpace()
+    group = next(iter(groups(job, space)))
+    away = offloading(job, group, space, np.arange(len(group.strategies)))
+    model = GroupModel(job, group, away.take(away.offload["activations"] == 1.0), space)
+    terms = model.strategies.terms
+    for kind, fastest_s in enumerate(fastest_layers(model)):
+        none_s, full_s = (terms[f"term_{kind}_{level}_stable_s"] for level in ("none", "full"))
+        assert fastest_s <= full_s.min() < none_s.min()

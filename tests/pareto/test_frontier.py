@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.pareto.frontier import Frontier, frontier, lean_frontier, merge
+from mist.pareto.frontier import Frontier, frontier, lean_frontier
 
 # Few distinct values, so that ties in one time, in both, and in the peak are common.
 TIMES = st.integers(0, 6).map(float)
@@ -84,13 +84,13 @@ def test_does_not_depend_on_the_order(candidates: list, random) -> None:  # noqa
 
 
 @given(CANDIDATES, st.integers(0, 20))
-def test_merged_parts_equal_the_whole(candidates: list, cut: int) -> None:
+def test_what_a_part_drops_the_whole_drops_too(candidates: list, cut: int) -> None:
     feasible = np.array([ok for *_, ok in candidates], dtype=bool)
-    before = np.arange(len(candidates)) < cut
+    index = np.arange(len(candidates))
     stable, lone, peak = np.array(candidates, dtype=np.float64).reshape(-1, 4).T[:3]
-    parts = [frontier(stable, lone, peak, feasible & side) for side in (before, ~before)]
-    assert rows(merge(parts)) == rows(of(candidates))
-    assert rows(merge(parts[::-1])) == rows(of(candidates))
+    parts = [frontier(stable, lone, peak, feasible & side) for side in (index < cut, index >= cut)]
+    left = np.isin(index, np.concatenate([part.choice for part in parts]))
+    assert rows(frontier(stable, lone, peak, left)) == rows(of(candidates))
 
 
 def test_large_random_sets_equal_a_sort_and_scan() -> None:
@@ -114,8 +114,7 @@ def test_middle_point_above_the_convex_hull_is_kept() -> None:
 
 def test_nothing_feasible_is_an_empty_frontier() -> None:
     assert len(frontier([1.0, np.inf], [1.0, np.nan], [1.0, 1.0], [False, False])) == 0
-    assert len(merge([])) == 0
-    assert len(merge([of([]), of([])])) == 0
+    assert len(of([])) == 0
 
 
 def test_infeasible_candidates_may_hold_anything() -> None:

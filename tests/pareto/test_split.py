@@ -93,7 +93,8 @@ def test_stages_of_a_framework_are_alike() -> None:
         for layout in alike_layouts(model, limits):
             counts = [stage.count for stage in layout.stages]
             assert max(counts) - min(counts) <= 1
-            assert len({(s.tp, s.zero, s.upper, s.lower, s.num_lower) for s in layout.stages}) == 1
+            levels = {(s.upper, s.lower, s.num_lower) for s in layout.stages}
+            assert len(levels) == len({tuple(s.knobs.items()) for s in layout.stages}) == 1
             assert layout.peak_bytes <= limits.device_bytes
 
 

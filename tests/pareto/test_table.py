@@ -14,10 +14,10 @@ from mist.pareto.strategies import Group, divisors, groups, offloading
 from mist.plans.plan import DEFAULT_SCHEDULE, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
-from mist.symbolic.columns import count_columns, position_columns, strategy_columns
+from mist.symbolic.columns import position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
 from mist.symbolic.job import Job, make_job
-from tests.toys import toy_graph, toy_job, toy_platform, toy_workload
+from tests.toys import count_columns, toy_graph, toy_job, toy_platform, toy_workload
 
 ALIKE, UNLIKE = (5,), (2, 3)
 ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
@@ -39,20 +39,15 @@ def stages_alone(
     """Stage i of every strategy with these layers per level, with every part: [K, mixes]."""
     job, group, own = model.job, model.group, model.strategies
     strategy = strategy_columns(
-        job,
-        num_stages=group.num_stages,
-        dp=own.dp,
-        tp=own.tp,
-        micro_batch=own.micro_batch,
-        zero=own.zero,
-        offload=own.offload,
-        schedule=group.schedule,
+        job.placement, own.columns, num_stages=group.num_stages, schedule=group.schedule
     )
     terms = {name: term[:, None] for name, term in job.cost.terms(strategy).items()}
     size = group.sizes[0]
     devices = np.array([(i * size, size) for i in range(group.num_stages)])
     layers = sum(counts[0])
-    position = position_columns(job, devices, layers, group.num_micro_batches, group.schedule)
+    position = position_columns(
+        job.placement, devices, layers, group.num_micro_batches, group.schedule
+    )
     columns = {name: np.asarray(column)[i] for name, column in position.items()}
     levels = count_columns(job, first, np.array(counts).T)
     return job.cost.stage({**terms, **columns, **levels})
@@ -186,7 +181,7 @@ def rows_of(found: list[Group]) -> set[tuple[int, ...]]:
         (g.num_stages, g.num_micro_batches, *map(int, row))
         for g in found
         for s in [g.strategies]
-        for row in zip(s.tp, s.dp, s.micro_batch, s.zero, strict=True)
+        for row in zip(*(s[name] for name in ("tp", "dp", "micro_batch", "zero")), strict=True)
     }
 
 
@@ -218,9 +213,9 @@ def test_schedules_that_need_stages_alike_have_one_tp() -> None:
     }  # GPipe is never better
     for group in found:
         if group.schedule != DEFAULT_SCHEDULE:
-            assert len(set(group.strategies.tp)) == 1
+            assert len(set(group.strategies["tp"])) == 1
         if group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
-            assert group.strategies.zero.max() < 3
+            assert group.strategies["zero"].max() < 3
         assert group.schedule.vpp * 2 <= 8
 
 
@@ -240,8 +235,8 @@ def test_restrictions_are_kept() -> None:
     for group in found:
         own = group.strategies
         assert group.num_stages in (1, 2)
-        assert (set(own.tp), set(own.dp), set(own.micro_batch)) == ({2}, {2}, {2})
-        assert set(own.zero) <= {1, 2}
+        assert tuple(set(own[name]) for name in ("tp", "dp", "micro_batch")) == ({2}, {2}, {2})
+        assert set(own["zero"]) <= {1, 2}
 
 
 def test_offloading_follows_the_runtime() -> None:
@@ -249,13 +244,14 @@ def test_offloading_follows_the_runtime() -> None:
     job = toy_job(toy_graph(ALIKE), 4, global_batch=16)
     group = next(g for g in groups(job, SearchSpace(pp=(1,), micro_batch=(4,))) if g)
     away = offloading(job, group, SearchSpace(), np.arange(len(group.strategies)))
-    assert (away.weights == away.grads).all()
-    assert away.zero[away.weights > 0].min() == 2
-    assert set(away.zero[away.weights == 0]) == {0, 1, 2, 3}
+    weights, zero = away["weights"], away["zero"]
+    assert (weights == away["grads"]).all()
+    assert zero[weights > 0].min() == 2
+    assert set(zero[weights == 0]) == {0, 1, 2, 3}
     tuples = 8 * 8 - 1  # optimizer x activations, without nothing at all
     base = len(group.strategies)
-    high = int((group.strategies.zero >= 2).sum())
-    alone = group.strategies.dp == 1
+    high = int((group.strategies["zero"] >= 2).sum())
+    alone = group.strategies["dp"] == 1
     more = int(alone.sum()) * 3  # one rank: the other levels stream
     more_high = int(alone.sum()) * 2
     assert len(away) == (base + more) * tuples + (high + more_high) * 5 * 64
@@ -277,7 +273,7 @@ def test_layers_that_keep_by_checkpointing_offload_no_activations() -> None:
     ranges = layer_ranges(job, group.num_stages)
     limits = Limits(device_bytes=np.inf, host_bytes=np.inf)
     fitting = {
-        (mix.upper, mix.lower): model.strategies.activations[mix.row][mix.fits.any(axis=1)]
+        (mix.upper, mix.lower): model.strategies["activations"][mix.row][mix.fits.any(axis=1)]
         for mix in mixes_at(model, 0, ranges, limits)
     }
     for levels, activations in fitting.items():

@@ -10,12 +10,11 @@ import pytest
 
 from mist.model.graph import ModelGraph, TensorLayout
 from mist.model.summary import Traffic
-from mist.plans.schedules import held
-from mist.plans.workload import Precision, ScheduleKind
+from mist.plans.workload import Precision
 from mist.platform import OpCosts, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
-from mist.symbolic.columns import NO_OFFLOAD, rank_columns, stage_columns
+from mist.symbolic.columns import Placement, position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms, stage_model
 from tests.toys import kept, pointwise, toy_graph, toy_platform
@@ -23,6 +22,7 @@ from tests.toys import kept, pointwise, toy_graph, toy_platform
 B, SEQ, HIDDEN, LAYERS, GPUS = 2, 2048, 1024, 4, 16
 PLATFORM = toy_platform(GPUS)
 TORCH = PLATFORM.runtime
+TWO_NODES = Placement(seq_len=SEQ, gpus_per_node=8, spans_nodes=True)
 
 
 def changed(path: str, value: object) -> Runtime:
@@ -69,29 +69,14 @@ def stage(
     dp = GPUS // (tp * pp)
     cost = stage_model(compiled(graph or toy_graph((LAYERS,)), runtime), laws(runtime))
     terms = cost.terms(
-        rank_columns(
-            pipelined=int(pp > 1), seq_len=SEQ, gpus_per_node=8, dp=dp, tp=tp, micro_batch=B,
-            zero=zero, offload=NO_OFFLOAD | dict(shares),
+        strategy_columns(
+            TWO_NODES, {"dp": dp, "tp": tp, "micro_batch": B, "zero": zero, **shares}, num_stages=pp
         )
-    )  # fmt: skip
-    position = stage_columns(
-        stage=np.array(0),
-        num_stages=np.array(pp),
-        first_device=np.array(0),
-        num_devices=np.array(dp * tp),
-        gpus_per_node=np.array(8),
-        spans_nodes=np.array(True),
     )
-    one_f_one_b = held(
-        ScheduleKind.ONE_F_ONE_B,
-        layers=LAYERS // pp,
-        stage=0,
-        num_stages=pp,
-        num_micro_batches=8,
-        chunks=1,
-    )
-    steps = {"num_micro_batches": 8, "chunks": 1}
-    counts = one_f_one_b | steps | {"none_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
+    devices = np.array([(i * dp * tp, dp * tp) for i in range(pp)])
+    stages = position_columns(TWO_NODES, devices, LAYERS // pp, 8)
+    position = {name: np.asarray(column)[0] for name, column in stages.items()}
+    counts = {"none_0": LAYERS // pp, "selective_0": 0, "full_0": 0}
     return {
         name: float(value) for name, value in cost.stage({**terms, **position, **counts}).items()
     }

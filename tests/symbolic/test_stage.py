@@ -10,12 +10,12 @@ import pytest
 import sympy
 
 from mist.plans.workload import Precision
-from mist.symbolic.columns import NO_OFFLOAD, count_columns, position_columns, strategy_columns
+from mist.symbolic.columns import NO_OFFLOAD, position_columns, strategy_columns
 from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.stage import stage_cost
 from tests.oracle import Rank, simulate
-from tests.toys import toy_graph, toy_job, toy_platform
+from tests.toys import count_columns, toy_graph, toy_job, toy_platform
 
 LAYOUTS = [
     # (num_gpus, num_stages, tp, zero, micro_batch)
@@ -43,22 +43,14 @@ def judged(
     num_stages = len(counts)
     per_stage = job.platform.num_gpus // num_stages
     dp = per_stage // rows["tp"]
-    strategy = strategy_columns(
-        job,
-        num_stages=num_stages,
-        dp=dp,
-        tp=rows["tp"],
-        micro_batch=rows["micro_batch"],
-        zero=rows["zero"],
-        offload={**NO_OFFLOAD, **offload},
-        dp_replicate=rows.get("dp_replicate", 1),
-    )
+    knobs = {**rows, "dp": dp, **offload}
+    strategy = strategy_columns(job.placement, knobs, num_stages=num_stages)
     first, count, full, some = np.array([(*row, 0)[:4] for row in counts]).T
     devices = np.array([(i * per_stage, per_stage) for i in range(num_stages)])
     return job.cost.stage(
         {
             **job.cost.terms(strategy),
-            **position_columns(job, devices, count, rows["num_micro_batches"]),
+            **position_columns(job.placement, devices, count, rows["num_micro_batches"]),
             **count_columns(job, first, (count - full - some, some, full)),
         }
     )

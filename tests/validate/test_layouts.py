@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 
+from mist.plans.memory_levels import memory_of
 from mist.plans.plan import even_layers, layers_by_cost
+from mist.plans.workload import MemoryLevel
 from mist.validate.cases import grouped
 from mist.validate.measured_runs import StageRun
 from mist.validate.run_layouts import layout_of
 from mist.validate.run_models import Unsupported, architecture_of
 from mist.validate.sources import Source, load_sources
 from tests.validate.rows import RUN, run
+
+SIX = ((6, 0),)  # layers on one stage, none recomputed beyond what a run says
 
 
 @pytest.mark.parametrize(
@@ -62,18 +66,20 @@ def test_runs_of_one_model_are_predicted_together() -> None:
     [("none", 0), ("ddp+dist-optimizer(zero1)", 1), ("fsdp2-full", 3), ("hsdp", 3), ("zero2", 2)],
 )
 def test_zero_levels(text: str, zero: int) -> None:
-    assert layout_of(run(zero_or_fsdp=text), num_layers=6, zero=None, checkpoint="").zero == zero
+    layout = layout_of(run(zero_or_fsdp=text), layers=SIX, zero=None, checkpoint="")
+    assert layout.stages[0].zero == zero
 
 
 def test_what_a_run_does_not_say_the_source_does() -> None:
     layout = layout_of(
-        run(zero_or_fsdp="", activation_ckpt=""), num_layers=6, zero=1, checkpoint="full"
+        run(zero_or_fsdp="", activation_ckpt=""), layers=SIX, zero=1, checkpoint="full"
     )
-    assert (layout.zero, layout.num_full) == (1, (6,))
+    (stage,) = layout.stages
+    assert (stage.zero, stage.memory) == (1, memory_of(6, MemoryLevel.FULL))
 
 
 def test_micro_batches_follow_from_the_global_batch() -> None:
-    layout = layout_of(run(grad_accum=None), num_layers=6, zero=None, checkpoint="")
+    layout = layout_of(run(grad_accum=None), layers=SIX, zero=None, checkpoint="")
     assert layout.num_micro_batches == 32 // (4 * 2)
 
 
@@ -122,6 +128,6 @@ def test_given_stages_stand_for_even_ones() -> None:
     piped = run(pp=2, dp=2, activation_ckpt="partial")
     (group,), _ = grouped([piped], load_sources(), calibrated=True, stages={"one": rows})
     layout = group.members[0].case.layout
-    assert (layout.layers, layout.num_full) == ((4, 2), (0, 1))
+    assert [(s.num_layers, s.num_full) for s in layout.stages] == [(4, 0), (2, 1)]
     _, reasons = grouped([run(pp=1)], load_sources(), calibrated=True, stages={"one": rows})
     assert reasons["one"] == "stages of 4 + 2 layers are not the 6 layers on 1 stages"

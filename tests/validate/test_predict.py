@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from mist.model.summary import LayerRun
-from mist.plans.plan import Layout, Offload, StagePlan
+from mist.plans.memory_levels import memory_of
+from mist.plans.plan import DEFAULT_SCHEDULE, Layout
 from mist.plans.schedules import step_time
+from mist.plans.uniform_stages import uniform_layout
 from mist.plans.workload import MemoryLevel, Precision
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
 from mist.validate.predict import Case, RunProfiles, predict
-from mist.validate.run_layouts import RunLayout
 from tests.toys import toy_graph, toy_job, toy_platform
 
 LAYOUTS = [(1, 1, 0, 1, 8), (2, 2, 1, 2, 4), (4, 1, 3, 1, 2), (2, 4, 2, 4, 8), (8, 1, 1, 2, 16)]
@@ -34,43 +35,20 @@ def machine() -> RunProfiles:
     )
 
 
-def layout(pp: int, tp: int, zero: int, b: int, g: int, *, selective: bool = False) -> RunLayout:
-    layers = (8 // pp,) * pp
-    return RunLayout(
-        dp=16 // (pp * tp),
-        tp=tp,
-        zero=zero,
-        micro_batch=b,
+def layout(
+    pp: int, tp: int, zero: int, b: int, g: int, *, memory: dict[MemoryLevel, int] | None = None
+) -> Layout:
+    """Eight layers on 16 GPUs, half of them recomputed if nothing else is said."""
+    num_layers = 8 // pp
+    levels = memory or memory_of(num_layers, MemoryLevel.NONE, num_layers // 2)
+    return uniform_layout(
+        {"dp": 16 // (pp * tp), "tp": tp, "zero": zero, "micro_batch": b},
+        chunk_layers=(num_layers,) * pp,
+        memory=(levels,) * pp,
         num_micro_batches=g,
-        chunks=1,
-        layers=layers,
-        num_full=tuple(n // 2 for n in layers),
-        selective=selective,
+        schedule=DEFAULT_SCHEDULE,
+        shards_sequence=True,
     )
-
-
-def stages(of: RunLayout) -> list[StagePlan]:
-    ranks = of.dp * of.tp
-    return [
-        StagePlan(
-            layers=((sum(of.layers[:i]), count),),
-            devices=(i * ranks, ranks),
-            dp=of.dp,
-            tp=of.tp,
-            sp=of.tp > 1,
-            cp=1,
-            ep=1,
-            micro_batch=of.micro_batch,
-            zero=of.zero,
-            head="none",
-            memory={
-                MemoryLevel.NONE: count - of.num_full[i],
-                MemoryLevel.FULL: of.num_full[i],
-            },
-            offload=Offload(),
-        )
-        for i, count in enumerate(of.layers)
-    ]
 
 
 def test_runs_are_predicted_as_plans_are() -> None:
@@ -80,9 +58,10 @@ def test_runs_are_predicted_as_plans_are() -> None:
     seq = toy_job(graph, 16).workload.seq_len
     made = predict(programs, machine(), [Case(layout=x, seq_len=seq, num_gpus=16) for x in layouts])
     for one, each in zip(made, layouts, strict=True):
-        batch = each.dp * each.micro_batch * each.num_micro_batches
+        stage = each.stages[0]
+        batch = stage.dp * stage.micro_batch * each.num_micro_batches
         job = toy_job(graph, 16, global_batch=batch)
-        alone = estimate(job, Layout(stages=stages(each), num_micro_batches=each.num_micro_batches))
+        alone = estimate(job, each)
         assert one.step_s == pytest.approx(alone.step_s, rel=1e-5)
         peaks = [stage.peak_bytes for stage in alone.stages]
         assert one.reserved_bytes == pytest.approx(max(peaks), abs=1)
@@ -97,11 +76,13 @@ def test_selective_lies_between_kept_and_recomputed() -> None:
     half = replace(runtime, selective=Selective(kept_ratio=ratio, recomputed_ratio=ratio))
     programs = compile_model(graph, half, Precision.BF16)
     here = replace(machine(), runtime=half)
-    kept = replace(layout(1, 1, 0, 1, 4), num_full=(0,))
-    full = replace(kept, num_full=(8,))
     cases = [
-        Case(layout=each, seq_len=1024, num_gpus=16)
-        for each in (kept, replace(kept, selective=True), full)
+        Case(
+            layout=layout(1, 1, 0, 1, 4, memory=memory_of(8, level)),
+            seq_len=1024,
+            num_gpus=16,
+        )
+        for level in MemoryLevel
     ]
     a, b, c = predict(programs, here, cases)
     assert b.step_s == pytest.approx((a.step_s + c.step_s) / 2, rel=1e-6)

@@ -7,9 +7,10 @@ taken so far leaves room for it. In the backward pass the tensors of one layer a
 layer behind it runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -44,25 +45,34 @@ SAVED_OPS: Final = frozenset(
 
 def apply_memory_level(layer: nn.Module, level: MemoryLevel) -> None:
     """Checkpoint a layer as its level says, in place; the names of parameters stay."""
-    if level is MemoryLevel.NONE:
-        return
-    # The non-reentrant form works with saved-tensor hooks and stops running forward again at the
-    # last tensor that the backward pass needs.
-    options: dict[str, Any] = {"use_reentrant": False}
-    if level is MemoryLevel.SELECTIVE:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    # The forward is replaced, not the module: a wrapper would change the names of parameters.
-    layer.forward = partial(_checkpointed, layer.forward, options)
+    options = CHECKPOINT_OPTIONS[level]
+    if options is not None:
+        # The forward is replaced, not the module: a wrapper would change the names of parameters.
+        layer.forward = partial(_checkpointed, layer.forward, options)
 
 
 def _checkpointed(
-    forward: Callable[..., object], options: dict[str, Any], *args: object, **kwargs: object
+    forward: Callable[..., object], options: Mapping[str, Any], *args: object, **kwargs: object
 ) -> object:
-    return checkpoint(partial(forward, **kwargs), *args, **options)
+    # The non-reentrant form works with saved-tensor hooks and stops running forward again at the
+    # last tensor that the backward pass needs.
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, **options)
 
 
 def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINT_OPTIONS: Final[Mapping[MemoryLevel, Mapping[str, Any] | None]] = MappingProxyType(
+    {
+        MemoryLevel.NONE: None,
+        MemoryLevel.SELECTIVE: {
+            "context_fn": partial(create_selective_checkpoint_contexts, _policy)
+        },
+        MemoryLevel.FULL: {},
+    }
+)
+"""What each level asks of torch's checkpointing; None: nothing runs again."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -30,6 +30,7 @@ from mist.exec.build.rank_grid import RankGrid, Span, transfers
 from mist.exec.build.step_clock import StepClock
 from mist.exec.build.torch_versions import known_by_older_names, param_groups
 from mist.plans.plan import Plan
+from mist.plans.schedules import SCHEDULES
 from mist.plans.workload import ScheduleKind
 
 SINGLE: Final = {
@@ -136,7 +137,7 @@ class Stage(PipelineStage):
         self._clock = shell.clock
         self._flows = shell.flows
         self._zero = plan.stages[place.stage].zero
-        self._split = plan.schedule.kind is ScheduleKind.ZERO_BUBBLE
+        self._split = SCHEDULES[plan.schedule.kind].splits_backward
         self._sends_itself = plan.schedule.kind is not ScheduleKind.ONE_F_ONE_B
         self._leaving: dict[int, list[dist.Work]] = {}
         self._like = activation

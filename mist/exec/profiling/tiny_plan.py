@@ -4,19 +4,19 @@ from typing import Final, Literal
 
 import torch.distributed as dist
 
+from mist.plans.memory_levels import KEEPS_ALL
 from mist.plans.plan import (
     DEFAULT_SCHEDULE,
     ClusterRef,
     Estimate,
     ModelRef,
-    Offload,
     Plan,
     Provenance,
     StageEstimate,
-    StagePlan,
     Uncertainty,
 )
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
+from mist.plans.uniform_stages import stage_at
+from mist.plans.workload import Attention, Optimizer, Precision, Workload
 
 SAMPLES: Final = 2  # of a rank's micro-batch
 SEQ_LEN: Final = 16
@@ -47,26 +47,18 @@ NOT_PREDICTED: Final = Estimate(
 def tiny_plan(num_layers: int, num_micro_batches: int, axis: Literal["dp", "tp"]) -> Plan:
     """One stage on all ranks, ZeRO-1 in fp32; the axis takes them all."""
     world = dist.get_world_size()
-    dp, tp = (world, 1) if axis == "dp" else (1, world)
-    stage = StagePlan(
+    stage = stage_at(
+        {axis: world, "micro_batch": SAMPLES, "zero": 1},
         layers=((0, num_layers),),
-        devices=(0, world),
-        dp=dp,
-        tp=tp,
-        sp=tp > 1,
-        cp=1,
-        ep=1,
-        micro_batch=SAMPLES,
-        zero=1,
-        head="none",
-        memory={MemoryLevel.NONE: num_layers},
-        offload=Offload(),
+        first_device=0,
+        memory={KEEPS_ALL: num_layers},
+        shards_sequence=True,
     )
     return Plan(
         model=ModelRef(source="object:tiny", name="tiny", params=1, fingerprint="tiny"),
         workload=Workload(
             seq_len=SEQ_LEN,
-            global_batch=SAMPLES * dp * num_micro_batches,
+            global_batch=SAMPLES * stage.dp * num_micro_batches,
             precision=Precision.FP32,
             optimizer=Optimizer.ADAMW,
             attention=Attention.FLASH,

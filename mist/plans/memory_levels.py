@@ -1,0 +1,63 @@
+"""What each memory level is: one row each, which rules, search, runtimes and tables loop over.
+
+What a level costs is in `mist.symbolic.level_cost`; what training does at it, in
+`mist.exec.build.activations`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+from mist.plans.workload import MemoryLevel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelRow:
+    """What a memory level is.
+
+    Args:
+        repeats: what of a layer's forward pass the backward pass runs again.
+        meaning: the field of a runtime that says what the level is there, null where the runtime
+            has none; None: the level is the same everywhere.
+        may_offload: whether activations of its layers may live in host memory.
+        may_split: whether its layers run backward in two parts (`ScheduleRow.splits_backward`).
+    """
+
+    repeats: Literal["nothing", "part", "all"]
+    meaning: str | None = None
+    may_offload: bool = True
+    may_split: bool = False
+
+
+LEVELS: Final = MappingProxyType(
+    {
+        MemoryLevel.NONE: LevelRow(repeats="nothing", may_split=True),
+        # What its layers keep is kept by torch's checkpointing, which hooks of saved tensors do
+        # not see.
+        MemoryLevel.SELECTIVE: LevelRow(repeats="part", meaning="selective", may_offload=False),
+        MemoryLevel.FULL: LevelRow(repeats="all"),
+    }
+)
+"""What is known of each level, from the one that keeps most to the one that keeps least."""
+
+
+def levels_that(
+    has: Callable[[LevelRow], bool], among: Iterable[MemoryLevel] = MemoryLevel
+) -> tuple[MemoryLevel, ...]:
+    """The memory levels with a property."""
+    return tuple(level for level in among if has(LEVELS[level]))
+
+
+(KEEPS_ALL,) = levels_that(lambda row: row.repeats == "nothing")
+(REPEATS_ALL,) = levels_that(lambda row: row.repeats == "all")
+"""The two ends of the table."""
+
+
+def memory_of(num_layers: int, level: MemoryLevel, num_repeated: int = 0) -> dict[MemoryLevel, int]:
+    """Layers of a stage at each level: `num_repeated`, if it has as many, run again whole."""
+    repeated = min(num_repeated, num_layers)
+    counts = dict.fromkeys(MemoryLevel, 0)
+    counts[level] += num_layers - repeated
+    counts[REPEATS_ALL] += repeated
+    return counts
