@@ -318,13 +318,12 @@ def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
         yield NO_LAYERS
     if size is not None and size % 8:
         yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
-    if len(set(run.order)) < len(run.order):
-        yield SHARED
-    elif not run.sequential:
-        yield OUT_OF_LINE
-    if any(op.name == "aten._flash_attention_forward" for op in ops):
+    if not run.sequential:
+        yield SHARED if len(set(run.order)) < len(run.order) else OUT_OF_LINE
+    names = {op.name for op in ops}
+    if "aten._flash_attention_forward" in names:
         yield WINDOWED
-    if run.experts or any(op.name == "aten._grouped_mm" for op in ops):
+    if run.experts or "aten._grouped_mm" in names:
         yield ROUTED
     if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):
         yield ONE_SIZE

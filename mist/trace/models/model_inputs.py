@@ -54,23 +54,25 @@ def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
         return _images(module, module.config, batch)
     ids = torch.empty(batch, seq, dtype=torch.int64)
     if not hasattr(module, "loss_function"):
-        target = next((name for name in TARGETS if name in asked), None)
-        first = next(iter(asked), None)
-        return ids if target in (None, first) else {first: ids, target: ids}
+        return _by_hand(asked, ids)
     if main_input(module) == SOUND:
         return {SOUND: _sound(module.config, batch), LABELS: ids}
     inputs: Batch = {TOKENS: ids}
     if "return_loss" in asked:  # pairs of a text and an image
         config: Any = module.config
-        text = config.text_config
-        longest = min(seq, text.max_position_embeddings) if isinstance(seq, int) else seq
-        inputs[TOKENS] = torch.empty(batch, longest, dtype=torch.int64)
-        pixels: Any = _images(module, config.vision_config, batch)
-        return inputs | {IMAGES: pixels[IMAGES], "return_loss": True}
+        pixels = _images(module, config.vision_config, batch)[IMAGES]
+        return inputs | {IMAGES: pixels, "return_loss": True}
     if "decoder_input_ids" in asked:
         inputs["decoder_input_ids"] = ids
     labels = _labels(module, asked, ids)
     return inputs | labels if labels or len(inputs) > 1 else ids
+
+
+def _by_hand(asked: Mapping[str, inspect.Parameter], ids: torch.Tensor) -> object:
+    """Of a model that is none of Hugging Face: its ids, and the targets that it asks for."""
+    target = next((name for name in TARGETS if name in asked), None)
+    first = next(iter(asked), None)
+    return ids if target in (None, first) else {first: ids, target: ids}
 
 
 def _labels(module: nn.Module, asked: Mapping[str, inspect.Parameter], ids: torch.Tensor) -> Batch:
