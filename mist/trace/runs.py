@@ -310,6 +310,14 @@ def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
     return [*ops, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)]
 
 
+def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:
+    """What operations take for granted."""
+    if "aten._flash_attention_forward" in names:
+        yield WINDOWED
+    if run.experts or "aten._grouped_mm" in names:
+        yield ROUTED
+
+
 def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
     """What a reader of the costs should know."""
     ops = list(_ops(run))
@@ -320,10 +328,6 @@ def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
         yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
     if not run.sequential:
         yield SHARED if len(set(run.order)) < len(run.order) else OUT_OF_LINE
-    names = {op.name for op in ops}
-    if "aten._flash_attention_forward" in names:
-        yield WINDOWED
-    if run.experts or "aten._grouped_mm" in names:
-        yield ROUTED
+    yield from _notes_of_operations({op.name for op in ops}, run)
     if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):
         yield ONE_SIZE
