@@ -85,7 +85,10 @@ def _class_of(
     from transformers.models.auto import modeling_auto
 
     named = getattr(config, "architectures", None) or []
-    mappings = (getattr(modeling_auto, head) for head in (ANY_HEADS if named else HEADS))
+    # A class that comes with the weights (auto_map) is another name for one of its type's; one that
+    # nobody has is a mistake.
+    candidates = HEADS if not named else ANY_HEADS if getattr(config, "auto_map", None) else ()
+    mappings = (getattr(modeling_auto, head) for head in candidates)
     fitting = (mapping.get(config.model_type) for mapping in mappings)
     heads = (head[0] if isinstance(head, tuple) else head for head in fitting)
     for name in (*named, *heads):
