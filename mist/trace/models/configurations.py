@@ -1,5 +1,6 @@
 """From the fields of a Hugging Face configuration to a model on the meta device."""
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -82,15 +83,9 @@ def _class_of(
 ) -> "tuple[type[PreTrainedModel], tuple[str, ...]]":
     """The class that the configuration names, else the first head that its type can have."""
     import transformers
-    from transformers.models.auto import modeling_auto
 
     named = getattr(config, "architectures", None) or []
-    # A class that comes with the weights (auto_map) is another name for one of its type's; one that
-    # nobody has is a mistake.
-    candidates = HEADS if not named else ANY_HEADS if getattr(config, "auto_map", None) else ()
-    mappings = (getattr(modeling_auto, head) for head in candidates)
-    fitting = (mapping.get(config.model_type) for mapping in mappings)
-    heads = (head[0] if isinstance(head, tuple) else head for head in fitting)
+    heads = _heads(config, named)
     for name in (*named, *heads):
         model_class: type[PreTrainedModel] | None = getattr(transformers, name or "", None)
         if model_class is not None:
@@ -101,3 +96,14 @@ def _class_of(
         f"{label}: transformers has no {wanted} for model_type {config.model_type!r}. Name one of "
         "its classes in `architectures`, or give a Python file with build_model()."
     )
+
+
+def _heads(config: "PreTrainedConfig", named: Sequence[str]) -> Iterator[str | None]:
+    """The classes of a model's type, by what they are for, where none is named."""
+    from transformers.models.auto import modeling_auto
+
+    # A class that comes with the weights (auto_map) is another name for one of its type's; one that
+    # nobody has is a mistake.
+    candidates = HEADS if not named else ANY_HEADS if getattr(config, "auto_map", None) else ()
+    fitting = (getattr(modeling_auto, head).get(config.model_type) for head in candidates)
+    return (head[0] if isinstance(head, tuple) else head for head in fitting)
