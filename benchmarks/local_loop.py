@@ -35,6 +35,7 @@ from mist.validate.scores import kendall
 from mist.workflow.applying import apply_plan
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.machine_profile import profile
+from mist.workflow.plan_model import TRUSTED
 from mist.workflow.request import Question
 
 SEQ_LEN = 256
@@ -143,7 +144,7 @@ def train(path: Path, number: int, steps: int) -> tuple[LoggedRun, float]:
     wait_for_quiet()
     log, before = path.with_suffix(f".{number}.json"), Busy.now()
     options = RunOptions(plan=str(path), steps=steps, log=str(log))
-    apply_plan(path, options, lambda message: None)
+    apply_plan(path, options, lambda message: None, TRUSTED)
     return read_log(log), Busy.now().since(before).others_ratio
 
 

@@ -12,9 +12,24 @@
 A message says what was asked, what was found, which rule failed and what to try.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Final
+
+CONTROLS: Final = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(line: str) -> str:
+    """A line with control characters as their escapes, as in Python: names come from files.
+
+    Terminals obey some of them, and marks of direction show a name as another one. Surrogates
+    cannot be written at all.
+    """
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 class MistError(Exception):

@@ -1,12 +1,27 @@
-"""Files that appear whole or not at all, and digests of what they depend on."""
+"""Files that appear whole or not at all, entries of the cache, and digests.
+
+A cache entry is a JSON file that says the digest of its own content. It is read where the folder
+and the file are this user's and nobody else may write into them: whoever writes an entry decides
+what a plan says. A damaged entry counts as missing.
+"""
 
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO, Final
 
 from mist.errors import OutputError
+
+PRIVATE: Final = 0o700
+ENTRY: Final = re.compile(r'{"sha256":"([0-9a-f]{64})","entry":(.*)}', re.DOTALL)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -15,21 +30,80 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one in the same folder. Raises OutputError."""
-    name = None
+    """Write a file through a temporary one in the same folder. Raises OutputError.
+
+    A link is followed, a file that exists keeps its mode, a new one gets that of the umask.
+    """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with _whole(Path(os.path.realpath(path))) as file:
             file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
     except OSError as error:
         raise OutputError(
             f"Cannot write {path}: {error.strerror}. Choose another place."
         ) from error
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` at the end; never that of a device."""
+    mode = path.stat().st_mode if path.exists() else None
+    if mode is not None and not stat.S_ISREG(mode):
+        with path.open("wb") as device:
+            yield device
+        return
+    # Names of files have at most 255 bytes; opened this way, the umask holds.
+    name = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}")
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if mode is not None:
+                os.fchmod(handle, stat.S_IMODE(mode))
+            yield file
+        name.replace(path)
     finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
+
+
+def write_entry(path: Path, text: str) -> None:
+    """Keep a cache entry (JSON) in a folder of this user's; a fault of the disk is no fault."""
+    with suppress(OSError, OutputError):
+        path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        if _trusted(path.parent):
+            write_text(path, f'{{"sha256":"{_sha256(text)}","entry":{text}}}')
+
+
+def read_entry(path: Path) -> str | None:
+    """The text of a cache entry; None where there is none that is whole and this user's."""
+    try:
+        if not _trusted(path.parent) or path.stat().st_uid != os.geteuid():
+            return None
+        found = ENTRY.fullmatch(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[2] if found and found[1] == _sha256(found[2]) else None
+
+
+def _trusted(folder: Path) -> bool:
+    """Whether only this user writes entries there; if not, one line says so. Raises OSError."""
+    found = folder.stat()
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+    if found.st_uid == os.geteuid() and not others:
+        return True
+    reason = "others may write there" if found.st_uid == os.geteuid() else "it is another user's"
+    _say_once(
+        f"mist: the cache {folder} is not used: {reason}. Set XDG_CACHE_HOME to a folder of your "
+        "own.\n"
+    )
+    return False
+
+
+@cache
+def _say_once(line: str) -> None:
+    sys.stderr.write(line)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(*texts: str) -> str:

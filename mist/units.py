@@ -39,6 +39,33 @@ def parse_bytes(text: str) -> int:
     return whole_bytes(float(match[1]) * unit)
 
 
+RATE_UNITS: Final[Mapping[str, Mapping[str, float]]] = MappingProxyType(
+    {
+        "B/s": MappingProxyType(
+            {"GB/s": GB, "TB/s": TB, "GiB/s": GIB, "Gb/s": GB / 8, "Gbit/s": GB / 8}
+        ),
+        "FLOP/s": MappingProxyType({"TFLOP/s": TFLOP}),
+        "s": MappingProxyType({"s": 1.0, "ms": MILLISECOND, "us": MICROSECOND}),
+    }
+)
+"""Units that a figure may be given in, by the unit of its key; Gb/s is gigabits, GB/s gigabytes."""
+
+
+def parse_number(text: str, unit: str) -> float:
+    """A number in `unit`, from text without a unit or with one of the same kind: "100Gb/s".
+
+    Raises ValueError, with what is wrong and what to try, for anything else.
+    """
+    match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(\S*)\s*", text, re.I)
+    known = RATE_UNITS.get(unit, {})
+    if match is None or not (match[2] in ("", unit) or match[2] in known or unit == "B"):
+        with_units = f", in {unit} or with {', '.join(known) or unit}" if unit else ""
+        raise ValueError(f"expected a number{with_units}.")
+    if unit == "B" and match[2] not in ("", unit):
+        return float(parse_bytes(text))
+    return float(match[1]) * known.get(match[2], 1.0)
+
+
 def whole_bytes(num_bytes: float) -> int:
     """A size of memory as a whole number of bytes. Raises ValueError for one that cannot be."""
     if not 1 <= num_bytes <= LARGEST_BYTES:

@@ -27,6 +27,8 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"):
         patch.setenv(name, str(home / name.lower()))
     patch.setenv("MPLBACKEND", "Agg")
+    # Ranks and dry runs import nothing from the current folder; tests have programs of their own.
+    patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session")

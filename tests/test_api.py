@@ -15,8 +15,10 @@ from mist.errors import Infeasible, InputError
 from mist.plans.file import dump_plan, save_plan
 from mist.plans.plan import Plan
 from mist.plans.search_space import SearchSpace
+from mist.platform.overrides import HOST_MEMORY
 from mist.units import GIB
 from mist.workflow.checking import Checked
+from tests.platform.samples import other_one
 
 
 def tiny(models: Path) -> nn.Module:
@@ -83,10 +85,11 @@ def test_a_check_judges_layouts_and_plan_files(models: Path, tmp_path: Path) -> 
     assert layout.fits
     assert layout.margin_bytes > 0
     mist.save_plan(layout.plan, tmp_path / "plan.yaml")
-    again = mist.check(tmp_path / "plan.yaml")
+    again = mist.check(tmp_path / "plan.yaml", trust=True)
     assert again.plan == layout.plan
-    assert not mist.check(tmp_path / "plan.yaml", margin=0.99999).fits
-    assert not mist.check(tmp_path / "plan.yaml", host_memory=1000).fits  # the draws alone
+    assert not mist.check(tmp_path / "plan.yaml", margin=0.99999, trust=True).fits
+    little = mist.check(tmp_path / "plan.yaml", host_memory=1000, trust=True)
+    assert not little.fits  # the draws alone
     with pytest.raises(InputError, match=r"^--host-memory 0: expected more than zero"):
         mist.check(models / "tiny.py", gpus=4, host_memory=0)
 
@@ -142,7 +145,11 @@ def cli_code(code: int) -> None:
     [
         ({"precision": "bf8"}, "precision 'bf8' is none of bf16, fp16, fp32."),
         ({"attention": "fast"}, "attention 'fast' is none of flash, math."),
-        ({"gpu": "h10"}, "--gpu h10: no device of that name. Did you mean h100-sxm or h100-pcie?"),
+        (
+            {"gpu": "h10"},
+            "--gpu h10: no device of that name. Did you mean h200 or h100-sxm or h100-pcie? "
+            f"{other_one('device')}",
+        ),
     ],
 )
 def test_choices_that_are_none(models: Path, options: dict[str, str], message: str) -> None:
@@ -228,7 +235,7 @@ def test_opt_6_7b_on_one_consumer_card_of_deepspeed_issue_4571(tmp_path: Path) -
         assert found[2].startswith(words)
         assert least < float(found[1]) < 1.15 * least
     plan = mist.plan("opt-6.7b", host_memory="256GB", **asked)
-    assert plan.cluster.host_memory_bytes == 256 * 10**9
+    assert plan.overrides[HOST_MEMORY] == 256 * 10**9
     path = tmp_path / "opt.yaml"
     save_plan(plan, path)
     assert mist.check(path).fits

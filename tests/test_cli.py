@@ -18,6 +18,8 @@ from mist.cli import plan_commands as planning
 from mist.plans.file import load_plan
 from mist.plans.plan import Offload, Plan, Schedule
 from mist.plans.workload import ScheduleKind
+from mist.platform.overrides import HOST_MEMORY
+from tests.platform.samples import other_one
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--gpus", "4", "--global-batch", "16")
@@ -135,6 +137,24 @@ def planned(mist: Mist, models: Path, *options: object) -> tuple[Run, Plan]:
     return run, load_plan("p.yaml")
 
 
+def test_own_figures_are_kept_by_the_plan_and_used_again(mist: Mist, models: Path) -> None:
+    own = ("--set", "device.memory_bytes=4GB", "--set", "runtime.memory.margin_ratio=0.2")
+    run = mist("check", models / "tiny.py", *SMALL, *own, "--out", "own.yaml")
+    words = "your own figures: device.memory_bytes 3.7 GiB, runtime.memory.margin_ratio 0.2\n"
+    assert words in run.out
+    assert load_plan("own.yaml").overrides == {
+        "device.memory_bytes": 4e9,
+        "runtime.memory.margin_ratio": 0.2,
+    }
+    # 4 GB less 1 GiB of context, less a fifth; and of 3 GB asked of the same plan.
+    for more, total in (((), 4e9), (("--set", "device.memory_bytes=3GB"), 3e9)):
+        found = json.loads(mist("check", "own.yaml", "--trust", *more, "--json").out)
+        assert found["limit_bytes"] == round((total - 2**30) * 0.8)
+        assert found["overrides"]["device.memory_bytes"] == total
+    planned = json.loads(mist("plan", models / "tiny.py", *SMALL, *own, "--json").out)
+    assert planned["overrides"] == found["overrides"] | {"device.memory_bytes": 4e9}
+
+
 def test_a_space_and_what_narrows_it(mist: Mist, models: Path) -> None:
     """Megatron without interleaving, at most two GPUs by tp and one by pp: only tp2 dp2 is left."""
     options = ("--space", "megatron", "--set", "tp=2", "--max", "pp=1", "--forbid", "interleaved")
@@ -183,7 +203,7 @@ def test_a_schedule_that_is_set_is_planned_and_checked(mist: Mist, models: Path)
         _, plan = planned(mist, models, "--set", "pp=2", "--set", f"schedule={kind}")
         assert plan.schedule.kind is kind
         assert (plan.schedule.vpp > 1) is (kind is ScheduleKind.INTERLEAVED)
-        checked = json.loads(mist("check", "p.yaml", "--json").out)
+        checked = json.loads(mist("check", "p.yaml", "--trust", "--json").out)
         assert checked["step_s"] == plan.estimate.step_s
         assert checked["fits"]
 
@@ -194,19 +214,20 @@ def test_a_model_without_layers_is_one_stage_with_a_note(mist: Mist, models: Pat
     assert run.code == 0, run.err
     assert f"Note: {note}.\n" in run.out
     assert len(load_plan("flat.yaml").stages) == 1
-    assert f"Note: {note}.\n" in mist("check", "flat.yaml").out
-    assert note in json.loads(mist("check", "flat.yaml", "--json").out)["notes"]
+    assert f"Note: {note}.\n" in mist("check", "flat.yaml", "--trust").out
+    assert note in json.loads(mist("check", "flat.yaml", "--trust", "--json").out)["notes"]
 
 
 def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
     layout = ("--tp", 2, "--pp", 2, "--zero", 1, "--micro-batch", 1, "--checkpoint", "full")
-    run = mist("check", models / "tiny.py", *SMALL, *layout, "--out", "mine.yaml")
+    machines = ("--gpu", "h100-sxm", "--cluster", "dgx-h100")
+    run = mist("check", models / "tiny.py", *SMALL, *machines, *layout, "--out", "mine.yaml")
     assert run.code == 0, run.err
     assert run.out.startswith("FITS, with ")
     assert run.err.endswith("wrote mine.yaml\n")
     plan = load_plan("mine.yaml")
     assert [(stage.tp, stage.zero, stage.num_full) for stage in plan.stages] == [(2, 1, 2)] * 2
-    again = mist("check", "mine.yaml")
+    again = mist("check", "mine.yaml", "--trust")
     assert again.code == 0
     # A plan file has no suggestions: its stages may differ.
     assert again.out == "".join(
@@ -216,7 +237,7 @@ def test_check_judges_a_layout_and_writes_it(mist: Mist, models: Path) -> None:
 
 def test_the_json_of_a_check(mist: Mist, models: Path) -> None:
     mist("plan", models / "tiny.py", *SMALL, "--out", "p.yaml")
-    run = mist("check", "p.yaml", "--json")
+    run = mist("check", "p.yaml", "--trust", "--json")
     found = json.loads(run.out)
     assert found["fits"] is True
     assert {"margin_bytes", "step_s", "stages"} <= {*found}
@@ -248,7 +269,7 @@ def test_check_judges_chunks_and_offloads_and_the_file_keeps_them(mist: Mist, mo
     assert plan.schedule == Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
     assert [stage.layers for stage in plan.stages] == [((0, 1), (2, 1)), ((1, 1), (3, 1))]
     assert {s.offload for s in plan.stages} == {Offload(optimizer=0.5, activations=1.0)}
-    mist("check", "mine.yaml", "--out", "again.yaml")
+    mist("check", "mine.yaml", "--trust", "--out", "again.yaml")
     assert load_plan("again.yaml") == plan
 
 
@@ -257,7 +278,7 @@ def test_check_judges_a_stated_split_and_the_file_keeps_it(mist: Mist, models: P
     run = mist("check", models / "tiny.py", *SMALL, *split)
     assert run.code == 0, run.err
     assert [stage.layers for stage in load_plan("mine.yaml").stages] == [((0, 1),), ((1, 3),)]
-    assert mist("check", "mine.yaml").code == 0
+    assert mist("check", "mine.yaml", "--trust").code == 0
     run = mist("check", models / "tiny.py", *SMALL, "--pp", 2, "--layers", "two,2")
     assert run.code == 2
     assert run.message == (
@@ -358,15 +379,15 @@ def test_a_plan_keeps_the_host_memory_it_was_made_for(mist: Mist, models: Path) 
     """`check PLAN` judges by it, unless told another; a plan for the cluster's own has no key."""
     layout = (models / "tiny.py", *SMALL, "--offload", "optimizer=1")
     assert mist("check", *layout, "--host-memory", "0.02GB", "--out", "given.yaml").code == 0
-    assert load_plan("given.yaml").cluster.host_memory_bytes == 20_000_000
-    run = mist("check", "given.yaml", "--json")
+    assert load_plan("given.yaml").overrides[HOST_MEMORY] == 20_000_000
+    run = mist("check", "given.yaml", "--trust", "--json")
     assert run.code == 0
     assert json.loads(run.out)["host_memory"]["memory_bytes"] == 20_000_000
-    less = mist("check", "given.yaml", "--host-memory", "0.001GB", "--out", "less.yaml")
+    less = mist("check", "given.yaml", "--trust", "--host-memory", "0.001GB", "--out", "less.yaml")
     assert less.code == 3
     assert less.out.startswith("DOES NOT FIT in host memory: needs 10.9 MiB per node")
-    assert load_plan("less.yaml").cluster.host_memory_bytes == 1_000_000
-    assert mist("check", "less.yaml").code == 3
+    assert load_plan("less.yaml").overrides[HOST_MEMORY] == 1_000_000
+    assert mist("check", "less.yaml", "--trust").code == 3
     mist("check", *layout, "--out", "plain.yaml")
     assert "host_memory" not in Path("plain.yaml").read_text()
 
@@ -530,17 +551,20 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "unknown GPU",
         ("plan", "{models}/tiny.py", *SMALL, "--gpu", "h10"),
-        "--gpu h10: no device of that name. Did you mean h100-sxm or h100-pcie?",
+        "--gpu h10: no device of that name. Did you mean h200 or h100-sxm or h100-pcie? "
+        f"{other_one('device')}",
     ),
     (
         "unknown cluster",
         ("plan", "{models}/tiny.py", *SMALL, "--cluster", "dgx-h10"),
-        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100?",
+        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
+        f"hgx-h100-ib? {other_one('cluster')}",
     ),
     (
         "unknown runtime",
         ("plan", "{models}/tiny.py", *SMALL, "--runtime", "troch"),
-        "--runtime troch: no runtime of that name. Did you mean torch or torchtune or torchtitan?",
+        "--runtime troch: no runtime of that name. Did you mean torch or torchtune or torchtitan? "
+        f"{other_one('runtime')}",
     ),
     (
         "no GPUs",
@@ -604,8 +628,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
-        "number, checkpoint=none, selective, full, or schedule=gpipe, 1f1b, interleaved, "
-        "zero-bubble.",
+        "number, checkpoint=none, selective, full, schedule=gpipe, 1f1b, interleaved, "
+        "zero-bubble, or a figure of a profile (cluster.host_memory_bytes=64GB).",
     ),
     (
         "a knob set twice",
@@ -791,7 +815,7 @@ def test_a_broken_plan_file_tells_all_faults(mist: Mist, models: Path, tmp_path:
     text = (tmp_path / "p.yaml").read_text()
     text = text.replace("mist.plan/1", "mist.plan/2").replace("weights: 0.0", "weights: 1.5")
     (tmp_path / "p.yaml").write_text(f"{text}colour: red\n")
-    run = mist("check", "p.yaml")
+    run = mist("check", "p.yaml", "--trust")
     assert (run.code, run.out) == (2, "")
     assert run.message == (
         "p.yaml has 3 faults:\n"
@@ -806,7 +830,7 @@ def test_a_plan_for_another_model(mist: Mist, models: Path, tmp_path: Path) -> N
     model.write_text((models / "tiny.py").read_text())
     mist("plan", "mine.py", *SMALL, "--out", "p.yaml")
     model.write_text(model.read_text().replace("1000", "2000"))
-    run = mist("check", "p.yaml")
+    run = mist("check", "p.yaml", "--trust")
     params = 4 * (4 * 64 * 64 + 2 * 64 * 256 + 256 + 64 + 128) + 2 * 1000 * 64
     assert run.code == 2
     assert run.message == (
@@ -917,7 +941,7 @@ def test_the_checkout_plans_and_a_check_needs_no_torch(
     assert out.startswith("tiny: ")
     code = (
         "import sys\n"
-        "sys.argv = ['mist', 'check', 'tiny-4xh100-sxm.yaml']\n"
+        "sys.argv = ['mist', 'check', 'tiny-4xh100-sxm.yaml', '--trust']\n"
         "from mist.cli import main\n"
         "try:\n    main()\n"
         "finally:\n    print(sorted({'torch', 'transformers', 'pulp'} & {*sys.modules}))\n"

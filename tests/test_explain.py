@@ -146,7 +146,9 @@ def test_a_stage_that_does_not_fit_in_words() -> None:
         stage_estimate(peak_gib=48),
         memory_parts_bytes={"activations": 18 * GIB, "states": 30 * GIB, "buffers": 0},
     )
+    stage = replace(stage, usable_bytes=40 * GIB)
     assert overflow(1, stage, "a100-sxm-40", 38 * GIB) == (
         "stage 1 needs 48.0 GiB of the 38.0 GiB that a plan may use on a100-sxm-40 "
-        "(states 30.0 GiB, activations 18.0 GiB)"
+        "(states 30.0 GiB, activations 18.0 GiB); the card itself is exceeded: it has "
+        "40.0 GiB usable, 8.0 GiB too few"
     )

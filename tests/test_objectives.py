@@ -23,6 +23,7 @@ from mist.workflow.cluster_choice import Rented, offer_of, rent
 from mist.workflow.gpu_counts import counts_of
 from mist.workflow.planning import Effort, Planned, make_plan
 from mist.workflow.request import Question
+from tests.platform.samples import other_one
 from tests.sample_plans import estimate_of, stage_estimate
 from tests.test_tune import SCHEDULES, options_of, shares_ends
 from tests.toys import toy_graph, toy_job
@@ -271,7 +272,8 @@ REFUSED = [
     ),
     (
         {"clusters": "dgx-h100,dgx-h10"},
-        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100?",
+        "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
+        f"hgx-h100-ib? {other_one('cluster')}",
     ),
     ({"clusters": "dgx-h100,dgx-h100"}, "--cluster dgx-h100,dgx-h100: a cluster is named twice."),
     (

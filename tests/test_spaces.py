@@ -232,7 +232,8 @@ def test_restrictions_are_told_in_order() -> None:
 
 EXPECTED_SET = (
     "expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a number, checkpoint=none, "
-    "selective, full, or schedule=gpipe, 1f1b, interleaved, zero-bubble."
+    "selective, full, schedule=gpipe, 1f1b, interleaved, zero-bubble, or a figure of a profile "
+    "(cluster.host_memory_bytes=64GB)."
 )
 EXPECTED_MAX = (
     "expected tp, pp, dp, dp-replicate, micro-batch, vpp with a number, or offload, weights, "

@@ -7,7 +7,7 @@ from mist.cli import plan_commands as planning
 from mist.cli import run_commands as running
 from mist.cli import show_commands as showing
 from mist.cli.common import app
-from mist.errors import MistError
+from mist.errors import MistError, printable
 
 __all__ = ["app", "main", "planning", "running", "showing"]
 
@@ -19,7 +19,8 @@ def main() -> NoReturn:
     try:
         app()
     except MistError as error:
-        print(f"mist: {error}", file=sys.stderr)
+        lines = map(printable, str(error).split("\n"))
+        print("mist: " + "\n".join(lines), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:

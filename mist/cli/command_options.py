@@ -99,6 +99,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Out = Annotated[
     Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a file of another kind at the output's place.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the Python file that PLAN names, wherever it lies.")
+]
+ModelOfPlan = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="The model of PLAN [what PLAN names]."),
+]
 Space = Annotated[
     str, typer.Option("--space", help="What to search: 3d, megatron, deepspeed, ..., mist.")
 ]
@@ -106,7 +116,16 @@ Fixed = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help=f"Fix a knob (tp=2): {', '.join(SEARCHED_KNOBS)}, checkpoint, schedule.",
+        help=f"Fix a knob (tp=2): {', '.join(SEARCHED_KNOBS)}, checkpoint, schedule; or a figure "
+        "of a profile (cluster.host_memory_bytes=64GB).",
+    ),
+]
+Figures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A figure of a profile (cluster.host_memory_bytes=64GB); mist profiles show NAME "
+        "lists them.",
     ),
 ]
 Most = Annotated[

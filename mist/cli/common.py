@@ -1,16 +1,11 @@
-"""What commands share: the application, where output goes, which files may be written."""
+"""What commands share: the application, and where output goes."""
 
 import json
-import os
 import sys
-from pathlib import Path
-from typing import Final
 
 import typer
 
-from mist.errors import OutputError
-
-PLAN_SUFFIXES: Final = (".yaml", ".yml")
+from mist.errors import printable
 
 app = typer.Typer(
     name="mist",
@@ -25,25 +20,9 @@ app = typer.Typer(
 
 def progress(message: str) -> None:
     """One line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def print_json(data: object) -> None:
     """The result of a command with --json."""
     print(json.dumps(data, indent=2))
-
-
-def check_out(out: Path | None) -> None:
-    """Refuse before the work is done, not after it. None: a file in the current folder."""
-    if out is None:
-        if not os.access(".", os.W_OK):
-            raise OutputError("cannot write into the current folder. Choose a file with --out.")
-        return
-    if out.suffix not in PLAN_SUFFIXES:
-        raise OutputError(f"--out {out}: a plan file ends in .yaml.")
-    if not out.parent.exists():
-        raise OutputError(f"--out {out}: the folder {out.parent} does not exist. Create it first.")
-    if not out.parent.is_dir():
-        raise OutputError(f"--out {out}: {out.parent} is not a folder. Choose another file.")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise OutputError(f"--out {out}: cannot write there. Choose another file.")

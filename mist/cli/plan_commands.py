@@ -3,9 +3,9 @@
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,10 @@ from mist.cli.command_options import (
     Checkpoint,
     ClusterName,
     ClusterNames,
+    Figures,
     Fixed,
     Forbid,
+    Force,
     GlobalBatch,
     Gpu,
     Gpus,
@@ -28,6 +30,7 @@ from mist.cli.command_options import (
     LayerSplit,
     Margin,
     Model,
+    ModelOfPlan,
     Most,
     ObjectiveName,
     Offloads,
@@ -43,25 +46,28 @@ from mist.cli.command_options import (
     TimeLimit,
     Tokens,
     Top,
+    Trust,
     Verify,
     with_knobs,
 )
-from mist.cli.common import PLAN_SUFFIXES, app, check_out, print_json, progress
-from mist.errors import InputError
+from mist.cli.common import app, print_json, progress
+from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
+from mist.errors import InputError, OutputError
 from mist.plans.objectives import Objective
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import narrowed, space_of
 from mist.plans.workload import Attention, Precision, Solver
 
 if TYPE_CHECKING:
-    from mist.symbolic.load_programs import Progress
     from mist.workflow.checking import Checked
     from mist.workflow.cluster_choice import Rented
     from mist.workflow.planning import Effort
     from mist.workflow.verifying import Verified
 
 # What `mist check PLAN` may be told.
-OF_ANY_PLAN = {"subject", "margin", "host_memory", "out", "as_json"}
+OF_ANY_PLAN = {
+    "subject", "model", "trust", "force", "margin", "host_memory", "figures", "out", "as_json",
+}  # fmt: skip
 
 
 @app.command()
@@ -90,14 +96,18 @@ def plan(
     top: Top = 5,
     verify: Verify = False,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
+    from mist.platform.overrides import knobs_and_figures
     from mist.workflow.cluster_choice import offer_of, rent
-    from mist.workflow.request import Question, host_memory_of
+    from mist.workflow.request import Question, figures_of
 
-    check_out(out)
+    writing = _Writing(out=out, inputs=(model, *(cluster or "").split(",")), force=force)
+    writing.check()
     offer = offer_of(gpus, cluster, price, tokens)
+    knobs, figures = knobs_and_figures(fixed or ())
     question = Question(
         model=model,
         num_gpus=1,
@@ -108,17 +118,16 @@ def plan(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
-        host_memory_bytes=host_memory_of(host_memory),
+        overrides=figures_of(figures, host_memory),
     )
-    allowed = narrowed(space_of(space), fixed=fixed or (), most=most or (), forbid=forbid or ())
+    allowed = narrowed(space_of(space), fixed=knobs, most=most or (), forbid=forbid or ())
     effort = _effort(objective, solver, top, time_limit)
 
     def search(margin_ratio: float | None) -> "Rented":
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
 
     rented, verified = _searched(search, margin, verify=verify)
-    _write_plan(rented, out)
-    _show_plan(rented, verified, tokens, as_json=as_json)
+    _deliver(rented, writing, partial(_show_plan, rented, verified, tokens, as_json=as_json))
 
 
 def _effort(objective: Objective, solver: Solver, top: int, time_limit: float) -> "Effort":
@@ -165,7 +174,38 @@ def _show_plan(
     return print_plan(planned.plan, planned.limits, planned.host, planned.notes)
 
 
-def _write_plan(rented: "Rented", out: Path | None) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Writing:
+    """Where the plan goes (None: a file in the current folder, named by the plan)."""
+
+    out: Path | None
+    inputs: tuple[str, ...]
+    force: bool
+
+    def check(self) -> None:
+        """Refuse before the work is done, not after it."""
+        if self.out is None:
+            return check_here()
+        return self.check_files(self.out, [self.out.with_suffix(".png")])
+
+    def check_files(self, plan_path: Path, pictures: Iterable[Path]) -> None:
+        """Refuse the plan or a picture where another file lies."""
+        check_output("--out", plan_path, PLAN_FILE, inputs=self.inputs, force=self.force)
+        for path in pictures:
+            check_output("--out", path, PICTURE_FILE, inputs=self.inputs, force=self.force)
+
+
+def _deliver(rented: "Rented", writing: _Writing, show: Callable[[], None]) -> None:
+    """Write the plan and show it; where it cannot be written, the search was not in vain."""
+    try:
+        _write_plan(rented, writing)
+    except OutputError:
+        show()
+        raise
+    show()
+
+
+def _write_plan(rented: "Rented", writing: _Writing) -> None:
     """The plan and its pictures, beside each other."""
     from mist.files import write_bytes
     from mist.plans.file import save_plan
@@ -173,7 +213,7 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
     from mist.report.plot import plot_png
 
     planned, plan = rented.planned, rented.planned.plan
-    path = out or Path(
+    path = writing.out or Path(
         f"{_file_name(plan.model.name)}-{plan.cluster.num_gpus}x{plan.cluster.device}.yaml"
     )
     picture = plot_png(plan, planned.points, planned.limits.device_bytes)
@@ -181,6 +221,7 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
     if len(rented.candidates) > 1:
         curve = curve_png(plan.model.name, rented.candidates, rented.index)
         pictures[path.with_name(f"{path.stem}-candidates.png")] = curve
+    writing.check_files(path, pictures)
     save_plan(plan, path)
     for name, content in pictures.items():
         write_bytes(name, content)
@@ -192,6 +233,7 @@ def _write_plan(rented: "Rented", out: Path | None) -> None:
 def check(
     context: typer.Context,
     subject: Subject,
+    model: ModelOfPlan = None,
     *,
     gpus: GpusOfModel = None,
     checkpoint: Checkpoint = "none",
@@ -207,20 +249,23 @@ def check(
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
     host_memory: HostMemory = None,
+    figures: Figures = None,
     out: Out = None,
+    trust: Trust = False,
+    force: Force = False,
     as_json: Json = False,
     **knobs: int,
 ) -> None:
     """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
     from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
-    from mist.workflow.request import Question, host_memory_of
+    from mist.workflow.request import Question, figures_of
 
+    check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
     if subject.endswith(PLAN_SUFFIXES):
-        _refuse_ignored(context, subject)
-        return _show_check(partial(_of_file, subject, margin, host_memory), out, as_json=as_json)
+        return _show_check(_of_file(context, subject), out, as_json=as_json)
     question = Question(
         model=subject,
-        num_gpus=_given_gpus(subject, gpus),
+        num_gpus=_given_gpus(subject, model, gpus),
         gpu=gpu,
         cluster=cluster,
         runtime=runtime,
@@ -229,7 +274,7 @@ def check(
         precision=precision,
         attention=attention,
         margin_ratio=margin,
-        host_memory_bytes=host_memory_of(host_memory),
+        overrides=figures_of(figures or (), host_memory),
     )
     layout = HandLayout(
         checkpoint=checkpoint,
@@ -241,21 +286,30 @@ def check(
     return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
 
 
-def _given_gpus(subject: str, gpus: int | None) -> int:
+def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
+    """The number of GPUs of a layout of `subject`, behind which no other model may stand."""
+    if model is not None:
+        raise InputError(f"mist check {subject} {model}: a second model. Give one of them.")
     if gpus is None:
         raise InputError(f"mist check {subject}: a model needs --gpus.")
     return gpus
 
 
-def _of_file(
-    path: str, margin: float | None, host_memory: str | None, *, progress: "Progress"
-) -> "Checked":
-    """A plan file, under the margin and on the host memory that it was made for unless told."""
+def _of_file(context: typer.Context, path: str) -> Callable[..., "Checked"]:
+    """What judges a plan file, under the margin and figures that it was made for unless given."""
     from mist.workflow.checking import check_plan
-    from mist.workflow.request import host_memory_of
+    from mist.workflow.plan_model import ModelAccess
+    from mist.workflow.request import figures_of
 
-    host_bytes = host_memory_of(host_memory)
-    return check_plan(path, margin_ratio=margin, host_memory_bytes=host_bytes, progress=progress)
+    _refuse_ignored(context, path)
+    said = context.params
+    return partial(
+        check_plan,
+        path,
+        margin_ratio=said["margin"],
+        overrides=figures_of(said["figures"] or (), said["host_memory"]),
+        access=ModelAccess(model=said["model"], trust=said["trust"]),
+    )
 
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:
@@ -278,8 +332,6 @@ def _show_check(judge: Callable[..., "Checked"], out: Path | None, *, as_json: b
     from mist.plans.file import save_plan
     from mist.report.plan_tables import check_json, print_check
 
-    if out is not None:
-        check_out(out)
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
         checked = judge(progress=progress)
     if out is not None:

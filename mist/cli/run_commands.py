@@ -1,5 +1,6 @@
 """`mist apply`, and what is learnt from runs: `mist calibrate` and `mist validate`."""
 
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -7,31 +8,41 @@ from typing import Annotated
 
 import typer
 
-from mist.cli.command_options import (
-    Json,
+from mist.cli.command_options import Force, Json, ModelOfPlan, Trust
+from mist.cli.common import app, print_json, progress
+from mist.cli.outputs import (
+    CALIBRATION_FILE,
+    LOG_FILE,
+    MACHINE_FILE,
+    PICTURE_FILE,
+    PREDICTIONS_FILE,
+    check_output,
+    made_folder,
 )
-from mist.cli.common import app, check_out, print_json, progress
-from mist.errors import InputError, OutputError
+from mist.errors import InputError
 
 
 @app.command()
 def verify(
     subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    model: ModelOfPlan = None,
     *,
     picture: Annotated[
         Path | None, typer.Option("--timeline", help="Write live bytes over the step (.png).")
     ] = None,
+    trust: Trust = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Dry-run one rank of every stage of PLAN here: real peak, real collectives, no GPU."""
     from mist.files import write_bytes
     from mist.report.verified import print_verified, timeline_png, verified_json
+    from mist.workflow.plan_model import ModelAccess
     from mist.workflow.verifying import UNSEEN, verify_file
 
-    if picture is not None and picture.suffix != ".png":
-        raise OutputError(f"--timeline {picture}: the timeline is written as .png.")
+    check_output("--timeline", picture, PICTURE_FILE, inputs=[subject, model], force=force)
     with redirect_stdout(sys.stderr):
-        found = verify_file(subject, progress)
+        found = verify_file(subject, progress, ModelAccess(model=model, trust=trust))
     if picture is not None:
         write_bytes(picture, timeline_png(found.stages))
         progress(f"wrote {picture}")
@@ -48,6 +59,7 @@ def verify(
 @app.command()
 def apply(
     subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    model: ModelOfPlan = None,
     *,
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps.")] = 10,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and data.")] = 7,
@@ -75,10 +87,16 @@ def apply(
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds until a stuck collective fails.")
     ] = 600.0,
+    trust: Trust = False,
+    force: Force = False,
 ) -> None:
     """Train as PLAN says: on this machine, or as one rank of torchrun."""
     from mist.exec import RunOptions
     from mist.workflow.applying import apply_plan
+    from mist.workflow.plan_model import ModelAccess
+
+    if os.environ.get("RANK", "0") == "0":  # other ranks of torchrun write none
+        check_output("--log", log, LOG_FILE, inputs=[subject, model, data], force=force)
 
     options = RunOptions(
         plan=str(subject),
@@ -95,7 +113,7 @@ def apply(
         timeout_s=timeout,
     )
     with redirect_stdout(sys.stderr):
-        apply_plan(subject, options, progress)
+        apply_plan(subject, options, progress, ModelAccess(model=model, trust=trust))
 
 
 @app.command()
@@ -111,6 +129,7 @@ def profile(
     out: Annotated[Path, typer.Option("--out", help="Profile to write (.yaml).")] = Path(
         "local.yaml"
     ),
+    force: Force = False,
 ) -> None:
     """Measure this machine into a profile: mist plan MODEL --gpus N --cluster ./local.yaml."""
     from mist.exec.profiling import Request, num_gpus
@@ -120,7 +139,7 @@ def profile(
     from mist.workflow.machine_profile import num_places
     from mist.workflow.machine_profile import profile as measure
 
-    check_out(out)
+    check_output("--out", out, MACHINE_FILE, force=force)
     if device == "auto":
         device = "cuda" if num_gpus() else "cpu"
     request = Request(device=device, num_ranks=ranks or num_places(device), seconds=seconds)
@@ -158,6 +177,8 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write what was fitted (.yaml).")
     ] = None,
+    trust: Trust = False,
+    force: Force = False,
 ) -> None:
     """Fit a few constants of the profiles to your own measured runs, for the plans to come."""
     from mist.files import write_text
@@ -165,16 +186,18 @@ def calibrate(
     from mist.platform.profiles import user_folder
     from mist.report.costs import print_calibration
     from mist.workflow.calibrating import calibrate as fit
+    from mist.workflow.plan_model import ModelAccess
 
     if len(files) % 2:
         raise InputError("mist calibrate takes pairs: PLAN LOG [PLAN LOG ...].")
-    if out is not None and out.suffix != ".yaml":
-        raise OutputError(f"--out {out}: a calibration is written as .yaml.")
+    check_output("--out", out, CALIBRATION_FILE, inputs=files, force=force)
+    folder = None if out else made_folder(user_folder() / "calibrations")
+    pairs = list(zip(files[::2], files[1::2], strict=True))
     with redirect_stdout(sys.stderr):
-        found = fit(list(zip(files[::2], files[1::2], strict=True)), progress)
+        found = fit(pairs, progress, ModelAccess(trust=trust))
     name = f"{found.calibration.runtime}-{found.calibration.device}.yaml"
-    path = out or user_folder() / "calibrations" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / name if folder else out
+    assert path is not None
     write_text(path, dump_calibration(found.calibration, "Written by mist calibrate."))
     print_calibration(found.before, found.after, found.errors_before, found.errors_after)
     print(f"wrote {path}" + ("" if out else ": plans for this runtime and GPU use it from now on"))
@@ -193,6 +216,7 @@ def validate(
     uncalibrated: Annotated[
         bool, typer.Option("--uncalibrated", help="Use no number fitted to run times.")
     ] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Predict measured runs, and score the predictions for each source."""
@@ -200,8 +224,7 @@ def validate(
     from mist.report.validation import predictions_csv, print_scores, scores_json
     from mist.workflow.validating import validate as judged
 
-    if out is not None and out.suffix != ".csv":
-        raise OutputError(f"--out {out}: predictions are written as .csv.")
+    check_output("--out", out, PREDICTIONS_FILE, inputs=[runs, stages], force=force)
     with redirect_stdout(sys.stderr):
         found = judged(runs, stages, calibrated=not uncalibrated, progress=progress)
     if out is not None:

@@ -10,12 +10,14 @@ import typer
 
 from mist.cli.command_options import (
     AttentionName,
+    Force,
     Json,
     Model,
     PrecisionName,
 )
 from mist.cli.common import app, print_json, progress
-from mist.errors import InputError, OutputError
+from mist.cli.outputs import GRAPH_FILE, check_output
+from mist.errors import InputError
 from mist.plans.workload import Attention, Precision
 
 if TYPE_CHECKING:
@@ -52,14 +54,14 @@ def trace(
     seq: Annotated[
         int | None, typer.Option("--seq", min=1, help="A sequence length that must be covered.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Show what each distinct block of MODEL costs, as expressions in b, s and t."""
     from mist.report.costs import outside_trace, print_trace, trace_json
     from mist.trace import TraceSetting, load_graph
 
-    if picture is not None and picture.suffix not in (".svg", ".txt"):
-        raise OutputError(f"--graph {picture}: write an .svg or a .txt file.")
+    check_output("--graph", picture, GRAPH_FILE, inputs=[model], force=force)
     if policy not in ("cuda", "cpu"):
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
     point = _point(at)

@@ -52,6 +52,18 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLimits:
+    """What a model says of itself before it is traced: its positions, and the heads it divides.
+
+    `tp_limits`: of those that its trace finds the heads, where the model's own plan divides them.
+    """
+
+    name: str
+    max_seq_len: int | None
+    tp_limits: tuple[TpLimit, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """A model by name, size and shape.
 

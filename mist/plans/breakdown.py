@@ -4,6 +4,7 @@ A step is G micro-batches of the slowest stage, the delta of its first and last 
 that the stage waits for others (bubble and imbalance): these parts sum to the step.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
@@ -100,5 +101,19 @@ def overflow(index: int, stage: StageEstimate, device: str, limit_bytes: float) 
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size > 0)
     return (
         f"stage {index} needs {format_bytes(stage.peak_bytes)} of the {format_bytes(limit_bytes)} "
-        f"that a plan may use on {device} ({largest})"
+        f"that a plan may use on {device} ({largest}); "
+        f"{exceeded_words(stage.peak_bytes, stage.usable_bytes)}"
+    )
+
+
+def exceeded_words(peak_bytes: int, usable_bytes: int) -> str:
+    """Whether a peak beyond the limit of plans exceeds the device itself, or its margin only."""
+    room, usable = usable_bytes - peak_bytes, format_bytes(usable_bytes)
+    if room < 0:
+        return f"the card itself is exceeded: it has {usable} usable, {format_bytes(-room)} too few"
+    # Rounded down, so that the peak is within what the margin leaves.
+    margin_ratio = math.floor(100 * room / usable_bytes) / 100
+    return (
+        f"only the margin is exceeded: the card itself has {usable} usable, "
+        f"{format_bytes(room)} to spare (--margin {margin_ratio:g} admits it)"
     )

@@ -54,8 +54,8 @@ def plain_data(plan: Plan) -> dict[str, object]:
     for stage, planned in zip(data["stages"], plan.stages, strict=True):
         if planned.dp_replicate == 1:
             del stage["dp_replicate"]
-    if plan.cluster.host_memory_bytes is None:
-        del data["cluster"]["host_memory_bytes"]
+    if not plan.overrides:
+        del data["overrides"]
     if plan.model.trainable is None:
         del data["model"]["trainable"]
     return data

@@ -9,7 +9,7 @@ those run backward last, when most else is gone, and the first chunk waits longe
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Final, Literal
 
 from pydantic import Field
@@ -53,14 +53,13 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRef:
-    """Which machines. `host_memory_bytes`: of one node, where the user gave it; else left out."""
+    """Which machines."""
 
     __pydantic_config__ = STRICT
     name: str
     device: str
     num_gpus: PositiveInt
     gpus_per_node: PositiveInt
-    host_memory_bytes: PositiveInt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,7 +276,8 @@ class Provenance:
 class Plan:
     """How to train a model on a cluster. Raises PlanError with every broken invariant.
 
-    `alternatives` fit and are slower; `excluded` are faster and do not fit.
+    `alternatives` fit and are slower; `excluded` are faster and do not fit. `overrides`: figures of
+    the profiles that the user set, by name ("cluster.host_memory_bytes"); left out where none is.
     """
 
     __pydantic_config__ = STRICT
@@ -293,6 +293,7 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     excluded: tuple[Alternative, ...]
     provenance: Provenance
+    overrides: dict[str, Number] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         faults = tuple(plan_faults(asdict(self)))

@@ -215,7 +215,8 @@ def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
         return {"schedules": (ScheduleKind(value),)}
     raise InputError(
         f"--set {word}: expected {', '.join(SEARCHED_KNOBS)} with a number, "
-        f"checkpoint={', '.join(CHECKPOINTS)}, or schedule={', '.join(ScheduleKind)}."
+        f"checkpoint={', '.join(CHECKPOINTS)}, schedule={', '.join(ScheduleKind)}, "
+        "or a figure of a profile (cluster.host_memory_bytes=64GB)."
     )
 
 

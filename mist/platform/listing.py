@@ -18,7 +18,7 @@ from mist.platform.profiles import (
     load_device,
     load_runtime,
 )
-from mist.platform.quantity import Quantity, unit_of_key
+from mist.platform.quantity import Quantity, unit_of_path
 from mist.platform.runtime import Runtime
 
 
@@ -59,14 +59,19 @@ def figure_rows(name: str) -> tuple[FigureRow, ...]:
     """
     for family in Family:
         if name in list_profiles(family):
-            return tuple(_figures(_load(name, family)))
+            return tuple(figures_of(_load(name, family)))
     known = [known for family in Family for known in list_profiles(family)]
     raise PlatformError(f"{name}: no profile of that name. {did_you_mean(name, known)}")
 
 
+def figure_names(profile: Device | Cluster | Runtime) -> tuple[str, ...]:
+    """The paths of every figure of a profile that is one number."""
+    return tuple(row.path for row in figures_of(profile) if row.value is not None)
+
+
 def _row(name: str, family: Family) -> ProfileRow:
     profile = _load(name, family)
-    kinds = [figure.kind for figure in _figures(profile)]
+    kinds = [figure.kind for figure in figures_of(profile)]
     return ProfileRow(
         name=name,
         family=family,
@@ -88,12 +93,15 @@ def _load(name: str, family: Family) -> Device | Cluster | Runtime | Calibration
             return load_calibration(name).profile
 
 
-def _figures(record: object, path: str = "") -> Iterator[FigureRow]:
-    """Depth first through dataclasses, mappings and tuples down to quantities and tables."""
+def figures_of(record: object, path: str = "") -> Iterator[FigureRow]:
+    """The figures of a profile or a part of it at `path`, as they stand in it.
+
+    Depth first through dataclasses, mappings and tuples down to quantities and tables.
+    """
     match record:
         case Quantity(value=value, source=source, kind=kind):
-            key = _unit_key(path)
-            yield FigureRow(path=path, value=value, unit=unit_of_key(key), kind=kind, source=source)
+            unit = unit_of_path(path)
+            yield FigureRow(path=path, value=value, unit=unit, kind=kind, source=source)
         case CollectiveTable(rows=rows, columns=columns, source=source, kind=kind):
             size = f"{len(rows)} x {len(columns) - 1} times"
             yield FigureRow(path=path, value=None, unit=size, kind=kind, source=source)
@@ -105,7 +113,7 @@ def _figures(record: object, path: str = "") -> Iterator[FigureRow]:
             yield FigureRow(path=path, value=None, unit=size, kind=kind, source=source)
         case _:
             for step, item in _items(record):
-                yield from _figures(item, f"{path}{step}" if path else step.removeprefix("."))
+                yield from figures_of(item, f"{path}{step}" if path else step.removeprefix("."))
 
 
 def _items(record: object) -> Iterator[tuple[str, object]]:
@@ -115,10 +123,3 @@ def _items(record: object) -> Iterator[tuple[str, object]]:
         yield from ((f".{key}", value) for key, value in record.items())
     elif isinstance(record, tuple):
         yield from ((f"[{index}]", value) for index, value in enumerate(record))
-
-
-def _unit_key(path: str) -> str:
-    """The key with the unit: the last one that has a unit ("reduce_bytes_per_param.bf16")."""
-    keys = path.split(".")
-    # Of a figure by precision the last key is the precision, the one before has the unit.
-    return next((key for key in reversed(keys) if unit_of_key(key)), keys[-1])

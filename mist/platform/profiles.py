@@ -5,6 +5,7 @@ the files that ship with Mist. All faults of a file are reported at once, each w
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,11 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from mist.errors import Fault, PlatformError, did_you_mean
+from mist.errors import Fault, PlatformError
 from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
 from mist.platform.machine import SCHEMA, Machine
+from mist.platform.profile_names import meant, suggestion
 from mist.platform.quantity import Record
 from mist.platform.runtime import Runtime
 
@@ -88,7 +90,7 @@ def find_machine(cluster: str | None) -> Loaded[Machine] | None:
 
     Raises PlatformError when there is no such file, or it is broken.
     """
-    if cluster is None or not _is_path(cluster):
+    if cluster is None or not is_path(cluster):
         return None
     path = find_profile(cluster, Family.CLUSTER)
     return _read(path, Machine) if is_machine(path) else None
@@ -112,21 +114,41 @@ def list_profiles(family: Family) -> dict[str, Path]:
 
 def find_profile(name: str, family: Family) -> Path:
     """The file of a profile given by name or path. Raises PlatformError when there is none."""
-    if _is_path(name):
+    if is_path(name):
         path = Path(name).expanduser()
         if not path.is_file():
             raise PlatformError(f"{family.option} {name}: no such file.")
         return path
     known = list_profiles(family)
-    if name not in known:
-        # A beginning ("h100") is a likelier wish than a name with few other letters.
-        longer = [other for other in known if other.startswith(name.lower())]
-        hint = did_you_mean(name, longer or known)
-        raise PlatformError(f"{family.option} {name}: no {family} of that name. {hint}")
-    return known[name]
+    return known[name] if name in known else known[_meant(name, family, known)]
 
 
-def _is_path(name: str) -> bool:
+def _meant(name: str, family: Family, known: Mapping[str, Path]) -> str:
+    """The profile that a name which is none's stands for. Raises PlatformError."""
+    lines = {other: _what(path) for other, path in known.items()}
+    found = meant(name, lines)
+    if found.single:
+        return found.single
+    if found.names:
+        raise PlatformError(
+            f"{family.option} {name}: more than one {family} is called so. "
+            f"Give {' or '.join(found.names)}."
+        )
+    raise PlatformError(
+        f"{family.option} {name}: no {family} of that name. {suggestion(name, lines)} "
+        f"For another one, change figures of the nearest (--set {family}.FIGURE=VALUE; mist "
+        "profiles show NAME lists them), or add a profile (docs/extending.md)."
+    )
+
+
+def _what(path: Path) -> str:
+    """What a profile is, in a line; of a broken file nothing, since another one is asked for."""
+    match = re.search(rb"^what: (.*)$", path.read_bytes(), re.MULTILINE)
+    return match[1].decode(errors="replace") if match else ""
+
+
+def is_path(name: str) -> bool:
+    """Whether it names a file, not a profile."""
     return name.endswith((".yaml", ".yml")) or "/" in name
 
 

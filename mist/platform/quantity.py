@@ -55,3 +55,9 @@ _UNITS: Final = (
 def unit_of_key(key: str) -> str:
     """The unit in the end of a key: "hbm_bytes_per_s" -> "B/s"; "" for counts and ratios."""
     return next((unit for ending, unit in _UNITS if f"_{key}".endswith(ending)), "")
+
+
+def unit_of_path(path: str) -> str:
+    """The unit of a figure by its path ("transients.reduce_bytes_per_param.bf16" -> "B/param")."""
+    # Of a figure by precision the last key is the precision, the one before has the unit.
+    return next(filter(None, map(unit_of_key, reversed(path.split(".")))), "")

@@ -1,20 +1,21 @@
 """A platform: the device, cluster and runtime that a plan is for, and how many GPUs of it."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from mist.errors import PlatformError
 from mist.files import digest
-from mist.plans.provenance import Kind
 from mist.platform.calibration import Calibration, Profiles
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
 from mist.platform.machine import Machine
+from mist.platform.overrides import NO_OVERRIDES, Overrides, overridden
 from mist.platform.profiles import (
     Loaded,
     find_calibration,
     find_machine,
+    is_path,
     load_cluster,
     load_device,
     load_runtime,
@@ -29,8 +30,9 @@ DEFAULT_DEVICE = "h100-sxm"
 class Platform:
     """What a plan is made for. `hashes`: "sha256:..." of each profile's file, by profile name.
 
-    `calibration`: what whole runs said of the profiles; it is in them already. `host_memory`: bytes
-    of one node, as the user or else the cluster's profile gives them.
+    `calibration`: what whole runs said of the profiles; it is in them already, as `overrides` are:
+    figures that the user set. `assumed`: sentences on what the user's words did not say, or said
+    otherwise than the profiles.
     """
 
     device: Device
@@ -40,7 +42,8 @@ class Platform:
     num_nodes: int
     hashes: Mapping[str, str]
     calibration: Calibration | None
-    host_memory: Quantity
+    overrides: Overrides = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     @property
     def gpus_per_node(self) -> int:
@@ -68,6 +71,11 @@ class Platform:
             )
         return self.usable_bytes * (1.0 - margin)
 
+    @property
+    def host_memory(self) -> Quantity:
+        """Bytes of host memory of one node."""
+        return self.cluster.host_memory_of(self.device.name)
+
     def planned_host_bytes(self, margin: float) -> float:
         """Bytes of its node's memory that each rank may use: an equal share, less the margin."""
         return self.host_memory.value * (1.0 - margin) / self.gpus_per_node
@@ -93,9 +101,11 @@ class Platform:
 
     @property
     def runtime_hash(self) -> str:
-        """A digest of all that costs are compiled from: the runtime as it is calibrated."""
+        """A digest of all that costs are compiled from: the runtime as it is calibrated and set."""
         names = [self.runtime.name, f"{self.runtime.name}-{self.device.name}"]
-        return "\n".join(self.hashes[name] for name in names if name in self.hashes)
+        words = [self.hashes[name] for name in names if name in self.hashes]
+        own = sorted(item for item in self.overrides.items() if item[0].startswith("runtime."))
+        return "\n".join([*words, *(f"{name}={value!r}" for name, value in own)])
 
     @property
     def memory_uncertainty_ratio(self) -> float:
@@ -113,14 +123,14 @@ def load_platform(
     gpu: str | None,
     cluster: str | None,
     runtime: str,
-    host_memory_bytes: float | None = None,
+    overrides: Overrides = NO_OVERRIDES,
 ) -> Platform:
     """The platform that the options name; what is not given follows from what is.
 
     `cluster` may be the file of a measured machine. No GPU: the cluster's first device. No cluster:
-    the GPU's default one. Neither: h100-sxm on dgx-h100. `host_memory_bytes`: of one node, where
-    the user gives it. Raises PlatformError for an unknown name, a GPU that the cluster does not
-    hold, or a number of GPUs that does not fill nodes.
+    the GPU's default one. Neither: h100-sxm on dgx-h100. `overrides`: figures that
+    the user sets in place of those of the profiles. Raises PlatformError for an unknown name or
+    figure, a GPU that the cluster does not hold, or a number of GPUs that does not fill nodes.
     """
     software = load_runtime(runtime)
     machine = find_machine(cluster)
@@ -128,6 +138,7 @@ def load_platform(
         _named(gpu, cluster, software) if machine is None else _measured(gpu, machine, software)
     )
     hashes[software.profile.name] = software.sha256
+    measured = None if machine is None else machine.profile.device.name
     name = f"{software.profile.name}-{profiles[0].name}"
     calibration = find_calibration(software.profile.name, profiles[0].name)
     if calibration is not None:
@@ -137,6 +148,8 @@ def load_platform(
         hashes[name] = (
             digest(hashes.get(name, ""), calibration.sha256) if machine else calibration.sha256
         )
+    # What the user says of these machines is surer than what whole runs said of others.
+    profiles = overridden(profiles, overrides)
     return Platform(
         device=profiles[0],
         cluster=profiles[1],
@@ -145,15 +158,21 @@ def load_platform(
         num_nodes=count_nodes(num_gpus, profiles[1]),
         hashes=hashes,
         calibration=calibration.profile if calibration else None,
-        host_memory=_host_memory(host_memory_bytes, profiles),
+        overrides=overrides,
+        assumed=tuple(_assumed((measured or gpu, cluster, runtime), profiles)),
     )
 
 
-def _host_memory(asked_bytes: float | None, profiles: Profiles) -> Quantity:
-    """Bytes of host memory of one node."""
-    if asked_bytes is None:
-        return profiles[1].host_memory_of(profiles[0].name)
-    return Quantity(value=asked_bytes, source="--host-memory", kind=Kind.GIVEN)
+def _assumed(asked: tuple[str | None, ...], profiles: Profiles) -> Iterator[str]:
+    """What stands in for options that were left out, or that are written otherwise."""
+    options = ("--gpu", "--cluster", "--runtime")
+    device, cluster, runtime = profiles
+    what = ((each.name, each.what) for each in (device, cluster, runtime))
+    for option, name, (known, line) in zip(options, asked, what, strict=True):
+        if name is None:
+            yield f"{option} is not given: {known} is assumed ({line})"
+        elif not is_path(name) and name != known:
+            yield f"{option} {name} is taken for {known} ({line})"
 
 
 Chosen = tuple[Profiles, dict[str, str]]  # device, cluster and runtime, and hashes of their files

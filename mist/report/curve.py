@@ -1,10 +1,10 @@
 """How many GPUs to rent, as a picture: tokens per second, and dollars per million tokens."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mist.plans.objectives import Candidate
+from mist.report.png_file import png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 def curve_png(model: str, candidates: Sequence[Candidate], index: int) -> bytes:
     """The picture as a PNG file's content; the same candidates give the same bytes."""
-    buffer = io.BytesIO()
-    figure = curve(model, candidates, index)
-    # Matplotlib would write its version into the file: other bytes after every update.
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    return png_of(curve(model, candidates, index))
 
 
 def curve(model: str, candidates: Sequence[Candidate], index: int) -> "Figure":

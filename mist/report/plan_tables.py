@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
-from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, step_parts
+from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, exceeded_words, step_parts
 from mist.plans.file import plain_data
 from mist.plans.host_memory import HostNeed
 from mist.plans.plan import Estimate, Limits, Plan, StagePlan
 from mist.plans.provenance import Kind
+from mist.platform.quantity import unit_of_path
 from mist.report.tables import say, say_note, show
 from mist.units import format_bytes, format_count, format_seconds
 
@@ -42,8 +43,12 @@ def print_check(
     if not host.fits:
         say(f"DOES NOT FIT in host memory: {host.over_words}.")
     say(f"{verdict} {format_bytes(abs(room))} {tail} ({_interval(estimate)})")
-    if room < 0 and peak_bytes <= estimate.stages[0].usable_bytes:
-        say("It stays below what the device reports, but runs that close to it crawl or fail.")
+    if room < 0:
+        usable_bytes = estimate.stages[0].usable_bytes
+        words = f"The peak is {format_bytes(peak_bytes)}"
+        say(f"{words}; {exceeded_words(peak_bytes, usable_bytes)}.")
+        if peak_bytes <= usable_bytes:
+            say("Runs that close to what the device reports crawl or fail.")
     _print_head(plan)
     _print_stages(plan)
     _print_memory(estimate, limits)
@@ -81,6 +86,7 @@ def check_json(
     margin_bytes = limits.device_bytes - max(stage.peak_bytes for stage in estimate.stages)
     return {
         "params": plan.model.params,
+        "overrides": plan.overrides,
         "trainable_params": plan.model.num_trainable,
         "fits": margin_bytes >= 0 and host.fits,
         "margin_bytes": round(margin_bytes),
@@ -131,6 +137,9 @@ def _print_head(plan: Plan) -> None:
         f"sequence {workload.seq_len}, global batch {workload.global_batch}, {workload.precision}, "
         f"{workload.optimizer}, attention {workload.attention}"
     )
+    if plan.overrides:
+        own = (f"{name} {_figure(name, value)}" for name, value in plan.overrides.items())
+        say(f"your own figures: {', '.join(own)}")
     if len(plan.stages) > 1:
         chunks = f", {plan.schedule.vpp} chunks per stage" if plan.schedule.vpp > 1 else ""
         say(f"schedule {plan.schedule.kind}{chunks}")
@@ -144,6 +153,11 @@ def _print_head(plan: Plan) -> None:
     rounding_s = ROUNDING_RATIO * estimate.step_s
     spent = [f"{PART_NAMES[p]} {format_seconds(s)}" for p, s in parts.items() if s > rounding_s]
     say(f"the step: {', '.join(spent)}")
+
+
+def _figure(name: str, value: float) -> str:
+    unit = unit_of_path(name)
+    return format_bytes(value) if unit == "B" else f"{value:g} {unit}".rstrip()
 
 
 def _interval(estimate: Estimate) -> str:

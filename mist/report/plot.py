@@ -1,10 +1,10 @@
 """The Pareto plot: step time against peak memory of the layouts judged, the plan marked."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mist.plans.plan import Plan
+from mist.report.png_file import png_of
 from mist.units import GIB
 
 if TYPE_CHECKING:
@@ -25,10 +25,7 @@ class Judged(Protocol):
 
 def plot_png(plan: Plan, points: Sequence[Judged], limit_bytes: float) -> bytes:
     """The plot as a PNG file's content; the same plan and points give the same bytes."""
-    buffer = io.BytesIO()
-    figure = plot(plan, points, limit_bytes)
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    return png_of(plot(plan, points, limit_bytes))
 
 
 def plot(plan: Plan, points: Sequence[Judged], limit_bytes: float) -> "Figure":

@@ -6,12 +6,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mist.errors import printable
+
 _NARROWEST = 120
 
 
 def say(text: str = "") -> None:
     """A line of plain text, never wrapped or marked up."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    _console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def say_note(text: str) -> None:
@@ -21,12 +23,14 @@ def say_note(text: str) -> None:
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table; columns after the first are right-aligned, the last is left for words."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=printable(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+    )
     for index, name in enumerate(header):
         words = index in (0, len(header) - 1)
         table.add_column(name, justify="left" if words else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     _console().print(table, markup=False, highlight=False)
 
 

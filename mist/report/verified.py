@@ -1,12 +1,12 @@
 """A verified plan: what its program holds and issues beside the prediction."""
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mist.exec.observation import Seen, StageVerified
+from mist.report.png_file import png_of
 from mist.report.tables import say, show
 from mist.units import GIB, format_bytes
 
@@ -119,6 +119,4 @@ def timeline_png(stages: Sequence[StageVerified]) -> bytes:
     axes.axhline(stages[0].usable_bytes / GIB, color="tab:red", label="usable")
     axes.set(xlabel="events of a step: layers forward and backward", ylabel="live bytes [GiB]")
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    return png_of(figure)

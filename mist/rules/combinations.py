@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mist.model.summary import ModelFacts
+from mist.model.summary import ModelFacts, TpLimit
 from mist.plans.schedules import DEFAULT_KIND, kinds_that
 from mist.plans.workload import Workload
 from mist.platform import Platform, Runtime
@@ -182,14 +182,18 @@ def limit_rules(facts: ModelFacts) -> Iterator[Rule]:
             message=f"tp {{tp}}: no tensor-parallel rules are known for {facts.name}; "
             "give the model a `tp_plan`, or use --tp 1.",
         )
-    # `size` is bound as a default, because a closure would see the last limit of the loop.
     for limit in facts.tp_limits or ():
-        yield Rule(
-            name=f"tp-divides-{limit.label}",
-            field="tp",
-            holds=lambda c, size=limit.size: size % c["tp"] == 0,  # type: ignore[misc]
-            message=f"tp {{tp}} does not divide the {limit.size} {limit.label} of {facts.name}.",
-        )
+        yield divides(limit, facts.name)
+
+
+def divides(limit: TpLimit, name: str) -> Rule:
+    """The rule of one size of a model."""
+    return Rule(
+        name=f"tp-divides-{limit.label}",
+        field="tp",
+        holds=lambda c: limit.size % c["tp"] == 0,
+        message=f"tp {{tp}} does not divide the {limit.size} {limit.label} of {name}.",
+    )
 
 
 def _batch_rules(workload: Workload) -> Iterator[Rule]:

@@ -45,11 +45,11 @@ from mist.pareto.strategies import (
 from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
+from mist.progress import is_due
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
 from mist.symbolic.job import Job
-
-Progress = Callable[[str], None]
+from mist.symbolic.load_programs import Progress
 
 COUNTED = ("groups", "groups_pruned", "groups_solved", "groups_left", "stages_evaluated", "points")
 
@@ -161,7 +161,8 @@ def tune(  # noqa: PLR0913 - what is searched, and how
                 left_s = _least_bound(work[done:])
                 break
             _put(work, _visit(search, visit))
-            progress(_progress_words(search, done + 1, len(work)))
+            if is_due(done + 1, len(work)):
+                progress(_progress_words(search, done + 1, len(work)))
     except KeyboardInterrupt:
         if search.best is None:
             raise

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mist.model.summary import ModelLimits
 from mist.platform import Runtime
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
@@ -19,24 +20,26 @@ def quiet(message: str) -> None:
     """Progress that nobody listens to."""
 
 
-def model_programs(
+def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and who hears of it
     source: str | ConfigSource,
     setting: TraceSetting,
     runtime: Runtime,
     profile_hash: str,
     progress: Progress,
+    *,
+    refuse: Callable[[ModelLimits], None] = lambda limits: None,
 ) -> ModelPrograms:
     """The costs of a model under a runtime, for any number of GPUs, sequence and batch.
 
     From the cache, where they need neither torch nor sympy; else from the trace. `profile_hash`:
-    of the runtime's file. Raises InputError.
+    of the runtime's file. `refuse`: see `load_graph`. Raises InputError.
     """
     key = _key(source, setting, profile_hash)
     programs = load_programs(cache_folder(), key) if key else None
     if programs is not None:
         progress(f"{programs.facts.name}: trace from the cache")
         return programs
-    graph = load_graph(source, setting, progress=progress)
+    graph = load_graph(source, setting, progress=progress, refuse=refuse)
     programs = compile_graph(graph, setting, runtime)
     # Asked again, because a model that was not in the cache has a trace there only now.
     if key := _key(source, setting, profile_hash):

@@ -1,8 +1,9 @@
 """Compiled expressions without sympy: source text of numpy functions, and what it is bound to.
 
 A program is what `mist.symbolic.compile` prints from expressions: named inputs, named outputs, one
-assignment per common subexpression. It is text, so it is kept between runs; binding runs it with
-numpy and a platform's laws in scope.
+assignment per common subexpression. Binding runs its text with a platform's laws and a few
+functions of numpy in scope, and nothing else. The text is of this process: `program_codec` writes
+what is kept between runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,20 @@ from numpy.typing import ArrayLike, NDArray
 from mist.model.summary import ModelFacts, Traffic
 from mist.plans.host_memory import pinned_bytes
 from mist.platform import OpCosts
+
+# The functions of numpy that sympy prints for what `mist.trace.codec` lets into a trace.
+FUNCTIONS = (
+    *("maximum", "minimum", "mod", "floor", "ceil", "sqrt", "log", "exp", "abs", "sign"),
+    *("equal", "not_equal", "less", "less_equal", "greater", "greater_equal"),
+    *("logical_and", "logical_or", "logical_not", "select"),
+)
+SCOPE = {
+    "__builtins__": {},
+    "nan": np.nan,
+    "inf": np.inf,
+    "reduce": reduce,  # as sympy prints Max
+    **{name: getattr(np, name) for name in FUNCTIONS},
+}
 
 TIME_PARTS = ("compute", "tp", "recompute", "launch", "dp", "offload", "p2p")
 MEMORY_PARTS = ("states", "activations", "working", "gathered", "buffers", "allocator")
@@ -79,15 +94,15 @@ def _spread(value: Column, shape: tuple[int, ...]) -> Column:
 
 
 def bind(program: Program, laws: Mapping[str, Law]) -> Bound:
-    """Run the program's definition with numpy and the laws in scope."""
-    scope: dict[str, object] = {**vars(np), "reduce": reduce, **laws}  # as sympy prints Max
-    exec(_code(program.source), scope)
+    """Run the program's definition with the laws in scope."""
+    scope: dict[str, object] = {**SCOPE, **laws}
+    exec(compiled(program.source), scope)
     return Bound(program=program, call=scope["program"])  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)
-def _code(source: str) -> CodeType:
-    """Programs of stages are the same for many models."""
+def compiled(source: str) -> CodeType:
+    """The code of a program's text; programs of stages are the same for many models."""
     return compile(source, "<mist program>", "exec")
 
 
@@ -125,6 +140,13 @@ def stage_model(programs: ModelPrograms, costs: OpCosts) -> StageModel:
         flop=bind(programs.flop, {}),
         domain=bind(programs.domain, {}),
     )
+
+
+LAWS = (
+    *("gemm_s", "attention_forward_s", "attention_backward_s", "together_s", "pinned_bytes"),
+    *("all_gather_s", "reduce_scatter_s", "all_reduce_s", "p2p_s", "to_device_s", "to_host_s"),
+    *(f"memory_{traffic}_s" for traffic in Traffic),
+)
 
 
 def _laws(costs: OpCosts) -> dict[str, Law]:

@@ -1,20 +1,24 @@
 """Programs kept between runs, as JSON beside the traces: with one, no sympy is needed.
 
 An entry is found by a digest of the trace it was printed from, the runtime's profile, the precision
-and the source of this room and of what it reads. An entry that cannot be read is as good as none.
+and the source of this room and of what it reads. An entry that cannot be read counts as missing.
+Programs are kept as `program_codec` writes them, as data.
 """
 
-from contextlib import suppress
+import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from mist.errors import OutputError
-from mist.files import digest, write_text
+from mist.files import digest, read_entry, write_entry
+from mist.model.summary import ModelFacts
 from mist.plans.workload import Precision
 from mist.symbolic.program import ModelPrograms
+from mist.symbolic.program_codec import decode_program, encode_program
+
+PROGRAMS: Final = ("costs", "terms", "search_terms", "search", "stage", "flop", "domain")
 
 _READ_HERE: Final = (
     "model/graph.py",
@@ -41,18 +45,23 @@ def programs_key(trace: str, runtime: str, precision: Precision) -> str:
 
 def load_programs(folder: Path, key: str) -> ModelPrograms | None:
     """The programs of that key, or None."""
+    text = read_entry(folder / f"{key}.json")
     try:
-        return _adapter().validate_json((folder / f"{key}.json").read_bytes())
-    except (OSError, ValidationError):
+        entry: dict[str, Any] = json.loads(text or "")
+        facts = _facts().validate_python(entry["facts"])
+        return ModelPrograms(
+            facts=facts, **{name: decode_program(entry[name]) for name in PROGRAMS}
+        )
+    except (ValidationError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def store_programs(folder: Path, key: str, programs: ModelPrograms) -> None:
     """Keep programs; a folder that cannot be written is no fault."""
-    with suppress(OSError, OutputError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{key}.json", _adapter().dump_json(programs).decode())
+    entry: dict[str, object] = {"facts": _facts().dump_python(programs.facts, mode="json")}
+    entry |= {name: encode_program(getattr(programs, name)) for name in PROGRAMS}
+    write_entry(folder / f"{key}.json", json.dumps(entry, separators=(",", ":")))
 
 
-def _adapter() -> TypeAdapter[ModelPrograms]:
-    return TypeAdapter(ModelPrograms)
+def _facts() -> TypeAdapter[ModelFacts]:
+    return TypeAdapter(ModelFacts)

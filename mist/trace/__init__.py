@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mist.errors import OutputError
+from mist.model.summary import ModelLimits
 from mist.trace import trace_cache as cache
 from mist.trace.models.source import (
     ConfigSource,
@@ -37,13 +38,18 @@ __all__ = [
 
 
 def load_graph(
-    source: str | ConfigSource, setting: TraceSetting, *, progress: Callable[[str], None]
+    source: str | ConfigSource,
+    setting: TraceSetting,
+    *,
+    progress: Callable[[str], None],
+    refuse: Callable[[ModelLimits], None] = lambda limits: None,
 ) -> "ModelGraph":
     """The graph of the model that `source` names: from the cache, or traced and then cached.
 
     `source`: a Python file with build_model(), a Hugging Face config.json or its folder, a preset,
-    or the fields of a configuration. `progress` gets a message for each phase. Raises ModelError
-    when there is no such model, and TraceError when its costs cannot be traced.
+    or the fields of a configuration. `progress` gets a message for each phase. `refuse` is called
+    with what the model says of itself before it is traced, and may raise. Raises ModelError when
+    there is no such model, and TraceError when its costs cannot be traced.
     """
     from mist.trace.codec import decode_graph, encode_graph
 
@@ -54,7 +60,7 @@ def load_graph(
     if graph is not None:
         progress(f"{graph.name}: trace from the cache")
         return graph
-    from mist.trace.model_trace import listing, trace
+    from mist.trace.model_trace import limits_of, listing, trace
     from mist.trace.models.loader import load_model, local_modules
 
     progress(f"loading {model_source.label}")
@@ -62,6 +68,7 @@ def load_graph(
     # Modules that the file imports belong to the entry, which holds only while they are unchanged.
     with local_modules(path) as modules:
         model = load_model(model_source, precision=setting.precision, attention=setting.attention)
+        refuse(limits_of(model))
         traced = trace(model, setting, progress)
     graph, text = traced.graph, listing(traced)
     fields = encode_graph(graph)

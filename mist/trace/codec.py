@@ -5,6 +5,7 @@ Each expression is written once and referred to by its number.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType, NoneType, UnionType
@@ -43,6 +44,7 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Basic]]] = MappingProxyType(
 SYMBOLS: Final = MappingProxyType(
     {symbol.name: symbol for symbol in (B, S, T, Q, GATHERS, GATHER_COPY, SCATTER_COPY)}
 )
+NUMBER: Final = re.compile(r"-?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?")
 
 Decode = Callable[[object], object]
 
@@ -59,7 +61,7 @@ def decode_graph(entry: Mapping[str, object]) -> ModelGraph | None:
     try:
         exprs = [decode_expr(expr) for expr in _list(entry["exprs"])]
         graph = _decoder(ModelGraph, exprs)(entry["graph"])
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return None
     return graph if isinstance(graph, ModelGraph) else None
 
@@ -88,10 +90,16 @@ def decode_expr(value: object) -> Basic:
         return SYMBOLS[value]
     if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in FUNCTIONS:
         name, *args = value
-        # Their arguments are numbers and text, no expressions.
-        plain = name in ("Rational", "Float")
-        return FUNCTIONS[name](*(args if plain else map(decode_expr, args)))
+        # Their arguments are numbers, or the digits of one, and no expressions.
+        each = _digits if name in ("Rational", "Float") else decode_expr
+        return FUNCTIONS[name](*map(each, args))
     raise ValueError(f"not an expression: {value!r}")
+
+
+def _digits(value: object) -> object:
+    if type(value) is int or NUMBER.fullmatch(str(value)):
+        return value
+    raise ValueError(f"not a number: {value!r}")
 
 
 def _encode(value: object, exprs: dict[Basic, int]) -> object:

@@ -1,10 +1,13 @@
 """Turns what a model raises while it is traced into a TraceError that names the line at fault."""
 
 import linecache
+import logging
+import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -17,6 +20,17 @@ DATA_DEPENDENT: Final = (
     GuardOnDataDependentSymNode,
     DataDependentOutputException,
     DynamicOutputShapeException,
+)
+# What torch says where sizes do not fit, and what that means of a run on shards.
+SHARD_FAULTS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        r"invalid for input of size|view size|split_with_sizes": (
+            "a tensor is given a size that a rank's share of it does not have"
+        ),
+        r"must match|must have same|mismatch|be multiplied|inconsistent|broadcast|Expected size": (
+            "a part of a tensor meets a whole one"
+        ),
+    }
 )
 TORCH: Final = str(Path(torch.__file__).parent)
 OURS: Final = str(Path(__file__).parent)
@@ -31,7 +45,8 @@ class Passed(Exception):
 def traced(name: str) -> Iterator[None]:
     """Within: an exception of the model `name` becomes a TraceError."""
     try:
-        yield
+        with without_torch_log():
+            yield
     except (MistError, Passed):
         raise
     except Exception as error:
@@ -45,6 +60,31 @@ def traced(name: str) -> Iterator[None]:
             f"{name} cannot be traced: {one_line(error)}{place}. "
             "Check that the model runs on a batch of token ids, or define make_batch(batch, seq)."
         ) from error
+
+
+@contextmanager
+def without_torch_log() -> Iterator[None]:
+    """Within: torch does not log what it raises, which is said in our words."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def shard_words(error: BaseException) -> str:
+    """Why a model does not run on shards, in our words, and the line of it at fault.
+
+    What torch says is of its own inner sizes; it stays the cause of what is raised.
+    """
+    place = _place(traceback.extract_tb(error.__traceback__))
+    if isinstance(error, DATA_DEPENDENT):
+        return f"a branch depends on the size of a share{place}"
+    text = str(error)
+    words = (words for pattern, words in SHARD_FAULTS.items() if re.search(pattern, text))
+    return next(words, "an operation does not run on a part of its tensors") + place
 
 
 def one_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mist.errors import TraceError
 from mist.model.graph import Block, ModelGraph, Param
-from mist.model.summary import LayerRun
+from mist.model.summary import LayerRun, ModelLimits
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.ownership import Owned, owned_parts, unread_note
@@ -20,6 +20,7 @@ from mist.trace.recording.session import seq_hint
 from mist.trace.runs import OneLength, Progress, Recorded, record_model
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
+from mist.trace.tensor_parallel.tp_plan import planned_heads
 from mist.trace.tensor_parallel.tp_sharding import Sharding
 
 
@@ -33,6 +34,15 @@ class Traced:
     graph: ModelGraph
     fx: Mapping[str, fx.Graph]
     seq_len: int | None
+
+
+def limits_of(model: LoadedModel) -> ModelLimits:
+    """What a model says of itself before it is traced."""
+    return ModelLimits(
+        name=model.name,
+        max_seq_len=model.max_seq_len,
+        tp_limits=tuple(planned_heads(model.module)),
+    )
 
 
 def listing(traced: Traced) -> str:

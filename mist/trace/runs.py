@@ -18,7 +18,7 @@ from torch import nn
 
 from mist.errors import TraceError
 from mist.model.graph import B, Op, S, T
-from mist.trace.diagnose import one_line, traced
+from mist.trace.diagnose import shard_words, traced, without_torch_log
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
@@ -255,10 +255,11 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
 def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
     """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
     try:
-        run = subject.session(Point())
+        with without_torch_log():
+            run = subject.session(Point())
     except Exception as error:
         raise UnsupportedRules(
-            f"tensor parallelism cannot be traced ({one_line(error)}); t = 1 only"
+            f"tensor parallelism cannot be traced ({shard_words(error)}); t = 1 only"
         ) from error
     if run.fixed.keys() - {S}:
         raise UnsupportedRules(

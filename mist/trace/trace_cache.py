@@ -17,8 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mist.errors import OutputError
-from mist.files import digest, write_text
+from mist.files import digest, read_entry, write_entry
 from mist.model.summary import Lengths, ModelFacts
 
 
@@ -61,7 +60,7 @@ def load(key: str, seq_len: int | None) -> Entry | None:
 def _entry(path: Path, seq_len: int | None) -> Entry | None:
     """The entry in a file, if it can be read and holds."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_entry(path) or ""
         entry = json.loads(text)
         longest, lengths = entry["longest"], Lengths(**entry["lengths"])
         asked = seq_len if None in (seq_len, longest) else min(seq_len, longest)
@@ -70,7 +69,7 @@ def _entry(path: Path, seq_len: int | None) -> Entry | None:
         for module, known in entry["modules"].items():
             if file_digest(Path(module)) != known:
                 return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return Entry(name=path.stem, fields=entry, digest=digest(text))
 
@@ -92,10 +91,8 @@ def store(
         "lengths": asdict(facts.lengths),
         **fields,
     }
-    with suppress(OSError, OutputError):
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        write_text(cache_folder() / f"{name}.graph.txt", listing)
-        write_text(cache_folder() / f"{name}.json", json.dumps(entry, separators=(",", ":")))
+    write_entry(cache_folder() / f"{name}.listing", json.dumps(listing))
+    write_entry(cache_folder() / f"{name}.json", json.dumps(entry, separators=(",", ":")))
 
 
 def forget(name: str) -> None:
@@ -106,10 +103,8 @@ def forget(name: str) -> None:
 
 def load_listing(name: str) -> str | None:
     """The listing of the operations of the entry of that name, or None."""
-    try:
-        return (cache_folder() / f"{name}.graph.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
+    text = read_entry(cache_folder() / f"{name}.listing")
+    return json.loads(text) if text else None
 
 
 def file_digest(path: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 from mist.errors import MistError
+from mist.progress import is_due
 from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.validate.cases import Member, RunGroup, grouped
@@ -51,7 +52,8 @@ def _programs(
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
         results = pool.map(_compiled, groups)
         for number, (group, result) in enumerate(zip(groups, results, strict=True), start=1):
-            progress(f"{number} of {len(groups)} models: {group.key.config.name}")
+            if is_due(number, len(groups)):
+                progress(f"{number} of {len(groups)} models: {group.key.config.name}")
             yield group, result
 
 

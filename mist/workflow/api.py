@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -13,6 +13,7 @@ from mist.plans.plan import Plan
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import SearchSpace, narrowed, space_of
 from mist.plans.workload import Attention, Precision, ScheduleKind, Solver
+from mist.platform.overrides import knobs_and_figures
 from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.checking import (
     Checked,
@@ -23,8 +24,9 @@ from mist.workflow.checking import (
     offload_of,
 )
 from mist.workflow.cluster_choice import offer_of, rent
+from mist.workflow.plan_model import ModelAccess
 from mist.workflow.planning import Effort
-from mist.workflow.request import DEFAULT_GLOBAL_BATCH, Question, host_memory_of
+from mist.workflow.request import DEFAULT_GLOBAL_BATCH, Question, figures_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,8 +39,8 @@ class Options(TypedDict, total=False):
     seq: tokens per sample (None: min(8192, the model's maximum)). global_batch: samples per step.
     precision: "bf16", "fp16" or "fp32". attention: "flash" or "math". margin: share of the device
     memory that stays free (None: the runtime's). host_memory: of one node, "31GB" or bytes (None:
-    the cluster's). make_batch, loss: for a module whose input is not
-    token ids; see `mist.trace.trace_model`.
+    the cluster's). set: figures of profiles, ["cluster.host_memory_bytes=64GB"]. make_batch, loss:
+    for a module whose input is not token ids; see `mist.trace.trace_model`.
     """
 
     gpu: str | None
@@ -50,6 +52,7 @@ class Options(TypedDict, total=False):
     attention: str
     margin: float | None
     host_memory: str | float | None
+    set: Sequence[str]
     make_batch: Callable[..., object] | None
     loss: Callable[..., object] | None
 
@@ -62,7 +65,8 @@ class LayoutOptions(Options, total=False):
 
     offload: ratios by state, {"optimizer": 0.5}, or as the command's words, ["optimizer=0.5"].
     schedule: "gpipe", "1f1b", "interleaved" or "zero-bubble". vpp: chunks per stage. layers: of
-    each stage, or chunk, [9, 8, 8, 7] or "9,8,8,7" (none: the runtime's own split).
+    each stage, or chunk, [9, 8, 8, 7] or "9,8,8,7" (none: the runtime's own split). trust: with a
+    plan file, run the Python file that it names wherever it lies.
     """
 
     tp: int
@@ -75,6 +79,7 @@ class LayoutOptions(Options, total=False):
     schedule: str
     vpp: int
     layers: Sequence[int] | str
+    trust: bool
 
 
 class PlanOptions(Options, total=False):
@@ -82,14 +87,13 @@ class PlanOptions(Options, total=False):
 
     objective: "throughput", "memory", "tokens-per-dollar" or "time-to-tokens". price: USD per GPU
     hour (None: the cluster's profile). tokens: to train on. `cluster` may be several, "a,b".
-    set, max, forbid: as the command's words, ["tp=2"], ["offload=0.5"], ["interleaved"]. solver:
-    "dp", "milp" or "both". time_limit: CPU seconds of searching.
+    set (also of knobs), max, forbid: as the command's words, ["tp=2"], ["offload=0.5"],
+    ["interleaved"]. solver: "dp", "milp" or "both". time_limit: CPU seconds of searching.
     """
 
     objective: str
     price: float | None
     tokens: float | None
-    set: Sequence[str]
     max: Sequence[str]
     forbid: Sequence[str]
     solver: str
@@ -137,13 +141,14 @@ def plan(
         time_limit_s=options.get("time_limit", math.inf),
         method=_choice("solver", options.get("solver", "both"), Solver).value,
     )
+    knobs, figures = knobs_and_figures(options.get("set", ()))
     allowed = narrowed(
         space_of(space) if isinstance(space, str) else space or SearchSpace(),
-        fixed=options.get("set", ()),
+        fixed=knobs,
         most=options.get("max", ()),
         forbid=options.get("forbid", ()),
     )
-    return rent(_question(model, 1, options), offer, allowed, effort).planned.plan
+    return rent(_question(model, 1, options, figures), offer, allowed, effort).planned.plan
 
 
 def check(
@@ -159,8 +164,8 @@ def check(
         model: a plan file; or a model as in `plan`.
         gpus: number of GPUs; None when `model` is a plan file.
         progress: called with a line of text now and then.
-        options: see `Options` and `LayoutOptions`; with a plan file only `margin` and
-            `host_memory`.
+        options: see `Options` and `LayoutOptions`; with a plan file only `margin`,
+            `host_memory`, `set` and `trust`.
 
     Returns:
         `fits`, `margin_bytes`, the plan with its estimate, notes and suggestions.
@@ -173,7 +178,8 @@ def check(
         if not isinstance(model, str | os.PathLike):
             raise InputError("a module needs gpus=N.")
         return _check_plan(os.fspath(model), options, progress)
-    return check_layout(_question(model, gpus, options), _layout(options), progress=progress)
+    question = _question(model, gpus, options, options.get("set", ()))
+    return check_layout(question, _layout(options), progress=progress)
 
 
 def _layout(options: LayoutOptions) -> HandLayout:
@@ -194,13 +200,14 @@ def _layout(options: LayoutOptions) -> HandLayout:
 def _check_plan(path: str, options: LayoutOptions, progress: Progress) -> Checked:
     if not path.endswith((".yaml", ".yml")):
         raise InputError(f"{path} is no plan file (.yaml), and a model needs gpus=N.")
-    said = sorted(set(options) - {"margin", "host_memory"})
+    said = sorted(set(options) - {"margin", "host_memory", "set", "trust"})
     if said:
         raise InputError(f"{path} says itself what {', '.join(said)} would; leave them out.")
     return check_plan(
         path,
         margin_ratio=options.get("margin"),
-        host_memory_bytes=host_memory_of(options.get("host_memory")),
+        overrides=figures_of(options.get("set", ()), options.get("host_memory")),
+        access=ModelAccess(trust=options.get("trust", False)),
         progress=progress,
     )
 
@@ -223,7 +230,7 @@ def _choice(name: str, value: str, choices: type[Choice]) -> Choice:
     return choices(value)
 
 
-def _question(model: Model, gpus: int, options: Options) -> Question:
+def _question(model: Model, gpus: int, options: Options, figures: Iterable[str]) -> Question:
     return Question(
         model=os.fspath(model) if isinstance(model, str | os.PathLike) else model,
         num_gpus=gpus,
@@ -235,7 +242,7 @@ def _question(model: Model, gpus: int, options: Options) -> Question:
         precision=_choice("precision", options.get("precision", "bf16"), Precision),
         attention=_choice("attention", options.get("attention", "flash"), Attention),
         margin_ratio=options.get("margin"),
-        host_memory_bytes=host_memory_of(options.get("host_memory")),
+        overrides=figures_of(figures, options.get("host_memory")),
         make_batch=options.get("make_batch"),
         loss=options.get("loss"),
     )

@@ -7,18 +7,23 @@ from pathlib import Path
 from mist.exec import RunOptions, apply, shown_by_torchrun
 from mist.plans.file import load_plan
 from mist.trace import TraceSetting, load_graph
-from mist.workflow.checking import question_of
+from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 
 
-def apply_plan(path: Path, options: RunOptions, progress: Callable[[str], None]) -> None:
+def apply_plan(
+    path: Path,
+    options: RunOptions,
+    progress: Callable[[str], None],
+    access: ModelAccess = UNDER_HERE,
+) -> None:
     """Train as the plan in a file says.
 
-    Raises InputError for what cannot be run, before any rank starts, RankFailed and Stopped.
+    Raises InputError for a model that may not run and for what cannot be run, before any rank
+    starts, RankFailed and Stopped.
     """
     with shown_by_torchrun():
         plan = load_plan(path)
-        source = question_of(plan, path, None).model
-        assert isinstance(source, str)
+        source = model_of(plan, path, access, progress)
         workload = plan.workload
         setting = TraceSetting(
             precision=workload.precision,

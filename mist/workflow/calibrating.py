@@ -21,6 +21,7 @@ from mist.symbolic.job import make_job
 from mist.symbolic.load_programs import compile_graph
 from mist.trace import TraceSetting, load_graph
 from mist.workflow.checking import question_of
+from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import platform_of, setting_of
 
 # In the order in which they are fitted: as many as half of the runs, and at least one.
@@ -67,9 +68,16 @@ class Calibrated:
     errors_after: tuple[float, ...]
 
 
-def calibrate(pairs: Sequence[tuple[Path, Path]], progress: Callable[[str], None]) -> Calibrated:
-    """Fit constants to runs, each a plan and its log. Raises InputError when they do not belong."""
-    runs = [_measured(plan, log, progress) for plan, log in pairs]
+def calibrate(
+    pairs: Sequence[tuple[Path, Path]],
+    progress: Callable[[str], None],
+    access: ModelAccess = UNDER_HERE,
+) -> Calibrated:
+    """Fit constants to runs, each a plan and its log.
+
+    `access`: to the models of the plans. Raises InputError when plans and logs do not belong.
+    """
+    runs = [_measured(plan, log, progress, access) for plan, log in pairs]
     first = runs[0].platform
     for (path, _), run in zip(pairs, runs, strict=True):
         if (run.platform.runtime.name, run.platform.device.name) != _names(first):
@@ -99,13 +107,15 @@ def calibrate(pairs: Sequence[tuple[Path, Path]], progress: Callable[[str], None
     )
 
 
-def _measured(path: Path, log: Path, progress: Callable[[str], None]) -> PlanRun:
+def _measured(
+    path: Path, log: Path, progress: Callable[[str], None], access: ModelAccess
+) -> PlanRun:
     seconds, plan = read_log(log).step_s, load_plan(path)
-    question = question_of(plan, path, None)
+    source = model_of(plan, path, access, progress)
+    question = question_of(plan, path, source)
     platform = platform_of(question)
     setting = setting_of(question, platform)
-    assert isinstance(question.model, str)
-    graph = load_graph(question.model, setting, progress=progress)
+    graph = load_graph(source, setting, progress=progress)
     return PlanRun(plan=plan, platform=platform, setting=setting, graph=graph, seconds=seconds)
 
 

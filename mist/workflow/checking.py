@@ -13,7 +13,6 @@ from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.memory_levels import KEEPS_ALL, memory_of
 from mist.plans.plan import (
     NOTHING_OFFLOADED,
-    Estimate,
     Layout,
     Limits,
     Offload,
@@ -25,6 +24,7 @@ from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.uniform_stages import uniform_layout
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Platform
+from mist.platform.overrides import NO_OVERRIDES, Overrides
 from mist.platform.profiles import is_machine
 from mist.rules.combinations import knob_rules
 from mist.rules.levels import broken_levels
@@ -32,10 +32,10 @@ from mist.rules.rule import broken
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
-from mist.units import format_bytes, format_seconds
+from mist.workflow.advice import suggestions
 from mist.workflow.plan_against_job import pipeline_faults, plan_against
+from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import (
-    OBJECT,
     Question,
     host_need,
     limits_of,
@@ -164,35 +164,36 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
     Raises InputError naming every rule that it breaks.
     """
-    _refuse_unknown(layout, platform_of(question))  # before the model is traced
-    job = prepare(question, progress)
+    _refuse_early(question, layout, platform_of(question))
+    job = prepare(question, progress, layout.tp)
     made = _made(job, layout)
     plan = unsearched_plan(job, question, made, estimate(job, made))
     limits = limits_of(job, question)
     host = host_need(job, made, plan.estimate, limits)
     notes = tuple(notes_of(job))
     checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
-    return replace(checked, suggestions=tuple(_suggestions(job, layout, checked)))
+    return replace(checked, suggestions=tuple(suggestions(question, job, layout, checked, _made)))
 
 
 def check_plan(
     path: str | Path,
     *,
     margin_ratio: float | None = None,
-    host_memory_bytes: int | None = None,
+    overrides: Overrides = NO_OVERRIDES,
+    access: ModelAccess = UNDER_HERE,
     progress: Progress = quiet,
 ) -> Checked:
     """Judge a plan file again, with the profiles and the model as they are now.
 
-    `margin_ratio`, `host_memory_bytes`: None for those that the plan was made with. Raises
-    PlanError when the file is broken, is a plan for another model, or asks for what is not
-    predicted or breaks a rule.
+    `margin_ratio`: None for the one that the plan was made with. `overrides`: figures of profiles
+    in addition to those of the plan, or in place of them. `access`: to its model. Raises PlanError
+    when the file is broken, is a plan for another model, or asks for what is not predicted or
+    breaks a rule, and InputError for a model that may not run.
     """
     plan = load_plan(path)
-    if host_memory_bytes is not None:
-        cluster = replace(plan.cluster, host_memory_bytes=host_memory_bytes)
-        plan = replace(plan, cluster=cluster)
-    question = question_of(plan, Path(path), margin_ratio)
+    plan = replace(plan, overrides={**plan.overrides, **overrides})
+    source = model_of(plan, Path(path), access, progress)
+    question = question_of(plan, Path(path), source, margin_ratio)
     job = prepare(question, progress)
     if faults := plan_against(plan, job):
         raise PlanError(str(path), faults)
@@ -206,21 +207,14 @@ def check_plan(
     )
 
 
-def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
-    """The question that a plan answers; its model is looked for here and beside the plan.
+def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None = None) -> Question:
+    """The question that a plan answers about a model (`plan_model.model_of`).
 
-    So is the file of the machine that was measured for it.
+    The file of the machine that was measured for it is looked for here and beside the plan.
     """
-    source = plan.model.source
-    if source.startswith(OBJECT):
-        raise InputError(
-            f"{path} was planned from a module in Python, which no file names. "
-            "Set model.source to a file with build_model()."
-        )
-    beside = path.parent / source
     workload = plan.workload
     return Question(
-        model=str(beside) if beside.exists() and not Path(source).exists() else source,
+        model=source,
         num_gpus=plan.cluster.num_gpus,
         gpu=plan.cluster.device,
         cluster=_cluster_of(plan, path),
@@ -230,7 +224,7 @@ def question_of(plan: Plan, path: Path, margin_ratio: float | None) -> Question:
         precision=workload.precision,
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
-        host_memory_bytes=plan.cluster.host_memory_bytes,
+        overrides=plan.overrides,
     )
 
 
@@ -263,10 +257,7 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     """
     num_gpus, ranks = job.platform.num_gpus, layout.tp * layout.pp
     if num_gpus % ranks:
-        product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
-        on_tp = tuple(rule for rule in job.rules if rule.name.startswith("tp-"))
-        others = broken(on_tp, {"tp": layout.tp})
-        raise InputError("\n".join([f"{product} does not divide the {num_gpus} GPUs.", *others]))
+        raise InputError(_ranks_words(layout, num_gpus))
     dp = num_gpus // ranks
     num_micro_batches = max(job.workload.global_batch // (dp * layout.micro_batch), 1)
     columns = _columns(layout, dp) | {"num_micro_batches": num_micro_batches}
@@ -285,6 +276,25 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     return made
 
 
+def _refuse_batch(batch: int, dp: int, micro_batch: int) -> None:
+    """Raise InputError for a global batch that is no whole number of micro-steps."""
+    step = dp * micro_batch
+    if batch > 0 and (rest := batch % step):
+        near = " or ".join(str(each) for each in (batch - rest, batch - rest + step) if each)
+        raise InputError(
+            f"--global-batch {batch}: dp {dp} * micro-batch {micro_batch} = {step} does not "
+            f"divide it. Try --global-batch {near}."
+        )
+
+
+def _ranks_words(layout: HandLayout, num_gpus: int) -> str:
+    ranks = layout.tp * layout.pp
+    product = f"--tp {layout.tp} * --pp {layout.pp} = {ranks}"
+    if ranks > num_gpus:
+        return f"{product} is more than the {num_gpus} GPUs."
+    return f"{product} does not divide the {num_gpus} GPUs."
+
+
 def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
     """What rules about the runtime's knobs look at."""
     return {
@@ -295,12 +305,18 @@ def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
     }
 
 
-def _refuse_unknown(layout: HandLayout, platform: Platform) -> None:
-    """Raise InputError for knobs that the runtime does not have."""
+def _refuse_early(question: Question, layout: HandLayout, platform: Platform) -> None:
+    """Raise InputError for what cannot be, whatever the model: before it is traced.
+
+    Knobs that the runtime does not have, ranks that are not the GPUs, a batch that does not divide.
+    """
     rules = tuple(knob_rules(platform.runtime))
     levels = [CHECKPOINTS[layout.checkpoint]] if layout.checkpoint in CHECKPOINTS else []
-    dp = max(platform.num_gpus // (layout.tp * layout.pp), 1)
+    if platform.num_gpus % (layout.tp * layout.pp):
+        raise InputError(_ranks_words(layout, platform.num_gpus))
+    dp = platform.num_gpus // (layout.tp * layout.pp)
     _refuse([*broken(rules, _columns(layout, dp)), *broken_levels(platform.runtime, levels)])
+    _refuse_batch(question.global_batch, dp, layout.micro_batch)
 
 
 def _refuse(messages: Iterable[str]) -> None:
@@ -323,62 +339,3 @@ def _split(job: Job, layout: HandLayout) -> tuple[int, ...]:
             "Give the layers of each stage with --layers, or another --pp."
         )
     return counts
-
-
-def _suggestions(job: Job, layout: HandLayout, checked: Checked) -> Iterator[str]:
-    """Single changes that make the layout fit or, if it fits, faster; the fastest three."""
-    step_s, judged = checked.plan.estimate.step_s, []
-    step_words = format_seconds(step_s)
-    for words, changed in _changes(layout, checked.plan.stages[0].dp):
-        try:
-            made = _made(job, changed)
-        except InputError:
-            continue
-        after = estimate(job, made)
-        peak_bytes = max(stage.peak_bytes for stage in after.stages)
-        # A gain that the printed digits do not show is no suggestion.
-        faster = after.step_s < step_s and format_seconds(after.step_s) != step_words
-        if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
-            judged.append((after.step_s, peak_bytes, words))
-    for after_s, peak_bytes, words in sorted(judged)[:3]:
-        yield f"{words}: {format_seconds(after_s)} per step, peak {format_bytes(peak_bytes)}"
-    if checked.margin_bytes >= 0 and not checked.host.fits:
-        yield f"{checked.host.fix}, if the nodes have it"
-
-
-def _fits(job: Job, made: Layout, judged: Estimate, limits: Limits) -> bool:
-    """Whether every stage fits the device, and what is offloaded the host."""
-    peak_bytes = max(stage.peak_bytes for stage in judged.stages)
-    return peak_bytes <= limits.device_bytes and host_need(job, made, judged, limits).fits
-
-
-def _changes(layout: HandLayout, dp: int) -> Iterator[tuple[str, HandLayout]]:
-    """The layouts one change away."""
-    for checkpoint in CHECKPOINTS:
-        if checkpoint != layout.checkpoint:
-            yield f"--checkpoint {checkpoint}", replace(layout, checkpoint=checkpoint)
-    for zero in _other_levels(layout, dp):
-        changed = replace(layout, zero=zero)  # type: ignore[call-arg]  # a generated field
-        yield f"--zero {zero}", changed
-    for knob in (knob for knob in TYPED_KNOBS if knob.halves):
-        for value in _doubled_and_halved(getattr(layout, knob.field)):
-            split = layout.layers if knob.of_stage else ()
-            changed = replace(layout, **{knob.field: value}, layers=split)  # type: ignore[arg-type]
-            yield f"--{knob.word} {value}", changed
-    for name in ("optimizer", "activations"):
-        ratio = 0.0 if getattr(layout.offload, name) else 1.0
-        offload = replace(layout.offload, **{name: ratio})
-        yield f"--offload {name}={ratio:g}", replace(layout, offload=offload)
-
-
-def _other_levels(layout: HandLayout, dp: int) -> list[int]:
-    """Other ZeRO levels; all are one where nothing is divided and nothing streams from the host."""
-    if dp == 1 and layout.offload == NOTHING_OFFLOADED:
-        return []
-    return [zero for zero in range(4) if zero != layout.zero]
-
-
-def _doubled_and_halved(value: int) -> Iterator[int]:
-    yield 2 * value
-    if value > 1:
-        yield value // 2

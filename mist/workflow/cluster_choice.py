@@ -15,7 +15,10 @@ from mist.plans.objectives import OBJECTIVES, Candidate, Objective, chosen
 from mist.plans.plan import Plan
 from mist.plans.search_space import SearchSpace
 from mist.platform import Platform
+from mist.progress import is_due
+from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
+from mist.workflow.advice import what_fits
 from mist.workflow.gpu_counts import Counts, counts_of
 from mist.workflow.planning import (
     DEFAULT_EFFORT,
@@ -23,7 +26,6 @@ from mist.workflow.planning import (
     Planned,
     make_plan,
     search_plan,
-    what_fits,
 )
 from mist.workflow.request import Question, compiled, platform_of
 
@@ -164,9 +166,12 @@ def _searched(asked: Sequence[_Asked], space: SearchSpace, effort: Effort) -> li
         key = one.platform.runtime_hash
         if key not in known:
             known[key] = compiled(replace(one.question, num_gpus=1), effort.progress)
-        effort.progress(f"candidate {number} of {len(asked)}: {_name(one)}")
+        if is_due(number, len(asked)):
+            effort.progress(f"candidate {number} of {len(asked)}: {_name(one)}")
         try:
-            found.append(search_plan(one.question, known[key], space, effort))
+            found.append(
+                search_plan(one.question, known[key], space, replace(effort, progress=quiet))
+            )
         # A candidate without a plan is a row of the table; only if all have none is it an error.
         except (Infeasible, InputError) as refusal:
             refusals.append(refusal)

@@ -24,10 +24,10 @@ from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.units import format_bytes
+from mist.workflow.advice import host_of, less_drawn, smallest, what_fits
 from mist.workflow.request import (
     Question,
     compiled,
-    host_need,
     job_of,
     limits_of,
     margin_of,
@@ -37,7 +37,6 @@ from mist.workflow.request import (
 )
 from mist.workflow.sensitivity import PipelineTimes, change_words, memory_words, pipeline_of
 
-MOST_GPUS_SUGGESTED = 4096
 MOST_EXCLUDED: Final = 3
 SOLVERS: Final[Mapping[Method, str]] = MappingProxyType(
     {
@@ -83,7 +82,9 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     Raises Infeasible when nothing fits, naming the tightest stage and the nearest fix.
     """
     start = perf_counter()
-    programs = compiled(question, effort.progress)
+    # Of one degree that the user set; of several the search leaves out what the model does not do.
+    tp = space.tp[0] if space.tp is not None and len(space.tp) == 1 else 1
+    programs = compiled(question, effort.progress, tp)
     seconds = {"prepare": perf_counter() - start}
     try:
         planned = search_plan(question, programs, space, effort)
@@ -140,35 +141,13 @@ def _search(job: Job, space: SearchSpace, limits: Limits, effort: Effort) -> tup
         )
 
     tuned = best(limits)
-    host = _host_of(job, tuned.best, limits)
+    host = host_of(job, tuned.best, limits)
     if not host.fits:
-        tuned = best(_less_drawn(limits, host))
-        host = _host_of(job, tuned.best, limits)
+        tuned = best(less_drawn(limits, host))
+        host = host_of(job, tuned.best, limits)
     if not host.fits:
         raise Infeasible(f"{job.facts.name} cannot be loaded.")
     return tuned, host
-
-
-def _less_drawn(limits: Limits, host: HostNeed) -> Limits:
-    """Limits that leave room for what each rank draws."""
-    return replace(limits, host_bytes=max(limits.host_bytes - (host.drawn_bytes or 0), 0.0))
-
-
-def _smallest(job: Job, space: SearchSpace, limits: Limits) -> tuple[PricedLayout, HostNeed]:
-    """The layout that takes least of a device among those that can be loaded, if any can."""
-    layout = smallest_peak(job, space, host_bytes=limits.host_bytes)
-    host = _host_of(job, layout, limits)
-    if not host.fits:
-        less = _less_drawn(limits, host)
-        layout = smallest_peak(job, space, host_bytes=less.host_bytes)
-        host = _host_of(job, layout, limits)
-    return layout, host
-
-
-def _host_of(job: Job, layout: PricedLayout, limits: Limits) -> HostNeed:
-    """What a layout needs of the memory of a node."""
-    plain = plain_layout(job, layout)
-    return host_need(job, plain, estimate(job, plain), limits)
 
 
 def _objective(
@@ -291,7 +270,7 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     And the host memory that would do, where it is what binds.
     """
     limits, device = limits_of(job, question), job.platform.device.name
-    layout, host = _smallest(job, space, limits)
+    layout, host = smallest(job, space, limits)
     words = f"{job.facts.name} does not fit on {question.num_gpus} x {device}."
     if not host.fits:
         return f"{words} It cannot be loaded in host memory: it {host.over_words}. Try {host.fix}."
@@ -312,7 +291,7 @@ def _host_words(job: Job, space: SearchSpace, limits: Limits) -> str:
     if anywhere.peak_bytes > limits.device_bytes:
         return ""
     fitting = [anywhere, *_less_offloaded(job, space, anywhere, limits)]
-    hosts = [_host_of(job, each, limits) for each in fitting]
+    hosts = [host_of(job, each, limits) for each in fitting]
     host = min(hosts, key=lambda host: host.needed_bytes)
     return (
         f"With offload it would need {format_bytes(host.needed_bytes)} of the "
@@ -343,19 +322,3 @@ def _less_offloaded(
         judged = estimate(job, plain_layout(job, less))
         if all(stage.peak_bytes <= limits.device_bytes for stage in judged.stages):
             yield less
-
-
-def what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:
-    """The first doubling of the GPUs on which something fits."""
-    num_gpus = 2 * question.num_gpus
-    while num_gpus <= MOST_GPUS_SUGGESTED:
-        try:
-            larger = job_of(replace(question, num_gpus=num_gpus), programs)
-            limits = limits_of(larger, question)
-            least, host = _smallest(larger, space, limits)
-            if host.fits and least.peak_bytes <= limits.device_bytes:
-                return f"Try --gpus {num_gpus}."
-        except InputError:  # a number that fills no nodes, or that the global batch does not divide
-            pass
-        num_gpus *= 2
-    return f"No doubling of the GPUs up to {MOST_GPUS_SUGGESTED} fits."

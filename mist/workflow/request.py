@@ -1,12 +1,13 @@
 """The question that every command asks, and the job that it becomes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from mist.errors import InputError
-from mist.model.summary import ModelFacts
+from mist.model.summary import ModelFacts, ModelLimits
 from mist.plans.host_memory import HostNeed
 from mist.plans.plan import (
     ClusterRef,
@@ -20,7 +21,9 @@ from mist.plans.plan import (
 )
 from mist.plans.workload import Attention, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
-from mist.rules.combinations import out_of_domain
+from mist.platform.overrides import HOST_MEMORY, Overrides, overrides_of
+from mist.rules.combinations import divides, out_of_domain
+from mist.rules.rule import broken
 from mist.symbolic.job import Job, make_job
 from mist.symbolic.load_programs import Progress, compile_graph, model_programs, quiet
 from mist.symbolic.pipeline_costs import loading
@@ -42,7 +45,7 @@ OBJECT = "object:"  # begins the source of a model that was given as a module, n
 class Question:
     """What the user asks about; None stands for the default of the model or device.
 
-    `host_memory_bytes`: of one node; None for what the cluster's profile says.
+    `overrides`: figures that the user sets in place of those of profiles, by name.
     """
 
     model: "str | nn.Module"
@@ -55,7 +58,7 @@ class Question:
     precision: Precision = Precision.BF16
     attention: Attention = Attention.FLASH
     margin_ratio: float | None = None
-    host_memory_bytes: int | None = None
+    overrides: Overrides = field(default_factory=dict)
     make_batch: Callable[..., object] | None = None
     loss: Callable[..., object] | None = None
 
@@ -70,42 +73,57 @@ class Question:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
 
 
-def host_memory_of(asked: str | float | None) -> int | None:
-    """Bytes of host memory that a user gives, with a unit ("31GB") or as a number of bytes.
+def figures_of(words: Iterable[str], host_memory: str | float | None) -> dict[str, float]:
+    """Figures of profiles that `--set` words give, and `--host-memory`, which is short for one.
 
-    Raises InputError for what is no size of memory.
+    `host_memory`: with a unit ("31GB"), or a number of bytes. Raises InputError.
     """
-    if asked is None:
-        return None
+    figures = overrides_of(words)
+    if host_memory is None:
+        return figures
+    if HOST_MEMORY in figures:
+        raise InputError(f"--host-memory {host_memory}: --set {HOST_MEMORY} says it too. Give one.")
     try:
-        return parse_bytes(asked) if isinstance(asked, str) else whole_bytes(asked)
+        num_bytes = (
+            parse_bytes(host_memory) if isinstance(host_memory, str) else whole_bytes(host_memory)
+        )
     except ValueError as error:
-        raise InputError(f"--host-memory {asked}: {error}") from None
+        raise InputError(f"--host-memory {host_memory}: {error}") from None
+    return figures | {HOST_MEMORY: float(num_bytes)}
 
 
-def prepare(question: Question, progress: Progress = quiet) -> Job:
+def prepare(question: Question, progress: Progress = quiet, tp: int = 1) -> Job:
     """Trace the model, load the platform and compile the stage cost.
 
-    Raises InputError for anything in the question that cannot be used.
+    `tp`: a degree that the model must allow. Raises InputError for anything in the question that
+    cannot be used.
     """
-    return job_of(question, compiled(question, progress))
+    return job_of(question, compiled(question, progress, tp))
 
 
-def compiled(question: Question, progress: Progress = quiet) -> ModelPrograms:
+def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> ModelPrograms:
     """The costs of the model under the runtime, for any number of GPUs, sequence and batch.
 
-    From the cache, where they need neither torch nor sympy; else from the trace. Raises InputError.
+    From the cache, where they need neither torch nor sympy; else from the trace. `tp`: a degree
+    that the model must allow. Raises InputError.
     """
     platform = platform_of(question)  # refused before the model is traced
     if question.seq_len is not None and isinstance(question.model, str):
         source = resolve(question.model)
-        if isinstance(source, ConfigSource):  # of another model the trace says it
+        if isinstance(source, ConfigSource):  # of another model it is known once it is loaded
             _refuse_longer(source.name, question.seq_len, source.max_seq_len)
     setting = setting_of(question, platform)
     runtime = platform.runtime
     if not isinstance(question.model, str):
         return compile_graph(_trace_module(question, setting), setting, runtime)
-    return model_programs(question.model, setting, runtime, platform.runtime_hash, progress)
+    return model_programs(
+        question.model,
+        setting,
+        runtime,
+        platform.runtime_hash,
+        progress,
+        refuse=partial(_refuse_beyond, question.seq_len, tp),
+    )
 
 
 def setting_of(question: Question, platform: Platform) -> TraceSetting:
@@ -135,9 +153,9 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
         compile=False,
     )
     job = make_job(programs, platform_of(question), workload)
-    if broken := out_of_domain(job.cost.domain, workload.seq_len):
+    if outside := out_of_domain(job.cost.domain, workload.seq_len):
         raise InputError(
-            f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(broken)} only."
+            f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(outside)} only."
         )
     return job
 
@@ -153,7 +171,7 @@ def platform_of(question: Question) -> Platform:
         gpu=question.gpu,
         cluster=question.cluster,
         runtime=question.runtime,
-        host_memory_bytes=question.host_memory_bytes,
+        overrides=question.overrides,
     )
     knobs, name = platform.runtime.knobs, platform.runtime.name
     if question.precision not in knobs.precisions:
@@ -180,9 +198,17 @@ def _sequence(graph: ModelFacts, asked: int | None) -> int:
     return asked
 
 
-def _refuse_longer(name: str, asked: int, longest: int | None) -> None:
+def _refuse_beyond(seq_len: int | None, tp: int, limits: ModelLimits) -> None:
+    """Raise InputError for what a model says that it cannot do."""
+    _refuse_longer(limits.name, seq_len, limits.max_seq_len)
+    rules = (divides(limit, limits.name) for limit in limits.tp_limits)
+    if faults := list(broken(rules, {"tp": tp})):
+        raise InputError("\n".join(faults))
+
+
+def _refuse_longer(name: str, asked: int | None, longest: int | None) -> None:
     """Raise InputError for a sequence for which a model has no positions."""
-    if longest is not None and asked > longest:
+    if asked is not None and longest is not None and asked > longest:
         raise InputError(
             f"--seq {asked}: {name} has positions for {longest} tokens. Use --seq {longest} or "
             "less, or a model with more: max_position_embeddings of a config.json can be raised."
@@ -204,9 +230,10 @@ def limits_of(job: Job, question: Question) -> Limits:
 
 
 def notes_of(job: Job) -> Iterator[str]:
-    """What the trace says of the model; what the hardware lacks; machines of one GPU each."""
-    yield from job.facts.notes
+    """What was assumed; what the trace says; what the hardware lacks; machines of one GPU each."""
     platform, workload = job.platform, job.workload
+    yield from platform.assumed
+    yield from job.facts.notes
     for word in (workload.precision, workload.attention):
         if lack := platform.device.lacks.get(word):
             name = platform.device.name
@@ -259,7 +286,6 @@ def unsearched_plan(job: Job, question: Question, layout: Layout, judged: Estima
             device=platform.device.name,
             num_gpus=platform.num_gpus,
             gpus_per_node=platform.gpus_per_node,
-            host_memory_bytes=question.host_memory_bytes,
         ),
         runtime=platform.runtime.name,
         schedule=layout.schedule,
@@ -275,6 +301,7 @@ def unsearched_plan(job: Job, question: Question, layout: Layout, judged: Estima
             lower_bound_s=0.0,
             search={"margin": margin_of(platform, question)},
         ),
+        overrides=dict(question.overrides),
     )
 
 

@@ -18,6 +18,7 @@ from mist.symbolic.load_programs import Progress, quiet
 from mist.trace import load_graph
 from mist.workflow.checking import question_of
 from mist.workflow.cluster_choice import Rented
+from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import platform_of, setting_of
 
 HERE: Final = Path()  # a plan without a file
@@ -47,9 +48,14 @@ class Verified:
         return all(stage.agrees for stage in self.stages)
 
 
-def verify_file(path: Path, progress: Progress = quiet) -> Verified:
+def verify_file(
+    path: Path, progress: Progress = quiet, access: ModelAccess = UNDER_HERE
+) -> Verified:
     """Verify a plan file. Raises InputError, PlanError, ModelError, DryRunFailed."""
-    return verify_plan(load_plan(path), progress, path=path)
+    plan = load_plan(path)
+    source = model_of(plan, path, access, progress)
+    named = replace(plan, model=replace(plan.model, source=source))
+    return verify_plan(named, progress, path=path)
 
 
 def verify_plan(
@@ -59,17 +65,16 @@ def verify_plan(
     stages: Sequence[int] | None = None,
     path: Path = HERE,
 ) -> Verified:
-    """Dry-run one rank of every stage (or of these) and compare.
+    """Dry-run one rank of every stage (or of these) and compare. The model that it names runs.
 
     `path`: of the plan, beside which the profile of a measured machine may lie. Raises PlanError,
     ModelError, DryRunFailed.
     """
     refuse_unplayable(plan, None)
-    question = question_of(plan, path, None)
+    source = plan.model.source
+    question = question_of(plan, path, source)
     platform = platform_of(question)
     setting = setting_of(question, platform)
-    source = str(question.model)
-    plan = replace(plan, model=replace(plan.model, source=source))
     graph = load_graph(source, setting, progress=progress)
     refuse_unplayable(plan, graph)
     numbers = stages or range(len(plan.stages))

@@ -79,3 +79,23 @@ except Stopped as end:
         assert launcher.stderr.readline() == "asked\n"
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(timeout=8) == 130  # before GRACE_S
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_ranks_that_are_asked_before_they_listen_did_not_fail(number: int, code: int) -> None:
+    """While they import: the signal ends them as it ends any program."""
+    ranks = "import time; print('ready', flush=True); time.sleep(600)"
+    launcher_code = f"""
+from mist.exec.run.launch import Stopped, run_ranks
+try:
+    run_ranks(["-c", {ranks!r}], 2)
+except Stopped as end:
+    raise SystemExit(end.exit_code)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher_code], stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stderr is not None
+        assert [launcher.stderr.readline() for _ in range(2)] == ["ready\n"] * 2
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=300) == code

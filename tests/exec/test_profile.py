@@ -117,8 +117,8 @@ def test_plans_are_made_for_it_and_found_again(
     assert {row.what: row.how for row in plan.estimate.op_costs}["matrix products"] == "measured"
     saved = path.parent / "plan.yaml"
     save_plan(plan, saved)
-    assert question_of(plan, saved, None).cluster == str(path.absolute())
-    assert question_of(plan, tmp_path / "plan.yaml", None).cluster == "here"
+    assert question_of(plan, saved, plan.model.source).cluster == str(path.absolute())
+    assert question_of(plan, tmp_path / "plan.yaml", plan.model.source).cluster == "here"
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from mist.plans.file import load_plan, save_plan
 from mist.plans.workload import Attention
 from tests.exec.layouts import BATCH, GPT2, SEQ_LEN, S, Variant, plan_of, write_models
 from tests.exec.test_apply import LIMIT_S, plan_file, start
+from tests.security.canary import pickled, went_off
 
 DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.3)
 TWO = Variant(name="two", model="dropout.json", stages=(S(dp=2, zero=2),), micro=8)
@@ -45,7 +46,7 @@ def steps(log: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cut", "empty", "gone"])
+@pytest.mark.parametrize("how", ["cut", "empty", "gone", "code"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(folder: Path, how: str) -> None:
     plan, saved = plan_file(TWO, folder), folder / f"damaged-{how}"
     code, errors = apply(folder, plan, "--steps", 1, "--checkpoint", saved)
@@ -53,6 +54,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(folder: Path, how: str) -> 
     file = next((saved / "step-1").glob("*.distcp"))
     if how == "gone":
         file.unlink()
+    elif how == "code":
+        (saved / "step-1" / ".metadata").write_bytes(pickled(folder / "canary"))
     else:
         file.write_bytes(file.read_bytes()[:1000] if how == "cut" else b"")
     code, errors = apply(folder, plan, "--steps", 2, "--resume", "--checkpoint", saved)
@@ -60,6 +63,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(folder: Path, how: str) -> 
     assert f"mist: {saved / 'step-1'} cannot be read (" in errors
     assert "Traceback" not in errors
     assert (saved / "step-1").exists()
+    assert not went_off(folder / "canary")
 
 
 @pytest.mark.slow

@@ -16,6 +16,14 @@ RUNTIMES = sorted(path.stem for path in (PROFILES / "runtimes").glob("*.yaml"))
 CLUSTERS = sorted(path.stem for path in (PROFILES / "clusters").glob("*.yaml"))
 
 
+def other_one(family: str) -> str:
+    """What a refusal of an unknown name says of profiles that do not ship."""
+    return (
+        f"For another one, change figures of the nearest (--set {family}.FIGURE=VALUE; mist "
+        "profiles show NAME lists them), or add a profile (docs/extending.md)."
+    )
+
+
 @cache
 def costs(gpu: str, precision: Precision = Precision.BF16) -> OpCosts:
     """Costs of eight of these on their default cluster."""

@@ -9,7 +9,8 @@ import pytest
 from mist.errors import PlatformError
 from mist.plans.provenance import Kind
 from mist.platform import Platform, load_platform
-from tests.platform.samples import DEVICES, ROOT, RUNTIMES
+from mist.platform.overrides import HOST_MEMORY
+from tests.platform.samples import DEVICES, ROOT, RUNTIMES, other_one
 
 
 def platform(num_gpus: int, gpu: str | None = None, cluster: str | None = None) -> Platform:
@@ -67,19 +68,22 @@ def test_jobs_fill_whole_nodes(num_gpus: int, num_nodes: int, per_node: int) -> 
             8,
             "H100",
             None,
-            "--gpu H100: no device of that name. Did you mean h100-sxm or h100-pcie?",
+            "--gpu H100: more than one device is called so. "
+            "Give h100-pcie or h100-sxm or h100-sxm-500w-hbm2e.",
         ),
         (
             8,
             "hx00",
             None,
-            "--gpu hx00: no device of that name. Did you mean h200 or rtx-4090 or h100-sxm?",
+            "--gpu hx00: no device of that name. Did you mean h200 or rtx-4090 or h100-sxm? "
+            f"{other_one('device')}",
         ),
         (
             8,
             None,
             "dgx-h10",
-            "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100?",
+            "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
+            f"hgx-h100-ib? {other_one('cluster')}",
         ),
         (
             8,
@@ -104,7 +108,8 @@ def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(PlatformError) as refusal:
         load_platform(num_gpus=8, gpu=None, cluster=None, runtime="tensorflow")
     assert str(refusal.value) == (
-        f"--runtime tensorflow: no runtime of that name. Known: {', '.join(RUNTIMES)}."
+        f"--runtime tensorflow: no runtime of that name. Known: {', '.join(RUNTIMES)}. "
+        f"{other_one('runtime')}"
     )
 
 
@@ -173,7 +178,7 @@ def test_host_memory_is_of_the_nodes_with_that_device(
 
 def test_the_users_host_memory_comes_first() -> None:
     found = load_platform(
-        num_gpus=8, gpu="l4", cluster=None, runtime="torch", host_memory_bytes=31e9
+        num_gpus=8, gpu="l4", cluster=None, runtime="torch", overrides={HOST_MEMORY: 31e9}
     )
     assert (found.host_memory.value, found.host_memory.kind) == (31e9, Kind.GIVEN)
     assert found.planned_host_bytes(0.2) == pytest.approx(31e9 * 0.8 / 8)

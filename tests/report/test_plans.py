@@ -182,10 +182,19 @@ def tight(peak_gib: int) -> Plan:
             70,
             [
                 "DOES NOT FIT: over by 6.0 GiB per GPU (peak predicted to +-10%)",
-                "It stays below what the device reports, but runs that close to it crawl or fail.",
+                "The peak is 70.0 GiB; only the margin is exceeded: the card itself has 72.0 GiB "
+                "usable, 2.0 GiB to spare (--margin 0.02 admits it).",
+                "Runs that close to what the device reports crawl or fail.",
             ],
         ),
-        (80, ["DOES NOT FIT: over by 16.0 GiB per GPU (peak predicted to +-10%)"]),
+        (
+            80,
+            [
+                "DOES NOT FIT: over by 16.0 GiB per GPU (peak predicted to +-10%)",
+                "The peak is 80.0 GiB; the card itself is exceeded: it has 72.0 GiB usable, "
+                "8.0 GiB too few.",
+            ],
+        ),
     ],
 )
 def test_a_check_begins_with_the_verdict(
@@ -271,6 +280,7 @@ def test_the_json_of_a_check() -> None:
     assert check_json(sample_plan(), LIMITS, HOST, NOTES) == {
         "params": 8_030_261_248,
         "trainable_params": 8_030_261_248,
+        "overrides": {},
         "fits": True,
         "margin_bytes": 16 * GIB,
         "limit_bytes": 64 * GIB,

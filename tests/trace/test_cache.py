@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sympy import Basic
 
+from mist.files import read_entry, write_entry
 from mist.model.graph import B, S, T
 from mist.plans.workload import Attention, Precision
-from mist.trace import TraceSetting, codec, load_graph
+from mist.trace import TraceSetting, codec, load_graph, load_listing
 from mist.trace import trace_cache as cache
 from tests.trace.test_source import file_with
 
@@ -81,24 +82,43 @@ def test_corrupt_entry_is_rewritten(model_file: Path, text: str) -> None:
 def test_entry_with_a_wrong_field_is_rewritten(model_file: Path) -> None:
     load(model_file)
     (entry,) = cache.cache_folder().glob("*.json")
-    fields = json.loads(entry.read_text())
+    fields = json.loads(read_entry(entry) or "")
     fields["graph"][1] = "many"
-    entry.write_text(json.dumps(fields))
+    write_entry(entry, json.dumps(fields))
     assert load(model_file)[1]
 
 
-def test_listing_is_beside_the_entry(model_file: Path) -> None:
+def test_an_entry_that_was_changed_is_rewritten(model_file: Path) -> None:
+    """A byte of a figure, which would read as another figure: the digest is another one."""
     load(model_file)
-    (listing,) = cache.cache_folder().glob("*.graph.txt")
+    (entry,) = cache.cache_folder().glob("*.json")
+    text = entry.read_text()
+    entry.write_text(text.replace('"Mul",', '"Add",', 1))
+    assert entry.read_text() != text
+    assert load(model_file)[1]
+    assert entry.read_text() == text
+
+
+def test_a_listing_that_was_changed_is_rewritten(model_file: Path) -> None:
+    def listing() -> str:
+        return load_listing(str(model_file), FP32, progress=lambda message: None)
+
+    whole = listing()
+    (entry,) = cache.cache_folder().glob("*.listing")
+    entry.write_text(entry.read_text().replace("aten.", "other."))
+    assert listing() == whole
+
+
+def test_listing_is_beside_the_entry(model_file: Path) -> None:
     assert (
         "embedding_default = aten.embedding.default(input_1, input_2) -> float32[b, s, 16] "
         "flop=0 bytes=136*b*s phase=forward module=embed"
-    ) in listing.read_text().splitlines()
+    ) in load_listing(str(model_file), FP32, progress=lambda message: None).splitlines()
 
 
 def test_no_other_files_are_left(model_file: Path) -> None:
     load(model_file)
-    assert sorted(path.suffix for path in cache.cache_folder().iterdir()) == [".json", ".txt"]
+    assert sorted(path.suffix for path in cache.cache_folder().iterdir()) == [".json", ".listing"]
 
 
 def test_cached_graph_is_equal_and_quick(model_file: Path) -> None:

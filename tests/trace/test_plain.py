@@ -292,12 +292,17 @@ def test_unknown_style_is_noted() -> None:
     )
 
 
-def test_rules_that_do_not_fit_are_noted() -> None:
+def test_rules_that_do_not_fit_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
     model = Model([Layer(i) for i in range(2)])
     model.tp_plan = {"layers.*.up": "colwise"}  # down still takes all inputs
     graph = traced(model)
     assert graph.tp_limits is None
-    assert graph.notes[0].startswith("tensor parallelism cannot be traced (")
+    assert graph.notes == (
+        "tensor parallelism cannot be traced (a part of a tensor meets a whole one "
+        f"({__file__}:29: return x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, "
+        "self.training))); t = 1 only",
+    )
+    assert capfd.readouterr().err == ""  # torch logs such errors
 
 
 def test_checkpointing_in_the_model_is_refused() -> None:

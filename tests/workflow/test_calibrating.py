@@ -32,6 +32,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answer_with(GRAPH, monkeypatch)
     monkeypatch.setattr(calibrating, "load_graph", lambda *_, **__: GRAPH)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)  # where the models of the plans may run
 
 
 def measured(folder: Path, name: str, num_gpus: int, **space: tuple[int, ...]) -> tuple[Path, Path]:

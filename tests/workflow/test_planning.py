@@ -14,10 +14,11 @@ from mist.plans.breakdown import layout_words
 from mist.plans.file import dump_plan, save_plan
 from mist.plans.search_space import NO_RATIOS, SearchSpace, space_of
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.platform.overrides import HOST_MEMORY
 from mist.units import GB, GIB
 from mist.workflow.checking import check_plan
 from mist.workflow.planning import Effort, make_plan
-from mist.workflow.request import Question, host_memory_of
+from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
@@ -40,7 +41,7 @@ def test_a_plan_answers_its_question() -> None:
     assert (plan.workload.seq_len, plan.workload.global_batch) == (4096, 64)
     assert plan.workload.precision is Precision.BF16
     assert (plan.cluster.name, plan.cluster.device) == ("dgx-h100", "h100-sxm")
-    assert planned.notes == ("made by hand",)
+    assert planned.notes[-1] == "made by hand"
     assert {*planned.seconds} == {"prepare", "search"}
     assert all(stage.peak_bytes <= planned.limits.device_bytes for stage in plan.estimate.stages)
     assert plan.provenance.gap == 0.0
@@ -167,18 +168,18 @@ def test_the_host_memory_to_try_is_enough_and_a_tenth_less_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answer_with(toy_graph((16,), hidden=8192), monkeypatch)
-    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512, host_memory_bytes=64 * GB)
+    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512, overrides={HOST_MEMORY: 64 * GB})
     space = SearchSpace(pp=(1,), tp=(1,))
     with pytest.raises(Infeasible) as refused:
         make_plan(asked, space)
     found = re.search(r"Try --host-memory (\d+)GB\.", str(refused.value))
     assert found is not None
-    num_bytes = host_memory_of(f"{found[1]}GB")
-    planned = make_plan(replace(asked, host_memory_bytes=num_bytes), space)
+    num_bytes = int(found[1]) * GB
+    planned = make_plan(replace(asked, overrides={HOST_MEMORY: num_bytes}), space)
     assert planned.host.fits
-    assert planned.plan.cluster.host_memory_bytes == num_bytes
+    assert planned.plan.overrides[HOST_MEMORY] == num_bytes
     with pytest.raises(Infeasible):
-        make_plan(replace(asked, host_memory_bytes=round(0.9 * num_bytes)), space)
+        make_plan(replace(asked, overrides={HOST_MEMORY: round(0.9 * num_bytes)}), space)
 
 
 def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,11 +195,11 @@ def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) 
     ample = make_plan(asked, space).host
     assert ample.held_bytes > 0
     assert ample.loading_bytes == ample.held_bytes + 2 * ample.drawn_bytes
-    tight = make_plan(replace(asked, host_memory_bytes=ample.loading_bytes - 1), space).host
+    tight = make_plan(replace(asked, overrides={HOST_MEMORY: ample.loading_bytes - 1}), space).host
     assert tight.fits
     assert tight.held_bytes < ample.held_bytes
     with pytest.raises(Infeasible) as refused:
-        make_plan(replace(asked, host_memory_bytes=2 * ample.drawn_bytes - 1), space)
+        make_plan(replace(asked, overrides={HOST_MEMORY: 2 * ample.drawn_bytes - 1}), space)
     assert "toy does not fit on 2 x l4. It cannot be loaded in host memory: it needs " in str(
         refused.value
     )

@@ -1,7 +1,6 @@
 """Joins the process group of a run, started by `launch`, torchrun or a cluster's launcher."""
 
 import os
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mist.exec.build.devices import rank_device, refuse_shared
+from mist.exec.parent_watch import leave_with_parent
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def process_group(timeout_s: float) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     ours = os.environ.get("MIST_RENDEZVOUS")
     if ours:
-        _leave_with_launcher()
+        leave_with_parent()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method=ours or "env://",
@@ -66,13 +66,3 @@ def warm_up(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
     one = torch.ones(1, device=device)
     for group in (dist.group.WORLD, *groups):
         dist.all_reduce(one, group=group)
-
-
-def _leave_with_launcher() -> None:
-    """End this process when the launcher's end of standard input closes: no rank is orphaned."""
-
-    def watch() -> None:
-        os.read(0, 1)  # nothing is ever written: this returns at the end
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

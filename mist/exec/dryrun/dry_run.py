@@ -32,6 +32,7 @@ from mist.exec.build.parallel import Parallel, assemble, subject_of
 from mist.exec.build.step_recorder import Rows, collectives_of
 from mist.exec.dryrun.observer import Observer, observing
 from mist.exec.observation import Seen, to_json
+from mist.exec.parent_watch import leave_with_parent
 from mist.files import write_bytes
 from mist.plans.file import load_plan
 from mist.plans.plan import Plan
@@ -166,6 +167,7 @@ def load_shapes(source: str, attention: Attention) -> LoadedModel:
 
 def main(argv: list[str]) -> int:
     """Look at one stage and write what was seen; the exit code."""
+    leave_with_parent()
     plan_file, stage, policy, out = argv
     warnings.filterwarnings("ignore", module=r"torch\..*")
     try:

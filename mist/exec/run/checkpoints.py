@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from mist.exec.build.initial_weights import bounds_of
 from mist.exec.build.parallel import Parallel
 from mist.exec.build.tensor_parts import merge_pieces, read_within, take_apart
 from mist.exec.run.checkpoint_folder import FACTS, Checkpoint, checkpoints
+from mist.exec.run.tensor_reader import TensorReader
 from mist.files import write_text
 
 NUM_KEPT: Final = 2
@@ -88,14 +88,15 @@ def resume(parallel: Parallel, last: Checkpoint) -> int:
 
 def _read(parallel: Parallel, last: Checkpoint) -> dict[str, torch.Tensor]:
     with _without_noise():
-        known = FileSystemReader(last.path).read_metadata().state_dict_metadata
+        reader = TensorReader(last.path)
+        known = reader.read_metadata().state_dict_metadata
         # Earlier versions saved no buffers; everything else must be there.
         state = {
             name: value
             for name, value in _state(parallel).items()
             if name in known or not name.startswith(BUFFER)
         }
-        load(state, checkpoint_id=last.path)
+        load(state, storage_reader=reader)
     return state
 
 

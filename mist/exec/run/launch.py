@@ -107,7 +107,7 @@ def _start(
     errors = (folder / f"errors-{number}").open("w+b")
     defaults = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, "-P", *command],  # a file of the current folder is no module of ours
         env={**os.environ, **_environment(number, num_ranks, folder), **defaults},
         # A rank leaves when this pipe closes: then the launcher is gone.
         stdin=subprocess.PIPE,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mist.errors import InputError
+from mist.errors import InputError, printable
 from mist.files import write_text
 from mist.units import GIB
 
@@ -71,5 +71,5 @@ def steps_of(path: Path) -> list[dict[str, Any]]:
 
 def say(message: str) -> None:
     """A line for people: ranks print to standard output, which the launcher sends to its errors."""
-    sys.stdout.write(f"{message}\n")
+    sys.stdout.write(f"{printable(message)}\n")
     sys.stdout.flush()

@@ -1,7 +1,9 @@
 """From the fields of a Hugging Face configuration to a model on the meta device."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -34,6 +36,9 @@ def model_of(
     label: str, config: dict[str, Any], precision: Precision, attention: Attention
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model of a configuration, with notes on how it was read. Raises ModelError."""
+    # Kernels of a hub are code. What somebody sets in the environment is an answer to that.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    from huggingface_hub import constants
     from transformers import AutoConfig
 
     model_type, notes = _model_type(label, config.pop("model_type"), config)
@@ -41,12 +46,16 @@ def model_of(
         notes += (QUANTIZED,)
     kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
     try:
-        known = AutoConfig.for_model(model_type, **config)
-        model_class, more = _class_of(label, known)
-        if getattr(known, "pad_token_id", None) is None:
-            known.pad_token_id = 0  # classifiers look for the last token that is no padding
-        with torch.device("meta"):
-            model: nn.Module = model_class._from_config(known, dtype=DTYPES[precision], **kernel)
+        # A configuration names no file of elsewhere that a model of it could need.
+        with patch.object(constants, "HF_HUB_OFFLINE", True):
+            known = AutoConfig.for_model(model_type, **config)
+            model_class, more = _class_of(label, known)
+            if getattr(known, "pad_token_id", None) is None:
+                known.pad_token_id = 0  # classifiers look for the last token that is no padding
+            with torch.device("meta"):
+                model: nn.Module = model_class._from_config(
+                    known, dtype=DTYPES[precision], **kernel
+                )
     except ModelError:
         raise
     except Exception as error:

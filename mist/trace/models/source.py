@@ -1,6 +1,7 @@
 """What to trace, without torch: a Python file, a configuration or a preset; and for what."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,12 @@ from typing import Any, Final, Literal
 from mist.errors import InputError, ModelError, did_you_mean
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.presets import PRESETS
+
+# Keys by which a configuration names code that transformers would fetch, and what it has itself.
+FETCHING: Final = re.compile(
+    r"_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config|kernels"
+)
+OWN_KERNELS: Final = (None, False, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 Policy = Literal["cuda", "cpu"]
 MAX_SEQ_LEN_NAMES: Final = (
@@ -144,10 +151,33 @@ def _config(path: Path) -> ConfigSource:
             f"{path} has no model_type, so it is not a Hugging Face model configuration. "
             'Add for example "model_type": "llama".'
         )
+    _refuse_fetching(path, config)
     absolute = path.resolve()
     stem = absolute.parent.name if absolute.name == "config.json" else absolute.stem
     name = Path(str(config.get("_name_or_path") or stem)).name.lower()
     return ConfigSource(label=str(path), name=name, config=config)
+
+
+def _refuse_fetching(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for kernels that would come from elsewhere, at any depth: they are code."""
+    found = [*config.items()]
+    while found:
+        key, value = found.pop()
+        if FETCHING.fullmatch(key) and not all(each in OWN_KERNELS for each in _leaves(value)):
+            raise ModelError(
+                f"{path} has {key} {json.dumps(value)}, which transformers may fetch and run. "
+                "Remove it: --attention says which attention is planned."
+            )
+        # A list has the key of its own for each of its values.
+        inner = value if isinstance(value, list) else []
+        found += value.items() if isinstance(value, dict) else ((key, each) for each in inner)
+
+
+def _leaves(value: object) -> list[object]:
+    """The words that a value says, for one part of the model or for each of them."""
+    if isinstance(value, dict):
+        return [*value.values()]
+    return value if isinstance(value, list) else [value]
 
 
 def _read(path: Path) -> str:

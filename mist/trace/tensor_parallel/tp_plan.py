@@ -12,6 +12,7 @@ from typing import Final
 
 from torch import nn
 
+from mist.model.summary import TpLimit
 from mist.trace.tensor_parallel.tp_sharding import (
     HEAD_DIMS,
     HEADS,
@@ -51,6 +52,22 @@ def plan_of_model(model: nn.Module) -> Plan | None:
         if not _is_vocabulary(model, path, module)
     )
     return plan if any(style is not None and style not in WHOLE for style in inside) else None
+
+
+def planned_heads(model: nn.Module) -> Iterator[TpLimit]:
+    """The numbers of heads that the plan of a model divides, by its configuration."""
+    config, plan = getattr(model, "config", None), plan_of_model(model)
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", heads)
+    divided = plan is not None and any(
+        path.endswith("q_proj") and _style(plan, path) == "colwise"
+        for path, _ in model.named_modules()
+    )
+    # One key and value head for all leaves the attention whole.
+    if divided and isinstance(heads, int) and isinstance(shared, int) and shared > 1:
+        yield TpLimit(label="attention heads", size=heads)
+        if shared != heads:
+            yield TpLimit(label="key/value heads", size=shared)
 
 
 def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
