@@ -142,6 +142,7 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         num_whole=1,
         num_recomputed_ops=2,  # the second matrix saves only its input
         domain=(),
+        buffer_bytes=0,
     )
 
 
@@ -181,6 +182,7 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         num_whole=0,
         num_recomputed_ops=1,
         domain=(),
+        buffer_bytes=0,
     )
 
 

@@ -1,6 +1,7 @@
 """`mist trace`, `mist convert` and `mist profiles`: what a plan is made from."""
 
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -52,6 +53,9 @@ def trace(
     picture: Annotated[
         Path | None, typer.Option("--graph", help="Write the operations (.svg or .txt).")
     ] = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", min=1, help="A sequence length that must be covered.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -71,13 +75,13 @@ def trace(
         fused_norms=fused_norms,
         compiled=compiled,
         capacity_ratio=capacity,
+        seq_len=seq or _length(point),
     )
     with redirect_stdout(sys.stderr):
         graph = load_graph(model, setting, progress=progress)
         if picture is not None:
             _write_graph(model, setting, picture)
-    if point and (reasons := list(outside_trace(graph, point))):
-        raise InputError(f"--at {at}: {' '.join(reasons)}")
+    _refuse(f"--at {at}", outside_trace(graph, point) if point else ())
     if as_json:
         print_json(trace_json(graph, point))
     else:
@@ -148,6 +152,16 @@ def _write_graph(model: str, setting: "TraceSetting", path: Path) -> None:
     listing = load_listing(model, setting, progress=progress)
     write_text(path, graph_svg(listing) if path.suffix == ".svg" else listing)
     progress(f"wrote {path}")
+
+
+def _length(point: dict[str, int] | None) -> int | None:
+    return point["s"] if point else None
+
+
+def _refuse(option: str, reasons: Iterable[str]) -> None:
+    """Raise InputError for an option that there is a reason against."""
+    if text := " ".join(reasons):
+        raise InputError(f"{option}: {text}")
 
 
 def _point(at: str | None) -> dict[str, int] | None:

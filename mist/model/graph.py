@@ -123,14 +123,16 @@ class TensorParallelCollective:
 class Block:
     """A distinct layer, the embedding, or the head with the loss.
 
-    `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which copies are
-    made). Where the backward pass is split, what waits for the gradients of parameters
+    `buffer_bytes`: what every rank holds of it as it is, buffers and weights that are stored as
+    codes. `saved` holds for b >= 2, `saved_single` for b = 1 (a size-1 dimension changes which
+    copies are made). Where the backward pass is split, what waits for the gradients of parameters
     (`trace.recording.split_backward`) is `early`, saved by the last operation that reads a
     parameter and by those before it, and `awaited`, the gradients of the results of all that read
     one. `boundary_bytes`: the input activation, which is all that full checkpointing keeps;
     `keeps_input`: whether it is among what is saved anyway; `flows`: whether it has a gradient,
-    which goes back through the block; `carried_bytes`: what else with a gradient comes from earlier
-    layers (an encoder's result); `tp_bytes`: the activation that tensor-parallel ranks exchange.
+    which goes back through the block; `carried_bytes`: what else with a gradient comes from
+    earlier layers (an encoder's result); `tp_bytes`: the activation that tensor-parallel ranks
+    exchange.
     `transient_bytes`: live bytes beyond `saved` in the backward pass, at each instant that is the
     worst for some (b, s, t); the peak is their maximum. `transient_with_grads_bytes`: the same with
     the gradients of parameters that were made so far; `transient_adding_bytes`: with those of the
@@ -147,6 +149,7 @@ class Block:
 
     name: str
     params: tuple[Param, ...]
+    buffer_bytes: int
     ops: tuple[Op, ...]
     saved: tuple[SavedTensor, ...]
     saved_single: tuple[SavedTensor, ...]

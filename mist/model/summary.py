@@ -36,6 +36,22 @@ class TpLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Sequence lengths [tokens] that a trace holds for: one regime of a model.
+
+    They are the multiples of `multiple` from `first` to `last` (None: without end).
+    """
+
+    first: int = 1
+    last: int | None = None
+    multiple: int = 1
+
+    def __contains__(self, seq_len: int) -> bool:
+        within = self.first <= seq_len and (self.last is None or seq_len <= self.last)
+        return within and seq_len % self.multiple == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
     """What a model says of itself before it is traced: its positions, and the heads it divides.
 
@@ -57,6 +73,7 @@ class ModelFacts:
     them; None if it can. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
     shapes of parameters, runs, ties), not the trace. `precision`: the one that was traced.
+    `lengths`: the sequence lengths that it was traced for.
     """
 
     name: str
@@ -71,6 +88,7 @@ class ModelFacts:
     fingerprint: str
     notes: tuple[str, ...]
     undivided: str | None = None
+    lengths: Lengths = Lengths()
 
     @property
     def trainable(self) -> int | None:

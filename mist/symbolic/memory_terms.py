@@ -29,6 +29,7 @@ def block_memory_terms(name: str, cost: BlockCost, traced: Block) -> dict[str, E
         f"{name}_params": cost.params,
         f"{name}_trainable_params": cost.trainable_params,
         f"{name}_hosted_params": cost.hosted_params,
+        f"{name}_buffer_bytes": sympy.Integer(traced.buffer_bytes),
         f"{name}_backward_params": cost.params * int(traced.goes_back),
         f"{name}_without_gradient": sympy.Integer(int(not traced.flows)),
         f"{name}_largest_params": cost.largest_params,

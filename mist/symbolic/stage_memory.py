@@ -105,11 +105,12 @@ def stage_memory(blocks: StageBlocks, runtime: Runtime, precision: Precision) ->
 
 
 def _states(blocks: StageBlocks) -> Expr:
-    """Parameters, gradients between two micro-batches and moments on the device."""
+    """Parameters, gradients between two micro-batches and moments on the device; buffers."""
     trainable = params_of(blocks.every, "trainable_params")
     frozen = params_of(blocks.every) - trainable
     states = trainable * term("state_bytes_per_param") - offloaded_bytes(blocks)
-    return states + frozen * term("frozen_bytes_per_param")
+    held = sum_over(blocks.every, "{x}_buffer_bytes")
+    return states + frozen * term("frozen_bytes_per_param") + held
 
 
 def gradient_bytes(blocks: StageBlocks) -> Expr:

@@ -55,7 +55,7 @@ def load_graph(
 
     model_source = _source_of(source)
     key = _key(model_source, setting)
-    entry = cache.load(key)
+    entry = cache.load(key, setting.seq_len)
     graph = decode_graph(entry.fields) if entry is not None else None
     if graph is not None:
         progress(f"{graph.name}: trace from the cache")
@@ -70,8 +70,10 @@ def load_graph(
         model = load_model(model_source, precision=setting.precision, attention=setting.attention)
         refuse(limits_of(model))
         traced = trace(model, setting, progress)
-    cache.store(key, encode_graph(traced.graph), listing(traced), modules)
-    return traced.graph
+    graph, text = traced.graph, listing(traced)
+    fields = encode_graph(graph)
+    cache.store(cache.entry_name(key, traced.seq_len), graph.facts, fields, text, modules)
+    return graph
 
 
 def trace_digest(source: str | ConfigSource, setting: TraceSetting) -> str | None:
@@ -79,7 +81,7 @@ def trace_digest(source: str | ConfigSource, setting: TraceSetting) -> str | Non
 
     Raises ModelError when there is no such model.
     """
-    entry = cache.load(_key(_source_of(source), setting))
+    entry = cache.load(_key(_source_of(source), setting), setting.seq_len)
     return entry.digest if entry is not None else None
 
 
@@ -88,17 +90,24 @@ def load_listing(source: str, setting: TraceSetting, *, progress: Callable[[str]
 
     Raises ModelError and TraceError as `load_graph`, OutputError when nothing can be cached.
     """
-    key = _key(resolve(source), setting)
-    listing = cache.load_listing(key)
+    listing = _cached_listing(source, setting)
     if listing is None:
-        cache.forget(key)
         load_graph(source, setting, progress=progress)
-        listing = cache.load_listing(key)
+        listing = _cached_listing(source, setting)
     if listing is None:
         raise OutputError(
             f"the operations of {source} are kept in {cache.cache_folder()}, which cannot be "
             "written. Set XDG_CACHE_HOME to a folder that can."
         )
+    return listing
+
+
+def _cached_listing(source: str, setting: TraceSetting) -> str | None:
+    """The listing beside an entry; an entry without one is dropped."""
+    entry = cache.load(_key(resolve(source), setting), setting.seq_len)
+    listing = cache.load_listing(entry.name) if entry else None
+    if entry and listing is None:
+        cache.forget(entry.name)
     return listing
 
 

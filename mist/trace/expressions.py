@@ -105,6 +105,7 @@ class Symbols:
         relations = (self._translate(guard.expr) for guard in self.env.guards)
         # Guards that hold for all positive sizes have become plain True by now.
         inequalities = {r for r in relations if isinstance(r, sympy.core.relational.Relational)}
+        inequalities |= {sympy.Eq(size, value) for size, value in self.fixed().items()}
         return tuple(sorted((r for r in inequalities if not r.free_symbols & {T}), key=str))
 
     def fixed(self) -> dict[Expr, Expr]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from sympy import Integer
 from torch import fx, nn
 
@@ -15,8 +14,10 @@ from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun, ModelLimits
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
-from mist.trace.recording.session import Piece, RecordedRun
-from mist.trace.runs import Progress, Recorded, record_model
+from mist.trace.ownership import Owned, owned_parts, unread_note
+from mist.trace.recording.recorded_run import Piece, RecordedRun
+from mist.trace.recording.session import seq_hint
+from mist.trace.runs import OneLength, Progress, Recorded, record_model
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
 from mist.trace.tensor_parallel.tp_plan import planned_heads
@@ -25,10 +26,14 @@ from mist.trace.tensor_parallel.tp_sharding import Sharding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traced:
-    """A model graph and the torch.fx graph of each of its parts, by block name."""
+    """A model graph and the torch.fx graph of each of its parts, by block name.
+
+    `seq_len`: the length that decided its branches, None for the usual one.
+    """
 
     graph: ModelGraph
     fx: Mapping[str, fx.Graph]
+    seq_len: int | None
 
 
 def limits_of(model: LoadedModel) -> ModelLimits:
@@ -67,7 +72,26 @@ def trace(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Trac
         )
     _refuse_frozen(model)
     with _training(model.module):
-        return _assemble(model, setting, record_model(model, setting, progress))
+        return _in_regime(model, setting, progress)
+
+
+def _in_regime(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Traced:
+    """The usual trace, or one at the length that is asked for where the usual does not hold."""
+    usual = replace(setting, seq_len=None)
+    length = seq_hint(model, setting.seq_len)
+    try:
+        traced = _assemble(model, usual, record_model(model, usual, progress))
+    except OneLength:
+        # Still of use: another length is traced when it is asked for.
+        setting = replace(setting, seq_len=length)
+    except TraceError:
+        if setting.seq_len is None or length == seq_hint(model, None):
+            raise
+    else:
+        if setting.seq_len is None or length in traced.graph.lengths:
+            return traced
+    progress(f"{model.name} runs otherwise at {length} tokens")
+    return _assemble(model, setting, record_model(model, setting, progress))
 
 
 def _refuse_frozen(model: LoadedModel) -> None:
@@ -95,12 +119,12 @@ def _training(module: nn.Module) -> Iterator[None]:
 
 def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Traced:
     run, single, sharding = result.run, result.single, result.sharding
-    owners = _owners(model.module, result)
+    owners = owned_parts(model.module, result)
     pieces = (run.embed, run.head, *run.layers)
     singles = (single.embed, single.head, *single.layers)
     blocks = [
-        _block(piece, one, params, sharding, run)
-        for piece, one, params in zip(pieces, singles, owners, strict=True)
+        _block(piece, one, owned, sharding, run)
+        for piece, one, owned in zip(pieces, singles, owners, strict=True)
     ]
     embed, head, *layers = blocks
     # The ends exchange the activation of the layer next to them, not what that layer carries.
@@ -110,9 +134,11 @@ def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Tr
     if result.layers is None:
         whole = replace(head, name=type(model.module).__name__)
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
-    graph = simplify_graph(_graph(model, setting, result, (embed, head, *layers)))
+    hint = seq_hint(model, setting.seq_len)
+    graph = simplify_graph(_graph(model, setting, result, (embed, head, *layers)), hint)
     names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
-    return Traced(graph=graph, fx={n: p.part.graph for n, p in zip(names, pieces, strict=True)})
+    graphs = {n: p.part.graph for n, p in zip(names, pieces, strict=True)}
+    return Traced(graph=graph, fx=graphs, seq_len=setting.seq_len)
 
 
 def _graph(
@@ -138,7 +164,7 @@ def _graph(
         sequential=result.run.sequential,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
-        notes=result.notes,
+        notes=(*result.notes, *unread_note(model.module, result)),
     )
 
 
@@ -168,43 +194,8 @@ def _fingerprint(module: nn.Module, runs: Iterable[LayerRun], tied: bool) -> str
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-BlockParams = list[tuple[str, torch.Tensor, bool]]
-
-
-def _owners(module: nn.Module, result: Recorded) -> list[BlockParams]:
-    """The parameters of embed, head and each distinct layer: name, tensor, tied.
-
-    Outside the layers a parameter belongs where it is first read (one never read: to the
-    embedding); a later use is tied.
-    """
-    run, layers = result.run, result.layers.modules if result.layers else ()
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    outside = [(name, p) for name, p in module.named_parameters() if id(p) not in inside]
-    parts = {
-        id(piece): {id(run.originals[key]) for key in piece.part.used} for piece in _outside(run)
-    }
-    unread = {id(p) for _, p in outside}.difference(*parts.values())
-    parts[id(run.embed if layers else run.head)] |= unread
-    params_of: dict[int, BlockParams] = {}
-    known: set[int] = set()
-    for piece in _outside(run):
-        read = parts[id(piece)]
-        params_of[id(piece)] = [(name, p, id(p) in known) for name, p in outside if id(p) in read]
-        known |= read
-    for piece in run.layers:
-        if piece.module is not None:
-            parameters = piece.module.named_parameters()
-            params_of[id(piece)] = [(name, parameter, False) for name, parameter in parameters]
-    return [params_of[id(piece)] for piece in (run.embed, run.head, *run.layers)]
-
-
-def _outside(run: RecordedRun) -> list[Piece]:
-    """What runs outside the layers, in order."""
-    return [run.embed, *(piece for piece in run.layers if piece.module is None), run.head]
-
-
 def _block(
-    piece: Piece, single: Piece, params: BlockParams, sharding: Sharding | None, run: RecordedRun
+    piece: Piece, single: Piece, owned: Owned, sharding: Sharding | None, run: RecordedRun
 ) -> Block:
     shares = sharding.params if sharding else {}
     block_params = tuple(
@@ -216,11 +207,12 @@ def _block(
             tied=tied,
             trainable=tensor.requires_grad,
         )
-        for name, tensor, tied in params
+        for name, tensor, tied in owned.params
     )
     return Block(
         name=piece.part.name,
         params=block_params,
+        buffer_bytes=owned.buffer_bytes,
         ops=tuple(piece.part.ops),
         saved=piece.part.saved(),
         saved_single=single.part.saved(),
@@ -296,6 +288,7 @@ def _empty(name: str) -> Block:
     return Block(
         name=name,
         params=(),
+        buffer_bytes=0,
         ops=(),
         saved=(),
         saved_single=(),

@@ -3,7 +3,9 @@
 Padding to a multiple and the like cannot run with symbolic sizes. Then every number of the record
 (sizes, FLOPs, bytes) is taken as a polynomial
 
-    sum of c_ij b^i s^j,   i = 0..1 (0 for b = 1),   j = 0..2
+    sum of c_ij b^i s^j,   i = 0..2 (0 for b = 1),   j = 0..2
+
+(a loss that compares all samples of a batch with each other has b^2)
 
 whose coefficients solve the runs at as many points exactly, in rationals; at the other points the
 polynomials must give the numbers of the run to the unit. s runs over a lattice of multiples of m.
@@ -21,12 +23,12 @@ from sympy import Basic, Expr
 
 from mist.model.graph import B, S
 from mist.trace.recording.liveness import Counted
+from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 from mist.trace.recording.recorder import Part, SavedStorage
-from mist.trace.recording.session import Piece, Point, RecordedRun
 
-BATCHES: Final = (2, 3)
+BATCHES: Final = (2, 3, 4)
 MULTIPLES: Final = (2, 3, 4)
-HELD_OUT: Final = ((5, 6), (4, 8), (64, 7))  # batch, multiple of the lattice; and:
+HELD_OUT: Final = ((5, 6), (6, 8), (64, 7))  # batch, multiple of the lattice; and:
 LONGEST: Final = 8192  # tokens, at the first batch
 LARGEST_UNIT: Final = 128
 LATTICES: Final = (1, 2, 4, 8, 16, 32, 64)
@@ -42,9 +44,12 @@ class NotPolynomial(Exception):
 class Fit:
     """Polynomials through values at points (b, s); the first points determine them."""
 
-    def __init__(self, points: Sequence[tuple[int, int]], batch_powers: int) -> None:
+    def __init__(
+        self, points: Sequence[tuple[int, int]], *, batch_powers: int, seq_powers: int = 3
+    ) -> None:
         self.points = points
-        self._monomials = [B**i * S**j for i, j in product(range(batch_powers), range(3))]
+        powers = product(range(batch_powers), range(seq_powers))
+        self._monomials = [B**i * S**j for i, j in powers]
         rows = [self._at(self._monomials, point) for point in points[: len(self._monomials)]]
         # One exact inverse serves every number of the record.
         self._solve = sympy.Matrix(rows).inv()
@@ -114,7 +119,7 @@ def fitted_run(
     if batch is not None:
         points = sorted({(batch, s) for _, s in points})
     known = {point: run_at(_point(point, batch)) for point in points}
-    fit = Fit(points, batch_powers=2 if batch is None else 1)
+    fit = Fit(points, batch_powers=3 if batch is None else 1)
     _merge(fit, list(known.values()))
     for lattice in (each for each in LATTICES if each < unit):
         # A multiple of this lattice and of no coarser one: if the polynomials hold there, too, the
@@ -122,11 +127,31 @@ def fitted_run(
         odd = (batch or BATCHES[0], lattice * (unit // lattice + 1))
         try:
             run = run_at(_point(odd, batch))
-            wider = Fit([*points, odd], batch_powers=2 if batch is None else 1)
+            wider = Fit([*points, odd], batch_powers=3 if batch is None else 1)
             return _merge(wider, [*known.values(), run], lattice)
         except NotPolynomial:
             continue
     return _merge(fit, list(known.values()), unit)
+
+
+def run_of_one_length(
+    run_at: Callable[[Point], RecordedRun], *, seq_len: int, batch: int | None
+) -> RecordedRun:
+    """A run with polynomials in b alone (batch None), or of a given batch, at one length.
+
+    Args:
+        run_at: records the model at a point of concrete sizes.
+        seq_len: the only sequence length [tokens].
+        batch: None, or the only batch size.
+
+    Raises NotPolynomial when a number of the record is no polynomial in b.
+    """
+    batches = (*BATCHES, *(held for held, _ in HELD_OUT)) if batch is None else (batch,)
+    points = [(b, seq_len) for b in batches]
+    fit = Fit(points, batch_powers=min(len(points), 3), seq_powers=1)
+    run = _merge(fit, [run_at(_point(point, batch)) for point in points])
+    bounds: tuple[Basic, ...] = (sympy.Le(B, max(batches)), sympy.Eq(S, seq_len))
+    return replace(run, domain=bounds, fixed={S: sympy.Integer(seq_len)})
 
 
 def _unit(longest: int | None) -> int:

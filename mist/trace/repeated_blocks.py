@@ -4,14 +4,17 @@ Layers are the children of lists: ModuleList, Sequential, ModuleDict, where a li
 called itself (a ModuleList in a ModuleList) stands for its children. Of nested lists the outermost
 are preferred whose children mostly repeat (most of their parameters are in children that occur more
 than once). If those have under half of the parameters in lists, the outermost lists are taken
-(unequal layers). An encoder and a decoder are two lists. Two layers are the same when their
-classes, parameters and settings agree; a layer's own number in the list is no setting.
+(unequal layers). What stands around the repeated children of a list and is of another class (an
+embedding, a last norm) is none of its layers; a list that holds a list of layers among other
+modules is a namespace, and no list of layers itself. An encoder and a decoder are two lists. Two
+layers are the same when their classes, parameters and settings agree; a layer's own number in the
+list is no setting.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import nn
@@ -28,19 +31,28 @@ Signature = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The layers of a model, and for each the number of the list that it is of."""
+    """The layers of a model, and for each the number of the list that it is of.
+
+    `shared`: lists whose layers may be called again, with the parameters that they have.
+    """
 
     modules: tuple[nn.Module, ...]
     signatures: tuple[Signature, ...]
     lists: tuple[int, ...]
+    shared: frozenset[int] = frozenset()
 
     def ordered(self, order: Sequence[int]) -> "Layers":
         """The layers `order`, in that order."""
-        return Layers(
+        return replace(
+            self,
             modules=tuple(self.modules[i] for i in order),
             signatures=tuple(self.signatures[i] for i in order),
             lists=tuple(self.lists[i] for i in order),
         )
+
+    def with_shared(self, number: int) -> "Layers":
+        """The same layers, where those of that list may be called again."""
+        return replace(self, shared=self.shared | {number})
 
     def without(self, number: int) -> "Layers | None":
         """The layers of the other lists, if there are two or more."""
@@ -82,7 +94,7 @@ def find_layers(model: nn.Module) -> Layers | None:
 
 def _lists(model: nn.Module) -> Iterator[_List]:
     for path, module in model.named_modules():
-        if isinstance(module, LISTS) and len(children := tuple(_called(module))) > 1:
+        if isinstance(module, LISTS) and len(children := _stack(module)) > 1:
             signatures = tuple(map(signature, children))
             count, sizes = Counter(signatures), [_size(child) for child in children]
             pairs = zip(sizes, signatures, strict=True)
@@ -93,6 +105,34 @@ def _lists(model: nn.Module) -> Iterator[_List]:
                 size=sum(sizes),
                 repeated=sum(size for size, known in pairs if count[known] > 1),
             )
+
+
+def _stack(module: nn.Module) -> tuple[nn.Module, ...]:
+    """What may be layers of a list: its (called) children, without what stands around them."""
+    nested = [isinstance(child, NEVER_CALLED) and len(child) > 0 for child in module.children()]
+    if any(nested) and not all(nested):
+        return ()
+    children = tuple(_called(module))
+    count = Counter(map(signature, children))
+    repeated = {type(child) for child in children if count[signature(child)] > 1 and _size(child)}
+    inside = [i for i, child in enumerate(children) if type(child) in repeated]
+    return children[inside[0] : inside[-1] + 1] if inside else children
+
+
+def called_again(model: nn.Module, calls: Mapping[nn.Module, int]) -> Layers | None:
+    """The block that a model without a list calls again and again, if it is most of the model.
+
+    `calls`: how often each module was called in a run.
+    """
+    again = {id(m) for m, count in calls.items() if count > 1}
+    inside = {id(i) for m in calls if id(m) in again for i in m.modules() if i is not m}
+    for module in calls:
+        outermost = id(module) in again - inside and module is not model
+        # Work is parameters times calls: what runs once may be larger, a vocabulary for one.
+        if outermost and calls[module] * _size(module) > _size(model) - _size(module):
+            known = (signature(module),)
+            return Layers(modules=(module,), signatures=known, lists=(0,), shared=frozenset({0}))
+    return None
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

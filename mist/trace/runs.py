@@ -6,29 +6,25 @@ with the first at t = 1; and one at b = 1, forward only, since a dimension of si
 tensors autograd keeps. Where symbolic sizes fail, expressions come from more runs at concrete ones.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
 import sympy
 from sympy import Expr
+from torch import nn
 
 from mist.errors import TraceError
 from mist.model.graph import B, Op, S, T
 from mist.trace.diagnose import shard_words, traced, without_torch_log
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
-from mist.trace.polynomial_fit import NotPolynomial, fitted_run
-from mist.trace.recording.session import (
-    BATCH_HINT,
-    SEQ_HINT,
-    NotALayerList,
-    Point,
-    RecordedRun,
-    Session,
-    seq_hint,
-)
-from mist.trace.repeated_blocks import Layers, find_layers
+from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
+from mist.trace.recording.recorded_run import Point, RecordedRun
+from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, NotALayerList, Session, seq_hint
+from mist.trace.repeated_blocks import Layers, called_again, find_layers
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, with_whole_vocabulary
 from mist.trace.tp_graph import find_sharding
 
@@ -45,12 +41,24 @@ OUT_OF_LINE = (
     "layers exchange tensors with layers that are not their neighbours (skip connections): "
     "one pipeline stage only"
 )
+SHARED = (
+    "layers are called again with the same parameters, which one pipeline stage must have: "
+    "counted once, run each time"
+)
+WINDOWED = (
+    "sliding windows run in a kernel that skips what lies outside of them (FlashAttention 2, "
+    "FlexAttention); torch's own attention takes them as a mask over all pairs and needs more"
+)
 COMPILED: Final = (
     "torch.compile: layers only; which tensors are kept is decided at b = "
     f"{BATCH_HINT}, s = {SEQ_HINT} (shorter where the model is)"
 )
 
 LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
+
+
+class OneLength(TraceError):
+    """A model whose trace holds for the length that it was traced at only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +91,11 @@ class _Subject:
         with traced(self.model.name):
             run = self.session(point)
         for size, value in run.fixed.items():
-            if size in (B, S):
+            # A trace for one length that was asked for is of use, one for one batch is not.
+            if size == B or (size == S and self.setting.seq_len is None):
                 name = "batch" if size == B else "sequence length"
-                raise TraceError(
+                fault = OneLength if size == S else TraceError
+                raise fault(
                     f"{self.model.name} works for one {name} only ({value}): an operation compares "
                     "it with a fixed size. Let make_batch and the model take any size."
                 )
@@ -123,7 +133,7 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
         run=run,
         single=single,
         sharding=subject.sharding,
-        notes=(*_notes(subject, run), *notes),
+        notes=(*model.notes, *_notes(subject, run), *notes),
     )
 
 
@@ -145,18 +155,68 @@ def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
 def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
     """A run at concrete sizes, and with it the layers in the order of their calls.
 
-    A list whose layers are not called once each is no list of layers.
+    A list whose layers are not called once each, one on what another gave, is no list of layers.
     """
-    layers = find_layers(subject.model.module)
-    point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model))
+    model = subject.model.module
+    layers = find_layers(model)
+    with _every_parameter_trained(model) as is_whole:
+        layers, run = _searched(subject, layers)
+        if layers is None:
+            with counted_calls(model) as calls:
+                run = subject.run(_hints(subject))
+            layers = called_again(model, calls)
+            if layers is not None:
+                layers, run = _searched(subject, layers)
+    subject = replace(subject, layers=layers)
+    return subject, run if is_whole and run is not None else subject.run(_hints(subject))
+
+
+def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, RecordedRun | None]:
+    """What of these is a chain of layers, in the order of their calls, and a run that shows it."""
     while layers is not None:
         try:
-            run = replace(subject, layers=layers).run(point)
+            run = replace(subject, layers=layers).run(_hints(subject))
         except NotALayerList as fault:
-            layers = layers.without(fault.number)
+            is_new = fault.again and fault.number not in layers.shared
+            layers = layers.with_shared(fault.number) if is_new else layers.without(fault.number)
         else:
-            return replace(subject, layers=layers.ordered(run.order)), run
-    return subject, subject.run(point)
+            return layers.ordered(list(dict.fromkeys(run.order))), run
+    return None, None
+
+
+def _hints(subject: _Subject) -> Point:
+    """The concrete sizes that stand for all."""
+    return Point(batch=BATCH_HINT, seq=seq_hint(subject.model, subject.setting.seq_len))
+
+
+@contextmanager
+def counted_calls(model: nn.Module) -> Iterator[Counter[nn.Module]]:
+    """Within: how often each module with parameters is called."""
+    calls: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, args: object) -> None:
+        calls[module] += 1
+
+    owners = [m for m in model.modules() if next(m.parameters(), None) is not None]
+    hooks = [module.register_forward_pre_hook(count) for module in owners]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _every_parameter_trained(model: nn.Module) -> Iterator[bool]:
+    """Within: gradients show what takes what from which. Whether that is the model as it is."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = True
+        yield not frozen
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
 
 
 def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
@@ -164,22 +224,16 @@ def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
 
     `run`: of the model as it is, whose kinds of layers are kept apart.
     """
-    module, layers = subject.model.module, subject.layers
-    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
-    if not frozen:
-        return run
+    layers = subject.layers
     if layers is not None:
         # Parts between two lists have a kind, too, but are no layers.
         kinds = (kind for kind in run.kinds if run.layers[kind].module is not None)
-        layers = replace(layers, signatures=tuple((kind,) for kind in kinds))
-    try:
-        for parameter in frozen:
-            parameter.requires_grad = True
-        point = Point(batch=BATCH_HINT, seq=seq_hint(subject.model))
-        return replace(subject, layers=layers).run(point)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad = False
+        first: dict[int, int] = {}
+        for index, kind in zip(run.order, kinds, strict=True):
+            first.setdefault(index, kind)
+        layers = replace(layers, signatures=tuple((kind,) for kind in first.values()))
+    with _every_parameter_trained(subject.model.module) as is_whole:
+        return run if is_whole else replace(subject, layers=layers).run(_hints(subject))
 
 
 def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, bool]:
@@ -187,8 +241,12 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
     try:
         return subject.run(Point(batch=batch, backward=batch is None)), False
     except TraceError as fault:
+        asked, longest = subject.setting.seq_len, subject.model.max_seq_len
         try:
-            return fitted_run(subject.run, longest=subject.model.max_seq_len, batch=batch), True
+            if asked is not None:
+                seq = seq_hint(subject.model, asked)
+                return run_of_one_length(subject.run, seq_len=seq, batch=batch), True
+            return fitted_run(subject.run, longest=longest, batch=batch), True
         except (TraceError, NotPolynomial):
             # The error of the symbolic run names a line of the model, that of the fit none.
             raise fault from None
@@ -203,11 +261,11 @@ def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
         raise UnsupportedRules(
             f"tensor parallelism cannot be traced ({shard_words(error)}); t = 1 only"
         ) from error
-    if run.fixed:
+    if run.fixed.keys() - {S}:
         raise UnsupportedRules(
             "tensor parallelism cannot be traced (a shard has one size); t = 1 only"
         )
-    point = {B: BATCH_HINT, S: seq_hint(subject.model), T: 1}
+    point = {B: BATCH_HINT, S: seq_hint(subject.model, subject.setting.seq_len), T: 1}
     if _facts(run, point) != _facts(check, point):
         raise UnsupportedRules(
             "the tensor-parallel trace at t = 1 is not the model's own; t = 1 only"
@@ -253,6 +311,14 @@ def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
     return [*ops, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)]
 
 
+def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:
+    """What operations take for granted."""
+    if "aten._flash_attention_forward" in names:
+        yield WINDOWED
+    if run.experts or "aten._grouped_mm" in names:
+        yield ROUTED
+
+
 def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
     """What a reader of the costs should know."""
     ops = list(_ops(run))
@@ -262,8 +328,7 @@ def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
     if size is not None and size % 8:
         yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
     if not run.sequential:
-        yield OUT_OF_LINE
-    if run.experts or any(op.name == "aten._grouped_mm" for op in ops):
-        yield ROUTED
-    if not any(S in op.traffic_bytes.free_symbols for op in ops):
+        yield SHARED if len(set(run.order)) < len(run.order) else OUT_OF_LINE
+    yield from _notes_of_operations({op.name for op in ops}, run)
+    if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):
         yield ONE_SIZE

@@ -1,76 +1,120 @@
-"""The domain of a trace in few words, and expressions that use it.
+"""The sequence lengths of a trace in few words, and expressions that use them.
 
-Shapes that are halved again and again leave dozens of guards (2 floor(s/2) = s, Max(1, floor(s/4))
-> 1, ...) that together say: s is a multiple of m, and at least s0. The guards in s alone that are
-no upper bounds are evaluated at every s up to `LONGEST`; if they hold exactly at the multiples of
-some m from some s0 on, these two relations take their place, and s = m k for a positive integer k
-makes the expressions plain.
+A traced run takes one way at each branch, and so holds for the lengths that take the same ways: a
+regime. Shapes that are halved again and again leave dozens of guards (2 floor(s/2) = s,
+Max(1, floor(s/4)) > 1, ...), a window or a mask one or two (s > 512). The guards in s alone are
+evaluated at every s up to a horizon. From the traced length on, both ways, the largest set is taken
+of which a person can see what is in it, the multiples of m in an interval, and in which all guards
+hold. Its relations take the place of the guards; s = m k for a positive integer k makes the
+expressions plain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import reduce
 from typing import Final, TypeVar, cast
 
 import numpy as np
 import sympy
+from numpy.typing import NDArray
 from sympy import Basic, Expr
 
-from mist.model.graph import ModelGraph, S
+from mist.model.graph import Block, ModelGraph, S
+from mist.model.summary import Lengths
 
-LONGEST: Final = 8192  # no guard that torch writes has a period or a threshold near it
+HORIZON: Final = 8192  # at least; no guard that torch writes has a longer period
+FARTHEST: Final = 2**18  # a number in a guard beyond it is no threshold of a sequence
 _K: Final = sympy.Symbol("k", positive=True, integer=True)
 
 V = TypeVar("V")
 
 
-def simplify_graph(graph: ModelGraph) -> ModelGraph:
-    """The same costs on the same domain, in plainer expressions."""
+def simplify_graph(graph: ModelGraph, seq_len: int) -> ModelGraph:
+    """The same costs on the regime of `seq_len` [tokens], in plainer expressions."""
     blocks = (graph.embed, *graph.blocks, graph.head)
     guards = sorted({relation for block in blocks for relation in block.domain}, key=str)
-    winding = [guard for guard in guards if guard.free_symbols == {S} and not _is_longest(guard)]
-    lattice = _multiples(winding)
-    if lattice is None:
+    of_length = [guard for guard in guards if guard.free_symbols == {S}]
+    if not of_length:
         return graph
-    start, multiple = lattice
-    bounds: list[Basic] = [] if start <= multiple else [S >= start]
-    others = [guard for guard in guards if guard not in winding]
-    divides = [sympy.Eq(sympy.Mod(S, multiple), 0)] if multiple > 1 else []
-    domain = tuple(sorted({*others, *bounds, *divides}, key=str))
-    plain = _Plain(multiple)
-    embed, *layers, head = (replace(plain.mapped(block), domain=domain) for block in blocks)
+    lengths = _regime(of_length, seq_len)
+    others = [guard for guard in guards if guard not in of_length]
+    domain = tuple(sorted({*others, *_relations(lengths)}, key=str))
+    plain = _Plain(lengths.multiple)
+
+    def simple(block: Block) -> Block:
+        return replace(plain.mapped(block), domain=domain)
+
     return replace(
         graph,
-        embed=embed,
-        blocks=tuple(layers),
-        head=head,
+        embed=simple(graph.embed),
+        blocks=tuple(map(simple, graph.blocks)),
+        head=simple(graph.head),
         shared=plain.mapped(graph.shared),
         shared_single=plain.mapped(graph.shared_single),
+        lengths=lengths,
+    )
+
+
+def _relations(lengths: Lengths) -> Iterator[Basic]:
+    """What says in s that a length is one of these."""
+    if lengths.first == lengths.last:
+        yield sympy.Eq(S, lengths.first)
+        return
+    if lengths.first > lengths.multiple:
+        yield S >= lengths.first
+    if lengths.last is not None:
+        yield S <= lengths.last
+    if lengths.multiple > 1:
+        yield sympy.Eq(sympy.Mod(S, lengths.multiple), 0)
+
+
+def _regime(guards: Sequence[Basic], seq_len: int) -> Lengths:
+    """The lengths around `seq_len` at which all guards hold together."""
+    longest = [int(guard.rhs) for guard in guards if _is_longest(guard)]
+    winding = [guard for guard in guards if not _is_longest(guard)]
+    valid = _holding(winding, _horizon(winding, seq_len))
+    step = next((m for m in _divisors(seq_len) if _neighbours(valid, seq_len, m)), None)
+    if step is None:
+        return Lengths(first=seq_len, last=seq_len)
+    gaps = (np.flatnonzero(~valid[step - 1 :: step]) + 1) * step
+    below, above = gaps[gaps < seq_len], gaps[gaps > seq_len]
+    return Lengths(
+        first=int(below[-1]) + step if len(below) else step,
+        last=min((*longest, *(int(gap) - step for gap in above[:1])), default=None),
+        multiple=step,
     )
 
 
 def _is_longest(guard: Basic) -> bool:
     """Whether a guard says only that s is at most some number."""
-    return isinstance(guard, sympy.Le | sympy.Lt) and guard.lhs == S and guard.rhs.is_Integer
+    return isinstance(guard, sympy.Le) and guard.lhs == S and guard.rhs.is_Integer
 
 
-def _multiples(guards: Sequence[Basic]) -> tuple[int, int] | None:
-    """(s0, m) when all guards hold together exactly at the multiples of m that are at least s0."""
-    if not guards:
-        return None
-    lengths = np.arange(1, LONGEST + 1)
+def _horizon(guards: Iterable[Basic], seq_len: int) -> int:
+    """Up to where guards are evaluated: beyond what they compare with."""
+    numbers = {int(n) for guard in guards for n in guard.atoms(sympy.Integer)}
+    return max(HORIZON, 4 * seq_len, *(2 * n for n in numbers if n <= FARTHEST))
+
+
+def _holding(guards: Iterable[Basic], horizon: int) -> NDArray[np.bool_]:
+    """Of each length from 1 to the horizon, whether all guards hold."""
+    lengths = np.arange(1, horizon + 1)
     with np.errstate(invalid="ignore", divide="ignore"):  # guards need not have a value everywhere
         masks = [
             np.broadcast_to(sympy.lambdify(S, guard, "numpy")(lengths), lengths.shape)
             for guard in guards
         ]
-    valid = lengths[reduce(np.logical_and, masks)]
-    if len(valid) < 2:
-        return None
-    # The first two valid lengths suggest the rule; all others must confirm it.
-    start, multiple = int(valid[0]), int(valid[1] - valid[0])
-    expected = lengths[(lengths >= start) & (lengths % multiple == 0)]
-    return (start, multiple) if np.array_equal(valid, expected) else None
+    return reduce(np.logical_and, masks, np.ones(horizon, dtype=bool))
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def _neighbours(valid: NDArray[np.bool_], seq_len: int, step: int) -> bool:
+    """Whether a length one step from this is valid, too."""
+    around = (each for each in (seq_len - step, seq_len + step) if each > 0)
+    return any(bool(valid[each - 1]) for each in around)
 
 
 class _Plain:

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from mist.trace.recording.session import Piece, RecordedRun
+from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.tensor_parallel.tp_plan import plan_of_model, sharding_by_plan
 from mist.trace.tensor_parallel.tp_sharding import (
     Matrix,
@@ -35,6 +35,7 @@ ATTENTION: Final = frozenset(
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._flash_attention_forward.default,
     }
 )
 SOFTMAX: Final = frozenset({aten._softmax.default, aten._safe_softmax.default})

@@ -25,6 +25,10 @@ def apply_plan(
         plan = load_plan(path)
         source = model_of(plan, path, access, progress)
         workload = plan.workload
-        setting = TraceSetting(precision=workload.precision, attention=workload.attention)
+        setting = TraceSetting(
+            precision=workload.precision,
+            attention=workload.attention,
+            seq_len=workload.seq_len,
+        )
         facts = load_graph(source, setting, progress=progress).facts
         apply(replace(options, model=source), plan, facts)

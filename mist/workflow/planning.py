@@ -1,7 +1,7 @@
 """`mist plan`: search, judge, explain, assemble."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter, process_time
@@ -131,7 +131,7 @@ def search_plan(
     row, choice = OBJECTIVES[effort.objective], None
     if row.robust and effort.tolerance_ratio > 0:
         choice = chosen_robustly(job, space, limits, tuned, _robust(job, limits, effort, deadline))
-        host = _host_of(job, choice.chosen.layout, limits)
+        host = host_of(job, choice.chosen.layout, limits)
     seconds = perf_counter() - start
     within_s = 3 * tuned.best.step_s
     points = tuple(
@@ -153,7 +153,7 @@ def search_plan(
 def _robust(job: Job, limits: Limits, effort: Effort, deadline: _Deadline) -> Robust:
     return Robust(
         progress=effort.progress,
-        can_load=lambda layout: _host_of(job, layout, limits).fits,
+        can_load=lambda layout: host_of(job, layout, limits).fits,
         is_late=deadline.is_late,
         tolerance_ratio=effort.tolerance_ratio,
     )

@@ -133,6 +133,7 @@ def setting_of(question: Question, platform: Platform) -> TraceSetting:
         attention=question.attention,
         policy=platform.device.kernels,
         fused_norms=platform.runtime.kernels.fused_norms,
+        seq_len=DEFAULT_SEQ_LEN if question.seq_len is None else question.seq_len,
     )
 
 

@@ -21,8 +21,9 @@ from mist.search.robust_choice import (
     pessimistic_job,
     robust_choice,
 )
-from mist.search.tune import Progress, Tuned, tune
+from mist.search.tune import Tuned, tune
 from mist.symbolic.job import Job
+from mist.symbolic.load_programs import Progress
 from mist.units import GB, format_seconds
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from mist.errors import TraceError
 from mist.model.graph import B, ModelGraph, OpKind, S, T
+from mist.model.summary import Lengths
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from mist.trace.repeated_blocks import find_layers
@@ -108,15 +109,16 @@ def test_concrete_sizes_give_exact_polynomials() -> None:
 
 
 @pytest.mark.slow
-def test_no_polynomial_is_refused() -> None:
+def test_a_loop_over_chunks_holds_for_its_length_only() -> None:
     class Chunks(Layer):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             parts = [super(Chunks, self).forward(x[:, i : i + 64])
                      for i in range(0, int(x.shape[1]), 64)]  # fmt: skip
             return torch.cat(parts, dim=1)
 
-    with pytest.raises(TraceError, match="works for one sequence length only"):
-        traced(Model([Chunks(i) for i in range(2)]))
+    graph = traced(Model([Chunks(i) for i in range(2)]))
+    assert graph.lengths == Lengths(first=384, last=384)
+    assert graph.blocks[0].domain == (sympy.Eq(S, 384),)
 
 
 def test_encoder_and_decoder_are_two_lists() -> None:

@@ -233,8 +233,8 @@ MEASURE = """
 import resource, sys, time
 start = time.process_time()
 from mist.plans.workload import Attention, Precision
-from mist.trace import Setting, load_graph
-setting = Setting(precision=Precision.BF16, attention=Attention.FLASH)
+from mist.trace import TraceSetting, load_graph
+setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 load_graph(sys.argv[1], setting, progress=lambda message: None)
 seconds = time.process_time() - start
 heavy = "torch" in sys.modules

@@ -38,6 +38,7 @@ SAVED_OPS: Final = frozenset(
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._flash_attention_forward.default,
     }
 )  # fmt: skip
 

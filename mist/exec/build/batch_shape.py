@@ -15,7 +15,8 @@ from torch.utils._pytree import KeyPath, MappingKey, keystr, tree_flatten_with_p
 
 from mist.errors import InputError
 from mist.plans.workload import Workload
-from mist.trace.models.loader import LABELS, LoadedModel
+from mist.trace.models.loader import LoadedModel
+from mist.trace.models.model_inputs import LABELS
 
 # Inputs that a batch may have although the plan has not, with one entry for each token.
 OF_TOKENS: Final = ("attention_mask", LABELS, "position_ids", "token_type_ids")

@@ -17,7 +17,8 @@ from mist.errors import InputError
 from mist.exec.build.rank_grid import RankGrid
 from mist.exec.build.weight_init import seed_of
 from mist.plans.workload import Workload
-from mist.trace.models.loader import TOKENS, LoadedModel
+from mist.trace.models.loader import LoadedModel
+from mist.trace.models.model_inputs import TOKENS
 
 
 class Batches:

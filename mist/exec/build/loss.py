@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from mist.trace.models.loader import LABELS, LoadedModel
+from mist.trace.models.loader import LoadedModel
+from mist.trace.models.model_inputs import LABELS
 
 MASKED: Final = -100  # torch's ignore_index: a label that is not learned
 CROSS_ENTROPIES: Final = (F.cross_entropy, F.nll_loss)

@@ -79,7 +79,7 @@ def tensor_rules(
 ) -> TensorRules:
     """The rules of a model for `tp` ranks. Raises ModelError when they cannot be run."""
     try:
-        setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
+        setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, seq_len=seq_len)
         sharding = sharding_rules(loaded, setting)
     except UnsupportedRules as reason:
         raise ModelError(f"tp {tp}: {loaded.name}: {reason}.") from reason

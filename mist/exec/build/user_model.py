@@ -25,7 +25,9 @@ def subject_of_module(
     Parameters that have values keep them. Raises ModelError and TraceError.
     """
     workload = plan.workload
-    setting = TraceSetting(precision=workload.precision, attention=workload.attention)
+    setting = TraceSetting(
+        precision=workload.precision, attention=workload.attention, seq_len=workload.seq_len
+    )
     facts = trace_model(model, setting, make_batch=make_batch, loss=loss).facts
     values = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
     empty = _without_values(model)

@@ -1,8 +1,6 @@
 """From a resolved source to a model on the meta device, and how to run it on a batch."""
 
 import importlib.util
-import inspect
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -11,58 +9,56 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
-from unittest.mock import patch
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from mist.errors import ModelError, TraceError, did_you_mean
+from mist.errors import ModelError, TraceError
 from mist.plans.workload import Attention, Precision
 from mist.trace.diagnose import one_line
 from mist.trace.expressions import Size
-from mist.trace.models.fake_tensors import DTYPES
+from mist.trace.models.configurations import bounded_modules, model_of
+from mist.trace.models.model_inputs import (
+    IMAGES,
+    LABELS,
+    default_batch,
+    image_size,
+    main_input,
+    parameters_of,
+    sides,
+)
 from mist.trace.models.source import MAX_SEQ_LEN_NAMES, PythonSource, Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 MakeBatch = Callable[[Size, Size], object]
 Number = int | float | torch.SymInt | torch.Tensor
 Loss = Callable[..., object]  # a mean, or the pair (sum over tokens, number of tokens)
 
-MOST_MODULES: Final = 2**18  # a model with a module for each of its 15,000 experts has a third
 OURS: Final = Path(__file__).resolve().parents[2]
-TOKENS, IMAGES = "input_ids", "pixel_values"
-LABELS: Final = "labels"
-# What a configuration without `architectures` is for: the first of these heads that it can have.
-HEADS: Final = (
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A module with its name, its input and its loss; `make_batch` and `loss` are the user's."""
+    """A module with its name, its input and its loss; `make_batch` and `loss` are the user's.
+
+    `notes`: how its description was read where that is not plain.
+    """
 
     module: nn.Module
     name: str
     make_batch: MakeBatch | None
     loss: Loss | None
+    notes: tuple[str, ...] = ()
 
     @property
     def max_seq_len(self) -> int | None:
         """The longest sequence that the model takes, if it says so; of an image, its patches."""
         config: Any = getattr(self.module, "config", None)
-        if self._input() == IMAGES and (patch := getattr(config, "patch_size", None)):
-            sides = zip(_sides(config.image_size), _sides(patch), strict=True)
-            return prod(image // part for image, part in sides)
-        for owner in (self.module, config):
+        if main_input(self.module) == IMAGES and (patch := getattr(config, "patch_size", None)):
+            pairs = zip(sides(image_size(config)), sides(patch), strict=True)
+            return prod(image // part for image, part in pairs)
+        for owner in (self.module, config, getattr(config, "text_config", None)):
             for name in MAX_SEQ_LEN_NAMES:
                 value = getattr(owner, name, None)
                 if isinstance(value, int):
@@ -70,23 +66,10 @@ class LoadedModel:
         return None
 
     def batch(self, batch: Size, seq: Size) -> object:
-        """One micro-batch: the user's, or token ids [batch, seq]; labels for Hugging Face.
-
-        An encoder-decoder gets `seq` tokens at both ends; a model of images one image each.
-        """
+        """One micro-batch: the user's, or what the model's own signature asks for."""
         if self.make_batch is not None:
             return self.make_batch(batch, seq)
-        if self._input() == IMAGES:
-            config: Any = self.module.config
-            shape = (config.num_channels, *_sides(config.image_size))
-            labels = torch.empty(batch, dtype=torch.int64)
-            return {"pixel_values": torch.empty(batch, *shape), "labels": labels}
-        # Values do not matter: ids and labels may be one tensor.
-        ids = torch.empty(batch, seq, dtype=torch.int64)
-        if not (hasattr(self.module, "loss_function") and "labels" in self._parameters()):
-            return ids
-        second = {"decoder_input_ids": ids} if "decoder_input_ids" in self._parameters() else {}
-        return {"input_ids": ids, "labels": ids, **second}
+        return default_batch(self.module, batch, seq)
 
     def run(self, batch: object) -> torch.Tensor:
         """Forward and mean loss, as one process has them."""
@@ -100,26 +83,30 @@ class LoadedModel:
         """
         if self.loss is not None:
             return _sum_or_mean(self.loss(output, batch))
-        model_loss = getattr(output, "loss", None)
-        if isinstance(model_loss, torch.Tensor):
+        model_loss = _own_loss(output)
+        if model_loss is not None:
             return model_loss, None
+        hidden = getattr(output, "last_hidden_state", None)
+        if isinstance(hidden, torch.Tensor):  # a model without a head has nothing to be right about
+            return hidden.float().square().mean(), None
         return cross_entropy(output, batch), None
 
     def forward(self, batch: object) -> object:
         """The output of the model on a batch."""
         if isinstance(batch, Mapping):
             # A cache of keys and values is for generation.
-            no_cache = {"use_cache": False} if "use_cache" in self._parameters() else {}
+            no_cache = {"use_cache": False} if "use_cache" in parameters_of(self.module) else {}
             return self.module(**batch, **no_cache)
         if isinstance(batch, tuple | list):
             return self.module(*batch)
         return self.module(batch)
 
-    def _input(self) -> str:
-        return str(getattr(self.module, "main_input_name", TOKENS))
 
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.module.forward).parameters
+def _own_loss(output: object) -> torch.Tensor | None:
+    """The loss in an output: its `loss`, or the scalar of a tuple (logits, loss)."""
+    several = output if type(output) is tuple else (getattr(output, "loss", None),)
+    scalars = (each for each in several if isinstance(each, torch.Tensor) and each.dim() == 0)
+    return next(scalars, None)
 
 
 def cross_entropy(output: object, batch: object) -> torch.Tensor:
@@ -157,11 +144,6 @@ def _first(value: object) -> torch.Tensor:
     return value
 
 
-def _sides(size: "int | tuple[int, int]") -> tuple[int, int]:
-    """Height and width of an image or patch."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def load_model(source: Source, *, precision: Precision, attention: Attention) -> LoadedModel:
     """The model of a source on the meta device.
 
@@ -169,83 +151,8 @@ def load_model(source: Source, *, precision: Precision, attention: Attention) ->
     """
     if isinstance(source, PythonSource):
         return _from_file(source, attention)
-    module = _from_config(source.label, dict(source.config), precision, attention)
-    return LoadedModel(module=module, name=source.name, make_batch=None, loss=None)
-
-
-def _from_config(
-    label: str, config: dict[str, Any], precision: Precision, attention: Attention
-) -> nn.Module:
-    # Kernels of a hub are code. What somebody sets in the environment is an answer to that.
-    os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    from huggingface_hub import constants
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    model_type = config.pop("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise ModelError(
-            f"{label} has model_type {model_type!r}, which transformers does not know. "
-            f"{did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)}"
-        )
-    kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
-    try:
-        # A configuration names no file of elsewhere that a model of it could need.
-        with patch.object(constants, "HF_HUB_OFFLINE", True):
-            known = AutoConfig.for_model(model_type, **config)
-            build = _class_of(label, known)._from_config
-            with torch.device("meta"), _bounded():
-                model: nn.Module = build(known, dtype=DTYPES[precision], **kernel)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"transformers cannot build a model from {label}: {one_line(error)}"
-        ) from error
-    if (name := model.main_input_name) not in (TOKENS, IMAGES):
-        raise ModelError(
-            f"{label}: {type(model).__name__} takes {name}, which Mist cannot make up. Give a "
-            "Python file with build_model() and make_batch(batch, seq)."
-        )
-    return model
-
-
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Within: a model of more than `MOST_MODULES` modules is refused before memory is full."""
-    count = 0
-
-    def counted(module: nn.Module, name: str, part: nn.Module | None) -> None:
-        nonlocal count
-        count += 1
-        if count > MOST_MODULES:
-            raise ModelError(f"the model has more than {MOST_MODULES:,} modules. Build fewer.")
-
-    handle = register_module_module_registration_hook(counted)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _class_of(label: str, config: "PreTrainedConfig") -> "type[PreTrainedModel]":
-    """The class that the configuration names; if none, the first head that its type can have."""
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    named = getattr(config, "architectures", None) or []
-    mappings = (getattr(modeling_auto, head) for head in HEADS)
-    fitting = (mapping.get(config.model_type) for mapping in mappings)
-    heads = (head[0] if isinstance(head, tuple) else head for head in fitting)
-    for name in named or heads:
-        model_class: type[PreTrainedModel] | None = getattr(transformers, name or "", None)
-        if model_class is not None:
-            return model_class
-    wanted = f"class {', '.join(named)}" if named else "language model or image classifier"
-    raise ModelError(
-        f"{label}: transformers has no {wanted} for model_type {config.model_type!r}. Name one of "
-        "its classes in `architectures`, or give a Python file with build_model()."
-    )
+    module, notes = model_of(source.label, dict(source.config), precision, attention)
+    return LoadedModel(module=module, name=source.name, make_batch=None, loss=None, notes=notes)
 
 
 def _from_file(source: PythonSource, attention: Attention) -> LoadedModel:
@@ -277,7 +184,7 @@ def _build(source: PythonSource, build: object) -> nn.Module:
             "torch.nn.Module."
         )
     try:
-        with torch.device("meta"), _bounded():
+        with torch.device("meta"), bounded_modules():
             module = build()
     except (Exception, SystemExit) as error:
         raise ModelError(

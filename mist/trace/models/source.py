@@ -26,7 +26,13 @@ MOST_PARTS: Final = {"layer|block|stage|depth|repeat": 4096, "expert|head": 2**1
 SIZE: Final = re.compile(
     r"(size|sizes|dim|dims|len|length|tokens|positions|embeddings|factor|theta|base|id|eps|scale)$"
 )
-MAX_SEQ_LEN_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len")
+MAX_SEQ_LEN_NAMES: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "block_size",
+    "max_target_positions",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +43,8 @@ class TraceSetting:
     fp32 and operations run in `precision` as torch.autocast decides. `fused_norms`: RMS norms
     written in several operations run as one kernel. `compiled`: each layer runs under
     torch.compile. `capacity_ratio`: rows of an expert whose rows
-    are selected by value, over those of a balanced one. Raises InputError for settings that
+    are selected by value, over those of a balanced one. `seq_len`: a length [tokens] that the trace
+    must hold for; None for the usual one of the model. Raises InputError for settings that
     contradict each other.
     """
 
@@ -48,6 +55,7 @@ class TraceSetting:
     fused_norms: bool = False
     compiled: bool = False
     capacity_ratio: float = 1.0
+    seq_len: int | None = None
 
     def __post_init__(self) -> None:
         if self.autocast and self.precision is Precision.FP32:
@@ -59,8 +67,9 @@ class TraceSetting:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The setting as text, for digests."""
-        return tuple(f"{item.name}={getattr(self, item.name)}" for item in fields(self))
+        """The setting as text, for digests, without the length: one trace holds for many."""
+        names = (item.name for item in fields(self) if item.name != "seq_len")
+        return tuple(f"{name}={getattr(self, name)}" for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

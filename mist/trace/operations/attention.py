@@ -6,13 +6,14 @@ higher. cuDNN's kernel, which some builds prefer, saves what flash saves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 
 from mist.trace.operations.autocast import HALF
+from mist.trace.operations.windows import Window, Windows
 
 aten = torch.ops.aten
 
@@ -76,6 +77,7 @@ class Attend:
 
 
 def fused(
+    windows: Windows,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -85,25 +87,30 @@ def fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """F.scaled_dot_product_attention by the first kernel that takes the inputs."""
+    """F.scaled_dot_product_attention by the first kernel that takes the inputs.
+
+    A mask that `windows` knows is none for the flash kernel, but two numbers.
+    """
+    window = windows.of(attn_mask)
     call = Attend(
         query=query,
         key=key,
         value=value,
-        attn_mask=attn_mask,
+        attn_mask=None if window else attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
         enable_gqa=enable_gqa,
     )
     if call.flash:
-        return _flash(call)
+        return _flash(call, window)
+    call = replace(call, attn_mask=attn_mask)
     if call.efficient:
         return _efficient(call)
     return math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def _flash(call: Attend) -> torch.Tensor:
+def _flash(call: Attend, window: Window | None) -> torch.Tensor:
     query, key, value, scale = call.query, call.key, call.value, call.scale
     head_dim = query.shape[-1]
     missing = -head_dim % FLASH_GRAIN
@@ -111,12 +118,36 @@ def _flash(call: Attend) -> torch.Tensor:
         query, key, value = (F.pad(each, (0, missing)) for each in (query, key, value))
         # Padding must not change the scale, which is of the unpadded size.
         scale = head_dim**-0.5 if scale is None else scale
+    if window is not None:
+        out = _in_window(replace(call, query=query, key=key, value=value, scale=scale), window)
+        return out[..., :head_dim] if missing else out
     out = _first(
         aten._scaled_dot_product_flash_attention(
             query, key, value, call.dropout_p, call.is_causal, scale=scale
         )
     )
     return out[..., :head_dim] if missing else out
+
+
+def _in_window(call: Attend, window: Window) -> torch.Tensor:
+    """The kernel below torch's function, which has the window; its dimensions are [b, s, h, d]."""
+    query, key, value = (each.transpose(1, 2) for each in (call.query, call.key, call.value))
+    out = aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        None,
+        None,
+        query.shape[1],
+        key.shape[1],
+        call.dropout_p,
+        False,
+        False,
+        scale=call.scale,
+        window_size_left=window.left,
+        window_size_right=window.right,
+    )
+    return _first(out).transpose(1, 2)
 
 
 def _efficient(call: Attend) -> torch.Tensor:

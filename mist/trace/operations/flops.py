@@ -22,6 +22,7 @@ from mist.errors import TraceError
 from mist.model.graph import OpKind
 from mist.trace.dispatch_call import Call
 from mist.trace.expressions import Size
+from mist.trace.operations.windows import Window
 
 aten = torch.ops.aten
 
@@ -149,6 +150,21 @@ def _attention(qk_products: int, v_products: int) -> Callable[[Call], list[Work]
     return work
 
 
+def _window_attention(qk_products: int, v_products: int) -> Callable[[Call], list[Work]]:
+    """Over the pairs in a window, as so many keys for each query: tensors are [b, s, h, d]."""
+
+    def work(call: Call) -> list[Work]:
+        batch, seq_q, heads, head_dim = call.tensor("query").shape
+        left, right = call.arguments["window_size_left"], call.arguments["window_size_right"]
+        assert isinstance(left, int) and isinstance(right, int)
+        pairs = Window(left, right).pairs(seq_q)
+        widths = qk_products * head_dim + v_products * call.tensor("value").shape[3]
+        dims = (batch, heads, seq_q, pairs // seq_q, head_dim)
+        return [Work(OpKind.ATTENTION, dims, 2 * batch * heads * pairs * widths)]
+
+    return work
+
+
 ATTENTION_FORWARD: Final = _attention(1, 1)
 ATTENTION_BACKWARD: Final = _attention(3, 2)
 
@@ -178,6 +194,8 @@ RULES: Final[Mapping[OpOverloadPacket, Callable[[Call], list[Work]]]] = MappingP
         aten._scaled_dot_product_efficient_attention: ATTENTION_FORWARD,
         aten._scaled_dot_product_cudnn_attention: ATTENTION_FORWARD,
         aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION_FORWARD,
+        aten._flash_attention_forward: _window_attention(1, 1),
+        aten._flash_attention_backward: _window_attention(3, 2),
         aten._scaled_dot_product_flash_attention_backward: ATTENTION_BACKWARD,
         aten._scaled_dot_product_efficient_attention_backward: ATTENTION_BACKWARD,
         aten._scaled_dot_product_cudnn_attention_backward: ATTENTION_BACKWARD,

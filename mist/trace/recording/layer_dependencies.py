@@ -22,6 +22,7 @@ class Flow:
         self._maker: dict[int, int] = {}
         self._outputs: list[torch.Tensor] = []  # kept, so that no identity is used twice
         self._sources: list[frozenset[int]] = []
+        self._ancestors: list[frozenset[int]] = []
 
     def add_outputs(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Layer number `layer` gave these outputs."""
@@ -38,7 +39,14 @@ class Flow:
         sources = frozenset(source for t in tensors for source in self._sources_of(t))
         passed = self._sources[-1] | {len(self._sources) - 1} if self._sources else sources
         self._sources.append(sources)
+        before = (self._ancestors[each] for each in sources if each != EMBEDDING)
+        self._ancestors.append(sources.union(*before))
         return sources <= passed
+
+    @property
+    def ancestors(self) -> frozenset[int]:
+        """The layers that what entered last comes from, at any distance."""
+        return self._ancestors[-1]
 
     def _sources_of(self, tensor: torch.Tensor) -> Iterator[int]:
         if id(tensor) in self._embedded:

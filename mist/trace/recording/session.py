@@ -7,15 +7,14 @@ does between two lists of layers (an encoder and a decoder) as a layer of its ow
 head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Final
 
-import sympy
 import torch
-from sympy import Basic, Expr, Integer
+from sympy import Expr, Integer
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -33,6 +32,7 @@ from mist.trace.recording.compiled import compiled
 from mist.trace.recording.graph_edges import Seed, activation, leaf, output
 from mist.trace.recording.layer_dependencies import Flow
 from mist.trace.recording.liveness import Counted
+from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 from mist.trace.recording.recorder import Origin, Part, Recorder, recording
 from mist.trace.recording.shim import fused_norms, runs_as
 from mist.trace.repeated_blocks import Layers
@@ -45,66 +45,15 @@ SEQ_HINT: Final = 384
 
 
 class NotALayerList(Passed):
-    """The layers of list `number` are not called once each."""
+    """The layers of list `number` are not called once each, one on what others gave.
 
-    def __init__(self, number: int) -> None:
+    `again`: because one of them is called again.
+    """
+
+    def __init__(self, number: int, *, again: bool = False) -> None:
         super().__init__(number)
         self.number = number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """Sizes of a run; None is a symbol. `backward`: whether gradients are run, too."""
-
-    batch: int | None = None
-    seq: int | None = None
-    backward: bool = True
-
-
-@dataclass(slots=True, eq=False)
-class Piece:
-    """The record of one part, with what is known only after it ran.
-
-    `opened`: its results that a layer took, by identity. `flows`: its input has a gradient.
-    """
-
-    part: Part
-    opened: dict[int, torch.Tensor] = field(default_factory=dict)
-    boundary_bytes: Expr = sympy.S.Zero
-    carried_bytes: Expr = sympy.S.Zero
-    flows: bool = False
-    transients: tuple[Expr, ...] = ()
-    transients_with_grads: tuple[Expr, ...] = ()
-    transients_adding: tuple[Expr, ...] = ()
-    module: nn.Module | None = None
-    outputs: object = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedRun:
-    """What one run recorded. `kinds[i]` is the number in `layers` of the i-th layer.
-
-    `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
-    what the one before gives or passes on. `shared`: what layers saved but do not own (rotary
-    tables, masks).
-    """
-
-    embed: Piece
-    head: Piece
-    layers: tuple[Piece, ...]
-    kinds: tuple[int, ...]
-    order: tuple[int, ...]
-    experts: frozenset[tuple[int, int]]
-    sequential: bool
-    shared: tuple[SavedTensor, ...]
-    domain: tuple[Basic, ...]
-    fixed: Mapping[Expr, Expr]
-    originals: Mapping[int, torch.Tensor]
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The embedding, the distinct layers and the head."""
-        return self.embed, *self.layers, self.head
+        self.again = again
 
 
 @dataclass
@@ -124,8 +73,10 @@ class Session:
     between: list[Piece] = field(default_factory=list)
     seeds: list[torch.Tensor] = field(default_factory=list)
     sequential: bool = True
+    calls_of: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.seq_hint = seq_hint(self.model, self.setting.seq_len)
         self.sizes = self._sizes()
         self.units = {unit: self._unit(unit) for unit in self._unit_sizes()}
         dtype = DTYPES[self.setting.precision]
@@ -145,7 +96,7 @@ class Session:
         self.head = Piece(self.recorder.new_part("head"))
         self.outer = self.embed if self.layers else self.head
         self.flow = Flow(self.embed.opened)
-        hints = {B: BATCH_HINT, S: seq_hint(self.model)}
+        hints = {B: BATCH_HINT, S: self.seq_hint}
         ratio = self.setting.capacity_ratio
         self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
 
@@ -179,7 +130,9 @@ class Session:
 
     def _sizes(self) -> tuple[Size, Size]:
         batch = self.point.batch or self.symbols.create("b", hint=BATCH_HINT, meaning=B)
-        seq = self.point.seq or self.symbols.create("s", hint=seq_hint(self.model), meaning=S)
+        seq = self.point.seq or self.symbols.create(
+            "s", hint=seq_hint(self.model, self.setting.seq_len), meaning=S
+        )
         return batch, seq
 
     def _input(self, value: object) -> object:
@@ -247,11 +200,16 @@ class Session:
     ) -> object:
         """In the place of a layer's forward."""
         assert self.layers is not None
-        if index in self.order:
-            raise NotALayerList(self.layers.lists[index])
+        again = index in self.order
+        if again and self.layers.lists[index] not in self.layers.shared:
+            raise NotALayerList(self.layers.lists[index], again=True)
         with self.recorder.into(None):
             self._enter_layer((args, kwargs))
-            key = (self.layers.signatures[index], self._spec((args, kwargs), self._place_of(index)))
+            self._refuse_parallel(self.layers.lists[index])
+            # A block that is called again costs what it did, but brings no parameters.
+            self.sequential &= not again
+            spec = self._spec((args, kwargs), self._place_of(index))
+            key = (self.layers.signatures[index], spec, again)
             if key not in self.known:
                 self.known[key] = len(self.pieces)
                 self.pieces.append(self._trace(self.layers.modules[index], forward, args, kwargs))
@@ -265,6 +223,24 @@ class Session:
             self._leave_layer(index)
         self.recorder.part = self.outer.part
         return outputs
+
+    def _refuse_parallel(self, number: int) -> None:
+        """Raise NotALayerList for a list whose layers do not take what others of it gave.
+
+        Tables, heads or experts in a list. What takes what from which shows by gradients, so only
+        where all parameters are trained and gradients are recorded.
+        """
+        earlier = self.calls_of.setdefault(number, set())
+        if earlier and self.shows_flow and not earlier & self.flow.ancestors:
+            raise NotALayerList(number)
+        earlier.add(len(self.kinds))
+
+    @property
+    def shows_flow(self) -> bool:
+        """Whether gradients flow back from each layer to those before it."""
+        parameters = self.model.module.parameters()
+        trained = all(p.requires_grad for p in parameters if p.is_floating_point())
+        return trained and torch.is_grad_enabled()
 
     def _place_of(self, index: int) -> int:
         """The number that a layer has in its own list."""
@@ -473,9 +449,11 @@ class Session:
                 hook.remove()
 
 
-def seq_hint(model: LoadedModel) -> int:
-    """The sequence length that decides branches."""
+def seq_hint(model: LoadedModel, asked: int | None) -> int:
+    """The sequence length that decides branches: `asked`, where one is asked for."""
     limit = model.max_seq_len
+    if asked is not None:
+        return asked if limit is None else min(asked, limit)
     return SEQ_HINT if limit is None or limit > SEQ_HINT else max(limit // 2, 2)
 
 

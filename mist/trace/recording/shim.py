@@ -25,6 +25,7 @@ from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
 from mist.trace.operations.kernels import OPAQUE, SYMBOLIC, fused_rms_norm
+from mist.trace.operations.windows import Windows, windowed_masks
 
 aten = torch.ops.aten
 OnCall = Callable[..., object]
@@ -114,7 +115,10 @@ def runs_as(setting: TraceSetting) -> Iterator[None]:
         stack.enter_context(ImitatedKernels(setting.policy))
         if setting.autocast and setting.policy == "cuda":
             stack.enter_context(Functions(in_fp32()))
-        stack.enter_context(_composed(_kernels_of(setting)))
+        # With attention written out no kernel skips what a mask hides.
+        is_fused = setting.policy == "cuda" and setting.attention is Attention.FLASH
+        windows = stack.enter_context(windowed_masks()) if is_fused else Windows()
+        stack.enter_context(_composed(_kernels_of(setting, windows)))
         yield
 
 
@@ -132,13 +136,13 @@ def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
         library._destroy()
 
 
-def _kernels_of(setting: TraceSetting) -> dict[str, Callable[..., object]]:
+def _kernels_of(setting: TraceSetting, windows: Windows) -> dict[str, Callable[..., object]]:
     kernels: dict[str, Callable[..., object]] = {}
     if setting.policy == "cuda":
         kernels |= {
             "dropout": _dropout,
             "rms_norm": _rms_norm,
-            "scaled_dot_product_attention": attention.fused,
+            "scaled_dot_product_attention": partial(attention.fused, windows),
         }
     if setting.attention is Attention.MATH:
         kernels |= {"scaled_dot_product_attention": attention.math}

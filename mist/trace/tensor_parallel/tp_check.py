@@ -52,15 +52,16 @@ PRODUCTS: Final[Mapping[OpOverloadPacket, tuple[tuple[str, int], tuple[str, int]
         }
     )
 )
-ATTENTION: Final = frozenset(
+# Attention -> the dimension of its heads.
+ATTENTION: Final[Mapping[OpOverloadPacket, int]] = MappingProxyType(
     {
-        aten._scaled_dot_product_flash_attention,
-        aten._scaled_dot_product_efficient_attention,
-        aten._scaled_dot_product_cudnn_attention,
-        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention: 1,
+        aten._scaled_dot_product_efficient_attention: 1,
+        aten._scaled_dot_product_cudnn_attention: 1,
+        aten._scaled_dot_product_flash_attention_for_cpu: 1,
+        aten._flash_attention_forward: 2,
     }
 )
-HEADS_DIM: Final = 1
 # Over the last dimensions: those of `normalized_shape`, or as many as `num_dims`.
 NORMS: Final = frozenset({aten.native_layer_norm, RMS_NORM})
 
@@ -115,7 +116,8 @@ def _summed(call: Call, shape_of: ShapeOf) -> Iterator[str]:
 
 def _attended(call: Call, shape_of: ShapeOf) -> Iterator[str]:
     shapes = [shape_of(call.tensor(name)) for name in ("query", "key", "value")]
-    if any(set(_divided(shape)) - {HEADS_DIM} for shape in shapes):
+    heads_dim = ATTENTION[call.func.overloadpacket]
+    if any(set(_divided(shape)) - {heads_dim} for shape in shapes):
         yield "attention goes over a divided dimension that is not its heads"
 
 

@@ -1,0 +1,122 @@
+"""The input of a model that brings none: what its own signature and configuration ask for.
+
+Values do not matter, so ids and labels may be one tensor. Shapes do: [b, s] for what has a label
+per token, [b] for what has one per sample, the sizes of the configuration for images and sound.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from mist.errors import ModelError
+from mist.trace.expressions import Size
+
+TOKENS, IMAGES, SOUND = "input_ids", "pixel_values", "input_features"
+LABELS: Final = "labels"
+SPANS: Final = ("start_positions", "end_positions")
+TARGETS: Final = ("targets", "labels", "target")  # in hand-written forward functions
+PER_SAMPLE: Final = ("ForSequenceClassification", "ForNextSentencePrediction")
+PER_PIXEL: Final = "ForSemanticSegmentation"
+IMAGE_SIDE: Final = 224  # pixels, of models that take any size
+REGRESSION: Final = 1  # a classifier with one label is none
+
+Batch = dict[str, object]
+
+
+def main_input(module: nn.Module) -> str:
+    """The name of what a model reads first."""
+    return str(getattr(module, "main_input_name", TOKENS))
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of its forward function, by name."""
+    return inspect.signature(module.forward).parameters
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image or patch, in pixels."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def image_size(config: object) -> int | tuple[int, int]:
+    """The image that a configuration is made for; the usual one where it takes any."""
+    found: int | tuple[int, int] | None = getattr(config, "image_size", None)
+    return IMAGE_SIDE if found is None else found
+
+
+def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
+    """One micro-batch of `batch` samples of `seq` tokens, in the form that `module` takes."""
+    asked = parameters_of(module)
+    if main_input(module) == IMAGES:
+        return _images(module, module.config, batch)
+    ids = torch.empty(batch, seq, dtype=torch.int64)
+    if not hasattr(module, "loss_function"):
+        return _by_hand(asked, ids)
+    if main_input(module) == SOUND:
+        return {SOUND: _sound(module.config, batch), LABELS: ids}
+    inputs: Batch = {TOKENS: ids}
+    if "return_loss" in asked:  # pairs of a text and an image
+        config: Any = module.config
+        pixels = _images(module, config.vision_config, batch)[IMAGES]
+        return inputs | {IMAGES: pixels, "return_loss": True}
+    if "decoder_input_ids" in asked:
+        inputs["decoder_input_ids"] = ids
+    labels = _labels(module, asked, ids)
+    return inputs | labels if labels or len(inputs) > 1 else ids
+
+
+def _by_hand(asked: Mapping[str, inspect.Parameter], ids: torch.Tensor) -> object:
+    """Of a model that is none of Hugging Face: its ids, and the targets that it asks for."""
+    target = next((name for name in TARGETS if name in asked), None)
+    first = next(iter(asked), None)
+    return ids if target in (None, first) else {first: ids, target: ids}
+
+
+def _labels(module: nn.Module, asked: Mapping[str, inspect.Parameter], ids: torch.Tensor) -> Batch:
+    """What a text model is to say, in the shape of its head."""
+    sample = torch.empty(ids.shape[0], dtype=torch.int64)
+    if all(name in asked for name in SPANS):
+        return dict.fromkeys(SPANS, sample)
+    if LABELS not in asked:
+        return {}
+    if type(module).__name__.endswith(PER_SAMPLE):
+        config: Any = module.config
+        if config.problem_type == "multi_label_classification":
+            return {LABELS: torch.empty(ids.shape[0], config.num_labels)}
+        return {LABELS: sample.float() if config.num_labels == REGRESSION else sample}
+    return {LABELS: ids}
+
+
+def _images(module: nn.Module, config: Any, batch: Size) -> Batch:  # noqa: ANN401 (any configuration)
+    """One image a sample, in the size of the configuration, with a label where one is asked for."""
+    height, width = sides(image_size(config))
+    images: Batch = {IMAGES: torch.empty(batch, config.num_channels, height, width)}
+    if LABELS not in parameters_of(module):
+        return images
+    per_pixel = type(module).__name__.endswith(PER_PIXEL)
+    shape = (batch, height, width) if per_pixel else (batch,)
+    return images | {LABELS: torch.empty(shape, dtype=torch.int64)}
+
+
+def _sound(config: Any, batch: Size) -> torch.Tensor:  # noqa: ANN401 (any configuration)
+    """Log-mel frames [b, mel bins, frames]: two frames for each position of the encoder."""
+    return torch.empty(batch, config.num_mel_bins, 2 * config.max_source_positions)
+
+
+def refuse_unknown_input(label: str, model: nn.Module) -> None:
+    """Raise ModelError for a model whose input cannot be made up."""
+    name, config = main_input(model), getattr(model, "config", None)
+    sound = (
+        name == SOUND
+        and hasattr(config, "num_mel_bins")
+        and hasattr(config, "max_source_positions")
+    )
+    if name in (TOKENS, IMAGES) or sound:
+        return
+    raise ModelError(
+        f"{label}: {type(model).__name__} takes {name}, which Mist cannot make up. Give a "
+        "Python file with build_model() and make_batch(batch, seq)."
+    )

@@ -1,0 +1,67 @@
+"""What one run recorded of a model: a record for each part, and what holds for all of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from sympy import Basic, Expr
+from torch import nn
+
+from mist.model.graph import SavedTensor
+from mist.trace.recording.recorder import Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """Sizes of a run; None is a symbol. `backward`: whether gradients are run, too."""
+
+    batch: int | None = None
+    seq: int | None = None
+    backward: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """The record of one part, with what is known only after it ran.
+
+    `opened`: its results that a layer took, by identity. `flows`: its input has a gradient.
+    """
+
+    part: Part
+    opened: dict[int, torch.Tensor] = field(default_factory=dict)
+    boundary_bytes: Expr = sympy.S.Zero
+    carried_bytes: Expr = sympy.S.Zero
+    flows: bool = False
+    transients: tuple[Expr, ...] = ()
+    transients_with_grads: tuple[Expr, ...] = ()
+    transients_adding: tuple[Expr, ...] = ()
+    module: nn.Module | None = None
+    outputs: object = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedRun:
+    """What one run recorded. `kinds[i]` is the number in `layers` of the i-th layer.
+
+    `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
+    what the one before gives or passes on. `shared`: what layers saved but do not own (rotary
+    tables, masks).
+    """
+
+    embed: Piece
+    head: Piece
+    layers: tuple[Piece, ...]
+    kinds: tuple[int, ...]
+    order: tuple[int, ...]
+    experts: frozenset[tuple[int, int]]
+    sequential: bool
+    shared: tuple[SavedTensor, ...]
+    domain: tuple[Basic, ...]
+    fixed: Mapping[Expr, Expr]
+    originals: Mapping[int, torch.Tensor]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The embedding, the distinct layers and the head."""
+        return self.embed, *self.layers, self.head

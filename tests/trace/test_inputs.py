@@ -1,0 +1,64 @@
+"""What a model is fed when it brings no batch: by its head, its signature and its configuration."""
+
+import pytest
+
+from mist.model.graph import ModelGraph
+from mist.plans.workload import Attention, Precision
+from mist.trace import ConfigSource, TraceSetting, load_graph
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+LLAMA = SIZES | {"num_key_value_heads": 2}
+VISION = SIZES | {"image_size": 32, "patch_size": 16}
+CONFIGS = {
+    "BertForSequenceClassification": {"model_type": "bert", **SIZES},
+    "RobertaForTokenClassification": {"model_type": "roberta", **SIZES},
+    "BertForQuestionAnswering": {"model_type": "bert", **SIZES},
+    "BertModel": {"model_type": "bert", **SIZES},
+    "LlamaForSequenceClassification": {"model_type": "llama", "num_labels": 1, **LLAMA},
+    "Dinov2Model": {"model_type": "dinov2", **VISION},
+    "ResNetForImageClassification": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2],
+    },
+    "WhisperForConditionalGeneration": {
+        "model_type": "whisper", "vocab_size": 128, "d_model": 32,
+        "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        "max_source_positions": 64, "max_target_positions": 32,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    },
+}  # fmt: skip
+
+
+def load(config: dict[str, object]) -> ModelGraph:
+    setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
+    source = ConfigSource(label="config.json", name="tiny", config=config)
+    return load_graph(source, setting, progress=lambda message: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_fits_each_head(name: str) -> None:
+    graph = load(CONFIGS[name] | {"architectures": [name]})
+    assert graph.num_layers >= 2
+    assert all(block.goes_back for block in graph.blocks)
+
+
+def test_an_unknown_type_is_read_as_the_architecture_that_it_names() -> None:
+    graph = load(LLAMA | {"model_type": "my_llama", "architectures": ["LlamaForCausalLM"]})
+    assert graph.notes == (
+        "model_type 'my_llama' is not in transformers: read as 'llama', whose architecture "
+        "LlamaForCausalLM it names",
+    )
+    assert graph.num_layers == 2
+
+
+def test_stored_weights_are_named() -> None:
+    config = LLAMA | {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
+    assert load(config).notes[0].startswith("quantization_config says how weights are stored")
