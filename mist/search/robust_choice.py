@@ -42,7 +42,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class DrawnLayout:
     """A layout of the pool under the draws.
 
     `steps_s` [D]: its step in each draw. `regrets` [D]: how much slower it is there than the pool's
@@ -82,8 +82,8 @@ class RobustChoice:
     `turns`: what would make another layout the better choice, most telling first.
     """
 
-    chosen: Judged
-    nominal: Judged
+    chosen: DrawnLayout
+    nominal: DrawnLayout
     without_offload: PricedLayout | None
     one_stage: PricedLayout | None
     turns: tuple[Turn, ...]
@@ -107,7 +107,7 @@ def robust_choice(
     steps_s = _steps(job, drawn_jobs(job), pool)
     regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1.0
     judged = [
-        Judged(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
+        DrawnLayout(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
         for i, layout in enumerate(pool)
     ]
     nominal = min(judged, key=lambda each: each.layout.step_s)

@@ -14,7 +14,7 @@ from mist.plans.plan import Limits, Regret, Robustness
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.search.robust_choice import (
     DEFAULT_TOLERANCE_RATIO,
-    Judged,
+    DrawnLayout,
     RobustChoice,
     Turn,
     offloads,
@@ -113,7 +113,7 @@ def robustness_of(job: Job, choice: RobustChoice, tolerance_ratio: float) -> Rob
     )
 
 
-def _regret(judged: Judged) -> Regret:
+def _regret(judged: DrawnLayout) -> Regret:
     return Regret(
         mean_ratio=round(judged.mean_regret, 4), worst_ratio=round(float(judged.regrets.max()), 4)
     )
