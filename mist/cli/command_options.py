@@ -104,6 +104,13 @@ Checkpoint = Annotated[
     str,
     typer.Option("--checkpoint", help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number."),
 ]
+Details = Annotated[
+    bool,
+    typer.Option(
+        "--details",
+        help="Print every part, other layout, source and note as well; --json always has them.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Out = Annotated[
     Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
