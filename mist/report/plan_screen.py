@@ -129,7 +129,7 @@ def _verdict_words(sheet: Sheet) -> list[str]:
     if room >= 0:
         fits = "FITS, with" if sheet.host.fits else "Fits on the GPU, with"
         return [*lines, f"{fits} {format_bytes(room)} to spare ({sure}). {_at_worst(sheet)}"]
-    lines.append(f"DOES NOT FIT: over by {format_bytes(-room)} per GPU ({sure})")
+    lines.append(f"DOES NOT FIT: over by {format_bytes(-room)} per GPU ({sure}).")
     peak = f"The peak is {format_bytes(fullest.peak_bytes)}"
     lines.append(f"{peak}; {exceeded_words(fullest.peak_bytes, fullest.usable_bytes)}.")
     if fullest.peak_bytes <= fullest.usable_bytes:
