@@ -52,7 +52,7 @@ from mist.cli.command_options import (
     Verify,
     with_knobs,
 )
-from mist.cli.common import app, print_json, progress
+from mist.cli.common import command, print_json, progress
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
 from mist.plans.objectives import Objective
@@ -73,7 +73,7 @@ OF_ANY_PLAN = {
 }  # fmt: skip
 
 
-@app.command()
+@command("mist plan examples/gpt2_xl.py --gpus 8 --set tp=2 --out plan.yaml")
 def plan(
     model: Model,
     *,
@@ -258,7 +258,7 @@ def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
     return [str(name) for name in (path, *pictures)]
 
 
-@app.command()
+@command("mist check examples/gpt2_xl.py --gpus 8 --tp 2 --zero 1 --micro-batch 4")
 @with_knobs
 def check(
     context: typer.Context,

@@ -43,7 +43,10 @@ def columns(rows: Sequence[Sequence[str]], width: int) -> list[str]:
         room = width - len(head) - len(GAP)
         longest = max(map(len, row[-1].split()), default=0)
         if longest > room:
-            lines += [*wrapped(head.rstrip(), width, 4), *wrapped(f"    {row[-1]}", width, indent=4)]
+            lines += [
+                *wrapped(head.rstrip(), width, 4),
+                *wrapped(f"    {row[-1]}", width, indent=4),
+            ]
         else:
             indent = len(head) + len(GAP)
             lines += wrapped_after(head + GAP, row[-1], width, indent)
