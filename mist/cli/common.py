@@ -44,6 +44,10 @@ class GroupedHelp(TyperCommand):
             with formatter.section(name):
                 formatter.write_dl(records)
 
+    def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        """The example on a line of its own, so that it can be copied."""
+        formatter.write(f"\n{self.epilog}\n")
+
     def get_short_help_str(self, limit: int = 45) -> str:
         """The first sentence, whole, whatever `limit` is."""
         return super().get_short_help_str(max(limit, 1000))

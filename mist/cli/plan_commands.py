@@ -73,7 +73,7 @@ OF_ANY_PLAN = {
 }  # fmt: skip
 
 
-@command("mist plan examples/gpt2_xl.py --gpus 8 --set tp=2 --out plan.yaml")
+@command("mist plan examples/my_transformer.py --gpus 8 --set tp=2 --out plan.yaml")
 def plan(
     model: Model,
     *,
@@ -132,11 +132,8 @@ def plan(
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
 
     rented, verified = _searched(search, margin, verify=verify)
-    _deliver(
-        rented,
-        writing,
-        partial(_show_plan, rented, verified, tokens, as_json=as_json, details=details),
-    )
+    show = partial(_show_plan, rented, verified, tokens, as_json=as_json, details=details)
+    _deliver(rented, writing, show)
 
 
 def _effort(
@@ -258,7 +255,7 @@ def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
     return [str(name) for name in (path, *pictures)]
 
 
-@command("mist check examples/gpt2_xl.py --gpus 8 --tp 2 --zero 1 --micro-batch 4")
+@command("mist check examples/my_transformer.py --gpus 8 --tp 2 --zero 1 --micro-batch 4")
 @with_knobs
 def check(
     context: typer.Context,
