@@ -46,7 +46,7 @@ class GroupedHelp(TyperCommand):
 
     def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """The example on a line of its own, so that it can be copied."""
-        formatter.write(f"\n{self.epilog}\n")
+        formatter.write(f"\nExample:\n  {self.epilog}\n")
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """The first sentence, whole, whatever `limit` is."""
@@ -55,7 +55,7 @@ class GroupedHelp(TyperCommand):
 
 def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command; its help ends with `example`, as it is typed."""
-    return app.command(cls=GroupedHelp, epilog=f"Example: {example}")
+    return app.command(cls=GroupedHelp, epilog=example)
 
 
 def progress(message: str) -> None:

@@ -255,7 +255,7 @@ def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
     return [str(name) for name in (path, *pictures)]
 
 
-@command("mist check examples/my_transformer.py --gpus 8 --tp 2 --zero 1 --micro-batch 4")
+@command("mist check examples/my_transformer.py --gpus 8 --tp 2 --zero 1")
 @with_knobs
 def check(
     context: typer.Context,
