@@ -86,6 +86,7 @@ def test_options_stand_in_groups(
         "What is trained, and by what:",
         "Files and output:",
         "Options:",
+        "Example:",
     ]
     layout = text[text.index("Layout:") : text.index("What is trained")]
     assert all(f"--{word} " in layout for word in ("tp", "pp", "zero", "checkpoint", "layers"))

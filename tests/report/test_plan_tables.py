@@ -180,7 +180,6 @@ def test_the_json_of_a_plan() -> None:
         "alternatives",
         "excluded",
         "provenance",
-        "robustness",
         "host_memory",
         "seconds",
         "notes",
