@@ -9,7 +9,6 @@ import math
 import os
 import platform
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -128,8 +127,16 @@ def prepared(asked: Question, num_layers: int | None = None) -> tuple[Job, Limit
     return job, limits_of(job, asked)
 
 
-@cache
+_PROGRAMS: Final[dict[str, ModelPrograms]] = {}  # by question
+
+
 def _programs(asked: Question) -> ModelPrograms:
+    if repr(asked) not in _PROGRAMS:
+        _PROGRAMS[repr(asked)] = _compiled(asked)
+    return _PROGRAMS[repr(asked)]
+
+
+def _compiled(asked: Question) -> ModelPrograms:
     assert isinstance(asked.model, str)
     family, _, size = asked.model.partition("-")
     source = FAMILIES[family](size) if size in SIZES else asked.model
