@@ -46,7 +46,11 @@ Model = Annotated[
     typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
 ]
 Subject = Annotated[
-    str, typer.Argument(help="A plan file, or a model to judge with --tp, --pp, ...")
+    str,
+    typer.Argument(
+        help="A plan file, a model to judge with --tp, --pp, ..., or a file of Megatron, torchtitan, "
+        "DeepSpeed or accelerate."
+    ),
 ]
 GpusOfModel = Annotated[int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")]
 Gpus = Annotated[
@@ -102,7 +106,10 @@ HostMemory = Annotated[
 ]
 Checkpoint = Annotated[
     str,
-    typer.Option("--checkpoint", help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number."),
+    typer.Option(
+        "--checkpoint",
+        help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number, or one of each stage: 3,1.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Out = Annotated[
@@ -116,7 +123,7 @@ Trust = Annotated[
 ]
 ModelOfPlan = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="The model of PLAN [what PLAN names]."),
+    typer.Argument(metavar="[MODEL]", help="The model of the file [what a plan names]."),
 ]
 Space = Annotated[
     str, typer.Option("--space", help="What to search: 3d, megatron, deepspeed, ..., mist.")
