@@ -48,8 +48,8 @@ Model = Annotated[
 Subject = Annotated[
     str,
     typer.Argument(
-        help="A plan file, a model to judge with --tp, --pp, ..., or a file of Megatron, torchtitan, "
-        "DeepSpeed or accelerate."
+        help="A plan file, a model to judge with --tp, --pp, ..., or a file of Megatron, "
+        "torchtitan, DeepSpeed or accelerate."
     ),
 ]
 GpusOfModel = Annotated[int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")]
@@ -108,7 +108,7 @@ Checkpoint = Annotated[
     str,
     typer.Option(
         "--checkpoint",
-        help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number, or one of each stage: 3,1.",
+        help=f"Recomputed layers: {', '.join(MemoryLevel)}, a number, or one of each stage: 3,1.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -17,8 +17,8 @@ from mist.export.deepspeed_json import leaves
 from mist.export.launcher_lines import head, launch_script, nodes_of
 from mist.export.target import (
     Configuration,
-    Expresses,
     ExportLoss,
+    Expresses,
     Subject,
     Written,
     added,
@@ -180,9 +180,11 @@ def read_accelerate(text: str, path: str) -> Configuration:
             "zero": _zero(keys, path) if divided else 0,
             "dp_replicate": copies or 1,
         },
-        checkpoint=(REPEATS_ALL if repeats else KEEPS_ALL).value,
+        # Without FSDP the program itself switches it on, not the file.
+        checkpoint=(REPEATS_ALL if repeats else KEEPS_ALL).value if divided else None,
         offload=Offload(weights=offload, grads=offload, optimizer=offload),
         precision=_precision(keys, path),
+        num_gpus=_count(keys, "num_processes", path),
         dp=copies * shard if copies and shard else None,
         unmodelled=tuple(_unmodelled(keys)),
     )
@@ -219,5 +221,6 @@ def _unmodelled(keys: Mapping[str, Any]) -> Iterator[str]:
     for key, value in keys.items():
         if key not in READ and key not in LAUNCH:
             yield f"{key} = {value}"
-    if keys.get("fsdp_config.fsdp_version", 1) != 2 and keys.get("distributed_type") == "FSDP":
-        yield f"fsdp_config.fsdp_version = {keys.get('fsdp_config.fsdp_version', 1)} (predicted as 2)"
+    version = keys.get("fsdp_config.fsdp_version", 1)
+    if version != 2 and keys.get("distributed_type") == "FSDP":
+        yield f"fsdp_config.fsdp_version = {version} (predicted as 2)"

@@ -1,4 +1,4 @@
-"""DeepSpeed: a JSON configuration, and a script that starts a training program with it; the inverse.
+"""DeepSpeed: a JSON configuration, a script that starts a training program with it; the inverse.
 
 Keys: deepspeed/runtime/config.py and zero/config.py of 0.19.8. JSON has no comments: the fields of
 the plan stand under the key "mist export", which DeepSpeed passes over.
@@ -15,8 +15,8 @@ from mist.export.launcher_lines import launch_script
 from mist.export.target import (
     MARK,
     Configuration,
-    Expresses,
     ExportLoss,
+    Expresses,
     Subject,
     Written,
     added,

@@ -16,8 +16,8 @@ from mist.export.command_words import Options, number, options_of
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import (
     Configuration,
-    Expresses,
     ExportLoss,
+    Expresses,
     Subject,
     Written,
     added,
@@ -369,7 +369,7 @@ def _checkpoint(
     if method == "uniform":  # the number is then the size of a group: all layers are run again
         return REPEATS_ALL.value
     count = number(options, "--recompute-num-layers", path, 1) or 0
-    if not layers:
+    if vpp == 1 or not layers:
         return str(count * vpp)
     chunks = [min(count, size) for size in layers]
     return ",".join(str(sum(chunks[stage::pp])) for stage in range(pp))

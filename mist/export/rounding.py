@@ -128,11 +128,11 @@ def _repeated(plan: Plan, can: Expresses) -> list[Levels]:
     after = []
     for stage, own in zip(plan.stages, chunks, strict=True):
         sizes = [size for _, size in stage.layers]
-        if can.repeats == "first":
-            own = [min(most, size) for size in sizes]
-        elif can.repeats == "all":
-            own = sizes if most else [0] * len(sizes)
-        repeated = sum(own)
+        repeated = {
+            "any": sum(own),
+            "first": sum(min(most, size) for size in sizes),
+            "all": stage.num_layers if most else 0,
+        }[can.repeats]
         rest = stage.num_layers - repeated
         after.append(_counts((KEEPS_ALL,) * rest + (REPEATS_ALL,) * repeated))
     return after

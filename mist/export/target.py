@@ -112,6 +112,7 @@ class Configuration:
     seq_len: int | None = None
     global_batch: int | None = None
     precision: Precision | None = None
+    num_gpus: int | None = None
     num_micro_batches: int | None = None
     dp: int | None = None
     num_layers: int | None = None

@@ -2,7 +2,7 @@
 
 Fields: torchtitan/config/configs.py of 0.3.0. A configuration there is a Python function. It is
 read as a syntax tree, and never run: calls of ParallelismConfig and TrainingConfig, assignments to
-`config.parallelism.x`, and options of the command line such as --parallelism.tensor_parallel_degree.
+`config.parallelism.x`, and options of the command line, --parallelism.tensor_parallel_degree 2.
 With a pipeline training.local_batch_size is micro_batch * num_micro_batches, without one it is
 micro_batch, and the global batch gives the accumulation.
 """
@@ -17,8 +17,8 @@ from mist.export.command_words import options_of
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import (
     Configuration,
-    Expresses,
     ExportLoss,
+    Expresses,
     Subject,
     Written,
     added,
@@ -212,6 +212,8 @@ def recognises_torchtitan(text: str) -> bool:
 
 CALLS: Final = {"ParallelismConfig": "parallelism.", "TrainingConfig": "training."}
 CHECKPOINT: Final = "activation_checkpoint"
+# Those that decide how a model is trained; loggers, checkpoints and data do not.
+SECTIONS: Final = ("parallelism", "training", "compile", "optimizer", "model_spec", "comm")
 PARTS: Final = "parallelism.module_fqns_per_model_part"
 Settings = Mapping[str, Any]
 
@@ -293,20 +295,29 @@ def _settings(text: str, path: str) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path} is not Python: {error}.") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            for word in node.keywords:
-                if prefix := CALLS.get(name.rpartition(".")[2]):
-                    yield f"{prefix}{word.arg}", _literal(word.value)
-                elif name.endswith("AC.Config") and word.arg:
-                    yield f"{CHECKPOINT}.{word.arg}", _literal(word.value)
-                elif word.arg == CHECKPOINT:
-                    yield CHECKPOINT, ast.unparse(word.value)
+            yield from _of_call(node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            name = ast.unparse(node.targets[0]).partition(".")[2]
-            if name == CHECKPOINT:
-                yield name, ast.unparse(node.value)
-            elif name != "parallelism" and name != "training":
-                yield name, _literal(node.value)
+            yield from _of_assignment(ast.unparse(node.targets[0]), node.value)
+
+
+def _of_call(node: ast.Call) -> Iterator[tuple[str, Any]]:
+    name = ast.unparse(node.func)
+    for word in node.keywords:
+        if prefix := CALLS.get(name.rpartition(".")[2]):
+            yield f"{prefix}{word.arg}", _literal(word.value)
+        elif name.endswith("AC.Config") and word.arg:
+            yield f"{CHECKPOINT}.{word.arg}", _literal(word.value)
+        elif word.arg == CHECKPOINT:
+            yield CHECKPOINT, ast.unparse(word.value)
+
+
+def _of_assignment(target: str, value: ast.expr) -> Iterator[tuple[str, Any]]:
+    """A field that is set on a configuration; whole sections are calls, which are read by part."""
+    name = target.partition(".")[2]
+    if name == CHECKPOINT:
+        yield name, ast.unparse(value)
+    elif name.partition(".")[0] in SECTIONS and "." in name:
+        yield name, _literal(value)
 
 
 def _literal(node: ast.expr) -> object:

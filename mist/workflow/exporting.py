@@ -1,4 +1,4 @@
-"""`mist export PLAN --to TARGET`: a plan as the files of a target, judged as that target runs it."""
+"""`mist export PLAN --to TARGET`: a plan as the files of a target, and judged as it runs them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -75,9 +75,15 @@ def _fitting(plan: Plan, target: Target, path: str | Path) -> tuple[Plan, tuple[
         raise InputError(
             f"mist export {path} --to {target.name}: nothing is written, because files of "
             f"{target.name} cannot say all of the plan:{lines}\n"
-            f"Plan for it: mist plan --runtime {target.runtimes[0]}."
+            f"Plan for it: mist plan --runtime {target.runtimes[0]}{_limits(target)}."
         )
     return fitting, losses
+
+
+def _limits(target: Target) -> str:
+    """Options that keep a search within what files of a target say."""
+    pipelines = target.expresses is not None and target.expresses.schedules
+    return "" if pipelines else " --set pp=1 --forbid offload"
 
 
 def _config(source: str) -> Mapping[str, Any]:

@@ -75,7 +75,7 @@ def check_file(
             continue
         _refuse_contradiction(file, checked)
         return replace(checked, notes=(*checked.notes, *_notes(file, runtime, reasons)))
-    raise InputError(f"{file.path}: {reasons[0]}")
+    raise InputError("\n".join(f"{file.path}: {reason}" for reason in dict.fromkeys(reasons)))
 
 
 def _option(name: str) -> str:
@@ -83,7 +83,7 @@ def _option(name: str) -> str:
 
 
 def _of_question(said: Configuration) -> dict[str, Any]:
-    names = ("seq_len", "global_batch", "precision")
+    names = ("seq_len", "global_batch", "precision", "num_gpus")
     return {name: getattr(said, name) for name in names if getattr(said, name) is not None}
 
 
@@ -101,17 +101,19 @@ def _of_layout(said: Configuration) -> dict[str, Any]:
 def _names_of(said: Configuration) -> set[str]:
     """Options that the file answers, as the command line names them."""
     names = {*_of_question(said), *_of_layout(said)}
-    return {"seq" if name == "seq_len" else name for name in names}
+    words = {"seq_len": "seq", "num_gpus": "gpus"}
+    return {words.get(name, name) for name in names}
 
 
 def _refuse_open(file: ForeignFile, typed: Mapping[str, Any]) -> None:
     """Ask for what the file does not say, and no default may stand for."""
     said = _names_of(file.configuration)
-    wanted = [name for name in ("seq", "global_batch", "micro_batch") if name not in said]
+    open_names = ("seq", "global_batch", "micro_batch", "checkpoint")
+    wanted = [name for name in open_names if name not in said]
     missing = [_option(name) for name in wanted if name not in typed]
     if "model" not in typed:
         missing.insert(0, "MODEL")
-    if "gpus" not in typed:
+    if "gpus" not in typed and "gpus" not in said:
         missing.append("--gpus")
     if missing:
         raise InputError(
