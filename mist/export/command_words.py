@@ -22,7 +22,9 @@ def options_of(text: str, path: str) -> dict[str, tuple[str, ...]]:
     """Each option with its values, the last of several. Raises InputError for what is no text."""
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"{path} has more than {MOST_CHARACTERS:,} characters, too much to read.")
-    known = {name: value.strip("\"'") for name, value in ASSIGNMENT.findall(text)}
+    known: dict[str, str] = {}
+    for name, value in ASSIGNMENT.findall(text):
+        known[name] = _filled(value.strip("\"'"), known)
     joined = re.sub(r"\\\n", " ", text)
     try:
         # Arrays and substitutions stand between brackets, which are no part of a word.

@@ -1,5 +1,7 @@
 """Random legal plans of a toy model, judged as `mist check` judges a layout written by hand."""
 
+from itertools import pairwise
+
 from hypothesis import assume
 from hypothesis import strategies as st
 
@@ -23,7 +25,7 @@ def splits(draw: st.DrawFn, parts: int) -> tuple[int, ...]:
         )
     )
     edges = [0, *sorted(cuts), NUM_LAYERS]
-    return tuple(after - before for before, after in zip(edges, edges[1:], strict=False))
+    return tuple(after - before for before, after in pairwise(edges))
 
 
 @st.composite
