@@ -265,6 +265,7 @@ READ: Final = frozenset(
         "--position-embedding-type", "--rotary-base", *SIZES,
     }
 )  # fmt: skip
+COUNTS: Final = {"tp": "--tensor-model-parallel-size", "micro_batch": "--micro-batch-size"}
 LAUNCH: Final = re.compile(
     r"--(nnodes|nproc[-_]per[-_]node|rdzv[-_]\w+|node[-_]rank|master[-_]\w+)"
 )
@@ -286,11 +287,10 @@ def read_megatron(text: str, path: str) -> Configuration:
     vpp = len(layers) // pp if layers else _vpp(options, path)
     return Configuration(
         knobs={
-            "tp": number(options, "--tensor-model-parallel-size", path, 1) or 1,
+            **{name: number(options, option, path, 1) or 1 for name, option in COUNTS.items()},
             "pp": pp,
             "vpp": vpp,
             "zero": _zero(options, path),
-            "micro_batch": number(options, "--micro-batch-size", path, 1) or 1,
         },
         checkpoint=_checkpoint(options, path, layers, (pp, vpp)),
         schedule=kind_of(vpp),

@@ -216,6 +216,10 @@ CHECKPOINT: Final = "activation_checkpoint"
 SECTIONS: Final = ("parallelism", "training", "compile", "optimizer", "model_spec", "comm")
 PARTS: Final = "parallelism.module_fqns_per_model_part"
 Settings = Mapping[str, Any]
+COUNTS: Final = {
+    "tp": "parallelism.tensor_parallel_degree",
+    "pp": "parallelism.pipeline_parallel_degree",
+}
 
 READ: Final = frozenset(
     f"parallelism.{name}"
@@ -251,8 +255,7 @@ def read_torchtitan(text: str, path: str) -> Configuration:
     global_batch = whole.number("training.global_batch_size", -1)
     return Configuration(
         knobs={
-            "tp": whole.number("parallelism.tensor_parallel_degree", 1),
-            "pp": pp,
+            **{name: whole.number(setting, 1) for name, setting in COUNTS.items()},
             "vpp": len(parts) // pp if parts else 1,
             "zero": zero,
             "dp_replicate": copies if zero else 1,
