@@ -19,7 +19,7 @@ from mist.export.target import (
     Configuration,
     ExportLoss,
     Expresses,
-    Subject,
+    ExportSource,
     Written,
     added,
     refused,
@@ -53,7 +53,7 @@ ACCELERATE: Final = Expresses(
 )
 
 
-def write_accelerate(subject: Subject) -> Written:
+def write_accelerate(subject: ExportSource) -> Written:
     """The YAML file, the arguments of a Trainer, and a script."""
     plan = subject.plan
     lines = head(subject, "A configuration of accelerate 1.15 (accelerate launch --config_file).")
@@ -112,7 +112,7 @@ def _repeats(plan: Plan) -> bool:
     return any(stage.num_full for stage in plan.stages)
 
 
-def _trainer(subject: Subject) -> str:
+def _trainer(subject: ExportSource) -> str:
     """A snippet: the arguments of a Trainer that belong to the layout."""
     plan = subject.plan
     stage, work = plan.stages[0], plan.workload
@@ -164,12 +164,7 @@ def read_accelerate(text: str, path: str) -> Configuration:
     if not isinstance(document, Document):
         raise InputError(f"{path} is no mapping of accelerate's keys.")
     keys = dict(leaves(document.data))
-    kind = str(keys.get("distributed_type", "NO"))
-    if kind not in ("FSDP", "MULTI_GPU", "NO"):
-        raise InputError(
-            f"{path}: distributed_type {kind} is not read. Known: FSDP, MULTI_GPU, NO."
-        )
-    divided = kind == "FSDP"
+    divided = _divides(keys, path)
     copies = _count(keys, f"{AXES}dp_replicate_size", path)
     shard = _count(keys, f"{AXES}dp_shard_size", path)
     offload = float(keys.get("fsdp_config.fsdp_offload_params") is True and divided)
@@ -188,6 +183,16 @@ def read_accelerate(text: str, path: str) -> Configuration:
         dp=copies * shard if copies and shard else None,
         unmodelled=tuple(_unmodelled(keys)),
     )
+
+
+def _divides(keys: Mapping[str, Any], path: str) -> bool:
+    """Whether FSDP divides the states."""
+    kind = str(keys.get("distributed_type", "NO"))
+    if kind not in ("FSDP", "MULTI_GPU", "NO"):
+        raise InputError(
+            f"{path}: distributed_type {kind} is not read. Known: FSDP, MULTI_GPU, NO."
+        )
+    return kind == "FSDP"
 
 
 def _count(keys: Mapping[str, Any], key: str, path: str) -> int | None:

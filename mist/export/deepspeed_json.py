@@ -17,7 +17,7 @@ from mist.export.target import (
     Configuration,
     ExportLoss,
     Expresses,
-    Subject,
+    ExportSource,
     Written,
     added,
     refused,
@@ -59,7 +59,7 @@ DEEPSPEED: Final = Expresses(
 )
 
 
-def write_deepspeed(subject: Subject) -> Written:
+def write_deepspeed(subject: ExportSource) -> Written:
     """The JSON file and a script."""
     plan = subject.plan
     rows = list(_rows(plan))

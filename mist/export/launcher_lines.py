@@ -6,7 +6,7 @@ A value that comes from a plan or a path is quoted for the shell wherever it sta
 import shlex
 from collections.abc import Sequence
 
-from mist.export.target import MARK, Subject, Written
+from mist.export.target import MARK, ExportSource, Written
 from mist.plans.plan import ClusterRef
 
 PORT = 29500
@@ -17,7 +17,7 @@ def nodes_of(cluster: ClusterRef) -> int:
     return -(-cluster.num_gpus // cluster.gpus_per_node)
 
 
-def head(subject: Subject, what: str) -> list[str]:
+def head(subject: ExportSource, what: str) -> list[str]:
     """The first lines of a file with # comments."""
     # A name with a line break would end the comment.
     path = subject.path.encode("unicode_escape").decode()
@@ -37,7 +37,7 @@ def torchrun_lines(cluster: ClusterRef, *, env: Sequence[str] = ()) -> list[str]
 
 
 def launch_script(
-    subject: Subject, what: str, command: Sequence[str], *, env: Sequence[str] = ()
+    subject: ExportSource, what: str, command: Sequence[str], *, env: Sequence[str] = ()
 ) -> str:
     """A script that runs `command` (its last words, already quoted) on every GPU of the plan."""
     cluster = subject.plan.cluster
@@ -52,18 +52,18 @@ def launch_script(
     return "\n".join(lines) + "\n"
 
 
-def applied(subject: Subject) -> list[str]:
+def applied(subject: ExportSource) -> list[str]:
     """The words that train a plan by `mist apply`."""
     return ["--no-python", "--", "mist", "apply", shlex.quote(subject.path), '"$@"']
 
 
-def write_torchrun(subject: Subject) -> Written:
+def write_torchrun(subject: ExportSource) -> Written:
     """A script for every node that trains the plan with `mist apply`."""
     script = launch_script(subject, "Trains a plan with mist apply.", applied(subject))
     return Written(files={"launch.sh": script})
 
 
-def write_slurm(subject: Subject) -> Written:
+def write_slurm(subject: ExportSource) -> Written:
     """A batch script that does so on the nodes that Slurm gives."""
     cluster = subject.plan.cluster
     per_node = min(cluster.gpus_per_node, cluster.num_gpus)

@@ -18,7 +18,7 @@ from mist.export.target import (
     Configuration,
     ExportLoss,
     Expresses,
-    Subject,
+    ExportSource,
     Written,
     added,
     refused,
@@ -71,7 +71,7 @@ MEGATRON: Final = Expresses(
 )
 
 
-def write_megatron(subject: Subject) -> Written:
+def write_megatron(subject: ExportSource) -> Written:
     """The arguments as a bash array, and the script that starts training with them."""
     plan = subject.plan
     lines = [

@@ -54,6 +54,13 @@ def _refusals(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
         if len(values) > 1:
             words = f"stages differ ({', '.join(values)}); {name} has the same in every stage"
             yield refused(f"stages[].{field}", words)
+    yield from _unsaid(plan, name, can)
+    yield from _unhosted(first, name, can)
+
+
+def _unsaid(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
+    """Values that the target has no words for."""
+    stages, first = plan.stages, plan.stages[0]
     for axis in AXES_OF_NO_PLAN:
         if getattr(first, axis) > 1:
             yield refused(f"stages[].{axis}", f"{getattr(first, axis)} is not predicted by Mist")
@@ -69,7 +76,6 @@ def _refusals(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
     if plan.workload.precision not in can.precisions:
         known = ", ".join(can.precisions)
         yield refused("workload.precision", f"{plan.workload.precision}; {name} has {known}")
-    yield from _unhosted(first, name, can)
 
 
 def _unhosted(stage: StagePlan, name: str, can: Expresses) -> Iterator[ExportLoss]:

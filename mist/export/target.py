@@ -70,7 +70,7 @@ class Expresses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class ExportSource:
     """What is written: a plan that the target can express, and where it and its model come from.
 
     `path`: of the plan file, as a comment says it. `config`: fields of the Hugging Face
@@ -137,7 +137,7 @@ class Target:
     what: str
     runtimes: Sequence[str]
     expresses: Expresses | None
-    write: Callable[[Subject], Written]
+    write: Callable[[ExportSource], Written]
     recognises: Callable[[str], bool] | None = None
     read: Callable[[str, str], Configuration] | None = None
 

@@ -19,7 +19,7 @@ from mist.export.target import (
     Configuration,
     ExportLoss,
     Expresses,
-    Subject,
+    ExportSource,
     Written,
     added,
     refused,
@@ -92,7 +92,7 @@ TORCHTITAN: Final = Expresses(
 )
 
 
-def write_torchtitan(subject: Subject) -> Written:
+def write_torchtitan(subject: ExportSource) -> Written:
     """The package and the script that starts torchtitan's trainer with it."""
     plan = subject.plan
     losses = [added("runtime", "torch >= 2.14 is needed by torchtitan 0.3.0")]
@@ -116,7 +116,7 @@ def write_torchtitan(subject: Subject) -> Written:
     )
 
 
-def _module(subject: Subject, base: str) -> str:
+def _module(subject: ExportSource, base: str) -> str:
     plan = subject.plan
     family, _, function = base.partition(".")
     indented = "\n".join(
@@ -241,22 +241,20 @@ READ: Final = frozenset(
 def read_torchtitan(text: str, path: str) -> Configuration:
     """The layout of a module or of command-line options. Raises InputError naming a setting."""
     settings = dict(_settings(text, path) if path.endswith(".py") else _typed(text, path))
-    whole = _Whole(settings, path)
+    whole = _WholeSettings(settings, path)
     pp = whole.number("parallelism.pipeline_parallel_degree", 1)
-    parts = _chunks(settings, path)
-    if parts and len(parts) % pp:
-        raise InputError(f"{path}: {PARTS} has {len(parts)} parts, no multiple of {pp} stages.")
+    parts = _chunks(settings, path, pp)
     batch = whole.number("training.local_batch_size", 8)
     micro_batch = whole.number("parallelism.pipeline_parallel_microbatch_size", 1)
     copies = whole.number("parallelism.data_parallel_replicate_degree", 1)
     shard = whole.number("parallelism.data_parallel_shard_degree", -1)
-    offload = 1.0 if settings.get("training.enable_cpu_offload") else 0.0
+    offload = float(settings.get("training.enable_cpu_offload") is True)
     zero = _zero(settings, shard, pp)
     global_batch = whole.number("training.global_batch_size", -1)
     return Configuration(
         knobs={
             **{name: whole.number(setting, 1) for name, setting in COUNTS.items()},
-            "vpp": len(parts) // pp if parts else 1,
+            "vpp": max(len(parts) // pp, 1),
             "zero": zero,
             "dp_replicate": copies if zero else 1,
             "micro_batch": micro_batch if pp > 1 else batch,
@@ -275,7 +273,7 @@ def read_torchtitan(text: str, path: str) -> Configuration:
     )
 
 
-class _Whole:
+class _WholeSettings:
     """Settings that are whole numbers."""
 
     def __init__(self, settings: Settings, path: str) -> None:
@@ -350,7 +348,7 @@ def _zero(settings: Settings, shard: int, pp: int) -> int:
     return 2 if kept else 3
 
 
-def _chunks(settings: Settings, path: str) -> list[list[int]]:
+def _chunks(settings: Settings, path: str, pp: int) -> list[list[int]]:
     """Layers of each part of the pipeline."""
     value = settings.get(PARTS)
     if value is None:
@@ -358,6 +356,8 @@ def _chunks(settings: Settings, path: str) -> list[list[int]]:
     if not isinstance(value, list) or not all(isinstance(part, list) for part in value):
         # A list on the command line is taken apart at its commas, without an error.
         raise InputError(f"{path}: {PARTS} is no list of lists of names. Write it in Python.")
+    if len(value) % max(pp, 1):
+        raise InputError(f"{path}: {PARTS} has {len(value)} parts, no multiple of {pp} stages.")
     found = [[re.fullmatch(r"layers\.(\d+)", str(name)) for name in part] for part in value]
     return [[int(name[1]) for name in part if name] for part in found]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mist.errors import InputError, PlanError
 from mist.export.rounding import expressible, refusals_of
-from mist.export.target import ExportLoss, Subject, Target
+from mist.export.target import ExportLoss, ExportSource, Target
 from mist.plans.file import load_plan
 from mist.plans.plan import Plan
 from mist.symbolic.estimate import estimate
@@ -48,7 +48,7 @@ def export_plan(
     plan = load_plan(path)
     fitting, losses = _fitting(plan, target, path)
     source = model_of(plan, Path(path), access, progress)
-    written = target.write(Subject(plan=fitting, path=str(path), config=_config(source)))
+    written = target.write(ExportSource(plan=fitting, path=str(path), config=_config(source)))
     question = question_of(plan, Path(path), source, margin_ratio)
     judged, unjudged = _judged(fitting, target, question, progress)
     return ExportedPlan(

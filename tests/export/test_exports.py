@@ -13,7 +13,7 @@ from mist.export.command_words import options_of
 from mist.export.deepspeed_json import read_deepspeed
 from mist.export.megatron_arguments import layout_words, read_megatron
 from mist.export.rounding import expressible
-from mist.export.target import Subject
+from mist.export.target import ExportSource
 from mist.export.targets import TARGETS, target_named
 from mist.export.torchtitan_module import read_torchtitan
 from mist.plans.file import save_plan
@@ -229,7 +229,7 @@ def test_an_unknown_target() -> None:
 def test_a_path_cannot_leave_its_comment_or_its_word(target: object) -> None:
     """A line break or a quote in a name is data of a script, not a command."""
     name = "a\n'; touch x #.yaml"
-    written = target.write(Subject(plan=fitting(target), path=name, config={}))  # type: ignore[attr-defined]
+    written = target.write(ExportSource(plan=fitting(target), path=name, config={}))  # type: ignore[attr-defined]
     for text in written.files.values():
         assert not any(line.startswith("'; touch") for line in text.splitlines()[:3])
 

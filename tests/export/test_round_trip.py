@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mist.export.rounding import expressible, refusals_of
-from mist.export.target import Configuration, LossKind, Subject
+from mist.export.target import Configuration, LossKind, ExportSource
 from mist.export.targets import TARGETS, target_named, target_of
 from mist.plans.memory_levels import LEVELS
 from mist.plans.plan import Layout, Plan
@@ -98,7 +98,7 @@ def test_a_file_is_read_as_the_layout_that_it_was_written_from(name: str, tmp_pa
         fitting, losses = expressible(plan, name, target.expresses)
         if refusals_of(losses):
             return
-        written = target.write(Subject(plan=fitting, path="plan.yaml", config={}))
+        written = target.write(ExportSource(plan=fitting, path="plan.yaml", config={}))
         path = tmp_path / Path(FILES[name]).name
         path.write_text(written.files[FILES[name]])
         back = read_back(path, fitting)
@@ -141,5 +141,5 @@ def test_a_file_is_known_by_what_is_in_it(name: str) -> None:
     target = target_named(name)
     assert target.expresses is not None
     plan, _ = expressible(sample_plan(), name, target.expresses)
-    written = target.write(Subject(plan=plan, path="plan.yaml", config={}))
+    written = target.write(ExportSource(plan=plan, path="plan.yaml", config={}))
     assert target_of(written.files[FILES[name]]) is target

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mist.export.rounding import expressible, refusals_of
-from mist.export.target import Subject
+from mist.export.target import ExportSource
 from mist.export.targets import TARGETS
 from mist.files import write_text
 from mist.plans.plan import Offload
@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
             if refusals := refusals_of(losses):
                 print(f"{target.name} {changes}: {'; '.join(map(str, refusals))}")
                 continue
-            subject = Subject(plan=fitting, path="plan.yaml", config=PRESETS[MODEL])
+            subject = ExportSource(plan=fitting, path="plan.yaml", config=PRESETS[MODEL])
             for name, text in target.write(subject).files.items():
                 path = folder / target.name / str(number) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
