@@ -17,8 +17,8 @@ from mist.export.launcher_lines import head, launch_script
 from mist.export.target import (
     Configuration,
     ExportLoss,
-    Expresses,
     ExportSource,
+    Expresses,
     Written,
     added,
     refused,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mist.export.rounding import expressible, refusals_of
-from mist.export.target import Configuration, LossKind, ExportSource
+from mist.export.target import Configuration, ExportSource, LossKind
 from mist.export.targets import TARGETS, target_named, target_of
 from mist.plans.memory_levels import LEVELS
 from mist.plans.plan import Layout, Plan
