@@ -54,6 +54,9 @@ def _refusals(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
         if len(values) > 1:
             words = f"stages differ ({', '.join(values)}); {name} has the same in every stage"
             yield refused(f"stages[].{field}", words)
+    for axis in AXES_OF_NO_PLAN:
+        if getattr(first, axis) > 1:
+            yield refused(f"stages[].{axis}", f"{getattr(first, axis)} is not predicted by Mist")
     yield from _unsaid(plan, name, can)
     yield from _unhosted(first, name, can)
 
@@ -61,9 +64,6 @@ def _refusals(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
 def _unsaid(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
     """Values that the target has no words for."""
     stages, first = plan.stages, plan.stages[0]
-    for axis in AXES_OF_NO_PLAN:
-        if getattr(first, axis) > 1:
-            yield refused(f"stages[].{axis}", f"{getattr(first, axis)} is not predicted by Mist")
     if len(stages) > 1 and not can.schedules:
         yield refused("stages", f"{len(stages)} pipeline stages; {name} files say one only")
     elif len(stages) > 1 and plan.schedule.kind not in can.schedules:
