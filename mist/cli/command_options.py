@@ -55,7 +55,11 @@ Model = Annotated[
     typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
 ]
 Subject = Annotated[
-    str, typer.Argument(help="A plan file, or a model whose layout the options below give.")
+    str,
+    typer.Argument(
+        help="A plan file, a model whose layout the options below give, or a file of Megatron, "
+        "torchtitan, DeepSpeed or accelerate."
+    ),
 ]
 GpusOfModel = Annotated[
     int | None,
@@ -161,7 +165,7 @@ Checkpoint = Annotated[
     str,
     typer.Option(
         "--checkpoint",
-        help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number.",
+        help=f"Recomputed layers: {', '.join(MemoryLevel)}, a number, or one of each stage: 3,1.",
         rich_help_panel=LAYOUT,
     ),
 ]
@@ -201,7 +205,7 @@ Trust = Annotated[
 ]
 ModelOfPlan = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="The model of PLAN [what PLAN names]."),
+    typer.Argument(metavar="[MODEL]", help="The model of the file [what a plan names]."),
 ]
 Space = Annotated[
     str,

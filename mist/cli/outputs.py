@@ -65,6 +65,12 @@ PICTURE_FILE: Final = OutputKind(
     rule="the timeline is written as .png",
     marks=(b"Software\0Mist",),
 )
+EXPORTED_FILE: Final = OutputKind(
+    name="exported file",
+    endings=(".sh", ".py", ".json", ".yaml", ".sbatch"),
+    rule="exported files have the endings of their targets",
+    marks=(b"`mist export`", b'"mist export"'),
+)
 GRAPH_FILE: Final = OutputKind(
     name="graph of operations",
     endings=(".svg", ".txt"),

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -284,16 +284,18 @@ def check(
     as_json: Json = False,
     **knobs: int,
 ) -> None:
-    """Judge a plan file or a layout of your own: does it fit, how fast is it, where does it go."""
+    """Judge a plan file, a layout or another framework's file: does it fit, how fast is it?"""
     from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
+    from mist.workflow.foreign_files import check_file, foreign_file
     from mist.workflow.request import Question, figures_of
 
     check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
-    if subject.endswith(PLAN_SUFFIXES):
+    file = foreign_file(subject)
+    if file is None and subject.endswith(PLAN_SUFFIXES):
         return _show_check(_of_file(context, subject), out, as_json=as_json, details=details)
     question = Question(
-        model=subject,
-        num_gpus=_given_gpus(subject, model, gpus),
+        model=(model or subject) if file else subject,
+        num_gpus=(gpus or 1) if file else _given_gpus(subject, model, gpus),
         gpu=gpu,
         cluster=cluster,
         runtime=runtime,
@@ -311,9 +313,20 @@ def check(
         layers=layers_of(layers),
         **knobs,
     )
-    return _show_check(
-        partial(check_layout, question, layout), out, as_json=as_json, details=details
-    )
+    judge = partial(check_layout, question, layout)
+    if file is not None:
+        judge = partial(check_file, file, question, layout, _typed(context))
+    return _show_check(judge, out, as_json=as_json, details=details)
+
+
+def _typed(context: typer.Context) -> dict[str, Any]:
+    """The options and arguments that the user gave, by name."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
 
 
 def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
@@ -344,13 +357,7 @@ def _of_file(context: typer.Context, path: str) -> Callable[..., "Checked"]:
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:
     """Options that a plan file answers itself: they would be ignored."""
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in context.params
-        if name not in OF_ANY_PLAN
-        and (source := context.get_parameter_source(name)) is not None
-        and source.name == "COMMANDLINE"
-    ]
+    given = [f"--{name.replace('_', '-')}" for name in _typed(context) if name not in OF_ANY_PLAN]
     if given:
         raise InputError(
             f"mist check {subject}: the plan file says itself what {', '.join(given)} would. "

@@ -122,7 +122,9 @@ def _changes(job: Job, layout: "HandLayout") -> Iterator[tuple[str, "HandLayout"
     for zero in _other_levels(job, layout):
         changed = replace(layout, zero=zero)  # type: ignore[call-arg]  # a generated field
         yield f"--zero {zero}", changed
-    for knob in (knob for knob in TYPED_KNOBS if knob.halves):
+    # Numbers of each stage are of no other number of stages.
+    fixed = "," in layout.checkpoint
+    for knob in (each for each in TYPED_KNOBS if each.halves and (each.of_stage or not fixed)):
         for value in _doubled_and_halved(getattr(layout, knob.field)):
             split = layout.layers if knob.of_stage else ()
             changed = replace(layout, **{knob.field: value}, layers=split)  # type: ignore[arg-type]

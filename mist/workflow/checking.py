@@ -60,7 +60,8 @@ _KnobFields: Any = make_dataclass(
 class HandLayout(_KnobFields):  # type: ignore[misc]  # a generated class
     """A layout as a user types it, the same for all stages; knobs by `Knob.field`.
 
-    `checkpoint`: a memory level, or of how many layers of each stage everything is run again.
+    `checkpoint`: a memory level, or of how many layers of each stage everything is run again: one
+    number for all stages ("3") or one for each ("3,1").
     `layers`: of each stage, and with chunks of each chunk in the order of the layers; none for the
     runtime's own split.
     """
@@ -75,11 +76,8 @@ class HandLayout(_KnobFields):  # type: ignore[misc]  # a generated class
             value = getattr(self, knob.field)
             if not knob.means(value):
                 raise InputError(f"--{knob.word} {value} {knob.complaint(value)}.")
-        if self.checkpoint not in CHECKPOINTS and not _is_count(self.checkpoint):
-            raise InputError(
-                f"--checkpoint {self.checkpoint} is neither {', '.join(CHECKPOINTS)} "
-                "nor a number of layers."
-            )
+        if self.checkpoint not in CHECKPOINTS:
+            _check_counts(self)
         if (self.vpp > 1) is not (SCHEDULES[self.schedule].least_chunks > 1):
             raise InputError(
                 f"--schedule {self.schedule} with --vpp {self.vpp}: interleaved takes 2 or more "
@@ -87,19 +85,31 @@ class HandLayout(_KnobFields):  # type: ignore[misc]  # a generated class
             )
         _check_split(self)
 
-    def memory(self, num_layers: int) -> dict[MemoryLevel, int]:
-        """Layers of a stage of `num_layers` at each memory level."""
+    def memory(self, num_layers: int, stage: int) -> dict[MemoryLevel, int]:
+        """Layers of a stage of `num_layers`, counted from 0, at each memory level."""
         if self.checkpoint in CHECKPOINTS:
             return memory_of(num_layers, CHECKPOINTS[self.checkpoint])
-        return memory_of(num_layers, KEEPS_ALL, int(self.checkpoint))
+        counts = self.checkpoint.split(",")
+        return memory_of(num_layers, KEEPS_ALL, int(counts[stage if len(counts) > 1 else 0]))
 
 
-def _is_count(text: str) -> bool:
-    """Whether a word is a whole number from 0 up."""
+def _check_counts(layout: HandLayout) -> None:
+    """Refuse what is no number of layers, and numbers that are not one for each stage."""
+    words = layout.checkpoint.split(",")
     try:
-        return parse_whole(text) >= 0
+        are_counts = all(parse_whole(word) >= 0 for word in words)
     except ValueError:
-        return False
+        are_counts = False
+    if not are_counts:
+        raise InputError(
+            f"--checkpoint {layout.checkpoint} is neither {', '.join(CHECKPOINTS)} "
+            "nor a number of layers."
+        )
+    if len(words) not in (1, layout.pp):
+        raise InputError(
+            f"--checkpoint {layout.checkpoint}: {len(words)} numbers for {layout.pp} pipeline "
+            "stages. Give one for all, or one for each."
+        )
 
 
 def _check_split(layout: HandLayout) -> None:
@@ -275,7 +285,7 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     made = uniform_layout(
         {knob.name: columns[knob.name] for knob in TYPED_KNOBS if knob.of_stage} | {"dp": dp},
         chunk_layers=counts,
-        memory=[layout.memory(sum(counts[stage::pp])) for stage in range(pp)],
+        memory=[layout.memory(sum(counts[stage::pp]), stage) for stage in range(pp)],
         num_micro_batches=num_micro_batches,
         schedule=Schedule(kind=layout.schedule, vpp=layout.vpp),
         offload=layout.offload,

@@ -1,0 +1,65 @@
+"""The options in a command line, a script or a file of arguments, read as text and never run.
+
+Assignments (NAME=value) are put in where a later word says $NAME, ${NAME} or ${NAME:-value}; other
+names stay as they are. Comments go. An option has the values up to the next one.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+from mist.errors import InputError
+
+ASSIGNMENT = re.compile(r"(?m)^\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s(;#]*)\s*(?:#.*)?$")
+VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+OPTION = re.compile(r"--[A-Za-z][\w.-]*(?:=.*)?", re.DOTALL)
+MOST_CHARACTERS = 2**20
+
+Options = Mapping[str, Sequence[str]]
+
+
+def options_of(text: str, path: str) -> dict[str, tuple[str, ...]]:
+    """Each option with its values, the last of several. Raises InputError for what is no text."""
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{path} has more than {MOST_CHARACTERS:,} characters, too much to read.")
+    known: dict[str, str] = {}
+    for name, value in ASSIGNMENT.findall(text):
+        known[name] = _filled(value.strip("\"'"), known)
+    joined = re.sub(r"\\\n", " ", text)
+    try:
+        # Arrays and substitutions stand between brackets, which are no part of a word.
+        words = shlex.split(re.sub(r"(?m)^[^#\n'\"]*=\(|^\s*\)\s*$", " ", joined), comments=True)
+    except ValueError as error:
+        raise InputError(f"{path} is no list of options: {str(error).lower()}.") from error
+    return _grouped([_filled(word, known) for word in words])
+
+
+def _filled(word: str, known: Mapping[str, str]) -> str:
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[3]
+        return known.get(name, found[2] if found[2] is not None else found[0])
+
+    return VARIABLE.sub(value, word)
+
+
+def _grouped(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    options: dict[str, tuple[str, ...]] = {}
+    name = ""
+    for word in words:
+        if OPTION.fullmatch(word):
+            name, equals, value = word.partition("=")
+            options[name] = (value,) if equals else ()
+        elif name:
+            options[name] += (word,)
+    return options
+
+
+def number(options: Options, name: str, path: str, default: int | None = None) -> int | None:
+    """The whole number of an option. Raises InputError naming file and option."""
+    values = options.get(name)
+    if values is None:
+        return default
+    if len(values) < 1 or not re.fullmatch(r"-?\d{1,18}", values[0]):
+        found = values[0] if values else "nothing"
+        raise InputError(f"{path}: {name} {found} is no whole number.")
+    return int(values[0])

@@ -1,0 +1,174 @@
+"""DeepSpeed: a JSON configuration, a script that starts a training program with it; the inverse.
+
+Keys: deepspeed/runtime/config.py and zero/config.py of 0.19.8. JSON has no comments: the fields of
+the plan stand under the key "mist export", which DeepSpeed passes over.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from mist.documents import parse_json
+from mist.errors import InputError
+from mist.export.launcher_lines import launch_script
+from mist.export.target import (
+    MARK,
+    Configuration,
+    ExportLoss,
+    ExportSource,
+    Expresses,
+    Written,
+    added,
+    refused,
+)
+from mist.plans.plan import Offload, Plan
+from mist.plans.workload import Precision
+
+CONFIG: Final = "deepspeed.json"
+BATCH: Final = "train_batch_size"
+MICRO: Final = "train_micro_batch_size_per_gpu"
+STEPS: Final = "gradient_accumulation_steps"
+
+
+def _faults(plan: Plan) -> list[ExportLoss]:
+    """Combinations that DeepSpeed refuses when it starts, or takes without doing them."""
+    stage, losses = plan.stages[0], []
+    if stage.tp > 1 and stage.zero > 2:
+        words = f"{stage.tp} at ZeRO-{stage.zero}; deepspeed divides tensors up to ZeRO-2"
+        losses.append(refused("stages[].tp", words))
+    if stage.offload.weights and (stage.zero < 3 or not stage.offload.optimizer):
+        words = "deepspeed offloads weights at ZeRO-3, together with the optimizer"
+        losses.append(refused("stages[].offload.weights", words))
+    if stage.offload.weights not in (0.0, 1.0):
+        words = f"{stage.offload.weights:g}; deepspeed offloads all weights or none"
+        losses.append(refused("stages[].offload.weights", words))
+    if stage.offload.grads:
+        words = f"{stage.offload.grads:g}; gradients go where the optimizer is"
+        losses.append(refused("stages[].offload.grads", words))
+    if stage.offload.optimizer and not stage.zero:
+        losses.append(refused("stages[].offload.optimizer", "deepspeed needs ZeRO-1 or more"))
+    return losses
+
+
+DEEPSPEED: Final = Expresses(
+    zero={0: 0, 1: 1, 2: 2, 3: 3},
+    hosted=frozenset({"weights", "optimizer", "grads"}),
+    shares_from=3,
+    faults=_faults,
+)
+
+
+def write_deepspeed(subject: ExportSource) -> Written:
+    """The JSON file and a script."""
+    plan = subject.plan
+    rows = list(_rows(plan))
+    document: dict[str, Any] = {MARK: {key: field for key, _, field in rows}}
+    for key, value, _ in rows:
+        place = document
+        *above, last = key.split(".")
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = value
+    words = "the model, the data and --seq are those of your program: give its path to launch.sh"
+    losses = [added("model", words)]
+    if any(stage.num_full for stage in plan.stages):
+        words = "model.gradient_checkpointing_enable() in your program; JSON cannot switch it on"
+        losses.append(added("stages[].memory", words))
+    script = launch_script(
+        subject,
+        "Starts a program that hands the JSON to deepspeed.initialize: launch.sh train.py ...",
+        ['"$@"', "--deepspeed_config", f'"$(dirname "$0")/{CONFIG}"'],
+    )
+    text = json.dumps(document, indent=2) + "\n"
+    return Written(files={CONFIG: text, "launch.sh": script}, added=losses)
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, Any, str]]:
+    """Each key, its value and the field of the plan."""
+    stage, work = plan.stages[0], plan.workload
+    yield BATCH, work.global_batch, "workload.global_batch"
+    yield MICRO, stage.micro_batch, "stages[].micro_batch"
+    yield STEPS, plan.num_micro_batches, "num_micro_batches"
+    yield "bf16.enabled", work.precision is Precision.BF16, "workload.precision"
+    yield "fp16.enabled", work.precision is Precision.FP16, "workload.precision"
+    yield "optimizer.type", "AdamW", "workload.optimizer"
+    yield "zero_optimization.stage", stage.zero, "stages[].zero"
+    yield "zero_optimization.overlap_comm", True, "stages[].zero"
+    if stage.tp > 1:
+        yield "tensor_parallel.autotp_size", stage.tp, "stages[].tp"
+    field = "stages[].offload.optimizer"
+    if stage.offload.optimizer:
+        yield "zero_optimization.offload_optimizer.device", "cpu", field
+        yield "zero_optimization.offload_optimizer.pin_memory", True, field
+        if stage.zero > 2:
+            yield "zero_optimization.offload_optimizer.ratio", stage.offload.optimizer, field
+    if stage.offload.weights:
+        yield "zero_optimization.offload_param.device", "cpu", "stages[].offload.weights"
+
+
+def recognises_deepspeed(text: str) -> bool:
+    """Whether a text is JSON with a key of DeepSpeed's batch or ZeRO."""
+    keys = (BATCH, MICRO, "zero_optimization")
+    return text.lstrip().startswith("{") and any(f'"{key}"' in text for key in keys)
+
+
+READ: Final = frozenset(
+    {
+        BATCH, MICRO, STEPS, "bf16.enabled", "fp16.enabled", "optimizer.type",
+        "zero_optimization.stage", "zero_optimization.overlap_comm", "tensor_parallel.autotp_size",
+        "zero_optimization.offload_optimizer.device", "zero_optimization.offload_optimizer.ratio",
+        "zero_optimization.offload_optimizer.pin_memory", "zero_optimization.offload_param.device",
+    }
+)  # fmt: skip
+
+
+def read_deepspeed(text: str, path: str) -> Configuration:
+    """The layout of a JSON configuration. Raises InputError naming a key.
+
+    "auto" is a value that its trainer sets: such a key says nothing, as one that is missing.
+    """
+    data = parse_json(text.encode(), Path(path))
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is no JSON object.")
+    data.pop(MARK, None)
+    keys = {key: value for key, value in leaves(data) if value != "auto"}
+    zero = _number(keys, "zero_optimization.stage", path)
+    hosted = keys.get("zero_optimization.offload_optimizer.device", "none") != "none"
+    weights = keys.get("zero_optimization.offload_param.device", "none") != "none"
+    ratio = keys.get("zero_optimization.offload_optimizer.ratio", 1.0)
+    if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise InputError(f"{path}: zero_optimization.offload_optimizer.ratio {ratio} is no ratio.")
+    knobs = {"tp": _number(keys, "tensor_parallel.autotp_size", path) or 1, "zero": zero or 0}
+    if micro_batch := _number(keys, MICRO, path):
+        knobs["micro_batch"] = micro_batch
+    return Configuration(
+        knobs=knobs,
+        offload=Offload(optimizer=float(ratio) * hosted, weights=float(weights)),
+        global_batch=_number(keys, BATCH, path),
+        precision=_precision(keys),
+        num_micro_batches=_number(keys, STEPS, path),
+        unmodelled=tuple(f"{key} = {value}" for key, value in keys.items() if key not in READ),
+    )
+
+
+def leaves(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value below a mapping, by its dotted key."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _number(keys: Mapping[str, Any], key: str, path: str) -> int | None:
+    value = keys.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise InputError(f"{path}: {key} {value!r:.40} is no whole number.")
+    return value
+
+
+def _precision(keys: Mapping[str, Any]) -> Precision:
+    if keys.get("bf16.enabled"):
+        return Precision.BF16
+    return Precision.FP16 if keys.get("fp16.enabled") else Precision.FP32

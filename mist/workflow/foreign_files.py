@@ -1,0 +1,144 @@
+"""`mist check FILE`: a file of another framework, read as data, as a layout that is judged.
+
+What the file says stands; what it leaves open is asked for by the option that says it. Settings
+that predictions do not know are notes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mist.documents import text_of
+from mist.errors import InputError
+from mist.export.target import Configuration, Target
+from mist.export.targets import target_of
+from mist.files import is_file, read_bytes, user_path
+from mist.plans.knobs import TYPED_KNOBS
+from mist.plans.plan import NOTHING_OFFLOADED
+from mist.symbolic.load_programs import Progress, quiet
+from mist.workflow.checking import Checked, HandLayout, check_layout
+from mist.workflow.request import Question
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignFile:
+    """A file of a target, as it was read."""
+
+    path: str
+    target: Target
+    configuration: Configuration
+
+
+def foreign_file(name: str) -> ForeignFile | None:
+    """The file of that name as one of a target; None where it is none. Raises InputError."""
+    path = user_path(name)
+    if not is_file(path):
+        return None
+    try:
+        text = text_of(read_bytes(path), path)
+    except InputError:
+        return None  # whoever reads it as something else says what is wrong with it
+    target = target_of(text)
+    if target is None or target.read is None:
+        return None
+    return ForeignFile(path=name, target=target, configuration=target.read(text, name))
+
+
+def check_file(
+    file: ForeignFile,
+    question: Question,
+    layout: HandLayout,
+    typed: Mapping[str, Any],
+    progress: Progress = quiet,
+) -> Checked:
+    """Judge the layout of a file.
+
+    `question`, `layout`: of the command line. `typed`: the options that the user gave, by name.
+    Raises InputError for what the file leaves open, what both say, and what does not add up.
+    """
+    said = file.configuration
+    if twice := [_option(name) for name in typed if name in _names_of(said)]:
+        raise InputError(
+            f"mist check {file.path}: the file says itself what {', '.join(twice)} do."
+        )
+    _refuse_open(file, typed)
+    question = replace(question, **_of_question(said))
+    layout = replace(layout, **_of_layout(said))
+    runtimes = [typed["runtime"]] if "runtime" in typed else list(file.target.runtimes)
+    reasons: list[str] = []
+    for runtime in runtimes:
+        try:
+            checked = check_layout(replace(question, runtime=runtime), layout, progress)
+        except InputError as error:
+            reasons.append(str(error))
+            continue
+        _refuse_contradiction(file, checked)
+        return replace(checked, notes=(*checked.notes, *_notes(file, runtime, reasons)))
+    raise InputError("\n".join(f"{file.path}: {reason}" for reason in dict.fromkeys(reasons)))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _of_question(said: Configuration) -> dict[str, Any]:
+    names = ("seq_len", "global_batch", "precision", "num_gpus")
+    return {name: getattr(said, name) for name in names if getattr(said, name) is not None}
+
+
+def _of_layout(said: Configuration) -> dict[str, Any]:
+    found: dict[str, Any] = dict(said.knobs)
+    if said.checkpoint is not None:
+        found["checkpoint"] = said.checkpoint
+    if said.layers:
+        found["layers"] = said.layers
+    if said.offload != NOTHING_OFFLOADED:
+        found["offload"] = said.offload
+    return found | {"schedule": said.schedule}
+
+
+def _names_of(said: Configuration) -> set[str]:
+    """Options that the file answers, as the command line names them."""
+    names = {*_of_question(said), *_of_layout(said)}
+    words = {"seq_len": "seq", "num_gpus": "gpus"}
+    return {words.get(name, name) for name in names}
+
+
+def _refuse_open(file: ForeignFile, typed: Mapping[str, Any]) -> None:
+    """Ask for what the file does not say, and no default may stand for."""
+    said = _names_of(file.configuration)
+    open_names = ("seq", "global_batch", "micro_batch", "checkpoint")
+    wanted = [name for name in open_names if name not in said]
+    missing = [_option(name) for name in wanted if name not in typed]
+    if "model" not in typed:
+        missing.insert(0, "MODEL")
+    if "gpus" not in typed and "gpus" not in said:
+        missing.append("--gpus")
+    if missing:
+        raise InputError(
+            f"mist check {file.path}: a file of {file.target.name} does not say "
+            f"{', '.join(missing)}. Give {'it' if len(missing) == 1 else 'them'} too."
+        )
+
+
+def _refuse_contradiction(file: ForeignFile, checked: Checked) -> None:
+    """What the file states and what follows from the rest of it are the same."""
+    said, plan = file.configuration, checked.plan
+    found = {
+        "layers": (said.num_layers, plan.num_layers, plan.model.name),
+        "data-parallel ranks": (said.dp, plan.stages[0].dp, f"{plan.cluster.num_gpus} GPUs"),
+        "micro-batches": (said.num_micro_batches, plan.num_micro_batches, "the global batch"),
+    }
+    for what, (stated, follows, source) in found.items():
+        if stated is not None and stated != follows:
+            raise InputError(f"{file.path} says {stated} {what}, but {source} gives {follows}.")
+
+
+def _notes(file: ForeignFile, runtime: str, reasons: list[str]) -> Iterator[str]:
+    if reasons:
+        yield f"predicted as runtime {runtime}, because {reasons[0].splitlines()[0]}"
+    for setting in file.configuration.unmodelled:
+        yield f"{Path(file.path).name}: not modelled: {setting}"
+    known = {knob.field for knob in TYPED_KNOBS}
+    assert set(file.configuration.knobs) <= known
