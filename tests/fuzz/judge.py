@@ -173,7 +173,7 @@ def _faults(argv: list[str], code: object, out: str, err: str) -> Iterator[str]:
         yield "a refusal without words"
     if "--json" in argv and code in (0, 3) and out:
         yield from _json_faults(out)
-    if code == 0 and re.search(r"\b(nan|inf|NaN)\b", out):
+    if code == 0 and "--json" not in argv and re.search(r"\b(nan|inf|NaN)\b", out):
         yield "no number in a good answer"
 
 

@@ -11,12 +11,11 @@ from mist.errors import InputError
 from mist.plans.file import save_plan
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import Precision, ScheduleKind
-from mist.platform import Kind, Platform, Quantity, load_platform
-from mist.platform.calibration import with_values
+from mist.platform import Kind, load_platform
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import make_job
-from mist.workflow import calibrating, request
+from mist.workflow import calibrating
 from mist.workflow.calibrating import calibrate
 from mist.workflow.planning import make_plan
 from mist.workflow.request import Question
@@ -110,25 +109,3 @@ def test_pairs_are_pairs(tmp_path: Path) -> None:
         app(["calibrate", "plan.yaml"], standalone_mode=False)
     with pytest.raises(Exception, match="is written as"):
         app(["calibrate", "p.yaml", "l.json", "--out", "x.txt"], standalone_mode=False)
-
-
-def test_where_all_constants_are_0_nothing_is_fitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A factor of what is not there changes nothing, and its logarithm is none."""
-    pair = measured(tmp_path, "a", 8, tp=(1,), micro_batch=(4,))
-
-    def without(**asked: object) -> Platform:
-        platform = load_platform(**asked)  # type: ignore[arg-type]
-        zeros = dict.fromkeys(
-            calibrating.CONSTANTS, Quantity(value=0.0, source="x", kind=Kind.SPEC)
-        )
-        profiles = (platform.device, platform.cluster, platform.runtime)
-        device, cluster, runtime = with_values(profiles, zeros)
-        return replace(platform, device=device, cluster=cluster, runtime=runtime)
-
-    monkeypatch.setattr(request, "load_platform", without)
-    with pytest.raises(InputError) as refused:
-        calibrate([pair], lambda message: None)
-    names = ", ".join(calibrating.CONSTANTS)
-    assert str(refused.value) == f"nothing can be fitted: {names} are 0 for torch on h100-sxm."
