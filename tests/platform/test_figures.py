@@ -91,6 +91,12 @@ def test_a_figure_gives_a_prediction_or_is_refused(value: float) -> None:
     assert 0 < num_refused < len(PLACES)
 
 
+def test_a_state_of_no_bytes_is_no_hosted_state() -> None:
+    at = ("offload", "weights", "bytes_per_param")
+    with pytest.raises(ValueError, match="bytes_per_param is 0"):
+        changed(JOB.platform.runtime, at, 0.0)
+
+
 @pytest.mark.slow  # compiles the costs anew for each figure
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("value", [0.0, LEAST_FIGURE, LARGEST_FIGURE])
