@@ -66,6 +66,14 @@ def check_run(run: Run) -> None:
     names = ("dp", "tp", "pp", "micro_batch")
     if absent := [name for name in names if not getattr(run, name)]:
         raise Unsupported(f"{', '.join(absent)} not given")
+    _check_sizes(run)
+    for name, words in (("cp", "context"), ("ep", "expert")):
+        if (getattr(run, name) or 1) > 1:
+            raise Unsupported(f"{words} parallelism is not modelled")
+
+
+def _check_sizes(run: Run) -> None:
+    """Refuse what no layout has before lists of that length are made."""
     for most, sizes in MOST_OF:
         for name in sizes:
             if (value := getattr(run, name) or 0) > most:
@@ -73,9 +81,6 @@ def check_run(run: Run) -> None:
     layers, chunks = run.n_layers or 0, (run.pp or 1) * (run.vpp or 1)
     if chunks > layers > 0:
         raise Unsupported(f"{layers:,} layers cannot fill {chunks:,} pipeline stages or chunks")
-    for name, words in (("cp", "context"), ("ep", "expert")):
-        if (getattr(run, name) or 1) > 1:
-            raise Unsupported(f"{words} parallelism is not modelled")
 
 
 def _zero(text: str, default: int | None) -> int:
