@@ -8,6 +8,7 @@
     |  +- PlanError               a plan file; carries every fault with its path
     |  +- OutputError             the place to write to
     +- Infeasible (3)             a good question whose answer is: nothing fits
+    +- CheckpointError (1)        a run could not save what it has trained
 
 A message says what was asked, what was found, which rule failed and what to try.
 """
@@ -62,6 +63,12 @@ class Infeasible(MistError):
     """Nothing in the search space fits; the message names the tightest constraint."""
 
     exit_code = 3
+
+
+class CheckpointError(MistError):
+    """A run could not save what it has trained: a full disk, a folder that is gone."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,11 +101,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """A count for a reader: 8030261248 as "8.03 B", 1557611200 as "1.56 B"."""
+    """A count for a reader: 8030261248 as "8.03 B", 1557611200 as "1.56 B", 0.25 as "0.250"."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(count) >= unit:
             return f"{_three_digits(count / unit)} {name}"
-    return f"{count:.0f}"
+    is_fine = abs(count) < 10 and count % 1  # "0 tokens/s" would say that nothing happens
+    return _three_digits(count) if is_fine else f"{count:.0f}"
 
 
 def format_usd(usd: float) -> str:

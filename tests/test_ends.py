@@ -96,6 +96,29 @@ def test_a_name_of_5000_characters_is_one_short_line(capsys: pytest.CaptureFixtu
     assert len(err) < 2500
 
 
+def test_ctrl_c_while_the_commands_load() -> None:
+    """Before any of them is there to take it; typer alone takes a third of a second to load."""
+    code = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "mist.cli.application":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["mist", "profiles"]
+from mist.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "mist: interrupted. No file is half written.\n"
+
+
 HUGE = "9" * 5000
 PLACED = ("check", "llama3-8b", "--gpus", "8")
 REFUSED = [

@@ -3,6 +3,7 @@
 import pytest
 
 from mist.errors import (
+    CheckpointError,
     Fault,
     Infeasible,
     InputError,
@@ -27,6 +28,7 @@ from mist.errors import (
         (PlanError, InputError, 2),
         (OutputError, InputError, 2),
         (Infeasible, MistError, 3),
+        (CheckpointError, MistError, 1),
     ],
 )
 def test_the_tree(error: type[MistError], parent: type[Exception], exit_code: int) -> None:

@@ -1,6 +1,7 @@
 """Outputs are refused before the work starts: endings, places, inputs, files of another kind."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,3 +133,14 @@ def test_an_empty_file_is_nobodys_work(tmp_path: Path) -> None:
         path = tmp_path / f"{name}{kind.endings[0]}"
         path.write_text("\n")
         check_output("--out", path, kind)
+
+
+def test_a_pipe_is_no_place_for_a_file(tmp_path: Path) -> None:
+    """To open it would wait for a reader, for ever."""
+    for name, kind in KINDS.items():
+        path = tmp_path / f"{name}{kind.endings[0]}"
+        os.mkfifo(path)
+        with pytest.raises(OutputError) as refused:
+            check_output("--out", path, kind, force=True)
+        words = f"--out {path} is a pipe, socket or device. Choose another file."
+        assert str(refused.value) == words

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -631,3 +631,26 @@ def test_copies_in_each_node_are_found_where_they_are_faster() -> None:
     )
     assert [stage.dp_replicate for stage in stage_plans(job, free)] == [2]
     assert free.step_s < one.step_s
+
+
+def test_the_time_limit_holds_while_groups_are_listed() -> None:
+    job = toy_job(toy_graph((6,)), 4, global_batch=16)
+    limits = Limits(device_bytes=80e9, host_bytes=HOST)
+    asked = {"limits": limits, "num_alternatives": 0, "progress": lambda _: None}
+
+    def over_after(number: int) -> Callable[[], bool]:
+        calls = itertools.count(1)
+        return lambda: number <= next(calls) <= number + 1
+
+    with pytest.raises(InputError) as refused:
+        tune(job, SearchSpace(), **asked, is_over=over_after(3))
+    assert str(refused.value) == (
+        f"--time-limit: no layout of {job.facts.name} that fits was found in time, in 0 of 3 "
+        "groups of layouts or more. Allow more time, or restrict more."
+    )
+    whole = tune(job, SearchSpace(), **asked)
+    # Over while it lists only: what is listed is searched, and nothing is known of the others.
+    over = iter([False, False, True])
+    cut = tune(job, SearchSpace(), **asked, is_over=lambda: next(over, False))
+    assert cut.statistics["groups"] == 3 < whole.statistics["groups"]
+    assert cut.lower_bound_s == 0.0 < whole.lower_bound_s

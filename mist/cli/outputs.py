@@ -129,6 +129,9 @@ def _check_place(asked: str, path: Path) -> None:
         raise OutputError(f"{asked}: {folder} is not a folder. Choose another file.")
     # Through a link the file that it names is written, in a folder of its own.
     target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        # A pipe waits for a reader, a device keeps nothing.
+        raise OutputError(f"{asked} is a pipe, socket or device. Choose another file.")
     places = [target.parent, *([target] if target.exists() else [])]
     if path.is_dir() or not all(os.access(place, os.W_OK) for place in places):
         raise OutputError(f"{asked}: cannot write there. Choose another file.")

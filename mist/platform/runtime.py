@@ -211,6 +211,8 @@ class HostedState(Record):
     every micro-batch, below that (or where null) once a step.
     """
 
+    not_zero: ClassVar = ("bytes_per_param",)
+
     bytes_per_param: Quantity
     sharded_from: ZeroLevel
     offered_from: ZeroLevel

@@ -16,8 +16,9 @@ MOST: Final = 1e15  # of anything in a row: beyond it sums of counts are not exa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One row; None is unknown, never "none". Names and meanings are those of the columns.
+    """One row; None is unknown, never "none", and so is a size of 0.
 
+    Names and meanings are those of the columns.
     `micro_batch` is per data-parallel rank, in samples; `peak_memory_gib` in GiB; `outcome` ok,
     oom, crashed_or_oom or crashed_flaky; runs of one `ranking_group` differ in the layout only.
     """

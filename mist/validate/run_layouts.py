@@ -9,7 +9,13 @@ from mist.plans.plan import Layout, Schedule
 from mist.plans.schedules import kind_of
 from mist.plans.search_space import CHECKPOINTS
 from mist.plans.uniform_stages import chunk_shares, uniform_layout
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import (
+    MOST_GPUS,
+    MOST_LAYERS,
+    MOST_SAMPLES,
+    MOST_TOKENS,
+    MemoryLevel,
+)
 from mist.validate.measured_runs import Run
 from mist.validate.run_models import Unsupported
 
@@ -20,6 +26,13 @@ ZERO_LEVELS: Final = (
     ("fsdp", 3),
     ("hsdp", 3),
     ("none", 0),
+)
+# As the options of plan and check have them; lists are as long as there are layers and stages.
+MOST_OF: Final = (
+    (MOST_LAYERS, ("n_layers", "vpp")),
+    (MOST_GPUS, ("n_gpus", "dp", "tp", "pp", "cp", "ep")),
+    (MOST_SAMPLES, ("micro_batch", "global_batch", "grad_accum")),
+    (MOST_TOKENS, ("seq_len",)),
 )
 
 
@@ -53,9 +66,21 @@ def check_run(run: Run) -> None:
     names = ("dp", "tp", "pp", "micro_batch")
     if absent := [name for name in names if not getattr(run, name)]:
         raise Unsupported(f"{', '.join(absent)} not given")
+    _check_sizes(run)
     for name, words in (("cp", "context"), ("ep", "expert")):
         if (getattr(run, name) or 1) > 1:
             raise Unsupported(f"{words} parallelism is not modelled")
+
+
+def _check_sizes(run: Run) -> None:
+    """Refuse what no layout has before lists of that length are made."""
+    for most, sizes in MOST_OF:
+        for name in sizes:
+            if (value := getattr(run, name) or 0) > most:
+                raise Unsupported(f"{name} {value:,} is more than {most:,}")
+    layers, chunks = run.n_layers or 0, (run.pp or 1) * (run.vpp or 1)
+    if chunks > layers > 0:
+        raise Unsupported(f"{layers:,} layers cannot fill {chunks:,} pipeline stages or chunks")
 
 
 def _zero(text: str, default: int | None) -> int:
@@ -77,8 +102,8 @@ def _level(text: str) -> MemoryLevel:
 
 def _num_micro_batches(run: Run) -> int:
     assert run.dp and run.micro_batch
-    if run.grad_accum is not None:
+    if run.grad_accum:
         return run.grad_accum
-    if run.global_batch is None:
+    if not run.global_batch:
         raise Unsupported("neither grad_accum nor global_batch given")
     return max(run.global_batch // (run.dp * run.micro_batch), 1)

@@ -31,7 +31,7 @@ class Architecture:
 def architecture_of(run: Run, *, dropout: bool) -> Architecture:
     """The model of a run. Raises Unsupported, naming what is missing or not known."""
     names = ("hidden", "n_layers", "n_heads", "ffn_hidden", "vocab", "seq_len")
-    absent = [name for name in names if getattr(run, name) is None]
+    absent = [name for name in names if not getattr(run, name)]
     if absent:
         raise Unsupported(f"{', '.join(absent)} not given")
     fields = _fields(run, dropout=dropout)

@@ -10,8 +10,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,22 +99,39 @@ def _timed() -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
+class ThisProcess(nullcontext[None]):
+    """In the place of a pool of processes."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+    def __enter__(self) -> "ThisProcess":  # type: ignore[override]
+        return self
+
+    def map(self, call: Callable[[Any], Any], values: Iterable[Any]) -> Iterator[Any]:
+        return map(call, values)
+
+
 @contextmanager
 def _as_in_a_process() -> Iterator[None]:
     """Within: warnings are printed, not raised.
 
-    `mist apply` starts no ranks, but reads the checkpoint as each of them would.
+    `mist apply` starts no ranks, but reads the checkpoint as each of them would. `mist validate`
+    starts no processes, whose imports take seconds: it traces in this one.
     """
     import mist.exec
+    import mist.validate.predictions
 
-    before = mist.exec.run_ranks
+    before, pool = mist.exec.run_ranks, mist.validate.predictions.ProcessPoolExecutor
     mist.exec.run_ranks = _read_checkpoint
+    mist.validate.predictions.ProcessPoolExecutor = ThisProcess  # type: ignore[misc]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             yield
     finally:
         mist.exec.run_ranks = before
+        mist.validate.predictions.ProcessPoolExecutor = pool  # type: ignore[misc]
 
 
 def _read_checkpoint(command: list[str], *_: object, **__: object) -> None:
@@ -156,7 +173,7 @@ def _faults(argv: list[str], code: object, out: str, err: str) -> Iterator[str]:
         yield "a refusal without words"
     if "--json" in argv and code in (0, 3) and out:
         yield from _json_faults(out)
-    if code == 0 and re.search(r"\b(nan|inf|NaN)\b", out):
+    if code == 0 and "--json" not in argv and re.search(r"\b(nan|inf|NaN)\b", out):
         yield "no number in a good answer"
 
 

@@ -17,6 +17,9 @@ from tests.fuzz.categories import CATEGORIES
 from tests.fuzz.judge import Ended, ended, limit_memory
 from tests.fuzz.workspace import made
 
+# A run that somebody stops has said how far it came.
+COUNTED = 250
+
 
 def main() -> None:
     """Run the cases and print what they show."""
@@ -32,14 +35,17 @@ def main() -> None:
         workspace = made(Path(folder))
         for name in names:
             numbers = range(asked.first, asked.first + -(-asked.inputs // len(names)))
-            results = []
+            results: list[Ended] = []
             for number in numbers:
                 result = ended(name, number, workspace)
                 results.append(result)
+                if len(results) % COUNTED == 0:
+                    _count(name, results)
                 for fault in set(result.faults) - shown:
                     shown.add(fault)
                     _show(result, fault)
-            _count(name, results)
+            if len(results) % COUNTED:
+                _count(name, results)
     sys.exit(bool(shown))
 
 

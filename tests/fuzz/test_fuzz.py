@@ -11,7 +11,10 @@ from tests.fuzz.workspace import Workspace, made
 
 # Three hundred in all, in 15 s of processor time. Configurations are built by transformers, which
 # takes a second each: `make fuzz` has as many of them as of others.
-CASES = dict.fromkeys(CATEGORIES, 42) | {"configs": 16, "tables": 16, "caches": 16}
+CASES = {
+    **{"options": 50, "plans": 80, "profiles": 30, "logs": 60},
+    **{"tables": 20, "configs": 8, "caches": 12, "checkpoints": 40},
+}
 
 
 @pytest.fixture(scope="module")

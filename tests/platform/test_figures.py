@@ -13,8 +13,10 @@ import pytest
 
 from mist.errors import PlatformError
 from mist.plans.plan import Layout
+from mist.plans.workload import Precision
 from mist.platform.calibration import with_values
 from mist.platform.quantity import LARGEST_FIGURE, LEAST_FIGURE, Quantity
+from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job, make_job
 from tests.test_estimate import stages_of
@@ -89,6 +91,34 @@ def test_a_figure_gives_a_prediction_or_is_refused(value: float) -> None:
     assert 0 < num_refused < len(PLACES)
 
 
+def test_a_state_of_no_bytes_is_no_hosted_state() -> None:
+    at = ("offload", "weights", "bytes_per_param")
+    with pytest.raises(ValueError, match="bytes_per_param is 0"):
+        changed(JOB.platform.runtime, at, 0.0)
+
+
+@pytest.mark.slow  # compiles the costs anew for each figure
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("value", [0.0, LEAST_FIGURE, LARGEST_FIGURE])
+def test_a_figure_of_a_runtime_gives_a_prediction_or_is_refused(value: float) -> None:
+    graph, num_refused, places = toy_graph(), 0, [*figures(JOB.platform.runtime)]
+    assert len(places) > 20
+    for at in places:
+        try:
+            runtime = changed(JOB.platform.runtime, at, value)
+            platform = replace(JOB.platform, runtime=runtime)
+            programs = compile_model(graph, runtime, Precision.BF16)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                found = estimate(make_job(programs, platform, JOB.workload), LAYOUT)
+        except (ValueError, PlatformError):
+            num_refused += 1
+            continue
+        numbers = [found.step_s, found.mfu, *(stage.peak_bytes for stage in found.stages)]
+        assert all(map(math.isfinite, numbers)), at
+    assert num_refused < len(places)
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e300, 1e-300])
 def test_numbers_that_no_figure_is(value: float) -> None:
     with pytest.raises(ValueError, match="value"):
@@ -99,6 +129,7 @@ def test_numbers_that_no_figure_is(value: float) -> None:
     ("path", "words"),
     [
         ("device.hbm_bytes_per_s", "hbm_bytes_per_s is 0"),
+        ("device.tensor_time_scale", "tensor_time_scale is 0"),  # a calibration fits at least it
         ("cluster.network.nic_bytes_per_s", "nic_bytes_per_s is 0"),
         ("device.name", "has no figure name"),
         ("device.usable_bytes", "has no figure usable_bytes"),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mist.errors import ModelError
 from mist.model.graph import ModelGraph
 from mist.plans.workload import Attention, Precision
 from mist.trace import ConfigSource, TraceSetting, load_graph
@@ -62,3 +63,18 @@ def test_an_unknown_type_is_read_as_the_architecture_that_it_names() -> None:
 def test_stored_weights_are_named() -> None:
     config = LLAMA | {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
     assert load(config).notes[0].startswith("quantization_config says how weights are stored")
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", [5], [None], {"a": 1}, 7])
+def test_architectures_are_names(named: object) -> None:
+    with pytest.raises(ModelError) as refused:
+        load(LLAMA | {"model_type": "llama", "architectures": named})
+    assert str(refused.value) == (
+        f"config.json has architectures {named!r}: expected a list of class names."
+    )
+
+
+def test_what_libraries_warn_of_is_not_shown() -> None:
+    """As `rope_scaling` is an older name; a warning is an error in these tests."""
+    scaling = {"type": "linear", "factor": 2.0}
+    assert load(LLAMA | {"model_type": "llama", "rope_scaling": scaling}).num_layers == 2

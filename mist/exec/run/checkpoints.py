@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.tensor import DTensor
 
-from mist.errors import InputError, MistError
+from mist.errors import CheckpointError, InputError, MistError, OutputError
 from mist.exec.build.initial_weights import bounds_of
 from mist.exec.build.parallel import Parallel
 from mist.exec.build.tensor_parts import merge_pieces, read_within, take_apart
@@ -36,19 +37,23 @@ BUFFER: Final = "buffer."
 
 
 def save(parallel: Parallel, folder: Path, facts: Mapping[str, object]) -> Path:
-    """Write a checkpoint of the steps done so far; all ranks call it. Returns its folder."""
+    """Write a checkpoint of the steps done so far; all ranks call it. Returns its folder.
+
+    Raises CheckpointError where it cannot be written; those before it stay whole.
+    """
     number = parallel.optimizer.num_steps
     complete, partial = folder / f"step-{number}", folder / f".step-{number}.partial"
-    if dist.get_rank() == 0:
-        for leftover in folder.glob(".step-*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        # Not by step: a run that goes on from an earlier step writes lower numbers later.
-        order = max((each.order[0] for each in checkpoints(folder)), default=0) + 1
-        write_text(partial / FACTS, json.dumps({**facts, "step": number, "order": order}))
-    dist.barrier()
-    with _without_noise():
-        write(_state(parallel), checkpoint_id=partial)
+    with _removed_where_it_fails(complete, partial):
+        if dist.get_rank() == 0:
+            for leftover in folder.glob(".step-*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            # Not by step: a run that goes on from an earlier step writes lower numbers later.
+            order = max((each.order[0] for each in checkpoints(folder)), default=0) + 1
+            write_text(partial / FACTS, json.dumps({**facts, "step": number, "order": order}))
+        dist.barrier()
+        with _without_noise():
+            write(_state(parallel), checkpoint_id=partial)
     dist.barrier()
     if dist.get_rank() == 0:
         _remove(complete)
@@ -59,6 +64,31 @@ def save(parallel: Parallel, folder: Path, facts: Mapping[str, object]) -> Path:
             _remove(old.path)
     dist.barrier()
     return complete
+
+
+@contextmanager
+def _removed_where_it_fails(complete: Path, partial: Path) -> Iterator[None]:
+    """Within: what is raised leaves no half, which would keep a full disk full."""
+    try:
+        yield
+    except (OSError, OutputError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{complete} cannot be written: {_reason(error)}. The checkpoints before it are whole. "
+            "Make room, then go on from the last one with --resume."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why a checkpoint could not be written, of what torch made of it."""
+    if isinstance(error, CheckpointException):
+        # torch gathers what each rank raised; the first of them stands for all.
+        return _reason(next(first for first, _ in error.failures.values()))
+    words = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError):
+        return error.strerror or words
+    # Its writer of zip files does not keep what the system said.
+    return f"a file broke off, as on a full disk ({words})"
 
 
 def _remove(checkpoint: Path) -> None:

@@ -47,7 +47,8 @@ class RunLog:
         memory = f"  peak {peak / GIB:.3f} GiB" if peak else ""
         note = "  (watched: slower)" if measured else ""
         line = f"step {number:5d}  loss {loss:.5f}  norm {done['norm']:.4f}  lr {done['lr']:.2e}"
-        speed = f"{seconds:.3f} s  {tokens / seconds:,.0f} tokens/s"
+        rate = tokens / seconds
+        speed = f"{seconds:.3f} s  {rate:{',.0f' if rate >= 10 else '.3g'}} tokens/s"
         say(f"{line}  {speed}{memory}{note}")
         self.write()
 

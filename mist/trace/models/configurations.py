@@ -1,6 +1,7 @@
 """From the fields of a Hugging Face configuration to a model on the meta device."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -44,13 +45,20 @@ def model_of(
     from huggingface_hub import constants
     from transformers import AutoConfig
 
-    model_type, notes = _model_type(label, config.pop("model_type"), config)
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(
+            f"{label} has architectures {named!r:.80}: expected a list of class names."
+        )
+    model_type, notes = _model_type(label, config.pop("model_type"), named)
     if config.pop("quantization_config", None):
         notes += (QUANTIZED,)
     kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
     try:
-        # A configuration names no file of elsewhere that a model of it could need.
-        with patch.object(constants, "HF_HUB_OFFLINE", True):
+        # A configuration names no file of elsewhere that a model of it could need. What libraries
+        # warn of, older names of settings or parts of size 0, is no news to who plans.
+        offline = patch.object(constants, "HF_HUB_OFFLINE", True)
+        with offline, warnings.catch_warnings(action="ignore"):
             known = AutoConfig.for_model(model_type, **config)
             model_class, more = _class_of(label, known)
             if getattr(known, "pad_token_id", None) is None:
@@ -87,14 +95,14 @@ def bounded_modules() -> Iterator[None]:
         handle.remove()
 
 
-def _model_type(label: str, found: str, config: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The type that transformers knows a model by: its own, or that of its architecture."""
+def _model_type(label: str, found: str, named: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The type that transformers knows a model by: its own, or that of a class that it names."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if found in CONFIG_MAPPING_NAMES:
         return found, ()
-    for name in config.get("architectures") or ():
+    for name in named:
         known = getattr(getattr(transformers, name, None), "config_class", None)
         if known is not None:
             note = (
