@@ -9,6 +9,7 @@ from typing import Final
 
 from mist.plans.plan import Layout, even_layers, layers_by_cost
 from mist.plans.workload import Precision
+from mist.platform.calibration import with_values
 from mist.platform.profiles import (
     Loaded,
     find_calibration,
@@ -140,14 +141,25 @@ def _layout(
     num_layers: int,
     stages: tuple[StageRun, ...],
 ) -> Layout:
-    # The table of stages says how many layers each one recomputes.
-    partial = stages and run.activation_ckpt in ("", "partial")
-    stated = replace(run, activation_ckpt="none") if partial else run
     check_run(run)
     layers = _layers(run, runtime, num_layers, stages)
+    # The table of stages says how many layers each one recomputes.
+    partial = bool(stages) and run.activation_ckpt in ("", "partial")
+    if run.activation_ckpt == "selective" and source.recomputed_ratio is not None:
+        share, partial = _recomputed_ratio(run, source.recomputed_ratio.value), True
+        layers = [(count, round(share * count)) for count, _ in layers]
+    stated = replace(run, activation_ckpt="none") if partial else run
     layout = layout_of(stated, layers=layers, zero=source.zero, checkpoint=source.checkpoint)
     _check_runtime(layout, runtime)
     return layout
+
+
+def _recomputed_ratio(run: Run, otherwise: float) -> float:
+    """The share of layers that run again, from what the hardware does over what the model needs."""
+    if not run.hfu or not run.mfu:
+        return otherwise
+    # A forward is a third of a step's FLOPs: HFU / MFU = 1 + share / 3.
+    return min(3 * (run.hfu / run.mfu - 1), 1.0)
 
 
 def _check_runtime(layout: Layout, runtime: Runtime) -> None:
@@ -193,9 +205,14 @@ def _group(
     calibration = find_calibration(source.runtime, key.device) if known else None
     if calibration is not None:
         profiles = calibration.profile.applied(profiles)
+    if nic := source.nic_bytes_per_s.get(key.device):
+        profiles = with_values(profiles, {"cluster.network.nic_bytes_per_s": nic})
     device, cluster, runtime = profiles
+    if source.selective_as:
+        runtime = replace(runtime, selective=_runtime(source.selective_as).profile.selective)
     runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
-    words = (loaded.sha256, key.attention, str(calibration and calibration.sha256))
+    calibration_hash = str(calibration and calibration.sha256)
+    words = (loaded.sha256, key.attention, source.selective_as, calibration_hash)
     return RunGroup(
         key=key,
         machine=RunProfiles(
