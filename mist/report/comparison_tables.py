@@ -22,7 +22,7 @@ def print_compared(found: RunComparison) -> None:
                 _figure(row, row.predicted),
                 _figure(row, row.measured) + _spread(row),
                 f"{row.error_ratio:+.1%}",
-                f"{'yes' if row.is_within else 'no'} (+-{row.allowed_ratio:.0%})",
+                f"{'yes' if row.is_within else 'no'} ({row.low_ratio - 1:+.0%} to {row.high_ratio - 1:+.0%})",
             )
             for row in found.rows
         ],

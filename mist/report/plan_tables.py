@@ -148,7 +148,7 @@ def _print_head(plan: Plan) -> None:
     calibrated = "calibrated" if estimate.uncertainty.calibrated else "not calibrated"
     say(
         f"predicted: {format_seconds(estimate.step_s)} per step "
-        f"(+-{estimate.uncertainty.step_ratio:.0%}, {calibrated}), "
+        f"({estimate.uncertainty.step_words}, {calibrated}), "
         f"{format_count(estimate.tokens_per_s)} tokens/s, MFU {estimate.mfu:.1%}"
     )
     parts = step_parts(estimate, plan.num_micro_batches)

@@ -46,7 +46,7 @@ def test_a_plan_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "toy: 8.03 B parameters on 8 x h100-sxm (dgx-h100), runtime torch",
         "sequence 2048, global batch 32, bf16, adamw, attention flash",
-        "predicted: 5.00 s per step (+-25%, not calibrated), 13.1 K tokens/s, MFU 43.2%",
+        "predicted: 5.00 s per step (-25% to +25%, not calibrated), 13.1 K tokens/s, MFU 43.2%",
         # G = 8 micro-batches of 0.5 s, a quarter of it tp; delta 0.25 s; the rest of 5 s.
         "the step: compute 3.00 s, tensor-parallel collectives 1.00 s, "
         "first and last micro-batch, optimizer 250 ms, pipeline bubble and imbalance 750 ms",
@@ -300,7 +300,8 @@ def test_the_json_of_a_check() -> None:
         "tokens_per_s": 13107.2,
         "mfu": 0.4321,
         "uncertainty": {
-            "step_ratio": 0.25,
+            "step_low_ratio": 0.75,
+            "step_high_ratio": 1.25,
             "memory_ratio": 0.1,
             "calibrated": False,
             "basis": "public runs",
