@@ -6,7 +6,7 @@ every run can be left out in turn.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,8 +125,3 @@ def _machine(group: RunGroup, values: Mapping[str, float]) -> RunProfiles:
     quantities = {name: calibrated(value, "on the grid") for name, value in values.items()}
     profiles = with_values((machine.device, machine.cluster, machine.runtime), quantities)
     return replace(machine, device=profiles[0], cluster=profiles[1], runtime=profiles[2])
-
-
-def errors_of(runs: Sequence[TimedRun], values: Sequence[Mapping[str, float]]) -> Floats:
-    """log(predicted / measured), each run at constants of its own."""
-    return np.array([run.log_error(each) for run, each in zip(runs, values, strict=True)])

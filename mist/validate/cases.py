@@ -17,6 +17,7 @@ from mist.platform.profiles import (
     load_device,
     load_runtime,
 )
+from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 from mist.trace import ConfigSource, TraceSetting
 from mist.validate.measured_runs import Run, StageRun, Stages
@@ -205,14 +206,12 @@ def _group(
     calibration = find_calibration(source.runtime, key.device) if known else None
     if calibration is not None:
         profiles = calibration.profile.applied(profiles)
-    if nic := source.nic_bytes_per_s.get(key.device):
-        profiles = with_values(profiles, {"cluster.network.nic_bytes_per_s": nic})
+    profiles = with_values(profiles, _network(key, source, calibrated=calibration is not None))
     device, cluster, runtime = profiles
-    if source.selective_as:
-        runtime = replace(runtime, selective=_runtime(source.selective_as).profile.selective)
+    runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
     runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
     calibration_hash = str(calibration and calibration.sha256)
-    words = (loaded.sha256, key.attention, source.selective_as, calibration_hash)
+    words = (loaded.sha256, key.attention, repr(source), calibration_hash)
     return RunGroup(
         key=key,
         machine=RunProfiles(
@@ -226,6 +225,14 @@ def _group(
         calibrated=calibration is not None,
         members=members,
     )
+
+
+def _network(key: Key, source: Source, *, calibrated: bool) -> dict[str, Quantity]:
+    """What a source says of its network, or its runs do, in place of the cluster's figures."""
+    nic = source.nic_bytes_per_s.get(key.device)
+    share = source.network_ratio if calibrated else None
+    found = {"nic_bytes_per_s": nic, "efficiency_ratio": share}
+    return {f"cluster.network.{name}": value for name, value in found.items() if value}
 
 
 def _run_with(runtime: Runtime, attention: AttentionKernel, *, compiled: bool) -> Runtime:

@@ -138,9 +138,7 @@ def _value(platform: Platform, name: str) -> float:
     return record.value
 
 
-def _interval(
-    platform: Platform, errors: NDArray[np.float64], count: int
-) -> tuple[float, float]:
+def _interval(platform: Platform, errors: NDArray[np.float64], count: int) -> tuple[float, float]:
     """Measured over predicted steps: what is left, if any run is left to tell; else as before."""
     if len(errors) <= count:
         return platform.step_interval
