@@ -54,12 +54,12 @@ CONSTANTS = {
     # Published collectives are alone; in a layer DTensor copies, waits and dispatches as well.
     TENSOR: Range(start=1.5, least=1.0, most=4.0, width=0.5),
 }
+# GPUs of the families that runs are of; others stay uncalibrated.
 FAMILIES = {
-    "a100-sxm-40": AMPERE, "a100-sxm-80": AMPERE, "a100-pcie-80": AMPERE,
+    "a100-sxm-40": AMPERE, "a100-sxm-80": AMPERE,
     "h100-sxm": HOPPER, "h100-sxm-500w-hbm2e": HOPPER, "h200": HOPPER,
     "b200": BLACKWELL, "gb200": BLACKWELL,
 }  # fmt: skip
-OTHERS = ("a10g", "h100-pcie", "l4", "l40s", "mi300x", "rtx-4090", "v100-sxm-32")
 # Watts of a part whose law is that of one with another limit: the limit over the law's.
 POWER_RATIO = {"h100-sxm-500w-hbm2e": 500 / 700}
 WIDEST_TAIL, COVERED = 10.0, 0.8  # %; the share of runs that intervals are to cover
@@ -201,7 +201,7 @@ def constants_table(constants: Values) -> list[str]:
 
 def write(runs: Sequence[TimedRun], constants: Values, outside: Mapping[str, Floats]) -> None:
     """Calibrations of all devices: intervals by runs of other sources, or of other GPUs."""
-    for device in (*FAMILIES, *OTHERS):
+    for device in FAMILIES:
         # Two kinds of runs say little of Blackwell: it counts as a GPU that no run is of.
         way = "source" if FAMILIES.get(device) in (AMPERE, HOPPER) else "GPU"
         tail = covering(outside[way], [PARTS[way](one) for one in runs])
