@@ -139,9 +139,9 @@ def test_a_device_without_measurements_is_less_certain() -> None:
     assert platform(8).memory_uncertainty_ratio == 0.1
 
 
-def test_hashes_name_the_three_profiles() -> None:
+def test_hashes_name_the_profiles_and_the_calibration() -> None:
     hashes = platform(8).profile_hashes()
-    assert list(hashes) == ["h100-sxm", "dgx-h100", "torch"]
+    assert list(hashes) == ["h100-sxm", "dgx-h100", "torch", "torch-h100-sxm"]
     assert all(value.startswith("sha256:") and len(value) == 71 for value in hashes.values())
 
 
