@@ -1,6 +1,7 @@
 """Small models and platforms made by hand: the rooms after trace are tested without torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
