@@ -86,7 +86,11 @@ def estimate_of(*stages: StageEstimate, step_s: float = 3.0) -> Estimate:
         bubble_s=0.5,
         stages=stages,
         uncertainty=Uncertainty(
-            step_ratio=0.25, memory_ratio=0.1, calibrated=False, basis="public runs"
+            step_low_ratio=0.75,
+            step_high_ratio=1.25,
+            memory_ratio=0.1,
+            calibrated=False,
+            basis="public runs",
         ),
         op_costs=(
             OpCost(what="matrix products", how="law", source="public tables", kind=Kind.FIT),
@@ -234,7 +238,8 @@ def _estimates(draw: st.DrawFn, num_stages: int) -> Estimate:
         bubble_s=draw(seconds),
         stages=tuple(draw(_stage_estimates) for _ in range(num_stages)),
         uncertainty=Uncertainty(
-            step_ratio=draw(ratios),
+            step_low_ratio=1 - draw(ratios) / 2,
+            step_high_ratio=1 + draw(ratios),
             memory_ratio=draw(ratios),
             calibrated=draw(st.booleans()),
             basis=draw(words),

@@ -105,7 +105,7 @@ def test_several_numbers_of_gpus(mist: Mist, models: Path, tmp_path: Path) -> No
     asked = ("plan", models / "tiny.py", "--gpus", "2,4", "--global-batch", 16, "--space", "3d")
     run = mist(*asked, "--objective", "tokens-per-dollar", "--price", 2.5, "--tokens", 1e9)
     assert run.code == 0
-    assert "Candidates (predicted, +-25%, not calibrated)" in run.out
+    assert "Candidates (predicted, -15% to +34%, calibrated)" in run.out
     assert "Prices per GPU hour: dgx-h100 $2.5 (--price)." in run.out
     (path,) = tmp_path.glob("*.yaml")
     assert (tmp_path / f"{path.stem}-candidates.png").read_bytes().startswith(b"\x89PNG")

@@ -156,14 +156,18 @@ def _rescaled(group: RunGroup, values: Mapping[str, float]) -> dict[str, Quantit
 
 
 def calibration(
-    fit: Fit, values: Mapping[str, float], source: str = FITTING, step_ratio: float = 1.0
+    fit: Fit,
+    values: Mapping[str, float],
+    source: str = FITTING,
+    interval: tuple[float, float] = (1.0, 1.0),
 ) -> Calibration:
     """The constants as a calibration."""
     return Calibration(
         schema="mist.calibration/1",
         runtime=fit.runtime,
         device=fit.device,
-        step_ratio=calibrated(step_ratio, source),
+        step_low_ratio=calibrated(interval[0], source),
+        step_high_ratio=calibrated(interval[1], source),
         values={name: calibrated(value, source) for name, value in values.items()},
     )
 
@@ -192,9 +196,10 @@ def main(path: Path, wanted: Sequence[str]) -> None:
         quality = f"{100 * np.median(off):.1f} / {100 * np.percentile(off, 90):.1f}"
         source = (
             f"fitted to {len(errors)} runs of {', '.join(fit.sources)} "
-            f"({len(values)} constants; error median / p90 {quality} %)"
+            f"({len(values)} constants; error median / p90 {quality} %); in-sample"
         )
-        found = calibration(fit, values, source, float(np.percentile(off, 90)))
+        low, high = np.exp(-np.percentile(errors, [90, 10])).tolist()
+        found = calibration(fit, values, source, (low, high))
         text = dump_calibration(found, "Written by benchmarks/calibrations/fit.py.")
         (FOLDER / f"{fit.runtime}-{fit.device}.yaml").write_text(text)
         print(fit.runtime, fit.device, source, flush=True)

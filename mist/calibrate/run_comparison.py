@@ -15,15 +15,17 @@ Unit = Literal["s", "tokens/s", "B"]
 class Beside:
     """One figure, predicted and measured, in `unit`.
 
-    `allowed_ratio`: the error that the plan admits, of the predicted value. `spread_ratio`: half
-    the range of the middle half of what was measured, over its median (0: measured once).
+    `low_ratio`, `high_ratio`: ends of the interval of the measured over the predicted value that
+    the plan states. `spread_ratio`: half the range of the middle half of what was measured, over
+    its median (0: measured once).
     """
 
     what: str
     unit: Unit
     predicted: float
     measured: float
-    allowed_ratio: float
+    low_ratio: float
+    high_ratio: float
     spread_ratio: float = 0.0
 
     @property
@@ -34,7 +36,7 @@ class Beside:
     @property
     def is_within(self) -> bool:
         """Whether what was measured lies in the predicted interval."""
-        return abs(self.measured - self.predicted) <= self.allowed_ratio * self.predicted
+        return self.low_ratio <= self.measured / self.predicted <= self.high_ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,14 +104,25 @@ def compared(plan: Plan, log: LoggedRun) -> RunComparison:
 
 def _rows(plan: Plan, log: LoggedRun) -> Iterator[Beside]:
     predicted, allowed = plan.estimate, plan.estimate.uncertainty
-    spread = {"spread_ratio": log.spread_ratio, "allowed_ratio": allowed.step_ratio}
-    yield Beside(what="step", unit="s", predicted=predicted.step_s, measured=log.step_s, **spread)
+    low, high = allowed.step_low_ratio, allowed.step_high_ratio
+    yield Beside(
+        what="step",
+        unit="s",
+        predicted=predicted.step_s,
+        measured=log.step_s,
+        low_ratio=low,
+        high_ratio=high,
+        spread_ratio=log.spread_ratio,
+    )
     yield Beside(
         what="throughput",
         unit="tokens/s",
         predicted=predicted.tokens_per_s,
         measured=plan.workload.tokens_per_step / log.step_s,
-        **spread,
+        # A longer step is a lower throughput: the ends change places.
+        low_ratio=1 / high,
+        high_ratio=1 / low,
+        spread_ratio=log.spread_ratio,
     )
     for index, (stage, logged) in enumerate(zip(predicted.stages, log.stages, strict=False)):
         yield Beside(
@@ -117,7 +130,8 @@ def _rows(plan: Plan, log: LoggedRun) -> Iterator[Beside]:
             unit="B",
             predicted=live_bytes(stage),
             measured=logged.peak_bytes,
-            allowed_ratio=allowed.memory_ratio,
+            low_ratio=1 - allowed.memory_ratio,
+            high_ratio=1 + allowed.memory_ratio,
         )
 
 

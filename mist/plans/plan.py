@@ -219,16 +219,24 @@ class StageEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uncertainty:
-    """Half width of the interval around the prediction, as a ratio, and where it comes from.
+    """How far measurements may lie from the prediction, and where that comes from.
 
-    `calibrated`: whether constants were fitted to whole runs of this runtime and device.
+    `step_low_ratio`, `step_high_ratio`: ends of the interval of the measured step over the
+    predicted one. `memory_ratio`: half width of that of the peak. `calibrated`: whether constants
+    were fitted to whole runs of this runtime and device.
     """
 
     __pydantic_config__ = STRICT
-    step_ratio: Annotated[Number, Field(ge=0.0)]
+    step_low_ratio: Annotated[Number, Field(gt=0.0)]
+    step_high_ratio: Annotated[Number, Field(gt=0.0)]
     memory_ratio: Annotated[Number, Field(ge=0.0)]
     calibrated: bool
     basis: str
+
+    @property
+    def step_words(self) -> str:
+        """The interval of the step as people read it: "-7% to +18%"."""
+        return f"{self.step_low_ratio - 1:+.0%} to {self.step_high_ratio - 1:+.0%}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,13 +23,15 @@ Profiles = tuple[Device, Cluster, Runtime]
 class Calibration(Record):
     """What whole runs of one runtime on one device say about constants of the profiles.
 
-    `step_ratio`: the error of step times that nine of ten of these runs stay within.
+    `step_low_ratio`, `step_high_ratio`: ends of the interval of measured over predicted step time
+    that eight of ten runs lie in; their source says which runs.
     """
 
     schema: Literal["mist.calibration/1"]
     runtime: str
     device: str
-    step_ratio: Quantity
+    step_low_ratio: Quantity
+    step_high_ratio: Quantity
     values: Mapping[str, Quantity]
 
     def __post_init__(self) -> None:
@@ -40,8 +42,11 @@ class Calibration(Record):
     @property
     def what(self) -> str:
         """In a line, what the calibration is of."""
-        percent = 100 * self.step_ratio.value
-        return f"{self.runtime} on {self.device}; nine of ten of its runs within {percent:.0f} %"
+        low, high = self.step_low_ratio.value, self.step_high_ratio.value
+        return (
+            f"{self.runtime} on {self.device}; eight of ten runs measured at {low:.2f} to "
+            f"{high:.2f} of the predicted step"
+        )
 
     def applied(self, profiles: Profiles) -> Profiles:
         """The profiles with these values. Raises PlatformError for one that they cannot have."""
@@ -82,7 +87,8 @@ def dump_calibration(calibration: Calibration, comment: str) -> str:
         "schema": calibration.schema,
         "runtime": calibration.runtime,
         "device": calibration.device,
-        "step_ratio": written(calibration.step_ratio),
+        "step_low_ratio": written(calibration.step_low_ratio),
+        "step_high_ratio": written(calibration.step_high_ratio),
         "values": {name: written(each) for name, each in calibration.values.items()},
     }
     return f"# {comment}\n" + yaml.safe_dump(data, sort_keys=False, width=1000)

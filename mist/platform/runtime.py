@@ -69,7 +69,8 @@ class StateTraffic(Record):
     The copies out of an all-gather's and into a reduce-scatter's flat buffer are per parameter of
     the group, by compute precision. Accumulation is per parameter held and micro-batch. A step of
     the optimizer moves the bytes of `optimizer_sharded` per parameter of the rank's shard, and of
-    `optimizer_replicated` per parameter held below ZeRO-3.
+    `optimizer_replicated` per parameter held below ZeRO-3. `reduced_bytes_per_param`: of a gradient
+    as ranks send it to each other to be summed (null: 4, fp32).
     """
 
     accumulation_bytes_per_param: Quantity
@@ -77,6 +78,7 @@ class StateTraffic(Record):
     scatter_copy_bytes_per_param: Mapping[Precision, Quantity]
     optimizer_sharded_bytes_per_param: Quantity
     optimizer_replicated_bytes_per_param: Quantity
+    reduced_bytes_per_param: Quantity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,20 +82,23 @@ class Platform:
         return self.host_memory.value * (1.0 - margin) / self.gpus_per_node
 
     @property
-    def step_uncertainty_ratio(self) -> float:
-        """Expected relative error of a step time."""
-        return self._step_ratio.value
+    def step_interval(self) -> tuple[float, float]:
+        """Ends of the interval of the measured step over the predicted one."""
+        if self.calibration is not None:
+            low, high = self.calibration.step_low_ratio, self.calibration.step_high_ratio
+            return low.value, high.value
+        return 1.0 - self._step_ratio.value, 1.0 + self._step_ratio.value
 
     @property
     def uncertainty_basis(self) -> str:
-        """Where the expected error of a step time comes from."""
+        """Where the interval of a step time comes from."""
+        if self.calibration is not None:
+            return self.calibration.step_high_ratio.source
         return self._step_ratio.source
 
     @property
     def _step_ratio(self) -> Quantity:
         figures = self.runtime.uncertainty
-        if self.calibration is not None:
-            return self.calibration.step_ratio
         return (
             figures.step_ratio if self.device.is_measured else figures.step_unmeasured_device_ratio
         )

@@ -22,7 +22,7 @@ def print_compared(found: RunComparison) -> None:
                 _figure(row, row.predicted),
                 _figure(row, row.measured) + _spread(row),
                 f"{row.error_ratio:+.1%}",
-                f"{'yes' if row.is_within else 'no'} (+-{row.allowed_ratio:.0%})",
+                f"{'yes' if row.is_within else 'no'} ({_interval(row)})",
             )
             for row in found.rows
         ],
@@ -98,6 +98,10 @@ def _figure(row: Beside, value: float) -> str:
     if row.unit == "s":
         return format_seconds(value)
     return format_bytes(value) if row.unit == "B" else f"{format_count(value)} {row.unit}"
+
+
+def _interval(row: Beside) -> str:
+    return f"{row.low_ratio - 1:+.0%} to {row.high_ratio - 1:+.0%}"
 
 
 def _spread(row: Beside) -> str:

@@ -28,12 +28,14 @@ def curve(model: str, candidates: Sequence[Candidate], index: int) -> "Figure":
     priced = [one for one in able if one.usd_per_million_tokens is not None]
     figure = Figure(figsize=(8.0, 7.0 if priced else 4.5), layout="constrained")
     panels = figure.subplots(2 if priced else 1, squeeze=False)[:, 0]
-    _lines(panels[0], able, [one.tokens_per_s for one in able])
+    # What takes longer is slower: the ends of the interval change places.
+    speeds = [(1 / high, 1 / low) for low, high in _step_spans(able)]
+    _lines(panels[0], able, [one.tokens_per_s for one in able], speeds)
     panels[0].set(ylabel="predicted tokens/s")
     marked = [(panels[0], candidates[index].tokens_per_s)]
     if priced:
         costs = [one.usd_per_million_tokens or 0.0 for one in priced]
-        _lines(panels[1], priced, costs)
+        _lines(panels[1], priced, costs, _step_spans(priced))
         panels[1].set(ylabel="predicted $ per 1 M tokens")
         if (usd := candidates[index].usd_per_million_tokens) is not None:
             marked.append((panels[1], usd))
@@ -47,16 +49,25 @@ def curve(model: str, candidates: Sequence[Candidate], index: int) -> "Figure":
     return figure
 
 
-def _lines(axes: "Axes", candidates: Sequence[Candidate], values: Sequence[float]) -> None:
-    """A line for each cluster with its uncertainty."""
+def _step_spans(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
+    """The intervals of the steps: measured over predicted."""
+    known = [one.estimate.uncertainty for one in candidates if one.estimate]
+    return [(each.step_low_ratio, each.step_high_ratio) for each in known]
+
+
+def _lines(
+    axes: "Axes",
+    candidates: Sequence[Candidate],
+    values: Sequence[float],
+    spans: Sequence[tuple[float, float]],
+) -> None:
+    """A line for each cluster; `spans`: the interval of each value, as ratios of it."""
     for cluster in dict.fromkeys(one.cluster for one in candidates):
         own = sorted(
-            (one.num_gpus, value, one.estimate.uncertainty.step_ratio)
-            for one, value in zip(candidates, values, strict=True)
-            if one.cluster == cluster and one.estimate
+            (one.num_gpus, value, value * low, value * high)
+            for one, value, (low, high) in zip(candidates, values, spans, strict=True)
+            if one.cluster == cluster
         )
-        gpus = [row[0] for row in own]
-        (line,) = axes.plot(gpus, [row[1] for row in own], marker="o", label=cluster)
-        low = [value * (1 - ratio) for _, value, ratio in own]
-        high = [value * (1 + ratio) for _, value, ratio in own]
-        axes.fill_between(gpus, low, high, color=line.get_color(), alpha=0.15)
+        gpus, middle, low_ends, high_ends = zip(*own, strict=True)
+        (line,) = axes.plot(gpus, middle, marker="o", label=cluster)
+        axes.fill_between(gpus, low_ends, high_ends, color=line.get_color(), alpha=0.15)

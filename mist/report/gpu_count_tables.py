@@ -65,8 +65,7 @@ def _cells(
 def _uncertainty(candidates: Sequence[Candidate]) -> str:
     """How far off times, speeds and costs may be."""
     known = [one.estimate.uncertainty for one in candidates if one.estimate]
-    ratios = sorted({one.step_ratio for one in known})
-    words = " to ".join(f"+-{ratio:.0%}" for ratio in dict.fromkeys((ratios[0], ratios[-1])))
+    words = " or ".join(dict.fromkeys(one.step_words for one in known))
     calibrated = {one.calibrated for one in known}
     return f"{words}, {'calibrated' if calibrated == {True} else 'not calibrated'}"
 
@@ -76,8 +75,8 @@ def candidates_json(
 ) -> list[dict[str, object]]:
     """Every candidate with its prediction, or with why it has none (`why`, else "").
 
-    Times in s, money in USD; null where a plan, a price or `tokens` is missing. `uncertainty_ratio`
-    is that of the step time, and of every figure that follows from it.
+    Times in s, money in USD; null where a plan, a price or `tokens` is missing. `step_low_ratio`
+    and `step_high_ratio`: between them lies measured over predicted, of the step and of each cost.
     """
     return [
         {
@@ -90,7 +89,8 @@ def candidates_json(
             "tokens_per_s_per_gpu": one.tokens_per_s / one.num_gpus if one.estimate else None,
             "scaling_ratio": one.scaling_ratio(candidates) if one.estimate else None,
             "peak_bytes": one.peak_bytes if one.estimate else None,
-            "uncertainty_ratio": one.estimate.uncertainty.step_ratio if one.estimate else None,
+            "step_low_ratio": one.estimate.uncertainty.step_low_ratio if one.estimate else None,
+            "step_high_ratio": one.estimate.uncertainty.step_high_ratio if one.estimate else None,
             "price_per_gpu_hour_usd": one.price_usd,
             "price_source": one.price_source,
             "usd_per_million_tokens": one.usd_per_million_tokens,

@@ -7,7 +7,8 @@ from mist.units import format_seconds
 def step_words(estimate: Estimate) -> str:
     """The step in s with its interval: "15.1 s per step (11.3 s to 18.9 s, not calibrated)"."""
     step_s, sure = estimate.step_s, estimate.uncertainty
-    low, high = (format_seconds(step_s * max(0.0, 1 + side * sure.step_ratio)) for side in (-1, 1))
+    ends = (sure.step_low_ratio, sure.step_high_ratio)
+    low, high = (format_seconds(step_s * end) for end in ends)
     calibrated = "calibrated" if sure.calibrated else "not calibrated"
     return f"{format_seconds(step_s)} per step ({low} to {high}, {calibrated})"
 

@@ -407,14 +407,16 @@ def _memory_seconds(ops: Iterable[Op], setting: CostSetting) -> Iterable[Expr]:
 
 
 def _dp_collectives(params: Expr, trainable: Expr, setting: CostSetting) -> tuple[Expr, Expr, Expr]:
-    """All-gather of compute-precision parameters, scatter of fp32 gradients, their sum over copies.
+    """All-gather of compute-precision parameters, scatter of gradients, their sum over copies.
 
     Ranks with the same part of the states sum that part (FSDP2: `foreach_reduce`). A collective
     that carries several layers costs each of them its part.
     """
     group = (sym.SHARD, sym.SHARD_PER_NODE)
     together = sympy.nsimplify(setting.runtime.overlap.layers_per_collective.value)
-    gradient_bytes = together * trainable * Precision.FP32.num_bytes
+    reduced = setting.runtime.traffic.reduced_bytes_per_param
+    each_bytes = sympy.nsimplify(reduced.value) if reduced else Precision.FP32.num_bytes
+    gradient_bytes = together * trainable * each_bytes
     return (
         sym.ALL_GATHER(together * params * setting.precision.num_bytes, *group) / together,
         sym.REDUCE_SCATTER(gradient_bytes, *group) / together,

@@ -55,6 +55,7 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         job.platform.num_gpus
         * job.platform.device.gemm[job.workload.precision].peak_flop_per_s.value
     )
+    low, high = job.platform.step_interval
     return Estimate(
         step_s=_digits(step_s),
         tokens_per_s=_digits(job.workload.tokens_per_step / step_s),
@@ -62,7 +63,8 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         bubble_s=_digits(max(step_s - busy_s, 0.0)),
         stages=tuple(_stage_estimate(job, columns, i) for i in range(len(layout.stages))),
         uncertainty=Uncertainty(
-            step_ratio=job.platform.step_uncertainty_ratio,
+            step_low_ratio=_digits(low),
+            step_high_ratio=_digits(high),
             memory_ratio=job.platform.memory_uncertainty_ratio,
             calibrated=job.platform.calibration is not None,
             basis=job.platform.uncertainty_basis,

@@ -9,6 +9,7 @@ from typing import Final
 
 from mist.plans.plan import Layout, even_layers, layers_by_cost
 from mist.plans.workload import Precision
+from mist.platform.calibration import with_values
 from mist.platform.profiles import (
     Loaded,
     find_calibration,
@@ -16,6 +17,7 @@ from mist.platform.profiles import (
     load_device,
     load_runtime,
 )
+from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
 from mist.trace import ConfigSource, TraceSetting
 from mist.validate.measured_runs import Run, StageRun, Stages
@@ -140,14 +142,25 @@ def _layout(
     num_layers: int,
     stages: tuple[StageRun, ...],
 ) -> Layout:
-    # The table of stages says how many layers each one recomputes.
-    partial = stages and run.activation_ckpt in ("", "partial")
-    stated = replace(run, activation_ckpt="none") if partial else run
     check_run(run)
     layers = _layers(run, runtime, num_layers, stages)
+    # The table of stages says how many layers each one recomputes.
+    partial = bool(stages) and run.activation_ckpt in ("", "partial")
+    if run.activation_ckpt == "selective" and source.recomputed_ratio is not None:
+        share, partial = _recomputed_ratio(run, source.recomputed_ratio.value), True
+        layers = [(count, round(share * count)) for count, _ in layers]
+    stated = replace(run, activation_ckpt="none") if partial else run
     layout = layout_of(stated, layers=layers, zero=source.zero, checkpoint=source.checkpoint)
     _check_runtime(layout, runtime)
     return layout
+
+
+def _recomputed_ratio(run: Run, otherwise: float) -> float:
+    """The share of layers that run again, from what the hardware does over what the model needs."""
+    if not run.hfu or not run.mfu:
+        return otherwise
+    # A forward is a third of a step's FLOPs: HFU / MFU = 1 + share / 3.
+    return min(3 * (run.hfu / run.mfu - 1), 1.0)
 
 
 def _check_runtime(layout: Layout, runtime: Runtime) -> None:
@@ -193,9 +206,12 @@ def _group(
     calibration = find_calibration(source.runtime, key.device) if known else None
     if calibration is not None:
         profiles = calibration.profile.applied(profiles)
+    profiles = with_values(profiles, _network(key, source, calibrated=calibration is not None))
     device, cluster, runtime = profiles
+    runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
     runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
-    words = (loaded.sha256, key.attention, str(calibration and calibration.sha256))
+    calibration_hash = str(calibration and calibration.sha256)
+    words = (loaded.sha256, key.attention, repr(source), calibration_hash)
     return RunGroup(
         key=key,
         machine=RunProfiles(
@@ -209,6 +225,14 @@ def _group(
         calibrated=calibration is not None,
         members=members,
     )
+
+
+def _network(key: Key, source: Source, *, calibrated: bool) -> dict[str, Quantity]:
+    """What a source says of its network, or its runs do, in place of the cluster's figures."""
+    nic = source.nic_bytes_per_s.get(key.device)
+    share = source.network_ratio if calibrated else None
+    found = {"nic_bytes_per_s": nic, "efficiency_ratio": share}
+    return {f"cluster.network.{name}": value for name, value in found.items() if value}
 
 
 def _run_with(runtime: Runtime, attention: AttentionKernel, *, compiled: bool) -> Runtime:

@@ -57,6 +57,7 @@ class Run:
     attention_impl: str = ""
     step_time_s: float | None = None
     mfu: float | None = None
+    hfu: float | None = None
     peak_memory_gib: float | None = None
 
 

@@ -12,6 +12,8 @@ from mist.validate.measured_runs import Run
 
 TRACED_LAYERS: Final = 2
 MOE: Final = re.compile(r"moe:(?P<experts>\d+)e-top(?P<chosen>\d+),moe_ffn=(?P<ffn>\d+)")
+# A head of any Qwen3 model is 128 wide, whatever hidden / heads is (config.json of 0.6B to 32B).
+QWEN3_HEAD: Final = 128
 # Parameters that a table of positions has beside the rest; GPT's positions are learned.
 POSITIONS: Final = 2048
 
@@ -49,6 +51,8 @@ def _fields(run: Run, *, dropout: bool) -> dict[str, Any]:
         return _bert(run)
     if _is_gpt(run):
         return _gpt(run, dropout=dropout)
+    if run.arch.startswith("dense-qwen3"):
+        return {**_llama(run), "model_type": "qwen3", "head_dim": QWEN3_HEAD}
     if run.arch.startswith("dense"):
         return _llama(run)
     raise Unsupported(f"architecture {run.arch or '(blank)'} is not known")

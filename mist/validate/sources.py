@@ -1,7 +1,7 @@
 """What stands for a source, a GPU and an attention kernel: `profiles/validation/sources.yaml`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from mist.plans.provenance import Kind
@@ -54,6 +54,11 @@ class Source(Record):
     `memory`: what its peaks are. `zero`, `checkpoint`: where a row says nothing. `dropout`:
     whether its GPT models drop activations out. `not_modelled`: why its runs are not predicted,
     where their rows do not show it.
+    `selective_as`: the runtime whose selective checkpointing its rows mean. `recomputed_ratio`: the
+    share of whole layers that they mean instead, where a row has no HFU. `nic_bytes_per_s`: of each
+    GPU between nodes, by device, where the source says what its network is. `network_ratio`: the
+    share of that which its cluster reaches, fitted to its runs with the rest of the calibrations.
+    `reduced_bytes_per_param`: of gradients on their way, where they are not in fp32.
     """
 
     runtime: str
@@ -62,6 +67,18 @@ class Source(Record):
     checkpoint: str = ""
     dropout: bool = False
     not_modelled: str = ""
+    selective_as: str = ""
+    recomputed_ratio: Quantity | None = None
+    nic_bytes_per_s: Mapping[str, Quantity] = field(default_factory=dict)
+    network_ratio: Quantity | None = None
+    reduced_bytes_per_param: Quantity | None = None
+
+    def within(self, runtime: Runtime, meaning: Runtime) -> Runtime:
+        """The runtime as the source's runs use it; `meaning`: whose selective checkpointing."""
+        traffic = runtime.traffic
+        if self.reduced_bytes_per_param is not None:
+            traffic = replace(traffic, reduced_bytes_per_param=self.reduced_bytes_per_param)
+        return replace(runtime, selective=meaning.selective, traffic=traffic)
 
 
 UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")

@@ -15,7 +15,7 @@ from mist.errors import InputError
 from mist.model.graph import ModelGraph
 from mist.plans.file import load_plan
 from mist.plans.plan import Plan
-from mist.platform import Kind, Platform, Quantity
+from mist.platform import Platform, Quantity
 from mist.platform.calibration import Calibration, calibrated
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import make_job
@@ -103,7 +103,7 @@ def calibrate(
     errors_before = errors_at(before)
     after, errors_after = fitted(errors_at, ranges)
     return Calibrated(
-        calibration=_calibration(first, after, _step_ratio(first, errors_after, count)),
+        calibration=_calibration(first, after, _interval(first, errors_after, count)),
         before=before,
         after=after,
         errors_before=tuple(errors_before.tolist()),
@@ -135,15 +135,16 @@ def _value(platform: Platform, name: str) -> float:
     return record.value
 
 
-def _step_ratio(platform: Platform, errors: NDArray[np.float64], count: int) -> float:
-    """The error to expect: what is left, if any run is left to tell; else what was expected."""
+def _interval(platform: Platform, errors: NDArray[np.float64], count: int) -> tuple[float, float]:
+    """Measured over predicted steps: what is left, if any run is left to tell; else as before."""
     if len(errors) <= count:
-        return platform.step_uncertainty_ratio
-    return max(float(np.percentile(np.abs(np.expm1(errors)), 90)), LEAST_ERROR)
+        return platform.step_interval
+    low, high = np.exp(-np.percentile(errors, [90, 10]))
+    return min(float(low), 1 - LEAST_ERROR), max(float(high), 1 + LEAST_ERROR)
 
 
 def _calibration(
-    platform: Platform, values: Mapping[str, float], step_ratio: float = 1.0
+    platform: Platform, values: Mapping[str, float], interval: tuple[float, float] = (1.0, 1.0)
 ) -> Calibration:
     """What is known already, and these values."""
     source = "fitted to measured runs by mist calibrate"
@@ -152,6 +153,7 @@ def _calibration(
         schema="mist.calibration/1",
         runtime=platform.runtime.name,
         device=platform.device.name,
-        step_ratio=Quantity(value=step_ratio, source=source, kind=Kind.CALIBRATED),
+        step_low_ratio=calibrated(interval[0], source),
+        step_high_ratio=calibrated(interval[1], source),
         values={**known, **{name: calibrated(value, source) for name, value in values.items()}},
     )

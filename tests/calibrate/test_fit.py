@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mist.calibrate.fit import Range, fitted, loss
+from mist.calibrate.fit import SOFTNESS, Range, fitted, loss
 from mist.calibrate.logs import read_log
 from mist.errors import InputError
 
@@ -38,6 +38,24 @@ def test_one_bad_run_does_not_decide() -> None:
     measured = seconds(TRUTH) * np.array([1, 1, 1, 1, 1, 8.0])
     found, _ = fitted(errors_of(measured), WIDE)
     assert found == pytest.approx(TRUTH, rel=0.05)
+
+
+def test_what_is_known_beforehand_is_weighed_by_the_number_of_runs() -> None:
+    """Normal errors and a normal prior: the posterior mean is known in closed form."""
+    count, off, width = 4, 0.02, 0.03  # small errors, where soft-L1 is a square
+    found, _ = fitted(
+        lambda values: np.full(count, np.log(values["a"]) - off),
+        {"a": Range(start=1.0, least=0.5, most=2.0, width=width)},
+    )
+    runs, before = count / SOFTNESS**2, 1 / width**2
+    # 1 % of the shift: what the square leaves out of soft-L1 at errors of a tenth of its softness.
+    assert np.log(found["a"]) == pytest.approx(off * runs / (runs + before), rel=0.03)
+
+
+def test_a_constant_without_runs_stays_where_it_was_expected() -> None:
+    known = {**WIDE, "c": Range(start=1.3, least=0.5, most=4.0, width=0.2)}
+    found, _ = fitted(errors_of(seconds(TRUTH)), known)
+    assert found["c"] == pytest.approx(1.3) and found["a"] == pytest.approx(TRUTH["a"], rel=1e-3)
 
 
 def test_a_constant_stays_within_its_bounds() -> None:

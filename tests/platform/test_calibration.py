@@ -25,7 +25,8 @@ def calibration(path: str) -> Calibration:
         schema="mist.calibration/1",
         runtime="torch",
         device="h100-sxm",
-        step_ratio=NUMBER,
+        step_low_ratio=NUMBER,
+        step_high_ratio=NUMBER,
         values={path: NUMBER},
     )
 
@@ -77,5 +78,6 @@ def test_a_plan_for_a_calibrated_runtime_says_so() -> None:
     assert platform.calibration is not None and plain.calibration is None
     assert "nanotron-h100-sxm" in platform.profile_hashes()
     assert platform.runtime.host.layer_launch_s.kind is Kind.CALIBRATED
-    assert platform.step_uncertainty_ratio == platform.calibration.step_ratio.value
+    low, high = platform.calibration.step_low_ratio, platform.calibration.step_high_ratio
+    assert platform.step_interval == (low.value, high.value)
     assert platform.runtime_hash != plain.runtime_hash

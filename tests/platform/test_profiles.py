@@ -311,7 +311,7 @@ def test_the_listing_of_a_profile() -> None:
     runtime = {row.path: row for row in figure_rows("torch")}
     assert runtime["transients.reduce_bytes_per_param.bf16"].unit == "B/param"
     calibration = {row.path: row for row in figure_rows("megatron-h100-sxm")}
-    assert calibration["step_ratio"].kind is Kind.CALIBRATED
+    assert calibration["step_high_ratio"].kind is Kind.CALIBRATED
     assert calibration["values.device.tensor_time_scale"].source.startswith("fitted to ")
 
 

@@ -133,14 +133,15 @@ def test_a_margin_is_a_ratio() -> None:
 
 
 def test_a_device_without_measurements_is_less_certain() -> None:
-    assert platform(8, "h100-sxm").step_uncertainty_ratio == 0.25
-    assert platform(8, "cpu").step_uncertainty_ratio == 0.4
+    known = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime="deepspeed-zero3")
+    assert known.step_interval == (0.75, 1.25)
+    assert platform(8, "cpu").step_interval == (0.6, 1.4)
     assert platform(8).memory_uncertainty_ratio == 0.1
 
 
-def test_hashes_name_the_three_profiles() -> None:
+def test_hashes_name_the_profiles_and_the_calibration() -> None:
     hashes = platform(8).profile_hashes()
-    assert list(hashes) == ["h100-sxm", "dgx-h100", "torch"]
+    assert list(hashes) == ["h100-sxm", "dgx-h100", "torch", "torch-h100-sxm"]
     assert all(value.startswith("sha256:") and len(value) == 71 for value in hashes.values())
 
 

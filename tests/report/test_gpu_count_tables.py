@@ -28,7 +28,7 @@ ROWS = (candidate(4, None), candidate(8, 4.0), candidate(16, 2.5))
 def test_the_table_has_what_a_renter_asks(capsys: pytest.CaptureFixture[str]) -> None:
     print_candidates(ROWS, 1, 1e12)
     text = capsys.readouterr().out
-    assert text.startswith("Candidates (predicted, +-25%, not calibrated)")
+    assert text.startswith("Candidates (predicted, -25% to +25%, not calibrated)")
     cells = [
         [cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()
     ]
@@ -54,11 +54,11 @@ def test_the_json_of_candidates() -> None:
     none, first, _ = candidates_json(ROWS, 1, 1e12)
     assert {key for key, value in none.items() if value is None} == {
         "step_s", "tokens_per_s", "tokens_per_s_per_gpu", "scaling_ratio", "peak_bytes",
-        "uncertainty_ratio", "usd_per_million_tokens", "tokens_s", "tokens_usd",
+        "step_low_ratio", "step_high_ratio", "usd_per_million_tokens", "tokens_s", "tokens_usd",
     }  # fmt: skip
     assert (none["why"], none["chosen"], first["chosen"]) == ("too large", False, True)
     assert first["tokens_per_s_per_gpu"] == 2048
-    assert first["uncertainty_ratio"] == 0.25
+    assert (first["step_low_ratio"], first["step_high_ratio"]) == (0.75, 1.25)
     assert first["tokens_s"] == 1e12 / 16384
 
 

@@ -212,7 +212,8 @@ def test_the_json_of_a_check() -> None:
         "tokens_per_s": 13107.2,
         "mfu": 0.4321,
         "uncertainty": {
-            "step_ratio": 0.25,
+            "step_low_ratio": 0.75,
+            "step_high_ratio": 1.25,
             "memory_ratio": 0.1,
             "calibrated": False,
             "basis": "public runs",

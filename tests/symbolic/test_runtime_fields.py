@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mist.model.graph import ModelGraph, TensorLayout
+from mist.model.graph import ModelGraph, T, TensorLayout
 from mist.model.summary import Traffic
 from mist.plans.workload import Precision
-from mist.platform import OpCosts, Runtime
+from mist.platform import Kind, OpCosts, Quantity, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
+from mist.symbolic import symbols as sym
+from mist.symbolic.block import CostSetting, layer_cost
 from mist.symbolic.columns import Placement, position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms, stage_model
@@ -108,6 +110,17 @@ def test_kernels_on_scores_are_scaled_apart() -> None:
 def test_tensor_parallel_time_is_scaled() -> None:
     plain, half = stage(), stage(changed("overlap.tensor_parallel_time_scale", 0.5))
     assert half["tp_s"] == pytest.approx(plain["tp_s"] / 2)
+
+
+def test_gradients_may_be_sent_in_two_bytes() -> None:
+    """A reduce-scatter is of two bytes a parameter then, of four (fp32) else."""
+    two = Quantity(value=2.0, source="test", kind=Kind.SPEC)
+    (block,) = toy_graph((LAYERS,)).blocks
+    for runtime, each_bytes in ((TORCH, 4), (changed("traffic.reduced_bytes_per_param", two), 2)):
+        cost = layer_cost(block, CostSetting(runtime=runtime, precision=Precision.BF16))
+        (call,) = cost.scatter_s.atoms(sym.REDUCE_SCATTER)
+        up, down, norm = (param.num_reals for param in block.params)
+        assert call.args[0] == each_bytes * ((up + down) / T + norm)
 
 
 def test_tensor_parallel_groups_leave_the_node() -> None:

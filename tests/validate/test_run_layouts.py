@@ -7,6 +7,7 @@ import pytest
 from mist.plans.memory_levels import memory_of
 from mist.plans.plan import even_layers, layers_by_cost
 from mist.plans.workload import MemoryLevel
+from mist.platform.profiles import load_runtime
 from mist.validate.cases import grouped
 from mist.validate.measured_runs import StageRun
 from mist.validate.run_layouts import layout_of
@@ -97,6 +98,7 @@ def test_micro_batches_follow_from_the_global_batch() -> None:
         ({"arch": "dense", "ffn_hidden": 1024, "n_kv_heads": 8}, "gpt2"),
         ({"arch": "dense"}, "llama"),
         ({"arch": "dense-bert"}, "bert"),
+        ({"arch": "dense-qwen3"}, "qwen3"),
         ({"arch": "moe:128e-top8,moe_ffn=768"}, "mixtral"),
     ],
 )
@@ -104,6 +106,16 @@ def test_models(columns: dict[str, object], kind: str) -> None:
     found = architecture_of(run(**columns), dropout=False)
     assert found.config.config["model_type"] == kind
     assert found.layers == RUN.n_layers
+
+
+def test_heads_of_qwen3_are_128_wide() -> None:
+    """Qwen3-32B has 32.76 B parameters; heads of hidden / heads = 80 would give 30.5 B."""
+    shape = {"hidden": 5120, "n_layers": 64, "n_heads": 64, "n_kv_heads": 8, "ffn_hidden": 25600}
+    made = architecture_of(run(arch="dense-qwen3", vocab=151936, **shape), dropout=False)
+    fields = made.config.config
+    heads = fields["num_attention_heads"] + fields["num_key_value_heads"]
+    layer = 2 * fields["hidden_size"] * heads * fields["head_dim"] + 3 * 5120 * 25600
+    assert (64 * layer + 2 * 5120 * 151936) / 1e9 == pytest.approx(32.76, rel=1e-3)
 
 
 def test_an_embedding_is_tied_where_parameters_say_so() -> None:
@@ -137,3 +149,30 @@ def test_given_stages_stand_for_even_ones() -> None:
     assert [(s.num_layers, s.num_full) for s in layout.stages] == [(4, 0), (2, 1)]
     _, reasons = grouped([run(pp=1)], load_sources(), calibrated=True, stages={"one": rows})
     assert reasons["one"] == "stages of 4 + 2 layers are not the 6 layers on 1 stages"
+
+
+@pytest.mark.parametrize(
+    ("printed", "layers"),
+    # 1 + share / 3 is HFU / MFU: all layers again is 4/3, half of them 7/6; nothing printed: 0.39.
+    [({"mfu": 45.0, "hfu": 60.0}, 6), ({"mfu": 60.0, "hfu": 70.0}, 3), ({}, 2)],
+)
+def test_selective_may_be_a_share_of_whole_layers(printed: dict[str, object], layers: int) -> None:
+    one = run(source="fms-fsdp-eager", zero_or_fsdp="fsdp1-full", activation_ckpt="selective",
+              **printed)  # fmt: skip
+    (group,), _ = grouped([one], load_sources(), calibrated=False)
+    (stage,) = group.members[0].case.layout.stages
+    assert stage.num_full == layers
+
+
+def test_a_source_says_what_its_network_and_its_words_are() -> None:
+    table = load_sources()
+    (fms,), _ = grouped([run(source="fms-fsdp-eager")], table, calibrated=True)
+    source, network = table.sources["fms-fsdp-eager"], fms.machine.cluster.network
+    assert network.nic_bytes_per_s.value == 800e9 / 8 / 8  # 800 Gb/s for eight GPUs
+    assert source.network_ratio and network.efficiency_ratio == source.network_ratio
+    assert fms.machine.runtime.traffic.reduced_bytes_per_param == source.reduced_bytes_per_param
+    (plain,), _ = grouped([run(source="fms-fsdp-eager")], table, calibrated=False)
+    assert plain.machine.cluster.network.efficiency_ratio.value == 0.85
+    (titan,), _ = grouped([run(source="torchtitan-log")], table, calibrated=True)
+    selective = load_runtime("torchtitan").profile.selective
+    assert (titan.machine.runtime.name, titan.machine.runtime.selective) == ("torch", selective)

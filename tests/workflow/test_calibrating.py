@@ -73,7 +73,8 @@ def test_what_made_the_runs_is_found(tmp_path: Path) -> None:
     assert found.after["device.tensor_time_scale"] == pytest.approx(SLOWER, rel=0.02)
     assert list(found.after) == ["device.tensor_time_scale", "runtime.host.layer_launch_s"]
     assert max(map(abs, found.errors_after)) < 0.02 < max(map(abs, found.errors_before))
-    assert found.calibration.step_ratio.value == 0.05  # no few runs promise more
+    ends = (found.calibration.step_low_ratio.value, found.calibration.step_high_ratio.value)
+    assert ends == (0.95, 1.05)  # no few runs promise more
 
 
 @pytest.mark.slow
@@ -81,7 +82,8 @@ def test_one_run_fits_one_constant_and_promises_nothing(tmp_path: Path) -> None:
     found = calibrate(pairs(tmp_path)[:1], lambda message: None)
     assert list(found.after) == ["device.tensor_time_scale"]
     plain = load_platform(num_gpus=8, gpu=None, cluster=None, runtime="torch")
-    assert found.calibration.step_ratio.value == plain.step_uncertainty_ratio
+    ends = (found.calibration.step_low_ratio.value, found.calibration.step_high_ratio.value)
+    assert ends == plain.step_interval
 
 
 def test_runs_of_two_devices_do_not_mix(tmp_path: Path) -> None:

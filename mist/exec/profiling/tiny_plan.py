@@ -37,7 +37,9 @@ NOT_PREDICTED: Final = Estimate(
             host_bytes=0,
         ),
     ),
-    uncertainty=Uncertainty(step_ratio=0.0, memory_ratio=0.0, calibrated=False, basis="none"),
+    uncertainty=Uncertainty(
+        step_low_ratio=1.0, step_high_ratio=1.0, memory_ratio=0.0, calibrated=False, basis="none"
+    ),
     op_costs=(),
     extrapolated=(),
     not_modelled=(),
