@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mist.cli.command_options import Force, Json, Margin, ModelOfPlan, Trust
-from mist.cli.common import app, print_json, progress
+from mist.cli.common import command, print_json, progress
 from mist.cli.outputs import EXPORTED_FILE, check_output, made_folder
 from mist.errors import OutputError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mist.workflow.exporting import ExportedPlan
 
 
-@app.command()
+@command("mist export plan.yaml --to megatron --out run")
 def export(
     plan: Annotated[Path, typer.Argument(help="A plan file.")],
     model: ModelOfPlan = None,
@@ -33,10 +33,7 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write PLAN as files that another framework, or a launcher, takes; say what is lost.
-
-    Example: mist export plan.yaml --to megatron --out run
-    """
+    """Write PLAN as files that another framework, or a launcher, takes; say what is lost."""
     from mist.export.targets import target_named
     from mist.workflow.exporting import export_plan
     from mist.workflow.plan_model import ModelAccess
