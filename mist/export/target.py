@@ -46,7 +46,7 @@ class Expresses:
         divides_alone: whether a single data-parallel rank may have a ZeRO level.
         copies: whether divided states may have copies (`dp_replicate`).
         precisions: what it trains in.
-        partly: whether all layers may repeat a part of themselves ("selective").
+        partly: whether all layers may repeat a part of themselves.
         repeats: which layers may repeat everything: any of them, the first ones of each chunk (the
             same number in each), or all or none.
         sequence: whether it is stated that tensor parallelism shards the sequence.
