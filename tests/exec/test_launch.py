@@ -85,8 +85,11 @@ except Stopped as end:
 def test_ranks_that_are_asked_before_they_listen_did_not_fail(number: int, code: int) -> None:
     """While they import: the signal ends them as it ends any program."""
     ranks = "import time; print('ready', flush=True); time.sleep(600)"
+    # A shell starts what runs in the background with SIGINT ignored.
     launcher_code = f"""
+import signal
 from mist.exec.run.launch import Stopped, run_ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     run_ranks(["-c", {ranks!r}], 2)
 except Stopped as end:
