@@ -56,7 +56,9 @@ Results go to stdout, progress and errors to stderr. Exit codes:
 def cli_page() -> str:
     """The whole of docs/cli.md, by name: what is imported first must not decide."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return CLI_HEAD + "".join(f"\n{_command(name, each)}" for name, each in sorted(commands.items()))
+    return CLI_HEAD + "".join(
+        f"\n{_command(name, each)}" for name, each in sorted(commands.items())
+    )
 
 
 def _command(name: str, command: TyperCommand) -> str:
