@@ -11,7 +11,6 @@ python benchmarks/robustness.py [JOB ...]     words of the job names
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -22,14 +21,11 @@ from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.breakdown import layout_words
 from mist.plans.plan import Limits
 from mist.plans.search_space import SPACES
-from mist.platform import OpCosts
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
-from mist.platform.runtime import Runtime
+from mist.search.robust_choice import steps_on
 from mist.search.tune import tune
-from mist.symbolic.job import Job
-from mist.symbolic.pipeline_costs import pipeline_inputs, pipeline_outputs, pipeline_step_s
-from mist.symbolic.program import stage_model
+from mist.symbolic.job import Job, on_platform
 from mist.workflow.request import Question
 from mist.workflow.robust_planning import Robust, chosen_robustly
 
@@ -64,7 +60,8 @@ def drawn(job: Job, random: np.random.Generator, *, hops: bool) -> Job:
     overlap = platform.runtime.overlap
     slow = replace(overlap.compute_slowdown_ratio, value=slowdown)
     runtime = replace(platform.runtime, overlap=replace(overlap, compute_slowdown_ratio=slow))
-    return _on(job, device, cluster, runtime)
+    other = replace(platform, device=device, cluster=cluster, runtime=runtime)
+    return on_platform(job, other)
 
 
 def _computing(device: Device, products: float, attention: float) -> Device:
@@ -91,24 +88,6 @@ def _network(cluster: Cluster, share: float, latency: float) -> Cluster:
     return replace(cluster, network=replace(network, efficiency_ratio=efficiency, hop_s=hop))
 
 
-def _on(job: Job, device: Device, cluster: Cluster, runtime: Runtime) -> Job:
-    laws = OpCosts(
-        device=device, cluster=cluster, runtime=runtime, precision=job.workload.precision
-    )
-    platform = replace(job.platform, device=device, cluster=cluster, runtime=runtime)
-    return replace(job, platform=platform, laws=laws, cost=stage_model(job.programs, laws))
-
-
-def steps_of(job: Job, draws: Sequence[Job], layouts: Sequence[PricedLayout]) -> np.ndarray:
-    """Seconds of a step, [D, P]."""
-    plain = [plain_layout(job, layout) for layout in layouts]
-    inputs = pipeline_inputs(job, plain)
-    outputs = (pipeline_outputs(draw.cost, inputs) for draw in draws)
-    return np.array(
-        [[pipeline_step_s(*pair) for pair in zip(plain, each, strict=True)] for each in outputs]
-    )
-
-
 def searched(job: Job, limits: Limits) -> tuple[PricedLayout, ...]:
     found = tune(
         job, SPACES["mist"], limits=limits, num_alternatives=0, progress=lambda _: None, method="dp"
@@ -132,7 +111,7 @@ def report(name: str) -> None:
         pool = [choice.nominal.layout, choice.chosen.layout, *tuned.pool]
         for draw in draws[:NUM_SEARCHED]:
             pool += searched(draw, limits)
-        steps_s = steps_of(job, draws, pool)
+        steps_s = steps_on(draws, pool)
         regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1
         near = [i for i, one in enumerate(pool) if one.step_s <= 1.03 * tuned.best.step_s]
         least = regrets[:, near].mean(axis=0).min()

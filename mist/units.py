@@ -125,3 +125,8 @@ def _three_digits(value: float) -> str:
     """Three significant digits, more before the point, and no exponent."""
     decimals = 2 - math.floor(math.log10(abs(value)))
     return f"{value:.{max(decimals, 0)}f}"
+
+
+def six_digits(value: float) -> float:
+    """A number as predictions are written: with all the digits that one can mean."""
+    return float(f"{value:.6g}")

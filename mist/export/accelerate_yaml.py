@@ -14,7 +14,7 @@ import yaml
 from mist.documents import Document, parse_yaml
 from mist.errors import InputError
 from mist.export.deepspeed_json import leaves
-from mist.export.launcher_lines import head, launch_script, nodes_of
+from mist.export.launcher_lines import head, node_script, nodes_of
 from mist.export.target import (
     Configuration,
     ExportLoss,
@@ -23,6 +23,7 @@ from mist.export.target import (
     Written,
     added,
     refused,
+    undivided_offload,
 )
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
@@ -39,10 +40,7 @@ def _faults(plan: Plan) -> list[ExportLoss]:
     if stage.tp > 1 and not stage.zero:
         words = f"{stage.zero} with tp {stage.tp}; accelerate divides tensors under FSDP2 only"
         return [refused("stages[].zero", words)]
-    if stage.offload.weights and not stage.zero:
-        words = f"{stage.offload.weights:g} at ZeRO-0; accelerate offloads what FSDP divides"
-        return [refused("stages[].offload.weights", words)]
-    return []
+    return undivided_offload(plan, "accelerate")
 
 
 ACCELERATE: Final = Expresses(
@@ -57,13 +55,13 @@ def write_accelerate(subject: ExportSource) -> Written:
     """The YAML file, the arguments of a Trainer, and a script."""
     plan = subject.plan
     lines = head(subject, "A configuration of accelerate 1.15 (accelerate launch --config_file).")
-    script = launch_script(subject, "Starts a program of yours: launch.sh train.py ...", ['"$@"'])
     # The launcher is accelerate's own: it reads where the ranks stand from the file.
-    script = script.partition("set -euo pipefail")[0] + (
-        "set -euo pipefail\n"
-        f'exec accelerate launch --config_file "$(dirname "$0")/{CONFIG}" \\\n'
-        '    --machine_rank "${RANK_OF_NODE:-0}" --main_process_ip "${HEAD:-localhost}" "$@"\n'
-    )
+    command = [
+        "set -euo pipefail",
+        f'exec accelerate launch --config_file "$(dirname "$0")/{CONFIG}" \\',
+        '    --machine_rank "${RANK_OF_NODE:-0}" --main_process_ip "${HEAD:-localhost}" "$@"',
+    ]
+    script = node_script(subject, "Starts a program of yours: launch.sh train.py ...", command)
     words = "micro-batch, accumulation and length are in training_arguments.py, for your program"
     return Written(
         files={

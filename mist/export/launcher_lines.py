@@ -40,16 +40,20 @@ def launch_script(
     subject: ExportSource, what: str, command: Sequence[str], *, env: Sequence[str] = ()
 ) -> str:
     """A script that runs `command` (its last words, already quoted) on every GPU of the plan."""
+    lines = torchrun_lines(subject.plan.cluster, env=env)
+    return node_script(subject, what, [*lines, f"    {' '.join(command)}"])
+
+
+def node_script(subject: ExportSource, what: str, lines: Sequence[str]) -> str:
+    """A shell script that is run on each node, whatever its lines start there."""
     cluster = subject.plan.cluster
-    lines = [
+    above = [
         "#!/usr/bin/env bash",
         *head(subject, what),
         f"# cluster: {cluster.num_gpus} GPUs, {cluster.gpus_per_node} per node",
         "# Run it on each node; HEAD is the name of the first one.",
-        *torchrun_lines(cluster, env=env),
-        f"    {' '.join(command)}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*above, *lines]) + "\n"
 
 
 def applied(subject: ExportSource) -> list[str]:

@@ -155,3 +155,12 @@ def refused(about: str, message: str) -> ExportLoss:
 def rounded(about: str, old: object, new: object, why: str) -> ExportLoss:
     """That a field has another value in the export."""
     return ExportLoss(kind=LossKind.ROUNDED, field=about, message=f"{old} -> {new} ({why})")
+
+
+def undivided_offload(plan: Plan, target: str) -> list[ExportLoss]:
+    """What a target refuses that offloads by FSDP, where FSDP divides nothing."""
+    stage = plan.stages[0]
+    if stage.zero or not stage.offload.weights:
+        return []
+    words = f"{stage.offload.weights:g} at ZeRO-0; {target} offloads what FSDP divides"
+    return [refused("stages[].offload.weights", words)]

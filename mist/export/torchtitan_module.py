@@ -23,6 +23,7 @@ from mist.export.target import (
     Written,
     added,
     refused,
+    undivided_offload,
 )
 from mist.plans.memory_levels import KEEPS_ALL, LEVELS, REPEATS_ALL, levels_that
 from mist.plans.plan import Offload, Plan
@@ -69,9 +70,8 @@ def _faults(plan: Plan) -> list[ExportLoss]:
     """What torchtitan finds only when its trainer starts."""
     stage, seq_len = plan.stages[0], plan.workload.seq_len
     tp = stage.tp
-    if stage.offload.weights and not stage.zero:
-        words = f"{stage.offload.weights:g} at ZeRO-0; torchtitan offloads what FSDP divides"
-        return [refused("stages[].offload.weights", words)]
+    if losses := undivided_offload(plan, "torchtitan"):
+        return losses
     if seq_len % (2 * tp) and tp > 1:
         words = f"{seq_len} tokens; torchtitan needs a multiple of 2 * tp = {2 * tp}"
         return [refused("workload.seq_len", words)]

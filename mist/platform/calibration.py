@@ -70,6 +70,17 @@ def with_values(profiles: Profiles, values: Mapping[str, Quantity]) -> Profiles:
     return records["device"], records["cluster"], records["runtime"]
 
 
+def figure_at(profiles: Profiles, path: str) -> Quantity:
+    """A figure of profiles, named as in a calibration. Raises KeyError where there is none."""
+    family, *fields = path.split(".")
+    record: object = dict(zip(("device", "cluster", "runtime"), profiles, strict=True))[family]
+    for name in fields:
+        record = getattr(record, name, None)
+    if not isinstance(record, Quantity):
+        raise KeyError(path)
+    return record
+
+
 def calibrated(value: float, source: str) -> Quantity:
     """A fitted constant; more than four digits say nothing."""
     # Rounded here, so that the file and what is planned with it have the same value.

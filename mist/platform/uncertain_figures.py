@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from mist.plans.provenance import Kind
-from mist.platform.calibration import Profiles, with_values
+from mist.platform.calibration import Profiles, figure_at, with_values
 from mist.platform.profiles import load_shipped
 from mist.platform.quantity import Quantity, Record
 
@@ -132,13 +132,7 @@ def _uncertain(profiles: Profiles) -> tuple[UncertainFigure, ...]:
 
 def _found(profiles: Profiles, row: UncertainFigure) -> Iterator[tuple[str, Quantity]]:
     """The figures of a row, with their paths."""
-    for path in row.paths:
-        family, *fields = path.split(".")
-        record: object = profiles[("device", "cluster", "runtime").index(family)]
-        for name in fields:
-            record = getattr(record, name)
-        assert isinstance(record, Quantity), f"{path} is no figure"
-        yield path, record
+    return ((path, figure_at(profiles, path)) for path in row.paths)
 
 
 def _at(

@@ -22,16 +22,14 @@ from numpy.typing import NDArray
 
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.search_space import OFFLOADED
-from mist.platform import OpCosts, Platform
 from mist.platform.calibration import Profiles
 from mist.platform.uncertain_figures import (
     drawn_profiles,
     pessimistic_profiles,
     varied_profiles,
 )
-from mist.symbolic.job import Job
+from mist.symbolic.job import Job, on_platform
 from mist.symbolic.pipeline_costs import pipeline_inputs, pipeline_outputs, pipeline_step_s
-from mist.symbolic.program import stage_model
 
 DEFAULT_TOLERANCE_RATIO: Final = 0.03
 TIE_RATIO: Final = 0.001  # of regret: less says nothing of a prediction
@@ -91,12 +89,12 @@ class RobustChoice:
 
 def drawn_jobs(job: Job) -> list[Job]:
     """The job on platforms drawn from what its own may be."""
-    return [_on(job, profiles) for profiles in drawn_profiles(_profiles(job.platform))]
+    return [_on(job, profiles) for profiles in drawn_profiles(_profiles(job))]
 
 
 def pessimistic_job(job: Job) -> Job:
     """The job where every uncertain figure is at its worse end."""
-    return _on(job, pessimistic_profiles(_profiles(job.platform)))
+    return _on(job, pessimistic_profiles(_profiles(job)))
 
 
 def robust_choice(
@@ -104,7 +102,7 @@ def robust_choice(
 ) -> RobustChoice:
     """Choose among the layouts of a pool, which may hold one twice; it must hold one."""
     pool = _priced_anew(job, pool)
-    steps_s = _steps(job, drawn_jobs(job), pool)
+    steps_s = steps_on(drawn_jobs(job), pool)
     regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1.0
     judged = [
         DrawnLayout(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
@@ -129,8 +127,8 @@ def _turns(
     job: Job, pool: Sequence[PricedLayout], chosen: PricedLayout, nominal: PricedLayout
 ) -> tuple[Turn, ...]:
     """For each figure the end that speaks most for another layout, or most against the fastest."""
-    varied = list(varied_profiles(_profiles(job.platform)))
-    steps_s = _steps(job, [_on(job, each.profiles) for each in varied], pool)
+    varied = list(varied_profiles(_profiles(job)))
+    steps_s = steps_on([_on(job, each.profiles) for each in varied], pool)
     own, fastest = pool.index(chosen), pool.index(nominal)
     known_gain = 1.0 - nominal.step_s / chosen.step_s
     turns: dict[str, Turn] = {}
@@ -179,40 +177,27 @@ def _fastest(layouts: Iterable[PricedLayout]) -> PricedLayout | None:
 
 def _priced_anew(job: Job, pool: Sequence[PricedLayout]) -> list[PricedLayout]:
     """Each layout once, with its step on the job's own platform."""
-    layouts: list[PricedLayout] = []
-    for layout in pool:
-        if layout not in layouts:
-            layouts.append(layout)
-    (steps_s,) = _steps(job, [job], layouts)
-    return [replace(one, step_s=float(s)) for one, s in zip(layouts, steps_s, strict=True)]
+    (steps_s,) = steps_on([job], pool)
+    priced = [replace(one, step_s=float(s)) for one, s in zip(pool, steps_s, strict=True)]
+    # Searches of other platforms met some of them too: only now are these equal.
+    return [one for i, one in enumerate(priced) if one not in priced[:i]]
 
 
-def _steps(job: Job, draws: Sequence[Job], pool: Sequence[PricedLayout]) -> Floats:
-    """Seconds of a step of each layout in each draw: [D, P]."""
-    layouts = [plain_layout(job, layout) for layout in pool]
-    inputs = pipeline_inputs(job, layouts)
+def steps_on(jobs: Sequence[Job], layouts: Sequence[PricedLayout]) -> Floats:
+    """Seconds of a step of each layout on each platform, [D, P]; `jobs`: one job on all of them."""
+    plain = [plain_layout(jobs[0], layout) for layout in layouts]
+    inputs = pipeline_inputs(jobs[0], plain)
+    outputs = (pipeline_outputs(job.cost, inputs) for job in jobs)
     return np.array(
-        [
-            [
-                pipeline_step_s(layout, columns)
-                for layout, columns in zip(
-                    layouts, pipeline_outputs(draw.cost, inputs), strict=True
-                )
-            ]
-            for draw in draws
-        ]
+        [[pipeline_step_s(*pair) for pair in zip(plain, each, strict=True)] for each in outputs]
     )
 
 
-def _profiles(platform: Platform) -> Profiles:
+def _profiles(job: Job) -> Profiles:
+    platform = job.platform
     return platform.device, platform.cluster, platform.runtime
 
 
 def _on(job: Job, profiles: Profiles) -> Job:
-    """The job on other profiles of the same machines; its rules stay."""
     device, cluster, runtime = profiles
-    laws = OpCosts(
-        device=device, cluster=cluster, runtime=runtime, precision=job.workload.precision
-    )
-    platform = replace(job.platform, device=device, cluster=cluster, runtime=runtime)
-    return replace(job, platform=platform, laws=laws, cost=stage_model(job.programs, laws))
+    return on_platform(job, replace(job.platform, device=device, cluster=cluster, runtime=runtime))

@@ -18,7 +18,7 @@ from mist.platform import OpCosts, extrapolations, op_costs
 from mist.symbolic.job import Job
 from mist.symbolic.pipeline_costs import pipeline_step_s, stage_outputs
 from mist.symbolic.program import MEMORY_PARTS, TIME_PARTS, stage_model
-from mist.units import LARGEST_INTEGER
+from mist.units import LARGEST_INTEGER, six_digits
 
 SHORTEST_S: Final = 1e-9
 LONGEST_S: Final = 1e15  # of a step; a year has 3e7
@@ -117,4 +117,4 @@ def _digits(value: float) -> float:
 
     What is below a picosecond is what rounding leaves of sums that cancel, on each CPU another.
     """
-    return float(f"{round(value, 12) + 0.0:.6g}")
+    return six_digits(round(value, 12) + 0.0)

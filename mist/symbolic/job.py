@@ -1,6 +1,6 @@
 """What is priced: a model on a platform under a workload, with its stage cost bound to both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +50,7 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
     """Bind the programs of a model to a platform, for a workload."""
     facts = programs.facts
     is_kind = np.array(facts.layer_kinds()) == np.arange(facts.num_kinds)[:, None]
-    laws = OpCosts(
-        device=platform.device,
-        cluster=platform.cluster,
-        runtime=platform.runtime,
-        precision=workload.precision,
-    )
+    laws = _laws(platform, workload)
     cost = stage_model(programs, laws)
     return Job(
         facts=facts,
@@ -66,4 +61,19 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
         cost=cost,
         rules=rules_for(facts, platform, workload, cost.domain),
         kind_prefix=np.pad(is_kind.cumsum(axis=1), ((0, 0), (1, 0))),
+    )
+
+
+def on_platform(job: Job, platform: Platform) -> Job:
+    """The job where figures of its platform are others, on the same machines: its rules stay."""
+    laws = _laws(platform, job.workload)
+    return replace(job, platform=platform, laws=laws, cost=stage_model(job.programs, laws))
+
+
+def _laws(platform: Platform, workload: Workload) -> OpCosts:
+    return OpCosts(
+        device=platform.device,
+        cluster=platform.cluster,
+        runtime=platform.runtime,
+        precision=workload.precision,
     )

@@ -24,7 +24,7 @@ from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.symbolic.program import ModelPrograms
-from mist.units import format_bytes
+from mist.units import format_bytes, six_digits
 from mist.workflow.advice import host_of, less_drawn, smallest, what_fits
 from mist.workflow.request import (
     Question,
@@ -233,7 +233,7 @@ def _assemble(
     # The gap is of the fastest plan if every figure is right; a robust one may be slower.
     fastest_s = estimate(job, plain_layout(job, tuned.best)).step_s
     # Rounding to six digits must not lift the bound above the step.
-    lower_bound_s = min(float(f"{tuned.lower_bound_s:.6g}"), fastest_s)
+    lower_bound_s = min(six_digits(tuned.lower_bound_s), fastest_s)
     provenance = provenance_of(
         job,
         solver=_solver_words(job, space, effort.method, tuned),
@@ -326,7 +326,7 @@ def _excluded(
 def _too_large(job: Job, layout: PricedLayout, limits: Limits) -> Alternative:
     return Alternative(
         layout=layout_words(plain_layout(job, layout)),
-        step_s=float(f"{layout.step_s:.6g}"),
+        step_s=six_digits(layout.step_s),
         peak_bytes=round(layout.peak_bytes),
         reason="does not fit",
         needs=memory_words(layout.peak_bytes - limits.device_bytes),

@@ -24,7 +24,7 @@ from mist.search.robust_choice import (
 from mist.search.tune import Tuned, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
-from mist.units import GB, format_seconds
+from mist.units import GB, format_seconds, six_digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +103,11 @@ def robustness_of(job: Job, choice: RobustChoice, tolerance_ratio: float) -> Rob
     return Robustness(
         num_draws=len(chosen.steps_s),
         tolerance_ratio=tolerance_ratio,
-        median_step_s=_digits(float(np.median(chosen.steps_s))),
-        worst_step_s=_digits(float(chosen.steps_s.max())),
+        median_step_s=six_digits(float(np.median(chosen.steps_s))),
+        worst_step_s=six_digits(float(chosen.steps_s.max())),
         regret=_regret(chosen),
         nominal_layout=layout_words(plain_layout(job, nominal.layout)),
-        nominal_step_s=_digits(nominal.layout.step_s),
+        nominal_step_s=six_digits(nominal.layout.step_s),
         nominal_regret=_regret(nominal),
         turns=tuple(_turn_words(job, turn) for turn in choice.turns),
     )
@@ -133,7 +133,3 @@ def _figure_words(path: str, value: float) -> str:
     if path.endswith("_bytes_per_s"):
         return f"{value / GB:.3g} GB/s"
     return format_seconds(value) if path.endswith("_s") else f"{value:.2g}"
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mist.plans.provenance import Kind
-from mist.platform.calibration import Profiles
+from mist.platform.calibration import Profiles, figure_at
 from mist.platform.profiles import load_shipped
 from mist.platform.quantity import Quantity
 from mist.platform.selection import load_platform
@@ -32,12 +32,7 @@ def rows() -> dict[str, UncertainFigure]:
 
 
 def value(profiles: Profiles, path: str) -> float:
-    family, *fields = path.split(".")
-    record: object = profiles[("device", "cluster", "runtime").index(family)]
-    for name in fields:
-        record = getattr(record, name)
-    assert isinstance(record, Quantity)
-    return record.value
+    return figure_at(profiles, path).value
 
 
 def changed(before: Profiles, after: Profiles) -> Iterator[str]:

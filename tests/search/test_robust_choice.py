@@ -1,6 +1,5 @@
 """The choice under draws, against each layout judged by `estimate` on each drawn platform."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -10,9 +9,8 @@ import pytest
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
-from mist.platform.calibration import Profiles, with_values
+from mist.platform.calibration import figure_at, with_values
 from mist.platform.profiles import load_shipped
-from mist.platform.quantity import Quantity
 from mist.platform.uncertain_figures import (
     UncertainFigures,
     drawn_profiles,
@@ -103,30 +101,13 @@ def test_the_best_of_one_stage_is_named() -> None:
 def test_every_figure_that_is_drawn_is_felt_by_some_layout() -> None:
     platform = job().platform
     profiles = platform.device, platform.cluster, platform.runtime
-    drawn = {
-        path: 0
-        for row in load_shipped("ranges.yaml", UncertainFigures).figures
-        for path in row.paths
-    }
-    worst = with_paths(pessimistic_profiles(profiles), drawn)
+    rows = load_shipped("ranges.yaml", UncertainFigures).figures
+    worst = pessimistic_profiles(profiles)
     plain = [plain_layout(job(), layout) for layout in pool()]
     before = [estimate(job(), layout).step_s for layout in plain]
-    for path, quantity in worst.items():
-        device, cluster, runtime = with_values(profiles, {path: quantity})
+    for path in {path for row in rows for path in row.paths}:
+        device, cluster, runtime = with_values(profiles, {path: figure_at(worst, path)})
         other = replace(platform, device=device, cluster=cluster, runtime=runtime)
         moved = make_job(job().programs, other, job().workload)
         after = [estimate(moved, layout).step_s for layout in plain]
         assert any(a > b for a, b in zip(after, before, strict=True)), path
-
-
-def with_paths(profiles: Profiles, paths: Iterable[str]) -> dict[str, Quantity]:
-    """The figures of profiles under these paths."""
-    found = {}
-    for path in paths:
-        family, *fields = path.split(".")
-        record: object = profiles[("device", "cluster", "runtime").index(family)]
-        for name in fields:
-            record = getattr(record, name)
-        assert isinstance(record, Quantity)
-        found[path] = record
-    return found
