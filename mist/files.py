@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from mist.errors import InputError, OutputError
-from mist.units import MIB
+from mist.units import LARGEST_INTEGER, MIB
 
 MOST_BYTES: Final = 64 * MIB  # a log of a hundred thousand steps has as much
 PRIVATE: Final = 0o700
@@ -121,6 +121,19 @@ def read_entry(path: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return found[2] if found and found[1] == _sha256(found[2]) else None
+
+
+def parse_entry(text: str) -> Any:  # noqa: ANN401 - whatever JSON can say
+    """What the text of an entry says. Raises ValueError for what Mist never writes there."""
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(text: str) -> int:
+    """A whole number of 64 bits: of more digits, sums fail that are floats elsewhere."""
+    value = int(text)
+    if abs(value) > LARGEST_INTEGER:
+        raise ValueError("a number beyond 64 bits")
+    return value
 
 
 def _trusted(folder: Path) -> bool:

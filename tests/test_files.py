@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mist.errors import OutputError
-from mist.files import write_text
+from mist.files import parse_entry, write_text
 
 
 def mode_of(path: Path) -> int:
@@ -72,3 +72,10 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
 def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
     write_text(tmp_path / ("n" * 255), "new")
     assert (tmp_path / ("n" * 255)).read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63), 10**400])
+def test_an_entry_holds_no_number_beyond_64_bits(number: int) -> None:
+    assert parse_entry(f'{{"a": [{2**63 - 1}]}}') == {"a": [2**63 - 1]}
+    with pytest.raises(ValueError, match="beyond 64 bits"):
+        parse_entry(f'{{"a": [{number}]}}')

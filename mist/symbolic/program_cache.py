@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from mist.files import digest, read_entry, write_entry
+from mist.files import digest, parse_entry, read_entry, write_entry
 from mist.model.summary import ModelFacts
 from mist.plans.workload import Precision
 from mist.symbolic.program import ModelPrograms
@@ -47,7 +47,7 @@ def load_programs(folder: Path, key: str) -> ModelPrograms | None:
     """The programs of that key, or None."""
     text = read_entry(folder / f"{key}.json")
     try:
-        entry: dict[str, Any] = json.loads(text or "")
+        entry: dict[str, Any] = parse_entry(text or "")
         facts = _facts().validate_python(entry["facts"])
         return ModelPrograms(
             facts=facts, **{name: decode_program(entry[name]) for name in PROGRAMS}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mist.files import digest, read_entry, write_entry
+from mist.files import digest, parse_entry, read_entry, write_entry
 from mist.model.summary import Lengths, ModelFacts
 
 
@@ -61,7 +61,7 @@ def _entry(path: Path, seq_len: int | None) -> Entry | None:
     """The entry in a file, if it can be read and holds."""
     try:
         text = read_entry(path) or ""
-        entry = json.loads(text)
+        entry = parse_entry(text)
         longest, lengths = entry["longest"], Lengths(**entry["lengths"])
         asked = seq_len if None in (seq_len, longest) else min(seq_len, longest)
         if asked is not None and asked not in lengths:
@@ -104,7 +104,7 @@ def forget(name: str) -> None:
 def load_listing(name: str) -> str | None:
     """The listing of the operations of the entry of that name, or None."""
     text = read_entry(cache_folder() / f"{name}.listing")
-    return json.loads(text) if text else None
+    return parse_entry(text) if text else None
 
 
 def file_digest(path: Path) -> str:

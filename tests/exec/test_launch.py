@@ -84,7 +84,8 @@ except Stopped as end:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_ranks_that_are_asked_before_they_listen_did_not_fail(number: int, code: int) -> None:
     """While they import: the signal ends them as it ends any program."""
-    ranks = "import time; print('ready', flush=True); time.sleep(600)"
+    # In one write: where PYTHONUNBUFFERED is set, print makes two, and ranks share the stream.
+    ranks = "import os, time; os.write(1, b'ready\\n'); time.sleep(600)"
     # A shell starts what runs in the background with SIGINT ignored.
     launcher_code = f"""
 import signal
