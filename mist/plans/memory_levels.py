@@ -22,17 +22,25 @@ class LevelRow:
             has none; None: the level is the same everywhere.
         may_offload: whether activations of its layers may live in host memory.
         may_split: whether its layers run backward in two parts (`ScheduleRow.splits_backward`).
+        converts: whether its layers are converted (`mist.layers`), so that its cost is that of the
+            trace of the converted layer.
     """
 
     repeats: Literal["nothing", "part", "all"]
     meaning: str | None = None
     may_offload: bool = True
     may_split: bool = False
+    converts: bool = False
 
 
 LEVELS: Final = MappingProxyType(
     {
         MemoryLevel.NONE: LevelRow(repeats="nothing", may_split=True),
+        # The hooks of offload were not tried on tensors that several matrices make again.
+        **dict.fromkeys(
+            (MemoryLevel.DROP_ACTIVATION, MemoryLevel.DROP_NORM),
+            LevelRow(repeats="part", meaning="converts_layers", may_offload=False, converts=True),
+        ),
         # What its layers keep is kept by torch's checkpointing, which hooks of saved tensors do
         # not see.
         MemoryLevel.SELECTIVE: LevelRow(repeats="part", meaning="selective", may_offload=False),
@@ -52,6 +60,10 @@ def levels_that(
 (KEEPS_ALL,) = levels_that(lambda row: row.repeats == "nothing")
 (REPEATS_ALL,) = levels_that(lambda row: row.repeats == "all")
 """The two ends of the table."""
+
+CONVERTS: Final = levels_that(lambda row: row.converts)
+PLAIN: Final = levels_that(lambda row: not row.converts)
+"""Levels whose layers are converted, and those that any model has as it is."""
 
 
 def memory_of(num_layers: int, level: MemoryLevel, num_repeated: int = 0) -> dict[MemoryLevel, int]:
