@@ -24,6 +24,7 @@ class LevelRow:
         may_split: whether its layers run backward in two parts (`ScheduleRow.splits_backward`).
         converts: whether its layers are converted (`mist.layers`), so that its cost is that of the
             trace of the converted layer.
+        word: what tables call layers at it, where that is not its name.
     """
 
     repeats: Literal["nothing", "part", "all"]
@@ -31,6 +32,7 @@ class LevelRow:
     may_offload: bool = True
     may_split: bool = False
     converts: bool = False
+    word: str | None = None
 
 
 LEVELS: Final = MappingProxyType(
@@ -43,7 +45,9 @@ LEVELS: Final = MappingProxyType(
         ),
         # What its layers keep is kept by torch's checkpointing, which hooks of saved tensors do
         # not see.
-        MemoryLevel.SELECTIVE: LevelRow(repeats="part", meaning="selective", may_offload=False),
+        MemoryLevel.SELECTIVE: LevelRow(
+            repeats="part", meaning="selective", may_offload=False, word="selectively"
+        ),
         MemoryLevel.FULL: LevelRow(repeats="all"),
     }
 )
@@ -69,7 +73,12 @@ PLAIN: Final = levels_that(lambda row: not row.converts)
 def memory_of(num_layers: int, level: MemoryLevel, num_repeated: int = 0) -> dict[MemoryLevel, int]:
     """Layers of a stage at each level: `num_repeated`, if it has as many, run again whole."""
     repeated = min(num_repeated, num_layers)
+    return level_counts((level, num_layers - repeated), (REPEATS_ALL, repeated))
+
+
+def level_counts(*parts: tuple[MemoryLevel, int]) -> dict[MemoryLevel, int]:
+    """Layers at each level, as plans list them: those that convert layers only where some do."""
     counts = dict.fromkeys(MemoryLevel, 0)
-    counts[level] += num_layers - repeated
-    counts[REPEATS_ALL] += repeated
-    return counts
+    for level, number in parts:
+        counts[level] += number
+    return {level: number for level, number in counts.items() if number or level in PLAIN}

@@ -214,9 +214,8 @@ def _data_parallel(stage: StagePlan) -> str:
 
 
 def _recomputed(stage: StagePlan) -> str:
-    some = stage.num_partly
-    words = f"{stage.num_full} of {stage.num_layers}"
-    return f"{words}, {some} selectively" if some else words
+    some = [f"{count} {word}" for word, count in stage.num_partly.items() if count]
+    return ", ".join([f"{stage.num_full} of {stage.num_layers}", *some])
 
 
 def _offloaded(stage: StagePlan) -> str:
