@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mist.errors import InputError
+from mist.plans.memory_levels import PLAIN
 from mist.plans.search_space import (
     ALL_OR_NOTHING,
     NO_RATIOS,
@@ -16,9 +17,9 @@ from mist.plans.search_space import (
     narrowed,
     space_of,
 )
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import ScheduleKind
 
-NONE, SELECTIVE, FULL = MemoryLevel
+NONE, SELECTIVE, FULL = PLAIN
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
 
 TABLE = {

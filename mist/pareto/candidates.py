@@ -310,10 +310,9 @@ class _Position:
         self._ranges, self._limits = ranges, limits
         self._instants = instants(model.job.platform.runtime)
         self._kinds = kinds_of(model.job, ranges)
-        # What rules of levels look at.
         self._of_levels: Columns = {
-            name: np.tile(model.strategies[name], len(held.in_flight))
-            for name in ("activations", "tp")
+            each: np.tile(model.strategies[each], len(held.in_flight))
+            for each in ("activations", "tp")
         } | {"schedule": model.group.schedule.kind.value}
         capped = within_caps(
             model.space, model.job.platform.runtime, model.strategies, ranges.count

@@ -18,8 +18,8 @@ from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 class Job:
     """A model on a platform under a workload, with its stage cost bound and its rules.
 
-    `levels`: the memory levels that are priced. `cost` are the `programs` bound to the `laws`. `kind_prefix[k, x]`: how many of the first x
-    layers are block k.
+    `levels`: the memory levels that are priced. `cost` are the `programs` bound to the `laws`.
+    `kind_prefix[k, x]`: how many of the first x layers are block k.
     """
 
     facts: ModelFacts
