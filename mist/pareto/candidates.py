@@ -307,9 +307,8 @@ class _Position:
         limits: Limits,
     ) -> None:
         self._job, self._lines, self._held = model.job, lines, held
-        self._ranges, self._limits = ranges, limits
+        self._ranges, self._limits, self._kinds = ranges, limits, kinds_of(model.job, ranges)
         self._instants = instants(model.job.platform.runtime)
-        self._kinds = kinds_of(model.job, ranges)
         self._of_levels: Columns = {
             each: np.tile(model.strategies[each], len(held.in_flight))
             for each in ("activations", "tp")
