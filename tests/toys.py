@@ -26,7 +26,7 @@ from mist.model.graph import (
     TensorLayout,
 )
 from mist.model.summary import LayerRun, TpLimit, Traffic
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
+from mist.plans.workload import Attention, Optimizer, Precision, Workload
 from mist.platform import Platform, load_platform
 from mist.platform.profiles import load_cluster, load_device, load_runtime
 from mist.symbolic.compile import compile_model
@@ -276,9 +276,9 @@ def count_columns(
     start = np.asarray(first)
     columns = {}
     # The layers that keep least come first in a stage (decision 11): memory is then convex.
-    for level, count in reversed([*zip(MemoryLevel, counts, strict=True)]):
+    for level, count in reversed([*zip(job.levels, counts, strict=True)]):
         stop = start + np.asarray(count)
         for kind, prefix in enumerate(job.kind_prefix):
-            columns[f"{level}_{kind}"] = prefix[stop] - prefix[start]
+            columns[f"{level.column}_{kind}"] = prefix[stop] - prefix[start]
         start = stop
     return columns

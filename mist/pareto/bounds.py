@@ -93,7 +93,9 @@ def fastest_layers(model: GroupModel) -> Floats:
     terms, kinds = model.strategies.terms, range(model.job.facts.num_kinds)
     # Where activations are offloaded, a layer that keeps less has less to copy: the level that
     # recomputes nothing need not be the fastest.
-    names = [[f"term_{kind}_{level}_stable_s" for level in model.space.levels] for kind in kinds]
+    names = [
+        [f"term_{kind}_{level.column}_stable_s" for level in model.space.levels] for kind in kinds
+    ]
     return np.array([min(terms[name].min() for name in own) for own in names])
 
 

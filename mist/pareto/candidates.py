@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.layer_ranges import Ranges, kinds_of, placed
-from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
+from mist.pareto.linear_cost import Held, StageLines, instants
 from mist.pareto.strategies import (
     Floats,
     Group,
@@ -307,11 +307,12 @@ class _Position:
         limits: Limits,
     ) -> None:
         self._job, self._lines, self._held = model.job, lines, held
-        self._ranges, self._limits = ranges, limits
+        self._ranges, self._limits, self._kinds = ranges, limits, kinds_of(model.job, ranges)
         self._instants = instants(model.job.platform.runtime)
-        self._kinds = kinds_of(model.job, ranges)
-        self._schedule = model.group.schedule.kind.value
-        self._away = np.tile(model.strategies["activations"], len(held.in_flight))
+        self._of_levels: Columns = {
+            each: np.tile(model.strategies[each], len(held.in_flight))
+            for each in ("activations", "tp")
+        } | {"schedule": model.group.schedule.kind.value}
         capped = within_caps(
             model.space, model.job.platform.runtime, model.strategies, ranges.count
         )
@@ -353,7 +354,7 @@ class _Position:
     def _rise(self, name: str, level: MemoryLevel, kind: int) -> Floats:
         key = (name, level, kind)
         if key not in self._rises:
-            row = LEVELS.index(level) * len(self._kinds) + kind
+            row = self._job.levels.index(level) * len(self._kinds) + kind
             self._rises[key] = self._lines.rise(name, row, self._held)
         return self._rises[key]
 
@@ -443,8 +444,7 @@ class _Position:
     def _may_have(self, level: MemoryLevel) -> NDArray[np.bool_]:
         """Rows whose layers may have a level."""
         if level not in self._allowed:
-            columns: Columns = {"activations": self._away, "schedule": self._schedule}
-            self._allowed[level] = may_have(level, columns)
+            self._allowed[level] = may_have(level, self._of_levels)
         return self._allowed[level]
 
     def _fits(self, peak_bytes: Floats, host_bytes: Floats) -> NDArray[np.bool_]:
@@ -481,7 +481,7 @@ class _Position:
         """The part of an output that depends on which kinds and levels a stage has at all."""
         num_kinds = len(self._kinds)
         bits = [
-            (1 << (LEVELS.index(level) * num_kinds + kind), layers)
+            (1 << (self._job.levels.index(level) * num_kinds + kind), layers)
             for level, kinds in parts
             for kind, layers in enumerate(kinds)
         ]

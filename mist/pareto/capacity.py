@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from mist.pareto.bounds import fastest_layers
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges, kinds_of
-from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
+from mist.pareto.linear_cost import Held, StageLines, instants
 from mist.pareto.strategies import Floats
 from mist.plans.plan import Limits
 from mist.plans.schedules import SCHEDULES
@@ -251,7 +251,9 @@ class _Knapsack:
     def _output(self, name: str) -> tuple[Floats, Floats]:
         """What an output has on top of its layers, and for each of them."""
         levels, num_kinds = self._model.space.levels, len(self._weight)
-        rows = np.array([LEVELS.index(level) for level in levels])[:, None] * num_kinds
+        rows = (
+            np.array([self._model.job.levels.index(level) for level in levels])[:, None] * num_kinds
+        )
         rows = rows + np.arange(num_kinds)
         rises = [[self._lines.rise(name, row, self._held)[:, 0] for row in own] for own in rows]
         upper, lower = self._mixes

@@ -21,13 +21,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.pareto.strategies import Floats
-from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
 from mist.symbolic.job import Job
 
 INSTANTS = ("begin_bytes", "end_bytes", "last_bytes", "step_bytes")
 OUTPUTS = ("stable_s", "lone_s", "weight_s", *INSTANTS, "host_bytes")
-LEVELS = tuple(MemoryLevel)
 
 
 def instants(runtime: Runtime) -> tuple[str, ...]:
@@ -86,7 +84,7 @@ class StageLines:
         columns = {name: np.tile(term, len(positions)) for name, term in terms.items()}
         for name in positions[0]:
             columns[name] = np.repeat([float(np.asarray(each[name])) for each in positions], size)
-        num_rows = len(LEVELS) * job.facts.num_kinds
+        num_rows = len(job.levels) * job.facts.num_kinds
         asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
         if job.facts.num_kinds == 1:
             asked += [a | b for a, b in combinations(asked, 2)]
@@ -136,7 +134,7 @@ def _rows(line: Line, rows: NDArray[np.bool_] | slice) -> Line:
 
 def _counts(job: Job, bits: Sequence[int]) -> Floats:
     """One layer of each row whose bit is set, [P, X]."""
-    num_rows = len(LEVELS) * job.facts.num_kinds
+    num_rows = len(job.levels) * job.facts.num_kinds
     return np.array([[float(each >> row & 1) for row in range(num_rows)] for each in bits])
 
 
@@ -174,7 +172,7 @@ _HELD: Final = {"in_flight": np.array([0.0, 1.0, 0.0]), "layers_more": np.array(
 
 def _evaluated(job: Job, columns: Mapping[str, ArrayLike], points: Floats) -> dict[str, Floats]:
     """The outputs [3, P, K] at `points` [P, X] layers, by `_HELD`; [2, P, K] of one chunk."""
-    rows = product((level.value for level in LEVELS), range(job.facts.num_kinds))
+    rows = product((level.column for level in job.levels), range(job.facts.num_kinds))
     counts = {
         f"{level}_{kind}": points[None, :, index, None] for index, (level, kind) in enumerate(rows)
     }

@@ -273,7 +273,11 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
     """A model with strategies that offload, without those that are too slow for any range."""
     least, kinds = int(ranges.count.min(initial=0)), range(model.job.facts.num_kinds)
     fastest_s = np.min(
-        [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in model.space.levels],
+        [
+            away.terms[f"term_{x}_{level.column}_stable_s"]
+            for x in kinds
+            for level in model.space.levels
+        ],
         axis=0,
     )
     # No stage with the strategy is faster, and a step takes at least G times its slowest stage.
