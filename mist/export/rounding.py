@@ -9,7 +9,14 @@ from dataclasses import asdict, replace
 
 from mist.export.target import ExportLoss, Expresses, LossKind, refused, rounded
 from mist.plans.knobs import STAGE_KNOBS
-from mist.plans.memory_levels import CONVERTS, KEEPS_ALL, LEVELS, REPEATS_ALL, levels_that
+from mist.plans.memory_levels import (
+    CONVERTS,
+    KEEPS_ALL,
+    LEVELS,
+    REPEATS_ALL,
+    level_counts,
+    levels_that,
+)
 from mist.plans.plan import Offload, Plan, StagePlan
 from mist.plans.workload import MemoryLevel
 
@@ -155,7 +162,7 @@ def _repeated_of_chunks(stage: StagePlan) -> list[int]:
 
 
 def _counts(levels: Sequence[MemoryLevel]) -> Levels:
-    return {level: levels.count(level) for level in MemoryLevel}
+    return level_counts(*((level, 1) for level in levels))
 
 
 def _words(counts: Levels) -> str:
