@@ -189,7 +189,9 @@ class _Knapsack:
         self._model, self._lines, self._held = model, lines, held
         self._weight, self._filled_s = weight, filled_s
         levels = model.space.levels
-        mixes = [*((level, level) for level in levels), *model.pairs]
+        mixes = [*((level, level) for level in levels if model.useful[level].any()), *model.pairs]
+        useful = [model.useful[upper] & model.useful[lower] for upper, lower in mixes]
+        self._useful = np.tile(np.array(useful), len(held.in_flight))
         self._mixes = np.array([[levels.index(level) for level in mix] for mix in mixes]).T
         self._stable, self._lone = self._output("stable_s"), self._output("lone_s")
 
@@ -199,7 +201,7 @@ class _Knapsack:
         found = [each.load() for each in bytes_]
         for each_time in times:
             found += [each_time.load(), *(each_time.load_beside(each) for each in bytes_)]
-        most = np.min(found, axis=0).max(axis=0, initial=-np.inf)
+        most = np.where(self._useful, np.min(found, axis=0), -np.inf).max(axis=0, initial=-np.inf)
         return np.asarray(most.reshape(len(self._held.in_flight), -1))
 
     def _bytes(self, device_bytes: float) -> Iterator[_Budget]:

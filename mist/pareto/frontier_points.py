@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.pareto.candidates import Mixes
 from mist.pareto.frontier import frontier, lean_frontier
+from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Floats, Ints
+from mist.plans.workload import MemoryLevel
 
 LevelNames = NDArray[np.object_]
 
@@ -60,11 +61,14 @@ class StackedMixes:
             **{name: getattr(self, name)[rows, columns] for name in wide},
         )
 
-    def whole(self, level: str) -> "StackedMixes":
-        """The stages with all layers at one level, whether they fit or not."""
+    def whole(self, level: MemoryLevel, allowed: NDArray[np.bool_]) -> "StackedMixes":
+        """The stages with all layers at one level, whether they fit or not.
+
+        `allowed` [K]: strategies that may have the level.
+        """
         own = (self.upper == level) & (self.lower == level)
         rows = {item.name: getattr(self, item.name)[own] for item in fields(self)[:-1]}
-        rows["fits"] = np.ones_like(rows["fits"])
+        rows["fits"] = np.ones_like(rows["fits"]) & allowed[rows["row"]][:, None]
         return StackedMixes(weight_s=self.weight_s, **rows)
 
     def frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:

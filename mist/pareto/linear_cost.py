@@ -12,15 +12,16 @@ steps. The lines are read off the compiled formulas at a few points, so there is
 `StageLines` holds them and says what any mix of layers costs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import product
 from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.pareto.strategies import Floats
+from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
 from mist.symbolic.job import Job
 
@@ -75,10 +76,11 @@ class StageLines:
         job: Job,
         terms: Mapping[str, Floats],
         positions: Sequence[Mapping[str, ArrayLike]],
+        pairs: Iterable[tuple[MemoryLevel, MemoryLevel]] = (),
     ) -> Iterator["StageLines"]:
         """The lines at each of several positions, read off together: numpy's calls take the time.
 
-        `terms` [K]; positions: numbers, nothing of `_HELD`.
+        `terms` [K]; positions: numbers, nothing of `_HELD`. `pairs`: levels that stages may mix.
         """
         size = len(next(iter(terms.values())))
         columns = {name: np.tile(term, len(positions)) for name, term in terms.items()}
@@ -87,7 +89,7 @@ class StageLines:
         num_rows = len(job.levels) * job.facts.num_kinds
         asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
         if job.facts.num_kinds == 1:
-            asked += [a | b for a, b in combinations(asked, 2)]
+            asked += [sum(1 << job.levels.index(level) for level in pair) for pair in pairs]
         counts = _counts(job, asked)
         # From one layer to two no new kind of layer appears: the difference is the slope alone.
         found = _evaluated(job, columns, np.concatenate([counts, 2 * counts[:num_rows]]))

@@ -60,7 +60,7 @@ def landscape_layouts(
     model, ranges = found
     tables = _tables(model, ranges, limits)
     for level in model.space.levels:
-        whole = {id(table): table.whole(level) for table in tables}
+        whole = {id(table): table.whole(level, model.allowed[level]) for table in tables}
         own = [whole[id(table)] for table in tables]
         yield from _even(model, own, ranges, least="stable_s", within_s=within_s)
     yield from _even(model, tables, ranges, least="stable_s", within_s=within_s)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.pareto.candidates import GroupModel, Mixes
+from mist.pareto.candidates import GroupModel
 from mist.pareto.frontier_points import Points, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Group, divisors, groups, offloading
 from mist.plans.plan import DEFAULT_SCHEDULE, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace

@@ -108,7 +108,7 @@ def _norm_of_layers(
     x: torch.Tensor, scale: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `mist.layers` runs on a GPU."""
-    return fused_rms_norm(x, scale, 1)
+    return cast(tuple[torch.Tensor, torch.Tensor], fused_rms_norm(x, scale, 1))
 
 
 def _norm_gradients_of_layers(
@@ -118,7 +118,8 @@ def _norm_gradients_of_layers(
     scale: torch.Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return fused_rms_norm_backward(grad, x, rstd, scale)
+    found = fused_rms_norm_backward(grad, x, rstd, scale)
+    return cast(tuple[torch.Tensor, torch.Tensor], found)
 
 
 # Under fake tensors transformers cannot look at position_ids and builds a [b, 1, s, s] mask for
