@@ -71,7 +71,7 @@ class Within:
 _Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
 
 
-class Position:
+class StagePosition:
     """All mixes at one position: straight lines in the layers of each kind and level.
 
     Its rows are the strategies for each of the micro-batches in flight [F], strategies innermost.
