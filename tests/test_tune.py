@@ -452,7 +452,7 @@ SUBSETS = [
     "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 100))]
 )
 def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
-    """Fourteen pairs of spaces on a hundred random jobs: sizes, memory and machines of all kinds."""
+    """Pairs of spaces on a hundred random jobs: sizes, memory and machines of all kinds."""
     rng = np.random.default_rng(seed)
     counts = tuple(int(n) for n in rng.integers(1, 5, rng.integers(1, 3)))
     hidden = int(rng.choice([256, 1024, 4096]))
