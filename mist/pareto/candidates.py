@@ -316,7 +316,7 @@ class _Position:
             model.space, model.job.platform.runtime, model.strategies, ranges.count
         )
         self._within_caps = np.tile(capped, (len(held.in_flight), 1))
-        self._row = np.arange(len(held.in_flight) * lines.slope["stable_s"][0].shape[1])
+        self._row = np.arange(len(held.in_flight) * lines.slope.shape[-1])
         self._allowed: dict[MemoryLevel, NDArray[np.bool_]] = {}
         self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
 

@@ -131,24 +131,23 @@ def _picks(
         # `_tables` gives stages that are alike one table: its identity is a cheap key.
         key = (id(table), allowed.tobytes())
         if key not in known:
-            known[key] = _best_mixes(model, table, allowed, least)
+            known[key] = _best_mixes(table, allowed, least)
         found.append(known[key])
     return found
 
 
 def _best_mixes(
-    model: GroupModel, table: StackedMixes, placeable: NDArray[np.bool_], least: str
+    table: StackedMixes, placeable: NDArray[np.bool_], least: str
 ) -> tuple[Floats, Ints]:
     """Of each strategy and range the least value, inf where nothing fits, and its row: [K, R]."""
-    allowed = table.fits & placeable
-    measured = np.where(allowed, getattr(table, least), np.inf)
-    value = np.empty((len(model.strategies), len(placeable)))
-    rows = np.empty(value.shape, dtype=np.int64)
-    for k in range(len(model.strategies)):
-        own = np.flatnonzero(table.row == k)
-        best = measured[own].argmin(axis=0)
-        rows[k], value[k] = own[best], measured[own[best], np.arange(len(placeable))]
-    return value, rows
+    # Every strategy has a row at least, with all layers at one level.
+    order = np.argsort(table.row, kind="stable")
+    begins = np.flatnonzero(np.diff(table.row[order], prepend=-1))
+    measured = np.where(table.fits & placeable, getattr(table, least), np.inf)[order]
+    value = np.minimum.reduceat(measured, begins, axis=0)
+    is_least = measured == value[table.row[order]]
+    at = np.where(is_least, np.arange(len(order))[:, None], len(order))
+    return value, order[np.minimum.reduceat(at, begins, axis=0)]
 
 
 def alike_layouts(
