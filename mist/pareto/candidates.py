@@ -17,7 +17,6 @@ between such numbers one by one. What fits is always checked, never inferred.
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from functools import reduce
 from itertools import combinations
 from typing import Final
 
@@ -181,7 +180,9 @@ class GroupModel:
         lines = self.lines(stage, place)
         for some in _chunks(in_flight, len(self.strategies) * len(ranges)):
             held = self._held(np.full(len(some), stage), some, ranges)
-            yield from self._by_in_flight(lines, held, ranges, limits)
+            mixes = list(self._mixes(_Position(self, lines, held, ranges, limits)))
+            for index, own in enumerate(some.tolist()):
+                yield own, self._part(mixes, index, ranges)
 
     def _mixes(self, position: "_Position") -> Iterator[Mixes]:
         for level in self.space.levels:
@@ -189,33 +190,32 @@ class GroupModel:
         for upper, lower in self.pairs:
             yield from position.mixed(upper, lower)
 
-    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
-        """Stages that differ in nothing but their layers, and the mixes of each of them.
+    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[list[Ints], list[Mixes]]]:
+        """Stages with the same lines, by their micro-batches in flight [F], and their mixes [F K].
 
         Those that differ only in their micro-batches in flight are computed together: for a
         pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
         """
         for stages, held in self.together(len(self.strategies) * len(ranges), ranges):
-            lines = self.lines(int(stages[0]))
-            for in_flight, own in self._by_in_flight(lines, held, ranges, limits):
-                yield stages[self._in_flight[stages] == in_flight], own
+            position = _Position(self, self.lines(int(stages[0])), held, ranges, limits)
+            own = [stages[self._in_flight[stages] == each] for each in held.in_flight]
+            yield own, list(self._mixes(position))
 
-    def _by_in_flight(
-        self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits
-    ) -> Iterator[tuple[float, list[Mixes]]]:
-        """The possible mixes for each number of micro-batches in flight, computed together."""
+    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
+        """Stages that differ in nothing but their layers, and the mixes of each of them."""
+        for each, mixes in self.by_line(ranges, limits):
+            for index, stages in enumerate(each):
+                yield stages, self._part(mixes, index, ranges)
+
+    def _part(self, mixes: list[Mixes], index: int, ranges: Ranges) -> list[Mixes]:
+        """The possible mixes for one of the numbers of micro-batches in flight."""
         num_rows = len(self.strategies)
-        mixes = list(self._mixes(_Position(self, lines, held, ranges, limits)))
-        for index, in_flight in enumerate(held.in_flight.tolist()):
-            parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
-            yield (
-                in_flight,
-                [
-                    part
-                    for part in parts
-                    if part.upper is part.lower or (part.num_lower < ranges.count).any()
-                ],
-            )
+        parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
+        return [
+            part
+            for part in parts
+            if part.upper is part.lower or (part.num_lower < ranges.count).any()
+        ]
 
     def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
         """Strategies that do not fit everywhere with all layers at the first level, [K]."""
@@ -289,6 +289,8 @@ def _chunks(in_flight: Floats, size: int) -> Iterator[Floats]:
         yield in_flight[start : start + chunk]
 
 
+_TIMES: Final = ("stable_s", "lone_s")
+_BYTES: Final = slice(len(_TIMES), None)  # of the outputs of a position: times, then bytes
 _Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
 
 
@@ -308,7 +310,7 @@ class _Position:
     ) -> None:
         self._job, self._lines, self._held = model.job, lines, held
         self._ranges, self._limits = ranges, limits
-        self._instants = instants(model.job.platform.runtime)
+        self._outputs = (*_TIMES, *instants(model.job.platform.runtime), "host_bytes")
         self._kinds = kinds_of(model.job, ranges)
         self._schedule = model.group.schedule.kind.value
         self._away = np.tile(model.strategies["activations"], len(held.in_flight))
@@ -318,7 +320,8 @@ class _Position:
         self._within_caps = np.tile(capped, (len(held.in_flight), 1))
         self._row = np.arange(len(held.in_flight) * lines.slope.shape[-1])
         self._allowed: dict[MemoryLevel, NDArray[np.bool_]] = {}
-        self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
+        self._rises: dict[tuple[MemoryLevel, int], Floats] = {}
+        self._constants: dict[int, Floats] = {}
 
     def whole(self, level: MemoryLevel) -> Mixes:
         """All layers at one level."""
@@ -327,8 +330,8 @@ class _Position:
 
     def mixed(self, upper: MemoryLevel, lower: MemoryLevel) -> Iterator[Mixes]:
         """Some layers at each of two levels, where both times do not fall together."""
-        names = ("stable_s", "lone_s", *(("host_bytes",) if self._limits.shares_host else ()))
-        rises = np.stack([self._differs(name, upper, lower) for name in names])
+        counted = [0, 1, *([-1] if self._limits.shares_host else [])]
+        rises = self._differs(upper, lower)[:, counted]
         rising, falling = (rises >= 0).all(axis=(0, 1, 3)), (rises <= 0).all(axis=(0, 1, 3))
         rows = np.flatnonzero(rising | ~falling)
         if not rows.size:
@@ -341,21 +344,17 @@ class _Position:
             yield self.mix(upper, lower, open_rows, further)
             further = further + 1
 
-    def _differs(self, name: str, upper: MemoryLevel, lower: MemoryLevel) -> Floats:
-        """How much a layer of each kind takes more at the lower level, [Q, K, R], or R = 1."""
-        return np.stack(
-            [
-                self._rise(name, lower, kind) - self._rise(name, upper, kind)
-                for kind in range(len(self._kinds))
-            ]
-        )
+    def _differs(self, upper: MemoryLevel, lower: MemoryLevel) -> Floats:
+        """How much a layer of each kind takes more at the lower level, [Q, I, F K, R] or R = 1."""
+        kinds = range(len(self._kinds))
+        return np.stack([self._rise(lower, kind) - self._rise(upper, kind) for kind in kinds])
 
-    def _rise(self, name: str, level: MemoryLevel, kind: int) -> Floats:
-        key = (name, level, kind)
-        if key not in self._rises:
-            row = LEVELS.index(level) * len(self._kinds) + kind
-            self._rises[key] = self._lines.rise(name, row, self._held)
-        return self._rises[key]
+    def _rise(self, level: MemoryLevel, kind: int) -> Floats:
+        """What one more layer adds to every output, [I, F K, R] or R = 1."""
+        if (level, kind) not in self._rises:
+            row = np.array(LEVELS.index(level) * len(self._kinds) + kind)
+            self._rises[level, kind] = self._lines.rises(self._outputs, row, self._held)
+        return self._rises[level, kind]
 
     def least(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> Ints:
         """The least number of lower layers, 1 to count - 1, that fits; count - 1 if none does.
@@ -403,18 +402,15 @@ class _Position:
         last = np.maximum(self._ranges.count - 1, 1)
         one = np.ones((len(rows), len(self._ranges)), dtype=np.int64)
         last = np.broadcast_to(last, one.shape)
-        device_bytes, host_bytes = self._limits.device_bytes, self._limits.host_bytes
-        limits = dict.fromkeys(self._instants, device_bytes) | {"host_bytes": host_bytes}
-        parts = self._parts(upper, lower, one)
-        guess = np.zeros(one.shape)
-        for name, limit in limits.items():
-            over = self._value(name, parts, rows) - limit
-            if not (over > 0).any():
-                continue
-            saved = -self._differs(name, upper, lower)[0][rows]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
-            guess = np.maximum(guess, more)
+        num_instants = len(self._outputs) - len(_TIMES) - 1
+        most = [*[self._limits.device_bytes] * num_instants, self._limits.host_bytes]
+        over = self._values(_BYTES, self._parts(upper, lower, one), rows) - np.reshape(
+            most, (-1, 1, 1)
+        )
+        saved = -self._differs(upper, lower)[0, _BYTES][:, rows]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
+        guess = more.max(axis=0)
         around = np.ceil(np.minimum(guess, last)).astype(np.int64)
         return np.clip(around, 1, last), np.clip(around + 2, 1, last)
 
@@ -422,7 +418,7 @@ class _Position:
         """What stages with these mixes cost; `num_lower` [len(rows), R]."""
         parts = self._parts(upper, lower, num_lower)
         peak_bytes, host_bytes = self._bytes(parts, rows)
-        stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
+        stable_s, lone_s = self._values(slice(len(_TIMES)), parts, rows)
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
         for level in {upper, lower}:
@@ -463,22 +459,20 @@ class _Position:
 
     def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
         """Peak on the device and bytes in host memory."""
-        peak_bytes = reduce(np.maximum, (self._value(name, parts, rows) for name in self._instants))
-        return peak_bytes, self._value("host_bytes", parts, rows)
+        *instants_bytes, host_bytes = self._values(_BYTES, parts, rows)
+        return np.max(instants_bytes, axis=0), host_bytes
 
-    def _value(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        return self._base(name, parts, rows) + self._sum(name, parts, rows)
-
-    def _sum(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        """Sum over kinds and levels of layers times their line."""
-        total = np.zeros(1)
+    def _values(self, outputs: slice, parts: _Parts, rows: Ints) -> Floats:
+        """Outputs of mixes with these layers at each level, [I, rows, R]."""
+        total = self._base(outputs, parts, rows)
+        beside = np.zeros(1)
         for level, kinds in parts:
             for kind, layers in enumerate(kinds):
-                total = total + layers * self._rise(name, level, kind)[rows]
-        return total
+                beside = beside + layers * self._rise(level, kind)[outputs][:, rows]
+        return total + beside
 
-    def _base(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        """The part of an output that depends on which kinds and levels a stage has at all."""
+    def _base(self, outputs: slice, parts: _Parts, rows: Ints) -> Floats:
+        """The part of outputs that depends on which kinds and levels a stage has at all."""
         num_kinds = len(self._kinds)
         bits = [
             (1 << (LEVELS.index(level) * num_kinds + kind), layers)
@@ -486,15 +480,20 @@ class _Position:
             for kind, layers in enumerate(kinds)
         ]
         if num_kinds == 1:  # every possible mix has a layer at each of its levels
-            present = sum(bit for bit, _ in bits)
-            return self._lines.base(name, present, self._held)[rows, None]
-        shape = (len(rows), len(self._ranges))
-        held = np.zeros(shape, dtype=np.int64)
+            return self._constant(sum(bit for bit, _ in bits))[outputs][:, rows, None]
+        held = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
         for bit, layers in bits:
             held |= np.where(layers > 0, bit, 0)
-        base = np.empty(shape)
+        base = np.empty((len(self._outputs[outputs]), *held.shape))
         for each in np.unique(held):
             at = held == each
-            line = self._lines.base(name, int(each), self._held)[rows, None]
-            base[at] = np.broadcast_to(line, shape)[at]
+            line = self._constant(int(each))[outputs][:, rows, None]
+            base[:, at] = np.broadcast_to(line, base.shape)[:, at]
         return base
+
+    def _constant(self, present: int) -> Floats:
+        """b_P of every output, [I, F K]."""
+        if present not in self._constants:
+            found = self._lines.constants(self._outputs, [present], self._held)
+            self._constants[present] = found[:, 0]
+        return self._constants[present]

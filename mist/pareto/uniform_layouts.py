@@ -6,6 +6,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -59,11 +60,9 @@ def landscape_layouts(
         return
     model, ranges = found
     tables = _tables(model, ranges, limits)
-    for level in model.space.levels:
-        whole = {id(table): table.whole(level) for table in tables}
-        own = [whole[id(table)] for table in tables]
+    for level in (*model.space.levels, None):
+        own = [replace(table, level=level) for table in tables]
         yield from _even(model, own, ranges, least="stable_s", within_s=within_s)
-    yield from _even(model, tables, ranges, least="stable_s", within_s=within_s)
 
 
 def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
@@ -80,9 +79,55 @@ def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupMo
     return (model, ranges) if len(ranges) else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Table:
+    """Stages that differ in their micro-batches in flight, by them [F], and all their mixes [N].
+
+    `slot` [N]: which micro-batches in flight and strategy a mix has, f K + k. `level`: of all
+    layers, whether they fit or not; None: what fits, at any level.
+    """
+
+    stages: list[Ints]
+    mixes: StackedMixes
+    slot: Ints
+    level: MemoryLevel | None = None
+
+    def best(self, measure: Measure, placeable: NDArray[np.bool_]) -> tuple[Floats, Ints]:
+        """The least value, inf where nothing fits, and its mix: [F, K, R]; `placeable` [F, R]."""
+        mixes, num_slots = self.mixes, int(self.slot.max()) + 1
+        fits = mixes.fits
+        if self.level is not None:
+            fits = ((mixes.upper == self.level) & (mixes.lower == self.level))[:, None]
+        shape = (len(self.stages), -1, placeable.shape[1])
+        allowed = fits & placeable[self.slot // (num_slots // len(self.stages))]
+        measured = np.where(allowed, getattr(mixes, measure), np.inf)
+        # Every slot has a mix at least, with all layers at one level.
+        order = np.argsort(self.slot, kind="stable")
+        begins = np.flatnonzero(np.diff(self.slot[order], prepend=-1))
+        measured = measured[order]
+        value = np.minimum.reduceat(measured, begins, axis=0)
+        is_least = measured == value[self.slot[order]]
+        at = np.where(is_least, np.arange(len(order))[:, None], len(order))
+        rows = order[np.minimum.reduceat(at, begins, axis=0)]
+        return value.reshape(shape), rows.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pick:
+    """Of each strategy and range the least value of a stage, and which mix has it: [K, R]."""
+
+    value: Floats
+    mix: Ints
+    mixes: StackedMixes
+
+    def points(self, strategies: Ints, columns: Ints) -> Points:
+        """Strategies and their ranges, both [P], as points."""
+        return self.mixes.points(self.mix[strategies, columns], columns)
+
+
 def _even(
     model: GroupModel,
-    tables: Sequence[StackedMixes],
+    tables: Sequence[_Table],
     ranges: Ranges,
     *,
     least: Measure,
@@ -90,12 +135,12 @@ def _even(
 ) -> Iterator[PricedLayout]:
     """Of each strategy the best split of the layers, of stages that are in the tables."""
     picks = _picks(model, tables, ranges, least)
-    value = np.stack([value for value, _ in picks], axis=1)
+    value = np.stack([pick.value for pick in picks], axis=1)
     chosen = even_split(ranges, model.job.num_layers, value)
     strategies = np.flatnonzero(chosen[:, 0] >= 0)
     stages = [
-        table.points(rows[strategies, columns], columns)
-        for table, (_, rows), columns in zip(tables, picks, chosen[strategies].T, strict=True)
+        pick.points(strategies, columns)
+        for pick, columns in zip(picks, chosen[strategies].T, strict=True)
     ]
     counts = ranges.count[chosen[strategies]]
     found = alike_pipelines(model.group, model.strategies, strategies, stages, counts)
@@ -111,43 +156,41 @@ def _picked(model: GroupModel, count: int, points: Points) -> Picked:
     )
 
 
-def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[StackedMixes]:
-    """The mixes of every stage, first stage first; stages that are alike share a table."""
-    tables: dict[int, StackedMixes] = {}
-    for stages, mixes in model.by_place(ranges, limits):
-        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
-        tables |= dict.fromkeys(stages.tolist(), table)
-    return [tables[stage] for stage in range(model.group.num_stages)]
+def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[_Table]:
+    """The mixes of all stages; those with the same lines share a table."""
+    tables = []
+    for stages, mixes in model.by_line(ranges, limits):
+        table = stacked(mixes, model.weight_s(int(stages[0][0]), ranges))
+        tables.append(
+            _Table(
+                stages=stages,
+                mixes=replace(table, row=table.row % len(model.strategies)),
+                slot=table.row,
+            )
+        )
+    return tables
 
 
 def _picks(
-    model: GroupModel, tables: Sequence[StackedMixes], ranges: Ranges, least: str
-) -> list[tuple[Floats, Ints]]:
-    """The best mixes of every stage; those of stages that are alike are looked for once."""
-    known: dict[tuple[int, bytes], tuple[Floats, Ints]] = {}
-    found = []
-    for stage, table in enumerate(tables):
-        allowed = placed(ranges, model.job.num_layers, model.group.num_stages, stage)
-        # `_tables` gives stages that are alike one table: its identity is a cheap key.
-        key = (id(table), allowed.tobytes())
-        if key not in known:
-            known[key] = _best_mixes(table, allowed, least)
-        found.append(known[key])
-    return found
-
-
-def _best_mixes(
-    table: StackedMixes, placeable: NDArray[np.bool_], least: str
-) -> tuple[Floats, Ints]:
-    """Of each strategy and range the least value, inf where nothing fits, and its row: [K, R]."""
-    # Every strategy has a row at least, with all layers at one level.
-    order = np.argsort(table.row, kind="stable")
-    begins = np.flatnonzero(np.diff(table.row[order], prepend=-1))
-    measured = np.where(table.fits & placeable, getattr(table, least), np.inf)[order]
-    value = np.minimum.reduceat(measured, begins, axis=0)
-    is_least = measured == value[table.row[order]]
-    at = np.where(is_least, np.arange(len(order))[:, None], len(order))
-    return value, order[np.minimum.reduceat(at, begins, axis=0)]
+    model: GroupModel, tables: Sequence[_Table], ranges: Ranges, least: Measure
+) -> list[_Pick]:
+    """The best mixes of every stage, first stage first."""
+    num_layers, num_stages = model.job.num_layers, model.group.num_stages
+    picks: dict[int, _Pick] = {}
+    for table in tables:
+        # Stages of as many micro-batches in flight differ in the ranges that they may take.
+        for turn in range(max(map(len, table.stages))):
+            stages = [own[min(turn, len(own) - 1)] for own in table.stages]
+            placeable = [placed(ranges, num_layers, num_stages, stage) for stage in stages]
+            value, mix = table.best(least, np.stack(placeable))
+            for index, own in enumerate(table.stages):
+                # Where layers are alike all of them may take the same: one turn is enough.
+                taken = own if ranges.alike else own[turn : turn + 1]
+                pick = _Pick(value=value[index], mix=mix[index], mixes=table.mixes)
+                picks |= dict.fromkeys(taken.tolist(), pick)
+            if ranges.alike:
+                break
+    return [picks[stage] for stage in range(num_stages)]
 
 
 def alike_layouts(
