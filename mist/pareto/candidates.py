@@ -17,6 +17,7 @@ between such numbers one by one. What fits is always checked, never inferred.
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Final
 
@@ -211,11 +212,7 @@ class GroupModel:
         """The possible mixes for one of the numbers of micro-batches in flight."""
         num_rows = len(self.strategies)
         parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
-        return [
-            part
-            for part in parts
-            if part.upper is part.lower or (part.num_lower < ranges.count).any()
-        ]
+        return [p for p in parts if p.upper is p.lower or (p.num_lower < ranges.count).any()]
 
     def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
         """Strategies that do not fit everywhere with all layers at the first level, [K]."""
@@ -223,12 +220,11 @@ class GroupModel:
         short = np.zeros(num_rows, dtype=np.bool_)
         for stages, held in self.together(num_rows * len(ranges), ranges):
             position = _Position(self, self.lines(int(stages[0])), held, ranges, limits)
-            whole = position.whole(level)
-            for index, in_flight in enumerate(held.in_flight):
-                fits = whole.part(index * num_rows, num_rows).fits
-                for stage in stages[self._in_flight[stages] == in_flight]:
-                    allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
-                    short |= ~fits[:, allowed].all(axis=1)
+            fits = position.whole(level).fits.reshape(len(held.in_flight), num_rows, len(ranges))
+            for stage in stages:
+                (own,) = fits[held.in_flight == self._in_flight[stage]]
+                allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
+                short |= ~own[:, allowed].all(axis=1)
         return short
 
     def together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
@@ -244,9 +240,13 @@ class GroupModel:
         """What stages [F] hold."""
         if self.group.schedule.vpp == 1:
             return Held(in_flight=in_flight, layers_more=np.zeros((len(stages), 1)))
-        kind, pipeline = self.group.schedule.kind, self._pipeline | {"stage": stages}
-        more = layers_more(kind, layers=ranges.count[None, :], **pipeline)
-        return Held(in_flight=in_flight, layers_more=more)
+        return Held(in_flight=in_flight, layers_more=self._layers_more[stages][:, ranges.count])
+
+    @cached_property
+    def _layers_more(self) -> Floats:
+        """Micro-batches that an average layer of each stage holds more, by layers: [S, L + 1]."""
+        counts = np.arange(self.job.num_layers + 1)[None, :]
+        return layers_more(self.group.schedule.kind, layers=counts, **self._pipeline)
 
     def least(
         self, stage: int, ranges: Ranges, limits: Limits, upper: MemoryLevel, lower: MemoryLevel
@@ -464,12 +464,12 @@ class _Position:
 
     def _values(self, outputs: slice, parts: _Parts, rows: Ints) -> Floats:
         """Outputs of mixes with these layers at each level, [I, rows, R]."""
-        total = self._base(outputs, parts, rows)
-        beside = np.zeros(1)
+        own = rows if len(rows) < len(self._row) else slice(None)  # a view where all are asked for
+        total = np.zeros(1)
         for level, kinds in parts:
             for kind, layers in enumerate(kinds):
-                beside = beside + layers * self._rise(level, kind)[outputs][:, rows]
-        return total + beside
+                total = total + layers * self._rise(level, kind)[outputs][:, own]
+        return np.asarray(self._base(outputs, parts, rows) + total)
 
     def _base(self, outputs: slice, parts: _Parts, rows: Ints) -> Floats:
         """The part of outputs that depends on which kinds and levels a stage has at all."""
