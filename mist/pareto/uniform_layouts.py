@@ -44,7 +44,8 @@ def even_layouts(
     if found is not None:
         model, ranges = found
         tables = _tables(model, ranges, limits)
-        yield from _even(model, tables, ranges, least=least, within_s=within_s)
+        picks = _picks(model, tables, ranges, least)
+        yield from _even(model, ranges, [picks], within_s=within_s)
 
 
 def landscape_layouts(
@@ -60,9 +61,11 @@ def landscape_layouts(
         return
     model, ranges = found
     tables = _tables(model, ranges, limits)
-    for level in (*model.space.levels, None):
-        own = [replace(table, level=level) for table in tables]
-        yield from _even(model, own, ranges, least="stable_s", within_s=within_s)
+    picks = [
+        _picks(model, [replace(table, level=level) for table in tables], ranges, "stable_s")
+        for level in (*model.space.levels, None)
+    ]
+    yield from _even(model, ranges, picks, within_s=within_s)
 
 
 def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
@@ -126,25 +129,23 @@ class _Pick:
 
 
 def _even(
-    model: GroupModel,
-    tables: Sequence[_Table],
-    ranges: Ranges,
-    *,
-    least: Measure,
-    within_s: float,
+    model: GroupModel, ranges: Ranges, picks: Sequence[Sequence[_Pick]], *, within_s: float
 ) -> Iterator[PricedLayout]:
-    """Of each strategy the best split of the layers, of stages that are in the tables."""
-    picks = _picks(model, tables, ranges, least)
-    value = np.stack([pick.value for pick in picks], axis=1)
-    chosen = even_split(ranges, model.job.num_layers, value)
-    strategies = np.flatnonzero(chosen[:, 0] >= 0)
-    stages = [
-        pick.points(strategies, columns)
-        for pick, columns in zip(picks, chosen[strategies].T, strict=True)
-    ]
-    counts = ranges.count[chosen[strategies]]
-    found = alike_pipelines(model.group, model.strategies, strategies, stages, counts)
-    yield from (layout for layout in found if layout.step_s <= within_s)
+    """Of each strategy the best split of the layers, for every choice [S] of what stages may be."""
+    value = np.stack([[pick.value for pick in stages] for stages in picks])
+    num_choices, num_stages, num_strategies, num_ranges = value.shape
+    # Choices and strategies are split together: numpy's calls take the time.
+    rows = value.swapaxes(1, 2).reshape(-1, num_stages, num_ranges)
+    chosen = even_split(ranges, model.job.num_layers, rows)
+    for stages, columns in zip(
+        picks, chosen.reshape(num_choices, num_strategies, num_stages), strict=True
+    ):
+        strategies = np.flatnonzero(columns[:, 0] >= 0)
+        own = columns[strategies]
+        points = [pick.points(strategies, at) for pick, at in zip(stages, own.T, strict=True)]
+        counts = ranges.count[own]
+        found = alike_pipelines(model.group, model.strategies, strategies, points, counts)
+        yield from (layout for layout in found if layout.step_s <= within_s)
 
 
 def _picked(model: GroupModel, count: int, points: Points) -> Picked:
