@@ -115,8 +115,10 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
     whole = _trained_whole(subject, check)
     progress("tracing symbolic sizes")
     try:
-        subject = replace(subject, sharding=_sharding(model, whole))
-        run, notes = _sharded_run(subject, check), list(subject.notes)
+        sharding = _sharding(model, whole)
+        subject = replace(subject, sharding=sharding)
+        run, notes = _sharded_run(subject, check), list(sharding.notes)
+        subject = replace(subject, sharding=_as_run(sharding, run))
     except UnsupportedRules as reason:
         subject = replace(subject, sharding=None)
         run, is_fitted = _expressions(subject, batch=None)
@@ -138,12 +140,19 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
 
 
 def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:
-    """What tensor parallelism divides of a model, from one run at concrete sizes.
+    """What tensor parallelism divides of a model, from a run at concrete sizes and one on shards.
 
     Raises Unsupported, with the reason, and TraceError.
     """
-    subject, run = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
-    return _sharding(model, _trained_whole(subject, run))
+    subject, check = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
+    sharding = _sharding(model, _trained_whole(subject, check))
+    run = _on_shards(replace(subject, sharding=sharding), Point(backward=False))
+    return _as_run(sharding, run)
+
+
+def _as_run(sharding: Sharding, run: RecordedRun) -> Sharding:
+    """With what a run on shards has shown of the model's calls."""
+    return replace(sharding, size_rules=run.size_rules, fused=run.fused)
 
 
 def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
@@ -254,13 +263,7 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
 
 def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
     """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
-    try:
-        with without_torch_log():
-            run = subject.session(Point())
-    except Exception as error:
-        raise UnsupportedRules(
-            f"tensor parallelism cannot be traced ({shard_words(error)}); t = 1 only"
-        ) from error
+    run = _on_shards(subject, Point())
     if run.fixed.keys() - {S}:
         raise UnsupportedRules(
             "tensor parallelism cannot be traced (a shard has one size); t = 1 only"
@@ -280,6 +283,17 @@ def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
                 f"{op.name} in {op.module} does not divide by t ({op.flop} FLOPs); t = 1 only"
             )
     return run
+
+
+def _on_shards(subject: _Subject, point: Point) -> RecordedRun:
+    """A run with symbolic shards. Raises Unsupported, in our words, when the model has none."""
+    try:
+        with without_torch_log():
+            return subject.session(point)
+    except Exception as error:
+        raise UnsupportedRules(
+            f"tensor parallelism cannot be traced ({shard_words(error)}); t = 1 only"
+        ) from error
 
 
 def _compiled_run(subject: _Subject, eager: RecordedRun) -> RecordedRun:

@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 
 from mist.errors import ModelError
 from mist.exec.build.tensor_parts import divide_parts, with_parts
+from mist.exec.build.tensor_sizes import run_with_local_sizes
 from mist.exec.build.tensor_rules import RegionRule, TensorRules
 
 SEQUENCE: Placement = Shard(1)
@@ -91,7 +92,7 @@ def _divide_layers(
     _divide_parameters(model, rules, prefixes, mesh)
     regions = [region for region in rules.regions if region.rowwise.startswith(prefixes)]
     for region in regions:
-        _divide_region(model, region, mesh, part)
+        _divide_region(model, region, mesh, part, rules.parts)
     entries = {name for region in regions for name in region.entries.values()}
     exits = {region.block or region.rowwise for region in regions}
     whole = {name for name in rules.whole if part.sp and name.startswith(prefixes)}
@@ -100,6 +101,10 @@ def _divide_layers(
     _on_all(model, exits, _on_exit, partial(_leave if part.sp else _add_up, **options))
     _on_all(model, whole, _on_entry, partial(_gather, **options))
     _on_all(model, whole, _on_exit, partial(_scatter_output, **options))
+    # Last, so that calls which the hooks above make are not counted as the model's.
+    for name, sizes in rules.sizes.items():
+        if f"{name}.".startswith(prefixes):
+            run_with_local_sizes(model.get_submodule(name), sizes, mesh)
     return entries, whole
 
 
@@ -121,7 +126,13 @@ def _on_all(model: nn.Module, names: set[str], hook: Callable[..., None], cross:
         hook(model.get_submodule(name), cross)
 
 
-def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: ChunkPart) -> None:
+def _divide_region(
+    model: nn.Module,
+    region: RegionRule,
+    mesh: DeviceMesh,
+    part: ChunkPart,
+    parts: Mapping[str, object],
+) -> None:
     sp = part.sp
     if sp and region.attends and set(region.entries) & set(region.entries.values()):
         raise ModelError(
@@ -130,7 +141,7 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part:
         )
     for name in region.entries:
         module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and name not in parts:
             parallelize_module(module, mesh, ColwiseParallel())
             _partial_input(module, mesh)
     row = model.get_submodule(region.rowwise)

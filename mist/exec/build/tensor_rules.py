@@ -26,8 +26,9 @@ from mist.trace.models.source import TraceSetting
 from mist.trace.recording.shim import ImitatedKernels
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
+from mist.trace.tensor_parallel.sized_calls import SizeRule
 from mist.trace.tensor_parallel.tp_apply import num_pieces, undivided
-from mist.trace.tensor_parallel.tp_sharding import Matrix, Sharding, UnsupportedRules, matrix_of
+from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
 
 GETTERS: Final = ("__get__", "size", "dim", "stride")
 
@@ -60,7 +61,8 @@ class RegionRule:
 class TensorRules:
     """Modules and parameters that ranks divide.
 
-    `local`: numbers (module, attribute) that are smaller on a rank. `parts`: of modules that
+    `local`: numbers (module, attribute) that are smaller on a rank; `sizes`: of the calls of a
+    module's forward. `parts`: of modules that
     torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
     which nothing is divided. `direct`: layer 0 takes the result of the embedding as it is.
     """
@@ -72,6 +74,7 @@ class TensorRules:
     head: str | None
     direct: bool
     local: Mapping[tuple[str, str], int]
+    sizes: Mapping[str, Mapping[int, SizeRule]]
 
 
 def tensor_rules(
@@ -110,6 +113,9 @@ def tensor_rules(
             for owner, values in _everywhere(_local(model, sharding, tp), like).items()
             for attribute, value in values.items()
         },
+        sizes=_everywhere(
+            {names[key]: rules for key, rules in sharding.size_rules.items() if rules}, like
+        ),
     )
 
 
@@ -186,37 +192,39 @@ def _regions(
         yield RegionRule(
             entries={name: entries[name] if block is None else block for name in columns},
             rowwise=rowwise,
-            attends=_attends(loaded.module, rowwise, columns),
+            attends=_attends(loaded.module, sharding, rowwise, columns),
             block=block,
         )
 
 
-def _attends(model: nn.Module, rowwise: str, columns: Sequence[str]) -> bool:
+def _attends(
+    model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequence[str]
+) -> bool:
     """Whether these are queries, keys and values: three matrices, or of unlike widths."""
     row = matrix_of(model.get_submodule(rowwise))
     by_name = {name: matrix_of(model.get_submodule(name)) for name in columns}
     matrices = {name: matrix for name, matrix in by_name.items() if matrix is not None}
     if row is None:
         return False
-    count = sum(num_pieces(model, name, matrix, row) or 1 for name, matrix in matrices.items())
+    count = sum(num_pieces(sharding, matrix) for matrix in matrices.values())
     return count > 2 or len({matrix.num_out for matrix in matrices.values()}) > 1
 
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
     """Of modules with divided parameters that are neither linear layers nor tables."""
     rules_by_module: dict[str, dict[str, PartRule]] = {}
-    rows = _rows(model, sharding)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        matrix = matrix_of(module)
+        fused = 1 if matrix is None else num_pieces(sharding, matrix)
+        # Torch's style for a linear layer takes one range of its outputs.
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and fused == 1):
             continue
         parameters = dict(module.named_parameters(recurse=False))
         shares = {
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
-        row, matrix = rows.get(id(module)), matrix_of(module)
-        fused = row and matrix and num_pieces(model, name, matrix, row)
         rules = {
-            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=fused or share.pieces)
+            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=share.pieces if fused == 1 else fused)
             for n, share in shares.items()
         }
         if id(module) in sharding.regions:  # its bias is added to the sum once
@@ -226,13 +234,6 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
         if rules:
             rules_by_module[name] = rules
     return rules_by_module
-
-
-def _rows(model: nn.Module, sharding: Sharding) -> dict[int, Matrix | None]:
-    """Of each column-parallel module the row-parallel matrix behind it."""
-    modules = {id(module): module for module in model.modules()}
-    rows = {key: matrix_of(modules[key]) for key in sharding.regions}
-    return {each: rows[key] for key, columns in sharding.regions.items() for each in columns}
 
 
 def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
