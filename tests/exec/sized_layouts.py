@@ -3,6 +3,7 @@
 Numbers of heads and widths are globals: nothing of a module says what a rank has less of.
 """
 
+import json
 from pathlib import Path
 
 from tests.exec.layouts import NUM_LAYERS, PLAIN, PLAIN_SIZES, VOCAB, S, Variant
@@ -80,6 +81,39 @@ STYLES = {
     ),
 }  # fmt: skip
 
+# A table of biases that the first layer makes for all of its stack; a decoder with an encoder.
+T5 = {
+    "model_type": "t5",
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "architectures": ["T5ForConditionalGeneration"],
+}
+BART = {
+    "model_type": "bart",
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "architectures": ["BartForConditionalGeneration"],
+}
+CONFIGS = {"t5": T5, "bart": BART}
+
 
 def write_sized_models(folder: Path) -> None:
     """The tiny models, as files that a plan can name."""
@@ -89,10 +123,17 @@ def write_sized_models(folder: Path) -> None:
     for name, (made, forward) in STYLES.items():
         body = ATTENTION.format(made=made, forward="\n        ".join(forward))
         (folder / f"{name}.py").write_text(f"{text}\n{body}")
+    for name, config in CONFIGS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
 
 
 SIZED = tuple(
     Variant(name=f"{name}{' sp' * sp}", model=f"{name}.py", stages=(S(tp=2, sp=sp),), micro=8)
     for name in STYLES
     for sp in (False, True)
+)
+# BART has no module that is given the activation for its attention alone: sp is refused.
+WITH_ENCODER = (
+    Variant(name="t5", model="t5.json", stages=(S(tp=2),), micro=8),
+    Variant(name="bart", model="bart.json", stages=(S(tp=2),), micro=8),
 )

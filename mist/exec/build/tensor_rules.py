@@ -62,7 +62,8 @@ class TensorRules:
     """Modules and parameters that ranks divide.
 
     `local`: numbers (module, attribute) that are smaller on a rank; `sizes`: of the calls of a
-    module's forward. `parts`: of modules that
+    module's forward. `places`: arguments of the entries that enter, of those that are given more
+    (keywords behind positions); without one every activation does. `parts`: of modules that
     torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
     which nothing is divided. `direct`: layer 0 takes the result of the embedding as it is.
     """
@@ -75,6 +76,7 @@ class TensorRules:
     direct: bool
     local: Mapping[tuple[str, str], int]
     sizes: Mapping[str, Mapping[int, SizeRule]]
+    places: Mapping[str, frozenset[int]]
 
 
 def tensor_rules(
@@ -90,7 +92,8 @@ def tensor_rules(
     if words := undivided(model, sharding):
         raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
-    entries = _entries(loaded, structure, seq_len)
+    inputs = _inputs(loaded, structure, seq_len)
+    entries = {name: inputs.entry(name, chain) for name, chain in inputs.linear.items()}
     blocks = frozenset(_outermost(names[each] for each in sharding.whole))
     traced_regions = tuple(_regions(loaded, sharding, names, entries, blocks))
     like = _like(loaded, structure, traced_regions)
@@ -113,6 +116,7 @@ def tensor_rules(
             for owner, values in _everywhere(_local(model, sharding, tp), like).items()
             for attribute, value in values.items()
         },
+        places=_everywhere(inputs.places(entries), like),
         sizes=_everywhere(
             {names[key]: rules for key, rules in sharding.size_rules.items() if rules}, like
         ),
@@ -246,8 +250,8 @@ def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str,
     return numbers
 
 
-def _entries(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> Mapping[str, str]:
-    """For each linear layer: the module at which its input enters."""
+def _inputs(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> "_Inputs":
+    """Which modules are given what the linear layers read."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
     with mode:
@@ -256,7 +260,7 @@ def _entries(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> Ma
     with mode, ImitatedKernels("cpu"), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))
-    return {name: watch.entry(name, chain) for name, chain in watch.linear.items()}
+    return watch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -266,6 +270,7 @@ class _Inputs(TorchFunctionMode):
     model: nn.Module
     layers: frozenset[str]
     stack: list[tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=list)
+    arguments: dict[str, tuple[object, ...]] = field(default_factory=dict)
     linear: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = field(default_factory=dict)
     read_elsewhere: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -299,6 +304,7 @@ class _Inputs(TorchFunctionMode):
         ) -> None:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.stack.append((name, tuple(tensors)))
+            self.arguments[name] = (*args, *kwargs.values())
             if matrix_of(module) is not None:
                 # The stack is of the modules around, so the chain is known now, the readers at the
                 # end only.
@@ -320,3 +326,12 @@ class _Inputs(TorchFunctionMode):
         """The outermost module of the chain; the layer itself where others read the tensor."""
         tensor, chain = origin
         return name if id(tensor) in self.read_elsewhere else chain[-1]
+
+    def places(self, entries: Mapping[str, str]) -> dict[str, frozenset[int]]:
+        """Of each entry the arguments that linear layers read from it."""
+        places: dict[str, set[int]] = {}
+        for name, entry in entries.items():
+            tensor, _ = self.linear[name]
+            given = (i for i, each in enumerate(self.arguments[entry]) if each is tensor)
+            places.setdefault(entry, set()).update(given)
+        return {entry: frozenset(found) for entry, found in places.items() if found}

@@ -28,8 +28,8 @@ HEAD_DIMS: Final = ("head_dim", "head_size", "attention_head_size")
 
 
 WHOLE_VOCABULARY: Final = (
-    "embedding and head stay whole on every tensor-parallel rank: the model file's own loss reads "
-    "all logits"
+    "embedding and head stay whole on every tensor-parallel rank: the model's own loss, or a table "
+    "that it adds, reads all logits"
 )
 
 
