@@ -31,8 +31,8 @@ from torch.distributed.tensor.parallel import (
 
 from mist.errors import ModelError
 from mist.exec.build.tensor_parts import divide_parts, with_parts
-from mist.exec.build.tensor_sizes import run_with_local_sizes
 from mist.exec.build.tensor_rules import RegionRule, TensorRules
+from mist.exec.build.tensor_sizes import run_with_local_sizes
 
 SEQUENCE: Placement = Shard(1)
 ROWS: Final = 2  # dimensions of an activation whose tokens are rows

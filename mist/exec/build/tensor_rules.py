@@ -9,6 +9,7 @@ two exits in a layer, not one for each matrix.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from typing import Any, Final, TypeVar
 
 import torch
@@ -93,9 +94,8 @@ def tensor_rules(
         raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
     inputs = _inputs(loaded, structure, seq_len)
-    entries = {name: inputs.entry(name, chain) for name, chain in inputs.linear.items()}
     blocks = frozenset(_outermost(names[each] for each in sharding.whole))
-    traced_regions = tuple(_regions(loaded, sharding, names, entries, blocks))
+    traced_regions = tuple(_regions(loaded, sharding, names, inputs, blocks))
     like = _like(loaded, structure, traced_regions)
     regions = tuple(
         region.moved(_mover(known, layer))
@@ -116,7 +116,7 @@ def tensor_rules(
             for owner, values in _everywhere(_local(model, sharding, tp), like).items()
             for attribute, value in values.items()
         },
-        places=_everywhere(inputs.places(entries), like),
+        places=_everywhere(inputs.places(traced_regions), like),
         sizes=_everywhere(
             {names[key]: rules for key, rules in sharding.size_rules.items() if rules}, like
         ),
@@ -126,6 +126,11 @@ def tensor_rules(
 def _mover(source: str, target: str) -> Move:
     """Names within one layer, for another one that is like it."""
     return lambda name: target + name.removeprefix(source)
+
+
+def _around(names: Sequence[str]) -> str:
+    """The innermost module that has all of these in it."""
+    return ".".join(commonprefix([name.split(".") for name in names]))
 
 
 def _outermost(names: Iterable[str]) -> Iterator[str]:
@@ -186,24 +191,23 @@ def _regions(
     loaded: LoadedModel,
     sharding: Sharding,
     names: Mapping[int, str],
-    entries: Mapping[str, str],
+    inputs: "_Inputs",
     blocks: frozenset[str],
 ) -> Iterator[RegionRule]:
     """Every region, of what `mist.trace.tensor_parallel.tp_apply` says can be divided."""
     for key, colwise in sharding.regions.items():
         rowwise, columns = names[key], sorted(names[each] for each in colwise)
         block = next((each for each in blocks if rowwise.startswith(f"{each}.")), None)
+        around = _around([rowwise, *columns])
         yield RegionRule(
-            entries={name: entries[name] if block is None else block for name in columns},
+            entries={name: block or inputs.entry(name, around) for name in columns},
             rowwise=rowwise,
             attends=_attends(loaded.module, sharding, rowwise, columns),
             block=block,
         )
 
 
-def _attends(
-    model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequence[str]
-) -> bool:
+def _attends(model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequence[str]) -> bool:
     """Whether these are queries, keys and values: three matrices, or of unlike widths."""
     row = matrix_of(model.get_submodule(rowwise))
     by_name = {name: matrix_of(model.get_submodule(name)) for name in columns}
@@ -228,7 +232,10 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
         rules = {
-            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=share.pieces if fused == 1 else fused)
+            n: PartRule(
+                dim=share.dim - parameters[n].dim(),
+                num_pieces=share.pieces if fused == 1 else fused,
+            )
             for n, share in shares.items()
         }
         if id(module) in sharding.regions:  # its bias is added to the sum once
@@ -322,15 +329,23 @@ class _Inputs(TorchFunctionMode):
                 return
             yield name
 
-    def entry(self, name: str, origin: tuple[torch.Tensor, tuple[str, ...]]) -> str:
-        """The outermost module of the chain; the layer itself where others read the tensor."""
-        tensor, chain = origin
-        return name if id(tensor) in self.read_elsewhere else chain[-1]
+    def entry(self, name: str, around: str) -> str:
+        """The outermost module of its chain in `around`; itself where others read the tensor.
 
-    def places(self, entries: Mapping[str, str]) -> dict[str, frozenset[int]]:
-        """Of each entry the arguments that linear layers read from it."""
+        Around a region there may be parameters that read something else, as a norm does in front of
+        attention to an encoder.
+        """
+        tensor, chain = self.linear[name]
+        if id(tensor) in self.read_elsewhere:
+            return name
+        return [each for each in chain if f"{each}.".startswith(f"{around}.")][-1]
+
+    def places(self, regions: Sequence[RegionRule]) -> dict[str, frozenset[int]]:
+        """Of each entry the arguments that linear layers read from it; of whole blocks all."""
         places: dict[str, set[int]] = {}
-        for name, entry in entries.items():
+        separate = (region for region in regions if region.block is None)
+        pairs = [pair for region in separate for pair in region.entries.items()]
+        for name, entry in pairs:
             tensor, _ = self.linear[name]
             given = (i for i, each in enumerate(self.arguments[entry]) if each is tensor)
             places.setdefault(entry, set()).update(given)

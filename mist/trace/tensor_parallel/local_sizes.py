@@ -215,7 +215,9 @@ class LocalSizes(SizedCalls):
             known = self.fused.setdefault(maker, int(count))
             self.fused[maker] = known if known == count else MANY
 
-    def _wholes(self, operands: Mapping[int, torch.Tensor]) -> Iterator[tuple[int, tuple[int, Size]]]:
+    def _wholes(
+        self, operands: Mapping[int, torch.Tensor]
+    ) -> Iterator[tuple[int, tuple[int, Size]]]:
         """Tensors that are whole where another one in the call is a share: dimension and size."""
         shapes = {i: self._symbols.shape(each) for i, each in operands.items()}
         shares = {
