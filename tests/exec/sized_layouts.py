@@ -1,4 +1,4 @@
-"""Hand-written attention in the styles that people write, in a model that tensor parallelism halves.
+"""Attention as people write it by hand, in a model that tensor parallelism halves.
 
 Numbers of heads and widths are globals: nothing of a module says what a rank has less of.
 """
@@ -81,19 +81,7 @@ STYLES = {
     ),
 }  # fmt: skip
 
-# A table of biases that the first layer makes for all of its stack; a decoder with an encoder.
-T5 = {
-    "model_type": "t5",
-    "vocab_size": VOCAB,
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "dropout_rate": 0.0,
-    "decoder_start_token_id": 0,
-    "architectures": ["T5ForConditionalGeneration"],
-}
+# A decoder with an encoder, which adds a table of its own to the logits.
 BART = {
     "model_type": "bart",
     "vocab_size": VOCAB,
@@ -112,7 +100,7 @@ BART = {
     "decoder_start_token_id": 2,
     "architectures": ["BartForConditionalGeneration"],
 }
-CONFIGS = {"t5": T5, "bart": BART}
+CONFIGS = {"bart": BART}
 
 
 def write_sized_models(folder: Path) -> None:
@@ -133,7 +121,4 @@ SIZED = tuple(
     for sp in (False, True)
 )
 # BART has no module that is given the activation for its attention alone: sp is refused.
-WITH_ENCODER = (
-    Variant(name="t5", model="t5.json", stages=(S(tp=2),), micro=8),
-    Variant(name="bart", model="bart.json", stages=(S(tp=2),), micro=8),
-)
+WITH_ENCODER = (Variant(name="bart", model="bart.json", stages=(S(tp=2),), micro=8),)

@@ -359,8 +359,9 @@ def _on_exit(module: nn.Module, leave: Any) -> None:  # noqa: ANN401 (a partial 
 
 def _is_activation(value: object) -> TypeGuard[torch.Tensor]:
     """[batch, tokens, width] or rows of it: biases of scores, by head, are summed elsewhere."""
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return is_float and value.dim() <= TOKEN_DIMS
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.is_floating_point() and value.dim() <= TOKEN_DIMS
 
 
 def _partial(

@@ -9,7 +9,7 @@ two exits in a layer, not one for each matrix.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
+from os.path import commonpath
 from typing import Any, Final, TypeVar
 
 import torch
@@ -111,16 +111,21 @@ def tensor_rules(
         embedding=table,
         head=head,
         direct=table is not None and table == structure.direct,
-        local={
-            (owner, attribute): value
-            for owner, values in _everywhere(_local(model, sharding, tp), like).items()
-            for attribute, value in values.items()
-        },
+        local=_numbers(_everywhere(_local(model, sharding, tp), like)),
         places=_everywhere(inputs.places(traced_regions), like),
         sizes=_everywhere(
             {names[key]: rules for key, rules in sharding.size_rules.items() if rules}, like
         ),
     )
+
+
+def _numbers(by_owner: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, str], int]:
+    """Numbers by module and attribute."""
+    return {
+        (owner, attribute): value
+        for owner, values in by_owner.items()
+        for attribute, value in values.items()
+    }
 
 
 def _mover(source: str, target: str) -> Move:
@@ -130,7 +135,8 @@ def _mover(source: str, target: str) -> Move:
 
 def _around(names: Sequence[str]) -> str:
     """The innermost module that has all of these in it."""
-    return ".".join(commonprefix([name.split(".") for name in names]))
+    paths = [f"/{name.replace('.', '/')}" for name in names]
+    return commonpath(paths)[1:].replace("/", ".")
 
 
 def _outermost(names: Iterable[str]) -> Iterator[str]:
@@ -214,7 +220,7 @@ def _attends(model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequen
     matrices = {name: matrix for name, matrix in by_name.items() if matrix is not None}
     if row is None:
         return False
-    count = sum(num_pieces(sharding, matrix) for matrix in matrices.values())
+    count = sum(num_pieces(sharding, matrix, row) for matrix in matrices.values())
     return count > 2 or len({matrix.num_out for matrix in matrices.values()}) > 1
 
 
@@ -222,8 +228,7 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
     """Of modules with divided parameters that are neither linear layers nor tables."""
     rules_by_module: dict[str, dict[str, PartRule]] = {}
     for name, module in model.named_modules():
-        matrix = matrix_of(module)
-        fused = 1 if matrix is None else num_pieces(sharding, matrix)
+        fused = sharding.fused.get(id(module), 1)
         # Torch's style for a linear layer takes one range of its outputs.
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and fused == 1):
             continue
@@ -231,11 +236,9 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
         shares = {
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
+        num = fused if fused > 1 else None
         rules = {
-            n: PartRule(
-                dim=share.dim - parameters[n].dim(),
-                num_pieces=share.pieces if fused == 1 else fused,
-            )
+            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=num or share.pieces)
             for n, share in shares.items()
         }
         if id(module) in sharding.regions:  # its bias is added to the sum once

@@ -87,7 +87,7 @@ class LocalSizes(SizedCalls):
                 hook.remove()
 
     def _made(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
-        self._makers[_base(output)] = id(module)
+        self._makers[_base(output)] = id(module), _whole(self._symbols.expr(output.shape[-1]))
 
     def mend(
         self, module: nn.Module, number: int, name: str, args: Args, kwargs: Kwargs
@@ -142,7 +142,8 @@ class LocalSizes(SizedCalls):
                         return {}
                     divided.add(taken)
                     around = [outputs[j] for j in group.outputs if j < taken]
-                    self._note_pieces(call.tensor, dims[place], prod(around, start=sympy.S.One))
+                    if len(group.outputs) > 1:
+                        self._note_pieces(call.tensor, dims[place], prod(around, start=sympy.S.One))
         return {
             j: found
             for j, size in enumerate(call.numbers)
@@ -192,10 +193,7 @@ class LocalSizes(SizedCalls):
             return {}
         sizes = [None if n is None else self._symbols.expr(n) for n in call.numbers]
         self._note_cut(call, dim, [None if n is None else _whole(n) for n in sizes], total)
-        whole = [(i, n) for i, n in enumerate(sizes) if n is not None and not n.has(T) and n != 0]
-        if any(not _fits(n, unit) or n.is_negative for _, n in whole):
-            return {}
-        return {i: LocalNumber(whole=None, divided=True) for i, _ in whole}
+        return _shares_of(sizes, unit)
 
     def _note_cut(
         self, call: SizedCall, dim: int, sizes: Sequence[Expr | None], total: Expr
@@ -210,8 +208,9 @@ class LocalSizes(SizedCalls):
         self._note_pieces(call.tensor, dim, count if count.is_Integer else sympy.Integer(MANY))
 
     def _note_pieces(self, tensor: torch.Tensor, dim: int, count: Expr) -> None:
-        maker = self._makers.get(_base(tensor))
-        if maker is not None and dim == tensor.dim() - 1 and count != 1 and count.is_Integer:
+        maker, width = self._makers.get(_base(tensor), (None, None))
+        size = _whole(self._symbols.expr(tensor.shape[dim]))
+        if maker is not None and size == width and count.is_Integer:
             known = self.fused.setdefault(maker, int(count))
             self.fused[maker] = known if known == count else MANY
 
@@ -241,6 +240,14 @@ class LocalSizes(SizedCalls):
         if not change.divided or whole is None:
             return whole
         return whole // int(unit[0]) * unit[1]
+
+
+def _shares_of(sizes: Sequence[Expr | None], unit: Expr) -> dict[int, LocalNumber]:
+    """Sizes of the whole, if all are whole units: a rank has a share of each."""
+    whole = [(i, n) for i, n in enumerate(sizes) if n is not None and not n.has(T) and n != 0]
+    if any(not _fits(n, unit) or n.is_negative for _, n in whole):
+        return {}
+    return {i: LocalNumber(whole=None, divided=True) for i, _ in whole}
 
 
 def _base(tensor: torch.Tensor) -> torch.Tensor:

@@ -105,12 +105,10 @@ def _index(name: str, args: Args, kwargs: Kwargs) -> SizedCall | None:
     plain = all(item is None or item is Ellipsis or isinstance(item, slice) for item in items)
     if len(cuts) != 1 or not plain or items[cuts[0]].step is not None:
         return None
-    place = cuts[0]
-    dims = [i for i, item in enumerate(items) if isinstance(item, slice)]
-    before = dims.index(place)
-    behind = len(dims) - before
+    place, bounds = cuts[0], items[cuts[0]]
+    before = sum(isinstance(item, slice) for item in items[:place])
+    behind = sum(isinstance(item, slice) for item in items[place:])
     dim = x.dim() - behind if Ellipsis in items[:place] else before
-    bounds = items[place]
     return SizedCall(
         name=name, tensor=x, numbers=[bounds.start, bounds.stop], dim=dim,
         rebuild=lambda new: (x, (*items[:place], slice(*new), *items[place + 1 :])),

@@ -24,14 +24,15 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
                 or issubclass(kind, nn.Linear) is not (kind is nn.Linear)
             ):
                 return f"{name} is a {kind.__name__}, which mist apply does not divide"
-            if module is not modules[key][1] and num_pieces(sharding, matrix) == MANY:
-                return f"{name} holds several matrices in one, of different widths"
+            if module is not modules[key][1] and num_pieces(sharding, matrix, row) == MANY:
+                return f"{name} holds several matrices in one, of different or unknown widths"
     return None
 
 
-def num_pieces(sharding: Sharding, matrix: Matrix) -> int:
-    """How many matrices of equal width a column-parallel one holds side by side; MANY: of others.
+def num_pieces(sharding: Sharding, matrix: Matrix, row: Matrix) -> int:
+    """How many matrices of equal width a column-parallel one holds side by side; MANY: not known.
 
-    The model cuts its outputs into them.
+    The model cuts its outputs into them. `row`: the row-parallel matrix behind it.
     """
-    return sharding.fused.get(id(matrix.module), 1)
+    single = 1 if matrix.num_out <= row.num_in else MANY
+    return sharding.fused.get(id(matrix.module), single)
