@@ -236,9 +236,8 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
         shares = {
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
-        num = fused if fused > 1 else None
         rules = {
-            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=num or share.pieces)
+            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=max(fused, share.pieces))
             for n, share in shares.items()
         }
         if id(module) in sharding.regions:  # its bias is added to the sum once

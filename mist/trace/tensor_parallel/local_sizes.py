@@ -141,9 +141,7 @@ class LocalSizes(SizedCalls):
                     if taken is None:
                         return {}
                     divided.add(taken)
-                    around = [outputs[j] for j in group.outputs if j < taken]
-                    if len(group.outputs) > 1:
-                        self._note_pieces(call.tensor, dims[place], prod(around, start=sympy.S.One))
+                    self._note_pieces(call.tensor, dims[place], _before(group, taken, outputs))
         return {
             j: found
             for j, size in enumerate(call.numbers)
@@ -240,6 +238,13 @@ class LocalSizes(SizedCalls):
         if not change.divided or whole is None:
             return whole
         return whole // int(unit[0]) * unit[1]
+
+
+def _before(group: _Group, taken: int, outputs: Sequence[Expr]) -> Expr:
+    """How often a view repeats dimension `taken` within its group; NaN where it splits nothing."""
+    if len(group.outputs) == 1:
+        return sympy.S.NaN
+    return prod((outputs[j] for j in group.outputs if j < taken), start=sympy.S.One)
 
 
 def _shares_of(sizes: Sequence[Expr | None], unit: Expr) -> dict[int, LocalNumber]:
