@@ -67,6 +67,7 @@ def _command(name: str, command: TyperCommand) -> str:
     lines += ["| argument or option | takes | default | meaning |", "|---|---|---|---|"]
     lines += [_row(f"`{_name(each)}`", each) for each in arguments]
     lines += [_row(f"`{', '.join(each.opts)}`", each) for each in options]
+    lines += ["", f"    {command.epilog}"]
     return "\n".join(lines) + "\n"
 
 

@@ -75,7 +75,9 @@ def test_gpus_are_chosen_by_an_objective(models: Path) -> None:
     ]
     assert [plan.cluster.num_gpus for plan in plans] == [2, 1]
     assert plans[1].provenance.search["price_per_gpu_hour_usd"] == "dgx-h100: 2 (--price)"
-    with pytest.raises(InputError, match=r"^objective 'speed' is none of throughput, memory, "):
+    with pytest.raises(
+        InputError, match=r"^objective 'speed' is none of throughput, nominal, memory, "
+    ):
         mist.plan(models / "tiny.py", gpus=4, objective="speed")
 
 

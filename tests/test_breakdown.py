@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.plans.breakdown import PART_NAMES, layout_words, losing_reason, overflow, step_parts
+from mist.plans.breakdown import (
+    PART_NAMES,
+    SHORT_NAMES,
+    layout_words,
+    losing_reason,
+    overflow,
+    short_layout,
+    short_reasons,
+    step_parts,
+)
 from mist.plans.plan import Layout, Offload, Schedule
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.symbolic.program import TIME_PARTS
@@ -152,3 +161,48 @@ def test_a_stage_that_does_not_fit_in_words() -> None:
         "(states 30.0 GiB, activations 18.0 GiB); the card itself is exceeded: it has "
         "40.0 GiB usable, 8.0 GiB too few"
     )
+
+
+def test_a_layout_is_shortened() -> None:
+    """What is 0 and shares are left out; of three kinds of schedule the words stay."""
+    assert short_layout("pp1 dp8 tp1 zero2 mb1 x8, 0 of 16 layers recomputed") == (
+        "pp1 dp8 tp1 zero2 mb1 x8"
+    )
+    words = "pp2 dp8 tp1 zero2 mb1 x32, 3+0 of 17+15 layers recomputed, 11+3 selectively"
+    offload = "offloaded: weights 100 %, optimizer 88 %"
+    assert short_layout(f"{words}, interleaved of 3 chunks, {offload}") == (
+        "pp2 dp8 tp1 zero2 mb1 x32, 3+0 recomputed, 11+3 partly, interleaved of 3 chunks, offload"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "short"),
+    [
+        (
+            "+762 ms recomputation, -448 ms pipeline bubble and imbalance",
+            ["+762 ms recomputation, -448 ms pipeline bubble", "+762 ms recomputation"],
+        ),
+        # Nine words are too many.
+        (
+            "+1.00 s transfers between stages and +2 us first and last micro-batch, optimizer",
+            ["+1.00 s between stages"],
+        ),
+        ("+1.00 s compute", ["+1.00 s compute"]),
+        (
+            "faster if every figure is right; more regret where one is wrong",
+            ["faster if every figure is right"],
+        ),
+        (
+            "one two three four five six seven eight nine",
+            ["one two three four five six seven eight"],
+        ),
+    ],
+)
+def test_a_reason_has_eight_words_at_most(reason: str, short: list[str]) -> None:
+    assert short_reasons(reason) == short
+    assert all(len(words.split()) <= 8 for words in short)
+
+
+def test_the_letters_of_a_bar_differ() -> None:
+    assert {*SHORT_NAMES} == {*PART_NAMES}
+    assert len({name[0] for name in SHORT_NAMES.values()}) == len(SHORT_NAMES)

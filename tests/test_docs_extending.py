@@ -257,7 +257,7 @@ import sys
 import pytest
 import typer.main
 
-from mist.cli import app
+from mist.cli.application import app
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 

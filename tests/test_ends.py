@@ -13,8 +13,8 @@ from mist import cli
 from mist.cli import INTERNAL_ERROR, application, common
 from mist.errors import OutputError
 from mist.pareto.strategies import divisors
-from mist.plans.objectives import Candidate, chosen
-from mist.plans.workload import MOST_GPUS, Objective
+from mist.plans.objectives import Candidate, Objective, chosen
+from mist.plans.workload import MOST_GPUS
 from mist.platform import load_platform
 from mist.symbolic.load_programs import quiet
 from mist.trace import resolve

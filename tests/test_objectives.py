@@ -194,6 +194,7 @@ def test_the_winner_is_the_best_of_single_runs(objective: Objective) -> None:
             tokens_per_s = planned.plan.estimate.tokens_per_s
             cost = {
                 Objective.THROUGHPUT: 1 / tokens_per_s,
+                Objective.NOMINAL: 1 / tokens_per_s,
                 Objective.MEMORY: float(peak_of(planned)),
                 Objective.TOKENS_PER_DOLLAR: num_gpus * price / tokens_per_s,
                 Objective.TIME_TO_TOKENS: 1e12 / tokens_per_s,

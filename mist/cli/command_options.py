@@ -9,7 +9,7 @@ import typer
 
 from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, TYPED_KNOBS
 from mist.plans.objectives import Objective
-from mist.plans.search_space import OFFLOADED
+from mist.plans.search_space import OFFLOADED, SPACES
 from mist.plans.workload import (
     Attention,
     MemoryLevel,
@@ -19,6 +19,13 @@ from mist.plans.workload import (
 )
 
 Arguments = ParamSpec("Arguments")
+
+# Groups of options in the help of a command.
+MACHINES = "Machines"
+TRAINING = "What is trained, and by what"
+SEARCH = "What is searched, and for what"
+LAYOUT = "Layout"
+OUTPUT = "Files and output"
 
 
 def with_knobs(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
@@ -31,7 +38,9 @@ def with_knobs(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
             knob.field,
             inspect.Parameter.KEYWORD_ONLY,
             default=knob.least,
-            annotation=Annotated[int, typer.Option(f"--{knob.word}", help=knob.meaning)],
+            annotation=Annotated[
+                int, typer.Option(f"--{knob.word}", help=knob.meaning, rich_help_panel=LAYOUT)
+            ],
         )
         for knob in TYPED_KNOBS
     ]
@@ -46,29 +55,49 @@ Model = Annotated[
     typer.Argument(help="A Python file with build_model(), a config.json, or a preset."),
 ]
 Subject = Annotated[
-    str, typer.Argument(help="A plan file, or a model to judge with --tp, --pp, ...")
+    str, typer.Argument(help="A plan file, or a model whose layout the options below give.")
 ]
-GpusOfModel = Annotated[int | None, typer.Option("--gpus", help="Number of GPUs (for a model).")]
+GpusOfModel = Annotated[
+    int | None,
+    typer.Option("--gpus", help="Number of GPUs (for a model).", rich_help_panel=MACHINES),
+]
 Gpus = Annotated[
-    str, typer.Option("--gpus", help="Number of GPUs, or several to choose from: 8,16 or 8..64.")
+    str,
+    typer.Option(
+        "--gpus",
+        help="Number of GPUs, or several to choose from: 8,16 or 8..64.",
+        rich_help_panel=MACHINES,
+    ),
 ]
 Gpu = Annotated[
     str | None,
-    typer.Option("--gpu", help="Device profile, for instance h100-sxm; mist profiles lists them."),
+    typer.Option(
+        "--gpu",
+        help="Device profile, for instance h100-sxm; mist profiles lists them.",
+        rich_help_panel=MACHINES,
+    ),
 ]
 ClusterName = Annotated[
     str | None,
-    typer.Option("--cluster", help="Cluster profile (mist profiles lists them) or YAML file."),
+    typer.Option(
+        "--cluster",
+        help="Cluster profile (mist profiles lists them) or YAML file.",
+        rich_help_panel=MACHINES,
+    ),
 ]
 ClusterNames = Annotated[
     str | None,
     typer.Option(
         "--cluster",
         help="Cluster profile (mist profiles lists them) or YAML file, or several: a,b.",
+        rich_help_panel=MACHINES,
     ),
 ]
 ObjectiveName = Annotated[
-    Objective, typer.Option("--objective", help="What the best plan is, and the best GPUs.")
+    Objective,
+    typer.Option(
+        "--objective", help="What the best plan is, and the best GPUs.", rich_help_panel=SEARCH
+    ),
 ]
 Tolerance = Annotated[
     float,
@@ -77,49 +106,108 @@ Tolerance = Annotated[
         min=0.0,
         max=1.0,
         help="Slower than the fastest by this share at most, to lose less where a figure is wrong.",
+        rich_help_panel=SEARCH,
     ),
 ]
 Price = Annotated[
     str | None,
-    typer.Option("--price", help="USD per GPU hour [the cluster's]; or one for each cluster: 2,3."),
+    typer.Option(
+        "--price",
+        help="USD per GPU hour [the cluster's]; or one for each cluster: 2,3.",
+        rich_help_panel=MACHINES,
+    ),
 ]
 Tokens = Annotated[
-    float | None, typer.Option("--tokens", help="Tokens to train on: days and dollars for them.")
+    float | None,
+    typer.Option(
+        "--tokens", help="Tokens to train on: days and dollars for them.", rich_help_panel=SEARCH
+    ),
 ]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="Training framework; mist profiles lists them.")
+    str,
+    typer.Option(
+        "--runtime", help="Training framework; mist profiles lists them.", rich_help_panel=TRAINING
+    ),
 ]
-Seq = Annotated[int | None, typer.Option("--seq", help="Tokens per sample [min(8192, model's)].")]
-GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Samples per optimizer step.")]
-PrecisionName = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
-AttentionName = Annotated[Attention, typer.Option("--attention", help="Attention kernel.")]
+Seq = Annotated[
+    int | None,
+    typer.Option("--seq", help="Tokens per sample [min(8192, model's)].", rich_help_panel=TRAINING),
+]
+GlobalBatch = Annotated[
+    int,
+    typer.Option("--global-batch", help="Samples per optimizer step.", rich_help_panel=TRAINING),
+]
+PrecisionName = Annotated[
+    Precision, typer.Option("--precision", help="Compute precision.", rich_help_panel=TRAINING)
+]
+AttentionName = Annotated[
+    Attention, typer.Option("--attention", help="Attention kernel.", rich_help_panel=TRAINING)
+]
 Margin = Annotated[
-    float | None, typer.Option("--margin", help="Share of device memory that stays free [0.12].")
+    float | None,
+    typer.Option(
+        "--margin", help="Share of device memory that stays free [0.12].", rich_help_panel=MACHINES
+    ),
 ]
 HostMemory = Annotated[
     str | None,
-    typer.Option("--host-memory", help="Host memory of one node (64GB) [the cluster's]."),
+    typer.Option(
+        "--host-memory",
+        help="Host memory of one node (64GB) [the cluster's].",
+        rich_help_panel=MACHINES,
+    ),
 ]
 Checkpoint = Annotated[
     str,
-    typer.Option("--checkpoint", help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number."),
+    typer.Option(
+        "--checkpoint",
+        help=f"Recomputed layers: {', '.join(MemoryLevel)}, or a number.",
+        rich_help_panel=LAYOUT,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Details = Annotated[
+    bool,
+    typer.Option(
+        "--details",
+        help="Print every part, other layout, source and note as well; --json always has them.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT),
+]
 Out = Annotated[
-    Path | None, typer.Option("--out", readable=False, help="Plan file to write (.yaml).")
+    Path | None,
+    typer.Option(
+        "--out", readable=False, help="Plan file to write (.yaml).", rich_help_panel=OUTPUT
+    ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Replace a file of another kind at the output's place.")
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace a file of another kind at the output's place.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Run the Python file that PLAN names, wherever it lies.")
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the Python file that PLAN names, wherever it lies.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 ModelOfPlan = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="The model of PLAN [what PLAN names]."),
 ]
 Space = Annotated[
-    str, typer.Option("--space", help="What to search: 3d, megatron, deepspeed, ..., mist.")
+    str,
+    typer.Option(
+        "--space", help=f"What to search: one of {', '.join(SPACES)}.", rich_help_panel=SEARCH
+    ),
 ]
 Fixed = Annotated[
     list[str] | None,
@@ -127,6 +215,7 @@ Fixed = Annotated[
         "--set",
         help=f"Fix a knob (tp=2): {', '.join(SEARCHED_KNOBS)}, checkpoint, schedule; or a figure "
         "of a profile (cluster.host_memory_bytes=64GB).",
+        rich_help_panel=SEARCH,
     ),
 ]
 Figures = Annotated[
@@ -135,6 +224,7 @@ Figures = Annotated[
         "--set",
         help="A figure of a profile (cluster.host_memory_bytes=64GB); mist profiles show NAME "
         "lists them.",
+        rich_help_panel=MACHINES,
     ),
 ]
 Most = Annotated[
@@ -143,25 +233,43 @@ Most = Annotated[
         "--max",
         help=f"Limit a knob (pp=8): {', '.join(COUNTED_KNOBS)}; or ratios (offload=0.5): offload "
         f"for all, {', '.join(OFFLOADED)}.",
+        rich_help_panel=SEARCH,
     ),
 ]
 Forbid = Annotated[
     list[str] | None,
-    typer.Option("--forbid", help="Leave out: offload, selective, full, a schedule, ..."),
+    typer.Option(
+        "--forbid",
+        help="Leave out offload or part of it, a level, a schedule, unlike-stages, unequal-meshes.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 SolverName = Annotated[
-    Solver, typer.Option("--solver", help="Exact dynamic program, MILP, or one by the other.")
+    Solver,
+    typer.Option(
+        "--solver", help="Exact dynamic program, MILP, or one by the other.", rich_help_panel=SEARCH
+    ),
 ]
 TimeLimit = Annotated[
-    float, typer.Option("--time-limit", min=0.0, help="CPU seconds of searching.")
+    float,
+    typer.Option("--time-limit", min=0.0, help="CPU seconds of searching.", rich_help_panel=SEARCH),
 ]
-Top = Annotated[int, typer.Option("--top", min=0, help="Alternatives to report.")]
+Top = Annotated[
+    int, typer.Option("--top", min=0, help="Alternatives to report.", rich_help_panel=SEARCH)
+]
 Offloads = Annotated[
     list[str] | None,
-    typer.Option("--offload", help="Share in host memory (optimizer=0.5): weights, grads, ..."),
+    typer.Option(
+        "--offload",
+        help=f"Share in host memory (optimizer=0.5) of {', '.join(OFFLOADED)}.",
+        rich_help_panel=LAYOUT,
+    ),
 ]
 ScheduleName = Annotated[
-    ScheduleKind, typer.Option("--schedule", help="Order of micro-batches in the pipeline.")
+    ScheduleKind,
+    typer.Option(
+        "--schedule", help="Order of micro-batches in the pipeline.", rich_help_panel=LAYOUT
+    ),
 ]
 LayerSplit = Annotated[
     str,
@@ -169,8 +277,14 @@ LayerSplit = Annotated[
         "--layers",
         help="Layers of each stage (9,8,8,7), or of each chunk in the order of the layers "
         "[the runtime's own split].",
+        rich_help_panel=LAYOUT,
     ),
 ]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Dry-run the winner; plan again if it does not fit.")
+    bool,
+    typer.Option(
+        "--verify",
+        help="Dry-run the winner; plan again if it does not fit.",
+        rich_help_panel=SEARCH,
+    ),
 ]

@@ -3,11 +3,19 @@
 import io
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import typer
+from typer.core import TyperCommand
 
 from mist.errors import OutputError, printable
+
+if TYPE_CHECKING:
+    from typer._click.core import Context
+    from typer._click.formatting import HelpFormatter
 
 app = typer.Typer(
     name="mist",
@@ -18,6 +26,36 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class GroupedHelp(TyperCommand):
+    """A command whose help has its options in groups, and whose short help is never cut."""
+
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        """A section for the arguments and for each group of options, in the order of the code."""
+        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            default = "Arguments" if is_argument else "Options"
+            group = getattr(parameter, "rich_help_panel", None) or default
+            if (record := parameter.get_help_record(ctx)) is not None:
+                groups[group].append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        """The example on a line of its own, so that it can be copied."""
+        formatter.write(f"\nExample:\n  {self.epilog}\n")
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, whole, whatever `limit` is."""
+        return super().get_short_help_str(max(limit, 1000))
+
+
+def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command; its help ends with `example`, as it is typed."""
+    return app.command(cls=GroupedHelp, epilog=example)
 
 
 def progress(message: str) -> None:

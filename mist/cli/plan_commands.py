@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from mist.cli.command_options import (
     Checkpoint,
     ClusterName,
     ClusterNames,
+    Details,
     Figures,
     Fixed,
     Forbid,
@@ -51,7 +52,7 @@ from mist.cli.command_options import (
     Verify,
     with_knobs,
 )
-from mist.cli.common import app, print_json, progress
+from mist.cli.common import command, print_json, progress
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
 from mist.plans.objectives import Objective
@@ -67,11 +68,12 @@ if TYPE_CHECKING:
 
 # What `mist check PLAN` may be told.
 OF_ANY_PLAN = {
-    "subject", "model", "trust", "force", "margin", "host_memory", "figures", "out", "as_json",
+    "subject", "model", "trust", "force", "margin", "host_memory", "figures", "out", "details",
+    "as_json",
 }  # fmt: skip
 
 
-@app.command()
+@command("mist plan examples/my_transformer.py --gpus 8 --set tp=2 --out plan.yaml")
 def plan(
     model: Model,
     *,
@@ -99,6 +101,7 @@ def plan(
     verify: Verify = False,
     out: Out = None,
     force: Force = False,
+    details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
@@ -129,7 +132,8 @@ def plan(
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
 
     rented, verified = _searched(search, margin, verify=verify)
-    _deliver(rented, writing, partial(_show_plan, rented, verified, tokens, as_json=as_json))
+    show = partial(_show_plan, rented, verified, tokens, as_json=as_json, details=details)
+    _deliver(rented, writing, show)
 
 
 def _effort(
@@ -159,24 +163,41 @@ def _searched(
 
 
 def _show_plan(
-    rented: "Rented", verified: "Verified | None", tokens: float | None, *, as_json: bool
+    rented: "Rented",
+    verified: "Verified | None",
+    tokens: float | None,
+    files: Sequence[str],
+    *,
+    as_json: bool,
+    details: bool,
 ) -> None:
-    from mist.report.gpu_count_tables import candidates_json, print_candidates
-    from mist.report.plan_tables import plan_json, print_plan
+    from mist.report.gpu_count_tables import candidates_json, cost_words, print_candidates
+    from mist.report.plan_screen import Sheet, print_sheet
+    from mist.report.plan_tables import plan_json
 
-    if verified is not None and not as_json:
+    planned, candidates, index = rented.planned, rented.candidates, rented.index
+    if as_json:
+        if files:
+            progress(f"wrote {' and '.join(files)}")
+        curve = candidates_json(candidates, index, tokens)
+        found = plan_json(planned.plan, planned.seconds, planned.host, planned.notes)
+        return print_json({**found, "candidates": curve})
+    if verified is not None:
         from mist.report.verified import print_verified
         from mist.workflow.verifying import UNSEEN
 
         print_verified(verified.stages, UNSEEN)
-    planned, candidates, index = rented.planned, rented.candidates, rented.index
-    if as_json:
-        curve = candidates_json(candidates, index, tokens)
-        found = plan_json(planned.plan, planned.seconds, planned.host, planned.notes)
-        return print_json({**found, "candidates": curve})
-    if len(candidates) > 1 or tokens is not None or candidates[0].price_usd is not None:
+    if len(candidates) > 1 or tokens is not None:
         print_candidates(candidates, index, tokens)
-    return print_plan(planned.plan, planned.limits, planned.host, planned.notes)
+    sheet = Sheet(
+        plan=planned.plan,
+        limits=planned.limits,
+        host=planned.host,
+        notes=planned.notes,
+        files=files,
+        cost=cost_words(candidates[index]),
+    )
+    return print_sheet(sheet, details=details)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,18 +222,18 @@ class _Writing:
             check_output("--out", path, PICTURE_FILE, inputs=self.inputs, force=self.force)
 
 
-def _deliver(rented: "Rented", writing: _Writing, show: Callable[[], None]) -> None:
+def _deliver(rented: "Rented", writing: _Writing, show: Callable[[Sequence[str]], None]) -> None:
     """Write the plan and show it; where it cannot be written, the search was not in vain."""
     try:
-        _write_plan(rented, writing)
+        files = _write_plan(rented, writing)
     except OutputError:
-        show()
+        show([])
         raise
-    show()
+    show(files)
 
 
-def _write_plan(rented: "Rented", writing: _Writing) -> None:
-    """The plan and its pictures, beside each other."""
+def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
+    """The plan and its pictures, beside each other; their names."""
     from mist.files import write_bytes
     from mist.plans.file import save_plan
     from mist.report.curve import curve_png
@@ -231,10 +252,10 @@ def _write_plan(rented: "Rented", writing: _Writing) -> None:
     save_plan(plan, path)
     for name, content in pictures.items():
         write_bytes(name, content)
-    progress(f"wrote {' and '.join(map(str, [path, *pictures]))}")
+    return [str(name) for name in (path, *pictures)]
 
 
-@app.command()
+@command("mist check examples/my_transformer.py --gpus 8 --tp 2 --zero 1")
 @with_knobs
 def check(
     context: typer.Context,
@@ -259,6 +280,7 @@ def check(
     out: Out = None,
     trust: Trust = False,
     force: Force = False,
+    details: Details = False,
     as_json: Json = False,
     **knobs: int,
 ) -> None:
@@ -268,7 +290,7 @@ def check(
 
     check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
     if subject.endswith(PLAN_SUFFIXES):
-        return _show_check(_of_file(context, subject), out, as_json=as_json)
+        return _show_check(_of_file(context, subject), out, as_json=as_json, details=details)
     question = Question(
         model=subject,
         num_gpus=_given_gpus(subject, model, gpus),
@@ -289,7 +311,9 @@ def check(
         layers=layers_of(layers),
         **knobs,
     )
-    return _show_check(partial(check_layout, question, layout), out, as_json=as_json)
+    return _show_check(
+        partial(check_layout, question, layout), out, as_json=as_json, details=details
+    )
 
 
 def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
@@ -334,19 +358,31 @@ def _refuse_ignored(context: typer.Context, subject: str) -> None:
         )
 
 
-def _show_check(judge: Callable[..., "Checked"], out: Path | None, *, as_json: bool) -> None:
+def _show_check(
+    judge: Callable[..., "Checked"], out: Path | None, *, as_json: bool, details: bool
+) -> None:
     from mist.plans.file import save_plan
-    from mist.report.plan_tables import check_json, print_check
+    from mist.report.plan_screen import Sheet, print_sheet
+    from mist.report.plan_tables import check_json
 
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
         checked = judge(progress=progress)
     if out is not None:
         save_plan(checked.plan, out)
-        progress(f"wrote {out}")
     if as_json:
+        if out is not None:
+            progress(f"wrote {out}")
         print_json(check_json(checked.plan, checked.limits, checked.host, checked.notes))
     else:
-        print_check(checked.plan, checked.limits, checked.host, checked.notes, checked.suggestions)
+        sheet = Sheet(
+            plan=checked.plan,
+            limits=checked.limits,
+            host=checked.host,
+            notes=checked.notes,
+            suggestions=checked.suggestions,
+            files=[str(out)] if out else [],
+        )
+        print_sheet(sheet, details=details)
     if not checked.fits:
         raise SystemExit(3)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mist.cli.command_options import Force, Json, ModelOfPlan, Trust
-from mist.cli.common import app, print_json, progress
+from mist.cli.common import command, print_json, progress
 from mist.cli.outputs import (
     CALIBRATION_FILE,
     LOG_FILE,
@@ -22,7 +22,7 @@ from mist.cli.outputs import (
 from mist.errors import InputError
 
 
-@app.command()
+@command("mist verify plan.yaml")
 def verify(
     subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     model: ModelOfPlan = None,
@@ -56,7 +56,7 @@ def verify(
         raise SystemExit(4)
 
 
-@app.command()
+@command("mist apply plan.yaml --steps 10 --log run.json")
 def apply(
     subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     model: ModelOfPlan = None,
@@ -116,7 +116,7 @@ def apply(
         apply_plan(subject, options, progress, ModelAccess(model=model, trust=trust))
 
 
-@app.command()
+@command("mist profile --device cpu --out local.yaml")
 def profile(
     *,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda [what mist apply uses].")] = (
@@ -150,7 +150,7 @@ def profile(
     print(f"wrote {out}: plan for it with --cluster ./{out.name} --gpus {request.num_ranks}")
 
 
-@app.command()
+@command("mist compare plan.yaml run.json")
 def compare(
     subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     log: Annotated[Path, typer.Argument(metavar="LOG", help="The log of its run (.json).")],
@@ -168,7 +168,7 @@ def compare(
         print_compared(found)
 
 
-@app.command()
+@command("mist calibrate plan.yaml run.json --out mine.yaml")
 def calibrate(
     files: Annotated[
         list[Path], typer.Argument(help="PLAN LOG pairs: plan files, each with its run's log.")
@@ -203,7 +203,7 @@ def calibrate(
     print(f"wrote {path}" + ("" if out else ": plans for this runtime and GPU use it from now on"))
 
 
-@app.command()
+@command("mist validate runs.csv --out predictions.csv")
 def validate(
     runs: Annotated[Path, typer.Argument(help="A CSV file of measured runs.")],
     *,

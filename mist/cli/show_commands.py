@@ -15,7 +15,7 @@ from mist.cli.command_options import (
     Model,
     PrecisionName,
 )
-from mist.cli.common import app, print_json, progress
+from mist.cli.common import command, print_json, progress
 from mist.cli.outputs import GRAPH_FILE, check_output
 from mist.errors import InputError
 from mist.plans.workload import MOST_TOKENS, Attention, Precision
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mist.trace import TraceSetting
 
 
-@app.command()
+@command("mist trace examples/llama3_8b.py --at b=1,s=2048,t=2")
 def trace(
     model: Model,
     *,
@@ -88,7 +88,7 @@ def trace(
         print_trace(graph, point)
 
 
-@app.command()
+@command("mist convert examples/gpt2_xl.py --level fused")
 def convert(
     model: Model,
     *,
@@ -120,7 +120,7 @@ def convert(
         print_conversion(conversion, RUNGS[level].meaning)
 
 
-@app.command()
+@command("mist profiles show h100-sxm")
 def profiles(
     action: Annotated[str, typer.Argument(help="list, or show NAME")] = "list",
     name: Annotated[str | None, typer.Argument(help="A profile to show.")] = None,

@@ -5,6 +5,7 @@ that the stage waits for others (bubble and imbalance): these parts sum to the s
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
@@ -14,6 +15,7 @@ from mist.plans.plan import DEFAULT_SCHEDULE, Estimate, Layout, Offload, StageEs
 from mist.units import format_bytes, format_seconds
 
 ROUNDING_RATIO: Final = 1e-5  # of the step: estimates carry six digits
+MOST_WORDS: Final = 8  # of a reason on the screen
 
 PART_NAMES: Mapping[str, str] = {
     "compute": "compute",
@@ -26,6 +28,19 @@ PART_NAMES: Mapping[str, str] = {
     "delta": "first and last micro-batch, optimizer",
     "bubble": "pipeline bubble and imbalance",
 }
+
+SHORT_NAMES: Mapping[str, str] = {
+    "compute": "compute",
+    "tp": "tensor-parallel",
+    "recompute": "recomputation",
+    "launch": "kernel launches",
+    "dp": "data-parallel",
+    "offload": "host copies",
+    "p2p": "between stages",
+    "delta": "once per step",
+    "bubble": "pipeline bubble",
+}
+"""The same where a line has little room; the first letters differ."""
 
 
 def step_parts(estimate: Estimate, num_micro_batches: int) -> dict[str, float]:
@@ -48,6 +63,21 @@ def losing_reason(loser: Mapping[str, float], winner: Mapping[str, float]) -> st
     less = min(more, key=lambda part: more[part])
     gained = f", {format_seconds(more[less])} {PART_NAMES[less]}" if more[less] < -noise_s else ""
     return (" and ".join(words) or "equal within rounding") + gained
+
+
+def short_reasons(reason: str) -> list[str]:
+    """A reason for a line of little room, the longest version first: of 8 words, of one part.
+
+    `reason`: as `losing_reason` says it, or a sentence, of which the first clause is taken.
+    """
+    names = {PART_NAMES[part]: SHORT_NAMES[part] for part in PART_NAMES}
+    found = re.findall(rf"([+-][\d.]+ \w+) ({'|'.join(map(re.escape, names))})", reason)
+    parts = [f"{time} {names[name]}" for time, name in found]
+    if not parts:
+        return [" ".join(re.split("[;,]", reason)[0].split()[:MOST_WORDS])]
+    # The largest loss, and what is gained for it.
+    versions = [f"{parts[0]}, {parts[-1]}"] if len(parts) > 1 else []
+    return [words for words in (*versions, parts[0]) if len(words.split()) <= MOST_WORDS]
 
 
 def layout_words(layout: Layout) -> str:
@@ -76,6 +106,23 @@ def layout_words(layout: Layout) -> str:
     if len(stages) > 1 and schedule != DEFAULT_SCHEDULE:
         line += f", {schedule.kind}" + (f" of {schedule.vpp} chunks" if schedule.vpp > 1 else "")
     return line + _offload_words(stages)
+
+
+def short_layout(words: str) -> str:
+    """A line of `layout_words` where there is little room: what is 0 and all shares are left out.
+
+    "pp1 dp4 tp1 zero2 mb1 x16, 3 recomputed, offload".
+    """
+    line, _, offloaded = words.partition(", offloaded: ")
+    strategy, *others = line.split(", ")
+    short = [strategy]
+    for other in others:
+        count, _, rest = other.partition(" ")
+        if rest.endswith("layers recomputed"):
+            short += [] if count == "0" else [f"{count} recomputed"]
+        else:
+            short.append(f"{count} partly" if rest == "selectively" else other)
+    return ", ".join([*short, *(["offload"] if offloaded else [])])
 
 
 def _offload_words(stages: Sequence[StagePlan]) -> str:

@@ -60,8 +60,10 @@ def plain_data(plan: Plan) -> dict[str, object]:
     for stage, planned in zip(data["stages"], plan.stages, strict=True):
         if planned.dp_replicate == 1:
             del stage["dp_replicate"]
-    if not plan.overrides:
-        del data["overrides"]
+    # What says nothing is left out.
+    for name in ("overrides", "robustness"):
+        if not data[name]:
+            del data[name]
     if plan.model.trainable is None:
         del data["model"]["trainable"]
     return data

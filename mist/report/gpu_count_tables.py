@@ -28,6 +28,15 @@ def print_candidates(candidates: Sequence[Candidate], index: int, tokens: float 
         say("Costs are those of the steps alone: no restarts, evaluation, storage or idle time.")
 
 
+def cost_words(candidate: Candidate) -> str:
+    """Dollars per token of one candidate as a sentence; "" where no price is known."""
+    usd = candidate.usd_per_million_tokens
+    if usd is None or candidate.price_usd is None:
+        return ""
+    hour = f"${candidate.price_usd:.4g} per GPU hour, {candidate.price_source}"
+    return f"{format_usd(usd)} per 1 M tokens ({hour})."
+
+
 def _cells(
     candidate: Candidate, candidates: Sequence[Candidate], tokens: float | None
 ) -> tuple[str, ...]:

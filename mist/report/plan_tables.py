@@ -1,23 +1,23 @@
 """A plan or a judged layout, for people (tables) and for tools (one JSON object)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
-from mist.plans.breakdown import PART_NAMES, ROUNDING_RATIO, exceeded_words, step_parts
+from mist.plans.breakdown import ROUNDING_RATIO
 from mist.plans.file import plain_data
 from mist.plans.host_memory import HostNeed
-from mist.plans.plan import Estimate, Limits, Plan, Robustness, StagePlan
+from mist.plans.plan import Estimate, Limits, Plan, Robustness
 from mist.plans.provenance import Kind
-from mist.platform.quantity import unit_of_path
+from mist.report.intervals import peak_words
+from mist.report.plan_words import data_parallel, offloaded, recomputed
 from mist.report.tables import say, say_note, show
-from mist.units import format_bytes, format_count, format_seconds
+from mist.units import format_bytes, format_seconds
 
 
-def print_plan(plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str]) -> None:
-    """Layout, prediction with its parts, memory against the limit, and why other layouts lose."""
-    _print_head(plan)
+def print_details(plan: Plan, host: HostNeed, notes: Sequence[str]) -> None:
+    """All parts of the prediction, why other layouts lose, sources, and what is left out."""
     _print_stages(plan)
-    _print_memory(plan.estimate, limits)
+    _print_memory(plan.estimate)
     _print_host(host)
     if plan.robustness:
         _print_robustness(plan.estimate.step_s, plan.robustness)
@@ -26,41 +26,6 @@ def print_plan(plan: Plan, limits: Limits, host: HostNeed, notes: Sequence[str])
     for note in (*notes, *plan.estimate.extrapolated):
         say_note(note)
     _print_foot(plan)
-
-
-def print_check(
-    plan: Plan,
-    limits: Limits,
-    host: HostNeed,
-    notes: Sequence[str],
-    suggestions: Sequence[str],
-) -> None:
-    """The verdict first, then the same tables, then what would help."""
-    estimate = plan.estimate
-    peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
-    room = limits.device_bytes - peak_bytes
-    fits = "FITS, with" if host.fits else "Fits on the GPU, with"
-    verdict = fits if room >= 0 else "DOES NOT FIT: over by"
-    tail = "to spare" if room >= 0 else "per GPU"
-    if not host.fits:
-        say(f"DOES NOT FIT in host memory: {host.over_words}.")
-    say(f"{verdict} {format_bytes(abs(room))} {tail} ({_interval(estimate)})")
-    if room < 0:
-        usable_bytes = estimate.stages[0].usable_bytes
-        words = f"The peak is {format_bytes(peak_bytes)}"
-        say(f"{words}; {exceeded_words(peak_bytes, usable_bytes)}.")
-        if peak_bytes <= usable_bytes:
-            say("Runs that close to what the device reports crawl or fail.")
-    _print_head(plan)
-    _print_stages(plan)
-    _print_memory(estimate, limits)
-    _print_host(host)
-    _print_op_costs(estimate)
-    for note in (*notes, *estimate.extrapolated):
-        say_note(note)
-    for suggestion in suggestions:
-        say(f"Try {suggestion}")
-    say(f"Not modelled: {'; '.join(estimate.not_modelled)}.")
 
 
 def plan_json(
@@ -122,51 +87,8 @@ def _host_json(host: HostNeed) -> dict[str, object]:
     return {**asdict(host), "needed_bytes": host.needed_bytes, "fits": host.fits}
 
 
-def _parameters(plan: Plan) -> str:
-    """How many parameters the model has, and how many of them are trained."""
-    trained = plan.model.trainable
-    words = "" if trained is None else f", {format_count(trained)} of them trained,"
-    return f"{format_count(plan.model.params)} parameters{words}"
-
-
-def _print_head(plan: Plan) -> None:
-    estimate, workload, cluster = plan.estimate, plan.workload, plan.cluster
-    say(
-        f"{plan.model.name}: {_parameters(plan)} on {cluster.num_gpus} x "
-        f"{cluster.device} ({cluster.name}), runtime {plan.runtime}"
-    )
-    say(
-        f"sequence {workload.seq_len}, global batch {workload.global_batch}, {workload.precision}, "
-        f"{workload.optimizer}, attention {workload.attention}"
-    )
-    if plan.overrides:
-        own = (f"{name} {_figure(name, value)}" for name, value in plan.overrides.items())
-        say(f"your own figures: {', '.join(own)}")
-    if len(plan.stages) > 1:
-        chunks = f", {plan.schedule.vpp} chunks per stage" if plan.schedule.vpp > 1 else ""
-        say(f"schedule {plan.schedule.kind}{chunks}")
-    calibrated = "calibrated" if estimate.uncertainty.calibrated else "not calibrated"
-    say(
-        f"predicted: {format_seconds(estimate.step_s)} per step "
-        f"(+-{estimate.uncertainty.step_ratio:.0%}, {calibrated}), "
-        f"{format_count(estimate.tokens_per_s)} tokens/s, MFU {estimate.mfu:.1%}"
-    )
-    parts = step_parts(estimate, plan.num_micro_batches)
-    rounding_s = ROUNDING_RATIO * estimate.step_s
-    spent = [f"{PART_NAMES[p]} {format_seconds(s)}" for p, s in parts.items() if s > rounding_s]
-    say(f"the step: {', '.join(spent)}")
-
-
-def _figure(name: str, value: float) -> str:
-    unit = unit_of_path(name)
-    return format_bytes(value) if unit == "B" else f"{value:g} {unit}".rstrip()
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"peak predicted to +-{estimate.uncertainty.memory_ratio:.0%}"
-
-
 def _print_stages(plan: Plan) -> None:
+    """Times of each stage; its layout is on the screen, but for what has no room there."""
     rows = []
     for index, (stage, judged) in enumerate(zip(plan.stages, plan.estimate.stages, strict=True)):
         layers = ", ".join(f"{first}-{first + count - 1}" for first, count in stage.layers)
@@ -180,12 +102,12 @@ def _print_stages(plan: Plan) -> None:
             (
                 f"{index}: layers {layers}",
                 f"{device}-{device + stage.devices[1] - 1}",
-                _data_parallel(stage),
+                data_parallel(stage),
                 f"{stage.tp}{'+sp' if stage.sp else ''}",
                 str(stage.zero),
                 f"{stage.micro_batch} x{plan.num_micro_batches}",
-                _recomputed(stage),
-                _offloaded(stage),
+                recomputed(stage),
+                offloaded(stage),
                 format_seconds(judged.stable_s),
                 format_seconds(judged.delta_s),
                 times,
@@ -199,53 +121,22 @@ def _print_stages(plan: Plan) -> None:
         "zero",
         "micro-batch",
         "recomputed",
-        "offloaded",
-        "micro-step",
-        "+ per step",
-        "of a micro-step",
+        "on the host",
+        "micro-batch time",
+        "once per step",
+        "parts of a micro-batch",
     )
-    show("Stages (predicted times; + per step: first and last micro-batch)", header, rows)
+    show("Stages (predicted times; once per step: first and last micro-batch)", header, rows)
 
 
-def _data_parallel(stage: StagePlan) -> str:
-    """Ranks, or copies of the states x ranks that share one: "16" or "2x8"."""
-    copies = stage.dp_replicate
-    return str(stage.dp) if copies == 1 else f"{copies}x{stage.dp_shard}"
-
-
-def _recomputed(stage: StagePlan) -> str:
-    some = stage.num_partly
-    words = f"{stage.num_full} of {stage.num_layers}"
-    return f"{words}, {some} selectively" if some else words
-
-
-def _offloaded(stage: StagePlan) -> str:
-    ratios = {item.name: getattr(stage.offload, item.name) for item in fields(stage.offload)}
-    return ", ".join(f"{name} {ratio:.0%}" for name, ratio in ratios.items() if ratio) or "-"
-
-
-def _print_memory(estimate: Estimate, limits: Limits) -> None:
-    rows, limit_bytes = [], limits.device_bytes
+def _print_memory(estimate: Estimate) -> None:
+    rows = []
     for index, stage in enumerate(estimate.stages):
         parts = (format_bytes(size) for size in stage.memory_parts_bytes.values())
-        rows.append(
-            (
-                str(index),
-                *parts,
-                format_bytes(stage.peak_bytes),
-                f"{stage.peak_bytes / limit_bytes:.0%} of {format_bytes(limit_bytes)}",
-            )
-        )
-    header = ("stage", *estimate.stages[0].memory_parts_bytes, "peak", "of what a plan may use")
-    show(f"Memory per GPU ({_interval(estimate)})", header, rows)
-    usable_bytes = estimate.stages[0].usable_bytes
-    say(
-        f"A plan may use {format_bytes(limit_bytes)}: the usable {format_bytes(usable_bytes)} "
-        f"less a margin of {1 - limit_bytes / usable_bytes:.0%}."
-    )
-    if any(stage.host_bytes for stage in estimate.stages):
-        held = ", ".join(format_bytes(stage.host_bytes) for stage in estimate.stages)
-        say(f"In host memory per GPU: {held}.")
+        host = format_bytes(stage.host_bytes)
+        rows.append((str(index), *parts, format_bytes(stage.peak_bytes), host))
+    header = ("stage", *estimate.stages[0].memory_parts_bytes, "peak", "in host memory")
+    show(f"Memory per GPU ({peak_words(estimate)})", header, rows)
 
 
 def _print_host(host: HostNeed) -> None:

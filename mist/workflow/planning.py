@@ -248,23 +248,24 @@ def _assemble(
     return replace(
         unsearched_plan(job, question, layout, judged),
         alternatives=tuple(
-            _alternative(job, other, winner) for other in _others(best, tuned, choice)
+            _alternative(job, other, winner)
+            for other in _others(tuned, choice, effort.num_alternatives)
         ),
         provenance=provenance,
         robustness=robustness_of(job, choice, effort.tolerance_ratio) if choice else None,
     )
 
 
-def _others(
-    best: PricedLayout, tuned: Tuned, choice: RobustChoice | None
-) -> Iterator[PricedLayout]:
-    """Layouts to set beside the best: the fastest, those that people compare with, other kinds."""
-    told = [best.stages]
+def _others(tuned: Tuned, choice: RobustChoice | None, num_alternatives: int) -> list[PricedLayout]:
+    """Layouts to set beside the plan: the fastest, those that people compare with, other kinds."""
     compared = (tuned.best, choice.without_offload, choice.one_stage) if choice else ()
+    told = [choice.chosen.layout.stages if choice else tuned.best.stages]
+    others: list[PricedLayout] = []
     for other in (*compared, *tuned.others):
         if other is not None and other.stages not in told:
             told.append(other.stages)
-            yield other
+            others.append(other)
+    return sorted(others[:num_alternatives], key=lambda other: other.step_s)
 
 
 def _solver_words(job: Job, space: SearchSpace, method: Method, tuned: Tuned) -> str:

@@ -141,11 +141,12 @@ def test_a_search_cut_short_before_sharing_says_so() -> None:
     whole, seen = tuned(job, limits), []
     num_groups = len(list(groups(job, SPACE)))
 
-    def late() -> bool:
+    def asked() -> int:
+        """How often the clock was looked at: as each group is listed, then as it is tried."""
         seen.append(1)
-        return len(seen) > num_groups
+        return len(seen)
 
-    cut = tuned(job, limits, is_late=late)
+    cut = tuned(job, limits, is_late=lambda: asked() > 2 * num_groups, is_over=lambda: asked() < 0)
     assert whole is not None
     assert cut is not None
     assert cut.lower_bound_s <= whole.best.step_s < cut.best.step_s

@@ -100,7 +100,7 @@ def test_words_that_set_nothing(words: list[str], message: str) -> None:
         (
             "cluster.gpus_per_node=2.5",
             "--set cluster.gpus_per_node=2.5 has 1 fault:\n"
-            "  .: gpus_per_node and max_nodes must be whole, found 2.5",
+            "  .: gpus_per_node and max_nodes must be whole numbers from 1 to 1048576, found 2.5",
         ),
     ],
 )

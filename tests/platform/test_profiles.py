@@ -22,6 +22,7 @@ FILES = sorted(PROFILES.rglob("*.yaml"))
 # Integers that name a thing rather than measure one.
 LABELS = {"head_dim", "zero", "group", "zero_levels"}
 LABELS |= {"sharded_from", "offered_from", "each_micro_batch_from"}  # ZeRO levels
+RANGE = {"name", "paths", "kinds", "by", "ends", "most", "spread", "worse", "unless_contention"}
 LABELS |= {"most_zero_with_tp", "partial_offload"}  # as well
 
 
@@ -35,6 +36,7 @@ def bare_numbers(node: object, path: str = "") -> Iterator[str]:
             {"columns", "rows"},
             {"shares"},
             {"instead"},
+            RANGE & node.keys(),
         ), path
     elif isinstance(node, dict):
         for key, item in node.items():

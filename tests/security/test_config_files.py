@@ -7,7 +7,7 @@ import pytest
 
 from mist.errors import ModelError
 from mist.plans.workload import Attention, Precision
-from mist.trace.models import loader
+from mist.trace.models import configurations, loader
 from mist.trace.models.source import resolve
 from tests.exec.layouts import LLAMA
 from tests.security.canary import statement, went_off
@@ -74,7 +74,7 @@ def test_nothing_is_fetched_while_a_configuration_becomes_a_model(
         seen.append(constants.HF_HUB_OFFLINE)
         raise ModelError("seen")
 
-    monkeypatch.setattr(loader, "_class_of", build)
+    monkeypatch.setattr(configurations, "_class_of", build)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     source = resolve(config(tmp_path))
     with pytest.raises(ModelError, match="seen"):

@@ -1,10 +1,13 @@
 """What a model does that cannot be traced, and the line that is named."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from mist.errors import TraceError
+from mist.plans.workload import Attention, Precision
+from mist.trace import TraceSetting, load_graph
 from tests.trace.test_source import file_with, load
 
 HEAD = """
@@ -51,10 +54,13 @@ def test_size_from_values(tmp_path: Path) -> None:
 
 
 def test_one_sequence_length_only(tmp_path: Path) -> None:
-    assert message_of(tmp_path, "x = x + torch.zeros(1, 384, 16)") == (
-        "my-model works for one sequence length only (384): an operation compares it with a fixed "
-        "size. Let make_batch and the model take any size."
-    )
+    """It is traced at that length; at another, the line that has the size is named."""
+    line = "x = x + torch.zeros(1, 384, 16)"
+    path = file_with(tmp_path, HEAD.replace("BODY", line))
+    load(path)
+    setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH, seq_len=512)
+    with pytest.raises(TraceError, match=rf"cannot be traced: .* 384 .*:13: {re.escape(line)}"):
+        load_graph(str(path), setting, progress=lambda message: None)
 
 
 def test_model_raises(tmp_path: Path) -> None:

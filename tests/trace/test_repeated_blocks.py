@@ -103,11 +103,12 @@ def test_model_without_layers_is_one_block() -> None:
     )
 
 
-def test_layers_called_twice_are_one_block() -> None:
+def test_layers_called_twice_run_twice() -> None:
     graph = traced(Twice([Layer(i) for i in range(2)]))
-    (block,) = graph.blocks
-    assert block.flop("forward") == (4 * 16 * WIDTH**2 + 2 * WIDTH * VOCAB) * B * S
-    assert len(graph.notes) == 2
+    assert graph.num_layers == 4
+    layers = [graph.blocks[kind] for kind in graph.layer_kinds()]
+    assert {layer.flop("forward") for layer in layers} == {16 * WIDTH**2 * B * S / T}
+    assert [layer.num_params > 0 for layer in layers] == [True, True, False, False]
 
 
 def test_user_batch_and_loss() -> None:

@@ -52,7 +52,7 @@ def test_each_runtime_plans_what_it_can_run(
     assert planned.points, "the cloud of the picture is empty"
     for layout in planned.points:
         assert len(layout.stages) == 1 or layout.schedule.kind in knobs.schedules
-        assert {stage.zero for stage in layout.stages} <= {*knobs.zero_levels}
+        assert {stage.knobs["zero"] for stage in layout.stages} <= {*knobs.zero_levels}
     save_plan(planned.plan, tmp_path / "plan.yaml")
     assert check_plan(tmp_path / "plan.yaml").plan == planned.plan
 
