@@ -264,7 +264,10 @@ def _sharded_run(subject: _Subject, check: RecordedRun) -> tuple[_Subject, Recor
             "tensor parallelism cannot be traced (a shard has one size); t = 1 only"
         )
     point = {B: BATCH_HINT, S: seq_hint(subject.model, subject.setting.seq_len), T: 1}
-    if _facts(run, point) != _facts(check, point):
+    (facts, put_back), (known, known_put_back) = _facts(run, point), _facts(check, point)
+    # Where a rank takes its part of a whole table, its gradient is put back in place: such
+    # operations are more than the model's own, and nothing else is.
+    if facts != known or not known_put_back <= put_back:
         raise UnsupportedRules(
             "the tensor-parallel trace at t = 1 is not the model's own; t = 1 only"
         )
@@ -319,8 +322,10 @@ def _ops(run: RecordedRun) -> Iterator[Op]:
         yield from piece.part.ops
 
 
-def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
-    """All costs of a run as numbers."""
+def _facts(
+    run: RecordedRun, point: Mapping[Expr, int]
+) -> tuple[list[object], Counter[tuple[object, ...]]]:
+    """All costs of a run as numbers; apart from them those of gradients that are put back."""
     values: dict[Expr, Expr] = {}
 
     def at(expr: Expr) -> Expr:
@@ -329,12 +334,11 @@ def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
             values[expr] = round(value, LOG_DIGITS) if value.has(sympy.log) else value
         return values[expr]
 
-    # Where a rank takes its part of a whole table, its gradient is put back in place.
-    ops = [
-        (o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run) if o.name != PUT_BACK
-    ]
+    ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
     storages = ((k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.storages.values())
-    return [*ops, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)]
+    put_back = Counter(op for op in ops if op[0] == PUT_BACK)
+    others = [op for op in ops if op[0] != PUT_BACK]
+    return [*others, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)], put_back
 
 
 def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:

@@ -100,7 +100,24 @@ BART = {
     "decoder_start_token_id": 2,
     "architectures": ["BartForConditionalGeneration"],
 }
-CONFIGS = {"bart": BART}
+# Biases by head, which only the first layer of each list makes.
+T5 = {
+    "model_type": "t5",
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "architectures": ["T5ForConditionalGeneration"],
+}
+CONFIGS = {"bart": BART, "t5": T5}
 
 
 def write_sized_models(folder: Path) -> None:
@@ -121,4 +138,6 @@ SIZED = tuple(
     for sp in (False, True)
 )
 # BART has no module that is given the activation for its attention alone: sp is refused.
-WITH_ENCODER = (Variant(name="bart", model="bart.json", stages=(S(tp=2),), micro=8),)
+WITH_ENCODER = tuple(
+    Variant(name=name, model=f"{name}.json", stages=(S(tp=2),), micro=8) for name in CONFIGS
+)
