@@ -379,7 +379,8 @@ class Recorder(TorchDispatchMode):
                     key = key_of(value)
                     flows = value.requires_grad and key not in self._states
                     part.nodes[value] = part.graph.placeholder("input")
-                    part.nodes[value].meta.update(key=key, flows=flows)
+                    shape = self._symbols.shape(value)
+                    part.nodes[value].meta.update(key=key, flows=flows, shape=shape)
                 return part.nodes[value]
             return str(value) if isinstance(value, torch.SymInt) else value
 
