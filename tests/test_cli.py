@@ -633,7 +633,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
-        "number, checkpoint=none, selective, full, schedule=gpipe, 1f1b, interleaved, "
+        "number, checkpoint=none, "
+        "drop-activation, drop-norm, selective, full, schedule=gpipe, 1f1b, interleaved, "
         "zero-bubble, or a figure of a profile (cluster.host_memory_bytes=64GB).",
     ),
     (
@@ -660,13 +661,15 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "something unknown that is forbidden",
         ("plan", "{models}/tiny.py", *SMALL, "--forbid", "tp"),
-        "--forbid tp: expected offload, weights, grads, optimizer, activations, selective, full, "
+        "--forbid tp: expected offload, weights, grads, optimizer, activations, "
+        "drop-activation, drop-norm, selective, full, "
         "gpipe, 1f1b, interleaved, zero-bubble, unlike-stages, unequal-meshes.",
     ),
     (
         "an unknown space",
         ("plan", "{models}/tiny.py", *SMALL, "--space", "4d"),
-        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist, whole.",
+        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, "
+        "paper+tempo, mist, mist+levels, whole.",
     ),
     (
         "a share of nothing",

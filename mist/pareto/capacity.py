@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from mist.pareto.bounds import fastest_layers
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges, kinds_of
-from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
+from mist.pareto.linear_cost import Held, StageLines, instants
 from mist.pareto.strategies import Floats
 from mist.plans.plan import Limits
 from mist.plans.schedules import SCHEDULES
@@ -190,7 +190,9 @@ class _Knapsack:
         self._model, self._lines, self._held = model, lines, held
         self._weight, self._filled_s = weight, filled_s
         levels = model.space.levels
-        mixes = [*((level, level) for level in levels), *model.pairs]
+        mixes = [*((level, level) for level in levels if model.useful[level].any()), *model.pairs]
+        useful = [model.useful[upper] & model.useful[lower] for upper, lower in mixes]
+        self._useful = np.tile(np.array(useful), len(held.in_flight))
         self._mixes = np.array([[levels.index(level) for level in mix] for mix in mixes]).T
         self._instants = instants(model.job.platform.runtime)
         base, rates = self._outputs(("stable_s", "lone_s", *self._instants))
@@ -205,7 +207,7 @@ class _Knapsack:
             bytes_ = _Budget(base=base, rates=rates / self._weights, limit=device_bytes)
             several = [bytes_.load(), *(each.load_beside(bytes_) for each in times)]
             found += [each.min(axis=0) for each in several]
-        most = np.min(found, axis=0).max(axis=0, initial=-np.inf)
+        most = np.where(self._useful, np.min(found, axis=0), -np.inf).max(axis=0, initial=-np.inf)
         return np.asarray(most.reshape(len(self._held.in_flight), -1))
 
     def entry_s(self, load: Floats) -> float:
@@ -252,7 +254,9 @@ class _Knapsack:
     def _outputs(self, names: Sequence[str]) -> tuple[Floats, Floats]:
         """What I outputs have on top of their layers, [I, P, N], and for each, [I, P, X, N]."""
         levels, num_kinds = self._model.space.levels, len(self._weight)
-        rows = np.array([LEVELS.index(level) for level in levels])[:, None] * num_kinds
+        rows = (
+            np.array([self._model.job.levels.index(level) for level in levels])[:, None] * num_kinds
+        )
         rows = rows + np.arange(num_kinds)
         rises = self._lines.rises(names, rows, self._held)[..., 0]
         upper, lower = self._mixes

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.pareto.candidates import Mixes
 from mist.pareto.frontier import frontier, lean_frontier
+from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Floats, Ints
 
 LevelNames = NDArray[np.object_]

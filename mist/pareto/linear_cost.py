@@ -12,9 +12,9 @@ steps. The lines are read off the compiled formulas at a few points, so there is
 `StageLines` holds them and says what any mix of layers costs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -27,7 +27,6 @@ from mist.symbolic.job import Job
 
 INSTANTS = ("begin_bytes", "end_bytes", "last_bytes", "step_bytes")
 OUTPUTS = ("stable_s", "lone_s", "weight_s", *INSTANTS, "host_bytes")
-LEVELS = tuple(MemoryLevel)
 
 
 def instants(runtime: Runtime) -> tuple[str, ...]:
@@ -74,19 +73,20 @@ class StageLines:
         job: Job,
         terms: Mapping[str, Floats],
         positions: Sequence[Mapping[str, ArrayLike]],
+        pairs: Iterable[tuple[MemoryLevel, MemoryLevel]] = (),
     ) -> Iterator["StageLines"]:
         """The lines at each of several positions, read off together: numpy's calls take the time.
 
-        `terms` [K]; positions: numbers, nothing of `_HELD`.
+        `terms` [K]; positions: numbers, nothing of `_HELD`. `pairs`: levels that stages may mix.
         """
         size = len(next(iter(terms.values())))
         columns = {name: np.tile(term, len(positions)) for name, term in terms.items()}
         for name in positions[0]:
             columns[name] = np.repeat([float(np.asarray(each[name])) for each in positions], size)
-        num_rows = len(LEVELS) * job.facts.num_kinds
+        num_rows = len(job.levels) * job.facts.num_kinds
         asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
         if job.facts.num_kinds == 1:
-            asked += [a | b for a, b in combinations(asked, 2)]
+            asked += [sum(1 << job.levels.index(level) for level in pair) for pair in pairs]
         counts = _counts(job, asked)
         # From one layer to two no new kind of layer appears: the difference is the slope alone.
         found = _evaluated(job, columns, np.concatenate([counts, 2 * counts[:num_rows]]))
@@ -143,7 +143,7 @@ class StageLines:
 
 def _counts(job: Job, bits: Sequence[int]) -> Floats:
     """One layer of each row whose bit is set, [P, X]."""
-    num_rows = len(LEVELS) * job.facts.num_kinds
+    num_rows = len(job.levels) * job.facts.num_kinds
     return np.array([[float(each >> row & 1) for row in range(num_rows)] for each in bits])
 
 
@@ -164,7 +164,7 @@ _HELD: Final = {"in_flight": np.array([0.0, 1.0, 0.0]), "layers_more": np.array(
 
 def _evaluated(job: Job, columns: Mapping[str, ArrayLike], points: Floats) -> Floats:
     """The outputs [3, O, P, K] at `points` [P, X] layers, by `_HELD`; [2, O, P, K] of one chunk."""
-    rows = product((level.value for level in LEVELS), range(job.facts.num_kinds))
+    rows = product((level.column for level in job.levels), range(job.facts.num_kinds))
     counts = {
         f"{level}_{kind}": points[None, :, index, None] for index, (level, kind) in enumerate(rows)
     }

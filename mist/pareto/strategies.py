@@ -27,8 +27,8 @@ from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Runtime
 from mist.rules.combinations import knob_rules
-from mist.rules.levels import broken_by_levels, broken_levels, may_have
-from mist.rules.rule import broken, keeps
+from mist.rules.levels import broken_by_levels, broken_levels, may_have, not_priced
+from mist.rules.rule import Columns, broken, keeps
 from mist.symbolic.columns import strategy_columns
 from mist.symbolic.job import Job
 
@@ -139,6 +139,19 @@ def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
         unlike_stages=space.unlike_stages and knobs.unlike_stages,
         unequal_meshes=space.unequal_meshes and knobs.unlike_stages,
     )
+
+
+def priced(space: SearchSpace, job: Job) -> SearchSpace:
+    """A space without the memory levels that the layers of a model cannot be converted to.
+
+    Raises InputError where no other is left.
+    """
+    known = job.platform.runtime.levels
+    missing = [level for level in space.levels if level in known and level not in job.levels]
+    levels = tuple(level for level in space.levels if level not in missing)
+    if not levels:
+        raise InputError(" ".join(not_priced(level, job.facts.name) for level in missing))
+    return replace(space, levels=levels)
 
 
 def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
@@ -283,7 +296,7 @@ def _kinds(space: SearchSpace) -> list[ScheduleKind]:
 
 def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
     """The memory levels of a space that layers may have under a schedule."""
-    kept = {"schedule": kind.value, "activations": 0.0}
+    kept: Columns = {"schedule": kind.value, "activations": 0.0, "tp": 1}
     return tuple(level for level in space.levels if may_have(level, kept))
 
 

@@ -62,9 +62,10 @@ def landscape_layouts(
     model, ranges = found
     tables = _tables(model, ranges, limits)
     picks = [
-        _picks(model, [replace(table, level=level) for table in tables], ranges, "stable_s")
-        for level in (*model.space.levels, None)
+        _picks(model, [_whole(table, level, model) for table in tables], ranges, "stable_s")
+        for level in model.space.levels
     ]
+    picks.append(_picks(model, tables, ranges, "stable_s"))
     yield from _even(model, ranges, picks, within_s=within_s)
 
 
@@ -86,21 +87,19 @@ def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupMo
 class _Table:
     """Stages that differ in their micro-batches in flight, by them [F], and all their mixes [N].
 
-    `slot` [N]: which micro-batches in flight and strategy a mix has, f K + k. `level`: of all
-    layers, whether they fit or not; None: what fits, at any level.
+    `slot` [N]: which micro-batches in flight and strategy a mix has, f K + k. `among` [N]: mixes
+    to choose from, whether they fit or not; None: those that fit.
     """
 
     stages: list[Ints]
     mixes: StackedMixes
     slot: Ints
-    level: MemoryLevel | None = None
+    among: NDArray[np.bool_] | None = None
 
     def best(self, measure: Measure, placeable: NDArray[np.bool_]) -> tuple[Floats, Ints]:
         """The least value, inf where nothing fits, and its mix: [F, K, R]; `placeable` [F, R]."""
         mixes, num_slots = self.mixes, int(self.slot.max()) + 1
-        fits = mixes.fits
-        if self.level is not None:
-            fits = ((mixes.upper == self.level) & (mixes.lower == self.level))[:, None]
+        fits = mixes.fits if self.among is None else self.among[:, None]
         shape = (len(self.stages), -1, placeable.shape[1])
         allowed = fits & placeable[self.slot // (num_slots // len(self.stages))]
         measured = np.where(allowed, getattr(mixes, measure), np.inf)
@@ -170,6 +169,13 @@ def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[_Table]:
             )
         )
     return tables
+
+
+def _whole(table: _Table, level: MemoryLevel, model: GroupModel) -> _Table:
+    """The stages with all layers at one level, where strategies may have it."""
+    mixes = table.mixes
+    own = (mixes.upper == level) & (mixes.lower == level) & model.allowed[level][mixes.row]
+    return replace(table, among=own)
 
 
 def _picks(

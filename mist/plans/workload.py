@@ -66,8 +66,15 @@ class MemoryLevel(StrEnum):
     """How much of a layer's activation is kept, from most to least: `mist.plans.memory_levels`."""
 
     NONE = "none"
+    DROP_ACTIVATION = "drop-activation"
+    DROP_NORM = "drop-norm"
     SELECTIVE = "selective"
     FULL = "full"
+
+    @property
+    def column(self) -> str:
+        """Its name in columns and formulas, where words are names of Python."""
+        return self.value.replace("-", "_")
 
 
 class Solver(StrEnum):

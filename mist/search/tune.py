@@ -193,7 +193,9 @@ def _work(
     """
     found, is_whole = [], True
     for group in groups(job, space):
-        found.append(_Visit(bound_s=lower_bound_s(job, group), group=group, limits=limits))
+        found.append(
+            _Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
+        )
         if is_over():
             is_whole = False
             break
@@ -378,7 +380,7 @@ def landscape(
     deepest: dict[tuple[object, ...], Group] = {}
     known = takewhile(lambda _: not is_over(), groups(job, space))
     for group in sorted(known, key=lambda group: group.schedule.vpp):
-        if lower_bound_s(job, group) <= within_s:
+        if lower_bound_s(job, group, space.levels) <= within_s:
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
             deepest[*key, *group.strategies["tp"]] = group
     for group in takewhile(lambda _: not is_over(), deepest.values()):

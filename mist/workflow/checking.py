@@ -184,6 +184,8 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     Raises InputError naming every rule that it breaks.
     """
     _refuse_early(question, layout, platform_of(question))
+    if layout.checkpoint in CHECKPOINTS:
+        question = replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
     job = prepare(question, progress, layout.tp)
     made = _made(job, layout)
     plan = unsearched_plan(job, question, made, estimate(job, made))
@@ -244,6 +246,7 @@ def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None 
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
         overrides=plan.overrides,
+        levels=tuple(dict.fromkeys(level for stage in plan.stages for level in stage.levels)),
     )
 
 

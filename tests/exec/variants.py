@@ -18,6 +18,17 @@ DATA = (
     Variant(name="clipped", stages=(S(dp=2, zero=3),), micro=4, max_norm=0.5),
     Variant(name="full 4 zero3", stages=(S(dp=2, zero=3, full=4),), micro=8),
     Variant(name="mixed levels zero2", stages=(S(dp=2, zero=2, full=1, selective=2),), micro=8),
+    Variant(
+        name="converted zero3",
+        stages=(S(dp=2, zero=3, full=1, drop_norm=1, drop_activation=1),),
+        micro=8,
+    ),
+    Variant(
+        name="gpt2 converted zero2",
+        model="gpt2.json",
+        stages=(S(dp=2, zero=2, drop_norm=2, selective=1),),
+        micro=8,
+    ),
     Variant(name="gpt2 tied zero3", model="gpt2.json", stages=(S(dp=2, zero=3),)),
     Variant(name="plain zero1", model="plain.py", stages=(S(dp=2, zero=1),), micro=4),
 )
@@ -149,6 +160,14 @@ PIPELINE = (
         model="opt.json",
         kind=ZERO_BUBBLE,
         stages=(S(layers=(1, 1)), S(layers=(1, 1))),
+        micro=4,
+    ),
+    Variant(
+        name="pp2 converted",
+        stages=(
+            S(layers=(3,), full=1, drop_norm=1, drop_activation=1),
+            S(layers=(1,), drop_norm=1),
+        ),
         micro=4,
     ),
     Variant(
