@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mist.errors import Infeasible, InputError
+from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import layer_ranges
 from mist.pareto.layouts import PricedLayout, stage_plans
@@ -260,6 +261,21 @@ def test_equals_exhaustive_search_with_converted_layers(
     assert found.best.step_s == pytest.approx(fastest(job, space, limit), rel=6e-6)
     confirm(job, found, limit)
     assert any(level in CONVERTS for s in stage_plans(job, found.best) for level in s.levels)
+
+
+def test_bounds_know_that_converted_layers_may_be_faster() -> None:
+    job = job_of((3,), 2, 4, converts=True)
+    space = SearchSpace(levels=tuple(MemoryLevel), offload=NO_RATIOS)
+    plain, best = (tuned(job, each, math.inf).best for each in (SearchSpace(), space))
+    assert best.step_s < plain.step_s
+    bounds = [
+        lower_bound_s(job, group, space.levels)
+        for group in groups(job, space)
+        if (group.num_stages, group.num_micro_batches) == (1, best.num_micro_batches)
+    ]
+    assert len(best.stages) == 1
+    assert bounds
+    assert min(bounds) <= best.step_s
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ class Variant:
     """A layout under test. `micro`: samples of all ranks in one micro-batch.
 
     `rounded`: parity is that of the plan's own precision, else of float64 (tests/exec/double.py).
+    `num_steps`: optimizer steps; the second reads all that the first one wrote.
     """
 
     name: str
@@ -169,6 +170,7 @@ class Variant:
     max_norm: float | None = None
     precision: Precision = Precision.FP32
     rounded: bool = False
+    num_steps: int = 2
 
     @property
     def world_size(self) -> int:

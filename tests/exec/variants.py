@@ -413,6 +413,30 @@ SLOW = (
         micro=4,
     ),
     Variant(
+        name="pp2 converted, 20 steps",
+        stages=(
+            S(layers=(3,), full=1, drop_norm=1, drop_activation=1),
+            S(layers=(1,), drop_norm=1),
+        ),
+        micro=4,
+        num_steps=20,
+    ),
+    Variant(  # converted layers are not divided: mixed levels of those that are
+        name="dp2 tp2 sp levels, 20 steps",
+        stages=(S(dp=2, tp=2, sp=True, zero=2, full=1, selective=2),),
+        micro=8,
+        num_steps=20,
+    ),
+    Variant(
+        name="dp2 tp2 to converted dp4, 20 steps",
+        stages=(
+            S(layers=(2,), dp=2, tp=2, zero=1, full=1),
+            S(layers=(2,), dp=4, zero=3, drop_norm=1, drop_activation=1),
+        ),
+        micro=4,
+        num_steps=20,
+    ),
+    Variant(
         name="tp2 to dp2 to dp2",
         stages=(S(layers=(1,), tp=2), S(layers=(2,), dp=2, zero=2), S(layers=(1,), dp=2, zero=0)),
         micro=4,
