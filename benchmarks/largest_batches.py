@@ -7,18 +7,24 @@ python benchmarks/largest_batches.py
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from paper_models import write_config
 
-from mist.errors import MistError
-from mist.plans.workload import Attention, Precision
+from mist.plans.memory_levels import memory_of
+from mist.plans.plan import DEFAULT_SCHEDULE, NOTHING_OFFLOADED
+from mist.plans.uniform_stages import uniform_layout
+from mist.plans.workload import Attention, MemoryLevel, Precision
+from mist.symbolic.estimate import estimate
+from mist.symbolic.program import ModelPrograms
 from mist.trace import ConfigSource
-from mist.workflow.checking import HandLayout, check_layout
-from mist.workflow.request import Question
+from mist.workflow.request import Question, compiled, job_of, limits_of
 
-LEVELS: Final = ("none", "drop-activation", "drop-norm", "full")
+LEVELS: Final = tuple(
+    MemoryLevel(word) for word in ("none", "drop-activation", "drop-norm", "full")
+)
 # GPT-2 of 345 M parameters: openai-community/gpt2-medium.
 GPT2: Final = ConfigSource(
     label="gpt2-medium",
@@ -39,30 +45,33 @@ CARDS: Final = {
 MOST: Final = 512
 
 
-def rate(question: Question, level: str, batch: int) -> float | None:
-    """Samples per second of a batch in one piece, where it fits."""
-    asked = Question(
-        model=question.model,
-        num_gpus=1,
-        gpu=question.gpu,
-        seq_len=question.seq_len,
-        global_batch=batch,
-        precision=question.precision,
-        attention=Attention.MATH,
-        margin_ratio=0.0,
-        overrides=question.overrides,
+def rate(question: Question, programs: ModelPrograms, level: MemoryLevel) -> float | None:
+    """Samples per second of the global batch in one piece, where it fits; its margin is 0."""
+    job = job_of(question, programs)
+    layout = uniform_layout(
+        {"dp": 1, "tp": 1, "zero": 0, "dp_replicate": 1, "micro_batch": question.global_batch},
+        chunk_layers=(job.num_layers,),
+        memory=[memory_of(job.num_layers, level)],
+        num_micro_batches=1,
+        schedule=DEFAULT_SCHEDULE,
+        offload=NOTHING_OFFLOADED,
+        shards_sequence=False,
     )
-    checked = check_layout(asked, HandLayout(checkpoint=level, micro_batch=batch))
-    return batch / checked.plan.estimate.step_s if checked.fits else None
+    judged = estimate(job, layout)
+    fits = judged.stages[0].peak_bytes <= limits_of(job, question).device_bytes
+    return question.global_batch / judged.step_s if fits else None
 
 
-def largest(question: Question, level: str) -> tuple[int, float]:
+def largest(question: Question, programs: ModelPrograms, level: MemoryLevel) -> tuple[int, float]:
     """The largest batch that fits, and its samples per second; (0, 0.0) where none does."""
     low, high, best = 0, MOST + 1, 0.0
     while high - low > 1:
         middle = (low + high) // 2
-        found = rate(question, level, middle)
-        low, high, best = (low, middle, best) if found is None else (middle, high, found)
+        found = rate(replace(question, global_batch=middle), programs, level)
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
     return low, best
 
 
@@ -79,15 +88,14 @@ def main() -> None:
                     gpu=gpu,
                     seq_len=seq_len,
                     precision=precision,
+                    attention=Attention.MATH,
+                    margin_ratio=0.0,
                     overrides=figures,
+                    levels=LEVELS,
                 )
-                cells = []
-                for level in LEVELS:
-                    try:
-                        batch, per_s = largest(question, level)
-                        cells.append(f"{batch} ({per_s:.1f})")
-                    except MistError as error:
-                        cells.append(str(error))
+                programs = compiled(question)
+                found = (largest(question, programs, level) for level in LEVELS)
+                cells = [f"{batch} ({per_s:.1f})" for batch, per_s in found]
                 print(f"| {card} | {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -1,8 +1,8 @@
 """Predicted steps with and without the memory levels that convert layers, beside the search's time.
 
-Processor seconds of the search alone, imports and trace excluded, each the least of REPEATS.
+Processor seconds of the search alone, imports and trace excluded, each the least of some repeats.
 
-python benchmarks/level_pairs.py [NAME ...] [--save FOLDER]
+python benchmarks/level_pairs.py [NAME ...] [--repeats 2] [--save FOLDER]
 """
 
 import argparse
@@ -23,8 +23,6 @@ from mist.trace import ConfigSource
 from mist.trace.models.presets import QWEN3
 from mist.workflow.planning import DEFAULT_EFFORT, search_plan
 from mist.workflow.request import Question, compiled
-
-REPEATS: Final = 2
 
 # Qwen/Qwen3-32B.
 QWEN3_32B: Final = ConfigSource(
@@ -53,11 +51,11 @@ PAIRS: Final = {
 }
 
 
-def searched(question: Question, space: SearchSpace) -> tuple[Plan, float]:
+def searched(question: Question, space: SearchSpace, repeats: int) -> tuple[Plan, float]:
     """The plan of a space, and the processor seconds of its search."""
     programs = compiled(replace(question, levels=space.levels))
     spent_s = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.process_time()
         plan = search_plan(question, programs, space, DEFAULT_EFFORT).plan
         spent_s.append(time.process_time() - start)
@@ -69,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", default=list(PAIRS))
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--spaces", nargs=2, default=["mist", "mist+levels"])
     arguments = parser.parse_args()
     print(machine())
@@ -80,7 +79,7 @@ def main() -> None:
             if question.model == QWEN3_32B.name:
                 question = replace(question, model=qwen)
             (plain, plain_s), (levels, levels_s) = (
-                searched(question, SPACES[space]) for space in arguments.spaces
+                searched(question, SPACES[space], arguments.repeats) for space in arguments.spaces
             )
             before_s, after_s = plain.estimate.step_s, levels.estimate.step_s
             print(f"{name:<18} {before_s:9.4g} {after_s:9.4g} {1 - after_s / before_s:7.2%} "

@@ -82,13 +82,13 @@ def useful_levels(strategies: Strategies, allowed: LevelRows, num_kinds: int) ->
     """The allowed levels without those that another one beats for a strategy."""
     useful = dict(allowed)
     beating = [level for level in allowed if level in CONVERTS]
-    for level in allowed:
+    for level in reversed(tuple(allowed)):
         for other in beating:
             if other is not level:
                 beaten = _beats(strategies, other, level, num_kinds)
                 if level is KEEPS_ALL and num_kinds == 1:
                     beaten = beaten | _beats_all_kept(strategies, other, allowed)
-                # Of two that beat each other the first stays.
+                # Of two that beat each other the first stays, which is looked at last.
                 useful[level] = useful[level] & ~(beaten & useful[other])
     return useful
 

@@ -79,7 +79,7 @@ def test_a_level_that_is_best_in_anything_is_useful(
 
 def test_of_equals_the_first_is_useful() -> None:
     same = {**LADDER, DROP_NORM: LADDER[DROP_ACTIVATION]}
-    assert useful(strategies(same))[0] == [DROP_ACTIVATION, FULL]
+    assert useful(strategies(same))[0] == [DROP_ACTIVATION, SELECTIVE, FULL]
 
 
 def test_seconds_are_those_of_the_fastest_level_allowed() -> None:
