@@ -58,7 +58,7 @@ COMPILED: Final = (
 )
 
 PUT_BACK: Final = "aten.slice_backward"
-LONG_OPS: Final = 2000  # of one part, forward and backward: several times a layer's
+LONG_OPS: Final = 1000  # of one part, forward and backward: several times a layer's
 LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
 
 
@@ -163,26 +163,6 @@ def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
 
 
 def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
-    """As `_layered_run`. Raises TraceError for a loop over the sequence before it takes minutes."""
-    try:
-        found, run = _layered_run(replace(subject, limit=OpLimit(max_ops=LONG_OPS)))
-    except LimitReached as long:
-        refuse_loops(subject.model.name, long.module, partial(_num_ops, subject, long.module))
-        return _layered_run(subject)
-    return replace(found, limit=None), run
-
-
-def _num_ops(subject: _Subject, module: str, tokens: int) -> int:
-    """How many operations a module runs in a forward pass at a number of tokens."""
-    point = Point(batch=BATCH_HINT, seq=tokens, backward=False)
-    try:
-        run = replace(subject, limit=OpLimit(module=module)).run(point)
-    except LimitReached as done:
-        return done.num_ops
-    return sum(op.module == module for op in _ops(run))
-
-
-def _layered_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
     """A run at concrete sizes, and with it the layers in the order of their calls.
 
     A list whose layers are not called once each, one on what another gave, is no list of layers.
@@ -193,7 +173,7 @@ def _layered_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
         layers, run = _searched(subject, layers)
         if layers is None:
             with counted_calls(model) as calls:
-                run = subject.run(_hints(subject))
+                run = _run_without_loops(subject)
             layers = called_again(model, calls)
             if layers is not None:
                 layers, run = _searched(subject, layers)
@@ -205,13 +185,32 @@ def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, 
     """What of these is a chain of layers, in the order of their calls, and a run that shows it."""
     while layers is not None:
         try:
-            run = replace(subject, layers=layers).run(_hints(subject))
+            run = _run_without_loops(replace(subject, layers=layers))
         except NotALayerList as fault:
             is_new = fault.again and fault.number not in layers.shared
             layers = layers.with_shared(fault.number) if is_new else layers.without(fault.number)
         else:
             return layers.ordered(list(dict.fromkeys(run.order))), run
     return None, None
+
+
+def _run_without_loops(subject: _Subject) -> RecordedRun:
+    """A run at concrete sizes. Raises TraceError for a loop over the sequence, within seconds."""
+    try:
+        return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(_hints(subject))
+    except LimitReached as long:
+        refuse_loops(subject.model.name, long.module, partial(_num_ops, subject, long.module))
+        return subject.run(_hints(subject))
+
+
+def _num_ops(subject: _Subject, module: str, tokens: int) -> int:
+    """How many operations a module runs in a forward pass at a number of tokens."""
+    point = Point(batch=BATCH_HINT, seq=tokens, backward=False)
+    try:
+        run = replace(subject, limit=OpLimit(module=module)).run(point)
+    except LimitReached as done:
+        return done.num_ops
+    return sum(op.module == module for op in _ops(run))
 
 
 def _hints(subject: _Subject) -> Point:
