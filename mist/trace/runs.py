@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import sympy
@@ -22,9 +23,11 @@ from mist.trace.diagnose import shard_words, traced, without_torch_log
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
+from mist.trace.recording.op_limit import LimitReached, OpLimit
 from mist.trace.recording.recorded_run import Point, RecordedRun
 from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, NotALayerList, Session, seq_hint
 from mist.trace.repeated_blocks import Layers, called_again, find_layers
+from mist.trace.sequence_loops import refuse_loops
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, with_whole_vocabulary
 from mist.trace.tp_graph import find_sharding
 
@@ -55,6 +58,7 @@ COMPILED: Final = (
 )
 
 PUT_BACK: Final = "aten.slice_backward"
+LONG_OPS: Final = 1000  # of one part, forward and backward: several times a layer's
 LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
 
 
@@ -81,6 +85,7 @@ class _Subject:
     setting: TraceSetting
     layers: Layers | None = None
     sharding: Sharding | None = None
+    limit: OpLimit | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -104,7 +109,8 @@ class _Subject:
 
     def session(self, point: Point) -> RecordedRun:
         """One run. Raises whatever the model raises."""
-        return Session(self.model, self.layers, self.setting, self.sharding, point).run()
+        session = Session(self.model, self.layers, self.setting, self.sharding, point, self.limit)
+        return session.run()
 
 
 def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Recorded:
@@ -167,7 +173,7 @@ def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
         layers, run = _searched(subject, layers)
         if layers is None:
             with counted_calls(model) as calls:
-                run = subject.run(_hints(subject))
+                run = _run_without_loops(subject)
             layers = called_again(model, calls)
             if layers is not None:
                 layers, run = _searched(subject, layers)
@@ -179,13 +185,32 @@ def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, 
     """What of these is a chain of layers, in the order of their calls, and a run that shows it."""
     while layers is not None:
         try:
-            run = replace(subject, layers=layers).run(_hints(subject))
+            run = _run_without_loops(replace(subject, layers=layers))
         except NotALayerList as fault:
             is_new = fault.again and fault.number not in layers.shared
             layers = layers.with_shared(fault.number) if is_new else layers.without(fault.number)
         else:
             return layers.ordered(list(dict.fromkeys(run.order))), run
     return None, None
+
+
+def _run_without_loops(subject: _Subject) -> RecordedRun:
+    """A run at concrete sizes. Raises TraceError for a loop over the sequence, within seconds."""
+    try:
+        return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(_hints(subject))
+    except LimitReached as long:
+        refuse_loops(subject.model.name, long.module, partial(_num_ops, subject, long.module))
+        return subject.run(_hints(subject))
+
+
+def _num_ops(subject: _Subject, module: str, tokens: int) -> int:
+    """How many operations a module runs in a forward pass at a number of tokens."""
+    point = Point(batch=BATCH_HINT, seq=tokens, backward=False)
+    try:
+        run = replace(subject, limit=OpLimit(module=module)).run(point)
+    except LimitReached as done:
+        return done.num_ops
+    return sum(op.module == module for op in _ops(run))
 
 
 def _hints(subject: _Subject) -> Point:

@@ -32,6 +32,7 @@ from mist.trace.recording.compiled import compiled
 from mist.trace.recording.graph_edges import Seed, activation, leaf, output
 from mist.trace.recording.layer_dependencies import Flow
 from mist.trace.recording.liveness import Counted
+from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 from mist.trace.recording.recorder import Origin, Part, Recorder, recording
 from mist.trace.recording.shim import fused_norms, runs_as
@@ -66,6 +67,7 @@ class Session:
     setting: TraceSetting
     sharding: Sharding | None
     point: Point
+    limit: OpLimit | None = None
     symbols: Symbols = field(default_factory=Symbols)
     pieces: list[Piece] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
@@ -93,6 +95,7 @@ class Session:
             self.fakes.originals,
             whole=self.whole,
             colwise=frozenset(id(p) for m in columns for p in m.parameters(recurse=False)),
+            limit=self.limit,
         )
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
