@@ -92,8 +92,6 @@ class StageLines:
         found = _evaluated(job, columns, np.concatenate([counts, 2 * counts[:num_rows]]))
         slope = _lines(found[:, :, len(asked) :] - found[:, :, :num_rows])
         bases = _bases(found[:, :, : len(asked)], slope, counts)
-        if job.facts.num_kinds == 1:  # every mix is known: no formula is asked again
-            columns = {}
         whole = cls(
             job=job, columns=columns, slope=slope, bases=dict(zip(asked, bases, strict=True))
         )
