@@ -36,7 +36,7 @@ class SharedWork:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Within: the command line takes these results where it has them, and adds those that it makes."""
+        """Within: commands take these results, and add those that they make."""
         import typer.main
 
         from mist.symbolic import compile as compiling
