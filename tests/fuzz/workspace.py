@@ -123,7 +123,7 @@ def _plan(workspace: Workspace) -> None:
     with within(workspace), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         for argv in (
             ["plan", "tiny.py", *asked, "--out", "tiny.yaml"],
-            ["check", "tiny.py", *ASKED[:6], "--gpu", "l4"],
+            ["check", "tiny.py", *ASKED, "--gpu", "l4"],
         ):
             sys.argv = ["mist", *argv]
             try:
