@@ -9,8 +9,8 @@ from tests.fuzz.judge import ended
 from tests.fuzz.mutation import Rng, mutate, places
 from tests.fuzz.workspace import Workspace, made
 
-# Three hundred in all, in 15 s of processor time once the libraries are loaded. Configurations are
-# built by transformers, which takes a second each: `make fuzz` has as many of them as of others.
+# Three hundred in all: 15 s of processor time, after 5 s for the libraries and 5 s for the workspace.
+# Configurations are built by transformers, a second each: `make fuzz` has as many as of others.
 CASES = {
     **{"options": 50, "plans": 88, "profiles": 30, "logs": 60},
     **{"tables": 20, "configs": 4, "caches": 8, "checkpoints": 40},
