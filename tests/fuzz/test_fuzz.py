@@ -9,7 +9,7 @@ from tests.fuzz.judge import ended
 from tests.fuzz.mutation import Rng, mutate, places
 from tests.fuzz.workspace import Workspace, made
 
-# Three hundred in all: 15 s of processor time, after 5 s for the libraries and 5 s for the workspace.
+# Three hundred in all: 15 s of processor time, after 10 s for the libraries and the workspace.
 # Configurations are built by transformers, a second each: `make fuzz` has as many as of others.
 CASES = {
     **{"options": 50, "plans": 88, "profiles": 30, "logs": 60},
