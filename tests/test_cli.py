@@ -173,7 +173,8 @@ def test_each_space_plans(mist: Mist, models: Path) -> None:
     """What a space forbids is in no plan of it, and no larger space is slower."""
     steps = {}
     for name in ("3d", "aceso", "fsdp", "deepspeed", "paper", "mist"):
-        _, plan = planned(mist, models, "--space", name, "--max", "micro-batch=1")
+        options = ("--space", name, "--max", "micro-batch=1", "--objective", "nominal")
+        _, plan = planned(mist, models, *options)
         steps[name] = plan.estimate.step_s
         told = "max micro-batch=1" if name == "mist" else f"space {name}, max micro-batch=1"
         assert plan.provenance.search["restricted"] == told
@@ -201,7 +202,8 @@ def test_one_solver_and_no_time(mist: Mist, models: Path) -> None:
 
 def test_a_schedule_that_is_set_is_planned_and_checked(mist: Mist, models: Path) -> None:
     for kind in ScheduleKind:
-        _, plan = planned(mist, models, "--set", "pp=2", "--set", f"schedule={kind}")
+        options = ("--set", "pp=2", "--set", f"schedule={kind}", "--objective", "nominal")
+        _, plan = planned(mist, models, *options)
         assert plan.schedule.kind is kind
         assert (plan.schedule.vpp > 1) is (kind is ScheduleKind.INTERLEAVED)
         checked = json.loads(mist("check", "p.yaml", "--trust", "--json").out)

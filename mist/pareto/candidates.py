@@ -6,6 +6,7 @@ What a stage may have of memory levels is in `mist.pareto.stage_mixes`.
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from itertools import combinations
 from typing import Final
 
@@ -160,7 +161,9 @@ class GroupModel:
         lines = self.lines(stage, place)
         for some in _chunks(in_flight, len(self.strategies) * len(ranges)):
             held = self._held(np.full(len(some), stage), some, ranges)
-            yield from self._by_in_flight(lines, held, ranges, limits)
+            mixes = list(self._mixes(self._of(lines, held, ranges, limits)))
+            for index, own in enumerate(some.tolist()):
+                yield own, self._part(mixes, index, ranges)
 
     def _mixes(self, position: StagePosition) -> Iterator[Mixes]:
         for level in self.space.levels:
@@ -168,33 +171,28 @@ class GroupModel:
         for upper, lower in self.pairs:
             yield from position.mixed(upper, lower)
 
-    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
-        """Stages that differ in nothing but their layers, and the mixes of each of them.
+    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[list[Ints], list[Mixes]]]:
+        """Stages with the same lines, by their micro-batches in flight [F], and their mixes [F K].
 
         Those that differ only in their micro-batches in flight are computed together: for a
         pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
         """
         for stages, held in self.together(len(self.strategies) * len(ranges), ranges):
-            lines = self.lines(int(stages[0]))
-            for in_flight, own in self._by_in_flight(lines, held, ranges, limits):
-                yield stages[self._in_flight[stages] == in_flight], own
+            position = self._of(self.lines(int(stages[0])), held, ranges, limits)
+            own = [stages[self._in_flight[stages] == each] for each in held.in_flight]
+            yield own, list(self._mixes(position))
 
-    def _by_in_flight(
-        self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits
-    ) -> Iterator[tuple[float, list[Mixes]]]:
-        """The possible mixes for each number of micro-batches in flight, computed together."""
+    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
+        """Stages that differ in nothing but their layers, and the mixes of each of them."""
+        for each, mixes in self.by_line(ranges, limits):
+            for index, stages in enumerate(each):
+                yield stages, self._part(mixes, index, ranges)
+
+    def _part(self, mixes: list[Mixes], index: int, ranges: Ranges) -> list[Mixes]:
+        """The possible mixes for one of the numbers of micro-batches in flight."""
         num_rows = len(self.strategies)
-        mixes = list(self._mixes(self._of(lines, held, ranges, limits)))
-        for index, in_flight in enumerate(held.in_flight.tolist()):
-            parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
-            yield (
-                in_flight,
-                [
-                    part
-                    for part in parts
-                    if part.upper is part.lower or (part.num_lower < ranges.count).any()
-                ],
-            )
+        parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
+        return [p for p in parts if p.upper is p.lower or (p.num_lower < ranges.count).any()]
 
     def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
         """Strategies that do not fit everywhere with all layers at their fastest level, [K]."""
@@ -210,12 +208,12 @@ class GroupModel:
         num_rows = len(self.strategies)
         short = np.zeros(num_rows, dtype=np.bool_)
         for stages, held in self.together(num_rows * len(ranges), ranges):
-            whole = self._of(self.lines(int(stages[0])), held, ranges, limits).whole(level)
-            for index, in_flight in enumerate(held.in_flight):
-                fits = whole.part(index * num_rows, num_rows).fits
-                for stage in stages[self._in_flight[stages] == in_flight]:
-                    allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
-                    short |= ~fits[:, allowed].all(axis=1)
+            position = self._of(self.lines(int(stages[0])), held, ranges, limits)
+            fits = position.whole(level).fits.reshape(len(held.in_flight), num_rows, len(ranges))
+            for stage in stages:
+                (own,) = fits[held.in_flight == self._in_flight[stage]]
+                allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
+                short |= ~own[:, allowed].all(axis=1)
         return short
 
     def together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
@@ -231,9 +229,13 @@ class GroupModel:
         """What stages [F] hold."""
         if self.group.schedule.vpp == 1:
             return Held(in_flight=in_flight, layers_more=np.zeros((len(stages), 1)))
-        kind, pipeline = self.group.schedule.kind, self._pipeline | {"stage": stages}
-        more = layers_more(kind, layers=ranges.count[None, :], **pipeline)
-        return Held(in_flight=in_flight, layers_more=more)
+        return Held(in_flight=in_flight, layers_more=self._layers_more[stages][:, ranges.count])
+
+    @cached_property
+    def _layers_more(self) -> Floats:
+        """Micro-batches that an average layer of each stage holds more, by layers: [S, L + 1]."""
+        counts = np.arange(self.job.num_layers + 1)[None, :]
+        return layers_more(self.group.schedule.kind, layers=counts, **self._pipeline)
 
     def least(
         self, stage: int, ranges: Ranges, limits: Limits, upper: MemoryLevel, lower: MemoryLevel

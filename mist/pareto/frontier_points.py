@@ -1,7 +1,7 @@
 """The points that a stage may take: of all its mixes, those that none beats in (stable, lone)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from mist.pareto.frontier import frontier, lean_frontier
 from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Floats, Ints
-from mist.plans.workload import MemoryLevel
 
 LevelNames = NDArray[np.object_]
 
@@ -60,16 +59,6 @@ class StackedMixes:
             lower=self.lower[rows],
             **{name: getattr(self, name)[rows, columns] for name in wide},
         )
-
-    def whole(self, level: MemoryLevel, allowed: NDArray[np.bool_]) -> "StackedMixes":
-        """The stages with all layers at one level, whether they fit or not.
-
-        `allowed` [K]: strategies that may have the level.
-        """
-        own = (self.upper == level) & (self.lower == level)
-        rows = {item.name: getattr(self, item.name)[own] for item in fields(self)[:-1]}
-        rows["fits"] = np.ones_like(rows["fits"]) & allowed[rows["row"]][:, None]
-        return StackedMixes(weight_s=self.weight_s, **rows)
 
     def frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
         """The non-dominated points of one range among the useful ones."""

@@ -16,7 +16,7 @@ between such numbers one by one. What fits is always checked, never inferred.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import reduce
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,8 @@ class Within:
     useful: LevelRows
 
 
+_TIMES: Final = ("stable_s", "lone_s")
+_BYTES: Final = slice(len(_TIMES), None)  # of the outputs of a position: times, then bytes
 _Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
 
 
@@ -82,15 +84,16 @@ class StagePosition:
     ) -> None:
         self._job, self._lines, self._held = job, lines, held
         self._ranges, self._limits, self._kinds = ranges, within.limits, kinds_of(job, ranges)
-        self._instants = instants(job.platform.runtime)
+        self._outputs = (*_TIMES, *instants(job.platform.runtime), "host_bytes")
         copies = len(held.in_flight)
         self._within_caps = np.tile(within.caps, (copies, 1))
-        self._row = np.arange(copies * lines.slope["stable_s"][0].shape[1])
+        self._row = np.arange(copies * lines.slope.shape[-1])
         self._allowed, self._useful = (
             {level: np.tile(rows, copies) for level, rows in of.items()}
             for of in (within.allowed, within.useful)
         )
-        self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
+        self._rises: dict[tuple[MemoryLevel, int], Floats] = {}
+        self._constants: dict[int, Floats] = {}
 
     def whole(self, level: MemoryLevel) -> Mixes:
         """All layers at one level."""
@@ -99,8 +102,8 @@ class StagePosition:
 
     def mixed(self, upper: MemoryLevel, lower: MemoryLevel) -> Iterator[Mixes]:
         """Some layers at each of two levels, where both times do not fall together."""
-        names = ("stable_s", "lone_s", *(("host_bytes",) if self._limits.shares_host else ()))
-        rises = np.stack([self._differs(name, upper, lower) for name in names])
+        counted = [0, 1, *([-1] if self._limits.shares_host else [])]
+        rises = self._differs(upper, lower)[:, counted]
         rising, falling = (rises >= 0).all(axis=(0, 1, 3)), (rises <= 0).all(axis=(0, 1, 3))
         useful = self._useful[upper] & self._useful[lower]
         rows = np.flatnonzero((rising | ~falling) & useful)
@@ -114,21 +117,17 @@ class StagePosition:
             yield self.mix(upper, lower, open_rows, further)
             further = further + 1
 
-    def _differs(self, name: str, upper: MemoryLevel, lower: MemoryLevel) -> Floats:
-        """How much a layer of each kind takes more at the lower level, [Q, K, R], or R = 1."""
-        return np.stack(
-            [
-                self._rise(name, lower, kind) - self._rise(name, upper, kind)
-                for kind in range(len(self._kinds))
-            ]
-        )
+    def _differs(self, upper: MemoryLevel, lower: MemoryLevel) -> Floats:
+        """How much a layer of each kind takes more at the lower level, [Q, I, F K, R] or R = 1."""
+        kinds = range(len(self._kinds))
+        return np.stack([self._rise(lower, kind) - self._rise(upper, kind) for kind in kinds])
 
-    def _rise(self, name: str, level: MemoryLevel, kind: int) -> Floats:
-        key = (name, level, kind)
-        if key not in self._rises:
-            row = self._job.levels.index(level) * len(self._kinds) + kind
-            self._rises[key] = self._lines.rise(name, row, self._held)
-        return self._rises[key]
+    def _rise(self, level: MemoryLevel, kind: int) -> Floats:
+        """What one more layer adds to every output, [I, F K, R] or R = 1."""
+        if (level, kind) not in self._rises:
+            row = np.array(self._job.levels.index(level) * len(self._kinds) + kind)
+            self._rises[level, kind] = self._lines.rises(self._outputs, row, self._held)
+        return self._rises[level, kind]
 
     def least(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> Ints:
         """The least number of lower layers, 1 to count - 1, that fits; count - 1 if none does.
@@ -176,18 +175,15 @@ class StagePosition:
         last = np.maximum(self._ranges.count - 1, 1)
         one = np.ones((len(rows), len(self._ranges)), dtype=np.int64)
         last = np.broadcast_to(last, one.shape)
-        device_bytes, host_bytes = self._limits.device_bytes, self._limits.host_bytes
-        limits = dict.fromkeys(self._instants, device_bytes) | {"host_bytes": host_bytes}
-        parts = self._parts(upper, lower, one)
-        guess = np.zeros(one.shape)
-        for name, limit in limits.items():
-            over = self._value(name, parts, rows) - limit
-            if not (over > 0).any():
-                continue
-            saved = -self._differs(name, upper, lower)[0][rows]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
-            guess = np.maximum(guess, more)
+        num_instants = len(self._outputs) - len(_TIMES) - 1
+        most = [*[self._limits.device_bytes] * num_instants, self._limits.host_bytes]
+        over = self._values(_BYTES, self._parts(upper, lower, one), rows) - np.reshape(
+            most, (-1, 1, 1)
+        )
+        saved = -self._differs(upper, lower)[0, _BYTES][:, rows]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
+        guess = more.max(axis=0)
         around = np.ceil(np.minimum(guess, last)).astype(np.int64)
         return np.clip(around, 1, last), np.clip(around + 2, 1, last)
 
@@ -195,7 +191,7 @@ class StagePosition:
         """What stages with these mixes cost; `num_lower` [len(rows), R]."""
         parts = self._parts(upper, lower, num_lower)
         peak_bytes, host_bytes = self._bytes(parts, rows)
-        stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
+        stable_s, lone_s = self._values(slice(len(_TIMES)), parts, rows)
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = inside if upper is not lower else num_lower == 0
         for level in {upper, lower}:
@@ -229,22 +225,20 @@ class StagePosition:
 
     def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
         """Peak on the device and bytes in host memory."""
-        peak_bytes = reduce(np.maximum, (self._value(name, parts, rows) for name in self._instants))
-        return peak_bytes, self._value("host_bytes", parts, rows)
+        *instants_bytes, host_bytes = self._values(_BYTES, parts, rows)
+        return np.max(instants_bytes, axis=0), host_bytes
 
-    def _value(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        return self._base(name, parts, rows) + self._sum(name, parts, rows)
-
-    def _sum(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        """Sum over kinds and levels of layers times their line."""
+    def _values(self, outputs: slice, parts: _Parts, rows: Ints) -> Floats:
+        """Outputs of mixes with these layers at each level, [I, rows, R]."""
+        own = rows if len(rows) < len(self._row) else slice(None)  # a view where all are asked for
         total = np.zeros(1)
         for level, kinds in parts:
             for kind, layers in enumerate(kinds):
-                total = total + layers * self._rise(name, level, kind)[rows]
-        return total
+                total = total + layers * self._rise(level, kind)[outputs][:, own]
+        return np.asarray(self._base(outputs, parts, rows) + total)
 
-    def _base(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        """The part of an output that depends on which kinds and levels a stage has at all."""
+    def _base(self, outputs: slice, parts: _Parts, rows: Ints) -> Floats:
+        """The part of outputs that depends on which kinds and levels a stage has at all."""
         num_kinds = len(self._kinds)
         bits = [
             (1 << (self._job.levels.index(level) * num_kinds + kind), layers)
@@ -252,15 +246,20 @@ class StagePosition:
             for kind, layers in enumerate(kinds)
         ]
         if num_kinds == 1:  # every possible mix has a layer at each of its levels
-            present = sum(bit for bit, _ in bits)
-            return self._lines.base(name, present, self._held)[rows, None]
-        shape = (len(rows), len(self._ranges))
-        held = np.zeros(shape, dtype=np.int64)
+            return self._constant(sum(bit for bit, _ in bits))[outputs][:, rows, None]
+        held = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
         for bit, layers in bits:
             held |= np.where(layers > 0, bit, 0)
-        base = np.empty(shape)
+        base = np.empty((len(self._outputs[outputs]), *held.shape))
         for each in np.unique(held):
             at = held == each
-            line = self._lines.base(name, int(each), self._held)[rows, None]
-            base[at] = np.broadcast_to(line, shape)[at]
+            line = self._constant(int(each))[outputs][:, rows, None]
+            base[:, at] = np.broadcast_to(line, base.shape)[:, at]
         return base
+
+    def _constant(self, present: int) -> Floats:
+        """b_P of every output, [I, F K]."""
+        if present not in self._constants:
+            found = self._lines.constants(self._outputs, [present], self._held)
+            self._constants[present] = found[:, 0]
+        return self._constants[present]

@@ -11,7 +11,7 @@ from mist.plans.plan import Layout
 from mist.plans.schedules import DEFAULT_KIND, kinds_that
 from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
-from mist.rules.rule import Columns, Mask, Rule, broken, layout_columns
+from mist.rules.rule import Columns, Mask, Rule, broken, keeps, layout_columns
 
 SPLIT: Final = kinds_that(lambda row: row.splits_backward)
 OFFLOADABLE: Final = levels_that(lambda row: row.may_offload)
@@ -50,8 +50,7 @@ _COLUMNS: Final = ("activations", "schedule", "tp")
 def may_have(level: MemoryLevel, columns: Columns) -> Mask:
     """Where stages may have layers at a level."""
     values = {name: columns[name] for name in _COLUMNS}
-    masks = [rule.mask(values | {"level": level.value}) for rule in LEVEL_RULES]
-    return np.asarray(np.logical_and.reduce(masks))
+    return keeps(LEVEL_RULES, values | {"level": level.value})
 
 
 def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterator[str]:

@@ -47,6 +47,7 @@ from mist.pareto.strategies import (
 from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts, landscape_layouts
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
+from mist.plans.workload import batches_near
 from mist.progress import is_due
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
@@ -443,7 +444,7 @@ def _no_group_words(job: Job, space: SearchSpace) -> str:
         )
     batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
     if batch % num_gpus:
-        advice = f"Try --global-batch {-(-batch // num_gpus) * num_gpus}."
+        advice = f"Try --global-batch {batches_near(batch, num_gpus)[-1]}."
     else:
         advice = "Restrict less, or let the restricted sizes divide it."
     return (

@@ -22,7 +22,7 @@ from mist.plans.plan import (
 from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.uniform_stages import uniform_layout
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind, batches_near
 from mist.platform import Platform
 from mist.platform.overrides import NO_OVERRIDES, Overrides
 from mist.platform.profiles import is_machine
@@ -301,11 +301,12 @@ def _made(job: Job, layout: HandLayout) -> Layout:
 def _refuse_batch(batch: int, dp: int, micro_batch: int) -> None:
     """Raise InputError for a global batch that is no whole number of micro-steps."""
     step = dp * micro_batch
-    if batch > 0 and (rest := batch % step):
-        near = " or ".join(str(each) for each in (batch - rest, batch - rest + step) if each)
+    if batch % step:
+        near = " or ".join(map(str, batches_near(batch, step)))
+        advice = f"--global-batch {near}" if near else "a smaller --micro-batch"
         raise InputError(
             f"--global-batch {batch}: dp {dp} * micro-batch {micro_batch} = {step} does not "
-            f"divide it. Try --global-batch {near}."
+            f"divide it. Try {advice}."
         )
 
 

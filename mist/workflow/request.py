@@ -20,7 +20,14 @@ from mist.plans.plan import (
     Provenance,
     fullest_host_bytes,
 )
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
+from mist.plans.workload import (
+    Attention,
+    MemoryLevel,
+    Optimizer,
+    Precision,
+    Workload,
+    refuse_sizes,
+)
 from mist.platform import Platform, load_platform
 from mist.platform.overrides import HOST_MEMORY, Overrides, overrides_of
 from mist.rules.combinations import divides, out_of_domain
@@ -74,6 +81,7 @@ class Question:
             raise InputError("--cluster '' is no name. Leave it out for the device's own cluster.")
         if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
+        refuse_sizes(self.seq_len, self.global_batch)  # before any advice that follows from them
 
 
 def figures_of(words: Iterable[str], host_memory: str | float | None) -> dict[str, float]:

@@ -28,6 +28,7 @@ from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import Variant, plan_of
+from tests.exec.sized_layouts import SIZED, WITH_ENCODER
 from tests.exec.subjects import known_subject
 from tests.exec.variants import SLOW, VARIANTS
 
@@ -192,7 +193,7 @@ def write_errors(
 
 
 def main(folder: Path, out: Path, names: Sequence[str]) -> None:
-    known = {variant.name: variant for variant in (*VARIANTS, *SLOW)}
+    known = {variant.name: variant for variant in (*VARIANTS, *SLOW, *SIZED, *WITH_ENCODER)}
     write_errors([known[name] for name in names], errors, folder, out)
 
 

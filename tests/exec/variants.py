@@ -337,7 +337,14 @@ HYBRID = (
         micro=8,
     ),
 )
-VARIANTS = (
+# Of two ranks, each of a kind that another one shows too: the same model in another layout of the
+# kind, or the same layout with another model.
+REPEATED = (
+    *("zero1", "zero3", "tp2", "tp2 sp clipped", "one-kv-head tp2 sp", "plain tp2 sp", "plain pp2"),
+    *("gpt2 tied tp2", "gpt2 tied pp2 clipped", "opt tied tp2", "opt tied pp2"),
+    "pp2 zero-bubble vpp2",
+)
+_EVERY = (
     *DATA,
     *TENSOR,
     *FROZEN[::3],
@@ -348,9 +355,11 @@ VARIANTS = (
     *FAST_MIXTURES,
     *HYBRID,
 )
+VARIANTS = tuple(variant for variant in _EVERY if variant.name not in REPEATED)
 
 # Of more ranks than a small machine has cores for, and more of what others show too.
 SLOW = (
+    *(variant for variant in _EVERY if variant.name in REPEATED),
     *(variant for index, variant in enumerate(FROZEN) if index % 3),
     *OFFLOAD[::2],
     *(variant for variant in MIXTURES if variant not in FAST_MIXTURES),

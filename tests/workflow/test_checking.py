@@ -198,6 +198,11 @@ def test_layouts_that_mean_nothing(values: dict[str, object], message: str) -> N
             "Try --global-batch 240 or 264.",
         ),
         (
+            HandLayout(micro_batch=2**32),
+            "--global-batch 256: dp 8 * micro-batch 4294967296 = 34359738368 does not divide it. "
+            "Try a smaller --micro-batch.",
+        ),
+        (
             HandLayout(zero=2, offload=Offload(weights=0.5)),
             "runtime torch offloads weights and gradients of a layer together: "
             "their ratios are 0.5 and 0.",
