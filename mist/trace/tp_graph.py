@@ -77,7 +77,9 @@ def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
         raise UnsupportedRules(NO_TOKENS)
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
     notes = (WHOLE_ATTENTION,) if attention else ()
-    return replace(sharding, whole=sharding.whole | attention, notes=notes)
+    # What lies outside the layers has all tokens as it is.
+    inside = {id(module) for piece in layers if piece.module for module in piece.module.modules()}
+    return replace(sharding, whole=(sharding.whole & inside) | attention, notes=notes)
 
 
 def _carries_tokens(piece: Piece) -> bool:

@@ -71,8 +71,12 @@ def planned_heads(model: nn.Module) -> Iterator[TpLimit]:
 
 
 def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
-    """What the plan divides. Raises Unsupported for a style that Mist does not know."""
+    """What the plan divides; a region with a style that Mist does not know stays whole.
+
+    Raises Unsupported when nothing else is divided.
+    """
     regions: dict[str, Region] = {}
+    unknown: dict[str, str] = {}
     vocabulary: list[nn.Module] = []
     whole: list[nn.Module] = []
     for path, module in model.named_modules():
@@ -81,15 +85,24 @@ def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
         if style is None or style in WHOLE:
             continue
         if _is_vocabulary(model, path, module):
-            vocabulary.append(_known(module, style, EMBEDDING, path))
+            if style not in EMBEDDING:
+                raise UnsupportedRules(f"{_unknown(module, style, path)}; t = 1 only")
+            vocabulary.append(module)
         elif style == EXPERTS:
             regions[path] = _experts(plan, path, module)
             whole.append(model.get_submodule(parent))
         else:
             region = regions.setdefault(parent, Region(owners=[model.get_submodule(parent)]))
-            _add(region, module, style, path)
+            if not _add(region, module, style):
+                unknown.setdefault(parent, _unknown(module, style, path))
+    for parent in unknown:
+        del regions[parent]
+        # It may mix tokens, as attention does.
+        whole.append(model.get_submodule(parent))
     for region in regions.values():
         region.head_dim = _head_dim(region)
+    if unknown and not regions:
+        raise UnsupportedRules(f"{next(iter(unknown.values()))}; t = 1 only")
     return sharding_of(model, list(regions.values()), vocabulary, frozenset(map(id, whole)))
 
 
@@ -104,21 +117,19 @@ def _is_vocabulary(model: nn.Module, path: str, module: nn.Module) -> bool:
     return module is get_head() if get_head else "." not in path and isinstance(module, nn.Linear)
 
 
-def _known(module: nn.Module, style: str, styles: frozenset[str], path: str) -> nn.Module:
-    if style not in styles:
-        raise UnsupportedRules(
-            f"tensor-parallel style {style!r} of {path} ({type(module).__name__}) is not known to "
-            "Mist; t = 1 only"
-        )
-    return module
+def _unknown(module: nn.Module, style: str, path: str) -> str:
+    return (
+        f"tensor-parallel style {style!r} of {path} ({type(module).__name__}) is not known to Mist"
+    )
 
 
-def _add(region: Region, module: nn.Module, style: str, path: str) -> None:
+def _add(region: Region, module: nn.Module, style: str) -> bool:
+    """Put a module into its region; whether its style and kind are known."""
     matrix = matrix_of(module)
-    known = (COLWISE | ROWWISE) - {"colwise_gather_output"} if matrix is not None else frozenset()
-    _known(module, style, known, path)
-    assert matrix is not None
+    if matrix is None or style not in (COLWISE | ROWWISE) - {"colwise_gather_output"}:
+        return False
     (region.colwise if style in COLWISE else region.rowwise).append(matrix)
+    return True
 
 
 def _experts(plan: Plan, path: str, module: nn.Module) -> Region:
