@@ -77,33 +77,36 @@ def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
     """
     regions: dict[str, Region] = {}
     unknown: dict[str, str] = {}
-    vocabulary: list[nn.Module] = []
     whole: list[nn.Module] = []
-    for path, module in model.named_modules():
-        style = _style(plan, path)
+    tables = [each for each in _planned(model, plan) if _is_vocabulary(model, each[0], each[1])]
+    for path, module, style in _planned(model, plan):
         parent = path.rpartition(".")[0]
-        if style is None or style in WHOLE:
-            continue
         if _is_vocabulary(model, path, module):
-            if style not in EMBEDDING:
-                raise UnsupportedRules(f"{_unknown(module, style, path)}; t = 1 only")
-            vocabulary.append(module)
-        elif style == EXPERTS:
+            continue
+        if style == EXPERTS:
             regions[path] = _experts(plan, path, module)
             whole.append(model.get_submodule(parent))
         else:
             region = regions.setdefault(parent, Region(owners=[model.get_submodule(parent)]))
             if not _add(region, module, style):
-                unknown.setdefault(parent, _unknown(module, style, path))
+                unknown.setdefault(parent, _unknown(path, module, style))
     for parent in unknown:
         del regions[parent]
         # It may mix tokens, as attention does.
         whole.append(model.get_submodule(parent))
-    for region in regions.values():
-        region.head_dim = _head_dim(region)
     if unknown and not regions:
         raise UnsupportedRules(f"{next(iter(unknown.values()))}; t = 1 only")
-    return sharding_of(model, list(regions.values()), vocabulary, frozenset(map(id, whole)))
+    known = [replace(region, head_dim=_head_dim(region)) for region in regions.values()]
+    vocabulary = [_known_table(*table) for table in tables]
+    return sharding_of(model, known, vocabulary, frozenset(map(id, whole)))
+
+
+def _planned(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
+    """Modules with their paths and the styles that divide them."""
+    for path, module in model.named_modules():
+        style = _style(plan, path)
+        if style is not None and style not in WHOLE:
+            yield path, module, style
 
 
 def _style(plan: Plan, path: str) -> str | None:
@@ -117,7 +120,13 @@ def _is_vocabulary(model: nn.Module, path: str, module: nn.Module) -> bool:
     return module is get_head() if get_head else "." not in path and isinstance(module, nn.Linear)
 
 
-def _unknown(module: nn.Module, style: str, path: str) -> str:
+def _known_table(path: str, module: nn.Module, style: str) -> nn.Module:
+    if style not in EMBEDDING:
+        raise UnsupportedRules(f"{_unknown(path, module, style)}; t = 1 only")
+    return module
+
+
+def _unknown(path: str, module: nn.Module, style: str) -> str:
     return (
         f"tensor-parallel style {style!r} of {path} ({type(module).__name__}) is not known to Mist"
     )
