@@ -284,6 +284,15 @@ LayerSplit = Annotated[
         rich_help_panel=LAYOUT,
     ),
 ]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say what binds, what more of it would bring, and what each part of the search is "
+        "worth: some ten searches more, and a picture.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Verify = Annotated[
     bool,
     typer.Option(

@@ -18,6 +18,7 @@ from mist.cli.command_options import (
     ClusterName,
     ClusterNames,
     Details,
+    Explain,
     Figures,
     Fixed,
     Forbid,
@@ -55,15 +56,17 @@ from mist.cli.command_options import (
 from mist.cli.common import command, print_json, progress
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
-from mist.plans.objectives import Objective
+from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.search_space import narrowed, space_of
+from mist.plans.search_space import SearchSpace, narrowed, space_of
 from mist.plans.workload import Attention, Precision, Solver
 
 if TYPE_CHECKING:
+    from mist.report.explanation import Explanation
     from mist.workflow.checking import Checked
     from mist.workflow.cluster_choice import Rented
     from mist.workflow.planning import Effort
+    from mist.workflow.request import Question
     from mist.workflow.verifying import Verified
 
 # What `mist check PLAN` may be told.
@@ -99,6 +102,7 @@ def plan(
     time_limit: TimeLimit = math.inf,
     top: Top = 5,
     verify: Verify = False,
+    explain: Explain = False,
     out: Out = None,
     force: Force = False,
     details: Details = False,
@@ -111,6 +115,11 @@ def plan(
 
     writing = _Writing(out=out, inputs=(model, *(cluster or "").split(",")), force=force)
     writing.check()
+    if explain and OBJECTIVES[objective].least_memory:
+        raise InputError(
+            f"--explain with --objective {objective}: gains are those of the fastest plan. Leave "
+            "out one of them."
+        )
     offer = offer_of(gpus, cluster, price, tokens)
     knobs, figures = knobs_and_figures(fixed or ())
     question = Question(
@@ -125,15 +134,23 @@ def plan(
         margin_ratio=margin,
         overrides=figures_of(figures, host_memory),
     )
-    allowed = narrowed(space_of(space), fixed=knobs, most=most or (), forbid=forbid or ())
+    narrow = partial(narrowed, fixed=knobs, most=most or (), forbid=forbid or ())
+    allowed = narrow(space_of(space))
     effort = _effort(objective, tolerance, solver, top, time_limit)
 
     def search(margin_ratio: float | None) -> "Rented":
         return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
 
     rented, verified = _searched(search, margin, verify=verify)
-    show = partial(_show_plan, rented, verified, tokens, as_json=as_json, details=details)
-    _deliver(rented, writing, show)
+    asked = replace(question, num_gpus=rented.planned.plan.cluster.num_gpus)
+    asked = replace(
+        asked, cluster=rented.planned.plan.cluster.name if "," in str(cluster) else cluster
+    )
+    explained = _explained(asked, rented, allowed, narrow) if explain else None
+    show = partial(
+        _show_plan, rented, verified, explained, tokens, as_json=as_json, details=details
+    )
+    _deliver(rented, explained, writing, show)
 
 
 def _effort(
@@ -162,15 +179,29 @@ def _searched(
         return until_it_fits(search, margin_ratio, progress)
 
 
+def _explained(
+    question: "Question",
+    rented: "Rented",
+    space: SearchSpace,
+    narrow: Callable[[SearchSpace], SearchSpace],
+) -> "Explanation":
+    from mist.workflow.explaining import explain
+
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        return explain(question, rented.planned, space, narrow, progress)
+
+
 def _show_plan(
     rented: "Rented",
     verified: "Verified | None",
+    explained: "Explanation | None",
     tokens: float | None,
     files: Sequence[str],
     *,
     as_json: bool,
     details: bool,
 ) -> None:
+    from mist.report.explanation import explanation_json, print_explanation
     from mist.report.gpu_count_tables import candidates_json, cost_words, print_candidates
     from mist.report.plan_screen import Sheet, print_sheet
     from mist.report.plan_tables import plan_json
@@ -181,7 +212,9 @@ def _show_plan(
             progress(f"wrote {' and '.join(files)}")
         curve = candidates_json(candidates, index, tokens)
         found = plan_json(planned.plan, planned.seconds, planned.host, planned.notes)
-        return print_json({**found, "candidates": curve})
+        more = {"explanation": explanation_json(explained)} if explained else {}
+        print_json({**found, "candidates": curve, **more})
+        return
     if verified is not None:
         from mist.report.verified import print_verified
         from mist.workflow.verifying import UNSEEN
@@ -197,7 +230,9 @@ def _show_plan(
         files=files,
         cost=cost_words(candidates[index]),
     )
-    return print_sheet(sheet, details=details)
+    print_sheet(sheet, details=details)
+    if explained is not None:
+        print_explanation(planned.plan, explained)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,21 +257,28 @@ class _Writing:
             check_output("--out", path, PICTURE_FILE, inputs=self.inputs, force=self.force)
 
 
-def _deliver(rented: "Rented", writing: _Writing, show: Callable[[Sequence[str]], None]) -> None:
+def _deliver(
+    rented: "Rented",
+    explained: "Explanation | None",
+    writing: _Writing,
+    show: Callable[[Sequence[str]], None],
+) -> None:
     """Write the plan and show it; where it cannot be written, the search was not in vain."""
     try:
-        files = _write_plan(rented, writing)
+        files = _write_plan(rented, explained, writing)
     except OutputError:
         show([])
         raise
     show(files)
 
 
-def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
+def _write_plan(rented: "Rented", explained: "Explanation | None", writing: _Writing) -> list[str]:
     """The plan and its pictures, beside each other; their names."""
     from mist.files import write_bytes
     from mist.plans.file import save_plan
     from mist.report.curve import curve_png
+    from mist.report.explanation import explanation_pictures
+    from mist.report.picture_files import pictures_png
     from mist.report.plot import plot_png
 
     planned, plan = rented.planned, rented.planned.plan
@@ -248,6 +290,9 @@ def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
     if len(rented.candidates) > 1:
         curve = curve_png(plan.model.name, rented.candidates, rented.index)
         pictures[path.with_name(f"{path.stem}-candidates.png")] = curve
+    if explained is not None:
+        bars = pictures_png(explanation_pictures(explained))
+        pictures[path.with_name(f"{path.stem}-explained.png")] = bars
     writing.check_files(path, pictures)
     save_plan(plan, path)
     for name, content in pictures.items():

@@ -5,7 +5,7 @@ layouts of the Pareto plot, other ways to run each stage, steps over the draws o
 and the plan where one thing is another.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,6 @@ from mist.plans.memory_levels import LEVELS, memory_of
 from mist.plans.objectives import Candidate
 from mist.plans.plan import Layout, Limits, Plan, StagePlan
 from mist.plans.search_space import SearchSpace
-from mist.platform.overrides import overridden
 from mist.report.gpu_count_tables import cost_words
 from mist.report.plan_report import (
     DrawnSteps,
@@ -37,13 +36,14 @@ from mist.report.step_timeline import StagePace
 from mist.search.robust_choice import drawn_jobs, plain_steps_on
 from mist.search.tune import landscape
 from mist.symbolic.estimate import estimate
-from mist.symbolic.job import Job, on_platform
+from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.symbolic.pipeline_costs import pipeline_inputs, pipeline_outputs, pipeline_step_s
 from mist.symbolic.program import TIME_PARTS
 from mist.units import GB
 from mist.workflow.checking import check_plan, question_of
 from mist.workflow.cluster_choice import offer_of, price_of
+from mist.workflow.faster_links import faster_jobs
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import Question, job_of, limits_of, prepare
 
@@ -51,10 +51,6 @@ WITHIN: Final = 3.0  # times the step of the plan: layouts that the Pareto plot 
 MOST_OTHERS: Final = 5  # layouts beside the plan whose draws are shown
 MOST_POINTS: Final = 600  # of a plot
 CARD_BYTES: Final = 80 * GB
-BANDWIDTHS: Final = {
-    "twice the bandwidth between nodes": "cluster.network.nic_bytes_per_s",
-    "twice the bandwidth to host memory": "device.host_to_device_bytes_per_s",
-}
 
 
 def report_of(
@@ -267,13 +263,8 @@ def _what_ifs(case: _Case, question: Question, limits: Limits) -> Iterator[WhatI
     job, plan = case.job, case.plan
     yield _what_if("as it is", job, case, limits)
     platform = job.platform
-    profiles = (platform.device, platform.cluster, platform.runtime)
-    for words, name in BANDWIDTHS.items():
-        figure = _figure(profiles, name)
-        if figure is not None and (platform.num_nodes > 1 or "network" not in name):
-            device, cluster, runtime = overridden(profiles, {name: 2 * figure})
-            other = replace(platform, device=device, cluster=cluster, runtime=runtime)
-            yield _what_if(words, on_platform(job, other), case, limits)
+    for where, other in faster_jobs(job, 2.0).items():
+        yield _what_if(f"twice the bandwidth {where}", other, case, limits)
     share = limits.device_bytes / platform.usable_bytes
     twice = CARD_BYTES if platform.device.memory_bytes.value < CARD_BYTES * 0.9 else 2 * CARD_BYTES
     more = replace(limits, device_bytes=share * twice)
@@ -284,19 +275,6 @@ def _what_ifs(case: _Case, question: Question, limits: Limits) -> Iterator[WhatI
     except InputError:  # below what the model was traced for
         return
     yield _what_if(f"half the sequence ({seq_len})", half, case, limits)
-
-
-def _figure(profiles: Sequence[object], name: str) -> float | None:
-    """The value of a figure of a profile by its name; None where there is none."""
-    families: Mapping[str, object] = dict(
-        zip(("device", "cluster", "runtime"), profiles, strict=True)
-    )
-    family, *steps = name.split(".")
-    place = families[family]
-    for step in steps:
-        place = getattr(place, step, None)
-    value = getattr(place, "value", None)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _what_if(change: str, job: Job, case: _Case, limits: Limits) -> WhatIf:
