@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Plan how to train a PyTorch model on a cluster: "
     "parallelism, memory and schedule together.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -56,6 +56,16 @@ class GroupedHelp(TyperCommand):
 def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command; its help ends with `example`, as it is typed."""
     return app.command(cls=GroupedHelp, epilog=example)
+
+
+def typed_options(context: typer.Context) -> dict[str, Any]:
+    """The options and arguments that the user gave, by name."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
 
 
 def progress(message: str) -> None:

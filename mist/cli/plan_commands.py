@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -53,7 +53,7 @@ from mist.cli.command_options import (
     Verify,
     with_knobs,
 )
-from mist.cli.common import command, print_json, progress
+from mist.cli.common import command, print_json, progress, typed_options
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
 from mist.plans.objectives import OBJECTIVES, Objective
@@ -360,18 +360,8 @@ def check(
     )
     judge = partial(check_layout, question, layout)
     if file is not None:
-        judge = partial(check_file, file, question, layout, _typed(context))
+        judge = partial(check_file, file, question, layout, typed_options(context))
     return _show_check(judge, out, as_json=as_json, details=details)
-
-
-def _typed(context: typer.Context) -> dict[str, Any]:
-    """The options and arguments that the user gave, by name."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {
-        name: context.params[name]
-        for name, source in sources.items()
-        if source is not None and source.name == "COMMANDLINE"
-    }
 
 
 def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
@@ -402,7 +392,9 @@ def _of_file(context: typer.Context, path: str) -> Callable[..., "Checked"]:
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:
     """Options that a plan file answers itself: they would be ignored."""
-    given = [f"--{name.replace('_', '-')}" for name in _typed(context) if name not in OF_ANY_PLAN]
+    given = [
+        f"--{name.replace('_', '-')}" for name in typed_options(context) if name not in OF_ANY_PLAN
+    ]
     if given:
         raise InputError(
             f"mist check {subject}: the plan file says itself what {', '.join(given)} would. "

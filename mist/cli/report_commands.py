@@ -1,4 +1,4 @@
-"""`mist report`: a plan as a page, pictures and a trace of its step."""
+"""`mist report` and `mist compare`: a plan as a page and pictures; several things in a row."""
 
 import json
 import sys
@@ -8,18 +8,38 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mist.cli.command_options import OUTPUT, Force, Json, Margin, ModelOfPlan, Price, Trust
-from mist.cli.common import command, print_json, progress
+from mist.cli.command_options import (
+    LAYOUT,
+    OUTPUT,
+    Checkpoint,
+    ClusterName,
+    Force,
+    GlobalBatch,
+    Gpu,
+    GpusOfModel,
+    Json,
+    Margin,
+    ModelOfPlan,
+    Price,
+    Seq,
+    Trust,
+)
+from mist.cli.common import command, print_json, progress, typed_options
 from mist.cli.outputs import (
     DRAWING_FILE,
     PAGE_FILE,
     PICTURE_FILE,
+    PLAN_SUFFIXES,
     STEP_TRACE_FILE,
     check_output,
 )
+from mist.errors import InputError
 
 if TYPE_CHECKING:
     from mist.report.plan_report import PlanReport
+    from mist.report.side_by_side import Subject
+
+LEAST_COMPARED = 2
 
 
 PlanPath = Annotated[Path, typer.Argument(help="A plan file.")]
@@ -131,3 +151,87 @@ def _trace(shown: "PlanReport") -> bytes:
 
     assert shown.judgement is not None, "a plan file is judged for its report"
     return json.dumps(trace_of(shown.plan, shown.judgement.paces), allow_nan=False).encode()
+
+
+@command("mist compare plan.yaml run.json")
+def compare(
+    context: typer.Context,
+    subjects: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A B...", help="Plan files, files that mist check reads, logs of runs (.json)."
+        ),
+    ],
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The model of configurations.", rich_help_panel=LAYOUT),
+    ] = None,
+    gpus: GpusOfModel = None,
+    gpu: Gpu = None,
+    cluster: ClusterName = None,
+    seq: Seq = None,
+    global_batch: GlobalBatch = 256,
+    micro_batch: Annotated[
+        int,
+        typer.Option(
+            "--micro-batch", help="Samples per rank and micro-step.", rich_help_panel=LAYOUT
+        ),
+    ] = 1,
+    checkpoint: Checkpoint = "none",
+    as_json: Json = False,
+) -> None:
+    """Set plans, configurations and logs of runs side by side; a plan and its log figure by figure.
+
+    Options say what configurations leave open.
+    """
+    from mist.workflow.checking import HandLayout
+    from mist.workflow.comparing import LeftOpen, subjects_of
+    from mist.workflow.request import Question
+
+    if len(subjects) < LEAST_COMPARED:
+        raise InputError(f"mist compare {subjects[0]}: with what? Give two files or more.")
+    first, *others = subjects
+    if len(others) == 1 and not _is_log(first) and _is_log(others[0]):
+        return _show_run(first, others[0], as_json=as_json)
+    question = Question(
+        model=model or "",
+        num_gpus=gpus or 1,
+        gpu=gpu,
+        cluster=cluster,
+        seq_len=seq,
+        global_batch=global_batch,
+    )
+    layout = HandLayout(checkpoint=checkpoint, micro_batch=micro_batch)
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        open_ = LeftOpen(question=question, layout=layout, typed=typed_options(context))
+        columns = subjects_of(subjects, open_, progress)
+    return _show_columns(columns, as_json=as_json)
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is taken for the log of a run: it is neither a plan nor a configuration."""
+    from mist.workflow.foreign_files import foreign_file
+
+    return path.suffix not in PLAN_SUFFIXES and foreign_file(str(path)) is None
+
+
+def _show_columns(columns: "tuple[Subject, ...]", *, as_json: bool) -> None:
+    from mist.report.side_by_side import print_side_by_side, side_by_side_json
+
+    if as_json:
+        print_json(side_by_side_json(columns))
+    else:
+        print_side_by_side(columns)
+
+
+def _show_run(plan: Path, log: Path, *, as_json: bool) -> None:
+    """What a plan predicted beside what its run measured."""
+    from mist.report.comparison_tables import compared_json, print_compared
+    from mist.workflow.comparing import compare as set_beside
+
+    found = set_beside(plan, log)
+    if as_json:
+        print_json(compared_json(found))
+    else:
+        print_compared(found)

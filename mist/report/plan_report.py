@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from mist.plans.plan import Plan
+from mist.plans.host_memory import HostNeed
+from mist.plans.plan import Limits, Plan, fullest_host_bytes
+from mist.plans.provenance import Kind
 from mist.report.plan_screen import Sheet
 from mist.report.step_timeline import StagePace
 
@@ -74,3 +76,25 @@ class PlanReport:
     def plan(self) -> Plan:
         """The plan."""
         return self.sheet.plan
+
+
+def sheet_of(plan: Plan) -> Sheet:
+    """A sheet of a plan alone: it may use what its margin says, and what it has on the host."""
+    margin = plan.provenance.search.get("margin", 0.0)
+    usable_bytes = plan.estimate.stages[0].usable_bytes
+    hosted = [stage.host_bytes for stage in plan.estimate.stages]
+    held_bytes = round(fullest_host_bytes(plan.stages, hosted, plan.cluster.gpus_per_node))
+    share = 1.0 - (margin if isinstance(margin, float) else 0.0)
+    return Sheet(
+        plan=plan,
+        limits=Limits(device_bytes=share * usable_bytes, host_bytes=float(held_bytes)),
+        host=HostNeed(
+            held_bytes=held_bytes,
+            loading_bytes=None,
+            drawn_bytes=None,
+            memory_bytes=max(held_bytes, 1),
+            limit_bytes=held_bytes,
+            kind=Kind.GUESS,
+            source="the plan, which was made within the memory of its nodes",
+        ),
+    )

@@ -58,7 +58,7 @@ def check_file(
     Raises InputError for what the file leaves open, what both say, and what does not add up.
     """
     said = file.configuration
-    if twice := [_option(name) for name in typed if name in _names_of(said)]:
+    if twice := [_option(name) for name in typed if name in names_said(said)]:
         raise InputError(
             f"mist check {file.path}: the file says itself what {', '.join(twice)} do."
         )
@@ -98,7 +98,7 @@ def _of_layout(said: Configuration) -> dict[str, Any]:
     return found | {"schedule": said.schedule}
 
 
-def _names_of(said: Configuration) -> set[str]:
+def names_said(said: Configuration) -> set[str]:
     """Options that the file answers, as the command line names them."""
     names = {*_of_question(said), *_of_layout(said)}
     words = {"seq_len": "seq", "num_gpus": "gpus"}
@@ -107,7 +107,7 @@ def _names_of(said: Configuration) -> set[str]:
 
 def _refuse_open(file: ForeignFile, typed: Mapping[str, Any]) -> None:
     """Ask for what the file does not say, and no default may stand for."""
-    said = _names_of(file.configuration)
+    said = names_said(file.configuration)
     open_names = ("seq", "global_batch", "micro_batch", "checkpoint")
     wanted = [name for name in open_names if name not in said]
     missing = [_option(name) for name in wanted if name not in typed]
