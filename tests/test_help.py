@@ -1,5 +1,6 @@
 """The help of each command: whole sentences in groups, and an example that is a real command."""
 
+import json
 import re
 import shlex
 import sys
@@ -10,6 +11,7 @@ import typer.main
 
 from mist import cli
 from mist.cli.application import app
+from tests.report.json_faults import faults_of
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -52,6 +54,10 @@ def test_the_example_of_a_command_runs(
         cli.main()
     assert end.value.code == 0, capsys.readouterr().err
     assert capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*example_of(name), "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert faults_of(json.loads(capsys.readouterr().out)) == ""
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +74,13 @@ def progress(message: str) -> None:
         print(printable(message), file=sys.stderr or io.StringIO(), flush=True)
 
 
-def print_json(data: object) -> None:
+def print_json(schema: str, data: Mapping[str, object]) -> None:
     """The result of a command with --json: JSON as its standard has it, without NaN.
 
-    Raises OutputError for a number that JSON cannot say.
+    `schema`: its name in `mist.report.json_schemas`, which comes first. Raises OutputError for a
+    number that JSON cannot say.
     """
     try:
-        print(json.dumps(data, indent=2, allow_nan=False))
+        print(json.dumps({"schema": schema, **data}, indent=2, allow_nan=False))
     except ValueError as error:
         raise OutputError("--json: the result has a number that is infinite or none.") from error

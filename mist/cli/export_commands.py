@@ -82,6 +82,6 @@ def _show(exported: "ExportedPlan", paths: list[str], *, as_json: bool) -> None:
             "step_s": plan.estimate.step_s,
         }
     if as_json:
-        print_json(export_json(exported.target, paths, exported.losses, data))
+        print_json("mist.export/1", export_json(exported.target, paths, exported.losses, data))
     else:
         print_export(exported.target, paths, exported.losses, words)

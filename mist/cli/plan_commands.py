@@ -213,7 +213,7 @@ def _show_plan(
         curve = candidates_json(candidates, index, tokens)
         found = plan_json(planned.plan, planned.seconds, planned.host, planned.notes)
         more = {"explanation": explanation_json(explained)} if explained else {}
-        print_json({**found, "candidates": curve, **more})
+        print_json("mist.plan/1", {**found, "candidates": curve, **more})
         return
     if verified is not None:
         from mist.report.verified import print_verified
@@ -416,7 +416,9 @@ def _show_check(
     if as_json:
         if out is not None:
             progress(f"wrote {out}")
-        print_json(check_json(checked.plan, checked.limits, checked.host, checked.notes))
+        print_json(
+            "mist.check/1", check_json(checked.plan, checked.limits, checked.host, checked.notes)
+        )
     else:
         sheet = Sheet(
             plan=checked.plan,

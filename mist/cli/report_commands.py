@@ -120,7 +120,7 @@ def _say(shown: "PlanReport", paths: list[str], *, as_json: bool) -> None:
     from mist.report.tables import say
 
     if as_json:
-        return print_json({"files": paths, "verdict": verdict_lines(shown.sheet)})
+        return print_json("mist.report/1", {"files": paths, "verdict": verdict_lines(shown.sheet)})
     for line in verdict_lines(shown.sheet):
         say(line)
     return say(f"Wrote {' and '.join(paths)}.")
@@ -156,11 +156,9 @@ def _trace(shown: "PlanReport") -> bytes:
 @command("mist compare plan.yaml run.json")
 def compare(
     context: typer.Context,
-    subjects: Annotated[
+    files: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="A B...", help="Plan files, files that mist check reads, logs of runs (.json)."
-        ),
+        typer.Argument(help="Plan files, files that mist check reads, logs of runs (.json)."),
     ],
     *,
     model: Annotated[
@@ -189,9 +187,9 @@ def compare(
     from mist.workflow.comparing import LeftOpen, subjects_of
     from mist.workflow.request import Question
 
-    if len(subjects) < LEAST_COMPARED:
-        raise InputError(f"mist compare {subjects[0]}: with what? Give two files or more.")
-    first, *others = subjects
+    if len(files) < LEAST_COMPARED:
+        raise InputError(f"mist compare {files[0]}: with what? Give two files or more.")
+    first, *others = files
     if len(others) == 1 and not _is_log(first) and _is_log(others[0]):
         return _show_run(first, others[0], as_json=as_json)
     question = Question(
@@ -205,7 +203,7 @@ def compare(
     layout = HandLayout(checkpoint=checkpoint, micro_batch=micro_batch)
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
         open_ = LeftOpen(question=question, layout=layout, typed=typed_options(context))
-        columns = subjects_of(subjects, open_, progress)
+        columns = subjects_of(files, open_, progress)
     return _show_columns(columns, as_json=as_json)
 
 
@@ -220,7 +218,7 @@ def _show_columns(columns: "tuple[Subject, ...]", *, as_json: bool) -> None:
     from mist.report.side_by_side import print_side_by_side, side_by_side_json
 
     if as_json:
-        print_json(side_by_side_json(columns))
+        print_json("mist.compare/1", side_by_side_json(columns))
     else:
         print_side_by_side(columns)
 
@@ -232,6 +230,6 @@ def _show_run(plan: Path, log: Path, *, as_json: bool) -> None:
 
     found = set_beside(plan, log)
     if as_json:
-        print_json(compared_json(found))
+        print_json("mist.compare-run/1", compared_json(found))
     else:
         print_compared(found)

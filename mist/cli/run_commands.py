@@ -47,7 +47,9 @@ def verify(
         write_bytes(picture, timeline_png(found.stages))
         progress(f"wrote {picture}")
     if as_json:
-        print_json(verified_json(found.stages, fits=found.fits, agrees=found.agrees))
+        print_json(
+            "mist.verify/1", verified_json(found.stages, fits=found.fits, agrees=found.agrees)
+        )
     else:
         print_verified(found.stages, UNSEEN)
     if not found.fits:
@@ -213,6 +215,6 @@ def validate(
         write_text(out, predictions_csv(found.rows))
         progress(f"wrote {out}")
     if as_json:
-        print_json(scores_json(found.scores))
+        print_json("mist.validate/1", scores_json(found.scores))
     else:
         print_scores(found.scores, calibrated=not uncalibrated)
