@@ -58,7 +58,7 @@ Subject = Annotated[
     str,
     typer.Argument(
         help="A plan file, a model whose layout the options below give, or a file of Megatron, "
-        "torchtitan, DeepSpeed or accelerate."
+        "torchtitan, DeepSpeed, accelerate, LLaMA-Factory or axolotl."
     ),
 ]
 GpusOfModel = Annotated[

@@ -24,7 +24,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="megatron, torchtitan, deepspeed, accelerate, torchrun or slurm."
+            "--to",
+            help="megatron, megatron-bridge, torchtitan, deepspeed, accelerate, llamafactory, "
+            "axolotl, torchrun, slurm, kubernetes or skypilot.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files; made if missing.")],
