@@ -64,7 +64,7 @@ from mist.plans.workload import Attention, Precision, Solver
 if TYPE_CHECKING:
     from mist.report.explanation import Explanation
     from mist.workflow.checking import Checked
-    from mist.workflow.cluster_choice import Rented
+    from mist.workflow.cluster_choice import Offer, Rented
     from mist.workflow.planning import Effort
     from mist.workflow.request import Question
     from mist.workflow.verifying import Verified
@@ -110,16 +110,12 @@ def plan(
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
     from mist.platform.overrides import knobs_and_figures
-    from mist.workflow.cluster_choice import offer_of, rent
+    from mist.workflow.cluster_choice import offer_of
     from mist.workflow.request import Question, figures_of
 
     writing = _Writing(out=out, inputs=(model, *(cluster or "").split(",")), force=force)
     writing.check()
-    if explain and OBJECTIVES[objective].least_memory:
-        raise InputError(
-            f"--explain with --objective {objective}: gains are those of the fastest plan. Leave "
-            "out one of them."
-        )
+    _check_explain(objective, explain=explain)
     offer = offer_of(gpus, cluster, price, tokens)
     knobs, figures = knobs_and_figures(fixed or ())
     question = Question(
@@ -137,20 +133,42 @@ def plan(
     narrow = partial(narrowed, fixed=knobs, most=most or (), forbid=forbid or ())
     allowed = narrow(space_of(space))
     effort = _effort(objective, tolerance, solver, top, time_limit)
-
-    def search(margin_ratio: float | None) -> "Rented":
-        return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
-
+    search = partial(_rented, question, offer, allowed, effort)
     rented, verified = _searched(search, margin, verify=verify)
-    asked = replace(question, num_gpus=rented.planned.plan.cluster.num_gpus)
-    asked = replace(
-        asked, cluster=rented.planned.plan.cluster.name if "," in str(cluster) else cluster
-    )
+    asked = replace(question, cluster=cluster)
     explained = _explained(asked, rented, allowed, narrow) if explain else None
-    show = partial(
-        _show_plan, rented, verified, explained, tokens, as_json=as_json, details=details
-    )
+    further = _Further(verified=verified, explained=explained)
+    show = partial(_show_plan, rented, further, tokens, as_json=as_json, details=details)
     _deliver(rented, explained, writing, show)
+
+
+def _check_explain(objective: Objective, *, explain: bool) -> None:
+    """Refuse to explain a plan whose objective is not its speed."""
+    if explain and OBJECTIVES[objective].least_memory:
+        raise InputError(
+            f"--explain with --objective {objective}: gains are those of the fastest plan. Leave "
+            "out one of them."
+        )
+
+
+def _rented(
+    question: "Question",
+    offer: "Offer",
+    space: SearchSpace,
+    effort: "Effort",
+    margin_ratio: float | None,
+) -> "Rented":
+    from mist.workflow.cluster_choice import rent
+
+    return rent(replace(question, margin_ratio=margin_ratio), offer, space, effort)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Further:
+    """What was asked for beside the plan: its dry run, and why it is what it is."""
+
+    verified: "Verified | None"
+    explained: "Explanation | None"
 
 
 def _effort(
@@ -185,16 +203,19 @@ def _explained(
     space: SearchSpace,
     narrow: Callable[[SearchSpace], SearchSpace],
 ) -> "Explanation":
+    """Of the candidate that was chosen; `question`: with the clusters as they were typed."""
     from mist.workflow.explaining import explain
 
+    chosen = rented.planned.plan.cluster
+    cluster = chosen.name if "," in (question.cluster or "") else question.cluster
+    asked = replace(question, num_gpus=chosen.num_gpus, cluster=cluster)
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
-        return explain(question, rented.planned, space, narrow, progress)
+        return explain(asked, rented.planned, space, narrow, progress)
 
 
 def _show_plan(
     rented: "Rented",
-    verified: "Verified | None",
-    explained: "Explanation | None",
+    further: _Further,
     tokens: float | None,
     files: Sequence[str],
     *,
@@ -207,6 +228,7 @@ def _show_plan(
     from mist.report.plan_tables import plan_json
 
     planned, candidates, index = rented.planned, rented.candidates, rented.index
+    verified, explained = further.verified, further.explained
     if as_json:
         if files:
             progress(f"wrote {' and '.join(files)}")

@@ -37,7 +37,7 @@ from mist.errors import InputError
 
 if TYPE_CHECKING:
     from mist.report.plan_report import PlanReport
-    from mist.report.side_by_side import Subject
+    from mist.report.side_by_side import ComparedSubject
 
 LEAST_COMPARED = 2
 
@@ -214,7 +214,7 @@ def _is_log(path: Path) -> bool:
     return path.suffix not in PLAN_SUFFIXES and foreign_file(str(path)) is None
 
 
-def _show_columns(columns: "tuple[Subject, ...]", *, as_json: bool) -> None:
+def _show_columns(columns: "tuple[ComparedSubject, ...]", *, as_json: bool) -> None:
     from mist.report.side_by_side import print_side_by_side, side_by_side_json
 
     if as_json:

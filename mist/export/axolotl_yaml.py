@@ -5,6 +5,7 @@ not know, so that nothing is written that it does not read.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,6 +83,10 @@ READ: Final = frozenset(
         "fsdp_config.offload_params", "fsdp_config.activation_checkpointing",
     }
 )  # fmt: skip
+COUNTS: Final = (
+    "sequence_len", "micro_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
+    "dp_shard_size", "tensor_parallel_size",
+)  # fmt: skip
 UNTOUCHED: Final = (
     "datasets", "dataset_", "output_dir", "learning_rate", "lr_scheduler", "warmup", "wandb",
     "num_epochs", "max_steps", "saves_per_epoch", "save_", "eval", "val_set_size", "logging_steps",
@@ -97,31 +102,27 @@ def read_axolotl(text: str, path: str) -> Configuration:
     if not isinstance(document, Document):
         raise InputError(f"{path} is no mapping of axolotl's keys.")
     keys = dict(leaves(document.data))
-    numbers = {key: whole_at(keys, key, path) for key in READ if key.endswith(("_size", "_steps"))}
-    numbers["sequence_len"] = whole_at(keys, "sequence_len", path)
-    divided = any(key.startswith("fsdp") for key in keys)
-    tp = numbers["tensor_parallel_size"] or 1
-    copies, shard = numbers["dp_replicate_size"] or 1, numbers["dp_shard_size"]
-    dp = copies * shard if shard else None
+    numbers = {key: whole_at(keys, key, path) for key in COUNTS}
+    tp, copies = numbers["tensor_parallel_size"] or 1, numbers["dp_replicate_size"] or 1
     each, steps = numbers["micro_batch_size"] or 1, numbers["gradient_accumulation_steps"] or 1
-    offload = float(keys.get("fsdp_config.offload_params") is True and divided)
-    return Configuration(
-        knobs={
-            "tp": tp,
-            "zero": _zero(keys) if divided else 0,
-            "dp_replicate": copies,
-            "micro_batch": each,
-        },
+    shard = numbers["dp_shard_size"]
+    dp = copies * shard if shard else None
+    divided = any(key.startswith("fsdp") for key in keys)
+    offload = float(keys.get("fsdp_config.offload_params") is True)
+    said = Configuration(
+        knobs={"tp": tp, "zero": _zero(keys) if divided else 0, "dp_replicate": copies}
+        | {"micro_batch": each},
         checkpoint=(REPEATS_ALL if _checkpoints(keys) else KEEPS_ALL).value,
         offload=Offload(weights=offload, grads=offload, optimizer=offload),
         seq_len=numbers["sequence_len"],
-        global_batch=each * steps * dp if dp else None,
         precision=_precision(keys),
-        num_gpus=dp * tp if dp else None,
         num_micro_batches=steps,
-        dp=dp,
         unmodelled=tuple(_unmodelled(keys)),
     )
+    # Without the sizes of the meshes neither ranks nor the batch follow from the file.
+    if dp is None:
+        return said
+    return replace(said, dp=dp, num_gpus=dp * tp, global_batch=each * steps * dp)
 
 
 def _zero(keys: Mapping[str, Any]) -> int:
@@ -134,7 +135,7 @@ def _checkpoints(keys: Mapping[str, Any]) -> bool:
 
 
 def _precision(keys: Mapping[str, Any]) -> Precision:
-    if keys.get("bf16") in (True, "true", "auto", "full"):
+    if keys.get("bf16") not in (None, False, "false"):
         return Precision.BF16
     return Precision.FP16 if keys.get("fp16") is True else Precision.FP32
 

@@ -28,6 +28,7 @@ from mist.plans.plan import Plan
 from mist.plans.workload import Precision
 
 CONFIG: Final = "llamafactory.yaml"
+STAGE, KIND = ["pt", "full"]  # pretraining of all parameters
 EACH: Final = "per_device_train_batch_size"
 ACCUMULATED: Final = "gradient_accumulation_steps"
 
@@ -68,9 +69,9 @@ def _rows(subject: ExportSource) -> Iterator[tuple[str, Any, str]]:
     plan = subject.plan
     stage, work = plan.stages[0], plan.workload
     yield "model_name_or_path", plan.model.source, "model.source"
-    yield "stage", "pt", "workload"
+    yield "stage", STAGE, "workload"
     yield "do_train", True, "workload"
-    yield "finetuning_type", "full", "workload: all parameters are trained"
+    yield "finetuning_type", KIND, "workload: all parameters are trained"
     yield "cutoff_len", work.seq_len, "workload.seq_len"
     yield EACH, stage.micro_batch, "stages[].micro_batch"
     yield ACCUMULATED, plan.num_micro_batches, "num_micro_batches"
@@ -110,9 +111,9 @@ def read_llamafactory(text: str, path: str) -> Configuration:
         raise InputError(f"{path} is no mapping of LLaMA-Factory's keys.")
     keys = dict(document.data)
     kind = keys.get("finetuning_type", "lora")
-    if kind != "full":
+    if kind != KIND:
         raise InputError(
-            f"{path}: finetuning_type {kind!r:.40}: only full training is predicted. Try full."
+            f"{path}: finetuning_type {kind!r:.40}: only full training is predicted. Try {KIND}."
         )
     divided = _deepspeed(keys, path)
     each = whole_at(keys, EACH, path) or 8  # the default of transformers

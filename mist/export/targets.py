@@ -74,6 +74,16 @@ TARGETS: Final = (
         recognises=recognises_deepspeed,
         read=read_deepspeed,
     ),
+    # Before accelerate, whose keys it has among its own.
+    Target(
+        name="axolotl",
+        what="axolotl with FSDP2: a YAML file, a script",
+        runtimes=("torch",),
+        expresses=AXOLOTL,
+        write=write_axolotl,
+        recognises=recognises_axolotl,
+        read=read_axolotl,
+    ),
     Target(
         name="accelerate",
         what="accelerate with FSDP2: a YAML file, Trainer arguments, a script",
@@ -100,15 +110,6 @@ TARGETS: Final = (
         write=write_llamafactory,
         recognises=recognises_llamafactory,
         read=read_llamafactory,
-    ),
-    Target(
-        name="axolotl",
-        what="axolotl with FSDP2: a YAML file, a script",
-        runtimes=("torch",),
-        expresses=AXOLOTL,
-        write=write_axolotl,
-        recognises=recognises_axolotl,
-        read=read_axolotl,
     ),
     Target(
         name="torchrun",

@@ -17,7 +17,7 @@ from mist.exec.observation import CollectiveComparison, Seen
 from mist.plans.plan import OpCost, Plan, Uncertainty
 from mist.plans.provenance import Kind
 from mist.report.explanation import Explanation
-from mist.report.side_by_side import Subject
+from mist.report.side_by_side import ComparedSubject
 from mist.validate.results import Score
 
 _WHOLE: Final = ConfigDict(extra="forbid", strict=False)
@@ -167,7 +167,7 @@ class CompareResult(TypedDict):
 
     __pydantic_config__ = _WHOLE  # type: ignore[misc]
     schema: str
-    subjects: list[Subject]
+    subjects: list[ComparedSubject]
 
 
 class ReportResult(TypedDict):

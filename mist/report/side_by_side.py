@@ -18,7 +18,7 @@ SubjectKind = Literal["plan", "configuration", "log"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class ComparedSubject:
     """One column. None, or nothing: the file does not say it.
 
     `fits`: within the margin of the plan; of a log it is known that it ran. `settings`: words by
@@ -37,11 +37,11 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-def subject_of_sheet(name: str, kind: SubjectKind, sheet: Sheet) -> Subject:
+def subject_of_sheet(name: str, kind: SubjectKind, sheet: Sheet) -> ComparedSubject:
     """A column of what is predicted."""
     plan, estimate = sheet.plan, sheet.plan.estimate
     peak_bytes = max(stage.peak_bytes for stage in estimate.stages)
-    return Subject(
+    return ComparedSubject(
         name=name,
         kind=kind,
         step_s=estimate.step_s,
@@ -55,10 +55,10 @@ def subject_of_sheet(name: str, kind: SubjectKind, sheet: Sheet) -> Subject:
     )
 
 
-def subject_of_log(name: str, log: LoggedRun) -> Subject:
+def subject_of_log(name: str, log: LoggedRun) -> ComparedSubject:
     """A column of what was measured."""
     peaks = [stage.peak_bytes for stage in log.stages]
-    return Subject(
+    return ComparedSubject(
         name=name, kind="log", step_s=log.step_s, peak_bytes=max(peaks, default=None), fits=True
     )
 
@@ -89,7 +89,7 @@ def _each(words: Sequence[str]) -> str:
     return words[0] if len(set(words)) == 1 else "; ".join(words)
 
 
-def print_side_by_side(subjects: Sequence[Subject]) -> None:
+def print_side_by_side(subjects: Sequence[ComparedSubject]) -> None:
     """Figures with the difference to the first column, settings that differ, parts of the step."""
     header = ("", *(f"{each.name} ({each.kind})" for each in subjects), "")
     show(
@@ -113,7 +113,7 @@ def print_side_by_side(subjects: Sequence[Subject]) -> None:
             say_note(f"{each.name}: {note}")
 
 
-def _figures(subjects: Sequence[Subject]) -> list[tuple[str, ...]]:
+def _figures(subjects: Sequence[ComparedSubject]) -> list[tuple[str, ...]]:
     first = subjects[0]
     steps = [
         f"{format_seconds(each.step_s)} ({each.step_s / first.step_s - 1:+.1%})"
@@ -133,6 +133,6 @@ def _said(value: float | None, words: Callable[[float], str]) -> str:
     return NOT_SAID if value is None else words(value)
 
 
-def side_by_side_json(subjects: Sequence[Subject]) -> dict[str, object]:
+def side_by_side_json(subjects: Sequence[ComparedSubject]) -> dict[str, object]:
     """`subjects`: the columns in their order; null where a file does not say a figure."""
     return {"subjects": [asdict(each) for each in subjects]}

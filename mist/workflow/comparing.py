@@ -11,7 +11,7 @@ from mist.errors import InputError
 from mist.plans.file import load_plan
 from mist.report.plan_report import sheet_of
 from mist.report.plan_screen import Sheet
-from mist.report.side_by_side import Subject, subject_of_log, subject_of_sheet
+from mist.report.side_by_side import ComparedSubject, subject_of_log, subject_of_sheet
 from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.checking import HandLayout
 from mist.workflow.foreign_files import check_file, foreign_file, names_said
@@ -46,7 +46,7 @@ class LeftOpen:
 
 def subjects_of(
     paths: Sequence[Path], open_: LeftOpen, progress: Progress = quiet
-) -> tuple[Subject, ...]:
+) -> tuple[ComparedSubject, ...]:
     """Each file as a column: a plan as it was predicted, a configuration judged, a log measured.
 
     Raises InputError for a file that is none of these, or leaves something open.
@@ -54,7 +54,7 @@ def subjects_of(
     return tuple(_subject(path, open_, progress) for path in paths)
 
 
-def _subject(path: Path, open_: LeftOpen, progress: Progress) -> Subject:
+def _subject(path: Path, open_: LeftOpen, progress: Progress) -> ComparedSubject:
     name = str(path)
     file = foreign_file(name)
     if file is None and path.suffix in PLAN_ENDINGS:

@@ -11,12 +11,15 @@ from typing import Any
 
 from mist.documents import text_of
 from mist.errors import InputError
-from mist.export.target import Configuration, Target
+from mist.export.edits import edits_of, settings_of
+from mist.export.rounding import expressible
+from mist.export.target import Configuration, ExportSource, LossKind, Target
 from mist.export.targets import target_of
 from mist.files import is_file, read_bytes, user_path
 from mist.plans.knobs import TYPED_KNOBS
-from mist.plans.plan import NOTHING_OFFLOADED
+from mist.plans.plan import NOTHING_OFFLOADED, Plan
 from mist.symbolic.load_programs import Progress, quiet
+from mist.workflow.advice import best_instead
 from mist.workflow.checking import Checked, HandLayout, check_layout
 from mist.workflow.request import Question
 
@@ -28,6 +31,7 @@ class ForeignFile:
     path: str
     target: Target
     configuration: Configuration
+    text: str
 
 
 def foreign_file(name: str) -> ForeignFile | None:
@@ -42,7 +46,7 @@ def foreign_file(name: str) -> ForeignFile | None:
     target = target_of(text)
     if target is None or target.read is None:
         return None
-    return ForeignFile(path=name, target=target, configuration=target.read(text, name))
+    return ForeignFile(path=name, target=target, configuration=target.read(text, name), text=text)
 
 
 def check_file(
@@ -74,8 +78,41 @@ def check_file(
             reasons.append(str(error))
             continue
         _refuse_contradiction(file, checked)
-        return replace(checked, notes=(*checked.notes, *_notes(file, runtime, reasons)))
+        asked = replace(question, runtime=runtime)
+        return replace(
+            checked,
+            notes=(*checked.notes, *_notes(file, runtime, reasons)),
+            suggestions=(*_in_words_of(file, checked), *best_instead(asked, checked)),
+        )
     raise InputError("\n".join(f"{file.path}: {reason}" for reason in dict.fromkeys(reasons)))
+
+
+def _in_words_of(file: ForeignFile, checked: Checked) -> Iterator[str]:
+    """The suggestions, changed layouts in the words of the file where it has words for them."""
+    own = _settings(file, checked.plan)
+    for remedy in checked.remedies:
+        plan = replace(
+            checked.plan,
+            stages=tuple(remedy.made.stages),
+            num_micro_batches=remedy.made.num_micro_batches,
+            schedule=remedy.made.schedule,
+            estimate=remedy.judged,
+        )
+        other = _settings(file, plan)
+        edits = edits_of(file.path, file.text, own, other) if own and other else ()
+        yield f"{'; '.join(edits)}: {remedy.gain_words}" if edits else remedy.words
+    yield from checked.suggestions[len(checked.remedies) :]
+
+
+def _settings(file: ForeignFile, plan: Plan) -> tuple[str, ...]:
+    """What the target's own files say of a plan; nothing where they cannot say it."""
+    can = file.target.expresses
+    assert can is not None, "a launcher's script is not read"
+    fitting, losses = expressible(plan, file.target.name, can)
+    if any(loss.kind is not LossKind.ADDED for loss in losses):
+        return ()
+    written = file.target.write(ExportSource(plan=fitting, path=file.path, config={}))
+    return settings_of(written)
 
 
 def _option(name: str) -> str:

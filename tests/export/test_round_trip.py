@@ -39,6 +39,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph(), monkeypatch)
     # Advice judges dozens of other layouts for each one.
     monkeypatch.setattr("mist.workflow.checking.suggestions", lambda *_: ())
+    monkeypatch.setattr("mist.workflow.foreign_files.best_instead", lambda *_: ())
 
 
 def without_sequence(layout: Layout) -> Layout:
