@@ -135,11 +135,10 @@ def plan(
     effort = _effort(objective, tolerance, solver, top, time_limit)
     search = partial(_rented, question, offer, allowed, effort)
     rented, verified = _searched(search, margin, verify=verify)
-    asked = replace(question, cluster=cluster)
-    explained = _explained(asked, rented, allowed, narrow) if explain else None
-    further = _Further(verified=verified, explained=explained)
+    known = _explained(replace(question, cluster=cluster), rented, allowed, narrow, explain=explain)
+    further = _Further(verified=verified, explained=known)
     show = partial(_show_plan, rented, further, tokens, as_json=as_json, details=details)
-    _deliver(rented, explained, writing, show)
+    _deliver(rented, further.explained, writing, show)
 
 
 def _check_explain(objective: Objective, *, explain: bool) -> None:
@@ -202,15 +201,19 @@ def _explained(
     rented: "Rented",
     space: SearchSpace,
     narrow: Callable[[SearchSpace], SearchSpace],
-) -> "Explanation":
+    *,
+    explain: bool,
+) -> "Explanation | None":
     """Of the candidate that was chosen; `question`: with the clusters as they were typed."""
-    from mist.workflow.explaining import explain
+    if not explain:
+        return None
+    from mist.workflow.explaining import explanation
 
     chosen = rented.planned.plan.cluster
     cluster = chosen.name if "," in (question.cluster or "") else question.cluster
     asked = replace(question, num_gpus=chosen.num_gpus, cluster=cluster)
     with redirect_stdout(sys.stderr):  # what the model's file prints is no result
-        return explain(asked, rented.planned, space, narrow, progress)
+        return explanation(asked, rented.planned, space, narrow, progress)
 
 
 def _show_plan(

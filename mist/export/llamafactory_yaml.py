@@ -28,7 +28,8 @@ from mist.plans.plan import Plan
 from mist.plans.workload import Precision
 
 CONFIG: Final = "llamafactory.yaml"
-STAGE, KIND = ["pt", "full"]  # pretraining of all parameters
+PRETRAINING: Final = "pt, full"  # of all parameters, as the keys stage and finetuning_type say
+STAGE, KIND = PRETRAINING.split(", ")
 EACH: Final = "per_device_train_batch_size"
 ACCUMULATED: Final = "gradient_accumulation_steps"
 

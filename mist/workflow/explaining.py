@@ -41,7 +41,7 @@ class _Again:
     progress: Progress
 
 
-def explain(
+def explanation(
     question: Question,
     planned: Planned,
     space: SearchSpace,

@@ -7,7 +7,7 @@ import pytest
 
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.space_ladder import LADDER
-from mist.workflow.explaining import explain
+from mist.workflow.explaining import explanation
 from mist.workflow.faster_links import faster_jobs
 from mist.workflow.planning import make_plan
 from mist.workflow.request import Question
@@ -26,7 +26,7 @@ def test_more_is_never_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph((6,), hidden=2048), monkeypatch)
     space = narrow(SearchSpace())
     said: list[str] = []
-    explained = explain(QUESTION, make_plan(QUESTION, space), space, narrow, said.append)
+    explained = explanation(QUESTION, make_plan(QUESTION, space), space, narrow, said.append)
     assert explained.now.step_s is not None
     names = [one.name for one in explained.marginals]
     assert names == [
@@ -50,7 +50,7 @@ def test_a_batch_that_more_gpus_do_not_divide_is_said(monkeypatch: pytest.Monkey
     answer_with(toy_graph((4,)), monkeypatch)
     question = replace(QUESTION, num_gpus=8, global_batch=8)
     space = narrow(SearchSpace(dp=(8,)))
-    explained = explain(question, make_plan(question, space), space, lambda rung: space)
+    explained = explanation(question, make_plan(question, space), space, lambda rung: space)
     last = explained.marginals[-1]
     assert last.step_s is None or last.words
 
