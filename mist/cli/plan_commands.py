@@ -113,8 +113,7 @@ def plan(
     from mist.workflow.cluster_choice import offer_of
     from mist.workflow.request import Question, figures_of
 
-    writing = _Writing(out=out, inputs=(model, *(cluster or "").split(",")), force=force)
-    writing.check()
+    writing = _checked_writing(out, (model, *(cluster or "").split(",")), force=force)
     _check_explain(objective, explain=explain)
     offer = offer_of(gpus, cluster, price, tokens)
     knobs, figures = knobs_and_figures(fixed or ())
@@ -136,9 +135,15 @@ def plan(
     search = partial(_rented, question, offer, allowed, effort)
     rented, verified = _searched(search, margin, verify=verify)
     known = _explained(replace(question, cluster=cluster), rented, allowed, narrow, explain=explain)
-    further = _Further(verified=verified, explained=known)
-    show = partial(_show_plan, rented, further, tokens, as_json=as_json, details=details)
-    _deliver(rented, further.explained, writing, show)
+    show = partial(_show_plan, rented, verified, known, tokens, as_json=as_json, details=details)
+    _deliver(rented, known, writing, show)
+
+
+def _checked_writing(out: Path | None, inputs: tuple[str, ...], *, force: bool) -> "_Writing":
+    """Where the plan goes, refused before the work is done."""
+    writing = _Writing(out=out, inputs=inputs, force=force)
+    writing.check()
+    return writing
 
 
 def _check_explain(objective: Objective, *, explain: bool) -> None:
@@ -160,14 +165,6 @@ def _rented(
     from mist.workflow.cluster_choice import rent
 
     return rent(replace(question, margin_ratio=margin_ratio), offer, space, effort)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Further:
-    """What was asked for beside the plan: its dry run, and why it is what it is."""
-
-    verified: "Verified | None"
-    explained: "Explanation | None"
 
 
 def _effort(
@@ -218,7 +215,8 @@ def _explained(
 
 def _show_plan(
     rented: "Rented",
-    further: _Further,
+    verified: "Verified | None",
+    explained: "Explanation | None",
     tokens: float | None,
     files: Sequence[str],
     *,
@@ -231,7 +229,6 @@ def _show_plan(
     from mist.report.plan_tables import plan_json
 
     planned, candidates, index = rented.planned, rented.candidates, rented.index
-    verified, explained = further.verified, further.explained
     if as_json:
         if files:
             progress(f"wrote {' and '.join(files)}")

@@ -22,7 +22,7 @@ from mist.plans.plan import (
 from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.uniform_stages import uniform_layout
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind, batches_near
 from mist.platform import Platform
 from mist.platform.overrides import NO_OVERRIDES, Overrides
 from mist.platform.profiles import is_machine
@@ -188,6 +188,8 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
     Raises InputError naming every rule that it breaks.
     """
     _refuse_early(question, layout, platform_of(question))
+    if layout.checkpoint in CHECKPOINTS:
+        question = replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
     job = prepare(question, progress, layout.tp)
     made = _made(job, layout)
     plan = unsearched_plan(job, question, made, estimate(job, made))
@@ -253,6 +255,7 @@ def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None 
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
         overrides=plan.overrides,
+        levels=tuple(dict.fromkeys(level for stage in plan.stages for level in stage.levels)),
     )
 
 
@@ -307,11 +310,12 @@ def _made(job: Job, layout: HandLayout) -> Layout:
 def _refuse_batch(batch: int, dp: int, micro_batch: int) -> None:
     """Raise InputError for a global batch that is no whole number of micro-steps."""
     step = dp * micro_batch
-    if batch > 0 and (rest := batch % step):
-        near = " or ".join(str(each) for each in (batch - rest, batch - rest + step) if each)
+    if batch % step:
+        near = " or ".join(map(str, batches_near(batch, step)))
+        advice = f"--global-batch {near}" if near else "a smaller --micro-batch"
         raise InputError(
             f"--global-batch {batch}: dp {dp} * micro-batch {micro_batch} = {step} does not "
-            f"divide it. Try --global-batch {near}."
+            f"divide it. Try {advice}."
         )
 
 

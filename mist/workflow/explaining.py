@@ -10,6 +10,7 @@ from typing import Final
 
 from mist.errors import Infeasible, InputError
 from mist.pareto.layouts import plain_layout
+from mist.pareto.strategies import priced
 from mist.plans.breakdown import layout_words, short_layout
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
@@ -95,7 +96,9 @@ def _fastest(
     """The fastest layout that fits, if any does."""
     again.progress(f"explain: {name}")
     try:
-        best = tune(job, space, limits=limits, num_alternatives=0, progress=quiet, method="dp").best
+        best = tune(
+            job, priced(space, job), limits=limits, num_alternatives=0, progress=quiet, method="dp"
+        ).best
     except (Infeasible, InputError) as refusal:
         words = "nothing fits" if isinstance(refusal, Infeasible) else _sentence(refusal)
         return SearchedAgain(name=name, step_s=None, tokens_per_s=0.0, words=words)

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from mist.errors import InputError
 from mist.pareto.layouts import PricedLayout, plain_layout
+from mist.pareto.strategies import priced
 from mist.plans.breakdown import layout_words
 from mist.plans.file import load_plan
-from mist.plans.memory_levels import LEVELS, memory_of
+from mist.plans.memory_levels import KEEPS_ALL, LEVELS, memory_of
 from mist.plans.objectives import Candidate
 from mist.plans.plan import Layout, Limits, Plan, StagePlan
 from mist.plans.search_space import SearchSpace
+from mist.plans.workload import MemoryLevel
 from mist.report.gpu_count_tables import cost_words
 from mist.report.plan_report import (
     DrawnSteps,
@@ -100,7 +102,9 @@ def _cost(plan: Plan, job: Job, price: str | None) -> str:
 def _judgement(job: Job, question: Question, plan: Plan) -> Judgement:
     limits = limits_of(job, question)
     points = list(
-        landscape(job, SearchSpace(), limits=limits, within_s=WITHIN * plan.estimate.step_s)
+        landscape(
+            job, priced(SearchSpace(), job), limits=limits, within_s=WITHIN * plan.estimate.step_s
+        )
     )
     others = _fastest_of_kinds(job, plan, points, limits)
     return Judgement(
@@ -186,7 +190,8 @@ def _stage_points(job: Job, plan: Plan) -> tuple[tuple[StagePoint, ...], ...]:
 
     All stages change at once: what one of them costs does not depend on the others.
     """
-    variants = list(dict.fromkeys(_variants(plan)))
+    levels = priced(SearchSpace(), job).levels
+    variants = list(_variants(plan, [x for x in levels if x in job.platform.runtime.levels]))
     layouts = [
         replace(plan.layout, stages=tuple(_varied(stage, change) for stage in plan.stages))
         for change in variants
@@ -207,23 +212,24 @@ def _stage_points(job: Job, plan: Plan) -> tuple[tuple[StagePoint, ...], ...]:
     )
 
 
-_Variant = tuple[int, str, float, float]  # ZeRO, memory level, share of its layers, on the host
+_Variant = tuple[
+    int, MemoryLevel, float, float
+]  # ZeRO, memory level, share of its layers, on the host
 
 
-def _variants(plan: Plan) -> Iterator[_Variant]:
+def _variants(plan: Plan, levels: Sequence[MemoryLevel]) -> Iterator[_Variant]:
     shares = (0.25, 0.5, 0.75, 1.0)
     zeros = range(4) if plan.stages[0].dp > 1 else (0,)
-    for zero, level, hosted in product(zeros, LEVELS, (0.0, 0.5, 1.0)):
+    for zero, level, hosted in product(zeros, levels, (0.0, 0.5, 1.0)):
         for share in shares if LEVELS[level].repeats != "nothing" else (1.0,):
-            yield zero, level.value, share, hosted
+            yield zero, level, share, hosted
 
 
 def _varied(stage: StagePlan, change: _Variant) -> StagePlan:
-    zero, word, share, hosted = change
-    level = next(each for each in LEVELS if each.value == word)
-    memory = memory_of(stage.num_layers, next(iter(LEVELS)))
+    zero, level, share, hosted = change
+    memory = memory_of(stage.num_layers, KEEPS_ALL)
     moved = round(share * stage.num_layers)
-    memory[next(iter(LEVELS))] -= moved
+    memory[KEEPS_ALL] -= moved
     memory[level] += moved
     return replace(
         stage,
