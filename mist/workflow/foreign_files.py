@@ -13,7 +13,7 @@ from mist.documents import text_of
 from mist.errors import InputError
 from mist.export.edits import edits_of, settings_of
 from mist.export.rounding import expressible
-from mist.export.target import Configuration, ExportSource, LossKind, Target
+from mist.export.target import Configuration, ExportSource, Target
 from mist.export.targets import target_of
 from mist.files import is_file, read_bytes, user_path
 from mist.plans.knobs import TYPED_KNOBS
@@ -89,7 +89,10 @@ def check_file(
 
 def _in_words_of(file: ForeignFile, checked: Checked) -> Iterator[str]:
     """The suggestions, changed layouts in the words of the file where it has words for them."""
-    own = _settings(file, checked.plan)
+    can = file.target.expresses
+    assert can is not None, "a launcher's script is not read"
+    fitting, known = expressible(checked.plan, file.target.name, can)
+    own = _settings(file, fitting)
     for remedy in checked.remedies:
         plan = replace(
             checked.plan,
@@ -98,21 +101,18 @@ def _in_words_of(file: ForeignFile, checked: Checked) -> Iterator[str]:
             schedule=remedy.made.schedule,
             estimate=remedy.judged,
         )
-        other = _settings(file, plan)
-        edits = edits_of(file.path, file.text, own, other) if own and other else ()
+        fitting, losses = expressible(plan, file.target.name, can)
+        # What the file itself leaves unsaid is no loss of the change.
+        edits: tuple[str, ...] = ()
+        if set(losses) <= set(known):
+            edits = edits_of(file.path, file.text, own, _settings(file, fitting))
         yield f"{'; '.join(edits)}: {remedy.gain_words}" if edits else remedy.words
     yield from checked.suggestions[len(checked.remedies) :]
 
 
 def _settings(file: ForeignFile, plan: Plan) -> tuple[str, ...]:
-    """What the target's own files say of a plan; nothing where they cannot say it."""
-    can = file.target.expresses
-    assert can is not None, "a launcher's script is not read"
-    fitting, losses = expressible(plan, file.target.name, can)
-    if any(loss.kind is not LossKind.ADDED for loss in losses):
-        return ()
-    written = file.target.write(ExportSource(plan=fitting, path=file.path, config={}))
-    return settings_of(written)
+    """What the target's own files say of a plan that it can express."""
+    return settings_of(file.target.write(ExportSource(plan=plan, path=file.path, config={})))
 
 
 def _option(name: str) -> str:
