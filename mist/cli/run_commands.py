@@ -10,6 +10,7 @@ import typer
 
 from mist.cli.command_options import Force, Json, ModelOfPlan, Trust
 from mist.cli.common import command, print_json, progress
+from mist.cli.hand_layouts import run_by_hand
 from mist.cli.outputs import (
     CALIBRATION_FILE,
     LOG_FILE,
@@ -171,7 +172,12 @@ def compare(
 @command("mist calibrate plan.yaml run.json --out mine.yaml")
 def calibrate(
     files: Annotated[
-        list[Path], typer.Argument(help="PLAN LOG pairs: plan files, each with its run's log.")
+        list[str],
+        typer.Argument(
+            help="RUN LOG pairs. RUN: a plan file, or the words of mist check in quotes "
+            '("llama3-8b --gpus 8 --zero 3"). LOG: of mist apply, torchtitan, Megatron-LM, '
+            "nanotron, a Trainer's state (.json), or a table of step times (.csv)."
+        ),
     ],
     *,
     out: Annotated[
@@ -189,10 +195,11 @@ def calibrate(
     from mist.workflow.plan_model import ModelAccess
 
     if len(files) % 2:
-        raise InputError("mist calibrate takes pairs: PLAN LOG [PLAN LOG ...].")
+        raise InputError("mist calibrate takes pairs: RUN LOG [RUN LOG ...].")
+    ran = [run_by_hand(words) if " --" in words else Path(words) for words in files[::2]]
     check_output("--out", out, CALIBRATION_FILE, inputs=files, force=force)
     folder = None if out else made_folder(user_folder() / "calibrations")
-    pairs = list(zip(files[::2], files[1::2], strict=True))
+    pairs = list(zip(ran, map(Path, files[1::2]), strict=True))
     with redirect_stdout(sys.stderr):
         found = fit(pairs, progress, ModelAccess(trust=trust))
     name = f"{found.calibration.runtime}-{found.calibration.device}.yaml"

@@ -1,7 +1,7 @@
 """From runs to groups that are predicted together: one model, one machine each."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
@@ -200,30 +200,38 @@ def _group(
     key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool
 ) -> RunGroup:
     source = sources.of(key.source)
-    loaded = _runtime(source.runtime)
-    profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, loaded.profile)
     known = calibrated and key.source in sources.sources
     calibration = find_calibration(source.runtime, key.device) if known else None
-    if calibration is not None:
-        profiles = calibration.profile.applied(profiles)
-    profiles = with_values(profiles, _network(key, source, calibrated=calibration is not None))
-    device, cluster, runtime = profiles
-    runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
-    runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
-    calibration_hash = str(calibration and calibration.sha256)
-    words = (loaded.sha256, key.attention, repr(source), calibration_hash)
+    values = {} if calibration is None else calibration.profile.values
+    network = _network(key, source, calibrated=calibration is not None)
+    words = (_runtime(source.runtime).sha256, key.attention, repr(source),
+             str(calibration and calibration.sha256))  # fmt: skip
     return RunGroup(
         key=key,
-        machine=RunProfiles(
-            device=device,
-            cluster=cluster,
-            runtime=runtime,
-            precision=key.setting.precision,
-            fp8=key.fp8,
-        ),
+        machine=machine_of(key, sources, {**values, **network}),
         profile_hash="\n".join(words),
         calibrated=calibration is not None,
         members=members,
+    )
+
+
+def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> RunProfiles:
+    """The profiles that a group's runs are predicted on, with some figures replaced.
+
+    `values`: named as in a calibration. Raises PlatformError for a figure that is not there.
+    """
+    source = sources.of(key.source)
+    stock = _runtime(source.runtime).profile
+    profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, stock)
+    device, cluster, runtime = with_values(profiles, values)
+    runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
+    runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
+    return RunProfiles(
+        device=device,
+        cluster=cluster,
+        runtime=runtime,
+        precision=key.setting.precision,
+        fp8=key.fp8,
     )
 
 

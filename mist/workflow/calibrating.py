@@ -21,9 +21,9 @@ from mist.symbolic.estimate import estimate
 from mist.symbolic.job import make_job
 from mist.symbolic.load_programs import compile_graph
 from mist.trace import TraceSetting, load_graph
-from mist.workflow.checking import question_of
+from mist.workflow.checking import HandLayout, plan_by_hand, question_of
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
-from mist.workflow.request import platform_of, setting_of
+from mist.workflow.request import Question, platform_of, setting_of
 
 # In the order in which they are fitted: as many as half of the runs, and at least one.
 CONSTANTS: Final = (
@@ -69,12 +69,24 @@ class Calibrated:
     errors_after: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunByHand:
+    """What was run, in the words of `mist check`: `words` as typed, and what they mean."""
+
+    words: str
+    question: Question
+    layout: HandLayout
+
+    def __str__(self) -> str:
+        return self.words
+
+
 def calibrate(
-    pairs: Sequence[tuple[Path, Path]],
+    pairs: Sequence[tuple[Path | RunByHand, Path]],
     progress: Callable[[str], None],
     access: ModelAccess = UNDER_HERE,
 ) -> Calibrated:
-    """Fit constants to runs, each a plan and its log.
+    """Fit constants to runs, each a plan or a layout written by hand, and its log.
 
     `access`: to the models of the plans. Raises InputError when plans and logs do not belong.
     """
@@ -112,15 +124,26 @@ def calibrate(
 
 
 def _measured(
-    path: Path, log: Path, progress: Callable[[str], None], access: ModelAccess
+    ran: Path | RunByHand, log: Path, progress: Callable[[str], None], access: ModelAccess
 ) -> PlanRun:
-    seconds, plan = read_log(log).step_s, load_plan(path)
-    source = model_of(plan, path, access, progress)
-    question = question_of(plan, path, source)
+    if isinstance(ran, RunByHand):
+        question = ran.question
+        _, plan = plan_by_hand(question, ran.layout, progress)
+        source = question.model
+    else:
+        plan = load_plan(ran)
+        source = model_of(plan, ran, access, progress)
+        question = question_of(plan, ran, source)
+    tokens_per_gpu = plan.workload.tokens_per_step / plan.cluster.num_gpus
     platform = platform_of(question)
     setting = setting_of(question, platform)
-    graph = load_graph(source, setting, progress=progress)
-    return PlanRun(plan=plan, platform=platform, setting=setting, graph=graph, seconds=seconds)
+    return PlanRun(
+        plan=plan,
+        platform=platform,
+        setting=setting,
+        graph=load_graph(source, setting, progress=progress),
+        seconds=read_log(log, tokens_per_gpu).step_s,
+    )
 
 
 def _names(platform: Platform) -> tuple[str, str]:

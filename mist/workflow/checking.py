@@ -183,15 +183,25 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
     Raises InputError naming every rule that it breaks.
     """
-    _refuse_early(question, layout, platform_of(question))
-    job = prepare(question, progress, layout.tp)
-    made = _made(job, layout)
-    plan = unsearched_plan(job, question, made, estimate(job, made))
+    job, plan = plan_by_hand(question, layout, progress)
     limits = limits_of(job, question)
-    host = host_need(job, made, plan.estimate, limits)
+    host = host_need(job, plan.layout, plan.estimate, limits)
     notes = tuple(notes_of(job))
     checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
     return replace(checked, suggestions=tuple(suggestions(question, job, layout, checked, _made)))
+
+
+def plan_by_hand(
+    question: Question, layout: HandLayout, progress: Progress = quiet
+) -> tuple[Job, Plan]:
+    """The plan of a layout written by hand, and what was priced for it.
+
+    Raises InputError naming every rule that it breaks.
+    """
+    _refuse_early(question, layout, platform_of(question))
+    job = prepare(question, progress, layout.tp)
+    made = _made(job, layout)
+    return job, unsearched_plan(job, question, made, estimate(job, made))
 
 
 def check_plan(
