@@ -5,7 +5,7 @@
 
 The grid is of what costs are bound to; other figures are printed into the programs of a model, so
 each value of them costs a compilation. Everything is expanded around the calibrations that ship:
-`steps_at` says exactly what an expansion is worth. `python benchmarks/calibrations/step_slopes.py
+`python benchmarks/calibrations/step_slopes.py
 RUNS.csv SLOPES.json` writes one line a group of runs, and goes on where it was stopped.
 """
 
@@ -13,16 +13,16 @@ import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from open_programs import open_programs
 
 from mist.platform.calibration import calibrated, figure_at
 from mist.platform.profiles import find_calibration, load_device
 from mist.symbolic.load_programs import quiet
+from mist.symbolic.open_programs import open_programs
 from mist.trace import load_graph
 from mist.validate.cases import RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, read_runs
@@ -47,6 +47,8 @@ MICRO_BATCH = "runtime.host.micro_batch_launch_s"
 STEP = "runtime.host.step_s"
 TENSOR = "runtime.overlap.tensor_parallel_time_scale"
 
+PATHS = (SPEED, NETWORK, HOP, MEMORY, ATTENTION, SCORES, LAYER, TENSOR_LAUNCH, PIPELINE_LAUNCH,
+         MICRO_BATCH, STEP, TENSOR)  # fmt: skip
 # Of the bound figures, values of the whole grid; of the others, factors of the expansion's value.
 GRID = {
     SPEED: (0.85, 1.0, 1.15, 1.35, 1.6, 2.0),
@@ -72,37 +74,6 @@ class Expansion:
     log_s: Floats
     profiles: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
 
-    def log_step(self, values: Values) -> float:
-        """Logarithm of the step; constants outside their grid are taken at its nearest end."""
-        grid_s = float(np.exp(self._on_grid(values)))
-        base_s = float(np.exp(self._on_grid(self.base)))
-        more_s = 0.0
-        for name, (at, ratios) in self.profiles.items():
-            ratio = _line(values[name], np.array(at), np.array(ratios))
-            more_s += (ratio - 1.0) * base_s
-        # Seconds that a constant adds do not grow with the others: sums, not products.
-        return float(np.log(max(grid_s + more_s, 0.05 * grid_s)))
-
-    def _on_grid(self, values: Values) -> float:
-        table = self.log_s
-        for name, grid in GRID.items():
-            if len(table) == 1:
-                table = table[0]
-                continue
-            at = np.interp(np.log(values[name]), np.log(grid), np.arange(len(grid)))
-            below = min(int(at), len(grid) - 2)
-            table = table[below] + (at - below) * (table[below + 1] - table[below])
-        return float(table)
-
-
-def _line(value: float, at: Floats, ratios: Floats) -> float:
-    """Straight between the points, and on beyond them: a time grows evenly with its scale."""
-    order = np.argsort(at)
-    at, ratios = at[order], ratios[order]
-    below = int(np.clip(np.searchsorted(at, value) - 1, 0, len(at) - 2))
-    slope = (ratios[below + 1] - ratios[below]) / (at[below + 1] - at[below])
-    return float(ratios[below] + slope * (value - at[below]))
-
 
 def is_timed(run: Run) -> bool:
     """Whether a run says how long a step takes: dense training in 16 bits that ran regularly."""
@@ -113,8 +84,6 @@ def is_timed(run: Run) -> bool:
 
 def timed_groups(runs: Sequence[Run]) -> list[RunGroup]:
     """Groups of runs whose times are compared, each with its members that ran regularly."""
-    from dataclasses import replace
-
     groups, _ = grouped([run for run in runs if is_timed(run)], load_sources(), calibrated=False)
     found = []
     for group in groups:
@@ -165,7 +134,7 @@ def expansions(model: GroupModel) -> list[Expansion]:
             continue
         at = sorted({base[name] * factor for factor in FACTORS})
         profiles[name] = (at, [model.steps_s({**base, name: value}) / base_s for value in at])
-    source = load_sources().of(group.key.source)
+    source = group.key.origin
     return [
         Expansion(
             run_id=member.run.run_id,
@@ -201,7 +170,7 @@ STARTS = {PIPELINE_LAUNCH: 1e-3, MICRO_BATCH: 1e-3, STEP: 0.03, TENSOR_LAUNCH: 2
 
 def base_of(group: RunGroup) -> dict[str, float]:
     """Where the steps of a group are expanded: the calibration, else the profiles."""
-    source = load_sources().of(group.key.source)
+    source = group.key.origin
     machine = machine_of(group.key, load_sources(), {})
     held = (machine.device, machine.cluster, machine.runtime)
     calibration = find_calibration(source.runtime, group.key.device)
@@ -242,13 +211,9 @@ def main(path: Path, out: Path) -> None:
         if group.members[0].run.run_id in done:
             continue
         rows = [
-            json.dumps({
-                "run_id": each.run_id, "source": each.source, "runtime": each.runtime,
-                "device": each.device, "base": each.base, "log_s": each.log_s.tolist(),
-                "profiles": each.profiles,
-            })
+            json.dumps(asdict(replace(each, log_s=each.log_s.tolist())))
             for each in expansions(GroupModel(group))
-        ]  # fmt: skip
+        ]
         with out.open("a") as file:
             file.write("\n".join(rows) + "\n")
         key = group.key

@@ -206,7 +206,9 @@ def calibrate(
     path = folder / name if folder else out
     assert path is not None
     write_text(path, dump_calibration(found.calibration, "Written by mist calibrate."))
-    print_calibration(found.before, found.after, found.errors_before, found.errors_after)
+    print_calibration(
+        found.before, found.after, found.errors_before, found.errors_after, found.lessons
+    )
     print(f"wrote {path}" + ("" if out else ": plans for this runtime and GPU use it from now on"))
 
 
@@ -220,6 +222,13 @@ def validate(
     stages: Annotated[
         Path | None, typer.Option("--stages", help="Layers of unequal pipeline stages (.csv).")
     ] = None,
+    sources: Annotated[
+        Path | None,
+        typer.Option(
+            "--sources",
+            help="Runtime, cluster and kind of memory of sources (.yaml), over the shipped table.",
+        ),
+    ] = None,
     uncalibrated: Annotated[
         bool, typer.Option("--uncalibrated", help="Use no number fitted to run times.")
     ] = False,
@@ -231,9 +240,9 @@ def validate(
     from mist.report.validation import predictions_csv, print_scores, scores_json
     from mist.workflow.validating import validate as judged
 
-    check_output("--out", out, PREDICTIONS_FILE, inputs=[runs, stages], force=force)
+    check_output("--out", out, PREDICTIONS_FILE, inputs=[runs, stages, sources], force=force)
     with redirect_stdout(sys.stderr):
-        found = judged(runs, stages, calibrated=not uncalibrated, progress=progress)
+        found = judged(runs, stages, sources, calibrated=not uncalibrated, progress=progress)
     if out is not None:
         write_text(out, predictions_csv(found.rows))
         progress(f"wrote {out}")

@@ -34,13 +34,15 @@ COMPILED_LAUNCH_RATIO: Final = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What the runs of a group share; `content` tells configurations apart."""
+    """What the runs of a group share; `content` tells configurations apart, `source` origins."""
 
     content: str
     config: ConfigSource = field(compare=False)
     setting: TraceSetting
     attention: str
     source: str
+    origin: Source = field(compare=False)
+    runtime: str
     device: str
     cluster: str
     fp8: bool
@@ -92,7 +94,7 @@ def grouped(
 
 
 def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key, Case]:
-    source = sources.of(run.source)
+    source = sources.of(run)
     if source.not_modelled:
         raise Unsupported(source.not_modelled)
     hardware, attention = _known(run, sources)
@@ -110,8 +112,10 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
         ),
         attention=run.attention_impl,
         source=run.source,
+        origin=source,
+        runtime=source.runtime,
         device=hardware.device,
-        cluster=hardware.cluster,
+        cluster=source.cluster or hardware.cluster,
         fp8=run.precision == "fp8",
     )
     num_gpus = run.n_gpus or sum(layout.stages[-1].devices)
@@ -199,9 +203,8 @@ def _by_cost(run: Run, num_layers: int, num_stages: int) -> tuple[int, ...]:
 def _group(
     key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool
 ) -> RunGroup:
-    source = sources.of(key.source)
-    known = calibrated and key.source in sources.sources
-    calibration = find_calibration(source.runtime, key.device) if known else None
+    source = key.origin
+    calibration = find_calibration(source.runtime, key.device) if calibrated else None
     values = {} if calibration is None else calibration.profile.values
     network = _network(key, source, calibrated=calibration is not None)
     words = (_runtime(source.runtime).sha256, key.attention, repr(source),
@@ -220,7 +223,7 @@ def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> Ru
 
     `values`: named as in a calibration. Raises PlatformError for a figure that is not there.
     """
-    source = sources.of(key.source)
+    source = key.origin
     stock = _runtime(source.runtime).profile
     profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, stock)
     device, cluster, runtime = with_values(profiles, values)
