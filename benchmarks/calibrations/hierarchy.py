@@ -85,7 +85,7 @@ Effect = tuple[str, str, str]  # path, level, key
 
 def family(device: str) -> str:
     """The family of a GPU."""
-    return FAMILIES[device.split("-")[0]]
+    return FAMILIES[device.split("-", 1)[0]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +98,10 @@ class Combination:
 
     def key(self, level: str) -> str:
         """Which effect of a level it has."""
+        if level == "family":
+            return family(self.device)
         return {
             "all": "",
-            "family": family(self.device),
             "runtime": STACKS.get(self.runtime, self.runtime),
             "source": self.source,
             "cluster": CLUSTERS.get(self.source, self.source),
@@ -127,7 +128,7 @@ class Hierarchy:
 
     def fit(self, times: StepTimes, rows: Counts, listed: Sequence[str], start: Floats | None = None
             ) -> Posterior:  # fmt: skip
-        """The effects after the runs of these rows; those of sources that are not listed say nothing."""
+        """The effects after the runs of these rows; sources that are not listed say nothing."""
         rows = thinned(times.sources, rows)
         some, design = times.only(rows), self.design[:, rows]
 
@@ -143,7 +144,7 @@ class Hierarchy:
 
 
 def thinned(sources: NDArray[np.str_], rows: Counts) -> Counts:
-    """Rows of which no source has more than `MOST_FITTED`, evenly spaced: weights make up for it."""
+    """Rows of which no source has more than `MOST_FITTED`, evenly spaced."""
     kept = []
     for source in np.unique(sources[rows]):
         own = rows[sources[rows] == source]

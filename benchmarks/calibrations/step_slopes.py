@@ -29,7 +29,7 @@ from mist.validate.measured_runs import Run, read_runs
 from mist.validate.predict import RunProfiles, predict
 from mist.validate.predictions import GIB
 from mist.validate.scores import TIERS, runs_regularly
-from mist.validate.sources import load_sources
+from mist.validate.sources import load_source_ratios, load_sources
 
 Floats = NDArray[np.float64]
 Values = Mapping[str, float]
@@ -174,13 +174,12 @@ def base_of(group: RunGroup) -> dict[str, float]:
     machine = machine_of(group.key, load_sources(), {})
     held = (machine.device, machine.cluster, machine.runtime)
     calibration = find_calibration(source.runtime, group.key.device)
-    values = {} if calibration is None else dict(calibration.profile.values)
+    values = {} if calibration is None else calibration.profile.values
+    values = load_source_ratios().applied(group.key.source, values)
     base = {}
     for name in (*GRID, *SAID[source.runtime]):
         quantity = values.get(name) or figure_at(held, name)
         base[name] = quantity.value or STARTS[name]
-    if source.network_ratio is not None:
-        base[NETWORK] = source.network_ratio.value
     return base
 
 

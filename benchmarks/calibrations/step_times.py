@@ -22,7 +22,7 @@ STEP = 0.03  # of a logarithm, for slopes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """How steps of some runs change with one constant: `ratios` of the base at values `at` [M, 5]."""
+    """How steps of some runs change with one constant: `ratios` of the base's at `at`, [M, 5]."""
 
     column: int
     runs: Counts

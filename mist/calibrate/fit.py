@@ -126,7 +126,7 @@ def fitted(runs: Runs, prior: Prior, start: Floats | None = None) -> Posterior:
     normal, _ = _normal(runs, point, errors, prior)
     # A constant that nothing is known of, before or after, has no variance: a small one in place
     # of a matrix that has no inverse.
-    covariance = np.linalg.pinv(normal / SOFTNESS**2, hermitian=True)
+    covariance = np.asarray(np.linalg.pinv(normal / SOFTNESS**2, hermitian=True), np.float64)
     return Posterior(names=prior.names, point=point, covariance=covariance, errors=errors)
 
 

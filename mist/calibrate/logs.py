@@ -2,8 +2,9 @@
 
 {"steps": [{"step": 1, "seconds": 0.9, "stages": [{"forward_s": 0.2, ...}, ...], ...}, ...],
  "stages": [{"peak_bytes": 123, "collectives": [{"axis": "dp", "kind": ..}, ...]}, ...]} as JSON;
-only the seconds of the steps must be there. Logs of other frameworks: `mist.calibrate.text_logs`. Steps up to "resumed_after" are not looked at: the run
-that this one goes on from may have had another layout.
+only the seconds of the steps must be there. Steps up to "resumed_after" are not looked at: the run
+that this one goes on from may have had another layout. Logs of other frameworks:
+`mist.calibrate.text_logs`.
 """
 
 import math

@@ -98,7 +98,7 @@ def dump_calibration(calibration: Calibration, comment: str) -> str:
     def written(quantity: Quantity) -> dict[str, object]:
         return {"value": quantity.value, "source": quantity.source, "kind": quantity.kind.value}
 
-    data = {
+    data: dict[str, object] = {
         "schema": calibration.schema,
         "runtime": calibration.runtime,
         "device": calibration.device,

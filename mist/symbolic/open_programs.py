@@ -20,15 +20,18 @@ from mist.symbolic.program import ModelPrograms, Program
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPrograms:
-    """Programs whose figures `symbols` are names: by path in a calibration, "runtime.host.step_s"."""
+    """Programs where names stand for some figures of the runtime.
+
+    `symbols`: the names, by the figure's path as in a calibration ("runtime.host.step_s").
+    """
 
     programs: ModelPrograms
     symbols: Mapping[str, str]
 
     def at(self, values: Mapping[str, float]) -> ModelPrograms:
-        """The programs with these figures, by path."""
+        """The programs with these figures, by path; others are left aside."""
         numbers = {self.symbols[path]: repr(float(values[path])) for path in self.symbols}
-        parts = {
+        parts: dict[str, Any] = {
             item.name: _filled(part, numbers)
             for item in fields(self.programs)
             if isinstance(part := getattr(self.programs, item.name), Program)

@@ -24,7 +24,13 @@ from mist.validate.measured_runs import Run, StageRun, Stages
 from mist.validate.predict import Case, RunProfiles
 from mist.validate.run_layouts import check_run, layout_of
 from mist.validate.run_models import Unsupported, architecture_of
-from mist.validate.sources import AttentionKernel, Hardware, Source, Sources
+from mist.validate.sources import (
+    AttentionKernel,
+    Hardware,
+    Source,
+    Sources,
+    load_source_ratios,
+)
 
 PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.BF16}
 TASKS: Final = ("", "pretrain", "sft")
@@ -205,13 +211,14 @@ def _group(
 ) -> RunGroup:
     source = key.origin
     calibration = find_calibration(source.runtime, key.device) if calibrated else None
-    values = {} if calibration is None else calibration.profile.values
-    network = _network(key, source, calibrated=calibration is not None)
+    values = {}
+    if calibration is not None:
+        values = load_source_ratios().applied(key.source, calibration.profile.values)
     words = (_runtime(source.runtime).sha256, key.attention, repr(source),
              str(calibration and calibration.sha256))  # fmt: skip
     return RunGroup(
         key=key,
-        machine=machine_of(key, sources, {**values, **network}),
+        machine=machine_of(key, sources, values),
         profile_hash="\n".join(words),
         calibrated=calibration is not None,
         members=members,
@@ -226,7 +233,10 @@ def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> Ru
     source = key.origin
     stock = _runtime(source.runtime).profile
     profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, stock)
-    device, cluster, runtime = with_values(profiles, values)
+    # What a source says of its network, in place of the cluster's figure.
+    nic = source.nic_bytes_per_s.get(key.device)
+    wired = {"cluster.network.nic_bytes_per_s": nic} if nic else {}
+    device, cluster, runtime = with_values(profiles, {**wired, **values})
     runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
     runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
     return RunProfiles(
@@ -236,14 +246,6 @@ def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> Ru
         precision=key.setting.precision,
         fp8=key.fp8,
     )
-
-
-def _network(key: Key, source: Source, *, calibrated: bool) -> dict[str, Quantity]:
-    """What a source says of its network, or its runs do, in place of the cluster's figures."""
-    nic = source.nic_bytes_per_s.get(key.device)
-    share = source.network_ratio if calibrated else None
-    found = {"nic_bytes_per_s": nic, "efficiency_ratio": share}
-    return {f"cluster.network.{name}": value for name, value in found.items() if value}
 
 
 def _run_with(runtime: Runtime, attention: AttentionKernel, *, compiled: bool) -> Runtime:

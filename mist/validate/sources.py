@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -55,13 +56,12 @@ class AttentionKernel(Record):
 class Source(Record):
     """The framework of a source.
 
-    `memory`: what its peaks are. `cluster`: where it is not that of the GPU. `zero`, `checkpoint`: where a row says nothing. `dropout`:
-    whether its GPT models drop activations out. `not_modelled`: why its runs are not predicted,
-    where their rows do not show it.
+    `memory`: what its peaks are. `cluster`: where it is not that of the GPU. `zero`, `checkpoint`:
+    where a row says nothing. `dropout`: whether its GPT models drop activations out.
+    `not_modelled`: why its runs are not predicted, where their rows do not show it.
     `selective_as`: the runtime whose selective checkpointing its rows mean. `recomputed_ratio`: the
     share of whole layers that they mean instead, where a row has no HFU. `nic_bytes_per_s`: of each
-    GPU between nodes, by device, where the source says what its network is. `network_ratio`: the
-    share of that which its cluster reaches, fitted to its runs with the rest of the calibrations.
+    GPU between nodes, by device, where the source says what its network is.
     `reduced_bytes_per_param`: of gradients on their way, where they are not in fp32.
     """
 
@@ -75,7 +75,6 @@ class Source(Record):
     selective_as: str = ""
     recomputed_ratio: Quantity | None = None
     nic_bytes_per_s: Mapping[str, Quantity] = field(default_factory=dict)
-    network_ratio: Quantity | None = None
     reduced_bytes_per_param: Quantity | None = None
 
     def within(self, runtime: Runtime, meaning: Runtime) -> Runtime:
@@ -124,6 +123,32 @@ class Sources(Record):
             attention={**other.attention, **self.attention},
             sources={**other.sources, **self.sources},
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRatios(Record):
+    """What the fit of all sources says of each: figures over those of a calibration, by path.
+
+    Of its cluster, and of machines that are faster or slower than others of their kind.
+    """
+
+    schema: Literal["mist.source-ratios/1"]
+    source: str
+    ratios: Mapping[str, Mapping[str, float]]
+
+    def applied(self, name: str, values: Mapping[str, Quantity]) -> dict[str, Quantity]:
+        """The values of a calibration as a source has them."""
+        own = self.ratios.get(name, {})
+        return {
+            path: quantity.times(own[path]) if path in own else quantity
+            for path, quantity in values.items()
+        }
+
+
+@cache
+def load_source_ratios() -> SourceRatios:
+    """The shipped table. Raises PlatformError when it is broken."""
+    return load_shipped("validation/source_ratios.yaml", SourceRatios)
 
 
 def load_sources(path: Path | None = None) -> Sources:

@@ -144,7 +144,7 @@ def _prior(platform: Platform) -> Prior:
     return Prior(
         names=names,
         mean=mean,
-        precision=np.linalg.inv(covariance + RIDGE * np.eye(len(names))),
+        precision=np.asarray(np.linalg.inv(covariance + RIDGE * np.eye(len(names))), np.float64),
         low=mean - np.log(FACTOR),
         high=np.minimum(mean + np.log(FACTOR), most),
     )
@@ -175,6 +175,7 @@ def _measured(
     if isinstance(ran, RunByHand):
         question = ran.question
         _, plan = plan_by_hand(question, ran.layout, progress)
+        assert isinstance(question.model, str)  # as it is typed
         source = question.model
     else:
         plan = load_plan(ran)
