@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from hierarchy import CONSTANTS, Combination, Counts, Floats, Hierarchy, hierarchy_of
-from step_slopes import GRID, HOP, NETWORK, PATHS, SAID, SPEED
+from step_slopes import GRID, HOP, MEMORY, NETWORK, PATHS, SAID, SPEED
 from step_times import StepTimes, read_steps
 
 from mist.calibrate.fit import Posterior
@@ -53,7 +53,9 @@ class Fit:
     def hierarchy(self) -> Hierarchy:
         times = self.times
         runs = [
-            Combination(runtime=runtime, device=device, source=run.source)
+            Combination(
+                runtime=runtime, device=device, source=run.source, fp8=run.precision == "fp8"
+            )
             for run, runtime, device in zip(times.runs, times.runtimes, times.devices, strict=True)
         ]
         return hierarchy_of([*runs, *self.plans])
@@ -129,7 +131,7 @@ PARTS: Mapping[str, Part] = {
 
 
 def is_core(run: Run) -> bool:
-    return run.task in ("", "pretrain")
+    return run.task in ("", "pretrain") and run.precision != "fp8"
 
 
 def macro(fit: Fit, found: Floats) -> float:
@@ -192,7 +194,10 @@ def quantiles(fit: Fit, scores: Floats) -> tuple[float, float]:
 
 def main(runs_path: Path, slopes_path: Path) -> None:
     plans = tuple(Combination(runtime=r, device=d) for r in SAID for d in DEVICES)
-    fit = Fit(read_steps(runs_path, slopes_path), plans)
+    times = read_steps(runs_path, slopes_path)
+    # Stacks that multiply in fp8 have other kernels as well: they say nothing of other runs.
+    wide = np.flatnonzero([run.precision != "fp8" for run in times.runs])
+    fit = Fit(times.only(wide), plans)
     inside = fit.errors(fit.whole, fit.every)
     outside = {name: fit.left_out([part(run) for run in fit.times.runs])
                for name, part in PARTS.items()}  # fmt: skip
@@ -202,7 +207,7 @@ def main(runs_path: Path, slopes_path: Path) -> None:
     PAGE.write_text(text)
     print(text)
     write(fit, ends)
-    write_ratios(fit)
+    write_ratios(fit, Fit(times, ()))
 
 
 def page(
@@ -240,7 +245,8 @@ def page(
         f"{len(CONSTANTS) + 1} constants, {len(fit.hierarchy.effects)} effects. Intervals of runs "
         f"whose source is left out cover {covered.mean():.0%} of runs, {macro_covered:.0%} on the "
         f"average of sources. Their ends differ by a factor of {np.median(widths):.2f} in the "
-        "median."
+        f"median run, {np.median([np.median(widths[own]) for own in core_rows(fit).values()]):.2f} "
+        "in the median source."
     )
     return "\n\n".join([by_way, by_source, said, transfers(fit, inside, outside)]) + "\n"
 
@@ -273,7 +279,27 @@ def transfers(fit: Fit, inside: Floats, outside: Mapping[str, Floats]) -> str:
     return table(("hidden", "runs", "error: median / p90 (sign), %"), rows)
 
 
-def write_ratios(fit: Fit) -> None:
+def fp8_ratios(fit: Fit, joint: Fit) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures of runs in fp8 over those of the calibrations, by source and device.
+
+    `joint`: a fit that knows these runs as well.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for i, run in enumerate(joint.times.runs):
+        if run.precision != "fp8" or run.source not in joint.listed:
+            continue
+        runtime, device = joint.times.runtimes[i], joint.times.devices[i]
+        plan = len(fit.times.runs) + fit.plans.index(Combination(runtime=runtime, device=device))
+        over = joint.hierarchy.values(joint.whole.point, np.array([i])) / fit.hierarchy.values(
+            fit.whole.point, np.array([plan])
+        )
+        found.setdefault(run.source, {})[device] = {
+            path: float(f"{over[0, PATHS.index(path)]:.4g}") for path in (*GRID, MEMORY)
+        }
+    return found
+
+
+def write_ratios(fit: Fit, joint: Fit) -> None:
     """What is of each source alone."""
     effects = dict(zip(fit.hierarchy.effects, fit.whole.point.tolist(), strict=True))
     ratios: dict[str, dict[str, float]] = {}
@@ -288,6 +314,7 @@ def write_ratios(fit: Fit) -> None:
         "schema": "mist.source-ratios/1",
         "source": "fitted with all calibrations (benchmarks/calibrations/fit.py)",
         "ratios": ratios,
+        "fp8": fp8_ratios(fit, joint),
     }
     text = yaml.safe_dump(data, sort_keys=False, width=1000, default_flow_style=None)
     (ROOT / "profiles/validation/source_ratios.yaml").write_text(

@@ -47,9 +47,15 @@ class Constant:
 
 CONSTANTS = {
     # Tables of single products are bursts; 10 to 30 % is lost under sustained power.
-    SPEED: Constant(mean=1.12, widths={"all": 0.1, "family": 0.1, "runtime": 0.1, "source": 0.06}),
+    # Builds with fp8 fuse the quantisation, and more.
+    SPEED: Constant(
+        mean=1.12,
+        widths={"all": 0.1, "family": 0.12, "runtime": 0.1, "source": 0.08, "precision": 0.2},
+    ),
     # Fused kernels and eager ones differ by a factor of two.
-    MEMORY: Constant(mean=1.0, widths={"all": 0.2, "runtime": 0.3, "family": 0.1}),
+    MEMORY: Constant(
+        mean=1.0, widths={"all": 0.2, "runtime": 0.3, "family": 0.15, "precision": 0.3}
+    ),
     # Builds of FlashAttention differ by a factor of 1.5 (its README).
     ATTENTION: Constant(mean=1.1, widths={"all": 0.1, "runtime": 0.3}),
     SCORES: Constant(mean=1.0, widths={"all": 0.3, "runtime": 0.3}),
@@ -95,6 +101,7 @@ class Combination:
     runtime: str
     device: str
     source: str = ""
+    fp8: bool = False
 
     def key(self, level: str) -> str:
         """Which effect of a level it has."""
@@ -102,6 +109,7 @@ class Combination:
             return family(self.device)
         return {
             "all": "",
+            "precision": "fp8" if self.fp8 else "",
             "runtime": STACKS.get(self.runtime, self.runtime),
             "source": self.source,
             "cluster": CLUSTERS.get(self.source, self.source),
@@ -166,6 +174,8 @@ def hierarchy_of(combinations: Sequence[Combination]) -> Hierarchy:
     for row, each in enumerate(combinations):
         for column, path in enumerate(PATHS):
             for level, width in CONSTANTS[path].widths.items():
+                if level == "precision" and not each.fp8:
+                    continue  # what products in 16 bits are is what all runs share
                 effect = (path, level, each.key(level))
                 effects[effect] = (0.0, width)
                 terms[column, row, effect] = 1.0

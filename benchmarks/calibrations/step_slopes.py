@@ -24,12 +24,12 @@ from mist.platform.profiles import find_calibration, load_device
 from mist.symbolic.load_programs import quiet
 from mist.symbolic.open_programs import open_programs
 from mist.trace import load_graph
-from mist.validate.cases import RunGroup, grouped, machine_of
+from mist.validate.cases import PRECISIONS, RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, read_runs
 from mist.validate.predict import RunProfiles, predict
 from mist.validate.predictions import GIB
 from mist.validate.scores import TIERS, runs_regularly
-from mist.validate.sources import load_source_ratios, load_sources
+from mist.validate.sources import load_sources
 
 Floats = NDArray[np.float64]
 Values = Mapping[str, float]
@@ -76,10 +76,10 @@ class Expansion:
 
 
 def is_timed(run: Run) -> bool:
-    """Whether a run says how long a step takes: dense training in 16 bits that ran regularly."""
+    """Whether a run says how long a step takes: dense training in 16 or 8 bits."""
     ran = run.outcome == "ok" and run.step_time_s is not None and run.tier in TIERS
     dense = not run.arch.startswith("moe") and run.task in ("", "pretrain", "sft")
-    return ran and dense and run.precision in ("bf16", "fp16")
+    return ran and dense and run.precision in PRECISIONS
 
 
 def timed_groups(runs: Sequence[Run]) -> list[RunGroup]:
@@ -175,7 +175,6 @@ def base_of(group: RunGroup) -> dict[str, float]:
     held = (machine.device, machine.cluster, machine.runtime)
     calibration = find_calibration(source.runtime, group.key.device)
     values = {} if calibration is None else calibration.profile.values
-    values = load_source_ratios().applied(group.key.source, values)
     base = {}
     for name in (*GRID, *SAID[source.runtime]):
         quantity = values.get(name) or figure_at(held, name)

@@ -211,9 +211,13 @@ def _group(
 ) -> RunGroup:
     source = key.origin
     calibration = find_calibration(source.runtime, key.device) if calibrated else None
-    values = {}
+    values: dict[str, Quantity] = {}
     if calibration is not None:
-        values = load_source_ratios().applied(key.source, calibration.profile.values)
+        ratios = load_source_ratios().of(key.source, key.device, fp8=key.fp8)
+        values = {
+            path: quantity.times(ratios.get(path, 1.0))
+            for path, quantity in calibration.profile.values.items()
+        }
     words = (_runtime(source.runtime).sha256, key.attention, repr(source),
              str(calibration and calibration.sha256))  # fmt: skip
     return RunGroup(

@@ -129,20 +129,18 @@ class Sources(Record):
 class SourceRatios(Record):
     """What the fit of all sources says of each: figures over those of a calibration, by path.
 
-    Of its cluster, and of machines that are faster or slower than others of their kind.
+    Of its cluster, and of machines that are faster or slower than others of their kind. `fp8`: of
+    runs whose products are in fp8, by source and device.
     """
 
     schema: Literal["mist.source-ratios/1"]
     source: str
     ratios: Mapping[str, Mapping[str, float]]
+    fp8: Mapping[str, Mapping[str, Mapping[str, float]]]
 
-    def applied(self, name: str, values: Mapping[str, Quantity]) -> dict[str, Quantity]:
-        """The values of a calibration as a source has them."""
-        own = self.ratios.get(name, {})
-        return {
-            path: quantity.times(own[path]) if path in own else quantity
-            for path, quantity in values.items()
-        }
+    def of(self, name: str, device: str, *, fp8: bool) -> Mapping[str, float]:
+        """The ratios of a source's runs, by the path of the figure."""
+        return self.fp8.get(name, {}).get(device, {}) if fp8 else self.ratios.get(name, {})
 
 
 @cache

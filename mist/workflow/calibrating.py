@@ -25,8 +25,8 @@ from mist.workflow.request import Question, platform_of, setting_of
 
 # What is known of a constant that no fit speaks of: the standard deviation of its logarithm.
 WIDTHS: Final = {
-    "device.tensor_time_scale": 0.2,
-    "runtime.kernels.memory_time_scale": 0.3,
+    "device.tensor_time_scale": 0.7,
+    "runtime.kernels.memory_time_scale": 0.5,
     "cluster.network.efficiency_ratio": 0.5,
     "cluster.network.hop_s": 0.7,
     "runtime.overlap.tensor_parallel_time_scale": 0.5,
