@@ -6,6 +6,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 from mist.errors import MistError
+from mist.plans.memory_chance import fit_probability
 from mist.progress import is_due
 from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
@@ -111,5 +112,6 @@ def _row(group: RunGroup, member: Member, variants: Sequence[Prediction]) -> Run
         stage_gib=tuple(size / GIB for size in made.stage_bytes),
         usable_gib=usable / GIB,
         fits=made.reserved_bytes <= usable,
+        fit_probability=fit_probability(made.reserved_bytes, usable, spread),
         calibrated=group.calibrated,
     )
