@@ -31,7 +31,7 @@ NUM_GIVEN = 3  # runs of a source, each given alone
 # Standard deviation of what no constant explains.
 REST = 0.1
 # Few sources say little of the next one: what their middle runs span is widened by as much.
-WIDENED = 1.3
+WIDENED = 1.2
 DEVICES = ("a100-sxm-40", "a100-sxm-80", "a100-pcie-80", "h100-sxm", "h100-sxm-500w-hbm2e",
            "h100-pcie", "h200", "b200", "gb200", "l4")  # fmt: skip
 SHARE = 0.8  # of runs that intervals are to cover
