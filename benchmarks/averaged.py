@@ -67,7 +67,7 @@ def unaware(job: Job, limits: Limits, longest_s: float) -> PricedLayout:
     """The layout that looks best where micro-batches are taken to be alike."""
     looks_s, best, store = np.inf, None, CellStore()
     for group in groups(job, SPACE):
-        if lower_bound_s(job, group) > longest_s:
+        if lower_bound_s(job, group, SPACE.levels) > longest_s:
             continue
         model = GroupModel(job, group, group.strategies, SPACE)
         found = problem_of(model, Bounds(limits=limits, step_s=longest_s), store)

@@ -173,7 +173,8 @@ def test_each_space_plans(mist: Mist, models: Path) -> None:
     """What a space forbids is in no plan of it, and no larger space is slower."""
     steps = {}
     for name in ("3d", "aceso", "fsdp", "deepspeed", "paper", "mist"):
-        _, plan = planned(mist, models, "--space", name, "--max", "micro-batch=1")
+        options = ("--space", name, "--max", "micro-batch=1", "--objective", "nominal")
+        _, plan = planned(mist, models, *options)
         steps[name] = plan.estimate.step_s
         told = "max micro-batch=1" if name == "mist" else f"space {name}, max micro-batch=1"
         assert plan.provenance.search["restricted"] == told
@@ -201,7 +202,8 @@ def test_one_solver_and_no_time(mist: Mist, models: Path) -> None:
 
 def test_a_schedule_that_is_set_is_planned_and_checked(mist: Mist, models: Path) -> None:
     for kind in ScheduleKind:
-        _, plan = planned(mist, models, "--set", "pp=2", "--set", f"schedule={kind}")
+        options = ("--set", "pp=2", "--set", f"schedule={kind}", "--objective", "nominal")
+        _, plan = planned(mist, models, *options)
         assert plan.schedule.kind is kind
         assert (plan.schedule.vpp > 1) is (kind is ScheduleKind.INTERLEAVED)
         checked = json.loads(mist("check", "p.yaml", "--trust", "--json").out)
@@ -631,7 +633,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
-        "number, checkpoint=none, selective, full, schedule=gpipe, 1f1b, interleaved, "
+        "number, checkpoint=none, "
+        "drop-activation, drop-norm, selective, full, schedule=gpipe, 1f1b, interleaved, "
         "zero-bubble, or a figure of a profile (cluster.host_memory_bytes=64GB).",
     ),
     (
@@ -658,13 +661,15 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "something unknown that is forbidden",
         ("plan", "{models}/tiny.py", *SMALL, "--forbid", "tp"),
-        "--forbid tp: expected offload, weights, grads, optimizer, activations, selective, full, "
+        "--forbid tp: expected offload, weights, grads, optimizer, activations, "
+        "drop-activation, drop-norm, selective, full, "
         "gpipe, 1f1b, interleaved, zero-bubble, unlike-stages, unequal-meshes.",
     ),
     (
         "an unknown space",
         ("plan", "{models}/tiny.py", *SMALL, "--space", "4d"),
-        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist, whole.",
+        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, "
+        "paper+tempo, mist, mist+levels, whole.",
     ),
     (
         "a share of nothing",

@@ -302,6 +302,16 @@ def test_interleaving_needs_stages() -> None:
     ("levels", "schedule", "activations", "messages"),
     [
         (["none", "full"], "1f1b", 0.5, []),
+        (["drop-norm", "full"], "1f1b", 0.0, []),
+        (
+            ["drop-norm"],
+            "1f1b",
+            0.5,
+            [
+                "what drop-norm layers keep stays on the device; offload no activations, or use "
+                "checkpoint none or full"
+            ],
+        ),
         (["none"], "zero-bubble", 0.0, []),
         (["selective", "full"], "interleaved", 0.0, []),
         (
@@ -328,10 +338,19 @@ def test_interleaving_needs_stages() -> None:
 def test_what_memory_levels_go_with(
     levels: list[str], schedule: str, activations: float, messages: list[str]
 ) -> None:
-    columns = {"schedule": schedule, "activations": activations}
+    columns = {"schedule": schedule, "activations": activations, "tp": 1}
     known = [MemoryLevel(level) for level in levels]
     assert [*broken_by_levels(known, columns)] == messages
     assert all(may_have(level, columns).all() for level in known) is not bool(messages)
+
+
+def test_converted_layers_are_not_divided() -> None:
+    columns = {"schedule": "1f1b", "activations": 0.0, "tp": 2}
+    levels = [MemoryLevel.NONE, MemoryLevel.DROP_NORM, MemoryLevel.FULL]
+    assert [*broken_by_levels(levels, columns)] == [
+        "tp 2: drop-norm layers keep all when tensor parallelism divides them; use tp 1, or "
+        "checkpoint none or selective or full"
+    ]
 
 
 def test_what_stages_of_a_pipeline_share() -> None:

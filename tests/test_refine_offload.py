@@ -10,7 +10,7 @@ from mist.pareto.layouts import PricedLayout, plain_layout, stage_plans
 from mist.plans.plan import Layout, Limits, fullest_host_bytes
 from mist.plans.schedules import step_time
 from mist.plans.search_space import NO_RATIOS, PAPER_RATIOS, SearchSpace
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import ScheduleKind
 from mist.search.tune import Tuned, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
@@ -30,13 +30,13 @@ def fastest(job: Job, layout: PricedLayout, limits: Limits) -> float:
     best = np.inf
     mixes = [
         mix
-        for mix in itertools.product(range(stage.count + 1), repeat=len(MemoryLevel))
+        for mix in itertools.product(range(stage.count + 1), repeat=len(job.levels))
         if sum(mix) == stage.count and sum(n > 0 for n in mix) <= 2
     ]
     for sixty_fourths, mix in itertools.product(range(65), mixes):
         own = replace(
             plan,
-            memory=dict(zip(MemoryLevel, mix, strict=True)),
+            memory=dict(zip(job.levels, mix, strict=True)),
             offload=replace(plan.offload, optimizer=sixty_fourths / 64),
         )
         found = outputs(

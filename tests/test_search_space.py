@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mist.errors import InputError
+from mist.plans.memory_levels import PLAIN
 from mist.plans.search_space import (
     ALL_OR_NOTHING,
     NO_RATIOS,
@@ -18,7 +19,7 @@ from mist.plans.search_space import (
 )
 from mist.plans.workload import MemoryLevel, ScheduleKind
 
-NONE, SELECTIVE, FULL = MemoryLevel
+NONE, SELECTIVE, FULL = PLAIN
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
 
 TABLE = {
@@ -31,8 +32,14 @@ TABLE = {
     "fsdp": ((1,), (1,), "23", (NONE, SELECTIVE, FULL), False, "", (ONE_F_ONE_B,), False),
     "aceso": (None, None, "01", (NONE, FULL), True, "", (ONE_F_ONE_B,), True),
     "paper": (None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True),
+    "paper+tempo": (
+        None, None, "0123", tuple(MemoryLevel), True, "wgoa", (ONE_F_ONE_B,), True,
+    ),
     "mist": (
         None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
+    ),
+    "mist+levels": (
+        None, None, "0123", tuple(MemoryLevel), True, "wgoa", tuple(ScheduleKind), True,
     ),
     "whole": (
         None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
@@ -67,7 +74,8 @@ def test_an_unknown_space() -> None:
     with pytest.raises(InputError) as refused:
         space_of("4d")
     assert str(refused.value) == (
-        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, mist, whole."
+        "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, "
+        "paper+tempo, mist, mist+levels, whole."
     )
 
 
@@ -93,7 +101,10 @@ def test_every_state_may_stay_on_the_device(ratios: dict[str, tuple[float, ...]]
         ({"micro_batch": (0,)}, "micro_batch 0 is not a positive number."),
         ({"chunks": (2, 0)}, "chunks 0 is not a positive number."),
         ({"zero": (1, 4)}, "zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
-        ({"levels": ()}, "no memory level is left: allow none, selective or full."),
+        (
+            {"levels": ()},
+            "no memory level is left: allow none, drop-activation, drop-norm, selective or full.",
+        ),
         (
             {"offload": {"adam": (0.0,)}},
             "offload adam is none of weights, grads, optimizer, activations.",
@@ -232,7 +243,8 @@ def test_restrictions_are_told_in_order() -> None:
 
 EXPECTED_SET = (
     "expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a number, checkpoint=none, "
-    "selective, full, schedule=gpipe, 1f1b, interleaved, zero-bubble, or a figure of a profile "
+    "drop-activation, drop-norm, selective, full, "
+    "schedule=gpipe, 1f1b, interleaved, zero-bubble, or a figure of a profile "
     "(cluster.host_memory_bytes=64GB)."
 )
 EXPECTED_MAX = (
@@ -240,7 +252,8 @@ EXPECTED_MAX = (
     "grads, optimizer, activations with a ratio from 0 to 1."
 )
 EXPECTED_FORBID = (
-    "expected offload, weights, grads, optimizer, activations, selective, full, gpipe, 1f1b, "
+    "expected offload, weights, grads, optimizer, activations, drop-activation, drop-norm, "
+    "selective, full, gpipe, 1f1b, "
     "interleaved, zero-bubble, unlike-stages, unequal-meshes."
 )
 
@@ -270,7 +283,7 @@ EXPECTED_FORBID = (
         ({"forbid": "tp"}, f"--forbid tp: {EXPECTED_FORBID}"),
         (
             {"fixed": "checkpoint=full", "forbid": "full"},
-            "no memory level is left: allow none, selective or full.",
+            "no memory level is left: allow none, drop-activation, drop-norm, selective or full.",
         ),
     ],
 )

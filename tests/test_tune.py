@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from mist.errors import Infeasible, InputError
+from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import layer_ranges
 from mist.pareto.layouts import PricedLayout, stage_plans
-from mist.pareto.strategies import divisors, groups, offloading
+from mist.pareto.strategies import divisors, groups, offloading, priced
+from mist.plans.memory_levels import CONVERTS
 from mist.plans.plan import Layout, Limits, Offload, Schedule, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace, narrowed
 from mist.plans.workload import MemoryLevel, ScheduleKind
@@ -63,7 +65,7 @@ def options_of(
     per_stage, count, found = devices[1], len(run), []
     mixes = [
         mix
-        for mix in itertools.product(range(count + 1), repeat=len(MemoryLevel))
+        for mix in itertools.product(range(count + 1), repeat=len(job.levels))
         if sum(mix) == count and sum(n > 0 for n in mix) <= 2
     ]
     if schedule.kind is ScheduleKind.ZERO_BUBBLE:  # its split backward pass recomputes nothing
@@ -93,10 +95,13 @@ def options_of(
                 layers=runs_of(run, schedule.vpp),
                 devices=devices, dp=dp, tp=tp, sp=tp > 1, cp=1, ep=1,
                 micro_batch=micro_batch, zero=zero, head="none",  # type: ignore[arg-type]
-                memory=dict(zip(MemoryLevel, mix, strict=True)), offload=offload,
+                memory=dict(zip(job.levels, mix, strict=True)), offload=offload,
                 dp_replicate=copies,
             )
             for mix in mixes
+            # Converted layers: no tensor parallelism, and what they keep stays on the device.
+            if (tp == 1 and not offload.activations)
+            or not any(n for level, n in zip(job.levels, mix, strict=True) if level in CONVERTS)
         ]  # fmt: skip
     return found
 
@@ -185,9 +190,14 @@ def peak_and_host(
 
 
 @cache
-def job_of(counts: tuple[int, ...], num_gpus: int, global_batch: int) -> Job:
+def job_of(
+    counts: tuple[int, ...], num_gpus: int, global_batch: int, *, converts: bool = False
+) -> Job:
     """Of a toy with a large vocabulary: the same one under every limit."""
-    return toy_job(toy_graph(counts, vocab=8192), num_gpus, global_batch=global_batch)
+    graph = toy_graph(counts, vocab=8192)
+    # Of short sequences the host decides: then no converted layer is faster.
+    longer = {"seq_len": 16384} if converts else {}
+    return toy_job(graph, num_gpus, converts=converts, global_batch=global_batch, **longer)
 
 
 def confirm(job: Job, found: Tuned, limit: float) -> None:
@@ -228,6 +238,44 @@ def test_equals_exhaustive_search(
         return
     assert found.best.step_s == pytest.approx(want, rel=6e-6)  # estimates keep six digits
     confirm(job, found, limit)
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit"),
+    [
+        ((1, 2), 4e9),
+        # Hundreds of thousands of pipelines are tried one by one.
+        pytest.param((1, 2), 2.5e9, marks=pytest.mark.slow),
+        pytest.param((3,), 2.5e9, marks=pytest.mark.slow),
+        pytest.param((3,), 8e9, marks=pytest.mark.slow),
+    ],
+)
+def test_equals_exhaustive_search_with_converted_layers(
+    counts: tuple[int, ...], limit: float
+) -> None:
+    """They may be faster than layers that keep everything: no bound may cut them off."""
+    job = job_of(counts, 2, 4, converts=True)
+    assert set(CONVERTS) <= set(job.levels)
+    space = SearchSpace(levels=tuple(MemoryLevel), offload=NO_RATIOS, schedules=tuple(ScheduleKind))
+    found = tuned(job, space, limit)
+    assert found.best.step_s == pytest.approx(fastest(job, space, limit), rel=6e-6)
+    confirm(job, found, limit)
+    assert any(level in CONVERTS for s in stage_plans(job, found.best) for level in s.levels)
+
+
+def test_bounds_know_that_converted_layers_may_be_faster() -> None:
+    job = job_of((3,), 2, 4, converts=True)
+    space = SearchSpace(levels=tuple(MemoryLevel), offload=NO_RATIOS)
+    plain, best = (tuned(job, each, math.inf).best for each in (SearchSpace(), space))
+    assert best.step_s < plain.step_s
+    bounds = [
+        lower_bound_s(job, group, space.levels)
+        for group in groups(job, space)
+        if (group.num_stages, group.num_micro_batches) == (1, best.num_micro_batches)
+    ]
+    assert len(best.stages) == 1
+    assert bounds
+    assert min(bounds) <= best.step_s
 
 
 @pytest.mark.parametrize(
@@ -412,7 +460,7 @@ def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
     job = toy_job(graph, int(rng.choice([1, 2, 4])), gpu=gpu, global_batch=int(rng.choice([4, 8])))
     least = smallest_peak(job, SearchSpace(), host_bytes=HOST).peak_bytes
     limit = least * float(rng.choice([1.2, 1.6, 2.5, 10.0]))
-    steps = {name: step_of(job, SPACES[name], limit) for name in SPACES}
+    steps = {name: step_of(job, priced(space, job), limit) for name, space in SPACES.items()}
     for small, large in SUBSETS:
         assert steps[large] <= steps[small] * (1 + 1e-9), (small, large, steps)
     assert math.isfinite(steps["mist"]) or limit < 1.5 * least  # what offloads needs a host

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mist.errors import InputError
-from mist.plans.workload import Precision
+from mist.plans.workload import MOST_SAMPLES, Precision, batches_near
 from tests.toys import toy_workload
 
 
@@ -29,3 +29,20 @@ def test_a_workload_has_positive_sizes(name: str, option: str, size: int) -> Non
         replace(toy_workload(), **{name: size})
     message = f"{option} {size} is not a positive number of samples or tokens."
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("batch", "step", "near"),
+    [
+        (256, 24, (240, 264)),
+        (7, 8, (8,)),
+        (MOST_SAMPLES, 3, (MOST_SAMPLES - 1,)),
+        (8, 2 * MOST_SAMPLES, ()),
+    ],
+)
+def test_batches_that_are_advised_can_be_planned(
+    batch: int, step: int, near: tuple[int, ...]
+) -> None:
+    assert batches_near(batch, step) == near
+    for each in near:
+        assert replace(toy_workload(), global_batch=each).global_batch % step == 0

@@ -217,6 +217,21 @@ def toy_graph(
     )
 
 
+def converted_blocks(graph: ModelGraph) -> dict[MemoryLevel, tuple[Block, ...]]:
+    """The layers of a toy as if converted: one level faster and smaller, one smaller still."""
+
+    def lighter(block: Block, num_saved: int, *, again: bool) -> Block:
+        saved, norm = block.saved[-num_saved:], block.ops[0]
+        more = (replace(norm, phase="backward"),) * again
+        # The pointwise operation of the forward pass is taken to be part of the matrix behind it.
+        return replace(block, saved=saved, saved_single=saved, ops=(*block.ops[1:], *more))
+
+    return {
+        MemoryLevel.DROP_ACTIVATION: tuple(lighter(b, 2, again=False) for b in graph.blocks),
+        MemoryLevel.DROP_NORM: tuple(lighter(b, 1, again=True) for b in graph.blocks),
+    }
+
+
 @cache
 def toy_platform(num_gpus: int = 8, gpu: str = "h100-sxm", runtime: str = "torch") -> Platform:
     """Some GPUs of shipped profiles, as they are before whole runs are fitted.
@@ -248,9 +263,13 @@ def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
 
 
 @cache
-def toy_programs(graph: ModelGraph, runtime: str = "torch") -> ModelPrograms:
+def toy_programs(
+    graph: ModelGraph, runtime: str = "torch", *, converts: bool = False
+) -> ModelPrograms:
     """The compiled costs of a graph under a runtime in bf16, once for all tests."""
-    return compile_model(graph, load_runtime(runtime).profile, Precision.BF16)
+    profile = load_runtime(runtime).profile
+    levels = converted_blocks(graph) if converts else {}
+    return compile_model(graph, profile, Precision.BF16, levels)
 
 
 def toy_job(
@@ -258,11 +277,13 @@ def toy_job(
     num_gpus: int = 8,
     gpu: str = "h100-sxm",
     runtime: str = "torch",
+    *,
+    converts: bool = False,
     **workload: int,
 ) -> Job:
-    """A toy model on a few GPUs."""
+    """A toy model on a few GPUs; `converts`: its layers may be converted."""
     platform = toy_platform(num_gpus, gpu, runtime)
-    programs = toy_programs(graph or toy_graph(), runtime)
+    programs = toy_programs(graph or toy_graph(), runtime, converts=converts)
     return make_job(programs, platform, toy_workload(**workload))
 
 
@@ -276,9 +297,9 @@ def count_columns(
     start = np.asarray(first)
     columns = {}
     # The layers that keep least come first in a stage (decision 11): memory is then convex.
-    for level, count in reversed([*zip(MemoryLevel, counts, strict=True)]):
+    for level, count in reversed([*zip(job.levels, counts, strict=True)]):
         stop = start + np.asarray(count)
         for kind, prefix in enumerate(job.kind_prefix):
-            columns[f"{level}_{kind}"] = prefix[stop] - prefix[start]
+            columns[f"{level.column}_{kind}"] = prefix[stop] - prefix[start]
         start = stop
     return columns

@@ -60,7 +60,9 @@ def _run() -> int:
     except MemoryError:
         _say("out of memory: this machine has too little for what was asked. Ask for less.")
         return NO_MEMORY
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a model's file defines may be no Exception
         _say(f"internal error: {type(error).__name__}: {error}. {_report()}")
         return INTERNAL_ERROR
     return 0

@@ -23,13 +23,12 @@ from mist.export.target import (
     added,
     refused,
 )
-from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL, levels_that
+from mist.plans.memory_levels import KEEPS_ALL, PARTLY, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
 from mist.plans.schedules import kind_of
 from mist.plans.workload import Precision
 
 ARGUMENTS: Final = "megatron_arguments.sh"
-PARTLY: Final = levels_that(lambda row: row.repeats == "part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +174,7 @@ def _state_lines(plan: Plan) -> Iterator[ArgumentLine]:
 
 def _recompute_lines(plan: Plan) -> Iterator[ArgumentLine]:
     field = "stages[].memory"
-    if any(stage.num_partly for stage in plan.stages):
+    if any(level in PARTLY for stage in plan.stages for level in stage.levels):
         yield ArgumentLine(option="--recompute-granularity", value=PARTLY[0], field=field)
         yield ArgumentLine(option="--recompute-modules", value="core_attn", field=field)
         return

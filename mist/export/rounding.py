@@ -9,7 +9,14 @@ from dataclasses import asdict, replace
 
 from mist.export.target import ExportLoss, Expresses, LossKind, refused, rounded
 from mist.plans.knobs import STAGE_KNOBS
-from mist.plans.memory_levels import KEEPS_ALL, LEVELS, REPEATS_ALL, levels_that
+from mist.plans.memory_levels import (
+    CONVERTS,
+    KEEPS_ALL,
+    LEVELS,
+    REPEATS_ALL,
+    level_counts,
+    levels_that,
+)
 from mist.plans.plan import Offload, Plan, StagePlan
 from mist.plans.workload import MemoryLevel
 
@@ -115,7 +122,8 @@ def _memory(plan: Plan, name: str, can: Expresses) -> tuple[list[Levels], list[E
     before = [_counts(stage.levels) for stage in plan.stages]
     kinds = {level for counts in before for level, count in counts.items() if count}
     partly = levels_that(lambda row: row.repeats == "part", kinds)
-    if partly and can.partly and REPEATS_ALL not in kinds:
+    # A target's own part may keep more than a converted layer does: that one repeats everything.
+    if partly and can.partly and not {REPEATS_ALL, *CONVERTS} & kinds:
         after = [_counts(partly[:1] * stage.num_layers) for stage in plan.stages]
     else:
         after = _repeated(plan, can)
@@ -154,7 +162,7 @@ def _repeated_of_chunks(stage: StagePlan) -> list[int]:
 
 
 def _counts(levels: Sequence[MemoryLevel]) -> Levels:
-    return {level: levels.count(level) for level in MemoryLevel}
+    return level_counts(*((level, 1) for level in levels))
 
 
 def _words(counts: Levels) -> str:

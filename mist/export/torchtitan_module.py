@@ -25,13 +25,12 @@ from mist.export.target import (
     refused,
     undivided_offload,
 )
-from mist.plans.memory_levels import KEEPS_ALL, LEVELS, REPEATS_ALL, levels_that
+from mist.plans.memory_levels import KEEPS_ALL, LEVELS, PARTLY, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import Precision, ScheduleKind
 
 MODULE: Final = "mist_plan/config_registry.py"
-PARTLY: Final = levels_that(lambda row: row.repeats == "part")
 NAMES: Final = {
     ScheduleKind.GPIPE: "GPipe",
     ScheduleKind.ONE_F_ONE_B: "1F1B",
@@ -186,7 +185,7 @@ def _assignments(plan: Plan) -> Iterator[str]:
 
 
 def _recompute(plan: Plan) -> str:
-    if any(stage.num_partly for stage in plan.stages):
+    if any(level in PARTLY for stage in plan.stages for level in stage.levels):
         return "SelectiveAC.Config()"
     layers = sorted(_repeated(plan))
     if not layers:

@@ -8,6 +8,6 @@
 
 from mist.layers.loss_heads import VocabularyPart, head_loss
 from mist.layers.rungs import RUNGS
-from mist.layers.surgery import Conversion, convert
+from mist.layers.surgery import Conversion, convert, convert_layer
 
-__all__ = ["RUNGS", "Conversion", "VocabularyPart", "convert", "head_loss"]
+__all__ = ["RUNGS", "Conversion", "VocabularyPart", "convert", "convert_layer", "head_loss"]

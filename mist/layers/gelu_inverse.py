@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mist.layers.norms import wide
+from mist.layers.norm_kernels import wide
 
 SIZE: Final = 2**15
 Y_HIGH: Final = 8.0

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mist.errors import InputError
-from mist.layers.norms import wide
+from mist.layers.norm_kernels import wide
 from mist.layers.recipes import apply_function
 
 HeadMode = Literal["eager", "checkpointed", "in-forward"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from mist.layers.norm_kernels import norm_gradients, rms_norm, rms_norm_gradients, wide
 from mist.layers.recipes import apply_function, offer
 
 NormRung = Literal["fused", "drop", "output"]
@@ -55,11 +56,6 @@ NORM_FORMS: Final = {
 }
 
 
-def wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is that."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def default_epsilon(x: Tensor) -> float:
     """What `nn.RMSNorm` takes where it is given none: the step of fp32, or fp64."""
     return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
@@ -71,31 +67,11 @@ def normalize(
     """The result, the means and 1 / deviation of rows: [..., h], [..., 1], [..., 1]."""
     if form.centered:
         return torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    x_wide = wide(x)
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    xhat, scale = x_wide * rstd, form.scale(weight)
-    if form.rounds_first:
-        result = xhat.to(x.dtype) if scale is None else scale * xhat.to(x.dtype)
-    else:
-        result = (xhat if scale is None else xhat * wide(scale)).to(x.dtype)
+    scale = form.scale(weight)
+    result, rstd = rms_norm(x, None if form.rounds_first else scale, eps)
+    if form.rounds_first and scale is not None:
+        result = scale * result
     return result, rstd, rstd
-
-
-def _gradients(
-    ctx: Any, grad: Tensor, xhat: Tensor, rstd: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias from the normalized rows; sums over rows in fp32."""
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_wide, rows = wide(grad), tuple(range(grad.dim() - 1))
-    dx = None
-    if needs_x:
-        scaled_grad = grad_wide if ctx.scale is None else grad_wide * wide(ctx.scale)
-        inner = scaled_grad - xhat * (scaled_grad * xhat).mean(-1, keepdim=True)
-        if ctx.form.centered:
-            inner = inner - scaled_grad.mean(-1, keepdim=True)
-        dx = (inner * rstd).to(ctx.dtype)
-    dweight = (grad_wide * xhat).sum(rows).to(ctx.weight_dtype) if needs_weight else None
-    return dx, dweight, grad_wide.sum(rows).to(ctx.bias_dtype) if needs_bias else None
 
 
 def _note(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, form: NormForm) -> None:
@@ -131,8 +107,10 @@ class NormFromInput(torch.autograd.Function):
                 grad, x, (x.shape[-1],), mean, rstd, weight, bias, ctx.needs_input_grad[:3]
             )
             return (*grads, None, None)
-        ctx.scale = ctx.form.scale(weight)
-        return (*_gradients(ctx, grad, wide(x) * rstd, rstd), None, None)
+        dx, dscale = rms_norm_gradients(
+            grad, x, rstd, ctx.form.scale(weight), ctx.needs_input_grad[:2]
+        )
+        return dx, None if dscale is None else dscale.to(ctx.weight_dtype), None, None, None
 
 
 class NormFromOutput(torch.autograd.Function):
@@ -161,12 +139,17 @@ class NormFromOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         result, weight, bias, rstd, columns, kept = ctx.saved_tensors
-        ctx.scale = ctx.form.scale(weight)
+        scale = ctx.form.scale(weight)
         xhat = wide(result) if bias is None else wide(result) - wide(bias)
-        xhat = xhat if ctx.scale is None else xhat / wide(ctx.scale)
+        xhat = xhat if scale is None else xhat / wide(scale)
         if columns is not None:
             xhat = xhat.index_copy(-1, columns, kept.to(xhat.dtype))
-        return (*_gradients(ctx, grad, xhat, rstd), None, None)
+        dx, dscale, dbias = norm_gradients(
+            grad, xhat, rstd, scale, ctx.needs_input_grad[:3], centered=ctx.form.centered
+        )
+        dweight = None if dscale is None else dscale.to(ctx.weight_dtype)
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return None if dx is None else dx.to(ctx.dtype), dweight, dbias, None, None
 
 
 def _lossy(scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -110,6 +110,17 @@ def convert(model: nn.Module, level: str, *, masks: Masks = "byte") -> Conversio
     )
 
 
+def convert_layer(layer: nn.Module, level: str) -> Conversion:
+    """`convert` one layer of a model, whose neighbours may have another level, or none.
+
+    What leaves it is kept by the layer behind it, as in a model that is converted whole. Raises
+    InputError as `convert` does.
+    """
+    converted = convert(layer, level)
+    layer.register_forward_hook(end_recipes)
+    return converted
+
+
 def _leaf(surgery: _Surgery, path: str, module: nn.Module) -> str | None:
     """Convert a module without children; returns the name of the activation that it is, if any."""
     if replaced(module):

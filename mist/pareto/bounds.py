@@ -1,5 +1,8 @@
 """Bounds that prune without changing the optimum, from times without offloading or recomputation.
 
+Times are those of the fastest memory level: the one that keeps everything, or one that converts
+layers, whose kernels may be fewer.
+
 With omega the least device seconds (stable time times devices of the stage) of all layers and ends
 together, and tau their least stable time, over the strategies of a group: the slowest stage takes
 at least omega / N, and a lone micro-batch fills at least all of tau,
@@ -19,23 +22,28 @@ nor recomputation makes a stage faster than keeping everything on the device; to
 recomputation leaves less to copy.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges, kinds_of
+from mist.pareto.level_choice import allowed_levels, fastest_s
 from mist.pareto.strategies import Floats, Group
+from mist.plans.memory_levels import CONVERTS, KEEPS_ALL
 from mist.plans.schedules import SCHEDULES, fill_time, spare_time
+from mist.plans.workload import MemoryLevel
 from mist.symbolic.job import Job
 
 
-def lower_bound_s(job: Job, group: Group) -> float:
-    """Seconds that no plan of the group undercuts."""
+def lower_bound_s(job: Job, group: Group, levels: Sequence[MemoryLevel]) -> float:
+    """Seconds that no plan of the group undercuts whose layers have `levels`."""
     terms = group.strategies.terms
     layers = job.kind_prefix[:, -1]
     blocks = [(str(kind), int(count)) for kind, count in enumerate(layers)]
     blocks += [("embed", 1), ("head", 1)]
-    stable = {x: terms[f"term_{x}_none_stable_s"] for x, _ in blocks}
+    stable, lone = (_fastest(job, group, levels, name) for name in ("stable_s", "lone_s"))
     # Each kind of layer takes its own best strategy: no plan can do better than this relaxation.
     total_s = sum(count * stable[x].min() for x, count in blocks)
     devices = group.strategies.num_devices
@@ -49,12 +57,7 @@ def lower_bound_s(job: Job, group: Group) -> float:
     if group.num_stages == 1 or SCHEDULES[group.schedule.kind].splits_backward:
         return float(bound_s)
     ratio = min(
-        (
-            terms[f"term_{x}_none_lone_s"].min() / stable[x].min()
-            for x, _ in blocks
-            if stable[x].min() > 0
-        ),
-        default=0.0,
+        (lone[x].min() / stable[x].min() for x, _ in blocks if stable[x].min() > 0), default=0.0
     )
     # Where the others, alike, take as long as the slowest at least: for stages of one size tau / S.
     kink_s = max(total_s - (group.num_stages - 1) * slowest_s, 0.0)
@@ -65,6 +68,18 @@ def lower_bound_s(job: Job, group: Group) -> float:
     steps_s = (group.num_micro_batches - 1) * longest_s + lone_s
     # Rounding alone must never rule a group out.
     return max(float(bound_s), float(steps_s.min()) * (1 - 1e-12))
+
+
+def _fastest(job: Job, group: Group, levels: Sequence[MemoryLevel], name: str) -> dict[str, Floats]:
+    """Seconds `name` of each block under each strategy, [K], at the fastest of the levels."""
+    strategies = group.strategies
+    faster = [KEEPS_ALL, *(each for each in levels if each in CONVERTS and each in job.levels)]
+    allowed = allowed_levels(strategies, faster, group.schedule.kind)
+    kinds = range(job.facts.num_kinds)
+    found = {str(kind): fastest_s(strategies, allowed, kind, name) for kind in kinds}
+    return found | {
+        end: strategies.terms[f"term_{end}_{KEEPS_ALL}_{name}"] for end in ("embed", "head")
+    }
 
 
 def window(
@@ -90,11 +105,11 @@ def window(
 
 def fastest_layers(model: GroupModel) -> Floats:
     """Seconds of a layer of each kind under the strategy and level that are fastest at it."""
-    terms, kinds = model.strategies.terms, range(model.job.facts.num_kinds)
     # Where activations are offloaded, a layer that keeps less has less to copy: the level that
     # recomputes nothing need not be the fastest.
-    names = [[f"term_{kind}_{level}_stable_s" for level in model.space.levels] for kind in kinds]
-    return np.array([min(terms[name].min() for name in own) for own in names])
+    kinds = range(model.job.facts.num_kinds)
+    seconds = (fastest_s(model.strategies, model.allowed, kind, "stable_s") for kind in kinds)
+    return np.array([each.min() for each in seconds])
 
 
 def least_step_s(model: GroupModel, ranges: Ranges, stable_s: Floats, lone_s: Floats) -> Floats:

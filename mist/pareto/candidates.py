@@ -1,23 +1,12 @@
 """Every stage that a group allows, one position of the pipeline at a time.
 
-A stage of l layers has them at one memory level, or the first l - c at one and the last c at a
-deeper one. Per strategy, layer range and pair of levels, both times are straight lines in c, and
-memory falls with c (beyond the first layer, which adds the working set of a recomputation). So
-
-    both times rise with c     the least c that fits                          (found by bisection)
-    both fall                  all layers at the deeper level, which is a mix of its own
-    one rises, one falls       every c from the least that fits on
-
-and nothing else can be on a frontier. Where stages share host memory, bytes there count like a
-time: offloaded activations fall with c, and every c may be needed. Where unlike layers follow each
-other the peak may rise again as recomputation reaches another kind: the least c is looked for
-between such numbers one by one. What fits is always checked, never inferred.
+What a stage may have of memory levels is in `mist.pareto.stage_mixes`.
 """
 
 from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, fields, replace
-from functools import reduce
+from dataclasses import replace
+from functools import cached_property
 from itertools import combinations
 from typing import Final
 
@@ -25,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.layer_ranges import Ranges, kinds_of, placed
-from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
+from mist.pareto.level_choice import allowed_levels, fastest_levels, useful_levels
+from mist.pareto.linear_cost import Held, StageLines
+from mist.pareto.stage_mixes import Mixes, Position, Within
 from mist.pareto.strategies import (
     Floats,
     Group,
@@ -41,38 +32,12 @@ from mist.plans.schedules import layers_more
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import MemoryLevel
 from mist.rules.between_stages import divides_ends
-from mist.rules.levels import may_have, may_mix
-from mist.rules.rule import Columns
+from mist.rules.levels import may_mix
 from mist.symbolic.columns import pipeline_of, position_columns
 from mist.symbolic.job import Job
 
 Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
 """Which strategies [K] divide a shared weight in each way; None: no weight is shared."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Mixes:
-    """Stages with layers at `upper` and the first `num_lower` at `lower`: arrays [K, R].
-
-    `row`: the strategy of each k. Times in s. `fits`: within the limits, and `num_lower` possible.
-    """
-
-    upper: MemoryLevel
-    lower: MemoryLevel
-    row: Ints
-    num_lower: Ints
-    stable_s: Floats
-    lone_s: Floats
-    peak_bytes: Floats
-    host_bytes: Floats
-    fits: NDArray[np.bool_]
-
-    def part(self, first: int, count: int) -> "Mixes":
-        """Those of the strategies [first, count], which are numbered anew."""
-        own = slice(*np.searchsorted(self.row, (first, first + count)))
-        columns = {item.name: getattr(self, item.name)[own] for item in fields(self)[2:]}
-        columns["row"] = columns["row"] - first
-        return Mixes(upper=self.upper, lower=self.lower, **columns)
 
 
 class GroupModel:
@@ -83,6 +48,7 @@ class GroupModel:
         self.job, self.group, self.strategies = job, group, strategies
         space = expressible(space, job.platform.runtime)
         self.space = replace(space, levels=levels_under(space, group.schedule.kind))
+        self._choose_levels()
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         micro = group.num_micro_batches
@@ -114,7 +80,7 @@ class GroupModel:
         for first in range(0, len(places), each):
             some = places[first : first + each]
             positions = [dict(zip(self._names, place, strict=True)) for place in some]
-            found = StageLines.of_each(self.job, self.strategies.terms, positions)
+            found = StageLines.of_each(self.job, self.strategies.terms, positions, self.pairs)
             self._lines |= dict(zip(some, found, strict=True))
 
     def take(self, rows: NDArray[np.bool_]) -> "GroupModel":
@@ -123,6 +89,10 @@ class GroupModel:
             return self
         model = copy(self)
         model.strategies = self.strategies.take(rows)
+        model.allowed, model.useful = (
+            {level: own[rows] for level, own in each.items()}
+            for each in (self.allowed, self.useful)
+        )
         model._lines = {key: lines.take(rows) for key, lines in self._lines.items()}
         return model
 
@@ -131,14 +101,24 @@ class GroupModel:
         model = copy(self)
         levels = levels_under(space, self.group.schedule.kind)
         model.space = replace(expressible(space, self.job.platform.runtime), levels=levels)
+        model._choose_levels()
         return model
+
+    def _choose_levels(self) -> None:
+        levels, kind = self.space.levels, self.group.schedule.kind
+        self.allowed = allowed_levels(self.strategies, levels, kind)
+        self.useful = useful_levels(self.strategies, self.allowed, self.job.facts.num_kinds)
 
     @property
     def pairs(self) -> tuple[tuple[MemoryLevel, MemoryLevel], ...]:
-        """The pairs of memory levels that layers of one stage may have."""
+        """The pairs of memory levels that layers of one stage may have, useful for a strategy."""
         runtime = self.job.platform.runtime
         pairs = combinations(self.space.levels, 2) if self.space.some_layers else ()
-        return tuple(pair for pair in pairs if may_mix(runtime, pair))
+        return tuple(
+            (upper, lower)
+            for upper, lower in pairs
+            if may_mix(runtime, (upper, lower)) and (self.useful[upper] & self.useful[lower]).any()
+        )
 
     def is_tied(self, stage: int) -> bool:
         """Whether a position shares a weight with another stage."""
@@ -181,54 +161,59 @@ class GroupModel:
         lines = self.lines(stage, place)
         for some in _chunks(in_flight, len(self.strategies) * len(ranges)):
             held = self._held(np.full(len(some), stage), some, ranges)
-            yield from self._by_in_flight(lines, held, ranges, limits)
+            mixes = list(self._mixes(self._of(lines, held, ranges, limits)))
+            for index, own in enumerate(some.tolist()):
+                yield own, self._part(mixes, index, ranges)
 
-    def _mixes(self, position: "_Position") -> Iterator[Mixes]:
+    def _mixes(self, position: Position) -> Iterator[Mixes]:
         for level in self.space.levels:
             yield position.whole(level)
         for upper, lower in self.pairs:
             yield from position.mixed(upper, lower)
 
-    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
-        """Stages that differ in nothing but their layers, and the mixes of each of them.
+    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[list[Ints], list[Mixes]]]:
+        """Stages with the same lines, by their micro-batches in flight [F], and their mixes [F K].
 
         Those that differ only in their micro-batches in flight are computed together: for a
         pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
         """
         for stages, held in self.together(len(self.strategies) * len(ranges), ranges):
-            lines = self.lines(int(stages[0]))
-            for in_flight, own in self._by_in_flight(lines, held, ranges, limits):
-                yield stages[self._in_flight[stages] == in_flight], own
+            position = self._of(self.lines(int(stages[0])), held, ranges, limits)
+            own = [stages[self._in_flight[stages] == each] for each in held.in_flight]
+            yield own, list(self._mixes(position))
 
-    def _by_in_flight(
-        self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits
-    ) -> Iterator[tuple[float, list[Mixes]]]:
-        """The possible mixes for each number of micro-batches in flight, computed together."""
+    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
+        """Stages that differ in nothing but their layers, and the mixes of each of them."""
+        for each, mixes in self.by_line(ranges, limits):
+            for index, stages in enumerate(each):
+                yield stages, self._part(mixes, index, ranges)
+
+    def _part(self, mixes: list[Mixes], index: int, ranges: Ranges) -> list[Mixes]:
+        """The possible mixes for one of the numbers of micro-batches in flight."""
         num_rows = len(self.strategies)
-        mixes = list(self._mixes(_Position(self, lines, held, ranges, limits)))
-        for index, in_flight in enumerate(held.in_flight.tolist()):
-            parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
-            yield (
-                in_flight,
-                [
-                    part
-                    for part in parts
-                    if part.upper is part.lower or (part.num_lower < ranges.count).any()
-                ],
-            )
+        parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
+        return [p for p in parts if p.upper is p.lower or (p.num_lower < ranges.count).any()]
 
     def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
-        """Strategies that do not fit everywhere with all layers at the first level, [K]."""
-        num_rows, level = len(self.strategies), self.space.levels[0]
+        """Strategies that do not fit everywhere with all layers at their fastest level, [K]."""
+        short = np.ones(len(self.strategies), dtype=np.bool_)
+        kinds = self.job.facts.num_kinds
+        for level, rows in fastest_levels(self.strategies, self.allowed, kinds).items():
+            if rows.any():
+                short &= ~rows | self._short_at(level, ranges, limits)
+        return short
+
+    def _short_at(self, level: MemoryLevel, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
+        """Strategies that do not fit everywhere with all layers at a level, [K]."""
+        num_rows = len(self.strategies)
         short = np.zeros(num_rows, dtype=np.bool_)
         for stages, held in self.together(num_rows * len(ranges), ranges):
-            position = _Position(self, self.lines(int(stages[0])), held, ranges, limits)
-            whole = position.whole(level)
-            for index, in_flight in enumerate(held.in_flight):
-                fits = whole.part(index * num_rows, num_rows).fits
-                for stage in stages[self._in_flight[stages] == in_flight]:
-                    allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
-                    short |= ~fits[:, allowed].all(axis=1)
+            position = self._of(self.lines(int(stages[0])), held, ranges, limits)
+            fits = position.whole(level).fits.reshape(len(held.in_flight), num_rows, len(ranges))
+            for stage in stages:
+                (own,) = fits[held.in_flight == self._in_flight[stage]]
+                allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
+                short |= ~own[:, allowed].all(axis=1)
         return short
 
     def together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
@@ -244,9 +229,13 @@ class GroupModel:
         """What stages [F] hold."""
         if self.group.schedule.vpp == 1:
             return Held(in_flight=in_flight, layers_more=np.zeros((len(stages), 1)))
-        kind, pipeline = self.group.schedule.kind, self._pipeline | {"stage": stages}
-        more = layers_more(kind, layers=ranges.count[None, :], **pipeline)
-        return Held(in_flight=in_flight, layers_more=more)
+        return Held(in_flight=in_flight, layers_more=self._layers_more[stages][:, ranges.count])
+
+    @cached_property
+    def _layers_more(self) -> Floats:
+        """Micro-batches that an average layer of each stage holds more, by layers: [S, L + 1]."""
+        counts = np.arange(self.job.num_layers + 1)[None, :]
+        return layers_more(self.group.schedule.kind, layers=counts, **self._pipeline)
 
     def least(
         self, stage: int, ranges: Ranges, limits: Limits, upper: MemoryLevel, lower: MemoryLevel
@@ -273,9 +262,14 @@ class GroupModel:
 
     def _position(
         self, stage: int, ranges: Ranges, limits: Limits, place: NodePosition | None = None
-    ) -> "_Position":
+    ) -> Position:
         held = self._held(np.array([stage]), self._in_flight[stage : stage + 1], ranges)
-        return _Position(self, self.lines(stage, place), held, ranges, limits)
+        return self._of(self.lines(stage, place), held, ranges, limits)
+
+    def _of(self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits) -> Position:
+        caps = within_caps(self.space, self.job.platform.runtime, self.strategies, ranges.count)
+        within = Within(limits=limits, caps=caps, allowed=self.allowed, useful=self.useful)
+        return Position(self.job, lines, held, ranges, within)
 
 
 _TOGETHER: Final = 1 << 10  # strategies at places whose lines are read together
@@ -287,214 +281,3 @@ def _chunks(in_flight: Floats, size: int) -> Iterator[Floats]:
     chunk = max(1, _CHUNK // max(size, 1))
     for start in range(0, len(in_flight), chunk):
         yield in_flight[start : start + chunk]
-
-
-_Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
-
-
-class _Position:
-    """All mixes at one position: straight lines in the layers of each kind and level.
-
-    Its rows are the strategies for each of the micro-batches in flight [F], strategies innermost.
-    """
-
-    def __init__(
-        self,
-        model: GroupModel,
-        lines: StageLines,
-        held: Held,
-        ranges: Ranges,
-        limits: Limits,
-    ) -> None:
-        self._job, self._lines, self._held = model.job, lines, held
-        self._ranges, self._limits = ranges, limits
-        self._instants = instants(model.job.platform.runtime)
-        self._kinds = kinds_of(model.job, ranges)
-        self._schedule = model.group.schedule.kind.value
-        self._away = np.tile(model.strategies["activations"], len(held.in_flight))
-        capped = within_caps(
-            model.space, model.job.platform.runtime, model.strategies, ranges.count
-        )
-        self._within_caps = np.tile(capped, (len(held.in_flight), 1))
-        self._row = np.arange(len(held.in_flight) * lines.slope["stable_s"][0].shape[1])
-        self._allowed: dict[MemoryLevel, NDArray[np.bool_]] = {}
-        self._rises: dict[tuple[str, MemoryLevel, int], Floats] = {}
-
-    def whole(self, level: MemoryLevel) -> Mixes:
-        """All layers at one level."""
-        none = np.zeros((len(self._row), len(self._ranges)), dtype=np.int64)
-        return self.mix(level, level, self._row, none)
-
-    def mixed(self, upper: MemoryLevel, lower: MemoryLevel) -> Iterator[Mixes]:
-        """Some layers at each of two levels, where both times do not fall together."""
-        names = ("stable_s", "lone_s", *(("host_bytes",) if self._limits.shares_host else ()))
-        rises = np.stack([self._differs(name, upper, lower) for name in names])
-        rising, falling = (rises >= 0).all(axis=(0, 1, 3)), (rises <= 0).all(axis=(0, 1, 3))
-        rows = np.flatnonzero(rising | ~falling)
-        if not rows.size:
-            return
-        least = self.least(upper, lower, rows)
-        yield self.mix(upper, lower, rows, least)
-        open_rows = np.flatnonzero(~rising & ~falling)
-        further = least[np.searchsorted(rows, open_rows)] + 1
-        while open_rows.size and (further < self._ranges.count).any():
-            yield self.mix(upper, lower, open_rows, further)
-            further = further + 1
-
-    def _differs(self, name: str, upper: MemoryLevel, lower: MemoryLevel) -> Floats:
-        """How much a layer of each kind takes more at the lower level, [Q, K, R], or R = 1."""
-        return np.stack(
-            [
-                self._rise(name, lower, kind) - self._rise(name, upper, kind)
-                for kind in range(len(self._kinds))
-            ]
-        )
-
-    def _rise(self, name: str, level: MemoryLevel, kind: int) -> Floats:
-        key = (name, level, kind)
-        if key not in self._rises:
-            row = LEVELS.index(level) * len(self._kinds) + kind
-            self._rises[key] = self._lines.rise(name, row, self._held)
-        return self._rises[key]
-
-    def least(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> Ints:
-        """The least number of lower layers, 1 to count - 1, that fits; count - 1 if none does.
-
-        Memory falls with each of them as long as the kinds at either level stay the same.
-        """
-        if len(self._kinds) == 1:
-            return self._bisected(upper, lower, rows, *self._bracket(upper, lower, rows))
-        last = np.maximum(self._ranges.count - 1, 1)
-        found = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
-        for low, high in self._runs(last):
-            tried = self._bisected(upper, lower, rows, low, np.maximum(low, high))
-            fits = self._fits(*self._bytes(self._parts(upper, lower, tried), rows))
-            found = np.where((found == 0) & fits & (low <= high), tried, found)
-        return np.where(found == 0, last, found)
-
-    def _runs(self, last: Ints) -> Iterator[tuple[Ints, Ints]]:
-        """Numbers of lower layers, from and to [R], between which no kind comes or goes."""
-        start, stop = self._ranges.first, self._ranges.first + self._ranges.count
-        changes = [np.ones_like(start)]
-        for prefix in self._job.kind_prefix:
-            changes.append(np.searchsorted(prefix, prefix[start], side="right") - start)
-            changes.append(np.searchsorted(prefix, prefix[stop]) - start)
-        begins = np.sort(np.clip(changes, 1, last + 1), axis=0)
-        yield from zip(begins, [*(begins[1:] - 1), last], strict=True)
-
-    def _bisected(
-        self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints, low: Ints, high: Ints
-    ) -> Ints:
-        """The least number of lower layers between two that fits; the higher if none does."""
-        low, high = (np.broadcast_to(each, (len(rows), len(self._ranges))) for each in (low, high))
-        while (low < high).any():
-            middle = (low + high) // 2
-            fits = self._fits(*self._bytes(self._parts(upper, lower, middle), rows))
-            low, high = np.where(fits, low, middle + 1), np.where(fits, middle, high)
-            # Entries that are done may pass `high` by one while others still search.
-            low = np.minimum(low, high)
-        return np.asarray(high)
-
-    def _bracket(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints) -> tuple[Ints, Ints]:
-        """Where the least number of lower layers lies, both ends included, [rows, R].
-
-        Layers that are alike save the same each: a division tells, but for its rounding.
-        """
-        last = np.maximum(self._ranges.count - 1, 1)
-        one = np.ones((len(rows), len(self._ranges)), dtype=np.int64)
-        last = np.broadcast_to(last, one.shape)
-        device_bytes, host_bytes = self._limits.device_bytes, self._limits.host_bytes
-        limits = dict.fromkeys(self._instants, device_bytes) | {"host_bytes": host_bytes}
-        parts = self._parts(upper, lower, one)
-        guess = np.zeros(one.shape)
-        for name, limit in limits.items():
-            over = self._value(name, parts, rows) - limit
-            if not (over > 0).any():
-                continue
-            saved = -self._differs(name, upper, lower)[0][rows]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                more = np.where(over > 0, np.where(saved > 0, over / saved, np.inf), 0.0)
-            guess = np.maximum(guess, more)
-        around = np.ceil(np.minimum(guess, last)).astype(np.int64)
-        return np.clip(around, 1, last), np.clip(around + 2, 1, last)
-
-    def mix(self, upper: MemoryLevel, lower: MemoryLevel, rows: Ints, num_lower: Ints) -> Mixes:
-        """What stages with these mixes cost; `num_lower` [len(rows), R]."""
-        parts = self._parts(upper, lower, num_lower)
-        peak_bytes, host_bytes = self._bytes(parts, rows)
-        stable_s, lone_s = (self._value(name, parts, rows) for name in ("stable_s", "lone_s"))
-        inside = (num_lower > 0) & (num_lower < self._ranges.count)
-        possible = inside if upper is not lower else num_lower == 0
-        for level in {upper, lower}:
-            possible = possible & self._may_have(level)[rows, None]
-        possible = possible & self._within_caps[rows]
-        return Mixes(
-            upper=upper,
-            lower=lower,
-            row=rows,
-            num_lower=num_lower,
-            stable_s=stable_s,
-            lone_s=lone_s,
-            peak_bytes=peak_bytes,
-            host_bytes=host_bytes,
-            fits=self._fits(peak_bytes, host_bytes) & possible,
-        )
-
-    def _may_have(self, level: MemoryLevel) -> NDArray[np.bool_]:
-        """Rows whose layers may have a level."""
-        if level not in self._allowed:
-            columns: Columns = {"activations": self._away, "schedule": self._schedule}
-            self._allowed[level] = may_have(level, columns)
-        return self._allowed[level]
-
-    def _fits(self, peak_bytes: Floats, host_bytes: Floats) -> NDArray[np.bool_]:
-        limits = self._limits
-        return (peak_bytes <= limits.device_bytes) & (host_bytes <= limits.host_bytes)
-
-    def _parts(self, upper: MemoryLevel, lower: MemoryLevel, num_lower: Ints) -> _Parts:
-        """Layers of each kind at the two levels, the first `num_lower` of a range at the lower."""
-        num_lower = np.minimum(num_lower, self._ranges.count)
-        start = self._ranges.first
-        below = [num_lower]
-        if len(self._kinds) > 1:
-            below = [prefix[start + num_lower] - prefix[start] for prefix in self._job.kind_prefix]
-        above = [kinds - each for kinds, each in zip(self._kinds, below, strict=True)]
-        return ((upper, above), (lower, below)) if upper is not lower else ((upper, above),)
-
-    def _bytes(self, parts: _Parts, rows: Ints) -> tuple[Floats, Floats]:
-        """Peak on the device and bytes in host memory."""
-        peak_bytes = reduce(np.maximum, (self._value(name, parts, rows) for name in self._instants))
-        return peak_bytes, self._value("host_bytes", parts, rows)
-
-    def _value(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        return self._base(name, parts, rows) + self._sum(name, parts, rows)
-
-    def _sum(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        """Sum over kinds and levels of layers times their line."""
-        total = np.zeros(1)
-        for level, kinds in parts:
-            for kind, layers in enumerate(kinds):
-                total = total + layers * self._rise(name, level, kind)[rows]
-        return total
-
-    def _base(self, name: str, parts: _Parts, rows: Ints) -> Floats:
-        """The part of an output that depends on which kinds and levels a stage has at all."""
-        num_kinds = len(self._kinds)
-        bits = [
-            (1 << (LEVELS.index(level) * num_kinds + kind), layers)
-            for level, kinds in parts
-            for kind, layers in enumerate(kinds)
-        ]
-        if num_kinds == 1:  # every possible mix has a layer at each of its levels
-            present = sum(bit for bit, _ in bits)
-            return self._lines.base(name, present, self._held)[rows, None]
-        shape = (len(rows), len(self._ranges))
-        held = np.zeros(shape, dtype=np.int64)
-        for bit, layers in bits:
-            held |= np.where(layers > 0, bit, 0)
-        base = np.empty(shape)
-        for each in np.unique(held):
-            at = held == each
-            line = self._lines.base(name, int(each), self._held)[rows, None]
-            base[at] = np.broadcast_to(line, shape)[at]
-        return base

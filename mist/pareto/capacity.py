@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from mist.pareto.bounds import fastest_layers
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges, kinds_of
-from mist.pareto.linear_cost import LEVELS, Held, StageLines, instants
+from mist.pareto.linear_cost import Held, StageLines, instants
 from mist.pareto.strategies import Floats
 from mist.plans.plan import Limits
 from mist.plans.schedules import SCHEDULES
@@ -144,7 +144,8 @@ def _least(held: Held, *, coarse: bool) -> Held:
 class _Budget:
     """c_0 [P, N] and c_x per load [P, X, N] of N stages under P mixes, and what they may come to.
 
-    x: the kinds at the upper level of a mix, then those at the lower one.
+    x: the kinds at the upper level of a mix, then those at the lower one. Of bytes there is one for
+    each instant, [I, P, N] and [I, P, X, N].
     """
 
     base: Floats
@@ -152,21 +153,21 @@ class _Budget:
     limit: float
 
     def load(self) -> Floats:
-        """What the line alone allows, [P, N]."""
-        return _quotient(self.limit - self.base, self.rates.min(axis=1))
+        """What the line alone allows, shaped like `base`."""
+        return _quotient(self.limit - self.base, self.rates.min(axis=-2))
 
     def load_beside(self, bytes_: "_Budget") -> Floats:
-        """What this time and bytes allow together, [P, N]: both levels of a mix cost the same."""
-        most = np.full(self.base.shape, np.inf)
-        half = self.rates.shape[1] // 2
+        """What this and bytes allow together, [I, P, N]: both levels of a mix cost the same."""
+        most = np.full(bytes_.base.shape, np.inf)
+        half = self.rates.shape[-2] // 2
         for kind in range(half):
             slower = self.rates[:, half + kind] - self.rates[:, kind]
-            saved = bytes_.rates[:, kind] - bytes_.rates[:, half + kind]
+            saved = bytes_.rates[:, :, kind] - bytes_.rates[:, :, half + kind]
             # A lower level that is faster, or saves nothing, has no price: any mu is valid, also 0.
-            price = np.zeros(slower.shape)
+            price = np.zeros(saved.shape)
             np.divide(slower, saved, out=price, where=(slower > 0) & (saved > 0))
             room = self.limit - self.base + price * (bytes_.limit - bytes_.base)
-            rate = (self.rates + price[:, None] * bytes_.rates).min(axis=1)
+            rate = (self.rates + price[:, :, None] * bytes_.rates).min(axis=-2)
             most = np.minimum(most, _quotient(room, rate))
         return most
 
@@ -189,23 +190,25 @@ class _Knapsack:
         self._model, self._lines, self._held = model, lines, held
         self._weight, self._filled_s = weight, filled_s
         levels = model.space.levels
-        mixes = [*((level, level) for level in levels), *model.pairs]
+        mixes = [*((level, level) for level in levels if model.useful[level].any()), *model.pairs]
+        useful = [model.useful[upper] & model.useful[lower] for upper, lower in mixes]
+        self._useful = np.tile(np.array(useful), len(held.in_flight))
         self._mixes = np.array([[levels.index(level) for level in mix] for mix in mixes]).T
-        self._stable, self._lone = self._output("stable_s"), self._output("lone_s")
+        self._instants = instants(model.job.platform.runtime)
+        base, rates = self._outputs(("stable_s", "lone_s", *self._instants))
+        self._stable, self._lone = zip(base[:2], rates[:2], strict=True)
+        self._bytes = (base[2:], rates[2:])
 
     def most(self, device_bytes: float, times: Sequence[_Budget]) -> Floats:
         """The load, [F, K]."""
-        bytes_ = list(self._bytes(device_bytes)) if np.isfinite(device_bytes) else []
-        found = [each.load() for each in bytes_]
-        for each_time in times:
-            found += [each_time.load(), *(each_time.load_beside(each) for each in bytes_)]
-        most = np.min(found, axis=0).max(axis=0, initial=-np.inf)
+        found = [each.load() for each in times]
+        if np.isfinite(device_bytes):
+            base, rates = self._bytes
+            bytes_ = _Budget(base=base, rates=rates / self._weights, limit=device_bytes)
+            several = [bytes_.load(), *(each.load_beside(bytes_) for each in times)]
+            found += [each.min(axis=0) for each in several]
+        most = np.where(self._useful, np.min(found, axis=0), -np.inf).max(axis=0, initial=-np.inf)
         return np.asarray(most.reshape(len(self._held.in_flight), -1))
-
-    def _bytes(self, device_bytes: float) -> Iterator[_Budget]:
-        for name in instants(self._model.job.platform.runtime):
-            base, rates = self._output(name)
-            yield _Budget(base=base, rates=rates / self._weights, limit=device_bytes)
 
     def entry_s(self, load: Floats) -> float:
         """The least seconds of a first stage beyond its part of filling: e, for loads [R]."""
@@ -248,21 +251,21 @@ class _Knapsack:
         """Load of a layer of each kind at either level of a mix, [1, X, 1]."""
         return np.tile(self._weight, 2)[None, :, None]
 
-    def _output(self, name: str) -> tuple[Floats, Floats]:
-        """What an output has on top of its layers, and for each of them."""
+    def _outputs(self, names: Sequence[str]) -> tuple[Floats, Floats]:
+        """What I outputs have on top of their layers, [I, P, N], and for each, [I, P, X, N]."""
         levels, num_kinds = self._model.space.levels, len(self._weight)
-        rows = np.array([LEVELS.index(level) for level in levels])[:, None] * num_kinds
+        rows = (
+            np.array([self._model.job.levels.index(level) for level in levels])[:, None] * num_kinds
+        )
         rows = rows + np.arange(num_kinds)
-        rises = [[self._lines.rise(name, row, self._held)[:, 0] for row in own] for own in rows]
+        rises = self._lines.rises(names, rows, self._held)[..., 0]
         upper, lower = self._mixes
-        rates = np.concatenate([np.array(rises)[upper], np.array(rises)[lower]], axis=1)
+        rates = np.concatenate([rises[:, upper], rises[:, lower]], axis=2)
+        bits = 1 << rows
         if num_kinds == 1:
-            bits = 1 << rows[:, 0]
-            mixes = (bits[upper] | bits[lower]).tolist()
-            return np.stack([self._lines.base(name, mix, self._held) for mix in mixes]), rates
+            mixes = (bits[upper, 0] | bits[lower, 0]).tolist()
+            return self._lines.constants(names, mixes, self._held), rates
         # A mix costs at least the constant of either level, and a level at least that of one kind.
-        alone = [
-            np.min([self._lines.base(name, 1 << row, self._held) for row in own], axis=0)
-            for own in rows.tolist()
-        ]
-        return np.maximum(np.array(alone)[upper], np.array(alone)[lower]), rates
+        alone = self._lines.constants(names, bits.ravel().tolist(), self._held)
+        alone = alone.reshape(*rises.shape).min(axis=2)
+        return np.maximum(alone[:, upper], alone[:, lower]), rates

@@ -1,13 +1,13 @@
 """The points that a stage may take: of all its mixes, those that none beats in (stable, lone)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.pareto.candidates import Mixes
 from mist.pareto.frontier import frontier, lean_frontier
+from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Floats, Ints
 
 LevelNames = NDArray[np.object_]
@@ -59,13 +59,6 @@ class StackedMixes:
             lower=self.lower[rows],
             **{name: getattr(self, name)[rows, columns] for name in wide},
         )
-
-    def whole(self, level: str) -> "StackedMixes":
-        """The stages with all layers at one level, whether they fit or not."""
-        own = (self.upper == level) & (self.lower == level)
-        rows = {item.name: getattr(self, item.name)[own] for item in fields(self)[:-1]}
-        rows["fits"] = np.ones_like(rows["fits"])
-        return StackedMixes(weight_s=self.weight_s, **rows)
 
     def frontier(self, column: int, useful: NDArray[np.bool_]) -> Points:
         """The non-dominated points of one range among the useful ones."""

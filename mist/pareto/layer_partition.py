@@ -19,11 +19,24 @@ from mist.pareto.strategies import Floats, Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Placed:
-    """Layer ranges at every place, ordered by end; `row` is the range that prices each."""
+    """Layer ranges at every place, ordered by end; `row` is the range that prices each.
+
+    `starts`: where the ranges of each end begin.
+    """
 
     first: Ints
     end: Ints
     row: Ints
+    starts: Ints
+
+    def ending(self, num_layers: int) -> Ints:
+        """The ranges that end at each boundary, [L + 1, most]; -1 behind the last of them."""
+        counts = np.diff(self.starts, append=len(self.end))
+        table = np.full((num_layers + 1, counts.max(initial=0)), -1)
+        table[self.end, np.arange(len(self.end)) - np.repeat(self.starts, counts)] = np.arange(
+            len(self.end)
+        )
+        return table
 
 
 def even_split(ranges: Ranges, num_layers: int, value: Floats) -> Ints:
@@ -33,16 +46,16 @@ def even_split(ranges: Ranges, num_layers: int, value: Floats) -> Ints:
     """
     num_strategies, num_stages, _ = value.shape
     placed = _placed(ranges, num_layers)
-    # Ranges are ordered by their end, so reduceat takes one minimum for each boundary.
-    starts = np.flatnonzero(np.diff(placed.end, prepend=-1))
     best = np.full((num_stages + 1, num_strategies, num_layers + 1), np.inf)
     best[0, :, 0] = -np.inf
     for i in range(num_stages):
         worst = np.maximum(best[i][:, placed.first], value[:, i, placed.row])
-        best[i + 1][:, placed.end[starts]] = np.minimum.reduceat(worst, starts, axis=1)
+        # Ranges are ordered by their end, so reduceat takes one minimum for each boundary.
+        least = np.minimum.reduceat(worst, placed.starts, axis=1)
+        best[i + 1][:, placed.end[placed.starts]] = least
     chosen = np.full((num_strategies, num_stages), -1)
-    for k in np.flatnonzero(np.isfinite(best[-1, :, -1])):
-        chosen[k] = _backtrack(placed, best[:, k], value[k])
+    possible = np.isfinite(best[-1, :, -1])
+    chosen[possible] = _backtrack(placed, best[:, possible], value[possible])
     return chosen
 
 
@@ -55,16 +68,23 @@ def _placed(ranges: Ranges, num_layers: int) -> _Placed:
         count = ranges.count[row]
     inside = np.flatnonzero(first + count <= num_layers)
     order = inside[np.argsort((first + count)[inside], kind="stable")]
-    return _Placed(first=first[order], end=(first + count)[order], row=row[order])
+    end = (first + count)[order]
+    starts = np.flatnonzero(np.diff(end, prepend=-1))
+    return _Placed(first=first[order], end=end, row=row[order], starts=starts)
 
 
 def _backtrack(placed: _Placed, best: Floats, value: Floats) -> Ints:
-    """The ranges behind best[S, L]: `best` [S + 1, L + 1] and `value` [S, R] of one strategy."""
-    num_stages, boundary = len(value), best.shape[1] - 1
-    rows = np.empty(num_stages, dtype=np.int64)
+    """The ranges behind best[S, :, L], [K, S]: `best` [S + 1, K, L + 1], `value` [K, S, R]."""
+    num_strategies, num_stages, _ = value.shape
+    num_layers = best.shape[2] - 1
+    ending, each = placed.ending(num_layers), np.arange(num_strategies)
+    boundary = np.full(num_strategies, num_layers)
+    rows = np.empty((num_strategies, num_stages), dtype=np.int64)
     for i in reversed(range(num_stages)):
-        ending = np.flatnonzero(placed.end == boundary)
-        worst = np.maximum(best[i][placed.first[ending]], value[i, placed.row[ending]])
-        pick = ending[np.argmin(worst)]
-        rows[i], boundary = placed.row[pick], placed.first[pick]
+        own = ending[boundary]
+        before, after = best[i][each[:, None], placed.first[own]], value[each, i]
+        worst = np.maximum(before, after[each[:, None], placed.row[own]])
+        worst[own < 0] = np.inf
+        pick = own[each, worst.argmin(axis=1)]
+        rows[:, i], boundary = placed.row[pick], placed.first[pick]
     return rows

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mist.pareto.frontier_points import Points
 from mist.pareto.strategies import Group, Ints, Strategies, whole_layers
+from mist.plans.memory_levels import level_counts
 from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.plans.uniform_stages import chunk_shares, layer_runs, stage_at
@@ -36,10 +37,8 @@ class StageChoice:
     @property
     def memory(self) -> dict[MemoryLevel, int]:
         """Layers at each level."""
-        counts = dict.fromkeys(MemoryLevel, 0)
-        counts[self.upper] += self.count - self.num_lower
-        counts[self.lower] += self.num_lower
-        return counts
+        parts = ((self.upper, self.count - self.num_lower), (self.lower, self.num_lower))
+        return level_counts(*parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

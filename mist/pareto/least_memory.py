@@ -20,9 +20,10 @@ from typing import Final
 
 import numpy as np
 
-from mist.pareto.candidates import GroupModel, Mixes
+from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_partition import even_split
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import (
     Floats,
     Group,

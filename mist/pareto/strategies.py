@@ -10,7 +10,7 @@ each tp is a group of its own.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from typing import Any, TypeVar
 
@@ -27,8 +27,8 @@ from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import Runtime
 from mist.rules.combinations import knob_rules
-from mist.rules.levels import broken_by_levels, broken_levels, may_have
-from mist.rules.rule import broken
+from mist.rules.levels import broken_by_levels, broken_levels, may_have, not_priced
+from mist.rules.rule import Columns, broken, keeps
 from mist.symbolic.columns import strategy_columns
 from mist.symbolic.job import Job
 
@@ -76,12 +76,16 @@ class Strategies:
         terms = {name: term[rows] for name, term in self.terms.items()}
         return Strategies(columns=columns, terms=terms)
 
-    def joined(self, other: "Strategies") -> "Strategies":
-        """The rows of both, priced or not alike."""
+    def joined(self, *others: "Strategies") -> "Strategies":
+        """The rows of all of them, priced or not alike."""
         columns = {
-            name: np.concatenate([column, other[name]]) for name, column in self.columns.items()
+            name: np.concatenate([column, *(other[name] for other in others)])
+            for name, column in self.columns.items()
         }
-        terms = {n: np.concatenate([term, other.terms[n]]) for n, term in self.terms.items()}
+        terms = {
+            name: np.concatenate([term, *(other.terms[name] for other in others)])
+            for name, term in self.terms.items()
+        }
         return Strategies(columns=columns, terms=terms)
 
     def altered(self, **columns: NDArray[Any]) -> "Strategies":
@@ -137,6 +141,19 @@ def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
     )
 
 
+def priced(space: SearchSpace, job: Job) -> SearchSpace:
+    """A space without the memory levels that the layers of a model cannot be converted to.
+
+    Raises InputError where no other is left.
+    """
+    known = job.platform.runtime.levels
+    missing = [level for level in space.levels if level in known and level not in job.levels]
+    levels = tuple(level for level in space.levels if level not in missing)
+    if not levels:
+        raise InputError(" ".join(not_priced(level, job.facts.name) for level in missing))
+    return replace(space, levels=levels)
+
+
 def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
     return tuple(value for value in wanted if value in known)
 
@@ -172,19 +189,18 @@ def groups(job: Job, space: SearchSpace) -> Iterator[Group]:
     """
     refuse_unknown(space, job.platform.runtime)
     space = expressible(space, job.platform.runtime)
-    for num_stages, num_micro_batches, size in _pipelines(job, space):
-        yield from _groups(job, space, num_stages, num_micro_batches, (size,))
+    for num_stages, size in _pipelines(job, space):
+        yield from _groups(job, space, num_stages, (size,))
     if space.unequal_meshes:
         yield from _unequal_groups(job, space)
 
 
-def _pipelines(job: Job, space: SearchSpace) -> Iterator[tuple[int, int, int]]:
-    """Numbers of stages, of micro-batches and of devices of a stage."""
+def _pipelines(job: Job, space: SearchSpace) -> Iterator[tuple[int, int]]:
+    """Numbers of stages, and of devices of a stage."""
     num_gpus = job.platform.num_gpus
     counts = np.array([s for s in divisors(num_gpus) if s <= job.num_layers])
     for num_stages in counts[space.allows("pp", counts)].tolist():
-        for num_micro_batches in divisors(job.workload.global_batch):
-            yield num_stages, num_micro_batches, num_gpus // num_stages
+        yield num_stages, num_gpus // num_stages
 
 
 def _unequal_groups(job: Job, space: SearchSpace) -> Iterator[Group]:
@@ -194,42 +210,54 @@ def _unequal_groups(job: Job, space: SearchSpace) -> Iterator[Group]:
     counts = np.arange(2, min(num_gpus, job.num_layers) + 1)
     for num_stages in counts[space.allows("pp", counts)].tolist():
         sizes = unequal_sizes(num_gpus, num_stages, per_node)
-        for num_micro_batches in divisors(job.workload.global_batch) if sizes else ():
-            for group in _groups(job, space, num_stages, num_micro_batches, sizes):
-                strategies = group.strategies
-                if len(np.unique(strategies.num_devices)) > 1:
-                    yield group
+        for group in _groups(job, space, num_stages, sizes) if sizes else ():
+            if len(np.unique(group.strategies.num_devices)) > 1:
+                yield group
 
 
 def _groups(
-    job: Job, space: SearchSpace, num_stages: int, num_micro_batches: int, sizes: tuple[int, ...]
+    job: Job, space: SearchSpace, num_stages: int, sizes: tuple[int, ...]
 ) -> Iterator[Group]:
-    """One group for each schedule, and where stages must be alike for each tp."""
-    found = _strategies(job, space, sizes, num_micro_batches)
-    group = partial(
-        Group,
-        num_stages=num_stages,
-        num_micro_batches=num_micro_batches,
-        sizes=sizes,
-    )
+    """One group for each number of micro-batches and schedule; where stages must be alike, each tp.
+
+    Strategies of all numbers of micro-batches are priced together: numpy's calls take the time.
+    """
+    counts = divisors(job.workload.global_batch)
+    first, *rest = (_strategies(job, space, sizes, count) for count in counts)
+    found = first.joined(*rest)
+    micro = np.repeat(counts, [len(each) for each in (first, *rest)])
     kept = [
-        (schedule, _keeps_rules(job, group(schedule=schedule, strategies=found), found))
+        (schedule, keeps(job.rules, _rule_columns(found, num_stages, micro, schedule)))
         for schedule in _schedules(job, space, num_stages)
     ]
     used = np.logical_or.reduce([rows for _, rows in kept]) if kept else np.zeros(0, dtype=bool)
     if not used.any():
         return
     # One pricing serves all schedules but zero bubble, which may run another ZeRO level.
-    priced = found.take(used).priced(job, num_stages)
+    priced, held = found.take(used).priced(job, num_stages), []
     for schedule, rows in kept:
-        held = priced.take(rows[used])
-        if (zero_as_run(schedule.kind, held["zero"]) != held["zero"]).any():
-            held = held.priced(job, num_stages, schedule)
-        if SCHEDULES[schedule.kind].takes_turns:
-            for tp in np.unique(held["tp"]):
-                yield group(schedule=schedule, strategies=held.take(held["tp"] == tp))
-        elif len(held):
-            yield group(schedule=schedule, strategies=held)
+        own = priced.take(rows[used])
+        if (zero_as_run(schedule.kind, own["zero"]) != own["zero"]).any():
+            own = own.priced(job, num_stages, schedule)
+        held.append((schedule, own, micro[rows]))
+    for count, (schedule, own, its_micro) in product(counts, held):
+        for strategies in _by_tp(schedule, own.take(its_micro == count)):
+            yield Group(
+                num_stages=num_stages,
+                num_micro_batches=count,
+                sizes=sizes,
+                schedule=schedule,
+                strategies=strategies,
+            )
+
+
+def _by_tp(schedule: Schedule, strategies: Strategies) -> Iterator[Strategies]:
+    """The strategies of a group, or of several where the schedule needs stages alike in tp."""
+    if SCHEDULES[schedule.kind].takes_turns:
+        for tp in np.unique(strategies["tp"]):
+            yield strategies.take(strategies["tp"] == tp)
+    elif len(strategies):
+        yield strategies
 
 
 def _schedules(job: Job, space: SearchSpace, num_stages: int) -> Iterator[Schedule]:
@@ -268,7 +296,7 @@ def _kinds(space: SearchSpace) -> list[ScheduleKind]:
 
 def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
     """The memory levels of a space that layers may have under a schedule."""
-    kept = {"schedule": kind.value, "activations": 0.0}
+    kept: Columns = {"schedule": kind.value, "activations": 0.0, "tp": 1}
     return tuple(level for level in space.levels if may_have(level, kept))
 
 
@@ -318,21 +346,20 @@ def _copies(job: Job, space: SearchSpace, num_devices: int) -> tuple[int, ...]:
 
 def _keeps_rules(job: Job, group: Group, strategies: Strategies) -> NDArray[np.bool_]:
     """Which strategies break no rule in the pipelines of a group."""
-    columns = _rule_columns(group, strategies)
-    kept = np.ones(len(strategies), dtype=np.bool_)
-    for rule in job.rules:
-        kept &= rule.mask(columns)
-    return kept
+    pipeline = (group.num_stages, group.num_micro_batches, group.schedule)
+    return keeps(job.rules, _rule_columns(strategies, *pipeline))
 
 
-def _rule_columns(group: Group, strategies: Strategies) -> dict[str, Any]:
-    """The columns of the rules, of strategies in the pipelines of a group."""
+def _rule_columns(
+    strategies: Strategies, num_stages: int, num_micro_batches: ArrayLike, schedule: Schedule
+) -> dict[str, Any]:
+    """The columns of the rules, of strategies in a pipeline; micro-batches of each, or of all."""
     return {
         **strategies.columns,
-        "num_stages": group.num_stages,
-        "num_micro_batches": group.num_micro_batches,
-        "schedule": group.schedule.kind.value,
-        "chunks": group.schedule.vpp,
+        "num_stages": num_stages,
+        "num_micro_batches": num_micro_batches,
+        "schedule": schedule.kind.value,
+        "chunks": schedule.vpp,
     }
 
 
@@ -343,7 +370,8 @@ def refusals(job: Job, space: SearchSpace) -> tuple[str, ...]:
     """
     space = expressible(space, job.platform.runtime)
     best: tuple[str, ...] = ()
-    for num_stages, num_micro_batches, size in _pipelines(job, space):
+    counts = divisors(job.workload.global_batch)
+    for (num_stages, size), num_micro_batches in product(_pipelines(job, space), counts):
         strategies = _strategies(job, space, (size,), num_micro_batches)
         for schedule in _known_schedules(job, space, num_stages):
             group = Group(
@@ -362,11 +390,12 @@ def _broken(job: Job, group: Group, space: SearchSpace) -> Iterator[tuple[str, .
     """What the strategy of a group breaks that breaks fewest rules."""
     if not len(group.strategies):
         return
-    columns = _rule_columns(group, group.strategies)
+    pipeline = (group.num_stages, group.num_micro_batches, group.schedule)
+    columns = _rule_columns(group.strategies, *pipeline)
     counts = np.sum([~rule.mask(columns) for rule in job.rules], axis=0)
     nearest = group.strategies.take(np.array([np.argmin(counts)]))
     row = {name: column[0] for name, column in nearest.columns.items()}
-    messages = list(broken(job.rules, _rule_columns(group, nearest) | row))
+    messages = list(broken(job.rules, _rule_columns(nearest, *pipeline) | row))
     stages, chunks = group.num_stages, group.schedule.vpp
     if not space.unlike_stages and dealt_layers(job, stages * chunks) is None:
         messages.append(f"{dealing_words(job, stages, chunks)}.")

@@ -6,6 +6,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -43,7 +44,8 @@ def even_layouts(
     if found is not None:
         model, ranges = found
         tables = _tables(model, ranges, limits)
-        yield from _even(model, tables, ranges, least=least, within_s=within_s)
+        picks = _picks(model, tables, ranges, least)
+        yield from _even(model, ranges, [picks], within_s=within_s)
 
 
 def landscape_layouts(
@@ -59,11 +61,12 @@ def landscape_layouts(
         return
     model, ranges = found
     tables = _tables(model, ranges, limits)
-    for level in model.space.levels:
-        whole = {id(table): table.whole(level) for table in tables}
-        own = [whole[id(table)] for table in tables]
-        yield from _even(model, own, ranges, least="stable_s", within_s=within_s)
-    yield from _even(model, tables, ranges, least="stable_s", within_s=within_s)
+    picks = [
+        _picks(model, [_whole(table, level, model) for table in tables], ranges, "stable_s")
+        for level in model.space.levels
+    ]
+    picks.append(_picks(model, tables, ranges, "stable_s"))
+    yield from _even(model, ranges, picks, within_s=within_s)
 
 
 def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
@@ -80,26 +83,68 @@ def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupMo
     return (model, ranges) if len(ranges) else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Table:
+    """Stages that differ in their micro-batches in flight, by them [F], and all their mixes [N].
+
+    `slot` [N]: which micro-batches in flight and strategy a mix has, f K + k. `among` [N]: mixes
+    to choose from, whether they fit or not; None: those that fit.
+    """
+
+    stages: list[Ints]
+    mixes: StackedMixes
+    slot: Ints
+    among: NDArray[np.bool_] | None = None
+
+    def best(self, measure: Measure, placeable: NDArray[np.bool_]) -> tuple[Floats, Ints]:
+        """The least value, inf where nothing fits, and its mix: [F, K, R]; `placeable` [F, R]."""
+        mixes, num_slots = self.mixes, int(self.slot.max()) + 1
+        fits = mixes.fits if self.among is None else self.among[:, None]
+        shape = (len(self.stages), -1, placeable.shape[1])
+        allowed = fits & placeable[self.slot // (num_slots // len(self.stages))]
+        measured = np.where(allowed, getattr(mixes, measure), np.inf)
+        # Every slot has a mix at least, with all layers at one level.
+        order = np.argsort(self.slot, kind="stable")
+        begins = np.flatnonzero(np.diff(self.slot[order], prepend=-1))
+        measured = measured[order]
+        value = np.minimum.reduceat(measured, begins, axis=0)
+        is_least = measured == value[self.slot[order]]
+        at = np.where(is_least, np.arange(len(order))[:, None], len(order))
+        rows = order[np.minimum.reduceat(at, begins, axis=0)]
+        return value.reshape(shape), rows.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pick:
+    """Of each strategy and range the least value of a stage, and which mix has it: [K, R]."""
+
+    value: Floats
+    mix: Ints
+    mixes: StackedMixes
+
+    def points(self, strategies: Ints, columns: Ints) -> Points:
+        """Strategies and their ranges, both [P], as points."""
+        return self.mixes.points(self.mix[strategies, columns], columns)
+
+
 def _even(
-    model: GroupModel,
-    tables: Sequence[StackedMixes],
-    ranges: Ranges,
-    *,
-    least: Measure,
-    within_s: float,
+    model: GroupModel, ranges: Ranges, picks: Sequence[Sequence[_Pick]], *, within_s: float
 ) -> Iterator[PricedLayout]:
-    """Of each strategy the best split of the layers, of stages that are in the tables."""
-    picks = _picks(model, tables, ranges, least)
-    value = np.stack([value for value, _ in picks], axis=1)
-    chosen = even_split(ranges, model.job.num_layers, value)
-    strategies = np.flatnonzero(chosen[:, 0] >= 0)
-    stages = [
-        table.points(rows[strategies, columns], columns)
-        for table, (_, rows), columns in zip(tables, picks, chosen[strategies].T, strict=True)
-    ]
-    counts = ranges.count[chosen[strategies]]
-    found = alike_pipelines(model.group, model.strategies, strategies, stages, counts)
-    yield from (layout for layout in found if layout.step_s <= within_s)
+    """Of each strategy the best split of the layers, for every choice [S] of what stages may be."""
+    value = np.stack([[pick.value for pick in stages] for stages in picks])
+    num_choices, num_stages, num_strategies, num_ranges = value.shape
+    # Choices and strategies are split together: numpy's calls take the time.
+    rows = value.swapaxes(1, 2).reshape(-1, num_stages, num_ranges)
+    chosen = even_split(ranges, model.job.num_layers, rows)
+    for stages, columns in zip(
+        picks, chosen.reshape(num_choices, num_strategies, num_stages), strict=True
+    ):
+        strategies = np.flatnonzero(columns[:, 0] >= 0)
+        own = columns[strategies]
+        points = [pick.points(strategies, at) for pick, at in zip(stages, own.T, strict=True)]
+        counts = ranges.count[own]
+        found = alike_pipelines(model.group, model.strategies, strategies, points, counts)
+        yield from (layout for layout in found if layout.step_s <= within_s)
 
 
 def _picked(model: GroupModel, count: int, points: Points) -> Picked:
@@ -111,44 +156,48 @@ def _picked(model: GroupModel, count: int, points: Points) -> Picked:
     )
 
 
-def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[StackedMixes]:
-    """The mixes of every stage, first stage first; stages that are alike share a table."""
-    tables: dict[int, StackedMixes] = {}
-    for stages, mixes in model.by_place(ranges, limits):
-        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
-        tables |= dict.fromkeys(stages.tolist(), table)
-    return [tables[stage] for stage in range(model.group.num_stages)]
+def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[_Table]:
+    """The mixes of all stages; those with the same lines share a table."""
+    tables = []
+    for stages, mixes in model.by_line(ranges, limits):
+        table = stacked(mixes, model.weight_s(int(stages[0][0]), ranges))
+        tables.append(
+            _Table(
+                stages=stages,
+                mixes=replace(table, row=table.row % len(model.strategies)),
+                slot=table.row,
+            )
+        )
+    return tables
+
+
+def _whole(table: _Table, level: MemoryLevel, model: GroupModel) -> _Table:
+    """The stages with all layers at one level, where strategies may have it."""
+    mixes = table.mixes
+    own = (mixes.upper == level) & (mixes.lower == level) & model.allowed[level][mixes.row]
+    return replace(table, among=own)
 
 
 def _picks(
-    model: GroupModel, tables: Sequence[StackedMixes], ranges: Ranges, least: str
-) -> list[tuple[Floats, Ints]]:
-    """The best mixes of every stage; those of stages that are alike are looked for once."""
-    known: dict[tuple[int, bytes], tuple[Floats, Ints]] = {}
-    found = []
-    for stage, table in enumerate(tables):
-        allowed = placed(ranges, model.job.num_layers, model.group.num_stages, stage)
-        # `_tables` gives stages that are alike one table: its identity is a cheap key.
-        key = (id(table), allowed.tobytes())
-        if key not in known:
-            known[key] = _best_mixes(model, table, allowed, least)
-        found.append(known[key])
-    return found
-
-
-def _best_mixes(
-    model: GroupModel, table: StackedMixes, placeable: NDArray[np.bool_], least: str
-) -> tuple[Floats, Ints]:
-    """Of each strategy and range the least value, inf where nothing fits, and its row: [K, R]."""
-    allowed = table.fits & placeable
-    measured = np.where(allowed, getattr(table, least), np.inf)
-    value = np.empty((len(model.strategies), len(placeable)))
-    rows = np.empty(value.shape, dtype=np.int64)
-    for k in range(len(model.strategies)):
-        own = np.flatnonzero(table.row == k)
-        best = measured[own].argmin(axis=0)
-        rows[k], value[k] = own[best], measured[own[best], np.arange(len(placeable))]
-    return value, rows
+    model: GroupModel, tables: Sequence[_Table], ranges: Ranges, least: Measure
+) -> list[_Pick]:
+    """The best mixes of every stage, first stage first."""
+    num_layers, num_stages = model.job.num_layers, model.group.num_stages
+    picks: dict[int, _Pick] = {}
+    for table in tables:
+        # Stages of as many micro-batches in flight differ in the ranges that they may take.
+        for turn in range(max(map(len, table.stages))):
+            stages = [own[min(turn, len(own) - 1)] for own in table.stages]
+            placeable = [placed(ranges, num_layers, num_stages, stage) for stage in stages]
+            value, mix = table.best(least, np.stack(placeable))
+            for index, own in enumerate(table.stages):
+                # Where layers are alike all of them may take the same: one turn is enough.
+                taken = own if ranges.alike else own[turn : turn + 1]
+                pick = _Pick(value=value[index], mix=mix[index], mixes=table.mixes)
+                picks |= dict.fromkeys(taken.tolist(), pick)
+            if ranges.alike:
+                break
+    return [picks[stage] for stage in range(num_stages)]
 
 
 def alike_layouts(

@@ -91,18 +91,15 @@ def layout_words(layout: Layout) -> str:
     }
     words = [f"pp{len(stages)}"]
     words += [f"{name}{_spread(values)}" for name, values in names.items()]
-    full, some, layers = (
-        _spread(counts)
-        for counts in (
-            [s.num_full for s in stages],
-            [s.num_partly for s in stages],
-            [s.num_layers for s in stages],
-        )
+    full, layers = (
+        _spread(counts) for counts in ([s.num_full for s in stages], [s.num_layers for s in stages])
     )
     if any(stage.dp_replicate > 1 for stage in stages):
         words.insert(2, f"replicate{_spread([stage.dp_replicate for stage in stages])}")
     line = f"{' '.join(words)} x{layout.num_micro_batches}, {full} of {layers} layers recomputed"
-    line += f", {some} selectively" if some != "0" else ""
+    for word in stages[0].num_partly:
+        some = _spread([stage.num_partly[word] for stage in stages])
+        line += f", {some} {word}" if some != "0" else ""
     if len(stages) > 1 and schedule != DEFAULT_SCHEDULE:
         line += f", {schedule.kind}" + (f" of {schedule.vpp} chunks" if schedule.vpp > 1 else "")
     return line + _offload_words(stages)

@@ -22,20 +22,32 @@ class LevelRow:
             has none; None: the level is the same everywhere.
         may_offload: whether activations of its layers may live in host memory.
         may_split: whether its layers run backward in two parts (`ScheduleRow.splits_backward`).
+        converts: whether its layers are converted (`mist.layers`), so that its cost is that of the
+            trace of the converted layer.
+        word: what tables call layers at it, where that is not its name.
     """
 
     repeats: Literal["nothing", "part", "all"]
     meaning: str | None = None
     may_offload: bool = True
     may_split: bool = False
+    converts: bool = False
+    word: str | None = None
 
 
 LEVELS: Final = MappingProxyType(
     {
         MemoryLevel.NONE: LevelRow(repeats="nothing", may_split=True),
+        # The hooks of offload were not tried on tensors that several matrices make again.
+        **dict.fromkeys(
+            (MemoryLevel.DROP_ACTIVATION, MemoryLevel.DROP_NORM),
+            LevelRow(repeats="part", meaning="converts_layers", may_offload=False, converts=True),
+        ),
         # What its layers keep is kept by torch's checkpointing, which hooks of saved tensors do
         # not see.
-        MemoryLevel.SELECTIVE: LevelRow(repeats="part", meaning="selective", may_offload=False),
+        MemoryLevel.SELECTIVE: LevelRow(
+            repeats="part", meaning="selective", may_offload=False, word="selectively"
+        ),
         MemoryLevel.FULL: LevelRow(repeats="all"),
     }
 )
@@ -53,11 +65,23 @@ def levels_that(
 (REPEATS_ALL,) = levels_that(lambda row: row.repeats == "all")
 """The two ends of the table."""
 
+CONVERTS: Final = levels_that(lambda row: row.converts)
+PLAIN: Final = levels_that(lambda row: not row.converts)
+"""Levels whose layers are converted, and those that any model has as it is."""
+
+PARTLY: Final = levels_that(lambda row: row.repeats == "part", PLAIN)
+"""Levels at which any model runs a part of its layers again."""
+
 
 def memory_of(num_layers: int, level: MemoryLevel, num_repeated: int = 0) -> dict[MemoryLevel, int]:
     """Layers of a stage at each level: `num_repeated`, if it has as many, run again whole."""
     repeated = min(num_repeated, num_layers)
+    return level_counts((level, num_layers - repeated), (REPEATS_ALL, repeated))
+
+
+def level_counts(*parts: tuple[MemoryLevel, int]) -> dict[MemoryLevel, int]:
+    """Layers at each level, as plans list them: those that convert layers only where some do."""
     counts = dict.fromkeys(MemoryLevel, 0)
-    counts[level] += num_layers - repeated
-    counts[REPEATS_ALL] += repeated
-    return counts
+    for level, number in parts:
+        counts[level] += number
+    return {level: number for level, number in counts.items() if number or level in PLAIN}

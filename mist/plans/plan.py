@@ -167,9 +167,10 @@ class StagePlan:
         return sum(n for level, n in self.memory.items() if LEVELS[level].repeats == "all")
 
     @property
-    def num_partly(self) -> int:
-        """Layers of which the backward pass runs a part again."""
-        return sum(n for level, n in self.memory.items() if LEVELS[level].repeats == "part")
+    def num_partly(self) -> dict[str, int]:
+        """Layers of which the backward pass runs a part again, by the word of their level."""
+        part = (level for level in MemoryLevel if LEVELS[level].repeats == "part")
+        return {LEVELS[level].word or level.value: self.num_at(level) for level in part}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

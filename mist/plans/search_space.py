@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mist.errors import InputError
 from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
-from mist.plans.memory_levels import KEEPS_ALL, levels_that
+from mist.plans.memory_levels import KEEPS_ALL, PLAIN, levels_that
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.units import parse_whole
@@ -59,7 +59,7 @@ class SearchSpace:
     dp: tuple[int, ...] | None = None
     micro_batch: tuple[int, ...] | None = None
     zero: tuple[int, ...] = (0, 1, 2, 3)
-    levels: tuple[MemoryLevel, ...] = tuple(MemoryLevel)
+    levels: tuple[MemoryLevel, ...] = PLAIN
     some_layers: bool = True
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
     schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
@@ -158,13 +158,22 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 schedules=_ALIKE,
             ),
             SearchSpace(name="paper", dp_replicate=(1,), schedules=_ALIKE, refines=False),
+            SearchSpace(
+                name="paper+tempo",
+                levels=tuple(MemoryLevel),
+                dp_replicate=(1,),
+                schedules=_ALIKE,
+                refines=False,
+            ),
             SearchSpace(name="mist"),
+            SearchSpace(name="mist+levels", levels=tuple(MemoryLevel)),
             SearchSpace(name="whole", unequal_meshes=True),
         )
     }
 )
 """What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
-the other schedules, "whole" stages of unequal size too."""
+the other schedules, "whole" stages of unequal size too; "paper+tempo" and "mist+levels" add the
+levels that convert layers."""
 
 
 def space_of(name: str) -> SearchSpace:

@@ -66,8 +66,15 @@ class MemoryLevel(StrEnum):
     """How much of a layer's activation is kept, from most to least: `mist.plans.memory_levels`."""
 
     NONE = "none"
+    DROP_ACTIVATION = "drop-activation"
+    DROP_NORM = "drop-norm"
     SELECTIVE = "selective"
     FULL = "full"
+
+    @property
+    def column(self) -> str:
+        """Its name in columns and formulas, where words are names of Python."""
+        return self.value.replace("-", "_")
 
 
 class Solver(StrEnum):
@@ -94,17 +101,27 @@ class Workload:
     compile: bool
 
     def __post_init__(self) -> None:
-        sizes = (
-            ("--seq", self.seq_len, MOST_TOKENS),
-            ("--global-batch", self.global_batch, MOST_SAMPLES),
-        )
-        for name, size, most in sizes:
-            if size < 1:
-                raise InputError(f"{name} {size} is not a positive number of samples or tokens.")
-            if size > most:
-                raise InputError(f"{name} {size} is more than Mist plans for. Use at most {most}.")
+        refuse_sizes(self.seq_len, self.global_batch)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees."""
         return self.global_batch * self.seq_len
+
+
+def refuse_sizes(seq_len: int | None, global_batch: int) -> None:
+    """Raise InputError for a sequence (tokens; None: not known) or batch that nobody has."""
+    for name, size, most in (
+        ("--seq", seq_len, MOST_TOKENS),
+        ("--global-batch", global_batch, MOST_SAMPLES),
+    ):
+        if size is not None and size < 1:
+            raise InputError(f"{name} {size} is not a positive number of samples or tokens.")
+        if size is not None and size > most:
+            raise InputError(f"{name} {size} is more than Mist plans for. Use at most {most}.")
+
+
+def batches_near(batch: int, step: int) -> tuple[int, ...]:
+    """The multiples of `step` next to `batch`, below and above, that a global batch may be."""
+    below = batch // step * step
+    return tuple(each for each in (below, below + step) if 1 <= each <= MOST_SAMPLES)

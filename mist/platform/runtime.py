@@ -325,6 +325,7 @@ class Runtime(Record):
     `frozen_shard_bytes_per_param`: what FSDP keeps of a parameter that is not trained, divided from
     ZeRO-1 on, in addition to the copy in compute precision; null where it keeps that copy only (an
     optimizer that makes fp32 copies of what it trains). `loading`: null where it is not known.
+    `converts_layers`: whether it trains layers that `mist.layers` converted.
     """
 
     schema: Literal["mist.runtime/1"]
@@ -344,6 +345,7 @@ class Runtime(Record):
     knobs: Knobs
     loading: Loading | None = None
     frozen_shard_bytes_per_param: Mapping[Precision, Quantity] | None = None
+    converts_layers: bool = False
 
     def __post_init__(self) -> None:
         rows = [(precision, row.zero) for row in self.states for precision in row.precisions]

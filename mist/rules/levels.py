@@ -6,12 +6,12 @@ from typing import Final
 import numpy as np
 
 from mist.errors import Fault
-from mist.plans.memory_levels import levels_that
+from mist.plans.memory_levels import CONVERTS, PLAIN, levels_that
 from mist.plans.plan import Layout
 from mist.plans.schedules import DEFAULT_KIND, kinds_that
 from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
-from mist.rules.rule import Columns, Mask, Rule, broken, layout_columns
+from mist.rules.rule import Columns, Mask, Rule, broken, keeps, layout_columns
 
 SPLIT: Final = kinds_that(lambda row: row.splits_backward)
 OFFLOADABLE: Final = levels_that(lambda row: row.may_offload)
@@ -33,20 +33,29 @@ LEVEL_RULES: Final = (
         "only, and a full one forward again for each of its weights; use checkpoint "
         f"{' or '.join(SPLITTABLE)}, or {DEFAULT_KIND}",
     ),
+    Rule(
+        name="level-divides",
+        field="memory",
+        # A wrapper of tensor parallelism loses how a dropped tensor is made again: it is kept.
+        holds=lambda c: ~np.isin(c["level"], CONVERTS) | (c["tp"] == 1),
+        message="tp {tp}: {level} layers keep all when tensor parallelism divides them; use tp 1, "
+        f"or checkpoint {' or '.join(PLAIN)}",
+    ),
 )
-"""What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`."""
+"""What layers at a memory `level` may be combined with: `activations` offloaded, `schedule`, tp."""
+
+_COLUMNS: Final = ("activations", "schedule", "tp")
 
 
 def may_have(level: MemoryLevel, columns: Columns) -> Mask:
     """Where stages may have layers at a level."""
-    values = {name: columns[name] for name in ("activations", "schedule")}
-    masks = [rule.mask(values | {"level": level.value}) for rule in LEVEL_RULES]
-    return np.asarray(np.logical_and.reduce(masks))
+    values = {name: columns[name] for name in _COLUMNS}
+    return keeps(LEVEL_RULES, values | {"level": level.value})
 
 
 def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterator[str]:
     """The messages of the level rules that one stage breaks."""
-    values = {name: columns[name] for name in ("activations", "schedule")}
+    values = {name: columns[name] for name in _COLUMNS}
     for level in dict.fromkeys(levels):
         yield from broken(LEVEL_RULES, values | {"level": level.value})
 
@@ -66,6 +75,14 @@ def broken_levels(runtime: Runtime, levels: Iterable[MemoryLevel]) -> Iterator[s
     elif not may_mix(runtime, used):
         partly = " and ".join(levels_that(lambda row: row.repeats == "part", used))
         yield f"runtime {runtime.name} makes all layers of a stage {partly}, or none."
+
+
+def not_priced(level: MemoryLevel, model: str) -> str:
+    """Why layers of a model have not a level that the runtime has: they cannot be converted."""
+    return (
+        f"checkpoint {level}: not all layers of {model} can be converted "
+        f"(mist convert --level {level} says why); use checkpoint {' or '.join(PLAIN)}."
+    )
 
 
 def level_faults(runtime: Runtime, layout: Layout) -> Iterator[Fault]:

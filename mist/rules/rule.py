@@ -54,14 +54,21 @@ class Rule:
 
     def mask(self, columns: Columns) -> Mask:
         """True where the rule holds, in the broadcast shape of the columns."""
-        arrays = {name: np.asarray(value) for name, value in columns.items()}
-        shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
-        return np.broadcast_to(np.asarray(self.holds(arrays), dtype=np.bool_), shape)
+        return keeps((self,), columns)
 
     def path(self, stage: int) -> str:
         """Where in a plan its field stands."""
         whole = self.field.removeprefix("plan.")
         return whole if whole != self.field else f"stages[{stage}].{self.field}"
+
+
+def keeps(rules: Iterable[Rule], columns: Columns) -> Mask:
+    """True where all of the rules hold, in the broadcast shape of the columns."""
+    arrays = {name: np.asarray(value) for name, value in columns.items()}
+    mask = np.ones(np.broadcast_shapes(*(array.shape for array in arrays.values())), dtype=np.bool_)
+    for rule in rules:
+        mask &= np.asarray(rule.holds(arrays), dtype=np.bool_)
+    return mask
 
 
 def kept_by(rules: Iterable[Rule], scope: Scope, runtime: str) -> tuple[Rule, ...]:

@@ -29,6 +29,7 @@ from mist.pareto.capacity import capacity
 from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
+from mist.pareto.level_choice import allowed_levels, fastest_s
 from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
 from mist.pareto.strategies import Floats, Strategies, offloading
 from mist.pareto.unequal_meshes import NodePosition, depths, places
@@ -272,12 +273,10 @@ def _in_flight(sized: _Sized, stage: int) -> Floats:
 def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) -> GroupModel:
     """A model with strategies that offload, without those that are too slow for any range."""
     least, kinds = int(ranges.count.min(initial=0)), range(model.job.facts.num_kinds)
-    fastest_s = np.min(
-        [away.terms[f"term_{x}_{level}_stable_s"] for x in kinds for level in model.space.levels],
-        axis=0,
-    )
+    allowed = allowed_levels(away, model.space.levels, model.group.schedule.kind)
+    seconds = [fastest_s(away, allowed, kind, "stable_s") for kind in kinds]
     # No stage with the strategy is faster, and a step takes at least G times its slowest stage.
-    useful = model.group.num_micro_batches * least * fastest_s <= step_s
+    useful = model.group.num_micro_batches * least * np.min(seconds, axis=0) <= step_s
     strategies = model.strategies.joined(away.take(useful))
     return GroupModel(model.job, model.group, strategies, model.space)
 

@@ -47,6 +47,7 @@ from mist.pareto.strategies import (
 from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts, landscape_layouts
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
+from mist.plans.workload import batches_near
 from mist.progress import is_due
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
@@ -193,7 +194,9 @@ def _work(
     """
     found, is_whole = [], True
     for group in groups(job, space):
-        found.append(_Visit(bound_s=lower_bound_s(job, group), group=group, limits=limits))
+        found.append(
+            _Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
+        )
         if is_over():
             is_whole = False
             break
@@ -378,7 +381,7 @@ def landscape(
     deepest: dict[tuple[object, ...], Group] = {}
     known = takewhile(lambda _: not is_over(), groups(job, space))
     for group in sorted(known, key=lambda group: group.schedule.vpp):
-        if lower_bound_s(job, group) <= within_s:
+        if lower_bound_s(job, group, space.levels) <= within_s:
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
             deepest[*key, *group.strategies["tp"]] = group
     for group in takewhile(lambda _: not is_over(), deepest.values()):
@@ -441,7 +444,7 @@ def _no_group_words(job: Job, space: SearchSpace) -> str:
         )
     batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
     if batch % num_gpus:
-        advice = f"Try --global-batch {-(-batch // num_gpus) * num_gpus}."
+        advice = f"Try --global-batch {batches_near(batch, num_gpus)[-1]}."
     else:
         advice = "Restrict less, or let the restricted sizes divide it."
     return (

@@ -1,13 +1,13 @@
 """Sums and maxima over the blocks of a stage: a row for each block at each memory level."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
 from sympy import Expr
 
 from mist.plans.memory_levels import KEEPS_ALL
-from mist.platform.runtime import Runtime
+from mist.plans.workload import MemoryLevel
 from mist.symbolic import symbols as sym
 
 Row = tuple[str, str, Expr]  # block, level, how many of it the stage has
@@ -26,13 +26,13 @@ class StageBlocks:
         return (*self.layers, *self.ends)
 
 
-def stage_blocks(num_kinds: int, runtime: Runtime) -> StageBlocks:
-    """The rows of any stage of a model with so many kinds of layers."""
+def stage_blocks(num_kinds: int, levels: Sequence[MemoryLevel]) -> StageBlocks:
+    """The rows of any stage of a model with so many kinds of layers, each at these levels."""
     return StageBlocks(
         layers=tuple(
-            (str(kind), level.value, sym.layer_count(level.value, kind))
+            (str(kind), level.column, sym.layer_count(level.column, kind))
             for kind in range(num_kinds)
-            for level in runtime.levels
+            for level in levels
         ),
         ends=(("embed", KEEPS_ALL.value, sym.FIRST), ("head", KEEPS_ALL.value, sym.LAST)),
     )

@@ -131,12 +131,12 @@ def pipeline_of(
 def layer_columns(kinds: Sequence[int], stages: Sequence[StagePlan]) -> dict[str, Counts]:
     """Layers of each stage by kind and level, over all its runs; shape [S]."""
     columns = {
-        f"{level}_{kind}": np.zeros(len(stages), dtype=np.int64)
+        f"{level.column}_{kind}": np.zeros(len(stages), dtype=np.int64)
         for level in MemoryLevel
         for kind in set(kinds)
     }
     for i, stage in enumerate(stages):
         layers = (layer for first, count in stage.layers for layer in range(first, first + count))
         for layer, level in zip(layers, stage.levels, strict=True):
-            columns[f"{level}_{kinds[layer]}"][i] += 1
+            columns[f"{level.column}_{kinds[layer]}"][i] += 1
     return columns

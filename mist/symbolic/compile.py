@@ -7,11 +7,12 @@ from sympy import Basic, Expr
 from sympy.printing.numpy import NumPyPrinter
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, T
+from mist.plans.memory_levels import PLAIN
 from mist.plans.workload import MemoryLevel, Precision
 from mist.platform import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.program import ModelPrograms, Program
-from mist.symbolic.stage import StageCost, stage_cost
+from mist.symbolic.stage import NOT_CONVERTED, ConvertedBlocks, StageCost, stage_cost
 
 SEARCHED = (
     "stable_s",
@@ -58,13 +59,22 @@ POSITION = (
 )
 
 
-def compile_model(graph: ModelGraph, runtime: Runtime, precision: Precision) -> ModelPrograms:
-    """Build the stage cost of a traced model under a runtime, and print it."""
-    cost = stage_cost(graph, runtime, precision)
+def compile_model(
+    graph: ModelGraph,
+    runtime: Runtime,
+    precision: Precision,
+    converted: ConvertedBlocks = NOT_CONVERTED,
+) -> ModelPrograms:
+    """Build the stage cost of a traced model under a runtime, and print it.
+
+    `converted`: its blocks at memory levels that convert them.
+    """
+    cost = stage_cost(graph, runtime, precision, converted)
     costs = {f"cost_{name}": expr for name, expr in cost.costs.items()}
     terms = {f"term_{name}": expr for name, expr in cost.terms.items()}
     search = {name: cost.stage[name] for name in SEARCHED}
-    counts = _stage_inputs(cost)
+    levels = [level for level in runtime.levels if level in PLAIN or level in converted]
+    counts = _stage_inputs(cost, levels)
     return ModelPrograms(
         facts=graph.facts,
         costs=print_program(RANKS, costs),
@@ -110,11 +120,11 @@ def _domain(graph: ModelGraph) -> list[Basic]:
     return sorted({relation for block in blocks for relation in block.domain}, key=str)
 
 
-def _stage_inputs(cost: StageCost) -> tuple[sympy.Symbol, ...]:
+def _stage_inputs(cost: StageCost, levels: Sequence[MemoryLevel]) -> tuple[sympy.Symbol, ...]:
     """Position, then layers by kind and level."""
     kinds = range(cost.num_kinds)
-    levels = [level.value for level in MemoryLevel]
-    return (*POSITION, *(sym.layer_count(level, kind) for kind in kinds for level in levels))
+    counts = (sym.layer_count(level.column, kind) for kind in kinds for level in levels)
+    return (*POSITION, *counts)
 
 
 def _inputs(

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.model.summary import ModelFacts
-from mist.plans.workload import Workload
+from mist.plans.workload import MemoryLevel, Workload
 from mist.platform import OpCosts, Platform
 from mist.rules.combinations import rules_for
 from mist.rules.rule import Rule
@@ -18,12 +18,13 @@ from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 class Job:
     """A model on a platform under a workload, with its stage cost bound and its rules.
 
-    `cost` are the `programs` bound to the `laws`. `kind_prefix[k, x]`: how many of the first x
-    layers are block k.
+    `levels`: the memory levels that are priced. `cost` are the `programs` bound to the `laws`.
+    `kind_prefix[k, x]`: how many of the first x layers are block k.
     """
 
     facts: ModelFacts
     programs: ModelPrograms
+    levels: tuple[MemoryLevel, ...]
     laws: OpCosts
     platform: Platform
     workload: Workload
@@ -55,6 +56,7 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
     return Job(
         facts=facts,
         programs=programs,
+        levels=programs.levels,
         laws=laws,
         platform=platform,
         workload=workload,

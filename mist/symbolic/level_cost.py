@@ -8,7 +8,7 @@ from typing import Final
 import sympy
 from sympy import Expr
 
-from mist.plans.memory_levels import KEEPS_ALL
+from mist.plans.memory_levels import KEEPS_ALL, levels_that
 from mist.plans.workload import MemoryLevel
 from mist.platform.runtime import Runtime
 from mist.symbolic.block import BlockCost
@@ -36,10 +36,39 @@ class LevelCost:
     allocated_bytes: Expr
 
 
+def plain_levels(runtime: Runtime) -> tuple[MemoryLevel, ...]:
+    """The levels of a runtime at which layers are as the model has them."""
+    return levels_that(lambda row: not row.converts, runtime.levels)
+
+
 def level_costs(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[LevelCost, ...]:
-    """The levels of a block, from most kept to least; the ends of a model keep everything."""
-    levels = runtime.levels if is_layer else (KEEPS_ALL,)
+    """The levels of a plain block, from most kept to least; the ends of a model keep everything.
+
+    Those that convert it are priced from the trace of what it becomes (`converted_cost`).
+    """
+    levels = plain_levels(runtime) if is_layer else (KEEPS_ALL,)
     return tuple(LEVEL_COSTS[level](cost, runtime) for level in levels)
+
+
+def converted_cost(
+    level: MemoryLevel, plain: BlockCost, converted: BlockCost, *, launched_ratio: float
+) -> LevelCost:
+    """A level that converts the block: what it does is in the trace of the converted one.
+
+    `launched_ratio`: operations that it launches beyond those of the plain block, over the forward
+    ones of that. The seconds beyond the plain block's may be negative, where kernels are fused.
+    """
+    again_s = converted.forward_s + converted.backward_s - plain.forward_s - plain.backward_s
+    return LevelCost(
+        name=level.column,
+        recompute_s=again_s,
+        recompute_launch_ratio=launched_ratio,
+        kept_bytes=converted.saved_bytes,
+        working_bytes=converted.transient_bytes,
+        running_bytes=converted.transient_with_grads_bytes,
+        adding_bytes=converted.transient_adding_bytes,
+        allocated_bytes=converted.saved_allocated_bytes,
+    )
 
 
 def _none(cost: BlockCost, runtime: Runtime) -> LevelCost:

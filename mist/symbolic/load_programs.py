@@ -1,9 +1,12 @@
 """From a model's source to its compiled costs under a runtime: from the cache, else traced."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mist.errors import InputError, TraceError
 from mist.model.summary import ModelLimits
+from mist.plans.workload import MemoryLevel
 from mist.platform import Runtime
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
@@ -11,7 +14,7 @@ from mist.trace import ConfigSource, TraceSetting, load_graph, trace_digest
 from mist.trace.trace_cache import cache_folder
 
 if TYPE_CHECKING:
-    from mist.model.graph import ModelGraph
+    from mist.model.graph import Block, ModelGraph
 
 Progress = Callable[[str], None]
 
@@ -28,33 +31,71 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     progress: Progress,
     *,
     refuse: Callable[[ModelLimits], None] = lambda limits: None,
+    levels: Iterable[MemoryLevel] = (),
 ) -> ModelPrograms:
     """The costs of a model under a runtime, for any number of GPUs, sequence and batch.
 
     From the cache, where they need neither torch nor sympy; else from the trace. `profile_hash`:
-    of the runtime's file. `refuse`: see `load_graph`. Raises InputError.
+    of the runtime's file. `refuse`: see `load_graph`. `levels`: those to price beside the plain
+    ones, of layers that are converted; one that the model cannot have is left out, and `progress`
+    hears why. Raises InputError.
     """
-    key = _key(source, setting, profile_hash)
+    settings = [replace(setting, level=level) for level in levels if level in runtime.levels]
+    key = _key(source, setting, profile_hash, settings)
     programs = load_programs(cache_folder(), key) if key else None
     if programs is not None:
         progress(f"{programs.facts.name}: trace from the cache")
         return programs
     graph = load_graph(source, setting, progress=progress, refuse=refuse)
-    programs = compile_graph(graph, setting, runtime)
+    again = dict(_converted(source, settings, graph, progress))
+    programs = compile_graph(graph, setting, runtime, again)
     # Asked again, because a model that was not in the cache has a trace there only now.
-    if key := _key(source, setting, profile_hash):
+    if key := _key(source, setting, profile_hash, settings):
         store_programs(cache_folder(), key, programs)
     return programs
 
 
-def compile_graph(graph: "ModelGraph", setting: TraceSetting, runtime: Runtime) -> ModelPrograms:
-    """The costs of a traced model under a runtime."""
+def _converted(
+    source: str | ConfigSource,
+    settings: Iterable[TraceSetting],
+    graph: "ModelGraph",
+    progress: Progress,
+) -> "Iterator[tuple[MemoryLevel, Sequence[Block]]]":
+    """The blocks of a model at levels that convert them, where all of its layers can have one."""
+    for setting in settings:
+        try:
+            again = load_graph(source, setting, progress=progress)
+        except (InputError, TraceError) as error:
+            progress(f"{graph.name} has no level {setting.level}: {error}")
+            continue
+        # The same parameters in the same layers: then each block is what that block becomes.
+        if again.fingerprint == graph.fingerprint and len(again.blocks) == len(graph.blocks):
+            yield setting.level, again.blocks
+        else:
+            progress(f"{graph.name} has no level {setting.level}: its layers differ when converted")
+
+
+def compile_graph(
+    graph: "ModelGraph",
+    setting: TraceSetting,
+    runtime: Runtime,
+    converted: "Mapping[MemoryLevel, Sequence[Block]] | None" = None,
+) -> ModelPrograms:
+    """The costs of a traced model under a runtime; `converted`: its blocks at further levels."""
     from mist.symbolic.compile import compile_model  # sympy, which cached programs do not need
 
-    return compile_model(graph, runtime, setting.precision)
+    return compile_model(graph, runtime, setting.precision, converted or {})
 
 
-def _key(source: str | ConfigSource, setting: TraceSetting, profile_hash: str) -> str | None:
-    """Where the programs of a cached trace are kept; None without a cached trace."""
-    trace = trace_digest(source, setting)
-    return programs_key(trace, profile_hash, setting.precision) if trace else None
+def _key(
+    source: str | ConfigSource,
+    setting: TraceSetting,
+    profile_hash: str,
+    converted: Iterable[TraceSetting],
+) -> str | None:
+    """Where the programs of cached traces are kept; None where one of them is not cached."""
+    traces = [trace_digest(source, each) for each in (setting, *converted)]
+    known = [trace for trace in traces if trace is not None]
+    if len(known) < len(traces):
+        return None
+    return programs_key(" ".join(known), profile_hash, setting.precision)

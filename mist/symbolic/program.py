@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from mist.model.summary import ModelFacts, Traffic
 from mist.plans.host_memory import pinned_bytes
 from mist.plans.plan import MemoryPart, TimePart
+from mist.plans.workload import MemoryLevel
 from mist.platform import OpCosts
 
 # The functions of numpy that sympy prints for what `mist.trace.codec` lets into a trace.
@@ -70,6 +71,11 @@ class ModelPrograms:
     stage: Program
     flop: Program
     domain: Program
+
+    @property
+    def levels(self) -> tuple[MemoryLevel, ...]:
+        """The memory levels that are priced: of those that convert layers, the ones traced."""
+        return tuple(level for level in MemoryLevel if f"{level.column}_0" in self.search.inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ PROGRAMS: Final = ("costs", "terms", "search_terms", "search", "stage", "flop", 
 _READ_HERE: Final = (
     "model/graph.py",
     "model/summary.py",
+    "plans/memory_levels.py",
     "plans/plan.py",
     "plans/workload.py",
     "platform/runtime.py",

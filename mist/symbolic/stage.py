@@ -13,21 +13,23 @@ data-parallel groups): for each block x and memory level, seconds of one micro-b
 Formulas: Mist (EuroSys'25) section 4; bytes and collectives by ZeRO level from profiles/runtimes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Final
 
 import sympy
 from sympy import Expr
 
-from mist.model.graph import ModelGraph
-from mist.plans.workload import Precision
+from mist.model.graph import Block, ModelGraph
+from mist.plans.workload import MemoryLevel, Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, CostSetting, kept_bytes, layer_cost
+from mist.symbolic.block import BlockCost, CostSetting, forward_ops, kept_bytes, layer_cost
 from mist.symbolic.block_sums import max_over, stage_blocks
 from mist.symbolic.head_cost import embed_cost, head_cost
 from mist.symbolic.host_bytes import allocated_terms, drawn_terms, stage_host_bytes
-from mist.symbolic.level_cost import level_costs
+from mist.symbolic.level_cost import LevelCost, converted_cost, level_costs, plain_levels
 from mist.symbolic.memory_terms import block_memory_terms, level_memory_terms, memory_terms
 from mist.symbolic.stage_memory import stage_memory
 from mist.symbolic.stage_time import (
@@ -51,13 +53,25 @@ class StageCost:
     stage: Mapping[str, Expr]
 
 
-def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> StageCost:
+ConvertedBlocks = Mapping[MemoryLevel, Sequence[Block]]
+"""The blocks of a model, traced again as a memory level converts them."""
+
+NOT_CONVERTED: Final[ConvertedBlocks] = MappingProxyType({})
+
+
+def stage_cost(
+    graph: ModelGraph,
+    runtime: Runtime,
+    precision: Precision,
+    converted: ConvertedBlocks = NOT_CONVERTED,
+) -> StageCost:
     """Build the expressions of any stage of `graph`.
 
     Args:
         graph: the traced model.
         runtime: the framework whose behaviour is predicted.
         precision: compute precision of the workload.
+        converted: the same blocks at the levels that convert them.
     """
     setting = CostSetting(runtime=runtime, precision=precision)
     traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
@@ -77,7 +91,13 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
         is_layer = name.isdigit()
         terms |= block_memory_terms(name, named[name], traced[name])
         terms |= block_time_terms(name, named[name], runtime, traced[name])
-        for level in level_costs(named[name], runtime, is_layer=is_layer):
+        levels = level_costs(named[name], runtime, is_layer=is_layer)
+        if is_layer:
+            again = {level: blocks_at[int(name)] for level, blocks_at in converted.items()}
+            values, more = _converted_costs(name, traced[name], again, named[name], setting)
+            costs |= values
+            levels += more
+        for level in levels:
             prefix = f"{name}_{level.name}"
             terms |= level_time_terms(prefix, named[name], level, setting, traced[name])
             terms |= level_memory_terms(prefix, level, runtime if is_layer else None)
@@ -85,7 +105,7 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
     terms |= memory_terms(graph, setting) | transfer_terms(graph, setting)
     terms |= drawn_terms(graph, runtime) | allocated_terms(graph, setting)
     terms["all_layers_params"] = sympy.Add(*every)
-    rows = stage_blocks(len(graph.blocks), runtime)
+    rows = stage_blocks(len(graph.blocks), (*plain_levels(runtime), *converted))
     return StageCost(
         num_kinds=len(graph.blocks),
         costs=costs,
@@ -97,6 +117,29 @@ def stage_cost(graph: ModelGraph, runtime: Runtime, precision: Precision) -> Sta
             "drawn_bytes": max_over(rows.every, "{x}_drawn_bytes"),
         },
     )
+
+
+def _converted_costs(
+    name: str,
+    traced: Block,
+    again: Mapping[MemoryLevel, Block],
+    plain: BlockCost,
+    setting: CostSetting,
+) -> tuple[dict[str, Expr], tuple[LevelCost, ...]]:
+    """The levels that convert a block, and the costs of what it becomes that they name."""
+    values: dict[str, Expr] = {}
+    levels = []
+    for level, block in again.items():
+        costs, cost = layer_cost(block, setting).named(f"{name}_{level.column}")
+        more = max(len(block.ops) - len(traced.ops), 0)
+        ratio = more / max(len(forward_ops(traced)), 1)
+        found = converted_cost(level, plain, cost, launched_ratio=ratio)
+        levels.append(found)
+        # Each cost is a column that every strategy pays for: only those that the level reads.
+        read = {getattr(found, item.name) for item in fields(found)}
+        names = {str(s) for each in read if isinstance(each, Expr) for s in each.free_symbols}
+        values |= {each: costs[each] for each in costs if f"cost_{each}" in names}
+    return values, tuple(levels)
 
 
 def _sent_bytes(graph: ModelGraph, setting: CostSetting) -> Expr:

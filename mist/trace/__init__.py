@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mist.errors import OutputError
 from mist.model.summary import ModelLimits
+from mist.plans.memory_levels import CONVERTS
 from mist.trace import trace_cache as cache
 from mist.trace.models.source import (
     ConfigSource,
@@ -49,7 +50,8 @@ def load_graph(
     `source`: a Python file with build_model(), a Hugging Face config.json or its folder, a preset,
     or the fields of a configuration. `progress` gets a message for each phase. `refuse` is called
     with what the model says of itself before it is traced, and may raise. Raises ModelError when
-    there is no such model, and TraceError when its costs cannot be traced.
+    there is no such model, TraceError when its costs cannot be traced, and InputError where its
+    layers cannot be converted to the level of the setting.
     """
     from mist.trace.codec import decode_graph, encode_graph
 
@@ -60,7 +62,7 @@ def load_graph(
     if graph is not None:
         progress(f"{graph.name}: trace from the cache")
         return graph
-    from mist.trace.model_trace import limits_of, listing, trace
+    from mist.trace.model_trace import convert_layers, limits_of, listing, trace
     from mist.trace.models.loader import load_model, local_modules
 
     progress(f"loading {model_source.label}")
@@ -69,6 +71,8 @@ def load_graph(
     with local_modules(path) as modules:
         model = load_model(model_source, precision=setting.precision, attention=setting.attention)
         refuse(limits_of(model))
+        if setting.level in CONVERTS:
+            convert_layers(model, setting.level)
         traced = trace(model, setting, progress)
     graph, text = traced.graph, listing(traced)
     fields = encode_graph(graph)

@@ -47,9 +47,9 @@ def traced(name: str) -> Iterator[None]:
     try:
         with without_torch_log():
             yield
-    except (MistError, Passed):
+    except (MistError, Passed, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # a model may call sys.exit(), too
         place = _place(traceback.extract_tb(error.__traceback__))
         if isinstance(error, DATA_DEPENDENT):
             raise TraceError(
@@ -89,7 +89,10 @@ def shard_words(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """An exception in one line."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # of an exception that cannot say what it is
+        lines = []
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -9,14 +9,17 @@ from dataclasses import dataclass, replace
 from sympy import Integer
 from torch import fx, nn
 
-from mist.errors import TraceError
+from mist.errors import InputError, TraceError
+from mist.layers import convert_layer
 from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun, ModelLimits
+from mist.plans.workload import MemoryLevel
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.ownership import Owned, owned_parts, unread_note
 from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.recording.session import seq_hint
+from mist.trace.repeated_blocks import find_layers
 from mist.trace.runs import OneLength, Progress, Recorded, record_model
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
@@ -43,6 +46,19 @@ def limits_of(model: LoadedModel) -> ModelLimits:
         max_seq_len=model.max_seq_len,
         tp_limits=tuple(planned_heads(model.module)),
     )
+
+
+def convert_layers(model: LoadedModel, level: MemoryLevel) -> None:
+    """Give every layer of a model a level that converts it, in place, as `mist apply` does.
+
+    What is around the layers stays. Raises InputError where there are no layers, or nothing in one
+    of them is recognised.
+    """
+    layers = find_layers(model.module)
+    if layers is None:
+        raise InputError(f"level {level}: {model.name} has no list of layers.")
+    for layer in dict.fromkeys(layers.modules):
+        convert_layer(layer, level)
 
 
 def listing(traced: Traced) -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import sympy
@@ -22,9 +23,11 @@ from mist.trace.diagnose import shard_words, traced, without_torch_log
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
+from mist.trace.recording.op_limit import LimitReached, OpLimit
 from mist.trace.recording.recorded_run import Point, RecordedRun
 from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, NotALayerList, Session, seq_hint
 from mist.trace.repeated_blocks import Layers, called_again, find_layers
+from mist.trace.sequence_loops import refuse_loops
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, with_whole_vocabulary
 from mist.trace.tp_graph import find_sharding
 
@@ -54,6 +57,8 @@ COMPILED: Final = (
     f"{BATCH_HINT}, s = {SEQ_HINT} (shorter where the model is)"
 )
 
+PUT_BACK: Final = "aten.slice_backward"
+LONG_OPS: Final = 1000  # of one part, forward and backward: several times a layer's
 LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
 
 
@@ -80,6 +85,7 @@ class _Subject:
     setting: TraceSetting
     layers: Layers | None = None
     sharding: Sharding | None = None
+    limit: OpLimit | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -103,7 +109,8 @@ class _Subject:
 
     def session(self, point: Point) -> RecordedRun:
         """One run. Raises whatever the model raises."""
-        return Session(self.model, self.layers, self.setting, self.sharding, point).run()
+        session = Session(self.model, self.layers, self.setting, self.sharding, point, self.limit)
+        return session.run()
 
 
 def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Recorded:
@@ -115,8 +122,8 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
     whole = _trained_whole(subject, check)
     progress("tracing symbolic sizes")
     try:
-        subject = replace(subject, sharding=_sharding(model, whole))
-        run, notes = _sharded_run(subject, check), list(subject.notes)
+        subject, run = _sharded_run(replace(subject, sharding=_sharding(model, whole)), check)
+        notes = list(subject.notes)
     except UnsupportedRules as reason:
         subject = replace(subject, sharding=None)
         run, is_fitted = _expressions(subject, batch=None)
@@ -138,12 +145,15 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
 
 
 def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:
-    """What tensor parallelism divides of a model, from one run at concrete sizes.
+    """What tensor parallelism divides of a model, from a run at concrete sizes and one on shards.
 
     Raises Unsupported, with the reason, and TraceError.
     """
-    subject, run = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
-    return _sharding(model, _trained_whole(subject, run))
+    subject, check = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
+    sharding = _sharding(model, _trained_whole(subject, check))
+    subject, _ = _on_shards(replace(subject, sharding=sharding), Point(backward=False))
+    assert subject.sharding is not None
+    return subject.sharding
 
 
 def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
@@ -163,7 +173,7 @@ def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
         layers, run = _searched(subject, layers)
         if layers is None:
             with counted_calls(model) as calls:
-                run = subject.run(_hints(subject))
+                run = _run_without_loops(subject)
             layers = called_again(model, calls)
             if layers is not None:
                 layers, run = _searched(subject, layers)
@@ -175,13 +185,32 @@ def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, 
     """What of these is a chain of layers, in the order of their calls, and a run that shows it."""
     while layers is not None:
         try:
-            run = replace(subject, layers=layers).run(_hints(subject))
+            run = _run_without_loops(replace(subject, layers=layers))
         except NotALayerList as fault:
             is_new = fault.again and fault.number not in layers.shared
             layers = layers.with_shared(fault.number) if is_new else layers.without(fault.number)
         else:
             return layers.ordered(list(dict.fromkeys(run.order))), run
     return None, None
+
+
+def _run_without_loops(subject: _Subject) -> RecordedRun:
+    """A run at concrete sizes. Raises TraceError for a loop over the sequence, within seconds."""
+    try:
+        return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(_hints(subject))
+    except LimitReached as long:
+        refuse_loops(subject.model.name, long.module, partial(_num_ops, subject, long.module))
+        return subject.run(_hints(subject))
+
+
+def _num_ops(subject: _Subject, module: str, tokens: int) -> int:
+    """How many operations a module runs in a forward pass at a number of tokens."""
+    point = Point(batch=BATCH_HINT, seq=tokens, backward=False)
+    try:
+        run = replace(subject, limit=OpLimit(module=module)).run(point)
+    except LimitReached as done:
+        return done.num_ops
+    return sum(op.module == module for op in _ops(run))
 
 
 def _hints(subject: _Subject) -> Point:
@@ -252,21 +281,18 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
             raise fault from None
 
 
-def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
+def _sharded_run(subject: _Subject, check: RecordedRun) -> tuple[_Subject, RecordedRun]:
     """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
-    try:
-        with without_torch_log():
-            run = subject.session(Point())
-    except Exception as error:
-        raise UnsupportedRules(
-            f"tensor parallelism cannot be traced ({shard_words(error)}); t = 1 only"
-        ) from error
+    subject, run = _on_shards(subject, Point())
     if run.fixed.keys() - {S}:
         raise UnsupportedRules(
             "tensor parallelism cannot be traced (a shard has one size); t = 1 only"
         )
     point = {B: BATCH_HINT, S: seq_hint(subject.model, subject.setting.seq_len), T: 1}
-    if _facts(run, point) != _facts(check, point):
+    (facts, put_back), (known, known_put_back) = _facts(run, point), _facts(check, point)
+    # Where a rank takes its part of a whole table, its gradient is put back in place: such
+    # operations are more than the model's own, and nothing else is.
+    if facts != known or not known_put_back <= put_back:
         raise UnsupportedRules(
             "the tensor-parallel trace at t = 1 is not the model's own; t = 1 only"
         )
@@ -279,7 +305,32 @@ def _sharded_run(subject: _Subject, check: RecordedRun) -> RecordedRun:
             raise UnsupportedRules(
                 f"{op.name} in {op.module} does not divide by t ({op.flop} FLOPs); t = 1 only"
             )
-    return run
+    return subject, run
+
+
+def _on_shards(subject: _Subject, point: Point) -> tuple[_Subject, RecordedRun]:
+    """A run with symbolic shards, and the subject with what it has shown of the model's calls.
+
+    A model that adds a table of its own to the logits has them whole. Raises Unsupported, in our
+    words, when the model does not run on shards.
+    """
+    sharding = subject.sharding
+    assert sharding is not None
+    try:
+        with without_torch_log():
+            run = subject.session(point)
+    except Exception as error:
+        raise UnsupportedRules(
+            f"tensor parallelism cannot be traced ({shard_words(error)}); t = 1 only"
+        ) from error
+    layers = subject.layers.modules if subject.layers else ()
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    outside = (rules for key, rules in run.size_rules.items() if key not in inside)
+    if any(rule.operands for rules in outside for rule in rules.values()):
+        whole = with_whole_vocabulary(sharding, subject.model.module)
+        return _on_shards(replace(subject, sharding=whole), point)
+    sharding = replace(sharding, size_rules=run.size_rules, fused=run.fused)
+    return replace(subject, sharding=sharding), run
 
 
 def _compiled_run(subject: _Subject, eager: RecordedRun) -> RecordedRun:
@@ -296,8 +347,10 @@ def _ops(run: RecordedRun) -> Iterator[Op]:
         yield from piece.part.ops
 
 
-def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
-    """All costs of a run as numbers."""
+def _facts(
+    run: RecordedRun, point: Mapping[Expr, int]
+) -> tuple[list[object], Counter[tuple[object, ...]]]:
+    """All costs of a run as numbers; apart from them those of gradients that are put back."""
     values: dict[Expr, Expr] = {}
 
     def at(expr: Expr) -> Expr:
@@ -308,7 +361,9 @@ def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> list[object]:
 
     ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
     storages = ((k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.storages.values())
-    return [*ops, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)]
+    put_back = Counter(op for op in ops if op[0] == PUT_BACK)
+    others = [op for op in ops if op[0] != PUT_BACK]
+    return [*others, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)], put_back
 
 
 def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:

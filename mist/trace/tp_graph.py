@@ -108,6 +108,12 @@ def _is_scores(node: fx.Node) -> bool:
     return node.target in SOFTMAX and len(node.meta["shape"]) == SCORE_DIMS
 
 
+def _is_stream(node: fx.Node, hidden: int) -> bool:
+    """Whether this is an activation as layers pass it on; a table of biases of heads is none."""
+    shape = node.meta["shape"]
+    return len(shape) <= TOKEN_DIMS and bool(shape) and int(shape[-1]) == hidden
+
+
 @dataclass(slots=True)
 class _Ancestry:
     """What lies behind the input of a matrix."""
@@ -131,7 +137,7 @@ class _Block:
         """Pairs in the order of execution; a matrix is in one of them."""
         used: set[int] = set()
         for node, matrix in self._products.items():
-            ancestry = self._behind(node)
+            ancestry = self._behind(node, matrix.num_out)
             partners = list(ancestry.partners.values())
             # A weight that two regions read (tied layers) goes to the first of them.
             names = {id(m.weight) for m in (matrix, *partners)}
@@ -164,8 +170,8 @@ class _Block:
         parameter = self._run.originals.get(key) if key is not None else None
         return self._matrices.get(id(parameter))
 
-    def _behind(self, product: fx.Node) -> _Ancestry:
-        """Walk back from the input of a product."""
+    def _behind(self, product: fx.Node, hidden: int) -> _Ancestry:
+        """Walk back from the input of a product; `hidden`: the width of the residual stream."""
         ancestry = _Ancestry()
         waiting = [product.args[0] if product.target is aten.mm.default else product.args[1]]
         visited: set[fx.Node] = set()
@@ -179,9 +185,8 @@ class _Block:
                 ancestry.partners[id(matrix.weight)] = matrix
                 continue
             ancestry.nodes.append(node)
-            ancestry.residual |= (
-                bool(node.meta.get("flows")) or node.target is aten.embedding.default
-            )
+            begins = bool(node.meta.get("flows")) or node.target is aten.embedding.default
+            ancestry.residual |= begins and _is_stream(node, hidden)
             waiting += node.all_input_nodes
         return ancestry
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from mist.errors import InputError
 from mist.pareto.layouts import PricedLayout, plain_layout
+from mist.pareto.strategies import priced
 from mist.plans.breakdown import layout_words
 from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
@@ -247,7 +248,7 @@ def _something_fits(programs: ModelPrograms, space: SearchSpace, question: Quest
     try:
         job = job_of(question, programs)
         limits = limits_of(job, question)
-        layout, host = smallest(job, space, limits)
+        layout, host = smallest(job, priced(space, job), limits)
     except InputError:  # a number that fills no nodes, or that the global batch does not divide
         return False
     return host.fits and layout.peak_bytes <= limits.device_bytes

@@ -19,7 +19,7 @@ from mist.symbolic.estimate import estimate
 from mist.symbolic.job import make_job
 from mist.symbolic.open_programs import OpenPrograms, open_programs
 from mist.trace import load_graph
-from mist.workflow.checking import HandLayout, plan_by_hand, question_of
+from mist.workflow.checking import HandLayout, of_level, plan_by_hand, question_of
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import Question, platform_of, setting_of
 
@@ -173,7 +173,7 @@ def _measured(
     ran: Path | RunByHand, log: Path, progress: Callable[[str], None], access: ModelAccess
 ) -> PlanRun:
     if isinstance(ran, RunByHand):
-        question = ran.question
+        question = of_level(ran.question, ran.layout)
         _, plan = plan_by_hand(question, ran.layout, progress)
         assert isinstance(question.model, str)  # as it is typed
         source = question.model

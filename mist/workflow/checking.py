@@ -22,7 +22,7 @@ from mist.plans.plan import (
 from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.uniform_stages import uniform_layout
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind, batches_near
 from mist.platform import Platform
 from mist.platform.overrides import NO_OVERRIDES, Overrides
 from mist.platform.profiles import is_machine
@@ -183,12 +183,20 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
     Raises InputError naming every rule that it breaks.
     """
+    question = of_level(question, layout)
     job, plan = plan_by_hand(question, layout, progress)
     limits = limits_of(job, question)
     host = host_need(job, plan.layout, plan.estimate, limits)
     notes = tuple(notes_of(job))
     checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
     return replace(checked, suggestions=tuple(suggestions(question, job, layout, checked, _made)))
+
+
+def of_level(question: Question, layout: HandLayout) -> Question:
+    """The question of a layout of one memory level: no other is traced."""
+    if layout.checkpoint in CHECKPOINTS:
+        return replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
+    return question
 
 
 def plan_by_hand(
@@ -254,6 +262,7 @@ def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None 
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
         overrides=plan.overrides,
+        levels=tuple(dict.fromkeys(level for stage in plan.stages for level in stage.levels)),
     )
 
 
@@ -308,11 +317,12 @@ def _made(job: Job, layout: HandLayout) -> Layout:
 def _refuse_batch(batch: int, dp: int, micro_batch: int) -> None:
     """Raise InputError for a global batch that is no whole number of micro-steps."""
     step = dp * micro_batch
-    if batch > 0 and (rest := batch % step):
-        near = " or ".join(str(each) for each in (batch - rest, batch - rest + step) if each)
+    if batch % step:
+        near = " or ".join(map(str, batches_near(batch, step)))
+        advice = f"--global-batch {near}" if near else "a smaller --micro-batch"
         raise InputError(
             f"--global-batch {batch}: dp {dp} * micro-batch {micro_batch} = {step} does not "
-            f"divide it. Try --global-batch {near}."
+            f"divide it. Try {advice}."
         )
 
 

@@ -173,7 +173,9 @@ def _searched(asked: Sequence[_Asked], space: SearchSpace, effort: Effort) -> li
     for number, one in enumerate(asked, 1):
         key = one.platform.runtime_hash
         if key not in known:
-            known[key] = compiled(replace(one.question, num_gpus=1), effort.progress)
+            known[key] = compiled(
+                replace(one.question, num_gpus=1, levels=space.levels), effort.progress
+            )
         if is_due(number, len(asked)):
             effort.progress(f"candidate {number} of {len(asked)}: {_name(one)}")
         try:

@@ -49,17 +49,22 @@ def _counts(text: str) -> Counts:
             raise InputError(
                 f"--gpus {text}: {first} is more than {last}. Try --gpus {last}..{first}."
             )
+        if last > MOST_GPUS:
+            raise InputError(
+                f"--gpus {text}: {last} is more than Mist plans for. Try --gpus "
+                f"{min(first, MOST_GPUS)}..{MOST_GPUS}."
+            )
         return Counts(text=text, listed=(), first=first, last=last)
     return Counts(text=text, listed=tuple(sorted(set(map(parse_whole, text.split(","))))))
 
 
 def _in_range(counts: Counts, cluster: Cluster) -> tuple[int, ...]:
     per_node, nodes = cluster.num_gpus_per_node, cluster.num_nodes_limit
-    last = min(counts.last, MOST_GPUS if nodes is None else min(nodes * per_node, MOST_GPUS))
+    last = counts.last if nodes is None else min(counts.last, nodes * per_node)
     powers = {1 << bit for bit in range(last.bit_length())}
     able = {n for n in powers if counts.first <= n <= last and (n <= per_node or n % per_node == 0)}
     step = per_node
-    # Of a range of a billion no list is made: multiples are counted first.
+    # Of a range of a million no list is made: multiples are counted first.
     while last // step - (counts.first - 1) // step > MOST_COUNTS:
         step *= 2
     while True:

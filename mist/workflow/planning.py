@@ -12,7 +12,7 @@ from mist.errors import Infeasible, InputError
 from mist.milp import Method
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.pareto.least_memory import ROUNDING_RATIO, leanest
-from mist.pareto.strategies import expressible
+from mist.pareto.strategies import expressible, priced
 from mist.plans.breakdown import layout_words, losing_reason, overflow, step_parts
 from mist.plans.host_memory import HostNeed
 from mist.plans.objectives import OBJECTIVES, Objective
@@ -107,6 +107,7 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     start = perf_counter()
     # Of one degree that the user set; of several the search leaves out what the model does not do.
     tp = space.tp[0] if space.tp is not None and len(space.tp) == 1 else 1
+    question = replace(question, levels=space.levels)
     programs = compiled(question, effort.progress, tp)
     seconds = {"prepare": perf_counter() - start}
     try:
@@ -122,6 +123,7 @@ def search_plan(
     """The same, of a model whose costs are known; what refuses it does not say what would fit."""
     start = perf_counter()
     job = job_of(question, programs)
+    space = priced(space, job)
     limits = limits_of(job, question)
     deadline = _Deadline(end_s=process_time() + effort.time_limit_s)
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mist.errors import InputError
 from mist.model.summary import ModelFacts, ModelLimits
 from mist.plans.host_memory import HostNeed
+from mist.plans.memory_levels import CONVERTS
 from mist.plans.plan import (
     ClusterRef,
     Estimate,
@@ -19,7 +20,14 @@ from mist.plans.plan import (
     Provenance,
     fullest_host_bytes,
 )
-from mist.plans.workload import Attention, Optimizer, Precision, Workload
+from mist.plans.workload import (
+    Attention,
+    MemoryLevel,
+    Optimizer,
+    Precision,
+    Workload,
+    refuse_sizes,
+)
 from mist.platform import Platform, load_platform
 from mist.platform.overrides import HOST_MEMORY, Overrides, overrides_of
 from mist.rules.combinations import divides, out_of_domain
@@ -45,7 +53,8 @@ OBJECT = "object:"  # begins the source of a model that was given as a module, n
 class Question:
     """What the user asks about; None stands for the default of the model or device.
 
-    `overrides`: figures that the user sets in place of those of profiles, by name.
+    `overrides`: figures that the user sets in place of those of profiles, by name. `levels`: memory
+    levels of interest; those that convert layers are priced only where they are asked about.
     """
 
     model: "str | nn.Module"
@@ -59,6 +68,7 @@ class Question:
     attention: Attention = Attention.FLASH
     margin_ratio: float | None = None
     overrides: Overrides = field(default_factory=dict)
+    levels: tuple[MemoryLevel, ...] = ()
     make_batch: Callable[..., object] | None = None
     loss: Callable[..., object] | None = None
 
@@ -71,6 +81,7 @@ class Question:
             raise InputError("--cluster '' is no name. Leave it out for the device's own cluster.")
         if self.margin_ratio is not None and not 0 <= self.margin_ratio < 1:
             raise InputError(f"--margin {self.margin_ratio} is not a share of the memory (0 to 1).")
+        refuse_sizes(self.seq_len, self.global_batch)  # before any advice that follows from them
 
 
 def figures_of(words: Iterable[str], host_memory: str | float | None) -> dict[str, float]:
@@ -123,6 +134,7 @@ def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> Mod
         platform.runtime_hash,
         progress,
         refuse=partial(_refuse_beyond, question.seq_len, tp),
+        levels=[level for level in question.levels if level in CONVERTS],
     )
 
 

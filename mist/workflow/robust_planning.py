@@ -51,7 +51,11 @@ def chosen_robustly(
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
 
     # The bounds of groups as the profiles say, which are not those of the pessimistic job.
-    near = {_name(group) for group in groups(job, space) if lower_bound_s(job, group) <= most_s}
+    near = {
+        _name(group)
+        for group in groups(job, space)
+        if lower_bound_s(job, group, space.levels) <= most_s
+    }
 
     pool = [tuned.best, *tuned.pool]
     pool += _found(pessimistic_job(job), space, limits, how, lambda group: _name(group) in near)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mist.plans.memory_levels import CONVERTS
 from mist.plans.plan import ClusterRef, ModelRef, Offload, Plan, Schedule, StagePlan
 from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
 from tests.sample_plans import estimate_of, sample_plan, stage_estimate
@@ -148,6 +149,8 @@ class S:
     layers: tuple[int, ...] = (NUM_LAYERS,)
     full: int = 0
     selective: int = 0
+    drop_norm: int = 0
+    drop_activation: int = 0
     offload: Offload = field(default_factory=Offload)
 
 
@@ -156,6 +159,7 @@ class Variant:
     """A layout under test. `micro`: samples of all ranks in one micro-batch.
 
     `rounded`: parity is that of the plan's own precision, else of float64 (tests/exec/double.py).
+    `num_steps`: optimizer steps; the second reads all that the first one wrote.
     """
 
     name: str
@@ -166,6 +170,7 @@ class Variant:
     max_norm: float | None = None
     precision: Precision = Precision.FP32
     rounded: bool = False
+    num_steps: int = 2
 
     @property
     def world_size(self) -> int:
@@ -218,11 +223,16 @@ def _firsts(counts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 
 
 def _stage(s: S, layers: tuple[tuple[int, int], ...], device: int, micro: int) -> StagePlan:
-    eager = sum(s.layers) - s.full - s.selective
-    memory: Mapping[MemoryLevel, int] = {
-        MemoryLevel.NONE: eager,
+    deeper = {
+        MemoryLevel.DROP_ACTIVATION: s.drop_activation,
+        MemoryLevel.DROP_NORM: s.drop_norm,
         MemoryLevel.SELECTIVE: s.selective,
         MemoryLevel.FULL: s.full,
+    }
+    eager = sum(s.layers) - sum(deeper.values())
+    memory: Mapping[MemoryLevel, int] = {
+        MemoryLevel.NONE: eager,
+        **{level: count for level, count in deeper.items() if count or level not in CONVERTS},
     }
     return StagePlan(
         layers=layers,

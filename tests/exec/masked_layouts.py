@@ -63,13 +63,16 @@ FOUR = {
     "dp2 pp2": {"stages": (S(layers=(2,), dp=2, zero=1), S(layers=(2,), dp=2, zero=2)), "micro": 4},
     "dp2 tp2": {"stages": (S(dp=2, tp=2, zero=3),), "micro": 4},
 }
+EVERY = tuple(
+    Variant(name=f"{model.split('.')[0]} {name}", model=model, **layout)  # type: ignore[arg-type]
+    for model, (name, layout) in product(
+        ("llama.json", "pair.py", "mean.py"), {**TWO, **FOUR}.items()
+    )
+)
+# What sums a loss and what divides the model are each met in another of the fast layouts.
+REPEATED = ("pair dp2", "pair pp2", "mean tp2", "mean pp2")
 LAYOUTS = (
-    *(
-        Variant(name=f"{model.split('.')[0]} {name}", model=model, **layout)  # type: ignore[arg-type]
-        for model, (name, layout) in product(
-            ("llama.json", "pair.py", "mean.py"), {**TWO, **FOUR}.items()
-        )
-    ),
+    *(each for each in EVERY if each.name not in REPEATED),
     Variant(name="by hand pp2", model="by_hand.py", **TWO["pp2"]),  # type: ignore[arg-type]
     Variant(name="default tp2", model="default.py", stages=TENSOR, micro=4),
     Variant(name="gpt2 tied dp2", model="gpt2.json", stages=DATA, micro=4),
@@ -78,6 +81,7 @@ LAYOUTS = (
     Variant(name="llama pp2 packed", stages=HALVES, micro=4),
 )
 MORE = (
+    *(each for each in EVERY if each.name in REPEATED),
     *(
         Variant(name=f"by hand {name}", model="by_hand.py", **layout)  # type: ignore[arg-type]
         for name, layout in {**TWO, **FOUR}.items()

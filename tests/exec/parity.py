@@ -28,10 +28,11 @@ from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import Variant, plan_of
+from tests.exec.sized_layouts import SIZED, WITH_ENCODER
 from tests.exec.subjects import known_subject
 from tests.exec.variants import SLOW, VARIANTS
 
-NUM_STEPS, SEED, LR = 2, 7, 1e-3
+SEED, LR = 7, 1e-3
 
 
 def settings(max_norm: float | None) -> Settings:
@@ -61,7 +62,7 @@ def reference(variant: Variant, folder: Path) -> None:
         model, loaded = whole_model(variant, folder)
     with in_double():
         batches = Batches(loaded, plan_of(variant, folder).workload, SEED)
-        found = _trained(model, loaded, batches, variant.max_norm)
+        found = _trained(model, loaded, batches, variant)
     torch.save(found, path)
 
 
@@ -81,14 +82,14 @@ def whole_model(variant: Variant, folder: Path) -> tuple[nn.Module, LoadedModel]
 
 
 def _trained(
-    model: nn.Module, loaded: LoadedModel, batches: Batches, max_norm: float | None
+    model: nn.Module, loaded: LoadedModel, batches: Batches, variant: Variant
 ) -> dict[str, Any]:
-    given = settings(max_norm)
+    given = settings(variant.max_norm)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=given.lr, betas=given.betas, weight_decay=given.weight_decay
     )
     found: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
-    for step in range(NUM_STEPS):
+    for step in range(variant.num_steps):
         loss = loaded.run(batches.step(step))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), given.max_norm or math.inf)
@@ -103,7 +104,7 @@ def _trained(
 
 def reference_path(variant: Variant, folder: Path) -> Path:
     kind = ("" if variant.max_norm is None else "-clipped") + "-rounded" * variant.rounded
-    return folder / f"reference-{Path(variant.model).stem}{kind}.pt"
+    return folder / f"reference-{Path(variant.model).stem}{kind}-{variant.num_steps}.pt"
 
 
 def run_variants(
@@ -129,7 +130,7 @@ def errors(variant: Variant, folder: Path, device: torch.device) -> dict[str, fl
         parallel = build(subject, plan, device, settings(variant.max_norm), SEED)
         gradients = watch_gradients(parallel, known["gradients"])
         batches = Batches(subject.loaded, plan.workload, SEED)
-        steps = [parallel.train_step(batches.step(step)) for step in range(NUM_STEPS)]
+        steps = [parallel.train_step(batches.step(step)) for step in range(variant.num_steps)]
     worst = {
         "loss": farthest([step.loss for step in steps], known["losses"]),
         "norm": farthest([step.norm for step in steps], known["norms"]),
@@ -192,7 +193,7 @@ def write_errors(
 
 
 def main(folder: Path, out: Path, names: Sequence[str]) -> None:
-    known = {variant.name: variant for variant in (*VARIANTS, *SLOW)}
+    known = {variant.name: variant for variant in (*VARIANTS, *SLOW, *SIZED, *WITH_ENCODER)}
     write_errors([known[name] for name in names], errors, folder, out)
 
 

@@ -121,6 +121,7 @@ def test_a_run_is_logged_and_ends_cleanly_when_asked(folder: Path) -> None:
     assert read_log(log).parts[0].backward_s > 0
 
 
+@pytest.mark.slow  # test_launch.py names the cause in every order, without ranks that train
 def test_the_traceback_of_the_rank_that_fails_is_shown_first(folder: Path) -> None:
     variant = Variant(name="failing", model="failing.py", stages=(S(dp=2, zero=3),))
     run = start(plan_file(variant, folder), "--steps", 50, "--timeout", 20, folder=folder)

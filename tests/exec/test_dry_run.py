@@ -14,7 +14,14 @@ from tests.exec.forking import RunRanks, interpreters
 from tests.exec.layouts import plan_of, write_models
 from tests.exec.running import variant_of
 
-FAST = ("zero1 accumulated", "zero3 accumulated", "tp2 sp levels", "pp2 1+3", "activations 1.0")
+FAST = (
+    "zero1 accumulated",
+    "pp2 converted",
+    "zero3 accumulated",
+    "tp2 sp levels",
+    "pp2 1+3",
+    "activations 1.0",
+)
 SLOW = (
     "zero0 accumulated",
     "zero2 accumulated",
@@ -28,6 +35,8 @@ SLOW = (
     "pp2 zero-bubble dp2 zero2",
     "optimizer 0.3",
     "bf16 zero2 levels",
+    "converted zero3",
+    "gpt2 converted zero2",
     "pp3 1+2+1",
     "hsdp zero2 accumulated",
     "hsdp zero3 accumulated",

@@ -15,7 +15,7 @@ from mist.plans.workload import Precision
 from tests.exec.double import MAX_LOSS, MAX_PARAMETER
 from tests.exec.forking import RunRanks, interpreters
 from tests.exec.layouts import NUM_LAYERS, Variant, write_models
-from tests.exec.parity import LR, NUM_STEPS, run_variants
+from tests.exec.parity import LR, run_variants
 from tests.exec.variants import SLOW, VARIANTS
 
 EXACT = {"loss": MAX_LOSS, "norm": MAX_LOSS, "gradients": MAX_LOSS, "parameters": MAX_PARAMETER}
@@ -31,7 +31,7 @@ ROUNDINGS = 4 + 21 * NUM_LAYERS
 MAX_LOGIT = 1.0
 # A step moves a parameter by at most 1.004 times the learning rate in up to three steps of these
 # betas (Cauchy-Schwarz on the two running means), either way.
-MAX_MOVED = 2 * NUM_STEPS * 1.004 * LR
+MAX_MOVED = 2 * 1.004 * LR
 
 RANKS = [  # with 3 or more, two cores take long
     pytest.param(n, marks=[pytest.mark.slow] if n >= 3 else [])
@@ -56,7 +56,8 @@ def rounding(precision: Precision) -> float:
 def limits(variant: Variant) -> Mapping[str, float]:
     if not variant.rounded:
         return EXACT
-    return {"loss": rounding(variant.precision), "parameters": MAX_MOVED}
+    parameters = variant.num_steps * MAX_MOVED
+    return {"loss": rounding(variant.precision), "parameters": parameters}
 
 
 def assert_parity(found: Errors, variants: list[Variant]) -> None:

@@ -118,6 +118,31 @@ def test_what_is_not_a_list_of_draws_is_done_as_it_is() -> None:
     assert torch.equal(weight, whole(values(Odd(6, 6))["weight"], (6, 6)))
 
 
+class Outer(nn.Module):
+    """A model that sets a matrix of the module around it, after all matrices."""
+
+    def __init__(self, spread: float, inner: nn.Module) -> None:
+        super().__init__()
+        self.spread, self.inner = spread, inner
+        self.pair = nn.ModuleDict({"scaled": nn.Linear(40, 40), "plain": nn.Linear(40, 40)})
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.spread)
+        elif isinstance(module, nn.ModuleDict):
+            nn.init.normal_(module["scaled"].weight, std=self.spread / 10)
+
+
+def test_modules_around_and_models_within_say_how() -> None:
+    model = Outer(0.5, Outer(0.05, nn.Identity())).to("meta")
+    expected = {"pair.scaled": 0.05, "pair.plain": 0.5,
+                "inner.pair.scaled": 0.005, "inner.pair.plain": 0.05}  # fmt: skip
+    for name, spread in expected.items():
+        found = whole(initial_values(model, name, 1, CPU)["weight"], (40, 40)).std().item()
+        # 1,600 numbers: five standard errors are 5 / sqrt(2 * 1600), 9 %.
+        assert found == pytest.approx(spread, rel=0.09), name
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = Parts().to("meta")
     before = dict(model.named_parameters())

@@ -18,6 +18,17 @@ DATA = (
     Variant(name="clipped", stages=(S(dp=2, zero=3),), micro=4, max_norm=0.5),
     Variant(name="full 4 zero3", stages=(S(dp=2, zero=3, full=4),), micro=8),
     Variant(name="mixed levels zero2", stages=(S(dp=2, zero=2, full=1, selective=2),), micro=8),
+    Variant(
+        name="converted zero3",
+        stages=(S(dp=2, zero=3, full=1, drop_norm=1, drop_activation=1),),
+        micro=8,
+    ),
+    Variant(
+        name="gpt2 converted zero2",
+        model="gpt2.json",
+        stages=(S(dp=2, zero=2, drop_norm=2, selective=1),),
+        micro=8,
+    ),
     Variant(name="gpt2 tied zero3", model="gpt2.json", stages=(S(dp=2, zero=3),)),
     Variant(name="plain zero1", model="plain.py", stages=(S(dp=2, zero=1),), micro=4),
 )
@@ -149,6 +160,14 @@ PIPELINE = (
         model="opt.json",
         kind=ZERO_BUBBLE,
         stages=(S(layers=(1, 1)), S(layers=(1, 1))),
+        micro=4,
+    ),
+    Variant(
+        name="pp2 converted",
+        stages=(
+            S(layers=(3,), full=1, drop_norm=1, drop_activation=1),
+            S(layers=(1,), drop_norm=1),
+        ),
         micro=4,
     ),
     Variant(
@@ -318,7 +337,14 @@ HYBRID = (
         micro=8,
     ),
 )
-VARIANTS = (
+# Of two ranks, each of a kind that another one shows too: the same model in another layout of the
+# kind, or the same layout with another model.
+REPEATED = (
+    *("zero1", "zero3", "tp2", "tp2 sp clipped", "one-kv-head tp2 sp", "plain tp2 sp", "plain pp2"),
+    *("gpt2 tied tp2", "gpt2 tied pp2 clipped", "opt tied tp2", "opt tied pp2"),
+    "pp2 zero-bubble vpp2",
+)
+_EVERY = (
     *DATA,
     *TENSOR,
     *FROZEN[::3],
@@ -329,9 +355,11 @@ VARIANTS = (
     *FAST_MIXTURES,
     *HYBRID,
 )
+VARIANTS = tuple(variant for variant in _EVERY if variant.name not in REPEATED)
 
 # Of more ranks than a small machine has cores for, and more of what others show too.
 SLOW = (
+    *(variant for variant in _EVERY if variant.name in REPEATED),
     *(variant for index, variant in enumerate(FROZEN) if index % 3),
     *OFFLOAD[::2],
     *(variant for variant in MIXTURES if variant not in FAST_MIXTURES),
@@ -383,6 +411,30 @@ SLOW = (
         name="dp4 to tp2 sp",
         stages=(S(layers=(1,), dp=4, zero=3), S(layers=(3,), tp=2, sp=True)),
         micro=4,
+    ),
+    Variant(
+        name="pp2 converted, 20 steps",
+        stages=(
+            S(layers=(3,), full=1, drop_norm=1, drop_activation=1),
+            S(layers=(1,), drop_norm=1),
+        ),
+        micro=4,
+        num_steps=20,
+    ),
+    Variant(  # converted layers are not divided: mixed levels of those that are
+        name="dp2 tp2 sp levels, 20 steps",
+        stages=(S(dp=2, tp=2, sp=True, zero=2, full=1, selective=2),),
+        micro=8,
+        num_steps=20,
+    ),
+    Variant(
+        name="dp2 tp2 to converted dp4, 20 steps",
+        stages=(
+            S(layers=(2,), dp=2, tp=2, zero=1, full=1),
+            S(layers=(2,), dp=4, zero=3, drop_norm=1, drop_activation=1),
+        ),
+        micro=4,
+        num_steps=20,
     ),
     Variant(
         name="tp2 to dp2 to dp2",

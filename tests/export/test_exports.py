@@ -58,6 +58,19 @@ def test_recomputation_is_rounded_up_to_one_number_for_all_stages() -> None:
     assert "memory" not in " ".join(losses("torchtitan", plan))  # it has a list of layers
 
 
+@pytest.mark.parametrize("name", ["megatron", "torchtitan"])
+def test_converted_layers_are_run_again_whole(name: str) -> None:
+    """Both have layers that repeat a part, but keep more of them than a converted layer does."""
+    counts = {"none": 5, "drop-norm": 2, "selective": 1}
+    memory = {MemoryLevel(level): count for level, count in counts.items()}
+    plan = with_stages(memory=memory, tp=1, dp=4, micro_batch=1, sp=False)
+    found = [loss for loss in losses(name, plan) if ".memory" in loss]
+    for stage, loss in zip((0, 1), found, strict=True):
+        assert loss.startswith(
+            f"ROUNDED stages[{stage}].memory: 5 none 2 drop-norm 1 selective -> 5 none 3 full ("
+        )
+
+
 def test_stages_that_differ_are_refused_by_field() -> None:
     second = stage_plan(first=8, device=4, tp=1, dp=4, micro_batch=1, sp=False)
     assert losses("megatron", sample_plan(stages=(stage_plan(), second))) == [

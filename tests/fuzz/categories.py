@@ -123,7 +123,7 @@ def _drawn(rng: Rng, table: dict[str, Value], most: int) -> list[str]:
 def options(rng: Rng, _: Workspace) -> list[str]:
     """Any command with options that are right, wrong or absurd."""
     gpus = rng.choice(["1", "2", "4"]) if rng.random() < 0.6 else rng.choice(NUMBERS)
-    small = ["--gpus", gpus, *ASKED[2:6]]
+    small = ["--gpus", gpus, *ASKED[2:]]
     kinds: list[Callable[[], list[str]]] = [
         lambda: ["check", "tiny.py", *small, *_drawn(rng, CHECK, 5)],
         lambda: ["check", "tiny.py", *small, *_drawn(rng, CHECK, 5)],

@@ -8,9 +8,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tests.fuzz.shared_work import SharedWork
 from tests.small_models import TINY
 from tests.validate.rows import RUN
 
@@ -43,11 +44,15 @@ CONFIGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """`folder`: where commands run; `cache`: where they keep traces; `good`: copies to spoil."""
+    """`folder`: where commands run; `cache`: where they keep traces; `good`: copies to spoil.
+
+    `work`: what all cases have in common.
+    """
 
     folder: Path
     cache: Path
     good: Path
+    work: SharedWork = field(default_factory=SharedWork)
 
     def text(self, name: str) -> str:
         return (self.good / name).read_text(encoding="utf-8")
@@ -81,7 +86,8 @@ def within(workspace: Workspace) -> Iterator[None]:
     os.environ["XDG_CONFIG_HOME"] = str(workspace.good / "none")
     try:
         os.chdir(workspace.folder)
-        yield
+        with workspace.work.used():
+            yield
     finally:
         os.chdir(before)
         os.environ.clear()
@@ -117,7 +123,7 @@ def _plan(workspace: Workspace) -> None:
     with within(workspace), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         for argv in (
             ["plan", "tiny.py", *asked, "--out", "tiny.yaml"],
-            ["check", "tiny.py", *ASKED[:6], "--gpu", "l4"],
+            ["check", "tiny.py", *ASKED, "--gpu", "l4"],
         ):
             sys.argv = ["mist", *argv]
             try:

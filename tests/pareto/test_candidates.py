@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mist.pareto.candidates import GroupModel, Mixes
+from mist.pareto.candidates import GroupModel
 from mist.pareto.frontier_points import Points, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Group, divisors, groups, offloading
+from mist.plans.memory_levels import PLAIN as PLAIN_LEVELS
 from mist.plans.plan import DEFAULT_SCHEDULE, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
@@ -57,7 +59,7 @@ def mixes_of(model: GroupModel, count: int) -> list[tuple[int, ...]]:
     """Layers at each level, at most two levels at once; zero bubble recomputes none."""
     if model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
         return [(count, 0, 0)]
-    every = itertools.product(range(count + 1), repeat=len(MemoryLevel))
+    every = itertools.product(range(count + 1), repeat=len(PLAIN_LEVELS))
     return [mix for mix in every if sum(mix) == count and sum(n > 0 for n in mix) <= 2]
 
 
@@ -136,7 +138,7 @@ def compared(job: Job, space: SearchSpace, limit: float, *, stride: int = 2) -> 
 def confirm(model: GroupModel, points: Points, i: int, first: int, count: int) -> None:
     """Every point is what its stage alone is."""
     for p in range(len(points)):
-        layers = dict.fromkeys(MemoryLevel, 0)
+        layers = dict.fromkeys(model.job.levels, 0)
         layers[points.upper[p]] += count - int(points.num_lower[p])
         layers[points.lower[p]] += int(points.num_lower[p])
         alone = stages_alone(model, i, first, [tuple(layers.values())])

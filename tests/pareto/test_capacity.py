@@ -111,7 +111,7 @@ def test_no_stage_of_a_plan_that_fits_and_is_fast_enough_takes_more(
             limits = Limits(device_bytes=device_bytes, host_bytes=HOST)
             found = list(pipelines(model, ranges, limits, np.random.default_rng(seed)))
             fastest_s = min((each.step_s.min() for each in found), default=1.0)
-            assert lower_bound_s(model.job, model.group) <= fastest_s
+            assert lower_bound_s(model.job, model.group, model.space.levels) <= fastest_s
             for step_s in (0.7 * fastest_s, fastest_s, 1.1 * fastest_s):
                 fine, coarse = (
                     capacity(model, ranges, limits, step_s, coarse=each) for each in (False, True)

@@ -30,6 +30,7 @@ from tests.trace.test_exact import (
     Family,
     at,
     bert,
+    family_graph,
     flop,
     gpt2,
     llama,
@@ -113,7 +114,7 @@ def test_a_cut_elsewhere_keeps_nearly_as_much(family: Family, ratio: float) -> N
 def test_products_are_the_layers_own(family: Family) -> None:
     """Recomputation repeats no product: FLOPs equal those of torch's counter in eager mode."""
     eager = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH, policy="cpu")
-    (block,) = trace_model(family(BF16, "meta"), eager).blocks
+    (block,) = family_graph(family, BF16, eager).blocks
     for phase in ("forward", "backward"):
         ours, theirs = (flop(each, phase, OpKind.GEMM, 2, 48) for each in (block_of(family), block))
         assert ours == theirs
@@ -122,7 +123,7 @@ def test_products_are_the_layers_own(family: Family) -> None:
 @pytest.mark.slow
 def test_less_is_kept_and_less_is_moved_than_in_eager_mode() -> None:
     eager = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH, policy="cuda")
-    (block,) = trace_model(llama(BF16, "meta"), eager).blocks
+    (block,) = family_graph(llama, BF16, eager).blocks
     compiled = block_of(llama, "cuda")
     moved = [sum(at(op.traffic_bytes, 2, 512) for op in each.ops) for each in (compiled, block)]
     kept = [saved_bytes(each.saved, 2, 512) for each in (compiled, block)]

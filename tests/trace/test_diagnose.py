@@ -86,3 +86,23 @@ def test_model_without_a_loss(tmp_path: Path) -> None:
         "the default loss needs logits and token ids, found a dict. "
         "Define loss(output, batch) and make_batch(batch, seq)."
     )
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("SystemExit(0)", "SystemExit: 0"),
+        ("GeneratorExit", "GeneratorExit"),
+        ("BaseException('bang')", "BaseException: bang"),
+    ],
+)
+def test_a_model_that_ends_the_program(end: str, words: str, tmp_path: Path) -> None:
+    assert message_of(tmp_path, f"raise {end}") == (
+        f"my-model cannot be traced: {words} (FILE:13: raise {end}). Check that the model runs on "
+        "a batch of token ids, or define make_batch(batch, seq)."
+    )
+
+
+def test_ctrl_c_while_tracing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        message_of(tmp_path, "raise KeyboardInterrupt")

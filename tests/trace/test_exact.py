@@ -1,6 +1,7 @@
 """The trace on this CPU's policy against real CPU tensors: not one byte, not one FLOP apart."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 from sympy import Expr
 from torch import nn
 
-from mist.model.graph import B, Block, OpKind, S, SavedTensor, T
+from mist.model.graph import B, Block, ModelGraph, OpKind, S, SavedTensor, T
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from tests.tokens import tokens
@@ -74,6 +75,12 @@ def build(config: object, dtype: torch.dtype, device: str) -> nn.Module:
     return model.train()
 
 
+@cache
+def family_graph(family: Family, dtype: torch.dtype, setting: TraceSetting) -> ModelGraph:
+    """The trace of a family, made once for all tests that compare it with something real."""
+    return trace_model(family(dtype, "meta"), setting)
+
+
 # No tensor parallelism.
 ALONE = {T: 1} | tokens(1, 1)
 
@@ -126,7 +133,7 @@ EXPERTS = {mixtral: 2 * (2 * 128 * 128 + 2 * 64 * 128)}
 def test_block_equals_real_tensors(family: Family, precision: Precision) -> None:
     setting = TraceSetting(precision=precision, attention=Attention.FLASH, policy="cpu")
     dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
-    (block,) = trace_model(family(dtype, "meta"), setting).blocks
+    (block,) = family_graph(family, dtype, setting).blocks
     model = family(dtype, "cpu")
     for b, s in POINTS:
         real = measure(model, PATHS[family], INPUTS.get(family, token_ids)(b, s))

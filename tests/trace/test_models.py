@@ -17,7 +17,7 @@ from mist.trace import TraceSetting, load_graph, trace_model
 from mist.trace.models.loader import load_model
 from mist.trace.models.presets import PRESETS
 from mist.trace.models.source import resolve
-from tests.trace.test_exact import gpt2
+from tests.trace.test_exact import family_graph, gpt2
 
 ROOT = Path(__file__).parents[2]
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
@@ -168,7 +168,7 @@ def test_attention_that_a_plan_leaves_whole() -> None:
 
 
 def test_gpt2_ties_its_embedding() -> None:
-    graph = trace_model(gpt2(torch.float32, "meta"), BF16)
+    graph = family_graph(gpt2, torch.float32, BF16)
     assert graph.tied
     (head,) = (param for param in graph.head.params if param.tied)
     assert head.numel == 512 * 128
@@ -180,13 +180,13 @@ def test_gpt2_ties_its_embedding() -> None:
 
 
 def test_gpt2_dropout_masks_are_one_byte_on_a_gpu() -> None:
-    (block,) = trace_model(gpt2(torch.float32, "meta"), BF16).blocks
+    (block,) = family_graph(gpt2, torch.float32, BF16).blocks
     masks = [tensor for tensor in block.saved if tensor.op == "aten.native_dropout"]
     assert [(mask.dtype, mask.bytes) for mask in masks] == [("bool", 128 * B * S)] * 2
 
 
 def test_norm_statistics_are_fp32_on_a_gpu() -> None:
-    (block,) = trace_model(gpt2(torch.float32, "meta"), BF16).blocks
+    (block,) = family_graph(gpt2, torch.float32, BF16).blocks
     norms = [tensor for tensor in block.saved if tensor.op == "aten.native_layer_norm"]
     assert [tensor.bytes for tensor in norms if tensor.dtype == "float32"] == [4 * B * S] * 4
 
@@ -213,8 +213,8 @@ def test_example_is_its_preset(stem: str) -> None:
 
 def test_fingerprint_is_the_model_not_the_trace(llama: ModelGraph) -> None:
     fp32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
-    model = gpt2(torch.float32, "meta")
-    assert trace_model(model, fp32).fingerprint == trace_model(model, BF16).fingerprint
+    graphs = [family_graph(gpt2, torch.float32, setting) for setting in (fp32, BF16)]
+    assert graphs[0].fingerprint == graphs[1].fingerprint
     assert llama.fingerprint.startswith("sha256:")
 
 

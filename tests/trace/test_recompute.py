@@ -7,16 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mist.model.graph import OpKind
 from mist.plans.workload import Attention, Precision
-from mist.trace import TraceSetting, trace_model
+from mist.trace import TraceSetting
 from tests.trace.real import layer_inputs
-from tests.trace.test_exact import PATHS, Family, at, gpt2, llama, token_ids
+from tests.trace.test_exact import PATHS, Family, at, family_graph, gpt2, llama, token_ids
 
 
 @pytest.mark.parametrize(("family", "whole"), [(llama, False), (gpt2, True)])
 def test_recomputed_operations_are_those_that_torch_repeats(family: Family, whole: bool) -> None:
     """Llama's last product is not repeated; GPT-2's is: the dropout behind it saves its mask."""
     setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
-    (block,) = trace_model(family(torch.float32, "meta"), setting).blocks
+    (block,) = family_graph(family, torch.float32, setting).blocks
     model = family(torch.float32, "cpu")
     layer = model.get_submodule(PATHS[family])
     b, s = 2, 48

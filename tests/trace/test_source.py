@@ -174,3 +174,30 @@ def test_file_with_broken_syntax(tmp_path: Path) -> None:
     assert message_of(path) == (
         f"{path} cannot be imported: SyntaxError: invalid syntax (my_model.py, line 1) (line 1)."
     )
+
+
+ENDS = [
+    ("class Boom(BaseException): pass", "raise Boom('bang')", "Boom: bang"),
+    ("", "raise SystemExit(3)", "SystemExit: 3"),
+    ("", "raise GeneratorExit", "GeneratorExit"),
+    ("class Mute(Exception): __str__ = None", "raise Mute('bang')", "Mute"),
+]
+
+
+@pytest.mark.parametrize(("defined", "raising", "words"), ENDS)
+def test_whatever_a_file_raises_is_its_own_fault(
+    defined: str, raising: str, words: str, tmp_path: Path
+) -> None:
+    on_import = file_with(tmp_path, f"{defined}\n{raising}\n")
+    assert message_of(on_import) == f"{on_import} cannot be imported: {words} (line 2: {raising})."
+    text = f"{defined}\ndef build_model():\n    {raising}\n"
+    in_builder = file_with(tmp_path, text)
+    assert message_of(in_builder) == (
+        f"{in_builder}: build_model() raised {words} (line 3: {raising})."
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", "def build_model():\n    {}"])
+def test_ctrl_c_in_a_file_stays_ctrl_c(text: str, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        load(file_with(tmp_path, text.format("raise KeyboardInterrupt\n")))

@@ -10,13 +10,14 @@ from torch.distributed.pipelining._backward import (
 )
 
 from mist.plans.workload import Attention, Precision
-from mist.trace import TraceSetting, trace_model
+from mist.trace import TraceSetting
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import (
     INPUTS,
     PATHS,
     Family,
     bert,
+    family_graph,
     gpt2,
     llama,
     plain,
@@ -49,7 +50,7 @@ def waiting_bytes(module: torch.nn.Module, output: torch.Tensor, given: torch.Te
 )
 def test_gradients_that_wait_equal_real_ones(family: Family, precision: Precision) -> None:
     setting = TraceSetting(precision=precision, attention=Attention.FLASH, policy="cpu")
-    (block,) = trace_model(family(torch.float32, "meta"), setting).blocks
+    (block,) = family_graph(family, torch.float32, setting).blocks
     model = family(torch.float32, "cpu")
     layer = model.get_submodule(PATHS[family])
     for b, s in POINTS:

@@ -124,8 +124,8 @@ def test_a_table_of_positions_is_no_vocabulary() -> None:
 
 
 @pytest.mark.slow
-def test_a_decoder_with_an_encoder_is_entered_three_times() -> None:
-    """MLP, queries of cross attention, and the encoder's result, which is given to keys, values."""
+def test_a_decoder_with_an_encoder_is_entered_four_times() -> None:
+    """MLP, attention, queries of cross attention, and the encoder's result for keys and values."""
     config = transformers.T5Config(
         vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4
     )
@@ -133,6 +133,6 @@ def test_a_decoder_with_an_encoder_is_entered_three_times() -> None:
         model = transformers.T5ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     graph = trace_model(model, BF16)
     encoder, decoder = graph.blocks[graph.layers[0].block], graph.blocks[graph.layers[-1].block]
-    assert (encoder.num_entries, encoder.num_exits, encoder.num_whole) == (1, 1, 1)
-    assert (decoder.num_entries, decoder.num_exits, decoder.num_whole) == (3, 2, 1)
+    assert (encoder.num_entries, encoder.num_exits, encoder.num_whole) == (2, 2, 0)
+    assert (decoder.num_entries, decoder.num_exits, decoder.num_whole) == (4, 3, 0)
     assert graph.head.tp_bytes == 2 * 32 * B * S

@@ -7,15 +7,17 @@ import pytest
 
 from mist.errors import Infeasible, InputError
 from mist.plans.breakdown import exceeded_words
+from mist.plans.objectives import Objective
 from mist.plans.plan import Offload
 from mist.plans.search_space import SearchSpace, narrowed
 from mist.units import GIB
 from mist.workflow.checking import Checked, HandLayout, check_layout, offload_of
-from mist.workflow.planning import make_plan
+from mist.workflow.planning import Effort, make_plan
 from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
+NOMINAL = Effort(objective=Objective.NOMINAL)  # whether there is a plan, not which is robust
 QUESTION = Question(model="toy.py", num_gpus=8, seq_len=2048, global_batch=64, gpu="l4")
 WIDE, WIDER = toy_graph((8,), hidden=8192), toy_graph((8,), hidden=16384)
 
@@ -93,7 +95,7 @@ def test_another_layout_on_these_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDER, monkeypatch)
     (words,) = check(HandLayout(zero=3, micro_batch=4)).suggestions
     assert words.startswith("mist plan: it fits on 8 GPUs (pp1 dp1 tp8 zero3 ")
-    assert make_plan(QUESTION, SearchSpace()).plan.stages
+    assert make_plan(QUESTION, SearchSpace(), NOMINAL).plan.stages
 
 
 def test_the_number_of_gpus_that_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +104,7 @@ def test_the_number_of_gpus_that_would_do(monkeypatch: pytest.MonkeyPatch) -> No
     found = re.fullmatch(r"mist plan --gpus (\d+): the fewest that were found to hold it", words)
     assert found is not None
     num_gpus = int(found[1])
-    assert make_plan(replace(QUESTION, num_gpus=num_gpus), SearchSpace()).plan.stages
+    assert make_plan(replace(QUESTION, num_gpus=num_gpus), SearchSpace(), NOMINAL).plan.stages
     with pytest.raises((Infeasible, InputError)):
         make_plan(replace(QUESTION, num_gpus=num_gpus // 2), SearchSpace())
 
@@ -117,7 +119,7 @@ def test_a_shorter_sequence_where_no_number_of_gpus_does(monkeypatch: pytest.Mon
     found = re.search(r"up to (\d+) fits\. Try --seq (\d+)\.", str(refused.value))
     assert found is not None
     seq_len = int(found[2])
-    assert make_plan(replace(asked, seq_len=seq_len), space).plan.stages
+    assert make_plan(replace(asked, seq_len=seq_len), space, NOMINAL).plan.stages
     with pytest.raises(Infeasible):
         make_plan(replace(asked, seq_len=2 * seq_len), space)
     assert str(refused.value).endswith(

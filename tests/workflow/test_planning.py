@@ -95,6 +95,11 @@ def test_restrictions_are_kept_and_told() -> None:
         ),
         ({"seq_len": 0}, "--seq 0 is not a positive number of samples or tokens."),
         ({"global_batch": 0}, "--global-batch 0 is not a positive number of samples or tokens."),
+        (
+            {"global_batch": 10**20 - 1},
+            "--global-batch 99999999999999999999 is more than Mist plans for. Use at most "
+            "4294967296.",
+        ),
     ],
 )
 def test_questions_without_an_answer(changes: dict[str, object], message: str) -> None:

@@ -27,6 +27,8 @@ from torch.utils.checkpoint import (
 )
 
 from mist.exec.build.host_copies import Copy, Swapper
+from mist.layers import convert_layer
+from mist.plans.memory_levels import CONVERTS
 from mist.plans.workload import MemoryLevel
 
 aten = torch.ops.aten
@@ -44,7 +46,10 @@ SAVED_OPS: Final = frozenset(
 
 
 def apply_memory_level(layer: nn.Module, level: MemoryLevel) -> None:
-    """Checkpoint a layer as its level says, in place; the names of parameters stay."""
+    """Convert or checkpoint a layer as its level says, in place; names of parameters stay."""
+    if level in CONVERTS:
+        convert_layer(layer, level)
+        return
     options = CHECKPOINT_OPTIONS[level]
     if options is not None:
         # The forward is replaced, not the module: a wrapper would change the names of parameters.

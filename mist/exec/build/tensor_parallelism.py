@@ -32,9 +32,11 @@ from torch.distributed.tensor.parallel import (
 from mist.errors import ModelError
 from mist.exec.build.tensor_parts import divide_parts, with_parts
 from mist.exec.build.tensor_rules import RegionRule, TensorRules
+from mist.exec.build.tensor_sizes import run_with_local_sizes
 
 SEQUENCE: Placement = Shard(1)
 ROWS: Final = 2  # dimensions of an activation whose tokens are rows
+TOKEN_DIMS: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +93,21 @@ def _divide_layers(
     _divide_parameters(model, rules, prefixes, mesh)
     regions = [region for region in rules.regions if region.rowwise.startswith(prefixes)]
     for region in regions:
-        _divide_region(model, region, mesh, part)
+        _divide_region(model, region, mesh, part, rules.parts)
     entries = {name for region in regions for name in region.entries.values()}
     exits = {region.block or region.rowwise for region in regions}
     whole = {name for name in rules.whole if part.sp and name.startswith(prefixes)}
     options: Any = {"mesh": mesh, "batch": part.micro_batch}
-    _on_all(model, entries, _on_entry, partial(_enter, sp=part.sp, **options))
+    for name in sorted(entries):
+        enter = partial(_enter, sp=part.sp, **options)
+        _on_entry(model.get_submodule(name), enter, rules.places.get(name))
     _on_all(model, exits, _on_exit, partial(_leave if part.sp else _add_up, **options))
     _on_all(model, whole, _on_entry, partial(_gather, **options))
     _on_all(model, whole, _on_exit, partial(_scatter_output, **options))
+    # Last, so that calls which the hooks above make are not counted as the model's.
+    for name, sizes in rules.sizes.items():
+        if f"{name}.".startswith(prefixes):
+            run_with_local_sizes(model.get_submodule(name), sizes, mesh)
     return entries, whole
 
 
@@ -121,7 +129,13 @@ def _on_all(model: nn.Module, names: set[str], hook: Callable[..., None], cross:
         hook(model.get_submodule(name), cross)
 
 
-def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part: ChunkPart) -> None:
+def _divide_region(
+    model: nn.Module,
+    region: RegionRule,
+    mesh: DeviceMesh,
+    part: ChunkPart,
+    parts: Mapping[str, object],
+) -> None:
     sp = part.sp
     if sp and region.attends and set(region.entries) & set(region.entries.values()):
         raise ModelError(
@@ -130,7 +144,7 @@ def _divide_region(model: nn.Module, region: RegionRule, mesh: DeviceMesh, part:
         )
     for name in region.entries:
         module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and name not in parts:
             parallelize_module(module, mesh, ColwiseParallel())
             _partial_input(module, mesh)
     row = model.get_submodule(region.rowwise)
@@ -146,12 +160,22 @@ def _divide_ends(model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: De
     both = table is not None and head is not None
     tied = both and _weight(model, table) is _weight(model, head)
     if table is not None:
-        _divide_table(model, table, mesh, direct=part.sp and rules.direct)
+        # An encoder and a decoder may each have a table, of one weight.
+        tables = _with_weight(model, _weight(model, table))
+        for name in tables:
+            _divide_table(model, name, mesh, direct=part.sp and rules.direct)
+            model.get_submodule(name).weight = _weight(model, tables[0])
     if head is not None:
         _divide_head(model, head, part, mesh)
     if tied:
         # Divided apart they would be two DTensors, which are trained apart.
         model.get_submodule(str(head)).weight = _weight(model, table)
+
+
+def _with_weight(model: nn.Module, weight: nn.Parameter) -> list[str]:
+    """The tables that look up in a weight."""
+    modules = model.named_modules()
+    return [n for n, m in modules if isinstance(m, nn.Embedding) and m.weight is weight]
 
 
 def _weight(model: nn.Module, name: str | None) -> nn.Parameter:
@@ -299,16 +323,22 @@ def _partial_input(module: nn.Module, mesh: DeviceMesh) -> None:
     module.register_forward_pre_hook(mark_partial, prepend=True)
 
 
-def _on_entry(module: nn.Module, enter: Any) -> None:  # noqa: ANN401 (a partial of ours)
+def _on_entry(
+    module: nn.Module,
+    enter: Any,  # noqa: ANN401 (a partial of ours)
+    places: frozenset[int] | None = None,
+) -> None:
     """Apply `enter` to the activation that a module is given: its tensors with a gradient.
 
     Where nothing up to here is trained none has one: then it is the first tensor of floats.
+    `places`: of the arguments, keywords behind positions, only these.
     """
 
     def on_input(
         module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[tuple[object, ...], dict[str, object]]:
-        floats = [x for x in (*args, *kwargs.values()) if _is_float(x)]
+        values = enumerate((*args, *kwargs.values()))
+        floats = [x for i, x in values if _is_activation(x) and (places is None or i in places)]
         activations = {id(x) for x in floats if x.requires_grad} or {id(x) for x in floats[:1]}
         new_kwargs = {n: enter(x) if id(x) in activations else x for n, x in kwargs.items()}
         return tuple(enter(x) if id(x) in activations else x for x in args), new_kwargs
@@ -327,8 +357,11 @@ def _on_exit(module: nn.Module, leave: Any) -> None:  # noqa: ANN401 (a partial 
     module.register_forward_hook(on_output)
 
 
-def _is_float(value: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+def _is_activation(value: object) -> TypeGuard[torch.Tensor]:
+    """[batch, tokens, width] or rows of it: biases of scores, by head, are summed elsewhere."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.is_floating_point() and value.dim() <= TOKEN_DIMS
 
 
 def _partial(

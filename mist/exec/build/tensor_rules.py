@@ -9,6 +9,7 @@ two exits in a layer, not one for each matrix.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from os.path import commonpath
 from typing import Any, Final, TypeVar
 
 import torch
@@ -26,8 +27,9 @@ from mist.trace.models.source import TraceSetting
 from mist.trace.recording.shim import ImitatedKernels
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
+from mist.trace.tensor_parallel.sized_calls import SizeRule
 from mist.trace.tensor_parallel.tp_apply import num_pieces, undivided
-from mist.trace.tensor_parallel.tp_sharding import Matrix, Sharding, UnsupportedRules, matrix_of
+from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
 
 GETTERS: Final = ("__get__", "size", "dim", "stride")
 
@@ -60,7 +62,9 @@ class RegionRule:
 class TensorRules:
     """Modules and parameters that ranks divide.
 
-    `local`: numbers (module, attribute) that are smaller on a rank. `parts`: of modules that
+    `local`: numbers (module, attribute) that are smaller on a rank; `sizes`: of the calls of a
+    module's forward. `places`: arguments of the entries that enter, of those that are given more
+    (keywords behind positions); without one every activation does. `parts`: of modules that
     torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
     which nothing is divided. `direct`: layer 0 takes the result of the embedding as it is.
     """
@@ -72,6 +76,8 @@ class TensorRules:
     head: str | None
     direct: bool
     local: Mapping[tuple[str, str], int]
+    sizes: Mapping[str, Mapping[int, SizeRule]]
+    places: Mapping[str, frozenset[int]]
 
 
 def tensor_rules(
@@ -87,9 +93,9 @@ def tensor_rules(
     if words := undivided(model, sharding):
         raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
-    entries = _entries(loaded, structure, seq_len)
+    inputs = _inputs(loaded, structure, seq_len)
     blocks = frozenset(_outermost(names[each] for each in sharding.whole))
-    traced_regions = tuple(_regions(loaded, sharding, names, entries, blocks))
+    traced_regions = tuple(_regions(loaded, sharding, names, inputs, blocks))
     like = _like(loaded, structure, traced_regions)
     regions = tuple(
         region.moved(_mover(known, layer))
@@ -105,17 +111,32 @@ def tensor_rules(
         embedding=table,
         head=head,
         direct=table is not None and table == structure.direct,
-        local={
-            (owner, attribute): value
-            for owner, values in _everywhere(_local(model, sharding, tp), like).items()
-            for attribute, value in values.items()
-        },
+        local=_numbers(_everywhere(_local(model, sharding, tp), like)),
+        places=_everywhere(inputs.places(traced_regions), like),
+        sizes=_everywhere(
+            {names[key]: rules for key, rules in sharding.size_rules.items() if rules}, like
+        ),
     )
+
+
+def _numbers(by_owner: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, str], int]:
+    """Numbers by module and attribute."""
+    return {
+        (owner, attribute): value
+        for owner, values in by_owner.items()
+        for attribute, value in values.items()
+    }
 
 
 def _mover(source: str, target: str) -> Move:
     """Names within one layer, for another one that is like it."""
     return lambda name: target + name.removeprefix(source)
+
+
+def _around(names: Sequence[str]) -> str:
+    """The innermost module that has all of these in it."""
+    paths = [f"/{name.replace('.', '/')}" for name in names]
+    return commonpath(paths)[1:].replace("/", ".")
 
 
 def _outermost(names: Iterable[str]) -> Iterator[str]:
@@ -176,47 +197,47 @@ def _regions(
     loaded: LoadedModel,
     sharding: Sharding,
     names: Mapping[int, str],
-    entries: Mapping[str, str],
+    inputs: "_Inputs",
     blocks: frozenset[str],
 ) -> Iterator[RegionRule]:
     """Every region, of what `mist.trace.tensor_parallel.tp_apply` says can be divided."""
     for key, colwise in sharding.regions.items():
         rowwise, columns = names[key], sorted(names[each] for each in colwise)
         block = next((each for each in blocks if rowwise.startswith(f"{each}.")), None)
+        around = _around([rowwise, *columns])
         yield RegionRule(
-            entries={name: entries[name] if block is None else block for name in columns},
+            entries={name: block or inputs.entry(name, around) for name in columns},
             rowwise=rowwise,
-            attends=_attends(loaded.module, rowwise, columns),
+            attends=_attends(loaded.module, sharding, rowwise, columns),
             block=block,
         )
 
 
-def _attends(model: nn.Module, rowwise: str, columns: Sequence[str]) -> bool:
+def _attends(model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequence[str]) -> bool:
     """Whether these are queries, keys and values: three matrices, or of unlike widths."""
     row = matrix_of(model.get_submodule(rowwise))
     by_name = {name: matrix_of(model.get_submodule(name)) for name in columns}
     matrices = {name: matrix for name, matrix in by_name.items() if matrix is not None}
     if row is None:
         return False
-    count = sum(num_pieces(model, name, matrix, row) or 1 for name, matrix in matrices.items())
+    count = sum(num_pieces(sharding, matrix, row) for matrix in matrices.values())
     return count > 2 or len({matrix.num_out for matrix in matrices.values()}) > 1
 
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
     """Of modules with divided parameters that are neither linear layers nor tables."""
     rules_by_module: dict[str, dict[str, PartRule]] = {}
-    rows = _rows(model, sharding)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        fused = sharding.fused.get(id(module), 1)
+        # Torch's style for a linear layer takes one range of its outputs.
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and fused == 1):
             continue
         parameters = dict(module.named_parameters(recurse=False))
         shares = {
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
-        row, matrix = rows.get(id(module)), matrix_of(module)
-        fused = row and matrix and num_pieces(model, name, matrix, row)
         rules = {
-            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=fused or share.pieces)
+            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=max(fused, share.pieces))
             for n, share in shares.items()
         }
         if id(module) in sharding.regions:  # its bias is added to the sum once
@@ -226,13 +247,6 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
         if rules:
             rules_by_module[name] = rules
     return rules_by_module
-
-
-def _rows(model: nn.Module, sharding: Sharding) -> dict[int, Matrix | None]:
-    """Of each column-parallel module the row-parallel matrix behind it."""
-    modules = {id(module): module for module in model.modules()}
-    rows = {key: matrix_of(modules[key]) for key in sharding.regions}
-    return {each: rows[key] for key, columns in sharding.regions.items() for each in columns}
 
 
 def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
@@ -245,8 +259,8 @@ def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str,
     return numbers
 
 
-def _entries(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> Mapping[str, str]:
-    """For each linear layer: the module at which its input enters."""
+def _inputs(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> "_Inputs":
+    """Which modules are given what the linear layers read."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
     with mode:
@@ -255,7 +269,7 @@ def _entries(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> Ma
     with mode, ImitatedKernels("cpu"), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))
-    return {name: watch.entry(name, chain) for name, chain in watch.linear.items()}
+    return watch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -265,6 +279,7 @@ class _Inputs(TorchFunctionMode):
     model: nn.Module
     layers: frozenset[str]
     stack: list[tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=list)
+    arguments: dict[str, tuple[object, ...]] = field(default_factory=dict)
     linear: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = field(default_factory=dict)
     read_elsewhere: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -298,6 +313,7 @@ class _Inputs(TorchFunctionMode):
         ) -> None:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.stack.append((name, tuple(tensors)))
+            self.arguments[name] = (*args, *kwargs.values())
             if matrix_of(module) is not None:
                 # The stack is of the modules around, so the chain is known now, the readers at the
                 # end only.
@@ -315,7 +331,24 @@ class _Inputs(TorchFunctionMode):
                 return
             yield name
 
-    def entry(self, name: str, origin: tuple[torch.Tensor, tuple[str, ...]]) -> str:
-        """The outermost module of the chain; the layer itself where others read the tensor."""
-        tensor, chain = origin
-        return name if id(tensor) in self.read_elsewhere else chain[-1]
+    def entry(self, name: str, around: str) -> str:
+        """The outermost module of its chain in `around`; itself where others read the tensor.
+
+        Around a region there may be parameters that read something else, as a norm does in front of
+        attention to an encoder.
+        """
+        tensor, chain = self.linear[name]
+        if id(tensor) in self.read_elsewhere:
+            return name
+        return [each for each in chain if f"{each}.".startswith(f"{around}.")][-1]
+
+    def places(self, regions: Sequence[RegionRule]) -> dict[str, frozenset[int]]:
+        """Of each entry the arguments that linear layers read from it; of whole blocks all."""
+        places: dict[str, set[int]] = {}
+        separate = (region for region in regions if region.block is None)
+        pairs = [pair for region in separate for pair in region.entries.items()]
+        for name, entry in pairs:
+            tensor, _ = self.linear[name]
+            given = (i for i, each in enumerate(self.arguments[entry]) if each is tensor)
+            places.setdefault(entry, set()).update(given)
+        return {entry: frozenset(found) for entry, found in places.items() if found}

@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import product
+from inspect import signature
+from itertools import accumulate, product
 from math import prod
 from typing import Any, Final, Protocol
 from unittest.mock import patch
@@ -58,9 +59,9 @@ def initial_values(
     drawn.
     """
     module = model.get_submodule(module_name)
-    steps = _steps_of(model, module)
+    steps = _steps_of(model, module_name)
     if steps is None:
-        return _as_it_is(model, module, seed_of(seed, "weights", module_name))
+        return _as_it_is(model, module_name, seed_of(seed, "weights", module_name))
     return {
         name: Drawn(
             shape=value.shape,
@@ -73,16 +74,17 @@ def initial_values(
     }
 
 
-def _steps_of(model: nn.Module, module: nn.Module) -> "Mapping[str, list[_Step]] | None":
+def _steps_of(model: nn.Module, module_name: str) -> "Mapping[str, list[_Step]] | None":
     """What is done to a module's own parameters; None where that is not a list of known steps.
 
     On fake tensors: torch does nothing to some on the meta device.
     """
+    module = model.get_submodule(module_name)
     with FakeTensorMode(allow_non_fake_inputs=True), _with_stand_ins(module) as parameters:
         notes = _Notes({key_of(value): (name, value.shape) for name, value in parameters.items()})
         try:
             with notes, patch.object(nn.init, "_no_grad_trunc_normal_", notes.truncated):
-                initialise(model, module)
+                initialise(model, module_name)
         except Exception:  # whatever needs numbers fails without them, and is done as it is
             return None
         is_intact = all(module._parameters[name] is value for name, value in parameters.items())
@@ -105,16 +107,18 @@ def _with_stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         module._parameters.update(before)
 
 
-def _as_it_is(model: nn.Module, module: nn.Module, seed: int) -> Mapping[str, torch.Tensor]:
+def _as_it_is(model: nn.Module, module_name: str, seed: int) -> Mapping[str, torch.Tensor]:
     """What a module draws by itself, whole, on the CPU."""
+    module = model.get_submodule(module_name)
     with _with_stand_ins(module), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        initialise(model, module)
+        initialise(model, module_name)
         return {name: value.detach() for name, value in module.named_parameters(recurse=False)}
 
 
-def initialise(model: nn.Module, module: nn.Module) -> None:
+def initialise(model: nn.Module, module_name: str) -> None:
     """As the model says, as the module says, or ones for scales, zeros for shifts, else normal."""
+    module = model.get_submodule(module_name)
     for name, value in module.named_parameters(recurse=False):
         if value.dim() > 1:
             value.normal_(std=SPREAD)
@@ -124,9 +128,31 @@ def initialise(model: nn.Module, module: nn.Module) -> None:
     reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
     if reset is not None:
         reset()
-    init: Callable[[nn.Module], None] | None = getattr(model, "_init_weights", None)
-    if init is not None:
-        init(module)
+    for each, init in _initialisers(model, module_name):
+        init(each)
+
+
+def _initialisers(
+    model: nn.Module, module_name: str
+) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
+    """The module and those around it, from the inside, each with `_init_weights` of its model.
+
+    As in transformers: an outer module may set what lies in it (T5's attention its matrices), and a
+    model within another one (a vision tower) has an `_init_weights` of its own.
+    """
+    names = module_name.split(".") if module_name else []
+    path = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    # The nearest model's, of each module on the path.
+    inits = list(accumulate(map(_init_weights, path), lambda outer, own: own or outer))
+    for module, init in reversed(list(zip(path, inits, strict=True))):
+        if init is not None:
+            yield module, init
+
+
+def _init_weights(module: nn.Module) -> Callable[[nn.Module], None] | None:
+    """The `_init_weights` of a module that takes any module; some take no argument."""
+    init: Callable[[nn.Module], None] | None = getattr(module, "_init_weights", None)
+    return init if init is not None and len(signature(init).parameters) == 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

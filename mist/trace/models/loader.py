@@ -183,13 +183,8 @@ def _build(source: PythonSource, build: object) -> nn.Module:
             f"{source.label}: build_model is {_a_type(build)}, not a function that returns a "
             "torch.nn.Module."
         )
-    try:
-        with torch.device("meta"), bounded_modules():
-            module = build()
-    except (Exception, SystemExit) as error:
-        raise ModelError(
-            f"{source.label}: build_model() raised {one_line(error)}{_where(error, source.path)}."
-        ) from error
+    with _blamed(source, ": build_model() raised"), torch.device("meta"), bounded_modules():
+        module = build()
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"{source.label}: build_model() returned {_a_type(module)}, not a torch.nn.Module. "
@@ -202,13 +197,24 @@ def _run_file(source: PythonSource) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"mist_model_{source.path.stem}", source.path)
     assert spec is not None and spec.loader is not None, source.path
     namespace = importlib.util.module_from_spec(spec)
-    try:
+    with _blamed(source, " cannot be imported:"):
         spec.loader.exec_module(namespace)
-    except (Exception, SystemExit) as error:
-        raise ModelError(
-            f"{source.label} cannot be imported: {one_line(error)}{_where(error, source.path)}."
-        ) from error
     return namespace
+
+
+@contextmanager
+def _blamed(source: PythonSource, words: str) -> Iterator[None]:
+    """Within: whatever the user's file raises is a ModelError that begins with `words`.
+
+    A call of sys.exit() and exceptions beyond Exception too; Ctrl-C stays what it is.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        place = _where(error, source.path)
+        raise ModelError(f"{source.label}{words} {one_line(error)}{place}.") from error
 
 
 @contextmanager

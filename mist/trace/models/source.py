@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 from mist.documents import read_json, read_text
 from mist.errors import InputError, ModelError, did_you_mean
 from mist.files import is_file, is_folder, user_path
-from mist.plans.workload import Attention, Precision
+from mist.plans.memory_levels import KEEPS_ALL
+from mist.plans.workload import Attention, MemoryLevel, Precision
 from mist.trace.models.presets import PRESETS
 
 # Keys by which a configuration names code that transformers would fetch, and what it has itself.
@@ -44,7 +45,8 @@ class TraceSetting:
     written in several operations run as one kernel. `compiled`: each layer runs under
     torch.compile. `capacity_ratio`: rows of an expert whose rows
     are selected by value, over those of a balanced one. `seq_len`: a length [tokens] that the trace
-    must hold for; None for the usual one of the model. Raises InputError for settings that
+    must hold for; None for the usual one of the model. `level`: the memory level that layers are
+    converted to first, where it converts them. Raises InputError for settings that
     contradict each other.
     """
 
@@ -56,6 +58,7 @@ class TraceSetting:
     compiled: bool = False
     capacity_ratio: float = 1.0
     seq_len: int | None = None
+    level: MemoryLevel = KEEPS_ALL
 
     def __post_init__(self) -> None:
         if self.autocast and self.precision is Precision.FP32:

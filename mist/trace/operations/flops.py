@@ -89,6 +89,17 @@ def _euclidean_dist(call: Call) -> list[Work]:
     return [_gemm(prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1] + 2)]
 
 
+def _solve_triangular(call: Call) -> list[Work]:
+    """X of A X = B, or of X A = B, with A [*, n, n]: n (n - 1) / 2 multiply-adds and n divisions.
+
+    That is n^2 FLOPs for each of the k columns (or rows) of B: half of the product of A and B.
+    """
+    a, b = call.tensor("self"), call.tensor("B")
+    batch, n, numel = prod(b.shape[:-2]), a.shape[-1], b.numel()
+    dims = (batch, n, b.shape[-1] if call.arguments.get("left", True) else b.shape[-2], n // 2)
+    return [Work(OpKind.GEMM, dims, numel * n)]
+
+
 def _grouped_mm(call: Call) -> list[Work]:
     """Rows of experts by their matrices, or, of two plain matrices, one gradient per expert."""
     left, right = call.tensor("self"), call.tensor("mat2")
@@ -185,6 +196,7 @@ RULES: Final[Mapping[OpOverloadPacket, Callable[[Call], list[Work]]]] = MappingP
         aten.vdot: _dot,
         aten._euclidean_dist: _euclidean_dist,
         aten._grouped_mm: _grouped_mm,
+        aten.linalg_solve_triangular: _solve_triangular,
         aten._fft_c2c: _fft,
         aten._fft_r2c: _fft,
         aten._fft_c2r: _fft,

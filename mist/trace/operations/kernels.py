@@ -2,8 +2,8 @@
 
 aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
 stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads. Torch's
-padding and Fourier transforms look at sizes as numbers, which would fix the symbols; its grouped
-products refuse precisions that the kernels take.
+padding, Fourier transforms and polar form look at sizes as numbers, which would fix the symbols;
+its grouped products refuse precisions that the kernels take.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +101,10 @@ def _fft_c2r(
     return x.new_empty(shape, dtype=x.dtype.to_real())
 
 
+def _polar(modulus: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    return modulus.new_empty(modulus.shape, dtype=modulus.dtype.to_complex())
+
+
 def _grouped_mm(
     x: torch.Tensor,
     other: torch.Tensor,
@@ -130,6 +134,7 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = Mappin
         aten._fft_c2c: _fft_c2c,
         aten._fft_r2c: _fft_r2c,
         aten._fft_c2r: _fft_c2r,
+        aten.polar: _polar,
     }
 )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from mist.model.graph import SavedTensor
 from mist.trace.recording.recorder import Part
+from mist.trace.tensor_parallel.sized_calls import SizeRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class RecordedRun:
 
     `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
     what the one before gives or passes on. `shared`: what layers saved but do not own (rotary
-    tables, masks).
+    tables, masks). `size_rules`, `fused`: of a run on shards, see `LocalSizes`.
     """
 
     embed: Piece
@@ -60,6 +61,8 @@ class RecordedRun:
     domain: tuple[Basic, ...]
     fixed: Mapping[Expr, Expr]
     originals: Mapping[int, torch.Tensor]
+    size_rules: Mapping[int, Mapping[int, SizeRule]]
+    fused: Mapping[int, int]
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

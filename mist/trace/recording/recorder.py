@@ -33,6 +33,7 @@ from mist.trace.operations.flops import Work, work_of
 from mist.trace.operations.fusion import Kernel
 from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 from mist.trace.recording.liveness import BackwardCall, Live
+from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.split_backward import Awaited
 from mist.trace.tensor_parallel.tp_check import PRODUCTS, is_partial, mixing
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
@@ -140,6 +141,7 @@ class Recorder(TorchDispatchMode):
         *,
         whole: frozenset[int],
         colwise: frozenset[int],
+        limit: OpLimit | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.part: Part | None = None
@@ -147,6 +149,7 @@ class Recorder(TorchDispatchMode):
         self.parts: tuple[Part, ...] = ()
         self.modules: list[str] = []
         self.callers: list[nn.Module] = []
+        self._limit = limit
         self._symbols = symbols
         self._states = states
         self._whole = whole
@@ -229,6 +232,8 @@ class Recorder(TorchDispatchMode):
                 self._leave(part, call, origin)
         ops = self._ops(call, origin) if self._runs(call) else []
         part.ops.extend(ops)
+        if self._limit is not None:
+            self._limit.check(part.ops)
         self._add_node(part, call, ops, origin.module)
 
     def _origin(self, part: Part, name: str) -> Origin:
@@ -379,7 +384,8 @@ class Recorder(TorchDispatchMode):
                     key = key_of(value)
                     flows = value.requires_grad and key not in self._states
                     part.nodes[value] = part.graph.placeholder("input")
-                    part.nodes[value].meta.update(key=key, flows=flows)
+                    shape = self._symbols.shape(value)
+                    part.nodes[value].meta.update(key=key, flows=flows, shape=shape)
                 return part.nodes[value]
             return str(value) if isinstance(value, torch.SymInt) else value
 

@@ -32,10 +32,12 @@ from mist.trace.recording.compiled import compiled
 from mist.trace.recording.graph_edges import Seed, activation, leaf, output
 from mist.trace.recording.layer_dependencies import Flow
 from mist.trace.recording.liveness import Counted
+from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 from mist.trace.recording.recorder import Origin, Part, Recorder, recording
 from mist.trace.recording.shim import fused_norms, runs_as
 from mist.trace.repeated_blocks import Layers
+from mist.trace.tensor_parallel.local_sizes import LocalSizes
 from mist.trace.tensor_parallel.tp_sharding import Sharding, Share
 
 # A symbol's hint decides branches on shapes. Three samples and a sequence with many divisors are
@@ -65,6 +67,7 @@ class Session:
     setting: TraceSetting
     sharding: Sharding | None
     point: Point
+    limit: OpLimit | None = None
     symbols: Symbols = field(default_factory=Symbols)
     pieces: list[Piece] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
@@ -83,6 +86,7 @@ class Session:
         self.low = dtype if self.setting.autocast else None
         wide = torch.float32 if self.setting.autocast else dtype
         self.fakes = Fakes(self.symbols, wide, self._local_shape)
+        self.local_sizes = LocalSizes(self.symbols, self.units)
         self.whole = self.sharding.whole if self.sharding else frozenset[int]()
         self.colwise = self.sharding.colwise if self.sharding else frozenset[int]()
         columns = (m for m in self.model.module.modules() if id(m) in self.colwise)
@@ -91,6 +95,7 @@ class Session:
             self.fakes.originals,
             whole=self.whole,
             colwise=frozenset(id(p) for m in columns for p in m.parameters(recurse=False)),
+            limit=self.limit,
         )
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
@@ -119,6 +124,8 @@ class Session:
             domain=self.symbols.domain(),
             fixed=self.symbols.fixed(),
             originals=dict(self.fakes.originals),
+            size_rules=self.local_sizes.rules,
+            fused=self.local_sizes.fused,
         )
 
     def _shared(self) -> tuple[SavedTensor, ...]:
@@ -189,6 +196,10 @@ class Session:
             # The mode that is entered last sees a call first: the recorder sees operations of the
             # model, not their stand-ins.
             self.stack.enter_context(recording(self.recorder, self._names(layers)))
+            if self.sharding is not None:
+                # Outermost: calls that stand-ins make are not the model's.
+                columns = [m for m in self.model.module.modules() if id(m) in self.colwise]
+                self.stack.enter_context(self.local_sizes.within(columns))
             yield
 
     def _on_layer(
@@ -396,8 +407,10 @@ class Session:
         return {share.unit for share in shares}
 
     def _unit(self, unit: int) -> torch.SymInt:
-        # A hint other than the unit itself: at t = 1 a shard would look equal to whole sizes.
-        return self.symbols.create(f"unit{unit}", hint=unit + 1, meaning=unit / T)
+        # A hint other than the unit itself: at t = 1 a shard would look equal to whole sizes. Below
+        # it, as a part is cut from a whole table; a size below 2 is taken for a number.
+        hint = unit - 1 if unit > 2 else unit + 1
+        return self.symbols.create(f"unit{unit}", hint=hint, meaning=unit / T)
 
     def _local(self, share: Share) -> Size:
         return share.multiple * self.units[share.unit]

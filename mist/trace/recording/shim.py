@@ -24,7 +24,12 @@ from mist.plans.workload import Attention
 from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
-from mist.trace.operations.kernels import OPAQUE, SYMBOLIC, fused_rms_norm
+from mist.trace.operations.kernels import (
+    OPAQUE,
+    SYMBOLIC,
+    fused_rms_norm,
+    fused_rms_norm_backward,
+)
 from mist.trace.operations.windows import Windows, windowed_masks
 
 aten = torch.ops.aten
@@ -99,6 +104,24 @@ def _rms_norm(
     return _first(fused_rms_norm(input, weight, len(normalized_shape)))
 
 
+def _norm_of_layers(
+    x: torch.Tensor, scale: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `mist.layers` runs on a GPU."""
+    return cast(tuple[torch.Tensor, torch.Tensor], fused_rms_norm(x, scale, 1))
+
+
+def _norm_gradients_of_layers(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    scale: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = fused_rms_norm_backward(grad, x, rstd, scale)
+    return cast(tuple[torch.Tensor, torch.Tensor], found)
+
+
 # Under fake tensors transformers cannot look at position_ids and builds a [b, 1, s, s] mask for
 # packed sequences, which a real run does not have.
 MASKING: Final = "transformers.masking_utils"
@@ -124,28 +147,31 @@ def runs_as(setting: TraceSetting) -> Iterator[None]:
 
 @contextmanager
 def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
-    """Within: these composite operations of aten run by other kernels, whoever calls them."""
-    library = Library("aten", "IMPL")
+    """Within: these composite operations run by other kernels, whoever calls them."""
+    libraries = {name: Library(name, "IMPL") for name in ("aten", "mist")}
     for name, kernel in kernels.items():
         # At the dispatch key that fake CPU tensors have with gradients, so that calls from C++ come
         # by here, too.
-        library.impl(name, kernel, "AutogradCPU")
+        libraries[name.partition("::")[0]].impl(name, kernel, "AutogradCPU")
     try:
         yield
     finally:
-        library._destroy()
+        for library in libraries.values():
+            library._destroy()
 
 
 def _kernels_of(setting: TraceSetting, windows: Windows) -> dict[str, Callable[..., object]]:
     kernels: dict[str, Callable[..., object]] = {}
     if setting.policy == "cuda":
         kernels |= {
-            "dropout": _dropout,
-            "rms_norm": _rms_norm,
-            "scaled_dot_product_attention": partial(attention.fused, windows),
+            "aten::dropout": _dropout,
+            "aten::rms_norm": _rms_norm,
+            "mist::rms_norm": _norm_of_layers,
+            "mist::rms_norm_gradients": _norm_gradients_of_layers,
+            "aten::scaled_dot_product_attention": partial(attention.fused, windows),
         }
     if setting.attention is Attention.MATH:
-        kernels |= {"scaled_dot_product_attention": attention.math}
+        kernels |= {"aten::scaled_dot_product_attention": attention.math}
     return kernels
 
 

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from mist.trace.tensor_parallel.tp_sharding import WIDTHS, Matrix, Sharding, matrix_of
+from mist.trace.tensor_parallel.local_sizes import MANY
+from mist.trace.tensor_parallel.tp_sharding import Matrix, Sharding, matrix_of
 
 
 def undivided(model: nn.Module, sharding: Sharding) -> str | None:
@@ -23,20 +24,15 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
                 or issubclass(kind, nn.Linear) is not (kind is nn.Linear)
             ):
                 return f"{name} is a {kind.__name__}, which mist apply does not divide"
-            if module is not modules[key][1] and num_pieces(model, name, matrix, row) is None:
-                return f"{name} holds several matrices in one"
+            if module is not modules[key][1] and num_pieces(sharding, matrix, row) == MANY:
+                return f"{name} holds several matrices in one, of different or unknown widths"
     return None
 
 
-def num_pieces(model: nn.Module, name: str, matrix: Matrix, row: Matrix) -> int | None:
-    """How many matrices of equal width a column-parallel one holds side by side; None: not known.
+def num_pieces(sharding: Sharding, matrix: Matrix, row: Matrix) -> int:
+    """How many matrices of equal width a column-parallel one holds side by side; MANY: not known.
 
-    Those of GPT-2's attention are cut apart by a width that the module names (`split_size`).
-    `row`: the row-parallel matrix behind it.
+    The model cuts its outputs into them. `row`: the row-parallel matrix behind it.
     """
-    if matrix.num_out <= row.num_in:
-        return 1
-    owner = model.get_submodule(name.rpartition(".")[0])
-    widths = {getattr(owner, width, None) for width in WIDTHS}
-    fused = matrix.out_dim == 1 and row.num_in in widths and matrix.num_out % row.num_in == 0
-    return matrix.num_out // row.num_in if fused else None
+    single = 1 if matrix.num_out <= row.num_in else MANY
+    return sharding.fused.get(id(matrix.module), single)

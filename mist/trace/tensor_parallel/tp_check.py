@@ -28,7 +28,7 @@ ELEMENTWISE: Final = frozenset(
     {
         aten._to_copy, aten.copy_, aten.native_dropout, aten.bernoulli, aten.bernoulli_,
         aten.rand_like, aten._unsafe_view, aten._reshape_alias, aten.glu, aten.detach, aten.alias,
-        aten.prelu, aten._prelu_kernel, aten.constant_pad_nd,
+        aten.prelu, aten._prelu_kernel, aten.constant_pad_nd, aten.repeat,
     }
 )  # fmt: skip
 # Only the shape of the input counts.

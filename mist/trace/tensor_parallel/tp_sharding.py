@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mist.model.summary import TpLimit
+from mist.trace.tensor_parallel.sized_calls import SizeRule
 
 # Attributes of an attention module that hold a number of heads or the width of all heads.
 HEADS: Final = ("num_heads", "n_heads", "n_head", "num_attention_heads", "n_local_heads")
@@ -27,8 +28,8 @@ HEAD_DIMS: Final = ("head_dim", "head_size", "attention_head_size")
 
 
 WHOLE_VOCABULARY: Final = (
-    "embedding and head stay whole on every tensor-parallel rank: the model file's own loss reads "
-    "all logits"
+    "embedding and head stay whole on every tensor-parallel rank: the model's own loss, or a table "
+    "that it adds, reads all logits"
 )
 
 
@@ -139,7 +140,7 @@ class Sharding:
     `colwise`: modules whose input enters a region. `regions`: of each region the module that ends
     it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also
     where they hold nothing divided (attention whose heads cannot be, routing). `notes`: what stays
-    whole, and why.
+    whole, and why. `size_rules`, `fused`: from a run on shards, see `LocalSizes`.
     """
 
     params: Mapping[int, Share]
@@ -150,6 +151,8 @@ class Sharding:
     limits: tuple[TpLimit, ...]
     vocab_size: int | None
     notes: tuple[str, ...]
+    size_rules: Mapping[int, Mapping[int, SizeRule]] = field(default_factory=dict)
+    fused: Mapping[int, int] = field(default_factory=dict)
 
 
 def sharding_of(

@@ -1,0 +1,26 @@
+"""Attention with numbers of its own is divided: what one process gets, to float64's last digits."""
+
+from pathlib import Path
+
+from tests.exec.double import MAX_LOSS, MAX_PARAMETER
+from tests.exec.forking import RunRanks
+from tests.exec.parity import run_variants
+from tests.exec.sized_layouts import SIZED, WITH_ENCODER, write_sized_models
+
+LIMITS = {"loss": MAX_LOSS, "norm": MAX_LOSS, "gradients": MAX_LOSS, "parameters": MAX_PARAMETER}
+
+
+LAYOUTS = (*SIZED, *WITH_ENCODER)
+
+
+def test_written_numbers_of_heads_are_a_ranks(tmp_path: Path, forked: RunRanks) -> None:
+    write_sized_models(tmp_path)
+    found = run_variants(LAYOUTS, tmp_path, forked)
+    assert set(found) == {variant.name for variant in LAYOUTS}
+    far = {
+        (name, what): error
+        for name, errors in found.items()
+        for what, error in errors.items()
+        if not error <= LIMITS[what]
+    }
+    assert far == {}

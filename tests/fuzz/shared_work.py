@@ -1,0 +1,86 @@
+"""Work that no input goes through, done once for all cases: it would be most of their time.
+
+The good model is traced once for each setting, a graph is compiled once for each runtime, and the
+commands are laid out once. What reads an input runs for every case.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    import typer
+
+    from mist.model.graph import ModelGraph
+    from mist.plans.workload import Precision
+    from mist.platform import Runtime
+    from mist.symbolic.program import ModelPrograms
+    from mist.trace.model_trace import Traced
+    from mist.trace.models.loader import LoadedModel
+    from mist.trace.models.source import TraceSetting
+
+GOOD_MODEL = "mist_model_tiny"  # the module that tiny.py becomes; no case changes that file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedWork:
+    """Results by what they were made of."""
+
+    traces: dict["TraceSetting", "Traced"] = field(default_factory=dict)
+    programs: dict[tuple[str, "Precision"], list[tuple["ModelGraph", "ModelPrograms"]]] = field(
+        default_factory=dict
+    )
+    commands: dict[int, object] = field(default_factory=dict)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within: commands take these results, and add those that they make."""
+        import typer.main
+
+        from mist.symbolic import compile as compiling
+        from mist.trace import model_trace
+
+        with (
+            patch.object(model_trace, "trace", self._traced(model_trace.trace)),
+            patch.object(compiling, "compile_model", self._compiled(compiling.compile_model)),
+            patch.object(typer.main, "get_command", self._command(typer.main.get_command)),
+        ):
+            yield
+
+    def _traced(self, trace: "Callable[..., Traced]") -> "Callable[..., Traced]":
+        def traced(
+            model: "LoadedModel", setting: "TraceSetting", progress: Callable[[str], None]
+        ) -> "Traced":
+            if type(model.module).__module__ != GOOD_MODEL:
+                return trace(model, setting, progress)
+            if setting not in self.traces:
+                self.traces[setting] = trace(model, setting, progress)
+            return self.traces[setting]
+
+        return traced
+
+    def _compiled(
+        self, compile_model: "Callable[..., ModelPrograms]"
+    ) -> "Callable[..., ModelPrograms]":
+        def compiled(
+            graph: "ModelGraph", runtime: "Runtime", precision: "Precision"
+        ) -> "ModelPrograms":
+            # By its words: 1 and True are equal, and a case may be about just that.
+            pairs = self.programs.setdefault((repr(runtime), precision), [])
+            for known, programs in pairs:
+                if known == graph:
+                    return programs
+            pairs.append((graph, compile_model(graph, runtime, precision)))
+            return pairs[-1][1]
+
+        return compiled
+
+    def _command(self, get_command: Callable[["typer.Typer"], object]) -> object:
+        def command(app: "typer.Typer") -> object:
+            if id(app) not in self.commands:
+                self.commands[id(app)] = get_command(app)
+            return self.commands[id(app)]
+
+        return command
