@@ -231,8 +231,9 @@ def page(
             words(one[name]) if name in one else "-",
             f"{np.median(widths[own]):.2f}", f"{covered[own].mean():.0%}",
         ])  # fmt: skip
-    by_source = table(("source", "runs", "in-sample", "source left out", "model left out",
-                       "one run of it known", "width of the interval", "covered"), rows)  # fmt: skip
+    head = ("source", "runs", "in-sample", "source left out", "model left out",
+            "one run of it known", "width of the interval", "covered")  # fmt: skip
+    by_source = table(head, rows)
     ways = [["nothing (in-sample)", len(inside), words(inside), f"{macro(fit, inside):.1f}"]]
     ways += [[name, len(found), words(found), f"{macro(fit, found):.1f}"]
              for name, found in outside.items()]  # fmt: skip
@@ -261,8 +262,10 @@ def transfers(fit: Fit, inside: Floats, outside: Mapping[str, Floats]) -> str:
         rows.append([what, len(own), words(fit.errors(fit.without(own), own))])
 
     for width in sorted({run.hidden for run in runs if run.source == "vtrain-single"}):
-        hidden(f"vtrain-single, hidden size {width}",
-               lambda run, width=width: (run.source, run.hidden) == ("vtrain-single", width))  # fmt: skip
+        hidden(
+            f"vtrain-single, hidden size {width}",
+            lambda run, width=width: (run.source, run.hidden) == ("vtrain-single", width),
+        )
     for gpu in sorted({run.gpu for run in runs if run.source == "llm-foundry"}):
         hidden(
             f"llm-foundry, {gpu}",
