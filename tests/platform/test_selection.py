@@ -133,7 +133,7 @@ def test_a_margin_is_a_ratio() -> None:
 
 
 def test_a_device_without_measurements_is_less_certain() -> None:
-    known = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime="deepspeed-zero3")
+    known = load_platform(num_gpus=8, gpu="l40s", cluster=None, runtime="deepspeed-zero3")
     assert known.step_interval == (0.75, 1.25)
     assert platform(8, "cpu").step_interval == (0.6, 1.4)
     assert platform(8).memory_uncertainty_ratio == 0.1
