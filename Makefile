@@ -17,6 +17,7 @@ GPU_HAS := numpy packaging typing_extensions pyyaml
 OUT ?= gpu-check
 LOOP ?= local-loop
 INPUTS ?= 10000
+SLOPES ?= slopes.json
 MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
@@ -78,7 +79,9 @@ gpu-bundle: $(INSTALLED)  ## what gpu-check needs beside torch and transformers,
 	cd gpu-bundle && rm -f $(foreach name,$(GPU_HAS),$(name)-*.whl)  # come with the other two
 	@du -sm gpu-bundle
 
-accuracy: $(INSTALLED)  ## docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
+accuracy: $(INSTALLED)  ## the fit and docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
+	$(BIN)/python benchmarks/calibrations/step_slopes.py $(RUNS) $(SLOPES)
+	$(BIN)/python benchmarks/calibrations/fit.py $(RUNS) $(SLOPES)
 	$(BIN)/python benchmarks/calibrations/accuracy.py $(RUNS) $(STAGES)
 
 docs: $(INSTALLED)  ## what is generated in docs (cli.md, the tree, lists of files)

@@ -150,7 +150,9 @@ AttentionName = Annotated[
 Margin = Annotated[
     float | None,
     typer.Option(
-        "--margin", help="Share of device memory that stays free [0.12].", rich_help_panel=MACHINES
+        "--margin",
+        help="Share of device memory that stays free [P(fits) of 98%: 0.142 for torch].",
+        rich_help_panel=MACHINES,
     ),
 ]
 HostMemory = Annotated[

@@ -54,6 +54,7 @@ from mist.cli.command_options import (
     with_knobs,
 )
 from mist.cli.common import command, print_json, progress, typed_options
+from mist.cli.hand_layouts import hand_layout
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
 from mist.plans.objectives import OBJECTIVES, Objective
@@ -352,33 +353,18 @@ def check(
     **knobs: int,
 ) -> None:
     """Judge a plan file, a layout or another framework's file: does it fit, how fast is it?"""
-    from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
+    from mist.workflow.checking import check_layout
     from mist.workflow.foreign_files import check_file, foreign_file
-    from mist.workflow.request import Question, figures_of
 
     check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
     file = foreign_file(subject)
     if file is None and subject.endswith(PLAN_SUFFIXES):
         return _show_check(_of_file(context, subject), out, as_json=as_json, details=details)
-    question = Question(
+    # The options of a layout are read from the context, as in `mist calibrate`.
+    question, layout = hand_layout(
+        context.params,
         model=(model or subject) if file else subject,
         num_gpus=(gpus or 1) if file else _given_gpus(subject, model, gpus),
-        gpu=gpu,
-        cluster=cluster,
-        runtime=runtime,
-        seq_len=seq,
-        global_batch=global_batch,
-        precision=precision,
-        attention=attention,
-        margin_ratio=margin,
-        overrides=figures_of(figures or (), host_memory),
-    )
-    layout = HandLayout(
-        checkpoint=checkpoint,
-        schedule=schedule,
-        offload=offload_of(offload or ()),
-        layers=layers_of(layers),
-        **knobs,
     )
     judge = partial(check_layout, question, layout)
     if file is not None:

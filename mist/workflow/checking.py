@@ -187,14 +187,10 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
     Raises InputError naming every rule that it breaks.
     """
-    _refuse_early(question, layout, platform_of(question))
-    if layout.checkpoint in CHECKPOINTS:
-        question = replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
-    job = prepare(question, progress, layout.tp)
-    made = _made(job, layout)
-    plan = unsearched_plan(job, question, made, estimate(job, made))
+    question = of_level(question, layout)
+    job, plan = plan_by_hand(question, layout, progress)
     limits = limits_of(job, question)
-    host = host_need(job, made, plan.estimate, limits)
+    host = host_need(job, plan.layout, plan.estimate, limits)
     notes = tuple(notes_of(job))
     checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
     helpful = tuple(suggestions(question, job, layout, checked, _made))
@@ -203,6 +199,26 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
         suggestions=tuple(one if isinstance(one, str) else one.words for one in helpful),
         remedies=tuple(one for one in helpful if not isinstance(one, str)),
     )
+
+
+def of_level(question: Question, layout: HandLayout) -> Question:
+    """The question of a layout of one memory level: no other is traced."""
+    if layout.checkpoint in CHECKPOINTS:
+        return replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
+    return question
+
+
+def plan_by_hand(
+    question: Question, layout: HandLayout, progress: Progress = quiet
+) -> tuple[Job, Plan]:
+    """The plan of a layout written by hand, and what was priced for it.
+
+    Raises InputError naming every rule that it breaks.
+    """
+    _refuse_early(question, layout, platform_of(question))
+    job = prepare(question, progress, layout.tp)
+    made = _made(job, layout)
+    return job, unsearched_plan(job, question, made, estimate(job, made))
 
 
 def check_plan(
