@@ -79,7 +79,7 @@ def _value(line: ArgumentLine) -> Any:  # noqa: ANN401 - of any option
     try:
         return ast.literal_eval(line.value)
     except (ValueError, SyntaxError):
-        return line.value
+        return str(line.value)  # a word of a table is written as its text
 
 
 def recognises_bridge(text: str) -> bool:

@@ -66,6 +66,7 @@ class PlanMore(TypedDict):
     """What `mist plan` prints beside the fields of the plan file."""
 
     __pydantic_config__ = _WHOLE  # type: ignore[misc]
+    fit_probability: float
     host_memory: HostMemoryResult
     seconds: dict[str, float]
     notes: list[str]
@@ -95,6 +96,7 @@ class CheckResult(TypedDict):
     overrides: dict[str, float]
     trainable_params: int
     fits: bool
+    fit_probability: float
     margin_bytes: int
     limit_bytes: int
     host_limit_bytes: int

@@ -45,6 +45,7 @@ SECTIONS = {
 known = {section: fields(name) for section, name in SECTIONS.items()}
 modules = sorted(files.glob("megatron-bridge/*/bridge_plan.py"))
 for module in modules:
+    ast.parse(module.read_text())
     for section, field in re.findall(r"cfg\.(\w+)\.(\w+) =", module.read_text()):
         assert field in known[section], (module, section, field)
 print(f"megatron-bridge: {len(modules)} files, every field is declared")
