@@ -22,7 +22,7 @@ MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
 .PHONY: help plan test coverage test-slow check bench accuracy docs format mutants golden
-.PHONY: validate-exports gpu-check gpu-bundle test-matrix local-loop fuzz
+.PHONY: validate-exports test-page gpu-check gpu-bundle test-matrix local-loop fuzz
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -100,6 +100,9 @@ mutants: $(INSTALLED)  ## every committed mutant must fail its tests
 validate-exports: $(INSTALLED)  ## targets' own code reads twelve exports of each (slow: own environments)
 	rm -rf .exports/files && $(BIN)/python -m tests.validate_exports.write .exports/files
 	tests/validate_exports/run.sh .exports $(BIN)/python
+
+test-page: $(INSTALLED)  ## reports of the golden plans in headless Chromium (needs node, npm, apt)
+	tests/page/run.sh .page $(BIN)/mist
 
 golden: $(INSTALLED)  ## plan the golden plans anew
 	$(BIN)/python -m tests.golden

@@ -243,7 +243,8 @@ def test_parts_of_a_model_beyond_count(key: str, number: float, tmp_path: Path) 
 
 
 def test_sizes_are_no_counts(tmp_path: Path) -> None:
-    sizes = {"head_dim": 10**5, "block_size": 10**6, "num_hidden_layers": 4096, "vocab_size": 10**7}
+    sizes = {"head_dim": 10**5, "block_size": 10**6, "num_hidden_layers": 4096, "vocab_size": 10**7,
+             "vocab_size_per_layer_input": 10**6}  # fmt: skip
     assert max(MOST_PARTS.values()) < 10**7
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llama", **sizes}))

@@ -58,7 +58,7 @@ Subject = Annotated[
     str,
     typer.Argument(
         help="A plan file, a model whose layout the options below give, or a file of Megatron, "
-        "torchtitan, DeepSpeed or accelerate."
+        "torchtitan, DeepSpeed, accelerate, LLaMA-Factory or axolotl."
     ),
 ]
 GpusOfModel = Annotated[
@@ -284,6 +284,15 @@ LayerSplit = Annotated[
         help="Layers of each stage (9,8,8,7), or of each chunk in the order of the layers "
         "[the runtime's own split].",
         rich_help_panel=LAYOUT,
+    ),
+]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say what binds, what more of it would bring, and what each part of the search is "
+        "worth: some ten searches more, and a picture.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Verify = Annotated[

@@ -48,7 +48,9 @@ def verify(
         write_bytes(picture, timeline_png(found.stages))
         progress(f"wrote {picture}")
     if as_json:
-        print_json(verified_json(found.stages, fits=found.fits, agrees=found.agrees))
+        print_json(
+            "mist.verify/1", verified_json(found.stages, fits=found.fits, agrees=found.agrees)
+        )
     else:
         print_verified(found.stages, UNSEEN)
     if not found.fits:
@@ -151,24 +153,6 @@ def profile(
     print(f"wrote {out}: plan for it with --cluster ./{out.name} --gpus {request.num_ranks}")
 
 
-@command("mist compare plan.yaml run.json")
-def compare(
-    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="The log of its run (.json).")],
-    *,
-    as_json: Json = False,
-) -> None:
-    """Set the time and memory that PLAN predicts beside what its run measured."""
-    from mist.report.comparison_tables import compared_json, print_compared
-    from mist.workflow.comparing import compare as set_beside
-
-    found = set_beside(subject, log)
-    if as_json:
-        print_json(compared_json(found))
-    else:
-        print_compared(found)
-
-
 @command("mist calibrate plan.yaml run.json --out mine.yaml")
 def calibrate(
     files: Annotated[
@@ -247,6 +231,6 @@ def validate(
         write_text(out, predictions_csv(found.rows))
         progress(f"wrote {out}")
     if as_json:
-        print_json(scores_json(found.scores))
+        print_json("mist.validate/1", scores_json(found.scores))
     else:
         print_scores(found.scores, calibrated=not uncalibrated)

@@ -115,14 +115,18 @@ def _lines(sheet: Sheet, runs: Sequence[_Run], num_others: int, width: int) -> l
 
 def _verdict(sheet: Sheet, width: int) -> list[str]:
     """Whether it fits and what binds; then speed and cost; then of what."""
+    lines = [*verdict_lines(sheet), *head_lines(sheet.plan)]
+    return [line for words in lines for line in wrapped(words, width, 2)]
+
+
+def verdict_lines(sheet: Sheet) -> list[str]:
+    """Whether it fits and what binds, then speed and cost: sentences without line breaks."""
     estimate = sheet.plan.estimate
     speed = (
         f"Predicted: {step_words(estimate)}, {format_count(estimate.tokens_per_s)} tokens/s, "
         f"MFU {estimate.mfu:.1%}."
     )
-    sentences = [*_verdict_words(sheet), " ".join([speed, sheet.cost]).strip()]
-    lines = [*sentences, *head_lines(sheet.plan)]
-    return [line for words in lines for line in wrapped(words, width, 2)]
+    return [*_verdict_words(sheet), " ".join([speed, sheet.cost]).strip()]
 
 
 def _verdict_words(sheet: Sheet) -> list[str]:

@@ -347,9 +347,7 @@ def _ops(run: RecordedRun) -> Iterator[Op]:
         yield from piece.part.ops
 
 
-def _facts(
-    run: RecordedRun, point: Mapping[Expr, int]
-) -> tuple[list[object], Counter[tuple[object, ...]]]:
+def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> tuple[list[object], Counter[object]]:
     """All costs of a run as numbers; apart from them those of gradients that are put back."""
     values: dict[Expr, Expr] = {}
 
@@ -361,7 +359,7 @@ def _facts(
 
     ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
     storages = ((k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.storages.values())
-    put_back = Counter(op for op in ops if op[0] == PUT_BACK)
+    put_back = Counter[object](op for op in ops if op[0] == PUT_BACK)
     others = [op for op in ops if op[0] != PUT_BACK]
     return [*others, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)], put_back
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from mist.trace.recording.recorded_run import Piece, RecordedRun
+from mist.trace.repeated_blocks import find_layers
 from mist.trace.tensor_parallel.tp_plan import plan_of_model, sharding_by_plan
 from mist.trace.tensor_parallel.tp_sharding import (
     Matrix,
@@ -77,7 +78,10 @@ def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
         raise UnsupportedRules(NO_TOKENS)
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
     notes = (WHOLE_ATTENTION,) if attention else ()
-    return replace(sharding, whole=sharding.whole | attention, notes=notes)
+    # What lies outside the layers has all tokens as it is.
+    every = find_layers(model)
+    inside = {id(m) for layer in (every.modules if every else ()) for m in layer.modules()}
+    return replace(sharding, whole=(sharding.whole & inside) | attention, notes=notes)
 
 
 def _carries_tokens(piece: Piece) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mist.plans.workload import Precision
     from mist.platform import Runtime
     from mist.symbolic.program import ModelPrograms
+    from mist.symbolic.stage import ConvertedBlocks
     from mist.trace.model_trace import Traced
     from mist.trace.models.loader import LoadedModel
     from mist.trace.models.source import TraceSetting
@@ -29,7 +30,7 @@ class SharedWork:
     """Results by what they were made of."""
 
     traces: dict["TraceSetting", "Traced"] = field(default_factory=dict)
-    programs: dict[tuple[str, "Precision"], list[tuple["ModelGraph", "ModelPrograms"]]] = field(
+    programs: dict[tuple[str, "Precision"], list[tuple[object, "ModelPrograms"]]] = field(
         default_factory=dict
     )
     commands: dict[int, object] = field(default_factory=dict)
@@ -65,15 +66,19 @@ class SharedWork:
         self, compile_model: "Callable[..., ModelPrograms]"
     ) -> "Callable[..., ModelPrograms]":
         def compiled(
-            graph: "ModelGraph", runtime: "Runtime", precision: "Precision"
+            graph: "ModelGraph",
+            runtime: "Runtime",
+            precision: "Precision",
+            converted: "ConvertedBlocks",
         ) -> "ModelPrograms":
             # By its words: 1 and True are equal, and a case may be about just that.
-            pairs = self.programs.setdefault((repr(runtime), precision), [])
-            for known, programs in pairs:
-                if known == graph:
+            known = self.programs.setdefault((repr(runtime), precision), [])
+            for blocks, programs in known:
+                if blocks == (graph, converted):
                     return programs
-            pairs.append((graph, compile_model(graph, runtime, precision)))
-            return pairs[-1][1]
+            programs = compile_model(graph, runtime, precision, converted)
+            known.append(((graph, converted), programs))
+            return programs
 
         return compiled
 

@@ -167,6 +167,11 @@ BY_HAND: dict[str, tuple[Callable[[], Tensor], list[float]]] = {
         lambda: torch.conv2d(need(2, 6, 8, 8), need(12, 1, 3, 3), groups=6),
         [2 * (2 * 6 * 6) * 12 * 9, 2 * 2 * (2 * 6 * 6) * 12 * 9],
     ),
+    # Half of a product of a 5 x 5 matrix and 3 columns, twice; its backward has the whole one, too.
+    "triangular solve": (
+        lambda: torch.linalg.solve_triangular(need(2, 5, 5), need(2, 5, 3), upper=False),
+        [2 * 25 * 3, 2 * 25 * 3, 2 * 2 * 25 * 3],
+    ),
     "mv": (lambda: need(3, 5) @ need(5), [2 * 15] * 2),
     "addmv": (lambda: torch.addmv(plain(3), plain(3, 5), plain(5)), [2 * 15]),
     "dot": (lambda: plain(5) @ plain(5), [2 * 5]),

@@ -293,6 +293,31 @@ def test_unknown_style_is_noted() -> None:
     )
 
 
+class Two(nn.Module):
+    """A layer of two pairs of matrices."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.first, self.second = Layer(index), Layer(index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_what_has_an_unknown_style_stays_whole_by_itself() -> None:
+    model = Model([Two(i) for i in range(2)])
+    model.tp_plan = {
+        "layers.*.first.up": "diagonal",
+        "layers.*.up": "colwise",
+        "layers.*.down": "rowwise",
+    }
+    (block,) = traced(model).blocks
+    assert block.flop("forward").equals(2 * 2 * 4 * WIDTH**2 * B * S * (1 + 1 / T))
+    assert {p.name for p in block.params if p.sharded} == {
+        "second.up.weight", "second.up.bias", "second.down.weight"
+    }  # fmt: skip
+
+
 def test_rules_that_do_not_fit_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
     model = Model([Layer(i) for i in range(2)])
     model.tp_plan = {"layers.*.up": "colwise"}  # down still takes all inputs

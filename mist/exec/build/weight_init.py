@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
-from itertools import accumulate, product
+from itertools import product
 from math import prod
 from typing import Any, Final, Protocol
 from unittest.mock import patch
@@ -142,11 +142,12 @@ def _initialisers(
     """
     names = module_name.split(".") if module_name else []
     path = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
-    # The nearest model's, of each module on the path.
-    inits = list(accumulate(map(_init_weights, path), lambda outer, own: own or outer))
-    for module, init in reversed(list(zip(path, inits, strict=True))):
+    inits = list(map(_init_weights, path))
+    for depth in reversed(range(len(path))):
+        # The nearest model's.
+        init = next((each for each in reversed(inits[: depth + 1]) if each is not None), None)
         if init is not None:
-            yield module, init
+            yield path[depth], init
 
 
 def _init_weights(module: nn.Module) -> Callable[[nn.Module], None] | None:

@@ -25,7 +25,8 @@ Policy = Literal["cuda", "cpu"]
 # SIZE is the size of something. A thousand layers is the most that anybody trained.
 MOST_PARTS: Final = {"layer|block|stage|depth|repeat": 4096, "expert|head": 2**16, "label": 2**20}
 SIZE: Final = re.compile(
-    r"(size|sizes|dim|dims|len|length|tokens|positions|embeddings|factor|theta|base|id|eps|scale)$"
+    r"(size|sizes|dim|dims|len|length|tokens|positions|embeddings|factor|theta|base|id|eps|scale)"
+    r"(_per_\w+)?$"
 )
 MAX_SEQ_LEN_NAMES: Final = (
     "max_position_embeddings",

@@ -2,8 +2,8 @@
 
 aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
 stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads. Torch's
-padding, Fourier transforms and polar form look at sizes as numbers, which would fix the symbols;
-its grouped products refuse precisions that the kernels take.
+padding, Fourier transforms, solutions and polar form look at sizes as numbers, which would fix the
+symbols; its grouped products refuse precisions that the kernels take.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +101,13 @@ def _fft_c2r(
     return x.new_empty(shape, dtype=x.dtype.to_real())
 
 
+def _solve_triangular(
+    a: torch.Tensor, b: torch.Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> torch.Tensor:
+    """The solution [*, n, k] lies by columns, as LAPACK leaves it."""
+    return b.new_empty((*b.shape[:-2], b.shape[-1], b.shape[-2])).mT
+
+
 def _polar(modulus: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     return modulus.new_empty(modulus.shape, dtype=modulus.dtype.to_complex())
 
@@ -134,6 +141,7 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = Mappin
         aten._fft_c2c: _fft_c2c,
         aten._fft_r2c: _fft_r2c,
         aten._fft_c2r: _fft_c2r,
+        aten.linalg_solve_triangular: _solve_triangular,
         aten.polar: _polar,
     }
 )

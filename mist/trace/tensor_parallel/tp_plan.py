@@ -71,26 +71,42 @@ def planned_heads(model: nn.Module) -> Iterator[TpLimit]:
 
 
 def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
-    """What the plan divides. Raises Unsupported for a style that Mist does not know."""
+    """What the plan divides; a region with a style that Mist does not know stays whole.
+
+    Raises Unsupported when nothing else is divided.
+    """
     regions: dict[str, Region] = {}
-    vocabulary: list[nn.Module] = []
+    unknown: dict[str, str] = {}
     whole: list[nn.Module] = []
-    for path, module in model.named_modules():
-        style = _style(plan, path)
+    tables = [each for each in _planned(model, plan) if _is_vocabulary(model, each[0], each[1])]
+    for path, module, style in _planned(model, plan):
         parent = path.rpartition(".")[0]
-        if style is None or style in WHOLE:
-            continue
         if _is_vocabulary(model, path, module):
-            vocabulary.append(_known(module, style, EMBEDDING, path))
-        elif style == EXPERTS:
+            continue
+        if style == EXPERTS:
             regions[path] = _experts(plan, path, module)
             whole.append(model.get_submodule(parent))
         else:
             region = regions.setdefault(parent, Region(owners=[model.get_submodule(parent)]))
-            _add(region, module, style, path)
-    for region in regions.values():
-        region.head_dim = _head_dim(region)
-    return sharding_of(model, list(regions.values()), vocabulary, frozenset(map(id, whole)))
+            if not _add(region, module, style):
+                unknown.setdefault(parent, _unknown(path, module, style))
+    for parent in unknown:
+        del regions[parent]
+        # It may mix tokens, as attention does.
+        whole.append(model.get_submodule(parent))
+    if unknown and not regions:
+        raise UnsupportedRules(f"{next(iter(unknown.values()))}; t = 1 only")
+    known = [replace(region, head_dim=_head_dim(region)) for region in regions.values()]
+    vocabulary = [_known_table(*table) for table in tables]
+    return sharding_of(model, known, vocabulary, frozenset(map(id, whole)))
+
+
+def _planned(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
+    """Modules with their paths and the styles that divide them."""
+    for path, module in model.named_modules():
+        style = _style(plan, path)
+        if style is not None and style not in WHOLE:
+            yield path, module, style
 
 
 def _style(plan: Plan, path: str) -> str | None:
@@ -104,21 +120,25 @@ def _is_vocabulary(model: nn.Module, path: str, module: nn.Module) -> bool:
     return module is get_head() if get_head else "." not in path and isinstance(module, nn.Linear)
 
 
-def _known(module: nn.Module, style: str, styles: frozenset[str], path: str) -> nn.Module:
-    if style not in styles:
-        raise UnsupportedRules(
-            f"tensor-parallel style {style!r} of {path} ({type(module).__name__}) is not known to "
-            "Mist; t = 1 only"
-        )
+def _known_table(path: str, module: nn.Module, style: str) -> nn.Module:
+    if style not in EMBEDDING:
+        raise UnsupportedRules(f"{_unknown(path, module, style)}; t = 1 only")
     return module
 
 
-def _add(region: Region, module: nn.Module, style: str, path: str) -> None:
+def _unknown(path: str, module: nn.Module, style: str) -> str:
+    return (
+        f"tensor-parallel style {style!r} of {path} ({type(module).__name__}) is not known to Mist"
+    )
+
+
+def _add(region: Region, module: nn.Module, style: str) -> bool:
+    """Put a module into its region; whether its style and kind are known."""
     matrix = matrix_of(module)
-    known = (COLWISE | ROWWISE) - {"colwise_gather_output"} if matrix is not None else frozenset()
-    _known(module, style, known, path)
-    assert matrix is not None
+    if matrix is None or style not in (COLWISE | ROWWISE) - {"colwise_gather_output"}:
+        return False
     (region.colwise if style in COLWISE else region.rowwise).append(matrix)
+    return True
 
 
 def _experts(plan: Plan, path: str, module: nn.Module) -> Region:
