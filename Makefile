@@ -17,11 +17,12 @@ GPU_HAS := numpy packaging typing_extensions pyyaml
 OUT ?= gpu-check
 LOOP ?= local-loop
 INPUTS ?= 10000
+SLOPES ?= slopes.json
 MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
 .PHONY: help plan test coverage test-slow check bench accuracy docs format mutants golden
-.PHONY: validate-exports gpu-check gpu-bundle test-matrix local-loop fuzz
+.PHONY: validate-exports test-page gpu-check gpu-bundle test-matrix local-loop fuzz
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,7 +79,9 @@ gpu-bundle: $(INSTALLED)  ## what gpu-check needs beside torch and transformers,
 	cd gpu-bundle && rm -f $(foreach name,$(GPU_HAS),$(name)-*.whl)  # come with the other two
 	@du -sm gpu-bundle
 
-accuracy: $(INSTALLED)  ## docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
+accuracy: $(INSTALLED)  ## the fit and docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
+	$(BIN)/python benchmarks/calibrations/step_slopes.py $(RUNS) $(SLOPES)
+	$(BIN)/python benchmarks/calibrations/fit.py $(RUNS) $(SLOPES)
 	$(BIN)/python benchmarks/calibrations/accuracy.py $(RUNS) $(STAGES)
 
 docs: $(INSTALLED)  ## what is generated in docs (cli.md, the tree, lists of files)
@@ -97,6 +100,9 @@ mutants: $(INSTALLED)  ## every committed mutant must fail its tests
 validate-exports: $(INSTALLED)  ## targets' own code reads twelve exports of each (slow: own environments)
 	rm -rf .exports/files && $(BIN)/python -m tests.validate_exports.write .exports/files
 	tests/validate_exports/run.sh .exports $(BIN)/python
+
+test-page: $(INSTALLED)  ## reports of the golden plans in headless Chromium (needs node, npm, apt)
+	tests/page/run.sh .page $(BIN)/mist
 
 golden: $(INSTALLED)  ## plan the golden plans anew
 	$(BIN)/python -m tests.golden

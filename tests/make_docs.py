@@ -2,10 +2,12 @@
 
 docs/cli.md comes from the typer commands. The tree in docs/concepts.md comes from the layers in
 pyproject.toml and the first docstring line of each room and module. The lists of files in
-docs/extending.md are the modules that name an idea.
+docs/extending.md are the modules that name an idea. docs/schema has the JSON Schema of what each
+command prints with --json.
 """
 
 import ast
+import json
 import math
 import re
 import tomllib
@@ -19,10 +21,12 @@ import typer.main
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from mist.cli.application import app
+from mist.report.json_schemas import PLAN, RESULTS, json_schema
 
 ROOT = Path(__file__).parents[1]
 CLI = ROOT / "docs" / "cli.md"
 CONCEPTS = ROOT / "docs" / "concepts.md"
+SCHEMAS = ROOT / "docs" / "schema"
 EXTENDING = ROOT / "docs" / "extending.md"
 BLOCK = re.compile(r"(?s)(<!-- make docs: (\w+) -->).*?(<!-- end -->)")
 # What a module that knows of an idea has in its text.
@@ -187,3 +191,7 @@ if __name__ == "__main__":
     CLI.write_text(cli_page())
     for page in (CONCEPTS, EXTENDING):
         page.write_text(with_blocks(page.read_text()))
+    SCHEMAS.mkdir(exist_ok=True)
+    for schema in (PLAN, *RESULTS):
+        text = json.dumps(json_schema(schema), indent=1) + "\n"
+        (SCHEMAS / f"{schema.replace('/', '-')}.json").write_text(text)

@@ -16,7 +16,7 @@ from mist.workflow.validating import Validation, validate
 DOCS = Path(__file__).parents[2] / "docs"
 FEWEST = 3  # runs of a source that is shown
 FEWEST_IN_BOX = 10
-LEFT_OUT = Path(__file__).with_name("fit_torch.md")
+LEFT_OUT = Path(__file__).with_name("fit.md")
 TEMPLATE = Path(__file__).with_suffix(".md")
 
 
@@ -135,7 +135,7 @@ def main(runs: Path, stages: Path | None) -> None:
         runs=len(fitted.rows),
         sources=len(fitted.scores),
         predicted=sum(row.status == "predicted" for row in fitted.rows),
-        torch=LEFT_OUT.read_text().rstrip(),
+        left_out=LEFT_OUT.read_text().rstrip(),
         times=times(fitted.scores, {score.source: score for score in plain.scores}),
         memory=memory(fitted.scores),
         rankings=rankings(fitted.scores),

@@ -1,13 +1,15 @@
 """Constants that bring predictions to measurements: damped Gauss-Newton in their logarithms.
 
-The sum of soft-L1 losses of log(predicted / measured) is minimised between bounds; errors well
-above `SOFTNESS` count linearly, so that single bad runs do not decide. A constant that something is
-known of beforehand has a width: its start is then the mean of a normal distribution of its
-logarithm, and the constants found are those of the largest posterior density.
+    least  sum of w_i * softL1(log(predicted_i / measured_i))  +  (x - m)' P (x - m) / 2
+
+over the logarithms x of the constants, between bounds. Errors well above `SOFTNESS` count linearly,
+so that single bad runs do not decide. What is known of a constant beforehand is a normal
+distribution of its logarithm with mean m and precision P: the constants found are then those of the
+largest posterior density, and the curvature there gives their covariance (Laplace).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,73 +41,116 @@ class Range:
     width: float = math.inf
 
 
-def loss(errors: Floats) -> float:
-    """Soft-L1 of log errors."""
-    return float(np.sum(np.sqrt(1 + (errors / SOFTNESS) ** 2) - 1))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prior:
+    """What is known of the logarithms of K constants before any run.
+
+    `mean` [K], `precision` [K, K] (the inverse of their covariance), bounds `low` and `high` [K].
+    """
+
+    names: tuple[str, ...]
+    mean: Floats
+    precision: Floats
+    low: Floats
+    high: Floats
+
+    def loss(self, point: Floats) -> float:
+        """Half the squared distance in standard deviations, on the scale of `loss`."""
+        off = point - self.mean
+        return float(off @ self.precision @ off / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prior:
-    """What is known of the logarithms of all constants before any run: means and widths."""
+class Posterior:
+    """The constants after the runs: logarithms [K], their covariance [K, K], and errors [N]."""
 
-    mean: Floats
-    width: Floats
+    names: tuple[str, ...]
+    point: Floats
+    covariance: Floats
+    errors: Floats
 
-    def loss(self, point: Floats) -> float:
-        """Half the squared distance in widths, on the scale of `loss`."""
-        return float(np.sum(((point - self.mean) / self.width) ** 2) / 2)
+    @property
+    def values(self) -> dict[str, float]:
+        """The constants by name."""
+        return dict(zip(self.names, np.exp(self.point).tolist(), strict=True))
 
 
-def fitted(
-    errors_at: Callable[[Values], Floats], constants: Mapping[str, Range]
-) -> tuple[dict[str, float], Floats]:
-    """The constants that fit best, and the log errors that they leave.
-
-    `errors_at`: log(predicted / measured) of every run at given constants.
-    """
-    names = list(constants)
-    # Logarithms keep constants positive and make steps relative.
-    point, low, high = (
-        np.log([getattr(constants[name], end) for name in names])
+def prior_of(constants: Mapping[str, Range]) -> Prior:
+    """Constants that are known independently of each other."""
+    mean, low, high = (
+        np.log([getattr(each, end) for each in constants.values()])
         for end in ("start", "least", "most")
     )
+    width = np.array([each.width for each in constants.values()])
+    return Prior(
+        names=tuple(constants), mean=mean, precision=np.diag(width**-2.0), low=low, high=high
+    )
 
-    def errors(at: Floats) -> Floats:
-        return errors_at(dict(zip(names, np.exp(at), strict=True)))
 
-    prior = Prior(mean=point, width=np.array([each.width for each in constants.values()]))
-    residuals, damping = errors(point), 1e-2
+def loss(errors: Floats, weights: Floats | float = 1.0) -> float:
+    """Soft-L1 of log errors."""
+    return float(np.sum(weights * (np.sqrt(1 + (errors / SOFTNESS) ** 2) - 1)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """Runs as functions of the logarithms of the constants.
+
+    `errors` [N]: log(predicted / measured). `slopes` [N, K]: of the errors; none for finite
+    differences, one prediction of all runs for each constant. `weights` [N]: how much each counts.
+    """
+
+    errors: Callable[[Floats], Floats]
+    slopes: Callable[[Floats, Floats], Floats] | None = None
+    weights: Floats | float = 1.0
+
+
+def fitted(runs: Runs, prior: Prior, start: Floats | None = None) -> Posterior:
+    """The constants of the largest posterior density; `start`: where the search begins."""
+    point = prior.mean if start is None else start
+    errors, damping = runs.errors(point), 1e-2
     for _ in range(MAX_STEPS):
-        move = _step(errors, point, residuals, prior)
+        move = _step(runs, point, errors, prior)
+        before = loss(errors, runs.weights) + prior.loss(point)
         for _ in range(MAX_TRIES):
-            tried = np.clip(point + move(damping), low, high)
-            after = errors(tried)
-            before = loss(residuals) + prior.loss(point)
-            if loss(after) + prior.loss(tried) < before * (1 - GAIN):
-                point, residuals, damping = tried, after, damping / 3
+            tried = np.clip(point + move(damping), prior.low, prior.high)
+            after = runs.errors(tried)
+            if loss(after, runs.weights) + prior.loss(tried) < before * (1 - GAIN):
+                point, errors, damping = tried, after, damping / 3
                 break
             # Levenberg-Marquardt: a failed step is tried again, shorter and nearer to steepest
             # descent.
             damping *= 4
         else:
             break
-    return dict(zip(names, np.exp(point).tolist(), strict=True)), residuals
+    normal, _ = _normal(runs, point, errors, prior)
+    # A constant that nothing is known of, before or after, has no variance: a small one in place
+    # of a matrix that has no inverse.
+    covariance = np.asarray(np.linalg.pinv(normal / SOFTNESS**2, hermitian=True), np.float64)
+    return Posterior(names=prior.names, point=point, covariance=covariance, errors=errors)
 
 
-def _step(
-    errors: Callable[[Floats], Floats], point: Floats, residuals: Floats, prior: Prior
-) -> Callable[[float], Floats]:
-    """The move from a point as a function of the damping."""
-    slopes = np.array(
-        # Finite differences, one prediction of all runs per constant.
-        [(errors(point + STEP * unit) - residuals) / STEP for unit in np.eye(len(point))]
+def _slopes(runs: Runs, point: Floats, errors: Floats) -> Floats:
+    if runs.slopes is not None:
+        return runs.slopes(point, errors)
+    return np.array(
+        [(runs.errors(point + STEP * unit) - errors) / STEP for unit in np.eye(len(point))]
     ).T
+
+
+def _normal(runs: Runs, point: Floats, errors: Floats, prior: Prior) -> tuple[Floats, Floats]:
+    """The normal equations around a point, times SOFTNESS squared: their matrix and right side."""
+    slopes = _slopes(runs, point, errors)
     # The weights of soft-L1: runs with large errors count less.
-    weights = 1 / np.sqrt(1 + (residuals / SOFTNESS) ** 2)
-    normal, pull = (slopes.T * weights) @ slopes, (slopes.T * weights) @ residuals
-    # `loss` of small errors is half their square over SOFTNESS squared: so is that of the prior.
-    pulls = (SOFTNESS / prior.width) ** 2
-    normal, pull = normal + np.diag(pulls), pull + pulls * (point - prior.mean)
+    weights = runs.weights / np.sqrt(1 + (errors / SOFTNESS) ** 2)
+    pulls = SOFTNESS**2 * prior.precision
+    normal = (slopes.T * weights) @ slopes + pulls
+    return normal, (slopes.T * weights) @ errors + pulls @ (point - prior.mean)
+
+
+def _step(runs: Runs, point: Floats, errors: Floats, prior: Prior) -> Callable[[float], Floats]:
+    """The move from a point as a function of the damping."""
+    normal, pull = _normal(runs, point, errors, prior)
 
     def move(damping: float) -> Floats:
         # The small term keeps a constant without influence from making the matrix singular.
@@ -113,3 +158,8 @@ def _step(
         return np.clip(np.linalg.solve(scaled, -pull), -LONGEST_MOVE, LONGEST_MOVE)
 
     return move
+
+
+def of_names(errors_at: Callable[[Values], Floats], names: Sequence[str]) -> Runs:
+    """Runs whose errors are asked for by the names of constants."""
+    return Runs(errors=lambda point: errors_at(dict(zip(names, np.exp(point), strict=True))))

@@ -3,16 +3,19 @@
 {"steps": [{"step": 1, "seconds": 0.9, "stages": [{"forward_s": 0.2, ...}, ...], ...}, ...],
  "stages": [{"peak_bytes": 123, "collectives": [{"axis": "dp", "kind": ..}, ...]}, ...]} as JSON;
 only the seconds of the steps must be there. Steps up to "resumed_after" are not looked at: the run
-that this one goes on from may have had another layout.
+that this one goes on from may have had another layout. Logs of other frameworks:
+`mist.calibrate.text_logs`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Final
 
-from mist.documents import read_json
+from mist.calibrate.text_logs import mean_step_s, seconds_in
+from mist.documents import read_json, read_text
 from mist.errors import InputError
 from mist.units import LARGEST_INTEGER
 
@@ -74,28 +77,46 @@ class LoggedRun:
         return (high - low) / 2 / self.step_s
 
 
-def read_log(path: Path) -> LoggedRun:
+def read_log(path: Path, tokens_per_gpu: float = math.nan) -> LoggedRun:
     """A log without its first two steps, and without those that were watched, where others are.
 
-    Raises InputError for a file that is no log.
+    `tokens_per_gpu`: tokens of a step over GPUs, for logs that have tokens per second instead of
+    seconds. Raises InputError for a file that is no log.
     """
-    data: Any = read_json(path)
+    text = read_text(path)
     try:
-        after = _count(data.get("resumed_after", 0))
-        rows = [row for row in data["steps"] if not after or _count(row["step"]) > after]
-        steps = [(_seconds(row["seconds"]), row) for row in rows]
-        parts = _parts([row for _, row in _counted(steps)])
-        stages = tuple(_stage(row) for row in data.get("stages", ()))
+        run = _of_json(path) if text.lstrip().startswith("{") else _of_text(text, tokens_per_gpu)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         words = f" ({error})" if isinstance(error, ValueError) else ""
         raise InputError(
             f"{path} is no log of a run{words}: "
-            'expected {"steps": [{"seconds": 1.5}, ...]} as JSON.'
+            'expected {"steps": [{"seconds": 1.5}, ...]} as JSON, a Trainer\'s state, a table with '
+            "a column step_time_s, or the text of torchtitan, Megatron-LM or nanotron."
         ) from error
-    if not steps or min(seconds for seconds, _ in steps) < SHORTEST_S:
+    if not run.seconds or min(run.seconds) < SHORTEST_S:
         raise InputError(f"{path} has no steps with seconds above 0.")
-    seconds = tuple(seconds for seconds, _ in _counted(steps))
-    return LoggedRun(seconds=seconds, stages=stages, parts=parts)
+    return run
+
+
+def _of_json(path: Path) -> LoggedRun:
+    data: Any = read_json(path)
+    if "steps" not in data and (mean_s := mean_step_s(data)):
+        return LoggedRun(seconds=(_seconds(mean_s),), stages=())
+    after = _count(data.get("resumed_after", 0))
+    rows = [row for row in data["steps"] if not after or _count(row["step"]) > after]
+    steps = _counted([(_seconds(row["seconds"]), row) for row in rows])
+    return LoggedRun(
+        seconds=tuple(seconds for seconds, _ in steps),
+        stages=tuple(_stage(row) for row in data.get("stages", ())),
+        parts=_parts([row for _, row in steps]),
+    )
+
+
+def _of_text(text: str, tokens_per_gpu: float) -> LoggedRun:
+    steps: list[Step] = [(_seconds(each), {}) for each in seconds_in(text, tokens_per_gpu)]
+    if not steps:
+        raise KeyError("steps")
+    return LoggedRun(seconds=tuple(seconds for seconds, _ in _counted(steps)), stages=())
 
 
 Step = tuple[float, Mapping[str, Any]]

@@ -58,7 +58,7 @@ Subject = Annotated[
     str,
     typer.Argument(
         help="A plan file, a model whose layout the options below give, or a file of Megatron, "
-        "torchtitan, DeepSpeed or accelerate."
+        "torchtitan, DeepSpeed, accelerate, LLaMA-Factory or axolotl."
     ),
 ]
 GpusOfModel = Annotated[
@@ -150,7 +150,9 @@ AttentionName = Annotated[
 Margin = Annotated[
     float | None,
     typer.Option(
-        "--margin", help="Share of device memory that stays free [0.12].", rich_help_panel=MACHINES
+        "--margin",
+        help="Share of device memory that stays free [P(fits) of 98%: 0.142 for torch].",
+        rich_help_panel=MACHINES,
     ),
 ]
 HostMemory = Annotated[
@@ -282,6 +284,15 @@ LayerSplit = Annotated[
         help="Layers of each stage (9,8,8,7), or of each chunk in the order of the layers "
         "[the runtime's own split].",
         rich_help_panel=LAYOUT,
+    ),
+]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say what binds, what more of it would bring, and what each part of the search is "
+        "worth: some ten searches more, and a picture.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Verify = Annotated[

@@ -4,9 +4,9 @@ import io
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Plan how to train a PyTorch model on a cluster: "
     "parallelism, memory and schedule together.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -58,18 +58,29 @@ def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return app.command(cls=GroupedHelp, epilog=example)
 
 
+def typed_options(context: typer.Context) -> dict[str, Any]:
+    """The options and arguments that the user gave, by name."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
+
+
 def progress(message: str) -> None:
     """One line on stderr, if it is open; a run does not end because nobody listens."""
     with suppress(OSError):
         print(printable(message), file=sys.stderr or io.StringIO(), flush=True)
 
 
-def print_json(data: object) -> None:
+def print_json(schema: str, data: Mapping[str, object]) -> None:
     """The result of a command with --json: JSON as its standard has it, without NaN.
 
-    Raises OutputError for a number that JSON cannot say.
+    `schema`: its name in `mist.report.json_schemas`, which comes first. Raises OutputError for a
+    number that JSON cannot say.
     """
     try:
-        print(json.dumps(data, indent=2, allow_nan=False))
+        print(json.dumps({"schema": schema, **data}, indent=2, allow_nan=False))
     except ValueError as error:
         raise OutputError("--json: the result has a number that is infinite or none.") from error

@@ -24,7 +24,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="megatron, torchtitan, deepspeed, accelerate, torchrun or slurm."
+            "--to",
+            help="megatron, megatron-bridge, torchtitan, deepspeed, accelerate, llamafactory, "
+            "axolotl, torchrun, slurm, kubernetes or skypilot.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files; made if missing.")],
@@ -82,6 +84,6 @@ def _show(exported: "ExportedPlan", paths: list[str], *, as_json: bool) -> None:
             "step_s": plan.estimate.step_s,
         }
     if as_json:
-        print_json(export_json(exported.target, paths, exported.losses, data))
+        print_json("mist.export/1", export_json(exported.target, paths, exported.losses, data))
     else:
         print_export(exported.target, paths, exported.losses, words)

@@ -62,8 +62,26 @@ PREDICTIONS_FILE: Final = OutputKind(
 PICTURE_FILE: Final = OutputKind(
     name="picture of Mist",
     endings=(".png",),
-    rule="the timeline is written as .png",
+    rule="a picture is written as .png",
     marks=(b"Software\0Mist",),
+)
+PAGE_FILE: Final = OutputKind(
+    name="page of Mist",
+    endings=(".html",),
+    rule="the page is written as .html",
+    marks=(b"written by `mist report`",),
+)
+DRAWING_FILE: Final = OutputKind(
+    name="picture of Mist",
+    endings=(".svg",),
+    rule="write an .svg file",
+    marks=(b"<dc:title>Mist</dc:title>",),
+)
+STEP_TRACE_FILE: Final = OutputKind(
+    name="trace of a step",
+    endings=(".json",),
+    rule="a trace is written as .json",
+    marks=(b'"writer": "mist report"',),
 )
 EXPORTED_FILE: Final = OutputKind(
     name="exported file",

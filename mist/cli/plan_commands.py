@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,6 +18,7 @@ from mist.cli.command_options import (
     ClusterName,
     ClusterNames,
     Details,
+    Explain,
     Figures,
     Fixed,
     Forbid,
@@ -52,18 +53,21 @@ from mist.cli.command_options import (
     Verify,
     with_knobs,
 )
-from mist.cli.common import command, print_json, progress
+from mist.cli.common import command, print_json, progress, typed_options
+from mist.cli.hand_layouts import hand_layout
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
-from mist.plans.objectives import Objective
+from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.search_space import narrowed, space_of
+from mist.plans.search_space import SearchSpace, narrowed, space_of
 from mist.plans.workload import Attention, Precision, Solver
 
 if TYPE_CHECKING:
+    from mist.report.explanation import Explanation
     from mist.workflow.checking import Checked
-    from mist.workflow.cluster_choice import Rented
+    from mist.workflow.cluster_choice import Offer, Rented
     from mist.workflow.planning import Effort
+    from mist.workflow.request import Question
     from mist.workflow.verifying import Verified
 
 # What `mist check PLAN` may be told.
@@ -99,6 +103,7 @@ def plan(
     time_limit: TimeLimit = math.inf,
     top: Top = 5,
     verify: Verify = False,
+    explain: Explain = False,
     out: Out = None,
     force: Force = False,
     details: Details = False,
@@ -106,11 +111,11 @@ def plan(
 ) -> None:
     """Search the best way to train MODEL that fits; write plan.yaml and a Pareto plot."""
     from mist.platform.overrides import knobs_and_figures
-    from mist.workflow.cluster_choice import offer_of, rent
+    from mist.workflow.cluster_choice import offer_of
     from mist.workflow.request import Question, figures_of
 
-    writing = _Writing(out=out, inputs=(model, *(cluster or "").split(",")), force=force)
-    writing.check()
+    writing = _checked_writing(out, (model, *(cluster or "").split(",")), force=force)
+    _check_explain(objective, explain=explain)
     offer = offer_of(gpus, cluster, price, tokens)
     knobs, figures = knobs_and_figures(fixed or ())
     question = Question(
@@ -125,15 +130,42 @@ def plan(
         margin_ratio=margin,
         overrides=figures_of(figures, host_memory),
     )
-    allowed = narrowed(space_of(space), fixed=knobs, most=most or (), forbid=forbid or ())
+    narrow = partial(narrowed, fixed=knobs, most=most or (), forbid=forbid or ())
+    allowed = narrow(space_of(space))
     effort = _effort(objective, tolerance, solver, top, time_limit)
-
-    def search(margin_ratio: float | None) -> "Rented":
-        return rent(replace(question, margin_ratio=margin_ratio), offer, allowed, effort)
-
+    search = partial(_rented, question, offer, allowed, effort)
     rented, verified = _searched(search, margin, verify=verify)
-    show = partial(_show_plan, rented, verified, tokens, as_json=as_json, details=details)
-    _deliver(rented, writing, show)
+    known = _explained(replace(question, cluster=cluster), rented, allowed, narrow, explain=explain)
+    show = partial(_show_plan, rented, verified, known, tokens, as_json=as_json, details=details)
+    _deliver(rented, known, writing, show)
+
+
+def _checked_writing(out: Path | None, inputs: tuple[str, ...], *, force: bool) -> "_Writing":
+    """Where the plan goes, refused before the work is done."""
+    writing = _Writing(out=out, inputs=inputs, force=force)
+    writing.check()
+    return writing
+
+
+def _check_explain(objective: Objective, *, explain: bool) -> None:
+    """Refuse to explain a plan whose objective is not its speed."""
+    if explain and OBJECTIVES[objective].least_memory:
+        raise InputError(
+            f"--explain with --objective {objective}: gains are those of the fastest plan. Leave "
+            "out one of them."
+        )
+
+
+def _rented(
+    question: "Question",
+    offer: "Offer",
+    space: SearchSpace,
+    effort: "Effort",
+    margin_ratio: float | None,
+) -> "Rented":
+    from mist.workflow.cluster_choice import rent
+
+    return rent(replace(question, margin_ratio=margin_ratio), offer, space, effort)
 
 
 def _effort(
@@ -162,15 +194,37 @@ def _searched(
         return until_it_fits(search, margin_ratio, progress)
 
 
+def _explained(
+    question: "Question",
+    rented: "Rented",
+    space: SearchSpace,
+    narrow: Callable[[SearchSpace], SearchSpace],
+    *,
+    explain: bool,
+) -> "Explanation | None":
+    """Of the candidate that was chosen; `question`: with the clusters as they were typed."""
+    if not explain:
+        return None
+    from mist.workflow.explaining import explanation
+
+    chosen = rented.planned.plan.cluster
+    cluster = chosen.name if "," in (question.cluster or "") else question.cluster
+    asked = replace(question, num_gpus=chosen.num_gpus, cluster=cluster)
+    with redirect_stdout(sys.stderr):  # what the model's file prints is no result
+        return explanation(asked, rented.planned, space, narrow, progress)
+
+
 def _show_plan(
     rented: "Rented",
     verified: "Verified | None",
+    explained: "Explanation | None",
     tokens: float | None,
     files: Sequence[str],
     *,
     as_json: bool,
     details: bool,
 ) -> None:
+    from mist.report.explanation import explanation_json, print_explanation
     from mist.report.gpu_count_tables import candidates_json, cost_words, print_candidates
     from mist.report.plan_screen import Sheet, print_sheet
     from mist.report.plan_tables import plan_json
@@ -181,7 +235,9 @@ def _show_plan(
             progress(f"wrote {' and '.join(files)}")
         curve = candidates_json(candidates, index, tokens)
         found = plan_json(planned.plan, planned.seconds, planned.host, planned.notes)
-        return print_json({**found, "candidates": curve})
+        more = {"explanation": explanation_json(explained)} if explained else {}
+        print_json("mist.plan/1", {**found, "candidates": curve, **more})
+        return
     if verified is not None:
         from mist.report.verified import print_verified
         from mist.workflow.verifying import UNSEEN
@@ -197,7 +253,9 @@ def _show_plan(
         files=files,
         cost=cost_words(candidates[index]),
     )
-    return print_sheet(sheet, details=details)
+    print_sheet(sheet, details=details)
+    if explained is not None:
+        print_explanation(planned.plan, explained)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,21 +280,28 @@ class _Writing:
             check_output("--out", path, PICTURE_FILE, inputs=self.inputs, force=self.force)
 
 
-def _deliver(rented: "Rented", writing: _Writing, show: Callable[[Sequence[str]], None]) -> None:
+def _deliver(
+    rented: "Rented",
+    explained: "Explanation | None",
+    writing: _Writing,
+    show: Callable[[Sequence[str]], None],
+) -> None:
     """Write the plan and show it; where it cannot be written, the search was not in vain."""
     try:
-        files = _write_plan(rented, writing)
+        files = _write_plan(rented, explained, writing)
     except OutputError:
         show([])
         raise
     show(files)
 
 
-def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
+def _write_plan(rented: "Rented", explained: "Explanation | None", writing: _Writing) -> list[str]:
     """The plan and its pictures, beside each other; their names."""
     from mist.files import write_bytes
     from mist.plans.file import save_plan
     from mist.report.curve import curve_png
+    from mist.report.explanation import explanation_pictures
+    from mist.report.picture_files import pictures_png
     from mist.report.plot import plot_png
 
     planned, plan = rented.planned, rented.planned.plan
@@ -248,6 +313,9 @@ def _write_plan(rented: "Rented", writing: _Writing) -> list[str]:
     if len(rented.candidates) > 1:
         curve = curve_png(plan.model.name, rented.candidates, rented.index)
         pictures[path.with_name(f"{path.stem}-candidates.png")] = curve
+    if explained is not None:
+        bars = pictures_png(explanation_pictures(explained))
+        pictures[path.with_name(f"{path.stem}-explained.png")] = bars
     writing.check_files(path, pictures)
     save_plan(plan, path)
     for name, content in pictures.items():
@@ -285,48 +353,23 @@ def check(
     **knobs: int,
 ) -> None:
     """Judge a plan file, a layout or another framework's file: does it fit, how fast is it?"""
-    from mist.workflow.checking import HandLayout, check_layout, layers_of, offload_of
+    from mist.workflow.checking import check_layout
     from mist.workflow.foreign_files import check_file, foreign_file
-    from mist.workflow.request import Question, figures_of
 
     check_output("--out", out, PLAN_FILE, inputs=[subject, model], force=force)
     file = foreign_file(subject)
     if file is None and subject.endswith(PLAN_SUFFIXES):
         return _show_check(_of_file(context, subject), out, as_json=as_json, details=details)
-    question = Question(
+    # The options of a layout are read from the context, as in `mist calibrate`.
+    question, layout = hand_layout(
+        context.params,
         model=(model or subject) if file else subject,
         num_gpus=(gpus or 1) if file else _given_gpus(subject, model, gpus),
-        gpu=gpu,
-        cluster=cluster,
-        runtime=runtime,
-        seq_len=seq,
-        global_batch=global_batch,
-        precision=precision,
-        attention=attention,
-        margin_ratio=margin,
-        overrides=figures_of(figures or (), host_memory),
-    )
-    layout = HandLayout(
-        checkpoint=checkpoint,
-        schedule=schedule,
-        offload=offload_of(offload or ()),
-        layers=layers_of(layers),
-        **knobs,
     )
     judge = partial(check_layout, question, layout)
     if file is not None:
-        judge = partial(check_file, file, question, layout, _typed(context))
+        judge = partial(check_file, file, question, layout, typed_options(context))
     return _show_check(judge, out, as_json=as_json, details=details)
-
-
-def _typed(context: typer.Context) -> dict[str, Any]:
-    """The options and arguments that the user gave, by name."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {
-        name: context.params[name]
-        for name, source in sources.items()
-        if source is not None and source.name == "COMMANDLINE"
-    }
 
 
 def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
@@ -357,7 +400,9 @@ def _of_file(context: typer.Context, path: str) -> Callable[..., "Checked"]:
 
 def _refuse_ignored(context: typer.Context, subject: str) -> None:
     """Options that a plan file answers itself: they would be ignored."""
-    given = [f"--{name.replace('_', '-')}" for name in _typed(context) if name not in OF_ANY_PLAN]
+    given = [
+        f"--{name.replace('_', '-')}" for name in typed_options(context) if name not in OF_ANY_PLAN
+    ]
     if given:
         raise InputError(
             f"mist check {subject}: the plan file says itself what {', '.join(given)} would. "
@@ -379,7 +424,9 @@ def _show_check(
     if as_json:
         if out is not None:
             progress(f"wrote {out}")
-        print_json(check_json(checked.plan, checked.limits, checked.host, checked.notes))
+        print_json(
+            "mist.check/1", check_json(checked.plan, checked.limits, checked.host, checked.notes)
+        )
     else:
         sheet = Sheet(
             plan=checked.plan,

@@ -10,6 +10,7 @@ import typer
 
 from mist.cli.command_options import Force, Json, ModelOfPlan, Trust
 from mist.cli.common import command, print_json, progress
+from mist.cli.hand_layouts import run_by_hand
 from mist.cli.outputs import (
     CALIBRATION_FILE,
     LOG_FILE,
@@ -47,7 +48,9 @@ def verify(
         write_bytes(picture, timeline_png(found.stages))
         progress(f"wrote {picture}")
     if as_json:
-        print_json(verified_json(found.stages, fits=found.fits, agrees=found.agrees))
+        print_json(
+            "mist.verify/1", verified_json(found.stages, fits=found.fits, agrees=found.agrees)
+        )
     else:
         print_verified(found.stages, UNSEEN)
     if not found.fits:
@@ -150,28 +153,15 @@ def profile(
     print(f"wrote {out}: plan for it with --cluster ./{out.name} --gpus {request.num_ranks}")
 
 
-@command("mist compare plan.yaml run.json")
-def compare(
-    subject: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="The log of its run (.json).")],
-    *,
-    as_json: Json = False,
-) -> None:
-    """Set the time and memory that PLAN predicts beside what its run measured."""
-    from mist.report.comparison_tables import compared_json, print_compared
-    from mist.workflow.comparing import compare as set_beside
-
-    found = set_beside(subject, log)
-    if as_json:
-        print_json(compared_json(found))
-    else:
-        print_compared(found)
-
-
 @command("mist calibrate plan.yaml run.json --out mine.yaml")
 def calibrate(
     files: Annotated[
-        list[Path], typer.Argument(help="PLAN LOG pairs: plan files, each with its run's log.")
+        list[str],
+        typer.Argument(
+            help="RUN LOG pairs. RUN: a plan file, or the words of mist check in quotes "
+            '("llama3-8b --gpus 8 --zero 3"). LOG: of mist apply, torchtitan, Megatron-LM, '
+            "nanotron, a Trainer's state (.json), or a table of step times (.csv)."
+        ),
     ],
     *,
     out: Annotated[
@@ -189,17 +179,20 @@ def calibrate(
     from mist.workflow.plan_model import ModelAccess
 
     if len(files) % 2:
-        raise InputError("mist calibrate takes pairs: PLAN LOG [PLAN LOG ...].")
+        raise InputError("mist calibrate takes pairs: RUN LOG [RUN LOG ...].")
+    ran = [run_by_hand(words) if " --" in words else Path(words) for words in files[::2]]
     check_output("--out", out, CALIBRATION_FILE, inputs=files, force=force)
     folder = None if out else made_folder(user_folder() / "calibrations")
-    pairs = list(zip(files[::2], files[1::2], strict=True))
+    pairs = list(zip(ran, map(Path, files[1::2]), strict=True))
     with redirect_stdout(sys.stderr):
         found = fit(pairs, progress, ModelAccess(trust=trust))
     name = f"{found.calibration.runtime}-{found.calibration.device}.yaml"
     path = folder / name if folder else out
     assert path is not None
     write_text(path, dump_calibration(found.calibration, "Written by mist calibrate."))
-    print_calibration(found.before, found.after, found.errors_before, found.errors_after)
+    print_calibration(
+        found.before, found.after, found.errors_before, found.errors_after, found.lessons
+    )
     print(f"wrote {path}" + ("" if out else ": plans for this runtime and GPU use it from now on"))
 
 
@@ -213,6 +206,13 @@ def validate(
     stages: Annotated[
         Path | None, typer.Option("--stages", help="Layers of unequal pipeline stages (.csv).")
     ] = None,
+    sources: Annotated[
+        Path | None,
+        typer.Option(
+            "--sources",
+            help="Runtime, cluster and kind of memory of sources (.yaml), over the shipped table.",
+        ),
+    ] = None,
     uncalibrated: Annotated[
         bool, typer.Option("--uncalibrated", help="Use no number fitted to run times.")
     ] = False,
@@ -224,13 +224,13 @@ def validate(
     from mist.report.validation import predictions_csv, print_scores, scores_json
     from mist.workflow.validating import validate as judged
 
-    check_output("--out", out, PREDICTIONS_FILE, inputs=[runs, stages], force=force)
+    check_output("--out", out, PREDICTIONS_FILE, inputs=[runs, stages, sources], force=force)
     with redirect_stdout(sys.stderr):
-        found = judged(runs, stages, calibrated=not uncalibrated, progress=progress)
+        found = judged(runs, stages, sources, calibrated=not uncalibrated, progress=progress)
     if out is not None:
         write_text(out, predictions_csv(found.rows))
         progress(f"wrote {out}")
     if as_json:
-        print_json(scores_json(found.scores))
+        print_json("mist.validate/1", scores_json(found.scores))
     else:
         print_scores(found.scores, calibrated=not uncalibrated)

@@ -83,7 +83,7 @@ def trace(
             _write_graph(model, setting, picture)
     _refuse(f"--at {at}", outside_trace(graph, point) if point else ())
     if as_json:
-        print_json(trace_json(graph, point))
+        print_json("mist.trace/1", trace_json(graph, point))
     else:
         print_trace(graph, point)
 
@@ -115,7 +115,7 @@ def convert(
         kind: Masks = "bit" if masks == "bit" else "byte"
         conversion = conversion_of(model, level, kind, attention, progress)
     if as_json:
-        print_json(conversion_json(conversion))
+        print_json("mist.convert/1", conversion_json(conversion))
     else:
         print_conversion(conversion, RUNGS[level].meaning)
 
@@ -139,7 +139,7 @@ def profiles(
         names = [name]
     shown = [(row, figure_rows(row.name)) for row in known if row.name in names]
     if as_json:
-        print_json(profiles_json(shown))
+        print_json("mist.profiles/1", profiles_json(shown))
     else:
         print_profiles(shown)
 

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from mist.documents import Document, parse_yaml
 from mist.errors import InputError
 from mist.export.deepspeed_json import leaves
@@ -25,6 +23,7 @@ from mist.export.target import (
     refused,
     undivided_offload,
 )
+from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import Precision
@@ -34,21 +33,26 @@ WORDS: Final = {Precision.BF16: "bf16", Precision.FP16: "fp16", Precision.FP32: 
 AXES: Final = "parallelism_config.parallelism_config_"
 
 
-def _faults(plan: Plan) -> list[ExportLoss]:
-    """What accelerate finds only when it starts."""
-    stage = plan.stages[0]
-    if stage.tp > 1 and not stage.zero:
-        words = f"{stage.zero} with tp {stage.tp}; accelerate divides tensors under FSDP2 only"
-        return [refused("stages[].zero", words)]
-    return undivided_offload(plan, "accelerate")
+def under_fsdp2(name: str) -> Expresses:
+    """What a target called `name` can say that trains by accelerate's FSDP2."""
+
+    def faults(plan: Plan) -> list[ExportLoss]:
+        """What accelerate finds only when it starts."""
+        stage = plan.stages[0]
+        if stage.tp > 1 and not stage.zero:
+            words = f"{stage.zero} with tp {stage.tp}; {name} divides tensors under FSDP2 only"
+            return [refused("stages[].zero", words)]
+        return undivided_offload(plan, name)
+
+    return Expresses(
+        zero={0: 0, 1: 2, 2: 2, 3: 3},
+        copies=True,
+        hosted=frozenset({"together"}),
+        faults=faults,
+    )
 
 
-ACCELERATE: Final = Expresses(
-    zero={0: 0, 1: 2, 2: 2, 3: 3},
-    copies=True,
-    hosted=frozenset({"together"}),
-    faults=_faults,
-)
+ACCELERATE: Final = under_fsdp2("accelerate")
 
 
 def write_accelerate(subject: ExportSource) -> Written:
@@ -65,24 +69,12 @@ def write_accelerate(subject: ExportSource) -> Written:
     words = "micro-batch, accumulation and length are in training_arguments.py, for your program"
     return Written(
         files={
-            CONFIG: "\n".join([*lines, *_yaml_lines(plan)]) + "\n",
+            CONFIG: "\n".join([*lines, *yaml_lines(_rows(plan))]) + "\n",
             "training_arguments.py": _trainer(subject),
             "launch.sh": script,
         },
         added=[added("stages[].micro_batch", words)],
     )
-
-
-def _yaml_lines(plan: Plan) -> Iterator[str]:
-    section = ""
-    for key, value, field in _rows(plan):
-        above, _, name = key.rpartition(".")
-        if above != section:
-            section = above
-            yield f"{above}:"
-        # Written as YAML writes a single value, without the end of the document.
-        text = yaml.safe_dump(value).removesuffix("\n...\n").strip()
-        yield f"{'  ' if above else ''}{name}: {text}  # {field}"
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, Any, str]]:
@@ -100,13 +92,14 @@ def _rows(plan: Plan) -> Iterator[tuple[str, Any, str]]:
     yield f"{fsdp}fsdp_reshard_after_forward", stage.zero == 3, "stages[].zero"
     yield f"{fsdp}fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "stages[].layers"
     yield f"{fsdp}fsdp_offload_params", stage.offload.weights == 1.0, "stages[].offload"
-    yield f"{fsdp}fsdp_activation_checkpointing", _repeats(plan), "stages[].memory"
+    yield f"{fsdp}fsdp_activation_checkpointing", repeats(plan), "stages[].memory"
     yield f"{AXES}dp_replicate_size", stage.dp_replicate, "stages[].dp_replicate"
     yield f"{AXES}dp_shard_size", stage.dp_shard, "stages[].dp / dp_replicate"
     yield f"{AXES}tp_size", stage.tp, "stages[].tp"
 
 
-def _repeats(plan: Plan) -> bool:
+def repeats(plan: Plan) -> bool:
+    """Whether any layer is run again whole."""
     return any(stage.num_full for stage in plan.stages)
 
 
@@ -115,7 +108,7 @@ def _trainer(subject: ExportSource) -> str:
     plan = subject.plan
     stage, work = plan.stages[0], plan.workload
     # Under FSDP2 blocks are wrapped by fsdp_config: both at once would recompute twice.
-    checkpointing = _repeats(plan) and not stage.zero
+    checkpointing = repeats(plan) and not stage.zero
     rows = [
         ("per_device_train_batch_size", stage.micro_batch, "stages[].micro_batch"),
         ("gradient_accumulation_steps", plan.num_micro_batches, "num_micro_batches"),

@@ -76,7 +76,7 @@ def write_megatron(subject: ExportSource) -> Written:
     lines = [
         *head(subject, "Arguments of Megatron-LM (pretrain_gpt.py), for bash to source."),
         "MEGATRON_ARGUMENTS=(",
-        *(line.text for line in _lines(plan)),
+        *(line.text for line in layout_lines(plan)),
         *(line.text for line in _model_lines(subject.config)),
         ")",
     ]
@@ -106,7 +106,7 @@ def _environment(plan: Plan) -> tuple[list[str], list[ExportLoss]]:
     return [], []
 
 
-def _lines(plan: Plan) -> Iterator[ArgumentLine]:
+def layout_lines(plan: Plan) -> Iterator[ArgumentLine]:
     """The options of everything but the model."""
     stage, work = plan.stages[0], plan.workload
     yield ArgumentLine(

@@ -9,6 +9,13 @@ from mist.export.accelerate_yaml import (
     recognises_accelerate,
     write_accelerate,
 )
+from mist.export.axolotl_yaml import (
+    AXOLOTL,
+    read_axolotl,
+    recognises_axolotl,
+    write_axolotl,
+)
+from mist.export.cluster_jobs import write_kubernetes, write_skypilot
 from mist.export.deepspeed_json import (
     DEEPSPEED,
     read_deepspeed,
@@ -16,12 +23,19 @@ from mist.export.deepspeed_json import (
     write_deepspeed,
 )
 from mist.export.launcher_lines import write_slurm, write_torchrun
+from mist.export.llamafactory_yaml import (
+    LLAMAFACTORY,
+    read_llamafactory,
+    recognises_llamafactory,
+    write_llamafactory,
+)
 from mist.export.megatron_arguments import (
     MEGATRON,
     read_megatron,
     recognises_megatron,
     write_megatron,
 )
+from mist.export.megatron_bridge import read_bridge, recognises_bridge, write_bridge
 from mist.export.target import Target
 from mist.export.torchtitan_module import (
     TORCHTITAN,
@@ -60,6 +74,16 @@ TARGETS: Final = (
         recognises=recognises_deepspeed,
         read=read_deepspeed,
     ),
+    # Before accelerate, whose keys it has among its own.
+    Target(
+        name="axolotl",
+        what="axolotl with FSDP2: a YAML file, a script",
+        runtimes=("torch",),
+        expresses=AXOLOTL,
+        write=write_axolotl,
+        recognises=recognises_axolotl,
+        read=read_axolotl,
+    ),
     Target(
         name="accelerate",
         what="accelerate with FSDP2: a YAML file, Trainer arguments, a script",
@@ -68,6 +92,24 @@ TARGETS: Final = (
         write=write_accelerate,
         recognises=recognises_accelerate,
         read=read_accelerate,
+    ),
+    Target(
+        name="megatron-bridge",
+        what="Megatron-Bridge: a function that sets the plan on a recipe's configuration",
+        runtimes=("megatron",),
+        expresses=MEGATRON,
+        write=write_bridge,
+        recognises=recognises_bridge,
+        read=read_bridge,
+    ),
+    Target(
+        name="llamafactory",
+        what="LLaMA-Factory with DeepSpeed: a YAML file, a JSON file, a script",
+        runtimes=("deepspeed-zero3",),
+        expresses=LLAMAFACTORY,
+        write=write_llamafactory,
+        recognises=recognises_llamafactory,
+        read=read_llamafactory,
     ),
     Target(
         name="torchrun",
@@ -82,6 +124,20 @@ TARGETS: Final = (
         runtimes=(),
         expresses=None,
         write=write_slurm,
+    ),
+    Target(
+        name="kubernetes",
+        what="mist apply as a TrainJob of Kubeflow Trainer: a YAML file",
+        runtimes=(),
+        expresses=None,
+        write=write_kubernetes,
+    ),
+    Target(
+        name="skypilot",
+        what="mist apply as a task of SkyPilot: a YAML file",
+        runtimes=(),
+        expresses=None,
+        write=write_skypilot,
     ),
 )
 

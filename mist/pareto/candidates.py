@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mist.pareto.layer_ranges import Ranges, kinds_of, placed
 from mist.pareto.level_choice import allowed_levels, fastest_levels, useful_levels
 from mist.pareto.linear_cost import Held, StageLines
-from mist.pareto.stage_mixes import Mixes, Position, Within
+from mist.pareto.stage_mixes import Mixes, StagePosition, Within
 from mist.pareto.strategies import (
     Floats,
     Group,
@@ -165,7 +165,7 @@ class GroupModel:
             for index, own in enumerate(some.tolist()):
                 yield own, self._part(mixes, index, ranges)
 
-    def _mixes(self, position: Position) -> Iterator[Mixes]:
+    def _mixes(self, position: StagePosition) -> Iterator[Mixes]:
         for level in self.space.levels:
             yield position.whole(level)
         for upper, lower in self.pairs:
@@ -262,14 +262,14 @@ class GroupModel:
 
     def _position(
         self, stage: int, ranges: Ranges, limits: Limits, place: NodePosition | None = None
-    ) -> Position:
+    ) -> StagePosition:
         held = self._held(np.array([stage]), self._in_flight[stage : stage + 1], ranges)
         return self._of(self.lines(stage, place), held, ranges, limits)
 
-    def _of(self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits) -> Position:
+    def _of(self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits) -> StagePosition:
         caps = within_caps(self.space, self.job.platform.runtime, self.strategies, ranges.count)
         within = Within(limits=limits, caps=caps, allowed=self.allowed, useful=self.useful)
-        return Position(self.job, lines, held, ranges, within)
+        return StagePosition(self.job, lines, held, ranges, within)
 
 
 _TOGETHER: Final = 1 << 10  # strategies at places whose lines are read together

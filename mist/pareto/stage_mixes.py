@@ -73,7 +73,7 @@ _BYTES: Final = slice(len(_TIMES), None)  # of the outputs of a position: times,
 _Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
 
 
-class Position:
+class StagePosition:
     """All mixes at one position: straight lines in the layers of each kind and level.
 
     Its rows are the strategies for each of the micro-batches in flight [F], strategies innermost.

@@ -17,6 +17,7 @@ from pydantic import Field
 from mist.errors import PlanError
 from mist.plans.invariants import plan_faults
 from mist.plans.knobs import STAGE_KNOBS
+from mist.plans.memory_chance import fit_probability
 from mist.plans.memory_levels import LEVELS
 from mist.plans.provenance import Kind
 from mist.plans.schedules import DEFAULT_KIND
@@ -271,6 +272,13 @@ class Estimate:
     op_costs: tuple[OpCost, ...]
     extrapolated: tuple[str, ...]
     not_modelled: tuple[str, ...]
+
+    @property
+    def fit_probability(self) -> float:
+        """The chance, 0..1, that the fullest stage fits its device, without any margin."""
+        sure = self.uncertainty.memory_ratio
+        # An error of the prediction is of all stages alike: the fullest one decides.
+        return min(fit_probability(s.peak_bytes, s.usable_bytes, sure) for s in self.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,20 +150,20 @@ def in_flight(
     holds S. Arguments are numbers or arrays that broadcast.
     """
     micro, v = np.asarray(num_micro_batches), np.asarray(chunks)
-    most = _chunks_held(kind, np.asarray(stage), np.asarray(num_stages), micro, v)
+    most = chunks_held(kind, np.asarray(stage), np.asarray(num_stages), micro, v)
     return np.asarray(np.minimum(most / v, micro), dtype=np.float64)
 
 
-def _chunks_held(
+def chunks_held(
     kind: ScheduleKind, stage: Counts, num_stages: Counts, num_micro_batches: Counts, v: Counts
 ) -> Counts:
-    """The same in chunks, in a step of many micro-batches."""
+    """What `in_flight` counts, in chunks, in a step of many micro-batches."""
     behind = num_stages - 1 - stage
-    turns = (v - 1) * _each_round(num_stages, num_micro_batches)
+    turns = (v - 1) * round_size(num_stages, num_micro_batches)
     return SCHEDULES[kind].forwards(turns, behind, num_stages, num_micro_batches * v)
 
 
-def _each_round(num_stages: Counts, num_micro_batches: Counts) -> Counts:
+def round_size(num_stages: Counts, num_micro_batches: Counts) -> Counts:
     """Micro-batches that a chunk runs before the next one has its turn."""
     return np.asarray(num_micro_batches // np.maximum(num_micro_batches // num_stages, 1))
 
@@ -191,7 +191,7 @@ def held(  # noqa: PLR0913 - a pipeline and its layers
     sizes = {"num_stages": stages, "num_micro_batches": micro, "chunks": v}
     average = in_flight(kind, stage=stage, **sizes)
     more = layers_more(kind, layers=np.asarray(layers)[..., None], stage=stage, **sizes)[..., 0]
-    each_round = _each_round(stages, micro)
+    each_round = round_size(stages, micro)
     embed = np.where(v > 1, np.minimum(2 * each_round, micro), average)
     holds_all, splits = SCHEDULES[kind].holds_all, SCHEDULES[kind].splits_backward
     columns = {
@@ -251,7 +251,7 @@ def _first_chunks_held(
     """The most that the first k chunks of a stage hold at once, k = 0..v - 1: [..., max v]."""
     numbers = (stage, num_stages, num_micro_batches, chunks)
     place, stages, micro, v = (np.asarray(number)[..., None, None] for number in numbers)
-    each_round = _each_round(stages, micro)
+    each_round = round_size(stages, micro)
     chunk, backward = np.arange(np.max(v)), np.arange(np.max(each_round * v))[:, None]
 
     def run(passes: Counts, turn: Counts) -> Counts:
@@ -260,7 +260,7 @@ def _first_chunks_held(
         own = np.clip(within - turn * each_round, 0, each_round)
         return np.asarray(rounds * each_round + own)
 
-    ahead = _chunks_held(kind, place, stages, micro, v)
+    ahead = chunks_held(kind, place, stages, micro, v)
     # Backward passes begin with the last chunk, so its turns count from the other end.
     held = run(np.minimum(ahead + backward, micro * v), chunk) - run(backward, v - 1 - chunk)
     together = np.cumsum(np.where(chunk < v, held, 0), axis=-1)[..., :-1].max(axis=-2)

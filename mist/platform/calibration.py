@@ -24,7 +24,8 @@ class Calibration(Record):
     """What whole runs of one runtime on one device say about constants of the profiles.
 
     `step_low_ratio`, `step_high_ratio`: ends of the interval of measured over predicted step time
-    that eight of ten runs lie in; their source says which runs.
+    that eight of ten runs lie in; their source says which runs. `covariance`: of the logarithms of
+    the values, in their order, the lower half row by row; none where it is not known.
     """
 
     schema: Literal["mist.calibration/1"]
@@ -33,11 +34,14 @@ class Calibration(Record):
     step_low_ratio: Quantity
     step_high_ratio: Quantity
     values: Mapping[str, Quantity]
+    covariance: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for path in self.values:
             if path.split(".")[0] not in ("device", "cluster", "runtime"):
                 raise ValueError(f"{path} does not begin with device, cluster or runtime")
+        if self.covariance and [*map(len, self.covariance)] != [*range(1, len(self.values) + 1)]:
+            raise ValueError(f"covariance is not the lower half of {len(self.values)} rows")
 
     @property
     def what(self) -> str:
@@ -94,7 +98,7 @@ def dump_calibration(calibration: Calibration, comment: str) -> str:
     def written(quantity: Quantity) -> dict[str, object]:
         return {"value": quantity.value, "source": quantity.source, "kind": quantity.kind.value}
 
-    data = {
+    data: dict[str, object] = {
         "schema": calibration.schema,
         "runtime": calibration.runtime,
         "device": calibration.device,
@@ -102,7 +106,10 @@ def dump_calibration(calibration: Calibration, comment: str) -> str:
         "step_high_ratio": written(calibration.step_high_ratio),
         "values": {name: written(each) for name, each in calibration.values.items()},
     }
-    return f"# {comment}\n" + yaml.safe_dump(data, sort_keys=False, width=1000)
+    if calibration.covariance:
+        data["covariance"] = [[*row] for row in calibration.covariance]
+    text = yaml.safe_dump(data, sort_keys=False, width=1000, default_flow_style=None)
+    return f"# {comment}\n{text}"
 
 
 def _with(record: Any, names: list[str], quantity: Quantity) -> Any:  # noqa: ANN401 - any record

@@ -133,9 +133,10 @@ class Overlap(Record):
 class MemoryPolicy(Record):
     """From live bytes to what must fit.
 
-    reserved = allocated * (1 + `allocator_overhead_ratio`); a plan reserves at most
-    (1 - `margin_ratio`) of the usable bytes. The framework's own buffers hold `fixed_bytes`, and
-    `buffer_ratio` times the activation between layers (whole, not sharded).
+    reserved = allocated * (1 + `allocator_overhead_ratio`); a plan leaves at least `margin_ratio`
+    of the usable bytes free, and more where its peak is not sure (`Platform.margin_ratio`). The
+    framework's own buffers hold `fixed_bytes`, and `buffer_ratio` times the activation between
+    layers (whole, not sharded).
     `keeps_outputs`: a pipeline stage keeps what it sent until the backward pass of that micro-batch
     (torch), in addition to the buffer it receives into.
     """

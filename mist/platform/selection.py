@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mist.errors import PlatformError
 from mist.files import digest
+from mist.plans.memory_chance import sure_margin
 from mist.plans.workload import MOST_GPUS
 from mist.platform.calibration import Calibration, Profiles
 from mist.platform.cluster import Cluster
@@ -58,8 +59,12 @@ class Platform:
 
     @property
     def margin_ratio(self) -> float:
-        """The margin that a plan leaves when the user sets none."""
-        return self.runtime.memory.margin_ratio.value
+        """The margin that a plan leaves when the user sets none.
+
+        What a chance of 98 % to fit needs, and at least what the allocator needs to be fast.
+        """
+        least = self.runtime.memory.margin_ratio.value
+        return max(least, sure_margin(self.memory_uncertainty_ratio))
 
     def planned_bytes(self, margin: float) -> float:
         """Bytes that a plan may reserve: the usable bytes less a margin of 0..1 of them.
@@ -68,7 +73,7 @@ class Platform:
         """
         if not 0.0 <= margin < 1.0:
             raise PlatformError(
-                f"--margin {margin:g}: a margin is a ratio from 0 up to 1. Try 0.12."
+                f"--margin {margin:g}: a margin is a ratio from 0 up to 1. Try 0.15."
             )
         return self.usable_bytes * (1.0 - margin)
 

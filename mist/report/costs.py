@@ -231,8 +231,12 @@ def print_calibration(
     after: Mapping[str, float],
     errors_before: Sequence[float],
     errors_after: Sequence[float],
+    lessons: Sequence[str],
 ) -> None:
-    """What fitted constants were and are, and how far off each run was and is (log errors)."""
+    """What fitted constants were and are, and how far off each run was and is (log errors).
+
+    `lessons`: what one more run would teach.
+    """
     show(
         "Constants fitted",
         ("constant", "before", "after"),
@@ -246,5 +250,5 @@ def print_calibration(
             for number, (old, new) in enumerate(zip(errors_before, errors_after, strict=True), 1)
         ],
     )
-    if len(errors_after) <= len(after):
-        say_note("as many constants as runs: how good the fit is, only another run can tell")
+    for lesson in lessons:
+        say_note(lesson)

@@ -1,5 +1,7 @@
 """How sure a prediction is, in words: the one place that says it on the screen."""
 
+import math
+
 from mist.plans.plan import Estimate
 from mist.units import format_seconds
 
@@ -14,8 +16,10 @@ def step_words(estimate: Estimate) -> str:
 
 
 def peak_words(estimate: Estimate) -> str:
-    """How far off the peak of memory may be."""
-    return f"peak predicted to +-{estimate.uncertainty.memory_ratio:.0%}"
+    """How far off the peak of memory may be, and the chance that it fits the device."""
+    # Rounded down: no chance below one is printed as certain.
+    percent = math.floor(100 * estimate.fit_probability)
+    return f"peak +-{estimate.uncertainty.memory_ratio:.0%}, P(fits) {percent}%"
 
 
 def highest_peak_bytes(estimate: Estimate) -> float:

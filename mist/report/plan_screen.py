@@ -82,15 +82,20 @@ def print_sheet(sheet: Sheet, *, details: bool) -> None:
 def screen_lines(sheet: Sheet) -> list[str]:
     """The screen, line by line, in the width of the terminal."""
     width, runs = screen_width(), _runs(sheet.plan)
-    for num_runs in range(min(MOST_RUNS, len(runs)), 0, -1):
-        lines = _lines(sheet, runs[:num_runs], width)
+    # Stages give way first, then the layouts that lose most: long ones take three lines each.
+    sizes = [
+        *((num_runs, MOST_ALTERNATIVES) for num_runs in range(min(MOST_RUNS, len(runs)), 1, -1)),
+        *((1, num_others) for num_others in range(MOST_ALTERNATIVES, 0, -1)),
+    ]
+    for num_runs, num_others in sizes:
+        lines = _lines(sheet, runs[:num_runs], num_others, width)
         if len(lines) <= MOST_LINES:
             break
     return lines
 
 
-def _lines(sheet: Sheet, runs: Sequence[_Run], width: int) -> list[str]:
-    """The screen with a line for each of these runs of stages."""
+def _lines(sheet: Sheet, runs: Sequence[_Run], num_others: int, width: int) -> list[str]:
+    """The screen with a line for each of these runs of stages, and at most so many layouts."""
     plan = sheet.plan
     body = [
         *_verdict(sheet, width),
@@ -98,7 +103,7 @@ def _lines(sheet: Sheet, runs: Sequence[_Run], width: int) -> list[str]:
         *_memory(plan.estimate, runs, sheet.limits, width),
         *wrapped(_host_words(sheet.host), width, 2),
         *_where_the_step_goes(plan, width),
-        *_alternatives(plan, sheet.limits, width),
+        *_alternatives(plan, sheet.limits, num_others, width),
         *_changes(plan, width),
         *(line for words in sheet.suggestions for line in wrapped(f"Try {words}", width, 4)),
     ]
@@ -110,14 +115,18 @@ def _lines(sheet: Sheet, runs: Sequence[_Run], width: int) -> list[str]:
 
 def _verdict(sheet: Sheet, width: int) -> list[str]:
     """Whether it fits and what binds; then speed and cost; then of what."""
+    lines = [*verdict_lines(sheet), *head_lines(sheet.plan)]
+    return [line for words in lines for line in wrapped(words, width, 2)]
+
+
+def verdict_lines(sheet: Sheet) -> list[str]:
+    """Whether it fits and what binds, then speed and cost: sentences without line breaks."""
     estimate = sheet.plan.estimate
     speed = (
         f"Predicted: {step_words(estimate)}, {format_count(estimate.tokens_per_s)} tokens/s, "
         f"MFU {estimate.mfu:.1%}."
     )
-    sentences = [*_verdict_words(sheet), " ".join([speed, sheet.cost]).strip()]
-    lines = [*sentences, *head_lines(sheet.plan)]
-    return [line for words in lines for line in wrapped(words, width, 2)]
+    return [*_verdict_words(sheet), " ".join([speed, sheet.cost]).strip()]
 
 
 def _verdict_words(sheet: Sheet) -> list[str]:
@@ -278,10 +287,10 @@ def _listed(items: Iterable[str], width: int) -> list[str]:
     return lines
 
 
-def _alternatives(plan: Plan, limits: Limits, width: int) -> list[str]:
-    """At most five other layouts, a line each; the nearest of those too large is among them."""
+def _alternatives(plan: Plan, limits: Limits, most: int, width: int) -> list[str]:
+    """So many other layouts, a line each; the nearest of those too large is among them."""
     large = plan.excluded[:1]
-    others = plan.alternatives[: MOST_ALTERNATIVES - len(large)]
+    others = plan.alternatives[: most - len(large)]
     if not (others or large):
         return []
     rows = [_alternative_row(each, plan, width, short_reasons(each.reason)) for each in others]

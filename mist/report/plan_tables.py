@@ -33,10 +33,16 @@ def plan_json(
 ) -> dict[str, object]:
     """The plan file's own fields, plus `seconds` (wall time by part of the work) and `notes`.
 
-    `host_memory`: what the fullest node needs of its memory, and what there is.
+    `fit_probability`: the chance that the peak fits the device. `host_memory`: what the fullest
+    node needs of its memory, and what there is.
     """
     spent = {name: round(s, 3) for name, s in seconds.items()}
-    more = {"host_memory": _host_json(host), "seconds": spent, "notes": list(notes)}
+    more = {
+        "fit_probability": round(plan.estimate.fit_probability, 4),
+        "host_memory": _host_json(host),
+        "seconds": spent,
+        "notes": list(notes),
+    }
     return {**plain_data(plan), **more}
 
 
@@ -45,7 +51,8 @@ def check_json(
 ) -> dict[str, object]:
     """Size of the model, verdict, prediction; of each stage its peak, usable bytes, parts of time.
 
-    `fits`: on the device, and in host memory. `margin_bytes` = `limit_bytes` (usable less the
+    `fits`: on the device, and in host memory. `fit_probability`: the chance that the peak fits the
+    device, without a margin. `margin_bytes` = `limit_bytes` (usable less the
     margin) - the largest peak; `host_memory`: of the fullest node; `parts`: bytes of the peak by
     name; `time_parts_s`: seconds of `stable_s` by name.
     """
@@ -56,6 +63,7 @@ def check_json(
         "overrides": plan.overrides,
         "trainable_params": plan.model.num_trainable,
         "fits": margin_bytes >= 0 and host.fits,
+        "fit_probability": round(estimate.fit_probability, 4),
         "margin_bytes": round(margin_bytes),
         "limit_bytes": round(limits.device_bytes),
         "host_limit_bytes": round(limits.host_bytes),

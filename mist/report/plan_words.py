@@ -5,6 +5,7 @@ from itertools import groupby
 
 from mist.plans.memory_levels import KEEPS_ALL
 from mist.plans.plan import Plan, StagePlan
+from mist.plans.workload import MemoryLevel
 from mist.platform.quantity import unit_of_path
 from mist.units import format_bytes, format_count
 
@@ -49,6 +50,11 @@ def data_parallel(stage: StagePlan) -> str:
     """Ranks, or copies of the states x ranks that share one: "16" or "2x8"."""
     copies = stage.dp_replicate
     return str(stage.dp) if copies == 1 else f"{copies}x{stage.dp_shard}"
+
+
+def level_words(level: MemoryLevel) -> str:
+    """What the backward pass repeats at a level: "nothing repeated", "full recomputation"."""
+    return "nothing repeated" if level is KEEPS_ALL else f"{level.value} recomputation"
 
 
 def recomputed(stage: StagePlan) -> str:

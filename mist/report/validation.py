@@ -21,6 +21,7 @@ COLUMNS = (
     "predicted_peak_low_gib",
     "predicted_peak_high_gib",
     "predicted_fits",
+    "predicted_fit_probability",
     "calibrated",
 )
 MIN_ROWS = 4  # of a source that counts in the average
@@ -44,6 +45,7 @@ def predictions_csv(rows: Sequence[RunPrediction]) -> str:
                 *(_figure(value) for value in
                   (row.step_s, row.peak_gib, row.peak_low_gib, row.peak_high_gib)),
                 "" if row.fits is None else str(row.fits).lower(),
+                _figure(row.fit_probability),
                 str(row.calibrated).lower() if known else "",
             ]
         )  # fmt: skip

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.layouts import PricedLayout, plain_layout
+from mist.plans.plan import Layout
 from mist.plans.search_space import OFFLOADED
 from mist.platform.calibration import Profiles
 from mist.platform.uncertain_figures import (
@@ -185,11 +186,15 @@ def _priced_anew(job: Job, pool: Sequence[PricedLayout]) -> list[PricedLayout]:
 
 def steps_on(jobs: Sequence[Job], layouts: Sequence[PricedLayout]) -> Floats:
     """Seconds of a step of each layout on each platform, [D, P]; `jobs`: one job on all of them."""
-    plain = [plain_layout(jobs[0], layout) for layout in layouts]
-    inputs = pipeline_inputs(jobs[0], plain)
+    return plain_steps_on(jobs, [plain_layout(jobs[0], layout) for layout in layouts])
+
+
+def plain_steps_on(jobs: Sequence[Job], layouts: Sequence[Layout]) -> Floats:
+    """The same of layouts as plans have them."""
+    inputs = pipeline_inputs(jobs[0], layouts)
     outputs = (pipeline_outputs(job.cost, inputs) for job in jobs)
     return np.array(
-        [[pipeline_step_s(*pair) for pair in zip(plain, each, strict=True)] for each in outputs]
+        [[pipeline_step_s(*pair) for pair in zip(layouts, each, strict=True)] for each in outputs]
     )
 
 

@@ -1,7 +1,7 @@
 """From runs to groups that are predicted together: one model, one machine each."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
@@ -24,7 +24,13 @@ from mist.validate.measured_runs import Run, StageRun, Stages
 from mist.validate.predict import Case, RunProfiles
 from mist.validate.run_layouts import check_run, layout_of
 from mist.validate.run_models import Unsupported, architecture_of
-from mist.validate.sources import AttentionKernel, Hardware, Source, Sources
+from mist.validate.sources import (
+    AttentionKernel,
+    Hardware,
+    Source,
+    Sources,
+    load_source_ratios,
+)
 
 PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.BF16}
 TASKS: Final = ("", "pretrain", "sft")
@@ -34,13 +40,15 @@ COMPILED_LAUNCH_RATIO: Final = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What the runs of a group share; `content` tells configurations apart."""
+    """What the runs of a group share; `content` tells configurations apart, `source` origins."""
 
     content: str
     config: ConfigSource = field(compare=False)
     setting: TraceSetting
     attention: str
     source: str
+    origin: Source = field(compare=False)
+    runtime: str
     device: str
     cluster: str
     fp8: bool
@@ -92,7 +100,7 @@ def grouped(
 
 
 def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key, Case]:
-    source = sources.of(run.source)
+    source = sources.of(run)
     if source.not_modelled:
         raise Unsupported(source.not_modelled)
     hardware, attention = _known(run, sources)
@@ -110,8 +118,10 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
         ),
         attention=run.attention_impl,
         source=run.source,
+        origin=source,
+        runtime=source.runtime,
         device=hardware.device,
-        cluster=hardware.cluster,
+        cluster=source.cluster or hardware.cluster,
         fp8=run.precision == "fp8",
     )
     num_gpus = run.n_gpus or sum(layout.stages[-1].devices)
@@ -199,40 +209,47 @@ def _by_cost(run: Run, num_layers: int, num_stages: int) -> tuple[int, ...]:
 def _group(
     key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool
 ) -> RunGroup:
-    source = sources.of(key.source)
-    loaded = _runtime(source.runtime)
-    profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, loaded.profile)
-    known = calibrated and key.source in sources.sources
-    calibration = find_calibration(source.runtime, key.device) if known else None
+    source = key.origin
+    calibration = find_calibration(source.runtime, key.device) if calibrated else None
+    values: dict[str, Quantity] = {}
     if calibration is not None:
-        profiles = calibration.profile.applied(profiles)
-    profiles = with_values(profiles, _network(key, source, calibrated=calibration is not None))
-    device, cluster, runtime = profiles
-    runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
-    runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
-    calibration_hash = str(calibration and calibration.sha256)
-    words = (loaded.sha256, key.attention, repr(source), calibration_hash)
+        ratios = load_source_ratios().of(key.source, key.device, fp8=key.fp8)
+        values = {
+            path: quantity.times(ratios.get(path, 1.0))
+            for path, quantity in calibration.profile.values.items()
+        }
+    words = (_runtime(source.runtime).sha256, key.attention, repr(source),
+             str(calibration and calibration.sha256))  # fmt: skip
     return RunGroup(
         key=key,
-        machine=RunProfiles(
-            device=device,
-            cluster=cluster,
-            runtime=runtime,
-            precision=key.setting.precision,
-            fp8=key.fp8,
-        ),
+        machine=machine_of(key, sources, values),
         profile_hash="\n".join(words),
         calibrated=calibration is not None,
         members=members,
     )
 
 
-def _network(key: Key, source: Source, *, calibrated: bool) -> dict[str, Quantity]:
-    """What a source says of its network, or its runs do, in place of the cluster's figures."""
+def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> RunProfiles:
+    """The profiles that a group's runs are predicted on, with some figures replaced.
+
+    `values`: named as in a calibration. Raises PlatformError for a figure that is not there.
+    """
+    source = key.origin
+    stock = _runtime(source.runtime).profile
+    profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, stock)
+    # What a source says of its network, in place of the cluster's figure.
     nic = source.nic_bytes_per_s.get(key.device)
-    share = source.network_ratio if calibrated else None
-    found = {"nic_bytes_per_s": nic, "efficiency_ratio": share}
-    return {f"cluster.network.{name}": value for name, value in found.items() if value}
+    wired = {"cluster.network.nic_bytes_per_s": nic} if nic else {}
+    device, cluster, runtime = with_values(profiles, {**wired, **values})
+    runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
+    runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
+    return RunProfiles(
+        device=device,
+        cluster=cluster,
+        runtime=runtime,
+        precision=key.setting.precision,
+        fp8=key.fp8,
+    )
 
 
 def _run_with(runtime: Runtime, attention: AttentionKernel, *, compiled: bool) -> Runtime:

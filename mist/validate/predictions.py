@@ -6,6 +6,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 from mist.errors import MistError
+from mist.plans.memory_chance import fit_probability
 from mist.progress import is_due
 from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
@@ -13,7 +14,7 @@ from mist.validate.cases import Member, RunGroup, grouped
 from mist.validate.measured_runs import Run, Stages
 from mist.validate.predict import Prediction, predict
 from mist.validate.results import RunPrediction
-from mist.validate.sources import Source, Sources
+from mist.validate.sources import Sources
 
 GIB = 2.0**30
 NUM_PROCESSES = 2
@@ -39,7 +40,7 @@ def predictions(
         if isinstance(programs, str):
             rows = [_failed(member, programs) for member in group.members]
         else:
-            rows = _predicted(group, programs, sources)
+            rows = _predicted(group, programs)
         found |= {row.run.run_id: row for row in rows}
     return tuple(found[run.run_id] for run in runs)
 
@@ -79,22 +80,20 @@ def _failed(member: Member, reason: str) -> RunPrediction:
     return RunPrediction(run=member.run, status="error", reason=reason)
 
 
-def _predicted(group: RunGroup, programs: Programs, sources: Sources) -> list[RunPrediction]:
+def _predicted(group: RunGroup, programs: Programs) -> list[RunPrediction]:
     cases = [member.case for member in group.members]
     variants = [predict(each, group.machine, cases) for each in programs]
-    source = sources.of(group.key.source)
     return [
-        _row(group, member, made, source)
+        _row(group, member, made)
         for member, made in zip(group.members, zip(*variants, strict=True), strict=True)
     ]
 
 
-def _row(
-    group: RunGroup, member: Member, variants: Sequence[Prediction], source: Source
-) -> RunPrediction:
+def _row(group: RunGroup, member: Member, variants: Sequence[Prediction]) -> RunPrediction:
     """A run's row: the first variant is the estimate, the others widen its interval."""
     made = variants[0]
-    machine, kind, usable = group.machine, source.memory, group.machine.device.usable_bytes
+    machine, kind = group.machine, group.key.origin.memory
+    usable = machine.device.usable_bytes
     peaks = [
         (each.reserved_bytes if kind == "reserved" else each.allocated_bytes) / GIB
         for each in variants
@@ -113,5 +112,6 @@ def _row(
         stage_gib=tuple(size / GIB for size in made.stage_bytes),
         usable_gib=usable / GIB,
         fits=made.reserved_bytes <= usable,
+        fit_probability=fit_probability(made.reserved_bytes, usable, spread),
         calibrated=group.calibrated,
     )

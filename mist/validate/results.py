@@ -14,7 +14,8 @@ class RunPrediction:
     """What is predicted of a run; seconds and GiB are None unless `status` is predicted.
 
     `peak_gib`: of the kind of memory that the source reports; `low`, `high`: what it lies between,
-    knobs of the runtime being unknown. `fits`: the reserved estimate against usable memory.
+    knobs of the runtime being unknown. `fits`: the reserved estimate against usable memory;
+    `fit_probability`: the chance, 0..1, that it is within.
     """
 
     run: Run
@@ -29,6 +30,7 @@ class RunPrediction:
     peak_high_gib: float | None = None
     stage_gib: tuple[float, ...] = ()
     fits: bool | None = None
+    fit_probability: float | None = None
     usable_gib: float | None = None
     calibrated: bool = False
 

@@ -1,14 +1,19 @@
 """What stands for a source, a GPU and an attention kernel: `profiles/validation/sources.yaml`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Final, Literal
 
+from mist.errors import PlatformError
+from mist.files import read_bytes
 from mist.plans.provenance import Kind
 from mist.plans.workload import Attention
-from mist.platform.profiles import load_shipped
+from mist.platform.profiles import check, load_shipped, read_yaml
 from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
+from mist.validate.measured_runs import Run
 from mist.validate.results import MemoryKind
 
 AS_TRACED: Final = Quantity(value=1.0, source="the traced kernels", kind=Kind.SPEC)
@@ -51,18 +56,18 @@ class AttentionKernel(Record):
 class Source(Record):
     """The framework of a source.
 
-    `memory`: what its peaks are. `zero`, `checkpoint`: where a row says nothing. `dropout`:
-    whether its GPT models drop activations out. `not_modelled`: why its runs are not predicted,
-    where their rows do not show it.
+    `memory`: what its peaks are. `cluster`: where it is not that of the GPU. `zero`, `checkpoint`:
+    where a row says nothing. `dropout`: whether its GPT models drop activations out.
+    `not_modelled`: why its runs are not predicted, where their rows do not show it.
     `selective_as`: the runtime whose selective checkpointing its rows mean. `recomputed_ratio`: the
     share of whole layers that they mean instead, where a row has no HFU. `nic_bytes_per_s`: of each
-    GPU between nodes, by device, where the source says what its network is. `network_ratio`: the
-    share of that which its cluster reaches, fitted to its runs with the rest of the calibrations.
+    GPU between nodes, by device, where the source says what its network is.
     `reduced_bytes_per_param`: of gradients on their way, where they are not in fp32.
     """
 
     runtime: str
     memory: MemoryKind
+    cluster: str = ""
     zero: int | None = None
     checkpoint: str = ""
     dropout: bool = False
@@ -70,7 +75,6 @@ class Source(Record):
     selective_as: str = ""
     recomputed_ratio: Quantity | None = None
     nic_bytes_per_s: Mapping[str, Quantity] = field(default_factory=dict)
-    network_ratio: Quantity | None = None
     reduced_bytes_per_param: Quantity | None = None
 
     def within(self, runtime: Runtime, meaning: Runtime) -> Runtime:
@@ -81,7 +85,21 @@ class Source(Record):
         return replace(runtime, selective=meaning.selective, traffic=traffic)
 
 
-UNLISTED: Final = Source(runtime="torch", memory="reserved", checkpoint="none")
+# The runtime of a run whose source no table has: the first row whose test it passes.
+RUNTIME_OF: Final[tuple[tuple[str, Callable[[Run], bool]], ...]] = (
+    ("fsdp1", lambda run: "fsdp1" in run.zero_or_fsdp),
+    ("torch", lambda run: "fsdp" in run.zero_or_fsdp or "hsdp" in run.zero_or_fsdp),
+    ("deepspeed-zero3", lambda run: "zero2" in run.zero_or_fsdp or "zero3" in run.zero_or_fsdp),
+    # ZeRO-1 or none. Losses in fp16 need a scale, which runtime torch does not have.
+    ("megatron", lambda run: (run.tp or 1) * (run.pp or 1) > 1 or run.precision == "fp16"),
+    ("torch", lambda run: True),
+)
+
+
+def unlisted(run: Run) -> Source:
+    """What stands for the source of a run that the table does not have."""
+    runtime = next(name for name, holds in RUNTIME_OF if holds(run))
+    return Source(runtime=runtime, memory="reserved", checkpoint="none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +107,55 @@ class Sources(Record):
     """The table."""
 
     schema: Literal["mist.sources/1"]
-    gpus: Mapping[str, Hardware]
-    attention: Mapping[str, AttentionKernel]
-    sources: Mapping[str, Source]
+    gpus: Mapping[str, Hardware] = field(default_factory=dict)
+    attention: Mapping[str, AttentionKernel] = field(default_factory=dict)
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
-    def of(self, name: str) -> Source:
-        """The source of that name; one that is not listed is taken for runtime torch."""
-        return self.sources.get(name, UNLISTED)
+    def of(self, run: Run) -> Source:
+        """The source of a run; where the table does not have it, what the run says decides."""
+        return self.sources.get(run.source) or unlisted(run)
+
+    def over(self, other: "Sources") -> "Sources":
+        """This table's rows, and those of another that it does not have."""
+        return Sources(
+            schema=self.schema,
+            gpus={**other.gpus, **self.gpus},
+            attention={**other.attention, **self.attention},
+            sources={**other.sources, **self.sources},
+        )
 
 
-def load_sources() -> Sources:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRatios(Record):
+    """What the fit of all sources says of each: figures over those of a calibration, by path.
+
+    Of its cluster, and of machines that are faster or slower than others of their kind. `fp8`: of
+    runs whose products are in fp8, by source and device.
+    """
+
+    schema: Literal["mist.source-ratios/1"]
+    source: str
+    ratios: Mapping[str, Mapping[str, float]]
+    fp8: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+    def of(self, name: str, device: str, *, fp8: bool) -> Mapping[str, float]:
+        """The ratios of a source's runs, by the path of the figure."""
+        return self.fp8.get(name, {}).get(device, {}) if fp8 else self.ratios.get(name, {})
+
+
+@cache
+def load_source_ratios() -> SourceRatios:
     """The shipped table. Raises PlatformError when it is broken."""
-    return load_shipped("validation/sources.yaml", Sources)
+    return load_shipped("validation/source_ratios.yaml", SourceRatios)
+
+
+def load_sources(path: Path | None = None) -> Sources:
+    """The shipped table, under the rows of the user's own file if there is one.
+
+    Raises PlatformError when a file is broken.
+    """
+    shipped = load_shipped("validation/sources.yaml", Sources)
+    if path is None:
+        return shipped
+    own = check(read_yaml(read_bytes(path, PlatformError), path), Sources, path)
+    return own.over(shipped)

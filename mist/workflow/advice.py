@@ -11,20 +11,21 @@ from dataclasses import dataclass, replace
 from time import process_time
 from typing import TYPE_CHECKING, Final
 
-from mist.errors import InputError
+from mist.errors import Infeasible, InputError
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.pareto.strategies import priced
-from mist.plans.breakdown import layout_words
+from mist.plans.breakdown import layout_words, short_layout
 from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import NOTHING_OFFLOADED, Estimate, Layout, Limits
 from mist.plans.search_space import CHECKPOINTS, SearchSpace
-from mist.search.tune import smallest_peak
+from mist.search.tune import smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
+from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
 from mist.units import format_bytes, format_seconds
-from mist.workflow.request import Question, host_need, job_of, limits_of
+from mist.workflow.request import Question, host_need, job_of, limits_of, prepare
 
 if TYPE_CHECKING:
     from mist.workflow.checking import Checked, HandLayout
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MOST_GPUS_SUGGESTED: Final = 4096
 LEAST_SEQ_LEN: Final = 128
 MOST_SUGGESTED: Final = 3
+LEAST_GAIN_RATIO: Final = 0.01  # of a step: less is no reason to change a layout
 MOST_SEARCH_S: Final = 20.0  # processor time: advice is worth less than the answer itself
 
 Changes = tuple[str, ...]
@@ -39,19 +41,31 @@ Changes = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """A changed layout that fits: its step, its fullest device, and the options that change."""
+    """A changed layout that fits, its prediction, and the options that change."""
 
-    step_s: float
-    peak_bytes: int
+    made: Layout
+    judged: Estimate
     changes: Changes
+
+    @property
+    def step_s(self) -> float:
+        """Predicted."""
+        return self.judged.step_s
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest device."""
+        return max(stage.peak_bytes for stage in self.judged.stages)
+
+    @property
+    def gain_words(self) -> str:
+        """What it brings."""
+        return f"{format_seconds(self.step_s)} per step, peak {format_bytes(self.peak_bytes)}"
 
     @property
     def words(self) -> str:
         """The options, and what they bring."""
-        return (
-            f"{' '.join(self.changes)}: {format_seconds(self.step_s)} per step, "
-            f"peak {format_bytes(self.peak_bytes)}"
-        )
+        return f"{' '.join(self.changes)}: {self.gain_words}"
 
 
 Make = Callable[[Job, "HandLayout"], Layout]
@@ -60,15 +74,14 @@ Make = Callable[[Job, "HandLayout"], Layout]
 
 def suggestions(
     question: Question, job: Job, layout: "HandLayout", checked: "Checked", make: Make
-) -> Iterator[str]:
+) -> Iterator[Remedy | str]:
     """What makes a layout fit or, if it fits, faster; the fastest three."""
     one = list(_changed(job, layout, ()))
     helpful = _judged(job, one, checked, make)
     if not helpful and not checked.fits:
         two = [each for changes, changed in one for each in _changed(job, changed, changes)]
         helpful = _judged(job, two, checked, make)
-    for judged in sorted(helpful, key=lambda judged: (judged.step_s, judged.changes)):
-        yield judged.words
+    yield from sorted(helpful, key=lambda judged: (judged.step_s, judged.changes))
     if checked.margin_bytes >= 0 and not checked.host.fits:
         yield f"{checked.host.fix}, if the nodes have it"
     elif not helpful and not checked.fits:
@@ -95,8 +108,7 @@ def _judged(
         # A gain that the printed digits do not show is no suggestion.
         faster = after.step_s < step_s and format_seconds(after.step_s) != format_seconds(step_s)
         if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
-            peak_bytes = max(stage.peak_bytes for stage in after.stages)
-            found.append(Remedy(step_s=after.step_s, peak_bytes=peak_bytes, changes=changes))
+            found.append(Remedy(made=made, judged=after, changes=changes))
     return sorted(found, key=lambda judged: (judged.step_s, judged.changes))[:MOST_SUGGESTED]
 
 
@@ -173,6 +185,33 @@ def _other_layouts(question: Question, job: Job, limits: Limits) -> Iterator[str
         yield f"mist plan --gpus {num_gpus}: the fewest that were found to hold it"
     elif seq_len := _short_enough(job.programs, space, question, end):
         yield f"mist plan --seq {seq_len}: no doubling of the GPUs up to {last} holds more"
+
+
+def best_instead(question: Question, checked: "Checked") -> Iterator[str]:
+    """The fastest plan of the same runtime and GPUs, or that none is faster by much."""
+    job = prepare(question)
+    end = process_time() + MOST_SEARCH_S
+    try:
+        best = tune(
+            job,
+            priced(SearchSpace(), job),
+            limits=checked.limits,
+            num_alternatives=0,
+            progress=quiet,
+            is_late=lambda: process_time() > end,
+            is_over=lambda: process_time() > end,
+            method="dp",
+        ).best
+    except (Infeasible, InputError):  # nothing fits, or nothing was found in time
+        return
+    ratio = checked.plan.estimate.step_s / best.step_s
+    if checked.fits and ratio < 1 + LEAST_GAIN_RATIO:
+        yield "mist plan: no layout of this runtime is predicted to be faster by more than 1 %"
+        return
+    yield (
+        f"mist plan --runtime {question.runtime}: {format_seconds(best.step_s)} per step, "
+        f"{ratio:.2f} times as fast ({short_layout(layout_words(plain_layout(job, best)))})"
+    )
 
 
 def smallest(job: Job, space: SearchSpace, limits: Limits) -> tuple[PricedLayout, HostNeed]:

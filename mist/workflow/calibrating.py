@@ -1,39 +1,53 @@
 """`mist calibrate`: what one's own measured runs say about the constants behind the plans."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.calibrate.fit import Range, fitted
+from mist.calibrate.fit import Posterior, Prior, fitted, of_names
 from mist.calibrate.logs import read_log
 from mist.errors import InputError
-from mist.model.graph import ModelGraph
 from mist.plans.file import load_plan
 from mist.plans.plan import Plan
 from mist.platform import Platform, Quantity
-from mist.platform.calibration import Calibration, calibrated
+from mist.platform.calibration import Calibration, calibrated, with_values
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import make_job
-from mist.symbolic.load_programs import compile_graph
-from mist.trace import TraceSetting, load_graph
-from mist.workflow.checking import question_of
+from mist.symbolic.open_programs import OpenPrograms, open_programs
+from mist.trace import load_graph
+from mist.workflow.checking import HandLayout, of_level, plan_by_hand, question_of
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
-from mist.workflow.request import platform_of, setting_of
+from mist.workflow.request import Question, platform_of, setting_of
 
-# In the order in which they are fitted: as many as half of the runs, and at least one.
-CONSTANTS: Final = (
-    "device.tensor_time_scale",
-    "runtime.host.layer_launch_s",
-    "cluster.network.hop_s",
-    "runtime.overlap.compute_slowdown_ratio",
-)
+# What is known of a constant that no fit speaks of: the standard deviation of its logarithm.
+WIDTHS: Final = {
+    "device.tensor_time_scale": 0.7,
+    "runtime.kernels.memory_time_scale": 0.5,
+    "cluster.network.efficiency_ratio": 0.5,
+    "cluster.network.hop_s": 0.7,
+    "runtime.overlap.tensor_parallel_time_scale": 0.5,
+    "runtime.host.layer_launch_s": 0.5,
+}
+LARGEST: Final = {"cluster.network.efficiency_ratio": 1.0}
 FACTOR: Final = 4.0  # a constant ends between a quarter and four times of where it starts
+FEWEST: Final = 3  # runs that say how far predictions are off
+FITTED: Final = "fitted to measured runs by mist calibrate"
 LEAST_ERROR: Final = 0.05  # no fit to a few runs promises more
+# Rounded matrices may have lost their inverse.
+RIDGE: Final = 1e-4
+# What a run teaches: the constants that it measures, and how to make it. The order is of what helps
+# most in published runs.
+LESSONS: Final = (
+    ("device.tensor_time_scale", "a run on one node"),
+    ("cluster.network.efficiency_ratio",
+     "a run on all nodes that waits for the network (one sample a rank, a short sequence)"),
+    ("runtime.overlap.tensor_parallel_time_scale", "a run with tensor parallelism"),
+)  # fmt: skip
+LEARNED: Final = 0.7  # of its standard deviation: a constant that keeps more was not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,39 +56,53 @@ class PlanRun:
 
     plan: Plan
     platform: Platform
-    setting: TraceSetting
-    graph: ModelGraph
+    programs: OpenPrograms
     seconds: float
 
     def log_error(self, values: Mapping[str, float]) -> float:
         """log(predicted / measured) with these constants."""
         held = (self.platform.device, self.platform.cluster, self.platform.runtime)
-        device, cluster, runtime = _calibration(self.platform, values).applied(held)
+        quantities = {name: calibrated(value, FITTED) for name, value in values.items()}
+        device, cluster, runtime = with_values(held, quantities)
         platform = replace(self.platform, device=device, cluster=cluster, runtime=runtime)
-        # Figures of the runtime are printed into the programs: a new value needs new programs.
-        programs = compile_graph(self.graph, self.setting, runtime)
-        job = make_job(programs, platform, self.plan.workload)
+        job = make_job(self.programs.at(values), platform, self.plan.workload)
         predicted = estimate(job, self.plan.layout).step_s
         return float(np.log(predicted / self.seconds))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """What was fitted: constants before and after, and log errors of the runs before and after."""
+    """What was fitted: constants before and after, and log errors of the runs before and after.
+
+    `lessons`: what one more run would teach, most helpful first.
+    """
 
     calibration: Calibration
     before: Mapping[str, float]
     after: Mapping[str, float]
     errors_before: tuple[float, ...]
     errors_after: tuple[float, ...]
+    lessons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunByHand:
+    """What was run, in the words of `mist check`: `words` as typed, and what they mean."""
+
+    words: str
+    question: Question
+    layout: HandLayout
+
+    def __str__(self) -> str:
+        return self.words
 
 
 def calibrate(
-    pairs: Sequence[tuple[Path, Path]],
+    pairs: Sequence[tuple[Path | RunByHand, Path]],
     progress: Callable[[str], None],
     access: ModelAccess = UNDER_HERE,
 ) -> Calibrated:
-    """Fit constants to runs, each a plan and its log.
+    """Fit constants to runs, each a plan or a layout written by hand, and its log.
 
     `access`: to the models of the plans. Raises InputError when plans and logs do not belong.
     """
@@ -86,41 +114,87 @@ def calibrate(
                 f"{path} is for runtime {run.platform.runtime.name} on {run.platform.device.name}, "
                 f"{pairs[0][0]} for {' on '.join(_names(first))}. Calibrate each by itself."
             )
-    count = max(len(runs) // 2, 1)
-    known = {name: _value(first, name) for name in CONSTANTS}
-    # A constant of 0 is of something that is not there: no factor changes it. The first, a time of
-    # kernels, is 0 in no profile.
-    before = dict(islice(((name, value) for name, value in known.items() if value), count))
-    ranges = {
-        name: Range(start=value, least=value / FACTOR, most=value * FACTOR)
-        for name, value in before.items()
-    }
+    prior = _prior(first)
 
     def errors_at(values: Mapping[str, float]) -> NDArray[np.float64]:
-        progress(", ".join(f"{name} {value:.3g}" for name, value in values.items()))
         return np.array([run.log_error(values) for run in runs])
 
-    errors_before = errors_at(before)
-    after, errors_after = fitted(errors_at, ranges)
+    found = fitted(of_names(errors_at, prior.names), prior)
+    before = dict(zip(prior.names, np.exp(prior.mean).tolist(), strict=True))
     return Calibrated(
-        calibration=_calibration(first, after, _interval(first, errors_after, count)),
+        calibration=_calibration(first, found, len(runs)),
         before=before,
-        after=after,
-        errors_before=tuple(errors_before.tolist()),
-        errors_after=tuple(errors_after.tolist()),
+        after=found.values,
+        errors_before=tuple(errors_at(before).tolist()),
+        errors_after=tuple(found.errors.tolist()),
+        lessons=tuple(_lessons(prior, found)),
     )
 
 
+def _prior(platform: Platform) -> Prior:
+    """What is known of the constants: by the fit that ships for this platform, else by `WIDTHS`."""
+    known = platform.calibration
+    if known is not None and known.covariance:
+        names, covariance = tuple(known.values), _symmetric(known.covariance)
+    else:
+        names = tuple(name for name in WIDTHS if _value(platform, name))
+        covariance = np.diag([WIDTHS[name] ** 2 for name in names])
+    mean = np.log([_value(platform, name) for name in names])
+    most = np.log([LARGEST.get(name, np.inf) for name in names])
+    return Prior(
+        names=names,
+        mean=mean,
+        precision=np.asarray(np.linalg.inv(covariance + RIDGE * np.eye(len(names))), np.float64),
+        low=mean - np.log(FACTOR),
+        high=np.minimum(mean + np.log(FACTOR), most),
+    )
+
+
+def _symmetric(half: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """The matrix [K, K] of which `half` is the lower half, row by row."""
+    matrix = np.zeros((len(half), len(half)))
+    for k, row in enumerate(half):
+        matrix[k, : k + 1] = matrix[: k + 1, k] = row
+    return matrix
+
+
+def _lessons(prior: Prior, found: Posterior) -> Iterator[str]:
+    """What the runs did not say."""
+    before = np.sqrt(np.diag(np.linalg.inv(prior.precision)))
+    after = np.sqrt(np.diag(found.covariance))
+    for name, words in LESSONS:
+        if name in prior.names:
+            place = prior.names.index(name)
+            if after[place] > LEARNED * before[place]:
+                yield f"{words} would say more of {name} (a factor of {np.exp(after[place]):.2f})"
+
+
 def _measured(
-    path: Path, log: Path, progress: Callable[[str], None], access: ModelAccess
+    ran: Path | RunByHand, log: Path, progress: Callable[[str], None], access: ModelAccess
 ) -> PlanRun:
-    seconds, plan = read_log(log).step_s, load_plan(path)
-    source = model_of(plan, path, access, progress)
-    question = question_of(plan, path, source)
+    if isinstance(ran, RunByHand):
+        question = of_level(ran.question, ran.layout)
+        _, plan = plan_by_hand(question, ran.layout, progress)
+        assert isinstance(question.model, str)  # as it is typed
+        source = question.model
+    else:
+        plan = load_plan(ran)
+        source = model_of(plan, ran, access, progress)
+        question = question_of(plan, ran, source)
+    tokens_per_gpu = plan.workload.tokens_per_step / plan.cluster.num_gpus
     platform = platform_of(question)
     setting = setting_of(question, platform)
-    graph = load_graph(source, setting, progress=progress)
-    return PlanRun(plan=plan, platform=platform, setting=setting, graph=graph, seconds=seconds)
+    return PlanRun(
+        plan=plan,
+        platform=platform,
+        programs=open_programs(
+            load_graph(source, setting, progress=progress),
+            platform.runtime,
+            setting.precision,
+            [name for name in _prior(platform).names if name.startswith("runtime.")],
+        ),
+        seconds=read_log(log, tokens_per_gpu).step_s,
+    )
 
 
 def _names(platform: Platform) -> tuple[str, str]:
@@ -135,25 +209,27 @@ def _value(platform: Platform, name: str) -> float:
     return record.value
 
 
-def _interval(platform: Platform, errors: NDArray[np.float64], count: int) -> tuple[float, float]:
-    """Measured over predicted steps: what is left, if any run is left to tell; else as before."""
-    if len(errors) <= count:
+def _interval(platform: Platform, errors: NDArray[np.float64]) -> tuple[float, float]:
+    """Measured over predicted steps: what is left, if there are runs to tell; else as before."""
+    if len(errors) < FEWEST:
         return platform.step_interval
     low, high = np.exp(-np.percentile(errors, [90, 10]))
     return min(float(low), 1 - LEAST_ERROR), max(float(high), 1 + LEAST_ERROR)
 
 
-def _calibration(
-    platform: Platform, values: Mapping[str, float], interval: tuple[float, float] = (1.0, 1.0)
-) -> Calibration:
-    """What is known already, and these values."""
-    source = "fitted to measured runs by mist calibrate"
-    known = platform.calibration.values if platform.calibration else {}
+def _calibration(platform: Platform, found: Posterior, num_runs: int) -> Calibration:
+    """What was known already, and what the runs say of it."""
+    low, high = _interval(platform, found.errors)
+    basis = FITTED if num_runs >= FEWEST else platform.uncertainty_basis
+    covariance = found.covariance.tolist()
     return Calibration(
         schema="mist.calibration/1",
         runtime=platform.runtime.name,
         device=platform.device.name,
-        step_low_ratio=calibrated(interval[0], source),
-        step_high_ratio=calibrated(interval[1], source),
-        values={**known, **{name: calibrated(value, source) for name, value in values.items()}},
+        step_low_ratio=calibrated(low, basis),
+        step_high_ratio=calibrated(high, basis),
+        values={name: calibrated(value, FITTED) for name, value in found.values.items()},
+        covariance=tuple(
+            tuple(float(f"{x:.4g}") for x in row[: k + 1]) for k, row in enumerate(covariance)
+        ),
     )

@@ -33,7 +33,7 @@ from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.units import parse_whole
-from mist.workflow.advice import suggestions
+from mist.workflow.advice import Remedy, suggestions
 from mist.workflow.plan_against_job import pipeline_faults, plan_against
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import (
@@ -154,13 +154,17 @@ def offload_of(words: Iterable[str]) -> Offload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A judged plan: does it fit within the limits, by how much, and what would help."""
+    """A judged plan: does it fit within the limits, by how much, and what would help.
+
+    `remedies`: the changed layouts among the suggestions, which come first.
+    """
 
     plan: Plan
     limits: Limits
     host: HostNeed
     notes: tuple[str, ...]
     suggestions: tuple[str, ...]
+    remedies: tuple[Remedy, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -183,17 +187,38 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
     Raises InputError naming every rule that it breaks.
     """
-    _refuse_early(question, layout, platform_of(question))
-    if layout.checkpoint in CHECKPOINTS:
-        question = replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
-    job = prepare(question, progress, layout.tp)
-    made = _made(job, layout)
-    plan = unsearched_plan(job, question, made, estimate(job, made))
+    question = of_level(question, layout)
+    job, plan = plan_by_hand(question, layout, progress)
     limits = limits_of(job, question)
-    host = host_need(job, made, plan.estimate, limits)
+    host = host_need(job, plan.layout, plan.estimate, limits)
     notes = tuple(notes_of(job))
     checked = Checked(plan=plan, limits=limits, host=host, notes=notes, suggestions=())
-    return replace(checked, suggestions=tuple(suggestions(question, job, layout, checked, _made)))
+    helpful = tuple(suggestions(question, job, layout, checked, _made))
+    return replace(
+        checked,
+        suggestions=tuple(one if isinstance(one, str) else one.words for one in helpful),
+        remedies=tuple(one for one in helpful if not isinstance(one, str)),
+    )
+
+
+def of_level(question: Question, layout: HandLayout) -> Question:
+    """The question of a layout of one memory level: no other is traced."""
+    if layout.checkpoint in CHECKPOINTS:
+        return replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
+    return question
+
+
+def plan_by_hand(
+    question: Question, layout: HandLayout, progress: Progress = quiet
+) -> tuple[Job, Plan]:
+    """The plan of a layout written by hand, and what was priced for it.
+
+    Raises InputError naming every rule that it breaks.
+    """
+    _refuse_early(question, layout, platform_of(question))
+    job = prepare(question, progress, layout.tp)
+    made = _made(job, layout)
+    return job, unsearched_plan(job, question, made, estimate(job, made))
 
 
 def check_plan(

@@ -128,7 +128,7 @@ def _asked(question: Question, offer: Offer) -> Sequence[_Asked]:
     for index, cluster in enumerate(offer.clusters):
         single = replace(question, cluster=cluster, num_gpus=1)
         platform = platform_of(single)
-        price_usd, source = _price(platform, offer, index)
+        price_usd, source = price_of(platform, offer, index)
         for num_gpus in offer.counts.of(platform.cluster):
             found.append(
                 _Asked(
@@ -141,8 +141,8 @@ def _asked(question: Question, offer: Offer) -> Sequence[_Asked]:
     return found
 
 
-def _price(platform: Platform, offer: Offer, index: int) -> tuple[float | None, str]:
-    """USD per GPU hour of a cluster, and who says so."""
+def price_of(platform: Platform, offer: Offer, index: int) -> tuple[float | None, str]:
+    """USD per GPU hour of the cluster at `index` of an offer, and who says so."""
     if offer.prices_usd:
         return offer.prices_usd[index if len(offer.prices_usd) > 1 else 0], "--price"
     price = platform.cluster.price_per_gpu_hour_usd

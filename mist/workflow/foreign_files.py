@@ -11,12 +11,15 @@ from typing import Any
 
 from mist.documents import text_of
 from mist.errors import InputError
-from mist.export.target import Configuration, Target
+from mist.export.edits import edits_of, settings_of
+from mist.export.rounding import expressible
+from mist.export.target import Configuration, ExportSource, Target
 from mist.export.targets import target_of
 from mist.files import is_file, read_bytes, user_path
 from mist.plans.knobs import TYPED_KNOBS
-from mist.plans.plan import NOTHING_OFFLOADED
+from mist.plans.plan import NOTHING_OFFLOADED, Plan
 from mist.symbolic.load_programs import Progress, quiet
+from mist.workflow.advice import best_instead
 from mist.workflow.checking import Checked, HandLayout, check_layout
 from mist.workflow.request import Question
 
@@ -28,6 +31,7 @@ class ForeignFile:
     path: str
     target: Target
     configuration: Configuration
+    text: str
 
 
 def foreign_file(name: str) -> ForeignFile | None:
@@ -42,7 +46,7 @@ def foreign_file(name: str) -> ForeignFile | None:
     target = target_of(text)
     if target is None or target.read is None:
         return None
-    return ForeignFile(path=name, target=target, configuration=target.read(text, name))
+    return ForeignFile(path=name, target=target, configuration=target.read(text, name), text=text)
 
 
 def check_file(
@@ -58,7 +62,7 @@ def check_file(
     Raises InputError for what the file leaves open, what both say, and what does not add up.
     """
     said = file.configuration
-    if twice := [_option(name) for name in typed if name in _names_of(said)]:
+    if twice := [_option(name) for name in typed if name in names_said(said)]:
         raise InputError(
             f"mist check {file.path}: the file says itself what {', '.join(twice)} do."
         )
@@ -74,8 +78,41 @@ def check_file(
             reasons.append(str(error))
             continue
         _refuse_contradiction(file, checked)
-        return replace(checked, notes=(*checked.notes, *_notes(file, runtime, reasons)))
+        asked = replace(question, runtime=runtime)
+        return replace(
+            checked,
+            notes=(*checked.notes, *_notes(file, runtime, reasons)),
+            suggestions=(*_in_words_of(file, checked), *best_instead(asked, checked)),
+        )
     raise InputError("\n".join(f"{file.path}: {reason}" for reason in dict.fromkeys(reasons)))
+
+
+def _in_words_of(file: ForeignFile, checked: Checked) -> Iterator[str]:
+    """The suggestions, changed layouts in the words of the file where it has words for them."""
+    can = file.target.expresses
+    assert can is not None, "a launcher's script is not read"
+    fitting, known = expressible(checked.plan, file.target.name, can)
+    own = _settings(file, fitting)
+    for remedy in checked.remedies:
+        plan = replace(
+            checked.plan,
+            stages=tuple(remedy.made.stages),
+            num_micro_batches=remedy.made.num_micro_batches,
+            schedule=remedy.made.schedule,
+            estimate=remedy.judged,
+        )
+        fitting, losses = expressible(plan, file.target.name, can)
+        # What the file itself leaves unsaid is no loss of the change.
+        edits: tuple[str, ...] = ()
+        if set(losses) <= set(known):
+            edits = edits_of(file.path, file.text, own, _settings(file, fitting))
+        yield f"{'; '.join(edits)}: {remedy.gain_words}" if edits else remedy.words
+    yield from checked.suggestions[len(checked.remedies) :]
+
+
+def _settings(file: ForeignFile, plan: Plan) -> tuple[str, ...]:
+    """What the target's own files say of a plan that it can express."""
+    return settings_of(file.target.write(ExportSource(plan=plan, path=file.path, config={})))
 
 
 def _option(name: str) -> str:
@@ -98,7 +135,7 @@ def _of_layout(said: Configuration) -> dict[str, Any]:
     return found | {"schedule": said.schedule}
 
 
-def _names_of(said: Configuration) -> set[str]:
+def names_said(said: Configuration) -> set[str]:
     """Options that the file answers, as the command line names them."""
     names = {*_of_question(said), *_of_layout(said)}
     words = {"seq_len": "seq", "num_gpus": "gpus"}
@@ -107,7 +144,7 @@ def _names_of(said: Configuration) -> set[str]:
 
 def _refuse_open(file: ForeignFile, typed: Mapping[str, Any]) -> None:
     """Ask for what the file does not say, and no default may stand for."""
-    said = _names_of(file.configuration)
+    said = names_said(file.configuration)
     open_names = ("seq", "global_batch", "micro_batch", "checkpoint")
     wanted = [name for name in open_names if name not in said]
     missing = [_option(name) for name in wanted if name not in typed]

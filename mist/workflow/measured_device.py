@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from mist.calibrate.fit import Range, fitted
+from mist.calibrate.fit import Range, fitted, of_names, prior_of
 from mist.exec.profiling import Readings
 from mist.exec.profiling.readings import Reading
 from mist.model.summary import Traffic
@@ -121,8 +121,11 @@ def gemm_law(readings: Readings, precision: Precision, hbm: float) -> GemmLaw:
         "launch": Range(start=5e-6, least=1e-7, most=1e-3),
         "exponent": Range(start=1.5, least=0.7, most=6.0),
     }
-    found, left = fitted(errors, ranges)
-    words = f"fitted to {len(rows)} products, median error {100 * np.median(abs(left)):.0f} %; "
+    fit = fitted(of_names(errors, tuple(ranges)), prior_of(ranges))
+    found = fit.values
+    words = (
+        f"fitted to {len(rows)} products, median error {100 * np.median(abs(fit.errors)):.0f} %; "
+    )
     words += spread(rows)
     return GemmLaw(
         peak_flop_per_s=figure(peak, f"the fastest product; {spread(rows)}"),

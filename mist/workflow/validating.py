@@ -20,15 +20,21 @@ class Validation:
 
 
 def validate(
-    path: Path, stages_path: Path | None, *, calibrated: bool, progress: Callable[[str], None]
+    path: Path,
+    stages_path: Path | None = None,
+    sources_path: Path | None = None,
+    *,
+    calibrated: bool,
+    progress: Callable[[str], None],
 ) -> Validation:
     """Predict every run of a file; `stages_path`: layers and peaks of unequal pipeline stages.
+
+    `sources_path`: a table of sources of the user's own, whose rows go before the shipped ones.
 
     Raises InputError when a file cannot be used.
     """
     runs = read_runs(path)
     stages = read_stages(stages_path) if stages_path else {}
-    rows = predictions(
-        runs, load_sources(), stages=stages, calibrated=calibrated, progress=progress
-    )
+    sources = load_sources(sources_path)
+    rows = predictions(runs, sources, stages=stages, calibrated=calibrated, progress=progress)
     return Validation(rows=rows, scores=scored(rows, stages))

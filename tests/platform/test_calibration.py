@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mist.errors import PlatformError
@@ -64,6 +65,21 @@ def test_a_calibration_that_ships_applies(each: Calibration) -> None:
     assert all(value.kind is Kind.CALIBRATED for value in each.values.values())
 
 
+@pytest.mark.parametrize("each", SHIPPED, ids=lambda each: f"{each.runtime}-{each.device}")
+def test_a_covariance_that_ships_is_one(each: Calibration) -> None:
+    half = each.covariance
+    matrix = np.array(
+        [[half[max(i, j)][min(i, j)] for j in range(len(half))] for i in range(len(half))]
+    )
+    assert np.linalg.eigvalsh(matrix).min() > 0  # and so a normal distribution has it
+    assert len(half) == len(each.values)
+
+
+def test_a_covariance_that_is_no_half_is_refused() -> None:
+    with pytest.raises(ValueError, match="covariance is not the lower half of 1 rows"):
+        replace(calibration("cluster.network.hop_s"), covariance=((0.1,), (0.0, 0.2)))
+
+
 def test_what_sources_name_ships() -> None:
     table = load_sources()
     assert {source.runtime for source in table.sources.values()} <= set(RUNTIMES)
@@ -74,7 +90,7 @@ def test_what_sources_name_ships() -> None:
 
 def test_a_plan_for_a_calibrated_runtime_says_so() -> None:
     platform = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime="nanotron")
-    plain = load_platform(num_gpus=8, gpu="h200", cluster=None, runtime="nanotron")
+    plain = load_platform(num_gpus=8, gpu="l40s", cluster=None, runtime="nanotron")
     assert platform.calibration is not None and plain.calibration is None
     assert "nanotron-h100-sxm" in platform.profile_hashes()
     assert platform.runtime.host.layer_launch_s.kind is Kind.CALIBRATED

@@ -39,7 +39,7 @@ def lines_of(plan: Plan, host: HostNeed = HOST, **more: Sequence[str]) -> list[s
 # Bars by hand: of 72 GiB in 33 columns, 30 end at 14 and 48 at 22; 64 lie at 29. Of a step of 5 s
 # in 98 columns, 3 s end at 59, 4 s at 78, 4.25 s at 83.
 SCREEN = f"""\
-FITS, with 16.0 GiB to spare (peak predicted to +-10%). The upper end, 52.8 GiB, fits too.
+FITS, with 16.0 GiB to spare (peak +-10%, P(fits) 99%). The upper end, 52.8 GiB, fits too.
 Predicted: 5.00 s per step (3.75 s to 6.25 s, not calibrated), 13.1 K tokens/s, MFU 43.2%.
 toy: 8.03 B parameters on 8 x h100-sxm (dgx-h100), runtime torch
 sequence 2048, global batch 32 in 8 micro-batches (mb), bf16, adamw, attention flash, schedule 1f1b
@@ -205,21 +205,21 @@ def tight(peak_gib: int) -> Plan:
         (
             58,
             [
-                "FITS, with 6.0 GiB to spare (peak predicted to +-10%). The upper end, 63.8 GiB, "
+                "FITS, with 6.0 GiB to spare (peak +-10%, P(fits) 99%). The upper end, 63.8 GiB, "
                 "fits too.",
             ],
         ),
         (
             64,
             [
-                "FITS, with 0 B to spare (peak predicted to +-10%). The upper end, 70.4 GiB, uses "
+                "FITS, with 0 B to spare (peak +-10%, P(fits) 94%). The upper end, 70.4 GiB, uses "
                 "part of the margin and stays within the card.",
             ],
         ),
         (
             70,
             [
-                "DOES NOT FIT: over by 6.0 GiB per GPU (peak predicted to +-10%).",
+                "DOES NOT FIT: over by 6.0 GiB per GPU (peak +-10%, P(fits) 64%).",
                 "The peak is 70.0 GiB; only the margin is exceeded: the card itself has 72.0 GiB "
                 "usable, 2.0 GiB to spare (--margin 0.02 admits it).",
                 "Runs that close to what the device reports crawl or fail.",
@@ -228,7 +228,7 @@ def tight(peak_gib: int) -> Plan:
         (
             80,
             [
-                "DOES NOT FIT: over by 16.0 GiB per GPU (peak predicted to +-10%).",
+                "DOES NOT FIT: over by 16.0 GiB per GPU (peak +-10%, P(fits) 7%).",
                 "The peak is 80.0 GiB; the card itself is exceeded: it has 72.0 GiB usable, "
                 "8.0 GiB too few.",
             ],
@@ -258,7 +258,7 @@ def test_host_memory_that_overflows_is_the_verdict(monkeypatch: pytest.MonkeyPat
     assert lines_of(plan, host)[:2] == [
         "DOES NOT FIT in host memory: needs 324.0 GiB per node, of the 256.0 GiB that a plan may "
         "use, over by 68.0 GiB.",
-        "Fits on the GPU, with 16.0 GiB to spare (peak predicted to +-10%). The upper end, "
+        "Fits on the GPU, with 16.0 GiB to spare (peak +-10%, P(fits) 99%). The upper end, "
         "52.8 GiB, fits too.",
     ]
     found = check_json(plan, LIMITS, host, ())

@@ -107,7 +107,7 @@ def hosted(gib: int) -> StageEstimate:
 
 def test_memory_is_a_table_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
     print_details(sample_plan(), HOST, ())
-    assert rows(capsys.readouterr().out, "Memory per GPU (peak predicted to +-10%)") == [
+    assert rows(capsys.readouterr().out, "Memory per GPU (peak +-10%, P(fits) 99%)") == [
         ["0", "30.0 GiB", "10.0 GiB", "40.0 GiB", "0 B"],
         ["1", "30.0 GiB", "18.0 GiB", "48.0 GiB", "0 B"],
     ]
@@ -180,6 +180,7 @@ def test_the_json_of_a_plan() -> None:
         "alternatives",
         "excluded",
         "provenance",
+        "fit_probability",
         "host_memory",
         "seconds",
         "notes",
@@ -194,6 +195,7 @@ def test_the_json_of_a_check() -> None:
         "trainable_params": 8_030_261_248,
         "overrides": {},
         "fits": True,
+        "fit_probability": 1.0,
         "margin_bytes": 16 * GIB,
         "limit_bytes": 64 * GIB,
         "host_limit_bytes": 32 * GIB,

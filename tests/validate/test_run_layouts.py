@@ -7,12 +7,12 @@ import pytest
 from mist.plans.memory_levels import memory_of
 from mist.plans.plan import even_layers, layers_by_cost
 from mist.plans.workload import MemoryLevel
-from mist.platform.profiles import load_runtime
+from mist.platform.profiles import find_calibration, load_runtime
 from mist.validate.cases import grouped
 from mist.validate.measured_runs import StageRun
 from mist.validate.run_layouts import layout_of
 from mist.validate.run_models import Unsupported, architecture_of
-from mist.validate.sources import Source, load_sources
+from mist.validate.sources import Source, load_source_ratios, load_sources
 from tests.validate.rows import RUN, run
 
 SIX = ((6, 0),)  # layers on one stage, none recomputed beyond what a run says
@@ -65,7 +65,9 @@ def test_runs_of_one_model_are_predicted_together() -> None:
     groups, reasons = grouped(runs, load_sources(), calibrated=True)
     assert reasons == {}
     assert sorted(len(group.members) for group in groups) == [1, 2]
-    assert not any(group.calibrated for group in groups)  # the source is not in the table
+    # No table has the source: its tensor parallelism under ZeRO-1 is Megatron's.
+    assert {group.machine.runtime.name for group in groups} == {"megatron"}
+    assert all(group.calibrated for group in groups)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,11 @@ def test_a_source_says_what_its_network_and_its_words_are() -> None:
     (fms,), _ = grouped([run(source="fms-fsdp-eager")], table, calibrated=True)
     source, network = table.sources["fms-fsdp-eager"], fms.machine.cluster.network
     assert network.nic_bytes_per_s.value == 800e9 / 8 / 8  # 800 Gb/s for eight GPUs
-    assert source.network_ratio and network.efficiency_ratio == source.network_ratio
+    calibration, ratios = find_calibration("torch", "h100-sxm"), load_source_ratios()
+    assert calibration is not None
+    path = "cluster.network.efficiency_ratio"
+    known = calibration.profile.values[path].value
+    assert network.efficiency_ratio.value == known * ratios.ratios["fms-fsdp-eager"][path]
     assert fms.machine.runtime.traffic.reduced_bytes_per_param == source.reduced_bytes_per_param
     (plain,), _ = grouped([run(source="fms-fsdp-eager")], table, calibrated=False)
     assert plain.machine.cluster.network.efficiency_ratio.value == 0.85

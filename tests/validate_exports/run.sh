@@ -10,7 +10,7 @@ made() {  # made NAME REQUIREMENT...: an environment, kept between runs
     "$folder/$name/bin/python" -m pip install --quiet torch==2.13.0 "$@"
 }
 
-made accelerate accelerate==1.15.0
+made accelerate accelerate==1.15.0 transformers==5.23.0  # tensor parallelism asks for its version
 "$folder/accelerate/bin/python" "$here/accelerate_check.py" "$folder/files"
 
 # The wheel is for Python 3.12; its Python files run under 3.11 too.
@@ -25,3 +25,22 @@ PYTHONPATH=$folder/megatron-core "$folder/megatron/bin/python" \
 made deepspeed setuptools wheel psutil einops hjson msgpack ninja py-cpuinfo pydantic numpy tqdm
 "$folder/deepspeed/bin/python" -m pip install --quiet --no-build-isolation --no-deps deepspeed==0.19.8
 timeout 600 "$folder/deepspeed/bin/python" "$here/deepspeed_check.py" "$folder/files"
+
+# These are read and not imported: they need a GPU, or dozens of packages.
+unpacked() {  # unpacked NAME VERSION PYTHON
+    "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$3" \
+        --dest "$folder" "$1==$2"
+    "$python" -m zipfile -e "$folder/${1//-/_}-$2"-*.whl "$folder/$1-source"
+}
+unpacked llamafactory 0.9.5 3.11
+"$folder/accelerate/bin/python" "$here/llamafactory_check.py" "$folder/files" "$folder/llamafactory-source"
+unpacked axolotl 0.19.0 3.11
+"$folder/accelerate/bin/python" -m pip install --quiet pydantic
+"$folder/accelerate/bin/python" "$here/axolotl_check.py" "$folder/files" "$folder/axolotl-source"
+unpacked megatron-bridge 0.6.2 3.12
+"$python" "$here/bridge_check.py" "$folder/files" "$folder/megatron-bridge-source" "$folder/megatron-core"
+
+[[ -x $folder/jobs/bin/python ]] || "$python" -m venv "$folder/jobs"
+"$folder/jobs/bin/python" -m pip install --quiet kubeflow-trainer-api==2.3.0 pyyaml
+unpacked skypilot 0.14.1 3.11
+"$folder/jobs/bin/python" "$here/jobs_check.py" "$folder/files" "$folder/skypilot-source"

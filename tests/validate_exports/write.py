@@ -49,7 +49,22 @@ STREAMED: list[dict[str, Any]] = [
     {"zero": 2, "offload": Offload(optimizer=1.0)},
     {"zero": 1, "offload": Offload(optimizer=1.0)},
 ]
-LAYOUTS = {"megatron": PIPED, "torchtitan": PIPED, "deepspeed": STREAMED, "accelerate": SHARED}
+ALONE: list[dict[str, Any]] = [
+    *({"zero": zero, "micro_batch": each} for zero in range(4) for each in (1, 2)),
+    {"zero": 3, "checkpoint": "full"},
+    *(each for each in STREAMED if each.get("offload")),
+]
+LAYOUTS = {
+    "megatron": PIPED,
+    "torchtitan": PIPED,
+    "deepspeed": STREAMED,
+    "accelerate": SHARED,
+    "megatron-bridge": PIPED,
+    "llamafactory": ALONE,
+    "axolotl": SHARED,
+    "kubernetes": SHARED,
+    "skypilot": SHARED,
+}
 
 
 def main(folder: Path) -> None:
@@ -59,11 +74,12 @@ def main(folder: Path) -> None:
         written = 0
         for number, changes in enumerate(LAYOUTS.get(target.name, [])):
             plan = check_layout(question, HandLayout(**changes)).plan
-            assert target.expresses is not None
-            fitting, losses = expressible(plan, target.name, target.expresses)
-            if refusals := refusals_of(losses):
-                print(f"{target.name} {changes}: {'; '.join(map(str, refusals))}")
-                continue
+            fitting = plan
+            if target.expresses is not None:
+                fitting, losses = expressible(plan, target.name, target.expresses)
+                if refusals := refusals_of(losses):
+                    print(f"{target.name} {changes}: {'; '.join(map(str, refusals))}")
+                    continue
             subject = ExportSource(plan=fitting, path="plan.yaml", config=PRESETS[MODEL])
             for name, text in target.write(subject).files.items():
                 path = folder / target.name / str(number) / name

@@ -5,7 +5,7 @@ import pytest
 from mist.model.graph import ModelGraph
 from mist.symbolic.program import ModelPrograms
 from mist.workflow import cluster_choice as renting
-from mist.workflow import planning
+from mist.workflow import explaining, planning
 from mist.workflow import request as question
 from mist.workflow.request import Question
 from tests.toys import toy_programs
@@ -19,6 +19,6 @@ def answer_with(graph: ModelGraph, patch: pytest.MonkeyPatch) -> list[object]:
         asked.append(question.model)
         return toy_programs(graph, question.runtime)
 
-    for module in (question, planning, renting):
+    for module in (question, planning, renting, explaining):
         patch.setattr(module, "compiled", compiled)
     return asked

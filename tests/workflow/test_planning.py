@@ -47,7 +47,7 @@ def test_a_plan_answers_its_question() -> None:
     assert plan.provenance.gap == 0.0
     assert plan.provenance.lower_bound_s == pytest.approx(plan.estimate.step_s, rel=1e-5)
     searched = plan.provenance.search
-    assert (searched["margin"], searched["restricted"]) == (0.12, "nothing")
+    assert (searched["margin"], searched["restricted"]) == (0.142, "nothing")
 
 
 def test_alternatives_are_slower_other_layouts_with_a_reason() -> None:
