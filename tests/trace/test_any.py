@@ -80,6 +80,35 @@ def test_values_that_are_no_routing_are_refused() -> None:
         traced(Model([Chooses(0), Chooses(1)]))
 
 
+class Solves(Layer):
+    """A triangular system of each token's parts, and their angles: what torch has no shapes for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.view(*x.shape[:2], WIDTH // 4, 4)
+        matrix = (parts.unsqueeze(-1) * parts.unsqueeze(-2)).tril(-1)
+        solved = torch.linalg.solve_triangular(
+            matrix, parts.unsqueeze(-1), upper=False, unitriangular=True
+        )
+        turned = torch.polar(torch.ones_like(parts), solved.squeeze(-1))
+        return super().forward(turned.real.flatten(2))
+
+
+def test_solutions_and_polar_form_have_symbolic_sizes() -> None:
+    """4 x 4 systems of one column, of a quarter of the width's number: 16 FLOPs each."""
+    graph = traced(Model([Solves(i) for i in range(2)]))
+    assert NOT_SYMBOLIC not in graph.notes
+    (block,) = graph.blocks
+    assert (
+        sum(
+            op.flop
+            for op in block.ops
+            if op.name == "aten.linalg_solve_triangular" and op.phase == "forward"
+        )
+        == 16 * WIDTH // 4 * B * S
+    )
+    assert {size for size in block.domain if size.has(S)} == set()
+
+
 class Padded(Layer):
     """Pads to a multiple by numbers, which no symbol can be."""
 
