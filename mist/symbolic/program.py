@@ -152,11 +152,13 @@ def stage_model(programs: ModelPrograms, costs: OpCosts) -> StageModel:
     )
 
 
-LAWS = (
-    *("gemm_s", "attention_forward_s", "attention_backward_s", "together_s", "pinned_bytes"),
-    *("all_gather_s", "reduce_scatter_s", "all_reduce_s", "p2p_s", "to_device_s", "to_host_s"),
-    *(f"memory_{traffic}_s" for traffic in Traffic),
-)
+# How many arguments each law may have.
+LAWS: Mapping[str, tuple[int, ...]] = {
+    **{"gemm_s": (4,), "attention_forward_s": (6,), "attention_backward_s": (6,)},
+    **{"all_gather_s": (3,), "reduce_scatter_s": (3,), "all_reduce_s": (3,), "p2p_s": (2,)},
+    **{"together_s": (2, 3, 4), "to_device_s": (1,), "to_host_s": (1,), "pinned_bytes": (1,)},
+    **{f"memory_{traffic}_s": (2,) for traffic in Traffic},
+}
 
 
 def _laws(costs: OpCosts) -> dict[str, Law]:

@@ -14,9 +14,12 @@ a wrong sum, but nothing that opens, imports or calls anything else.
 import ast
 import keyword
 from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import partial
 from typing import Final
 
-from mist.symbolic.program import FUNCTIONS, LAWS, Program, compiled
+import numpy as np
+
+from mist.symbolic.program import FUNCTIONS, LAWS, Program, bind
 
 JOINED: Final[Mapping[type[ast.operator], str]] = {
     ast.Add: "+",
@@ -29,6 +32,7 @@ JOINED: Final[Mapping[type[ast.operator], str]] = {
 LEVELS: Final = (frozenset("+-"), frozenset("*/"))
 CALLED: Final = frozenset({*FUNCTIONS, *LAWS, "logical_and.reduce", "logical_or.reduce", "reduce"})
 CONSTANTS: Final = frozenset({"nan", "inf", "maximum", "minimum"})
+LARGEST_EXPONENT: Final = 64
 SEQUENCES: Final = {"list": "[{}]", "tuple": "({},)"}
 
 Data = dict[str, object]
@@ -105,10 +109,29 @@ def decode_program(data: Data) -> Program:
         returned = f"return ({', '.join(values)}{',' if values else ''})"
         text = [f"def program({', '.join(inputs)}):", *lines, returned]
         program = Program(inputs=inputs, outputs=outputs, source="\n    ".join(text) + "\n")
-        compiled(program.source)
-    except (KeyError, TypeError, IndexError, SyntaxError, RecursionError, MemoryError) as error:
+        _try(program)
+    except _FAULTS as error:
         raise ValueError(f"not a program: {error}") from error
     return program
+
+
+_FAULTS: Final = (
+    *(KeyError, TypeError, IndexError, AttributeError, ArithmeticError),
+    *(SyntaxError, RecursionError, MemoryError),
+)
+
+
+def _try(program: Program) -> None:
+    """Run a program once: words of the tables may still be called with what they do not take."""
+    laws = {name: partial(_one, counts) for name, counts in LAWS.items()}
+    with np.errstate(all="ignore"):
+        bind(program, laws)(dict.fromkeys(program.inputs, 1.0))
+
+
+def _one(counts: tuple[int, ...], *arguments: object) -> float:
+    if len(arguments) not in counts:
+        raise TypeError(f"{len(arguments)} arguments of a law that takes {counts}")
+    return 1.0
 
 
 def _body(steps: Iterable[object], inputs: Iterable[str]) -> tuple[list[str], Set[str]]:
@@ -168,6 +191,9 @@ def _infix(parts: list[object], names: Set[str]) -> Iterator[str]:
     same_level = any(level.issuperset(map(str, words)) for level in LEVELS)
     if len(parts) % 2 == 0 or not (same_level or words == ["**"]):
         raise ValueError(f"no words between operands: {words!r}")
+    # Whole numbers have no end in Python: 9**9**9 would be computed for ever.
+    if words == ["**"] and isinstance(parts[2], int) and parts[2] > LARGEST_EXPONENT:
+        raise ValueError(f"no exponent: {parts[2]}")
     for index, part in enumerate(parts):
         yield str(part) if index % 2 else _text(part, names)
 

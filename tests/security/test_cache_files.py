@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,36 @@ def test_whatever_is_decoded_calls_functions_of_the_tables_only(data: dict[str, 
 
 
 def test_what_programs_can_reach_is_the_tables() -> None:
-    assert set(_laws(laws(TORCH))) == set(LAWS)
+    own = _laws(laws(TORCH))
+    assert set(own) == set(LAWS)
+    for name, counts in LAWS.items():
+        taken = signature(own[name]).parameters.values()
+        known = [each for each in taken if each.name != "traffic"]  # given already
+        needed = sum(each.default is each.empty for each in known)
+        assert counts == tuple(range(needed, len(known) + 1))
     assert set(SCOPE) == {"__builtins__", "nan", "inf", "reduce", *FUNCTIONS}
     assert SCOPE["__builtins__"] == {}
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        ["gemm_s", 1, 1, 1, 1, 1],
+        ["memory_softmax_s", 1],
+        ["maximum", 1],
+        ["sqrt"],
+        ["reduce", 1],
+        ["select", "x", "x"],
+        ["list", 1, ["list", 2]],
+        ["neg", ["list", 1]],
+        ["infix", 9, "**", 10**9],
+    ],
+)
+def test_words_that_are_called_with_what_they_do_not_take_are_no_program(result: object) -> None:
+    data = {"inputs": ["x"], "outputs": ["y"], "steps": [], "results": [["sqrt", "x"]]}
+    assert decode_program(data).outputs == ("y",)
+    with pytest.raises(ValueError):
+        decode_program(data | {"results": [result]})
 
 
 def entry_of(tmp_path: Path) -> Path:
