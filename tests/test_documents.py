@@ -220,6 +220,12 @@ def test_tables_with_numbers_that_no_run_has(number: str, tmp_path: Path) -> Non
     assert "line 2: n_layers" in refusal_of(lambda: read_runs(path))
 
 
+def test_a_measured_time_of_next_to_nothing_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("run_id,source,step_time_s\na,here,5e-324\n")
+    assert "line 2: step_time_s" in refusal_of(lambda: read_runs(path))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -12,6 +12,7 @@ from mist.documents import read_text
 from mist.errors import InputError
 
 MOST: Final = 1e15  # of anything in a row: beyond it sums of counts are not exact
+LEAST: Final = 1e-15  # of anything that is not 0: below it ratios overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +139,6 @@ def _row(path: Path, line: int, row: dict[str, str], shape: type[Row]) -> Row:
 def _number(text: str, kind: type) -> float:
     """A number of a table, of that type. Raises ValueError for what no run has."""
     number = float(text)
-    if not 0 <= number <= MOST or (number % 1 and kind is int):
+    if not (number == 0 or LEAST <= number <= MOST) or (number % 1 and kind is int):
         raise ValueError(text)
     return int(number) if kind is int else number
