@@ -24,6 +24,7 @@ from mist.pareto.strategies import (
     Strategies,
     expressible,
     levels_under,
+    priced,
     within_caps,
 )
 from mist.pareto.unequal_meshes import NodePosition
@@ -46,7 +47,7 @@ class GroupModel:
     def __init__(self, job: Job, group: Group, strategies: Strategies, space: SearchSpace) -> None:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
-        space = expressible(space, job.platform.runtime)
+        space = priced(expressible(space, job.platform.runtime), job)
         self.space = replace(space, levels=levels_under(space, group.schedule.kind))
         self._choose_levels()
         starts = np.arange(group.num_stages) * group.sizes[0]
@@ -99,8 +100,9 @@ class GroupModel:
     def under(self, space: SearchSpace) -> "GroupModel":
         """The model with the memory levels of another space, with the lines that are known."""
         model = copy(self)
+        space = priced(expressible(space, self.job.platform.runtime), self.job)
         levels = levels_under(space, self.group.schedule.kind)
-        model.space = replace(expressible(space, self.job.platform.runtime), levels=levels)
+        model.space = replace(space, levels=levels)
         model._choose_levels()
         return model
 

@@ -24,6 +24,7 @@ LABELS = {"head_dim", "zero", "group", "zero_levels"}
 LABELS |= {"sharded_from", "offered_from", "each_micro_batch_from"}  # ZeRO levels
 RANGE = {"name", "paths", "kinds", "by", "ends", "most", "spread", "worse", "unless_contention"}
 LABELS |= {"most_zero_with_tp", "partial_offload"}  # as well
+LABELS |= {"covariance"}  # of values that have a source
 
 
 def bare_numbers(node: object, path: str = "") -> Iterator[str]:
@@ -38,6 +39,8 @@ def bare_numbers(node: object, path: str = "") -> Iterator[str]:
             {"instead"},
             RANGE & node.keys(),
         ), path
+    elif isinstance(node, dict) and not path and "source" in node:
+        assert node["source"].strip()  # of all numbers in the file
     elif isinstance(node, dict):
         for key, item in node.items():
             if key not in LABELS:

@@ -263,7 +263,11 @@ def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
     if sharding.vocab_size is None:
         return sharding
     share = Share(unit=sharding.vocab_size, multiple=1)
-    whole = {key for key, value in sharding.params.items() if value == share}
+    # A layer may be as wide as the vocabulary.
+    inside = set(sharding.regions).union(*sharding.regions.values())
+    outside = (module for module in model.modules() if id(module) not in inside)
+    own = {id(weight) for module in outside for weight in module.parameters(recurse=False)}
+    whole = {key for key in own if sharding.params.get(key) == share}
     linear = (module for module in model.modules() if isinstance(module, nn.Linear))
     heads = frozenset(id(module) for module in linear if id(module.weight) in whole)
     return replace(
