@@ -47,14 +47,15 @@ def planned(**options: object) -> Planned:
 def test_a_gpu(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph(), monkeypatch)
     quick = r"^tensor_time_scale: \{value: 1.0", "tensor_time_scale: {value: 0.5"
-    copied(profiles, "devices/l4.yaml", "l5", (r"^default_cluster: .*$", "default_cluster: l5-box"))
-    copied(profiles, "clusters/l4-box.yaml", "l5-box", (r"^devices: .*$", "devices: [l5]"))
-    as_l4 = planned(gpu="l5").plan
-    assert (as_l4.cluster.device, as_l4.cluster.name) == ("l5", "l5-box")
-    assert as_l4.estimate.step_s == planned(gpu="l4").plan.estimate.step_s
-    box = r"^default_cluster: .*$", "default_cluster: l5-box"
-    copied(profiles, "devices/l4.yaml", "l5", box, quick)
-    assert planned(gpu="l5").plan.estimate.step_s < as_l4.estimate.step_s
+    box = r"^default_cluster: .*$", "default_cluster: mi301x-box"
+    own = r"^devices: .*$", "devices: [mi301x]"
+    copied(profiles, "devices/mi300x.yaml", "mi301x", box)
+    copied(profiles, "clusters/mi300x-box.yaml", "mi301x-box", own)
+    as_mi300x = planned(gpu="mi301x").plan
+    assert (as_mi300x.cluster.device, as_mi300x.cluster.name) == ("mi301x", "mi301x-box")
+    assert as_mi300x.estimate.step_s == planned(gpu="mi300x").plan.estimate.step_s
+    copied(profiles, "devices/mi300x.yaml", "mi301x", box, quick)
+    assert planned(gpu="mi301x").plan.estimate.step_s < as_mi300x.estimate.step_s
 
 
 def test_a_cluster(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_an_error_that_nobody_foresaw_is_reported(
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(OutputError, match="infinite or none"):
-            common.print_json({"a": [value]})
+            common.print_json("mist.check/1", {"a": [value]})
     assert capsys.readouterr().out == ""
 
 

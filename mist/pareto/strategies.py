@@ -406,7 +406,7 @@ def _without_levels(space: SearchSpace) -> Iterator[str]:
     """Of schedules under which layers may have no memory level of the space: why."""
     for kind in space.schedules:
         if not levels_under(space, kind):
-            columns = {"schedule": kind.value, "activations": 0.0}
+            columns: Columns = {"schedule": kind.value, "activations": 0.0, "tp": 1}
             yield from (f"{words}." for words in set(broken_by_levels(space.levels, columns)))
 
 

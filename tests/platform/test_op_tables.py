@@ -265,7 +265,8 @@ tables:
 
 def profile(tmp_path: Path, tables: str) -> Path:
     path = tmp_path / "mine.yaml"
-    path.write_text((PROFILES / "devices" / "l4.yaml").read_text() + tables)
+    # A device without a calibration, which would scale the table.
+    path.write_text((PROFILES / "devices" / "a10g.yaml").read_text() + tables)
     return path
 
 

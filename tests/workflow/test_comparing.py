@@ -114,7 +114,9 @@ def test_the_command_prints_and_gives_json(tmp_path: Path) -> None:
     [
         (
             '{"seconds": [1.0]}',
-            '{log} is no log of a run: expected {{"steps": [{{"seconds": 1.5}}, ...]}} as JSON.',
+            '{log} is no log of a run: expected {{"steps": [{{"seconds": 1.5}}, ...]}} as JSON, '
+            "a Trainer's state, a table with a column step_time_s, or the text of torchtitan, "
+            "Megatron-LM or nanotron.",
         ),
         ({"steps": []}, "{log} has no steps with seconds above 0."),
         (
