@@ -186,8 +186,9 @@ class Block:
     @property
     def goes_back(self) -> bool:
         """Whether it has a backward pass: something in it or before it is trained."""
-        # A frozen block that gradients pass through has a backward pass, too.
-        return any(op.phase == "backward" for op in self.ops)
+        # A frozen block that gradients pass through has a backward pass, too; of one that only
+        # shows its input in another shape nothing is seen.
+        return not self.ops or any(op.phase == "backward" for op in self.ops)
 
     def collectives(self, *, sequence_parallel: bool) -> tuple[TensorParallelCollective, ...]:
         """What t ranks exchange in one pass each way (Korthikanti et al. 2022, figures 4 and 5).
