@@ -117,6 +117,7 @@ def test_a_file_is_read_as_the_layout_that_it_was_written_from(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", READ)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(data=st.data())
 def test_rounding_never_asks_more_of_a_device(name: str, data: st.DataObject) -> None:
     """ZeRO, recomputation and offloading go up; a field that changed has a loss that names it."""
