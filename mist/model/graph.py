@@ -11,7 +11,7 @@ them.
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 import sympy
 from sympy import Expr
@@ -33,6 +33,9 @@ class OpKind(StrEnum):
     GEMM = "gemm"
     ATTENTION = "attention"
     MEMORY = "memory"
+
+
+NUM_DIMS: Final = {OpKind.GEMM: 4, OpKind.ATTENTION: 5, OpKind.MEMORY: 0}
 
 
 class TensorLayout(StrEnum):
@@ -70,6 +73,11 @@ class Op:
     dtype: str
     read_bytes: Expr
     written_bytes: Expr
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that are not those of its kind."""
+        if len(self.dims) != NUM_DIMS[self.kind]:
+            raise ValueError(f"{self.name} has {len(self.dims)} sizes, of {NUM_DIMS[self.kind]}")
 
     @property
     def traffic_bytes(self) -> Expr:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -296,24 +296,25 @@ def caches(rng: Rng, workspace: Workspace) -> list[str]:
     folder = workspace.restore_cache()
     # By what they hold: their names are digests, which differ from one folder to the next.
     names = [path.name for path in sorted(folder.iterdir(), key=lambda each: each.stat().st_size)]
+    contents = {name: (folder / name).read_bytes() for name in names}
     for name in rng.sample(names, rng.choice([1, 1, 2, len(names)])):
-        _spoil_entry(rng, folder, name, names)
+        _spoil_entry(rng, folder / name, contents)
     return ["check", "tiny.py", *ASKED, "--cluster", "local-cpu", "--json"]
 
 
-def _spoil_entry(rng: Rng, folder: Path, name: str, names: list[str]) -> None:
-    """Another content, or something else than a file, in place of an entry."""
-    path = folder / name
+def _spoil_entry(rng: Rng, path: Path, contents: Mapping[str, bytes]) -> None:
+    """Another content, or something else than a file, in place of an entry; `contents`: all."""
+    names = list(contents)
     if rng.random() < 0.15:
         path.unlink()
         path.mkdir() if rng.random() < 0.5 else path.symlink_to(rng.choice(["/dev/null", path]))
         return
-    raw, code = path.read_bytes(), rng.choice([statement(CANARY), expression(CANARY)]).encode()
+    raw, code = contents[path.name], rng.choice([statement(CANARY), expression(CANARY)]).encode()
     i = rng.randrange(len(raw))
     changed: list[Callable[[], bytes]] = [
         lambda: raw[:i],
         lambda: rng.randbytes(200),
-        (folder / rng.choice(names)).read_bytes,
+        lambda: contents[rng.choice(names)],
         lambda: rng.choice([b"null", b"[]", b"{}", b"1", b"[" * 100_000, b"9" * 5000, b"", b"x"]),
         lambda: _mutated_json(rng, raw),
         lambda: _mutated_json(rng, raw),

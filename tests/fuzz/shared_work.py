@@ -69,15 +69,16 @@ class SharedWork:
             graph: "ModelGraph",
             runtime: "Runtime",
             precision: "Precision",
-            converted: "ConvertedBlocks",
+            converted: "ConvertedBlocks | None" = None,
         ) -> "ModelPrograms":
             # By its words: 1 and True are equal, and a case may be about just that.
             known = self.programs.setdefault((repr(runtime), precision), [])
-            for blocks, programs in known:
-                if blocks == (graph, converted):
+            blocks = (graph, converted or {})
+            for other, programs in known:
+                if other == blocks:
                     return programs
-            programs = compile_model(graph, runtime, precision, converted)
-            known.append(((graph, converted), programs))
+            programs = compile_model(graph, runtime, precision, blocks[1])
+            known.append((blocks, programs))
             return programs
 
         return compiled

@@ -1,6 +1,7 @@
 """The cache gives back exactly what was stored, and nothing that may be out of date."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mist.model.graph import B, S, T
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, codec, load_graph, load_listing
 from mist.trace import trace_cache as cache
+from tests.toys import toy_graph
 from tests.trace.test_source import file_with
 
 FP32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
@@ -160,3 +162,12 @@ def test_relation_survives_the_round_trip() -> None:
 def test_anything_else_is_no_expression(value: object) -> None:
     with pytest.raises(ValueError, match="not an expression"):
         codec.decode_expr(value)
+
+
+def test_an_operation_with_the_sizes_of_another_is_no_graph() -> None:
+    entry = json.loads(json.dumps(codec.encode_graph(toy_graph())))
+    assert codec.decode_graph(entry) == toy_graph()
+    text = json.dumps(entry)
+    places = [match.end() for match in re.finditer(r'"gemm", "forward", "[^"]*", \[', text)]
+    assert places
+    assert codec.decode_graph(json.loads(f"{text[: places[0]]}0, {text[places[0] :]}")) is None
