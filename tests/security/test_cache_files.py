@@ -123,6 +123,7 @@ def test_what_programs_can_reach_is_the_tables() -> None:
         ["gemm_s", 1, 1, 1, 1, 1],
         ["memory_softmax_s", 1],
         ["maximum", 1],
+        ["maximum", "x", 1, "x"],
         ["sqrt"],
         ["reduce", 1],
         ["select", "x", "x"],
