@@ -170,12 +170,17 @@ def _text(value: object, names: Set[str]) -> str:
     if word in SEQUENCES and parts:
         return SEQUENCES[str(word)].format(", ".join(parts))
     if word in CALLED:
-        ufunc = getattr(np, str(word), None)  # of one argument more it would write into that
-        if isinstance(ufunc, np.ufunc) and len(parts) != ufunc.nin:
-            raise ValueError(f"{len(parts)} arguments of {word}")
-        default = ", default=nan" if word == "select" else ""
-        return f"{word}({', '.join(parts)}{default})"
+        return _call(str(word), parts)
     raise ValueError(f"no word of a program: {word!r}")
+
+
+def _call(word: str, parts: list[str]) -> str:
+    """A function of the tables with its arguments."""
+    ufunc = getattr(np, word, None)  # of one argument more it would write into that
+    if isinstance(ufunc, np.ufunc) and len(parts) != ufunc.nin:
+        raise ValueError(f"{len(parts)} arguments of {word}")
+    default = ", default=nan" if word == "select" else ""
+    return f"{word}({', '.join(parts)}{default})"
 
 
 def _leaf(value: object, names: Set[str]) -> str:
