@@ -23,7 +23,7 @@ from mist.export.target import (
     refused,
     undivided_offload,
 )
-from mist.export.yaml_lines import yaml_lines
+from mist.export.yaml_lines import unread, yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import Precision
@@ -214,9 +214,7 @@ def _precision(keys: Mapping[str, Any], path: str) -> Precision:
 
 
 def _unmodelled(keys: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in keys.items():
-        if key not in READ and key not in LAUNCH:
-            yield f"{key} = {value}"
+    yield from unread(keys, READ | LAUNCH)
     version = keys.get("fsdp_config.fsdp_version", 1)
     if version != 2 and keys.get("distributed_type") == "FSDP":
         yield f"fsdp_config.fsdp_version = {version} (predicted as 2)"

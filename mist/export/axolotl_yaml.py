@@ -15,7 +15,7 @@ from mist.export.accelerate_yaml import repeats, under_fsdp2
 from mist.export.deepspeed_json import leaves
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import Configuration, ExportSource, Written, added
-from mist.export.yaml_lines import whole_at, yaml_lines
+from mist.export.yaml_lines import unread, whole_at, yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload
 from mist.plans.workload import Precision
@@ -141,8 +141,6 @@ def _precision(keys: Mapping[str, Any]) -> Precision:
 
 
 def _unmodelled(keys: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in keys.items():
-        if key not in READ and not key.startswith(UNTOUCHED):
-            yield f"{key} = {value}"
+    yield from unread(keys, READ, UNTOUCHED)
     if any(key.startswith("fsdp") for key in keys) and keys.get("fsdp_version", 1) != 2:
         yield f"fsdp_version = {keys.get('fsdp_version', 1)} (predicted as 2)"

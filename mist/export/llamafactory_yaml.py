@@ -21,7 +21,7 @@ from mist.export.deepspeed_json import (
 )
 from mist.export.launcher_lines import head, node_script, nodes_of
 from mist.export.target import Configuration, ExportLoss, ExportSource, Written, added, refused
-from mist.export.yaml_lines import whole_at, yaml_lines
+from mist.export.yaml_lines import unread, whole_at, yaml_lines
 from mist.files import is_file, read_bytes
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Plan
@@ -127,7 +127,7 @@ def read_llamafactory(text: str, path: str) -> Configuration:
         seq_len=whole_at(keys, "cutoff_len", path),
         precision=_precision(keys),
         num_micro_batches=whole_at(keys, ACCUMULATED, path) or 1,
-        unmodelled=(*divided.unmodelled, *_unmodelled(keys)),
+        unmodelled=(*divided.unmodelled, *unread(keys, READ, UNTOUCHED)),
     )
 
 
@@ -152,9 +152,3 @@ def _precision(keys: Mapping[str, Any]) -> Precision:
     if keys.get("bf16") is True:
         return Precision.BF16
     return Precision.FP16 if keys.get("fp16") is True else Precision.FP32
-
-
-def _unmodelled(keys: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in keys.items():
-        if key not in READ and not key.startswith(UNTOUCHED):
-            yield f"{key} = {value}"

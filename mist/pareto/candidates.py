@@ -47,9 +47,7 @@ class GroupModel:
     def __init__(self, job: Job, group: Group, strategies: Strategies, space: SearchSpace) -> None:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
-        space = priced(expressible(space, job.platform.runtime), job)
-        self.space = replace(space, levels=levels_under(space, group.schedule.kind))
-        self._choose_levels()
+        self._take_space(space)
         starts = np.arange(group.num_stages) * group.sizes[0]
         devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         micro = group.num_micro_batches
@@ -100,14 +98,15 @@ class GroupModel:
     def under(self, space: SearchSpace) -> "GroupModel":
         """The model with the memory levels of another space, with the lines that are known."""
         model = copy(self)
-        space = priced(expressible(space, self.job.platform.runtime), self.job)
-        levels = levels_under(space, self.group.schedule.kind)
-        model.space = replace(space, levels=levels)
-        model._choose_levels()
+        model._take_space(space)
         return model
 
-    def _choose_levels(self) -> None:
-        levels, kind = self.space.levels, self.group.schedule.kind
+    def _take_space(self, space: SearchSpace) -> None:
+        """What of a space the group can have, and which of its levels each strategy needs."""
+        kind = self.group.schedule.kind
+        space = priced(expressible(space, self.job.platform.runtime), self.job)
+        levels = levels_under(space, kind)
+        self.space = replace(space, levels=levels)
         self.allowed = allowed_levels(self.strategies, levels, kind)
         self.useful = useful_levels(self.strategies, self.allowed, self.job.facts.num_kinds)
 
