@@ -21,6 +21,7 @@ from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.recording.session import seq_hint
 from mist.trace.repeated_blocks import find_layers
 from mist.trace.runs import OneLength, Progress, Recorded, record_model
+from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
 from mist.trace.tensor_parallel.tp_plan import planned_heads
@@ -100,8 +101,9 @@ def _in_regime(model: LoadedModel, setting: TraceSetting, progress: Progress) ->
     except OneLength:
         # Still of use: another length is traced when it is asked for.
         setting = replace(setting, seq_len=length)
-    except TraceError:
-        if setting.seq_len is None or length == seq_hint(model, None):
+    except TraceError as fault:
+        at_any = isinstance(fault, SequenceLoop)
+        if at_any or setting.seq_len is None or length == seq_hint(model, None):
             raise
     else:
         if setting.seq_len is None or length in traced.graph.lengths:

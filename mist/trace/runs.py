@@ -196,21 +196,21 @@ def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, 
 
 def _run_without_loops(subject: _Subject) -> RecordedRun:
     """A run at concrete sizes. Raises TraceError for a loop over the sequence, within seconds."""
+    hints = _hints(subject)
+    assert hints.seq is not None
+    # A loop runs an operation or more for each token.
+    limit = OpLimit(max_ops=min(LONG_OPS, hints.seq))
     try:
-        return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(_hints(subject))
-    except LimitReached as long:
-        refuse_loops(subject.model.name, long.module, partial(_num_ops, subject, long.module))
-        return subject.run(_hints(subject))
+        return replace(subject, limit=limit).run(hints)
+    except LimitReached:
+        refuse_loops(subject.model.name, partial(_ops_by_module, subject))
+        return subject.run(hints)
 
 
-def _num_ops(subject: _Subject, module: str, tokens: int) -> int:
-    """How many operations a module runs in a forward pass at a number of tokens."""
-    point = Point(batch=BATCH_HINT, seq=tokens, backward=False)
-    try:
-        run = replace(subject, limit=OpLimit(module=module)).run(point)
-    except LimitReached as done:
-        return done.num_ops
-    return sum(op.module == module for op in _ops(run))
+def _ops_by_module(subject: _Subject, tokens: int) -> Counter[str]:
+    """How many operations each module runs in a forward pass at a number of tokens."""
+    run = subject.run(Point(batch=BATCH_HINT, seq=tokens, backward=False))
+    return Counter(op.module for op in _ops(run))
 
 
 def _hints(subject: _Subject) -> Point:

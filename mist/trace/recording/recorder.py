@@ -437,7 +437,9 @@ def recording(recorder: Recorder, names: Mapping[torch.nn.Module, str]) -> Itera
     """Within: the recorder sees calls, saved tensors and the module they come from."""
 
     def enter(module: torch.nn.Module, args: object) -> None:
-        recorder.modules.append(names.get(module, ""))
+        # A function that is called as a module (of a library of kernels) has no name of its own.
+        around = recorder.modules[-1] if recorder.modules else ""
+        recorder.modules.append(names.get(module, around))
         recorder.callers.append(module)
 
     def leave(module: torch.nn.Module, args: object, output: object) -> None:
