@@ -48,6 +48,10 @@ SHARED = (
     "layers are called again with the same parameters, which one pipeline stage must have: "
     "counted once, run each time"
 )
+OWN_CHECKPOINTS = (
+    "the model's own checkpoints (torch.utils.checkpoint) are undone: a plan decides which layers "
+    "recompute"
+)
 WINDOWED = (
     "sliding windows run in a kernel that skips what lies outside of them (FlashAttention 2, "
     "FlexAttention); torch's own attention takes them as a mask over all pairs and needs more"
@@ -380,6 +384,8 @@ def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
         yield NO_LAYERS
     if size is not None and size % 8:
         yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
+    if run.own_checkpoints:
+        yield OWN_CHECKPOINTS
     if not run.sequential:
         yield SHARED if len(set(run.order)) < len(run.order) else OUT_OF_LINE
     yield from _notes_of_operations({op.name for op in ops}, run)

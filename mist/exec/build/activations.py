@@ -28,6 +28,7 @@ from torch.utils.checkpoint import (
 
 from mist.exec.build.host_copies import Copy, Swapper
 from mist.layers import convert_layer
+from mist.layers.own_checkpoints import Planned
 from mist.plans.memory_levels import CONVERTS
 from mist.plans.workload import MemoryLevel
 
@@ -61,7 +62,8 @@ def _checkpointed(
 ) -> object:
     # The non-reentrant form works with saved-tensor hooks and stops running forward again at the
     # last tensor that the backward pass needs.
-    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, **options)
+    planned = Planned(partial(forward, **kwargs))
+    return checkpoint(planned, *args, use_reentrant=False, **options)
 
 
 def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mist.exec.build.loss import summed_loss
 from mist.exec.build.model_structure import ModelStructure
+from mist.layers.own_checkpoints import undone_checkpoints
 from mist.trace.models.loader import LoadedModel
 
 
@@ -88,7 +89,8 @@ class Chunk(nn.Module):
         if self.entry is not None and received is not None:
             self.entry.received = received
         try:
-            total, number = summed_loss(self.loaded, batch)
+            with undone_checkpoints():
+                total, number = summed_loss(self.loaded, batch)
             # fp64, since counts of tokens beyond 2**24 are no fp32 numbers.
             self.tally += torch.stack([total.detach().double(), number.double()])
             return total * self.scale

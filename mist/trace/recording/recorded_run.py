@@ -47,7 +47,8 @@ class RecordedRun:
 
     `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
     what the one before gives or passes on. `shared`: what layers saved but do not own (rotary
-    tables, masks). `size_rules`, `fused`: of a run on shards, see `LocalSizes`.
+    tables, masks). `own_checkpoints`: whether the model checkpoints by itself, which is undone.
+    `size_rules`, `fused`: of a run on shards, see `LocalSizes`.
     """
 
     embed: Piece
@@ -58,6 +59,7 @@ class RecordedRun:
     experts: frozenset[tuple[int, int]]
     sequential: bool
     shared: tuple[SavedTensor, ...]
+    own_checkpoints: bool
     domain: tuple[Basic, ...]
     fixed: Mapping[Expr, Expr]
     originals: Mapping[int, torch.Tensor]

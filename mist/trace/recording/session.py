@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mist.errors import TraceError
 from mist.model.graph import B, S, SavedTensor, T
+from mist.layers.own_checkpoints import undone_checkpoints
 from mist.trace.diagnose import Passed
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
@@ -121,6 +122,7 @@ class Session:
             experts=frozenset(self.routing.experts),
             sequential=self.sequential,
             shared=self._shared(),
+            own_checkpoints=bool(self.undone),
             domain=self.symbols.domain(),
             fixed=self.symbols.fixed(),
             originals=dict(self.fakes.originals),
@@ -188,6 +190,7 @@ class Session:
                 self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
             self.stack.enter_context(self.symbols.mode)
             self.stack.enter_context(runs_as(self.setting))
+            self.undone = self.stack.enter_context(undone_checkpoints())
             if self.setting.fused_norms:
                 for norm, kernel in fused_norms(self.model.module.modules()):
                     self.stack.enter_context(_replaced(norm, kernel))

@@ -1,0 +1,53 @@
+"""Undoes what a model's own code checkpoints: which layers recompute is what a plan decides.
+
+`torch.utils.checkpoint.checkpoint` under whichever name the model imported it, in both its forms.
+Functions that `Planned` wraps, which a plan checkpoints, stay as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from torch.utils import checkpoint as torch_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A function that a plan checkpoints: run again, it must save what it did at first."""
+
+    function: Callable[..., object]
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        with undone_checkpoints():
+            return self.function(*args, **kwargs)
+
+
+@contextmanager
+def undone_checkpoints() -> Iterator[list[object]]:
+    """Within: the model's own checkpoints only call their functions, which are listed."""
+    functions: list[object] = []
+    keep = torch_checkpoint._checkpoint_without_reentrant_generator
+
+    def around(function: object, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if isinstance(function, Planned):
+            yield from keep(function, *args, **kwargs)
+        else:
+            functions.append(function)
+            yield  # here checkpoint() calls the function
+
+    class _Called:
+        """In the place of the autograd function of the reentrant form."""
+
+        @staticmethod
+        def apply(function: Callable[..., object], preserve: bool, *args: object) -> object:
+            functions.append(function)
+            return function(*args)
+
+    # Both are looked up when checkpoint() is called.
+    with (
+        patch.object(torch_checkpoint, "_checkpoint_without_reentrant_generator", around),
+        patch.object(torch_checkpoint, "CheckpointFunction", _Called),
+    ):
+        yield functions
