@@ -62,7 +62,8 @@ COMPILED: Final = (
 )
 
 PUT_BACK: Final = "aten.slice_backward"
-LONG_OPS: Final = 1000  # of one part, forward and backward: several times a layer's
+# Forward operations of one part: several times a layer's. A loop runs one or more for each token.
+LONG_OPS: Final = SEQ_HINT
 LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
 
 
@@ -200,15 +201,11 @@ def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, 
 
 def _run_without_loops(subject: _Subject) -> RecordedRun:
     """A run at concrete sizes. Raises TraceError for a loop over the sequence, within seconds."""
-    hints = _hints(subject)
-    assert hints.seq is not None
-    # A loop runs an operation or more for each token.
-    limit = OpLimit(max_ops=min(LONG_OPS, hints.seq))
     try:
-        return replace(subject, limit=limit).run(hints)
+        return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(_hints(subject))
     except LimitReached:
         refuse_loops(subject.model.name, partial(_ops_by_module, subject))
-        return subject.run(hints)
+        return subject.run(_hints(subject))
 
 
 def _ops_by_module(subject: _Subject, tokens: int) -> Counter[str]:

@@ -6,7 +6,7 @@ Max(1, floor(s/4)) > 1, ...), a window or a mask one or two (s > 512). The guard
 evaluated at every s up to a horizon. From the traced length on, both ways, the largest set is taken
 of which a person can see what is in it, the multiples of m in an interval, and in which all guards
 hold. Its relations take the place of the guards; s = m k for a positive integer k makes the
-expressions plain.
+expressions plain. Guards in b and s that hold at all these lengths for every batch are left out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +19,13 @@ import sympy
 from numpy.typing import NDArray
 from sympy import Basic, Expr
 
-from mist.model.graph import Block, ModelGraph, S
+from mist.model.graph import B, Block, ModelGraph, S
 from mist.model.summary import Lengths
 
 HORIZON: Final = 8192  # at least; no guard that torch writes has a longer period
 FARTHEST: Final = 2**18  # a number in a guard beyond it is no threshold of a sequence
+# The batches at which guards in b and s are evaluated; a fixed one, or a threshold, is among them.
+BATCHES: Final = np.array([*range(2, 257), 1024, 4096])
 _K: Final = sympy.Symbol("k", positive=True, integer=True)
 
 V = TypeVar("V")
@@ -37,7 +39,8 @@ def simplify_graph(graph: ModelGraph, seq_len: int) -> ModelGraph:
     if not of_length:
         return graph
     lengths = _regime(of_length, seq_len)
-    others = [guard for guard in guards if guard not in of_length]
+    inside = _inside(lengths, _horizon(guards, seq_len))
+    others = [g for g in guards if g not in of_length and not _always(g, inside)]
     domain = tuple(sorted({*others, *_relations(lengths)}, key=str))
     plain = _Plain(lengths.multiple)
 
@@ -53,6 +56,20 @@ def simplify_graph(graph: ModelGraph, seq_len: int) -> ModelGraph:
         shared_single=plain.mapped(graph.shared_single),
         lengths=lengths,
     )
+
+
+def _inside(lengths: Lengths, horizon: int) -> NDArray[np.int64]:
+    """The lengths of a regime up to a horizon."""
+    last = horizon if lengths.last is None else min(lengths.last, horizon)
+    return np.arange(lengths.first, last + 1, lengths.multiple)
+
+
+def _always(guard: Basic, lengths: NDArray[np.int64]) -> bool:
+    """Whether a guard holds at these lengths for every batch, as sizes of tensors do."""
+    if not guard.free_symbols <= {B, S}:
+        return False
+    with np.errstate(invalid="ignore", divide="ignore"):  # guards need not have a value everywhere
+        return bool(np.all(sympy.lambdify((B, S), guard, "numpy")(BATCHES[:, None], lengths)))
 
 
 def _relations(lengths: Lengths) -> Iterator[Basic]:

@@ -13,7 +13,7 @@ class LimitReached(TraceError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpLimit:
-    """Where a run ends: at `max_ops` operations of one part, forward and backward."""
+    """Where a run ends: at `max_ops` forward operations of one part."""
 
     max_ops: int
 

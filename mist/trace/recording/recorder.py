@@ -232,7 +232,7 @@ class Recorder(TorchDispatchMode):
                 self._leave(part, call, origin)
         ops = self._ops(call, origin) if self._runs(call) else []
         part.ops.extend(ops)
-        if self._limit is not None:
+        if self._limit is not None and self.phase == "forward":
             self._limit.check(part.ops)
         self._add_node(part, call, ops, origin.module)
 
