@@ -31,6 +31,7 @@ MULTIPLES: Final = (2, 3, 4)
 HELD_OUT: Final = ((5, 6), (6, 8), (64, 7))  # batch, multiple of the lattice; and:
 LONGEST: Final = 8192  # tokens, at the first batch
 LARGEST_UNIT: Final = 128
+OTHER_OPS: Final = "runs do not have the same operations"
 LATTICES: Final = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -96,7 +97,7 @@ class Fit:
     @staticmethod
     def _rows(values: Sequence[Sequence[object]]) -> Iterator[tuple[object, ...]]:
         if len({len(value) for value in values}) > 1:
-            raise NotPolynomial("runs do not have the same operations")
+            raise NotPolynomial(OTHER_OPS)
         return zip(*values, strict=True)
 
 
@@ -118,7 +119,11 @@ def fitted_run(
     points.append((BATCHES[0], longest))
     if batch is not None:
         points = sorted({(batch, s) for _, s in points})
-    known = {point: run_at(_point(point, batch)) for point in points}
+    known = {}
+    for point in points:
+        known[point] = run_at(_point(point, batch))
+        # Found out before the longest: a loop over chunks has more operations for more tokens.
+        _refuse_other_ops(list(known.values()))
     fit = Fit(points, batch_powers=3 if batch is None else 1)
     _merge(fit, list(known.values()))
     for lattice in (each for each in LATTICES if each < unit):
@@ -152,6 +157,13 @@ def run_of_one_length(
     run = _merge(fit, [run_at(_point(point, batch)) for point in points])
     bounds: tuple[Basic, ...] = (sympy.Le(B, max(batches)), sympy.Eq(S, seq_len))
     return replace(run, domain=bounds, fixed={S: sympy.Integer(seq_len)})
+
+
+def _refuse_other_ops(runs: Sequence[RecordedRun]) -> None:
+    """Raise NotPolynomial where the last of these runs has more or fewer operations."""
+    first, last = runs[0].pieces, runs[-1].pieces
+    if [len(piece.part.ops) for piece in first] != [len(piece.part.ops) for piece in last]:
+        raise NotPolynomial(OTHER_OPS)
 
 
 def _unit(longest: int | None) -> int:

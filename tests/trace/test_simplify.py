@@ -1,5 +1,7 @@
 """Which guards say nothing at the lengths of a regime, and so are no part of its domain."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sympy
@@ -7,9 +9,10 @@ import torch
 from torch import nn
 
 from mist.model.graph import B, S, T
+from mist.model.summary import Lengths
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
-from mist.trace.simplify import _always
+from mist.trace.simplify import _always, simplify_graph
 
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 CHUNKS = sympy.floor(S / 64 + sympy.Mod(63 * S, 64) / 64)
@@ -32,36 +35,24 @@ def test_a_guard_is_left_out_where_it_holds_for_every_batch(
     assert _always(guard, np.array([384])) is holds
 
 
-class Chunks(nn.Module):
-    """Means over chunks of 16 tokens, one chunk after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, s, h = x.shape
-        chunks = nn.functional.pad(self.linear(x), (0, 0, 0, (16 - s % 16) % 16))
-        chunks = chunks.reshape(b, -1, 16, h)
-        means = [chunks[:, index].mean(1, keepdim=True) for index in range(chunks.shape[1])]
-        return x + torch.cat(means, 1).repeat_interleave(16, 1)[:, :s]
+def test_the_domain_of_a_regime_can_be_read() -> None:
+    graph = trace_model(Tiny(), BF16)
+    guards = (32 * B * CHUNKS >= 2, sympy.Eq(CHUNKS, 6), B <= 64, sympy.Ne(B * CHUNKS, B))
+    rough = replace(graph, blocks=tuple(replace(each, domain=guards) for each in graph.blocks))
+    found = simplify_graph(rough, 384)
+    # Six chunks of 64 are 321 to 384 tokens, padded.
+    assert found.lengths == Lengths(first=321, last=384)
+    assert found.blocks[0].domain == (B <= 64, S <= 384, S >= 321)
 
 
-class Chunked(nn.Module):
+class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(32, 8), nn.Linear(8, 32)
-        self.layers = nn.ModuleList(Chunks() for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
-
-
-def test_a_loop_over_chunks_has_a_regime_that_can_be_read() -> None:
-    (layer,) = trace_model(Chunked(), BF16).blocks
-    assert all(relation.free_symbols == {S} for relation in layer.domain)
-    assert len(layer.domain) <= 2
-    assert all(relation.subs(S, 384) is sympy.true for relation in layer.domain)
