@@ -21,7 +21,7 @@ SLOPES ?= slopes.json
 MATRIX ?= 3.11:2.14.1 3.12:2.13.0 3.13:2.13.0
 SOURCES := mist tests examples benchmarks cli.py
 
-.PHONY: help plan test coverage test-slow check bench accuracy docs format mutants golden
+.PHONY: help plan test coverage test-slow check bench accuracy docs models format mutants golden
 .PHONY: validate-exports test-page gpu-check gpu-bundle test-matrix local-loop fuzz
 
 help:  ## this list
@@ -86,6 +86,9 @@ accuracy: $(INSTALLED)  ## the fit and docs/accuracy.md from measured runs (RUNS
 
 docs: $(INSTALLED)  ## what is generated in docs (cli.md, the tree, lists of files)
 	$(BIN)/python -m tests.make_docs
+
+models: $(INSTALLED)  ## docs/models.md: trace every preset, example and other family (minutes)
+	$(BIN)/python -m tests.make_models
 
 format: $(INSTALLED)  ## format, and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)

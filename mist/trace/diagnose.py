@@ -32,6 +32,26 @@ SHARD_FAULTS: Final[Mapping[str, str]] = MappingProxyType(
         ),
     }
 )
+# Known by what is raised, or by the library that raises it: what to do.
+ADVICE: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        r"FlexAttention does not support": (
+            "flex_attention runs as a kernel that is compiled for its mask, which Mist has no "
+            "costs for. Use scaled_dot_product_attention (is_causal or attn_mask) to plan"
+        ),
+        r"bitsandbytes": (
+            "Modules of bitsandbytes pack their weights on a GPU and do not run without one. Plan "
+            "with frozen nn.Linear in their place, or a config.json with quantization_config"
+        ),
+        r"expected scalar type|to have the same dtype|must have the same dtype": (
+            "Parameters take the compute precision, buffers and constants keep theirs, as under "
+            "FSDP2's mixed precision. Cast one at that line, or use --precision fp32"
+        ),
+    }
+)
+GENERAL_ADVICE: Final = (
+    "Check that the model runs on a batch of token ids, or define make_batch(batch, seq)"
+)
 TORCH: Final = str(Path(torch.__file__).parent)
 OURS: Final = str(Path(__file__).parent)
 LIBRARIES: Final = "site-packages"
@@ -50,16 +70,23 @@ def traced(name: str) -> Iterator[None]:
     except (MistError, Passed, KeyboardInterrupt):
         raise
     except BaseException as error:  # a model may call sys.exit(), too
-        place = _place(traceback.extract_tb(error.__traceback__))
+        frames = traceback.extract_tb(error.__traceback__)
+        place = _place(frames)
         if isinstance(error, DATA_DEPENDENT):
             raise TraceError(
                 f"{name} decides by the values of its tensors{place}. Mist traces shapes only: "
                 "replace the branch or .item() by an operation on tensors, such as torch.where."
             ) from error
         raise TraceError(
-            f"{name} cannot be traced: {one_line(error)}{place}. "
-            "Check that the model runs on a batch of token ids, or define make_batch(batch, seq)."
+            f"{name} cannot be traced: {one_line(error)}{place}. {_advice(error, frames)}."
         ) from error
+
+
+def _advice(error: BaseException, frames: Sequence[traceback.FrameSummary]) -> str:
+    """What to do about an exception that was raised in the last of these frames."""
+    text = "\n".join((one_line(error), *(frame.filename for frame in frames[-1:])))
+    known = (advice for pattern, advice in ADVICE.items() if re.search(pattern, text))
+    return next(known, GENERAL_ADVICE)
 
 
 @contextmanager

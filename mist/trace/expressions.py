@@ -93,7 +93,9 @@ class Symbols:
             raise TraceError(
                 f"a size depends on the values of tensors (torch names it {raw}),"
                 " not only on batch and sequence length. Replace what selects by value"
-                " (nonzero, boolean indexing, ...) by one whose output shape is fixed."
+                " (nonzero, boolean indexing, ...) by one whose output shape is fixed. Experts that"
+                " select their tokens are recognised where their module, or one around it, has the"
+                " attributes num_experts and top_k."
             )
         if not raw.args:
             return raw

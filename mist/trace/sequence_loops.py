@@ -29,7 +29,7 @@ def refuse_loops(name: str, ops_of: Callable[[int], Counter[str]]) -> None:
     if growth >= 1:
         raise SequenceLoop(
             f"{name} cannot be traced: {module or 'its forward'} runs {growth:.0f} operations for "
-            "each token, in a Python loop over the sequence. A GPU runs such a scan as one kernel, "
+            "each token, in a loop over the sequence. A GPU runs such a scan as one kernel, "
             "which Mist has no costs for. Use a scan by chunks (as Mamba-2's) or attention instead."
         )
 

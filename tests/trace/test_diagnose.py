@@ -8,6 +8,7 @@ import pytest
 from mist.errors import TraceError
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph
+from mist.trace.diagnose import traced
 from tests.trace.test_source import file_with, load
 
 HEAD = """
@@ -49,7 +50,8 @@ def test_size_from_values(tmp_path: Path) -> None:
     assert message_of(tmp_path, "x = x[ids.nonzero()[:, 0]]") == (
         "a size depends on the values of tensors (torch names it u0), not only on batch and "
         "sequence length. Replace what selects by value (nonzero, boolean indexing, ...) by one "
-        "whose output shape is fixed."
+        "whose output shape is fixed. Experts that select their tokens are recognised where their "
+        "module, or one around it, has the attributes num_experts and top_k."
     )
 
 
@@ -69,6 +71,21 @@ def test_model_raises(tmp_path: Path) -> None:
         "(FILE:13: x = self.missing(x)). Check that the model runs on a batch of token ids, or "
         "define make_batch(batch, seq)."
     )
+
+
+@pytest.mark.parametrize(
+    ("raised", "file", "words"),
+    [
+        ("NotImplementedError('FlexAttention does not support backward on CPU')", "net", "is_caus"),
+        ("RuntimeError('expected scalar type Float but found BFloat16')", "net", "--precision fp32"),
+        ("AssertionError", "/site-packages/bitsandbytes/modules", "frozen nn.Linear"),
+        ("AssertionError", "net", "or define make_batch"),
+    ],
+)
+def test_advice_for_faults_that_are_known(raised: str, file: str, words: str) -> None:
+    code = compile(f"raise {raised}", f"{file}.py", "exec")
+    with pytest.raises(TraceError, match=f"^net cannot be traced: .*{words}"), traced("net"):
+        exec(code)
 
 
 def test_operation_without_formula(tmp_path: Path) -> None:

@@ -255,6 +255,13 @@ def test_heavy_operation_without_a_rule() -> None:
     )
 
 
+def test_a_recurrence_is_refused_by_its_name() -> None:
+    calls = record(lambda: torch.nn.LSTM(4, 4)(need(3, 2, 4))[0])
+    words = r"operation aten\.\w+ \(nn.LSTM, nn.GRU or nn.RNN\) goes through the tokens one by one"
+    with pytest.raises(TraceError, match=words):
+        [work_of(call) for call in calls.calls]
+
+
 def last(function: Callable[[], Tensor]) -> Call:
     with FakeTensorMode(), torch.no_grad(), Calls() as calls:
         function()

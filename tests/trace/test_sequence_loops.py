@@ -1,4 +1,4 @@
-"""A Python loop over the sequence is refused, by what it runs; chunks and long models are not."""
+"""A loop over the sequence is refused, by what it runs; chunks and long models are not."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mist.trace.sequence_loops import refuse_loops
 
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 WORDS = (
-    "scan cannot be traced: layers.0.mix runs 7 operations for each token, in a Python loop over "
+    "scan cannot be traced: layers.0.mix runs 7 operations for each token, in a loop over "
     "the sequence. A GPU runs such a scan as one kernel, which Mist has no costs for. Use a scan "
     "by chunks (as Mamba-2's) or attention instead."
 )
@@ -68,6 +68,18 @@ class Cells(nn.Module):
         return torch.stack(states, 1)
 
 
+class Gates(nn.Module):
+    """A loop that torch runs, not Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.gru(x)[0]
+        return states
+
+
 class Recurrent(nn.Module):
     def __init__(self, mix: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -87,8 +99,9 @@ class Recurrent(nn.Module):
     ("mix", "words"),
     [
         # Two products, a sigmoid, a sum.
-        (Scan, "1 runs 4 operations for each token, in a Python loop"),
-        (Cells, "runs 2 operations for each token, in a Python loop"),
+        (Scan, "1 runs 4 operations for each token, in a loop"),
+        (Gates, r"1.gru runs \d+ operations for each token"),
+        (Cells, "runs 2 operations for each token, in a loop"),
     ],
 )
 def test_a_model_that_scans_token_by_token_is_refused_early(

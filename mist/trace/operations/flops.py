@@ -227,6 +227,9 @@ HEAVY: Final = frozenset(
 CHEAP: Final = re.compile(r"upsample|convert|linalg_(vector_norm|cross|diagonal)|fft_r?fftfreq")
 
 
+RECURRENT: Final = frozenset({"rnn", "lstm", "gru"})
+
+
 def _is_heavy(name: str) -> bool:
     words = name.split("_")
     heavy = any(word in HEAVY or word.startswith("conv") for word in words)
@@ -241,7 +244,14 @@ def work_of(call: Call) -> list[Work]:
     rule = RULES.get(call.func.overloadpacket)
     if rule is not None:
         return rule(call)
-    if _is_heavy(call.func.overloadpacket.__name__):
+    name = call.func.overloadpacket.__name__
+    if RECURRENT & set(name.split("_")):
+        raise TraceError(
+            f"operation {call.func.overloadpacket} (nn.LSTM, nn.GRU or nn.RNN) goes through the "
+            "tokens one by one. A GPU runs that as one kernel of cuDNN, which Mist has no costs "
+            "for. Use attention, or a scan by chunks (as Mamba-2's), in its place."
+        )
+    if _is_heavy(name):
         raise TraceError(
             f"operation {call.func.overloadpacket} does heavy arithmetic that Mist has no FLOP "
             "formula for, so its time would be counted as zero. Use a layer built from linear, "
