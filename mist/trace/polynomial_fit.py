@@ -102,7 +102,11 @@ class Fit:
 
 
 def fitted_run(
-    run_at: Callable[[Point], RecordedRun], *, longest: int | None, batch: int | None
+    run_at: Callable[[Point], RecordedRun],
+    *,
+    longest: int | None,
+    batch: int | None,
+    one_size: bool,
 ) -> RecordedRun:
     """A run with polynomials in b and s (batch None) or in s (a given batch).
 
@@ -110,6 +114,7 @@ def fitted_run(
         run_at: records the model at a point of concrete sizes.
         longest: the longest sequence that the model takes, if there is a limit.
         batch: None, or the only batch size.
+        one_size: whether all sequence lengths give the same run.
 
     Raises NotPolynomial when no lattice of sequence lengths gives exact polynomials.
     """
@@ -119,13 +124,17 @@ def fitted_run(
     points.append((BATCHES[0], longest))
     if batch is not None:
         points = sorted({(batch, s) for _, s in points})
-    known = {}
+    known: dict[tuple[int, int], RecordedRun] = {}
     for point in points:
-        known[point] = run_at(_point(point, batch))
+        same = (each for each in known if one_size and each[0] == point[0])
+        equal = next(same, None)
+        known[point] = run_at(_point(point, batch)) if equal is None else known[equal]
         # Found out before the longest: a loop over chunks has more operations for more tokens.
         _refuse_other_ops(list(known.values()))
     fit = Fit(points, batch_powers=3 if batch is None else 1)
-    _merge(fit, list(known.values()))
+    merged = _merge(fit, list(known.values()))
+    if one_size:
+        return merged
     for lattice in (each for each in LATTICES if each < unit):
         # A multiple of this lattice and of no coarser one: if the polynomials hold there, too, the
         # lattice is as fine as this.

@@ -204,8 +204,14 @@ def _run_without_loops(subject: _Subject) -> RecordedRun:
     try:
         return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(_hints(subject))
     except LimitReached:
-        refuse_loops(subject.model.name, partial(_ops_by_module, subject))
+        if not _is_one_size(subject):
+            refuse_loops(subject.model.name, partial(_ops_by_module, subject))
         return subject.run(_hints(subject))
+
+
+def _is_one_size(subject: _Subject) -> bool:
+    """Whether a sample of the model has one size, whatever the sequence length."""
+    return subject.model.is_one_size(seq_hint(subject.model, subject.setting.seq_len))
 
 
 def _ops_by_module(subject: _Subject, tokens: int) -> Counter[str]:
@@ -276,7 +282,8 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
             if asked is not None:
                 seq = seq_hint(subject.model, asked)
                 return run_of_one_length(subject.run, seq_len=seq, batch=batch), True
-            return fitted_run(subject.run, longest=longest, batch=batch), True
+            one_size = _is_one_size(subject)
+            return fitted_run(subject.run, longest=longest, batch=batch, one_size=one_size), True
         except (TraceError, NotPolynomial):
             # The error of the symbolic run names a line of the model, that of the fit none.
             raise fault from None

@@ -14,6 +14,8 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from mist.errors import ModelError, TraceError
 from mist.plans.workload import Attention, Precision
@@ -70,6 +72,15 @@ class LoadedModel:
         if self.make_batch is not None:
             return self.make_batch(batch, seq)
         return default_batch(self.module, batch, seq)
+
+    def is_one_size(self, seq: int) -> bool:
+        """Whether a sample has one size, whatever the sequence length (at `seq` and at half)."""
+        try:
+            with FakeTensorMode():
+                whole, half = (tree_leaves(self.batch(2, tokens)) for tokens in (seq, seq // 2))
+        except Exception:  # a length that the user's function does not take
+            return False
+        return [getattr(x, "shape", x) for x in whole] == [getattr(x, "shape", x) for x in half]
 
     def run(self, batch: object) -> torch.Tensor:
         """Forward and mean loss, as one process has them."""
