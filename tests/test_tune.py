@@ -14,7 +14,8 @@ from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import layer_ranges
 from mist.pareto.layouts import PricedLayout, stage_plans
-from mist.pareto.strategies import divisors, groups, offloading
+from mist.pareto.offload_ratios import offloading
+from mist.pareto.strategies import divisors, groups
 from mist.plans.memory_levels import CONVERTS
 from mist.plans.plan import Layout, Limits, Offload, Schedule, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace, narrowed

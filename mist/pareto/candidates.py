@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mist.pareto.layer_ranges import Ranges, kinds_of, placed
 from mist.pareto.level_choice import allowed_levels, fastest_levels, useful_levels
 from mist.pareto.linear_cost import Held, StageLines
+from mist.pareto.offload_ratios import within_caps
 from mist.pareto.stage_mixes import Mixes, StagePosition, Within
 from mist.pareto.strategies import (
     Floats,
@@ -25,7 +26,6 @@ from mist.pareto.strategies import (
     expressible,
     levels_under,
     priced,
-    within_caps,
 )
 from mist.pareto.unequal_meshes import NodePosition
 from mist.plans.plan import Limits

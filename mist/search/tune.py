@@ -33,14 +33,13 @@ from mist.milp import InterStageSolution, Method, Solver
 from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layouts import PricedLayout
+from mist.pareto.offload_ratios import lean_ratios, offloading
 from mist.pareto.shared_host_memory import shared, stages_per_node
 from mist.pareto.strategies import (
     Group,
     expressible,
     groups,
-    lean_ratios,
     levels_under,
-    offloading,
     refusals,
     with_least_memory,
 )

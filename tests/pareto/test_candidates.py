@@ -10,8 +10,9 @@ import pytest
 from mist.pareto.candidates import GroupModel
 from mist.pareto.frontier_points import Points, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.offload_ratios import offloading
 from mist.pareto.stage_mixes import Mixes
-from mist.pareto.strategies import Group, divisors, groups, offloading
+from mist.pareto.strategies import Group, divisors, groups
 from mist.plans.memory_levels import PLAIN as PLAIN_LEVELS
 from mist.plans.plan import DEFAULT_SCHEDULE, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
