@@ -2,9 +2,24 @@
 
 A strategy that offloads nothing (`mist.pareto.strategies`) with every tuple of offload ratios that
 the space allows, the runtime can express and no rule forbids.
+
+Tuples are many, so groups are first looked at with `most_offloaded`: one row for each strategy and
+share a of activations, which takes as long as with all states on the device, and holds what is left
+with as much of each state in host memory as any tuple with this a has. No tuple with the same a is
+faster, since copies never shorten a slot (`mist.symbolic.overlap`); none holds less at any instant,
+since device bytes fall with each of these ratios
+
+    states - w hosted_w - g hosted_g - o hosted_o,    gradients on the device (1 - g),
+    what the optimizer makes (1 - o)
+
+but for the buffers of the optimizer's stream, which are there as soon as anything is offloaded:
+the row has none of them. What a micro-batch keeps depends on a alone. So what is impossible for the
+row at any number of layers is impossible for all its tuples.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +28,9 @@ from mist.pareto.strategies import Floats, Group, Ints, Strategies, expressible,
 from mist.plans.search_space import OFFLOADED, SearchSpace
 from mist.platform import Runtime
 from mist.symbolic.job import Job
+
+_STATES: Final = ("weights", "grads", "optimizer")
+_STREAMS: Final = ("term_stream_bytes_per_param", "term_end_stream_bytes_per_param")
 
 
 def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strategies:
@@ -29,11 +47,44 @@ def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strate
     return with_ratios(job, group, _with_higher_levels(base, space), ratios)
 
 
-def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Strategies:
-    """Every strategy with every tuple of offload ratios [T, 4] that breaks no rule, priced."""
+def most_offloaded(job: Job, group: Group, space: SearchSpace) -> Strategies | None:
+    """For each strategy and share of activations a row that none of its tuples of ratios beats.
+
+    Priced; in neither times nor bytes on the device, whatever the layers. It says nothing of bytes
+    in host memory. None where nothing may be offloaded.
+    """
+    space = expressible(space, job.platform.runtime)
+    ratios = _tuples(space, job.platform.runtime)
+    base = _with_higher_levels(group.strategies, space)
+    if not len(ratios) or not len(base):
+        return None
+    ratios = np.concatenate([np.zeros((1, len(OFFLOADED))), ratios])
+    kept = keeps_rules(job, group, _every(base, ratios)).reshape(len(base), 1, -1)
+    of_state = [OFFLOADED.index(name) for name in _STATES]
+    activations = ratios[:, OFFLOADED.index("activations")]
+    shares = np.unique(activations)
+    possible = kept & (activations == shares[:, None])
+    most = np.where(possible[..., None], ratios[:, of_state], 0.0).max(axis=2)
+    rows = np.flatnonzero(possible.any(axis=2))  # k A + a
+    least = base.take(rows // len(shares)).altered(activations=shares[rows % len(shares)])
+    columns = dict(zip(_STATES, most.reshape(-1, len(_STATES))[rows].T, strict=True))
+    both = least.joined(least.altered(**columns))
+    terms = both.priced(job, group.num_stages, group.schedule).terms
+    halves = {name: np.split(term, 2) for name, term in terms.items()}
+    terms = {name: half[0 if name.endswith("_s") else 1] for name, half in halves.items()}
+    return replace(least, terms=terms | {name: np.zeros(len(rows)) for name in _STREAMS})
+
+
+def _every(base: Strategies, ratios: Floats) -> Strategies:
+    """Every strategy with every tuple of ratios [T, 4], not priced."""
     many = base.take(np.repeat(np.arange(len(base)), len(ratios)))
     away = np.tile(ratios, (len(base), 1))
-    strategies = many.altered(**dict(zip(OFFLOADED, away.T, strict=True)))
+    return many.altered(**dict(zip(OFFLOADED, away.T, strict=True)))
+
+
+def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Strategies:
+    """Every strategy with every tuple of offload ratios [T, 4] that breaks no rule, priced."""
+    strategies = _every(base, ratios)
     kept = strategies.take(keeps_rules(job, group, strategies))
     return kept.priced(job, group.num_stages, group.schedule)
 
