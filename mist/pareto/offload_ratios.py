@@ -3,7 +3,7 @@
 A strategy that offloads nothing (`mist.pareto.strategies`) with every tuple of offload ratios that
 the space allows, the runtime can express and no rule forbids.
 
-Tuples are many, so groups are first looked at with `most_offloaded`: one row for each strategy and
+Tuples are many, so groups are first looked at with `MostOffloaded`: one row for each strategy and
 share a of activations, which takes as long as with all states on the device, and holds what is left
 with as much of each state in host memory as any tuple with this a has. No tuple with the same a is
 faster, since copies never shorten a slot (`mist.symbolic.overlap`); none holds less at any instant,
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.pareto.strategies import Floats, Group, Ints, Strategies, expressible, keeps_rules
+from mist.plans.schedules import zero_as_run
 from mist.plans.search_space import OFFLOADED, SearchSpace
 from mist.platform import Runtime
 from mist.symbolic.job import Job
@@ -47,32 +48,50 @@ def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strate
     return with_ratios(job, group, _with_higher_levels(base, space), ratios)
 
 
-def most_offloaded(job: Job, group: Group, space: SearchSpace) -> Strategies | None:
-    """For each strategy and share of activations a row that none of its tuples of ratios beats.
+class MostOffloaded:
+    """Rows that no tuple of ratios beats: for each strategy and share of activations one.
 
-    Priced; in neither times nor bytes on the device, whatever the layers. It says nothing of bytes
-    in host memory. None where nothing may be offloaded.
+    Groups that differ in their schedule often have the same rows: these are priced once.
     """
-    space = expressible(space, job.platform.runtime)
-    ratios = _tuples(space, job.platform.runtime)
-    base = _with_higher_levels(group.strategies, space)
-    if not len(ratios) or not len(base):
-        return None
-    ratios = np.concatenate([np.zeros((1, len(OFFLOADED))), ratios])
-    kept = keeps_rules(job, group, _every(base, ratios)).reshape(len(base), 1, -1)
-    of_state = [OFFLOADED.index(name) for name in _STATES]
-    activations = ratios[:, OFFLOADED.index("activations")]
-    shares = np.unique(activations)
-    possible = kept & (activations == shares[:, None])
-    most = np.where(possible[..., None], ratios[:, of_state], 0.0).max(axis=2)
-    rows = np.flatnonzero(possible.any(axis=2))  # k A + a
-    least = base.take(rows // len(shares)).altered(activations=shares[rows % len(shares)])
-    columns = dict(zip(_STATES, most.reshape(-1, len(_STATES))[rows].T, strict=True))
-    both = least.joined(least.altered(**columns))
-    terms = both.priced(job, group.num_stages, group.schedule).terms
-    halves = {name: np.split(term, 2) for name, term in terms.items()}
-    terms = {name: half[0 if name.endswith("_s") else 1] for name, half in halves.items()}
-    return replace(least, terms=terms | {name: np.zeros(len(rows)) for name in _STREAMS})
+
+    def __init__(self, job: Job, space: SearchSpace) -> None:
+        self._job, self._space = job, expressible(space, job.platform.runtime)
+        ratios = _tuples(self._space, job.platform.runtime)
+        self._ratios = np.concatenate([np.zeros((1, len(OFFLOADED))), ratios])
+        self._priced: dict[tuple[object, ...], Mapping[str, Floats]] = {}
+
+    def of(self, group: Group) -> Strategies:
+        """The rows of a group, priced; of bytes in host memory they say nothing."""
+        base = group.strategies
+        if len(self._ratios) == 1:
+            return base
+        base = _with_higher_levels(base, self._space)
+        kept = keeps_rules(self._job, group, _every(base, self._ratios))
+        activations = self._ratios[:, OFFLOADED.index("activations")]
+        shares = np.unique(activations)
+        possible = kept.reshape(len(base), 1, -1) & (activations == shares[:, None])
+        states = self._ratios[:, [OFFLOADED.index(name) for name in _STATES]]
+        most = np.where(possible[..., None], states, 0.0).max(axis=2).reshape(-1, len(_STATES))
+        rows = np.flatnonzero(possible.any(axis=2))  # k A + a
+        resident = base.take(rows // len(shares)).altered(activations=shares[rows % len(shares)])
+        hosted = resident.altered(**dict(zip(_STATES, most[rows].T, strict=True)))
+        return replace(resident, terms=self._terms(group, resident, hosted))
+
+    def _terms(
+        self, group: Group, resident: Strategies, hosted: Strategies
+    ) -> Mapping[str, Floats]:
+        """Seconds of the resident rows, bytes of the hosted ones without the optimizer's stream."""
+        both = resident.joined(hosted)
+        zero = zero_as_run(group.schedule.kind, both["zero"])
+        columns = (column.tobytes() for column in (zero, *both.columns.values()))
+        key = (group.num_stages, *columns)
+        if key not in self._priced:
+            terms = both.priced(self._job, group.num_stages, group.schedule).terms
+            halves = {name: np.split(term, 2) for name, term in terms.items()}
+            terms = {name: half[0 if name.endswith("_s") else 1] for name, half in halves.items()}
+            streams = {name: np.zeros(len(resident)) for name in _STREAMS}
+            self._priced[key] = terms | streams
+        return self._priced[key]
 
 
 def _every(base: Strategies, ratios: Floats) -> Strategies:

@@ -30,7 +30,7 @@ from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.level_choice import allowed_levels, fastest_s
-from mist.pareto.offload_ratios import most_offloaded, offloading
+from mist.pareto.offload_ratios import offloading
 from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
 from mist.pareto.strategies import Floats, Strategies
 from mist.pareto.unequal_meshes import NodePosition, depths, places
@@ -133,7 +133,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
     group = base.group
     ranges = layer_ranges(base.job, group.num_stages, least=group.schedule.vpp)
     ranges = ranges.take(window(base, ranges, bounds.step_s))
-    if not len(ranges) or not _has_room(base, ranges, bounds):
+    if not len(ranges):
         return
     # No time falls with an offload ratio: what fits everywhere as it is needs no offloading.
     short = np.flatnonzero(base.short(ranges, bounds.limits))
@@ -163,15 +163,6 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
                 known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits, ties))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
-
-
-def _has_room(base: GroupModel, ranges: Ranges, bounds: Bounds) -> bool:
-    """Whether the group may have a plan within the bounds; few strategies stand for all tuples."""
-    most = most_offloaded(base.job, base.group, base.space)
-    if most is None:
-        return True
-    model = GroupModel(base.job, base.group, most, base.space)
-    return capacity(model, ranges, bounds.limits, bounds.step_s, coarse=True).suffices
 
 
 def _sufficient(

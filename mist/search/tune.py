@@ -32,8 +32,10 @@ from mist.errors import Infeasible, InputError
 from mist.milp import InterStageSolution, Method, Solver
 from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
+from mist.pareto.capacity import capacity
+from mist.pareto.layer_ranges import layer_ranges
 from mist.pareto.layouts import PricedLayout
-from mist.pareto.offload_ratios import lean_ratios, offloading
+from mist.pareto.offload_ratios import MostOffloaded, lean_ratios, offloading
 from mist.pareto.shared_host_memory import shared, stages_per_node
 from mist.pareto.strategies import (
     Group,
@@ -106,6 +108,7 @@ class _Search:
     job: Job
     space: SearchSpace
     num_alternatives: int
+    most_offloaded: MostOffloaded
     best: PricedLayout | None = None
     best_visit: _Visit | None = None
     best_solver: Solver = "dp"
@@ -161,7 +164,12 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     solves and confirms the winner. `is_worth`: which groups to search at all. Raises Infeasible
     when no layout fits, InputError when the space is empty or nothing was found in time.
     """
-    search = _Search(job=job, space=space, num_alternatives=num_alternatives)
+    search = _Search(
+        job=job,
+        space=space,
+        num_alternatives=num_alternatives,
+        most_offloaded=MostOffloaded(job, space),
+    )
     work, is_whole = _work(job, space, limits, is_over)
     work = [visit for visit in work if is_worth(visit.group)]
     # Of groups that were not even listed nothing is known: no step is too short for them.
@@ -249,17 +257,36 @@ def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
     if not model.space.unlike_stages:
         _search_alike(search, visit)
         return []
-    horizon_s = max(search.upper_bound_s, search.horizon_s)
-    if len(group.sizes) == 1:
-        for layout in even_layouts(model, visit.limits, within_s=horizon_s):
-            search.offer(layout, visit)
-    if visit.bound_s >= search.upper_bound_s:
+    if not _offer_even(search, visit, model):
+        search.counts["groups_pruned"] += 1
         return []
     problem = _join(search, visit, model)
     search.counts["groups_solved" if problem.num_stages_tried else "groups_pruned"] += 1
     if not problem.num_crowded_out:
         return []
     return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
+
+
+def _offer_even(search: _Search, visit: _Visit, model: GroupModel) -> bool:
+    """Offer layouts with one strategy for all stages; whether others may be faster than the best.
+
+    Before any of them is priced few strategies stand for all offload ratios.
+    """
+    job, group = search.job, visit.group
+    if len(group.sizes) > 1:
+        return visit.bound_s < search.upper_bound_s
+    most = GroupModel(job, group, search.most_offloaded.of(group), search.space)
+    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
+
+    def has_room(step_s: float) -> bool:
+        return capacity(most, ranges, visit.limits, step_s, coarse=True).suffices
+
+    horizon_s = max(search.upper_bound_s, search.horizon_s)
+    if not has_room(horizon_s):
+        return False
+    for layout in even_layouts(model, visit.limits, within_s=horizon_s):
+        search.offer(layout, visit)
+    return visit.bound_s < search.upper_bound_s and has_room(search.upper_bound_s)
 
 
 def _share(search: _Search, visit: _Visit) -> None:
