@@ -6,7 +6,7 @@ What a stage may have of memory levels is in `mist.pareto.stage_mixes`.
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import combinations
 from typing import Final
 
@@ -28,13 +28,13 @@ from mist.pareto.strategies import (
     priced,
 )
 from mist.pareto.unequal_meshes import NodePosition
-from mist.plans.plan import Limits
+from mist.plans.plan import Limits, Schedule
 from mist.plans.schedules import layers_more
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import MemoryLevel
 from mist.rules.between_stages import divides_ends
 from mist.rules.levels import may_mix
-from mist.symbolic.columns import pipeline_of, position_columns
+from mist.symbolic.columns import Placement, pipeline_of, position_columns
 from mist.symbolic.job import Job
 
 Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
@@ -48,16 +48,11 @@ class GroupModel:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
         self._take_space(space)
-        starts = np.arange(group.num_stages) * group.sizes[0]
-        devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         micro = group.num_micro_batches
-        columns = position_columns(job.placement, devices, 0, micro, group.schedule)
         self._pipeline = pipeline_of(group.schedule, group.num_stages, micro)
-        self._in_flight = np.asarray(columns.pop("in_flight"))
-        del columns["layers_more"]  # of each range its own: `_held`
-        self._names = tuple(columns)
-        rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
-        self._places: list[tuple[float, ...]] = [tuple(map(float, row)) for row in rows.tolist()]
+        self._names, self._places, self._in_flight = _places(
+            job.placement, group.num_stages, group.sizes[0], micro, group.schedule
+        )
         self._lines: dict[tuple[float, ...], StageLines] = {}
 
     def lines(self, stage: int, place: NodePosition | None = None) -> StageLines:
@@ -271,6 +266,23 @@ class GroupModel:
         caps = within_caps(self.space, self.job.platform.runtime, self.strategies, ranges.count)
         within = Within(limits=limits, caps=caps, allowed=self.allowed, useful=self.useful)
         return StagePosition(self.job, lines, held, ranges, within)
+
+
+@lru_cache(maxsize=1024)
+def _places(
+    placement: Placement, num_stages: int, size: int, num_micro_batches: int, schedule: Schedule
+) -> tuple[tuple[str, ...], list[tuple[float, ...]], Floats]:
+    """Names of the columns of a position, these columns of each, and micro-batches in flight [S].
+
+    Several models of a group, in several searches, ask for the same.
+    """
+    starts = np.arange(num_stages) * size
+    devices = np.stack([starts, np.full_like(starts, size)], axis=-1)
+    columns = position_columns(placement, devices, 0, num_micro_batches, schedule)
+    in_flight = np.asarray(columns.pop("in_flight"))
+    del columns["layers_more"]  # of each range its own: `_held`
+    rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
+    return tuple(columns), [tuple(map(float, row)) for row in rows.tolist()], in_flight
 
 
 _TOGETHER: Final = 1 << 10  # strategies at places whose lines are read together

@@ -40,9 +40,11 @@ def even_layouts(
     The worst is the slowest stage, or with `least` "peak_bytes" the fullest. Those that take longer
     than `within_s` are left out.
     """
-    found = _within(model, limits, within_s)
-    if found is not None:
-        model, ranges = found
+    ranges = layer_ranges(model.job, model.group.num_stages, least=model.group.schedule.vpp)
+    if within_s < math.inf:
+        model = model.take(capacity(model, ranges, limits, within_s, coarse=True).alone)
+    ranges = _within(model, ranges, within_s)
+    if len(ranges):
         tables = _tables(model, ranges, limits)
         picks = _picks(model, tables, ranges, least)
         yield from _even(model, ranges, [picks], within_s=within_s)
@@ -55,11 +57,10 @@ def landscape_layouts(
 
     The first have no limits of memory. One table has the stages of all of them.
     """
-    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
-    found = _within(model, anything, within_s)
-    if found is None:
+    ranges = layer_ranges(model.job, model.group.num_stages, least=model.group.schedule.vpp)
+    ranges = _within(model, ranges, within_s)
+    if not len(ranges):
         return
-    model, ranges = found
     tables = _tables(model, ranges, limits)
     picks = [
         _picks(model, [_whole(table, level, model) for table in tables], ranges, "stable_s")
@@ -69,18 +70,13 @@ def landscape_layouts(
     yield from _even(model, ranges, picks, within_s=within_s)
 
 
-def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
-    """The strategies and ranges of layouts that take no longer than `within_s`, if there are any.
+def _within(model: GroupModel, ranges: Ranges, within_s: float) -> Ranges:
+    """The ranges of layouts that take no longer than `within_s`; none where there is no strategy.
 
     A layout uses no other range, so that those left out do not change how its layers are split.
     """
-    ranges = layer_ranges(model.job, model.group.num_stages, least=model.group.schedule.vpp)
-    if within_s < math.inf:
-        model = model.take(capacity(model, ranges, limits, within_s, coarse=True).alone)
-        if not len(model.strategies):
-            return None
-        ranges = ranges.take(window(model, ranges, within_s))
-    return (model, ranges) if len(ranges) else None
+    some = len(model.strategies) > 0
+    return ranges.take(window(model, ranges, within_s) if some else np.zeros(len(ranges), np.bool_))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

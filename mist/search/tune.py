@@ -119,6 +119,11 @@ class _Search:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
     @property
+    def unlike_stages(self) -> bool:
+        """Whether stages may be unlike, in the space and under the runtime."""
+        return expressible(self.space, self.job.platform.runtime).unlike_stages
+
+    @property
     def upper_bound_s(self) -> float:
         return self.best.step_s if self.best else math.inf
 
@@ -253,21 +258,20 @@ def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
     if visit.bound_s >= max(search.upper_bound_s, search.horizon_s):
         search.counts["groups_pruned"] += 1
         return []
-    model = GroupModel(search.job, group, group.strategies, search.space)
-    if not model.space.unlike_stages:
+    if not search.unlike_stages:
         _search_alike(search, visit)
         return []
-    if not _offer_even(search, visit, model):
+    if not _offer_even(search, visit):
         search.counts["groups_pruned"] += 1
         return []
-    problem = _join(search, visit, model)
+    problem = _join(search, visit, GroupModel(search.job, group, group.strategies, search.space))
     search.counts["groups_solved" if problem.num_stages_tried else "groups_pruned"] += 1
     if not problem.num_crowded_out:
         return []
     return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
 
 
-def _offer_even(search: _Search, visit: _Visit, model: GroupModel) -> bool:
+def _offer_even(search: _Search, visit: _Visit) -> bool:
     """Offer layouts with one strategy for all stages; whether others may be faster than the best.
 
     Before any of them is priced few strategies stand for all offload ratios.
@@ -284,6 +288,7 @@ def _offer_even(search: _Search, visit: _Visit, model: GroupModel) -> bool:
     horizon_s = max(search.upper_bound_s, search.horizon_s)
     if not has_room(horizon_s):
         return False
+    model = GroupModel(job, group, group.strategies, search.space)
     for layout in even_layouts(model, visit.limits, within_s=horizon_s):
         search.offer(layout, visit)
     return visit.bound_s < search.upper_bound_s and has_room(search.upper_bound_s)
@@ -340,8 +345,7 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
     """
     layout, proven_s, visit = best, best.step_s, search.best_visit
     assert visit is not None
-    unlike = expressible(search.space, search.job.platform.runtime).unlike_stages
-    if unlike and search.best_solver == "dp":
+    if search.unlike_stages and search.best_solver == "dp":
         slack = 1.0 + 1e-9  # the bound is the winner itself: rounding must not cut it off
         model = GroupModel(search.job, visit.group, visit.group.strategies, search.space)
         bounds = Bounds(limits=visit.limits, step_s=best.step_s * slack)
@@ -372,7 +376,7 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
 def _refined(search: _Search, tuned: Tuned) -> Tuned:
     """The same with the finer offload ratios of the finalist that they make fastest."""
     space, job = search.space, search.job
-    if not (space.refines and expressible(space, job.platform.runtime).unlike_stages):
+    if not (space.refines and search.unlike_stages):
         return tuned
     for layout, visit in search.finalists.values():
         found = refined(job, visit.group, space, layout, visit.limits)
