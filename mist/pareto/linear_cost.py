@@ -52,13 +52,14 @@ class StageLines:
 
     `slope` [3, O, X, K]: per layer of x = level * kinds + kind. `bases`: b_P [3, O, K] by the bits
     of P, as they are asked for. The three: without a micro-batch in flight, for each of them, and
-    for each that layers hold more.
+    for each that layers hold more. `parts`: of `stacked` lines those of each stage.
     """
 
     job: Job
     columns: Mapping[str, Floats]
     slope: Floats
     bases: dict[int, Floats] = field(default_factory=dict)
+    parts: tuple["StageLines", ...] = ()
 
     @classmethod
     def of(
@@ -98,6 +99,15 @@ class StageLines:
         for first in range(0, size * len(positions), max(size, 1)):
             yield whole.take(slice(first, first + size)) if len(positions) > 1 else whole
 
+    @classmethod
+    def stacked(cls, parts: Sequence["StageLines"]) -> "StageLines":
+        """Lines of F stages in one table, F K: numpy's calls take the time, not its numbers."""
+        first, *others = parts
+        if all(other is first for other in others):
+            return first
+        slope = np.concatenate([part.slope for part in parts], axis=-1)
+        return cls(job=first.job, columns={}, slope=slope, parts=tuple(parts))
+
     def take(self, rows: NDArray[np.bool_] | slice) -> "StageLines":
         """The lines of some of the strategies."""
         return StageLines(
@@ -114,7 +124,7 @@ class StageLines:
     def rises(self, names: Sequence[str], rows: NDArray[np.int64], held: Held) -> Floats:
         """What one more layer of each row adds to each of I outputs, [I, *rows, F K, R]."""
         outputs = np.reshape([OUTPUTS.index(name) for name in names], (-1, *[1] * rows.ndim))
-        fixed, each, more = self.slope[:, outputs, rows][..., None, :, None]
+        fixed, each, more = self._by_stage(self.slope[:, outputs, rows])[..., None]
         per_layer = fixed + held.in_flight[:, None, None] * each
         per_layer = per_layer + held.layers_more[:, None, :] * more
         return np.asarray(per_layer.reshape(*per_layer.shape[:-3], -1, per_layer.shape[-1]))
@@ -127,12 +137,23 @@ class StageLines:
         """b_P of I outputs for each P of `present`, [I, P, F K]."""
         lines = np.stack([self._base(bits) for bits in present], axis=2)
         outputs = [OUTPUTS.index(name) for name in names]
-        fixed, each, _ = lines[:, outputs, :, None]
+        fixed, each, _ = self._by_stage(lines[:, outputs])
         constants = fixed + held.in_flight[:, None] * each
         return np.asarray(constants.reshape(*constants.shape[:2], -1))
 
+    @property
+    def num_strategies(self) -> int:
+        """K."""
+        return int(self.slope.shape[-1]) // max(1, len(self.parts))
+
+    def _by_stage(self, lines: Floats) -> Floats:
+        """Lines [..., F K] by stage, [..., F, K]; F = 1 where all stages have the same."""
+        return np.reshape(lines, (*lines.shape[:-1], max(1, len(self.parts)), -1))
+
     def _base(self, bits: int) -> Floats:
-        if bits not in self.bases:
+        if bits not in self.bases and self.parts:
+            self.bases[bits] = np.concatenate([part._base(bits) for part in self.parts], axis=-1)
+        elif bits not in self.bases:
             counts = _counts(self.job, [bits])
             found = _evaluated(self.job, self.columns, counts)
             (self.bases[bits],) = _bases(found, self.slope, counts)

@@ -81,13 +81,14 @@ def _within(model: GroupModel, ranges: Ranges, within_s: float) -> Ranges:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Table:
-    """Stages that differ in their micro-batches in flight, by them [F], and all their mixes [N].
+    """Stages that differ in more than their layers [F], and all their mixes [N].
 
-    `slot` [N]: which micro-batches in flight and strategy a mix has, f K + k. `among` [N]: mixes
+    `weights_s` [F, R]. `slot` [N]: which stage and strategy a mix has, f K + k. `among` [N]: mixes
     to choose from, whether they fit or not; None: those that fit.
     """
 
     stages: list[Ints]
+    weights_s: Floats
     mixes: StackedMixes
     slot: Ints
     among: NDArray[np.bool_] | None = None
@@ -155,11 +156,13 @@ def _picked(model: GroupModel, count: int, points: Points) -> Picked:
 def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[_Table]:
     """The mixes of all stages; those with the same lines share a table."""
     tables = []
-    for stages, mixes in model.by_line(ranges, limits):
-        table = stacked(mixes, model.weight_s(int(stages[0][0]), ranges))
+    for own, mixes in model.by_line(ranges, limits):
+        weights_s = model.weights_s(own.lines, ranges)
+        table = stacked(mixes, weights_s[0])
         tables.append(
             _Table(
-                stages=stages,
+                stages=own.stages,
+                weights_s=np.broadcast_to(weights_s, (len(own.stages), len(ranges))),
                 mixes=replace(table, row=table.row % len(model.strategies)),
                 slot=table.row,
             )
@@ -181,7 +184,7 @@ def _picks(
     num_layers, num_stages = model.job.num_layers, model.group.num_stages
     picks: dict[int, _Pick] = {}
     for table in tables:
-        # Stages of as many micro-batches in flight differ in the ranges that they may take.
+        # Stages that differ in their layers only differ in the ranges that they may take.
         for turn in range(max(map(len, table.stages))):
             stages = [own[min(turn, len(own) - 1)] for own in table.stages]
             placeable = [placed(ranges, num_layers, num_stages, stage) for stage in stages]
@@ -189,7 +192,8 @@ def _picks(
             for index, own in enumerate(table.stages):
                 # Where layers are alike all of them may take the same: one turn is enough.
                 taken = own if ranges.alike else own[turn : turn + 1]
-                pick = _Pick(value=value[index], mix=mix[index], mixes=table.mixes)
+                mixes = replace(table.mixes, weight_s=table.weights_s[index])
+                pick = _Pick(value=value[index], mix=mix[index], mixes=mixes)
                 picks |= dict.fromkeys(taken.tolist(), pick)
             if ranges.alike:
                 break
