@@ -63,6 +63,21 @@ def _never() -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """A group to search within limits, and seconds that no plan of it undercuts."""
+
+    bound_s: float
+    group: Group
+    limits: Limits
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """Most promising first, stages of several sizes last."""
+        group = self.group
+        return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
     """The fastest layout, the proof, other kinds of layout by step time, and what was searched.
 
@@ -80,20 +95,7 @@ class Tuned:
     others: tuple[PricedLayout, ...]
     pool: tuple[PricedLayout, ...]
     statistics: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Visit:
-    """A group to search within limits, and seconds that no plan of it undercuts."""
-
-    bound_s: float
-    group: Group
-    limits: Limits
-
-    @property
-    def order(self) -> tuple[float, ...]:
-        group = self.group
-        return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
+    listed: tuple[Visit, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,12 +112,12 @@ class _Search:
     num_alternatives: int
     most_offloaded: MostOffloaded
     best: PricedLayout | None = None
-    best_visit: _Visit | None = None
+    best_visit: Visit | None = None
     best_solver: Solver = "dp"
     relaxed_s: float = math.inf
     store: CellStore = field(default_factory=CellStore)
     by_kind: dict[tuple[object, ...], PricedLayout] = field(default_factory=dict)
-    finalists: dict[bool, tuple[PricedLayout, _Visit]] = field(default_factory=dict)
+    finalists: dict[bool, tuple[PricedLayout, Visit]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
     @property
@@ -138,7 +140,7 @@ class _Search:
         self.counts["stages_evaluated"] += problem.num_stages_tried
         self.counts["points"] += sum(len(points) for points, _ in problem.points)
 
-    def offer(self, layout: PricedLayout, visit: _Visit, solver: Solver = "dp") -> None:
+    def offer(self, layout: PricedLayout, visit: Visit, solver: Solver = "dp") -> None:
         """Keep a layout if it is the best, or the best of its kind."""
         if layout.step_s < self.upper_bound_s:
             self.best, self.best_visit, self.best_solver = layout, visit, solver
@@ -161,13 +163,15 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     is_over: Callable[[], bool] = _never,
     method: Method = "both",
     is_worth: Callable[[Group], bool] = lambda group: True,
+    listed: Sequence[Visit] = (),
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
     there is one; `is_over` ends it without one, and the listing of groups before it. `method`: what
-    solves and confirms the winner. `is_worth`: which groups to search at all. Raises Infeasible
-    when no layout fits, InputError when the space is empty or nothing was found in time.
+    solves and confirms the winner. `is_worth`: which groups to search at all. `listed`: the groups
+    of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
+    InputError when the space is empty or nothing was found in time.
     """
     search = _Search(
         job=job,
@@ -175,8 +179,13 @@ def tune(  # noqa: PLR0913 - what is searched, and how
         num_alternatives=num_alternatives,
         most_offloaded=MostOffloaded(job, space),
     )
-    work, is_whole = _work(job, space, limits, is_over)
-    work = [visit for visit in work if is_worth(visit.group)]
+    known, is_whole = [replace(visit, limits=limits) for visit in listed], True
+    if not known:
+        known, is_whole = _listed(job, space, limits, is_over)
+    if not known:
+        raise InputError(_no_group_words(job, space))
+    worth = (visit for visit in known if is_worth(visit.group))
+    work = sorted(worth, key=lambda visit: visit.order)
     # Of groups that were not even listed nothing is known: no step is too short for them.
     num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
@@ -194,27 +203,23 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     search.counts["groups_left"] = num_groups - search.counts["groups"]
     if search.best is None:
         _refuse(job, search, len(work), is_whole=is_whole)
-    return _refined(search, _prove(search, search.best, left_s, method))
+    tuned = _prove(search, search.best, left_s, method)
+    return _refined(search, replace(tuned, listed=tuple(known)))
 
 
-def _work(
+def _listed(
     job: Job, space: SearchSpace, limits: Limits, is_over: Callable[[], bool]
-) -> tuple[list[_Visit], bool]:
-    """The groups in the order of the search, and whether these are all.
-
-    A batch with many divisors has thousands. Raises InputError where there are none.
-    """
+) -> tuple[list[Visit], bool]:
+    """The groups with their bounds, and whether these are all: a batch may have thousands."""
     found, is_whole = [], True
     for group in groups(job, space):
         found.append(
-            _Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
+            Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
         )
         if is_over():
             is_whole = False
             break
-    if not found:
-        raise InputError(_no_group_words(job, space))
-    return sorted(found, key=lambda visit: visit.order), is_whole
+    return found, is_whole
 
 
 def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> NoReturn:
@@ -228,13 +233,13 @@ def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> No
     )
 
 
-def _put(work: list[_Visit], more: Sequence[_Visit]) -> None:
+def _put(work: list[Visit], more: Sequence[Visit]) -> None:
     """Further visits, before the groups with stages of several sizes."""
     at = next((i for i, visit in enumerate(work) if len(visit.group.sizes) > 1), len(work))
     work[at:at] = more
 
 
-def _least_bound(work: Sequence[_Visit]) -> float:
+def _least_bound(work: Sequence[Visit]) -> float:
     return min((visit.bound_s for visit in work), default=math.inf)
 
 
@@ -243,7 +248,7 @@ def _progress_words(search: _Search, done: int, total: int) -> str:
     return f"group {done} of {total} ({search.counts['groups_pruned']} pruned): {found}"
 
 
-def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
+def _visit(search: _Search, visit: Visit) -> list[Visit]:
     """Search a group unless it can neither win nor give an alternative.
 
     Returns what is to be visited later: the same group with host memory shared, where equal shares
@@ -271,7 +276,7 @@ def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
     return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
 
 
-def _offer_even(search: _Search, visit: _Visit) -> bool:
+def _offer_even(search: _Search, visit: Visit) -> bool:
     """Offer layouts with one strategy for all stages; whether others may be faster than the best.
 
     Before any of them is priced few strategies stand for all offload ratios.
@@ -294,7 +299,7 @@ def _offer_even(search: _Search, visit: _Visit) -> bool:
     return visit.bound_s < search.upper_bound_s and has_room(search.upper_bound_s)
 
 
-def _share(search: _Search, visit: _Visit) -> None:
+def _share(search: _Search, visit: Visit) -> None:
     """Offer the best layout of a group with host memory shared.
 
     A first look lets every stage have all of its node, for which frontiers in time do.
@@ -307,7 +312,7 @@ def _share(search: _Search, visit: _Visit) -> None:
         _join(search, visit, model)
 
 
-def _join(search: _Search, visit: _Visit, model: GroupModel) -> GroupProblem:
+def _join(search: _Search, visit: Visit, model: GroupModel) -> GroupProblem:
     """Offer the best layout of a group."""
     problem, found = _joined(search, visit, model)
     if found is not None:
@@ -317,7 +322,7 @@ def _join(search: _Search, visit: _Visit, model: GroupModel) -> GroupProblem:
 
 
 def _joined(
-    search: _Search, visit: _Visit, model: GroupModel
+    search: _Search, visit: Visit, model: GroupModel
 ) -> tuple[GroupProblem, tuple[PricedLayout, InterStageSolution] | None]:
     """The problem of a group, and what of it beats the best so far."""
     bounds = Bounds(limits=visit.limits, step_s=search.upper_bound_s)
@@ -326,7 +331,7 @@ def _joined(
     return problem, joined(problem, bounds, "dp")
 
 
-def _search_alike(search: _Search, visit: _Visit) -> None:
+def _search_alike(search: _Search, visit: Visit) -> None:
     """Every layout with stages alike."""
     group = visit.group
     search.counts["groups_solved"] += 1
@@ -370,6 +375,7 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
         others=tuple(others[: search.num_alternatives]),
         pool=tuple(search.by_kind.values()),
         statistics=search.counts,
+        listed=(),
     )
 
 
@@ -392,26 +398,30 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
     return tuned
 
 
-def landscape(
+def landscape(  # noqa: PLR0913 - what is drawn, and how far
     job: Job,
     space: SearchSpace,
     *,
     limits: Limits,
     within_s: float,
     is_over: Callable[[], bool] = _never,
+    listed: Sequence[Visit] = (),
 ) -> Iterator[PricedLayout]:
     """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
 
     With all layers at each memory level, and with as much recomputation as fits the limits. Of an
     interleaved pipeline only the one with most chunks: it fills fastest and holds least. Ends when
-    `is_over`.
+    `is_over`. `listed`: as in `tune`.
     """
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
     deepest: dict[tuple[object, ...], Group] = {}
-    known = takewhile(lambda _: not is_over(), groups(job, space))
-    for group in sorted(known, key=lambda group: group.schedule.vpp):
-        if lower_bound_s(job, group, space.levels) <= within_s:
+    known = [visit for visit in listed if len(visit.group.sizes) == 1]
+    if not known:
+        known, _ = _listed(job, space, limits, is_over)
+    for visit in sorted(known, key=lambda visit: visit.group.schedule.vpp):
+        if visit.bound_s <= within_s:
+            group = visit.group
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
             deepest[*key, *group.strategies["tp"]] = group
     for group in takewhile(lambda _: not is_over(), deepest.values()):
