@@ -17,7 +17,7 @@ the row has none of them. What a micro-batch keeps depends on a alone. So what i
 row at any number of layers is impossible for all its tuples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -31,6 +31,7 @@ from mist.platform import Runtime
 from mist.symbolic.job import Job
 
 _STATES: Final = ("weights", "grads", "optimizer")
+_AT_ONCE: Final = 31  # groups that are priced with the one that is asked for
 _STREAMS: Final = ("term_stream_bytes_per_param", "term_end_stream_bytes_per_param")
 
 
@@ -51,21 +52,52 @@ def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strate
 class MostOffloaded:
     """Rows that no tuple of ratios beats: for each strategy and share of activations one.
 
-    Groups that differ in their schedule often have the same rows: these are priced once.
+    Groups with as many stages are priced together, and rows that they share once.
     """
 
-    def __init__(self, job: Job, space: SearchSpace) -> None:
+    def __init__(self, job: Job, space: SearchSpace, listed: Sequence[Group]) -> None:
+        """`listed`: groups in the order in which they are likely to be asked for."""
         self._job, self._space = job, expressible(space, job.platform.runtime)
         ratios = _tuples(self._space, job.platform.runtime)
         self._ratios = np.concatenate([np.zeros((1, len(OFFLOADED))), ratios])
-        self._priced: dict[tuple[object, ...], Mapping[str, Floats]] = {}
+        self._waiting: dict[int, list[Group]] = {}
+        for group in listed:
+            self._waiting.setdefault(group.num_stages, []).append(group)
+        self._known: dict[Group, Strategies] = {}
 
     def of(self, group: Group) -> Strategies:
         """The rows of a group, priced; of bytes in host memory they say nothing."""
-        base = group.strategies
         if len(self._ratios) == 1:
-            return base
-        base = _with_higher_levels(base, self._space)
+            return group.strategies
+        if group not in self._known:
+            waiting = [other for other in self._waiting.get(group.num_stages, ()) if other != group]
+            self._waiting[group.num_stages] = waiting[_AT_ONCE:]
+            self._price([group, *waiting[:_AT_ONCE]])
+        return self._known.pop(group)  # a group is asked for once: its terms are many
+
+    def _price(self, some: Sequence[Group]) -> None:
+        """Seconds of resident rows, bytes of hosted ones without the optimizer's stream."""
+        pairs = [self._rows(group) for group in some]
+        first, *others = (
+            rows.altered(zero=zero_as_run(group.schedule.kind, rows["zero"]))
+            for group, pair in zip(some, pairs, strict=True)
+            for rows in pair
+        )
+        unlike, at = _unlike(first.joined(*others))
+        terms = unlike.priced(self._job, some[0].num_stages).terms
+        values = np.stack(list(terms.values()))
+        values[[name in _STREAMS for name in terms]] = 0.0
+        of_time = np.array([name.endswith("_s") for name in terms])[:, None]
+        begin = 0
+        for group, (resident, _) in zip(some, pairs, strict=True):
+            middle, end = begin + len(resident), begin + 2 * len(resident)
+            own = np.where(of_time, values[:, at[begin:middle]], values[:, at[middle:end]])
+            self._known[group] = replace(resident, terms=dict(zip(terms, own, strict=True)))
+            begin = end
+
+    def _rows(self, group: Group) -> tuple[Strategies, Strategies]:
+        """Rows with all states on the device, and with as much in host memory as any tuple has."""
+        base = _with_higher_levels(group.strategies, self._space)
         kept = keeps_rules(self._job, group, _every(base, self._ratios))
         activations = self._ratios[:, OFFLOADED.index("activations")]
         shares = np.unique(activations)
@@ -73,25 +105,20 @@ class MostOffloaded:
         states = self._ratios[:, [OFFLOADED.index(name) for name in _STATES]]
         most = np.where(possible[..., None], states, 0.0).max(axis=2).reshape(-1, len(_STATES))
         rows = np.flatnonzero(possible.any(axis=2))  # k A + a
-        resident = base.take(rows // len(shares)).altered(activations=shares[rows % len(shares)])
+        resident = replace(base, terms={}).take(rows // len(shares))
+        resident = resident.altered(activations=shares[rows % len(shares)])
         hosted = resident.altered(**dict(zip(_STATES, most[rows].T, strict=True)))
-        return replace(resident, terms=self._terms(group, resident, hosted))
+        return resident, hosted
 
-    def _terms(
-        self, group: Group, resident: Strategies, hosted: Strategies
-    ) -> Mapping[str, Floats]:
-        """Seconds of the resident rows, bytes of the hosted ones without the optimizer's stream."""
-        both = resident.joined(hosted)
-        zero = zero_as_run(group.schedule.kind, both["zero"])
-        columns = (column.tobytes() for column in (zero, *both.columns.values()))
-        key = (group.num_stages, *columns)
-        if key not in self._priced:
-            terms = both.priced(self._job, group.num_stages, group.schedule).terms
-            halves = {name: np.split(term, 2) for name, term in terms.items()}
-            terms = {name: half[0 if name.endswith("_s") else 1] for name, half in halves.items()}
-            streams = {name: np.zeros(len(resident)) for name in _STREAMS}
-            self._priced[key] = terms | streams
-        return self._priced[key]
+
+def _unlike(strategies: Strategies) -> tuple[Strategies, Ints]:
+    """Each row once, not priced, and which of these every row is."""
+    columns = strategies.columns
+    table, at = np.unique(np.stack(list(columns.values())), axis=1, return_inverse=True)
+    unlike = {
+        name: row.astype(columns[name].dtype) for name, row in zip(columns, table, strict=True)
+    }
+    return Strategies(columns=unlike), np.ravel(at)
 
 
 def _every(base: Strategies, ratios: Floats) -> Strategies:

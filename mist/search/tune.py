@@ -173,12 +173,6 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
     InputError when the space is empty or nothing was found in time.
     """
-    search = _Search(
-        job=job,
-        space=space,
-        num_alternatives=num_alternatives,
-        most_offloaded=MostOffloaded(job, space),
-    )
     known, is_whole = [replace(visit, limits=limits) for visit in listed], True
     if not known:
         known, is_whole = _listed(job, space, limits, is_over)
@@ -186,6 +180,10 @@ def tune(  # noqa: PLR0913 - what is searched, and how
         raise InputError(_no_group_words(job, space))
     worth = (visit for visit in known if is_worth(visit.group))
     work = sorted(worth, key=lambda visit: visit.order)
+    most_offloaded = MostOffloaded(job, space, [visit.group for visit in work])
+    search = _Search(
+        job=job, space=space, num_alternatives=num_alternatives, most_offloaded=most_offloaded
+    )
     # Of groups that were not even listed nothing is known: no step is too short for them.
     num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
