@@ -294,7 +294,8 @@ def _offer_even(search: _Search, visit: Visit) -> bool:
     model = GroupModel(job, group, group.strategies, search.space)
     for layout in even_layouts(model, visit.limits, within_s=horizon_s):
         search.offer(layout, visit)
-    return visit.bound_s < search.upper_bound_s and has_room(search.upper_bound_s)
+    step_s = search.upper_bound_s
+    return visit.bound_s < step_s and (step_s == horizon_s or has_room(step_s))
 
 
 def _share(search: _Search, visit: Visit) -> None:
