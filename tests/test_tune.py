@@ -494,7 +494,7 @@ def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> No
     for limit in (0.9e9, 1.3e9, 4e9):
         with_bounds = tuned(job, SearchSpace(), limit, alternatives=0)
         with monkeypatch.context() as patch:
-            patch.setattr("mist.search.tune.lower_bound_s", lambda *_: 0.0)
+            patch.setattr("mist.search.visits.lower_bound_s", lambda *_: 0.0)
             patch.setattr(
                 "mist.search.stage_frontiers.window",
                 lambda m, ranges, step_s, **_: ranges.count > 0,

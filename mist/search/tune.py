@@ -30,7 +30,6 @@ import numpy as np
 
 from mist.errors import Infeasible, InputError
 from mist.milp import InterStageSolution, Method, Solver
-from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.capacity import capacity
 from mist.pareto.layer_ranges import layer_ranges
@@ -52,6 +51,7 @@ from mist.plans.workload import batches_near
 from mist.progress import is_due
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
+from mist.search.visits import Visit, in_order, listed_groups
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 
@@ -60,21 +60,6 @@ COUNTED = ("groups", "groups_pruned", "groups_solved", "groups_left", "stages_ev
 
 def _never() -> bool:
     return False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Visit:
-    """A group to search within limits, and seconds that no plan of it undercuts."""
-
-    bound_s: float
-    group: Group
-    limits: Limits
-
-    @property
-    def order(self) -> tuple[float, ...]:
-        """Most promising first, stages of several sizes last."""
-        group = self.group
-        return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,13 +158,10 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
     InputError when the space is empty or nothing was found in time.
     """
-    known, is_whole = [replace(visit, limits=limits) for visit in listed], True
-    if not known:
-        known, is_whole = _listed(job, space, limits, is_over)
+    known, is_whole = listed_groups(job, space, limits, is_over, listed)
     if not known:
         raise InputError(_no_group_words(job, space))
-    worth = (visit for visit in known if is_worth(visit.group))
-    work = sorted(worth, key=lambda visit: visit.order)
+    work = in_order(known, is_worth)
     most_offloaded = MostOffloaded(job, space, [visit.group for visit in work])
     search = _Search(
         job=job, space=space, num_alternatives=num_alternatives, most_offloaded=most_offloaded
@@ -203,21 +185,6 @@ def tune(  # noqa: PLR0913 - what is searched, and how
         _refuse(job, search, len(work), is_whole=is_whole)
     tuned = _prove(search, search.best, left_s, method)
     return _refined(search, replace(tuned, listed=tuple(known)))
-
-
-def _listed(
-    job: Job, space: SearchSpace, limits: Limits, is_over: Callable[[], bool]
-) -> tuple[list[Visit], bool]:
-    """The groups with their bounds, and whether these are all: a batch may have thousands."""
-    found, is_whole = [], True
-    for group in groups(job, space):
-        found.append(
-            Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
-        )
-        if is_over():
-            is_whole = False
-            break
-    return found, is_whole
 
 
 def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> NoReturn:
@@ -415,9 +382,8 @@ def landscape(  # noqa: PLR0913 - what is drawn, and how far
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
     deepest: dict[tuple[object, ...], Group] = {}
-    known = [visit for visit in listed if len(visit.group.sizes) == 1]
-    if not known:
-        known, _ = _listed(job, space, limits, is_over)
+    alike = [visit for visit in listed if len(visit.group.sizes) == 1]
+    known, _ = listed_groups(job, space, limits, is_over, alike)
     for visit in sorted(known, key=lambda visit: visit.group.schedule.vpp):
         if visit.bound_s <= within_s:
             group = visit.group
