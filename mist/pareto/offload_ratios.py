@@ -105,7 +105,7 @@ class MostOffloaded:
         states = self._ratios[:, [OFFLOADED.index(name) for name in _STATES]]
         most = np.where(possible[..., None], states, 0.0).max(axis=2).reshape(-1, len(_STATES))
         rows = np.flatnonzero(possible.any(axis=2))  # k A + a
-        resident = replace(base, terms={}).take(rows // len(shares))
+        resident = Strategies(columns=base.columns).take(rows // len(shares))
         resident = resident.altered(activations=shares[rows % len(shares)])
         hosted = resident.altered(**dict(zip(_STATES, most[rows].T, strict=True)))
         return resident, hosted
@@ -123,7 +123,8 @@ def _unlike(strategies: Strategies) -> tuple[Strategies, Ints]:
 
 def _every(base: Strategies, ratios: Floats) -> Strategies:
     """Every strategy with every tuple of ratios [T, 4], not priced."""
-    many = base.take(np.repeat(np.arange(len(base)), len(ratios)))
+    unpriced = Strategies(columns=base.columns)
+    many = unpriced.take(np.repeat(np.arange(len(base)), len(ratios)))
     away = np.tile(ratios, (len(base), 1))
     return many.altered(**dict(zip(OFFLOADED, away.T, strict=True)))
 
