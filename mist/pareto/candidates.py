@@ -187,7 +187,7 @@ class GroupModel:
         for upper, lower in self.pairs:
             yield from position.mixed(upper, lower)
 
-    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple["StageTable", list[Mixes]]]:
+    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[StageTable, list[Mixes]]]:
         """Tables of stages that differ in more than layers, and their mixes [F K].
 
         For a pipeline of few strategies numpy's calls, not its numbers, take the time.
@@ -229,7 +229,7 @@ class GroupModel:
                     short |= ~own[:, allowed].all(axis=1)
         return short
 
-    def together(self, size: int, ranges: Ranges) -> Iterator["StageTable"]:
+    def together(self, size: int, ranges: Ranges) -> Iterator[StageTable]:
         """Stages that differ, in tables of as many as are computed together; the first one alone.
 
         `size`: numbers of one stage. Stages that agree in lines and micro-batches in flight differ
