@@ -38,6 +38,7 @@ from mist.model.summary import Traffic
 from mist.plans.workload import Precision
 from mist.platform.runtime import Kernels, Runtime
 from mist.symbolic import symbols as sym
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.state_bytes import frozen_weight_ratio
 
 ROWS_DIMS: Final = 3  # [samples, tokens, hidden]
@@ -48,24 +49,6 @@ COLLECTIVES: Final = MappingProxyType(
         "all_reduce": sym.ALL_REDUCE,
     }
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostSetting:
-    """What expressions are built for: the runtime's habits and the precision.
-
-    `whole`: a part of the model that runs on all tokens even under sequence parallelism.
-    """
-
-    runtime: Runtime
-    precision: Precision
-    whole: bool = False
-
-    @property
-    def sequence_shards(self) -> Expr:
-        """How many ways sequence parallelism divides a replicated activation."""
-        divides = self.runtime.knobs.sequence_parallel and not self.whole
-        return T if divides else sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +181,7 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
     params, traffic = rank_params(block.params), setting.runtime.traffic
     trained = [param for param in block.params if param.trainable]
     frozen = [param for param in block.params if not param.trainable]
-    trainable, ratio = rank_params(trained), frozen_weight_ratio(setting.runtime, setting.precision)
+    trainable, ratio = rank_params(trained), frozen_weight_ratio(setting)
     accumulated = trainable * traffic.accumulation_bytes_per_param.value
     gathered = params * traffic.gather_copy_bytes_per_param[setting.precision].value
     scattered = trainable * traffic.scatter_copy_bytes_per_param[setting.precision].value

@@ -16,11 +16,11 @@ from mist.platform.runtime import Loss
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
     BlockCost,
-    CostSetting,
     collective_cost,
     device_cost,
     forward_ops,
 )
+from mist.symbolic.cost_setting import CostSetting
 
 
 def embed_cost(block: Block, setting: CostSetting) -> BlockCost:

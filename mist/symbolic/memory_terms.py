@@ -10,13 +10,13 @@ from mist.model.graph import Block, ModelGraph
 from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, CostSetting, rank_params
+from mist.symbolic.block import BlockCost, rank_params
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.host_bytes import hosted_terms
 from mist.symbolic.level_cost import LevelCost
 from mist.symbolic.optimizer_memory import step_bytes
 from mist.symbolic.state_bytes import (
     bytes_by_zero,
-    frozen_bytes,
     gathered_bytes,
     gradient_terms,
     state_bytes,
@@ -68,14 +68,14 @@ def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
         "tied_params": rank_params(tied),
         "tied_trainable_params": rank_params(param for param in tied if param.trainable),
         "shared_bytes": sympy.Symbol("cost_shared_bytes", real=True),
-        "state_bytes_per_param": state_bytes(runtime, precision),
-        "frozen_bytes_per_param": frozen_bytes(runtime, precision),
-        **hosted_terms(runtime),
+        "state_bytes_per_param": state_bytes(setting),
+        "frozen_bytes_per_param": state_bytes(setting, frozen=True),
+        **hosted_terms(setting),
         "step_bytes_per_param": step_bytes(graph, runtime),
-        "gathered_bytes_per_param": gathered_bytes(runtime, precision),
+        "gathered_bytes_per_param": gathered_bytes(setting),
         "compute_bytes_per_param": sympy.Float(precision.num_bytes),
         "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
-        **gradient_terms(),
+        **gradient_terms(setting),
         # ZeRO-3 gathers a copy in compute precision for each pass; below it the copy stays.
         "zero3_copy_bytes_per_param": bytes_by_zero(precision, at_least=3),
         "resident_copy_bytes_per_param": bytes_by_zero(precision, at_least=0, below=3),

@@ -15,7 +15,8 @@ from mist.model.graph import B, Block, ModelGraph, Op, OpKind, S, T
 from mist.plans.workload import Precision
 from mist.platform import load_platform
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import CostSetting, layer_cost
+from mist.symbolic.block import layer_cost
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.estimate import model_flop
 from mist.symbolic.job import Job
 from mist.symbolic.state_bytes import frozen_bytes

@@ -15,7 +15,8 @@ from mist.platform import Kind, OpCosts, Quantity, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import CostSetting, layer_cost
+from mist.symbolic.block import layer_cost
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.columns import Placement, position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms, stage_model

@@ -11,7 +11,8 @@ from mist.model.graph import B, Block, S, T
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import CostSetting, layer_cost
+from mist.symbolic.block import layer_cost
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.level_cost import LevelCost, level_costs
 from mist.trace import TraceSetting, trace_model
 from tests.trace.test_exact import build

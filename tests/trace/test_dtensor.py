@@ -18,7 +18,8 @@ from sympy import Expr
 from mist.model.graph import B, Block, S, T
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
-from mist.symbolic.block import CostSetting, rank_params, saved_bytes
+from mist.symbolic.block import rank_params, saved_bytes
+from mist.symbolic.cost_setting import CostSetting
 from mist.trace import TraceSetting, trace_model
 from tests.tokens import tokens
 from tests.trace.dtensor_oracle import DEGREES, FAMILIES, HIDDEN, Measured, Mode

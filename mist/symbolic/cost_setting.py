@@ -1,0 +1,35 @@
+"""What the expressions of a model's costs are built for."""
+
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr
+
+from mist.model.graph import T
+from mist.plans.workload import Optimizer, Precision
+from mist.platform.runtime import Runtime
+from mist.platform.states import States
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostSetting:
+    """The runtime's habits, the precision and the optimizer.
+
+    `whole`: a part of the model that runs on all tokens even under sequence parallelism.
+    """
+
+    runtime: Runtime
+    precision: Precision
+    optimizer: Optimizer
+    whole: bool = False
+
+    @property
+    def sequence_shards(self) -> Expr:
+        """How many ways sequence parallelism divides a replicated activation."""
+        divides = self.runtime.knobs.sequence_parallel and not self.whole
+        return T if divides else sympy.Integer(1)
+
+    @property
+    def states(self) -> States:
+        """What lives of a parameter. Raises PlatformError for an optimizer without moments."""
+        return self.runtime.states_of(self.precision, self.optimizer)
