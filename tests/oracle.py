@@ -423,6 +423,12 @@ def _num_exchanged(rank: Rank, layers: list[tuple[Block, str]]) -> int:
     return num
 
 
+def _state_bytes(rank: Rank) -> float:
+    """Bytes per parameter of runtime torch in bf16, as design.md has them."""
+    d = rank.sharers
+    return (18.0, 12 / d + 2 + 4, 16 / d + 2, 16 / d)[rank.zero]
+
+
 def _peak(
     rank: Rank,
     layers: list[tuple[Block, str]],
@@ -440,9 +446,7 @@ def _peak(
     hosted = of_layers * rank.share("weights") * 4 / shard
     hosted += of_layers * rank.share("grads") * 4 / grad_shard
     hosted += params * rank.share("optimizer") * 8 / shard
-    states = (
-        params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.sharers) - hosted
-    )
+    states = params * _state_bytes(rank) - hosted
     boundary = rank.number(layers[0][0].boundary_bytes) / rank.tp
     sizes = [level_bytes(rank, block, boundary)[level] for block, level in layers]
     away = rank.share("activations")

@@ -6,6 +6,7 @@ after tensor and pipeline parallelism.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar, Final, Literal
 
 from mist.errors import PlatformError
@@ -20,6 +21,7 @@ from mist.platform.states import (
     check_states,
     optimizers_of,
     states_of,
+    sum_states,
 )
 
 LAUNCHED_AHEAD: Final = Quantity(
@@ -237,6 +239,14 @@ class Offloading(Record):
     def __post_init__(self) -> None:
         if self.by_layer and (self.weights is None or self.grads is None):
             raise ValueError("by_layer offloads weights and grads together: neither may be null")
+        items = [
+            item
+            for hosted in (self.weights, self.grads, self.optimizer)
+            if hosted
+            for item in hosted.items
+        ]
+        if twice := [item.value for item in StateItem if items.count(item) > 1]:
+            raise ValueError(f"{' and '.join(twice)} would leave the device twice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,8 +343,21 @@ class Runtime(Record):
 
     def __post_init__(self) -> None:
         check_states(self.states, self.knobs.zero_levels)
+        self._check_hosted()
         if missing := [word.value for word in Precision if word not in self.reduce_bytes]:
             raise ValueError(f"transients.reduce_bytes_per_param lacks {', '.join(missing)}")
+
+    def _check_hosted(self) -> None:
+        """Raise ValueError where plans may offload a state that has no bytes."""
+        hosted = [name for name in ("weights", "grads", "optimizer") if self.hosted_items(name)]
+        uses = product(hosted, Precision, optimizers_of(self.states), self.knobs.zero_levels)
+        for name, precision, optimizer, zero in uses:
+            rows, items = self.states_of(precision, optimizer), self.hosted_items(name)
+            is_offered = zero >= getattr(self.offload, name).offered_from
+            if is_offered and not sum_states(rows, zero, items).bytes_per_param(1):
+                raise ValueError(
+                    f"offload.{name} has nothing to offload in {precision.value} at ZeRO-{zero}"
+                )
 
     @property
     def reduce_bytes(self) -> Mapping[Precision, Quantity]:

@@ -130,8 +130,8 @@ def optimizers_of(states: States) -> tuple[Optimizer, ...]:
 def check_states(states: States, zero_levels: Iterable[ZeroLevel]) -> None:
     """Raise ValueError for an item that a precision lacks at a ZeRO level, or has twice."""
     moments = states.get(StateItem.MOMENTS, ())
-    if not moments or any(row.optimizers is None for row in moments):
-        raise ValueError("states.moments must have rows that name their optimizers")
+    if not moments or not all(row.optimizers for row in moments):
+        raise ValueError("states.moments must have rows, and each name its optimizers")
     # A missing row would fail in the middle of a search; here the file is known.
     for precision, optimizer, zero in product(Precision, optimizers_of(states), zero_levels):
         rows = states_of(states, precision, optimizer)

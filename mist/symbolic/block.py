@@ -36,7 +36,7 @@ from mist.model.graph import (
 )
 from mist.model.summary import Traffic
 from mist.plans.workload import Precision
-from mist.platform.runtime import Kernels, Runtime
+from mist.platform.runtime import Kernels
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.state_bytes import frozen_weight_ratio

@@ -14,8 +14,8 @@ from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import rank_numbers
-from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.block_sums import StageBlocks, params_of, sum_over, term
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.state_bytes import (
     bucket_params,
     frozen_weight_ratio,

@@ -38,15 +38,15 @@ class OpenPrograms:
         return replace(self.programs, **parts)
 
 
-def open_programs(
-    graph: ModelGraph, setting: CostSetting, paths: Sequence[str]
-) -> OpenPrograms:
+def open_programs(graph: ModelGraph, setting: CostSetting, paths: Sequence[str]) -> OpenPrograms:
     """The programs of a model under a setting, with the figures of those paths left open."""
     symbols = {path: f"open_{i}" for i, path in enumerate(paths)}
     runtime = setting.runtime
     for path, name in symbols.items():
         runtime = _with_symbol(runtime, path.split(".")[1:], name)
-    return OpenPrograms(programs=compile_model(graph, replace(setting, runtime=runtime)), symbols=symbols)
+    return OpenPrograms(
+        programs=compile_model(graph, replace(setting, runtime=runtime)), symbols=symbols
+    )
 
 
 def _with_symbol(record: Any, names: list[str], symbol: str) -> Any:  # noqa: ANN401 - any record

@@ -25,8 +25,8 @@ from mist.model.graph import Block, ModelGraph
 from mist.plans.workload import MemoryLevel
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, forward_ops, kept_bytes, layer_cost
-from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.block_sums import max_over, stage_blocks
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.head_cost import embed_cost, head_cost
 from mist.symbolic.host_bytes import allocated_terms, drawn_terms, stage_host_bytes
 from mist.symbolic.level_cost import LevelCost, converted_cost, level_costs, plain_levels

@@ -15,8 +15,8 @@ from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, rank_params
-from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.block_sums import StageBlocks, max_over, sum_over, term
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.level_cost import LevelCost
 from mist.symbolic.overlap import ends_seconds, optimizer_seconds, slots
 from mist.symbolic.program import TIME_PARTS
