@@ -349,12 +349,13 @@ class Runtime(Record):
 
     def _check_hosted(self) -> None:
         """Raise ValueError where plans may offload a state that has no bytes."""
-        hosted = [name for name in ("weights", "grads", "optimizer") if self.hosted_items(name)]
-        uses = product(hosted, Precision, optimizers_of(self.states), self.knobs.zero_levels)
+        names, optimizers = ("weights", "grads", "optimizer"), optimizers_of(self.states)
+        uses = product(names, Precision, optimizers, self.knobs.zero_levels)
         for name, precision, optimizer, zero in uses:
-            rows, items = self.states_of(precision, optimizer), self.hosted_items(name)
-            is_offered = zero >= getattr(self.offload, name).offered_from
-            if is_offered and not sum_states(rows, zero, items).bytes_per_param(1):
+            hosted, states = self.hosted(name), states_of(self.states, precision, optimizer)
+            if hosted is None or zero < hosted.offered_from:
+                continue
+            if not sum_states(states, zero, hosted.items).bytes_per_param(1):
                 raise ValueError(
                     f"offload.{name} has nothing to offload in {precision.value} at ZeRO-{zero}"
                 )
@@ -368,9 +369,13 @@ class Runtime(Record):
         """Whether "weights", "grads", "optimizer" or "activations" may live in host memory."""
         return self.offload is not None and bool(getattr(self.offload, name))
 
+    def hosted(self, name: str) -> HostedState | None:
+        """What of "weights", "grads" or "optimizer" may live in host memory; None: nothing."""
+        return getattr(self.offload, name) if self.offload else None
+
     def hosted_items(self, name: str) -> tuple[StateItem, ...]:
-        """What of "weights", "grads" or "optimizer" may live in host memory."""
-        hosted = getattr(self.offload, name) if self.offload else None
+        """The items of the states that leave the device with "weights", "grads" or "optimizer"."""
+        hosted = self.hosted(name)
         return hosted.items if hosted else ()
 
     @property

@@ -25,7 +25,7 @@ from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost
 from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.level_cost import LevelCost
-from mist.symbolic.state_bytes import hosted_bytes, hosted_state
+from mist.symbolic.state_bytes import hosted_bytes
 
 _NONE = sympy.Integer(0)
 
@@ -146,7 +146,7 @@ def sequence(
 
 def _moves_each(runtime: Runtime, state: str) -> Expr:
     """1 where an offloaded state moves in every micro-batch, else 0."""
-    hosted = hosted_state(runtime, state)
+    hosted = runtime.hosted(state)
     if hosted is None or hosted.each_micro_batch_from is None:
         return _NONE
     return sym.zero_at_least(hosted.each_micro_batch_from)

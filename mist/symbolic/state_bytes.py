@@ -9,7 +9,7 @@ import sympy
 from sympy import Expr
 
 from mist.plans.workload import Precision
-from mist.platform.runtime import HostedState, Runtime
+from mist.platform.runtime import Runtime
 from mist.platform.states import StateItem, StateSum, sum_states
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
@@ -21,33 +21,21 @@ def state_bytes(setting: CostSetting, *, frozen: bool = False) -> Expr:
 
 
 def hosted_bytes(setting: CostSetting, state: str, params: Expr) -> Expr:
-    """Bytes of "weights", "grads" or "optimizer" of `params` that a rank can have in host memory.
-
-    Of the ZeRO levels from which plans may offload it.
-    """
-    hosted = hosted_state(setting.runtime, state)
-    if hosted is None:
+    """Bytes of "weights", "grads" or "optimizer" of `params` that a rank can offload."""
+    items = setting.runtime.hosted_items(state)
+    if not items:
         return sympy.Integer(0)
-    sums = _sums(setting, hosted.items, hosted.offered_from)
+    sums = _sums(setting, items)
     return sym.by_zero({zero: params * _on_rank(each) for zero, each in sums})
 
 
-def hosted_state(runtime: Runtime, state: str) -> HostedState | None:
-    """What of "weights", "grads" or "optimizer" may be in host memory; None where it never is."""
-    return getattr(runtime.offload, state) if runtime.offload else None
-
-
 def _sums(
-    setting: CostSetting,
-    items: Iterable[StateItem] = StateItem,
-    least: int = 0,
-    *,
-    frozen: bool = False,
+    setting: CostSetting, items: Iterable[StateItem] = StateItem, *, frozen: bool = False
 ) -> Iterator[tuple[int, StateSum]]:
-    """The sums of items at each ZeRO level of the runtime, from the least on."""
+    """The sums of items at each ZeRO level of the runtime."""
+    states = setting.states
     for zero in setting.runtime.knobs.zero_levels:
-        if zero >= least:
-            yield zero, sum_states(setting.states, zero, items, frozen=frozen)
+        yield zero, sum_states(states, zero, items, frozen=frozen)
 
 
 def _on_rank(each: StateSum) -> Expr:
