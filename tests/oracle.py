@@ -13,7 +13,8 @@ from sympy import Expr
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, SavedTensor, T, TensorLayout
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision, Workload
+from mist.plans.numerics import NUMERICS
+from mist.plans.workload import Workload
 from mist.platform import OpCosts, Platform
 from tests.tokens import tokens
 
@@ -42,7 +43,7 @@ class Rank:
     def laws(self) -> OpCosts:
         p = self.platform
         return OpCosts(
-            device=p.device, cluster=p.cluster, runtime=p.runtime, precision=Precision.BF16
+            device=p.device, cluster=p.cluster, runtime=p.runtime, numerics=NUMERICS["bf16"]
         )
 
     @property

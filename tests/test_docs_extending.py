@@ -249,7 +249,7 @@ NEW_OPTIMIZER = {
         r'(    ADAMW = "adamw"\n)': r'\1    LION = "lion"\n',
     },
     "profiles/runtimes/torch.yaml": {
-        r"(\n  moments:\n)": r'\1    - {bytes_per_param: {value: 4.0, source: "Chen 2023", kind: spec}, '
+        r"(\n  moments:\n)": r"\1    - {bytes_per_param: {value: 4.0, source: one, kind: spec}, "
         r"sharded_from: 1, optimizers: [lion]}\n",
     },
     "mist/workflow/request.py": {r"(optimizer: Optimizer = Optimizer).ADAMW": r"\1.LION"},

@@ -26,6 +26,7 @@ from mist.model.graph import (
     TensorLayout,
 )
 from mist.model.summary import LayerRun, TpLimit, Traffic
+from mist.plans.numerics import NUMERICS
 from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
 from mist.platform import Platform, Runtime, load_platform
 from mist.platform.profiles import load_cluster, load_device, load_runtime
@@ -265,7 +266,7 @@ def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
 
 def adamw_setting(runtime: Runtime, precision: Precision = Precision.BF16) -> CostSetting:
     """What costs are built for: AdamW under a runtime."""
-    return CostSetting(runtime=runtime, precision=precision, optimizer=Optimizer.ADAMW)
+    return CostSetting(runtime=runtime, numerics=NUMERICS[precision], optimizer=Optimizer.ADAMW)
 
 
 @cache

@@ -113,7 +113,7 @@ class GroupModel:
         self._paths = [name for name in self.base if name.startswith("runtime.")]
         setting = CostSetting(
             runtime=runtime,
-            precision=group.key.setting.precision,
+            numerics=group.key.numerics,
             optimizer=Optimizer.ADAMW,
         )
         self._open = open_programs(graph, setting, self._paths)

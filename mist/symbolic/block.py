@@ -35,7 +35,6 @@ from mist.model.graph import (
     TensorParallelCollective,
 )
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision
 from mist.platform.runtime import Kernels
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
@@ -183,8 +182,8 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
     frozen = [param for param in block.params if not param.trainable]
     trainable, ratio = rank_params(trained), frozen_weight_ratio(setting)
     accumulated = trainable * traffic.accumulation_bytes_per_param.value
-    gathered = params * traffic.gather_copy_bytes_per_param[setting.precision].value
-    scattered = trainable * traffic.scatter_copy_bytes_per_param[setting.precision].value
+    gathered = params * traffic.gather_copy_bytes_per_param[setting.numerics.compute].value
+    scattered = trainable * traffic.scatter_copy_bytes_per_param[setting.numerics.compute].value
     gather, scatter, reduce = _dp_collectives(params, trainable, setting)
     if block.is_frozen:
         scatter = reduce = sympy.Integer(0)
@@ -360,7 +359,7 @@ def _scores_bytes(block: Block, core: Sequence[Op], setting: CostSetting) -> Exp
         [each for each in tensors if _is_square(each.bytes) or (each.op, each.module) in readers]
         for tensors in (block.saved, block.saved_single)
     )
-    inputs = sympy.Add(*(_operands(op) for op in products)) * setting.precision.num_bytes
+    inputs = sympy.Add(*(_operands(op) for op in products)) * setting.numerics.compute.num_bytes
     return kept_bytes(saved, single, setting) - inputs
 
 
@@ -398,10 +397,10 @@ def _dp_collectives(params: Expr, trainable: Expr, setting: CostSetting) -> tupl
     group = (sym.SHARD, sym.SHARD_PER_NODE)
     together = sympy.nsimplify(setting.runtime.overlap.layers_per_collective.value)
     reduced = setting.runtime.traffic.reduced_bytes_per_param
-    each_bytes = sympy.nsimplify(reduced.value) if reduced else Precision.FP32.num_bytes
+    each_bytes = sympy.nsimplify(reduced.value) if reduced else setting.numerics.gradients.num_bytes
     gradient_bytes = together * trainable * each_bytes
     return (
-        sym.ALL_GATHER(together * params * setting.precision.num_bytes, *group) / together,
+        sym.ALL_GATHER(together * params * setting.numerics.compute.num_bytes, *group) / together,
         sym.REDUCE_SCATTER(gradient_bytes, *group) / together,
         sym.ALL_REDUCE(gradient_bytes / sym.SHARD, sym.COPIES, sym.COPIES_PER_NODE) / together,
     )

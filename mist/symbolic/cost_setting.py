@@ -6,20 +6,21 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import T
-from mist.plans.workload import Optimizer, Precision
+from mist.plans.numerics import Numerics
+from mist.plans.workload import Optimizer
 from mist.platform.runtime import Runtime
 from mist.platform.states import States
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostSetting:
-    """The runtime's habits, the precision and the optimizer.
+    """The runtime's habits, the formats of numbers and the optimizer.
 
     `whole`: a part of the model that runs on all tokens even under sequence parallelism.
     """
 
     runtime: Runtime
-    precision: Precision
+    numerics: Numerics
     optimizer: Optimizer
     whole: bool = False
 
@@ -32,4 +33,4 @@ class CostSetting:
     @property
     def states(self) -> States:
         """What lives of a parameter. Raises PlatformError for an optimizer without moments."""
-        return self.runtime.states_of(self.precision, self.optimizer)
+        return self.runtime.states_of(self.numerics.compute, self.optimizer)

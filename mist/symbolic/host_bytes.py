@@ -10,7 +10,6 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import ModelGraph, Param
-from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import rank_numbers
@@ -32,7 +31,7 @@ def hosted_by_tensor(setting: CostSetting, state: str, params: Iterable[Param]) 
     Each is of fp32: a state of 8 bytes per parameter is two tensors of each. Moments, which stay
     there for good, are pinned as they are, and not by torch's allocator.
     """
-    copies = hosted_bytes_per_param(setting, state) / Precision.FP32.num_bytes
+    copies = hosted_bytes_per_param(setting, state) / setting.numerics.parameters.num_bytes
     if not copies:
         return _NONE
     total = _NONE
@@ -71,7 +70,7 @@ def hosted_terms(setting: CostSetting) -> dict[str, Expr]:
         "stream_bytes_per_param": num_buffers * stream,
         "end_stream_bytes_per_param": num_buffers
         * (sympy.floor(sym.OFFLOAD["optimizer"]) * whole["optimizer"]),
-        "bucket_params": bucket_params(setting.runtime),
+        "bucket_params": bucket_params(setting),
     }
 
 

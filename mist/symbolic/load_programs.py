@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mist.errors import InputError, TraceError
 from mist.model.summary import ModelLimits
+from mist.plans.numerics import NUMERICS
 from mist.plans.workload import MemoryLevel, Optimizer
 from mist.platform import Runtime
 from mist.symbolic.program import ModelPrograms
@@ -88,7 +89,8 @@ def compile_graph(
     from mist.symbolic.compile import compile_model
     from mist.symbolic.cost_setting import CostSetting
 
-    cost_setting = CostSetting(runtime=runtime, precision=setting.precision, optimizer=optimizer)
+    numerics = NUMERICS[setting.precision]
+    cost_setting = CostSetting(runtime=runtime, numerics=numerics, optimizer=optimizer)
     return compile_model(graph, cost_setting, converted or {})
 
 

@@ -7,7 +7,6 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
-from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, rank_params
@@ -62,7 +61,8 @@ def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) 
 
 def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     """Terms that belong to no block: bytes per parameter by ZeRO level, tied and shared tensors."""
-    runtime, precision = setting.runtime, setting.precision
+    runtime, numerics = setting.runtime, setting.numerics
+    compute, reduced = numerics.compute, numerics.gradients
     tied = [param for param in graph.head.params if param.tied]
     return {
         "tied_params": rank_params(tied),
@@ -73,13 +73,13 @@ def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
         **hosted_terms(setting),
         "step_bytes_per_param": step_bytes(graph, runtime),
         "gathered_bytes_per_param": gathered_bytes(setting),
-        "compute_bytes_per_param": sympy.Float(precision.num_bytes),
-        "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
+        "compute_bytes_per_param": sympy.Float(compute.num_bytes),
+        "fp32_bytes_per_param": sympy.Float(reduced.num_bytes),
         **gradient_terms(setting),
         # ZeRO-3 gathers a copy in compute precision for each pass; below it the copy stays.
-        "zero3_copy_bytes_per_param": bytes_by_zero(precision, at_least=3),
-        "resident_copy_bytes_per_param": bytes_by_zero(precision, at_least=0, below=3),
+        "zero3_copy_bytes_per_param": bytes_by_zero(compute, at_least=3),
+        "resident_copy_bytes_per_param": bytes_by_zero(compute, at_least=0, below=3),
         # From ZeRO-2 on every micro-batch reduces its gradients, through a buffer in fp32.
-        "reduce_buffer_bytes_per_param": bytes_by_zero(Precision.FP32, at_least=2),
+        "reduce_buffer_bytes_per_param": bytes_by_zero(reduced, at_least=2),
         "reduces": sym.zero_at_least(2),
     }

@@ -24,6 +24,7 @@ _READ_HERE: Final = (
     "model/graph.py",
     "model/summary.py",
     "plans/memory_levels.py",
+    "plans/numerics.py",
     "plans/plan.py",
     "plans/workload.py",
     "platform/runtime.py",

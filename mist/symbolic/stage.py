@@ -108,7 +108,7 @@ def stage_cost(
         terms=terms,
         stage={
             **stage_seconds(rows, runtime),
-            **stage_memory(rows, runtime, setting.precision),
+            **stage_memory(rows, runtime, setting.numerics),
             "host_bytes": stage_host_bytes(rows, runtime),
             "drawn_bytes": max_over(rows.every, "{x}_drawn_bytes"),
         },

@@ -11,7 +11,6 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
-from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, rank_params
@@ -50,7 +49,7 @@ def transfer_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     """Seconds and bytes between stages: activations, and the gradient of a tied embedding."""
     sent = sympy.Symbol("cost_sent_bytes", real=True)
     tied = rank_params(param for param in graph.head.params if param.tied and param.trainable)
-    tied_bytes = tied * Precision.FP32.num_bytes
+    tied_bytes = tied * setting.numerics.gradients.num_bytes
     return {
         "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),

@@ -9,7 +9,6 @@ import sympy
 from sympy import Expr
 
 from mist.plans.workload import Precision
-from mist.platform.runtime import Runtime
 from mist.platform.states import StateItem, StateSum, sum_states
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
@@ -64,7 +63,7 @@ def frozen_weight_ratio(setting: CostSetting) -> float:
 
 def gathered_bytes(setting: CostSetting) -> Expr:
     """Bytes per parameter of one group in passing: gathered copies, gradients being reduced."""
-    runtime, precision = setting.runtime, setting.precision
+    runtime, precision = setting.runtime, setting.numerics.compute
     reducing = runtime.reduce_bytes[precision].value
     gathered = runtime.transients.num_gathered_groups.value * precision.num_bytes
     by_level = {int(z): reducing + (gathered if z == 3 else 0) for z in runtime.knobs.zero_levels}
@@ -96,9 +95,10 @@ def gradient_terms(setting: CostSetting) -> dict[str, Expr]:
     }
 
 
-def bucket_params(runtime: Runtime) -> Expr:
+def bucket_params(setting: CostSetting) -> Expr:
     """Parameters whose shards fill a bucket of the optimizer's stream."""
-    if runtime.offload is None or runtime.offload.bucket_bytes is None:
+    offload = setting.runtime.offload
+    if offload is None or offload.bucket_bytes is None:
         return sympy.Float(0.0)
-    shard = sympy.Float(runtime.offload.bucket_bytes.value / Precision.FP32.num_bytes)
+    shard = sympy.Float(offload.bucket_bytes.value / setting.numerics.parameters.num_bytes)
     return sympy.Piecewise((shard, sym.ZERO < 1), (shard * sym.SHARD, True))

@@ -12,6 +12,7 @@ from mist.calibrate.fit import Posterior, Prior, fitted, of_names
 from mist.calibrate.logs import read_log
 from mist.errors import InputError
 from mist.plans.file import load_plan
+from mist.plans.numerics import NUMERICS
 from mist.plans.plan import Plan
 from mist.platform import Platform, Quantity
 from mist.platform.calibration import Calibration, calibrated, with_values
@@ -192,7 +193,7 @@ def _measured(
             load_graph(source, setting, progress=progress),
             CostSetting(
                 runtime=platform.runtime,
-                precision=setting.precision,
+                numerics=NUMERICS[setting.precision],
                 optimizer=question.optimizer,
             ),
             [name for name in _prior(platform).names if name.startswith("runtime.")],

@@ -10,7 +10,7 @@ import pytest
 
 from mist.model.graph import ModelGraph, T, TensorLayout
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision
+from mist.plans.numerics import NUMERICS
 from mist.platform import Kind, OpCosts, Quantity, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
@@ -41,7 +41,7 @@ def laws(runtime: Runtime = TORCH) -> OpCosts:
         device=PLATFORM.device,
         cluster=PLATFORM.cluster,
         runtime=runtime,
-        precision=Precision.BF16,
+        numerics=NUMERICS["bf16"],
     )
 
 
@@ -318,12 +318,12 @@ def test_buffers() -> None:
 
 
 def test_products_in_eight_bits() -> None:
-    eight = replace(laws(), fp8=True)
+    eight = replace(laws(), numerics=NUMERICS["fp8"])
     big = (1, 8192, 8192, 8192)
     assert 1.4 < float(laws().gemm_s(*big)) / float(eight.gemm_s(*big)) < 2
     bare = replace(PLATFORM.device, gemm_fp8=None)
     with pytest.raises(ValueError, match="has no law for products in fp8"):
-        replace(laws(), device=bare, fp8=True)
+        replace(laws(), device=bare, numerics=NUMERICS["fp8"])
 
 
 def test_where_the_host_is_the_device_launches_come_on_top() -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from mist.model.summary import LayerRun
 from mist.plans.memory_levels import PLAIN, memory_of
+from mist.plans.numerics import NUMERICS
 from mist.plans.plan import DEFAULT_SCHEDULE, Layout, Schedule
 from mist.plans.schedules import step_time
 from mist.plans.uniform_stages import uniform_layout
-from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.symbolic.compile import compile_model
@@ -30,8 +31,7 @@ def machine() -> RunProfiles:
         device=platform.device,
         cluster=platform.cluster,
         runtime=platform.runtime,
-        precision=Precision.BF16,
-        fp8=False,
+        numerics=NUMERICS["bf16"],
     )
 
 
