@@ -1,5 +1,6 @@
 """States by item: sums against published tables, and what follows from the same rows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,14 @@ def test_only_weights_are_left_of_a_frozen_parameter(name: str) -> None:
                 assert sum_states(states, zero, [item], frozen=True) == nothing
             frozen, trained = (sum_states(states, zero, frozen=each) for each in (True, False))
             assert 0 < frozen.bytes_per_param(8) < trained.bytes_per_param(8)
+
+
+def test_a_row_is_of_what_it_names() -> None:
+    (row,) = load_runtime("torch").profile.states[StateItem.MOMENTS]
+    assert row.is_of(BF16, Optimizer.ADAMW)
+    assert not replace(row, precisions=(FP32,)).is_of(BF16, Optimizer.ADAMW)
+    assert not replace(row, optimizers=()).is_of(BF16, Optimizer.ADAMW)
+    assert replace(row, optimizers=None).is_of(BF16, Optimizer.ADAMW)
 
 
 def test_a_profile_of_sums_says_what_to_write_instead(tmp_path: Path) -> None:
