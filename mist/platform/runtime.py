@@ -239,12 +239,8 @@ class Offloading(Record):
     def __post_init__(self) -> None:
         if self.by_layer and (self.weights is None or self.grads is None):
             raise ValueError("by_layer offloads weights and grads together: neither may be null")
-        items = [
-            item
-            for hosted in (self.weights, self.grads, self.optimizer)
-            if hosted
-            for item in hosted.items
-        ]
+        hosted = filter(None, (self.weights, self.grads, self.optimizer))
+        items = [item for each in hosted for item in each.items]
         if twice := [item.value for item in StateItem if items.count(item) > 1]:
             raise ValueError(f"{' and '.join(twice)} would leave the device twice")
 
@@ -319,8 +315,8 @@ class Loading(Record):
 class Runtime(Record):
     """One training framework.
 
-    `loading`: null where it is not known.
-    `converts_layers`: whether it trains layers that `mist.layers` converted.
+    `loading`: null where it is not known. `converts_layers`: whether it trains layers that
+    `mist.layers` converted.
     """
 
     schema: Literal["mist.runtime/1"]
