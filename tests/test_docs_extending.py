@@ -67,7 +67,9 @@ def test_a_cluster(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_runtime(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph(), monkeypatch)
-    copied(profiles, "runtimes/torch.yaml", "mine", (r"zero_levels: \[.*\]", "zero_levels: [3]"))
+    copied(
+        profiles, "runtimes/torch.yaml", "mine", (r"^  zero_levels: \[.*\]", "  zero_levels: [3]")
+    )
     plan = planned(gpu="l4", runtime="mine").plan
     assert plan.runtime == "mine"
     assert {stage.zero for stage in plan.stages} == {3}
