@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     import typer
 
     from mist.model.graph import ModelGraph
-    from mist.plans.workload import Precision
-    from mist.platform import Runtime
+    from mist.symbolic.cost_setting import CostSetting
     from mist.symbolic.program import ModelPrograms
     from mist.symbolic.stage import ConvertedBlocks
     from mist.trace.model_trace import Traced
@@ -30,9 +29,7 @@ class SharedWork:
     """Results by what they were made of."""
 
     traces: dict["TraceSetting", "Traced"] = field(default_factory=dict)
-    programs: dict[tuple[str, "Precision"], list[tuple[object, "ModelPrograms"]]] = field(
-        default_factory=dict
-    )
+    programs: dict[str, list[tuple[object, "ModelPrograms"]]] = field(default_factory=dict)
     commands: dict[int, object] = field(default_factory=dict)
 
     @contextmanager
@@ -67,17 +64,16 @@ class SharedWork:
     ) -> "Callable[..., ModelPrograms]":
         def compiled(
             graph: "ModelGraph",
-            runtime: "Runtime",
-            precision: "Precision",
+            setting: "CostSetting",
             converted: "ConvertedBlocks | None" = None,
         ) -> "ModelPrograms":
             # By its words: 1 and True are equal, and a case may be about just that.
-            known = self.programs.setdefault((repr(runtime), precision), [])
+            known = self.programs.setdefault(repr(setting), [])
             blocks = (graph, converted or {})
             for other, programs in known:
                 if other == blocks:
                     return programs
-            programs = compile_model(graph, runtime, precision, blocks[1])
+            programs = compile_model(graph, setting, blocks[1])
             known.append((blocks, programs))
             return programs
 
