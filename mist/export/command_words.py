@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from mist.errors import InputError
 
-ASSIGNMENT = re.compile(r"(?m)^\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s(;#]*)\s*(?:#.*)?$")
+ASSIGNMENT = re.compile(
+    r"""(?m)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)="""
+    r"""((?:"[^"]*"|'[^']*'|\$\{[^}\n]*\}|[^\s(;#"'])*)[ \t]*(?:[;#].*)?$"""
+)
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(?:=.*)?", re.DOTALL)
 MOST_CHARACTERS = 2**20
@@ -24,14 +27,25 @@ def options_of(text: str, path: str) -> dict[str, tuple[str, ...]]:
         raise InputError(f"{path} has more than {MOST_CHARACTERS:,} characters, too much to read.")
     known: dict[str, str] = {}
     for name, value in ASSIGNMENT.findall(text):
-        known[name] = _filled(value.strip("\"'"), known)
-    joined = re.sub(r"\\\n", " ", text)
+        known[name] = _filled(value.strip("\"'"), known).strip("\"'")
+    joined = re.sub(r"\\\n", " ", ASSIGNMENT.sub(" ", text))
     try:
         # Arrays and substitutions stand between brackets, which are no part of a word.
         words = shlex.split(re.sub(r"(?m)^[^#\n'\"]*=\(|^\s*\)\s*$", " ", joined), comments=True)
     except ValueError as error:
         raise InputError(f"{path} is no list of options: {str(error).lower()}.") from error
-    return _grouped([_filled(word, known) for word in words])
+    return _grouped([one for word in words for one in _split(_filled(word, known))])
+
+
+def _split(word: str) -> list[str]:
+    """The words of one that a variable made of several options, as a shell takes them apart."""
+    text = re.sub(r"\\\n", " ", word)
+    if not re.match(r"\s*--[A-Za-z]", text) or not re.search(r"\s", text.strip()):
+        return [word]
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError:
+        return [word]
 
 
 def _filled(word: str, known: Mapping[str, str]) -> str:

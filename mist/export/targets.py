@@ -37,12 +37,8 @@ from mist.export.megatron_arguments import (
 )
 from mist.export.megatron_bridge import read_bridge, recognises_bridge, write_bridge
 from mist.export.target import Target
-from mist.export.torchtitan_module import (
-    TORCHTITAN,
-    read_torchtitan,
-    recognises_torchtitan,
-    write_torchtitan,
-)
+from mist.export.torchtitan_module import TORCHTITAN, write_torchtitan
+from mist.export.torchtitan_settings import read_torchtitan, recognises_torchtitan
 
 TARGETS: Final = (
     Target(
