@@ -15,9 +15,9 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from mist.errors import PlanError
+from mist.model.summary import MOST_LAYERS
 from mist.plans.invariants import plan_faults
 from mist.plans.knobs import STAGE_KNOBS
-from mist.model.summary import MOST_LAYERS
 from mist.plans.memory_chance import fit_probability
 from mist.plans.memory_levels import LEVELS
 from mist.plans.provenance import Kind

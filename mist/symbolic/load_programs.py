@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from mist.errors import InputError, TraceError
@@ -48,7 +47,12 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     if programs is not None:
         progress(f"{programs.facts.name}: trace from the cache")
         return programs
-    traced = partial(_traced, source, setting, settings, runtime, progress, refuse)
+
+    def traced() -> ModelPrograms:
+        graph = load_graph(source, setting, progress=progress, refuse=refuse)
+        again = dict(_converted(source, settings, graph, progress))
+        return compile_graph(graph, setting, runtime, again)
+
     programs = traced()
     if not computes(programs):
         # Of a false trace in the cache: sizes of the right form that no model has.
@@ -59,20 +63,6 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     if key := _key(source, setting, profile_hash, settings):
         store_programs(cache_folder(), key, programs)
     return programs
-
-
-def _traced(  # noqa: PLR0913 - what `model_programs` was asked
-    source: str | ConfigSource,
-    setting: TraceSetting,
-    levels: Sequence[TraceSetting],
-    runtime: Runtime,
-    progress: Progress,
-    refuse: Callable[[ModelLimits], None],
-) -> ModelPrograms:
-    """The costs of a model by its trace."""
-    graph = load_graph(source, setting, progress=progress, refuse=refuse)
-    again = dict(_converted(source, levels, graph, progress))
-    return compile_graph(graph, setting, runtime, again)
 
 
 def _converted(

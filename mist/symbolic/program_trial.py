@@ -100,7 +100,7 @@ def stand_ins() -> dict[str, Law]:
     return {name: partial(_sum, counts) for name, counts in LAWS.items()}
 
 
-def _sum(counts: tuple[int, ...], *arguments: ArrayLike) -> ArrayLike:
+def _sum(counts: tuple[int, ...], *arguments: ArrayLike) -> Column:
     if len(arguments) not in counts:
         raise TypeError(f"{len(arguments)} arguments of a law that takes {counts}")
-    return np.sum(np.broadcast_arrays(*arguments), axis=0)
+    return np.asarray(sum(map(np.asarray, arguments)), dtype=np.float64)

@@ -171,9 +171,8 @@ def _decoder(hint: object, exprs: ExprTable) -> Decode:
         return _checked(
             lambda value: isinstance(value, kind), lambda value: exprs.sizes[_number(value)]
         )
-    if hint is int:
-        return _number
-    return hint if issubclass(hint, Enum) else _checked(lambda value: type(value) is hint)
+    plain = _number if hint is int else _checked(lambda value: type(value) is hint)
+    return hint if issubclass(hint, Enum) else plain
 
 
 def _dataclass_decoder(hint: type, exprs: ExprTable) -> Decode:
