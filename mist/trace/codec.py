@@ -166,13 +166,17 @@ def _decoder(hint: object, exprs: ExprTable) -> Decode:
     if dataclasses.is_dataclass(hint):
         return _dataclass_decoder(hint, exprs)
     if issubclass(hint, Basic):
-        # A size, or a relation of the domain (a symbol would be a Boolean of sympy's, too).
-        kind = Expr if hint is Expr else Relational | BooleanFunction
-        return _checked(
-            lambda value: isinstance(value, kind), lambda value: exprs.sizes[_number(value)]
-        )
+        return _expr_decoder(hint, exprs)
     plain = _number if hint is int else _checked(lambda value: type(value) is hint)
     return hint if issubclass(hint, Enum) else plain
+
+
+def _expr_decoder(hint: type[Basic], exprs: ExprTable) -> Decode:
+    """A size, or a relation of the domain (a symbol would be a Boolean of sympy's, too)."""
+    kind = Expr if hint is Expr else Relational | BooleanFunction
+    return _checked(
+        lambda value: isinstance(value, kind), lambda value: exprs.sizes[_number(value)]
+    )
 
 
 def _dataclass_decoder(hint: type, exprs: ExprTable) -> Decode:
