@@ -50,7 +50,8 @@ def _programs(
 ) -> Iterable[tuple[RunGroup, Programs | str]]:
     """The compiled costs of every group, or why there are none; traced side by side."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
+    workers = min(NUM_PROCESSES, max(1, len(groups)))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         results = pool.map(_compiled, groups)
         for number, (group, result) in enumerate(zip(groups, results, strict=True), start=1):
             if is_due(number, len(groups)):

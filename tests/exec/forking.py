@@ -58,14 +58,16 @@ def interpreters(module: str, *arguments: object, num_ranks: int) -> None:
 
 
 @contextmanager
-def forking() -> Iterator[Forked]:
-    """Within: the parent of ranks is there from the first call on."""
+def forking(subjects: Path) -> Iterator[Forked]:
+    """Within: the parent of ranks is there from the first call on.
+
+    `subjects`: where it keeps what it knows of models (`tests.exec.subjects`).
+    """
     server: list[subprocess.Popen[str]] = []
-    subjects = tempfile.TemporaryDirectory(prefix="mist-subjects-")
 
     def run(module: str, *arguments: object, num_ranks: int) -> str:
         if not server:
-            server.append(_start(subjects.name))
+            server.append(_start(subjects))
         with tempfile.TemporaryDirectory(prefix="mist-") as folder:
             _ask(server[0], [module, *map(str, arguments)], num_ranks, Path(folder))
             return _printed(Path(folder), 0)
@@ -75,14 +77,13 @@ def forking() -> Iterator[Forked]:
     finally:
         for each in server:
             each.communicate()  # which closes its input: it leaves
-        subjects.cleanup()
 
 
-def _start(subjects: str) -> "subprocess.Popen[str]":
+def _start(subjects: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "tests.exec.forking"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), SHARED: subjects, **DEFAULTS},
+        env={**os.environ, "PYTHONPATH": str(ROOT), SHARED: str(subjects), **DEFAULTS},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

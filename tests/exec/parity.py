@@ -181,6 +181,7 @@ def write_errors(
     """What each variant comes to, by name, written by rank 0; one that fails is named."""
     found: dict[str, object] = {}
     with process_group(300.0) as device:
+        _divide_looking(variants, folder)
         for variant in variants:
             try:
                 found[variant.name] = errors_of(variant, folder, device)
@@ -190,6 +191,14 @@ def write_errors(
         if dist.get_rank() == 0:
             out.write_text(json.dumps(found))
         dist.barrier()
+
+
+def _divide_looking(variants: Sequence[Variant], folder: Path) -> None:
+    """Each rank looks at models of its own first, and then knows what the others have found."""
+    models = {(variant.model, variant.stages[0].tp): variant for variant in variants}
+    for variant in [*models.values()][dist.get_rank() :: dist.get_world_size()]:
+        with precision_of(variant):
+            known_subject(plan_of(variant, folder))
 
 
 def main(folder: Path, out: Path, names: Sequence[str]) -> None:

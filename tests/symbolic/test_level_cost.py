@@ -63,6 +63,7 @@ def test_a_stage_is_charged_what_its_converted_layers_keep(family: str, level: M
         assert hooks == alive == 2 * float(costs(columns)[name]), (b, s)
 
 
+@pytest.mark.slow  # a family of which the fast tests trace nothing
 def test_no_matrix_product_runs_again() -> None:
     plain, again = (graph_of("llama", level) for level in (MemoryLevel.NONE, MemoryLevel.DROP_NORM))
     for phase in ("forward", "backward"):
@@ -71,10 +72,10 @@ def test_no_matrix_product_runs_again() -> None:
 
 
 def test_only_what_was_traced_is_priced() -> None:
-    plain = graph_of("llama", MemoryLevel.NONE)
+    plain = graph_of("gpt2", MemoryLevel.NONE)
     levels = compile_model(plain, RUNTIME, Precision.BF16).levels
     assert levels == (MemoryLevel.NONE, MemoryLevel.SELECTIVE, MemoryLevel.FULL)
-    converted = {MemoryLevel.DROP_NORM: graph_of("llama", MemoryLevel.DROP_NORM).blocks}
+    converted = {MemoryLevel.DROP_NORM: graph_of("gpt2", MemoryLevel.DROP_NORM).blocks}
     with_one = compile_model(plain, RUNTIME, Precision.BF16, converted).levels
     assert set(with_one) - set(levels) == {MemoryLevel.DROP_NORM}
 

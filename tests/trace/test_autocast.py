@@ -38,7 +38,9 @@ def setting(policy: str) -> TraceSetting:
     )
 
 
-@pytest.mark.parametrize("family", [llama, gpt2, plain, bert])
+@pytest.mark.parametrize(
+    "family", [llama, plain, *(pytest.param(f, marks=pytest.mark.slow) for f in (gpt2, bert))]
+)
 def test_block_equals_real_tensors(family: Family) -> None:
     """The bf16 copies of weights are saved storages, too: no parameters, and b and s are not in."""
     (block,) = trace_model(family(F32, "meta"), setting("cpu")).blocks

@@ -138,12 +138,17 @@ def flows_into(model: nn.Module) -> list[bool]:
     return seen
 
 
-SLOW = {"llama last layer", "gpt2 biases", "biases", "upper adapters", "embedding alone"}
+SLOW = {
+    *("llama last layer", "llama norms", "gpt2 biases", "biases", "upper adapters"),
+    *("embedding alone", "tied frozen", "norms"),
+}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
-)
+def marked(names: Iterable[str]) -> list[object]:
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in names]
+
+
+@pytest.mark.parametrize("name", marked(CASES))
 def test_frozen_layers_equal_real_tensors(name: str) -> None:
     graph, model = traced(name), CASES[name]("cpu")
     flows, known = flows_into(model), set()
@@ -157,7 +162,7 @@ def test_frozen_layers_equal_real_tensors(name: str) -> None:
     assert known == set(range(len(graph.blocks)))
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", marked(PLAIN))
 def test_all_flops_are_those_of_torch(name: str) -> None:
     graph, model = traced(name), CASES[name]("cpu")
     ids = torch.zeros(2, 48, dtype=torch.int64)

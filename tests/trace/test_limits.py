@@ -1,6 +1,7 @@
 """What a model says of itself before its trace, which says the same; refusals come first."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ SIZES = {
 }
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)  # of a kind that another one shows too
+
+
 def config(folder: Path, **fields: object) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(SIZES | fields))
@@ -34,10 +38,10 @@ def config(folder: Path, **fields: object) -> Path:
     ("fields", "heads"),
     [
         ({"model_type": "llama", KV: 2}, {ATTENTION: 6, SHARED: 2}),
-        ({"model_type": "llama", KV: 6}, {ATTENTION: 6}),
-        ({"model_type": "qwen3", KV: 3, "head_dim": 16}, {ATTENTION: 6, SHARED: 3}),
+        slow({"model_type": "llama", KV: 6}, {ATTENTION: 6}),
+        slow({"model_type": "qwen3", KV: 3, "head_dim": 16}, {ATTENTION: 6, SHARED: 3}),
         ({"model_type": "llama", KV: 1}, {}),  # left to the trace
-        ({"model_type": "phi3", KV: 2, "pad_token_id": 0}, {}),
+        slow({"model_type": "phi3", KV: 2, "pad_token_id": 0}, {}),
         ({"model_type": "opt", "ffn_dim": 192}, {}),
     ],
 )  # fmt: skip

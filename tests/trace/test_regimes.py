@@ -109,7 +109,9 @@ Family = Callable[[str], nn.Module]
 KNOWN: dict[tuple[Family, str], list[ModelGraph]] = {}
 SLOW = pytest.mark.slow
 CASES = [
-    pytest.param(gemma3, "model.layers.0", [(1, 40), (2, 64), (3, 65), (2, 200)], id="gemma3"),
+    pytest.param(
+        gemma3, "model.layers.0", [(1, 40), (2, 64), (3, 65), (2, 200)], id="gemma3", marks=SLOW
+    ),
     pytest.param(mistral, "model.layers.0", [(1, 40), (2, 64), (3, 65), (2, 200)], id="mistral"),
     pytest.param(modernbert, "model.layers.0", [(2, 20), (3, 100)], id="modernbert", marks=SLOW),
     pytest.param(mamba2, "backbone.layers.1", [(2, 96), (3, 70)], id="mamba2", marks=SLOW),

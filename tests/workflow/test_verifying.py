@@ -27,7 +27,7 @@ LAYOUTS = {
     "zero3 in 2 copies": HandLayout(zero=3, dp_replicate=2, micro_batch=2),
     "tp2 zero2 in 2 copies": HandLayout(tp=2, zero=2, dp_replicate=2, checkpoint="full"),
 }
-FAST = "tp2 zero1"  # of one stage: each is looked at by a process of its own
+FAST = "zero3"  # of one stage: each is looked at by a process of its own
 # Of a model of which only some parameters are trained (tests/exec/layouts.py), wide enough that a
 # stray activation is no part of it: on two GPUs, eight samples a step.
 WIDE = "1024, 4, 16, 8192, 1024"
