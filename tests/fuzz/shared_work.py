@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from sympy import Basic, Symbol
 
     from mist.model.graph import ModelGraph
+<<<<<<< HEAD
     from mist.plans.workload import Precision
     from mist.platform import Runtime
     from mist.symbolic.program import ModelPrograms, Program
+=======
+    from mist.symbolic.cost_setting import CostSetting
+    from mist.symbolic.program import ModelPrograms
+>>>>>>> ed71b703d9f7b88f73032d263462242a2feb5341
     from mist.symbolic.stage import ConvertedBlocks
     from mist.trace.model_trace import Traced
     from mist.trace.models.loader import LoadedModel
@@ -31,10 +36,14 @@ class SharedWork:
     """Results by what they were made of."""
 
     traces: dict["TraceSetting", "Traced"] = field(default_factory=dict)
+<<<<<<< HEAD
     programs: dict[tuple[str, "Precision"], list[tuple[object, "ModelPrograms"]]] = field(
         default_factory=dict
     )
     printed: dict[object, "Program"] = field(default_factory=dict)
+=======
+    programs: dict[str, list[tuple[object, "ModelPrograms"]]] = field(default_factory=dict)
+>>>>>>> ed71b703d9f7b88f73032d263462242a2feb5341
     commands: dict[int, object] = field(default_factory=dict)
 
     @contextmanager
@@ -70,17 +79,16 @@ class SharedWork:
     ) -> "Callable[..., ModelPrograms]":
         def compiled(
             graph: "ModelGraph",
-            runtime: "Runtime",
-            precision: "Precision",
+            setting: "CostSetting",
             converted: "ConvertedBlocks | None" = None,
         ) -> "ModelPrograms":
             # By its words: 1 and True are equal, and a case may be about just that.
-            known = self.programs.setdefault((repr(runtime), precision), [])
+            known = self.programs.setdefault(repr(setting), [])
             blocks = (graph, converted or {})
             for other, programs in known:
                 if other == blocks:
                     return programs
-            programs = compile_model(graph, runtime, precision, blocks[1])
+            programs = compile_model(graph, setting, blocks[1])
             known.append((blocks, programs))
             return programs
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.files import _say_once, read_entry, write_entry
-from mist.plans.workload import Precision
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import FUNCTIONS, LAWS, SCOPE, _laws, bind
 from mist.symbolic.program_cache import load_programs, store_programs
@@ -20,7 +19,7 @@ from mist.symbolic.program_codec import CALLED, CONSTANTS, decode_program
 from mist.trace import codec
 from tests.security.canary import expression, statement, went_off
 from tests.symbolic.test_runtime_fields import TORCH, laws
-from tests.toys import toy_graph, toy_platform
+from tests.toys import adamw_setting, toy_graph, toy_platform
 
 PROGRAM: dict[str, Any] = {
     "inputs": ["b", "s"],
@@ -118,7 +117,7 @@ def test_what_programs_can_reach_is_the_tables() -> None:
 
 
 def entry_of(tmp_path: Path) -> Path:
-    programs = compile_model(toy_graph(), toy_platform().runtime, Precision.BF16)
+    programs = compile_model(toy_graph(), adamw_setting(toy_platform().runtime))
     store_programs(tmp_path / "cache", "key", programs)
     return tmp_path / "cache" / "key.json"
 
