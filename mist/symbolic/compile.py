@@ -10,12 +10,8 @@ from mist.model.graph import B, Block, ModelGraph, OpKind, S, T
 from mist.plans.memory_levels import PLAIN
 from mist.plans.workload import MemoryLevel
 from mist.symbolic import symbols as sym
-<<<<<<< HEAD
-from mist.symbolic.program import SEARCHED, ModelPrograms, Program
-=======
 from mist.symbolic.cost_setting import CostSetting
-from mist.symbolic.program import ModelPrograms, Program
->>>>>>> ed71b703d9f7b88f73032d263462242a2feb5341
+from mist.symbolic.program import SEARCHED, ModelPrograms, Program
 from mist.symbolic.stage import NOT_CONVERTED, ConvertedBlocks, StageCost, stage_cost
 
 SIZES = (B, S, T)

@@ -49,12 +49,11 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     if programs is not None:
         progress(f"{programs.facts.name}: trace from the cache")
         return programs
-<<<<<<< HEAD
 
     def traced() -> ModelPrograms:
         graph = load_graph(source, setting, progress=progress, refuse=refuse)
         again = dict(_converted(source, settings, graph, progress))
-        return compile_graph(graph, setting, runtime, again)
+        return compile_graph(graph, setting, runtime, optimizer, again)
 
     programs = traced()
     if not computes(programs):
@@ -62,11 +61,6 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
         for each in (setting, *settings):
             forget_trace(source, each)
         programs = traced()
-=======
-    graph = load_graph(source, setting, progress=progress, refuse=refuse)
-    again = dict(_converted(source, settings, graph, progress))
-    programs = compile_graph(graph, setting, runtime, optimizer, again)
->>>>>>> ed71b703d9f7b88f73032d263462242a2feb5341
     # Asked again, because a model that was not in the cache has a trace there only now.
     if key := _key(source, setting, profile_hash, settings, optimizer):
         store_programs(cache_folder(), key, programs)

@@ -15,14 +15,8 @@ if TYPE_CHECKING:
     from sympy import Basic, Symbol
 
     from mist.model.graph import ModelGraph
-<<<<<<< HEAD
-    from mist.plans.workload import Precision
-    from mist.platform import Runtime
-    from mist.symbolic.program import ModelPrograms, Program
-=======
     from mist.symbolic.cost_setting import CostSetting
-    from mist.symbolic.program import ModelPrograms
->>>>>>> ed71b703d9f7b88f73032d263462242a2feb5341
+    from mist.symbolic.program import ModelPrograms, Program
     from mist.symbolic.stage import ConvertedBlocks
     from mist.trace.model_trace import Traced
     from mist.trace.models.loader import LoadedModel
@@ -36,14 +30,8 @@ class SharedWork:
     """Results by what they were made of."""
 
     traces: dict["TraceSetting", "Traced"] = field(default_factory=dict)
-<<<<<<< HEAD
-    programs: dict[tuple[str, "Precision"], list[tuple[object, "ModelPrograms"]]] = field(
-        default_factory=dict
-    )
-    printed: dict[object, "Program"] = field(default_factory=dict)
-=======
     programs: dict[str, list[tuple[object, "ModelPrograms"]]] = field(default_factory=dict)
->>>>>>> ed71b703d9f7b88f73032d263462242a2feb5341
+    printed: dict[object, "Program"] = field(default_factory=dict)
     commands: dict[int, object] = field(default_factory=dict)
 
     @contextmanager

@@ -14,7 +14,7 @@ import pytest
 
 from mist.files import read_entry, write_entry
 from mist.model.summary import MOST_LAYERS, LayerRun, Lengths, ModelFacts, TpLimit
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import Attention, Optimizer, Precision
 from mist.symbolic.load_programs import model_programs
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs
@@ -160,7 +160,9 @@ def cached(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def programs_of(folder: Path, said: list[str]) -> ModelPrograms:
     runtime = toy_platform().runtime
-    return model_programs(str(folder / "tiny.py"), SETTING, runtime, "hash", said.append)
+    return model_programs(
+        str(folder / "tiny.py"), SETTING, runtime, "hash", said.append, optimizer=Optimizer.ADAMW
+    )
 
 
 def traces() -> list[Path]:

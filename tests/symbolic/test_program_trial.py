@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 
 from mist.model.summary import Lengths
-from mist.plans.workload import Precision
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms, Program
 from mist.symbolic.program_codec import decode_program, encode_program
 from mist.symbolic.program_trial import NUM_TOKENS, _seq_len, computes, stand_ins
-from tests.toys import toy_graph, toy_platform
+from tests.toys import adamw_setting, toy_graph, toy_platform
 
 
 @pytest.fixture(scope="module")
 def programs() -> ModelPrograms:
-    return compile_model(toy_graph(), toy_platform().runtime, Precision.BF16)
+    return compile_model(toy_graph(), adamw_setting(toy_platform().runtime))
 
 
 def test_the_programs_of_a_model_compute(programs: ModelPrograms) -> None:
