@@ -5,7 +5,7 @@ accelerate refuses unknown keys at the top of the file and passes over those bel
 is written that it does not read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -221,6 +221,12 @@ def fsdp_section(keys: Mapping[str, Any]) -> Mapping[str, Any]:
     prefix = "fsdp_config."
     found = {k.removeprefix(prefix): v for k, v in keys.items() if k.startswith(prefix)}
     return {key.removeprefix("fsdp_"): value for key, value in found.items()}
+
+
+def strategy_word(words: Sequence[str]) -> dict[str, Any]:
+    """The strategy among the words of a key fsdp, as older files and options have it."""
+    known = [word.upper() for word in words if word.upper() in STRATEGIES]
+    return {"sharding_strategy": known[0]} if known else {}
 
 
 def fsdp_zero(section: Mapping[str, Any], path: str) -> tuple[int, bool]:

@@ -12,11 +12,11 @@ from typing import Any, Final
 from mist.documents import Document, parse_yaml
 from mist.errors import InputError
 from mist.export.accelerate_yaml import (
-    STRATEGIES,
     fsdp_checkpoint,
     fsdp_section,
     fsdp_zero,
     repeats,
+    strategy_word,
     under_fsdp2,
 )
 from mist.export.deepspeed_json import beside, leaves
@@ -161,7 +161,7 @@ def _divided(
 def _under_fsdp(
     keys: Mapping[str, Any], knobs: Mapping[str, int], level: str, path: str
 ) -> Configuration:
-    section = _strategy_word(keys) | dict(fsdp_section(keys))
+    section = strategy_word(_words(keys.get("fsdp"))) | dict(fsdp_section(keys))
     zero, copied = fsdp_zero(section, path)
     if copied and "dp_replicate_size" not in keys:
         raise InputError(f"{path}: a hybrid strategy needs dp_replicate_size, its copies. Add it.")
@@ -173,13 +173,6 @@ def _under_fsdp(
         offload=Offload(weights=float(away), grads=float(away), optimizer=float(away)),
         unmodelled=() if version == 2 else (f"fsdp_version = {version} (predicted as 2)",),
     )
-
-
-def _strategy_word(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The strategy among the words of the key fsdp, as older files have it."""
-    words = [word.upper() for word in _words(keys.get("fsdp"))]
-    known = [word for word in words if word in STRATEGIES]
-    return {"sharding_strategy": known[0]} if known else {}
 
 
 def _words(value: object) -> list[str]:

@@ -77,3 +77,15 @@ def number(options: Options, name: str, path: str, default: int | None = None) -
         found = values[0] if values else "nothing"
         raise InputError(f"{path}: {name} {found} is no whole number.")
     return int(values[0])
+
+
+def launched(options: Options) -> int | None:
+    """Processes that a launcher starts: of torchrun on all nodes, or of accelerate in all."""
+    # What follows a number is the program that is started.
+    said = {name.replace("_", "-"): values[0] for name, values in options.items() if values}
+    if re.fullmatch(r"\d{1,6}", said.get("--num-processes", "")):
+        return int(said["--num-processes"]) or None
+    each, nodes = said.get("--nproc-per-node", ""), said.get("--nnodes", "1")
+    if re.fullmatch(r"\d{1,6}", each) and re.fullmatch(r"\d{1,6}", nodes):
+        return int(each) * int(nodes) or None
+    return None

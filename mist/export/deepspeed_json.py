@@ -177,12 +177,22 @@ def read_deepspeed(text: str, path: str) -> Configuration:
 
 def beside(path: str, key: str, name: object) -> Configuration:
     """What the JSON says that a file at `path` names in `key`. Raises InputError without one."""
-    for folder in (Path(path).parent, Path()):  # programs start in the folder of the checkout, too
-        file = folder / str(name)
+    file = found_beside(path, key, name)
+    return read_deepspeed(text_of(read_bytes(file), file), str(file))
+
+
+def found_beside(path: str, key: str, name: object) -> Path:
+    """The file of that name: beside the one at `path`, or in the current folder.
+
+    Raises InputError where it is in neither.
+    """
+    places = [folder / str(name) for folder in (Path(path).parent, Path())]
+    for file in places:
         if is_file(file):
-            return read_deepspeed(text_of(read_bytes(file), file), str(file))
-    file = Path(path).parent / str(name)
-    raise InputError(f"{path}: {key} {name!r:.80}: {file} is no file. Put it where the key says.")
+            return file
+    raise InputError(
+        f"{path}: {key} {name!r:.80}: {places[0]} is no file. Put it where the key says."
+    )
 
 
 def leaves(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mist.errors import InputError
-from mist.export.command_words import Options, number, options_of
+from mist.export.command_words import Options, launched, number, options_of
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import (
     Configuration,
@@ -338,21 +338,11 @@ def read_megatron(text: str, path: str) -> Configuration:
         global_batch=number(options, "--global-batch-size", path),
         precision=_precision(options),
         num_layers=number(options, "--num-layers", path),
-        launched=_launched(options),
+        launched=launched(options),
         shards_sequence="--sequence-parallel" in options,
         unmodelled=(*_ignored(options), *others.unmodelled),
         untouched=others.untouched,
     )
-
-
-def _launched(options: Options) -> int | None:
-    """Processes that torchrun starts, where the script says both numbers."""
-    # What follows a number is the program that is started.
-    said = {name.replace("_", "-"): values[0] for name, values in options.items() if values}
-    each, nodes = said.get("--nproc-per-node", ""), said.get("--nnodes", "1")
-    if re.fullmatch(r"\d{1,6}", each) and re.fullmatch(r"\d{1,6}", nodes):
-        return int(each) * int(nodes) or None
-    return None
 
 
 def _vpp(options: Options, path: str, pp: int) -> int:

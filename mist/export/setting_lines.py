@@ -6,9 +6,10 @@ import re
 def line_of(name: str, text: str) -> int | None:
     """The last line of a text that sets something of this name; None without one.
 
-    Of a dotted name the last part stands in the line.
+    Of a dotted name the last part stands in the line, of an option its dashes, too.
     """
-    for word in (name, name.rpartition(".")[2]):
+    option = f"--{name}"
+    for word in (name, name.rpartition(".")[2], option, option.replace("_", "-")):
         own = re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])")
         lines = enumerate(text.splitlines(), start=1)
         if places := [number for number, line in lines if own.search(line.split("#")[0])]:

@@ -94,18 +94,18 @@ def read_torchtitan(text: str, path: str) -> Configuration:
     settings = _named_as_now(dict(_of_file(text, path)))
     others = unread(settings, KINDS, text, path)
     whole = _WholeSettings(settings, path)
-    pp = whole.number("parallelism.pipeline_parallel_degree", 1)
+    pp = whole.number("parallelism.pipeline_parallel_degree", 1, least=1)
     parts = _chunks(settings, path, pp)
-    batch = whole.number("training.local_batch_size", 8)
-    micro_batch = whole.number("parallelism.pipeline_parallel_microbatch_size", 1)
-    copies = whole.number("parallelism.data_parallel_replicate_degree", 1)
+    batch = whole.number("training.local_batch_size", 8, least=1)
+    micro_batch = whole.number("parallelism.pipeline_parallel_microbatch_size", 1, least=1)
+    copies = whole.number("parallelism.data_parallel_replicate_degree", 1, least=1)
     shard = whole.number("parallelism.data_parallel_shard_degree", -1)
     offload = float(settings.get("training.enable_cpu_offload") is True)
     zero = _zero(settings, shard, pp)
     global_batch = whole.number("training.global_batch_size", -1)
     return Configuration(
         knobs={
-            **{name: whole.number(setting, 1) for name, setting in COUNTS.items()},
+            **{name: whole.number(setting, 1, least=1) for name, setting in COUNTS.items()},
             "vpp": max(len(parts) // pp, 1),
             "zero": zero,
             "dp_replicate": copies if zero else 1,
@@ -168,12 +168,14 @@ class _WholeSettings:
     def __init__(self, settings: Settings, path: str) -> None:
         self._settings, self._path = settings, path
 
-    def number(self, name: str, default: int) -> int:
-        """The number of a setting. Raises InputError."""
+    def number(self, name: str, default: int, least: int = -1) -> int:
+        """The number of a setting; -1 leaves it to torchtitan. Raises InputError."""
         value = self._settings.get(name, default)
         text = str(value)
         if isinstance(value, bool) or not re.fullmatch(r"-?\d{1,15}", text):
             raise InputError(f"{self._path}: {name} {text:.40} is no whole number.")
+        if int(text) < least:
+            raise InputError(f"{self._path}: {name} {text} is less than {least}.")
         return int(text)
 
 

@@ -80,6 +80,13 @@ gradient_checkpointing: true
 """
 
 
+TRAINER = """torchrun --nproc_per_node=4 train.py \\
+    --per_device_train_batch_size 2 \\
+    --gradient_accumulation_steps 8 --bf16 True --gradient_checkpointing \\
+    --model_max_length 2048 --learning_rate 2e-5 --neftune_noise_alpha 5 \\
+"""
+
+
 def read(text: str, name: str) -> Configuration:
     target = target_of(text)
     assert target is not None and target.read is not None
@@ -152,6 +159,46 @@ def test_an_axolotl_file_with_a_json(tmp_path: Path) -> None:
     assert said.knobs == {"tp": 1, "zero": 3, "micro_batch": 2}
     assert (said.precision, said.checkpoint) == ("bf16", "full")
     assert said.runtimes == ("deepspeed-zero3",)
+
+
+@pytest.mark.parametrize(
+    ("more", "zero", "runtime", "offload"),
+    [
+        ("", 0, "torch", Offload()),
+        ("--fsdp 'shard_grad_op auto_wrap'", 2, "torch", Offload()),
+        (
+            "--fsdp 'full_shard offload' --fsdp_config fsdp.json",
+            3,
+            "torch",
+            Offload(weights=1.0, grads=1.0, optimizer=1.0),
+        ),
+        ("--deepspeed z2.json", 2, "deepspeed-zero3", Offload()),
+        ("--config_file a.yaml", 3, "deepspeed-zero3", Offload(optimizer=1.0)),
+    ],
+)
+def test_a_script_of_a_trainer(
+    more: str, zero: int, runtime: str, offload: Offload, tmp_path: Path
+) -> None:
+    (tmp_path / "fsdp.json").write_text('{"activation_checkpointing": false}')
+    (tmp_path / "z2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "a.yaml").write_text(ZERO)
+    said = read(TRAINER + more, str(tmp_path / "train.sh"))
+    assert {**said.knobs, "tp": 1} == {"tp": 1, "zero": zero, "micro_batch": 2}
+    assert (said.offload, said.runtimes) == (offload, (runtime,))
+    assert (said.seq_len, said.num_micro_batches, said.checkpoint) == (2048, 8, "full")
+    assert (said.launched, said.precision) == (4, "bf16")
+    assert said.untouched == ("learning_rate",)
+    assert said.unmodelled == ("neftune_noise_alpha 5",)
+
+
+def test_adapters_of_a_trainer_are_refused() -> None:
+    with pytest.raises(InputError, match=r"train.sh, line 5: lora_r 64 is not predicted"):
+        read(f"{TRAINER}    --lora_r 64", "train.sh")
+
+
+def test_a_file_that_a_script_names_and_that_is_missing() -> None:
+    with pytest.raises(InputError, match=r"--deepspeed 'no.json': .*no.json is no file"):
+        read(f"{TRAINER}    --deepspeed no.json", "train.sh")
 
 
 def test_precision_that_the_trainer_says() -> None:
