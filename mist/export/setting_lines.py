@@ -21,3 +21,12 @@ def place_of(name: str, text: str, path: str) -> str:
     """The file, and the line where it is known."""
     line = line_of(name, text)
     return f"{path}, line {line}" if line else path
+
+
+def with_line(message: str, text: str, path: str) -> str:
+    """A message about a file that begins with a setting of it, with the line of the setting."""
+    about = f"{path}: "
+    if not message.startswith(about):
+        return message
+    said = message.removeprefix(about)
+    return f"{place_of(said.split(maxsplit=1)[0], text, path)}: {said}"

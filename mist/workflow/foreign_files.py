@@ -13,6 +13,7 @@ from mist.documents import text_of
 from mist.errors import InputError
 from mist.export.edits import edits_of, settings_of
 from mist.export.rounding import expressible
+from mist.export.setting_lines import with_line
 from mist.export.target import Configuration, ExportSource, Target
 from mist.export.targets import target_of
 from mist.files import is_file, read_bytes, user_path
@@ -48,7 +49,11 @@ def foreign_file(name: str) -> ForeignFile | None:
     target = target_of(text)
     if target is None or target.read is None:
         return None
-    return ForeignFile(path=name, target=target, configuration=target.read(text, name), text=text)
+    try:
+        said = target.read(text, name)
+    except InputError as error:
+        raise InputError(with_line(str(error), text, name)) from error
+    return ForeignFile(path=name, target=target, configuration=said, text=text)
 
 
 def check_file(

@@ -228,6 +228,23 @@ def test_what_decides_and_is_not_predicted_is_refused(text: str, more: str, mess
     assert message in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", AXOLOTL.replace("size: 2", "size: two"), ", line 3: micro_batch_size 'two'"),
+        ("b.sh", MEGATRON.replace("-size 128", "-size many"), ", line 12: --global-batch-size"),
+        ("c.toml", TOML.replace("8192", "8e3"), ", line 5: training.seq_len 8000.0 is no whole"),
+        ("d.json", '{"zero_optimization":\n {"stage": "3"}}', ", line 2: zero_optimization.stage"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError) as refusal:
+        foreign_file(str(path))
+    assert str(refusal.value).startswith(f"{path}{message}")
+
+
 def judged(text: str, name: str, folder: Path, **typed: object) -> Checked:
     path = folder / name
     path.write_text(text)
