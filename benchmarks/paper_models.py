@@ -142,7 +142,9 @@ def _compiled(asked: Question) -> ModelPrograms:
     source = FAMILIES[family](size) if size in SIZES else asked.model
     chosen = platform_of(asked)
     setting = setting_of(asked, chosen)
-    return model_programs(source, setting, chosen.runtime, chosen.runtime_hash, quiet)
+    return model_programs(
+        source, setting, chosen.runtime, chosen.runtime_hash, quiet, optimizer=asked.optimizer
+    )
 
 
 def machine() -> str:

@@ -13,7 +13,8 @@ from sympy import Expr
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, SavedTensor, T, TensorLayout
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision, Workload
+from mist.plans.numerics import NUMERICS
+from mist.plans.workload import Workload
 from mist.platform import OpCosts, Platform
 from tests.tokens import tokens
 
@@ -42,7 +43,7 @@ class Rank:
     def laws(self) -> OpCosts:
         p = self.platform
         return OpCosts(
-            device=p.device, cluster=p.cluster, runtime=p.runtime, precision=Precision.BF16
+            device=p.device, cluster=p.cluster, runtime=p.runtime, numerics=NUMERICS["bf16"]
         )
 
     @property
@@ -423,6 +424,12 @@ def _num_exchanged(rank: Rank, layers: list[tuple[Block, str]]) -> int:
     return num
 
 
+def _state_bytes(rank: Rank) -> float:
+    """Bytes per parameter of runtime torch in bf16, as design.md has them."""
+    d = rank.sharers
+    return (18.0, 12 / d + 2 + 4, 16 / d + 2, 16 / d)[rank.zero]
+
+
 def _peak(
     rank: Rank,
     layers: list[tuple[Block, str]],
@@ -440,9 +447,7 @@ def _peak(
     hosted = of_layers * rank.share("weights") * 4 / shard
     hosted += of_layers * rank.share("grads") * 4 / grad_shard
     hosted += params * rank.share("optimizer") * 8 / shard
-    states = (
-        params * runtime.state(Precision.BF16, rank.zero).bytes_per_param(rank.sharers) - hosted
-    )
+    states = params * _state_bytes(rank) - hosted
     boundary = rank.number(layers[0][0].boundary_bytes) / rank.tp
     sizes = [level_bytes(rank, block, boundary)[level] for block, level in layers]
     away = rank.share("activations")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.model.graph import B, ModelGraph, S
-from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform import load_platform
 from mist.rules.between_stages import broken_between
 from mist.rules.combinations import apply_rules, out_of_domain
@@ -19,7 +19,7 @@ from mist.rules.rule import Rule, broken
 from mist.symbolic.compile import compile_model
 from mist.symbolic.job import Job, make_job
 from tests.torch_schedules import pipeline_order
-from tests.toys import toy_graph, toy_job, toy_workload
+from tests.toys import adamw_setting, toy_graph, toy_job, toy_workload
 
 FITTING = {
     "tp": 2,
@@ -178,7 +178,7 @@ def test_the_words_of_a_broken_rule(changes: dict[str, object], messages: list[s
 def of_runtime(name: str) -> tuple[Rule, ...]:
     """The rules of the toy under another runtime."""
     platform = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime=name)
-    programs = compile_model(toy_graph(), platform.runtime, Precision.BF16)
+    programs = compile_model(toy_graph(), adamw_setting(platform.runtime))
     return make_job(programs, platform, toy_workload()).rules
 
 

@@ -67,7 +67,9 @@ def test_a_cluster(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_runtime(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph(), monkeypatch)
-    copied(profiles, "runtimes/torch.yaml", "mine", (r"zero_levels: \[.*\]", "zero_levels: [3]"))
+    copied(
+        profiles, "runtimes/torch.yaml", "mine", (r"^  zero_levels: \[.*\]", "  zero_levels: [3]")
+    )
     plan = planned(gpu="l4", runtime="mine").plan
     assert plan.runtime == "mine"
     assert {stage.zero for stage in plan.stages} == {3}
@@ -242,6 +244,58 @@ def test_a_schedule(tmp_path: Path) -> None:
     copied_package(tmp_path, 6, NEW_SCHEDULE)
     script = PLAN.replace("{fixed}", '["tp=1", "pp=2", "schedule=one-ahead"]')
     assert printed(tmp_path, script)[0] == "one-ahead"
+
+
+NEW_OPTIMIZER = {
+    "mist/plans/workload.py": {
+        r'(    ADAMW = "adamw"\n)': r'\1    LION = "lion"\n',
+    },
+    "profiles/runtimes/torch.yaml": {
+        r"(\n  moments:\n)": r"\1    - {bytes_per_param: {value: 4.0, source: one, kind: spec}, "
+        r"sharded_from: 1, optimizers: [lion]}\n",
+    },
+    "mist/workflow/request.py": {r"(optimizer: Optimizer = Optimizer).ADAMW": r"\1.LION"},
+}
+STATES = """
+import sys
+
+import pytest
+
+from mist.errors import PlatformError
+from mist.plans.search_space import narrowed, space_of
+from mist.plans.workload import Optimizer
+from mist.workflow import request
+from mist.workflow.planning import make_plan
+from mist.workflow.request import Question
+
+sys.path.append(sys.argv[1])
+from tests.toys import toy_graph
+
+pytest.MonkeyPatch().setattr(request, "_trace_module", lambda *asked: toy_graph())
+space = narrowed(space_of("3d"), fixed=["tp=1", "pp=1", "zero=0"], most=(), forbid=())
+asked = {"model": object(), "num_gpus": 1, "seq_len": 2048, "global_batch": 16}
+states = []
+for optimizer in ({}, {"optimizer": Optimizer.ADAMW}):
+    plan = make_plan(Question(**asked, **optimizer), space).plan
+    states.append(plan.estimate.stages[0].memory_parts_bytes["states"])
+    print(plan.workload.optimizer)
+print((states[1] - states[0]) / toy_graph().num_params)
+try:
+    make_plan(Question(**asked, runtime="megatron"), space)
+except PlatformError as error:
+    print(error)
+"""
+
+
+def test_an_optimizer(tmp_path: Path) -> None:
+    """One moment in place of AdamW's two: 4 bytes a parameter less."""
+    copied_package(tmp_path, 8, NEW_OPTIMIZER)
+    first, second, difference, *refusal = printed(tmp_path, STATES)
+    assert (first, second, float(difference)) == ("lion", "adamw", pytest.approx(4.0, rel=1e-6))
+    assert " ".join(refusal) == (
+        "optimizer lion: runtime megatron has states of adamw only. "
+        "Add a row to `moments` of its profile."
+    )
 
 
 NEW_KNOB = {

@@ -69,7 +69,7 @@ def test_a_plan_without_bounds_is_byte_identical(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_bounds = planned(name)
-    monkeypatch.setattr("mist.search.tune.lower_bound_s", lambda job, group: 0.0)
+    monkeypatch.setattr("mist.search.visits.lower_bound_s", lambda *_: 0.0)
     monkeypatch.setattr(
         "mist.search.stage_frontiers.window", lambda m, ranges, step_s, **_: ranges.count > 0
     )
@@ -78,4 +78,5 @@ def test_a_plan_without_bounds_is_byte_identical(
     )
     monkeypatch.setattr("mist.search.stage_frontiers.capacity", boundless)
     monkeypatch.setattr("mist.pareto.uniform_layouts.capacity", boundless)
+    monkeypatch.setattr("mist.search.tune.capacity", boundless)
     assert dump_plan(planned(name)) == dump_plan(with_bounds)

@@ -19,7 +19,7 @@ from mist.model.summary import LayerRun, ModelFacts, TpLimit
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.plan import Limits, Plan
 from mist.plans.search_space import SPACES, SearchSpace
-from mist.plans.workload import Precision, ScheduleKind
+from mist.plans.workload import ScheduleKind
 from mist.platform import load_platform
 from mist.platform.profiles import load_runtime
 from mist.rules.apply import refuse_unplayable
@@ -31,7 +31,7 @@ from mist.symbolic.program import ModelPrograms
 from mist.workflow.plan_against_job import plan_against
 from mist.workflow.request import Question, unsearched_plan
 from tests import framework_rules
-from tests.toys import toy_graph, toy_programs, toy_workload
+from tests.toys import adamw_setting, toy_graph, toy_programs, toy_workload
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "profiles/runtimes").iterdir())
 HOST = 1e9
@@ -56,7 +56,7 @@ def programs(runtime: str, kinds: int, tied: bool) -> ModelPrograms:
     graph = toy_graph((8,) if kinds == 1 else (1, 2), tied=tied)
     if runtime == "torch":
         return toy_programs(graph)
-    return compile_model(graph, load_runtime(runtime).profile, Precision.BF16)
+    return compile_model(graph, adamw_setting(load_runtime(runtime).profile))
 
 
 def case(seed: int, runtimes: list[str], *, kinds: tuple[int, ...], ties: tuple[bool, ...]) -> Case:

@@ -14,7 +14,8 @@ from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import layer_ranges
 from mist.pareto.layouts import PricedLayout, stage_plans
-from mist.pareto.strategies import divisors, groups, offloading
+from mist.pareto.offload_ratios import offloading
+from mist.pareto.strategies import divisors, groups
 from mist.plans.memory_levels import CONVERTS
 from mist.plans.plan import Layout, Limits, Offload, Schedule, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace, narrowed
@@ -493,7 +494,7 @@ def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> No
     for limit in (0.9e9, 1.3e9, 4e9):
         with_bounds = tuned(job, SearchSpace(), limit, alternatives=0)
         with monkeypatch.context() as patch:
-            patch.setattr("mist.search.tune.lower_bound_s", lambda job, group: 0.0)
+            patch.setattr("mist.search.visits.lower_bound_s", lambda *_: 0.0)
             patch.setattr(
                 "mist.search.stage_frontiers.window",
                 lambda m, ranges, step_s, **_: ranges.count > 0,
@@ -504,6 +505,7 @@ def test_bounds_do_not_change_the_optimum(monkeypatch: pytest.MonkeyPatch) -> No
             )
             patch.setattr("mist.search.stage_frontiers.capacity", boundless)
             patch.setattr("mist.pareto.uniform_layouts.capacity", boundless)
+            patch.setattr("mist.search.tune.capacity", boundless)
             without = tuned(job, SearchSpace(), limit, alternatives=0)
         assert stage_plans(job, with_bounds.best) == stage_plans(job, without.best)
         assert with_bounds.best.step_s == without.best.step_s

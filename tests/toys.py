@@ -26,10 +26,12 @@ from mist.model.graph import (
     TensorLayout,
 )
 from mist.model.summary import LayerRun, TpLimit, Traffic
+from mist.plans.numerics import NUMERICS
 from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
-from mist.platform import Platform, load_platform
+from mist.platform import Platform, Runtime, load_platform
 from mist.platform.profiles import load_cluster, load_device, load_runtime
 from mist.symbolic.compile import compile_model
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.job import Job, make_job
 from mist.symbolic.program import ModelPrograms
 
@@ -262,6 +264,11 @@ def toy_workload(seq_len: int = 2048, global_batch: int = 64) -> Workload:
     )
 
 
+def adamw_setting(runtime: Runtime, precision: Precision = Precision.BF16) -> CostSetting:
+    """What costs are built for: AdamW under a runtime."""
+    return CostSetting(runtime=runtime, numerics=NUMERICS[precision], optimizer=Optimizer.ADAMW)
+
+
 @cache
 def toy_programs(
     graph: ModelGraph, runtime: str = "torch", *, converts: bool = False
@@ -269,7 +276,7 @@ def toy_programs(
     """The compiled costs of a graph under a runtime in bf16, once for all tests."""
     profile = load_runtime(runtime).profile
     levels = converted_blocks(graph) if converts else {}
-    return compile_model(graph, profile, Precision.BF16, levels)
+    return compile_model(graph, adamw_setting(profile), levels)
 
 
 def toy_job(

@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mist.plans.workload import Optimizer
 from mist.platform.calibration import calibrated, figure_at
 from mist.platform.profiles import find_calibration, load_device
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.load_programs import quiet
 from mist.symbolic.open_programs import open_programs
 from mist.trace import load_graph
@@ -109,7 +111,12 @@ class GroupModel:
         graph = load_graph(group.key.config, group.key.setting, progress=quiet)
         runtime = machine_at(group, self.base).runtime
         self._paths = [name for name in self.base if name.startswith("runtime.")]
-        self._open = open_programs(graph, runtime, group.key.setting.precision, self._paths)
+        setting = CostSetting(
+            runtime=runtime,
+            numerics=group.key.numerics,
+            optimizer=Optimizer.ADAMW,
+        )
+        self._open = open_programs(graph, setting, self._paths)
 
     def steps_s(self, values: Values) -> Floats:
         """Predicted seconds of a step of each member."""

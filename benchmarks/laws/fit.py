@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mist.calibrate.fit import Range, fitted
+from mist.plans.numerics import NUMERICS
 from mist.plans.workload import Precision
 from mist.platform import Cluster, Collective, Kind, OpCosts, Quantity
 from mist.platform.cluster import CollectiveTable
@@ -68,7 +69,7 @@ def costs(device: str, law: Mapping[str, float]) -> OpCosts:
         device=replace(profile, gemm=gemm),
         cluster=load_cluster(profile.default_cluster).profile,
         runtime=load_runtime("torch").profile,
-        precision=Precision.BF16,
+        numerics=NUMERICS["bf16"],
     )
 
 

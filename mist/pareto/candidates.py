@@ -5,10 +5,10 @@ What a stage may have of memory levels is in `mist.pareto.stage_mixes`.
 
 from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import combinations
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mist.pareto.layer_ranges import Ranges, kinds_of, placed
 from mist.pareto.level_choice import allowed_levels, fastest_levels, useful_levels
 from mist.pareto.linear_cost import Held, StageLines
+from mist.pareto.offload_ratios import within_caps
 from mist.pareto.stage_mixes import Mixes, StagePosition, Within
 from mist.pareto.strategies import (
     Floats,
@@ -25,20 +26,33 @@ from mist.pareto.strategies import (
     expressible,
     levels_under,
     priced,
-    within_caps,
 )
 from mist.pareto.unequal_meshes import NodePosition
-from mist.plans.plan import Limits
+from mist.plans.plan import Limits, Schedule
 from mist.plans.schedules import layers_more
 from mist.plans.search_space import SearchSpace
 from mist.plans.workload import MemoryLevel
 from mist.rules.between_stages import divides_ends
 from mist.rules.levels import may_mix
-from mist.symbolic.columns import pipeline_of, position_columns
+from mist.symbolic.columns import Placement, pipeline_of, position_columns
 from mist.symbolic.job import Job
+
+T = TypeVar("T", list[Ints], Floats)
 
 Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
 """Which strategies [K] divide a shared weight in each way; None: no weight is shared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageTable:
+    """F stages that are computed together, K strategies each.
+
+    `stages` [F]: each with all that differ from it in their layers only.
+    """
+
+    stages: list[Ints]
+    lines: StageLines
+    held: Held
 
 
 class GroupModel:
@@ -48,16 +62,11 @@ class GroupModel:
         """`strategies`: priced."""
         self.job, self.group, self.strategies = job, group, strategies
         self._take_space(space)
-        starts = np.arange(group.num_stages) * group.sizes[0]
-        devices = np.stack([starts, np.full_like(starts, group.sizes[0])], axis=-1)
         micro = group.num_micro_batches
-        columns = position_columns(job.placement, devices, 0, micro, group.schedule)
         self._pipeline = pipeline_of(group.schedule, group.num_stages, micro)
-        self._in_flight = np.asarray(columns.pop("in_flight"))
-        del columns["layers_more"]  # of each range its own: `_held`
-        self._names = tuple(columns)
-        rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
-        self._places: list[tuple[float, ...]] = [tuple(map(float, row)) for row in rows.tolist()]
+        self._names, self._places, self._in_flight = _places(
+            job.placement, group.num_stages, group.sizes[0], micro, group.schedule
+        )
         self._lines: dict[tuple[float, ...], StageLines] = {}
 
     def lines(self, stage: int, place: NodePosition | None = None) -> StageLines:
@@ -142,10 +151,16 @@ class GroupModel:
 
         They count where stages are alike in dp and tp, and then all strategies have the same.
         """
-        lines, kinds = self.lines(stage), kinds_of(self.job, ranges)
+        (weight_s,) = self.weights_s(self.lines(stage), ranges)
+        return np.asarray(weight_s)
+
+    def weights_s(self, lines: StageLines, ranges: Ranges) -> Floats:
+        """The same of every stage of a table of lines, [F, R]; one row where all are the same."""
+        kinds = kinds_of(self.job, ranges)
         none = Held(in_flight=np.zeros(1), layers_more=np.zeros((1, 1)))  # it does not depend on it
-        each = [lines.rise("weight_s", kind, none)[0] for kind in range(len(kinds))]
-        return np.asarray(lines.base("weight_s", 1, none)[0] + np.ravel(each) @ kinds)
+        own = slice(None, None, len(self.strategies))
+        each = [np.ravel(lines.rise("weight_s", kind, none))[own] for kind in range(len(kinds))]
+        return np.asarray(lines.base("weight_s", 1, none)[own, None] + np.stack(each, -1) @ kinds)
 
     def mixes(
         self,
@@ -172,21 +187,18 @@ class GroupModel:
         for upper, lower in self.pairs:
             yield from position.mixed(upper, lower)
 
-    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[list[Ints], list[Mixes]]]:
-        """Stages with the same lines, by their micro-batches in flight [F], and their mixes [F K].
+    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[StageTable, list[Mixes]]]:
+        """Tables of stages that differ in more than layers, and their mixes [F K].
 
-        Those that differ only in their micro-batches in flight are computed together: for a
-        pipeline of many stages and few strategies numpy's calls, not its numbers, take the time.
+        For a pipeline of few strategies numpy's calls, not its numbers, take the time.
         """
-        for stages, held in self.together(len(self.strategies) * len(ranges), ranges):
-            position = self._of(self.lines(int(stages[0])), held, ranges, limits)
-            own = [stages[self._in_flight[stages] == each] for each in held.in_flight]
-            yield own, list(self._mixes(position))
+        for table in self.together(len(self.strategies) * len(ranges), ranges):
+            yield table, list(self._mixes(self._of(table.lines, table.held, ranges, limits)))
 
     def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
         """Stages that differ in nothing but their layers, and the mixes of each of them."""
-        for each, mixes in self.by_line(ranges, limits):
-            for index, stages in enumerate(each):
+        for table, mixes in self.by_line(ranges, limits):
+            for index, stages in enumerate(table.stages):
                 yield stages, self._part(mixes, index, ranges)
 
     def _part(self, mixes: list[Mixes], index: int, ranges: Ranges) -> list[Mixes]:
@@ -208,23 +220,31 @@ class GroupModel:
         """Strategies that do not fit everywhere with all layers at a level, [K]."""
         num_rows = len(self.strategies)
         short = np.zeros(num_rows, dtype=np.bool_)
-        for stages, held in self.together(num_rows * len(ranges), ranges):
-            position = self._of(self.lines(int(stages[0])), held, ranges, limits)
-            fits = position.whole(level).fits.reshape(len(held.in_flight), num_rows, len(ranges))
-            for stage in stages:
-                (own,) = fits[held.in_flight == self._in_flight[stage]]
-                allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
-                short |= ~own[:, allowed].all(axis=1)
+        for table in self.together(num_rows * len(ranges), ranges):
+            position = self._of(table.lines, table.held, ranges, limits)
+            fits = position.whole(level).fits.reshape(len(table.stages), num_rows, len(ranges))
+            for own, stages in zip(fits, table.stages, strict=True):
+                for stage in stages.tolist():
+                    allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
+                    short |= ~own[:, allowed].all(axis=1)
         return short
 
-    def together(self, size: int, ranges: Ranges) -> Iterator[tuple[Ints, Held]]:
-        """Stages with the same lines, and what is held by those of them that differ, in chunks."""
-        for place in dict.fromkeys(self._places):
-            stages = np.array([i for i, other in enumerate(self._places) if other == place])
-            for some in _chunks(np.unique(self._in_flight[stages]), size):
-                first = [stages[self._in_flight[stages] == each][0] for each in some]
-                held = self._held(np.array(first), some, ranges)
-                yield stages[np.isin(self._in_flight[stages], some)], held
+    def together(self, size: int, ranges: Ranges) -> Iterator[StageTable]:
+        """Stages that differ, in tables of as many as are computed together; the first one alone.
+
+        `size`: numbers of one stage. Stages that agree in lines and micro-batches in flight differ
+        in their layers only.
+        """
+        alike: dict[tuple[int, float], list[int]] = {}
+        rank = {place: index for index, place in enumerate(dict.fromkeys(self._places))}
+        for stage, place in enumerate(self._places):
+            alike.setdefault((rank[place], self.in_flight(stage)), []).append(stage)
+        first, *others = [np.array(alike[key]) for key in sorted(alike)]
+        for stages in ([first], *_chunks(others, size)):
+            leading = np.array([own[0] for own in stages])
+            lines = StageLines.stacked([self.lines(int(stage)) for stage in leading])
+            held = self._held(leading, self._in_flight[leading], ranges)
+            yield StageTable(stages=stages, lines=lines, held=held)
 
     def _held(self, stages: Ints, in_flight: Floats, ranges: Ranges) -> Held:
         """What stages [F] hold."""
@@ -273,12 +293,29 @@ class GroupModel:
         return StagePosition(self.job, lines, held, ranges, within)
 
 
+@lru_cache(maxsize=1024)
+def _places(
+    placement: Placement, num_stages: int, size: int, num_micro_batches: int, schedule: Schedule
+) -> tuple[tuple[str, ...], list[tuple[float, ...]], Floats]:
+    """Names of the columns of a position, these columns of each, and micro-batches in flight [S].
+
+    Several models of a group, in several searches, ask for the same.
+    """
+    starts = np.arange(num_stages) * size
+    devices = np.stack([starts, np.full_like(starts, size)], axis=-1)
+    columns = position_columns(placement, devices, 0, num_micro_batches, schedule)
+    in_flight = np.asarray(columns.pop("in_flight"))
+    del columns["layers_more"]  # of each range its own: `_held`
+    rows = np.stack([np.asarray(column) for column in columns.values()], axis=-1)
+    return tuple(columns), [tuple(map(float, row)) for row in rows.tolist()], in_flight
+
+
 _TOGETHER: Final = 1 << 10  # strategies at places whose lines are read together
 _CHUNK: Final = 1 << 16  # stages computed together: what a processor's cache holds
 
 
-def _chunks(in_flight: Floats, size: int) -> Iterator[Floats]:
-    """As many at a time as are computed together, for `size` stages each."""
+def _chunks(stages: T, size: int) -> Iterator[T]:
+    """As many at a time as are computed together, of `size` numbers each."""
     chunk = max(1, _CHUNK // max(size, 1))
-    for start in range(0, len(in_flight), chunk):
-        yield in_flight[start : start + chunk]
+    for start in range(0, len(stages), chunk):
+        yield stages[start : start + chunk]

@@ -40,10 +40,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.bounds import fastest_layers
-from mist.pareto.candidates import GroupModel
+from mist.pareto.candidates import GroupModel, StageTable
 from mist.pareto.layer_ranges import Ranges, kinds_of
 from mist.pareto.linear_cost import Held, StageLines, instants
-from mist.pareto.strategies import Floats
+from mist.pareto.strategies import Floats, Ints
 from mist.plans.plan import Limits
 from mist.plans.schedules import SCHEDULES
 
@@ -105,22 +105,16 @@ def capacity(
     load = weight @ kinds_of(model.job, ranges)
     most = np.full((model.group.num_stages, len(model.strategies)), -np.inf)
     entry_s = 0.0
-    for stages, held in model.together(len(model.strategies), ranges):
-        is_first = bool(stages[0] == 0)  # what `together` begins with
-        knapsack = _Knapsack(
-            model=model,
-            lines=model.lines(int(stages[0])),
-            held=_least(held, coarse=coarse),
-            weight=weight,
-            filled_s=fastest_s,
-        )
+    for table in model.together(len(model.strategies), ranges):
+        is_first = bool(table.stages[0][0] == 0)  # what `together` begins with
+        stages, lines, held = _least(table, coarse=coarse)
+        knapsack = _Knapsack(model=model, lines=lines, held=held, weight=weight, filled_s=fastest_s)
         if is_first:
             entry_s = knapsack.entry_s(load)
         times = knapsack.times(step_s * (1 + _SLACK), None if is_first else entry_s)
         found = knapsack.most(limits.device_bytes, list(times))
-        for index, in_flight in enumerate(held.in_flight.tolist()):
-            own = [stage for stage in stages if model.in_flight(stage) == in_flight]
-            most[own] = found[0 if coarse else index]
+        for own, each in zip(stages, found, strict=True):
+            most[own] = each
     if len(layers) == 1:
         # Of one kind the load is a number of layers: the slack keeps 3.9999999999 from becoming 3.
         most = np.floor(most * (1 + _SLACK))
@@ -132,12 +126,25 @@ def capacity(
     )
 
 
-def _least(held: Held, *, coarse: bool) -> Held:
-    """The least that an average layer holds in any range, [F, 1]; of the first position only."""
-    more = held.layers_more.min(axis=1, keepdims=True)
+def _least(table: StageTable, *, coarse: bool) -> tuple[list[Ints], StageLines, Held]:
+    """Stages [F] and the least that an average layer of each holds in any range, [F, 1].
+
+    `coarse`: stages with the same lines as one, which holds least of all.
+    """
+    more = table.held.layers_more.min(axis=1, keepdims=True)
+    parts = table.lines.parts or (table.lines,) * len(table.stages)
     if not coarse:
-        return replace(held, layers_more=more)
-    return Held(in_flight=held.in_flight[:1], layers_more=more.min(keepdims=True))
+        return table.stages, table.lines, replace(table.held, layers_more=more)
+    rows: dict[int, list[int]] = {}
+    for row, part in enumerate(parts):
+        rows.setdefault(id(part), []).append(row)
+    held = [(table.held.in_flight[own].min(), more[own].min()) for own in rows.values()]
+    in_flight, least_more = np.array(held).T
+    return (
+        [np.concatenate([table.stages[row] for row in own]) for own in rows.values()],
+        StageLines.stacked([parts[own[0]] for own in rows.values()]),
+        Held(in_flight=in_flight, layers_more=least_more[:, None]),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

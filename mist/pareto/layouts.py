@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.frontier_points import Points
-from mist.pareto.strategies import Group, Ints, Strategies, whole_layers
+from mist.pareto.offload_ratios import whole_layers
+from mist.pareto.strategies import Group, Ints, Strategies
 from mist.plans.memory_levels import level_counts
 from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time, step_time

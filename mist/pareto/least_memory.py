@@ -23,16 +23,9 @@ import numpy as np
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_partition import even_split
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.offload_ratios import lean_ratios, offloading
 from mist.pareto.stage_mixes import Mixes
-from mist.pareto.strategies import (
-    Floats,
-    Group,
-    Ints,
-    groups,
-    lean_ratios,
-    offloading,
-    with_least_memory,
-)
+from mist.pareto.strategies import Floats, Group, Ints, groups, with_least_memory
 from mist.pareto.uniform_layouts import stage_layers
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace

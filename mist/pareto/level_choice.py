@@ -15,6 +15,7 @@ since each layer moved frees k_B - k_A at least once.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -37,13 +38,23 @@ def allowed_levels(
     strategies: Strategies, levels: Sequence[MemoryLevel], schedule: ScheduleKind
 ) -> LevelRows:
     """Which strategies [K] may have layers at each level."""
+    # Rules look at few numbers, which groups share; to ask them takes longer than to look up.
+    columns = (strategies[name].astype(np.float64).tobytes() for name in ("activations", "tp"))
+    return dict(zip(levels, _allowed(tuple(levels), schedule, *columns), strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _allowed(
+    levels: tuple[MemoryLevel, ...], schedule: ScheduleKind, activations: bytes, tp: bytes
+) -> NDArray[np.bool_]:
+    """The same of columns as bytes, [L, K]."""
     columns: Columns = {
-        "activations": strategies["activations"],
-        "tp": strategies["tp"],
+        "activations": np.frombuffer(activations),
+        "tp": np.frombuffer(tp),
         "schedule": schedule.value,
     }
-    every = np.ones(len(strategies), dtype=np.bool_)
-    return {level: every & may_have(level, columns) for level in levels}
+    allowed = may_have(np.array(levels, dtype=np.str_)[:, None], columns)
+    return np.broadcast_to(allowed, (len(levels), len(np.frombuffer(tp))))
 
 
 def fastest_s(strategies: Strategies, allowed: LevelRows, kind: int, name: str) -> Floats:

@@ -50,15 +50,18 @@ class Held:
 class StageLines:
     """Lines of K strategies at one kind of position, O outputs each.
 
-    `slope` [3, O, X, K]: per layer of x = level * kinds + kind. `bases`: b_P [3, O, K] by the bits
-    of P, as they are asked for. The three: without a micro-batch in flight, for each of them, and
-    for each that layers hold more.
+    `inputs` [N, K]: of the formulas, by their `names`. `slope` [3, O, X, K]: per layer of
+    x = level * kinds + kind. `bases`: b_P [3, O, K] by the bits of P, as they are asked for. The
+    three: without a micro-batch in flight, for each of them, and for each that layers hold more.
+    `parts`: of `stacked` lines those of each stage.
     """
 
     job: Job
-    columns: Mapping[str, Floats]
+    names: tuple[str, ...]
+    inputs: Floats
     slope: Floats
     bases: dict[int, Floats] = field(default_factory=dict)
+    parts: tuple["StageLines", ...] = ()
 
     @classmethod
     def of(
@@ -80,29 +83,42 @@ class StageLines:
         `terms` [K]; positions: numbers, nothing of `_HELD`. `pairs`: levels that stages may mix.
         """
         size = len(next(iter(terms.values())))
-        columns = {name: np.tile(term, len(positions)) for name, term in terms.items()}
-        for name in positions[0]:
-            columns[name] = np.repeat([float(np.asarray(each[name])) for each in positions], size)
+        places = np.array([list(each.values()) for each in positions], dtype=np.float64).T
+        inputs = np.concatenate(
+            [np.tile(list(terms.values()), len(positions)), np.repeat(places, size, axis=1)]
+        )
+        names = (*terms, *positions[0])
         num_rows = len(job.levels) * job.facts.num_kinds
         asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
         if job.facts.num_kinds == 1:
             asked += [sum(1 << job.levels.index(level) for level in pair) for pair in pairs]
         counts = _counts(job, asked)
         # From one layer to two no new kind of layer appears: the difference is the slope alone.
-        found = _evaluated(job, columns, np.concatenate([counts, 2 * counts[:num_rows]]))
+        points = np.concatenate([counts, 2 * counts[:num_rows]])
+        found = _evaluated(job, dict(zip(names, inputs, strict=True)), points)
         slope = _lines(found[:, :, len(asked) :] - found[:, :, :num_rows])
         bases = _bases(found[:, :, : len(asked)], slope, counts)
-        whole = cls(
-            job=job, columns=columns, slope=slope, bases=dict(zip(asked, bases, strict=True))
-        )
+        known = dict(zip(asked, bases, strict=True))
+        whole = cls(job=job, names=names, inputs=inputs, slope=slope, bases=known)
         for first in range(0, size * len(positions), max(size, 1)):
             yield whole.take(slice(first, first + size)) if len(positions) > 1 else whole
+
+    @classmethod
+    def stacked(cls, parts: Sequence["StageLines"]) -> "StageLines":
+        """Lines of F stages in one table, F K: numpy's calls take the time, not its numbers."""
+        first, *others = parts
+        if all(other is first for other in others):
+            return first
+        slope = np.concatenate([part.slope for part in parts], axis=-1)
+        inputs = np.empty((0, slope.shape[-1]))
+        return cls(job=first.job, names=(), inputs=inputs, slope=slope, parts=tuple(parts))
 
     def take(self, rows: NDArray[np.bool_] | slice) -> "StageLines":
         """The lines of some of the strategies."""
         return StageLines(
             job=self.job,
-            columns={name: column[rows] for name, column in self.columns.items()},
+            names=self.names,
+            inputs=self.inputs[:, rows],
             slope=self.slope[..., rows],
             bases={bits: base[..., rows] for bits, base in self.bases.items()},
         )
@@ -114,7 +130,7 @@ class StageLines:
     def rises(self, names: Sequence[str], rows: NDArray[np.int64], held: Held) -> Floats:
         """What one more layer of each row adds to each of I outputs, [I, *rows, F K, R]."""
         outputs = np.reshape([OUTPUTS.index(name) for name in names], (-1, *[1] * rows.ndim))
-        fixed, each, more = self.slope[:, outputs, rows][..., None, :, None]
+        fixed, each, more = self._by_stage(self.slope[:, outputs, rows])[..., None]
         per_layer = fixed + held.in_flight[:, None, None] * each
         per_layer = per_layer + held.layers_more[:, None, :] * more
         return np.asarray(per_layer.reshape(*per_layer.shape[:-3], -1, per_layer.shape[-1]))
@@ -127,14 +143,26 @@ class StageLines:
         """b_P of I outputs for each P of `present`, [I, P, F K]."""
         lines = np.stack([self._base(bits) for bits in present], axis=2)
         outputs = [OUTPUTS.index(name) for name in names]
-        fixed, each, _ = lines[:, outputs, :, None]
+        fixed, each, _ = self._by_stage(lines[:, outputs])
         constants = fixed + held.in_flight[:, None] * each
         return np.asarray(constants.reshape(*constants.shape[:2], -1))
 
+    @property
+    def num_strategies(self) -> int:
+        """K."""
+        return int(self.slope.shape[-1]) // max(1, len(self.parts))
+
+    def _by_stage(self, lines: Floats) -> Floats:
+        """Lines [..., F K] by stage, [..., F, K]; F = 1 where all stages have the same."""
+        return np.reshape(lines, (*lines.shape[:-1], max(1, len(self.parts)), -1))
+
     def _base(self, bits: int) -> Floats:
-        if bits not in self.bases:
+        if bits not in self.bases and self.parts:
+            self.bases[bits] = np.concatenate([part._base(bits) for part in self.parts], axis=-1)
+        elif bits not in self.bases:
             counts = _counts(self.job, [bits])
-            found = _evaluated(self.job, self.columns, counts)
+            columns = dict(zip(self.names, self.inputs, strict=True))
+            found = _evaluated(self.job, columns, counts)
             (self.bases[bits],) = _bases(found, self.slope, counts)
         return self.bases[bits]
 

@@ -87,7 +87,7 @@ class StagePosition:
         self._outputs = (*_TIMES, *instants(job.platform.runtime), "host_bytes")
         copies = len(held.in_flight)
         self._within_caps = np.tile(within.caps, (copies, 1))
-        self._row = np.arange(copies * lines.slope.shape[-1])
+        self._row = np.arange(copies * lines.num_strategies)
         self._allowed, self._useful = (
             {level: np.tile(rows, copies) for level, rows in of.items()}
             for of in (within.allowed, within.useful)

@@ -40,9 +40,11 @@ def even_layouts(
     The worst is the slowest stage, or with `least` "peak_bytes" the fullest. Those that take longer
     than `within_s` are left out.
     """
-    found = _within(model, limits, within_s)
-    if found is not None:
-        model, ranges = found
+    ranges = layer_ranges(model.job, model.group.num_stages, least=model.group.schedule.vpp)
+    if within_s < math.inf:
+        model = model.take(capacity(model, ranges, limits, within_s, coarse=True).alone)
+    ranges = _within(model, ranges, within_s)
+    if len(ranges):
         tables = _tables(model, ranges, limits)
         picks = _picks(model, tables, ranges, least)
         yield from _even(model, ranges, [picks], within_s=within_s)
@@ -55,11 +57,10 @@ def landscape_layouts(
 
     The first have no limits of memory. One table has the stages of all of them.
     """
-    anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
-    found = _within(model, anything, within_s)
-    if found is None:
+    ranges = layer_ranges(model.job, model.group.num_stages, least=model.group.schedule.vpp)
+    ranges = _within(model, ranges, within_s)
+    if not len(ranges):
         return
-    model, ranges = found
     tables = _tables(model, ranges, limits)
     picks = [
         _picks(model, [_whole(table, level, model) for table in tables], ranges, "stable_s")
@@ -69,29 +70,25 @@ def landscape_layouts(
     yield from _even(model, ranges, picks, within_s=within_s)
 
 
-def _within(model: GroupModel, limits: Limits, within_s: float) -> tuple[GroupModel, Ranges] | None:
-    """The strategies and ranges of layouts that take no longer than `within_s`, if there are any.
+def _within(model: GroupModel, ranges: Ranges, within_s: float) -> Ranges:
+    """The ranges of layouts that take no longer than `within_s`; none where there is no strategy.
 
     A layout uses no other range, so that those left out do not change how its layers are split.
     """
-    ranges = layer_ranges(model.job, model.group.num_stages, least=model.group.schedule.vpp)
-    if within_s < math.inf:
-        model = model.take(capacity(model, ranges, limits, within_s, coarse=True).alone)
-        if not len(model.strategies):
-            return None
-        ranges = ranges.take(window(model, ranges, within_s))
-    return (model, ranges) if len(ranges) else None
+    some = len(model.strategies) > 0
+    return ranges.take(window(model, ranges, within_s) if some else np.zeros(len(ranges), np.bool_))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Table:
-    """Stages that differ in their micro-batches in flight, by them [F], and all their mixes [N].
+    """Stages that differ in more than their layers [F], and all their mixes [N].
 
-    `slot` [N]: which micro-batches in flight and strategy a mix has, f K + k. `among` [N]: mixes
+    `weights_s` [F, R]. `slot` [N]: which stage and strategy a mix has, f K + k. `among` [N]: mixes
     to choose from, whether they fit or not; None: those that fit.
     """
 
     stages: list[Ints]
+    weights_s: Floats
     mixes: StackedMixes
     slot: Ints
     among: NDArray[np.bool_] | None = None
@@ -159,11 +156,13 @@ def _picked(model: GroupModel, count: int, points: Points) -> Picked:
 def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[_Table]:
     """The mixes of all stages; those with the same lines share a table."""
     tables = []
-    for stages, mixes in model.by_line(ranges, limits):
-        table = stacked(mixes, model.weight_s(int(stages[0][0]), ranges))
+    for own, mixes in model.by_line(ranges, limits):
+        weights_s = model.weights_s(own.lines, ranges)
+        table = stacked(mixes, weights_s[0])
         tables.append(
             _Table(
-                stages=stages,
+                stages=own.stages,
+                weights_s=np.broadcast_to(weights_s, (len(own.stages), len(ranges))),
                 mixes=replace(table, row=table.row % len(model.strategies)),
                 slot=table.row,
             )
@@ -185,7 +184,7 @@ def _picks(
     num_layers, num_stages = model.job.num_layers, model.group.num_stages
     picks: dict[int, _Pick] = {}
     for table in tables:
-        # Stages of as many micro-batches in flight differ in the ranges that they may take.
+        # Stages that differ in their layers only differ in the ranges that they may take.
         for turn in range(max(map(len, table.stages))):
             stages = [own[min(turn, len(own) - 1)] for own in table.stages]
             placeable = [placed(ranges, num_layers, num_stages, stage) for stage in stages]
@@ -193,7 +192,8 @@ def _picks(
             for index, own in enumerate(table.stages):
                 # Where layers are alike all of them may take the same: one turn is enough.
                 taken = own if ranges.alike else own[turn : turn + 1]
-                pick = _Pick(value=value[index], mix=mix[index], mixes=table.mixes)
+                mixes = replace(table.mixes, weight_s=table.weights_s[index])
+                pick = _Pick(value=value[index], mix=mix[index], mixes=mixes)
                 picks |= dict.fromkeys(taken.tolist(), pick)
             if ranges.alike:
                 break

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mist.model.summary import Traffic
+from mist.plans.numerics import ProductFormat
 from mist.plans.provenance import Kind
 from mist.plans.workload import Attention, Precision
 from mist.platform.op_tables import Tables, check_columns
@@ -155,6 +156,10 @@ class Device(Record):
     def usable_bytes(self) -> float:
         """Memory that the allocator can reserve: reported total less the context."""
         return self.memory_bytes.value - self.context_bytes.value
+
+    def gemm_law(self, products: ProductFormat) -> GemmLaw | None:
+        """The law of matrix products in a format; None where it is not known."""
+        return self.gemm[products] if isinstance(products, Precision) else self.gemm_fp8
 
     @property
     def is_measured(self) -> bool:

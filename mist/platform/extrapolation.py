@@ -123,8 +123,7 @@ def extrapolations(costs: OpCosts, priced: Prices) -> tuple[str, ...]:
         device=costs.device,
         cluster=costs.cluster,
         runtime=costs.runtime,
-        precision=costs.precision,
-        fp8=costs.fp8,
+        numerics=costs.numerics,
     )
     before = priced(watched)
     return tuple(

@@ -75,7 +75,7 @@ def _figures(costs: OpCosts, op: TabledOp) -> Iterator[Sourced]:
         yield from _quantities(costs.gemm_law)
     elif op is TabledOp.ATTENTION_FORWARD:
         yield from (figure for law in flash.laws for figure in _quantities(law))
-        yield from (flash.full_mask_ramp_ratio, device.gemm[costs.precision].peak_flop_per_s)
+        yield from (flash.full_mask_ramp_ratio, device.gemm[costs.numerics.compute].peak_flop_per_s)
     else:
         forward = costs.table(TabledOp.ATTENTION_FORWARD)
         yield from (flash.backward_ratio, flash.backward_ramp_tokens, flash.backward_min_tokens)

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.model.summary import Traffic
+from mist.plans.numerics import Numerics
 from mist.plans.workload import Precision
 from mist.platform.cluster import Cluster, Collective
 from mist.platform.collectives import CollectiveLaw
@@ -41,23 +42,22 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpCosts:
-    """Prices operations of one precision on one device, cluster and runtime.
+    """Prices operations of one format on one device, cluster and runtime.
 
-    `fp8`: matrix products run in 8 bits, everything else in `precision`. Raises ValueError when the
-    device has no law for them.
+    Raises ValueError when the device has no law for its products.
     """
 
     device: Device
     cluster: Cluster
     runtime: Runtime
-    precision: Precision
-    fp8: bool = False
+    numerics: Numerics
     _collectives: dict[Collective, CollectiveLaw] = field(init=False, repr=False, compare=False)
     _grids: dict[TabledOp, TimeGrid] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.fp8 and self.device.gemm_fp8 is None:
-            raise ValueError(f"{self.device.name} has no law for products in fp8")
+        if self.device.gemm_law(self.numerics.products) is None:
+            words = f"{self.device.name} has no law for products in {self.numerics.products}"
+            raise ValueError(words)
         laws = {word: CollectiveLaw.of(self.cluster, word) for word in Collective}
         # Frozen: compiled laws are made once here, not with every price.
         object.__setattr__(self, "_collectives", laws)
@@ -67,9 +67,10 @@ class OpCosts:
 
     def table(self, op: TabledOp) -> OpTable | None:
         """The table that an operation is priced by, if there is one; none is of fp8."""
-        if self.fp8 and op is TabledOp.GEMM:
-            return None
-        return self.device.tables.get(op, {}).get(self.precision)
+        is_product = op is TabledOp.GEMM
+        number = self.numerics.products if is_product else self.numerics.compute
+        tables = self.device.tables.get(op, {})
+        return tables.get(number) if isinstance(number, Precision) else None
 
     def op_s(self, op: TabledOp, law: Law, *arguments: ArrayLike) -> F64:
         """Time of an operation by its table, else by its law of these arguments, in s."""
@@ -86,10 +87,9 @@ class OpCosts:
 
     def _gemm_law_s(self, arguments: Arrays) -> F64:
         law = self.gemm_law
-        size = 1 if self.fp8 else self.precision.num_bytes
         batch, m, n, k = arguments
         flop = 2.0 * batch * m * n * k
-        num_bytes = size * batch * (m * k + k * n + m * n)
+        num_bytes = self.numerics.product_bytes * batch * (m * k + k * n + m * n)
         compute = flop / (law.efficiency_ratio.value * law.peak_flop_per_s.value)
         memory = num_bytes / (law.bandwidth_scale.value * self.device.hbm_bytes_per_s.value)
         sharpness = law.exponent.value
@@ -122,7 +122,7 @@ class OpCosts:
         ramp = ramp * np.where(causal > 0, 1.0, flash.full_mask_ramp_ratio.value)
         flop = 4.0 * batch * heads * seq_q * seq_k * head_dim * np.where(causal > 0, 0.5, 1.0)
         slowdown = 1.0 + ramp / np.maximum(seq_k, 1.0)
-        peak = self.device.gemm[self.precision].peak_flop_per_s.value
+        peak = self.device.gemm[self.numerics.compute].peak_flop_per_s.value
         core = flop * slowdown / (efficiency * peak)
         result: F64 = self.device.tensor_time_scale.value * (launch + core)
         return result
@@ -250,8 +250,9 @@ class OpCosts:
     @property
     def gemm_law(self) -> GemmLaw:
         """The law of matrix products."""
-        fp8 = self.device.gemm_fp8 if self.fp8 else None
-        return fp8 or self.device.gemm[self.precision]
+        law = self.device.gemm_law(self.numerics.products)
+        assert law is not None  # refused when the costs were made
+        return law
 
 
 def _floats(*items: ArrayLike) -> tuple[F64, ...]:

@@ -1,40 +1,32 @@
 """A runtime: what a training framework keeps in memory, moves, launches and overlaps.
 
 Mirrors `profiles/runtimes/*.yaml`. Bytes per parameter are over the parameters that a rank holds
-after tensor and pipeline parallelism; "sharded" bytes are divided by the data-parallel ranks N.
+after tensor and pipeline parallelism.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar, Final, Literal
 
+from mist.errors import PlatformError
 from mist.plans.memory_levels import levels_that
 from mist.plans.provenance import Kind
-from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.plans.workload import MemoryLevel, Optimizer, Precision, ScheduleKind
 from mist.platform.quantity import Quantity, Record
-
-ZeroLevel = Literal[0, 1, 2, 3]
+from mist.platform.states import (
+    StateItem,
+    States,
+    ZeroLevel,
+    check_states,
+    optimizers_of,
+    states_of,
+    sum_states,
+)
 
 LAUNCHED_AHEAD: Final = Quantity(
     value=1.0, source="kernels of a GPU run while the host launches the next ones", kind=Kind.SPEC
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateRow(Record):
-    """Bytes per parameter that live through the step, for some precisions and one ZeRO level.
-
-    A rank holds replicated + sharded / N. Transient copies are in `Transients`.
-    """
-
-    precisions: tuple[Precision, ...]
-    zero: ZeroLevel
-    replicated_bytes_per_param: Quantity
-    sharded_bytes_per_param: Quantity
-
-    def bytes_per_param(self, dp: int) -> float:
-        """Bytes per parameter on a rank of `dp` data-parallel ranks."""
-        return self.replicated_bytes_per_param.value + self.sharded_bytes_per_param.value / dp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,17 +199,13 @@ class Selective(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostedState(Record):
-    """A state that may live in host memory: what leaves the device, and when it comes by.
+    """What of the states may live in host memory together, and when it comes by.
 
-    `bytes_per_param` are divided over the data-parallel ranks from ZeRO level `sharded_from` on.
-    Plans may offload it from level `offered_from` on. From `each_micro_batch_from` on it moves in
-    every micro-batch, below that (or where null) once a step.
+    Plans may offload these `items` from ZeRO level `offered_from` on. From `each_micro_batch_from`
+    on they move in every micro-batch, below that (or where null) once a step.
     """
 
-    not_zero: ClassVar = ("bytes_per_param",)
-
-    bytes_per_param: Quantity
-    sharded_from: ZeroLevel
+    items: tuple[StateItem, ...]
     offered_from: ZeroLevel
     each_micro_batch_from: ZeroLevel | None
 
@@ -251,6 +239,10 @@ class Offloading(Record):
     def __post_init__(self) -> None:
         if self.by_layer and (self.weights is None or self.grads is None):
             raise ValueError("by_layer offloads weights and grads together: neither may be null")
+        hosted = filter(None, (self.weights, self.grads, self.optimizer))
+        items = [item for each in hosted for item in each.items]
+        if twice := [item.value for item in StateItem if items.count(item) > 1]:
+            raise ValueError(f"{' and '.join(twice)} would leave the device twice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,16 +315,14 @@ class Loading(Record):
 class Runtime(Record):
     """One training framework.
 
-    `frozen_shard_bytes_per_param`: what FSDP keeps of a parameter that is not trained, divided from
-    ZeRO-1 on, in addition to the copy in compute precision; null where it keeps that copy only (an
-    optimizer that makes fp32 copies of what it trains). `loading`: null where it is not known.
-    `converts_layers`: whether it trains layers that `mist.layers` converted.
+    `loading`: null where it is not known. `converts_layers`: whether it trains layers that
+    `mist.layers` converted.
     """
 
     schema: Literal["mist.runtime/1"]
     name: str
     what: str
-    states: tuple[StateRow, ...]
+    states: States
     transients: Transients
     traffic: StateTraffic
     host: HostLaunch
@@ -345,19 +335,26 @@ class Runtime(Record):
     offload: Offloading | None
     knobs: Knobs
     loading: Loading | None = None
-    frozen_shard_bytes_per_param: Mapping[Precision, Quantity] | None = None
     converts_layers: bool = False
 
     def __post_init__(self) -> None:
-        rows = [(precision, row.zero) for row in self.states for precision in row.precisions]
-        # A missing row would fail in the middle of a search; here the file is known.
-        wanted = {(precision, zero) for precision in Precision for zero in self.knobs.zero_levels}
-        if len(rows) != len(set(rows)):
-            raise ValueError("states has two rows for one precision and ZeRO level")
-        if absent := sorted(f"{word.value} at ZeRO-{zero}" for word, zero in wanted - set(rows)):
-            raise ValueError(f"states lacks a row for {', '.join(absent)}")
+        check_states(self.states, self.knobs.zero_levels)
+        self._check_hosted()
         if missing := [word.value for word in Precision if word not in self.reduce_bytes]:
             raise ValueError(f"transients.reduce_bytes_per_param lacks {', '.join(missing)}")
+
+    def _check_hosted(self) -> None:
+        """Raise ValueError where plans may offload a state that has no bytes."""
+        names, optimizers = ("weights", "grads", "optimizer"), optimizers_of(self.states)
+        uses = product(names, Precision, optimizers, self.knobs.zero_levels)
+        for name, precision, optimizer, zero in uses:
+            hosted, states = self.hosted(name), states_of(self.states, precision, optimizer)
+            if hosted is None or zero < hosted.offered_from:
+                continue
+            if not sum_states(states, zero, hosted.items).bytes_per_param(1):
+                raise ValueError(
+                    f"offload.{name} has nothing to offload in {precision.value} at ZeRO-{zero}"
+                )
 
     @property
     def reduce_bytes(self) -> Mapping[Precision, Quantity]:
@@ -368,14 +365,29 @@ class Runtime(Record):
         """Whether "weights", "grads", "optimizer" or "activations" may live in host memory."""
         return self.offload is not None and bool(getattr(self.offload, name))
 
+    def hosted(self, name: str) -> HostedState | None:
+        """What of "weights", "grads" or "optimizer" may live in host memory; None: nothing."""
+        return getattr(self.offload, name) if self.offload else None
+
+    def hosted_items(self, name: str) -> tuple[StateItem, ...]:
+        """The items of the states that leave the device with "weights", "grads" or "optimizer"."""
+        hosted = self.hosted(name)
+        return hosted.items if hosted else ()
+
     @property
     def levels(self) -> tuple[MemoryLevel, ...]:
         """The memory levels that its layers may have."""
         return levels_that(lambda row: not row.meaning or bool(getattr(self, row.meaning)))
 
-    def state(self, precision: Precision, zero: int) -> StateRow:
-        """The row of a precision and ZeRO level. Raises KeyError when the runtime has none."""
-        for row in self.states:
-            if precision in row.precisions and row.zero == zero:
-                return row
-        raise KeyError(f"{self.name} has no states for {precision.value} at ZeRO-{zero}")
+    def states_of(self, precision: Precision, optimizer: Optimizer) -> States:
+        """The states of one precision and optimizer.
+
+        Raises PlatformError when the moments of the optimizer are not known.
+        """
+        known = optimizers_of(self.states)
+        if optimizer not in known:
+            raise PlatformError(
+                f"optimizer {optimizer.value}: runtime {self.name} has states of "
+                f"{', '.join(known)} only. Add a row to `moments` of its profile."
+            )
+        return states_of(self.states, precision, optimizer)

@@ -12,6 +12,7 @@ from mist.model.summary import ModelFacts, difference_words
 from mist.plans.plan import Plan, fullest_host_bytes
 from mist.plans.workload import Precision
 from mist.platform.profiles import load_runtime
+from mist.platform.states import sum_states
 from mist.rules.between_stages import broken_between
 from mist.rules.combinations import apply_rules
 from mist.rules.levels import level_faults
@@ -19,7 +20,6 @@ from mist.rules.rule import layout_columns, stage_faults
 from mist.units import GIB
 
 RUNTIME: Final = "torch"
-STATE_BYTES: Final = 8  # fp32 weights and gradients, or both moments, of one parameter
 
 
 def refuse_unplayable(plan: Plan, facts: ModelFacts | None) -> None:
@@ -57,10 +57,14 @@ def offloaded_bytes(plan: Plan, stage: int) -> int:
 
     Of those that are trained.
     """
-    own = plan.stages[stage]
+    own, work, runtime = plan.stages[stage], plan.workload, load_runtime(RUNTIME).profile
     params = plan.model.num_trainable * own.num_layers / plan.num_layers / own.tp
-    states = (own.offload.weights + own.offload.optimizer) * STATE_BYTES * params / own.dp_shard
-    return max(plan.estimate.stages[stage].host_bytes, int(states))
+    rows, each_bytes = runtime.states_of(work.precision, work.optimizer), 0.0
+    for name in ("weights", "grads", "optimizer"):
+        items = runtime.hosted_items(name)
+        hosted = sum_states(rows, own.zero, items).bytes_per_param(own.dp_shard)
+        each_bytes += getattr(own.offload, name) * hosted
+    return max(plan.estimate.stages[stage].host_bytes, int(each_bytes * params))
 
 
 def _workload_faults(plan: Plan) -> Iterator[Fault]:

@@ -348,7 +348,7 @@ def _rounds(columns: Arrays) -> NDArray[np.int64]:
 def _offload_rules(runtime: Runtime) -> Iterator[Rule]:
     """What a runtime can keep in host memory, and from which ZeRO level on."""
     for name in ("weights", "grads", "optimizer"):
-        hosted = getattr(runtime.offload, name) if runtime.offload else None
+        hosted = runtime.hosted(name)
         # No ZeRO level reaches 4: what the runtime never offloads breaks the rule at every level.
         least = hosted.offered_from if hosted else 4
         needs = f"needs ZeRO-{least} or more" if hosted else "is not possible"

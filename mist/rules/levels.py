@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mist.errors import Fault
 from mist.plans.memory_levels import CONVERTS, PLAIN, levels_that
@@ -47,10 +48,10 @@ LEVEL_RULES: Final = (
 _COLUMNS: Final = ("activations", "schedule", "tp")
 
 
-def may_have(level: MemoryLevel, columns: Columns) -> Mask:
-    """Where stages may have layers at a level."""
+def may_have(level: ArrayLike, columns: Columns) -> Mask:
+    """Where stages may have layers at a level, or at several as a column of their own."""
     values = {name: columns[name] for name in _COLUMNS}
-    return keeps(LEVEL_RULES, values | {"level": level.value})
+    return keeps(LEVEL_RULES, values | {"level": np.asarray(level, dtype=np.str_)})
 
 
 def broken_by_levels(levels: Iterable[MemoryLevel], columns: Columns) -> Iterator[str]:

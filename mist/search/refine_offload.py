@@ -18,7 +18,8 @@ import numpy as np
 from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_ranges import Ranges
 from mist.pareto.layouts import PricedLayout, StageChoice, plain_layout, stage_plans
-from mist.pareto.strategies import Group, Strategies, all_resident, expressible, with_ratios
+from mist.pareto.offload_ratios import with_ratios
+from mist.pareto.strategies import Group, Strategies, all_resident, expressible
 from mist.pareto.unequal_meshes import NodePosition
 from mist.plans.plan import Estimate, Limits, fullest_host_bytes
 from mist.plans.search_space import OFFLOADED, SearchSpace

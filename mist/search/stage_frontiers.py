@@ -30,8 +30,9 @@ from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.level_choice import allowed_levels, fastest_s
+from mist.pareto.offload_ratios import offloading
 from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
-from mist.pareto.strategies import Floats, Strategies, offloading
+from mist.pareto.strategies import Floats, Strategies
 from mist.pareto.unequal_meshes import NodePosition, depths, places
 from mist.plans.plan import Limits
 from mist.plans.schedules import forward_first, spare_time

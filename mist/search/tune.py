@@ -30,17 +30,17 @@ import numpy as np
 
 from mist.errors import Infeasible, InputError
 from mist.milp import InterStageSolution, Method, Solver
-from mist.pareto.bounds import lower_bound_s
 from mist.pareto.candidates import GroupModel
+from mist.pareto.capacity import capacity
+from mist.pareto.layer_ranges import layer_ranges
 from mist.pareto.layouts import PricedLayout
+from mist.pareto.offload_ratios import MostOffloaded, lean_ratios, offloading
 from mist.pareto.shared_host_memory import shared, stages_per_node
 from mist.pareto.strategies import (
     Group,
     expressible,
     groups,
-    lean_ratios,
     levels_under,
-    offloading,
     refusals,
     with_least_memory,
 )
@@ -51,6 +51,7 @@ from mist.plans.workload import batches_near
 from mist.progress import is_due
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
+from mist.search.visits import Visit, in_order, listed_groups
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 
@@ -79,20 +80,7 @@ class Tuned:
     others: tuple[PricedLayout, ...]
     pool: tuple[PricedLayout, ...]
     statistics: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Visit:
-    """A group to search within limits, and seconds that no plan of it undercuts."""
-
-    bound_s: float
-    group: Group
-    limits: Limits
-
-    @property
-    def order(self) -> tuple[float, ...]:
-        group = self.group
-        return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
+    listed: tuple[Visit, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,14 +95,20 @@ class _Search:
     job: Job
     space: SearchSpace
     num_alternatives: int
+    most_offloaded: MostOffloaded
     best: PricedLayout | None = None
-    best_visit: _Visit | None = None
+    best_visit: Visit | None = None
     best_solver: Solver = "dp"
     relaxed_s: float = math.inf
     store: CellStore = field(default_factory=CellStore)
     by_kind: dict[tuple[object, ...], PricedLayout] = field(default_factory=dict)
-    finalists: dict[bool, tuple[PricedLayout, _Visit]] = field(default_factory=dict)
+    finalists: dict[bool, tuple[PricedLayout, Visit]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+
+    @property
+    def unlike_stages(self) -> bool:
+        """Whether stages may be unlike, in the space and under the runtime."""
+        return expressible(self.space, self.job.platform.runtime).unlike_stages
 
     @property
     def upper_bound_s(self) -> float:
@@ -131,7 +125,7 @@ class _Search:
         self.counts["stages_evaluated"] += problem.num_stages_tried
         self.counts["points"] += sum(len(points) for points, _ in problem.points)
 
-    def offer(self, layout: PricedLayout, visit: _Visit, solver: Solver = "dp") -> None:
+    def offer(self, layout: PricedLayout, visit: Visit, solver: Solver = "dp") -> None:
         """Keep a layout if it is the best, or the best of its kind."""
         if layout.step_s < self.upper_bound_s:
             self.best, self.best_visit, self.best_solver = layout, visit, solver
@@ -154,17 +148,24 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     is_over: Callable[[], bool] = _never,
     method: Method = "both",
     is_worth: Callable[[Group], bool] = lambda group: True,
+    listed: Sequence[Visit] = (),
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
     there is one; `is_over` ends it without one, and the listing of groups before it. `method`: what
-    solves and confirms the winner. `is_worth`: which groups to search at all. Raises Infeasible
-    when no layout fits, InputError when the space is empty or nothing was found in time.
+    solves and confirms the winner. `is_worth`: which groups to search at all. `listed`: the groups
+    of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
+    InputError when the space is empty or nothing was found in time.
     """
-    search = _Search(job=job, space=space, num_alternatives=num_alternatives)
-    work, is_whole = _work(job, space, limits, is_over)
-    work = [visit for visit in work if is_worth(visit.group)]
+    known, is_whole = listed_groups(job, space, limits, is_over, listed)
+    if not known:
+        raise InputError(_no_group_words(job, space))
+    work = in_order(known, is_worth)
+    most_offloaded = MostOffloaded(job, space, [visit.group for visit in work])
+    search = _Search(
+        job=job, space=space, num_alternatives=num_alternatives, most_offloaded=most_offloaded
+    )
     # Of groups that were not even listed nothing is known: no step is too short for them.
     num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
@@ -182,27 +183,8 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     search.counts["groups_left"] = num_groups - search.counts["groups"]
     if search.best is None:
         _refuse(job, search, len(work), is_whole=is_whole)
-    return _refined(search, _prove(search, search.best, left_s, method))
-
-
-def _work(
-    job: Job, space: SearchSpace, limits: Limits, is_over: Callable[[], bool]
-) -> tuple[list[_Visit], bool]:
-    """The groups in the order of the search, and whether these are all.
-
-    A batch with many divisors has thousands. Raises InputError where there are none.
-    """
-    found, is_whole = [], True
-    for group in groups(job, space):
-        found.append(
-            _Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
-        )
-        if is_over():
-            is_whole = False
-            break
-    if not found:
-        raise InputError(_no_group_words(job, space))
-    return sorted(found, key=lambda visit: visit.order), is_whole
+    tuned = _prove(search, search.best, left_s, method)
+    return _refined(search, replace(tuned, listed=tuple(known)))
 
 
 def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> NoReturn:
@@ -216,13 +198,13 @@ def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> No
     )
 
 
-def _put(work: list[_Visit], more: Sequence[_Visit]) -> None:
+def _put(work: list[Visit], more: Sequence[Visit]) -> None:
     """Further visits, before the groups with stages of several sizes."""
     at = next((i for i, visit in enumerate(work) if len(visit.group.sizes) > 1), len(work))
     work[at:at] = more
 
 
-def _least_bound(work: Sequence[_Visit]) -> float:
+def _least_bound(work: Sequence[Visit]) -> float:
     return min((visit.bound_s for visit in work), default=math.inf)
 
 
@@ -231,7 +213,7 @@ def _progress_words(search: _Search, done: int, total: int) -> str:
     return f"group {done} of {total} ({search.counts['groups_pruned']} pruned): {found}"
 
 
-def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
+def _visit(search: _Search, visit: Visit) -> list[Visit]:
     """Search a group unless it can neither win nor give an alternative.
 
     Returns what is to be visited later: the same group with host memory shared, where equal shares
@@ -246,24 +228,44 @@ def _visit(search: _Search, visit: _Visit) -> list[_Visit]:
     if visit.bound_s >= max(search.upper_bound_s, search.horizon_s):
         search.counts["groups_pruned"] += 1
         return []
-    model = GroupModel(search.job, group, group.strategies, search.space)
-    if not model.space.unlike_stages:
+    if not search.unlike_stages:
         _search_alike(search, visit)
         return []
-    horizon_s = max(search.upper_bound_s, search.horizon_s)
-    if len(group.sizes) == 1:
-        for layout in even_layouts(model, visit.limits, within_s=horizon_s):
-            search.offer(layout, visit)
-    if visit.bound_s >= search.upper_bound_s:
+    if not _offer_even(search, visit):
+        search.counts["groups_pruned"] += 1
         return []
-    problem = _join(search, visit, model)
+    problem = _join(search, visit, GroupModel(search.job, group, group.strategies, search.space))
     search.counts["groups_solved" if problem.num_stages_tried else "groups_pruned"] += 1
     if not problem.num_crowded_out:
         return []
     return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
 
 
-def _share(search: _Search, visit: _Visit) -> None:
+def _offer_even(search: _Search, visit: Visit) -> bool:
+    """Offer layouts with one strategy for all stages; whether others may be faster than the best.
+
+    Before any of them is priced few strategies stand for all offload ratios.
+    """
+    job, group = search.job, visit.group
+    if len(group.sizes) > 1:
+        return visit.bound_s < search.upper_bound_s
+    most = GroupModel(job, group, search.most_offloaded.of(group), search.space)
+    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
+
+    def has_room(step_s: float) -> bool:
+        return capacity(most, ranges, visit.limits, step_s, coarse=True).suffices
+
+    horizon_s = max(search.upper_bound_s, search.horizon_s)
+    if not has_room(horizon_s):
+        return False
+    model = GroupModel(job, group, group.strategies, search.space)
+    for layout in even_layouts(model, visit.limits, within_s=horizon_s):
+        search.offer(layout, visit)
+    step_s = search.upper_bound_s
+    return visit.bound_s < step_s and (step_s == horizon_s or has_room(step_s))
+
+
+def _share(search: _Search, visit: Visit) -> None:
     """Offer the best layout of a group with host memory shared.
 
     A first look lets every stage have all of its node, for which frontiers in time do.
@@ -276,7 +278,7 @@ def _share(search: _Search, visit: _Visit) -> None:
         _join(search, visit, model)
 
 
-def _join(search: _Search, visit: _Visit, model: GroupModel) -> GroupProblem:
+def _join(search: _Search, visit: Visit, model: GroupModel) -> GroupProblem:
     """Offer the best layout of a group."""
     problem, found = _joined(search, visit, model)
     if found is not None:
@@ -286,7 +288,7 @@ def _join(search: _Search, visit: _Visit, model: GroupModel) -> GroupProblem:
 
 
 def _joined(
-    search: _Search, visit: _Visit, model: GroupModel
+    search: _Search, visit: Visit, model: GroupModel
 ) -> tuple[GroupProblem, tuple[PricedLayout, InterStageSolution] | None]:
     """The problem of a group, and what of it beats the best so far."""
     bounds = Bounds(limits=visit.limits, step_s=search.upper_bound_s)
@@ -295,7 +297,7 @@ def _joined(
     return problem, joined(problem, bounds, "dp")
 
 
-def _search_alike(search: _Search, visit: _Visit) -> None:
+def _search_alike(search: _Search, visit: Visit) -> None:
     """Every layout with stages alike."""
     group = visit.group
     search.counts["groups_solved"] += 1
@@ -314,8 +316,7 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
     """
     layout, proven_s, visit = best, best.step_s, search.best_visit
     assert visit is not None
-    unlike = expressible(search.space, search.job.platform.runtime).unlike_stages
-    if unlike and search.best_solver == "dp":
+    if search.unlike_stages and search.best_solver == "dp":
         slack = 1.0 + 1e-9  # the bound is the winner itself: rounding must not cut it off
         model = GroupModel(search.job, visit.group, visit.group.strategies, search.space)
         bounds = Bounds(limits=visit.limits, step_s=best.step_s * slack)
@@ -340,13 +341,14 @@ def _prove(search: _Search, best: PricedLayout, left_s: float, method: Method) -
         others=tuple(others[: search.num_alternatives]),
         pool=tuple(search.by_kind.values()),
         statistics=search.counts,
+        listed=(),
     )
 
 
 def _refined(search: _Search, tuned: Tuned) -> Tuned:
     """The same with the finer offload ratios of the finalist that they make fastest."""
     space, job = search.space, search.job
-    if not (space.refines and expressible(space, job.platform.runtime).unlike_stages):
+    if not (space.refines and search.unlike_stages):
         return tuned
     for layout, visit in search.finalists.values():
         found = refined(job, visit.group, space, layout, visit.limits)
@@ -362,26 +364,29 @@ def _refined(search: _Search, tuned: Tuned) -> Tuned:
     return tuned
 
 
-def landscape(
+def landscape(  # noqa: PLR0913 - what is drawn, and how far
     job: Job,
     space: SearchSpace,
     *,
     limits: Limits,
     within_s: float,
     is_over: Callable[[], bool] = _never,
+    listed: Sequence[Visit] = (),
 ) -> Iterator[PricedLayout]:
     """Uniform layouts of every schedule searched, as far as `within_s`, nothing offloaded.
 
     With all layers at each memory level, and with as much recomputation as fits the limits. Of an
     interleaved pipeline only the one with most chunks: it fills fastest and holds least. Ends when
-    `is_over`.
+    `is_over`. `listed`: as in `tune`.
     """
     anything = Limits(device_bytes=math.inf, host_bytes=math.inf)
     space = expressible(replace(space, unequal_meshes=False), job.platform.runtime)
     deepest: dict[tuple[object, ...], Group] = {}
-    known = takewhile(lambda _: not is_over(), groups(job, space))
-    for group in sorted(known, key=lambda group: group.schedule.vpp):
-        if lower_bound_s(job, group, space.levels) <= within_s:
+    alike = [visit for visit in listed if len(visit.group.sizes) == 1]
+    known, _ = listed_groups(job, space, limits, is_over, alike)
+    for visit in sorted(known, key=lambda visit: visit.group.schedule.vpp):
+        if visit.bound_s <= within_s:
+            group = visit.group
             key = (group.num_stages, group.num_micro_batches, group.schedule.kind)
             deepest[*key, *group.strategies["tp"]] = group
     for group in takewhile(lambda _: not is_over(), deepest.values()):

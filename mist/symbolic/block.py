@@ -35,9 +35,9 @@ from mist.model.graph import (
     TensorParallelCollective,
 )
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision
-from mist.platform.runtime import Kernels, Runtime
+from mist.platform.runtime import Kernels
 from mist.symbolic import symbols as sym
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.state_bytes import frozen_weight_ratio
 
 ROWS_DIMS: Final = 3  # [samples, tokens, hidden]
@@ -48,24 +48,6 @@ COLLECTIVES: Final = MappingProxyType(
         "all_reduce": sym.ALL_REDUCE,
     }
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostSetting:
-    """What expressions are built for: the runtime's habits and the precision.
-
-    `whole`: a part of the model that runs on all tokens even under sequence parallelism.
-    """
-
-    runtime: Runtime
-    precision: Precision
-    whole: bool = False
-
-    @property
-    def sequence_shards(self) -> Expr:
-        """How many ways sequence parallelism divides a replicated activation."""
-        divides = self.runtime.knobs.sequence_parallel and not self.whole
-        return T if divides else sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,10 +180,10 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
     params, traffic = rank_params(block.params), setting.runtime.traffic
     trained = [param for param in block.params if param.trainable]
     frozen = [param for param in block.params if not param.trainable]
-    trainable, ratio = rank_params(trained), frozen_weight_ratio(setting.runtime, setting.precision)
+    trainable, ratio = rank_params(trained), frozen_weight_ratio(setting)
     accumulated = trainable * traffic.accumulation_bytes_per_param.value
-    gathered = params * traffic.gather_copy_bytes_per_param[setting.precision].value
-    scattered = trainable * traffic.scatter_copy_bytes_per_param[setting.precision].value
+    gathered = params * traffic.gather_copy_bytes_per_param[setting.numerics.compute].value
+    scattered = trainable * traffic.scatter_copy_bytes_per_param[setting.numerics.compute].value
     gather, scatter, reduce = _dp_collectives(params, trainable, setting)
     if block.is_frozen:
         scatter = reduce = sympy.Integer(0)
@@ -377,7 +359,7 @@ def _scores_bytes(block: Block, core: Sequence[Op], setting: CostSetting) -> Exp
         [each for each in tensors if _is_square(each.bytes) or (each.op, each.module) in readers]
         for tensors in (block.saved, block.saved_single)
     )
-    inputs = sympy.Add(*(_operands(op) for op in products)) * setting.precision.num_bytes
+    inputs = sympy.Add(*(_operands(op) for op in products)) * setting.numerics.compute.num_bytes
     return kept_bytes(saved, single, setting) - inputs
 
 
@@ -415,10 +397,10 @@ def _dp_collectives(params: Expr, trainable: Expr, setting: CostSetting) -> tupl
     group = (sym.SHARD, sym.SHARD_PER_NODE)
     together = sympy.nsimplify(setting.runtime.overlap.layers_per_collective.value)
     reduced = setting.runtime.traffic.reduced_bytes_per_param
-    each_bytes = sympy.nsimplify(reduced.value) if reduced else Precision.FP32.num_bytes
+    each_bytes = sympy.nsimplify(reduced.value) if reduced else setting.numerics.gradients.num_bytes
     gradient_bytes = together * trainable * each_bytes
     return (
-        sym.ALL_GATHER(together * params * setting.precision.num_bytes, *group) / together,
+        sym.ALL_GATHER(together * params * setting.numerics.compute.num_bytes, *group) / together,
         sym.REDUCE_SCATTER(gradient_bytes, *group) / together,
         sym.ALL_REDUCE(gradient_bytes / sym.SHARD, sym.COPIES, sym.COPIES_PER_NODE) / together,
     )

@@ -13,9 +13,9 @@ import sympy
 
 from mist.model.graph import B, Block, ModelGraph, S, T
 from mist.plans.memory_levels import KEEPS_ALL
+from mist.plans.numerics import NUMERICS
 from mist.plans.plan import Plan, StagePlan
 from mist.plans.schedules import zero_as_run
-from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
@@ -59,7 +59,8 @@ def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
     layers: list[Block],
     ends: list[Block],
 ) -> None:
-    compute, fp32 = plan.workload.precision.num_bytes, Precision.FP32.num_bytes
+    numerics = NUMERICS[plan.workload.precision]
+    compute, fp32 = numerics.compute.num_bytes, numerics.gradients.num_bytes
     zero = int(zero_as_run(plan.schedule.kind, stage_plan.zero))
     groups = [([layer], not layer.goes_back) for layer in layers]
     if ends:

@@ -8,23 +8,11 @@ from sympy.printing.numpy import NumPyPrinter
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, T
 from mist.plans.memory_levels import PLAIN
-from mist.plans.workload import MemoryLevel, Precision
-from mist.platform import Runtime
+from mist.plans.workload import MemoryLevel
 from mist.symbolic import symbols as sym
-from mist.symbolic.program import ModelPrograms, Program
+from mist.symbolic.cost_setting import CostSetting
+from mist.symbolic.program import SEARCHED, ModelPrograms, Program
 from mist.symbolic.stage import NOT_CONVERTED, ConvertedBlocks, StageCost, stage_cost
-
-SEARCHED = (
-    "stable_s",
-    "lone_s",
-    "weight_s",
-    "peak_bytes",
-    "begin_bytes",
-    "end_bytes",
-    "step_bytes",
-    "last_bytes",
-    "host_bytes",
-)
 
 SIZES = (B, S, T)
 RANKS = (
@@ -60,20 +48,17 @@ POSITION = (
 
 
 def compile_model(
-    graph: ModelGraph,
-    runtime: Runtime,
-    precision: Precision,
-    converted: ConvertedBlocks = NOT_CONVERTED,
+    graph: ModelGraph, setting: CostSetting, converted: ConvertedBlocks = NOT_CONVERTED
 ) -> ModelPrograms:
-    """Build the stage cost of a traced model under a runtime, and print it.
+    """Build the stage cost of a traced model under a setting, and print it.
 
     `converted`: its blocks at memory levels that convert them.
     """
-    cost = stage_cost(graph, runtime, precision, converted)
+    cost = stage_cost(graph, setting, converted)
     costs = {f"cost_{name}": expr for name, expr in cost.costs.items()}
     terms = {f"term_{name}": expr for name, expr in cost.terms.items()}
     search = {name: cost.stage[name] for name in SEARCHED}
-    levels = [level for level in runtime.levels if level in PLAIN or level in converted]
+    levels = [level for level in setting.runtime.levels if level in PLAIN or level in converted]
     counts = _stage_inputs(cost, levels)
     return ModelPrograms(
         facts=graph.facts,

@@ -16,11 +16,11 @@ from mist.platform.runtime import Loss
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
     BlockCost,
-    CostSetting,
     collective_cost,
     device_cost,
     forward_ops,
 )
+from mist.symbolic.cost_setting import CostSetting
 
 
 def embed_cost(block: Block, setting: CostSetting) -> BlockCost:
@@ -43,7 +43,7 @@ def head_cost(block: Block, setting: CostSetting) -> BlockCost:
             device["made_bytes"] += more
         return _end_cost(block, setting, device)
     device = device_cost(_without_loss(block), setting)
-    return _end_cost(block, setting, _with_loss(device, loss, logits, setting.precision))
+    return _end_cost(block, setting, _with_loss(device, loss, logits, setting.numerics.compute))
 
 
 def _end_cost(block: Block, setting: CostSetting, device: dict[str, Expr]) -> BlockCost:

@@ -10,44 +10,35 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import ModelGraph, Param
-from mist.plans.workload import Precision
-from mist.platform.runtime import HostedState, Runtime
+from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import CostSetting, rank_numbers
+from mist.symbolic.block import rank_numbers
 from mist.symbolic.block_sums import StageBlocks, params_of, sum_over, term
-from mist.symbolic.state_bytes import bucket_params, frozen_weight_ratio
+from mist.symbolic.cost_setting import CostSetting
+from mist.symbolic.state_bytes import (
+    bucket_params,
+    frozen_weight_ratio,
+    hosted_bytes,
+    hosted_bytes_per_param,
+)
 
 _NONE, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 
-def hosted_state(runtime: Runtime, state: str) -> HostedState | None:
-    """Figures of "weights", "grads" or "optimizer" in host memory; None where they never are."""
-    return getattr(runtime.offload, state) if runtime.offload else None
-
-
-def hosted_bytes(runtime: Runtime, state: str, params: Expr) -> Expr:
-    """Bytes of one state of `params` parameters that a rank can keep in host memory."""
-    hosted = hosted_state(runtime, state)
-    if hosted is None:
-        return _NONE
-    whole = params * hosted.bytes_per_param.value
-    return sympy.Piecewise((whole, sym.ZERO < hosted.sharded_from), (whole / sym.SHARD, True))
-
-
-def hosted_by_tensor(runtime: Runtime, state: str, params: Iterable[Param]) -> Expr:
+def hosted_by_tensor(setting: CostSetting, state: str, params: Iterable[Param]) -> Expr:
     """Bytes of one state of these parameters in host memory, as its tensors are allocated there.
 
     Each is of fp32: a state of 8 bytes per parameter is two tensors of each. Moments, which stay
     there for good, are pinned as they are, and not by torch's allocator.
     """
-    hosted = hosted_state(runtime, state)
-    if hosted is None:
+    copies = hosted_bytes_per_param(setting, state) / setting.numerics.parameters.num_bytes
+    if not copies:
         return _NONE
-    copies = hosted.bytes_per_param.value / Precision.FP32.num_bytes
     total = _NONE
     for numbers, count in Counter(map(rank_numbers, params)).items():
-        each = hosted_bytes(runtime, state, numbers) / copies
-        total += count * copies * (each if state == "optimizer" else allocated_bytes(runtime, each))
+        each = hosted_bytes(setting, state, numbers) / copies
+        size = each if state == "optimizer" else allocated_bytes(setting.runtime, each)
+        total += count * copies * size
     return total
 
 
@@ -57,7 +48,7 @@ def allocated_bytes(runtime: Runtime, num_bytes: Expr) -> Expr:
     return sym.PINNED(num_bytes) if offload and offload.pins_each_tensor else num_bytes
 
 
-def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
+def hosted_terms(setting: CostSetting) -> dict[str, Expr]:
     """Bytes per parameter in host memory, by state; and on their way in a step.
 
     Weights and gradients are those of layers, moments those of all blocks.
@@ -65,13 +56,13 @@ def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
     The optimizer streams a few parameters at a time, when no activation is left; those of the
     embedding and the head, large and taken whole, where all moments are in host memory.
     """
-    names = ("weights", "grads", "optimizer")
-    whole = {name: hosted_bytes(runtime, name, _ONE) for name in names}
+    names, offload = ("weights", "grads", "optimizer"), setting.runtime.offload
+    whole = {name: hosted_bytes(setting, name, _ONE) for name in names}
     # Anything offloaded of a state makes its stream as wide as if all of it were.
     stream = sympy.Add(*(sympy.ceiling(sym.OFFLOAD[name]) * size for name, size in whole.items()))
     num_buffers = 0.0
-    if runtime.offload is not None and not runtime.offload.optimizer_on_host:
-        num_buffers = runtime.offload.num_staged_layers.value
+    if offload is not None and not offload.optimizer_on_host:
+        num_buffers = offload.num_staged_layers.value
     return {
         "hosted_weights_bytes_per_param": sym.OFFLOAD["weights"] * whole["weights"],
         "hosted_grads_bytes_per_param": sym.OFFLOAD["grads"] * whole["grads"],
@@ -79,7 +70,7 @@ def hosted_terms(runtime: Runtime) -> dict[str, Expr]:
         "stream_bytes_per_param": num_buffers * stream,
         "end_stream_bytes_per_param": num_buffers
         * (sympy.floor(sym.OFFLOAD["optimizer"]) * whole["optimizer"]),
-        "bucket_params": bucket_params(runtime),
+        "bucket_params": bucket_params(setting),
     }
 
 
@@ -102,11 +93,11 @@ def allocated_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
 
 def _state_by_tensor(setting: CostSetting, state: str, params: Sequence[Param]) -> Expr:
     """Bytes of a state in host memory; a frozen parameter has weights only."""
-    trained = hosted_by_tensor(setting.runtime, state, [p for p in params if p.trainable])
+    trained = hosted_by_tensor(setting, state, [p for p in params if p.trainable])
     if state != "weights":
         return trained
-    frozen = hosted_by_tensor(setting.runtime, state, [p for p in params if not p.trainable])
-    return trained + frozen_weight_ratio(setting.runtime, setting.precision) * frozen
+    frozen = hosted_by_tensor(setting, state, [p for p in params if not p.trainable])
+    return trained + frozen_weight_ratio(setting) * frozen
 
 
 def drawn_terms(graph: ModelGraph, runtime: Runtime) -> dict[str, Expr]:

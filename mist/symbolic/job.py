@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.model.summary import ModelFacts
+from mist.plans.numerics import NUMERICS
 from mist.plans.workload import MemoryLevel, Workload
 from mist.platform import OpCosts, Platform
 from mist.rules.combinations import rules_for
@@ -77,5 +78,5 @@ def _laws(platform: Platform, workload: Workload) -> OpCosts:
         device=platform.device,
         cluster=platform.cluster,
         runtime=platform.runtime,
-        precision=workload.precision,
+        numerics=NUMERICS[workload.precision],
     )

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from mist.errors import InputError, TraceError
 from mist.model.summary import ModelLimits
-from mist.plans.workload import MemoryLevel
+from mist.plans.numerics import NUMERICS
+from mist.plans.workload import MemoryLevel, Optimizer
 from mist.platform import Runtime
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
-from mist.trace import ConfigSource, TraceSetting, load_graph, trace_digest
+from mist.symbolic.program_trial import computes
+from mist.trace import ConfigSource, TraceSetting, forget_trace, load_graph, trace_digest
 from mist.trace.trace_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     profile_hash: str,
     progress: Progress,
     *,
+    optimizer: Optimizer,
     refuse: Callable[[ModelLimits], None] = lambda limits: None,
     levels: Iterable[MemoryLevel] = (),
 ) -> ModelPrograms:
@@ -41,16 +44,25 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     hears why. Raises InputError.
     """
     settings = [replace(setting, level=level) for level in levels if level in runtime.levels]
-    key = _key(source, setting, profile_hash, settings)
+    key = _key(source, setting, profile_hash, settings, optimizer)
     programs = load_programs(cache_folder(), key) if key else None
     if programs is not None:
         progress(f"{programs.facts.name}: trace from the cache")
         return programs
-    graph = load_graph(source, setting, progress=progress, refuse=refuse)
-    again = dict(_converted(source, settings, graph, progress))
-    programs = compile_graph(graph, setting, runtime, again)
+
+    def traced() -> ModelPrograms:
+        graph = load_graph(source, setting, progress=progress, refuse=refuse)
+        again = dict(_converted(source, settings, graph, progress))
+        return compile_graph(graph, setting, runtime, optimizer, again)
+
+    programs = traced()
+    if not computes(programs):
+        # Of a false trace in the cache: sizes of the right form that no model has.
+        for each in (setting, *settings):
+            forget_trace(source, each)
+        programs = traced()
     # Asked again, because a model that was not in the cache has a trace there only now.
-    if key := _key(source, setting, profile_hash, settings):
+    if key := _key(source, setting, profile_hash, settings, optimizer):
         store_programs(cache_folder(), key, programs)
     return programs
 
@@ -79,12 +91,17 @@ def compile_graph(
     graph: "ModelGraph",
     setting: TraceSetting,
     runtime: Runtime,
+    optimizer: Optimizer,
     converted: "Mapping[MemoryLevel, Sequence[Block]] | None" = None,
 ) -> ModelPrograms:
     """The costs of a traced model under a runtime; `converted`: its blocks at further levels."""
-    from mist.symbolic.compile import compile_model  # sympy, which cached programs do not need
+    # sympy, which cached programs do not need
+    from mist.symbolic.compile import compile_model
+    from mist.symbolic.cost_setting import CostSetting
 
-    return compile_model(graph, runtime, setting.precision, converted or {})
+    numerics = NUMERICS[setting.precision]
+    cost_setting = CostSetting(runtime=runtime, numerics=numerics, optimizer=optimizer)
+    return compile_model(graph, cost_setting, converted or {})
 
 
 def _key(
@@ -92,10 +109,11 @@ def _key(
     setting: TraceSetting,
     profile_hash: str,
     converted: Iterable[TraceSetting],
+    optimizer: Optimizer,
 ) -> str | None:
     """Where the programs of cached traces are kept; None where one of them is not cached."""
     traces = [trace_digest(source, each) for each in (setting, *converted)]
     known = [trace for trace in traces if trace is not None]
     if len(known) < len(traces):
         return None
-    return programs_key(" ".join(known), profile_hash, setting.precision)
+    return programs_key(" ".join(known), profile_hash, setting.precision, optimizer)

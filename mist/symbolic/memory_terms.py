@@ -7,16 +7,15 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
-from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, CostSetting, rank_params
+from mist.symbolic.block import BlockCost, rank_params
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.host_bytes import hosted_terms
 from mist.symbolic.level_cost import LevelCost
 from mist.symbolic.optimizer_memory import step_bytes
 from mist.symbolic.state_bytes import (
     bytes_by_zero,
-    frozen_bytes,
     gathered_bytes,
     gradient_terms,
     state_bytes,
@@ -62,24 +61,25 @@ def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) 
 
 def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     """Terms that belong to no block: bytes per parameter by ZeRO level, tied and shared tensors."""
-    runtime, precision = setting.runtime, setting.precision
+    runtime, numerics = setting.runtime, setting.numerics
+    compute, reduced = numerics.compute, numerics.gradients
     tied = [param for param in graph.head.params if param.tied]
     return {
         "tied_params": rank_params(tied),
         "tied_trainable_params": rank_params(param for param in tied if param.trainable),
         "shared_bytes": sympy.Symbol("cost_shared_bytes", real=True),
-        "state_bytes_per_param": state_bytes(runtime, precision),
-        "frozen_bytes_per_param": frozen_bytes(runtime, precision),
-        **hosted_terms(runtime),
+        "state_bytes_per_param": state_bytes(setting),
+        "frozen_bytes_per_param": state_bytes(setting, frozen=True),
+        **hosted_terms(setting),
         "step_bytes_per_param": step_bytes(graph, runtime),
-        "gathered_bytes_per_param": gathered_bytes(runtime, precision),
-        "compute_bytes_per_param": sympy.Float(precision.num_bytes),
-        "fp32_bytes_per_param": sympy.Float(Precision.FP32.num_bytes),
-        **gradient_terms(),
+        "gathered_bytes_per_param": gathered_bytes(setting),
+        "compute_bytes_per_param": sympy.Float(compute.num_bytes),
+        "fp32_bytes_per_param": sympy.Float(reduced.num_bytes),
+        **gradient_terms(setting),
         # ZeRO-3 gathers a copy in compute precision for each pass; below it the copy stays.
-        "zero3_copy_bytes_per_param": bytes_by_zero(precision, at_least=3),
-        "resident_copy_bytes_per_param": bytes_by_zero(precision, at_least=0, below=3),
+        "zero3_copy_bytes_per_param": bytes_by_zero(compute, at_least=3),
+        "resident_copy_bytes_per_param": bytes_by_zero(compute, at_least=0, below=3),
         # From ZeRO-2 on every micro-batch reduces its gradients, through a buffer in fp32.
-        "reduce_buffer_bytes_per_param": bytes_by_zero(Precision.FP32, at_least=2),
+        "reduce_buffer_bytes_per_param": bytes_by_zero(reduced, at_least=2),
         "reduces": sym.zero_at_least(2),
     }

@@ -12,9 +12,8 @@ from typing import Any
 import sympy
 
 from mist.model.graph import ModelGraph
-from mist.plans.workload import Precision
-from mist.platform import Runtime
 from mist.symbolic.compile import compile_model
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.program import ModelPrograms, Program
 
 
@@ -39,14 +38,15 @@ class OpenPrograms:
         return replace(self.programs, **parts)
 
 
-def open_programs(
-    graph: ModelGraph, runtime: Runtime, precision: Precision, paths: Sequence[str]
-) -> OpenPrograms:
-    """The programs of a model under a runtime, with the figures of those paths left open."""
+def open_programs(graph: ModelGraph, setting: CostSetting, paths: Sequence[str]) -> OpenPrograms:
+    """The programs of a model under a setting, with the figures of those paths left open."""
     symbols = {path: f"open_{i}" for i, path in enumerate(paths)}
+    runtime = setting.runtime
     for path, name in symbols.items():
         runtime = _with_symbol(runtime, path.split(".")[1:], name)
-    return OpenPrograms(programs=compile_model(graph, runtime, precision), symbols=symbols)
+    return OpenPrograms(
+        programs=compile_model(graph, replace(setting, runtime=runtime)), symbols=symbols
+    )
 
 
 def _with_symbol(record: Any, names: list[str], symbol: str) -> Any:  # noqa: ANN401 - any record

@@ -22,9 +22,10 @@ from mist.model.graph import T
 from mist.model.summary import Traffic
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, CostSetting
-from mist.symbolic.host_bytes import hosted_bytes, hosted_state
+from mist.symbolic.block import BlockCost
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.level_cost import LevelCost
+from mist.symbolic.state_bytes import hosted_bytes
 
 _NONE = sympy.Integer(0)
 
@@ -82,7 +83,7 @@ def slots(
     launch_ahead = sympy.nsimplify(runtime.host.launch_ahead_ratio.value)
     launch_forward = sym.larger(0, host_forward - launch_ahead * device_forward)
     launch_backward = sym.larger(0, host_backward - launch_ahead * device_backward)
-    streams = _BlockStreams(cost=cost, level=level, runtime=runtime, is_layer=is_layer)
+    streams = _BlockStreams(cost=cost, level=level, setting=setting, is_layer=is_layer)
     # FSDP2's root is not resharded between its passes (`reshard_after_forward`).
     stays = not goes_back or (runtime.transients.root_group and not is_layer)
     stable, lone = sequence(
@@ -145,7 +146,7 @@ def sequence(
 
 def _moves_each(runtime: Runtime, state: str) -> Expr:
     """1 where an offloaded state moves in every micro-batch, else 0."""
-    hosted = hosted_state(runtime, state)
+    hosted = runtime.hosted(state)
     if hosted is None or hosted.each_micro_batch_from is None:
         return _NONE
     return sym.zero_at_least(hosted.each_micro_batch_from)
@@ -171,7 +172,7 @@ class _BlockStreams:
 
     cost: BlockCost
     level: LevelCost
-    runtime: Runtime
+    setting: CostSetting
     is_layer: bool
 
     def exposed_collectives(self, slot: Slot) -> Expr:
@@ -186,12 +187,12 @@ class _BlockStreams:
 
     def exposed_copies(self, slot: Slot) -> Expr:
         """Seconds that copies between device and host add to that."""
-        if not self.is_layer or self.runtime.offload is None:
+        if not self.is_layer or self.setting.runtime.offload is None:
             return _NONE
         device, concurrent, _ = self._device_streams(slot)
         without = sym.TOGETHER(device, concurrent) if concurrent != 0 else device
         return by_ratio(
-            self.runtime,
+            self.setting.runtime,
             lambda weights, grads: (
                 sym.TOGETHER(device, concurrent, *self._host_streams(slot, weights, grads))
                 - without
@@ -200,7 +201,7 @@ class _BlockStreams:
 
     def _device_streams(self, slot: Slot) -> tuple[Expr, Expr, Expr]:
         """Seconds of the device, of collectives that overlap with it, and of those that do not."""
-        cost, overlap = self.cost, self.runtime.overlap
+        cost, overlap = self.cost, self.setting.runtime.overlap
         rows = (
             (slot.gathers * cost.gather_s, overlap.zero_all_gather_ratio.value),
             (slot.scatters * cost.scatter_s, overlap.zero_reduce_scatter_ratio.value),
@@ -214,8 +215,8 @@ class _BlockStreams:
     def _host_streams(self, slot: Slot, weights: Expr, grads: Expr) -> tuple[Expr, Expr]:
         """Seconds of copies to the device and to the host, by these shares in host memory."""
         cost = self.cost
-        weight_bytes = weights * hosted_bytes(self.runtime, "weights", cost.hosted_params)
-        grad_bytes = grads * hosted_bytes(self.runtime, "grads", cost.trainable_params)
+        weight_bytes = weights * hosted_bytes(self.setting, "weights", cost.hosted_params)
+        grad_bytes = grads * hosted_bytes(self.setting, "grads", cost.trainable_params)
         activation_bytes = sym.OFFLOAD["activations"] * self.level.kept_bytes
         to_device = slot.weights_in * weight_bytes + slot.grads_in * grad_bytes
         to_host = slot.grads_out * grad_bytes
@@ -248,14 +249,14 @@ def ends_seconds(cost: BlockCost, runtime: Runtime) -> Expr:
     return sharded * (gather_s + scatter_s) + reduce_s
 
 
-def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr:
+def optimizer_seconds(params: Expr, setting: CostSetting, *, is_layer: bool) -> Expr:
     """Adam reads and writes its states once per step, divided among ranks from ZeRO-1 on.
 
     `params`: those that are trained.
     The unsharded copy that it also writes is gone under ZeRO-3. States in host memory come and go
     beside it.
     """
-    traffic = runtime.traffic
+    runtime, traffic = setting.runtime, setting.runtime.traffic
     owned = sympy.Piecewise((params, sym.ZERO < 1), (params / sym.SHARD, True))
     moved = (
         owned * traffic.optimizer_sharded_bytes_per_param.value
@@ -264,11 +265,11 @@ def optimizer_seconds(params: Expr, runtime: Runtime, *, is_layer: bool) -> Expr
     update_s = sym.MEMORY[Traffic.POINTWISE](moved, 1)
     if runtime.offload is None:
         return update_s
-    moments = sym.OFFLOAD["optimizer"] * hosted_bytes(runtime, "optimizer", params)
+    moments = sym.OFFLOAD["optimizer"] * hosted_bytes(setting, "optimizer", params)
 
     def seconds(weights: Expr, grads: Expr) -> Expr:
-        weight_bytes = weights * hosted_bytes(runtime, "weights", params)
-        grad_bytes = grads * hosted_bytes(runtime, "grads", params)
+        weight_bytes = weights * hosted_bytes(setting, "weights", params)
+        grad_bytes = grads * hosted_bytes(setting, "grads", params)
         to_device = sym.TO_DEVICE(moments + weight_bytes + grad_bytes)
         return sym.TOGETHER(update_s, 0, to_device, sym.TO_HOST(moments + weight_bytes))
 

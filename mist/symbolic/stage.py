@@ -22,11 +22,11 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
-from mist.plans.workload import MemoryLevel, Precision
-from mist.platform.runtime import Runtime
+from mist.plans.workload import MemoryLevel
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, CostSetting, forward_ops, kept_bytes, layer_cost
+from mist.symbolic.block import BlockCost, forward_ops, kept_bytes, layer_cost
 from mist.symbolic.block_sums import max_over, stage_blocks
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.head_cost import embed_cost, head_cost
 from mist.symbolic.host_bytes import allocated_terms, drawn_terms, stage_host_bytes
 from mist.symbolic.level_cost import LevelCost, converted_cost, level_costs, plain_levels
@@ -60,20 +60,16 @@ NOT_CONVERTED: Final[ConvertedBlocks] = MappingProxyType({})
 
 
 def stage_cost(
-    graph: ModelGraph,
-    runtime: Runtime,
-    precision: Precision,
-    converted: ConvertedBlocks = NOT_CONVERTED,
+    graph: ModelGraph, setting: CostSetting, converted: ConvertedBlocks = NOT_CONVERTED
 ) -> StageCost:
     """Build the expressions of any stage of `graph`.
 
     Args:
         graph: the traced model.
-        runtime: the framework whose behaviour is predicted.
-        precision: compute precision of the workload.
+        setting: the framework whose behaviour is predicted, precision and optimizer.
         converted: the same blocks at the levels that convert them.
     """
-    setting = CostSetting(runtime=runtime, precision=precision)
+    runtime = setting.runtime
     traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
     blocks = {name: layer_cost(block, setting) for name, block in traced.items()}
     traced |= {"embed": graph.embed, "head": graph.head}
@@ -90,7 +86,7 @@ def stage_cost(
         costs |= values
         is_layer = name.isdigit()
         terms |= block_memory_terms(name, named[name], traced[name])
-        terms |= block_time_terms(name, named[name], runtime, traced[name])
+        terms |= block_time_terms(name, named[name], setting, traced[name])
         levels = level_costs(named[name], runtime, is_layer=is_layer)
         if is_layer:
             again = {level: blocks_at[int(name)] for level, blocks_at in converted.items()}
@@ -112,7 +108,7 @@ def stage_cost(
         terms=terms,
         stage={
             **stage_seconds(rows, runtime),
-            **stage_memory(rows, runtime, precision),
+            **stage_memory(rows, runtime, setting.numerics),
             "host_bytes": stage_host_bytes(rows, runtime),
             "drawn_bytes": max_over(rows.every, "{x}_drawn_bytes"),
         },

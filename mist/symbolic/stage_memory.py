@@ -44,7 +44,7 @@ import sympy
 from sympy import Expr
 
 from mist.plans.memory_levels import KEEPS_ALL
-from mist.plans.workload import Precision
+from mist.plans.numerics import Numerics
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block_sums import Row, StageBlocks, max_over, params_of, sum_over, term
@@ -64,7 +64,7 @@ PENDING_GRADIENTS_RATIO = sym.FORWARD_FIRST + (1 - sym.FORWARD_FIRST) * sym.ONE_
 )
 
 
-def stage_memory(blocks: StageBlocks, runtime: Runtime, precision: Precision) -> dict[str, Expr]:
+def stage_memory(blocks: StageBlocks, runtime: Runtime, numerics: Numerics) -> dict[str, Expr]:
     """Bytes of the parts of the peak, of the peak, which is their sum, and of each instant.
 
     Instants: `begin_bytes`, `end_bytes` of a backward pass, `last_bytes` of the last one,
@@ -76,7 +76,7 @@ def stage_memory(blocks: StageBlocks, runtime: Runtime, precision: Precision) ->
         states -= PENDING_GRADIENTS_RATIO * gradient_bytes(blocks)
         gathered = term("zero3_copy_bytes_per_param") * params_of(blocks.ends)
         gathered += _next_layer(blocks)
-        instants = _fsdp_instants(blocks, precision)
+        instants = _fsdp_instants(blocks, numerics)
     else:
         layer = max_over(blocks.every, "{x}_params")
         stream = term("stream_bytes_per_param") * layer
@@ -175,23 +175,23 @@ def _boundary_buffers(blocks: StageBlocks, runtime: Runtime) -> Expr:
 # The instants that may be the peak.
 
 
-def _fsdp_instants(blocks: StageBlocks, precision: Precision) -> dict[str, Expr]:
+def _fsdp_instants(blocks: StageBlocks, numerics: Numerics) -> dict[str, Expr]:
     """The instants of a backward pass, whole or split, of one chunk or several."""
     # Other chunks of the rank went backward before, and each still holds its last reduction's
     # buffer. Not in the first backward pass of a step, nor amid a single round.
     buffers = _other_chunks_buffers(blocks)
     buffers *= (1 - sym.FORWARD_FIRST) * (1 - sym.ONE_ROUND)
-    begin = backward_begin(blocks, precision, (1 - sym.FORWARD_FIRST) * _root_buffer(blocks))
-    end = backward_end(blocks, precision)
+    begin = backward_begin(blocks, numerics, (1 - sym.FORWARD_FIRST) * _root_buffer(blocks))
+    end = backward_end(blocks, numerics)
     begin = split_or_whole(input_gradients_begin(blocks, begin), begin + buffers)
     return {
         "begin_bytes": begin,
         "end_bytes": split_or_whole(input_gradients_end(blocks), end + buffers),
-        "last_bytes": last_backward(blocks, precision, begin),
+        "last_bytes": last_backward(blocks, numerics, begin),
     }
 
 
-def backward_begin(blocks: StageBlocks, precision: Precision, root_buffer: Expr) -> Expr:
+def backward_begin(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -> Expr:
     """As a backward pass begins: in the loss, then in the layer that runs first.
 
         max( working set of head and loss + buffer, on the last stage;
@@ -200,12 +200,12 @@ def backward_begin(blocks: StageBlocks, precision: Precision, root_buffer: Expr)
     `root_buffer`: what the root's reduction in the micro-batch before still holds.
     """
     head: list[Row] = [("head", "none", sym.LAST)]
-    loss = _working_set(head, precision) + sym.LAST * root_buffer
+    loss = _working_set(head, numerics) + sym.LAST * root_buffer
     head_kept = sym.LAST * term("head_none_kept_bytes")
-    return sym.larger(0, loss, layer_backward(blocks, precision, root_buffer) - head_kept)
+    return sym.larger(0, loss, layer_backward(blocks, numerics, root_buffer) - head_kept)
 
 
-def layer_backward(blocks: StageBlocks, precision: Precision, root_buffer: Expr) -> Expr:
+def layer_backward(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -> Expr:
     """While the worst layer runs backward, then as FSDP2 copies its gradients to fp32.
 
     max( working set + fp32 buffer of the group that was reduced before;
@@ -218,16 +218,16 @@ def layer_backward(blocks: StageBlocks, precision: Precision, root_buffer: Expr)
     # behind this one; for the last layer it is the root, of the micro-batch before. A lone
     # micro-batch reduces at every ZeRO level.
     layer_buffer = sym.larger(term("reduce_buffer_bytes_per_param"), sym.LONE * fp32) * trainable
-    working = _working_set(blocks.layers, precision) + sym.larger(layer_buffer, root_buffer)
-    copies = _gradient_copies(precision) * trainable
+    working = _working_set(blocks.layers, numerics) + sym.larger(layer_buffer, root_buffer)
+    copies = _gradient_copies(numerics) * trainable
     # Gradients of the head wait for those of the embedding: the root is one group.
     head = sym.LAST * term("head_trainable_params")
-    head *= _fresh_gradients(precision) * term("compute_bytes_per_param")
+    head *= _fresh_gradients(numerics) * term("compute_bytes_per_param")
     gathered = term("zero3_copy_bytes_per_param") * max_over(blocks.layers, "{x}_params")
     return sym.larger(working, copies) + head + gathered
 
 
-def backward_end(blocks: StageBlocks, precision: Precision) -> Expr:
+def backward_end(blocks: StageBlocks, numerics: Numerics) -> Expr:
     """As a backward pass ends: in the first layer, then in the root's reduction.
 
         max( a layer that runs backward + its activations - its gradients, which that includes;
@@ -239,16 +239,16 @@ def backward_end(blocks: StageBlocks, precision: Precision) -> Expr:
     """
     buffer = _root_buffer(blocks)
     root = params_of(blocks.ends, "trainable_params")
-    layer = layer_backward(blocks, precision, (1 - sym.FORWARD_FIRST) * buffer)
+    layer = layer_backward(blocks, numerics, (1 - sym.FORWARD_FIRST) * buffer)
     layer += max_over(blocks.layers, "{x}_{level}_kept_bytes")
     # This layer's gradients are still among those that run; its gathered copy is still there.
     layer -= _first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
     layer += _dropped_copy() * max_over(blocks.layers, "{x}_params")
     # As the root is reduced no layer is gathered ahead. Behind it the optimizer's stream begins.
-    reduction = _gradient_copies(precision) * root - _next_layer(blocks)
+    reduction = _gradient_copies(numerics) * root - _next_layer(blocks)
     # The second backward pass of a step meets the gradients of the first: with F it may hold more,
     # though it begins with a micro-batch less.
-    second = sym.FORWARD_FIRST * (1 - sym.LONE) * backward_begin(blocks, precision, buffer)
+    second = sym.FORWARD_FIRST * (1 - sym.LONE) * backward_begin(blocks, numerics, buffer)
     behind = sym.larger(reduction, stream_bytes(blocks), second) + _first_gradients("") * root
     # All that the micro-batch kept is gone, but for the activations of the layer that runs.
     kept = sum_over(blocks.layers, "{x}_{level}_kept_bytes") / sym.CHUNKS
@@ -256,7 +256,7 @@ def backward_end(blocks: StageBlocks, precision: Precision) -> Expr:
     return sym.larger(layer, behind) + _after_first_backward(blocks) / sym.CHUNKS - kept
 
 
-def last_backward(blocks: StageBlocks, precision: Precision, begin: Expr) -> Expr:
+def last_backward(blocks: StageBlocks, numerics: Numerics, begin: Expr) -> Expr:
     """As the last backward pass of a step ends: all gradients exist, and one layer's activations.
 
     A candidate of its own only where gradients wait until then: with several chunks, and where
@@ -266,7 +266,7 @@ def last_backward(blocks: StageBlocks, precision: Precision, begin: Expr) -> Exp
     fp32 = term("fp32_bytes_per_param") * max_over(blocks.layers, "{x}_trainable_params")
     gradients = PENDING_GRADIENTS_RATIO * gradient_bytes(blocks) - activations_bytes(blocks)
     buffer = (1 - sym.FORWARD_FIRST) * _root_buffer(blocks)
-    chunks = layer_backward(blocks, precision, buffer) + _other_chunks_buffers(blocks)
+    chunks = layer_backward(blocks, numerics, buffer) + _other_chunks_buffers(blocks)
     chunks += max_over(blocks.layers, "{x}_{level}_kept_bytes")
     # Below ZeRO-2 this backward pass is the first that reduces, so it needs a buffer, too.
     chunks += (1 - sym.FORWARD_FIRST) * (1 - term("reduces")) * fp32
@@ -298,37 +298,37 @@ def optimizer_step(blocks: StageBlocks, runtime: Runtime) -> Expr:
 # Quantities that several instants share.
 
 
-def _working_set(rows: tuple[Row, ...] | list[Row], precision: Precision) -> Expr:
+def _working_set(rows: tuple[Row, ...] | list[Row], numerics: Numerics) -> Expr:
     """The most that the backward pass of a block makes, gradients of parameters included.
 
     Where autograd adds them in place to those of the micro-batch before, only those just made.
     """
-    fresh = _fresh_gradients(precision)
+    fresh = _fresh_gradients(numerics)
     running = max_over(rows, "{x}_{level}_running_bytes")
     if fresh == 1:
         return running
     return fresh * running + (1 - fresh) * max_over(rows, "{x}_{level}_adding_bytes")
 
 
-def _fresh_gradients(precision: Precision) -> Expr:
+def _fresh_gradients(numerics: Numerics) -> Expr:
     """1 where gradients of a micro-batch are tensors apart from those of the one before.
 
     In fp32 autograd adds to `.grad` in place, unless a reduction took it, or there is none yet. In
     lower precision FSDP2 keeps the sum as an fp32 tensor (`unsharded_accumulated_grad`).
     """
-    if precision is not Precision.FP32:
+    if numerics.compute is not numerics.gradients:
         return sympy.Integer(1)
     return sym.larger(term("reduces"), sym.FORWARD_FIRST)
 
 
-def _gradient_copies(precision: Precision) -> Expr:
+def _gradient_copies(numerics: Numerics) -> Expr:
     """Bytes per parameter as FSDP2 copies gradients of a group to fp32: both copies.
 
     It does so where a reduction takes them, and with the first gradients of a step; later ones are
     added to that copy.
     """
     copy = sym.larger(term("reduces"), sym.FORWARD_FIRST) * term("fp32_bytes_per_param")
-    return _fresh_gradients(precision) * term("compute_bytes_per_param") + copy
+    return _fresh_gradients(numerics) * term("compute_bytes_per_param") + copy
 
 
 def _root_buffer(blocks: StageBlocks) -> Expr:

@@ -11,26 +11,26 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
-from mist.plans.workload import Precision
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import BlockCost, CostSetting, rank_params
+from mist.symbolic.block import BlockCost, rank_params
 from mist.symbolic.block_sums import StageBlocks, max_over, sum_over, term
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.level_cost import LevelCost
 from mist.symbolic.overlap import ends_seconds, optimizer_seconds, slots
 from mist.symbolic.program import TIME_PARTS
 
 
 def block_time_terms(
-    name: str, cost: BlockCost, runtime: Runtime, traced: Block
+    name: str, cost: BlockCost, setting: CostSetting, traced: Block
 ) -> dict[str, Expr]:
     """Seconds of one block that do not depend on its memory level: once a step, and of weights."""
     step_s: Expr = sympy.Integer(0)
     if not traced.is_frozen:
-        step_s = optimizer_seconds(cost.trainable_params, runtime, is_layer=name.isdigit())
+        step_s = optimizer_seconds(cost.trainable_params, setting, is_layer=name.isdigit())
     return {
         f"{name}_optimizer_s": step_s,
-        f"{name}_ends_s": ends_seconds(cost, runtime),
+        f"{name}_ends_s": ends_seconds(cost, setting.runtime),
         f"{name}_weight_s": cost.weight_s,
     }
 
@@ -49,7 +49,7 @@ def transfer_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     """Seconds and bytes between stages: activations, and the gradient of a tied embedding."""
     sent = sympy.Symbol("cost_sent_bytes", real=True)
     tied = rank_params(param for param in graph.head.params if param.tied and param.trainable)
-    tied_bytes = tied * Precision.FP32.num_bytes
+    tied_bytes = tied * setting.numerics.gradients.num_bytes
     return {
         "tied_reduce_in_node_s": sym.P2P(tied_bytes, 0),
         "tied_reduce_cross_s": sym.P2P(tied_bytes, 1),

@@ -87,11 +87,15 @@ def smaller(*values: sympy.Expr | float) -> sympy.Expr:
     return reduce(_MINIMUM, values)
 
 
-def by_zero(values: Mapping[int, float]) -> sympy.Expr:
+def by_zero(values: Mapping[int, float | sympy.Expr]) -> sympy.Expr:
     """A value that depends on the ZeRO level; the highest level given also stands for any other."""
     *lower, top = sorted(values)
-    rows = [(sympy.Float(values[level]), sympy.Eq(ZERO, level)) for level in lower]
-    return sympy.Piecewise(*rows, (sympy.Float(values[top]), True))
+    exprs = {
+        level: value if isinstance(value, sympy.Expr) else sympy.Float(value)
+        for level, value in values.items()
+    }
+    rows = [(exprs[level], sympy.Eq(ZERO, level)) for level in lower]
+    return sympy.Piecewise(*rows, (exprs[top], True))
 
 
 def zero_at_least(level: int) -> sympy.Expr:

@@ -7,8 +7,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import Final
 
+from mist.plans.numerics import NUMERICS, Numerics
 from mist.plans.plan import Layout, even_layers, layers_by_cost
-from mist.plans.workload import Precision
 from mist.platform.calibration import with_values
 from mist.platform.profiles import (
     Loaded,
@@ -32,7 +32,7 @@ from mist.validate.sources import (
     load_source_ratios,
 )
 
-PRECISIONS: Final = {"bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.BF16}
+PRECISIONS: Final = ("bf16", "fp16", "fp8")  # those of runs that are judged
 TASKS: Final = ("", "pretrain", "sft")
 # A compiled layer is launched in about half as many kernels.
 COMPILED_LAUNCH_RATIO: Final = 0.5
@@ -51,7 +51,7 @@ class Key:
     runtime: str
     device: str
     cluster: str
-    fp8: bool
+    numerics: Numerics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
         content=architecture.config.content,
         config=architecture.config,
         setting=TraceSetting(
-            precision=PRECISIONS[run.precision],
+            precision=NUMERICS[run.precision].compute,
             attention=attention.kernel,
             fused_norms=runtime.kernels.fused_norms or attention.fused_norms,
             compiled=run.compile == "yes",
@@ -122,7 +122,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
         runtime=source.runtime,
         device=hardware.device,
         cluster=source.cluster or hardware.cluster,
-        fp8=run.precision == "fp8",
+        numerics=NUMERICS[run.precision],
     )
     num_gpus = run.n_gpus or sum(layout.stages[-1].devices)
     assert run.seq_len is not None
@@ -140,8 +140,9 @@ def _known(run: Run, sources: Sources) -> tuple[Hardware, AttentionKernel]:
         raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
     if run.task not in TASKS:
         raise Unsupported(f"task {run.task} is not modelled")
-    if run.precision == "fp8" and load_device(hardware.device).profile.gemm_fp8 is None:
-        raise Unsupported(f"GPU {run.gpu} has no law for fp8")
+    device = load_device(hardware.device).profile
+    if device.gemm_law(NUMERICS[run.precision].products) is None:
+        raise Unsupported(f"GPU {run.gpu} has no law for {run.precision}")
     return hardware, attention
 
 
@@ -213,7 +214,7 @@ def _group(
     calibration = find_calibration(source.runtime, key.device) if calibrated else None
     values: dict[str, Quantity] = {}
     if calibration is not None:
-        ratios = load_source_ratios().of(key.source, key.device, fp8=key.fp8)
+        ratios = load_source_ratios().of(key.source, key.device, key.numerics)
         values = {
             path: quantity.times(ratios.get(path, 1.0))
             for path, quantity in calibration.profile.values.items()
@@ -247,8 +248,7 @@ def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> Ru
         device=device,
         cluster=cluster,
         runtime=runtime,
-        precision=key.setting.precision,
-        fp8=key.fp8,
+        numerics=key.numerics,
     )
 
 

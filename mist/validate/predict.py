@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mist.plans.numerics import Numerics
 from mist.plans.plan import Layout
 from mist.plans.schedules import fill_time, step_time
-from mist.plans.workload import Precision
 from mist.platform import Cluster, Device, OpCosts, Runtime
 from mist.symbolic.columns import Placement, layout_inputs
 from mist.symbolic.program import ModelPrograms, StageModel, stage_model
@@ -23,8 +23,7 @@ class RunProfiles:
     device: Device
     cluster: Cluster
     runtime: Runtime
-    precision: Precision
-    fp8: bool
+    numerics: Numerics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +58,7 @@ def predict(
             device=machine.device,
             cluster=machine.cluster,
             runtime=machine.runtime,
-            precision=machine.precision,
-            fp8=machine.fp8,
+            numerics=machine.numerics,
         ),
     )
     stages = np.array([len(case.layout.stages) for case in cases])

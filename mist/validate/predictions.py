@@ -7,6 +7,7 @@ from multiprocessing import get_context
 
 from mist.errors import MistError
 from mist.plans.memory_chance import fit_probability
+from mist.plans.workload import Optimizer
 from mist.progress import is_due
 from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
@@ -68,7 +69,9 @@ def _compiled(group: RunGroup) -> Programs | str:
         variants[f"{group.profile_hash}\ngathered again"] = replace(runtime, kernels=kernels)
     try:
         return tuple(
-            model_programs(key.config, key.setting, each, profile_hash, quiet)
+            model_programs(
+                key.config, key.setting, each, profile_hash, quiet, optimizer=Optimizer.ADAMW
+            )
             for profile_hash, each in variants.items()
         )
     except MistError as error:

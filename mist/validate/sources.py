@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from mist.errors import PlatformError
 from mist.files import read_bytes
+from mist.plans.numerics import FP8, Numerics
 from mist.plans.provenance import Kind
 from mist.plans.workload import Attention
 from mist.platform.profiles import check, load_shipped, read_yaml
@@ -138,9 +139,10 @@ class SourceRatios(Record):
     ratios: Mapping[str, Mapping[str, float]]
     fp8: Mapping[str, Mapping[str, Mapping[str, float]]]
 
-    def of(self, name: str, device: str, *, fp8: bool) -> Mapping[str, float]:
+    def of(self, name: str, device: str, numerics: Numerics) -> Mapping[str, float]:
         """The ratios of a source's runs, by the path of the figure."""
-        return self.fp8.get(name, {}).get(device, {}) if fp8 else self.ratios.get(name, {})
+        in_fp8 = self.fp8.get(name, {}).get(device, {})
+        return in_fp8 if numerics.products == FP8 else self.ratios.get(name, {})
 
 
 @cache

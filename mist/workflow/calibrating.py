@@ -12,9 +12,11 @@ from mist.calibrate.fit import Posterior, Prior, fitted, of_names
 from mist.calibrate.logs import read_log
 from mist.errors import InputError
 from mist.plans.file import load_plan
+from mist.plans.numerics import NUMERICS
 from mist.plans.plan import Plan
 from mist.platform import Platform, Quantity
 from mist.platform.calibration import Calibration, calibrated, with_values
+from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import make_job
 from mist.symbolic.open_programs import OpenPrograms, open_programs
@@ -189,8 +191,11 @@ def _measured(
         platform=platform,
         programs=open_programs(
             load_graph(source, setting, progress=progress),
-            platform.runtime,
-            setting.precision,
+            CostSetting(
+                runtime=platform.runtime,
+                numerics=NUMERICS[setting.precision],
+                optimizer=question.optimizer,
+            ),
             [name for name in _prior(platform).names if name.startswith("runtime.")],
         ),
         seconds=read_log(log, tokens_per_gpu).step_s,

@@ -268,6 +268,7 @@ def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None 
         seq_len=workload.seq_len,
         global_batch=workload.global_batch,
         precision=workload.precision,
+        optimizer=workload.optimizer,
         attention=workload.attention,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
         overrides=plan.overrides,

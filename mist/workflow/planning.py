@@ -136,8 +136,12 @@ def search_plan(
         host = host_of(job, choice.chosen.layout, limits)
     seconds = perf_counter() - start
     within_s = 3 * tuned.best.step_s
+    # Of least memory the search looked at some numbers of stages only.
+    listed = () if row.least_memory else tuned.listed
     points = tuple(
-        landscape(job, space, limits=limits, within_s=within_s, is_over=deadline.is_over)
+        landscape(
+            job, space, limits=limits, within_s=within_s, is_over=deadline.is_over, listed=listed
+        )
     )
     plan = _assemble(job, question, space, (tuned, choice), effort)
     if not row.least_memory:

@@ -65,6 +65,7 @@ class Question:
     seq_len: int | None = None
     global_batch: int = DEFAULT_GLOBAL_BATCH
     precision: Precision = Precision.BF16
+    optimizer: Optimizer = Optimizer.ADAMW
     attention: Attention = Attention.FLASH
     margin_ratio: float | None = None
     overrides: Overrides = field(default_factory=dict)
@@ -126,13 +127,14 @@ def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> Mod
     setting = setting_of(question, platform)
     runtime = platform.runtime
     if not isinstance(question.model, str):
-        return compile_graph(_trace_module(question, setting), setting, runtime)
+        return compile_graph(_trace_module(question, setting), setting, runtime, question.optimizer)
     return model_programs(
         question.model,
         setting,
         runtime,
         platform.runtime_hash,
         progress,
+        optimizer=question.optimizer,
         refuse=partial(_refuse_beyond, question.seq_len, tp),
         levels=[level for level in question.levels if level in CONVERTS],
     )
@@ -160,7 +162,7 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
         seq_len=_sequence(programs.facts, question.seq_len),
         global_batch=question.global_batch,
         precision=question.precision,
-        optimizer=Optimizer.ADAMW,
+        optimizer=question.optimizer,
         attention=question.attention,
         compile=False,
     )

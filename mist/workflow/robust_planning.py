@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from mist.errors import Infeasible, InputError
-from mist.pareto.bounds import lower_bound_s
 from mist.pareto.layouts import PricedLayout, plain_layout
-from mist.pareto.strategies import Group, groups
+from mist.pareto.strategies import Group
 from mist.plans.breakdown import layout_words
 from mist.plans.plan import Limits, Regret, Robustness
 from mist.plans.search_space import NO_RATIOS, SearchSpace
@@ -49,20 +49,18 @@ def chosen_robustly(
     tolerance of the fastest; one without offloading; one of a single stage where no search met one.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
-
     # The bounds of groups as the profiles say, which are not those of the pessimistic job.
-    near = {
-        _name(group)
-        for group in groups(job, space)
-        if lower_bound_s(job, group, space.levels) <= most_s
-    }
-
+    near = {_name(visit.group) for visit in tuned.listed if visit.bound_s <= most_s}
     pool = [tuned.best, *tuned.pool]
-    pool += _found(pessimistic_job(job), space, limits, how, lambda group: _name(group) in near)
+    search = partial(tune, limits=limits)
+    is_near = partial(search, is_worth=lambda group: _name(group) in near)
+    worse = partial(is_near, pessimistic_job(job), space)
+    pool += _found(worse, how, "each figure at its worse end")
     if any(offloads(layout) for layout in pool):
-        pool += _found(job, replace(space, offload=NO_RATIOS, refines=False), limits, how)
+        resident = replace(space, offload=NO_RATIOS, refines=False)
+        pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
-        pool += _found(job, replace(space, pp=(1,)), limits, how)
+        pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
         layout = choice.chosen.layout
@@ -75,27 +73,20 @@ def _name(group: Group) -> tuple[object, ...]:
     return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes)
 
 
-def _found(
-    job: Job,
-    space: SearchSpace,
-    limits: Limits,
-    how: Robust,
-    is_worth: Callable[[Group], bool] = lambda group: True,
-) -> tuple[PricedLayout, ...]:
-    """The best of every kind that a search meets; none where it finds none, or it is late."""
+def _found(search: Callable[..., Tuned], how: Robust, which: str) -> tuple[PricedLayout, ...]:
+    """The best of every kind that a search meets; none where it finds none, or it is late.
+
+    `which`: what is searched, for the lines of progress.
+    """
     if how.is_late():
         return ()
     try:
-        return tune(
-            job,
-            space,
-            limits=limits,
+        return search(
             num_alternatives=0,
-            progress=how.progress,
+            progress=lambda words: how.progress(f"{which}: {words}"),
             is_late=how.is_late,
             is_over=how.is_late,
             method="dp",
-            is_worth=is_worth,
         ).pool
     except (Infeasible, InputError):  # nothing fits, or no group is left
         return ()

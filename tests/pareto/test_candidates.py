@@ -10,16 +10,17 @@ import pytest
 from mist.pareto.candidates import GroupModel
 from mist.pareto.frontier_points import Points, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
+from mist.pareto.offload_ratios import offloading
 from mist.pareto.stage_mixes import Mixes
-from mist.pareto.strategies import Group, divisors, groups, offloading
+from mist.pareto.strategies import Group, divisors, groups
 from mist.plans.memory_levels import PLAIN as PLAIN_LEVELS
 from mist.plans.plan import DEFAULT_SCHEDULE, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
-from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.symbolic.columns import position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
 from mist.symbolic.job import Job, make_job
-from tests.toys import count_columns, toy_graph, toy_job, toy_platform, toy_workload
+from tests.toys import adamw_setting, count_columns, toy_graph, toy_job, toy_platform, toy_workload
 
 ALIKE, UNLIKE = (5,), (2, 3)
 ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
@@ -108,7 +109,7 @@ def test_frontiers_where_the_optimizers_step_is_the_peak(limit: float) -> None:
     made = replace(platform.runtime.transients.optimizer_bytes_per_param, value=60.0)
     transients = replace(platform.runtime.transients, optimizer_bytes_per_param=made)
     platform = replace(platform, runtime=replace(platform.runtime, transients=transients))
-    programs = compile_model(graph, platform.runtime, Precision.BF16)
+    programs = compile_model(graph, adamw_setting(platform.runtime))
     job = make_job(programs, platform, toy_workload(global_batch=8))
     space = SearchSpace(pp=(1, 2), micro_batch=(2,), offload=NO_RATIOS, schedules=PLAIN)
     assert compared(job, space, limit) >= 3

@@ -13,7 +13,8 @@ from mist.pareto.candidates import GroupModel
 from mist.pareto.capacity import Capacity, capacity
 from mist.pareto.frontier_points import StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
-from mist.pareto.strategies import Floats, Ints, groups, offloading
+from mist.pareto.offload_ratios import offloading
+from mist.pareto.strategies import Floats, Ints, groups
 from mist.plans.plan import Limits
 from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.plans.search_space import SearchSpace

@@ -10,7 +10,8 @@ from mist.pareto.candidates import GroupModel
 from mist.pareto.layer_partition import even_split
 from mist.pareto.layer_ranges import Ranges, layer_ranges
 from mist.pareto.layouts import stage_plans
-from mist.pareto.strategies import groups, offloading
+from mist.pareto.offload_ratios import offloading
+from mist.pareto.strategies import groups
 from mist.pareto.uniform_layouts import alike_layouts, even_layouts
 from mist.plans.plan import Layout, Limits
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace

@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+from mist.plans.numerics import NUMERICS
 from mist.plans.workload import Precision
 from mist.platform import OpCosts
 from tests.toys import toy_platform
@@ -33,5 +34,5 @@ def costs(gpu: str, precision: Precision = Precision.BF16) -> OpCosts:
         device=platform.device,
         cluster=platform.cluster,
         runtime=platform.runtime,
-        precision=precision,
+        numerics=NUMERICS[precision],
     )

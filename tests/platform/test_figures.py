@@ -13,14 +13,13 @@ import pytest
 
 from mist.errors import PlatformError
 from mist.plans.plan import Layout
-from mist.plans.workload import Precision
 from mist.platform.calibration import with_values
 from mist.platform.quantity import LARGEST_FIGURE, LEAST_FIGURE, Quantity
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job, make_job
 from tests.test_estimate import stages_of
-from tests.toys import toy_graph, toy_platform, toy_programs, toy_workload
+from tests.toys import adamw_setting, toy_graph, toy_platform, toy_programs, toy_workload
 
 JOB: Job = make_job(toy_programs(toy_graph()), toy_platform(8, "l4"), toy_workload())
 LAYOUT = Layout(stages=stages_of(JOB, 2, dp=2, tp=2), num_micro_batches=16)
@@ -91,12 +90,6 @@ def test_a_figure_gives_a_prediction_or_is_refused(value: float) -> None:
     assert 0 < num_refused < len(PLACES)
 
 
-def test_a_state_of_no_bytes_is_no_hosted_state() -> None:
-    at = ("offload", "weights", "bytes_per_param")
-    with pytest.raises(ValueError, match="bytes_per_param is 0"):
-        changed(JOB.platform.runtime, at, 0.0)
-
-
 @pytest.mark.slow  # compiles the costs anew for each figure
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("value", [0.0, LEAST_FIGURE, LARGEST_FIGURE])
@@ -107,7 +100,7 @@ def test_a_figure_of_a_runtime_gives_a_prediction_or_is_refused(value: float) ->
         try:
             runtime = changed(JOB.platform.runtime, at, value)
             platform = replace(JOB.platform, runtime=runtime)
-            programs = compile_model(graph, runtime, Precision.BF16)
+            programs = compile_model(graph, adamw_setting(runtime))
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 found = estimate(make_job(programs, platform, JOB.workload), LAYOUT)

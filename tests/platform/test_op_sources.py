@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mist.plans.numerics import NUMERICS
 from mist.plans.plan import OpCost
 from mist.plans.provenance import Kind, weakest
 from mist.plans.workload import Precision
@@ -89,7 +90,9 @@ def test_the_backward_law_stretches_the_table_of_the_forward_kernel() -> None:
 
 def test_products_in_fp8_are_by_the_law_of_fp8() -> None:
     (products, *_) = op_costs(
-        replace(with_table(TabledOp.GEMM, own=True), fp8=True), num_gpus=1, num_nodes=1
+        replace(with_table(TabledOp.GEMM, own=True), numerics=NUMERICS["fp8"]),
+        num_gpus=1,
+        num_nodes=1,
     )
     assert (products.how, "fp8" in products.source) == ("law", True)
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mist.errors import PlatformError
+from mist.plans.numerics import NUMERICS
 from mist.plans.provenance import Kind
 from mist.plans.workload import Precision
 from mist.platform import OpCosts, Quantity, load_platform
@@ -127,7 +128,7 @@ def test_the_calibrated_scale_stretches_a_table_too() -> None:
 
 def test_other_operations_and_precisions_keep_their_laws() -> None:
     for precision in (Precision.FP16, Precision.FP32):
-        assert replace(POWER, precision=precision).gemm_s(2, 300, 300, 300) == costs(
+        assert replace(POWER, numerics=NUMERICS[precision]).gemm_s(2, 300, 300, 300) == costs(
             "l4", precision
         ).gemm_s(2, 300, 300, 300)
     args = (2, 16, 2048, 2048, 128, 1)
@@ -135,8 +136,10 @@ def test_other_operations_and_precisions_keep_their_laws() -> None:
 
 
 def test_products_in_fp8_have_no_table() -> None:
-    tabled = replace(with_table(TabledOp.GEMM, grid(power_us), "h100-sxm"), fp8=True)
-    law = replace(costs("h100-sxm"), fp8=True)
+    tabled = replace(
+        with_table(TabledOp.GEMM, grid(power_us), "h100-sxm"), numerics=NUMERICS["fp8"]
+    )
+    law = replace(costs("h100-sxm"), numerics=NUMERICS["fp8"])
     assert tabled.gemm_s(1, 1024, 4096, 1024) == law.gemm_s(1, 1024, 4096, 1024)
 
 

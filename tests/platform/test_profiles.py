@@ -11,11 +11,12 @@ import yaml
 from mist.errors import PlatformError
 from mist.model.summary import Traffic
 from mist.plans.provenance import Kind
-from mist.plans.workload import Precision
+from mist.plans.workload import Optimizer, Precision
 from mist.platform.device import BandwidthRatios
 from mist.platform.listing import figure_rows, profile_rows
 from mist.platform.profiles import Family, list_profiles, load_cluster, load_device, load_runtime
 from mist.platform.quantity import Quantity, unit_of_key
+from mist.platform.states import sum_states
 from tests.platform.samples import CLUSTERS, DEVICES, PROFILES
 
 FILES = sorted(PROFILES.rglob("*.yaml"))
@@ -104,12 +105,8 @@ def test_bandwidth_ratios_are_the_words_of_the_graph() -> None:
     ],
 )
 def test_states_of_torch(precision: Precision, zero: int, dp: int, expected: float) -> None:
-    assert load_runtime("torch").profile.state(precision, zero).bytes_per_param(dp) == expected
-
-
-def test_a_runtime_without_a_state_says_so() -> None:
-    with pytest.raises(KeyError, match="torch has no states for bf16 at ZeRO-4"):
-        load_runtime("torch").profile.state(Precision.BF16, 4)
+    states = load_runtime("torch").profile.states_of(precision, Optimizer.ADAMW)
+    assert sum_states(states, zero).bytes_per_param(dp) == expected
 
 
 def test_the_hash_is_of_the_file() -> None:
@@ -204,17 +201,53 @@ def edited(tmp_path: Path, source: str, old: str, new: str) -> Path:
         ),
         pytest.param(
             "runtimes/torch.yaml",
-            "  - precisions: [fp32]\n    zero: 0",
-            "  - precisions: [fp32]\n    zero: 1",
-            ".: states has two rows for one precision and ZeRO level",
+            "precisions: [fp32], zero_levels: [0, 1, 2]",
+            "zero_levels: [0, 1, 2]",
+            ".: states.weights has two rows for bf16 and adamw at ZeRO-0",
             id="state twice",
         ),
         pytest.param(
             "runtimes/torch.yaml",
-            "  - precisions: [bf16, fp16]\n    zero: 3",
-            "  - precisions: [bf16]\n    zero: 3",
-            ".: states lacks a row for fp16 at ZeRO-3",
+            "kind: measured}, sharded_from: 2}",
+            "kind: measured}, sharded_from: 2, precisions: [bf16, fp32]}",
+            ".: states.gradients lacks a row for fp16 and adamw at ZeRO-0",
             id="state lacking",
+        ),
+        pytest.param(
+            "runtimes/torch.yaml",
+            ", optimizers: [adamw]",
+            "",
+            ".: states.moments must have rows, and each name its optimizers",
+            id="moments of any optimizer",
+        ),
+        pytest.param(
+            "runtimes/torch.yaml",
+            "  moments:\n",
+            "  momenta:\n",
+            "states.momenta.[key]: Input should be 'weights', 'master', 'gradients' or 'moments' "
+            "(found 'momenta')",
+            id="unknown item",
+        ),
+        pytest.param(
+            "runtimes/torch.yaml",
+            "bytes_per_param: {value: 8.0",
+            "bytes_per_param: {value: 0.0",
+            "states.moments[0]: bytes_per_param is 0: with it, time would be infinite or none",
+            id="state of no bytes",
+        ),
+        pytest.param(
+            "runtimes/torch.yaml",
+            "optimizer: {items: [moments]",
+            "optimizer: {items: [moments, master]",
+            "offload: master would leave the device twice",
+            id="offloaded twice",
+        ),
+        pytest.param(
+            "runtimes/torch.yaml",
+            "weights: {items: [master]",
+            "weights: {items: [weights]",
+            ".: offload.weights has nothing to offload in bf16 at ZeRO-3",
+            id="nothing to offload",
         ),
     ],
 )
@@ -282,7 +315,7 @@ def test_the_users_profile_hides_the_shipped_one(
         ("hbm_bytes_per_s", "B/s"),
         ("memory_bytes", "B"),
         ("peak_flop_per_s", "FLOP/s"),
-        ("replicated_bytes_per_param", "B/param"),
+        ("bytes_per_param", "B/param"),
         ("half_rate_tokens", "tokens"),
         ("hop_s", "s"),
         ("margin_ratio", ""),
@@ -312,6 +345,7 @@ def test_the_listing_of_a_profile() -> None:
     assert rows["network.nic_bytes_per_s"].unit == "B/s"
     assert rows["tables.all_reduce"].unit == "21 x 3 times"
     runtime = {row.path: row for row in figure_rows("torch")}
+    assert runtime["states.moments[0].bytes_per_param"].value == 8.0
     assert runtime["transients.reduce_bytes_per_param.bf16"].unit == "B/param"
     calibration = {row.path: row for row in figure_rows("megatron-h100-sxm")}
     assert calibration["step_high_ratio"].kind is Kind.CALIBRATED

@@ -12,15 +12,16 @@ import pytest
 from sympy import Expr
 
 from mist.model.graph import B, Block, ModelGraph, Op, OpKind, S, T
-from mist.plans.workload import Precision
+from mist.plans.workload import Optimizer, Precision
 from mist.platform import load_platform
+from mist.platform.states import sum_states
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import CostSetting, layer_cost
+from mist.symbolic.block import layer_cost
 from mist.symbolic.estimate import model_flop
 from mist.symbolic.job import Job
-from mist.symbolic.state_bytes import frozen_bytes
+from mist.symbolic.state_bytes import state_bytes
 from tests.symbolic.test_stage import judged
-from tests.toys import toy_graph, toy_job, toy_platform
+from tests.toys import adamw_setting, toy_graph, toy_job, toy_platform
 
 DP, LAYERS, SEQ, BATCH = 8, 8, 2048, 64
 TORCH_BF16 = {0: (4, 0), 1: (2, 2), 2: (2, 2), 3: (0, 2)}  # replicated, divided over the ranks
@@ -41,7 +42,7 @@ TABLE = {("torch", "bf16"): TORCH_BF16, ("torch", "fp32"): TORCH_FP32, **OTHERS}
 @pytest.mark.parametrize(("runtime", "precision"), TABLE)
 def test_bytes_of_a_frozen_parameter(runtime: str, precision: str) -> None:
     found = load_platform(num_gpus=8, gpu="h100-sxm", cluster=None, runtime=runtime).runtime
-    expr = frozen_bytes(found, Precision(precision))
+    expr = state_bytes(adamw_setting(found, Precision(precision)), frozen=True)
     for zero, (replicated, divided) in TABLE[runtime, precision].items():
         value = expr.subs({sym.ZERO: zero, sym.SHARD: DP})
         assert float(value) == replicated + divided / DP, zero
@@ -78,14 +79,14 @@ def stage_of(graph: ModelGraph, zero: int, full: int = 0) -> Mapping[str, float]
 @pytest.mark.parametrize("zero", TORCH_BF16)
 def test_states_of_a_frozen_model(zero: int) -> None:
     graph, (replicated, divided) = only_head(), TORCH_BF16[zero]
-    row = toy_platform().runtime.state(Precision.BF16, zero)
-    expected = graph.num_trainable * row.bytes_per_param(DP)
+    states = toy_platform().runtime.states_of(Precision.BF16, Optimizer.ADAMW)
+    expected = graph.num_trainable * sum_states(states, zero).bytes_per_param(DP)
     expected += (graph.num_params - graph.num_trainable) * (replicated + divided / DP)
     assert stage_of(graph, zero)["states_bytes"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_what_is_frozen_is_gathered_but_not_reduced() -> None:
-    setting = CostSetting(runtime=toy_platform().runtime, precision=Precision.BF16)
+    setting = adamw_setting(toy_platform().runtime)
     whole = layer_cost(toy_graph((LAYERS,)).blocks[0], setting)
     for flows in (True, False):
         cost = layer_cost(only_head(flows=flows).blocks[0], setting)
@@ -98,7 +99,7 @@ def test_what_is_frozen_is_gathered_but_not_reduced() -> None:
 
 
 def test_reductions_are_of_what_is_trained() -> None:
-    setting = CostSetting(runtime=toy_platform().runtime, precision=Precision.BF16)
+    setting = adamw_setting(toy_platform().runtime)
     graph = toy_graph((LAYERS,))
     up, down, norm = graph.blocks[0].params
     some = replace(graph.blocks[0], params=(replace(up, trainable=False), down, norm))

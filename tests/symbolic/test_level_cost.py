@@ -18,7 +18,7 @@ from mist.symbolic.compile import compile_model
 from mist.symbolic.job import make_job
 from mist.trace import TraceSetting, trace_model
 from tests.layers.test_bytes import LAYERS, built, stacked
-from tests.toys import toy_job, toy_platform, toy_workload
+from tests.toys import adamw_setting, toy_job, toy_platform, toy_workload
 
 RUNTIME = load_runtime("torch").profile
 
@@ -50,7 +50,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "level"), CASES)
 def test_a_stage_is_charged_what_its_converted_layers_keep(family: str, level: MemoryLevel) -> None:
     converted = {level: graph_of(family, level).blocks}
-    programs = compile_model(graph_of(family, MemoryLevel.NONE), RUNTIME, Precision.BF16, converted)
+    programs = compile_model(graph_of(family, MemoryLevel.NONE), adamw_setting(RUNTIME), converted)
     name = f"cost_0_{level.column}_saved_bytes"
     costs = make_job(programs, toy_platform(1), toy_workload()).cost.costs
     model = built(family, "none", "byte", torch.bfloat16, "cpu")
@@ -73,10 +73,10 @@ def test_no_matrix_product_runs_again() -> None:
 
 def test_only_what_was_traced_is_priced() -> None:
     plain = graph_of("gpt2", MemoryLevel.NONE)
-    levels = compile_model(plain, RUNTIME, Precision.BF16).levels
+    levels = compile_model(plain, adamw_setting(RUNTIME)).levels
     assert levels == (MemoryLevel.NONE, MemoryLevel.SELECTIVE, MemoryLevel.FULL)
     converted = {MemoryLevel.DROP_NORM: graph_of("gpt2", MemoryLevel.DROP_NORM).blocks}
-    with_one = compile_model(plain, RUNTIME, Precision.BF16, converted).levels
+    with_one = compile_model(plain, adamw_setting(RUNTIME), converted).levels
     assert set(with_one) - set(levels) == {MemoryLevel.DROP_NORM}
 
 

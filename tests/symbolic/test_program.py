@@ -9,13 +9,13 @@ import pytest
 import sympy
 
 from mist.model.graph import B, S, T
-from mist.plans.workload import Precision
+from mist.plans.workload import Optimizer, Precision
 from mist.rules.combinations import out_of_domain
 from mist.symbolic.compile import compile_model, print_program
 from mist.symbolic.job import make_job
 from mist.symbolic.program import bind
 from mist.symbolic.program_cache import PROGRAMS, load_programs, programs_key, store_programs
-from tests.toys import toy_graph, toy_platform, toy_workload
+from tests.toys import adamw_setting, toy_graph, toy_platform, toy_workload
 
 EXPRESSIONS = {
     "polynomial": 3 * B * S**2 + B * S / T + sympy.Rational(1, 3),
@@ -44,7 +44,7 @@ def test_columns_broadcast() -> None:
 
 
 def test_programs_survive_being_stored(tmp_path: Path) -> None:
-    programs = compile_model(toy_graph((2, 3)), toy_platform().runtime, Precision.BF16)
+    programs = compile_model(toy_graph((2, 3)), adamw_setting(toy_platform().runtime))
     store_programs(tmp_path / "new", "key", programs)
     loaded = load_programs(tmp_path / "new", "key")
     assert loaded is not None
@@ -65,16 +65,16 @@ def test_an_entry_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None
 
 def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    programs = compile_model(toy_graph(), toy_platform().runtime, Precision.BF16)
+    programs = compile_model(toy_graph(), adamw_setting(toy_platform().runtime))
     store_programs(tmp_path / "file" / "below", "key", programs)
 
 
 def test_the_key_depends_on_all_that_programs_depend_on() -> None:
     keys = {
-        programs_key("trace", "runtime", Precision.BF16),
-        programs_key("another", "runtime", Precision.BF16),
-        programs_key("trace", "another", Precision.BF16),
-        programs_key("trace", "runtime", Precision.FP32),
+        programs_key("trace", "runtime", Precision.BF16, Optimizer.ADAMW),
+        programs_key("another", "runtime", Precision.BF16, Optimizer.ADAMW),
+        programs_key("trace", "another", Precision.BF16, Optimizer.ADAMW),
+        programs_key("trace", "runtime", Precision.FP32, Optimizer.ADAMW),
     }
     assert len(keys) == 4
 
@@ -84,7 +84,7 @@ def test_relations_of_the_trace_become_rules() -> None:
     (block,) = graph.blocks
     narrow = replace(block, domain=(sympy.Le(S, 1024), sympy.Ge(B, 2)))
     platform = toy_platform()
-    programs = compile_model(replace(graph, blocks=(narrow,)), platform.runtime, Precision.BF16)
+    programs = compile_model(replace(graph, blocks=(narrow,)), adamw_setting(platform.runtime))
     job = make_job(programs, platform, toy_workload(seq_len=2048))
     assert out_of_domain(job.cost.domain, 2048) == ("s <= 1024",)
     assert out_of_domain(job.cost.domain, 1024) == ()

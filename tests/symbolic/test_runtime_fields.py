@@ -10,16 +10,16 @@ import pytest
 
 from mist.model.graph import ModelGraph, T, TensorLayout
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision
+from mist.plans.numerics import NUMERICS
 from mist.platform import Kind, OpCosts, Quantity, Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Loss
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import CostSetting, layer_cost
+from mist.symbolic.block import layer_cost
 from mist.symbolic.columns import Placement, position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import ModelPrograms, stage_model
-from tests.toys import kept, pointwise, toy_graph, toy_platform
+from tests.toys import adamw_setting, kept, pointwise, toy_graph, toy_platform
 
 B, SEQ, HIDDEN, LAYERS, GPUS = 2, 2048, 1024, 4, 16
 PLATFORM = toy_platform(GPUS)
@@ -41,7 +41,7 @@ def laws(runtime: Runtime = TORCH) -> OpCosts:
         device=PLATFORM.device,
         cluster=PLATFORM.cluster,
         runtime=runtime,
-        precision=Precision.BF16,
+        numerics=NUMERICS["bf16"],
     )
 
 
@@ -53,7 +53,7 @@ def compiled(graph: ModelGraph, runtime: Runtime) -> ModelPrograms:
     for known, under, programs in _COMPILED:
         if known == graph and under == runtime:
             return programs
-    programs = compile_model(graph, runtime, Precision.BF16)
+    programs = compile_model(graph, adamw_setting(runtime))
     _COMPILED.append((graph, runtime, programs))
     return programs
 
@@ -117,7 +117,7 @@ def test_gradients_may_be_sent_in_two_bytes() -> None:
     two = Quantity(value=2.0, source="test", kind=Kind.SPEC)
     (block,) = toy_graph((LAYERS,)).blocks
     for runtime, each_bytes in ((TORCH, 4), (changed("traffic.reduced_bytes_per_param", two), 2)):
-        cost = layer_cost(block, CostSetting(runtime=runtime, precision=Precision.BF16))
+        cost = layer_cost(block, adamw_setting(runtime))
         (call,) = cost.scatter_s.atoms(sym.REDUCE_SCATTER)
         up, down, norm = (param.num_reals for param in block.params)
         assert call.args[0] == each_bytes * ((up + down) / T + norm)
@@ -318,12 +318,12 @@ def test_buffers() -> None:
 
 
 def test_products_in_eight_bits() -> None:
-    eight = replace(laws(), fp8=True)
+    eight = replace(laws(), numerics=NUMERICS["fp8"])
     big = (1, 8192, 8192, 8192)
     assert 1.4 < float(laws().gemm_s(*big)) / float(eight.gemm_s(*big)) < 2
     bare = replace(PLATFORM.device, gemm_fp8=None)
     with pytest.raises(ValueError, match="has no law for products in fp8"):
-        replace(laws(), device=bare, fp8=True)
+        replace(laws(), device=bare, numerics=NUMERICS["fp8"])
 
 
 def test_where_the_host_is_the_device_launches_come_on_top() -> None:

@@ -11,12 +11,13 @@ from mist.model.graph import B, Block, S, T
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block import CostSetting, layer_cost
+from mist.symbolic.block import layer_cost
 from mist.symbolic.level_cost import LevelCost, level_costs
 from mist.trace import TraceSetting, trace_model
+from tests.toys import adamw_setting
 from tests.trace.test_exact import build
 
-MEGATRON = CostSetting(runtime=load_runtime("megatron").profile, precision=Precision.BF16)
+MEGATRON = adamw_setting(load_runtime("megatron").profile)
 WIDTH, HEADS, SAMPLES, TOKENS = 128, 4, 3, 256
 STATISTICS = 2 * 2 * 4  # per token: mean and deviation of two norms in fp32, which the paper omits
 RNG_STATE = 24  # per layer: seeds and offsets of dropout

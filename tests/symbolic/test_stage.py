@@ -9,13 +9,12 @@ import pint
 import pytest
 import sympy
 
-from mist.plans.workload import Precision
 from mist.symbolic.columns import NO_OFFLOAD, position_columns, strategy_columns
 from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS
 from mist.symbolic.stage import stage_cost
 from tests.oracle import Rank, simulate
-from tests.toys import count_columns, toy_graph, toy_job, toy_platform
+from tests.toys import adamw_setting, count_columns, toy_graph, toy_job, toy_platform
 
 LAYOUTS = [
     # (num_gpus, num_stages, tp, zero, micro_batch)
@@ -223,7 +222,7 @@ def test_dimensions() -> None:
     units.define("param = [parameters]")
     platform = toy_platform()
     graph = toy_graph((3, 5), tied=True)
-    cost = stage_cost(graph, platform.runtime, Precision.BF16)
+    cost = stage_cost(graph, adamw_setting(platform.runtime))
     formulas = {**cost.terms, **cost.stage}
     del formulas["tied_params"], formulas["tied_trainable_params"]  # numbers of the model
     for name, expr in formulas.items():

@@ -18,14 +18,15 @@ from sympy import Expr
 from mist.model.graph import B, Block, S, T
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
-from mist.symbolic.block import CostSetting, rank_params, saved_bytes
+from mist.symbolic.block import rank_params, saved_bytes
 from mist.trace import TraceSetting, trace_model
 from tests.tokens import tokens
+from tests.toys import adamw_setting
 from tests.trace.dtensor_oracle import DEGREES, FAMILIES, HIDDEN, Measured, Mode
 
 ROOT = Path(__file__).parents[2]
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
-TORCH = CostSetting(runtime=load_runtime("torch").profile, precision=Precision.BF16)
+TORCH = adamw_setting(load_runtime("torch").profile)
 
 Point = tuple[int, int]
 TYPICAL: Point = (2, 1024)

@@ -10,16 +10,17 @@ import pytest
 
 from mist.model.summary import LayerRun
 from mist.plans.memory_levels import PLAIN, memory_of
+from mist.plans.numerics import NUMERICS
 from mist.plans.plan import DEFAULT_SCHEDULE, Layout, Schedule
 from mist.plans.schedules import step_time
 from mist.plans.uniform_stages import uniform_layout
-from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
+from mist.plans.workload import MemoryLevel, ScheduleKind
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
 from mist.validate.predict import Case, RunProfiles, predict
-from tests.toys import toy_graph, toy_job, toy_platform
+from tests.toys import adamw_setting, toy_graph, toy_job, toy_platform
 
 LAYOUTS = [(1, 1, 0, 1, 8), (2, 2, 1, 2, 4), (4, 1, 3, 1, 2), (2, 4, 2, 4, 8), (8, 1, 1, 2, 16)]
 
@@ -30,8 +31,7 @@ def machine() -> RunProfiles:
         device=platform.device,
         cluster=platform.cluster,
         runtime=platform.runtime,
-        precision=Precision.BF16,
-        fp8=False,
+        numerics=NUMERICS["bf16"],
     )
 
 
@@ -53,7 +53,7 @@ def layout(
 
 def test_runs_are_predicted_as_plans_are() -> None:
     graph = toy_graph((8,))
-    programs = compile_model(graph, toy_platform().runtime, Precision.BF16)
+    programs = compile_model(graph, adamw_setting(toy_platform().runtime))
     layouts = [layout(*each) for each in LAYOUTS]
     seq = toy_job(graph, 16).workload.seq_len
     made = predict(programs, machine(), [Case(layout=x, seq_len=seq, num_gpus=16) for x in layouts])
@@ -72,7 +72,7 @@ def test_runs_are_predicted_as_plans_are() -> None:
 def test_chunks_fill_the_pipeline_as_plans_do() -> None:
     """Two stages of four layers, whole or in two chunks of two."""
     graph = toy_graph((8,))
-    programs = compile_model(graph, toy_platform().runtime, Precision.BF16)
+    programs = compile_model(graph, adamw_setting(toy_platform().runtime))
     one, two = layout(2, 2, 1, 2, 4), Schedule(kind=ScheduleKind.INTERLEAVED, vpp=2)
     stages = tuple(
         replace(stage, layers=((2 * i, 2), (4 + 2 * i, 2))) for i, stage in enumerate(one.stages)
@@ -92,7 +92,7 @@ def test_selective_lies_between_kept_and_recomputed() -> None:
     runtime = toy_platform().runtime
     ratio = replace(runtime.host.forward_ratio, value=0.5)
     half = replace(runtime, selective=Selective(kept_ratio=ratio, recomputed_ratio=ratio))
-    programs = compile_model(graph, half, Precision.BF16)
+    programs = compile_model(graph, adamw_setting(half))
     here = replace(machine(), runtime=half)
     cases = [
         Case(
@@ -116,7 +116,7 @@ def test_interleaving_shortens_the_bubble() -> None:
 @pytest.mark.parametrize("name", ["nanotron", "aleph", "megatron", "torchtitan"])
 def test_a_runtime_of_others_is_priced(name: str) -> None:
     runtime = load_runtime(name).profile
-    programs = compile_model(toy_graph((8,)), runtime, Precision.BF16)
+    programs = compile_model(toy_graph((8,)), adamw_setting(runtime))
     zero = max(runtime.knobs.zero_levels)
     case = Case(layout=layout(2, 2, zero, 1, 4), seq_len=512, num_gpus=16)
     (made,) = predict(programs, replace(machine(), runtime=runtime), [case])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mist.errors import PlatformError
+from mist.plans.numerics import NUMERICS
 from mist.validate.cases import grouped
 from mist.validate.sources import load_source_ratios, load_sources, unlisted
 from tests.validate.rows import run
@@ -56,4 +57,4 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_ratios_are_of_sources_of_the_table() -> None:
     table, ratios = load_sources(), load_source_ratios()
     assert {*ratios.ratios, *ratios.fp8} <= {*table.sources}
-    assert ratios.of("no source", "h100-sxm", fp8=False) == {}
+    assert ratios.of("no source", "h100-sxm", NUMERICS["bf16"]) == {}

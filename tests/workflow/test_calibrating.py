@@ -12,7 +12,7 @@ from mist.cli.hand_layouts import run_by_hand
 from mist.errors import InputError
 from mist.plans.file import save_plan
 from mist.plans.search_space import NO_RATIOS, SearchSpace
-from mist.plans.workload import Precision, ScheduleKind
+from mist.plans.workload import ScheduleKind
 from mist.platform import Kind, load_platform
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
@@ -21,7 +21,7 @@ from mist.workflow import calibrating
 from mist.workflow.calibrating import calibrate
 from mist.workflow.planning import make_plan
 from mist.workflow.request import Question
-from tests.toys import toy_graph
+from tests.toys import adamw_setting, toy_graph
 from tests.workflow.answering import answer_with
 
 GRAPH = toy_graph((8,), hidden=8192)
@@ -53,7 +53,7 @@ def measured(folder: Path, name: str, num_gpus: int, **space: tuple[int, ...]) -
     machine = replace(
         platform, device=replace(platform.device, tensor_time_scale=scale), runtime=runtime
     )
-    job = make_job(compile_model(GRAPH, runtime, Precision.BF16), machine, plan.workload)
+    job = make_job(compile_model(GRAPH, adamw_setting(runtime)), machine, plan.workload)
     seconds = estimate(job, plan.layout).step_s
     steps = [{"step": i, "seconds": seconds * (3 if i < 2 else 1)} for i in range(6)]
     log_path.write_text(json.dumps({"steps": steps}))
