@@ -25,12 +25,13 @@ BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 
 HEAD = """# Models
 
-Written by `make models` from traces of the presets, of one published size of other families, and of the examples; do not edit. All in bf16 with flash attention.
+Written by `make models` from traces of the presets, of one published size of other families, and
+of the examples; do not edit. All in bf16 with flash attention.
 
 - **layers**: each kind with its number, in the order in which they first run.
 - **t divides**: the sizes that a tensor-parallel degree must divide; 1: no tensor parallelism.
-- **lengths**: the sequence lengths [tokens] that one trace covers; another length is traced when it is asked for.
-- **seconds**: processor time of a trace without a cache on one core of an x86-64 server, with the import of the model's code.
+- **lengths**: the sequence lengths [tokens] that one trace covers; another is traced when asked.
+- **seconds**: processor time of a trace without a cache on one core of an x86-64 server.
 
 | model | type | parameters | layers | t divides | lengths | seconds |
 |---|---|---|---|---|---|---|

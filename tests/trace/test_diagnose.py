@@ -77,7 +77,11 @@ def test_model_raises(tmp_path: Path) -> None:
     ("raised", "file", "words"),
     [
         ("NotImplementedError('FlexAttention does not support backward on CPU')", "net", "is_caus"),
-        ("RuntimeError('expected scalar type Float but found BFloat16')", "net", "--precision fp32"),
+        (
+            "RuntimeError('expected scalar type Float but found BFloat16')",
+            "net",
+            "--precision fp32",
+        ),
         ("AssertionError", "/site-packages/bitsandbytes/modules", "frozen nn.Linear"),
         ("AssertionError", "net", "or define make_batch"),
     ],

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from mist.errors import TraceError
-from mist.model.graph import B, S, SavedTensor, T
 from mist.layers.own_checkpoints import undone_checkpoints
+from mist.model.graph import B, S, SavedTensor, T
 from mist.trace.diagnose import Passed
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
