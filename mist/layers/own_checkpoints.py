@@ -1,7 +1,7 @@
 """Undoes what a model's own code checkpoints: which layers recompute is what a plan decides.
 
 `torch.utils.checkpoint.checkpoint` under whichever name the model imported it, in both its forms.
-Functions that `Planned` wraps, which a plan checkpoints, stay as they are.
+Functions that `PlannedCheckpoint` wraps, which a plan checkpoints, stay as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedCheckpoint:
     """A function that a plan checkpoints: run again, it must save what it did at first."""
 
     function: Callable[..., object]
@@ -31,7 +31,7 @@ def undone_checkpoints() -> Iterator[list[object]]:
     keep = torch_checkpoint._checkpoint_without_reentrant_generator
 
     def around(function: object, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if isinstance(function, Planned):
+        if isinstance(function, PlannedCheckpoint):
             yield from keep(function, *args, **kwargs)
         else:
             functions.append(function)

@@ -124,28 +124,52 @@ def fitted_run(
     points.append((BATCHES[0], longest))
     if batch is not None:
         points = sorted({(batch, s) for _, s in points})
+    runs = _runs(run_at, points, batch=batch, one_size=one_size)
+    merged = _merge(Fit(points, batch_powers=3 if batch is None else 1), runs)
+    return merged if one_size else _on_lattice(run_at, points, runs, unit=unit, batch=batch)
+
+
+def _runs(
+    run_at: Callable[[Point], RecordedRun],
+    points: Sequence[tuple[int, int]],
+    *,
+    batch: int | None,
+    one_size: bool,
+) -> list[RecordedRun]:
+    """The run at each of these points."""
     known: dict[tuple[int, int], RecordedRun] = {}
+    runs: list[RecordedRun] = []
     for point in points:
-        same = (each for each in known if one_size and each[0] == point[0])
-        equal = next(same, None)
-        known[point] = run_at(_point(point, batch)) if equal is None else known[equal]
+        size = (point[0], 0) if one_size else point
+        if size not in known:
+            known[size] = run_at(_point(point, batch))
+        runs.append(known[size])
         # Found out before the longest: a loop over chunks has more operations for more tokens.
-        _refuse_other_ops(list(known.values()))
-    fit = Fit(points, batch_powers=3 if batch is None else 1)
-    merged = _merge(fit, list(known.values()))
-    if one_size:
-        return merged
+        _refuse_other_ops(runs)
+    return runs
+
+
+def _on_lattice(
+    run_at: Callable[[Point], RecordedRun],
+    points: Sequence[tuple[int, int]],
+    runs: Sequence[RecordedRun],
+    *,
+    unit: int,
+    batch: int | None,
+) -> RecordedRun:
+    """The run with its polynomials on the finest lattice of sequence lengths on which they hold."""
+    powers = 3 if batch is None else 1
     for lattice in (each for each in LATTICES if each < unit):
         # A multiple of this lattice and of no coarser one: if the polynomials hold there, too, the
         # lattice is as fine as this.
         odd = (batch or BATCHES[0], lattice * (unit // lattice + 1))
         try:
             run = run_at(_point(odd, batch))
-            wider = Fit([*points, odd], batch_powers=3 if batch is None else 1)
-            return _merge(wider, [*known.values(), run], lattice)
+            wider = Fit([*points, odd], batch_powers=powers)
+            return _merge(wider, [*runs, run], lattice)
         except NotPolynomial:
             continue
-    return _merge(fit, list(known.values()), unit)
+    return _merge(Fit(points, batch_powers=powers), runs, unit)
 
 
 def run_of_one_length(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mist.layers.own_checkpoints import Planned, undone_checkpoints
+from mist.layers.own_checkpoints import PlannedCheckpoint, undone_checkpoints
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from mist.trace.runs import OWN_CHECKPOINTS
@@ -43,7 +43,7 @@ def test_what_a_plan_checkpoints_runs_again() -> None:
     module, x = Counted(), torch.ones(2, 4, requires_grad=True)
     inner = partial(checkpoint, module, use_reentrant=False)
     with undone_checkpoints():
-        out = checkpoint(Planned(inner), x, use_reentrant=False)
+        out = checkpoint(PlannedCheckpoint(inner), x, use_reentrant=False)
     out.sum().backward()
     assert module.calls == 2
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
 
 from mist.exec.build.host_copies import Copy, Swapper
 from mist.layers import convert_layer
-from mist.layers.own_checkpoints import Planned
+from mist.layers.own_checkpoints import PlannedCheckpoint
 from mist.plans.memory_levels import CONVERTS
 from mist.plans.workload import MemoryLevel
 
@@ -62,7 +62,7 @@ def _checkpointed(
 ) -> object:
     # The non-reentrant form works with saved-tensor hooks and stops running forward again at the
     # last tensor that the backward pass needs.
-    planned = Planned(partial(forward, **kwargs))
+    planned = PlannedCheckpoint(partial(forward, **kwargs))
     return checkpoint(planned, *args, use_reentrant=False, **options)
 
 
