@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
 
 from mist.trace.expressions import Size
-from mist.trace.models.loader import LoadedModel
+from mist.trace.models.loader import LoadedModel, MakeBatch
 from mist.trace.polynomial_fit import NotPolynomial, _runs
-from mist.trace.recording.recorded_run import Point
+from mist.trace.recording.recorded_run import Point, RecordedRun
 
 POINTS = [(2, 64), (2, 128), (3, 64), (3, 128)]
 
@@ -23,10 +23,11 @@ class Recorder:
     ops_per_token: int
     points: list[Point]
 
-    def run(self, point: Point) -> Any:
+    def run(self, point: Point) -> RecordedRun:
         self.points.append(point)
         ops = range(10 + self.ops_per_token * (point.seq or 0))
-        return SimpleNamespace(pieces=(SimpleNamespace(part=SimpleNamespace(ops=ops)),))
+        pieces = (SimpleNamespace(part=SimpleNamespace(ops=ops)),)
+        return cast(RecordedRun, SimpleNamespace(pieces=pieces))
 
 
 def test_samples_of_one_size_are_run_once_for_each_batch() -> None:
@@ -61,6 +62,6 @@ def picky(batch: Size, seq: Size) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("make_batch", "one_size"), [(images, True), (tokens, False), (picky, False)]
 )
-def test_one_size_is_seen_in_the_batch(make_batch: Any, one_size: bool) -> None:
+def test_one_size_is_seen_in_the_batch(make_batch: MakeBatch, one_size: bool) -> None:
     model = LoadedModel(module=nn.Linear(3, 3), name="net", make_batch=make_batch, loss=None)
     assert model.is_one_size(384) is one_size
