@@ -125,8 +125,11 @@ def _loss(
     )
 
 
-def _as_float(logits: DeferredLogits) -> DeferredLogits:
-    return DeferredLogits.of(logits.x, logits.weight, logits.head, torch.float32)
+def _widened(dtype: torch.dtype, logits: DeferredLogits) -> DeferredLogits | None:
+    """In a type that has all of their numbers."""
+    if torch.promote_types(dtype, logits.dtype) != dtype:
+        return None
+    return DeferredLogits.of(logits.x, logits.weight, logits.head, dtype)
 
 
 def _moved(logits: DeferredLogits, *where: object, **named: object) -> DeferredLogits | None:
@@ -134,9 +137,7 @@ def _moved(logits: DeferredLogits, *where: object, **named: object) -> DeferredL
     if named or len(where) != 1:
         return None
     if isinstance(where[0], torch.dtype):
-        wider = torch.promote_types(where[0], logits.dtype) == where[0]
-        found = DeferredLogits.of(logits.x, logits.weight, logits.head, where[0])
-        return found if wider else None
+        return _widened(where[0], logits)
     return logits if where[0] in (logits.device, str(logits.device)) else None
 
 
@@ -150,9 +151,13 @@ def _viewed(logits: DeferredLogits, *shape: Any) -> DeferredLogits | None:
     return logits.of_rows(logits.x.reshape(*sizes[:-1], logits.x.shape[-1]))
 
 
-def _flattened(logits: DeferredLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    last = end_dim % logits.dim()
-    return logits.of_rows(logits.x.flatten(start_dim, end_dim)) if last < logits.dim() - 1 else None
+def _flattened(
+    logits: DeferredLogits, start_dim: int = 0, end_dim: int = -1
+) -> DeferredLogits | None:
+    """As rows, if the words stay a dimension of their own."""
+    if end_dim % logits.dim() == logits.dim() - 1:
+        return None
+    return logits.of_rows(logits.x.flatten(start_dim, end_dim))
 
 
 def _selected(logits: DeferredLogits, index: Any) -> DeferredLogits | None:
@@ -182,7 +187,8 @@ METADATA: Final = frozenset(
 HANDLERS: Final[Mapping[Any, Callable[..., Any]]] = MappingProxyType(
     {
         F.cross_entropy: _loss,
-        Tensor.float: _as_float,
+        Tensor.float: partial(_widened, torch.float32),
+        Tensor.double: partial(_widened, torch.float64),
         Tensor.to: _moved,
         Tensor.view: _viewed,
         Tensor.reshape: _viewed,
