@@ -101,7 +101,7 @@ def layout_words(layout: Layout) -> str:
     for word in stages[0].num_partly:
         some = _spread([stage.num_partly[word] for stage in stages])
         line += f", {some} {word}" if some != "0" else ""
-    if stages[-1].head is not HeadMode.NONE:
+    if stages[-1].head != HeadMode.NONE:
         line += f", head {stages[-1].head}"
     if len(stages) > 1 and schedule != DEFAULT_SCHEDULE:
         line += f", {schedule.kind}" + (f" of {schedule.vpp} chunks" if schedule.vpp > 1 else "")

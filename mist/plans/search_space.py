@@ -163,20 +163,20 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             SearchSpace(
                 name="paper+tempo",
                 levels=tuple(MemoryLevel),
-                head=tuple(HeadMode),
                 dp_replicate=(1,),
                 schedules=_ALIKE,
                 refines=False,
             ),
             SearchSpace(name="mist"),
-            SearchSpace(name="mist+levels", levels=tuple(MemoryLevel), head=tuple(HeadMode)),
+            SearchSpace(name="mist+levels", levels=tuple(MemoryLevel)),
+            SearchSpace(name="mist+heads", levels=tuple(MemoryLevel), head=tuple(HeadMode)),
             SearchSpace(name="whole", unequal_meshes=True),
         )
     }
 )
 """What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
 the other schedules, "whole" stages of unequal size too; "paper+tempo" and "mist+levels" add the
-levels that convert layers, and heads without all logits at once."""
+levels that convert layers, "mist+heads" also heads without all logits at once."""
 
 
 def space_of(name: str) -> SearchSpace:
@@ -221,16 +221,20 @@ def _said(space: SearchSpace, words: str) -> SearchSpace:
 def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
     """The fields that fix one knob."""
     number, row = _whole(value), SEARCHED_KNOBS.get(knob)
-    if row is not None and row.space and value in row.choices:
-        return {row.space: (row.choices[row.choices.index(value)],)}
-    if number is not None and row is not None and row.space and not row.choices:
-        return {row.space: (number,)}
+    if row is not None and row.space:
+        if value in row.choices:
+            return {row.space: (row.value_of(row.number_of(value)),)}
+        if number is not None and not row.choices:
+            return {row.space: (number,)}
     if knob == "checkpoint" and value in CHECKPOINTS:
         return {"levels": (CHECKPOINTS[value],)}
     if knob == "schedule" and value in set(ScheduleKind):
         return {"schedules": (ScheduleKind(value),)}
+    rows = SEARCHED_KNOBS.values()
+    numbers = [each.word for each in rows if not each.choices]
+    choices = [f"{each.word}={', '.join(each.choices)}" for each in rows if each.choices]
     raise InputError(
-        f"--set {word}: expected {', '.join(SEARCHED_KNOBS)} with a number, "
+        f"--set {word}: expected {', '.join(numbers)} with a number, {', '.join(choices)}, "
         f"checkpoint={', '.join(CHECKPOINTS)}, schedule={', '.join(ScheduleKind)}, "
         "or a figure of a profile (cluster.host_memory_bytes=64GB)."
     )

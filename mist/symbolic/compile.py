@@ -122,16 +122,20 @@ def _backward_flop(block: Block) -> Expr:
 
 
 def _domain(graph: ModelGraph, heads: Heads) -> dict[str, Basic]:
-    """Each relation once, in an order that does not change from run to run; those of heads last."""
+    """Each relation once, in an order that does not change from run to run; then those of heads.
+
+    A head's are one number, 0 where one of them does not hold.
+    """
     blocks: tuple[Block, ...] = (graph.embed, *graph.blocks, graph.head)
     always = {relation for block in blocks for relation in block.domain}
     domain = {str(relation): relation for relation in sorted(always, key=str)}
     for mode, head in heads.items():
-        number = tuple(HeadMode).index(mode)
-        for relation in sorted(set(head.domain) - always, key=str):
-            # Not Or, nor what sympy makes one: numpy's needs columns of one shape.
-            rows = ((1, sympy.Ne(sym.HEAD, number)), (2, relation), (0, True))
-            domain[f"{relation} with head {mode}"] = sympy.Piecewise(*rows)
+        if more := sorted(set(head.domain) - always, key=str):
+            # A product: numpy's And needs columns of one shape.
+            holds = sympy.Mul(*(sympy.Piecewise((1, each), (0, True)) for each in more))
+            rows = ((1, sympy.Ne(sym.HEAD, tuple(HeadMode).index(mode))), (holds, True))
+            words = " and ".join(map(str, more))
+            domain[f"{words} with head {mode}"] = sympy.Piecewise(*rows)
     return domain
 
 

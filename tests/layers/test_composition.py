@@ -79,7 +79,7 @@ def whole_head(level: str) -> None:
     part = VocabularyPart(first=rows.start, group=dist.group.WORLD)
     for mode in ("eager", "checkpointed", "in-forward"):
         ours = gradients(
-            lambda x, w: head_loss(x, w, ids, mode=mode, part=part, chunk_rows=4),  # type: ignore[arg-type] # noqa: B023
+            lambda x, w: head_loss(x, w, ids, mode=mode, part=part, num_chunks=4),  # type: ignore[arg-type] # noqa: B023
             [x, weight[rows]],
         )
         assert error(ours, [*reference[:2], reference[2][rows]]) < 1e-12
