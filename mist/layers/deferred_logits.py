@@ -6,7 +6,7 @@ otherwise (a view, a shift by one token, a wider type) gives another one; a cros
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -200,7 +200,7 @@ HANDLERS: Final[Mapping[Any, Callable[..., Any]]] = MappingProxyType(
 
 
 def defer_logits(
-    model: nn.Module, layers: Collection[nn.Module], mode: HeadMode
+    model: nn.Module, layers: Iterable[nn.Module], mode: HeadMode
 ) -> DeferredHead | None:
     """Let the head of a model run in a mode, in place: the last matrix behind its layers.
 

@@ -332,8 +332,8 @@ def _strategies(
         for row in product(divisors(n), space.zero, _copies(job, space, n), heads)
     ]
     # What is free; the rest follows from it.
-    devices, *free = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-    knobs = dict(zip(("tp", "zero", "dp_replicate", "head"), free, strict=True))
+    devices, *free, head = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+    knobs = dict(zip(("tp", "zero", "dp_replicate"), free, strict=True))
     dp = devices // knobs["tp"]
     micro_batch = samples // dp
     # On one data-parallel rank all ZeRO levels do the same: the lowest stands for them.
@@ -341,9 +341,9 @@ def _strategies(
         (dp > 1) | (knobs["zero"] == min(space.zero, default=0))
     )
     knobs["dp"], knobs["micro_batch"] = dp, micro_batch
-    for name in ("tp", "zero", "dp_replicate", "dp", "micro_batch"):
-        keep &= space.allows(name, knobs[name])
-    return all_resident({name: values[keep] for name, values in knobs.items()})
+    for name, values in knobs.items():
+        keep &= space.allows(name, values)
+    return all_resident({name: values[keep] for name, values in (knobs | {"head": head}).items()})
 
 
 def _copies(job: Job, space: SearchSpace, num_devices: int) -> tuple[int, ...]:

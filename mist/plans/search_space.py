@@ -220,12 +220,9 @@ def _said(space: SearchSpace, words: str) -> SearchSpace:
 
 def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
     """The fields that fix one knob."""
-    number, row = _whole(value), SEARCHED_KNOBS.get(knob)
-    if row is not None and row.space:
-        if value in row.choices:
-            return {row.space: (row.value_of(row.number_of(value)),)}
-        if number is not None and not row.choices:
-            return {row.space: (number,)}
+    row = SEARCHED_KNOBS.get(knob)
+    if row is not None and (values := _values(row, value)):
+        return {str(row.space): values}
     if knob == "checkpoint" and value in CHECKPOINTS:
         return {"levels": (CHECKPOINTS[value],)}
     if knob == "schedule" and value in set(ScheduleKind):
@@ -238,6 +235,14 @@ def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
         f"checkpoint={', '.join(CHECKPOINTS)}, schedule={', '.join(ScheduleKind)}, "
         "or a figure of a profile (cluster.host_memory_bytes=64GB)."
     )
+
+
+def _values(row: Knob, value: str) -> tuple[Any, ...]:
+    """What a word says of a knob; nothing where it is none of its values."""
+    if row.choices:
+        return tuple(choice for choice in row.choices if choice == value)
+    number = _whole(value)
+    return () if number is None else (number,)
 
 
 def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
 from mist.plans.workload import HeadMode, MemoryLevel
+from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, forward_ops, kept_bytes, layer_cost
 from mist.symbolic.block_sums import max_over, stage_blocks
@@ -112,8 +113,7 @@ def stage_cost(
     terms |= memory_terms(graph, setting) | transfer_terms(graph, setting)
     terms |= drawn_terms(graph, runtime) | allocated_terms(graph, setting)
     terms["all_layers_params"] = sympy.Add(*every)
-    priced = {*plain_levels(runtime), *converted}
-    order = tuple(level for level in MemoryLevel if level in priced)
+    order = _priced_levels(runtime, converted)
     rows = stage_blocks(len(graph.blocks), order)
     return StageCost(
         num_kinds=len(graph.blocks),
@@ -127,6 +127,11 @@ def stage_cost(
             "drawn_bytes": max_over(rows.every, "{x}_drawn_bytes"),
         },
     )
+
+
+def _priced_levels(runtime: Runtime, converted: ConvertedBlocks) -> tuple[MemoryLevel, ...]:
+    priced = {*plain_levels(runtime), *converted}
+    return tuple(level for level in MemoryLevel if level in priced)
 
 
 def _converted_costs(
