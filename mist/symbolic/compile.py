@@ -10,7 +10,7 @@ from mist.model.graph import B, Block, ModelGraph, OpKind, S, T
 from mist.plans.workload import HeadMode
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
-from mist.symbolic.program import ModelPrograms, Program
+from mist.symbolic.program import SEARCHED, ModelPrograms, Program
 from mist.symbolic.stage import (
     NO_HEADS,
     NOT_CONVERTED,
@@ -18,18 +18,6 @@ from mist.symbolic.stage import (
     Heads,
     StageCost,
     stage_cost,
-)
-
-SEARCHED = (
-    "stable_s",
-    "lone_s",
-    "weight_s",
-    "peak_bytes",
-    "begin_bytes",
-    "end_bytes",
-    "step_bytes",
-    "last_bytes",
-    "host_bytes",
 )
 
 SIZES = (B, S, T)

@@ -54,12 +54,13 @@ def chosen_robustly(
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
     is_near = partial(search, is_worth=lambda group: _name(group) in near)
-    pool += _found(partial(is_near, pessimistic_job(job), space), how)
+    worse = partial(is_near, pessimistic_job(job), space)
+    pool += _found(worse, how, "each figure at its worse end")
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
-        pool += _found(partial(search, job, resident, listed=tuned.listed), how)
+        pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
-        pool += _found(partial(search, job, replace(space, pp=(1,))), how)
+        pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
         layout = choice.chosen.layout
@@ -72,14 +73,17 @@ def _name(group: Group) -> tuple[object, ...]:
     return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes)
 
 
-def _found(search: Callable[..., Tuned], how: Robust) -> tuple[PricedLayout, ...]:
-    """The best of every kind that a search meets; none where it finds none, or it is late."""
+def _found(search: Callable[..., Tuned], how: Robust, which: str) -> tuple[PricedLayout, ...]:
+    """The best of every kind that a search meets; none where it finds none, or it is late.
+
+    `which`: what is searched, for the lines of progress.
+    """
     if how.is_late():
         return ()
     try:
         return search(
             num_alternatives=0,
-            progress=how.progress,
+            progress=lambda words: how.progress(f"{which}: {words}"),
             is_late=how.is_late,
             is_over=how.is_late,
             method="dp",
