@@ -53,7 +53,7 @@ PAIRS: Final = {
 
 def searched(question: Question, space: SearchSpace, repeats: int) -> tuple[Plan, float]:
     """The plan of a space, and the processor seconds of its search."""
-    programs = compiled(replace(question, levels=space.levels))
+    programs = compiled(replace(question, levels=space.levels, heads=space.head))
     spent_s = []
     for _ in range(repeats):
         start = time.process_time()

@@ -21,7 +21,15 @@ from mist.plans.plan import (
     Uncertainty,
 )
 from mist.plans.provenance import Kind
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
+from mist.plans.workload import (
+    Attention,
+    HeadMode,
+    MemoryLevel,
+    Optimizer,
+    Precision,
+    ScheduleKind,
+    Workload,
+)
 from mist.symbolic.program import MEMORY_PARTS, TIME_PARTS
 from mist.units import GIB
 
@@ -57,7 +65,7 @@ def stage_plan(first: int = 0, count: int = 8, device: int = 0, **changes: objec
         ep=1,
         micro_batch=2,
         zero=1,
-        head="none",
+        head=HeadMode.NONE,
         memory={MemoryLevel.NONE: count - 1, MemoryLevel.FULL: 1},
         offload=Offload(),
     )
@@ -185,7 +193,7 @@ def _stages(draw: st.DrawFn, samples: int, vpp: int) -> tuple[StagePlan, ...]:
                 micro_batch=samples // dp,
                 zero=zero,
                 dp_replicate=draw(st.sampled_from(copies)),
-                head="none",
+                head=HeadMode.NONE,
                 memory={MemoryLevel.NONE: count - num_full, MemoryLevel.FULL: num_full},
                 offload=Offload(
                     weights=draw(ratios),

@@ -17,10 +17,10 @@ from mist.plans.breakdown import (
     step_parts,
 )
 from mist.plans.plan import Layout, Offload, Schedule
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.symbolic.program import TIME_PARTS
 from mist.units import GIB
-from tests.sample_plans import estimate_of, stage_estimate, stage_plan
+from tests.sample_plans import estimate_of, sample_plan, stage_estimate, stage_plan
 
 numbers = st.floats(0.0, 100.0)
 
@@ -104,6 +104,13 @@ def test_a_selective_level_a_schedule_and_offloads_in_words() -> None:
         "pp2 dp2 tp2 zero1 mb2 x8, 1 of 8 layers recomputed, 4+0 selectively, zero-bubble, "
         "offloaded: optimizer 50 %, activations 38+100 %"
     )
+
+
+def test_a_head_in_words() -> None:
+    first, last = sample_plan().stages
+    plan = sample_plan(stages=(first, replace(last, head=HeadMode.CHECKPOINTED)))
+    assert layout_words(plan.layout).endswith(", head checkpointed")
+    assert "head" not in layout_words(sample_plan().layout)
 
 
 def test_chunks_in_words() -> None:

@@ -27,6 +27,7 @@ FITTING = {
     "micro_batch": 2,
     "zero": 1,
     "dp_replicate": 1,
+    "head": 0,
     "num_stages": 2,
     "num_micro_batches": 16,
     "schedule": "1f1b",
@@ -65,6 +66,24 @@ def test_a_layout_that_keeps_every_rule() -> None:
             ],
         ),
         ({"tp": 16}, ["tp 16 does not divide the 8 GPUs per node of dgx-h100."]),
+        (
+            {"head": 1},
+            [
+                "tp 2: a head that tensor parallelism divides keeps its part of all logits; use "
+                "head none, or tp 1"
+            ],
+        ),
+        ({"head": 1, "tp": 1, "dp": 4, "micro_batch": 1}, []),
+        (
+            {
+                **{"head": 2, "tp": 1, "dp": 4, "micro_batch": 1},
+                **{"schedule": "zero-bubble", "chunks": 2},
+            },
+            [
+                "zero-bubble splits the backward pass, which a head without all logits runs at "
+                "once; use head none, or 1f1b"
+            ],
+        ),
         (
             {"micro_batch": 3},
             ["dp 2 * micro-batch 3 * 16 micro-batches is not the global batch of 64."],
@@ -425,6 +444,7 @@ ratios = st.sampled_from([0.0, 0.5, 1.0])
     num_stages=degrees,
     num_micro_batches=degrees,
     zero=st.integers(0, 3),
+    head=st.integers(0, 2),
     dp_replicate=degrees,
     schedule=st.sampled_from([kind.value for kind in ScheduleKind]),
     chunks=st.integers(1, 4),

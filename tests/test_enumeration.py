@@ -51,7 +51,9 @@ def strategies(job: Job, pp: int, num_micro_batches: int) -> dict[str, np.ndarra
         "num_stages": pp, "num_micro_batches": num_micro_batches, "schedule": "1f1b", "chunks": 1,
     }  # fmt: skip
     for rule in job.rules if rows else ():
-        kept &= rule.mask({**columns, **pipeline, "dp_replicate": np.ones_like(columns["dp"])})
+        kept &= rule.mask(
+            {**columns, **pipeline, "dp_replicate": np.ones_like(columns["dp"]), "head": 0}
+        )
     return {name: column[kept] for name, column in columns.items()}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.platform.cluster import Collective
 from mist.symbolic.estimate import estimate, model_flop
 from mist.symbolic.job import Job, make_job
@@ -31,7 +31,7 @@ def stages_of(job: Job, pp: int, **knobs: int) -> tuple[StagePlan, ...]:
                 ep=1,
                 micro_batch=1,
                 zero=0,
-                head="none",
+                head=HeadMode.NONE,
                 memory={MemoryLevel.NONE: count - full, MemoryLevel.FULL: full},
                 offload=Offload(),
             ),

@@ -227,6 +227,11 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
     ),
     ("ep", [put("stages.0.ep", 4)], ["stages[0].ep: ep 4 does not divide dp * cp = 2"]),
     (
+        "a head before the last stage",
+        [put("stages.0.head", "checkpointed")],
+        ["stages[0].head: only the last stage has a head; use none"],
+    ),
+    (
         "copies that do not divide dp",
         [put("stages.0.dp_replicate", 3)],
         ["stages[0].dp_replicate: 3 copies of the states do not divide dp 2"],

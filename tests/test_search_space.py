@@ -17,7 +17,7 @@ from mist.plans.search_space import (
     narrowed,
     space_of,
 )
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 
 NONE, SELECTIVE, FULL = PLAIN
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
@@ -39,6 +39,9 @@ TABLE = {
         None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
     "mist+levels": (
+        None, None, "0123", tuple(MemoryLevel), True, "wgoa", tuple(ScheduleKind), True,
+    ),
+    "mist+heads": (
         None, None, "0123", tuple(MemoryLevel), True, "wgoa", tuple(ScheduleKind), True,
     ),
     "whole": (
@@ -67,6 +70,7 @@ def test_what_a_space_may_use(name: str) -> None:
         space.unlike_stages,
     ) == TABLE[name]
     assert space.unequal_meshes is (name == "whole")
+    assert space.head == (tuple(HeadMode) if name == "mist+heads" else (HeadMode.NONE,))
     assert (space.dp, space.micro_batch, space.most, space.restrictions) == (None, None, {}, ())
 
 
@@ -75,7 +79,7 @@ def test_an_unknown_space() -> None:
         space_of("4d")
     assert str(refused.value) == (
         "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, "
-        "paper+tempo, mist, mist+levels, whole."
+        "paper+tempo, mist, mist+levels, mist+heads, whole."
     )
 
 
@@ -145,6 +149,7 @@ def narrow(name: str = "mist", fixed: str = "", most: str = "", forbid: str = ""
         ("micro-batch=3", {"micro_batch": (3,)}),
         ("zero=2", {"zero": (2,)}),
         ("checkpoint=none", {"levels": (NONE,)}),
+        ("head=in-forward", {"head": (HeadMode.IN_FORWARD,)}),
         ("checkpoint=selective", {"levels": (SELECTIVE,)}),
         ("checkpoint=full", {"levels": (FULL,)}),
         ("schedule=zero-bubble", {"schedules": (ZERO_BUBBLE,)}),
@@ -242,8 +247,8 @@ def test_restrictions_are_told_in_order() -> None:
 
 
 EXPECTED_SET = (
-    "expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a number, checkpoint=none, "
-    "drop-activation, drop-norm, selective, full, "
+    "expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a number, head=none, "
+    "checkpointed, in-forward, checkpoint=none, drop-activation, drop-norm, selective, full, "
     "schedule=gpipe, 1f1b, interleaved, zero-bubble, or a figure of a profile "
     "(cluster.host_memory_bytes=64GB)."
 )

@@ -19,7 +19,7 @@ from mist.pareto.strategies import divisors, groups
 from mist.plans.memory_levels import CONVERTS
 from mist.plans.plan import Layout, Limits, Offload, Schedule, StagePlan
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace, narrowed
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
@@ -74,8 +74,10 @@ def options_of(
     ratios = itertools.product(*(space.offload[name] for name in NO_RATIOS))
     num_nodes = per_stage // job.platform.gpus_per_node
     replicas = space.dp_replicate or ((1, num_nodes) if num_nodes > 1 else (1,))
-    knobs = (divisors(per_stage), range(4), replicas, ratios)
-    for tp, zero, copies, away in itertools.product(*knobs):
+    is_last = devices[0] + per_stage == job.platform.num_gpus
+    heads = space.head if is_last else (HeadMode.NONE,)
+    knobs = (divisors(per_stage), range(4), replicas, heads, ratios)
+    for tp, zero, copies, head, away in itertools.product(*knobs):
         dp = per_stage // tp
         micro_batch = job.workload.global_batch // (g * dp)
         if not micro_batch:
@@ -83,7 +85,7 @@ def options_of(
         offload = Offload(**dict(zip(NO_RATIOS, away, strict=True)))
         columns = {
             "tp": tp, "dp": dp, "micro_batch": micro_batch, "zero": zero, "num_stages": pp,
-            "dp_replicate": copies,
+            "dp_replicate": copies, "head": tuple(HeadMode).index(head),
             "num_micro_batches": g, "schedule": schedule.kind.value, "chunks": schedule.vpp,
             **dict(zip(NO_RATIOS, away, strict=True)),
         }  # fmt: skip
@@ -95,7 +97,7 @@ def options_of(
             StagePlan(
                 layers=runs_of(run, schedule.vpp),
                 devices=devices, dp=dp, tp=tp, sp=tp > 1, cp=1, ep=1,
-                micro_batch=micro_batch, zero=zero, head="none",  # type: ignore[arg-type]
+                micro_batch=micro_batch, zero=zero, head=head,  # type: ignore[arg-type]
                 memory=dict(zip(job.levels, mix, strict=True)), offload=offload,
                 dp_replicate=copies,
             )
@@ -262,6 +264,25 @@ def test_equals_exhaustive_search_with_converted_layers(
     assert found.best.step_s == pytest.approx(fastest(job, space, limit), rel=6e-6)
     confirm(job, found, limit)
     assert any(level in CONVERTS for s in stage_plans(job, found.best) for level in s.levels)
+
+
+@pytest.mark.parametrize(
+    ("limit", "heads"),
+    [
+        (0.7e9, [HeadMode.IN_FORWARD]),
+        # As a stage of two, whose other one has no head.
+        pytest.param(0.6e9, [HeadMode.NONE, HeadMode.IN_FORWARD], marks=pytest.mark.slow),
+        pytest.param(8e9, [HeadMode.NONE], marks=pytest.mark.slow),
+    ],
+)
+def test_equals_exhaustive_search_with_heads(limit: float, heads: list[HeadMode]) -> None:
+    graph = toy_graph((3,), vocab=8192)
+    job = toy_job(graph, 2, heads=True, global_batch=4)
+    space = SearchSpace(head=tuple(HeadMode), offload=NO_RATIOS)
+    found = tuned(job, space, limit)
+    assert found.best.step_s == pytest.approx(fastest(job, space, limit), rel=6e-6)
+    confirm(job, found, limit)
+    assert [stage.head for stage in stage_plans(job, found.best)] == heads
 
 
 def test_bounds_know_that_converted_layers_may_be_faster() -> None:

@@ -27,7 +27,14 @@ from mist.model.graph import (
 )
 from mist.model.summary import LayerRun, TpLimit, Traffic
 from mist.plans.numerics import NUMERICS
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, Workload
+from mist.plans.workload import (
+    Attention,
+    HeadMode,
+    MemoryLevel,
+    Optimizer,
+    Precision,
+    Workload,
+)
 from mist.platform import Platform, Runtime, load_platform
 from mist.platform.profiles import load_cluster, load_device, load_runtime
 from mist.symbolic.compile import compile_model
@@ -234,6 +241,27 @@ def converted_blocks(graph: ModelGraph) -> dict[MemoryLevel, tuple[Block, ...]]:
     }
 
 
+def lean_heads(graph: ModelGraph) -> dict[HeadMode, Block]:
+    """The head of a toy as if it ran by parts: once more backward, or with its gradients kept."""
+    head, product = graph.head, graph.head.ops[0]
+    lean = replace(
+        head,
+        transient_bytes=tuple(size / 16 for size in head.transient_bytes),
+        transient_with_grads_bytes=tuple(size / 16 for size in head.transient_with_grads_bytes),
+        transient_adding_bytes=tuple(size / 16 for size in head.transient_adding_bytes),
+    )
+    kept_rows, weight = (
+        (kept(TensorLayout.GATHERED, size),)
+        for size in (head.boundary_bytes, ELEMENT_BYTES * head.num_params)
+    )
+    again = (*head.ops, replace(product, phase="backward"))
+    accumulated = (*head.ops, pointwise("backward", sympy.Integer(8 * head.num_params)))
+    return {
+        HeadMode.CHECKPOINTED: replace(lean, ops=again, saved=kept_rows, saved_single=kept_rows),
+        HeadMode.IN_FORWARD: replace(lean, ops=accumulated, saved=weight, saved_single=weight),
+    }
+
+
 @cache
 def toy_platform(num_gpus: int = 8, gpu: str = "h100-sxm", runtime: str = "torch") -> Platform:
     """Some GPUs of shipped profiles, as they are before whole runs are fitted.
@@ -271,12 +299,13 @@ def adamw_setting(runtime: Runtime, precision: Precision = Precision.BF16) -> Co
 
 @cache
 def toy_programs(
-    graph: ModelGraph, runtime: str = "torch", *, converts: bool = False
+    graph: ModelGraph, runtime: str = "torch", *, converts: bool = False, heads: bool = False
 ) -> ModelPrograms:
     """The compiled costs of a graph under a runtime in bf16, once for all tests."""
     profile = load_runtime(runtime).profile
     levels = converted_blocks(graph) if converts else {}
-    return compile_model(graph, adamw_setting(profile), levels)
+    own = lean_heads(graph) if heads else {}
+    return compile_model(graph, adamw_setting(profile), levels, own)
 
 
 def toy_job(
@@ -286,11 +315,12 @@ def toy_job(
     runtime: str = "torch",
     *,
     converts: bool = False,
+    heads: bool = False,
     **workload: int,
 ) -> Job:
-    """A toy model on a few GPUs; `converts`: its layers may be converted."""
+    """A toy model on a few GPUs; `converts`: its layers may be converted; `heads`: so its head."""
     platform = toy_platform(num_gpus, gpu, runtime)
-    programs = toy_programs(graph or toy_graph(), runtime, converts=converts)
+    programs = toy_programs(graph or toy_graph(), runtime, converts=converts, heads=heads)
     return make_job(programs, platform, toy_workload(**workload))
 
 

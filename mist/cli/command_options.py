@@ -12,6 +12,7 @@ from mist.plans.objectives import Objective
 from mist.plans.search_space import OFFLOADED, SPACES
 from mist.plans.workload import (
     Attention,
+    HeadMode,
     MemoryLevel,
     Precision,
     ScheduleKind,
@@ -168,6 +169,14 @@ Checkpoint = Annotated[
     typer.Option(
         "--checkpoint",
         help=f"Recomputed layers: {', '.join(MemoryLevel)}, a number, or one of each stage: 3,1.",
+        rich_help_panel=LAYOUT,
+    ),
+]
+HeadName = Annotated[
+    HeadMode,
+    typer.Option(
+        "--head",
+        help="How the last matrix and the loss run: all logits at once, or a part at a time.",
         rich_help_panel=LAYOUT,
     ),
 ]

@@ -40,6 +40,7 @@ def hand_layout(
     layout = HandLayout(
         checkpoint=said["checkpoint"],
         schedule=said["schedule"],
+        head=said["head"],
         offload=offload_of(said["offload"] or ()),
         layers=layers_of(said["layers"]),
         **{knob.field: said[knob.field] for knob in TYPED_KNOBS},

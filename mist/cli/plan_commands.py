@@ -27,6 +27,7 @@ from mist.cli.command_options import (
     Gpu,
     Gpus,
     GpusOfModel,
+    HeadName,
     HostMemory,
     Json,
     LayerSplit,
@@ -60,7 +61,7 @@ from mist.errors import InputError, OutputError
 from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import SearchSpace, narrowed, space_of
-from mist.plans.workload import Attention, Precision, Solver
+from mist.plans.workload import Attention, HeadMode, Precision, Solver
 
 if TYPE_CHECKING:
     from mist.report.explanation import Explanation
@@ -332,6 +333,7 @@ def check(
     *,
     gpus: GpusOfModel = None,
     checkpoint: Checkpoint = "none",
+    head: HeadName = HeadMode.NONE,
     offload: Offloads = None,
     schedule: ScheduleName = DEFAULT_KIND,
     layers: LayerSplit = "",

@@ -18,7 +18,7 @@ from mist.plans.memory_levels import (
     levels_that,
 )
 from mist.plans.plan import Offload, Plan, StagePlan
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import HeadMode, MemoryLevel
 
 AXES_OF_NO_PLAN = ("cp", "ep")
 STATES = ("weights", "grads", "optimizer")
@@ -56,7 +56,9 @@ def refusals_of(losses: Sequence[ExportLoss]) -> tuple[ExportLoss, ...]:
 
 def _refusals(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
     stages, first = plan.stages, plan.stages[0]
-    for field in (*(knob.name for knob in STAGE_KNOBS), "sp", "offload"):
+    if (head := stages[-1].head) != HeadMode.NONE:
+        yield refused("stages[].head", f"{head}; {name} files do not say how the loss runs")
+    for field in (*(knob.name for knob in STAGE_KNOBS if not knob.choices), "sp", "offload"):
         values = list(dict.fromkeys(str(getattr(stage, field)) for stage in stages))
         if len(values) > 1:
             words = f"stages differ ({', '.join(values)}); {name} has the same in every stage"

@@ -6,8 +6,18 @@
 `convert` gives a model a memory level; `head_loss` computes the loss without all logits at once.
 """
 
+from mist.layers.deferred_logits import DeferredHead, defer_logits
 from mist.layers.loss_heads import VocabularyPart, head_loss
 from mist.layers.rungs import RUNGS
 from mist.layers.surgery import Conversion, convert, convert_layer
 
-__all__ = ["RUNGS", "Conversion", "VocabularyPart", "convert", "convert_layer", "head_loss"]
+__all__ = [
+    "RUNGS",
+    "Conversion",
+    "DeferredHead",
+    "VocabularyPart",
+    "convert",
+    "convert_layer",
+    "defer_logits",
+    "head_loss",
+]

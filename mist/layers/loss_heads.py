@@ -3,16 +3,18 @@
     logits_i = x_i W^T,  loss_i = logsumexp(logits_i) - logits_i[target_i]
     dlogits_i = softmax(logits_i) - onehot(target_i),  dx = dlogits W,  dW = dlogits^T x
 
-x [n, h], W [V, h], targets [n]; logits of `chunk` rows at a time. `checkpointed` computes them once
-more in the backward pass and keeps two fp32 numbers a row. `in-forward` computes the gradients with
-the loss, and keeps them: it does no product twice. `eager` is torch's own, which keeps all logits.
+x [n, h], W [V, h], targets [n]; logits of a chunk of rows at a time. `checkpointed` computes them
+once more in the backward pass and keeps two fp32 numbers a row. `in-forward` computes the gradients
+with the loss, and keeps them: it does no product twice. `none` is torch's own, which keeps all
+logits. There are as many chunks whatever n is: so their operations are the same at every size, and
+their rows, which a GPU wants to be many, grow with n.
 Each runs on a part of the vocabulary, too, with three sums over the ranks of a group: of the
 exponents, of the targets' logits, of dx.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,10 +25,9 @@ from torch.autograd.function import once_differentiable
 from mist.errors import InputError
 from mist.layers.norm_kernels import wide
 from mist.layers.recipes import apply_function
+from mist.plans.workload import HeadMode
 
-HeadMode = Literal["eager", "checkpointed", "in-forward"]
-
-CHUNK_ROWS: Final = 128  # 64 MiB of fp32 logits where the vocabulary has 128 Ki words
+NUM_CHUNKS: Final = 16  # 0.25 GiB of fp32 logits of 8,192 tokens and 128 Ki words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +49,17 @@ class VocabularyPart:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Setting:
     ignore_index: int
-    chunk: int
+    num_chunks: int
     keeps_logits: bool
     part: VocabularyPart | None
 
-    def chunks(self, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        for start in range(0, tensors[0].shape[0], self.chunk):
-            rows = slice(start, start + self.chunk)
-            yield rows, tuple(tensor[rows] for tensor in tensors)
+    def chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The rows of each chunk; the last one has those that do not divide, too."""
+        num_rows, others = tensors[0].shape[0], self.num_chunks - 1
+        each = num_rows // self.num_chunks
+        # No branch on the number of rows, which is a symbol where costs are traced.
+        sizes = [each] * others + [num_rows - others * each]
+        return zip(*(tensor.split_with_sizes(sizes) for tensor in tensors), strict=True)
 
     def targets(self, target: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """The column of each row's target, 0 where it is not among ours, and whether it is."""
@@ -103,20 +107,32 @@ class _Gradients:
     """Gradients of x and W, chunk by chunk; that of W is summed in fp32."""
 
     def __init__(self, x: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> None:
-        self.x, self.weight, self.needs = x, weight, needs
-        self.dx = torch.empty_like(x) if needs[0] else None
+        self._weight, self._needs_x = weight, needs[0]
+        # Not made where it is not needed, but rows of it are asked for all the same.
+        self._dx = torch.empty_like(x) if needs[0] else x
         total = torch.zeros_like(weight, dtype=wide(weight[:0]).dtype) if needs[1] else None
-        self.dweight = total
+        self._dweight = total
 
-    def add(self, rows: slice, dlogits: Tensor, setting: _Setting) -> None:
-        low = dlogits.to(self.x.dtype)
-        if self.dx is not None:
-            part = low @ self.weight
+    @property
+    def rows(self) -> Tensor:
+        """Where the gradient of x goes, [n, h], to be cut into chunks."""
+        return self._dx
+
+    def add(self, dx: Tensor, x: Tensor, dlogits: Tensor, setting: _Setting) -> None:
+        """Those of a chunk: x [c, h], dlogits [c, V]; `dx` [c, h] are its `rows`."""
+        low = dlogits.to(x.dtype)
+        if self._needs_x:
+            part = low @ self._weight
             if setting.part:
                 setting.part.sum(part)
-            self.dx[rows] = part
-        if self.dweight is not None:
-            self.dweight += low.t() @ self.x[rows]
+            dx.copy_(part)
+        if self._dweight is not None:
+            self._dweight += low.t() @ x
+
+    def made(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and W, in their types, where they are needed."""
+        total, dx = self._dweight, self._dx if self._needs_x else None
+        return dx, None if total is None else total.to(self._weight.dtype)
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -125,7 +141,7 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, setting: _Setting) -> Tensor:
         losses, sums, kept = [], [], []
-        for _, (x_rows, t) in setting.chunks(x, target):
+        for x_rows, t in setting.chunks(x, target):
             logits = _logits(x_rows, weight)
             row_losses, lse = _row_losses(logits, t, setting)
             losses.append(row_losses.sum())
@@ -140,15 +156,13 @@ class ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, target, lse, *kept = ctx.saved_tensors
         gradients = _Gradients(x, weight, ctx.needs_input_grad[:2])
-        for rows, (x_rows, t, row_lse) in ctx.setting.chunks(x, target, lse):
+        chunks = ctx.setting.chunks(x, gradients.rows, target, lse)
+        for index, (x_rows, dx, t, row_lse) in enumerate(chunks):
             # Made again, or a copy: what is kept may go backward twice.
-            logits = (
-                kept[rows.start // ctx.setting.chunk].clone() if kept else _logits(x_rows, weight)
-            )
+            logits = kept[index].clone() if kept else _logits(x_rows, weight)
             dlogits = _gradient_of_logits(logits, row_lse, t, grad, ctx.setting)
-            gradients.add(rows, dlogits, ctx.setting)
-        dweight = gradients.dweight
-        return gradients.dx, None if dweight is None else dweight.to(weight.dtype), None, None
+            gradients.add(dx, x_rows, dlogits, ctx.setting)
+        return *gradients.made(), None, None
 
 
 class InForwardHead(torch.autograd.Function):
@@ -160,13 +174,13 @@ class InForwardHead(torch.autograd.Function):
     ) -> Tensor:
         gradients = _Gradients(x, weight, ctx.needs_input_grad[:2])
         losses = []
-        for rows, (x_rows, t) in setting.chunks(x, target):
+        for x_rows, dx, t in setting.chunks(x, gradients.rows, target):
             logits = _logits(x_rows, weight)
             row_losses, lse = _row_losses(logits, t, setting)
             losses.append(row_losses.sum())
-            gradients.add(rows, _gradient_of_logits(logits, lse, t, factor, setting), setting)
-        dweight = gradients.dweight
-        ctx.save_for_backward(gradients.dx, None if dweight is None else dweight.to(weight.dtype))
+            dlogits = _gradient_of_logits(logits, lse, t, factor, setting)
+            gradients.add(dx, x_rows, dlogits, setting)
+        ctx.save_for_backward(*gradients.made())
         return torch.stack(losses).sum() * factor
 
     @staticmethod
@@ -181,10 +195,10 @@ def head_loss(
     weight: Tensor,
     target: Tensor,
     *,
-    mode: HeadMode,
+    mode: HeadMode | str,
     ignore_index: int = -100,
     reduction: Literal["mean", "sum"] = "mean",
-    chunk_rows: int = CHUNK_ROWS,
+    num_chunks: int = NUM_CHUNKS,
     part: VocabularyPart | None = None,
 ) -> Tensor:
     """Cross-entropy of x W^T against targets, a scalar in fp32 (fp64 where x is).
@@ -193,8 +207,8 @@ def head_loss(
     `ignore_index`; over none it is 0. `part`: weight is a rank's rows; x and the loss are the same
     on all ranks. Raises InputError for an unknown mode and for shapes that do not fit.
     """
-    if mode not in get_args(HeadMode):
-        raise InputError(f"head {mode!r} is unknown. Known: {', '.join(get_args(HeadMode))}.")
+    if mode not in set(HeadMode):
+        raise InputError(f"head {str(mode)!r} is unknown. Known: {', '.join(HeadMode)}.")
     if x.shape[:-1] != target.shape or x.shape[-1] != weight.shape[-1]:
         raise InputError(
             f"head: x {list(x.shape)}, weight {list(weight.shape)} and target "
@@ -207,12 +221,15 @@ def head_loss(
     count = (ids != ignore_index).sum().clamp(min=1).to(wide(x[:0]).dtype)
     factor = 1 / count if reduction == "mean" else torch.ones_like(count)
     setting = _Setting(
-        ignore_index=ignore_index, chunk=chunk_rows, keeps_logits=mode == "eager", part=part
+        ignore_index=ignore_index,
+        num_chunks=num_chunks,
+        keeps_logits=mode == HeadMode.NONE,
+        part=part,
     )
     with torch.autocast(x.device.type, enabled=False):
-        if mode == "in-forward":
+        if mode == HeadMode.IN_FORWARD:
             return apply_function(InForwardHead, rows, weight, ids, setting, factor)
-        if mode == "checkpointed" or part:
+        if mode == HeadMode.CHECKPOINTED or part:
             return apply_function(ChunkedHead, rows, weight, ids, setting) * factor
         logits = wide(F.linear(rows, weight))
         return F.cross_entropy(logits, ids, ignore_index=ignore_index, reduction="sum") * factor

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mist.pareto.frontier_points import Points
 from mist.pareto.offload_ratios import whole_layers
 from mist.pareto.strategies import Group, Ints, Strategies
+from mist.plans.knobs import AT_REST
 from mist.plans.memory_levels import level_counts
 from mist.plans.plan import Layout, Offload, Schedule, StagePlan
 from mist.plans.schedules import fill_time, spare_time, step_time
@@ -185,15 +186,18 @@ def stage_plans(job: Job, layout: PricedLayout) -> tuple[StagePlan, ...]:
     Where whole layers are offloaded, their share is rounded up to layers: never less memory than
     was planned, at most a layer's copies slower.
     """
-    plans, device = [], 0
+    plans: list[StagePlan] = []
+    device = 0
     shares = chunk_shares([stage.count for stage in layout.stages], layout.schedule.vpp)
     runs = layer_runs(shares, len(layout.stages))
     offload = job.platform.runtime.offload
     for stage, own in zip(layout.stages, runs, strict=True):
         by_layer = offload is not None and offload.by_layer
+        is_last = len(plans) == len(layout.stages) - 1
         plans.append(
             stage_at(
-                stage.knobs,
+                # Of a stage without a head every way to run it costs the same.
+                stage.knobs if is_last else {**stage.knobs, "head": AT_REST["head"]},
                 layers=own,
                 first_device=device,
                 shards_sequence=job.platform.runtime.knobs.sequence_parallel,

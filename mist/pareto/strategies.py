@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,13 +24,21 @@ from mist.plans.knobs import KNOBS, SEARCHED_KNOBS
 from mist.plans.plan import DEFAULT_SCHEDULE, Schedule
 from mist.plans.schedules import DEFAULT_KIND, SCHEDULES, zero_as_run
 from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.platform import Runtime
 from mist.rules.combinations import knob_rules
-from mist.rules.levels import broken_by_levels, broken_levels, may_have, not_priced
+from mist.rules.levels import (
+    broken_by_levels,
+    broken_levels,
+    head_not_priced,
+    may_have,
+    not_priced,
+)
 from mist.rules.rule import Columns, broken, keeps
 from mist.symbolic.columns import strategy_columns
 from mist.symbolic.job import Job
+
+HEAD: Final = SEARCHED_KNOBS["head"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -133,6 +141,7 @@ def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
         pp=space.pp if knobs.schedules else (1,),
         zero=_common(space.zero, knobs.zero_levels),
         levels=_common(space.levels, runtime.levels),
+        head=space.head if runtime.converts_layers else _common(space.head, (HeadMode.NONE,)),
         some_layers=space.some_layers and knobs.recomputes_some,
         offload=ratios,
         schedules=_common(space.schedules, knobs.schedules),
@@ -142,7 +151,7 @@ def expressible(space: SearchSpace, runtime: Runtime) -> SearchSpace:
 
 
 def priced(space: SearchSpace, job: Job) -> SearchSpace:
-    """A space without the memory levels that the layers of a model cannot be converted to.
+    """A space without the memory levels and heads that a model cannot be converted to.
 
     Raises InputError where no other is left.
     """
@@ -151,7 +160,10 @@ def priced(space: SearchSpace, job: Job) -> SearchSpace:
     levels = tuple(level for level in space.levels if level not in missing)
     if not levels:
         raise InputError(" ".join(not_priced(level, job.facts.name) for level in missing))
-    return replace(space, levels=levels)
+    heads = _common(space.head, job.heads)
+    if not heads and job.platform.runtime.converts_layers:
+        raise InputError(" ".join(head_not_priced(mode, job.facts.name) for mode in space.head))
+    return replace(space, levels=levels, head=heads or space.head)
 
 
 def _common(wanted: tuple[T, ...], known: Collection[object]) -> tuple[T, ...]:
@@ -311,13 +323,16 @@ def divisors(number: int) -> tuple[int, ...]:
 def _strategies(
     job: Job, space: SearchSpace, sizes: tuple[int, ...], num_micro_batches: int
 ) -> Strategies:
-    """Every (tp, zero, dp_replicate) of stages of these sizes that the space allows."""
+    """Every (tp, zero, dp_replicate, head) of stages of these sizes that the space allows."""
     samples = job.workload.global_batch // num_micro_batches
+    heads = [HEAD.number_of(mode) for mode in space.head]
     rows = [
-        (n, *row) for n in sizes for row in product(divisors(n), space.zero, _copies(job, space, n))
+        (n, *row)
+        for n in sizes
+        for row in product(divisors(n), space.zero, _copies(job, space, n), heads)
     ]
     # What is free; the rest follows from it.
-    devices, *free = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    devices, *free, head = np.array(rows, dtype=np.int64).reshape(-1, 5).T
     knobs = dict(zip(("tp", "zero", "dp_replicate"), free, strict=True))
     dp = devices // knobs["tp"]
     micro_batch = samples // dp
@@ -328,7 +343,7 @@ def _strategies(
     knobs["dp"], knobs["micro_batch"] = dp, micro_batch
     for name, values in knobs.items():
         keep &= space.allows(name, values)
-    return all_resident({name: values[keep] for name, values in knobs.items()})
+    return all_resident({name: values[keep] for name, values in (knobs | {"head": head}).items()})
 
 
 def _copies(job: Job, space: SearchSpace, num_devices: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Final
 
 from mist.plans.plan import DEFAULT_SCHEDULE, Estimate, Layout, Offload, StageEstimate, StagePlan
+from mist.plans.workload import HeadMode
 from mist.units import format_bytes, format_seconds
 
 ROUNDING_RATIO: Final = 1e-5  # of the step: estimates carry six digits
@@ -100,6 +101,8 @@ def layout_words(layout: Layout) -> str:
     for word in stages[0].num_partly:
         some = _spread([stage.num_partly[word] for stage in stages])
         line += f", {some} {word}" if some != "0" else ""
+    if stages[-1].head != HeadMode.NONE:
+        line += f", head {stages[-1].head}"
     if len(stages) > 1 and schedule != DEFAULT_SCHEDULE:
         line += f", {schedule.kind}" + (f" of {schedule.vpp} chunks" if schedule.vpp > 1 else "")
     return line + _offload_words(stages)

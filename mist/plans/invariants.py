@@ -2,13 +2,15 @@
 
 dp * tp * cp ranks are the devices of a stage; ep divides dp * cp; dp_replicate divides dp, and is 1
 or less than dp and from ZeRO-1 on; dp * micro_batch is equal over stages, and times
-num_micro_batches it is the global batch; layers are runs that cover the model once.
+num_micro_batches it is the global batch; layers are runs that cover the model once; only the last
+stage has a head.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from mist.errors import Fault
 from mist.plans.schedules import SCHEDULES
+from mist.plans.workload import HeadMode
 
 
 def plan_faults(data: Mapping[str, object]) -> Iterator[Fault]:
@@ -21,6 +23,9 @@ def plan_faults(data: Mapping[str, object]) -> Iterator[Fault]:
         yield Fault(path="stages", message="a plan has at least one stage")
     for path, stage in stages:
         yield from _stage_faults(path, stage)
+    for path, stage in stages[:-1]:
+        if stage.get("head") not in (None, HeadMode.NONE):
+            yield Fault(path=f"{path}.head", message="only the last stage has a head; use none")
     yield from _chunk_faults(stages, _map(data.get("schedule")))
     yield from _layer_faults(stages)
     yield from _device_faults(stages, _int(_map(data.get("cluster")).get("num_gpus")))

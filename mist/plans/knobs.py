@@ -1,14 +1,15 @@
-"""The knobs that are whole numbers: one row each, which rules, command line and search loop over.
+"""The knobs of a stage: one row each, which rules, command line and search loop over.
 
 A knob has one name wherever it is a column or a field of a stage; on the command line it has a
-word, and a search space holds its allowed values in a field.
+word, and a search space holds its allowed values in a field. All are whole numbers; where plans say
+a word in its place, the number is that of the word in `choices`.
 """
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
-from mist.plans.workload import MOST_SAMPLES
+from mist.plans.workload import MOST_SAMPLES, HeadMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class Knob:
         space: the field of `SearchSpace` with the allowed values; None: no search sets it.
         typed: whether `mist check` takes it; dp follows from the others.
         halves: whether `mist check` tries its half and its double.
+        choices: the words of its numbers, from 0 up, where plans and people say words.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Knob:
     space: str | None = None
     typed: bool = True
     halves: bool = True
+    choices: tuple[str, ...] = ()
 
     @property
     def field(self) -> str:
@@ -46,8 +49,18 @@ class Knob:
         """Whether more is more; a ZeRO level is a choice."""
         return self.most is None
 
+    def number_of(self, value: Any) -> int:  # noqa: ANN401 (a number, or a word of it)
+        """The number in columns of what a plan says."""
+        return self.choices.index(value) if self.choices else int(value)
+
+    def value_of(self, number: int) -> Any:  # noqa: ANN401 (the same)
+        """What a plan says for the number in a column."""
+        return self.choices[number] if self.choices else number
+
     def complaint(self, value: int) -> str:
         """What to say of a number that is none of its values."""
+        if self.choices:
+            return f"is none of {', '.join(self.choices)}"
         if not self.counts:
             return "is not a ZeRO level (0, 1, 2 or 3)"
         return "is not a positive number" if value < 1 else f"is more than {MOST_SAMPLES}"
@@ -89,6 +102,17 @@ KNOBS: Final = (
         most=3,
         space="zero",
         halves=False,
+    ),
+    Knob(
+        name="head",
+        word="head",
+        meaning="How the last matrix and the loss run.",
+        least=0,
+        most=len(HeadMode) - 1,
+        space="head",
+        typed=False,
+        halves=False,
+        choices=tuple(HeadMode),
     ),
     Knob(name="cp", word="cp", meaning="Context-parallel degree.", typed=False),
     Knob(name="ep", word="ep", meaning="Expert-parallel degree.", typed=False),

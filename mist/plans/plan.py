@@ -26,6 +26,7 @@ from mist.plans.workload import (
     MOST_GPUS,
     STRICT,
     GpuCount,
+    HeadMode,
     MemoryLevel,
     PositiveInt,
     SampleCount,
@@ -125,15 +126,15 @@ class StagePlan:
     ep: GpuCount
     micro_batch: SampleCount
     zero: Literal[0, 1, 2, 3]
-    head: Literal["none"]
+    head: HeadMode
     memory: dict[MemoryLevel, LayerCount]
     offload: Offload
     dp_replicate: GpuCount = 1
 
     @property
     def columns(self) -> dict[str, float]:
-        """Its knobs (`mist.plans.knobs`) and its offload ratios, by name."""
-        knobs = {knob.name: getattr(self, knob.name) for knob in STAGE_KNOBS}
+        """Its knobs (`mist.plans.knobs`) as numbers and its offload ratios, by name."""
+        knobs = {knob.name: knob.number_of(getattr(self, knob.name)) for knob in STAGE_KNOBS}
         return knobs | asdict(self.offload)
 
     @property

@@ -16,7 +16,7 @@ from mist.errors import InputError
 from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
 from mist.plans.memory_levels import KEEPS_ALL, PLAIN, levels_that
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.workload import MemoryLevel, ScheduleKind
+from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.units import parse_whole
 
 OFFLOADED: Final = ("weights", "grads", "optimizer", "activations")
@@ -44,8 +44,9 @@ class SearchSpace:
     """The allowed values of each knob; None leaves a knob to the runtime's own limits.
 
     `levels`: the memory levels that layers may have; `some_layers`: whether a stage may mix two of
-    them. `offload`: ratios by state. `schedules`, and `chunks` (v) of a stage: 1, or more of those
-    that take turns. `dp_replicate`: copies of the states that ZeRO divides (HSDP).
+    them. `head`: how the last matrix and the loss may run. `offload`: ratios by state.
+    `schedules`, and `chunks` (v) of a stage: 1, or more of those that take turns.
+    `dp_replicate`: copies of the states that ZeRO divides (HSDP).
     `unlike_stages`: whether stages may differ in anything and share layers unevenly;
     `unequal_meshes`: also in their number of devices. `refines`: whether the best layout's ratios
     may lie between those of `offload` in the end (`mist.search.refine_offload`). `most`: upper
@@ -59,6 +60,7 @@ class SearchSpace:
     dp: tuple[int, ...] | None = None
     micro_batch: tuple[int, ...] | None = None
     zero: tuple[int, ...] = (0, 1, 2, 3)
+    head: tuple[HeadMode, ...] = (HeadMode.NONE,)
     levels: tuple[MemoryLevel, ...] = PLAIN
     some_layers: bool = True
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
@@ -82,10 +84,10 @@ class SearchSpace:
         _check_ratios(self.offload)
 
     def values_of(self, knob: Knob) -> tuple[int, ...] | None:
-        """The allowed values of a knob; None where the runtime decides."""
+        """The allowed numbers of a knob; None where the runtime decides."""
         assert knob.space is not None
-        values: tuple[int, ...] | None = getattr(self, knob.space)
-        return values
+        values: tuple[Any, ...] | None = getattr(self, knob.space)
+        return None if values is None else tuple(map(knob.number_of, values))
 
     def allows(self, name: str, values: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which values of "tp", "pp", "dp", "micro_batch" or "chunks" may be used."""
@@ -167,13 +169,14 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             ),
             SearchSpace(name="mist"),
             SearchSpace(name="mist+levels", levels=tuple(MemoryLevel)),
+            SearchSpace(name="mist+heads", levels=tuple(MemoryLevel), head=tuple(HeadMode)),
             SearchSpace(name="whole", unequal_meshes=True),
         )
     }
 )
 """What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
 the other schedules, "whole" stages of unequal size too; "paper+tempo" and "mist+levels" add the
-levels that convert layers."""
+levels that convert layers, "mist+heads" also heads without all logits at once."""
 
 
 def space_of(name: str) -> SearchSpace:
@@ -217,18 +220,29 @@ def _said(space: SearchSpace, words: str) -> SearchSpace:
 
 def _fixed(word: str, knob: str, value: str) -> dict[str, Any]:
     """The fields that fix one knob."""
-    number, row = _whole(value), SEARCHED_KNOBS.get(knob)
-    if number is not None and row is not None and row.space:
-        return {row.space: (number,)}
+    row = SEARCHED_KNOBS.get(knob)
+    if row is not None and (values := _values(row, value)):
+        return {str(row.space): values}
     if knob == "checkpoint" and value in CHECKPOINTS:
         return {"levels": (CHECKPOINTS[value],)}
     if knob == "schedule" and value in set(ScheduleKind):
         return {"schedules": (ScheduleKind(value),)}
+    rows = SEARCHED_KNOBS.values()
+    numbers = [each.word for each in rows if not each.choices]
+    choices = [f"{each.word}={', '.join(each.choices)}" for each in rows if each.choices]
     raise InputError(
-        f"--set {word}: expected {', '.join(SEARCHED_KNOBS)} with a number, "
+        f"--set {word}: expected {', '.join(numbers)} with a number, {', '.join(choices)}, "
         f"checkpoint={', '.join(CHECKPOINTS)}, schedule={', '.join(ScheduleKind)}, "
         "or a figure of a profile (cluster.host_memory_bytes=64GB)."
     )
+
+
+def _values(row: Knob, value: str) -> tuple[Any, ...]:
+    """What a word says of a knob; nothing where it is none of its values."""
+    if row.choices:
+        return tuple(choice for choice in row.choices if choice == value)
+    number = _whole(value)
+    return () if number is None else (number,)
 
 
 def _capped(space: SearchSpace, word: str, key: str, value: str) -> dict[str, Any]:

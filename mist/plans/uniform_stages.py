@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mist.plans.knobs import AT_REST
+from mist.plans.knobs import AT_REST, STAGE_KNOBS
 from mist.plans.plan import NOTHING_OFFLOADED, Layout, Offload, Schedule, StagePlan
 from mist.plans.workload import MemoryLevel
 
@@ -24,13 +24,13 @@ def stage_at(  # noqa: PLR0913 - what makes a stage
 
     `shards_sequence`: whether tensor parallelism does so where there is any.
     """
-    values: dict[str, Any] = {**AT_REST, **knobs}
+    numbers: dict[str, Any] = {**AT_REST, **knobs}
+    values = {knob.name: knob.value_of(numbers[knob.name]) for knob in STAGE_KNOBS}
     return StagePlan(
         **values,
         layers=layers,
         devices=(first_device, values["dp"] * values["tp"] * values["cp"]),
         sp=shards_sequence and values["tp"] > 1,
-        head="none",
         memory=dict(memory),
         offload=offload,
     )

@@ -76,6 +76,18 @@ class MemoryLevel(StrEnum):
         return self.value.replace("-", "_")
 
 
+class HeadMode(StrEnum):
+    """How the last matrix and the loss run: `mist.layers.loss_heads`.
+
+    NONE: all logits at once, as the model has it. CHECKPOINTED: some at a time, and again in the
+    backward pass. IN_FORWARD: some at a time, and their gradients with them.
+    """
+
+    NONE = "none"
+    CHECKPOINTED = "checkpointed"
+    IN_FORWARD = "in-forward"
+
+
 class Solver(StrEnum):
     """What joins stages: the exact dynamic program, the mixed-integer program, or both."""
 

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mist.model.summary import ModelFacts, TpLimit
+from mist.plans.knobs import AT_REST
 from mist.plans.schedules import DEFAULT_KIND, kinds_that
-from mist.plans.workload import Workload
+from mist.plans.workload import HeadMode, Workload
 from mist.platform import Platform, Runtime
 from mist.rules.levels import SPLIT
 from mist.rules.rule import Arrays, Columns, Mask, Rule, Scope, kept_by
@@ -22,6 +23,7 @@ from mist.rules.rule import Arrays, Columns, Mask, Rule, Scope, kept_by
 Domain = Callable[[Columns], Mapping[str, NDArray[np.float64]]]
 
 TAKES_TURNS: Final = kinds_that(lambda row: row.takes_turns)
+OTHER_HEADS: Final = tuple(mode for mode in HeadMode if mode is not HeadMode.NONE)
 CHUNKED: Final = kinds_that(lambda row: row.least_chunks > 1)
 
 PREDICTED: Final = frozenset({Scope.SEARCH, Scope.PREDICT})
@@ -38,6 +40,25 @@ AXES_AT_REST: Final = tuple(
     for axis, words in (("cp", "context"), ("ep", "expert"))
 )
 """What plan files can say and no search sets."""
+
+
+HEAD_RULES: Final = (
+    Rule(
+        name="head-divides",
+        field="head",
+        holds=lambda c: (c["head"] == AT_REST["head"]) | (c["tp"] == 1),
+        message="tp {tp}: a head that tensor parallelism divides keeps its part of all logits; use "
+        "head none, or tp 1",
+    ),
+    Rule(
+        name="head-splits-backward",
+        field="head",
+        holds=lambda c: (c["head"] == AT_REST["head"]) | ~np.isin(c["schedule"], SPLIT),
+        message="{schedule} splits the backward pass, which a head without all logits runs at "
+        f"once; use head none, or {DEFAULT_KIND}",
+    ),
+)
+"""What a head that does not have all logits at once may be combined with."""
 
 
 def rules_for(
@@ -69,6 +90,7 @@ def _of_runtime(runtime: Runtime, workload: Workload) -> Iterator[Rule]:
     yield from _batch_rules(workload)
     yield from _schedule_rules(runtime)
     yield from COPY_RULES
+    yield from HEAD_RULES
 
 
 def _of_model(facts: ModelFacts) -> Iterator[Rule]:
@@ -120,6 +142,12 @@ def knob_rules(runtime: Runtime) -> Iterator[Rule]:
         message="dp_replicate {dp_replicate}: copies of the states are predicted of FSDP2 only, "
         f"not of {name}; use dp_replicate 1.",
     )
+    yield Rule(
+        name="head-known",
+        field="head",
+        holds=lambda c: (c["head"] == AT_REST["head"]) | runtime.converts_layers,
+        message=f"head {_listed(OTHER_HEADS)}: {name} runs the model's own; use head none.",
+    )
     yield from _offload_rules(runtime)
 
 
@@ -129,13 +157,13 @@ def _listed(values: Iterable[object]) -> str:
 
 def out_of_domain(domain: Domain, seq_len: int) -> tuple[str, ...]:
     """The relations of the trace that no small micro-batch satisfies at this sequence length."""
-    held = domain({"b": np.arange(1, 17), "s": seq_len, "t": 1})
+    held = domain({"b": np.arange(1, 17), "s": seq_len, "t": 1, "head": AT_REST["head"]})
     return tuple(relation for relation, holds in held.items() if not holds.any())
 
 
 def _domain_rules(facts: ModelFacts, workload: Workload, domain: Domain) -> Iterator[Rule]:
     """Relations in b, s and t under which the traced expressions hold."""
-    for relation in domain({"b": 1, "s": workload.seq_len, "t": 1}):
+    for relation in domain({"b": 1, "s": workload.seq_len, "t": 1, "head": AT_REST["head"]}):
         yield Rule(
             name=f"domain-{relation}",
             field="micro_batch",
@@ -148,7 +176,11 @@ def _domain_rules(facts: ModelFacts, workload: Workload, domain: Domain) -> Iter
 
 def _in_domain(domain: Domain, relation: str, seq_len: int, columns: Arrays) -> ArrayLike:
     # A program returns floats: a relation that holds is 1.0.
-    return domain({"b": columns["micro_batch"], "s": seq_len, "t": columns["tp"]})[relation] > 0
+    sizes: Columns = {
+        **{"b": columns["micro_batch"], "s": seq_len},
+        **{"t": columns["tp"], "head": columns["head"]},
+    }
+    return domain(sizes)[relation] > 0
 
 
 def _tp_rules(runtime: Runtime, workload: Workload) -> Iterator[Rule]:

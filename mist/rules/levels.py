@@ -10,7 +10,7 @@ from mist.errors import Fault
 from mist.plans.memory_levels import CONVERTS, PLAIN, levels_that
 from mist.plans.plan import Layout
 from mist.plans.schedules import DEFAULT_KIND, kinds_that
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import HeadMode, MemoryLevel
 from mist.platform import Runtime
 from mist.rules.rule import Columns, Mask, Rule, broken, keeps, layout_columns
 
@@ -83,6 +83,14 @@ def not_priced(level: MemoryLevel, model: str) -> str:
     return (
         f"checkpoint {level}: not all layers of {model} can be converted "
         f"(mist convert --level {level} says why); use checkpoint {' or '.join(PLAIN)}."
+    )
+
+
+def head_not_priced(mode: HeadMode, model: str) -> str:
+    """Why a model has not a head that the runtime has."""
+    return (
+        f"head {mode}: the loss of {model} is no plain cross-entropy of what its last matrix "
+        "gives; use head none."
     )
 
 

@@ -78,6 +78,7 @@ def strategy_columns(
         "copies": copies,
         "copies_per_node": np.minimum(copies, np.maximum(per_node // shard, 1)),
         "zero": zero,
+        "head": values["head"],
         "tp_per_node": np.minimum(tp, placement.gpus_per_node),
         "pipelined": int(num_stages > 1 and placement.spans_nodes),
         **{f"offload_{name}": values[name] for name in NO_OFFLOAD},

@@ -7,12 +7,18 @@ from sympy import Basic, Expr
 from sympy.printing.numpy import NumPyPrinter
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, T
-from mist.plans.memory_levels import PLAIN
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import HeadMode
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.program import SEARCHED, ModelPrograms, Program
-from mist.symbolic.stage import NOT_CONVERTED, ConvertedBlocks, StageCost, stage_cost
+from mist.symbolic.stage import (
+    NO_HEADS,
+    NOT_CONVERTED,
+    ConvertedBlocks,
+    Heads,
+    StageCost,
+    stage_cost,
+)
 
 SIZES = (B, S, T)
 RANKS = (
@@ -24,6 +30,7 @@ RANKS = (
     sym.COPIES,
     sym.COPIES_PER_NODE,
     sym.ZERO,
+    sym.HEAD,
     sym.TP_PER_NODE,
     sym.PIPELINED,
 )
@@ -48,18 +55,20 @@ POSITION = (
 
 
 def compile_model(
-    graph: ModelGraph, setting: CostSetting, converted: ConvertedBlocks = NOT_CONVERTED
+    graph: ModelGraph,
+    setting: CostSetting,
+    converted: ConvertedBlocks = NOT_CONVERTED,
+    heads: Heads = NO_HEADS,
 ) -> ModelPrograms:
     """Build the stage cost of a traced model under a setting, and print it.
 
-    `converted`: its blocks at memory levels that convert them.
+    `converted`: its blocks at memory levels that convert them; `heads`: its head in other modes.
     """
-    cost = stage_cost(graph, setting, converted)
+    cost = stage_cost(graph, setting, converted, heads)
     costs = {f"cost_{name}": expr for name, expr in cost.costs.items()}
     terms = {f"term_{name}": expr for name, expr in cost.terms.items()}
     search = {name: cost.stage[name] for name in SEARCHED}
-    levels = [level for level in setting.runtime.levels if level in PLAIN or level in converted]
-    counts = _stage_inputs(cost, levels)
+    counts = _stage_inputs(cost)
     return ModelPrograms(
         facts=graph.facts,
         costs=print_program(RANKS, costs),
@@ -68,7 +77,8 @@ def compile_model(
         search=print_program(_inputs(counts, search), search),
         stage=print_program(_inputs(counts, cost.stage), cost.stage),
         flop=print_program(SIZES, _model_flop(graph)),
-        domain=print_program(SIZES, {str(relation): relation for relation in _domain(graph)}),
+        domain=print_program((*SIZES, sym.HEAD), _domain(graph, heads)),
+        heads=tuple(mode for mode in HeadMode if mode is HeadMode.NONE or mode in heads),
     )
 
 
@@ -99,16 +109,28 @@ def _backward_flop(block: Block) -> Expr:
     return block.flop("backward") - run + (2 * once if run != 0 else 0)
 
 
-def _domain(graph: ModelGraph) -> list[Basic]:
-    """Each relation once, in an order that does not change from run to run."""
+def _domain(graph: ModelGraph, heads: Heads) -> dict[str, Basic]:
+    """Each relation once, in an order that does not change from run to run; then those of heads.
+
+    A head's are one number, 0 where one of them does not hold.
+    """
     blocks: tuple[Block, ...] = (graph.embed, *graph.blocks, graph.head)
-    return sorted({relation for block in blocks for relation in block.domain}, key=str)
+    always = {relation for block in blocks for relation in block.domain}
+    domain = {str(relation): relation for relation in sorted(always, key=str)}
+    for mode, head in heads.items():
+        if more := sorted(set(head.domain) - always, key=str):
+            # A product: numpy's And needs columns of one shape.
+            holds = sympy.Mul(*(sympy.Piecewise((1, each), (0, True)) for each in more))
+            rows = ((1, sympy.Ne(sym.HEAD, tuple(HeadMode).index(mode))), (holds, True))
+            words = " and ".join(map(str, more))
+            domain[f"{words} with head {mode}"] = sympy.Piecewise(*rows)
+    return domain
 
 
-def _stage_inputs(cost: StageCost, levels: Sequence[MemoryLevel]) -> tuple[sympy.Symbol, ...]:
+def _stage_inputs(cost: StageCost) -> tuple[sympy.Symbol, ...]:
     """Position, then layers by kind and level."""
     kinds = range(cost.num_kinds)
-    counts = (sym.layer_count(level.column, kind) for kind in kinds for level in levels)
+    counts = (sym.layer_count(level.column, kind) for kind in kinds for level in cost.levels)
     return (*POSITION, *counts)
 
 

@@ -4,14 +4,15 @@ The loss is the model's own, traced with the head, or the runtime's, whose bytes
 logit stand in its profile.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 
 import sympy
 from sympy import Expr
 
 from mist.model.graph import Block, OpKind, T
 from mist.model.summary import Traffic
-from mist.plans.workload import Precision
+from mist.plans.workload import HeadMode, Precision
 from mist.platform.runtime import Loss
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import (
@@ -26,6 +27,16 @@ from mist.symbolic.cost_setting import CostSetting
 def embed_cost(block: Block, setting: CostSetting) -> BlockCost:
     """Cost of the embedding."""
     return _end_cost(block, setting, device_cost(block, setting))
+
+
+def any_head_cost(heads: Mapping[HeadMode, Block], setting: CostSetting) -> BlockCost:
+    """Cost of the head in the mode that `symbols.HEAD` says, of those that are known."""
+    costs = {mode: head_cost(block, setting) for mode, block in heads.items()}
+    plain = costs[HeadMode.NONE]
+    # A mode that was not traced is refused before it is priced (`mist.pareto.strategies.priced`).
+    each = [costs.get(mode, plain) for mode in HeadMode]
+    values = {item.name: [getattr(cost, item.name) for cost in each] for item in fields(BlockCost)}
+    return BlockCost(**{name: sym.by_head(of_modes) for name, of_modes in values.items()})
 
 
 def head_cost(block: Block, setting: CostSetting) -> BlockCost:

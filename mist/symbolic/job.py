@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mist.model.summary import ModelFacts
 from mist.plans.numerics import NUMERICS
-from mist.plans.workload import MemoryLevel, Workload
+from mist.plans.workload import HeadMode, MemoryLevel, Workload
 from mist.platform import OpCosts, Platform
 from mist.rules.combinations import rules_for
 from mist.rules.rule import Rule
@@ -19,13 +19,15 @@ from mist.symbolic.program import ModelPrograms, StageModel, stage_model
 class Job:
     """A model on a platform under a workload, with its stage cost bound and its rules.
 
-    `levels`: the memory levels that are priced. `cost` are the `programs` bound to the `laws`.
+    `levels`, `heads`: the memory levels and ways to run the head that are priced. `cost` are the
+    `programs` bound to the `laws`.
     `kind_prefix[k, x]`: how many of the first x layers are block k.
     """
 
     facts: ModelFacts
     programs: ModelPrograms
     levels: tuple[MemoryLevel, ...]
+    heads: tuple[HeadMode, ...]
     laws: OpCosts
     platform: Platform
     workload: Workload
@@ -58,6 +60,7 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
         facts=facts,
         programs=programs,
         levels=programs.levels,
+        heads=programs.heads,
         laws=laws,
         platform=platform,
         workload=workload,

@@ -1,13 +1,13 @@
 """From a model's source to its compiled costs under a runtime: from the cache, else traced."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mist.errors import InputError, TraceError
 from mist.model.summary import ModelLimits
 from mist.plans.numerics import NUMERICS
-from mist.plans.workload import MemoryLevel, Optimizer
+from mist.plans.workload import HeadMode, MemoryLevel, Optimizer
 from mist.platform import Runtime
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
@@ -16,7 +16,7 @@ from mist.trace import ConfigSource, TraceSetting, forget_trace, load_graph, tra
 from mist.trace.trace_cache import cache_folder
 
 if TYPE_CHECKING:
-    from mist.model.graph import Block, ModelGraph
+    from mist.model.graph import ModelGraph
 
 Progress = Callable[[str], None]
 
@@ -35,15 +35,18 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     optimizer: Optimizer,
     refuse: Callable[[ModelLimits], None] = lambda limits: None,
     levels: Iterable[MemoryLevel] = (),
+    heads: Iterable[HeadMode] = (),
 ) -> ModelPrograms:
     """The costs of a model under a runtime, for any number of GPUs, sequence and batch.
 
     From the cache, where they need neither torch nor sympy; else from the trace. `profile_hash`:
     of the runtime's file. `refuse`: see `load_graph`. `levels`: those to price beside the plain
-    ones, of layers that are converted; one that the model cannot have is left out, and `progress`
-    hears why. Raises InputError.
+    ones, of layers that are converted; `heads`: how the head may run, beside the model's own way.
+    What the model cannot have is left out, and `progress` hears why. Raises InputError.
     """
     settings = [replace(setting, level=level) for level in levels if level in runtime.levels]
+    own = HeadMode if runtime.converts_layers else ()
+    settings += [replace(setting, head=mode) for mode in heads if mode in own]
     key = _key(source, setting, profile_hash, settings, optimizer)
     programs = load_programs(cache_folder(), key) if key else None
     if programs is not None:
@@ -52,7 +55,7 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
 
     def traced() -> ModelPrograms:
         graph = load_graph(source, setting, progress=progress, refuse=refuse)
-        again = dict(_converted(source, settings, graph, progress))
+        again = list(_again(source, settings, graph, progress))
         return compile_graph(graph, setting, runtime, optimizer, again)
 
     programs = traced()
@@ -67,24 +70,27 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     return programs
 
 
-def _converted(
+def _again(
     source: str | ConfigSource,
     settings: Iterable[TraceSetting],
     graph: "ModelGraph",
     progress: Progress,
-) -> "Iterator[tuple[MemoryLevel, Sequence[Block]]]":
-    """The blocks of a model at levels that convert them, where all of its layers can have one."""
+) -> "Iterator[tuple[TraceSetting, ModelGraph]]":
+    """A model at levels that convert its layers, or with other heads, where it can have them."""
     for setting in settings:
+        words = f"{graph.name} has no level {setting.level}"
+        if setting.head is not HeadMode.NONE:
+            words = f"{graph.name} has no head {setting.head}"
         try:
             again = load_graph(source, setting, progress=progress)
         except (InputError, TraceError) as error:
-            progress(f"{graph.name} has no level {setting.level}: {error}")
+            progress(f"{words}: {error}")
             continue
         # The same parameters in the same layers: then each block is what that block becomes.
         if again.fingerprint == graph.fingerprint and len(again.blocks) == len(graph.blocks):
-            yield setting.level, again.blocks
+            yield setting, again
         else:
-            progress(f"{graph.name} has no level {setting.level}: its layers differ when converted")
+            progress(f"{words}: its layers differ when converted")
 
 
 def compile_graph(
@@ -92,16 +98,21 @@ def compile_graph(
     setting: TraceSetting,
     runtime: Runtime,
     optimizer: Optimizer,
-    converted: "Mapping[MemoryLevel, Sequence[Block]] | None" = None,
+    again: "Sequence[tuple[TraceSetting, ModelGraph]]" = (),
 ) -> ModelPrograms:
-    """The costs of a traced model under a runtime; `converted`: its blocks at further levels."""
+    """The costs of a traced model under a runtime.
+
+    `again`: the same at further levels, or with further heads.
+    """
     # sympy, which cached programs do not need
     from mist.symbolic.compile import compile_model
     from mist.symbolic.cost_setting import CostSetting
 
     numerics = NUMERICS[setting.precision]
     cost_setting = CostSetting(runtime=runtime, numerics=numerics, optimizer=optimizer)
-    return compile_model(graph, cost_setting, converted or {})
+    converted = {each.level: it.blocks for each, it in again if each.level is not setting.level}
+    heads = {each.head: it.head for each, it in again if each.head is not setting.head}
+    return compile_model(graph, cost_setting, converted, heads)
 
 
 def _key(

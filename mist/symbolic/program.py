@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from mist.model.summary import ModelFacts, Traffic
 from mist.plans.host_memory import pinned_bytes
 from mist.plans.plan import MemoryPart, TimePart
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import HeadMode, MemoryLevel
 from mist.platform import OpCosts
 
 # What the search reads of a stage.
@@ -66,7 +66,7 @@ class ModelPrograms:
     `search_terms` those of them that the search needs; `search` and `stage` of terms and layout:
     stable_s, lone_s, weight_s, peak_bytes, host_bytes, and for `stage` every part of them. `flop`:
     FLOPs that training needs of each block at b, s, t. `domain`: the relations (by their text)
-    under which all of it holds, at b, s, t.
+    under which all of it holds, at b, s, t and head. `heads`: how the head may run, as priced.
     """
 
     facts: ModelFacts
@@ -77,6 +77,7 @@ class ModelPrograms:
     stage: Program
     flop: Program
     domain: Program
+    heads: tuple[HeadMode, ...] = (HeadMode.NONE,)
 
     @property
     def levels(self) -> tuple[MemoryLevel, ...]:

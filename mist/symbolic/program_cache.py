@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mist.files import digest, parse_entry, read_entry, write_entry
 from mist.model.summary import ModelFacts
-from mist.plans.workload import Optimizer, Precision
+from mist.plans.workload import HeadMode, Optimizer, Precision
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_codec import decode_program, encode_program
 from mist.symbolic.program_trial import computes
@@ -55,7 +55,9 @@ def load_programs(folder: Path, key: str) -> ModelPrograms | None:
         entry: dict[str, Any] = parse_entry(text or "")
         facts = _facts().validate_python(entry["facts"])
         programs = ModelPrograms(
-            facts=facts, **{name: decode_program(entry[name]) for name in PROGRAMS}
+            facts=facts,
+            heads=tuple(HeadMode(word) for word in entry["heads"]),
+            **{name: decode_program(entry[name]) for name in PROGRAMS},
         )
     except (ValidationError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -65,6 +67,7 @@ def load_programs(folder: Path, key: str) -> ModelPrograms | None:
 def store_programs(folder: Path, key: str, programs: ModelPrograms) -> None:
     """Keep programs; a folder that cannot be written is no fault."""
     entry: dict[str, object] = {"facts": _facts().dump_python(programs.facts, mode="json")}
+    entry["heads"] = list(programs.heads)
     entry |= {name: encode_program(getattr(programs, name)) for name in PROGRAMS}
     write_entry(folder / f"{key}.json", json.dumps(entry, separators=(",", ":")))
 

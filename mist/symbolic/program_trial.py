@@ -61,7 +61,7 @@ def _outputs(programs: ModelPrograms) -> Iterator[Column]:
     yield from (stage[name] for name in (*SEARCHED, *names))
     found = model.search({**model.search_terms_of(inputs.strategy), **inputs.rest})
     yield from (found[name] for name in SEARCHED)
-    sizes = {name: inputs.strategy[name] for name in "bst"}
+    sizes = {name: inputs.strategy[name] for name in ("b", "s", "t", "head")}
     flop = model.flop(sizes)
     yield from (flop[name] for name in ("embed", "head", *map(str, range(facts.num_kinds))))
     yield from model.domain(sizes).values()

@@ -22,12 +22,13 @@ import sympy
 from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import HeadMode, MemoryLevel
+from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, forward_ops, kept_bytes, layer_cost
 from mist.symbolic.block_sums import max_over, stage_blocks
 from mist.symbolic.cost_setting import CostSetting
-from mist.symbolic.head_cost import embed_cost, head_cost
+from mist.symbolic.head_cost import any_head_cost, embed_cost
 from mist.symbolic.host_bytes import allocated_terms, drawn_terms, stage_host_bytes
 from mist.symbolic.level_cost import LevelCost, converted_cost, level_costs, plain_levels
 from mist.symbolic.memory_terms import block_memory_terms, level_memory_terms, memory_terms
@@ -44,10 +45,12 @@ from mist.symbolic.stage_time import (
 class StageCost:
     """Named expressions: `costs` of blocks and `terms` of costs, both of the strategy; `stage`.
 
-    A `term_x` in `stage` is the term x, a `cost_x` in `terms` is the cost x.
+    A `term_x` in `stage` is the term x, a `cost_x` in `terms` is the cost x. `levels`: the memory
+    levels that are priced, in the order of the table of levels.
     """
 
     num_kinds: int
+    levels: tuple[MemoryLevel, ...]
     costs: Mapping[str, Expr]
     terms: Mapping[str, Expr]
     stage: Mapping[str, Expr]
@@ -58,9 +61,17 @@ ConvertedBlocks = Mapping[MemoryLevel, Sequence[Block]]
 
 NOT_CONVERTED: Final[ConvertedBlocks] = MappingProxyType({})
 
+Heads = Mapping[HeadMode, Block]
+"""The head of a model, traced again as it runs in a mode."""
+
+NO_HEADS: Final[Heads] = MappingProxyType({})
+
 
 def stage_cost(
-    graph: ModelGraph, setting: CostSetting, converted: ConvertedBlocks = NOT_CONVERTED
+    graph: ModelGraph,
+    setting: CostSetting,
+    converted: ConvertedBlocks = NOT_CONVERTED,
+    heads: Heads = NO_HEADS,
 ) -> StageCost:
     """Build the expressions of any stage of `graph`.
 
@@ -68,13 +79,14 @@ def stage_cost(
         graph: the traced model.
         setting: the framework whose behaviour is predicted, precision and optimizer.
         converted: the same blocks at the levels that convert them.
+        heads: the same head in other modes.
     """
     runtime = setting.runtime
     traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
     blocks = {name: layer_cost(block, setting) for name, block in traced.items()}
     traced |= {"embed": graph.embed, "head": graph.head}
     blocks["embed"] = embed_cost(graph.embed, setting)
-    blocks["head"] = head_cost(graph.head, setting)
+    blocks["head"] = any_head_cost({HeadMode.NONE: graph.head, **heads}, setting)
     costs = {
         "sent_bytes": _sent_bytes(graph, setting),
         "shared_bytes": kept_bytes(graph.shared, graph.shared_single, setting),
@@ -101,9 +113,11 @@ def stage_cost(
     terms |= memory_terms(graph, setting) | transfer_terms(graph, setting)
     terms |= drawn_terms(graph, runtime) | allocated_terms(graph, setting)
     terms["all_layers_params"] = sympy.Add(*every)
-    rows = stage_blocks(len(graph.blocks), (*plain_levels(runtime), *converted))
+    order = _priced_levels(runtime, converted)
+    rows = stage_blocks(len(graph.blocks), order)
     return StageCost(
         num_kinds=len(graph.blocks),
+        levels=order,
         costs=costs,
         terms=terms,
         stage={
@@ -113,6 +127,11 @@ def stage_cost(
             "drawn_bytes": max_over(rows.every, "{x}_drawn_bytes"),
         },
     )
+
+
+def _priced_levels(runtime: Runtime, converted: ConvertedBlocks) -> tuple[MemoryLevel, ...]:
+    priced = {*plain_levels(runtime), *converted}
+    return tuple(level for level in MemoryLevel if level in priced)
 
 
 def _converted_costs(

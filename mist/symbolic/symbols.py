@@ -4,7 +4,7 @@ Strategy columns say how a stage is trained; layout columns say which stage it i
 Functions are opaque to sympy: each is one of the platform's laws (or tables), bound at compile.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Final
 
@@ -26,6 +26,8 @@ PIPELINED = sympy.Symbol("pipelined", nonnegative=True, integer=True)
 """1 when there are several stages on several nodes."""
 ZERO = sympy.Symbol("zero", nonnegative=True, integer=True)
 """ZeRO level, 0 to 3."""
+HEAD = sympy.Symbol("head", nonnegative=True, integer=True)
+"""How the last matrix and the loss run: the number of a `HeadMode`."""
 OFFLOAD: Final = {
     name: sympy.Symbol(f"offload_{name}", nonnegative=True)
     for name in ("weights", "grads", "optimizer", "activations")
@@ -96,6 +98,14 @@ def by_zero(values: Mapping[int, float | sympy.Expr]) -> sympy.Expr:
     }
     rows = [(exprs[level], sympy.Eq(ZERO, level)) for level in lower]
     return sympy.Piecewise(*rows, (exprs[top], True))
+
+
+def by_head(values: Sequence[sympy.Expr]) -> sympy.Expr:
+    """A value that depends on how the head runs; of each `HeadMode` in order."""
+    if len(set(values)) == 1:
+        return values[0]
+    rows = [(value, sympy.Eq(HEAD, number)) for number, value in enumerate(values)]
+    return sympy.Piecewise(*rows[:-1], (values[-1], True))
 
 
 def zero_at_least(level: int) -> sympy.Expr:

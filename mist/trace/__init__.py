@@ -63,7 +63,7 @@ def load_graph(
     if graph is not None:
         progress(f"{graph.name}: trace from the cache")
         return graph
-    from mist.trace.model_trace import convert_layers, limits_of, listing, trace
+    from mist.trace.model_trace import convert_layers, limits_of, listing, trace_with_head
     from mist.trace.models.loader import load_model, local_modules
 
     progress(f"loading {model_source.label}")
@@ -74,7 +74,7 @@ def load_graph(
         refuse(limits_of(model))
         if setting.level in CONVERTS:
             convert_layers(model, setting.level)
-        traced = trace(model, setting, progress)
+        traced = trace_with_head(model, setting.head, setting, progress)
     graph, text = traced.graph, listing(traced)
     fields = encode_graph(graph)
     cache.store(cache.entry_name(key, traced.seq_len), graph.facts, fields, text, modules)

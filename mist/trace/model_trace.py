@@ -10,10 +10,10 @@ from sympy import Integer
 from torch import fx, nn
 
 from mist.errors import InputError, TraceError
-from mist.layers import convert_layer
+from mist.layers import convert_layer, defer_logits
 from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun, ModelLimits
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import HeadMode, MemoryLevel
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.ownership import Owned, owned_parts, unread_note
@@ -60,6 +60,21 @@ def convert_layers(model: LoadedModel, level: MemoryLevel) -> None:
         raise InputError(f"level {level}: {model.name} has no list of layers.")
     for layer in dict.fromkeys(layers.modules):
         convert_layer(layer, level)
+
+
+def trace_with_head(
+    model: LoadedModel, mode: HeadMode, setting: TraceSetting, progress: Progress
+) -> Traced:
+    """Trace a loaded model whose head runs in a mode, as `mist apply` runs it; it is changed.
+
+    Raises InputError where its loss is not what such a head computes, TraceError as `trace`.
+    """
+    layers = find_layers(model.module)
+    head = defer_logits(model.module, layers.modules if layers else (), mode)
+    traced = trace(model, setting, progress)
+    if head is not None:
+        head.refuse_unused(model.name)
+    return traced
 
 
 def listing(traced: Traced) -> str:

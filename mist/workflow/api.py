@@ -12,7 +12,7 @@ from mist.plans.objectives import Objective
 from mist.plans.plan import Plan
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import SearchSpace, narrowed, space_of
-from mist.plans.workload import Attention, Precision, ScheduleKind, Solver
+from mist.plans.workload import Attention, HeadMode, Precision, ScheduleKind, Solver
 from mist.platform.overrides import knobs_and_figures
 from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO
 from mist.symbolic.load_programs import Progress, quiet
@@ -78,6 +78,7 @@ class LayoutOptions(Options, total=False):
     checkpoint: str
     offload: Mapping[str, float] | Sequence[str]
     schedule: str
+    head: str
     vpp: int
     layers: Sequence[int] | str
     trust: bool
@@ -196,6 +197,7 @@ def _layout(options: LayoutOptions) -> HandLayout:
         **numbers,
         checkpoint=options.get("checkpoint", "none"),
         schedule=_choice("schedule", options.get("schedule", DEFAULT_KIND), ScheduleKind),
+        head=_choice("head", options.get("head", HeadMode.NONE), HeadMode),
         offload=offload_of(offload),
         layers=layers_of(layers) if isinstance(layers, str) else tuple(layers),
     )

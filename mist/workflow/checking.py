@@ -9,7 +9,7 @@ from mist.errors import InputError, PlanError
 from mist.pareto.default_partition import dealing_words, dealt_layers
 from mist.plans.file import load_plan
 from mist.plans.host_memory import HostNeed
-from mist.plans.knobs import TYPED_KNOBS
+from mist.plans.knobs import AT_REST, SEARCHED_KNOBS, TYPED_KNOBS
 from mist.plans.memory_levels import KEEPS_ALL, memory_of
 from mist.plans.plan import (
     NOTHING_OFFLOADED,
@@ -22,7 +22,7 @@ from mist.plans.plan import (
 from mist.plans.schedules import DEFAULT_KIND, SCHEDULES
 from mist.plans.search_space import CHECKPOINTS, OFFLOADED
 from mist.plans.uniform_stages import uniform_layout
-from mist.plans.workload import MemoryLevel, ScheduleKind, batches_near
+from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind, batches_near
 from mist.platform import Platform
 from mist.platform.overrides import NO_OVERRIDES, Overrides
 from mist.platform.profiles import is_machine
@@ -68,6 +68,7 @@ class HandLayout(_KnobFields):  # type: ignore[misc]  # a generated class
 
     checkpoint: str = KEEPS_ALL.value
     schedule: ScheduleKind = DEFAULT_KIND
+    head: HeadMode = HeadMode.NONE
     offload: Offload = NOTHING_OFFLOADED
     layers: tuple[int, ...] = ()
 
@@ -202,10 +203,10 @@ def check_layout(question: Question, layout: HandLayout, progress: Progress = qu
 
 
 def of_level(question: Question, layout: HandLayout) -> Question:
-    """The question of a layout of one memory level: no other is traced."""
+    """The question of a layout of one memory level and head: no other is traced."""
     if layout.checkpoint in CHECKPOINTS:
-        return replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
-    return question
+        question = replace(question, levels=(CHECKPOINTS[layout.checkpoint],))
+    return replace(question, heads=(layout.head,))
 
 
 def plan_by_hand(
@@ -273,6 +274,7 @@ def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None 
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
         overrides=plan.overrides,
         levels=tuple(dict.fromkeys(level for stage in plan.stages for level in stage.levels)),
+        heads=(plan.stages[-1].head,),
     )
 
 
@@ -312,7 +314,7 @@ def _made(job: Job, layout: HandLayout) -> Layout:
     _refuse(broken(job.rules, columns))
     counts, pp = _split(job, layout), layout.pp
     made = uniform_layout(
-        {knob.name: columns[knob.name] for knob in TYPED_KNOBS if knob.of_stage} | {"dp": dp},
+        {name: columns[name] for name in AT_REST if name in columns},
         chunk_layers=counts,
         memory=[layout.memory(sum(counts[stage::pp]), stage) for stage in range(pp)],
         num_micro_batches=num_micro_batches,
@@ -349,6 +351,7 @@ def _columns(layout: HandLayout, dp: int) -> dict[str, str | float]:
     return {
         **{knob.name: getattr(layout, knob.field) for knob in TYPED_KNOBS},
         "dp": dp,
+        "head": SEARCHED_KNOBS["head"].number_of(layout.head),
         "schedule": layout.schedule.value,
         **asdict(layout.offload),
     }

@@ -174,7 +174,8 @@ def _searched(asked: Sequence[_Asked], space: SearchSpace, effort: Effort) -> li
         key = one.platform.runtime_hash
         if key not in known:
             known[key] = compiled(
-                replace(one.question, num_gpus=1, levels=space.levels), effort.progress
+                replace(one.question, num_gpus=1, levels=space.levels, heads=space.head),
+                effort.progress,
             )
         if is_due(number, len(asked)):
             effort.progress(f"candidate {number} of {len(asked)}: {_name(one)}")

@@ -14,7 +14,7 @@ from mist.plans.plan import Layout, Plan, StagePlan
 from mist.plans.workload import MemoryLevel
 from mist.rules.between_stages import broken_between
 from mist.rules.combinations import AXES_AT_REST
-from mist.rules.levels import level_faults, not_priced
+from mist.rules.levels import head_not_priced, level_faults, not_priced
 from mist.rules.rule import layout_columns, stage_faults
 from mist.symbolic.job import Job
 
@@ -74,6 +74,8 @@ def pipeline_faults(job: Job, layout: Layout) -> Iterator[Fault]:
     for level in dict.fromkeys(level for stage in layout.stages for level in stage.levels):
         if level in runtime.levels and level not in job.levels:
             yield Fault(path="stages", message=not_priced(level, job.facts.name))
+    if (head := layout.stages[-1].head) not in job.heads and runtime.converts_layers:
+        yield Fault(path="stages", message=head_not_priced(head, job.facts.name))
     if not runtime.knobs.unlike_stages:
         yield from _unlike_faults(runtime.name, layout.stages)
     if not runtime.knobs.uneven_layers:

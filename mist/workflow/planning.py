@@ -107,7 +107,7 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     start = perf_counter()
     # Of one degree that the user set; of several the search leaves out what the model does not do.
     tp = space.tp[0] if space.tp is not None and len(space.tp) == 1 else 1
-    question = replace(question, levels=space.levels)
+    question = replace(question, levels=space.levels, heads=space.head)
     programs = compiled(question, effort.progress, tp)
     seconds = {"prepare": perf_counter() - start}
     try:

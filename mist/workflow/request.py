@@ -22,6 +22,7 @@ from mist.plans.plan import (
 )
 from mist.plans.workload import (
     Attention,
+    HeadMode,
     MemoryLevel,
     Optimizer,
     Precision,
@@ -54,7 +55,8 @@ class Question:
     """What the user asks about; None stands for the default of the model or device.
 
     `overrides`: figures that the user sets in place of those of profiles, by name. `levels`: memory
-    levels of interest; those that convert layers are priced only where they are asked about.
+    levels of interest; those that convert layers are priced only where they are asked about; so
+    are `heads`, ways to run the last matrix and the loss.
     """
 
     model: "str | nn.Module"
@@ -70,6 +72,7 @@ class Question:
     margin_ratio: float | None = None
     overrides: Overrides = field(default_factory=dict)
     levels: tuple[MemoryLevel, ...] = ()
+    heads: tuple[HeadMode, ...] = ()
     make_batch: Callable[..., object] | None = None
     loss: Callable[..., object] | None = None
 
@@ -137,6 +140,7 @@ def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> Mod
         optimizer=question.optimizer,
         refuse=partial(_refuse_beyond, question.seq_len, tp),
         levels=[level for level in question.levels if level in CONVERTS],
+        heads=[mode for mode in question.heads if mode is not HeadMode.NONE],
     )
 
 

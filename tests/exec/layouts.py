@@ -7,7 +7,15 @@ from pathlib import Path
 
 from mist.plans.memory_levels import CONVERTS
 from mist.plans.plan import ClusterRef, ModelRef, Offload, Plan, Schedule, StagePlan
-from mist.plans.workload import Attention, MemoryLevel, Optimizer, Precision, ScheduleKind, Workload
+from mist.plans.workload import (
+    Attention,
+    HeadMode,
+    MemoryLevel,
+    Optimizer,
+    Precision,
+    ScheduleKind,
+    Workload,
+)
 from tests.sample_plans import estimate_of, sample_plan, stage_estimate
 
 NUM_LAYERS, SEQ_LEN, BATCH, VOCAB = 4, 32, 16, 256
@@ -151,6 +159,7 @@ class S:
     selective: int = 0
     drop_norm: int = 0
     drop_activation: int = 0
+    head: HeadMode = HeadMode.NONE
     offload: Offload = field(default_factory=Offload)
 
 
@@ -244,7 +253,7 @@ def _stage(s: S, layers: tuple[tuple[int, int], ...], device: int, micro: int) -
         ep=1,
         micro_batch=micro // s.dp,
         zero=s.zero,  # type: ignore[arg-type]
-        head="none",
+        head=s.head,
         memory=dict(memory),
         offload=s.offload,
         dp_replicate=s.dp_replicate,

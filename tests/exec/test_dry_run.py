@@ -20,6 +20,7 @@ FAST = (
     "zero3 accumulated",
     "tp2 sp levels",
     "pp2 1+3",
+    "head checkpointed zero3",
     "activations 1.0",
 )
 SLOW = (
@@ -37,6 +38,7 @@ SLOW = (
     "bf16 zero2 levels",
     "converted zero3",
     "gpt2 converted zero2",
+    "gpt2 tied pp2 head in-forward",
     "pp3 1+2+1",
     "hsdp zero2 accumulated",
     "hsdp zero3 accumulated",

@@ -1,10 +1,11 @@
 """The layouts that must agree with one process."""
 
 from mist.plans.plan import Offload
-from mist.plans.workload import Precision, ScheduleKind
+from mist.plans.workload import HeadMode, Precision, ScheduleKind
 from tests.exec.layouts import S, Variant
 
 GPIPE, INTERLEAVED = ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED
+CHECKPOINTED, IN_FORWARD = HeadMode.CHECKPOINTED, HeadMode.IN_FORWARD
 ZERO_BUBBLE = ScheduleKind.ZERO_BUBBLE
 
 
@@ -28,6 +29,12 @@ DATA = (
         model="gpt2.json",
         stages=(S(dp=2, zero=2, drop_norm=2, selective=1),),
         micro=8,
+    ),
+    Variant(
+        name="head checkpointed zero3",
+        stages=(S(dp=2, zero=3, drop_norm=2, head=CHECKPOINTED),),
+        micro=8,
+        max_norm=0.5,
     ),
     Variant(name="gpt2 tied zero3", model="gpt2.json", stages=(S(dp=2, zero=3),)),
     Variant(name="plain zero1", model="plain.py", stages=(S(dp=2, zero=1),), micro=4),
@@ -168,6 +175,12 @@ PIPELINE = (
             S(layers=(3,), full=1, drop_norm=1, drop_activation=1),
             S(layers=(1,), drop_norm=1),
         ),
+        micro=4,
+    ),
+    Variant(
+        name="gpt2 tied pp2 head in-forward",
+        model="gpt2.json",
+        stages=(S(layers=(2,)), S(layers=(2,), head=IN_FORWARD)),
         micro=4,
     ),
     Variant(
@@ -418,6 +431,19 @@ SLOW = (
             S(layers=(3,), full=1, drop_norm=1, drop_activation=1),
             S(layers=(1,), drop_norm=1),
         ),
+        micro=4,
+        num_steps=20,
+    ),
+    Variant(
+        name="dp2 head in-forward, 20 steps",
+        stages=(S(dp=2, zero=2, head=IN_FORWARD, drop_norm=4),),
+        micro=8,
+        num_steps=20,
+    ),
+    Variant(
+        name="pp2 head checkpointed, 20 steps",
+        model="plain.py",
+        stages=(S(layers=(2,)), S(layers=(2,), head=CHECKPOINTED)),
         micro=4,
         num_steps=20,
     ),

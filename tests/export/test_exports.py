@@ -18,7 +18,7 @@ from mist.export.targets import TARGETS, target_named
 from mist.export.torchtitan_settings import read_torchtitan
 from mist.plans.file import save_plan
 from mist.plans.plan import Offload, Plan
-from mist.plans.workload import MemoryLevel
+from mist.plans.workload import HeadMode, MemoryLevel
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.exporting import export_plan
 from mist.workflow.foreign_files import check_file, foreign_file
@@ -108,6 +108,16 @@ def test_stages_that_differ_are_refused_by_field() -> None:
 )
 def test_what_targets_cannot_say(name: str, changes: dict[str, object], expected: str) -> None:
     assert losses(name, with_stages(**changes)) == [expected]
+
+
+@pytest.mark.parametrize("name", ["torchtitan", "megatron"])
+def test_a_head_without_all_logits_is_refused(name: str) -> None:
+    first, last = sample_plan().stages
+    plan = sample_plan(stages=(first, replace(last, head=HeadMode.IN_FORWARD)))
+    assert (
+        f"REFUSED stages[].head: in-forward; {name} files do not say how the loss runs"
+        in losses(name, plan)
+    )
 
 
 def test_the_layout_string_of_uneven_stages() -> None:

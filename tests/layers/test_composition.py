@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mist.layers import VocabularyPart, convert, head_loss
+from mist.plans.workload import HeadMode
 from tests.layers.families import batch
 from tests.layers.test_functions import error, gradients, numbers
 from tests.layers.test_surgery import model_of
@@ -77,9 +78,9 @@ def whole_head(level: str) -> None:
     assert dist.group.WORLD is not None
     rows = slice(index * words // RANKS, (index + 1) * words // RANKS)
     part = VocabularyPart(first=rows.start, group=dist.group.WORLD)
-    for mode in ("eager", "checkpointed", "in-forward"):
+    for mode in HeadMode:
         ours = gradients(
-            lambda x, w: head_loss(x, w, ids, mode=mode, part=part, chunk_rows=4),  # type: ignore[arg-type] # noqa: B023
+            lambda x, w: head_loss(x, w, ids, mode=mode, part=part, num_chunks=4),  # noqa: B023
             [x, weight[rows]],
         )
         assert error(ours, [*reference[:2], reference[2][rows]]) < 1e-12

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mist.errors import InputError
 from mist.layers import VocabularyPart, head_loss
-from mist.layers.loss_heads import HeadMode
+from mist.plans.workload import HeadMode
 from tests.layers.test_functions import FP32_CLOSE, error, gradients, numbers
 
 ROWS, WIDTH, WORDS = 37, 12, 90
-MODES: list[HeadMode] = ["eager", "checkpointed", "in-forward"]
+MODES = tuple(HeadMode)
 
 
 def targets() -> Tensor:
@@ -33,14 +33,14 @@ def plain(x: Tensor, weight: Tensor, reduction: str = "mean") -> Tensor:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("chunk_rows", [1, 16, 1000])
+@pytest.mark.parametrize("num_chunks", [37, 16, 3, 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_heads_against_float64(
-    mode: HeadMode, chunk_rows: int, reduction: Literal["mean", "sum"]
+    mode: HeadMode, num_chunks: int, reduction: Literal["mean", "sum"]
 ) -> None:
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return head_loss(
-            x, weight, targets(), mode=mode, chunk_rows=chunk_rows, reduction=reduction
+            x, weight, targets(), mode=mode, num_chunks=num_chunks, reduction=reduction
         )
 
     for size in (1.0, 30.0):
@@ -56,7 +56,7 @@ def test_heads_by_finite_differences(mode: HeadMode) -> None:
     leaves = [each[:8, :3].clone().requires_grad_() for each in arguments()]
     ids = (targets() % 8)[:8]
     assert torch.autograd.gradcheck(
-        lambda x, w: head_loss(x, w, ids, mode=mode, chunk_rows=3), leaves
+        lambda x, w: head_loss(x, w, ids, mode=mode, num_chunks=3), leaves
     )
 
 
@@ -65,7 +65,7 @@ def test_heads_in_bf16(mode: HeadMode) -> None:
     low = [each.bfloat16() for each in arguments()]
     eager = lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets())  # noqa: E731
     reference = gradients(plain, [each.double() for each in low])
-    ours = gradients(lambda x, w: head_loss(x, w, targets(), mode=mode, chunk_rows=16), low)
+    ours = gradients(lambda x, w: head_loss(x, w, targets(), mode=mode, num_chunks=3), low)
     for found, other, exact in zip(ours, gradients(eager, low), reference, strict=True):
         assert error([found], [exact]) <= 1.1 * error([other], [exact])
 
@@ -118,7 +118,7 @@ def test_parts_of_the_vocabulary_together_are_the_whole(mode: HeadMode) -> None:
         part = Part(first=index * size, group=group)  # type: ignore[arg-type]
         x, weight = arguments()
         results[index] = gradients(
-            lambda x, w: head_loss(x, w, targets(), mode=mode, part=part, chunk_rows=16),
+            lambda x, w: head_loss(x, w, targets(), mode=mode, part=part, num_chunks=3),
             [x, weight[index * size : (index + 1) * size]],
         )
 
@@ -137,10 +137,10 @@ def test_parts_of_the_vocabulary_together_are_the_whole(mode: HeadMode) -> None:
 def test_bad_heads_are_refused() -> None:
     x, weight = arguments()
     with pytest.raises(InputError) as refused:
-        head_loss(x, weight, targets(), mode="lazy")  # type: ignore[arg-type]
-    assert str(refused.value) == ("head 'lazy' is unknown. Known: eager, checkpointed, in-forward.")
+        head_loss(x, weight, targets(), mode="lazy")
+    assert str(refused.value) == ("head 'lazy' is unknown. Known: none, checkpointed, in-forward.")
     with pytest.raises(InputError) as refused:
-        head_loss(x, weight, targets()[:3], mode="eager")
+        head_loss(x, weight, targets()[:3], mode="none")
     assert str(refused.value) == (
         "head: x [37, 12], weight [90, 12] and target [3] do not fit. "
         "Expected [..., h], [V, h] and [...]."

@@ -9,7 +9,7 @@ import pytest
 import sympy
 
 from mist.model.graph import B, S, T
-from mist.plans.workload import Optimizer, Precision
+from mist.plans.workload import HeadMode, Optimizer, Precision
 from mist.rules.combinations import out_of_domain
 from mist.symbolic.compile import compile_model, print_program
 from mist.symbolic.job import make_job
@@ -89,5 +89,19 @@ def test_relations_of_the_trace_become_rules() -> None:
     assert out_of_domain(job.cost.domain, 2048) == ("s <= 1024",)
     assert out_of_domain(job.cost.domain, 1024) == ()
     (rule,) = [rule for rule in job.rules if rule.name == "domain-b >= 2"]
-    columns = {"tp": 1, "micro_batch": np.array([1, 2, 4])}
+    columns = {"tp": 1, "head": 0, "micro_batch": np.array([1, 2, 4])}
     np.testing.assert_array_equal(rule.mask(columns), [False, True, True])
+
+
+def test_relations_of_a_head_hold_where_it_runs_so() -> None:
+    graph, platform = toy_graph(), toy_platform()
+    head = replace(graph.head, domain=(sympy.Ge(B * S, 4096), sympy.Ge(B, 2)))
+    heads = {HeadMode.IN_FORWARD: head}
+    programs = compile_model(graph, adamw_setting(platform.runtime), {}, heads)
+    assert programs.heads == (HeadMode.NONE, HeadMode.IN_FORWARD)
+    job = make_job(programs, platform, toy_workload(seq_len=1024))
+    assert out_of_domain(job.cost.domain, 1024) == ()
+    (rule,) = [rule for rule in job.rules if rule.name.startswith("domain-")]
+    columns = {"tp": 1, "head": np.array([0, 0, 1, 2, 2]), "micro_batch": np.array([1, 4, 1, 2, 4])}
+    np.testing.assert_array_equal(rule.mask(columns), [True, True, True, False, True])
+    assert rule.message.startswith("the costs of toy were traced for b >= 2 and b*s >= 4096 with")

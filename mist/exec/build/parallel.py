@@ -36,6 +36,7 @@ from mist.exec.build.tensor_parts import ONE_PIECE, Pieces
 from mist.exec.build.tensor_rules import TensorRules, tensor_rules
 from mist.exec.build.torch_versions import refuse_missing
 from mist.exec.build.weight_init import Whole, initial_values
+from mist.layers import defer_logits
 from mist.plans.plan import Plan, StagePlan
 from mist.plans.workload import MemoryLevel
 from mist.trace.models.loader import LoadedModel
@@ -190,8 +191,9 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
     if stage.tp > 1:
         rules = job.subject.rules[stage.tp]
         partial_names = divide(part.module, rules, ends, place.tp_mesh)
-    root = Chunk(part, job.scale)
     modules = [part.module.get_submodule(name) for name in names]
+    head = defer_logits(part.module, modules, stage.head) if ends.last else None
+    root = Chunk(part, job.scale, head)
     # Before FSDP2, whose hooks run around a forward: when a checkpoint runs it again in the
     # backward pass, the layer is gathered.
     offloader = _apply_levels(job, modules, of_layers)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mist.exec.build.loss import summed_loss
 from mist.exec.build.model_structure import ModelStructure
+from mist.layers import DeferredHead
 from mist.layers.own_checkpoints import undone_checkpoints
 from mist.trace.models.loader import LoadedModel
 
@@ -67,13 +68,15 @@ class Chunk(nn.Module):
     """Consecutive layers of a model with the ends that belong to them.
 
     `forward(batch, received)`: the summed loss times `scale` on the last chunk, else the
-    activation. `tally`: of the step so far, the summed loss and the number of what it sums.
+    activation. `head`: how it computes the loss, where it is not the model's own way. `tally`: of
+    the step so far, the summed loss and the number of what it sums.
     """
 
     tally: torch.Tensor
 
-    def __init__(self, loaded: LoadedModel, scale: float) -> None:
+    def __init__(self, loaded: LoadedModel, scale: float, head: DeferredHead | None = None) -> None:
         super().__init__()
+        self.head = head
         self.model = loaded.module
         self.loaded = loaded
         self.scale = scale
@@ -91,6 +94,8 @@ class Chunk(nn.Module):
         try:
             with undone_checkpoints():
                 total, number = summed_loss(self.loaded, batch)
+            if self.head is not None:
+                self.head.refuse_unused(self.loaded.name)
             # fp64, since counts of tokens beyond 2**24 are no fp32 numbers.
             self.tally += torch.stack([total.detach().double(), number.double()])
             return total * self.scale

@@ -11,7 +11,7 @@ from mist.documents import read_json, read_text
 from mist.errors import InputError, ModelError, did_you_mean
 from mist.files import is_file, is_folder, user_path
 from mist.plans.memory_levels import KEEPS_ALL
-from mist.plans.workload import Attention, MemoryLevel, Precision
+from mist.plans.workload import Attention, HeadMode, MemoryLevel, Precision
 from mist.trace.models.presets import PRESETS
 
 # Keys by which a configuration names code that transformers would fetch, and what it has itself.
@@ -47,8 +47,8 @@ class TraceSetting:
     torch.compile. `capacity_ratio`: rows of an expert whose rows
     are selected by value, over those of a balanced one. `seq_len`: a length [tokens] that the trace
     must hold for; None for the usual one of the model. `level`: the memory level that layers are
-    converted to first, where it converts them. Raises InputError for settings that
-    contradict each other.
+    converted to first, where it converts them; `head`: how the last matrix and the loss run. Raises
+    InputError for settings that contradict each other.
     """
 
     precision: Precision
@@ -60,6 +60,7 @@ class TraceSetting:
     capacity_ratio: float = 1.0
     seq_len: int | None = None
     level: MemoryLevel = KEEPS_ALL
+    head: HeadMode = HeadMode.NONE
 
     def __post_init__(self) -> None:
         if self.autocast and self.precision is Precision.FP32:

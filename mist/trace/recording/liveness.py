@@ -71,12 +71,18 @@ class Live:
         self._refs: list[StorageWeakRef] = []
         self._bytes: list[Expr] = []
         self._last: dict[int, int] = {}
-        self._num_saved = 0
+        self._saved: dict[int, None] = {}
+        self._num_forward = 0
         self._moments: dict[tuple[Entry, ...], int | None] = {}
         self._gradients: frozenset[int] = frozenset()
         self._whole: set[int] = set()
         self._gathered: list[int] = []
         self._node: int | None = None
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """Watch a storage that the forward pass keeps for the backward pass."""
+        self.hold(tensor)
+        self._saved[self._last[tensor.untyped_storage()._cdata]] = None
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Start to watch the storage of a tensor, unless it is watched already."""
@@ -89,12 +95,12 @@ class Live:
             self._bytes.append(self._symbols.expr(storage.nbytes()))
 
     def forward_done(self, gathered: Iterable[int]) -> None:
-        """Everything watched so far is what the forward pass saved, some of it `gathered`."""
+        """What is watched from here on is of the backward pass; some saved is `gathered`."""
         self._whole.update(self._last[key] for key in gathered if key in self._last)
-        self._num_saved = len(self._refs)
+        self._num_forward = len(self._refs)
 
     def called(self, step: BackwardCall, results: Iterable[torch.Tensor]) -> None:
-        """A call of the backward pass has run; `results`: those that are to be watched."""
+        """A call of a pass has run; `results`: those that are to be watched."""
         before, num_known = self._alive(), len(self._refs)
         activations = self._flowing(step.inputs, before)
         for tensor in results:
@@ -113,7 +119,7 @@ class Live:
     def _flowing(self, keys: Iterable[int], alive: Sequence[int]) -> set[int]:
         """Which of these the backward pass made, as activations that no matrix divides."""
         indices = {self._last.get(key, -1) for key in keys}.intersection(alive)
-        from_backward = [index for index in indices if index >= self._num_saved]
+        from_backward = [index for index in indices if index >= self._num_forward]
         return {index for index in from_backward if _is_replicated(self._bytes[index])}
 
     def _gather(self, indices: Iterable[int], before: Sequence[int]) -> None:
@@ -148,10 +154,10 @@ class Live:
     @property
     def history(
         self,
-    ) -> tuple[tuple[Expr, ...], tuple[tuple[Entry, ...], ...], int, tuple[int, ...]]:
-        """Bytes of the storages; which are alive at each moment; how many are saved; gradients."""
+    ) -> tuple[tuple[Expr, ...], tuple[tuple[Entry, ...], ...], tuple[int, ...], tuple[int, ...]]:
+        """Bytes of the storages; which are alive at each moment; which are saved; gradients."""
         moments, gradients = tuple(self._moments), tuple(sorted(self._gradients))
-        return tuple(self._bytes), moments, self._num_saved, gradients
+        return tuple(self._bytes), moments, tuple(self._saved), gradients
 
     def resized(self, sizes: Iterable[Expr]) -> "Live":
         """The same history of storages of other sizes."""
@@ -161,7 +167,7 @@ class Live:
 
     def transients(self, counted: Counted = Counted.NONE) -> tuple[Expr, ...]:
         """Bytes beyond the saved ones at the worst instants, with these gradients of parameters."""
-        saved = [self._entry(index) for index in range(self._num_saved)]
+        saved = [self._entry(index) for index in self._saved]
         every = dict.fromkeys([*saved, *(entry for moment in self._moments for entry in moment)])
         size_of = {entry: self._on_a_rank(*entry) for entry in every}
         # Storages of equal size are interchangeable: a moment becomes a row of counts by size, and
@@ -194,11 +200,11 @@ class Live:
     def made_bytes(self) -> tuple[Expr, ...]:
         """Bytes of what the backward pass made, at its worst instants, without gradients."""
         moments = {
-            tuple(entry for entry in moment if entry[0] >= self._num_saved): node
+            tuple(entry for entry in moment if entry[0] >= self._num_forward): node
             for moment, node in self._moments.items()
         }
         backward_only = copy(self)
-        backward_only._moments, backward_only._num_saved = moments, 0
+        backward_only._moments, backward_only._saved = moments, {}
         return backward_only.transients()
 
     def _on_a_rank(self, index: int, form: Form) -> Expr:

@@ -72,7 +72,8 @@ class Part:
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
     whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
     that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
-    gradient, so that its memory is that of its forward pass. `mixed`: forward operations that
+    gradient, so that its memory is that of its forward pass; `works_forward`: its forward pass may
+    hold most, too. `mixed`: forward operations that
     a shard cannot run, with the reason; `unsummed`: those that read a sum over the ranks before it
     is added up. `input`: the storage of its input activation.
     """
@@ -91,6 +92,7 @@ class Part:
     entered: dict[int, int] = field(default_factory=dict)
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False
+    works_forward: bool = False
     mixed: list[str] = field(default_factory=list)
     unsummed: list[str] = field(default_factory=list)
     awaited: Awaited = field(default_factory=Awaited)
@@ -228,7 +230,7 @@ class Recorder(TorchDispatchMode):
             part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
             self._gather(part, call)
             self._follow(part, call, origin)
-            if part.forward_only:
+            if part.forward_only or part.works_forward:
                 self._leave(part, call, origin)
         ops = self._ops(call, origin) if self._runs(call) else []
         part.ops.extend(ops)
@@ -417,7 +419,7 @@ class Recorder(TorchDispatchMode):
         if key not in storages:
             storages[key] = self._storage(tensor, key)
             if key not in part.shared:
-                part.live.hold(tensor)
+                part.live.save(tensor)
         return tensor
 
     def _storage(self, tensor: torch.Tensor, key: int) -> SavedStorage:

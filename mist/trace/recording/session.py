@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from mist.errors import TraceError
 from mist.layers.own_checkpoints import undone_checkpoints
 from mist.model.graph import B, S, SavedTensor, T
+from mist.plans.workload import HeadMode
 from mist.trace.diagnose import Passed
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
@@ -100,6 +101,8 @@ class Session:
         )
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
+        # There gradients are made in the forward pass.
+        self.head.part.works_forward = self.setting.head is HeadMode.IN_FORWARD
         self.outer = self.embed if self.layers else self.head
         self.flow = Flow(self.embed.opened)
         hints = {B: BATCH_HINT, S: self.seq_hint}
