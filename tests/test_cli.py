@@ -638,7 +638,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "a knob that is none",
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
-        "number, checkpoint=none, "
+        "number, head=none, checkpointed, in-forward, checkpoint=none, "
         "drop-activation, drop-norm, selective, full, schedule=gpipe, 1f1b, interleaved, "
         "zero-bubble, or a figure of a profile (cluster.host_memory_bytes=64GB).",
     ),
@@ -674,7 +674,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "an unknown space",
         ("plan", "{models}/tiny.py", *SMALL, "--space", "4d"),
         "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, "
-        "paper+tempo, mist, mist+levels, whole.",
+        "paper+tempo, mist, mist+levels, mist+heads, whole.",
     ),
     (
         "a share of nothing",

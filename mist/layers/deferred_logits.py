@@ -75,22 +75,15 @@ class DeferredLogits(Tensor):
                 return func(*args, **named)
         # A loss may be wrapped, to count what it is a mean of.
         handler = HANDLERS.get(inspect.unwrap(func))
-        found = handler(*args, **named) if handler else None
-        if found is not None:
-            return found
+        if handler is not None and args and isinstance(args[0], DeferredLogits):
+            found = handler(*args, **named)
+            if found is not None:
+                return found
         plain_args, plain_named = tree_map(_computed, (args, dict(named)))
         return func(*plain_args, **plain_named)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a builtin
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        plain_args, plain_named = tree_map(_computed, (args, dict(kwargs or {})))
-        return func(*plain_args, **plain_named)
+    # What reaches the kernels below torch's functions gets the product, too.
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # torch's is a builtin
 
 
 def _computed(value: object) -> object:
@@ -101,7 +94,7 @@ def _computed(value: object) -> object:
 
 
 def _loss(
-    input: Tensor,
+    rows: DeferredLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: object = None,
@@ -110,9 +103,8 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    rows = input if isinstance(input, DeferredLogits) and input.dim() == 2 else None
     plain = (weight, size_average, reduce, label_smoothing) == (None, None, None, 0.0)
-    if rows is None or not plain or target.is_floating_point() or reduction not in REDUCTIONS:
+    if rows.dim() != 2 or not plain or target.is_floating_point() or reduction not in REDUCTIONS:
         return None
     rows.head.num_losses += 1
     return head_loss(
@@ -144,9 +136,7 @@ def _moved(logits: DeferredLogits, *where: object, **named: object) -> DeferredL
 def _viewed(logits: DeferredLogits, *shape: Any) -> DeferredLogits | None:
     """As rows of other shape, if the words stay the last dimension."""
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-    if not sizes or isinstance(sizes[0], torch.dtype) or sizes[-1] not in (-1, logits.shape[-1]):
-        return None
-    if sizes[-1] == -1 and -1 not in sizes[:-1] and len(sizes) != logits.dim():
+    if not sizes or isinstance(sizes[0], torch.dtype) or sizes[-1] != logits.shape[-1]:
         return None
     return logits.of_rows(logits.x.reshape(*sizes[:-1], logits.x.shape[-1]))
 

@@ -118,6 +118,8 @@ def test_a_stand_in_looks_like_the_logits() -> None:
     assert torch.equal(logits[:, 0, 5], plain[:, 0, 5])
     assert torch.equal(logits.view(-1), plain.view(-1))
     assert torch.equal(logits.flatten(), plain.flatten())
+    assert torch.equal(logits.view(2, 6, -1), plain.view(2, 6, -1))
+    assert torch.equal(ids.to(logits).double(), ids.double())
 
 
 def test_a_head_that_is_not_known_is_refused() -> None:
