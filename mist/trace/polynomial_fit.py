@@ -126,7 +126,9 @@ def fitted_run(
         points = sorted({(batch, s) for _, s in points})
     runs = _runs(run_at, points, batch=batch, one_size=one_size)
     merged = _merge(Fit(points, batch_powers=3 if batch is None else 1), runs)
-    return merged if one_size else _on_lattice(run_at, points, runs, unit=unit, batch=batch)
+    if one_size:  # holds at any length
+        return replace(merged, domain=(B <= max(b for b, _ in points),))
+    return _on_lattice(run_at, points, runs, unit=unit, batch=batch)
 
 
 def _runs(
