@@ -149,7 +149,7 @@ def load_platform(
     hashes[software.profile.name] = software.sha256
     measured = None if machine is None else machine.profile.device.name
     name = f"{software.profile.name}-{profiles[0].name}"
-    calibration = find_calibration(software.profile.name, profiles[0].name)
+    calibration = find_calibration(software.profile.name, profiles[0])
     if calibration is not None:
         profiles = calibration.profile.applied(profiles)
         # On a measured machine the calibration comes on top of its own values: the digest is of

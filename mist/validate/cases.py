@@ -131,7 +131,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
 
 def _known(run: Run, sources: Sources) -> tuple[Hardware, AttentionKernel]:
     """What stands for a run's GPU and attention. Raises Unsupported, also for what it trains in."""
-    hardware, attention = sources.gpus.get(run.gpu), sources.attention.get(run.attention_impl)
+    hardware, attention = sources.hardware(run.gpu), sources.attention.get(run.attention_impl)
     if hardware is None:
         raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
     if attention is None:
@@ -211,7 +211,8 @@ def _group(
     key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool
 ) -> RunGroup:
     source = key.origin
-    calibration = find_calibration(source.runtime, key.device) if calibrated else None
+    device = load_device(key.device).profile
+    calibration = find_calibration(source.runtime, device) if calibrated else None
     values: dict[str, Quantity] = {}
     if calibration is not None:
         ratios = load_source_ratios().of(key.source, key.device, key.numerics)
