@@ -112,7 +112,7 @@ RUNTIME_OF: Final[tuple[tuple[str, Callable[[Run], bool]], ...]] = (
 def unlisted(run: Run) -> Source:
     """What stands for the source of a run that the table does not have."""
     runtime = next(name for name, holds in RUNTIME_OF if holds(run))
-    return Source(runtime=runtime, memory="reserved", checkpoint="none")
+    return Source(runtime=runtime, memory="reserved")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
