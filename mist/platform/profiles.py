@@ -224,7 +224,7 @@ def load_shipped(relative: str, shape: type[R]) -> R:
 
 
 def find_calibration(runtime: str, device: Device) -> Loaded[Calibration] | None:
-    """What whole runs say about a runtime on a device, or on another with its chip, if there are any.
+    """What whole runs say about a runtime on a device or another with its chip, if any.
 
     Raises PlatformError when the file is broken.
     """

@@ -12,6 +12,7 @@ from mist.pareto.strategies import Group
 from mist.plans.breakdown import layout_words
 from mist.plans.plan import Limits, Regret, Robustness
 from mist.plans.search_space import NO_RATIOS, SearchSpace
+from mist.platform.quantity import figure_words
 from mist.search.robust_choice import (
     DEFAULT_TOLERANCE_RATIO,
     DrawnLayout,
@@ -24,7 +25,7 @@ from mist.search.robust_choice import (
 from mist.search.tune import Tuned, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
-from mist.units import GB, format_seconds, six_digits
+from mist.units import six_digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +114,11 @@ def _regret(judged: DrawnLayout) -> Regret:
 def _turn_words(job: Job, turn: Turn) -> str:
     """A sentence: with which figure a layout wins or loses, and by how much."""
     how = "faster" if turn.gain_ratio > 0 else "slower"
+    value, known = (
+        figure_words(turn.path, each, num_digits=2) for each in (turn.value, turn.known)
+    )
     return (
-        f"if the {turn.name} were {_figure_words(turn.path, turn.value)} (the profile says "
-        f"{_figure_words(turn.path, turn.known)}), {layout_words(plain_layout(job, turn.layout))} "
+        f"if the {turn.name} were {value} (the profile says {known}), "
+        f"{layout_words(plain_layout(job, turn.layout))} "
         f"would be {abs(turn.gain_ratio):.1%} {how}"
     )
-
-
-def _figure_words(path: str, value: float) -> str:
-    if path.endswith("_bytes_per_s"):
-        return f"{value / GB:.3g} GB/s"
-    return format_seconds(value) if path.endswith("_s") else f"{value:.2g}"

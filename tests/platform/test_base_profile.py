@@ -1,4 +1,4 @@
-"""Profiles that say how they differ from another one: what they keep of it, and how sure that is."""
+"""Profiles that say how they differ from another one: what they keep of it."""
 
 from pathlib import Path
 
@@ -37,7 +37,9 @@ def test_own_figures_over_guesses() -> None:
             }
         },
         "tables": {},
-        "links": [{"group": 2, "latency": {"value": 4.0, "source": "as base: nccl", "kind": "guess"}}],
+        "links": [
+            {"group": 2, "latency": {"value": 4.0, "source": "as base: nccl", "kind": "guess"}}
+        ],
     }  # fmt: skip
 
 

@@ -100,7 +100,8 @@ def test_ends_are_of_all_cases_and_columns_multiply() -> None:
     assert row.peak_high_gib == pytest.approx(1.1 * 60)
     assert row.fit_probability == pytest.approx((1 + 0.7 + 1 + 1) / 4)
     assert row.reason == (
-        "zero_or_fsdp not given: zero1, or none; activation_ckpt not given: none, or selective, full"
+        "zero_or_fsdp not given: zero1, or none; "
+        "activation_ckpt not given: none, or selective, full"
     )
 
 
