@@ -24,6 +24,7 @@ from mist.validate.sources import Source, Sources
 
 Values = Sequence[int | str]
 # Levels as rows write them; of FSDP, so that the rule for sources that no table has still holds.
+PARTIAL: Final = "partial"  # some layers run again, and only a table of stages says which
 ZERO_WORDS: Final = ("none", "zero1", "fsdp2-zero2", "fsdp2-zero3")
 MOST_SAMPLES: Final = 8  # of a micro-batch that nobody states
 
@@ -36,14 +37,20 @@ class FilledRun:
     column: str = ""
 
 
-def filled_runs(run: Run, sources: Sources) -> tuple[FilledRun, ...]:
-    """The likeliest case of a run first, then the others; the run itself where nothing is blank."""
+def filled_runs(run: Run, sources: Sources, *, has_stages: bool = False) -> tuple[FilledRun, ...]:
+    """The likeliest case of a run first, then the others; the run itself where nothing is blank.
+
+    `has_stages`: the table of stages has its layers, and says how many of them run again.
+    """
+    if has_stages:
+        return (FilledRun(run=run),)
     run = _decided(run)
     source = sources.of(run)
     cases = {
         column: values
         for column, values_of in CASES.items()
-        if not getattr(run, column) and (values := values_of(run, source, _runtime(source.runtime)))
+        if getattr(run, column) in (None, "", 0, PARTIAL)
+        and (values := values_of(run, source, _runtime(source.runtime)))
     }
     likeliest = replace(run, **{column: values[0] for column, values in cases.items()})  # type: ignore[arg-type]
     others = (
@@ -131,7 +138,9 @@ def _zero_levels(run: Run, source: Source, runtime: Runtime) -> Values:
     return [ZERO_WORDS[level] for level in levels if level == levels[0] or (run.dp or 1) > 1]
 
 
-def _checkpoints(_: Run, source: Source, runtime: Runtime) -> Values:
+def _checkpoints(run: Run, source: Source, runtime: Runtime) -> Values:
+    if run.activation_ckpt == PARTIAL:
+        return ("none", "full")
     if source.checkpoint:
         return ()
     words = ("none", "selective", "full")
@@ -154,10 +163,8 @@ CASES: Final[Mapping[str, Callable[[Run, Source, Runtime], Values]]] = {
     "n_heads": _heads,
     "vocab": lambda *_: (50304, 32000, 128256),  # of GPT-2, Llama-2, Llama-3
     "seq_len": lambda *_: (4096, 2048, 8192),
-    "dp": lambda run, *_: () if run.n_gpus else (1,),
     "precision": lambda *_: ("bf16",),  # products in fp16 cost the same
     "zero_or_fsdp": _zero_levels,
     "activation_ckpt": _checkpoints,
     "micro_batch": _micro_batches,
-    "grad_accum": lambda run, *_: () if run.global_batch else (1,),
 }

@@ -32,7 +32,7 @@ def predictions(
     progress: Progress,
 ) -> tuple[RunPrediction, ...]:
     """One prediction for each run, in their order; of one with blank columns from all its cases."""
-    cases = [filled_runs(run, sources) for run in runs]
+    cases = [filled_runs(run, sources, has_stages=run.run_id in stages) for run in runs]
     filled = [case.run for each in cases for case in each]
     groups, reasons = grouped(filled, sources, calibrated=calibrated, stages=stages)
     found = {

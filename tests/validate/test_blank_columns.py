@@ -31,6 +31,7 @@ def test_a_run_that_says_all_is_its_only_case() -> None:
         ({"source": "vtrain-single", "zero_or_fsdp": ""}, "", []),  # the table says that it is 0
         ({"activation_ckpt": ""}, "none", ["selective", "full"]),
         ({"source": "hagemann23", "activation_ckpt": ""}, "none", ["full"]),  # has no other
+        ({"activation_ckpt": "partial"}, "none", ["full"]),
         ({"micro_batch": None, "grad_accum": None}, 1, [2, 4, 8]),  # 32 samples on 4 ranks
         ({"micro_batch": None, "grad_accum": 4}, 2, []),  # 32 / 4 / 4
         ({"micro_batch": None, "grad_accum": None, "global_batch": 12}, 1, []),  # 3 a rank
@@ -46,13 +47,19 @@ def test_a_run_that_says_all_is_its_only_case() -> None:
 def test_the_cases_of_a_column(
     columns: dict[str, object], likeliest: object, others: list[object]
 ) -> None:
-    column = next(name for name, value in columns.items() if not value)
+    column = next(name for name, value in columns.items() if value in (None, "", "partial"))
     first, *rest = filled_runs(run(**columns), load_sources())
     assert (first.column, getattr(first.run, column)) == ("", likeliest)
     assert [(case.column, getattr(case.run, column)) for case in rest] == [
         (column, value) for value in others
     ]
     assert len({case.run.run_id for case in (first, *rest)}) == 1 + len(others)
+
+
+def test_the_table_of_stages_says_what_is_partial() -> None:
+    one = run(activation_ckpt="partial")
+    (case,) = filled_runs(one, load_sources(), has_stages=True)
+    assert case.run is one
 
 
 def test_columns_vary_one_at_a_time() -> None:
