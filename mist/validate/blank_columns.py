@@ -15,7 +15,7 @@ from functools import cache
 from math import prod
 from typing import Final
 
-from mist.plans.search_space import CHECKPOINTS
+from mist.plans.memory_levels import PLAIN
 from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Runtime
 from mist.validate.measured_runs import Run
@@ -139,12 +139,10 @@ def _zero_levels(run: Run, source: Source, runtime: Runtime) -> Values:
 
 
 def _checkpoints(run: Run, source: Source, runtime: Runtime) -> Values:
+    words = [level.value for level in PLAIN if level in runtime.levels]
     if run.activation_ckpt == PARTIAL:
-        return ("none", "full")
-    if source.checkpoint:
-        return ()
-    words = ("none", "selective", "full")
-    return [word for word in words if CHECKPOINTS[word] in runtime.levels]
+        return words[0], words[-1]
+    return () if source.checkpoint else words
 
 
 def _widths(run: Run, _: Source, __: Runtime) -> Values:
