@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MOST_YAML_BYTES: Final = 4 * MIB  # a plan of a thousand stages has one
 MOST_NODES: Final = 200_000
 MOST_DEPTH: Final = 64
+KIND: Final = re.compile(r"mist\.([a-z]+)/[0-9]+$")  # the schema line of a file
 
 Refusal = type[InputError]
 
@@ -87,6 +88,21 @@ def parse_yaml(content: bytes, path: Path, refusal: Refusal = InputError) -> obj
         if not isinstance(data, dict):
             return data
         return Document(data=data, repeated=tuple(_repeated_keys(node, "")))
+
+
+def refuse_other_kind(
+    data: Mapping[str, object], schema: str, path: Path, refusal: Refusal = InputError
+) -> None:
+    """Raise `refusal` for a whole file of another kind: a list of all its keys would say less.
+
+    `schema`: of the kind that is asked for ("mist.plan/1"); another version of it is no other kind.
+    """
+    found, asked = KIND.match(str(data.get("schema"))), KIND.match(schema)
+    if found and asked and found[1] != asked[1]:
+        raise refusal(
+            f"{path} is the file of a {found[1]} ({found[0]}), where that of a {asked[1]} "
+            f"({schema}) is asked for."
+        )
 
 
 @contextmanager

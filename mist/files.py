@@ -3,9 +3,9 @@
 A name that a user gives may be too long, hold a zero byte or name nobody's home, for which pathlib
 raises; `user_path`, `is_file` and `is_folder` answer for every name, as os.path does.
 
-A cache entry is a JSON file that says the digest of its own content. It is read where the folder
-and the file are this user's and nobody else may write into them: whoever writes an entry decides
-what a plan says. A damaged entry counts as missing.
+A cache entry is a JSON file that says the digest of its own name and content. It is read where the
+folder and the file are this user's and nobody else may write into them: whoever writes an entry
+decides what a plan says. An entry that is damaged, or was copied from another, counts as missing.
 """
 
 import hashlib
@@ -109,7 +109,7 @@ def write_entry(path: Path, text: str) -> None:
     with suppress(OSError, OutputError):
         path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         if _trusted(path.parent):
-            write_text(path, f'{{"sha256":"{_sha256(text)}","entry":{text}}}')
+            write_text(path, f'{{"sha256":"{digest(path.name, text)}","entry":{text}}}')
 
 
 def read_entry(path: Path) -> str | None:
@@ -117,10 +117,10 @@ def read_entry(path: Path) -> str | None:
     try:
         if not _trusted(path.parent) or path.stat().st_uid != os.geteuid():
             return None
-        found = ENTRY.fullmatch(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+        found = ENTRY.fullmatch(read_bytes(path).decode())
+    except (OSError, InputError, UnicodeDecodeError):
         return None
-    return found[2] if found and found[1] == _sha256(found[2]) else None
+    return found[2] if found and found[1] == digest(path.name, found[2]) else None
 
 
 def parse_entry(text: str) -> Any:  # noqa: ANN401 - whatever JSON can say
@@ -153,10 +153,6 @@ def _trusted(folder: Path) -> bool:
 @cache
 def _say_once(line: str) -> None:
     sys.stderr.write(line)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(*texts: str) -> str:

@@ -21,6 +21,7 @@ from mist.validate.measured_runs import read_runs
 from tests.fuzz.mutation import BOMB
 from tests.sample_plans import sample_plan
 
+SHIPPED = Path(__file__).parents[1] / "profiles"
 DIGITS = "9" * 5000
 # What PyYAML's constructors raise for each is no YAMLError.
 ODD_VALUES = [
@@ -168,6 +169,23 @@ def test_names_that_the_system_does_not_take() -> None:
         refusal_of(lambda name=name: load_device(name), PlatformError)  # type: ignore[misc]
         refusal_of(lambda name=name: load_cluster(f"{name}.yaml"), PlatformError)  # type: ignore[misc]
         refusal_of(lambda name=name: load_plan(name))  # type: ignore[misc]
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    """In one line: a list of all its keys, and of all that are missing, would help nobody."""
+    plan, device = tmp_path / "plan.yaml", SHIPPED / "devices" / "l4.yaml"
+    plan.write_text(dump_plan(sample_plan()))
+    assert refusal_of(lambda: load_plan(device)) == (
+        f"{device} is the file of a device (mist.device/1), where that of a plan (mist.plan/1) is "
+        "asked for."
+    )
+    assert refusal_of(lambda: load_device(str(plan)), PlatformError) == (
+        f"{plan} is the file of a plan (mist.plan/1), where that of a device (mist.device/1) is "
+        "asked for."
+    )
+    assert "that of a cluster" in refusal_of(lambda: load_cluster(str(device)), PlatformError)
+    plan.write_text(dump_plan(sample_plan()).replace("mist.plan/1", "mist.plan/9"))
+    assert "schema: input should be 'mist.plan/1'" in refusal_of(lambda: load_plan(plan))
 
 
 MARK = b"\xef\xbb\xbf"

@@ -58,6 +58,20 @@ def test_a_closed_pipe_is_exit_1() -> None:
     assert done.stderr == "mist: the standard output cannot be written: Broken pipe.\n"
 
 
+def test_a_folder_that_was_removed(tmp_path: Path) -> None:
+    """Where torch would end the process, with words about a library."""
+    (tmp_path / "gone").mkdir()
+    words = f"rmdir ../gone && {sys.executable} {ROOT / 'cli.py'} profiles"
+    done = subprocess.run(
+        words, shell=True, cwd=tmp_path / "gone", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "mist: the current folder cannot be used: No such file or directory. Change to one that "
+        "exists.\n"
+    )
+
+
 def test_nobody_listens_to_the_errors(tmp_path: Path) -> None:
     words = f"{sys.executable} {ROOT / 'cli.py'} plan none.py --gpus 1 2>&-"
     done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, check=False)

@@ -1,13 +1,15 @@
 """Files appear whole, where they were asked for, with the mode that the user chose."""
 
+import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mist.errors import OutputError
-from mist.files import parse_entry, write_text
+from mist.files import parse_entry, read_entry, write_entry, write_text
 
 
 def mode_of(path: Path) -> int:
@@ -67,6 +69,17 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
         write_text(tmp_path / "file", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_reader_sees_one_of_several_writers(tmp_path: Path) -> None:
+    """Eight at once, as when jobs begin together on one cache: never a part, never a mixture."""
+    path, contents = tmp_path / "entry.json", [json.dumps([i] * 20_000) for i in range(8)]
+    write_entry(path, contents[0])
+    with ThreadPoolExecutor(8) as pool:
+        writers = [pool.submit(write_entry, path, content) for content in contents * 10]
+        while not all(writer.done() for writer in writers):
+            assert read_entry(path) in contents
+    assert [each.name for each in tmp_path.iterdir()] == ["entry.json"]
 
 
 def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def _run() -> int:
     from mist.errors import MistError
 
     try:
+        _refuse_lost_folder()
         from mist.cli.application import app
 
         app()
@@ -66,6 +67,18 @@ def _run() -> int:
         _say(f"internal error: {type(error).__name__}: {error}. {_report()}")
         return INTERNAL_ERROR
     return 0
+
+
+def _refuse_lost_folder() -> None:
+    """Raise InputError where the current folder was removed: torch ends the process there."""
+    from mist.errors import InputError
+
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the current folder cannot be used: {error.strerror}. Change to one that exists."
+        ) from error
 
 
 def _report() -> str:

@@ -5,13 +5,14 @@ accelerate refuses unknown keys at the top of the file and passes over those bel
 is written that it does not read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from mist.documents import Document, parse_yaml
 from mist.errors import InputError
-from mist.export.deepspeed_json import leaves
+from mist.export.deepspeed_json import beside, leaves
 from mist.export.launcher_lines import head, node_script, nodes_of
 from mist.export.target import (
     Configuration,
@@ -23,7 +24,8 @@ from mist.export.target import (
     refused,
     undivided_offload,
 )
-from mist.export.yaml_lines import unread, yaml_lines
+from mist.export.unread_settings import SettingKinds, unread
+from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import Precision
@@ -133,20 +135,41 @@ def recognises_accelerate(text: str) -> bool:
     return not text.lstrip().startswith("{") and any(f"\n{key}" in f"\n{text}" for key in keys)
 
 
-READ: Final = frozenset(
-    {
-        "compute_environment", "distributed_type", "num_machines", "num_processes",
-        "mixed_precision", "fsdp_config.fsdp_version", "fsdp_config.fsdp_reshard_after_forward",
-        "fsdp_config.fsdp_auto_wrap_policy", "fsdp_config.fsdp_offload_params",
-        "fsdp_config.fsdp_activation_checkpointing", f"{AXES}dp_replicate_size",
-        f"{AXES}dp_shard_size", f"{AXES}tp_size",
-    }
+DEEPSPEED: Final = "deepspeed_config."
+KINDS: Final = SettingKinds(
+    read=frozenset(
+        {
+            "compute_environment", "distributed_type", "num_machines", "num_processes",
+            "mixed_precision", "fsdp_config.fsdp_version", "fsdp_config.fsdp_sharding_strategy",
+            "fsdp_config.fsdp_reshard_after_forward", "fsdp_config.fsdp_auto_wrap_policy",
+            "fsdp_config.fsdp_offload_params", "fsdp_config.fsdp_activation_checkpointing",
+            f"{AXES}dp_replicate_size", f"{AXES}dp_shard_size", f"{AXES}tp_size",
+            f"{DEEPSPEED}zero_stage", f"{DEEPSPEED}deepspeed_config_file",
+            f"{DEEPSPEED}gradient_accumulation_steps",
+            "gradient_accumulation_steps",
+        }
+    ),
+    # What only says where processes start, or how states are saved and read.
+    untouched=(
+        "machine_rank", "main_", "debug", "rdzv_", "same_network", "downcast_bf16", "gpu_ids",
+        "enable_cpu_affinity", "tpu_", "fsdp_config.fsdp_state_dict", "fsdp_config.fsdp_sync_",
+        "fsdp_config.fsdp_cpu_ram", "fsdp_config.fsdp_transformer_layer",
+        "fsdp_config.fsdp_use_orig", f"{DEEPSPEED}zero3_", f"{DEEPSPEED}deepspeed_multinode",
+        f"{DEEPSPEED}gradient_clipping",
+    ),
+    decisive={
+        "use_cpu": ("false",),
+        "tpu_use_cluster": ("false",),
+        f"{DEEPSPEED}offload_optimizer_device": ("none", "cpu"),
+        f"{DEEPSPEED}offload_param_device": ("none", "cpu"),
+        f"{AXES}cp_size": ("1",),
+        f"{AXES}sp_size": ("1",),
+    },
 )  # fmt: skip
-# What only says where processes start.
-LAUNCH: Final = frozenset(
-    {"machine_rank", "main_process_ip", "main_process_port", "main_training_function", "debug",
-     "rdzv_backend", "same_network", "use_cpu", "downcast_bf16", "enable_cpu_affinity"}
-)  # fmt: skip
+# ZeRO level of FSDP1's strategies, by word and by number; the last two have a copy on each machine.
+STRATEGIES: Final = {
+    "FULL_SHARD": 3, "SHARD_GRAD_OP": 2, "NO_SHARD": 0, "HYBRID_SHARD": 3, "HYBRID_SHARD_ZERO2": 2,
+}  # fmt: skip
 
 
 def read_accelerate(text: str, path: str) -> Configuration:
@@ -155,35 +178,118 @@ def read_accelerate(text: str, path: str) -> Configuration:
     if not isinstance(document, Document):
         raise InputError(f"{path} is no mapping of accelerate's keys.")
     keys = dict(leaves(document.data))
-    divided = _divides(keys, path)
-    copies = _count(keys, f"{AXES}dp_replicate_size", path)
-    shard = _count(keys, f"{AXES}dp_shard_size", path)
-    offload = float(keys.get("fsdp_config.fsdp_offload_params") is True and divided)
-    repeats = keys.get("fsdp_config.fsdp_activation_checkpointing") is True
-    return Configuration(
-        knobs={
-            "tp": _count(keys, f"{AXES}tp_size", path) or 1,
-            "zero": _zero(keys, path) if divided else 0,
-            "dp_replicate": copies or 1,
-        },
-        # Without FSDP the program itself switches it on, not the file.
-        checkpoint=(REPEATS_ALL if repeats else KEEPS_ALL).value if divided else None,
-        offload=Offload(weights=offload, grads=offload, optimizer=offload),
+    kind = str(keys.get("distributed_type", "NO"))
+    if kind not in READERS:
+        known = ", ".join(READERS)
+        raise InputError(f"{path}: distributed_type {kind} is not read. Known: {known}.")
+    others = unread(keys, KINDS, text, path)
+    said = READERS[kind](keys, path)
+    return replace(
+        said,
         precision=_precision(keys, path),
         num_gpus=_count(keys, "num_processes", path),
-        dp=copies * shard if copies and shard else None,
-        unmodelled=tuple(_unmodelled(keys)),
+        unmodelled=(*said.unmodelled, *others.unmodelled),
+        untouched=(*said.untouched, *others.untouched),
     )
 
 
-def _divides(keys: Mapping[str, Any], path: str) -> bool:
-    """Whether FSDP divides the states."""
-    kind = str(keys.get("distributed_type", "NO"))
-    if kind not in ("FSDP", "MULTI_GPU", "NO"):
-        raise InputError(
-            f"{path}: distributed_type {kind} is not read. Known: FSDP, MULTI_GPU, NO."
+def _under_fsdp(keys: Mapping[str, Any], path: str) -> Configuration:
+    section = fsdp_section(keys)
+    zero, copied = fsdp_zero(section, path)
+    copies = _count(keys, "num_machines", path) if copied else None
+    copies = copies or _count(keys, f"{AXES}dp_replicate_size", path)
+    shard = _count(keys, f"{AXES}dp_shard_size", path)
+    offload = float(section.get("offload_params") is True)
+    version = section.get("version", 1)
+    return Configuration(
+        knobs={
+            "tp": _count(keys, f"{AXES}tp_size", path) or 1,
+            "zero": zero,
+            "dp_replicate": (copies or 1) if zero else 1,
+        },
+        checkpoint=fsdp_checkpoint(section),
+        offload=Offload(weights=offload, grads=offload, optimizer=offload),
+        dp=copies * shard if copies and shard else None,
+        unmodelled=()
+        if version == 2
+        else (f"fsdp_config.fsdp_version = {version} (predicted as 2)",),
+    )
+
+
+def fsdp_section(keys: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a section fsdp_config, without fsdp_, which some have and some have not."""
+    prefix = "fsdp_config."
+    found = {k.removeprefix(prefix): v for k, v in keys.items() if k.startswith(prefix)}
+    return {key.removeprefix("fsdp_"): value for key, value in found.items()}
+
+
+def strategy_word(words: Sequence[str]) -> dict[str, Any]:
+    """The strategy among the words of a key fsdp, as older files and options have it."""
+    known = [word.upper() for word in words if word.upper() in STRATEGIES]
+    return {"sharding_strategy": known[0]} if known else {}
+
+
+def fsdp_zero(section: Mapping[str, Any], path: str) -> tuple[int, bool]:
+    """The ZeRO level, and whether each machine has a copy of its own. Raises InputError."""
+    for key in ("sharding_strategy", "reshard_after_forward"):
+        word = section.get(key)
+        if isinstance(word, bool) and key == "reshard_after_forward":
+            return (3 if word else 2), False
+        if word is None:
+            continue
+        names = list(STRATEGIES)
+        number = int(word) - 1 if str(word).isdecimal() and len(str(word)) == 1 else -1
+        name = names[number] if 0 <= number < len(names) else str(word).upper()
+        if name not in STRATEGIES:
+            known = ", ".join(names)
+            raise InputError(
+                f"{path}: {key} {word!r:.40} is none of {known}; FSDP2 has true and false."
+            )
+        return STRATEGIES[name], "HYBRID" in name
+    return 3, False
+
+
+def fsdp_checkpoint(section: Mapping[str, Any]) -> str | None:
+    """The memory level; None where the program itself may switch it on, not the file."""
+    repeats = section.get("activation_checkpointing")
+    return None if repeats is None else (REPEATS_ALL if repeats is True else KEEPS_ALL).value
+
+
+def _under_deepspeed(keys: Mapping[str, Any], path: str) -> Configuration:
+    """Of the section deepspeed_config: a JSON that it names, or the keys themselves."""
+    if file := keys.get(f"{DEEPSPEED}deepspeed_config_file"):
+        said = beside(path, f"{DEEPSPEED}deepspeed_config_file", file)
+    else:
+        hosted = {
+            name: float(keys.get(f"{DEEPSPEED}offload_{name}_device", "none") == "cpu")
+            for name in ("optimizer", "param")
+        }
+        said = Configuration(
+            knobs={"zero": _zero_stage(keys, path)},
+            offload=Offload(optimizer=hosted["optimizer"], weights=hosted["param"]),
+            num_micro_batches=_count(keys, f"{DEEPSPEED}gradient_accumulation_steps", path),
         )
-    return kind == "FSDP"
+    return replace(said, runtimes=("deepspeed-zero3",))
+
+
+def _zero_stage(keys: Mapping[str, Any], path: str) -> int:
+    value = keys.get(f"{DEEPSPEED}zero_stage", 2)
+    if type(value) is not int or not 0 <= value <= 3:
+        raise InputError(f"{path}: {DEEPSPEED}zero_stage {value!r:.40} is none of 0, 1, 2, 3.")
+    return value
+
+
+def _alone(keys: Mapping[str, Any], path: str) -> Configuration:
+    """Whole states on every rank; the program itself switches recomputation on, not the file."""
+    return Configuration(knobs={"tp": _count(keys, f"{AXES}tp_size", path) or 1, "zero": 0})
+
+
+READERS: Final = {
+    "FSDP": _under_fsdp,
+    "DEEPSPEED": _under_deepspeed,
+    "MULTI_GPU": _alone,
+    "NO": _alone,
+}
 
 
 def _count(keys: Mapping[str, Any], key: str, path: str) -> int | None:
@@ -191,14 +297,6 @@ def _count(keys: Mapping[str, Any], key: str, path: str) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise InputError(f"{path}: {key} {value!r:.40} is no number of ranks.")
     return value
-
-
-def _zero(keys: Mapping[str, Any], path: str) -> int:
-    key = "fsdp_config.fsdp_reshard_after_forward"
-    value = keys.get(key, True)
-    if not isinstance(value, bool):
-        raise InputError(f"{path}: {key} {value!r:.40} is neither true nor false (FSDP2).")
-    return 3 if value else 2
 
 
 def _precision(keys: Mapping[str, Any], path: str) -> Precision:
@@ -211,10 +309,3 @@ def _precision(keys: Mapping[str, Any], path: str) -> Precision:
     raise InputError(
         f"{path}: mixed_precision {word!r:.40} is none of {', '.join(WORDS.values())}."
     )
-
-
-def _unmodelled(keys: Mapping[str, Any]) -> Iterator[str]:
-    yield from unread(keys, READ | LAUNCH)
-    version = keys.get("fsdp_config.fsdp_version", 1)
-    if version != 2 and keys.get("distributed_type") == "FSDP":
-        yield f"fsdp_config.fsdp_version = {version} (predicted as 2)"

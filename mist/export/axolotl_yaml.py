@@ -11,11 +11,19 @@ from typing import Any, Final
 
 from mist.documents import Document, parse_yaml
 from mist.errors import InputError
-from mist.export.accelerate_yaml import repeats, under_fsdp2
-from mist.export.deepspeed_json import leaves
+from mist.export.accelerate_yaml import (
+    fsdp_checkpoint,
+    fsdp_section,
+    fsdp_zero,
+    repeats,
+    strategy_word,
+    under_fsdp2,
+)
+from mist.export.deepspeed_json import beside, leaves
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import Configuration, ExportSource, Written, added
-from mist.export.yaml_lines import unread, whole_at, yaml_lines
+from mist.export.unread_settings import SettingKinds, unread
+from mist.export.yaml_lines import whole_at, yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload
 from mist.plans.workload import Precision
@@ -74,26 +82,42 @@ def recognises_axolotl(text: str) -> bool:
     return all(f"\n{key}:" in f"\n{text}" for key in ("base_model", "micro_batch_size"))
 
 
-READ: Final = frozenset(
-    {
-        "base_model", "sequence_len", "micro_batch_size", "gradient_accumulation_steps", "bf16",
-        "fp16", "optimizer", "attn_implementation", "gradient_checkpointing", "dp_replicate_size",
-        "dp_shard_size", "tensor_parallel_size", "fsdp_version",
-        "fsdp_config.reshard_after_forward", "fsdp_config.auto_wrap_policy",
-        "fsdp_config.offload_params", "fsdp_config.activation_checkpointing",
-    }
+FSDP: Final = (
+    "version", "reshard_after_forward", "sharding_strategy", "auto_wrap_policy", "offload_params",
+    "activation_checkpointing",
 )  # fmt: skip
+SAVING: Final = ("state_dict", "sync_module", "cpu_ram", "transformer_layer", "use_orig", "final_")
 COUNTS: Final = (
     "sequence_len", "micro_batch_size", "gradient_accumulation_steps", "dp_replicate_size",
     "dp_shard_size", "tensor_parallel_size",
 )  # fmt: skip
-UNTOUCHED: Final = (
-    "datasets", "dataset_", "output_dir", "learning_rate", "lr_scheduler", "warmup", "wandb",
-    "num_epochs", "max_steps", "saves_per_epoch", "save_", "eval", "val_set_size", "logging_steps",
-    "seed", "special_tokens", "tokenizer", "weight_decay", "chat_template", "strict", "resume_",
-    "tf32", "model_type",
+KINDS: Final = SettingKinds(
+    read=frozenset(
+        {
+            "base_model", "bf16", "fp16", "optimizer", "attn_implementation", "flash_attention",
+            "gradient_checkpointing", "fsdp", "fsdp_version", "deepspeed", *COUNTS,
+            *(f"fsdp_config.{prefix}{name}" for prefix in ("", "fsdp_") for name in FSDP),
+        }
+    ),
+    untouched=(
+        "datasets", "dataset_", "output_dir", "learning_rate", "lr_scheduler", "warmup", "wandb",
+        "num_epochs", "max_steps", "saves_per_epoch", "save_", "eval", "val_set_size", "seed",
+        "logging_steps", "special_tokens", "tokenizer", "weight_decay", "chat_template", "strict",
+        "resume_", "tf32", "model_type", "test_datasets", "auto_resume", "local_rank", "debug",
+        "train_on_inputs", "gradient_checkpointing_kwargs", "adam_", "max_grad_norm", "hub_",
+        *(f"fsdp_config.{prefix}{name}" for prefix in ("", "fsdp_") for name in SAVING),
+    ),
+    decisive={
+        "adapter": ("none", ""),
+        "load_in_8bit": ("false",),
+        "load_in_4bit": ("false",),
+        "unfrozen_parameters": ("none", "[]"),
+        "rl": ("none", ""),
+        "context_parallel_size": ("1",),
+        "sequence_parallel_degree": ("1",),
+        "expert_parallel_size": ("1",),
+    },
 )  # fmt: skip
-"""Beginnings of keys on data, logs and learning rates: they change neither time nor memory."""
 
 
 def read_axolotl(text: str, path: str) -> Configuration:
@@ -102,45 +126,61 @@ def read_axolotl(text: str, path: str) -> Configuration:
     if not isinstance(document, Document):
         raise InputError(f"{path} is no mapping of axolotl's keys.")
     keys = dict(leaves(document.data))
+    others = unread(keys, KINDS, text, path)
     numbers = {key: whole_at(keys, key, path) for key in COUNTS}
-    tp, copies = numbers["tensor_parallel_size"] or 1, numbers["dp_replicate_size"] or 1
-    each, steps = numbers["micro_batch_size"] or 1, numbers["gradient_accumulation_steps"] or 1
-    shard = numbers["dp_shard_size"]
-    dp = copies * shard if shard else None
-    divided = any(key.startswith("fsdp") for key in keys)
-    offload = float(keys.get("fsdp_config.offload_params") is True)
-    said = Configuration(
-        knobs={"tp": tp, "zero": _zero(keys) if divided else 0, "dp_replicate": copies}
-        | {"micro_batch": each},
-        checkpoint=(REPEATS_ALL if _checkpoints(keys) else KEEPS_ALL).value,
-        offload=Offload(weights=offload, grads=offload, optimizer=offload),
+    said = _divided(keys, numbers, path)
+    return replace(
+        said,
+        knobs={**said.knobs, "micro_batch": numbers["micro_batch_size"] or 1},
         seq_len=numbers["sequence_len"],
         precision=_precision(keys),
-        num_micro_batches=steps,
-        unmodelled=tuple(_unmodelled(keys)),
+        num_micro_batches=numbers["gradient_accumulation_steps"] or 1,
+        unmodelled=(*said.unmodelled, *others.unmodelled),
+        untouched=(*said.untouched, *others.untouched),
     )
-    # Without the sizes of the meshes neither ranks nor the batch follow from the file.
-    if dp is None:
-        return said
-    return replace(said, dp=dp, num_gpus=dp * tp, global_batch=each * steps * dp)
 
 
-def _zero(keys: Mapping[str, Any]) -> int:
-    return 3 if keys.get("fsdp_config.reshard_after_forward", True) is not False else 2
+def _divided(
+    keys: Mapping[str, Any], numbers: Mapping[str, int | None], path: str
+) -> Configuration:
+    """How the states are divided: by a DeepSpeed JSON, by FSDP, or not at all."""
+    level = (REPEATS_ALL if keys.get("gradient_checkpointing") else KEEPS_ALL).value
+    if keys.get("deepspeed"):
+        said = beside(path, "deepspeed", keys["deepspeed"])
+        return replace(said, checkpoint=level, runtimes=("deepspeed-zero3",))
+    tp, copies = numbers["tensor_parallel_size"] or 1, numbers["dp_replicate_size"] or 1
+    if not any(key.startswith("fsdp") for key in keys):
+        said = Configuration(knobs={"tp": tp, "zero": 0, "dp_replicate": 1}, checkpoint=level)
+    else:
+        said = _under_fsdp(keys, {"tp": tp, "dp_replicate": copies}, level, path)
+    if (shard := numbers["dp_shard_size"]) is None:
+        return said  # the number of ranks does not follow from the file
+    return replace(said, dp=copies * shard, num_gpus=copies * shard * tp)
 
 
-def _checkpoints(keys: Mapping[str, Any]) -> bool:
-    words = ("gradient_checkpointing", "fsdp_config.activation_checkpointing")
-    return any(bool(keys.get(word)) for word in words)
+def _under_fsdp(
+    keys: Mapping[str, Any], knobs: Mapping[str, int], level: str, path: str
+) -> Configuration:
+    section = strategy_word(_words(keys.get("fsdp"))) | dict(fsdp_section(keys))
+    zero, copied = fsdp_zero(section, path)
+    if copied and "dp_replicate_size" not in keys:
+        raise InputError(f"{path}: a hybrid strategy needs dp_replicate_size, its copies. Add it.")
+    version = keys.get("fsdp_version", section.get("version", 1))
+    away = section.get("offload_params") is True or "offload" in _words(keys.get("fsdp"))
+    return Configuration(
+        knobs={**knobs, "zero": zero} | ({} if zero else {"dp_replicate": 1}),
+        checkpoint=REPEATS_ALL.value if fsdp_checkpoint(section) == REPEATS_ALL else level,
+        offload=Offload(weights=float(away), grads=float(away), optimizer=float(away)),
+        unmodelled=() if version == 2 else (f"fsdp_version = {version} (predicted as 2)",),
+    )
+
+
+def _words(value: object) -> list[str]:
+    """The words of a list or of a text."""
+    return [str(each) for each in value] if isinstance(value, list) else str(value or "").split()
 
 
 def _precision(keys: Mapping[str, Any]) -> Precision:
     if keys.get("bf16") not in (None, False, "false"):
         return Precision.BF16
     return Precision.FP16 if keys.get("fp16") is True else Precision.FP32
-
-
-def _unmodelled(keys: Mapping[str, Any]) -> Iterator[str]:
-    yield from unread(keys, READ, UNTOUCHED)
-    if any(key.startswith("fsdp") for key in keys) and keys.get("fsdp_version", 1) != 2:
-        yield f"fsdp_version = {keys.get('fsdp_version', 1)} (predicted as 2)"

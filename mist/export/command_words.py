@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from mist.errors import InputError
 
-ASSIGNMENT = re.compile(r"(?m)^\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s(;#]*)\s*(?:#.*)?$")
+ASSIGNMENT = re.compile(
+    r"""(?m)^[ \t]*(?:export[ \t]+)?([A-Za-z_]\w*)="""
+    r"""((?:"[^"]*"|'[^']*'|\$\{[^}\n]*\}|[^\s(;#"'])*)[ \t]*(?:[;#].*)?$"""
+)
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(?:=.*)?", re.DOTALL)
 MOST_CHARACTERS = 2**20
@@ -24,14 +27,25 @@ def options_of(text: str, path: str) -> dict[str, tuple[str, ...]]:
         raise InputError(f"{path} has more than {MOST_CHARACTERS:,} characters, too much to read.")
     known: dict[str, str] = {}
     for name, value in ASSIGNMENT.findall(text):
-        known[name] = _filled(value.strip("\"'"), known)
-    joined = re.sub(r"\\\n", " ", text)
+        known[name] = _filled(value.strip("\"'"), known).strip("\"'")
+    joined = re.sub(r"\\\n", " ", ASSIGNMENT.sub(" ", text))
     try:
         # Arrays and substitutions stand between brackets, which are no part of a word.
         words = shlex.split(re.sub(r"(?m)^[^#\n'\"]*=\(|^\s*\)\s*$", " ", joined), comments=True)
     except ValueError as error:
         raise InputError(f"{path} is no list of options: {str(error).lower()}.") from error
-    return _grouped([_filled(word, known) for word in words])
+    return _grouped([one for word in words for one in _split(_filled(word, known))])
+
+
+def _split(word: str) -> list[str]:
+    """The words of one that a variable made of several options, as a shell takes them apart."""
+    text = re.sub(r"\\\n", " ", word)
+    if not re.match(r"\s*--[A-Za-z]", text) or not re.search(r"\s", text.strip()):
+        return [word]
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError:
+        return [word]
 
 
 def _filled(word: str, known: Mapping[str, str]) -> str:
@@ -63,3 +77,15 @@ def number(options: Options, name: str, path: str, default: int | None = None) -
         found = values[0] if values else "nothing"
         raise InputError(f"{path}: {name} {found} is no whole number.")
     return int(values[0])
+
+
+def launched(options: Options) -> int | None:
+    """Processes that a launcher starts: of torchrun on all nodes, or of accelerate in all."""
+    # What follows a number is the program that is started.
+    said = {name.replace("_", "-"): values[0] for name, values in options.items() if values}
+    if re.fullmatch(r"\d{1,6}", said.get("--num-processes", "")):
+        return int(said["--num-processes"]) or None
+    each, nodes = said.get("--nproc-per-node", ""), said.get("--nnodes", "1")
+    if re.fullmatch(r"\d{1,6}", each) and re.fullmatch(r"\d{1,6}", nodes):
+        return int(each) * int(nodes) or None
+    return None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from mist.documents import parse_json
+from mist.documents import parse_json, text_of
 from mist.errors import InputError
 from mist.export.launcher_lines import launch_script
 from mist.export.target import (
@@ -22,6 +22,8 @@ from mist.export.target import (
     added,
     refused,
 )
+from mist.export.unread_settings import SettingKinds, unread
+from mist.files import is_file, read_bytes
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import Precision
 
@@ -115,11 +117,29 @@ def recognises_deepspeed(text: str) -> bool:
 
 READ: Final = frozenset(
     {
-        BATCH, MICRO, STEPS, "bf16.enabled", "fp16.enabled", "optimizer.type",
+        BATCH, MICRO, STEPS, "bf16.enabled", "fp16.enabled",
         "zero_optimization.stage", "zero_optimization.overlap_comm", "tensor_parallel.autotp_size",
-        "zero_optimization.offload_optimizer.device", "zero_optimization.offload_optimizer.ratio",
-        "zero_optimization.offload_optimizer.pin_memory", "zero_optimization.offload_param.device",
+        "zero_optimization.offload_optimizer.ratio",
+        "zero_optimization.offload_optimizer.pin_memory",
     }
+)  # fmt: skip
+KINDS: Final = SettingKinds(
+    read=READ,
+    untouched=(
+        "optimizer.params", "scheduler", "gradient_clipping", "steps_per_print", "wall_clock",
+        "fp16.", "bf16.", "zero_allow_untested", "comms_logger", "tensorboard", "wandb", "csv_",
+        "flops_profiler", "dump_state", "seed", "checkpoint.", "zero_force_ds", "prescale_",
+        "zero_optimization.contiguous_gradients", "zero_optimization.offload_param.pin_memory",
+        "zero_optimization.stage3_gather_16bit", "zero_optimization.gather_16bit",
+    ),
+    decisive={
+        "zero_optimization.offload_optimizer.device": ("none", "cpu"),
+        "zero_optimization.offload_param.device": ("none", "cpu"),
+        "zero_optimization.zero_hpz_partition_size": ("1",),
+        "zero_optimization.mics_shard_size": ("-1",),
+        "sequence_parallel_size": ("1",),
+        "optimizer.type": ("adam", "adamw", "fusedadam", "cpuadam", "deepspeedcpuadam"),
+    },
 )  # fmt: skip
 
 
@@ -132,7 +152,9 @@ def read_deepspeed(text: str, path: str) -> Configuration:
     if not isinstance(data, dict):
         raise InputError(f"{path} is no JSON object.")
     data.pop(MARK, None)
-    keys = {key: value for key, value in leaves(data) if value != "auto"}
+    stated = dict(leaves(data))
+    keys = {key: value for key, value in stated.items() if value != "auto"}
+    others = unread(keys, KINDS, text, path)
     zero = _number(keys, "zero_optimization.stage", path)
     hosted = keys.get("zero_optimization.offload_optimizer.device", "none") != "none"
     weights = keys.get("zero_optimization.offload_param.device", "none") != "none"
@@ -146,9 +168,30 @@ def read_deepspeed(text: str, path: str) -> Configuration:
         knobs=knobs,
         offload=Offload(optimizer=float(ratio) * hosted, weights=float(weights)),
         global_batch=_number(keys, BATCH, path),
-        precision=_precision(keys),
+        precision=_precision(stated),
         num_micro_batches=_number(keys, STEPS, path),
-        unmodelled=tuple(f"{key} = {value}" for key, value in keys.items() if key not in READ),
+        unmodelled=others.unmodelled,
+        untouched=others.untouched,
+    )
+
+
+def beside(path: str, key: str, name: object) -> Configuration:
+    """What the JSON says that a file at `path` names in `key`. Raises InputError without one."""
+    file = found_beside(path, key, name)
+    return read_deepspeed(text_of(read_bytes(file), file), str(file))
+
+
+def found_beside(path: str, key: str, name: object) -> Path:
+    """The file of that name: beside the one at `path`, or in the current folder.
+
+    Raises InputError where it is in neither.
+    """
+    places = [folder / str(name) for folder in (Path(path).parent, Path())]
+    for file in places:
+        if is_file(file):
+            return file
+    raise InputError(
+        f"{path}: {key} {name!r:.80}: {places[0]} is no file. Put it where the key says."
     )
 
 
@@ -168,7 +211,8 @@ def _number(keys: Mapping[str, Any], key: str, path: str) -> int | None:
     return value
 
 
-def _precision(keys: Mapping[str, Any]) -> Precision:
-    if keys.get("bf16.enabled"):
-        return Precision.BF16
-    return Precision.FP16 if keys.get("fp16.enabled") else Precision.FP32
+def _precision(keys: Mapping[str, Any]) -> Precision | None:
+    """None where the trainer says it."""
+    given = {each: keys.get(f"{each}.enabled") for each in (Precision.BF16, Precision.FP16)}
+    on = [each for each, value in given.items() if value not in (None, False, "auto")]
+    return on[0] if on else None if "auto" in given.values() else Precision.FP32

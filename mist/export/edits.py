@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from mist.export.setting_lines import line_of
 from mist.export.target import Written
 
 NAME: Final = re.compile(r'^"?([\w.-]+)"?')
@@ -33,11 +34,11 @@ def edits_of(path: str, text: str, before: Sequence[str], after: Sequence[str]) 
 def _edits(path: str, text: str, before: Sequence[str], after: Sequence[str]) -> Iterator[str]:
     for line in after:
         if line not in before:
-            place = _line_of(_name(line), text)
+            place = line_of(_name(line), text)
             yield f"{path}, line {place}: {line}" if place else f"add {line} to {path}"
     names = {_name(line) for line in after}
     for line in before:
-        place = _line_of(_name(line), text)
+        place = line_of(_name(line), text)
         if _name(line) not in names and place:
             yield f"remove {_name(line)} ({path}, line {place})"
 
@@ -47,10 +48,3 @@ def _name(line: str) -> str:
     found = NAME.match(line)
     assert found is not None, "lines that set nothing were left out"
     return found[1]
-
-
-def _line_of(name: str, text: str) -> int | None:
-    """The line of a file that sets something of this name, the last one; None without it."""
-    own = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-    places = [n for n, line in enumerate(text.splitlines(), 1) if own.search(line.split("#")[0])]
-    return places[-1] if places else None

@@ -9,20 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from mist.documents import Document, parse_yaml, text_of
+from mist.documents import Document, parse_yaml
 from mist.errors import InputError
 from mist.export.accelerate_yaml import repeats
 from mist.export.deepspeed_json import CONFIG as DEEPSPEED_FILE
 from mist.export.deepspeed_json import (
     DEEPSPEED,
     MICRO,
-    read_deepspeed,
+    beside,
     write_deepspeed,
 )
 from mist.export.launcher_lines import head, node_script, nodes_of
 from mist.export.target import Configuration, ExportLoss, ExportSource, Written, added, refused
-from mist.export.yaml_lines import unread, whole_at, yaml_lines
-from mist.files import is_file, read_bytes
+from mist.export.unread_settings import SettingKinds, unread
+from mist.export.yaml_lines import whole_at, yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Plan
 from mist.plans.workload import Precision
@@ -32,6 +32,7 @@ PRETRAINING: Final = "pt, full"  # of all parameters, as the keys stage and fine
 STAGE, KIND = PRETRAINING.split(", ")
 EACH: Final = "per_device_train_batch_size"
 ACCUMULATED: Final = "gradient_accumulation_steps"
+STAGE_KEY: Final = "stage"
 
 
 def _faults(plan: Plan) -> list[ExportLoss]:
@@ -91,18 +92,26 @@ def recognises_llamafactory(text: str) -> bool:
 
 READ: Final = frozenset(
     {
-        "model_name_or_path", "stage", "do_train", "finetuning_type", "cutoff_len", EACH,
+        "model_name_or_path", "do_train", "finetuning_type", "cutoff_len", EACH,
         ACCUMULATED, "bf16", "fp16", "optim", "flash_attn", "disable_gradient_checkpointing",
         "deepspeed",
     }
 )  # fmt: skip
-UNTOUCHED: Final = (
+KINDS: Final = SettingKinds(
+    read=READ,
+    untouched=(
     "dataset", "template", "output_dir", "learning_rate", "lr_scheduler", "warmup", "logging_steps",
     "save_", "num_train_epochs", "max_steps", "overwrite_", "preprocessing_", "dataloader_",
     "plot_loss", "report_to", "val_size", "eval", "per_device_eval", "seed", "max_samples",
-    "trust_remote_code", "ddp_timeout", "resume_", "weight_decay",
+    "trust_remote_code", "ddp_timeout", "resume_", "weight_decay", "run_name", "hub_",
+    ),
+    decisive={
+        STAGE_KEY: ("pt", "sft"),
+        "quantization_bit": ("none",),
+        **dict.fromkeys(("use_galore", "use_apollo", "use_badam", "use_muon"), ("false",)),
+        **dict.fromkeys(("upcast_layernorm", "sequence_parallel_size"), ("false", "1")),
+    },
 )  # fmt: skip
-"""Beginnings of keys on data, logs and learning rates: they change neither time nor memory."""
 
 
 def read_llamafactory(text: str, path: str) -> Configuration:
@@ -116,6 +125,7 @@ def read_llamafactory(text: str, path: str) -> Configuration:
         raise InputError(
             f"{path}: finetuning_type {kind!r:.40}: only full training is predicted. Try {KIND}."
         )
+    others = unread(keys, KINDS, text, path)
     divided = _deepspeed(keys, path)
     each = whole_at(keys, EACH, path) or 8  # the default of transformers
     # In LLaMA-Factory checkpointing is on unless it is switched off.
@@ -127,7 +137,8 @@ def read_llamafactory(text: str, path: str) -> Configuration:
         seq_len=whole_at(keys, "cutoff_len", path),
         precision=_precision(keys),
         num_micro_batches=whole_at(keys, ACCUMULATED, path) or 1,
-        unmodelled=(*divided.unmodelled, *unread(keys, READ, UNTOUCHED)),
+        unmodelled=(*divided.unmodelled, *others.unmodelled),
+        untouched=(*divided.untouched, *others.untouched),
     )
 
 
@@ -136,15 +147,10 @@ def _deepspeed(keys: Mapping[str, Any], path: str) -> Configuration:
     name = keys.get("deepspeed")
     if name is None:
         return Configuration(knobs={"zero": 0})
-    file = Path(path).parent / str(name)
-    if not is_file(file):
-        raise InputError(
-            f"{path}: deepspeed {name!r:.80}: {file} is no file. Put it where the key says."
-        )
-    said = read_deepspeed(text_of(read_bytes(file), file), str(file))
+    said = beside(path, "deepspeed", name)
     each = said.knobs.get("micro_batch", whole_at(keys, EACH, path))
     if each != whole_at(keys, EACH, path):
-        raise InputError(f"{path}: {EACH} {keys.get(EACH)}, but {file} says {MICRO} {each}.")
+        raise InputError(f"{path}: {EACH} {keys.get(EACH)}, but {name} says {MICRO} {each}.")
     return said
 
 

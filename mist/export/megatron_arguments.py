@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mist.errors import InputError
-from mist.export.command_words import Options, number, options_of
+from mist.export.command_words import Options, launched, number, options_of
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import (
     Configuration,
@@ -23,6 +23,7 @@ from mist.export.target import (
     added,
     refused,
 )
+from mist.export.unread_settings import NEVER, SettingKinds, unread
 from mist.plans.memory_levels import KEEPS_ALL, PARTLY, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
 from mist.plans.schedules import kind_of
@@ -255,14 +256,50 @@ READ: Final = frozenset(
         "--tensor-model-parallel-size", "--sequence-parallel", "--pipeline-model-parallel-size",
         "--pipeline-model-parallel-layout", "--num-virtual-stages-per-pipeline-rank",
         "--micro-batch-size", "--global-batch-size", "--seq-length", "--bf16", "--fp16",
-        "--optimizer", "--use-flash-attn", "--use-distributed-optimizer", "--overlap-grad-reduce",
+        "--use-flash-attn", "--use-distributed-optimizer", "--overlap-grad-reduce",
         "--overlap-param-gather", "--use-megatron-fsdp", "--data-parallel-sharding-strategy",
         "--ckpt-format", "--optimizer-cpu-offload", "--optimizer-offload-fraction",
         "--use-precision-aware-optimizer", "--recompute-granularity", "--recompute-method",
         "--recompute-num-layers", "--recompute-modules", "--group-query-attention", "--swiglu",
         "--untie-embeddings-and-output-weights", "--disable-bias-linear", "--normalization",
-        "--position-embedding-type", "--rotary-base", *SIZES,
+        "--position-embedding-type", "--rotary-base", "--recompute-activations",
+        "--num-layers-per-virtual-pipeline-stage", "--decoder-first-pipeline-num-layers",
+        "--decoder-last-pipeline-num-layers", *SIZES,
     }
+)  # fmt: skip
+KINDS: Final = SettingKinds(
+    read=READ,
+    sign=" ",
+    untouched=(
+        "--lr", "--min-lr", "--decoupled-", "--adam-", "--weight-decay", "--start-weight-decay",
+        "--end-weight-decay", "--clip-grad", "--init-method", "--train-iters", "--train-samples",
+        "--override-opt", "--data-path", "--data-cache", "--mock-data", "--split", "--vocab-file",
+        "--merge-file", "--tokenizer", "--num-workers", "--dataloader", "--train-data", "--valid",
+        "--test-data", "--reset-", "--eod-", "--no-create-attention", "--log", "--timing-",
+        "--tensorboard", "--wandb", "--save", "--load", "--no-save", "--no-load", "--finetune",
+        "--ckpt", "--async-save", "--dist-ckpt", "--use-dist-ckpt", "--auto-detect-ckpt", "--eval",
+        "--exit-", "--seed", "--distributed-", "--norm-epsilon", "--layernorm-epsilon",
+        "--rotary-percent", "--moe-aux-loss", "--moe-z-loss", "--moe-router-load", "--job-",
+        "--manual-gc", "--use-mcore-models", "--no-gradient-accumulation-fusion",
+    ),
+    decisive={
+        "--expert-model-parallel-size": ("1",),
+        "--expert-tensor-parallel-size": ("1",),
+        "--context-parallel-size": ("1",),
+        "--encoder-tensor-model-parallel-size": ("0", "1"),
+        "--encoder-pipeline-model-parallel-size": ("0", "1"),
+        "--mtp-num-layers": ("0",),
+        "--cpu-offloading-num-layers": ("0",),
+        "--zero-stage": ("0",),
+        "--deepspeed": NEVER,
+        "--use-torch-fsdp2": NEVER,
+        "--fine-grained-activation-offloading": NEVER,
+        "--distribute-saved-activations": NEVER,
+        "--account-for-embedding-in-pipeline-split": NEVER,
+        "--account-for-loss-in-pipeline-split": NEVER,
+        "--attention-backend": ("auto", "flash", "fused"),
+        "--optimizer": ("adam",),
+    },
 )  # fmt: skip
 COUNTS: Final = {"tp": "--tensor-model-parallel-size", "micro_batch": "--micro-batch-size"}
 LAUNCH: Final = re.compile(
@@ -276,14 +313,16 @@ def read_megatron(text: str, path: str) -> Configuration:
     Options that refuse or change nothing here are listed as not modelled, with their values.
     """
     options = options_of(text, path)
+    said = {n: " ".join(values) for n, values in options.items() if not LAUNCH.fullmatch(n)}
+    others = unread(said, KINDS, text, path)
     pp = number(options, "--pipeline-model-parallel-size", path, 1) or 1
-    layers = layout_layers(options, path)
+    layers = layout_layers(options, path) or _end_layers(options, path, pp)
     if layers and len(layers) % pp:
         raise InputError(
             f"{path}: --pipeline-model-parallel-layout has {len(layers)} parts, no multiple of "
             f"--pipeline-model-parallel-size {pp}."
         )
-    vpp = len(layers) // pp if layers else _vpp(options, path)
+    vpp = len(layers) // pp if layers else _vpp(options, path, pp)
     return Configuration(
         knobs={
             **{name: number(options, option, path, 1) or 1 for name, option in COUNTS.items()},
@@ -299,12 +338,44 @@ def read_megatron(text: str, path: str) -> Configuration:
         global_batch=number(options, "--global-batch-size", path),
         precision=_precision(options),
         num_layers=number(options, "--num-layers", path),
-        unmodelled=tuple(_unmodelled(options)),
+        launched=launched(options),
+        shards_sequence="--sequence-parallel" in options,
+        unmodelled=(*_ignored(options), *others.unmodelled),
+        untouched=others.untouched,
     )
 
 
-def _vpp(options: Options, path: str) -> int:
-    return number(options, "--num-virtual-stages-per-pipeline-rank", path, 1) or 1
+def _vpp(options: Options, path: str, pp: int) -> int:
+    """Chunks of a stage: their number, or that of the layers of each."""
+    option = "--num-layers-per-virtual-pipeline-stage"
+    size = number(options, option, path)
+    if size is None:
+        return number(options, "--num-virtual-stages-per-pipeline-rank", path, 1) or 1
+    num_layers = number(options, "--num-layers", path)
+    if num_layers is None or size < 1 or num_layers % (pp * size):
+        raise InputError(
+            f"{path}: {option} {size}: {num_layers or 'an unknown number of'} layers do not divide "
+            f"into chunks of {size} on {pp} stages."
+        )
+    return num_layers // (pp * size)
+
+
+def _end_layers(options: Options, path: str, pp: int) -> tuple[int, ...]:
+    """Layers of each stage where the first or the last has a number of its own, else none."""
+    names = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
+    ends = [number(options, name, path) for name in names]
+    if ends == [None, None]:
+        return ()
+    num_layers, given = number(options, "--num-layers", path), [n for n in ends if n is not None]
+    between = pp - len(given)
+    left = -1 if num_layers is None else num_layers - sum(given)
+    if min(given) < 1 or between < 1 or left < between or left % between:
+        raise InputError(
+            f"{path}: {' and '.join(name for name in names if name in options)} leave "
+            f"{left} layers for {between} stages, which is no equal split."
+        )
+    first, last = ([] if n is None else [n] for n in ends)
+    return (*first, *[left // between] * between, *last)
 
 
 def layout_layers(options: Options, path: str) -> tuple[int, ...]:
@@ -359,6 +430,8 @@ def _checkpoint(
 ) -> str:
     """The memory level or the number of layers of each stage that are run again."""
     granularity = " ".join(options.get("--recompute-granularity", ()))
+    if "--recompute-activations" in options:
+        return PARTLY[0].value
     if not granularity:
         return KEEPS_ALL.value
     if granularity == PARTLY[0]:
@@ -374,13 +447,11 @@ def _checkpoint(
     return ",".join(str(sum(chunks[stage::pp])) for stage in range(pp))
 
 
-def _unmodelled(options: Options) -> Iterator[str]:
+def _ignored(options: Options) -> Iterator[str]:
+    """What is read, but has no part in what is predicted."""
     strays = options.get("--recompute-modules", ("core_attn",))
     if tuple(strays) != ("core_attn",):
         yield f"--recompute-modules {' '.join(strays)}"
     strategy, fsdp = "--data-parallel-sharding-strategy", "--use-megatron-fsdp"
     if strategy in options and fsdp not in options:
         yield f"{strategy} {' '.join(options[strategy])} (Megatron ignores it without {fsdp})"
-    for name, values in options.items():
-        if name not in READ and not LAUNCH.fullmatch(name):
-            yield " ".join([name, *values])

@@ -101,7 +101,11 @@ class Configuration:
         num_micro_batches: that the file states, to be compared with what follows from the batch.
         dp: data-parallel ranks that the file states.
         num_layers: of the model, as the file states them.
+        launched: ranks that a script starts, where its user may start another number.
+        shards_sequence: whether tensor parallelism shards the sequence.
+        runtimes: whose predictions hold for the file, where not the target's.
         unmodelled: settings that predictions do not know, as they stand in the file.
+        untouched: names of those that change neither time nor memory.
     """
 
     knobs: Mapping[str, int]
@@ -116,7 +120,11 @@ class Configuration:
     num_micro_batches: int | None = None
     dp: int | None = None
     num_layers: int | None = None
+    launched: int | None = None
+    shards_sequence: bool | None = None
+    runtimes: Sequence[str] = ()
     unmodelled: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,7 @@
 from typing import Final
 
 from mist.errors import InputError, did_you_mean
-from mist.export.accelerate_yaml import (
-    ACCELERATE,
-    read_accelerate,
-    recognises_accelerate,
-    write_accelerate,
-)
+from mist.export.accelerate_yaml import ACCELERATE, write_accelerate
 from mist.export.axolotl_yaml import (
     AXOLOTL,
     read_axolotl,
@@ -37,12 +32,9 @@ from mist.export.megatron_arguments import (
 )
 from mist.export.megatron_bridge import read_bridge, recognises_bridge, write_bridge
 from mist.export.target import Target
-from mist.export.torchtitan_module import (
-    TORCHTITAN,
-    read_torchtitan,
-    recognises_torchtitan,
-    write_torchtitan,
-)
+from mist.export.torchtitan_module import TORCHTITAN, write_torchtitan
+from mist.export.torchtitan_settings import read_torchtitan, recognises_torchtitan
+from mist.export.trainer_options import read_trainer, recognises_trainer
 
 TARGETS: Final = (
     Target(
@@ -90,8 +82,8 @@ TARGETS: Final = (
         runtimes=("torch",),
         expresses=ACCELERATE,
         write=write_accelerate,
-        recognises=recognises_accelerate,
-        read=read_accelerate,
+        recognises=recognises_trainer,
+        read=read_trainer,
     ),
     Target(
         name="megatron-bridge",

@@ -1,22 +1,15 @@
-"""torchtitan 0.3: a package with a config_registry.py, and a script that starts it; the inverse.
+"""torchtitan 0.3: a package with a config_registry.py, and a script that starts it.
 
-Fields: torchtitan/config/configs.py of 0.3.0. A configuration there is a Python function. It is
-read as a syntax tree, and never run: calls of ParallelismConfig and TrainingConfig, assignments to
-`config.parallelism.x`, and options of the command line, --parallelism.tensor_parallel_degree 2.
+Fields: torchtitan/config/configs.py of 0.3.0. A configuration there is a Python function.
 With a pipeline training.local_batch_size is micro_batch * num_micro_batches, without one it is
 micro_batch, and the global batch gives the accumulation.
 """
 
-import ast
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
-from mist.errors import InputError
-from mist.export.command_words import options_of
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import (
-    Configuration,
     ExportLoss,
     ExportSource,
     Expresses,
@@ -25,9 +18,8 @@ from mist.export.target import (
     refused,
     undivided_offload,
 )
-from mist.plans.memory_levels import KEEPS_ALL, LEVELS, PARTLY, REPEATS_ALL
-from mist.plans.plan import Offload, Plan
-from mist.plans.schedules import DEFAULT_KIND
+from mist.plans.memory_levels import LEVELS, PARTLY
+from mist.plans.plan import Plan
 from mist.plans.workload import Precision, ScheduleKind
 
 MODULE: Final = "mist_plan/config_registry.py"
@@ -202,200 +194,3 @@ def _repeated(plan: Plan) -> Iterator[int]:
         for layer, level in zip(layers, stage.levels, strict=True):
             if LEVELS[level].repeats == "all":
                 yield layer
-
-
-def recognises_torchtitan(text: str) -> bool:
-    """Whether a text is a module for torchtitan, or has options of it."""
-    return "torchtitan" in text or "--parallelism." in text
-
-
-CALLS: Final = {"ParallelismConfig": "parallelism.", "TrainingConfig": "training."}
-CHECKPOINT: Final = "activation_checkpoint"
-# Those that decide how a model is trained; loggers, checkpoints and data do not.
-SECTIONS: Final = ("parallelism", "training", "compile", "optimizer", "model_spec", "comm")
-PARTS: Final = "parallelism.module_fqns_per_model_part"
-Settings = Mapping[str, Any]
-COUNTS: Final = {
-    "tp": "parallelism.tensor_parallel_degree",
-    "pp": "parallelism.pipeline_parallel_degree",
-}
-
-READ: Final = frozenset(
-    f"parallelism.{name}"
-    for name in (
-        "data_parallel_replicate_degree", "data_parallel_shard_degree",
-        "fsdp_reshard_after_forward", "tensor_parallel_degree", "enable_sequence_parallel",
-        "pipeline_parallel_degree", "pipeline_parallel_schedule",
-        "pipeline_parallel_microbatch_size", "module_fqns_per_model_part",
-    )
-) | frozenset(
-    f"training.{name}"
-    for name in (
-        "local_batch_size", "global_batch_size", "seq_len", "mixed_precision_param",
-        "enable_cpu_offload", "disable_cuda_graphs",
-    )
-) | {CHECKPOINT, f"{CHECKPOINT}.layers"}  # fmt: skip
-
-
-def read_torchtitan(text: str, path: str) -> Configuration:
-    """The layout of a module or of command-line options. Raises InputError naming a setting."""
-    settings = dict(_settings(text, path) if path.endswith(".py") else _typed(text, path))
-    whole = _WholeSettings(settings, path)
-    pp = whole.number("parallelism.pipeline_parallel_degree", 1)
-    parts = _chunks(settings, path, pp)
-    batch = whole.number("training.local_batch_size", 8)
-    micro_batch = whole.number("parallelism.pipeline_parallel_microbatch_size", 1)
-    copies = whole.number("parallelism.data_parallel_replicate_degree", 1)
-    shard = whole.number("parallelism.data_parallel_shard_degree", -1)
-    offload = float(settings.get("training.enable_cpu_offload") is True)
-    zero = _zero(settings, shard, pp)
-    global_batch = whole.number("training.global_batch_size", -1)
-    return Configuration(
-        knobs={
-            **{name: whole.number(setting, 1) for name, setting in COUNTS.items()},
-            "vpp": max(len(parts) // pp, 1),
-            "zero": zero,
-            "dp_replicate": copies if zero else 1,
-            "micro_batch": micro_batch if pp > 1 else batch,
-        },
-        checkpoint=_checkpoint(settings, path, parts, pp),
-        schedule=_schedule(settings, path),
-        offload=Offload(weights=offload, grads=offload, optimizer=offload),
-        layers=tuple(len(part) for part in parts),
-        seq_len=whole.number("training.seq_len", 2048),
-        global_batch=None if global_batch < 1 else global_batch,
-        precision=_precision(settings),
-        num_micro_batches=batch // micro_batch if pp > 1 else None,
-        dp=copies * shard if shard > 0 else None,
-        num_layers=sum(len(part) for part in parts) or None,
-        unmodelled=tuple(_unmodelled(settings)),
-    )
-
-
-class _WholeSettings:
-    """Settings that are whole numbers."""
-
-    def __init__(self, settings: Settings, path: str) -> None:
-        self._settings, self._path = settings, path
-
-    def number(self, name: str, default: int) -> int:
-        """The number of a setting. Raises InputError."""
-        value = self._settings.get(name, default)
-        text = str(value)
-        if isinstance(value, bool) or not re.fullmatch(r"-?\d{1,15}", text):
-            raise InputError(f"{self._path}: {name} {text:.40} is no whole number.")
-        return int(text)
-
-
-def _settings(text: str, path: str) -> Iterator[tuple[str, Any]]:
-    """Settings of a module by their dotted names; a value that is no literal is its text."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise InputError(f"{path} is not Python: {error}.") from error
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield from _of_call(node)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            yield from _of_assignment(ast.unparse(node.targets[0]), node.value)
-
-
-def _of_call(node: ast.Call) -> Iterator[tuple[str, Any]]:
-    name = ast.unparse(node.func)
-    for word in node.keywords:
-        if prefix := CALLS.get(name.rpartition(".")[2]):
-            yield f"{prefix}{word.arg}", _literal(word.value)
-        elif name.endswith("AC.Config") and word.arg:
-            yield f"{CHECKPOINT}.{word.arg}", _literal(word.value)
-        elif word.arg == CHECKPOINT:
-            yield CHECKPOINT, ast.unparse(word.value)
-
-
-def _of_assignment(target: str, value: ast.expr) -> Iterator[tuple[str, Any]]:
-    """A field that is set on a configuration; whole sections are calls, which are read by part."""
-    name = target.partition(".")[2]
-    if name == CHECKPOINT:
-        yield name, ast.unparse(value)
-    elif name.partition(".")[0] in SECTIONS and "." in name:
-        yield name, _literal(value)
-
-
-def _literal(node: ast.expr) -> object:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
-
-
-def _typed(text: str, path: str) -> Iterator[tuple[str, Any]]:
-    """Settings of a command line."""
-    for option, values in options_of(text, path).items():
-        name = option.removeprefix("--").replace("-", "_")
-        if "." in name:
-            value = " ".join(values)
-            yield name, {"": True, "True": True, "False": False}.get(value, value)
-    for word in re.findall(r"activation-checkpoint:(\w+)", text):
-        yield CHECKPOINT, word
-
-
-def _zero(settings: Settings, shard: int, pp: int) -> int:
-    """ZeRO-3 where parameters are given back after the forward pass, ZeRO-2 where they are kept."""
-    if shard == 1:
-        return 0
-    policy = settings.get("parallelism.fsdp_reshard_after_forward", "default")
-    kept = policy == "never" or (policy == "default" and pp > 1)
-    return 2 if kept else 3
-
-
-def _chunks(settings: Settings, path: str, pp: int) -> list[list[int]]:
-    """Layers of each part of the pipeline."""
-    value = settings.get(PARTS)
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(part, list) for part in value):
-        # A list on the command line is taken apart at its commas, without an error.
-        raise InputError(f"{path}: {PARTS} is no list of lists of names. Write it in Python.")
-    if len(value) % max(pp, 1):
-        raise InputError(f"{path}: {PARTS} has {len(value)} parts, no multiple of {pp} stages.")
-    found = [[re.fullmatch(r"layers\.(\d+)", str(name)) for name in part] for part in value]
-    return [[int(name[1]) for name in part if name] for part in found]
-
-
-def _checkpoint(settings: Settings, path: str, parts: Sequence[Sequence[int]], pp: int) -> str:
-    words = str(settings.get(CHECKPOINT, "None"))
-    if words == "None":
-        return KEEPS_ALL.value
-    if "LayerList" in words:
-        layers = settings.get(f"{CHECKPOINT}.layers")
-        if not isinstance(layers, tuple | list):
-            raise InputError(f"{path}: {CHECKPOINT}.layers is no list of layers.")
-        if not parts:
-            return str(len(layers))
-        own = [[layer for part in parts[stage::pp] for layer in part] for stage in range(pp)]
-        return ",".join(str(len(set(stage) & set(layers))) for stage in own)
-    return REPEATS_ALL.value if re.search("(?i)full", words) else PARTLY[0].value
-
-
-def _schedule(settings: Settings, path: str) -> ScheduleKind:
-    name = str(settings.get("parallelism.pipeline_parallel_schedule", NAMES[DEFAULT_KIND]))
-    for kind, known in NAMES.items():
-        if known.lower() == name.lower():
-            return kind
-    known = ", ".join(NAMES.values())
-    raise InputError(
-        f"{path}: parallelism.pipeline_parallel_schedule {name} is not predicted. Known: {known}."
-    )
-
-
-def _precision(settings: Settings) -> Precision:
-    name = settings.get("training.mixed_precision_param", DTYPES[Precision.BF16])
-    return next((each for each, dtype in DTYPES.items() if dtype == name), Precision.BF16)
-
-
-def _unmodelled(settings: Settings) -> Iterator[str]:
-    for name, value in settings.items():
-        off = name == "compile.enable" and value is False
-        if name not in READ and not off:
-            yield f"{name} = {value}"
-    if settings.get("parallelism.enable_sequence_parallel") is False:
-        yield "parallelism.enable_sequence_parallel = False"

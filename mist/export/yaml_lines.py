@@ -1,6 +1,6 @@
 """YAML with a comment on each line, which names the field of the plan that it carries."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -19,15 +19,6 @@ def yaml_lines(rows: Iterable[tuple[str, Any, str]]) -> Iterator[str]:
         # Written as YAML writes a single value, without the end of the document.
         text = yaml.safe_dump(value).removesuffix("\n...\n").strip()
         yield f"{'  ' if above else ''}{name}: {text}  # {field}"
-
-
-def unread(
-    keys: Mapping[str, Any], read: Container[str], untouched: tuple[str, ...] = ()
-) -> Iterator[str]:
-    """Settings that are not read, but for those that begin with a word of `untouched`."""
-    for key, value in keys.items():
-        if key not in read and not key.startswith(untouched):
-            yield f"{key} = {value}"
 
 
 def whole_at(keys: Mapping[str, Any], key: str, path: str) -> int | None:

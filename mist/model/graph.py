@@ -242,6 +242,12 @@ class ModelGraph(ModelFacts):
     shared: tuple[SavedTensor, ...]
     shared_single: tuple[SavedTensor, ...]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for counts that no model has."""
+        ModelFacts.__post_init__(self)
+        if len(self.blocks) != self.num_kinds:
+            raise ValueError(f"{len(self.blocks)} blocks, of {self.num_kinds}")
+
     @property
     def facts(self) -> ModelFacts:
         """The facts alone."""

@@ -6,6 +6,9 @@ sympy.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
+
+MOST_LAYERS: Final = 65_536
 
 
 class Traffic(StrEnum):
@@ -45,6 +48,11 @@ class Lengths:
     first: int = 1
     last: int | None = None
     multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where there is no such length."""
+        if self.first < 1 or self.multiple < 1 or (self.last is not None and self.last < 1):
+            raise ValueError(f"{self} are no lengths")
 
     def __contains__(self, seq_len: int) -> bool:
         within = self.first <= seq_len and (self.last is None or seq_len <= self.last)
@@ -89,6 +97,20 @@ class ModelFacts:
     notes: tuple[str, ...]
     undivided: str | None = None
     lengths: Lengths = Lengths()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for counts that no model has."""
+        if not 0 <= self.num_trainable <= self.num_params:
+            raise ValueError(f"{self.num_trainable} of {self.num_params} parameters")
+        if not self.layers or min(run.count for run in self.layers) < 1:
+            raise ValueError("a run without layers")
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"{self.num_layers} layers, above {MOST_LAYERS}")
+        if {run.block for run in self.layers} != set(range(self.num_kinds)):
+            raise ValueError("layers of blocks that there are not")
+        sizes = (self.max_seq_len, *(limit.size for limit in self.tp_limits or ()))
+        if any(size is not None and size < 1 for size in sizes):
+            raise ValueError(f"limits of {sizes}")
 
     @property
     def trainable(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mist.documents import Document, parse_yaml
+from mist.documents import Document, parse_yaml, refuse_other_kind
 from mist.errors import Fault, InputError, PlanError
 from mist.files import read_bytes, write_text
 from mist.plans.invariants import plan_faults
@@ -29,6 +29,7 @@ def load_plan(path: str | Path) -> Plan:
     if not isinstance(document, Document):
         raise InputError(f"{path} is not a plan: it has no {SCHEMA} mapping.")
     data = document.data
+    refuse_other_kind(data, SCHEMA, Path(path))
     repeated = (Fault(path=key, message="given twice") for key in document.repeated)
     faults = [*repeated, *_schema_faults(data), *plan_faults(data)]
     if faults:

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from mist.errors import PlanError
+from mist.model.summary import MOST_LAYERS
 from mist.plans.invariants import plan_faults
 from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.memory_chance import fit_probability
@@ -23,7 +24,6 @@ from mist.plans.provenance import Kind
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import (
     MOST_GPUS,
-    MOST_LAYERS,
     STRICT,
     GpuCount,
     MemoryLevel,

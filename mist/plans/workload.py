@@ -16,7 +16,6 @@ STRICT: Final = ConfigDict(extra="forbid")  # an unknown key of a plan file is a
 MOST_GPUS: Final = 2**20
 MOST_SAMPLES: Final = 2**32
 MOST_TOKENS: Final = 2**30
-MOST_LAYERS: Final = 2**16
 
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
 GpuCount = Annotated[int, Field(ge=1, le=MOST_GPUS)]

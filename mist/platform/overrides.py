@@ -29,6 +29,8 @@ FAMILIES: Final[tuple[type[Device] | type[Cluster] | type[Runtime], ...]] = (
 )
 NAMES: Final = tuple(shape.__name__.lower() for shape in FAMILIES)
 HOST_MEMORY: Final = "cluster.host_memory_bytes"
+SEQUENCE: Final = "runtime.knobs.sequence_parallel"
+SWITCHES: Final = frozenset({SEQUENCE})  # of a profile that are no figures: 0 is off, 1 is on
 OWN: Final = "the user's own figure"
 NO_FIGURE: Final = object()
 
@@ -91,15 +93,19 @@ def _with(profile: Any, family: str, overrides: Overrides) -> Any:  # noqa: ANN4
     shape = type(profile)
     data = TypeAdapter(shape).dump_python(profile, mode="json")
     for name, value in own.items():
-        _place(data, name, profile)[name.rpartition(".")[2]] = {
-            "value": value,
-            "source": OWN,
-            "kind": Kind.GIVEN.value,
-        }
+        place, leaf = _place(data, name, profile), name.rpartition(".")[2]
+        own_figure = {"value": value, "source": OWN, "kind": Kind.GIVEN.value}
+        place[leaf] = _switched(name, value) if name in SWITCHES else own_figure
     if HOST_MEMORY in own:
         data["host_memory_by_device"] = {}  # the user's figure is of the nodes at hand
     words = ", ".join(f"{name}={value:g}" for name, value in own.items())
     return check(data, shape, Path(f"--set {words}"))
+
+
+def _switched(name: str, value: float) -> bool:
+    if value not in (0.0, 1.0):
+        raise PlatformError(f"--set {name}={value:g}: it is a switch, 0 or 1.")
+    return bool(value)
 
 
 def _place(data: Any, name: str, profile: Any) -> Any:  # noqa: ANN401 - as JSON has it
@@ -113,7 +119,8 @@ def _place(data: Any, name: str, profile: Any) -> Any:  # noqa: ANN401 - as JSON
     except (KeyError, IndexError, TypeError, ValueError):
         figure = NO_FIGURE
     # Null is a figure that may be there (`max_nodes`); other settings have no value and source.
-    if figure is None or (isinstance(figure, dict) and "value" in figure):
+    is_figure_there = figure is None or (isinstance(figure, dict) and "value" in figure)
+    if is_figure_there or name in SWITCHES:
         return place
     family = name.partition(".")[0]
     known = [f"{family}.{path}" for path in figure_names(profile)]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
-from mist.documents import Document, parse_yaml
+from mist.documents import Document, parse_yaml, refuse_other_kind
 from mist.errors import Fault, PlatformError, did_you_mean
 from mist.files import is_file, read_bytes, user_path
 from mist.platform.base_profile import base_of, over_base
@@ -237,6 +237,9 @@ def check(data: Mapping[str, object], shape: type[R], path: Path) -> R:
     from pydantic import ValidationError
 
     kind: Any = shape
+    if "schema" in kind.__dataclass_fields__:
+        (schema,) = get_args(kind.__dataclass_fields__["schema"].type)
+        refuse_other_kind(data, schema, path, PlatformError)
     try:
         record: R = _adapter(kind).validate_python(data)
         return record

@@ -11,20 +11,8 @@ from mist.plans.memory_levels import PLAIN
 from mist.plans.workload import MemoryLevel
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
-from mist.symbolic.program import ModelPrograms, Program
+from mist.symbolic.program import SEARCHED, ModelPrograms, Program
 from mist.symbolic.stage import NOT_CONVERTED, ConvertedBlocks, StageCost, stage_cost
-
-SEARCHED = (
-    "stable_s",
-    "lone_s",
-    "weight_s",
-    "peak_bytes",
-    "begin_bytes",
-    "end_bytes",
-    "step_bytes",
-    "last_bytes",
-    "host_bytes",
-)
 
 SIZES = (B, S, T)
 RANKS = (

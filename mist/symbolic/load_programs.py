@@ -11,7 +11,8 @@ from mist.plans.workload import MemoryLevel, Optimizer
 from mist.platform import Runtime
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
-from mist.trace import ConfigSource, TraceSetting, load_graph, trace_digest
+from mist.symbolic.program_trial import computes
+from mist.trace import ConfigSource, TraceSetting, forget_trace, load_graph, trace_digest
 from mist.trace.trace_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -48,9 +49,18 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     if programs is not None:
         progress(f"{programs.facts.name}: trace from the cache")
         return programs
-    graph = load_graph(source, setting, progress=progress, refuse=refuse)
-    again = dict(_converted(source, settings, graph, progress))
-    programs = compile_graph(graph, setting, runtime, optimizer, again)
+
+    def traced() -> ModelPrograms:
+        graph = load_graph(source, setting, progress=progress, refuse=refuse)
+        again = dict(_converted(source, settings, graph, progress))
+        return compile_graph(graph, setting, runtime, optimizer, again)
+
+    programs = traced()
+    if not computes(programs):
+        # Of a false trace in the cache: sizes of the right form that no model has.
+        for each in (setting, *settings):
+            forget_trace(source, each)
+        programs = traced()
     # Asked again, because a model that was not in the cache has a trace there only now.
     if key := _key(source, setting, profile_hash, settings, optimizer):
         store_programs(cache_folder(), key, programs)

@@ -21,6 +21,12 @@ from mist.plans.plan import MemoryPart, TimePart
 from mist.plans.workload import MemoryLevel
 from mist.platform import OpCosts
 
+# What the search reads of a stage.
+SEARCHED = (
+    *("stable_s", "lone_s", "weight_s", "peak_bytes", "begin_bytes", "end_bytes", "step_bytes"),
+    *("last_bytes", "host_bytes"),
+)
+
 # The functions of numpy that sympy prints for what `mist.trace.codec` lets into a trace.
 FUNCTIONS = (
     *("maximum", "minimum", "mod", "floor", "ceil", "sqrt", "log", "exp", "abs", "sign"),
@@ -139,7 +145,11 @@ class StageModel:
 
 def stage_model(programs: ModelPrograms, costs: OpCosts) -> StageModel:
     """Bind a model's programs to what operations cost on a platform."""
-    laws = _laws(costs)
+    return bound_programs(programs, _laws(costs))
+
+
+def bound_programs(programs: ModelPrograms, laws: Mapping[str, Law]) -> StageModel:
+    """Bind a model's programs to laws by name."""
     return StageModel(
         costs=bind(programs.costs, laws),
         block_terms=bind(programs.terms, laws),

@@ -17,6 +17,7 @@ from mist.model.summary import ModelFacts
 from mist.plans.workload import Optimizer, Precision
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_codec import decode_program, encode_program
+from mist.symbolic.program_trial import computes
 
 PROGRAMS: Final = ("costs", "terms", "search_terms", "search", "stage", "flop", "domain")
 
@@ -48,16 +49,17 @@ def programs_key(trace: str, runtime: str, precision: Precision, optimizer: Opti
 
 
 def load_programs(folder: Path, key: str) -> ModelPrograms | None:
-    """The programs of that key, or None."""
+    """The programs of that key; None where there are none that compute."""
     text = read_entry(folder / f"{key}.json")
     try:
         entry: dict[str, Any] = parse_entry(text or "")
         facts = _facts().validate_python(entry["facts"])
-        return ModelPrograms(
+        programs = ModelPrograms(
             facts=facts, **{name: decode_program(entry[name]) for name in PROGRAMS}
         )
     except (ValidationError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return programs if computes(programs) else None
 
 
 def store_programs(folder: Path, key: str, programs: ModelPrograms) -> None:

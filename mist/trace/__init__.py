@@ -30,6 +30,7 @@ __all__ = [
     "ConfigSource",
     "Policy",
     "TraceSetting",
+    "forget_trace",
     "load_graph",
     "load_listing",
     "resolve",
@@ -87,6 +88,13 @@ def trace_digest(source: str | ConfigSource, setting: TraceSetting) -> str | Non
     """
     entry = cache.load(_key(_source_of(source), setting), setting.seq_len)
     return entry.digest if entry is not None else None
+
+
+def forget_trace(source: str | ConfigSource, setting: TraceSetting) -> None:
+    """Drop the cached trace of a model, so that it is traced again. Raises ModelError."""
+    entry = cache.load(_key(_source_of(source), setting), setting.seq_len)
+    if entry is not None:
+        cache.forget(entry.name)
 
 
 def load_listing(source: str, setting: TraceSetting, *, progress: Callable[[str], None]) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import platformdirs
 
-from mist.files import digest, parse_entry, read_entry, write_entry
+from mist.errors import InputError
+from mist.files import digest, parse_entry, read_bytes, read_entry, write_entry
 from mist.model.summary import Lengths, ModelFacts
 
 
@@ -69,7 +70,7 @@ def _entry(path: Path, seq_len: int | None) -> Entry | None:
         for module, known in entry["modules"].items():
             if file_digest(Path(module)) != known:
                 return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (InputError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return Entry(name=path.stem, fields=entry, digest=digest(text))
 
@@ -104,9 +105,13 @@ def forget(name: str) -> None:
 def load_listing(name: str) -> str | None:
     """The listing of the operations of the entry of that name, or None."""
     text = read_entry(cache_folder() / f"{name}.listing")
-    return parse_entry(text) if text else None
+    try:
+        listing = parse_entry(text or "")
+    except (ValueError, RecursionError):
+        return None
+    return listing if isinstance(listing, str) else None
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file's text."""
-    return digest(path.read_text(encoding="utf-8"))
+    """The digest of a file's text. Raises InputError where it cannot be read as one."""
+    return digest(read_bytes(path).decode())

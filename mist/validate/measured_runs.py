@@ -80,10 +80,12 @@ Row = TypeVar("Row", Run, StageRun)
 def read_runs(path: Path) -> tuple[Run, ...]:
     """The rows of a file.
 
-    Raises InputError when it cannot be read, lacks run_id or source, names a run twice, or has a
-    number that is none.
+    Raises InputError when it cannot be read, lacks run_id or source or any run, names a run twice,
+    or has a number that is none.
     """
     runs = _read(path, Run)
+    if not runs:
+        raise InputError(f"{path} has no runs: there is nothing below its columns.")
     if twice := sorted(_repeated(run.run_id for run in runs)):
         raise InputError(f"{path} has run {twice[0]} twice.")
     return runs

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
+from mist.model.summary import MOST_LAYERS
 from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.memory_levels import memory_of
 from mist.plans.plan import Layout, Schedule
@@ -11,7 +12,6 @@ from mist.plans.search_space import CHECKPOINTS
 from mist.plans.uniform_stages import chunk_shares, uniform_layout
 from mist.plans.workload import (
     MOST_GPUS,
-    MOST_LAYERS,
     MOST_SAMPLES,
     MOST_TOKENS,
     MemoryLevel,

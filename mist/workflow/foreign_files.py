@@ -13,11 +13,14 @@ from mist.documents import text_of
 from mist.errors import InputError
 from mist.export.edits import edits_of, settings_of
 from mist.export.rounding import expressible
+from mist.export.setting_lines import with_line
 from mist.export.target import Configuration, ExportSource, Target
 from mist.export.targets import target_of
 from mist.files import is_file, read_bytes, user_path
 from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import NOTHING_OFFLOADED, Plan
+from mist.platform.overrides import SEQUENCE
+from mist.platform.profiles import load_runtime
 from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.advice import best_instead
 from mist.workflow.checking import Checked, HandLayout, check_layout
@@ -46,7 +49,11 @@ def foreign_file(name: str) -> ForeignFile | None:
     target = target_of(text)
     if target is None or target.read is None:
         return None
-    return ForeignFile(path=name, target=target, configuration=target.read(text, name), text=text)
+    try:
+        said = target.read(text, name)
+    except InputError as error:
+        raise InputError(with_line(str(error), text, name)) from error
+    return ForeignFile(path=name, target=target, configuration=said, text=text)
 
 
 def check_file(
@@ -63,22 +70,23 @@ def check_file(
     """
     said = file.configuration
     if twice := [_option(name) for name in typed if name in names_said(said)]:
+        does = "does" if len(twice) == 1 else "do"
         raise InputError(
-            f"mist check {file.path}: the file says itself what {', '.join(twice)} do."
+            f"mist check {file.path}: the file says itself what {', '.join(twice)} {does}."
         )
     _refuse_open(file, typed)
-    question = replace(question, **_of_question(said))
-    layout = replace(layout, **_of_layout(said))
-    runtimes = [typed["runtime"]] if "runtime" in typed else list(file.target.runtimes)
+    question, layout = _completed(said, question, layout, typed)
+    own = said.runtimes or file.target.runtimes
+    runtimes = [typed["runtime"]] if "runtime" in typed else list(own)
     reasons: list[str] = []
     for runtime in runtimes:
+        asked = _with_sequence(said, question, layout, runtime)
         try:
-            checked = check_layout(replace(question, runtime=runtime), layout, progress)
+            checked = check_layout(asked, layout, progress)
         except InputError as error:
             reasons.append(str(error))
             continue
         _refuse_contradiction(file, checked)
-        asked = replace(question, runtime=runtime)
         return replace(
             checked,
             notes=(*checked.notes, *_notes(file, runtime, reasons)),
@@ -87,8 +95,44 @@ def check_file(
     raise InputError("\n".join(f"{file.path}: {reason}" for reason in dict.fromkeys(reasons)))
 
 
+def _completed(
+    said: Configuration, question: Question, layout: HandLayout, typed: Mapping[str, Any]
+) -> tuple[Question, HandLayout]:
+    """The question and the layout with what a file says, and what follows from it."""
+    question = replace(question, **_of_question(said))
+    if said.launched and "gpus" not in typed and said.num_gpus is None:
+        question = replace(question, num_gpus=said.launched)
+    layout = replace(layout, **_of_layout(said))
+    if "global_batch" not in typed and said.global_batch is None:
+        question = replace(question, global_batch=_batch_of(said, question, layout))
+    return question, layout
+
+
+def _batch_of(said: Configuration, question: Question, layout: HandLayout) -> int:
+    """The global batch of a file that says what each rank does of it."""
+    assert said.num_micro_batches is not None, "else it was asked for"
+    knobs = {name: int(getattr(layout, name)) for name in ("tp", "pp", "micro_batch")}
+    ranks = max(question.num_gpus // (knobs["tp"] * knobs["pp"]), 1)
+    return ranks * knobs["micro_batch"] * said.num_micro_batches
+
+
+def _with_sequence(
+    said: Configuration, question: Question, layout: HandLayout, runtime: str
+) -> Question:
+    """The question about that runtime, with tensor parallelism that shards the sequence or not."""
+    question = replace(question, runtime=runtime)
+    own = load_runtime(runtime).profile.knobs.sequence_parallel
+    if layout.tp == 1 or said.shards_sequence in (None, own):
+        return question
+    switched = {SEQUENCE: float(not own)}
+    return replace(question, overrides={**switched, **question.overrides})
+
+
 def _in_words_of(file: ForeignFile, checked: Checked) -> Iterator[str]:
     """The suggestions, changed layouts in the words of the file where it has words for them."""
+    if file.configuration.runtimes:  # the target's own words are of another way to divide states
+        yield from checked.suggestions
+        return
     can = file.target.expresses
     assert can is not None, "a launcher's script is not read"
     fitting, known = expressible(checked.plan, file.target.name, can)
@@ -145,12 +189,14 @@ def names_said(said: Configuration) -> set[str]:
 def _refuse_open(file: ForeignFile, typed: Mapping[str, Any]) -> None:
     """Ask for what the file does not say, and no default may stand for."""
     said = names_said(file.configuration)
-    open_names = ("seq", "global_batch", "micro_batch", "checkpoint")
+    open_names = ["seq", "global_batch", "micro_batch", "checkpoint"]
+    if file.configuration.num_micro_batches is not None:
+        open_names.remove("global_batch")  # it follows
     wanted = [name for name in open_names if name not in said]
     missing = [_option(name) for name in wanted if name not in typed]
     if "model" not in typed:
         missing.insert(0, "MODEL")
-    if "gpus" not in typed and "gpus" not in said:
+    if not {"gpus"} & {*typed, *said} and not file.configuration.launched:
         missing.append("--gpus")
     if missing:
         raise InputError(
@@ -175,6 +221,9 @@ def _refuse_contradiction(file: ForeignFile, checked: Checked) -> None:
 def _notes(file: ForeignFile, runtime: str, reasons: list[str]) -> Iterator[str]:
     if reasons:
         yield f"predicted as runtime {runtime}, because {reasons[0].splitlines()[0]}"
+    if file.configuration.untouched:
+        names = ", ".join(file.configuration.untouched)
+        yield f"{Path(file.path).name}: these change neither time nor memory: {names}"
     for setting in file.configuration.unmodelled:
         yield f"{Path(file.path).name}: not modelled: {setting}"
     known = {knob.field for knob in TYPED_KNOBS}

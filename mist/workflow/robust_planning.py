@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import numpy as np
 
@@ -21,11 +22,15 @@ from mist.search.robust_choice import (
     offloads,
     pessimistic_job,
     robust_choice,
+    steps_on,
 )
 from mist.search.tune import Tuned, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 from mist.units import six_digits
+
+# How far towards their worse ends figures are taken, until a layout is within the tolerance.
+PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.5, "each in its middle"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,7 @@ def chosen_robustly(
     """Choose among what the search found, and two or three further searches find.
 
     One with each uncertain figure at its worse end, of the groups whose bound is within the
-    tolerance of the fastest; one without offloading; one of a single stage where no search met one.
+    tolerance of the fastest; if none of its layouts is, one in the middle of the ranges. One without offloading; one of a single stage where no search met one.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
     # The bounds of groups as the profiles say, which are not those of the pessimistic job.
@@ -55,12 +60,16 @@ def chosen_robustly(
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
     is_near = partial(search, is_worth=lambda group: _name(group) in near)
-    pool += _found(partial(is_near, pessimistic_job(job), space), how)
+    for share, which in PESSIMISTIC:
+        worse = _found(partial(is_near, pessimistic_job(job, share), space), how, which)
+        pool += worse
+        if not worse or steps_on([job], worse).min() <= most_s:
+            break
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
-        pool += _found(partial(search, job, resident, listed=tuned.listed), how)
+        pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
-        pool += _found(partial(search, job, replace(space, pp=(1,))), how)
+        pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
         layout = choice.chosen.layout
@@ -73,14 +82,17 @@ def _name(group: Group) -> tuple[object, ...]:
     return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes)
 
 
-def _found(search: Callable[..., Tuned], how: Robust) -> tuple[PricedLayout, ...]:
-    """The best of every kind that a search meets; none where it finds none, or it is late."""
+def _found(search: Callable[..., Tuned], how: Robust, which: str) -> tuple[PricedLayout, ...]:
+    """The best of every kind that a search meets; none where it finds none, or it is late.
+
+    `which`: what is searched, for the lines of progress.
+    """
     if how.is_late():
         return ()
     try:
         return search(
             num_alternatives=0,
-            progress=how.progress,
+            progress=lambda words: how.progress(f"{which}: {words}"),
             is_late=how.is_late,
             is_over=how.is_late,
             method="dp",

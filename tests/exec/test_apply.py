@@ -174,14 +174,16 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
     program.write_text(SLEEPING)
     arguments = [str(program), str(tmp_path)]
     code = f"from mist.exec.run.launch import run_ranks; run_ranks({arguments!r}, 2)"
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+    launcher = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment})
     files = [tmp_path / "0", tmp_path / "1"]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not any(alive(int(file.read_text())) for file in files))
+    assert [*temporary.glob("mist-*")] == []
 
 
 def alive(process: int) -> bool:

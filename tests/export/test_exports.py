@@ -15,7 +15,7 @@ from mist.export.megatron_arguments import layout_words, read_megatron
 from mist.export.rounding import expressible
 from mist.export.target import ExportSource
 from mist.export.targets import TARGETS, target_named
-from mist.export.torchtitan_module import read_torchtitan
+from mist.export.torchtitan_settings import read_torchtitan
 from mist.plans.file import save_plan
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import MemoryLevel
@@ -170,9 +170,11 @@ def test_a_list_on_the_command_line_of_torchtitan_is_refused() -> None:
 
 def test_options_of_torchtitan() -> None:
     words = "torchtitan --parallelism.tensor_parallel_degree 2 --training.local-batch-size 4 "
-    found = read_torchtitan(words + "--parallelism.context_parallel_degree 2", "f.sh")
+    more = "--parallelism.enable_async_tensor_parallel --metrics.log_freq 10"
+    found = read_torchtitan(words + more, "f.sh")
     assert (found.knobs["tp"], found.knobs["micro_batch"], found.knobs["zero"]) == (2, 4, 3)
-    assert found.unmodelled == ("parallelism.context_parallel_degree = 2",)
+    assert found.unmodelled == ("parallelism.enable_async_tensor_parallel = True",)
+    assert found.untouched == ("metrics.log_freq",)
 
 
 def test_a_value_that_the_trainer_sets_says_nothing() -> None:

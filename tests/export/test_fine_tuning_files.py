@@ -38,7 +38,7 @@ def test_axolotl_ranks_follow_from_the_sizes() -> None:
     more = "dp_shard_size: 4\ndp_replicate_size: 2\ntensor_parallel_size: 2\nfsdp_version: 1\n"
     more += "fsdp_config: {reshard_after_forward: false, offload_params: true}\n"
     said = read_axolotl(AXOLOTL + more, "a.yaml")
-    assert (said.num_gpus, said.dp, said.global_batch) == (16, 8, 64)
+    assert (said.num_gpus, said.dp, said.num_micro_batches) == (16, 8, 4)
     assert said.knobs["zero"] == 2
     assert said.offload == Offload(weights=1.0, grads=1.0, optimizer=1.0)
     assert "fsdp_version = 1 (predicted as 2)" in said.unmodelled

@@ -4,7 +4,6 @@ Checkpoints are read as a rank reads them, in this process: see `tests.fuzz.judg
 """
 
 import csv
-import hashlib
 import io
 import json
 import pickle
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mist.files import ENTRY
+from mist.files import ENTRY, digest
 from tests.fuzz.mutation import (
     FLOATS,
     HUGE,
@@ -316,8 +315,8 @@ def _spoil_entry(rng: Rng, path: Path, contents: Mapping[str, bytes]) -> None:
         lambda: rng.randbytes(200),
         lambda: contents[rng.choice(names)],
         lambda: rng.choice([b"null", b"[]", b"{}", b"1", b"[" * 100_000, b"9" * 5000, b"", b"x"]),
-        lambda: _mutated_json(rng, raw),
-        lambda: _mutated_json(rng, raw),
+        lambda: _mutated_json(rng, path.name, raw),
+        lambda: _mutated_json(rng, path.name, raw),
         lambda: raw.replace(b"return", code + b"; return", 1),
         lambda: raw.replace(b"source", code, 1),
         lambda: raw[:i] + rng.randbytes(1) + raw[i + 1 :],
@@ -325,7 +324,7 @@ def _spoil_entry(rng: Rng, path: Path, contents: Mapping[str, bytes]) -> None:
     path.write_bytes(rng.choice(changed)())
 
 
-def _mutated_json(rng: Rng, raw: bytes) -> bytes:
+def _mutated_json(rng: Rng, name: str, raw: bytes) -> bytes:
     """An entry with one change, whose own digest is right again: as an attacker would write it."""
     found = ENTRY.fullmatch(raw.decode())
     if found is None:
@@ -333,7 +332,7 @@ def _mutated_json(rng: Rng, raw: bytes) -> bytes:
     data = json.loads(found[2])
     mutate(rng, data)
     text = json.dumps(data)
-    return f'{{"sha256":"{hashlib.sha256(text.encode()).hexdigest()}","entry":{text}}}'.encode()
+    return f'{{"sha256":"{digest(name, text)}","entry":{text}}}'.encode()
 
 
 def checkpoints(rng: Rng, workspace: Workspace) -> list[str]:

@@ -4,7 +4,7 @@ The good model is traced once for each setting, a graph is compiled once for eac
 commands are laid out once. What reads an input runs for every case.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,10 +12,11 @@ from unittest.mock import patch
 
 if TYPE_CHECKING:
     import typer
+    from sympy import Basic, Symbol
 
     from mist.model.graph import ModelGraph
     from mist.symbolic.cost_setting import CostSetting
-    from mist.symbolic.program import ModelPrograms
+    from mist.symbolic.program import ModelPrograms, Program
     from mist.symbolic.stage import ConvertedBlocks
     from mist.trace.model_trace import Traced
     from mist.trace.models.loader import LoadedModel
@@ -30,6 +31,7 @@ class SharedWork:
 
     traces: dict["TraceSetting", "Traced"] = field(default_factory=dict)
     programs: dict[str, list[tuple[object, "ModelPrograms"]]] = field(default_factory=dict)
+    printed: dict[object, "Program"] = field(default_factory=dict)
     commands: dict[int, object] = field(default_factory=dict)
 
     @contextmanager
@@ -43,6 +45,7 @@ class SharedWork:
         with (
             patch.object(model_trace, "trace", self._traced(model_trace.trace)),
             patch.object(compiling, "compile_model", self._compiled(compiling.compile_model)),
+            patch.object(compiling, "print_program", self._printed(compiling.print_program)),
             patch.object(typer.main, "get_command", self._command(typer.main.get_command)),
         ):
             yield
@@ -78,6 +81,16 @@ class SharedWork:
             return programs
 
         return compiled
+
+    def _printed(self, print_program: "Callable[..., Program]") -> "Callable[..., Program]":
+        def printed(inputs: "Sequence[Symbol]", outputs: "Mapping[str, Basic]") -> "Program":
+            # The formulas of a stage are the same ones for models of as many kinds of layers.
+            asked = (tuple(inputs), tuple(outputs.items()))
+            if asked not in self.printed:
+                self.printed[asked] = print_program(inputs, outputs)
+            return self.printed[asked]
+
+        return printed
 
     def _command(self, get_command: Callable[["typer.Typer"], object]) -> object:
         def command(app: "typer.Typer") -> object:

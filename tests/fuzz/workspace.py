@@ -107,7 +107,7 @@ def made(root: Path) -> Workspace:
     with (workspace.good / "runs.csv").open("w", newline="") as file:
         rows = csv.DictWriter(file, list(asdict(RUN)))
         rows.writeheader()
-        rows.writerows([asdict(RUN), {**asdict(RUN), "run_id": "two", "dp": 8, "tp": 1}])
+        rows.writerows([asdict(RUN), {**asdict(RUN), "run_id": "two", "dp": 2, "tp": 4}])
     _plan(workspace)
     shutil.copytree(workspace.cache, workspace.good / "cache", dirs_exist_ok=True)
     _checkpoint(workspace)

@@ -159,3 +159,15 @@ def test_costs_of_another_runtime_are_compiled_anew() -> None:
 def test_knobs_and_figures_are_told_apart() -> None:
     words = ["tp=2", f"{HOST_MEMORY}=1GB", "checkpoint=full", "runtime.x=1"]
     assert knobs_and_figures(words) == (["tp=2", "checkpoint=full"], [words[1], words[3]])
+
+
+def test_a_switch_of_a_runtime() -> None:
+    name, plain = "runtime.knobs.sequence_parallel", platform()
+    off = platform(f"{name}=0")
+    assert (plain.runtime.knobs.sequence_parallel, off.runtime.knobs.sequence_parallel) == (
+        True,
+        False,
+    )
+    assert off.runtime_hash != plain.runtime_hash
+    with pytest.raises(PlatformError, match="sequence_parallel=2: it is a switch, 0 or 1"):
+        platform(f"{name}=2")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mist.errors import InputError
-from mist.exec.build.batches import read_tokens
+from mist.exec.build.batches import Batches, read_tokens
 from mist.exec.build.empty_weights import load
 from mist.plans.file import save_plan
 from mist.plans.workload import Attention
@@ -64,3 +64,29 @@ def test_tokens_run_no_code(tmp_path: Path, how: str) -> None:
     assert not went_off(canary)
     np.load(file, allow_pickle=True)
     assert went_off(canary), "the bomb is none, so that this test shows nothing"
+
+
+def test_what_is_no_text_is_no_tokens(tmp_path: Path) -> None:
+    """Archives and dumps of other tools would train on their own bytes without a word."""
+    write_models(tmp_path)
+    plan = plan_of(Variant(name="one", model="plain.py", stages=(S(),)), tmp_path)
+    loaded = load(plan.model.source, Attention.FLASH)
+    text = tmp_path / "text.txt"
+    text.write_bytes("a few words, \u00e9 \u0663\n".encode() * 1000)
+    assert len(read_tokens(text, loaded, plan.workload)) == text.stat().st_size
+    np.savez(tmp_path / "tokens.npz", np.arange(5000))
+    np.arange(5000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "text16.txt").write_text("words " * 1000, encoding="utf-16")
+    for name in ("tokens.npz", "train.bin", "text16.txt"):
+        with pytest.raises(InputError, match=f"{name} holds zero bytes, so it is no text"):
+            read_tokens(tmp_path / name, loaded, plan.workload)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_lie_in_the_vocabulary(tmp_path: Path, token: int) -> None:
+    write_models(tmp_path)
+    plan = plan_of(Variant(name="one", model="plain.py", stages=(S(),)), tmp_path)
+    loaded = load(plan.model.source, Attention.FLASH)
+    np.save(tmp_path / "tokens.npy", np.array([1] * 5000 + [token]))
+    with pytest.raises(InputError, match=f"has token {token}, but the vocabulary of"):
+        Batches(loaded, plan.workload, 7, tmp_path / "tokens.npy")

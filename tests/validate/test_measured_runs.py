@@ -38,6 +38,14 @@ def test_what_is_wrong_is_said(text: str, message: str, tmp_path: Path) -> None:
     assert str(refusal.value) == message.format(path=path)
 
 
+def test_a_table_without_runs_is_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    for text in ("run_id,source,arch\n", 'run_id,source,"arch\none,here,gpt\n'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="has no runs"):
+            read_runs(path)
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_runs(tmp_path / "none.csv")

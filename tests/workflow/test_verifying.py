@@ -13,11 +13,12 @@ from mist.exec.dryrun.dry_run import look
 from mist.exec.observation import Seen
 from mist.plans.file import save_plan
 from mist.plans.plan import Offload, Plan
-from mist.plans.workload import ScheduleKind
+from mist.plans.workload import Precision, ScheduleKind
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from mist.workflow.verifying import Verified, until_it_fits, verify_file, verify_plan
 from tests.exec.layouts import NUM_LAYERS, VOCAB, write_models
+from tests.small_models import TINY
 
 LAYOUTS = {
     "zero3": HandLayout(zero=3, micro_batch=2, checkpoint="full"),
@@ -118,6 +119,34 @@ def test_host_memory_is_what_each_tensor_takes_pinned(name: str, folder: Path) -
     (stage,) = verify_plan(plan).stages
     assert stage.seen.host_bytes == stage.predicted_host_bytes
     assert stage.predicted_host_bytes > 0
+
+
+# Of 4 MiB, where a buffer of a fixed size would be all that is seen.
+SMALL = {
+    "zero2 half on host": HandLayout(zero=2, offload=Offload(optimizer=0.5)),
+    "interleaved": HandLayout(pp=2, vpp=2, schedule=ScheduleKind.INTERLEAVED, micro_batch=2),
+}
+
+
+@pytest.mark.usefixtures("_in_this_process")
+@pytest.mark.parametrize(
+    "name", ["zero2 half on host", pytest.param("interleaved", marks=[pytest.mark.slow])]
+)
+def test_prediction_and_program_agree_on_a_small_model(name: str, tmp_path: Path) -> None:
+    """Within 2 % of the peak, as for wide models."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    question = Question(
+        model=str(tmp_path / "tiny.py"),
+        num_gpus=2,
+        seq_len=32,
+        global_batch=8,
+        gpu="cpu",
+        precision=Precision.FP32,
+    )
+    for stage in verify_plan(check_layout(question, SMALL[name]).plan).stages:
+        assert all(row.agrees for row in stage.collectives), stage.collectives
+        assert abs(stage.difference_ratio) <= 0.02
+        assert (stage.seen.host_bytes > 0) == ("host" in name)
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
 """What a step trains on: the same samples in the same order under every layout.
 
 Without a file, token ids are drawn from a generator seeded by the seed and the step. A file gives
-tokens: `.npy` an array of integers, anything else its bytes (256 ids, no tokenizer). Step n takes
-the samples that follow those of step n - 1, from the start again at the end of the file. A model
-with `make_batch` makes its own batch, seeded in the same way.
+tokens: `.npy` an array of integers, anything else the bytes of a text (256 ids, no tokenizer).
+Step n takes the samples that follow those of step n - 1, from the start again at the end of the
+file. A model with `make_batch` makes its own batch, seeded in the same way.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from mist.exec.build.weight_init import seed_of
 from mist.plans.workload import Workload
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.model_inputs import TOKENS
+
+LOOKED_AT: Final = 2**20  # bytes of a file that show whether it is a text
 
 
 class Batches:
@@ -33,11 +35,13 @@ class Batches:
         self._begin = (0, 0)  # a step, and the tokens that were read before it
         self._vocab_size = vocabulary(loaded)
         self._tokens = None if file is None else read_tokens(file, loaded, workload)
-        if self._tokens is not None and int(self._tokens.max()) >= self._vocab_size:
-            raise InputError(
-                f"{file} has token {int(self._tokens.max())}, but the vocabulary of "
-                f"{loaded.name} has {self._vocab_size}."
-            )
+        if self._tokens is not None:
+            for token in (int(self._tokens.max()), int(self._tokens.min())):
+                if not 0 <= token < self._vocab_size:
+                    raise InputError(
+                        f"{file} has token {token}, but the vocabulary of {loaded.name} has "
+                        f"{self._vocab_size}."
+                    )
 
     def go_on(self, step: int, tokens: int) -> None:
         """Take up a file where another run left it: after `tokens`, which it read in `step`s."""
@@ -91,6 +95,11 @@ def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarr
             tokens: np.ndarray[Any, Any] = np.load(file, mmap_mode="r").reshape(-1)
         else:
             tokens = np.fromfile(file, dtype=np.uint8)
+            if not tokens[:LOOKED_AT].all():
+                raise InputError(
+                    f"--data {file} holds zero bytes, so it is no text, and its bytes are no "
+                    "tokens. Save token ids as an array of integers (.npy)."
+                )
     except (OSError, ValueError) as error:
         raise InputError(f"--data {file} cannot be read: {error}.") from error
     if not np.issubdtype(tokens.dtype, np.integer) or len(tokens) < workload.seq_len:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ def process_group(timeout_s: float) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     ours = os.environ.get("MIST_RENDEZVOUS")
     if ours:
-        leave_with_parent()
+        leave_with_parent(Path(ours.removeprefix("file://")).parent)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method=ours or "env://",

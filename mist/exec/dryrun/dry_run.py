@@ -167,8 +167,8 @@ def load_shapes(source: str, attention: Attention) -> LoadedModel:
 
 def main(argv: list[str]) -> int:
     """Look at one stage and write what was seen; the exit code."""
-    leave_with_parent()
     plan_file, stage, policy, out = argv
+    leave_with_parent(Path(plan_file).parent)
     warnings.filterwarnings("ignore", module=r"torch\..*")
     try:
         observation = look(load_plan(plan_file), int(stage), "cpu" if policy == "cpu" else "cuda")

@@ -13,6 +13,7 @@ from typing import Final, Literal, NoReturn
 
 from mist.errors import MistError
 from mist.exec.observation import Seen, from_json
+from mist.exec.parent_watch import PREFIX
 from mist.exec.run.launch import Stopped
 from mist.plans.file import save_plan
 from mist.plans.plan import Plan
@@ -37,7 +38,7 @@ def dry_run(
     timeout_s: float = 1800.0,
 ) -> tuple[Seen, ...]:
     """What one rank of each of these stages does in a step. Raises DryRunFailed and Stopped."""
-    with tempfile.TemporaryDirectory(prefix="mist-") as name:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         folder = Path(name)
         save_plan(plan, folder / "plan.yaml")
         waiting = list(stages)

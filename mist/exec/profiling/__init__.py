@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from mist.exec.parent_watch import PREFIX
 from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.readings import Readings, Request
 from mist.exec.run.launch import run_ranks
@@ -60,12 +61,14 @@ def take_network_readings(request: Request) -> Readings | None:
 
 def take_readings(request: Request) -> Readings:
     """Measure with every rank at work, as in training. Raises RankFailed."""
-    with tempfile.TemporaryDirectory(prefix="mist-") as folder:
-        out = Path(folder) / "readings.json"
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+        folder = Path(name)
+        out = folder / "readings.json"
         sys.stderr.flush()
         run_ranks(
             ["-m", "mist.exec.profiling.profile_worker", request.dump(), str(out)],
             request.num_ranks,
             timeout_s=START_S + LIMIT_RATIO * request.seconds,
+            folder=folder,
         )
         return Readings.parse(out.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Final
 
 from mist.errors import MistError
+from mist.exec.parent_watch import PREFIX
 
 GRACE_S: Final = 10.0  # between asking the other ranks to end and ending them
 POLL_S: Final = 0.05
@@ -80,25 +81,27 @@ def run_ranks(
     *,
     timeout_s: float | None = None,
     lock_fds: Sequence[int] = (),
+    folder: Path | None = None,
 ) -> None:
     """Run `python *command` as every rank and wait for all of them.
 
     Ranks find themselves through RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, WORLD_SIZE and
     MIST_RENDEZVOUS. SIGTERM and Ctrl-C are passed on; the second one ends all at once. `lock_fds`:
-    files that ranks keep open too, so that locks on them last as long as any rank. Raises
+    files that ranks keep open too, so that locks on them last as long as any rank. `folder`: where
+    ranks meet, a temporary one of the caller's; else one that lasts as long as they do. Raises
     RankFailed with the cause of the first failure, also at the time limit, and Stopped after a
     signal.
     """
-    with tempfile.TemporaryDirectory(prefix="mist-") as name:
-        folder = Path(name)
-        ranks = [
-            _start(command, number, num_ranks, folder, lock_fds) for number in range(num_ranks)
-        ]
-        with _passing_on(ranks) as stop:
-            try:
-                _wait(ranks, timeout_s, stop)
-            finally:
-                _end(ranks)
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+            run_ranks(command, num_ranks, timeout_s=timeout_s, lock_fds=lock_fds, folder=Path(name))
+        return
+    ranks = [_start(command, number, num_ranks, folder, lock_fds) for number in range(num_ranks)]
+    with _passing_on(ranks) as stop:
+        try:
+            _wait(ranks, timeout_s, stop)
+        finally:
+            _end(ranks)
 
 
 def _start(

@@ -255,7 +255,7 @@ def _local_file(module: ModuleType, folder: Path) -> Path | None:
 def _where(error: BaseException, path: Path) -> str:
     """The place in the user's file that an exception came through."""
     if isinstance(error, SyntaxError):
-        return f" (line {error.lineno})"
+        return f" (line {error.lineno})" if error.lineno else ""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
