@@ -49,10 +49,11 @@ class Robust:
 def chosen_robustly(
     job: Job, space: SearchSpace, limits: Limits, tuned: Tuned, how: Robust
 ) -> RobustChoice:
-    """Choose among what the search found, and two or three further searches find.
+    """Choose among what the search found, and two to four further searches find.
 
     One with each uncertain figure at its worse end, of the groups whose bound is within the
-    tolerance of the fastest; if none of its layouts is, one in the middle of the ranges. One without offloading; one of a single stage where no search met one.
+    tolerance of the fastest; if none of its layouts is, one with each in its middle. One without
+    offloading; one of a single stage where no search met one.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
     # The bounds of groups as the profiles say, which are not those of the pessimistic job.
