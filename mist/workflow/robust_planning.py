@@ -30,7 +30,7 @@ from mist.symbolic.load_programs import Progress
 from mist.units import six_digits
 
 # How far towards their worse ends figures are taken, until a layout is within the tolerance.
-PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.5, "each in its middle"))
+PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.75, "each near it"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,8 @@ def chosen_robustly(
     """Choose among what the search found, and two to four further searches find.
 
     One with each uncertain figure at its worse end, of the groups whose bound is within the
-    tolerance of the fastest; if none of its layouts is, one with each in its middle. One without
-    offloading; one of a single stage where no search met one.
+    tolerance of the fastest; if none of its layouts is, one with each three quarters of the way
+    there. One without offloading; one of a single stage where no search met one.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
     # The bounds of groups as the profiles say, which are not those of the pessimistic job.
@@ -61,11 +61,7 @@ def chosen_robustly(
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
     is_near = partial(search, is_worth=lambda group: _name(group) in near)
-    for share, which in PESSIMISTIC:
-        worse = _found(partial(is_near, pessimistic_job(job, share), space), how, which)
-        pool += worse
-        if not worse or steps_on([job], worse).min() <= most_s:
-            break
+    pool += _worse(job, partial(is_near, space=space), most_s, how)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
         pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
@@ -77,6 +73,19 @@ def chosen_robustly(
         if layout.stages == tuned.best.stages or how.can_load(layout):
             return choice
         pool = [other for other in pool if other.stages != layout.stages]
+
+
+def _worse(
+    job: Job, search: Callable[..., Tuned], most_s: float, how: Robust
+) -> tuple[PricedLayout, ...]:
+    """What searches meet where figures are worse, until a step of `job` takes at most `most_s`."""
+    found: tuple[PricedLayout, ...] = ()
+    for share, which in PESSIMISTIC:
+        more = _found(partial(search, pessimistic_job(job, share)), how, which)
+        found += more
+        if not more or steps_on([job], more).min() <= most_s:
+            break
+    return found
 
 
 def _name(group: Group) -> tuple[object, ...]:

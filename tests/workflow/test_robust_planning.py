@@ -21,10 +21,10 @@ def host_link(one: Job) -> float:
     ("tolerance_ratio", "shares"),
     [
         (9.0, [1.0]),  # what suits the worse ends is within the tolerance
-        (0.0, [1.0, 0.5]),  # only the fastest is
+        (0.0, [1.0, 0.75]),  # only the fastest is
     ],
 )
-def test_the_middle_is_searched_where_the_worse_ends_give_nothing(
+def test_less_is_feared_where_the_worse_ends_give_nothing(
     tolerance_ratio: float, shares: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space, links = SearchSpace(), []
