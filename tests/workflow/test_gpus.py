@@ -2,13 +2,14 @@
 
 import pytest
 
-from mist.plans.search_space import SearchSpace
+from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.platform.profiles import load_device
 from mist.workflow.planning import make_plan
 from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
+PLAIN = SearchSpace(tp=(1,), pp=(1,), offload=NO_RATIOS, refines=False)  # the quickest search
 # As people write it: the memory (GB) of the datasheet.
 GPUS = {
     "V100-SXM2-16GB": 16, "V100-SXM2-32GB": 32, "V100 PCIe 16GB": 16, "V100 PCIe 32GB": 32,
@@ -32,7 +33,7 @@ def test_a_small_job_is_planned(gpu: str, monkeypatch: pytest.MonkeyPatch) -> No
         global_batch=16,
         precision="fp32" if volta else "bf16",
     )
-    cluster = make_plan(question, SearchSpace(tp=(1,))).plan.cluster
+    cluster = make_plan(question, PLAIN).plan.cluster
     # What a driver reports is less than GB of the name, or GiB of it, by less than a tenth.
     memory_bytes = load_device(cluster.device).profile.memory_bytes.value
     assert 0.9 * GPUS[gpu] * 1e9 < memory_bytes <= GPUS[gpu] * 2**30
@@ -63,5 +64,5 @@ def test_a_job_of_two_nodes_is_planned(
         global_batch=64,
         precision="fp32" if gpu.startswith("V100") else "bf16",
     )
-    plan = make_plan(question, SearchSpace(tp=(1,))).plan
+    plan = make_plan(question, PLAIN).plan
     assert plan.cluster.num_gpus == 16 >= 2 * plan.cluster.gpus_per_node
