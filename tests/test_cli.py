@@ -561,14 +561,14 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "unknown GPU",
         ("plan", "{models}/tiny.py", *SMALL, "--gpu", "h10"),
-        "--gpu h10: no device of that name. Did you mean h200 or h100-sxm or h100-pcie? "
+        "--gpu h10: no device of that name. Did you mean h20 or h200 or h100-sxm? "
         f"{other_one('device')}",
     ),
     (
         "unknown cluster",
         ("plan", "{models}/tiny.py", *SMALL, "--cluster", "dgx-h10"),
         "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
-        f"hgx-h100-ib? {other_one('cluster')}",
+        f"hgx-h20? {other_one('cluster')}",
     ),
     (
         "unknown runtime",

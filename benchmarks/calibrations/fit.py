@@ -271,7 +271,9 @@ def transfers(fit: Fit, inside: Floats, outside: Mapping[str, Floats]) -> str:
             f"llm-foundry, {gpu}",
             lambda run, gpu=gpu: (run.source, run.gpu) == ("llm-foundry", gpu),
         )
-    torch = np.array([each in ("torch", "torchtitan") for each in fit.times.runtimes])
+    # Of sources that say what they ran: others are taken for torch by a rule.
+    torch = np.array([runtime in ("torch", "torchtitan") and run.source in fit.listed
+                      for runtime, run in zip(fit.times.runtimes, runs, strict=True)])  # fmt: skip
     halves = outside["half of the configurations"]
     rows.append(["runtimes torch and torchtitan, half of the configurations", torch.sum(),
                  words(halves[torch])])  # fmt: skip

@@ -180,7 +180,7 @@ def base_of(group: RunGroup) -> dict[str, float]:
     source = group.key.origin
     machine = machine_of(group.key, load_sources(), {})
     held = (machine.device, machine.cluster, machine.runtime)
-    calibration = find_calibration(source.runtime, group.key.device)
+    calibration = find_calibration(source.runtime, machine.device)
     values = {} if calibration is None else calibration.profile.values
     base = {}
     for name in (*GRID, *SAID[source.runtime]):

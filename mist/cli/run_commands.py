@@ -135,7 +135,7 @@ def profile(
     force: Force = False,
 ) -> None:
     """Measure this machine into a profile: mist plan MODEL --gpus N --cluster ./local.yaml."""
-    from mist.exec.profiling import Request, num_gpus
+    from mist.exec.profiling import Request, local_ranks, num_gpus
     from mist.files import write_text
     from mist.platform.machine import dump_machine
     from mist.report.costs import print_machine
@@ -145,9 +145,12 @@ def profile(
     check_output("--out", out, MACHINE_FILE, force=force)
     if device == "auto":
         device = "cuda" if num_gpus() else "cpu"
-    request = Request(device=device, num_ranks=ranks or num_places(device), seconds=seconds)
+    at_once = ranks or local_ranks() or num_places(device)
+    request = Request(device=device, num_ranks=at_once, seconds=seconds)
     with redirect_stdout(sys.stderr):
         machine = measure(request, out.stem, progress)
+    if machine is None:  # the first rank of torchrun writes it
+        return
     write_text(out, dump_machine(machine))
     print_machine(machine)
     print(f"wrote {out}: plan for it with --cluster ./{out.name} --gpus {request.num_ranks}")

@@ -114,7 +114,8 @@ class Device(Record):
     the one factor that calibration fits (sustained clocks against the bursts that tables measure).
     `tables`: measured times, which take the place of the law of their operation and precision.
     `kernels`: whose kernels run, and so what a model is traced for. `lacks`: precisions and kernels
-    of attention that the hardware has not, by name.
+    of attention that the hardware has not, by name. `chip`: another device with the same one, whose
+    calibrations hold for this one too.
     """
 
     not_zero: ClassVar = (
@@ -142,6 +143,7 @@ class Device(Record):
     tables: Tables = field(default_factory=dict)
     kernels: Literal["cuda", "cpu"] = "cuda"
     lacks: Mapping[Precision | Attention, Lack] = field(default_factory=dict)
+    chip: str = ""
 
     def __post_init__(self) -> None:
         Record.__post_init__(self)

@@ -62,6 +62,7 @@ def suggestion(name: str, what: Mapping[str, str]) -> str:
 
 def _words(text: str) -> frozenset[str]:
     spaced = re.sub(r"(sxm)\d?|(pcie|rtx|gtx)", r" \1\2 ", text.lower())
+    spaced = re.sub(r"(\d{4})(ti)(s?)\b", r"\1 \2 \3", spaced)  # of a 4070TiS
     found = (re.sub(r"^(\d+)gi?b?$", r"\1", word) for word in re.findall(r"[a-z0-9]+", spaced))
     return frozenset(found) - NO_WORDS
 
@@ -69,7 +70,7 @@ def _words(text: str) -> frozenset[str]:
 def _model(name: str) -> str:
     """The word of a profile's name that no other part of it is needed with: a100, 4090, mi300x."""
     parts = name.split("-")
-    return next((part for part in parts if re.search(r"\d", part)), name)
+    return next((part for part in parts if re.search(r"[a-z]\d|\d{3}", part)), name)
 
 
 def _series(name: str) -> set[str]:

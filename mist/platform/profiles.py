@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from mist.documents import Document, parse_yaml, refuse_other_kind
-from mist.errors import Fault, PlatformError
+from mist.errors import Fault, PlatformError, did_you_mean
 from mist.files import is_file, read_bytes, user_path
+from mist.platform.base_profile import base_of, over_base
 from mist.platform.calibration import Calibration
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
@@ -178,18 +179,32 @@ def _load(name: str, family: Family, shape: type[P]) -> Loaded[P]:
 
 def _read(path: Path, shape: type[P]) -> Loaded[P]:
     kind: Any = shape  # mypy holds the class of a record that cannot be hashed for unhashable
-    loaded: Loaded[P] = _parsed(read_bytes(path, PlatformError), path, kind)
+    content = read_bytes(path, PlatformError)
+    base = base_of(content)
+    loaded: Loaded[P] = _parsed(content, path, kind, base and _base(base, path, shape))
     return loaded
+
+
+def _base(name: str, path: Path, shape: type[Any]) -> Path:
+    """The file of the profile that the one at `path` is like. Raises PlatformError for none."""
+    known = list_profiles(Family(shape.__name__.lower()))
+    if name not in known:
+        raise PlatformError(f"{path} is like {name}: {did_you_mean(name, known)}")
+    if base_of(read_bytes(known[name], PlatformError)):
+        raise PlatformError(f"{path} is like {name}, which is like another one. Name that.")
+    return known[name]
 
 
 # The content is part of the key: a file that is edited meanwhile is read again.
 @cache
-def _parsed(content: bytes, path: Path, shape: type[Any]) -> Loaded[Any]:
+def _parsed(content: bytes, path: Path, shape: type[Any], base: Path | None) -> Loaded[Any]:
     """A file's record, checked once for what the file holds."""
-    profile = check(read_yaml(content, path), shape, path)
-    return Loaded(
-        profile=profile, path=path, sha256=f"sha256:{hashlib.sha256(content).hexdigest()}"
-    )
+    data, sha256 = read_yaml(content, path), hashlib.sha256(content).hexdigest()
+    if base is not None:
+        below = read_bytes(base, PlatformError)
+        data = over_base(data, read_yaml(below, base))
+        sha256 = hashlib.sha256(content + below).hexdigest()
+    return Loaded(profile=check(data, shape, path), path=path, sha256=f"sha256:{sha256}")
 
 
 def read_yaml(content: bytes, path: Path) -> Mapping[str, object]:
@@ -208,12 +223,12 @@ def load_shipped(relative: str, shape: type[R]) -> R:
     return check(read_yaml(read_bytes(path, PlatformError), path), shape, path)
 
 
-def find_calibration(runtime: str, device: str) -> Loaded[Calibration] | None:
-    """What whole runs say about a runtime on a device, if there are any.
+def find_calibration(runtime: str, device: Device) -> Loaded[Calibration] | None:
+    """What whole runs say about a runtime on a device or another with its chip, if any.
 
     Raises PlatformError when the file is broken.
     """
-    path = list_profiles(Family.CALIBRATION).get(f"{runtime}-{device}")
+    path = list_profiles(Family.CALIBRATION).get(f"{runtime}-{device.chip or device.name}")
     return _read(path, Calibration) if path else None
 
 

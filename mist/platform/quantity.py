@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 from mist.plans.provenance import Kind
+from mist.units import GB, format_bytes, format_seconds
 
 # No figure of a machine is smaller or larger: seconds of a launch are 1e-9, FLOP/s 1e18.
 LEAST_FIGURE: Final = 1e-15
@@ -86,6 +87,21 @@ _UNITS: Final = (
 def unit_of_key(key: str) -> str:
     """The unit in the end of a key: "hbm_bytes_per_s" -> "B/s"; "" for counts and ratios."""
     return next((unit for ending, unit in _UNITS if f"_{key}".endswith(ending)), "")
+
+
+def figure_words(path: str, value: float, *, num_digits: int = 6) -> str:
+    """A figure by its path for people: "25 GB/s", "10 us", "64 GiB", "0.85".
+
+    `num_digits`: of what has no unit of its own kind.
+    """
+    match unit := unit_of_path(path):
+        case "B":
+            return format_bytes(value)
+        case "B/s":
+            return f"{value / GB:.3g} GB/s"
+        case "s":
+            return format_seconds(value)
+    return f"{value:.{num_digits}g} {unit}".rstrip()
 
 
 def unit_of_path(path: str) -> str:

@@ -89,24 +89,14 @@ class Platform:
     @property
     def step_interval(self) -> tuple[float, float]:
         """Ends of the interval of the measured step over the predicted one."""
-        if self.calibration is not None:
-            low, high = self.calibration.step_low_ratio, self.calibration.step_high_ratio
-            return low.value, high.value
-        return 1.0 - self._step_ratio.value, 1.0 + self._step_ratio.value
+        return step_interval(self.device, self.runtime, self.calibration)
 
     @property
     def uncertainty_basis(self) -> str:
         """Where the interval of a step time comes from."""
         if self.calibration is not None:
             return self.calibration.step_high_ratio.source
-        return self._step_ratio.source
-
-    @property
-    def _step_ratio(self) -> Quantity:
-        figures = self.runtime.uncertainty
-        return (
-            figures.step_ratio if self.device.is_measured else figures.step_unmeasured_device_ratio
-        )
+        return _step_ratio(self.device, self.runtime).source
 
     @property
     def runtime_hash(self) -> str:
@@ -124,6 +114,21 @@ class Platform:
     def profile_hashes(self) -> dict[str, str]:
         """Content hashes of the three profiles, for a plan's provenance."""
         return dict(self.hashes)
+
+
+def step_interval(
+    device: Device, runtime: Runtime, calibration: Calibration | None
+) -> tuple[float, float]:
+    """Ends of the interval of a measured step over the predicted one."""
+    if calibration is not None:
+        return calibration.step_low_ratio.value, calibration.step_high_ratio.value
+    ratio = _step_ratio(device, runtime).value
+    return 1.0 - ratio, 1.0 + ratio
+
+
+def _step_ratio(device: Device, runtime: Runtime) -> Quantity:
+    figures = runtime.uncertainty
+    return figures.step_ratio if device.is_measured else figures.step_unmeasured_device_ratio
 
 
 def load_platform(
@@ -149,7 +154,7 @@ def load_platform(
     hashes[software.profile.name] = software.sha256
     measured = None if machine is None else machine.profile.device.name
     name = f"{software.profile.name}-{profiles[0].name}"
-    calibration = find_calibration(software.profile.name, profiles[0].name)
+    calibration = find_calibration(software.profile.name, profiles[0])
     if calibration is not None:
         profiles = calibration.profile.applied(profiles)
         # On a measured machine the calibration comes on top of its own values: the digest is of

@@ -80,10 +80,12 @@ def drawn_profiles(profiles: Profiles) -> list[Profiles]:
     ]
 
 
-def pessimistic_profiles(profiles: Profiles) -> Profiles:
-    """Profiles with every uncertain figure at its worse end."""
+def pessimistic_profiles(profiles: Profiles, share: float = 1.0) -> Profiles:
+    """Profiles with every uncertain figure at its worse end; `share` of the way there."""
     figures = _uncertain(profiles)
-    places = {j: float(figure.worse == "high") for j, figure in enumerate(figures)}
+    places = {
+        j: share if figure.worse == "high" else 1.0 - share for j, figure in enumerate(figures)
+    }
     return _at(profiles, places, figures)
 
 

@@ -6,8 +6,8 @@ from itertools import groupby
 from mist.plans.memory_levels import KEEPS_ALL
 from mist.plans.plan import Plan, StagePlan
 from mist.plans.workload import MemoryLevel
-from mist.platform.quantity import unit_of_path
-from mist.units import format_bytes, format_count
+from mist.platform.quantity import figure_words
+from mist.units import format_count
 
 
 def head_lines(plan: Plan) -> list[str]:
@@ -21,7 +21,7 @@ def head_lines(plan: Plan) -> list[str]:
         f"attention {workload.attention}{_schedule(plan)}",
     ]
     if plan.overrides:
-        own = (f"{name} {_figure(name, value)}" for name, value in plan.overrides.items())
+        own = (f"{name} {figure_words(name, value)}" for name, value in plan.overrides.items())
         lines.append(f"your own figures: {', '.join(own)}")
     return lines
 
@@ -39,11 +39,6 @@ def _parameters(plan: Plan) -> str:
     trained = plan.model.trainable
     words = "" if trained is None else f", {format_count(trained)} of them trained,"
     return f"{format_count(plan.model.params)} parameters{words}"
-
-
-def _figure(name: str, value: float) -> str:
-    unit = unit_of_path(name)
-    return format_bytes(value) if unit == "B" else f"{value:g} {unit}".rstrip()
 
 
 def data_parallel(stage: StagePlan) -> str:

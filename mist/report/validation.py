@@ -17,6 +17,8 @@ COLUMNS = (
     "runtime",
     "memory_kind",
     "predicted_step_s",
+    "predicted_step_low_s",
+    "predicted_step_high_s",
     "predicted_peak_gib",
     "predicted_peak_low_gib",
     "predicted_peak_high_gib",
@@ -43,7 +45,8 @@ def predictions_csv(rows: Sequence[RunPrediction]) -> str:
                 row.runtime,
                 row.memory_kind if known else "",
                 *(_figure(value) for value in
-                  (row.step_s, row.peak_gib, row.peak_low_gib, row.peak_high_gib)),
+                  (row.step_s, row.step_low_s, row.step_high_s,
+                   row.peak_gib, row.peak_low_gib, row.peak_high_gib)),
                 "" if row.fits is None else str(row.fits).lower(),
                 _figure(row.fit_probability),
                 str(row.calibrated).lower() if known else "",

@@ -93,9 +93,9 @@ def drawn_jobs(job: Job) -> list[Job]:
     return [_on(job, profiles) for profiles in drawn_profiles(_profiles(job))]
 
 
-def pessimistic_job(job: Job) -> Job:
-    """The job where every uncertain figure is at its worse end."""
-    return _on(job, pessimistic_profiles(_profiles(job)))
+def pessimistic_job(job: Job, share: float = 1.0) -> Job:
+    """The job where every uncertain figure is `share` of the way to its worse end."""
+    return _on(job, pessimistic_profiles(_profiles(job), share))
 
 
 def robust_choice(

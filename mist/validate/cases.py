@@ -19,6 +19,7 @@ from mist.platform.profiles import (
 )
 from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
+from mist.platform.selection import step_interval
 from mist.trace import ConfigSource, TraceSetting
 from mist.validate.measured_runs import Run, StageRun, Stages
 from mist.validate.predict import Case, RunProfiles
@@ -64,12 +65,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunGroup:
-    """Runs that are predicted together; `profile_hash` tells their runtime apart in the cache."""
+    """Runs that are predicted together; `profile_hash` tells their runtime apart in the cache.
+
+    `step_interval`: ends of measured over predicted steps.
+    """
 
     key: Key
     machine: RunProfiles
     profile_hash: str
     calibrated: bool
+    step_interval: tuple[float, float]
     members: tuple[Member, ...]
 
 
@@ -131,7 +136,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
 
 def _known(run: Run, sources: Sources) -> tuple[Hardware, AttentionKernel]:
     """What stands for a run's GPU and attention. Raises Unsupported, also for what it trains in."""
-    hardware, attention = sources.gpus.get(run.gpu), sources.attention.get(run.attention_impl)
+    hardware, attention = sources.hardware(run.gpu), sources.attention.get(run.attention_impl)
     if hardware is None:
         raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
     if attention is None:
@@ -211,7 +216,8 @@ def _group(
     key: Key, members: tuple[Member, ...], sources: Sources, *, calibrated: bool
 ) -> RunGroup:
     source = key.origin
-    calibration = find_calibration(source.runtime, key.device) if calibrated else None
+    device = load_device(key.device).profile
+    calibration = find_calibration(source.runtime, device) if calibrated else None
     values: dict[str, Quantity] = {}
     if calibration is not None:
         ratios = load_source_ratios().of(key.source, key.device, key.numerics)
@@ -221,11 +227,15 @@ def _group(
         }
     words = (_runtime(source.runtime).sha256, key.attention, repr(source),
              str(calibration and calibration.sha256))  # fmt: skip
+    machine = machine_of(key, sources, values)
     return RunGroup(
         key=key,
-        machine=machine_of(key, sources, values),
+        machine=machine,
         profile_hash="\n".join(words),
         calibrated=calibration is not None,
+        step_interval=step_interval(
+            device, machine.runtime, calibration.profile if calibration else None
+        ),
         members=members,
     )
 

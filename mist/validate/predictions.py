@@ -11,6 +11,7 @@ from mist.plans.workload import Optimizer
 from mist.progress import is_due
 from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
+from mist.validate.blank_columns import filled_runs, joined
 from mist.validate.cases import Member, RunGroup, grouped
 from mist.validate.measured_runs import Run, Stages
 from mist.validate.predict import Prediction, predict
@@ -30,11 +31,13 @@ def predictions(
     calibrated: bool,
     progress: Progress,
 ) -> tuple[RunPrediction, ...]:
-    """One prediction for each run, in their order."""
-    groups, reasons = grouped(runs, sources, calibrated=calibrated, stages=stages)
+    """One prediction for each run, in their order; of one with blank columns from all its cases."""
+    cases = [filled_runs(run, sources, has_stages=run.run_id in stages) for run in runs]
+    filled = [case.run for each in cases for case in each]
+    groups, reasons = grouped(filled, sources, calibrated=calibrated, stages=stages)
     found = {
         run.run_id: RunPrediction(run=run, status="unsupported", reason=reasons[run.run_id])
-        for run in runs
+        for run in filled
         if run.run_id in reasons
     }
     for group, programs in _programs(groups, progress):
@@ -43,7 +46,10 @@ def predictions(
         else:
             rows = _predicted(group, programs)
         found |= {row.run.run_id: row for row in rows}
-    return tuple(found[run.run_id] for run in runs)
+    return tuple(
+        joined(run, [(case, found[case.run.run_id]) for case in each])
+        for run, each in zip(runs, cases, strict=True)
+    )
 
 
 def _programs(
@@ -102,6 +108,7 @@ def _row(group: RunGroup, member: Member, variants: Sequence[Prediction]) -> Run
         (each.reserved_bytes if kind == "reserved" else each.allocated_bytes) / GIB
         for each in variants
     ]
+    low, high = group.step_interval
     spread = machine.runtime.uncertainty.memory_ratio.value
     return RunPrediction(
         run=member.run,
@@ -110,6 +117,8 @@ def _row(group: RunGroup, member: Member, variants: Sequence[Prediction]) -> Run
         runtime=machine.runtime.name,
         memory_kind=kind,
         step_s=made.step_s,
+        step_low_s=low * made.step_s,
+        step_high_s=high * made.step_s,
         peak_gib=peaks[0],
         peak_low_gib=min(peaks) * (1 - spread),
         peak_high_gib=max(peaks) * (1 + spread),

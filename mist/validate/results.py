@@ -14,8 +14,10 @@ class RunPrediction:
     """What is predicted of a run; seconds and GiB are None unless `status` is predicted.
 
     `peak_gib`: of the kind of memory that the source reports; `low`, `high`: what it lies between,
-    knobs of the runtime being unknown. `fits`: the reserved estimate against usable memory;
-    `fit_probability`: the chance, 0..1, that it is within.
+    knobs of the runtime or columns of the run being unknown. `step_low_s`, `step_high_s`: what
+    eight of ten runs lie between, so widened. `reason`: why nothing is predicted, or which columns
+    of the run are blank and what is taken for them. `fits`: the reserved estimate against usable
+    memory; `fit_probability`: the chance, 0..1, that it is within.
     """
 
     run: Run
@@ -25,6 +27,8 @@ class RunPrediction:
     runtime: str = ""
     memory_kind: MemoryKind = "reserved"
     step_s: float | None = None
+    step_low_s: float | None = None
+    step_high_s: float | None = None
     peak_gib: float | None = None
     peak_low_gib: float | None = None
     peak_high_gib: float | None = None

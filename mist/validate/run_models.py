@@ -53,14 +53,16 @@ def _fields(run: Run, *, dropout: bool) -> dict[str, Any]:
         return _gpt(run, dropout=dropout)
     if run.arch.startswith("dense-qwen3"):
         return {**_llama(run), "model_type": "qwen3", "head_dim": QWEN3_HEAD}
-    if run.arch.startswith("dense"):
+    if run.arch == "gpt":
+        return {**_llama(run), "model_type": "starcoder2"}  # grouped keys, nothing gated
+    if not run.arch or run.arch.startswith("dense"):
         return _llama(run)
     raise Unsupported(f"architecture {run.arch or '(blank)'} is not known")
 
 
 def _is_gpt(run: Run) -> bool:
     """By its name, else by its shape: four times as wide between, as many key heads as heads."""
-    if run.arch in ("dense", "gpt"):
+    if run.arch in ("", "dense", "gpt"):
         return run.ffn_hidden == 4 * (run.hidden or 0) and run.n_kv_heads in (None, run.n_heads)
     return run.arch.startswith("dense-gpt")
 

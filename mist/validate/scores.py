@@ -71,8 +71,13 @@ def _of_stages(
 
 
 def is_core(row: RunPrediction) -> bool:
-    """Whether a run is what most models are about: dense pretraining in bf16 or fp16."""
+    """Whether a run is what most models are about: dense pretraining in bf16 or fp16.
+
+    Of a run with blank columns (`reason` names them) the interval is judged, not one case of many.
+    """
     run = row.run
+    if row.reason:
+        return False
     dense = not run.arch.startswith("moe")
     return dense and run.task in ("", "pretrain") and run.precision in ("bf16", "fp16")
 

@@ -11,7 +11,7 @@ from mist.files import read_bytes
 from mist.plans.numerics import FP8, Numerics
 from mist.plans.provenance import Kind
 from mist.plans.workload import Attention
-from mist.platform.profiles import check, load_shipped, read_yaml
+from mist.platform.profiles import check, is_path, load_device, load_shipped, read_yaml
 from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
 from mist.validate.measured_runs import Run
@@ -26,6 +26,18 @@ class Hardware(Record):
 
     device: str
     cluster: str
+
+
+@cache
+def hardware_named(gpu: str) -> Hardware | None:
+    """The device of that name, as --gpu finds it, in its usual cluster; None where none has it."""
+    if not gpu or is_path(gpu):
+        return None
+    try:
+        device = load_device(gpu).profile
+    except PlatformError:
+        return None
+    return Hardware(device=device.name, cluster=device.default_cluster)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +112,7 @@ RUNTIME_OF: Final[tuple[tuple[str, Callable[[Run], bool]], ...]] = (
 def unlisted(run: Run) -> Source:
     """What stands for the source of a run that the table does not have."""
     runtime = next(name for name, holds in RUNTIME_OF if holds(run))
-    return Source(runtime=runtime, memory="reserved", checkpoint="none")
+    return Source(runtime=runtime, memory="reserved")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +127,10 @@ class Sources(Record):
     def of(self, run: Run) -> Source:
         """The source of a run; where the table does not have it, what the run says decides."""
         return self.sources.get(run.source) or unlisted(run)
+
+    def hardware(self, gpu: str) -> Hardware | None:
+        """What stands for a GPU: a row of the table, else the profile that goes by that name."""
+        return self.gpus.get(gpu) or hardware_named(gpu)
 
     def over(self, other: "Sources") -> "Sources":
         """This table's rows, and those of another that it does not have."""

@@ -6,7 +6,14 @@ from typing import Final
 
 import numpy as np
 
-from mist.exec.profiling import Readings, Request, num_gpus, take_readings
+from mist.exec.profiling import (
+    Readings,
+    Request,
+    leads,
+    num_gpus,
+    take_network_readings,
+    take_readings,
+)
 from mist.exec.profiling.readings import Reading
 from mist.platform import Cluster, Collective, Device, Kind, Quantity
 from mist.platform.cluster import CollectiveTable, Contention, Network, PointToPoint
@@ -16,11 +23,18 @@ from mist.units import MICROSECOND
 from mist.workflow.measured_device import device_of, figure, quantity, spread
 
 RUNTIME: Final = "torch"
+NUM_TURNS: Final = 8  # small sizes say a hundredth of the bandwidth: each turn is that much nearer
 BUSY_RATIO: Final = 0.1  # of the processors with other programs: from here on it is told
 
 
-def profile(request: Request, name: str, progress: Progress) -> Machine:
-    """Measure this machine, with every rank at work. Raises InputError and RankFailed."""
+def profile(request: Request, name: str, progress: Progress) -> Machine | None:
+    """Measure this machine, with every rank at work; under torchrun also the network of its nodes.
+
+    None from ranks of torchrun other than the first. Raises InputError and RankFailed.
+    """
+    if not leads():
+        take_network_readings(request)
+        return None
     progress(f"measuring {request.num_ranks} ranks for about {request.seconds:.0f} s")
     readings = take_readings(request)
     others = readings.others_ratio
@@ -28,7 +42,7 @@ def profile(request: Request, name: str, progress: Progress) -> Machine:
         progress(
             f"other programs had {others:.0%} of the processors: measure again when it is quiet"
         )
-    return machine_of(readings, request, name)
+    return machine_of(readings, request, name, take_network_readings(request))
 
 
 def num_places(device: str) -> int:
@@ -37,8 +51,10 @@ def num_places(device: str) -> int:
     return 1 << (max(count, 1).bit_length() - 1)
 
 
-def machine_of(readings: Readings, request: Request, name: str) -> Machine:
-    """The machine that readings are of."""
+def machine_of(
+    readings: Readings, request: Request, name: str, network: Readings | None = None
+) -> Machine:
+    """The machine that readings are of; `network`: readings between nodes like it, if any."""
     device = device_of(readings, f"{request.device}-{name}", name, request.device)
     others = readings.others_ratio
     return Machine(
@@ -48,7 +64,7 @@ def machine_of(readings: Readings, request: Request, name: str) -> Machine:
         f"{_driven(readings.about)}",
         runtime=RUNTIME,
         device=device,
-        cluster=_cluster(readings, request, name, device.name),
+        cluster=_cluster(readings, request, name, device.name, network),
         values=dict(_values(readings, device)),
     )
 
@@ -60,7 +76,9 @@ def _driven(about: Mapping[str, str | float]) -> str:
     return f"; under load {', '.join(words)}" if words else ""
 
 
-def _cluster(readings: Readings, request: Request, name: str, device: str) -> Cluster:
+def _cluster(
+    readings: Readings, request: Request, name: str, device: str, between: Readings | None
+) -> Cluster:
     sent = _transfer(readings)
     host = figure(float(readings.about["host_bytes"]), "what the system reports")
     counted = figure(request.num_ranks, "ranks that were measured at once")
@@ -71,18 +89,53 @@ def _cluster(readings: Readings, request: Request, name: str, device: str) -> Cl
         what=str(readings.about["name"]),
         devices=(device,),
         gpus_per_node=counted,
-        max_nodes=one,
+        max_nodes=one if between is None else None,
         host_memory_bytes=host,
         p2p_in_node=sent,
-        network=Network(
-            nic_bytes_per_s=sent.bytes_per_s,
-            efficiency_ratio=figure(1.0, "not used: one machine"),
-            hop_s=sent.latency_s,
-            p2p_latency_s=sent.latency_s,
-        ),
+        network=_no_network(sent) if between is None else network_of(between),
         links=(),
         tables=_tables(readings) if request.num_ranks > 1 else {},
         contention=_contention(readings) if request.num_ranks > 1 else None,
+    )
+
+
+def _no_network(sent: PointToPoint) -> Network:
+    return Network(
+        nic_bytes_per_s=sent.bytes_per_s,
+        efficiency_ratio=figure(1.0, "not used: one machine"),
+        hop_s=sent.latency_s,
+        p2p_latency_s=sent.latency_s,
+    )
+
+
+def network_of(readings: Readings) -> Network:
+    """The law between nodes (`mist.platform.collectives`) through what was measured.
+
+    seconds / passes = (n - 1) / n * bytes / (g * bytes_per_s) + n * hop
+
+    n ranks, g of them on each node. Bandwidth is the median of the largest third of sizes, and
+    latency of the smallest, each less what the other takes: a few slow readings decide nothing.
+    """
+    local = float(readings.about["ranks"])
+    world = local * float(readings.about["nodes"])
+    rows = [
+        (word.num_passes, row) for word in Collective for row in readings.of(f"{word} over nodes")
+    ]
+    seconds = np.array([row.seconds / passes for passes, row in rows])
+    moved = np.array([row.sizes["bytes"] for _, row in rows]) * (world - 1) / world / local
+    small, large = moved <= np.quantile(moved, 1 / 3), moved >= np.quantile(moved, 2 / 3)
+    hop_s = 0.0
+    for _ in range(NUM_TURNS):
+        slope = max(float(np.median((seconds - world * hop_s)[large] / moved[large])), 1e-15)
+        hop_s = max(float(np.median((seconds - slope * moved)[small])) / world, 0.0)
+    words = f"collectives over {world:.0f} ranks of {readings.about['nodes']:.0f} nodes"
+    words += f"; {spread([row for _, row in rows])}"
+    sent = min(row.seconds for row in readings.of("send to node"))
+    return Network(
+        nic_bytes_per_s=figure(1 / slope, words),
+        efficiency_ratio=figure(1.0, "what was measured is what is reached"),
+        hop_s=figure(hop_s, words),
+        p2p_latency_s=figure(sent, "the shortest transfer between two nodes"),
     )
 
 
@@ -108,7 +161,7 @@ def _table(rows: Sequence[Reading]) -> CollectiveTable:
 def _transfer(readings: Readings) -> PointToPoint:
     """latency + bytes / bandwidth through what was sent, by relative error; memory if alone."""
     rows = list(readings.of("send")) or list(readings.of("device_to_host"))
-    timed = list(readings.of("there_and_back")) or rows
+    timed = list(readings.of("send, there and back")) or rows
     num_bytes = np.array([row.sizes["bytes"] for row in rows])
     seconds = np.array([row.seconds for row in rows])
     columns = np.stack([np.ones_like(num_bytes), num_bytes], axis=1) / seconds[:, None]

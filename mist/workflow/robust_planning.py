@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from mist.pareto.strategies import Group
 from mist.plans.breakdown import layout_words
 from mist.plans.plan import Limits, Regret, Robustness
 from mist.plans.search_space import NO_RATIOS, SearchSpace
+from mist.platform.quantity import figure_words
 from mist.search.robust_choice import (
     DEFAULT_TOLERANCE_RATIO,
     DrawnLayout,
@@ -20,11 +22,15 @@ from mist.search.robust_choice import (
     offloads,
     pessimistic_job,
     robust_choice,
+    steps_on,
 )
 from mist.search.tune import Tuned, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
-from mist.units import GB, format_seconds, six_digits
+from mist.units import six_digits
+
+# How far towards their worse ends figures are taken, until a layout is within the tolerance.
+PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.75, "each near it"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +49,11 @@ class Robust:
 def chosen_robustly(
     job: Job, space: SearchSpace, limits: Limits, tuned: Tuned, how: Robust
 ) -> RobustChoice:
-    """Choose among what the search found, and two or three further searches find.
+    """Choose among what the search found, and two to four further searches find.
 
     One with each uncertain figure at its worse end, of the groups whose bound is within the
-    tolerance of the fastest; one without offloading; one of a single stage where no search met one.
+    tolerance of the fastest; if none of its layouts is, one with each three quarters of the way
+    there. One without offloading; one of a single stage where no search met one.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
     # The bounds of groups as the profiles say, which are not those of the pessimistic job.
@@ -54,8 +61,7 @@ def chosen_robustly(
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
     is_near = partial(search, is_worth=lambda group: _name(group) in near)
-    worse = partial(is_near, pessimistic_job(job), space)
-    pool += _found(worse, how, "each figure at its worse end")
+    pool += _worse(job, partial(is_near, space=space), most_s, how)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
         pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
@@ -67,6 +73,19 @@ def chosen_robustly(
         if layout.stages == tuned.best.stages or how.can_load(layout):
             return choice
         pool = [other for other in pool if other.stages != layout.stages]
+
+
+def _worse(
+    job: Job, search: Callable[..., Tuned], most_s: float, how: Robust
+) -> tuple[PricedLayout, ...]:
+    """What searches meet where figures are worse, until a step of `job` takes at most `most_s`."""
+    found: tuple[PricedLayout, ...] = ()
+    for share, which in PESSIMISTIC:
+        more = _found(partial(search, pessimistic_job(job, share)), how, which)
+        found += more
+        if not more or steps_on([job], more).min() <= most_s:
+            break
+    return found
 
 
 def _name(group: Group) -> tuple[object, ...]:
@@ -117,14 +136,11 @@ def _regret(judged: DrawnLayout) -> Regret:
 def _turn_words(job: Job, turn: Turn) -> str:
     """A sentence: with which figure a layout wins or loses, and by how much."""
     how = "faster" if turn.gain_ratio > 0 else "slower"
+    value, known = (
+        figure_words(turn.path, each, num_digits=2) for each in (turn.value, turn.known)
+    )
     return (
-        f"if the {turn.name} were {_figure_words(turn.path, turn.value)} (the profile says "
-        f"{_figure_words(turn.path, turn.known)}), {layout_words(plain_layout(job, turn.layout))} "
+        f"if the {turn.name} were {value} (the profile says {known}), "
+        f"{layout_words(plain_layout(job, turn.layout))} "
         f"would be {abs(turn.gain_ratio):.1%} {how}"
     )
-
-
-def _figure_words(path: str, value: float) -> str:
-    if path.endswith("_bytes_per_s"):
-        return f"{value / GB:.3g} GB/s"
-    return format_seconds(value) if path.endswith("_s") else f"{value:.2g}"

@@ -14,7 +14,7 @@ import pytest
 from mist.errors import PlatformError
 from mist.plans.plan import Layout
 from mist.platform.calibration import with_values
-from mist.platform.quantity import LARGEST_FIGURE, LEAST_FIGURE, Quantity
+from mist.platform.quantity import LARGEST_FIGURE, LEAST_FIGURE, Quantity, figure_words
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job, make_job
@@ -137,3 +137,21 @@ def test_a_calibration_sets_no_rate_to_zero_and_nothing_else(path: str, words: s
     with pytest.raises(PlatformError, match=words):
         with_values(profiles, {path: zero})
     assert with_values(profiles, {"cluster.network.hop_s": zero})[1].network.hop_s.value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("device.memory_bytes", 4e9, "3.7 GiB"),
+        ("cluster.network.nic_bytes_per_s", 5.27e10, "52.7 GB/s"),
+        ("cluster.network.hop_s", 1e-5, "10.0 us"),
+        ("device.tensor_time_scale", 1.2345, "1.2345"),
+        ("runtime.traffic.optimizer_bytes_per_param", 30.0, "30 B/param"),
+    ],
+)
+def test_figures_in_words(path: str, value: float, words: str) -> None:
+    assert figure_words(path, value) == words
+
+
+def test_figures_in_few_digits() -> None:
+    assert figure_words("device.tensor_time_scale", 1.2345, num_digits=2) == "1.2"

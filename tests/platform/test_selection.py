@@ -75,7 +75,7 @@ def test_jobs_fill_whole_nodes(num_gpus: int, num_nodes: int, per_node: int) -> 
             8,
             "hx00",
             None,
-            "--gpu hx00: no device of that name. Did you mean h200 or rtx-4090 or h100-sxm? "
+            "--gpu hx00: no device of that name. Did you mean h200 or gh200 or h20? "
             f"{other_one('device')}",
         ),
         (
@@ -83,7 +83,7 @@ def test_jobs_fill_whole_nodes(num_gpus: int, num_nodes: int, per_node: int) -> 
             None,
             "dgx-h10",
             "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
-            f"hgx-h100-ib? {other_one('cluster')}",
+            f"hgx-h20? {other_one('cluster')}",
         ),
         (
             8,

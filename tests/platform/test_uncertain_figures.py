@@ -90,6 +90,14 @@ def test_the_worse_end_is_the_slower_one() -> None:
             assert rises is (row.worse == "high")
 
 
+def test_half_way_to_the_worse_end_is_the_middle() -> None:
+    before = profiles_of("dgx-h100")
+    after, worst = pessimistic_profiles(before, 0.5), pessimistic_profiles(before)
+    assert set(changed(before, worst)) >= set(changed(before, after)) >= {LINK}
+    (path, *_), link = rows()[LINK].paths, rows()[LINK]
+    assert value(after, path) == pytest.approx(value(before, path) * sum(link.ends) / 2)
+
+
 def test_a_figure_of_the_user_is_not_drawn() -> None:
     device, cluster, runtime = profiles_of("dgx-h100")
     link = Quantity(value=6e10, source="measured by us", kind=Kind.GIVEN)

@@ -157,6 +157,8 @@ def test_a_file_of_runs_is_predicted(
     )
     low, peak, high = (float(first[f"predicted_peak{part}_gib"]) for part in ("_low", "", "_high"))
     assert 0 < low < peak < high
+    low, step, high = (float(first[f"predicted_step{part}_s"]) for part in ("_low", "", "_high"))
+    assert 0 < low < step < high
     assert (first["predicted_fits"], float(first["predicted_step_s"]) > 0) == ("true", True)
     assert (second["status"], second["reason"]) == ("unsupported", "GPU abacus has no profile")
     assert second["predicted_step_s"] == ""

@@ -7,7 +7,7 @@ import pytest
 from mist.plans.memory_levels import memory_of
 from mist.plans.plan import even_layers, layers_by_cost
 from mist.plans.workload import MemoryLevel
-from mist.platform.profiles import find_calibration, load_runtime
+from mist.platform.profiles import find_calibration, load_device, load_runtime
 from mist.validate.cases import grouped
 from mist.validate.measured_runs import StageRun
 from mist.validate.run_layouts import layout_of
@@ -171,7 +171,10 @@ def test_a_source_says_what_its_network_and_its_words_are() -> None:
     (fms,), _ = grouped([run(source="fms-fsdp-eager")], table, calibrated=True)
     source, network = table.sources["fms-fsdp-eager"], fms.machine.cluster.network
     assert network.nic_bytes_per_s.value == 800e9 / 8 / 8  # 800 Gb/s for eight GPUs
-    calibration, ratios = find_calibration("torch", "h100-sxm"), load_source_ratios()
+    calibration, ratios = (
+        find_calibration("torch", load_device("h100-sxm").profile),
+        load_source_ratios(),
+    )
     assert calibration is not None
     path = "cluster.network.efficiency_ratio"
     known = calibration.profile.values[path].value

@@ -18,14 +18,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from mist.exec.profiling.busy import Busy
-from mist.exec.profiling.readings import Reading
-from mist.exec.profiling.sizes import Sizes
+from mist.exec.profiling.readings import Reading, Request
+from mist.exec.profiling.sizes import SIZES, Sizes
 
 SAMPLE_S: Final = 2e-3
 LEAST, MOST = 5, 40  # samples of a reading
 HELD_BYTES: Final = 64 * 2**20  # by what one sample's calls give
 BRIEF_S: Final = 0.02  # a reading that is allowed less takes two samples, however uncertain
 QUIET_RATIO: Final = 0.1  # of the processors
+LONGEST_RATIO: Final = 1 / 200  # of the time asked for, for one call
+PATIENCE_RATIO: Final = 1.5  # of the time asked for, on top, where other programs are busy
 MEASURABLE_S: Final = 0.2  # processor seconds; the system counts them in ticks of 10 ms
 
 Call = Callable[[], object]
@@ -47,6 +49,18 @@ class Clock:
     longest_s: float
     patience_s: float
     rows: list[Reading] = field(default_factory=list)
+
+    @classmethod
+    def within(cls, request: Request, device: torch.device) -> "Clock":
+        """A clock whose readings take about the time that is asked for."""
+        sizes = SIZES[device.type]
+        return cls(
+            device=device,
+            sizes=sizes,
+            reading_s=request.seconds / sizes.num_readings,
+            longest_s=LONGEST_RATIO * request.seconds,
+            patience_s=PATIENCE_RATIO * request.seconds,
+        )
 
     def read(
         self, op: str, sizes: Mapping[str, float], *calls: Call, held_bytes: float = 0

@@ -43,12 +43,12 @@ def read_collectives(clock: Clock) -> None:
         group, _ = dist.new_subgroups(size)
         for name, start in COLLECTIVES.items():
             for num_bytes in clock.sizes.collective_bytes:
-                call = _into_fresh(start, *_buffers(clock.device, num_bytes, size), group)
+                call = into_fresh(start, *buffers(clock.device, num_bytes, size), group)
                 clock.read_amid(name, {"bytes": num_bytes, "group": size}, call, work)
         size *= 2
 
 
-def _into_fresh(start: Start, whole: torch.Tensor, part: torch.Tensor, group: Any) -> Call:  # noqa: ANN401
+def into_fresh(start: Start, whole: torch.Tensor, part: torch.Tensor, group: Any) -> Call:  # noqa: ANN401
     """A collective whose result is allocated for it."""
     if start is _all_gather:
         return lambda: start(torch.empty_like(whole), part, group, False)
@@ -68,30 +68,36 @@ def _products(clock: Clock, seconds: float) -> Call:
     return compute
 
 
-def _buffers(device: torch.device, num_bytes: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def buffers(device: torch.device, num_bytes: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole of a collective among `size` ranks, and each rank's part, in fp32."""
     whole = torch.zeros(num_bytes // 4, device=device)
     return whole, torch.zeros(whole.numel() // size, device=device)
 
 
 def read_transfers(clock: Clock) -> None:
-    """Neighbours (0 and 1, 2 and 3, ...): one sends, the other receives, and back again."""
+    """Neighbours: 0 and 1, 2 and 3, ..."""
     rank = dist.get_rank()
+    there_and_back(clock, "send", rank ^ 1, leads=rank % 2 == 0)
+
+
+def there_and_back(clock: Clock, op: str, peer: int | None, *, leads: bool) -> None:
+    """One rank sends and its peer receives, and back again; without a peer a rank looks on."""
     for num_bytes in clock.sizes.sent_bytes:
         tensor = torch.zeros(num_bytes // 4, device=clock.device)
 
         def both_ways() -> None:
-            first, second = (dist.isend, dist.irecv) if rank % 2 == 0 else (dist.irecv, dist.isend)
-            for op in (first, second):
-                for work in dist.batch_isend_irecv([dist.P2POp(op, tensor, rank ^ 1)]):  # noqa: B023
+            first, second = (dist.isend, dist.irecv) if leads else (dist.irecv, dist.isend)
+            for way in (first, second) if peer is not None else ():
+                for work in dist.batch_isend_irecv([dist.P2POp(way, tensor, peer)]):  # noqa: B023
                     work.wait()
 
-        seconds = clock.read("there_and_back", {"bytes": num_bytes}, both_ways)
-        clock.note("send", {"bytes": num_bytes}, seconds / 2)
+        seconds = clock.read(f"{op}, there and back", {"bytes": num_bytes}, both_ways)
+        clock.note(op, {"bytes": num_bytes}, seconds / 2)
 
 
 def read_beside(clock: Clock) -> None:
     """Computation, a collective and copies: each alone, and each at once with computation."""
-    whole, part = _buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
+    whole, part = buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
     on_host = torch.zeros(whole.shape, pin_memory=clock.device.type == "cuda")
     group = dist.group.WORLD
     collective_s = clock.read(
@@ -136,7 +142,7 @@ def read_waiting(clock: Clock) -> None:
 
     FSDP2 issues its collectives this way, on a stream of their own where there are streams.
     """
-    whole, part = _buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
+    whole, part = buffers(clock.device, clock.sizes.beside_bytes, dist.get_world_size())
     for name, start in COLLECTIVES.items():
         call = partial(start, whole, part, dist.group.WORLD, False)
         clock.note(f"{name} waits", {}, clock.waits_ratio(call))

@@ -23,7 +23,6 @@ from mist.exec.profiling import links
 from mist.exec.profiling.busy import Busy
 from mist.exec.profiling.clock import Clock
 from mist.exec.profiling.readings import Readings, Request
-from mist.exec.profiling.sizes import SIZES
 from mist.exec.run.launch import LOST
 from mist.exec.run.run_log import say
 
@@ -45,8 +44,6 @@ BETWEEN: Final[dict[str, Part]] = {
     "overlap": links.read_beside,
     "waiting": links.read_waiting,
 }
-LONGEST_RATIO: Final = 1 / 200  # of the time asked for, for one call
-PATIENCE_RATIO: Final = 1.5  # of the time asked for, on top, where other programs are busy
 TIMEOUT_S: Final = 300.0
 GPU_STATE: Final = {
     "clocks.sm": "sm_clock_mhz",
@@ -80,14 +77,7 @@ def run(request: Request, out: Path) -> None:
     with process_group(TIMEOUT_S) as device:
         torch.manual_seed(dist.get_rank())
         own_bytes, before = _own_bytes(device), Busy.now()
-        sizes = SIZES[device.type]
-        clock = Clock(
-            device=device,
-            sizes=sizes,
-            reading_s=request.seconds / sizes.num_readings,
-            longest_s=LONGEST_RATIO * request.seconds,
-            patience_s=PATIENCE_RATIO * request.seconds,
-        )
+        clock = Clock.within(request, device)
         parts = ON_DEVICE | (BETWEEN if request.num_ranks > 1 else {})
         warm: dict[str, str | float] = {}
         for name, part in parts.items():
