@@ -347,7 +347,8 @@ def test_a_changed_profile_is_noted(tmp_path: Path) -> None:
 
 def test_a_plan_for_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path)
-    other = replace(toy_graph((9,)), name="other", fingerprint="sha256:other", num_params=7)
+    seven = {"num_params": 7, "num_trainable": 7}
+    other = replace(toy_graph((9,)), name="other", fingerprint="sha256:other", **seven)
     answer_with(other, monkeypatch)
     with pytest.raises(PlanError) as refused:
         check_plan(path)
