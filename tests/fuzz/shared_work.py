@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mist.model.graph import ModelGraph
     from mist.symbolic.cost_setting import CostSetting
     from mist.symbolic.program import ModelPrograms, Program
-    from mist.symbolic.stage import ConvertedBlocks
     from mist.trace.model_trace import Traced
     from mist.trace.models.loader import LoadedModel
     from mist.trace.models.source import TraceSetting
@@ -68,15 +67,15 @@ class SharedWork:
         def compiled(
             graph: "ModelGraph",
             setting: "CostSetting",
-            converted: "ConvertedBlocks | None" = None,
+            *again: object,
         ) -> "ModelPrograms":
             # By its words: 1 and True are equal, and a case may be about just that.
             known = self.programs.setdefault(repr(setting), [])
-            blocks = (graph, converted or {})
+            blocks = (graph, *again)
             for other, programs in known:
                 if other == blocks:
                     return programs
-            programs = compile_model(graph, setting, blocks[1])
+            programs = compile_model(graph, setting, *again)
             known.append((blocks, programs))
             return programs
 
