@@ -149,7 +149,7 @@ def cli_code(code: int) -> None:
         ({"attention": "fast"}, "attention 'fast' is none of flash, math."),
         (
             {"gpu": "h10"},
-            "--gpu h10: no device of that name. Did you mean h200 or h100-sxm or h100-pcie? "
+            "--gpu h10: no device of that name. Did you mean h20 or h200 or h100-sxm? "
             f"{other_one('device')}",
         ),
     ],
