@@ -280,7 +280,7 @@ REFUSED = [
     (
         {"clusters": "dgx-h100,dgx-h10"},
         "--cluster dgx-h10: no cluster of that name. Did you mean dgx-h100 or dgx-h200 or "
-        f"hgx-h100-ib? {other_one('cluster')}",
+        f"hgx-h20? {other_one('cluster')}",
     ),
     ({"clusters": "dgx-h100,dgx-h100"}, "--cluster dgx-h100,dgx-h100: a cluster is named twice."),
     (

@@ -165,7 +165,7 @@ def test_offload_of_what_selective_layers_keep() -> None:
 
 
 def test_another_model() -> None:
-    other = replace(FACTS, fingerprint="sha256:other", num_params=5)
+    other = replace(FACTS, fingerprint="sha256:other", num_params=5, num_trainable=5)
     assert words_of(sample_plan(), other) == (
         "model.fingerprint: the plan is for another model (8,030,261,248 parameters; "
         "toy from models/toy.py has 5); plan again"
