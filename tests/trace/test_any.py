@@ -150,6 +150,7 @@ def test_a_loop_over_chunks_holds_for_its_length_only() -> None:
     assert graph.blocks[0].domain == (sympy.Eq(S, 384),)
 
 
+@pytest.mark.slow  # tests/exec/test_tensor_sizes.py trains one
 def test_encoder_and_decoder_are_two_lists() -> None:
     config = transformers.T5Config(
         vocab_size=512, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4

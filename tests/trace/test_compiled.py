@@ -110,7 +110,9 @@ def test_a_cut_elsewhere_keeps_nearly_as_much(family: Family, ratio: float) -> N
         assert real <= saved(family, b, s) <= (1 + ratio) * real, (b, s)
 
 
-@pytest.mark.parametrize("family", [llama, pytest.param(mixtral, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [plain, *(pytest.param(f, marks=pytest.mark.slow) for f in (llama, mixtral))]
+)
 def test_products_are_the_layers_own(family: Family) -> None:
     """Recomputation repeats no product: FLOPs equal those of torch's counter in eager mode."""
     eager = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH, policy="cpu")
