@@ -24,7 +24,7 @@ from mist.export.target import (
     refused,
     undivided_offload,
 )
-from mist.export.unread_settings import SettingKinds, unread
+from mist.export.unread_settings import SettingKinds, unread, with_unread
 from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
@@ -183,13 +183,11 @@ def read_accelerate(text: str, path: str) -> Configuration:
         known = ", ".join(READERS)
         raise InputError(f"{path}: distributed_type {kind} is not read. Known: {known}.")
     others = unread(keys, KINDS, text, path)
-    said = READERS[kind](keys, path)
+    said = with_unread(READERS[kind](keys, path), others)
     return replace(
         said,
         precision=_precision(keys, path),
         num_gpus=_count(keys, "num_processes", path),
-        unmodelled=(*said.unmodelled, *others.unmodelled),
-        untouched=(*said.untouched, *others.untouched),
     )
 
 
@@ -231,22 +229,19 @@ def strategy_word(words: Sequence[str]) -> dict[str, Any]:
 
 def fsdp_zero(section: Mapping[str, Any], path: str) -> tuple[int, bool]:
     """The ZeRO level, and whether each machine has a copy of its own. Raises InputError."""
-    for key in ("sharding_strategy", "reshard_after_forward"):
-        word = section.get(key)
-        if isinstance(word, bool) and key == "reshard_after_forward":
-            return (3 if word else 2), False
-        if word is None:
-            continue
-        names = list(STRATEGIES)
-        number = int(word) - 1 if str(word).isdecimal() and len(str(word)) == 1 else -1
-        name = names[number] if 0 <= number < len(names) else str(word).upper()
-        if name not in STRATEGIES:
-            known = ", ".join(names)
-            raise InputError(
-                f"{path}: {key} {word!r:.40} is none of {known}; FSDP2 has true and false."
-            )
-        return STRATEGIES[name], "HYBRID" in name
-    return 3, False
+    stated = section.get("sharding_strategy") is not None
+    key = "sharding_strategy" if stated else "reshard_after_forward"
+    word = section.get(key)
+    if word is None or (isinstance(word, bool) and key == "reshard_after_forward"):
+        return (2 if word is False else 3), False
+    numbered = {str(number): name for number, name in enumerate(STRATEGIES, start=1)}
+    name = numbered.get(str(word), str(word).upper())
+    if name not in STRATEGIES:
+        known = ", ".join(STRATEGIES)
+        raise InputError(
+            f"{path}: {key} {word!r:.40} is none of {known}; FSDP2 has true and false."
+        )
+    return STRATEGIES[name], "HYBRID" in name
 
 
 def fsdp_checkpoint(section: Mapping[str, Any]) -> str | None:

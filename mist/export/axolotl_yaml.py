@@ -22,7 +22,7 @@ from mist.export.accelerate_yaml import (
 from mist.export.deepspeed_json import beside, leaves
 from mist.export.launcher_lines import head, launch_script
 from mist.export.target import Configuration, ExportSource, Written, added
-from mist.export.unread_settings import SettingKinds, unread
+from mist.export.unread_settings import SettingKinds, unread, with_unread
 from mist.export.yaml_lines import whole_at, yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload
@@ -128,15 +128,13 @@ def read_axolotl(text: str, path: str) -> Configuration:
     keys = dict(leaves(document.data))
     others = unread(keys, KINDS, text, path)
     numbers = {key: whole_at(keys, key, path) for key in COUNTS}
-    said = _divided(keys, numbers, path)
+    said = with_unread(_divided(keys, numbers, path), others)
     return replace(
         said,
         knobs={**said.knobs, "micro_batch": numbers["micro_batch_size"] or 1},
         seq_len=numbers["sequence_len"],
         precision=_precision(keys),
         num_micro_batches=numbers["gradient_accumulation_steps"] or 1,
-        unmodelled=(*said.unmodelled, *others.unmodelled),
-        untouched=(*said.untouched, *others.untouched),
     )
 
 

@@ -21,7 +21,7 @@ from mist.export.deepspeed_json import (
 )
 from mist.export.launcher_lines import head, node_script, nodes_of
 from mist.export.target import Configuration, ExportLoss, ExportSource, Written, added, refused
-from mist.export.unread_settings import SettingKinds, unread
+from mist.export.unread_settings import SettingKinds, unread, with_unread
 from mist.export.yaml_lines import whole_at, yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Plan
@@ -126,7 +126,7 @@ def read_llamafactory(text: str, path: str) -> Configuration:
             f"{path}: finetuning_type {kind!r:.40}: only full training is predicted. Try {KIND}."
         )
     others = unread(keys, KINDS, text, path)
-    divided = _deepspeed(keys, path)
+    divided = with_unread(_deepspeed(keys, path), others)
     each = whole_at(keys, EACH, path) or 8  # the default of transformers
     # In LLaMA-Factory checkpointing is on unless it is switched off.
     level = KEEPS_ALL if keys.get("disable_gradient_checkpointing") is True else REPEATS_ALL
@@ -137,8 +137,6 @@ def read_llamafactory(text: str, path: str) -> Configuration:
         seq_len=whole_at(keys, "cutoff_len", path),
         precision=_precision(keys),
         num_micro_batches=whole_at(keys, ACCUMULATED, path) or 1,
-        unmodelled=(*divided.unmodelled, *others.unmodelled),
-        untouched=(*divided.untouched, *others.untouched),
     )
 
 

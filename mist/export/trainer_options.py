@@ -24,7 +24,7 @@ from mist.export.command_words import launched, options_of
 from mist.export.deepspeed_json import beside, found_beside, leaves
 from mist.export.llamafactory_yaml import KIND, STAGE_KEY
 from mist.export.target import Configuration
-from mist.export.unread_settings import NEVER, SettingKinds, unread
+from mist.export.unread_settings import NEVER, SettingKinds, unread, with_unread
 from mist.export.yaml_lines import whole_at
 from mist.files import read_bytes
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
@@ -75,7 +75,7 @@ def _of_script(text: str, path: str) -> Configuration:
     words = {name.removeprefix("--").replace("-", "_"): v for name, v in options.items()}
     settings: dict[str, Any] = {name: _value(values) for name, values in words.items()}
     others = unread(settings, KINDS, text, path)
-    divided = _divided(settings, path)
+    divided = with_unread(_divided(settings, path), others)
     repeats = _is_on(settings, "gradient_checkpointing") or divided.checkpoint == REPEATS_ALL
     return replace(
         divided,
@@ -87,8 +87,6 @@ def _of_script(text: str, path: str) -> Configuration:
         launched=launched(options) or divided.num_gpus,
         num_gpus=None,
         runtimes=divided.runtimes or ("torch",),
-        unmodelled=(*divided.unmodelled, *others.unmodelled),
-        untouched=(*divided.untouched, *others.untouched),
     )
 
 

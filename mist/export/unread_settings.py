@@ -7,11 +7,12 @@ are listed as not modelled, each with its value.
 """
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mist.errors import InputError
 from mist.export.setting_lines import place_of
+from mist.export.target import Configuration
 
 NEVER: tuple[str, ...] = ()  # as the values of a setting that decides: there is none
 
@@ -56,14 +57,21 @@ def unread(settings: Mapping[str, Any], kinds: SettingKinds, text: str, path: st
                 f"{place_of(name, text, path)}: {setting:.120} is not predicted, and it decides "
                 f"what a GPU holds or computes. {known}"
             )
-    others = [name for name in settings if name not in kinds.read and name not in kinds.decisive]
-    untouched = tuple(name for name in others if name.startswith(kinds.untouched))
-    known_names = {*untouched}
-    return Unread(
-        unmodelled=tuple(
-            f"{name}{kinds.sign}{settings[name]}".rstrip()
-            for name in others
-            if name not in known_names
-        ),
-        untouched=untouched,
+    unmodelled, untouched = [], []
+    for name, value in settings.items():
+        if name in kinds.read or name in kinds.decisive:
+            continue
+        if name.startswith(kinds.untouched):
+            untouched.append(name)
+        else:
+            unmodelled.append(f"{name}{kinds.sign}{value}".rstrip())
+    return Unread(unmodelled=tuple(unmodelled), untouched=tuple(untouched))
+
+
+def with_unread(said: Configuration, others: Unread) -> Configuration:
+    """What a file says, with these settings behind those that it has already."""
+    return replace(
+        said,
+        unmodelled=(*said.unmodelled, *others.unmodelled),
+        untouched=(*said.untouched, *others.untouched),
     )

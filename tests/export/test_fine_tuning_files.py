@@ -11,17 +11,10 @@ from mist.export.megatron_bridge import read_bridge
 from mist.export.target import ExportSource
 from mist.export.targets import target_named
 from mist.plans.plan import Offload
+from tests.export.test_files_of_people import AXOLOTL as PLAIN_AXOLOTL
 from tests.sample_plans import sample_plan, stage_plan
 
-AXOLOTL = """base_model: some/model
-sequence_len: 4096
-micro_batch_size: 2
-gradient_accumulation_steps: 4
-bf16: auto
-gradient_checkpointing: true
-learning_rate: 2.0e-5
-sample_packing: true
-"""
+AXOLOTL = f"{PLAIN_AXOLOTL}learning_rate: 2.0e-5\nsample_packing: true\n"
 
 
 def test_an_axolotl_file_without_fsdp_divides_nothing() -> None:
