@@ -44,6 +44,20 @@ def is_folder(path: str | Path) -> bool:
     return os.path.isdir(path)
 
 
+def file_beside(path: str, key: str, name: object) -> Path:
+    """The file that `key` of the one at `path` names: beside it, or in the current folder.
+
+    Raises InputError where it is in neither.
+    """
+    places = [folder / str(name) for folder in (Path(path).parent, Path())]
+    for file in places:
+        if is_file(file):
+            return file
+    raise InputError(
+        f"{path}: {key} {name!r:.80}: {places[0]} is no file. Put it where the key says."
+    )
+
+
 def read_bytes(path: Path, refusal: type[InputError] = InputError) -> bytes:
     """The content of a file. Raises `refusal` when it cannot be read, or is above `MOST_BYTES`."""
     try:

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from mist.documents import Document, parse_yaml
 from mist.errors import InputError
-from mist.export.deepspeed_json import beside, leaves
+from mist.export.deepspeed_json import beside
 from mist.export.launcher_lines import head, node_script, nodes_of
+from mist.export.setting_values import leaves, whole_at
 from mist.export.target import (
     Configuration,
     ExportLoss,
@@ -187,21 +188,21 @@ def read_accelerate(text: str, path: str) -> Configuration:
     return replace(
         said,
         precision=_precision(keys, path),
-        num_gpus=_count(keys, "num_processes", path),
+        num_gpus=whole_at(keys, "num_processes", path),
     )
 
 
 def _under_fsdp(keys: Mapping[str, Any], path: str) -> Configuration:
     section = fsdp_section(keys)
     zero, copied = fsdp_zero(section, path)
-    copies = _count(keys, "num_machines", path) if copied else None
-    copies = copies or _count(keys, f"{AXES}dp_replicate_size", path)
-    shard = _count(keys, f"{AXES}dp_shard_size", path)
+    copies = whole_at(keys, "num_machines", path) if copied else None
+    copies = copies or whole_at(keys, f"{AXES}dp_replicate_size", path)
+    shard = whole_at(keys, f"{AXES}dp_shard_size", path)
     offload = float(section.get("offload_params") is True)
     version = section.get("version", 1)
     return Configuration(
         knobs={
-            "tp": _count(keys, f"{AXES}tp_size", path) or 1,
+            "tp": whole_at(keys, f"{AXES}tp_size", path) or 1,
             "zero": zero,
             "dp_replicate": (copies or 1) if zero else 1,
         },
@@ -262,7 +263,7 @@ def _under_deepspeed(keys: Mapping[str, Any], path: str) -> Configuration:
         said = Configuration(
             knobs={"zero": _zero_stage(keys, path)},
             offload=Offload(optimizer=hosted["optimizer"], weights=hosted["param"]),
-            num_micro_batches=_count(keys, f"{DEEPSPEED}gradient_accumulation_steps", path),
+            num_micro_batches=whole_at(keys, f"{DEEPSPEED}gradient_accumulation_steps", path),
         )
     return replace(said, runtimes=("deepspeed-zero3",))
 
@@ -276,7 +277,7 @@ def _zero_stage(keys: Mapping[str, Any], path: str) -> int:
 
 def _alone(keys: Mapping[str, Any], path: str) -> Configuration:
     """Whole states on every rank; the program itself switches recomputation on, not the file."""
-    return Configuration(knobs={"tp": _count(keys, f"{AXES}tp_size", path) or 1, "zero": 0})
+    return Configuration(knobs={"tp": whole_at(keys, f"{AXES}tp_size", path) or 1, "zero": 0})
 
 
 READERS: Final = {
@@ -285,13 +286,6 @@ READERS: Final = {
     "MULTI_GPU": _alone,
     "NO": _alone,
 }
-
-
-def _count(keys: Mapping[str, Any], key: str, path: str) -> int | None:
-    value = keys.get(key)
-    if value is not None and (type(value) is not int or value < 1):
-        raise InputError(f"{path}: {key} {value!r:.40} is no number of ranks.")
-    return value
 
 
 def _precision(keys: Mapping[str, Any], path: str) -> Precision:

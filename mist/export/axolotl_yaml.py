@@ -19,11 +19,12 @@ from mist.export.accelerate_yaml import (
     strategy_word,
     under_fsdp2,
 )
-from mist.export.deepspeed_json import beside, leaves
+from mist.export.deepspeed_json import beside
 from mist.export.launcher_lines import head, launch_script
+from mist.export.setting_values import leaves, whole_at
 from mist.export.target import Configuration, ExportSource, Written, added
 from mist.export.unread_settings import SettingKinds, unread, with_unread
-from mist.export.yaml_lines import whole_at, yaml_lines
+from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload
 from mist.plans.workload import Precision

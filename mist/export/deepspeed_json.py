@@ -12,6 +12,8 @@ from typing import Any, Final
 from mist.documents import parse_json, text_of
 from mist.errors import InputError
 from mist.export.launcher_lines import launch_script
+from mist.export.setting_lines import read_lines
+from mist.export.setting_values import leaves, whole_at
 from mist.export.target import (
     MARK,
     Configuration,
@@ -23,7 +25,7 @@ from mist.export.target import (
     refused,
 )
 from mist.export.unread_settings import SettingKinds, unread
-from mist.files import is_file, read_bytes
+from mist.files import file_beside, read_bytes
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import Precision
 
@@ -155,21 +157,24 @@ def read_deepspeed(text: str, path: str) -> Configuration:
     stated = dict(leaves(data))
     keys = {key: value for key, value in stated.items() if value != "auto"}
     others = unread(keys, KINDS, text, path)
-    zero = _number(keys, "zero_optimization.stage", path)
+    zero = whole_at(keys, "zero_optimization.stage", path, least=0)
     hosted = keys.get("zero_optimization.offload_optimizer.device", "none") != "none"
     weights = keys.get("zero_optimization.offload_param.device", "none") != "none"
     ratio = keys.get("zero_optimization.offload_optimizer.ratio", 1.0)
     if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
         raise InputError(f"{path}: zero_optimization.offload_optimizer.ratio {ratio} is no ratio.")
-    knobs = {"tp": _number(keys, "tensor_parallel.autotp_size", path) or 1, "zero": zero or 0}
-    if micro_batch := _number(keys, MICRO, path):
+    knobs = {
+        "tp": whole_at(keys, "tensor_parallel.autotp_size", path, least=0) or 1,
+        "zero": zero or 0,
+    }
+    if micro_batch := whole_at(keys, MICRO, path):
         knobs["micro_batch"] = micro_batch
     return Configuration(
         knobs=knobs,
         offload=Offload(optimizer=float(ratio) * hosted, weights=float(weights)),
-        global_batch=_number(keys, BATCH, path),
+        global_batch=whole_at(keys, BATCH, path),
         precision=_precision(stated),
-        num_micro_batches=_number(keys, STEPS, path),
+        num_micro_batches=whole_at(keys, STEPS, path),
         unmodelled=others.unmodelled,
         untouched=others.untouched,
     )
@@ -177,38 +182,8 @@ def read_deepspeed(text: str, path: str) -> Configuration:
 
 def beside(path: str, key: str, name: object) -> Configuration:
     """What the JSON says that a file at `path` names in `key`. Raises InputError without one."""
-    file = found_beside(path, key, name)
-    return read_deepspeed(text_of(read_bytes(file), file), str(file))
-
-
-def found_beside(path: str, key: str, name: object) -> Path:
-    """The file of that name: beside the one at `path`, or in the current folder.
-
-    Raises InputError where it is in neither.
-    """
-    places = [folder / str(name) for folder in (Path(path).parent, Path())]
-    for file in places:
-        if is_file(file):
-            return file
-    raise InputError(
-        f"{path}: {key} {name!r:.80}: {places[0]} is no file. Put it where the key says."
-    )
-
-
-def leaves(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value below a mapping, by its dotted key."""
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
-def _number(keys: Mapping[str, Any], key: str, path: str) -> int | None:
-    value = keys.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise InputError(f"{path}: {key} {value!r:.40} is no whole number.")
-    return value
+    file = file_beside(path, key, name)
+    return read_lines(read_deepspeed, text_of(read_bytes(file), file), str(file))
 
 
 def _precision(keys: Mapping[str, Any]) -> Precision | None:

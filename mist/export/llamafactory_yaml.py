@@ -20,9 +20,10 @@ from mist.export.deepspeed_json import (
     write_deepspeed,
 )
 from mist.export.launcher_lines import head, node_script, nodes_of
+from mist.export.setting_values import whole_at
 from mist.export.target import Configuration, ExportLoss, ExportSource, Written, added, refused
 from mist.export.unread_settings import SettingKinds, unread, with_unread
-from mist.export.yaml_lines import whole_at, yaml_lines
+from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Plan
 from mist.plans.workload import Precision

@@ -1,6 +1,10 @@
 """In which line of a file a setting stands."""
 
 import re
+from collections.abc import Callable
+
+from mist.errors import InputError
+from mist.export.target import Configuration
 
 
 def line_of(name: str, text: str) -> int | None:
@@ -21,6 +25,14 @@ def place_of(name: str, text: str, path: str) -> str:
     """The file, and the line where it is known."""
     line = line_of(name, text)
     return f"{path}, line {line}" if line else path
+
+
+def read_lines(read: Callable[[str, str], Configuration], text: str, path: str) -> Configuration:
+    """What `read` makes of a text at `path`; its InputError with the line of the setting."""
+    try:
+        return read(text, path)
+    except InputError as error:
+        raise InputError(with_line(str(error), text, path)) from error
 
 
 def with_line(message: str, text: str, path: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from mist.errors import InputError
 from mist.export.command_words import options_of
-from mist.export.deepspeed_json import leaves
+from mist.export.setting_values import leaves
 from mist.export.target import Configuration
 from mist.export.torchtitan_module import DTYPES, NAMES
 from mist.export.unread_settings import NEVER, SettingKinds, unread

@@ -21,12 +21,13 @@ from mist.export.accelerate_yaml import (
     strategy_word,
 )
 from mist.export.command_words import launched, options_of
-from mist.export.deepspeed_json import beside, found_beside, leaves
+from mist.export.deepspeed_json import beside
 from mist.export.llamafactory_yaml import KIND, STAGE_KEY
+from mist.export.setting_lines import read_lines
+from mist.export.setting_values import leaves, whole_at
 from mist.export.target import Configuration
 from mist.export.unread_settings import NEVER, SettingKinds, unread, with_unread
-from mist.export.yaml_lines import whole_at
-from mist.files import read_bytes
+from mist.files import file_beside, read_bytes
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload
 from mist.plans.workload import Precision
@@ -111,8 +112,8 @@ def _divided(settings: Mapping[str, Any], path: str) -> Configuration:
     if name := settings.get("deepspeed"):
         return replace(beside(path, "--deepspeed", name), runtimes=("deepspeed-zero3",))
     if name := settings.get("config_file"):
-        file = found_beside(path, "--config_file", str(name).partition(" ")[0])
-        return read_accelerate(text_of(read_bytes(file), file), str(file))
+        file = file_beside(path, "--config_file", str(name).partition(" ")[0])
+        return read_lines(read_accelerate, text_of(read_bytes(file), file), str(file))
     if settings.get("fsdp"):
         return _under_fsdp(settings, path)
     return Configuration(knobs={"zero": 0})
@@ -122,7 +123,7 @@ def _under_fsdp(settings: Mapping[str, Any], path: str) -> Configuration:
     words = str(settings["fsdp"]).split()
     section: dict[str, Any] = strategy_word(words)
     if name := settings.get("fsdp_config"):
-        file = found_beside(path, "--fsdp_config", name)
+        file = file_beside(path, "--fsdp_config", name)
         data = parse_json(read_bytes(file), file)
         if not isinstance(data, dict):
             raise InputError(f"{file} is no JSON object.")

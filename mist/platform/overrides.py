@@ -29,8 +29,8 @@ FAMILIES: Final[tuple[type[Device] | type[Cluster] | type[Runtime], ...]] = (
 )
 NAMES: Final = tuple(shape.__name__.lower() for shape in FAMILIES)
 HOST_MEMORY: Final = "cluster.host_memory_bytes"
-SEQUENCE: Final = "runtime.knobs.sequence_parallel"
-SWITCHES: Final = frozenset({SEQUENCE})  # of a profile that are no figures: 0 is off, 1 is on
+# Of a profile, and no figure: 0 is off, 1 is on.
+SEQUENCE_SWITCH: Final = "runtime.knobs.sequence_parallel"
 OWN: Final = "the user's own figure"
 NO_FIGURE: Final = object()
 
@@ -95,7 +95,7 @@ def _with(profile: Any, family: str, overrides: Overrides) -> Any:  # noqa: ANN4
     for name, value in own.items():
         place, leaf = _place(data, name, profile), name.rpartition(".")[2]
         own_figure = {"value": value, "source": OWN, "kind": Kind.GIVEN.value}
-        place[leaf] = _switched(name, value) if name in SWITCHES else own_figure
+        place[leaf] = _switched(name, value) if name == SEQUENCE_SWITCH else own_figure
     if HOST_MEMORY in own:
         data["host_memory_by_device"] = {}  # the user's figure is of the nodes at hand
     words = ", ".join(f"{name}={value:g}" for name, value in own.items())
@@ -120,7 +120,7 @@ def _place(data: Any, name: str, profile: Any) -> Any:  # noqa: ANN401 - as JSON
         figure = NO_FIGURE
     # Null is a figure that may be there (`max_nodes`); other settings have no value and source.
     is_figure_there = figure is None or (isinstance(figure, dict) and "value" in figure)
-    if is_figure_there or name in SWITCHES:
+    if is_figure_there or name == SEQUENCE_SWITCH:
         return place
     family = name.partition(".")[0]
     known = [f"{family}.{path}" for path in figure_names(profile)]

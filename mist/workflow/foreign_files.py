@@ -13,13 +13,13 @@ from mist.documents import text_of
 from mist.errors import InputError
 from mist.export.edits import edits_of, settings_of
 from mist.export.rounding import expressible
-from mist.export.setting_lines import with_line
+from mist.export.setting_lines import read_lines
 from mist.export.target import Configuration, ExportSource, Target
 from mist.export.targets import target_of
 from mist.files import is_file, read_bytes, user_path
 from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import NOTHING_OFFLOADED, Plan
-from mist.platform.overrides import SEQUENCE
+from mist.platform.overrides import SEQUENCE_SWITCH
 from mist.platform.profiles import load_runtime
 from mist.symbolic.load_programs import Progress, quiet
 from mist.workflow.advice import best_instead
@@ -49,10 +49,7 @@ def foreign_file(name: str) -> ForeignFile | None:
     target = target_of(text)
     if target is None or target.read is None:
         return None
-    try:
-        said = target.read(text, name)
-    except InputError as error:
-        raise InputError(with_line(str(error), text, name)) from error
+    said = read_lines(target.read, text, name)
     return ForeignFile(path=name, target=target, configuration=said, text=text)
 
 
@@ -124,7 +121,7 @@ def _with_sequence(
     own = load_runtime(runtime).profile.knobs.sequence_parallel
     if layout.tp == 1 or said.shards_sequence in (None, own):
         return question
-    switched = {SEQUENCE: float(not own)}
+    switched = {SEQUENCE_SWITCH: float(not own)}
     return replace(question, overrides={**switched, **question.overrides})
 
 
