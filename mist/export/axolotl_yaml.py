@@ -121,6 +121,20 @@ KINDS: Final = SettingKinds(
 )  # fmt: skip
 
 
+NAMES: Final = {
+    "tp": ("tensor_parallel_size",),
+    "zero": ("fsdp_config.reshard_after_forward", "deepspeed"),
+    "dp": ("dp_shard_size",),
+    "dp_replicate": ("dp_replicate_size",),
+    "micro_batch": ("micro_batch_size",),
+    "num_micro_batches": ("gradient_accumulation_steps",),
+    "seq": ("sequence_len",),
+    "checkpoint": ("gradient_checkpointing",),
+    "offload": ("fsdp_config.offload_params", "deepspeed"),
+    "precision": ("fp16", "bf16"),
+}
+
+
 def read_axolotl(text: str, path: str) -> Configuration:
     """The layout of a YAML file. Raises InputError naming a key."""
     document = parse_yaml(text.encode(), Path(path))
@@ -134,6 +148,7 @@ def read_axolotl(text: str, path: str) -> Configuration:
         said,
         knobs={**said.knobs, "micro_batch": numbers["micro_batch_size"] or 1},
         seq_len=numbers["sequence_len"],
+        model=str(keys["base_model"]),
         precision=_precision(keys),
         num_micro_batches=numbers["gradient_accumulation_steps"] or 1,
     )

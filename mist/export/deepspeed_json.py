@@ -145,6 +145,19 @@ KINDS: Final = SettingKinds(
 )  # fmt: skip
 
 
+NAMES: Final = {
+    "tp": ("tensor_parallel.autotp_size",),
+    "zero": ("zero_optimization.stage",),
+    "micro_batch": (MICRO,),
+    "global_batch": (BATCH,),
+    "num_micro_batches": (STEPS,),
+    "offload": (
+        "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device",
+    ),
+    "precision": ("fp16.enabled", "bf16.enabled"),
+}  # fmt: skip
+
+
 def read_deepspeed(text: str, path: str) -> Configuration:
     """The layout of a JSON configuration. Raises InputError naming a key.
 

@@ -115,6 +115,17 @@ KINDS: Final = SettingKinds(
 )  # fmt: skip
 
 
+NAMES: Final = {
+    "zero": ("deepspeed",),
+    "offload": ("deepspeed",),
+    "micro_batch": (EACH,),
+    "num_micro_batches": (ACCUMULATED,),
+    "seq": ("cutoff_len",),
+    "checkpoint": ("disable_gradient_checkpointing",),
+    "precision": ("fp16", "bf16"),
+}
+
+
 def read_llamafactory(text: str, path: str) -> Configuration:
     """The layout of a YAML file and of the JSON that it names. Raises InputError naming a key."""
     document = parse_yaml(text.encode(), Path(path))
@@ -136,6 +147,7 @@ def read_llamafactory(text: str, path: str) -> Configuration:
         knobs={**divided.knobs, "micro_batch": each},
         checkpoint=level.value,
         seq_len=whole_at(keys, "cutoff_len", path),
+        model=str(keys["model_name_or_path"]),
         precision=_precision(keys),
         num_micro_batches=whole_at(keys, ACCUMULATED, path) or 1,
     )

@@ -301,7 +301,24 @@ KINDS: Final = SettingKinds(
         "--optimizer": ("adam",),
     },
 )  # fmt: skip
-COUNTS: Final = {"tp": "--tensor-model-parallel-size", "micro_batch": "--micro-batch-size"}
+NAMES: Final = {
+    "tp": ("--tensor-model-parallel-size",),
+    "pp": ("--pipeline-model-parallel-size",),
+    "vpp": ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"),
+    "layers": (
+        "--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers",
+        "--decoder-last-pipeline-num-layers",
+    ),
+    "zero": ("--data-parallel-sharding-strategy", "--use-distributed-optimizer"),
+    "micro_batch": ("--micro-batch-size",),
+    "global_batch": ("--global-batch-size",),
+    "seq": ("--seq-length",),
+    "checkpoint": ("--recompute-granularity", "--recompute-num-layers"),
+    "offload": ("--optimizer-offload-fraction",),
+    "precision": ("--fp16", "--bf16"),
+    "num_layers": ("--num-layers",),
+}  # fmt: skip
+"""Options of `mist check` and those of Megatron that answer them."""
 LAUNCH: Final = re.compile(
     r"--(nnodes|nproc[-_]per[-_]node|rdzv[-_]\w+|node[-_]rank|master[-_]\w+)"
 )
@@ -325,7 +342,8 @@ def read_megatron(text: str, path: str) -> Configuration:
     vpp = len(layers) // pp if layers else _vpp(options, path, pp)
     return Configuration(
         knobs={
-            **{name: number(options, option, path, 1) or 1 for name, option in COUNTS.items()},
+            "tp": number(options, "--tensor-model-parallel-size", path, 1) or 1,
+            "micro_batch": number(options, "--micro-batch-size", path, 1) or 1,
             "pp": pp,
             "vpp": vpp,
             "zero": _zero(options, path),

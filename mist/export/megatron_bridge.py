@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from mist.errors import InputError
 from mist.export.launcher_lines import head
+from mist.export.megatron_arguments import NAMES as OPTIONS
 from mist.export.megatron_arguments import ArgumentLine, layout_lines, read_megatron
 from mist.export.target import Configuration, ExportSource, Written, added
 from mist.plans.workload import Precision
@@ -42,6 +43,10 @@ FIELDS: Final = {
     "--use-precision-aware-optimizer": "optimizer.use_precision_aware_optimizer",
 }
 """Options of Megatron-LM and what they are called in the configuration of Bridge."""
+NAMES: Final = {
+    answered: tuple(f"cfg.{FIELDS[option]}" for option in options if option in FIELDS)
+    for answered, options in OPTIONS.items()
+}
 PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed"}
 LISTED: Final = ("model.recompute_modules",)
 

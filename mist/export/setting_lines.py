@@ -1,7 +1,7 @@
 """In which line of a file a setting stands."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from mist.errors import InputError
 from mist.export.target import Configuration
@@ -10,15 +10,45 @@ from mist.export.target import Configuration
 def line_of(name: str, text: str) -> int | None:
     """The last line of a text that sets something of this name; None without one.
 
-    Of a dotted name the last part stands in the line, of an option its dashes, too.
+    A dotted name stands in one line, or its last part behind the lines of its sections; an option
+    may have dashes.
     """
     option = f"--{name}"
-    for word in (name, name.rpartition(".")[2], option, option.replace("_", "-")):
-        own = re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])")
-        lines = enumerate(text.splitlines(), start=1)
-        if places := [number for number, line in lines if own.search(line.split("#")[0])]:
+    for word in (name, option, option.replace("_", "-")):
+        if places := _lines_with(word, text):
             return places[-1]
-    return None
+    *sections, last = name.split(".")
+    begin, behind = 0, False
+    for section in sections:
+        if later := [place for place in _lines_with(section, text) if place > begin]:
+            begin, behind = later[0], True
+    # One line may hold a section and its keys, as in JSON.
+    places = [place for place in _lines_with(last, text) if place >= begin]
+    return places[0 if behind else -1] if places else None
+
+
+def _lines_with(word: str, text: str) -> list[int]:
+    """Numbers of the lines that have a word before their comment."""
+    whole = re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])")
+    lines = enumerate(text.splitlines(), start=1)
+    return [number for number, line in lines if whole.search(line.split("#")[0])]
+
+
+def options_in(message: str, options: Iterable[str]) -> Iterator[str]:
+    """Which options of `mist check`, named with _, a message names: "--tp 4", "tp 4", "ZeRO-2"."""
+    for option in options:
+        spelled = option.replace("_", "[-_ ]")
+        if re.search(rf"(?i)(--{spelled}\b|(?<![\w-]){spelled}[ -](\d|of \d))", message):
+            yield option
+
+
+def settings_words(options: Iterable[str], names: Mapping[str, Sequence[str]], text: str) -> str:
+    """What a file says for these options and where: "tp_size in line 4"; "" for nothing."""
+    stated = (
+        (name, line) for option in options for name in names.get(option, ())
+        if (line := line_of(name, text))
+    )  # fmt: skip
+    return ", ".join(f"{name} in line {line}" for name, line in stated)
 
 
 def place_of(name: str, text: str, path: str) -> str:

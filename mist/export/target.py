@@ -101,6 +101,7 @@ class Configuration:
         num_micro_batches: that the file states, to be compared with what follows from the batch.
         dp: data-parallel ranks that the file states.
         num_layers: of the model, as the file states them.
+        model: as the file names it: of a hub, a folder, or a preset.
         launched: ranks that a script starts, where its user may start another number.
         shards_sequence: whether tensor parallelism shards the sequence.
         runtimes: whose predictions hold for the file, where not the target's.
@@ -120,6 +121,7 @@ class Configuration:
     num_micro_batches: int | None = None
     dp: int | None = None
     num_layers: int | None = None
+    model: str | None = None
     launched: int | None = None
     shards_sequence: bool | None = None
     runtimes: Sequence[str] = ()
@@ -139,6 +141,7 @@ class Target:
         write: the files of a plan.
         recognises: whether a text is a file of this target; None: such files are not read.
         read: the layout that a text says. Raises InputError.
+        names: settings of its files that answer an option of `mist check` (named with _).
     """
 
     name: str
@@ -148,6 +151,7 @@ class Target:
     write: Callable[[ExportSource], Written]
     recognises: Callable[[str], bool] | None = None
     read: Callable[[str, str], Configuration] | None = None
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def added(about: str, message: str) -> ExportLoss:

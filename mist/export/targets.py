@@ -3,48 +3,31 @@
 from typing import Final
 
 from mist.errors import InputError, did_you_mean
-from mist.export.accelerate_yaml import ACCELERATE, write_accelerate
-from mist.export.axolotl_yaml import (
-    AXOLOTL,
-    read_axolotl,
-    recognises_axolotl,
-    write_axolotl,
+from mist.export import (
+    accelerate_yaml,
+    axolotl_yaml,
+    cluster_jobs,
+    deepspeed_json,
+    launcher_lines,
+    llamafactory_yaml,
+    megatron_arguments,
+    megatron_bridge,
+    torchtitan_module,
+    torchtitan_settings,
+    trainer_options,
 )
-from mist.export.cluster_jobs import write_kubernetes, write_skypilot
-from mist.export.deepspeed_json import (
-    DEEPSPEED,
-    read_deepspeed,
-    recognises_deepspeed,
-    write_deepspeed,
-)
-from mist.export.launcher_lines import write_slurm, write_torchrun
-from mist.export.llamafactory_yaml import (
-    LLAMAFACTORY,
-    read_llamafactory,
-    recognises_llamafactory,
-    write_llamafactory,
-)
-from mist.export.megatron_arguments import (
-    MEGATRON,
-    read_megatron,
-    recognises_megatron,
-    write_megatron,
-)
-from mist.export.megatron_bridge import read_bridge, recognises_bridge, write_bridge
 from mist.export.target import Target
-from mist.export.torchtitan_module import TORCHTITAN, write_torchtitan
-from mist.export.torchtitan_settings import read_torchtitan, recognises_torchtitan
-from mist.export.trainer_options import read_trainer, recognises_trainer
 
 TARGETS: Final = (
     Target(
         name="megatron",
         what="Megatron-LM: a file of arguments, a script",
         runtimes=("megatron",),
-        expresses=MEGATRON,
-        write=write_megatron,
-        recognises=recognises_megatron,
-        read=read_megatron,
+        expresses=megatron_arguments.MEGATRON,
+        write=megatron_arguments.write_megatron,
+        recognises=megatron_arguments.recognises_megatron,
+        read=megatron_arguments.read_megatron,
+        names=megatron_arguments.NAMES,
     ),
     Target(
         name="torchtitan",
@@ -52,84 +35,90 @@ TARGETS: Final = (
         # It runs FSDP2, tensor and pipeline parallelism of torch: what its own figures do not
         # cover is predicted by those.
         runtimes=("torchtitan", "torch"),
-        expresses=TORCHTITAN,
-        write=write_torchtitan,
-        recognises=recognises_torchtitan,
-        read=read_torchtitan,
+        expresses=torchtitan_module.TORCHTITAN,
+        write=torchtitan_module.write_torchtitan,
+        recognises=torchtitan_settings.recognises_torchtitan,
+        read=torchtitan_settings.read_torchtitan,
+        names=torchtitan_settings.NAMES,
     ),
     Target(
         name="deepspeed",
         what="DeepSpeed: a JSON file, a script",
         runtimes=("deepspeed-zero3",),
-        expresses=DEEPSPEED,
-        write=write_deepspeed,
-        recognises=recognises_deepspeed,
-        read=read_deepspeed,
+        expresses=deepspeed_json.DEEPSPEED,
+        write=deepspeed_json.write_deepspeed,
+        recognises=deepspeed_json.recognises_deepspeed,
+        read=deepspeed_json.read_deepspeed,
+        names=deepspeed_json.NAMES,
     ),
     # Before accelerate, whose keys it has among its own.
     Target(
         name="axolotl",
         what="axolotl with FSDP2: a YAML file, a script",
         runtimes=("torch",),
-        expresses=AXOLOTL,
-        write=write_axolotl,
-        recognises=recognises_axolotl,
-        read=read_axolotl,
+        expresses=axolotl_yaml.AXOLOTL,
+        write=axolotl_yaml.write_axolotl,
+        recognises=axolotl_yaml.recognises_axolotl,
+        read=axolotl_yaml.read_axolotl,
+        names=axolotl_yaml.NAMES,
     ),
     Target(
         name="accelerate",
         what="accelerate with FSDP2: a YAML file, Trainer arguments, a script",
         runtimes=("torch",),
-        expresses=ACCELERATE,
-        write=write_accelerate,
-        recognises=recognises_trainer,
-        read=read_trainer,
+        expresses=accelerate_yaml.ACCELERATE,
+        write=accelerate_yaml.write_accelerate,
+        recognises=trainer_options.recognises_trainer,
+        read=trainer_options.read_trainer,
+        names=trainer_options.NAMES,
     ),
     Target(
         name="megatron-bridge",
         what="Megatron-Bridge: a function that sets the plan on a recipe's configuration",
         runtimes=("megatron",),
-        expresses=MEGATRON,
-        write=write_bridge,
-        recognises=recognises_bridge,
-        read=read_bridge,
+        expresses=megatron_arguments.MEGATRON,
+        write=megatron_bridge.write_bridge,
+        recognises=megatron_bridge.recognises_bridge,
+        read=megatron_bridge.read_bridge,
+        names=megatron_bridge.NAMES,
     ),
     Target(
         name="llamafactory",
         what="LLaMA-Factory with DeepSpeed: a YAML file, a JSON file, a script",
         runtimes=("deepspeed-zero3",),
-        expresses=LLAMAFACTORY,
-        write=write_llamafactory,
-        recognises=recognises_llamafactory,
-        read=read_llamafactory,
+        expresses=llamafactory_yaml.LLAMAFACTORY,
+        write=llamafactory_yaml.write_llamafactory,
+        recognises=llamafactory_yaml.recognises_llamafactory,
+        read=llamafactory_yaml.read_llamafactory,
+        names=llamafactory_yaml.NAMES,
     ),
     Target(
         name="torchrun",
         what="mist apply under torchrun: a script for each node",
         runtimes=(),
         expresses=None,
-        write=write_torchrun,
+        write=launcher_lines.write_torchrun,
     ),
     Target(
         name="slurm",
         what="mist apply under Slurm: a batch script",
         runtimes=(),
         expresses=None,
-        write=write_slurm,
+        write=launcher_lines.write_slurm,
     ),
     Target(
         name="kubernetes",
         what="mist apply as a TrainJob of Kubeflow Trainer: a YAML file",
         runtimes=(),
         expresses=None,
-        write=write_kubernetes,
+        write=cluster_jobs.write_kubernetes,
     ),
     Target(
         name="skypilot",
         what="mist apply as a task of SkyPilot: a YAML file",
         runtimes=(),
         expresses=None,
-        write=write_skypilot,
+        write=cluster_jobs.write_skypilot,
     ),
 )
 

@@ -23,7 +23,7 @@ from mist.plans.plan import Plan
 from mist.plans.workload import Precision, ScheduleKind
 
 MODULE: Final = "mist_plan/config_registry.py"
-NAMES: Final = {
+SCHEDULE_NAMES: Final = {
     ScheduleKind.GPIPE: "GPipe",
     ScheduleKind.ONE_F_ONE_B: "1F1B",
     ScheduleKind.INTERLEAVED: "Interleaved1F1B",
@@ -71,7 +71,7 @@ def _faults(plan: Plan) -> list[ExportLoss]:
 
 TORCHTITAN: Final = Expresses(
     zero={0: 0, 1: 2, 2: 2, 3: 3},
-    schedules=NAMES,
+    schedules=SCHEDULE_NAMES,
     divides_alone=False,
     copies=True,
     precisions=tuple(DTYPES),
@@ -145,7 +145,11 @@ def _fields(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "enable_sequence_parallel", str(stage.sp or stage.tp == 1), "stages[].sp"
     yield "pipeline_parallel_degree", str(pp), "stages"
     if pp > 1:
-        yield "pipeline_parallel_schedule", f'"{NAMES[plan.schedule.kind]}"', "schedule.kind"
+        yield (
+            "pipeline_parallel_schedule",
+            f'"{SCHEDULE_NAMES[plan.schedule.kind]}"',
+            "schedule.kind",
+        )
         yield "pipeline_parallel_microbatch_size", str(stage.micro_batch), "stages[].micro_batch"
         yield "module_fqns_per_model_part", repr(_parts(plan)), "stages[].layers"
 

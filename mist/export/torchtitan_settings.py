@@ -16,7 +16,7 @@ from mist.errors import InputError
 from mist.export.command_words import options_of
 from mist.export.setting_values import leaves
 from mist.export.target import Configuration
-from mist.export.torchtitan_module import DTYPES, NAMES
+from mist.export.torchtitan_module import DTYPES, SCHEDULE_NAMES
 from mist.export.unread_settings import NEVER, SettingKinds, unread
 from mist.plans.memory_levels import KEEPS_ALL, PARTLY, REPEATS_ALL
 from mist.plans.plan import Offload
@@ -38,10 +38,24 @@ CHECKPOINT: Final = "activation_checkpoint"
 SECTIONS: Final = ("parallelism", "training", "compile", "optimizer", "model_spec", "comm")
 PARTS: Final = "parallelism.module_fqns_per_model_part"
 Settings = Mapping[str, Any]
-COUNTS: Final = {
-    "tp": "parallelism.tensor_parallel_degree",
-    "pp": "parallelism.pipeline_parallel_degree",
-}
+NAMES: Final = {
+    "tp": ("parallelism.tensor_parallel_degree", "training.tensor_parallel_size"),
+    "pp": ("parallelism.pipeline_parallel_degree",),
+    "layers": (PARTS,),
+    "schedule": ("parallelism.pipeline_parallel_schedule",),
+    "zero": ("parallelism.fsdp_reshard_after_forward",),
+    "dp": ("parallelism.data_parallel_shard_degree",),
+    "dp_replicate": ("parallelism.data_parallel_replicate_degree",),
+    "micro_batch": (
+        "training.local_batch_size", "training.batch_size",
+        "parallelism.pipeline_parallel_microbatch_size",
+    ),
+    "global_batch": ("training.global_batch_size",),
+    "seq": ("training.seq_len",),
+    "checkpoint": (CHECKPOINT,),
+    "offload": ("training.enable_cpu_offload",),
+}  # fmt: skip
+"""Options of `mist check` and the settings that answer them, under names of now and of before."""
 
 # Words of a file, and what a module has for them.
 MODES: Final = {KEEPS_ALL.value: "None", REPEATS_ALL.value: "FullAC"}
@@ -105,7 +119,8 @@ def read_torchtitan(text: str, path: str) -> Configuration:
     global_batch = whole.number("training.global_batch_size", -1)
     return Configuration(
         knobs={
-            **{name: whole.number(setting, 1, least=1) for name, setting in COUNTS.items()},
+            "tp": whole.number("parallelism.tensor_parallel_degree", 1, least=1),
+            "pp": pp,
             "vpp": max(len(parts) // pp, 1),
             "zero": zero,
             "dp_replicate": copies if zero else 1,
@@ -269,11 +284,11 @@ def _checkpoint(settings: Settings, path: str, parts: Sequence[Sequence[int]], p
 
 
 def _schedule(settings: Settings, path: str) -> ScheduleKind:
-    name = str(settings.get("parallelism.pipeline_parallel_schedule", NAMES[DEFAULT_KIND]))
-    for kind, known in NAMES.items():
+    name = str(settings.get("parallelism.pipeline_parallel_schedule", SCHEDULE_NAMES[DEFAULT_KIND]))
+    for kind, known in SCHEDULE_NAMES.items():
         if known.lower() == name.lower():
             return kind
-    known = ", ".join(NAMES.values())
+    known = ", ".join(SCHEDULE_NAMES.values())
     raise InputError(
         f"{path}: parallelism.pipeline_parallel_schedule {name} is not predicted. Known: {known}."
     )

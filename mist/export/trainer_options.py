@@ -13,6 +13,7 @@ from typing import Any, Final
 from mist.documents import parse_json, text_of
 from mist.errors import InputError
 from mist.export.accelerate_yaml import (
+    AXES,
     fsdp_checkpoint,
     fsdp_section,
     fsdp_zero,
@@ -61,6 +62,22 @@ KINDS: Final = SettingKinds(
 )  # fmt: skip
 
 
+NAMES: Final = {
+    "tp": (f"{AXES}tp_size",),
+    "zero": ("fsdp_config.fsdp_reshard_after_forward", "--deepspeed", "--fsdp", "zero_stage"),
+    "dp": (f"{AXES}dp_shard_size",),
+    "dp_replicate": (f"{AXES}dp_replicate_size",),
+    "micro_batch": (EACH,),
+    "num_micro_batches": ("gradient_accumulation_steps",),
+    "seq": LENGTHS,
+    "checkpoint": ("gradient_checkpointing", "fsdp_config.fsdp_activation_checkpointing"),
+    "offload": ("fsdp_config.fsdp_offload_params",),
+    "precision": ("mixed_precision", "fp16", "bf16"),
+    "gpus": ("num_processes", "nproc_per_node"),
+}
+"""Options of `mist check` and what answers them, in scripts and in accelerate's YAML."""
+
+
 def recognises_trainer(text: str) -> bool:
     """Whether a text is accelerate's YAML, or starts a program with options of a Trainer."""
     return recognises_accelerate(text) or bool(STARTED.search(text))
@@ -83,6 +100,7 @@ def _of_script(text: str, path: str) -> Configuration:
         knobs={**divided.knobs, "micro_batch": whole_at(settings, EACH, path) or 8},
         checkpoint=(REPEATS_ALL if repeats else KEEPS_ALL).value,
         seq_len=next((whole_at(settings, n, path) for n in LENGTHS if n in settings), None),
+        model=_first_word(settings, "model_name_or_path"),
         precision=_precision(settings) or divided.precision or Precision.FP32,
         num_micro_batches=whole_at(settings, "gradient_accumulation_steps", path) or 1,
         launched=launched(options) or divided.num_gpus,
@@ -98,9 +116,14 @@ def _value(values: tuple[str, ...]) -> int | str:
     return " ".join(values)
 
 
+def _first_word(settings: Mapping[str, Any], name: str) -> str | None:
+    return str(settings[name]).partition(" ")[0] if name in settings else None
+
+
 def _is_on(settings: Mapping[str, Any], name: str) -> bool:
     """A flag, or what is said to be true."""
-    return name in settings and str(settings[name]).partition(" ")[0].lower() not in ("false", "no")
+    word = _first_word(settings, name)
+    return word is not None and word.lower() not in ("false", "no")
 
 
 def _precision(settings: Mapping[str, Any]) -> Precision | None:
@@ -111,8 +134,8 @@ def _divided(settings: Mapping[str, Any], path: str) -> Configuration:
     """What divides the states. Raises InputError for a file that is not there."""
     if name := settings.get("deepspeed"):
         return replace(beside(path, "--deepspeed", name), runtimes=("deepspeed-zero3",))
-    if name := settings.get("config_file"):
-        file = file_beside(path, "--config_file", str(name).partition(" ")[0])
+    if name := _first_word(settings, "config_file"):
+        file = file_beside(path, "--config_file", name)
         return read_lines(read_accelerate, text_of(read_bytes(file), file), str(file))
     if settings.get("fsdp"):
         return _under_fsdp(settings, path)

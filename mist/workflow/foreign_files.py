@@ -13,7 +13,7 @@ from mist.documents import text_of
 from mist.errors import InputError
 from mist.export.edits import edits_of, settings_of
 from mist.export.rounding import expressible
-from mist.export.setting_lines import read_lines
+from mist.export.setting_lines import options_in, read_lines, settings_words
 from mist.export.target import Configuration, ExportSource, Target
 from mist.export.targets import target_of
 from mist.files import is_file, read_bytes, user_path
@@ -22,6 +22,7 @@ from mist.plans.plan import NOTHING_OFFLOADED, Plan
 from mist.platform.overrides import SEQUENCE_SWITCH
 from mist.platform.profiles import load_runtime
 from mist.symbolic.load_programs import Progress, quiet
+from mist.trace import ConfigSource, resolve
 from mist.workflow.advice import best_instead
 from mist.workflow.checking import Checked, HandLayout, check_layout
 from mist.workflow.request import Question
@@ -63,7 +64,8 @@ def check_file(
     """Judge the layout of a file.
 
     `question`, `layout`: of the command line. `typed`: the options that the user gave, by name.
-    Raises InputError for what the file leaves open, what both say, and what does not add up.
+    Raises InputError for what the file leaves open, what both say, and, with the lines of its
+    settings, for what does not add up.
     """
     said = file.configuration
     if twice := [_option(name) for name in typed if name in names_said(said)]:
@@ -71,25 +73,67 @@ def check_file(
         raise InputError(
             f"mist check {file.path}: the file says itself what {', '.join(twice)} {does}."
         )
-    _refuse_open(file, typed)
-    question, layout = _completed(said, question, layout, typed)
-    own = said.runtimes or file.target.runtimes
-    runtimes = [typed["runtime"]] if "runtime" in typed else list(own)
+    model: str | None = typed.get("model") or _model_of(file)
+    _refuse_open(file, typed, model)
+    try:
+        question, layout = _completed(said, replace(question, model=str(model)), layout, typed)
+        return _judged(file, question, layout, typed, progress)
+    except InputError as error:
+        raise InputError(_with_places(file, str(error))) from error
+
+
+def _judged(
+    file: ForeignFile,
+    question: Question,
+    layout: HandLayout,
+    typed: Mapping[str, Any],
+    progress: Progress,
+) -> Checked:
+    """The layout as the first runtime has it that can run it. Raises InputError without one."""
+    own = file.configuration.runtimes or file.target.runtimes
     reasons: list[str] = []
-    for runtime in runtimes:
-        asked = _with_sequence(said, question, layout, runtime)
+    for runtime in [typed["runtime"]] if "runtime" in typed else own:
+        asked = _with_sequence(file.configuration, question, layout, runtime)
         try:
             checked = check_layout(asked, layout, progress)
         except InputError as error:
             reasons.append(str(error))
             continue
         _refuse_contradiction(file, checked)
+        notes = _notes(file, runtime, reasons, typed)
         return replace(
             checked,
-            notes=(*checked.notes, *_notes(file, runtime, reasons)),
+            notes=(*checked.notes, *notes),
             suggestions=(*_in_words_of(file, checked), *best_instead(asked, checked)),
         )
-    raise InputError("\n".join(f"{file.path}: {reason}" for reason in dict.fromkeys(reasons)))
+    raise InputError("\n".join(dict.fromkeys(reasons)))
+
+
+def _with_places(file: ForeignFile, message: str) -> str:
+    """Each line of a message, with the settings of the file that it is about and their lines."""
+    names = file.target.names
+    lines = []
+    for line in message.splitlines():
+        words = settings_words(options_in(line, names), names, file.text)
+        place = f" ({words})" if words else ""
+        lines.append(f"{file.path}: {line.removesuffix('.')}{place}.")
+    return "\n".join(lines)
+
+
+def _model_of(file: ForeignFile) -> str | None:
+    """The model that a file names, where it is a preset, or a configuration here or beside it.
+
+    Python of a model runs only where the user names it: of a file it is no model.
+    """
+    name = file.configuration.model
+    for source in () if name is None else (name, str(Path(file.path).parent / name)):
+        try:
+            found = resolve(source)
+        except InputError:
+            continue
+        if isinstance(found, ConfigSource):
+            return source
+    return None
 
 
 def _completed(
@@ -183,7 +227,7 @@ def names_said(said: Configuration) -> set[str]:
     return {words.get(name, name) for name in names}
 
 
-def _refuse_open(file: ForeignFile, typed: Mapping[str, Any]) -> None:
+def _refuse_open(file: ForeignFile, typed: Mapping[str, Any], model: str | None) -> None:
     """Ask for what the file does not say, and no default may stand for."""
     said = names_said(file.configuration)
     open_names = ["seq", "global_batch", "micro_batch", "checkpoint"]
@@ -191,14 +235,17 @@ def _refuse_open(file: ForeignFile, typed: Mapping[str, Any]) -> None:
         open_names.remove("global_batch")  # it follows
     wanted = [name for name in open_names if name not in said]
     missing = [_option(name) for name in wanted if name not in typed]
-    if "model" not in typed:
+    if model is None:
         missing.insert(0, "MODEL")
     if not {"gpus"} & {*typed, *said} and not file.configuration.launched:
         missing.append("--gpus")
     if missing:
+        named = file.configuration.model
+        why = f" Its model, {named}, is neither a preset nor a folder with a config.json here."
         raise InputError(
             f"mist check {file.path}: a file of {file.target.name} does not say "
             f"{', '.join(missing)}. Give {'it' if len(missing) == 1 else 'them'} too."
+            f"{why if named and model is None else ''}"
         )
 
 
@@ -206,16 +253,21 @@ def _refuse_contradiction(file: ForeignFile, checked: Checked) -> None:
     """What the file states and what follows from the rest of it are the same."""
     said, plan = file.configuration, checked.plan
     found = {
-        "layers": (said.num_layers, plan.num_layers, plan.model.name),
-        "data-parallel ranks": (said.dp, plan.stages[0].dp, f"{plan.cluster.num_gpus} GPUs"),
-        "micro-batches": (said.num_micro_batches, plan.num_micro_batches, "the global batch"),
+        "num_layers": (plan.num_layers, plan.model.name),
+        "dp": (plan.stages[0].dp, f"{plan.cluster.num_gpus} GPUs"),
+        "num_micro_batches": (plan.num_micro_batches, "the global batch"),
     }
-    for what, (stated, follows, source) in found.items():
+    for name, (follows, source) in found.items():
+        stated = getattr(said, name)
         if stated is not None and stated != follows:
-            raise InputError(f"{file.path} says {stated} {what}, but {source} gives {follows}.")
+            raise InputError(f"the file says {name} {stated}, but from {source} follows {follows}.")
 
 
-def _notes(file: ForeignFile, runtime: str, reasons: list[str]) -> Iterator[str]:
+def _notes(
+    file: ForeignFile, runtime: str, reasons: list[str], typed: Mapping[str, Any]
+) -> Iterator[str]:
+    if "model" not in typed:
+        yield f"MODEL is not given: {file.configuration.model} of {Path(file.path).name} is taken"
     if reasons:
         yield f"predicted as runtime {runtime}, because {reasons[0].splitlines()[0]}"
     if file.configuration.untouched:

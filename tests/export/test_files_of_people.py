@@ -282,3 +282,57 @@ def test_the_global_batch_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = AXOLOTL.replace("4096", "2048")
     plan = judged(text, "a.yaml", tmp_path, gpus=4).plan
     assert (plan.workload.global_batch, plan.num_micro_batches) == (4 * 2 * 4, 4)
+
+
+WRONG = {
+    "a.sh": (
+        "pretrain_gpt.py --bf16 --seq-length 2048\n--tensor-model-parallel-size 3\n"
+        "--micro-batch-size 1 --global-batch-size 16\n",
+        "--tp 3 * --pp 1 = 3 does not divide the 8 GPUs (--tensor-model-parallel-size in line 2).",
+    ),
+    "b.yaml": (
+        f"{AXOLOTL.replace('4096', '2048')}fsdp_version: 2\ndp_shard_size: 2\n"
+        "tensor_parallel_size: 3\n",
+        "tp 3 does not divide the sequence of 2048 tokens, which runtime torch shards with it "
+        "(tensor_parallel_size in line 9).",
+    ),
+    "c.toml": (
+        TOML.replace("8192", "2048").replace("= 4", "= 8\npipeline_parallel_degree = 3"),
+        "--tp 8 * --pp 3 = 24 is more than the 8 GPUs (parallelism.tensor_parallel_degree in line "
+        "9, parallelism.pipeline_parallel_degree in line 10).",
+    ),
+    "d.sh": (
+        f"{SHORT}--num-layers 9\n",
+        "the file says num_layers 9, but from toy follows 8 (--num-layers in line 3).",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_layout_that_cannot_be_names_its_settings_and_their_lines(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_with(toy_graph(), monkeypatch)
+    text, words = WRONG[name]
+    typed = {} if name == "b.yaml" else {"gpus": 8}
+    with pytest.raises(InputError) as refusal:
+        judged(text, name, tmp_path, **typed)
+    assert str(refusal.value).splitlines()[0] == f"{tmp_path / name}: {words}"
+
+
+def test_the_model_that_a_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset is taken, and said; a name of a hub is asked for; Python of a file never runs."""
+    answer_with(toy_graph(), monkeypatch)
+    question = Question(model="a.yaml", num_gpus=4)
+    for model, refused in {"llama3-8b": False, "some/model": True, "bait.py": True}.items():
+        path = tmp_path / "a.yaml"
+        path.write_text(AXOLOTL.replace("some/model", model))
+        (tmp_path / "bait.py").write_text("raise SystemExit('it ran')")
+        file = foreign_file(str(path))
+        assert file is not None
+        if refused:
+            with pytest.raises(InputError, match=f"does not say MODEL.*Its model, {model}, is nei"):
+                check_file(file, question, HandLayout(), {"gpus": 4})
+        else:
+            notes = check_file(file, question, HandLayout(), {"gpus": 4}).notes
+            assert "MODEL is not given: llama3-8b of a.yaml is taken" in notes
