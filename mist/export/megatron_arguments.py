@@ -267,6 +267,25 @@ READ: Final = frozenset(
         "--decoder-last-pipeline-num-layers", *SIZES,
     }
 )  # fmt: skip
+DECISIVE: Final = {
+    "--expert-model-parallel-size": ("1",),
+    "--expert-tensor-parallel-size": ("1",),
+    "--context-parallel-size": ("1",),
+    "--encoder-tensor-model-parallel-size": ("0", "1"),
+    "--encoder-pipeline-model-parallel-size": ("0", "1"),
+    "--mtp-num-layers": ("0",),
+    "--cpu-offloading-num-layers": ("0",),
+    "--zero-stage": ("0",),
+    "--deepspeed": NEVER,
+    "--use-torch-fsdp2": NEVER,
+    "--fine-grained-activation-offloading": NEVER,
+    "--distribute-saved-activations": NEVER,
+    "--account-for-embedding-in-pipeline-split": NEVER,
+    "--account-for-loss-in-pipeline-split": NEVER,
+    "--attention-backend": ("auto", "flash", "fused"),
+    "--optimizer": ("adam",),
+}
+"""Options that decide what a GPU holds, with the values that are predicted."""
 KINDS: Final = SettingKinds(
     read=READ,
     sign=" ",
@@ -282,24 +301,7 @@ KINDS: Final = SettingKinds(
         "--rotary-percent", "--moe-aux-loss", "--moe-z-loss", "--moe-router-load", "--job-",
         "--manual-gc", "--use-mcore-models", "--no-gradient-accumulation-fusion",
     ),
-    decisive={
-        "--expert-model-parallel-size": ("1",),
-        "--expert-tensor-parallel-size": ("1",),
-        "--context-parallel-size": ("1",),
-        "--encoder-tensor-model-parallel-size": ("0", "1"),
-        "--encoder-pipeline-model-parallel-size": ("0", "1"),
-        "--mtp-num-layers": ("0",),
-        "--cpu-offloading-num-layers": ("0",),
-        "--zero-stage": ("0",),
-        "--deepspeed": NEVER,
-        "--use-torch-fsdp2": NEVER,
-        "--fine-grained-activation-offloading": NEVER,
-        "--distribute-saved-activations": NEVER,
-        "--account-for-embedding-in-pipeline-split": NEVER,
-        "--account-for-loss-in-pipeline-split": NEVER,
-        "--attention-backend": ("auto", "flash", "fused"),
-        "--optimizer": ("adam",),
-    },
+    decisive=DECISIVE,
 )  # fmt: skip
 NAMES: Final = {
     "tp": ("--tensor-model-parallel-size",),

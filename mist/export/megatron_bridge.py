@@ -6,16 +6,17 @@ A file is read as a syntax tree and never run.
 """
 
 import ast
+import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Final
 
 from mist.errors import InputError
 from mist.export.launcher_lines import head
+from mist.export.megatron_arguments import DECISIVE, ArgumentLine, layout_lines, read_megatron
 from mist.export.megatron_arguments import NAMES as OPTIONS
-from mist.export.megatron_arguments import ArgumentLine, layout_lines, read_megatron
 from mist.export.target import Configuration, ExportSource, Written, added
+from mist.export.unread_settings import SettingKinds, unread, with_unread
 from mist.plans.workload import Precision
 
 CONFIG: Final = "bridge_plan.py"
@@ -49,6 +50,8 @@ NAMES: Final = {
 }
 PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed"}
 LISTED: Final = ("model.recompute_modules",)
+SETS: Final = frozenset({FIELDS["--tensor-model-parallel-size"], FIELDS["--micro-batch-size"]})
+OTHER_READ: Final = ("cfg.mixed_precision", "cfg.dataset.seq_length")
 
 
 def write_bridge(subject: ExportSource) -> Written:
@@ -92,32 +95,81 @@ def recognises_bridge(text: str) -> bool:
     return "cfg.model.tensor_model_parallel_size =" in text
 
 
+KINDS: Final = SettingKinds(
+    read=frozenset({*(f"cfg.{name}" for name in FIELDS.values()), *OTHER_READ}),
+    untouched=(
+        "cfg.tokenizer.", "cfg.dataset.", "cfg.logger", "cfg.checkpoint.", "cfg.scheduler.",
+        "cfg.validation.", "cfg.rng.", "cfg.env_vars", "cfg.dist.", "cfg.profiling.", "cfg.peft",
+        "cfg.train.train_iters", "cfg.train.manual_gc", "cfg.train.eval", "cfg.optimizer.lr",
+        "cfg.optimizer.min_lr", "cfg.optimizer.adam_", "cfg.optimizer.weight_decay",
+        "cfg.optimizer.clip_grad", "cfg.ddp.check_for_nan", "cfg.model.should_pad_vocab",
+        "cfg.model.pipeline_dtype",
+    ),
+    # Those of Megatron-LM, for which each option has a field of its name.
+    decisive={
+        f"cfg.model.{option.removeprefix('--').replace('-', '_')}": (*values, "none", "false")
+        for option, values in DECISIVE.items()
+    },
+)  # fmt: skip
+
+
 def read_bridge(text: str, path: str) -> Configuration:
-    """The layout that a module sets. Raises InputError for what is no Python, or no constant."""
+    """The layout that a module sets.
+
+    Raises InputError for what is no Python, or no constant, and for a module of several recipes.
+    """
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"{path} is no Python: {error}.") from error
+    _refuse_several(tree, path)
     options = {name: option for option, name in FIELDS.items()}
-    words, unmodelled = [], []
+    settings, words = {}, []
     for name, line, value in _assigned(tree):
+        settings[f"cfg.{name}".rstrip(".")] = ast.unparse(value)
         if name in options:
             words.append(_words(options[name], value, f"{path}, line {line}: cfg.{name}"))
         elif name == "mixed_precision":
             words += [f"--{one}" for one, known in PRECISIONS.items() if _constant(value) == known]
-        elif name != "dataset.seq_length":
-            unmodelled.append(f"line {line}: cfg.{name} = {ast.unparse(value)}")
-    said = read_megatron("\n".join(words), path)
-    return replace(said, unmodelled=(*said.unmodelled, *unmodelled))
+    others = unread(settings, KINDS, text, path)
+    try:
+        said = read_megatron("\n".join(words), path)
+    except InputError as error:
+        raise InputError(_in_fields(str(error))) from error
+    return with_unread(said, others)
+
+
+def _refuse_several(tree: ast.Module, path: str) -> None:
+    """Raise InputError where more than one function sets a layout: nothing says which is meant."""
+    found = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(name in SETS for name, *_ in _assigned(node))
+    ]
+    if len(found) > 1:
+        raise InputError(
+            f"{path} has {len(found)} recipes ({', '.join(found):.200}). Give a file with one of "
+            "them."
+        )
+
+
+def _in_fields(message: str) -> str:
+    """A message about options of Megatron-LM, about the fields that say them."""
+    for option, name in FIELDS.items():
+        message = re.sub(rf"{option}(?![\w-])", f"cfg.{name}", message)
+    return message
 
 
 def _assigned(tree: ast.AST) -> Iterator[tuple[str, int, ast.expr]]:
-    """What is assigned to a field of cfg, its line and the value, in the order of the file."""
+    """What is assigned to a field of cfg, its line and the value, in the order of the file.
+
+    The configuration itself ("") where it is that of another recipe.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             name = ast.unparse(node.targets[0])
-            if name.startswith("cfg."):
-                yield name.removeprefix("cfg."), node.lineno, node.value
+            if name.startswith("cfg.") or name == "cfg":
+                yield name.removeprefix("cfg").removeprefix("."), node.lineno, node.value
 
 
 def _constant(value: ast.expr) -> Any:  # noqa: ANN401 - of any type

@@ -32,8 +32,14 @@ def recognises_torchtitan(text: str) -> bool:
     return "torchtitan" in text or "--parallelism." in text or len(sections) > 1
 
 
-CALLS: Final = {"ParallelismConfig": "parallelism.", "TrainingConfig": "training."}
 CHECKPOINT: Final = "activation_checkpoint"
+# Sections that a module makes by a call, under names of now and of before.
+CALLS: Final = {
+    "ParallelismConfig": "parallelism.", "Parallelism": "parallelism.",
+    "TrainingConfig": "training.", "Training": "training.",
+    "CompileConfig": "compile.", "Compile": "compile.",
+    "ActivationCheckpoint": f"{CHECKPOINT}.", "Optimizer": "optimizer.",
+}  # fmt: skip
 # Those that decide how a model is trained; loggers, checkpoints and data do not.
 SECTIONS: Final = ("parallelism", "training", "compile", "optimizer", "model_spec", "comm")
 PARTS: Final = "parallelism.module_fqns_per_model_part"
@@ -64,6 +70,7 @@ OLD_NAMES: Final = {
     "training.tensor_parallel_size": "parallelism.tensor_parallel_degree",
     "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
     "training.compile": "compile.enable",
+    "parallelism.data_parallel_degree": "parallelism.data_parallel_shard_degree",
 }
 KINDS: Final = SettingKinds(
     read=frozenset(
@@ -96,6 +103,8 @@ KINDS: Final = SettingKinds(
         "parallelism.expert_tensor_parallel_degree": ("1",),
         "parallelism.pipeline_parallel_split_points": ("[]",),
         "optimizer.name": ("adamw", "adam"),
+        "optimizer.state_dtype": ("float32",),
+        "training.dtype": ("float32",),
         "optimizer.early_step_in_backward": ("false",),
         f"{CHECKPOINT}.selective_ac_option": ("op",),
         f"{CHECKPOINT}.memory_budget": NEVER,
@@ -159,7 +168,7 @@ def _of_toml(text: str, path: str) -> Iterator[tuple[str, Any]]:
 
 def _named_as_now(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings under the names of today; recomputation as a module says it."""
-    found = {_renamed(name): value for name, value in settings.items()}
+    found = {_renamed(_renamed(name)): value for name, value in settings.items()}
     mode = found.pop(f"{CHECKPOINT}.mode", None)
     if mode is None and any(name.startswith(f"{CHECKPOINT}.selective") for name in found):
         mode = PARTLY[0].value  # the default of the section
