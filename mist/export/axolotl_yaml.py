@@ -23,7 +23,7 @@ from mist.export.deepspeed_json import beside
 from mist.export.launcher_lines import head, launch_script
 from mist.export.setting_values import leaves, whole_at
 from mist.export.target import Configuration, ExportSource, Written, added
-from mist.export.unread_settings import SettingKinds, unread, with_unread
+from mist.export.unread_settings import ADAMW, SettingKinds, unread, with_unread
 from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload
@@ -95,7 +95,7 @@ COUNTS: Final = (
 KINDS: Final = SettingKinds(
     read=frozenset(
         {
-            "base_model", "bf16", "fp16", "optimizer", "attn_implementation", "flash_attention",
+            "base_model", "bf16", "fp16", "attn_implementation", "flash_attention",
             "gradient_checkpointing", "fsdp", "fsdp_version", "deepspeed", *COUNTS,
             *(f"fsdp_config.{prefix}{name}" for prefix in ("", "fsdp_") for name in FSDP),
         }
@@ -106,6 +106,7 @@ KINDS: Final = SettingKinds(
         "logging_steps", "special_tokens", "tokenizer", "weight_decay", "chat_template", "strict",
         "resume_", "tf32", "model_type", "test_datasets", "auto_resume", "local_rank", "debug",
         "train_on_inputs", "gradient_checkpointing_kwargs", "adam_", "max_grad_norm", "hub_",
+        "trust_remote", "eot_tokens", "cosine_", "lora_", "is_llama_derived", "pretraining_dataset",
         *(f"fsdp_config.{prefix}{name}" for prefix in ("", "fsdp_") for name in SAVING),
     ),
     decisive={
@@ -117,7 +118,9 @@ KINDS: Final = SettingKinds(
         "context_parallel_size": ("1",),
         "sequence_parallel_degree": ("1",),
         "expert_parallel_size": ("1",),
+        "tensor_parallel": ("none", "false"),
     },
+    usual={"optimizer": ADAMW},
 )  # fmt: skip
 
 
@@ -140,7 +143,8 @@ def read_axolotl(text: str, path: str) -> Configuration:
     document = parse_yaml(text.encode(), Path(path))
     if not isinstance(document, Document):
         raise InputError(f"{path} is no mapping of axolotl's keys.")
-    keys = dict(leaves(document.data))
+    # A key without a value is no setting.
+    keys = {key: value for key, value in leaves(document.data) if value is not None}
     others = unread(keys, KINDS, text, path)
     numbers = {key: whole_at(keys, key, path) for key in COUNTS}
     said = with_unread(_divided(keys, numbers, path), others)

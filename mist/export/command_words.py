@@ -1,7 +1,8 @@
 """The options in a command line, a script or a file of arguments, read as text and never run.
 
-Assignments (NAME=value) are put in where a later word says $NAME, ${NAME} or ${NAME:-value}; other
-names stay as they are. Comments go. An option has the values up to the next one.
+Assignments (NAME=value) are put in where a later word says $NAME, ${NAME} or ${NAME:-value}. Options
+in a value that no word says are read, too. Other names stay as they are. Comments go. An option has
+the values up to the next one.
 """
 
 import re
@@ -16,6 +17,7 @@ ASSIGNMENT = re.compile(
 )
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(?:=.*)?", re.DOTALL)
+ONE_LINE = re.compile(r"(?m)^[ \t]*\w+\+?=\(([^()\n]*)\)[ \t]*$")  # an array
 MOST_CHARACTERS = 2**20
 
 Options = Mapping[str, Sequence[str]]
@@ -29,23 +31,30 @@ def options_of(text: str, path: str) -> dict[str, tuple[str, ...]]:
     for name, value in ASSIGNMENT.findall(text):
         known[name] = _filled(value.strip("\"'"), known).strip("\"'")
     joined = re.sub(r"\\\n", " ", ASSIGNMENT.sub(" ", text))
+    joined = ONE_LINE.sub(r"\1", joined)
     try:
         # Arrays and substitutions stand between brackets, which are no part of a word.
         words = shlex.split(re.sub(r"(?m)^[^#\n'\"]*=\(|^\s*\)\s*$", " ", joined), comments=True)
     except ValueError as error:
         raise InputError(f"{path} is no list of options: {str(error).lower()}.") from error
-    return _grouped([one for word in words for one in _split(_filled(word, known))])
+    unsaid = [name for name in known if not re.search(rf"\$\{{?{name}\b", joined)]
+    words = [*(f"${name}" for name in unsaid), *words]
+    return _grouped([one for word in words for one in _split(word, known)])
 
 
-def _split(word: str) -> list[str]:
-    """The words of one that a variable made of several options, as a shell takes them apart."""
-    text = re.sub(r"\\\n", " ", word)
-    if not re.match(r"\s*--[A-Za-z]", text) or not re.search(r"\s", text.strip()):
-        return [word]
+def _split(word: str, known: Mapping[str, str]) -> list[str]:
+    """The words of one that a variable or quotes made of several options, as a shell has them."""
+    text = re.sub(r"\\\n", " ", _filled(word, known))
+    # A command may stand before the options of a variable; in quotes that would be a sentence.
+    before = ".*" if VARIABLE.fullmatch(word) else ""
+    if not re.match(rf"{before}\s*--[A-Za-z]", text, re.DOTALL) or not re.search(
+        r"\s", text.strip()
+    ):
+        return [text]
     try:
         return shlex.split(text, comments=True)
     except ValueError:
-        return [word]
+        return [text]
 
 
 def _filled(word: str, known: Mapping[str, str]) -> str:
@@ -63,7 +72,8 @@ def _grouped(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if OPTION.fullmatch(word):
             name, equals, value = word.partition("=")
             options[name] = (value,) if equals else ()
-        elif name:
+        # A variable that is not known, behind a value, may be other options.
+        elif name and not (options[name] and VARIABLE.fullmatch(word)):
             options[name] += (word,)
     return options
 

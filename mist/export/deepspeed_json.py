@@ -130,7 +130,8 @@ KINDS: Final = SettingKinds(
     untouched=(
         "optimizer.params", "scheduler", "gradient_clipping", "steps_per_print", "wall_clock",
         "fp16.", "bf16.", "zero_allow_untested", "comms_logger", "tensorboard", "wandb", "csv_",
-        "flops_profiler", "dump_state", "seed", "checkpoint.", "zero_force_ds", "prescale_",
+        "comms_config", "monitor_config", "flops_profiler", "dump_state", "seed", "checkpoint.",
+        "zero_force_ds", "prescale_",
         "zero_optimization.contiguous_gradients", "zero_optimization.offload_param.pin_memory",
         "zero_optimization.stage3_gather_16bit", "zero_optimization.gather_16bit",
     ),
@@ -140,6 +141,8 @@ KINDS: Final = SettingKinds(
         "zero_optimization.zero_hpz_partition_size": ("1",),
         "zero_optimization.mics_shard_size": ("-1",),
         "sequence_parallel_size": ("1",),
+        "sequence_parallel.size": ("1",),
+        "expert_parallel.autoep_size": ("1",),
         "optimizer.type": ("adam", "adamw", "fusedadam", "cpuadam", "deepspeedcpuadam"),
     },
 )  # fmt: skip

@@ -22,7 +22,7 @@ from mist.export.deepspeed_json import (
 from mist.export.launcher_lines import head, node_script, nodes_of
 from mist.export.setting_values import whole_at
 from mist.export.target import Configuration, ExportLoss, ExportSource, Written, added, refused
-from mist.export.unread_settings import SettingKinds, unread, with_unread
+from mist.export.unread_settings import ADAMW, SettingKinds, unread, with_unread
 from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Plan
@@ -94,7 +94,7 @@ def recognises_llamafactory(text: str) -> bool:
 READ: Final = frozenset(
     {
         "model_name_or_path", "do_train", "finetuning_type", "cutoff_len", EACH,
-        ACCUMULATED, "bf16", "fp16", "optim", "flash_attn", "disable_gradient_checkpointing",
+        ACCUMULATED, "bf16", "fp16", "flash_attn", "disable_gradient_checkpointing",
         "deepspeed",
     }
 )  # fmt: skip
@@ -104,14 +104,19 @@ KINDS: Final = SettingKinds(
     "dataset", "template", "output_dir", "learning_rate", "lr_scheduler", "warmup", "logging_steps",
     "save_", "num_train_epochs", "max_steps", "overwrite_", "preprocessing_", "dataloader_",
     "plot_loss", "report_to", "val_size", "eval", "per_device_eval", "seed", "max_samples",
-    "trust_remote_code", "ddp_timeout", "resume_", "weight_decay", "run_name", "hub_",
+    "trust_remote_code", "use_fast", "max_grad_norm", "push_to_hub", "adam_",
+    "ddp_timeout", "resume_", "weight_decay", "run_name", "hub_",
     ),
     decisive={
         STAGE_KEY: ("pt", "sft"),
         "quantization_bit": ("none",),
         **dict.fromkeys(("use_galore", "use_apollo", "use_badam", "use_muon"), ("false",)),
+        **dict.fromkeys(("use_adam_mini", "freeze_vision_tower"), ("false",)),
+        **dict.fromkeys(("train_mm_proj_only", "pure_bf16"), ("false",)),
         **dict.fromkeys(("upcast_layernorm", "sequence_parallel_size"), ("false", "1")),
     },
+    # Checkpointing is switched off by a key of its own alone.
+    usual={"optim": ADAMW, "gradient_checkpointing": ("true",)},
 )  # fmt: skip
 
 

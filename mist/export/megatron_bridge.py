@@ -9,6 +9,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 from mist.errors import InputError
@@ -48,22 +49,22 @@ NAMES: Final = {
     answered: tuple(f"cfg.{FIELDS[option]}" for option in options if option in FIELDS)
     for answered, options in OPTIONS.items()
 }
-PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed"}
+PRECISION: Final = "cfg.mixed_precision"
+PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed", Precision.FP32: None}
 LISTED: Final = ("model.recompute_modules",)
 SETS: Final = frozenset({FIELDS["--tensor-model-parallel-size"], FIELDS["--micro-batch-size"]})
-OTHER_READ: Final = ("cfg.mixed_precision", "cfg.dataset.seq_length")
 
 
 def write_bridge(subject: ExportSource) -> Written:
     """A module with a function that changes a recipe's configuration."""
-    precision = PRECISIONS.get(subject.plan.workload.precision)
+    precision = PRECISIONS[subject.plan.workload.precision]
     lines = [
         *head(subject, "For Megatron-Bridge: cfg = set_plan(your_recipe()), before pretrain(cfg)."),
         "",
         "",
         "def set_plan(cfg):",
         *(f"    {line}" for line in _lines(subject)),
-        *([f'    cfg.mixed_precision = "{precision}"  # workload.precision'] if precision else []),
+        f"    {PRECISION} = {precision!r}  # workload.precision",
         "    return cfg",
     ]
     words = "the model, its optimizer and data are those of your recipe"
@@ -96,10 +97,10 @@ def recognises_bridge(text: str) -> bool:
 
 
 KINDS: Final = SettingKinds(
-    read=frozenset({*(f"cfg.{name}" for name in FIELDS.values()), *OTHER_READ}),
+    read=frozenset({*(f"cfg.{name}" for name in FIELDS.values())}),
     untouched=(
         "cfg.tokenizer.", "cfg.dataset.", "cfg.logger", "cfg.checkpoint.", "cfg.scheduler.",
-        "cfg.validation.", "cfg.rng.", "cfg.env_vars", "cfg.dist.", "cfg.profiling.", "cfg.peft",
+        "cfg.validation.", "cfg.rng.", "cfg.env_vars", "cfg.dist.", "cfg.profiling.",
         "cfg.train.train_iters", "cfg.train.manual_gc", "cfg.train.eval", "cfg.optimizer.lr",
         "cfg.optimizer.min_lr", "cfg.optimizer.adam_", "cfg.optimizer.weight_decay",
         "cfg.optimizer.clip_grad", "cfg.ddp.check_for_nan", "cfg.model.should_pad_vocab",
@@ -109,7 +110,8 @@ KINDS: Final = SettingKinds(
     decisive={
         f"cfg.model.{option.removeprefix('--').replace('-', '_')}": (*values, "none", "false")
         for option, values in DECISIVE.items()
-    },
+    }
+    | dict.fromkeys(("cfg.peft", "cfg.peft.target_modules"), ("none",)),
 )  # fmt: skip
 
 
@@ -129,14 +131,15 @@ def read_bridge(text: str, path: str) -> Configuration:
         settings[f"cfg.{name}".rstrip(".")] = ast.unparse(value)
         if name in options:
             words.append(_words(options[name], value, f"{path}, line {line}: cfg.{name}"))
-        elif name == "mixed_precision":
-            words += [f"--{one}" for one, known in PRECISIONS.items() if _constant(value) == known]
+    precision = _precision(settings.get(PRECISION, ""))
+    if precision is not None:
+        del settings[PRECISION]
     others = unread(settings, KINDS, text, path)
     try:
         said = read_megatron("\n".join(words), path)
     except InputError as error:
         raise InputError(_in_fields(str(error))) from error
-    return with_unread(said, others)
+    return replace(with_unread(said, others), precision=precision)
 
 
 def _refuse_several(tree: ast.Module, path: str) -> None:
@@ -172,11 +175,11 @@ def _assigned(tree: ast.AST) -> Iterator[tuple[str, int, ast.expr]]:
                 yield name.removeprefix("cfg").removeprefix("."), node.lineno, node.value
 
 
-def _constant(value: ast.expr) -> Any:  # noqa: ANN401 - of any type
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, TypeError, SyntaxError):
-        return None
+def _precision(text: str) -> Precision | None:
+    """Of a name such as "bf16_mixed", or of a call that has it; None for others, as of fp8."""
+    named = re.findall(r"\w+", text)
+    known = [one for one, word in PRECISIONS.items() if {str(one), str(word)} & set(named)]
+    return known[0] if len(known) == 1 else None
 
 
 def _words(option: str, value: ast.expr, place: str) -> str:

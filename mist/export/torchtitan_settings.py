@@ -23,7 +23,7 @@ from mist.plans.plan import Offload
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import Precision, ScheduleKind
 
-TOML_SECTIONS: Final = re.compile(r"(?m)^\s*\[(parallelism|training|activation_checkpoint)\]")
+TOML_SECTIONS: Final = re.compile(r"(?m)^\s*\[(job|parallelism|training|activation_checkpoint)\]")
 
 
 def recognises_torchtitan(text: str) -> bool:
@@ -68,7 +68,6 @@ MODES: Final = {KEEPS_ALL.value: "None", REPEATS_ALL.value: "FullAC"}
 OLD_NAMES: Final = {
     "training.batch_size": "training.local_batch_size",
     "training.tensor_parallel_size": "parallelism.tensor_parallel_degree",
-    "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
     "training.compile": "compile.enable",
     "parallelism.data_parallel_degree": "parallelism.data_parallel_shard_degree",
 }
@@ -181,7 +180,8 @@ def _named_as_now(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _renamed(name: str) -> str:
     section, _, last = name.partition(".")
-    if section in ("training", "experimental") and last.endswith("_degree"):
+    is_degree = section == "training" and last.endswith("_degree")
+    if is_degree or section == "experimental":
         return f"parallelism.{last}"
     return OLD_NAMES.get(name, name)
 

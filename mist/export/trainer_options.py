@@ -27,7 +27,7 @@ from mist.export.llamafactory_yaml import KIND, STAGE_KEY
 from mist.export.setting_lines import read_lines
 from mist.export.setting_values import leaves, whole_at
 from mist.export.target import Configuration
-from mist.export.unread_settings import NEVER, SettingKinds, unread, with_unread
+from mist.export.unread_settings import ADAMW, NEVER, SettingKinds, unread, with_unread
 from mist.files import file_beside, read_bytes
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
 from mist.plans.plan import Offload
@@ -58,6 +58,7 @@ KINDS: Final = SettingKinds(
         **dict.fromkeys(("use_peft", "load_in_4bit", "load_in_8bit", "lora"), ("false",)),
         **dict.fromkeys(("lora_r", "lora_rank", "lora_target", "quantization_bit"), NEVER),
     },
+    usual={"optim": ADAMW},
     sign=" ",
 )  # fmt: skip
 
