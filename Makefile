@@ -100,8 +100,10 @@ fuzz: $(INSTALLED)  ## ten thousand inputs that nobody meant; none may end badly
 mutants: $(INSTALLED)  ## every committed mutant must fail its tests
 	$(BIN)/python tests/mutants/run.py
 
-validate-exports: $(INSTALLED)  ## targets' own code reads twelve exports of each (slow: own environments)
-	rm -rf .exports/files && $(BIN)/python -m tests.validate_exports.write .exports/files
+validate-exports: $(INSTALLED)  ## targets' own code reads twelve exports of each, two train (slow)
+	rm -rf .exports/files .exports/two-steps
+	$(BIN)/python -m tests.validate_exports.write .exports/files
+	$(BIN)/python -m tests.validate_exports.two_steps .exports/two-steps
 	tests/validate_exports/run.sh .exports $(BIN)/python
 
 test-page: $(INSTALLED)  ## reports of the golden plans in headless Chromium (needs node, npm, apt)

@@ -1,8 +1,8 @@
 """The options in a command line, a script or a file of arguments, read as text and never run.
 
-Assignments (NAME=value) are put in where a later word says $NAME, ${NAME} or ${NAME:-value}. Options
-in a value that no word says are read, too. Other names stay as they are. Comments go. An option has
-the values up to the next one.
+Assignments (NAME=value) are put in where a later word says $NAME, ${NAME} or ${NAME:-value}.
+Options in a value that no word says are read, too. Other names stay as they are. Comments go. An
+option has the values up to the next one.
 """
 
 import re

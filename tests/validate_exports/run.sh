@@ -1,20 +1,34 @@
 #!/usr/bin/env bash
-# Makes an environment for each target under FOLDER, and has its own code read FOLDER/files.
+# Makes an environment for each target under FOLDER, has its own code read FOLDER/files, and has
+# those that can train on a CPU run two steps of FOLDER/two-steps.
 # Usage: run.sh FOLDER PYTHON
 set -euo pipefail
-folder=$1 python=$2 here=$(dirname "$0")
+folder=$(realpath "$1") python=$2 here=$(realpath "$(dirname "$0")")
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
 made() {  # made NAME REQUIREMENT...: an environment, kept between runs
     local name=$1; shift
     [[ -x $folder/$name/bin/python ]] || "$python" -m venv "$folder/$name"
-    "$folder/$name/bin/python" -m pip install --quiet torch==2.13.0 "$@"
+    "$folder/$name/bin/python" -m pip install --quiet "$@"
+}
+trained() {  # trained NAME COMMAND...: in the folder of each case, with the programs of NAME first
+    local name=$1; shift
+    for each in "$folder/two-steps/$name"/*/; do
+        (cd "$each" && PATH=$folder/$name/bin:$PATH PYTHONPATH=$each "$@" . 2>log.txt) \
+            || { tail -n 30 "$each/log.txt" >&2; exit 1; }
+    done
 }
 
-made accelerate accelerate==1.15.0 transformers==5.23.0  # tensor parallelism asks for its version
+made accelerate torch==2.13.0 accelerate==1.15.0 transformers==5.23.0
 "$folder/accelerate/bin/python" "$here/accelerate_check.py" "$folder/files"
+trained accelerate bash launch.sh "$here/accelerate_train.py"
+
+made torchtitan torch==2.14.1 torchtitan==0.3.0 triton
+"$folder/torchtitan/bin/python" "$here/torchtitan_check.py" "$folder/files" | tail -n 1
+trained torchtitan torchrun --nproc-per-node=4 "$here/torchtitan_train.py" | grep "two steps"
 
 # The wheel is for Python 3.12; its Python files run under 3.11 too.
-made megatron triton einops typing_extensions numpy packaging pyyaml
+made megatron torch==2.13.0 triton einops typing_extensions numpy packaging pyyaml
 "$folder/megatron/bin/python" -m pip download --quiet --no-deps --only-binary=:all: \
     --python-version 3.12 --implementation cp --abi cp312 --platform manylinux_2_28_x86_64 \
     --dest "$folder" megatron-core==0.19.2
@@ -22,7 +36,7 @@ made megatron triton einops typing_extensions numpy packaging pyyaml
 PYTHONPATH=$folder/megatron-core "$folder/megatron/bin/python" \
     "$here/megatron_check.py" "$folder/files" | tail -n 1
 
-made deepspeed setuptools wheel psutil einops hjson msgpack ninja py-cpuinfo pydantic numpy tqdm
+made deepspeed torch==2.13.0 setuptools wheel psutil einops hjson msgpack ninja py-cpuinfo pydantic numpy tqdm
 "$folder/deepspeed/bin/python" -m pip install --quiet --no-build-isolation --no-deps deepspeed==0.19.8
 timeout 600 "$folder/deepspeed/bin/python" "$here/deepspeed_check.py" "$folder/files"
 

@@ -22,10 +22,10 @@ from mist.plans.workload import Attention, Precision
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.exporting import export_plan
 from mist.workflow.request import Question
+from tests.validate_exports.two_losses import LR, SAMPLES, SEQ_LEN, STEPS
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAMPLES, SEQ_LEN, RANKS = 2, 8, 32, 4
-LR = 1e-3
+RANKS = 4
 # The sizes of torchtitan's llama3_debugmodel, which an export stands on whose model it does not know.
 SIZES: dict[str, Any] = {
     "hidden_size": 256,

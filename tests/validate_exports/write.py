@@ -1,21 +1,24 @@
-"""Writes twelve exports of each target into a folder, for the targets' own code to read.
+"""Writes exports of each target into a folder, for the targets' own code to read.
 
-python -m tests.validate_exports.write FOLDER. Plans are of Llama-3-8B, written by hand: every knob
-that the target has at least once.
+python -m tests.validate_exports.write FOLDER. Plans are of Llama-3-8B: twelve or more written by
+hand, every knob that the target has at least once, and legal plans drawn at random.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
+from mist.errors import InputError
 from mist.export.rounding import expressible, refusals_of
-from mist.export.target import ExportSource
+from mist.export.target import ExportSource, Target
 from mist.export.targets import TARGETS
 from mist.files import write_text
 from mist.plans.plan import Offload
 from mist.plans.schedules import kind_of
 from mist.trace.models.presets import PRESETS
-from mist.workflow.checking import HandLayout, check_layout
+from mist.workflow.checking import HandLayout, plan_by_hand
 from mist.workflow.request import Question
 
 MODEL = "llama3-8b"
@@ -66,27 +69,65 @@ LAYOUTS = {
     "skypilot": SHARED,
 }
 
+NUM_DRAWN = 40  # at random for each target; what it cannot say is left out
+NUM_LAYERS, NUM_GPUS = 32, 16
+
+
+def drawn(number: int, most_stages: int) -> Iterator[dict[str, Any]]:
+    """Layouts at random, legal or not: the same ones for the same number."""
+    random = Random(number)
+    for _ in range(NUM_DRAWN):
+        pp = random.choice([n for n in (1, 1, 2, 4) if n <= most_stages])
+        vpp = random.choice([1, 2]) if pp > 1 else 1
+        cuts = sorted(random.sample(range(1, NUM_LAYERS), pp * vpp - 1))
+        layers = [b - a for a, b in zip([0, *cuts], [*cuts, NUM_LAYERS], strict=True)]
+        ratio = random.choice([0.0, 0.0, 0.25, 1.0])
+        yield {
+            "pp": pp,
+            "vpp": vpp,
+            "tp": random.choice([1, 1, 2, 4]),
+            "zero": random.randrange(4),
+            "micro_batch": random.choice([1, 2]),
+            "dp_replicate": random.choice([1, 1, 2]),
+            "schedule": kind_of(vpp),
+            "checkpoint": random.choice(["none", "full", "selective", "3"]),
+            "offload": Offload(optimizer=ratio),
+            "layers": tuple(layers),
+        }
+
 
 def main(folder: Path) -> None:
     """Write FOLDER/TARGET/N/ for every layout of every target."""
-    question = Question(model=MODEL, num_gpus=16, seq_len=4096, global_batch=128)
-    for target in TARGETS:
-        written = 0
-        for number, changes in enumerate(LAYOUTS.get(target.name, [])):
-            plan = check_layout(question, HandLayout(**changes)).plan
-            fitting = plan
-            if target.expresses is not None:
-                fitting, losses = expressible(plan, target.name, target.expresses)
-                if refusals := refusals_of(losses):
-                    print(f"{target.name} {changes}: {'; '.join(map(str, refusals))}")
-                    continue
-            subject = ExportSource(plan=fitting, path="plan.yaml", config=PRESETS[MODEL])
-            for name, text in target.write(subject).files.items():
-                path = folder / target.name / str(number) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, text)
-            written += 1
-        assert not LAYOUTS.get(target.name) or written >= 12, f"{target.name}: {written}"
+    for number, target in enumerate(TARGETS):
+        if target.name not in LAYOUTS:
+            continue
+        rows = enumerate(LAYOUTS[target.name])
+        by_hand = sum(_written(folder, target, n, changes) for n, changes in rows)
+        most = 1 if target.expresses is not None and not target.expresses.schedules else 4
+        rows = enumerate(drawn(number, most), start=100)
+        at_random = sum(_written(folder, target, n, changes) for n, changes in rows)
+        print(f"{target.name}: {by_hand} plans written by hand, {at_random} at random")
+        assert by_hand >= 12
+        assert at_random > 0
+
+
+def _written(folder: Path, target: Target, number: int, changes: dict[str, Any]) -> bool:
+    """Write one export; False for what is no legal plan, or none that the target can say."""
+    question = Question(model=MODEL, num_gpus=NUM_GPUS, seq_len=4096, global_batch=128)
+    try:
+        _, plan = plan_by_hand(question, HandLayout(**changes))
+    except InputError:
+        return False
+    if target.expresses is not None:
+        plan, losses = expressible(plan, target.name, target.expresses)
+        if refusals_of(losses):
+            return False
+    subject = ExportSource(plan=plan, path="plan.yaml", config=PRESETS[MODEL])
+    for name, text in target.write(subject).files.items():
+        path = folder / target.name / str(number) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    return True
 
 
 if __name__ == "__main__":
