@@ -52,6 +52,7 @@ NAMES: Final = {
 PRECISION: Final = "cfg.mixed_precision"
 PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed", Precision.FP32: None}
 LISTED: Final = ("model.recompute_modules",)
+RECIPE: Final = re.compile(r"\w+_(?:pretrain|sft|peft|finetune)\w*_config")
 SETS: Final = frozenset({FIELDS["--tensor-model-parallel-size"], FIELDS["--micro-batch-size"]})
 
 
@@ -89,6 +90,16 @@ def _value(line: ArgumentLine) -> Any:  # noqa: ANN401 - of any option
         return ast.literal_eval(line.value)
     except (ValueError, SyntaxError):
         return str(line.value)  # a word of a table is written as its text
+
+
+def refuse_recipe(name: str) -> None:
+    """Raise InputError for the name of a recipe: what it sets stands in Megatron-Bridge alone."""
+    if RECIPE.fullmatch(name):
+        raise InputError(
+            f"mist check {name}: that is the name of a recipe of Megatron-Bridge, whose code is "
+            "not run here. Put the function into a file, without other recipes, and give that: "
+            "mist check recipe.py MODEL --gpus N."
+        )
 
 
 def recognises_bridge(text: str) -> bool:

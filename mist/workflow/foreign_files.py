@@ -12,6 +12,7 @@ from typing import Any
 from mist.documents import text_of
 from mist.errors import InputError
 from mist.export.edits import edits_of, settings_of
+from mist.export.megatron_bridge import refuse_recipe
 from mist.export.rounding import expressible
 from mist.export.setting_lines import options_in, read_lines, settings_words
 from mist.export.target import Configuration, ExportSource, Target
@@ -42,6 +43,7 @@ def foreign_file(name: str) -> ForeignFile | None:
     """The file of that name as one of a target; None where it is none. Raises InputError."""
     path = user_path(name)
     if not is_file(path):
+        refuse_recipe(name)
         return None
     try:
         text = text_of(read_bytes(path), path)

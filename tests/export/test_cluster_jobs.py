@@ -1,6 +1,8 @@
 """Jobs for clusters: what they start, and where the plan's numbers are in them."""
 
+import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,6 +12,13 @@ from mist.export.target import ExportSource
 from mist.export.targets import target_named
 from tests.sample_plans import sample_plan
 
+# Nodes, then ranks on each.
+LAUNCHED = {
+    "torchrun": r"NNODES:-(\d+)}.*--nproc-per-node=(\d+)",
+    "slurm": r"--nodes=(\d+).*--nproc-per-node=(\d+)",
+    "kubernetes": r"numNodes: (\d+).*numProcPerNode: (\d+)",
+    "skypilot": r"num_nodes: (\d+).*accelerators: H100:(\d+)",
+}
 SUBJECT = ExportSource(plan=sample_plan(), path="my plan.yaml", config={})
 
 
@@ -43,3 +52,16 @@ def test_a_task_has_the_accelerators_and_a_script() -> None:
 )
 def test_devices_have_the_names_of_skypilot(device: str, name: str) -> None:
     assert accelerator(device) == name
+
+
+@pytest.mark.parametrize(("nodes", "gpus_per_node"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_launchers_start_as_many_ranks_as_the_plan_has(nodes: int, gpus_per_node: int) -> None:
+    """All that a launcher's file says of a plan: its path, the nodes, and the ranks on each."""
+    cluster = replace(SUBJECT.plan.cluster, gpus_per_node=gpus_per_node)
+    subject = replace(SUBJECT, plan=replace(SUBJECT.plan, cluster=cluster))
+    for name, pattern in LAUNCHED.items():
+        (text,) = target_named(name).write(subject).files.values()
+        assert "my plan.yaml" in text
+        found = re.search(pattern, text, re.DOTALL)
+        assert found is not None, name
+        assert (int(found[1]), int(found[2])) == (nodes, gpus_per_node), name

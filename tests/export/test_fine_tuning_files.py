@@ -11,6 +11,7 @@ from mist.export.megatron_bridge import read_bridge
 from mist.export.target import ExportSource
 from mist.export.targets import target_named
 from mist.plans.plan import Offload
+from mist.workflow.foreign_files import foreign_file
 from tests.export.test_files_of_people import AXOLOTL as PLAIN_AXOLOTL
 from tests.sample_plans import sample_plan, stage_plan
 
@@ -105,3 +106,38 @@ def test_a_bridge_module_is_python_and_each_line_has_its_field() -> None:
     lines = [line for line in text.splitlines() if line.strip().startswith("cfg.")]
     assert len(lines) > 8
     assert all("  # " in line for line in lines)
+
+
+def test_the_name_of_a_recipe_is_refused_in_words() -> None:
+    name = "llama3_70b_pretrain_64gpu_h100_bf16_config"
+    with pytest.raises(InputError, match=f"mist check {name}: that is the name of a recipe of Meg"):
+        foreign_file(name)
+    assert foreign_file("llama3_config") is None  # a model, or nothing
+
+
+def test_a_module_of_several_recipes_is_refused(tmp_path: Path) -> None:
+    """Of two layouts in one file nothing says which is meant."""
+    one = "def {}():\n    cfg.model.tensor_model_parallel_size = 2\n    return cfg\n"
+    path = tmp_path / "recipes.py"
+    path.write_text(one.format("small") + one.format("large"))
+    with pytest.raises(InputError, match=r"has 2 recipes \(small, large\). Give a file with one"):
+        foreign_file(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "precision"),
+    [('"bf16_mixed"', "bf16"), ('"16_mixed"', "fp16"), ("None", "fp32"), ("of('bf16')", "bf16")],
+)
+def test_the_precision_of_a_recipe(value: str, precision: str) -> None:
+    text = f"cfg.model.tensor_model_parallel_size = 1\ncfg.mixed_precision = {value}\n"
+    assert read_bridge(text, "b.py").precision == precision
+
+
+def test_a_precision_that_is_not_predicted_is_listed() -> None:
+    said = read_bridge("cfg.mixed_precision = of('fp8_cs')\n", "b.py")
+    assert (said.precision, said.unmodelled) == (None, ("cfg.mixed_precision = of('fp8_cs')",))
+
+
+def test_a_number_that_is_none_names_its_field() -> None:
+    with pytest.raises(InputError, match=r"b.py: cfg.train.micro_batch_size two is no whole"):
+        read_bridge('cfg.train.micro_batch_size = "two"\n', "b.py")

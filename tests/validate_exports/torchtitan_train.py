@@ -39,7 +39,9 @@ class Tokens(BaseDataLoader):
     class Config(BaseDataLoader.Config):
         """Nothing to set."""
 
-    def __init__(self, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: object):
+    def __init__(
+        self, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: object
+    ) -> None:
         self._of_rank = (local_batch_size, dp_world_size, dp_rank)
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -62,13 +64,13 @@ class NoTokenizer(BaseTokenizer):
     class Config(BaseTokenizer.Config):
         """Nothing to set."""
 
-    def __init__(self, **_: object):
+    def __init__(self, **_: object) -> None:
         super().__init__()
 
     encode = decode = get_vocab_size = lambda *_: 0
 
 
-def causal(self, q_BLNH, k_BLNH, v_BLNH, **given):  # noqa: ANN001, ANN003, ANN201, ARG001
+def causal(self, q_BLNH, k_BLNH, v_BLNH, **given):  # noqa: ANN001, ANN003, ANN201
     """Attention by a kernel of the CPU; its sharding goes by the names of the arguments."""
     heads = (each.transpose(1, 2) for each in (q_BLNH, k_BLNH, v_BLNH))
     out = torch.nn.functional.scaled_dot_product_attention(

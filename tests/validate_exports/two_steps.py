@@ -1,8 +1,8 @@
 """Two steps of a small Llama by `mist apply`, and the exports of the same plans, for their targets.
 
 python -m tests.validate_exports.two_steps FOLDER. FOLDER/model has the configuration and weights,
-FOLDER/tokens.npy the samples; FOLDER/TARGET/N/ has a plan, its export and expected.json: the loss of
-each step, which the target's own training must have from the same weights and samples.
+FOLDER/tokens.npy the samples. FOLDER/TARGET/N/ has a plan, its export and expected.json: the losses
+that the target's own training must have, too, from the same weights and samples.
 """
 
 import json
@@ -26,7 +26,7 @@ from tests.validate_exports.two_losses import LR, SAMPLES, SEQ_LEN, STEPS
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4
-# The sizes of torchtitan's llama3_debugmodel, which an export stands on whose model it does not know.
+# Those of torchtitan's llama3_debugmodel, on which the export of a model stands that it has not.
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 768,
