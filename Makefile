@@ -100,7 +100,7 @@ fuzz: $(INSTALLED)  ## ten thousand inputs that nobody meant; none may end badly
 mutants: $(INSTALLED)  ## every committed mutant must fail its tests
 	$(BIN)/python tests/mutants/run.py
 
-validate-exports: $(INSTALLED)  ## targets' own code reads twelve exports of each, two train (slow)
+validate-exports: $(INSTALLED)  ## targets' own code reads the exports, three train (slow)
 	rm -rf .exports/files .exports/two-steps
 	$(BIN)/python -m tests.validate_exports.write .exports/files
 	$(BIN)/python -m tests.validate_exports.two_steps .exports/two-steps

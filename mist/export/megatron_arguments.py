@@ -6,14 +6,13 @@ parts of the pipeline in the order of the model, part p is chunk p // S of stage
 """
 
 import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 from mist.errors import InputError
 from mist.export.command_words import Options, launched, number, options_of
 from mist.export.launcher_lines import head, launch_script
+from mist.export.megatron_model import SIZES, ArgumentLine, model_lines, unsaid_of_model
 from mist.export.target import (
     Configuration,
     ExportLoss,
@@ -30,21 +29,6 @@ from mist.plans.schedules import kind_of
 from mist.plans.workload import Precision
 
 ARGUMENTS: Final = "megatron_arguments.sh"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArgumentLine:
-    """One option, its value ("" for a flag), and the field of the plan that it carries."""
-
-    option: str
-    value: str = ""
-    field: str
-
-    @property
-    def text(self) -> str:
-        """As a line of a bash array."""
-        value = f" {shlex.quote(self.value)}" if self.value else ""
-        return f"    {self.option}{value}  # {self.field}"
 
 
 def _faults(plan: Plan) -> list[ExportLoss]:
@@ -78,7 +62,7 @@ def write_megatron(subject: ExportSource) -> Written:
         *head(subject, "Arguments of Megatron-LM (pretrain_gpt.py), for bash to source."),
         "MEGATRON_ARGUMENTS=(",
         *(line.text for line in layout_lines(plan)),
-        *(line.text for line in _model_lines(subject.config)),
+        *(line.text for line in model_lines(subject.config)),
         ")",
     ]
     env, losses = _environment(plan)
@@ -87,6 +71,7 @@ def write_megatron(subject: ExportSource) -> Written:
             "a plan of a Python file says no sizes; add --hidden-size, --num-attention-heads, ..."
         )
         losses.append(added("model", words))
+    losses += [added("model", words) for words in unsaid_of_model(subject.config)]
     words = "--data-path, --tokenizer-type, --lr, --train-iters and the like are yours"
     losses.append(added("workload", f"{words}: give them to launch.sh"))
     command = ["pretrain_gpt.py", '"${MEGATRON_ARGUMENTS[@]}"', '"$@"']
@@ -206,45 +191,6 @@ def layout_words(counts: Sequence[int]) -> str:
     return "E" + "|".join(f"t*{count}" for count in counts) + "L"
 
 
-# Names of an option of the model, and of fields of configurations that say its number.
-SIZES: Final = {
-    "--num-layers": ("num_hidden_layers", "n_layer"),
-    "--hidden-size": ("hidden_size", "n_embd"),
-    "--ffn-hidden-size": ("intermediate_size", "n_inner"),
-    "--num-attention-heads": ("num_attention_heads", "n_head"),
-    "--num-query-groups": ("num_key_value_heads",),
-    "--kv-channels": ("head_dim",),
-    "--max-position-embeddings": ("max_position_embeddings", "n_positions"),
-    "--vocab-size": ("vocab_size",),
-    "--num-experts": ("num_experts", "num_local_experts"),
-    "--moe-router-topk": ("num_experts_per_tok",),
-    "--moe-ffn-hidden-size": ("moe_intermediate_size",),
-}
-GATED: Final = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
-
-
-def _model_lines(config: Mapping[str, Any]) -> Iterator[ArgumentLine]:
-    """The options of a Hugging Face configuration."""
-    for option, names in SIZES.items():
-        for name in names:
-            if isinstance(config.get(name), int):
-                yield ArgumentLine(option=option, value=str(config[name]), field=f"model: {name}")
-    if "num_key_value_heads" in config:
-        yield ArgumentLine(option="--group-query-attention", field="model: num_key_value_heads")
-    if config and not config.get("tie_word_embeddings", "n_embd" in config):
-        option = "--untie-embeddings-and-output-weights"
-        yield ArgumentLine(option=option, field="model: tie_word_embeddings")
-    if config.get("model_type") in GATED:
-        field = "model: model_type"
-        yield ArgumentLine(option="--swiglu", field=field)
-        yield ArgumentLine(option="--disable-bias-linear", field=field)
-        yield ArgumentLine(option="--normalization", value="RMSNorm", field=field)
-        yield ArgumentLine(option="--position-embedding-type", value="rope", field=field)
-    if isinstance(config.get("rope_theta"), int | float):
-        theta = str(int(config["rope_theta"]))
-        yield ArgumentLine(option="--rotary-base", value=theta, field="model: rope_theta")
-
-
 def recognises_megatron(text: str) -> bool:
     """Whether a text has an option that no other framework has."""
     return "--tensor-model-parallel-size" in text or "--pipeline-model-parallel-size" in text
@@ -263,6 +209,7 @@ READ: Final = frozenset(
         "--recompute-num-layers", "--recompute-modules", "--group-query-attention", "--swiglu",
         "--untie-embeddings-and-output-weights", "--disable-bias-linear", "--normalization",
         "--position-embedding-type", "--rotary-base", "--recompute-activations",
+        "--use-rope-scaling", "--rope-scaling-factor",
         "--num-layers-per-virtual-pipeline-stage", "--decoder-first-pipeline-num-layers",
         "--decoder-last-pipeline-num-layers", *SIZES,
     }

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from mist.errors import InputError
 from mist.export.launcher_lines import head
-from mist.export.megatron_arguments import DECISIVE, ArgumentLine, layout_lines, read_megatron
+from mist.export.megatron_arguments import DECISIVE, layout_lines, read_megatron
 from mist.export.megatron_arguments import NAMES as OPTIONS
+from mist.export.megatron_model import ArgumentLine
 from mist.export.target import Configuration, ExportSource, Written, added
 from mist.export.unread_settings import SettingKinds, unread, with_unread
 from mist.plans.workload import Precision

@@ -14,7 +14,8 @@ made() {  # made NAME REQUIREMENT...: an environment, kept between runs
 trained() {  # trained NAME COMMAND...: in the folder of each case, with the programs of NAME first
     local name=$1; shift
     for each in "$folder/two-steps/$name"/*/; do
-        (cd "$each" && PATH=$folder/$name/bin:$PATH PYTHONPATH=$each "$@" . 2>log.txt) \
+        (cd "$each" && PATH=$folder/$name/bin:$PATH PYTHONPATH=$each:$folder/megatron-core \
+            "$@" . 2>log.txt) \
             || { tail -n 30 "$each/log.txt" >&2; exit 1; }
     done
 }
@@ -28,13 +29,14 @@ made torchtitan torch==2.14.1 torchtitan==0.3.0 triton
 trained torchtitan torchrun --nproc-per-node=4 "$here/torchtitan_train.py" | grep "two steps"
 
 # The wheel is for Python 3.12; its Python files run under 3.11 too.
-made megatron torch==2.13.0 triton einops typing_extensions numpy packaging pyyaml
+made megatron torch==2.13.0 triton einops typing_extensions numpy packaging pyyaml safetensors
 "$folder/megatron/bin/python" -m pip download --quiet --no-deps --only-binary=:all: \
     --python-version 3.12 --implementation cp --abi cp312 --platform manylinux_2_28_x86_64 \
     --dest "$folder" megatron-core==0.19.2
 "$folder/megatron/bin/python" -m zipfile -e "$folder"/megatron_core-*.whl "$folder/megatron-core"
 PYTHONPATH=$folder/megatron-core "$folder/megatron/bin/python" \
     "$here/megatron_check.py" "$folder/files" | tail -n 1
+trained megatron torchrun --nproc-per-node=4 "$here/megatron_train.py" | grep "two steps"
 
 made deepspeed torch==2.13.0 setuptools wheel psutil einops hjson msgpack ninja py-cpuinfo pydantic numpy tqdm
 "$folder/deepspeed/bin/python" -m pip install --quiet --no-build-isolation --no-deps deepspeed==0.19.8

@@ -50,6 +50,10 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
         {"zero": 3, "dp_replicate": 2, "micro_batch": 2, "checkpoint": "full"},
         {"zero": 2, "micro_batch": 1},
     ],
+    "megatron": [
+        {"zero": 1, "tp": 2, "micro_batch": 2, "checkpoint": "2"},
+        {"pp": 2, "tp": 2, "micro_batch": 2, "layers": (4, 2), "checkpoint": "1"},
+    ],
     "torchtitan": [
         {"zero": 3, "tp": 2, "micro_batch": 2, "checkpoint": "2"},
         {"pp": 2, "tp": 2, "micro_batch": 2, "layers": (4, 2), "checkpoint": "2,1"},
