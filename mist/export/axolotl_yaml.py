@@ -125,16 +125,18 @@ KINDS: Final = SettingKinds(
 
 
 NAMES: Final = {
-    "tp": ("tensor_parallel_size",),
-    "zero": ("fsdp_config.reshard_after_forward", "deepspeed"),
-    "dp": ("dp_shard_size",),
-    "dp_replicate": ("dp_replicate_size",),
-    "micro_batch": ("micro_batch_size",),
-    "num_micro_batches": ("gradient_accumulation_steps",),
-    "seq": ("sequence_len",),
-    "checkpoint": ("gradient_checkpointing",),
-    "offload": ("fsdp_config.offload_params", "deepspeed"),
-    "precision": ("fp16", "bf16"),
+    "tensor_parallel_size": "tp",
+    "fsdp_config.reshard_after_forward": "zero",
+    "deepspeed": "zero",
+    "dp_shard_size": "dp",
+    "dp_replicate_size": "dp_replicate",
+    "micro_batch_size": "micro_batch",
+    "gradient_accumulation_steps": "num_micro_batches",
+    "sequence_len": "seq",
+    "gradient_checkpointing": "checkpoint",
+    "fsdp_config.offload_params": "offload",
+    "fp16": "precision",
+    "bf16": "precision",
 }
 
 

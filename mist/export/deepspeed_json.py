@@ -149,16 +149,16 @@ KINDS: Final = SettingKinds(
 
 
 NAMES: Final = {
-    "tp": ("tensor_parallel.autotp_size",),
-    "zero": ("zero_optimization.stage",),
-    "micro_batch": (MICRO,),
-    "global_batch": (BATCH,),
-    "num_micro_batches": (STEPS,),
-    "offload": (
-        "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device",
-    ),
-    "precision": ("fp16.enabled", "bf16.enabled"),
-}  # fmt: skip
+    "tensor_parallel.autotp_size": "tp",
+    "zero_optimization.stage": "zero",
+    MICRO: "micro_batch",
+    BATCH: "global_batch",
+    STEPS: "num_micro_batches",
+    "zero_optimization.offload_optimizer.device": "offload",
+    "zero_optimization.offload_param.device": "offload",
+    "fp16.enabled": "precision",
+    "bf16.enabled": "precision",
+}
 
 
 def read_deepspeed(text: str, path: str) -> Configuration:

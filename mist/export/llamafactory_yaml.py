@@ -121,13 +121,13 @@ KINDS: Final = SettingKinds(
 
 
 NAMES: Final = {
-    "zero": ("deepspeed",),
-    "offload": ("deepspeed",),
-    "micro_batch": (EACH,),
-    "num_micro_batches": (ACCUMULATED,),
-    "seq": ("cutoff_len",),
-    "checkpoint": ("disable_gradient_checkpointing",),
-    "precision": ("fp16", "bf16"),
+    "deepspeed": "zero",
+    EACH: "micro_batch",
+    ACCUMULATED: "num_micro_batches",
+    "cutoff_len": "seq",
+    "disable_gradient_checkpointing": "checkpoint",
+    "fp16": "precision",
+    "bf16": "precision",
 }
 
 

@@ -251,23 +251,26 @@ KINDS: Final = SettingKinds(
     decisive=DECISIVE,
 )  # fmt: skip
 NAMES: Final = {
-    "tp": ("--tensor-model-parallel-size",),
-    "pp": ("--pipeline-model-parallel-size",),
-    "vpp": ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"),
-    "layers": (
-        "--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers",
-        "--decoder-last-pipeline-num-layers",
-    ),
-    "zero": ("--data-parallel-sharding-strategy", "--use-distributed-optimizer"),
-    "micro_batch": ("--micro-batch-size",),
-    "global_batch": ("--global-batch-size",),
-    "seq": ("--seq-length",),
-    "checkpoint": ("--recompute-granularity", "--recompute-num-layers"),
-    "offload": ("--optimizer-offload-fraction",),
-    "precision": ("--fp16", "--bf16"),
-    "num_layers": ("--num-layers",),
-}  # fmt: skip
-"""Options of `mist check` and those of Megatron that answer them."""
+    "--tensor-model-parallel-size": "tp",
+    "--pipeline-model-parallel-size": "pp",
+    "--num-virtual-stages-per-pipeline-rank": "vpp",
+    "--num-layers-per-virtual-pipeline-stage": "vpp",
+    "--pipeline-model-parallel-layout": "layers",
+    "--decoder-first-pipeline-num-layers": "layers",
+    "--decoder-last-pipeline-num-layers": "layers",
+    "--data-parallel-sharding-strategy": "zero",
+    "--use-distributed-optimizer": "zero",
+    "--micro-batch-size": "micro_batch",
+    "--global-batch-size": "global_batch",
+    "--seq-length": "seq",
+    "--recompute-granularity": "checkpoint",
+    "--recompute-num-layers": "checkpoint",
+    "--optimizer-offload-fraction": "offload",
+    "--fp16": "precision",
+    "--bf16": "precision",
+    "--num-layers": "num_layers",
+}
+"""Which option of `mist check` an option of Megatron answers."""
 LAUNCH: Final = re.compile(
     r"--(nnodes|nproc[-_]per[-_]node|rdzv[-_]\w+|node[-_]rank|master[-_]\w+)"
 )
@@ -291,8 +294,11 @@ def read_megatron(text: str, path: str) -> Configuration:
     vpp = len(layers) // pp if layers else _vpp(options, path, pp)
     return Configuration(
         knobs={
-            "tp": number(options, "--tensor-model-parallel-size", path, 1) or 1,
-            "micro_batch": number(options, "--micro-batch-size", path, 1) or 1,
+            **{
+                name: number(options, option, path, 1) or 1
+                for option, name in NAMES.items()
+                if name in ("tp", "micro_batch")
+            },
             "pp": pp,
             "vpp": vpp,
             "zero": _zero(options, path),

@@ -47,8 +47,7 @@ FIELDS: Final = {
 }
 """Options of Megatron-LM and what they are called in the configuration of Bridge."""
 NAMES: Final = {
-    answered: tuple(f"cfg.{FIELDS[option]}" for option in options if option in FIELDS)
-    for answered, options in OPTIONS.items()
+    f"cfg.{FIELDS[option]}": answered for option, answered in OPTIONS.items() if option in FIELDS
 }
 PRECISION: Final = "cfg.mixed_precision"
 PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed", Precision.FP32: None}

@@ -1,7 +1,7 @@
 """In which line of a file a setting stands."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from mist.errors import InputError
 from mist.export.target import Configuration
@@ -34,21 +34,22 @@ def _lines_with(word: str, text: str) -> list[int]:
     return [number for number, line in lines if whole.search(line.split("#")[0])]
 
 
-def options_in(message: str, options: Iterable[str]) -> Iterator[str]:
+def options_in(message: str, options: Iterable[str]) -> set[str]:
     """Which options of `mist check`, named with _, a message names: "--tp 4", "tp 4", "ZeRO-2"."""
-    for option in options:
-        spelled = option.replace("_", "[-_ ]")
-        if re.search(rf"(?i)(--{spelled}\b|(?<![\w-]){spelled}[ -](\d|of \d))", message):
-            yield option
+    return {option for option in options if _names(message, option.replace("_", "[-_ ]"))}
 
 
-def settings_words(options: Iterable[str], names: Mapping[str, Sequence[str]], text: str) -> str:
-    """What a file says for these options and where: "tp_size in line 4"; "" for nothing."""
-    stated = (
-        (name, line) for option in options for name in names.get(option, ())
-        if (line := line_of(name, text))
-    )  # fmt: skip
-    return ", ".join(f"{name} in line {line}" for name, line in stated)
+def _names(message: str, spelled: str) -> bool:
+    return bool(re.search(rf"(?i)(--{spelled}\b|(?<![\w-]){spelled}[ -](\d|of \d))", message))
+
+
+def settings_words(options: Collection[str], names: Mapping[str, str], text: str) -> str:
+    """What a file says for these options and where: "tp_size in line 4"; "" for nothing.
+
+    `names`: of settings, each with the option that it answers.
+    """
+    lines = {name: line_of(name, text) for name, option in names.items() if option in options}
+    return ", ".join(f"{name} in line {line}" for name, line in lines.items() if line)
 
 
 def place_of(name: str, text: str, path: str) -> str:

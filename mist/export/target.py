@@ -141,7 +141,8 @@ class Target:
         write: the files of a plan.
         recognises: whether a text is a file of this target; None: such files are not read.
         read: the layout that a text says. Raises InputError.
-        names: settings of its files that answer an option of `mist check` (named with _).
+        names: of settings of its files, each with the option of `mist check` that it answers,
+            named with _.
     """
 
     name: str
@@ -151,7 +152,7 @@ class Target:
     write: Callable[[ExportSource], Written]
     recognises: Callable[[str], bool] | None = None
     read: Callable[[str, str], Configuration] | None = None
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def added(about: str, message: str) -> ExportLoss:

@@ -45,23 +45,23 @@ SECTIONS: Final = ("parallelism", "training", "compile", "optimizer", "model_spe
 PARTS: Final = "parallelism.module_fqns_per_model_part"
 Settings = Mapping[str, Any]
 NAMES: Final = {
-    "tp": ("parallelism.tensor_parallel_degree", "training.tensor_parallel_size"),
-    "pp": ("parallelism.pipeline_parallel_degree",),
-    "layers": (PARTS,),
-    "schedule": ("parallelism.pipeline_parallel_schedule",),
-    "zero": ("parallelism.fsdp_reshard_after_forward",),
-    "dp": ("parallelism.data_parallel_shard_degree",),
-    "dp_replicate": ("parallelism.data_parallel_replicate_degree",),
-    "micro_batch": (
-        "training.local_batch_size", "training.batch_size",
-        "parallelism.pipeline_parallel_microbatch_size",
-    ),
-    "global_batch": ("training.global_batch_size",),
-    "seq": ("training.seq_len",),
-    "checkpoint": (CHECKPOINT,),
-    "offload": ("training.enable_cpu_offload",),
-}  # fmt: skip
-"""Options of `mist check` and the settings that answer them, under names of now and of before."""
+    "parallelism.tensor_parallel_degree": "tp",
+    "training.tensor_parallel_size": "tp",
+    "parallelism.pipeline_parallel_degree": "pp",
+    PARTS: "layers",
+    "parallelism.pipeline_parallel_schedule": "schedule",
+    "parallelism.fsdp_reshard_after_forward": "zero",
+    "parallelism.data_parallel_shard_degree": "dp",
+    "parallelism.data_parallel_replicate_degree": "dp_replicate",
+    "training.local_batch_size": "micro_batch",
+    "training.batch_size": "micro_batch",
+    "parallelism.pipeline_parallel_microbatch_size": "micro_batch",
+    "training.global_batch_size": "global_batch",
+    "training.seq_len": "seq",
+    CHECKPOINT: "checkpoint",
+    "training.enable_cpu_offload": "offload",
+}
+"""Which option of `mist check` a setting answers, under names of now and of before."""
 
 # Words of a file, and what a module has for them.
 MODES: Final = {KEEPS_ALL.value: "None", REPEATS_ALL.value: "FullAC"}
@@ -116,7 +116,11 @@ def read_torchtitan(text: str, path: str) -> Configuration:
     settings = _named_as_now(dict(_of_file(text, path)))
     others = unread(settings, KINDS, text, path)
     whole = _WholeSettings(settings, path)
-    pp = whole.number("parallelism.pipeline_parallel_degree", 1, least=1)
+    degrees = {
+        name: whole.number(f"parallelism.{axis}_parallel_degree", 1, least=1)
+        for name, axis in (("tp", "tensor"), ("pp", "pipeline"))
+    }
+    pp = degrees["pp"]
     parts = _chunks(settings, path, pp)
     batch = whole.number("training.local_batch_size", 8, least=1)
     micro_batch = whole.number("parallelism.pipeline_parallel_microbatch_size", 1, least=1)
@@ -127,8 +131,7 @@ def read_torchtitan(text: str, path: str) -> Configuration:
     global_batch = whole.number("training.global_batch_size", -1)
     return Configuration(
         knobs={
-            "tp": whole.number("parallelism.tensor_parallel_degree", 1, least=1),
-            "pp": pp,
+            **degrees,
             "vpp": max(len(parts) // pp, 1),
             "zero": zero,
             "dp_replicate": copies if zero else 1,

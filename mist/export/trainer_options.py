@@ -64,19 +64,26 @@ KINDS: Final = SettingKinds(
 
 
 NAMES: Final = {
-    "tp": (f"{AXES}tp_size",),
-    "zero": ("fsdp_config.fsdp_reshard_after_forward", "--deepspeed", "--fsdp", "zero_stage"),
-    "dp": (f"{AXES}dp_shard_size",),
-    "dp_replicate": (f"{AXES}dp_replicate_size",),
-    "micro_batch": (EACH,),
-    "num_micro_batches": ("gradient_accumulation_steps",),
-    "seq": LENGTHS,
-    "checkpoint": ("gradient_checkpointing", "fsdp_config.fsdp_activation_checkpointing"),
-    "offload": ("fsdp_config.fsdp_offload_params",),
-    "precision": ("mixed_precision", "fp16", "bf16"),
-    "gpus": ("num_processes", "nproc_per_node"),
+    f"{AXES}tp_size": "tp",
+    "fsdp_config.fsdp_reshard_after_forward": "zero",
+    "--deepspeed": "zero",
+    "--fsdp": "zero",
+    "zero_stage": "zero",
+    f"{AXES}dp_shard_size": "dp",
+    f"{AXES}dp_replicate_size": "dp_replicate",
+    EACH: "micro_batch",
+    "gradient_accumulation_steps": "num_micro_batches",
+    **dict.fromkeys(LENGTHS, "seq"),
+    "gradient_checkpointing": "checkpoint",
+    "fsdp_config.fsdp_activation_checkpointing": "checkpoint",
+    "fsdp_config.fsdp_offload_params": "offload",
+    "mixed_precision": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "num_processes": "gpus",
+    "nproc_per_node": "gpus",
 }
-"""Options of `mist check` and what answers them, in scripts and in accelerate's YAML."""
+"""Which option of `mist check` a setting answers, in scripts and in accelerate's YAML."""
 
 
 def recognises_trainer(text: str) -> bool:

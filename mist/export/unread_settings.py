@@ -52,16 +52,7 @@ def unread(settings: Mapping[str, Any], kinds: SettingKinds, text: str, path: st
 
     Raises InputError, with the line, for one that decides and is not predicted.
     """
-    for name, predicted in kinds.decisive.items():
-        if name in settings and str(settings[name]).lower() not in predicted:
-            setting = f"{name}{kinds.sign}{settings[name]}".rstrip()
-            known = (
-                f"Predicted: {', '.join(filter(None, predicted))}." if predicted else "Remove it."
-            )
-            raise InputError(
-                f"{place_of(name, text, path)}: {setting:.120} is not predicted, and it decides "
-                f"what a GPU holds or computes. {known}"
-            )
+    _refuse_decisive(settings, kinds, text, path)
     unmodelled, untouched = [], []
     for name, value in settings.items():
         if name in kinds.read or name in kinds.decisive or value is None:
@@ -73,6 +64,21 @@ def unread(settings: Mapping[str, Any], kinds: SettingKinds, text: str, path: st
         else:
             unmodelled.append(f"{name}{kinds.sign}{value}".rstrip())
     return Unread(unmodelled=tuple(unmodelled), untouched=tuple(untouched))
+
+
+def _refuse_decisive(
+    settings: Mapping[str, Any], kinds: SettingKinds, text: str, path: str
+) -> None:
+    for name, predicted in kinds.decisive.items():
+        if name in settings and str(settings[name]).lower() not in predicted:
+            setting = f"{name}{kinds.sign}{settings[name]}".rstrip()
+            known = (
+                f"Predicted: {', '.join(filter(None, predicted))}." if predicted else "Remove it."
+            )
+            raise InputError(
+                f"{place_of(name, text, path)}: {setting:.120} is not predicted, and it decides "
+                f"what a GPU holds or computes. {known}"
+            )
 
 
 def with_unread(said: Configuration, others: Unread) -> Configuration:

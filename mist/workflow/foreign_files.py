@@ -116,7 +116,7 @@ def _with_places(file: ForeignFile, message: str) -> str:
     names = file.target.names
     lines = []
     for line in message.splitlines():
-        words = settings_words(options_in(line, names), names, file.text)
+        words = settings_words(options_in(line, names.values()), names, file.text)
         place = f" ({words})" if words else ""
         lines.append(f"{file.path}: {line.removesuffix('.')}{place}.")
     return "\n".join(lines)
@@ -231,24 +231,30 @@ def names_said(said: Configuration) -> set[str]:
 
 def _refuse_open(file: ForeignFile, typed: Mapping[str, Any], model: str | None) -> None:
     """Ask for what the file does not say, and no default may stand for."""
-    said = names_said(file.configuration)
-    open_names = ["seq", "global_batch", "micro_batch", "checkpoint"]
-    if file.configuration.num_micro_batches is not None:
-        open_names.remove("global_batch")  # it follows
-    wanted = [name for name in open_names if name not in said]
-    missing = [_option(name) for name in wanted if name not in typed]
+    missing = list(_missing(file.configuration, typed, model))
+    if not missing:
+        return
+    named = file.configuration.model
+    why = f" Its model, {named}, is neither a preset nor a folder with a config.json here."
+    raise InputError(
+        f"mist check {file.path}: a file of {file.target.name} does not say {', '.join(missing)}. "
+        f"Give {'it' if len(missing) == 1 else 'them'} too."
+        f"{why if named and model is None else ''}"
+    )
+
+
+def _missing(said: Configuration, typed: Mapping[str, Any], model: str | None) -> Iterator[str]:
+    """What is neither in the file nor on the command line."""
+    known = {*names_said(said), *typed}
     if model is None:
-        missing.insert(0, "MODEL")
-    if not {"gpus"} & {*typed, *said} and not file.configuration.launched:
-        missing.append("--gpus")
-    if missing:
-        named = file.configuration.model
-        why = f" Its model, {named}, is neither a preset nor a folder with a config.json here."
-        raise InputError(
-            f"mist check {file.path}: a file of {file.target.name} does not say "
-            f"{', '.join(missing)}. Give {'it' if len(missing) == 1 else 'them'} too."
-            f"{why if named and model is None else ''}"
-        )
+        yield "MODEL"
+    if said.num_micro_batches is not None:
+        known.add("global_batch")  # it follows
+    for name in ("seq", "global_batch", "micro_batch", "checkpoint"):
+        if name not in known:
+            yield _option(name)
+    if "gpus" not in known and not said.launched:
+        yield "--gpus"
 
 
 def _refuse_contradiction(file: ForeignFile, checked: Checked) -> None:
