@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mist.errors import InputError
 from mist.plans.plan import Offload, Plan
 from mist.plans.schedules import kind_of
-from mist.plans.workload import ScheduleKind
-from mist.workflow.checking import HandLayout, check_layout
+from mist.plans.workload import Precision, ScheduleKind
+from mist.workflow.checking import HandLayout, plan_by_hand
 from mist.workflow.request import Question
 
 NUM_LAYERS = 8
@@ -60,9 +60,10 @@ def legal_plans(draw: st.DrawFn, most_stages: int = 4) -> Plan:
         gpu="h100-sxm",
         seq_len=SEQ_LEN,
         global_batch=dp * micro_batch * pp * rounds,
+        precision=draw(st.sampled_from([Precision.BF16, Precision.FP32])),
     )
     try:
-        return check_layout(question, layout).plan
+        return plan_by_hand(question, layout)[1]
     except InputError:
         assume(False)
         raise
