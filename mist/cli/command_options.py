@@ -59,7 +59,7 @@ Subject = Annotated[
     str,
     typer.Argument(
         help="A plan file, a model whose layout the options below give, or a file of Megatron, "
-        "torchtitan, DeepSpeed, accelerate, LLaMA-Factory or axolotl."
+        "Megatron-Bridge, torchtitan, DeepSpeed, accelerate, LLaMA-Factory or axolotl."
     ),
 ]
 GpusOfModel = Annotated[

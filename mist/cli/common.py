@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 from typer.core import TyperCommand
@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from mist.errors import OutputError, printable
 
 if TYPE_CHECKING:
-    from typer._click.core import Context
+    from typer._click.core import Context, Parameter
     from typer._click.formatting import HelpFormatter
 
 app = typer.Typer(
@@ -28,8 +28,22 @@ app = typer.Typer(
 )
 
 
+# Types as people name them, not as Python does.
+TYPE_WORDS: Final = {
+    "<list[str]>": "<text>",  # given once for each
+    "<str>": "<text>",
+    "<int>": "<number>",
+    "<float>": "<number>",
+}
+
+
 class GroupedHelp(TyperCommand):
     """A command whose help has its options in groups, and whose short help is never cut."""
+
+    def collect_usage_pieces(self, ctx: "Context") -> list[str]:
+        """The arguments by the names that their help has."""
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        return [self.options_metavar or "", *map(argument_name, arguments)]
 
     def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         """A section for the arguments and for each group of options, in the order of the code."""
@@ -39,7 +53,10 @@ class GroupedHelp(TyperCommand):
             default = "Arguments" if is_argument else "Options"
             group = getattr(parameter, "rich_help_panel", None) or default
             if (record := parameter.get_help_record(ctx)) is not None:
-                groups[group].append(record)
+                term, words = record
+                for name, said in TYPE_WORDS.items():
+                    term = term.replace(name, said)
+                groups[group].append((argument_name(parameter) if is_argument else term, words))
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
@@ -51,6 +68,14 @@ class GroupedHelp(TyperCommand):
     def get_short_help_str(self, limit: int = 45) -> str:
         """The first sentence, whole, whatever `limit` is."""
         return super().get_short_help_str(max(limit, 1000))
+
+
+def argument_name(argument: "Parameter") -> str:
+    """In capitals; in brackets where it may be left out."""
+    name = (argument.metavar or argument.name or "").upper()
+    more = "..." if argument.nargs < 0 else ""
+    bare = name.strip("[]")
+    return f"{bare}{more}" if argument.required else f"[{bare}{more}]"
 
 
 def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -58,6 +58,7 @@ from mist.cli.common import command, print_json, progress, typed_options
 from mist.cli.hand_layouts import hand_layout
 from mist.cli.outputs import PICTURE_FILE, PLAN_FILE, PLAN_SUFFIXES, check_here, check_output
 from mist.errors import InputError, OutputError
+from mist.files import is_file
 from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.search_space import SearchSpace, narrowed, space_of
@@ -376,6 +377,8 @@ def check(
 
 def _given_gpus(subject: str, model: str | None, gpus: int | None) -> int:
     """The number of GPUs of a layout of `subject`, behind which no other model may stand."""
+    if model is not None and Path(subject).suffix and not is_file(subject):
+        raise InputError(f"mist check {subject}: there is no such file.")
     if model is not None:
         raise InputError(f"mist check {subject} {model}: a second model. Give one of them.")
     if gpus is None:

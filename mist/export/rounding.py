@@ -59,7 +59,7 @@ def _refusals(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
     if (head := stages[-1].head) != HeadMode.NONE:
         yield refused("stages[].head", f"{head}; {name} files do not say how the loss runs")
     for field in (*(knob.name for knob in STAGE_KNOBS if not knob.choices), "sp", "offload"):
-        values = list(dict.fromkeys(str(getattr(stage, field)) for stage in stages))
+        values = list(dict.fromkeys(_value_words(getattr(stage, field)) for stage in stages))
         if len(values) > 1:
             words = f"stages differ ({', '.join(values)}); {name} has the same in every stage"
             yield refused(f"stages[].{field}", words)
@@ -68,6 +68,14 @@ def _refusals(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:
             yield refused(f"stages[].{axis}", f"{getattr(first, axis)} is not predicted by Mist")
     yield from _unsaid(plan, name, can)
     yield from _unhosted(first, name, can)
+
+
+def _value_words(value: object) -> str:
+    """What a field of a stage says; of offloading, the shares."""
+    if not isinstance(value, Offload):
+        return str(value)
+    shares = (f"{name} {ratio:g}" for name, ratio in asdict(value).items() if ratio)
+    return " + ".join(shares) or "nothing"
 
 
 def _unsaid(plan: Plan, name: str, can: Expresses) -> Iterator[ExportLoss]:

@@ -10,10 +10,12 @@ from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.plan import Plan
 from mist.report.plan_screen import Sheet
 from mist.report.plan_words import offloaded, recomputed
-from mist.report.tables import say_note, show
+from mist.report.tables import say
+from mist.report.text_layout import columns, screen_width, wrapped
 from mist.units import format_bytes, format_count, format_seconds
 
 NOT_SAID: Final = "-"
+ONE_LINE: Final = "in one line"  # for tools: people see each knob
 SubjectKind = Literal["plan", "configuration", "log"]
 
 
@@ -81,7 +83,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         "micro-batches": str(plan.num_micro_batches),
         "recomputed": _each([recomputed(stage) for stage in plan.stages]),
         "on the host": _each([offloaded(stage) for stage in plan.stages]),
-        "in one line": layout_words(plan.layout),
+        ONE_LINE: layout_words(plan.layout),
     }
 
 
@@ -91,26 +93,30 @@ def _each(words: Sequence[str]) -> str:
 
 def print_side_by_side(subjects: Sequence[ComparedSubject]) -> None:
     """Figures with the difference to the first column, settings that differ, parts of the step."""
-    header = ("", *(f"{each.name} ({each.kind})" for each in subjects), "")
-    show(
-        "Figures (predicted; of logs measured)", header, [(*row, "") for row in _figures(subjects)]
-    )
-    rows = []
+    header = ("", *(f"{each.name} ({each.kind})" for each in subjects))
+    _print_table("Figures (predicted; of logs measured)", [header, *_figures(subjects)])
+    rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(name for each in subjects for name in each.settings):
         values = [each.settings.get(name, NOT_SAID) for each in subjects]
-        if len(set(values) - {NOT_SAID}) > 1:
-            rows.append((name, *values, ""))
-    show("Settings that differ", header, rows)
-    parts = []
+        if len(set(values) - {NOT_SAID}) > 1 and name != ONE_LINE:
+            rows.append((name, *values))
+    _print_table("Settings that differ", [header, *rows])
+    parts: list[tuple[str, ...]] = []
     for part, words in PART_NAMES.items():
         seconds = [each.parts_s.get(part) for each in subjects]
         if any(seconds):
             cells = (NOT_SAID if s is None else format_seconds(s) for s in seconds)
-            parts.append((words, *cells, ""))
-    show("The predicted step by part", header, parts)
+            parts.append((words, *cells))
+    _print_table("The predicted step by part", [header, *parts])
     for each in subjects:
         for note in each.notes:
-            say_note(f"{each.name}: {note}")
+            for line in wrapped(f"Note: {each.name}: {note.removesuffix('.')}.", screen_width(), 2):
+                say(line)
+
+
+def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    for line in (f"{title}:", *columns(rows, screen_width()), ""):
+        say(line)
 
 
 def _figures(subjects: Sequence[ComparedSubject]) -> list[tuple[str, ...]]:

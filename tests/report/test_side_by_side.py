@@ -35,11 +35,27 @@ def test_only_settings_that_differ_are_shown(capsys: pytest.CaptureFixture[str])
         ]
     )
     text = capsys.readouterr().out
-    lines = {line.split("  ")[1]: line.split() for line in text.splitlines() if "  " in line}
+    lines = {line.split("  ")[0]: line.split() for line in text.splitlines() if "  " in line}
     assert "5.00 s (+0.0%)" in text and "6.00 s (+20.0%)" in text
     assert lines["zero"][1:] == ["1", "2", "-"]
     assert "sequence" not in lines
     assert "1.0 GiB" in text
+    assert "in one line" not in text  # it says the knobs again
+
+
+def test_a_table_is_as_wide_as_the_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    sheet = replace(sheet_of(OTHER), notes=("a note of many words, " * 9,))
+    print_side_by_side(
+        [
+            subject_of_sheet("a.yaml", "plan", sheet_of(sample_plan())),
+            subject_of_sheet("b.yaml", "plan", sheet),
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
 
 
 def test_json_has_null_for_what_is_not_said() -> None:
