@@ -72,10 +72,8 @@ class GroupedHelp(TyperCommand):
 
 def argument_name(argument: "Parameter") -> str:
     """In capitals; in brackets where it may be left out."""
-    name = (argument.metavar or argument.name or "").upper()
-    more = "..." if argument.nargs < 0 else ""
-    bare = name.strip("[]")
-    return f"{bare}{more}" if argument.required else f"[{bare}{more}]"
+    name = (argument.metavar or argument.name or "").upper().strip("[]")
+    return name if argument.required else f"[{name}]"
 
 
 def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
