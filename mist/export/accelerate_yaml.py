@@ -70,13 +70,17 @@ def write_accelerate(subject: ExportSource) -> Written:
     ]
     script = node_script(subject, "Starts a program of yours: launch.sh train.py ...", command)
     words = "micro-batch, accumulation and length are in training_arguments.py, for your program"
+    losses = [added("stages[].micro_batch", words)]
+    if plan.stages[0].tp > 1:
+        words = "accelerate 1.15 divides tensors with transformers 5.0; 5.6 and later are too new"
+        losses.append(added("stages[].tp", words))
     return Written(
         files={
             CONFIG: "\n".join([*lines, *yaml_lines(_rows(plan))]) + "\n",
             "training_arguments.py": _trainer(subject),
             "launch.sh": script,
         },
-        added=[added("stages[].micro_batch", words)],
+        added=losses,
     )
 
 

@@ -71,6 +71,30 @@ def test_converted_layers_are_run_again_whole(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_added"),
+    [({}, 1), ({"tp": 1, "dp": 4, "micro_batch": 1, "sp": False}, 0)],
+)
+def test_what_must_be_there_for_tensor_parallelism(
+    changes: dict[str, object], num_added: int
+) -> None:
+    """accelerate 1.15.0 imports what transformers 5.6.0 and later do not have."""
+    plan = with_stages(**changes)
+    written = target_named("accelerate").write(ExportSource(plan=plan, path="p", config={}))
+    about = [loss.message for loss in written.added if loss.field == "stages[].tp"]
+    assert len(about) == num_added
+
+
+def test_offloading_that_differs_is_said_in_words() -> None:
+    whole = stage_plan(first=8, device=4, offload=Offload(weights=1.0, optimizer=0.5))
+    (refused,) = (
+        line
+        for line in losses("megatron", sample_plan(stages=(stage_plan(), whole)))
+        if "stages differ" in line
+    )
+    assert "stages differ (nothing, weights 1 + optimizer 0.5); megatron has" in refused
+
+
 def test_stages_that_differ_are_refused_by_field() -> None:
     second = stage_plan(first=8, device=4, tp=1, dp=4, micro_batch=1, sp=False)
     assert losses("megatron", sample_plan(stages=(stage_plan(), second))) == [
