@@ -21,6 +21,7 @@ import typer.main
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from mist.cli.application import app
+from mist.cli.common import argument_name
 from mist.report.json_schemas import PLAN, RESULTS, json_schema
 
 ROOT = Path(__file__).parents[1]
@@ -68,21 +69,13 @@ def cli_page() -> str:
 def _command(name: str, command: TyperCommand) -> str:
     arguments = [each for each in command.params if each.param_type_name == "argument"]
     options = [each for each in command.params if each.param_type_name == "option"]
-    words = " ".join([name, *(_argument(each) for each in arguments)])
+    words = " ".join([name, *map(argument_name, arguments)])
     lines = [f"## `mist {words}`", "", _escaped(command.help), ""]
     lines += ["| argument or option | takes | default | meaning |", "|---|---|---|---|"]
-    lines += [_row(f"`{_name(each)}`", each) for each in arguments]
+    lines += [_row(f"`{argument_name(each)}`", each) for each in arguments]
     lines += [_row(f"`{', '.join(each.opts)}`", each) for each in options]
     lines += ["", f"    {command.epilog}"]
     return "\n".join(lines) + "\n"
-
-
-def _argument(argument: TyperArgument) -> str:
-    return _name(argument) if argument.required else f"[{_name(argument)}]"
-
-
-def _name(argument: TyperArgument) -> str:
-    return str(argument.metavar or argument.name.upper())
 
 
 def _row(name: str, parameter: TyperArgument | TyperOption) -> str:
