@@ -315,13 +315,19 @@ def _instants(
     layers: list[tuple[Block, str]],
     ends: list[Block],
     working: list[float],
-    largest_kept: float,
+    kept: list[float],
 ) -> tuple[list[float], list[float], float]:
     """Bytes beyond states and kept activations: as a backward pass begins, as it ends; gathered.
 
-    `working`: with gradients, of layers and ends. Those as it ends: at the first layer, then when
-    no layer runs.
+    `working`: with gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first
+    layer, then when no layer runs. A layer runs when those behind it are gone: of what they kept,
+    the largest, less what this one keeps, is not there for certain.
     """
+    gone = [
+        max([0.0, *(kept[j] - kept[i] for j in range(i + 1, len(layers)) if layers[j][0] is block)])
+        for i, (block, _) in enumerate(layers)
+    ]
+    made = max(size - less for size, less in zip(working, gone, strict=False))
     layer = max(held_params(rank, block) for block, _ in layers)
     root = sum(held_params(rank, end) for end in ends)
     if len(ends) == 2:
@@ -333,7 +339,7 @@ def _instants(
     copied = 6 if rank.zero >= 2 or _forward_first(rank) else 2
 
     def running(buffer: float) -> float:
-        most = max(max(working[: len(layers)]) + max(held, buffer), copied * layer)
+        most = max(made + max(held, buffer), copied * layer)
         return most + 2 * head + whole * layer
 
     def begins(buffer: float) -> list[float]:
@@ -347,7 +353,7 @@ def _instants(
     none = [copied * root - whole * layer]
     if _forward_first(rank) and not lone:
         none += begins(buffer)
-    end = [running(early) + largest_kept, max(none)]
+    end = [running(early) + max(kept), max(none)]
     return begins(early), end, whole * (root + layer)
 
 
@@ -390,10 +396,6 @@ def _on_all_tokens(head: Block) -> Block:
             size.subs(tokens(1, 1)) for size in head.transient_with_grads_bytes
         ),
     )
-
-
-def largest_tensor(rank: Rank, block: Block) -> float:
-    return max((p.numel / (rank.tp if p.sharded else 1) for p in block.params), default=0.0)
 
 
 def last_stage(rank: Rank) -> bool:
@@ -456,11 +458,7 @@ def _peak(
     working = [_working(rank, block, level, graph) for block, level in layers]
     working += [_working(rank, end, "none", graph) for end in ends]
     streams = {"weights": 4 / shard, "grads": 4 / grad_shard, "optimizer": 8 / shard}
-    bucket = max([2**24 * shard, *(largest_tensor(rank, block) for block, _ in layers)])
-    streamed = 2 * bucket * sum(size for s, size in streams.items() if rank.share(s))
-    if rank.share("optimizer") == 1:
-        largest = max((largest_tensor(rank, block) for block in ends), default=0.0)
-        streamed = max(streamed, 2 * largest * streams["optimizer"])
+    streamed = 2 * 2**24 * shard * sum(size for s, size in streams.items() if rank.share(s))
     streamed = min(streamed, _all_hosted(rank, ends, graph, streams))
     stays = 1 - rank.share("grads")
     rest = params - of_layers
@@ -474,7 +472,8 @@ def _peak(
         if rank.num_micro_batches == 1 and rank.zero < 3:
             left_layers -= 2
     states -= amid
-    begin, (first, none), gathered = _instants(rank, layers, ends, working, (1 - away) * max(sizes))
+    on_device = [(1 - away) * size for size in sizes]
+    begin, (first, none), gathered = _instants(rank, layers, ends, working, on_device)
     biggest = max(held_params(rank, block) for block, _ in layers)
     first += left_layers * (of_layers - biggest)
     none = max(none, streamed) + left_layers * of_layers + left_rest

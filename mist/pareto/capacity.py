@@ -272,7 +272,10 @@ class _Knapsack:
         if num_kinds == 1:
             mixes = (bits[upper, 0] | bits[lower, 0]).tolist()
             return self._lines.constants(names, mixes, self._held), rates
-        # A mix costs at least the constant of either level, and a level at least that of one kind.
+        # A level costs at least the constant of one kind. A mix takes at least the seconds of both
+        # its levels; of bytes those of one, as the layers of the other may be gone.
         alone = self._lines.constants(names, bits.ravel().tolist(), self._held)
         alone = alone.reshape(*rises.shape).min(axis=2)
-        return np.maximum(alone[:, upper], alone[:, lower]), rates
+        each = np.stack([alone[:, upper], alone[:, lower]])
+        in_seconds = np.array([name.endswith("_s") for name in names])[:, None, None]
+        return np.where(in_seconds, each.max(axis=0), each.min(axis=0)), rates

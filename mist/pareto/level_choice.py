@@ -12,6 +12,10 @@ included once as it ends. If no other level keeps an amount between, it is enoug
     times of A <= times of B,  k_A <= k_B,  k_A + w_A <= k_B + w_B                           (2)
 
 since each layer moved frees k_B - k_A at least once.
+
+Both hold where levels that come first in the table keep most: what those of a stage free before the
+next level runs (`mist.symbolic.stage_memory`) is then no less at A. Strategies at which another
+useful level is out of that order keep both levels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,9 +103,32 @@ def useful_levels(strategies: Strategies, allowed: LevelRows, num_kinds: int) ->
                 beaten = _beats(strategies, other, level, num_kinds)
                 if level is KEEPS_ALL and num_kinds == 1:
                     beaten = beaten | _beats_all_kept(strategies, other, allowed)
+                beaten = beaten & _in_order(strategies, other, level, useful, num_kinds)
                 # Of two that beat each other the first stays, which is looked at last.
                 useful[level] = useful[level] & ~(beaten & useful[other])
     return useful
+
+
+def _in_order(
+    strategies: Strategies,
+    level: MemoryLevel,
+    beaten: MemoryLevel,
+    useful: LevelRows,
+    num_kinds: int,
+) -> NDArray[np.bool_]:
+    """Where useful levels before one in the table keep as much at least, those behind no more."""
+    table = list(useful)
+    in_order = np.ones(len(strategies), dtype=np.bool_)
+    for other in table:
+        if other in {level, beaten}:
+            continue
+        first, last = sorted((level, other), key=table.index)
+        for kind in range(num_kinds):
+            most, least = (
+                strategies.terms[f"term_{kind}_{each.column}_kept_bytes"] for each in (first, last)
+            )
+            in_order &= (most >= least) | ~useful[other]
+    return in_order
 
 
 def _beats(

@@ -32,7 +32,7 @@ from mist.symbolic.job import Job
 
 _STATES: Final = ("weights", "grads", "optimizer")
 _AT_ONCE: Final = 31  # groups that are priced with the one that is asked for
-_STREAMS: Final = ("term_stream_bytes_per_param", "term_end_stream_bytes_per_param")
+_STREAM: Final = "term_stream_bytes_per_param"
 
 
 def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strategies:
@@ -86,7 +86,7 @@ class MostOffloaded:
         unlike, at = _unlike(first.joined(*others))
         terms = unlike.priced(self._job, some[0].num_stages).terms
         values = np.stack(list(terms.values()))
-        values[[name in _STREAMS for name in terms]] = 0.0
+        values[[name == _STREAM for name in terms]] = 0.0
         of_time = np.array([name.endswith("_s") for name in terms])[:, None]
         begin = 0
         for group, (resident, _) in zip(some, pairs, strict=True):

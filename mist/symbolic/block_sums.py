@@ -51,12 +51,18 @@ def sum_over(rows: Iterable[Row], template: str) -> Expr:
     return sympy.Add(*(count * term(template.format(x=x, level=level)) for x, level, count in rows))
 
 
-def max_over(rows: Iterable[Row], template: str) -> Expr:
-    """The largest of a term over the blocks that the stage has at all; see `sum_over`."""
-    present = [
-        sym.smaller(1, count) * term(template.format(x=x, level=level)) for x, level, count in rows
-    ]
-    return sym.larger(*present)
+def max_over(rows: Sequence[Row], template: str, less: Sequence[Expr] = ()) -> Expr:
+    """The largest of a term over the blocks that the stage has at all; see `sum_over`.
+
+    `less`: what is taken off the term of each row, if anything.
+    """
+    less = less or [sympy.Integer(0)] * len(rows)
+    return sym.larger(
+        *(
+            sym.smaller(1, count) * (term(template.format(x=x, level=level)) - off)
+            for (x, level, count), off in zip(rows, less, strict=True)
+        )
+    )
 
 
 def params_of(rows: Iterable[Row], which: str = "params") -> Expr:

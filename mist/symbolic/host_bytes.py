@@ -53,8 +53,7 @@ def hosted_terms(setting: CostSetting) -> dict[str, Expr]:
 
     Weights and gradients are those of layers, moments those of all blocks.
 
-    The optimizer streams a few parameters at a time, when no activation is left; those of the
-    embedding and the head, large and taken whole, where all moments are in host memory.
+    The optimizer streams a few parameters at a time, when no activation is left.
     """
     names, offload = ("weights", "grads", "optimizer"), setting.runtime.offload
     whole = {name: hosted_bytes(setting, name, _ONE) for name in names}
@@ -68,8 +67,6 @@ def hosted_terms(setting: CostSetting) -> dict[str, Expr]:
         "hosted_grads_bytes_per_param": sym.OFFLOAD["grads"] * whole["grads"],
         "hosted_moments_bytes_per_param": sym.OFFLOAD["optimizer"] * whole["optimizer"],
         "stream_bytes_per_param": num_buffers * stream,
-        "end_stream_bytes_per_param": num_buffers
-        * (sympy.floor(sym.OFFLOAD["optimizer"]) * whole["optimizer"]),
         "bucket_params": bucket_params(setting),
     }
 

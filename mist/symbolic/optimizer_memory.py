@@ -13,7 +13,7 @@ from mist.model.graph import ModelGraph, Param
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import rank_params
-from mist.symbolic.block_sums import StageBlocks, max_over, sum_over, term
+from mist.symbolic.block_sums import StageBlocks, sum_over, term
 
 
 def step_bytes(graph: ModelGraph, runtime: Runtime) -> Expr:
@@ -46,15 +46,11 @@ def _model_params(graph: ModelGraph) -> Expr:
 def stream_bytes(blocks: StageBlocks) -> Expr:
     """What the optimizer has on its way between host and device, in bytes of one rank.
 
-    Buckets of offloaded states, each of at least one parameter; a parameter of the embedding or the
-    head goes whole. Never more than what is in host memory: taken of all layers of the model, not
-    of the stage's, so that memory stays a straight line in the numbers of layers.
+    Buckets of offloaded states, which large parameters go through in pieces. Never more than what
+    is in host memory: taken of all layers of the model, not of the stage's, so that memory stays a
+    straight line in the numbers of layers.
     """
-    bucket = sym.larger(term("bucket_params"), max_over(blocks.layers, "{x}_largest_params"))
-    stream = sym.larger(
-        term("stream_bytes_per_param") * bucket,
-        term("end_stream_bytes_per_param") * max_over(blocks.ends, "{x}_largest_params"),
-    )
+    stream = term("stream_bytes_per_param") * term("bucket_params")
     layers = term("all_layers_params")
     of_layers = term("hosted_weights_bytes_per_param") + term("hosted_grads_bytes_per_param")
     every = layers + sum_over(blocks.ends, "{x}_trainable_params")

@@ -23,7 +23,8 @@ reduced last. # lives, < grows, > shrinks, . nothing; numbers say of which layer
     candidate instants      |-- `backward_begin` --|      |--- `backward_end` ---|  `optimizer_step`
 
 The layers that keep least come first in a stage (`StagePlan.levels`). So memory falls or rises
-through all of a backward pass, and only its two ends can be the peak. Where gradients wait (several
+through all of a backward pass, and only its two ends can be the peak. Layers that keep less may
+need more as they run: `_layers_working_set` says when they do. Where gradients wait (several
 chunks, a split backward pass) the last backward pass of a step is a candidate of its own
 (`last_backward`). The search relies on each instant being linear in the numbers of layers.
 
@@ -39,6 +40,8 @@ The order of events is that of torch/distributed/fsdp/_fully_shard/_fsdp_param_g
 was checked against dry runs of the real program (docs/verify.md). Runtimes without a root group
 (`transients.root_group`) hold what their profile says per parameter of the largest block.
 """
+
+from collections.abc import Sequence
 
 import sympy
 from sympy import Expr
@@ -218,7 +221,7 @@ def layer_backward(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -
     # behind this one; for the last layer it is the root, of the micro-batch before. A lone
     # micro-batch reduces at every ZeRO level.
     layer_buffer = sym.larger(term("reduce_buffer_bytes_per_param"), sym.LONE * fp32) * trainable
-    working = _working_set(blocks.layers, numerics) + sym.larger(layer_buffer, root_buffer)
+    working = _layers_working_set(blocks, numerics) + sym.larger(layer_buffer, root_buffer)
     copies = _gradient_copies(numerics) * trainable
     # Gradients of the head wait for those of the embedding: the root is one group.
     head = sym.LAST * term("head_trainable_params")
@@ -298,16 +301,45 @@ def optimizer_step(blocks: StageBlocks, runtime: Runtime) -> Expr:
 # Quantities that several instants share.
 
 
-def _working_set(rows: tuple[Row, ...] | list[Row], numerics: Numerics) -> Expr:
+def _layers_working_set(blocks: StageBlocks, numerics: Numerics) -> Expr:
+    """The most that a layer makes as it runs, counted on top of all that layers keep.
+
+        max over the levels that the stage has of ( working set - what was freed before )
+
+    As the first layer at a level runs, those at the levels before it in the table are gone: at
+    least one of each that the stage has, less what one at this level keeps, for it goes next. The
+    least that was freed, so that instants stay linear in the numbers of layers. Nothing is sure of
+    several chunks: one that has no such layer may run while another one keeps some.
+    """
+    return _working_set(blocks.layers, numerics, freed=(1 - sym.SEVERAL_CHUNKS))
+
+
+def _working_set(rows: Sequence[Row], numerics: Numerics, freed: Expr = sympy.S.Zero) -> Expr:
     """The most that the backward pass of a block makes, gradients of parameters included.
 
     Where autograd adds them in place to those of the micro-batch before, only those just made.
+    `freed`: how much of what levels before it kept is gone (`_layers_working_set`).
     """
+    gone = [freed * _kept_more(rows[:index], row) for index, row in enumerate(rows)]
     fresh = _fresh_gradients(numerics)
-    running = max_over(rows, "{x}_{level}_running_bytes")
+    running = max_over(rows, "{x}_{level}_running_bytes", less=gone)
     if fresh == 1:
         return running
-    return fresh * running + (1 - fresh) * max_over(rows, "{x}_{level}_adding_bytes")
+    return fresh * running + (1 - fresh) * max_over(rows, "{x}_{level}_adding_bytes", less=gone)
+
+
+def _kept_more(before: Sequence[Row], row: Row) -> Expr:
+    """How much more a layer of the same kind keeps at the levels before this one, at least 0."""
+    kind, level, _ = row
+    own = term(f"{kind}_{level}_kept_bytes")
+    return sym.larger(
+        0,
+        *(
+            sym.smaller(1, count) * (term(f"{kind}_{other}_kept_bytes") - own)
+            for x, other, count in before
+            if x == kind
+        ),
+    )
 
 
 def _fresh_gradients(numerics: Numerics) -> Expr:

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from mist.errors import InputError
 from mist.exec.build.activations import Offloader, apply_memory_level
-from mist.exec.build.adamw import AdamW, Settings, make_slots
+from mist.exec.build.adamw import BUCKET_BYTES, AdamW, Settings, chosen, make_slots
 from mist.exec.build.batches import Batches, rank_rows
 from mist.exec.build.empty_weights import load
 from mist.exec.build.fsdp import divided_dim
@@ -118,8 +120,12 @@ def test_a_storage_in_several_shapes_is_one_copy() -> None:
     assert half_bytes <= out_bytes / 2
 
 
+@pytest.mark.parametrize("bucket_bytes", [BUCKET_BYTES, 100])  # all at once; three rows at a time
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
-def test_adamw_is_torchs_wherever_its_moments_live(ratio: float) -> None:
+def test_adamw_is_torchs_wherever_its_moments_live(
+    ratio: float, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mist.exec.build.adamw.BUCKET_BYTES", bucket_bytes)
     torch.manual_seed(0)
     ours = {str(i): nn.Parameter(torch.randn(8, 4, dtype=torch.float64)) for i in range(10)}
     theirs = [nn.Parameter(p.detach().clone()) for p in ours.values()]
@@ -140,6 +146,20 @@ def test_adamw_is_torchs_wherever_its_moments_live(ratio: float) -> None:
     assert sum(slot.moments_on_host for slot in slots) == round(10 * ratio)
     moments = 2 * round(10 * ratio) + 1  # and the value of the offloaded parameter
     assert swapper.out_bytes == 3 * moments * 8 * 4 * 8
+
+
+@given(
+    sizes=st.lists(st.integers(0, 1000), min_size=1, max_size=12),
+    ratio=st.sampled_from([0.0, 0.125, 0.5, 0.875, 1.0]),
+)
+def test_moments_on_the_host_fill_their_share_but_for_less_than_any_left(
+    sizes: list[int], ratio: float
+) -> None:
+    named = {str(index): size for index, size in enumerate(sizes)}
+    names = chosen(named, ratio)
+    missing = round(ratio * sum(sizes)) - sum(named[name] for name in names)
+    left = [size for name, size in named.items() if size and name not in names]
+    assert 0 <= missing < min(left, default=1)
 
 
 def test_weights_depend_on_seed_and_name_alone(tmp_path: Path) -> None:

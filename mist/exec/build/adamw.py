@@ -6,7 +6,7 @@ the device bucket by bucket: while one is updated the next one is on its way in 
 its way out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,10 +52,22 @@ class ParameterState:
         """Which of the tensors are on the host."""
         return (self.parameter_on_host,) * 2 + (self.moments_on_host,) * 2
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one moment."""
-        return self.first.numel() * self.first.element_size()
+    def pieces(self) -> "Iterator[_Piece]":
+        """Its tensors by rows, of BUCKET_BYTES at most but for a single row that is larger."""
+        tensors = [torch.atleast_1d(tensor) for tensor in self.tensors]
+        num_rows, row_bytes = len(tensors[2]), tensors[2][:1].nbytes
+        step = max(BUCKET_BYTES // max(row_bytes, 1), 1)
+        for first in range(0, num_rows, step):
+            rows = tuple(tensor[first : first + step] for tensor in tensors)
+            yield _Piece(tensors=rows, on_host=self.on_host)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Piece:
+    """Rows of a parameter's shards, as `ParameterState.tensors`, and which live on the host."""
+
+    tensors: tuple[torch.Tensor, ...]
+    on_host: tuple[bool, ...]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,14 +96,15 @@ class AdamW:
         ready = [slot for slot in self.slots if slot.parameter.grad is not None]
         if on_device := [slot.tensors for slot in ready if not any(slot.on_host)]:
             self._update(on_device, scale)
-        self._stream(list(_buckets(slot for slot in ready if any(slot.on_host))), scale)
+        streamed = (piece for slot in ready if any(slot.on_host) for piece in slot.pieces())
+        self._stream(list(_buckets(streamed)), scale)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for slot in self.slots:
             slot.parameter.grad = None
 
-    def _stream(self, buckets: Sequence[Sequence[ParameterState]], scale: torch.Tensor) -> None:
+    def _stream(self, buckets: Sequence[Sequence[_Piece]], scale: torch.Tensor) -> None:
         incoming = self._fetch(buckets[0]) if buckets else []
         outgoing: list[Copy] = []
         for index, bucket in enumerate(buckets):
@@ -105,25 +118,25 @@ class AdamW:
         for copy in outgoing:
             copy.arrived()
 
-    def _fetch(self, bucket: Sequence[ParameterState]) -> list[tuple[Copy, ...]]:
+    def _fetch(self, bucket: Sequence[_Piece]) -> list[tuple[Copy, ...]]:
         return [
             tuple(
                 self._swapper.to_device(copy) if on_host else copy
                 for copy, on_host in zip(
-                    (Copy(tensor=t) for t in slot.tensors), slot.on_host, strict=True
+                    (Copy(tensor=t) for t in piece.tensors), piece.on_host, strict=True
                 )
             )
-            for slot in bucket
+            for piece in bucket
         ]
 
     def _put_back(
-        self, bucket: Sequence[ParameterState], updates: Sequence[tuple[torch.Tensor, ...]]
+        self, bucket: Sequence[_Piece], updates: Sequence[tuple[torch.Tensor, ...]]
     ) -> Iterator[Copy]:
         """Copies to the host of what was changed; a gradient is not needed any more."""
-        for slot, tensors in zip(bucket, updates, strict=True):
+        for piece, tensors in zip(bucket, updates, strict=True):
             for index in (0, 2, 3):
-                if slot.on_host[index]:
-                    yield self._swapper.to_host(tensors[index], slot.tensors[index])
+                if piece.on_host[index]:
+                    yield self._swapper.to_host(tensors[index], piece.tensors[index])
 
     def _update(self, tensors: Sequence[tuple[torch.Tensor, ...]], scale: torch.Tensor) -> None:
         values, grads, first, second = (list(column) for column in zip(*tensors, strict=True))
@@ -182,24 +195,16 @@ def make_slots(
 
 
 def chosen(sizes: Mapping[str, int], ratio: float) -> frozenset[str]:
-    """Names whose sizes make up this share of the whole, or a little less.
+    """Names whose sizes make up this share of the whole, or less by no more than one that is left.
 
-    They are spread evenly over all; what the last of them leave open, the largest that fit fill.
+    The largest that fit, one after the other: a head that is as large as many layers finds room.
     """
-    total = offloaded = 0
+    room = round(ratio * sum(sizes.values()))
     names = set()
-    # First a greedy pass that keeps to the ratio at every prefix, so that the chosen parameters lie
-    # all along the model; then the largest that still fit.
-    budget = round(ratio * sum(sizes.values()))
-    for name, size in sizes.items():
-        total += size
-        if 0 < size <= round(ratio * total) - offloaded:
-            names.add(name)
-            offloaded += size
     for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
-        if name not in names and 0 < sizes[name] <= budget - offloaded:
+        if 0 < sizes[name] <= room:
             names.add(name)
-            offloaded += sizes[name]
+            room -= sizes[name]
     return frozenset(names)
 
 
@@ -209,13 +214,16 @@ def _zeros(shard: torch.Tensor, swapper: Swapper, *, on_host: bool) -> torch.Ten
     return torch.zeros_like(shard, device=swapper.device)
 
 
-def _buckets(slots: Iterator[ParameterState]) -> Iterator[list[ParameterState]]:
-    """Slots in groups of about BUCKET_BYTES."""
-    bucket: list[ParameterState] = []
-    for slot in slots:
-        bucket.append(slot)
-        if sum(each.num_bytes for each in bucket) >= BUCKET_BYTES:
+def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces in groups, of BUCKET_BYTES of each state at most."""
+    bucket: list[_Piece] = []
+    total = 0
+    for piece in pieces:
+        size = piece.tensors[2].nbytes
+        if bucket and total + size > BUCKET_BYTES:
             yield bucket
-            bucket = []
+            bucket, total = [], 0
+        bucket.append(piece)
+        total += size
     if bucket:
         yield bucket
