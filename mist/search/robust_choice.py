@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.plan import Layout
 from mist.plans.search_space import OFFLOADED
-from mist.platform.calibration import Profiles
 from mist.platform.uncertain_figures import (
     drawn_profiles,
     pessimistic_profiles,
     varied_profiles,
 )
-from mist.symbolic.job import Job, on_platform
+from mist.symbolic.job import Job, on_profiles
 from mist.symbolic.pipeline_costs import pipeline_inputs, pipeline_outputs, pipeline_step_s
 
 DEFAULT_TOLERANCE_RATIO: Final = 0.03
@@ -90,12 +89,12 @@ class RobustChoice:
 
 def drawn_jobs(job: Job) -> list[Job]:
     """The job on platforms drawn from what its own may be."""
-    return [_on(job, profiles) for profiles in drawn_profiles(_profiles(job))]
+    return [on_profiles(job, profiles) for profiles in drawn_profiles(job.platform.profiles)]
 
 
 def pessimistic_job(job: Job, share: float = 1.0) -> Job:
     """The job where every uncertain figure is `share` of the way to its worse end."""
-    return _on(job, pessimistic_profiles(_profiles(job), share))
+    return on_profiles(job, pessimistic_profiles(job.platform.profiles, share))
 
 
 def robust_choice(
@@ -128,8 +127,8 @@ def _turns(
     job: Job, pool: Sequence[PricedLayout], chosen: PricedLayout, nominal: PricedLayout
 ) -> tuple[Turn, ...]:
     """For each figure the end that speaks most for another layout, or most against the fastest."""
-    varied = list(varied_profiles(_profiles(job)))
-    steps_s = steps_on([_on(job, each.profiles) for each in varied], pool)
+    varied = list(varied_profiles(job.platform.profiles))
+    steps_s = steps_on([on_profiles(job, each.profiles) for each in varied], pool)
     own, fastest = pool.index(chosen), pool.index(nominal)
     known_gain = 1.0 - nominal.step_s / chosen.step_s
     turns: dict[str, Turn] = {}
@@ -196,13 +195,3 @@ def plain_steps_on(jobs: Sequence[Job], layouts: Sequence[Layout]) -> Floats:
     return np.array(
         [[pipeline_step_s(*pair) for pair in zip(layouts, each, strict=True)] for each in outputs]
     )
-
-
-def _profiles(job: Job) -> Profiles:
-    platform = job.platform
-    return platform.device, platform.cluster, platform.runtime
-
-
-def _on(job: Job, profiles: Profiles) -> Job:
-    device, cluster, runtime = profiles
-    return on_platform(job, replace(job.platform, device=device, cluster=cluster, runtime=runtime))
