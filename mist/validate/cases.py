@@ -89,18 +89,18 @@ def grouped(
     *,
     calibrated: bool,
     stages: Stages = MappingProxyType({}),
-) -> tuple[tuple[RunGroup, ...], dict[str, str]]:
+) -> tuple[tuple[RunGroup, ...], dict[str, Unsupported]]:
     """Groups, and why each run that is in none is not supported, by its name.
 
     `stages`: layers of the stages of runs whose stages are unequal.
     """
     members: dict[Key, list[Member]] = defaultdict(list)
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Unsupported] = {}
     for run in runs:
         try:
             key, case = _case(run, sources, stages.get(run.run_id, ()))
         except Unsupported as reason:
-            reasons[run.run_id] = str(reason)
+            reasons[run.run_id] = reason
         else:
             members[key].append(Member(run=run, case=case))
     groups = tuple(

@@ -21,6 +21,7 @@ from mist.validate.cases import Member, RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, Stages
 from mist.validate.predict import Prediction, predict
 from mist.validate.results import RunPrediction
+from mist.validate.run_models import Impossible, Unsupported
 from mist.validate.sources import Sources
 
 GIB = 2.0**30
@@ -41,7 +42,7 @@ def predictions(
     filled = [case.run for each in cases for case in each]
     groups, reasons = grouped(filled, sources, calibrated=calibrated, stages=stages)
     found = {
-        run.run_id: RunPrediction(run=run, status="unsupported", reason=reasons[run.run_id])
+        run.run_id: _without_figures(run, reasons[run.run_id])
         for run in filled
         if run.run_id in reasons
     }
@@ -89,6 +90,15 @@ def _compiled(group: RunGroup) -> Programs | str:
         return str(error)
     except Exception as error:  # one run's fault is no reason to lose the others
         return f"{type(error).__name__}: {error}"
+
+
+def _without_figures(run: Run, reason: Unsupported) -> RunPrediction:
+    """Why a run has no times and bytes; one that cannot have run is predicted to fail."""
+    if isinstance(reason, Impossible):
+        return RunPrediction(
+            run=run, status="refused", reason=str(reason), fits=False, fit_probability=0.0
+        )
+    return RunPrediction(run=run, status="unsupported", reason=str(reason))
 
 
 def _failed(member: Member, reason: str) -> RunPrediction:
