@@ -24,7 +24,7 @@ from mist.search.robust_choice import (
     robust_choice,
     steps_on,
 )
-from mist.search.tune import Tuned, tune
+from mist.search.tune import Tuned, groups_within, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 from mist.units import six_digits
@@ -51,13 +51,13 @@ def chosen_robustly(
 ) -> RobustChoice:
     """Choose among what the search found, and two to four further searches find.
 
-    One with each uncertain figure at its worse end, of the groups whose bound is within the
+    One with each uncertain figure at its worse end, of the groups that may have a layout within the
     tolerance of the fastest; if none of its layouts is, one with each three quarters of the way
     there. One without offloading; one of a single stage where no search met one.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
-    # The bounds of groups as the profiles say, which are not those of the pessimistic job.
-    near = {_name(visit.group) for visit in tuned.listed if visit.bound_s <= most_s}
+    # As the profiles say: what is too slow there is not chosen, however it is elsewhere.
+    near = {_name(group) for group in groups_within(job, space, tuned.listed, most_s)}
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
     is_near = partial(search, is_worth=lambda group: _name(group) in near)
