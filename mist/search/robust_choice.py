@@ -102,18 +102,8 @@ def robust_choice(
 ) -> RobustChoice:
     """Choose among the layouts of a pool, which may hold one twice; it must hold one."""
     pool = _priced_anew(job, pool)
-    steps_s = steps_on(drawn_jobs(job), pool)
-    regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1.0
-    judged = [
-        DrawnLayout(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
-        for i, layout in enumerate(pool)
-    ]
-    nominal = min(judged, key=lambda each: each.layout.step_s)
-    most_s = nominal.layout.step_s * (1 + tolerance_ratio)
-    able = [each for each in judged if each.layout.step_s <= most_s]
-    least = min(each.mean_regret for each in able)
-    ties = [each for each in able if each.mean_regret <= least + TIE_RATIO]
-    chosen = min(ties, key=lambda each: (complexity(each.layout), each.mean_regret))
+    judged = _judged(job, pool)
+    chosen, nominal = _least_regret(judged, tolerance_ratio), _nominal(judged)
     return RobustChoice(
         chosen=chosen,
         nominal=nominal,
@@ -121,6 +111,32 @@ def robust_choice(
         one_stage=_fastest(layout for layout in pool if len(layout.stages) == 1),
         turns=_turns(job, pool, chosen.layout, nominal.layout),
     )
+
+
+def least_regret(job: Job, pool: Sequence[PricedLayout], tolerance_ratio: float) -> PricedLayout:
+    """The layout that would be chosen of a pool, and nothing else of the choice."""
+    return _least_regret(_judged(job, _priced_anew(job, pool)), tolerance_ratio).layout
+
+
+def _judged(job: Job, pool: Sequence[PricedLayout]) -> list[DrawnLayout]:
+    steps_s = steps_on(drawn_jobs(job), pool)
+    regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1.0
+    return [
+        DrawnLayout(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
+        for i, layout in enumerate(pool)
+    ]
+
+
+def _nominal(judged: Sequence[DrawnLayout]) -> DrawnLayout:
+    return min(judged, key=lambda each: each.layout.step_s)
+
+
+def _least_regret(judged: Sequence[DrawnLayout], tolerance_ratio: float) -> DrawnLayout:
+    most_s = _nominal(judged).layout.step_s * (1 + tolerance_ratio)
+    able = [each for each in judged if each.layout.step_s <= most_s]
+    least = min(each.mean_regret for each in able)
+    ties = [each for each in able if each.mean_regret <= least + TIE_RATIO]
+    return min(ties, key=lambda each: (complexity(each.layout), each.mean_regret))
 
 
 def _turns(

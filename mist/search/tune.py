@@ -158,7 +158,7 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
     InputError when the space is empty or nothing was found in time.
     """
-    known, is_whole = listed_groups(job, space, limits, is_over, listed, is_worth)
+    known, is_whole = listed_groups(job, space, limits, is_over, listed, is_worth=is_worth)
     if not known:
         raise InputError(_no_group_words(job, space))
     work = in_order(known)
@@ -257,9 +257,7 @@ def _offer_even(search: _Search, visit: Visit) -> bool:
     for layout in even_layouts(model, visit.limits, within_s=horizon_s):
         search.offer(layout, visit)
     step_s = search.upper_bound_s
-    return visit.bound_s < step_s and (
-        step_s == horizon_s or _has_room(most, visit.limits, step_s)
-    )
+    return visit.bound_s < step_s and (step_s == horizon_s or _has_room(most, visit.limits, step_s))
 
 
 def _has_room(most: GroupModel, limits: Limits, step_s: float) -> bool:

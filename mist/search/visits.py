@@ -25,12 +25,13 @@ class Visit:
         return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
 
 
-def listed_groups(
+def listed_groups(  # noqa: PLR0913 - what is listed, and how far
     job: Job,
     space: SearchSpace,
     limits: Limits,
     is_over: Callable[[], bool],
     listed: Sequence[Visit],
+    *,
     is_worth: Callable[[Group], bool] = lambda group: True,
 ) -> tuple[list[Visit], bool]:
     """The groups that are worth it with their bounds, and whether these are all of them.

@@ -1,6 +1,6 @@
 """The pool of a robust choice, and what a plan says of it (`mist.search.robust_choice`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -11,7 +11,7 @@ from mist.errors import Infeasible, InputError
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.pareto.strategies import Group
 from mist.plans.breakdown import layout_words
-from mist.plans.plan import Limits, Regret, Robustness
+from mist.plans.plan import Limits, Regret, Robustness, Schedule
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.platform.quantity import figure_words
 from mist.search.robust_choice import (
@@ -19,6 +19,7 @@ from mist.search.robust_choice import (
     DrawnLayout,
     RobustChoice,
     Turn,
+    least_regret,
     offloads,
     pessimistic_job,
     robust_choice,
@@ -28,6 +29,8 @@ from mist.search.tune import Tuned, groups_within, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 from mist.units import six_digits
+
+Name = tuple[int, int, Schedule, tuple[int, ...]]
 
 # How far towards their worse ends figures are taken, until a layout is within the tolerance.
 PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.75, "each near it"))
@@ -49,24 +52,32 @@ class Robust:
 def chosen_robustly(
     job: Job, space: SearchSpace, limits: Limits, tuned: Tuned, how: Robust
 ) -> RobustChoice:
-    """Choose among what the search found, and two to four further searches find.
+    """Choose among what the search found, and three to five further searches find.
 
     One with each uncertain figure at its worse end, of the groups that may have a layout within the
     tolerance of the fastest; if none of its layouts is, one with each three quarters of the way
-    there. One without offloading; one of a single stage where no search met one.
+    there. One without offloading; one of a single stage where no search met one. Then one more at
+    the worse ends, of the group of the layout that would be chosen: its ratios were found where
+    figures are better.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
     # As the profiles say: what is too slow there is not chosen, however it is elsewhere.
     near = {_name(group) for group in groups_within(job, space, tuned.listed, most_s)}
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
-    is_near = partial(search, is_worth=lambda group: _name(group) in near)
-    pool += _worse(job, partial(is_near, space=space), most_s, how)
+
+    def worse(share: float, names: Set[Name], which: str) -> tuple[PricedLayout, ...]:
+        among = partial(search, space=space, is_worth=lambda group: _name(group) in names)
+        return _found(partial(among, pessimistic_job(job, share)), how, which)
+
+    pool += _worse(job, lambda share, which: worse(share, near, which), most_s)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
         pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
         pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
+    own = _name(least_regret(job, pool, how.tolerance_ratio))
+    pool += worse(1.0, {own}, "layouts alike, each figure at its worse end")
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
         layout = choice.chosen.layout
@@ -76,20 +87,24 @@ def chosen_robustly(
 
 
 def _worse(
-    job: Job, search: Callable[..., Tuned], most_s: float, how: Robust
+    job: Job, search: Callable[[float, str], tuple[PricedLayout, ...]], most_s: float
 ) -> tuple[PricedLayout, ...]:
     """What searches meet where figures are worse, until a step of `job` takes at most `most_s`."""
     found: tuple[PricedLayout, ...] = ()
     for share, which in PESSIMISTIC:
-        more = _found(partial(search, pessimistic_job(job, share)), how, which)
+        more = search(share, which)
         found += more
         if not more or steps_on([job], more).min() <= most_s:
             break
     return found
 
 
-def _name(group: Group) -> tuple[object, ...]:
-    return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes)
+def _name(one: Group | PricedLayout) -> Name:
+    """What tells groups apart, and of which of them a layout is."""
+    if isinstance(one, Group):
+        return (one.num_stages, one.num_micro_batches, one.schedule, one.sizes)
+    sizes = sorted({stage.num_devices for stage in one.stages})
+    return (len(one.stages), one.num_micro_batches, one.schedule, tuple(sizes))
 
 
 def _found(search: Callable[..., Tuned], how: Robust, which: str) -> tuple[PricedLayout, ...]:
