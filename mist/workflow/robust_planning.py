@@ -1,6 +1,6 @@
 """The pool of a robust choice, and what a plan says of it (`mist.search.robust_choice`)."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -11,7 +11,7 @@ from mist.errors import Infeasible, InputError
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.pareto.strategies import Group
 from mist.plans.breakdown import layout_words
-from mist.plans.plan import Limits, Regret, Robustness, Schedule
+from mist.plans.plan import Limits, Regret, Robustness
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.platform.quantity import figure_words
 from mist.search.robust_choice import (
@@ -29,8 +29,6 @@ from mist.search.tune import Tuned, groups_within, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 from mist.units import six_digits
-
-Name = tuple[int, int, Schedule, tuple[int, ...]]
 
 # How far towards their worse ends figures are taken, until a layout is within the tolerance.
 PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.75, "each near it"))
@@ -66,18 +64,23 @@ def chosen_robustly(
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
 
-    def worse(share: float, names: Set[Name], which: str) -> tuple[PricedLayout, ...]:
-        among = partial(search, space=space, is_worth=lambda group: _name(group) in names)
-        return _found(partial(among, pessimistic_job(job, share)), how, which)
+    def worse(
+        share: float, is_worth: Callable[[Group], bool], which: str
+    ) -> tuple[PricedLayout, ...]:
+        among = partial(search, pessimistic_job(job, share), space, is_worth=is_worth)
+        return _found(among, how, which)
 
-    pool += _worse(job, lambda share, which: worse(share, near, which), most_s)
+    def is_near(group: Group) -> bool:
+        return _name(group) in near
+
+    pool += _worse(job, lambda share, which: worse(share, is_near, which), most_s)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
         pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
         pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
-    own = _name(least_regret(job, pool, how.tolerance_ratio))
-    pool += worse(1.0, {own}, "layouts alike, each figure at its worse end")
+    own = partial(_is_of, least_regret(job, pool, how.tolerance_ratio))
+    pool += worse(1.0, own, "layouts alike, each figure at its worse end")
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
         layout = choice.chosen.layout
@@ -99,12 +102,21 @@ def _worse(
     return found
 
 
-def _name(one: Group | PricedLayout) -> Name:
-    """What tells groups apart, and of which of them a layout is."""
-    if isinstance(one, Group):
-        return (one.num_stages, one.num_micro_batches, one.schedule, one.sizes)
-    sizes = sorted({stage.num_devices for stage in one.stages})
-    return (len(one.stages), one.num_micro_batches, one.schedule, tuple(sizes))
+def _name(group: Group) -> tuple[object, ...]:
+    """What tells groups of one space apart."""
+    degrees = frozenset(group.strategies["tp"].tolist())
+    return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes, degrees)
+
+
+def _is_of(layout: PricedLayout, group: Group) -> bool:
+    """Whether a layout is of a group."""
+    stages = layout.stages
+    return (
+        (len(stages), layout.num_micro_batches, layout.schedule)
+        == (group.num_stages, group.num_micro_batches, group.schedule)
+        and {stage.num_devices for stage in stages} == {*group.sizes}
+        and {stage.knobs["tp"] for stage in stages} <= {*group.strategies["tp"].tolist()}
+    )
 
 
 def _found(search: Callable[..., Tuned], how: Robust, which: str) -> tuple[PricedLayout, ...]:
