@@ -69,9 +69,10 @@ def step_interval(
     steps = log_steps({})
     if isinstance(known, Quantity):
         return np.full_like(steps, 1.0 - known.value), np.full_like(steps, 1.0 + known.value)
-    rows = [place for place, path in enumerate(known.values) if path in figures]
+    paths = [path for path in known.values if path in figures]
+    rows = [[*known.values].index(path) for path in paths]
     covariance = known.matrix[np.ix_(rows, rows)]
-    widths = dict(zip(figures, np.sqrt(np.diag(covariance)).tolist(), strict=True))
+    widths = dict(zip(paths, np.sqrt(np.diag(covariance)).tolist(), strict=True))
 
     def moved(sign: int) -> Floats:
         each = (

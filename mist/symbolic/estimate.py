@@ -16,10 +16,10 @@ from mist.plans.plan import (
     Uncertainty,
 )
 from mist.platform import OpCosts, Quantity, extrapolations, op_costs
-from mist.platform.calibration import figure_at
+from mist.platform.calibration import figure_at, with_values
 from mist.platform.step_interval import step_interval
-from mist.symbolic.job import Job
-from mist.symbolic.pipeline_costs import pipeline_step_s, stage_outputs, step_at
+from mist.symbolic.job import Job, on_profiles
+from mist.symbolic.pipeline_costs import pipeline_step_s, stage_outputs
 from mist.symbolic.program import MEMORY_PARTS, TIME_PARTS, stage_model
 from mist.units import LARGEST_INTEGER, six_digits
 
@@ -82,6 +82,15 @@ def priced_stages(job: Job, layout: Layout) -> PricedStages:
     """What of `estimate` layouts are compared by. Raises PlatformError as it does."""
     step_s, columns = _priced(job, layout)
     return PricedStages(step_s=_digits(step_s), stages=_stages(job, columns))
+
+
+def step_at(job: Job, layout: Layout, figures: Mapping[str, Quantity]) -> float:
+    """Seconds of a step where some figures are others, by path as in a calibration.
+
+    Raises PlatformError for one that the profiles do not have, and as `estimate` does.
+    """
+    other = on_profiles(job, with_values(job.platform.profiles, figures))
+    return _priced(other, layout)[0]
 
 
 def _priced(job: Job, layout: Layout) -> tuple[float, dict[str, NDArray[np.float64]]]:

@@ -12,10 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from mist.plans.plan import Layout
 from mist.plans.schedules import fill_time, spare_time, step_time
-from mist.platform import Quantity
-from mist.platform.calibration import with_values
 from mist.symbolic.columns import layout_inputs
-from mist.symbolic.job import Job, on_profiles
+from mist.symbolic.job import Job
 from mist.symbolic.program import TIME_PARTS, StageModel
 
 TRANSFERS: Final = ("term_p2p_in_node_s", "term_p2p_cross_s")
@@ -90,15 +88,6 @@ def pipeline_step_s(layout: Layout, outputs: Mapping[str, Column]) -> float:
     fill_s = fill_time(outputs["stable_s"], spare_s, chunks=layout.schedule.vpp)
     stable_s, lone_s = outputs["stable_s"], outputs["lone_s"]
     return float(step_time(layout.num_micro_batches, stable_s, lone_s, fill_s))
-
-
-def step_at(job: Job, layout: Layout, figures: Mapping[str, Quantity]) -> float:
-    """Seconds of one step of a layout where some figures are others, by path as in a calibration.
-
-    Raises PlatformError for one that the profiles do not have.
-    """
-    other = on_profiles(job, with_values(job.platform.profiles, figures))
-    return pipeline_step_s(layout, stage_outputs(other, layout))
 
 
 def resharding_seconds(

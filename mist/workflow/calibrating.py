@@ -15,8 +15,8 @@ from mist.plans.file import load_plan
 from mist.plans.plan import Layout
 from mist.platform import Platform, Quantity
 from mist.platform.calibration import LARGEST, SPREAD, Calibration, calibrated
+from mist.symbolic.estimate import step_at
 from mist.symbolic.job import Job
-from mist.symbolic.pipeline_costs import step_at
 from mist.workflow.checking import HandLayout, of_level, plan_by_hand, question_of
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
 from mist.workflow.request import Question, prepare
