@@ -23,6 +23,7 @@ from mist.platform.calibration import calibrated, figure_at
 from mist.platform.profiles import find_calibration, load_device
 from mist.symbolic.load_programs import compile_graph, quiet
 from mist.trace import load_graph
+from mist.validate.blank_columns import filled_runs
 from mist.validate.cases import PRECISIONS, RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, read_runs
 from mist.validate.predict import RunProfiles, predict
@@ -83,7 +84,10 @@ def is_timed(run: Run) -> bool:
 
 def timed_groups(runs: Sequence[Run]) -> list[RunGroup]:
     """Groups of runs whose times are compared, each with its members that ran regularly."""
-    groups, _ = grouped([run for run in runs if is_timed(run)], load_sources(), calibrated=False)
+    sources = load_sources()
+    # What a row leaves blank is what it likeliest is: so these runs are predicted too.
+    timed = [filled_runs(run, sources, has_stages=False)[0].run for run in runs if is_timed(run)]
+    groups, _ = grouped(timed, sources, calibrated=False)
     found = []
     for group in groups:
         usable_gib = load_device(group.key.device).profile.usable_bytes / GIB
