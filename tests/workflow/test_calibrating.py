@@ -25,7 +25,7 @@ from tests.workflow.answering import answer_with
 
 GRAPH = toy_graph((8,), hidden=8192)
 PLAIN = {"offload": NO_RATIOS, "schedules": (ScheduleKind.ONE_F_ONE_B,)}
-SLOWER, LONGER = 1.6, 2.5e-3
+SLOWER, LONGER = 1.45, 2.5e-3  # a deviation or so from what is known beforehand
 
 
 @pytest.fixture(autouse=True)
