@@ -25,7 +25,7 @@ from mist.platform.cluster import Cluster
 from mist.platform.device import Device
 from mist.search.robust_choice import steps_on
 from mist.search.tune import tune
-from mist.symbolic.job import Job, on_platform
+from mist.symbolic.job import Job, on_profiles
 from mist.workflow.request import Question
 from mist.workflow.robust_planning import Robust, chosen_robustly
 
@@ -60,8 +60,7 @@ def drawn(job: Job, random: np.random.Generator, *, hops: bool) -> Job:
     overlap = platform.runtime.overlap
     slow = replace(overlap.compute_slowdown_ratio, value=slowdown)
     runtime = replace(platform.runtime, overlap=replace(overlap, compute_slowdown_ratio=slow))
-    other = replace(platform, device=device, cluster=cluster, runtime=runtime)
-    return on_platform(job, other)
+    return on_profiles(job, (device, cluster, runtime))
 
 
 def _computing(device: Device, products: float, attention: float) -> Device:

@@ -134,7 +134,7 @@ def main(runs: Path, stages: Path | None) -> None:
     text = TEMPLATE.read_text().format(
         runs=len(fitted.rows),
         sources=len(fitted.scores),
-        predicted=sum(row.status == "predicted" for row in fitted.rows),
+        predicted=sum(row.is_predicted for row in fitted.rows),
         left_out=LEFT_OUT.read_text().rstrip(),
         times=times(fitted.scores, {score.source: score for score in plain.scores}),
         memory=memory(fitted.scores),

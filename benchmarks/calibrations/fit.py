@@ -6,8 +6,9 @@ of nodes. Writes profiles/calibrations/RUNTIME-DEVICE.yaml and fit.md, a part of
 """
 
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 from hierarchy import CONSTANTS, Combination, Counts, Floats, Hierarchy, hierarchy_of
+from numpy.typing import NDArray
 from step_slopes import GRID, HOP, MEMORY, NETWORK, PATHS, SAID, SPEED
 from step_times import StepTimes, read_steps
 
 from mist.calibrate.fit import Posterior
 from mist.platform.calibration import Calibration, calibrated, dump_calibration
+from mist.platform.step_interval import deviations
 from mist.validate.measured_runs import Run
 from mist.validate.sources import load_sources
 
@@ -28,10 +31,9 @@ FOLDER = ROOT / "profiles/calibrations"
 PAGE = Path(__file__).with_suffix(".md")
 FEWEST = 4  # runs of a source that counts in averages
 NUM_GIVEN = 3  # runs of a source, each given alone
-# Standard deviation of what no constant explains.
-REST = 0.1
-# Few sources say little of the next one: what their middle runs span is widened by as much.
-WIDENED = 1.2
+# A source of many runs says no more than this many of what the next source will be off by.
+MOST_ALIKE = 8
+RESTS = np.arange(0.01, 0.3, 0.005)  # what no constant may explain: standard deviations to try
 DEVICES = ("a100-sxm-40", "a100-sxm-80", "a100-pcie-80", "h100-sxm", "h100-sxm-500w-hbm2e",
            "h100-pcie", "h200", "b200", "gb200", "l4")  # fmt: skip
 SHARE = 0.8  # of runs that intervals are to cover
@@ -79,11 +81,17 @@ class Fit:
 
     def left_out(self, parts: Sequence[str]) -> Floats:
         """The error of every run by a fit without the runs of its part."""
-        found, names = np.empty(len(parts)), np.array(parts)
-        for name in np.unique(names):
-            rows = np.flatnonzero(names == name)
-            found[rows] = self.errors(self.without(rows), rows)
-        return found
+        return self._by_part(parts, self.errors)
+
+    def known_left_out(self, parts: Sequence[str]) -> Floats:
+        """The same of `known`, [2, N]."""
+        return self._by_part(parts, self.known)
+
+    def _by_part(self, parts: Sequence[str], of: Callable[[Posterior, Counts], Floats]) -> Floats:
+        names = np.array(parts)
+        each = [np.flatnonzero(names == name) for name in np.unique(names)]
+        found = np.concatenate([of(self.without(rows), rows) for rows in each], axis=-1)
+        return found[..., np.argsort(np.concatenate(each))]
 
     def one_given(self, source: str) -> Floats:
         """Errors of a source's runs where the fit knows one of them; several take turns."""
@@ -94,24 +102,32 @@ class Fit:
             found.append(self.errors(self.without(rest), rest))
         return np.concatenate(found)
 
-    def spread(self, posterior: Posterior, row: int, rows: Counts) -> float:
-        """Standard deviation of the log error of a run of `row`'s combination on a new cluster.
+    def known(self, posterior: Posterior, rows: Counts) -> Floats:
+        """How far off these rows may be for what is not known of their constants, [2, N]."""
+        some, values = self.times.only(rows), self.hierarchy.values(posterior.point, rows)
+        covariance = np.array([self.hierarchy.covariance(posterior, row) for row in rows])
+        widths = np.sqrt(np.einsum("nkk->nk", covariance))
 
-        As much as it takes in the middle run of its runtime, of these rows; of all, where none is.
-        """
-        runtimes = np.array(self.times.runtimes)
-        own = rows[runtimes[rows] == self._runtime(row)]
-        rows = own if len(own) else rows
-        some = self.times.only(rows)
-        values = self.hierarchy.values(posterior.point, rows)
-        slopes = some.slopes(values, some.errors(values))
-        covariance = self.hierarchy.covariance(posterior, row)
-        variances = np.einsum("np,pq,nq->n", slopes, covariance, slopes)
-        return float(np.sqrt(np.median(variances) + REST**2))
+        def moved(sign: int) -> Floats:
+            """Logarithms of steps where each constant in turn is a deviation off, [K, N]."""
+            factors = np.exp(sign * widths[:, :, None] * np.eye(len(PATHS)))
+            return np.array([some.errors(values * factors[:, k]) for k in range(len(PATHS))])
 
-    def _runtime(self, row: int) -> str:
-        num_runs = len(self.times.runs)
-        return self.times.runtimes[row] if row < num_runs else self.plans[row - num_runs].runtime
+        return np.array(deviations(some.errors(values), moved(-1), moved(1), covariance))
+
+    @property
+    def weights(self) -> Floats:
+        """How much each run says of runs of other sources."""
+        sources = self.times.sources
+        names, counts = np.unique(sources, return_counts=True)
+        count = dict(zip(names, counts, strict=True))
+        return np.array([min(1.0, MOST_ALIKE / count[s]) * (s in self.listed) for s in sources])
+
+    @property
+    def stacks(self) -> NDArray[np.str_]:
+        """The software of each run."""
+        pairs = zip(self.times.runtimes, self.times.devices, strict=True)
+        return np.array([Combination(runtime=r, device=d).key("runtime") for r, d in pairs])
 
 
 def half(run: Run) -> str:
@@ -163,33 +179,81 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([row(*head), row(*["---"] * len(head)), *(row(*each) for each in rows)])
 
 
-def spreads(fit: Fit) -> Floats:
-    """Of every run the standard deviation that a fit without its source states for it."""
-    found = np.empty(len(fit.times.runs))
-    for source in np.unique(fit.times.sources):
-        rows = np.flatnonzero(fit.times.sources == source)
-        posterior = fit.without(rows)
-        others = np.setdiff1d(fit.every, rows)
-        for device in {fit.times.devices[i] for i in rows}:
-            some = [i for i in rows if fit.times.devices[i] == device]
-            found[some] = fit.spread(posterior, some[0], others)
-    return found
+def repeats(fit: Fit) -> dict[str, float]:
+    """By software, how far steps of one configuration lie apart: releases, clusters, luck.
 
-
-def quantiles(fit: Fit, scores: Floats) -> tuple[float, float]:
-    """Ends of the middle of scores: measured over predicted in standard deviations.
-
-    Sources weigh alike, up to the weight of many runs.
+    Standard deviations of logarithms; only where enough runs say it.
     """
-    sources = fit.times.sources
-    names, counts = np.unique(sources, return_counts=True)
-    count = dict(zip(names, counts, strict=True))
-    weights = np.array([min(1.0, 8 / count[s]) * (s in fit.listed) for s in sources])
-    order = np.argsort(scores)
-    share = np.cumsum(weights[order]) / weights.sum()
+    groups: dict[tuple[str, Run], list[float]] = defaultdict(list)
+    for stack, run in zip(fit.stacks.tolist(), fit.times.runs, strict=True):
+        groups[stack, configuration(run)].append(np.log(run.step_time_s))
+    squares, freedom = defaultdict(float), Counter()
+    for (stack, _), steps in groups.items():
+        squares[stack] += float(np.sum((np.array(steps) - np.mean(steps)) ** 2))
+        freedom[stack] += len(steps) - 1
+    return {s: float(np.sqrt(squares[s] / n)) for s, n in freedom.items() if n >= FEWEST}
+
+
+def configuration(run: Run) -> Run:
+    """A run without its names and what was measured of it."""
+    return replace(run, run_id="", source="", ranking_group="", tier="", outcome="",
+                   step_time_s=None, mfu=None, hfu=None, peak_memory_gib=None)  # fmt: skip
+
+
+def rests(fit: Fit, errors: Floats, known: Floats) -> dict[str, float]:
+    """By software, the standard deviation of what no constant explains of left-out runs.
+
+    The likeliest one of all together, and at least what repeats of one configuration show.
+    """
+
+    def surprise(rest: float) -> float:
+        """Of a normal distribution of two halves."""
+        below, above = np.hypot(known, rest)
+        off = errors / np.where(errors > 0, below, above)
+        return float(np.sum(fit.weights * (2 * np.log(below + above) + off**2)))
+
+    likeliest, apart = min(RESTS, key=surprise), repeats(fit)
+    names = {Combination(runtime=r, device=DEVICES[0]).key("runtime") for r in SAID}
+    return {name: float(max(likeliest, apart.get(name, 0.0))) for name in names}
+
+
+def quantiles(fit: Fit, scores: Floats, rows: Counts) -> tuple[float, float]:
+    """Ends of the middle of these rows' scores: measured over predicted in standard deviations."""
+    order = rows[np.argsort(scores[rows])]
+    share = np.cumsum(fit.weights[order]) / fit.weights[rows].sum()
     tail = (1 - SHARE) / 2
     low, high = (float(scores[order][np.searchsorted(share, at)]) for at in (tail, 1 - tail))
-    return WIDENED * low, WIDENED * high
+    return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """Of runs whose source is left out: `covered` [N], `widths` [N]: ratios of the ends.
+
+    The ends of each source come from the others. `ends`: those of all, which ship, in standard
+    deviations; `rests`: by software.
+    """
+
+    rests: Mapping[str, float]
+    ends: tuple[float, float]
+    covered: NDArray[np.bool_]
+    widths: Floats
+
+
+def intervals(fit: Fit, errors: Floats) -> Intervals:
+    """How often the intervals of left-out runs hold them."""
+    known = fit.known_left_out([run.source for run in fit.times.runs])
+    rest = rests(fit, errors, known)
+    below, above = np.hypot(known, [rest[stack] for stack in fit.stacks])
+    scores = -errors / np.where(errors > 0, below, above)
+    covered, widths = np.empty(len(errors), bool), np.empty(len(errors))
+    for source in np.unique(fit.times.sources):
+        own = fit.times.sources == source
+        low, high = quantiles(fit, scores, np.flatnonzero(~own))
+        covered[own] = (low <= scores[own]) & (scores[own] <= high)
+        widths[own] = np.exp(high * above[own] - low * below[own])
+    ends = quantiles(fit, scores, fit.every)
+    return Intervals(rests=rest, ends=ends, covered=covered, widths=widths)
 
 
 def main(runs_path: Path, slopes_path: Path) -> None:
@@ -201,26 +265,17 @@ def main(runs_path: Path, slopes_path: Path) -> None:
     inside = fit.errors(fit.whole, fit.every)
     outside = {name: fit.left_out([part(run) for run in fit.times.runs])
                for name, part in PARTS.items()}  # fmt: skip
-    deviations = spreads(fit)
-    ends = quantiles(fit, -outside["source"] / deviations)
-    text = page(fit, inside, outside, deviations, ends)
+    found = intervals(fit, outside["source"])
+    text = page(fit, inside, outside, found)
     PAGE.write_text(text)
     print(text)
-    write(fit, ends)
+    write(fit, found)
     write_ratios(fit, Fit(times, ()))
 
 
-def page(
-    fit: Fit,
-    inside: Floats,
-    outside: Mapping[str, Floats],
-    deviations: Floats,
-    ends: tuple[float, float],
-) -> str:
+def page(fit: Fit, inside: Floats, outside: Mapping[str, Floats], found: Intervals) -> str:
     source, times = outside["source"], fit.times
-    scores = -source / deviations
-    covered = (ends[0] <= scores) & (scores <= ends[1])
-    widths = np.exp((ends[1] - ends[0]) * deviations)
+    covered, widths = found.covered, found.widths
     one = {name: fit.one_given(name) for name in core_rows(fit)}
     rows = []
     for name in np.unique(times.sources):
@@ -247,7 +302,10 @@ def page(
         f"whose source is left out cover {covered.mean():.0%} of runs, {macro_covered:.0%} on the "
         f"average of sources. Their ends differ by a factor of {np.median(widths):.2f} in the "
         f"median run, {np.median([np.median(widths[own]) for own in core_rows(fit).values()]):.2f} "
-        "in the median source."
+        "in the median source. What no constant explains: a standard deviation of "
+        f"{min(found.rests.values()):.1%}, of runtimes torch and torchtitan "
+        f"{found.rests['torch']:.1%}, which is what releases move one configuration by. The ends "
+        f"lie {-found.ends[0]:.2f} deviations below and {found.ends[1]:.2f} above the prediction."
     )
     return "\n\n".join([by_way, by_source, said, transfers(fit, inside, outside)]) + "\n"
 
@@ -327,7 +385,7 @@ def write_ratios(fit: Fit, joint: Fit) -> None:
     )
 
 
-def write(fit: Fit, ends: tuple[float, float]) -> None:
+def write(fit: Fit, found: Intervals) -> None:
     """A calibration for each runtime on each GPU."""
     num_runs = len(fit.times.runs)
     counted = sum(run.source in fit.listed for run in fit.times.runs)
@@ -339,19 +397,17 @@ def write(fit: Fit, ends: tuple[float, float]) -> None:
         columns = [PATHS.index(path) for path in paths]
         values = fit.hierarchy.values(fit.whole.point, np.array([row]))[0, columns]
         covariance = fit.hierarchy.covariance(fit.whole, row)[np.ix_(columns, columns)]
-        spread = fit.spread(fit.whole, row, fit.every)
-        low, high = np.exp(np.array(ends) * spread).tolist()
         source = f"fitted to {counted} published runs together (benchmarks/calibrations/fit.py)"
         basis = (
-            f"eight of ten runs of sources that were left out of a fit to {counted} published "
-            f"runs; of {plan.runtime} on {plan.device} in particular"
+            f"eight of ten runs of sources that were left out of a fit to {counted} published runs"
         )
-        found = Calibration(
+        calibration = Calibration(
             schema="mist.calibration/1",
             runtime=plan.runtime,
             device=plan.device,
-            step_low_ratio=calibrated(low, basis),
-            step_high_ratio=calibrated(high, basis),
+            rest_deviation=calibrated(found.rests[plan.key("runtime")], basis),
+            low_deviations=calibrated(-found.ends[0], basis),
+            high_deviations=calibrated(found.ends[1], basis),
             values={
                 path: calibrated(min(value, 1.0) if path == NETWORK else value, source)
                 for path, value in zip(paths, values.tolist(), strict=True)
@@ -360,7 +416,7 @@ def write(fit: Fit, ends: tuple[float, float]) -> None:
                 tuple(float(f"{x:.3g}") for x in covariance[k, : k + 1]) for k in range(len(paths))
             ),
         )
-        text = dump_calibration(found, "Written by benchmarks/calibrations/fit.py.")
+        text = dump_calibration(calibration, "Written by benchmarks/calibrations/fit.py.")
         (FOLDER / f"{plan.runtime}-{plan.device}.yaml").write_text(text)
 
 

@@ -3,10 +3,9 @@
     step(constants) = step on a grid of device and cluster figures, interpolated
                     + for each other constant: how the step changes with it alone
 
-The grid is of what costs are bound to; other figures are printed into the programs of a model, so
-each value of them costs a compilation. Everything is expanded around the calibrations that ship:
-`python benchmarks/calibrations/step_slopes.py
-RUNS.csv SLOPES.json` writes one line a group of runs, and goes on where it was stopped.
+The grid is of what changes a step together: speed and network. Everything is expanded around the
+calibrations that ship: `python benchmarks/calibrations/step_slopes.py RUNS.csv SLOPES.json` writes
+one line a run, and goes on where it was stopped.
 """
 
 import itertools
@@ -22,10 +21,9 @@ from numpy.typing import NDArray
 from mist.plans.workload import Optimizer
 from mist.platform.calibration import calibrated, figure_at
 from mist.platform.profiles import find_calibration, load_device
-from mist.symbolic.cost_setting import CostSetting
-from mist.symbolic.load_programs import quiet
-from mist.symbolic.open_programs import open_programs
+from mist.symbolic.load_programs import compile_graph, quiet
 from mist.trace import load_graph
+from mist.validate.blank_columns import filled_runs
 from mist.validate.cases import PRECISIONS, RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, read_runs
 from mist.validate.predict import RunProfiles, predict
@@ -86,7 +84,10 @@ def is_timed(run: Run) -> bool:
 
 def timed_groups(runs: Sequence[Run]) -> list[RunGroup]:
     """Groups of runs whose times are compared, each with its members that ran regularly."""
-    groups, _ = grouped([run for run in runs if is_timed(run)], load_sources(), calibrated=False)
+    sources = load_sources()
+    # What a row leaves blank is what it likeliest is: so these runs are predicted too.
+    timed = [filled_runs(run, sources, has_stages=False)[0].run for run in runs if is_timed(run)]
+    groups, _ = grouped(timed, sources, calibrated=False)
     found = []
     for group in groups:
         usable_gib = load_device(group.key.device).profile.usable_bytes / GIB
@@ -108,22 +109,17 @@ class GroupModel:
     def __init__(self, group: RunGroup) -> None:
         self.group = group
         self.base = base_of(group)
-        graph = load_graph(group.key.config, group.key.setting, progress=quiet)
-        runtime = machine_at(group, self.base).runtime
-        self._paths = [name for name in self.base if name.startswith("runtime.")]
-        setting = CostSetting(
-            runtime=runtime,
-            numerics=group.key.numerics,
-            optimizer=Optimizer.ADAMW,
+        self._programs = compile_graph(
+            load_graph(group.key.config, group.key.setting, progress=quiet),
+            group.key.setting,
+            machine_at(group, self.base).runtime,
+            Optimizer.ADAMW,
         )
-        self._open = open_programs(graph, setting, self._paths)
 
     def steps_s(self, values: Values) -> Floats:
         """Predicted seconds of a step of each member."""
-        machine = machine_at(self.group, values)
-        held = (machine.device, machine.cluster, machine.runtime)
-        programs = self._open.at({path: figure_at(held, path).value for path in self._paths})
-        made = predict(programs, machine, [member.case for member in self.group.members])
+        cases = [member.case for member in self.group.members]
+        made = predict(self._programs, machine_at(self.group, values), cases)
         return np.array([each.step_s for each in made])
 
 

@@ -11,7 +11,15 @@ from dataclasses import fields
 from itertools import groupby
 from typing import Final
 
-from mist.plans.plan import DEFAULT_SCHEDULE, Estimate, Layout, Offload, StageEstimate, StagePlan
+from mist.plans.plan import (
+    DEFAULT_SCHEDULE,
+    Estimate,
+    Layout,
+    Offload,
+    PricedStages,
+    StageEstimate,
+    StagePlan,
+)
 from mist.plans.workload import HeadMode
 from mist.units import format_bytes, format_seconds
 
@@ -44,7 +52,7 @@ SHORT_NAMES: Mapping[str, str] = {
 """The same where a line has little room; the first letters differ."""
 
 
-def step_parts(estimate: Estimate, num_micro_batches: int) -> dict[str, float]:
+def step_parts(estimate: Estimate | PricedStages, num_micro_batches: int) -> dict[str, float]:
     """Seconds of a step by part, seen from the slowest stage; they sum to step_s."""
     slowest = max(estimate.stages, key=lambda stage: stage.stable_s)
     parts: dict[str, float] = {

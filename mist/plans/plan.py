@@ -257,6 +257,14 @@ class OpCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PricedStages:
+    """What layouts are compared by: seconds of a step, and its stages. `Estimate` says more."""
+
+    step_s: float
+    stages: tuple[StageEstimate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """A prediction of one training step, with its parts and what it leaves out.
 

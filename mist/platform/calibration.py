@@ -7,7 +7,10 @@ are named by profile and field: "device.tensor_time_scale", "cluster.network.hop
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mist.errors import PlatformError
 from mist.plans.provenance import Kind
@@ -17,22 +20,27 @@ from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
 
 Profiles = tuple[Device, Cluster, Runtime]
+LARGEST: Final = {"cluster.network.efficiency_ratio": 1.0}
+SPREAD: Final = ("rest_deviation", "low_deviations", "high_deviations")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration(Record):
     """What whole runs of one runtime on one device say about constants of the profiles.
 
-    `step_low_ratio`, `step_high_ratio`: ends of the interval of measured over predicted step time
-    that eight of ten runs lie in; their source says which runs. `covariance`: of the logarithms of
-    the values, in their order, the lower half row by row; none where it is not known.
+    `covariance`: of the logarithms of the values, in their order, the lower half row by row; none
+    where it is not known. `rest_deviation`: standard deviation of the logarithm of measured over
+    predicted steps that no value explains. Eight of ten runs lie between `low_deviations` below
+    and `high_deviations` above the prediction (`mist.platform.step_interval`); their source says
+    which runs.
     """
 
     schema: Literal["mist.calibration/1"]
     runtime: str
     device: str
-    step_low_ratio: Quantity
-    step_high_ratio: Quantity
+    rest_deviation: Quantity
+    low_deviations: Quantity
+    high_deviations: Quantity
     values: Mapping[str, Quantity]
     covariance: tuple[tuple[float, ...], ...] = ()
 
@@ -46,11 +54,19 @@ class Calibration(Record):
     @property
     def what(self) -> str:
         """In a line, what the calibration is of."""
-        low, high = self.step_low_ratio.value, self.step_high_ratio.value
+        rest = self.rest_deviation.value
         return (
-            f"{self.runtime} on {self.device}; eight of ten runs measured at {low:.2f} to "
-            f"{high:.2f} of the predicted step"
+            f"{self.runtime} on {self.device}; of runs whose constants are known, steps off by a "
+            f"standard deviation of {rest:.0%}"
         )
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """The covariance in full, [K, K]; zeros where it is not known."""
+        full = np.zeros((len(self.values), len(self.values)))
+        for k, row in enumerate(self.covariance):
+            full[k, : k + 1] = full[: k + 1, k] = row
+        return full
 
     def applied(self, profiles: Profiles) -> Profiles:
         """The profiles with these values. Raises PlatformError for one that they cannot have."""
@@ -85,6 +101,11 @@ def figure_at(profiles: Profiles, path: str) -> Quantity:
     return record
 
 
+def scaled(path: str, figure: Quantity, factor: float) -> Quantity:
+    """A figure that is so many times as large, or the largest that it can be."""
+    return figure.times(min(factor, LARGEST.get(path, np.inf) / figure.value))
+
+
 def calibrated(value: float, source: str) -> Quantity:
     """A fitted constant; more than four digits say nothing."""
     # Rounded here, so that the file and what is planned with it have the same value.
@@ -102,8 +123,7 @@ def dump_calibration(calibration: Calibration, comment: str) -> str:
         "schema": calibration.schema,
         "runtime": calibration.runtime,
         "device": calibration.device,
-        "step_low_ratio": written(calibration.step_low_ratio),
-        "step_high_ratio": written(calibration.step_high_ratio),
+        **{name: written(getattr(calibration, name)) for name in SPREAD},
         "values": {name: written(each) for name, each in calibration.values.items()},
     }
     if calibration.covariance:

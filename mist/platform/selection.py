@@ -24,6 +24,7 @@ from mist.platform.profiles import (
 )
 from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
+from mist.platform.step_interval import expected_error
 
 DEFAULT_DEVICE = "h100-sxm"
 
@@ -46,6 +47,11 @@ class Platform:
     calibration: Calibration | None
     overrides: Overrides = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+
+    @property
+    def profiles(self) -> Profiles:
+        """The three of them."""
+        return self.device, self.cluster, self.runtime
 
     @property
     def gpus_per_node(self) -> int:
@@ -87,16 +93,15 @@ class Platform:
         return self.host_memory.value * (1.0 - margin) / self.gpus_per_node
 
     @property
-    def step_interval(self) -> tuple[float, float]:
-        """Ends of the interval of the measured step over the predicted one."""
-        return step_interval(self.device, self.runtime, self.calibration)
+    def step_error(self) -> Calibration | Quantity:
+        """What is known of errors of step times: by a calibration, else the error to expect."""
+        return self.calibration or expected_error(self.device, self.runtime)
 
     @property
     def uncertainty_basis(self) -> str:
         """Where the interval of a step time comes from."""
-        if self.calibration is not None:
-            return self.calibration.step_high_ratio.source
-        return _step_ratio(self.device, self.runtime).source
+        known = self.step_error
+        return known.source if isinstance(known, Quantity) else known.high_deviations.source
 
     @property
     def runtime_hash(self) -> str:
@@ -114,21 +119,6 @@ class Platform:
     def profile_hashes(self) -> dict[str, str]:
         """Content hashes of the three profiles, for a plan's provenance."""
         return dict(self.hashes)
-
-
-def step_interval(
-    device: Device, runtime: Runtime, calibration: Calibration | None
-) -> tuple[float, float]:
-    """Ends of the interval of a measured step over the predicted one."""
-    if calibration is not None:
-        return calibration.step_low_ratio.value, calibration.step_high_ratio.value
-    ratio = _step_ratio(device, runtime).value
-    return 1.0 - ratio, 1.0 + ratio
-
-
-def _step_ratio(device: Device, runtime: Runtime) -> Quantity:
-    figures = runtime.uncertainty
-    return figures.step_ratio if device.is_measured else figures.step_unmeasured_device_ratio
 
 
 def load_platform(

@@ -63,11 +63,12 @@ def _cells(
 
 
 def _uncertainty(candidates: Sequence[Candidate]) -> str:
-    """How far off times, speeds and costs may be."""
+    """How far off times, speeds and costs may be, of the least sure candidate."""
     known = [one.estimate.uncertainty for one in candidates if one.estimate]
-    words = " or ".join(dict.fromkeys(one.step_words for one in known))
-    calibrated = {one.calibrated for one in known}
-    return f"{words}, {'calibrated' if calibrated == {True} else 'not calibrated'}"
+    low = min(each.step_low_ratio for each in known)
+    high = max(each.step_high_ratio for each in known)
+    calibrated = "calibrated" if all(one.calibrated for one in known) else "not calibrated"
+    return f"{low - 1:+.0%} to {high - 1:+.0%}, {calibrated}"
 
 
 def candidates_json(

@@ -21,10 +21,10 @@ from mist.pareto.layouts import PricedLayout, StageChoice, plain_layout, stage_p
 from mist.pareto.offload_ratios import with_ratios
 from mist.pareto.strategies import Group, Strategies, all_resident, expressible
 from mist.pareto.unequal_meshes import NodePosition
-from mist.plans.plan import Estimate, Limits, fullest_host_bytes
+from mist.plans.plan import Limits, PricedStages, fullest_host_bytes
 from mist.plans.search_space import OFFLOADED, SearchSpace
 from mist.search.stage_frontiers import Bounds, FixedStage, fixed_problem, joined
-from mist.symbolic.estimate import estimate
+from mist.symbolic.estimate import priced_stages
 from mist.symbolic.job import Job
 
 STEPS: Final = 64  # of a ratio
@@ -108,12 +108,12 @@ def _around(allowed: tuple[float, ...], ratio: float, steps: int) -> list[float]
     return sorted({ratio, *(each / steps for each in finer)})
 
 
-def _written(job: Job, layout: PricedLayout) -> Estimate:
+def _written(job: Job, layout: PricedLayout) -> PricedStages:
     """A layout as a plan writes it: with whole layers of weights."""
-    return estimate(job, plain_layout(job, layout))
+    return priced_stages(job, plain_layout(job, layout))
 
 
-def _fits(job: Job, layout: PricedLayout, judged: Estimate, limits: Limits) -> bool:
+def _fits(job: Job, layout: PricedLayout, judged: PricedStages, limits: Limits) -> bool:
     """Whether what is written fits too: whole layers of weights take more of the host."""
     held_bytes = [stage.host_bytes for stage in judged.stages]
     most_bytes: float = max(held_bytes)

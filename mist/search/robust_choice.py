@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.plan import Layout
 from mist.plans.search_space import OFFLOADED
-from mist.platform.calibration import Profiles
 from mist.platform.uncertain_figures import (
     drawn_profiles,
     pessimistic_profiles,
     varied_profiles,
 )
-from mist.symbolic.job import Job, on_platform
+from mist.symbolic.job import Job, on_profiles
 from mist.symbolic.pipeline_costs import pipeline_inputs, pipeline_outputs, pipeline_step_s
 
 DEFAULT_TOLERANCE_RATIO: Final = 0.03
@@ -90,12 +89,12 @@ class RobustChoice:
 
 def drawn_jobs(job: Job) -> list[Job]:
     """The job on platforms drawn from what its own may be."""
-    return [_on(job, profiles) for profiles in drawn_profiles(_profiles(job))]
+    return [on_profiles(job, profiles) for profiles in drawn_profiles(job.platform.profiles)]
 
 
 def pessimistic_job(job: Job, share: float = 1.0) -> Job:
     """The job where every uncertain figure is `share` of the way to its worse end."""
-    return _on(job, pessimistic_profiles(_profiles(job), share))
+    return on_profiles(job, pessimistic_profiles(job.platform.profiles, share))
 
 
 def robust_choice(
@@ -103,18 +102,8 @@ def robust_choice(
 ) -> RobustChoice:
     """Choose among the layouts of a pool, which may hold one twice; it must hold one."""
     pool = _priced_anew(job, pool)
-    steps_s = steps_on(drawn_jobs(job), pool)
-    regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1.0
-    judged = [
-        DrawnLayout(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
-        for i, layout in enumerate(pool)
-    ]
-    nominal = min(judged, key=lambda each: each.layout.step_s)
-    most_s = nominal.layout.step_s * (1 + tolerance_ratio)
-    able = [each for each in judged if each.layout.step_s <= most_s]
-    least = min(each.mean_regret for each in able)
-    ties = [each for each in able if each.mean_regret <= least + TIE_RATIO]
-    chosen = min(ties, key=lambda each: (complexity(each.layout), each.mean_regret))
+    judged = _judged(job, pool)
+    chosen, nominal = _least_regret(judged, tolerance_ratio), _nominal(judged)
     return RobustChoice(
         chosen=chosen,
         nominal=nominal,
@@ -124,12 +113,38 @@ def robust_choice(
     )
 
 
+def least_regret(job: Job, pool: Sequence[PricedLayout], tolerance_ratio: float) -> PricedLayout:
+    """The layout that would be chosen of a pool, and nothing else of the choice."""
+    return _least_regret(_judged(job, _priced_anew(job, pool)), tolerance_ratio).layout
+
+
+def _judged(job: Job, pool: Sequence[PricedLayout]) -> list[DrawnLayout]:
+    steps_s = steps_on(drawn_jobs(job), pool)
+    regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1.0
+    return [
+        DrawnLayout(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
+        for i, layout in enumerate(pool)
+    ]
+
+
+def _nominal(judged: Sequence[DrawnLayout]) -> DrawnLayout:
+    return min(judged, key=lambda each: each.layout.step_s)
+
+
+def _least_regret(judged: Sequence[DrawnLayout], tolerance_ratio: float) -> DrawnLayout:
+    most_s = _nominal(judged).layout.step_s * (1 + tolerance_ratio)
+    able = [each for each in judged if each.layout.step_s <= most_s]
+    least = min(each.mean_regret for each in able)
+    ties = [each for each in able if each.mean_regret <= least + TIE_RATIO]
+    return min(ties, key=lambda each: (complexity(each.layout), each.mean_regret))
+
+
 def _turns(
     job: Job, pool: Sequence[PricedLayout], chosen: PricedLayout, nominal: PricedLayout
 ) -> tuple[Turn, ...]:
     """For each figure the end that speaks most for another layout, or most against the fastest."""
-    varied = list(varied_profiles(_profiles(job)))
-    steps_s = steps_on([_on(job, each.profiles) for each in varied], pool)
+    varied = list(varied_profiles(job.platform.profiles))
+    steps_s = steps_on([on_profiles(job, each.profiles) for each in varied], pool)
     own, fastest = pool.index(chosen), pool.index(nominal)
     known_gain = 1.0 - nominal.step_s / chosen.step_s
     turns: dict[str, Turn] = {}
@@ -196,13 +211,3 @@ def plain_steps_on(jobs: Sequence[Job], layouts: Sequence[Layout]) -> Floats:
     return np.array(
         [[pipeline_step_s(*pair) for pair in zip(layouts, each, strict=True)] for each in outputs]
     )
-
-
-def _profiles(job: Job) -> Profiles:
-    platform = job.platform
-    return platform.device, platform.cluster, platform.runtime
-
-
-def _on(job: Job, profiles: Profiles) -> Job:
-    device, cluster, runtime = profiles
-    return on_platform(job, replace(job.platform, device=device, cluster=cluster, runtime=runtime))

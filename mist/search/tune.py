@@ -158,10 +158,10 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
     InputError when the space is empty or nothing was found in time.
     """
-    known, is_whole = listed_groups(job, space, limits, is_over, listed)
+    known, is_whole = listed_groups(job, space, limits, is_over, listed, is_worth=is_worth)
     if not known:
         raise InputError(_no_group_words(job, space))
-    work = in_order(known, is_worth)
+    work = in_order(known)
     most_offloaded = MostOffloaded(job, space, [visit.group for visit in work])
     search = _Search(
         job=job, space=space, num_alternatives=num_alternatives, most_offloaded=most_offloaded
@@ -250,19 +250,42 @@ def _offer_even(search: _Search, visit: Visit) -> bool:
     if len(group.sizes) > 1:
         return visit.bound_s < search.upper_bound_s
     most = GroupModel(job, group, search.most_offloaded.of(group), search.space)
-    ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
-
-    def has_room(step_s: float) -> bool:
-        return capacity(most, ranges, visit.limits, step_s, coarse=True).suffices
-
     horizon_s = max(search.upper_bound_s, search.horizon_s)
-    if not has_room(horizon_s):
+    if not _has_room(most, visit.limits, horizon_s):
         return False
     model = GroupModel(job, group, group.strategies, search.space)
     for layout in even_layouts(model, visit.limits, within_s=horizon_s):
         search.offer(layout, visit)
     step_s = search.upper_bound_s
-    return visit.bound_s < step_s and (step_s == horizon_s or has_room(step_s))
+    return visit.bound_s < step_s and (step_s == horizon_s or _has_room(most, visit.limits, step_s))
+
+
+def _has_room(most: GroupModel, limits: Limits, step_s: float) -> bool:
+    """Whether a layout of a group may be within the limits in a step of so many seconds.
+
+    `most`: the group with few strategies that stand for all offload ratios.
+    """
+    group = most.group
+    ranges = layer_ranges(most.job, group.num_stages, least=group.schedule.vpp)
+    return capacity(most, ranges, limits, step_s, coarse=True).suffices
+
+
+def groups_within(
+    job: Job, space: SearchSpace, listed: Sequence[Visit], step_s: float
+) -> Iterator[Group]:
+    """The listed groups that may have a layout of at most so many seconds a step."""
+    near = [visit for visit in listed if visit.bound_s <= step_s]
+    if not expressible(space, job.platform.runtime).unlike_stages:
+        yield from (visit.group for visit in near)
+        return
+    most_offloaded = MostOffloaded(job, space, [visit.group for visit in near])
+    for visit in near:
+        group = visit.group
+        # Of stages of several sizes nothing but the bound is known before they are searched.
+        if len(group.sizes) > 1 or _has_room(
+            GroupModel(job, group, most_offloaded.of(group), space), visit.limits, step_s
+        ):
+            yield group
 
 
 def _share(search: _Search, visit: Visit) -> None:

@@ -25,21 +25,23 @@ class Visit:
         return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
 
 
-def listed_groups(
+def listed_groups(  # noqa: PLR0913 - what is listed, and how far
     job: Job,
     space: SearchSpace,
     limits: Limits,
     is_over: Callable[[], bool],
     listed: Sequence[Visit],
+    *,
+    is_worth: Callable[[Group], bool] = lambda group: True,
 ) -> tuple[list[Visit], bool]:
-    """The groups with their bounds, and whether these are all: a batch may have thousands.
+    """The groups that are worth it with their bounds, and whether these are all of them.
 
-    Those that are `listed` already, if any are.
+    A batch may have thousands. Those that are `listed` already, if any are.
     """
     found, is_whole = [replace(visit, limits=limits) for visit in listed], True
     if found:
         return found, is_whole
-    for group in groups(job, space):
+    for group in filter(is_worth, groups(job, space)):
         found.append(
             Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
         )
@@ -49,7 +51,6 @@ def listed_groups(
     return found, is_whole
 
 
-def in_order(visits: Sequence[Visit], is_worth: Callable[[Group], bool]) -> list[Visit]:
-    """Those of groups that are worth it, in the order of the search."""
-    worth = (visit for visit in visits if is_worth(visit.group))
-    return sorted(worth, key=lambda visit: visit.order)
+def in_order(visits: Sequence[Visit]) -> list[Visit]:
+    """Those visits, in the order of the search."""
+    return sorted(visits, key=lambda visit: visit.order)

@@ -35,9 +35,9 @@ from mist.model.graph import (
     TensorParallelCollective,
 )
 from mist.model.summary import Traffic
-from mist.platform.runtime import Kernels
+from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.cost_setting import CostSetting
+from mist.symbolic.cost_setting import CostSetting, figure
 from mist.symbolic.state_bytes import frozen_weight_ratio
 
 ROWS_DIMS: Final = 3  # [samples, tokens, hidden]
@@ -145,7 +145,7 @@ def collective_cost(
     leaving = "reduce_scatter" if runtime.knobs.sequence_parallel else "all_reduce"
     again = seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, sym.TP_PER_NODE)
     again *= int(block.num_recomputed_ops > 0)
-    paid = runtime.overlap.tensor_parallel_time_scale.value
+    paid = figure(runtime, "overlap.tensor_parallel_time_scale")
     return {
         "tp_forward_s": paid * seconds["forward"],
         "tp_backward_s": paid * seconds["backward"],
@@ -317,15 +317,18 @@ def forward_ops(block: Block) -> tuple[Op, ...]:
 
 
 def _pass_seconds(ops: Sequence[Op], setting: CostSetting) -> Expr:
-    kernels = setting.runtime.kernels
-    matrix = Counter(_matrix_seconds(op, kernels) for op in ops if op.kind != OpKind.MEMORY)
+    runtime = setting.runtime
+    scale, scores_scale = (
+        figure(runtime, f"kernels.{name}_time_scale") for name in ("memory", "scores")
+    )
+    matrix = Counter(_matrix_seconds(op, runtime) for op in ops if op.kind != OpKind.MEMORY)
     memory = [op for op in ops if op.kind == OpKind.MEMORY]
     scores = [op for op in memory if _is_on_scores(op)]
     others = [op for op in memory if not _is_on_scores(op)]
     return sympy.Add(
         *(count * seconds for seconds, count in matrix.items()),
-        *(kernels.memory_time_scale.value * each for each in _memory_seconds(others, setting)),
-        *(kernels.scores_time_scale.value * each for each in _memory_seconds(scores, setting)),
+        *(scale * each for each in _memory_seconds(others, setting)),
+        *(scores_scale * each for each in _memory_seconds(scores, setting)),
     )
 
 
@@ -369,11 +372,11 @@ def _operands(product: Op) -> Expr:
     return batch * (k * (m + n) if _is_square(m * n) else k * n)
 
 
-def _matrix_seconds(op: Op, kernels: Kernels) -> Expr:
+def _matrix_seconds(op: Op, runtime: Runtime) -> Expr:
     if op.kind == OpKind.GEMM:
         return sym.GEMM(*op.dims)
     law = sym.ATTENTION_FORWARD if op.phase == "forward" else sym.ATTENTION_BACKWARD
-    return kernels.attention_time_scale.value * law(*op.dims, int(op.causal))
+    return figure(runtime, "kernels.attention_time_scale") * law(*op.dims, int(op.causal))
 
 
 def _memory_seconds(ops: Iterable[Op], setting: CostSetting) -> Iterable[Expr]:

@@ -43,7 +43,8 @@ def layout_inputs(
     `kinds`: which block each layer of the model is.
     """
     stages, schedule = layout.stages, layout.schedule
-    knobs = {name: np.array([s.columns[name] for s in stages]) for name in stages[0].columns}
+    rows = [stage.columns for stage in stages]
+    knobs = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     strategy = strategy_columns(placement, knobs, num_stages=len(stages), schedule=schedule)
     devices = np.array([stage.devices for stage in stages])
     layers = np.array([stage.num_layers for stage in stages])

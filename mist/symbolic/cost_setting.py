@@ -1,6 +1,7 @@
 """What the expressions of a model's costs are built for."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import sympy
 from sympy import Expr
@@ -10,6 +11,7 @@ from mist.plans.numerics import Numerics
 from mist.plans.workload import Optimizer
 from mist.platform.runtime import Runtime
 from mist.platform.states import States
+from mist.symbolic import symbols as sym
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +36,11 @@ class CostSetting:
     def states(self) -> States:
         """What lives of a parameter. Raises PlatformError for an optimizer without moments."""
         return self.runtime.states_of(self.numerics.compute, self.optimizer)
+
+
+def figure(runtime: Runtime, path: str) -> Expr:
+    """A figure of a runtime in an expression, by its path ("host.step_s").
+
+    What the runtime does not do costs programs nothing: 0 stays a number.
+    """
+    return sym.FIGURES[path] if attrgetter(path)(runtime).value else sympy.Integer(0)

@@ -11,11 +11,14 @@ from mist.errors import PlatformError
 from mist.plans.plan import (
     Estimate,
     Layout,
+    PricedStages,
     StageEstimate,
     Uncertainty,
 )
-from mist.platform import OpCosts, extrapolations, op_costs
-from mist.symbolic.job import Job
+from mist.platform import OpCosts, Quantity, extrapolations, op_costs
+from mist.platform.calibration import figure_at, with_values
+from mist.platform.step_interval import step_interval
+from mist.symbolic.job import Job, on_profiles
 from mist.symbolic.pipeline_costs import pipeline_step_s, stage_outputs
 from mist.symbolic.program import MEMORY_PARTS, TIME_PARTS, stage_model
 from mist.units import LARGEST_INTEGER, six_digits
@@ -45,23 +48,21 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         other = replace(job, cost=stage_model(job.programs, laws))
         return stage_outputs(other, layout)
 
-    columns = stage_outputs(job, layout)
+    step_s, columns = _priced(job, layout)
     stable_s, lone_s = columns["stable_s"], columns["lone_s"]
-    step_s = pipeline_step_s(layout, columns)
-    _refuse_absurd(job, columns, step_s)
     slowest = int(stable_s.argmax())
     busy_s = (layout.num_micro_batches - 1) * stable_s[slowest] + lone_s[slowest]
     flop_per_s = (
         job.platform.num_gpus
         * job.platform.device.gemm[job.workload.precision].peak_flop_per_s.value
     )
-    low, high = job.platform.step_interval
+    low, high = _step_interval(job, layout)
     return Estimate(
         step_s=_digits(step_s),
         tokens_per_s=_digits(job.workload.tokens_per_step / step_s),
         mfu=_digits(model_flop(job) / step_s / flop_per_s),
         bubble_s=_digits(max(step_s - busy_s, 0.0)),
-        stages=tuple(_stage_estimate(job, columns, i) for i in range(len(layout.stages))),
+        stages=_stages(job, columns),
         uncertainty=Uncertainty(
             step_low_ratio=_digits(low),
             step_high_ratio=_digits(high),
@@ -75,6 +76,44 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         extrapolated=extrapolations(job.laws, priced),
         not_modelled=NOT_MODELLED,
     )
+
+
+def priced_stages(job: Job, layout: Layout) -> PricedStages:
+    """What of `estimate` layouts are compared by. Raises PlatformError as it does."""
+    step_s, columns = _priced(job, layout)
+    return PricedStages(step_s=_digits(step_s), stages=_stages(job, columns))
+
+
+def step_at(job: Job, layout: Layout, figures: Mapping[str, Quantity]) -> float:
+    """Seconds of a step where some figures are others, by path as in a calibration.
+
+    Raises PlatformError for one that the profiles do not have, and as `estimate` does.
+    """
+    other = on_profiles(job, with_values(job.platform.profiles, figures))
+    return _priced(other, layout)[0]
+
+
+def _priced(job: Job, layout: Layout) -> tuple[float, dict[str, NDArray[np.float64]]]:
+    """Seconds of a step, and the outputs of the stage formulas, [S] each."""
+    columns = stage_outputs(job, layout)
+    step_s = pipeline_step_s(layout, columns)
+    _refuse_absurd(job, columns, step_s)
+    return step_s, columns
+
+
+def _step_interval(job: Job, layout: Layout) -> tuple[float, float]:
+    """Ends of the measured over the predicted step; what the user set is sure."""
+    platform = job.platform
+    known = platform.calibration.values if platform.calibration else {}
+    figures = {
+        path: figure_at(platform.profiles, path) for path in known if path not in platform.overrides
+    }
+
+    def log_steps(moved: Mapping[str, Quantity]) -> NDArray[np.float64]:
+        return np.log([step_at(job, layout, moved)])
+
+    (low,), (high,) = step_interval(platform.step_error, figures, log_steps)
+    return float(low), float(high)
 
 
 def _refuse_absurd(job: Job, columns: Mapping[str, NDArray[np.float64]], step_s: float) -> None:
@@ -99,7 +138,11 @@ def model_flop(job: Job) -> float:
     return job.workload.global_batch * (layers + ends)
 
 
-def _stage_estimate(job: Job, columns: dict[str, NDArray[np.float64]], i: int) -> StageEstimate:
+def _stages(job: Job, columns: Mapping[str, NDArray[np.float64]]) -> tuple[StageEstimate, ...]:
+    return tuple(_stage_estimate(job, columns, i) for i in range(len(columns["stable_s"])))
+
+
+def _stage_estimate(job: Job, columns: Mapping[str, NDArray[np.float64]], i: int) -> StageEstimate:
     stable_s, lone_s = columns["stable_s"][i], columns["lone_s"][i]
     return StageEstimate(
         stable_s=_digits(stable_s),

@@ -9,6 +9,7 @@ from mist.model.summary import ModelFacts
 from mist.plans.numerics import NUMERICS
 from mist.plans.workload import HeadMode, MemoryLevel, Workload
 from mist.platform import OpCosts, Platform
+from mist.platform.calibration import Profiles
 from mist.rules.combinations import rules_for
 from mist.rules.rule import Rule
 from mist.symbolic.columns import Placement
@@ -70,8 +71,10 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
     )
 
 
-def on_platform(job: Job, platform: Platform) -> Job:
-    """The job where figures of its platform are others, on the same machines: its rules stay."""
+def on_profiles(job: Job, profiles: Profiles) -> Job:
+    """The job where figures of its profiles are others, on the same machines: its rules stay."""
+    device, cluster, runtime = profiles
+    platform = replace(job.platform, device=device, cluster=cluster, runtime=runtime)
     laws = _laws(platform, job.workload)
     return replace(job, platform=platform, laws=laws, cost=stage_model(job.programs, laws))
 

@@ -23,7 +23,7 @@ from mist.model.summary import Traffic
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost
-from mist.symbolic.cost_setting import CostSetting
+from mist.symbolic.cost_setting import CostSetting, figure
 from mist.symbolic.level_cost import LevelCost
 from mist.symbolic.state_bytes import hosted_bytes
 
@@ -229,10 +229,10 @@ class _BlockStreams:
 def _host_seconds(runtime: Runtime) -> tuple[Expr, Expr]:
     """Seconds in which the host launches a layer forward and backward; more with t > 1."""
     host = runtime.host
-    across = host.pipeline_launch_s.value * T**host.pipeline_launch_exponent.value
-    launch = host.tensor_parallel_launch_s.value + sym.PIPELINED * across
+    across = figure(runtime, "host.pipeline_launch_s") * T**host.pipeline_launch_exponent.value
+    launch = figure(runtime, "host.tensor_parallel_launch_s") + sym.PIPELINED * across
     extra = sympy.Piecewise((launch, T > 1), (0, True))
-    layer = host.layer_launch_s.value + extra
+    layer = figure(runtime, "host.layer_launch_s") + extra
     forward = host.forward_ratio.value
     return forward * layer, (1 - forward) * layer
 

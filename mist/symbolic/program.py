@@ -9,6 +9,7 @@ what is kept between runs.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
+from operator import attrgetter
 from types import CodeType
 from typing import get_args
 
@@ -155,12 +156,25 @@ def bound_programs(programs: ModelPrograms, laws: Mapping[str, Law]) -> StageMod
         costs=bind(programs.costs, laws),
         block_terms=bind(programs.terms, laws),
         search_terms=bind(programs.search_terms, laws),
-        # The formulas of a stage are arithmetic on its terms: they call no law of the platform.
-        search=bind(programs.search, {}),
-        stage=bind(programs.stage, {}),
+        search=bind(programs.search, laws),
+        stage=bind(programs.stage, laws),
         flop=bind(programs.flop, {}),
         domain=bind(programs.domain, {}),
     )
+
+
+# Figures of the runtime that whole runs say something of. In a program each is a law of no
+# arguments, so that one text serves every value that it may have.
+FIGURES = (
+    *("kernels.memory_time_scale", "kernels.attention_time_scale", "kernels.scores_time_scale"),
+    *("host.layer_launch_s", "host.tensor_parallel_launch_s", "host.pipeline_launch_s"),
+    *("host.micro_batch_launch_s", "host.step_s", "overlap.tensor_parallel_time_scale"),
+)
+
+
+def figure_name(path: str) -> str:
+    """How programs call a figure of the runtime: "host.step_s" as runtime_host_step_s."""
+    return f"runtime_{path.replace('.', '_')}"
 
 
 # How many arguments each law may have.
@@ -169,6 +183,7 @@ LAWS: Mapping[str, tuple[int, ...]] = {
     **{"all_gather_s": (3,), "reduce_scatter_s": (3,), "all_reduce_s": (3,), "p2p_s": (2,)},
     **{"together_s": (2, 3, 4), "to_device_s": (1,), "to_host_s": (1,), "pinned_bytes": (1,)},
     **{f"memory_{traffic}_s": (2,) for traffic in Traffic},
+    **{figure_name(path): (0,) for path in FIGURES},
 }
 
 
@@ -188,4 +203,7 @@ def _laws(costs: OpCosts) -> dict[str, Law]:
         "pinned_bytes": pinned_bytes if costs.device.kernels == "cuda" else np.asarray,
     }
     memory = {f"memory_{name}_s": partial(costs.memory_s, traffic=name) for name in Traffic}
-    return laws | memory
+    figures = {
+        figure_name(path): partial(float, attrgetter(path)(costs.runtime).value) for path in FIGURES
+    }
+    return laws | memory | figures

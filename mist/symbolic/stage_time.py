@@ -15,7 +15,7 @@ from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, rank_params
 from mist.symbolic.block_sums import StageBlocks, max_over, sum_over, term
-from mist.symbolic.cost_setting import CostSetting
+from mist.symbolic.cost_setting import CostSetting, figure
 from mist.symbolic.level_cost import LevelCost
 from mist.symbolic.overlap import ends_seconds, optimizer_seconds, slots
 from mist.symbolic.program import TIME_PARTS
@@ -62,19 +62,19 @@ def transfer_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
 
 def stage_seconds(blocks: StageBlocks, runtime: Runtime) -> dict[str, Expr]:
     """Seconds of a stage by part (`TIME_PARTS`), and its stable, lone and weight-gradient time."""
-    rows, host = blocks.every, runtime.host
+    rows, micro_batch_s = blocks.every, figure(runtime, "host.micro_batch_launch_s")
     parts = {
         f"{part}_s": sum_over(rows, f"{{x}}_{{level}}_{part}_s")
         for part in TIME_PARTS
         if part != "p2p"
     }
     parts["p2p_s"] = _p2p_seconds(runtime)
-    parts["launch_s"] += host.micro_batch_launch_s.value
-    each = parts["p2p_s"] + host.micro_batch_launch_s.value
+    parts["launch_s"] += micro_batch_s
+    each = parts["p2p_s"] + micro_batch_s
     # Only one layer's collectives have nothing to run beside at each end of a step: the others
     # hide behind layers that still run.
     once = max_over(blocks.layers, "{x}_ends_s") + sum_over(rows, "{x}_optimizer_s")
-    once += _tied_reduce_seconds() + host.step_s.value
+    once += _tied_reduce_seconds() + figure(runtime, "host.step_s")
     return {
         **parts,
         "stable_s": sum_over(rows, "{x}_{level}_stable_s") + each,

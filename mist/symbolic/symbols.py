@@ -11,6 +11,7 @@ from typing import Final
 import sympy
 
 from mist.model.summary import Traffic
+from mist.symbolic import program
 
 SHARD = sympy.Symbol("dp_shard", positive=True, integer=True)
 """Data-parallel ranks that share one copy of the states: 1 at ZeRO-0."""
@@ -74,6 +75,10 @@ PINNED = sympy.Function("pinned_bytes")
 """Host bytes of a tensor, which is pinned where the device is a GPU."""
 TOGETHER = sympy.Function("together_s")
 MEMORY: Final = {traffic: sympy.Function(f"memory_{traffic}_s") for traffic in Traffic}
+FIGURES: Final = {
+    path: sympy.Function(program.figure_name(path), positive=True)() for path in program.FIGURES
+}
+"""Figures of the runtime, by path: laws of no arguments."""
 
 _MAXIMUM = sympy.Function("maximum")
 _MINIMUM = sympy.Function("minimum")

@@ -9,7 +9,7 @@ from typing import Final
 
 from mist.plans.numerics import NUMERICS, Numerics
 from mist.plans.plan import Layout, even_layers, layers_by_cost
-from mist.platform.calibration import with_values
+from mist.platform.calibration import Calibration, with_values
 from mist.platform.profiles import (
     Loaded,
     find_calibration,
@@ -19,7 +19,7 @@ from mist.platform.profiles import (
 )
 from mist.platform.quantity import Quantity
 from mist.platform.runtime import Runtime
-from mist.platform.selection import step_interval
+from mist.platform.step_interval import expected_error
 from mist.trace import ConfigSource, TraceSetting
 from mist.validate.measured_runs import Run, StageRun, Stages
 from mist.validate.predict import Case, RunProfiles
@@ -67,15 +67,20 @@ class Member:
 class RunGroup:
     """Runs that are predicted together; `profile_hash` tells their runtime apart in the cache.
 
-    `step_interval`: ends of measured over predicted steps.
+    `figures`: the calibrated constants of the source, by path. `step_error`: as of a platform.
     """
 
     key: Key
     machine: RunProfiles
     profile_hash: str
-    calibrated: bool
-    step_interval: tuple[float, float]
+    figures: Mapping[str, Quantity]
+    step_error: Calibration | Quantity
     members: tuple[Member, ...]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether constants were fitted to runs of its runtime and device."""
+        return bool(self.figures)
 
 
 def grouped(
@@ -84,18 +89,18 @@ def grouped(
     *,
     calibrated: bool,
     stages: Stages = MappingProxyType({}),
-) -> tuple[tuple[RunGroup, ...], dict[str, str]]:
+) -> tuple[tuple[RunGroup, ...], dict[str, Unsupported]]:
     """Groups, and why each run that is in none is not supported, by its name.
 
     `stages`: layers of the stages of runs whose stages are unequal.
     """
     members: dict[Key, list[Member]] = defaultdict(list)
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Unsupported] = {}
     for run in runs:
         try:
             key, case = _case(run, sources, stages.get(run.run_id, ()))
         except Unsupported as reason:
-            reasons[run.run_id] = str(reason)
+            reasons[run.run_id] = reason
         else:
             members[key].append(Member(run=run, case=case))
     groups = tuple(
@@ -232,10 +237,8 @@ def _group(
         key=key,
         machine=machine,
         profile_hash="\n".join(words),
-        calibrated=calibration is not None,
-        step_interval=step_interval(
-            device, machine.runtime, calibration.profile if calibration else None
-        ),
+        figures=values,
+        step_error=calibration.profile if calibration else expected_error(device, machine.runtime),
         members=members,
     )
 

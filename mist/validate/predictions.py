@@ -1,21 +1,27 @@
 """Every run predicted, or why not: traces in a few processes, predictions group by group."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mist.errors import MistError
 from mist.plans.memory_chance import fit_probability
 from mist.plans.workload import Optimizer
+from mist.platform.quantity import Quantity
+from mist.platform.step_interval import step_interval
 from mist.progress import is_due
 from mist.symbolic.load_programs import Progress, model_programs, quiet
 from mist.symbolic.program import ModelPrograms
 from mist.validate.blank_columns import filled_runs, joined
-from mist.validate.cases import Member, RunGroup, grouped
+from mist.validate.cases import Member, RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, Stages
 from mist.validate.predict import Prediction, predict
 from mist.validate.results import RunPrediction
+from mist.validate.run_models import Impossible, Unsupported
 from mist.validate.sources import Sources
 
 GIB = 2.0**30
@@ -36,7 +42,7 @@ def predictions(
     filled = [case.run for each in cases for case in each]
     groups, reasons = grouped(filled, sources, calibrated=calibrated, stages=stages)
     found = {
-        run.run_id: RunPrediction(run=run, status="unsupported", reason=reasons[run.run_id])
+        run.run_id: _without_figures(run, reasons[run.run_id])
         for run in filled
         if run.run_id in reasons
     }
@@ -44,7 +50,7 @@ def predictions(
         if isinstance(programs, str):
             rows = [_failed(member, programs) for member in group.members]
         else:
-            rows = _predicted(group, programs)
+            rows = _predicted(group, programs, sources)
         found |= {row.run.run_id: row for row in rows}
     return tuple(
         joined(run, [(case, found[case.run.run_id]) for case in each])
@@ -86,21 +92,41 @@ def _compiled(group: RunGroup) -> Programs | str:
         return f"{type(error).__name__}: {error}"
 
 
+def _without_figures(run: Run, reason: Unsupported) -> RunPrediction:
+    """Why a run has no times and bytes; one that cannot have run is predicted to fail."""
+    if isinstance(reason, Impossible):
+        return RunPrediction(
+            run=run, status="refused", reason=str(reason), fits=False, fit_probability=0.0
+        )
+    return RunPrediction(run=run, status="unsupported", reason=str(reason))
+
+
 def _failed(member: Member, reason: str) -> RunPrediction:
     return RunPrediction(run=member.run, status="error", reason=reason)
 
 
-def _predicted(group: RunGroup, programs: Programs) -> list[RunPrediction]:
+def _predicted(group: RunGroup, programs: Programs, sources: Sources) -> list[RunPrediction]:
     cases = [member.case for member in group.members]
     variants = [predict(each, group.machine, cases) for each in programs]
+
+    def log_steps(moved: Mapping[str, Quantity]) -> NDArray[np.float64]:
+        machine = machine_of(group.key, sources, {**group.figures, **moved})
+        return np.log([made.step_s for made in predict(programs[0], machine, cases)])
+
+    ends = np.transpose(step_interval(group.step_error, group.figures, log_steps)).tolist()
     return [
-        _row(group, member, made)
-        for member, made in zip(group.members, zip(*variants, strict=True), strict=True)
+        _row(group, member, made, tuple(own))
+        for member, made, own in zip(group.members, zip(*variants, strict=True), ends, strict=True)
     ]
 
 
-def _row(group: RunGroup, member: Member, variants: Sequence[Prediction]) -> RunPrediction:
-    """A run's row: the first variant is the estimate, the others widen its interval."""
+def _row(
+    group: RunGroup, member: Member, variants: Sequence[Prediction], ends: tuple[float, float]
+) -> RunPrediction:
+    """A run's row: the first variant is the estimate, the others widen its interval of memory.
+
+    `ends`: of the measured over the predicted step.
+    """
     made = variants[0]
     machine, kind = group.machine, group.key.origin.memory
     usable = machine.device.usable_bytes
@@ -108,7 +134,7 @@ def _row(group: RunGroup, member: Member, variants: Sequence[Prediction]) -> Run
         (each.reserved_bytes if kind == "reserved" else each.allocated_bytes) / GIB
         for each in variants
     ]
-    low, high = group.step_interval
+    low, high = ends
     spread = machine.runtime.uncertainty.memory_ratio.value
     return RunPrediction(
         run=member.run,

@@ -6,12 +6,14 @@ from typing import Literal
 from mist.validate.measured_runs import Run
 
 MemoryKind = Literal["allocated", "reserved", "active"]
-Status = Literal["predicted", "unsupported", "error"]
+Status = Literal["predicted", "refused", "unsupported", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPrediction:
     """What is predicted of a run; seconds and GiB are None unless `status` is predicted.
+
+    A run whose layout no framework can run is refused: it is predicted to fail, and does not fit.
 
     `peak_gib`: of the kind of memory that the source reports; `low`, `high`: what it lies between,
     knobs of the runtime or columns of the run being unknown. `step_low_s`, `step_high_s`: what
@@ -37,6 +39,11 @@ class RunPrediction:
     fit_probability: float | None = None
     usable_gib: float | None = None
     calibrated: bool = False
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether anything is predicted of the run, be it that it cannot run."""
+        return self.status in ("predicted", "refused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,7 @@ class Ranking:
 class Score:
     """One source. None where there is nothing to judge.
 
+    `predicted`: runs of which something is predicted, be it that they cannot run.
     `core`: errors of times of dense pretraining in bf16 or fp16; `stage_memory`: of peaks of single
     pipeline stages; `constant`: of one rate for each GPU and precision; `naive`: the ranking by
     FLOPs and pipeline bubble.

@@ -17,7 +17,7 @@ from mist.plans.workload import (
     MemoryLevel,
 )
 from mist.validate.measured_runs import Run
-from mist.validate.run_models import Unsupported
+from mist.validate.run_models import Impossible, Unsupported
 
 ZERO_LEVELS: Final = (
     ("zero1", 1),
@@ -80,7 +80,7 @@ def _check_sizes(run: Run) -> None:
                 raise Unsupported(f"{name} {value:,} is more than {most:,}")
     layers, chunks = run.n_layers or 0, (run.pp or 1) * (run.vpp or 1)
     if chunks > layers > 0:
-        raise Unsupported(f"{layers:,} layers cannot fill {chunks:,} pipeline stages or chunks")
+        raise Impossible(f"{layers:,} layers cannot fill {chunks:,} pipeline stages or chunks")
 
 
 def _zero(text: str, default: int | None) -> int:

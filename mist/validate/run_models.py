@@ -22,6 +22,10 @@ class Unsupported(Exception):
     """Why a run is not predicted."""
 
 
+class Impossible(Unsupported):
+    """Why a run cannot have run: a prediction too, of failure."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """A model of a run: what is traced, and how many layers there are."""

@@ -2,6 +2,7 @@
 
 Errors and rankings are over runs that succeeded, of tiers A and B, that are predicted; times over
 those that did not stall (see `is_regular`); feasibility also over those that ran out of memory.
+A run that is refused is predicted to fail: had it run, it would count as wrongly refused.
 Regret of a ranking group: the measured time of the run that is predicted to be the fastest, over
 that of the fastest, less 1; runs predicted alike (to 1e-9) count by their mean. Kendall's tau is
 tau-b.
@@ -36,15 +37,15 @@ def scored(rows: Sequence[RunPrediction], stages: Stages) -> tuple[Score, ...]:
 
 
 def _score(source: str, rows: Sequence[RunPrediction], constant: Times, stages: Stages) -> Score:
-    judged = [row for row in rows if row.status == "predicted" and row.run.tier in TIERS]
+    judged = [row for row in rows if row.is_predicted and row.run.tier in TIERS]
     ran = [row for row in judged if row.run.outcome == "ok"]
-    regular = [row for row in ran if is_regular(row)]
+    regular = [row for row in ran if row.status == "predicted" and is_regular(row)]
     times = {row.run.run_id: row.step_s for row in regular if row.step_s is not None}
     precision, recall = feasibility(judged)
     return Score(
         source=source,
         runs=len(rows),
-        predicted=sum(row.status == "predicted" for row in rows),
+        predicted=sum(row.is_predicted for row in rows),
         time=errors((row.step_s, row.run.step_time_s) for row in regular),
         core=errors((row.step_s, row.run.step_time_s) for row in regular if is_core(row)),
         memory=errors((row.peak_gib, row.run.peak_memory_gib) for row in ran),

@@ -17,10 +17,10 @@ from mist.pareto.strategies import priced
 from mist.plans.breakdown import layout_words, short_layout
 from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
-from mist.plans.plan import NOTHING_OFFLOADED, Estimate, Layout, Limits
+from mist.plans.plan import NOTHING_OFFLOADED, Estimate, Layout, Limits, PricedStages
 from mist.plans.search_space import CHECKPOINTS, SearchSpace
 from mist.search.tune import smallest_peak, tune
-from mist.symbolic.estimate import estimate
+from mist.symbolic.estimate import estimate, priced_stages
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import quiet
 from mist.symbolic.program import ModelPrograms
@@ -104,15 +104,19 @@ def _judged(
             made = make(job, changed)
         except InputError:
             continue
-        after = estimate(job, made)
+        after = priced_stages(job, made)
         # A gain that the printed digits do not show is no suggestion.
         faster = after.step_s < step_s and format_seconds(after.step_s) != format_seconds(step_s)
         if (faster or not checked.fits) and _fits(job, made, after, checked.limits):
-            found.append(Remedy(made=made, judged=after, changes=changes))
-    return sorted(found, key=lambda judged: (judged.step_s, judged.changes))[:MOST_SUGGESTED]
+            found.append((after.step_s, changes, made))
+    fastest = sorted(found, key=lambda one: one[:2])[:MOST_SUGGESTED]
+    return [
+        Remedy(made=made, judged=estimate(job, made), changes=changes)
+        for _, changes, made in fastest
+    ]
 
 
-def _fits(job: Job, made: Layout, judged: Estimate, limits: Limits) -> bool:
+def _fits(job: Job, made: Layout, judged: PricedStages, limits: Limits) -> bool:
     """Whether every stage fits the device, and what is offloaded the host."""
     peak_bytes = max(stage.peak_bytes for stage in judged.stages)
     return peak_bytes <= limits.device_bytes and host_need(job, made, judged, limits).fits
@@ -233,7 +237,7 @@ def less_drawn(limits: Limits, host: HostNeed) -> Limits:
 def host_of(job: Job, layout: PricedLayout, limits: Limits) -> HostNeed:
     """What a layout needs of the memory of a node."""
     plain = plain_layout(job, layout)
-    return host_need(job, plain, estimate(job, plain), limits)
+    return host_need(job, plain, priced_stages(job, plain), limits)
 
 
 def what_fits(programs: ModelPrograms, space: SearchSpace, question: Question) -> str:

@@ -1,7 +1,7 @@
 """`mist calibrate`: what one's own measured runs say about the constants behind the plans."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -12,18 +12,14 @@ from mist.calibrate.fit import Posterior, Prior, fitted, of_names
 from mist.calibrate.logs import read_log
 from mist.errors import InputError
 from mist.plans.file import load_plan
-from mist.plans.numerics import NUMERICS
-from mist.plans.plan import Plan
+from mist.plans.plan import Layout
 from mist.platform import Platform, Quantity
-from mist.platform.calibration import Calibration, calibrated, with_values
-from mist.symbolic.cost_setting import CostSetting
-from mist.symbolic.estimate import estimate
-from mist.symbolic.job import make_job
-from mist.symbolic.open_programs import OpenPrograms, open_programs
-from mist.trace import load_graph
+from mist.platform.calibration import LARGEST, SPREAD, Calibration, calibrated
+from mist.symbolic.estimate import step_at
+from mist.symbolic.job import Job
 from mist.workflow.checking import HandLayout, of_level, plan_by_hand, question_of
 from mist.workflow.plan_model import UNDER_HERE, ModelAccess, model_of
-from mist.workflow.request import Question, platform_of, setting_of
+from mist.workflow.request import Question, prepare
 
 # What is known of a constant that no fit speaks of: the standard deviation of its logarithm.
 WIDTHS: Final = {
@@ -34,11 +30,14 @@ WIDTHS: Final = {
     "runtime.overlap.tensor_parallel_time_scale": 0.5,
     "runtime.host.layer_launch_s": 0.5,
 }
-LARGEST: Final = {"cluster.network.efficiency_ratio": 1.0}
 FACTOR: Final = 4.0  # a constant ends between a quarter and four times of where it starts
 FEWEST: Final = 3  # runs that say how far predictions are off
 FITTED: Final = "fitted to measured runs by mist calibrate"
-LEAST_ERROR: Final = 0.05  # no fit to a few runs promises more
+# Of a platform that no public run is of: what no constant explains, and between how many standard
+# deviations eight of ten values of a normal distribution lie.
+REST: Final = 0.1
+ENDS: Final = (1.28, 1.28)
+NORMAL: Final = "as a normal distribution has it: no public run is of this runtime and device"
 # Rounded matrices may have lost their inverse.
 RIDGE: Final = 1e-4
 # What a run teaches: the constants that it measures, and how to make it. The order is of what helps
@@ -54,22 +53,21 @@ LEARNED: Final = 0.7  # of its standard deviation: a constant that keeps more wa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRun:
-    """A plan that was run, with the median of its steps."""
+    """A layout that was run, what it is priced by, and the median of its steps."""
 
-    plan: Plan
-    platform: Platform
-    programs: OpenPrograms
+    job: Job
+    layout: Layout
     seconds: float
+
+    @property
+    def platform(self) -> Platform:
+        """Where it ran."""
+        return self.job.platform
 
     def log_error(self, values: Mapping[str, float]) -> float:
         """log(predicted / measured) with these constants."""
-        held = (self.platform.device, self.platform.cluster, self.platform.runtime)
         quantities = {name: calibrated(value, FITTED) for name, value in values.items()}
-        device, cluster, runtime = with_values(held, quantities)
-        platform = replace(self.platform, device=device, cluster=cluster, runtime=runtime)
-        job = make_job(self.programs.at(values), platform, self.plan.workload)
-        predicted = estimate(job, self.plan.layout).step_s
-        return float(np.log(predicted / self.seconds))
+        return float(np.log(step_at(self.job, self.layout, quantities) / self.seconds))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +122,7 @@ def calibrate(
     found = fitted(of_names(errors_at, prior.names), prior)
     before = dict(zip(prior.names, np.exp(prior.mean).tolist(), strict=True))
     return Calibrated(
-        calibration=_calibration(first, found, len(runs)),
+        calibration=_calibration(first, found),
         before=before,
         after=found.values,
         errors_before=tuple(errors_at(before).tolist()),
@@ -137,7 +135,7 @@ def _prior(platform: Platform) -> Prior:
     """What is known of the constants: by the fit that ships for this platform, else by `WIDTHS`."""
     known = platform.calibration
     if known is not None and known.covariance:
-        names, covariance = tuple(known.values), _symmetric(known.covariance)
+        names, covariance = tuple(known.values), known.matrix
     else:
         names = tuple(name for name in WIDTHS if _value(platform, name))
         covariance = np.diag([WIDTHS[name] ** 2 for name in names])
@@ -150,14 +148,6 @@ def _prior(platform: Platform) -> Prior:
         low=mean - np.log(FACTOR),
         high=np.minimum(mean + np.log(FACTOR), most),
     )
-
-
-def _symmetric(half: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """The matrix [K, K] of which `half` is the lower half, row by row."""
-    matrix = np.zeros((len(half), len(half)))
-    for k, row in enumerate(half):
-        matrix[k, : k + 1] = matrix[: k + 1, k] = row
-    return matrix
 
 
 def _lessons(prior: Prior, found: Posterior) -> Iterator[str]:
@@ -175,31 +165,13 @@ def _measured(
     ran: Path | RunByHand, log: Path, progress: Callable[[str], None], access: ModelAccess
 ) -> PlanRun:
     if isinstance(ran, RunByHand):
-        question = of_level(ran.question, ran.layout)
-        _, plan = plan_by_hand(question, ran.layout, progress)
-        assert isinstance(question.model, str)  # as it is typed
-        source = question.model
+        job, plan = plan_by_hand(of_level(ran.question, ran.layout), ran.layout, progress)
     else:
         plan = load_plan(ran)
-        source = model_of(plan, ran, access, progress)
-        question = question_of(plan, ran, source)
+        question = question_of(plan, ran, model_of(plan, ran, access, progress))
+        job = prepare(question, progress)
     tokens_per_gpu = plan.workload.tokens_per_step / plan.cluster.num_gpus
-    platform = platform_of(question)
-    setting = setting_of(question, platform)
-    return PlanRun(
-        plan=plan,
-        platform=platform,
-        programs=open_programs(
-            load_graph(source, setting, progress=progress),
-            CostSetting(
-                runtime=platform.runtime,
-                numerics=NUMERICS[setting.precision],
-                optimizer=question.optimizer,
-            ),
-            [name for name in _prior(platform).names if name.startswith("runtime.")],
-        ),
-        seconds=read_log(log, tokens_per_gpu).step_s,
-    )
+    return PlanRun(job=job, layout=plan.layout, seconds=read_log(log, tokens_per_gpu).step_s)
 
 
 def _names(platform: Platform) -> tuple[str, str]:
@@ -214,25 +186,24 @@ def _value(platform: Platform, name: str) -> float:
     return record.value
 
 
-def _interval(platform: Platform, errors: NDArray[np.float64]) -> tuple[float, float]:
-    """Measured over predicted steps: what is left, if there are runs to tell; else as before."""
-    if len(errors) < FEWEST:
-        return platform.step_interval
-    low, high = np.exp(-np.percentile(errors, [90, 10]))
-    return min(float(low), 1 - LEAST_ERROR), max(float(high), 1 + LEAST_ERROR)
-
-
-def _calibration(platform: Platform, found: Posterior, num_runs: int) -> Calibration:
+def _calibration(platform: Platform, found: Posterior) -> Calibration:
     """What was known already, and what the runs say of it."""
-    low, high = _interval(platform, found.errors)
-    basis = FITTED if num_runs >= FEWEST else platform.uncertainty_basis
-    covariance = found.covariance.tolist()
+    known, covariance = platform.calibration, found.covariance.tolist()
+    rest, low, high = (
+        [getattr(known, name) for name in SPREAD]
+        if known is not None
+        else [calibrated(each, NORMAL) for each in (REST, *ENDS)]
+    )
+    left = float(np.sqrt(np.mean(found.errors**2)))
+    if len(found.errors) >= FEWEST and left > rest.value:
+        rest = calibrated(left, FITTED)
     return Calibration(
         schema="mist.calibration/1",
         runtime=platform.runtime.name,
         device=platform.device.name,
-        step_low_ratio=calibrated(low, basis),
-        step_high_ratio=calibrated(high, basis),
+        rest_deviation=rest,
+        low_deviations=low,
+        high_deviations=high,
         values={name: calibrated(value, FITTED) for name, value in found.values.items()},
         covariance=tuple(
             tuple(float(f"{x:.4g}") for x in row[: k + 1]) for k, row in enumerate(covariance)

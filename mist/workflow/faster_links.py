@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Final
 
 from mist.platform.calibration import Profiles, figure_at, with_values
-from mist.symbolic.job import Job, on_platform
+from mist.symbolic.job import Job, on_profiles
 
 NIC: Final = ("cluster.network.nic_bytes_per_s",)
 HOST: Final = ("device.host_to_device_bytes_per_s", "device.device_to_host_bytes_per_s")
@@ -61,8 +61,5 @@ def faster_jobs(job: Job, factor: float) -> dict[str, Job]:
     jobs = {}
     for name, change in _LINKS.items():
         if not absent.get(name):
-            profiles = (platform.device, platform.cluster, platform.runtime)
-            device, cluster, runtime = change(profiles, factor)
-            faster = replace(platform, device=device, cluster=cluster, runtime=runtime)
-            jobs[name] = on_platform(job, faster)
+            jobs[name] = on_profiles(job, change(platform.profiles, factor))
     return jobs

@@ -20,7 +20,7 @@ from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
 from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO, RobustChoice
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
-from mist.symbolic.estimate import estimate
+from mist.symbolic.estimate import estimate, priced_stages
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress, quiet
 from mist.symbolic.program import ModelPrograms
@@ -237,7 +237,7 @@ def _assemble(
         pipeline=pipeline_of(job, layout),
     )
     # The gap is of the fastest plan if every figure is right; a robust one may be slower.
-    fastest_s = estimate(job, plain_layout(job, tuned.best)).step_s
+    fastest_s = priced_stages(job, plain_layout(job, tuned.best)).step_s
     # Rounding to six digits must not lift the bound above the step.
     lower_bound_s = min(six_digits(tuned.lower_bound_s), fastest_s)
     provenance = provenance_of(
@@ -300,7 +300,7 @@ class _Winner:
 
 def _alternative(job: Job, layout: PricedLayout, winner: _Winner) -> Alternative:
     plain = plain_layout(job, layout)
-    judged = estimate(job, plain)
+    judged = priced_stages(job, plain)
     if judged.step_s < sum(winner.parts.values()) * (1 - ROUNDING_RATIO):
         reason, needs = "faster if every figure is right", "more regret where one is wrong"
     else:
@@ -350,7 +350,7 @@ def _infeasible_words(job: Job, space: SearchSpace, question: Question) -> str:
     if not host.fits:
         return f"{words} It cannot be loaded in host memory: it {host.over_words}. Try {host.fix}."
     plain = plain_layout(job, layout)
-    judged = estimate(job, plain).stages
+    judged = priced_stages(job, plain).stages
     index = max(range(len(judged)), key=lambda i: judged[i].peak_bytes)
     more = _host_words(job, space, limits)
     return (
@@ -394,6 +394,6 @@ def _less_offloaded(
             for stage in layout.stages
         )
         less = replace(layout, stages=stages)
-        judged = estimate(job, plain_layout(job, less))
+        judged = priced_stages(job, plain_layout(job, less))
         if all(stage.peak_bytes <= limits.device_bytes for stage in judged.stages):
             yield less

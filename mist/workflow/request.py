@@ -17,6 +17,7 @@ from mist.plans.plan import (
     Limits,
     ModelRef,
     Plan,
+    PricedStages,
     Provenance,
     fullest_host_bytes,
 )
@@ -265,7 +266,9 @@ def notes_of(job: Job) -> Iterator[str]:
         )
 
 
-def host_need(job: Job, layout: Layout, judged: Estimate, limits: Limits) -> HostNeed:
+def host_need(
+    job: Job, layout: Layout, judged: Estimate | PricedStages, limits: Limits
+) -> HostNeed:
     """What a layout needs of the memory of its fullest node, under the limits."""
     per_node, memory = job.platform.gpus_per_node, job.platform.host_memory
     held = [stage.host_bytes for stage in judged.stages]

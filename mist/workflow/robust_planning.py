@@ -19,12 +19,13 @@ from mist.search.robust_choice import (
     DrawnLayout,
     RobustChoice,
     Turn,
+    least_regret,
     offloads,
     pessimistic_job,
     robust_choice,
     steps_on,
 )
-from mist.search.tune import Tuned, tune
+from mist.search.tune import Tuned, groups_within, tune
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 from mist.units import six_digits
@@ -49,24 +50,37 @@ class Robust:
 def chosen_robustly(
     job: Job, space: SearchSpace, limits: Limits, tuned: Tuned, how: Robust
 ) -> RobustChoice:
-    """Choose among what the search found, and two to four further searches find.
+    """Choose among what the search found, and three to five further searches find.
 
-    One with each uncertain figure at its worse end, of the groups whose bound is within the
+    One with each uncertain figure at its worse end, of the groups that may have a layout within the
     tolerance of the fastest; if none of its layouts is, one with each three quarters of the way
-    there. One without offloading; one of a single stage where no search met one.
+    there. One without offloading; one of a single stage where no search met one. Then one more at
+    the worse ends, of the group of the layout that would be chosen: its ratios were found where
+    figures are better.
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
-    # The bounds of groups as the profiles say, which are not those of the pessimistic job.
-    near = {_name(visit.group) for visit in tuned.listed if visit.bound_s <= most_s}
+    # As the profiles say: what is too slow there is not chosen, however it is elsewhere.
+    near = {_name(group) for group in groups_within(job, space, tuned.listed, most_s)}
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
-    is_near = partial(search, is_worth=lambda group: _name(group) in near)
-    pool += _worse(job, partial(is_near, space=space), most_s, how)
+
+    def worse(
+        share: float, is_worth: Callable[[Group], bool], which: str
+    ) -> tuple[PricedLayout, ...]:
+        among = partial(search, pessimistic_job(job, share), space, is_worth=is_worth)
+        return _found(among, how, which)
+
+    def is_near(group: Group) -> bool:
+        return _name(group) in near
+
+    pool += _worse(job, lambda share, which: worse(share, is_near, which), most_s)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
         pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
         pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
+    own = partial(_is_of, least_regret(job, pool, how.tolerance_ratio))
+    pool += worse(1.0, own, "layouts alike, each figure at its worse end")
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
         layout = choice.chosen.layout
@@ -76,12 +90,12 @@ def chosen_robustly(
 
 
 def _worse(
-    job: Job, search: Callable[..., Tuned], most_s: float, how: Robust
+    job: Job, search: Callable[[float, str], tuple[PricedLayout, ...]], most_s: float
 ) -> tuple[PricedLayout, ...]:
     """What searches meet where figures are worse, until a step of `job` takes at most `most_s`."""
     found: tuple[PricedLayout, ...] = ()
     for share, which in PESSIMISTIC:
-        more = _found(partial(search, pessimistic_job(job, share)), how, which)
+        more = search(share, which)
         found += more
         if not more or steps_on([job], more).min() <= most_s:
             break
@@ -89,7 +103,20 @@ def _worse(
 
 
 def _name(group: Group) -> tuple[object, ...]:
-    return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes)
+    """What tells groups of one space apart."""
+    degrees = frozenset(group.strategies["tp"].tolist())
+    return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes, degrees)
+
+
+def _is_of(layout: PricedLayout, group: Group) -> bool:
+    """Whether a layout is of a group."""
+    stages = layout.stages
+    return (
+        (len(stages), layout.num_micro_batches, layout.schedule)
+        == (group.num_stages, group.num_micro_batches, group.schedule)
+        and {stage.num_devices for stage in stages} == {*group.sizes}
+        and {stage.knobs["tp"] for stage in stages} <= {*group.strategies["tp"].tolist()}
+    )
 
 
 def _found(search: Callable[..., Tuned], how: Robust, which: str) -> tuple[PricedLayout, ...]:

@@ -26,8 +26,9 @@ def calibration(path: str) -> Calibration:
         schema="mist.calibration/1",
         runtime="torch",
         device="h100-sxm",
-        step_low_ratio=NUMBER,
-        step_high_ratio=NUMBER,
+        rest_deviation=NUMBER,
+        low_deviations=NUMBER,
+        high_deviations=NUMBER,
         values={path: NUMBER},
     )
 
@@ -73,6 +74,7 @@ def test_a_covariance_that_ships_is_one(each: Calibration) -> None:
     )
     assert np.linalg.eigvalsh(matrix).min() > 0  # and so a normal distribution has it
     assert len(half) == len(each.values)
+    assert np.array_equal(each.matrix, matrix)
 
 
 def test_a_covariance_that_is_no_half_is_refused() -> None:
@@ -94,6 +96,6 @@ def test_a_plan_for_a_calibrated_runtime_says_so() -> None:
     assert platform.calibration is not None and plain.calibration is None
     assert "nanotron-h100-sxm" in platform.profile_hashes()
     assert platform.runtime.host.layer_launch_s.kind is Kind.CALIBRATED
-    low, high = platform.calibration.step_low_ratio, platform.calibration.step_high_ratio
-    assert platform.step_interval == (low.value, high.value)
+    assert platform.uncertainty_basis == platform.calibration.high_deviations.source
+    assert platform.uncertainty_basis != plain.uncertainty_basis
     assert platform.runtime_hash != plain.runtime_hash

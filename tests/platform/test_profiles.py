@@ -348,7 +348,7 @@ def test_the_listing_of_a_profile() -> None:
     assert runtime["states.moments[0].bytes_per_param"].value == 8.0
     assert runtime["transients.reduce_bytes_per_param.bf16"].unit == "B/param"
     calibration = {row.path: row for row in figure_rows("megatron-h100-sxm")}
-    assert calibration["step_high_ratio"].kind is Kind.CALIBRATED
+    assert calibration["high_deviations"].kind is Kind.CALIBRATED
     assert calibration["values.device.tensor_time_scale"].source.startswith("fitted to ")
 
 

@@ -18,7 +18,7 @@ from mist.symbolic import symbols as sym
 from mist.symbolic.block import layer_cost
 from mist.symbolic.columns import Placement, position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
-from mist.symbolic.program import ModelPrograms, stage_model
+from mist.symbolic.program import FIGURES, ModelPrograms, stage_model
 from tests.toys import adamw_setting, kept, pointwise, toy_graph, toy_platform
 
 B, SEQ, HIDDEN, LAYERS, GPUS = 2, 2048, 1024, 4, 16
@@ -27,13 +27,13 @@ TORCH = PLATFORM.runtime
 TWO_NODES = Placement(seq_len=SEQ, gpus_per_node=8, spans_nodes=True)
 
 
-def changed(path: str, value: object) -> Runtime:
-    """Runtime torch with one field changed: "host.step_s"; numbers keep their source."""
+def changed(path: str, value: object, runtime: Runtime = TORCH) -> Runtime:
+    """A runtime with one field changed: "host.step_s"; numbers keep their source."""
     section, name = path.split(".")
-    part: Any = getattr(TORCH, section)
+    part: Any = getattr(runtime, section)
     if isinstance(value, float):
         value = replace(getattr(part, name), value=value)
-    return replace(TORCH, **{section: replace(part, **{name: value})})
+    return replace(runtime, **{section: replace(part, **{name: value})})
 
 
 def laws(runtime: Runtime = TORCH) -> OpCosts:
@@ -66,10 +66,12 @@ def stage(
     pp: int = 1,
     graph: ModelGraph | None = None,
     shares: Mapping[str, float] = MappingProxyType({}),
+    compiled_for: Runtime | None = None,
 ) -> dict[str, float]:
     """The first stage of a pipeline of toy layers on two nodes, by part."""
     dp = GPUS // (tp * pp)
-    cost = stage_model(compiled(graph or toy_graph((LAYERS,)), runtime), laws(runtime))
+    programs = compiled(graph or toy_graph((LAYERS,)), compiled_for or runtime)
+    cost = stage_model(programs, laws(runtime))
     terms = cost.terms(
         strategy_columns(
             TWO_NODES, {"dp": dp, "tp": tp, "micro_batch": B, "zero": zero, **shares}, num_stages=pp
@@ -332,3 +334,18 @@ def test_where_the_host_is_the_device_launches_come_on_top() -> None:
     launches = LAYERS * TORCH.host.layer_launch_s.value
     assert behind["launch_s"] == pytest.approx(launches)
     assert behind["stable_s"] - ahead["stable_s"] == pytest.approx(launches - ahead["launch_s"])
+
+
+def test_programs_serve_every_value_of_a_calibrated_figure() -> None:
+    """Compiled for other values, bound to these: nothing of the others is left in a program."""
+    other, runtime = TORCH, TORCH
+    for number, path in enumerate(FIGURES, start=1):
+        other, runtime = changed(path, 0.5, other), changed(path, 0.01 * number, runtime)
+    assert stage(runtime, pp=2, compiled_for=other) == pytest.approx(stage(runtime, pp=2))
+    assert stage(other, pp=2) != pytest.approx(stage(runtime, pp=2))
+
+
+def test_what_a_runtime_does_not_do_costs_programs_nothing() -> None:
+    programs = compiled(toy_graph((LAYERS,)), changed("host.step_s", 0.0))
+    assert "runtime_host_layer_launch_s()" in programs.terms.source
+    assert "runtime_host_step_s()" not in programs.stage.source

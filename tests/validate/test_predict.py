@@ -135,6 +135,11 @@ ROW = (
     "zero1,2,4,none,bf16,flash,0.05,1.0"
 )
 WRONG = ROW.replace("llama-1", "llama-3").replace(",6,256,8,4,", ",6,250,7,3,")
+STAGES = (
+    ROW.replace("llama-1", "llama-4")
+    .replace("8,4,2,1,", "64,4,2,8,")
+    .replace(",ok,", ",crashed_or_oom,")
+)
 OTHER = ROW.replace("llama-1", "llama-2").replace("H100-80GB-SXM", "abacus")
 
 
@@ -145,11 +150,11 @@ def test_a_file_of_runs_is_predicted(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     runs, out = tmp_path / "runs.csv", tmp_path / "predictions.csv"
-    runs.write_text("\n".join([HEAD, ROW, OTHER, WRONG]) + "\n")
+    runs.write_text("\n".join([HEAD, ROW, OTHER, WRONG, STAGES]) + "\n")
     app(["validate", str(runs), "--out", str(out), "--json"], standalone_mode=False)
     (score,) = json.loads(capsys.readouterr().out)["sources"]
-    assert (score["source"], score["runs"], score["predicted"]) == ("elsewhere", 3, 1)
-    first, second, third = csv.DictReader(out.read_text().splitlines())
+    assert (score["source"], score["runs"], score["predicted"]) == ("elsewhere", 4, 2)
+    first, second, third, fourth = csv.DictReader(out.read_text().splitlines())
     assert (first["status"], first["runtime"], first["calibrated"]) == (
         "predicted",
         "megatron",  # by the rule for sources that nobody listed: tp with ZeRO-1
@@ -164,3 +169,5 @@ def test_a_file_of_runs_is_predicted(
     assert second["predicted_step_s"] == ""
     assert (third["status"], third["predicted_fits"]) == ("error", "")
     assert third["reason"]
+    assert (fourth["status"], fourth["predicted_fits"]) == ("refused", "false")
+    assert fourth["reason"] == "6 layers cannot fill 8 pipeline stages or chunks"

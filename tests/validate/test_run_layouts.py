@@ -49,7 +49,7 @@ SIX = ((6, 0),)  # layers on one stage, none recomputed beyond what a run says
 )
 def test_a_run_that_is_not_predicted_says_why(columns: dict[str, object], reason: str) -> None:
     _, reasons = grouped([run(**columns)], load_sources(), calibrated=True)
-    assert reasons == {"one": reason}
+    assert {name: str(why) for name, why in reasons.items()} == {"one": reason}
 
 
 def test_a_source_can_say_why_none_of_its_runs_is_predicted() -> None:
@@ -57,7 +57,7 @@ def test_a_source_can_say_why_none_of_its_runs_is_predicted() -> None:
     told = Source(runtime="torch", memory="reserved", not_modelled="its rows leave much out")
     sources = replace(table, sources={"hand": told})
     groups, reasons = grouped([run()], sources, calibrated=True)
-    assert (groups, reasons) == ((), {"one": "its rows leave much out"})
+    assert (groups, str(reasons["one"])) == ((), "its rows leave much out")
 
 
 def test_runs_of_one_model_are_predicted_together() -> None:
@@ -150,7 +150,7 @@ def test_given_stages_stand_for_even_ones() -> None:
     layout = group.members[0].case.layout
     assert [(s.num_layers, s.num_full) for s in layout.stages] == [(4, 0), (2, 1)]
     _, reasons = grouped([run(pp=1)], load_sources(), calibrated=True, stages={"one": rows})
-    assert reasons["one"] == "stages of 4 + 2 layers are not the 6 layers on 1 stages"
+    assert str(reasons["one"]) == "stages of 4 + 2 layers are not the 6 layers on 1 stages"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Scores against their definitions, on runs made by hand."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from mist.validate.baselines import constant_utilisation, flops_and_bubble
+from mist.validate.results import RunPrediction
 from mist.validate.scores import errors, feasibility, is_regular, kendall, regret, scored
 from tests.validate.rows import predicted
 
@@ -47,6 +49,17 @@ def test_feasibility_is_of_runs_out_of_memory() -> None:
 
 def _fields(row: object) -> dict[str, object]:
     return {name: getattr(row, name) for name in row.__slots__}  # type: ignore[attr-defined]
+
+
+def test_what_is_refused_counts_and_was_wrong_where_it_ran() -> None:
+    rows = [
+        RunPrediction(run=replace(predicted(1.0).run, run_id=outcome, outcome=outcome),
+                      status="refused", fits=False)
+        for outcome in ("ok", "oom", "crashed_or_oom")
+    ]  # fmt: skip
+    (score,) = scored(rows, {})
+    assert (score.predicted, score.precision, score.recall) == (3, 0.5, 1.0)
+    assert (score.time, score.kept_ratio) == (None, 0.0)
 
 
 def test_stalled_and_full_runs_are_not_judged_by_time() -> None:

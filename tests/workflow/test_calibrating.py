@@ -17,7 +17,6 @@ from mist.platform import Kind, load_platform
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import make_job
-from mist.workflow import calibrating
 from mist.workflow.calibrating import calibrate
 from mist.workflow.planning import make_plan
 from mist.workflow.request import Question
@@ -26,13 +25,12 @@ from tests.workflow.answering import answer_with
 
 GRAPH = toy_graph((8,), hidden=8192)
 PLAIN = {"offload": NO_RATIOS, "schedules": (ScheduleKind.ONE_F_ONE_B,)}
-SLOWER, LONGER = 1.3, 2.5e-3
+SLOWER, LONGER = 1.45, 2.5e-3  # a deviation or so from what is known beforehand
 
 
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answer_with(GRAPH, monkeypatch)
-    monkeypatch.setattr(calibrating, "load_graph", lambda *_, **__: GRAPH)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)  # where the models of the plans may run
 
@@ -77,12 +75,11 @@ def test_what_made_the_runs_is_found(tmp_path: Path) -> None:
     # Runs of one node and of two, with and without tp, that know nothing of hops.
     speed = "device.tensor_time_scale"
     assert abs(np.log(after[speed] / SLOWER)) < abs(np.log(before[speed] / SLOWER))
-    covariance = found.calibration.covariance
     known = load_platform(num_gpus=8, gpu=None, cluster=None, runtime="torch").calibration
     assert known is not None
-    assert covariance[0][0] < known.covariance[0][0]  # its rate is surer than it was
-    ends = (found.calibration.step_low_ratio.value, found.calibration.step_high_ratio.value)
-    assert ends == (0.95, 1.05)  # no few runs promise more
+    # Its rate is surer than it was. That few runs agree says nothing of what no constant explains.
+    assert found.calibration.covariance[0][0] < known.covariance[0][0]
+    assert found.calibration.rest_deviation == known.rest_deviation
 
 
 @pytest.mark.slow  # a plan, and fifty predictions of it
@@ -93,9 +90,6 @@ def test_one_run_moves_what_it_speaks_of(tmp_path: Path) -> None:
     tensor = "runtime.overlap.tensor_parallel_time_scale"
     assert found.after[tensor] == pytest.approx(found.before[tensor], rel=0.02)
     assert [tensor in lesson for lesson in found.lessons].count(True) == 1
-    plain = load_platform(num_gpus=8, gpu=None, cluster=None, runtime="torch")
-    ends = (found.calibration.step_low_ratio.value, found.calibration.step_high_ratio.value)
-    assert ends == plain.step_interval
 
 
 def test_a_layout_in_the_words_of_check_needs_no_plan(tmp_path: Path) -> None:
@@ -130,7 +124,7 @@ def test_runs_of_two_devices_do_not_mix(tmp_path: Path) -> None:
         calibrate([(plan, log), (other, log)], lambda message: None)
 
 
-@pytest.mark.slow  # compiles the costs anew for each guess
+@pytest.mark.slow  # four plans, and one with what they say
 def test_plans_use_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(path) for pair in pairs(tmp_path) for path in pair]
     app(["calibrate", *files], standalone_mode=False)
