@@ -54,6 +54,7 @@ GENERAL_ADVICE: Final = (
 )
 TORCH: Final = str(Path(torch.__file__).parent)
 OURS: Final = str(Path(__file__).parent)
+RAISED: Final = "torch._subclasses.fake_tensor"  # logs what it raises
 LIBRARIES: Final = "site-packages"
 
 
@@ -65,7 +66,7 @@ class Passed(Exception):
 def traced(name: str) -> Iterator[None]:
     """Within: an exception of the model `name` becomes a TraceError."""
     try:
-        with without_torch_log():
+        with without_log(RAISED):
             yield
     except (MistError, Passed, KeyboardInterrupt):
         raise
@@ -90,11 +91,11 @@ def _advice(error: BaseException, frames: Sequence[traceback.FrameSummary]) -> s
 
 
 @contextmanager
-def without_torch_log() -> Iterator[None]:
-    """Within: torch does not log what it raises, which is said in our words."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+def without_log(name: str) -> Iterator[None]:
+    """Within: the logger `name` and those below it are silent; we say it in our words."""
+    log = logging.getLogger(name)
     level = log.level
-    log.setLevel(logging.CRITICAL)
+    log.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ GPU. Policy "cuda" sends the three composite functions to the operations that a 
 and gives norm statistics the dtype that CUDA kernels write. Policy "cpu" changes nothing.
 """
 
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mist.plans.workload import Attention
+from mist.trace.diagnose import without_log
 from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
@@ -30,6 +30,7 @@ from mist.trace.operations.kernels import (
     fused_rms_norm,
     fused_rms_norm_backward,
 )
+from mist.trace.operations.known_scans import scans_as_kernels
 from mist.trace.operations.windows import Windows, windowed_masks
 
 aten = torch.ops.aten
@@ -129,15 +130,17 @@ PACKED_CHECK: Final = "find_packed_sequence_indices"
 
 
 @contextmanager
-def runs_as(setting: TraceSetting) -> Iterator[None]:
-    """Within: functions and kernels behave as on the setting's device."""
+def runs_as(setting: TraceSetting, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Within: functions and kernels behave as on the setting's device, scans of modules, too."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(logging.getLogger("transformers"), "disabled", True))
+        stack.enter_context(without_log("transformers"))
         if MASKING in sys.modules:
             stack.enter_context(patch.object(sys.modules[MASKING], PACKED_CHECK, _not_packed))
         stack.enter_context(ImitatedKernels(setting.policy))
         if setting.autocast and setting.policy == "cuda":
             stack.enter_context(Functions(in_fp32()))
+        if setting.policy == "cuda":
+            stack.enter_context(scans_as_kernels(modules))
         # With attention written out no kernel skips what a mask hides.
         is_fused = setting.policy == "cuda" and setting.attention is Attention.FLASH
         windows = stack.enter_context(windowed_masks()) if is_fused else Windows()
