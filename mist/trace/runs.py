@@ -61,6 +61,10 @@ SCANS = (
     "scans over the sequence are priced as the kernels of flash-linear-attention and mamba_ssm, "
     "which transformers takes where they are installed; its references in Python need far more"
 )
+RECURRENCES = (
+    "recurrent layers are priced as cuDNN's kernels, token after token; what these keep is not "
+    "documented, and taken as the gates and cell states that the backward pass needs"
+)
 COMPILED: Final = (
     "torch.compile: layers only; which tensors are kept is decided at b = "
     f"{BATCH_HINT}, s = {SEQ_HINT} (shorter where the model is)"
@@ -381,8 +385,12 @@ def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:
     """What operations take for granted."""
     if "aten._flash_attention_forward" in names:
         yield WINDOWED
-    if names & {str(packet) for packet in SCAN_OPS}:
+    kernels = {name for packet, name in SCAN_OPS.items() if str(packet) in names}
+    recurrent = {name for name in kernels if name.startswith("recurrent")}
+    if kernels - recurrent:
         yield SCANS
+    if recurrent:
+        yield RECURRENCES
     if run.experts or "aten._grouped_mm" in names:
         yield ROUTED
 

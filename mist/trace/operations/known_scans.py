@@ -6,7 +6,6 @@ from: a global of the modules that its classes lie in, or an attribute of a modu
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -112,16 +111,22 @@ def _places(
 ) -> Iterator[tuple[dict[str, Any], str, OnCall, KnownScan]]:
     """Each table of names that has a known scan, with the name and the function."""
     modules = list(modules)
-    homes = {base.__module__ for module in modules for base in type(module).__mro__}
+    classes = {base for module in modules for base in type(module).__mro__}
     # torch's own modules have none, and many names.
-    files = [sys.modules[home] for home in sorted(homes) if not home.startswith("torch.")]
-    tables = [vars(each) for each in files]
-    tables += [vars(module) for module in modules]
+    users = [each for each in classes if not each.__module__.startswith("torch.")]
+    tables = [*map(_globals_of, users), *map(vars, modules)]
     for table in {id(table): table for table in tables}.values():
         for name, value in list(table.items()):
             scan = _known(value) if isinstance(value, FunctionType) else None
             if scan is not None:
                 yield table, name, value, scan
+
+
+def _globals_of(owner: type) -> dict[str, Any]:
+    """The names that the code of a class sees: those of the module that it is written in."""
+    functions = (inspect.unwrap(f) for f in vars(owner).values() if isinstance(f, FunctionType))
+    tables = (function.__globals__ for function in functions)
+    return next((each for each in tables if each.get("__name__") == owner.__module__), {})
 
 
 def _known(function: OnCall) -> KnownScan | None:

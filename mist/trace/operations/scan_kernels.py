@@ -117,6 +117,12 @@ SCAN_KERNELS: Final[Mapping[str, ScanKernel]] = MappingProxyType(
         "gated_scan_backward": ScanKernel(
             (*SCAN_GRADIENTS, "bes"), elements="besd", flop_each=18
         ),
+        # A recurrent layer (see `recurrent`): inputs of all tokens at once, then token by token.
+        "recurrent_layer": ScanKernel(("pqo", "dbh", "dbh", "tr"), ("d tgi", "ds bgh")),
+        "recurrent_layer_backward": ScanKernel(
+            ("pqi", "dbh", "dbh", "dtg"), ("ds bhg", "d tig")
+        ),
+        "recurrent_weights": ScanKernel(("gi", "gh", "g", "g"), ("d git", "d ght")),
     }
 )  # fmt: skip
 

@@ -31,6 +31,7 @@ from mist.trace.operations.kernels import (
     fused_rms_norm_backward,
 )
 from mist.trace.operations.known_scans import scans_as_kernels
+from mist.trace.operations.recurrent import RECURRENT
 from mist.trace.operations.windows import Windows, windowed_masks
 
 aten = torch.ops.aten
@@ -167,6 +168,7 @@ def _kernels_of(setting: TraceSetting, windows: Windows) -> dict[str, Callable[.
     kernels: dict[str, Callable[..., object]] = {}
     if setting.policy == "cuda":
         kernels |= {
+            **RECURRENT,
             "aten::dropout": _dropout,
             "aten::rms_norm": _rms_norm,
             "mist::rms_norm": _norm_of_layers,
