@@ -35,10 +35,6 @@ SHARD_FAULTS: Final[Mapping[str, str]] = MappingProxyType(
 # Known by what is raised, or by the library that raises it: what to do.
 ADVICE: Final[Mapping[str, str]] = MappingProxyType(
     {
-        r"FlexAttention does not support": (
-            "flex_attention runs as a kernel that is compiled for its mask, which Mist has no "
-            "costs for. Use scaled_dot_product_attention (is_causal or attn_mask) to plan"
-        ),
         r"bitsandbytes": (
             "Modules of bitsandbytes pack their weights on a GPU and do not run without one. Plan "
             "with frozen nn.Linear in their place, or a config.json with quantization_config"

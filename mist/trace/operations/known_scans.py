@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from types import FunctionType, MappingProxyType
+from types import MappingProxyType
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mist.trace.expressions import hint_of
+from mist.trace.operations.model_functions import functions_of
 from mist.trace.operations.scans import (
     ChannelDeltaRule,
     GatedDeltaRule,
@@ -101,32 +102,11 @@ KNOWN_SCANS: Final = (
 def scans_as_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within: the known scans of these modules run as kernels."""
     with ExitStack() as stack:
-        for table, name, function, scan in _places(modules):
-            stack.enter_context(patch.dict(table, {name: _stand_in(function, scan)}))
-        yield
-
-
-def _places(
-    modules: Iterable[nn.Module],
-) -> Iterator[tuple[dict[str, Any], str, OnCall, KnownScan]]:
-    """Each table of names that has a known scan, with the name and the function."""
-    modules = list(modules)
-    classes = {base for module in modules for base in type(module).__mro__}
-    # torch's own modules have none, and many names.
-    users = [each for each in classes if not each.__module__.startswith("torch.")]
-    tables = [*map(_globals_of, users), *map(vars, modules)]
-    for table in {id(table): table for table in tables}.values():
-        for name, value in list(table.items()):
-            scan = _known(value) if isinstance(value, FunctionType) else None
+        for table, name, function in functions_of(modules):
+            scan = _known(function)
             if scan is not None:
-                yield table, name, value, scan
-
-
-def _globals_of(owner: type) -> dict[str, Any]:
-    """The names that the code of a class sees: those of the module that it is written in."""
-    functions = (inspect.unwrap(f) for f in vars(owner).values() if isinstance(f, FunctionType))
-    tables = (function.__globals__ for function in functions)
-    return next((each for each in tables if each.get("__name__") == owner.__module__), {})
+                stack.enter_context(patch.dict(table, {name: _stand_in(function, scan)}))
+        yield
 
 
 def _known(function: OnCall) -> KnownScan | None:

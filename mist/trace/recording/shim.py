@@ -24,6 +24,7 @@ from mist.trace.diagnose import without_log
 from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
+from mist.trace.operations.flex_attention import flex_as_flash
 from mist.trace.operations.kernels import (
     OPAQUE,
     SYMBOLIC,
@@ -140,11 +141,13 @@ def runs_as(setting: TraceSetting, modules: Iterable[nn.Module] = ()) -> Iterato
         stack.enter_context(ImitatedKernels(setting.policy))
         if setting.autocast and setting.policy == "cuda":
             stack.enter_context(Functions(in_fp32()))
-        if setting.policy == "cuda":
-            stack.enter_context(scans_as_kernels(modules))
         # With attention written out no kernel skips what a mask hides.
         is_fused = setting.policy == "cuda" and setting.attention is Attention.FLASH
         windows = stack.enter_context(windowed_masks()) if is_fused else Windows()
+        if setting.policy == "cuda":
+            modules = list(modules)
+            stack.enter_context(scans_as_kernels(modules))
+            stack.enter_context(flex_as_flash(modules, windows))
         stack.enter_context(_composed(_kernels_of(setting, windows)))
         yield
 
