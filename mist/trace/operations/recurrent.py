@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class RecurrentKind:
     """How many times its hidden size a network has gates, keeps, and whether it has cell states."""
 
     gates: int
@@ -29,9 +29,9 @@ class Cell:
     has_cells: bool = False
 
 
-LSTM: Final = Cell(4, 5, has_cells=True)
-GRU: Final = Cell(3, 4)
-RNN: Final = Cell(1, 0)
+LSTM: Final = RecurrentKind(4, 5, has_cells=True)
+GRU: Final = RecurrentKind(3, 4)
+RNN: Final = RecurrentKind(1, 0)
 
 
 class RecurrentLayer(torch.autograd.Function):
@@ -40,13 +40,13 @@ class RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: ScanContext, *inputs: Any) -> Any:  # noqa: ANN401 (tensors, or None)
         """The hidden states of all tokens, the last ones, and the last cell states."""
-        cell, batch_first, x, hidden, cells, *weights = inputs
+        kind, batch_first, x, hidden, cells, *weights = inputs
         directions, batch, size = hidden.shape
         outer, inner = x.shape[:2]
         sizes = dict(zip("pqidbh", (outer, inner, x.shape[2], *hidden.shape), strict=True))
         tokens = inner if batch_first else outer
-        sizes |= {"s": tokens, "t": batch * tokens, "g": cell.gates * size, "o": directions * size}
-        sizes["r"] = directions * cell.kept * size
+        sizes |= {"s": tokens, "t": batch * tokens, "g": kind.gates * size, "o": directions * size}
+        sizes["r"] = directions * kind.kept * size
         out, *last, kept = scan_kernel("recurrent_layer", [x, hidden, cells, *weights], sizes)
         ctx.sizes = sizes
         ctx.set_materialize_grads(False)
@@ -71,27 +71,30 @@ class RecurrentLayer(torch.autograd.Function):
         return (None, None, of_x, *of_first, *of_weights)
 
 
-def run(cell: Cell, default: Callable[..., Any], *arguments: Any) -> tuple[torch.Tensor, ...]:  # noqa: ANN401 (those of torch's function)
+def run(
+    kind: RecurrentKind,
+    default: Callable[..., Any],
+    *arguments: Any,  # noqa: ANN401 (those of torch's function)
+) -> tuple[torch.Tensor, ...]:
     """In the place of torch's function of the network: layer after layer."""
     x, states, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = (
         arguments
     )
-    hidden, cells = states if cell.has_cells else (states, None)
     directions = 2 if bidirectional else 1
     each = directions * (4 if has_biases else 2)
     if len(params) != num_layers * each:  # with a projection of the hidden states
         return tuple(default(*arguments))
+    hidden, cells = states if kind.has_cells else (states, None)
     out, last = x, []
     for layer in range(num_layers):
         own = slice(layer * directions, (layer + 1) * directions)
         first = (hidden[own], None if cells is None else cells[own])
         weights = params[layer * each : (layer + 1) * each]
-        if layer and train and dropout:
-            out = torch.native_dropout(out, dropout, True)[0]
-        out, *own_last = RecurrentLayer.apply(cell, batch_first, out, *first, *weights)  # type: ignore[no-untyped-call]
-        last.append(own_last)
-    ends = tuple(map(torch.cat, zip(*last, strict=True)))
-    return (out, *ends) if cell.has_cells else (out, ends[0])
+        out = torch.native_dropout(out, dropout, True)[0] if layer and train * dropout else out
+        out, *ends = RecurrentLayer.apply(kind, batch_first, out, *first, *weights)  # type: ignore[no-untyped-call]
+        last.append(ends)
+    hidden, cells = map(torch.cat, zip(*last, strict=True))
+    return (out, hidden, cells)[: 3 if kind.has_cells else 2]
 
 
 RECURRENT: Final[Mapping[str, Callable[..., tuple[torch.Tensor, ...]]]] = MappingProxyType(
