@@ -153,6 +153,17 @@ def runs_as(setting: TraceSetting, modules: Iterable[nn.Module] = ()) -> Iterato
 
 
 @contextmanager
+def runs_anywhere(model: nn.Module) -> Iterator[None]:
+    """Within: a model runs on fake tensors, though only a GPU has kernels for all it calls.
+
+    For what takes what from which; costs are those of `runs_as`.
+    """
+    modules = list(model.modules())
+    with ImitatedKernels("cpu"), scans_as_kernels(modules), flex_as_flash(modules, Windows()):
+        yield
+
+
+@contextmanager
 def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
     """Within: these composite operations run by other kernels, whoever calls them."""
     libraries = {name: Library(name, "IMPL") for name in ("aten", "mist")}
