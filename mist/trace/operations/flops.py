@@ -231,8 +231,8 @@ def work_of(call: Call) -> list[Work]:
     if RECURRENT & set(name.split("_")):
         raise TraceError(
             f"operation {call.func.overloadpacket} (nn.LSTM, nn.GRU or nn.RNN) goes through the "
-            "tokens one by one. A GPU runs that as one kernel of cuDNN, which Mist has no costs "
-            "for. Use attention, or a scan by chunks (as Mamba-2's), in its place."
+            "tokens one by one, as on a CPU or with packed sequences, which Mist has no costs for. "
+            "Plan for a GPU, and give the network plain tensors."
         )
     if _is_heavy(name):
         raise TraceError(
