@@ -24,6 +24,20 @@ class Ranges:
         """Some of them."""
         return replace(self, first=self.first[rows], count=self.count[rows])
 
+    def distinct(self, job: Job) -> tuple["Ranges", Ints]:
+        """One range of each sequence of kinds, and which of them each is like, [R].
+
+        Layers that are alike cost the same wherever they are: a stage depends on its sequence.
+        """
+        if self.alike:
+            return self, np.arange(len(self))
+        kind_of_layer = np.diff(job.kind_prefix, axis=1).argmax(axis=0)
+        offset = np.arange(max(self.count, default=0))
+        layers = np.minimum(self.first[:, None] + offset, job.num_layers - 1)
+        sequence = np.where(offset < self.count[:, None], kind_of_layer[layers], -1)
+        _, rows, index = np.unique(sequence, axis=0, return_index=True, return_inverse=True)
+        return replace(self, first=self.first[rows], count=self.count[rows]), index
+
 
 def layer_ranges(job: Job, num_stages: int, *, least: int = 1) -> Ranges:
     """Ranges of at least `least` layers that leave as many for each other stage."""

@@ -14,6 +14,7 @@ alike, keep to equal shares.
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mist.pareto.frontier_points import StackedMixes
 from mist.pareto.strategies import Floats, Group
@@ -33,10 +34,10 @@ def shared(limits: Limits, num_stages: int) -> Limits:
     return replace(limits, host_bytes=limits.host_bytes * num_stages, shares_host=True)
 
 
-def num_crowded_out(
+def crowded_out(
     table: StackedMixes, least_s: Floats, num_strategies: int, *, step_s: float, limits: Limits
-) -> int:
-    """How many strategies and ranges an equal share may keep out of a plan within `step_s`.
+) -> NDArray[np.bool_]:
+    """Which strategies and ranges [K, R] an equal share may keep out of a plan within `step_s`.
 
     No mix holds more than all layers at one of the levels does, nor is one faster than the fastest
     of these. They come first in the table; `least_s` [N, R] bounds the steps of their plans.
@@ -45,4 +46,4 @@ def num_crowded_out(
     shape = (-1, num_strategies, least_s.shape[1])
     most_bytes = table.host_bytes[whole].reshape(shape).max(axis=0, initial=0.0)
     soonest_s = least_s[whole].reshape(shape).min(axis=0, initial=np.inf)
-    return int(((most_bytes > limits.host_bytes) & (soonest_s <= step_s)).sum())
+    return np.asarray((most_bytes > limits.host_bytes) & (soonest_s <= step_s))

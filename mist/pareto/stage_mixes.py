@@ -247,15 +247,16 @@ class StagePosition:
         ]
         if num_kinds == 1:  # every possible mix has a layer at each of its levels
             return self._constant(sum(bit for bit, _ in bits))[outputs][:, rows, None]
-        held = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
-        for bit, layers in bits:
-            held |= np.where(layers > 0, bit, 0)
-        base = np.empty((len(self._outputs[outputs]), *held.shape))
-        for each in np.unique(held):
-            at = held == each
-            line = self._constant(int(each))[outputs][:, rows, None]
-            base[:, at] = np.broadcast_to(line, base.shape)[:, at]
-        return base
+        # A code of its own for each set of kinds and levels: there are few, and one look-up each.
+        code = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
+        for place, (_, layers) in enumerate(bits):
+            code |= (layers > 0).astype(np.int64) << place
+        present = np.flatnonzero(np.bincount(code.ravel(), minlength=1 << len(bits)))
+        lines = np.empty((1 << len(bits), len(rows), len(self._outputs[outputs])))
+        for each in present.tolist():
+            held = sum(bit for place, (bit, _) in enumerate(bits) if each >> place & 1)
+            lines[each] = self._constant(held)[outputs][:, rows].T
+        return np.moveaxis(lines[code, np.arange(len(rows))[:, None]], -1, 0)
 
     def _constant(self, present: int) -> Floats:
         """b_P of every output, [I, F K]."""

@@ -31,8 +31,8 @@ from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.level_choice import allowed_levels, fastest_s
 from mist.pareto.offload_ratios import offloading
-from mist.pareto.shared_host_memory import num_crowded_out, stages_per_node
-from mist.pareto.strategies import Floats, Strategies
+from mist.pareto.shared_host_memory import crowded_out, stages_per_node
+from mist.pareto.strategies import Floats, Ints, Strategies
 from mist.pareto.unequal_meshes import NodePosition, depths, places
 from mist.plans.plan import Limits
 from mist.plans.schedules import forward_first, spare_time
@@ -142,16 +142,20 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
     if sufficient is None:
         return
     model, ranges, placeable = sufficient
-    sized = _Sized(size=group.sizes[0], model=model, ranges=ranges)
-    for stages, mixes in model.by_place(ranges, bounds.limits):
-        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
-        least_s = least_step_s(base, ranges, table.stable_s, table.lone_s)
+    # Ranges with the same sequence of kinds are looked at once.
+    distinct, like = ranges.distinct(base.job)
+    copies = np.bincount(like, minlength=len(distinct))
+    sized = _Sized(size=group.sizes[0], model=model, ranges=distinct)
+    for stages, mixes in model.by_place(distinct, bounds.limits):
+        table = stacked(mixes, model.weight_s(int(stages[0]), distinct))
+        least_s = least_step_s(base, distinct, table.stable_s, table.lone_s)
         useful = table.fits & (least_s <= bounds.step_s)
-        store.num_tried += useful.size * len(stages)
+        store.num_tried += len(useful) * len(ranges) * len(stages)
         if not bounds.limits.shares_host and stages_per_node(base.job, group) > 1:
-            store.num_crowded_out += num_crowded_out(
+            crowded = crowded_out(
                 table, least_s, len(model.strategies), step_s=bounds.step_s, limits=bounds.limits
             )
+            store.num_crowded_out += int((crowded * copies).sum())
         known: dict[tuple[bool, bytes], list[_Found]] = {}
         for stage in stages.tolist():
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
@@ -159,10 +163,37 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
             # Stages of one place that agree in ranges and tie have the same frontiers.
             key = (model.is_tied(stage), allowed.tobytes())
             if key not in known:
+                looked_at = np.isin(np.arange(len(distinct)), like[allowed])
                 ties = model.ties(stage)
-                known[key] = list(_frontiers(sized, table, useful & allowed, bounds.limits, ties))
+                found = _frontiers(sized, table, useful & looked_at, bounds.limits, ties)
+                known[key] = list(_everywhere(list(found), distinct, ranges, like, allowed))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
+
+
+def _everywhere(
+    found: Sequence[_Found],
+    distinct: Ranges,
+    ranges: Ranges,
+    like: Ints,
+    allowed: NDArray[np.bool_],
+) -> Iterator[_Found]:
+    """The frontiers of distinct ranges as cells of each allowed range [R] that is like one."""
+    if ranges.alike:
+        yield from found
+        return
+    column = {
+        each: index
+        for index, each in enumerate(
+            zip(distinct.first.tolist(), distinct.count.tolist(), strict=True)
+        )
+    }
+    known = {(each[0].tie, column[each[0].first, each[0].count]): each for each in found}
+    for tie in dict.fromkeys(cell.tie for cell, _, _ in found):
+        for row in np.flatnonzero(allowed).tolist():
+            if (tie, int(like[row])) in known:
+                cell, points, strategies = known[tie, int(like[row])]
+                yield replace(cell, first=int(ranges.first[row])), points, strategies
 
 
 def _sufficient(

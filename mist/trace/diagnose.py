@@ -35,10 +35,6 @@ SHARD_FAULTS: Final[Mapping[str, str]] = MappingProxyType(
 # Known by what is raised, or by the library that raises it: what to do.
 ADVICE: Final[Mapping[str, str]] = MappingProxyType(
     {
-        r"FlexAttention does not support": (
-            "flex_attention runs as a kernel that is compiled for its mask, which Mist has no "
-            "costs for. Use scaled_dot_product_attention (is_causal or attn_mask) to plan"
-        ),
         r"bitsandbytes": (
             "Modules of bitsandbytes pack their weights on a GPU and do not run without one. Plan "
             "with frozen nn.Linear in their place, or a config.json with quantization_config"
@@ -54,6 +50,7 @@ GENERAL_ADVICE: Final = (
 )
 TORCH: Final = str(Path(torch.__file__).parent)
 OURS: Final = str(Path(__file__).parent)
+RAISED: Final = "torch._subclasses.fake_tensor"  # logs what it raises
 LIBRARIES: Final = "site-packages"
 
 
@@ -65,7 +62,7 @@ class Passed(Exception):
 def traced(name: str) -> Iterator[None]:
     """Within: an exception of the model `name` becomes a TraceError."""
     try:
-        with without_torch_log():
+        with without_log(RAISED):
             yield
     except (MistError, Passed, KeyboardInterrupt):
         raise
@@ -90,11 +87,11 @@ def _advice(error: BaseException, frames: Sequence[traceback.FrameSummary]) -> s
 
 
 @contextmanager
-def without_torch_log() -> Iterator[None]:
-    """Within: torch does not log what it raises, which is said in our words."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+def without_log(name: str) -> Iterator[None]:
+    """Within: the logger `name` and those below it are silent; we say it in our words."""
+    log = logging.getLogger(name)
     level = log.level
-    log.setLevel(logging.CRITICAL)
+    log.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:

@@ -119,6 +119,11 @@ class Symbols:
         }
 
 
+def hint_of(size: Size) -> int:
+    """A size as a number: of a symbol its hint. What is decided by it adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def num_bytes(tensor: torch.Tensor) -> Size:
     """Bytes that reading the whole tensor touches: an expanded dimension (stride 0) counts once."""
     strides: tuple[Size, ...] = tensor.stride()

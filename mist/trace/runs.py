@@ -19,9 +19,10 @@ from torch import nn
 
 from mist.errors import TraceError
 from mist.model.graph import B, Op, S, T
-from mist.trace.diagnose import shard_words, traced, without_torch_log
+from mist.trace.diagnose import RAISED, shard_words, traced, without_log
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
+from mist.trace.operations.scan_kernels import SCAN_OPS
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
 from mist.trace.recording.op_limit import LimitReached, OpLimit
 from mist.trace.recording.recorded_run import Point, RecordedRun
@@ -55,6 +56,14 @@ OWN_CHECKPOINTS = (
 WINDOWED = (
     "sliding windows run in a kernel that skips what lies outside of them (FlashAttention 2, "
     "FlexAttention); torch's own attention takes them as a mask over all pairs and needs more"
+)
+SCANS = (
+    "scans over the sequence are priced as the kernels of flash-linear-attention and mamba_ssm, "
+    "which transformers takes where they are installed; its references in Python need far more"
+)
+RECURRENCES = (
+    "recurrent layers are priced as cuDNN's kernels, token after token; what these keep is not "
+    "documented, and taken as the gates and cell states that the backward pass needs"
 )
 COMPILED: Final = (
     "torch.compile: layers only; which tensors are kept is decided at b = "
@@ -325,7 +334,7 @@ def _on_shards(subject: _Subject, point: Point) -> tuple[_Subject, RecordedRun]:
     sharding = subject.sharding
     assert sharding is not None
     try:
-        with without_torch_log():
+        with without_log(RAISED):
             run = subject.session(point)
     except Exception as error:
         raise UnsupportedRules(
@@ -376,6 +385,12 @@ def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:
     """What operations take for granted."""
     if "aten._flash_attention_forward" in names:
         yield WINDOWED
+    kernels = {name for packet, name in SCAN_OPS.items() if str(packet) in names}
+    recurrent = {name for name in kernels if name.startswith("recurrent")}
+    if kernels - recurrent:
+        yield SCANS
+    if recurrent:
+        yield RECURRENCES
     if run.experts or "aten._grouped_mm" in names:
         yield ROUTED
 

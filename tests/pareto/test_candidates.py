@@ -179,6 +179,20 @@ def test_ranges_of_unlike_layers_leave_enough_for_the_others() -> None:
         assert {c for c in got if c not in want} == {(f, c) for f, c in got if c > 2} - want
 
 
+def test_distinct_ranges_are_one_of_each_sequence_of_kinds() -> None:
+    job = toy_job(toy_graph(UNLIKE), 4, global_batch=16)
+    ranges = layer_ranges(job, 1)
+    kinds = [int(column.argmax()) for column in np.diff(job.kind_prefix, axis=1).T]
+
+    def sequences(of: Ranges) -> list[tuple[int, ...]]:
+        pairs = zip(of.first.tolist(), of.count.tolist(), strict=True)
+        return [tuple(kinds[first : first + count]) for first, count in pairs]
+
+    distinct, like = ranges.distinct(job)
+    assert len(set(sequences(distinct))) == len(distinct) < len(ranges)
+    assert [sequences(distinct)[index] for index in like.tolist()] == sequences(ranges)
+
+
 def rows_of(found: list[Group]) -> set[tuple[int, ...]]:
     return {
         (g.num_stages, g.num_micro_batches, *map(int, row))

@@ -14,8 +14,10 @@ from mist.errors import TraceError
 from mist.model.graph import OpKind
 from mist.model.summary import Traffic
 from mist.trace.dispatch_call import Call, bind
-from mist.trace.operations.flops import RULES, Work, _is_heavy, work_of
+from mist.trace.operations.flops import RULES, _is_heavy, work_of
+from mist.trace.operations.scan_kernels import SCAN_OPS
 from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
+from mist.trace.operations.work import Work
 
 aten = torch.ops.aten
 CPU_ATTENTION = {
@@ -208,7 +210,9 @@ def test_dims_of_experts() -> None:
 def test_every_rule_is_compared() -> None:
     functions = [*FUNCTIONS.values(), *(function for function, _ in BY_HAND.values())]
     seen = {call.func.overloadpacket for make in functions for call in record(make).calls}
-    assert set(RULES) - seen == CPU_ATTENTION | WINDOWED  # by hand: test_exact, test_regimes
+    assert set(RULES) - seen == CPU_ATTENTION | WINDOWED | set(
+        SCAN_OPS
+    )  # test_exact, test_regimes, test_scans
 
 
 @pytest.mark.parametrize("name", ["convert_element_type", "upsample_bilinear2d", "_weight_norm"])

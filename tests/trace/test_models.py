@@ -4,17 +4,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sympy
 import torch
 from sympy import Expr
+from torch import nn
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, T, TensorLayout
 from mist.model.summary import LayerRun, TpLimit
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph, trace_model
-from mist.trace.models.loader import load_model
+from mist.trace.models.loader import LoadedModel, load_model
 from mist.trace.models.presets import PRESETS
 from mist.trace.models.source import resolve
 from tests.trace.test_exact import family_graph, gpt2
@@ -267,3 +269,25 @@ def test_cold_trace_is_quick_and_small(name: str, bar_s: float, tmp_path: Path) 
     seconds, _, heavy = measured(name, tmp_path)
     assert not heavy
     assert seconds < 2.0  # sympy's import is most of it; test_cache times the load alone
+
+
+class Generator(nn.Module):
+    """A model that takes its wish for a cache from its configuration, as Granite 4 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.seen: list[bool] = []
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self.config.use_cache)
+        return ids
+
+
+def test_no_cache_is_kept_for_generation() -> None:
+    model = Generator()
+    loaded = LoadedModel(module=model, name="generator", make_batch=None, loss=None)
+    loaded.forward({"ids": torch.zeros(1)})
+    loaded.forward(torch.zeros(1))
+    assert model.seen == [False, False]
+    assert model.config.use_cache

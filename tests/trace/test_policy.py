@@ -217,3 +217,19 @@ def test_norms_of_torch_are_one_kernel_anyway() -> None:
 
     (block,) = trace_model(Model([Normed(i) for i in range(2)]), CUDA).blocks
     assert bytes_of(block, "mist.fused_rms_norm") == [2 * WIDTH * B * S, 4 * B * S]
+
+
+@pytest.mark.parametrize("keys", [80, 49])
+def test_gradients_of_an_attention_bias_lie_as_torch_lays_them(keys: int) -> None:
+    def gradients() -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        shapes = ((96, 64), (keys, 64), (keys, 32), (96, keys))
+        q, k, v, bias = (torch.empty(2, 4, *shape) for shape in shapes)
+        out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)
+        backward = aten._scaled_dot_product_efficient_attention_backward
+        found = backward(out[0], q, k, v, bias, *out, 0.0, [True] * 4)
+        return [(t.shape, t.stride(), t.untyped_storage().nbytes()) for t in found]
+
+    with FakeTensorMode():
+        known = gradients()
+    with FakeTensorMode(), runs_as(CUDA):
+        assert gradients() == known

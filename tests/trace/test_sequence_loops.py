@@ -68,18 +68,6 @@ class Cells(nn.Module):
         return torch.stack(states, 1)
 
 
-class Gates(nn.Module):
-    """A loop that torch runs, not Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(8, 8, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        states: torch.Tensor = self.gru(x)[0]
-        return states
-
-
 class Recurrent(nn.Module):
     def __init__(self, mix: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -100,7 +88,6 @@ class Recurrent(nn.Module):
     [
         # Two products, a sigmoid, a sum.
         (Scan, "1 runs 4 operations for each token, in a loop"),
-        (Gates, r"1.gru runs \d+ operations for each token"),
         (Cells, "runs 2 operations for each token, in a loop"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from mist.errors import ModelError
 from mist.trace.models.loader import LoadedModel
-from mist.trace.recording.shim import ImitatedKernels
+from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import Layers, find_layers
 
 
@@ -56,7 +56,7 @@ def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
     layers = find_layers(model)
     while layers is not None:
         watch = _Watch(model=model, layers=layers)
-        with mode, ImitatedKernels("cpu"), watch.hooks():
+        with mode, runs_anywhere(model), watch.hooks():
             fake = replace(loaded, module=model)
             fake.run(fake.batch(2, seq_len))
         if sorted(watch.order) == list(range(len(layers.modules))):

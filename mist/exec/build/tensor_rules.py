@@ -24,7 +24,7 @@ from mist.exec.build.tensor_parts import PartRule
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
-from mist.trace.recording.shim import ImitatedKernels
+from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.tensor_parallel.sized_calls import SizeRule
@@ -266,7 +266,7 @@ def _inputs(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> "_I
     with mode:
         model.to_empty(device="cpu")
     watch = _Inputs(model=model, layers=frozenset(structure.layers))
-    with mode, ImitatedKernels("cpu"), watch:
+    with mode, runs_anywhere(model), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))
     return watch

@@ -63,7 +63,8 @@ def look(plan: Plan, stage: int, policy: Policy) -> Seen:
             attention=plan.workload.attention,
             policy=policy,
         )
-        with mode, runs_as(setting), warnings.catch_warnings(action="ignore"):
+        modules = loaded.module.modules()
+        with mode, runs_as(setting, modules), warnings.catch_warnings(action="ignore"):
             _step(parallel, loaded, observer)
     return _observation(plan, stage, short_plan, observer)
 

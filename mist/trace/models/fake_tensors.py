@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from mist.plans.workload import Precision
 from mist.trace.expressions import Size, Symbols
@@ -75,14 +76,20 @@ def fake_tables(modules: Iterable[nn.Module], fakes: Fakes) -> Iterator[None]:
     """Within: the modules' own parameters, buffers and tensor attributes are fake."""
     # Only tensors of the module itself: its children are among the modules.
     tables = [table for m in modules for table in tables_of(m)]
-    before = [{k: v for k, v in t.items() if isinstance(v, torch.Tensor)} for t in tables]
+    before = [{k: v for k, v in t.items() if _holds_tensors(v)} for t in tables]
     for table, tensors in zip(tables, before, strict=True):
-        table.update({name: fakes.of(tensor) for name, tensor in tensors.items()})
+        table.update(tree_map_only(torch.Tensor, fakes.of, tensors))
     try:
         yield
     finally:
         for table, tensors in zip(tables, before, strict=True):
             table.update(tensors)
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether a value is a tensor or a list of tensors, as recurrent modules have of parameters."""
+    values = value if isinstance(value, list) else [value]
+    return len(values) > 0 and all(isinstance(each, torch.Tensor) for each in values)
 
 
 def tables_of(module: nn.Module) -> Iterator[dict[str, Any]]:

@@ -4,12 +4,13 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -104,13 +105,27 @@ class LoadedModel:
 
     def forward(self, batch: object) -> object:
         """The output of the model on a batch."""
-        if isinstance(batch, Mapping):
-            # A cache of keys and values is for generation.
-            no_cache = {"use_cache": False} if "use_cache" in parameters_of(self.module) else {}
-            return self.module(**batch, **no_cache)
-        if isinstance(batch, tuple | list):
-            return self.module(*batch)
-        return self.module(batch)
+        with _without_cache(self.module):
+            if isinstance(batch, Mapping):
+                no_cache = {"use_cache": False} if "use_cache" in parameters_of(self.module) else {}
+                return self.module(**batch, **no_cache)
+            if isinstance(batch, tuple | list):
+                return self.module(*batch)
+            return self.module(batch)
+
+
+@contextmanager
+def _without_cache(module: nn.Module) -> Iterator[None]:
+    """Within: configurations ask for no cache of keys, values and states: that is for generation.
+
+    Not every model that has one takes it as an argument of its own.
+    """
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in module.modules())}.values()
+    with ExitStack() as stack:
+        for config in configs:
+            if getattr(config, "use_cache", None) is True:
+                stack.enter_context(patch.object(config, "use_cache", False))
+        yield
 
 
 def _own_loss(output: object) -> torch.Tensor | None:

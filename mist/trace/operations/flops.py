@@ -10,7 +10,7 @@ and a transform of N complex points 5 N log2 N, half of that when one side is re
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from types import MappingProxyType
 from typing import Final
@@ -22,29 +22,11 @@ from mist.errors import TraceError
 from mist.model.graph import OpKind
 from mist.trace.dispatch_call import Call
 from mist.trace.expressions import Size
+from mist.trace.operations.scan_kernels import SCAN_OPS, scan_work
 from mist.trace.operations.windows import Window
+from mist.trace.operations.work import Work, gemm
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one call computes: dims as in `graph.Op`, and FLOPs: `flop` * log2(`log2_of`).
-
-    A product of `groups` experts has `dims` as if they were one; dimension `split` is divided among
-    them evenly.
-    """
-
-    kind: OpKind
-    dims: tuple[Size, ...]
-    flop: Size
-    log2_of: Size = 2
-    groups: int = 1
-    split: int = 1
-
-
-def _gemm(batch: Size, m: Size, n: Size, k: Size) -> Work:
-    return Work(OpKind.GEMM, (batch, m, n, k), 2 * batch * m * n * k)
 
 
 def _products(of: torch.Tensor) -> int:
@@ -56,7 +38,7 @@ def _mm(left: str, right: str) -> Callable[[Call], list[Work]]:
     def work(call: Call) -> list[Work]:
         x = call.tensor(left)
         (m, k), n = x.shape, call.tensor(right).shape[1]
-        return [_gemm(_products(x), m, n, k)]
+        return [gemm(_products(x), m, n, k)]
 
     return work
 
@@ -65,7 +47,7 @@ def _bmm(left: str, right: str) -> Callable[[Call], list[Work]]:
     def work(call: Call) -> list[Work]:
         x = call.tensor(left)
         (batch, m, k), n = x.shape, call.tensor(right).shape[2]
-        return [_gemm(_products(x) * batch, m, n, k)]
+        return [gemm(_products(x) * batch, m, n, k)]
 
     return work
 
@@ -73,20 +55,20 @@ def _bmm(left: str, right: str) -> Callable[[Call], list[Work]]:
 def _mv(matrix: str) -> Callable[[Call], list[Work]]:
     def work(call: Call) -> list[Work]:
         x = call.tensor(matrix)
-        return [_gemm(_products(x), x.shape[0], 1, x.shape[1])]
+        return [gemm(_products(x), x.shape[0], 1, x.shape[1])]
 
     return work
 
 
 def _dot(call: Call) -> list[Work]:
     x = call.tensor("self")
-    return [_gemm(_products(x), 1, 1, x.numel())]
+    return [gemm(_products(x), 1, 1, x.numel())]
 
 
 def _euclidean_dist(call: Call) -> list[Work]:
     """Squared distances as one product of rows of k + 2: [-2 x, |x|^2, 1] and [y, 1, |y|^2]."""
     x, y = call.tensor("x1"), call.tensor("x2")
-    return [_gemm(prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1] + 2)]
+    return [gemm(prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1] + 2)]
 
 
 def _solve_triangular(call: Call) -> list[Work]:
@@ -106,7 +88,7 @@ def _grouped_mm(call: Call) -> list[Work]:
     if call.arguments["offs"] is None:
         return _bmm("self", "mat2")(call)
     groups = int(call.tensor("offs").shape[0])
-    work = _gemm(1, left.shape[-2], right.shape[-1], left.shape[-1])
+    work = gemm(1, left.shape[-2], right.shape[-1], left.shape[-1])
     # Which size the offsets divide follows from the dimensions of the operands: rows, columns, or
     # the summed one.
     split = {(2, 3): 1, (3, 2): 2, (2, 2): 3}[left.dim(), right.dim()]
@@ -126,17 +108,17 @@ def _fft(call: Call) -> list[Work]:
     return [_transform(x if out.is_complex() else out, call.arguments["dim"])]
 
 
-def _implicit_gemm(points: Sequence[Size], weight: torch.Tensor, groups: int) -> Work:
+def _implicitgemm(points: Sequence[Size], weight: torch.Tensor, groups: int) -> Work:
     """Convolution: every point (batch x space) of the larger side times the kernel."""
     out, k = weight.shape[0] // groups, prod(weight.shape[1:])
-    return _gemm(groups, prod(points), out, k)
+    return gemm(groups, prod(points), out, k)
 
 
 def _convolution(call: Call) -> list[Work]:
     x, weight, groups = call.tensor("input"), call.tensor("weight"), call.arguments["groups"]
     assert isinstance(groups, int)
     side = x if call.arguments["transposed"] else call.first_out
-    return [_implicit_gemm((x.shape[0], *side.shape[2:]), weight, groups)]
+    return [_implicitgemm((x.shape[0], *side.shape[2:]), weight, groups)]
 
 
 def _convolution_backward(call: Call) -> list[Work]:
@@ -144,7 +126,7 @@ def _convolution_backward(call: Call) -> list[Work]:
     grad, mask = call.tensor("grad_output"), call.arguments["output_mask"]
     assert isinstance(groups, int) and isinstance(mask, list)
     side = x if call.arguments["transposed"] else grad
-    work = _implicit_gemm((x.shape[0], *side.shape[2:]), weight, groups)
+    work = _implicitgemm((x.shape[0], *side.shape[2:]), weight, groups)
     return [work] * sum(mask[:2])
 
 
@@ -200,6 +182,7 @@ RULES: Final[Mapping[OpOverloadPacket, Callable[[Call], list[Work]]]] = MappingP
         aten._fft_c2c: _fft,
         aten._fft_r2c: _fft,
         aten._fft_c2r: _fft,
+        **dict.fromkeys(SCAN_OPS, scan_work),
         aten.convolution: _convolution,
         aten.convolution_backward: _convolution_backward,
         aten._scaled_dot_product_flash_attention: ATTENTION_FORWARD,
@@ -248,8 +231,8 @@ def work_of(call: Call) -> list[Work]:
     if RECURRENT & set(name.split("_")):
         raise TraceError(
             f"operation {call.func.overloadpacket} (nn.LSTM, nn.GRU or nn.RNN) goes through the "
-            "tokens one by one. A GPU runs that as one kernel of cuDNN, which Mist has no costs "
-            "for. Use attention, or a scan by chunks (as Mamba-2's), in its place."
+            "tokens one by one, as on a CPU or with packed sequences, which Mist has no costs for. "
+            "Plan for a GPU, and give the network plain tensors."
         )
     if _is_heavy(name):
         raise TraceError(

@@ -2,8 +2,9 @@
 
 aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
 stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads. Torch's
-padding, Fourier transforms, solutions and polar form look at sizes as numbers, which would fix the
-symbols; its grouped products refuse precisions that the kernels take.
+padding, Fourier transforms, solutions, polar form and gradient of an attention bias look at sizes
+as numbers, which would fix the symbols; its grouped products refuse precisions that the kernels
+take.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -132,9 +133,25 @@ def _grouped_mm(
     return x.new_empty_strided((*batch, rows, columns), strides, dtype=dtype)
 
 
+def _efficient_attention_backward(
+    *arguments: Any,  # noqa: ANN401 (as torch has them)
+    scale: float | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients lie [b, s, h, d]; those of the bias in rows that are padded to `BIAS_GRAIN`."""
+    _, *inputs, bias = arguments[:5]
+    of_inputs = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs]
+    if bias is None or not arguments[WANTED][-1]:
+        return (*of_inputs, None)
+    columns: Size = bias.shape[-1]
+    padded = (columns + BIAS_GRAIN - 1) // BIAS_GRAIN * BIAS_GRAIN
+    return (*of_inputs, bias.new_empty((*bias.shape[:-1], padded))[..., :columns])
+
+
 ALIGNMENT_BYTES: Final = 16
+BIAS_GRAIN: Final = 16  # columns
+WANTED: Final = 10  # the argument that says which gradients of attention are asked for
 aten = torch.ops.aten
-SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = MappingProxyType(
+SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., Any]]] = MappingProxyType(
     {
         aten.constant_pad_nd: torch._refs.constant_pad_nd,
         aten._grouped_mm: _grouped_mm,
@@ -143,6 +160,7 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = Mappin
         aten._fft_c2r: _fft_c2r,
         aten.linalg_solve_triangular: _solve_triangular,
         aten.polar: _polar,
+        aten._scaled_dot_product_efficient_attention_backward: _efficient_attention_backward,
     }
 )
 

@@ -62,9 +62,13 @@ class Windows:
         window = window_of(kwargs["mask_function"], size)
         if window is None:
             return mask_of(**kwargs)  # type: ignore[no-any-return]
-        stand_in = torch.ones((), dtype=torch.bool, device=kwargs["device"])
-        self._masks[key_of(stand_in)] = (stand_in, window)
-        return stand_in.expand(kwargs["batch_size"], 1, kwargs["q_length"], length)
+        return self.stand_in(window, kwargs["batch_size"], kwargs["q_length"], length)
+
+    def stand_in(self, window: Window, batch: Size, queries: Size, keys: Size) -> torch.Tensor:
+        """A mask [b, 1, q, k] of one byte that is known as a window."""
+        mask = torch.ones((), dtype=torch.bool)
+        self._masks[key_of(mask)] = (mask, window)
+        return mask.expand(batch, 1, queries, keys)
 
     def grouped(self, grouped_of: OnCall, mask: torch.Tensor | None, *args: object) -> bool:
         """In the place of transformers' question whether attention takes few key/value heads."""

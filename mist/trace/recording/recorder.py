@@ -29,9 +29,10 @@ from mist.errors import TraceError
 from mist.model.graph import Op, OpKind, Phase, SavedTensor, T, TensorLayout
 from mist.trace.dispatch_call import Call, bind, key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
-from mist.trace.operations.flops import Work, work_of
+from mist.trace.operations.flops import work_of
 from mist.trace.operations.fusion import Kernel
 from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
+from mist.trace.operations.work import Work
 from mist.trace.recording.liveness import BackwardCall, Live
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.split_backward import Awaited

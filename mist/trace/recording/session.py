@@ -192,7 +192,7 @@ class Session:
             for index, layer in enumerate(layers):
                 self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
             self.stack.enter_context(self.symbols.mode)
-            self.stack.enter_context(runs_as(self.setting))
+            self.stack.enter_context(runs_as(self.setting, self.model.module.modules()))
             self.undone = self.stack.enter_context(undone_checkpoints())
             if self.setting.fused_norms:
                 for norm, kernel in fused_norms(self.model.module.modules()):

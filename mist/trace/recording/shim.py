@@ -5,7 +5,6 @@ GPU. Policy "cuda" sends the three composite functions to the operations that a 
 and gives norm statistics the dtype that CUDA kernels write. Policy "cpu" changes nothing.
 """
 
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,15 +20,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mist.plans.workload import Attention
+from mist.trace.diagnose import without_log
 from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
+from mist.trace.operations.flex_attention import flex_as_flash
 from mist.trace.operations.kernels import (
     OPAQUE,
     SYMBOLIC,
     fused_rms_norm,
     fused_rms_norm_backward,
 )
+from mist.trace.operations.known_scans import scans_as_kernels
+from mist.trace.operations.recurrent import RECURRENT
 from mist.trace.operations.windows import Windows, windowed_masks
 
 aten = torch.ops.aten
@@ -129,10 +132,10 @@ PACKED_CHECK: Final = "find_packed_sequence_indices"
 
 
 @contextmanager
-def runs_as(setting: TraceSetting) -> Iterator[None]:
-    """Within: functions and kernels behave as on the setting's device."""
+def runs_as(setting: TraceSetting, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Within: functions and kernels behave as on the setting's device, scans of modules, too."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(logging.getLogger("transformers"), "disabled", True))
+        stack.enter_context(without_log("transformers"))
         if MASKING in sys.modules:
             stack.enter_context(patch.object(sys.modules[MASKING], PACKED_CHECK, _not_packed))
         stack.enter_context(ImitatedKernels(setting.policy))
@@ -141,7 +144,22 @@ def runs_as(setting: TraceSetting) -> Iterator[None]:
         # With attention written out no kernel skips what a mask hides.
         is_fused = setting.policy == "cuda" and setting.attention is Attention.FLASH
         windows = stack.enter_context(windowed_masks()) if is_fused else Windows()
+        if setting.policy == "cuda":
+            modules = list(modules)
+            stack.enter_context(scans_as_kernels(modules))
+            stack.enter_context(flex_as_flash(modules, windows))
         stack.enter_context(_composed(_kernels_of(setting, windows)))
+        yield
+
+
+@contextmanager
+def runs_anywhere(model: nn.Module) -> Iterator[None]:
+    """Within: a model runs on fake tensors, though only a GPU has kernels for all it calls.
+
+    For what takes what from which; costs are those of `runs_as`.
+    """
+    modules = list(model.modules())
+    with ImitatedKernels("cpu"), scans_as_kernels(modules), flex_as_flash(modules, Windows()):
         yield
 
 
@@ -164,6 +182,7 @@ def _kernels_of(setting: TraceSetting, windows: Windows) -> dict[str, Callable[.
     kernels: dict[str, Callable[..., object]] = {}
     if setting.policy == "cuda":
         kernels |= {
+            **RECURRENT,
             "aten::dropout": _dropout,
             "aten::rms_norm": _rms_norm,
             "mist::rms_norm": _norm_of_layers,
