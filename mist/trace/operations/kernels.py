@@ -2,8 +2,9 @@
 
 aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
 stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads. Torch's
-padding, Fourier transforms, solutions and polar form look at sizes as numbers, which would fix the
-symbols; its grouped products refuse precisions that the kernels take.
+padding, Fourier transforms, solutions, polar form and products with a broadcast addend look at sizes
+as numbers, which would fix the symbols; its grouped products refuse precisions that the kernels
+take.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,18 @@ def _grouped_mm(
     return x.new_empty_strided((*batch, rows, columns), strides, dtype=dtype)
 
 
+def _baddbmm(
+    addend: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> torch.Tensor:
+    """Scores [b, m, n] with biases (ALiBi) that are broadcast to them."""
+    return addend.new_empty((*left.shape[:2], right.shape[2]))
+
+
 ALIGNMENT_BYTES: Final = 16
 aten = torch.ops.aten
 SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = MappingProxyType(
@@ -143,6 +156,7 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., torch.Tensor]]] = Mappin
         aten._fft_c2r: _fft_c2r,
         aten.linalg_solve_triangular: _solve_triangular,
         aten.polar: _polar,
+        aten.baddbmm: _baddbmm,
     }
 )
 
