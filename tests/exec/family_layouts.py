@@ -12,6 +12,7 @@ LAYERS = 2
 KINDS = {
     "dp2": (S(dp=2, zero=2, layers=(LAYERS,)),),
     "tp2": (S(tp=2, layers=(LAYERS,)),),
+    "tp2 sp": (S(tp=2, sp=True, layers=(LAYERS,)),),
     "pp2": (S(layers=(1,)), S(layers=(1,))),
 }
 OF_FAMILIES = tuple(
