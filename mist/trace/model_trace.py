@@ -20,7 +20,8 @@ from mist.trace.ownership import Owned, owned_parts, unread_note
 from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.recording.session import seq_hint
 from mist.trace.repeated_blocks import find_layers
-from mist.trace.runs import OneLength, Progress, Recorded, record_model
+from mist.trace.run_subject import OneLength
+from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided

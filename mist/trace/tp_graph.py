@@ -56,11 +56,13 @@ WHOLE_ATTENTION: Final = (
 )
 
 
-def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
+def find_sharding(
+    model: nn.Module, run: RecordedRun, left: frozenset[int] = frozenset()
+) -> Sharding:
     """What tensor parallelism divides: by the model's plan, else by its operations in `run`.
 
-    A plan that gathers the outputs of every matrix divides no activation: it is passed over. Raises
-    Unsupported, with the reason.
+    A plan that gathers the outputs of every matrix divides no activation: it is passed over.
+    `left`: modules that stay whole. Raises Unsupported, with the reason.
     """
     layers = [piece for piece in run.layers if piece.module is not None]
     if not layers:
@@ -70,9 +72,10 @@ def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
     matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
     blocks = [_Block(piece, run, matrices) for piece in layers]
     if (plan := plan_of_model(model)) is not None:
-        sharding = sharding_by_plan(model, plan)
+        sharding = sharding_by_plan(model, plan, left)
     elif all(map(_carries_tokens, layers)):
         regions = [region for block in blocks for region in block.regions()]
+        regions = [region for region in regions if not region.has_any(left)]
         sharding = sharding_of(model, regions, list(_vocabulary(model, run)))
     else:
         raise UnsupportedRules(NO_TOKENS)

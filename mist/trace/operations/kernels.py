@@ -2,9 +2,8 @@
 
 aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
 stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads. Torch's
-padding, Fourier transforms, solutions, polar form and products with a broadcast addend look at sizes
-as numbers, which would fix the symbols; its grouped products refuse precisions that the kernels
-take.
+padding, Fourier transforms, solutions, polar form and sums with a product look at sizes as numbers,
+which would fix the symbols; its grouped products refuse precisions that the kernels take.
 """
 
 from collections.abc import Callable, Mapping, Sequence

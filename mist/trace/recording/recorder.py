@@ -35,7 +35,7 @@ from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class
 from mist.trace.recording.liveness import BackwardCall, Live
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.split_backward import Awaited
-from mist.trace.tensor_parallel.tp_check import PRODUCTS, is_partial, mixing
+from mist.trace.tensor_parallel.tp_check import PRODUCTS, goes_over_tokens, is_partial, mixing
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
@@ -73,8 +73,9 @@ class Part:
     whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
     that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
     gradient, so that its memory is that of its forward pass; `works_forward`: its forward pass may
-    hold most, too. `mixed`: forward operations that
-    a shard cannot run, with the reason; `unsummed`: those that read a sum over the ranks before it
+    hold most, too. `mixed`: modules with forward
+    operations that a shard cannot run, with the reason; `over_tokens`: modules that go over the
+    tokens of whole tensors; `unsummed`: those that read a sum over the ranks before it
     is added up. `input`: the storage of its input activation.
     """
 
@@ -93,7 +94,8 @@ class Part:
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False
     works_forward: bool = False
-    mixed: list[str] = field(default_factory=list)
+    mixed: list[tuple[str, str]] = field(default_factory=list)
+    over_tokens: dict[str, None] = field(default_factory=dict)
     unsummed: list[str] = field(default_factory=list)
     awaited: Awaited = field(default_factory=Awaited)
     input: int | None = None
@@ -226,8 +228,10 @@ class Recorder(TorchDispatchMode):
         else:
             self._read(part, call)
             self._await(part, call, origin)
-            reasons = mixing(call, self._symbols.shape)
-            part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
+            for reason in mixing(call, self._symbols.shape):
+                part.mixed.append((origin.module, f"{name} in {origin.module}: {reason}"))
+            if self._colwise and goes_over_tokens(call, self._symbols.shape):
+                part.over_tokens[origin.module] = None
             self._gather(part, call)
             self._follow(part, call, origin)
             if part.forward_only or part.works_forward:

@@ -48,7 +48,7 @@ class OperandPart:
         """`size` elements from `start` on, along the dimension or of each of its blocks."""
         if self.block is None:
             return tensor.narrow(self.dim, start, size)
-        blocks = tensor.unflatten(self.dim, (-1, self.block))
+        blocks: torch.Tensor = tensor.unflatten(self.dim, (-1, self.block))
         return blocks.narrow(self.dim + 1, start, size).flatten(self.dim, self.dim + 1)
 
 
