@@ -3,6 +3,7 @@
 Configurations lie in tiny_families.yaml; models that people write by hand are files of Python.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -118,3 +119,15 @@ CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
     yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 )
 FILES: Final = MappingProxyType({"nanogpt": NANOGPT, "dit": DIT})
+
+
+def file_of(name: str) -> str:
+    """The file that describes a family's model."""
+    return f"{name}.json" if name in CONFIGS else f"{name}.py"
+
+
+def write_family(name: str, folder: Path) -> Path:
+    """The family's model, as a file that a plan can name."""
+    path = folder / file_of(name)
+    path.write_text(json.dumps(CONFIGS[name]) if name in CONFIGS else FILES[name])
+    return path

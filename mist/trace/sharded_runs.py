@@ -150,7 +150,10 @@ def _on_shards(subject: RunSubject, point: Point) -> tuple[RunSubject, RecordedR
     if unknown := _over_tokens(run) - sharding.whole:
         more = replace(sharding, whole=sharding.whole | unknown)
         return _on_shards(replace(subject, sharding=more), point)
-    sharding = replace(sharding, size_rules=run.size_rules, fused=run.fused)
+    # A plan names the regions of all layers; what is known of their calls is of those that ran.
+    ran = {id(inner) for layer, _ in _layers(run) for inner in layer.modules()}
+    regions = {key: columns for key, columns in sharding.regions.items() if key in ran}
+    sharding = replace(sharding, size_rules=run.size_rules, fused=run.fused, regions=regions)
     return replace(subject, sharding=sharding), run
 
 

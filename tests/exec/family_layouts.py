@@ -1,28 +1,21 @@
 """One tiny model of each family under data, tensor and pipeline parallelism of two ranks."""
 
-import json
-from pathlib import Path
+from typing import Final
 
 from tests.exec.layouts import S, Variant
-from tests.tiny_families import CONFIGS
+from tests.tiny_families import CONFIGS, file_of
 
-NAMES = tuple(CONFIGS)
-LAYERS = 2
+FAMILIES: Final = tuple(CONFIGS)
+LAYERS: Final = 2
 
-KINDS = {
+KINDS: Final = {
     "dp2": (S(dp=2, zero=2, layers=(LAYERS,)),),
     "tp2": (S(tp=2, layers=(LAYERS,)),),
     "tp2 sp": (S(tp=2, sp=True, layers=(LAYERS,)),),
     "pp2": (S(layers=(1,)), S(layers=(1,))),
 }
-OF_FAMILIES = tuple(
-    Variant(name=f"{name} {kind}", model=f"{name}.json", stages=stages, micro=8)
-    for name in NAMES
+OF_FAMILIES: Final = tuple(
+    Variant(name=f"{name} {kind}", model=file_of(name), stages=stages, micro=8)
+    for name in FAMILIES
     for kind, stages in KINDS.items()
 )
-
-
-def write_families(folder: Path) -> None:
-    """The tiny models, as files that a plan can name."""
-    for name, config in CONFIGS.items():
-        (folder / f"{name}.json").write_text(json.dumps(config))

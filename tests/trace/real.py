@@ -76,6 +76,20 @@ def measure(
     )
 
 
+def convolution_gradients(
+    grad: torch.Size, x: torch.Size, weight: torch.Size, *settings: Any, **_: object
+) -> int:
+    """FLOPs of a convolution's gradients, each what its forward pass is: points times the kernel.
+
+    Torch's own formula takes the gradient of the input as if there were one group. `settings`: the
+    others of aten.convolution_backward, of which the last says which gradients are wanted.
+    """
+    *_, transposed, _, _, mask = settings
+    assert not transposed
+    points = grad.numel() // grad[1]
+    return sum(mask[:2]) * 2 * points * weight.numel()
+
+
 def saved_in_a_run(
     model: nn.Module, path: str, batch: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> int:

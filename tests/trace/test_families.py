@@ -5,7 +5,6 @@ for attention on a CPU or for experts, and a wrong one for the gradients of grou
 those are written out here, by hand or by torch's own for other devices.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.model_inputs import parameters_of
-from tests.tiny_families import CONFIGS, FILES
-from tests.trace.real import measure
+from tests.tiny_families import CONFIGS, FILES, write_family
+from tests.trace.real import convolution_gradients, measure
 from tests.trace.test_exact import flop, saved_bytes
 
 aten = torch.ops.aten
@@ -48,44 +47,17 @@ def attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *_: object, **
     return sdpa_backward_flop(grad, q, k, v)
 
 
-def convolution_backward(
-    grad: Shape,
-    x: Shape,
-    weight: Shape,
-    bias: object,
-    stride: object,
-    padding: object,
-    dilation: object,
-    transposed: bool,
-    output_padding: object,
-    groups: int,
-    mask: list[bool],
-    **_: object,
-) -> int:
-    """Each gradient costs what the forward pass does: points times the kernel [o, i / g, ...]."""
-    assert not transposed
-    points = grad.numel() // grad[1]
-    return (mask[0] + mask[1]) * 2 * points * weight.numel()
-
-
 FORMULAS = {
     aten._grouped_mm: experts,
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    aten.convolution_backward: convolution_backward,
+    aten.convolution_backward: convolution_gradients,
 }
-
-
-def source(name: str, folder: Path) -> str:
-    """A file that describes the family's model."""
-    path = folder / (f"{name}.json" if name in CONFIGS else f"{name}.py")
-    path.write_text(json.dumps(CONFIGS[name]) if name in CONFIGS else FILES[name])
-    return str(path)
 
 
 def drawn(name: str, folder: Path) -> LoadedModel:
     """The model with values on this CPU."""
-    loaded = load(source(name, folder), Attention.FLASH)
+    loaded = load(str(write_family(name, folder)), Attention.FLASH)
     drawn: dict[int, nn.Parameter] = {}
     for module in loaded.module.modules():
         for own, parameter in list(module._parameters.items()):
@@ -134,7 +106,9 @@ def test_layers_of_a_family_equal_real_tensors(name: str, tmp_path: Path) -> Non
             setting = TraceSetting(
                 precision=Precision.FP32, attention=Attention.FLASH, policy="cpu", seq_len=s
             )
-            graph = load_graph(source(name, tmp_path), setting, progress=lambda message: None)
+            graph = load_graph(
+                str(write_family(name, tmp_path)), setting, progress=lambda message: None
+            )
             graphs.append(graph)
         batch = batch_of(loaded, b, s)
         layers = list(layers_of(loaded.module, graph))

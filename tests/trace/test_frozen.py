@@ -124,20 +124,6 @@ def inputs(model: nn.Module, b: int, s: int) -> dict[str, object]:
     return {"ids": ids} if isinstance(model, Model) else {"input_ids": ids, "use_cache": False}
 
 
-def flows_into(model: nn.Module) -> list[bool]:
-    """For each layer whether something before it is trained: what autograd says of its input."""
-    seen: list[bool] = []
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
-        for layer in layers
-    ]
-    model(**inputs(model, 2, 8))
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 SLOW = {
     *("llama last layer", "llama norms", "gpt2 biases", "biases", "upper adapters"),
     *("embedding alone", "tied frozen", "norms"),
