@@ -3,9 +3,9 @@
 from typing import Final
 
 from tests.exec.layouts import S, Variant
-from tests.tiny_families import CONFIGS, file_of
+from tests.tiny_families import CONFIGS, FILES, file_of
 
-FAMILIES: Final = tuple(CONFIGS)
+FAMILIES: Final = (*CONFIGS, *FILES)
 LAYERS: Final = 2
 
 KINDS: Final = {

@@ -133,9 +133,16 @@ def assemble(
 ) -> "Parallel":
     """This rank's part of the model, without values. `memory`: within which it is allocated.
 
-    Raises ModelError for a plan that this version of torch cannot run.
+    Raises ModelError for a plan that this version of torch cannot run, and for stages that would
+    have to pass on more than one activation.
     """
     refuse_missing(plan)
+    if len(plan.stages) > 1 and not subject.structure.in_a_row:
+        raise ModelError(
+            f"pp {len(plan.stages)}: layers of {subject.loaded.name} take more with a gradient than "
+            "what the layer before them gives (an encoder's result, a condition), which stages do "
+            "not pass on. Use pp 1."
+        )
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
     pieces = chunk_layers(plan, place.stage)
