@@ -77,7 +77,7 @@ def measure(
 
 
 def convolution_gradients(
-    grad: torch.Size, x: torch.Size, weight: torch.Size, *settings: Any, **_: object
+    grad: torch.Size, x: torch.Size, weight: torch.Size, *settings: object, **_: object
 ) -> int:
     """FLOPs of a convolution's gradients, each what its forward pass is: points times the kernel.
 
@@ -85,7 +85,7 @@ def convolution_gradients(
     others of aten.convolution_backward, of which the last says which gradients are wanted.
     """
     *_, transposed, _, _, mask = settings
-    assert not transposed
+    assert transposed is False and isinstance(mask, list)
     points = grad.numel() // grad[1]
     return sum(mask[:2]) * 2 * points * weight.numel()
 

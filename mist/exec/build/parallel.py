@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import loss_parallel
 
+from mist.errors import ModelError
 from mist.exec.build.activations import Offloader, apply_memory_level
 from mist.exec.build.adamw import AdamW, Settings, local, make_slots
 from mist.exec.build.batch_shape import planned_shape
@@ -139,9 +140,9 @@ def assemble(
     refuse_missing(plan)
     if len(plan.stages) > 1 and not subject.structure.in_a_row:
         raise ModelError(
-            f"pp {len(plan.stages)}: layers of {subject.loaded.name} take more with a gradient than "
-            "what the layer before them gives (an encoder's result, a condition), which stages do "
-            "not pass on. Use pp 1."
+            f"pp {len(plan.stages)}: layers of {subject.loaded.name} take more than what the layer "
+            "before them gives (a condition, an encoder's result), which stages do not pass on. "
+            "Use pp 1."
         )
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
