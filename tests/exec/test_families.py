@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from mist.errors import ModelError
+from mist.exec.build.parallel import assemble
 from mist.exec.dryrun.dry_run import look
 from mist.exec.observation import Seen
 from mist.plans.plan import Plan
@@ -18,7 +21,9 @@ from mist.workflow.verifying import verify_plan
 from tests.exec.double import MAX_LOSS, MAX_PARAMETER
 from tests.exec.family_layouts import FAMILIES, OF_FAMILIES, WITHOUT_SP
 from tests.exec.forking import RunRanks
-from tests.exec.parity import run_variants
+from tests.exec.layouts import S, Variant, plan_of
+from tests.exec.parity import run_variants, settings
+from tests.exec.subjects import known_subject
 from tests.tiny_families import CONFIGS, write_family
 
 LIMITS = {"loss": MAX_LOSS, "norm": MAX_LOSS, "gradients": MAX_LOSS, "parameters": MAX_PARAMETER}
@@ -38,6 +43,18 @@ def test_families_agree_with_one_process(family: str, tmp_path: Path, forked: Ru
         if not error <= LIMITS[what]
     }
     assert far == {}
+
+
+def test_stages_do_not_pass_on_a_condition(tmp_path: Path) -> None:
+    write_family("dit", tmp_path)
+    stages = (S(layers=(1,)), S(layers=(1,)))
+    plan = plan_of(Variant(name="pp2", model="dit.py", stages=stages, micro=8), tmp_path)
+    with pytest.raises(ModelError) as refusal:
+        assemble(known_subject(plan), plan, torch.device("cpu"), settings(None))
+    assert str(refusal.value) == (
+        "pp 2: layers of dit take more than what the layer before them gives (a condition, an "
+        "encoder's result), which stages do not pass on. Use pp 1."
+    )
 
 
 # The tiny models 16 times as wide, with heads of 64: a stray activation is no part of a peak of
