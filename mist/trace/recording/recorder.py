@@ -228,10 +228,7 @@ class Recorder(TorchDispatchMode):
         else:
             self._read(part, call)
             self._await(part, call, origin)
-            for reason in mixing(call, self._symbols.shape):
-                part.mixed.append((origin.module, f"{name} in {origin.module}: {reason}"))
-            if self._colwise and goes_over_tokens(call, self._symbols.shape):
-                part.over_tokens[origin.module] = None
+            self._check(part, call, origin)
             self._gather(part, call)
             self._follow(part, call, origin)
             if part.forward_only or part.works_forward:
@@ -292,6 +289,13 @@ class Recorder(TorchDispatchMode):
                 layout=TensorLayout.SHARDED if T in size.free_symbols else undivided,
             )
         )
+
+    def _check(self, part: Part, call: Call, origin: Origin) -> None:
+        """Note what ranks with a share, of a dimension or of the tokens, could not run."""
+        for reason in mixing(call, self._symbols.shape):
+            part.mixed.append((origin.module, f"{origin.op} in {origin.module}: {reason}"))
+        if self._colwise and goes_over_tokens(call, self._symbols.shape):
+            part.over_tokens[origin.module] = None
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
         """Note the storages that a call leaves alive, and their form on a rank."""
