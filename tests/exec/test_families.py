@@ -19,7 +19,7 @@ from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from mist.workflow.verifying import verify_plan
 from tests.exec.double import MAX_LOSS, MAX_PARAMETER
-from tests.exec.family_layouts import FAMILIES, OF_FAMILIES, WITHOUT_SP
+from tests.exec.family_layouts import FAMILIES, HYBRIDS, OF_FAMILIES, WITHOUT_SP
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import S, Variant, plan_of
 from tests.exec.parity import run_variants, settings
@@ -30,7 +30,7 @@ LIMITS = {"loss": MAX_LOSS, "norm": MAX_LOSS, "gradients": MAX_LOSS, "parameters
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_SP])
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *WITHOUT_SP])
 def test_families_agree_with_one_process(family: str, tmp_path: Path, forked: RunRanks) -> None:
     model = write_family(family, tmp_path).name
     variants = [variant for variant in OF_FAMILIES if variant.model == model]
