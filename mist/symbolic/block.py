@@ -157,11 +157,13 @@ def collectives(block: Block, *, sequence_parallel: bool) -> tuple[TensorParalle
     """What t ranks exchange for a block in one pass each way.
 
     An embedding whose rows are changed before the first layer (positions are added) is summed whole
-    and then divided, where its rows alone would be scattered.
+    and then divided, where its rows alone would be scattered; a table may scale them itself.
     """
     rows = block.collectives(sequence_parallel=sequence_parallel)
     sums = [op for op in forward_ops(block) if len(op.shape) == ROWS_DIMS and op.shape[0] == B]
-    if not sums or "embedding" not in sums[0].name or len(sums) == 1:
+    if not sums or "embedding" not in sums[0].name:
+        return rows
+    if all(op.module == sums[0].module for op in sums):
         return rows
     return tuple(
         replace(row, kind="all_reduce") if row.kind == "reduce_scatter" else row for row in rows

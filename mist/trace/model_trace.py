@@ -20,7 +20,8 @@ from mist.trace.ownership import Owned, owned_parts, unread_note
 from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.recording.session import seq_hint
 from mist.trace.repeated_blocks import find_layers
-from mist.trace.runs import OneLength, Progress, Recorded, record_model
+from mist.trace.run_subject import OneLength
+from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
@@ -275,12 +276,13 @@ def _crossings(
         return counts | {"num_whole": 0}
     if piece.module is not None:
         return _of_layer(piece, piece.module, sharding)
-    divided = [param for param in params if param.sharded]
+    divided = any(param.sharded for param in params)
+    # An end that is whole takes and gives all tokens, too; each rank has its part of the gradient.
     if piece is run.head:
-        ends = {"num_entries": bool(divided), "num_entries_back": bool(divided) and piece.flows}
+        ends = {"num_entries": True, "num_entries_back": divided and piece.flows}
     else:
-        trained = any(param.trainable for param in divided)
-        ends = {"num_exits": bool(divided), "num_exits_back": trained}
+        trained = any(param.trainable for param in params)
+        ends = {"num_exits": divided, "num_exits_back": trained}
     return counts | {name: int(value) for name, value in ends.items()} | {"num_whole": 0}
 
 

@@ -7,30 +7,28 @@ tensors autograd keeps. Where symbolic sizes fail, expressions come from more ru
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-import sympy
-from sympy import Expr
 from torch import nn
 
 from mist.errors import TraceError
-from mist.model.graph import B, Op, S, T
-from mist.trace.diagnose import RAISED, shard_words, traced, without_log
+from mist.model.graph import S
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.operations.scan_kernels import SCAN_OPS
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
 from mist.trace.recording.op_limit import LimitReached, OpLimit
 from mist.trace.recording.recorded_run import Point, RecordedRun
-from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, NotALayerList, Session, seq_hint
+from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, NotALayerList, seq_hint
 from mist.trace.repeated_blocks import Layers, called_again, find_layers
+from mist.trace.run_subject import RunSubject
 from mist.trace.sequence_loops import refuse_loops
-from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, with_whole_vocabulary
-from mist.trace.tp_graph import find_sharding
+from mist.trace.sharded_runs import run_on_shards, sharded_run
+from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules
 
 Progress = Callable[[str], None]
 
@@ -70,14 +68,8 @@ COMPILED: Final = (
     f"{BATCH_HINT}, s = {SEQ_HINT} (shorter where the model is)"
 )
 
-PUT_BACK: Final = "aten.slice_backward"
 # Forward operations of one part: several times a layer's. A loop runs one or more for each token.
 LONG_OPS: Final = SEQ_HINT
-LOG_DIGITS = 3  # of FLOPs that have a logarithm, which equal ones write in many ways
-
-
-class OneLength(TraceError):
-    """A model whose trace holds for the length that it was traced at only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,52 +83,16 @@ class Recorded:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Subject:
-    """What is run: a model with what is known of it so far."""
-
-    model: LoadedModel
-    setting: TraceSetting
-    layers: Layers | None = None
-    sharding: Sharding | None = None
-    limit: OpLimit | None = None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What tensor parallelism leaves whole."""
-        return self.sharding.notes if self.sharding else ()
-
-    def run(self, point: Point) -> RecordedRun:
-        """One run. Raises TraceError, naming the line of the model at fault."""
-        with traced(self.model.name):
-            run = self.session(point)
-        for size, value in run.fixed.items():
-            # A trace for one length that was asked for is of use, one for one batch is not.
-            if size == B or (size == S and self.setting.seq_len is None):
-                name = "batch" if size == B else "sequence length"
-                fault = OneLength if size == S else TraceError
-                raise fault(
-                    f"{self.model.name} works for one {name} only ({value}): an operation compares "
-                    "it with a fixed size. Let make_batch and the model take any size."
-                )
-        return run
-
-    def session(self, point: Point) -> RecordedRun:
-        """One run. Raises whatever the model raises."""
-        session = Session(self.model, self.layers, self.setting, self.sharding, point, self.limit)
-        return session.run()
-
-
 def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Recorded:
     """Run a model as often as its costs need. Raises TraceError."""
     progress("tracing at concrete sizes")
     # A compiled graph hides modules: layers and regions are those of the eager run.
     eager = replace(setting, compiled=False)
-    subject, check = _first_run(_Subject(model=model, setting=eager))
+    subject, check = _first_run(RunSubject(model=model, setting=eager))
     whole = _trained_whole(subject, check)
     progress("tracing symbolic sizes")
     try:
-        subject, run = _sharded_run(replace(subject, sharding=_sharding(model, whole)), check)
+        subject, run = sharded_run(subject, whole, check)
         notes = list(subject.notes)
     except UnsupportedRules as reason:
         subject = replace(subject, sharding=None)
@@ -163,20 +119,13 @@ def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:
 
     Raises Unsupported, with the reason, and TraceError.
     """
-    subject, check = _first_run(_Subject(model=model, setting=replace(setting, compiled=False)))
-    sharding = _sharding(model, _trained_whole(subject, check))
-    subject, _ = _on_shards(replace(subject, sharding=sharding), Point(backward=False))
+    subject, check = _first_run(RunSubject(model=model, setting=replace(setting, compiled=False)))
+    subject, _ = run_on_shards(subject, _trained_whole(subject, check), Point(backward=False))
     assert subject.sharding is not None
     return subject.sharding
 
 
-def _sharding(model: LoadedModel, run: RecordedRun) -> Sharding:
-    """What is divided of a model whose run is given. Raises Unsupported."""
-    sharding = find_sharding(model.module, run)
-    return sharding if model.loss is None else with_whole_vocabulary(sharding, model.module)
-
-
-def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
+def _first_run(subject: RunSubject) -> tuple[RunSubject, RecordedRun]:
     """A run at concrete sizes, and with it the layers in the order of their calls.
 
     A list whose layers are not called once each, one on what another gave, is no list of layers.
@@ -192,10 +141,12 @@ def _first_run(subject: _Subject) -> tuple[_Subject, RecordedRun]:
             if layers is not None:
                 layers, run = _searched(subject, layers)
     subject = replace(subject, layers=layers)
-    return subject, run if is_whole and run is not None else subject.run(_hints(subject))
+    return subject, run if is_whole and run is not None else subject.run(subject.hints)
 
 
-def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, RecordedRun | None]:
+def _searched(
+    subject: RunSubject, layers: Layers | None
+) -> tuple[Layers | None, RecordedRun | None]:
     """What of these is a chain of layers, in the order of their calls, and a run that shows it."""
     while layers is not None:
         try:
@@ -208,30 +159,25 @@ def _searched(subject: _Subject, layers: Layers | None) -> tuple[Layers | None, 
     return None, None
 
 
-def _run_without_loops(subject: _Subject) -> RecordedRun:
+def _run_without_loops(subject: RunSubject) -> RecordedRun:
     """A run at concrete sizes. Raises TraceError for a loop over the sequence, within seconds."""
     try:
-        return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(_hints(subject))
+        return replace(subject, limit=OpLimit(max_ops=LONG_OPS)).run(subject.hints)
     except LimitReached:
         if not _is_one_size(subject):
             refuse_loops(subject.model.name, partial(_ops_by_module, subject))
-        return subject.run(_hints(subject))
+        return subject.run(subject.hints)
 
 
-def _is_one_size(subject: _Subject) -> bool:
+def _is_one_size(subject: RunSubject) -> bool:
     """Whether a sample of the model has one size, whatever the sequence length."""
     return subject.model.is_one_size(seq_hint(subject.model, subject.setting.seq_len))
 
 
-def _ops_by_module(subject: _Subject, tokens: int) -> Counter[str]:
+def _ops_by_module(subject: RunSubject, tokens: int) -> Counter[str]:
     """How many operations each module runs in a forward pass at a number of tokens."""
     run = subject.run(Point(batch=BATCH_HINT, seq=tokens, backward=False))
-    return Counter(op.module for op in _ops(run))
-
-
-def _hints(subject: _Subject) -> Point:
-    """The concrete sizes that stand for all."""
-    return Point(batch=BATCH_HINT, seq=seq_hint(subject.model, subject.setting.seq_len))
+    return Counter(op.module for op in run.ops())
 
 
 @contextmanager
@@ -264,7 +210,7 @@ def _every_parameter_trained(model: nn.Module) -> Iterator[bool]:
             parameter.requires_grad = False
 
 
-def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
+def _trained_whole(subject: RunSubject, run: RecordedRun) -> RecordedRun:
     """The run as if every parameter were trained: what takes what from which shows by gradients.
 
     `run`: of the model as it is, whose kinds of layers are kept apart.
@@ -278,10 +224,10 @@ def _trained_whole(subject: _Subject, run: RecordedRun) -> RecordedRun:
             first.setdefault(index, kind)
         layers = replace(layers, signatures=tuple((kind,) for kind in first.values()))
     with _every_parameter_trained(subject.model.module) as is_whole:
-        return run if is_whole else replace(subject, layers=layers).run(_hints(subject))
+        return run if is_whole else replace(subject, layers=layers).run(subject.hints)
 
 
-def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, bool]:
+def _expressions(subject: RunSubject, batch: int | None) -> tuple[RecordedRun, bool]:
     """The symbolic run, or one fitted to concrete runs where that fails; and whether it is."""
     try:
         return subject.run(Point(batch=batch, backward=batch is None)), False
@@ -298,87 +244,13 @@ def _expressions(subject: _Subject, batch: int | None) -> tuple[RecordedRun, boo
             raise fault from None
 
 
-def _sharded_run(subject: _Subject, check: RecordedRun) -> tuple[_Subject, RecordedRun]:
-    """The run with symbolic shards. Raises Unsupported when it is not the model at t = 1."""
-    subject, run = _on_shards(subject, Point())
-    if run.fixed.keys() - {S}:
-        raise UnsupportedRules(
-            "tensor parallelism cannot be traced (a shard has one size); t = 1 only"
-        )
-    point = {B: BATCH_HINT, S: seq_hint(subject.model, subject.setting.seq_len), T: 1}
-    (facts, put_back), (known, known_put_back) = _facts(run, point), _facts(check, point)
-    # Where a rank takes its part of a whole table, its gradient is put back in place: such
-    # operations are more than the model's own, and nothing else is.
-    if facts != known or not known_put_back <= put_back:
-        raise UnsupportedRules(
-            "the tensor-parallel trace at t = 1 is not the model's own; t = 1 only"
-        )
-    for piece in run.layers:
-        if piece.module is not None and piece.part.mixed:
-            raise UnsupportedRules(f"no shard can run {piece.part.mixed[0]}; t = 1 only")
-    for op in _ops(run):
-        # A rank must do 1/t of the work: else a part of it is divided and a part is not.
-        if op.flop.has(T) and sympy.expand(op.flop * T).has(T):
-            raise UnsupportedRules(
-                f"{op.name} in {op.module} does not divide by t ({op.flop} FLOPs); t = 1 only"
-            )
-    return subject, run
-
-
-def _on_shards(subject: _Subject, point: Point) -> tuple[_Subject, RecordedRun]:
-    """A run with symbolic shards, and the subject with what it has shown of the model's calls.
-
-    A model that adds a table of its own to the logits has them whole. Raises Unsupported, in our
-    words, when the model does not run on shards.
-    """
-    sharding = subject.sharding
-    assert sharding is not None
-    try:
-        with without_log(RAISED):
-            run = subject.session(point)
-    except Exception as error:
-        raise UnsupportedRules(
-            f"tensor parallelism cannot be traced ({shard_words(error)}); t = 1 only"
-        ) from error
-    layers = subject.layers.modules if subject.layers else ()
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    outside = (rules for key, rules in run.size_rules.items() if key not in inside)
-    if any(rule.operands for rules in outside for rule in rules.values()):
-        whole = with_whole_vocabulary(sharding, subject.model.module)
-        return _on_shards(replace(subject, sharding=whole), point)
-    sharding = replace(sharding, size_rules=run.size_rules, fused=run.fused)
-    return replace(subject, sharding=sharding), run
-
-
-def _compiled_run(subject: _Subject, eager: RecordedRun) -> RecordedRun:
+def _compiled_run(subject: RunSubject, eager: RecordedRun) -> RecordedRun:
     """The symbolic run with compiled layers. What enters regions is known from the eager run."""
     run = subject.run(Point())
     for piece, known in zip(run.pieces, eager.pieces, strict=True):
         piece.part.entered, piece.part.flows = known.part.entered, known.part.flows
         piece.part.unsummed = known.part.unsummed
     return run
-
-
-def _ops(run: RecordedRun) -> Iterator[Op]:
-    for piece in run.pieces:
-        yield from piece.part.ops
-
-
-def _facts(run: RecordedRun, point: Mapping[Expr, int]) -> tuple[list[object], Counter[object]]:
-    """All costs of a run as numbers; apart from them those of gradients that are put back."""
-    values: dict[Expr, Expr] = {}
-
-    def at(expr: Expr) -> Expr:
-        if expr not in values:
-            value = expr.subs(point)
-            values[expr] = round(value, LOG_DIGITS) if value.has(sympy.log) else value
-        return values[expr]
-
-    ops = [(o.name, o.phase, at(o.flop), at(o.traffic_bytes)) for o in _ops(run)]
-    storages = ((k.dtype, at(k.bytes)) for p in run.pieces for k in p.part.storages.values())
-    put_back = Counter[object](op for op in ops if op[0] == PUT_BACK)
-    others = [op for op in ops if op[0] != PUT_BACK]
-    return [*others, *sorted(storages), *(at(p.boundary_bytes) for p in run.pieces)], put_back
 
 
 def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:
@@ -395,9 +267,9 @@ def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:
         yield ROUTED
 
 
-def _notes(subject: _Subject, run: RecordedRun) -> Iterator[str]:
+def _notes(subject: RunSubject, run: RecordedRun) -> Iterator[str]:
     """What a reader of the costs should know."""
-    ops = list(_ops(run))
+    ops = list(run.ops())
     size = subject.sharding.vocab_size if subject.sharding else None
     if subject.layers is None:
         yield NO_LAYERS

@@ -56,11 +56,13 @@ WHOLE_ATTENTION: Final = (
 )
 
 
-def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
+def find_sharding(
+    model: nn.Module, run: RecordedRun, left: frozenset[int] = frozenset()
+) -> Sharding:
     """What tensor parallelism divides: by the model's plan, else by its operations in `run`.
 
-    A plan that gathers the outputs of every matrix divides no activation: it is passed over. Raises
-    Unsupported, with the reason.
+    A plan that gathers the outputs of every matrix divides no activation: it is passed over.
+    `left`: modules that stay whole. Raises Unsupported, with the reason.
     """
     layers = [piece for piece in run.layers if piece.module is not None]
     if not layers:
@@ -70,9 +72,10 @@ def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
     matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
     blocks = [_Block(piece, run, matrices) for piece in layers]
     if (plan := plan_of_model(model)) is not None:
-        sharding = sharding_by_plan(model, plan)
+        sharding = sharding_by_plan(model, plan, left)
     elif all(map(_carries_tokens, layers)):
         regions = [region for block in blocks for region in block.regions()]
+        regions = [region for region in regions if not region.has_any(left)]
         sharding = sharding_of(model, regions, list(_vocabulary(model, run)))
     else:
         raise UnsupportedRules(NO_TOKENS)
@@ -85,8 +88,12 @@ def find_sharding(model: nn.Module, run: RecordedRun) -> Sharding:
 
 
 def _carries_tokens(piece: Piece) -> bool:
-    outputs = [leaf for leaf in tree_leaves(piece.outputs) if isinstance(leaf, torch.Tensor)]
+    outputs = _outputs(piece)
     return not outputs or outputs[0].dim() == TOKEN_DIMS
+
+
+def _outputs(piece: Piece) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(piece.outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def _vocabulary(model: nn.Module, run: RecordedRun) -> Iterator[nn.Module]:
@@ -133,6 +140,8 @@ class _Block:
     def __init__(self, piece: Piece, run: RecordedRun, matrices: Mapping[int, Matrix]) -> None:
         assert piece.module is not None
         self._layer, self._run, self._matrices = piece.module, run, matrices
+        outputs = _outputs(piece)
+        self._hidden = outputs[0].shape[-1] if outputs else 0  # the width of the residual stream
         nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]
         self._attention = [n for n in nodes if n.target in ATTENTION or _is_scores(n)]
         self._products = {n: m for n in nodes if (m := self._matrix(n)) is not None}
@@ -141,7 +150,7 @@ class _Block:
         """Pairs in the order of execution; a matrix is in one of them."""
         used: set[int] = set()
         for node, matrix in self._products.items():
-            ancestry = self._behind(node, matrix.num_out)
+            ancestry = self._behind(node)
             partners = list(ancestry.partners.values())
             # A weight that two regions read (tied layers) goes to the first of them.
             names = {id(m.weight) for m in (matrix, *partners)}
@@ -174,8 +183,8 @@ class _Block:
         parameter = self._run.originals.get(key) if key is not None else None
         return self._matrices.get(id(parameter))
 
-    def _behind(self, product: fx.Node, hidden: int) -> _Ancestry:
-        """Walk back from the input of a product; `hidden`: the width of the residual stream."""
+    def _behind(self, product: fx.Node) -> _Ancestry:
+        """Walk back from the input of a product."""
         ancestry = _Ancestry()
         waiting = [product.args[0] if product.target is aten.mm.default else product.args[1]]
         visited: set[fx.Node] = set()
@@ -190,7 +199,7 @@ class _Block:
                 continue
             ancestry.nodes.append(node)
             begins = bool(node.meta.get("flows")) or node.target is aten.embedding.default
-            ancestry.residual |= begins and _is_stream(node, hidden)
+            ancestry.residual |= begins and _is_stream(node, self._hidden)
             waiting += node.all_input_nodes
         return ancestry
 

@@ -26,6 +26,7 @@ from mist.plans.workload import Attention
 from mist.trace.models.loader import LoadedModel
 from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
+from tests.exec.family_layouts import OF_FAMILIES
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import Variant, plan_of
 from tests.exec.sized_layouts import SIZED, WITH_ENCODER
@@ -202,7 +203,8 @@ def _divide_looking(variants: Sequence[Variant], folder: Path) -> None:
 
 
 def main(folder: Path, out: Path, names: Sequence[str]) -> None:
-    known = {variant.name: variant for variant in (*VARIANTS, *SLOW, *SIZED, *WITH_ENCODER)}
+    every = (*VARIANTS, *SLOW, *SIZED, *WITH_ENCODER, *OF_FAMILIES)
+    known = {variant.name: variant for variant in every}
     write_errors([known[name] for name in names], errors, folder, out)
 
 

@@ -38,17 +38,20 @@ from torch.distributed.tensor.parallel import (
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting
 from mist.trace.recording.shim import runs_as
-from tests.trace.real import Start, Watch, layer_inputs
+from tests.trace.real import Start, Watch, convolution_gradients, layer_inputs
 
 Mode = Literal["tp", "sp"]
 DEGREES: Final = (1, 2, 4, 8)
 HIDDEN: Final = 256
 BF16: Final = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
+FLOP: Final = flop_registry | {
+    torch.ops.aten.convolution_backward: shape_wrapper(convolution_gradients)
+}
 SEQ_DIM: Final = 1  # activations are [batch, sequence, hidden]
 
 
@@ -58,7 +61,7 @@ class Family:
 
     `regions`: a module whose input enters column-parallel matrices, and the keyword by which it
     gets it ("" when by position). `post_norm`: what a norm gives is added to other tensors, which
-    are local ones.
+    are local ones. `modes`: without "sp" where a part of the layer is whole.
     """
 
     build: Callable[[], nn.Module]
@@ -68,6 +71,7 @@ class Family:
     norms: tuple[str, ...]
     regions: Mapping[str, str]
     post_norm: bool = False
+    modes: tuple[Mode, ...] = get_args(Mode)
 
 
 def causal(config: transformers.PreTrainedConfig) -> nn.Module:
@@ -143,6 +147,46 @@ FAMILIES: Final = MappingProxyType(
             post_norm=True,
         ),
         "gpt-neox-8-heads": gpt_neox(num_heads=8),
+        # Norms over all heads of queries and keys: attention is whole.
+        "olmo2": Family(
+            build=partial(
+                causal,
+                transformers.Olmo2Config(
+                    vocab_size=512,
+                    hidden_size=HIDDEN,
+                    intermediate_size=512,
+                    num_hidden_layers=2,
+                    num_attention_heads=16,
+                ),
+            ),
+            layer="model.layers.0",
+            colwise=("mlp.gate_proj", "mlp.up_proj"),
+            rowwise=("mlp.down_proj",),
+            norms=(),
+            regions={"mlp": ""},
+            modes=("tp",),
+        ),
+        # A convolution over tokens in the place of attention.
+        "lfm2": Family(
+            build=partial(
+                causal,
+                transformers.Lfm2Config(
+                    vocab_size=512,
+                    hidden_size=HIDDEN,
+                    block_ff_dim=512,
+                    num_hidden_layers=2,
+                    num_attention_heads=16,
+                    num_key_value_heads=8,
+                    full_attn_idxs=[1],
+                ),
+            ),
+            layer="model.layers.0",
+            colwise=("feed_forward.w1", "feed_forward.w3"),
+            rowwise=("feed_forward.w2",),
+            norms=(),
+            regions={"feed_forward": ""},
+            modes=("tp",),
+        ),
     }
 )  # fmt: skip
 
@@ -194,8 +238,8 @@ class Local(Watch):
             key = args[0].untyped_storage()._cdata
             self.refs = [row for row in self.refs if row[2] != key]
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if packet in flop_registry:
-            self.flop[self.phase] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if packet in FLOP:
+            self.flop[self.phase] += FLOP[packet](*args, **(kwargs or {}), out_val=out)
         if "c10d" in func.namespace and packet.__name__ != "wait_tensor":
             sizes = self.collectives[self.phase].setdefault(packet.__name__, [])
             sizes.append(args[0].numel() * args[0].element_size())
@@ -321,7 +365,7 @@ def _ranks(num_ranks: int) -> Iterator[DeviceMesh]:
 
 
 def main(batch: int, seq: int, families: Sequence[str]) -> None:
-    cases = product(families, get_args(Mode), DEGREES)
+    cases = [(f, *case) for f in families for case in product(FAMILIES[f].modes, DEGREES)]
     print(json.dumps([asdict(measure(*case, batch, seq)) for case in cases]))
 
 

@@ -1,9 +1,10 @@
 """What a layer really does on this CPU: the oracle of the exactness tests, independent of mist."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+
+NO_FORMULAS: Final[Mapping[object, Callable[..., int]]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,22 +40,18 @@ def measure(
     path: str,
     batch: dict[str, torch.Tensor],
     *,
-    carried: int = 0,
-    flows: bool = True,
     autocast: torch.dtype | None = None,
+    formulas: Mapping[object, Callable[..., int]] = NO_FORMULAS,
 ) -> Measured:
     """Measure the layer at `path` with the inputs that it gets in a run of the model.
 
-    `carried`: how many inputs after the first have a gradient, too. `flows`: whether any has.
-    `autocast`: the precision of the forward pass.
+    `autocast`: the precision of the forward pass. `formulas`: FLOPs of operations that torch counts
+    otherwise or not at all.
     """
     mixed = partial(torch.autocast, "cpu", dtype=autocast, enabled=autocast is not None)
     layer = model.get_submodule(path)
     with mixed():
-        args, kwargs = layer_inputs(model, layer, batch)
-    # No leaves: autocast would take them for weights, whose casts it keeps.
-    flowing = (_not_leaf(each.detach().requires_grad_(flows)) for each in args[: 1 + carried])
-    args = (*flowing, *args[1 + carried :])
+        args, kwargs = layer_inputs(model, layer, batch, grads=True)
     shared = [*model.parameters(), *model.buffers(), *_tensors((args[1:], kwargs))]
     known = {t.untyped_storage()._cdata for t in shared}
     layer.zero_grad(set_to_none=True)
@@ -60,9 +59,10 @@ def measure(
     held = _hold_gradients(layer)
     _, _, (_, adding) = _bytes(layer, args, kwargs, known | held, mixed)
     layer.zero_grad(set_to_none=True)
-    with FlopCounterMode(display=False) as forward, mixed():
+    counter = partial(FlopCounterMode, display=False, custom_mapping=dict(formulas))
+    with counter() as forward, mixed():
         out = _first(layer(*args, **kwargs))
-    with FlopCounterMode(display=False) as backward:
+    with counter() as backward:
         if out.requires_grad:
             out.sum().backward()
     return Measured(
@@ -74,6 +74,20 @@ def measure(
         forward_flop=forward.get_total_flops(),
         backward_flop=backward.get_total_flops(),
     )
+
+
+def convolution_gradients(
+    grad: torch.Size, x: torch.Size, weight: torch.Size, *settings: object, **_: object
+) -> int:
+    """FLOPs of a convolution's gradients, each what its forward pass is: points times the kernel.
+
+    Torch's own formula takes the gradient of the input as if there were one group. `settings`: the
+    others of aten.convolution_backward, of which the last says which gradients are wanted.
+    """
+    *_, transposed, _, _, mask = settings
+    assert transposed is False and isinstance(mask, list)
+    points = grad.numel() // grad[1]
+    return sum(mask[:2]) * 2 * points * weight.numel()
 
 
 def saved_in_a_run(
@@ -111,26 +125,34 @@ def saved_in_a_run(
     return sum(t.untyped_storage().nbytes() for key, t in found.items() if key not in known)
 
 
-def _not_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view_as(tensor)
-
-
 def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The activation that a layer passes on, which may be one of several outputs."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def layer_inputs(
-    model: nn.Module, layer: nn.Module, batch: dict[str, torch.Tensor]
+    model: nn.Module, layer: nn.Module, batch: dict[str, torch.Tensor], *, grads: bool = False
 ) -> tuple[Any, Any]:
+    """What a layer is given in a run of the model; `grads`: what has a gradient there has one."""
     seen: list[tuple[Any, Any]] = []
-    hook = layer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
-    )
-    with torch.no_grad():
+
+    def note(module: nn.Module, args: object, kwargs: object) -> None:
+        seen.append(tree_map_only(torch.Tensor, _alone, (args, kwargs)))
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.set_grad_enabled(grads):
         model(**batch)
     hook.remove()
     return seen[0]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what made it."""
+    if not tensor.requires_grad:
+        return tensor
+    # No leaf: autocast would take it for a weight, whose cast it keeps.
+    leaf = tensor.detach().requires_grad_()
+    return leaf.view_as(leaf)
 
 
 def _hold_gradients(layer: nn.Module) -> set[int]:

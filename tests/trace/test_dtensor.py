@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ NAMES = {
     "all_reduce": "all_reduce",
 }
 EXACT = ("llama", "gpt-neox", "bert")
+PARTLY = ("olmo2", "lfm2")  # of which a module with matrices stays whole
 POINTS = [TYPICAL, *(pytest.param(point, marks=SLOW) for point in [(1, 1024), (3, 96)])]
 
 
@@ -58,9 +60,8 @@ def block_of(family: str) -> Block:
     with torch.device("meta"):
         model = FAMILIES[family].build()
     graph = trace_model(model, BF16)
-    assert graph.notes == ()
-    (block,) = graph.blocks
-    return block
+    assert (graph.notes == ()) is (family not in PARTLY)
+    return graph.blocks[0]
 
 
 def at(expr: Expr, point: Point, num_ranks: int) -> int:
@@ -139,13 +140,31 @@ def test_transients_of_divided_sequence_are_exact_or_a_share_more(
 def test_collectives_are_dtensors(family: str, num_ranks: int) -> None:
     """Nothing at t = 1; else kind, phase, number and bytes. An all-gather is given a share."""
     block, measured = block_of(family), ranks(TYPICAL, *EXACT)
-    for mode in ("tp", "sp"):
-        expected: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
-        for each in block.collectives(sequence_parallel=mode == "sp") if num_ranks > 1 else ():
-            shares = num_ranks if each.kind == "all_gather" else 1
-            given = at(each.bytes, TYPICAL, num_ranks) // shares
-            expected[each.phase][NAMES[each.kind]] = [given] * each.count
+    for mode in get_args(Mode):
+        expected = collectives(block, mode, num_ranks)
         assert measured[family, mode, num_ranks].collectives == expected
+
+
+def collectives(block: Block, mode: Mode, num_ranks: int) -> dict[str, dict[str, list[int]]]:
+    """Phase -> operation -> bytes put in, one by one."""
+    expected: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
+    for each in block.collectives(sequence_parallel=mode == "sp") if num_ranks > 1 else ():
+        shares = num_ranks if each.kind == "all_gather" else 1
+        given = at(each.bytes, TYPICAL, num_ranks) // shares
+        expected[each.phase][NAMES[each.kind]] = [given] * each.count
+    return expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", PARTLY)
+def test_rank_of_a_layer_divided_in_part_is_exact(family: str, num_ranks: int) -> None:
+    block, real = block_of(family), ranks(TYPICAL, *PARTLY)[family, "tp", num_ranks]
+    assert at(block.flop("forward"), TYPICAL, num_ranks) == real.forward_flop
+    assert at(block.flop("backward"), TYPICAL, num_ranks) == real.backward_flop
+    assert at(rank_params(block.params), TYPICAL, num_ranks) == real.num_params
+    assert storages(block, TYPICAL, num_ranks) == [tuple(each) for each in real.saved]
+    assert collectives(block, "tp", num_ranks) == real.collectives
 
 
 def test_a_transformer_layer_exchanges_twice_each_way() -> None:

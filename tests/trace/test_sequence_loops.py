@@ -96,13 +96,13 @@ def test_a_model_that_scans_token_by_token_is_refused_early(
 ) -> None:
     monkeypatch.setattr(runs, "LONG_OPS", 50)  # reached sooner
     run_at: list[int | None] = []
-    session = runs._Subject.session
+    session = runs.RunSubject.session
 
-    def counted(subject: runs._Subject, point: runs.Point) -> runs.RecordedRun:
+    def counted(subject: runs.RunSubject, point: runs.Point) -> runs.RecordedRun:
         run_at.append(point.seq if subject.limit is None else None)
         return session(subject, point)
 
-    monkeypatch.setattr(runs._Subject, "session", counted)
+    monkeypatch.setattr(runs.RunSubject, "session", counted)
     with torch.device("meta"):
         model = Recurrent(mix)
     with pytest.raises(TraceError, match=words):

@@ -136,3 +136,36 @@ def test_a_decoder_with_an_encoder_is_entered_four_times() -> None:
     assert (encoder.num_entries, encoder.num_exits, encoder.num_whole) == (2, 2, 0)
     assert (decoder.num_entries, decoder.num_exits, decoder.num_whole) == (4, 3, 0)
     assert graph.head.tp_bytes == 2 * 32 * B * S
+
+
+class Convolution(nn.Module):
+    """Over tokens, by channel: no rank has it whole, none can run a part of it by these numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=2, groups=WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(self.into(x).transpose(1, 2))[..., : x.shape[1]]
+        return x + self.out(y.transpose(1, 2))
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.mlp = Convolution(), Mlp(F.relu)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.mixer(x))
+
+
+def test_what_cannot_be_divided_stays_whole_and_gets_all_tokens() -> None:
+    graph = trace_model(Model([Mixed(), Mixed()]), BF16)
+    (block,) = graph.blocks
+    assert {p.name for p in block.params if p.sharded} == {"mlp.up.weight", "mlp.down.weight"}
+    assert (block.num_entries, block.num_exits, block.num_whole) == (1, 1, 1)
+    (note,) = graph.notes
+    assert note.startswith(
+        "Convolution stays whole on every tensor-parallel rank: tensor parallelism cannot be traced"
+    )

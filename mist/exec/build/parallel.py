@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import loss_parallel
 
+from mist.errors import ModelError
 from mist.exec.build.activations import Offloader, apply_memory_level
 from mist.exec.build.adamw import AdamW, Settings, local, make_slots
 from mist.exec.build.batch_shape import planned_shape
@@ -133,9 +134,16 @@ def assemble(
 ) -> "Parallel":
     """This rank's part of the model, without values. `memory`: within which it is allocated.
 
-    Raises ModelError for a plan that this version of torch cannot run.
+    Raises ModelError for a plan that this version of torch cannot run, and for stages that would
+    have to pass on more than one activation.
     """
     refuse_missing(plan)
+    if len(plan.stages) > 1 and not subject.structure.in_a_row:
+        raise ModelError(
+            f"pp {len(plan.stages)}: layers of {subject.loaded.name} take more than what the layer "
+            "before them gives (a condition, an encoder's result), which stages do not pass on. "
+            "Use pp 1."
+        )
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
     pieces = chunk_layers(plan, place.stage)

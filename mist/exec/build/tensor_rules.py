@@ -9,6 +9,7 @@ two exits in a layer, not one for each matrix.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from os.path import commonpath
 from typing import Any, Final, TypeVar
 
@@ -281,7 +282,7 @@ class _Inputs(TorchFunctionMode):
     stack: list[tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=list)
     arguments: dict[str, tuple[object, ...]] = field(default_factory=dict)
     linear: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = field(default_factory=dict)
-    read_elsewhere: dict[int, torch.Tensor] = field(default_factory=dict)
+    read_elsewhere: dict[int, tuple[torch.Tensor, set[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         TorchFunctionMode.__init__(self)
@@ -297,14 +298,14 @@ class _Inputs(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         output = func(*args, **(kwargs or {}))
-        owner = self.model.get_submodule(self.stack[-1][0] if self.stack else "")
-        linear = matrix_of(owner) is not None
+        owner = self.stack[-1][0] if self.stack else ""
+        linear = matrix_of(self.model.get_submodule(owner)) is not None
         if not linear and getattr(func, "__name__", "") not in GETTERS:
             handed_on = {id(leaf) for leaf in tree_leaves(output)}  # a cast to what it is already
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and id(leaf) not in handed_on:
                     # Held, so that no later tensor gets its identity.
-                    self.read_elsewhere[id(leaf)] = leaf
+                    self.read_elsewhere.setdefault(id(leaf), (leaf, set()))[1].add(owner)
         return output
 
     def _enter(self, name: str) -> Callable[..., None]:
@@ -332,15 +333,18 @@ class _Inputs(TorchFunctionMode):
             yield name
 
     def entry(self, name: str, around: str) -> str:
-        """The outermost module of its chain in `around`; itself where others read the tensor.
+        """The outermost module of its chain in `around` in which nothing else reads the tensor.
 
         Around a region there may be parameters that read something else, as a norm does in front of
         attention to an encoder.
         """
         tensor, chain = self.linear[name]
-        if id(tensor) in self.read_elsewhere:
-            return name
-        return [each for each in chain if f"{each}.".startswith(f"{around}.")][-1]
+        _, readers = self.read_elsewhere.get(id(tensor), (tensor, set()))
+        inside = (each for each in chain if f"{each}.".startswith(f"{around}."))
+        alone = takewhile(
+            lambda each: not any(f"{r}.".startswith(f"{each}.") for r in readers), inside
+        )
+        return [name, *alone][-1]
 
     def places(self, regions: Sequence[RegionRule]) -> dict[str, frozenset[int]]:
         """Of each entry the arguments that linear layers read from it; of whole blocks all."""

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mist.trace.tensor_parallel.sized_calls import (
     Args,
     Kwargs,
+    OperandPart,
     SizedCalls,
     SizeRule,
     operands_of,
@@ -39,7 +40,7 @@ class _LocalCalls(SizedCalls):
             return args, kwargs
         if rule.operands:
             tensors = operands_of(name, args, kwargs)
-            parts = {i: self._part(tensors[i], dim) for i, dim in rule.operands.items()}
+            parts = {i: self._part(tensors[i], part) for i, part in rule.operands.items()}
             return with_operands(args, kwargs, parts)
         call = sized_call(name, args, kwargs)
         assert call is not None  # the trace saw its numbers
@@ -49,9 +50,9 @@ class _LocalCalls(SizedCalls):
         ]
         return call.rebuild(numbers), {}
 
-    def _part(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        size = tensor.shape[dim] // self._num_ranks
-        return tensor.narrow(dim, self._rank * size, size)
+    def _part(self, tensor: torch.Tensor, part: OperandPart) -> torch.Tensor:
+        size = (part.block or tensor.shape[part.dim]) // self._num_ranks
+        return part.of(tensor, self._rank * size, size)
 
 
 def run_with_local_sizes(

@@ -2,9 +2,9 @@
 
 aten._fused_rms_norm falls apart into pointwise operations on a CPU tensor, fake or not. Its
 stand-in here stays whole, and saves for backward what the CUDA kernel's backward reads. Torch's
-padding, Fourier transforms, solutions, polar form and gradient of an attention bias look at sizes
-as numbers, which would fix the symbols; its grouped products refuse precisions that the kernels
-take.
+padding, Fourier transforms, solutions, polar form, sums with a product and gradient of an attention
+bias look at sizes as numbers, which would fix the symbols; its grouped products refuse precisions
+that the kernels take.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -147,6 +147,18 @@ def _efficient_attention_backward(
     return (*of_inputs, bias.new_empty((*bias.shape[:-1], padded))[..., :columns])
 
 
+def _baddbmm(
+    addend: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> torch.Tensor:
+    """Scores [b, m, n] with biases (ALiBi) that are broadcast to them."""
+    return addend.new_empty((*left.shape[:2], right.shape[2]))
+
+
 ALIGNMENT_BYTES: Final = 16
 BIAS_GRAIN: Final = 16  # columns
 WANTED: Final = 10  # the argument that says which gradients of attention are asked for
@@ -161,6 +173,7 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., Any]]] = MappingProxyTyp
         aten.linalg_solve_triangular: _solve_triangular,
         aten.polar: _polar,
         aten._scaled_dot_product_efficient_attention_backward: _efficient_attention_backward,
+        aten.baddbmm: _baddbmm,
     }
 )
 

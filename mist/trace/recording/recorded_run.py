@@ -1,6 +1,6 @@
 """What one run recorded of a model: a record for each part, and what holds for all of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -8,7 +8,7 @@ import torch
 from sympy import Basic, Expr
 from torch import nn
 
-from mist.model.graph import SavedTensor
+from mist.model.graph import Op, SavedTensor
 from mist.trace.recording.recorder import Part
 from mist.trace.tensor_parallel.sized_calls import SizeRule
 
@@ -70,3 +70,8 @@ class RecordedRun:
     def pieces(self) -> tuple[Piece, ...]:
         """The embedding, the distinct layers and the head."""
         return self.embed, *self.layers, self.head
+
+    def ops(self) -> Iterator[Op]:
+        """The operations of all of them."""
+        for piece in self.pieces:
+            yield from piece.part.ops

@@ -36,7 +36,7 @@ from mist.trace.operations.work import Work
 from mist.trace.recording.liveness import BackwardCall, Live
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.split_backward import Awaited
-from mist.trace.tensor_parallel.tp_check import PRODUCTS, is_partial, mixing
+from mist.trace.tensor_parallel.tp_check import PRODUCTS, goes_over_tokens, is_partial, mixing
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
@@ -74,8 +74,9 @@ class Part:
     whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
     that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
     gradient, so that its memory is that of its forward pass; `works_forward`: its forward pass may
-    hold most, too. `mixed`: forward operations that
-    a shard cannot run, with the reason; `unsummed`: those that read a sum over the ranks before it
+    hold most, too. `mixed`: modules with forward
+    operations that a shard cannot run, with the reason; `over_tokens`: modules that go over the
+    tokens of whole tensors; `unsummed`: those that read a sum over the ranks before it
     is added up. `input`: the storage of its input activation.
     """
 
@@ -94,7 +95,8 @@ class Part:
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False
     works_forward: bool = False
-    mixed: list[str] = field(default_factory=list)
+    mixed: list[tuple[str, str]] = field(default_factory=list)
+    over_tokens: dict[str, None] = field(default_factory=dict)
     unsummed: list[str] = field(default_factory=list)
     awaited: Awaited = field(default_factory=Awaited)
     input: int | None = None
@@ -227,8 +229,7 @@ class Recorder(TorchDispatchMode):
         else:
             self._read(part, call)
             self._await(part, call, origin)
-            reasons = mixing(call, self._symbols.shape)
-            part.mixed += [f"{name} in {origin.module}: {reason}" for reason in reasons]
+            self._check(part, call, origin)
             self._gather(part, call)
             self._follow(part, call, origin)
             if part.forward_only or part.works_forward:
@@ -289,6 +290,13 @@ class Recorder(TorchDispatchMode):
                 layout=TensorLayout.SHARDED if T in size.free_symbols else undivided,
             )
         )
+
+    def _check(self, part: Part, call: Call, origin: Origin) -> None:
+        """Note what ranks with a share, of a dimension or of the tokens, could not run."""
+        for reason in mixing(call, self._symbols.shape):
+            part.mixed.append((origin.module, f"{origin.op} in {origin.module}: {reason}"))
+        if self._colwise and goes_over_tokens(call, self._symbols.shape):
+            part.over_tokens[origin.module] = None
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
         """Note the storages that a call leaves alive, and their form on a rank."""

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.library import Library
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mist.plans.workload import Attention
 from mist.trace.diagnose import without_log
@@ -59,11 +60,15 @@ class Functions(TorchFunctionMode):
 
 
 class ImitatedKernels(TorchDispatchMode):
-    """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none."""
+    """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none.
+
+    `ones`: tensors that are known to be all ones, as long as they live.
+    """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
+        self.ones = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(
         self,
@@ -75,6 +80,8 @@ class ImitatedKernels(TorchDispatchMode):
         stand_ins: Mapping[Any, Callable[..., Any]] = OPAQUE if _traced_ahead() else SYMBOLIC
         kernel = stand_ins.get(func.overloadpacket, func)
         out = kernel(*args, **(kwargs or {}))
+        if func.overloadpacket is aten.ones:
+            self.ones[out] = None
         if self._policy == "cuda" and func.overloadpacket in STATISTICS_IN_FP32:
             first, *statistics = out
             return first, *(each.float() for each in statistics)
@@ -129,6 +136,9 @@ def _norm_gradients_of_layers(
 # packed sequences, which a real run does not have.
 MASKING: Final = "transformers.masking_utils"
 PACKED_CHECK: Final = "find_packed_sequence_indices"
+# Nor can it see that a mask of padding, which many models make of ones where they are given none,
+# masks nothing; with real tensors it looks, and leaves such a mask out.
+MASK_ARGUMENTS: Final = "_preprocess_mask_arguments"
 
 
 @contextmanager
@@ -136,9 +146,11 @@ def runs_as(setting: TraceSetting, modules: Iterable[nn.Module] = ()) -> Iterato
     """Within: functions and kernels behave as on the setting's device, scans of modules, too."""
     with ExitStack() as stack:
         stack.enter_context(without_log("transformers"))
-        if MASKING in sys.modules:
-            stack.enter_context(patch.object(sys.modules[MASKING], PACKED_CHECK, _not_packed))
-        stack.enter_context(ImitatedKernels(setting.policy))
+        kernels = stack.enter_context(ImitatedKernels(setting.policy))
+        if (masking := sys.modules.get(MASKING)) is not None:
+            stack.enter_context(patch.object(masking, PACKED_CHECK, _not_packed))
+            arguments = partial(_without_ones, kernels, getattr(masking, MASK_ARGUMENTS))
+            stack.enter_context(patch.object(masking, MASK_ARGUMENTS, arguments))
         if setting.autocast and setting.policy == "cuda":
             stack.enter_context(Functions(in_fp32()))
         # With attention written out no kernel skips what a mask hides.
@@ -208,6 +220,18 @@ def _fused_norm(
 ) -> torch.Tensor:
     (x,) = (*args, *kwargs.values())
     return _first(fused_rms_norm(x, norm.weight, 1))
+
+
+def _without_ones(
+    kernels: ImitatedKernels,
+    mask_arguments: Callable[..., object],
+    config: object,
+    embeds: torch.Tensor,
+    mask: torch.Tensor | None,
+    *others: object,
+) -> object:
+    known = isinstance(mask, torch.Tensor) and mask in kernels.ones
+    return mask_arguments(config, embeds, None if known else mask, *others)
 
 
 def _not_packed(position_ids: torch.Tensor) -> None:

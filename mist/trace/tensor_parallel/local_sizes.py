@@ -30,6 +30,7 @@ from mist.trace.tensor_parallel.sized_calls import (
     Kwargs,
     LocalNumber,
     Number,
+    OperandPart,
     SizedCall,
     SizedCalls,
     SizeRule,
@@ -108,8 +109,8 @@ class LocalSizes(SizedCalls):
         operands = operands_of(name, args, kwargs)
         cut = dict(self._wholes(operands))
         if cut:
-            rules[number] = SizeRule(numbers={}, operands={i: dim for i, (dim, _) in cut.items()})
-            parts = {i: operands[i].narrow(dim, 0, size) for i, (dim, size) in cut.items()}
+            rules[number] = SizeRule(numbers={}, operands={i: part for i, (part, _) in cut.items()})
+            parts = {i: part.of(operands[i], 0, size) for i, (part, size) in cut.items()}
             return with_operands(args, kwargs, parts)
         return args, kwargs
 
@@ -214,8 +215,8 @@ class LocalSizes(SizedCalls):
 
     def _wholes(
         self, operands: Mapping[int, torch.Tensor]
-    ) -> Iterator[tuple[int, tuple[int, Size]]]:
-        """Tensors that are whole where another one in the call is a share: dimension and size."""
+    ) -> Iterator[tuple[int, tuple[OperandPart, Size]]]:
+        """Tensors that are whole where another one in the call is a share: their part, its size."""
         shapes = {i: self._symbols.shape(each) for i, each in operands.items()}
         shares = {
             (dim - len(shape), _whole(size)): operands[i].shape[dim]
@@ -226,7 +227,15 @@ class LocalSizes(SizedCalls):
         for i, shape in shapes.items() if shares else ():
             for dim, size in enumerate(shape):
                 if not size.has(T) and (dim - len(shape), size) in shares and size != 1:
-                    yield i, (dim, shares[dim - len(shape), size])
+                    yield i, self._part(dim, size, shares[dim - len(shape), size])
+
+    def _part(self, dim: int, whole: Expr, share: Size) -> tuple[OperandPart, Size]:
+        """The part of a dimension of `whole` elements, of which a rank has `share`."""
+        unit = self._unit_of(share)
+        count, _ = whole.as_coeff_Mul()
+        if unit is None or not whole.free_symbols:
+            return OperandPart(dim=dim, block=None), share
+        return OperandPart(dim=dim, block=int(count)), int(count / unit[0]) * unit[1]
 
     def _unit_of(self, size: Size) -> _Unit | None:
         """The units that a size has a share of."""

@@ -34,15 +34,34 @@ class LocalNumber:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OperandPart:
+    """The dimension of a whole tensor of which a rank takes its part.
+
+    `block`: how many elements make one whole there, where samples repeat it ([batch * heads]); a
+    rank takes its part of each.
+    """
+
+    dim: int
+    block: int | None
+
+    def of(self, tensor: torch.Tensor, start: int, size: int | torch.SymInt) -> torch.Tensor:
+        """`size` elements from `start` on, along the dimension or of each of its blocks."""
+        if self.block is None:
+            return tensor.narrow(self.dim, start, size)
+        blocks: torch.Tensor = tensor.unflatten(self.dim, (-1, self.block))
+        return blocks.narrow(self.dim + 1, start, size).flatten(self.dim, self.dim + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SizeRule:
     """What is smaller in one call on a rank.
 
     `numbers`: by their place among the numbers of the call. `operands`: whole tensors by their
-    place among the arguments, with the dimension of which a rank takes its part.
+    place among the arguments.
     """
 
     numbers: Mapping[int, LocalNumber]
-    operands: Mapping[int, int]
+    operands: Mapping[int, OperandPart]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

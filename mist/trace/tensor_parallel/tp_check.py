@@ -7,6 +7,7 @@ So every forward operation of a layer is looked up here; one that is not known i
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Final
 
@@ -52,6 +53,15 @@ PRODUCTS: Final[Mapping[OpOverloadPacket, tuple[tuple[str, int], tuple[str, int]
         }
     )
 )
+# Rows of tokens are put into another order, or counted: none is added to another one's.
+ROUTING: Final = frozenset(
+    {
+        aten.index, aten.index_put, aten.index_put_, aten.index_select, aten.index_add,
+        aten.index_add_, aten.gather, aten.scatter, aten.scatter_, aten.scatter_add,
+        aten.scatter_add_, aten.sort, aten.topk, aten.histc, aten.bincount, aten._grouped_mm,
+        aten.embedding,
+    }
+)  # fmt: skip
 # Attention -> the dimension of its heads.
 ATTENTION: Final[Mapping[OpOverloadPacket, int]] = MappingProxyType(
     {
@@ -85,6 +95,29 @@ def mixing(call: Call, shape_of: ShapeOf) -> Iterator[str]:
         mixed = _mixed_dims(call, inputs[0])
         if mixed is None or set(mixed) & set(_divided(inputs[0])):
             yield "goes over a divided dimension"
+
+
+def goes_over_tokens(call: Call, shape_of: ShapeOf) -> bool:
+    """Whether a forward call on whole tensors computes with numbers of several tokens.
+
+    Routing, which looks up rows of tokens, treats each alike. As `mixing` for a rank that would
+    have 1/t of the tokens.
+    """
+
+    def of_tokens(tensor: torch.Tensor) -> Shape:
+        return tuple(_among_tokens(size) for size in shape_of(tensor))
+
+    inputs = list(tensors_in([*call.arguments.values()]))
+    if call.func.overloadpacket in ROUTING or not all(t.is_floating_point() for t in inputs[:1]):
+        return False
+    whole = not any(_divided(shape_of(tensor)) for tensor in (*inputs, *tensors_in(call.out)))
+    return whole and any(mixing(call, of_tokens))
+
+
+@cache
+def _among_tokens(size: Expr) -> Expr:
+    """A size where each rank has 1/t of the tokens."""
+    return size.subs(S, S / T)
 
 
 def is_partial(call: Call, shape_of: ShapeOf) -> bool:

@@ -70,10 +70,10 @@ def planned_heads(model: nn.Module) -> Iterator[TpLimit]:
             yield TpLimit(label="key/value heads", size=shared)
 
 
-def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
+def sharding_by_plan(model: nn.Module, plan: Plan, left: frozenset[int] = frozenset()) -> Sharding:
     """What the plan divides; a region with a style that Mist does not know stays whole.
 
-    Raises Unsupported when nothing else is divided.
+    As does one with a module in `left`. Raises Unsupported when nothing else is divided.
     """
     regions: dict[str, Region] = {}
     unknown: dict[str, str] = {}
@@ -96,7 +96,11 @@ def sharding_by_plan(model: nn.Module, plan: Plan) -> Sharding:
         whole.append(model.get_submodule(parent))
     if unknown and not regions:
         raise UnsupportedRules(f"{next(iter(unknown.values()))}; t = 1 only")
-    known = [replace(region, head_dim=_head_dim(region)) for region in regions.values()]
+    known = [
+        replace(region, head_dim=_head_dim(region))
+        for region in regions.values()
+        if not region.has_any(left)
+    ]
     vocabulary = [_known_table(*table) for table in tables]
     return sharding_of(model, known, vocabulary, frozenset(map(id, whole)))
 

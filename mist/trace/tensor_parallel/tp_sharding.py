@@ -92,6 +92,10 @@ class Region:
     colwise: list[Matrix] = field(default_factory=list)
     rowwise: list[Matrix] = field(default_factory=list)
 
+    def has_any(self, modules: frozenset[int]) -> bool:
+        """Whether a matrix of it is in one of these modules."""
+        return any(id(matrix.module) in modules for matrix in (*self.colwise, *self.rowwise))
+
     @property
     def grain(self) -> int:
         """What must not be cut: the size of a head where all matrices consist of heads."""

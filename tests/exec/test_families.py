@@ -1,0 +1,103 @@
+"""Families under dp 2, tp 2 (also with its sequence divided) and pp 2: what one process gets.
+
+In float64, to its last digits; and the dry run of each agrees with what was predicted for it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mist.errors import ModelError
+from mist.exec.build.parallel import assemble
+from mist.exec.dryrun.dry_run import look
+from mist.exec.observation import Seen
+from mist.plans.plan import Plan
+from mist.workflow.checking import HandLayout, check_layout
+from mist.workflow.request import Question
+from mist.workflow.verifying import verify_plan
+from tests.exec.double import MAX_LOSS, MAX_PARAMETER
+from tests.exec.family_layouts import FAMILIES, HYBRIDS, OF_FAMILIES, WITHOUT_SP
+from tests.exec.forking import RunRanks
+from tests.exec.layouts import S, Variant, plan_of
+from tests.exec.parity import run_variants, settings
+from tests.exec.subjects import known_subject
+from tests.tiny_families import CONFIGS, write_family
+
+LIMITS = {"loss": MAX_LOSS, "norm": MAX_LOSS, "gradients": MAX_LOSS, "parameters": MAX_PARAMETER}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *WITHOUT_SP])
+def test_families_agree_with_one_process(family: str, tmp_path: Path, forked: RunRanks) -> None:
+    model = write_family(family, tmp_path).name
+    variants = [variant for variant in OF_FAMILIES if variant.model == model]
+    found = run_variants(variants, tmp_path, forked)
+    assert set(found) == {variant.name for variant in variants}
+    far = {
+        (name, what): error
+        for name, errors in found.items()
+        for what, error in errors.items()
+        if not error <= LIMITS[what]
+    }
+    assert far == {}
+
+
+def test_stages_do_not_pass_on_a_condition(tmp_path: Path) -> None:
+    write_family("dit", tmp_path)
+    stages = (S(layers=(1,)), S(layers=(1,)))
+    plan = plan_of(Variant(name="pp2", model="dit.py", stages=stages, micro=8), tmp_path)
+    with pytest.raises(ModelError) as refusal:
+        assemble(known_subject(plan), plan, torch.device("cpu"), settings(None))
+    assert str(refusal.value) == (
+        "pp 2: layers of dit take more than what the layer before them gives (a condition, an "
+        "encoder's result), which stages do not pass on. Use pp 1."
+    )
+
+
+# The tiny models 16 times as wide, with heads of 64: a stray activation is no part of a peak of
+# some hundred MiB. The dry run is of fake tensors.
+WIDTHS = {
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_intermediate_size",
+    "n_embd", "ffn_dim", "word_embed_proj_dim", "d_model", "block_ff_dim", "vocab_size",
+}  # fmt: skip
+HEADS = {
+    "num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "head_dim", "mamba_n_heads",
+    "mamba_d_head", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim",
+    "v_head_dim", "max_position_embeddings", "n_positions", "max_seq_len",
+}  # fmt: skip
+HANDS = {
+    "dp2": HandLayout(zero=2, micro_batch=1),
+    "tp2": HandLayout(tp=2, micro_batch=1),
+    "pp2": HandLayout(pp=2, micro_batch=1),
+}
+MOST = 0.03  # of the peak: the bar of the project
+
+
+def look_here(
+    plan: Plan, stages: Sequence[int], progress: object, *, policy: str
+) -> tuple[Seen, ...]:
+    """Dry runs without the seconds in which a process imports torch."""
+    return tuple(look(plan, stage, policy) for stage in stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HANDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prediction_and_program_agree(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mist.workflow.verifying.dry_run", look_here)
+    factors = dict.fromkeys(WIDTHS, 16) | dict.fromkeys(HEADS, 4)
+    sizes = {
+        name: value * factors[name] if name in factors else value
+        for name, value in CONFIGS[family].items()
+    }
+    model = tmp_path / f"{family}.json"
+    model.write_text(json.dumps(sizes))
+    question = Question(model=str(model), num_gpus=2, seq_len=1024, global_batch=8, gpu="h100-sxm")
+    for stage in verify_plan(check_layout(question, HANDS[kind]).plan).stages:
+        assert all(row.agrees for row in stage.collectives), stage.collectives
+        assert abs(stage.difference_ratio) <= MOST

@@ -1,0 +1,133 @@
+"""One tiny model of each family, that real tensors and real ranks can afford.
+
+Configurations lie in tiny_families.yaml; models that people write by hand are files of Python.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import yaml
+
+# nanoGPT's layout: one ModuleDict around all, queries, keys and values in one matrix.
+NANOGPT = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(64), nn.LayerNorm(64)
+        self.c_attn, self.c_proj = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(64, 256), c_proj=nn.Linear(256, 64)))
+
+    def forward(self, x):
+        b, s, h = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).split(64, dim=2)
+        q, k, v = (each.view(b, s, 4, h // 4).transpose(1, 2) for each in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(b, s, h))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
+
+
+class GPT(nn.Module):
+    block_size = 512
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(256, 64), wpe=nn.Embedding(512, 64), drop=nn.Dropout(0.0),
+            h=nn.ModuleList(Block() for _ in range(2)), ln_f=nn.LayerNorm(64),
+        ))
+        self.lm_head = nn.Linear(64, 256, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+
+    def forward(self, idx):
+        t = self.transformer
+        x = t.drop(t.wte(idx) + t.wpe(torch.arange(idx.shape[1], device=idx.device)))
+        for block in t.h:
+            x = block(x)
+        return self.lm_head(t.ln_f(x))
+
+
+def build_model():
+    return GPT()
+"""
+# A diffusion transformer (Peebles and Xie 2023): layers take their scales from a second input.
+DIT = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x):
+        b, n, h = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, h))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(64, elementwise_affine=False) for _ in range(2))
+        self.attn = Attention()
+        self.mlp = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        self.scales = nn.Sequential(nn.SiLU(), nn.Linear(64, 384))
+
+    def forward(self, x, c):
+        a, b, g, d, e, h = self.scales(c).unsqueeze(1).chunk(6, dim=2)
+        x = x + g * self.attn(self.norm1(x) * (1 + b) + a)
+        return x + h * self.mlp(self.norm2(x) * (1 + e) + d)
+
+
+class DiT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.time = nn.Linear(16, 64), nn.Linear(8, 64)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.out = nn.Linear(64, 16)
+
+    def forward(self, latents, time):
+        x, c = self.patches(latents), self.time(time)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.out(x)
+
+
+def build_model():
+    return DiT()
+
+
+def make_batch(batch, seq):
+    return {"latents": torch.randn(batch, seq, 16), "time": torch.randn(batch, 8)}
+
+
+def loss(output, batch):
+    return (output - batch["latents"]).square().mean()
+"""
+
+CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
+    yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+)
+FILES: Final = MappingProxyType({"nanogpt": NANOGPT, "dit": DIT})
+
+
+def file_of(name: str) -> str:
+    """The file that describes a family's model."""
+    return f"{name}.json" if name in CONFIGS else f"{name}.py"
+
+
+def write_family(name: str, folder: Path) -> Path:
+    """The family's model, as a file that a plan can name."""
+    path = folder / file_of(name)
+    path.write_text(json.dumps(CONFIGS[name]) if name in CONFIGS else FILES[name])
+    return path
