@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mist.errors import InputError
 from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
-from mist.plans.memory_levels import KEEPS_ALL, PLAIN, levels_that
+from mist.plans.memory_levels import KEEPS_ALL, USUAL, levels_that
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.units import parse_whole
@@ -61,7 +61,7 @@ class SearchSpace:
     micro_batch: tuple[int, ...] | None = None
     zero: tuple[int, ...] = (0, 1, 2, 3)
     head: tuple[HeadMode, ...] = (HeadMode.NONE,)
-    levels: tuple[MemoryLevel, ...] = PLAIN
+    levels: tuple[MemoryLevel, ...] = USUAL
     some_layers: bool = True
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
     schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)

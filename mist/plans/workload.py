@@ -68,6 +68,8 @@ class MemoryLevel(StrEnum):
     DROP_ACTIVATION = "drop-activation"
     DROP_NORM = "drop-norm"
     SELECTIVE = "selective"
+    SAC_HALF = "sac-half"
+    SDPA_ONLY = "sdpa-only"
     FULL = "full"
 
     @property
