@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mist.errors import InputError
-from mist.plans.memory_levels import PLAIN
+from mist.plans.memory_levels import USUAL
 from mist.plans.search_space import (
     ALL_OR_NOTHING,
     NO_RATIOS,
@@ -19,7 +19,7 @@ from mist.plans.search_space import (
 )
 from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 
-NONE, SELECTIVE, FULL = PLAIN
+NONE, SELECTIVE, FULL = USUAL
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
 
 TABLE = {

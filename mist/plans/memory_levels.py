@@ -24,6 +24,7 @@ class LevelRow:
         product_stride: layers run again but for the results of attention kernels and of every n-th
             matrix product, from the first on; 0: of no product; None: levels of another kind.
         may_split: whether its layers run backward in two parts (`ScheduleRow.splits_backward`).
+        searched: whether spaces with every level hold it.
         converts: whether its layers are converted (`mist.layers`), so that its cost is that of the
             trace of the converted layer.
         word: what tables call layers at it, where that is not its name.
@@ -34,6 +35,7 @@ class LevelRow:
     may_offload: bool = True
     product_stride: int | None = None
     may_split: bool = False
+    searched: bool = True
     converts: bool = False
     word: str | None = None
 
@@ -55,8 +57,14 @@ LEVELS: Final = MappingProxyType(
             may_offload=False,
             word="selectively",
         ),
+        # Layers of which some are at the level above and some at the one below keep as little, and
+        # are as fast: to search it would only take longer.
         MemoryLevel.SAC_HALF: LevelRow(
-            repeats="part", meaning="keeps_results", product_stride=2, may_offload=False
+            repeats="part",
+            meaning="keeps_results",
+            product_stride=2,
+            may_offload=False,
+            searched=False,
         ),
         MemoryLevel.SDPA_ONLY: LevelRow(
             repeats="part", meaning="keeps_results", product_stride=0, may_offload=False
@@ -84,6 +92,9 @@ PLAIN: Final = levels_that(lambda row: not row.converts)
 
 (OWN_PART,) = levels_that(lambda row: row.meaning == "selective")
 """What each runtime calls selective: it says itself which part of a layer runs again."""
+
+SEARCHED: Final = levels_that(lambda row: row.searched)
+"""What a search that looks at every level looks at."""
 
 USUAL: Final = (KEEPS_ALL, OWN_PART, REPEATS_ALL)
 """What other planners choose from."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mist.errors import InputError
 from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
-from mist.plans.memory_levels import KEEPS_ALL, USUAL, levels_that
+from mist.plans.memory_levels import KEEPS_ALL, SEARCHED, USUAL, levels_that
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.units import parse_whole
@@ -162,14 +162,14 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             SearchSpace(name="paper", dp_replicate=(1,), schedules=_ALIKE, refines=False),
             SearchSpace(
                 name="paper+tempo",
-                levels=tuple(MemoryLevel),
+                levels=SEARCHED,
                 dp_replicate=(1,),
                 schedules=_ALIKE,
                 refines=False,
             ),
             SearchSpace(name="mist"),
-            SearchSpace(name="mist+levels", levels=tuple(MemoryLevel)),
-            SearchSpace(name="mist+heads", levels=tuple(MemoryLevel), head=tuple(HeadMode)),
+            SearchSpace(name="mist+levels", levels=SEARCHED),
+            SearchSpace(name="mist+heads", levels=SEARCHED, head=tuple(HeadMode)),
             SearchSpace(name="whole", unequal_meshes=True),
         )
     }
