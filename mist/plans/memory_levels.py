@@ -43,6 +43,14 @@ class LevelRow:
 LEVELS: Final = MappingProxyType(
     {
         MemoryLevel.NONE: LevelRow(repeats="nothing", may_split=True),
+        # Beaten by the next two, which keep less and are exact: for comparison with the paper.
+        MemoryLevel.TEMPO: LevelRow(
+            repeats="part",
+            meaning="converts_layers",
+            may_offload=False,
+            searched=False,
+            converts=True,
+        ),
         # The hooks of offload were not tried on tensors that several matrices make again.
         **dict.fromkeys(
             (MemoryLevel.DROP_ACTIVATION, MemoryLevel.DROP_NORM),

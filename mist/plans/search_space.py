@@ -162,7 +162,7 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             SearchSpace(name="paper", dp_replicate=(1,), schedules=_ALIKE, refines=False),
             SearchSpace(
                 name="paper+tempo",
-                levels=SEARCHED,
+                levels=(KEEPS_ALL, MemoryLevel.TEMPO, *USUAL[1:]),
                 dp_replicate=(1,),
                 schedules=_ALIKE,
                 refines=False,

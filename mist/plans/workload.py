@@ -65,6 +65,7 @@ class MemoryLevel(StrEnum):
     """How much of a layer's activation is kept, from most to least: `mist.plans.memory_levels`."""
 
     NONE = "none"
+    TEMPO = "tempo"
     DROP_ACTIVATION = "drop-activation"
     DROP_NORM = "drop-norm"
     SELECTIVE = "selective"

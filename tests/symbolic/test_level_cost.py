@@ -94,5 +94,6 @@ def test_a_space_keeps_the_levels_that_a_model_has() -> None:
         priced(SearchSpace(levels=(MemoryLevel.DROP_NORM,)), job)
     assert str(error.value) == (
         "checkpoint drop-norm: not all layers of toy can be converted (mist convert --level "
-        "drop-norm says why); use checkpoint none or selective or full."
+        "drop-norm says why); use checkpoint none or selective or sac-half or sdpa-only or "
+        "full."
     )

@@ -156,13 +156,13 @@ def test_words_that_offload_nothing(word: str) -> None:
         ({"zero": 4}, "--zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
         (
             {"checkpoint": "some"},
-            "--checkpoint some is neither none, drop-activation, "
-            "drop-norm, selective, full nor a number of layers.",
+            "--checkpoint some is neither none, tempo, drop-activation, "
+            "drop-norm, selective, sac-half, sdpa-only, full nor a number of layers.",
         ),
         (
             {"checkpoint": "\N{SUPERSCRIPT TWO}"},
-            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, drop-activation, "
-            "drop-norm, selective, full "
+            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, tempo, drop-activation, "
+            "drop-norm, selective, sac-half, sdpa-only, full "
             "nor a number of layers.",
         ),
         ({"vpp": 0}, "--vpp 0 is not a positive number."),
