@@ -115,8 +115,8 @@ def memory_of(num_layers: int, level: MemoryLevel, num_repeated: int = 0) -> dic
 
 
 def level_counts(*parts: tuple[MemoryLevel, int]) -> dict[MemoryLevel, int]:
-    """Layers at each level, as plans list them: those that convert layers only where some do."""
+    """Layers at each level, as plans list them: the usual levels, and others where layers are."""
     counts = dict.fromkeys(MemoryLevel, 0)
     for level, number in parts:
         counts[level] += number
-    return {level: number for level, number in counts.items() if number or level in PLAIN}
+    return {level: number for level, number in counts.items() if number or level in USUAL}

@@ -1,11 +1,12 @@
 """What a memory level does to a block: what it keeps, repeats and works in."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
 from sympy import Expr
 
-from mist.plans.memory_levels import KEEPS_ALL, LEVELS, OWN_PART, PLAIN
+from mist.plans.memory_levels import KEEPS_ALL, LEVELS, OWN_PART, PLAIN, USUAL
 from mist.plans.workload import MemoryLevel
 from mist.platform.runtime import Runtime
 from mist.symbolic.block import BlockCost
@@ -33,17 +34,22 @@ class LevelCost:
     allocated_bytes: Expr
 
 
-def plain_levels(runtime: Runtime) -> tuple[MemoryLevel, ...]:
-    """The levels of a runtime at which layers are as the model has them."""
-    return tuple(level for level in runtime.levels if level in PLAIN)
+def plain_levels(runtime: Runtime, more: Iterable[MemoryLevel]) -> tuple[MemoryLevel, ...]:
+    """The levels of a runtime that convert nothing: the usual ones, and of `more` those it has."""
+    priced = {*USUAL, *more}.intersection(PLAIN)
+    return tuple(level for level in runtime.levels if level in priced)
 
 
-def level_costs(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[LevelCost, ...]:
+def level_costs(
+    cost: BlockCost, runtime: Runtime, *, is_layer: bool, more: Iterable[MemoryLevel] = ()
+) -> tuple[LevelCost, ...]:
     """The levels of a plain block, from most kept to least; the ends of a model keep everything.
+
+    `more`: those that are priced beside the usual ones.
 
     Those that convert it are priced from the trace of what it becomes (`converted_cost`).
     """
-    levels = plain_levels(runtime) if is_layer else (KEEPS_ALL,)
+    levels = plain_levels(runtime, more) if is_layer else (KEEPS_ALL,)
     return tuple(_cost_of(level, cost, runtime) for level in levels)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from mist.model.graph import B, S, T
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
+from tests.tokens import tokens
 
 WIDTH, NUM_LAYERS = 16, 3
 
@@ -58,7 +59,7 @@ def saved_in_layers(b: int, s: int) -> int:
 def test_a_stack_keeps_each_activation_once(b: int) -> None:
     graph = trace_model(Net(), TraceSetting(precision=Precision.FP32, attention=Attention.FLASH))
     (block,) = graph.blocks
-    activation, at = 4 * b * 32 * WIDTH, {B: b, S: 32, T: 1}
+    activation, at = 4 * b * 32 * WIDTH, {B: b, S: 32, T: 1} | tokens(1, b)
     saved = block.saved_single if b == 1 else block.saved
     assert [tensor.bytes.subs(at) for tensor in saved] == [activation]
     # The last result is no input of another layer. In its own backward pass it counts.
