@@ -175,8 +175,9 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
     }
 )
 """What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
-the other schedules, "whole" stages of unequal size too; "paper+tempo" adds
-Tempo's level, "mist+levels" those that keep less than others at their time, "mist+heads" also heads without all logits at once."""
+the other schedules, "whole" stages of unequal size too; "paper+tempo" adds Tempo's level,
+"mist+levels" those that no mix of others is as good as, "mist+heads" also heads without all logits
+at once."""
 
 
 def space_of(name: str) -> SearchSpace:
