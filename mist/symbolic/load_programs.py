@@ -47,9 +47,9 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     """
     known = [level for level in runtime.levels if level in levels]
     settings = [replace(setting, level=level) for level in known if level in CONVERTS]
-    profile_hash = " ".join([profile_hash, *(level for level in known if level in PLAIN)])
-    own = HeadMode if runtime.converts_layers else ()
-    settings += [replace(setting, head=mode) for mode in heads if mode in own]
+    if runtime.converts_layers:
+        settings += [replace(setting, head=mode) for mode in heads]
+    profile_hash = " ".join([profile_hash, *sorted({*known}.intersection(PLAIN))])
     key = _key(source, setting, profile_hash, settings, optimizer)
     programs = load_programs(cache_folder(), key) if key else None
     if programs is not None:

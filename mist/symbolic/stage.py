@@ -73,14 +73,10 @@ def stage_cost(
     heads: Heads = NO_HEADS,
     more: Collection[MemoryLevel] = (),
 ) -> StageCost:
-    """Build the expressions of any stage of `graph`.
+    """Build the expressions of any stage of `graph`, a traced model, under a setting.
 
-    Args:
-        graph: the traced model.
-        setting: the framework whose behaviour is predicted, precision and optimizer.
-        converted: the same blocks at the levels that convert them.
-        heads: the same head in other modes.
-        more: levels to price beside the usual ones, which convert nothing.
+    `converted`: its blocks at the levels that convert them; `heads`: its head in other modes;
+    `more`: levels to price beside the usual ones, which convert nothing.
     """
     runtime = setting.runtime
     traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
