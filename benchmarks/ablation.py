@@ -22,7 +22,7 @@ from mist.errors import Infeasible
 from mist.pareto.layouts import stage_plans
 from mist.pareto.strategies import expressible
 from mist.plans.breakdown import layout_words
-from mist.plans.memory_levels import PLAIN
+from mist.plans.memory_levels import USUAL
 from mist.plans.plan import Layout, Limits
 from mist.plans.search_space import PAPER_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import Attention, MemoryLevel
@@ -31,7 +31,7 @@ from mist.symbolic.job import Job
 from mist.symbolic.load_programs import quiet
 
 START: Final = SPACES["3d"]
-CHECKPOINTS: Final = replace(START, levels=PLAIN, some_layers=True)
+CHECKPOINTS: Final = replace(START, levels=USUAL, some_layers=True)
 ZERO: Final = replace(CHECKPOINTS, zero=(0, 1, 2, 3))
 OFFLOAD: Final = replace(ZERO, offload=PAPER_RATIOS)
 LADDER: Final = {

@@ -638,7 +638,8 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         ("plan", "{models}/tiny.py", *SMALL, "--set", "colour=2"),
         "--set colour=2: expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a "
         "number, head=none, checkpointed, in-forward, checkpoint=none, "
-        "drop-activation, drop-norm, selective, full, schedule=gpipe, 1f1b, interleaved, "
+        "tempo, drop-activation, drop-norm, selective, sac-half, sdpa-only, full, "
+        "schedule=gpipe, 1f1b, interleaved, "
         "zero-bubble, or a figure of a profile (cluster.host_memory_bytes=64GB).",
     ),
     (
@@ -666,7 +667,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "something unknown that is forbidden",
         ("plan", "{models}/tiny.py", *SMALL, "--forbid", "tp"),
         "--forbid tp: expected offload, weights, grads, optimizer, activations, "
-        "drop-activation, drop-norm, selective, full, "
+        "tempo, drop-activation, drop-norm, selective, sac-half, sdpa-only, full, "
         "gpipe, 1f1b, interleaved, zero-bubble, unlike-stages, unequal-meshes.",
     ),
     (

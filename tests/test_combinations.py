@@ -368,7 +368,7 @@ def test_converted_layers_are_not_divided() -> None:
     levels = [MemoryLevel.NONE, MemoryLevel.DROP_NORM, MemoryLevel.FULL]
     assert [*broken_by_levels(levels, columns)] == [
         "tp 2: drop-norm layers keep all when tensor parallelism divides them; use tp 1, or "
-        "checkpoint none or selective or full"
+        "checkpoint none or selective or sac-half or sdpa-only or full"
     ]
 
 

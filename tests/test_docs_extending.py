@@ -187,15 +187,7 @@ NEW_LEVEL = {
     },
     "mist/plans/memory_levels.py": {
         r"(        MemoryLevel.FULL: LevelRow)": r"        MemoryLevel.INPUTS: "
-        r'LevelRow(repeats="part"),\n\1',
-    },
-    "mist/symbolic/level_cost.py": {
-        r"(            MemoryLevel.FULL: _full,)": r"            MemoryLevel.INPUTS: lambda cost, "
-        r'runtime: replace(_full(cost, runtime), name="inputs"),\n\1',
-        r"from dataclasses import dataclass": "from dataclasses import dataclass, replace",
-    },
-    "mist/exec/build/activations.py": {
-        r"(        MemoryLevel.FULL: \{\},)": r"        MemoryLevel.INPUTS: {},\n\1",
+        r'LevelRow(repeats="part", meaning="keeps_results", product_stride=0),\n\1',
     },
 }
 NEW_SCHEDULE = {

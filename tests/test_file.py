@@ -154,8 +154,8 @@ FAULTS: list[tuple[str, list[Callable[[Data], None]], list[str]]] = [
         "unknown memory level",
         [put("stages.0.memory", {"none": 7, "some": 1})],
         [
-            "stages[0].memory.some: input should be 'none', 'drop-activation', 'drop-norm', "
-            "'selective' or 'full' (found \"some\")"
+            "stages[0].memory.some: input should be 'none', 'tempo', 'drop-activation', "
+            "'drop-norm', 'selective', 'sac-half', 'sdpa-only' or 'full' (found \"some\")"
         ],
     ),
     (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mist.errors import InputError
-from mist.plans.memory_levels import PLAIN
+from mist.plans.memory_levels import USUAL
 from mist.plans.search_space import (
     ALL_OR_NOTHING,
     NO_RATIOS,
@@ -19,7 +19,10 @@ from mist.plans.search_space import (
 )
 from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 
-NONE, SELECTIVE, FULL = PLAIN
+NONE, SELECTIVE, FULL = USUAL
+TEMPO = MemoryLevel("tempo")
+# Less what a mix of others, or another level, is as good as.
+SEARCHED = tuple(level for level in MemoryLevel if level not in {TEMPO, "sac-half"})
 GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE = ScheduleKind
 
 TABLE = {
@@ -33,16 +36,16 @@ TABLE = {
     "aceso": (None, None, "01", (NONE, FULL), True, "", (ONE_F_ONE_B,), True),
     "paper": (None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True),
     "paper+tempo": (
-        None, None, "0123", tuple(MemoryLevel), True, "wgoa", (ONE_F_ONE_B,), True,
+        None, None, "0123", (NONE, TEMPO, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True,
     ),
     "mist": (
         None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
     "mist+levels": (
-        None, None, "0123", tuple(MemoryLevel), True, "wgoa", tuple(ScheduleKind), True,
+        None, None, "0123", SEARCHED, True, "wgoa", tuple(ScheduleKind), True,
     ),
     "mist+heads": (
-        None, None, "0123", tuple(MemoryLevel), True, "wgoa", tuple(ScheduleKind), True,
+        None, None, "0123", SEARCHED, True, "wgoa", tuple(ScheduleKind), True,
     ),
     "whole": (
         None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
@@ -107,7 +110,8 @@ def test_every_state_may_stay_on_the_device(ratios: dict[str, tuple[float, ...]]
         ({"zero": (1, 4)}, "zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
         (
             {"levels": ()},
-            "no memory level is left: allow none, drop-activation, drop-norm, selective or full.",
+            "no memory level is left: allow none, tempo, drop-activation, drop-norm, selective, "
+            "sac-half, sdpa-only or full.",
         ),
         (
             {"offload": {"adam": (0.0,)}},
@@ -248,7 +252,8 @@ def test_restrictions_are_told_in_order() -> None:
 
 EXPECTED_SET = (
     "expected tp, pp, dp, dp-replicate, micro-batch, vpp, zero with a number, head=none, "
-    "checkpointed, in-forward, checkpoint=none, drop-activation, drop-norm, selective, full, "
+    "checkpointed, in-forward, checkpoint=none, tempo, drop-activation, "
+    "drop-norm, selective, sac-half, sdpa-only, full, "
     "schedule=gpipe, 1f1b, interleaved, zero-bubble, or a figure of a profile "
     "(cluster.host_memory_bytes=64GB)."
 )
@@ -257,8 +262,8 @@ EXPECTED_MAX = (
     "grads, optimizer, activations with a ratio from 0 to 1."
 )
 EXPECTED_FORBID = (
-    "expected offload, weights, grads, optimizer, activations, drop-activation, drop-norm, "
-    "selective, full, gpipe, 1f1b, "
+    "expected offload, weights, grads, optimizer, activations, tempo, drop-activation, "
+    "drop-norm, selective, sac-half, sdpa-only, full, gpipe, 1f1b, "
     "interleaved, zero-bubble, unlike-stages, unequal-meshes."
 )
 
@@ -288,7 +293,8 @@ EXPECTED_FORBID = (
         ({"forbid": "tp"}, f"--forbid tp: {EXPECTED_FORBID}"),
         (
             {"fixed": "checkpoint=full", "forbid": "full"},
-            "no memory level is left: allow none, drop-activation, drop-norm, selective or full.",
+            "no memory level is left: allow none, tempo, drop-activation, drop-norm, selective, "
+            "sac-half, sdpa-only or full.",
         ),
     ],
 )

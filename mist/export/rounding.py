@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from mist.export.target import ExportLoss, Expresses, LossKind, refused, rounded
 from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.memory_levels import (
-    CONVERTS,
     KEEPS_ALL,
     LEVELS,
     REPEATS_ALL,
@@ -132,9 +131,9 @@ def _memory(plan: Plan, name: str, can: Expresses) -> tuple[list[Levels], list[E
     before = [_counts(stage.levels) for stage in plan.stages]
     kinds = {level for counts in before for level, count in counts.items() if count}
     partly = levels_that(lambda row: row.repeats == "part", kinds)
-    # A target's own part may keep more than a converted layer does: that one repeats everything.
-    if partly and can.partly and not {REPEATS_ALL, *CONVERTS} & kinds:
-        after = [_counts(partly[:1] * stage.num_layers) for stage in plan.stages]
+    # A target's own part may keep more than another level does: that one repeats everything.
+    if partly and REPEATS_ALL not in kinds and set(partly) <= set(can.partly):
+        after = [_counts(partly[-1:] * stage.num_layers) for stage in plan.stages]
     else:
         after = _repeated(plan, can)
     losses = []

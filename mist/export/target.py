@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from mist.plans.plan import NOTHING_OFFLOADED, Offload, Plan
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.workload import Precision, ScheduleKind
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 
 MARK: Final = "mist export"  # by which a file that was exported before is known
 
@@ -46,7 +46,7 @@ class Expresses:
         divides_alone: whether a single data-parallel rank may have a ZeRO level.
         copies: whether divided states may have copies (`dp_replicate`).
         precisions: what it trains in.
-        partly: whether all layers may repeat a part of themselves.
+        partly: levels that repeat a part of a layer, which all layers may have.
         repeats: which layers may repeat everything: any of them, the first ones of each chunk (the
             same number in each), or all or none.
         sequence: whether it is stated that tensor parallelism shards the sequence.
@@ -61,7 +61,7 @@ class Expresses:
     divides_alone: bool = True
     copies: bool = False
     precisions: Sequence[Precision] = tuple(Precision)
-    partly: bool = False
+    partly: tuple[MemoryLevel, ...] = ()
     repeats: Literal["any", "first", "all"] = "all"
     sequence: bool = False
     hosted: frozenset[str] = frozenset()

@@ -18,9 +18,9 @@ from mist.export.target import (
     refused,
     undivided_offload,
 )
-from mist.plans.memory_levels import LEVELS, PARTLY
+from mist.plans.memory_levels import LEVELS, OWN_PART
 from mist.plans.plan import Plan
-from mist.plans.workload import Precision, ScheduleKind
+from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 
 MODULE: Final = "mist_plan/config_registry.py"
 SCHEDULE_NAMES: Final = {
@@ -75,7 +75,7 @@ TORCHTITAN: Final = Expresses(
     divides_alone=False,
     copies=True,
     precisions=tuple(DTYPES),
-    partly=True,
+    partly=(OWN_PART, MemoryLevel.SAC_HALF),  # SelectiveAC keeps every other product
     repeats="any",
     sequence=True,
     hosted=frozenset({"together"}),
@@ -181,7 +181,7 @@ def _assignments(plan: Plan) -> Iterator[str]:
 
 
 def _recompute(plan: Plan) -> str:
-    if any(level in PARTLY for stage in plan.stages for level in stage.levels):
+    if any(set(TORCHTITAN.partly) & set(stage.levels) for stage in plan.stages):
         return "SelectiveAC.Config()"
     layers = sorted(_repeated(plan))
     if not layers:

@@ -18,7 +18,7 @@ from mist.export.setting_values import leaves
 from mist.export.target import Configuration
 from mist.export.torchtitan_module import DTYPES, SCHEDULE_NAMES
 from mist.export.unread_settings import NEVER, SettingKinds, unread
-from mist.plans.memory_levels import KEEPS_ALL, PARTLY, REPEATS_ALL
+from mist.plans.memory_levels import KEEPS_ALL, OWN_PART, REPEATS_ALL
 from mist.plans.plan import Offload
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import Precision, ScheduleKind
@@ -173,10 +173,10 @@ def _named_as_now(settings: dict[str, Any]) -> dict[str, Any]:
     found = {_renamed(_renamed(name)): value for name, value in settings.items()}
     mode = found.pop(f"{CHECKPOINT}.mode", None)
     if mode is None and any(name.startswith(f"{CHECKPOINT}.selective") for name in found):
-        mode = PARTLY[0].value  # the default of the section
+        mode = OWN_PART.value  # the default of the section
     if mode is not None:
         found[CHECKPOINT] = MODES.get(str(mode), str(mode))
-    if found.get(CHECKPOINT) != PARTLY[0]:
+    if found.get(CHECKPOINT) != OWN_PART:
         found = {n: v for n, v in found.items() if not n.startswith(f"{CHECKPOINT}.selective")}
     return found
 
@@ -292,7 +292,7 @@ def _checkpoint(settings: Settings, path: str, parts: Sequence[Sequence[int]], p
             return str(len(layers))
         own = [[layer for part in parts[stage::pp] for layer in part] for stage in range(pp)]
         return ",".join(str(len(set(stage) & set(layers))) for stage in own)
-    return REPEATS_ALL.value if re.search("(?i)full", words) else PARTLY[0].value
+    return REPEATS_ALL.value if re.search("(?i)full", words) else OWN_PART.value
 
 
 def _schedule(settings: Settings, path: str) -> ScheduleKind:

@@ -21,7 +21,10 @@ class LevelRow:
         meaning: the field of a runtime that says what the level is there, null where the runtime
             has none; None: the level is the same everywhere.
         may_offload: whether activations of its layers may live in host memory.
+        product_stride: layers run again but for the results of attention kernels and of every n-th
+            matrix product, from the first on; 0: of no product; None: levels of another kind.
         may_split: whether its layers run backward in two parts (`ScheduleRow.splits_backward`).
+        searched: whether spaces with every level hold it.
         converts: whether its layers are converted (`mist.layers`), so that its cost is that of the
             trace of the converted layer.
         word: what tables call layers at it, where that is not its name.
@@ -30,7 +33,9 @@ class LevelRow:
     repeats: Literal["nothing", "part", "all"]
     meaning: str | None = None
     may_offload: bool = True
+    product_stride: int | None = None
     may_split: bool = False
+    searched: bool = True
     converts: bool = False
     word: str | None = None
 
@@ -38,15 +43,39 @@ class LevelRow:
 LEVELS: Final = MappingProxyType(
     {
         MemoryLevel.NONE: LevelRow(repeats="nothing", may_split=True),
+        # Beaten by the next two, which keep less and are exact: for comparison with the paper.
+        MemoryLevel.TEMPO: LevelRow(
+            repeats="part",
+            meaning="converts_layers",
+            may_offload=False,
+            searched=False,
+            converts=True,
+        ),
         # The hooks of offload were not tried on tensors that several matrices make again.
         **dict.fromkeys(
             (MemoryLevel.DROP_ACTIVATION, MemoryLevel.DROP_NORM),
             LevelRow(repeats="part", meaning="converts_layers", may_offload=False, converts=True),
         ),
-        # What its layers keep is kept by torch's checkpointing, which hooks of saved tensors do
+        # What these layers keep is kept by torch's checkpointing, which hooks of saved tensors do
         # not see.
         MemoryLevel.SELECTIVE: LevelRow(
-            repeats="part", meaning="selective", may_offload=False, word="selectively"
+            repeats="part",
+            meaning="selective",
+            product_stride=1,
+            may_offload=False,
+            word="selectively",
+        ),
+        # Layers of which some are at the level above and some at the one below keep as little, and
+        # are as fast: to search it would only take longer.
+        MemoryLevel.SAC_HALF: LevelRow(
+            repeats="part",
+            meaning="keeps_results",
+            product_stride=2,
+            may_offload=False,
+            searched=False,
+        ),
+        MemoryLevel.SDPA_ONLY: LevelRow(
+            repeats="part", meaning="keeps_results", product_stride=0, may_offload=False
         ),
         MemoryLevel.FULL: LevelRow(repeats="all"),
     }
@@ -69,8 +98,14 @@ CONVERTS: Final = levels_that(lambda row: row.converts)
 PLAIN: Final = levels_that(lambda row: not row.converts)
 """Levels whose layers are converted, and those that any model has as it is."""
 
-PARTLY: Final = levels_that(lambda row: row.repeats == "part", PLAIN)
-"""Levels at which any model runs a part of its layers again."""
+(OWN_PART,) = levels_that(lambda row: row.meaning == "selective")
+"""What each runtime calls selective: it says itself which part of a layer runs again."""
+
+SEARCHED: Final = levels_that(lambda row: row.searched)
+"""What a search that looks at every level looks at."""
+
+USUAL: Final = (KEEPS_ALL, OWN_PART, REPEATS_ALL)
+"""What other planners choose from."""
 
 
 def memory_of(num_layers: int, level: MemoryLevel, num_repeated: int = 0) -> dict[MemoryLevel, int]:
@@ -80,8 +115,8 @@ def memory_of(num_layers: int, level: MemoryLevel, num_repeated: int = 0) -> dic
 
 
 def level_counts(*parts: tuple[MemoryLevel, int]) -> dict[MemoryLevel, int]:
-    """Layers at each level, as plans list them: those that convert layers only where some do."""
+    """Layers at each level, as plans list them: the usual levels, and others where layers are."""
     counts = dict.fromkeys(MemoryLevel, 0)
     for level, number in parts:
         counts[level] += number
-    return {level: number for level, number in counts.items() if number or level in PLAIN}
+    return {level: number for level, number in counts.items() if number or level in USUAL}

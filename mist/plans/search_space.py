@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mist.errors import InputError
 from mist.plans.knobs import COUNTED_KNOBS, SEARCHED_KNOBS, Knob
-from mist.plans.memory_levels import KEEPS_ALL, PLAIN, levels_that
+from mist.plans.memory_levels import KEEPS_ALL, SEARCHED, USUAL, levels_that
 from mist.plans.schedules import DEFAULT_KIND
 from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.units import parse_whole
@@ -61,7 +61,7 @@ class SearchSpace:
     micro_batch: tuple[int, ...] | None = None
     zero: tuple[int, ...] = (0, 1, 2, 3)
     head: tuple[HeadMode, ...] = (HeadMode.NONE,)
-    levels: tuple[MemoryLevel, ...] = PLAIN
+    levels: tuple[MemoryLevel, ...] = USUAL
     some_layers: bool = True
     offload: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: PAPER_RATIOS)
     schedules: tuple[ScheduleKind, ...] = tuple(ScheduleKind)
@@ -162,21 +162,22 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
             SearchSpace(name="paper", dp_replicate=(1,), schedules=_ALIKE, refines=False),
             SearchSpace(
                 name="paper+tempo",
-                levels=tuple(MemoryLevel),
+                levels=(KEEPS_ALL, MemoryLevel.TEMPO, *USUAL[1:]),
                 dp_replicate=(1,),
                 schedules=_ALIKE,
                 refines=False,
             ),
             SearchSpace(name="mist"),
-            SearchSpace(name="mist+levels", levels=tuple(MemoryLevel)),
-            SearchSpace(name="mist+heads", levels=tuple(MemoryLevel), head=tuple(HeadMode)),
+            SearchSpace(name="mist+levels", levels=SEARCHED),
+            SearchSpace(name="mist+heads", levels=SEARCHED, head=tuple(HeadMode)),
             SearchSpace(name="whole", unequal_meshes=True),
         )
     }
 )
 """What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
-the other schedules, "whole" stages of unequal size too; "paper+tempo" and "mist+levels" add the
-levels that convert layers, "mist+heads" also heads without all logits at once."""
+the other schedules, "whole" stages of unequal size too; "paper+tempo" adds Tempo's level,
+"mist+levels" those that no mix of others is as good as, "mist+heads" also heads without all logits
+at once."""
 
 
 def space_of(name: str) -> SearchSpace:

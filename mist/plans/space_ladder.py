@@ -9,14 +9,14 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
+from mist.plans.memory_levels import USUAL
 from mist.plans.search_space import PAPER_RATIOS, SPACES, SearchSpace
-from mist.plans.workload import MemoryLevel
 
 _START: Final = SPACES["3d"]
 _CHECKPOINTS: Final = replace(_START, some_layers=True)
 _ZERO: Final = replace(_CHECKPOINTS, zero=(0, 1, 2, 3), dp_replicate=None)
 _OFFLOAD: Final = replace(_ZERO, offload=PAPER_RATIOS)
-_LEVELS: Final = replace(_OFFLOAD, levels=tuple(MemoryLevel))
+_LEVELS: Final = replace(_OFFLOAD, levels=USUAL)
 
 LADDER: Final[Mapping[str, SearchSpace]] = MappingProxyType(
     {

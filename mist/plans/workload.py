@@ -65,9 +65,12 @@ class MemoryLevel(StrEnum):
     """How much of a layer's activation is kept, from most to least: `mist.plans.memory_levels`."""
 
     NONE = "none"
+    TEMPO = "tempo"
     DROP_ACTIVATION = "drop-activation"
     DROP_NORM = "drop-norm"
     SELECTIVE = "selective"
+    SAC_HALF = "sac-half"
+    SDPA_ONLY = "sdpa-only"
     FULL = "full"
 
     @property

@@ -375,6 +375,11 @@ class Runtime(Record):
         return hosted.items if hosted else ()
 
     @property
+    def keeps_results(self) -> bool:
+        """Whether a layer that runs again may keep the results of any operations."""
+        return self.selective is not None and self.selective.keeps_products
+
+    @property
     def levels(self) -> tuple[MemoryLevel, ...]:
         """The memory levels that its layers may have."""
         return levels_that(lambda row: not row.meaning or bool(getattr(self, row.meaning)))

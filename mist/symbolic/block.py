@@ -60,7 +60,10 @@ class BlockCost:
     and reduce-scatter of the gradients over the ranks that share states, all-reduce of a rank's
     part over the copies of them;
     `gather_copy_s`, `scatter_copy_s`: the copies out of and into their flat buffers. `pointwise_s`:
-    what `recompute_s` holds beside products and attention; `products_bytes`: the results of those;
+    what `recompute_s` holds beside products and attention kernels; `products_s`,
+    `half_products_s`: all products of it, and every other one from the first on. `kernels_bytes`,
+    `products_bytes`, `half_products_bytes`: the results of attention kernels, of all products and
+    of every other one;
     `weight_s`: the products of the backward pass that give gradients of weights. `attention_s`,
     `attention_ratio`, `scores_bytes`: core attention forward, its share of the forward operations,
     and what is saved inside it beyond queries, keys and values.
@@ -72,6 +75,8 @@ class BlockCost:
     backward_s: Expr
     recompute_s: Expr
     pointwise_s: Expr
+    products_s: Expr
+    half_products_s: Expr
     attention_s: Expr
     attention_ratio: Expr
     weight_s: Expr
@@ -89,7 +94,9 @@ class BlockCost:
     scatter_copy_s: Expr
     saved_bytes: Expr
     saved_allocated_bytes: Expr
+    kernels_bytes: Expr
     products_bytes: Expr
+    half_products_bytes: Expr
     scores_bytes: Expr
     boundary_bytes: Expr
     transient_bytes: Expr
@@ -189,16 +196,19 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
     gather, scatter, reduce = _dp_collectives(params, trainable, setting)
     if block.is_frozen:
         scatter = reduce = sympy.Integer(0)
-    again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(forward_ops(block)) :]
-    core = [op for op in forward_ops(block) if _is_core_attention(op)]
+    forward = forward_ops(block)
+    again, backward = block.ops[: block.num_recomputed_ops], block.ops[len(forward) :]
+    core = [op for op in forward if _is_core_attention(op)]
     return {
-        "forward_s": _pass_seconds(forward_ops(block), setting),
+        "forward_s": _pass_seconds(forward, setting),
         "backward_s": _pass_seconds(backward, setting)
         + _gradient_kernel_seconds(_accumulation_bytes(accumulated), block),
         "recompute_s": _pass_seconds(again, setting),
-        "pointwise_s": _pass_seconds([op for op in again if op.kind == OpKind.MEMORY], setting),
+        "pointwise_s": _pass_seconds(_of_kind(again, OpKind.MEMORY), setting),
+        "products_s": _pass_seconds(_of_kind(again, OpKind.GEMM), setting),
+        "half_products_s": _pass_seconds(_of_kind(again, OpKind.GEMM)[::2], setting),
         "attention_s": _pass_seconds(core, setting),
-        "attention_ratio": sympy.Rational(len(core), max(len(forward_ops(block)), 1)),
+        "attention_ratio": sympy.Rational(len(core), max(len(forward), 1)),
         "weight_s": _pass_seconds([op for op in backward if _is_weight_gradient(op)], setting),
         "params": params,
         "trainable_params": trainable,
@@ -211,7 +221,9 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
         "scatter_copy_s": _gradient_kernel_seconds(scattered, block),
         "saved_bytes": saved_bytes(block, setting),
         "saved_allocated_bytes": _allocated_bytes(block, setting),
-        "products_bytes": _products_bytes(block, setting),
+        "kernels_bytes": _results_bytes(block, _of_kind(forward, OpKind.ATTENTION), setting),
+        "products_bytes": _results_bytes(block, _of_kind(forward, OpKind.GEMM), setting),
+        "half_products_bytes": _results_bytes(block, _of_kind(forward, OpKind.GEMM)[::2], setting),
         "scores_bytes": _scores_bytes(block, core, setting),
         "transient_bytes": _largest(block.transient_bytes, setting),
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
@@ -248,13 +260,15 @@ def _is_weight_gradient(op: Op) -> bool:
     return op.kind == OpKind.GEMM and op.dims[3].has(B)
 
 
-def _products_bytes(block: Block, setting: CostSetting) -> Expr:
-    """Bytes of the results of matrix products and attention kernels on a rank, where any stay."""
-    products = [op for op in forward_ops(block) if op.kind != OpKind.MEMORY and block.saved]
+def _of_kind(ops: Iterable[Op], kind: OpKind) -> list[Op]:
+    return [op for op in ops if op.kind == kind]
+
+
+def _results_bytes(block: Block, ops: Iterable[Op], setting: CostSetting) -> Expr:
+    """Bytes of the results of operations on a rank; a block that saves nothing keeps none."""
     shards = {TensorLayout.REPLICATED: setting.sequence_shards}
-    return sympy.expand(
-        sympy.Add(*(op.written_bytes / shards.get(op.layout, 1) for op in products))
-    )
+    results = (op.written_bytes / shards.get(op.layout, 1) for op in ops if block.saved)
+    return sympy.expand(sympy.Add(*results))
 
 
 def _accumulation_bytes(accumulated: Expr) -> Expr:

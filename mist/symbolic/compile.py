@@ -1,13 +1,13 @@
 """Expressions -> programs: sympy finds common subexpressions and prints numpy, once per model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import sympy
 from sympy import Basic, Expr
 from sympy.printing.numpy import NumPyPrinter
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, T
-from mist.plans.workload import HeadMode
+from mist.plans.workload import HeadMode, MemoryLevel
 from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.program import SEARCHED, ModelPrograms, Program
@@ -59,12 +59,14 @@ def compile_model(
     setting: CostSetting,
     converted: ConvertedBlocks = NOT_CONVERTED,
     heads: Heads = NO_HEADS,
+    more: Collection[MemoryLevel] = (),
 ) -> ModelPrograms:
     """Build the stage cost of a traced model under a setting, and print it.
 
     `converted`: its blocks at memory levels that convert them; `heads`: its head in other modes.
+    `more`: levels to price beside the usual ones, which convert nothing.
     """
-    cost = stage_cost(graph, setting, converted, heads)
+    cost = stage_cost(graph, setting, converted, heads, more)
     costs = {f"cost_{name}": expr for name, expr in cost.costs.items()}
     terms = {f"term_{name}": expr for name, expr in cost.terms.items()}
     search = {name: cost.stage[name] for name in SEARCHED}

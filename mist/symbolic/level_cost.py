@@ -1,14 +1,12 @@
 """What a memory level does to a block: what it keeps, repeats and works in."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final
 
 import sympy
 from sympy import Expr
 
-from mist.plans.memory_levels import KEEPS_ALL, levels_that
+from mist.plans.memory_levels import KEEPS_ALL, LEVELS, OWN_PART, PLAIN, USUAL
 from mist.plans.workload import MemoryLevel
 from mist.platform.runtime import Runtime
 from mist.symbolic.block import BlockCost
@@ -36,18 +34,23 @@ class LevelCost:
     allocated_bytes: Expr
 
 
-def plain_levels(runtime: Runtime) -> tuple[MemoryLevel, ...]:
-    """The levels of a runtime at which layers are as the model has them."""
-    return levels_that(lambda row: not row.converts, runtime.levels)
+def plain_levels(runtime: Runtime, more: Iterable[MemoryLevel]) -> tuple[MemoryLevel, ...]:
+    """The levels of a runtime that convert nothing: the usual ones, and of `more` those it has."""
+    priced = {*USUAL, *more}.intersection(PLAIN)
+    return tuple(level for level in runtime.levels if level in priced)
 
 
-def level_costs(cost: BlockCost, runtime: Runtime, *, is_layer: bool) -> tuple[LevelCost, ...]:
+def level_costs(
+    cost: BlockCost, runtime: Runtime, *, is_layer: bool, more: Iterable[MemoryLevel] = ()
+) -> tuple[LevelCost, ...]:
     """The levels of a plain block, from most kept to least; the ends of a model keep everything.
+
+    `more`: those that are priced beside the usual ones.
 
     Those that convert it are priced from the trace of what it becomes (`converted_cost`).
     """
-    levels = plain_levels(runtime) if is_layer else (KEEPS_ALL,)
-    return tuple(LEVEL_COSTS[level](cost, runtime) for level in levels)
+    levels = plain_levels(runtime, more) if is_layer else (KEEPS_ALL,)
+    return tuple(_cost_of(level, cost, runtime) for level in levels)
 
 
 def converted_cost(
@@ -71,10 +74,10 @@ def converted_cost(
     )
 
 
-def _none(cost: BlockCost, runtime: Runtime) -> LevelCost:
+def _none(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
     """Everything is kept."""
     return LevelCost(
-        name=MemoryLevel.NONE.value,
+        name=level.column,
         recompute_s=sympy.Integer(0),
         recompute_launch_ratio=0.0,
         kept_bytes=cost.saved_bytes,
@@ -85,10 +88,10 @@ def _none(cost: BlockCost, runtime: Runtime) -> LevelCost:
     )
 
 
-def _full(cost: BlockCost, runtime: Runtime) -> LevelCost:
+def _full(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
     """The input is kept, and the whole block runs again."""
     return LevelCost(
-        name=MemoryLevel.FULL.value,
+        name=level.column,
         recompute_s=cost.recompute_s + cost.tp_recompute_s,
         recompute_launch_ratio=1.0,
         kept_bytes=cost.boundary_bytes,
@@ -99,25 +102,62 @@ def _full(cost: BlockCost, runtime: Runtime) -> LevelCost:
     )
 
 
-def _selective(cost: BlockCost, runtime: Runtime) -> LevelCost:
-    """Selective recomputation as the runtime means it."""
-    meaning, full = runtime.selective, _full(cost, runtime)
+def _own_part(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
+    """The part that the runtime itself runs again."""
+    meaning = runtime.selective
     assert meaning is not None
-    ratio: Expr | float
+    if meaning.keeps_products:
+        return _but_results(level, cost, runtime)
     if meaning.recomputes_attention:
-        recompute_s, ratio = cost.attention_s, cost.attention_ratio
-        kept_bytes = cost.saved_bytes - cost.scores_bytes
-    elif meaning.kept_ratio is None or meaning.recomputed_ratio is None:
-        recompute_s, ratio = cost.pointwise_s + cost.tp_recompute_s, 1.0
-        kept_bytes = cost.boundary_bytes + cost.products_bytes
-    else:
-        ratio = meaning.recomputed_ratio.value
-        recompute_s = ratio * full.recompute_s
-        kept_bytes = meaning.kept_ratio.value * cost.saved_bytes
+        return _part(
+            level,
+            _full(level, cost, runtime),
+            kept_bytes=cost.saved_bytes - cost.scores_bytes,
+            recompute_s=cost.attention_s,
+            launch_ratio=cost.attention_ratio,
+        )
+    assert meaning.kept_ratio is not None and meaning.recomputed_ratio is not None
+    full, ratio = _full(level, cost, runtime), meaning.recomputed_ratio.value
+    return _part(
+        level,
+        full,
+        kept_bytes=meaning.kept_ratio.value * cost.saved_bytes,
+        recompute_s=ratio * full.recompute_s,
+        launch_ratio=ratio,
+    )
+
+
+def _but_results(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
+    """All but attention kernels and every n-th product; the host launches the rest once more."""
+    stride = LEVELS[level].product_stride
+    assert stride is not None
+    kept_bytes, kept_s = {
+        0: (sympy.Integer(0), sympy.Integer(0)),
+        1: (cost.products_bytes, cost.products_s),
+        2: (cost.half_products_bytes, cost.half_products_s),
+    }[stride]
+    return _part(
+        level,
+        _full(level, cost, runtime),
+        kept_bytes=cost.boundary_bytes + cost.kernels_bytes + kept_bytes,
+        recompute_s=cost.pointwise_s + cost.products_s - kept_s + cost.tp_recompute_s,
+        launch_ratio=1.0,
+    )
+
+
+def _part(
+    level: MemoryLevel,
+    full: LevelCost,
+    *,
+    kept_bytes: Expr,
+    recompute_s: Expr,
+    launch_ratio: Expr | float,
+) -> LevelCost:
+    """A level that keeps more than `full`: as a layer runs backward, both hold the same."""
     return LevelCost(
-        name=MemoryLevel.SELECTIVE.value,
+        name=level.column,
         recompute_s=recompute_s,
-        recompute_launch_ratio=ratio,
+        recompute_launch_ratio=launch_ratio,
         kept_bytes=kept_bytes,
         working_bytes=full.working_bytes - kept_bytes,
         running_bytes=full.running_bytes - kept_bytes,
@@ -126,13 +166,10 @@ def _selective(cost: BlockCost, runtime: Runtime) -> LevelCost:
     )
 
 
-LEVEL_COSTS: Final[Mapping[MemoryLevel, Callable[[BlockCost, Runtime], LevelCost]]] = (
-    MappingProxyType(
-        {
-            MemoryLevel.NONE: _none,
-            MemoryLevel.SELECTIVE: _selective,
-            MemoryLevel.FULL: _full,
-        }
-    )
-)
-"""What each memory level costs a block under a runtime that has it."""
+def _cost_of(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
+    """What a level that converts nothing costs a block under a runtime that has it."""
+    if level is OWN_PART:
+        return _own_part(level, cost, runtime)
+    if LEVELS[level].product_stride is not None:
+        return _but_results(level, cost, runtime)
+    return {"nothing": _none, "all": _full}[LEVELS[level].repeats](level, cost, runtime)

@@ -1,11 +1,12 @@
 """From a model's source to its compiled costs under a runtime: from the cache, else traced."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mist.errors import InputError, TraceError
 from mist.model.summary import ModelLimits
+from mist.plans.memory_levels import CONVERTS, PLAIN
 from mist.plans.numerics import NUMERICS
 from mist.plans.workload import HeadMode, MemoryLevel, Optimizer
 from mist.platform import Runtime
@@ -34,19 +35,21 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
     *,
     optimizer: Optimizer,
     refuse: Callable[[ModelLimits], None] = lambda limits: None,
-    levels: Iterable[MemoryLevel] = (),
+    levels: Collection[MemoryLevel] = (),
     heads: Iterable[HeadMode] = (),
 ) -> ModelPrograms:
     """The costs of a model under a runtime, for any number of GPUs, sequence and batch.
 
     From the cache, where they need neither torch nor sympy; else from the trace. `profile_hash`:
-    of the runtime's file. `refuse`: see `load_graph`. `levels`: those to price beside the plain
-    ones, of layers that are converted; `heads`: how the head may run, beside the model's own way.
+    of the runtime's file. `refuse`: see `load_graph`. `levels`: those to price beside the usual
+    ones; `heads`: how the head may run, beside the model's own way.
     What the model cannot have is left out, and `progress` hears why. Raises InputError.
     """
-    settings = [replace(setting, level=level) for level in levels if level in runtime.levels]
-    own = HeadMode if runtime.converts_layers else ()
-    settings += [replace(setting, head=mode) for mode in heads if mode in own]
+    known = [level for level in runtime.levels if level in levels]
+    settings = [replace(setting, level=level) for level in known if level in CONVERTS]
+    if runtime.converts_layers:
+        settings += [replace(setting, head=mode) for mode in heads]
+    profile_hash = " ".join([profile_hash, *sorted({*known}.intersection(PLAIN))])
     key = _key(source, setting, profile_hash, settings, optimizer)
     programs = load_programs(cache_folder(), key) if key else None
     if programs is not None:
@@ -55,7 +58,7 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
 
     def traced() -> ModelPrograms:
         graph = load_graph(source, setting, progress=progress, refuse=refuse)
-        again = list(_again(source, settings, graph, progress))
+        again = [*_again(source, settings, graph, progress), *as_it_is(graph, setting, known)]
         return compile_graph(graph, setting, runtime, optimizer, again)
 
     programs = traced()
@@ -110,9 +113,17 @@ def compile_graph(
 
     numerics = NUMERICS[setting.precision]
     cost_setting = CostSetting(runtime=runtime, numerics=numerics, optimizer=optimizer)
-    converted = {each.level: it.blocks for each, it in again if each.level is not setting.level}
+    converted = {each.level: it.blocks for each, it in again if each.level in CONVERTS}
     heads = {each.head: it.head for each, it in again if each.head is not setting.head}
-    return compile_model(graph, cost_setting, converted, heads)
+    more = [each.level for each, _ in again if each.level in PLAIN]
+    return compile_model(graph, cost_setting, converted, heads, more)
+
+
+def as_it_is(
+    graph: "ModelGraph", setting: TraceSetting, levels: Iterable[MemoryLevel]
+) -> "list[tuple[TraceSetting, ModelGraph]]":
+    """A model at those of the levels that convert none of its layers."""
+    return [(replace(setting, level=level), graph) for level in levels if level in PLAIN]
 
 
 def _key(

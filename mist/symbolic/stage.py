@@ -13,7 +13,7 @@ data-parallel groups): for each block x and memory level, seconds of one micro-b
 Formulas: Mist (EuroSys'25) section 4; bytes and collectives by ZeRO level from profiles/runtimes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Final
@@ -23,7 +23,6 @@ from sympy import Expr
 
 from mist.model.graph import Block, ModelGraph
 from mist.plans.workload import HeadMode, MemoryLevel
-from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost, forward_ops, kept_bytes, layer_cost
 from mist.symbolic.block_sums import max_over, stage_blocks
@@ -72,14 +71,12 @@ def stage_cost(
     setting: CostSetting,
     converted: ConvertedBlocks = NOT_CONVERTED,
     heads: Heads = NO_HEADS,
+    more: Collection[MemoryLevel] = (),
 ) -> StageCost:
-    """Build the expressions of any stage of `graph`.
+    """Build the expressions of any stage of `graph`, a traced model, under a setting.
 
-    Args:
-        graph: the traced model.
-        setting: the framework whose behaviour is predicted, precision and optimizer.
-        converted: the same blocks at the levels that convert them.
-        heads: the same head in other modes.
+    `converted`: its blocks at the levels that convert them; `heads`: its head in other modes;
+    `more`: levels to price beside the usual ones, which convert nothing.
     """
     runtime = setting.runtime
     traced = {str(kind): block for kind, block in enumerate(graph.blocks)}
@@ -99,12 +96,12 @@ def stage_cost(
         is_layer = name.isdigit()
         terms |= block_memory_terms(name, named[name], traced[name])
         terms |= block_time_terms(name, named[name], setting, traced[name])
-        levels = level_costs(named[name], runtime, is_layer=is_layer)
+        levels = level_costs(named[name], runtime, is_layer=is_layer, more=more)
         if is_layer:
             again = {level: blocks_at[int(name)] for level, blocks_at in converted.items()}
-            values, more = _converted_costs(name, traced[name], again, named[name], setting)
+            values, others = _converted_costs(name, traced[name], again, named[name], setting)
             costs |= values
-            levels += more
+            levels += others
         for level in levels:
             prefix = f"{name}_{level.name}"
             terms |= level_time_terms(prefix, named[name], level, setting, traced[name])
@@ -113,7 +110,8 @@ def stage_cost(
     terms |= memory_terms(graph, setting) | transfer_terms(graph, setting)
     terms |= drawn_terms(graph, runtime) | allocated_terms(graph, setting)
     terms["all_layers_params"] = sympy.Add(*every)
-    order = _priced_levels(runtime, converted)
+    priced = {*plain_levels(runtime, more), *converted}
+    order = tuple(level for level in MemoryLevel if level in priced)
     rows = stage_blocks(len(graph.blocks), order)
     return StageCost(
         num_kinds=len(graph.blocks),
@@ -127,11 +125,6 @@ def stage_cost(
             "drawn_bytes": max_over(rows.every, "{x}_drawn_bytes"),
         },
     )
-
-
-def _priced_levels(runtime: Runtime, converted: ConvertedBlocks) -> tuple[MemoryLevel, ...]:
-    priced = {*plain_levels(runtime), *converted}
-    return tuple(level for level in MemoryLevel if level in priced)
 
 
 def _converted_costs(

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mist.plans.workload import Attention, Precision
+from mist.errors import InputError
+from mist.plans.workload import Attention, MemoryLevel, Precision
 from mist.trace.models.source import PythonSource, resolve
 
 if TYPE_CHECKING:
@@ -18,9 +19,14 @@ def conversion_of(
 
     Raises ModelError when there is no such model, InputError when it cannot be converted.
     """
-    from mist.layers import convert
+    from mist.layers import RUNGS, convert
     from mist.trace.models.loader import load_model, local_modules
 
+    if level in set(MemoryLevel) - RUNGS.keys():
+        raise InputError(
+            f"level {level} converts no layer: it is how layers run again. `mist check {model} "
+            f"--checkpoint {level}` judges it, `mist plan --set checkpoint={level}` plans with it."
+        )
     source = resolve(model)
     progress(f"loading {source.label}")
     path = source.path if isinstance(source, PythonSource) else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mist.errors import InputError
 from mist.model.summary import ModelFacts, ModelLimits
 from mist.plans.host_memory import HostNeed
-from mist.plans.memory_levels import CONVERTS
+from mist.plans.memory_levels import USUAL
 from mist.plans.plan import (
     ClusterRef,
     Estimate,
@@ -35,7 +35,7 @@ from mist.platform.overrides import HOST_MEMORY, Overrides, overrides_of
 from mist.rules.combinations import divides, out_of_domain
 from mist.rules.rule import broken
 from mist.symbolic.job import Job, make_job
-from mist.symbolic.load_programs import Progress, compile_graph, model_programs, quiet
+from mist.symbolic.load_programs import Progress, as_it_is, compile_graph, model_programs, quiet
 from mist.symbolic.pipeline_costs import loading
 from mist.symbolic.program import ModelPrograms
 from mist.trace import ConfigSource, TraceSetting, resolve, trace_model
@@ -130,8 +130,11 @@ def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> Mod
             _refuse_longer(source.name, question.seq_len, source.max_seq_len)
     setting = setting_of(question, platform)
     runtime = platform.runtime
+    levels = [level for level in question.levels if level not in USUAL]
     if not isinstance(question.model, str):
-        return compile_graph(_trace_module(question, setting), setting, runtime, question.optimizer)
+        graph = _trace_module(question, setting)
+        again = as_it_is(graph, setting, levels)
+        return compile_graph(graph, setting, runtime, question.optimizer, again)
     return model_programs(
         question.model,
         setting,
@@ -140,7 +143,7 @@ def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> Mod
         progress,
         optimizer=question.optimizer,
         refuse=partial(_refuse_beyond, question.seq_len, tp),
-        levels=[level for level in question.levels if level in CONVERTS],
+        levels=levels,
         heads=[mode for mode in question.heads if mode is not HeadMode.NONE],
     )
 

@@ -1,11 +1,11 @@
 """Plans of many layouts for tiny models, written by hand: nothing here is searched."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mist.plans.memory_levels import CONVERTS
+from mist.plans.memory_levels import KEEPS_ALL, level_counts
 from mist.plans.plan import ClusterRef, ModelRef, Offload, Plan, Schedule, StagePlan
 from mist.plans.workload import (
     Attention,
@@ -156,9 +156,12 @@ class S:
     dp_replicate: int = 1
     layers: tuple[int, ...] = (NUM_LAYERS,)
     full: int = 0
+    sdpa_only: int = 0
+    sac_half: int = 0
     selective: int = 0
     drop_norm: int = 0
     drop_activation: int = 0
+    tempo: int = 0
     head: HeadMode = HeadMode.NONE
     offload: Offload = field(default_factory=Offload)
 
@@ -232,17 +235,9 @@ def _firsts(counts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 
 
 def _stage(s: S, layers: tuple[tuple[int, int], ...], device: int, micro: int) -> StagePlan:
-    deeper = {
-        MemoryLevel.DROP_ACTIVATION: s.drop_activation,
-        MemoryLevel.DROP_NORM: s.drop_norm,
-        MemoryLevel.SELECTIVE: s.selective,
-        MemoryLevel.FULL: s.full,
-    }
-    eager = sum(s.layers) - sum(deeper.values())
-    memory: Mapping[MemoryLevel, int] = {
-        MemoryLevel.NONE: eager,
-        **{level: count for level, count in deeper.items() if count or level not in CONVERTS},
-    }
+    deeper = [(level, getattr(s, level.column)) for level in MemoryLevel if level is not KEEPS_ALL]
+    eager = sum(s.layers) - sum(count for _, count in deeper)
+    memory = level_counts((KEEPS_ALL, eager), *deeper)
     return StagePlan(
         layers=layers,
         devices=(device, s.dp * s.tp),

@@ -18,7 +18,11 @@ DATA = (
     *(Variant(name=f"zero{z} accumulated", stages=(S(dp=2, zero=z),), micro=4) for z in range(4)),
     Variant(name="clipped", stages=(S(dp=2, zero=3),), micro=4, max_norm=0.5),
     Variant(name="full 4 zero3", stages=(S(dp=2, zero=3, full=4),), micro=8),
-    Variant(name="mixed levels zero2", stages=(S(dp=2, zero=2, full=1, selective=2),), micro=8),
+    Variant(
+        name="mixed levels zero2",
+        stages=(S(dp=2, zero=2, full=1, sdpa_only=1, sac_half=1),),
+        micro=8,
+    ),
     Variant(
         name="converted zero3",
         stages=(S(dp=2, zero=3, full=1, drop_norm=1, drop_activation=1),),
@@ -27,7 +31,7 @@ DATA = (
     Variant(
         name="gpt2 converted zero2",
         model="gpt2.json",
-        stages=(S(dp=2, zero=2, drop_norm=2, selective=1),),
+        stages=(S(dp=2, zero=2, drop_norm=1, tempo=1, selective=1),),
         micro=8,
     ),
     Variant(
@@ -43,7 +47,10 @@ TENSOR = (
     Variant(name="tp2", stages=(S(tp=2),), micro=8),
     Variant(name="tp2 sp", stages=(S(tp=2, sp=True),), micro=8),
     Variant(name="tp2 sp clipped", stages=(S(tp=2, sp=True, zero=1),), max_norm=0.5),
-    Variant(name="tp2 sp levels", stages=(S(tp=2, sp=True, full=2, selective=1),)),
+    Variant(
+        name="tp2 sp levels",
+        stages=(S(tp=2, sp=True, full=1, selective=1, sac_half=1, sdpa_only=1),),
+    ),
     Variant(name="tied tp2 sp", model="tied.json", stages=(S(tp=2, sp=True),), micro=8),
     Variant(name="gpt2 tied tp2", model="gpt2.json", stages=(S(tp=2),), micro=8),
     Variant(
@@ -428,8 +435,8 @@ SLOW = (
     Variant(
         name="pp2 converted, 20 steps",
         stages=(
-            S(layers=(3,), full=1, drop_norm=1, drop_activation=1),
-            S(layers=(1,), drop_norm=1),
+            S(layers=(3,), sdpa_only=1, drop_norm=1, drop_activation=1),
+            S(layers=(1,), tempo=1),
         ),
         micro=4,
         num_steps=20,
@@ -449,7 +456,7 @@ SLOW = (
     ),
     Variant(  # converted layers are not divided: mixed levels of those that are
         name="dp2 tp2 sp levels, 20 steps",
-        stages=(S(dp=2, tp=2, sp=True, zero=2, full=1, selective=2),),
+        stages=(S(dp=2, tp=2, sp=True, zero=2, sdpa_only=1, sac_half=1, selective=1),),
         micro=8,
         num_steps=20,
     ),

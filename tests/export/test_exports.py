@@ -95,6 +95,24 @@ def test_offloading_that_differs_is_said_in_words() -> None:
     assert "stages differ (nothing, weights 1 + optimizer 0.5); megatron has" in refused
 
 
+@pytest.mark.parametrize(
+    ("name", "level", "changes"),
+    [
+        ("torchtitan", "sac-half", False),  # SelectiveAC keeps the same results
+        ("megatron", "sac-half", True),
+        ("torchtitan", "sdpa-only", True),
+    ],
+)
+def test_a_part_that_a_target_has_not_is_run_again_whole(
+    name: str, level: str, changes: bool
+) -> None:
+    memory = {MemoryLevel("none"): 0, MemoryLevel(level): 8}
+    found = [loss for loss in losses(name, with_stages(memory=memory)) if ".memory" in loss]
+    full = f"8 {level} -> 8 full ("
+    assert len(found) == 2 * changes
+    assert all(full in loss for loss in found)
+
+
 def test_stages_that_differ_are_refused_by_field() -> None:
     second = stage_plan(first=8, device=4, tp=1, dp=4, micro_batch=1, sp=False)
     assert losses("megatron", sample_plan(stages=(stage_plan(), second))) == [

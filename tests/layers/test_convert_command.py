@@ -57,6 +57,12 @@ def test_tools_get_every_module(
             "tempo.",
         ),
         (
+            ("--level", "sdpa-only"),
+            "mist: level sdpa-only converts no layer: it is how layers run again. `mist check "
+            "gpt2-xl --checkpoint sdpa-only` judges it, `mist plan --set checkpoint=sdpa-only` "
+            "plans with it.",
+        ),
+        (
             ("--level", "tempo", "--masks", "nibble"),
             "mist: --masks nibble is neither byte nor bit.",
         ),

@@ -218,9 +218,15 @@ def test_exact_activations_in_bf16(name: str) -> None:
 def test_the_slope_of_gelu_from_its_output_is_accurate_everywhere(name: str) -> None:
     x = torch.linspace(-14, 12, 200_001, dtype=torch.float64)
     exact = ACTIVATIONS[name].back(torch.ones_like(x), x)
-    found = slope_from_output(ACTIVATIONS[name].run(x), right_of_minimum(x, name), name)
+    y, right = ACTIVATIONS[name].run(x), right_of_minimum(x, name)
+    error = (slope_from_output(y, right, name) - exact).abs()
+    # At the minimum fp64 tells y to 1e-17, which is x to 1e-8; elsewhere the steps lose nothing.
+    assert float(error.max()) < 1e-8
+    assert float(error[(x - minimum(name)[0]).abs() > 1e-3].max()) < 1e-12
     # A linear table of 2^15 steps; the published polynomials are off by up to 2.69.
-    assert float((found - exact).abs().max()) < 1e-7
+    apart = (x - minimum(name)[0]).abs() > 0.1  # of which fp32 tells less
+    single = slope_from_output(y.float(), right, name)
+    assert float((single - exact)[apart].abs().max()) < 1e-6
 
 
 def test_views_and_strides_change_nothing() -> None:

@@ -13,7 +13,7 @@ from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.offload_ratios import offloading
 from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Group, divisors, groups
-from mist.plans.memory_levels import PLAIN as PLAIN_LEVELS
+from mist.plans.memory_levels import USUAL
 from mist.plans.plan import DEFAULT_SCHEDULE, Limits
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.plans.workload import MemoryLevel, ScheduleKind
@@ -60,7 +60,7 @@ def mixes_of(model: GroupModel, count: int) -> list[tuple[int, ...]]:
     """Layers at each level, at most two levels at once; zero bubble recomputes none."""
     if model.group.schedule.kind is ScheduleKind.ZERO_BUBBLE:
         return [(count, 0, 0)]
-    every = itertools.product(range(count + 1), repeat=len(PLAIN_LEVELS))
+    every = itertools.product(range(count + 1), repeat=len(USUAL))
     return [mix for mix in every if sum(mix) == count and sum(n > 0 for n in mix) <= 2]
 
 

@@ -19,7 +19,7 @@ NONE, DROP_ACTIVATION, DROP_NORM = (
     MemoryLevel(w) for w in ("none", "drop-activation", "drop-norm")
 )
 SELECTIVE, FULL = (MemoryLevel(w) for w in ("selective", "full"))
-LEVELS = tuple(MemoryLevel)
+LEVELS = (NONE, DROP_ACTIVATION, DROP_NORM, SELECTIVE, FULL)
 DEFAULT = ScheduleKind.ONE_F_ONE_B
 
 # Seconds, bytes kept, working set of a layer: the exact steps keep less and cost next to nothing.

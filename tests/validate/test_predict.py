@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mist.model.summary import LayerRun
-from mist.plans.memory_levels import PLAIN, memory_of
+from mist.plans.memory_levels import USUAL, memory_of
 from mist.plans.numerics import NUMERICS
 from mist.plans.plan import DEFAULT_SCHEDULE, Layout, Schedule
 from mist.plans.schedules import step_time
@@ -100,7 +100,7 @@ def test_selective_lies_between_kept_and_recomputed() -> None:
             seq_len=1024,
             num_gpus=16,
         )
-        for level in PLAIN
+        for level in USUAL
     ]
     a, b, c = predict(programs, here, cases)
     assert b.step_s == pytest.approx((a.step_s + c.step_s) / 2, rel=1e-6)

@@ -17,7 +17,7 @@ def answer_with(graph: ModelGraph, patch: pytest.MonkeyPatch) -> list[object]:
 
     def compiled(question: Question, *_: object) -> ModelPrograms:
         asked.append(question.model)
-        return toy_programs(graph, question.runtime)
+        return toy_programs(graph, question.runtime, more=tuple(question.levels))
 
     for module in (question, planning, renting, explaining):
         patch.setattr(module, "compiled", compiled)

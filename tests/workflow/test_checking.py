@@ -7,7 +7,7 @@ import pytest
 
 from mist.errors import InputError, PlanError
 from mist.plans.file import load_plan, save_plan
-from mist.plans.memory_levels import PLAIN
+from mist.plans.memory_levels import USUAL
 from mist.plans.plan import Offload, Plan, Schedule
 from mist.plans.workload import Attention, Precision, ScheduleKind
 from mist.platform.overrides import HOST_MEMORY
@@ -66,7 +66,7 @@ def test_the_first_stages_are_longer_where_layers_do_not_divide(
 )
 def test_checkpointed_layers(checkpoint: str, counts: tuple[int, int, int]) -> None:
     stages = check(replace(LAYOUT, checkpoint=checkpoint)).plan.stages
-    assert [tuple(map(stage.num_at, PLAIN)) for stage in stages] == [counts, counts]
+    assert [tuple(map(stage.num_at, USUAL)) for stage in stages] == [counts, counts]
 
 
 def test_chunks_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +156,13 @@ def test_words_that_offload_nothing(word: str) -> None:
         ({"zero": 4}, "--zero 4 is not a ZeRO level (0, 1, 2 or 3)."),
         (
             {"checkpoint": "some"},
-            "--checkpoint some is neither none, drop-activation, "
-            "drop-norm, selective, full nor a number of layers.",
+            "--checkpoint some is neither none, tempo, drop-activation, "
+            "drop-norm, selective, sac-half, sdpa-only, full nor a number of layers.",
         ),
         (
             {"checkpoint": "\N{SUPERSCRIPT TWO}"},
-            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, drop-activation, "
-            "drop-norm, selective, full "
+            "--checkpoint \N{SUPERSCRIPT TWO} is neither none, tempo, drop-activation, "
+            "drop-norm, selective, sac-half, sdpa-only, full "
             "nor a number of layers.",
         ),
         ({"vpp": 0}, "--vpp 0 is not a positive number."),

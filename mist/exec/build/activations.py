@@ -1,20 +1,21 @@
 """How much of a layer's activation is kept, and where: memory levels, and offload by ratio.
 
-`full`: a layer keeps its input and runs again in the backward pass. `selective`: it also keeps the
-results of matrix products and attention. Of what is kept, offload takes a share of the bytes: as a
-micro-batch goes through the layers, each tensor that is saved goes to the host, whole, if the share
-taken so far leaves room for it. In the backward pass the tensors of one layer are fetched while the
-layer behind it runs.
+A layer that runs again whole keeps its input. At other levels it is converted (`mist.layers`), or
+also keeps the results of attention and of some matrix products. Of what is kept, offload takes a
+share of the bytes: as a micro-batch goes through the layers, each tensor that is saved goes to the
+host, whole, if the share taken so far leaves room for it. In the backward pass the tensors of one
+layer are fetched while the layer behind it runs.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    SelectiveCheckpointContext,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -29,21 +31,29 @@ from torch.utils.checkpoint import (
 from mist.exec.build.host_copies import Copy, Swapper
 from mist.layers import convert_layer
 from mist.layers.own_checkpoints import PlannedCheckpoint
-from mist.plans.memory_levels import CONVERTS
+from mist.plans.memory_levels import CONVERTS, LEVELS
 from mist.plans.workload import MemoryLevel
 
 aten = torch.ops.aten
 
-SAVED_OPS: Final = frozenset(
+# What the trace counts as products (`mist.trace.operations.flops`), less those in place: a result
+# that takes the place of an operand cannot be kept.
+PRODUCTS: Final = frozenset(
     {
-        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._flash_attention_forward.default,
+        aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten._addmm_activation,
+        aten._scaled_mm, aten._grouped_mm, aten.mv, aten.addmv, aten.dot, aten.vdot,
+        aten._euclidean_dist, aten.linalg_solve_triangular, aten.convolution,
     }
 )  # fmt: skip
+ATTENTION_KERNELS: Final = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._flash_attention_forward,
+    }
+)
 
 
 def apply_memory_level(layer: nn.Module, level: MemoryLevel) -> None:
@@ -51,8 +61,10 @@ def apply_memory_level(layer: nn.Module, level: MemoryLevel) -> None:
     if level in CONVERTS:
         convert_layer(layer, level)
         return
-    options = CHECKPOINT_OPTIONS[level]
-    if options is not None:
+    row, options = LEVELS[level], {}
+    if row.product_stride is not None:
+        options = {"context_fn": partial(_contexts, row.product_stride)}
+    if row.repeats != "nothing":
         # The forward is replaced, not the module: a wrapper would change the names of parameters.
         layer.forward = partial(_checkpointed, layer.forward, options)
 
@@ -66,20 +78,32 @@ def _checkpointed(
     return checkpoint(planned, *args, use_reentrant=False, **options)
 
 
-def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+class KeptResults:
+    """Which results of one pass through a layer stay: of attention, and of every n-th product.
+
+    A policy of torch's selective checkpointing. It counts products in the first forward pass and
+    again, from 0, in the second, so that both choose the same.
+    """
+
+    def __init__(self, product_stride: int) -> None:
+        self._stride = product_stride
+        self._num_products: Counter[bool] = Counter()
+
+    def __call__(
+        self, context: SelectiveCheckpointContext, op: OpOverload, *args: object, **kwargs: object
+    ) -> CheckpointPolicy:
+        """What torch does with the result of this call of an operation."""
+        keeps = op.overloadpacket in ATTENTION_KERNELS
+        if op.overloadpacket in PRODUCTS:
+            number = self._num_products[context.is_recompute]
+            self._num_products[context.is_recompute] += 1
+            keeps = self._stride > 0 and number % self._stride == 0
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-CHECKPOINT_OPTIONS: Final[Mapping[MemoryLevel, Mapping[str, Any] | None]] = MappingProxyType(
-    {
-        MemoryLevel.NONE: None,
-        MemoryLevel.SELECTIVE: {
-            "context_fn": partial(create_selective_checkpoint_contexts, _policy)
-        },
-        MemoryLevel.FULL: {},
-    }
-)
-"""What each level asks of torch's checkpointing; None: nothing runs again."""
+def _contexts(product_stride: int) -> object:
+    """What torch's checkpointing asks for each time that a layer runs."""
+    return create_selective_checkpoint_contexts(KeptResults(product_stride))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -84,6 +84,10 @@ class Live:
         self.hold(tensor)
         self._saved[self._last[tensor.untyped_storage()._cdata]] = None
 
+    def release(self, key: int) -> None:
+        """A storage that was saved is held by others, too: it counts where it is alive."""
+        del self._saved[self._last[key]]
+
     def hold(self, tensor: torch.Tensor) -> None:
         """Start to watch the storage of a tensor, unless it is watched already."""
         storage = tensor.untyped_storage()

@@ -33,6 +33,7 @@ from mist.trace.operations.flops import work_of
 from mist.trace.operations.fusion import Kernel
 from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 from mist.trace.operations.work import Work
+from mist.trace.recording.graph_edges import activation
 from mist.trace.recording.liveness import BackwardCall, Live
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.split_backward import Awaited
@@ -114,6 +115,16 @@ class Part:
     def keeps_input(self) -> bool:
         """Whether its input is among what it saved."""
         return self.input in self.storages
+
+    def leave(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Of like layers the next one keeps, as its input, a result that this one keeps, too."""
+        hidden = activation(outputs)
+        if hidden is None or not self.keeps_input:
+            return
+        key = key_of(hidden)
+        if key in self.storages and key != self.input:
+            del self.storages[key]
+            self.live.release(key)
 
     def early(self) -> tuple[SavedTensor, ...]:
         """Those that the last operation with a parameter, and the ones before it, saved."""

@@ -321,6 +321,8 @@ class Session:
             outputs = run()
         if not piece.part.forward_only:
             piece.part.live.forward_done(piece.part.gathered)
+        if self.layers and len(set(self.layers.signatures)) == 1:
+            piece.part.leave(list(tensors_in(outputs)))
         input_keys = frozenset(key_of(t) for t in tensors)
         piece.outputs = tree_map(partial(output, input_keys), outputs)
         starts = [t for t in tensors_in(outputs) if t.grad_fn is not None]
