@@ -24,7 +24,7 @@ from mist.exec.build.parallel import Parallel, build
 from mist.exec.build.process_group import process_group
 from mist.plans.workload import Attention
 from mist.trace.models.loader import LoadedModel
-from tests.exec.double import in_double, wide
+from tests.exec.double import MAX_LOSS, MAX_PARAMETER, in_double, wide
 from tests.exec.drawn import whole_values
 from tests.exec.family_layouts import OF_FAMILIES
 from tests.exec.forking import RunRanks
@@ -120,6 +120,16 @@ def run_variants(
     run("tests.exec.parity", folder, out, *names, num_ranks=world_size)
     found: dict[str, dict[str, float]] = json.loads(out.read_text())
     return found
+
+
+def far(found: Mapping[str, Mapping[str, float]]) -> dict[tuple[str, str], float]:
+    """The errors of variants in float64 that are no rounding."""
+    return {
+        (name, what): error
+        for name, errors_of_one in found.items()
+        for what, error in errors_of_one.items()
+        if not error <= (MAX_PARAMETER if what == "parameters" else MAX_LOSS)
+    }
 
 
 def errors(variant: Variant, folder: Path, device: torch.device) -> dict[str, float]:

@@ -18,15 +18,12 @@ from mist.plans.plan import Plan
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from mist.workflow.verifying import verify_plan
-from tests.exec.double import MAX_LOSS, MAX_PARAMETER
 from tests.exec.family_layouts import FAMILIES, HYBRIDS, OF_FAMILIES, WITHOUT_SP
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import S, Variant, plan_of
-from tests.exec.parity import run_variants, settings
+from tests.exec.parity import far, run_variants, settings
 from tests.exec.subjects import known_subject
 from tests.tiny_families import CONFIGS, write_family
-
-LIMITS = {"loss": MAX_LOSS, "norm": MAX_LOSS, "gradients": MAX_LOSS, "parameters": MAX_PARAMETER}
 
 
 @pytest.mark.slow
@@ -36,13 +33,7 @@ def test_families_agree_with_one_process(family: str, tmp_path: Path, forked: Ru
     variants = [variant for variant in OF_FAMILIES if variant.model == model]
     found = run_variants(variants, tmp_path, forked)
     assert set(found) == {variant.name for variant in variants}
-    far = {
-        (name, what): error
-        for name, errors in found.items()
-        for what, error in errors.items()
-        if not error <= LIMITS[what]
-    }
-    assert far == {}
+    assert far(found) == {}
 
 
 def test_stages_do_not_pass_on_a_condition(tmp_path: Path) -> None:

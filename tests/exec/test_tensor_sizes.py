@@ -4,13 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.exec.double import MAX_LOSS, MAX_PARAMETER
 from tests.exec.forking import RunRanks
-from tests.exec.parity import run_variants
+from tests.exec.parity import far, run_variants
 from tests.exec.sized_layouts import SIZED, WITH_ENCODER, write_sized_models
-
-LIMITS = {"loss": MAX_LOSS, "norm": MAX_LOSS, "gradients": MAX_LOSS, "parameters": MAX_PARAMETER}
-
 
 # One of fused matrices, one of numbers that are globals with scores by hand, one with an encoder.
 FAST = {"three_first sp", "scores", "t5"}
@@ -25,10 +21,4 @@ def test_written_numbers_of_heads_are_a_ranks(some: str, tmp_path: Path, forked:
     write_sized_models(tmp_path)
     found = run_variants(LAYOUTS[some], tmp_path, forked)
     assert set(found) == {variant.name for variant in LAYOUTS[some]}
-    far = {
-        (name, what): error
-        for name, errors in found.items()
-        for what, error in errors.items()
-        if not error <= LIMITS[what]
-    }
-    assert far == {}
+    assert far(found) == {}
