@@ -110,7 +110,8 @@ class LocalSizes(SizedCalls):
         cut = dict(self._wholes(operands))
         if cut:
             rules[number] = SizeRule(numbers={}, operands={i: part for i, (part, _) in cut.items()})
-            parts = {i: part.of(operands[i], 0, size) for i, (part, size) in cut.items()}
+            # As many elements, without the copy of blocks' parts: at t = 1 there is none.
+            parts = {i: operands[i].narrow(part.dim, 0, size) for i, (part, size) in cut.items()}
             return with_operands(args, kwargs, parts)
         return args, kwargs
 
@@ -227,15 +228,9 @@ class LocalSizes(SizedCalls):
         for i, shape in shapes.items() if shares else ():
             for dim, size in enumerate(shape):
                 if not size.has(T) and (dim - len(shape), size) in shares and size != 1:
-                    yield i, self._part(dim, size, shares[dim - len(shape), size])
-
-    def _part(self, dim: int, whole: Expr, share: Size) -> tuple[OperandPart, Size]:
-        """The part of a dimension of `whole` elements, of which a rank has `share`."""
-        unit = self._unit_of(share)
-        count, _ = whole.as_coeff_Mul()
-        if unit is None or not whole.free_symbols:
-            return OperandPart(dim=dim, block=None), share
-        return OperandPart(dim=dim, block=int(count)), int(count / unit[0]) * unit[1]
+                    share = shares[dim - len(shape), size]
+                    block = int(size.as_coeff_Mul()[0]) if size.free_symbols else None
+                    yield i, (OperandPart(dim=dim, block=block), share)
 
     def _unit_of(self, size: Size) -> _Unit | None:
         """The units that a size has a share of."""

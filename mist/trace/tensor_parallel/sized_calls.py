@@ -44,7 +44,7 @@ class OperandPart:
     dim: int
     block: int | None
 
-    def of(self, tensor: torch.Tensor, start: int, size: int | torch.SymInt) -> torch.Tensor:
+    def of(self, tensor: torch.Tensor, start: int, size: int) -> torch.Tensor:
         """`size` elements from `start` on, along the dimension or of each of its blocks."""
         if self.block is None:
             return tensor.narrow(self.dim, start, size)
