@@ -52,18 +52,18 @@ class ParameterState:
         """Which of the tensors are on the host."""
         return (self.parameter_on_host,) * 2 + (self.moments_on_host,) * 2
 
-    def pieces(self) -> "Iterator[_Piece]":
+    def pieces(self) -> "Iterator[_ShardRows]":
         """Its tensors by rows, of BUCKET_BYTES at most but for a single row that is larger."""
         tensors = [torch.atleast_1d(tensor) for tensor in self.tensors]
         num_rows, row_bytes = len(tensors[2]), tensors[2][:1].nbytes
         step = max(BUCKET_BYTES // max(row_bytes, 1), 1)
         for first in range(0, num_rows, step):
             rows = tuple(tensor[first : first + step] for tensor in tensors)
-            yield _Piece(tensors=rows, on_host=self.on_host)
+            yield _ShardRows(tensors=rows, on_host=self.on_host)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Piece:
+class _ShardRows:
     """Rows of a parameter's shards, as `ParameterState.tensors`, and which live on the host."""
 
     tensors: tuple[torch.Tensor, ...]
@@ -104,7 +104,7 @@ class AdamW:
         for slot in self.slots:
             slot.parameter.grad = None
 
-    def _stream(self, buckets: Sequence[Sequence[_Piece]], scale: torch.Tensor) -> None:
+    def _stream(self, buckets: Sequence[Sequence[_ShardRows]], scale: torch.Tensor) -> None:
         incoming = self._fetch(buckets[0]) if buckets else []
         outgoing: list[Copy] = []
         for index, bucket in enumerate(buckets):
@@ -118,7 +118,7 @@ class AdamW:
         for copy in outgoing:
             copy.arrived()
 
-    def _fetch(self, bucket: Sequence[_Piece]) -> list[tuple[Copy, ...]]:
+    def _fetch(self, bucket: Sequence[_ShardRows]) -> list[tuple[Copy, ...]]:
         return [
             tuple(
                 self._swapper.to_device(copy) if on_host else copy
@@ -130,7 +130,7 @@ class AdamW:
         ]
 
     def _put_back(
-        self, bucket: Sequence[_Piece], updates: Sequence[tuple[torch.Tensor, ...]]
+        self, bucket: Sequence[_ShardRows], updates: Sequence[tuple[torch.Tensor, ...]]
     ) -> Iterator[Copy]:
         """Copies to the host of what was changed; a gradient is not needed any more."""
         for piece, tensors in zip(bucket, updates, strict=True):
@@ -214,9 +214,9 @@ def _zeros(shard: torch.Tensor, swapper: Swapper, *, on_host: bool) -> torch.Ten
     return torch.zeros_like(shard, device=swapper.device)
 
 
-def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _buckets(pieces: Iterable[_ShardRows]) -> Iterator[list[_ShardRows]]:
     """Pieces in groups, of BUCKET_BYTES of each state at most."""
-    bucket: list[_Piece] = []
+    bucket: list[_ShardRows] = []
     total = 0
     for piece in pieces:
         size = piece.tensors[2].nbytes
