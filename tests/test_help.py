@@ -12,7 +12,6 @@ import typer.main
 from mist import cli
 from mist.cli.application import app
 from mist.plans.file import save_plan
-from mist.workflow import calibrating
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from tests.report.json_faults import faults_of
@@ -80,9 +79,7 @@ def test_the_example_of_a_command_runs(
 @pytest.fixture
 def _of_a_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that examples name: a plan of a toy, the log of its run, measured runs."""
-    graph = toy_graph((4,))
-    answer_with(graph, monkeypatch)
-    monkeypatch.setattr(calibrating, "load_graph", lambda *_, **__: graph)
+    answer_with(toy_graph((4,)), monkeypatch)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
     question = Question(model="llama3-8b", num_gpus=4, seq_len=2048, global_batch=16)

@@ -54,11 +54,7 @@ class Calibration(Record):
     @property
     def what(self) -> str:
         """In a line, what the calibration is of."""
-        rest = self.rest_deviation.value
-        return (
-            f"{self.runtime} on {self.device}; of runs whose constants are known, steps off by a "
-            f"standard deviation of {rest:.0%}"
-        )
+        return f"{self.runtime} on {self.device}; steps spread by {self.rest_deviation.value:.0%}"
 
     @property
     def matrix(self) -> NDArray[np.float64]:

@@ -40,6 +40,7 @@ from mist.symbolic import symbols as sym
 from mist.symbolic.cost_setting import CostSetting, figure
 from mist.symbolic.state_bytes import frozen_weight_ratio
 
+IN_KERNELS: Final = "mist."  # operations that stand for kernels of other packages (scans)
 ROWS_DIMS: Final = 3  # [samples, tokens, hidden]
 COLLECTIVES: Final = MappingProxyType(
     {
@@ -204,9 +205,11 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
         "backward_s": _pass_seconds(backward, setting)
         + _gradient_kernel_seconds(_accumulation_bytes(accumulated), block),
         "recompute_s": _pass_seconds(again, setting),
-        "pointwise_s": _pass_seconds(_of_kind(again, OpKind.MEMORY), setting),
-        "products_s": _pass_seconds(_of_kind(again, OpKind.GEMM), setting),
-        "half_products_s": _pass_seconds(_of_kind(again, OpKind.GEMM)[::2], setting),
+        "pointwise_s": _pass_seconds(
+            [op for op in again if op.kind != OpKind.ATTENTION and not _is_product(op)], setting
+        ),
+        "products_s": _pass_seconds(_products(again), setting),
+        "half_products_s": _pass_seconds(_products(again)[::2], setting),
         "attention_s": _pass_seconds(core, setting),
         "attention_ratio": sympy.Rational(len(core), max(len(forward), 1)),
         "weight_s": _pass_seconds([op for op in backward if _is_weight_gradient(op)], setting),
@@ -221,9 +224,9 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
         "scatter_copy_s": _gradient_kernel_seconds(scattered, block),
         "saved_bytes": saved_bytes(block, setting),
         "saved_allocated_bytes": _allocated_bytes(block, setting),
-        "kernels_bytes": _results_bytes(block, _of_kind(forward, OpKind.ATTENTION), setting),
-        "products_bytes": _results_bytes(block, _of_kind(forward, OpKind.GEMM), setting),
-        "half_products_bytes": _results_bytes(block, _of_kind(forward, OpKind.GEMM)[::2], setting),
+        "kernels_bytes": _results_bytes(block, _attention_kernels(forward), setting),
+        "products_bytes": _results_bytes(block, _products(forward), setting),
+        "half_products_bytes": _results_bytes(block, _products(forward)[::2], setting),
         "scores_bytes": _scores_bytes(block, core, setting),
         "transient_bytes": _largest(block.transient_bytes, setting),
         "transient_with_grads_bytes": _largest(block.transient_with_grads_bytes, setting),
@@ -260,8 +263,17 @@ def _is_weight_gradient(op: Op) -> bool:
     return op.kind == OpKind.GEMM and op.dims[3].has(B)
 
 
-def _of_kind(ops: Iterable[Op], kind: OpKind) -> list[Op]:
-    return [op for op in ops if op.kind == kind]
+def _products(ops: Iterable[Op]) -> list[Op]:
+    return [op for op in ops if _is_product(op)]
+
+
+def _is_product(op: Op) -> bool:
+    """Whether torch's checkpointing sees a matrix product: not those in kernels of packages."""
+    return op.kind == OpKind.GEMM and not op.name.startswith(IN_KERNELS)
+
+
+def _attention_kernels(ops: Iterable[Op]) -> list[Op]:
+    return [op for op in ops if op.kind == OpKind.ATTENTION]
 
 
 def _results_bytes(block: Block, ops: Iterable[Op], setting: CostSetting) -> Expr:

@@ -23,7 +23,7 @@ KINDS: Final = {
     "tp2 sp": (S(tp=2, sp=True, layers=(LAYERS,)),),
 }
 OF_FAMILIES: Final = tuple(
-    Variant(name=f"{name} {kind}", model=file_of(name), stages=stages, micro=8)
+    Variant(name=f"tiny {name} {kind}", model=file_of(name), stages=stages, micro=8)
     for name in (*FAMILIES, *HYBRIDS, *WITHOUT_SP)
     for kind, stages in KINDS.items()
     if (name in FAMILIES)

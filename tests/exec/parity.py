@@ -35,6 +35,8 @@ from tests.exec.variants import SLOW, VARIANTS
 
 SEED, LR = 7, 1e-3
 
+EVERY = (*VARIANTS, *SLOW, *SIZED, *WITH_ENCODER, *OF_FAMILIES)
+
 
 def settings(max_norm: float | None) -> Settings:
     return Settings(lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, max_norm=max_norm)
@@ -213,8 +215,7 @@ def _divide_looking(variants: Sequence[Variant], folder: Path) -> None:
 
 
 def main(folder: Path, out: Path, names: Sequence[str]) -> None:
-    every = (*VARIANTS, *SLOW, *SIZED, *WITH_ENCODER, *OF_FAMILIES)
-    known = {variant.name: variant for variant in every}
+    known = {variant.name: variant for variant in EVERY}
     write_errors([known[name] for name in names], errors, folder, out)
 
 

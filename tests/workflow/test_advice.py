@@ -100,13 +100,14 @@ def test_another_layout_on_these_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_number_of_gpus_that_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDER, monkeypatch)
-    (words,) = check(HandLayout(zero=3), num_gpus=2).suggestions
+    asked = replace(QUESTION, seq_len=16384)
+    (words,) = check_layout(replace(asked, num_gpus=2), HandLayout(zero=3)).suggestions
     found = re.fullmatch(r"mist plan --gpus (\d+): the fewest that were found to hold it", words)
     assert found is not None
     num_gpus = int(found[1])
-    assert make_plan(replace(QUESTION, num_gpus=num_gpus), SearchSpace(), NOMINAL).plan.stages
+    assert make_plan(replace(asked, num_gpus=num_gpus), SearchSpace(), NOMINAL).plan.stages
     with pytest.raises((Infeasible, InputError)):
-        make_plan(replace(QUESTION, num_gpus=num_gpus // 2), SearchSpace())
+        make_plan(replace(asked, num_gpus=num_gpus // 2), SearchSpace())
 
 
 def test_a_shorter_sequence_where_no_number_of_gpus_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_a_sequence_for_which_nothing_was_traced(monkeypatch: pytest.MonkeyPatch
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = toy_graph((8,), hidden=16384)
     answer_with(wide, monkeypatch)
-    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512)
+    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=16384)
     space = SearchSpace(micro_batch=(1,), schedules=(ScheduleKind.ONE_F_ONE_B,))
     with pytest.raises(Infeasible) as refused:
         make_plan(asked, space)
