@@ -58,8 +58,9 @@ Model = Annotated[
 Subject = Annotated[
     str,
     typer.Argument(
-        help="A plan file, a model whose layout the options below give, or a file of Megatron, "
-        "Megatron-Bridge, torchtitan, DeepSpeed, accelerate, LLaMA-Factory or axolotl."
+        help="A plan file, a model whose layout the options below give, a file of Megatron, "
+        "Megatron-Bridge, torchtitan, DeepSpeed, accelerate, LLaMA-Factory or axolotl, or a "
+        "recipe of Megatron-Bridge by name."
     ),
 ]
 GpusOfModel = Annotated[

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from mist.errors import InputError
+from mist.export.bridge_recipes import module_of, names_recipe
 from mist.export.launcher_lines import head
 from mist.export.megatron_arguments import DECISIVE, layout_lines, read_megatron
 from mist.export.megatron_arguments import NAMES as OPTIONS
@@ -52,7 +53,6 @@ NAMES: Final = {
 PRECISION: Final = "cfg.mixed_precision"
 PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed", Precision.FP32: None}
 LISTED: Final = ("model.recompute_modules",)
-RECIPE: Final = re.compile(r"\w+_(?:pretrain|sft|peft|finetune)\w*_config")
 SETS: Final = frozenset({FIELDS["--tensor-model-parallel-size"], FIELDS["--micro-batch-size"]})
 
 
@@ -92,19 +92,9 @@ def _value(line: ArgumentLine) -> Any:  # noqa: ANN401 - of any option
         return str(line.value)  # a word of a table is written as its text
 
 
-def refuse_recipe(name: str) -> None:
-    """Raise InputError for the name of a recipe: what it sets stands in Megatron-Bridge alone."""
-    if RECIPE.fullmatch(name):
-        raise InputError(
-            f"mist check {name}: that is the name of a recipe of Megatron-Bridge, whose code is "
-            "not run here. Put the function into a file, without other recipes, and give that: "
-            "mist check recipe.py MODEL --gpus N."
-        )
-
-
 def recognises_bridge(text: str) -> bool:
-    """Whether a text sets the tensor parallelism of a configuration."""
-    return "cfg.model.tensor_model_parallel_size =" in text
+    """Whether a text sets the tensor parallelism of a configuration, or names a known recipe."""
+    return "cfg.model.tensor_model_parallel_size =" in text or names_recipe(text)
 
 
 KINDS: Final = SettingKinds(
@@ -127,30 +117,34 @@ KINDS: Final = SettingKinds(
 
 
 def read_bridge(text: str, path: str) -> Configuration:
-    """The layout that a module sets.
+    """The layout that a module sets, or a script that starts a recipe.
 
-    Raises InputError for what is no Python, or no constant, and for a module of several recipes.
+    Raises InputError for what is no Python, or no constant, for a module of several recipes, and
+    for a script of an unknown one.
     """
+    module = module_of(text, path)
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(module.text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"{path} is no Python: {error}.") from error
     _refuse_several(tree, path)
     options = {name: option for option, name in FIELDS.items()}
-    settings, words = {}, []
+    settings, words = {}, {}
     for name, line, value in _assigned(tree):
         settings[f"cfg.{name}".rstrip(".")] = ast.unparse(value)
-        if name in options:
-            words.append(_words(options[name], value, f"{path}, line {line}: cfg.{name}"))
+        if name in options:  # a later line overrides, also where it switches something off
+            words[name] = _words(options[name], value, f"{path}, line {line}: cfg.{name}")
     precision = _precision(settings.get(PRECISION, ""))
     if precision is not None:
         del settings[PRECISION]
-    others = unread(settings, KINDS, text, path)
+    others = unread(settings, KINDS, module.places, path)
     try:
-        said = read_megatron("\n".join(words), path)
+        said = read_megatron("\n".join(words.values()), path)
     except InputError as error:
         raise InputError(_in_fields(str(error))) from error
-    return replace(with_unread(said, others), precision=precision)
+    model = module.recipe.model if module.recipe else None
+    said = replace(said, precision=precision, model=model, launched=module.launched)
+    return with_unread(said, others)
 
 
 def _refuse_several(tree: ast.Module, path: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from mist.documents import text_of
 from mist.errors import InputError
+from mist.export.bridge_recipes import recipe_text
 from mist.export.edits import edits_of, settings_of
-from mist.export.megatron_bridge import refuse_recipe
 from mist.export.rounding import expressible
 from mist.export.setting_lines import options_in, read_lines, settings_words
 from mist.export.target import Configuration, ExportSource, Target
@@ -40,20 +40,29 @@ class ForeignFile:
 
 
 def foreign_file(name: str) -> ForeignFile | None:
-    """The file of that name as one of a target; None where it is none. Raises InputError."""
-    path = user_path(name)
-    if not is_file(path):
-        refuse_recipe(name)
+    """The file of that name as one of a target, or the recipe; None where it is none.
+
+    Raises InputError.
+    """
+    text = _text_of(name)
+    if text is None:
         return None
-    try:
-        text = text_of(read_bytes(path), path)
-    except InputError:
-        return None  # whoever reads it as something else says what is wrong with it
     target = target_of(text)
     if target is None or target.read is None:
         return None
     said = read_lines(target.read, text, name)
     return ForeignFile(path=name, target=target, configuration=said, text=text)
+
+
+def _text_of(name: str) -> str | None:
+    """The text of a file; of the name of a recipe, the module that it is alone."""
+    path = user_path(name)
+    if not is_file(path):
+        return recipe_text(name)
+    try:
+        return text_of(read_bytes(path), path)
+    except InputError:
+        return None  # whoever reads it as something else says what is wrong with it
 
 
 def check_file(

@@ -108,13 +108,6 @@ def test_a_bridge_module_is_python_and_each_line_has_its_field() -> None:
     assert all("  # " in line for line in lines)
 
 
-def test_the_name_of_a_recipe_is_refused_in_words() -> None:
-    name = "llama3_70b_pretrain_64gpu_h100_bf16_config"
-    with pytest.raises(InputError, match=f"mist check {name}: that is the name of a recipe of Meg"):
-        foreign_file(name)
-    assert foreign_file("llama3_config") is None  # a model, or nothing
-
-
 def test_a_module_of_several_recipes_is_refused(tmp_path: Path) -> None:
     """Of two layouts in one file nothing says which is meant."""
     one = "def {}():\n    cfg.model.tensor_model_parallel_size = 2\n    return cfg\n"
