@@ -17,6 +17,7 @@ from mist.documents import parse_yaml
 from mist.errors import InputError, did_you_mean
 from mist.export.command_words import Options, launched, options_of
 from mist.export.megatron_arguments import LAUNCH
+from mist.plans.provenance import Kind
 from mist.platform.profiles import load_shipped
 from mist.platform.quantity import Record
 
@@ -47,6 +48,7 @@ class BridgeRecipe(Record):
     """A row: degrees, batches [sequences] and length [tokens] that a recipe sets.
 
     Args:
+        alias: the short name of the same function.
         model: a preset of the same sizes, or the name on the hub where there is none.
         vpp: chunks of a stage; None where they are not interleaved.
         more: other fields by name, as Megatron-Bridge has them.
@@ -61,6 +63,7 @@ class BridgeRecipe(Record):
     micro_batch: int
     global_batch: int
     seq_len: int
+    alias: str | None = None
     vpp: int | None = None
     more: Mapping[str, SettingValue] = field(default_factory=dict)
 
@@ -77,6 +80,7 @@ class BridgeRecipes(Record):
 
     schema: Literal["mist.recipes/1"]
     source: str
+    kind: Kind
     common: Mapping[str, SettingValue]
     recipes: tuple[BridgeRecipe, ...]
 
@@ -96,8 +100,9 @@ class RecipeModule:
 
 @cache
 def bridge_recipes() -> Mapping[str, BridgeRecipe]:
-    """The rows by name."""
-    return {row.name: row for row in _table().recipes}
+    """The rows by name and by alias."""
+    rows = _table().recipes
+    return {row.name: row for row in rows} | {row.alias: row for row in rows if row.alias}
 
 
 @cache
@@ -137,17 +142,18 @@ def module_of(text: str, path: str) -> RecipeModule:
 
     Raises InputError for a script of a recipe that is not in it.
     """
-    ranks, places = None, ""
+    ranks, places = None, text
     if SCRIPT.search(text):
         options = options_of(text, path)
-        places, ranks = text, launched(options)
-        text = "\n".join(_of_script(options, path))
+        ranks, text = launched(options), "\n".join(_of_script(options, path))
+    else:
+        # The name of a recipe has no lines; settings of a call stand in the line of the call.
+        places = "" if RECIPE.fullmatch(path) else CALL.sub(_written_out, text)
     called = [bridge_recipes().get(found[2]) for found in CALL.finditer(text)]
     recipe = next((row for row in reversed(called) if row is not None), None)
-    text = CALL.sub(_written_out, text)
     return RecipeModule(
-        text=text,
-        places=places or text,
+        text=CALL.sub(_written_out, text),
+        places=places,
         recipe=recipe,
         launched=ranks or (recipe.num_gpus if recipe else None),
     )

@@ -142,7 +142,7 @@ def read_bridge(text: str, path: str) -> Configuration:
         said = read_megatron("\n".join(words.values()), path)
     except InputError as error:
         raise InputError(_in_fields(str(error))) from error
-    model = module.recipe.model if module.recipe else None
+    model = module.recipe.model if module.recipe and "cfg.model" not in settings else None
     said = replace(said, precision=precision, model=model, launched=module.launched)
     return with_unread(said, others)
 
