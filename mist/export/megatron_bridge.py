@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any, Final
 
 from mist.errors import InputError
-from mist.export.bridge_recipes import module_of, names_recipe
 from mist.export.launcher_lines import head
 from mist.export.megatron_arguments import DECISIVE, layout_lines, read_megatron
 from mist.export.megatron_arguments import NAMES as OPTIONS
 from mist.export.megatron_model import ArgumentLine
+from mist.export.recipe_modules import module_of, names_recipe
 from mist.export.target import Configuration, ExportSource, Written, added
 from mist.export.unread_settings import SettingKinds, unread, with_unread
 from mist.plans.workload import Precision
@@ -143,8 +143,9 @@ def read_bridge(text: str, path: str) -> Configuration:
     except InputError as error:
         raise InputError(_in_fields(str(error))) from error
     model = module.recipe.model if module.recipe and "cfg.model" not in settings else None
-    said = replace(said, precision=precision, model=model, launched=module.launched)
-    return with_unread(said, others)
+    unmodelled = (*said.unmodelled, *module.options)
+    said = replace(said, precision=precision, model=model, unmodelled=unmodelled)
+    return with_unread(replace(said, launched=module.launched), others)
 
 
 def _refuse_several(tree: ast.Module, path: str) -> None:

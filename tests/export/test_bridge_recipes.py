@@ -83,11 +83,13 @@ def test_context_parallelism_of_a_recipe_is_refused_until_it_is_overridden() -> 
 
 def test_a_recipe_that_is_not_known_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
     for name in ("qwen3_8b_pretrain_2gpu_config", "qwen3_8b_sft_config"):
-        with pytest.raises(InputError, match=f"^{name}: the defaults.*Did you mean.*qwen3_8b_pre"):
+        with pytest.raises(
+            InputError, match=f"^mist check {name}: the defaults.*Did you mean.*qwen3_8b_pre"
+        ):
             foreign_file(name)
     path = tmp_path / "run.sh"
     path.write_text("torchrun run_recipe.py --recipe qwen3_8b_sft_config\n")
-    with pytest.raises(InputError, match=r"^qwen3_8b_sft_config: the defaults of this recipe"):
+    with pytest.raises(InputError, match=r"run.sh, line 1: --recipe qwen3_8b_sft_config: the"):
         foreign_file(str(path))
     assert foreign_file("llama3_config") is None  # a model, or nothing
 
@@ -119,8 +121,17 @@ def test_a_script_names_a_recipe_and_overrides_it(tmp_path: Path) -> None:
     said = file.configuration
     assert (said.knobs["tp"], said.shards_sequence, said.seq_len) == (2, True, 8192)
     assert (said.global_batch, said.launched, said.model) == (32, 16, "qwen3-8b")
-    assert said.unmodelled == ("cfg.peft_scheme = 'lora'",)
+    assert said.unmodelled == ("--peft_scheme lora",)
     assert said.untouched == ("cfg.train.train_iters",)
+
+
+def test_a_module_or_a_comment_that_speaks_of_a_script_is_none(tmp_path: Path) -> None:
+    start = f"run_recipe.py --recipe {PLAIN}"
+    module = f'"""Start it: {start} """\ncfg.model.tensor_model_parallel_size = 2\n'
+    assert read_bridge(module, "b.py").knobs["tp"] == 2
+    path = tmp_path / "run.sh"
+    path.write_text(f"# {start}\necho\n")
+    assert foreign_file(str(path)) is None
 
 
 @pytest.mark.parametrize(
