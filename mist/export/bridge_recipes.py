@@ -11,7 +11,7 @@ from mist.plans.provenance import Kind
 from mist.platform.profiles import load_shipped
 from mist.platform.quantity import Record
 
-RECIPE: Final = re.compile(r"\w+_(?:pretrain|sft|peft|finetune)\w*_config")
+RECIPE: Final = re.compile(r"\b\w{1,80}_(?:pretrain|sft|peft|finetune)\w{0,80}_config\b")
 
 SettingValue = bool | int | str | None
 COLUMNS: Final = {

@@ -26,7 +26,7 @@ from mist.export.megatron_arguments import LAUNCH
 
 CALL: Final = re.compile(r"(?m)^([ \t]*)cfg = (?:\w+\.)*(\w+)\(\)(?=[ \t]*(?:#.*)?$)")
 SCRIPT: Final = re.compile(r"(?m)^(?:[^#\n]*\s)?--recipe[\s=]")
-PYTHON: Final = re.compile(r"(?m)^\s*(?:import|from|def|cfg)\b")
+PYTHON: Final = re.compile(r"(?m)^[ \t]*(?:import|from|def|cfg)\b")
 OVERRIDE: Final = re.compile(r"\+{0,2}([a-z]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
 # The length of the data is that of the model in the end: run_recipe.py sets it last.
 LENGTH: Final = "dataset.seq_length"
@@ -42,14 +42,14 @@ class RecipeModule:
         text: of the module.
         places: the text in which the lines of settings are looked for.
         recipe: the last of them.
-        launched: ranks that a script starts, or that the name of the recipe says.
+        launched: ranks that a script starts, or of the machine of a recipe that stands alone.
         options: of a script, that say nothing of its configuration.
     """
 
     text: str
     places: str
     recipe: BridgeRecipe | None
-    launched: int | None
+    launched: int | None = None
     options: tuple[str, ...] = ()
 
 
@@ -72,19 +72,20 @@ def module_of(text: str, path: str) -> RecipeModule:
     if _is_script(text):
         options = options_of(text, path)
         module = _module("\n".join(_of_script(options, path)))
-        ranks = launched(options) or module.launched
-        return replace(module, places=text, launched=ranks, options=tuple(_others(options)))
+        others = tuple(_others(options))
+        return replace(module, places=text, launched=launched(options), options=others)
     module = _module(text)
-    # The name of a recipe has no lines; settings of a call stand in the line of the call.
-    return replace(module, places="") if RECIPE.fullmatch(path) else module
+    if module.recipe is not None and RECIPE.fullmatch(path):
+        # The recipe alone: it has no lines, and runs on the machine that it was made for.
+        return replace(module, places="", launched=module.recipe.num_gpus)
+    return module
 
 
 def _module(text: str) -> RecipeModule:
     called = [bridge_recipes().get(found[2]) for found in CALL.finditer(text)]
     recipe = next((row for row in reversed(called) if row is not None), None)
     text = CALL.sub(_written_out, text)
-    ranks = recipe.num_gpus if recipe else None
-    return RecipeModule(text=text, places=text, recipe=recipe, launched=ranks)
+    return RecipeModule(text=text, places=text, recipe=recipe)
 
 
 def _written_out(call: re.Match[str]) -> str:

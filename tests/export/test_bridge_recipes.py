@@ -66,6 +66,7 @@ def test_what_stands_behind_a_recipe_overrides_it() -> None:
         "    return cfg\n"
     )
     before, said = of_recipe(PLAIN), read_bridge(text, "b.py")
+    assert (before.launched, said.launched) == (4, None)  # the machine of ours is not known
     assert (before.knobs["tp"], before.knobs["zero"], before.global_batch) == (4, 1, 32)
     assert (said.knobs["tp"], said.knobs["zero"], said.global_batch) == (2, 0, 64)
     assert said.precision == "fp16"
