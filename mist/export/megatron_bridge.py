@@ -8,11 +8,12 @@ A file is read as a syntax tree and never run.
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 from mist.errors import InputError
+from mist.export.bridge_recipes import BridgeRecipe, settings_of_recipe
 from mist.export.launcher_lines import head
 from mist.export.megatron_arguments import DECISIVE, layout_lines, read_megatron
 from mist.export.megatron_arguments import NAMES as OPTIONS
@@ -53,6 +54,8 @@ NAMES: Final = {
 PRECISION: Final = "cfg.mixed_precision"
 PRECISIONS: Final = {Precision.BF16: "bf16_mixed", Precision.FP16: "16_mixed", Precision.FP32: None}
 LISTED: Final = ("model.recompute_modules",)
+FSDP: Final = FIELDS["--use-megatron-fsdp"]
+STRATEGY: Final = FIELDS["--data-parallel-sharding-strategy"]
 SETS: Final = frozenset({FIELDS["--tensor-model-parallel-size"], FIELDS["--micro-batch-size"]})
 
 
@@ -134,6 +137,8 @@ def read_bridge(text: str, path: str) -> Configuration:
         settings[f"cfg.{name}".rstrip(".")] = ast.unparse(value)
         if name in options:  # a later line overrides, also where it switches something off
             words[name] = _words(options[name], value, f"{path}, line {line}: cfg.{name}")
+    if _is_idle_strategy(words, module.recipe):
+        del words[STRATEGY]
     precision = _precision(settings.get(PRECISION, ""))
     if precision is not None:
         del settings[PRECISION]
@@ -146,6 +151,13 @@ def read_bridge(text: str, path: str) -> Configuration:
     unmodelled = (*said.unmodelled, *module.options)
     said = replace(said, precision=precision, model=model, unmodelled=unmodelled)
     return with_unread(replace(said, launched=module.launched), others)
+
+
+def _is_idle_strategy(words: Mapping[str, str], recipe: BridgeRecipe | None) -> bool:
+    """Whether the strategy is the recipe's own, and FSDP is off: nobody reads it or wrote it."""
+    if recipe is None or words.get(FSDP):
+        return False
+    return words[STRATEGY].endswith(f" {settings_of_recipe(recipe)[STRATEGY]}")
 
 
 def _refuse_several(tree: ast.Module, path: str) -> None:

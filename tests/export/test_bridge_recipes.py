@@ -45,6 +45,27 @@ def test_each_recipe_of_the_table_is_read(name: str) -> None:
     assert set(said.unmodelled) <= set(listed)
 
 
+# What the functions' own docstrings recommend, in Megatron-Bridge 0.6.2.
+RECOMMENDED = {
+    "llama32_3b_pretrain_config": "TP=1, PP=1, CP=1",
+    "llama3_8b_16k_pretrain_config": "TP=4, PP=2, CP=2, SP=True",
+    "llama3_8b_128k_pretrain_config": "TP=4, PP=2, CP=8, SP=True",
+    "llama3_70b_pretrain_config": "TP=4, PP=4, VPP=5, CP=2, SP=True",
+    "llama3_70b_64k_pretrain_config": "TP=8, PP=4, CP=8, SP=True",
+    "llama31_405b_pretrain_config": "TP=8, PP=8, VPP=2, CP=4, SP=True",
+    "qwen3_8b_pretrain_config": "TP=1, PP=1, CP=1",
+    "qwen3_14b_pretrain_config": "TP=8, PP=1",
+    "qwen3_32b_pretrain_config": "TP=8, PP=2",
+}
+
+
+@pytest.mark.parametrize("name", RECOMMENDED)
+def test_a_recipe_is_as_its_docstring_recommends(name: str) -> None:
+    for word in RECOMMENDED[name].split(", "):
+        degree, _, value = word.partition("=")
+        assert str(getattr(ROWS[name], degree.lower())) == value
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_divides_its_batch_its_machine_and_its_model(name: str) -> None:
     """A digit of the table that is wrong mostly makes a layout that cannot be."""
@@ -72,6 +93,16 @@ def test_what_stands_behind_a_recipe_overrides_it() -> None:
     assert said.precision == "fp16"
     assert said.seq_len == before.seq_len  # which the module leaves as it is
     assert said.unmodelled == ()
+
+
+def test_a_strategy_counts_where_fsdp_reads_it() -> None:
+    """Qwen 3 leaves the strategy of all pretraining recipes, Qwen 2 sets another one."""
+    for name, level in {PLAIN: 3, "qwen2_7b_pretrain_config": 0}.items():
+        said = read_bridge(f"cfg = {name}()\ncfg.ddp.use_megatron_fsdp = True\n", "b.py")
+        assert (said.knobs["zero"], said.unmodelled) == (level, ())
+    own = "cfg.ddp.data_parallel_sharding_strategy = 'optim'"
+    (listed,) = read_bridge(f"cfg = {PLAIN}()\n{own}\n", "b.py").unmodelled
+    assert listed.startswith("--data-parallel-sharding-strategy optim (Megatron ignores it")
 
 
 def test_context_parallelism_of_a_recipe_is_refused_until_it_is_overridden() -> None:
