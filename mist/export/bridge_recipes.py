@@ -7,7 +7,6 @@ from functools import cache
 from typing import Final, Literal
 
 from mist.errors import InputError, did_you_mean
-from mist.plans.provenance import Kind
 from mist.platform.profiles import load_shipped
 from mist.platform.quantity import Record
 
@@ -64,7 +63,6 @@ class BridgeRecipes(Record):
 
     schema: Literal["mist.recipes/1"]
     source: str
-    kind: Kind
     common: Mapping[str, SettingValue]
     recipes: tuple[BridgeRecipe, ...]
 
