@@ -11,6 +11,7 @@ from torch.distributed.pipelining._backward import (
 
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting
+from mist.trace.recording.split_backward import Awaited
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import (
     INPUTS,
@@ -60,3 +61,13 @@ def test_gradients_that_wait_equal_real_ones(family: Family, precision: Precisio
         output = out[0] if isinstance(out, tuple) else out
         found = waiting_bytes(layer, output, given)
         assert saved_bytes(block.awaited, b, s) == found, (b, s)
+
+
+def test_what_is_made_of_parameters_alone_is_one() -> None:
+    """A cast of a weight, as autocast makes it, meets an activation in the product behind it."""
+    awaited = Awaited()
+    weight = torch.ones(2, 2, requires_grad=True)
+    cast, x = weight.to(torch.bfloat16), torch.ones(2, 2, requires_grad=True).bfloat16()
+    assert awaited.read([weight], [weight.untyped_storage()._cdata], [cast]) is None
+    out = x @ cast
+    assert awaited.read([x, cast], [], [out]) is out
