@@ -65,8 +65,8 @@ LEVELS: Final = MappingProxyType(
             may_offload=False,
             word="selectively",
         ),
-        # Layers of which some are at the level above and some at the one below keep as little, and
-        # are as fast: to search it would only take longer.
+        # Of a Llama layer, some at drop-norm and some at sdpa-only keep as little and are faster
+        # (docs/memory-levels.md): to search it would only take longer.
         MemoryLevel.SAC_HALF: LevelRow(
             repeats="part",
             meaning="keeps_results",

@@ -3,7 +3,7 @@
 The update is torch's own functional AdamW on local shards (fused: no temporary copies). What
 lives on the host (moments by ratio; shards and gradients of offloaded layers) is streamed through
 the device bucket by bucket: while one is updated the next one is on its way in and the last one on
-its way out.
+its way out. A large shard goes in pieces, by rows: the update looks at each number by itself.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
