@@ -220,10 +220,11 @@ class _Block:
         return None
 
     def _owners(self, matrices: Sequence[Matrix]) -> Iterator[object]:
-        """The modules around the matrices, within the layer, and their configuration."""
+        """The modules around the matrices, within the layer.
+
+        Not a configuration that they share: what else reads it has no share.
+        """
         inside = {id(matrix.module) for matrix in matrices}
         for module in self._layer.modules():
             if any(id(inner) in inside for inner in module.modules()):
                 yield module
-                if (config := getattr(module, "config", None)) is not None:
-                    yield config

@@ -112,13 +112,17 @@ class Region:
     def counts(self) -> set[int]:
         """Numbers of heads (or widths of an MLP) that every rank's share divides.
 
-        A matrix with more outputs than there are queries has keys and values, too.
+        One matrix for attention has queries, keys and values; beside one of queries a second has
+        keys and values.
         """
         queries = self.width // self.grain
-        outputs = {matrix.num_out // self.grain for matrix in self.colwise}
-        inputs = {matrix.num_in // self.grain for matrix in self.rowwise}
-        fused = {(n - queries) // 2 for n in outputs if n > queries} if self.grain > 1 else set()
-        return outputs | inputs | fused
+        outputs = [matrix.num_out // self.grain for matrix in self.colwise]
+        inputs = [matrix.num_in // self.grain for matrix in self.rowwise]
+        pairs = [n - queries for n in outputs if n > queries]
+        if len(outputs) == 2 and queries in outputs:
+            pairs = [sum(outputs) - queries]
+        fused = [n // 2 for n in pairs] if self.grain > 1 else []
+        return {*outputs, *inputs, *fused}
 
     @property
     def width(self) -> int:
