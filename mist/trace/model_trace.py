@@ -287,35 +287,35 @@ def _crossings(
 
 
 def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
-    """A region has one exit and an entry for each tensor that enters it.
+    """A region has an exit for each of its ends and an entry for each tensor that enters it.
 
     Regions in a module that needs all tokens count as one. An input that no hook sees (experts)
     enters with the layer's input.
     """
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
-    inside = [{id(inner) for inner in m.modules()} & sharding.regions.keys() for m in whole]
-    regions = {id(m) for m in layer.modules()} & sharding.regions.keys()
-    num_joint = sum(1 for rows in inside if rows)
+    inside = [{id(inner) for inner in m.modules()} & sharding.ends for m in whole]
+    num_joint = sum(1 for ends in inside if ends)
+    here = {id(m) for m in layer.modules()}.difference(*inside)
+    separate = [region for region in sharding.regions if region.ends <= here]
     entered, flows = piece.part.entered, piece.part.flows
     entries = entries_back = exits_back = num_joint
     if not any(op.phase == "backward" for op in piece.part.ops):
         entries_back = exits_back = 0
-    separate = regions.difference(*inside)
-    for row in separate:
-        entry_ids = sharding.regions[row] & entered.keys()
+    for region in separate:
+        entry_ids = region.entered & entered.keys()
         inputs = {entered[key] for key in entry_ids}
         # Without a hook the layer's own input stands for what enters.
         back = {0} if piece.flows else set()
         if entry_ids:
             back = {entered[key] for key in entry_ids & flows}
         entries, entries_back = entries + max(len(inputs), 1), entries_back + len(back)
-        exits_back += int(row in flows or bool(back))
+        exits_back += sum(1 for end in region.ends if end in flows or back)
     return {
         "num_entries": entries,
-        "num_exits": len(separate) + num_joint,
+        "num_exits": sum(len(region.ends) for region in separate) + num_joint,
         "num_entries_back": entries_back,
         "num_exits_back": exits_back,
-        "num_whole": sum(1 for rows in inside if not rows),
+        "num_whole": sum(1 for ends in inside if not ends),
     }
 
 

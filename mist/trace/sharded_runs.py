@@ -112,7 +112,7 @@ def _around(module: nn.Module | None, sharding: Sharding, subject: RunSubject) -
     And those in its place in the layers that are like its own.
     """
     layers = subject.layers
-    divided = set(sharding.regions).union(*sharding.regions.values())
+    divided = sharding.divided
     for layer, kind in zip(layers.modules, layers.signatures, strict=True) if layers else ():
         path = [m for m in _path(layer, module) if any(id(i) in divided for i in m.modules())]
         if path and layers:
@@ -152,7 +152,7 @@ def _on_shards(subject: RunSubject, point: Point) -> tuple[RunSubject, RecordedR
         return _on_shards(replace(subject, sharding=more), point)
     # A plan names the regions of all layers; what is known of their calls is of those that ran.
     ran = {id(inner) for layer, _ in _layers(run) for inner in layer.modules()}
-    regions = {key: columns for key, columns in sharding.regions.items() if key in ran}
+    regions = tuple(region for region in sharding.regions if region.ends <= ran)
     sharding = replace(sharding, size_rules=run.size_rules, fused=run.fused, regions=regions)
     return replace(subject, sharding=sharding), run
 

@@ -156,6 +156,8 @@ class Recorder(TorchDispatchMode):
         states: Mapping[int, object],
         *,
         whole: frozenset[int],
+        inside: frozenset[int],
+        summed: frozenset[int],
         colwise: frozenset[int],
         limit: OpLimit | None,
     ) -> None:
@@ -168,7 +170,8 @@ class Recorder(TorchDispatchMode):
         self._limit = limit
         self._symbols = symbols
         self._states = states
-        self._whole = whole
+        self._all_tokens = whole | inside
+        self._summed = whole | summed
         self._colwise = colwise
         self._tensors_shared: dict[int, SavedStorage] = {}
         self._kernel: Kernel | None = None
@@ -269,7 +272,7 @@ class Recorder(TorchDispatchMode):
 
     def _needs_all_tokens(self) -> bool:
         inside = self.part is not None and self.part.whole
-        return inside or any(id(module) in self._whole for module in self.callers)
+        return inside or any(id(module) in self._all_tokens for module in self.callers)
 
     def _read(self, part: Part, call: Call) -> None:
         """Note the parameters that a forward call reads, and its results in a compiled graph."""
@@ -333,7 +336,7 @@ class Recorder(TorchDispatchMode):
 
     def _follow(self, part: Part, call: Call, origin: Origin) -> None:
         """Follow sums over the ranks through a call, in a module that is one region."""
-        if not any(id(module) in self._whole for module in self.callers):
+        if not any(id(module) in self._summed for module in self.callers):
             return
         if not self._sums.read(call):
             part.unsummed.append(f"{origin.op} in {origin.module} {NOT_LINEAR}")
@@ -342,8 +345,8 @@ class Recorder(TorchDispatchMode):
 
     def module_done(self, module: nn.Module, output: object) -> None:
         """A module has run; `callers` are those around it."""
-        around = any(id(outer) in self._whole for outer in self.callers)
-        if id(module) not in self._whole or around or self.phase != "forward":
+        around = any(id(outer) in self._summed for outer in self.callers)
+        if id(module) not in self._summed or around or self.phase != "forward":
             return
         if not self._sums.end(output) and self.part is not None:
             kind = type(module).__name__

@@ -12,11 +12,12 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
     Only linear layers can, transformers' Conv1D, and parameters with a matrix for each expert.
     """
     modules = {id(module): (name, module) for name, module in model.named_modules()}
-    for key, colwise in sharding.regions.items():
-        row = matrix_of(modules[key][1])
-        if row is None and colwise == {key}:  # experts: one module with both
+    for region in sharding.regions:
+        if region.columns == region.rows:  # experts: one module with both
             continue
-        for name, module in (modules[key], *sorted(modules[each] for each in colwise)):
+        rows = dict(sorted(modules[each] for each in region.rows))
+        row = next(filter(None, map(matrix_of, rows.values())), None)
+        for name, module in {**rows, **dict(sorted(modules[e] for e in region.columns))}.items():
             kind, matrix = type(module), matrix_of(module)
             if (
                 matrix is None
@@ -24,7 +25,7 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
                 or issubclass(kind, nn.Linear) is not (kind is nn.Linear)
             ):
                 return f"{name} is a {kind.__name__}, which mist apply does not divide"
-            if module is not modules[key][1] and num_pieces(sharding, matrix, row) == MANY:
+            if name not in rows and num_pieces(sharding, matrix, row) == MANY:
                 return f"{name} holds several matrices in one, of different or unknown widths"
     return None
 

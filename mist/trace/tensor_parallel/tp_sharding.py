@@ -83,14 +83,19 @@ class Region:
     """Column-parallel matrices and the row-parallel ones behind them.
 
     `owners`: objects whose attributes may hold numbers of heads or widths that are smaller on a
-    rank; `head_dim` is None for an MLP. `label`: what is divided when no heads are.
+    rank; `head_dim` is None for an MLP. `num_heads`: of all matrices alike, whatever their widths.
+    `label`: what is divided when no heads are. `entered`, `ends`: modules that are given what
+    enters, and those whose results are summed, where they are not the matrices themselves.
     """
 
     owners: Sequence[object]
     head_dim: int | None = None
+    num_heads: int | None = None
     label: str = "MLP width"
     colwise: list[Matrix] = field(default_factory=list)
     rowwise: list[Matrix] = field(default_factory=list)
+    entered: Sequence[nn.Module] = ()
+    ends: Sequence[nn.Module] = ()
 
     def has_any(self, modules: frozenset[int]) -> bool:
         """Whether a matrix of it is in one of these modules."""
@@ -99,9 +104,12 @@ class Region:
     @property
     def grain(self) -> int:
         """What must not be cut: the size of a head where all matrices consist of heads."""
-        sizes = [*(m.num_out for m in self.colwise), *(m.num_in for m in self.rowwise)]
-        whole = self.head_dim and all(size % self.head_dim == 0 for size in sizes)
+        whole = self.head_dim and all(size % self.head_dim == 0 for size in self._sizes)
         return self.head_dim if whole and self.head_dim else 1
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [*(m.num_out for m in self.colwise), *(m.num_in for m in self.rowwise)]
 
     @property
     def unit(self) -> int:
@@ -116,6 +124,8 @@ class Region:
         keys and values.
         """
         queries = self.width // self.grain
+        if self.num_heads and all(size % self.num_heads == 0 for size in self._sizes):
+            return {self.num_heads}
         outputs = [matrix.num_out // self.grain for matrix in self.colwise]
         inputs = [matrix.num_in // self.grain for matrix in self.rowwise]
         pairs = [n - queries for n in outputs if n > queries]
@@ -142,11 +152,29 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DividedRegion:
+    """The modules of a region, by identity.
+
+    `columns`, `rows`: column- and row-parallel; `entered`: those that are given what enters;
+    `ends`: those whose results are summed over the ranks.
+    """
+
+    columns: frozenset[int]
+    rows: frozenset[int]
+    entered: frozenset[int]
+    ends: frozenset[int]
+
+    @property
+    def around(self) -> frozenset[int]:
+        """Modules with matrices of the region in them: they have all tokens."""
+        return (self.entered | self.ends) - self.columns - self.rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
     """The part of a model on a rank. Parameters and modules are meant by identity.
 
-    `colwise`: modules whose input enters a region. `regions`: of each region the module that ends
-    it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also
+    `colwise`: column-parallel modules. `whole`: modules that need all tokens also
     where they hold nothing divided (attention whose heads cannot be, routing). `notes`: what stays
     whole, and why. `size_rules`, `fused`: from a run on shards, see `LocalSizes`.
     """
@@ -154,13 +182,23 @@ class Sharding:
     params: Mapping[int, Share]
     attributes: Sequence[Attribute]
     colwise: frozenset[int]
-    regions: Mapping[int, frozenset[int]]
+    regions: tuple[DividedRegion, ...]
     whole: frozenset[int]
     limits: tuple[TpLimit, ...]
     vocab_size: int | None
     notes: tuple[str, ...]
     size_rules: Mapping[int, Mapping[int, SizeRule]] = field(default_factory=dict)
     fused: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def divided(self) -> frozenset[int]:
+        """Modules of regions with divided parameters."""
+        return frozenset(each for region in self.regions for each in region.columns | region.rows)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Modules whose results are summed over the ranks."""
+        return frozenset(each for region in self.regions for each in region.ends)
 
 
 def sharding_of(
@@ -186,15 +224,22 @@ def sharding_of(
         attributes=[*attributes, *tables],
         colwise=frozenset(id(m.module) for region in divided for m in region.colwise)
         | frozenset(id(m) for m in vocabulary if isinstance(m, nn.Linear)),
-        regions={
-            id(region.rowwise[0].module): frozenset(id(m.module) for m in region.colwise)
-            for region in divided
-            if region.rowwise
-        },
+        regions=tuple(_modules(region) for region in divided if region.rowwise),
         whole=whole,
         limits=tuple(dict.fromkeys(limit for region in divided for limit in _limits(region))),
         vocab_size=vocab_size,
         notes=(),
+    )
+
+
+def _modules(region: Region) -> DividedRegion:
+    columns = frozenset(id(matrix.module) for matrix in region.colwise)
+    rows = frozenset(id(matrix.module) for matrix in region.rowwise)
+    return DividedRegion(
+        columns=columns,
+        rows=rows,
+        entered=frozenset(map(id, region.entered)) or columns,
+        ends=frozenset(map(id, region.ends)) or rows,
     )
 
 
@@ -272,7 +317,7 @@ def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
         return sharding
     share = Share(unit=sharding.vocab_size, multiple=1)
     # A layer may be as wide as the vocabulary.
-    inside = set(sharding.regions).union(*sharding.regions.values())
+    inside = sharding.divided
     outside = (module for module in model.modules() if id(module) not in inside)
     own = {id(weight) for module in outside for weight in module.parameters(recurse=False)}
     whole = {key for key in own if sharding.params.get(key) == share}
