@@ -138,7 +138,7 @@ def _is_stream(node: fx.Node, hidden: int) -> bool:
 
 @dataclass(slots=True)
 class _Ancestry:
-    """What lies behind the input of a matrix."""
+    """What lies behind operands."""
 
     sources: dict[int, Matrix] = field(default_factory=dict)
     nodes: list[fx.Node] = field(default_factory=list)
@@ -189,10 +189,10 @@ class _Block:
         parameter = self._run.originals.get(key) if key is not None else None
         return self._matrices.get(id(parameter))
 
-    def _behind(self, product: fx.Node) -> _Ancestry:
-        """Walk back from the input of a product."""
+    def _behind(self, starts: Sequence[object]) -> _Ancestry:
+        """Walk back from operands until products with a matrix."""
         ancestry = _Ancestry()
-        waiting = [product.args[0] if product.target is aten.mm.default else product.args[1]]
+        waiting = [*starts]
         visited: set[fx.Node] = set()
         while waiting:
             node = waiting.pop()
@@ -212,10 +212,10 @@ class _Block:
 
     def _reader(self, product: fx.Node, matrix: Matrix) -> Reader:
         """What the input of a matrix is made of."""
-        behind = self._behind(product)
+        behind = self._behind([product.args[0 if product.target is aten.mm.default else 1]])
         self._between[id(matrix.weight)] = behind.nodes
         attention = next((n for n in behind.nodes if n in self._attention), None)
-        head_dim, num_heads = self._heads(attention, matrix) if attention else (None, None)
+        head_dim, alike = self._heads(attention, matrix) if attention else (None, True)
         return Reader(
             matrix=matrix,
             sources=behind.sources,
@@ -223,19 +223,26 @@ class _Block:
             normed=any(_goes_over(node, behind.sources, head_dim) for node in behind.nodes),
             linear=all(map(_only_scales, behind.nodes)),
             head_dim=head_dim,
-            num_heads=num_heads,
+            heads_alike=alike,
+            pairs=self._pairs(attention) if attention else frozenset(),
         )
 
-    def _heads(self, attention: fx.Node, matrix: Matrix) -> tuple[int | None, int | None]:
-        """The size of a head of attention; their number where queries have another size."""
+    def _heads(self, attention: fx.Node, matrix: Matrix) -> tuple[int | None, bool]:
+        """The size of a head of attention, and whether queries and values have the same."""
         shape = attention.meta["shape"]
         if _is_scores(attention):
             heads = int(shape[1])
-            return (matrix.num_in // heads if matrix.num_in % heads == 0 else None), None
+            return (matrix.num_in // heads if matrix.num_in % heads == 0 else None), True
         query = attention.args[0]
         assert isinstance(query, fx.Node)
-        size, width = int(shape[-1]), int(query.meta["shape"][-1])
-        return size, None if size == width else matrix.num_in // size
+        return int(shape[-1]), shape[-1] == query.meta["shape"][-1]
+
+    def _pairs(self, attention: fx.Node) -> frozenset[int]:
+        """Weights of matrices that give both keys and values, and no queries."""
+        if _is_scores(attention):
+            return frozenset()
+        queries, keys, values = (self._behind([each]).sources for each in attention.args[:3])
+        return frozenset((keys.keys() & values.keys()) - queries.keys())
 
     def _leaves_elsewhere(self, region: Region) -> bool:
         """Whether a module that is entered as a whole adds what enters to what it gives.

@@ -35,5 +35,6 @@ def num_pieces(sharding: Sharding, matrix: Matrix, row: Matrix) -> int:
 
     The model cuts its outputs into them. `row`: the row-parallel matrix behind it.
     """
-    single = 1 if matrix.num_out <= row.num_in else MANY
+    is_one = matrix.num_out <= row.num_in and id(matrix.weight) not in sharding.pairs
+    single = 1 if is_one else MANY
     return sharding.fused.get(id(matrix.module), single)

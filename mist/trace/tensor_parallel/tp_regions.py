@@ -22,7 +22,8 @@ class Reader:
 
     `sources`: matrices whose outputs it is made of, by weight; `residual`: what the layer was
     given, too; `normed`: a norm goes over outputs of a source; `linear`: nothing but moves, casts,
-    scaling and dropout lie between. `head_dim`, `num_heads`: of the attention between, if any.
+    scaling and dropout lie between. Of the attention between, if any, `head_dim`; `heads_alike`:
+    whether queries have the same; `pairs`: weights that give both keys and values.
     """
 
     matrix: Matrix
@@ -31,7 +32,8 @@ class Reader:
     normed: bool
     linear: bool
     head_dim: int | None
-    num_heads: int | None
+    heads_alike: bool
+    pairs: frozenset[int]
 
     @property
     def divided(self) -> bool:
@@ -104,11 +106,12 @@ class _Chains:
         around = {id(module): module for module in (*in_front, *behind)}
         if id(self._layer) in around:
             return None
-        head_dim, num_heads = self._heads(group)
+        attending = next((r for r in group.rows.values() if r.head_dim), None)
         return Region(
             owners=list(self._owners([*rows, *group.columns.values()])),
-            head_dim=head_dim,
-            num_heads=num_heads,
+            head_dim=attending.head_dim if attending else None,
+            heads_alike=not group.latent and (attending is None or attending.heads_alike),
+            pairs=attending.pairs if attending else frozenset(),
             colwise=list(group.columns.values()),
             rowwise=rows,
             entered=_outermost([*in_front, *(m.module for m in group.columns.values())]),
@@ -163,11 +166,6 @@ class _Chains:
             inside = wanted & {id(inner) for inner in module.modules()}
             if inside == wanted or (inside and not every):
                 yield module
-
-    def _heads(self, group: _Group) -> tuple[int | None, int | None]:
-        """The size of a head, and their number where it does not follow from the widths."""
-        reader = next((r for r in group.rows.values() if r.head_dim), None)
-        return (reader.head_dim, reader.num_heads) if reader is not None else (None, None)
 
 
 def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -83,14 +83,16 @@ class Region:
     """Column-parallel matrices and the row-parallel ones behind them.
 
     `owners`: objects whose attributes may hold numbers of heads or widths that are smaller on a
-    rank; `head_dim` is None for an MLP. `num_heads`: of all matrices alike, whatever their widths.
+    rank; `head_dim` is None for an MLP. `heads_alike`: whether it is the size of all heads, of
+    queries too; else every matrix has as many. `pairs`: weights of both keys and values.
     `label`: what is divided when no heads are. `entered`, `ends`: modules that are given what
     enters, and those whose results are summed, where they are not the matrices themselves.
     """
 
     owners: Sequence[object]
     head_dim: int | None = None
-    num_heads: int | None = None
+    heads_alike: bool = True
+    pairs: frozenset[int] = frozenset()
     label: str = "MLP width"
     colwise: list[Matrix] = field(default_factory=list)
     rowwise: list[Matrix] = field(default_factory=list)
@@ -104,12 +106,10 @@ class Region:
     @property
     def grain(self) -> int:
         """What must not be cut: the size of a head where all matrices consist of heads."""
-        whole = self.head_dim and all(size % self.head_dim == 0 for size in self._sizes)
-        return self.head_dim if whole and self.head_dim else 1
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [*(m.num_out for m in self.colwise), *(m.num_in for m in self.rowwise)]
+        sizes = [*(m.num_out for m in self.colwise), *(m.num_in for m in self.rowwise)]
+        if self.head_dim is None or self.heads_alike and any(n % self.head_dim for n in sizes):
+            return 1
+        return self.head_dim
 
     @property
     def unit(self) -> int:
@@ -120,19 +120,16 @@ class Region:
     def counts(self) -> set[int]:
         """Numbers of heads (or widths of an MLP) that every rank's share divides.
 
-        One matrix for attention has queries, keys and values; beside one of queries a second has
-        keys and values.
+        A matrix with more outputs than there are queries has keys and values, too.
         """
         queries = self.width // self.grain
-        if self.num_heads and all(size % self.num_heads == 0 for size in self._sizes):
-            return {self.num_heads}
-        outputs = [matrix.num_out // self.grain for matrix in self.colwise]
-        inputs = [matrix.num_in // self.grain for matrix in self.rowwise]
-        pairs = [n - queries for n in outputs if n > queries]
-        if len(outputs) == 2 and queries in outputs:
-            pairs = [sum(outputs) - queries]
-        fused = [n // 2 for n in pairs] if self.grain > 1 else []
-        return {*outputs, *inputs, *fused}
+        if not self.heads_alike:
+            return {queries}
+        pairs = {m.num_out // self.grain // 2 for m in self.colwise if id(m.weight) in self.pairs}
+        outputs = {m.num_out // self.grain for m in self.colwise if id(m.weight) not in self.pairs}
+        inputs = {matrix.num_in // self.grain for matrix in self.rowwise}
+        fused = {(n - queries) // 2 for n in outputs if n > queries} if self.grain > 1 else set()
+        return outputs | inputs | fused | pairs
 
     @property
     def width(self) -> int:
@@ -176,7 +173,8 @@ class Sharding:
 
     `colwise`: column-parallel modules. `whole`: modules that need all tokens also
     where they hold nothing divided (attention whose heads cannot be, routing). `notes`: what stays
-    whole, and why. `size_rules`, `fused`: from a run on shards, see `LocalSizes`.
+    whole, and why. `pairs`: weights of both keys and values. `size_rules`, `fused`: from a run on
+    shards, see `LocalSizes`.
     """
 
     params: Mapping[int, Share]
@@ -189,6 +187,7 @@ class Sharding:
     notes: tuple[str, ...]
     size_rules: Mapping[int, Mapping[int, SizeRule]] = field(default_factory=dict)
     fused: Mapping[int, int] = field(default_factory=dict)
+    pairs: frozenset[int] = frozenset()
 
     @property
     def divided(self) -> frozenset[int]:
@@ -229,6 +228,7 @@ def sharding_of(
         limits=tuple(dict.fromkeys(limit for region in divided for limit in _limits(region))),
         vocab_size=vocab_size,
         notes=(),
+        pairs=frozenset().union(*(region.pairs for region in divided)),
     )
 
 
