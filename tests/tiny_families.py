@@ -166,12 +166,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.attn = nn.LayerNorm(64), Attention()
-        self.mlp = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        self.norm, self.attn, self.norm2 = nn.LayerNorm(64), Attention(), nn.LayerNorm(64)
+        self.mlp = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
 
     def forward(self, x):
         x = x + self.attn(self.norm(x))
-        return x + self.mlp(x)
+        return x + self.mlp(self.norm2(x))
 
 
 def build_model():
@@ -246,7 +246,9 @@ def loss(output, batch):
 CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
     yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 )
-FILES: Final = MappingProxyType({"nanogpt": NANOGPT, "dit": DIT, "lora": LORA, "pair": PAIR, "joint": JOINT})
+FILES: Final = MappingProxyType(
+    {"nanogpt": NANOGPT, "dit": DIT, "lora": LORA, "pair": PAIR, "joint": JOINT}
+)
 
 
 def file_of(name: str) -> str:

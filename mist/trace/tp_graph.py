@@ -257,7 +257,9 @@ class _Block:
             str(node.meta["module"]) in inside
             and node not in known
             and node not in self._products
-            and any(_begins(each) and _is_stream(each, self._hidden) for each in node.all_input_nodes)
+            and any(
+                _begins(each) and _is_stream(each, self._hidden) for each in node.all_input_nodes
+            )
             for node in self._nodes
         )
 

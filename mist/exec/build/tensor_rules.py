@@ -60,9 +60,7 @@ class RegionRule:
         entries = {move(column): move(entry) for column, entry in self.entries.items()}
         columns, rows, ends = (tuple(map(move, n)) for n in (self.columns, self.rows, self.ends))
         block = None if self.block is None else move(self.block)
-        return replace(
-            self, columns=columns, rows=rows, entries=entries, ends=ends, block=block
-        )
+        return replace(self, columns=columns, rows=rows, entries=entries, ends=ends, block=block)
 
     def is_in(self, *layers: str) -> bool:
         """Whether it lies in one of these layers."""

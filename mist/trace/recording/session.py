@@ -450,9 +450,7 @@ class Session:
     def _colwise_hooks(self) -> Iterator[None]:
         """Within: inputs of column-parallel matrices are known as gathered, and what goes back."""
 
-        def gather(
-            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-        ) -> None:
+        def gather(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if self.recorder.part is not None:
                 keys = [key_of(t) for t in tensors_in((args, kwargs))]
                 self.recorder.part.gathered.update(keys[:1])

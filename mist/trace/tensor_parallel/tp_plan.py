@@ -84,7 +84,9 @@ class PlannedRegions:
     unread: Sequence[nn.Module] = ()
     unknown: Sequence[str] = ()
 
-    def whole_without(self, regions: Sequence[Region], layers: Iterable[nn.Module]) -> frozenset[int]:
+    def whole_without(
+        self, regions: Sequence[Region], layers: Iterable[nn.Module]
+    ) -> frozenset[int]:
         """Modules that need all tokens, if the operations of `layers` show these regions, too."""
         divided = {id(m.module) for region in regions for m in (*region.colwise, *region.rowwise)}
         inner = {id(module) for layer in layers for module in layer.modules()}

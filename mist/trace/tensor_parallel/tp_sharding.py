@@ -107,7 +107,7 @@ class Region:
     def grain(self) -> int:
         """What must not be cut: the size of a head where all matrices consist of heads."""
         sizes = [*(m.num_out for m in self.colwise), *(m.num_in for m in self.rowwise)]
-        if self.head_dim is None or self.heads_alike and any(n % self.head_dim for n in sizes):
+        if self.head_dim is None or (self.heads_alike and any(n % self.head_dim for n in sizes)):
             return 1
         return self.head_dim
 
