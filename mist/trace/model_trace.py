@@ -206,8 +206,8 @@ def _undivided(model: nn.Module, result: Recorded) -> str | None:
     """Why `mist apply` cannot divide a model whose shares are known."""
     if result.sharding is None:
         return None
-    unsummed = (words for piece in result.run.layers for words in piece.part.unsummed)
-    return undivided(model, result.sharding) or next(unsummed, None)
+    refusals = (words for piece in result.run.layers for words in piece.part.refusals)
+    return undivided(model, result.sharding) or next(refusals, None)
 
 
 def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:

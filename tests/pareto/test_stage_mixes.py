@@ -1,4 +1,4 @@
-"""The sets of kinds and levels that stages have: models of ten kinds of layers have a few of 2^20."""
+"""The sets of kinds and levels that stages have: of ten kinds a few of 2^20 occur."""
 
 import numpy as np
 import pytest

@@ -40,7 +40,7 @@ from mist.trace.recording.recorder import Origin, Part, Recorder, recording
 from mist.trace.recording.shim import fused_norms, runs_as
 from mist.trace.repeated_blocks import Layers
 from mist.trace.tensor_parallel.local_sizes import LocalSizes
-from mist.trace.tensor_parallel.tp_sharding import Sharding, Share
+from mist.trace.tensor_parallel.tp_sharding import Sharding, Share, rank_modules
 
 # A symbol's hint decides branches on shapes. Three samples and a sequence with many divisors are
 # typical; a short limit is halved, so that the hint is no limit of the model.
@@ -92,16 +92,8 @@ class Session:
         self.whole = self.sharding.whole if self.sharding else frozenset[int]()
         self.colwise = self.sharding.colwise if self.sharding else frozenset[int]()
         self.regions = self.sharding.regions if self.sharding else ()
-        columns = (m for m in self.model.module.modules() if id(m) in self.colwise)
-        self.recorder = Recorder(
-            self.symbols,
-            self.fakes.originals,
-            whole=self.whole,
-            inside=frozenset(each for region in self.regions for each in region.around),
-            summed=frozenset(each for region in self.regions for each in region.ends - region.rows),
-            colwise=frozenset(id(p) for m in columns for p in m.parameters(recurse=False)),
-            limit=self.limit,
-        )
+        rank = rank_modules(self.sharding, self.model.module)
+        self.recorder = Recorder(self.symbols, self.fakes.originals, rank=rank, limit=self.limit)
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
         # There gradients are made in the forward pass.

@@ -200,6 +200,33 @@ class Sharding:
         return frozenset(each for region in self.regions for each in region.ends)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankModules:
+    """What is special to a rank of tensor parallelism, by identity.
+
+    `all_tokens`: modules that have all tokens; `summed`: those of which a rank has a part of a sum;
+    `columns`: column-parallel parameters.
+    """
+
+    all_tokens: frozenset[int]
+    summed: frozenset[int]
+    columns: frozenset[int]
+
+
+def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
+    """What is special to a rank of a model; nothing, where nothing is divided."""
+    if sharding is None:
+        return RankModules(all_tokens=frozenset(), summed=frozenset(), columns=frozenset())
+    columns = (module for module in model.modules() if id(module) in sharding.colwise)
+    around = (each for region in sharding.regions for each in region.around)
+    ends = (each for region in sharding.regions for each in region.ends - region.rows)
+    return RankModules(
+        all_tokens=sharding.whole.union(around),
+        summed=sharding.whole.union(ends),
+        columns=frozenset(id(p) for module in columns for p in module.parameters(recurse=False)),
+    )
+
+
 def sharding_of(
     model: nn.Module,
     regions: Sequence[Region],
