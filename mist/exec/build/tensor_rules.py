@@ -29,7 +29,7 @@ from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.tensor_parallel.sized_calls import SizeRule
-from mist.trace.tensor_parallel.tp_apply import num_pieces, undivided
+from mist.trace.tensor_parallel.tp_apply import undivided, widths_in
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
 
 GETTERS: Final = ("__get__", "size", "dim", "stride")
@@ -233,8 +233,8 @@ def _attends(model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequen
     matrices = {name: matrix for name, matrix in by_name.items() if matrix is not None}
     if row is None:
         return False
-    count = sum(num_pieces(sharding, matrix, row) for matrix in matrices.values())
-    return count > 2 or len({matrix.num_out for matrix in matrices.values()}) > 1
+    widths = [width for m in matrices.values() for width in widths_in(sharding, m, row)]
+    return len(widths) > 2 or len(set(widths)) > 1
 
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
@@ -242,16 +242,19 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
     rules_by_module: dict[str, dict[str, PartRule]] = {}
     rows = frozenset(each for region in sharding.regions for each in region.rows)
     for name, module in model.named_modules():
-        fused = sharding.fused.get(id(module), 1)
-        # Torch's style for a linear layer takes one range of its outputs.
-        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and fused == 1):
+        fused = sharding.fused.get(id(module), ())
+        # Torch's style for a linear layer takes one range of its outputs, and its own forward.
+        if isinstance(module, nn.Embedding) or (type(module) is nn.Linear and len(fused) < 2):
             continue
         parameters = dict(module.named_parameters(recurse=False))
         shares = {
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
         rules = {
-            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=max(fused, share.pieces))
+            n: PartRule(
+                dim=share.dim - parameters[n].dim(),
+                widths=fused or share.widths_of(parameters[n]),
+            )
             for n, share in shares.items()
         }
         if id(module) in rows:  # its bias is added to the sum once
