@@ -66,7 +66,7 @@ WHOLE_ATTENTION: Final = (
 def find_sharding(
     model: nn.Module, run: RecordedRun, left: frozenset[int] = frozenset()
 ) -> Sharding:
-    """What tensor parallelism divides: by the model's plan, else by its operations in `run`.
+    """What tensor parallelism divides: by the plan of the model, and the rest by what `run` shows.
 
     A plan that gathers the outputs of every matrix divides no activation: it is passed over.
     `left`: modules that stay whole. Raises Unsupported, with the reason.
@@ -87,7 +87,9 @@ def find_sharding(
     regions = [*planned.regions, *found]
     if not regions and planned.unknown:
         raise UnsupportedRules(f"{planned.unknown[0]}; t = 1 only")
-    tables = list(_vocabulary(model, run)) if plan is None else planned.tables
+    # A plan may divide the embedding alone, whose head then has all logits: both, or none.
+    has_head = any(isinstance(table, nn.Linear) for table in planned.tables)
+    tables = planned.tables if has_head else list(_vocabulary(model, run))
     modules = [piece.module for piece in layers if piece.module is not None]
     sharding = sharding_of(model, regions, tables, planned.whole_without(found, modules))
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
@@ -173,9 +175,15 @@ class _Block:
     def undivided_attention(self, sharding: Sharding) -> Iterator[nn.Module]:
         """Modules with attention in which nothing is divided."""
         for node in self._attention:
-            module = self._layer.get_submodule(str(node.meta["module"]))
+            module = self._with_parameters(str(node.meta["module"]))
             if not any(id(parameter) in sharding.params for parameter in module.parameters()):
                 yield module
+
+    def _with_parameters(self, name: str) -> nn.Module:
+        """The innermost module at or around this one that has parameters: a softmax has none."""
+        while name and next(self._layer.get_submodule(name).parameters(), None) is None:
+            name = name.rpartition(".")[0]
+        return self._layer.get_submodule(name)
 
     def _matrix(self, node: fx.Node) -> Matrix | None:
         """The matrix of a product: its last operand that is no scalar."""
