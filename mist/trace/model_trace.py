@@ -26,7 +26,7 @@ from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
 from mist.trace.tensor_parallel.tp_plan import planned_heads
-from mist.trace.tensor_parallel.tp_sharding import Sharding
+from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,27 +295,34 @@ def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, i
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
     inside = [{id(inner) for inner in m.modules()} & sharding.ends for m in whole]
     num_joint = sum(1 for ends in inside if ends)
+    goes_back = any(op.phase == "backward" for op in piece.part.ops)
     here = {id(m) for m in layer.modules()}.difference(*inside)
-    separate = [region for region in sharding.regions if region.ends <= here]
+    counts = {
+        "num_entries": num_joint,
+        "num_exits": num_joint,
+        "num_entries_back": num_joint if goes_back else 0,
+        "num_exits_back": num_joint if goes_back else 0,
+    }
+    for region in sharding.regions:
+        if region.ends <= here:
+            for name, number in _of_region(piece, region).items():
+                counts[name] += number
+    return counts | {"num_whole": sum(1 for ends in inside if not ends)}
+
+
+def _of_region(piece: Piece, region: DividedRegion) -> dict[str, int]:
+    """The same of a region that is in no module which needs all tokens."""
     entered, flows = piece.part.entered, piece.part.flows
-    entries = entries_back = exits_back = num_joint
-    if not any(op.phase == "backward" for op in piece.part.ops):
-        entries_back = exits_back = 0
-    for region in separate:
-        entry_ids = region.entered & entered.keys()
-        inputs = {entered[key] for key in entry_ids}
-        # Without a hook the layer's own input stands for what enters.
-        back = {0} if piece.flows else set()
-        if entry_ids:
-            back = {entered[key] for key in entry_ids & flows}
-        entries, entries_back = entries + max(len(inputs), 1), entries_back + len(back)
-        exits_back += sum(1 for end in region.ends if end in flows or back)
+    entry_ids = region.entered & entered.keys()
+    # Without a hook the layer's own input stands for what enters.
+    back = {0} if piece.flows else set()
+    if entry_ids:
+        back = {entered[key] for key in entry_ids & flows}
     return {
-        "num_entries": entries,
-        "num_exits": sum(len(region.ends) for region in separate) + num_joint,
-        "num_entries_back": entries_back,
-        "num_exits_back": exits_back,
-        "num_whole": sum(1 for ends in inside if not ends),
+        "num_entries": max(len({entered[key] for key in entry_ids}), 1),
+        "num_exits": len(region.ends),
+        "num_entries_back": len(back),
+        "num_exits_back": len(region.ends) if back else len(region.ends & flows),
     }
 
 

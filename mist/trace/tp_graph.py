@@ -78,20 +78,7 @@ def find_sharding(
         )
     matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
     blocks = [_Block(piece, run, matrices) for piece in layers]
-    plan = plan_of_model(model)
-    planned = planned_regions(model, plan, left) if plan is not None else PlannedRegions()
-    if plan is None and not all(map(_carries_tokens, layers)):
-        raise UnsupportedRules(NO_TOKENS)
-    rest = [region for block in blocks for region in block.regions()]
-    found = [region for region in rest if not region.has_any(left | planned.taken)]
-    regions = [*planned.regions, *found]
-    if not regions and planned.unknown:
-        raise UnsupportedRules(f"{planned.unknown[0]}; t = 1 only")
-    # A plan may divide the embedding alone, whose head then has all logits: both, or none.
-    has_head = any(isinstance(table, nn.Linear) for table in planned.tables)
-    tables = planned.tables if has_head else list(_vocabulary(model, run))
-    modules = [piece.module for piece in layers if piece.module is not None]
-    sharding = sharding_of(model, regions, tables, planned.whole_without(found, modules))
+    sharding = _divided(model, run, blocks, left)
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
     notes = (WHOLE_ATTENTION,) if attention else ()
     # What lies outside the layers has all tokens as it is.
@@ -100,9 +87,24 @@ def find_sharding(
     return replace(sharding, whole=(sharding.whole & inside) | attention, notes=notes)
 
 
-def _carries_tokens(piece: Piece) -> bool:
-    outputs = _outputs(piece)
-    return not outputs or outputs[0].dim() == TOKEN_DIMS
+def _divided(
+    model: nn.Module, run: RecordedRun, blocks: Sequence["_Block"], left: frozenset[int]
+) -> Sharding:
+    """Regions and vocabulary, of the plan and of the operations. Raises Unsupported."""
+    plan = plan_of_model(model)
+    planned = planned_regions(model, plan, left) if plan is not None else PlannedRegions()
+    if plan is None and not all(block.carries_tokens for block in blocks):
+        raise UnsupportedRules(NO_TOKENS)
+    taken = left | planned.taken
+    rest = [r for block in blocks for r in block.regions() if not r.has_any(taken)]
+    regions = [*planned.regions, *rest]
+    if not regions and planned.unknown:
+        raise UnsupportedRules(f"{planned.unknown[0]}; t = 1 only")
+    # A plan may divide the embedding alone, whose head then has all logits: both, or none.
+    has_head = any(isinstance(table, nn.Linear) for table in planned.tables)
+    tables = planned.tables if has_head else list(_vocabulary(model, run))
+    whole = planned.whole_without(rest, [block.layer for block in blocks])
+    return sharding_of(model, regions, tables, whole)
 
 
 def _outputs(piece: Piece) -> list[torch.Tensor]:
@@ -152,8 +154,9 @@ class _Block:
 
     def __init__(self, piece: Piece, run: RecordedRun, matrices: Mapping[int, Matrix]) -> None:
         assert piece.module is not None
-        self._layer, self._run, self._matrices = piece.module, run, matrices
+        self.layer, self._run, self._matrices = piece.module, run, matrices
         outputs = _outputs(piece)
+        self.carries_tokens = not outputs or outputs[0].dim() == TOKEN_DIMS
         self._hidden = outputs[0].shape[-1] if outputs else 0  # the width of the residual stream
         nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]
         self._nodes = nodes
@@ -168,7 +171,7 @@ class _Block:
 
     def regions(self) -> Iterator[Region]:
         """What can be divided, confirmed by what else reads what enters."""
-        for region in regions_of(self._layer, self._readers):
+        for region in regions_of(self.layer, self._readers):
             if not self._leaves_elsewhere(region):
                 yield region
 
@@ -181,9 +184,9 @@ class _Block:
 
     def _with_parameters(self, name: str) -> nn.Module:
         """The innermost module at or around this one that has parameters: a softmax has none."""
-        while name and next(self._layer.get_submodule(name).parameters(), None) is None:
+        while name and next(self.layer.get_submodule(name).parameters(), None) is None:
             name = name.rpartition(".")[0]
-        return self._layer.get_submodule(name)
+        return self.layer.get_submodule(name)
 
     def _matrix(self, node: fx.Node) -> Matrix | None:
         """The matrix of a product: its last operand that is no scalar."""
@@ -278,7 +281,7 @@ class _Block:
 
     def _names_in(self, module: nn.Module) -> Iterator[str]:
         inside = {id(inner) for inner in module.modules()}
-        return (name for name, each in self._layer.named_modules() if id(each) in inside)
+        return (name for name, each in self.layer.named_modules() if id(each) in inside)
 
 
 def _viewed(node: fx.Node) -> fx.Node:

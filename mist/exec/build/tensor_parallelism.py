@@ -9,7 +9,7 @@ summed over the ranks once per step.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Final, TypeGuard
 
 import torch
@@ -121,7 +121,9 @@ def _divide_parameters(
     modules = dict(model.named_modules())
     for (owner, attribute), value in rules.local.items():
         if owner in modules:  # those of layers of other stages are not here
-            setattr(modules[owner], attribute, value)
+            *path, name = attribute.split(".")
+            # Past what checks an assignment: others of a configuration's numbers do not change.
+            vars(reduce(getattr, path, modules[owner]))[name] = value
     for name, parts in rules.parts.items():
         if name.startswith(prefixes):
             divide_parts(modules[name], parts, mesh)

@@ -30,8 +30,14 @@ from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.tensor_parallel.sized_calls import SizeRule
 from mist.trace.tensor_parallel.tp_apply import undivided, widths_in
-from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
+from mist.trace.tensor_parallel.tp_sharding import (
+    VOCAB_SIZE,
+    Sharding,
+    UnsupportedRules,
+    matrix_of,
+)
 
+CONFIG: Final = "config."  # an attribute of a module's configuration begins so
 GETTERS: Final = ("__get__", "size", "dim", "stride")
 
 
@@ -71,11 +77,12 @@ class RegionRule:
 class TensorRules:
     """Modules and parameters that ranks divide.
 
-    `local`: numbers (module, attribute) that are smaller on a rank; `sizes`: of the calls of a
-    module's forward. `places`: arguments of the entries that enter, of those that are given more
-    (keywords behind positions); without one every activation does. `parts`: of modules that
-    torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
-    which nothing is divided. `direct`: layer 0 takes the result of the embedding as it is.
+    `local`: numbers (module, attribute, perhaps one of its configuration) that are smaller on a
+    rank; `sizes`: of the calls of a module's forward. `places`: arguments of the entries that
+    enter, of those that are given more (keywords behind positions); without one every activation
+    does. `parts`: of modules that torch's parallel styles do not know, by parameter. `whole`:
+    modules that need all tokens, in which nothing is divided. `direct`: layer 0 takes the result of
+    the embedding as it is.
     """
 
     regions: tuple[RegionRule, ...]
@@ -267,12 +274,16 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
 
 
 def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
-    owners = {id(vars(module)): name for name, module in model.named_modules()}
-    numbers: dict[str, dict[str, int]] = {}
+    """By module the numbers that are smaller on a rank: its own, and those of its configuration."""
+    values: dict[int, dict[str, int]] = {}
     for table, attribute, share in sharding.attributes:
-        if id(table) in owners and attribute != "vocab_size":
-            attributes = numbers.setdefault(owners[id(table)], {})
-            attributes[attribute] = share.multiple * share.unit // tp
+        if attribute != VOCAB_SIZE:
+            values.setdefault(id(table), {})[attribute] = share.multiple * share.unit // tp
+    numbers: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        for prefix, holder in (("", module), (CONFIG, getattr(module, "config", None))):
+            own = values.get(id(getattr(holder, "__dict__", None)), {})
+            numbers.setdefault(name, {}).update({f"{prefix}{a}": own[a] for a in own})
     return numbers
 
 

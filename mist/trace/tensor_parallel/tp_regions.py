@@ -42,7 +42,7 @@ class Reader:
 
 
 @dataclass(slots=True)
-class _Group:
+class _RegionParts:
     """Matrices of one region, by weight."""
 
     columns: dict[int, Matrix] = field(default_factory=dict)
@@ -72,9 +72,9 @@ class _Chains:
             if self._is_low_rank(reader)
         }
 
-    def groups(self) -> Iterator[_Group]:
+    def groups(self) -> Iterator[_RegionParts]:
         """Rows with their columns; a matrix has one place in one group."""
-        groups: list[_Group] = []
+        groups: list[_RegionParts] = []
         for reader in self._readers:
             key = id(reader.matrix.weight)
             if not reader.divided or key in self._pairs:
@@ -86,7 +86,7 @@ class _Chains:
             shared = {k for group in joined for k in (*group.columns, *group.latent)}
             if {key, *columns, *latent} & (used - shared):
                 continue
-            new = _Group(columns=columns, rows={key: reader}, latent=latent)
+            new = _RegionParts(columns=columns, rows={key: reader}, latent=latent)
             for group in joined:
                 new.columns |= group.columns
                 new.rows = group.rows | new.rows
@@ -95,7 +95,7 @@ class _Chains:
             groups.append(new)
         yield from groups
 
-    def region(self, group: _Group) -> Region | None:
+    def region(self, group: _RegionParts) -> Region | None:
         """The region of a group; None where no module lies around what is whole in it."""
         rows = [reader.matrix for reader in group.rows.values()]
         in_front = [self._around(*pair) for pair in self._whole_in_front(group)]
@@ -139,14 +139,14 @@ class _Chains:
             waiting += new
         return found
 
-    def _whole_in_front(self, group: _Group) -> Iterator[tuple[Matrix, Matrix]]:
+    def _whole_in_front(self, group: _RegionParts) -> Iterator[tuple[Matrix, Matrix]]:
         """Whole matrices that a column reads, with it."""
         for key, column in group.columns.items():
             for source in self._behind(key):
                 if source in group.latent or self._pairs.get(key) == source:
                     yield self._known[source].matrix, column
 
-    def _low_rank_behind(self, group: _Group) -> Iterator[tuple[Matrix, int]]:
+    def _low_rank_behind(self, group: _RegionParts) -> Iterator[tuple[Matrix, int]]:
         """Second matrices of low rank behind the rows, each with its row."""
         for second, first in self._pairs.items():
             if first in group.rows:
@@ -154,18 +154,18 @@ class _Chains:
 
     def _around(self, *matrices: Matrix) -> nn.Module:
         """The innermost module of the layer around matrices."""
-        return list(self._owners(matrices, every=True))[-1]
-
-    def _owners(self, matrices: Sequence[Matrix], *, every: bool = False) -> Iterator[nn.Module]:
-        """The modules of the layer around some of the matrices, or `every` one, from outside.
-
-        Not a configuration that they share: what else reads it has no share.
-        """
         wanted = {id(matrix.module) for matrix in matrices}
+        modules = self._layer.modules()
+        return [m for m in modules if wanted <= {id(inner) for inner in m.modules()}][-1]
+
+    def _owners(self, matrices: Sequence[Matrix]) -> Iterator[object]:
+        """The modules around the matrices, within the layer, and their configuration."""
+        inside = {id(matrix.module) for matrix in matrices}
         for module in self._layer.modules():
-            inside = wanted & {id(inner) for inner in module.modules()}
-            if inside == wanted or (inside and not every):
+            if any(id(inner) in inside for inner in module.modules()):
                 yield module
+                if (config := getattr(module, "config", None)) is not None:
+                    yield config
 
 
 def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -24,6 +24,7 @@ from mist.trace.tensor_parallel.sized_calls import SizeRule
 HEADS: Final = ("num_heads", "n_heads", "n_head", "num_attention_heads", "n_local_heads")
 KV_HEADS: Final = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "n_local_kv_heads")
 WIDTHS: Final = ("split_size", "all_head_size", "inner_dim")
+VOCAB_SIZE: Final = "vocab_size"
 HEAD_DIMS: Final = ("head_dim", "head_size", "attention_head_size")
 
 
@@ -338,8 +339,8 @@ def _share_vocabulary(
         if getattr(module, "bias", None) is not None:
             shares[id(module.bias)] = share
     owners = [getattr(model, "config", None), *model.modules()]
-    tables = [vars(owner) for owner in owners if getattr(owner, "vocab_size", None) == vocab_size]
-    return vocab_size, [(t, "vocab_size", share) for t in tables if "vocab_size" in t]
+    tables = [vars(owner) for owner in owners if getattr(owner, VOCAB_SIZE, None) == vocab_size]
+    return vocab_size, [(t, VOCAB_SIZE, share) for t in tables if VOCAB_SIZE in t]
 
 
 def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
@@ -357,7 +358,7 @@ def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
     return replace(
         sharding,
         params={key: value for key, value in sharding.params.items() if key not in whole},
-        attributes=[each for each in sharding.attributes if each[1] != "vocab_size"],
+        attributes=[each for each in sharding.attributes if each[1] != VOCAB_SIZE],
         colwise=sharding.colwise - heads,
         vocab_size=None,
         notes=(*sharding.notes, WHOLE_VOCABULARY),
