@@ -61,6 +61,7 @@ NO_TOKENS: Final = (
 WHOLE_ATTENTION: Final = (
     "attention stays whole on every tensor-parallel rank: its heads are not divided"
 )
+NORMED: Final = " (a norm goes over all of them)"
 
 
 def find_sharding(
@@ -68,7 +69,7 @@ def find_sharding(
 ) -> Sharding:
     """What tensor parallelism divides: by the plan of the model, and the rest by what `run` shows.
 
-    A plan that gathers the outputs of every matrix divides no activation: it is passed over.
+    Where a plan gathers what a matrix gives, nothing behind it is divided: the operations decide.
     `left`: modules that stay whole. Raises Unsupported, with the reason.
     """
     layers = [piece for piece in run.layers if piece.module is not None]
@@ -80,7 +81,8 @@ def find_sharding(
     blocks = [_Block(piece, run, matrices) for piece in layers]
     sharding = _divided(model, run, blocks, left)
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
-    notes = (WHOLE_ATTENTION,) if attention else ()
+    normed = any(block.normed_attention for block in blocks)
+    notes = (f"{WHOLE_ATTENTION}{NORMED if normed else ''}",) if attention else ()
     # What lies outside the layers has all tokens as it is.
     every = find_layers(model)
     inside = {id(m) for layer in (every.modules if every else ()) for m in layer.modules()}
@@ -174,6 +176,11 @@ class _Block:
         for region in regions_of(self.layer, self._readers):
             if not self._leaves_elsewhere(region):
                 yield region
+
+    @property
+    def normed_attention(self) -> bool:
+        """Whether a norm goes over all heads of an attention."""
+        return any(reader.head_dim and reader.normed for reader in self._readers)
 
     def undivided_attention(self, sharding: Sharding) -> Iterator[nn.Module]:
         """Modules with attention in which nothing is divided."""

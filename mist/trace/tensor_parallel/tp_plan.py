@@ -29,7 +29,6 @@ COLWISE: Final = frozenset({"colwise", PACKED, "colwise_gather_output"})
 ROWWISE: Final = frozenset({"rowwise", "packed_rowwise"})
 EMBEDDING: Final = frozenset({"embedding_rowwise", "colwise", "rowwise", "colwise_gather_output"})
 EXPERTS: Final = "moe_tp_experts"
-GATHERING: Final = "rowwise_split_input"
 # Styles whose matrices stay whole on every rank.
 WHOLE: Final = frozenset({"replicate", "replicated_with_grad_allreduce", "sequence_parallel"})
 
@@ -37,13 +36,8 @@ Plan = Mapping[str, str]
 
 
 def plan_of_model(model: nn.Module) -> Plan | None:
-    """The model's plan, if it divides activations: not where it gathers what every matrix makes.
-
-    Nor where it names nothing but the vocabulary.
-    """
+    """The model's plan, if it names more than the vocabulary."""
     plan: Plan = getattr(model, "tp_plan", None) or {}
-    if GATHERING in plan.values():
-        return None
     inside = (
         _style(plan, path)
         for path, module in model.named_modules()
