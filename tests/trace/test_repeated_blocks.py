@@ -339,7 +339,7 @@ def test_rules_that_do_not_fit_are_noted(capfd: pytest.CaptureFixture[str]) -> N
     assert graph.tp_limits is None
     assert graph.notes == (
         "tensor parallelism cannot be traced (a part of a tensor meets a whole one "
-        f"({__file__}:29: return x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, "
+        f"({__file__}:31: return x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, "
         "self.training))); t = 1 only",
     )
     assert capfd.readouterr().err == ""  # torch logs such errors
