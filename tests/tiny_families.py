@@ -115,10 +115,140 @@ def loss(output, batch):
     return (output - batch["latents"]).square().mean()
 """
 
+# Adapters of low rank (Hu et al. 2021) around the frozen matrices of another model.
+LORA = """
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class Adapted(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + 2.0 * self.up(self.down(x))
+
+
+def build_model():
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    )).requires_grad_(False)
+    for layer in model.model.layers:
+        for parent, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))):
+            for name in names:
+                linear = getattr(parent, f"{name}_proj")
+                setattr(parent, f"{name}_proj", Adapted(linear))
+    return model
+"""
+# Queries in one matrix, keys and values in another, cut as einops does it.
+PAIR = """
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q = self.q(x).reshape(b, n, 8, 8).transpose(1, 2)
+        k, v = self.kv(x).reshape(b, n, 2, 4, 8).permute(2, 0, 3, 1, 4).repeat_interleave(2, dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn, self.norm2 = nn.LayerNorm(64), Attention(), nn.LayerNorm(64)
+        self.mlp = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def build_model():
+    blocks = (Block() for _ in range(2))
+    return nn.Sequential(nn.Embedding(256, 64), *blocks, nn.Linear(64, 256))
+"""
+# Two streams of tokens that attend to each other (Esser et al. 2024).
+JOINT = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Joint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x, self.y = (
+            nn.ModuleDict({name: nn.Linear(64, 64) for name in "qkvo"}) for _ in range(2)
+        )
+
+    def forward(self, x, y):
+        b, n, h = x.shape
+        q, k, v = (
+            torch.cat([self.x[i](x), self.y[i](y)], 1).view(b, -1, 8, 8).transpose(1, 2)
+            for i in "qkv"
+        )
+        z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, h)
+        return self.x["o"](z[:, :n]), self.y["o"](z[:, n:])
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.norm2 = nn.LayerNorm(64), nn.LayerNorm(64)
+        self.attn = Joint()
+        self.mlp, self.mlp2 = (
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+            for _ in range(2)
+        )
+
+    def forward(self, x, y):
+        a, c = self.attn(self.norm(x), self.norm2(y))
+        x, y = x + a, y + c
+        return x + self.mlp(x), y + self.mlp2(y)
+
+
+class Joined(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.text, self.out = nn.Linear(16, 64), nn.Linear(8, 64), nn.Linear(64, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, latents, text):
+        x, y = self.patches(latents), self.text(text)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.out(x) + y.mean((1, 2), keepdim=True)
+
+
+def build_model():
+    return Joined()
+
+
+def make_batch(batch, seq):
+    return {"latents": torch.randn(batch, seq, 16), "text": torch.randn(batch, seq, 8)}
+
+
+def loss(output, batch):
+    return (output - batch["latents"]).square().mean()
+"""
+
 CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
     yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 )
-FILES: Final = MappingProxyType({"nanogpt": NANOGPT, "dit": DIT})
+FILES: Final = MappingProxyType(
+    {"nanogpt": NANOGPT, "dit": DIT, "lora": LORA, "pair": PAIR, "joint": JOINT}
+)
 
 
 def file_of(name: str) -> str:

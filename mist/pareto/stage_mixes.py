@@ -14,7 +14,7 @@ other the peak may rise again as recomputation reaches another kind: the least c
 between such numbers one by one. What fits is always checked, never inferred.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -70,6 +70,8 @@ class Within:
 
 _TIMES: Final = ("stable_s", "lone_s")
 _BYTES: Final = slice(len(_TIMES), None)  # of the outputs of a position: times, then bytes
+# Up to so many members a table of all sets is faster than to sort those that there are.
+_TABLE: Final = 12
 _Parts = tuple[tuple[MemoryLevel, list[Ints]], ...]  # layers of each kind at one or two levels
 
 
@@ -247,16 +249,13 @@ class StagePosition:
         ]
         if num_kinds == 1:  # every possible mix has a layer at each of its levels
             return self._constant(sum(bit for bit, _ in bits))[outputs][:, rows, None]
-        # A code of its own for each set of kinds and levels: there are few, and one look-up each.
-        code = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
-        for place, (_, layers) in enumerate(bits):
-            code |= (layers > 0).astype(np.int64) << place
-        present = np.flatnonzero(np.bincount(code.ravel(), minlength=1 << len(bits)))
-        lines = np.empty((1 << len(bits), len(rows), len(self._outputs[outputs])))
-        for each in present.tolist():
-            held = sum(bit for place, (bit, _) in enumerate(bits) if each >> place & 1)
-            lines[each] = self._constant(held)[outputs][:, rows].T
-        return np.moveaxis(lines[code, np.arange(len(rows))[:, None]], -1, 0)
+        shape = (len(rows), len(self._ranges))
+        sets, number = _distinct([np.broadcast_to(layers > 0, shape) for _, layers in bits])
+        lines = np.empty((len(sets), len(rows), len(self._outputs[outputs])))
+        for line, members in zip(lines, sets.tolist(), strict=True):
+            held = sum(bit for (bit, _), is_in in zip(bits, members, strict=True) if is_in)
+            line[:] = self._constant(held)[outputs][:, rows].T
+        return np.moveaxis(lines[number, np.arange(len(rows))[:, None]], -1, 0)
 
     def _constant(self, present: int) -> Floats:
         """b_P of every output, [I, F K]."""
@@ -264,3 +263,22 @@ class StagePosition:
             found = self._lines.constants(self._outputs, [present], self._held)
             self._constants[present] = found[:, 0]
         return self._constants[present]
+
+
+def _distinct(members: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[np.bool_], Ints]:
+    """The sets that occur, [sets, members], and the number of each one, [K, R].
+
+    `members`: of each member the sets [K, R] that it is in.
+    """
+    if len(members) > _TABLE:
+        packed = np.packbits(members, axis=0).reshape(-1, members[0].size)
+        sets, number = np.unique(packed, axis=1, return_inverse=True)
+        unpacked = np.unpackbits(sets, axis=0, count=len(members)).astype(bool)
+        return unpacked.T, number.reshape(members[0].shape)
+    code = np.zeros(members[0].shape, dtype=np.int64)
+    for place, is_in in enumerate(members):
+        code |= is_in.astype(np.int64) << place
+    occurs = np.bincount(code.ravel(), minlength=1 << len(members)) > 0
+    codes = np.flatnonzero(occurs)
+    places = np.arange(len(members))
+    return (codes[:, None] >> places & 1).astype(bool), (np.cumsum(occurs) - 1)[code]

@@ -26,7 +26,7 @@ from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided
 from mist.trace.tensor_parallel.tp_plan import planned_heads
-from mist.trace.tensor_parallel.tp_sharding import Sharding
+from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,8 +206,8 @@ def _undivided(model: nn.Module, result: Recorded) -> str | None:
     """Why `mist apply` cannot divide a model whose shares are known."""
     if result.sharding is None:
         return None
-    unsummed = (words for piece in result.run.layers for words in piece.part.unsummed)
-    return undivided(model, result.sharding) or next(unsummed, None)
+    refusals = (words for piece in result.run.layers for words in piece.part.refusals)
+    return undivided(model, result.sharding) or next(refusals, None)
 
 
 def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:
@@ -287,35 +287,42 @@ def _crossings(
 
 
 def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
-    """A region has one exit and an entry for each tensor that enters it.
+    """A region has an exit for each of its ends and an entry for each tensor that enters it.
 
     Regions in a module that needs all tokens count as one. An input that no hook sees (experts)
     enters with the layer's input.
     """
     whole = [m for m in layer.modules() if id(m) in sharding.whole]
-    inside = [{id(inner) for inner in m.modules()} & sharding.regions.keys() for m in whole]
-    regions = {id(m) for m in layer.modules()} & sharding.regions.keys()
-    num_joint = sum(1 for rows in inside if rows)
+    inside = [{id(inner) for inner in m.modules()} & sharding.ends for m in whole]
+    num_joint = sum(1 for ends in inside if ends)
+    goes_back = any(op.phase == "backward" for op in piece.part.ops)
+    here = {id(m) for m in layer.modules()}.difference(*inside)
+    counts = {
+        "num_entries": num_joint,
+        "num_exits": num_joint,
+        "num_entries_back": num_joint if goes_back else 0,
+        "num_exits_back": num_joint if goes_back else 0,
+    }
+    for region in sharding.regions:
+        if region.ends <= here:
+            for name, number in _of_region(piece, region).items():
+                counts[name] += number
+    return counts | {"num_whole": sum(1 for ends in inside if not ends)}
+
+
+def _of_region(piece: Piece, region: DividedRegion) -> dict[str, int]:
+    """The same of a region that is in no module which needs all tokens."""
     entered, flows = piece.part.entered, piece.part.flows
-    entries = entries_back = exits_back = num_joint
-    if not any(op.phase == "backward" for op in piece.part.ops):
-        entries_back = exits_back = 0
-    separate = regions.difference(*inside)
-    for row in separate:
-        entry_ids = sharding.regions[row] & entered.keys()
-        inputs = {entered[key] for key in entry_ids}
-        # Without a hook the layer's own input stands for what enters.
-        back = {0} if piece.flows else set()
-        if entry_ids:
-            back = {entered[key] for key in entry_ids & flows}
-        entries, entries_back = entries + max(len(inputs), 1), entries_back + len(back)
-        exits_back += int(row in flows or bool(back))
+    entry_ids = region.entered & entered.keys()
+    # Without a hook the layer's own input stands for what enters.
+    back = {0} if piece.flows else set()
+    if entry_ids:
+        back = {entered[key] for key in entry_ids & flows}
     return {
-        "num_entries": entries,
-        "num_exits": len(separate) + num_joint,
-        "num_entries_back": entries_back,
-        "num_exits_back": exits_back,
-        "num_whole": sum(1 for rows in inside if not rows),
+        "num_entries": max(len({entered[key] for key in entry_ids}), 1),
+        "num_exits": len(region.ends),
+        "num_entries_back": len(back),
+        "num_exits_back": len(region.ends) if back else len(region.ends & flows),
     }
 
 

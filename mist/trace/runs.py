@@ -249,7 +249,7 @@ def _compiled_run(subject: RunSubject, eager: RecordedRun) -> RecordedRun:
     run = subject.run(Point())
     for piece, known in zip(run.pieces, eager.pieces, strict=True):
         piece.part.entered, piece.part.flows = known.part.entered, known.part.flows
-        piece.part.unsummed = known.part.unsummed
+        piece.part.refusals = known.part.refusals
     return run
 
 

@@ -8,6 +8,7 @@ Modules that need all tokens for what stays whole in them show in the run, too.
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -22,6 +23,7 @@ from mist.trace.recording.recorder import Part
 from mist.trace.recording.session import BATCH_HINT
 from mist.trace.run_subject import RunSubject
 from mist.trace.tensor_parallel.tp_sharding import (
+    VOCAB_SIZE,
     Sharding,
     UnsupportedRules,
     matrix_of,
@@ -76,15 +78,25 @@ def run_on_shards(
     while True:
         sharding = _sharding(subject, whole, left)
         try:
-            subject, run = _on_shards(replace(subject, sharding=sharding), point)
-            _confirm(run)
+            return _confirmed(replace(subject, sharding=sharding), point)
         except Undividable as fault:
+            # Numbers of heads that are smaller in some places, but not in others that nothing
+            # knows by name, do not agree: where they are only sizes, all may be the whole model's.
+            tables = [each for each in sharding.attributes if each[1] == VOCAB_SIZE]
+            literal = replace(sharding, attributes=tables)
+            with suppress(Undividable):
+                return _confirmed(replace(subject, sharding=literal), point)
             around = _around(fault.module, sharding, subject)
             if not around:
                 raise
             left |= dict.fromkeys(around, fault.words)
-        else:
-            return subject, run
+
+
+def _confirmed(subject: RunSubject, point: Point) -> tuple[RunSubject, RecordedRun]:
+    """A run of all that a sharding divides. Raises Unsupported where it is not a rank's part."""
+    subject, run = _on_shards(subject, point)
+    _confirm(run)
+    return subject, run
 
 
 def _sharding(subject: RunSubject, whole: RecordedRun, left: Mapping[nn.Module, str]) -> Sharding:
@@ -112,7 +124,7 @@ def _around(module: nn.Module | None, sharding: Sharding, subject: RunSubject) -
     And those in its place in the layers that are like its own.
     """
     layers = subject.layers
-    divided = set(sharding.regions).union(*sharding.regions.values())
+    divided = sharding.divided
     for layer, kind in zip(layers.modules, layers.signatures, strict=True) if layers else ():
         path = [m for m in _path(layer, module) if any(id(i) in divided for i in m.modules())]
         if path and layers:
@@ -152,7 +164,7 @@ def _on_shards(subject: RunSubject, point: Point) -> tuple[RunSubject, RecordedR
         return _on_shards(replace(subject, sharding=more), point)
     # A plan names the regions of all layers; what is known of their calls is of those that ran.
     ran = {id(inner) for layer, _ in _layers(run) for inner in layer.modules()}
-    regions = {key: columns for key, columns in sharding.regions.items() if key in ran}
+    regions = tuple(region for region in sharding.regions if region.ends <= ran)
     sharding = replace(sharding, size_rules=run.size_rules, fused=run.fused, regions=regions)
     return replace(subject, sharding=sharding), run
 

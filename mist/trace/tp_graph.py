@@ -7,17 +7,20 @@ stream), nor the result of a norm over a partner's outputs. Heads are those of t
 operation on the way. Nothing is trusted: the runs that follow must confirm it.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.repeated_blocks import find_layers
-from mist.trace.tensor_parallel.tp_plan import plan_of_model, sharding_by_plan
+from mist.trace.tensor_parallel.tp_plan import PlannedRegions, plan_of_model, planned_regions
+from mist.trace.tensor_parallel.tp_regions import Reader, regions_of
 from mist.trace.tensor_parallel.tp_sharding import (
     Matrix,
     Region,
@@ -44,8 +47,12 @@ NORMS: Final = frozenset(
     {
         aten.native_layer_norm.default, aten.native_group_norm.default,
         aten.native_batch_norm.default, torch.ops.mist.fused_rms_norm.default,
+        aten.mean.dim, aten.linalg_vector_norm.default,  # of norms in single operations
     }
 )  # fmt: skip
+# What leaves every number as it is, cast, scaled or dropped; views are known by themselves.
+MOVES: Final = frozenset({aten._to_copy, aten.clone, aten.native_dropout, aten._unsafe_view})
+NO_GRADIENT: Final = frozenset({"bool", "int32", "int64"})
 TOKEN_DIMS: Final = 3  # [batch, sequence, hidden]
 SCORE_DIMS: Final = 4
 NO_TOKENS: Final = (
@@ -54,14 +61,15 @@ NO_TOKENS: Final = (
 WHOLE_ATTENTION: Final = (
     "attention stays whole on every tensor-parallel rank: its heads are not divided"
 )
+NORMED: Final = " (a norm goes over all of them)"
 
 
 def find_sharding(
     model: nn.Module, run: RecordedRun, left: frozenset[int] = frozenset()
 ) -> Sharding:
-    """What tensor parallelism divides: by the model's plan, else by its operations in `run`.
+    """What tensor parallelism divides: by the plan of the model, and the rest by what `run` shows.
 
-    A plan that gathers the outputs of every matrix divides no activation: it is passed over.
+    Where a plan gathers what a matrix gives, nothing behind it is divided: the operations decide.
     `left`: modules that stay whole. Raises Unsupported, with the reason.
     """
     layers = [piece for piece in run.layers if piece.module is not None]
@@ -71,25 +79,34 @@ def find_sharding(
         )
     matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
     blocks = [_Block(piece, run, matrices) for piece in layers]
-    if (plan := plan_of_model(model)) is not None:
-        sharding = sharding_by_plan(model, plan, left)
-    elif all(map(_carries_tokens, layers)):
-        regions = [region for block in blocks for region in block.regions()]
-        regions = [region for region in regions if not region.has_any(left)]
-        sharding = sharding_of(model, regions, list(_vocabulary(model, run)))
-    else:
-        raise UnsupportedRules(NO_TOKENS)
+    sharding = _divided(model, run, blocks, left)
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
-    notes = (WHOLE_ATTENTION,) if attention else ()
+    normed = any(block.normed_attention for block in blocks)
+    notes = (f"{WHOLE_ATTENTION}{NORMED if normed else ''}",) if attention else ()
     # What lies outside the layers has all tokens as it is.
     every = find_layers(model)
     inside = {id(m) for layer in (every.modules if every else ()) for m in layer.modules()}
     return replace(sharding, whole=(sharding.whole & inside) | attention, notes=notes)
 
 
-def _carries_tokens(piece: Piece) -> bool:
-    outputs = _outputs(piece)
-    return not outputs or outputs[0].dim() == TOKEN_DIMS
+def _divided(
+    model: nn.Module, run: RecordedRun, blocks: Sequence["_Block"], left: frozenset[int]
+) -> Sharding:
+    """Regions and vocabulary, of the plan and of the operations. Raises Unsupported."""
+    plan = plan_of_model(model)
+    planned = planned_regions(model, plan, left) if plan is not None else PlannedRegions()
+    if plan is None and not all(block.carries_tokens for block in blocks):
+        raise UnsupportedRules(NO_TOKENS)
+    taken = left | planned.taken
+    rest = [r for block in blocks for r in block.regions() if not r.has_any(taken)]
+    regions = [*planned.regions, *rest]
+    if not regions and planned.unknown:
+        raise UnsupportedRules(f"{planned.unknown[0]}; t = 1 only")
+    # A plan may divide the embedding alone, whose head then has all logits: both, or none.
+    has_head = any(isinstance(table, nn.Linear) for table in planned.tables)
+    tables = planned.tables if has_head else list(_vocabulary(model, run))
+    whole = planned.whole_without(rest, [block.layer for block in blocks])
+    return sharding_of(model, regions, tables, whole)
 
 
 def _outputs(piece: Piece) -> list[torch.Tensor]:
@@ -127,9 +144,9 @@ def _is_stream(node: fx.Node, hidden: int) -> bool:
 
 @dataclass(slots=True)
 class _Ancestry:
-    """What lies behind the input of a matrix."""
+    """What lies behind operands."""
 
-    partners: dict[int, Matrix] = field(default_factory=dict)
+    sources: dict[int, Matrix] = field(default_factory=dict)
     nodes: list[fx.Node] = field(default_factory=list)
     residual: bool = False
 
@@ -139,37 +156,44 @@ class _Block:
 
     def __init__(self, piece: Piece, run: RecordedRun, matrices: Mapping[int, Matrix]) -> None:
         assert piece.module is not None
-        self._layer, self._run, self._matrices = piece.module, run, matrices
+        self.layer, self._run, self._matrices = piece.module, run, matrices
         outputs = _outputs(piece)
+        self.carries_tokens = not outputs or outputs[0].dim() == TOKEN_DIMS
         self._hidden = outputs[0].shape[-1] if outputs else 0  # the width of the residual stream
         nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]
+        self._nodes = nodes
         self._attention = [n for n in nodes if n.target in ATTENTION or _is_scores(n)]
         self._products = {n: m for n in nodes if (m := self._matrix(n)) is not None}
+        self._written = defaultdict[fx.Node, list[fx.Node]](list)  # by what calls write into
+        for node in nodes:
+            if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+                self._written[_viewed(node)].append(node)
+        self._between: dict[int, list[fx.Node]] = {}  # by weight: what lies behind its input
+        self._readers = [self._reader(node, matrix) for node, matrix in self._products.items()]
 
     def regions(self) -> Iterator[Region]:
-        """Pairs in the order of execution; a matrix is in one of them."""
-        used: set[int] = set()
-        for node, matrix in self._products.items():
-            ancestry = self._behind(node)
-            partners = list(ancestry.partners.values())
-            # A weight that two regions read (tied layers) goes to the first of them.
-            names = {id(m.weight) for m in (matrix, *partners)}
-            if not partners or ancestry.residual or names & used or self._normed(ancestry):
-                continue
-            used |= names
-            yield Region(
-                owners=list(self._owners([matrix, *partners])),
-                head_dim=self._head_dim(ancestry, matrix),
-                colwise=partners,
-                rowwise=[matrix],
-            )
+        """What can be divided, confirmed by what else reads what enters."""
+        for region in regions_of(self.layer, self._readers):
+            if not self._leaves_elsewhere(region):
+                yield region
+
+    @property
+    def normed_attention(self) -> bool:
+        """Whether a norm goes over all heads of an attention."""
+        return any(reader.head_dim and reader.normed for reader in self._readers)
 
     def undivided_attention(self, sharding: Sharding) -> Iterator[nn.Module]:
         """Modules with attention in which nothing is divided."""
         for node in self._attention:
-            module = self._layer.get_submodule(str(node.meta["module"]))
+            module = self._with_parameters(str(node.meta["module"]))
             if not any(id(parameter) in sharding.params for parameter in module.parameters()):
                 yield module
+
+    def _with_parameters(self, name: str) -> nn.Module:
+        """The innermost module at or around this one that has parameters: a softmax has none."""
+        while name and next(self.layer.get_submodule(name).parameters(), None) is None:
+            name = name.rpartition(".")[0]
+        return self.layer.get_submodule(name)
 
     def _matrix(self, node: fx.Node) -> Matrix | None:
         """The matrix of a product: its last operand that is no scalar."""
@@ -183,10 +207,10 @@ class _Block:
         parameter = self._run.originals.get(key) if key is not None else None
         return self._matrices.get(id(parameter))
 
-    def _behind(self, product: fx.Node) -> _Ancestry:
-        """Walk back from the input of a product."""
+    def _behind(self, starts: Sequence[object]) -> _Ancestry:
+        """Walk back from operands until products with a matrix."""
         ancestry = _Ancestry()
-        waiting = [product.args[0] if product.target is aten.mm.default else product.args[1]]
+        waiting = [*starts]
         visited: set[fx.Node] = set()
         while waiting:
             node = waiting.pop()
@@ -195,35 +219,110 @@ class _Block:
             visited.add(node)
             if node in self._products:
                 matrix = self._products[node]
-                ancestry.partners[id(matrix.weight)] = matrix
+                ancestry.sources[id(matrix.weight)] = matrix
+                continue
+            if node.meta.get("dtype") in NO_GRADIENT:  # a choice of rows, a mask
                 continue
             ancestry.nodes.append(node)
-            begins = bool(node.meta.get("flows")) or node.target is aten.embedding.default
-            ancestry.residual |= begins and _is_stream(node, self._hidden)
-            waiting += node.all_input_nodes
+            ancestry.residual |= _begins(node) and _is_stream(node, self._hidden)
+            waiting += [*node.all_input_nodes, *self._written.get(_viewed(node), ())]
         return ancestry
 
-    def _normed(self, ancestry: _Ancestry) -> bool:
-        """Whether a norm goes over all outputs of a partner."""
-        widths = {matrix.num_out for matrix in ancestry.partners.values()}
-        norms = (node for node in ancestry.nodes if node.target in NORMS)
-        return any(int(node.meta["shape"][-1]) in widths for node in norms)
+    def _reader(self, product: fx.Node, matrix: Matrix) -> Reader:
+        """What the input of a matrix is made of."""
+        behind = self._behind([product.args[0 if product.target is aten.mm.default else 1]])
+        self._between[id(matrix.weight)] = behind.nodes
+        attention = next((n for n in behind.nodes if n in self._attention), None)
+        head_dim, alike = self._heads(attention, matrix) if attention else (None, True)
+        return Reader(
+            matrix=matrix,
+            sources=behind.sources,
+            residual=behind.residual,
+            normed=any(_goes_over(node, behind.sources, head_dim) for node in behind.nodes),
+            linear=all(map(_only_scales, behind.nodes)),
+            head_dim=head_dim,
+            heads_alike=alike,
+            pairs=self._pairs(attention) if attention else frozenset(),
+        )
 
-    def _head_dim(self, ancestry: _Ancestry, matrix: Matrix) -> int | None:
-        """Of the attention operation on the way; of scores [b, heads, s, s] by their number."""
-        for node in ancestry.nodes:
-            if node.target in ATTENTION:
-                return int(node.meta["shape"][-1])
-            if _is_scores(node):
-                heads = int(node.meta["shape"][1])
-                return matrix.num_in // heads if matrix.num_in % heads == 0 else None
-        return None
+    def _heads(self, attention: fx.Node, matrix: Matrix) -> tuple[int | None, bool]:
+        """The size of a head of attention, and whether queries and values have the same."""
+        shape = attention.meta["shape"]
+        if _is_scores(attention):
+            heads = int(shape[1])
+            return (matrix.num_in // heads if matrix.num_in % heads == 0 else None), True
+        query = attention.args[0]
+        assert isinstance(query, fx.Node)
+        return int(shape[-1]), shape[-1] == query.meta["shape"][-1]
 
-    def _owners(self, matrices: Sequence[Matrix]) -> Iterator[object]:
-        """The modules around the matrices, within the layer, and their configuration."""
-        inside = {id(matrix.module) for matrix in matrices}
-        for module in self._layer.modules():
-            if any(id(inner) in inside for inner in module.modules()):
-                yield module
-                if (config := getattr(module, "config", None)) is not None:
-                    yield config
+    def _pairs(self, attention: fx.Node) -> frozenset[int]:
+        """Weights of matrices that give both keys and values, and no queries."""
+        if _is_scores(attention):
+            return frozenset()
+        queries, keys, values = (self._behind([each]).sources for each in attention.args[:3])
+        return frozenset((keys.keys() & values.keys()) - queries.keys())
+
+    def _leaves_elsewhere(self, region: Region) -> bool:
+        """Whether a module that is entered as a whole adds what enters to what it gives.
+
+        There its gradient would be whole, and not the sum of the ranks' parts.
+        """
+        matrices = {id(m.weight) for m in (*region.colwise, *region.rowwise)}
+        around = [m for m in region.entered if matrix_of(m) is None]
+        inside = {n for m in around for n in self._names_in(m)}
+        known = {node for key in self._inner(around) | matrices for node in self._between[key]}
+        return any(
+            str(node.meta["module"]) in inside
+            and node not in known
+            and node not in self._products
+            and any(
+                _begins(each) and _is_stream(each, self._hidden) for each in node.all_input_nodes
+            )
+            for node in self._nodes
+        )
+
+    def _inner(self, modules: Sequence[nn.Module]) -> set[int]:
+        """The weights of matrices in modules."""
+        weights = (m.weight for module in modules for m in map(matrix_of, module.modules()) if m)
+        return {id(weight) for weight in weights} & self._between.keys()
+
+    def _names_in(self, module: nn.Module) -> Iterator[str]:
+        inside = {id(inner) for inner in module.modules()}
+        return (name for name, each in self.layer.named_modules() if id(each) in inside)
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of, or was written into; itself, if it is neither."""
+    while isinstance(node.target, OpOverload) and (
+        node.target.is_view or node.target._schema.is_mutable
+    ):
+        first = node.args[0]
+        assert isinstance(first, fx.Node)
+        node = first
+    return node
+
+
+def _begins(node: fx.Node) -> bool:
+    """Whether a node is what the part was given, or a row of a table."""
+    return bool(node.meta.get("flows")) or node.target is aten.embedding.default
+
+
+def _goes_over(node: fx.Node, sources: Mapping[int, Matrix], head_dim: int | None) -> bool:
+    """Whether a norm goes over outputs of a source, not over each head alone."""
+    if node.target not in NORMS:
+        return False
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    shape = operand.meta["shape"]
+    widths = {matrix.num_out for matrix in sources.values()}
+    flat = len(shape) <= TOKEN_DIMS and shape[-1] != head_dim
+    return flat or int(shape[-1]) in widths
+
+
+def _only_scales(node: fx.Node) -> bool:
+    """Whether an operation moves, casts, scales or drops."""
+    if node.op == "placeholder":
+        return True
+    assert isinstance(node.target, OpOverload)
+    scales = node.target.overloadpacket is aten.mul and len(node.all_input_nodes) == 1
+    return scales or node.target.is_view or node.target.overloadpacket in MOVES

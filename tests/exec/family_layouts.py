@@ -15,6 +15,10 @@ FAMILIES: Final = (
 HYBRIDS: Final = ("bamba", "granite4-h")
 # Attention is not in a module of its own that is given the activation: sp is refused.
 WITHOUT_SP: Final = ("bert", "nanogpt")
+# A product of low rank beside each matrix, keys and values in one; two streams that meet in
+# attention, which stages do not pass on together.
+OF_PARTS: Final = ("lora", "pair")
+JOINT: Final = ("joint",)
 
 KINDS: Final = {
     "dp2": (S(dp=2, zero=2, layers=(LAYERS,)),),
@@ -24,9 +28,11 @@ KINDS: Final = {
 }
 OF_FAMILIES: Final = tuple(
     Variant(name=f"tiny {name} {kind}", model=file_of(name), stages=stages, micro=8)
-    for name in (*FAMILIES, *HYBRIDS, *WITHOUT_SP)
+    for name in (*FAMILIES, *HYBRIDS, *WITHOUT_SP, *OF_PARTS, *JOINT)
     for kind, stages in KINDS.items()
     if (name in FAMILIES)
     or (name in HYBRIDS and kind.startswith("tp2"))
+    or name in OF_PARTS
+    or (name in JOINT and kind in ("dp2", "tp2"))
     or (name in WITHOUT_SP and kind != "tp2 sp")
 )

@@ -66,7 +66,7 @@ MIXTURES = {  # three experts: no number of ranks divides them evenly
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
     },
-    # A first layer without experts, experts that see every token; attention that tp cannot divide.
+    # A first layer without experts, experts that see every token; latent attention.
     "deepseek": {
         **LLAMA,
         "model_type": "deepseek_v3",

@@ -61,6 +61,14 @@ STYLES = {
         ["a = self.c_attn(x)", "q, kv = a[..., :DIM], a[..., DIM:]", "k, v = kv.chunk(2, dim=-1)",
          *REPEATED, SDPA],
     ),
+    # Only one of the two numbers has a name that is known.
+    "compared": (
+        FUSED + "\n        self.n_head = self.n_query_groups = HEADS",
+        [f"{IN_ONE}.chunk(3, dim=-1)", HEADS_OF,
+         "if self.n_head != self.n_query_groups:",
+         "    k, v = (a.repeat_interleave(self.n_head // self.n_query_groups, 1) for a in (k, v))",
+         SDPA],
+    ),
     COPIED: (
         GROUPED,
         ["q, kv = self.c_attn(x).split(DIM, dim=-1)", "k, v = kv.contiguous().chunk(2, dim=-1)",

@@ -160,13 +160,17 @@ def test_experts_divide_by_their_width() -> None:
 
 
 @pytest.mark.slow
-def test_attention_that_a_plan_leaves_whole() -> None:
+def test_latent_attention_divides_by_heads() -> None:
+    """The plan does not name it; 128 heads of 128 + 64 numbers for scores and 128 for values."""
     graph = graph_of("deepseek-v3")
     assert [run.count for run in graph.layers] == [3, 58]
-    assert [block.num_whole for block in graph.blocks] == [1, 1]
-    assert graph.notes[-1] == (
-        "attention stays whole on every tensor-parallel rank: its heads are not divided"
-    )
+    assert [block.num_whole for block in graph.blocks] == [0, 0]
+    h, heads, q_latent, latent = 7168, 128, 1536, 512
+    whole = h * (q_latent + latent + 64)
+    divided = heads * (192 * q_latent + 256 * latent + 128 * h) + 3 * h * 18432
+    attention = heads * (192 + 128) * S
+    dense = graph.blocks[0].flop("forward")
+    assert dense.equals(2 * B * S * (whole + (divided + attention) / T))
 
 
 def test_gpt2_ties_its_embedding() -> None:

@@ -1,6 +1,7 @@
 """Plain modules: which list is the layers, what belongs to whom, what a rank holds."""
 
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mist.model.summary import LayerRun, TpLimit
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from mist.trace.repeated_blocks import find_layers
+from mist.trace.tensor_parallel.tp_sharding import UnsupportedRules
 
 FP32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
 WIDTH, VOCAB = 32, 96
@@ -161,8 +163,8 @@ class Sharded(Model):
     tp_plan = {"embed": "rowwise", "*.up": "colwise", "*.down": "rowwise", "head": "colwise"}  # noqa: RUF012
 
 
-class Whole(Model):
-    tp_plan = {"layers.*.up": "diagonal"}  # noqa: RUF012 - a style that nobody knows
+class Unknown(Model):
+    tp_plan = {"layers.*": "diagonal"}  # noqa: RUF012 - a style that nobody knows
 
 
 def test_found_pairs_are_those_of_a_plan() -> None:
@@ -262,9 +264,15 @@ def test_shares_of_a_rank() -> None:
     assert sum(t.bytes for t in block.saved).equals(4 * WIDTH * B * S * (1 + 8 / T))
 
 
-def test_at_one_rank_shares_are_the_whole() -> None:
+def undivided(*_: object) -> NoReturn:
+    raise UnsupportedRules("nothing is divided here")
+
+
+def test_at_one_rank_shares_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [Layer(i) for i in range(2)]
-    whole, shared = traced(Whole(layers)), traced(Sharded(layers))
+    shared = traced(Sharded(layers))
+    monkeypatch.setattr("mist.trace.runs.sharded_run", undivided)
+    whole = traced(Model(layers))
     for ours, plain in zip(
         (shared.embed, *shared.blocks, shared.head),
         (whole.embed, *whole.blocks, whole.head),
@@ -285,11 +293,16 @@ def test_vocabulary_that_does_not_divide_is_noted() -> None:
     )
 
 
-def test_unknown_style_is_noted() -> None:
-    graph = traced(Whole([Layer(i) for i in range(2)]))
+def test_an_unknown_style_leaves_it_to_the_operations() -> None:
+    layers = [Layer(i) for i in range(2)]
+    assert traced(Unknown(layers)) == replace(traced(Model(layers)), name="Unknown")
+
+
+def test_an_unknown_style_is_noted_where_nothing_is_divided() -> None:
+    graph = traced(Unknown([nn.Linear(WIDTH, WIDTH) for _ in range(2)]))
     assert graph.tp_limits is None
     assert graph.notes == (
-        "tensor-parallel style 'diagonal' of layers.0.up (Linear) is not known to Mist; t = 1 only",
+        "tensor-parallel style 'diagonal' of layers.0 (Linear) is not known to Mist; t = 1 only",
     )
 
 
@@ -304,7 +317,7 @@ class Two(nn.Module):
         return self.second(self.first(x))
 
 
-def test_what_has_an_unknown_style_stays_whole_by_itself() -> None:
+def test_a_plan_holds_beside_an_unknown_style() -> None:
     model = Model([Two(i) for i in range(2)])
     model.tp_plan = {
         "layers.*.first.up": "diagonal",
@@ -312,10 +325,11 @@ def test_what_has_an_unknown_style_stays_whole_by_itself() -> None:
         "layers.*.down": "rowwise",
     }
     (block,) = traced(model).blocks
-    assert block.flop("forward").equals(2 * 2 * 4 * WIDTH**2 * B * S * (1 + 1 / T))
-    assert {p.name for p in block.params if p.sharded} == {
-        "second.up.weight", "second.up.bias", "second.down.weight"
-    }  # fmt: skip
+    assert block.flop("forward").equals(2 * 2 * 2 * 4 * WIDTH**2 * B * S / T)
+    assert [p.name for p in block.params if p.sharded] == [
+        f"{pair}.{name}" for pair in ("first", "second")
+        for name in ("up.weight", "up.bias", "down.weight")
+    ]  # fmt: skip
 
 
 def test_rules_that_do_not_fit_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
@@ -325,7 +339,7 @@ def test_rules_that_do_not_fit_are_noted(capfd: pytest.CaptureFixture[str]) -> N
     assert graph.tp_limits is None
     assert graph.notes == (
         "tensor parallelism cannot be traced (a part of a tensor meets a whole one "
-        f"({__file__}:29: return x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, "
+        f"({__file__}:31: return x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, "
         "self.training))); t = 1 only",
     )
     assert capfd.readouterr().err == ""  # torch logs such errors

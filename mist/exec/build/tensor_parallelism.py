@@ -68,14 +68,14 @@ def divide(
     sequence parallelism would divide the tokens that attention counts, or would leave a gradient
     that is a partial sum in part.
     """
-    entries, whole = _divide_layers(model, rules, part, mesh)
+    inside, whole = _divide_layers(model, rules, part, mesh)
     _divide_ends(model, rules, part, mesh)
     head_partial = part.sp and rules.head is not None
     if part.sp:
         _shard_sequence(model, part, mesh, head_partial=head_partial)
     partial_names = frozenset(
         name
-        for name in _partial(model, part, entries, head_partial=head_partial)
+        for name in _partial(model, part, inside, head_partial=head_partial)
         if not name.startswith(tuple(f"{module}." for module in whole))
     )
     if mixed := sorted(partial_names & part.front) if part.first else []:
@@ -89,14 +89,14 @@ def divide(
 def _divide_layers(
     model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: DeviceMesh
 ) -> tuple[set[str], set[str]]:
-    """Divide the layers; the modules at which regions are entered, and those that gather tokens."""
+    """Divide the layers; the modules that are inside regions, and those that gather tokens."""
     prefixes = tuple(f"{name}." for name in part.layers)
     _divide_parameters(model, rules, prefixes, mesh)
-    regions = [region for region in rules.regions if region.rowwise.startswith(prefixes)]
+    regions = [region for region in rules.regions if region.is_in(*part.layers)]
     for region in regions:
         _divide_region(model, region, mesh, part, rules.parts)
     entries = {name for region in regions for name in region.entries.values()}
-    exits = {region.block or region.rowwise for region in regions}
+    exits = {name for region in regions for name in region.ends}
     whole = {name for name in rules.whole if part.sp and name.startswith(prefixes)}
     options: Any = {"mesh": mesh, "batch": part.micro_batch}
     for name in sorted(entries):
@@ -109,7 +109,9 @@ def _divide_layers(
     for name, sizes in rules.sizes.items():
         if f"{name}.".startswith(prefixes):
             run_with_local_sizes(model.get_submodule(name), sizes, mesh)
-    return entries, whole
+    # What lies behind a row in a module that ends its region reads a part of a sum.
+    inside = entries | exits.difference(*(region.rows for region in regions))
+    return inside, whole
 
 
 def _divide_parameters(
@@ -140,20 +142,21 @@ def _divide_region(
     parts: Mapping[str, object],
 ) -> None:
     sp = part.sp
-    if sp and region.attends and set(region.entries) & set(region.entries.values()):
+    if sp and region.attends and set(region.columns) & set(region.entries.values()):
         raise ModelError(
-            f"sp: attention around {region.rowwise} is not in a module of its own that is given "
+            f"sp: attention around {region.rows[0]} is not in a module of its own that is given "
             "the activation, so its tokens cannot be gathered for it. Plan without sp."
         )
-    for name in region.entries:
+    for name in region.columns:
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear) and name not in parts:
             parallelize_module(module, mesh, ColwiseParallel())
             _partial_input(module, mesh)
-    row = model.get_submodule(region.rowwise)
-    if isinstance(row, nn.Linear) and region.rowwise not in parts:
-        # The sum stays open here: it is added up or scattered once, where the region ends.
-        parallelize_module(row, mesh, RowwiseParallel(output_layouts=Partial()))
+    for name in region.rows:
+        row = model.get_submodule(name)
+        if isinstance(row, nn.Linear) and name not in parts:
+            # The sum stays open here: it is added up or scattered once, where the region ends.
+            parallelize_module(row, mesh, RowwiseParallel(output_layouts=Partial()))
 
 
 def _divide_ends(model: nn.Module, rules: TensorRules, part: ChunkPart, mesh: DeviceMesh) -> None:
@@ -371,10 +374,10 @@ def _is_activation(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def _partial(
-    model: nn.Module, part: ChunkPart, entries: set[str], *, head_partial: bool
+    model: nn.Module, part: ChunkPart, inside: set[str], *, head_partial: bool
 ) -> Iterator[str]:
     layers = tuple(f"{name}." for name in part.layers)
-    regions = tuple(f"{name}." for name in entries)
+    regions = tuple(f"{name}." for name in inside)
     for name, parameter in model.named_parameters():
         in_tail = head_partial and part.last and name in part.tail
         in_layers = name.startswith(layers if part.sp else regions)

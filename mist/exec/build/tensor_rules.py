@@ -30,7 +30,12 @@ from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.tensor_parallel.sized_calls import SizeRule
 from mist.trace.tensor_parallel.tp_apply import undivided, widths_in
-from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
+from mist.trace.tensor_parallel.tp_sharding import (
+    VOCAB_SIZE,
+    Sharding,
+    UnsupportedRules,
+    matrix_of,
+)
 
 CONFIG: Final = "config."  # an attribute of a module's configuration begins so
 GETTERS: Final = ("__get__", "size", "dim", "stride")
@@ -42,22 +47,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionRule:
-    """Column-parallel matrices, the row-parallel one behind them, and where they are entered.
+    """Column-parallel matrices, the row-parallel ones behind them, and where they are entered.
 
-    `entries`: for each column-parallel one the module at which its input enters. `block`: the
-    module that is one region with others and ends with their sum; None: it ends at `rowwise`.
+    `entries`: of each module that is given what enters (a column-parallel one, or one around it)
+    the module at which that enters. `ends`: modules whose results are summed, `block` if it is one
+    region with others.
     """
 
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
     entries: Mapping[str, str]
-    rowwise: str
+    ends: tuple[str, ...]
     attends: bool
     block: str | None
 
     def moved(self, move: "Move") -> "RegionRule":
         """The same region of another layer."""
         entries = {move(column): move(entry) for column, entry in self.entries.items()}
+        columns, rows, ends = (tuple(map(move, n)) for n in (self.columns, self.rows, self.ends))
         block = None if self.block is None else move(self.block)
-        return replace(self, entries=entries, rowwise=move(self.rowwise), block=block)
+        return replace(self, columns=columns, rows=rows, entries=entries, ends=ends, block=block)
+
+    def is_in(self, *layers: str) -> bool:
+        """Whether it lies in one of these layers."""
+        return self.rows[0].startswith(tuple(f"{layer}." for layer in layers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +78,11 @@ class TensorRules:
     """Modules and parameters that ranks divide.
 
     `local`: numbers (module, attribute, perhaps one of its configuration) that are smaller on a
-    rank; `sizes`: of the calls of a
-    module's forward. `places`: arguments of the entries that enter, of those that are given more
-    (keywords behind positions); without one every activation does. `parts`: of modules that
-    torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
-    which nothing is divided. `direct`: layer 0 takes the result of the embedding as it is.
+    rank; `sizes`: of the calls of a module's forward. `places`: arguments of the entries that
+    enter, of those that are given more (keywords behind positions); without one every activation
+    does. `parts`: of modules that torch's parallel styles do not know, by parameter. `whole`:
+    modules that need all tokens, in which nothing is divided. `direct`: layer 0 takes the result of
+    the embedding as it is.
     """
 
     regions: tuple[RegionRule, ...]
@@ -96,7 +109,8 @@ def tensor_rules(
     if words := undivided(model, sharding):
         raise ModelError(f"tp {tp}: mist apply cannot divide {loaded.name}: {words}; use tp 1")
     names = {id(module): name for name, module in model.named_modules()}
-    inputs = _inputs(loaded, structure, seq_len)
+    around = {names[each] for region in sharding.regions for each in region.around}
+    inputs = _inputs(loaded, structure, seq_len, frozenset(around))
     blocks = frozenset(_outermost(names[each] for each in sharding.whole))
     traced_regions = tuple(_regions(loaded, sharding, names, inputs, blocks))
     like = _like(loaded, structure, traced_regions)
@@ -104,7 +118,7 @@ def tensor_rules(
         region.moved(_mover(known, layer))
         for layer, known in like.items()
         for region in traced_regions
-        if region.rowwise.startswith(f"{known}.")
+        if region.is_in(known)
     )
     table, head = _vocabulary(loaded, sharding, regions, tp)
     return TensorRules(
@@ -153,7 +167,7 @@ def _vocabulary(
 ) -> tuple[str | None, str | None]:
     """Embedding and head, if they are divided; both stay whole where tp does not divide them."""
     modules = dict(loaded.module.named_modules())
-    inside = {name for region in regions for name in region.entries}
+    inside = {name for region in regions for name in region.columns}
     tables = {
         name: module.num_embeddings
         for name, module in modules.items()
@@ -175,7 +189,7 @@ def _like(
     known = {
         signature(loaded.module.get_submodule(layer)): layer
         for layer in reversed(structure.layers)
-        if any(region.rowwise.startswith(f"{layer}.") for region in regions)
+        if any(region.is_in(layer) for region in regions)
     }
     kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in structure.layers}
     for layer, kind in kinds.items():
@@ -204,14 +218,17 @@ def _regions(
     blocks: frozenset[str],
 ) -> Iterator[RegionRule]:
     """Every region, of what `mist.trace.tensor_parallel.tp_apply` says can be divided."""
-    for key, colwise in sharding.regions.items():
-        rowwise, columns = names[key], sorted(names[each] for each in colwise)
-        block = next((each for each in blocks if rowwise.startswith(f"{each}.")), None)
-        around = _around([rowwise, *columns])
+    for region in sharding.regions:
+        rows, columns = (sorted(names[e] for e in ids) for ids in (region.rows, region.columns))
+        block = next((each for each in blocks if rows[0].startswith(f"{each}.")), None)
+        around = _around([*rows, *columns])
+        entered = sorted(names[each] for each in region.entered)
         yield RegionRule(
-            entries={name: block or inputs.entry(name, around) for name in columns},
-            rowwise=rowwise,
-            attends=_attends(loaded.module, sharding, rowwise, columns),
+            columns=tuple(columns),
+            rows=tuple(rows),
+            entries={name: block or inputs.entry(name, around) for name in entered},
+            ends=tuple(sorted({block or names[each] for each in region.ends})),
+            attends=_attends(loaded.module, sharding, rows[0], columns),
             block=block,
         )
 
@@ -230,6 +247,7 @@ def _attends(model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequen
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
     """Of modules with divided parameters that are neither linear layers nor tables."""
     rules_by_module: dict[str, dict[str, PartRule]] = {}
+    rows = frozenset(each for region in sharding.regions for each in region.rows)
     for name, module in model.named_modules():
         fused = sharding.fused.get(id(module), ())
         # Torch's style for a linear layer takes one range of its outputs, and its own forward.
@@ -246,7 +264,7 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
             )
             for n, share in shares.items()
         }
-        if id(module) in sharding.regions:  # its bias is added to the sum once
+        if id(module) in rows:  # its bias is added to the sum once
             rules |= {
                 n: PartRule(dim=None) for n in parameters.keys() - shares if n.endswith("bias")
             }
@@ -259,7 +277,7 @@ def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str,
     """By module the numbers that are smaller on a rank: its own, and those of its configuration."""
     values: dict[int, dict[str, int]] = {}
     for table, attribute, share in sharding.attributes:
-        if attribute != "vocab_size":
+        if attribute != VOCAB_SIZE:
             values.setdefault(id(table), {})[attribute] = share.multiple * share.unit // tp
     numbers: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
@@ -269,13 +287,15 @@ def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str,
     return numbers
 
 
-def _inputs(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> "_Inputs":
-    """Which modules are given what the linear layers read."""
+def _inputs(
+    loaded: LoadedModel, structure: ModelStructure, seq_len: int, around: frozenset[str]
+) -> "_Inputs":
+    """Which modules are given what the linear layers read, and the modules `around` them."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
     with mode:
         model.to_empty(device="cpu")
-    watch = _Inputs(model=model, layers=frozenset(structure.layers))
+    watch = _Inputs(model=model, layers=frozenset(structure.layers), around=around)
     with mode, runs_anywhere(model), watch:
         fake = replace(loaded, module=model)
         fake.run(fake.batch(2, seq_len))
@@ -284,10 +304,14 @@ def _inputs(loaded: LoadedModel, structure: ModelStructure, seq_len: int) -> "_I
 
 @dataclass(kw_only=True, eq=False)
 class _Inputs(TorchFunctionMode):
-    """Notes which modules are given the same tensor, and who else reads it."""
+    """Notes which modules are given the same tensor, and who else reads it.
+
+    `around`: modules that read as a linear layer does, with all that is in them.
+    """
 
     model: nn.Module
     layers: frozenset[str]
+    around: frozenset[str]
     stack: list[tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=list)
     arguments: dict[str, tuple[object, ...]] = field(default_factory=dict)
     linear: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = field(default_factory=dict)
@@ -309,7 +333,8 @@ class _Inputs(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         owner = self.stack[-1][0] if self.stack else ""
         linear = matrix_of(self.model.get_submodule(owner)) is not None
-        if not linear and getattr(func, "__name__", "") not in GETTERS:
+        inside = any(name in self.around for name, _ in self.stack)
+        if not (linear or inside) and getattr(func, "__name__", "") not in GETTERS:
             handed_on = {id(leaf) for leaf in tree_leaves(output)}  # a cast to what it is already
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and id(leaf) not in handed_on:
@@ -324,7 +349,7 @@ class _Inputs(TorchFunctionMode):
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.stack.append((name, tuple(tensors)))
             self.arguments[name] = (*args, *kwargs.values())
-            if matrix_of(module) is not None:
+            if matrix_of(module) is not None or name in self.around:
                 # The stack is of the modules around, so the chain is known now, the readers at the
                 # end only.
                 self.linear[name] = (tensors[0], tuple(self._chain(tensors[0])))

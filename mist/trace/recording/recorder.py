@@ -37,7 +37,15 @@ from mist.trace.recording.graph_edges import activation
 from mist.trace.recording.liveness import BackwardCall, Live
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.split_backward import Awaited
-from mist.trace.tensor_parallel.tp_check import PRODUCTS, goes_over_tokens, is_partial, mixing
+from mist.trace.tensor_parallel.tp_check import (
+    JOINED,
+    PRODUCTS,
+    goes_over_tokens,
+    is_partial,
+    joins_shards,
+    mixing,
+)
+from mist.trace.tensor_parallel.tp_sharding import RankModules
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
@@ -75,10 +83,9 @@ class Part:
     whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
     that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
     gradient, so that its memory is that of its forward pass; `works_forward`: its forward pass may
-    hold most, too. `mixed`: modules with forward
-    operations that a shard cannot run, with the reason; `over_tokens`: modules that go over the
-    tokens of whole tensors; `unsummed`: those that read a sum over the ranks before it
-    is added up. `input`: the storage of its input activation.
+    hold most, too. `mixed`: modules with forward operations that a shard cannot run, with the
+    reason; `over_tokens`: modules that go over the tokens of whole tensors; `refusals`: why
+    `mist apply` cannot divide it. `input`: the storage of its input activation.
     """
 
     name: str
@@ -98,7 +105,7 @@ class Part:
     works_forward: bool = False
     mixed: list[tuple[str, str]] = field(default_factory=list)
     over_tokens: dict[str, None] = field(default_factory=dict)
-    unsummed: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
     awaited: Awaited = field(default_factory=Awaited)
     input: int | None = None
     last: Origin = Origin()
@@ -155,8 +162,7 @@ class Recorder(TorchDispatchMode):
         symbols: Symbols,
         states: Mapping[int, object],
         *,
-        whole: frozenset[int],
-        colwise: frozenset[int],
+        rank: RankModules,
         limit: OpLimit | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -168,8 +174,7 @@ class Recorder(TorchDispatchMode):
         self._limit = limit
         self._symbols = symbols
         self._states = states
-        self._whole = whole
-        self._colwise = colwise
+        self._rank = rank
         self._tensors_shared: dict[int, SavedStorage] = {}
         self._kernel: Kernel | None = None
         self._sums = PartialSums()
@@ -269,7 +274,7 @@ class Recorder(TorchDispatchMode):
 
     def _needs_all_tokens(self) -> bool:
         inside = self.part is not None and self.part.whole
-        return inside or any(id(module) in self._whole for module in self.callers)
+        return inside or any(id(module) in self._rank.all_tokens for module in self.callers)
 
     def _read(self, part: Part, call: Call) -> None:
         """Note the parameters that a forward call reads, and its results in a compiled graph."""
@@ -306,7 +311,9 @@ class Recorder(TorchDispatchMode):
         """Note what ranks with a share, of a dimension or of the tokens, could not run."""
         for reason in mixing(call, self._symbols.shape):
             part.mixed.append((origin.module, f"{origin.op} in {origin.module}: {reason}"))
-        if self._colwise and goes_over_tokens(call, self._symbols.shape):
+        if joins_shards(call, self._symbols.shape):
+            part.refusals.append(f"{origin.op} in {origin.module} {JOINED}")
+        if self._rank.columns and goes_over_tokens(call, self._symbols.shape):
             part.over_tokens[origin.module] = None
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
@@ -333,21 +340,21 @@ class Recorder(TorchDispatchMode):
 
     def _follow(self, part: Part, call: Call, origin: Origin) -> None:
         """Follow sums over the ranks through a call, in a module that is one region."""
-        if not any(id(module) in self._whole for module in self.callers):
+        if not any(id(module) in self._rank.summed for module in self.callers):
             return
         if not self._sums.read(call):
-            part.unsummed.append(f"{origin.op} in {origin.module} {NOT_LINEAR}")
+            part.refusals.append(f"{origin.op} in {origin.module} {NOT_LINEAR}")
         if is_partial(call, self._symbols.shape):
             self._sums.begin(call)
 
     def module_done(self, module: nn.Module, output: object) -> None:
         """A module has run; `callers` are those around it."""
-        around = any(id(outer) in self._whole for outer in self.callers)
-        if id(module) not in self._whole or around or self.phase != "forward":
+        around = any(id(outer) in self._rank.summed for outer in self.callers)
+        if id(module) not in self._rank.summed or around or self.phase != "forward":
             return
         if not self._sums.end(output) and self.part is not None:
             kind = type(module).__name__
-            self.part.unsummed.append(f"{kind} does not give the sum over the ranks first")
+            self.part.refusals.append(f"{kind} does not give the sum over the ranks first")
 
     def _runs(self, call: Call) -> bool:
         """Whether a call is a kernel on the device: no view, and not fused into another."""
@@ -358,7 +365,7 @@ class Recorder(TorchDispatchMode):
         """The input of a column-parallel product is gathered; a compiled graph has no hooks."""
         if call.func.overloadpacket in PRODUCTS:
             (operand, _), (matrix, _) = PRODUCTS[call.func.overloadpacket]
-            if id(self._states.get(key_of(call.tensor(matrix)))) in self._colwise:
+            if id(self._states.get(key_of(call.tensor(matrix)))) in self._rank.columns:
                 part.gathered.add(key_of(call.tensor(operand)))
 
     def _ops(self, call: Call, origin: Origin) -> list[Op]:

@@ -40,7 +40,7 @@ from mist.trace.recording.recorder import Origin, Part, Recorder, recording
 from mist.trace.recording.shim import fused_norms, runs_as
 from mist.trace.repeated_blocks import Layers
 from mist.trace.tensor_parallel.local_sizes import LocalSizes
-from mist.trace.tensor_parallel.tp_sharding import Sharding, Share
+from mist.trace.tensor_parallel.tp_sharding import Sharding, Share, rank_modules
 
 # A symbol's hint decides branches on shapes. Three samples and a sequence with many divisors are
 # typical; a short limit is halved, so that the hint is no limit of the model.
@@ -91,14 +91,9 @@ class Session:
         self.local_sizes = LocalSizes(self.symbols, self.units)
         self.whole = self.sharding.whole if self.sharding else frozenset[int]()
         self.colwise = self.sharding.colwise if self.sharding else frozenset[int]()
-        columns = (m for m in self.model.module.modules() if id(m) in self.colwise)
-        self.recorder = Recorder(
-            self.symbols,
-            self.fakes.originals,
-            whole=self.whole,
-            colwise=frozenset(id(p) for m in columns for p in m.parameters(recurse=False)),
-            limit=self.limit,
-        )
+        self.regions = self.sharding.regions if self.sharding else ()
+        rank = rank_modules(self.sharding, self.model.module)
+        self.recorder = Recorder(self.symbols, self.fakes.originals, rank=rank, limit=self.limit)
         self.embed = Piece(self.recorder.new_part("embed"))
         self.head = Piece(self.recorder.new_part("head"))
         # There gradients are made in the forward pass.
@@ -447,21 +442,26 @@ class Session:
     def _colwise_hooks(self) -> Iterator[None]:
         """Within: inputs of column-parallel matrices are known as gathered, and what goes back."""
 
-        def gather(module: nn.Module, args: tuple[object, ...]) -> None:
+        def gather(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if self.recorder.part is not None:
-                keys = [key_of(t) for t in tensors_in(args)]
-                self.recorder.part.gathered.update(keys)
+                keys = [key_of(t) for t in tensors_in((args, kwargs))]
+                self.recorder.part.gathered.update(keys[:1])
                 self.recorder.part.entered[id(module)] = keys[0]
-                flow(module, args, args)
+                flow(module, args, (args, kwargs))
 
         def flow(module: nn.Module, args: object, tensors: object) -> None:
             """A gradient goes back through what a module is given, or gives."""
             if self.recorder.part and any(t.requires_grad for t in tensors_in(tensors)):
                 self.recorder.part.flows.add(id(module))
 
-        ends = self.sharding.regions.keys() if self.sharding else ()
+        entered = self.colwise.union(*(region.entered for region in self.regions))
+        ends = self.sharding.ends if self.sharding else frozenset[int]()
         modules = list(self.model.module.modules())
-        hooks = [m.register_forward_pre_hook(gather) for m in modules if id(m) in self.colwise]
+        hooks = [
+            m.register_forward_pre_hook(gather, with_kwargs=True)
+            for m in modules
+            if id(m) in entered
+        ]
         hooks += [m.register_forward_hook(flow) for m in modules if id(m) in ends]
         try:
             yield

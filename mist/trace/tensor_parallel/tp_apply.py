@@ -12,15 +12,16 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
     Only linear layers can, transformers' Conv1D, and parameters with a matrix for each expert.
     """
     modules = {id(module): (name, module) for name, module in model.named_modules()}
-    for key, colwise in sharding.regions.items():
-        row = matrix_of(modules[key][1])
-        if row is None and colwise == {key}:  # experts: one module with both
+    for region in sharding.regions:
+        if region.columns == region.rows:  # experts: one module with both
             continue
-        for name, module in (modules[key], *sorted(modules[each] for each in colwise)):
+        rows = dict(sorted(modules[each] for each in region.rows))
+        row = next(filter(None, map(matrix_of, rows.values())), None)
+        for name, module in {**rows, **dict(sorted(modules[e] for e in region.columns))}.items():
             matrix = matrix_of(module)
             if matrix is None or row is None:
                 return f"{name} is a {type(module).__name__}, which mist apply does not divide"
-            if module is not modules[key][1] and widths_in(sharding, matrix, row) == UNKNOWN:
+            if name not in rows and widths_in(sharding, matrix, row) == UNKNOWN:
                 return f"{name} holds several matrices in one, of unknown widths"
     return None
 
@@ -30,5 +31,6 @@ def widths_in(sharding: Sharding, matrix: Matrix, row: Matrix) -> tuple[int, ...
 
     The model cuts its outputs into them. `row`: the row-parallel matrix behind it.
     """
-    single = (matrix.num_out,) if matrix.num_out <= row.num_in else UNKNOWN
+    is_one = matrix.num_out <= row.num_in and id(matrix.weight) not in sharding.pairs
+    single = (matrix.num_out,) if is_one else UNKNOWN
     return sharding.fused.get(id(matrix.module), single)

@@ -72,6 +72,7 @@ ATTENTION: Final[Mapping[OpOverloadPacket, int]] = MappingProxyType(
         aten._flash_attention_forward: 2,
     }
 )
+JOINED: Final = "puts parts of several matrices side by side, which a rank orders otherwise"
 # Over the last dimensions: those of `normalized_shape`, or as many as `num_dims`.
 NORMS: Final = frozenset({aten.native_layer_norm, RMS_NORM})
 
@@ -112,6 +113,24 @@ def goes_over_tokens(call: Call, shape_of: ShapeOf) -> bool:
         return False
     whole = not any(_divided(shape_of(tensor)) for tensor in (*inputs, *tensors_in(call.out)))
     return whole and any(mixing(call, of_tokens))
+
+
+def joins_shards(call: Call, shape_of: ShapeOf) -> bool:
+    """Whether a call puts shards side by side along their divided dimension.
+
+    A rank then has a part of each, which is no run of what the whole model has there.
+    """
+    if call.func.overloadpacket is not aten.cat:
+        return False
+    dim = call.arguments.get("dim", 0)
+    assert isinstance(dim, int)
+    return (
+        sum(
+            T in shape_of(tensor)[dim].free_symbols
+            for tensor in tensors_in(call.arguments["tensors"])
+        )
+        > 1
+    )
 
 
 @cache

@@ -5,8 +5,8 @@ The matrices under one parent are one region. Experts (`moe_tp_experts`) are a r
 with one matrix per expert in one parameter; routing in front of them works on all tokens.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -18,11 +18,9 @@ from mist.trace.tensor_parallel.tp_sharding import (
     HEADS,
     Matrix,
     Region,
-    Sharding,
     UnsupportedRules,
     first_int,
     matrix_of,
-    sharding_of,
 )
 
 PACKED: Final = "packed_colwise"  # gates and inputs: two halves
@@ -31,7 +29,6 @@ COLWISE: Final = frozenset({"colwise", PACKED, "colwise_gather_output"})
 ROWWISE: Final = frozenset({"rowwise", "packed_rowwise"})
 EMBEDDING: Final = frozenset({"embedding_rowwise", "colwise", "rowwise", "colwise_gather_output"})
 EXPERTS: Final = "moe_tp_experts"
-GATHERING: Final = "rowwise_split_input"
 # Styles whose matrices stay whole on every rank.
 WHOLE: Final = frozenset({"replicate", "replicated_with_grad_allreduce", "sequence_parallel"})
 
@@ -39,13 +36,8 @@ Plan = Mapping[str, str]
 
 
 def plan_of_model(model: nn.Module) -> Plan | None:
-    """The model's plan, if it divides activations: not where it gathers what every matrix makes.
-
-    Nor where it names nothing but the vocabulary.
-    """
+    """The model's plan, if it names more than the vocabulary."""
     plan: Plan = getattr(model, "tp_plan", None) or {}
-    if GATHERING in plan.values():
-        return None
     inside = (
         _style(plan, path)
         for path, module in model.named_modules()
@@ -72,14 +64,41 @@ def planned_heads(model: nn.Module) -> Iterator[TpLimit]:
             yield TpLimit(label="key/value heads", size=shared)
 
 
-def sharding_by_plan(model: nn.Module, plan: Plan, left: frozenset[int] = frozenset()) -> Sharding:
-    """What the plan divides; a region with a style that Mist does not know stays whole.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRegions:
+    """What a plan divides, and what it leaves to the operations.
 
-    As does one with a module in `left`. Raises Unsupported when nothing else is divided.
+    `taken`: modules of its regions; `tables`: embedding and head. `routed`: modules around experts,
+    `unread`: those around a style that Mist does not know, both of which need all tokens;
+    `unknown`: what is said of such styles.
+    """
+
+    regions: Sequence[Region] = ()
+    taken: frozenset[int] = frozenset()
+    tables: Sequence[nn.Module] = ()
+    routed: Sequence[nn.Module] = ()
+    unread: Sequence[nn.Module] = ()
+    unknown: Sequence[str] = ()
+
+    def whole_without(
+        self, regions: Sequence[Region], layers: Iterable[nn.Module]
+    ) -> frozenset[int]:
+        """Modules that need all tokens, if the operations of `layers` show these regions, too."""
+        divided = {id(m.module) for region in regions for m in (*region.colwise, *region.rowwise)}
+        inner = {id(module) for layer in layers for module in layer.modules()}
+        here = (module for module in self.unread if id(module) in inner)
+        unread = (m for m in here if not any(id(i) in divided for i in m.modules()))
+        return frozenset(map(id, (*self.routed, *unread)))
+
+
+def planned_regions(model: nn.Module, plan: Plan, left: frozenset[int]) -> PlannedRegions:
+    """What the plan divides; a region with a style that Mist does not know is left out.
+
+    As is one with a module in `left`. Raises Unsupported for a table with such a style.
     """
     regions: dict[str, Region] = {}
     unknown: dict[str, str] = {}
-    whole: list[nn.Module] = []
+    routed: list[nn.Module] = []
     tables = [each for each in _planned(model, plan) if _is_vocabulary(model, each[0], each[1])]
     for path, module, style in _planned(model, plan):
         parent = path.rpartition(".")[0]
@@ -87,24 +106,26 @@ def sharding_by_plan(model: nn.Module, plan: Plan, left: frozenset[int] = frozen
             continue
         if style == EXPERTS:
             regions[path] = _experts(plan, path, module)
-            whole.append(model.get_submodule(parent))
+            routed.append(model.get_submodule(parent))
         else:
             region = regions.setdefault(parent, Region(owners=[model.get_submodule(parent)]))
             if not _add(region, module, style):
                 unknown.setdefault(parent, _unknown(path, module, style))
     for parent in unknown:
         del regions[parent]
-        # It may mix tokens, as attention does.
-        whole.append(model.get_submodule(parent))
-    if unknown and not regions:
-        raise UnsupportedRules(f"{next(iter(unknown.values()))}; t = 1 only")
     known = [
         replace(region, head_dim=_head_dim(region))
         for region in regions.values()
         if not region.has_any(left)
     ]
-    vocabulary = [_known_table(*table) for table in tables]
-    return sharding_of(model, known, vocabulary, frozenset(map(id, whole)))
+    return PlannedRegions(
+        regions=known,
+        taken=frozenset(id(m.module) for r in known for m in (*r.colwise, *r.rowwise)),
+        tables=[_known_table(*table) for table in tables],
+        routed=routed,
+        unread=[model.get_submodule(parent) for parent in unknown],
+        unknown=list(unknown.values()),
+    )
 
 
 def _planned(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:

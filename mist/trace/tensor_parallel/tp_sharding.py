@@ -24,6 +24,7 @@ from mist.trace.tensor_parallel.sized_calls import SizeRule
 HEADS: Final = ("num_heads", "n_heads", "n_head", "num_attention_heads", "n_local_heads")
 KV_HEADS: Final = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "n_local_kv_heads")
 WIDTHS: Final = ("split_size", "all_head_size", "inner_dim")
+VOCAB_SIZE: Final = "vocab_size"
 HEAD_DIMS: Final = ("head_dim", "head_size", "attention_head_size")
 
 
@@ -87,14 +88,21 @@ class Region:
     """Column-parallel matrices and the row-parallel ones behind them.
 
     `owners`: objects whose attributes may hold numbers of heads or widths that are smaller on a
-    rank; `head_dim` is None for an MLP. `label`: what is divided when no heads are.
+    rank; `head_dim` is None for an MLP. `heads_alike`: whether it is the size of all heads, of
+    queries too; else every matrix has as many. `pairs`: weights of both keys and values.
+    `label`: what is divided when no heads are. `entered`, `ends`: modules that are given what
+    enters, and those whose results are summed, where they are not the matrices themselves.
     """
 
     owners: Sequence[object]
     head_dim: int | None = None
+    heads_alike: bool = True
+    pairs: frozenset[int] = frozenset()
     label: str = "MLP width"
     colwise: list[Matrix] = field(default_factory=list)
     rowwise: list[Matrix] = field(default_factory=list)
+    entered: Sequence[nn.Module] = ()
+    ends: Sequence[nn.Module] = ()
 
     def has_any(self, modules: frozenset[int]) -> bool:
         """Whether a matrix of it is in one of these modules."""
@@ -104,8 +112,9 @@ class Region:
     def grain(self) -> int:
         """What must not be cut: the size of a head where all matrices consist of heads."""
         sizes = [*(m.num_out for m in self.colwise), *(m.num_in for m in self.rowwise)]
-        whole = self.head_dim and all(size % self.head_dim == 0 for size in sizes)
-        return self.head_dim if whole and self.head_dim else 1
+        if self.head_dim is None or (self.heads_alike and any(n % self.head_dim for n in sizes)):
+            return 1
+        return self.head_dim
 
     @property
     def unit(self) -> int:
@@ -119,10 +128,13 @@ class Region:
         A matrix with more outputs than there are queries has keys and values, too.
         """
         queries = self.width // self.grain
-        outputs = {matrix.num_out // self.grain for matrix in self.colwise}
+        if not self.heads_alike:
+            return {queries}
+        pairs = {m.num_out // self.grain // 2 for m in self.colwise if id(m.weight) in self.pairs}
+        outputs = {m.num_out // self.grain for m in self.colwise if id(m.weight) not in self.pairs}
         inputs = {matrix.num_in // self.grain for matrix in self.rowwise}
         fused = {(n - queries) // 2 for n in outputs if n > queries} if self.grain > 1 else set()
-        return outputs | inputs | fused
+        return outputs | inputs | fused | pairs
 
     @property
     def width(self) -> int:
@@ -142,25 +154,82 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DividedRegion:
+    """The modules of a region, by identity.
+
+    `columns`, `rows`: column- and row-parallel; `entered`: those that are given what enters;
+    `ends`: those whose results are summed over the ranks.
+    """
+
+    columns: frozenset[int]
+    rows: frozenset[int]
+    entered: frozenset[int]
+    ends: frozenset[int]
+
+    @property
+    def around(self) -> frozenset[int]:
+        """Modules with matrices of the region in them: they have all tokens."""
+        return (self.entered | self.ends) - self.columns - self.rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
     """The part of a model on a rank. Parameters and modules are meant by identity.
 
-    `colwise`: modules whose input enters a region. `regions`: of each region the module that ends
-    it in a reduction, with those that it is entered by. `whole`: modules that need all tokens also
+    `colwise`: column-parallel modules. `whole`: modules that need all tokens also
     where they hold nothing divided (attention whose heads cannot be, routing). `notes`: what stays
-    whole, and why. `size_rules`, `fused`: from a run on shards, see `LocalSizes`.
+    whole, and why. `pairs`: weights of both keys and values. `size_rules`, `fused`: from a run on
+    shards, see `LocalSizes`.
     """
 
     params: Mapping[int, Share]
     attributes: Sequence[Attribute]
     colwise: frozenset[int]
-    regions: Mapping[int, frozenset[int]]
+    regions: tuple[DividedRegion, ...]
     whole: frozenset[int]
     limits: tuple[TpLimit, ...]
     vocab_size: int | None
     notes: tuple[str, ...]
     size_rules: Mapping[int, Mapping[int, SizeRule]] = field(default_factory=dict)
     fused: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    pairs: frozenset[int] = frozenset()
+
+    @property
+    def divided(self) -> frozenset[int]:
+        """Modules of regions with divided parameters."""
+        return frozenset(each for region in self.regions for each in region.columns | region.rows)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Modules whose results are summed over the ranks."""
+        return frozenset(each for region in self.regions for each in region.ends)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankModules:
+    """What is special to a rank of tensor parallelism, by identity.
+
+    `all_tokens`: modules that have all tokens; `summed`: those of which a rank has a part of a sum;
+    `columns`: column-parallel parameters.
+    """
+
+    all_tokens: frozenset[int]
+    summed: frozenset[int]
+    columns: frozenset[int]
+
+
+def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
+    """What is special to a rank of a model; nothing, where nothing is divided."""
+    if sharding is None:
+        return RankModules(all_tokens=frozenset(), summed=frozenset(), columns=frozenset())
+    columns = (module for module in model.modules() if id(module) in sharding.colwise)
+    around = (each for region in sharding.regions for each in region.around)
+    ends = (each for region in sharding.regions for each in region.ends - region.rows)
+    return RankModules(
+        all_tokens=sharding.whole.union(around),
+        summed=sharding.whole.union(ends),
+        columns=frozenset(id(p) for module in columns for p in module.parameters(recurse=False)),
+    )
 
 
 def sharding_of(
@@ -186,15 +255,23 @@ def sharding_of(
         attributes=[*attributes, *tables],
         colwise=frozenset(id(m.module) for region in divided for m in region.colwise)
         | frozenset(id(m) for m in vocabulary if isinstance(m, nn.Linear)),
-        regions={
-            id(region.rowwise[0].module): frozenset(id(m.module) for m in region.colwise)
-            for region in divided
-            if region.rowwise
-        },
+        regions=tuple(_modules(region) for region in divided if region.rowwise),
         whole=whole,
         limits=tuple(dict.fromkeys(limit for region in divided for limit in _limits(region))),
         vocab_size=vocab_size,
         notes=(),
+        pairs=frozenset().union(*(region.pairs for region in divided)),
+    )
+
+
+def _modules(region: Region) -> DividedRegion:
+    columns = frozenset(id(matrix.module) for matrix in region.colwise)
+    rows = frozenset(id(matrix.module) for matrix in region.rowwise)
+    return DividedRegion(
+        columns=columns,
+        rows=rows,
+        entered=frozenset(map(id, region.entered)) or columns,
+        ends=frozenset(map(id, region.ends)) or rows,
     )
 
 
@@ -262,8 +339,8 @@ def _share_vocabulary(
         if getattr(module, "bias", None) is not None:
             shares[id(module.bias)] = share
     owners = [getattr(model, "config", None), *model.modules()]
-    tables = [vars(owner) for owner in owners if getattr(owner, "vocab_size", None) == vocab_size]
-    return vocab_size, [(t, "vocab_size", share) for t in tables if "vocab_size" in t]
+    tables = [vars(owner) for owner in owners if getattr(owner, VOCAB_SIZE, None) == vocab_size]
+    return vocab_size, [(t, VOCAB_SIZE, share) for t in tables if VOCAB_SIZE in t]
 
 
 def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
@@ -272,7 +349,7 @@ def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
         return sharding
     share = Share(unit=sharding.vocab_size, multiple=1)
     # A layer may be as wide as the vocabulary.
-    inside = set(sharding.regions).union(*sharding.regions.values())
+    inside = sharding.divided
     outside = (module for module in model.modules() if id(module) not in inside)
     own = {id(weight) for module in outside for weight in module.parameters(recurse=False)}
     whole = {key for key in own if sharding.params.get(key) == share}
@@ -281,7 +358,7 @@ def with_whole_vocabulary(sharding: Sharding, model: nn.Module) -> Sharding:
     return replace(
         sharding,
         params={key: value for key, value in sharding.params.items() if key not in whole},
-        attributes=[each for each in sharding.attributes if each[1] != "vocab_size"],
+        attributes=[each for each in sharding.attributes if each[1] != VOCAB_SIZE],
         colwise=sharding.colwise - heads,
         vocab_size=None,
         notes=(*sharding.notes, WHOLE_VOCABULARY),

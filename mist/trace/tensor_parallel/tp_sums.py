@@ -34,7 +34,8 @@ LINEAR: Final[Mapping[OpOverloadPacket, tuple[str, ...] | None]] = MappingProxyT
 )
 # Numbers that would be added to each rank's part.
 ADDED: Final = frozenset({"other", "self", "value"})
-SCALED: Final = frozenset({aten.mul, aten.mul_})
+# Linear in each of two operands, with the other one whole.
+BILINEAR: Final = frozenset({aten.mul, aten.mul_, aten.mm, aten.bmm})
 ZEROS: Final = frozenset({aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_})
 NOT_LINEAR: Final = "is not linear in a sum over the ranks that it reads before it is added up"
 
@@ -76,7 +77,7 @@ class PartialSums:
 
     def _is_linear(self, call: Call, operands: Mapping[str, int], summed: set[str]) -> bool:
         packet = call.func.overloadpacket
-        if packet in SCALED:
+        if packet in BILINEAR:
             return len(summed) == 1
         if packet not in LINEAR:
             return False
