@@ -73,15 +73,21 @@ def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
         return {SOUND: _sound(module.config, batch), LABELS: ids}
     if main_input(module) == WAVES:
         return {WAVES: _waves(module.config, batch, seq), **_labels(module, asked, ids)}
+    inputs = _texts(module, asked, ids)
+    labels = {} if "return_loss" in inputs else _labels(module, asked, ids)
+    return inputs | labels if labels or len(inputs) > 1 else ids
+
+
+def _texts(module: nn.Module, asked: Mapping[str, inspect.Parameter], ids: torch.Tensor) -> Batch:
+    """What a text model of Hugging Face reads, with an image for each text where it takes one."""
     inputs: Batch = {TOKENS: ids}
     if "return_loss" in asked:  # pairs of a text and an image
-        return inputs | {IMAGES: _pixels(module.config, batch), "return_loss": True}
+        return inputs | {IMAGES: _pixels(module.config, ids.shape[0]), "return_loss": True}
     if main_input(module) == IMAGES:  # a text about an image
-        inputs[IMAGES] = _pixels(module.config, batch)
+        inputs[IMAGES] = _pixels(module.config, ids.shape[0])
     if "decoder_input_ids" in asked:
         inputs["decoder_input_ids"] = ids
-    labels = _labels(module, asked, ids)
-    return inputs | labels if labels or len(inputs) > 1 else ids
+    return inputs
 
 
 def _by_hand(asked: Mapping[str, inspect.Parameter], ids: torch.Tensor) -> object:
