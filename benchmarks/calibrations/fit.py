@@ -71,9 +71,8 @@ class Fit:
         return self.hierarchy.fit(self.times, self.every, self.listed)
 
     def without(self, rows: Counts) -> Posterior:
-        """The fit to all runs but some."""
-        others = np.setdiff1d(self.every, rows)
-        return self.hierarchy.fit(self.times, others, self.listed, self.whole.point)
+        """The fit to all runs but some; it begins anew, for the whole fit knows those runs."""
+        return self.hierarchy.fit(self.times, np.setdiff1d(self.every, rows), self.listed)
 
     def errors(self, posterior: Posterior, rows: Counts) -> Floats:
         """log(predicted / measured) of these rows."""

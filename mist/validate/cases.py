@@ -127,7 +127,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
             compiled=run.compile == "yes",
             head=source.head,
         ),
-        attention=run.attention_impl,
+        attention=source.attention or run.attention_impl,
         source=run.source,
         origin=source,
         runtime=source.runtime,
@@ -142,11 +142,12 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
 
 def _known(run: Run, sources: Sources) -> tuple[Hardware, AttentionKernel]:
     """What stands for a run's GPU and attention. Raises Unsupported, also for what it trains in."""
-    hardware, attention = sources.hardware(run.gpu), sources.attention.get(run.attention_impl)
+    word = sources.of(run).attention or run.attention_impl
+    hardware, attention = sources.hardware(run.gpu), sources.attention.get(word)
     if hardware is None:
         raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
     if attention is None:
-        raise Unsupported(f"attention {run.attention_impl!r} is not known")
+        raise Unsupported(f"attention {word!r} is not known")
     if run.precision not in PRECISIONS:
         raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
     if run.task not in TASKS:

@@ -95,7 +95,9 @@ def offload_of(text: str) -> Offload:
     words = re.findall(r"\w+", text.partition("offload")[2])
     unknown = [word for word in words if word not in OFFLOADED]
     if unknown or not words:
-        raise Unsupported(f"offloading {', '.join(unknown) or 'of what is not said'} is not modelled")
+        raise Unsupported(
+            f"offloading {', '.join(unknown) or 'of what is not said'} is not modelled"
+        )
     return Offload(**{OFFLOADED[word]: 1.0 for word in words})
 
 
