@@ -71,7 +71,8 @@ class Source(Record):
 
     `memory`: what its peaks are. `cluster`: where it is not that of the GPU. `zero`, `checkpoint`:
     where a row says nothing. `offload`: what all its runs have in host memory, in a row's words.
-    `head`: how the last matrix and the loss run. `attention`: the kernel that its rows' word means. `dropout`: whether its GPT models drop activations out.
+    `head`: how the last matrix and the loss run. `attention`: the kernel that its rows' word means.
+    `dropout`: whether its GPT models drop activations out.
     `not_modelled`: why its runs are not predicted, where their rows do not show it.
     `selective_as`: the runtime whose selective checkpointing its rows mean. `recomputed_ratio`: the
     share of whole layers that they mean instead, where a row has no HFU. `nic_bytes_per_s`: of each
