@@ -29,9 +29,9 @@ ZERO_LEVELS: Final = (
     ("hsdp", 3),
     ("none", 0),
 )
-# As the options of plan and check have them; lists are as long as there are layers and stages.
 # What rows call the states that they offload.
 OFFLOADED: Final = {"opt": "optimizer", "param": "weights", "act": "activations"}
+# As the options of plan and check have them; lists are as long as there are layers and stages.
 MOST_OF: Final = (
     (MOST_LAYERS, ("n_layers", "vpp")),
     (MOST_GPUS, ("n_gpus", "dp", "tp", "pp", "cp", "ep")),
