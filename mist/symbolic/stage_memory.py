@@ -81,8 +81,10 @@ def stage_memory(blocks: StageBlocks, runtime: Runtime, numerics: Numerics) -> d
         gathered += _next_layer(blocks)
         instants = _fsdp_instants(blocks, numerics)
     else:
-        gathered = term("gathered_bytes_per_param") * max_over(blocks.every, "{x}_params")
-        working = _unrooted_backward(blocks)
+        layer = max_over(blocks.every, "{x}_params")
+        stream = term("stream_bytes_per_param") * layer
+        working = sym.larger(max_over(blocks.every, "{x}_{level}_working_bytes"), stream)
+        gathered = term("gathered_bytes_per_param") * layer
         instants = dict.fromkeys(("begin_bytes", "end_bytes", "last_bytes"), working)
     # As the optimizer steps no activations are left and nothing is gathered.
     instants["step_bytes"] = optimizer_step(blocks, runtime) - activations - gathered
@@ -190,17 +192,6 @@ def _fsdp_instants(blocks: StageBlocks, numerics: Numerics) -> dict[str, Expr]:
         "end_bytes": split_or_whole(input_gradients_end(blocks), end + buffers),
         "last_bytes": last_backward(blocks, numerics, begin),
     }
-
-
-def _unrooted_backward(blocks: StageBlocks) -> Expr:
-    """The most of a backward pass without a root group: in the loss, in a layer, in a stream.
-
-    As a layer runs backward, the head of its micro-batch is done: what it kept is gone.
-    """
-    ends = max_over(blocks.ends, "{x}_{level}_working_bytes")
-    layers = max_over(blocks.layers, "{x}_{level}_working_bytes")
-    stream = term("stream_bytes_per_param") * max_over(blocks.every, "{x}_params")
-    return sym.larger(ends, layers - sym.LAST * term("head_none_kept_bytes"), stream)
 
 
 def backward_begin(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -> Expr:

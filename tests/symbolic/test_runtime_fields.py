@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sympy
 
 from mist.model.graph import ModelGraph, T, TensorLayout
 from mist.model.summary import Traffic
@@ -221,25 +220,6 @@ def test_a_loss_is_at_its_peak_while_no_layer_works(root_group: bool) -> None:
     assert found["working_bytes"] > 8 * logits - 1 > kept["working_bytes"]
     if not root_group:
         assert found["working_bytes"] == pytest.approx(8 * logits)
-
-
-def test_a_layer_runs_backward_when_the_logits_are_gone() -> None:
-    """A layer that works in 1 GB, after a loss that kept 4 bytes a logit on this rank."""
-    graph = toy_graph((LAYERS,))
-    (block,) = graph.blocks
-    size = (sympy.Integer(10**9),)
-    block = replace(block, transient_bytes=size, transient_with_grads_bytes=size)
-    graph = replace(graph, blocks=(block,))
-    runtime = without_root_group()
-    none = replace(runtime.loss, kept_bytes_per_logit=replace(TORCH.host.step_s, value=0.0))
-    spared = replace(runtime, loss=none)
-    logits = B * SEQ * 32000 / 2
-    with_loss, without_loss = (stage(each, graph=graph) for each in (runtime, spared))
-    kept = with_loss["activations_bytes"] - without_loss["activations_bytes"]
-    assert kept == pytest.approx(4 * logits)
-    assert without_loss["working_bytes"] - with_loss["working_bytes"] == pytest.approx(kept)
-    # Before the last stage there is no loss whose logits could be gone.
-    assert stage(runtime, graph=graph, pp=2)["working_bytes"] == pytest.approx(1e9)
 
 
 def held_params(tp: int) -> float:
