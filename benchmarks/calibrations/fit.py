@@ -71,9 +71,8 @@ class Fit:
         return self.hierarchy.fit(self.times, self.every, self.listed)
 
     def without(self, rows: Counts) -> Posterior:
-        """The fit to all runs but some."""
-        others = np.setdiff1d(self.every, rows)
-        return self.hierarchy.fit(self.times, others, self.listed, self.whole.point)
+        """The fit to all runs but some; it begins anew, for the whole fit knows those runs."""
+        return self.hierarchy.fit(self.times, np.setdiff1d(self.every, rows), self.listed)
 
     def errors(self, posterior: Posterior, rows: Counts) -> Floats:
         """log(predicted / measured) of these rows."""
@@ -150,10 +149,15 @@ def is_core(run: Run) -> bool:
     return run.task in ("", "pretrain") and run.precision != "fp8"
 
 
-def macro(fit: Fit, found: Floats) -> float:
-    """The mean over sources with enough runs of pretraining of their median error, in %."""
-    medians = [100 * np.median(np.abs(np.expm1(found[rows]))) for rows in core_rows(fit).values()]
-    return float(np.mean(medians))
+def macro(fit: Fit, found: Floats) -> tuple[str, str]:
+    """The mean over sources with enough runs of pretraining of their median error, in %.
+
+    Of all of them, and of those that the fit is of.
+    """
+    core = core_rows(fit)
+    medians = {name: 100 * np.median(np.abs(np.expm1(found[own]))) for name, own in core.items()}
+    inside = [median for name, median in medians.items() if name in fit.listed]
+    return f"{np.mean([*medians.values()]):.1f}", f"{np.mean(inside):.1f}"
 
 
 def core_rows(fit: Fit) -> dict[str, Counts]:
@@ -289,13 +293,15 @@ def page(fit: Fit, inside: Floats, outside: Mapping[str, Floats], found: Interva
     head = ("source", "runs", "in-sample", "source left out", "model left out",
             "one run of it known", "width of the interval", "covered")  # fmt: skip
     by_source = table(head, rows)
-    ways = [["nothing (in-sample)", len(inside), words(inside), f"{macro(fit, inside):.1f}"]]
-    ways += [[name, len(found), words(found), f"{macro(fit, found):.1f}"]
+    ways = [["nothing (in-sample)", len(inside), words(inside), *macro(fit, inside)]]
+    ways += [[name, len(found), words(found), *macro(fit, found)]
              for name, found in outside.items()]  # fmt: skip
-    known = np.mean([100 * np.median(np.abs(np.expm1(each))) for each in one.values()])
-    ways.append(["all but one run of a source", sum(map(len, one.values())), "-", f"{known:.1f}"])
+    medians = {name: 100 * np.median(np.abs(np.expm1(each))) for name, each in one.items()}
+    known = [f"{np.mean([medians[name] for name in names]):.1f}"
+             for names in (one, set(one).intersection(fit.listed))]  # fmt: skip
+    ways.append(["all but one run of a source", sum(map(len, one.values())), "-", *known])
     by_way = table(("left out of the fit", "runs", "error: median / p90 (sign), %",
-                    "mean of the sources' medians, %"), ways)  # fmt: skip
+                    "mean of the sources' medians, %", "of sources in the fit"), ways)  # fmt: skip
     macro_covered = np.mean([covered[own].mean() for own in core_rows(fit).values()])
     said = (
         f"{len(CONSTANTS) + 1} constants, {len(fit.hierarchy.effects)} effects. Intervals of runs "

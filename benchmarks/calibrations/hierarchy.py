@@ -134,8 +134,7 @@ class Hierarchy:
         parts = self.design[:, row].astype(float)
         return parts @ posterior.covariance @ parts.T
 
-    def fit(self, times: StepTimes, rows: Counts, listed: Sequence[str], start: Floats | None = None
-            ) -> Posterior:  # fmt: skip
+    def fit(self, times: StepTimes, rows: Counts, listed: Sequence[str]) -> Posterior:
         """The effects after the runs of these rows; sources that are not listed say nothing."""
         rows = thinned(times.sources, rows)
         some, design = times.only(rows), self.design[:, rows]
@@ -148,7 +147,7 @@ class Hierarchy:
             return sum(each[:, [column]] * part for column, part in enumerate(design))
 
         runs = Runs(errors=errors, slopes=slopes, weights=weights_of(some.sources, listed))
-        return fitted(runs, self.prior, start)
+        return fitted(runs, self.prior)
 
 
 def thinned(sources: NDArray[np.str_], rows: Counts) -> Counts:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mist.plans.numerics import FP8
 from mist.plans.workload import Optimizer
 from mist.platform.calibration import calibrated, figure_at
 from mist.platform.profiles import find_calibration, load_device
@@ -85,8 +86,10 @@ def is_timed(run: Run) -> bool:
 def timed_groups(runs: Sequence[Run]) -> list[RunGroup]:
     """Groups of runs whose times are compared, each with its members that ran regularly."""
     sources = load_sources()
-    # What a row leaves blank is what it likeliest is: so these runs are predicted too.
-    timed = [filled_runs(run, sources, has_stages=False)[0].run for run in runs if is_timed(run)]
+    cases = [filled_runs(run, sources, has_stages=False) for run in runs if is_timed(run)]
+    # A run with blanks is one of several. Of such only those in fp8 count, as what they likeliest
+    # are: no source of fp8 says what it recomputes.
+    timed = [each[0].run for each in cases if len(each) == 1 or each[0].run.precision == FP8]
     groups, _ = grouped(timed, sources, calibrated=False)
     found = []
     for group in groups:

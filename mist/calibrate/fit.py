@@ -105,9 +105,9 @@ class Runs:
     weights: Floats | float = 1.0
 
 
-def fitted(runs: Runs, prior: Prior, start: Floats | None = None) -> Posterior:
-    """The constants of the largest posterior density; `start`: where the search begins."""
-    point = prior.mean if start is None else start
+def fitted(runs: Runs, prior: Prior) -> Posterior:
+    """The constants of the largest posterior density, searched for from the prior's mean."""
+    point = prior.mean
     errors, damping = runs.errors(point), 1e-2
     for _ in range(MAX_STEPS):
         move = _step(runs, point, errors, prior)

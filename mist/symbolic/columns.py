@@ -63,15 +63,20 @@ def strategy_columns(
 
     `knobs`: of strategies by name, and the ratio of each state in host memory; what is left out is
     at rest. At ZeRO-0 every data-parallel rank has a copy of the states.
+
+    cp ranks have b / cp of whole samples each: as many tokens, and pairs of tokens in attention, as
+    shares of the sequence that are dealt evenly. States are divided over dp * cp ranks. That keys
+    and values travel is not counted: they hide behind attention where sequences are long.
     """
     rest: dict[str, ArrayLike] = {**AT_REST, **NO_OFFLOAD, **knobs}
     values = {name: np.asarray(value) for name, value in rest.items()}
-    tp, dp, zero = values["tp"], values["dp"], zero_as_run(schedule.kind, values["zero"])
+    tp, dp = values["tp"], values["dp"] * values["cp"]
+    zero = zero_as_run(schedule.kind, values["zero"])
     per_node = np.maximum(placement.gpus_per_node // tp, 1)
     shard = np.where(zero > 0, dp // values["dp_replicate"], 1)
     copies = dp // shard
     return {
-        "b": values["micro_batch"],
+        "b": values["micro_batch"] / values["cp"],
         "s": placement.seq_len,
         "t": tp,
         "dp_shard": shard,

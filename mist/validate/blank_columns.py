@@ -131,6 +131,10 @@ def _micro_batches(run: Run, _: Source, __: Runtime) -> Values:
     return [size for size in sizes if _rank_samples(run) % size == 0]
 
 
+def _micro_steps(run: Run, _: Source, __: Runtime) -> Values:
+    return () if run.global_batch else (1, MOST_SAMPLES)
+
+
 def _zero_levels(run: Run, source: Source, runtime: Runtime) -> Values:
     if source.zero is not None:
         return ()
@@ -165,4 +169,5 @@ CASES: Final[Mapping[str, Callable[[Run, Source, Runtime], Values]]] = {
     "zero_or_fsdp": _zero_levels,
     "activation_ckpt": _checkpoints,
     "micro_batch": _micro_batches,
+    "grad_accum": _micro_steps,
 }

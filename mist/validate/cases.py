@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Final
@@ -125,8 +125,9 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
             attention=attention.kernel,
             fused_norms=runtime.kernels.fused_norms or attention.fused_norms,
             compiled=run.compile == "yes",
+            head=source.head,
         ),
-        attention=run.attention_impl,
+        attention=source.attention or run.attention_impl,
         source=run.source,
         origin=source,
         runtime=source.runtime,
@@ -141,11 +142,12 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
 
 def _known(run: Run, sources: Sources) -> tuple[Hardware, AttentionKernel]:
     """What stands for a run's GPU and attention. Raises Unsupported, also for what it trains in."""
-    hardware, attention = sources.hardware(run.gpu), sources.attention.get(run.attention_impl)
+    word = sources.of(run).attention or run.attention_impl
+    hardware, attention = sources.hardware(run.gpu), sources.attention.get(word)
     if hardware is None:
         raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
     if attention is None:
-        raise Unsupported(f"attention {run.attention_impl!r} is not known")
+        raise Unsupported(f"attention {word!r} is not known")
     if run.precision not in PRECISIONS:
         raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
     if run.task not in TASKS:
@@ -171,7 +173,7 @@ def _layout(
         share, partial = _recomputed_ratio(run, source.recomputed_ratio.value), True
         layers = [(count, round(share * count)) for count, _ in layers]
     stated = replace(run, activation_ckpt="none") if partial else run
-    layout = layout_of(stated, layers=layers, zero=source.zero, checkpoint=source.checkpoint)
+    layout = layout_of(stated, source, layers)
     _check_runtime(layout, runtime)
     return layout
 
@@ -190,6 +192,9 @@ def _check_runtime(layout: Layout, runtime: Runtime) -> None:
             raise Unsupported(f"runtime {runtime.name} has no ZeRO-{stage.zero}")
         for level in set(stage.levels) - set(runtime.levels):
             raise Unsupported(f"{level} checkpointing of runtime {runtime.name} is not known")
+        for name, share in asdict(stage.offload).items():
+            if share and not runtime.offloads(name):
+                raise Unsupported(f"runtime {runtime.name} does not offload {name}")
 
 
 def _layers(

@@ -1,12 +1,13 @@
 """From a run's columns to the layout that it trained with: what each pipeline stage holds."""
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
 from mist.model.summary import MOST_LAYERS
 from mist.plans.knobs import STAGE_KNOBS
 from mist.plans.memory_levels import memory_of
-from mist.plans.plan import Layout, Schedule
+from mist.plans.plan import NOTHING_OFFLOADED, Layout, Offload, Schedule
 from mist.plans.schedules import kind_of
 from mist.plans.search_space import CHECKPOINTS
 from mist.plans.uniform_stages import chunk_shares, uniform_layout
@@ -18,6 +19,7 @@ from mist.plans.workload import (
 )
 from mist.validate.measured_runs import Run
 from mist.validate.run_models import Impossible, Unsupported
+from mist.validate.sources import Source
 
 ZERO_LEVELS: Final = (
     ("zero1", 1),
@@ -27,6 +29,8 @@ ZERO_LEVELS: Final = (
     ("hsdp", 3),
     ("none", 0),
 )
+# What rows call the states that they offload.
+OFFLOADED: Final = {"opt": "optimizer", "param": "weights", "act": "activations"}
 # As the options of plan and check have them; lists are as long as there are layers and stages.
 MOST_OF: Final = (
     (MOST_LAYERS, ("n_layers", "vpp")),
@@ -36,10 +40,8 @@ MOST_OF: Final = (
 )
 
 
-def layout_of(
-    run: Run, *, layers: Sequence[tuple[int, int]], zero: int | None, checkpoint: str
-) -> Layout:
-    """The layout of a run; `zero` and `checkpoint` stand in where the run does not say.
+def layout_of(run: Run, source: Source, layers: Sequence[tuple[int, int]]) -> Layout:
+    """The layout of a run; its source stands in where the run does not say.
 
     `layers`: of each stage, and how many of them run again whole even if the run does not say so.
     Raises Unsupported, naming what is missing or cannot be predicted.
@@ -47,9 +49,9 @@ def layout_of(
     assert run.dp and run.tp and run.micro_batch
     knobs = {
         **{knob.name: value for knob in STAGE_KNOBS if (value := getattr(run, knob.name, None))},
-        "zero": _zero(run.zero_or_fsdp, zero),
+        "zero": _zero(run.zero_or_fsdp, source.zero),
     }
-    level = _level(run.activation_ckpt or checkpoint)
+    level = _level(run.activation_ckpt or source.checkpoint)
     chunks = run.vpp or 1
     return uniform_layout(
         knobs,
@@ -57,6 +59,7 @@ def layout_of(
         memory=[memory_of(count, level, repeated) for count, repeated in layers],
         num_micro_batches=_num_micro_batches(run),
         schedule=Schedule(kind=kind_of(chunks), vpp=chunks),
+        offload=offload_of(f"{run.zero_or_fsdp} {source.offload}"),
         shards_sequence=True,
     )
 
@@ -67,9 +70,8 @@ def check_run(run: Run) -> None:
     if absent := [name for name in names if not getattr(run, name)]:
         raise Unsupported(f"{', '.join(absent)} not given")
     _check_sizes(run)
-    for name, words in (("cp", "context"), ("ep", "expert")):
-        if (getattr(run, name) or 1) > 1:
-            raise Unsupported(f"{words} parallelism is not modelled")
+    if (run.ep or 1) > 1:
+        raise Unsupported("expert parallelism is not modelled")
 
 
 def _check_sizes(run: Run) -> None:
@@ -83,9 +85,23 @@ def _check_sizes(run: Run) -> None:
         raise Impossible(f"{layers:,} layers cannot fill {chunks:,} pipeline stages or chunks")
 
 
+def offload_of(text: str) -> Offload:
+    """What a row's words of ZeRO have in host memory: zero3+offload(opt,param).
+
+    Raises Unsupported for words that are none of `OFFLOADED`.
+    """
+    if "offload" not in text:
+        return NOTHING_OFFLOADED
+    words = re.findall(r"\w+", text.partition("offload")[2])
+    unknown = [word for word in words if word not in OFFLOADED]
+    if unknown or not words:
+        raise Unsupported(
+            f"offloading {', '.join(unknown) or 'of what is not said'} is not modelled"
+        )
+    return Offload(**{OFFLOADED[word]: 1.0 for word in words})
+
+
 def _zero(text: str, default: int | None) -> int:
-    if "offload" in text:
-        raise Unsupported("offloading is not modelled")
     for word, level in ZERO_LEVELS:
         if word in text:
             return level

@@ -10,7 +10,7 @@ from mist.errors import PlatformError
 from mist.files import read_bytes
 from mist.plans.numerics import FP8, Numerics
 from mist.plans.provenance import Kind
-from mist.plans.workload import Attention
+from mist.plans.workload import Attention, HeadMode
 from mist.platform.profiles import check, is_path, load_device, load_shipped, read_yaml
 from mist.platform.quantity import Quantity, Record
 from mist.platform.runtime import Runtime
@@ -70,7 +70,9 @@ class Source(Record):
     """The framework of a source.
 
     `memory`: what its peaks are. `cluster`: where it is not that of the GPU. `zero`, `checkpoint`:
-    where a row says nothing. `dropout`: whether its GPT models drop activations out.
+    where a row says nothing. `offload`: what all its runs have in host memory, in a row's words.
+    `head`: how the last matrix and the loss run. `attention`: the kernel that its rows' word means.
+    `dropout`: whether its GPT models drop activations out.
     `not_modelled`: why its runs are not predicted, where their rows do not show it.
     `selective_as`: the runtime whose selective checkpointing its rows mean. `recomputed_ratio`: the
     share of whole layers that they mean instead, where a row has no HFU. `nic_bytes_per_s`: of each
@@ -83,6 +85,9 @@ class Source(Record):
     cluster: str = ""
     zero: int | None = None
     checkpoint: str = ""
+    offload: str = ""
+    head: HeadMode = HeadMode.NONE
+    attention: str = ""
     dropout: bool = False
     not_modelled: str = ""
     selective_as: str = ""

@@ -35,6 +35,8 @@ def test_a_run_that_says_all_is_its_only_case() -> None:
         ({"micro_batch": None, "grad_accum": None}, 1, [2, 4, 8]),  # 32 samples on 4 ranks
         ({"micro_batch": None, "grad_accum": 4}, 2, []),  # 32 / 4 / 4
         ({"micro_batch": None, "grad_accum": None, "global_batch": 12}, 1, []),  # 3 a rank
+        ({"grad_accum": None, "global_batch": None}, 1, [8]),  # nobody says how many samples
+        ({"grad_accum": None}, None, []),  # 32 samples on 4 ranks of 2: the layout counts them
         ({"precision": ""}, "bf16", []),
         ({"vocab": None}, 50304, [32000, 128256]),
         ({"ffn_hidden": None, "arch": "dense-gpt"}, 1024, []),  # 4 x 256

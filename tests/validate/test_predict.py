@@ -69,6 +69,23 @@ def test_runs_are_predicted_as_plans_are() -> None:
         assert one.stage_bytes == pytest.approx(parts, abs=2)
 
 
+def test_context_parallel_ranks_compute_as_ranks_with_shares_of_samples() -> None:
+    """Two ranks with half of each of two samples each, against as many with one sample each."""
+    programs = compile_model(toy_graph((8,)), adamw_setting(toy_platform().runtime))
+    whole = layout(2, 2, 1, 1, 4)
+    shared = replace(
+        whole,
+        stages=tuple(replace(s, dp=s.dp // 2, cp=2, micro_batch=2) for s in whole.stages),
+    )
+    cases = [Case(layout=each, seq_len=64, num_gpus=16) for each in (whole, shared)]
+    one, other = predict(programs, machine(), cases)
+    assert other == one
+    # A sample more on each rank is half a sample's work more.
+    heavier = replace(shared, stages=tuple(replace(s, micro_batch=3) for s in shared.stages))
+    (more,) = predict(programs, machine(), [Case(layout=heavier, seq_len=64, num_gpus=16)])
+    assert more.step_s > one.step_s
+
+
 def test_chunks_fill_the_pipeline_as_plans_do() -> None:
     """Two stages of four layers, whole or in two chunks of two."""
     graph = toy_graph((8,))

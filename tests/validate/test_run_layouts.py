@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from mist.plans.memory_levels import memory_of
-from mist.plans.plan import even_layers, layers_by_cost
-from mist.plans.workload import MemoryLevel
+from mist.plans.plan import Offload, even_layers, layers_by_cost
+from mist.plans.workload import HeadMode, MemoryLevel
 from mist.platform.profiles import find_calibration, load_device, load_runtime
 from mist.validate.cases import grouped
 from mist.validate.measured_runs import StageRun
@@ -15,6 +15,7 @@ from mist.validate.run_models import Unsupported, architecture_of
 from mist.validate.sources import Source, load_source_ratios, load_sources
 from tests.validate.rows import RUN, run
 
+PLAIN = Source(runtime="torch", memory="reserved")
 SIX = ((6, 0),)  # layers on one stage, none recomputed beyond what a run says
 
 
@@ -23,9 +24,13 @@ SIX = ((6, 0),)  # layers on one stage, none recomputed beyond what a run says
     [
         ({"dp": None}, "dp not given"),
         ({"tp": None, "pp": None}, "tp, pp not given"),
-        ({"cp": 2}, "context parallelism is not modelled"),
         ({"ep": 8}, "expert parallelism is not modelled"),
-        ({"zero_or_fsdp": "zero3+offload(opt)"}, "offloading is not modelled"),
+        ({"zero_or_fsdp": "zero3+offload"}, "offloading of what is not said is not modelled"),
+        ({"zero_or_fsdp": "zero3+offload(opt,nvme)"}, "offloading nvme is not modelled"),
+        (
+            {"zero_or_fsdp": "zero3+offload(act)", "tp": 1, "dp": 8},
+            "runtime deepspeed-zero3 does not offload activations",
+        ),
         ({"zero_or_fsdp": ""}, "the ZeRO level of '(blank)' is not known"),
         ({"activation_ckpt": "partial"}, "activation checkpointing 'partial' is not modelled"),
         ({"vocab": None}, "vocab not given"),
@@ -75,20 +80,50 @@ def test_runs_of_one_model_are_predicted_together() -> None:
     [("none", 0), ("ddp+dist-optimizer(zero1)", 1), ("fsdp2-full", 3), ("hsdp", 3), ("zero2", 2)],
 )
 def test_zero_levels(text: str, zero: int) -> None:
-    layout = layout_of(run(zero_or_fsdp=text), layers=SIX, zero=None, checkpoint="")
+    layout = layout_of(run(zero_or_fsdp=text), PLAIN, SIX)
     assert layout.stages[0].zero == zero
 
 
+@pytest.mark.parametrize(
+    ("text", "hosted"),
+    [
+        ("zero2", Offload()),
+        ("zero2+offload(opt)", Offload(optimizer=1.0)),
+        ("zero3+offload(opt,param)", Offload(optimizer=1.0, weights=1.0)),
+        ("fsdp2-full+offload(act)", Offload(activations=1.0)),
+    ],
+)
+def test_offloaded_states_are_named_in_the_words_of_zero(text: str, hosted: Offload) -> None:
+    layout = layout_of(run(zero_or_fsdp=text), PLAIN, SIX)
+    assert layout.stages[0].offload == hosted
+
+
+def test_a_source_says_what_all_of_its_runs_offload_and_how_their_loss_runs() -> None:
+    """ml-engineering: DeepSpeed's CPU AdamW and Liger's loss, in its notes."""
+    one = run(source="ml-engineering", zero_or_fsdp="zero3", tp=1, dp=8)
+    (group,), _ = grouped([one], load_sources(), calibrated=False)
+    (stage,) = group.members[0].case.layout.stages
+    assert (stage.offload, group.key.setting.head) == (Offload(optimizer=1.0), HeadMode.IN_FORWARD)
+
+
+def test_a_source_says_which_kernel_its_word_of_attention_means() -> None:
+    """Transformer Engine's on Blackwell is cuDNN's; simumax calls it flash."""
+    row = run(source="simumax-b200", gpu="B200-180GB-SXM", attention_impl="flash")
+    (group,), _ = grouped([row], load_sources(), calibrated=False)
+    (plain,), _ = grouped([replace(row, source="megatron-lm-ci")], load_sources(), calibrated=False)
+    scale = [each.machine.runtime.kernels.attention_time_scale.value for each in (group, plain)]
+    assert scale == [0.36, 1.0]
+
+
 def test_what_a_run_does_not_say_the_source_does() -> None:
-    layout = layout_of(
-        run(zero_or_fsdp="", activation_ckpt=""), layers=SIX, zero=1, checkpoint="full"
-    )
+    source = replace(PLAIN, zero=1, checkpoint="full")
+    layout = layout_of(run(zero_or_fsdp="", activation_ckpt=""), source, SIX)
     (stage,) = layout.stages
     assert (stage.zero, stage.memory) == (1, memory_of(6, MemoryLevel.FULL))
 
 
 def test_micro_batches_follow_from_the_global_batch() -> None:
-    layout = layout_of(run(grad_accum=None), layers=SIX, zero=None, checkpoint="")
+    layout = layout_of(run(grad_accum=None), PLAIN, SIX)
     assert layout.num_micro_batches == 32 // (4 * 2)
 
 
