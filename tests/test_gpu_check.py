@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("versions", "parity", "profile", "predictions", "overlap", "sustained")
+PARTS = ("versions", "parity", "profile", "predictions", "overlap", "levels", "sustained")
 
 
 @pytest.mark.slow
@@ -33,5 +33,9 @@ def test_every_part_runs_with_what_the_bundle_holds(tmp_path: Path) -> None:
     for part in PARTS:
         assert "error" not in found[part], found[part]
     assert len(found["predictions"]["found"]) == 6
+    levels = found["levels"]["found"]["rows"]
+    usual = {level.value for level in USUAL}
+    heads = {f"head {mode}" for mode in HeadMode if mode is not HeadMode.NONE}
+    assert set(levels) == {level.value for level in MemoryLevel} - usual | heads
     assert found["seconds"] < 300
     assert ("parity", "PASS") in [tuple(row[:2]) for row in found["verdicts"]]

@@ -159,10 +159,11 @@ class _Costs:
                 better &= own <= its
             elif name in _WORKING:
                 better &= kept[level] + own <= kept[all_kept] + its
-        return better
+        return np.asarray(better)
 
     def in_order(self, level: int) -> NDArray[np.bool_]:
-        """Levels before one in the table that keep as much at least, those behind no more, [L, K]."""
+        """Levels before one that keep as much at least, those behind it no more, [L, K]."""
         kept = self.values[:, :, self.names.index("kept_bytes")]
         before = np.arange(len(self.levels))[:, None, None] < level
-        return np.where(before, kept >= kept[level], kept <= kept[level]).all(axis=1)
+        in_order = np.where(before, kept >= kept[level], kept <= kept[level]).all(axis=1)
+        return np.asarray(in_order)

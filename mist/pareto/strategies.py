@@ -312,9 +312,7 @@ def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, .
 
 
 @cache
-def _levels_under(
-    levels: tuple[MemoryLevel, ...], kind: ScheduleKind
-) -> tuple[MemoryLevel, ...]:
+def _levels_under(levels: tuple[MemoryLevel, ...], kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
     kept: Columns = {"schedule": kind.value, "activations": 0.0, "tp": 1}
     return tuple(level for level in levels if may_have(level, kept))
 
