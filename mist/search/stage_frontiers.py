@@ -137,7 +137,10 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     # No time falls with an offload ratio: what fits everywhere as it is needs no offloading.
     short = np.flatnonzero(base.short(ranges, bounds.limits))
-    away = offloading(base.job, group, base.space, short, _offloaded(base, ranges, bounds))
+    few = _offloaded(base, ranges, bounds)
+    if few is None:
+        return
+    away = offloading(base.job, group, base.space, short, few)
     model = _with(base, away, ranges, bounds.step_s)
     sufficient = _sufficient(model, ranges, bounds)
     if sufficient is None:
@@ -172,12 +175,16 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
                 yield replace(cell, stage=stage), points, strategies
 
 
-def _offloaded(base: GroupModel, ranges: Ranges, bounds: Bounds) -> Strategies:
-    """Few strategies that stand for all tuples of ratios that a plan within the bounds may use."""
+def _offloaded(base: GroupModel, ranges: Ranges, bounds: Bounds) -> Strategies | None:
+    """Few strategies that stand for all tuples of ratios that a plan within the bounds may use.
+
+    None where no plan is.
+    """
     job, group, space = base.job, base.group, base.space
     few = MostOffloaded(job, space, [group]).of(group)
     model = GroupModel(job, group, few, space)
-    return few.take(capacity(model, ranges, bounds.limits, bounds.step_s, coarse=True).useful)
+    room = capacity(model, ranges, bounds.limits, bounds.step_s, coarse=True)
+    return few.take(room.useful) if room.suffices else None
 
 
 def _everywhere(
