@@ -380,7 +380,7 @@ def predictions(check: Check) -> dict[str, Any]:
 
 
 def levels(check: Check) -> dict[str, Any]:
-    """Layers at every other memory level, and heads: the same, and the losses of the plain model."""
+    """Layers at every other memory level, and heads: the same; and losses as the plain model's."""
     rows = all_beside(check, "levels", level_layouts())
     plain = check.parts["predictions"]["found"]["nothing"]["losses"]
     off = {
@@ -464,7 +464,7 @@ def judge(check: Check, part: str, rows: dict[str, Any], profiles: dict[str, Any
 
 
 def rungs(check: Check) -> dict[str, Any]:
-    """What two converted layers keep beyond the embedding, and their time, by every step."""
+    """What a model of two converted layers keeps, and its time, by every step of the ladder."""
     import torch
     from transformers import AutoConfig, AutoModel
 
@@ -478,21 +478,11 @@ def rungs(check: Check) -> dict[str, Any]:
         model = AutoModel.from_config(config, dtype=torch.bfloat16).to(check.device).train()
         if rung != "none":
             convert(model, rung)
-        run = partial(model, ids, use_cache=False)
-        known = {each.untyped_storage()._cdata for each in (*model.parameters(), ids)}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Any) -> Any:  # noqa: ANN401
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            last = run().last_hidden_state
-        seconds = timed(check, lambda: run().last_hidden_state.sum().backward())
-        rows[rung] = {"kept_bytes": sum(kept.values()), "seconds": seconds}
-        del last, model
+        rows[rung] = {
+            "kept_bytes": kept_bytes(model, ids),
+            "seconds": timed(check, partial(forward_and_backward, model, ids)),
+        }
+        del model
     words = ", ".join(
         f"{n} {each['kept_bytes'] / rows['none']['kept_bytes']:.2f} of the bytes and "
         f"{each['seconds'] / rows['none']['seconds']:.2f} of the time"
@@ -500,6 +490,28 @@ def rungs(check: Check) -> dict[str, Any]:
     )
     check.say("steps of the ladder", True, words)
     return rows
+
+
+def kept_bytes(model: Any, ids: Any) -> int:  # noqa: ANN401
+    """What is kept for the backward pass, each storage once, without parameters."""
+    import torch
+
+    known = {each.untyped_storage()._cdata for each in (*model.parameters(), ids)}
+    kept: dict[int, Any] = {}  # storages that live as long as this do not share an address
+
+    def pack(tensor: Any) -> Any:  # noqa: ANN401
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(ids, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def forward_and_backward(model: Any, ids: Any) -> None:  # noqa: ANN401
+    model(ids, use_cache=False).last_hidden_state.sum().backward()
 
 
 def overlap(check: Check) -> dict[str, float]:

@@ -97,12 +97,19 @@ class ActivationFromOutput(torch.autograd.Function):
 
 
 @cache
-def _triton_kernels() -> ModuleType | None:
-    """`mist.layers.triton_kernels`; None where triton is not installed."""
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    """`mist.layers.triton_kernels`; None where they do not run.
+
+    Triton may be missing, or its C compiler, or the GPU may be older than those that it knows: one
+    element tells.
+    """
+    one = torch.ones(1, device=device)
     try:
-        return import_module("mist.layers.triton_kernels")
-    except ImportError:
+        kernels = import_module("mist.layers.triton_kernels")
+        kernels.silu_product(one, one)
+    except Exception:
         return None
+    return kernels
 
 
 def _kernels(name: str, *tensors: Tensor) -> ModuleType | None:
@@ -115,7 +122,7 @@ def _kernels(name: str, *tensors: Tensor) -> ModuleType | None:
         and each.dtype == tensors[0].dtype != torch.float64
         for each in tensors
     )
-    return _triton_kernels() if able else None
+    return _triton_kernels(tensors[0].device) if able else None
 
 
 def _gated_product(gate: Tensor, up: Tensor, name: str) -> Tensor:

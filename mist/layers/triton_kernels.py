@@ -47,7 +47,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up, of contiguous tensors of one shape and type: bf16, fp16 or fp32."""
     product = torch.empty_like(gate)
     size = gate.numel()
-    _product[triton.cdiv(size, _BLOCK),](gate, up, product, size, block=_BLOCK)
+    with torch.cuda.device_of(gate):  # triton launches on the current one
+        _product[triton.cdiv(size, _BLOCK),](gate, up, product, size, block=_BLOCK)
     return product
 
 
@@ -55,5 +56,6 @@ def silu_product_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tens
     """Gradients of gate and up; all contiguous, of one shape and type."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     size = gate.numel()
-    _gradients[triton.cdiv(size, _BLOCK),](grad, gate, up, dgate, dup, size, block=_BLOCK)
+    with torch.cuda.device_of(gate):
+        _gradients[triton.cdiv(size, _BLOCK),](grad, gate, up, dgate, dup, size, block=_BLOCK)
     return dgate, dup

@@ -136,9 +136,7 @@ def _every(base: Strategies, ratios: Floats) -> Strategies:
 def _stood_for(strategies: Strategies, few: Strategies) -> NDArray[np.bool_]:
     """Which strategies have the knobs, and the share of activations, of one of a few, [K]."""
     names = [*few.knobs, "activations"]
-    _, at = _unlike(
-        Strategies(columns={n: np.concatenate([few[n], strategies[n]]) for n in names})
-    )
+    _, at = _unlike(Strategies(columns={n: np.concatenate([few[n], strategies[n]]) for n in names}))
     return np.isin(at[len(few) :], at[: len(few)])
 
 

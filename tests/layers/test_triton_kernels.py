@@ -23,7 +23,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     sys.modules.pop(NAME, None)
     activation_functions._triton_kernels.cache_clear()
-    found = activation_functions._triton_kernels()
+    found = activation_functions._triton_kernels(torch.device("cpu"))
     assert found is not None
     monkeypatch.setattr(activation_functions, "_kernels", lambda *_: found)
     yield found
@@ -78,3 +78,8 @@ def test_a_dropped_product_is_made_again_bit_for_bit(kernels: ModuleType) -> Non
 
 def test_only_whole_tensors_on_a_gpu_run_in_one_kernel() -> None:
     assert activation_functions._kernels("silu", *drawn((3, 8), torch.float32)) is None
+
+
+def test_where_kernels_do_not_run_torch_does_the_work() -> None:
+    activation_functions._triton_kernels.cache_clear()
+    assert activation_functions._triton_kernels(torch.device("cpu")) is None  # not interpreted

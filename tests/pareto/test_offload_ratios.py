@@ -139,9 +139,7 @@ def test_what_the_rows_rule_out_no_tuple_can_do() -> None:
             limits = Limits(device_bytes=device_bytes, host_bytes=64e9)
             for slack in (1.05, 1.3, 3.0):
                 step_s = slack * lower_bound_s(job, group, space.levels)
-                may, can = (
-                    capacity(m, ranges, limits, step_s, coarse=True) for m in (few, every)
-                )
+                may, can = (capacity(m, ranges, limits, step_s, coarse=True) for m in (few, every))
                 assert may.suffices or not can.suffices
                 num_out += not may.suffices
                 num_open += can.suffices
