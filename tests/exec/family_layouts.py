@@ -9,7 +9,7 @@ LAYERS: Final = 2
 FAMILIES: Final = (
     "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "gemma2", "gemma3", "gpt2",
     "gpt-neox", "opt", "bloom", "mpt", "starcoder2", "stablelm", "cohere", "olmo2", "glm4",
-    "smollm3", "gpt-oss", "deepseek-v3", "lfm2",
+    "smollm3", "gpt-oss", "deepseek-v3", "lfm2", "phi3", "falcon", "falcon-new", "gptj", "gpt-neo",
 )  # fmt: skip
 # Scans beside attention: tensor parallelism alone.
 HYBRIDS: Final = ("bamba", "granite4-h")
