@@ -127,7 +127,10 @@ class GroupModel:
     def _choose_levels(self) -> None:
         """The levels, and pairs of them in one stage, that are useful for a strategy."""
         runtime = self.job.platform.runtime
-        self.levels = tuple(level for level in self.space.levels if self.useful[level].any())
+        levels = tuple(level for level in self.space.levels if self.useful[level].any())
+        self.levels = (
+            levels or self.space.levels[:1]
+        )  # of no strategy: tables have rows all the same
         self.pairs = tuple(
             (upper, lower)
             for upper, lower in (combinations(self.levels, 2) if self.space.some_layers else ())
