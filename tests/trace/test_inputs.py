@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mist.errors import ModelError
 from mist.model.graph import ModelGraph
@@ -11,6 +12,7 @@ from mist.plans.workload import Attention, Precision
 from mist.trace import ConfigSource, TraceSetting, load_graph
 from mist.trace.models.configurations import model_of
 from mist.trace.models.model_inputs import WAVES, default_batch
+from mist.trace.tensor_parallel.tp_plan import planned_heads
 
 SIZES = {
     "vocab_size": 128,
@@ -112,3 +114,18 @@ def test_what_libraries_warn_of_is_not_shown() -> None:
     """As `rope_scaling` is an older name; a warning is an error in these tests."""
     scaling = {"type": "linear", "factor": 2.0}
     assert load(LLAMA | {"model_type": "llama", "rope_scaling": scaling}).num_layers == 2
+
+
+def test_layers_with_numbers_of_heads_of_their_own_have_no_common_limit() -> None:
+    """transformers raises where a number of unlike layers is read from the configuration."""
+
+    class Unlike:
+        is_heterogeneous = True
+
+        @property
+        def num_attention_heads(self) -> int:
+            raise ValueError("of which layer?")
+
+    model = torch.nn.Module()
+    model.config = Unlike()  # type: ignore[assignment]
+    assert list(planned_heads(model)) == []

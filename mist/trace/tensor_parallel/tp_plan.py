@@ -57,6 +57,8 @@ def plan_of_model(model: nn.Module) -> Plan | None:
 def planned_heads(model: nn.Module) -> Iterator[TpLimit]:
     """The numbers of heads that the plan of a model divides, by its configuration."""
     config, plan = getattr(model, "config", None), plan_of_model(model)
+    if getattr(config, "is_heterogeneous", False):  # layers have numbers of heads of their own
+        return
     heads = getattr(config, "num_attention_heads", None)
     shared = getattr(config, "num_key_value_heads", heads)
     divided = plan is not None and any(
