@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 LATEST_S: Final = 440.0  # no part begins later: 480 s are what one may have of a card
 PEAK_RATIO, STEP_RATIO, HIDDEN_RATIO = 0.10, 0.25, 0.70  # bars: errors, and copies that are hidden
+LOSS_RATIO = 0.02  # of losses of the same numbers: a bf16 loss of 10 has steps of 0.06
 LLAMA_1B: Final = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -140,7 +141,8 @@ def versions(check: Check) -> dict[str, object]:
     return found
 
 
-LAYOUTS: Final = {  # words of `mist check`; the micro-batch of each
+Layouts = dict[str, tuple[dict[str, Any], int]]
+LAYOUTS: Final[Layouts] = {  # words of `mist check`; the micro-batch of each
     "nothing": ({}, 2),
     "selective": ({"checkpoint": "selective"}, 2),
     "full": ({"checkpoint": "full"}, 2),
@@ -179,13 +181,26 @@ def shipped(check: Check) -> str:
     return next((each for each in known if all(w in name for w in words[each])), "h100-sxm")
 
 
+def level_layouts() -> Layouts:
+    """Every memory level of the table that `LAYOUTS` has not, and every head but the plain one."""
+    from mist.plans.memory_levels import KEEPS_ALL, LEVELS
+    from mist.plans.workload import HeadMode
+
+    levels = [level.value for level in LEVELS if level is not KEEPS_ALL]
+    heads = [mode for mode in HeadMode if mode is not HeadMode.NONE]
+    return {
+        **{level: ({"checkpoint": level}, 2) for level in levels if level not in LAYOUTS},
+        **{f"head {mode}": ({"head": mode}, 2) for mode in heads},
+    }
+
+
 def planned(check: Check, name: str, profile: Path | None) -> Any:  # noqa: ANN401
     """A layout as a plan with its prediction."""
     from mist.plans.file import save_plan
     from mist.plans.plan import Offload
     from mist.workflow.checking import HandLayout, check_layout
 
-    words, micro_batch = LAYOUTS[name]
+    words, micro_batch = (LAYOUTS | level_layouts())[name]
     options: dict[str, Any] = {**words, "micro_batch": micro_batch}
     if "offload" in options:
         options["offload"] = Offload(**options["offload"])
@@ -361,6 +376,25 @@ def measure(check: Check) -> dict[str, object]:
 
 def predictions(check: Check) -> dict[str, Any]:
     """Six layouts: predicted by the profile that ships and by the measured one, then trained."""
+    return all_beside(check, "predictions", LAYOUTS)
+
+
+def levels(check: Check) -> dict[str, Any]:
+    """Layers at every other memory level, and heads: the same; and losses as the plain model's."""
+    rows = all_beside(check, "levels", level_layouts())
+    plain = check.parts["predictions"]["found"]["nothing"]["losses"]
+    off = {
+        name: max(abs(a / b - 1) for a, b in zip(row["losses"], plain, strict=True))
+        for name, row in rows.items()
+    }
+    words = ", ".join(f"{name} {ratio:.1e}" for name, ratio in off.items())
+    passed = max(off.values()) <= LOSS_RATIO if off else None
+    check.say("losses of levels", passed, f"differ from the plain ones by {words}")
+    return {"rows": rows, "losses_off": off}
+
+
+def all_beside(check: Check, part: str, layouts: Layouts) -> dict[str, Any]:
+    """Layouts beside their predictions, as long as there is time."""
     local = check.out / "local.yaml"
     profiles = (
         {"shipped": None, "measured": local} if check.device == "cuda" else {"measured": local}
@@ -368,14 +402,14 @@ def predictions(check: Check) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     print("| plan | profile | predicted peak | active | reserved | off | predicted | step | off |")
     with one_rank(check) as device:
-        for name in LAYOUTS:
+        for name in layouts:
             if check.spent_s > LATEST_S:
                 break
             try:
                 rows[name] = beside(check, name, profiles, device)
             except Exception as error:  # the others go on
                 check.say(f"plan {name}", False, f"{type(error).__name__}: {str(error)[:300]}")
-    judge(check, rows, profiles)
+    judge(check, part, rows, profiles)
     return rows
 
 
@@ -414,19 +448,70 @@ def line(name: str, word: str, row: dict[str, Any]) -> str:
     )
 
 
-def judge(check: Check, rows: dict[str, Any], profiles: dict[str, Any]) -> None:
+def judge(check: Check, part: str, rows: dict[str, Any], profiles: dict[str, Any]) -> None:
     for word in profiles:
         peaks, steps = (
             [abs(row[word][key]) for row in rows.values()] for key in ("peak_off", "step_off")
         )
         if not peaks:
-            check.say(f"predictions, {word}", None, "no layout was trained")
+            check.say(f"{part}, {word}", None, "no layout was trained")
             continue
         words = f"peaks off by {max(peaks):.1%} at most, steps by {median(steps):.1%} (median)"
         right = max(peaks) <= PEAK_RATIO and median(steps) <= STEP_RATIO
-        check.say(f"predictions, {word}", right if check.device == "cuda" else None, words)
+        check.say(f"{part}, {word}", right if check.device == "cuda" else None, words)
     retries = sum(row["num_alloc_retries"] or 0 for row in rows.values())
-    check.say("allocator", retries == 0, f"{retries} times memory had to be given back")
+    check.say(f"allocator, {part}", retries == 0, f"{retries} times memory had to be given back")
+
+
+def rungs(check: Check) -> dict[str, Any]:
+    """What a model of two converted layers keeps, and its time, by every step of the ladder."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from mist.layers import RUNGS, convert
+
+    sizes = {**(TINY if check.tiny else LLAMA_1B), "num_hidden_layers": 2}
+    config = AutoConfig.for_model(**sizes)
+    ids = torch.zeros(2, check.seq_len, dtype=torch.int64, device=check.device)
+    rows = {}
+    for rung in ("none", *RUNGS):
+        model = AutoModel.from_config(config, dtype=torch.bfloat16).to(check.device).train()
+        if rung != "none":
+            convert(model, rung)
+        rows[rung] = {
+            "kept_bytes": kept_bytes(model, ids),
+            "seconds": timed(check, partial(forward_and_backward, model, ids)),
+        }
+        del model
+    words = ", ".join(
+        f"{n} {each['kept_bytes'] / rows['none']['kept_bytes']:.2f} of the bytes and "
+        f"{each['seconds'] / rows['none']['seconds']:.2f} of the time"
+        for n, each in rows.items()
+    )
+    check.say("steps of the ladder", True, words)
+    return rows
+
+
+def kept_bytes(model: Any, ids: Any) -> int:  # noqa: ANN401
+    """What is kept for the backward pass, each storage once, without parameters."""
+    import torch
+
+    known = {each.untyped_storage()._cdata for each in (*model.parameters(), ids)}
+    kept: dict[int, Any] = {}  # storages that live as long as this do not share an address
+
+    def pack(tensor: Any) -> Any:  # noqa: ANN401
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(ids, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def forward_and_backward(model: Any, ids: Any) -> None:  # noqa: ANN401
+    model(ids, use_cache=False).last_hidden_state.sum().backward()
 
 
 def overlap(check: Check) -> dict[str, float]:
@@ -516,6 +601,8 @@ PARTS: Final[dict[str, Part]] = {
     "profile": measure,
     "predictions": predictions,
     "overlap": overlap,
+    "levels": levels,
+    "steps of the ladder": rungs,
     "sustained": sustained,
 }
 

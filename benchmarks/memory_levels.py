@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are not installed
 from mist.layers import RUNGS, convert, head_loss
 from tests.layers.families import without_dropout
-from tests.layers.test_bytes import LAYERS, MODELS, built, published_shapes, stacked
+from tests.layers.test_bytes import LAYERS, MODELS, batch_of, built, published_shapes, stacked
 from tests.layers.test_surgery import distance, gradient
 from tests.trace.real import layer_inputs
 
@@ -51,10 +51,7 @@ def layers() -> None:
             model = built(family, level, masks, torch.bfloat16, "cpu")  # type: ignore[arg-type]
             _, alive, activation = stacked(model, path, 1, 512)
             layer = model.get_submodule(f"{path}.0")
-            ids = {"input_ids": torch.zeros(1, 512, dtype=torch.int64)}
-            inputs = layer_inputs(
-                model, layer, ids | ({} if family == "bert" else {"use_cache": False})
-            )
+            inputs = layer_inputs(model, layer, batch_of(path, 1, 512))
             plain = plain or layer
             ratios = [seconds(layer, *inputs) / seconds(plain, *inputs) for _ in range(ROUNDS)]
             print(

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from mist.plans.memory_levels import USUAL
+from mist.plans.workload import HeadMode, MemoryLevel
+
 ROOT = Path(__file__).parents[1]
-PARTS = ("versions", "parity", "profile", "predictions", "overlap", "sustained")
+PARTS = ("versions", "parity", "profile", "predictions", "overlap", "levels", "sustained")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_every_part_runs_with_what_the_bundle_holds(tmp_path: Path) -> None:
     absent = tmp_path / "absent"  # what the bundle leaves out, as it is only for pictures
     absent.mkdir()
@@ -25,7 +28,7 @@ def test_every_part_runs_with_what_the_bundle_holds(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(absent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
@@ -33,5 +36,8 @@ def test_every_part_runs_with_what_the_bundle_holds(tmp_path: Path) -> None:
     for part in PARTS:
         assert "error" not in found[part], found[part]
     assert len(found["predictions"]["found"]) == 6
-    assert found["seconds"] < 300
+    levels = found["levels"]["found"]["rows"]
+    usual = {level.value for level in USUAL}
+    heads = {f"head {mode}" for mode in HeadMode if mode is not HeadMode.NONE}
+    assert set(levels) == {level.value for level in MemoryLevel} - usual | heads
     assert ("parity", "PASS") in [tuple(row[:2]) for row in found["verdicts"]]

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Final, Literal
 
 import torch
@@ -93,6 +96,43 @@ class ActivationFromOutput(torch.autograd.Function):
         return (grad * slope).to(grad.dtype), None, None
 
 
+@cache
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    """`mist.layers.triton_kernels`; None where they do not run.
+
+    Triton may be missing, or its C compiler, or the GPU may be older than those that it knows: one
+    element tells.
+    """
+    one = torch.ones(1, device=device)
+    try:
+        kernels = import_module("mist.layers.triton_kernels")
+        kernels.silu_product(one, one)
+    except Exception:
+        return None
+    return kernels
+
+
+def _kernels(name: str, *tensors: Tensor) -> ModuleType | None:
+    """What computes a gated product of these tensors in one kernel, if anything does."""
+    # A tensor of another class has no numbers (a dry run), or parts of them on other ranks.
+    able = name == "silu" and all(
+        type(each) is Tensor
+        and each.is_cuda
+        and each.is_contiguous()
+        and each.dtype == tensors[0].dtype != torch.float64
+        for each in tensors
+    )
+    return _triton_kernels(tensors[0].device) if able else None
+
+
+def _gated_product(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    kernels = _kernels(name, gate, up)
+    if kernels is None:
+        return ACTIVATIONS[name].run(gate) * up
+    product: Tensor = kernels.silu_product(gate, up)
+    return product
+
+
 class GatedProduct(torch.autograd.Function):
     """activation(gate) * up: keeps gate and up [..., f]."""
 
@@ -100,13 +140,16 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = name
-        return ACTIVATIONS[name].run(gate) * up
+        return _gated_product(gate, up, name)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up = ctx.saved_tensors
         row, (needs_gate, needs_up, _) = ACTIVATIONS[ctx.activation], ctx.needs_input_grad
+        kernels = _kernels(ctx.activation, grad, gate, up)
+        if kernels is not None and needs_gate and needs_up:
+            return (*kernels.silu_product_gradients(grad, gate, up), None)
         dgate = row.back(grad * up, gate) if needs_gate else None
         return dgate, grad * row.run(gate) if needs_up else None, None
 
@@ -130,5 +173,5 @@ def activate(x: Tensor, name: str, rung: ActivationRung, masks: Masks = "byte") 
 def gated(gate: Tensor, up: Tensor, name: str, rung: ActivationRung) -> Tensor:
     """activation(gate) * up, of tensors of one shape."""
     result = apply_function(GatedProduct, gate, up, name)
-    run = ACTIVATIONS[name].run
-    return offer(result, lambda g, u: run(g) * u, gate, up) if rung == "drop" else result
+    again = partial(_gated_product, name=name)
+    return offer(result, again, gate, up) if rung == "drop" else result

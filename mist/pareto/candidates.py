@@ -88,7 +88,9 @@ class GroupModel:
         for first in range(0, len(places), each):
             some = places[first : first + each]
             positions = [dict(zip(self._names, place, strict=True)) for place in some]
-            found = StageLines.of_each(self.job, self.strategies.terms, positions, self.pairs)
+            found = StageLines.of_each(
+                self.job, self.strategies.terms, positions, self.levels, self.pairs
+            )
             self._lines |= dict(zip(some, found, strict=True))
 
     def take(self, rows: NDArray[np.bool_]) -> "GroupModel":
@@ -101,13 +103,15 @@ class GroupModel:
             {level: own[rows] for level, own in each.items()}
             for each in (self.allowed, self.useful)
         )
+        model._choose_levels()
         model._lines = {key: lines.take(rows) for key, lines in self._lines.items()}
         return model
 
     def under(self, space: SearchSpace) -> "GroupModel":
-        """The model with the memory levels of another space, with the lines that are known."""
+        """The model with the memory levels of another space."""
         model = copy(self)
         model._take_space(space)
+        model._lines = {}  # of the levels of this space
         return model
 
     def _take_space(self, space: SearchSpace) -> None:
@@ -118,15 +122,18 @@ class GroupModel:
         self.space = replace(space, levels=levels)
         self.allowed = allowed_levels(self.strategies, levels, kind)
         self.useful = useful_levels(self.strategies, self.allowed, self.job.facts.num_kinds)
+        self._choose_levels()
 
-    @property
-    def pairs(self) -> tuple[tuple[MemoryLevel, MemoryLevel], ...]:
-        """The pairs of memory levels that layers of one stage may have, useful for a strategy."""
+    def _choose_levels(self) -> None:
+        """The levels, and pairs of them in one stage, that are useful for a strategy."""
         runtime = self.job.platform.runtime
-        pairs = combinations(self.space.levels, 2) if self.space.some_layers else ()
-        return tuple(
+        levels = tuple(level for level in self.space.levels if self.useful[level].any())
+        self.levels = (
+            levels or self.space.levels[:1]
+        )  # of no strategy: tables have rows all the same
+        self.pairs = tuple(
             (upper, lower)
-            for upper, lower in pairs
+            for upper, lower in (combinations(self.levels, 2) if self.space.some_layers else ())
             if may_mix(runtime, (upper, lower)) and (self.useful[upper] & self.useful[lower]).any()
         )
 
@@ -159,8 +166,11 @@ class GroupModel:
         kinds = kinds_of(self.job, ranges)
         none = Held(in_flight=np.zeros(1), layers_more=np.zeros((1, 1)))  # it does not depend on it
         own = slice(None, None, len(self.strategies))
-        each = [np.ravel(lines.rise("weight_s", kind, none))[own] for kind in range(len(kinds))]
-        return np.asarray(lines.base("weight_s", 1, none)[own, None] + np.stack(each, -1) @ kinds)
+        first = self.job.levels.index(self.levels[0]) * len(kinds)  # every level has the same
+        rows = range(first, first + len(kinds))
+        each = [np.ravel(lines.rise("weight_s", row, none))[own] for row in rows]
+        base_s = lines.base("weight_s", 1 << first, none)[own, None]
+        return np.asarray(base_s + np.stack(each, -1) @ kinds)
 
     def mixes(
         self,
@@ -182,7 +192,7 @@ class GroupModel:
                 yield own, self._part(mixes, index, ranges)
 
     def _mixes(self, position: StagePosition) -> Iterator[Mixes]:
-        for level in self.space.levels:
+        for level in self.levels:
             yield position.whole(level)
         for upper, lower in self.pairs:
             yield from position.mixed(upper, lower)
@@ -211,7 +221,7 @@ class GroupModel:
         """Strategies that do not fit everywhere with all layers at their fastest level, [K]."""
         short = np.ones(len(self.strategies), dtype=np.bool_)
         kinds = self.job.facts.num_kinds
-        for level, rows in fastest_levels(self.strategies, self.allowed, kinds).items():
+        for level, rows in fastest_levels(self.strategies, self.useful, kinds).items():
             if rows.any():
                 short &= ~rows | self._short_at(level, ranges, limits)
         return short

@@ -196,8 +196,8 @@ class _Knapsack:
         """`weight` [Q]: load of a layer of each kind; `filled_s` [Q]: seconds of the fastest."""
         self._model, self._lines, self._held = model, lines, held
         self._weight, self._filled_s = weight, filled_s
-        levels = model.space.levels
-        mixes = [*((level, level) for level in levels if model.useful[level].any()), *model.pairs]
+        levels = model.levels
+        mixes = [*((level, level) for level in levels), *model.pairs]
         useful = [model.useful[upper] & model.useful[lower] for upper, lower in mixes]
         self._useful = np.tile(np.array(useful), len(held.in_flight))
         self._mixes = np.array([[levels.index(level) for level in mix] for mix in mixes]).T
@@ -260,7 +260,7 @@ class _Knapsack:
 
     def _outputs(self, names: Sequence[str]) -> tuple[Floats, Floats]:
         """What I outputs have on top of their layers, [I, P, N], and for each, [I, P, X, N]."""
-        levels, num_kinds = self._model.space.levels, len(self._weight)
+        levels, num_kinds = self._model.levels, len(self._weight)
         rows = (
             np.array([self._model.job.levels.index(level) for level in levels])[:, None] * num_kinds
         )

@@ -101,7 +101,7 @@ def _unlike(model: GroupModel, limits: Limits) -> float:
 
 def _mixes(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Iterator[Mixes]:
     """Stages of one level, and those of two that recompute all but certain kinds of blocks."""
-    for level in model.space.levels:
+    for level in model.levels:
         none = np.zeros((len(model.strategies), len(ranges)), dtype=np.int64)
         yield model.mix(stage, ranges, limits, level, level, num_lower=none)
     if model.job.facts.num_kinds > 1:
@@ -124,7 +124,7 @@ def _alike(model: GroupModel, limits: Limits) -> float:
     if counts is None:
         return math.inf
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
-    pairs = [(level, level, 0) for level in model.space.levels]
+    pairs = [(level, level, 0) for level in model.levels]
     chunks = model.group.schedule.vpp  # one number for all: so many layers of each chunk
     numbers = range(chunks, int(counts.max()), chunks)
     pairs += [(*pair, lower) for pair in model.pairs for lower in numbers]

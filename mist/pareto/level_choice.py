@@ -19,6 +19,7 @@ useful level is out of that order keep both levels.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -95,72 +96,74 @@ def fastest_levels(strategies: Strategies, allowed: LevelRows, num_kinds: int) -
 
 def useful_levels(strategies: Strategies, allowed: LevelRows, num_kinds: int) -> LevelRows:
     """The allowed levels without those that another one beats for a strategy."""
-    useful = dict(allowed)
-    beating = [level for level in allowed if level in CONVERTS]
-    for level in reversed(tuple(allowed)):
+    levels = tuple(allowed)
+    beating = [index for index, level in enumerate(levels) if level in CONVERTS]
+    if not beating:
+        return allowed
+    costs = _Costs.of(strategies, levels, num_kinds)
+    useful = np.array([*allowed.values()])
+    beaten = {index: costs.beaten_by(index) for index in beating}
+    if KEEPS_ALL in allowed and num_kinds == 1:
+        for index in beating:
+            beaten[index][levels.index(KEEPS_ALL)] |= costs.beats_all_kept(index)
+    in_order = {index: costs.in_order(index) for index in beating}
+    for index in reversed(range(len(levels))):
         for other in beating:
-            if other is not level:
-                beaten = _beats(strategies, other, level, num_kinds)
-                if level is KEEPS_ALL and num_kinds == 1:
-                    beaten = beaten | _beats_all_kept(strategies, other, allowed)
-                beaten = beaten & _in_order(strategies, other, level, useful, num_kinds)
+            if other != index:
+                rest = [i for i in range(len(levels)) if i not in {index, other}]
+                ordered = (in_order[other][rest] | ~useful[rest]).all(axis=0)
                 # Of two that beat each other the first stays, which is looked at last.
-                useful[level] = useful[level] & ~(beaten & useful[other])
-    return useful
+                useful[index] &= ~(beaten[other][index] & ordered & useful[other])
+    return dict(zip(levels, useful, strict=True))
 
 
-def _in_order(
-    strategies: Strategies,
-    level: MemoryLevel,
-    beaten: MemoryLevel,
-    useful: LevelRows,
-    num_kinds: int,
-) -> NDArray[np.bool_]:
-    """Where useful levels before one in the table keep as much at least, those behind no more."""
-    table = list(useful)
-    in_order = np.ones(len(strategies), dtype=np.bool_)
-    for other in table:
-        if other in {level, beaten}:
-            continue
-        first, last = sorted((level, other), key=table.index)
-        for kind in range(num_kinds):
-            most, least = (
-                strategies.terms[f"term_{kind}_{each.column}_kept_bytes"] for each in (first, last)
-            )
-            in_order &= (most >= least) | ~useful[other]
-    return in_order
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Costs:
+    """What a layer costs: `values` [L, Q, C, K] by level, kind, cost and strategy.
 
+    One table, as numpy's calls take the time; `names` [C].
+    """
 
-def _beats(
-    strategies: Strategies, level: MemoryLevel, other: MemoryLevel, num_kinds: int
-) -> NDArray[np.bool_]:
-    """Condition (1), [K]."""
-    better = np.ones(len(strategies), dtype=np.bool_)
-    for kind in range(num_kinds):
-        prefix = f"term_{kind}_{other.column}_"
-        for name in strategies.terms:
-            if name.startswith(prefix):
-                ours = f"term_{kind}_{level.column}_{name.removeprefix(prefix)}"
-                better &= strategies.terms[ours] <= strategies.terms[name]
-    return better
+    levels: tuple[MemoryLevel, ...]
+    names: tuple[str, ...]
+    values: Floats
 
+    @classmethod
+    def of(
+        cls, strategies: Strategies, levels: tuple[MemoryLevel, ...], num_kinds: int
+    ) -> "_Costs":
+        first = f"term_0_{levels[0].column}_"
+        names = [name.removeprefix(first) for name in strategies.terms if name.startswith(first)]
+        values = [
+            strategies.terms[f"term_{kind}_{level.column}_{name}"]
+            for level in levels
+            for kind in range(num_kinds)
+            for name in names
+        ]
+        shape = (len(levels), num_kinds, len(names), len(strategies))
+        return cls(levels=levels, names=tuple(names), values=np.array(values).reshape(shape))
 
-def _beats_all_kept(
-    strategies: Strategies, level: MemoryLevel, levels: Sequence[MemoryLevel] | LevelRows
-) -> NDArray[np.bool_]:
-    """Condition (2), [K], of a level against the one that keeps everything."""
+    def beaten_by(self, level: int) -> NDArray[np.bool_]:
+        """Levels that meet condition (1) as B, with this one as A, [L, K]."""
+        return np.asarray((self.values[level] <= self.values).all(axis=(1, 2)))
 
-    def term(name: str, of: MemoryLevel) -> Floats:
-        return strategies.terms[f"term_0_{of.column}_{name}"]
+    def beats_all_kept(self, level: int) -> NDArray[np.bool_]:
+        """Condition (2), [K], of a level against the one that keeps everything."""
+        all_kept = self.levels.index(KEEPS_ALL)
+        kept = self.values[:, 0, self.names.index("kept_bytes")]
+        least = np.delete(kept, all_kept, axis=0) <= kept[level]
+        better = least.all(axis=0) & (kept[level] <= kept[all_kept])
+        for index, name in enumerate(self.names):
+            own, its = self.values[[level, all_kept], 0, index]
+            if name in _TIMES:
+                better &= own <= its
+            elif name in _WORKING:
+                better &= kept[level] + own <= kept[all_kept] + its
+        return np.asarray(better)
 
-    kept, all_kept = term("kept_bytes", level), term("kept_bytes", KEEPS_ALL)
-    better = kept <= all_kept
-    for between in levels:
-        if between is not KEEPS_ALL:
-            better &= term("kept_bytes", between) <= kept
-    for name in _TIMES:
-        better &= term(name, level) <= term(name, KEEPS_ALL)
-    for name in _WORKING:
-        if f"term_0_{level.column}_{name}" in strategies.terms:
-            better &= kept + term(name, level) <= all_kept + term(name, KEEPS_ALL)
-    return better
+    def in_order(self, level: int) -> NDArray[np.bool_]:
+        """Levels before one that keep as much at least, those behind it no more, [L, K]."""
+        kept = self.values[:, :, self.names.index("kept_bytes")]
+        before = np.arange(len(self.levels))[:, None, None] < level
+        in_order = np.where(before, kept >= kept[level], kept <= kept[level]).all(axis=1)
+        return np.asarray(in_order)

@@ -12,7 +12,7 @@ steps. The lines are read off the compiled formulas at a few points, so there is
 `StageLines` holds them and says what any mix of layers costs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Final
@@ -51,9 +51,9 @@ class StageLines:
     """Lines of K strategies at one kind of position, O outputs each.
 
     `inputs` [N, K]: of the formulas, by their `names`. `slope` [3, O, X, K]: per layer of
-    x = level * kinds + kind. `bases`: b_P [3, O, K] by the bits of P, as they are asked for. The
-    three: without a micro-batch in flight, for each of them, and for each that layers hold more.
-    `parts`: of `stacked` lines those of each stage.
+    x = level * kinds + kind, not a number at levels that were not asked for. `bases`: b_P [3, O, K]
+    by the bits of P, as they are asked for. The three: without a micro-batch in flight, for each of
+    them, and for each that layers hold more. `parts`: of `stacked` lines those of each stage.
     """
 
     job: Job
@@ -68,7 +68,7 @@ class StageLines:
         cls, job: Job, terms: Mapping[str, Floats], position: Mapping[str, ArrayLike]
     ) -> "StageLines":
         """Read the lines off the formulas. `terms` [K]; `position`: numbers, nothing of `_HELD`."""
-        return next(cls.of_each(job, terms, [position]))
+        return next(cls.of_each(job, terms, [position], job.levels))
 
     @classmethod
     def of_each(
@@ -76,11 +76,13 @@ class StageLines:
         job: Job,
         terms: Mapping[str, Floats],
         positions: Sequence[Mapping[str, ArrayLike]],
+        levels: Collection[MemoryLevel],
         pairs: Iterable[tuple[MemoryLevel, MemoryLevel]] = (),
     ) -> Iterator["StageLines"]:
         """The lines at each of several positions, read off together: numpy's calls take the time.
 
-        `terms` [K]; positions: numbers, nothing of `_HELD`. `pairs`: levels that stages may mix.
+        `terms` [K]; positions: numbers, nothing of `_HELD`. `levels` that layers may have, `pairs`
+        of them that stages may mix.
         """
         size = len(next(iter(terms.values())))
         places = np.array([list(each.values()) for each in positions], dtype=np.float64).T
@@ -88,17 +90,20 @@ class StageLines:
             [np.tile(list(terms.values()), len(positions)), np.repeat(places, size, axis=1)]
         )
         names = (*terms, *positions[0])
-        num_rows = len(job.levels) * job.facts.num_kinds
-        asked = [1 << row for row in range(num_rows)]  # each alone, then the pairs of one kind
-        if job.facts.num_kinds == 1:
+        kinds = range(job.facts.num_kinds)
+        rows = [len(kinds) * job.levels.index(level) + kind for level in levels for kind in kinds]
+        asked = [1 << row for row in rows]  # each alone, then the pairs of one kind
+        if len(kinds) == 1:
             asked += [sum(1 << job.levels.index(level) for level in pair) for pair in pairs]
         counts = _counts(job, asked)
         # From one layer to two no new kind of layer appears: the difference is the slope alone.
-        points = np.concatenate([counts, 2 * counts[:num_rows]])
+        points = np.concatenate([counts, 2 * counts[: len(rows)]])
         found = _evaluated(job, dict(zip(names, inputs, strict=True)), points)
-        slope = _lines(found[:, :, len(asked) :] - found[:, :, :num_rows])
-        bases = _bases(found[:, :, : len(asked)], slope, counts)
-        known = dict(zip(asked, bases, strict=True))
+        rise = _lines(found[:, :, len(asked) :] - found[:, :, : len(rows)])
+        bases = _lines(found[:, :, : len(asked)]) - counts[:, rows] @ rise
+        slope = np.full((*rise.shape[:2], counts.shape[1], rise.shape[3]), np.nan)
+        slope[:, :, rows] = rise
+        known = dict(zip(asked, np.moveaxis(bases, 2, 0), strict=True))
         whole = cls(job=job, names=names, inputs=inputs, slope=slope, bases=known)
         for first in range(0, size * len(positions), max(size, 1)):
             yield whole.take(slice(first, first + size)) if len(positions) > 1 else whole
@@ -141,9 +146,9 @@ class StageLines:
 
     def constants(self, names: Sequence[str], present: Sequence[int], held: Held) -> Floats:
         """b_P of I outputs for each P of `present`, [I, P, F K]."""
-        lines = np.stack([self._base(bits) for bits in present], axis=2)
         outputs = [OUTPUTS.index(name) for name in names]
-        fixed, each, _ = self._by_stage(lines[:, outputs])
+        lines = np.stack([self._base(bits)[:2, outputs] for bits in present], axis=2)
+        fixed, each = self._by_stage(lines)
         constants = fixed + held.in_flight[:, None] * each
         return np.asarray(constants.reshape(*constants.shape[:2], -1))
 
@@ -162,8 +167,8 @@ class StageLines:
         elif bits not in self.bases:
             counts = _counts(self.job, [bits])
             columns = dict(zip(self.names, self.inputs, strict=True))
-            found = _evaluated(self.job, columns, counts)
-            (self.bases[bits],) = _bases(found, self.slope, counts)
+            found = _lines(_evaluated(self.job, columns, counts))[:, :, 0]
+            self.bases[bits] = found - self.slope[:, :, counts[0] > 0].sum(axis=2)
         return self.bases[bits]
 
 
@@ -171,11 +176,6 @@ def _counts(job: Job, bits: Sequence[int]) -> Floats:
     """One layer of each row whose bit is set, [P, X]."""
     num_rows = len(job.levels) * job.facts.num_kinds
     return np.array([[float(each >> row & 1) for row in range(num_rows)] for each in bits])
-
-
-def _bases(found: Floats, slope: Floats, counts: Floats) -> Floats:
-    """What of outputs [3, O, P, K] at some points the slopes do not account for: [P, 3, O, K]."""
-    return np.moveaxis(_lines(found) - counts @ slope, 2, 0)
 
 
 def _lines(values: Floats) -> Floats:

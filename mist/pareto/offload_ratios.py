@@ -35,18 +35,22 @@ _AT_ONCE: Final = 31  # groups that are priced with the one that is asked for
 _STREAM: Final = "term_stream_bytes_per_param"
 
 
-def offloading(job: Job, group: Group, space: SearchSpace, rows: Ints) -> Strategies:
+def offloading(
+    job: Job, group: Group, space: SearchSpace, rows: Ints, few: Strategies | None = None
+) -> Strategies:
     """Strategies `rows` of a group with every tuple of offload ratios but none at all.
 
     Weights are offloaded only where gradients are. On one data-parallel rank the higher ZeRO levels
-    come in, as what streams from the host.
+    come in, as what streams from the host. `few`: rows of `MostOffloaded`; only tuples that one of
+    them stands for.
     """
     space = expressible(space, job.platform.runtime)
     ratios = _tuples(space, job.platform.runtime)
     base = group.strategies.take(rows)
     if not len(ratios) or not len(base):
         return base.take(np.zeros(0, dtype=np.int64))
-    return with_ratios(job, group, _with_higher_levels(base, space), ratios)
+    every = _every(_with_higher_levels(base, space), ratios)
+    return _priced(job, group, every if few is None else every.take(_stood_for(every, few)))
 
 
 class MostOffloaded:
@@ -129,9 +133,20 @@ def _every(base: Strategies, ratios: Floats) -> Strategies:
     return many.altered(**dict(zip(OFFLOADED, away.T, strict=True)))
 
 
+def _stood_for(strategies: Strategies, few: Strategies) -> NDArray[np.bool_]:
+    """Which strategies have the knobs, and the share of activations, of one of a few, [K]."""
+    names = [*few.knobs, "activations"]
+    _, at = _unlike(Strategies(columns={n: np.concatenate([few[n], strategies[n]]) for n in names}))
+    return np.isin(at[len(few) :], at[: len(few)])
+
+
 def with_ratios(job: Job, group: Group, base: Strategies, ratios: Floats) -> Strategies:
     """Every strategy with every tuple of offload ratios [T, 4] that breaks no rule, priced."""
-    strategies = _every(base, ratios)
+    return _priced(job, group, _every(base, ratios))
+
+
+def _priced(job: Job, group: Group, strategies: Strategies) -> Strategies:
+    """Those that break no rule, priced."""
     kept = strategies.take(keeps_rules(job, group, strategies))
     return kept.priced(job, group.num_stages, group.schedule)
 

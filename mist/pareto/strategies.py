@@ -308,8 +308,13 @@ def _kinds(space: SearchSpace) -> list[ScheduleKind]:
 
 def levels_under(space: SearchSpace, kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
     """The memory levels of a space that layers may have under a schedule."""
+    return _levels_under(space.levels, kind)
+
+
+@cache
+def _levels_under(levels: tuple[MemoryLevel, ...], kind: ScheduleKind) -> tuple[MemoryLevel, ...]:
     kept: Columns = {"schedule": kind.value, "activations": 0.0, "tp": 1}
-    return tuple(level for level in space.levels if may_have(level, kept))
+    return tuple(level for level in levels if may_have(level, kept))
 
 
 @cache

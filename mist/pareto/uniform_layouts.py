@@ -64,7 +64,7 @@ def landscape_layouts(
     tables = _tables(model, ranges, limits)
     picks = [
         _picks(model, [_whole(table, level, model) for table in tables], ranges, "stable_s")
-        for level in model.space.levels
+        for level in model.levels
     ]
     picks.append(_picks(model, tables, ranges, "stable_s"))
     yield from _even(model, ranges, picks, within_s=within_s)
@@ -212,7 +212,7 @@ def alike_layouts(
     if counts is None:
         return
     ranges = Ranges(first=np.cumsum(counts) - counts, count=counts, alike=False)
-    for levels in [(level, level) for level in model.space.levels] + list(model.pairs):
+    for levels in [(level, level) for level in model.levels] + list(model.pairs):
         yield from _alike(model, ranges, limits, levels, least=least)
 
 

@@ -65,8 +65,8 @@ LEVELS: Final = MappingProxyType(
             may_offload=False,
             word="selectively",
         ),
-        # Of a Llama layer, some at drop-norm and some at sdpa-only keep as little and are faster
-        # (docs/memory-levels.md): to search it would only take longer.
+        # Of most layers some at drop-norm and some at sdpa-only keep as little and are faster
+        # (docs/memory-levels.md, also where not): to search it would take longer.
         MemoryLevel.SAC_HALF: LevelRow(
             repeats="part",
             meaning="keeps_results",

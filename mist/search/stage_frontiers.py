@@ -30,7 +30,7 @@ from mist.pareto.frontier_points import Points, StackedMixes, stacked
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.level_choice import allowed_levels, fastest_s
-from mist.pareto.offload_ratios import offloading
+from mist.pareto.offload_ratios import MostOffloaded, offloading
 from mist.pareto.shared_host_memory import crowded_out, stages_per_node
 from mist.pareto.strategies import Floats, Ints, Strategies
 from mist.pareto.unequal_meshes import NodePosition, depths, places
@@ -137,7 +137,11 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     # No time falls with an offload ratio: what fits everywhere as it is needs no offloading.
     short = np.flatnonzero(base.short(ranges, bounds.limits))
-    model = _with(base, offloading(base.job, group, base.space, short), ranges, bounds.step_s)
+    few = _offloaded(base, ranges, bounds)
+    if few is None:
+        return
+    away = offloading(base.job, group, base.space, short, few)
+    model = _with(base, away, ranges, bounds.step_s)
     sufficient = _sufficient(model, ranges, bounds)
     if sufficient is None:
         return
@@ -169,6 +173,18 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
                 known[key] = list(_everywhere(list(found), distinct, ranges, like, allowed))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
+
+
+def _offloaded(base: GroupModel, ranges: Ranges, bounds: Bounds) -> Strategies | None:
+    """Few strategies that stand for all tuples of ratios that a plan within the bounds may use.
+
+    None where no plan is.
+    """
+    job, group, space = base.job, base.group, base.space
+    few = MostOffloaded(job, space, [group]).of(group)
+    model = GroupModel(job, group, few, space)
+    room = capacity(model, ranges, bounds.limits, bounds.step_s, coarse=True)
+    return few.take(room.useful) if room.suffices else None
 
 
 def _everywhere(

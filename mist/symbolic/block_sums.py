@@ -48,7 +48,16 @@ def sum_over(rows: Iterable[Row], template: str) -> Expr:
 
     Terms that do not depend on the memory level are named without it: "{x}_params".
     """
-    return sympy.Add(*(count * term(template.format(x=x, level=level)) for x, level, count in rows))
+    return sympy.Add(*(count * each for each, count in _counts(rows, template).items()))
+
+
+def _counts(rows: Iterable[Row], template: str) -> dict[sympy.Symbol, Expr]:
+    """How many blocks have each term. Programs multiply once for all levels with the same one."""
+    counts: dict[sympy.Symbol, Expr] = {}
+    for x, level, count in rows:
+        each = term(template.format(x=x, level=level))
+        counts[each] = counts.get(each, sympy.Integer(0)) + count
+    return counts
 
 
 def max_over(rows: Sequence[Row], template: str, less: Sequence[Expr] = ()) -> Expr:
@@ -56,7 +65,9 @@ def max_over(rows: Sequence[Row], template: str, less: Sequence[Expr] = ()) -> E
 
     `less`: what is taken off the term of each row, if anything.
     """
-    less = less or [sympy.Integer(0)] * len(rows)
+    if not less:  # no term is negative: what some level has is the largest of all levels with it
+        counts = _counts(rows, template)
+        return sym.larger(*(sym.smaller(1, count) * each for each, count in counts.items()))
     return sym.larger(
         *(
             sym.smaller(1, count) * (term(template.format(x=x, level=level)) - off)

@@ -24,11 +24,12 @@ from mist.symbolic.block import IN_KERNELS, layer_cost
 from mist.symbolic.level_cost import LevelCost, level_costs
 from mist.trace.operations.flops import RULES
 from tests.layers.families import without_dropout
-from tests.layers.test_bytes import DTYPES, LAYERS, MODELS, block_of, built, stacked
+from tests.layers.test_bytes import DTYPES, LAYERS, MODELS, batch_of, block_of, built, stacked
 from tests.layers.test_surgery import gradient
 from tests.tokens import tokens
 from tests.toys import adamw_setting
 from tests.trace.real import layer_inputs
+from tests.trace.test_families import aten, experts
 
 TORCH = adamw_setting(load_runtime("torch").profile)
 KEPT = levels_that(lambda row: row.product_stride is not None)
@@ -60,10 +61,10 @@ def product_flop(seconds: Expr) -> Expr:
 def backward_flop(model: nn.Module, path: str, b: int, s: int) -> int:
     """Of the first layer, by torch's own counter."""
     layer = model.get_submodule(f"{path}.0")
-    ids = {"input_ids": torch.zeros(b, s, dtype=torch.int64)}
-    (x, *args), kwargs = layer_inputs(model, layer, ids)
+    (x, *args), kwargs = layer_inputs(model, layer, batch_of(path, b, s))
     y = layer(x.detach().requires_grad_().view_as(x), *args, **kwargs)
-    with FlopCounterMode(display=False) as counter:
+    # Torch has no formula for the matrices of experts.
+    with FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: experts}) as counter:
         (y[0] if isinstance(y, tuple) else y).sum().backward()
     return counter.get_total_flops()
 

@@ -75,15 +75,19 @@ def expected(block: Block, b: int, s: int) -> int:
     return sum(int(tensor.bytes.subs(values)) for tensor in saved)
 
 
+def batch_of(path: str, b: int, s: int) -> dict[str, Any]:
+    """Tokens for a model whose layers are at `path`; without a cache, which grows with each run."""
+    ids = {"input_ids": torch.zeros(b, s, dtype=torch.int64)}
+    return ids | ({} if path == LAYERS["bert"] else {"use_cache": False})
+
+
 def stacked(model: nn.Module, path: str, b: int, s: int) -> tuple[int, int, int]:
     """Bytes that two layers in a row keep by hooks, and by what is alive; and of one activation.
 
     Both count the input of the first and the output of the second where they are kept.
     """
     layers = list(model.get_submodule(path).children())
-    ids = {"input_ids": torch.zeros(b, s, dtype=torch.int64)}
-    ids |= {} if path == LAYERS["bert"] else {"use_cache": False}
-    (x, *args), kwargs = layer_inputs(model, layers[0], ids)
+    (x, *args), kwargs = layer_inputs(model, layers[0], batch_of(path, b, s))
     x = x.detach().requires_grad_().view_as(x)
     given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     given += [t for each in kwargs.values() if isinstance(each, tuple) for t in each]

@@ -116,12 +116,22 @@ def test_where_nothing_may_be_offloaded_strategies_stand_for_themselves() -> Non
     assert MostOffloaded(job, space, ()).of(group) is group.strategies
 
 
+def keys_of(own: Strategies) -> set[bytes]:
+    """Each strategy by its knobs and ratios."""
+    columns = np.stack([column.astype(np.float64) for column in own.columns.values()], -1)
+    return {row.tobytes() for row in columns}
+
+
 def test_what_the_rows_rule_out_no_tuple_can_do() -> None:
-    """The groups that they rule out are among those of the bound that knows every tuple."""
+    """The groups that they rule out are among those of the bound that knows every tuple.
+
+    In the others, so are the tuples of the rows that they rule out.
+    """
     job, space = toy_job(toy_graph((6,)), 4, global_batch=16), SearchSpace()
-    rows, num_out, num_open = MostOffloaded(job, space, ()), 0, 0
+    rows, num_out, num_open, num_tuples_out = MostOffloaded(job, space, ()), 0, 0, 0
     for group in list(groups(job, space))[::4]:
-        away = offloading(job, group, space, np.arange(len(group.strategies)))
+        all_rows = np.arange(len(group.strategies))
+        away = offloading(job, group, space, all_rows)
         every = GroupModel(job, group, group.strategies.joined(away), space)
         few = GroupModel(job, group, rows.of(group), space)
         ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
@@ -129,10 +139,15 @@ def test_what_the_rows_rule_out_no_tuple_can_do() -> None:
             limits = Limits(device_bytes=device_bytes, host_bytes=64e9)
             for slack in (1.05, 1.3, 3.0):
                 step_s = slack * lower_bound_s(job, group, space.levels)
-                bounds = (capacity(m, ranges, limits, step_s, coarse=True) for m in (few, every))
-                may, can = (bound.suffices for bound in bounds)
-                assert may or not can
-                num_out += not may
-                num_open += can
+                may, can = (capacity(m, ranges, limits, step_s, coarse=True) for m in (few, every))
+                assert may.suffices or not can.suffices
+                num_out += not may.suffices
+                num_open += can.suffices
+                if can.suffices:
+                    left = offloading(job, group, space, all_rows, few.strategies.take(may.useful))
+                    tuples_out = keys_of(away) - keys_of(left)
+                    assert not tuples_out & keys_of(every.strategies.take(can.useful))
+                    num_tuples_out += len(tuples_out)
     assert num_out > 10
     assert num_open > 10
+    assert num_tuples_out > 1000
