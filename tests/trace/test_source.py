@@ -123,10 +123,10 @@ def test_config_of_an_unknown_class(tmp_path: Path) -> None:
 
 
 def test_config_of_a_model_whose_input_is_unknown(tmp_path: Path) -> None:
-    text = '{"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"]}'
+    text = '{"model_type": "moonshine"}'
     path = file_with(tmp_path, text, "config.json")
     assert message_of(path) == (
-        f"{path}: Wav2Vec2ForCTC takes input_values, which Mist cannot make up. "
+        f"{path}: MoonshineForConditionalGeneration takes input_values, which Mist cannot make up. "
         "Give a Python file with build_model() and make_batch(batch, seq)."
     )
 
