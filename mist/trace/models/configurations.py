@@ -147,7 +147,7 @@ def _class_of(
         if model_class is not None:
             missing = f"transformers has no {', '.join(named)}: read as {name}"
             return model_class, () if not named or name in named else (missing,)
-    wanted = f"class {', '.join(named)}" if named else "language model or image classifier"
+    wanted = f"class {', '.join(named)}" if named else "language model or classifier"
     raise ModelError(
         f"{label}: transformers has no {wanted} for model_type {config.model_type!r}. Name one of "
         "its classes in `architectures`, or give a Python file with build_model()."
