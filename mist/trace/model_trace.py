@@ -196,6 +196,7 @@ def _graph(
         tp_limits=result.sharding.limits if result.sharding else None,
         undivided=_undivided(model.module, result),
         sequential=result.run.sequential,
+        unstaged=result.run.unstaged,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
         notes=(*result.notes, *unread_note(model.module, result)),

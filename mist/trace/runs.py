@@ -43,6 +43,7 @@ OUT_OF_LINE = (
     "layers exchange tensors with layers that are not their neighbours (skip connections): "
     "one pipeline stage only"
 )
+UNSTAGED = "mist apply runs the layers on one pipeline stage: {}"
 SHARED = (
     "layers are called again with the same parameters, which one pipeline stage must have: "
     "counted once, run each time"
@@ -104,7 +105,7 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
         run, notes = _compiled_run(subject, run), [*notes, COMPILED]
     progress("tracing b = 1")
     single, _ = _expressions(subject, batch=1)
-    run = replace(run, sequential=whole.sequential)
+    run = replace(run, sequential=whole.sequential, unstaged=whole.unstaged)
     return Recorded(
         layers=subject.layers,
         run=run,
@@ -279,6 +280,8 @@ def _notes(subject: RunSubject, run: RecordedRun) -> Iterator[str]:
         yield OWN_CHECKPOINTS
     if not run.sequential:
         yield SHARED if len(set(run.order)) < len(run.order) else OUT_OF_LINE
+    elif run.unstaged is not None:
+        yield UNSTAGED.format(run.unstaged)
     yield from _notes_of_operations({op.name for op in ops}, run)
     if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):
         yield ONE_SIZE

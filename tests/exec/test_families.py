@@ -43,8 +43,8 @@ def test_stages_do_not_pass_on_a_condition(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as refusal:
         assemble(known_subject(plan), plan, torch.device("cpu"), settings(None))
     assert str(refusal.value) == (
-        "pp 2: layers of dit take more than what the layer before them gives (a condition, an "
-        "encoder's result), which stages do not pass on. Use pp 1."
+        "pp 2: mist apply cannot divide dit over stages: a layer takes more than what the layer "
+        "before it gives (a condition, an encoder's result); use pp 1"
     )
 
 

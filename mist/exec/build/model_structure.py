@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mist.errors import ModelError
+from mist.trace.dispatch_call import tensors_in
 from mist.trace.models.loader import LoadedModel
+from mist.trace.recording.layer_dependencies import Handovers
 from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import Layers, find_layers
 
@@ -30,7 +32,7 @@ class ModelStructure:
     `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
     tuple that begins with it.
     `direct`: the embedding, if layer 0 takes what it gave as it is.
-    `in_a_row`: each layer takes exactly what the one before gave, and nothing else with a gradient.
+    `unstaged`: why stages cannot divide the layers (`Handovers`); None if they can.
     `tied`: for each name under which a parameter appears again, its first name.
     """
 
@@ -39,7 +41,7 @@ class ModelStructure:
     tail: frozenset[str]
     boundary: tuple[int, ...]
     in_tuple: bool
-    in_a_row: bool
+    unstaged: str | None
     direct: str | None
     tied: Mapping[str, str]
 
@@ -58,7 +60,7 @@ def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
         watch = _Watch(model=model, layers=layers)
         with mode, runs_anywhere(model), watch.hooks():
             fake = replace(loaded, module=model)
-            fake.run(fake.batch(2, seq_len))
+            watch.handovers.ends(fake.run(fake.batch(2, seq_len)))
         if sorted(watch.order) == list(range(len(layers.modules))):
             return _structure(loaded.module, watch)
         # A list with a layer that is not called once (experts, heads) is no stack: look for
@@ -88,7 +90,7 @@ class _Watch(TorchFunctionMode):
     embedded: dict[int, tuple[torch.Tensor, nn.Module]] = field(default_factory=dict)
     direct: nn.Module | None = None
     in_tuple: bool = False
-    in_a_row: bool = True
+    handovers: Handovers = field(default_factory=Handovers)
     inside: bool = False
 
     def __post_init__(self) -> None:
@@ -112,9 +114,6 @@ class _Watch(TorchFunctionMode):
             self.front |= parameters
             return
         self.tail |= parameters
-        # A parameter that is read between two layers has no stage to belong to.
-        if parameters and len(self.order) < len(self.layers.modules):
-            self.in_a_row = False
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -137,22 +136,21 @@ class _Watch(TorchFunctionMode):
         def enter(
             module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
         ) -> None:
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            tensors = list(tensors_in((args, kwargs)))
             if not self.order and id(tensors[0]) in self.embedded:
                 self.direct = self.embedded[id(tensors[0])][1]
             self.order.append(index)
             self.inside = True
-            if self.hidden is not None and tensors[0] is not self.hidden:
-                self.in_a_row = False
-            self.hidden = tensors[0]
-            self.in_a_row &= not any(x.requires_grad for x in tensors[1:])
+            self.handovers.enters(tensors)
 
         return enter
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self.inside = False
         self.in_tuple = isinstance(output, tuple | list)
-        self.hidden = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor))
+        tensors = list(tensors_in(output))
+        self.hidden = tensors[0]
+        self.handovers.leaves(tensors)
 
 
 def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
@@ -175,7 +173,7 @@ def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
         tail=frozenset(outside[key] for key in watch.tail & outside.keys()),
         boundary=tuple(watch.hidden.shape[1:]),
         in_tuple=watch.in_tuple,
-        in_a_row=watch.in_a_row,
+        unstaged=watch.handovers.fault,
         direct=names[id(watch.direct)] if watch.direct is not None else None,
         tied=tied,
     )

@@ -138,11 +138,11 @@ def assemble(
     have to pass on more than one activation.
     """
     refuse_missing(plan)
-    if len(plan.stages) > 1 and not subject.structure.in_a_row:
+    num_stages, reason = len(plan.stages), subject.structure.unstaged
+    if num_stages > 1 and reason is not None:
+        name = subject.loaded.name
         raise ModelError(
-            f"pp {len(plan.stages)}: layers of {subject.loaded.name} take more than what the layer "
-            "before them gives (a condition, an encoder's result), which stages do not pass on. "
-            "Use pp 1."
+            f"pp {num_stages}: mist apply cannot divide {name} over stages: {reason}; use pp 1"
         )
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)

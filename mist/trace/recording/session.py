@@ -32,7 +32,7 @@ from mist.trace.operations.autocast import forward_in, outside
 from mist.trace.operations.routing import Routing
 from mist.trace.recording.compiled import compiled
 from mist.trace.recording.graph_edges import Seed, activation, leaf, output
-from mist.trace.recording.layer_dependencies import Flow
+from mist.trace.recording.layer_dependencies import Flow, Handovers
 from mist.trace.recording.liveness import Counted
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
@@ -78,6 +78,7 @@ class Session:
     between: list[Piece] = field(default_factory=list)
     seeds: list[torch.Tensor] = field(default_factory=list)
     sequential: bool = True
+    handovers: Handovers = field(default_factory=Handovers)
     calls_of: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,6 +125,7 @@ class Session:
             order=tuple(self.order),
             experts=frozenset(self.routing.experts),
             sequential=self.sequential,
+            unstaged=self.handovers.fault,
             shared=self._shared(),
             own_checkpoints=bool(self.undone),
             domain=self.symbols.domain(),
@@ -158,6 +160,7 @@ class Session:
         self.embed.part.shared = self.head.part.shared = self.shared_keys
         with self.recorder.into(self.outer.part), forward_in(self.low):
             loss = self.model.run(inputs)
+        self.handovers.ends(loss)
         if not loss.requires_grad:
             raise TraceError(
                 f"the loss of {self.model.name} has no gradient: it depends on no parameter with "
@@ -222,6 +225,7 @@ class Session:
             raise NotALayerList(self.layers.lists[index], again=True)
         with self.recorder.into(None):
             self._enter_layer((args, kwargs))
+            self.handovers.enters(list(tensors_in((args, kwargs))))
             self._refuse_parallel(self.layers.lists[index])
             # A block that is called again costs what it did, but brings no parameters.
             self.sequential &= not again
@@ -237,6 +241,7 @@ class Session:
             leaves = tree_map(leaf, self.pieces[kind].outputs)
             outputs = tree_map(self._as_input, leaves)
             self.flow.add_outputs(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
+            self.handovers.leaves(list(tensors_in(outputs)))
             self._leave_layer(index)
         self.recorder.part = self.outer.part
         return outputs
