@@ -218,10 +218,8 @@ def _trained_whole(subject: RunSubject, run: RecordedRun) -> RecordedRun:
     """
     layers = subject.layers
     if layers is not None:
-        # Parts between two lists have a kind, too, but are no layers.
-        kinds = (kind for kind in run.kinds if run.layers[kind].module is not None)
         first: dict[int, int] = {}
-        for index, kind in zip(run.order, kinds, strict=True):
+        for index, kind in zip(run.order, run.kinds, strict=True):
             first.setdefault(index, kind)
         layers = replace(layers, signatures=tuple((kind,) for kind in first.values()))
     with _every_parameter_trained(subject.model.module) as is_whole:

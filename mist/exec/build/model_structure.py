@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from mist.errors import ModelError
 from mist.trace.dispatch_call import tensors_in
@@ -26,11 +26,37 @@ from mist.trace.repeated_blocks import Layers, find_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOutput:
+    """What a layer returns: leaves of a tree, of which number `place` is the activation.
+
+    Other tensors (scores of attention) are left out: None.
+    """
+
+    layout: TreeSpec
+    leaves: tuple[object, ...]
+    place: int
+
+    @classmethod
+    def of(cls, output: object) -> "LayerOutput":
+        """The form of a result, whose first tensor is the activation."""
+        leaves, layout = tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        plain = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
+        return cls(layout=layout, leaves=plain, place=places[0])
+
+    def around(self, hidden: torch.Tensor) -> object:
+        """The result with this activation."""
+        leaves = [*self.leaves]
+        leaves[self.place] = hidden
+        return tree_unflatten(leaves, self.layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStructure:
     """Names of the layers in the order of their calls, and of what is read before and after.
 
-    `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
-    tuple that begins with it.
+    `boundary`: shape of one sample of the activation between layers. `outputs`: what each of them
+    returns.
     `direct`: the embedding, if layer 0 takes what it gave as it is.
     `unstaged`: why stages cannot divide the layers (`Handovers`); None if they can.
     `tied`: for each name under which a parameter appears again, its first name.
@@ -40,7 +66,7 @@ class ModelStructure:
     front: frozenset[str]
     tail: frozenset[str]
     boundary: tuple[int, ...]
-    in_tuple: bool
+    outputs: tuple[LayerOutput, ...]
     unstaged: str | None
     direct: str | None
     tied: Mapping[str, str]
@@ -89,7 +115,7 @@ class _Watch(TorchFunctionMode):
     hidden: torch.Tensor | None = None
     embedded: dict[int, tuple[torch.Tensor, nn.Module]] = field(default_factory=dict)
     direct: nn.Module | None = None
-    in_tuple: bool = False
+    outputs: list[LayerOutput] = field(default_factory=list)
     handovers: Handovers = field(default_factory=Handovers)
     inside: bool = False
 
@@ -147,7 +173,7 @@ class _Watch(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self.inside = False
-        self.in_tuple = isinstance(output, tuple | list)
+        self.outputs.append(LayerOutput.of(output))
         tensors = list(tensors_in(output))
         self.hidden = tensors[0]
         self.handovers.leaves(tensors)
@@ -172,7 +198,7 @@ def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
         front=frozenset(outside[key] for key in watch.front & outside.keys()),
         tail=frozenset(outside[key] for key in watch.tail & outside.keys()),
         boundary=tuple(watch.hidden.shape[1:]),
-        in_tuple=watch.in_tuple,
+        outputs=tuple(watch.outputs),
         unstaged=watch.handovers.fault,
         direct=names[id(watch.direct)] if watch.direct is not None else None,
         tied=tied,

@@ -8,7 +8,7 @@ layers changed them. Layers form a chain when each takes only what the one befor
 that one took itself and can pass on (an encoder's result that all layers of a decoder read).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -26,12 +26,16 @@ HEAD_TAKES_MORE: Final = "what follows the last layer takes more than what that 
 class Flow:
     """Outputs of layers, each a leaf of the autograd graph outside the layers."""
 
-    def __init__(self, embedded: Mapping[int, torch.Tensor]) -> None:
-        self._embedded = embedded
+    def __init__(self) -> None:
+        self._embedded: set[int] = set()
         self._maker: dict[int, int] = {}
         self._outputs: list[torch.Tensor] = []  # kept, so that no identity is used twice
         self._sources: list[frozenset[int]] = []
         self._ancestors: list[frozenset[int]] = []
+
+    def add_embedded(self, tensors: Iterable[torch.Tensor]) -> None:
+        """What is made before the first layer, and kept as long as this."""
+        self._embedded.update(map(id, tensors))
 
     def add_outputs(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Layer number `layer` gave these outputs."""
@@ -102,7 +106,7 @@ class Handovers:
         self._given, *others = tensors
         self._earlier += others
         # Nodes of the autograd graph that are made from now on have this number or a higher one.
-        self._since = torch._C._autograd._get_sequence_nr()
+        self._since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
     def ends(self, loss: torch.Tensor) -> None:
         """What comes behind the last layer has given this."""

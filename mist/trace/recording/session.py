@@ -2,9 +2,8 @@
 
 The model runs once as it is, but each layer's forward is replaced: the first of its kind runs on
 detached inputs and goes backward at once, so its record is its own; a repeated one returns what the
-first returned. What the model does before its first layer is recorded as the embedding, what it
-does between two lists of layers (an encoder and a decoder) as a layer of its own, the rest as the
-head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
+first returned. What the model does before its first layer and between two lists of layers (an
+encoder and a decoder) is recorded as the embedding, the rest as the head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +74,6 @@ class Session:
     kinds: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     known: dict[object, int] = field(default_factory=dict)
-    between: list[Piece] = field(default_factory=list)
     seeds: list[torch.Tensor] = field(default_factory=list)
     sequential: bool = True
     handovers: Handovers = field(default_factory=Handovers)
@@ -105,7 +103,7 @@ class Session:
         # There gradients are made in the forward pass.
         self.head.part.works_forward = self.setting.head is HeadMode.IN_FORWARD
         self.outer = self.embed if self.layers else self.head
-        self.flow = Flow(self.embed.opened)
+        self.flow = Flow()
         hints = {B: BATCH_HINT, S: self.seq_hint}
         ratio = self.setting.capacity_ratio
         self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
@@ -170,7 +168,7 @@ class Session:
         for index, number in enumerate(lists):
             if index not in self.order:
                 raise NotALayerList(number)
-        ends = (self.head, *self.between, self.embed)
+        ends = (self.head, self.embed)
         for piece in ends:
             piece.part.live.forward_done(piece.part.gathered)
             piece.opened.clear()
@@ -274,15 +272,16 @@ class Session:
         tensors = [t for t in tensors_in(inputs) if t.requires_grad]
         fresh = {id(t): t for t in tensors if t.grad_fn is not None and not self._is_open(t)}
         self.outer.opened.update(fresh)
+        if not self.order:
+            self.flow.add_embedded(fresh.values())
         if fresh and self.point.backward:
             self.seeds.append(self._seed(self.outer, list(fresh.values())))
-        if self.outer in self.between and self.outer.part.ops:
-            self._place(self.outer)
         self.sequential &= self.flow.enters(tensors)
 
     def _is_open(self, tensor: torch.Tensor) -> bool:
-        pieces = (self.embed, self.head, *self.between)
-        return self.flow.knows(tensor) or any(id(tensor) in piece.opened for piece in pieces)
+        return self.flow.knows(tensor) or any(
+            id(tensor) in piece.opened for piece in (self.embed, self.head)
+        )
 
     def _as_input(self, value: object) -> object:
         """Autocast takes a leaf that needs a gradient for a weight, and keeps its cast."""
@@ -290,24 +289,16 @@ class Session:
             return value.view_as(value)
         return value
 
-    def _place(self, piece: Piece) -> None:
-        """What ran between two lists of layers is a layer between them."""
-        self.sequential &= self.flow.enters(piece.opened.values())
-        self.kinds.append(len(self.pieces))
-        self.pieces.append(piece)
-
     def _leave_layer(self, index: int) -> None:
         """What comes next is the head, or what lies between two lists."""
         assert self.layers is not None
         later_lists = [of for i, of in enumerate(self.layers.lists) if i not in self.order]
-        self.outer = self.head
-        last = self.pieces[self.kinds[-1]]
-        if later_lists and self.layers.lists[index] not in later_lists:
-            self.outer = Piece(self.recorder.new_part("between", self.shared_keys))
-            self.between.append(self.outer)
-        if not later_lists or self.outer is not self.head:
-            self.outer.boundary_bytes = self._total_bytes(last.outputs)
-            self.outer.flows = any(t.requires_grad for t in tensors_in(last.outputs))
+        is_between = bool(later_lists) and self.layers.lists[index] not in later_lists
+        self.outer = self.embed if is_between else self.head
+        if not later_lists:
+            last = self.pieces[self.kinds[-1]]
+            self.head.boundary_bytes = self._total_bytes(last.outputs)
+            self.head.flows = any(t.requires_grad for t in tensors_in(last.outputs))
 
     def _trace(
         self,
