@@ -80,7 +80,8 @@ class ModelFacts:
     the model: t must be 1. `undivided`: where they are known, why `mist apply` cannot divide it by
     them; None if it can. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `unstaged`: why `mist apply` cannot divide it over
-    stages; None if it can. `fingerprint` identifies the model (names and shapes of parameters,
+    stages; `whole_sequence`: why it leaves the sequence whole under tensor parallelism; None if it
+    divides them. `fingerprint` identifies the model (names and shapes of parameters,
     runs, ties), not the trace. `precision`: the one that was traced. `lengths`: the sequence
     lengths that it was traced for.
     """
@@ -98,6 +99,7 @@ class ModelFacts:
     notes: tuple[str, ...]
     undivided: str | None = None
     unstaged: str | None = None
+    whole_sequence: str | None = None
     lengths: Lengths = Lengths()
 
     def __post_init__(self) -> None:

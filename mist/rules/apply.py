@@ -5,12 +5,14 @@ and on whether this is the model that the plan was made for.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.model.summary import ModelFacts, difference_words
 from mist.plans.plan import Plan, fullest_host_bytes
 from mist.plans.workload import Precision
+from mist.platform import Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.states import sum_states
 from mist.rules.between_stages import broken_between
@@ -20,6 +22,13 @@ from mist.rules.rule import layout_columns, stage_faults
 from mist.units import GIB
 
 RUNTIME: Final = "torch"
+
+
+def as_applied(runtime: Runtime, facts: ModelFacts) -> Runtime:
+    """The runtime as it trains this model: `mist apply` leaves some sequences whole."""
+    if runtime.name != RUNTIME or facts.whole_sequence is None:
+        return runtime
+    return replace(runtime, knobs=replace(runtime.knobs, sequence_parallel=False))
 
 
 def refuse_unplayable(plan: Plan, facts: ModelFacts | None) -> None:
@@ -89,6 +98,10 @@ def _rule_faults(plan: Plan, facts: ModelFacts | None) -> Iterator[Fault]:
 
 
 def _model_faults(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
+    for number, stage in enumerate(plan.stages):
+        if stage.sp and facts.whole_sequence is not None:
+            words = f"mist apply cannot divide the sequence of {facts.name}: {facts.whole_sequence}"
+            yield Fault(path=f"stages[{number}].sp", message=f"{words}; plan again")
     known = plan.model
     if known.fingerprint != facts.fingerprint:
         planned = known.params, known.num_trainable

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Final
 
 from sympy import Integer
 from torch import fx, nn
@@ -24,9 +25,11 @@ from mist.trace.run_subject import OneLength
 from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
-from mist.trace.tensor_parallel.tp_apply import undivided
+from mist.trace.tensor_parallel.tp_apply import undivided, whole_sequence
 from mist.trace.tensor_parallel.tp_plan import planned_heads
 from mist.trace.tensor_parallel.tp_sharding import Sharding
+
+WHOLE_SEQUENCE: Final = "mist apply leaves the sequence whole under tensor parallelism: {}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +184,9 @@ def _graph(
     embed, head, *layers = blocks
     tied = any(param.tied for block in blocks for param in block.params)
     runs = _runs(result.run.kinds) or (LayerRun(block=0, count=1),)
+    whole = _whole_sequence(model.module, result)
+    leaves_whole = result.sharding and whole and not result.run.unstaged
+    notes = [WHOLE_SEQUENCE.format(whole)] if leaves_whole else []
     return ModelGraph(
         name=model.name,
         num_params=sum(p.numel() for p in model.module.parameters()),
@@ -197,9 +203,10 @@ def _graph(
         undivided=_undivided(model.module, result),
         sequential=result.run.sequential,
         unstaged=result.run.unstaged,
+        whole_sequence=whole,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
-        notes=(*result.notes, *unread_note(model.module, result)),
+        notes=(*result.notes, *notes, *unread_note(model.module, result)),
     )
 
 
@@ -209,6 +216,14 @@ def _undivided(model: nn.Module, result: Recorded) -> str | None:
         return None
     unsummed = (words for piece in result.run.layers for words in piece.part.unsummed)
     return undivided(model, result.sharding) or next(unsummed, None)
+
+
+def _whole_sequence(model: nn.Module, result: Recorded) -> str | None:
+    """Why `mist apply` leaves the sequence whole under tensor parallelism."""
+    if result.sharding is None or result.run.unstaged is not None:
+        return result.run.unstaged
+    exposed = set[int]().union(*(piece.part.exposed for piece in result.run.layers))
+    return whole_sequence(model, result.sharding, exposed)
 
 
 def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:

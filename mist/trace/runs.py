@@ -43,7 +43,7 @@ OUT_OF_LINE = (
     "layers exchange tensors with layers that are not their neighbours (skip connections): "
     "one pipeline stage only"
 )
-UNSTAGED = "mist apply runs the layers on one pipeline stage: {}"
+UNSTAGED = "mist apply has one pipeline stage for the layers, and leaves the sequence whole: {}"
 SHARED = (
     "layers are called again with the same parameters, which one pipeline stage must have: "
     "counted once, run each time"
@@ -248,7 +248,7 @@ def _compiled_run(subject: RunSubject, eager: RecordedRun) -> RecordedRun:
     run = subject.run(Point())
     for piece, known in zip(run.pieces, eager.pieces, strict=True):
         piece.part.entered, piece.part.flows = known.part.entered, known.part.flows
-        piece.part.unsummed = known.part.unsummed
+        piece.part.unsummed, piece.part.exposed = known.part.unsummed, known.part.exposed
     return run
 
 

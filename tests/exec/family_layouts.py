@@ -9,12 +9,10 @@ LAYERS: Final = 2
 FAMILIES: Final = (
     "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "gemma2", "gemma3", "gpt2",
     "gpt-neox", "opt", "bloom", "mpt", "starcoder2", "stablelm", "cohere", "olmo2", "glm4",
-    "smollm3", "gpt-oss", "deepseek-v3", "lfm2",
+    "smollm3", "gpt-oss", "deepseek-v3", "lfm2", "bamba", "granite4-h", "bert", "modernbert",
 )  # fmt: skip
-# Scans beside attention: tensor parallelism alone.
-HYBRIDS: Final = ("bamba", "granite4-h")
 # Attention is not in a module of its own that is given the activation: sp is refused.
-WITHOUT_SP: Final = ("bert", "nanogpt")
+WITHOUT_SP: Final = ("nanogpt",)
 
 KINDS: Final = {
     "dp2": (S(dp=2, zero=2, layers=(LAYERS,)),),
@@ -24,9 +22,7 @@ KINDS: Final = {
 }
 OF_FAMILIES: Final = tuple(
     Variant(name=f"tiny {name} {kind}", model=file_of(name), stages=stages, micro=8)
-    for name in (*FAMILIES, *HYBRIDS, *WITHOUT_SP)
+    for name in (*FAMILIES, *WITHOUT_SP)
     for kind, stages in KINDS.items()
-    if (name in FAMILIES)
-    or (name in HYBRIDS and kind.startswith("tp2"))
-    or (name in WITHOUT_SP and kind != "tp2 sp")
+    if name in FAMILIES or kind != "tp2 sp"
 )

@@ -18,7 +18,7 @@ from mist.plans.plan import Plan
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from mist.workflow.verifying import verify_plan
-from tests.exec.family_layouts import FAMILIES, HYBRIDS, OF_FAMILIES, WITHOUT_SP
+from tests.exec.family_layouts import FAMILIES, OF_FAMILIES, WITHOUT_SP
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import S, Variant, plan_of
 from tests.exec.parity import far, run_variants, settings
@@ -27,7 +27,7 @@ from tests.tiny_families import CONFIGS, write_family
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *WITHOUT_SP])
+@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_SP])
 def test_families_agree_with_one_process(family: str, tmp_path: Path, forked: RunRanks) -> None:
     model = write_family(family, tmp_path).name
     variants = [variant for variant in OF_FAMILIES if variant.model == model]

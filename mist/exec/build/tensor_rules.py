@@ -29,7 +29,7 @@ from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
 from mist.trace.tensor_parallel.sized_calls import SizeRule
-from mist.trace.tensor_parallel.tp_apply import num_pieces, undivided
+from mist.trace.tensor_parallel.tp_apply import attends, undivided
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
 
 GETTERS: Final = ("__get__", "size", "dim", "stride")
@@ -202,6 +202,7 @@ def _regions(
     blocks: frozenset[str],
 ) -> Iterator[RegionRule]:
     """Every region, of what `mist.trace.tensor_parallel.tp_apply` says can be divided."""
+    matrices = {name: matrix_of(module) for name, module in loaded.module.named_modules()}
     for key, colwise in sharding.regions.items():
         rowwise, columns = names[key], sorted(names[each] for each in colwise)
         block = next((each for each in blocks if rowwise.startswith(f"{each}.")), None)
@@ -209,20 +210,9 @@ def _regions(
         yield RegionRule(
             entries={name: block or inputs.entry(name, around) for name in columns},
             rowwise=rowwise,
-            attends=_attends(loaded.module, sharding, rowwise, columns),
+            attends=attends(sharding, matrices[rowwise], [matrices[name] for name in columns]),
             block=block,
         )
-
-
-def _attends(model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequence[str]) -> bool:
-    """Whether these are queries, keys and values: three matrices, or of unlike widths."""
-    row = matrix_of(model.get_submodule(rowwise))
-    by_name = {name: matrix_of(model.get_submodule(name)) for name in columns}
-    matrices = {name: matrix for name, matrix in by_name.items() if matrix is not None}
-    if row is None:
-        return False
-    count = sum(num_pieces(sharding, matrix, row) for matrix in matrices.values())
-    return count > 2 or len({matrix.num_out for matrix in matrices.values()}) > 1
 
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:

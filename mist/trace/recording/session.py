@@ -36,6 +36,7 @@ from mist.trace.recording.liveness import Counted
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 from mist.trace.recording.recorder import Origin, Part, Recorder, recording
+from mist.trace.recording.region_hooks import region_hooks
 from mist.trace.recording.shim import fused_norms, runs_as
 from mist.trace.repeated_blocks import Layers
 from mist.trace.tensor_parallel.local_sizes import LocalSizes
@@ -199,7 +200,10 @@ class Session:
                 for norm, kernel in fused_norms(self.model.module.modules()):
                     self.stack.enter_context(_replaced(norm, kernel))
             self.stack.enter_context(self.routing)
-            self.stack.enter_context(self._colwise_hooks())
+            if self.sharding is not None:
+                self.stack.enter_context(
+                    region_hooks(self.recorder, self.sharding, self.model.module)
+                )
             # The mode that is entered last sees a call first: the recorder sees operations of the
             # model, not their stand-ins.
             self.stack.enter_context(recording(self.recorder, self._names(layers)))
@@ -438,32 +442,6 @@ class Session:
         finally:
             for (table, name, _), value in zip(attributes, before, strict=True):
                 table[name] = value
-
-    @contextmanager
-    def _colwise_hooks(self) -> Iterator[None]:
-        """Within: inputs of column-parallel matrices are known as gathered, and what goes back."""
-
-        def gather(module: nn.Module, args: tuple[object, ...]) -> None:
-            if self.recorder.part is not None:
-                keys = [key_of(t) for t in tensors_in(args)]
-                self.recorder.part.gathered.update(keys)
-                self.recorder.part.entered[id(module)] = keys[0]
-                flow(module, args, args)
-
-        def flow(module: nn.Module, args: object, tensors: object) -> None:
-            """A gradient goes back through what a module is given, or gives."""
-            if self.recorder.part and any(t.requires_grad for t in tensors_in(tensors)):
-                self.recorder.part.flows.add(id(module))
-
-        ends = self.sharding.regions.keys() if self.sharding else ()
-        modules = list(self.model.module.modules())
-        hooks = [m.register_forward_pre_hook(gather) for m in modules if id(m) in self.colwise]
-        hooks += [m.register_forward_hook(flow) for m in modules if id(m) in ends]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def seq_hint(model: LoadedModel, asked: int | None) -> int:

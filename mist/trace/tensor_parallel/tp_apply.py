@@ -1,4 +1,6 @@
-"""What keeps `mist apply` from dividing matrices whose shares and costs the trace knows."""
+"""What keeps `mist apply` from dividing matrices, or tokens, whose costs the trace knows."""
+
+from collections.abc import Sequence, Set
 
 from torch import nn
 
@@ -27,6 +29,33 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
             if module is not modules[key][1] and num_pieces(sharding, matrix, row) == MANY:
                 return f"{name} holds several matrices in one, of different or unknown widths"
     return None
+
+
+def whole_sequence(model: nn.Module, sharding: Sharding, exposed: Set[int]) -> str | None:
+    """Why ranks cannot have a part of the tokens between regions; None if they can.
+
+    `exposed`: column-parallel modules (by id) that no module around them was given the input for.
+    """
+    modules = {id(module): (name, module) for name, module in model.named_modules()}
+    inside = {id(m) for key in sharding.whole & modules.keys() for m in modules[key][1].modules()}
+    for key, colwise in sharding.regions.items():
+        columns = [matrix_of(modules[each][1]) for each in colwise]
+        separate = key not in inside and colwise & exposed
+        if separate and attends(sharding, matrix_of(modules[key][1]), columns):
+            return (
+                f"attention around {modules[key][0]} is not in a module of its own that is given "
+                "the activation"
+            )
+    return None
+
+
+def attends(sharding: Sharding, row: Matrix | None, columns: Sequence[Matrix | None]) -> bool:
+    """Whether columns are queries, keys and values: three matrices, or of unlike widths."""
+    matrices = [matrix for matrix in columns if matrix is not None]
+    if row is None:
+        return False
+    count = sum(num_pieces(sharding, matrix, row) for matrix in matrices)
+    return count > 2 or len({matrix.num_out for matrix in matrices}) > 1
 
 
 def num_pieces(sharding: Sharding, matrix: Matrix, row: Matrix) -> int:
