@@ -81,7 +81,7 @@ class ModelFacts:
     them; None if it can. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `unstaged`: why `mist apply` cannot divide it over
     stages; `whole_sequence`: why it leaves the sequence whole under tensor parallelism; None if it
-    divides them. `fingerprint` identifies the model (names and shapes of parameters,
+    divides them. `calls_again`: layers are called again with the parameters that they have. `fingerprint` identifies the model (names and shapes of parameters,
     runs, ties), not the trace. `precision`: the one that was traced. `lengths`: the sequence
     lengths that it was traced for.
     """
@@ -100,6 +100,7 @@ class ModelFacts:
     undivided: str | None = None
     unstaged: str | None = None
     whole_sequence: str | None = None
+    calls_again: bool = False
     lengths: Lengths = Lengths()
 
     def __post_init__(self) -> None:

@@ -25,10 +25,16 @@ RUNTIME: Final = "torch"
 
 
 def as_applied(runtime: Runtime, facts: ModelFacts) -> Runtime:
-    """The runtime as it trains this model: `mist apply` leaves some sequences whole."""
-    if runtime.name != RUNTIME or facts.whole_sequence is None:
-        return runtime
-    return replace(runtime, knobs=replace(runtime.knobs, sequence_parallel=False))
+    """The runtime as it trains this model.
+
+    `mist apply` leaves some sequences whole, and treats all calls of a shared layer alike.
+    """
+    knobs = runtime.knobs
+    if runtime.name == RUNTIME and facts.whole_sequence is not None:
+        knobs = replace(knobs, sequence_parallel=False)
+    if runtime.name == RUNTIME and facts.calls_again:
+        knobs = replace(knobs, recomputes_some=False, partial_offload={})
+    return replace(runtime, knobs=knobs)
 
 
 def refuse_unplayable(plan: Plan, facts: ModelFacts | None) -> None:
@@ -91,6 +97,8 @@ def _workload_faults(plan: Plan) -> Iterator[Fault]:
 def _rule_faults(plan: Plan, facts: ModelFacts | None) -> Iterator[Fault]:
     """What the rule book says of each stage, of its layers, and of the stages together."""
     columns, runtime = layout_columns(plan.layout), load_runtime(RUNTIME).profile
+    if facts is not None:
+        runtime = as_applied(runtime, facts)
     yield from stage_faults(apply_rules(runtime, plan.workload, facts), columns)
     yield from level_faults(runtime, plan.layout)
     for message in broken_between(facts, plan.schedule.kind, columns):

@@ -204,6 +204,7 @@ def _graph(
         sequential=result.run.sequential,
         unstaged=result.run.unstaged,
         whole_sequence=whole,
+        calls_again=len(set(result.run.order)) < len(result.run.order),
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
         notes=(*result.notes, *notes, *unread_note(model.module, result)),

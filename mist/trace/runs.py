@@ -126,6 +126,11 @@ def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:
     return subject.sharding
 
 
+def traced_layers(model: LoadedModel, setting: TraceSetting) -> Layers | None:
+    """What a trace takes for the layers of a model, called again or not. Raises TraceError."""
+    return _first_run(RunSubject(model=model, setting=setting))[0].layers
+
+
 def _first_run(subject: RunSubject) -> tuple[RunSubject, RecordedRun]:
     """A run at concrete sizes, and with it the layers in the order of their calls.
 

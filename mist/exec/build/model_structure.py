@@ -5,7 +5,7 @@ must be known in which order the layers are called, what a layer passes on, and 
 read before the first layer (front) and after the last one (tail).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -17,12 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from mist.errors import ModelError
 from mist.trace.dispatch_call import tensors_in
+from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel
+from mist.trace.models.source import TraceSetting
 from mist.trace.recording.layer_dependencies import Handovers
 from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import Layers, find_layers
+from mist.trace.runs import traced_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,8 @@ class LayerOutput:
 class ModelStructure:
     """Names of the layers in the order of their calls, and of what is read before and after.
 
-    `boundary`: shape of one sample of the activation between layers. `outputs`: what each of them
+    `num_calls`: how often they are called, which are the layers of a plan; more than there are
+    where some are called again. `boundary`: shape of one sample of the activation between layers. `outputs`: what each of them
     returns.
     `direct`: the embedding, if layer 0 takes what it gave as it is.
     `unstaged`: why stages cannot divide the layers (`Handovers`); None if they can.
@@ -63,6 +66,7 @@ class ModelStructure:
     """
 
     layers: tuple[str, ...]
+    num_calls: int
     front: frozenset[str]
     tail: frozenset[str]
     boundary: tuple[int, ...]
@@ -73,7 +77,7 @@ class ModelStructure:
 
 
 def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
-    """Run a model once on fake tensors. Raises ModelError when it has no list of layers."""
+    """Run a model on fake tensors. One without layers is a layer as a whole. Raises TraceError."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
     # On the CPU: on the meta device some functions (attention) run other operations.
@@ -83,18 +87,39 @@ def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
         parameter.requires_grad_(parameter.is_floating_point())
     layers = find_layers(model)
     while layers is not None:
-        watch = _Watch(model=model, layers=layers)
-        with mode, runs_anywhere(model), watch.hooks():
-            fake = replace(loaded, module=model)
-            watch.handovers.ends(fake.run(fake.batch(2, seq_len)))
+        watch = _watched(replace(loaded, module=model), layers, mode, seq_len)
         if sorted(watch.order) == list(range(len(layers.modules))):
             return _structure(loaded.module, watch)
         # A list with a layer that is not called once (experts, heads) is no stack: look for
         # another.
         layers = layers.without(_not_once(watch, layers))
-    raise ModelError(
-        f"{loaded.name} has no list of layers that are each called once; mist apply needs one."
-    )
+    layers = _called_again(loaded, model, seq_len)
+    return _structure(loaded.module, _watched(replace(loaded, module=model), layers, mode, seq_len))
+
+
+def _watched(
+    fake: LoadedModel, layers: Layers, mode: FakeTensorMode, seq_len: int
+) -> "_Watch":
+    """A run of a fake model in which these layers are watched."""
+    watch = _Watch(model=fake.module, layers=layers)
+    with mode, runs_anywhere(fake.module), watch.hooks():
+        watch.handovers.ends(fake.run(fake.batch(2, seq_len)))
+    return watch
+
+
+def _called_again(loaded: LoadedModel, model: nn.Module, seq_len: int) -> Layers:
+    """The layers of a model (in its copy) that are called more than once; else all of it is one."""
+    setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, seq_len=seq_len)
+    shared = traced_layers(loaded, setting)
+    if shared is None:
+        return Layers(modules=(model,), signatures=((),), lists=(0,))
+    names = {module: name for name, module in loaded.module.named_modules()}
+    return replace(shared, modules=tuple(model.get_submodule(names[m]) for m in shared.modules))
+
+
+def beginnings(layers: Iterable[str]) -> tuple[str, ...]:
+    """What the names of all that is in these layers begin with."""
+    return tuple(f"{name}." if name else "" for name in layers)
 
 
 def _not_once(watch: "_Watch", layers: Layers) -> int:
@@ -165,9 +190,9 @@ class _Watch(TorchFunctionMode):
             tensors = list(tensors_in((args, kwargs)))
             if not self.order and id(tensors[0]) in self.embedded:
                 self.direct = self.embedded[id(tensors[0])][1]
+            self.handovers.enters(tensors, again=index in self.order)
             self.order.append(index)
             self.inside = True
-            self.handovers.enters(tensors)
 
         return enter
 
@@ -194,7 +219,8 @@ def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
     }
     assert watch.hidden is not None
     return ModelStructure(
-        layers=tuple(names[id(watch.layers.modules[i])] for i in watch.order),
+        layers=tuple(names[id(watch.layers.modules[i])] for i in dict.fromkeys(watch.order)),
+        num_calls=len(watch.order),
         front=frozenset(outside[key] for key in watch.front & outside.keys()),
         tail=frozenset(outside[key] for key in watch.tail & outside.keys()),
         boundary=tuple(watch.hidden.shape[1:]),

@@ -6,7 +6,7 @@ FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedu
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -25,7 +25,7 @@ from mist.exec.build.gradient_flow import Flows, flows_of
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.build.host_copies import Swapper
 from mist.exec.build.initial_weights import fill
-from mist.exec.build.model_structure import ModelStructure
+from mist.exec.build.model_structure import ModelStructure, beginnings
 from mist.exec.build.pipeline import PipelineSchedule, Shell
 from mist.exec.build.process_group import warm_up
 from mist.exec.build.rank_grid import chunk_layers
@@ -134,8 +134,8 @@ def assemble(
 ) -> "Parallel":
     """This rank's part of the model, without values. `memory`: within which it is allocated.
 
-    Raises ModelError for a plan that this version of torch cannot run, and for stages that would
-    have to pass on more than one activation.
+    Raises ModelError for a plan that this version of torch cannot run, for stages that would have
+    to pass on more than one activation, and for layers that the model does not have.
     """
     refuse_missing(plan)
     num_stages, reason = len(plan.stages), subject.structure.unstaged
@@ -144,6 +144,7 @@ def assemble(
         raise ModelError(
             f"pp {num_stages}: mist apply cannot divide {name} over stages: {reason}; use pp 1"
         )
+    plan = _of_distinct_layers(plan, subject)
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
     pieces = chunk_layers(plan, place.stage)
@@ -159,6 +160,27 @@ def assemble(
     # In the order of all ranks; a first send amid the schedule would wait for ranks that compute.
     warm_up(parallel.groups(), device)
     return parallel
+
+
+def _of_distinct_layers(plan: Plan, subject: Subject) -> Plan:
+    """The plan of layers that are called again, with each of them once."""
+    structure, name = subject.structure, subject.loaded.name
+    if plan.num_layers != structure.num_calls:
+        raise ModelError(
+            f"the plan has {plan.num_layers} layers, but {name} calls {structure.num_calls}; "
+            "plan again"
+        )
+    num_layers = len(structure.layers)
+    if plan.num_layers == num_layers:
+        return plan
+    (stage,), levels = plan.stages, [level for level, count in plan.stages[0].memory.items() if count]
+    if len(levels) > 1:
+        raise ModelError(
+            f"checkpoint {' and '.join(levels)}: {name} calls layers again, which have one level "
+            "for all their calls. Use one level."
+        )
+    alike = replace(stage, layers=((0, num_layers),), memory={levels[0]: num_layers})
+    return replace(plan, stages=(alike,))
 
 
 def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
@@ -224,7 +246,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
         layers=tuple(names),
         parameters={structure.tied.get(name, name): p for name, p in parameters.items()},
         on_host=frozenset(
-            n for n in parameters if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
+            n for n in parameters if n.startswith(beginnings(names[first_on_host:]))
         ),
         partial=tuple(parameters[name] for name in sorted(partial_names)),
         flows=flows,

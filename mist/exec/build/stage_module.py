@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from mist.exec.build.loss import summed_loss
-from mist.exec.build.model_structure import LayerOutput, ModelStructure
+from mist.exec.build.model_structure import LayerOutput, ModelStructure, beginnings
 from mist.layers import DeferredHead
 from mist.layers.own_checkpoints import undone_checkpoints
 from mist.trace.models.loader import LoadedModel
@@ -157,7 +157,7 @@ def _stand_in(index: int, layers: range) -> type[_Absent]:
 
 
 def _inside(model: nn.Module, structure: ModelStructure) -> set[str]:
-    prefixes = tuple(f"{name}." for name in structure.layers)
+    prefixes = beginnings(structure.layers)
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 

@@ -20,6 +20,7 @@ TAKES_MORE: Final = (
     "a layer takes more than what the layer before it gives (a condition, an encoder's result)"
 )
 CHANGED: Final = "what a layer gives is changed before the next layer takes it"
+CALLED_AGAIN: Final = "a layer is called again with the same parameters"
 HEAD_TAKES_MORE: Final = "what follows the last layer takes more than what that layer gives"
 
 
@@ -93,12 +94,14 @@ class Handovers:
         self._earlier: list[torch.Tensor | None] = []  # kept, so that no identity is used twice
         self._since = 0
 
-    def enters(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The next layer takes these."""
+    def enters(self, tensors: Sequence[torch.Tensor], *, again: bool) -> None:
+        """The next layer takes these. `again`: it has been called before."""
         if self._given is not None and tensors[0] is not self._given:
             self.fault = CHANGED
         if any(tensor.requires_grad for tensor in tensors[1:]):
             self.fault = TAKES_MORE
+        if again:
+            self.fault = CALLED_AGAIN
 
     def leaves(self, tensors: Sequence[torch.Tensor]) -> None:
         """A layer gave these."""

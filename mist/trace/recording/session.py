@@ -227,7 +227,7 @@ class Session:
             raise NotALayerList(self.layers.lists[index], again=True)
         with self.recorder.into(None):
             self._enter_layer((args, kwargs))
-            self.handovers.enters(list(tensors_in((args, kwargs))))
+            self.handovers.enters(list(tensors_in((args, kwargs))), again=again)
             self._refuse_parallel(self.layers.lists[index])
             # A block that is called again costs what it did, but brings no parameters.
             self.sequential &= not again
