@@ -115,10 +115,29 @@ def loss(output, batch):
     return (output - batch["latents"]).square().mean()
 """
 
+# No list of layers: all of it is one.
+LSTM = """
+from torch import nn
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, 64), nn.Linear(64, 256)
+        self.rnn = nn.LSTM(64, 64, 2, batch_first=True)
+
+    def forward(self, ids):
+        return self.head(self.rnn(self.embed(ids))[0])
+
+
+def build_model():
+    return Recurrent()
+"""
+
 CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
     yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 )
-FILES: Final = MappingProxyType({"nanogpt": NANOGPT, "dit": DIT})
+FILES: Final = MappingProxyType({"nanogpt": NANOGPT, "dit": DIT, "lstm": LSTM})
 
 
 def file_of(name: str) -> str:

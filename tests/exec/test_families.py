@@ -5,12 +5,13 @@ In float64, to its last digits; and the dry run of each agrees with what was pre
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from mist.errors import ModelError
+from mist.errors import InputError, ModelError
 from mist.exec.build.parallel import assemble
 from mist.exec.dryrun.dry_run import look
 from mist.exec.observation import Seen
@@ -18,16 +19,16 @@ from mist.plans.plan import Plan
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from mist.workflow.verifying import verify_plan
-from tests.exec.family_layouts import FAMILIES, OF_FAMILIES, WITHOUT_SP
+from tests.exec.family_layouts import FAMILIES, OF_FAMILIES, OTHERS
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import S, Variant, plan_of
 from tests.exec.parity import far, run_variants, settings
 from tests.exec.subjects import known_subject
-from tests.tiny_families import CONFIGS, write_family
+from tests.tiny_families import CONFIGS, FILES, write_family
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_SP])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_families_agree_with_one_process(family: str, tmp_path: Path, forked: RunRanks) -> None:
     model = write_family(family, tmp_path).name
     variants = [variant for variant in OF_FAMILIES if variant.model == model]
@@ -74,6 +75,12 @@ def look_here(
     return tuple(look(plan, stage, policy) for stage in stages)
 
 
+def question_of(model: Path, seq_len: int) -> Question:
+    return Question(
+        model=str(model), num_gpus=2, seq_len=seq_len, global_batch=8, gpu="h100-sxm"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HANDS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,7 +95,25 @@ def test_prediction_and_program_agree(
     }
     model = tmp_path / f"{family}.json"
     model.write_text(json.dumps(sizes))
-    question = Question(model=str(model), num_gpus=2, seq_len=1024, global_batch=8, gpu="h100-sxm")
-    for stage in verify_plan(check_layout(question, HANDS[kind]).plan).stages:
+    for stage in verify_plan(check_layout(question_of(model, 1024), HANDS[kind]).plan).stages:
         assert all(row.agrees for row in stage.collectives), stage.collectives
         assert abs(stage.difference_ratio) <= MOST
+
+
+# A patch is a token: images of a fixed size have so many.
+PATCHES = {"vit": 16, "dinov2": 16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*CONFIGS, *FILES} - {*FAMILIES}))
+def test_what_the_rules_leave_is_run(family: str, tmp_path: Path) -> None:
+    """Every layout that no rule refuses is divided, wrapped and trained for a step."""
+    question = question_of(write_family(family, tmp_path), PATCHES.get(family, 64))
+    plans = dict[str, Plan]()
+    for kind, hand in HANDS.items():
+        with suppress(InputError):  # no search offers what the rules refuse
+            plans[kind] = check_layout(question, hand).plan
+    assert "dp2" in plans
+    for plan in plans.values():
+        seen = look_here(plan, range(len(plan.stages)), None, policy="cuda")
+        assert all(each.peak_bytes > 0 for each in seen)
