@@ -304,7 +304,7 @@ def _crossings(
 
 
 def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
-    """A region has one exit and an entry for each tensor that enters it.
+    """A region has one exit, and an entry for each tensor that enters it.
 
     Regions in a module that needs all tokens count as one. An input that no hook sees (experts)
     enters with the layer's input.
@@ -320,13 +320,14 @@ def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, i
     separate = regions.difference(*inside)
     for row in separate:
         entry_ids = sharding.regions[row] & entered.keys()
-        inputs = {entered[key] for key in entry_ids}
+        # What no module around a matrix was given enters at the matrix, call by call.
+        counted = list if entry_ids & piece.part.exposed else set
+        inputs = counted(key for each in entry_ids for key in entered[each])
+        back = counted(key for each in entry_ids & flows for key in entered[each])
         # Without a hook the layer's own input stands for what enters.
-        back = {0} if piece.flows else set()
-        if entry_ids:
-            back = {entered[key] for key in entry_ids & flows}
-        entries, entries_back = entries + max(len(inputs), 1), entries_back + len(back)
-        exits_back += int(row in flows or bool(back))
+        num_back = len(back) if entry_ids else int(piece.flows)
+        entries, entries_back = entries + max(len(inputs), 1), entries_back + num_back
+        exits_back += int(row in flows or num_back > 0)
     return {
         "num_entries": entries,
         "num_exits": len(separate) + num_joint,

@@ -208,11 +208,21 @@ def _regions(
         block = next((each for each in blocks if rowwise.startswith(f"{each}.")), None)
         around = _around([rowwise, *columns])
         yield RegionRule(
-            entries={name: block or inputs.entry(name, around) for name in columns},
+            entries=_apart({name: block or inputs.entry(name, around) for name in columns}),
             rowwise=rowwise,
             attends=attends(sharding, matrices[rowwise], [matrices[name] for name in columns]),
             block=block,
         )
+
+
+def _apart(entries: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a region, none of them inside another: a gradient is summed at each of them.
+
+    A matrix that is also given something else (positions) enters by itself, and so do then those
+    that would enter at a module around it.
+    """
+    around = {e for e in entries.values() if any(o.startswith(f"{e}.") for o in entries.values())}
+    return {name: name if entry in around else entry for name, entry in entries.items()}
 
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:

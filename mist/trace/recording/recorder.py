@@ -72,7 +72,7 @@ class Part:
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
-    whose input enters a tensor-parallel region, with its storage; `exposed`: those of them that no
+    whose input enters a tensor-parallel region, with its storages; `exposed`: those of them that no
     module around them was given that input for; `flows`: those of them, and those
     that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
     gradient, so that its memory is that of its forward pass; `works_forward`: its forward pass may
@@ -93,7 +93,7 @@ class Part:
     storages: dict[int, SavedStorage] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
-    entered: dict[int, int] = field(default_factory=dict)
+    entered: dict[int, list[int]] = field(default_factory=dict)
     exposed: set[int] = field(default_factory=set)
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False

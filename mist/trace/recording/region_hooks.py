@@ -27,7 +27,7 @@ def region_hooks(recorder: Recorder, sharding: Sharding, model: nn.Module) -> It
             tensors = list(tensors_in(args))
             keys = [key_of(t) for t in tensors]
             recorder.part.gathered.update(keys)
-            recorder.part.entered[id(module)] = keys[0]
+            recorder.part.entered.setdefault(id(module), []).append(keys[0])
             around = (given[id(outer)] for outer in recorder.callers[:-1])
             if not any(id(tensors[0]) in ids for ids in around):
                 recorder.part.exposed.add(id(module))
