@@ -34,9 +34,9 @@ OTHERS = (
     Variant(name="dp2 tp2 sp", stages=(S(dp=2, tp=2, sp=True, zero=2),), micro=8),
     Variant(name="hsdp", stages=(S(dp=4, dp_replicate=2, zero=2),), micro=8),
 )
-PIECES = {
+SIDE_BY_SIDE = {
     f"{model} {name}": Variant(name=name, model=f"{model}.json", stages=stages, micro=8)
-    for model in ("gpt2", "qwen3-moe")
+    for model in ("gpt2", "qwen3-moe", "phi3")
     for name, stages in {"tp2": (S(tp=2, sp=True),), "dp2": (S(dp=2, zero=3),)}.items()
 }
 TWO = Variant(name="dp2", stages=(S(dp=2, zero=1),), micro=4)
@@ -57,11 +57,11 @@ def save(folder: Path, device: torch.device) -> None:
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
-def pieces(folder: Path, device: torch.device) -> None:
-    """Matrices that tp keeps in pieces (of heads, of experts): saved by any layout, read by all."""
+def side_by_side(folder: Path, device: torch.device) -> None:
+    """Matrices side by side (of heads, of experts): saved by any layout, read by all."""
     losses = {}
-    for name, variant in PIECES.items():
-        alike = {other: v for other, v in PIECES.items() if v.model == variant.model}
+    for name, variant in SIDE_BY_SIDE.items():
+        alike = {other: v for other, v in SIDE_BY_SIDE.items() if v.model == variant.model}
         run = Run(variant, folder, device, MAX_NORM, in_double)
         run.train(0, 2)
         checkpoints.save(run.parallel, folder / name, FACTS)
@@ -114,7 +114,13 @@ def recover(folder: Path, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    programs = {"pieces": pieces, "save": save, "two": two, "die": die, "recover": recover}
+    programs = {
+        "side_by_side": side_by_side,
+        "save": save,
+        "two": two,
+        "die": die,
+        "recover": recover,
+    }
     place = Path(sys.argv[2])
     with process_group(300.0) as where:
         programs[sys.argv[1]](place, where)

@@ -9,6 +9,7 @@ FAMILIES: Final = (
     "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "gemma2", "gemma3", "gpt2",
     "gpt-neox", "opt", "bloom", "mpt", "starcoder2", "stablelm", "cohere", "olmo2", "glm4",
     "smollm3", "gpt-oss", "deepseek-v3", "lfm2", "bamba", "granite4-h", "bert", "modernbert",
+    "phi3", "falcon", "falcon-new", "gptj", "gpt-neo",
 )  # fmt: skip
 # What the rules leave of others: sequences that stay whole (attention in no module of its own, a
 # condition), encoders, layers that are called again, no layers at all.

@@ -52,7 +52,7 @@ def found(variant: Variant, folder: Path, device: torch.device) -> dict[str, obj
     parallel = assemble(subject, plan, device, settings(None))
     initialise(parallel, subject, SEED)
     whole = torch.load(folder / f"{variant.model}.pt", weights_only=True)
-    error = torch.tensor(difference(parallel.parameters, whole))
+    error = torch.tensor(difference(parallel, parallel.parameters, whole))
     dist.all_reduce(error, dist.ReduceOp.MAX)
     sizes: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, sum(read))

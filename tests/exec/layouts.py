@@ -86,10 +86,12 @@ MIXTURES = {  # three experts: no number of ranks divides them evenly
     },
 }
 # Tables that scale what they look up (Gemma), that have a row without a gradient (OPT's padding),
-# that are added before the layers (OPT's positions); norms of heads (Qwen3).
+# that are added before the layers (OPT's positions); norms of heads (Qwen3); queries, keys and
+# values of unlike widths in one matrix (Phi-3).
 FAMILIES = {
     "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 16, "sliding_window": 16},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16},
+    "phi3": {**LLAMA, "model_type": "phi3", "pad_token_id": 0},
     "one-kv-head": {**LLAMA, "num_key_value_heads": 1},  # attention is whole on every rank
     "opt": {
         "model_type": "opt",

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from mist.exec.build.empty_weights import load
 from mist.exec.build.parallel import Parallel, build
@@ -22,7 +21,7 @@ from tests.exec.double import in_double, wide
 from tests.exec.drawn import whole_values
 from tests.exec.layouts import BATCH, SEQ_LEN, VOCAB, Variant, plan_of
 from tests.exec.masked_layouts import LAYOUTS, MORE
-from tests.exec.parity import SEED, settings, write_errors
+from tests.exec.parity import SEED, settings, whole_of, write_errors
 from tests.exec.subjects import known_subject
 
 Batch = dict[str, torch.Tensor]
@@ -89,9 +88,7 @@ class Stopped:
         for name, parameter in self.parallel.parameters.items():
             grad = parameter.grad
             assert grad is not None
-            self.gradients[name] = (
-                grad.full_tensor() if isinstance(grad, DTensor) else grad
-            ) * scale
+            self.gradients[name] = whole_of(self.parallel, name, grad) * scale
 
 
 def errors(variant: Variant, folder: Path, device: torch.device) -> list[dict[str, float]]:

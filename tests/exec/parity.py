@@ -148,7 +148,7 @@ def errors(variant: Variant, folder: Path, device: torch.device) -> dict[str, fl
         "loss": farthest([step.loss for step in steps], known["losses"]),
         "norm": farthest([step.norm for step in steps], known["norms"]),
         "gradients": max(gradients),
-        "parameters": difference(parallel.parameters, known["parameters"]),
+        "parameters": difference(parallel, parallel.parameters, known["parameters"]),
     }
     highest = torch.tensor(list(worst.values()), dtype=torch.float64)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
@@ -168,21 +168,27 @@ def watch_gradients(parallel: Parallel, known: Sequence[Mapping[str, torch.Tenso
         held = {n: p.grad for n, p in parallel.parameters.items() if p.grad is not None}
         assert set(held) == {n for n, p in parallel.parameters.items() if p.requires_grad}
         gradients = {name: grad * scale.to(grad.device) for name, grad in held.items()}
-        found.append(difference(gradients, known[len(found)]))
+        found.append(difference(parallel, gradients, known[len(found)]))
         step(scale)
 
     parallel.optimizer.step = compared  # type: ignore[method-assign]
     return found
 
 
-def difference(mine: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> float:
+def difference(
+    parallel: Parallel, mine: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]
+) -> float:
     """The largest difference of any number; all ranks of a stage call it together."""
-    worst = 0.0
-    for name, tensor in mine.items():
-        value = tensor.detach()
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        worst = max(worst, (whole.reshape(known[name].shape) - known[name]).abs().max().item())
-    return worst
+    errors = (whole_of(parallel, name, value) - known[name] for name, value in mine.items())
+    return max((error.abs().max().item() for error in errors), default=0.0)
+
+
+def whole_of(parallel: Parallel, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor of a parameter as one process has it; all ranks of a stage call it together."""
+    value = value.detach()
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    matrices = parallel.side_by_side.get(name)
+    return whole if matrices is None else matrices.restored(whole)
 
 
 def write_errors(

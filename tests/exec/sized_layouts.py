@@ -12,6 +12,7 @@ ATTENTION = """
 import math
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+WIDTH = KV_HEADS * HEAD_DIM
 
 
 class Attention(nn.Module):
@@ -31,22 +32,39 @@ def build_model() -> nn.Module:
     return MyTransformer()
 """
 FUSED = "self.c_attn = nn.Linear(DIM, 3 * DIM)"
-APART = (
-    "self.q, self.k, self.v = nn.Linear(DIM, DIM), nn.Linear(DIM, KV_HEADS * HEAD_DIM), "
-    "nn.Linear(DIM, KV_HEADS * HEAD_DIM)"
-)
+IN_ONE = "q, k, v = self.c_attn(x)"
+GROUPED = "self.c_attn = nn.Linear(DIM, DIM + 2 * WIDTH)"
+APART = "self.q, self.k, self.v = nn.Linear(DIM, DIM), nn.Linear(DIM, WIDTH), nn.Linear(DIM, WIDTH)"
 SDPA = "y = F.scaled_dot_product_attention(q, k, v, is_causal=True)"
 HEADS_OF = "q, k, v = (a.view(B, T, HEADS, C // HEADS).transpose(1, 2) for a in (q, k, v))"
+REPEATED = (
+    "q = q.view(B, T, HEADS, -1).transpose(1, 2)",
+    "k, v = (a.reshape(B, T, KV_HEADS, HEAD_DIM).transpose(1, 2) for a in (k, v))",
+    "k, v = (a[:, :, None].expand(B, KV_HEADS, HEADS // KV_HEADS, T, HEAD_DIM)"
+    ".reshape(B, HEADS, T, HEAD_DIM) for a in (k, v))",
+)
 SCORES = "scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD_DIM)"
 MASKED = "y = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -1e9).softmax(-1) @ v"
+COPIED = "copied"  # a copy of several matrices is cut, of which nobody can tell whose it is
 # Name -> what makes the matrices, and the lines up to the result [batch, heads, tokens, width].
 STYLES = {
-    "split": (FUSED, ["q, k, v = self.c_attn(x).split(self.n_embd, dim=2)", HEADS_OF, SDPA]),
-    "chunk": (FUSED, ["q, k, v = self.c_attn(x).chunk(3, dim=-1)", HEADS_OF, SDPA]),
+    "split": (FUSED, [f"{IN_ONE}.split(self.n_embd, dim=2)", HEADS_OF, SDPA]),
+    "chunk": (FUSED, [f"{IN_ONE}.chunk(3, dim=-1)", HEADS_OF, SDPA]),
     "slices": (
         FUSED,
         ["a = self.c_attn(x)", "q, k, v = a[..., :C], a[..., C:2 * C], a[..., 2 * C:]",
          HEADS_OF, SDPA],
+    ),
+    "unlike": (GROUPED, [f"{IN_ONE}.split([DIM, WIDTH, WIDTH], -1)", *REPEATED, SDPA]),
+    "nested": (
+        GROUPED,
+        ["a = self.c_attn(x)", "q, kv = a[..., :DIM], a[..., DIM:]", "k, v = kv.chunk(2, dim=-1)",
+         *REPEATED, SDPA],
+    ),
+    COPIED: (
+        GROUPED,
+        ["q, kv = self.c_attn(x).split(DIM, dim=-1)", "k, v = kv.contiguous().chunk(2, dim=-1)",
+         *REPEATED, SDPA],
     ),
     "three_first": (
         FUSED,
@@ -57,24 +75,17 @@ STYLES = {
         ["a = self.c_attn(x).view(B, T, HEADS, 3 * HEAD_DIM).transpose(1, 2)",
          "q, k, v = a.split(HEAD_DIM, -1)", SDPA],
     ),
-    "grouped": (
-        APART,
-        ["q = self.q(x).view(B, T, HEADS, -1).transpose(1, 2)",
-         "k, v = (m(x).reshape(B, T, KV_HEADS, HEAD_DIM).transpose(1, 2)"
-         " for m in (self.k, self.v))",
-         "k, v = (a[:, :, None].expand(B, KV_HEADS, HEADS // KV_HEADS, T, HEAD_DIM)"
-         ".reshape(B, HEADS, T, HEAD_DIM) for a in (k, v))", SDPA],
-    ),
+    "grouped": (APART, ["q, k, v = (m(x) for m in (self.q, self.k, self.v))", *REPEATED, SDPA]),
     "scores": (
         FUSED,
-        ["q, k, v = self.c_attn(x).chunk(3, dim=-1)", HEADS_OF,
+        [f"{IN_ONE}.chunk(3, dim=-1)", HEADS_OF,
          "q, k, v = (a.reshape(B * HEADS, T, HEAD_DIM) for a in (q, k, v))",
          "scores = torch.bmm(q, k.transpose(1, 2)).view(B, HEADS, T, T) / 4.0",
          "v = v.view(B, HEADS, T, HEAD_DIM)", MASKED],
     ),
     "slopes": (
         FUSED + "\n        self.table = nn.Parameter(torch.zeros(HEADS, 1, 1))",
-        ["q, k, v = self.c_attn(x).split(DIM, dim=-1)", HEADS_OF, SCORES,
+        [f"{IN_ONE}.split(DIM, dim=-1)", HEADS_OF, SCORES,
          "slopes = torch.arange(1.0, HEADS + 1).view(HEADS, 1, 1)",
          "scores = scores + (slopes * torch.arange(T) / T).to(x.dtype)",
          "scores = scores + self.table * torch.arange(T)", MASKED],
@@ -135,6 +146,7 @@ def write_sized_models(folder: Path) -> None:
 SIZED = tuple(
     Variant(name=f"{name}{' sp' * sp}", model=f"{name}.py", stages=(S(tp=2, sp=sp),), micro=8)
     for name in STYLES
+    if name != COPIED
     for sp in (False, True)
 )
 # BART has no module that is given the activation for its attention alone: sp is refused.

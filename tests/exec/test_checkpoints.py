@@ -35,11 +35,11 @@ def test_a_checkpoint_goes_on_under_other_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_matrices_in_pieces_are_saved_as_the_model_has_them(tmp_path: Path) -> None:
+def test_matrices_side_by_side_are_saved_as_the_model_has_them(tmp_path: Path) -> None:
     write_models(tmp_path)
-    run_ranks(["-m", "tests.exec.elastic", "pieces", str(tmp_path)], 2, timeout_s=600)
+    run_ranks(["-m", "tests.exec.elastic", "side_by_side", str(tmp_path)], 2, timeout_s=600)
     found = json.loads((tmp_path / "losses.json").read_text())
-    assert len(found) == 12
+    assert len(found) == 18
     for name, losses in found.items():
         model = name.split()[0]
         assert losses == pytest.approx(found[f"{model} dp2"], abs=MAX_LOSS)
@@ -71,7 +71,10 @@ def test_a_full_disk_loses_nothing_and_is_said(tmp_path: Path) -> None:
     """The system refuses to write beyond 100 kB of a file, as it does on a full disk."""
     state = {"w": torch.zeros(500, 500)}
     rank: Any = SimpleNamespace(
-        parameters=state, optimizer=SimpleNamespace(num_steps=1, slots=[]), pieces={}, chunks=[]
+        parameters=state,
+        optimizer=SimpleNamespace(num_steps=1, slots=[]),
+        side_by_side={},
+        chunks=[],
     )
     save(rank, tmp_path, {})
     rank.optimizer.num_steps = 2

@@ -75,6 +75,12 @@ TENSOR = (
         for z in (0, 2, 3)
     ),
     Variant(
+        name="phi3 dp2 tp2 sp zero3",
+        model="phi3.json",
+        stages=(S(dp=2, tp=2, sp=True, zero=3),),
+        micro=8,
+    ),
+    Variant(
         name="gpt2 tied dp2 tp2 sp zero3",
         model="gpt2.json",
         stages=(S(dp=2, tp=2, sp=True, zero=3),),
@@ -362,7 +368,7 @@ HYBRID = (
 REPEATED = (
     *("zero1", "zero3", "tp2", "tp2 sp clipped", "one-kv-head tp2 sp", "plain tp2 sp", "plain pp2"),
     *("gpt2 tied tp2", "gpt2 tied pp2 clipped", "opt tied tp2", "opt tied pp2"),
-    "pp2 zero-bubble vpp2",
+    *("pp2 zero-bubble vpp2", "phi3 dp2 tp2 sp zero3"),
 )
 _EVERY = (
     *DATA,

@@ -151,7 +151,7 @@ def _read_checkpoint(command: list[str], *_: object, **__: object) -> None:
     slot = SimpleNamespace(name="w", first=zeros[1], second=zeros[2])
     rank: Any = SimpleNamespace(
         parameters={"w": zeros[0]},
-        pieces={},
+        side_by_side={},
         chunks=[],
         optimizer=SimpleNamespace(slots=[slot], num_steps=0),
     )

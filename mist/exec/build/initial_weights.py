@@ -4,19 +4,19 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from mist.exec.build.tensor_parts import ONE_PIECE, Pieces, read_within, take_apart
+from mist.exec.build.tensor_parts import SideBySide, fill_part, read_within
 from mist.exec.build.weight_init import Whole
 
 
-def fill(parameter: torch.Tensor, value: Whole, *, pieces: Pieces = ONE_PIECE) -> None:
+def fill(parameter: torch.Tensor, value: Whole, matrices: SideBySide | None = None) -> None:
     """Give a parameter its part of a whole value, which every rank can read.
 
-    `pieces`: how many matrices side by side it keeps apart.
+    `matrices`: side by side in it; none where its rows are in the model's order.
     """
     target = parameter.detach()
-    if isinstance(target, DTensor) and pieces.count > 1:
+    if isinstance(target, DTensor) and matrices is not None:
         bounds = bounds_of(target)
-        take_apart(target, value[read_within(target, bounds, pieces)], bounds, pieces)
+        fill_part(target, value[read_within(target, bounds, matrices)], bounds, matrices)
     elif isinstance(target, DTensor):
         target.to_local().copy_(value[bounds_of(target)])
     else:

@@ -33,7 +33,7 @@ from mist.exec.build.stage_module import Chunk, cut
 from mist.exec.build.step_clock import StepClock
 from mist.exec.build.step_recorder import StepMeasurement, StepRecorder, allocated
 from mist.exec.build.tensor_parallelism import ChunkPart, divide
-from mist.exec.build.tensor_parts import ONE_PIECE, Pieces
+from mist.exec.build.tensor_parts import SideBySide
 from mist.exec.build.tensor_rules import TensorRules, tensor_rules
 from mist.exec.build.torch_versions import refuse_missing
 from mist.exec.build.weight_init import Whole, initial_values
@@ -186,10 +186,9 @@ def _of_distinct_layers(plan: Plan, subject: Subject) -> Plan:
 def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
     """Fill this rank's shards with the weights that were given, or that the seed gives."""
     owners: dict[str, dict[str, nn.Parameter]] = {}
-    pieces = parallel.pieces
     for name, parameter in parallel.parameters.items():
         if name in subject.values:
-            fill(parameter, subject.values[name], pieces=pieces.get(name, ONE_PIECE))
+            fill(parameter, subject.values[name], parallel.side_by_side.get(name))
             continue
         owner, _, attribute = name.rpartition(".")
         owners.setdefault(owner, {})[attribute] = parameter
@@ -197,8 +196,7 @@ def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
         device = parallel.place.device
         values = initial_values(subject.loaded.module, owner, seed, device)
         for name, parameter in own_parameters.items():
-            own_pieces = pieces.get(f"{owner}.{name}", ONE_PIECE)
-            fill(parameter, values[name], pieces=own_pieces)
+            fill(parameter, values[name], parallel.side_by_side.get(f"{owner}.{name}"))
 
 
 def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_host: int) -> Built:
@@ -290,7 +288,7 @@ def _moved(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Parallel:
     """This rank's part of a model in training. `parameters`: its shards, by the model's names.
 
-    `pieces`: those of them that have one dimension more than the model's
+    `side_by_side`: those of them whose rows are not in the model's order
     (`mist.exec.build.tensor_parts`).
     """
 
@@ -298,7 +296,7 @@ class Parallel:
         self.plan = job.plan
         self.place = job.place
         self.parameters = {n: p for c in chunks.values() for n, p in c.parameters.items()}
-        self.pieces = dict(_pieces(job))
+        self.side_by_side = dict(_side_by_side(job))
         self._chunks = chunks
         self.swapper = job.swapper
         self.clock = StepClock(job.place.device)
@@ -447,13 +445,16 @@ class Parallel:
         return PipelineSchedule(shells, self.place, self.plan, activation)
 
 
-def _pieces(job: _Job) -> Iterator[tuple[str, Pieces]]:
-    """Parameters that keep several matrices side by side apart, and how many."""
+def _side_by_side(job: _Job) -> Iterator[tuple[str, SideBySide]]:
+    """Parameters of several matrices side by side, of each of which a rank has a part."""
     rules = job.subject.rules.get(job.stage.tp)
     for name, parts in (rules.parts if rules is not None else {}).items():
         for attribute, rule in parts.items():
-            if rule.num_pieces > 1 and rule.dim is not None:
-                yield f"{name}.{attribute}", Pieces(count=rule.num_pieces, dim=rule.dim)
+            if rule.dim is not None and len(rule.widths) > 1:
+                yield (
+                    f"{name}.{attribute}",
+                    SideBySide(widths=rule.widths, dim=rule.dim, num_ranks=job.stage.tp),
+                )
 
 
 def _tied(job: _Job, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tied]:

@@ -29,6 +29,7 @@ from mist.exec.build.gradient_flow import Flows
 from mist.exec.build.rank_grid import RankGrid, Span, transfers
 from mist.exec.build.step_clock import StepClock
 from mist.exec.build.torch_versions import known_by_older_names, param_groups
+from mist.exec.build.without_view import without_view
 from mist.plans.plan import Plan
 from mist.plans.schedules import SCHEDULES
 from mist.plans.workload import ScheduleKind
@@ -64,22 +65,8 @@ class Shell(nn.Module):
         values = [leaves[f"leaf{i}"] for i in range(len(leaves))]
         with self.clock.timing("forward"):
             output: torch.Tensor = self.root(tree_unflatten(values, self.layout), *received)
-        return _NoView.apply(output) if output._is_view() else output  # type: ignore[no-untyped-call]
-
-
-class _NoView(torch.autograd.Function):
-    """The same values and gradients: torch's split backward pass detaches an output in place.
-
-    What autograd made as a view (a reshaped activation) cannot be.
-    """
-
-    @staticmethod
-    def forward(ctx: object, output: torch.Tensor) -> torch.Tensor:
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
-        return grad
+        # torch's split backward pass detaches an output in place.
+        return without_view(output)
 
 
 @dataclass(slots=True, kw_only=True)

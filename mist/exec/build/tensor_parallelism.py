@@ -9,7 +9,7 @@ summed over the ranks once per step.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Final, TypeGuard
 
 import torch
@@ -33,6 +33,7 @@ from mist.errors import ModelError
 from mist.exec.build.tensor_parts import divide_parts, with_parts
 from mist.exec.build.tensor_rules import RegionRule, TensorRules
 from mist.exec.build.tensor_sizes import run_with_local_sizes
+from mist.exec.build.without_view import without_view
 
 SEQUENCE: Placement = Shard(1)
 ROWS: Final = 2  # dimensions of an activation whose tokens are rows
@@ -118,7 +119,9 @@ def _divide_parameters(
     modules = dict(model.named_modules())
     for (owner, attribute), value in rules.local.items():
         if owner in modules:  # those of layers of other stages are not here
-            setattr(modules[owner], attribute, value)
+            *path, name = attribute.split(".")
+            # Past what checks an assignment: others of a configuration's numbers do not change.
+            vars(reduce(getattr, path, modules[owner]))[name] = value
     for name, parts in rules.parts.items():
         if name.startswith(prefixes):
             divide_parts(modules[name], parts, mesh)
@@ -148,7 +151,7 @@ def _divide_region(
             parallelize_module(module, mesh, ColwiseParallel())
             _partial_input(module, mesh)
     row = model.get_submodule(region.rowwise)
-    if isinstance(row, nn.Linear):
+    if isinstance(row, nn.Linear) and region.rowwise not in parts:
         # The sum stays open here: it is added up or scattered once, where the region ends.
         parallelize_module(row, mesh, RowwiseParallel(output_layouts=Partial()))
 
@@ -347,12 +350,15 @@ def _on_entry(
 
 
 def _on_exit(module: nn.Module, leave: Any) -> None:  # noqa: ANN401 (a partial of ours)
-    """Apply `leave` to the activation that a module gives: the first tensor of what it returns."""
+    """Apply `leave` to the activation that a module gives: the first tensor of what it returns.
+
+    A model may add to the result in place, as Falcon does.
+    """
 
     def on_output(module: nn.Module, args: object, output: Any) -> object:  # noqa: ANN401
         if isinstance(output, torch.Tensor):
-            return leave(output)
-        return (leave(output[0]), *output[1:])
+            return without_view(leave(output))
+        return (without_view(leave(output[0])), *output[1:])
 
     module.register_forward_hook(on_output)
 

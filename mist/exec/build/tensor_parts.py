@@ -2,16 +2,15 @@
 
 These are `nn.Linear`'s and `nn.Embedding`'s only. The module keeps its own forward, which finds a
 rank's part in the place of the parameter. Some parameters hold several matrices side by side
-(queries, keys and values; gates and inputs of experts), and a rank has its part of each. Such a
-dimension is two here, pieces and width: then a rank's part is one range of one dimension, as
-distributed tensors, FSDP2 and checkpoints need it. In weights and checkpoints it is as the model
-has it: one dimension.
+(queries, keys and values; gates and inputs of experts), and a rank has its part of each. Here their
+rows are in another order, those of rank 0 first: then a rank's part is one range of one dimension,
+as distributed tensors, FSDP2 and checkpoints need it. In weights and checkpoints they are in the
+model's order.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 import torch
 from torch import nn
@@ -22,37 +21,45 @@ Forward = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
-    """How many matrices lie side by side along a dimension of the model's, counted from its end."""
+class SideBySide:
+    """Matrices side by side along a dimension of a parameter, counted from its end.
 
-    count: int
+    `widths`: theirs, in the model's order. Of each of them a rank has 1/`num_ranks`.
+    """
+
+    widths: tuple[int, ...]
     dim: int
+    num_ranks: int
 
+    def order(self, device: torch.device) -> torch.Tensor:
+        """The model's place of each row here."""
+        rows = torch.arange(sum(self.widths), device=device).split(self.widths)
+        parts = [matrix.unflatten(0, (self.num_ranks, -1)) for matrix in rows]
+        return torch.cat(parts, dim=1).flatten()
 
-ONE_PIECE: Final = Pieces(count=1, dim=-1)
+    def restored(self, whole: torch.Tensor) -> torch.Tensor:
+        """A whole tensor of these rows in the model's order."""
+        return whole.index_select(whole.dim() + self.dim, self.order(whole.device).argsort())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRule:
-    """The part of a parameter on a rank: 1/t of a dimension, counted from the end, of each piece.
+    """The part of a parameter on a rank: 1/t of a dimension, counted from its end.
 
-    `dim` None: all of it, which the sum over the ranks shall have once.
+    `widths`: of the matrices side by side along it; a rank has 1/t of each. `dim` None: all of it,
+    which the sum over the ranks shall have once.
     """
 
     dim: int | None
-    num_pieces: int = 1
+    widths: tuple[int, ...] = ()
 
 
 def divide_parts(module: nn.Module, rules: Mapping[str, PartRule], mesh: DeviceMesh) -> None:
-    """Give each rank its parts of a module's own parameters, in place."""
+    """Give each rank its parts of a module's own parameters (on the meta device), in place."""
     for name, rule in rules.items():
         value = module.get_parameter(name).detach()
-        if rule.dim is None:
-            divide_parameter(module, name, value, Replicate(), mesh)
-            continue
-        if rule.num_pieces > 1:
-            value = value.unflatten(rule.dim, (rule.num_pieces, -1))
-        divide_parameter(module, name, value, Shard(value.dim() + rule.dim), mesh)
+        placement = Replicate() if rule.dim is None else Shard(value.dim() + rule.dim)
+        divide_parameter(module, name, value, placement, mesh)
     module.forward = partial(_forward, module, module.forward, rules, mesh.size())
 
 
@@ -70,9 +77,7 @@ def _forward(
 
 def _as_read(module: nn.Module, name: str, rule: PartRule, num_ranks: int) -> torch.Tensor:
     part = part_of(module, name)
-    if rule.dim is None:
-        return share_of(part, num_ranks)
-    return part.flatten(rule.dim - 1, rule.dim) if rule.num_pieces > 1 else part
+    return share_of(part, num_ranks) if rule.dim is None else part
 
 
 def share_of(value: torch.Tensor, num_ranks: int) -> torch.Tensor:
@@ -113,46 +118,40 @@ def with_parts(
             del vars(module)[name]
 
 
-def merge_pieces(value: DTensor, pieces: Pieces) -> torch.Tensor:
-    """A tensor in pieces as the model has it, with whole outputs on every tensor-parallel rank."""
+def in_model_order(value: DTensor, matrices: SideBySide) -> torch.Tensor:
+    """A tensor with its rows as the model has them, all of them on every tensor-parallel rank."""
     mesh, placements = value.device_mesh, tuple(value.placements)
-    dim = _first_of(value, pieces)
+    dim = value.dim() + matrices.dim
     # Where FSDP2 divides rows, only tensor-parallel ranks need to exchange; else all is gathered.
     by_rows = dim > 0 and all(not p.is_shard() or p == Shard(0) for p in placements[:-1])
     if not by_rows:
-        return value.full_tensor().flatten(dim, dim + 1)
+        return matrices.restored(value.full_tensor())
     whole = value.redistribute(placements=(*placements[:-1], Replicate()))
-    like = torch.empty(value.shape, device="meta").flatten(dim, dim + 1)
     return DTensor.from_local(
-        whole.to_local().flatten(dim, dim + 1),
+        matrices.restored(whole.to_local()),
         mesh,
         whole.placements,
         run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
+        shape=value.shape,
+        stride=value.stride(),
     )
 
 
-def read_within(target: DTensor, bounds: tuple[slice, ...], pieces: Pieces) -> tuple[slice, ...]:
-    """What a rank reads of the model's tensor to fill its part: all of what lies side by side.
+def read_within(
+    target: DTensor, bounds: tuple[slice, ...], matrices: SideBySide
+) -> tuple[slice, ...]:
+    """What a rank reads of the model's tensor to fill its part: all rows, within the other bounds.
 
-    `bounds`: of its part of a tensor in pieces.
+    `bounds`: of its part of a tensor in a rank's order.
     """
-    dim = _first_of(target, pieces)
-    width = target.shape[dim] * target.shape[dim + 1]
-    return (*bounds[:dim], slice(0, width), *bounds[dim + 2 :])
+    dim = target.dim() + matrices.dim
+    return (*bounds[:dim], slice(0, target.shape[dim]), *bounds[dim + 1 :])
 
 
-def take_apart(
-    target: DTensor, read: torch.Tensor, bounds: tuple[slice, ...], pieces: Pieces
+def fill_part(
+    target: DTensor, read: torch.Tensor, bounds: tuple[slice, ...], matrices: SideBySide
 ) -> None:
-    """Fill a tensor in pieces from what was `read_within` its bounds."""
-    dim = _first_of(target, pieces)
-    apart = read.unflatten(dim, tuple(target.shape[dim : dim + 2]))
-    index = (*(slice(None),) * dim, *bounds[dim : dim + 2])
-    target.to_local().copy_(apart[index])
-
-
-def _first_of(value: torch.Tensor, pieces: Pieces) -> int:
-    """The dimension of a tensor in pieces that counts them; the next one is their width."""
-    return value.dim() + pieces.dim - 1
+    """Fill a tensor in a rank's order from what was `read_within` its bounds."""
+    dim = target.dim() + matrices.dim
+    rows = matrices.order(read.device)[bounds[dim]]
+    target.to_local().copy_(read.index_select(dim, rows))

@@ -32,6 +32,7 @@ from mist.trace.tensor_parallel.sized_calls import SizeRule
 from mist.trace.tensor_parallel.tp_apply import attends, undivided
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
 
+CONFIG: Final = "config."  # an attribute of a module's configuration begins so
 GETTERS: Final = ("__get__", "size", "dim", "stride")
 
 
@@ -63,7 +64,8 @@ class RegionRule:
 class TensorRules:
     """Modules and parameters that ranks divide.
 
-    `local`: numbers (module, attribute) that are smaller on a rank; `sizes`: of the calls of a
+    `local`: numbers (module, attribute, perhaps one of its configuration) that are smaller on a
+    rank; `sizes`: of the calls of a
     module's forward. `places`: arguments of the entries that enter, of those that are given more
     (keywords behind positions); without one every activation does. `parts`: of modules that
     torch's parallel styles do not know, by parameter. `whole`: modules that need all tokens, in
@@ -229,16 +231,19 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
     """Of modules with divided parameters that are neither linear layers nor tables."""
     rules_by_module: dict[str, dict[str, PartRule]] = {}
     for name, module in model.named_modules():
-        fused = sharding.fused.get(id(module), 1)
-        # Torch's style for a linear layer takes one range of its outputs.
-        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and fused == 1):
+        fused = sharding.fused.get(id(module), ())
+        # Torch's style for a linear layer takes one range of its outputs, and its own forward.
+        if isinstance(module, nn.Embedding) or (type(module) is nn.Linear and len(fused) < 2):
             continue
         parameters = dict(module.named_parameters(recurse=False))
         shares = {
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
         rules = {
-            n: PartRule(dim=share.dim - parameters[n].dim(), num_pieces=max(fused, share.pieces))
+            n: PartRule(
+                dim=share.dim - parameters[n].dim(),
+                widths=fused or share.widths_of(parameters[n]),
+            )
             for n, share in shares.items()
         }
         if id(module) in sharding.regions:  # its bias is added to the sum once
@@ -251,12 +256,16 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
 
 
 def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
-    owners = {id(vars(module)): name for name, module in model.named_modules()}
-    numbers: dict[str, dict[str, int]] = {}
+    """By module the numbers that are smaller on a rank: its own, and those of its configuration."""
+    values: dict[int, dict[str, int]] = {}
     for table, attribute, share in sharding.attributes:
-        if id(table) in owners and attribute != "vocab_size":
-            attributes = numbers.setdefault(owners[id(table)], {})
-            attributes[attribute] = share.multiple * share.unit // tp
+        if attribute != "vocab_size":
+            values.setdefault(id(table), {})[attribute] = share.multiple * share.unit // tp
+    numbers: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        for prefix, holder in (("", module), (CONFIG, getattr(module, "config", None))):
+            own = values.get(id(getattr(holder, "__dict__", None)), {})
+            numbers.setdefault(name, {}).update({f"{prefix}{a}": own[a] for a in own})
     return numbers
 
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from mist.errors import CheckpointError, InputError, MistError, OutputError
 from mist.exec.build.initial_weights import bounds_of
 from mist.exec.build.parallel import Parallel
-from mist.exec.build.tensor_parts import merge_pieces, read_within, take_apart
+from mist.exec.build.tensor_parts import fill_part, in_model_order, read_within
 from mist.exec.run.checkpoint_folder import FACTS, Checkpoint, checkpoints
 from mist.exec.run.tensor_reader import TensorReader
 from mist.files import write_text
@@ -111,7 +111,7 @@ def resume(parallel: Parallel, last: Checkpoint) -> int:
             f"{last.path} cannot be read ({type(error).__name__}: {reason}). Remove it to go on "
             "from the checkpoint before it."
         ) from error
-    _take_apart(parallel, state)
+    _fill_parts(parallel, state)
     parallel.optimizer.num_steps = last.step
     return last.step
 
@@ -133,10 +133,10 @@ def _read(parallel: Parallel, last: Checkpoint) -> dict[str, torch.Tensor]:
 def _state(parallel: Parallel) -> dict[str, torch.Tensor]:
     """All that is saved, each under its name; loading fills the same tensors."""
     state = _states(parallel)
-    for name in _names_in_pieces(parallel, state):
+    for name in _reordered(parallel, state):
         value = state[name]
         assert isinstance(value, DTensor)
-        state[name] = merge_pieces(value, parallel.pieces[_parameter_name(name)])
+        state[name] = in_model_order(value, parallel.side_by_side[_parameter_name(name)])
     for chunk in parallel.chunks:
         state.update({f"{BUFFER}{n}": value for n, value in saved_buffers(chunk.root.model)})
     return state
@@ -153,9 +153,9 @@ def _states(parallel: Parallel) -> dict[str, torch.Tensor]:
     return state
 
 
-def _names_in_pieces(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that keep matrices apart which the model has side by side."""
-    return [name for name in state if _parameter_name(name) in parallel.pieces]
+def _reordered(parallel: Parallel, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of tensors whose rows are not in the model's order."""
+    return [name for name in state if _parameter_name(name) in parallel.side_by_side]
 
 
 def _parameter_name(name: str) -> str:
@@ -163,19 +163,19 @@ def _parameter_name(name: str) -> str:
     return name.partition(".")[2]
 
 
-def _take_apart(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
+def _fill_parts(parallel: Parallel, loaded: Mapping[str, torch.Tensor]) -> None:
     """Fill this rank's parts from tensors that were loaded in the model's own form."""
     states = _states(parallel)
-    for name in _names_in_pieces(parallel, states):
+    for name in _reordered(parallel, states):
         target = states[name]
         assert isinstance(target, DTensor)
-        pieces = parallel.pieces[_parameter_name(name)]
+        matrices = parallel.side_by_side[_parameter_name(name)]
         whole, bounds = loaded[name], bounds_of(target)
         if isinstance(whole, DTensor):
             read = whole.to_local()
         else:
-            read = whole[read_within(target, bounds, pieces)]
-        take_apart(target, read, bounds, pieces)
+            read = whole[read_within(target, bounds, matrices)]
+        fill_part(target, read, bounds, matrices)
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

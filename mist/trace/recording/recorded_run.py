@@ -65,7 +65,7 @@ class RecordedRun:
     fixed: Mapping[Expr, Expr]
     originals: Mapping[int, torch.Tensor]
     size_rules: Mapping[int, Mapping[int, SizeRule]]
-    fused: Mapping[int, int]
+    fused: Mapping[int, tuple[int, ...]]
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -10,6 +10,7 @@ the others.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Final
 
@@ -43,7 +44,7 @@ from mist.trace.tensor_parallel.sized_calls import (
 LARGE: Final = {B: 1009, S: 100003}
 CUTS: Final = frozenset({"split", "split_with_sizes", "chunk", "tensor_split", "__getitem__"})
 SAME_RANK: Final = frozenset({"expand", "broadcast_to"})
-MANY: Final = 0  # matrices beside each other, not of one width
+UNKNOWN: Final = ()  # where the matrices in a wider one begin and end
 
 _Unit = tuple[Expr, Size]  # their number in the whole model, and on a rank
 
@@ -57,16 +58,13 @@ class _Group:
 
 
 class LocalSizes(SizedCalls):
-    """Gives calls the sizes that a rank has. `rules`: by module, of its calls by number.
-
-    `fused`: of column-parallel modules the number of matrices of one width that their outputs are
-    cut into; `MANY` where the widths differ.
-    """
+    """Gives calls the sizes that a rank has. `rules`: by module, of its calls by number."""
 
     def __init__(self, symbols: Symbols, units: Mapping[int, torch.SymInt]) -> None:
         super().__init__()
         self.rules: dict[int, dict[int, SizeRule]] = {}
-        self.fused: dict[int, int] = {}
+        self._cuts: dict[int, tuple[int, ...]] = {}
+        self._copies_cut = False
         self._symbols = symbols
         # By the symbol of torch: a share's size is a multiple of it.
         self._units = {size.node.expr: (sympy.Integer(n), size) for n, size in units.items()}
@@ -143,7 +141,8 @@ class LocalSizes(SizedCalls):
                     if taken is None:
                         return {}
                     divided.add(taken)
-                    self._note_pieces(call.tensor, dims[place], _before(group, taken, outputs))
+                    before = _before(group, taken, outputs)
+                    self._note_pieces(call.tensor, dims[place], _evenly(inputs[place], before))
         return {
             j: found
             for j, size in enumerate(call.numbers)
@@ -189,30 +188,44 @@ class LocalSizes(SizedCalls):
         total = _whole(shape[dim])
         if call.name in ("chunk", "tensor_split"):
             if isinstance(call.numbers[0], int):
-                self._note_pieces(call.tensor, dim, sympy.Integer(call.numbers[0]))
+                self._note_pieces(call.tensor, dim, _evenly(total, sympy.Integer(call.numbers[0])))
             return {}
         sizes = [None if n is None else self._symbols.expr(n) for n in call.numbers]
-        self._note_cut(call, dim, [None if n is None else _whole(n) for n in sizes], total)
+        whole = [None if n is None else _whole(n) for n in sizes]
+        self._note_pieces(call.tensor, dim, _widths(call, whole, total))
         return _shares_of(sizes, unit)
 
-    def _note_cut(
-        self, call: SizedCall, dim: int, sizes: Sequence[Expr | None], total: Expr
-    ) -> None:
-        """How many matrices of one width a cut takes apart."""
-        if call.name == "__getitem__":
-            start, stop = (sizes[0] or sympy.S.Zero), (total if sizes[1] is None else sizes[1])
-            widths = {stop - start}
-        else:
-            widths = {size for size in sizes if size is not None}
-        count = total / widths.pop() if len(widths) == 1 else sympy.S.Zero
-        self._note_pieces(call.tensor, dim, count if count.is_Integer else sympy.Integer(MANY))
-
-    def _note_pieces(self, tensor: torch.Tensor, dim: int, count: Expr) -> None:
-        maker, width = self._makers.get(_base(tensor), (None, None))
+    def _note_pieces(self, tensor: torch.Tensor, dim: int, widths: Sequence[Expr] | None) -> None:
+        """Into what a call cuts the outputs of a column-parallel module; None: unclear."""
+        if widths is None:
+            return
+        maker, total = self._makers.get(_base(tensor), (None, sympy.S.Zero))
         size = _whole(self._symbols.expr(tensor.shape[dim]))
-        if maker is not None and size == width and count.is_Integer:
-            known = self.fused.setdefault(maker, int(count))
-            self.fused[maker] = known if known == count else MANY
+        start = sympy.S.Zero if size == total else self._start(tensor, dim)
+        parts = [start, *widths, total - start - size]
+        clear = all(part.is_Integer and part >= 0 for part in parts)
+        new = tuple(int(part) for part in parts if part != 0) if clear else UNKNOWN
+        if maker is not None:
+            self._cuts[maker] = _refined(self._cuts.get(maker, new), new)
+        elif len(widths) > 1:
+            self._copies_cut = True
+
+    def _start(self, tensor: torch.Tensor, dim: int) -> Expr:
+        """Where a part of a module's outputs begins; NaN where that is not known."""
+        last = dim == tensor.dim() - 1 and tensor.stride(dim) == 1
+        return _whole(self._symbols.expr(tensor.storage_offset())) if last else sympy.S.NaN
+
+    @property
+    def fused(self) -> dict[int, tuple[int, ...]]:
+        """The widths of the matrices that a column-parallel module holds side by side.
+
+        One if its outputs are not cut; `UNKNOWN` where cuts contradict each other. A copy that is
+        cut may be of any matrix.
+        """
+        return {
+            maker: UNKNOWN if self._copies_cut and len(widths) > 1 else widths
+            for maker, widths in self._cuts.items()
+        }
 
     def _wholes(
         self, operands: Mapping[int, torch.Tensor]
@@ -242,6 +255,29 @@ class LocalSizes(SizedCalls):
         if not change.divided or whole is None:
             return whole
         return whole // int(unit[0]) * unit[1]
+
+
+def _evenly(total: Expr, count: Expr) -> list[Expr] | None:
+    """The widths of `count` matrices of one width; None where that is no number."""
+    return [total / count] * int(count) if count.is_Integer else None
+
+
+def _widths(call: SizedCall, sizes: Sequence[Expr | None], total: Expr) -> list[Expr]:
+    """The widths of the matrices that a split, or one slice, takes apart."""
+    if call.name == "__getitem__":
+        start, stop = (sizes[0] or sympy.S.Zero), (total if sizes[1] is None else sizes[1])
+        widths = [width for width in (start, stop - start, total - stop) if width != 0]
+        return [sympy.S.NaN] if any(width.is_negative for width in widths) else widths
+    known = [size for size in sizes if size is not None]
+    return known if len(known) > 1 else _evenly(total, total / known[0]) or [sympy.S.NaN]
+
+
+def _refined(known: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
+    """The widths between the bounds of both; `UNKNOWN` where one of them cuts and one does not."""
+    if known == new or sum(known) != sum(new) or 1 in (len(known), len(new)):
+        return known if known == new else UNKNOWN
+    bounds = {0, *accumulate(known), *accumulate(new)}
+    return tuple(b - a for a, b in pairwise(sorted(bounds)))
 
 
 def _before(group: _Group, taken: int, outputs: Sequence[Expr]) -> Expr:

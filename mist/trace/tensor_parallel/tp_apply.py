@@ -4,7 +4,7 @@ from collections.abc import Sequence, Set
 
 from torch import nn
 
-from mist.trace.tensor_parallel.local_sizes import MANY
+from mist.trace.tensor_parallel.local_sizes import UNKNOWN
 from mist.trace.tensor_parallel.tp_sharding import Matrix, Sharding, matrix_of
 
 
@@ -19,15 +19,11 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
         if row is None and colwise == {key}:  # experts: one module with both
             continue
         for name, module in (modules[key], *sorted(modules[each] for each in colwise)):
-            kind, matrix = type(module), matrix_of(module)
-            if (
-                matrix is None
-                or row is None
-                or issubclass(kind, nn.Linear) is not (kind is nn.Linear)
-            ):
-                return f"{name} is a {kind.__name__}, which mist apply does not divide"
-            if module is not modules[key][1] and num_pieces(sharding, matrix, row) == MANY:
-                return f"{name} holds several matrices in one, of different or unknown widths"
+            matrix = matrix_of(module)
+            if matrix is None or row is None:
+                return f"{name} is a {type(module).__name__}, which mist apply does not divide"
+            if module is not modules[key][1] and widths_in(sharding, matrix, row) == UNKNOWN:
+                return f"{name} holds several matrices in one, of unknown widths"
     return None
 
 
@@ -54,14 +50,14 @@ def attends(sharding: Sharding, row: Matrix | None, columns: Sequence[Matrix | N
     matrices = [matrix for matrix in columns if matrix is not None]
     if row is None:
         return False
-    count = sum(num_pieces(sharding, matrix, row) for matrix in matrices)
-    return count > 2 or len({matrix.num_out for matrix in matrices}) > 1
+    widths = [width for matrix in matrices for width in widths_in(sharding, matrix, row)]
+    return len(widths) > 2 or len(set(widths)) > 1
 
 
-def num_pieces(sharding: Sharding, matrix: Matrix, row: Matrix) -> int:
-    """How many matrices of equal width a column-parallel one holds side by side; MANY: not known.
+def widths_in(sharding: Sharding, matrix: Matrix, row: Matrix) -> tuple[int, ...]:
+    """The widths of the matrices that a column-parallel one holds side by side, or `UNKNOWN`.
 
     The model cuts its outputs into them. `row`: the row-parallel matrix behind it.
     """
-    single = 1 if matrix.num_out <= row.num_in else MANY
+    single = (matrix.num_out,) if matrix.num_out <= row.num_in else UNKNOWN
     return sharding.fused.get(id(matrix.module), single)

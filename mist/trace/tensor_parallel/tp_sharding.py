@@ -49,6 +49,10 @@ class Share:
     dim: int = 0
     pieces: int = 1
 
+    def widths_of(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        """The widths of these matrices in a parameter."""
+        return (parameter.shape[self.dim] // self.pieces,) * self.pieces
+
 
 Attribute = tuple[dict[str, Any], str, Share]
 
@@ -156,7 +160,7 @@ class Sharding:
     vocab_size: int | None
     notes: tuple[str, ...]
     size_rules: Mapping[int, Mapping[int, SizeRule]] = field(default_factory=dict)
-    fused: Mapping[int, int] = field(default_factory=dict)
+    fused: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def sharding_of(
