@@ -81,9 +81,9 @@ class ModelFacts:
     them; None if it can. `sequential`: each layer takes only what the one before gives or passes
     on; without it there is one pipeline stage. `unstaged`: why `mist apply` cannot divide it over
     stages; `whole_sequence`: why it leaves the sequence whole under tensor parallelism; None if it
-    divides them. `calls_again`: layers are called again with the parameters that they have. `fingerprint` identifies the model (names and shapes of parameters,
-    runs, ties), not the trace. `precision`: the one that was traced. `lengths`: the sequence
-    lengths that it was traced for.
+    divides them. `calls_again`: layers are called again with the parameters that they have.
+    `fingerprint` identifies the model (names and shapes of parameters, runs, ties), not the trace.
+    `precision`: the one that was traced. `lengths`: the sequence lengths that it was traced for.
     """
 
     name: str

@@ -29,6 +29,9 @@ from mist.trace.tensor_parallel.tp_apply import undivided, whole_sequence
 from mist.trace.tensor_parallel.tp_plan import planned_heads
 from mist.trace.tensor_parallel.tp_sharding import Sharding
 
+UNSTAGED: Final = (
+    "mist apply has one pipeline stage for the layers, and leaves the sequence whole: {}"
+)
 WHOLE_SEQUENCE: Final = "mist apply leaves the sequence whole under tensor parallelism: {}"
 
 
@@ -185,8 +188,6 @@ def _graph(
     tied = any(param.tied for block in blocks for param in block.params)
     runs = _runs(result.run.kinds) or (LayerRun(block=0, count=1),)
     whole = _whole_sequence(model.module, result)
-    leaves_whole = result.sharding and whole and not result.run.unstaged
-    notes = [WHOLE_SEQUENCE.format(whole)] if leaves_whole else []
     return ModelGraph(
         name=model.name,
         num_params=sum(p.numel() for p in model.module.parameters()),
@@ -207,7 +208,7 @@ def _graph(
         calls_again=len(set(result.run.order)) < len(result.run.order),
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
-        notes=(*result.notes, *notes, *unread_note(model.module, result)),
+        notes=(*result.notes, *_apply_notes(result, whole), *unread_note(model.module, result)),
     )
 
 
@@ -225,6 +226,14 @@ def _whole_sequence(model: nn.Module, result: Recorded) -> str | None:
         return result.run.unstaged
     exposed = set[int]().union(*(piece.part.exposed for piece in result.run.layers))
     return whole_sequence(model, result.sharding, exposed)
+
+
+def _apply_notes(result: Recorded, whole: str | None) -> Iterator[str]:
+    """What `mist apply` does not divide of a model."""
+    if result.run.sequential and result.run.unstaged is not None:
+        yield UNSTAGED.format(result.run.unstaged)
+    elif result.sharding is not None and whole is not None:
+        yield WHOLE_SEQUENCE.format(whole)
 
 
 def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:

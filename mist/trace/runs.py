@@ -43,7 +43,6 @@ OUT_OF_LINE = (
     "layers exchange tensors with layers that are not their neighbours (skip connections): "
     "one pipeline stage only"
 )
-UNSTAGED = "mist apply has one pipeline stage for the layers, and leaves the sequence whole: {}"
 SHARED = (
     "layers are called again with the same parameters, which one pipeline stage must have: "
     "counted once, run each time"
@@ -283,8 +282,6 @@ def _notes(subject: RunSubject, run: RecordedRun) -> Iterator[str]:
         yield OWN_CHECKPOINTS
     if not run.sequential:
         yield SHARED if len(set(run.order)) < len(run.order) else OUT_OF_LINE
-    elif run.unstaged is not None:
-        yield UNSTAGED.format(run.unstaged)
     yield from _notes_of_operations({op.name for op in ops}, run)
     if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):
         yield ONE_SIZE

@@ -15,6 +15,7 @@ FAMILIES: Final = (
 # condition), encoders, layers that are called again, no layers at all.
 OTHERS: Final = {
     "nanogpt": ("dp2", "tp2", "pp2"),
+    "flex": ("dp2", "tp2", "pp2"),
     "dit": ("dp2", "tp2"),
     "deberta-v2": ("dp2", "tp2"),
     "t5": ("dp2", "tp2"),

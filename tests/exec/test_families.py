@@ -76,9 +76,7 @@ def look_here(
 
 
 def question_of(model: Path, seq_len: int) -> Question:
-    return Question(
-        model=str(model), num_gpus=2, seq_len=seq_len, global_batch=8, gpu="h100-sxm"
-    )
+    return Question(model=str(model), num_gpus=2, seq_len=seq_len, global_batch=8, gpu="h100-sxm")
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from mist.trace.dispatch_call import tensors_in
 from mist.plans.workload import Attention, Precision
+from mist.trace.dispatch_call import tensors_in
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.recording.layer_dependencies import Handovers
@@ -58,8 +58,8 @@ class ModelStructure:
     """Names of the layers in the order of their calls, and of what is read before and after.
 
     `num_calls`: how often they are called, which are the layers of a plan; more than there are
-    where some are called again. `boundary`: shape of one sample of the activation between layers. `outputs`: what each of them
-    returns.
+    where some are called again. `boundary`: shape of one sample of the activation between layers.
+    `outputs`: what each of them returns.
     `direct`: the embedding, if layer 0 takes what it gave as it is.
     `unstaged`: why stages cannot divide the layers (`Handovers`); None if they can.
     `tied`: for each name under which a parameter appears again, its first name.
@@ -97,9 +97,7 @@ def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
     return _structure(loaded.module, _watched(replace(loaded, module=model), layers, mode, seq_len))
 
 
-def _watched(
-    fake: LoadedModel, layers: Layers, mode: FakeTensorMode, seq_len: int
-) -> "_Watch":
+def _watched(fake: LoadedModel, layers: Layers, mode: FakeTensorMode, seq_len: int) -> "_Watch":
     """A run of a fake model in which these layers are watched."""
     watch = _Watch(model=fake.module, layers=layers)
     with mode, runs_anywhere(fake.module), watch.hooks():

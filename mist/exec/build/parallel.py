@@ -20,6 +20,7 @@ from mist.exec.build.adamw import AdamW, Settings, local, make_slots
 from mist.exec.build.batch_shape import planned_shape
 from mist.exec.build.batches import micro_batch, rank_rows, to_device
 from mist.exec.build.device_meshes import RankPlace, new_groups, take_place
+from mist.exec.build.flex_on_cpu import flex_on
 from mist.exec.build.fsdp import COMPUTE, ZeroSharding, begin_backward, shard
 from mist.exec.build.gradient_flow import Flows, flows_of
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
@@ -173,7 +174,10 @@ def _of_distinct_layers(plan: Plan, subject: Subject) -> Plan:
     num_layers = len(structure.layers)
     if plan.num_layers == num_layers:
         return plan
-    (stage,), levels = plan.stages, [level for level, count in plan.stages[0].memory.items() if count]
+    (stage,), levels = (
+        plan.stages,
+        [level for level, count in plan.stages[0].memory.items() if count],
+    )
     if len(levels) > 1:
         raise ModelError(
             f"checkpoint {' and '.join(levels)}: {name} calls layers again, which have one level "
@@ -243,9 +247,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
         root=root,
         layers=tuple(names),
         parameters={structure.tied.get(name, name): p for name, p in parameters.items()},
-        on_host=frozenset(
-            n for n in parameters if n.startswith(beginnings(names[first_on_host:]))
-        ),
+        on_host=frozenset(n for n in parameters if n.startswith(beginnings(names[first_on_host:]))),
         partial=tuple(parameters[name] for name in sorted(partial_names)),
         flows=flows,
         offloader=offloader,
@@ -327,7 +329,8 @@ class Parallel:
     def unread_step(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
         """The same step; mean loss and norm stay on the device."""
         self.clock.start()
-        with loss_parallel() if self._split_loss else nullcontext():
+        modules = chain(*(each.root.modules() for each in self.chunks))
+        with flex_on(self.place.device, modules), self._loss():
             self.gradients(batch)
         with self.clock.timing("sums"):
             self._add_up()
@@ -339,6 +342,9 @@ class Parallel:
             self.optimizer.step(factor * clip_scale(norm, self.optimizer.settings.max_norm))
             self.optimizer.zero_grad()
         return loss, norm
+
+    def _loss(self) -> AbstractContextManager[object]:
+        return loss_parallel() if self._split_loss else nullcontext()
 
     def counted_step(self, batch: object) -> tuple[StepResult, StepMeasurement]:
         """A step of which every operation is counted: slower, and on CUDA not as it runs else."""

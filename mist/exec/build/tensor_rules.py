@@ -25,10 +25,10 @@ from mist.exec.build.tensor_parts import PartRule
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
+from mist.trace.operations.sized_calls import SizeRule
 from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
-from mist.trace.tensor_parallel.sized_calls import SizeRule
 from mist.trace.tensor_parallel.tp_apply import attends, undivided
 from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules, matrix_of
 

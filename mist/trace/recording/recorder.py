@@ -72,14 +72,13 @@ class Part:
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
-    whose input enters a tensor-parallel region, with its storages; `exposed`: those of them that no
-    module around them was given that input for; `flows`: those of them, and those
-    that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
-    gradient, so that its memory is that of its forward pass; `works_forward`: its forward pass may
-    hold most, too. `mixed`: modules with forward
-    operations that a shard cannot run, with the reason; `over_tokens`: modules that go over the
-    tokens of whole tensors; `unsummed`: those that read a sum over the ranks before it
-    is added up. `input`: the storage of its input activation.
+    whose input enters a tensor-parallel region, with the storages of their calls; `exposed`: those
+    of them whose input no module around them was given; `flows`: those of them, and those that end
+    a region, through which a gradient goes back. `forward_only`: nothing in it has a gradient, so
+    that its memory is that of its forward pass; `works_forward`: its forward pass may hold most,
+    too. `mixed`: modules with forward operations that a shard cannot run, with the reason;
+    `over_tokens`: modules that go over the tokens of whole tensors; `unsummed`: those that read a
+    sum over the ranks before it is added up. `input`: the storage of its input activation.
     """
 
     name: str

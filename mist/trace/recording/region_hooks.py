@@ -5,7 +5,7 @@ it at a module that is given it: a matrix whose input no module around it was gi
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -38,13 +38,12 @@ def region_hooks(recorder: Recorder, sharding: Sharding, model: nn.Module) -> It
         if recorder.part and any(t.requires_grad for t in tensors_in(tensors)):
             recorder.part.flows.add(id(module))
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            hooks = [module.register_forward_pre_hook(note, with_kwargs=True)]
-            if id(module) in sharding.colwise:
-                hooks.append(module.register_forward_pre_hook(gather))
-            if id(module) in sharding.regions:
-                hooks.append(module.register_forward_hook(flow))
-            for hook in hooks:
-                stack.callback(hook.remove)
+    modules = list(model.modules())
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
+    hooks += [m.register_forward_pre_hook(gather) for m in modules if id(m) in sharding.colwise]
+    hooks += [m.register_forward_hook(flow) for m in modules if id(m) in sharding.regions]
+    try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()

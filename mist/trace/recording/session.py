@@ -3,7 +3,8 @@
 The model runs once as it is, but each layer's forward is replaced: the first of its kind runs on
 detached inputs and goes backward at once, so its record is its own; a repeated one returns what the
 first returned. What the model does before its first layer and between two lists of layers (an
-encoder and a decoder) is recorded as the embedding, the rest as the head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
+encoder and a decoder) is recorded as the embedding, the rest as the head. Layers may differ by
+their inputs, too (a mask, a table): then they are distinct.
 """
 
 from collections.abc import Callable, Iterator, Sequence
