@@ -1,11 +1,16 @@
 """What a model is fed when it brings no batch: by its head, its signature and its configuration."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from mist.errors import ModelError
 from mist.model.graph import ModelGraph
 from mist.plans.workload import Attention, Precision
 from mist.trace import ConfigSource, TraceSetting, load_graph
+from mist.trace.models.configurations import model_of
+from mist.trace.models.model_inputs import WAVES, default_batch
 
 SIZES = {
     "vocab_size": 128,
@@ -34,6 +39,16 @@ CONFIGS = {
         "max_source_positions": 64, "max_target_positions": 32,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     },
+    "Wav2Vec2ForSequenceClassification": {
+        "model_type": "wav2vec2", "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 64, "conv_dim": [16, 16],
+        "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    },
+    "ASTForAudioClassification": {
+        "model_type": "audio-spectrogram-transformer", "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 64, "max_length": 64, "num_mel_bins": 32,
+    },
 }  # fmt: skip
 
 
@@ -58,6 +73,22 @@ def test_an_unknown_type_is_read_as_the_architecture_that_it_names() -> None:
         "LlamaForCausalLM it names",
     )
     assert graph.num_layers == 2
+
+
+def test_no_draw_decides_what_runs() -> None:
+    config = LLAMA | {"model_type": "bart", "encoder_layerdrop": 0.1, "dropout": 0.1}
+    model, notes = model_of("config.json", config, Precision.BF16, Attention.FLASH)
+    assert notes == ("encoder_layerdrop 0.1 is read as 0.0: all layers run, on all tokens",)
+    assert model.model.encoder.layerdrop == 0.0  # type: ignore[union-attr]
+
+
+def test_samples_of_sound_are_those_of_the_positions() -> None:
+    sizes = SimpleNamespace(conv_kernel=(10, 3, 3, 3, 3, 2, 2), conv_stride=(5, 2, 2, 2, 2, 2, 2))
+    module: Any = SimpleNamespace(
+        main_input_name=WAVES, config=sizes, loss_function=None, forward=lambda input_values: None
+    )
+    batch: Any = default_batch(module, 2, 49)
+    assert batch[WAVES].shape == (2, 48 * 320 + 400)  # a window of 400 samples every 320
 
 
 def test_stored_weights_are_named() -> None:

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
@@ -26,8 +27,14 @@ HEADS: Final = (
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
 )
 ANY_HEADS: Final = (*HEADS, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
+# Whether a layer runs (LayerDrop), which tokens are masked (SpecAugment): off where they are this.
+BY_CHANCE: Final = MappingProxyType(
+    dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0)
+    | {"apply_spec_augment": False}
+)
 MOST_MODULES: Final = 2**18  # a model with a module for each of its 15,000 experts has a third
 QUANTIZED: Final = (
     "quantization_config says how weights are stored for use: the model is planned as it is "
@@ -60,6 +67,7 @@ def model_of(
         offline = patch.object(constants, "HF_HUB_OFFLINE", True)
         with offline, warnings.catch_warnings(action="ignore"):
             known = AutoConfig.for_model(model_type, **config)
+            notes += tuple(_switch_off_chance(known))
             model_class, more = _class_of(label, known)
             if getattr(known, "pad_token_id", None) is None:
                 known.pad_token_id = 0  # classifiers look for the last token that is no padding
@@ -75,6 +83,15 @@ def model_of(
         ) from error
     refuse_unknown_input(label, model)
     return model, (*notes, *more)
+
+
+def _switch_off_chance(config: "PreTrainedConfig") -> Iterator[str]:
+    """Switch off what a draw decides in each forward, in place; notes."""
+    for each in (config, *(getattr(config, name) for name in config.sub_configs)):
+        for name, off in BY_CHANCE.items():
+            if value := getattr(each, name, off):
+                setattr(each, name, off)
+                yield f"{name} {value} is read as {off}: all layers run, on all tokens"
 
 
 @contextmanager

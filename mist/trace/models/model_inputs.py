@@ -5,7 +5,8 @@ per token, [b] for what has one per sample, the sizes of the configuration for i
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -14,14 +15,26 @@ from torch import nn
 from mist.errors import ModelError
 from mist.trace.expressions import Size
 
-TOKENS, IMAGES, SOUND = "input_ids", "pixel_values", "input_features"
+TOKENS, IMAGES, SOUND, WAVES = "input_ids", "pixel_values", "input_features", "input_values"
 LABELS: Final = "labels"
 SPANS: Final = ("start_positions", "end_positions")
 TARGETS: Final = ("targets", "labels", "target")  # in hand-written forward functions
-PER_SAMPLE: Final = ("ForSequenceClassification", "ForNextSentencePrediction")
+PER_SAMPLE: Final = (
+    "ForSequenceClassification", "ForAudioClassification", "ForNextSentencePrediction",
+)  # fmt: skip
 PER_PIXEL: Final = "ForSemanticSegmentation"
 IMAGE_SIDE: Final = 224  # pixels, of models that take any size
 REGRESSION: Final = 1  # a classifier with one label is none
+
+# What a configuration must say of the sizes of an input: one of these.
+SIZES: Final[Mapping[str, Sequence[Sequence[str]]]] = MappingProxyType(
+    {
+        TOKENS: [()],
+        IMAGES: [()],
+        SOUND: [("num_mel_bins", "max_source_positions")],
+        WAVES: [("conv_kernel", "conv_stride"), ("max_length", "num_mel_bins")],
+    }
+)
 
 Batch = dict[str, object]
 
@@ -57,6 +70,8 @@ def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
         return _by_hand(asked, ids)
     if main_input(module) == SOUND:
         return {SOUND: _sound(module.config, batch), LABELS: ids}
+    if main_input(module) == WAVES:
+        return {WAVES: _waves(module.config, batch, seq), **_labels(module, asked, ids)}
     inputs: Batch = {TOKENS: ids}
     if "return_loss" in asked:  # pairs of a text and an image
         config: Any = module.config
@@ -106,15 +121,23 @@ def _sound(config: Any, batch: Size) -> torch.Tensor:  # noqa: ANN401 (any confi
     return torch.empty(batch, config.num_mel_bins, 2 * config.max_source_positions)
 
 
+def _waves(config: Any, batch: Size, seq: Size) -> torch.Tensor:  # noqa: ANN401 (any configuration)
+    """Samples [b, samples], just enough for `seq` positions behind the convolutions.
+
+    Of a model without these it is a spectrogram [b, frames, mel bins] of a fixed size.
+    """
+    if not hasattr(config, "conv_stride"):
+        return torch.empty(batch, config.max_length, config.num_mel_bins)
+    samples = seq
+    for kernel, stride in reversed([*zip(config.conv_kernel, config.conv_stride, strict=True)]):
+        samples = (samples - 1) * stride + kernel
+    return torch.empty(batch, samples)
+
+
 def refuse_unknown_input(label: str, model: nn.Module) -> None:
     """Raise ModelError for a model whose input cannot be made up."""
     name, config = main_input(model), getattr(model, "config", None)
-    sound = (
-        name == SOUND
-        and hasattr(config, "num_mel_bins")
-        and hasattr(config, "max_source_positions")
-    )
-    if name in (TOKENS, IMAGES) or sound:
+    if any(all(hasattr(config, size) for size in sizes) for sizes in SIZES.get(name, ())):
         return
     raise ModelError(
         f"{label}: {type(model).__name__} takes {name}, which Mist cannot make up. Give a "
