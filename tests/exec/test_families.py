@@ -69,7 +69,7 @@ HANDS = {
 }
 MOST = 0.03  # of the peak: the bar of the project
 # A buffer of a layer's gradients is charged at the peak, which is in the last layer's backward pass
-# where nothing is being reduced yet. Scores of eager attention make that layer large.
+# where only those of the head are reduced. Scores of eager attention make that pass the peak.
 CHARGED_MORE = {(family, "dp2") for family in ("bloom", "mpt", "falcon", "gpt-oss")}
 
 
