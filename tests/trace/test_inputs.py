@@ -31,6 +31,9 @@ CONFIGS = {
     "ResNetForImageClassification": {
         "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2],
     },
+    "CLIPForImageClassification": {
+        "model_type": "clip", "text_config": SIZES, "vision_config": VISION,
+    },
     "WhisperForConditionalGeneration": {
         "model_type": "whisper", "vocab_size": 128, "d_model": 32,
         "encoder_layers": 2, "decoder_layers": 2,

@@ -23,6 +23,7 @@ PER_SAMPLE: Final = (
     "ForSequenceClassification", "ForAudioClassification", "ForNextSentencePrediction",
 )  # fmt: skip
 PER_PIXEL: Final = "ForSemanticSegmentation"
+RGB: Final = 3  # channels, of models that do not say
 IMAGE_SIDE: Final = 224  # pixels, of models that take any size
 REGRESSION: Final = 1  # a classifier with one label is none
 
@@ -63,8 +64,8 @@ def image_size(config: object) -> int | tuple[int, int]:
 def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
     """One micro-batch of `batch` samples of `seq` tokens, in the form that `module` takes."""
     asked = parameters_of(module)
-    if main_input(module) == IMAGES:
-        return _images(module, module.config, batch)
+    if main_input(module) == IMAGES and TOKENS not in asked:
+        return _images(module, batch)
     ids = torch.empty(batch, seq, dtype=torch.int64)
     if not hasattr(module, "loss_function"):
         return _by_hand(asked, ids)
@@ -74,9 +75,9 @@ def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
         return {WAVES: _waves(module.config, batch, seq), **_labels(module, asked, ids)}
     inputs: Batch = {TOKENS: ids}
     if "return_loss" in asked:  # pairs of a text and an image
-        config: Any = module.config
-        pixels = _images(module, config.vision_config, batch)[IMAGES]
-        return inputs | {IMAGES: pixels, "return_loss": True}
+        return inputs | {IMAGES: _pixels(module.config, batch), "return_loss": True}
+    if main_input(module) == IMAGES:  # a text about an image
+        inputs[IMAGES] = _pixels(module.config, batch)
     if "decoder_input_ids" in asked:
         inputs["decoder_input_ids"] = ids
     labels = _labels(module, asked, ids)
@@ -105,15 +106,22 @@ def _labels(module: nn.Module, asked: Mapping[str, inspect.Parameter], ids: torc
     return {LABELS: ids}
 
 
-def _images(module: nn.Module, config: Any, batch: Size) -> Batch:  # noqa: ANN401 (any configuration)
-    """One image a sample, in the size of the configuration, with a label where one is asked for."""
-    height, width = sides(image_size(config))
-    images: Batch = {IMAGES: torch.empty(batch, config.num_channels, height, width)}
+def _images(module: nn.Module, batch: Size) -> Batch:
+    """One image a sample, with a label where one is asked for."""
+    pixels = _pixels(module.config, batch)
     if LABELS not in parameters_of(module):
-        return images
+        return {IMAGES: pixels}
     per_pixel = type(module).__name__.endswith(PER_PIXEL)
-    shape = (batch, height, width) if per_pixel else (batch,)
-    return images | {LABELS: torch.empty(shape, dtype=torch.int64)}
+    shape = (batch, *pixels.shape[2:]) if per_pixel else (batch,)
+    return {IMAGES: pixels, LABELS: torch.empty(shape, dtype=torch.int64)}
+
+
+def _pixels(config: object, batch: Size) -> torch.Tensor:
+    """An image for each sample, [b, channels, height, width], of the size of the configuration."""
+    parts = (getattr(config, name, None) for name in ("vision_config", "backbone_config"))
+    of_images = next((part for part in parts if part is not None), config)
+    channels = getattr(of_images, "num_channels", RGB)
+    return torch.empty(batch, channels, *sides(image_size(of_images)))
 
 
 def _sound(config: Any, batch: Size) -> torch.Tensor:  # noqa: ANN401 (any configuration)
