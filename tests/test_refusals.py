@@ -8,7 +8,14 @@ from mist.errors import InputError, PlanError
 from mist.model.summary import LayerRun, ModelFacts, TpLimit
 from mist.plans.plan import Offload, Plan, Schedule, StagePlan
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
-from mist.rules.apply import offloaded_bytes, refuse_small_host, refuse_unplayable, refuse_world
+from mist.platform.profiles import load_runtime
+from mist.rules.apply import (
+    as_applied,
+    offloaded_bytes,
+    refuse_small_host,
+    refuse_unplayable,
+    refuse_world,
+)
 from mist.units import GIB
 from tests.sample_plans import sample_plan, stage_plan
 
@@ -206,6 +213,36 @@ def test_layers_that_exchange_tensors() -> None:
     assert words_of(sample_plan(), replace(FACTS, sequential=False)) == (
         "stages: pp 2: layers of toy exchange tensors with layers that are not their neighbours "
         "(skip connections); it runs on one pipeline stage only."
+    )
+
+
+def test_layers_that_take_more_than_one_activation() -> None:
+    facts = replace(FACTS, unstaged="a layer takes a condition")
+    assert words_of(sample_plan(), facts) == (
+        "stages: pp 2: mist apply cannot divide toy over stages: a layer takes a condition; "
+        "use pp 1."
+    )
+
+
+def test_sequences_that_stay_whole() -> None:
+    facts = replace(FACTS, whole_sequence="a layer takes a condition")
+    assert words_of(one_stage(), facts) == (
+        "stages[0].sp: mist apply cannot divide the sequence of toy: a layer takes a condition; "
+        "plan again"
+    )
+    refuse_unplayable(one_stage(sp=False), facts)
+    runtimes = [load_runtime(name).profile for name in ("torch", "megatron")]
+    assert [each.knobs.sequence_parallel for each in runtimes] == [True, True]
+    applied = [as_applied(each, facts) for each in runtimes]
+    assert [each.knobs.sequence_parallel for each in applied] == [False, True]
+
+
+def test_layers_that_are_called_again_have_one_level() -> None:
+    mixed = one_stage(memory={MemoryLevel.NONE: 8, MemoryLevel.FULL: 8})
+    refuse_unplayable(mixed, FACTS)
+    assert words_of(mixed, replace(FACTS, calls_again=True)) == (
+        "stages[0].memory: checkpoint none and full in one stage: runtime torch does the same "
+        "with all layers of a stage."
     )
 
 

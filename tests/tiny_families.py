@@ -242,12 +242,69 @@ def make_batch(batch, seq):
 def loss(output, batch):
     return (output - batch["latents"]).square().mean()
 """
+FLEX = """
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+
+
+def causal(score, b, h, q, k):
+    return torch.where(q >= k, score, -float("inf"))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.o = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x):
+        b, s, h = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, s, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        y = flex_attention(q, k, v, score_mod=causal)
+        return x + self.o(y.transpose(1, 2).reshape(b, s, h))
+
+
+class Flex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, 64), nn.Linear(64, 256)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def build_model():
+    return Flex()
+"""
+# No list of layers: all of it is one.
+LSTM = """
+from torch import nn
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, 64), nn.Linear(64, 256)
+        self.rnn = nn.LSTM(64, 64, 2, batch_first=True)
+
+    def forward(self, ids):
+        return self.head(self.rnn(self.embed(ids))[0])
+
+
+def build_model():
+    return Recurrent()
+"""
 
 CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
     yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 )
 FILES: Final = MappingProxyType(
-    {"nanogpt": NANOGPT, "dit": DIT, "lora": LORA, "pair": PAIR, "joint": JOINT}
+    {"nanogpt": NANOGPT, "dit": DIT, "lora": LORA, "pair": PAIR, "joint": JOINT, "flex": FLEX}
+    | {"lstm": LSTM}
 )
 
 

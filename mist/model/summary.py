@@ -79,9 +79,11 @@ class ModelFacts:
     `layers`: runs of block numbers. `tp_limits` is None when no tensor-parallel rules are known for
     the model: t must be 1. `undivided`: where they are known, why `mist apply` cannot divide it by
     them; None if it can. `sequential`: each layer takes only what the one before gives or passes
-    on; without it there is one pipeline stage. `fingerprint` identifies the model (names and
-    shapes of parameters, runs, ties), not the trace. `precision`: the one that was traced.
-    `lengths`: the sequence lengths that it was traced for.
+    on; without it there is one pipeline stage. `unstaged`: why `mist apply` cannot divide it over
+    stages; `whole_sequence`: why it leaves the sequence whole under tensor parallelism; None if it
+    divides them. `calls_again`: layers are called again with the parameters that they have.
+    `fingerprint` identifies the model (names and shapes of parameters, runs, ties), not the trace.
+    `precision`: the one that was traced. `lengths`: the sequence lengths that it was traced for.
     """
 
     name: str
@@ -96,6 +98,9 @@ class ModelFacts:
     fingerprint: str
     notes: tuple[str, ...]
     undivided: str | None = None
+    unstaged: str | None = None
+    whole_sequence: str | None = None
+    calls_again: bool = False
     lengths: Lengths = Lengths()
 
     def __post_init__(self) -> None:

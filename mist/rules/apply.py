@@ -5,12 +5,14 @@ and on whether this is the model that the plan was made for.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from mist.errors import Fault, InputError, PlanError
 from mist.model.summary import ModelFacts, difference_words
 from mist.plans.plan import Plan, fullest_host_bytes
 from mist.plans.workload import Precision
+from mist.platform import Runtime
 from mist.platform.profiles import load_runtime
 from mist.platform.states import sum_states
 from mist.rules.between_stages import broken_between
@@ -20,6 +22,19 @@ from mist.rules.rule import layout_columns, stage_faults
 from mist.units import GIB
 
 RUNTIME: Final = "torch"
+
+
+def as_applied(runtime: Runtime, facts: ModelFacts) -> Runtime:
+    """The runtime as it trains this model.
+
+    `mist apply` leaves some sequences whole, and treats all calls of a shared layer alike.
+    """
+    knobs = runtime.knobs
+    if runtime.name == RUNTIME and facts.whole_sequence is not None:
+        knobs = replace(knobs, sequence_parallel=False)
+    if runtime.name == RUNTIME and facts.calls_again:
+        knobs = replace(knobs, recomputes_some=False, partial_offload={})
+    return replace(runtime, knobs=knobs)
 
 
 def refuse_unplayable(plan: Plan, facts: ModelFacts | None) -> None:
@@ -82,6 +97,8 @@ def _workload_faults(plan: Plan) -> Iterator[Fault]:
 def _rule_faults(plan: Plan, facts: ModelFacts | None) -> Iterator[Fault]:
     """What the rule book says of each stage, of its layers, and of the stages together."""
     columns, runtime = layout_columns(plan.layout), load_runtime(RUNTIME).profile
+    if facts is not None:
+        runtime = as_applied(runtime, facts)
     yield from stage_faults(apply_rules(runtime, plan.workload, facts), columns)
     yield from level_faults(runtime, plan.layout)
     for message in broken_between(facts, plan.schedule.kind, columns):
@@ -89,6 +106,10 @@ def _rule_faults(plan: Plan, facts: ModelFacts | None) -> Iterator[Fault]:
 
 
 def _model_faults(plan: Plan, facts: ModelFacts) -> Iterator[Fault]:
+    for number, stage in enumerate(plan.stages):
+        if stage.sp and facts.whole_sequence is not None:
+            words = f"mist apply cannot divide the sequence of {facts.name}: {facts.whole_sequence}"
+            yield Fault(path=f"stages[{number}].sp", message=f"{words}; plan again")
     known = plan.model
     if known.fingerprint != facts.fingerprint:
         planned = known.params, known.num_trainable

@@ -257,6 +257,16 @@ def _division_rules(facts: ModelFacts) -> Iterator[Rule]:
             message=f"tp {{tp}}: mist apply cannot divide {facts.name}: {facts.undivided}; "
             "use tp 1.",
         )
+    # Where layers are no chain at all another row says so, for every runtime.
+    if facts.sequential and facts.unstaged is not None:
+        yield Rule(
+            name="stages-divide-model",
+            field="plan.stages",
+            runtimes=frozenset({"torch"}),
+            holds=lambda c: c["num_stages"] == 1,
+            message=f"pp {{num_stages}}: mist apply cannot divide {facts.name} over stages: "
+            f"{facts.unstaged}; use pp 1.",
+        )
 
 
 def _layer_rules(facts: ModelFacts) -> Iterator[Rule]:

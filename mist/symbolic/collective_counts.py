@@ -69,7 +69,8 @@ def _data_parallel(  # noqa: PLR0913, PLR0917 - what is counted, of what
         params = _params(blocks, stage_plan.tp)
         trained = _params(blocks, stage_plan.tp, trainable=True)
         times = _times(zero, plan.num_micro_batches, runtime, stays=stays)
-        _add(counts, ("dp", "all_gather"), times["gathers"], params * compute)
+        if params:
+            _add(counts, ("dp", "all_gather"), times["gathers"], params * compute)
         if trained:
             _add(counts, ("dp", "reduce_scatter"), times["scatters"], trained * fp32)
         if trained and stage_plan.dp > stage_plan.dp_shard:

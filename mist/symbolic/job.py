@@ -10,6 +10,7 @@ from mist.plans.numerics import NUMERICS
 from mist.plans.workload import HeadMode, MemoryLevel, Workload
 from mist.platform import OpCosts, Platform
 from mist.platform.calibration import Profiles
+from mist.rules.apply import as_applied
 from mist.rules.combinations import rules_for
 from mist.rules.rule import Rule
 from mist.symbolic.columns import Placement
@@ -54,6 +55,7 @@ class Job:
 def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) -> Job:
     """Bind the programs of a model to a platform, for a workload."""
     facts = programs.facts
+    platform = replace(platform, runtime=as_applied(platform.runtime, facts))
     is_kind = np.array(facts.layer_kinds()) == np.arange(facts.num_kinds)[:, None]
     laws = _laws(platform, workload)
     cost = stage_model(programs, laws)
@@ -73,7 +75,8 @@ def make_job(programs: ModelPrograms, platform: Platform, workload: Workload) ->
 
 def on_profiles(job: Job, profiles: Profiles) -> Job:
     """The job where figures of its profiles are others, on the same machines: its rules stay."""
-    device, cluster, runtime = profiles
+    device, cluster, profile = profiles
+    runtime = as_applied(profile, job.facts)
     platform = replace(job.platform, device=device, cluster=cluster, runtime=runtime)
     laws = _laws(platform, job.workload)
     return replace(job, platform=platform, laws=laws, cost=stage_model(job.programs, laws))

@@ -10,6 +10,7 @@ from mist.plans.memory_levels import CONVERTS, PLAIN
 from mist.plans.numerics import NUMERICS
 from mist.plans.workload import HeadMode, MemoryLevel, Optimizer
 from mist.platform import Runtime
+from mist.rules.apply import as_applied
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
 from mist.symbolic.program_trial import computes
@@ -112,7 +113,9 @@ def compile_graph(
     from mist.symbolic.cost_setting import CostSetting
 
     numerics = NUMERICS[setting.precision]
-    cost_setting = CostSetting(runtime=runtime, numerics=numerics, optimizer=optimizer)
+    cost_setting = CostSetting(
+        runtime=as_applied(runtime, graph), numerics=numerics, optimizer=optimizer
+    )
     converted = {each.level: it.blocks for each, it in again if each.level in CONVERTS}
     heads = {each.head: it.head for each, it in again if each.head is not setting.head}
     more = [each.level for each, _ in again if each.level in PLAIN]

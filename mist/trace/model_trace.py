@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Final
 
 from sympy import Integer
 from torch import fx, nn
@@ -24,9 +25,14 @@ from mist.trace.run_subject import OneLength
 from mist.trace.runs import Progress, Recorded, record_model
 from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
-from mist.trace.tensor_parallel.tp_apply import undivided
+from mist.trace.tensor_parallel.tp_apply import undivided, whole_sequence
 from mist.trace.tensor_parallel.tp_plan import planned_heads
 from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
+
+UNSTAGED: Final = (
+    "mist apply has one pipeline stage for the layers, and leaves the sequence whole: {}"
+)
+WHOLE_SEQUENCE: Final = "mist apply leaves the sequence whole under tensor parallelism: {}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +187,7 @@ def _graph(
     embed, head, *layers = blocks
     tied = any(param.tied for block in blocks for param in block.params)
     runs = _runs(result.run.kinds) or (LayerRun(block=0, count=1),)
+    whole = _whole_sequence(model.module, result)
     return ModelGraph(
         name=model.name,
         num_params=sum(p.numel() for p in model.module.parameters()),
@@ -196,9 +203,12 @@ def _graph(
         tp_limits=result.sharding.limits if result.sharding else None,
         undivided=_undivided(model.module, result),
         sequential=result.run.sequential,
+        unstaged=result.run.unstaged,
+        whole_sequence=whole,
+        calls_again=len(set(result.run.order)) < len(result.run.order),
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
-        notes=(*result.notes, *unread_note(model.module, result)),
+        notes=(*result.notes, *_apply_notes(result, whole), *unread_note(model.module, result)),
     )
 
 
@@ -208,6 +218,22 @@ def _undivided(model: nn.Module, result: Recorded) -> str | None:
         return None
     refusals = (words for piece in result.run.layers for words in piece.part.refusals)
     return undivided(model, result.sharding) or next(refusals, None)
+
+
+def _whole_sequence(model: nn.Module, result: Recorded) -> str | None:
+    """Why `mist apply` leaves the sequence whole under tensor parallelism."""
+    if result.sharding is None or result.run.unstaged is not None:
+        return result.run.unstaged
+    exposed = set[int]().union(*(piece.part.exposed for piece in result.run.layers))
+    return whole_sequence(model, result.sharding, exposed)
+
+
+def _apply_notes(result: Recorded, whole: str | None) -> Iterator[str]:
+    """What `mist apply` does not divide of a model."""
+    if result.run.sequential and result.run.unstaged is not None:
+        yield UNSTAGED.format(result.run.unstaged)
+    elif result.sharding is not None and whole is not None:
+        yield WHOLE_SEQUENCE.format(whole)
 
 
 def _runs(kinds: Iterable[int]) -> tuple[LayerRun, ...]:
@@ -313,16 +339,18 @@ def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, i
 def _of_region(piece: Piece, region: DividedRegion) -> dict[str, int]:
     """The same of a region that is in no module which needs all tokens."""
     entered, flows = piece.part.entered, piece.part.flows
+    # What no module around a matrix was given enters at the matrix, call by call.
     entry_ids = region.entered & entered.keys()
+    counted = list if entry_ids & piece.part.exposed else set
+    inputs = counted(key for each in entry_ids for key in entered[each])
+    back = counted(key for each in entry_ids & flows for key in entered[each])
     # Without a hook the layer's own input stands for what enters.
-    back = {0} if piece.flows else set()
-    if entry_ids:
-        back = {entered[key] for key in entry_ids & flows}
+    num_back = len(back) if entry_ids else int(piece.flows)
     return {
-        "num_entries": max(len({entered[key] for key in entry_ids}), 1),
+        "num_entries": max(len(inputs), 1),
         "num_exits": len(region.ends),
-        "num_entries_back": len(back),
-        "num_exits_back": len(region.ends) if back else len(region.ends & flows),
+        "num_entries_back": num_back,
+        "num_exits_back": len(region.ends) if num_back else len(region.ends & flows),
     }
 
 

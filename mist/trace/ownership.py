@@ -30,21 +30,22 @@ def owned_parts(module: nn.Module, result: Recorded) -> list[Owned]:
     run, layers = result.run, result.layers.modules if result.layers else ()
     inside = {id(tensor) for layer in layers for _, tensor in _tensors(layer)}
     outside = [(name, tensor) for name, tensor in _tensors(module) if id(tensor) not in inside]
-    read = {id(piece): _read_by(piece, run) for piece in _outside(run)}
+    ends = (run.embed, run.head)
+    read = {id(piece): _read_by(piece, run) for piece in ends}
     # What nothing reads is held from the start on.
     first = run.embed if layers else run.head
     read[id(first)] |= {id(tensor) for _, tensor in outside}.difference(*read.values())
     owned: dict[int, Owned] = {}
     known: set[int] = set()
-    for piece in _outside(run):
+    for piece in ends:
         of_piece = [(name, t) for name, t in outside if id(t) in read[id(piece)]]
         owned[id(piece)] = _owned(of_piece, known)
         known |= read[id(piece)]
     for piece in run.layers:
-        if piece.module is not None:
-            tensors = [(name, t) for name, t in _tensors(piece.module) if id(t) not in known]
-            owned[id(piece)] = _owned(tensors, known)
-            known |= {id(tensor) for _, tensor in tensors}
+        assert piece.module is not None
+        tensors = [(name, t) for name, t in _tensors(piece.module) if id(t) not in known]
+        owned[id(piece)] = _owned(tensors, known)
+        known |= {id(tensor) for _, tensor in tensors}
     return [owned[id(piece)] for piece in (run.embed, run.head, *run.layers)]
 
 
@@ -67,11 +68,6 @@ def _is_trainable(tensor: torch.Tensor) -> bool:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _outside(run: RecordedRun) -> list[Piece]:
-    """What runs outside the layers, in order."""
-    return [run.embed, *(piece for piece in run.layers if piece.module is None), run.head]
 
 
 def _read_by(piece: Piece, run: RecordedRun) -> set[int]:

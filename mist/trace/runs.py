@@ -104,7 +104,7 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
         run, notes = _compiled_run(subject, run), [*notes, COMPILED]
     progress("tracing b = 1")
     single, _ = _expressions(subject, batch=1)
-    run = replace(run, sequential=whole.sequential)
+    run = replace(run, sequential=whole.sequential, unstaged=whole.unstaged)
     return Recorded(
         layers=subject.layers,
         run=run,
@@ -123,6 +123,11 @@ def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:
     subject, _ = run_on_shards(subject, _trained_whole(subject, check), Point(backward=False))
     assert subject.sharding is not None
     return subject.sharding
+
+
+def traced_layers(model: LoadedModel, setting: TraceSetting) -> Layers | None:
+    """What a trace takes for the layers of a model, called again or not. Raises TraceError."""
+    return _first_run(RunSubject(model=model, setting=setting))[0].layers
 
 
 def _first_run(subject: RunSubject) -> tuple[RunSubject, RecordedRun]:
@@ -217,10 +222,8 @@ def _trained_whole(subject: RunSubject, run: RecordedRun) -> RecordedRun:
     """
     layers = subject.layers
     if layers is not None:
-        # Parts between two lists have a kind, too, but are no layers.
-        kinds = (kind for kind in run.kinds if run.layers[kind].module is not None)
         first: dict[int, int] = {}
-        for index, kind in zip(run.order, kinds, strict=True):
+        for index, kind in zip(run.order, run.kinds, strict=True):
             first.setdefault(index, kind)
         layers = replace(layers, signatures=tuple((kind,) for kind in first.values()))
     with _every_parameter_trained(subject.model.module) as is_whole:
@@ -249,7 +252,7 @@ def _compiled_run(subject: RunSubject, eager: RecordedRun) -> RecordedRun:
     run = subject.run(Point())
     for piece, known in zip(run.pieces, eager.pieces, strict=True):
         piece.part.entered, piece.part.flows = known.part.entered, known.part.flows
-        piece.part.refusals = known.part.refusals
+        piece.part.refusals, piece.part.exposed = known.part.refusals, known.part.exposed
     return run
 
 

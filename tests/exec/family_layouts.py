@@ -5,34 +5,43 @@ from typing import Final
 from tests.exec.layouts import S, Variant
 from tests.tiny_families import file_of
 
-LAYERS: Final = 2
 FAMILIES: Final = (
     "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "gemma2", "gemma3", "gpt2",
     "gpt-neox", "opt", "bloom", "mpt", "starcoder2", "stablelm", "cohere", "olmo2", "glm4",
-    "smollm3", "gpt-oss", "deepseek-v3", "lfm2", "phi3", "falcon", "falcon-new", "gptj", "gpt-neo",
+    "smollm3", "gpt-oss", "deepseek-v3", "lfm2", "bamba", "granite4-h", "bert", "modernbert",
+    "phi3", "falcon", "falcon-new", "gptj", "gpt-neo",
 )  # fmt: skip
-# Scans beside attention: tensor parallelism alone.
-HYBRIDS: Final = ("bamba", "granite4-h")
-# Attention is not in a module of its own that is given the activation: sp is refused.
-WITHOUT_SP: Final = ("bert", "nanogpt")
-# A product of low rank beside each matrix, keys and values in one; two streams that meet in
-# attention, which stages do not pass on together.
-OF_PARTS: Final = ("lora", "pair")
-JOINT: Final = ("joint",)
-
-KINDS: Final = {
-    "dp2": (S(dp=2, zero=2, layers=(LAYERS,)),),
-    "tp2": (S(tp=2, layers=(LAYERS,)),),
-    "pp2": (S(layers=(1,)), S(layers=(1,))),
-    "tp2 sp": (S(tp=2, sp=True, layers=(LAYERS,)),),
+# What the rules leave of others: products of low rank beside each matrix, keys and values in one,
+# two streams that meet in attention; sequences that stay whole (attention in no module of its own,
+# a condition), encoders, layers that are called again, no layers at all.
+OTHERS: Final = {
+    "lora": ("dp2", "tp2", "pp2", "tp2 sp"),
+    "pair": ("dp2", "tp2", "pp2", "tp2 sp"),
+    "joint": ("dp2", "tp2"),
+    "nanogpt": ("dp2", "tp2", "pp2"),
+    "flex": ("dp2", "tp2", "pp2"),
+    "dit": ("dp2", "tp2"),
+    "deberta-v2": ("dp2", "tp2"),
+    "t5": ("dp2", "tp2"),
+    "bart": ("dp2", "tp2"),
+    "albert": ("dp2", "tp2"),
+    "lstm": ("dp2",),
 }
+NUM_LAYERS: Final = {"t5": 4, "bart": 4, "lstm": 1}
+
+
+def _kinds(num_layers: int) -> dict[str, tuple[S, ...]]:
+    return {
+        "dp2": (S(dp=2, zero=2, layers=(num_layers,)),),
+        "tp2": (S(tp=2, layers=(num_layers,)),),
+        "pp2": (S(layers=(1,)), S(layers=(num_layers - 1,))),
+        "tp2 sp": (S(tp=2, sp=True, layers=(num_layers,)),),
+    }
+
+
 OF_FAMILIES: Final = tuple(
     Variant(name=f"tiny {name} {kind}", model=file_of(name), stages=stages, micro=8)
-    for name in (*FAMILIES, *HYBRIDS, *WITHOUT_SP, *OF_PARTS, *JOINT)
-    for kind, stages in KINDS.items()
-    if (name in FAMILIES)
-    or (name in HYBRIDS and kind.startswith("tp2"))
-    or name in OF_PARTS
-    or (name in JOINT and kind in ("dp2", "tp2"))
-    or (name in WITHOUT_SP and kind != "tp2 sp")
+    for name in (*FAMILIES, *OTHERS)
+    for kind, stages in _kinds(NUM_LAYERS.get(name, 2)).items()
+    if kind in OTHERS.get(name, (kind,))
 )

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from mist.exec.build.adamw import Settings
 from mist.exec.build.batches import Batches
 from mist.exec.build.empty_weights import load
+from mist.exec.build.flex_on_cpu import flex_on
 from mist.exec.build.parallel import Parallel, build
 from mist.exec.build.process_group import process_group
 from mist.plans.workload import Attention
@@ -93,8 +94,9 @@ def _trained(
     )
     found: dict[str, Any] = {"losses": [], "norms": [], "gradients": []}
     for step in range(variant.num_steps):
-        loss = loaded.run(batches.step(step))
-        loss.backward()
+        with flex_on(torch.device("cpu"), model.modules()):
+            loss = loaded.run(batches.step(step))
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), given.max_norm or math.inf)
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()

@@ -16,6 +16,7 @@ from mist.model.graph import B, ModelGraph, OpKind, S, T
 from mist.model.summary import Lengths
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
+from mist.trace.recording.layer_dependencies import CHANGED, HEAD_TAKES_MORE, TAKES_MORE
 from mist.trace.repeated_blocks import find_layers
 from mist.trace.runs import NOT_SYMBOLIC, ROUTED
 from tests.trace.real import Measured, measure
@@ -159,8 +160,9 @@ def test_encoder_and_decoder_are_two_lists() -> None:
         model = transformers.T5ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     graph = traced(model, BF16)
     names = [graph.blocks[run.block].name for run in graph.layers]
-    assert names == ["T5Block", "T5Block", "between", "T5Block", "T5Block"]
+    assert names == ["T5Block", "T5Block", "T5Block", "T5Block"]
     assert graph.sequential and graph.tied
+    assert graph.unstaged == graph.whole_sequence == TAKES_MORE
     held = [param for b in (graph.embed, *graph.blocks, graph.head) for param in b.params]
     assert sum(param.numel for param in held if not param.tied) == graph.num_params
     last = graph.blocks[graph.layers[-1].block]
@@ -179,6 +181,26 @@ def test_residuals_outside_the_layers() -> None:
     graph = traced(Outside([Layer(i) for i in range(3)]))
     assert graph.sequential
     assert [run.count for run in graph.layers] == [3]
+    assert graph.unstaged == CHANGED
+
+
+def test_a_head_that_takes_more_than_the_last_layer_gives() -> None:
+    class Skips(Model):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = embedded = self.embed(ids)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x + embedded)
+
+    class Collects(Model):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            given = [self.embed(ids)]
+            for layer in self.layers:
+                given.append(layer(given[-1]))
+            return self.head(torch.stack(given[1:]).sum(0))
+
+    graphs = [traced(kind([Layer(i) for i in range(3)])) for kind in (Model, Skips, Collects)]
+    assert [graph.unstaged for graph in graphs] == [None, HEAD_TAKES_MORE, HEAD_TAKES_MORE]
 
 
 def test_lists_of_lists_are_their_children() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from mist.model.graph import ModelGraph
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
+from mist.trace.recording.layer_dependencies import CALLED_AGAIN
 from mist.trace.runs import NO_LAYERS, SHARED
 
 WIDTH = 16
@@ -111,7 +112,8 @@ def test_one_block_called_again_is_counted_once(frozen: bool) -> None:
     assert [block.num_params for block in blocks] == [LAYER, 0, 0, 0, 0, 0]
     assert len({block.flop("forward") for block in blocks}) == 1
     assert SHARED in graph.notes
-    assert not graph.sequential
+    assert graph.calls_again and not graph.sequential
+    assert graph.unstaged == CALLED_AGAIN
 
 
 def test_buffers_codes_and_idle_parameters_are_charged_as_they_are() -> None:

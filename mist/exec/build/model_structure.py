@@ -5,7 +5,7 @@ must be known in which order the layers are called, what a layer passes on, and 
 read before the first layer (front) and after the last one (tail).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -15,37 +15,69 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from mist.errors import ModelError
+from mist.plans.workload import Attention, Precision
+from mist.trace.dispatch_call import tensors_in
 from mist.trace.models.loader import LoadedModel
+from mist.trace.models.source import TraceSetting
+from mist.trace.recording.layer_dependencies import Handovers
 from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import Layers, find_layers
+from mist.trace.runs import traced_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOutput:
+    """What a layer returns: leaves of a tree, of which number `place` is the activation.
+
+    Other tensors (scores of attention) are left out: None.
+    """
+
+    layout: TreeSpec
+    leaves: tuple[object, ...]
+    place: int
+
+    @classmethod
+    def of(cls, output: object) -> "LayerOutput":
+        """The form of a result, whose first tensor is the activation."""
+        leaves, layout = tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        plain = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
+        return cls(layout=layout, leaves=plain, place=places[0])
+
+    def around(self, hidden: torch.Tensor) -> object:
+        """The result with this activation."""
+        leaves = [*self.leaves]
+        leaves[self.place] = hidden
+        return tree_unflatten(leaves, self.layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStructure:
     """Names of the layers in the order of their calls, and of what is read before and after.
 
-    `boundary`: shape of one sample of the activation between layers. `in_tuple`: layers return a
-    tuple that begins with it.
+    `num_calls`: how often they are called, which are the layers of a plan; more than there are
+    where some are called again. `boundary`: shape of one sample of the activation between layers.
+    `outputs`: what each of them returns.
     `direct`: the embedding, if layer 0 takes what it gave as it is.
-    `in_a_row`: each layer takes exactly what the one before gave, and nothing else with a gradient.
+    `unstaged`: why stages cannot divide the layers (`Handovers`); None if they can.
     `tied`: for each name under which a parameter appears again, its first name.
     """
 
     layers: tuple[str, ...]
+    num_calls: int
     front: frozenset[str]
     tail: frozenset[str]
     boundary: tuple[int, ...]
-    in_tuple: bool
-    in_a_row: bool
+    outputs: tuple[LayerOutput, ...]
+    unstaged: str | None
     direct: str | None
     tied: Mapping[str, str]
 
 
 def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
-    """Run a model once on fake tensors. Raises ModelError when it has no list of layers."""
+    """Run a model on fake tensors. One without layers is a layer as a whole. Raises TraceError."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = deepcopy(loaded.module)
     # On the CPU: on the meta device some functions (attention) run other operations.
@@ -55,18 +87,37 @@ def examine(loaded: LoadedModel, seq_len: int) -> ModelStructure:
         parameter.requires_grad_(parameter.is_floating_point())
     layers = find_layers(model)
     while layers is not None:
-        watch = _Watch(model=model, layers=layers)
-        with mode, runs_anywhere(model), watch.hooks():
-            fake = replace(loaded, module=model)
-            fake.run(fake.batch(2, seq_len))
+        watch = _watched(replace(loaded, module=model), layers, mode, seq_len)
         if sorted(watch.order) == list(range(len(layers.modules))):
             return _structure(loaded.module, watch)
         # A list with a layer that is not called once (experts, heads) is no stack: look for
         # another.
         layers = layers.without(_not_once(watch, layers))
-    raise ModelError(
-        f"{loaded.name} has no list of layers that are each called once; mist apply needs one."
-    )
+    layers = _called_again(loaded, model, seq_len)
+    return _structure(loaded.module, _watched(replace(loaded, module=model), layers, mode, seq_len))
+
+
+def _watched(fake: LoadedModel, layers: Layers, mode: FakeTensorMode, seq_len: int) -> "_Watch":
+    """A run of a fake model in which these layers are watched."""
+    watch = _Watch(model=fake.module, layers=layers)
+    with mode, runs_anywhere(fake.module), watch.hooks():
+        watch.handovers.ends(fake.run(fake.batch(2, seq_len)))
+    return watch
+
+
+def _called_again(loaded: LoadedModel, model: nn.Module, seq_len: int) -> Layers:
+    """The layers of a model (in its copy) that are called more than once; else all of it is one."""
+    setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, seq_len=seq_len)
+    shared = traced_layers(loaded, setting)
+    if shared is None:
+        return Layers(modules=(model,), signatures=((),), lists=(0,))
+    names = {module: name for name, module in loaded.module.named_modules()}
+    return replace(shared, modules=tuple(model.get_submodule(names[m]) for m in shared.modules))
+
+
+def beginnings(layers: Iterable[str]) -> tuple[str, ...]:
+    """What the names of all that is in these layers begin with."""
+    return tuple(f"{name}." if name else "" for name in layers)
 
 
 def _not_once(watch: "_Watch", layers: Layers) -> int:
@@ -87,8 +138,8 @@ class _Watch(TorchFunctionMode):
     hidden: torch.Tensor | None = None
     embedded: dict[int, tuple[torch.Tensor, nn.Module]] = field(default_factory=dict)
     direct: nn.Module | None = None
-    in_tuple: bool = False
-    in_a_row: bool = True
+    outputs: list[LayerOutput] = field(default_factory=list)
+    handovers: Handovers = field(default_factory=Handovers)
     inside: bool = False
 
     def __post_init__(self) -> None:
@@ -112,9 +163,6 @@ class _Watch(TorchFunctionMode):
             self.front |= parameters
             return
         self.tail |= parameters
-        # A parameter that is read between two layers has no stage to belong to.
-        if parameters and len(self.order) < len(self.layers.modules):
-            self.in_a_row = False
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -137,22 +185,21 @@ class _Watch(TorchFunctionMode):
         def enter(
             module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
         ) -> None:
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            tensors = list(tensors_in((args, kwargs)))
             if not self.order and id(tensors[0]) in self.embedded:
                 self.direct = self.embedded[id(tensors[0])][1]
+            self.handovers.enters(tensors, again=index in self.order)
             self.order.append(index)
             self.inside = True
-            if self.hidden is not None and tensors[0] is not self.hidden:
-                self.in_a_row = False
-            self.hidden = tensors[0]
-            self.in_a_row &= not any(x.requires_grad for x in tensors[1:])
 
         return enter
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self.inside = False
-        self.in_tuple = isinstance(output, tuple | list)
-        self.hidden = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor))
+        self.outputs.append(LayerOutput.of(output))
+        tensors = list(tensors_in(output))
+        self.hidden = tensors[0]
+        self.handovers.leaves(tensors)
 
 
 def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
@@ -170,12 +217,13 @@ def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:
     }
     assert watch.hidden is not None
     return ModelStructure(
-        layers=tuple(names[id(watch.layers.modules[i])] for i in watch.order),
+        layers=tuple(names[id(watch.layers.modules[i])] for i in dict.fromkeys(watch.order)),
+        num_calls=len(watch.order),
         front=frozenset(outside[key] for key in watch.front & outside.keys()),
         tail=frozenset(outside[key] for key in watch.tail & outside.keys()),
         boundary=tuple(watch.hidden.shape[1:]),
-        in_tuple=watch.in_tuple,
-        in_a_row=watch.in_a_row,
+        outputs=tuple(watch.outputs),
+        unstaged=watch.handovers.fault,
         direct=names[id(watch.direct)] if watch.direct is not None else None,
         tied=tied,
     )

@@ -6,7 +6,7 @@ FSDP2 -> memory on the device -> initial weights -> optimizer -> pipeline schedu
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -20,12 +20,13 @@ from mist.exec.build.adamw import AdamW, Settings, local, make_slots
 from mist.exec.build.batch_shape import planned_shape
 from mist.exec.build.batches import micro_batch, rank_rows, to_device
 from mist.exec.build.device_meshes import RankPlace, new_groups, take_place
+from mist.exec.build.flex_on_cpu import flex_on
 from mist.exec.build.fsdp import COMPUTE, ZeroSharding, begin_backward, shard
 from mist.exec.build.gradient_flow import Flows, flows_of
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.build.host_copies import Swapper
 from mist.exec.build.initial_weights import fill
-from mist.exec.build.model_structure import ModelStructure
+from mist.exec.build.model_structure import ModelStructure, beginnings
 from mist.exec.build.pipeline import PipelineSchedule, Shell
 from mist.exec.build.process_group import warm_up
 from mist.exec.build.rank_grid import chunk_layers
@@ -134,16 +135,17 @@ def assemble(
 ) -> "Parallel":
     """This rank's part of the model, without values. `memory`: within which it is allocated.
 
-    Raises ModelError for a plan that this version of torch cannot run, and for stages that would
-    have to pass on more than one activation.
+    Raises ModelError for a plan that this version of torch cannot run, for stages that would have
+    to pass on more than one activation, and for layers that the model does not have.
     """
     refuse_missing(plan)
-    if len(plan.stages) > 1 and not subject.structure.in_a_row:
+    num_stages, reason = len(plan.stages), subject.structure.unstaged
+    if num_stages > 1 and reason is not None:
+        name = subject.loaded.name
         raise ModelError(
-            f"pp {len(plan.stages)}: layers of {subject.loaded.name} take more than what the layer "
-            "before them gives (a condition, an encoder's result), which stages do not pass on. "
-            "Use pp 1."
+            f"pp {num_stages}: mist apply cannot divide {name} over stages: {reason}; use pp 1"
         )
+    plan = _of_distinct_layers(plan, subject)
     place = take_place(plan, device)
     job = _Job(subject=subject, plan=plan, place=place, swapper=Swapper(device), memory=memory)
     pieces = chunk_layers(plan, place.stage)
@@ -159,6 +161,30 @@ def assemble(
     # In the order of all ranks; a first send amid the schedule would wait for ranks that compute.
     warm_up(parallel.groups(), device)
     return parallel
+
+
+def _of_distinct_layers(plan: Plan, subject: Subject) -> Plan:
+    """The plan of layers that are called again, with each of them once."""
+    structure, name = subject.structure, subject.loaded.name
+    if plan.num_layers != structure.num_calls:
+        raise ModelError(
+            f"the plan has {plan.num_layers} layers, but {name} calls {structure.num_calls}; "
+            "plan again"
+        )
+    num_layers = len(structure.layers)
+    if plan.num_layers == num_layers:
+        return plan
+    (stage,), levels = (
+        plan.stages,
+        [level for level, count in plan.stages[0].memory.items() if count],
+    )
+    if len(levels) > 1:
+        raise ModelError(
+            f"checkpoint {' and '.join(levels)}: {name} calls layers again, which have one level "
+            "for all their calls. Use one level."
+        )
+    alike = replace(stage, layers=((0, num_layers),), memory={levels[0]: num_layers})
+    return replace(plan, stages=(alike,))
 
 
 def initialise(parallel: "Parallel", subject: Subject, seed: int) -> None:
@@ -221,9 +247,7 @@ def _chunk(job: _Job, layers: range, of_layers: Sequence[MemoryLevel], first_on_
         root=root,
         layers=tuple(names),
         parameters={structure.tied.get(name, name): p for name, p in parameters.items()},
-        on_host=frozenset(
-            n for n in parameters if n.startswith(tuple(f"{m}." for m in names[first_on_host:]))
-        ),
+        on_host=frozenset(n for n in parameters if n.startswith(beginnings(names[first_on_host:]))),
         partial=tuple(parameters[name] for name in sorted(partial_names)),
         flows=flows,
         offloader=offloader,
@@ -305,7 +329,8 @@ class Parallel:
     def unread_step(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
         """The same step; mean loss and norm stay on the device."""
         self.clock.start()
-        with loss_parallel() if self._split_loss else nullcontext():
+        modules = chain(*(each.root.modules() for each in self.chunks))
+        with flex_on(self.place.device, modules), self._loss():
             self.gradients(batch)
         with self.clock.timing("sums"):
             self._add_up()
@@ -317,6 +342,9 @@ class Parallel:
             self.optimizer.step(factor * clip_scale(norm, self.optimizer.settings.max_norm))
             self.optimizer.zero_grad()
         return loss, norm
+
+    def _loss(self) -> AbstractContextManager[object]:
+        return loss_parallel() if self._split_loss else nullcontext()
 
     def counted_step(self, batch: object) -> tuple[StepResult, StepMeasurement]:
         """A step of which every operation is counted: slower, and on CUDA not as it runs else."""

@@ -10,13 +10,14 @@ first stage only and are zeros elsewhere, which take no memory.
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from mist.exec.build.loss import summed_loss
-from mist.exec.build.model_structure import ModelStructure
+from mist.exec.build.model_structure import LayerOutput, ModelStructure, beginnings
 from mist.layers import DeferredHead
 from mist.layers.own_checkpoints import undone_checkpoints
 from mist.trace.models.loader import LoadedModel
@@ -29,29 +30,32 @@ class _Leave(BaseException):
         self.hidden = hidden
 
 
-class _Exit(nn.Module):
-    """Stands behind the last layer of a stage."""
+class _Absent(nn.Module):
+    """Stands for a layer of another stage. Models read its settings (its kind of attention)."""
 
-    def forward(self, *args: object, **kwargs: object) -> None:
-        raise _Leave(_hidden(args, kwargs))
-
-
-class _Skip(nn.Module):
-    """Stands for a layer of another stage."""
-
-    def __init__(self, *, in_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, output: LayerOutput) -> None:
         super().__init__()
-        self.in_tuple = in_tuple
+        vars(self).update(layer=layer)  # no module of this one: its parameters are not of the stage
+        self.output = output
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (torch's own signature)
+        return getattr(vars(self)["layer"], name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        hidden = self.result(_hidden(args, kwargs))
-        return (hidden,) if self.in_tuple else hidden
+        return self.output.around(self.result(_hidden(args, kwargs)))
 
     def result(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
 
-class _Entry(_Skip):
+class _Exit(_Absent):
+    """Stands behind the last layer of a stage."""
+
+    def result(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise _Leave(hidden)
+
+
+class _Entry(_Absent):
     """Stands for layer 0 on a later stage: gives what was received."""
 
     received: torch.Tensor
@@ -122,7 +126,8 @@ def cut(
     for index, name in enumerate(structure.layers):
         if index not in layers:
             parent, _, child = name.rpartition(".")
-            stand_in = _stand_in(index, layers, in_tuple=structure.in_tuple)
+            layer, output = model.get_submodule(name), structure.outputs[index]
+            stand_in = _stand_in(index, layers)(layer, output)
             model.get_submodule(parent)._modules[child] = stand_in
     local_names = (structure.front if layers.start == 0 else frozenset[str]()) | (
         structure.tail if layers.stop == last else frozenset[str]()
@@ -145,14 +150,14 @@ def _narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             value.data = value.data.to(dtype)
 
 
-def _stand_in(index: int, layers: range, *, in_tuple: bool) -> nn.Module:
+def _stand_in(index: int, layers: range) -> type[_Absent]:
     if index == layers.stop:
-        return _Exit()
-    return _Entry(in_tuple=in_tuple) if index == 0 else _Skip(in_tuple=in_tuple)
+        return _Exit
+    return _Entry if index == 0 else _Absent
 
 
 def _inside(model: nn.Module, structure: ModelStructure) -> set[str]:
-    prefixes = tuple(f"{name}." for name in structure.layers)
+    prefixes = beginnings(structure.layers)
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 

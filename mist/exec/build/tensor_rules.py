@@ -25,11 +25,11 @@ from mist.exec.build.tensor_parts import PartRule
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
+from mist.trace.operations.sized_calls import SizeRule
 from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import signature
 from mist.trace.runs import sharding_rules
-from mist.trace.tensor_parallel.sized_calls import SizeRule
-from mist.trace.tensor_parallel.tp_apply import undivided, widths_in
+from mist.trace.tensor_parallel.tp_apply import attends, undivided
 from mist.trace.tensor_parallel.tp_sharding import (
     VOCAB_SIZE,
     Sharding,
@@ -218,6 +218,7 @@ def _regions(
     blocks: frozenset[str],
 ) -> Iterator[RegionRule]:
     """Every region, of what `mist.trace.tensor_parallel.tp_apply` says can be divided."""
+    matrices = {name: matrix_of(module) for name, module in loaded.module.named_modules()}
     for region in sharding.regions:
         rows, columns = (sorted(names[e] for e in ids) for ids in (region.rows, region.columns))
         block = next((each for each in blocks if rows[0].startswith(f"{each}.")), None)
@@ -226,22 +227,21 @@ def _regions(
         yield RegionRule(
             columns=tuple(columns),
             rows=tuple(rows),
-            entries={name: block or inputs.entry(name, around) for name in entered},
+            entries=_apart({name: block or inputs.entry(name, around) for name in entered}),
             ends=tuple(sorted({block or names[each] for each in region.ends})),
-            attends=_attends(loaded.module, sharding, rows[0], columns),
+            attends=attends(sharding, matrices[rows[0]], [matrices[name] for name in columns]),
             block=block,
         )
 
 
-def _attends(model: nn.Module, sharding: Sharding, rowwise: str, columns: Sequence[str]) -> bool:
-    """Whether these are queries, keys and values: three matrices, or of unlike widths."""
-    row = matrix_of(model.get_submodule(rowwise))
-    by_name = {name: matrix_of(model.get_submodule(name)) for name in columns}
-    matrices = {name: matrix for name, matrix in by_name.items() if matrix is not None}
-    if row is None:
-        return False
-    widths = [width for m in matrices.values() for width in widths_in(sharding, m, row)]
-    return len(widths) > 2 or len(set(widths)) > 1
+def _apart(entries: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a region, none of them inside another: a gradient is summed at each of them.
+
+    A matrix that is also given something else (positions) enters by itself, and so do then those
+    that would enter at a module around it.
+    """
+    around = {e for e in entries.values() if any(o.startswith(f"{e}.") for o in entries.values())}
+    return {name: name if entry in around else entry for name, entry in entries.items()}
 
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mist.trace.tensor_parallel.sized_calls import (
+from mist.trace.operations.sized_calls import (
     Args,
     Kwargs,
     OperandPart,

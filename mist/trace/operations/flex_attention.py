@@ -6,10 +6,11 @@ token before it sees, if that, and the rest is priced whole.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mist.trace.operations.model_functions import functions_of
+from mist.trace.operations.sized_calls import uncounted
 from mist.trace.operations.windows import Window, Windows
 
 OnCall = Callable[..., Any]
@@ -39,23 +41,31 @@ class MaskFunction:
         return self
 
 
-@contextmanager
-def flex_as_flash(modules: Iterable[nn.Module], windows: Windows) -> Iterator[None]:
+def flex_as_flash(modules: Iterable[nn.Module], windows: Windows) -> AbstractContextManager[None]:
     """Within: flex_attention of these modules runs as the other attention, on masks of no size."""
+    attended = partial(_attended, windows)
+    return flex_replaced(modules, {"flex_attention": attended, "create_block_mask": _mask})
+
+
+@contextmanager
+def flex_replaced(modules: Iterable[nn.Module], stand_ins: Mapping[str, OnCall]) -> Iterator[None]:
+    """Within: these functions of torch's module of FlexAttention are others, by name.
+
+    Also where the code of these modules has imported them.
+    """
     flex = sys.modules.get(FLEX)
     if flex is None:  # torch takes long to import it, and no model has it
         yield
         return
-    stand_ins = {
-        flex.flex_attention: partial(_attended, windows),
-        flex.create_block_mask: _mask,
-    }
+    by_function = {getattr(flex, name): stand_in for name, stand_in in stand_ins.items()}
     with ExitStack() as stack:
-        for function, stand_in in stand_ins.items():
-            stack.enter_context(patch.object(flex, function.__name__, stand_in))
+        for function, stand_in in by_function.items():
+            # What stands in for one already (in a dry run, a GPU's kernel) stays.
+            if isinstance(function, FunctionType):
+                stack.enter_context(patch.object(flex, function.__name__, stand_in))
         for table, name, function in functions_of(modules):
-            if function in stand_ins:
-                stack.enter_context(patch.dict(table, {name: stand_ins[function]}))
+            if function in by_function:
+                stack.enter_context(patch.dict(table, {name: by_function[function]}))
         yield
 
 
@@ -63,6 +73,7 @@ def _mask(mask_mod: OnCall, *args: object, **kwargs: object) -> MaskFunction:
     return MaskFunction(mask_mod)
 
 
+@uncounted()
 def _attended(
     windows: Windows,
     query: torch.Tensor,

@@ -1,11 +1,14 @@
 """Which layer takes what from which: whether layers form a chain that a pipeline can cut.
 
+Two answers: `Flow` is of pipelines that pass on whatever a stage was given, `Handovers` of those of
+`mist apply`, which pass on one activation.
+
 A layer's sources are the layers whose outputs it takes, as they are or as operations outside the
 layers changed them. Layers form a chain when each takes only what the one before it gives, or what
 that one took itself and can pass on (an encoder's result that all layers of a decoder read).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -13,16 +16,27 @@ from torch.autograd.graph import Node
 
 EMBEDDING: Final = -1  # the source of what is made before the first layer
 
+TAKES_MORE: Final = (
+    "a layer takes more than what the layer before it gives (a condition, an encoder's result)"
+)
+CHANGED: Final = "what a layer gives is changed before the next layer takes it"
+CALLED_AGAIN: Final = "a layer is called again with the same parameters"
+HEAD_TAKES_MORE: Final = "what follows the last layer takes more than what that layer gives"
+
 
 class Flow:
     """Outputs of layers, each a leaf of the autograd graph outside the layers."""
 
-    def __init__(self, embedded: Mapping[int, torch.Tensor]) -> None:
-        self._embedded = embedded
+    def __init__(self) -> None:
+        self._embedded: set[int] = set()
         self._maker: dict[int, int] = {}
         self._outputs: list[torch.Tensor] = []  # kept, so that no identity is used twice
         self._sources: list[frozenset[int]] = []
         self._ancestors: list[frozenset[int]] = []
+
+    def add_embedded(self, tensors: Iterable[torch.Tensor]) -> None:
+        """What is made before the first layer, and kept as long as this."""
+        self._embedded.update(map(id, tensors))
 
     def add_outputs(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Layer number `layer` gave these outputs."""
@@ -63,4 +77,51 @@ class Flow:
                 variable = getattr(node, "variable", None)
                 if id(variable) in self._maker:
                     yield self._maker[id(variable)]
+                waiting += [following for following, _ in node.next_functions]
+
+
+class Handovers:
+    """What passes from layer to layer of a model that trains all its parameters.
+
+    `mist apply` gives a stage the first tensor that the layer before it returned. All else the
+    stage makes again from inputs without parameters, so nothing else may have a gradient.
+    `fault`: what is otherwise, in words; None if nothing is.
+    """
+
+    def __init__(self) -> None:
+        self.fault: str | None = None
+        self._given: torch.Tensor | None = None
+        self._earlier: list[torch.Tensor | None] = []  # kept, so that no identity is used twice
+        self._since = 0
+
+    def enters(self, tensors: Sequence[torch.Tensor], *, again: bool) -> None:
+        """The next layer takes these. `again`: it has been called before."""
+        if self._given is not None and tensors[0] is not self._given:
+            self.fault = CHANGED
+        if any(tensor.requires_grad for tensor in tensors[1:]):
+            self.fault = TAKES_MORE
+        if again:
+            self.fault = CALLED_AGAIN
+
+    def leaves(self, tensors: Sequence[torch.Tensor]) -> None:
+        """A layer gave these."""
+        self._earlier.append(self._given)
+        self._given, *others = tensors
+        self._earlier += others
+        # Nodes of the autograd graph that are made from now on have this number or a higher one.
+        self._since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+    def ends(self, loss: torch.Tensor) -> None:
+        """What comes behind the last layer has given this."""
+        last = None if self._given is None else self._given.grad_fn
+        earlier = {id(tensor) for tensor in self._earlier}
+        waiting, visited = [loss.grad_fn], set[Node | None]({None, last})
+        while waiting:
+            node = waiting.pop()
+            if node not in visited and node is not None:
+                visited.add(node)
+                # Leaves have the highest number; those that a layer gave know their tensor.
+                is_earlier = id(getattr(node, "variable", self)) in earlier
+                if is_earlier or node._sequence_nr() < self._since:
+                    self.fault = self.fault or HEAD_TAKES_MORE
                 waiting += [following for following, _ in node.next_functions]

@@ -9,8 +9,8 @@ from sympy import Basic, Expr
 from torch import nn
 
 from mist.model.graph import Op, SavedTensor
+from mist.trace.operations.sized_calls import SizeRule
 from mist.trace.recording.recorder import Part
-from mist.trace.tensor_parallel.sized_calls import SizeRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +46,9 @@ class RecordedRun:
     """What one run recorded. `kinds[i]` is the number in `layers` of the i-th layer.
 
     `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
-    what the one before gives or passes on. `shared`: what layers saved but do not own (rotary
-    tables, masks). `own_checkpoints`: whether the model checkpoints by itself, which is undone.
-    `size_rules`, `fused`: of a run on shards, see `LocalSizes`.
+    what the one before gives or passes on. `unstaged`: see `Handovers`. `shared`: what layers saved
+    but do not own (rotary tables, masks). `own_checkpoints`: whether the model checkpoints by
+    itself, which is undone. `size_rules`, `fused`: of a run on shards, see `LocalSizes`.
     """
 
     embed: Piece
@@ -58,6 +58,7 @@ class RecordedRun:
     order: tuple[int, ...]
     experts: frozenset[tuple[int, int]]
     sequential: bool
+    unstaged: str | None
     shared: tuple[SavedTensor, ...]
     own_checkpoints: bool
     domain: tuple[Basic, ...]

@@ -80,12 +80,13 @@ class Part:
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
-    whose input enters a tensor-parallel region, with its storage; `flows`: those of them, and those
-    that end a region, through which a gradient goes back. `forward_only`: nothing in it has a
-    gradient, so that its memory is that of its forward pass; `works_forward`: its forward pass may
-    hold most, too. `mixed`: modules with forward operations that a shard cannot run, with the
-    reason; `over_tokens`: modules that go over the tokens of whole tensors; `refusals`: why
-    `mist apply` cannot divide it. `input`: the storage of its input activation.
+    whose input enters a tensor-parallel region, with the storages of their calls; `exposed`: those
+    of them whose input no module around them was given; `flows`: those of them, and those that end
+    a region, through which a gradient goes back. `forward_only`: nothing in it has a gradient, so
+    that its memory is that of its forward pass; `works_forward`: its forward pass may hold most,
+    too. `mixed`: modules with forward operations that a shard cannot run, with the reason;
+    `over_tokens`: modules that go over the tokens of whole tensors; `refusals`: why `mist apply`
+    cannot divide it. `input`: the storage of its input activation.
     """
 
     name: str
@@ -99,7 +100,8 @@ class Part:
     storages: dict[int, SavedStorage] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
-    entered: dict[int, int] = field(default_factory=dict)
+    entered: dict[int, list[int]] = field(default_factory=dict)
+    exposed: set[int] = field(default_factory=set)
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False
     works_forward: bool = False

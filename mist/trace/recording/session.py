@@ -2,9 +2,9 @@
 
 The model runs once as it is, but each layer's forward is replaced: the first of its kind runs on
 detached inputs and goes backward at once, so its record is its own; a repeated one returns what the
-first returned. What the model does before its first layer is recorded as the embedding, what it
-does between two lists of layers (an encoder and a decoder) as a layer of its own, the rest as the
-head. Layers may differ by their inputs, too (a mask, a table): then they are distinct.
+first returned. What the model does before its first layer and between two lists of layers (an
+encoder and a decoder) is recorded as the embedding, the rest as the head. Layers may differ by
+their inputs, too (a mask, a table): then they are distinct.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +32,12 @@ from mist.trace.operations.autocast import forward_in, outside
 from mist.trace.operations.routing import Routing
 from mist.trace.recording.compiled import compiled
 from mist.trace.recording.graph_edges import Seed, activation, leaf, output
-from mist.trace.recording.layer_dependencies import Flow
+from mist.trace.recording.layer_dependencies import Flow, Handovers
 from mist.trace.recording.liveness import Counted
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 from mist.trace.recording.recorder import Origin, Part, Recorder, recording
+from mist.trace.recording.region_hooks import region_hooks
 from mist.trace.recording.shim import fused_norms, runs_as
 from mist.trace.repeated_blocks import Layers
 from mist.trace.tensor_parallel.local_sizes import LocalSizes
@@ -75,9 +76,9 @@ class Session:
     kinds: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     known: dict[object, int] = field(default_factory=dict)
-    between: list[Piece] = field(default_factory=list)
     seeds: list[torch.Tensor] = field(default_factory=list)
     sequential: bool = True
+    handovers: Handovers = field(default_factory=Handovers)
     calls_of: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,7 +92,6 @@ class Session:
         self.local_sizes = LocalSizes(self.symbols, self.units)
         self.whole = self.sharding.whole if self.sharding else frozenset[int]()
         self.colwise = self.sharding.colwise if self.sharding else frozenset[int]()
-        self.regions = self.sharding.regions if self.sharding else ()
         rank = rank_modules(self.sharding, self.model.module)
         self.recorder = Recorder(self.symbols, self.fakes.originals, rank=rank, limit=self.limit)
         self.embed = Piece(self.recorder.new_part("embed"))
@@ -99,7 +99,7 @@ class Session:
         # There gradients are made in the forward pass.
         self.head.part.works_forward = self.setting.head is HeadMode.IN_FORWARD
         self.outer = self.embed if self.layers else self.head
-        self.flow = Flow(self.embed.opened)
+        self.flow = Flow()
         hints = {B: BATCH_HINT, S: self.seq_hint}
         ratio = self.setting.capacity_ratio
         self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
@@ -119,6 +119,7 @@ class Session:
             order=tuple(self.order),
             experts=frozenset(self.routing.experts),
             sequential=self.sequential,
+            unstaged=self.handovers.fault,
             shared=self._shared(),
             own_checkpoints=bool(self.undone),
             domain=self.symbols.domain(),
@@ -153,6 +154,7 @@ class Session:
         self.embed.part.shared = self.head.part.shared = self.shared_keys
         with self.recorder.into(self.outer.part), forward_in(self.low):
             loss = self.model.run(inputs)
+        self.handovers.ends(loss)
         if not loss.requires_grad:
             raise TraceError(
                 f"the loss of {self.model.name} has no gradient: it depends on no parameter with "
@@ -162,7 +164,7 @@ class Session:
         for index, number in enumerate(lists):
             if index not in self.order:
                 raise NotALayerList(number)
-        ends = (self.head, *self.between, self.embed)
+        ends = (self.head, self.embed)
         for piece in ends:
             piece.part.live.forward_done(piece.part.gathered)
             piece.opened.clear()
@@ -193,7 +195,10 @@ class Session:
                 for norm, kernel in fused_norms(self.model.module.modules()):
                     self.stack.enter_context(_replaced(norm, kernel))
             self.stack.enter_context(self.routing)
-            self.stack.enter_context(self._colwise_hooks())
+            if self.sharding is not None:
+                self.stack.enter_context(
+                    region_hooks(self.recorder, self.sharding, self.model.module)
+                )
             # The mode that is entered last sees a call first: the recorder sees operations of the
             # model, not their stand-ins.
             self.stack.enter_context(recording(self.recorder, self._names(layers)))
@@ -217,6 +222,7 @@ class Session:
             raise NotALayerList(self.layers.lists[index], again=True)
         with self.recorder.into(None):
             self._enter_layer((args, kwargs))
+            self.handovers.enters(list(tensors_in((args, kwargs))), again=again)
             self._refuse_parallel(self.layers.lists[index])
             # A block that is called again costs what it did, but brings no parameters.
             self.sequential &= not again
@@ -232,6 +238,7 @@ class Session:
             leaves = tree_map(leaf, self.pieces[kind].outputs)
             outputs = tree_map(self._as_input, leaves)
             self.flow.add_outputs(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
+            self.handovers.leaves(list(tensors_in(outputs)))
             self._leave_layer(index)
         self.recorder.part = self.outer.part
         return outputs
@@ -264,15 +271,16 @@ class Session:
         tensors = [t for t in tensors_in(inputs) if t.requires_grad]
         fresh = {id(t): t for t in tensors if t.grad_fn is not None and not self._is_open(t)}
         self.outer.opened.update(fresh)
+        if not self.order:
+            self.flow.add_embedded(fresh.values())
         if fresh and self.point.backward:
             self.seeds.append(self._seed(self.outer, list(fresh.values())))
-        if self.outer in self.between and self.outer.part.ops:
-            self._place(self.outer)
         self.sequential &= self.flow.enters(tensors)
 
     def _is_open(self, tensor: torch.Tensor) -> bool:
-        pieces = (self.embed, self.head, *self.between)
-        return self.flow.knows(tensor) or any(id(tensor) in piece.opened for piece in pieces)
+        return self.flow.knows(tensor) or any(
+            id(tensor) in piece.opened for piece in (self.embed, self.head)
+        )
 
     def _as_input(self, value: object) -> object:
         """Autocast takes a leaf that needs a gradient for a weight, and keeps its cast."""
@@ -280,24 +288,16 @@ class Session:
             return value.view_as(value)
         return value
 
-    def _place(self, piece: Piece) -> None:
-        """What ran between two lists of layers is a layer between them."""
-        self.sequential &= self.flow.enters(piece.opened.values())
-        self.kinds.append(len(self.pieces))
-        self.pieces.append(piece)
-
     def _leave_layer(self, index: int) -> None:
         """What comes next is the head, or what lies between two lists."""
         assert self.layers is not None
         later_lists = [of for i, of in enumerate(self.layers.lists) if i not in self.order]
-        self.outer = self.head
-        last = self.pieces[self.kinds[-1]]
-        if later_lists and self.layers.lists[index] not in later_lists:
-            self.outer = Piece(self.recorder.new_part("between", self.shared_keys))
-            self.between.append(self.outer)
-        if not later_lists or self.outer is not self.head:
-            self.outer.boundary_bytes = self._total_bytes(last.outputs)
-            self.outer.flows = any(t.requires_grad for t in tensors_in(last.outputs))
+        is_between = bool(later_lists) and self.layers.lists[index] not in later_lists
+        self.outer = self.embed if is_between else self.head
+        if not later_lists:
+            last = self.pieces[self.kinds[-1]]
+            self.head.boundary_bytes = self._total_bytes(last.outputs)
+            self.head.flows = any(t.requires_grad for t in tensors_in(last.outputs))
 
     def _trace(
         self,
@@ -437,37 +437,6 @@ class Session:
         finally:
             for (table, name, _), value in zip(attributes, before, strict=True):
                 table[name] = value
-
-    @contextmanager
-    def _colwise_hooks(self) -> Iterator[None]:
-        """Within: inputs of column-parallel matrices are known as gathered, and what goes back."""
-
-        def gather(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if self.recorder.part is not None:
-                keys = [key_of(t) for t in tensors_in((args, kwargs))]
-                self.recorder.part.gathered.update(keys[:1])
-                self.recorder.part.entered[id(module)] = keys[0]
-                flow(module, args, (args, kwargs))
-
-        def flow(module: nn.Module, args: object, tensors: object) -> None:
-            """A gradient goes back through what a module is given, or gives."""
-            if self.recorder.part and any(t.requires_grad for t in tensors_in(tensors)):
-                self.recorder.part.flows.add(id(module))
-
-        entered = self.colwise.union(*(region.entered for region in self.regions))
-        ends = self.sharding.ends if self.sharding else frozenset[int]()
-        modules = list(self.model.module.modules())
-        hooks = [
-            m.register_forward_pre_hook(gather, with_kwargs=True)
-            for m in modules
-            if id(m) in entered
-        ]
-        hooks += [m.register_forward_hook(flow) for m in modules if id(m) in ends]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def seq_hint(model: LoadedModel, asked: int | None) -> int:

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mist.model.graph import B, S, T
 from mist.trace.expressions import Size, Symbols
-from mist.trace.tensor_parallel.sized_calls import (
+from mist.trace.operations.sized_calls import (
     Args,
     Kwargs,
     LocalNumber,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mist.model.summary import TpLimit
-from mist.trace.tensor_parallel.sized_calls import SizeRule
+from mist.trace.operations.sized_calls import SizeRule
 
 # Attributes of an attention module that hold a number of heads or the width of all heads.
 HEADS: Final = ("num_heads", "n_heads", "n_head", "num_attention_heads", "n_local_heads")

@@ -6,14 +6,15 @@ from the shape of another tensor. The trace finds which numbers those are (`loca
 on several ranks changes the same ones: a *size rule* of the n-th such call of a module's forward.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -185,6 +186,20 @@ class SizedCalls(TorchFunctionMode):
     def leave(self, module: nn.Module, args: object, output: object) -> None:
         """A module's forward ends."""
         self.frames.pop()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within: calls are those of a stand-in, which no module's forward makes by itself."""
+    stack = _get_current_function_mode_stack()
+    modes = [mode for mode in stack if isinstance(mode, SizedCalls)]
+    for mode in modes:
+        mode.frames.append(_Frame(nn.Identity()))
+    try:
+        yield
+    finally:
+        for mode in modes:
+            mode.frames.pop()
 
 
 @dataclass(slots=True)
