@@ -81,12 +81,11 @@ class Part:
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
     whose input enters a tensor-parallel region, with the storages of their calls; `exposed`: those
-    of them whose input no module around them was given; `flows`: those of them, and those that end
-    a region, through which a gradient goes back. `forward_only`: nothing in it has a gradient, so
-    that its memory is that of its forward pass; `works_forward`: its forward pass may hold most,
-    too. `mixed`: modules with forward operations that a shard cannot run, with the reason;
-    `over_tokens`: modules that go over the tokens of whole tensors; `refusals`: why `mist apply`
-    cannot divide it. `input`: the storage of its input activation.
+    whose input no module around them was given; `flows`: those, and ends of a region, through which
+    a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
+    `works_forward`: its forward pass may hold most, too. `mixed`: modules with operations that a
+    shard cannot run, with the reason; `over_tokens`: that go over the tokens of whole tensors;
+    `refusals`: why `mist apply` cannot divide it. `input`: the storage of its input activation.
     """
 
     name: str
@@ -137,10 +136,8 @@ class Part:
 
     def early(self) -> tuple[SavedTensor, ...]:
         """Those that the last operation with a parameter, and the ones before it, saved."""
-        last = self.awaited.sequence
-        return tuple(
-            self._saved(storage) for storage in self.storages.values() if storage.sequence <= last
-        )
+        stored, last = self.storages.values(), self.awaited.sequence
+        return tuple(self._saved(storage) for storage in stored if storage.sequence <= last)
 
     def _saved(self, storage: SavedStorage) -> SavedTensor:
         origin = self.origins.get(storage.sequence, Origin())
