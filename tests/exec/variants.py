@@ -368,7 +368,9 @@ HYBRID = (
 REPEATED = (
     *("zero1", "zero3", "tp2", "tp2 sp clipped", "one-kv-head tp2 sp", "plain tp2 sp", "plain pp2"),
     *("gpt2 tied tp2", "gpt2 tied pp2 clipped", "opt tied tp2", "opt tied pp2"),
-    *("pp2 zero-bubble vpp2", "phi3 dp2 tp2 sp zero3"),
+    *("pp2 zero-bubble vpp2", "phi3 dp2 tp2 sp zero3", "zero2 accumulated", "plain zero1"),
+    *("gpt2 converted zero2", "gpt2 tied zero3", "tied tp2 sp", "opt tied tp2 sp", "pp2 gpipe"),
+    *("pp2 converted", "fp32 zero2 levels", "frozen upper tp2 sp", "qwen3 tp2 sp"),
 )
 _EVERY = (
     *DATA,
