@@ -40,6 +40,7 @@ def test_a_page_is_written_beside_the_plan(
     assert mist(monkeypatch, "report", "plan.yaml") == 0
 
 
+@pytest.mark.slow
 def test_files_that_are_asked_for_are_written_and_no_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

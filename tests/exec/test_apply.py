@@ -143,6 +143,7 @@ def test_a_plan_for_another_model_is_refused_before_any_rank(folder: Path) -> No
     assert "step" not in errors
 
 
+@pytest.mark.slow
 def test_weights_beside_a_config_are_where_a_run_starts(folder: Path, forked: Forked) -> None:
     """As a rank that somebody else has started."""
     hub, log = folder / "hub", folder / "hub.json"

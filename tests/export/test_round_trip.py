@@ -89,7 +89,13 @@ def read_back(path: Path, plan: Plan) -> Plan:
     return check_file(file, question, layout, typed).plan
 
 
-@pytest.mark.parametrize("name", READ)
+# Seconds each: one with a file of settings and one with a line of options stand for all.
+SOME = {"torchtitan", "megatron"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * (each not in SOME)) for each in READ]
+)
 def test_a_file_is_read_as_the_layout_that_it_was_written_from(name: str, tmp_path: Path) -> None:
     target, round_trips = target_named(name), 0
     assert target.expresses is not None

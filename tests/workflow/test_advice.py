@@ -46,6 +46,7 @@ def followed(layout: HandLayout, options: list[tuple[str, str]]) -> HandLayout:
     return layout
 
 
+@pytest.mark.slow
 def test_where_no_single_change_helps_two_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDE, monkeypatch)
     layout = HandLayout(tp=2, zero=1, micro_batch=8)
@@ -98,6 +99,7 @@ def test_another_layout_on_these_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_plan(QUESTION, SearchSpace(), NOMINAL).plan.stages
 
 
+@pytest.mark.slow
 def test_the_number_of_gpus_that_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDER, monkeypatch)
     asked = replace(QUESTION, seq_len=16384)
@@ -110,6 +112,7 @@ def test_the_number_of_gpus_that_would_do(monkeypatch: pytest.MonkeyPatch) -> No
         make_plan(replace(asked, num_gpus=num_gpus // 2), SearchSpace())
 
 
+@pytest.mark.slow
 def test_a_shorter_sequence_where_no_number_of_gpus_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """One stage of one rank that recomputes nothing holds one sample, however many GPUs."""
     answer_with(WIDE, monkeypatch)

@@ -41,7 +41,10 @@ def test_ten_runtimes_ship() -> None:
     assert len(RUNTIMES) == 10
 
 
-@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize(
+    "graph",
+    [pytest.param(GRAPHS[n], id=n, marks=[pytest.mark.slow] * (n != "like")) for n in GRAPHS],
+)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_each_runtime_plans_what_it_can_run(
     runtime: str, graph: ModelGraph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
