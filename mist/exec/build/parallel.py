@@ -174,10 +174,8 @@ def _of_distinct_layers(plan: Plan, subject: Subject) -> Plan:
     num_layers = len(structure.layers)
     if plan.num_layers == num_layers:
         return plan
-    (stage,), levels = (
-        plan.stages,
-        [level for level, count in plan.stages[0].memory.items() if count],
-    )
+    (stage,) = plan.stages
+    levels = [level for level, count in stage.memory.items() if count]
     if len(levels) > 1:
         raise ModelError(
             f"checkpoint {' and '.join(levels)}: {name} calls layers again, which have one level "

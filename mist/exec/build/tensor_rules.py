@@ -282,8 +282,8 @@ def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str,
     numbers: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
         for prefix, holder in (("", module), (CONFIG, getattr(module, "config", None))):
-            own = values.get(id(getattr(holder, "__dict__", None)), {})
-            numbers.setdefault(name, {}).update({f"{prefix}{a}": own[a] for a in own})
+            if own := values.get(id(getattr(holder, "__dict__", None))):
+                numbers.setdefault(name, {}).update({f"{prefix}{a}": own[a] for a in own})
     return numbers
 
 

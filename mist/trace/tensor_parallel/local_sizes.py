@@ -65,7 +65,6 @@ class LocalSizes(SizedCalls):
         self.rules: dict[int, dict[int, SizeRule]] = {}
         self._cuts: dict[int, tuple[int, ...]] = {}
         self._copies_cut = False
-        self._multiplies_itself = False
         self._symbols = symbols
         # By the symbol of torch: a share's size is a multiple of it.
         self._units = {size.node.expr: (sympy.Integer(n), size) for n, size in units.items()}
@@ -96,8 +95,6 @@ class LocalSizes(SizedCalls):
     ) -> tuple[Args, Kwargs]:
         """The arguments on a rank; what is not known to be a size of the whole stays as it is."""
         rules = self.rules.setdefault(id(module), {})
-        # Experts cut what their own forward has made, which is no other module's.
-        self._multiplies_itself = id(module) in self._columns
         call = sized_call(name, args, kwargs)
         if call is not None:
             unit, found = self._numbers(call)
@@ -212,7 +209,8 @@ class LocalSizes(SizedCalls):
         new = tuple(int(part) for part in parts if part != 0) if clear else UNKNOWN
         if maker is not None:
             self._cuts[maker] = _refined(self._cuts.get(maker, new), new)
-        elif len(widths) > 1 and not self._multiplies_itself:
+        # Experts cut what their own forward has made, which is no other module's.
+        elif len(widths) > 1 and id(self.frames[-1].module) not in self._columns:
             self._copies_cut = True
 
     def _start(self, tensor: torch.Tensor, dim: int) -> Expr:
