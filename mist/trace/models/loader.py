@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mist.errors import ModelError, TraceError
 from mist.plans.workload import Attention, Precision
@@ -33,6 +34,7 @@ from mist.trace.models.model_inputs import (
     sides,
 )
 from mist.trace.models.source import MAX_SEQ_LEN_NAMES, PythonSource, Source
+from mist.trace.models.watched_batch import WatchedBatch
 
 MakeBatch = Callable[[Size, Size], object]
 Number = int | float | torch.SymInt | torch.Tensor
@@ -84,9 +86,36 @@ class LoadedModel:
         return [getattr(x, "shape", x) for x in whole] == [getattr(x, "shape", x) for x in half]
 
     def run(self, batch: object) -> torch.Tensor:
-        """Forward and mean loss, as one process has them."""
-        loss, number = self.loss_of(self.forward(batch), batch)
+        """Forward and mean loss, as one process has them.
+
+        Raises TraceError for an entry of a batch that neither of the two reads.
+        """
+        output = self.forward(batch)
+        seen = WatchedBatch(batch) if isinstance(batch, Mapping) else batch
+        loss, number = self.loss_of(output, seen)
+        if isinstance(seen, WatchedBatch):
+            self._refuse_unread(set(seen.unread) - self._forward_takes(seen).keys())
         return loss if number is None else loss / number
+
+    def _refuse_unread(self, unread: AbstractSet[str]) -> None:
+        if unread:
+            raise TraceError(
+                f"make_batch gives {', '.join(sorted(map(repr, unread)))}, which neither forward "
+                f"nor the loss of {self.name} reads. The arguments of forward are "
+                f"{', '.join(parameters_of(self.module))}."
+            )
+
+    def map_inputs(self, function: Callable[[object], object], batch: object) -> object:
+        """A batch with `function` of every leaf that `forward` takes; the rest is for the loss."""
+        if not isinstance(batch, Mapping):
+            return tree_map(function, batch)
+        return {**batch, **tree_map(function, self._forward_takes(batch))}
+
+    def _forward_takes(self, batch: Mapping[str, object]) -> dict[str, object]:
+        asked = parameters_of(self.module)
+        if any(each.kind is each.VAR_KEYWORD for each in asked.values()):
+            return dict(batch)
+        return {name: value for name, value in batch.items() if name in asked}
 
     def loss_of(self, output: object, batch: object) -> tuple[torch.Tensor, Number | None]:
         """The user's loss, the model's own, or cross-entropy of its logits.
@@ -108,7 +137,7 @@ class LoadedModel:
         with _without_cache(self.module):
             if isinstance(batch, Mapping):
                 no_cache = {"use_cache": False} if "use_cache" in parameters_of(self.module) else {}
-                return self.module(**batch, **no_cache)
+                return self.module(**self._forward_takes(batch), **no_cache)
             if isinstance(batch, tuple | list):
                 return self.module(*batch)
             return self.module(batch)

@@ -108,7 +108,7 @@ class Session:
         """Record the model. Raises NotALayerList, or whatever the model raises."""
         batch, seq = self.sizes
         with self._prepared():
-            inputs = tree_map(self._input, self.model.batch(batch, seq))
+            inputs = self.model.map_inputs(self._input, self.model.batch(batch, seq))
             self.embed.boundary_bytes = self._total_bytes(inputs)
             self._forward_and_backward(inputs)
         return RecordedRun(
