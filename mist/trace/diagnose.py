@@ -46,7 +46,8 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 GENERAL_ADVICE: Final = (
-    "Check that the model runs on a batch of token ids, or define make_batch(batch, seq)"
+    "Check that the model runs on token ids of the length that is asked (--seq), or "
+    "define make_batch(batch, seq)"
 )
 TORCH: Final = str(Path(torch.__file__).parent)
 OURS: Final = str(Path(__file__).parent)

@@ -103,12 +103,6 @@ def listing(traced: Traced) -> str:
 
 def trace(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Traced:
     """Trace a loaded model as it trains. Raises TraceError, naming the line at fault."""
-    if any(getattr(m, "gradient_checkpointing", False) is True for m in model.module.modules()):
-        raise TraceError(
-            f"{model.name} has gradient checkpointing switched on, but which layers are "
-            "checkpointed is what a plan decides. Switch it off "
-            "(model.gradient_checkpointing_disable())."
-        )
     _refuse_frozen(model)
     with _training(model.module):
         return _in_regime(model, setting, progress)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mist.layers.own_checkpoints import PlannedCheckpoint, undone_checkpoints
 from mist.plans.workload import Attention, Precision
@@ -74,3 +75,15 @@ def test_a_model_is_traced_as_if_it_checkpointed_nothing(reentrant: bool) -> Non
     plain, own = (trace_model(model, BF16) for model in models)
     assert own.blocks == plain.blocks and own.layers == plain.layers
     assert set(own.notes) - set(plain.notes) == {OWN_CHECKPOINTS}
+
+
+def test_checkpointing_of_transformers_is_undone() -> None:
+    with torch.device("meta"):
+        plain, own = (
+            GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
+            for _ in range(2)
+        )
+    own.activation_checkpointing_enable()
+    costs, checkpointed = (trace_model(model, BF16) for model in (plain, own))
+    assert checkpointed.blocks == costs.blocks
+    assert set(checkpointed.notes) - set(costs.notes) == {OWN_CHECKPOINTS}

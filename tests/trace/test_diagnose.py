@@ -68,8 +68,8 @@ def test_one_sequence_length_only(tmp_path: Path) -> None:
 def test_model_raises(tmp_path: Path) -> None:
     assert message_of(tmp_path, "x = self.missing(x)") == (
         "my-model cannot be traced: AttributeError: 'Model' object has no attribute 'missing' "
-        "(FILE:13: x = self.missing(x)). Check that the model runs on a batch of token ids, or "
-        "define make_batch(batch, seq)."
+        "(FILE:13: x = self.missing(x)). Check that the model runs on token ids of the length "
+        "that is asked (--seq), or define make_batch(batch, seq)."
     )
 
 
@@ -119,7 +119,7 @@ def test_model_without_a_loss(tmp_path: Path) -> None:
 def test_a_model_that_ends_the_program(end: str, words: str, tmp_path: Path) -> None:
     assert message_of(tmp_path, f"raise {end}") == (
         f"my-model cannot be traced: {words} (FILE:13: raise {end}). Check that the model runs on "
-        "a batch of token ids, or define make_batch(batch, seq)."
+        "token ids of the length that is asked (--seq), or define make_batch(batch, seq)."
     )
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mist.errors import TraceError
 from mist.model.graph import B, ModelGraph, OpKind, S, T, TensorLayout
 from mist.model.summary import LayerRun, TpLimit
 from mist.plans.workload import Attention, Precision
@@ -339,21 +338,10 @@ def test_rules_that_do_not_fit_are_noted(capfd: pytest.CaptureFixture[str]) -> N
     assert graph.tp_limits is None
     assert graph.notes == (
         "tensor parallelism cannot be traced (a part of a tensor meets a whole one "
-        f"({__file__}:31: return x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, "
+        f"({__file__}:30: return x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, "
         "self.training))); t = 1 only",
     )
     assert capfd.readouterr().err == ""  # torch logs such errors
-
-
-def test_checkpointing_in_the_model_is_refused() -> None:
-    model = Model([Layer(i) for i in range(2)])
-    model.gradient_checkpointing = True
-    with pytest.raises(TraceError) as error:
-        traced(model)
-    assert str(error.value) == (
-        "Model has gradient checkpointing switched on, but which layers are checkpointed is what a "
-        "plan decides. Switch it off (model.gradient_checkpointing_disable())."
-    )
 
 
 def test_a_model_in_evaluation_mode_is_traced_as_it_trains() -> None:
