@@ -1,16 +1,20 @@
 """Undoes what a model's own code checkpoints: which layers recompute is what a plan decides.
 
 `torch.utils.checkpoint.checkpoint` under whichever name the model imported it, in both its forms.
-Functions that `PlannedCheckpoint` wraps, which a plan checkpoints, stay as they are.
+Functions that `PlannedCheckpoint` wraps, which a plan checkpoints, stay as they are. Models of
+transformers have a switch, too: on, they also do other things (offload, gradients of masks).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from unittest.mock import patch
 
+from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
+
+SWITCH: Final = "gradient_checkpointing"  # an attribute of modules of transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +55,22 @@ def undone_checkpoints() -> Iterator[list[object]]:
         patch.object(torch_checkpoint, "CheckpointFunction", _Called),
     ):
         yield functions
+
+
+def switch_off(model: nn.Module) -> list[nn.Module]:
+    """Switch off what transformers checkpoints; the modules where it was on."""
+    found = [each for each in model.modules() if getattr(each, SWITCH, False) is True]
+    for each in found:
+        setattr(each, SWITCH, False)
+    return found
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The same within: afterwards it is on again."""
+    found = switch_off(model)
+    try:
+        yield found
+    finally:
+        for each in found:
+            setattr(each, SWITCH, True)

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from mist.errors import InputError, TraceError
 from mist.layers import convert_layer, defer_logits
+from mist.layers.own_checkpoints import switched_off
 from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun, ModelLimits
 from mist.plans.workload import HeadMode, MemoryLevel
@@ -22,7 +23,7 @@ from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.recording.session import seq_hint
 from mist.trace.repeated_blocks import find_layers
 from mist.trace.run_subject import OneLength
-from mist.trace.runs import Progress, Recorded, record_model
+from mist.trace.runs import OWN_CHECKPOINTS, Progress, Recorded, record_model
 from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided, whole_sequence
@@ -104,7 +105,9 @@ def listing(traced: Traced) -> str:
 def trace(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Traced:
     """Trace a loaded model as it trains. Raises TraceError, naming the line at fault."""
     _refuse_frozen(model)
-    with _training(model.module):
+    with _training(model.module), switched_off(model.module) as checkpointed:
+        if checkpointed:
+            model = replace(model, notes=(*model.notes, OWN_CHECKPOINTS))
         return _in_regime(model, setting, progress)
 
 

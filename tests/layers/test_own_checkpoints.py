@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mist.layers.own_checkpoints import PlannedCheckpoint, undone_checkpoints
+from mist.layers.own_checkpoints import PlannedCheckpoint, switch_off, undone_checkpoints
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from mist.trace.runs import OWN_CHECKPOINTS
@@ -77,13 +77,16 @@ def test_a_model_is_traced_as_if_it_checkpointed_nothing(reentrant: bool) -> Non
     assert set(own.notes) - set(plain.notes) == {OWN_CHECKPOINTS}
 
 
-def test_checkpointing_of_transformers_is_undone() -> None:
+def test_checkpointing_of_transformers_is_switched_off() -> None:
+    """Of every second layer, with offload: neither is the plan's."""
     with torch.device("meta"):
         plain, own = (
             GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
             for _ in range(2)
         )
-    own.activation_checkpointing_enable()
+    own.activation_checkpointing_enable(every_n_layers=2, offload=True)
     costs, checkpointed = (trace_model(model, BF16) for model in (plain, own))
-    assert checkpointed.blocks == costs.blocks
+    assert checkpointed.blocks == costs.blocks and checkpointed.layers == costs.layers
     assert set(checkpointed.notes) - set(costs.notes) == {OWN_CHECKPOINTS}
+    assert any(layer.gradient_checkpointing for layer in own.transformer.h)
+    assert switch_off(own) and not switch_off(own)

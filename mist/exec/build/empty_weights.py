@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mist.errors import ModelError
+from mist.layers.own_checkpoints import switch_off
 from mist.plans.workload import Attention, Precision
 from mist.trace.models.loader import LoadedModel, load_model, local_modules
 from mist.trace.models.source import PythonSource, resolve
@@ -43,6 +44,7 @@ def load_within(
     with local_modules(path), where:
         model = load_model(model_source, precision=Precision.FP32, attention=attention)
     to_masters(model.module)
+    switch_off(model.module)
     return model
 
 

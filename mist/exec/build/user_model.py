@@ -8,6 +8,7 @@ from torch import nn
 from mist.exec.build.empty_weights import empty_parameters
 from mist.exec.build.model_structure import examine
 from mist.exec.build.parallel import Subject, subject_of
+from mist.layers.own_checkpoints import switch_off
 from mist.model.summary import ModelFacts
 from mist.plans.plan import Plan
 from mist.trace import TraceSetting, trace_model
@@ -32,6 +33,7 @@ def subject_of_module(
     values = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
     empty = _without_values(model)
     empty_parameters(empty)
+    switch_off(empty)
     loaded = LoadedModel(module=empty, name=facts.name, make_batch=make_batch, loss=loss)
     subject = subject_of(loaded, examine(loaded, workload.seq_len), plan)
     return Subject(
