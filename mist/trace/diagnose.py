@@ -39,7 +39,7 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
             "Modules of bitsandbytes pack their weights on a GPU and do not run without one. Plan "
             "with frozen nn.Linear in their place, or a config.json with quantization_config"
         ),
-        r"expected scalar type|to have the same dtype|must have the same dtype": (
+        r"expected scalar type|to have the same dtype|must have the same dtype|BFloat16": (
             "Parameters take the compute precision, buffers and constants keep theirs, as under "
             "FSDP2's mixed precision. Cast one at that line, or use --precision fp32"
         ),

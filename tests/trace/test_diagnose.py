@@ -81,6 +81,11 @@ def test_model_raises(tmp_path: Path) -> None:
             "net",
             "--precision fp32",
         ),
+        (
+            "RuntimeError('view_as_complex is not supported for BFloat16')",
+            "net",
+            "--precision fp32",
+        ),
         ("AssertionError", "/site-packages/bitsandbytes/modules", "frozen nn.Linear"),
         ("AssertionError", "net", "or define make_batch"),
     ],

@@ -34,6 +34,7 @@ from mist.trace.operations.kernels import (
 )
 from mist.trace.operations.known_scans import scans_as_kernels
 from mist.trace.operations.recurrent import RECURRENT
+from mist.trace.operations.symbolic_sizes import symbolic_sizes
 from mist.trace.operations.windows import Windows, windowed_masks
 
 aten = torch.ops.aten
@@ -146,6 +147,7 @@ def runs_as(setting: TraceSetting, modules: Iterable[nn.Module] = ()) -> Iterato
     """Within: functions and kernels behave as on the setting's device, scans of modules, too."""
     with ExitStack() as stack:
         stack.enter_context(without_log("transformers"))
+        stack.enter_context(symbolic_sizes())
         kernels = stack.enter_context(ImitatedKernels(setting.policy))
         if (masking := sys.modules.get(MASKING)) is not None:
             stack.enter_context(patch.object(masking, PACKED_CHECK, _not_packed))
