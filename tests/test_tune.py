@@ -658,6 +658,13 @@ def test_a_batch_that_does_not_factorise() -> None:
             "that have copies are also divided; use ZeRO-1 or more, and less than dp.",
         ),
         (
+            "checkpoint=drop-norm tp=2",
+            (3,),
+            "Nothing can run with checkpoint=drop-norm, tp=2: tp 2: drop-norm layers keep all when "
+            "tensor parallelism divides them; use tp 1, or checkpoint none or selective or "
+            "sac-half or sdpa-only or full.",
+        ),
+        (
             "vpp=2",
             (2, 2),
             "Nothing can run with vpp=2: chunks take schedule interleaved, 2 or more stages, "
@@ -675,7 +682,7 @@ def test_a_batch_that_does_not_factorise() -> None:
 def test_a_space_in_which_every_layout_breaks_a_rule(
     fixed: str, counts: tuple[int, ...], message: str
 ) -> None:
-    job = toy_job(toy_graph(counts), 4, global_batch=8)
+    job = toy_job(toy_graph(counts), 4, global_batch=8, converts=True)
     space = narrowed(SearchSpace(), fixed=fixed.split(), most=[], forbid=[])
     for search in (lambda: tuned(job, space, 80e9), lambda: smallest_peak(job, space)):
         with pytest.raises(InputError) as error:

@@ -7,6 +7,7 @@
 """
 
 from mist.layers.deferred_logits import DeferredHead, defer_logits
+from mist.layers.layer_form import LayerForm, layer_form
 from mist.layers.loss_heads import VocabularyPart, head_loss
 from mist.layers.rungs import RUNGS
 from mist.layers.surgery import Conversion, convert, convert_layer
@@ -15,9 +16,11 @@ __all__ = [
     "RUNGS",
     "Conversion",
     "DeferredHead",
+    "LayerForm",
     "VocabularyPart",
     "convert",
     "convert_layer",
     "defer_logits",
     "head_loss",
+    "layer_form",
 ]

@@ -57,20 +57,24 @@ def undone_checkpoints() -> Iterator[list[object]]:
         yield functions
 
 
-def switch_off(model: nn.Module) -> list[nn.Module]:
-    """Switch off what transformers checkpoints; the modules where it was on."""
-    found = [each for each in model.modules() if getattr(each, SWITCH, False) is True]
-    for each in found:
+def own_checkpoints(model: nn.Module) -> list[nn.Module]:
+    """The modules of transformers whose switch is on."""
+    return [each for each in model.modules() if getattr(each, SWITCH, False) is True]
+
+
+def switch_off(model: nn.Module) -> None:
+    """Switch off what transformers checkpoints."""
+    for each in own_checkpoints(model):
         setattr(each, SWITCH, False)
-    return found
 
 
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[list[nn.Module]]:
+def switched_off(model: nn.Module) -> Iterator[None]:
     """The same within: afterwards it is on again."""
-    found = switch_off(model)
+    found = own_checkpoints(model)
+    switch_off(model)
     try:
-        yield found
+        yield
     finally:
         for each in found:
             setattr(each, SWITCH, True)

@@ -3,7 +3,7 @@
 What a stage may have of memory levels is in `mist.pareto.stage_mixes`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -197,17 +197,31 @@ class GroupModel:
         for upper, lower in self.pairs:
             yield from position.mixed(upper, lower)
 
-    def by_line(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[StageTable, list[Mixes]]]:
+    def without_head(self) -> "GroupModel":
+        """The model of stages without a head: of strategies alike but for the head, one each."""
+        columns = self.strategies.columns
+        if len(np.unique(columns["head"])) < 2:
+            return self
+        others = np.stack([columns[name] for name in columns if name != "head"], axis=-1)
+        _, first = np.unique(others, axis=0, return_index=True)
+        return self.take(np.isin(np.arange(len(self.strategies)), first))
+
+    def by_line(
+        self, ranges: Ranges, limits: Limits, among: Collection[int] | None = None
+    ) -> Iterator[tuple[StageTable, list[Mixes]]]:
         """Tables of stages that differ in more than layers, and their mixes [F K].
 
-        For a pipeline of few strategies numpy's calls, not its numbers, take the time.
+        For a pipeline of few strategies numpy's calls, not its numbers, take the time. `among`:
+        the stages to look at; None for all.
         """
-        for table in self.together(len(self.strategies) * len(ranges), ranges):
+        for table in self.together(len(self.strategies) * len(ranges), ranges, among):
             yield table, list(self._mixes(self._of(table.lines, table.held, ranges, limits)))
 
-    def by_place(self, ranges: Ranges, limits: Limits) -> Iterator[tuple[Ints, list[Mixes]]]:
+    def by_place(
+        self, ranges: Ranges, limits: Limits, among: Collection[int] | None = None
+    ) -> Iterator[tuple[Ints, list[Mixes]]]:
         """Stages that differ in nothing but their layers, and the mixes of each of them."""
-        for table, mixes in self.by_line(ranges, limits):
+        for table, mixes in self.by_line(ranges, limits, among):
             for index, stages in enumerate(table.stages):
                 yield stages, self._part(mixes, index, ranges)
 
@@ -239,7 +253,9 @@ class GroupModel:
                     short |= ~own[:, allowed].all(axis=1)
         return short
 
-    def together(self, size: int, ranges: Ranges) -> Iterator[StageTable]:
+    def together(
+        self, size: int, ranges: Ranges, among: Collection[int] | None = None
+    ) -> Iterator[StageTable]:
         """Stages that differ, in tables of as many as are computed together; the first one alone.
 
         `size`: numbers of one stage. Stages that agree in lines and micro-batches in flight differ
@@ -248,7 +264,8 @@ class GroupModel:
         alike: dict[tuple[int, float], list[int]] = {}
         rank = {place: index for index, place in enumerate(dict.fromkeys(self._places))}
         for stage, place in enumerate(self._places):
-            alike.setdefault((rank[place], self.in_flight(stage)), []).append(stage)
+            if among is None or stage in among:
+                alike.setdefault((rank[place], self.in_flight(stage)), []).append(stage)
         first, *others = [np.array(alike[key]) for key in sorted(alike)]
         for stages in ([first], *_chunks(others, size)):
             leading = np.array([own[0] for own in stages])

@@ -34,7 +34,7 @@ from mist.rules.levels import (
     may_have,
     not_priced,
 )
-from mist.rules.rule import Columns, broken, keeps
+from mist.rules.rule import Columns, Mask, broken, keeps
 from mist.symbolic.columns import strategy_columns
 from mist.symbolic.job import Job
 
@@ -239,8 +239,9 @@ def _groups(
     found = first.joined(*rest)
     micro = np.repeat(counts, [len(each) for each in (first, *rest)])
     kept = [
-        (schedule, keeps(job.rules, _rule_columns(found, num_stages, micro, schedule)))
+        (schedule, keeps(job.rules, columns) & _have_level(space, columns))
         for schedule in _schedules(job, space, num_stages)
+        for columns in [_rule_columns(found, num_stages, micro, schedule)]
     ]
     used = np.logical_or.reduce([rows for _, rows in kept]) if kept else np.zeros(0, dtype=bool)
     if not used.any():
@@ -412,14 +413,25 @@ def _broken(job: Job, group: Group, space: SearchSpace) -> Iterator[tuple[str, .
         return
     pipeline = (group.num_stages, group.num_micro_batches, group.schedule)
     columns = _rule_columns(group.strategies, *pipeline)
-    counts = np.sum([~rule.mask(columns) for rule in job.rules], axis=0)
+    has_level = _have_level(space, columns)
+    counts = np.sum([~rule.mask(columns) for rule in job.rules], axis=0) + ~has_level
     nearest = group.strategies.take(np.array([np.argmin(counts)]))
     row = {name: column[0] for name, column in nearest.columns.items()}
-    messages = list(broken(job.rules, _rule_columns(nearest, *pipeline) | row))
+    columns = _rule_columns(nearest, *pipeline) | row
+    messages = list(broken(job.rules, columns))
+    if not _have_level(space, columns).all():
+        words = dict.fromkeys(broken_by_levels(space.levels, columns))
+        messages += [f"{each}." for each in words]
     stages, chunks = group.num_stages, group.schedule.vpp
     if not space.unlike_stages and dealt_layers(job, stages * chunks) is None:
         messages.append(f"{dealing_words(job, stages, chunks)}.")
     yield tuple(messages)
+
+
+def _have_level(space: SearchSpace, columns: Columns) -> Mask:
+    """Strategies whose layers may have a memory level of the space."""
+    levels = np.array(space.levels, dtype=np.str_)[:, None]
+    return np.asarray(may_have(levels, columns).any(axis=0))
 
 
 def _without_levels(space: SearchSpace) -> Iterator[str]:

@@ -32,6 +32,7 @@ from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.level_choice import allowed_levels, fastest_s
 from mist.pareto.offload_ratios import MostOffloaded, offloading
 from mist.pareto.shared_host_memory import crowded_out, stages_per_node
+from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Floats, Ints, Strategies
 from mist.pareto.unequal_meshes import NodePosition, depths, places
 from mist.plans.plan import Limits
@@ -149,15 +150,15 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
     # Ranges with the same sequence of kinds are looked at once.
     distinct, like = ranges.distinct(base.job)
     copies = np.bincount(like, minlength=len(distinct))
-    sized = _Sized(size=group.sizes[0], model=model, ranges=distinct)
-    for stages, mixes in model.by_place(distinct, bounds.limits):
-        table = stacked(mixes, model.weight_s(int(stages[0]), distinct))
+    for own, stages, mixes in _by_place(model, distinct, bounds.limits):
+        sized = _Sized(size=group.sizes[0], model=own, ranges=distinct)
+        table = stacked(mixes, own.weight_s(int(stages[0]), distinct))
         least_s = least_step_s(base, distinct, table.stable_s, table.lone_s)
         useful = table.fits & (least_s <= bounds.step_s)
         store.num_tried += len(useful) * len(ranges) * len(stages)
         if not bounds.limits.shares_host and stages_per_node(base.job, group) > 1:
             crowded = crowded_out(
-                table, least_s, len(model.strategies), step_s=bounds.step_s, limits=bounds.limits
+                table, least_s, len(own.strategies), step_s=bounds.step_s, limits=bounds.limits
             )
             store.num_crowded_out += int((crowded * copies).sum())
         known: dict[tuple[bool, bytes], list[_Found]] = {}
@@ -165,14 +166,26 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
             allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
             allowed = allowed & placeable[stage]
             # Stages of one place that agree in ranges and tie have the same frontiers.
-            key = (model.is_tied(stage), allowed.tobytes())
+            key = (own.is_tied(stage), allowed.tobytes())
             if key not in known:
                 looked_at = np.isin(np.arange(len(distinct)), like[allowed])
-                ties = model.ties(stage)
+                ties = own.ties(stage)
                 found = _frontiers(sized, table, useful & looked_at, bounds.limits, ties)
                 known[key] = list(_everywhere(list(found), distinct, ranges, like, allowed))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
+
+
+def _by_place(
+    model: GroupModel, ranges: Ranges, limits: Limits
+) -> Iterator[tuple[GroupModel, Ints, list[Mixes]]]:
+    """The stages of each place with their mixes, and the model of these; heads of the last only."""
+    last = model.group.num_stages - 1
+    headless = model.without_head()
+    parts = [(headless, range(last)), (model, range(last, last + 1))]
+    for own, among in [(model, None)] if headless is model else parts:
+        for stages, mixes in own.by_place(ranges, limits, among) if among != range(0) else ():
+            yield own, stages, mixes
 
 
 def _offloaded(base: GroupModel, ranges: Ranges, bounds: Bounds) -> Strategies | None:
@@ -237,8 +250,9 @@ def _unequal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterat
     for size in group.sizes:
         sized = _stored_size(base, size, bounds, store)
         model = GroupModel(base.job, group, sized.model.strategies, base.space)
-        sized = replace(sized, model=model)
-        for stage in range(group.num_stages) if len(sized.model.strategies) else ():
+        last, headless = replace(sized, model=model), replace(sized, model=model.without_head())
+        for stage in range(group.num_stages) if len(model.strategies) else ():
+            sized = last if stage == group.num_stages - 1 else headless
             for place in places(
                 stage, group.num_stages, (group.sizes[0], size),
                 num_gpus=platform.num_gpus, per_node=platform.gpus_per_node,

@@ -14,7 +14,16 @@ from mist.rules.apply import as_applied
 from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs, programs_key, store_programs
 from mist.symbolic.program_trial import computes
-from mist.trace import ConfigSource, TraceSetting, forget_trace, load_graph, trace_digest
+from mist.trace import (
+    ConfigSource,
+    OpenedSource,
+    TraceSetting,
+    forget_trace,
+    load_graph,
+    load_levels,
+    opened,
+    trace_digest,
+)
 from mist.trace.trace_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -58,8 +67,12 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
         return programs
 
     def traced() -> ModelPrograms:
-        graph = load_graph(source, setting, progress=progress, refuse=refuse)
-        again = [*_again(source, settings, graph, progress), *as_it_is(graph, setting, known)]
+        model = opened(source)
+        graph = load_graph(model, setting, progress=progress, refuse=refuse)
+        again = [
+            *_again(model, setting, settings, graph, progress),
+            *as_it_is(graph, setting, known),
+        ]
         return compile_graph(graph, setting, runtime, optimizer, again)
 
     programs = traced()
@@ -75,26 +88,23 @@ def model_programs(  # noqa: PLR0913 - a model, how it is traced and run, and wh
 
 
 def _again(
-    source: str | ConfigSource,
-    settings: Iterable[TraceSetting],
+    source: OpenedSource,
+    setting: TraceSetting,
+    again: Iterable[TraceSetting],
     graph: "ModelGraph",
     progress: Progress,
 ) -> "Iterator[tuple[TraceSetting, ModelGraph]]":
     """A model at levels that convert its layers, or with other heads, where it can have them."""
-    for setting in settings:
-        words = f"{graph.name} has no level {setting.level}"
-        if setting.head is not HeadMode.NONE:
-            words = f"{graph.name} has no head {setting.head}"
-        try:
-            again = load_graph(source, setting, progress=progress)
-        except (InputError, TraceError) as error:
-            progress(f"{words}: {error}")
-            continue
-        # The same parameters in the same layers: then each block is what that block becomes.
-        if again.fingerprint == graph.fingerprint and len(again.blocks) == len(graph.blocks):
-            yield setting, again
-        else:
-            progress(f"{words}: its layers differ when converted")
+    again = list(again)
+    levels = [each.level for each in again if each.head is setting.head]
+    for level, traced in load_levels(source, setting, levels, graph, progress=progress).items():
+        yield replace(setting, level=level), traced
+    for each in again:
+        if each.head is not setting.head:
+            try:
+                yield each, load_graph(source, each, progress=progress)
+            except (InputError, TraceError) as error:
+                progress(f"{graph.name} has no head {each.head}: {error}")
 
 
 def compile_graph(

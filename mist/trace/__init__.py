@@ -4,43 +4,53 @@
 module. Importing this package needs neither torch nor sympy, loading a cached trace no torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mist.errors import OutputError
 from mist.model.summary import ModelLimits
-from mist.plans.memory_levels import CONVERTS
+from mist.plans.workload import HeadMode, MemoryLevel
 from mist.trace import trace_cache as cache
 from mist.trace.models.source import (
     ConfigSource,
     Policy,
-    PythonSource,
     Source,
     TraceSetting,
     resolve,
 )
+from mist.trace.opened_source import OpenedSource
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mist.model.graph import ModelGraph
     from mist.trace.expressions import Size
+    from mist.trace.model_trace import Traced
 
 __all__ = [
     "ConfigSource",
+    "OpenedSource",
     "Policy",
     "TraceSetting",
     "forget_trace",
     "load_graph",
+    "load_levels",
     "load_listing",
+    "opened",
     "resolve",
     "trace_digest",
     "trace_model",
 ]
 
 
+def opened(source: str | ConfigSource) -> OpenedSource:
+    """A source that several traces are made of. Raises ModelError when there is no such model."""
+    return OpenedSource(source=_source_of(source))
+
+
 def load_graph(
-    source: str | ConfigSource,
+    source: str | ConfigSource | OpenedSource,
     setting: TraceSetting,
     *,
     progress: Callable[[str], None],
@@ -52,33 +62,64 @@ def load_graph(
     or the fields of a configuration. `progress` gets a message for each phase. `refuse` is called
     with what the model says of itself before it is traced, and may raise. Raises ModelError when
     there is no such model, TraceError when its costs cannot be traced, and InputError where its
-    layers cannot be converted to the level of the setting.
+    head cannot run as the setting says.
     """
-    from mist.trace.codec import decode_graph, encode_graph
-
-    model_source = _source_of(source)
-    key = _key(model_source, setting)
-    entry = cache.load(key, setting.seq_len)
-    graph = decode_graph(entry.fields) if entry is not None else None
-    if graph is not None:
+    known = source if isinstance(source, OpenedSource) else opened(source)
+    if (graph := _cached(known, setting)) is not None:
         progress(f"{graph.name}: trace from the cache")
         return graph
-    from mist.trace.model_trace import convert_layers, limits_of, listing, trace_with_head
-    from mist.trace.models.loader import load_model, local_modules
+    from mist.trace.model_trace import limits_of, trace_with_head
 
-    progress(f"loading {model_source.label}")
-    path = model_source.path if isinstance(model_source, PythonSource) else None
-    # Modules that the file imports belong to the entry, which holds only while they are unchanged.
-    with local_modules(path) as modules:
-        model = load_model(model_source, precision=setting.precision, attention=setting.attention)
+    if setting.head is not HeadMode.NONE:
+        known = OpenedSource(source=known.source)  # the head is put into a model of its own
+    with known.running(setting, progress) as model:
         refuse(limits_of(model))
-        if setting.level in CONVERTS:
-            convert_layers(model, setting.level)
         traced = trace_with_head(model, setting.head, setting, progress)
-    graph, text = traced.graph, listing(traced)
-    fields = encode_graph(graph)
-    cache.store(cache.entry_name(key, traced.seq_len), graph.facts, fields, text, modules)
-    return graph
+    known.traced = traced
+    _store(known, setting, traced)
+    return traced.graph
+
+
+def load_levels(
+    source: OpenedSource,
+    setting: TraceSetting,
+    levels: Iterable[MemoryLevel],
+    plain: "ModelGraph",
+    *,
+    progress: Callable[[str], None],
+) -> "dict[MemoryLevel, ModelGraph]":
+    """The graph of a model at levels that convert its layers: cached, or traced and then cached.
+
+    `plain`: its graph as it is. What the model cannot have is left out, and `progress` hears why.
+    Raises ModelError.
+    """
+    graphs = {level: _cached(source, replace(setting, level=level)) for level in levels}
+    if missing := [level for level, graph in graphs.items() if graph is None]:
+        from mist.trace.model_trace import trace_levels
+
+        with source.running(setting, progress) as model:
+            layers = source.traced.layers if source.traced else None
+            traced = trace_levels(model, plain, setting, missing, progress=progress, layers=layers)
+        for level, each in traced.items():
+            _store(source, replace(setting, level=level), each)
+            graphs[level] = each.graph
+    return {level: graph for level, graph in graphs.items() if graph is not None}
+
+
+def _cached(source: OpenedSource, setting: TraceSetting) -> "ModelGraph | None":
+    from mist.trace.codec import decode_graph
+
+    entry = cache.load(_key(source.source, setting), setting.seq_len)
+    return decode_graph(entry.fields) if entry is not None else None
+
+
+def _store(source: OpenedSource, setting: TraceSetting, traced: "Traced") -> None:
+    from mist.trace.codec import encode_graph
+    from mist.trace.model_trace import listing
+
+    name = cache.entry_name(_key(source.source, setting), traced.seq_len)
+    fields, files = encode_graph(traced.graph), sorted(source.files)
+    cache.store(name, traced.graph.facts, fields, listing(traced), files)
 
 
 def trace_digest(source: str | ConfigSource, setting: TraceSetting) -> str | None:

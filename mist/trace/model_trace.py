@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -11,8 +11,8 @@ from sympy import Integer
 from torch import fx, nn
 
 from mist.errors import InputError, TraceError
-from mist.layers import convert_layer, defer_logits
-from mist.layers.own_checkpoints import switched_off
+from mist.layers import defer_logits, layer_form
+from mist.layers.own_checkpoints import own_checkpoints, switched_off
 from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun, ModelLimits
 from mist.plans.workload import HeadMode, MemoryLevel
@@ -20,10 +20,17 @@ from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.ownership import Owned, owned_parts, unread_note
 from mist.trace.recording.recorded_run import Piece, RecordedRun
-from mist.trace.recording.session import seq_hint
-from mist.trace.repeated_blocks import find_layers
+from mist.trace.recording.session import Forms, seq_hint
+from mist.trace.repeated_blocks import Layers, find_layers
 from mist.trace.run_subject import OneLength
-from mist.trace.runs import OWN_CHECKPOINTS, Progress, Recorded, record_model
+from mist.trace.runs import (
+    OWN_CHECKPOINTS,
+    Progress,
+    Recorded,
+    record_forms,
+    record_model,
+    traced_layers,
+)
 from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided, whole_sequence
@@ -40,12 +47,14 @@ WHOLE_SEQUENCE: Final = "mist apply leaves the sequence whole under tensor paral
 class Traced:
     """A model graph and the torch.fx graph of each of its parts, by block name.
 
-    `seq_len`: the length that decided its branches, None for the usual one.
+    `seq_len`: the length that decided its branches, None for the usual one. `layers`: the modules
+    that were taken for its layers.
     """
 
     graph: ModelGraph
     fx: Mapping[str, fx.Graph]
     seq_len: int | None
+    layers: Layers | None
 
 
 def limits_of(model: LoadedModel) -> ModelLimits:
@@ -57,17 +66,100 @@ def limits_of(model: LoadedModel) -> ModelLimits:
     )
 
 
-def convert_layers(model: LoadedModel, level: MemoryLevel) -> None:
-    """Give every layer of a model a level that converts it, in place, as `mist apply` does.
+def trace_levels(  # noqa: PLR0913 - a model, what is known of it, what it is traced for
+    model: LoadedModel,
+    plain: ModelGraph,
+    setting: TraceSetting,
+    levels: Sequence[MemoryLevel],
+    *,
+    progress: Progress,
+    layers: Layers | None = None,
+) -> dict[MemoryLevel, Traced]:
+    """A traced model at levels that convert its layers: its graph with the blocks they become.
 
-    What is around the layers stays. Raises InputError where there are no layers, or nothing in one
-    of them is recognised.
+    `plain`: the model as it is; `layers`: its layers, where they are known. Undivided (t = 1), as
+    converted layers run. Levels that the model cannot have are left out, and `progress` hears why.
     """
-    layers = find_layers(model.module)
+    forms: dict[MemoryLevel, Forms] = {}
+    if layers is None:
+        with switched_off(model.module):
+            layers = traced_layers(model, setting)
+    for level in levels:
+        try:
+            forms[level] = _forms(model, layers, level)
+        except InputError as fault:
+            progress(f"{model.name} has no level {level}: {fault}")
+    if not forms or layers is None:
+        return {}
+    progress(f"tracing {' and '.join(forms)}")
+    try:
+        traced = _traced_forms(model, plain, setting, layers, [*forms.values()])
+    except TraceError as fault:
+        if len(forms) > 1:  # one by one: a level takes no other along
+            each = [
+                trace_levels(model, plain, setting, [at], progress=progress, layers=layers)
+                for at in forms
+            ]
+            return {level: traced for alone in each for level, traced in alone.items()}
+        progress(f"{model.name} has no level {next(iter(forms))}: {fault}")
+        return {}
+    return dict(zip(forms, traced, strict=True))
+
+
+def _traced_forms(
+    model: LoadedModel,
+    plain: ModelGraph,
+    setting: TraceSetting,
+    layers: Layers,
+    forms: Sequence[Forms],
+) -> list[Traced]:
+    """A model with its layers in each of these forms. Raises TraceError."""
+
+    def record(setting: TraceSetting) -> list[Traced]:
+        result = record_forms(model, setting, layers, forms)
+        kinds = [kind // len(forms) for kind in result.run.kinds]
+        if (_runs(kinds), len(result.single.layers)) != (plain.layers, len(result.run.layers)):
+            raise TraceError(f"the layers of {model.name} differ when they are converted.")
+        return [
+            _in_form(model, setting, plain, result, slice(i, None, len(forms)))
+            for i in range(len(forms))
+        ]
+
+    with _training(model.module):
+        return _in_regime(model, setting, record, lambda message: None)
+
+
+def _forms(model: LoadedModel, layers: Layers | None, level: MemoryLevel) -> Forms:
+    """What a level makes of each kind of layer, as `mist apply` does; what is around them stays.
+
+    Raises InputError where there are no layers, or nothing in one of them is recognised.
+    """
     if layers is None:
         raise InputError(f"level {level}: {model.name} has no list of layers.")
-    for layer in dict.fromkeys(layers.modules):
-        convert_layer(layer, level)
+    first = dict(zip(reversed(layers.signatures), reversed(layers.modules), strict=True))
+    return {known: layer_form(layer, level) for known, layer in first.items()}
+
+
+def _in_form(
+    model: LoadedModel, setting: TraceSetting, plain: ModelGraph, result: Recorded, own: slice
+) -> Traced:
+    """The graph with the pieces of one form as its blocks."""
+    pieces = result.run.layers[own]
+    nothing = Owned(params=(), buffer_bytes=0)
+    blocks = tuple(
+        replace(
+            _block(piece, one, nothing, None, result.run),
+            params=block.params,
+            buffer_bytes=block.buffer_bytes,
+        )
+        for piece, one, block in zip(pieces, result.single.layers[own], plain.blocks, strict=True)
+    )
+    graph = simplify_graph(replace(plain, blocks=blocks), seq_hint(model, setting.seq_len))
+    return Traced(graph=graph, fx=_graphs(pieces), seq_len=setting.seq_len, layers=result.layers)
+
+
+def _graphs(pieces: Iterable[Piece]) -> dict[str, fx.Graph]:
+    return {f"{i}:{piece.part.name}": piece.part.graph for i, piece in enumerate(pieces)}
 
 
 def trace_with_head(
@@ -105,18 +197,28 @@ def listing(traced: Traced) -> str:
 def trace(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Traced:
     """Trace a loaded model as it trains. Raises TraceError, naming the line at fault."""
     _refuse_frozen(model)
-    with _training(model.module), switched_off(model.module) as checkpointed:
-        if checkpointed:
-            model = replace(model, notes=(*model.notes, OWN_CHECKPOINTS))
-        return _in_regime(model, setting, progress)
+    if own_checkpoints(model.module):
+        model = replace(model, notes=(*model.notes, OWN_CHECKPOINTS))
+
+    def record(setting: TraceSetting) -> list[Traced]:
+        return [_assemble(model, setting, record_model(model, setting, progress))]
+
+    with _training(model.module):
+        (traced,) = _in_regime(model, setting, record, progress)
+    return traced
 
 
-def _in_regime(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Traced:
-    """The usual trace, or one at the length that is asked for where the usual does not hold."""
+def _in_regime(
+    model: LoadedModel,
+    setting: TraceSetting,
+    record: Callable[[TraceSetting], list[Traced]],
+    progress: Progress,
+) -> list[Traced]:
+    """The usual traces, or those at the length that is asked for where a usual does not hold."""
     usual = replace(setting, seq_len=None)
     length = seq_hint(model, setting.seq_len)
     try:
-        traced = _assemble(model, usual, record_model(model, usual, progress))
+        traced = record(usual)
     except OneLength:
         # Still of use: another length is traced when it is asked for.
         setting = replace(setting, seq_len=length)
@@ -125,10 +227,10 @@ def _in_regime(model: LoadedModel, setting: TraceSetting, progress: Progress) ->
         if at_any or setting.seq_len is None or length == seq_hint(model, None):
             raise
     else:
-        if setting.seq_len is None or length in traced.graph.lengths:
+        if setting.seq_len is None or all(length in each.graph.lengths for each in traced):
             return traced
     progress(f"{model.name} runs otherwise at {length} tokens")
-    return _assemble(model, setting, record_model(model, setting, progress))
+    return record(setting)
 
 
 def _refuse_frozen(model: LoadedModel) -> None:
@@ -148,7 +250,8 @@ def _training(module: nn.Module) -> Iterator[None]:
     modes = [(each, each.training) for each in module.modules()]
     module.train()
     try:
-        yield
+        with switched_off(module):
+            yield
     finally:
         for each, mode in modes:
             each.training = mode
@@ -173,9 +276,7 @@ def _assemble(model: LoadedModel, setting: TraceSetting, result: Recorded) -> Tr
         embed, head, layers = _empty("embed"), _empty("head"), [whole]
     hint = seq_hint(model, setting.seq_len)
     graph = simplify_graph(_graph(model, setting, result, (embed, head, *layers)), hint)
-    names = [f"{i}:{piece.part.name}" for i, piece in enumerate(pieces)]
-    graphs = {n: p.part.graph for n, p in zip(names, pieces, strict=True)}
-    return Traced(graph=graph, fx=graphs, seq_len=setting.seq_len)
+    return Traced(graph=graph, fx=_graphs(pieces), seq_len=setting.seq_len, layers=result.layers)
 
 
 def _graph(

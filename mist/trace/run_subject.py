@@ -1,5 +1,6 @@
 """What is run to record a model: the model with what is known of it so far."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mist.errors import TraceError
@@ -9,7 +10,7 @@ from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_run import Point, RecordedRun
-from mist.trace.recording.session import BATCH_HINT, Session, seq_hint
+from mist.trace.recording.session import BATCH_HINT, Forms, Session, seq_hint
 from mist.trace.repeated_blocks import Layers
 from mist.trace.tensor_parallel.tp_sharding import Sharding
 
@@ -20,13 +21,14 @@ class OneLength(TraceError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSubject:
-    """What is run: a model with what is known of it so far."""
+    """What is run: a model with what is known of it so far, its layers in other forms or none."""
 
     model: LoadedModel
     setting: TraceSetting
     layers: Layers | None = None
     sharding: Sharding | None = None
     limit: OpLimit | None = None
+    forms: Sequence[Forms] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -60,5 +62,5 @@ class RunSubject:
 
     def session(self, point: Point) -> RecordedRun:
         """One run. Raises whatever the model raises."""
-        session = Session(self.model, self.layers, self.setting, self.sharding, point, self.limit)
-        return session.run()
+        known = self.layers, self.setting, self.sharding
+        return Session(self.model, *known, point, self.limit, self.forms).run()

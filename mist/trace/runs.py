@@ -7,7 +7,7 @@ tensors autograd keeps. Where symbolic sizes fail, expressions come from more ru
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from mist.trace.operations.scan_kernels import SCAN_OPS
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
 from mist.trace.recording.op_limit import LimitReached, OpLimit
 from mist.trace.recording.recorded_run import Point, RecordedRun
-from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, NotALayerList, seq_hint
+from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, Forms, NotALayerList, seq_hint
 from mist.trace.repeated_blocks import Layers, called_again, find_layers
 from mist.trace.run_subject import RunSubject
 from mist.trace.sequence_loops import refuse_loops
@@ -112,6 +112,19 @@ def record_model(model: LoadedModel, setting: TraceSetting, progress: Progress) 
         sharding=subject.sharding,
         notes=(*model.notes, *_notes(subject, run), *notes),
     )
+
+
+def record_forms(
+    model: LoadedModel, setting: TraceSetting, layers: Layers, forms: Sequence[Forms]
+) -> Recorded:
+    """Run the layers of a model in other forms, undivided. Raises TraceError.
+
+    The pieces of a layer are one behind another, in the order of `forms`.
+    """
+    subject = RunSubject(model=model, setting=setting, layers=layers, forms=forms)
+    run, _ = _expressions(subject, batch=None)
+    single, _ = _expressions(subject, batch=1)
+    return Recorded(layers=layers, run=run, single=single, sharding=None, notes=())
 
 
 def sharding_rules(model: LoadedModel, setting: TraceSetting) -> Sharding:

@@ -5,10 +5,12 @@ detached inputs and goes backward at once, so its record is its own; a repeated 
 first returned. What the model does before its first layer and between two lists of layers (an
 encoder and a decoder) is recorded as the embedding, the rest as the head. Layers may differ by
 their inputs, too (a mask, a table): then they are distinct.
+A run of layers in other forms records each distinct layer in every form, on the same inputs, and
+ends behind the last layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Final
@@ -19,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from mist.errors import TraceError
+from mist.layers import LayerForm
 from mist.layers.own_checkpoints import undone_checkpoints
 from mist.model.graph import B, S, SavedTensor, T
 from mist.plans.workload import HeadMode
@@ -39,7 +42,7 @@ from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 from mist.trace.recording.recorder import Origin, Part, Recorder, recording
 from mist.trace.recording.region_hooks import region_hooks
 from mist.trace.recording.shim import fused_norms, runs_as
-from mist.trace.repeated_blocks import Layers
+from mist.trace.repeated_blocks import Layers, Signature
 from mist.trace.tensor_parallel.local_sizes import LocalSizes
 from mist.trace.tensor_parallel.tp_sharding import Sharding, Share, rank_modules
 
@@ -61,9 +64,17 @@ class NotALayerList(Passed):
         self.again = again
 
 
+class LayersDone(Passed):
+    """Every layer has run, and nothing else is asked for."""
+
+
+Forms = Mapping[Signature, LayerForm]
+"""The layers of a model at a level, by what they are."""
+
+
 @dataclass
 class Session:
-    """The state of one run."""
+    """The state of one run. `forms`: what layers are recorded as; none: as they are."""
 
     model: LoadedModel
     layers: Layers | None
@@ -71,6 +82,7 @@ class Session:
     sharding: Sharding | None
     point: Point
     limit: OpLimit | None = None
+    forms: Sequence[Forms] = ()
     symbols: Symbols = field(default_factory=Symbols)
     pieces: list[Piece] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
@@ -110,7 +122,8 @@ class Session:
         with self._prepared():
             inputs = self.model.map_inputs(self._input, self.model.batch(batch, seq))
             self.embed.boundary_bytes = self._total_bytes(inputs)
-            self._forward_and_backward(inputs)
+            with suppress(LayersDone):
+                self._forward_and_backward(inputs)
         return RecordedRun(
             embed=self.embed,
             head=self.head,
@@ -230,7 +243,7 @@ class Session:
             key = (self.layers.signatures[index], spec, again)
             if key not in self.known:
                 self.known[key] = len(self.pieces)
-                self.pieces.append(self._trace(self.layers.modules[index], forward, args, kwargs))
+                self.pieces.extend(self._traced(index, forward, args, kwargs))
             kind = self.known[key]
             self.order.append(index)
             self.kinds.append(kind)
@@ -240,6 +253,8 @@ class Session:
             self.flow.add_outputs(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
             self.handovers.leaves(list(tensors_in(outputs)))
             self._leave_layer(index)
+            if self.forms and not self.layers.shared and len(self.order) == len(self.layers.lists):
+                raise LayersDone
         self.recorder.part = self.outer.part
         return outputs
 
@@ -299,6 +314,23 @@ class Session:
             self.head.boundary_bytes = self._total_bytes(last.outputs)
             self.head.flows = any(t.requires_grad for t in tensors_in(last.outputs))
 
+    def _traced(
+        self,
+        index: int,
+        forward: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> Iterator[Piece]:
+        """Run one layer, alone, in each of the forms that are asked for."""
+        assert self.layers is not None
+        layer = self.layers.modules[index]
+        self.stack.enter_context(fake_tables(layer.modules(), self.fakes))
+        if not self.forms:
+            yield self._trace(layer, forward, args, kwargs)
+        for form in self.forms:
+            with form[self.layers.signatures[index]].worn_by(layer, forward):
+                yield self._trace(layer, layer.forward, args, kwargs)
+
     def _trace(
         self,
         layer: nn.Module,
@@ -307,7 +339,6 @@ class Session:
         kwargs: dict[str, object],
     ) -> Piece:
         """Run one layer forward and backward, alone."""
-        self.stack.enter_context(fake_tables(layer.modules(), self.fakes))
         args, kwargs = tree_map(self._as_input, tree_map(leaf, (args, kwargs)))
         tensors = list(tensors_in((args, kwargs)))
         piece = self._open(layer, tensors)
