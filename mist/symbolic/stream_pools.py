@@ -3,10 +3,10 @@
 torch's caching allocator keeps what a stream freed for that stream (c10/cuda/CUDACachingAllocator).
 FSDP allocates on streams of its own (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py):
 
-    reduce-scatter  the gradients that a reduction leaves (`gradient_pool`). `zero_grad` lets them go,
+    reduce-scatter  the gradients that a reduction leaves (`gradient_pool`). `zero_grad` drops them,
                     and the next forward pass cannot have that memory
     all-gather      the flat buffer that a group is gathered into (`gather_pool`). It is copied to
-                    the parameters, which belong to the default stream. As large as the largest group
+                    the parameters, which are of the default stream. As large as the largest group
 
 Of tensors that live the first are part of a step's second half only, and the second are not counted
 at all, except for the layer that is gathered ahead (it is still on its way). So of what is reserved
@@ -15,8 +15,8 @@ at all, except for the layer that is gathered ahead (it is still on its way). So
     end     + the same below ZeRO-2, where whole gradients wait in the default stream's memory
     all     + largest group in compute precision - [ZeRO-3] the layer gathered ahead
 
-Published peaks of both kinds: torchtitan, Llama-3-8B on 8 H100, 41.17 GiB active and 49.59 reserved;
-here 40.98 live and 49.0 reserved (`tests/symbolic/test_stream_pools.py`).
+Published peaks of both kinds (torchtitan, Llama-3-8B on 8 H100): 41.17 GiB active, 49.59 reserved;
+here 40.98 live and 49.05 reserved. `tests/symbolic/test_stream_pools.py` has each byte.
 """
 
 import sympy
