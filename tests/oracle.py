@@ -477,10 +477,17 @@ def _peak(
     biggest = max(held_params(rank, block) for block, _ in layers)
     first += left_layers * (of_layers - biggest)
     none = max(none, streamed) + left_layers * of_layers + left_rest
-    instants = [*begin, max(first, none) - kept]
+    # Reserved for streams: reduced gradients, of the step before at least, and the flat buffer of
+    # the largest group, of which the layer gathered ahead is counted as gathered.
+    reduced = 4 / (rank.sharers if rank.zero >= 1 else 1) * (stays * of_layers + rest)
+    idle = reduced if rank.zero < 2 or _forward_first(rank) else 0.0
+    waiting = reduced if rank.zero < 2 and rank.num_micro_batches > 1 else 0.0
+    flat = 2 * max(rest, biggest) if rank.zero >= 1 else 0.0
+    flat -= 2 * biggest if rank.zero == 3 else 0.0
+    instants = [*(size + idle for size in begin), max(first, none) - kept + waiting]
     exchanged = boundary * _num_exchanged(rank, layers)
     buffers = exchanged + 2 * away * max(sizes)
-    total = states + in_flight * kept + max(instants) + gathered + buffers
+    total = states + in_flight * kept + max(instants) + flat + gathered + buffers
     host = _host(rank, layers, ends, in_flight)
     return total * (1 + runtime.memory.allocator_overhead_ratio.value), host
 

@@ -8,7 +8,10 @@ from mist.plans.workload import Precision
 
 @pytest.mark.parametrize(
     ("word", "compute_bytes", "product_bytes"),
-    [("bf16", 2, 2), ("fp16", 2, 2), ("fp32", 4, 4), ("fp8", 2, 1)],  # 16, 32 and 8 bits
+    [
+        *(("bf16", 2, 2), ("fp16", 2, 2), ("fp32", 4, 4), ("fp8", 2, 1)),  # 16, 32 and 8 bits
+        *(("tf32", 4, 4), ("nvfp4", 2, 1)),  # of tensor cores: bytes of fp32, and of fp8's law
+    ],
 )
 def test_bytes_of_a_word(word: str, compute_bytes: int, product_bytes: int) -> None:
     numerics = NUMERICS[word]

@@ -25,7 +25,7 @@ from mist.platform.profiles import find_calibration, load_device
 from mist.symbolic.load_programs import compile_graph, quiet
 from mist.trace import load_graph
 from mist.validate.blank_columns import filled_runs
-from mist.validate.cases import PRECISIONS, RunGroup, grouped, machine_of
+from mist.validate.cases import RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, read_runs
 from mist.validate.predict import RunProfiles, predict
 from mist.validate.predictions import GIB
@@ -56,6 +56,7 @@ GRID = {
     NETWORK: (0.15, 0.25, 0.4, 0.6, 1.0),
     HOP: (5e-6, 2e-5, 8e-5),
 }
+TIMED = ("bf16", "fp16", FP8)  # other formats have datasheet rates alone
 FACTORS = (0.5, 0.8, 1.0, 1.25, 2.0)
 
 
@@ -80,7 +81,7 @@ def is_timed(run: Run) -> bool:
     """Whether a run says how long a step takes: dense training in 16 or 8 bits."""
     ran = run.outcome == "ok" and run.step_time_s is not None and run.tier in TIERS
     dense = not run.arch.startswith("moe") and run.task in ("", "pretrain", "sft")
-    return ran and dense and run.precision in PRECISIONS
+    return ran and dense and run.precision in TIMED
 
 
 def timed_groups(runs: Sequence[Run]) -> list[RunGroup]:

@@ -12,8 +12,11 @@ from typing import Final, Literal
 from mist.plans.workload import Precision
 
 FP8: Final = "fp8"
-FP8_BYTES: Final = 1
-ProductFormat = Precision | Literal["fp8"]
+TensorFormat = Literal["tf32", "nvfp4"]  # of tensor cores alone
+# Bytes of one element that a product reads or writes. tf32: fp32 numbers, of which tensor cores
+# take 19 bits. nvfp4: as fp8, whose law has the quantisation of 16-bit numbers in these bytes.
+FORMAT_BYTES: Final = MappingProxyType({FP8: 1, "nvfp4": 1, "tf32": 4})
+ProductFormat = Precision | Literal["fp8"] | TensorFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +35,16 @@ class Numerics:
     @property
     def product_bytes(self) -> int:
         """Bytes of one element that a matrix product reads or writes."""
-        return self.products.num_bytes if isinstance(self.products, Precision) else FP8_BYTES
+        if isinstance(self.products, Precision):
+            return self.products.num_bytes
+        return FORMAT_BYTES[self.products]
 
 
 NUMERICS: Final[Mapping[str, Numerics]] = MappingProxyType(
     {
         **{each.value: Numerics(compute=each, products=each) for each in Precision},
         FP8: Numerics(compute=Precision.BF16, products=FP8),
+        "nvfp4": Numerics(compute=Precision.BF16, products="nvfp4"),
+        "tf32": Numerics(compute=Precision.FP32, products="tf32"),
     }
 )

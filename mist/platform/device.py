@@ -1,11 +1,11 @@
 """A device: what one GPU (or CPU) computes, moves and holds. Mirrors `profiles/devices/*.yaml`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from mist.model.summary import Traffic
-from mist.plans.numerics import ProductFormat
+from mist.plans.numerics import FP8, ProductFormat, TensorFormat
 from mist.plans.provenance import Kind
 from mist.plans.workload import Attention, Precision
 from mist.platform.op_tables import Tables, check_columns
@@ -112,6 +112,7 @@ class Device(Record):
     `context_bytes` is lost to the CUDA context and NCCL. `kernel_launch_s` is added per
     memory-bound kernel. `tensor_time_scale` multiplies the time of matrix products and attention:
     the one factor that calibration fits (sustained clocks against the bursts that tables measure).
+    `tensor_flop_per_s`: peaks of products in formats that have no law of their own.
     `tables`: measured times, which take the place of the law of their operation and precision.
     `kernels`: whose kernels run, and so what a model is traced for. `lacks`: precisions and kernels
     of attention that the hardware has not, by name. `chip`: another device with the same one, whose
@@ -139,6 +140,7 @@ class Device(Record):
     bandwidth_ratio: BandwidthRatios
     gemm: Mapping[Precision, GemmLaw]
     gemm_fp8: GemmLaw | None
+    tensor_flop_per_s: Mapping[TensorFormat, Quantity] = field(default_factory=dict)
     flash_attention: FlashAttention
     tables: Tables = field(default_factory=dict)
     kernels: Literal["cuda", "cpu"] = "cuda"
@@ -160,8 +162,17 @@ class Device(Record):
         return self.memory_bytes.value - self.context_bytes.value
 
     def gemm_law(self, products: ProductFormat) -> GemmLaw | None:
-        """The law of matrix products in a format; None where it is not known."""
-        return self.gemm[products] if isinstance(products, Precision) else self.gemm_fp8
+        """The law of matrix products in a format; None where it is not known.
+
+        Those of `tensor_flop_per_s` have the law of a format of their size, at their own rate.
+        """
+        if isinstance(products, Precision):
+            return self.gemm[products]
+        if products == FP8:
+            return self.gemm_fp8
+        like = self.gemm[Precision.BF16] if products == "tf32" else self.gemm_fp8
+        rate = self.tensor_flop_per_s.get(products)
+        return None if like is None or rate is None else replace(like, peak_flop_per_s=rate)
 
     @property
     def is_measured(self) -> bool:

@@ -36,7 +36,9 @@ class Transients(Record):
     `num_gathered_groups`: groups whose parameters are unsharded at once under ZeRO-3.
     `reduce_bytes_per_param`: gradients of the group being reduced, by compute precision.
     `root_group`: FSDP: embedding and head are one group, gathered for a whole micro-batch, and the
-    buffer of a reduction lives until the next one. `divided_loss_bytes_per_logit`: what the model's
+    buffer of a reduction lives until the next one. `gradient_pool`, `gather_pool`: reduced
+    gradients, and what groups are gathered into, are allocated on streams of their own, whose
+    memory serves nothing else (with `root_group`). `divided_loss_bytes_per_logit`: what the model's
     own loss holds more where tensor parallelism divides the logits. `token_copies`: activations are
     [samples, tokens, hidden] and collectives act on the first dimension, so that gathering tokens
     of several samples, and scattering them, goes through a whole copy. `optimizer_bytes_per_param`:
@@ -50,8 +52,14 @@ class Transients(Record):
     optimizer_bytes_per_param: Quantity
     optimizer_group_params: Quantity | None = None
     root_group: bool = False
+    gradient_pool: bool = False
+    gather_pool: bool = False
     divided_loss_bytes_per_logit: Quantity | None = None
     token_copies: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.gradient_pool or self.gather_pool) and not self.root_group:
+            raise ValueError("gradient_pool and gather_pool are of runtimes with root_group")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,24 +184,21 @@ class Selective(Record):
     """What selective checkpointing means.
 
     `keeps_products`: the results of matrix products and attention kernels are kept, everything else
-    is run again. `recomputes_attention`: core attention is run again, from queries, keys and values
-    to what they give, and its scores are not kept (Korthikanti et al. 2022, section 5). Both follow
-    from the trace. Otherwise `kept_ratio` of what a layer saves and `recomputed_ratio` of what it
-    runs forward (0..1).
+    is run again. `keeps_half_products`: of the products every second one, from the first on, and
+    attention kernels. `recomputes_attention`: core attention is run again, from queries, keys and
+    values to what they give, and its scores are not kept (Korthikanti et al. 2022, section 5). Each
+    follows from the trace.
     """
 
     keeps_products: bool = False
+    keeps_half_products: bool = False
     recomputes_attention: bool = False
-    kept_ratio: Quantity | None = None
-    recomputed_ratio: Quantity | None = None
 
     def __post_init__(self) -> None:
-        ratios = [ratio is not None for ratio in (self.kept_ratio, self.recomputed_ratio)]
-        meanings = (self.keeps_products, self.recomputes_attention, any(ratios))
-        if sum(meanings) != 1 or any(ratios) is not all(ratios):
+        if sum((self.keeps_products, self.keeps_half_products, self.recomputes_attention)) != 1:
             raise ValueError(
-                "selective needs kept_ratio and recomputed_ratio, keeps_products "
-                "or recomputes_attention"
+                "selective needs one of keeps_products, keeps_half_products "
+                "and recomputes_attention"
             )
 
 

@@ -106,8 +106,6 @@ def _own_part(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCos
     """The part that the runtime itself runs again."""
     meaning = runtime.selective
     assert meaning is not None
-    if meaning.keeps_products:
-        return _but_results(level, cost, runtime)
     if meaning.recomputes_attention:
         return _part(
             level,
@@ -116,21 +114,13 @@ def _own_part(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCos
             recompute_s=cost.attention_s,
             launch_ratio=cost.attention_ratio,
         )
-    assert meaning.kept_ratio is not None and meaning.recomputed_ratio is not None
-    full, ratio = _full(level, cost, runtime), meaning.recomputed_ratio.value
-    return _part(
-        level,
-        full,
-        kept_bytes=meaning.kept_ratio.value * cost.saved_bytes,
-        recompute_s=ratio * full.recompute_s,
-        launch_ratio=ratio,
-    )
+    return _but_results(level, cost, runtime, stride=2 if meaning.keeps_half_products else 1)
 
 
-def _but_results(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
+def _but_results(
+    level: MemoryLevel, cost: BlockCost, runtime: Runtime, *, stride: int
+) -> LevelCost:
     """All but attention kernels and every n-th product; the host launches the rest once more."""
-    stride = LEVELS[level].product_stride
-    assert stride is not None
     kept_bytes, kept_s = {
         0: (sympy.Integer(0), sympy.Integer(0)),
         1: (cost.products_bytes, cost.products_s),
@@ -170,6 +160,7 @@ def _cost_of(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost
     """What a level that converts nothing costs a block under a runtime that has it."""
     if level is OWN_PART:
         return _own_part(level, cost, runtime)
-    if LEVELS[level].product_stride is not None:
-        return _but_results(level, cost, runtime)
+    stride = LEVELS[level].product_stride
+    if stride is not None:
+        return _but_results(level, cost, runtime, stride=stride)
     return {"nothing": _none, "all": _full}[LEVELS[level].repeats](level, cost, runtime)

@@ -79,6 +79,8 @@ def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
         # ZeRO-3 gathers a copy in compute precision for each pass; below it the copy stays.
         "zero3_copy_bytes_per_param": bytes_by_zero(compute, at_least=3),
         "resident_copy_bytes_per_param": bytes_by_zero(compute, at_least=0, below=3),
+        # What a group is gathered into: for each pass from ZeRO-3 on, once a step below it.
+        "gathered_group_bytes_per_param": bytes_by_zero(compute, at_least=1),
         # From ZeRO-2 on every micro-batch reduces its gradients, through a buffer in fp32.
         "reduce_buffer_bytes_per_param": bytes_by_zero(reduced, at_least=2),
         "reduces": sym.zero_at_least(2),

@@ -41,7 +41,7 @@ was checked against dry runs of the real program (docs/verify.md). Runtimes with
 (`transients.root_group`) hold what their profile says per parameter of the largest block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 from sympy import Expr
@@ -53,6 +53,7 @@ from mist.symbolic import symbols as sym
 from mist.symbolic.block_sums import Row, StageBlocks, max_over, params_of, sum_over, term
 from mist.symbolic.host_bytes import offloaded_bytes
 from mist.symbolic.optimizer_memory import stream_bytes
+from mist.symbolic.stream_pools import idle_bytes
 from mist.symbolic.zero_bubble_memory import (
     input_gradients_begin,
     input_gradients_end,
@@ -89,8 +90,9 @@ def stage_memory(blocks: StageBlocks, runtime: Runtime, numerics: Numerics) -> d
     # As the optimizer steps no activations are left and nothing is gathered.
     instants["step_bytes"] = optimizer_step(blocks, runtime) - activations - gathered
     whole = states + activations + gathered + buffers
+    reserved = _with_idle(instants, blocks, runtime)
     # The instants are the same for some runtimes: each enters the maximum once.
-    working = sym.larger(*dict.fromkeys(instants.values()))
+    working, most = (sym.larger(*dict.fromkeys(each.values())) for each in (instants, reserved))
     overhead = runtime.memory.allocator_overhead_ratio.value
     parts = {
         "states_bytes": states,
@@ -98,10 +100,22 @@ def stage_memory(blocks: StageBlocks, runtime: Runtime, numerics: Numerics) -> d
         "working_bytes": working,
         "gathered_bytes": gathered,
         "buffers_bytes": buffers,
-        "allocator_bytes": overhead * (whole + working),
+        "allocator_bytes": overhead * (whole + most) + most - working,
     }
-    at_instants = {name: (1 + overhead) * (whole + size) for name, size in instants.items()}
+    at_instants = {name: (1 + overhead) * (whole + size) for name, size in reserved.items()}
     return {**parts, "peak_bytes": sympy.Add(*parts.values()), **at_instants}
+
+
+def _with_idle(
+    instants: Mapping[str, Expr], blocks: StageBlocks, runtime: Runtime
+) -> dict[str, Expr]:
+    """The instants with what is reserved for streams of FSDP and idle then."""
+    pending = PENDING_GRADIENTS_RATIO * gradient_bytes(blocks)
+    begin, end, always = idle_bytes(blocks, runtime.transients, pending)
+    # Instants that are the last backward pass's own count all gradients as live.
+    last = (1 - sym.SEVERAL_CHUNKS - _is_split_last()) * begin
+    idle = {"begin_bytes": begin, "end_bytes": end, "last_bytes": last, "step_bytes": 0}
+    return {name: size + idle[name] + always for name, size in instants.items()}
 
 
 # What lives through all of a step, or as long as a micro-batch is in flight.
@@ -275,12 +289,17 @@ def last_backward(blocks: StageBlocks, numerics: Numerics, begin: Expr) -> Expr:
     chunks += (1 - sym.FORWARD_FIRST) * (1 - term("reduces")) * fp32
     # Copies in compute precision are dropped behind the last backward pass.
     split = 2 * fp32 - term("resident_copy_bytes_per_param") * params_of(blocks.every)
-    is_split = sym.SPLITS * sym.FORWARD_FIRST * (1 - sym.SEVERAL_CHUNKS)
+    is_split = _is_split_last()
     return sympy.Add(
         sym.SEVERAL_CHUNKS * (gradients + chunks),
         is_split * (gradients + split),
         (1 - sym.SEVERAL_CHUNKS - is_split) * begin,
     )
+
+
+def _is_split_last() -> Expr:
+    """1 where a split backward pass comes behind all forward passes, of one chunk."""
+    return sym.SPLITS * sym.FORWARD_FIRST * (1 - sym.SEVERAL_CHUNKS)
 
 
 def optimizer_step(blocks: StageBlocks, runtime: Runtime) -> Expr:

@@ -26,6 +26,7 @@ Values = Sequence[int | str]
 # Levels as rows write them; of FSDP, so that the rule for sources that no table has still holds.
 PARTIAL: Final = "partial"  # some layers run again, and only a table of stages says which
 ZERO_WORDS: Final = ("none", "zero1", "fsdp2-zero2", "fsdp2-zero3")
+USUAL_TP: Final = (4, 1, 2, 8)  # of a layout that nobody states
 MOST_SAMPLES: Final = 8  # of a micro-batch that nobody states
 
 
@@ -44,21 +45,43 @@ def filled_runs(run: Run, sources: Sources, *, has_stages: bool = False) -> tupl
     """
     if has_stages:
         return (FilledRun(run=run),)
-    run = _decided(run)
-    source = sources.of(run)
-    cases = {
-        column: values
-        for column, values_of in CASES.items()
-        if getattr(run, column) in (None, "", 0, PARTIAL)
-        and (values := values_of(run, source, _runtime(source.runtime)))
-    }
-    likeliest = replace(run, **{column: values[0] for column, values in cases.items()})  # type: ignore[arg-type]
+    usual, *rest = _layouts(_decided(run))
+    cases = _cases(usual, sources)
+    likeliest = _likeliest(usual, cases)
     others = (
         FilledRun(run=_named(likeliest, column, value), column=column)
         for column, values in cases.items()
         for value in values[1:]
     )
-    return FilledRun(run=likeliest), *others
+    layouts = (
+        FilledRun(run=_named(_likeliest(each, _cases(each, sources)), "tp", each.tp), column="tp")
+        for each in rest
+        if each.tp is not None
+    )
+    return FilledRun(run=likeliest), *others, *layouts
+
+
+def _cases(run: Run, sources: Sources) -> dict[str, Values]:
+    """The usual values of each blank column."""
+    source = sources.of(run)
+    return {
+        column: values
+        for column, values_of in CASES.items()
+        if getattr(run, column) in (None, "", 0, PARTIAL)
+        and (values := values_of(run, source, _runtime(source.runtime)))
+    }
+
+
+def _likeliest(run: Run, cases: Mapping[str, Values]) -> Run:
+    return replace(run, **{column: values[0] for column, values in cases.items()})  # type: ignore[arg-type]
+
+
+def _layouts(run: Run) -> list[Run]:
+    """The usual layouts of a run that gives none, the likeliest first: tp in a node, no stages."""
+    if run.dp or run.tp or run.pp or not run.n_gpus:
+        return [run]
+    degrees = [tp for tp in USUAL_TP if run.n_gpus % tp == 0 and (run.n_heads or tp) % tp == 0]
+    return [_decided(replace(run, tp=tp, pp=1)) for tp in degrees]
 
 
 def joined(run: Run, cases: Sequence[tuple[FilledRun, RunPrediction]]) -> RunPrediction:

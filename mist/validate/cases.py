@@ -7,8 +7,9 @@ from functools import cache
 from types import MappingProxyType
 from typing import Final
 
-from mist.plans.numerics import NUMERICS, Numerics
+from mist.plans.numerics import FP8, NUMERICS, Numerics
 from mist.plans.plan import Layout, even_layers, layers_by_cost
+from mist.plans.workload import Precision
 from mist.platform.calibration import Calibration, with_values
 from mist.platform.profiles import (
     Loaded,
@@ -24,8 +25,10 @@ from mist.trace import ConfigSource, TraceSetting
 from mist.validate.measured_runs import Run, StageRun, Stages
 from mist.validate.predict import Case, RunProfiles
 from mist.validate.run_layouts import check_run, layout_of
-from mist.validate.run_models import Unsupported, architecture_of
+from mist.validate.run_models import ADAPTED, Unsupported, architecture_of
+from mist.validate.runtime_variants import fully_sharded, with_coded_weights
 from mist.validate.sources import (
+    MEGATRON_FSDP,
     AttentionKernel,
     Hardware,
     Source,
@@ -33,8 +36,12 @@ from mist.validate.sources import (
     load_source_ratios,
 )
 
-PRECISIONS: Final = ("bf16", "fp16", "fp8")  # those of runs that are judged
-TASKS: Final = ("", "pretrain", "sft")
+# Those of runs that are predicted; frozen weights in four bits are named behind them (QLoRA).
+PRECISIONS: Final = ("bf16", "fp16", "fp8", "tf32", "nvfp4")
+CODED: Final = ("+nf4-weights", "+int4-weights")
+TASKS: Final = ("", "pretrain", "sft", *ADAPTED)
+# What the constants were fitted to: of others the interval is that of no calibration.
+FITTED_PRODUCTS: Final = (*Precision, FP8)
 # A compiled layer is launched in about half as many kernels.
 COMPILED_LAUNCH_RATIO: Final = 0.5
 
@@ -53,6 +60,21 @@ class Key:
     device: str
     cluster: str
     numerics: Numerics
+    coded: bool
+    sharded: bool
+
+    @property
+    def stock(self) -> Runtime:
+        """The runtime as its profile has it, or as these runs use its states."""
+        runtime = _runtime(self.runtime).profile
+        runtime = with_coded_weights(runtime) if self.coded else runtime
+        return fully_sharded(runtime) if self.sharded else runtime
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether runs of its kind are among those that constants were fitted to."""
+        kept = not (self.coded or self.sharded or self.config.adapter_rank)
+        return kept and self.numerics.products in FITTED_PRODUCTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +138,12 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
     hardware, attention = _known(run, sources)
     runtime = _runtime(source.runtime).profile
     architecture = architecture_of(run, dropout=source.dropout)
-    layout = _layout(run, source, runtime, architecture.layers, stages)
+    numerics = NUMERICS[_format(run)]
     key = Key(
         content=architecture.config.content,
         config=architecture.config,
         setting=TraceSetting(
-            precision=NUMERICS[run.precision].compute,
+            precision=numerics.compute,
             attention=attention.kernel,
             fused_norms=runtime.kernels.fused_norms or attention.fused_norms,
             compiled=run.compile == "yes",
@@ -133,8 +155,11 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
         runtime=source.runtime,
         device=hardware.device,
         cluster=source.cluster or hardware.cluster,
-        numerics=NUMERICS[run.precision],
+        numerics=numerics,
+        coded=run.precision.endswith(CODED),
+        sharded=MEGATRON_FSDP in run.zero_or_fsdp,
     )
+    layout = _layout(run, source, key.stock, architecture.layers, stages)
     num_gpus = run.n_gpus or sum(layout.stages[-1].devices)
     assert run.seq_len is not None
     return key, Case(layout=layout, seq_len=run.seq_len, num_gpus=num_gpus)
@@ -148,14 +173,22 @@ def _known(run: Run, sources: Sources) -> tuple[Hardware, AttentionKernel]:
         raise Unsupported(f"GPU {run.gpu or '(blank)'} has no profile")
     if attention is None:
         raise Unsupported(f"attention {word!r} is not known")
-    if run.precision not in PRECISIONS:
+    if _format(run) not in PRECISIONS:
         raise Unsupported(f"precision {run.precision or '(blank)'} is not modelled")
     if run.task not in TASKS:
         raise Unsupported(f"task {run.task} is not modelled")
     device = load_device(hardware.device).profile
-    if device.gemm_law(NUMERICS[run.precision].products) is None:
-        raise Unsupported(f"GPU {run.gpu} has no law for {run.precision}")
+    if device.gemm_law(NUMERICS[_format(run)].products) is None:
+        raise Unsupported(f"GPU {run.gpu} has no law for {_format(run)}")
     return hardware, attention
+
+
+def _format(run: Run) -> str:
+    """What a run computes in: its precision without the codes of frozen weights."""
+    return next(
+        (run.precision.removesuffix(word) for word in CODED if run.precision.endswith(word)),
+        run.precision,
+    )
 
 
 def _layout(
@@ -236,14 +269,18 @@ def _group(
             for path, quantity in calibration.profile.values.items()
         }
     words = (_runtime(source.runtime).sha256, key.attention, repr(source),
-             str(calibration and calibration.sha256))  # fmt: skip
+             str(calibration and calibration.sha256), repr((key.coded, key.sharded)))  # fmt: skip
     machine = machine_of(key, sources, values)
     return RunGroup(
         key=key,
         machine=machine,
         profile_hash="\n".join(words),
         figures=values,
-        step_error=calibration.profile if calibration else expected_error(device, machine.runtime),
+        step_error=(
+            calibration.profile
+            if calibration and key.is_fitted
+            else expected_error(device, machine.runtime)
+        ),
         members=members,
     )
 
@@ -254,8 +291,7 @@ def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> Ru
     `values`: named as in a calibration. Raises PlatformError for a figure that is not there.
     """
     source = key.origin
-    stock = _runtime(source.runtime).profile
-    profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, stock)
+    profiles = (load_device(key.device).profile, load_cluster(key.cluster).profile, key.stock)
     # What a source says of its network, in place of the cluster's figure.
     nic = source.nic_bytes_per_s.get(key.device)
     wired = {"cluster.network.nic_bytes_per_s": nic} if nic else {}

@@ -63,7 +63,7 @@ def predict(
     )
     stages = np.array([len(case.layout.stages) for case in cases])
     run = np.repeat(np.arange(len(cases)), stages)
-    out = _stages(cost, machine.cluster, cases)
+    out = _stages(cost, machine.cluster, cases, programs.facts.layer_kinds())
     padded = {name: _padded(out[name], run, stages) for name in ("stable_s", "lone_s")}
     counts = np.array([case.layout.num_micro_batches for case in cases])
     chunks = np.array([[case.layout.schedule.vpp] for case in cases])
@@ -82,21 +82,27 @@ def predict(
     )
 
 
-def _stages(cost: StageModel, cluster: Cluster, cases: Sequence[Case]) -> dict[str, Floats]:
-    """Every output of the stage formulas for every stage of every run, one run behind another."""
-    # Layers of a run are all of one kind; how many the traced model has does not matter.
+def _stages(
+    cost: StageModel, cluster: Cluster, cases: Sequence[Case], traced: Sequence[int]
+) -> dict[str, Floats]:
+    """Every output of the stage formulas for every stage of every run, one run behind another.
+
+    `traced`: of which kind each layer of the traced model is. All behind them are as the last one:
+    with adapters the first layer alone has an input that needs no gradient.
+    """
     inputs = [
-        layout_inputs(
-            _placement(cluster, case),
-            [0] * sum(stage.num_layers for stage in case.layout.stages),
-            case.layout,
-        )
+        layout_inputs(_placement(cluster, case), _kinds(traced, case.layout), case.layout)
         for case in cases
     ]
     strategies, positions = zip(*inputs, strict=True)
     sizes = [len(case.layout.stages) for case in cases]
     terms = cost.terms(_one_behind_another(strategies, sizes))
     return cost.stage({**terms, **_one_behind_another(positions, sizes)})
+
+
+def _kinds(traced: Sequence[int], layout: Layout) -> list[int]:
+    num_layers = sum(stage.num_layers for stage in layout.stages)
+    return [*traced, *[traced[-1]] * (num_layers - len(traced))][:num_layers]
 
 
 def _placement(cluster: Cluster, case: Case) -> Placement:

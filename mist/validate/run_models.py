@@ -11,9 +11,12 @@ from mist.trace import ConfigSource
 from mist.validate.measured_runs import Run
 
 TRACED_LAYERS: Final = 2
+ADAPTED: Final = ("lora", "qlora")  # tasks that train adapters only
 MOE: Final = re.compile(r"moe:(?P<experts>\d+)e-top(?P<chosen>\d+),moe_ffn=(?P<ffn>\d+)")
 # A head of any Qwen3 model is 128 wide, whatever hidden / heads is (config.json of 0.6B to 32B).
 QWEN3_HEAD: Final = 128
+# Adapters of every matrix of a layer; rows do not say their rank. Few FLOPs hang on it.
+ADAPTER_RANK: Final = 32  # Megatron-Bridge and NeMo (peft/lora.py: dim 32)
 # Parameters that a table of positions has beside the rest; GPT's positions are learned.
 POSITIONS: Final = 2048
 
@@ -43,9 +46,9 @@ def architecture_of(run: Run, *, dropout: bool) -> Architecture:
     fields = _fields(run, dropout=dropout)
     name = f"{run.arch or 'dense'}-{run.hidden}x{run.ffn_hidden}-v{run.vocab}"
     assert run.n_layers is not None
-    return Architecture(
-        config=ConfigSource(label=name, name=name, config=fields), layers=run.n_layers
-    )
+    rank = ADAPTER_RANK if run.task in ADAPTED else 0
+    config = ConfigSource(label=name, name=name, config=fields, adapter_rank=rank)
+    return Architecture(config=config, layers=run.n_layers)
 
 
 def _fields(run: Run, *, dropout: bool) -> dict[str, Any]:

@@ -103,8 +103,10 @@ class Source(Record):
         return replace(runtime, selective=meaning.selective, traffic=traffic)
 
 
+MEGATRON_FSDP: Final = "megatron-fsdp"
 # The runtime of a run whose source no table has: the first row whose test it passes.
 RUNTIME_OF: Final[tuple[tuple[str, Callable[[Run], bool]], ...]] = (
+    ("megatron", lambda run: MEGATRON_FSDP in run.zero_or_fsdp),
     ("fsdp1", lambda run: "fsdp1" in run.zero_or_fsdp),
     ("torch", lambda run: "fsdp" in run.zero_or_fsdp or "hsdp" in run.zero_or_fsdp),
     ("deepspeed-zero3", lambda run: "zero2" in run.zero_or_fsdp or "zero3" in run.zero_or_fsdp),

@@ -195,9 +195,17 @@ def test_a_loss_of_the_runtimes_own() -> None:
     assert whole["activations_bytes"] - divided["activations_bytes"] == pytest.approx(10 * logits)
 
 
+def without_pools(runtime: Runtime, *, root_group: bool = True) -> Runtime:
+    """A runtime that keeps no memory for streams (`test_stream_pools.py` has what it keeps)."""
+    transients = replace(
+        runtime.transients, gradient_pool=False, gather_pool=False, root_group=root_group
+    )
+    return replace(runtime, transients=transients)
+
+
 def without_root_group() -> Runtime:
     """Runtime torch without FSDP's groups, with a loss of 4 bytes a logit, 12 at its peak."""
-    runtime, number = changed("transients.root_group", False), TORCH.host.step_s
+    runtime, number = without_pools(TORCH, root_group=False), TORCH.host.step_s
     loss = Loss(
         kept_bytes_per_logit=replace(number, value=4.0),
         peak_bytes_per_logit=replace(number, value=12.0),
@@ -234,9 +242,7 @@ def test_a_step_of_the_optimizer_comes_when_activations_are_gone(
 ) -> None:
     """The peak is that of the step, where it makes more than a backward pass holds."""
     made = changed("transients.optimizer_bytes_per_param", 400.0)
-    runtime = made if root_group else replace(made, transients=replace(
-        made.transients, root_group=False))  # fmt: skip
-    found = stage(runtime, zero=zero)
+    found = stage(without_pools(made, root_group=root_group), zero=zero)
     shard = 8 if zero else 1
     states = found["states_bytes"] + found["buffers_bytes"] + 400 * held_params(2) / shard
     overhead = 1 + TORCH.memory.allocator_overhead_ratio.value

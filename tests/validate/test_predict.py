@@ -107,8 +107,7 @@ def test_chunks_fill_the_pipeline_as_plans_do() -> None:
 def test_selective_lies_between_kept_and_recomputed() -> None:
     graph = toy_graph((8,), hidden=16384)
     runtime = toy_platform().runtime
-    ratio = replace(runtime.host.forward_ratio, value=0.5)
-    half = replace(runtime, selective=Selective(kept_ratio=ratio, recomputed_ratio=ratio))
+    half = replace(runtime, selective=Selective(keeps_half_products=True))
     programs = compile_model(graph, adamw_setting(half))
     here = replace(machine(), runtime=half)
     cases = [
@@ -120,7 +119,7 @@ def test_selective_lies_between_kept_and_recomputed() -> None:
         for level in USUAL
     ]
     a, b, c = predict(programs, here, cases)
-    assert b.step_s == pytest.approx((a.step_s + c.step_s) / 2, rel=1e-6)
+    assert a.step_s < b.step_s < c.step_s
     assert a.allocated_bytes > b.allocated_bytes > c.allocated_bytes
 
 

@@ -43,9 +43,11 @@ SIX = ((6, 0),)  # layers on one stage, none recomputed beyond what a run says
         ({"arch": "rnn"}, "architecture rnn is not known"),
         ({"gpu": "TPU"}, "GPU TPU has no profile"),
         ({"attention_impl": "magic"}, "attention 'magic' is not known"),
-        ({"precision": "nvfp4"}, "precision nvfp4 is not modelled"),
+        ({"precision": "mxfp6"}, "precision mxfp6 is not modelled"),
+        ({"precision": "nvfp4", "gpu": "H100-80GB-SXM"}, "GPU H100-80GB-SXM has no law for nvfp4"),
+        ({"precision": "bf16+nf3-weights"}, "precision bf16+nf3-weights is not modelled"),
         ({"precision": "fp8", "gpu": "A100-80GB-SXM"}, "GPU A100-80GB-SXM has no law for fp8"),
-        ({"task": "lora"}, "task lora is not modelled"),
+        ({"task": "dpo"}, "task dpo is not modelled"),
         (
             {"activation_ckpt": "selective", "source": "hagemann23"},
             "selective checkpointing of runtime aleph is not known",

@@ -23,6 +23,7 @@ from mist.errors import ModelError, TraceError
 from mist.plans.workload import Attention, Precision
 from mist.trace.diagnose import one_line
 from mist.trace.expressions import Size
+from mist.trace.models.adapters import add_adapters
 from mist.trace.models.configurations import bounded_modules, model_of
 from mist.trace.models.model_inputs import (
     IMAGES,
@@ -207,6 +208,8 @@ def load_model(source: Source, *, precision: Precision, attention: Attention) ->
     if isinstance(source, PythonSource):
         return _from_file(source, attention)
     module, notes = model_of(source.label, dict(source.config), precision, attention)
+    if source.adapter_rank:
+        add_adapters(module, source.adapter_rank)
     return LoadedModel(module=module, name=source.name, make_batch=None, loss=None, notes=notes)
 
 

@@ -94,11 +94,15 @@ class PythonSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigSource:
-    """The fields of a Hugging Face configuration, with `model_type`."""
+    """The fields of a Hugging Face configuration, with `model_type`.
+
+    `adapter_rank`: of the adapters that are trained in the place of the model (LoRA); 0: none.
+    """
 
     label: str
     name: str
     config: Mapping[str, Any]
+    adapter_rank: int = 0
 
     @property
     def max_seq_len(self) -> int | None:
@@ -111,7 +115,8 @@ class ConfigSource:
     @property
     def content(self) -> str:
         """What the trace depends on."""
-        return f"{self.name}\n{json.dumps(dict(self.config), sort_keys=True)}"
+        adapters = f"\nadapters of rank {self.adapter_rank}" if self.adapter_rank else ""
+        return f"{self.name}\n{json.dumps(dict(self.config), sort_keys=True)}{adapters}"
 
 
 Source = PythonSource | ConfigSource
