@@ -119,11 +119,14 @@ def _outputs(piece: Piece) -> list[torch.Tensor]:
 def _vocabulary(model: nn.Module, run: RecordedRun) -> Iterator[nn.Module]:
     """The last linear layer outside the layers that scores a table, and the first such table.
 
-    Another table of that size, of positions, is no vocabulary.
+    Another table of that size, of positions, is no vocabulary; nor is one of kinds of tokens that
+    has as many rows as there are classes. Vocabularies are looked up by what the model is given.
     """
     inside = {id(m) for piece in run.layers if piece.module for m in piece.module.modules()}
     outside = [m for m in model.modules() if id(m) not in inside]
-    tables = [m for m in outside if isinstance(m, nn.Embedding)]
+    every = [m for m in outside if isinstance(m, nn.Embedding)]
+    given = _looked_up(run)
+    tables = [m for m in every if id(m.weight) in given] or every
     sizes = [table.num_embeddings for table in tables]
     heads = [m for m in outside if isinstance(m, nn.Linear) and m.out_features in sizes]
     if heads:
@@ -132,6 +135,17 @@ def _vocabulary(model: nn.Module, run: RecordedRun) -> Iterator[nn.Module]:
             (t for t in tables if t.weight is head.weight), tables[sizes.index(head.out_features)]
         )
         yield head
+
+
+def _looked_up(run: RecordedRun) -> set[int]:
+    """Tables (by id of the weight) whose rows are chosen by an input of the model, as it is."""
+    found = set()
+    for node in run.embed.part.graph.nodes:
+        if node.target is aten.embedding.default:
+            key, index = node.args[0].meta.get("key"), _viewed(node.args[1])
+            if index.op == "placeholder" and index.meta["key"] not in run.originals:
+                found.add(id(run.originals.get(key)))
+    return found
 
 
 def _is_stream(node: fx.Node, hidden: int) -> bool:

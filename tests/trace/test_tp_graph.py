@@ -155,3 +155,29 @@ def test_weights_of_attention_that_are_read_keep_it_whole() -> None:
     assert str(refusal.value) == (
         "no shard can run aten.mean in attention: goes over a divided dimension; t = 1 only"
     )
+
+
+class Classifier(nn.Module):
+    """As many kinds of tokens as classes."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.kinds, self.table = nn.Embedding(classes, HIDDEN), nn.Embedding(VOCAB, HIDDEN)
+        self.layers = nn.ModuleList(PlannedLayer() for _ in range(2))
+        self.head = nn.Linear(HIDDEN, classes)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids) + self.kinds(torch.zeros_like(ids))
+        for layer in self.layers:
+            x = layer(x)
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def test_a_table_of_kinds_of_tokens_is_no_vocabulary() -> None:
+    with torch.device("meta"):
+        model = Classifier(classes=2)
+    loaded = LoadedModel(module=model, name="classifier", make_batch=None, loss=None)
+    sharding = sharding_rules(loaded, SETTING)
+    tables = {id(each.weight) for each in (model.kinds, model.table, model.head)}
+    assert (sharding.vocab_size, tables & sharding.params.keys()) == (None, set())
