@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import yaml
 
+from tests.tiny_attention import TORCH_ATTENTION
+
 # nanoGPT's layout: one ModuleDict around all, queries, keys and values in one matrix.
 NANOGPT = """
 import torch
@@ -305,6 +307,7 @@ CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
 FILES: Final = MappingProxyType(
     {"nanogpt": NANOGPT, "dit": DIT, "lora": LORA, "pair": PAIR, "joint": JOINT, "flex": FLEX}
     | {"lstm": LSTM}
+    | TORCH_ATTENTION
 )
 
 

@@ -23,8 +23,8 @@ from sympy import Basic, Expr
 
 from mist.model.graph import B, S
 from mist.trace.recording.liveness import Counted
+from mist.trace.recording.recorded_part import Part, SavedStorage
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
-from mist.trace.recording.recorder import Part, SavedStorage
 
 BATCHES: Final = (2, 3, 4)
 MULTIPLES: Final = (2, 3, 4)

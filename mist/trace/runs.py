@@ -19,6 +19,7 @@ from mist.errors import TraceError
 from mist.model.graph import S
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
+from mist.trace.operations.message_passing import passes_messages
 from mist.trace.operations.scan_kernels import SCAN_OPS
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
 from mist.trace.recording.op_limit import LimitReached, OpLimit
@@ -62,6 +63,10 @@ SCANS = (
 RECURRENCES = (
     "recurrent layers are priced as cuDNN's kernels, token after token; what these keep is not "
     "documented, and taken as the gates and cell states that the backward pass needs"
+)
+GRAPHS = (
+    "edges of a graph are as many as make_batch gives for its nodes; none of them is taken for a "
+    "loop, which layers would drop"
 )
 COMPILED: Final = (
     "torch.compile: layers only; which tensors are kept is decided at b = "
@@ -289,6 +294,8 @@ def _notes(subject: RunSubject, run: RecordedRun) -> Iterator[str]:
     size = subject.sharding.vocab_size if subject.sharding else None
     if subject.layers is None:
         yield NO_LAYERS
+    if passes_messages(subject.model.module.modules()):
+        yield GRAPHS
     if size is not None and size % 8:
         yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
     if run.own_checkpoints:

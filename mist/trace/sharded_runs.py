@@ -18,15 +18,15 @@ from torch import nn
 
 from mist.model.graph import B, S, T
 from mist.trace.diagnose import RAISED, shard_words, without_log
+from mist.trace.recording.recorded_part import Part
 from mist.trace.recording.recorded_run import Point, RecordedRun
-from mist.trace.recording.recorder import Part
 from mist.trace.recording.session import BATCH_HINT
 from mist.trace.run_subject import RunSubject
 from mist.trace.tensor_parallel.tp_sharding import (
     VOCAB_SIZE,
     Sharding,
     UnsupportedRules,
-    matrix_of,
+    matrices_in,
     with_whole_vocabulary,
 )
 from mist.trace.tp_graph import find_sharding
@@ -185,7 +185,7 @@ def _over_tokens(run: RecordedRun) -> frozenset[int]:
     for layer, part in _layers(run):
         for name in part.over_tokens:
             path = [layer, *_path(layer, layer.get_submodule(name))]
-            own = [m for m in path if any(matrix_of(inner) is not None for inner in m.modules())]
+            own = [m for m in path if matrices_in(m)]
             found.add(id(own[-1] if own else layer))
     return frozenset(found)
 
@@ -193,8 +193,9 @@ def _over_tokens(run: RecordedRun) -> frozenset[int]:
 def _confirm(run: RecordedRun) -> None:
     """Raise Undividable for an operation of the layers that is not a rank's part of the model's."""
     for layer, part in _layers(run):
-        for name, words in part.mixed:
-            raise Undividable(f"no shard can run {words}", layer.get_submodule(name))
+        for mixed in part.mixes():
+            words = f"no shard can run {mixed.words}"
+            raise Undividable(words, layer.get_submodule(mixed.module))
         for op in part.ops:
             # A rank must do 1/t of the work: else a part of it is divided and a part is not.
             if op.flop.has(T) and sympy.expand(op.flop * T).has(T):

@@ -26,7 +26,8 @@ from mist.trace.tensor_parallel.tp_sharding import (
     Region,
     Sharding,
     UnsupportedRules,
-    matrix_of,
+    matrices_in,
+    matrices_of,
     sharding_of,
 )
 
@@ -77,7 +78,7 @@ def find_sharding(
         raise UnsupportedRules(
             "without a list of layers tensor parallelism is not planned; t = 1 only"
         )
-    matrices = {id(m.weight): m for m in map(matrix_of, model.modules()) if m is not None}
+    matrices = matrices_in(model)
     blocks = [_Block(piece, run, matrices) for piece in layers]
     sharding = _divided(model, run, blocks, left)
     attention = {id(m) for block in blocks for m in block.undivided_attention(sharding)}
@@ -95,10 +96,12 @@ def _divided(
     """Regions and vocabulary, of the plan and of the operations. Raises Unsupported."""
     plan = plan_of_model(model)
     planned = planned_regions(model, plan, left) if plan is not None else PlannedRegions()
-    if plan is None and not all(block.carries_tokens for block in blocks):
+    if plan is None and not any(block.carries_tokens for block in blocks):
         raise UnsupportedRules(NO_TOKENS)
     taken = left | planned.taken
-    rest = [r for block in blocks for r in block.regions() if not r.has_any(taken)]
+    # Convolutions in front of a transformer stay whole.
+    inner = [block for block in blocks if block.carries_tokens]
+    rest = [r for block in inner for r in block.regions() if not r.has_any(taken)]
     regions = [*planned.regions, *rest]
     if not regions and planned.unknown:
         raise UnsupportedRules(f"{planned.unknown[0]}; t = 1 only")
@@ -116,11 +119,14 @@ def _outputs(piece: Piece) -> list[torch.Tensor]:
 def _vocabulary(model: nn.Module, run: RecordedRun) -> Iterator[nn.Module]:
     """The last linear layer outside the layers that scores a table, and the first such table.
 
-    Another table of that size, of positions, is no vocabulary.
+    Another table of that size, of positions, is no vocabulary; nor is one of kinds of tokens that
+    has as many rows as there are classes. Vocabularies are looked up by what the model is given.
     """
     inside = {id(m) for piece in run.layers if piece.module for m in piece.module.modules()}
     outside = [m for m in model.modules() if id(m) not in inside]
-    tables = [m for m in outside if isinstance(m, nn.Embedding)]
+    every = [m for m in outside if isinstance(m, nn.Embedding)]
+    given = _looked_up(run)
+    tables = [m for m in every if id(m.weight) in given] or every
     sizes = [table.num_embeddings for table in tables]
     heads = [m for m in outside if isinstance(m, nn.Linear) and m.out_features in sizes]
     if heads:
@@ -131,9 +137,15 @@ def _vocabulary(model: nn.Module, run: RecordedRun) -> Iterator[nn.Module]:
         yield head
 
 
-def _is_scores(node: fx.Node) -> bool:
-    """Whether this is the softmax of attention scores [b, heads, s, s], not one of routing."""
-    return node.target in SOFTMAX and len(node.meta["shape"]) == SCORE_DIMS
+def _looked_up(run: RecordedRun) -> set[int]:
+    """Tables (by id of the weight) whose rows are chosen by an input of the model, as it is."""
+    found = set()
+    for node in run.embed.part.graph.nodes:
+        if node.target is aten.embedding.default:
+            key, index = node.args[0].meta.get("key"), _viewed(node.args[1])
+            if index.op == "placeholder" and index.meta["key"] not in run.originals:
+                found.add(id(run.originals.get(key)))
+    return found
 
 
 def _is_stream(node: fx.Node, hidden: int) -> bool:
@@ -162,7 +174,8 @@ class _Block:
         self._hidden = outputs[0].shape[-1] if outputs else 0  # the width of the residual stream
         nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]
         self._nodes = nodes
-        self._attention = [n for n in nodes if n.target in ATTENTION or _is_scores(n)]
+        self._scores = {n: heads for n in nodes if (heads := self._score_heads(n)) is not None}
+        self._attention = [n for n in nodes if n.target in ATTENTION or n in self._scores]
         self._products = {n: m for n in nodes if (m := self._matrix(n)) is not None}
         self._written = defaultdict[fx.Node, list[fx.Node]](list)  # by what calls write into
         for node in nodes:
@@ -245,11 +258,20 @@ class _Block:
             pairs=self._pairs(attention) if attention else frozenset(),
         )
 
+    def _score_heads(self, node: fx.Node) -> int | None:
+        """The heads of attention scores [b, heads, s, s]; None for another node, as of routing."""
+        if node.target not in SOFTMAX:
+            return None
+        module = self.layer.get_submodule(str(node.meta["module"]))
+        if isinstance(module, nn.MultiheadAttention):  # [b * heads, s, s]
+            return int(module.num_heads)
+        shape = node.meta["shape"]
+        return int(shape[1]) if len(shape) == SCORE_DIMS else None
+
     def _heads(self, attention: fx.Node, matrix: Matrix) -> tuple[int | None, bool]:
         """The size of a head of attention, and whether queries and values have the same."""
         shape = attention.meta["shape"]
-        if _is_scores(attention):
-            heads = int(shape[1])
+        if heads := self._scores.get(attention):
             return (matrix.num_in // heads if matrix.num_in % heads == 0 else None), True
         query = attention.args[0]
         assert isinstance(query, fx.Node)
@@ -257,7 +279,7 @@ class _Block:
 
     def _pairs(self, attention: fx.Node) -> frozenset[int]:
         """Weights of matrices that give both keys and values, and no queries."""
-        if _is_scores(attention):
+        if attention in self._scores:
             return frozenset()
         queries, keys, values = (self._behind([each]).sources for each in attention.args[:3])
         return frozenset((keys.keys() & values.keys()) - queries.keys())
@@ -268,7 +290,7 @@ class _Block:
         There its gradient would be whole, and not the sum of the ranks' parts.
         """
         matrices = {id(m.weight) for m in (*region.colwise, *region.rowwise)}
-        around = [m for m in region.entered if matrix_of(m) is None]
+        around = [m for m in region.entered if not matrices_of(m)]
         inside = {n for m in around for n in self._names_in(m)}
         known = {node for key in self._inner(around) | matrices for node in self._between[key]}
         return any(
@@ -283,8 +305,7 @@ class _Block:
 
     def _inner(self, modules: Sequence[nn.Module]) -> set[int]:
         """The weights of matrices in modules."""
-        weights = (m.weight for module in modules for m in map(matrix_of, module.modules()) if m)
-        return {id(weight) for weight in weights} & self._between.keys()
+        return {key for module in modules for key in matrices_in(module)} & self._between.keys()
 
     def _names_in(self, module: nn.Module) -> Iterator[str]:
         inside = {id(inner) for inner in module.modules()}

@@ -26,8 +26,13 @@ OTHERS: Final = {
     "bart": ("dp2", "tp2"),
     "albert": ("dp2", "tp2"),
     "lstm": ("dp2",),
+    "torch-encoder": ("dp2", "tp2", "pp2", "tp2 sp"),
+    "torch-tokens-first": ("dp2", "tp2"),
+    "torch-transformer": ("dp2", "tp2"),
+    "torch-asked": ("dp2", "tp2"),
+    "torch-images": ("dp2", "tp2"),
 }
-NUM_LAYERS: Final = {"t5": 4, "bart": 4, "lstm": 1}
+NUM_LAYERS: Final = {"t5": 4, "bart": 4, "torch-transformer": 4, "torch-images": 4, "lstm": 1}
 
 
 def _kinds(num_layers: int) -> dict[str, tuple[S, ...]]:

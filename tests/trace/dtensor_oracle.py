@@ -10,7 +10,7 @@ shim, which has fake CPU tensors take the operations of a GPU.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch._ops import OpOverload
@@ -48,6 +49,7 @@ from tests.trace.real import Start, Watch, convolution_gradients, layer_inputs
 Mode = Literal["tp", "sp"]
 DEGREES: Final = (1, 2, 4, 8)
 HIDDEN: Final = 256
+HALF: Final = torch.bfloat16
 BF16: Final = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 FLOP: Final = flop_registry | {
     torch.ops.aten.convolution_backward: shape_wrapper(convolution_gradients)
@@ -61,7 +63,8 @@ class Family:
 
     `regions`: a module whose input enters column-parallel matrices, and the keyword by which it
     gets it ("" when by position). `post_norm`: what a norm gives is added to other tensors, which
-    are local ones. `modes`: without "sp" where a part of the layer is whole.
+    are local ones. `modes`: without "sp" where a part of the layer is whole. `traced`: the model of
+    which this one is a copy that DTensor can divide.
     """
 
     build: Callable[[], nn.Module]
@@ -72,6 +75,7 @@ class Family:
     regions: Mapping[str, str]
     post_norm: bool = False
     modes: tuple[Mode, ...] = get_args(Mode)
+    traced: Callable[[], nn.Module] | None = None
 
 
 def causal(config: transformers.PreTrainedConfig) -> nn.Module:
@@ -114,8 +118,82 @@ def gpt_neox(num_heads: int) -> Family:
     )
 
 
+class Rows(nn.Module):
+    """Layers between a table and a head."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(512, HIDDEN, dtype=HALF), nn.ModuleList(layers)
+        self.head = nn.Linear(HIDDEN, 512, dtype=HALF)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+class Packed(nn.Module):
+    """Attention to itself by the operations of `F.multi_head_attention_forward`, of torch 2.13.
+
+    The numbers of heads are those that what it is given has.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.head_dim = HIDDEN // num_heads
+        self.in_proj = nn.Linear(HIDDEN, 3 * HIDDEN, dtype=HALF)
+        self.out_proj = nn.Linear(HIDDEN, HIDDEN, dtype=HALF)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(1, 0)
+        s, b, _ = x.shape
+        packed = self.in_proj(x)
+        packed = packed.unflatten(-1, (3, packed.shape[-1] // 3))
+        packed = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+        n = packed.shape[-1] // self.head_dim
+        by_head = (each.view(s, b * n, self.head_dim).transpose(0, 1) for each in packed.unbind(0))
+        q, k, v = (each.view(b, n, s, self.head_dim) for each in by_head)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y.permute(2, 0, 1, 3).contiguous().view(b * s, n * self.head_dim)
+        return self.out_proj(y).view(s, b, HIDDEN).transpose(1, 0)
+
+
+class PackedLayer(nn.Module):
+    """`nn.TransformerEncoderLayer` with its norms first and without dropout."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(HIDDEN, dtype=HALF) for _ in range(2))
+        self.self_attn = Packed(num_heads)
+        up, down = nn.Linear(HIDDEN, 512, dtype=HALF), nn.Linear(512, HIDDEN, dtype=HALF)
+        self.mlp = nn.Sequential(up, nn.ReLU(), down)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.norm1(x))
+        hidden: torch.Tensor = self.mlp(self.norm2(x))
+        return x + hidden
+
+
+def torch_layer(num_heads: int) -> nn.Module:
+    return nn.TransformerEncoderLayer(
+        HIDDEN, num_heads, 512, dropout=0.0, batch_first=True, norm_first=True, dtype=HALF
+    )
+
+
 FAMILIES: Final = MappingProxyType(
     {
+        "torch-attention": Family(
+            build=lambda: Rows(PackedLayer(16) for _ in range(2)),
+            traced=lambda: Rows(torch_layer(16) for _ in range(2)),
+            layer="layers.0",
+            colwise=("self_attn.in_proj", "mlp.0"),
+            rowwise=("self_attn.out_proj", "mlp.2"),
+            norms=("norm1", "norm2"),
+            regions={"self_attn": "", "mlp": ""},
+            modes=("tp",),
+        ),
         "llama": Family(
             build=partial(
                 causal,

@@ -1,5 +1,6 @@
 """What a plan does not name is found by what a model does."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -8,6 +9,7 @@ from mist.trace import trace_model
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.runs import sharding_rules
+from mist.trace.tensor_parallel.tp_sharding import Sharding, UnsupportedRules
 
 HIDDEN, HEADS, VOCAB = 32, 4, 64
 SETTING = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH)
@@ -96,3 +98,86 @@ def test_shards_side_by_side_are_priced_but_not_applied() -> None:
     assert graph.undivided.endswith(
         "puts parts of several matrices side by side, which a rank orders otherwise"
     )
+
+
+class TorchLayer(nn.Module):
+    """Torch's own attention, asked for weights: all heads in one matrix, or three matrices."""
+
+    def __init__(self, key_dim: int | None, *, returns: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(
+            HIDDEN, HEADS, kdim=key_dim, vdim=key_dim, batch_first=True
+        )
+        self.returns = returns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory = x[..., : self.attention.kdim] if self.attention.kdim < HIDDEN else x
+        result, weights = self.attention(x, memory, memory)
+        total: torch.Tensor = result + weights.sum() if self.returns else result
+        return x + total
+
+
+def torch_sharding(
+    key_dim: int | None = None, *, returns: bool = False
+) -> tuple[nn.Module, Sharding]:
+    with torch.device("meta"):
+        layers = (TorchLayer(key_dim, returns=returns) for _ in range(2))
+        model = nn.Sequential(nn.Embedding(VOCAB, HIDDEN), *layers, nn.Linear(HIDDEN, VOCAB))
+    loaded = LoadedModel(module=model, name="torch", make_batch=None, loss=None)
+    return model[1].get_submodule("attention"), sharding_rules(loaded, SETTING)
+
+
+def test_torchs_attention_divides_its_heads() -> None:
+    """Its forward reads all matrices: it is entered, and ends the region, as a whole."""
+    attention, sharding = torch_sharding()
+    assert isinstance(attention, nn.MultiheadAttention)
+    region = sharding.regions[0]
+    assert region.columns == region.rows == region.entered == region.ends == {id(attention)}
+    packed = sharding.params[id(attention.in_proj_weight)]
+    assert (packed.unit, packed.pieces, packed.dim) == (HEADS, 3, 0)
+    assert sharding.params[id(attention.out_proj.weight)].dim == 1
+    assert id(attention.out_proj.bias) not in sharding.params
+    assert (sharding.limits[0].size, sharding.notes) == (HEADS, ())
+
+
+def test_matrices_of_torchs_attention_share_one_bias() -> None:
+    attention, sharding = torch_sharding(HIDDEN // 2)
+    assert isinstance(attention, nn.MultiheadAttention)
+    for weight in (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight):
+        assert sharding.params[id(weight)].pieces == 1
+    assert sharding.params[id(attention.in_proj_bias)].pieces == 3
+
+
+def test_weights_of_attention_that_are_read_keep_it_whole() -> None:
+    """Torch gives their mean over the heads, of which a rank has only its own."""
+    with pytest.raises(UnsupportedRules) as refusal:
+        torch_sharding(returns=True)
+    assert str(refusal.value) == (
+        "no shard can run aten.mean in attention: goes over a divided dimension; t = 1 only"
+    )
+
+
+class Classifier(nn.Module):
+    """As many kinds of tokens as classes."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.kinds, self.table = nn.Embedding(classes, HIDDEN), nn.Embedding(VOCAB, HIDDEN)
+        self.layers = nn.ModuleList(PlannedLayer() for _ in range(2))
+        self.head = nn.Linear(HIDDEN, classes)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids) + self.kinds(torch.zeros_like(ids))
+        for layer in self.layers:
+            x = layer(x)
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def test_a_table_of_kinds_of_tokens_is_no_vocabulary() -> None:
+    with torch.device("meta"):
+        model = Classifier(classes=2)
+    loaded = LoadedModel(module=model, name="classifier", make_batch=None, loss=None)
+    sharding = sharding_rules(loaded, SETTING)
+    tables = {id(each.weight) for each in (model.kinds, model.table, model.head)}
+    assert (sharding.vocab_size, tables & sharding.params.keys()) == (None, set())

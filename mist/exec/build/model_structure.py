@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from mist.trace.recording.layer_dependencies import Handovers
 from mist.trace.recording.shim import runs_anywhere
 from mist.trace.repeated_blocks import Layers, find_layers
 from mist.trace.runs import traced_layers
+
+NUM_SAMPLES: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ def _watched(fake: LoadedModel, layers: Layers, mode: FakeTensorMode, seq_len: i
     """A run of a fake model in which these layers are watched."""
     watch = _Watch(model=fake.module, layers=layers)
     with mode, runs_anywhere(fake.module), watch.hooks():
-        watch.handovers.ends(fake.run(fake.batch(2, seq_len)))
+        watch.handovers.ends(fake.run(fake.batch(NUM_SAMPLES, seq_len)))
     return watch
 
 
@@ -199,7 +201,7 @@ class _Watch(TorchFunctionMode):
         self.outputs.append(LayerOutput.of(output))
         tensors = list(tensors_in(output))
         self.hidden = tensors[0]
-        self.handovers.leaves(tensors)
+        self.handovers.leaves(tensors, by_sample=self.hidden.shape[:1] == (NUM_SAMPLES,))
 
 
 def _structure(original: nn.Module, watch: _Watch) -> ModelStructure:

@@ -345,9 +345,11 @@ def _on_entry(
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         values = enumerate((*args, *kwargs.values()))
         floats = [x for i, x in values if _is_activation(x) and (places is None or i in places)]
-        activations = {id(x) for x in floats if x.requires_grad} or {id(x) for x in floats[:1]}
-        new_kwargs = {n: enter(x) if id(x) in activations else x for n, x in kwargs.items()}
-        return tuple(enter(x) if id(x) in activations else x for x in args), new_kwargs
+        activations = [x for x in floats if x.requires_grad] or floats[:1]
+        # A tensor that is given twice stays one: attention to itself knows itself by that.
+        entered = {id(x): enter(x) for x in {id(x): x for x in activations}.values()}
+        new_kwargs = {n: entered.get(id(x), x) for n, x in kwargs.items()}
+        return tuple(entered.get(id(x), x) for x in args), new_kwargs
 
     module.register_forward_pre_hook(on_input, prepend=True, with_kwargs=True)
 

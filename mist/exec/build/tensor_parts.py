@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from mist.trace.operations.sized_calls import uncounted
+
 Forward = Callable[..., torch.Tensor]
 
 
@@ -71,7 +73,8 @@ def _forward(
     *args: object,
     **kwargs: object,
 ) -> torch.Tensor:
-    parts = {name: _as_read(module, name, rule, num_ranks) for name, rule in rules.items()}
+    with uncounted():
+        parts = {name: _as_read(module, name, rule, num_ranks) for name, rule in rules.items()}
     return with_parts(module, forward, parts, *args, **kwargs)
 
 
@@ -92,7 +95,8 @@ def divide_parameter(
     """Replace a parameter by this rank's part of a value."""
     trained = module.get_parameter(name).requires_grad
     divided = distribute_tensor(value, mesh, (placement,), src_data_rank=None)
-    module.register_parameter(name, nn.Parameter(divided, trained))
+    owner, attribute = _owner(module, name)
+    owner.register_parameter(attribute, nn.Parameter(divided, trained))
 
 
 def part_of(module: nn.Module, name: str) -> torch.Tensor:
@@ -110,12 +114,20 @@ def with_parts(
     **kwargs: object,
 ) -> torch.Tensor:
     """A module's own forward with other tensors in the place of its parameters."""
-    vars(module).update(parts)  # is found before the parameters of these names
+    owners = {name: _owner(module, name) for name in parts}
+    for name, (owner, attribute) in owners.items():
+        vars(owner)[attribute] = parts[name]  # is found before the parameter of this name
     try:
         return forward(*args, **kwargs)
     finally:
-        for name in parts:
-            del vars(module)[name]
+        for owner, attribute in owners.values():
+            del vars(owner)[attribute]
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a parameter, at or in this one, and its name there."""
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path), attribute
 
 
 def in_model_order(value: DTensor, matrices: SideBySide) -> torch.Tensor:

@@ -34,6 +34,9 @@ from mist.trace.tensor_parallel.tp_sharding import (
     VOCAB_SIZE,
     Sharding,
     UnsupportedRules,
+    entering,
+    matrices_in,
+    matrices_of,
     matrix_of,
 )
 
@@ -184,19 +187,16 @@ def _like(
 ) -> Mapping[str, str]:
     """For each layer one that costs the same and has rules: the trace looks at one of each kind.
 
-    Raises ModelError for a layer without rules.
+    Of a kind of which nothing is divided that is the first.
     """
-    known = {
-        signature(loaded.module.get_submodule(layer)): layer
-        for layer in reversed(structure.layers)
+    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in structure.layers}
+    first = {kind: layer for layer, kind in reversed(kinds.items())}
+    divided = {
+        kind: layer
+        for layer, kind in reversed(kinds.items())
         if any(region.is_in(layer) for region in regions)
     }
-    kinds = {layer: signature(loaded.module.get_submodule(layer)) for layer in structure.layers}
-    for layer, kind in kinds.items():
-        if kind not in known:
-            raise ModelError(
-                f"no tensor-parallel rules are known for {layer} of {loaded.name}. Use tp 1."
-            )
+    known = first | divided
     return {layer: known[kind] for layer, kind in kinds.items()}
 
 
@@ -248,12 +248,17 @@ def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule
     """Of modules with divided parameters that are neither linear layers nor tables."""
     rules_by_module: dict[str, dict[str, PartRule]] = {}
     rows = frozenset(each for region in sharding.regions for each in region.rows)
+    # Modules whose parameters another one's forward reads: it has the rules.
+    readers = {id(m.module) for m in matrices_in(model).values()}
     for name, module in model.named_modules():
         fused = sharding.fused.get(id(module), ())
         # Torch's style for a linear layer takes one range of its outputs, and its own forward.
-        if isinstance(module, nn.Embedding) or (type(module) is nn.Linear and len(fused) < 2):
+        plain = type(module) is nn.Linear and len(fused) < 2
+        unread = matrix_of(module) is not None and id(module) not in readers
+        if isinstance(module, nn.Embedding) or plain or unread:
             continue
-        parameters = dict(module.named_parameters(recurse=False))
+        whole = isinstance(module, nn.MultiheadAttention)
+        parameters = dict(module.named_parameters(recurse=whole))
         shares = {
             n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
         }
@@ -314,7 +319,7 @@ class _Inputs(TorchFunctionMode):
     around: frozenset[str]
     stack: list[tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=list)
     arguments: dict[str, tuple[object, ...]] = field(default_factory=dict)
-    linear: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = field(default_factory=dict)
+    linear: dict[str, tuple[list[torch.Tensor], tuple[str, ...]]] = field(default_factory=dict)
     read_elsewhere: dict[int, tuple[torch.Tensor, set[str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -332,7 +337,7 @@ class _Inputs(TorchFunctionMode):
     ) -> object:
         output = func(*args, **(kwargs or {}))
         owner = self.stack[-1][0] if self.stack else ""
-        linear = matrix_of(self.model.get_submodule(owner)) is not None
+        linear = bool(matrices_of(self.model.get_submodule(owner)))
         inside = any(name in self.around for name, _ in self.stack)
         if not (linear or inside) and getattr(func, "__name__", "") not in GETTERS:
             handed_on = {id(leaf) for leaf in tree_leaves(output)}  # a cast to what it is already
@@ -349,10 +354,11 @@ class _Inputs(TorchFunctionMode):
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.stack.append((name, tuple(tensors)))
             self.arguments[name] = (*args, *kwargs.values())
-            if matrix_of(module) is not None or name in self.around:
+            if matrices_of(module) or name in self.around:
                 # The stack is of the modules around, so the chain is known now, the readers at the
                 # end only.
-                self.linear[name] = (tensors[0], tuple(self._chain(tensors[0])))
+                read = entering(module, args, kwargs)
+                self.linear[name] = (read, tuple(self._chain(read[0])))
 
         return enter
 
@@ -372,7 +378,7 @@ class _Inputs(TorchFunctionMode):
         Around a region there may be parameters that read something else, as a norm does in front of
         attention to an encoder.
         """
-        tensor, chain = self.linear[name]
+        (tensor, *_), chain = self.linear[name]
         _, readers = self.read_elsewhere.get(id(tensor), (tensor, set()))
         inside = (each for each in chain if f"{each}.".startswith(f"{around}."))
         alone = takewhile(
@@ -386,7 +392,7 @@ class _Inputs(TorchFunctionMode):
         separate = (region for region in regions if region.block is None)
         pairs = [pair for region in separate for pair in region.entries.items()]
         for name, entry in pairs:
-            tensor, _ = self.linear[name]
-            given = (i for i, each in enumerate(self.arguments[entry]) if each is tensor)
+            read = {id(tensor) for tensor in self.linear[name][0]}
+            given = (i for i, each in enumerate(self.arguments[entry]) if id(each) in read)
             places.setdefault(entry, set()).update(given)
         return {entry: frozenset(found) for entry, found in places.items() if found}

@@ -20,6 +20,7 @@ TAKES_MORE: Final = (
     "a layer takes more than what the layer before it gives (a condition, an encoder's result)"
 )
 CHANGED: Final = "what a layer gives is changed before the next layer takes it"
+NO_SAMPLES: Final = "what layers pass on has no samples in its first dimension (tokens come first)"
 CALLED_AGAIN: Final = "a layer is called again with the same parameters"
 HEAD_TAKES_MORE: Final = "what follows the last layer takes more than what that layer gives"
 
@@ -103,8 +104,10 @@ class Handovers:
         if again:
             self.fault = CALLED_AGAIN
 
-    def leaves(self, tensors: Sequence[torch.Tensor]) -> None:
-        """A layer gave these."""
+    def leaves(self, tensors: Sequence[torch.Tensor], *, by_sample: bool) -> None:
+        """A layer gave these. `by_sample`: the first dimension of the first one is of samples."""
+        if not by_sample:
+            self.fault = NO_SAMPLES
         self._earlier.append(self._given)
         self._given, *others = tensors
         self._earlier += others

@@ -10,7 +10,7 @@ from torch import nn
 
 from mist.model.graph import Op, SavedTensor
 from mist.trace.operations.sized_calls import SizeRule
-from mist.trace.recording.recorder import Part
+from mist.trace.recording.recorded_part import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ backward call, and a saved tensor, to the forward call and module that caused it
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import sympy
@@ -23,7 +23,6 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mist.errors import TraceError
 from mist.model.graph import Op, OpKind, Phase, SavedTensor, T, TensorLayout
@@ -33,10 +32,9 @@ from mist.trace.operations.flops import work_of
 from mist.trace.operations.fusion import Kernel
 from mist.trace.operations.traffic import moves_bytes, read_bytes, traffic_class, written_bytes
 from mist.trace.operations.work import Work
-from mist.trace.recording.graph_edges import activation
 from mist.trace.recording.liveness import BackwardCall, Live
 from mist.trace.recording.op_limit import OpLimit
-from mist.trace.recording.split_backward import Awaited
+from mist.trace.recording.recorded_part import Mixed, Origin, Part, SavedStorage
 from mist.trace.tensor_parallel.tp_check import (
     JOINED,
     PRODUCTS,
@@ -50,107 +48,6 @@ from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
 
 KNOWN_NAMESPACES: Final = frozenset({"aten", "mist", "prims", "profiler"})
 ACCUMULATE: Final = "torch::autograd::AccumulateGrad"
-
-
-@dataclass(slots=True)
-class SavedStorage:
-    """A saved storage, before its origin and layout are known."""
-
-    bytes: Expr
-    shape: tuple[Expr, ...]
-    dtype: str
-    sequence: int
-    key: int
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a call belongs to: operation, module, and whether that module needs all tokens."""
-
-    op: str = ""
-    module: str = ""
-    whole: bool = False
-    compiled: bool = False
-    makers: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Part:
-    """What is recorded of one part: a layer, or what comes before or after the layers.
-
-    `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
-    compiled graph; then `makers` are the operations that made its storages. `entered`: modules
-    whose input enters a tensor-parallel region, with the storages of their calls; `exposed`: those
-    whose input no module around them was given; `flows`: those, and ends of a region, through which
-    a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
-    `works_forward`: its forward pass may hold most, too. `mixed`: modules with operations that a
-    shard cannot run, with the reason; `over_tokens`: that go over the tokens of whole tensors;
-    `refusals`: why `mist apply` cannot divide it. `input`: the storage of its input activation.
-    """
-
-    name: str
-    live: Live
-    shared: frozenset[int] = frozenset()
-    whole: bool = False
-    compiled: bool = False
-    makers: dict[int, str] = field(default_factory=dict)
-    ops: list[Op] = field(default_factory=list)
-    num_recomputed_ops: int = 0
-    storages: dict[int, SavedStorage] = field(default_factory=dict)
-    used: dict[int, None] = field(default_factory=dict)
-    gathered: set[int] = field(default_factory=set)
-    entered: dict[int, list[int]] = field(default_factory=dict)
-    exposed: set[int] = field(default_factory=set)
-    flows: set[int] = field(default_factory=set)
-    forward_only: bool = False
-    works_forward: bool = False
-    mixed: list[tuple[str, str]] = field(default_factory=list)
-    over_tokens: dict[str, None] = field(default_factory=dict)
-    refusals: list[str] = field(default_factory=list)
-    awaited: Awaited = field(default_factory=Awaited)
-    input: int | None = None
-    last: Origin = Origin()
-    origins: dict[int, Origin] = field(default_factory=dict)
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    # Weak keys: the graph must not prolong the lives that are recorded.
-    nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-
-    def saved(self) -> tuple[SavedTensor, ...]:
-        """The saved storages, with what saved them."""
-        return tuple(self._saved(storage) for storage in self.storages.values())
-
-    @property
-    def keeps_input(self) -> bool:
-        """Whether its input is among what it saved."""
-        return self.input in self.storages
-
-    def leave(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Of like layers the next one keeps, as its input, a result that this one keeps, too."""
-        hidden = activation(outputs)
-        if hidden is None or not self.keeps_input:
-            return
-        key = key_of(hidden)
-        if key in self.storages and key != self.input:
-            del self.storages[key]
-            self.live.release(key)
-
-    def early(self) -> tuple[SavedTensor, ...]:
-        """Those that the last operation with a parameter, and the ones before it, saved."""
-        stored, last = self.storages.values(), self.awaited.sequence
-        return tuple(self._saved(storage) for storage in stored if storage.sequence <= last)
-
-    def _saved(self, storage: SavedStorage) -> SavedTensor:
-        origin = self.origins.get(storage.sequence, Origin())
-        undivided = storage.key in self.gathered or not storage.bytes.free_symbols
-        whole = TensorLayout.GATHERED if undivided else TensorLayout.REPLICATED
-        return SavedTensor(
-            bytes=storage.bytes,
-            shape=storage.shape,
-            dtype=storage.dtype,
-            op=self.makers.get(storage.key, origin.op),
-            module=origin.module,
-            layout=TensorLayout.SHARDED if T in storage.bytes.free_symbols else whole,
-        )
 
 
 class Recorder(TorchDispatchMode):
@@ -239,12 +136,13 @@ class Recorder(TorchDispatchMode):
             )
         name = str(call.func.overloadpacket)
         origin = self._origin(part, name)
+        mixes: list[str] = []
         if self.phase == "backward":
             self._leave(part, call, origin)
         else:
             self._read(part, call)
             self._await(part, call, origin)
-            self._check(part, call, origin)
+            mixes = self._check(part, call, origin)
             self._gather(part, call)
             self._follow(part, call, origin)
             if part.forward_only or part.works_forward:
@@ -253,7 +151,8 @@ class Recorder(TorchDispatchMode):
         part.ops.extend(ops)
         if self._limit is not None and self.phase == "forward":
             self._limit.check(part.ops)
-        self._add_node(part, call, ops, origin.module)
+        node = self._add_node(part, call, ops, origin.module)
+        part.mixed += (Mixed(origin.module, words, node) for words in mixes)
 
     def _origin(self, part: Part, name: str) -> Origin:
         """The operation a call belongs to; in the forward pass remembered for the backward."""
@@ -306,14 +205,14 @@ class Recorder(TorchDispatchMode):
             )
         )
 
-    def _check(self, part: Part, call: Call, origin: Origin) -> None:
-        """Note what ranks with a share, of a dimension or of the tokens, could not run."""
-        for reason in mixing(call, self._symbols.shape):
-            part.mixed.append((origin.module, f"{origin.op} in {origin.module}: {reason}"))
+    def _check(self, part: Part, call: Call, origin: Origin) -> list[str]:
+        """What ranks with a share, of a dimension or of the tokens, could not run."""
+        place = f"{origin.op} in {origin.module}"
         if joins_shards(call, self._symbols.shape):
-            part.refusals.append(f"{origin.op} in {origin.module} {JOINED}")
+            part.refusals.append(f"{place} {JOINED}")
         if self._rank.columns and goes_over_tokens(call, self._symbols.shape):
             part.over_tokens[origin.module] = None
+        return [f"{place}: {reason}" for reason in mixing(call, self._symbols.shape)]
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
         """Note the storages that a call leaves alive, and their form on a rank."""
@@ -405,7 +304,7 @@ class Recorder(TorchDispatchMode):
         flop = self._symbols.expr(work.flop)
         return flop if work.log2_of == 2 else flop * sympy.log(self._symbols.expr(work.log2_of), 2)
 
-    def _add_node(self, part: Part, call: Call, ops: list[Op], module: str) -> None:
+    def _add_node(self, part: Part, call: Call, ops: list[Op], module: str) -> fx.Node:
         def node_of(value: object) -> object:
             if isinstance(value, torch.Tensor):
                 if value not in part.nodes:
@@ -430,6 +329,7 @@ class Recorder(TorchDispatchMode):
             phase=self.phase,
             module=module,
         )
+        return node
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Hook on saving a tensor for backward: count its storage once."""

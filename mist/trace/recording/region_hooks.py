@@ -11,7 +11,7 @@ from torch import nn
 
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.recording.recorder import Recorder
-from mist.trace.tensor_parallel.tp_sharding import Sharding
+from mist.trace.tensor_parallel.tp_sharding import Sharding, entering, matrix_of
 
 
 @contextmanager
@@ -24,12 +24,13 @@ def region_hooks(recorder: Recorder, sharding: Sharding, model: nn.Module) -> It
 
     def gather(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         if recorder.part is not None:
-            x = next(tensors_in((args, kwargs)))
-            recorder.part.gathered.add(key_of(x))
-            recorder.part.entered.setdefault(id(module), []).append(key_of(x))
-            around = (given[id(outer)] for outer in recorder.callers[:-1])
-            if not any(id(x) in ids for ids in around):
-                recorder.part.exposed.add(id(module))
+            # Where a matrix is no module of its own, the module around it is given its input.
+            around = recorder.callers[:-1] if matrix_of(module) else recorder.callers
+            for x in entering(module, args, kwargs):
+                recorder.part.gathered.add(key_of(x))
+                recorder.part.entered.setdefault(id(module), []).append(key_of(x))
+                if not any(id(x) in given[id(outer)] for outer in around):
+                    recorder.part.exposed.add(id(module))
             flow(module, args, (args, kwargs))
 
     def flow(module: nn.Module, args: object, tensors: object) -> None:

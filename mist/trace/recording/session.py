@@ -38,8 +38,9 @@ from mist.trace.recording.graph_edges import Seed, activation, leaf, output
 from mist.trace.recording.layer_dependencies import Flow, Handovers
 from mist.trace.recording.liveness import Counted
 from mist.trace.recording.op_limit import OpLimit
+from mist.trace.recording.recorded_part import Origin, Part
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
-from mist.trace.recording.recorder import Origin, Part, Recorder, recording
+from mist.trace.recording.recorder import Recorder, recording
 from mist.trace.recording.region_hooks import region_hooks
 from mist.trace.recording.shim import fused_norms, runs_as
 from mist.trace.repeated_blocks import Layers, Signature
@@ -251,12 +252,17 @@ class Session:
             leaves = tree_map(leaf, self.pieces[kind].outputs)
             outputs = tree_map(self._as_input, leaves)
             self.flow.add_outputs(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
-            self.handovers.leaves(list(tensors_in(outputs)))
+            given = list(tensors_in(outputs))
+            self.handovers.leaves(given, by_sample=self._is_by_sample(given[0]))
             self._leave_layer(index)
             if self.forms and not self.layers.shared and len(self.order) == len(self.layers.lists):
                 raise LayersDone
         self.recorder.part = self.outer.part
         return outputs
+
+    def _is_by_sample(self, tensor: torch.Tensor) -> bool:
+        """Whether the first dimension is of samples; as expressions, which guard nothing."""
+        return self.symbols.shape(tensor)[:1] == (self.symbols.expr(self.sizes[0]),)
 
     def _refuse_parallel(self, number: int) -> None:
         """Raise NotALayerList for a list whose layers do not take what others of it gave.
@@ -351,6 +357,8 @@ class Session:
             piece.part.leave(list(tensors_in(outputs)))
         input_keys = frozenset(key_of(t) for t in tensors)
         piece.outputs = tree_map(partial(output, input_keys), outputs)
+        nodes = piece.part.nodes
+        piece.part.results = frozenset(nodes[t] for t in tensors_in(outputs) if t in nodes)
         starts = [t for t in tensors_in(outputs) if t.grad_fn is not None]
         seed = self._seed(piece, starts) if starts and self.point.backward else None
         del outputs, starts  # what comes after the layer frees its results before it goes backward

@@ -33,6 +33,7 @@ from mist.trace.operations.kernels import (
     fused_rms_norm_backward,
 )
 from mist.trace.operations.known_scans import scans_as_kernels
+from mist.trace.operations.message_passing import edges_as_given
 from mist.trace.operations.recurrent import RECURRENT
 from mist.trace.operations.symbolic_sizes import symbolic_sizes
 from mist.trace.operations.windows import Windows, windowed_masks
@@ -148,6 +149,7 @@ def runs_as(setting: TraceSetting, modules: Iterable[nn.Module] = ()) -> Iterato
     with ExitStack() as stack:
         stack.enter_context(without_log("transformers"))
         stack.enter_context(symbolic_sizes())
+        stack.enter_context(edges_as_given())
         kernels = stack.enter_context(ImitatedKernels(setting.policy))
         if (masking := sys.modules.get(MASKING)) is not None:
             stack.enter_context(patch.object(masking, PACKED_CHECK, _not_packed))
@@ -173,7 +175,8 @@ def runs_anywhere(model: nn.Module) -> Iterator[None]:
     For what takes what from which; costs are those of `runs_as`.
     """
     modules = list(model.modules())
-    with ImitatedKernels("cpu"), scans_as_kernels(modules), flex_as_flash(modules, Windows()):
+    scans, flex = scans_as_kernels(modules), flex_as_flash(modules, Windows())
+    with ImitatedKernels("cpu"), edges_as_given(), scans, flex:
         yield
 
 

@@ -39,6 +39,7 @@ from mist.trace.operations.sized_calls import (
     sized_call,
     with_operands,
 )
+from mist.trace.tensor_parallel.tp_sharding import matrix_of
 
 # Numbers that no product of a model's own sizes equals: they order sizes with b and s in them.
 LARGE: Final = {B: 1009, S: 100003}
@@ -78,7 +79,7 @@ class LocalSizes(SizedCalls):
         hooks = [
             register_module_forward_pre_hook(self.enter),
             register_module_forward_hook(self.leave, always_call=True),
-            *(module.register_forward_hook(self._made) for module in columns),
+            *(m.register_forward_hook(self._made) for m in columns if matrix_of(m) is not None),
         ]
         try:
             with self:

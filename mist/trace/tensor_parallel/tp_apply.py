@@ -15,7 +15,7 @@ def undivided(model: nn.Module, sharding: Sharding) -> str | None:
     """
     modules = {id(module): (name, module) for name, module in model.named_modules()}
     for region in sharding.regions:
-        if region.columns == region.rows:  # experts: one module with both
+        if region.columns == region.rows:  # experts, torch's attention: one module with both
             continue
         rows = dict(sorted(modules[each] for each in region.rows))
         row = next(filter(None, map(matrix_of, rows.values())), None)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mist.model.summary import TpLimit
+from mist.trace.dispatch_call import tensors_in
 from mist.trace.operations.sized_calls import SizeRule
 
 # Attributes of an attention module that hold a number of heads or the width of all heads.
@@ -25,6 +26,9 @@ HEADS: Final = ("num_heads", "n_heads", "n_head", "num_attention_heads", "n_loca
 KV_HEADS: Final = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "n_local_kv_heads")
 WIDTHS: Final = ("split_size", "all_head_size", "inner_dim")
 VOCAB_SIZE: Final = "vocab_size"
+IN_ONE: Final = ("in_proj_weight",)  # of nn.MultiheadAttention
+SEPARATE: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
+ATTENDED: Final = ("query", "key", "value")  # what it is given
 HEAD_DIMS: Final = ("head_dim", "head_size", "attention_head_size")
 
 
@@ -286,13 +290,20 @@ def _shares(region: Region) -> dict[int, Share]:
         )
         shares[id(matrix.weight)] = share
         if matrix.bias is not None:
-            shares[id(matrix.bias)] = replace(share, dim=matrix.bias.dim() - 1)
+            shares[id(matrix.bias)] = _of_bias(matrix, matrix.bias, share)
     for matrix in region.rowwise:
         multiple = matrix.num_in // unit
         shares[id(matrix.weight)] = Share(unit=unit, multiple=multiple, dim=matrix.in_dim)
     for parameter in region.per_head():
         shares[id(parameter)] = Share(unit=unit, multiple=len(parameter) // unit)
     return shares
+
+
+def _of_bias(matrix: Matrix, bias: torch.Tensor, share: Share) -> Share:
+    """The share of a bias, which may be that of several matrices side by side."""
+    dim, matrices = bias.dim() - 1, bias.shape[-1] // matrix.num_out
+    multiple, pieces = share.multiple * matrices, share.pieces * matrices
+    return replace(share, dim=dim, multiple=multiple, pieces=pieces)
 
 
 def _limits(region: Region) -> Iterator[TpLimit]:
@@ -316,7 +327,8 @@ def _attributes(region: Region) -> Iterator[Attribute]:
     wanted = dict.fromkeys((*HEADS, *KV_HEADS), region.counts)
     wanted |= {name: {region.width} for name in WIDTHS}
     for owner in region.owners:
-        table = vars(owner)
+        # Torch checks the numbers of its own attention against the width of what enters.
+        table = vars(owner) if not isinstance(owner, nn.MultiheadAttention) else {}
         for name, sizes in wanted.items():
             if type(table.get(name)) is int and table[name] in sizes:
                 yield table, name, Share(unit=unit, multiple=table[name] // unit)
@@ -374,6 +386,46 @@ def matrix_of(module: nn.Module) -> Matrix | None:
     assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor | None)
     out_dim = int(conv1d)
     return Matrix(weight=weight, bias=bias, module=module, out_dim=out_dim, in_dim=1 - out_dim)
+
+
+def matrices_of(module: nn.Module) -> Sequence[Matrix]:
+    """The matrices that a module's own forward multiplies with.
+
+    Torch's attention has those of queries, keys and values, in one or apart, and the one behind.
+    """
+    if not isinstance(module, nn.MultiheadAttention):
+        matrix = matrix_of(module)
+        return [] if matrix is None else [matrix]
+    names = IN_ONE if module._qkv_same_embed_dim else SEPARATE
+    each = [getattr(module, name) for name in names]
+    row = matrix_of(module.out_proj)
+    assert row is not None
+    column = Matrix(
+        weight=row.weight,
+        bias=module.in_proj_bias,
+        module=module,
+        out_dim=0,
+        in_dim=1,
+        pieces=len(SEPARATE) // len(each),
+    )
+    columns = [replace(column, weight=weight) for weight in each]
+    return [*columns, replace(row, module=module)]
+
+
+def matrices_in(model: nn.Module) -> dict[int, Matrix]:
+    """All matrices of a model, by weight; each with the module whose forward reads it."""
+    # A module that reads those of modules in it comes before them, and counts.
+    return {id(m.weight): m for each in reversed([*model.modules()]) for m in matrices_of(each)}
+
+
+def entering(
+    module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+) -> list[torch.Tensor]:
+    """What a call gives the column-parallel matrices of a module to read, each tensor once."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return list(tensors_in((args, kwargs)))[:1]
+    named = dict(zip(ATTENDED, args, strict=False)) | dict(kwargs)
+    return list({id(x): x for x in tensors_in([named[name] for name in ATTENDED])}.values())
 
 
 def first_int(owner: object, names: Sequence[str]) -> int | None:
