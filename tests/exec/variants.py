@@ -469,6 +469,15 @@ SLOW = (
         num_steps=20,
     ),
     Variant(
+        name="pp2 dp2 tp2 sp levels, 20 steps",
+        stages=(
+            S(layers=(3,), dp=2, tp=2, sp=True, zero=2, full=1, sac_half=1, sdpa_only=1),
+            S(layers=(1,), dp=2, tp=2, sp=True, zero=2, selective=1),
+        ),
+        micro=4,
+        num_steps=20,
+    ),
+    Variant(
         name="dp2 tp2 to converted dp4, 20 steps",
         stages=(
             S(layers=(2,), dp=2, tp=2, zero=1, full=1),
