@@ -87,3 +87,27 @@ def test_a_kernel_of_its_own_keeps_no_scores() -> None:
     assert eager.kept_bytes == selective.kept_bytes
     (law,) = selective.recompute_s.atoms(sym.ATTENTION_FORWARD)
     assert selective.recompute_s == sym.FIGURES["kernels.attention_time_scale"] * law
+
+
+def test_torchtitan_keeps_every_second_product_and_attention() -> None:
+    """Per-op mode (activation_checkpoint.py): of a Llama layer's 7 products the 1st, 3rd, 5th, 7th.
+
+    2 bytes a number of queries, values, gate and the last product, of what attention gives and of
+    the layer's input, and fp32 statistics of attention for each head.
+    """
+    width, ffn = 128, 352
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=width, num_hidden_layers=2, num_attention_heads=HEADS,
+        intermediate_size=ffn,
+    )  # fmt: skip
+    setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
+    (block,) = trace_model(build(config, torch.bfloat16, "meta"), setting).blocks
+    titan = adamw_setting(load_runtime("torchtitan").profile)
+    rows = level_costs(layer_cost(block, titan), titan.runtime, is_layer=True)
+    (selective,) = (level for level in rows if level.name == "selective")
+    token = 2 * (3 * width + ffn) + 2 * width + 2 * width + 4 * HEADS
+    assert value(selective.kept_bytes, 1) == pytest.approx(token * SAMPLES * TOKENS, abs=RNG_STATE)
+    again = selective.recompute_s.atoms(sym.GEMM)
+    flop = sum(2 * value(sympy.prod(call.args), 1) for call in again)
+    # Keys, the output of attention and `up`.
+    assert flop == 2 * SAMPLES * TOKENS * width * (2 * width + ffn)

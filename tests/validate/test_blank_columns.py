@@ -23,7 +23,7 @@ def test_a_run_that_says_all_is_its_only_case() -> None:
 
 def test_a_layout_that_nobody_states_is_one_of_the_usual_ones() -> None:
     """Tensor parallelism in a node, no stages, copies for the rest; 4 heads cannot be cut in 8."""
-    first, *rest = filled_runs(run(dp=None, tp=None, pp=None, zero_or_fsdp="zero1"), load_sources())
+    first, *rest = filled_runs(run(dp=None, tp=None, pp=None, n_heads=4), load_sources())
     layouts = [(case.run.dp, case.run.tp, case.run.pp) for case in (first, *rest)]
     assert layouts == [(2, 4, 1), (8, 1, 1), (4, 2, 1)]
     assert [case.column for case in (first, *rest)] == ["", "tp", "tp"]
