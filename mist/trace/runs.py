@@ -288,14 +288,18 @@ def _notes_of_operations(names: set[str], run: RecordedRun) -> Iterator[str]:
         yield ROUTED
 
 
+def _notes_of_modules(model: nn.Module) -> Iterator[str]:
+    """What libraries of layers take for granted."""
+    if passes_messages(model.modules()):
+        yield GRAPHS
+
+
 def _notes(subject: RunSubject, run: RecordedRun) -> Iterator[str]:
     """What a reader of the costs should know."""
     ops = list(run.ops())
     size = subject.sharding.vocab_size if subject.sharding else None
     if subject.layers is None:
         yield NO_LAYERS
-    if passes_messages(subject.model.module.modules()):
-        yield GRAPHS
     if size is not None and size % 8:
         yield f"the vocabulary of {size} is taken as {size}/t per rank; frameworks pad it"
     if run.own_checkpoints:
@@ -303,5 +307,6 @@ def _notes(subject: RunSubject, run: RecordedRun) -> Iterator[str]:
     if not run.sequential:
         yield SHARED if len(set(run.order)) < len(run.order) else OUT_OF_LINE
     yield from _notes_of_operations({op.name for op in ops}, run)
+    yield from _notes_of_modules(subject.model.module)
     if S not in run.fixed and not any(S in op.traffic_bytes.free_symbols for op in ops):
         yield ONE_SIZE

@@ -85,9 +85,16 @@ def find_sharding(
     normed = any(block.normed_attention for block in blocks)
     notes = (f"{WHOLE_ATTENTION}{NORMED if normed else ''}",) if attention else ()
     # What lies outside the layers has all tokens as it is.
+    whole = (sharding.whole & _inside_layers(model, run)) | attention
+    return replace(sharding, whole=whole, notes=notes)
+
+
+def _inside_layers(model: nn.Module, run: RecordedRun) -> set[int]:
+    """All modules in layers, of which a run records one of each kind."""
     every = find_layers(model)
-    inside = {id(m) for layer in (every.modules if every else ()) for m in layer.modules()}
-    return replace(sharding, whole=(sharding.whole & inside) | attention, notes=notes)
+    recorded = [piece.module for piece in run.layers if piece.module is not None]
+    layers = [*recorded, *(every.modules if every else ())]
+    return {id(module) for layer in layers for module in layer.modules()}
 
 
 def _divided(
@@ -122,7 +129,7 @@ def _vocabulary(model: nn.Module, run: RecordedRun) -> Iterator[nn.Module]:
     Another table of that size, of positions, is no vocabulary; nor is one of kinds of tokens that
     has as many rows as there are classes. Vocabularies are looked up by what the model is given.
     """
-    inside = {id(m) for piece in run.layers if piece.module for m in piece.module.modules()}
+    inside = _inside_layers(model, run)
     outside = [m for m in model.modules() if id(m) not in inside]
     every = [m for m in outside if isinstance(m, nn.Embedding)]
     given = _looked_up(run)
@@ -174,8 +181,8 @@ class _Block:
         self._hidden = outputs[0].shape[-1] if outputs else 0  # the width of the residual stream
         nodes = [n for n in piece.part.graph.nodes if n.meta.get("phase") == "forward"]
         self._nodes = nodes
-        self._scores = {n: heads for n in nodes if (heads := self._score_heads(n)) is not None}
-        self._attention = [n for n in nodes if n.target in ATTENTION or n in self._scores]
+        self._scores = {n: self._score_heads(n) for n in nodes if n.target in SOFTMAX}
+        self._attention = [*filter(self._attends, nodes)]
         self._products = {n: m for n in nodes if (m := self._matrix(n)) is not None}
         self._written = defaultdict[fx.Node, list[fx.Node]](list)  # by what calls write into
         for node in nodes:
@@ -258,10 +265,11 @@ class _Block:
             pairs=self._pairs(attention) if attention else frozenset(),
         )
 
+    def _attends(self, node: fx.Node) -> bool:
+        return node.target in ATTENTION or self._scores.get(node) is not None
+
     def _score_heads(self, node: fx.Node) -> int | None:
-        """The heads of attention scores [b, heads, s, s]; None for another node, as of routing."""
-        if node.target not in SOFTMAX:
-            return None
+        """The heads of the softmax of scores [b, heads, s, s]; None for another one, of routing."""
         module = self.layer.get_submodule(str(node.meta["module"]))
         if isinstance(module, nn.MultiheadAttention):  # [b * heads, s, s]
             return int(module.num_heads)
@@ -279,7 +287,7 @@ class _Block:
 
     def _pairs(self, attention: fx.Node) -> frozenset[int]:
         """Weights of matrices that give both keys and values, and no queries."""
-        if attention in self._scores:
+        if self._scores.get(attention):
             return frozenset()
         queries, keys, values = (self._behind([each]).sources for each in attention.args[:3])
         return frozenset((keys.keys() & values.keys()) - queries.keys())

@@ -246,36 +246,35 @@ def _apart(entries: Mapping[str, str]) -> dict[str, str]:
 
 def _parts(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, PartRule]]:
     """Of modules with divided parameters that are neither linear layers nor tables."""
-    rules_by_module: dict[str, dict[str, PartRule]] = {}
-    rows = frozenset(each for region in sharding.regions for each in region.rows)
     # Modules whose parameters another one's forward reads: it has the rules.
     readers = {id(m.module) for m in matrices_in(model).values()}
+    rules_by_module: dict[str, dict[str, PartRule]] = {}
     for name, module in model.named_modules():
-        fused = sharding.fused.get(id(module), ())
         # Torch's style for a linear layer takes one range of its outputs, and its own forward.
-        plain = type(module) is nn.Linear and len(fused) < 2
+        plain = type(module) is nn.Linear and len(sharding.fused.get(id(module), ())) < 2
         unread = matrix_of(module) is not None and id(module) not in readers
-        if isinstance(module, nn.Embedding) or plain or unread:
-            continue
-        whole = isinstance(module, nn.MultiheadAttention)
-        parameters = dict(module.named_parameters(recurse=whole))
-        shares = {
-            n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params
-        }
-        rules = {
-            n: PartRule(
-                dim=share.dim - parameters[n].dim(),
-                widths=fused or share.widths_of(parameters[n]),
-            )
-            for n, share in shares.items()
-        }
-        if id(module) in rows:  # its bias is added to the sum once
-            rules |= {
-                n: PartRule(dim=None) for n in parameters.keys() - shares if n.endswith("bias")
-            }
-        if rules:
-            rules_by_module[name] = rules
-    return rules_by_module
+        if not isinstance(module, nn.Embedding) and not plain and not unread:
+            rules_by_module[name] = _parts_of(module, sharding)
+    return {name: rules for name, rules in rules_by_module.items() if rules}
+
+
+def _parts_of(module: nn.Module, sharding: Sharding) -> dict[str, PartRule]:
+    """Of one module's parameters; of torch's attention also those that it reads in another one."""
+    whole = isinstance(module, nn.MultiheadAttention)
+    parameters = dict(module.named_parameters(recurse=whole))
+    shares = {n: sharding.params[id(p)] for n, p in parameters.items() if id(p) in sharding.params}
+    fused = sharding.fused.get(id(module), ())
+    rules = {
+        n: PartRule(
+            dim=share.dim - parameters[n].dim(), widths=fused or share.widths_of(parameters[n])
+        )
+        for n, share in shares.items()
+    }
+    if any(id(module) in region.rows for region in sharding.regions):
+        # Its bias is added to the sum once.
+        biases = (n for n in parameters.keys() - shares if n.endswith("bias"))
+        rules |= {n: PartRule(dim=None) for n in biases}
+    return rules
 
 
 def _local(model: nn.Module, sharding: Sharding, tp: int) -> dict[str, dict[str, int]]:
