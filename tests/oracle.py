@@ -336,25 +336,56 @@ def _instants(
     lone = rank.num_micro_batches == 1
     whole = 2 if rank.zero == 3 else 0
     held = 4 * layer if rank.zero >= 2 or lone else 0.0
-    copied = 6 if rank.zero >= 2 or _forward_first(rank) else 2
+    copied = max(6 if rank.zero >= 2 or _forward_first(rank) else 2, _lone_copies(rank))
+    boundary = rank.number(layers[0][0].boundary_bytes)
 
-    def running(buffer: float) -> float:
-        most = max(made + max(held, buffer), copied * layer)
+    def running(buffer: float, gone: float = 0.0, behind: float = 0.0) -> float:
+        most = max(made + max(held - gone, buffer), copied * layer - behind)
         return most + 2 * head + whole * layer
 
     def begins(buffer: float) -> list[float]:
+        left = _left_bytes_per_param(rank) * layer
+        first = running(buffer, max(0.0, min(kept) - left), max(0.0, min(kept) - boundary))
         if not last_stage(rank):
-            return [0.0, running(buffer)]
+            return [0.0, first]
         loss = working[-1] + buffer
-        return [0.0, running(buffer) - kept_bytes(rank, ends[-1]), loss]
+        return [0.0, first - kept_bytes(rank, ends[-1]), loss]
 
     buffer = 4 * root if rank.zero >= 2 else 0.0
     early = 0.0 if _forward_first(rank) else buffer
     none = [copied * root - whole * layer]
     if _forward_first(rank) and not lone:
         none += begins(buffer)
-    end = [running(early) + max(kept), max(none)]
+    end = [running(early, behind=max(0.0, max(kept) - boundary)) + max(kept), max(none)]
     return begins(early), end, whole * (root + layer)
+
+
+def _alone(rank: Rank) -> bool:
+    return rank.zero == 0 or rank.sharers == 1
+
+
+def _lone_copies(rank: Rank) -> float:
+    """Input, quotient and output of a reduction over one rank, less what states count or drop."""
+    if not _alone(rank):
+        return 0.0
+    if rank.zero >= 2:
+        return 12.0
+    if rank.num_micro_batches == 1:
+        return 10.0
+    return 6.0 if last_stage(rank) and not _forward_first(rank) else 0.0
+
+
+def _reducing_level(rank: Rank) -> int:
+    """The lowest ZeRO level at which the first backward pass of a step leaves shards."""
+    return 1 if rank.num_micro_batches == 1 else 2
+
+
+def _left_bytes_per_param(rank: Rank) -> float:
+    """Gradients of a layer behind the first backward pass, where states do not count them."""
+    if not _forward_first(rank):
+        return 0.0
+    shard = rank.sharers if rank.zero >= _reducing_level(rank) else 1
+    return (1 - rank.share("grads")) * 4 / shard
 
 
 def _working(rank: Rank, block: Block, level: str, graph: ModelGraph) -> float:
@@ -466,9 +497,8 @@ def _peak(
     if _forward_first(rank):
         each = 4 / (rank.sharers if rank.zero >= 2 else 1)
         amid = each * (stays * of_layers + rest)
-        if rank.num_micro_batches == 1:
-            each = 4 / (rank.sharers if rank.zero >= 1 else 1)
-        left_layers, left_rest = each * stays, each * rest
+        left_layers = _left_bytes_per_param(rank)
+        left_rest = 4 / (rank.sharers if rank.zero >= _reducing_level(rank) else 1) * rest
         if rank.num_micro_batches == 1 and rank.zero < 3:
             left_layers -= 2
     states -= amid
@@ -485,6 +515,10 @@ def _peak(
     flat = 2 * max(rest, biggest) if rank.zero >= 1 else 0.0
     flat -= 2 * biggest if rank.zero == 3 else 0.0
     instants = [*(size + idle for size in begin), max(first, none) - kept + waiting]
+    if _alone(rank) and rank.zero < 2 and rank.num_micro_batches > 1:
+        # The last reduction of a step: all gradients are there, and no activations.
+        largest = max(biggest, rest)
+        instants.append(amid + 8 * largest - 2 * of_layers - in_flight * kept - gathered)
     exchanged = boundary * _num_exchanged(rank, layers)
     buffers = exchanged + 2 * away * max(sizes)
     total = states + in_flight * kept + max(instants) + flat + gathered + buffers

@@ -41,7 +41,9 @@ class Transients(Record):
     memory serves nothing else (with `root_group`). `divided_loss_bytes_per_logit`: what the model's
     own loss holds more where tensor parallelism divides the logits. `token_copies`: activations are
     [samples, tokens, hidden] and collectives act on the first dimension, so that gathering tokens
-    of several samples, and scattering them, goes through a whole copy. `optimizer_bytes_per_param`:
+    of several samples, and scattering them, goes through a whole copy.
+    `lone_copies_bytes_per_param`: what the reduction of a group makes on a rank that divides no
+    gradients; null where that is not more than on others. `optimizer_bytes_per_param`:
     what a step of the optimizer makes and drops again, per parameter of a rank's shard, when no
     activation is left; under ZeRO-3 of `optimizer_group_params` parameters at a time (null: of all
     at once, as below ZeRO-3).
@@ -56,6 +58,7 @@ class Transients(Record):
     gather_pool: bool = False
     divided_loss_bytes_per_logit: Quantity | None = None
     token_copies: bool = False
+    lone_copies_bytes_per_param: Quantity | None = None
 
     def __post_init__(self) -> None:
         if (self.gradient_pool or self.gather_pool) and not self.root_group:

@@ -76,6 +76,13 @@ def max_over(rows: Sequence[Row], template: str, less: Sequence[Expr] = ()) -> E
     )
 
 
+def least_of(rows: Sequence[Row], template: str) -> Expr:
+    """The smallest of a term over the blocks that the stage has at all; see `sum_over`."""
+    counts = _counts(rows, template)
+    most = sym.larger(*counts)
+    return sym.smaller(*(most - sym.smaller(1, n) * (most - each) for each, n in counts.items()))
+
+
 def params_of(rows: Iterable[Row], which: str = "params") -> Expr:
     """Parameters of the stage on a rank, or `which`; a tied one that both ends have counts once."""
     return sum_over(rows, "{x}_" + which) - sym.FIRST * sym.LAST * term(f"tied_{which}")

@@ -59,6 +59,15 @@ def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) 
     }
 
 
+def _lone_copies(runtime: Runtime) -> dict[str, Expr]:
+    """What a reduction copies on a rank whose gradients are not divided; whether it does."""
+    copies = runtime.transients.lone_copies_bytes_per_param
+    alone = sympy.Integer(int(copies is not None))
+    alone = sympy.Piecewise((alone, sym.ZERO < 1), (alone, sym.SHARD < 2), (0, True))
+    size = sympy.Float(0.0 if copies is None else copies.value)
+    return {"copies_alone": alone, "lone_copies_bytes_per_param": alone * size}
+
+
 def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
     """Terms that belong to no block: bytes per parameter by ZeRO level, tied and shared tensors."""
     runtime, numerics = setting.runtime, setting.numerics
@@ -84,4 +93,5 @@ def memory_terms(graph: ModelGraph, setting: CostSetting) -> dict[str, Expr]:
         # From ZeRO-2 on every micro-batch reduces its gradients, through a buffer in fp32.
         "reduce_buffer_bytes_per_param": bytes_by_zero(reduced, at_least=2),
         "reduces": sym.zero_at_least(2),
+        **_lone_copies(runtime),
     }

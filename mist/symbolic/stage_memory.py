@@ -50,7 +50,15 @@ from mist.plans.memory_levels import KEEPS_ALL
 from mist.plans.numerics import Numerics
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
-from mist.symbolic.block_sums import Row, StageBlocks, max_over, params_of, sum_over, term
+from mist.symbolic.block_sums import (
+    Row,
+    StageBlocks,
+    least_of,
+    max_over,
+    params_of,
+    sum_over,
+    term,
+)
 from mist.symbolic.host_bytes import offloaded_bytes
 from mist.symbolic.optimizer_memory import stream_bytes
 from mist.symbolic.stream_pools import idle_bytes
@@ -113,7 +121,7 @@ def _with_idle(
     pending = PENDING_GRADIENTS_RATIO * gradient_bytes(blocks)
     begin, end, always = idle_bytes(blocks, runtime.transients, pending)
     # Instants that are the last backward pass's own count all gradients as live.
-    last = (1 - sym.SEVERAL_CHUNKS - _is_split_last()) * begin
+    last = (1 - sym.SEVERAL_CHUNKS - _is_split_last() - _is_lone_last()) * begin
     idle = {"begin_bytes": begin, "end_bytes": end, "last_bytes": last, "step_bytes": 0}
     return {name: size + idle[name] + always for name, size in instants.items()}
 
@@ -209,25 +217,46 @@ def _fsdp_instants(blocks: StageBlocks, numerics: Numerics) -> dict[str, Expr]:
 
 
 def backward_begin(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -> Expr:
-    """As a backward pass begins: in the loss, then in the layer that runs first.
+    """As a backward pass begins: in the loss, then in the layers that run first.
 
         max( working set of head and loss + buffer, on the last stage;
              a layer that runs backward - what the head kept )
 
+    The last layer runs beside the root's buffer. Those before it run beside a layer's, and have
+    what the last one kept for that, less its gradients where states have none of these yet; as
+    gradients are copied, what their layer kept is gone for the gradient of its input.
     `root_buffer`: what the root's reduction in the micro-batch before still holds.
     """
     head: list[Row] = [("head", "none", sym.LAST)]
     loss = _working_set(head, numerics) + sym.LAST * root_buffer
     head_kept = sym.LAST * term("head_none_kept_bytes")
-    return sym.larger(0, loss, layer_backward(blocks, numerics, root_buffer) - head_kept)
+    least = least_of(blocks.layers, "{x}_{level}_kept_bytes")
+    left = _first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
+    layer = layer_backward(
+        blocks,
+        numerics,
+        root_buffer,
+        gone=sym.larger(0, least - left),
+        gone_as_copied=sym.larger(0, least - term("activation_bytes")),
+    )
+    return sym.larger(0, loss, layer - head_kept)
 
 
-def layer_backward(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -> Expr:
+def layer_backward(
+    blocks: StageBlocks,
+    numerics: Numerics,
+    root_buffer: Expr,
+    *,
+    gone: Expr = sympy.S.Zero,
+    gone_as_copied: Expr = sympy.S.Zero,
+) -> Expr:
     """While the worst layer runs backward, then as FSDP2 copies its gradients to fp32.
 
     max( working set + fp32 buffer of the group that was reduced before;
-         gradients in compute precision + their fp32 copy )
+         gradients in compute precision + their fp32 copy, or the copies of a lone rank )
     + gradients of the head + [ZeRO-3] the gathered layer
+
+    `gone`: what was freed before the buffer is a layer's, `gone_as_copied`: before the copies.
     """
     trainable = max_over(blocks.layers, "{x}_trainable_params")
     fp32 = term("fp32_bytes_per_param")
@@ -235,8 +264,8 @@ def layer_backward(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -
     # behind this one; for the last layer it is the root, of the micro-batch before. A lone
     # micro-batch reduces at every ZeRO level.
     layer_buffer = sym.larger(term("reduce_buffer_bytes_per_param"), sym.LONE * fp32) * trainable
-    working = _layers_working_set(blocks, numerics) + sym.larger(layer_buffer, root_buffer)
-    copies = _gradient_copies(numerics) * trainable
+    working = _layers_working_set(blocks, numerics) + sym.larger(layer_buffer - gone, root_buffer)
+    copies = _gradient_copies(numerics) * trainable - gone_as_copied
     # Gradients of the head wait for those of the embedding: the root is one group.
     head = sym.LAST * term("head_trainable_params")
     head *= _fresh_gradients(numerics) * term("compute_bytes_per_param")
@@ -256,8 +285,13 @@ def backward_end(blocks: StageBlocks, numerics: Numerics) -> Expr:
     """
     buffer = _root_buffer(blocks)
     root = params_of(blocks.ends, "trainable_params")
-    layer = layer_backward(blocks, numerics, (1 - sym.FORWARD_FIRST) * buffer)
-    layer += max_over(blocks.layers, "{x}_{level}_kept_bytes")
+    most = max_over(blocks.layers, "{x}_{level}_kept_bytes")
+    layer = most + layer_backward(
+        blocks,
+        numerics,
+        (1 - sym.FORWARD_FIRST) * buffer,
+        gone_as_copied=sym.larger(0, most - term("activation_bytes")),
+    )
     # This layer's gradients are still among those that run; its gathered copy is still there.
     layer -= _first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
     layer += _dropped_copy() * max_over(blocks.layers, "{x}_params")
@@ -276,9 +310,10 @@ def backward_end(blocks: StageBlocks, numerics: Numerics) -> Expr:
 def last_backward(blocks: StageBlocks, numerics: Numerics, begin: Expr) -> Expr:
     """As the last backward pass of a step ends: all gradients exist, and one layer's activations.
 
-    A candidate of its own only where gradients wait until then: with several chunks, and where
-    a split backward pass comes behind all forward passes (its gradients are reduced at the end of
-    the step, a layer's in compute precision and in fp32 at once). Else it is `begin`.
+    A candidate of its own only where gradients wait until then: with several chunks, where a split
+    backward pass comes behind all forward passes (its gradients are reduced at the end of the step,
+    a layer's in compute precision and in fp32 at once), and where a rank that divides nothing
+    reduces behind several micro-batches (`_gradient_copies`). Else it is `begin`.
     """
     fp32 = term("fp32_bytes_per_param") * max_over(blocks.layers, "{x}_trainable_params")
     gradients = PENDING_GRADIENTS_RATIO * gradient_bytes(blocks) - activations_bytes(blocks)
@@ -289,17 +324,31 @@ def last_backward(blocks: StageBlocks, numerics: Numerics, begin: Expr) -> Expr:
     chunks += (1 - sym.FORWARD_FIRST) * (1 - term("reduces")) * fp32
     # Copies in compute precision are dropped behind the last backward pass.
     split = 2 * fp32 - term("resident_copy_bytes_per_param") * params_of(blocks.every)
-    is_split = _is_split_last()
+    is_split, is_lone = _is_split_last(), _is_lone_last()
+    # Of the root, or of the largest layer, whose copy in compute precision is dropped.
+    copies = term("lone_copies_bytes_per_param")
+    largest = sym.larger(
+        max_over(blocks.layers, "{x}_trainable_params"), params_of(blocks.ends, "trainable_params")
+    )
+    lone = (copies - term("fp32_bytes_per_param")) * largest
+    lone -= term("resident_copy_bytes_per_param") * sum_over(blocks.layers, "{x}_params")
     return sympy.Add(
         sym.SEVERAL_CHUNKS * (gradients + chunks),
         is_split * (gradients + split),
-        (1 - sym.SEVERAL_CHUNKS - is_split) * begin,
+        is_lone * (gradients + lone),
+        (1 - sym.SEVERAL_CHUNKS - is_split - is_lone) * begin,
     )
 
 
 def _is_split_last() -> Expr:
     """1 where a split backward pass comes behind all forward passes, of one chunk."""
     return sym.SPLITS * sym.FORWARD_FIRST * (1 - sym.SEVERAL_CHUNKS)
+
+
+def _is_lone_last() -> Expr:
+    """1 where a rank that divides nothing reduces behind several micro-batches, of one chunk."""
+    is_lone = term("copies_alone") * (1 - term("reduces")) * (1 - sym.LONE)
+    return is_lone * (1 - sym.SEVERAL_CHUNKS) * (1 - _is_split_last())
 
 
 def optimizer_step(blocks: StageBlocks, runtime: Runtime) -> Expr:
@@ -373,13 +422,22 @@ def _fresh_gradients(numerics: Numerics) -> Expr:
 
 
 def _gradient_copies(numerics: Numerics) -> Expr:
-    """Bytes per parameter as FSDP2 copies gradients of a group to fp32: both copies.
+    """Bytes per parameter as FSDP2 copies gradients of a group to fp32, on top of the states.
 
     It does so where a reduction takes them, and with the first gradients of a step; later ones are
-    added to that copy.
+    added to that copy. A rank that divides nothing copies what it reduces once more, and divides it
+    (`foreach_reduce`). Below ZeRO-2 it does so in the last backward pass of a step, with gradients
+    that states have but for a lone micro-batch. On the last stage that pass holds as much as the
+    others.
     """
-    copy = sym.larger(term("reduces"), sym.FORWARD_FIRST) * term("fp32_bytes_per_param")
-    return _fresh_gradients(numerics) * term("compute_bytes_per_param") + copy
+    reduces, fp32 = term("reduces"), term("fp32_bytes_per_param")
+    copy = sym.larger(reduces, sym.FORWARD_FIRST) * fp32
+    copies = _fresh_gradients(numerics) * term("compute_bytes_per_param") + copy
+    dropped = (1 - reduces) * term("resident_copy_bytes_per_param")
+    lone = sym.larger(reduces, sym.LONE) * term("lone_copies_bytes_per_param")
+    amid = (1 - sym.FORWARD_FIRST) * (1 - reduces) * sym.LAST * (1 - sym.SEVERAL_CHUNKS)
+    lone += amid * (term("lone_copies_bytes_per_param") - fp32)
+    return sym.larger(copies, lone - dropped)
 
 
 def _root_buffer(blocks: StageBlocks) -> Expr:
