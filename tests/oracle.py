@@ -507,13 +507,9 @@ def _peak(
     biggest = max(held_params(rank, block) for block, _ in layers)
     first += left_layers * (of_layers - biggest)
     none = max(none, streamed) + left_layers * of_layers + left_rest
-    # Reserved for streams: reduced gradients, of the step before at least, and the flat buffer of
-    # the largest group, of which the layer gathered ahead is counted as gathered.
-    reduced = 4 / (rank.sharers if rank.zero >= 1 else 1) * (stays * of_layers + rest)
-    idle = reduced if rank.zero < 2 or _forward_first(rank) else 0.0
-    waiting = reduced if rank.zero < 2 and rank.num_micro_batches > 1 else 0.0
+    idle, waiting = _idle(rank, stays * of_layers + rest)
     flat = 2 * max(rest, biggest) if rank.zero >= 1 else 0.0
-    flat -= 2 * biggest if rank.zero == 3 else 0.0
+    flat -= 2 * biggest if rank.zero == 3 else 0.0  # the layer gathered ahead counts as gathered
     instants = [*(size + idle for size in begin), max(first, none) - kept + waiting]
     if _alone(rank) and rank.zero < 2 and rank.num_micro_batches > 1:
         # The last reduction of a step: all gradients are there, and no activations.
@@ -524,6 +520,13 @@ def _peak(
     total = states + in_flight * kept + max(instants) + flat + gathered + buffers
     host = _host(rank, layers, ends, in_flight)
     return total * (1 + runtime.memory.allocator_overhead_ratio.value), host
+
+
+def _idle(rank: Rank, params: float) -> tuple[float, float]:
+    """Reduced gradients, of the step before at least, as a backward pass begins and ends."""
+    reduced = 4 / (rank.sharers if rank.zero >= 1 else 1) * params
+    begin = reduced if rank.zero < 2 or _forward_first(rank) else 0.0
+    return begin, reduced if rank.zero < 2 and rank.num_micro_batches > 1 else 0.0
 
 
 def pinned(num_bytes: float) -> float:

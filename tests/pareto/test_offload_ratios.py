@@ -135,7 +135,7 @@ def test_what_the_rows_rule_out_no_tuple_can_do() -> None:
         every = GroupModel(job, group, group.strategies.joined(away), space)
         few = GroupModel(job, group, rows.of(group), space)
         ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
-        for device_bytes in (0.5e9, 0.9e9, 2e9):
+        for device_bytes in (0.6e9, 1e9, 2e9):
             limits = Limits(device_bytes=device_bytes, host_bytes=64e9)
             for slack in (1.05, 1.3, 3.0):
                 step_s = slack * lower_bound_s(job, group, space.levels)
