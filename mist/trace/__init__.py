@@ -94,7 +94,9 @@ def load_levels(
     Raises ModelError.
     """
     graphs = {level: _cached(source, replace(setting, level=level)) for level in levels}
-    if missing := [level for level, graph in graphs.items() if graph is None]:
+    # One of the same layers: then each block is what that block becomes.
+    alike = {level for level, graph in graphs.items() if graph and graph.layers == plain.layers}
+    if missing := [level for level in graphs if level not in alike]:
         from mist.trace.model_trace import trace_levels
 
         with source.running(setting, progress) as model:
@@ -103,7 +105,8 @@ def load_levels(
         for level, each in traced.items():
             _store(source, replace(setting, level=level), each)
             graphs[level] = each.graph
-    return {level: graph for level, graph in graphs.items() if graph is not None}
+        alike |= traced.keys()
+    return {level: graph for level, graph in graphs.items() if graph and level in alike}
 
 
 def _cached(source: OpenedSource, setting: TraceSetting) -> "ModelGraph | None":
