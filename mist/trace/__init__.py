@@ -70,7 +70,12 @@ def load_graph(
     path = model_source.path if isinstance(model_source, PythonSource) else None
     # Modules that the file imports belong to the entry, which holds only while they are unchanged.
     with local_modules(path) as modules:
-        model = load_model(model_source, precision=setting.precision, attention=setting.attention)
+        model = load_model(
+            model_source,
+            precision=setting.precision,
+            attention=setting.attention,
+            images=setting.images,
+        )
         refuse(limits_of(model))
         if setting.level in CONVERTS:
             convert_layers(model, setting.level)

@@ -32,6 +32,9 @@ from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
 UNSTAGED: Final = (
     "mist apply has one pipeline stage for the layers, and leaves the sequence whole: {}"
 )
+TEXT_ONLY: Final = (
+    "planned for texts without images (--images 0), as what looks at images cannot be traced: {}"
+)
 WHOLE_SEQUENCE: Final = "mist apply leaves the sequence whole under tensor parallelism: {}"
 
 
@@ -78,7 +81,14 @@ def trace_with_head(
     """
     layers = find_layers(model.module)
     head = defer_logits(model.module, layers.modules if layers else (), mode)
-    traced = trace(model, setting, progress)
+    try:
+        traced = trace(model, setting, progress)
+    except TraceError as fault:
+        if not model.images or setting.images is not None:
+            raise
+        progress(f"{model.name} cannot be traced with images")
+        text = replace(model, images=0, notes=(*model.notes, TEXT_ONLY.format(fault)))
+        traced = trace(text, setting, progress)
     if head is not None:
         head.refuse_unused(model.name)
     return traced
@@ -206,6 +216,8 @@ def _graph(
         unstaged=result.run.unstaged,
         whole_sequence=whole,
         calls_again=len(set(result.run.order)) < len(result.run.order),
+        images=model.images if model.takes_images else None,
+        image_tokens=model.image_tokens,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
         notes=(*result.notes, *_apply_notes(result, whole), *unread_note(model.module, result)),

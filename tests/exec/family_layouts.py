@@ -26,8 +26,14 @@ OTHERS: Final = {
     "bart": ("dp2", "tp2"),
     "albert": ("dp2", "tp2"),
     "lstm": ("dp2",),
+    # Images before texts: of one stage, as what the tower gives is changed before the next layers.
+    "gemma3-vl": ("dp2", "tp2"),
+    "qwen2.5-vl": ("dp2", "tp2"),
+    "smolvlm": ("dp2", "tp2"),
 }
-NUM_LAYERS: Final = {"t5": 4, "bart": 4, "lstm": 1}
+NUM_LAYERS: Final = {"t5": 4, "bart": 4, "lstm": 1} | dict.fromkeys(
+    ("gemma3-vl", "qwen2.5-vl", "smolvlm"), 4
+)
 
 
 def _kinds(num_layers: int) -> dict[str, tuple[S, ...]]:
