@@ -139,6 +139,15 @@ Seq = Annotated[
     int | None,
     typer.Option("--seq", help="Tokens per sample [min(8192, model's)].", rich_help_panel=TRAINING),
 ]
+Images = Annotated[
+    int | None,
+    typer.Option(
+        "--images",
+        min=0,
+        help="Images per sample of a vision-language model; 0: text only [1].",
+        rich_help_panel=TRAINING,
+    ),
+]
 GlobalBatch = Annotated[
     int,
     typer.Option("--global-batch", help="Samples per optimizer step.", rich_help_panel=TRAINING),

@@ -31,6 +31,7 @@ def hand_layout(
         cluster=said["cluster"],
         runtime=said["runtime"],
         seq_len=said["seq"],
+        images=said["images"],
         global_batch=said["global_batch"],
         precision=said["precision"],
         attention=said["attention"],

@@ -29,6 +29,7 @@ from mist.cli.command_options import (
     GpusOfModel,
     HeadName,
     HostMemory,
+    Images,
     Json,
     LayerSplit,
     Margin,
@@ -92,6 +93,7 @@ def plan(
     tokens: Tokens = None,
     runtime: RuntimeName = "torch",
     seq: Seq = None,
+    images: Images = None,
     global_batch: GlobalBatch = 256,
     precision: PrecisionName = Precision.BF16,
     attention: AttentionName = Attention.FLASH,
@@ -121,17 +123,10 @@ def plan(
     offer = offer_of(gpus, cluster, price, tokens)
     knobs, figures = knobs_and_figures(fixed or ())
     question = Question(
-        model=model,
-        num_gpus=1,
-        gpu=gpu,
-        runtime=runtime,
-        seq_len=seq,
-        global_batch=global_batch,
-        precision=precision,
-        attention=attention,
-        margin_ratio=margin,
+        model=model, num_gpus=1, gpu=gpu, runtime=runtime, seq_len=seq, images=images,
+        global_batch=global_batch, precision=precision, attention=attention, margin_ratio=margin,
         overrides=figures_of(figures, host_memory),
-    )
+    )  # fmt: skip
     narrow = partial(narrowed, fixed=knobs, most=most or (), forbid=forbid or ())
     allowed = narrow(space_of(space))
     effort = _effort(objective, tolerance, solver, top, time_limit)
@@ -342,6 +337,7 @@ def check(
     cluster: ClusterName = None,
     runtime: RuntimeName = "torch",
     seq: Seq = None,
+    images: Images = None,
     global_batch: GlobalBatch = 256,
     precision: PrecisionName = Precision.BF16,
     attention: AttentionName = Attention.FLASH,

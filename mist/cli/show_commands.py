@@ -11,6 +11,7 @@ import typer
 from mist.cli.command_options import (
     AttentionName,
     Force,
+    Images,
     Json,
     Model,
     PrecisionName,
@@ -56,6 +57,7 @@ def trace(
     seq: Annotated[
         int | None, typer.Option("--seq", min=1, help="A sequence length that must be covered.")
     ] = None,
+    images: Images = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -68,15 +70,10 @@ def trace(
         raise InputError(f"--policy {policy} is neither cuda nor cpu.")
     point = _point(at)
     setting = TraceSetting(
-        precision=precision,
-        attention=attention,
-        policy="cuda" if policy == "cuda" else "cpu",
-        autocast=autocast,
-        fused_norms=fused_norms,
-        compiled=compiled,
-        capacity_ratio=capacity,
-        seq_len=seq or _length(point),
-    )
+        precision=precision, attention=attention, policy="cuda" if policy == "cuda" else "cpu",
+        autocast=autocast, fused_norms=fused_norms, compiled=compiled, capacity_ratio=capacity,
+        seq_len=seq or _length(point), images=images,
+    )  # fmt: skip
     with redirect_stdout(sys.stderr):
         graph = load_graph(model, setting, progress=progress)
         if picture is not None:

@@ -84,6 +84,8 @@ class ModelFacts:
     divides them. `calls_again`: layers are called again with the parameters that they have.
     `fingerprint` identifies the model (names and shapes of parameters, runs, ties), not the trace.
     `precision`: the one that was traced. `lengths`: the sequence lengths that it was traced for.
+    `images`: of a sample, where the model looks at images that texts hold, else None;
+    `image_tokens`: how many tokens of a sample stand for them.
     """
 
     name: str
@@ -102,6 +104,8 @@ class ModelFacts:
     whole_sequence: str | None = None
     calls_again: bool = False
     lengths: Lengths = Lengths()
+    images: int | None = None
+    image_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for counts that no model has."""

@@ -65,6 +65,8 @@ def plain_data(plan: Plan) -> dict[str, object]:
     for name in ("overrides", "robustness"):
         if not data[name]:
             del data[name]
+    if plan.workload.images is None:
+        del data["workload"]["images"]
     if plan.model.trainable is None:
         del data["model"]["trainable"]
     return data

@@ -16,6 +16,7 @@ STRICT: Final = ConfigDict(extra="forbid")  # an unknown key of a plan file is a
 MOST_GPUS: Final = 2**20
 MOST_SAMPLES: Final = 2**32
 MOST_TOKENS: Final = 2**30
+MOST_IMAGES: Final = 2**16  # of a sample
 
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
 GpuCount = Annotated[int, Field(ge=1, le=MOST_GPUS)]
@@ -103,7 +104,8 @@ class Solver(StrEnum):
 class Workload:
     """What one training step does: `global_batch` samples of `seq_len` tokens.
 
-    Raises InputError when a size is not positive.
+    `images`: of a sample, where the model looks at images that its texts hold; else None. Raises
+    InputError when a size is not positive.
     """
 
     __pydantic_config__ = STRICT
@@ -113,6 +115,7 @@ class Workload:
     optimizer: Optimizer
     attention: Attention
     compile: bool
+    images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] | None = None
 
     def __post_init__(self) -> None:
         refuse_sizes(self.seq_len, self.global_batch)

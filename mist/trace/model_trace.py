@@ -40,6 +40,9 @@ from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
 UNSTAGED: Final = (
     "mist apply has one pipeline stage for the layers, and leaves the sequence whole: {}"
 )
+TEXT_ONLY: Final = (
+    "planned for texts without images (--images 0), as what looks at images cannot be traced: {}"
+)
 WHOLE_SEQUENCE: Final = "mist apply leaves the sequence whole under tensor parallelism: {}"
 
 
@@ -80,6 +83,8 @@ def trace_levels(  # noqa: PLR0913 - a model, what is known of it, what it is tr
     `plain`: the model as it is; `layers`: its layers, where they are known. Undivided (t = 1), as
     converted layers run. Levels that the model cannot have are left out, and `progress` hears why.
     """
+    if plain.images is not None:
+        model = replace(model, images=plain.images)
     forms: dict[MemoryLevel, Forms] = {}
     if layers is None:
         with switched_off(model.module):
@@ -171,7 +176,14 @@ def trace_with_head(
     """
     layers = find_layers(model.module)
     head = defer_logits(model.module, layers.modules if layers else (), mode)
-    traced = trace(model, setting, progress)
+    try:
+        traced = trace(model, setting, progress)
+    except TraceError as fault:
+        if not model.images or setting.images is not None:
+            raise
+        progress(f"{model.name} cannot be traced with images")
+        text = replace(model, images=0, notes=(*model.notes, TEXT_ONLY.format(fault)))
+        traced = trace(text, setting, progress)
     if head is not None:
         head.refuse_unused(model.name)
     return traced
@@ -304,6 +316,8 @@ def _graph(
         unstaged=result.run.unstaged,
         whole_sequence=whole,
         calls_again=len(set(result.run.order)) < len(result.run.order),
+        images=model.images if model.takes_images else None,
+        image_tokens=model.image_tokens,
         precision=setting.precision.value,
         fingerprint=_fingerprint(model.module, runs, tied),
         notes=(*result.notes, *_apply_notes(result, whole), *unread_note(model.module, result)),

@@ -40,7 +40,10 @@ class OpenedSource:
             if self.model is None:
                 progress(f"loading {source.label}")
                 self.model = load_model(
-                    source, precision=setting.precision, attention=setting.attention
+                    source,
+                    precision=setting.precision,
+                    attention=setting.attention,
+                    images=setting.images,
                 )
             yield self.model
         self.files.update(files)

@@ -37,7 +37,8 @@ class Options(TypedDict, total=False):
     """What may be said beside the model and the number of GPUs.
 
     gpu, cluster, runtime: profile names (None: the device's or cluster's own; "torch").
-    seq: tokens per sample (None: min(8192, the model's maximum)). global_batch: samples per step.
+    seq: tokens per sample (None: min(8192, the model's maximum)). images: of a sample of a model
+    that looks at images (None: one; 0: text only). global_batch: samples per step.
     precision: "bf16", "fp16" or "fp32". attention: "flash" or "math". margin: share of the device
     memory that stays free (None: the runtime's). host_memory: of one node, "31GB" or bytes (None:
     the cluster's). set: figures of profiles, ["cluster.host_memory_bytes=64GB"]. make_batch, loss:
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
     cluster: str | None
     runtime: str
     seq: int | None
+    images: int | None
     global_batch: int
     precision: str
     attention: str
@@ -249,6 +251,7 @@ def _question(model: Model, gpus: int, options: Options, figures: Iterable[str])
         attention=_choice("attention", options.get("attention", "flash"), Attention),
         margin_ratio=options.get("margin"),
         overrides=figures_of(figures, options.get("host_memory")),
+        images=options.get("images"),
         make_batch=options.get("make_batch"),
         loss=options.get("loss"),
     )

@@ -29,6 +29,7 @@ def apply_plan(
             precision=workload.precision,
             attention=workload.attention,
             seq_len=workload.seq_len,
+            images=workload.images,
         )
         facts = load_graph(source, setting, progress=progress).facts
         apply(replace(options, model=source), plan, facts)

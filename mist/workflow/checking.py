@@ -271,6 +271,7 @@ def question_of(plan: Plan, path: Path, source: str, margin_ratio: float | None 
         precision=workload.precision,
         optimizer=workload.optimizer,
         attention=workload.attention,
+        images=workload.images,
         margin_ratio=_margin(plan) if margin_ratio is None else margin_ratio,
         overrides=plan.overrides,
         levels=tuple(dict.fromkeys(level for stage in plan.stages for level in stage.levels)),

@@ -74,6 +74,7 @@ class Question:
     overrides: Overrides = field(default_factory=dict)
     levels: tuple[MemoryLevel, ...] = ()
     heads: tuple[HeadMode, ...] = ()
+    images: int | None = None
     make_batch: Callable[..., object] | None = None
     loss: Callable[..., object] | None = None
 
@@ -156,6 +157,7 @@ def setting_of(question: Question, platform: Platform) -> TraceSetting:
         policy=platform.device.kernels,
         fused_norms=platform.runtime.kernels.fused_norms,
         seq_len=DEFAULT_SEQ_LEN if question.seq_len is None else question.seq_len,
+        images=question.images,
     )
 
 
@@ -173,13 +175,25 @@ def job_of(question: Question, programs: ModelPrograms) -> Job:
         optimizer=question.optimizer,
         attention=question.attention,
         compile=False,
+        images=programs.facts.images,
     )
+    _refuse_shorter(programs.facts, workload.seq_len)
     job = make_job(programs, platform_of(question), workload)
     if outside := out_of_domain(job.cost.domain, workload.seq_len):
         raise InputError(
             f"--seq {workload.seq_len}: {job.facts.name} was traced for {', '.join(outside)} only."
         )
     return job
+
+
+def _refuse_shorter(facts: ModelFacts, seq_len: int) -> None:
+    """Raise InputError for a sample that cannot hold its images and a token of text."""
+    if facts.image_tokens >= seq_len:
+        raise InputError(
+            f"--seq {seq_len}: {facts.images} image(s) of a sample of {facts.name} take "
+            f"{facts.image_tokens} tokens, and a text one at least. Try --seq "
+            f"{facts.image_tokens + 1} or more, or fewer --images (0: text only)."
+        )
 
 
 def platform_of(question: Question) -> Platform:

@@ -31,8 +31,15 @@ OTHERS: Final = {
     "torch-transformer": ("dp2", "tp2"),
     "torch-asked": ("dp2", "tp2"),
     "torch-images": ("dp2", "tp2"),
+    # Images before texts: of one stage, as what the tower gives is changed before the next layers.
+    "gemma3-vl": ("dp2", "tp2"),
+    "qwen2.5-vl": ("dp2", "tp2"),
+    "smolvlm": ("dp2", "tp2"),
 }
-NUM_LAYERS: Final = {"t5": 4, "bart": 4, "torch-transformer": 4, "torch-images": 4, "lstm": 1}
+FOUR_LAYERS: Final = (
+    "t5", "bart", "torch-transformer", "torch-images", "gemma3-vl", "qwen2.5-vl", "smolvlm",
+)  # fmt: skip
+NUM_LAYERS: Final = dict.fromkeys(FOUR_LAYERS, 4) | {"lstm": 1}
 
 
 def _kinds(num_layers: int) -> dict[str, tuple[S, ...]]:

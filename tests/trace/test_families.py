@@ -19,6 +19,7 @@ from mist.exec.build.empty_weights import load
 from mist.model.graph import Block, ModelGraph, OpKind
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph
+from mist.trace.models.image_inputs import placed
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.model_inputs import parameters_of
 from tests.tiny_families import CONFIGS, write_family
@@ -32,8 +33,8 @@ POINTS = [(1, 32), (2, 48), (3, 77), (4, 128), (2, 257)]
 # Of scans by chunks: shorter than one, one less than a chunk, several whole ones.
 CHUNKED = [(1, 32), (2, 48), (3, 63), (4, 128), (2, 192)]
 SCANS = {"mamba2", "bamba"}
-# Granite's layers hold on to tensors of the run before: not alone to be run backward twice.
-FAMILIES = [name for name in CONFIGS if name != "granite4-h"]
+# Layers of these hold on to tensors of the run before: not alone to be run backward twice.
+FAMILIES = [name for name in CONFIGS if name not in {"granite4-h", "llava", "internvl"}]
 
 
 def experts(rows: Shape, matrices: Shape, *_: object, **__: object) -> int:
@@ -72,10 +73,20 @@ def drawn(name: str, folder: Path) -> LoadedModel:
 
 def batch_of(loaded: LoadedModel, b: int, s: int) -> dict[str, Any]:
     """Zeros in the shapes that the model asks for, and no cache for generation."""
-    batch = tree_map_only(torch.Tensor, torch.zeros_like, loaded.batch(b, s))
+    batch = loaded.batch(b, s)
+    if loaded.images:
+        batch = placed(loaded.module, batch, torch.zeros(b, s, dtype=torch.int64), loaded.images)
+    batch = tree_map_only(
+        torch.Tensor, _zeros_or_noise if loaded.images else torch.zeros_like, batch
+    )
     asked = parameters_of(loaded.module)
     named = batch if isinstance(batch, dict) else {next(iter(asked)): batch}
     return named | ({"use_cache": False} if "use_cache" in asked else {})
+
+
+def _zeros_or_noise(tensor: torch.Tensor) -> torch.Tensor:
+    """Noise for images: one that is all zeros is taken for padding. Integers as they are."""
+    return torch.randn(tensor.shape) if tensor.is_floating_point() else tensor
 
 
 def layers_of(model: nn.Module, graph: ModelGraph) -> Iterator[tuple[str, Block]]:

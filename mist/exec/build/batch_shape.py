@@ -48,7 +48,10 @@ class BatchShape:
         if OPTIONAL not in leaves:
             expected.pop(OPTIONAL, None)
         fits = all(_shape(leaves.get(name)) == shape for name, shape in expected.items())
-        if fits and all(_shape(leaf)[:1] == tokens[:1] for leaf in leaves.values()):
+        # A planned tensor may have several rows for each sample (of its images).
+        rows = [_shape(leaf)[:1] for name, leaf in leaves.items() if name not in self.leaves]
+        whole = all((_shape(leaf) or (1,))[0] % self.num_samples == 0 for leaf in leaves.values())
+        if fits and whole and all(first == tokens[:1] for first in rows):
             return
         actual = {name: _words(leaf) for name, leaf in leaves.items()}
         raise InputError(

@@ -17,6 +17,7 @@ from mist.errors import InputError
 from mist.exec.build.rank_grid import RankGrid
 from mist.exec.build.weight_init import seed_of
 from mist.plans.workload import Workload
+from mist.trace.models.image_inputs import placed
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.model_inputs import TOKENS
 
@@ -62,6 +63,9 @@ class Batches:
             if self._loaded.make_batch is not None:
                 return batch
             ids = self._ids(number, size, seq_len)
+            batch = tree_map(_drawn, batch)
+        if self._loaded.images and isinstance(batch, dict):
+            return placed(self._loaded.module, batch, ids, self._loaded.images)
         return tree_map(lambda leaf: ids if leaf.shape == ids.shape else leaf, batch)
 
     def _ids(self, number: int, size: int, seq_len: int) -> torch.Tensor:
@@ -71,6 +75,13 @@ class Batches:
         places = np.arange(first, first + size * seq_len) % len(self._tokens)
         ids = self._tokens[places].astype(np.int64)
         return torch.from_numpy(ids).view(size, seq_len)
+
+
+def _drawn(leaf: object) -> object:
+    """Images and sounds with values: every process must have the same."""
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+        return torch.randn(leaf.shape, dtype=leaf.dtype)
+    return leaf
 
 
 def vocabulary(loaded: LoadedModel) -> int:
@@ -88,6 +99,11 @@ def vocabulary(loaded: LoadedModel) -> int:
 
 def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarray[Any, Any]:
     """The tokens of a file. Raises InputError."""
+    if loaded.images:
+        raise InputError(
+            f"--data {file}: {loaded.name} is trained with images. Plan it with --images 0, or "
+            "train in a loop of your own (mist.exec)."
+        )
     if loaded.make_batch is not None or getattr(loaded.module, "main_input_name", TOKENS) != TOKENS:
         raise InputError(f"--data {file}: {loaded.name} does not take token ids.")
     try:
@@ -111,18 +127,29 @@ def read_tokens(file: Path, loaded: LoadedModel, workload: Workload) -> np.ndarr
 
 
 def rank_rows(batch: object, grid: RankGrid, i: int, num_micro_batches: int) -> object:
-    """The samples of data-parallel rank i, micro-batch by micro-batch."""
+    """The samples of data-parallel rank i, micro-batch by micro-batch.
+
+    A tensor may have several rows for each sample (of its images), those of a sample together.
+    """
     size = grid.rows // grid.dp
     rows = torch.cat(
         # A micro-batch is a run of consecutive samples: stages with another dp divide the same one.
         [torch.arange(size) + m * grid.rows + i * size for m in range(num_micro_batches)]
     )
-    return tree_map(lambda leaf: leaf[rows], batch)
+    num_samples = grid.rows * num_micro_batches
+    return tree_map(lambda leaf: _by_sample(leaf, num_samples)[rows].flatten(0, 1), batch)
 
 
-def micro_batch(batch: object, size: int, index: int) -> object:
-    """One micro-batch of a rank's samples."""
-    return tree_map(lambda leaf: leaf[index * size : (index + 1) * size], batch)
+def micro_batch(batch: object, size: int, index: int, num_samples: int) -> object:
+    """One micro-batch of `size` of the `num_samples` samples of a rank."""
+    picked = slice(index * size, (index + 1) * size)
+    return tree_map(lambda leaf: _by_sample(leaf, num_samples)[picked].flatten(0, 1), batch)
+
+
+def _by_sample(leaf: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """[samples, rows of each, ...]."""
+    samples: torch.Tensor = leaf.unflatten(0, (num_samples, leaf.shape[0] // num_samples))
+    return samples
 
 
 def to_device(batch: object, device: torch.device) -> object:

@@ -25,24 +25,29 @@ from mist.trace.models.source import PythonSource, resolve
 HALF: Final = (torch.bfloat16, torch.float16)
 
 
-def load(source: str, attention: Attention) -> LoadedModel:
+def load(source: str, attention: Attention, images: int | None = None) -> LoadedModel:
     """The model that a plan names, in fp32, parameters on the meta device.
 
     Raises ModelError when the source does not give a model.
     """
-    model = load_within(deferred(), source, attention)
+    model = load_within(deferred(), source, attention, images)
     empty_parameters(model.module)
     return model
 
 
 def load_within(
-    where: AbstractContextManager[None], source: str, attention: Attention
+    where: AbstractContextManager[None],
+    source: str,
+    attention: Attention,
+    images: int | None = None,
 ) -> LoadedModel:
     """The model that a plan names, in fp32, built within a context. Raises ModelError."""
     model_source = resolve(source)
     path = model_source.path if isinstance(model_source, PythonSource) else None
     with local_modules(path), where:
-        model = load_model(model_source, precision=Precision.FP32, attention=attention)
+        model = load_model(
+            model_source, precision=Precision.FP32, attention=attention, images=images
+        )
     to_masters(model.module)
     switch_off(model.module)
     return model

@@ -410,7 +410,7 @@ class Parallel:
             # FSDP2 reads these flags in the hooks of the coming backward pass.
             begin_backward(chunk.root, zero=self.stage.zero, last=index == count - 1)
             with self.clock.timing("forward"):
-                loss = chunk.root(micro_batch(inputs, size, index))
+                loss = chunk.root(micro_batch(inputs, size, index, size * count))
             with self.clock.timing("backward"):
                 loss.backward()
 

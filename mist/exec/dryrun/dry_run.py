@@ -49,7 +49,8 @@ MORE = 3  # micro-batches beyond those in flight that are run: the first, one am
 def look(plan: Plan, stage: int, policy: Policy) -> Seen:
     """Dry-run a step of the first rank of a stage. Raises ModelError for what cannot be built."""
     short_plan = cut(plan, stage)
-    loaded = load_shapes(plan.model.source, plan.workload.attention)
+    workload = plan.workload
+    loaded = load_shapes(plan.model.source, workload.attention, workload.images)
     rank = plan.stages[stage].devices[0]
     with fake_process_group(rank, plan.cluster.num_gpus):
         subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
@@ -152,12 +153,12 @@ def _exchange(operations: list[dist.P2POp], desc: str | None = None) -> list[_Se
     return [_Sent(tensor=each.tensor) for each in operations]
 
 
-def load_shapes(source: str, attention: Attention) -> LoadedModel:
+def load_shapes(source: str, attention: Attention, images: int | None = None) -> LoadedModel:
     """The model of a plan without values: parameters on the meta device, buffers unset.
 
     Raises ModelError when the source does not give a model.
     """
-    loaded = load_within(nullcontext(), source, attention)
+    loaded = load_within(nullcontext(), source, attention, images)
     for module in loaded.module.modules():
         for table in tables_of(module):
             for name, value in table.items():

@@ -74,7 +74,7 @@ def run(options: RunOptions) -> None:
     # Before the model is built, which takes long.
     refuse_unplayable(plan, None)
     refuse_world(plan, int(os.environ["WORLD_SIZE"]))
-    loaded = load(options.model or plan.model.source, plan.workload.attention)
+    loaded = load(options.model or plan.model.source, plan.workload.attention, plan.workload.images)
     subject = subject_of(loaded, examine(loaded, plan.workload.seq_len), plan)
     if options.weights is not None:
         values = stored_weights(Path(options.weights), loaded.module)

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mist.errors import ModelError, TraceError
@@ -25,22 +26,23 @@ from mist.trace.diagnose import one_line
 from mist.trace.expressions import Size
 from mist.trace.models.adapters import add_adapters
 from mist.trace.models.configurations import bounded_modules, model_of
+from mist.trace.models.image_inputs import GRIDS, IMAGES, image_size, image_tokens, sides
 from mist.trace.models.model_inputs import (
-    IMAGES,
     LABELS,
     default_batch,
-    image_size,
+    looks_at_images,
     main_input,
     parameters_of,
-    sides,
 )
 from mist.trace.models.source import MAX_SEQ_LEN_NAMES, PythonSource, Source
 from mist.trace.models.watched_batch import WatchedBatch
+from mist.trace.operations.equal_images import equal_images
 
 MakeBatch = Callable[[Size, Size], object]
 Number = int | float | torch.SymInt | torch.Tensor
 Loss = Callable[..., object]  # a mean, or the pair (sum over tokens, number of tokens)
 
+USUAL_SEQ_LEN: Final = 512  # tokens, of a batch that is looked at for its images
 OURS: Final = Path(__file__).resolve().parents[2]
 
 
@@ -48,7 +50,7 @@ OURS: Final = Path(__file__).resolve().parents[2]
 class LoadedModel:
     """A module with its name, its input and its loss; `make_batch` and `loss` are the user's.
 
-    `notes`: how its description was read where that is not plain.
+    `notes`: how its description was read where that is not plain. `images`: of a sample.
     """
 
     module: nn.Module
@@ -56,6 +58,17 @@ class LoadedModel:
     make_batch: MakeBatch | None
     loss: Loss | None
     notes: tuple[str, ...] = ()
+    images: int = 0
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether a number of images can be asked for."""
+        return self.make_batch is None and looks_at_images(self.module)
+
+    @property
+    def image_tokens(self) -> int:
+        """How many tokens of a sample stand for its images."""
+        return image_tokens(self.module, self.images) if self.images else 0
 
     @property
     def max_seq_len(self) -> int | None:
@@ -75,7 +88,7 @@ class LoadedModel:
         """One micro-batch: the user's, or what the model's own signature asks for."""
         if self.make_batch is not None:
             return self.make_batch(batch, seq)
-        return default_batch(self.module, batch, seq)
+        return default_batch(self.module, batch, seq, self.images)
 
     def is_one_size(self, seq: int) -> bool:
         """Whether a sample has one size, whatever the sequence length (at `seq` and at half)."""
@@ -135,13 +148,28 @@ class LoadedModel:
 
     def forward(self, batch: object) -> object:
         """The output of the model on a batch."""
-        with _without_cache(self.module):
+        with _without_cache(self.module), self._equal_images(batch):
             if isinstance(batch, Mapping):
                 no_cache = {"use_cache": False} if "use_cache" in parameters_of(self.module) else {}
                 return self.module(**self._forward_takes(batch), **no_cache)
             if isinstance(batch, tuple | list):
                 return self.module(*batch)
             return self.module(batch)
+
+    @contextmanager
+    def _equal_images(self, batch: object) -> Iterator[None]:
+        """Within: the model knows that the images of fake tensors have one size."""
+        if not isinstance(batch, Mapping) or IMAGES not in batch:
+            yield
+            return
+        grid = None
+        if GRIDS in batch:
+            with _disable_current_modes():
+                known = self.batch(1, USUAL_SEQ_LEN)
+                assert isinstance(known, Mapping)
+                grid = known[GRIDS][0].tolist()
+        with equal_images(self.module.modules(), batch, grid):
+            yield
 
 
 @contextmanager
@@ -200,17 +228,30 @@ def _first(value: object) -> torch.Tensor:
     return value
 
 
-def load_model(source: Source, *, precision: Precision, attention: Attention) -> LoadedModel:
+def load_model(
+    source: Source, *, precision: Precision, attention: Attention, images: int | None = None
+) -> LoadedModel:
     """The model of a source on the meta device.
 
-    Raises ModelError when the source does not give a model.
+    `images`: of a sample, where it looks at images that texts hold; None: one.
+
+    Raises ModelError when the source does not give a model, or one without images.
     """
     if isinstance(source, PythonSource):
-        return _from_file(source, attention)
-    module, notes = model_of(source.label, dict(source.config), precision, attention)
-    if source.adapter_rank:
-        add_adapters(module, source.adapter_rank)
-    return LoadedModel(module=module, name=source.name, make_batch=None, loss=None, notes=notes)
+        model = _from_file(source, attention)
+    else:
+        module, notes = model_of(source.label, dict(source.config), precision, attention)
+        if source.adapter_rank:
+            add_adapters(module, source.adapter_rank)
+        model = LoadedModel(
+            module=module, name=source.name, make_batch=None, loss=None, notes=notes
+        )
+    if images and not model.takes_images:
+        raise ModelError(
+            f"--images {images}: {source.label} gives no model of texts that looks at images. "
+            "Leave it out; what a file's make_batch(batch, seq) returns is taken as it is."
+        )
+    return replace(model, images=int(model.takes_images) if images is None else images)
 
 
 def _from_file(source: PythonSource, attention: Attention) -> LoadedModel:

@@ -14,8 +14,9 @@ from torch import nn
 
 from mist.errors import ModelError
 from mist.trace.expressions import Size
+from mist.trace.models.image_inputs import IMAGES, RGB, TYPES, image_inputs, image_size, sides
 
-TOKENS, IMAGES, SOUND, WAVES = "input_ids", "pixel_values", "input_features", "input_values"
+TOKENS, SOUND, WAVES = "input_ids", "input_features", "input_values"
 LABELS: Final = "labels"
 SPANS: Final = ("start_positions", "end_positions")
 TARGETS: Final = ("targets", "labels", "target")  # in hand-written forward functions
@@ -23,8 +24,6 @@ PER_SAMPLE: Final = (
     "ForSequenceClassification", "ForAudioClassification", "ForNextSentencePrediction",
 )  # fmt: skip
 PER_PIXEL: Final = "ForSemanticSegmentation"
-RGB: Final = 3  # channels, of models that do not say
-IMAGE_SIDE: Final = 224  # pixels, of models that take any size
 REGRESSION: Final = 1  # a classifier with one label is none
 
 # What a configuration must say of the sizes of an input: one of these.
@@ -50,19 +49,18 @@ def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(module.forward).parameters
 
 
-def sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image or patch, in pixels."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def looks_at_images(module: nn.Module) -> bool:
+    """Whether a model of texts takes images that its texts may hold."""
+    asked = parameters_of(module)
+    is_text = main_input(module) == TOKENS and TOKENS in asked and "return_loss" not in asked
+    return is_text and IMAGES in asked and hasattr(getattr(module, "config", None), "vision_config")
 
 
-def image_size(config: object) -> int | tuple[int, int]:
-    """The image that a configuration is made for; the usual one where it takes any."""
-    found: int | tuple[int, int] | None = getattr(config, "image_size", None)
-    return IMAGE_SIDE if found is None else found
+def default_batch(module: nn.Module, batch: Size, seq: Size, images: int) -> object:
+    """One micro-batch of `batch` samples of `seq` tokens, in the form that `module` takes.
 
-
-def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
-    """One micro-batch of `batch` samples of `seq` tokens, in the form that `module` takes."""
+    `images`: of a sample, where the model looks at images that texts hold.
+    """
     asked = parameters_of(module)
     if main_input(module) == IMAGES and TOKENS not in asked:
         return _images(module, batch)
@@ -73,14 +71,19 @@ def default_batch(module: nn.Module, batch: Size, seq: Size) -> object:
         return {SOUND: _sound(module.config, batch), LABELS: ids}
     if main_input(module) == WAVES:
         return {WAVES: _waves(module.config, batch, seq), **_labels(module, asked, ids)}
-    inputs = _texts(module, asked, ids)
+    inputs = _texts(module, asked, ids, images)
     labels = {} if "return_loss" in inputs else _labels(module, asked, ids)
     return inputs | labels if labels or len(inputs) > 1 else ids
 
 
-def _texts(module: nn.Module, asked: Mapping[str, inspect.Parameter], ids: torch.Tensor) -> Batch:
+def _texts(
+    module: nn.Module, asked: Mapping[str, inspect.Parameter], ids: torch.Tensor, images: int
+) -> Batch:
     """What a text model of Hugging Face reads, with an image for each text where it takes one."""
     inputs: Batch = {TOKENS: ids}
+    if images:
+        inputs |= image_inputs(module, asked, ids.shape[0], images)
+        inputs |= {name: torch.zeros_like(ids) for name in TYPES if name in asked}
     if "return_loss" in asked:  # pairs of a text and an image
         return inputs | {IMAGES: _pixels(module.config, ids.shape[0]), "return_loss": True}
     if main_input(module) == IMAGES:  # a text about an image

@@ -46,9 +46,10 @@ class TraceSetting:
     written in several operations run as one kernel. `compiled`: each layer runs under
     torch.compile. `capacity_ratio`: rows of an expert whose rows
     are selected by value, over those of a balanced one. `seq_len`: a length [tokens] that the trace
-    must hold for; None for the usual one of the model. `level`: the memory level that layers are
-    converted to first, where it converts them; `head`: how the last matrix and the loss run. Raises
-    InputError for settings that contradict each other.
+    must hold for; None for the usual one of the model. `images`: of a sample, where the model looks
+    at images that texts hold; None: one, or none where it cannot be traced with it. `level`: the
+    memory level that layers are converted to first, where it converts them; `head`: how the last
+    matrix and the loss run. Raises InputError for settings that contradict each other.
     """
 
     precision: Precision
@@ -59,6 +60,7 @@ class TraceSetting:
     compiled: bool = False
     capacity_ratio: float = 1.0
     seq_len: int | None = None
+    images: int | None = None
     level: MemoryLevel = KEEPS_ALL
     head: HeadMode = HeadMode.NONE
 
@@ -73,8 +75,11 @@ class TraceSetting:
     @property
     def words(self) -> tuple[str, ...]:
         """The setting as text, for digests, without the length: one trace holds for many."""
-        names = (item.name for item in fields(self) if item.name != "seq_len")
-        return tuple(f"{name}={getattr(self, name)}" for name in names)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        del values["seq_len"]
+        if self.images is None:  # as before there was a choice
+            del values["images"]
+        return tuple(f"{name}={value}" for name, value in values.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

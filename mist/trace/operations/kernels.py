@@ -159,6 +159,11 @@ def _baddbmm(
     return addend.new_empty((*left.shape[:2], right.shape[2]))
 
 
+def _masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Rows of a source in the places of a mask (tokens of images among those of a text)."""
+    return x.new_empty(x.shape)
+
+
 ALIGNMENT_BYTES: Final = 16
 BIAS_GRAIN: Final = 16  # columns
 WANTED: Final = 10  # the argument that says which gradients of attention are asked for
@@ -174,6 +179,7 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., Any]]] = MappingProxyTyp
         aten.polar: _polar,
         aten._scaled_dot_product_efficient_attention_backward: _efficient_attention_backward,
         aten.baddbmm: _baddbmm,
+        aten.masked_scatter: _masked_scatter,
     }
 )
 
