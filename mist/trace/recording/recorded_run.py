@@ -9,6 +9,7 @@ from sympy import Basic, Expr
 from torch import nn
 
 from mist.model.graph import Op, SavedTensor
+from mist.trace.diagnose import Passed
 from mist.trace.operations.sized_calls import SizeRule
 from mist.trace.recording.recorded_part import Part
 
@@ -76,3 +77,19 @@ class RecordedRun:
         """The operations of all of them."""
         for piece in self.pieces:
             yield from piece.part.ops
+
+
+class NotALayerList(Passed):
+    """The layers of list `number` are not called once each, one on what others gave.
+
+    `again`: because one of them is called again.
+    """
+
+    def __init__(self, number: int, *, again: bool = False) -> None:
+        super().__init__(number)
+        self.number = number
+        self.again = again
+
+
+class LayersDone(Passed):
+    """Every layer has run, and nothing else is asked for."""

@@ -25,7 +25,6 @@ from mist.layers import LayerForm
 from mist.layers.own_checkpoints import undone_checkpoints
 from mist.model.graph import B, S, SavedTensor, T
 from mist.plans.workload import HeadMode
-from mist.trace.diagnose import Passed
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.expressions import Size, Symbols
 from mist.trace.models.fake_tensors import DTYPES, Fakes, fake_tables
@@ -39,7 +38,13 @@ from mist.trace.recording.layer_dependencies import Flow, Handovers
 from mist.trace.recording.liveness import Counted
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_part import Origin, Part
-from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
+from mist.trace.recording.recorded_run import (
+    LayersDone,
+    NotALayerList,
+    Piece,
+    Point,
+    RecordedRun,
+)
 from mist.trace.recording.recorder import Recorder, recording
 from mist.trace.recording.region_hooks import region_hooks
 from mist.trace.recording.shim import fused_norms, runs_as
@@ -51,22 +56,6 @@ from mist.trace.tensor_parallel.tp_sharding import Sharding, Share, rank_modules
 # typical; a short limit is halved, so that the hint is no limit of the model.
 BATCH_HINT: Final = 3
 SEQ_HINT: Final = 384
-
-
-class NotALayerList(Passed):
-    """The layers of list `number` are not called once each, one on what others gave.
-
-    `again`: because one of them is called again.
-    """
-
-    def __init__(self, number: int, *, again: bool = False) -> None:
-        super().__init__(number)
-        self.number = number
-        self.again = again
-
-
-class LayersDone(Passed):
-    """Every layer has run, and nothing else is asked for."""
 
 
 Forms = Mapping[Signature, LayerForm]
