@@ -40,7 +40,7 @@ LADDER: Final = {
     "+zero": ZERO,
     "+offload": OFFLOAD,
     "+imbalance": replace(OFFLOAD, unlike_stages=True),
-    "+schedules": SPACES["mist"],
+    "+schedules": SPACES["plain"],
 }
 """Stages alike in all but their position until "+imbalance"; 1F1B alone until "+schedules"."""
 

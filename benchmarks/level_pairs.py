@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(PAIRS))
     parser.add_argument("--save", type=Path)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--spaces", nargs=2, default=["mist", "mist+levels"])
+    parser.add_argument("--spaces", nargs=2, default=["plain", "mist"])
     arguments = parser.parse_args()
     print(machine())
     print(f"{'job':<18} {'without':>9} {'with':>9} {'faster':>7} {'cpu_s':>6} {'cpu_s':>6} ratio")

@@ -674,7 +674,7 @@ REFUSED: list[tuple[str, tuple[str, ...], str]] = [
         "an unknown space",
         ("plan", "{models}/tiny.py", *SMALL, "--space", "4d"),
         "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, "
-        "paper+tempo, mist, mist+levels, mist+heads, whole.",
+        "paper+tempo, plain, mist, mist+heads, whole.",
     ),
     (
         "a share of nothing",

@@ -43,7 +43,7 @@ def problems(name: str, space: SearchSpace) -> list[InterStageProblem]:
 @pytest.mark.timeout(3600)
 def test_both_programs_agree_on_real_problems() -> None:
     real = [
-        *problems("gpt2-xl-2xl4", SPACES["mist"]),
+        *problems("gpt2-xl-2xl4", SPACES["plain"]),
         *problems("gpt2-xl-8xa100-sxm-40", SPACES["whole"]),
     ]
     num_feasible = 0

@@ -38,10 +38,10 @@ TABLE = {
     "paper+tempo": (
         None, None, "0123", (NONE, TEMPO, SELECTIVE, FULL), True, "wgoa", (ONE_F_ONE_B,), True,
     ),
-    "mist": (
+    "plain": (
         None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
-    "mist+levels": (
+    "mist": (
         None, None, "0123", SEARCHED, True, "wgoa", tuple(ScheduleKind), True,
     ),
     "mist+heads": (
@@ -82,7 +82,7 @@ def test_an_unknown_space() -> None:
         space_of("4d")
     assert str(refused.value) == (
         "--space 4d is not known. Known: 3d, megatron, deepspeed, fsdp, aceso, paper, "
-        "paper+tempo, mist, mist+levels, mist+heads, whole."
+        "paper+tempo, plain, mist, mist+heads, whole."
     )
 
 

@@ -62,7 +62,7 @@ from mist.errors import InputError, OutputError
 from mist.files import is_file
 from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.search_space import SearchSpace, narrowed, space_of
+from mist.plans.search_space import DEFAULT, SearchSpace, narrowed, space_of
 from mist.plans.workload import Attention, HeadMode, Precision, Solver
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def plan(
     attention: AttentionName = Attention.FLASH,
     margin: Margin = None,
     host_memory: HostMemory = None,
-    space: Space = "mist",
+    space: Space = DEFAULT,
     fixed: Fixed = None,
     most: Most = None,
     forbid: Forbid = None,

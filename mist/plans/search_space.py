@@ -54,7 +54,7 @@ class SearchSpace:
     narrowed. Raises InputError for a value that no plan can have.
     """
 
-    name: str = "mist"
+    name: str = "plain"
     tp: tuple[int, ...] | None = None
     pp: tuple[int, ...] | None = None
     dp: tuple[int, ...] | None = None
@@ -108,6 +108,9 @@ def _check_ratios(offload: Mapping[str, tuple[float, ...]]) -> None:
 
 _ALIKE: Final = (DEFAULT_KIND,)
 ALL_OR_NONE: Final = levels_that(lambda row: row.repeats != "part")
+
+DEFAULT: Final = "mist"
+"""The space that is searched where none is named."""
 
 SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
     {
@@ -167,17 +170,17 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
                 schedules=_ALIKE,
                 refines=False,
             ),
-            SearchSpace(name="mist"),
-            SearchSpace(name="mist+levels", levels=SEARCHED),
+            SearchSpace(name="plain"),
+            SearchSpace(name=DEFAULT, levels=SEARCHED),
             SearchSpace(name="mist+heads", levels=SEARCHED, head=tuple(HeadMode)),
             SearchSpace(name="whole", unequal_meshes=True),
         )
     }
 )
-"""What other planners and frameworks can vary; "paper" is what the Mist paper searches, "mist" adds
-the other schedules, "whole" stages of unequal size too; "paper+tempo" adds Tempo's level,
-"mist+levels" those that no mix of others is as good as, "mist+heads" also heads without all logits
-at once."""
+"""What other planners and frameworks can vary; "paper" is what the Mist paper searches, "plain" adds
+the other schedules, "whole" stages of unequal size too; "paper+tempo" adds Tempo's level, "mist" to
+"plain" those that no mix of others is as good as, "mist+heads" also heads without all logits at
+once."""
 
 
 def space_of(name: str) -> SearchSpace:
@@ -212,7 +215,7 @@ def narrowed(
 
 
 def _of_space(space: SearchSpace) -> tuple[str, ...]:
-    return () if space.name == "mist" else (f"space {space.name}",)
+    return () if space.name == DEFAULT else (f"space {space.name}",)
 
 
 def _said(space: SearchSpace, words: str) -> SearchSpace:

@@ -26,7 +26,7 @@ LADDER: Final[Mapping[str, SearchSpace]] = MappingProxyType(
         "+offload": _OFFLOAD,
         "+levels": _LEVELS,
         "+imbalance": replace(_LEVELS, unlike_stages=True),
-        "+schedules": SPACES["mist"],
+        "+schedules": SPACES["plain"],
     }
 )
 """3d: dp, tp, pp, micro-batch, ZeRO-0 and 1, all layers recomputed or none."""

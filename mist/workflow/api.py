@@ -11,7 +11,7 @@ from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.objectives import Objective
 from mist.plans.plan import Plan
 from mist.plans.schedules import DEFAULT_KIND
-from mist.plans.search_space import SearchSpace, narrowed, space_of
+from mist.plans.search_space import DEFAULT, SearchSpace, narrowed, space_of
 from mist.plans.workload import Attention, HeadMode, Precision, ScheduleKind, Solver
 from mist.platform.overrides import knobs_and_figures
 from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO
@@ -150,7 +150,7 @@ def plan(
     )
     knobs, figures = knobs_and_figures(options.get("set", ()))
     allowed = narrowed(
-        space_of(space) if isinstance(space, str) else space or SearchSpace(),
+        space_of(space) if isinstance(space, str) else space or space_of(DEFAULT),
         fixed=knobs,
         most=options.get("max", ()),
         forbid=options.get("forbid", ()),

