@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mist.plans.file import dump_plan
-from mist.plans.search_space import SearchSpace
+from mist.plans.search_space import DEFAULT, space_of
 from mist.workflow.planning import make_plan
 from mist.workflow.request import Question
 
@@ -19,7 +19,7 @@ JOBS = {
 
 def golden(name: str) -> str:
     """The text of a golden plan, planned now; the working directory must be the checkout."""
-    return dump_plan(make_plan(JOBS[name], SearchSpace()).plan)
+    return dump_plan(make_plan(JOBS[name], space_of(DEFAULT)).plan)
 
 
 def path_of(name: str) -> Path:

@@ -177,10 +177,12 @@ SPACES: Final[Mapping[str, SearchSpace]] = MappingProxyType(
         )
     }
 )
-"""What other planners and frameworks can vary; "paper" is what the Mist paper searches, "plain" adds
-the other schedules, "whole" stages of unequal size too; "paper+tempo" adds Tempo's level, "mist" to
-"plain" those that no mix of others is as good as, "mist+heads" also heads without all logits at
-once."""
+"""What other planners and frameworks can vary.
+
+"paper" is what the Mist paper searches, "paper+tempo" adds Tempo's level. "plain" adds the other
+schedules to "paper"; "mist" adds to it the levels that no mix of others is as good as, "mist+heads"
+to that heads without all logits at once, and "whole" to "plain" stages of unequal size.
+"""
 
 
 def space_of(name: str) -> SearchSpace:
