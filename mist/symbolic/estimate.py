@@ -13,6 +13,7 @@ from mist.plans.plan import (
     Layout,
     PricedStages,
     StageEstimate,
+    TimePart,
     Uncertainty,
 )
 from mist.platform import OpCosts, Quantity, extrapolations, op_costs
@@ -147,12 +148,25 @@ def _stage_estimate(job: Job, columns: Mapping[str, NDArray[np.float64]], i: int
     return StageEstimate(
         stable_s=_digits(stable_s),
         delta_s=_digits(lone_s - stable_s),
-        time_parts_s={part: _digits(columns[f"{part}_s"][i]) for part in TIME_PARTS},
+        time_parts_s={part: _digits(s) for part, s in _time_parts(columns, i).items()},
         peak_bytes=round(columns["peak_bytes"][i]),
         usable_bytes=int(job.platform.usable_bytes),
         memory_parts_bytes={part: round(columns[f"{part}_bytes"][i]) for part in MEMORY_PARTS},
         host_bytes=round(columns["host_bytes"][i]),
     )
+
+
+def _time_parts(columns: Mapping[str, NDArray[np.float64]], i: int) -> dict[TimePart, np.float64]:
+    """Seconds of a stage by part.
+
+    Converted layers may take less time than plain ones, whatever they run again: that is no
+    negative recomputation, but less to compute.
+    """
+    parts = {part: columns[f"{part}_s"][i] for part in TIME_PARTS}
+    saved_s = np.minimum(parts["recompute"], 0.0)
+    parts["compute"] += saved_s
+    parts["recompute"] -= saved_s
+    return parts
 
 
 def _digits(value: float) -> float:
