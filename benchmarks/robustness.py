@@ -20,7 +20,7 @@ from paper_models import machine, paper_question, prepared
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.plans.breakdown import layout_words
 from mist.plans.plan import Limits
-from mist.plans.search_space import SPACES
+from mist.plans.search_space import DEFAULT, SPACES
 from mist.platform.cluster import Cluster
 from mist.platform.device import Device
 from mist.search.robust_choice import steps_on
@@ -89,7 +89,7 @@ def _network(cluster: Cluster, share: float, latency: float) -> Cluster:
 
 def searched(job: Job, limits: Limits) -> tuple[PricedLayout, ...]:
     found = tune(
-        job, SPACES["mist"], limits=limits, num_alternatives=0, progress=lambda _: None, method="dp"
+        job, SPACES[DEFAULT], limits=limits, num_alternatives=0, progress=lambda _: None, method="dp"
     )
     return (found.best, *found.pool)
 
@@ -98,10 +98,10 @@ def report(name: str) -> None:
     """The lines of one job."""
     job, limits = prepared(JOBS[name])
     start = time.process_time()
-    tuned = tune(job, SPACES["mist"], limits=limits, num_alternatives=5, progress=lambda _: None)
+    tuned = tune(job, SPACES[DEFAULT], limits=limits, num_alternatives=5, progress=lambda _: None)
     nominal_s = time.process_time() - start
     quiet = Robust(progress=lambda _: None, can_load=lambda _: True, is_late=lambda: False)
-    choice = chosen_robustly(job, SPACES["mist"], limits, tuned, quiet)
+    choice = chosen_robustly(job, SPACES[DEFAULT], limits, tuned, quiet)
     spent_s = time.process_time() - start
     print(f"{name}: search {nominal_s:.1f} s, with the robust choice {spent_s:.1f} s")
     for hops in (False, True):

@@ -22,7 +22,7 @@ from mist.search.tune import tune
 from mist.symbolic.load_programs import quiet
 from mist.workflow.request import Question
 
-NAMES: Final = ("paper", "mist", "whole")
+NAMES: Final = ("paper", "plain", "whole")
 LAYERS: Final = (20, 40, 80, 160, 320)
 GPUS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 USUAL_LAYERS, USUAL_GPUS = 80, 256
@@ -104,7 +104,7 @@ def plot(found: dict[Size, Spent], path: Path) -> None:
             y = [found[size].cpu_s for size in sweeps(space)[what]]
             axes.loglog(x, y, marker="o", label=f"{space}: {what}^{exponent(x, y):.2f}")
         bar = x if what == "layers" else x * np.log(x)
-        y0 = found[sweeps("mist")[what][0]].cpu_s
+        y0 = found[sweeps("plain")[what][0]].cpu_s
         label = "linear" if what == "layers" else "log-linear, N log N"
         axes.loglog(x, y0 * bar / bar[0], ":", color="0.5", label=label)
         axes.set(xlabel=what, xticks=x, xticklabels=[f"{n:.0f}" for n in x])

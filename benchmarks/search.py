@@ -27,7 +27,7 @@ JOBS: Final = {
         model="llama3-405b", num_gpus=16384, seq_len=8192, global_batch=2048
     ),
 }
-BARS_S: Final = {"paper": (1, 5, 8, 10), "mist": (None,) * 4, "whole": (None, 15, 30, 60)}
+BARS_S: Final = {"paper": (1, 5, 8, 10), "plain": (None,) * 4, "whole": (None, 15, 30, 60)}
 
 
 def peak_mib() -> float:
