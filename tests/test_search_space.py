@@ -1,6 +1,7 @@
 """What each space may use, how the user narrows it, and the exact words of what cannot be read."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,9 @@ TABLE = {
         None, None, "0123", (NONE, SELECTIVE, FULL), True, "wgoa", tuple(ScheduleKind), True,
     ),
 }  # fmt: skip
+
+
+MIST = SPACES["mist"]
 
 
 def test_every_space_is_in_the_table() -> None:
@@ -162,7 +166,7 @@ def narrow(name: str = "mist", fixed: str = "", most: str = "", forbid: str = ""
     ],
 )
 def test_what_is_set(words: str, changed: dict[str, object]) -> None:
-    assert narrow(fixed=words) == SearchSpace(restrictions=tuple(words.split()), **changed)  # type: ignore[arg-type]
+    assert narrow(fixed=words) == replace(MIST, restrictions=tuple(words.split()), **changed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_what_is_set(words: str, changed: dict[str, object]) -> None:
 )
 def test_what_is_limited(words: str, most: dict[str, int]) -> None:
     told = tuple(f"max {word}" for word in words.split())
-    assert narrow(most=words) == SearchSpace(most=most, restrictions=told)
+    assert narrow(most=words) == replace(MIST, most=most, restrictions=told)
 
 
 COARSE = (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)
@@ -215,7 +219,7 @@ def test_ratios_that_are_limited(
 ) -> None:
     told = tuple(f"max {word}" for word in words.split())
     offload = {**PAPER_RATIOS, **ratios}
-    assert narrow(most=words) == SearchSpace(offload=offload, most=most, restrictions=told)
+    assert narrow(most=words) == replace(MIST, offload=offload, most=most, restrictions=told)
 
 
 def test_all_or_nothing_below_a_limit_is_nothing() -> None:
@@ -228,8 +232,8 @@ def test_all_or_nothing_below_a_limit_is_nothing() -> None:
         ("offload", {"offload": NO_RATIOS}),
         ("weights", {"offload": {**PAPER_RATIOS, "weights": (0.0,)}}),
         ("activations", {"offload": {**PAPER_RATIOS, "activations": (0.0,)}}),
-        ("selective", {"levels": (NONE, FULL)}),
-        ("full", {"levels": (NONE, SELECTIVE)}),
+        ("selective", {"levels": tuple(level for level in SEARCHED if level is not SELECTIVE)}),
+        ("full", {"levels": tuple(level for level in SEARCHED if level is not FULL)}),
         ("interleaved", {"schedules": (GPIPE, ONE_F_ONE_B, ZERO_BUBBLE)}),
         ("1f1b", {"schedules": (GPIPE, INTERLEAVED, ZERO_BUBBLE)}),
         ("unlike-stages", {"unlike_stages": False, "unequal_meshes": False}),
@@ -237,7 +241,7 @@ def test_all_or_nothing_below_a_limit_is_nothing() -> None:
     ],
 )
 def test_what_is_forbidden(word: str, changed: dict[str, object]) -> None:
-    assert narrow(forbid=word) == SearchSpace(restrictions=(f"no {word}",), **changed)  # type: ignore[arg-type]
+    assert narrow(forbid=word) == replace(MIST, restrictions=(f"no {word}",), **changed)  # type: ignore[arg-type]
 
 
 def test_restrictions_are_told_in_order() -> None:
@@ -247,7 +251,7 @@ def test_restrictions_are_told_in_order() -> None:
         "space megatron", "zero=1", "tp=2", "max pp=4", "no selective", "no interleaved",
     )  # fmt: skip
     assert (space.levels, space.schedules) == ((NONE, FULL), (ONE_F_ONE_B,))
-    assert narrow("mist") == SearchSpace()
+    assert narrow("plain") == replace(SearchSpace(), restrictions=("space plain",))
 
 
 EXPECTED_SET = (

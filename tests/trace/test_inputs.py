@@ -92,7 +92,7 @@ def test_samples_of_sound_are_those_of_the_positions() -> None:
     module: Any = SimpleNamespace(
         main_input_name=WAVES, config=sizes, loss_function=None, forward=lambda input_values: None
     )
-    batch: Any = default_batch(module, 2, 49)
+    batch: Any = default_batch(module, 2, 49, 0)
     assert batch[WAVES].shape == (2, 48 * 320 + 400)  # a window of 400 samples every 320
 
 

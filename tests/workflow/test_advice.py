@@ -64,7 +64,7 @@ def test_where_no_single_change_helps_two_are_named(monkeypatch: pytest.MonkeyPa
 
 def test_one_change_is_enough_where_one_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDE, monkeypatch)
-    found = check(HandLayout(zero=1))
+    found = check(HandLayout(zero=1), num_gpus=16)
     assert [words.partition(":")[0] for words in found.suggestions] == ["--zero 3"]
 
 

@@ -23,6 +23,7 @@ def test_the_runtime_says_which_norms_run(
         settings.append(setting)
         return toy_graph()
 
+    monkeypatch.setattr(programs, "opened", lambda source: source)
     monkeypatch.setattr(programs, "load_graph", load_graph)
     monkeypatch.setattr(programs, "trace_digest", lambda *_: None)
     profile = tmp_path / "mine.yaml"
