@@ -89,7 +89,12 @@ def _network(cluster: Cluster, share: float, latency: float) -> Cluster:
 
 def searched(job: Job, limits: Limits) -> tuple[PricedLayout, ...]:
     found = tune(
-        job, SPACES[DEFAULT], limits=limits, num_alternatives=0, progress=lambda _: None, method="dp"
+        job,
+        SPACES[DEFAULT],
+        limits=limits,
+        num_alternatives=0,
+        progress=lambda _: None,
+        method="dp",
     )
     return (found.best, *found.pool)
 
