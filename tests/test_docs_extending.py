@@ -134,6 +134,7 @@ def printed(folder: Path, script: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_an_objective(tmp_path: Path) -> None:
     copied_package(tmp_path, 7, {"mist/plans/objectives.py": NEW_OBJECTIVE})
     assert printed(tmp_path, CHOOSE) == ["8", "2"]

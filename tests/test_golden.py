@@ -12,7 +12,13 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("name", sorted(JOBS))
+FAST = ("gpt2-xl-8xa100-sxm-40", "llama3-8b-16xh100-sxm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in sorted(JOBS)],
+)
 def test_plan_is_byte_identical(name: str) -> None:
     assert golden(name) == path_of(name).read_text(), "if meant: make golden, and show the diff"
 

@@ -122,7 +122,9 @@ def test_a_file_is_read_as_the_layout_that_it_was_written_from(name: str, tmp_pa
     assert round_trips >= NUM_ROUND_TRIPS
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * (each not in SOME)) for each in READ]
+)
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(data=st.data())
 def test_rounding_never_asks_more_of_a_device(name: str, data: st.DataObject) -> None:

@@ -132,11 +132,8 @@ def test_a_head_that_is_not_known_is_refused() -> None:
     assert defer_logits(model, model.layers, HeadMode.NONE) is None
 
 
-@pytest.mark.parametrize(
-    "mode",
-    # Of the two this one shows both passes; a trace of either takes seconds.
-    [HeadMode.IN_FORWARD, pytest.param(HeadMode.CHECKPOINTED, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # a trace of either takes seconds
+@pytest.mark.parametrize("mode", [HeadMode.IN_FORWARD, HeadMode.CHECKPOINTED])
 def test_the_trace_of_a_head_is_what_real_tensors_take(mode: HeadMode) -> None:
     """Kept to the backward pass, and the most alive in either pass, to the byte."""
     loaded = LoadedModel(

@@ -105,7 +105,7 @@ CASES = [
     pytest.param(gpt2, Precision.BF16, id="gpt2-bf16", marks=SLOW),
     pytest.param(mixtral, Precision.FP32, id="mixtral-fp32", marks=SLOW),
     pytest.param(mixtral, Precision.BF16, id="mixtral-bf16"),
-    pytest.param(bert, Precision.FP32, id="bert-fp32"),
+    pytest.param(bert, Precision.FP32, id="bert-fp32", marks=SLOW),
     pytest.param(bert, Precision.BF16, id="bert-bf16", marks=SLOW),
     pytest.param(plain, Precision.FP32, id="plain-fp32"),
     pytest.param(plain, Precision.BF16, id="plain-bf16", marks=SLOW),

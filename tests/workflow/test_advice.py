@@ -92,6 +92,7 @@ def test_advice_is_what_the_runtime_can_do(runtime: str, monkeypatch: pytest.Mon
                 assert again.fits  # a rule that it breaks would have been an InputError
 
 
+@pytest.mark.slow
 def test_another_layout_on_these_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDER, monkeypatch)
     (words,) = check(HandLayout(zero=3, micro_batch=4)).suggestions

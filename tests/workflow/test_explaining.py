@@ -22,6 +22,7 @@ def narrow(space: SearchSpace) -> SearchSpace:
     return replace(space, pp=(1, 2), tp=(1, 2), chunks=(1,), offload=NO_RATIOS, refines=False)
 
 
+@pytest.mark.slow
 def test_more_is_never_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph((6,), hidden=2048), monkeypatch)
     space = narrow(SearchSpace())

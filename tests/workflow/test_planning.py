@@ -170,6 +170,7 @@ def test_host_memory_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_host_memory_to_try_is_enough_and_a_tenth_less_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -27,7 +27,6 @@ LAYOUTS = {
     "zero3 in 2 copies": HandLayout(zero=3, dp_replicate=2, micro_batch=2),
     "tp2 zero2 in 2 copies": HandLayout(tp=2, zero=2, dp_replicate=2, checkpoint="full"),
 }
-FAST = "zero3"  # of one stage: each is looked at by a process of its own
 # Of a model of which only some parameters are trained (tests/exec/layouts.py), wide enough that a
 # stray activation is no part of it: on two GPUs, eight samples a step.
 WIDE = "1024, 4, 16, 8192, 1024"
@@ -68,10 +67,8 @@ def plan_of(layout: HandLayout, folder: Path) -> Plan:
     return check_layout(question, layout).plan
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n == FAST else [pytest.mark.slow]) for n in LAYOUTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_prediction_and_program_agree(name: str, folder: Path) -> None:
     plan = plan_of(LAYOUTS[name], folder)
     path = folder / f"{name}.yaml"
