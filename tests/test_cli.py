@@ -104,6 +104,7 @@ def test_the_json_of_a_plan_is_all_of_stdout(mist: Mist, models: Path, tmp_path:
     assert {*found["seconds"]} == {"prepare", "search"}
 
 
+@pytest.mark.slow
 def test_several_numbers_of_gpus(mist: Mist, models: Path, tmp_path: Path) -> None:
     asked = ("plan", models / "tiny.py", "--gpus", "2,4", "--global-batch", 16, "--space", "3d")
     run = mist(*asked, "--objective", "tokens-per-dollar", "--price", 2.5, "--tokens", 1e9)

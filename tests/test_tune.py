@@ -225,7 +225,7 @@ def confirm(job: Job, found: Tuned, limit: float) -> None:
 @pytest.mark.parametrize("counts", [(3,), (1, 2)])
 @pytest.mark.parametrize(
     "limit",
-    [0.55e9, 0.75e9, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (1.1e9, 8e9))],
+    [0.55e9, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.75e9, 1.1e9, 8e9))],
 )
 def test_equals_exhaustive_search(
     counts: tuple[int, ...], limit: float, offload: dict[str, tuple[float, ...]]
@@ -412,7 +412,9 @@ def peak_of(job: Job, others: list[StagePlan], position: int, stage: StagePlan, 
     return judged(job, Layout(stages=stages, num_micro_batches=g)).stages[position].peak_bytes
 
 
-@pytest.mark.parametrize("limit", [0.45e9, 0.6e9, pytest.param(8e9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "limit", [0.45e9, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.6e9, 8e9))]
+)
 def test_unequal_meshes_equal_exhaustive_search(limit: float) -> None:
     job = toy_job(toy_graph((4,), vocab=8192), 4, global_batch=8)
     levels = (MemoryLevel.NONE, MemoryLevel.FULL)
@@ -471,7 +473,7 @@ SUBSETS = [
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 100))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 100))]
 )
 def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
     """Pairs of spaces on a hundred random jobs: sizes, memory and machines of all kinds."""

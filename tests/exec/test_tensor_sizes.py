@@ -12,7 +12,7 @@ from tests.exec.sized_layouts import COPIED, SIZED, WITH_ENCODER, write_sized_mo
 from tests.exec.subjects import known_subject
 
 # One of fused matrices, one of numbers that are globals with scores by hand, one with an encoder.
-FAST = {"unlike sp", "scores", "t5"}
+FAST = {"unlike sp"}
 LAYOUTS = {
     "few": [each for each in (*SIZED, *WITH_ENCODER) if each.name in FAST],
     "others": [each for each in (*SIZED, *WITH_ENCODER) if each.name not in FAST],

@@ -82,7 +82,9 @@ def in_all(measured: Measured) -> int:
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "llama")) for f in EXACT]
+)
 def test_rank_of_divided_matrices_is_exact(family: str, num_ranks: int, point: Point) -> None:
     block, real = block_of(family), ranks(point, *EXACT)[family, "tp", num_ranks]
     assert at(block.flop("forward"), point, num_ranks) == real.forward_flop

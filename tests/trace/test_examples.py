@@ -64,7 +64,11 @@ LAYERS = {
     "unet": [("down.0", 0), ("down.1", 1), ("up.0", 2), ("up.1", 3)],
 }
 POINTS = [(1, 16), (2, 24), (3, 32)]
-CASES = [(stem, *layer) for stem, layers in LAYERS.items() for layer in layers]
+CASES = [
+    pytest.param(stem, *layer, marks=[pytest.mark.slow] * (i > 0))
+    for stem, layers in LAYERS.items()
+    for i, layer in enumerate(layers)
+]
 
 
 @pytest.mark.parametrize(("stem", "path", "kind"), CASES)
