@@ -1,6 +1,7 @@
 """From a resolved source to a model on the meta device, and how to run it on a batch."""
 
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -105,10 +106,12 @@ class LoadedModel:
         Raises TraceError for an entry of a batch that neither of the two reads.
         """
         output = self.forward(batch)
-        seen = WatchedBatch(batch) if isinstance(batch, Mapping) else batch
-        loss, number = self.loss_of(output, seen)
-        if isinstance(seen, WatchedBatch):
-            self._refuse_unread(set(seen.unread) - self._forward_takes(seen).keys())
+        if isinstance(batch, Mapping):
+            seen = WatchedBatch(batch)
+            loss, number = self.loss_of(output, seen)
+            self._refuse_unread(seen.unread - _taken(batch, parameters_of(self.module)).keys())
+        else:
+            loss, number = self.loss_of(output, batch)
         return loss if number is None else loss / number
 
     def _refuse_unread(self, unread: AbstractSet[str]) -> None:
@@ -123,13 +126,7 @@ class LoadedModel:
         """A batch with `function` of every leaf that `forward` takes; the rest is for the loss."""
         if not isinstance(batch, Mapping):
             return tree_map(function, batch)
-        return {**batch, **tree_map(function, self._forward_takes(batch))}
-
-    def _forward_takes(self, batch: Mapping[str, object]) -> dict[str, object]:
-        asked = parameters_of(self.module)
-        if any(each.kind is each.VAR_KEYWORD for each in asked.values()):
-            return dict(batch)
-        return {name: value for name, value in batch.items() if name in asked}
+        return {**batch, **tree_map(function, _taken(batch, parameters_of(self.module)))}
 
     def loss_of(self, output: object, batch: object) -> tuple[torch.Tensor, Number | None]:
         """The user's loss, the model's own, or cross-entropy of its logits.
@@ -150,8 +147,9 @@ class LoadedModel:
         """The output of the model on a batch."""
         with _without_cache(self.module), self._equal_images(batch):
             if isinstance(batch, Mapping):
-                no_cache = {"use_cache": False} if "use_cache" in parameters_of(self.module) else {}
-                return self.module(**self._forward_takes(batch), **no_cache)
+                asked = parameters_of(self.module)
+                no_cache = {"use_cache": False} if "use_cache" in asked else {}
+                return self.module(**_taken(batch, asked), **no_cache)
             if isinstance(batch, tuple | list):
                 return self.module(*batch)
             return self.module(batch)
@@ -159,7 +157,8 @@ class LoadedModel:
     @contextmanager
     def _equal_images(self, batch: object) -> Iterator[None]:
         """Within: the model knows that the images of fake tensors have one size."""
-        if not isinstance(batch, Mapping) or IMAGES not in batch:
+        is_fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(batch))
+        if not isinstance(batch, Mapping) or IMAGES not in batch or not is_fake:
             yield
             return
         grid = None
@@ -170,6 +169,15 @@ class LoadedModel:
                 grid = known[GRIDS][0].tolist()
         with equal_images(self.module.modules(), batch, grid):
             yield
+
+
+def _taken(
+    batch: Mapping[str, object], asked: Mapping[str, inspect.Parameter]
+) -> dict[str, object]:
+    """What of a batch is among the arguments that a forward function asks for."""
+    if any(each.kind is each.VAR_KEYWORD for each in asked.values()):
+        return dict(batch)
+    return {name: value for name, value in batch.items() if name in asked}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from mist.trace.expressions import Size
 from mist.trace.operations.model_functions import functions_of
@@ -26,7 +26,7 @@ from mist.trace.operations.model_functions import functions_of
 CHECK: Final = "torch_compilable_check"  # that there are as many placeholders as image tokens
 OF_GRIDS: Final = "transformers.vision_utils"  # functions of the grids of all images
 POSITIONS: Final = "get_rope_index"  # a method: of each token in time, height and width
-MASKING, ARGUMENTS = "transformers.masking_utils", "_preprocess_mask_arguments"
+MASKING, MASK_ARGUMENTS = "transformers.masking_utils", "_preprocess_mask_arguments"
 PADDING: Final = "attention_mask"
 LEAST_DIMS: Final = 3  # of a stack of images or of their masks
 
@@ -93,9 +93,6 @@ def equal_images(
 
     `grid`: of each image, as the model takes it (frames, rows, columns); None where it takes none.
     """
-    if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(batch)):
-        yield
-        return
     modules = list(modules)
     with ExitStack() as stack:
         for table, name, function in functions_of(modules):
@@ -112,8 +109,8 @@ def equal_images(
         stack.enter_context(patch.object(FakeTensor, "tolist", parts))
         stack.enter_context(_Values())
         if (masking := sys.modules.get(MASKING)) is not None and PADDING not in batch:
-            arguments = partial(_without_padding, getattr(masking, ARGUMENTS))
-            stack.enter_context(patch.object(masking, ARGUMENTS, arguments))
+            arguments = partial(_without_padding, getattr(masking, MASK_ARGUMENTS))
+            stack.enter_context(patch.object(masking, MASK_ARGUMENTS, arguments))
         yield
 
 

@@ -25,6 +25,7 @@ from mist.trace.diagnose import without_log
 from mist.trace.models.source import Policy, TraceSetting
 from mist.trace.operations import attention
 from mist.trace.operations.autocast import in_fp32
+from mist.trace.operations.equal_images import MASK_ARGUMENTS, MASKING
 from mist.trace.operations.flex_attention import flex_as_flash
 from mist.trace.operations.kernels import (
     OPAQUE,
@@ -136,11 +137,9 @@ def _norm_gradients_of_layers(
 
 # Under fake tensors transformers cannot look at position_ids and builds a [b, 1, s, s] mask for
 # packed sequences, which a real run does not have.
-MASKING: Final = "transformers.masking_utils"
 PACKED_CHECK: Final = "find_packed_sequence_indices"
 # Nor can it see that a mask of padding, which many models make of ones where they are given none,
-# masks nothing; with real tensors it looks, and leaves such a mask out.
-MASK_ARGUMENTS: Final = "_preprocess_mask_arguments"
+# masks nothing; with real tensors it looks, and leaves such a mask out (`_without_ones`).
 
 
 @contextmanager
