@@ -12,7 +12,7 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-FAST = ("gpt2-xl-8xa100-sxm-40", "llama3-8b-16xh100-sxm")
+FAST = ("llama3-8b-16xh100-sxm",)
 
 
 @pytest.mark.parametrize(

@@ -354,15 +354,16 @@ class Runtime(Record):
     def _check_hosted(self) -> None:
         """Raise ValueError where plans may offload a state that has no bytes."""
         names, optimizers = ("weights", "grads", "optimizer"), optimizers_of(self.states)
-        uses = product(names, Precision, optimizers, self.knobs.zero_levels)
-        for name, precision, optimizer, zero in uses:
-            hosted, states = self.hosted(name), states_of(self.states, precision, optimizer)
-            if hosted is None or zero < hosted.offered_from:
-                continue
-            if not sum_states(states, zero, hosted.items).bytes_per_param(1):
-                raise ValueError(
-                    f"offload.{name} has nothing to offload in {precision.value} at ZeRO-{zero}"
-                )
+        for precision, optimizer in product(Precision, optimizers):
+            states = states_of(self.states, precision, optimizer)
+            for name, zero in product(names, self.knobs.zero_levels):
+                hosted = self.hosted(name)
+                if hosted is None or zero < hosted.offered_from:
+                    continue
+                if not sum_states(states, zero, hosted.items).bytes_per_param(1):
+                    raise ValueError(
+                        f"offload.{name} has nothing to offload in {precision.value} at ZeRO-{zero}"
+                    )
 
     @property
     def reduce_bytes(self) -> Mapping[Precision, Quantity]:

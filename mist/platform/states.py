@@ -133,12 +133,21 @@ def check_states(states: States, zero_levels: Iterable[ZeroLevel]) -> None:
     if not moments or not all(row.optimizers for row in moments):
         raise ValueError("states.moments must have rows, and each name its optimizers")
     # A missing row would fail in the middle of a search; here the file is known.
-    for precision, optimizer, zero in product(Precision, optimizers_of(states), zero_levels):
-        rows = states_of(states, precision, optimizer)
+    for precision, optimizer in product(Precision, optimizers_of(states)):
+        _check_rows(
+            states_of(states, precision, optimizer),
+            zero_levels,
+            f"{precision.value} and {optimizer.value}",
+        )
+
+
+def _check_rows(states: States, zero_levels: Iterable[ZeroLevel], of: str) -> None:
+    """The same for the rows of one precision and optimizer."""
+    for zero in zero_levels:
         count = {
-            item: sum(zero in row.zero_levels for row in rows.get(item, ())) for item in StateItem
+            item: sum(zero in row.zero_levels for row in states.get(item, ())) for item in StateItem
         }
-        place = f"{precision.value} and {optimizer.value} at ZeRO-{zero}"
+        place = f"{of} at ZeRO-{zero}"
         if twice := [item.value for item, number in count.items() if number > 1]:
             raise ValueError(f"states.{twice[0]} has two rows for {place}")
         count[StateItem.WEIGHTS] += count.pop(StateItem.MASTER)  # either is the parameters

@@ -70,7 +70,10 @@ EVERY = tuple(
     )
 )
 # What sums a loss and what divides the model are each met in another of the fast layouts.
-REPEATED = ("pair dp2", "pair pp2", "mean tp2", "mean pp2", "llama tp2", "llama pp2")
+REPEATED = (
+    *("pair dp2", "pair pp2", "mean tp2", "mean pp2"),
+    *("llama dp2", "llama tp2", "llama pp2"),
+)
 LAYOUTS = (
     *(each for each in EVERY if each.name not in REPEATED),
     Variant(name="by hand pp2", model="by_hand.py", **TWO["pp2"]),  # type: ignore[arg-type]

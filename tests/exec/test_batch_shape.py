@@ -103,6 +103,7 @@ def test_labels_of_classes_have_the_shape_that_the_file_gives() -> None:
         shape.check({"x": torch.empty(BATCH, SEQ_LEN, 2), "labels": torch.empty(BATCH, 5)})
 
 
+@pytest.mark.slow
 def test_every_rank_refuses_before_its_first_collective(tmp_path: Path, forked: RunRanks) -> None:
     """A right step goes on after each refusal: no rank was left in a collective."""
     write_models(tmp_path)

@@ -371,6 +371,9 @@ REPEATED = (
     *("pp2 zero-bubble vpp2", "phi3 dp2 tp2 sp zero3", "zero2 accumulated", "plain zero1"),
     *("gpt2 converted zero2", "gpt2 tied zero3", "tied tp2 sp", "opt tied tp2 sp", "pp2 gpipe"),
     *("pp2 converted", "fp32 zero2 levels", "frozen upper tp2 sp", "qwen3 tp2 sp"),
+    *("zero0", "zero0 accumulated", "full 4 zero3", "gemma2 tied tp2 sp", "frozen upper zero3"),
+    *("one-kv-head tp2", "tied pp2", "pp2 zero-bubble", "pp2 levels clipped", "bf16 zero2 levels"),
+    *("activations 1.0", "gpt2 tied pp2 head in-forward"),
 )
 _EVERY = (
     *DATA,

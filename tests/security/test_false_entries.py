@@ -199,7 +199,7 @@ def a_device_for_a_module(entry: Any) -> None:  # noqa: ANN401 - JSON
 
 @pytest.mark.parametrize(
     "change",
-    [all_sizes(["Mul", -1, "b"]), a_device_for_a_module],
+    [all_sizes(["Mul", -1, "b"]), pytest.param(a_device_for_a_module, marks=pytest.mark.slow)],
 )
 def test_a_false_trace_is_traced_again(cached: Path, change: Callable[[Any], None]) -> None:
     said: list[str] = []

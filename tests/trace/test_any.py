@@ -325,6 +325,7 @@ def variant_is_exact(
         assert all(size.subs(ALONE).free_symbols <= {B, S} for size in block.transient_bytes)
 
 
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(VARIANTS, st.booleans(), st.booleans(), st.lists(POINTS, min_size=2, max_size=2))
 def test_random_transformers_are_exact(

@@ -38,6 +38,7 @@ NAMES = {
     "all_reduce": "all_reduce",
 }
 EXACT = ("llama", "gpt-neox", "bert")
+OF_EACH = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in EXACT]
 PARTLY = ("olmo2", "lfm2")  # of which a module with matrices stays whole
 ROWS = ("torch-attention",)  # behind attention tokens are rows, which DTensor does not divide again
 POINTS = [TYPICAL, *(pytest.param(point, marks=SLOW) for point in [(1, 1024), (3, 96)])]
@@ -82,11 +83,9 @@ def in_all(measured: Measured) -> int:
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "llama")) for f in EXACT]
-)
+@pytest.mark.parametrize("family", OF_EACH)
 def test_rank_of_divided_matrices_is_exact(family: str, num_ranks: int, point: Point) -> None:
-    block, real = block_of(family), ranks(point, *EXACT)[family, "tp", num_ranks]
+    block, real = block_of(family), ranks(point, family)[family, "tp", num_ranks]
     assert at(block.flop("forward"), point, num_ranks) == real.forward_flop
     assert at(block.flop("backward"), point, num_ranks) == real.backward_flop
     assert at(rank_params(block.params), point, num_ranks) == real.num_params
@@ -95,10 +94,10 @@ def test_rank_of_divided_matrices_is_exact(family: str, num_ranks: int, point: P
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("family", OF_EACH)
 def test_rank_of_divided_sequence_is_exact(family: str, num_ranks: int, point: Point) -> None:
     """The rule of layouts: replicated / t, gathered whole, sharded as it is."""
-    block, real = block_of(family), ranks(point, *EXACT)[family, "sp", num_ranks]
+    block, real = block_of(family), ranks(point, family)[family, "sp", num_ranks]
     assert at(block.flop("forward"), point, num_ranks) == real.forward_flop
     assert at(block.flop("backward"), point, num_ranks) == real.backward_flop
     assert at(rank_params(block.params), point, num_ranks) == real.num_params
@@ -114,11 +113,11 @@ def transient_bytes(block: Block, point: Point, num_ranks: int, *, divided: bool
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("family", OF_EACH)
 def test_transients_of_divided_matrices_are_exact(
     family: str, num_ranks: int, point: Point
 ) -> None:
-    real = ranks(point, *EXACT)[family, "tp", num_ranks]
+    real = ranks(point, family)[family, "tp", num_ranks]
     assert transient_bytes(block_of(family), point, num_ranks, divided=False) == (
         real.transient_bytes
     )
@@ -126,12 +125,12 @@ def test_transients_of_divided_matrices_are_exact(
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("family", OF_EACH)
 def test_transients_of_divided_sequence_are_exact_or_a_share_more(
     family: str, num_ranks: int, point: Point
 ) -> None:
     """Exact where a residual needs the share that was gathered; else torch frees it at once."""
-    real = ranks(point, *EXACT)[family, "sp", num_ranks]
+    real = ranks(point, family)[family, "sp", num_ranks]
     found = transient_bytes(block_of(family), point, num_ranks, divided=True)
     share = 2 * point[0] * point[1] * HIDDEN // num_ranks
     most = real.transient_bytes + (share if num_ranks > 1 and family != "llama" else 0)
@@ -139,10 +138,10 @@ def test_transients_of_divided_sequence_are_exact_or_a_share_more(
 
 
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("family", OF_EACH)
 def test_collectives_are_dtensors(family: str, num_ranks: int) -> None:
     """Nothing at t = 1; else kind, phase, number and bytes. An all-gather is given a share."""
-    block, measured = block_of(family), ranks(TYPICAL, *EXACT)
+    block, measured = block_of(family), ranks(TYPICAL, family)
     for mode in get_args(Mode):
         expected = collectives(block, mode, num_ranks)
         assert measured[family, mode, num_ranks].collectives == expected

@@ -217,6 +217,7 @@ def test_example_is_its_preset(stem: str) -> None:
     assert example == preset
 
 
+@pytest.mark.slow
 def test_fingerprint_is_the_model_not_the_trace(llama: ModelGraph) -> None:
     fp32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
     graphs = [family_graph(gpt2, torch.float32, setting) for setting in (fp32, BF16)]

@@ -72,6 +72,7 @@ def converted(family: str, level: MemoryLevel) -> tuple[Block, ...]:
     return trace_model(model, BF16).blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "levels"),
     [

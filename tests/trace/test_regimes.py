@@ -112,7 +112,9 @@ CASES = [
     pytest.param(
         gemma3, "model.layers.0", [(1, 40), (2, 64), (3, 65), (2, 200)], id="gemma3", marks=SLOW
     ),
-    pytest.param(mistral, "model.layers.0", [(1, 40), (2, 64), (3, 65), (2, 200)], id="mistral"),
+    pytest.param(
+        mistral, "model.layers.0", [(1, 40), (2, 64), (3, 65), (2, 200)], id="mistral", marks=SLOW
+    ),
     pytest.param(modernbert, "model.layers.0", [(2, 20), (3, 100)], id="modernbert", marks=SLOW),
     pytest.param(mamba2, "backbone.layers.1", [(2, 96), (3, 70)], id="mamba2", marks=SLOW),
     pytest.param(masked, "layers.1", [(1, 20), (2, 127), (3, 128)], id="registered-mask"),
@@ -171,6 +173,7 @@ def test_the_longest_length_of_a_registered_mask_is_traced() -> None:
     assert 20 in regime(masked, 20).lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("s", [65, 200, 1000])
 def test_windowed_layers_attend_to_the_pairs_of_their_mask(s: int) -> None:
     """Counted from the mask that transformers makes for the layer on real tensors."""

@@ -45,7 +45,12 @@ def waiting_bytes(module: torch.nn.Module, output: torch.Tensor, given: torch.Te
 @pytest.mark.parametrize(
     ("family", "precision"),
     [
-        pytest.param(family, Precision.FP32, id=family.__name__)
+        pytest.param(
+            family,
+            Precision.FP32,
+            id=family.__name__,
+            marks=[] if family is llama else [pytest.mark.slow],
+        )
         for family in (llama, gpt2, bert, plain)
     ],
 )

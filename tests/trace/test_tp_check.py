@@ -71,7 +71,12 @@ def sum_over_shards(layer: Mlp, x: torch.Tensor, num_ranks: int) -> torch.Tensor
     return x + sum(F.linear(layer.between(F.linear(x, up)), down) for up, down in shards)
 
 
-@pytest.mark.parametrize("name", BETWEEN)
+FAST = ("relu", "norm of groups", "softmax", "softmax over tokens", "mean", "outer product")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in BETWEEN]
+)
 def test_a_pair_is_taken_where_shards_give_the_whole_result(name: str) -> None:
     layer = Mlp(BETWEEN[name]).double()
     x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(0)).double()

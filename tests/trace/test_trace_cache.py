@@ -72,7 +72,13 @@ def test_changed_local_module_is_traced_again(model_file: Path) -> None:
     assert load(model_file) == (64 * 32 + 2 * 33 * 32, False)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"modules": {}, "exprs": [["eval", "b"]]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"modules": {}, "exprs": [["eval", "b"]]}',
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("", "{}", "[1]")),
+    ],
+)
 def test_corrupt_entry_is_rewritten(model_file: Path, text: str) -> None:
     load(model_file)
     (entry,) = cache.cache_folder().glob("*.json")

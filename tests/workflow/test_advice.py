@@ -79,7 +79,16 @@ def test_weights_and_gradients_move_together(monkeypatch: pytest.MonkeyPatch) ->
     assert check(changed, num_gpus=2).fits
 
 
-@pytest.mark.parametrize("runtime", ["deepspeed-zero3", "megatron", "torchtitan", "fsdp1"])
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        "torchtitan",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("deepspeed-zero3", "megatron", "fsdp1")
+        ),
+    ],
+)
 def test_advice_is_what_the_runtime_can_do(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDE, monkeypatch)
     for layout in (HandLayout(), HandLayout(micro_batch=8)):

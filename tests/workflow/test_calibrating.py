@@ -116,6 +116,7 @@ def test_words_that_are_no_layout_are_refused(words: str, message: str) -> None:
         run_by_hand(words)
 
 
+@pytest.mark.slow
 def test_runs_of_two_devices_do_not_mix(tmp_path: Path) -> None:
     plan, log = measured(tmp_path, "a", 8, tp=(1,), micro_batch=(4,))
     other = tmp_path / "other.yaml"

@@ -57,11 +57,12 @@ def test_the_first_stages_are_longer_where_layers_do_not_divide(
 @pytest.mark.parametrize(
     ("checkpoint", "counts"),
     [
-        ("none", (4, 0, 0)),
         ("selective", (0, 4, 0)),
-        ("full", (0, 0, 4)),
-        ("9", (0, 0, 4)),
         ("2", (2, 0, 2)),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("none", (4, 0, 0)), ("full", (0, 0, 4)), ("9", (0, 0, 4)))
+        ),
     ],
 )
 def test_checkpointed_layers(checkpoint: str, counts: tuple[int, int, int]) -> None:
@@ -440,13 +441,25 @@ def test_a_runtime_that_cannot_do_what_a_plan_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        HandLayout(pp=2, schedule=ScheduleKind.INTERLEAVED, vpp=2, checkpoint="3"),
-        HandLayout(pp=2, zero=2, schedule=ScheduleKind.ZERO_BUBBLE),
-        HandLayout(pp=4, schedule=ScheduleKind.GPIPE, offload=Offload(activations=0.75)),
-        HandLayout(zero=3, offload=Offload(weights=0.5, grads=0.5, optimizer=0.25)),
-        HandLayout(zero=2, dp_replicate=4),
+        pytest.param(
+            HandLayout(pp=2, schedule=ScheduleKind.INTERLEAVED, vpp=2, checkpoint="3"),
+            id="interleaved",
+        ),
+        pytest.param(
+            HandLayout(zero=3, offload=Offload(weights=0.5, grads=0.5, optimizer=0.25)),
+            id="offloaded",
+        ),
+        *(
+            pytest.param(layout, id=name, marks=pytest.mark.slow)
+            for name, layout in {
+                "zero-bubble": HandLayout(pp=2, zero=2, schedule=ScheduleKind.ZERO_BUBBLE),
+                "gpipe": HandLayout(
+                    pp=4, schedule=ScheduleKind.GPIPE, offload=Offload(activations=0.75)
+                ),
+                "copies": HandLayout(zero=2, dp_replicate=4),
+            }.items()
+        ),
     ],
-    ids=["interleaved", "zero-bubble", "gpipe", "offloaded", "copies"],
 )
 def test_every_layout_survives_its_file(tmp_path: Path, layout: HandLayout) -> None:
     first, again = check(layout), check_plan(saved(tmp_path, check(layout).plan))

@@ -47,6 +47,7 @@ def test_more_is_never_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 1 + len(names) + len(LADDER)
 
 
+@pytest.mark.slow
 def test_a_batch_that_more_gpus_do_not_divide_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph((4,)), monkeypatch)
     question = replace(QUESTION, num_gpus=8, global_batch=8)

@@ -215,8 +215,8 @@ def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("method", "solver"),
     [
-        ("dp", "dynamic program"),
-        ("milp", "HiGHS through PuLP"),
+        pytest.param("dp", "dynamic program", marks=pytest.mark.slow),
+        pytest.param("milp", "HiGHS through PuLP", marks=pytest.mark.slow),
         ("both", "dynamic program, confirmed by HiGHS through PuLP"),
     ],
 )

@@ -25,7 +25,7 @@ def host_link(one: Job) -> float:
     ("tolerance_ratio", "shares"),
     [
         # What suits the worse ends is within the tolerance; then the group of the choice alone.
-        (9.0, [1.0, 1.0]),
+        pytest.param(9.0, [1.0, 1.0], marks=pytest.mark.slow),
         (0.0, [1.0, 0.75, 1.0]),  # only the fastest is
     ],
 )

@@ -24,6 +24,7 @@ GRAPHS = {
     "like": toy_graph((8,)),
     "tied": toy_graph((3, 2), vocab=8192, tied=True),  # two kinds of layers, five in all
 }
+FAST = ("torch", "megatron", "deepspeed-zero3")  # of each kind of rules one
 INTERLEAVED = {"schedule": ScheduleKind.INTERLEAVED, "vpp": 2}
 
 
@@ -45,7 +46,10 @@ def test_ten_runtimes_ship() -> None:
     "graph",
     [pytest.param(GRAPHS[n], id=n, marks=[pytest.mark.slow] * (n != "like")) for n in GRAPHS],
 )
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    "runtime",
+    [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in RUNTIMES],
+)
 def test_each_runtime_plans_what_it_can_run(
     runtime: str, graph: ModelGraph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

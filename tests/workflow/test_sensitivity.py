@@ -51,7 +51,7 @@ def changed_step(layout: PipelineTimes, part: str, share: float) -> float:
     return total_s(1.0 - share)
 
 
-@pytest.mark.parametrize("global_batch", [16, 32])
+@pytest.mark.parametrize("global_batch", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_the_change_that_is_named_makes_a_tie(global_batch: int) -> None:
     job = toy_job(toy_graph((7,), hidden=2048), 8, gpu="l4", global_batch=global_batch)
     found = tune(

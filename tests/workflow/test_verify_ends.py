@@ -42,7 +42,9 @@ def children(pid: int) -> list[int]:
     return [other for other in others if status_of(other).get("PPid") == str(pid)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_dry_run_ends_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
     write_models(tmp_path)
     save_plan(plan_of(HandLayout(), tmp_path), tmp_path / "plan.yaml")

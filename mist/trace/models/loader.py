@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -352,11 +353,17 @@ def local_modules(path: Path | None) -> Iterator[list[Path]]:
 def _local_file(module: ModuleType, folder: Path) -> Path | None:
     """The file of a module that lies in the folder or below; installed ones and ours do not."""
     name = getattr(module, "__file__", None)
-    file = Path(name).resolve() if isinstance(name, str) else None
+    file = _resolved(name) if isinstance(name, str) else None
     if file is None or not file.is_relative_to(folder) or file.is_relative_to(OURS):
         return None
     # torch gives some of its modules files that do not exist: "_classes.py" in any folder.
     return file if file.is_file() and "site-packages" not in file.parts else None
+
+
+@lru_cache(maxsize=None)
+def _resolved(name: str) -> Path:
+    """Of thousands of modules, and again at every load: that takes longer than small traces."""
+    return Path(name).resolve()
 
 
 def _where(error: BaseException, path: Path) -> str:
