@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -360,7 +360,7 @@ def _local_file(module: ModuleType, folder: Path) -> Path | None:
     return file if file.is_file() and "site-packages" not in file.parts else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resolved(name: str) -> Path:
     """Of thousands of modules, and again at every load: that takes longer than small traces."""
     return Path(name).resolve()
