@@ -13,7 +13,7 @@ from mist.plans.workload import HeadMode, Optimizer, Precision
 from mist.rules.combinations import out_of_domain
 from mist.symbolic.compile import compile_model, print_program
 from mist.symbolic.job import make_job
-from mist.symbolic.program import bind
+from mist.symbolic.program import bind, select
 from mist.symbolic.program_cache import PROGRAMS, load_programs, programs_key, store_programs
 from tests.toys import adamw_setting, toy_graph, toy_platform, toy_workload
 
@@ -35,6 +35,18 @@ def test_printed_programs_compute_the_expressions() -> None:
             float(expr.subs({B: b, S: s, T: t})) for b, s, t in zip(*points.values(), strict=True)
         ]
         np.testing.assert_allclose(got[name], want, rtol=1e-15)
+
+
+def test_the_first_condition_that_holds_chooses() -> None:
+    """As numpy's `select`, whose work on a single layout takes most of the time of a program."""
+    rng = np.random.default_rng(0)
+    for shape in ((), (1,), (7,)):
+        conditions = [rng.random(shape) < 0.4 for _ in range(3)]
+        values = [rng.random(shape) for _ in conditions]
+        found = select(conditions, values, np.nan)
+        np.testing.assert_array_equal(found, np.select(conditions, values, np.nan))
+        whole = select([*conditions[:2], True], [*values[:2], 5.0], np.nan)
+        np.testing.assert_array_equal(whole, np.select([*conditions[:2], True], [*values[:2], 5.0]))
 
 
 def test_columns_broadcast() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from mist.milp import Method
 from mist.model.graph import S
 from mist.plans.breakdown import layout_words
 from mist.plans.file import dump_plan, save_plan
+from mist.plans.objectives import Objective
 from mist.plans.search_space import NO_RATIOS, SearchSpace, space_of
 from mist.plans.workload import MemoryLevel, Precision, ScheduleKind
 from mist.platform.overrides import HOST_MEMORY
 from mist.units import GB, GIB
 from mist.workflow.checking import check_plan
-from mist.workflow.planning import Effort, make_plan
+from mist.workflow.planning import Effort, Planned, make_plan
 from mist.workflow.request import Question
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
@@ -32,10 +34,17 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SMALL = SearchSpace(pp=(2,), tp=(1, 2), offload=NO_RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,))
 QUESTION = Question(model="toy.py", num_gpus=8, global_batch=64)
+NOMINAL = Effort(objective=Objective.NOMINAL)
+
+
+@cache
+def made() -> Planned:
+    """What several tests look at."""
+    return make_plan(QUESTION, SearchSpace(), Effort(num_alternatives=3))
 
 
 def test_a_plan_answers_its_question() -> None:
-    planned = make_plan(QUESTION, SearchSpace(), Effort(num_alternatives=3))
+    planned = made()
     plan = planned.plan
     assert plan.model.source == "toy.py"
     assert (plan.workload.seq_len, plan.workload.global_batch) == (4096, 64)
@@ -51,7 +60,7 @@ def test_a_plan_answers_its_question() -> None:
 
 
 def test_alternatives_are_slower_other_layouts_with_a_reason() -> None:
-    plan = make_plan(QUESTION, SearchSpace(), Effort(num_alternatives=3)).plan
+    plan = made().plan
     assert len(plan.alternatives) == 3
     steps = [plan.estimate.step_s, *(other.step_s for other in plan.alternatives)]
     assert steps == sorted(steps)
@@ -62,8 +71,8 @@ def test_alternatives_are_slower_other_layouts_with_a_reason() -> None:
 
 
 def test_the_same_question_gives_the_same_bytes() -> None:
-    first, second = (make_plan(QUESTION, SearchSpace()).plan for _ in range(2))
-    assert dump_plan(first) == dump_plan(second)
+    again = make_plan(QUESTION, SearchSpace(), Effort(num_alternatives=3))
+    assert dump_plan(again.plan) == dump_plan(made().plan)
 
 
 def test_a_plan_passes_its_own_check(tmp_path: Path) -> None:
@@ -78,7 +87,7 @@ def test_a_plan_passes_its_own_check(tmp_path: Path) -> None:
 def test_restrictions_are_kept_and_told() -> None:
     full = (MemoryLevel.FULL,)
     space = SearchSpace(tp=(2,), pp=(2,), levels=full, restrictions=("tp=2", "pp=2"))
-    plan = make_plan(QUESTION, space).plan
+    plan = make_plan(QUESTION, space, NOMINAL).plan
     assert [(stage.tp, stage.num_full) for stage in plan.stages] == [(2, 4), (2, 4)]
     assert plan.provenance.search["restricted"] == "tp=2, pp=2"
 
@@ -139,7 +148,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert " GiB that a plan may use on l4 (working " in message
     # What it tells us to try fits, and half of that does not.
     num_gpus = int(message.rpartition("--gpus ")[2].rstrip("."))
-    assert make_plan(replace(asked, num_gpus=num_gpus), space).plan.stages
+    assert make_plan(replace(asked, num_gpus=num_gpus), space, NOMINAL).plan.stages
     with pytest.raises(Infeasible):
         make_plan(replace(asked, num_gpus=num_gpus // 2), space)
 
@@ -199,10 +208,11 @@ def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) 
     space = SearchSpace(
         pp=(1,), tp=(1,), offload={**NO_RATIOS, "optimizer": (0.0, 0.25, 0.5, 0.75, 1.0)}
     )
-    ample = make_plan(asked, space).host
+    ample = make_plan(asked, space, NOMINAL).host
     assert ample.held_bytes > 0
     assert ample.loading_bytes == ample.held_bytes + 2 * ample.drawn_bytes
-    tight = make_plan(replace(asked, overrides={HOST_MEMORY: ample.loading_bytes - 1}), space).host
+    tighter = replace(asked, overrides={HOST_MEMORY: ample.loading_bytes - 1})
+    tight = make_plan(tighter, space, NOMINAL).host
     assert tight.fits
     assert tight.held_bytes < ample.held_bytes
     with pytest.raises(Infeasible) as refused:
@@ -221,15 +231,15 @@ def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_every_solver_finds_the_same_plan_and_is_named(method: Method, solver: str) -> None:
-    known = make_plan(QUESTION, SMALL).plan
-    plan = make_plan(QUESTION, SMALL, Effort(method=method)).plan
+    known = make_plan(QUESTION, SMALL, NOMINAL).plan
+    plan = make_plan(QUESTION, SMALL, replace(NOMINAL, method=method)).plan
     assert plan.provenance.solver == solver
     assert plan.stages == known.stages
     assert plan.estimate == known.estimate
 
 
 def test_like_stages_need_no_solver() -> None:
-    planned = make_plan(QUESTION, space_of("3d"))
+    planned = make_plan(QUESTION, space_of("3d"), NOMINAL)
     solver = planned.plan.provenance.solver
     assert solver == "none: every layout of like stages was judged"
     assert (
@@ -238,7 +248,7 @@ def test_like_stages_need_no_solver() -> None:
 
 
 def test_no_time_gives_a_plan_and_its_gap() -> None:
-    whole = make_plan(QUESTION, SearchSpace()).plan
+    whole = made().plan
     cut = make_plan(QUESTION, SearchSpace(), Effort(time_limit_s=0.0)).plan
     assert cut.provenance.search["groups_left"] > 0  # type: ignore[operator]
     assert cut.provenance.lower_bound_s <= whole.estimate.step_s <= cut.estimate.step_s

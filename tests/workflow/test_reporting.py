@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mist.plans.file import save_plan
+from mist.plans.objectives import Objective
 from mist.plans.plan import Plan
 from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.report.plan_report import Judgement
 from mist.workflow.plan_model import TRUSTED
-from mist.workflow.planning import make_plan
+from mist.workflow.planning import Effort, make_plan
 from mist.workflow.reporting import MOST_POINTS, report_of
 from mist.workflow.request import Question
 from tests.toys import toy_graph
@@ -99,7 +100,8 @@ def test_the_cost_follows_from_the_price(reported: tuple[Plan, Judgement, str]) 
 def test_a_step_of_one_gpu_has_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph((2,)), monkeypatch)
     path = tmp_path / "plan.yaml"
-    save_plan(make_plan(replace(QUESTION, num_gpus=1), SPACE).plan, path)
+    nominal = Effort(objective=Objective.NOMINAL)
+    save_plan(make_plan(replace(QUESTION, num_gpus=1), SPACE, nominal).plan, path)
     known = report_of(path, access=TRUSTED).judgement
     assert known is not None
     assert not [each for each in known.what_ifs if "nodes" in each.change]
