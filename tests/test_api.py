@@ -66,6 +66,7 @@ def test_progress_and_the_space_are_passed_on(models: Path) -> None:
     assert told
 
 
+@pytest.mark.slow
 def test_gpus_are_chosen_by_an_objective(models: Path) -> None:
     space = SearchSpace(tp=(1,), pp=(1,), micro_batch=(1,), unlike_stages=False)
     asked = {"global_batch": 16, "space": space}
@@ -96,6 +97,7 @@ def test_a_check_judges_layouts_and_plan_files(models: Path, tmp_path: Path) -> 
         mist.check(models / "tiny.py", gpus=4, host_memory=0)
 
 
+@pytest.mark.slow
 def test_a_check_takes_what_the_command_takes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +191,7 @@ def test_there_is_nothing_else() -> None:
         _ = mist.plant  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_module_with_inputs_of_its_own() -> None:
     """Pixels in, a number out: make_batch and loss say what a training step is."""
 

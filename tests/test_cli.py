@@ -143,6 +143,7 @@ def planned(mist: Mist, models: Path, *options: object) -> tuple[Run, Plan]:
     return run, load_plan("p.yaml")
 
 
+@pytest.mark.slow
 def test_own_figures_are_kept_by_the_plan_and_used_again(mist: Mist, models: Path) -> None:
     own = ("--set", "device.memory_bytes=4GB", "--set", "runtime.memory.margin_ratio=0.2")
     run = mist("check", models / "tiny.py", *SMALL, *own, "--out", "own.yaml")
@@ -174,6 +175,7 @@ def test_a_space_and_what_narrows_it(mist: Mist, models: Path) -> None:
     assert "solver: none: every layout of like stages was judged" in " ".join(run.out.split())
 
 
+@pytest.mark.slow
 def test_each_space_plans(mist: Mist, models: Path) -> None:
     """What a space forbids is in no plan of it, and no larger space is slower."""
     steps = {}
@@ -839,6 +841,7 @@ def test_a_broken_plan_file_tells_all_faults(mist: Mist, models: Path, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_model(mist: Mist, models: Path, tmp_path: Path) -> None:
     model = tmp_path / "mine.py"
     model.write_text((models / "tiny.py").read_text())

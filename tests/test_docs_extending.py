@@ -44,6 +44,7 @@ def planned(**options: object) -> Planned:
     return make_plan(question, SearchSpace(tp=(1,)))
 
 
+@pytest.mark.slow
 def test_a_gpu(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph(), monkeypatch)
     quick = r"^tensor_time_scale: \{value: 1.0", "tensor_time_scale: {value: 0.5"
@@ -233,6 +234,7 @@ def test_a_memory_level(tmp_path: Path) -> None:
     assert printed(tmp_path, script) == ["1f1b", "inputs"]
 
 
+@pytest.mark.slow
 def test_a_schedule(tmp_path: Path) -> None:
     copied_package(tmp_path, 6, NEW_SCHEDULE)
     script = PLAN.replace("{fixed}", '["tp=1", "pp=2", "schedule=one-ahead"]')
@@ -280,6 +282,7 @@ except PlatformError as error:
 """
 
 
+@pytest.mark.slow
 def test_an_optimizer(tmp_path: Path) -> None:
     """One moment in place of AdamW's two: 4 bytes a parameter less."""
     copied_package(tmp_path, 8, NEW_OPTIMIZER)
@@ -322,6 +325,7 @@ print(*option.opts, check_layout(question, HandLayout(streams=2)).plan.stages[0]
 """
 
 
+@pytest.mark.slow
 def test_a_knob(tmp_path: Path) -> None:
     copied_package(tmp_path, 5, NEW_KNOB)
     assert printed(tmp_path, CHECK) == ["--streams", "2"]

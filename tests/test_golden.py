@@ -4,6 +4,7 @@ import pytest
 
 from mist.plans.file import dump_plan, load_plan
 from mist.workflow.checking import check_plan
+from tests.fast_cases import first_fast
 from tests.golden import JOBS, ROOT, golden, path_of
 
 
@@ -23,7 +24,7 @@ def test_plan_is_byte_identical(name: str) -> None:
     assert golden(name) == path_of(name).read_text(), "if meant: make golden, and show the diff"
 
 
-@pytest.mark.parametrize("name", sorted(JOBS))
+@pytest.mark.parametrize("name", first_fast(sorted(JOBS), 2))
 def test_plan_loads_saves_and_checks_unchanged(name: str) -> None:
     plan = load_plan(path_of(name))
     assert dump_plan(plan) == path_of(name).read_text()

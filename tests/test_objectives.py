@@ -118,6 +118,7 @@ def test_the_least_memory_is_that_of_every_layout(counts: tuple[int, ...]) -> No
     assert found == pytest.approx(want, rel=1e-12)  # one sum, in another order
 
 
+@pytest.mark.slow
 def test_the_least_memory_of_a_tied_model_is_that_of_every_layout() -> None:
     graph = toy_graph((1, 1), vocab=4096, hidden=2048, tied=True)
     job = toy_job(graph, 4, global_batch=2)
@@ -224,6 +225,7 @@ def test_the_model_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_toy")
 def test_what_was_chosen_is_in_the_plan() -> None:
     found = told("2,4", price="2.5", tokens=1e12, objective=Objective.TOKENS_PER_DOLLAR)
@@ -256,6 +258,7 @@ def test_candidates_without_a_plan_say_why() -> None:
     assert why["l4-box", 2] == why["gcp-l4-8", 16] == ""
 
 
+@pytest.mark.slow
 def test_nothing_fits_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph((8,), hidden=16384), monkeypatch)
     with pytest.raises(Infeasible) as refused:

@@ -14,6 +14,7 @@ from mist.plans.workload import ScheduleKind
 from mist.search.tune import Tuned, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
+from tests.fast_cases import first_fast
 from tests.judging import outputs
 from tests.toys import toy_graph, toy_job
 
@@ -66,9 +67,7 @@ def test_equals_every_finer_ratio(device_bytes: float) -> None:
     assert fine.lower_bound_s <= fine.best.step_s
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 30))]
-)
+@pytest.mark.parametrize("seed", first_fast(range(30)))
 def test_is_never_slower_and_fits(seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts = tuple(int(n) for n in rng.integers(1, 4, rng.integers(1, 3)))

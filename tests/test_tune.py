@@ -23,6 +23,7 @@ from mist.plans.workload import HeadMode, MemoryLevel, ScheduleKind
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate
 from mist.symbolic.job import Job
+from tests.fast_cases import first_fast
 from tests.judging import judged
 from tests.pareto.boundless import boundless
 from tests.toys import toy_graph, toy_job
@@ -222,7 +223,7 @@ def confirm(job: Job, found: Tuned, limit: float) -> None:
 
 
 @pytest.mark.parametrize("offload", [NO_RATIOS, RATIOS], ids=["kept", "offloaded"])
-@pytest.mark.parametrize("counts", [(3,), (1, 2)])
+@pytest.mark.parametrize("counts", first_fast([(1, 2), (3,)]))
 @pytest.mark.parametrize(
     "limit",
     [0.55e9, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.75e9, 1.1e9, 8e9))],
@@ -285,6 +286,7 @@ def test_equals_exhaustive_search_with_heads(limit: float, heads: list[HeadMode]
     assert [stage.head for stage in stage_plans(job, found.best)] == heads
 
 
+@pytest.mark.slow
 def test_bounds_know_that_converted_layers_may_be_faster() -> None:
     job = job_of((3,), 2, 4, converts=True)
     space = SearchSpace(levels=tuple(MemoryLevel), offload=NO_RATIOS)
@@ -304,7 +306,7 @@ def test_bounds_know_that_converted_layers_may_be_faster() -> None:
     ("counts", "vocab", "batch", "limit", "dearer"),
     [
         ((1, 1), 1024, 4, 0.335e9, True),  # an untied model has unlike ends here, 24 % faster
-        ((1, 1), 1024, 4, 0.6e9, False),
+        pytest.param((1, 1), 1024, 4, 0.6e9, False, marks=pytest.mark.slow),
         pytest.param((2,), 8192, 8, 0.46e9, True, marks=pytest.mark.slow),
         pytest.param((1, 1), 1024, 8, 0.335e9, True, marks=pytest.mark.slow),
     ],
@@ -443,6 +445,7 @@ def step_of(job: Job, space: SearchSpace, limit: float) -> float:
         return math.inf
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_slower() -> None:
     job = toy_job(toy_graph((6,)), 4, global_batch=16)
     steps = [step_of(job, SearchSpace(), limit) for limit in (0.2e9, 1e9, 1.5e9, 2e9, 6e9, 80e9)]

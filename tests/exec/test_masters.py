@@ -13,6 +13,7 @@ from mist.trace import TraceSetting, load_graph
 from tests.exec.forking import RunRanks
 from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import plan_file
+from tests.fast_cases import first_fast
 
 BUILT = """
 import torch
@@ -66,7 +67,8 @@ def test_tied_parameters_stay_tied_in_fp32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "built"), [(Precision.FP32, "bfloat16"), (Precision.BF16, "float16")]
+    ("precision", "built"),
+    first_fast([(Precision.FP32, "bfloat16"), (Precision.BF16, "float16")], width=2),
 )
 def test_the_trace_sees_what_runs_whatever_was_built(
     folder: Path, precision: Precision, built: str
@@ -79,7 +81,7 @@ def test_the_trace_sees_what_runs_whatever_was_built(
     assert plain.blocks == half.blocks
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("precision", first_fast([Precision.BF16, Precision.FP32]))
 def test_parallelize_trains_every_element_of_a_bf16_checkpoint(
     folder: Path, precision: Precision, forked: RunRanks
 ) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mist.milp import Cell, InterStageProblem, chosen_step, solve
+from tests.fast_cases import first_fast
 from tests.milp.oracle import (
     dense_problem,
     optimum,
@@ -46,7 +47,7 @@ def test_equals_enumeration_on_random_problems(block: int) -> None:
             assert covers(problem, found.choices), seed
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", first_fast(range(4)))
 def test_equals_enumeration_on_non_uniform_meshes(block: int) -> None:
     num_feasible = 0
     for seed in range(100 * block, 100 * block + 100):

@@ -247,6 +247,7 @@ def test_same_problem_same_solution(method: Method) -> None:
     assert solve(problem, method=method) == solve(problem, method=method)
 
 
+@pytest.mark.slow
 def test_a_node_limit_leaves_a_gap_that_is_reported() -> None:
     problem = dense_problem(1, num_layers=20, num_stages=5, num_micro_batches=8, num_points=10)
     best = solve(problem, method="dp")

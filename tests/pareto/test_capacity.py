@@ -19,6 +19,7 @@ from mist.plans.plan import Limits
 from mist.plans.schedules import fill_time, spare_time, step_time
 from mist.plans.search_space import SearchSpace
 from mist.symbolic.job import make_job
+from tests.fast_cases import first_fast
 from tests.toys import toy_graph, toy_job
 
 HOST = 64e9
@@ -99,7 +100,7 @@ def pipelines(
         )
 
 
-@pytest.mark.parametrize("counts", [(6,), (2, 3)])
+@pytest.mark.parametrize("counts", first_fast([(2, 3), (6,)]))
 def test_no_stage_of_a_plan_that_fits_and_is_fast_enough_takes_more(
     counts: tuple[int, ...],
 ) -> None:

@@ -17,6 +17,7 @@ from mist.plans.plan import Layout, Limits
 from mist.plans.search_space import NO_RATIOS, SPACES, SearchSpace
 from mist.plans.workload import ScheduleKind
 from mist.symbolic.estimate import estimate
+from tests.fast_cases import first_fast
 from tests.toys import toy_graph, toy_job
 
 ANY = Limits(device_bytes=math.inf, host_bytes=math.inf)
@@ -63,7 +64,7 @@ def test_nothing_feasible_gives_no_row() -> None:
     assert (even_split(ranges, 6, np.full((3, 2, len(ranges)), np.inf)) == -1).all()
 
 
-@pytest.mark.parametrize("counts", [(6,), (2, 4)])
+@pytest.mark.parametrize("counts", first_fast([(2, 4), (6,)]))
 def test_even_layouts_are_what_the_estimate_says(counts: tuple[int, ...]) -> None:
     job = toy_job(toy_graph(counts, vocab=8192), 4, global_batch=16)
     found = 0

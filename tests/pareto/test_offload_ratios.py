@@ -15,6 +15,7 @@ from mist.plans.plan import Limits
 from mist.plans.search_space import NO_RATIOS, OFFLOADED, SearchSpace
 from mist.symbolic.columns import position_columns
 from mist.symbolic.job import Job
+from tests.fast_cases import first_fast
 from tests.toys import count_columns, toy_graph, toy_job
 
 TIMES = ("stable_s", "lone_s")
@@ -45,7 +46,7 @@ def rows_of(most: Strategies, own: Strategies) -> NDArray[np.int64]:
     return same.argmax(axis=1)
 
 
-@pytest.mark.parametrize("runtime", ["torch", "deepspeed-zero3", "mist-fp16"])
+@pytest.mark.parametrize("runtime", first_fast(["torch", "deepspeed-zero3", "mist-fp16"], 2))
 @pytest.mark.parametrize(("counts", "hidden"), MODELS)
 def test_no_tuple_of_ratios_beats_the_row_that_stands_for_it(
     counts: tuple[int, ...], hidden: int, runtime: str

@@ -98,6 +98,7 @@ def test_the_best_of_one_stage_is_named() -> None:
     assert one.step_s == pytest.approx(min(single))
 
 
+@pytest.mark.slow
 def test_every_figure_that_is_drawn_is_felt_by_some_layout() -> None:
     platform = job().platform
     profiles = platform.device, platform.cluster, platform.runtime

@@ -19,6 +19,7 @@ from mist.symbolic.block import layer_cost
 from mist.symbolic.columns import Placement, position_columns, strategy_columns
 from mist.symbolic.compile import compile_model
 from mist.symbolic.program import FIGURES, ModelPrograms, stage_model
+from tests.fast_cases import first_fast
 from tests.toys import adamw_setting, kept, pointwise, toy_graph, toy_platform
 
 B, SEQ, HIDDEN, LAYERS, GPUS = 2, 2048, 1024, 4, 16
@@ -96,6 +97,7 @@ def test_memory_bound_kernels_are_scaled_apart() -> None:
     assert stage(changed("kernels.scores_time_scale", 5.0)) == pytest.approx(plain)
 
 
+@pytest.mark.slow
 def test_kernels_on_scores_are_scaled_apart() -> None:
     graph = toy_graph((LAYERS,))
     (block,) = graph.blocks
@@ -173,6 +175,7 @@ def test_layers_share_a_collective() -> None:
     assert all_four < 4 * each
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_runtimes_own() -> None:
     number = TORCH.host.step_s
     loss = Loss(
@@ -215,7 +218,7 @@ def without_root_group() -> Runtime:
     return replace(runtime, loss=loss)
 
 
-@pytest.mark.parametrize("root_group", [False, True])
+@pytest.mark.parametrize("root_group", first_fast([True, False]))
 def test_a_loss_is_at_its_peak_while_no_layer_works(root_group: bool) -> None:
     """Layers of the toy work in less than the loss: what it holds is 12 bytes a logit, in all."""
     runtime = without_root_group()
@@ -252,6 +255,7 @@ def test_a_step_of_the_optimizer_comes_when_activations_are_gone(
     assert sum(found[f"{part}_bytes"] for part in parts) == pytest.approx(found["peak_bytes"])
 
 
+@pytest.mark.slow
 def test_zero_3_may_step_by_groups_of_parameters() -> None:
     """A quarter of a rank's shard at a time; below ZeRO-3 all of it."""
     made = changed("transients.optimizer_bytes_per_param", 4000.0)

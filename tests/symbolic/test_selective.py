@@ -76,6 +76,7 @@ def test_core_attention_alone_runs_again(gpt: Block) -> None:
     assert of_level(gpt, "selective").recompute_s == cost.attention_s
 
 
+@pytest.mark.slow
 def test_a_kernel_of_its_own_keeps_no_scores() -> None:
     """Flash attention: selective keeps what eager keeps, and runs the kernel again."""
     config = transformers.LlamaConfig(

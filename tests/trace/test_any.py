@@ -184,6 +184,7 @@ def test_residuals_outside_the_layers() -> None:
     assert graph.unstaged == CHANGED
 
 
+@pytest.mark.slow
 def test_a_head_that_takes_more_than_the_last_layer_gives() -> None:
     class Skips(Model):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -210,6 +210,7 @@ class Gated(Layer):
         return y + self.out(self.gate(x) * x)
 
 
+@pytest.mark.slow
 def test_a_residual_stream_without_gradient_is_no_table() -> None:
     def limits(words: Iterable[str]) -> object:
         with torch.device("meta"):
@@ -243,6 +244,7 @@ class Skips(Model):
         return self.head(self.layers[-1](x + first))
 
 
+@pytest.mark.slow
 def test_skips_around_frozen_layers_are_seen() -> None:
     with torch.device("meta"):
         model = train_only(Skips(), ["layers.3", "head"])

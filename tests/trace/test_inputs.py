@@ -96,6 +96,7 @@ def test_samples_of_sound_are_those_of_the_positions() -> None:
     assert batch[WAVES].shape == (2, 48 * 320 + 400)  # a window of 400 samples every 320
 
 
+@pytest.mark.slow
 def test_stored_weights_are_named() -> None:
     config = LLAMA | {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
     assert load(config).notes[0].startswith("quantization_config says how weights are stored")

@@ -11,6 +11,7 @@ from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from mist.trace.recording.layer_dependencies import CALLED_AGAIN
 from mist.trace.runs import NO_LAYERS, SHARED
+from tests.fast_cases import first_fast
 
 WIDTH = 16
 SETTING = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
@@ -97,7 +98,7 @@ def test_modules_beside_each_other_are_no_layers() -> None:
     assert NO_LAYERS in graph.notes
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", first_fast([True, False]))
 def test_one_block_called_again_is_counted_once(frozen: bool) -> None:
     def again(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         for _ in range(6):

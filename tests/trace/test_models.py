@@ -138,6 +138,7 @@ def test_llama_head_has_the_real_loss(llama: ModelGraph) -> None:
     assert llama.head.flop("forward").equals(2 * 8192 * 128256 * B * S / T)
 
 
+@pytest.mark.slow
 def test_experts_divide_by_their_width() -> None:
     """Attention and experts: two regions a layer; routing is on all tokens, and whole."""
     graph = graph_of("mixtral-8x7b")
@@ -173,6 +174,7 @@ def test_latent_attention_divides_by_heads() -> None:
     assert dense.equals(2 * B * S * (whole + (divided + attention) / T))
 
 
+@pytest.mark.slow
 def test_gpt2_ties_its_embedding() -> None:
     graph = family_graph(gpt2, torch.float32, BF16)
     assert graph.tied
@@ -225,6 +227,7 @@ def test_fingerprint_is_the_model_not_the_trace(llama: ModelGraph) -> None:
     assert llama.fingerprint.startswith("sha256:")
 
 
+@pytest.mark.slow
 def test_tracing_leaves_the_model_as_it_was() -> None:
     model = gpt2(torch.float32, "cpu")
     before = {name: (id(p), p.device, p.dtype) for name, p in model.named_parameters()}

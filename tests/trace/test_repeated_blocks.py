@@ -63,6 +63,7 @@ def test_equal_layers_are_one_run() -> None:
     assert graph.tp_limits == (TpLimit(label="MLP width", size=4 * WIDTH),)
 
 
+@pytest.mark.slow
 def test_layers_alternate_by_a_setting() -> None:
     model = Model([Layer(i, dropout=0.1 * (i % 2)) for i in range(4)])
     assert traced(model).layers == tuple(LayerRun(block=i % 2, count=1) for i in range(4))
@@ -203,6 +204,7 @@ def test_fused_heads_are_found() -> None:
     assert (block.num_entries, block.num_exits, block.num_whole) == (1, 1, 0)
 
 
+@pytest.mark.slow
 def test_one_key_head_cannot_be_divided() -> None:
     """The attention of all heads runs on every rank, on all tokens, also of a divided sequence."""
 
@@ -240,6 +242,7 @@ def test_a_norm_over_the_width_keeps_a_pair_whole() -> None:
     assert graph.notes == ("no matrices that tensor parallelism could divide; t = 1 only",)
 
 
+@pytest.mark.slow
 def test_matrices_around_the_residual_stream_are_no_pair() -> None:
     class Single(nn.Module):
         def __init__(self) -> None:
@@ -284,6 +287,7 @@ def test_at_one_rank_shares_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
         assert [t.bytes.subs(T, 1) for t in ours.saved] == [t.bytes for t in plain.saved]
 
 
+@pytest.mark.slow
 def test_vocabulary_that_does_not_divide_is_noted() -> None:
     model = Sharded([Layer(i) for i in range(2)])
     model.embed, model.head = nn.Embedding(97, WIDTH), nn.Linear(WIDTH, 97, bias=False)
@@ -292,6 +296,7 @@ def test_vocabulary_that_does_not_divide_is_noted() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_unknown_style_leaves_it_to_the_operations() -> None:
     layers = [Layer(i) for i in range(2)]
     assert traced(Unknown(layers)) == replace(traced(Model(layers)), name="Unknown")
@@ -331,6 +336,7 @@ def test_a_plan_holds_beside_an_unknown_style() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rules_that_do_not_fit_are_noted(capfd: pytest.CaptureFixture[str]) -> None:
     model = Model([Layer(i) for i in range(2)])
     model.tp_plan = {"layers.*.up": "colwise"}  # down still takes all inputs

@@ -11,6 +11,7 @@ from torch import nn
 from mist.model.graph import B, S
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
+from tests.fast_cases import first_fast
 from tests.trace.test_repeated_blocks import WIDTH, Model
 
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
@@ -103,12 +104,13 @@ class Normed(nn.Module):
         return x + self.o(y.transpose(1, 2).reshape(b, s, -1))
 
 
-@pytest.mark.parametrize(("size", "divides"), [(8, True), (WIDTH, False)])
+@pytest.mark.parametrize(("size", "divides"), first_fast([(8, True), (WIDTH, False)], width=2))
 def test_norm_of_queries(size: int, divides: bool) -> None:
     graph = trace_model(Model([Normed(size) for _ in range(2)]), BF16)
     assert (graph.tp_limits is not None) == divides
 
 
+@pytest.mark.slow
 def test_a_table_of_positions_is_no_vocabulary() -> None:
     class Positions(Model):
         def __init__(self, positions: int) -> None:

@@ -87,6 +87,7 @@ class JoiningLayer(nn.Module):
         return result
 
 
+@pytest.mark.slow
 def test_shards_side_by_side_are_priced_but_not_applied() -> None:
     """A rank has halves of left and right, the rows of `out` for one of them."""
     with torch.device("meta"):
@@ -174,6 +175,7 @@ class Classifier(nn.Module):
         return result
 
 
+@pytest.mark.slow
 def test_a_table_of_kinds_of_tokens_is_no_vocabulary() -> None:
     with torch.device("meta"):
         model = Classifier(classes=2)

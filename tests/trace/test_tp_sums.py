@@ -11,6 +11,7 @@ from mist.plans.workload import Attention, Precision
 from mist.trace import trace_model
 from mist.trace.models.source import TraceSetting
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR as NOT_LINEAR_WORDS
+from tests.fast_cases import first_fast
 
 HIDDEN, WIDTH, EXPERTS, VOCAB = 32, 16, 4, 64
 Behind = Callable[["Block", torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,12 +104,12 @@ NOT_LINEAR: dict[str, Behind] = {
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", first_fast(LINEAR, 2))
 def test_what_is_linear_can_be_summed_behind_the_block(name: str) -> None:
     assert undivided(LINEAR[name]) is None
 
 
-@pytest.mark.parametrize("name", NOT_LINEAR)
+@pytest.mark.parametrize("name", first_fast(NOT_LINEAR, 2))
 def test_what_is_not_linear_is_refused(name: str) -> None:
     assert NOT_LINEAR_WORDS in str(undivided(NOT_LINEAR[name]))
 

@@ -87,6 +87,7 @@ def test_corrupt_entry_is_rewritten(model_file: Path, text: str) -> None:
     assert not load(model_file)[1]
 
 
+@pytest.mark.slow
 def test_entry_with_a_wrong_field_is_rewritten(model_file: Path) -> None:
     load(model_file)
     (entry,) = cache.cache_folder().glob("*.json")
@@ -96,6 +97,7 @@ def test_entry_with_a_wrong_field_is_rewritten(model_file: Path) -> None:
     assert load(model_file)[1]
 
 
+@pytest.mark.slow
 def test_an_entry_that_was_changed_is_rewritten(model_file: Path) -> None:
     """A byte of a figure, which would read as another figure: the digest is another one."""
     load(model_file)
@@ -107,6 +109,7 @@ def test_an_entry_that_was_changed_is_rewritten(model_file: Path) -> None:
     assert entry.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_listing_that_was_changed_is_rewritten(model_file: Path) -> None:
     def listing() -> str:
         return load_listing(str(model_file), FP32, progress=lambda message: None)

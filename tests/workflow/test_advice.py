@@ -68,6 +68,7 @@ def test_one_change_is_enough_where_one_helps(monkeypatch: pytest.MonkeyPatch) -
     assert [words.partition(":")[0] for words in found.suggestions] == ["--zero 3"]
 
 
+@pytest.mark.slow
 def test_weights_and_gradients_move_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch offloads a layer's weights with its gradients: half of that is no advice."""
     answer_with(WIDE, monkeypatch)
@@ -161,6 +162,7 @@ def test_whether_the_card_or_the_margin_is_exceeded(peak_gib: float, words: str)
     assert exceeded_words(round(peak_gib * GIB), 80 * GIB) == words
 
 
+@pytest.mark.slow
 def test_the_margin_that_is_named_admits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDE, monkeypatch)
     layout = HandLayout(tp=2, zero=3, micro_batch=4)

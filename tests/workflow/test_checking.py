@@ -46,6 +46,7 @@ def test_a_layout_becomes_equal_stages() -> None:
     assert plan.provenance.solver == "none: written by hand"
 
 
+@pytest.mark.slow
 def test_the_first_stages_are_longer_where_layers_do_not_divide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -70,6 +71,7 @@ def test_checkpointed_layers(checkpoint: str, counts: tuple[int, int, int]) -> N
     assert [tuple(map(stage.num_at, USUAL)) for stage in stages] == [counts, counts]
 
 
+@pytest.mark.slow
 def test_chunks_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten layers in four chunks: 3, 3, 2, 2, each stage with every second one."""
     answer_with(toy_graph((10,)), monkeypatch)
@@ -87,6 +89,7 @@ def test_copies_of_the_states() -> None:
     assert states == pytest.approx(16 * toy_graph().num_params / 4, abs=1)
 
 
+@pytest.mark.slow
 def test_copies_are_suggested_where_nodes_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph((8,), hidden=8192), monkeypatch)
     copies = check(HandLayout(zero=3, dp_replicate=2), num_gpus=16, margin_ratio=0.0)
@@ -316,6 +319,7 @@ def saved(tmp_path: Path, plan: Plan | None = None) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_plan_is_judged_as_its_layout_was(tmp_path: Path) -> None:
     first, again = check(), check_plan(saved(tmp_path))
     assert again.plan == first.plan
@@ -324,6 +328,7 @@ def test_a_plan_is_judged_as_its_layout_was(tmp_path: Path) -> None:
     assert first.notes[2:] == again.notes
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_its_margin_unless_another_is_given(tmp_path: Path) -> None:
     path = saved(tmp_path, check(margin_ratio=0.3).plan)
     assert check_plan(path).limits == check(margin_ratio=0.3).limits
@@ -494,6 +499,7 @@ def test_a_plan_of_a_module_names_no_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_model_is_looked_for_beside_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

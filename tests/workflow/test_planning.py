@@ -238,6 +238,7 @@ def test_every_solver_finds_the_same_plan_and_is_named(method: Method, solver: s
     assert plan.estimate == known.estimate
 
 
+@pytest.mark.slow
 def test_like_stages_need_no_solver() -> None:
     planned = make_plan(QUESTION, space_of("3d"), NOMINAL)
     solver = planned.plan.provenance.solver

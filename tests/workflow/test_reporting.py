@@ -97,6 +97,7 @@ def test_the_cost_follows_from_the_price(reported: tuple[Plan, Judgement, str]) 
     assert cost.startswith(f"${digits}") and "--price" in cost
 
 
+@pytest.mark.slow
 def test_a_step_of_one_gpu_has_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph((2,)), monkeypatch)
     path = tmp_path / "plan.yaml"

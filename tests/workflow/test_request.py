@@ -8,12 +8,13 @@ from mist.model.graph import ModelGraph
 from mist.symbolic import load_programs as programs
 from mist.trace import TraceSetting
 from mist.workflow.request import Question, compiled
+from tests.fast_cases import first_fast
 from tests.toys import toy_graph
 
 TORCH = Path(__file__).parents[2] / "profiles/runtimes/torch.yaml"
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", first_fast([True, False]))
 def test_the_runtime_says_which_norms_run(
     fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
