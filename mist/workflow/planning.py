@@ -8,7 +8,7 @@ from time import perf_counter, process_time
 from types import MappingProxyType
 from typing import Final
 
-from mist.errors import Infeasible, InputError
+from mist.errors import Infeasible, InputError, StatesTooLarge
 from mist.milp import Method
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.pareto.least_memory import ROUNDING_RATIO, leanest
@@ -19,6 +19,7 @@ from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
 from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO, RobustChoice
+from mist.search.state_room import refuse_without_room
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate, priced_stages
 from mist.symbolic.job import Job
@@ -112,6 +113,8 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     seconds = {"prepare": perf_counter() - start}
     try:
         planned = search_plan(question, programs, space, effort)
+    except StatesTooLarge:  # nor is a layout priced to say what would fit
+        raise
     except Infeasible as refusal:
         raise Infeasible(f"{refusal} {what_fits(programs, space, question)}") from None
     return replace(planned, seconds=seconds | planned.seconds)
@@ -126,6 +129,7 @@ def search_plan(
     space = priced(space, job)
     limits = limits_of(job, question)
     deadline = _Deadline(end_s=process_time() + effort.time_limit_s)
+    refuse_without_room(job, limits)
     try:
         tuned, host = _search(job, space, limits, effort, deadline)
     except Infeasible:
