@@ -19,7 +19,7 @@ from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
 from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO, RobustChoice
-from mist.search.state_room import refuse_without_room
+from mist.search.state_room import state_room
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate, priced_stages
 from mist.symbolic.job import Job
@@ -109,7 +109,7 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     # Of one degree that the user set; of several the search leaves out what the model does not do.
     tp = space.tp[0] if space.tp is not None and len(space.tp) == 1 else 1
     question = replace(question, levels=space.levels, heads=space.head)
-    programs = compiled(question, effort.progress, tp)
+    programs = compiled(question, effort.progress, tp, has_room=True)
     seconds = {"prepare": perf_counter() - start}
     try:
         planned = search_plan(question, programs, space, effort)
@@ -129,7 +129,7 @@ def search_plan(
     space = priced(space, job)
     limits = limits_of(job, question)
     deadline = _Deadline(end_s=process_time() + effort.time_limit_s)
-    refuse_without_room(job, limits)
+    state_room(job, limits).refuse()
     try:
         tuned, host = _search(job, space, limits, effort, deadline)
     except Infeasible:
