@@ -8,6 +8,7 @@
     |  +- PlanError               a plan file; carries every fault with its path
     |  +- OutputError             the place to write to
     +- Infeasible (3)             a good question whose answer is: nothing fits
+    |  +- StatesTooLarge          no layout can: all memory is less than the states of the model
     +- CheckpointError (1)        a run could not save what it has trained
 
 A message says what was asked, what was found, which rule failed and what to try.
@@ -63,6 +64,10 @@ class Infeasible(MistError):
     """Nothing in the search space fits; the message names the tightest constraint."""
 
     exit_code = 3
+
+
+class StatesTooLarge(Infeasible):
+    """All devices and their hosts hold less than the states of the model; the message is whole."""
 
 
 class CheckpointError(MistError):

@@ -12,6 +12,7 @@ from mist.errors import (
     OutputError,
     PlanError,
     PlatformError,
+    StatesTooLarge,
     TraceError,
     did_you_mean,
 )
@@ -28,6 +29,7 @@ from mist.errors import (
         (PlanError, InputError, 2),
         (OutputError, InputError, 2),
         (Infeasible, MistError, 3),
+        (StatesTooLarge, Infeasible, 3),
         (CheckpointError, MistError, 1),
     ],
 )

@@ -172,7 +172,7 @@ def test_the_plan_of_least_memory(space: SearchSpace) -> None:
 
 @pytest.mark.usefixtures("_toy")
 def test_least_memory_that_is_too_much_or_not_known() -> None:
-    question = replace(QUESTION, num_gpus=4, margin_ratio=0.999)
+    question = replace(QUESTION, num_gpus=4, margin_ratio=0.997)
     with pytest.raises(Infeasible, match=r"^toy does not fit on 4 x h100-sxm\. Even in"):
         make_plan(question, PLAIN, Effort(objective=Objective.MEMORY))
     with pytest.raises(InputError) as refused:

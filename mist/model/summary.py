@@ -61,12 +61,14 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What a model says of itself before it is traced: its positions, and the heads it divides.
+    """What a model says of itself before it is traced: its size, positions, heads it divides.
 
-    `tp_limits`: of those that its trace finds the heads, where the model's own plan divides them.
+    `num_trainable`: parameters that have a gradient. `tp_limits`: of those that its trace finds the
+    heads, where the model's own plan divides them.
     """
 
     name: str
+    num_trainable: int
     max_seq_len: int | None
     tp_limits: tuple[TpLimit, ...]
 
@@ -120,6 +122,16 @@ class ModelFacts:
         sizes = (self.max_seq_len, *(limit.size for limit in self.tp_limits or ()))
         if any(size is not None and size < 1 for size in sizes):
             raise ValueError(f"limits of {sizes}")
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What it cannot do, as known before it is priced."""
+        return ModelLimits(
+            name=self.name,
+            num_trainable=self.num_trainable,
+            max_seq_len=self.max_seq_len,
+            tp_limits=self.tp_limits or (),
+        )
 
     @property
     def trainable(self) -> int | None:

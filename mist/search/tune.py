@@ -51,7 +51,7 @@ from mist.plans.workload import batches_near
 from mist.progress import is_due
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
-from mist.search.state_room import refuse_without_room
+from mist.search.state_room import state_room
 from mist.search.visits import Visit, in_order, listed_groups
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
@@ -159,7 +159,7 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
     InputError when the space is empty or nothing was found in time.
     """
-    refuse_without_room(job, limits)
+    state_room(job, limits).refuse()
     known, is_whole = listed_groups(job, space, limits, is_over, listed, is_worth=is_worth)
     if not known:
         raise InputError(_no_group_words(job, space))

@@ -60,13 +60,14 @@ def load_graph(
 
     `source`: a Python file with build_model(), a Hugging Face config.json or its folder, a preset,
     or the fields of a configuration. `progress` gets a message for each phase. `refuse` is called
-    with what the model says of itself before it is traced, and may raise. Raises ModelError when
-    there is no such model, TraceError when its costs cannot be traced, and InputError where its
-    head cannot run as the setting says.
+    with what the model says of itself before it is traced (in the cache: what its graph says), and
+    may raise. Raises ModelError when there is no such model, TraceError when its costs cannot be
+    traced, and InputError where its head cannot run as the setting says.
     """
     known = source if isinstance(source, OpenedSource) else opened(source)
     if (graph := _cached(known, setting)) is not None:
         progress(f"{graph.name}: trace from the cache")
+        refuse(graph.limits)
         return graph
     from mist.trace.model_trace import limits_of, trace_with_head
 

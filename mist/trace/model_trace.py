@@ -64,6 +64,7 @@ def limits_of(model: LoadedModel) -> ModelLimits:
     """What a model says of itself before it is traced."""
     return ModelLimits(
         name=model.name,
+        num_trainable=sum(p.numel() for p in model.module.parameters() if p.requires_grad),
         max_seq_len=model.max_seq_len,
         tp_limits=tuple(planned_heads(model.module)),
     )

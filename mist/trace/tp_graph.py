@@ -109,7 +109,8 @@ def _divided(
     # Convolutions in front of a transformer stay whole.
     inner = [block for block in blocks if block.carries_tokens]
     rest = [r for block in inner for r in block.regions() if not r.has_any(taken)]
-    regions = [*planned.regions, *rest]
+    given = {key: heads for block in blocks for key, heads in block.given_heads.items()}
+    regions = [_with_given(region, given) for region in (*planned.regions, *rest)]
     if not regions and planned.unknown:
         raise UnsupportedRules(f"{planned.unknown[0]}; t = 1 only")
     # A plan may divide the embedding alone, whose head then has all logits: both, or none.
@@ -117,6 +118,12 @@ def _divided(
     tables = planned.tables if has_head else list(_vocabulary(model, run))
     whole = planned.whole_without(rest, [block.layer for block in blocks])
     return sharding_of(model, regions, tables, whole)
+
+
+def _with_given(region: Region, given: Mapping[int, int]) -> Region:
+    """A region with the heads that it is given, by the weights behind the attention."""
+    heads = (given[id(m.weight)] for m in region.rowwise if id(m.weight) in given)
+    return replace(region, given=frozenset(heads))
 
 
 def _outputs(piece: Piece) -> list[torch.Tensor]:
@@ -156,9 +163,14 @@ def _looked_up(run: RecordedRun) -> set[int]:
 
 
 def _is_stream(node: fx.Node, hidden: int) -> bool:
-    """Whether this is an activation as layers pass it on; a table of biases of heads is none."""
+    """Whether this is an activation as layers pass it on; a table of biases of heads is none.
+
+    What a layer was given of another width is (embeddings of each layer): ranks that read a part of
+    it would have a part of its gradient.
+    """
     shape = node.meta["shape"]
-    return len(shape) <= TOKEN_DIMS and bool(shape) and int(shape[-1]) == hidden
+    flat = len(shape) <= TOKEN_DIMS and bool(shape)
+    return flat and (bool(node.meta.get("flows")) or int(shape[-1]) == hidden)
 
 
 @dataclass(slots=True)
@@ -189,6 +201,8 @@ class _Block:
             if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
                 self._written[_viewed(node)].append(node)
         self._between: dict[int, list[fx.Node]] = {}  # by weight: what lies behind its input
+        # By weight: heads of the keys that an earlier layer made and its input attends to.
+        self.given_heads: dict[int, int] = {}
         self._readers = [self._reader(node, matrix) for node, matrix in self._products.items()]
 
     def regions(self) -> Iterator[Region]:
@@ -254,6 +268,8 @@ class _Block:
         self._between[id(matrix.weight)] = behind.nodes
         attention = next((n for n in behind.nodes if n in self._attention), None)
         head_dim, alike = self._heads(attention, matrix) if attention else (None, True)
+        if attention is not None and (heads := self._given(attention)):
+            self.given_heads[id(matrix.weight)] = heads
         return Reader(
             matrix=matrix,
             sources=behind.sources,
@@ -291,6 +307,15 @@ class _Block:
             return frozenset()
         queries, keys, values = (self._behind([each]).sources for each in attention.args[:3])
         return frozenset((keys.keys() & values.keys()) - queries.keys())
+
+    def _given(self, attention: fx.Node) -> int | None:
+        """The heads of keys [b, heads, s, d] that no matrix of this layer made."""
+        if attention in self._scores:
+            return None
+        behind = self._behind([attention.args[1]])
+        shapes = (n.meta["shape"] for n in behind.nodes if n.meta.get("flows"))
+        wide = [shape for shape in shapes if len(shape) == SCORE_DIMS]
+        return int(wide[0][1]) if wide and not behind.sources else None
 
     def _leaves_elsewhere(self, region: Region) -> bool:
         """Whether a module that is entered as a whole adds what enters to what it gives.

@@ -19,6 +19,7 @@ from mist.plans.host_memory import HostNeed
 from mist.plans.knobs import TYPED_KNOBS
 from mist.plans.plan import NOTHING_OFFLOADED, Estimate, Layout, Limits, PricedStages
 from mist.plans.search_space import CHECKPOINTS, SearchSpace
+from mist.search.state_room import state_room
 from mist.search.tune import smallest_peak, tune
 from mist.symbolic.estimate import estimate, priced_stages
 from mist.symbolic.job import Job
@@ -176,13 +177,14 @@ def _doubled_and_halved(value: int) -> Iterator[int]:
 def _other_layouts(question: Question, job: Job, limits: Limits) -> Iterator[str]:
     """Whether any layout fits on these GPUs; else on how many."""
     space = SearchSpace()
-    layout, host = smallest(job, space, limits)
-    if host.fits and layout.peak_bytes <= limits.device_bytes:
-        yield (
-            f"mist plan: it fits on {question.num_gpus} GPUs "
-            f"({layout_words(plain_layout(job, layout))})"
-        )
-        return
+    if state_room(job, limits).fits:
+        layout, host = smallest(job, space, limits)
+        if host.fits and layout.peak_bytes <= limits.device_bytes:
+            yield (
+                f"mist plan: it fits on {question.num_gpus} GPUs "
+                f"({layout_words(plain_layout(job, layout))})"
+            )
+            return
     end = process_time() + MOST_SEARCH_S
     num_gpus, last = _enough_gpus(job.programs, space, question, end)
     if num_gpus:
@@ -291,6 +293,8 @@ def _something_fits(programs: ModelPrograms, space: SearchSpace, question: Quest
     try:
         job = job_of(question, programs)
         limits = limits_of(job, question)
+        if not state_room(job, limits).fits:
+            return False
         layout, host = smallest(job, priced(space, job), limits)
     except InputError:  # a number that fills no nodes, or that the global batch does not divide
         return False

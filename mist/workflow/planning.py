@@ -8,7 +8,7 @@ from time import perf_counter, process_time
 from types import MappingProxyType
 from typing import Final
 
-from mist.errors import Infeasible, InputError
+from mist.errors import Infeasible, InputError, StatesTooLarge
 from mist.milp import Method
 from mist.pareto.layouts import PricedLayout, plain_layout
 from mist.pareto.least_memory import ROUNDING_RATIO, leanest
@@ -19,6 +19,7 @@ from mist.plans.objectives import OBJECTIVES, Objective
 from mist.plans.plan import Alternative, Limits, Plan
 from mist.plans.search_space import SearchSpace
 from mist.search.robust_choice import DEFAULT_TOLERANCE_RATIO, RobustChoice
+from mist.search.state_room import state_room
 from mist.search.tune import Tuned, landscape, smallest_peak, tune
 from mist.symbolic.estimate import estimate, priced_stages
 from mist.symbolic.job import Job
@@ -108,10 +109,12 @@ def make_plan(question: Question, space: SearchSpace, effort: Effort = DEFAULT_E
     # Of one degree that the user set; of several the search leaves out what the model does not do.
     tp = space.tp[0] if space.tp is not None and len(space.tp) == 1 else 1
     question = replace(question, levels=space.levels, heads=space.head)
-    programs = compiled(question, effort.progress, tp)
+    programs = compiled(question, effort.progress, tp, has_room=True)
     seconds = {"prepare": perf_counter() - start}
     try:
         planned = search_plan(question, programs, space, effort)
+    except StatesTooLarge:  # nor is a layout priced to say what would fit
+        raise
     except Infeasible as refusal:
         raise Infeasible(f"{refusal} {what_fits(programs, space, question)}") from None
     return replace(planned, seconds=seconds | planned.seconds)
@@ -126,6 +129,7 @@ def search_plan(
     space = priced(space, job)
     limits = limits_of(job, question)
     deadline = _Deadline(end_s=process_time() + effort.time_limit_s)
+    state_room(job, limits).refuse()
     try:
         tuned, host = _search(job, space, limits, effort, deadline)
     except Infeasible:

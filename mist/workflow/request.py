@@ -34,6 +34,7 @@ from mist.platform import Platform, load_platform
 from mist.platform.overrides import HOST_MEMORY, Overrides, overrides_of
 from mist.rules.combinations import divides, out_of_domain
 from mist.rules.rule import broken
+from mist.search.state_room import StateRoom
 from mist.symbolic.job import Job, make_job
 from mist.symbolic.load_programs import Progress, as_it_is, compile_graph, model_programs, quiet
 from mist.symbolic.pipeline_costs import loading
@@ -118,11 +119,14 @@ def prepare(question: Question, progress: Progress = quiet, tp: int = 1) -> Job:
     return job_of(question, compiled(question, progress, tp))
 
 
-def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> ModelPrograms:
+def compiled(
+    question: Question, progress: Progress = quiet, tp: int = 1, *, has_room: bool = False
+) -> ModelPrograms:
     """The costs of the model under the runtime, for any number of GPUs, sequence and batch.
 
     From the cache, where they need neither torch nor sympy; else from the trace. `tp`: a degree
-    that the model must allow. Raises InputError.
+    that the model must allow. `has_room`: all its GPUs must have room for the states; raises
+    StatesTooLarge before the trace where they have not. Raises InputError.
     """
     platform = platform_of(question)  # refused before the model is traced
     if question.seq_len is not None and isinstance(question.model, str):
@@ -143,7 +147,7 @@ def compiled(question: Question, progress: Progress = quiet, tp: int = 1) -> Mod
         platform.runtime_hash,
         progress,
         optimizer=question.optimizer,
-        refuse=partial(_refuse_beyond, question.seq_len, tp),
+        refuse=partial(_refuse_beyond, question, platform if has_room else None, tp),
         levels=levels,
         heads=[mode for mode in question.heads if mode is not HeadMode.NONE],
     )
@@ -234,12 +238,24 @@ def _sequence(graph: ModelFacts, asked: int | None) -> int:
     return asked
 
 
-def _refuse_beyond(seq_len: int | None, tp: int, limits: ModelLimits) -> None:
-    """Raise InputError for what a model says that it cannot do."""
-    _refuse_longer(limits.name, seq_len, limits.max_seq_len)
+def _refuse_beyond(question: Question, room: Platform | None, tp: int, limits: ModelLimits) -> None:
+    """Raise InputError for what a model says that it cannot do.
+
+    `room`: what must have room for its states; StatesTooLarge where it has not.
+    """
+    _refuse_longer(limits.name, question.seq_len, limits.max_seq_len)
     rules = (divides(limit, limits.name) for limit in limits.tp_limits)
     if faults := list(broken(rules, {"tp": tp})):
         raise InputError("\n".join(faults))
+    if room is not None:
+        StateRoom(
+            name=limits.name,
+            num_trainable=limits.num_trainable,
+            platform=room,
+            precision=question.precision,
+            optimizer=question.optimizer,
+            limits=limits_on(room, question),
+        ).refuse()
 
 
 def _refuse_longer(name: str, asked: int | None, longest: int | None) -> None:
@@ -258,10 +274,15 @@ def margin_of(platform: Platform, question: Question) -> float:
 
 def limits_of(job: Job, question: Question) -> Limits:
     """Bytes that a device may hold, and a rank in the memory of its node, under the margin."""
-    margin = margin_of(job.platform, question)
+    return limits_on(job.platform, question)
+
+
+def limits_on(platform: Platform, question: Question) -> Limits:
+    """The same of a platform, whatever model is on it."""
+    margin = margin_of(platform, question)
     return Limits(
-        device_bytes=job.platform.planned_bytes(margin),
-        host_bytes=job.platform.planned_host_bytes(margin),
+        device_bytes=platform.planned_bytes(margin),
+        host_bytes=platform.planned_host_bytes(margin),
     )
 
 

@@ -13,7 +13,8 @@ FAMILIES: Final = (
 )  # fmt: skip
 # What the rules leave of others: products of low rank beside each matrix, keys and values in one,
 # two streams that meet in attention; sequences that stay whole (attention in no module of its own,
-# a condition), encoders, layers that are called again, no layers at all.
+# a condition), encoders, layers that are called again or read keys of earlier ones, no layers at
+# all.
 OTHERS: Final = {
     "lora": ("dp2", "tp2", "pp2", "tp2 sp"),
     "pair": ("dp2", "tp2", "pp2", "tp2 sp"),
@@ -25,6 +26,7 @@ OTHERS: Final = {
     "t5": ("dp2", "tp2"),
     "bart": ("dp2", "tp2"),
     "albert": ("dp2", "tp2"),
+    "gemma4": ("dp2", "tp2"),
     "lstm": ("dp2",),
     "torch-encoder": ("dp2", "tp2", "pp2", "tp2 sp"),
     "torch-tokens-first": ("dp2", "tp2"),
@@ -37,7 +39,8 @@ OTHERS: Final = {
     "smolvlm": ("dp2", "tp2"),
 }
 FOUR_LAYERS: Final = (
-    "t5", "bart", "torch-transformer", "torch-images", "gemma3-vl", "qwen2.5-vl", "smolvlm",
+    "t5", "bart", "gemma4", "torch-transformer", "torch-images", "gemma3-vl", "qwen2.5-vl",
+    "smolvlm",
 )  # fmt: skip
 NUM_LAYERS: Final = dict.fromkeys(FOUR_LAYERS, 4) | {"lstm": 1}
 

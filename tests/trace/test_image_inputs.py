@@ -1,5 +1,6 @@
 """Images in texts: how many tokens they take, where those stand, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def test_tokens_of_an_image(name: str, tmp_path: Path) -> None:
     assert loaded(name, tmp_path).image_tokens == TOKENS[name]
     assert loaded(name, tmp_path, images=2).image_tokens == 2 * TOKENS[name]
     assert loaded(name, tmp_path, images=0).image_tokens == 0
+
+
+@pytest.mark.slow
+def test_images_are_counted_in_the_precision_of_the_model(tmp_path: Path) -> None:
+    """GOT-OCR2 casts no pixels: 8 x 8 patches, merged by two convolutions of stride 2."""
+    text = {key: CONFIGS["qwen2"][key] for key in CONFIGS["qwen2"]}
+    vision = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "mlp_dim": 64}
+    vision |= {"num_attention_heads": 4, "image_size": 64, "patch_size": 8, "window_size": 4}
+    model = {"model_type": "got_ocr2", "architectures": ["GotOcr2ForConditionalGeneration"]}
+    model |= {"text_config": text, "vision_config": vision | {"global_attn_indexes": [1]}}
+    path = tmp_path / "got.json"
+    path.write_text(json.dumps(model | {"image_token_id": 250}))
+    known = load_model(
+        resolve(str(path)), precision=Precision.BF16, attention=Attention.FLASH, images=None
+    )
+    assert known.image_tokens == 4
 
 
 def test_images_come_first_and_nowhere_else(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from mist.errors import InputError
+from mist.errors import InputError, StatesTooLarge
 from mist.model.summary import ModelLimits
+from mist.plans.search_space import SearchSpace
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph
 from mist.workflow.checking import HandLayout, check_layout
+from mist.workflow.planning import Effort, make_plan
 from mist.workflow.request import Question
 
 SETTING = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
@@ -95,3 +97,14 @@ def test_positions_of_a_model_file(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"^--seq 65: short has positions for 64 tokens\."):
         check_layout(Question(model=str(path), num_gpus=1, seq_len=65), HandLayout())
+
+
+def test_states_without_room_are_refused_before_the_trace(tmp_path: Path) -> None:
+    """70e9 parameters of 12 bytes, on one L4 with 384 GB of host memory."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    path = config(tmp_path, model_type="llama", **sizes, **{KV: 8, "num_attention_heads": 64})
+    lines: list[str] = []
+    question = Question(model=str(path), num_gpus=1, gpu="l4", seq_len=256)
+    with pytest.raises(StatesTooLarge, match=" At least 16 such GPUs have room for them, "):
+        make_plan(question, SearchSpace(), Effort(progress=lines.append))
+    assert not any("tracing" in line for line in lines)

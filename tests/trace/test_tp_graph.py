@@ -183,3 +183,44 @@ def test_a_table_of_kinds_of_tokens_is_no_vocabulary() -> None:
     sharding = sharding_rules(loaded, SETTING)
     tables = {id(each.weight) for each in (model.kinds, model.table, model.head)}
     assert (sharding.vocab_size, tables & sharding.params.keys()) == (None, set())
+
+
+class GatedLayer(nn.Module):
+    """Its last matrices scale what each layer was given for itself (Gemma 3n and 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 2 * HIDDEN), nn.Linear(2 * HIDDEN, HIDDEN)
+        self.gate, self.back = nn.Linear(HIDDEN, HEADS), nn.Linear(HEADS, HIDDEN)
+
+    def forward(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(self.up(x).relu())
+        result: torch.Tensor = x + self.back(self.gate(x).relu() * own)
+        return result
+
+
+class GatedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.own = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(VOCAB, HEADS)
+        self.layers = nn.ModuleList(GatedLayer() for _ in range(2))
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, own = self.table(ids), self.own(ids)
+        for layer in self.layers:
+            x = layer(x, own)
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def test_what_meets_an_activation_of_another_width_stays_whole() -> None:
+    """A rank that read a part of `own` would give a part of its gradient."""
+    with torch.device("meta"):
+        model = GatedModel()
+    loaded = LoadedModel(module=model, name="gated", make_batch=None, loss=None)
+    sharding = sharding_rules(loaded, SETTING)
+    layer = model.layers[0]
+    assert isinstance(layer, GatedLayer)
+    assert {id(layer.up.weight), id(layer.down.weight)} <= sharding.params.keys()
+    assert not {id(layer.gate.weight), id(layer.back.weight)} & sharding.params.keys()

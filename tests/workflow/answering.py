@@ -15,7 +15,7 @@ def answer_with(graph: ModelGraph, patch: pytest.MonkeyPatch) -> list[object]:
     """From now on every model is this graph. Returns the models asked for, as they come."""
     asked: list[object] = []
 
-    def compiled(question: Question, *_: object) -> ModelPrograms:
+    def compiled(question: Question, *_: object, **__: object) -> ModelPrograms:
         asked.append(question.model)
         return toy_programs(graph, question.runtime, more=tuple(question.levels))
 

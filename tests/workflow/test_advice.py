@@ -138,7 +138,7 @@ def test_a_shorter_sequence_where_no_number_of_gpus_does(monkeypatch: pytest.Mon
     with pytest.raises(Infeasible):
         make_plan(replace(asked, seq_len=2 * seq_len), space)
     assert str(refused.value).endswith(
-        "Without what was narrowed (pp=1, tp=1, no full, no selective) it fits on 8."
+        "Without what was narrowed (space plain, pp=1, tp=1, no full, no selective) it fits on 8."
     )
 
 

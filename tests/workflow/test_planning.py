@@ -155,11 +155,11 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_host_memory_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """34e9 parameters of 16 bytes: two L4s and their share of the host hold too little.
+    """26e9 parameters of 16 bytes: two L4s and their share of the host hold too little.
 
     What is told is over the limit, though with all of it in host memory the devices would do.
     """
-    answer_with(toy_graph((64,), hidden=8192), monkeypatch)
+    answer_with(toy_graph((48,), hidden=8192), monkeypatch)
     asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512)
     with pytest.raises(Infeasible) as refused:
         make_plan(asked, SearchSpace())
@@ -167,14 +167,16 @@ def test_host_memory_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     found = re.search(r"needs ([\d.]+) GiB of the ([\d.]+) GiB that a plan may use on l4", message)
     assert found is not None
     assert float(found[1]) > float(found[2])
-    # Of each node's 384 GB, 88 % in eight shares; and 18.5 GiB of each device.
-    needed, held = 16 * toy_graph((64,), hidden=8192).num_params, 0.88 * 384e9 / 8 + 18.5 * GIB
+    # Of each node's 384 GB, 86 % in eight shares; and 18.0 GiB of each device, of which the
+    # allocator and what a layer works with take 9.9 (the words above).
+    needed = 16 * toy_graph((48,), hidden=8192).num_params
+    held = 0.86 * 384e9 / 8 + (18.0 - 9.9) * GIB
     assert needed > 8 * held
     assert needed < 16 * held
     assert message.endswith(" Try --gpus 16.")
     assert message.startswith("toy does not fit on 2 x l4. With offload it would need ")
     assert (
-        " GiB of the 314.7 GiB of host memory per node that a plan may use (88% of 357.6 GiB, "
+        " GiB of the 306.8 GiB of host memory per node that a plan may use (86% of 357.6 GiB, "
         "spec: Google Cloud g2-standard-96: 384 GB). Try --host-memory " in message
     )
 
@@ -184,7 +186,7 @@ def test_the_host_memory_to_try_is_enough_and_a_tenth_less_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answer_with(toy_graph((16,), hidden=8192), monkeypatch)
-    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512, overrides={HOST_MEMORY: 64 * GB})
+    asked = replace(QUESTION, num_gpus=2, gpu="l4", seq_len=512, overrides={HOST_MEMORY: 96 * GB})
     space = SearchSpace(pp=(1,), tp=(1,))
     with pytest.raises(Infeasible) as refused:
         make_plan(asked, space)
@@ -262,4 +264,4 @@ def test_no_number_of_gpus_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = toy_graph((8,), hidden=65536)
     answer_with(wide, monkeypatch)
     with pytest.raises(Infeasible, match=r"No doubling of the GPUs up to 4096 fits\.$"):
-        make_plan(replace(QUESTION, num_gpus=1, gpu="l4", seq_len=512), SearchSpace())
+        make_plan(replace(QUESTION, num_gpus=64, gpu="l4", seq_len=512), SearchSpace())

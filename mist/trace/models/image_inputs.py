@@ -68,6 +68,9 @@ def image_tokens(module: nn.Module, images: int) -> int:
         fake.to_empty(device="cpu")
         asked = signature(fake.forward).parameters
         inputs = image_inputs(fake, asked, 1, images)
+        # Not every model casts its images.
+        dtype = next(p.dtype for p in fake.parameters() if p.is_floating_point())
+        inputs[IMAGES] = inputs[IMAGES].to(dtype)
         features: Any = getattr(fake, FEATURES)
         grid = grid_of(_config_of(fake).vision_config) if GRIDS in inputs else None
         with equal_images(fake.modules(), inputs, grid):

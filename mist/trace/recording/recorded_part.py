@@ -1,6 +1,6 @@
 """What is recorded of one part of a model: a layer, or what comes before or after the layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,7 +58,8 @@ class Part:
     a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
     `works_forward`: its forward pass may hold most, too. `mixed`: operations that a shard cannot
     run; `results`: of what it gave; `over_tokens`: that go over the tokens of whole tensors;
-    `refusals`: why `mist apply` cannot divide it. `input`: the storage of its input activation.
+    `handed`: saved storages that later layers hold, too; `refusals`: why `mist apply` cannot divide
+    it. `input`: the storage of its input activation.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Part:
     ops: list[Op] = field(default_factory=list)
     num_recomputed_ops: int = 0
     storages: dict[int, SavedStorage] = field(default_factory=dict)
+    handed: dict[int, SavedStorage] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
     entered: dict[int, list[int]] = field(default_factory=dict)
@@ -120,6 +122,12 @@ class Part:
         if key in self.storages and key != self.input:
             del self.storages[key]
             self.live.release(key)
+
+    def hand_on(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Results that later layers read as storages `keys[1]`: saved once for all of them."""
+        for key, handed in keys:
+            if key != self.input and key in self.storages:
+                self.handed[handed] = self.storages.pop(key)
 
     def early(self) -> tuple[SavedTensor, ...]:
         """Those that the last operation with a parameter, and the ones before it, saved."""

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import sympy
 import torch
 from sympy import Basic, Expr
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from mist.model.graph import Op, SavedTensor
 from mist.trace.diagnose import Passed
+from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.operations.sized_calls import SizeRule
-from mist.trace.recording.recorded_part import Part
+from mist.trace.recording.graph_edges import output
+from mist.trace.recording.recorded_part import Part, SavedStorage
+from mist.trace.recording.written_mappings import Written, fresh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,7 @@ class Piece:
     """The record of one part, with what is known only after it ran.
 
     `opened`: its results that a layer took, by identity. `flows`: its input has a gradient.
+    `outputs`: what it returned; `written`: what it put into mappings that it was given.
     """
 
     part: Part
@@ -40,6 +46,24 @@ class Piece:
     transients_adding: tuple[Expr, ...] = ()
     module: nn.Module | None = None
     outputs: object = None
+    written: Written = ()
+
+    def set_outputs(self, outputs: object, entries: Written, inputs: frozenset[int]) -> None:
+        """What the part returned and wrote, cut off from it. `inputs`: storages it was given."""
+        self.outputs = tree_map(partial(output, inputs), outputs)
+        self.written = tree_map(partial(output, inputs), entries)
+        nodes, given = self.part.nodes, list(tensors_in((outputs, entries)))
+        self.part.results = frozenset(nodes[tensor] for tensor in given if tensor in nodes)
+        pairs = zip(tensors_in(entries), tensors_in(self.written), strict=True)
+        self.part.hand_on((key_of(made), key_of(cut)) for made, cut in pairs)
+
+    def handed_on(self, shared: dict[int, SavedStorage]) -> Written:
+        """What a layer like this writes: tensors of its own, of which `shared` has those saved."""
+        entries: Written = tree_map(fresh, self.written)
+        for cut, given in zip(tensors_in(self.written), tensors_in(entries), strict=True):
+            if (storage := self.part.handed.get(key_of(cut))) is not None:
+                shared[key_of(given)] = storage
+        return entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from sympy import Expr, Integer
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from mist.errors import TraceError
 from mist.layers import LayerForm
@@ -33,7 +33,8 @@ from mist.trace.models.source import TraceSetting
 from mist.trace.operations.autocast import forward_in, outside
 from mist.trace.operations.routing import Routing
 from mist.trace.recording.compiled import compiled
-from mist.trace.recording.graph_edges import Seed, activation, leaf, output
+from mist.trace.recording.graph_edges import Seed, activation, leaf
+from mist.trace.recording.input_spec import input_spec
 from mist.trace.recording.layer_dependencies import Flow, Handovers
 from mist.trace.recording.liveness import Counted
 from mist.trace.recording.op_limit import OpLimit
@@ -48,6 +49,14 @@ from mist.trace.recording.recorded_run import (
 from mist.trace.recording.recorder import Recorder, recording
 from mist.trace.recording.region_hooks import region_hooks
 from mist.trace.recording.shim import fused_norms, runs_as
+from mist.trace.recording.written_mappings import (
+    contents,
+    mappings_in,
+    opened,
+    with_leaves,
+    write,
+    written,
+)
 from mist.trace.repeated_blocks import Layers, Signature
 from mist.trace.tensor_parallel.local_sizes import LocalSizes
 from mist.trace.tensor_parallel.tp_sharding import Sharding, Share, rank_modules
@@ -224,12 +233,13 @@ class Session:
         if again and self.layers.lists[index] not in self.layers.shared:
             raise NotALayerList(self.layers.lists[index], again=True)
         with self.recorder.into(None):
-            self._enter_layer((args, kwargs))
-            self.handovers.enters(list(tensors_in((args, kwargs))), again=again)
+            inputs = opened((args, kwargs))
+            self._enter_layer(inputs)
+            self.handovers.enters(list(tensors_in(inputs)), again=again)
             self._refuse_parallel(self.layers.lists[index])
             # A block that is called again costs what it did, but brings no parameters.
             self.sequential &= not again
-            spec = self._spec((args, kwargs), self._place_of(index))
+            spec = input_spec(inputs, self._place_of(index), self.symbols)
             key = (self.layers.signatures[index], spec, again)
             if key not in self.known:
                 self.known[key] = len(self.pieces)
@@ -238,10 +248,14 @@ class Session:
             self.order.append(index)
             self.kinds.append(kind)
             # Leaves: the backward pass of what follows ends here, as the layer has had its own.
-            leaves = tree_map(leaf, self.pieces[kind].outputs)
-            outputs = tree_map(self._as_input, leaves)
-            self.flow.add_outputs(len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in(outputs)])
-            given = list(tensors_in(outputs))
+            piece = self.pieces[kind]
+            leaves = tree_map(leaf, piece.outputs), piece.handed_on(self.recorder.shared)
+            outputs, entries = tree_map(self._as_input, leaves)
+            write(entries, mappings_in((args, kwargs)))
+            self.flow.add_outputs(
+                len(self.kinds) - 1, [*tensors_in(leaves), *tensors_in((outputs, entries))]
+            )
+            given = list(tensors_in((outputs, entries)))
             self.handovers.leaves(given, by_sample=self._is_by_sample(given[0]))
             self._leave_layer(index)
             if self.forms and not self.layers.shared and len(self.order) == len(self.layers.lists):
@@ -334,23 +348,23 @@ class Session:
         kwargs: dict[str, object],
     ) -> Piece:
         """Run one layer forward and backward, alone."""
-        args, kwargs = tree_map(self._as_input, tree_map(leaf, (args, kwargs)))
-        tensors = list(tensors_in((args, kwargs)))
-        piece = self._open(layer, tensors)
+        args, kwargs = with_leaves(self._as_input, with_leaves(leaf, (args, kwargs)))
+        tensors, mappings = list(tensors_in(opened((args, kwargs)))), mappings_in((args, kwargs))
+        piece, before = self._open(layer, tensors), contents(mappings)
         run = self._runner(piece.part, layer, forward, (args, kwargs))
         with self.recorder.into(piece.part):
             outputs = run()
+        entries = written(mappings, before)
         if not piece.part.forward_only:
             piece.part.live.forward_done(piece.part.gathered)
         if self.layers and len(set(self.layers.signatures)) == 1:
             piece.part.leave(list(tensors_in(outputs)))
-        input_keys = frozenset(key_of(t) for t in tensors)
-        piece.outputs = tree_map(partial(output, input_keys), outputs)
-        nodes = piece.part.nodes
-        piece.part.results = frozenset(nodes[t] for t in tensors_in(outputs) if t in nodes)
-        starts = [t for t in tensors_in(outputs) if t.grad_fn is not None]
+        given = list(tensors_in((outputs, entries)))
+        piece.set_outputs(outputs, entries, frozenset(map(key_of, tensors)))
+        starts = [t for t in given if t.grad_fn is not None]
         seed = self._seed(piece, starts) if starts and self.point.backward else None
-        del outputs, starts  # what comes after the layer frees its results before it goes backward
+        # What comes after the layer frees its results before it goes backward.
+        del outputs, entries, given, starts
         if seed is not None:
             gradient = torch.empty_like(seed)
             with self.recorder.into(piece.part, "backward"), outside(self.low):
@@ -409,19 +423,6 @@ class Session:
             piece.transients_adding = live.transients(Counted.MADE_NOW)
         for parameter in self.fakes.copies:
             parameter.grad = None
-
-    def _spec(self, value: object, index: int) -> object:
-        """What of a layer's inputs decides its cost."""
-        leaves, tree = tree_flatten(value)
-        return str(tree), tuple(self._spec_leaf(leaf, index) for leaf in leaves)
-
-    def _spec_leaf(self, leaf: object, index: int) -> object:
-        if isinstance(leaf, torch.Tensor):
-            return self.symbols.shape(leaf), leaf.dtype, leaf.requires_grad
-        # A layer's own number among its arguments changes no cost.
-        is_index = type(leaf) is int and leaf == index
-        plain = isinstance(leaf, bool | int | float | str) and not is_index
-        return leaf if plain else type(leaf).__name__
 
     def _total_bytes(self, value: object) -> Expr:
         sizes = {key_of(t): t.untyped_storage().nbytes() for t in tensors_in(value)}

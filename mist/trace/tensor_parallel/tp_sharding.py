@@ -93,15 +93,17 @@ class Region:
 
     `owners`: objects whose attributes may hold numbers of heads or widths that are smaller on a
     rank; `head_dim` is None for an MLP. `heads_alike`: whether it is the size of all heads, of
-    queries too; else every matrix has as many. `pairs`: weights of both keys and values.
-    `label`: what is divided when no heads are. `entered`, `ends`: modules that are given what
-    enters, and those whose results are summed, where they are not the matrices themselves.
+    queries too; else every matrix has as many. `pairs`: weights of both keys and values. `given`:
+    numbers of heads of keys and values that earlier layers made. `label`: what is divided when no
+    heads are. `entered`, `ends`: modules that are given what enters, and those whose results are
+    summed, where they are not the matrices themselves.
     """
 
     owners: Sequence[object]
     head_dim: int | None = None
     heads_alike: bool = True
     pairs: frozenset[int] = frozenset()
+    given: frozenset[int] = frozenset()
     label: str = "MLP width"
     colwise: list[Matrix] = field(default_factory=list)
     rowwise: list[Matrix] = field(default_factory=list)
@@ -138,7 +140,7 @@ class Region:
         outputs = {m.num_out // self.grain for m in self.colwise if id(m.weight) not in self.pairs}
         inputs = {matrix.num_in // self.grain for matrix in self.rowwise}
         fused = {(n - queries) // 2 for n in outputs if n > queries} if self.grain > 1 else set()
-        return outputs | inputs | fused | pairs
+        return outputs | inputs | fused | pairs | self.given
 
     @property
     def width(self) -> int:
