@@ -13,9 +13,9 @@ from tests.fuzz.workspace import Workspace, made
 # Three hundred in all: 12 s of processor time, after 9 s for the libraries and the workspace.
 # Configurations are built by transformers, a second each: `make fuzz` has as many as of others.
 CASES = {
-    **{"options": range(50), "plans": range(88), "profiles": range(30), "logs": range(60)},
-    **{"tables": range(28, 48), "configs": range(2, 6), "caches": range(8)},
-    **{"checkpoints": range(40)},
+    **{"options": range(25), "plans": range(44), "profiles": range(20), "logs": range(40)},
+    **{"tables": range(28, 40), "configs": range(2, 5), "caches": range(5)},
+    **{"checkpoints": range(25)},
 }
 
 
