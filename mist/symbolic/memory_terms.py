@@ -56,7 +56,13 @@ def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) 
         f"{prefix}_working_bytes": level.working_bytes,
         f"{prefix}_running_bytes": level.running_bytes,
         f"{prefix}_adding_bytes": level.adding_bytes,
+        **_forward_terms(prefix, level),
     }
+
+
+def _forward_terms(prefix: str, level: LevelCost) -> dict[str, Expr]:
+    """What the forward pass holds, of a block that may hold more then than in its backward pass."""
+    return {f"{prefix}_forward_bytes": level.forward_bytes} if level.forward_bytes != 0 else {}
 
 
 def _lone_copies(runtime: Runtime) -> dict[str, Expr]:

@@ -246,6 +246,7 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         live=live,
         ops=fit.merged([piece.part.ops for piece in pieces]),
         storages=_storages(fit, [piece.part for piece in pieces]),
+        entry_bytes=_entries(fit, [piece.part for piece in pieces]),
         awaited=replace(
             first.part.awaited,
             gradients=fit.merged([piece.part.awaited.gradients for piece in pieces]),
@@ -260,6 +261,11 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         transients_adding=live.transients(Counted.MADE_NOW) if first.transients else (),
         module=first.module,
     )
+
+
+def _entries(fit: Fit, parts: Sequence[Part]) -> dict[int, Expr]:
+    sizes = fit.merged([list(part.entry_bytes.values()) for part in parts])
+    return dict(zip(parts[0].entry_bytes, sizes, strict=True))
 
 
 def _storages(fit: Fit, parts: Sequence[Part]) -> dict[int, SavedStorage]:

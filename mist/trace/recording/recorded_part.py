@@ -53,7 +53,8 @@ class Part:
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
-    whose input enters a tensor-parallel region, with the storages of their calls; `exposed`: those
+    whose input enters a tensor-parallel region, with the storages of their calls, and the bytes of
+    these (`entry_bytes`); `exposed`: those
     whose input no module around them was given; `flows`: those, and ends of a region, through which
     a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
     `works_forward`: its forward pass may hold most, too. `mixed`: operations that a shard cannot
@@ -73,6 +74,7 @@ class Part:
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
     entered: dict[int, list[int]] = field(default_factory=dict)
+    entry_bytes: dict[int, Expr] = field(default_factory=dict)
     exposed: set[int] = field(default_factory=set)
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False

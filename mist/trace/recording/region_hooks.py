@@ -29,6 +29,7 @@ def region_hooks(recorder: Recorder, sharding: Sharding, model: nn.Module) -> It
             for x in entering(module, args, kwargs):
                 recorder.part.gathered.add(key_of(x))
                 recorder.part.entered.setdefault(id(module), []).append(key_of(x))
+                recorder.part.entry_bytes[key_of(x)] = recorder.bytes_of(x)
                 if not any(id(x) in given[id(outer)] for outer in around):
                     recorder.part.exposed.add(id(module))
             flow(module, args, (args, kwargs))

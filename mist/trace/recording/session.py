@@ -341,6 +341,8 @@ class Session:
         with self.recorder.into(piece.part):
             outputs = run()
         if not piece.part.forward_only:
+            kept = {*self.recorder.shared, *self.embed.part.storages, *self.fakes.originals}
+            piece.part.live.around(t for t in tensors if key_of(t) not in kept)
             piece.part.live.forward_done(piece.part.gathered)
         if self.layers and len(set(self.layers.signatures)) == 1:
             piece.part.leave(list(tensors_in(outputs)))
@@ -371,8 +373,9 @@ class Session:
         piece.carried_bytes = self._total_bytes(carried)
         trained = any(parameter.requires_grad for parameter in layer.parameters())
         piece.part.forward_only = not (trained or any(t.requires_grad for t in tensors))
-        if piece.part.forward_only and hidden is not None:
+        if piece.part.forward_only:
             piece.part.live.forward_done(())
+        if hidden is not None:
             piece.part.live.hold(hidden)
         return piece
 
