@@ -26,13 +26,13 @@ def crossings(
     divided = any(param.sharded for param in params)
     # An end that is whole takes and gives all tokens, too; each rank has its part of the gradient.
     if piece is run.head:
-        ends = {"num_entries": True, "num_entries_back": divided and piece.flows}
+        ends = {"num_entries": 1, "num_entries_back": int(divided and piece.flows)}
     else:
         trained = any(param.trainable for param in params)
         # An encoder's table is read for a decoder's tokens, too.
         exits = max(_num_divided_reads(run, sharding), 1) * divided
         ends = {"num_exits": exits, "num_exits_back": max(exits, 1) * trained}
-    return counts | {name: int(value) for name, value in ends.items()} | {"num_whole": 0}
+    return counts | ends | {"num_whole": 0}
 
 
 def _num_divided_reads(run: RecordedRun, sharding: Sharding) -> int:

@@ -36,9 +36,9 @@ def worst_forward(forward: Sequence[Expr], backward: Iterable[Expr]) -> tuple[Ex
     """Those of the forward bytes that are above all of the backward bytes, and 0, somewhere."""
     table = _coefficients([*forward, *backward, sympy.S.Zero])
     mine, others = table[: len(forward), None], table[None, len(forward) :]
-    at_points = (others >= mine).all(axis=3)
+    at_points = np.all(others >= mine, axis=3)
     in_cases = np.logical_and.reduceat(at_points, np.unique(_CASES, return_index=True)[1], axis=2)
-    covered = in_cases.any(axis=1).all(axis=1)
+    covered = np.asarray(np.all(np.any(in_cases, axis=1), axis=1))
     return tuple(size for size, known in zip(forward, covered, strict=True) if not known)
 
 
