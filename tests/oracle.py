@@ -321,10 +321,15 @@ def _instants(
 
     `working`: with gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first
     layer, then when no layer runs. A layer runs when those behind it are gone: of what they kept,
-    the largest, less what this one keeps, is not there for certain.
+    the largest, less what this one keeps, is not there for certain. Nor is one layer at each level
+    of the kinds that lie behind all of its kind, less the gradients that it leaves.
     """
     gone = [
         max([0.0, *(kept[j] - kept[i] for j in range(i + 1, len(layers)) if layers[j][0] is block)])
+        + sum(
+            max(0.0, kept[j] - _left_bytes_per_param(rank) * held_params(rank, layers[j][0]))
+            for j in _one_of_each_behind(layers, block)
+        )
         for i, (block, _) in enumerate(layers)
     ]
     made = max(size - less for size, less in zip(working, gone, strict=False))
@@ -358,6 +363,18 @@ def _instants(
         none += begins(buffer)
     end = [running(early, behind=max(0.0, max(kept) - boundary)) + max(kept), max(none)]
     return begins(early), end, whole * (root + layer)
+
+
+def _one_of_each_behind(layers: list[tuple[Block, str]], block: Block) -> list[int]:
+    """One layer of each kind and level of the kinds of which all come behind all of this one."""
+    last = max(i for i, (each, _) in enumerate(layers) if each is block)
+    before = [each for each, _ in layers[: last + 1]]
+    numbers = {
+        (id(each), level): j
+        for j, (each, level) in enumerate(layers)
+        if not any(each is other for other in before)
+    }
+    return [*numbers.values()]
 
 
 def _alone(rank: Rank) -> bool:

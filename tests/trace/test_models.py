@@ -14,7 +14,7 @@ from torch import nn
 
 from mist.model.graph import B, Block, ModelGraph, OpKind, S, T, TensorLayout
 from mist.model.summary import LayerRun, TpLimit
-from mist.plans.workload import Attention
+from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph, trace_model
 from mist.trace.models.loader import LoadedModel, load_model
 from mist.trace.models.presets import PRESETS
@@ -22,7 +22,7 @@ from mist.trace.models.source import resolve
 from tests.trace.test_exact import family_graph, gpt2
 
 ROOT = Path(__file__).parents[2]
-BF16 = TraceSetting(attention=Attention.FLASH)
+BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 SILENT = lambda message: None  # noqa: E731
 
 
@@ -218,7 +218,7 @@ def test_example_is_its_preset(stem: str) -> None:
 
 
 def test_fingerprint_is_the_model_not_the_trace(llama: ModelGraph) -> None:
-    fp32 = TraceSetting(attention=Attention.FLASH, policy="cpu")
+    fp32 = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
     graphs = [family_graph(gpt2, torch.float32, setting) for setting in (fp32, BF16)]
     assert graphs[0].fingerprint == graphs[1].fingerprint
     assert llama.fingerprint.startswith("sha256:")
@@ -241,7 +241,7 @@ from pathlib import Path
 start = time.process_time()
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, load_graph
-setting = TraceSetting(attention=Attention.FLASH)
+setting = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 load_graph(sys.argv[1], setting, progress=lambda message: None)
 seconds = time.process_time() - start
 heavy = "torch" in sys.modules
