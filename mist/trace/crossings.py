@@ -8,6 +8,7 @@ from sympy import Expr
 from torch import nn
 
 from mist.model.graph import Param
+from mist.trace.recording.recorded_part import Entry
 from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
 
@@ -101,19 +102,19 @@ def other_entries_back(piece: Piece, sharding: Sharding | None) -> tuple[Expr, .
     """
     if sharding is None or piece.module is None:
         return ()
-    part, activation = piece.part, piece.boundary_bytes
+    part = piece.part
     back = (
-        key
+        entry.bytes
         for region in _free_regions(piece.module, sharding)
-        for key in _entered(piece, region.entered & part.entered.keys() & part.flows)
+        for entry in _entered(piece, region.entered & part.entered.keys() & part.flows)
     )
-    return tuple(part.entry_bytes[key] for key in back if part.entry_bytes[key] != activation)
+    return tuple(size for size in back if size != piece.boundary_bytes)
 
 
-def _entered(piece: Piece, modules: Collection[int]) -> Collection[int]:
-    """The storages that enter a region at these modules.
+def _entered(piece: Piece, modules: Collection[int]) -> Collection[Entry]:
+    """What enters a region at these modules.
 
     What no module around a matrix was given enters at the matrix, call by call.
     """
     counted = list if set(modules) & piece.part.exposed else set
-    return counted(key for each in modules for key in piece.part.entered[each])
+    return counted(entry for each in modules for entry in piece.part.entered[each])
