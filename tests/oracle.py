@@ -321,14 +321,20 @@ def _instants(
 
     `working`: with gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first
     layer, then when no layer runs. A layer runs when those behind it are gone: of what they kept,
-    the largest, less what this one keeps, is not there for certain. Nor is one layer at each level
-    of the kinds that lie behind all of its kind, less the gradients that it leaves.
+    the largest, less what this one keeps, is not there for certain. Those are of its kind, or of a
+    kind that lies behind all of its kind, less the gradients that one leaves.
     """
+    left = _left_bytes_per_param(rank)
     gone = [
-        max([0.0, *(kept[j] - kept[i] for j in range(i + 1, len(layers)) if layers[j][0] is block)])
-        + sum(
-            max(0.0, kept[j] - _left_bytes_per_param(rank) * held_params(rank, layers[j][0]))
-            for j in _one_of_each_behind(layers, block)
+        max(
+            [
+                0.0,
+                *(kept[j] - kept[i] for j in range(i + 1, len(layers)) if layers[j][0] is block),
+                *(
+                    kept[j] - left * held_params(rank, layers[j][0]) - kept[i]
+                    for j in _all_behind(layers, block)
+                ),
+            ]
         )
         for i, (block, _) in enumerate(layers)
     ]
@@ -365,16 +371,11 @@ def _instants(
     return begins(early), end, whole * (root + layer)
 
 
-def _one_of_each_behind(layers: list[tuple[Block, str]], block: Block) -> list[int]:
-    """One layer of each kind and level of the kinds of which all come behind all of this one."""
+def _all_behind(layers: list[tuple[Block, str]], block: Block) -> list[int]:
+    """Layers of the kinds of which all come behind all of this one."""
     last = max(i for i, (each, _) in enumerate(layers) if each is block)
-    before = [each for each, _ in layers[: last + 1]]
-    numbers = {
-        (id(each), level): j
-        for j, (each, level) in enumerate(layers)
-        if not any(each is other for other in before)
-    }
-    return [*numbers.values()]
+    before = {id(each) for each, _ in layers[: last + 1]}
+    return [j for j, (each, _) in enumerate(layers) if id(each) not in before]
 
 
 def _alone(rank: Rank) -> bool:

@@ -38,42 +38,31 @@ def working_set(rows: Sequence[Row], numerics: Numerics, gone: Sequence[Expr] = 
 def freed(blocks: StageBlocks, rows: Sequence[Row]) -> list[Expr]:
     """What is gone of all that layers keep, as the first layer of each of these rows runs backward.
 
-    Of its kind those at the levels before it in the table are gone: at least one of each that the
-    stage has, less what one at this level keeps, for it goes next. Of the kinds behind it one at
-    each level, less the gradients that it leaves. The least that was freed, so that instants stay
-    linear in the numbers of layers. Nothing is sure of several chunks: one that has no such layer
-    may run while another one keeps some.
+    Of its kind those at the levels before it in the table are gone, and all layers of the kinds
+    behind it: at least one of these that the stage has, less the gradients that another kind leaves
+    and less what one of this row keeps, for it goes next. The least that was freed, so that
+    instants stay linear in the numbers of layers. Nothing is sure of several chunks: one that has
+    no such layer may run while another one keeps some.
     """
-    sure = 1 - sym.SEVERAL_CHUNKS
-    return [sure * (_kept_more(blocks, row) + _kept_behind(blocks, row[0])) for row in rows]
+    return [(1 - sym.SEVERAL_CHUNKS) * _kept_more(blocks, row) for row in rows]
 
 
 def _kept_more(blocks: StageBlocks, row: Row) -> Expr:
-    """How much more a layer of the same kind keeps at the levels before this one, at least 0."""
+    """How much more one of the layers that are gone kept than one of this row, at least 0."""
     kind, level, _ = row
     before = blocks.layers[: blocks.layers.index(row)]
-    own = term(f"{kind}_{level}_kept_bytes")
-    return sym.larger(
-        0,
-        *(
-            sym.smaller(1, count) * (term(f"{kind}_{other}_kept_bytes") - own)
-            for x, other, count in before
-            if x == kind
-        ),
-    )
-
-
-def _kept_behind(blocks: StageBlocks, kind: str) -> Expr:
-    """What one layer at each level of the kinds behind this one keeps more than it leaves."""
-    behind = [row for row in blocks.layers if row[0] in blocks.behind[kind]]
-    left = first_gradients("layer_")
-    return sympy.Add(
-        *(
-            sym.smaller(1, count)
-            * sym.larger(0, term(f"{x}_{level}_kept_bytes") - left * term(f"{x}_trainable_params"))
-            for x, level, count in behind
+    own, left = term(f"{kind}_{level}_kept_bytes"), first_gradients("layer_")
+    same = [(other, term(f"{kind}_{other[1]}_kept_bytes")) for other in before if other[0] == kind]
+    others = [
+        (
+            other,
+            term(f"{other[0]}_{other[1]}_kept_bytes") - left * term(f"{other[0]}_trainable_params"),
         )
-    )
+        for other in blocks.layers
+        if other[0] in blocks.behind[kind]
+    ]
+    more = (sym.smaller(1, other[2]) * (kept - own) for other, kept in (*same, *others))
+    return sym.larger(0, *more)
 
 
 def first_gradients(prefix: str) -> Expr:
