@@ -36,7 +36,7 @@ LevelRows = Mapping[MemoryLevel, NDArray[np.bool_]]
 """Strategies [K] by level."""
 
 _TIMES: Final = ("stable_s", "lone_s")
-_WORKING: Final = ("running_bytes", "adding_bytes", "working_bytes")
+_WORKING: Final = ("running_bytes", "adding_bytes", "working_bytes", "forward_bytes")
 
 
 def allowed_levels(

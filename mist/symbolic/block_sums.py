@@ -34,11 +34,11 @@ class StageBlocks:
 
 
 def stage_blocks(
-    kinds: Sequence[int], levels: Sequence[MemoryLevel], terms: Container[str]
+    kinds: Sequence[int], levels: Sequence[MemoryLevel], forward: Container[str]
 ) -> StageBlocks:
     """The rows of any stage of a model, each kind of layer at each of these levels.
 
-    `kinds`: of each layer, in order. `terms`: names of terms; `forward` has the rows that have one.
+    `kinds`: of each layer, in order. `forward`: block and level of the rows of that name.
     """
     layers = tuple(
         (str(kind), level.column, sym.layer_count(level.column, kind))
@@ -46,13 +46,13 @@ def stage_blocks(
         for level in levels
     )
     ends = (("embed", KEEPS_ALL.value, sym.FIRST), ("head", KEEPS_ALL.value, sym.LAST))
-    forward = (row for row in (*layers, *ends) if f"{row[0]}_{row[1]}_forward_bytes" in terms)
+    more = (row for row in (*layers, *ends) if f"{row[0]}_{row[1]}" in forward)
     first = {str(kind): kinds.index(kind) for kind in kinds}
     last = {str(kind): number for number, kind in enumerate(kinds)}
     behind = {
         kind: frozenset(other for other in first if first[other] > last[kind]) for kind in first
     }
-    return StageBlocks(layers=layers, ends=ends, forward=tuple(forward), behind=behind)
+    return StageBlocks(layers=layers, ends=ends, forward=tuple(more), behind=behind)
 
 
 def term(name: str) -> sympy.Symbol:

@@ -3,6 +3,8 @@
 `stage_memory.py` sums them over the layers of a stage.
 """
 
+from collections.abc import Mapping
+
 import sympy
 from sympy import Expr
 
@@ -56,13 +58,21 @@ def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) 
         f"{prefix}_working_bytes": level.working_bytes,
         f"{prefix}_running_bytes": level.running_bytes,
         f"{prefix}_adding_bytes": level.adding_bytes,
-        **_forward_terms(prefix, level),
     }
 
 
-def _forward_terms(prefix: str, level: LevelCost) -> dict[str, Expr]:
-    """What the forward pass holds, of a block that may hold more then than in its backward pass."""
-    return {f"{prefix}_forward_bytes": level.forward_bytes} if level.forward_bytes != 0 else {}
+def forward_terms(forward: Mapping[str, Expr]) -> dict[str, Expr]:
+    """What the forward pass holds, of blocks that may hold more then than in their backward pass.
+
+    `forward`: by block and level. Layers have this at each level or at none: a search compares
+    levels cost by cost.
+    """
+    some_layer = any(size != 0 for prefix, size in forward.items() if prefix[0].isdigit())
+    return {
+        f"{prefix}_forward_bytes": size
+        for prefix, size in forward.items()
+        if size != 0 or (some_layer and prefix[0].isdigit())
+    }
 
 
 def _lone_copies(runtime: Runtime) -> dict[str, Expr]:

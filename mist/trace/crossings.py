@@ -8,7 +8,7 @@ from sympy import Expr
 from torch import nn
 
 from mist.model.graph import Param
-from mist.trace.recording.recorded_part import Entry
+from mist.trace.recording.recorded_part import Entered
 from mist.trace.recording.recorded_run import Piece, RecordedRun
 from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
 
@@ -111,7 +111,7 @@ def other_entries_back(piece: Piece, sharding: Sharding | None) -> tuple[Expr, .
     return tuple(size for size in back if size != piece.boundary_bytes)
 
 
-def _entered(piece: Piece, modules: Collection[int]) -> Collection[Entry]:
+def _entered(piece: Piece, modules: Collection[int]) -> Collection[Entered]:
     """What enters a region at these modules.
 
     What no module around a matrix was given enters at the matrix, call by call.

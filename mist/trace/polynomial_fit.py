@@ -23,7 +23,7 @@ from sympy import Basic, Expr
 
 from mist.model.graph import B, S
 from mist.trace.recording.liveness import Counted
-from mist.trace.recording.recorded_part import Entry, Part, SavedStorage
+from mist.trace.recording.recorded_part import Entered, Part, SavedStorage
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 
 BATCHES: Final = (2, 3, 4)
@@ -263,7 +263,7 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
     )
 
 
-def _entered(fit: Fit, parts: Sequence[Part]) -> dict[int, list[Entry]]:
+def _entered(fit: Fit, parts: Sequence[Part]) -> dict[int, list[Entered]]:
     columns = [[each.bytes for of in part.entered.values() for each in of] for part in parts]
     sizes = iter(fit.merged(columns))
     return {

@@ -102,24 +102,27 @@ class Live:
             self._refs.append(StorageWeakRef(storage))
             self._bytes.append(self._symbols.expr(storage.nbytes()))
 
-    def forward_done(self, gathered: Iterable[int]) -> None:
-        """What is watched from here on is of the backward pass; some saved is `gathered`."""
+    def forward_done(self, gathered: Iterable[int], inputs: Iterable[torch.Tensor] = ()) -> None:
+        """What is watched from here on is of the backward pass; some saved is `gathered`.
+
+        `inputs`: those that only who called the part holds, through all of its forward pass.
+        """
         self._whole.update(self._last[key] for key in gathered if key in self._last)
+        for tensor in inputs:
+            self.hold(tensor)
+            self._around(tensor)
         self._num_forward = len(self._refs)
         if self._forward:
             # What the forward pass made and others hold is not of the backward pass.
             self._passed = frozenset(range(self._num_forward)).difference(self._saved)
             self._last = {key: i for key, i in self._last.items() if i not in self._passed}
 
-    def around(self, inputs: Iterable[torch.Tensor]) -> None:
-        """These live through the forward pass, because who called holds them."""
-        for tensor in inputs:
-            self.hold(tensor)
-            index = self._last[tensor.untyped_storage()._cdata]
-            if index not in self._saved:
-                self._held.add(index)
-                if not tensor.requires_grad:
-                    self._partial.add(index)
+    def _around(self, tensor: torch.Tensor) -> None:
+        index = self._last[tensor.untyped_storage()._cdata]
+        if index not in self._saved:
+            self._held.add(index)
+            if not tensor.requires_grad:  # a mask, of all tokens on every rank
+                self._partial.add(index)
 
     def called_forward(self, results: Iterable[torch.Tensor], *, divided: bool) -> None:
         """A call of a forward pass that goes back later has run; see `called`.

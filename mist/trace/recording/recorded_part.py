@@ -48,7 +48,7 @@ class Mixed:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Entered:
     """A tensor that enters a tensor-parallel region: its storage, and the bytes of its elements."""
 
     key: int
@@ -80,7 +80,7 @@ class Part:
     storages: dict[int, SavedStorage] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
-    entered: dict[int, list[Entry]] = field(default_factory=dict)
+    entered: dict[int, list[Entered]] = field(default_factory=dict)
     exposed: set[int] = field(default_factory=set)
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False

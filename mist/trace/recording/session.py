@@ -340,14 +340,10 @@ class Session:
         run = self._runner(piece.part, layer, forward, (args, kwargs))
         with self.recorder.into(piece.part):
             outputs = run()
-        if not piece.part.forward_only:
-            kept = {*self.recorder.shared, *self.embed.part.storages, *self.fakes.originals}
-            piece.part.live.around(t for t in tensors if key_of(t) not in kept)
-            piece.part.live.forward_done(piece.part.gathered)
+        self._forward_done(piece.part, tensors)
         if self.layers and len(set(self.layers.signatures)) == 1:
             piece.part.leave(list(tensors_in(outputs)))
-        input_keys = frozenset(key_of(t) for t in tensors)
-        piece.outputs = tree_map(partial(output, input_keys), outputs)
+        piece.outputs = tree_map(partial(output, frozenset(map(key_of, tensors))), outputs)
         nodes = piece.part.nodes
         piece.part.results = frozenset(nodes[t] for t in tensors_in(outputs) if t in nodes)
         starts = [t for t in tensors_in(outputs) if t.grad_fn is not None]
@@ -360,6 +356,12 @@ class Session:
         if self.point.backward:
             self._backward_done([piece])
         return piece
+
+    def _forward_done(self, part: Part, inputs: Sequence[torch.Tensor]) -> None:
+        """A layer ran forward; who called it holds what nobody saved of its inputs."""
+        kept = {*self.recorder.shared, *self.embed.part.storages, *self.fakes.originals}
+        if not part.forward_only:
+            part.live.forward_done(part.gathered, [t for t in inputs if key_of(t) not in kept])
 
     def _open(self, layer: nn.Module, tensors: Sequence[torch.Tensor]) -> Piece:
         """The record of a layer that is about to run on these tensors."""
