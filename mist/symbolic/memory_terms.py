@@ -64,15 +64,9 @@ def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) 
 def forward_terms(forward: Mapping[str, Expr]) -> dict[str, Expr]:
     """What the forward pass holds, of blocks that may hold more then than in their backward pass.
 
-    `forward`: by block and level. Layers have this at each level or at none: a search compares
-    levels cost by cost.
+    `forward`: by block and level. Others have no such term.
     """
-    some_layer = any(size != 0 for prefix, size in forward.items() if prefix[0].isdigit())
-    return {
-        f"{prefix}_forward_bytes": size
-        for prefix, size in forward.items()
-        if size != 0 or (some_layer and prefix[0].isdigit())
-    }
+    return {f"{prefix}_forward_bytes": size for prefix, size in forward.items() if size != 0}
 
 
 def _lone_copies(runtime: Runtime) -> dict[str, Expr]:
