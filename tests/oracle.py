@@ -321,10 +321,21 @@ def _instants(
 
     `working`: with gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first
     layer, then when no layer runs. A layer runs when those behind it are gone: of what they kept,
-    the largest, less what this one keeps, is not there for certain.
+    the largest, less what this one keeps, is not there for certain. Those are of its kind, or of a
+    kind that lies behind all of its kind, less the gradients that one leaves.
     """
+    left = _left_bytes_per_param(rank)
     gone = [
-        max([0.0, *(kept[j] - kept[i] for j in range(i + 1, len(layers)) if layers[j][0] is block)])
+        max(
+            [
+                0.0,
+                *(kept[j] - kept[i] for j in range(i + 1, len(layers)) if layers[j][0] is block),
+                *(
+                    kept[j] - left * held_params(rank, layers[j][0]) - kept[i]
+                    for j in _all_behind(layers, block)
+                ),
+            ]
+        )
         for i, (block, _) in enumerate(layers)
     ]
     made = max(size - less for size, less in zip(working, gone, strict=False))
@@ -358,6 +369,13 @@ def _instants(
         none += begins(buffer)
     end = [running(early, behind=max(0.0, max(kept) - boundary)) + max(kept), max(none)]
     return begins(early), end, whole * (root + layer)
+
+
+def _all_behind(layers: list[tuple[Block, str]], block: Block) -> list[int]:
+    """Layers of the kinds of which all come behind all of this one."""
+    last = max(i for i, (each, _) in enumerate(layers) if each is block)
+    before = {id(each) for each, _ in layers[: last + 1]}
+    return [j for j, (each, _) in enumerate(layers) if id(each) not in before]
 
 
 def _alone(rank: Rank) -> bool:

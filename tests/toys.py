@@ -132,6 +132,7 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         ),
         keeps_input=False,
         made_bytes=(ELEMENT_BYTES * tokens * (2 * width + hidden / Q),),
+        forward_bytes=(),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(ELEMENT_BYTES * tokens * width, ELEMENT_BYTES * amid * hidden),
         transient_with_grads_bytes=(
@@ -149,6 +150,7 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         num_exits=1,
         num_entries_back=1,
         num_exits_back=1,
+        other_entries_back=(),
         num_whole=1,
         num_recomputed_ops=2,  # the second matrix saves only its input
         domain=(),
@@ -172,6 +174,7 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         awaited=(kept(TensorLayout.SHARDED, ELEMENT_BYTES * tokens * width),),
         keeps_input=True,
         made_bytes=(8 * tokens * width,),
+        forward_bytes=(),
         boundary_bytes=ELEMENT_BYTES * tokens * hidden,
         transient_bytes=(4 * tokens * (width + hidden / Q),),
         transient_with_grads_bytes=(
@@ -189,6 +192,7 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         num_exits=int(name == "embed"),
         num_entries_back=int(name == "head"),
         num_exits_back=int(name == "embed"),
+        other_entries_back=(),
         num_whole=0,
         num_recomputed_ops=1,
         domain=(),

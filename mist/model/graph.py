@@ -9,6 +9,8 @@ An expression holds where the block's `domain` holds. `trace` writes these types
 them.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Final, Literal
@@ -147,9 +149,12 @@ class Block:
     node that runs, the others being added to what is held of them; `made_bytes`: of
     `transient_bytes` what the backward pass
     made, without these gradients. Of a block without a backward pass these are of its forward pass,
-    input included. `num_entries`, `num_exits`: how often the
+    input included. `forward_bytes`: live bytes beyond `saved` in the forward pass, input included,
+    at the instants where they may be above all `transient_bytes`. `num_entries`, `num_exits`: how
+    often the
     activation enters and leaves what tensor parallelism divides (2 and 2 in a transformer layer);
     `num_entries_back`, `num_exits_back`: those of them that a gradient goes back through;
+    `other_entries_back`: bytes of those that are of another size than the activation;
     `num_whole`: what needs all tokens but divides nothing. `num_recomputed_ops`: how many of the
     forward operations (they come first in `ops`) checkpointing runs again: up to the last one that
     saves something, where torch stops early. `domain`: relations under which all this holds.
@@ -172,10 +177,12 @@ class Block:
     transient_with_grads_bytes: tuple[Expr, ...]
     transient_adding_bytes: tuple[Expr, ...]
     made_bytes: tuple[Expr, ...]
+    forward_bytes: tuple[Expr, ...]
     num_entries: int
     num_exits: int
     num_entries_back: int
     num_exits_back: int
+    other_entries_back: tuple[Expr, ...]
     num_whole: int
     num_recomputed_ops: int
     domain: tuple[sympy.Basic, ...]
@@ -216,12 +223,21 @@ class Block:
                 ("reduce_scatter", "backward", into_back),
             )
         else:
+            into_back -= len(self.other_entries_back)
             rows = (("all_reduce", "forward", out), ("all_reduce", "backward", into_back))
-        return tuple(
+        found = tuple(
             TensorParallelCollective(kind=kind, phase=phase, bytes=self.tp_bytes, count=count)
             for kind, phase, count in rows
             if count
         )
+        return found if sequence_parallel else (*found, *self._others_back())
+
+    def _others_back(self) -> Iterator[TensorParallelCollective]:
+        """The sums of gradients of another size than the activation."""
+        for size, count in Counter(self.other_entries_back).items():
+            yield TensorParallelCollective(
+                kind="all_reduce", phase="backward", bytes=size, count=count
+            )
 
     def flop(self, phase: Phase) -> Expr:
         """Matrix and attention FLOPs of one pass, per tensor-parallel rank."""

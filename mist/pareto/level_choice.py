@@ -36,7 +36,8 @@ LevelRows = Mapping[MemoryLevel, NDArray[np.bool_]]
 """Strategies [K] by level."""
 
 _TIMES: Final = ("stable_s", "lone_s")
-_WORKING: Final = ("running_bytes", "adding_bytes", "working_bytes")
+SOME_HAVE: Final = "forward_bytes"  # where a block has no such term it is 0
+_WORKING: Final = ("running_bytes", "adding_bytes", "working_bytes", SOME_HAVE)
 
 
 def allowed_levels(
@@ -134,12 +135,11 @@ class _Costs:
     ) -> "_Costs":
         first = f"term_0_{levels[0].column}_"
         names = [name.removeprefix(first) for name in strategies.terms if name.startswith(first)]
-        values = [
-            strategies.terms[f"term_{kind}_{level.column}_{name}"]
-            for level in levels
-            for kind in range(num_kinds)
-            for name in names
-        ]
+        rows = [f"term_{kind}_{level.column}" for level in levels for kind in range(num_kinds)]
+        if any(f"{row}_{SOME_HAVE}" in strategies.terms for row in rows):
+            names = [*dict.fromkeys([*names, SOME_HAVE])]
+        none = np.zeros(len(strategies))
+        values = [strategies.terms.get(f"{row}_{name}", none) for row in rows for name in names]
         shape = (len(levels), num_kinds, len(names), len(strategies))
         return cls(levels=levels, names=tuple(names), values=np.array(values).reshape(shape))
 

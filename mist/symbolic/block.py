@@ -69,7 +69,7 @@ class BlockCost:
     `attention_ratio`, `scores_bytes`: core attention forward, its share of the forward operations,
     and what is saved inside it beyond queries, keys and values.
     `input_bytes`: the input of the block where it does not save it. `early_bytes`, `awaited_bytes`,
-    `made_bytes`: of what `Block` lists under these names.
+    `made_bytes`, `forward_bytes`: of what `Block` lists under these names.
     """
 
     forward_s: Expr
@@ -107,6 +107,7 @@ class BlockCost:
     early_bytes: Expr
     awaited_bytes: Expr
     made_bytes: Expr
+    forward_bytes: Expr
 
     def named(self, block: str) -> tuple[dict[str, Expr], "BlockCost"]:
         """The fields under names of their own, and the same cost in terms of these names.
@@ -116,6 +117,9 @@ class BlockCost:
         names = {item.name: f"{block}_{item.name}" for item in fields(self)}
         values = {name: getattr(self, item) for item, name in names.items()}
         symbols = {item: sympy.Symbol(f"cost_{name}", real=True) for item, name in names.items()}
+        # Most blocks have none of these: their formulas leave them out.
+        if self.forward_bytes == 0:
+            symbols["forward_bytes"] = sympy.Integer(0)
         return values, BlockCost(**symbols)
 
 
@@ -235,6 +239,7 @@ def device_cost(block: Block, setting: CostSetting) -> dict[str, Expr]:
         "early_bytes": _rank_bytes(block.early, setting),
         "awaited_bytes": _rank_bytes(block.awaited, setting),
         "made_bytes": _largest(block.made_bytes, setting),
+        "forward_bytes": _largest(block.forward_bytes, setting),
     }
 
 

@@ -1,6 +1,6 @@
 """Sums and maxima over the blocks of a stage: a row for each block at each memory level."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -15,10 +15,17 @@ Row = tuple[str, str, Expr]  # block, level, how many of it the stage has
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageBlocks:
-    """The rows of a stage: `layers` of each kind at each level, and the two `ends` of the model."""
+    """The rows of a stage: `layers` of each kind at each level, and the two `ends` of the model.
+
+    `forward`: of these the rows that may hold more in the forward pass than in the backward pass.
+    `behind`: for each kind of layer the kinds of which all layers come after all of its own, as
+    those of a decoder behind an encoder's.
+    """
 
     layers: tuple[Row, ...]
     ends: tuple[Row, ...]
+    forward: tuple[Row, ...]
+    behind: Mapping[str, frozenset[str]]
 
     @property
     def every(self) -> tuple[Row, ...]:
@@ -26,16 +33,26 @@ class StageBlocks:
         return (*self.layers, *self.ends)
 
 
-def stage_blocks(num_kinds: int, levels: Sequence[MemoryLevel]) -> StageBlocks:
-    """The rows of any stage of a model with so many kinds of layers, each at these levels."""
-    return StageBlocks(
-        layers=tuple(
-            (str(kind), level.column, sym.layer_count(level.column, kind))
-            for kind in range(num_kinds)
-            for level in levels
-        ),
-        ends=(("embed", KEEPS_ALL.value, sym.FIRST), ("head", KEEPS_ALL.value, sym.LAST)),
+def stage_blocks(
+    kinds: Sequence[int], levels: Sequence[MemoryLevel], forward: Container[str]
+) -> StageBlocks:
+    """The rows of any stage of a model, each kind of layer at each of these levels.
+
+    `kinds`: of each layer, in order. `forward`: block and level of the rows of that name.
+    """
+    layers = tuple(
+        (str(kind), level.column, sym.layer_count(level.column, kind))
+        for kind in sorted(set(kinds))
+        for level in levels
     )
+    ends = (("embed", KEEPS_ALL.value, sym.FIRST), ("head", KEEPS_ALL.value, sym.LAST))
+    more = (row for row in (*layers, *ends) if f"{row[0]}_{row[1]}" in forward)
+    first = {str(kind): kinds.index(kind) for kind in kinds}
+    last = {str(kind): number for number, kind in enumerate(kinds)}
+    behind = {
+        kind: frozenset(other for other in first if first[other] > last[kind]) for kind in first
+    }
+    return StageBlocks(layers=layers, ends=ends, forward=tuple(more), behind=behind)
 
 
 def term(name: str) -> sympy.Symbol:

@@ -6,6 +6,7 @@ logit stand in its profile.
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Final
 
 import sympy
 from sympy import Expr
@@ -22,6 +23,8 @@ from mist.symbolic.block import (
     forward_ops,
 )
 from mist.symbolic.cost_setting import CostSetting
+
+FP32_BYTES: Final = 4
 
 
 def embed_cost(block: Block, setting: CostSetting) -> BlockCost:
@@ -47,11 +50,13 @@ def head_cost(block: Block, setting: CostSetting) -> BlockCost:
         device = device_cost(block, setting)
         divided = setting.runtime.transients.divided_loss_bytes_per_logit
         if divided is not None and logits is not None and _divides_loss(block):
-            more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
+            wide = divided.value * _loss_width_ratio(block)
+            more = sympy.Piecewise((wide * logits, T > 1), (0, True))
             device["transient_bytes"] += more
             device["transient_with_grads_bytes"] += more
             device["transient_adding_bytes"] += more
             device["made_bytes"] += more
+            device["forward_bytes"] += more * int(bool(block.forward_bytes))
         return _end_cost(block, setting, device)
     device = device_cost(_without_loss(block), setting)
     return _end_cost(block, setting, _with_loss(device, loss, logits, setting.numerics.compute))
@@ -71,6 +76,13 @@ def _logits(block: Block) -> Expr | None:
     return sympy.prod(products[-1].dims[:3]) if products else None
 
 
+def _loss_width_ratio(block: Block) -> Expr:
+    """Bytes of a number in the loss, over those of fp32."""
+    losses = (op for op in forward_ops(block) if "log_softmax" in op.name)
+    widths = [op.written_bytes / sympy.prod(op.shape) / FP32_BYTES for op in losses]
+    return sym.larger(*dict.fromkeys(widths)) if widths else sympy.S.One
+
+
 def _divides_loss(block: Block) -> bool:
     """Whether tensor-parallel ranks hold parts of the logits."""
     return any(param.sharded for param in block.params)
@@ -87,6 +99,7 @@ def _without_loss(block: Block) -> Block:
         transient_with_grads_bytes=(),
         transient_adding_bytes=(),
         made_bytes=(),
+        forward_bytes=(),
     )
 
 

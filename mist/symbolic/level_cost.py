@@ -9,6 +9,7 @@ from sympy import Expr
 from mist.plans.memory_levels import KEEPS_ALL, LEVELS, OWN_PART, PLAIN, USUAL
 from mist.plans.workload import MemoryLevel
 from mist.platform.runtime import Runtime
+from mist.symbolic import symbols as sym
 from mist.symbolic.block import BlockCost
 from mist.symbolic.host_bytes import allocated_bytes
 
@@ -21,7 +22,8 @@ class LevelCost:
     `recompute_launch_ratio`: share of the forward launches that the host repeats; `kept_bytes`:
     what stays from forward to backward; `working_bytes`: what the backward pass holds beyond that;
     `running_bytes`: with the gradients of parameters made so far, `adding_bytes`: with those just
-    made; `allocated_bytes`: what is kept, as host memory is allocated for it.
+    made; `allocated_bytes`: what is kept, as host memory is allocated for it; `forward_bytes`: what
+    the forward pass holds beyond what is kept, where that may be above all of these.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LevelCost:
     running_bytes: Expr
     adding_bytes: Expr
     allocated_bytes: Expr
+    forward_bytes: Expr
 
 
 def plain_levels(runtime: Runtime, more: Iterable[MemoryLevel]) -> tuple[MemoryLevel, ...]:
@@ -71,6 +74,7 @@ def converted_cost(
         running_bytes=converted.transient_with_grads_bytes,
         adding_bytes=converted.transient_adding_bytes,
         allocated_bytes=converted.saved_allocated_bytes,
+        forward_bytes=converted.forward_bytes,
     )
 
 
@@ -85,20 +89,28 @@ def _none(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
         running_bytes=cost.transient_with_grads_bytes,
         adding_bytes=cost.transient_adding_bytes,
         allocated_bytes=cost.saved_allocated_bytes,
+        forward_bytes=cost.forward_bytes,
     )
 
 
 def _full(level: MemoryLevel, cost: BlockCost, runtime: Runtime) -> LevelCost:
-    """The input is kept, and the whole block runs again."""
+    """The input is kept, and the whole block runs again: forward, then backward."""
+
+    def again(transient: Expr) -> Expr:
+        if cost.forward_bytes == 0:
+            return cost.saved_bytes + transient
+        return cost.saved_bytes + sym.larger(transient, cost.forward_bytes)
+
     return LevelCost(
         name=level.column,
         recompute_s=cost.recompute_s + cost.tp_recompute_s,
         recompute_launch_ratio=1.0,
         kept_bytes=cost.boundary_bytes,
-        working_bytes=cost.saved_bytes + cost.transient_bytes,
-        running_bytes=cost.saved_bytes + cost.transient_with_grads_bytes,
-        adding_bytes=cost.saved_bytes + cost.transient_adding_bytes,
+        working_bytes=again(cost.transient_bytes),
+        running_bytes=again(cost.transient_with_grads_bytes),
+        adding_bytes=again(cost.transient_adding_bytes),
         allocated_bytes=allocated_bytes(runtime, cost.boundary_bytes),
+        forward_bytes=sympy.Integer(0),
     )
 
 
@@ -153,6 +165,7 @@ def _part(
         running_bytes=full.running_bytes - kept_bytes,
         adding_bytes=full.adding_bytes - kept_bytes,
         allocated_bytes=kept_bytes,  # torch, which rounds, does not offload what it keeps here
+        forward_bytes=sympy.Integer(0),
     )
 
 

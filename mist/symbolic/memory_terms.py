@@ -3,6 +3,8 @@
 `stage_memory.py` sums them over the layers of a stage.
 """
 
+from collections.abc import Mapping
+
 import sympy
 from sympy import Expr
 
@@ -57,6 +59,14 @@ def level_memory_terms(prefix: str, level: LevelCost, offloads: Runtime | None) 
         f"{prefix}_running_bytes": level.running_bytes,
         f"{prefix}_adding_bytes": level.adding_bytes,
     }
+
+
+def forward_terms(forward: Mapping[str, Expr]) -> dict[str, Expr]:
+    """What the forward pass holds, of blocks that may hold more then than in their backward pass.
+
+    `forward`: by block and level. Others have no such term.
+    """
+    return {f"{prefix}_forward_bytes": size for prefix, size in forward.items() if size != 0}
 
 
 def _lone_copies(runtime: Runtime) -> dict[str, Expr]:

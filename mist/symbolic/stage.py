@@ -30,7 +30,12 @@ from mist.symbolic.cost_setting import CostSetting
 from mist.symbolic.head_cost import any_head_cost, embed_cost
 from mist.symbolic.host_bytes import allocated_terms, drawn_terms, stage_host_bytes
 from mist.symbolic.level_cost import LevelCost, converted_cost, level_costs, plain_levels
-from mist.symbolic.memory_terms import block_memory_terms, level_memory_terms, memory_terms
+from mist.symbolic.memory_terms import (
+    block_memory_terms,
+    forward_terms,
+    level_memory_terms,
+    memory_terms,
+)
 from mist.symbolic.stage_memory import stage_memory
 from mist.symbolic.stage_time import (
     block_time_terms,
@@ -88,7 +93,7 @@ def stage_cost(
         "sent_bytes": _sent_bytes(graph, setting),
         "shared_bytes": kept_bytes(graph.shared, graph.shared_single, setting),
     }
-    terms: dict[str, Expr] = {}
+    terms, forward = dict[str, Expr](), dict[str, Expr]()
     named: dict[str, BlockCost] = {}
     for name, cost in blocks.items():
         values, named[name] = cost.named(name)
@@ -106,13 +111,14 @@ def stage_cost(
             prefix = f"{name}_{level.name}"
             terms |= level_time_terms(prefix, named[name], level, setting, traced[name])
             terms |= level_memory_terms(prefix, level, runtime if is_layer else None)
+            forward[prefix] = level.forward_bytes
     every = (named[str(kind)].trainable_params for kind in graph.layer_kinds())
-    terms |= memory_terms(graph, setting) | transfer_terms(graph, setting)
+    terms |= memory_terms(graph, setting) | transfer_terms(graph, setting) | forward_terms(forward)
     terms |= drawn_terms(graph, runtime) | allocated_terms(graph, setting)
     terms["all_layers_params"] = sympy.Add(*every)
     priced = {*plain_levels(runtime, more), *converted}
     order = tuple(level for level in MemoryLevel if level in priced)
-    rows = stage_blocks(len(graph.blocks), order)
+    rows = stage_blocks(graph.layer_kinds(), order, [x for x in forward if forward[x] != 0])
     return StageCost(
         num_kinds=len(graph.blocks),
         levels=order,

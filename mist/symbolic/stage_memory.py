@@ -24,9 +24,10 @@ reduced last. # lives, < grows, > shrinks, . nothing; numbers say of which layer
 
 The layers that keep least come first in a stage (`StagePlan.levels`). So memory falls or rises
 through all of a backward pass, and only its two ends can be the peak. Layers that keep less may
-need more as they run: `_layers_working_set` says when they do. Where gradients wait (several
+need more as they run: `layers_working_set` says when they do. Where gradients wait (several
 chunks, a split backward pass) the last backward pass of a step is a candidate of its own
-(`last_backward`). The search relies on each instant being linear in the numbers of layers.
+(`last_backward`). So is the forward pass of blocks that the trace says may hold more in it
+(`forward_pass`). The search relies on each instant being linear in the numbers of layers.
 
 Instants are counted on top of states, activations, gathered and buffers as a backward pass begins,
 so what was freed by then counts as negative.
@@ -41,7 +42,7 @@ was checked against dry runs of the real program (docs/verify.md). Runtimes with
 (`transients.root_group`) hold what their profile says per parameter of the largest block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import sympy
 from sympy import Expr
@@ -51,7 +52,6 @@ from mist.plans.numerics import Numerics
 from mist.platform.runtime import Runtime
 from mist.symbolic import symbols as sym
 from mist.symbolic.block_sums import (
-    Row,
     StageBlocks,
     least_of,
     max_over,
@@ -62,6 +62,13 @@ from mist.symbolic.block_sums import (
 from mist.symbolic.host_bytes import offloaded_bytes
 from mist.symbolic.optimizer_memory import stream_bytes
 from mist.symbolic.stream_pools import idle_bytes
+from mist.symbolic.working_set import (
+    first_gradients,
+    forward_pass,
+    fresh_gradients,
+    layers_working_set,
+    working_set,
+)
 from mist.symbolic.zero_bubble_memory import (
     input_gradients_begin,
     input_gradients_end,
@@ -93,6 +100,8 @@ def stage_memory(blocks: StageBlocks, runtime: Runtime, numerics: Numerics) -> d
         layer = max_over(blocks.every, "{x}_params")
         stream = term("stream_bytes_per_param") * layer
         working = sym.larger(max_over(blocks.every, "{x}_{level}_working_bytes"), stream)
+        if blocks.forward:
+            working = sym.larger(working, forward_pass(blocks))
         gathered = term("gathered_bytes_per_param") * layer
         instants = dict.fromkeys(("begin_bytes", "end_bytes", "last_bytes"), working)
     # As the optimizer steps no activations are left and nothing is gathered.
@@ -205,10 +214,13 @@ def _fsdp_instants(blocks: StageBlocks, numerics: Numerics) -> dict[str, Expr]:
     # Other chunks of the rank went backward before, and each still holds its last reduction's
     # buffer. Not in the first backward pass of a step, nor amid a single round.
     buffers = _other_chunks_buffers(blocks)
-    buffers *= (1 - sym.FORWARD_FIRST) * (1 - sym.ONE_ROUND)
-    begin = backward_begin(blocks, numerics, (1 - sym.FORWARD_FIRST) * _root_buffer(blocks))
+    amid = 1 - sym.FORWARD_FIRST
+    buffers *= amid * (1 - sym.ONE_ROUND)
+    begin = backward_begin(blocks, numerics, amid * _root_buffer(blocks))
     end = backward_end(blocks, numerics)
     begin = split_or_whole(input_gradients_begin(blocks, begin), begin + buffers)
+    if blocks.forward:
+        begin = sym.larger(begin, forward_pass(blocks) + amid * _root_buffer(blocks))
     return {
         "begin_bytes": begin,
         "end_bytes": split_or_whole(input_gradients_end(blocks), end + buffers),
@@ -227,11 +239,11 @@ def backward_begin(blocks: StageBlocks, numerics: Numerics, root_buffer: Expr) -
     gradients are copied, what their layer kept is gone for the gradient of its input.
     `root_buffer`: what the root's reduction in the micro-batch before still holds.
     """
-    head: list[Row] = [("head", "none", sym.LAST)]
-    loss = _working_set(head, numerics) + sym.LAST * root_buffer
+    head = [row for row in blocks.ends if row[0] == "head"]
+    loss = working_set(head, numerics) + sym.LAST * root_buffer
     head_kept = sym.LAST * term("head_none_kept_bytes")
     least = least_of(blocks.layers, "{x}_{level}_kept_bytes")
-    left = _first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
+    left = first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
     layer = layer_backward(
         blocks,
         numerics,
@@ -264,11 +276,11 @@ def layer_backward(
     # behind this one; for the last layer it is the root, of the micro-batch before. A lone
     # micro-batch reduces at every ZeRO level.
     layer_buffer = sym.larger(term("reduce_buffer_bytes_per_param"), sym.LONE * fp32) * trainable
-    working = _layers_working_set(blocks, numerics) + sym.larger(layer_buffer - gone, root_buffer)
+    working = layers_working_set(blocks, numerics) + sym.larger(layer_buffer - gone, root_buffer)
     copies = _gradient_copies(numerics) * trainable - gone_as_copied
     # Gradients of the head wait for those of the embedding: the root is one group.
     head = sym.LAST * term("head_trainable_params")
-    head *= _fresh_gradients(numerics) * term("compute_bytes_per_param")
+    head *= fresh_gradients(numerics) * term("compute_bytes_per_param")
     gathered = term("zero3_copy_bytes_per_param") * max_over(blocks.layers, "{x}_params")
     return sym.larger(working, copies) + head + gathered
 
@@ -293,14 +305,14 @@ def backward_end(blocks: StageBlocks, numerics: Numerics) -> Expr:
         gone_as_copied=sym.larger(0, most - term("activation_bytes")),
     )
     # This layer's gradients are still among those that run; its gathered copy is still there.
-    layer -= _first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
+    layer -= first_gradients("layer_") * max_over(blocks.layers, "{x}_trainable_params")
     layer += _dropped_copy() * max_over(blocks.layers, "{x}_params")
     # As the root is reduced no layer is gathered ahead. Behind it the optimizer's stream begins.
     reduction = _gradient_copies(numerics) * root - _next_layer(blocks)
     # The second backward pass of a step meets the gradients of the first: with F it may hold more,
     # though it begins with a micro-batch less.
     second = sym.FORWARD_FIRST * (1 - sym.LONE) * backward_begin(blocks, numerics, buffer)
-    behind = sym.larger(reduction, stream_bytes(blocks), second) + _first_gradients("") * root
+    behind = sym.larger(reduction, stream_bytes(blocks), second) + first_gradients("") * root
     # All that the micro-batch kept is gone, but for the activations of the layer that runs.
     kept = sum_over(blocks.layers, "{x}_{level}_kept_bytes") / sym.CHUNKS
     kept += sum_over(blocks.ends, "{x}_{level}_kept_bytes") + term("shared_bytes")
@@ -362,63 +374,11 @@ def optimizer_step(blocks: StageBlocks, runtime: Runtime) -> Expr:
     if not runtime.transients.root_group:
         return step
     step += _after_first_backward(blocks)
-    step += _first_gradients("") * params_of(blocks.ends, "trainable_params")
+    step += first_gradients("") * params_of(blocks.ends, "trainable_params")
     return step + (PENDING_GRADIENTS_RATIO - sym.FORWARD_FIRST) * gradient_bytes(blocks)
 
 
 # Quantities that several instants share.
-
-
-def _layers_working_set(blocks: StageBlocks, numerics: Numerics) -> Expr:
-    """The most that a layer makes as it runs, counted on top of all that layers keep.
-
-        max over the levels that the stage has of ( working set - what was freed before )
-
-    As the first layer at a level runs, those at the levels before it in the table are gone: at
-    least one of each that the stage has, less what one at this level keeps, for it goes next. The
-    least that was freed, so that instants stay linear in the numbers of layers. Nothing is sure of
-    several chunks: one that has no such layer may run while another one keeps some.
-    """
-    return _working_set(blocks.layers, numerics, freed=(1 - sym.SEVERAL_CHUNKS))
-
-
-def _working_set(rows: Sequence[Row], numerics: Numerics, freed: Expr = sympy.S.Zero) -> Expr:
-    """The most that the backward pass of a block makes, gradients of parameters included.
-
-    Where autograd adds them in place to those of the micro-batch before, only those just made.
-    `freed`: how much of what levels before it kept is gone (`_layers_working_set`).
-    """
-    gone = [freed * _kept_more(rows[:index], row) for index, row in enumerate(rows)]
-    fresh = _fresh_gradients(numerics)
-    running = max_over(rows, "{x}_{level}_running_bytes", less=gone)
-    if fresh == 1:
-        return running
-    return fresh * running + (1 - fresh) * max_over(rows, "{x}_{level}_adding_bytes", less=gone)
-
-
-def _kept_more(before: Sequence[Row], row: Row) -> Expr:
-    """How much more a layer of the same kind keeps at the levels before this one, at least 0."""
-    kind, level, _ = row
-    own = term(f"{kind}_{level}_kept_bytes")
-    return sym.larger(
-        0,
-        *(
-            sym.smaller(1, count) * (term(f"{kind}_{other}_kept_bytes") - own)
-            for x, other, count in before
-            if x == kind
-        ),
-    )
-
-
-def _fresh_gradients(numerics: Numerics) -> Expr:
-    """1 where gradients of a micro-batch are tensors apart from those of the one before.
-
-    In fp32 autograd adds to `.grad` in place, unless a reduction took it, or there is none yet. In
-    lower precision FSDP2 keeps the sum as an fp32 tensor (`unsharded_accumulated_grad`).
-    """
-    if numerics.compute is not numerics.gradients:
-        return sympy.Integer(1)
-    return sym.larger(term("reduces"), sym.FORWARD_FIRST)
 
 
 def _gradient_copies(numerics: Numerics) -> Expr:
@@ -432,7 +392,7 @@ def _gradient_copies(numerics: Numerics) -> Expr:
     """
     reduces, fp32 = term("reduces"), term("fp32_bytes_per_param")
     copy = sym.larger(reduces, sym.FORWARD_FIRST) * fp32
-    copies = _fresh_gradients(numerics) * term("compute_bytes_per_param") + copy
+    copies = fresh_gradients(numerics) * term("compute_bytes_per_param") + copy
     dropped = (1 - reduces) * term("resident_copy_bytes_per_param")
     lone = sym.larger(reduces, sym.LONE) * term("lone_copies_bytes_per_param")
     amid = (1 - sym.FORWARD_FIRST) * (1 - reduces) * sym.LAST * (1 - sym.SEVERAL_CHUNKS)
@@ -464,15 +424,6 @@ def _next_layer(blocks: StageBlocks) -> Expr:
     return term("zero3_copy_bytes_per_param") * max_over(blocks.layers, "{x}_backward_params")
 
 
-def _first_gradients(prefix: str) -> Expr:
-    """Bytes per parameter of the gradients that the first backward pass adds to the states.
-
-    If it is also the last one it reduces them. Nothing but with F: the states have them already.
-    """
-    lone, others = (term(f"{prefix}{name}_bytes_per_param") for name in ("last_grads", "grads"))
-    return sym.FORWARD_FIRST * (sym.LONE * lone + (1 - sym.LONE) * others)
-
-
 def _dropped_copy() -> Expr:
     """Bytes per parameter that a layer frees behind the last backward pass (below ZeRO-3).
 
@@ -483,5 +434,5 @@ def _dropped_copy() -> Expr:
 
 def _after_first_backward(blocks: StageBlocks) -> Expr:
     """What the first backward pass adds in all layers: gradients, less copies that are freed."""
-    gradients = _first_gradients("layer_") * sum_over(blocks.layers, "{x}_trainable_params")
+    gradients = first_gradients("layer_") * sum_over(blocks.layers, "{x}_trainable_params")
     return gradients - _dropped_copy() * sum_over(blocks.layers, "{x}_params")

@@ -52,7 +52,8 @@ NUM_DIGITS: Final = {"Rational": 2, "Float": 1}
 SIZES: Final = frozenset((B, S, T))
 # Fields whose expressions have the other symbols too.
 TRANSIENT: Final = frozenset(
-    f"{name}_bytes" for name in ("transient", "transient_with_grads", "transient_adding", "made")
+    f"{name}_bytes"
+    for name in ("transient", "transient_with_grads", "transient_adding", "made", "forward")
 )
 LARGEST_EXPONENT: Final = 64
 LARGEST: Final = 2**128  # of numerators and denominators

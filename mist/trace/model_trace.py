@@ -16,6 +16,7 @@ from mist.layers.own_checkpoints import own_checkpoints, switched_off
 from mist.model.graph import Block, ModelGraph, Param
 from mist.model.summary import LayerRun, ModelLimits
 from mist.plans.workload import HeadMode, MemoryLevel
+from mist.trace.crossings import crossings, other_entries_back
 from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.ownership import Owned, owned_parts, unread_note
@@ -35,7 +36,7 @@ from mist.trace.sequence_loops import SequenceLoop
 from mist.trace.simplify import simplify_graph
 from mist.trace.tensor_parallel.tp_apply import undivided, whole_sequence
 from mist.trace.tensor_parallel.tp_plan import planned_heads
-from mist.trace.tensor_parallel.tp_sharding import DividedRegion, Sharding
+from mist.trace.tensor_parallel.tp_sharding import Sharding
 
 UNSTAGED: Final = (
     "mist apply has one pipeline stage for the layers, and leaves the sequence whole: {}"
@@ -400,71 +401,12 @@ def _block(
         transient_with_grads_bytes=piece.transients_with_grads,
         transient_adding_bytes=piece.transients_adding,
         made_bytes=piece.part.live.made_bytes() if piece.transients else (),
-        **_crossings(piece, block_params, sharding, run),
+        forward_bytes=run.forward_bytes(piece),
+        **crossings(piece, block_params, sharding, run),
+        other_entries_back=other_entries_back(piece, sharding),
         num_recomputed_ops=piece.part.num_recomputed_ops,
         domain=run.domain,
     )
-
-
-def _crossings(
-    piece: Piece, params: tuple[Param, ...], sharding: Sharding | None, run: RecordedRun
-) -> dict[str, int]:
-    """Entries and exits, those that gradients go back through, and what is whole: see `Block`."""
-    counts = {"num_entries": 0, "num_exits": 0, "num_entries_back": 0, "num_exits_back": 0}
-    if sharding is None:
-        return counts | {"num_whole": 0}
-    if piece.module is not None:
-        return _of_layer(piece, piece.module, sharding)
-    divided = any(param.sharded for param in params)
-    # An end that is whole takes and gives all tokens, too; each rank has its part of the gradient.
-    if piece is run.head:
-        ends = {"num_entries": True, "num_entries_back": divided and piece.flows}
-    else:
-        trained = any(param.trainable for param in params)
-        ends = {"num_exits": divided, "num_exits_back": trained}
-    return counts | {name: int(value) for name, value in ends.items()} | {"num_whole": 0}
-
-
-def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
-    """A region has an exit for each of its ends and an entry for each tensor that enters it.
-
-    Regions in a module that needs all tokens count as one. An input that no hook sees (experts)
-    enters with the layer's input.
-    """
-    whole = [m for m in layer.modules() if id(m) in sharding.whole]
-    inside = [{id(inner) for inner in m.modules()} & sharding.ends for m in whole]
-    num_joint = sum(1 for ends in inside if ends)
-    goes_back = any(op.phase == "backward" for op in piece.part.ops)
-    here = {id(m) for m in layer.modules()}.difference(*inside)
-    counts = {
-        "num_entries": num_joint,
-        "num_exits": num_joint,
-        "num_entries_back": num_joint if goes_back else 0,
-        "num_exits_back": num_joint if goes_back else 0,
-    }
-    for region in sharding.regions:
-        if region.ends <= here:
-            for name, number in _of_region(piece, region).items():
-                counts[name] += number
-    return counts | {"num_whole": sum(1 for ends in inside if not ends)}
-
-
-def _of_region(piece: Piece, region: DividedRegion) -> dict[str, int]:
-    """The same of a region that is in no module which needs all tokens."""
-    entered, flows = piece.part.entered, piece.part.flows
-    # What no module around a matrix was given enters at the matrix, call by call.
-    entry_ids = region.entered & entered.keys()
-    counted = list if entry_ids & piece.part.exposed else set
-    inputs = counted(key for each in entry_ids for key in entered[each])
-    back = counted(key for each in entry_ids & flows for key in entered[each])
-    # Without a hook the layer's own input stands for what enters.
-    num_back = len(back) if entry_ids else int(piece.flows)
-    return {
-        "num_entries": max(len(inputs), 1),
-        "num_exits": len(region.ends),
-        "num_entries_back": num_back,
-        "num_exits_back": len(region.ends) if num_back else len(region.ends & flows),
-    }
 
 
 def _empty(name: str) -> Block:
@@ -486,10 +428,12 @@ def _empty(name: str) -> Block:
         transient_with_grads_bytes=(),
         transient_adding_bytes=(),
         made_bytes=(),
+        forward_bytes=(),
         num_entries=0,
         num_exits=0,
         num_entries_back=0,
         num_exits_back=0,
+        other_entries_back=(),
         num_whole=0,
         num_recomputed_ops=0,
         domain=(),

@@ -41,7 +41,6 @@ class OpenedSource:
                 progress(f"loading {source.label}")
                 self.model = load_model(
                     source,
-                    precision=setting.precision,
                     attention=setting.attention,
                     images=setting.images,
                 )

@@ -23,7 +23,7 @@ from sympy import Basic, Expr
 
 from mist.model.graph import B, S
 from mist.trace.recording.liveness import Counted
-from mist.trace.recording.recorded_part import Part, SavedStorage
+from mist.trace.recording.recorded_part import Entered, Part, SavedStorage
 from mist.trace.recording.recorded_run import Piece, Point, RecordedRun
 
 BATCHES: Final = (2, 3, 4)
@@ -246,6 +246,7 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         live=live,
         ops=fit.merged([piece.part.ops for piece in pieces]),
         storages=_storages(fit, [piece.part for piece in pieces]),
+        entered=_entered(fit, [piece.part for piece in pieces]),
         awaited=replace(
             first.part.awaited,
             gradients=fit.merged([piece.part.awaited.gradients for piece in pieces]),
@@ -260,6 +261,15 @@ def _piece(fit: Fit, pieces: Sequence[Piece]) -> Piece:
         transients_adding=live.transients(Counted.MADE_NOW) if first.transients else (),
         module=first.module,
     )
+
+
+def _entered(fit: Fit, parts: Sequence[Part]) -> dict[int, list[Entered]]:
+    columns = [[each.bytes for of in part.entered.values() for each in of] for part in parts]
+    sizes = iter(fit.merged(columns))
+    return {
+        module: [replace(each, bytes=next(sizes)) for each in entries]
+        for module, entries in parts[0].entered.items()
+    }
 
 
 def _storages(fit: Fit, parts: Sequence[Part]) -> dict[int, SavedStorage]:

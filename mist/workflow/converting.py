@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mist.errors import InputError
-from mist.plans.workload import Attention, MemoryLevel, Precision
+from mist.plans.workload import Attention, MemoryLevel
 from mist.trace.models.source import PythonSource, resolve
 
 if TYPE_CHECKING:
@@ -31,5 +31,5 @@ def conversion_of(
     progress(f"loading {source.label}")
     path = source.path if isinstance(source, PythonSource) else None
     with local_modules(path):
-        loaded = load_model(source, precision=Precision.BF16, attention=attention)
+        loaded = load_model(source, attention=attention)
         return convert(loaded.module, level, masks=masks)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mist.errors import ModelError
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import Attention
 from mist.trace.models import configurations, loader
 from mist.trace.models.source import resolve
 from tests.exec.layouts import LLAMA
@@ -59,7 +59,7 @@ def test_code_beside_a_configuration_does_not_run(tmp_path: Path) -> None:
             },
         )
     )
-    loader.load_model(source, precision=Precision.BF16, attention=Attention.FLASH)
+    loader.load_model(source, attention=Attention.FLASH)
     assert not went_off(canary)
 
 
@@ -78,6 +78,6 @@ def test_nothing_is_fetched_while_a_configuration_becomes_a_model(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     source = resolve(config(tmp_path))
     with pytest.raises(ModelError, match="seen"):
-        loader.load_model(source, precision=Precision.BF16, attention=Attention.FLASH)
+        loader.load_model(source, attention=Attention.FLASH)
     assert seen == [True]
     assert constants.HF_HUB_OFFLINE is False

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import Attention
 from mist.trace.models.adapters import LowRankAdapter, add_adapters
 from mist.trace.models.loader import load_model
 from mist.trace.models.source import ConfigSource
@@ -30,7 +30,7 @@ SHAPES = {
 @pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt2"])
 def test_a_rank_of_numbers_for_each_row_and_column_is_trained(config: dict[str, object]) -> None:
     source = ConfigSource(label="tiny", name="tiny", config=config, adapter_rank=RANK)
-    model = load_model(source, precision=Precision.BF16, attention=Attention.FLASH).module
+    model = load_model(source, attention=Attention.FLASH).module
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     shapes = SHAPES[str(config["model_type"])]
     assert trained == LAYERS * RANK * sum(into + out for into, out in shapes)

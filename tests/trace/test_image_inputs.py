@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mist.errors import InputError, ModelError
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import Attention
 from mist.trace.models.image_inputs import placed
 from mist.trace.models.loader import LoadedModel, load_model
 from mist.trace.models.source import resolve
@@ -17,7 +17,7 @@ from tests.tiny_families import CONFIGS, write_family
 
 def loaded(name: str, folder: Path, images: int | None = None) -> LoadedModel:
     source = resolve(str(write_family(name, folder)))
-    return load_model(source, precision=Precision.FP32, attention=Attention.FLASH, images=images)
+    return load_model(source, attention=Attention.FLASH, images=images)
 
 
 # Images of 32 x 32 pixels: 16 patches of 8 x 8, or 64 of 4 x 4; what merges takes 4 for a token.

@@ -82,7 +82,7 @@ def test_an_unknown_type_is_read_as_the_architecture_that_it_names() -> None:
 
 def test_no_draw_decides_what_runs() -> None:
     config = LLAMA | {"model_type": "bart", "encoder_layerdrop": 0.1, "dropout": 0.1}
-    model, notes = model_of("config.json", config, Precision.BF16, Attention.FLASH)
+    model, notes = model_of("config.json", config, Attention.FLASH)
     assert notes == ("encoder_layerdrop 0.1 is read as 0.0: all layers run, on all tokens",)
     assert model.model.encoder.layerdrop == 0.0  # type: ignore[union-attr]
 

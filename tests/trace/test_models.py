@@ -58,7 +58,7 @@ NUM_PARAMS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_has_the_published_number_of_parameters(name: str) -> None:
-    model = load_model(resolve(name), precision=Precision.BF16, attention=Attention.FLASH)
+    model = load_model(resolve(name), attention=Attention.FLASH)
     assert sum(p.numel() for p in model.module.parameters()) == NUM_PARAMS[name]
 
 

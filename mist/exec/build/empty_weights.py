@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from mist.errors import ModelError
 from mist.layers.own_checkpoints import switch_off
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import Attention
 from mist.trace.models.loader import LoadedModel, load_model, local_modules
 from mist.trace.models.source import PythonSource, resolve
 
@@ -45,9 +45,7 @@ def load_within(
     model_source = resolve(source)
     path = model_source.path if isinstance(model_source, PythonSource) else None
     with local_modules(path), where:
-        model = load_model(
-            model_source, precision=Precision.FP32, attention=attention, images=images
-        )
+        model = load_model(model_source, attention=attention, images=images)
     to_masters(model.module)
     switch_off(model.module)
     return model

@@ -14,6 +14,7 @@ by all samples of the step, so gradients are summed over ranks, not averaged.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from mist.exec.build.adamw import local
+from mist.exec.build.torch_versions import param_groups
 from mist.plans.workload import Precision
 
 MAX_PADDING: Final = 1 / 16  # of a parameter; dividing another dimension costs a copy more
@@ -132,3 +134,24 @@ def begin_backward(root: nn.Module, *, zero: int, last: bool) -> None:
     root.set_requires_gradient_sync(last or zero >= 2)
     # Copies of the states (HSDP) add up once per step, whatever the level scatters before.
     root.set_requires_all_reduce(last)
+
+
+@contextmanager
+def gathered_for_all_calls(root: nn.Module) -> Iterator[None]:
+    """Within: a backward pass, in which a layer that was called several times is gathered once.
+
+    FSDP2 drops what is gathered behind each call that went back, and gathers it for the next one.
+    """
+    again = [
+        module
+        for module in groups(root)
+        if any(
+            group.reshard_after_backward and len(group._post_forward_indices) > 1
+            for group in param_groups(module)
+        )
+    ]
+    for module in again:
+        module.set_reshard_after_backward(False, recurse=False)
+    yield
+    for module in again:
+        module.reshard()

@@ -21,7 +21,13 @@ from mist.exec.build.batch_shape import planned_shape
 from mist.exec.build.batches import micro_batch, rank_rows, to_device
 from mist.exec.build.device_meshes import RankPlace, new_groups, take_place
 from mist.exec.build.flex_on_cpu import flex_on
-from mist.exec.build.fsdp import COMPUTE, ZeroSharding, begin_backward, shard
+from mist.exec.build.fsdp import (
+    COMPUTE,
+    ZeroSharding,
+    begin_backward,
+    gathered_for_all_calls,
+    shard,
+)
 from mist.exec.build.gradient_flow import Flows, flows_of
 from mist.exec.build.gradient_sync import Tied, add_partial, add_tied, clip_scale, global_norm
 from mist.exec.build.host_copies import Swapper
@@ -411,7 +417,7 @@ class Parallel:
             begin_backward(chunk.root, zero=self.stage.zero, last=index == count - 1)
             with self.clock.timing("forward"):
                 loss = chunk.root(micro_batch(inputs, size, index, size * count))
-            with self.clock.timing("backward"):
+            with self.clock.timing("backward"), gathered_for_all_calls(chunk.root):
                 loss.backward()
 
     def _add_up(self) -> None:

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from mist.errors import ModelError, did_you_mean
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import Attention
 from mist.trace.diagnose import one_line
-from mist.trace.models.fake_tensors import DTYPES
 from mist.trace.models.model_inputs import refuse_unknown_input
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ QUANTIZED: Final = (
 
 
 def model_of(
-    label: str, config: dict[str, Any], precision: Precision, attention: Attention
+    label: str, config: dict[str, Any], attention: Attention
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model of a configuration, with notes on how it was read. Raises ModelError."""
     # Kernels of a hub are code. What somebody sets in the environment is an answer to that.
@@ -73,9 +72,7 @@ def model_of(
             if getattr(known, "pad_token_id", None) is None:
                 known.pad_token_id = 0  # classifiers look for the last token that is no padding
             with torch.device("meta"), bounded_modules():
-                model: nn.Module = model_class._from_config(
-                    known, dtype=DTYPES[precision], **kernel
-                )
+                model: nn.Module = model_class._from_config(known, dtype=torch.float32, **kernel)
     except ModelError:
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mist.errors import ModelError, TraceError
-from mist.plans.workload import Attention, Precision
+from mist.plans.workload import Attention
 from mist.trace.diagnose import one_line
 from mist.trace.expressions import Size
 from mist.trace.models.adapters import add_adapters
@@ -237,10 +237,10 @@ def _first(value: object) -> torch.Tensor:
     return value
 
 
-def load_model(
-    source: Source, *, precision: Precision, attention: Attention, images: int | None = None
-) -> LoadedModel:
-    """The model of a source on the meta device.
+def load_model(source: Source, *, attention: Attention, images: int | None = None) -> LoadedModel:
+    """The model of a source on the meta device, one of a configuration in fp32.
+
+    What runs it casts parameters; buffers stay as they are (FSDP2's mixed precision).
 
     `images`: of a sample, where it looks at images that texts hold; None: one.
 
@@ -249,7 +249,7 @@ def load_model(
     if isinstance(source, PythonSource):
         model = _from_file(source, attention)
     else:
-        module, notes = model_of(source.label, dict(source.config), precision, attention)
+        module, notes = model_of(source.label, dict(source.config), attention)
         if source.adapter_rank:
             add_adapters(module, source.adapter_rank)
         model = LoadedModel(

@@ -74,6 +74,10 @@ class Live:
         self._saved: dict[int, None] = {}
         self._num_forward = 0
         self._moments: dict[tuple[Entry, ...], int | None] = {}
+        self._forward: dict[tuple[int, ...], None] = {}
+        self._passed: frozenset[int] = frozenset()
+        self._partial: set[int] = set()
+        self._held: set[int] = set()
         self._gradients: frozenset[int] = frozenset()
         self._whole: set[int] = set()
         self._gathered: list[int] = []
@@ -98,10 +102,40 @@ class Live:
             self._refs.append(StorageWeakRef(storage))
             self._bytes.append(self._symbols.expr(storage.nbytes()))
 
-    def forward_done(self, gathered: Iterable[int]) -> None:
-        """What is watched from here on is of the backward pass; some saved is `gathered`."""
+    def forward_done(self, gathered: Iterable[int], inputs: Iterable[torch.Tensor] = ()) -> None:
+        """What is watched from here on is of the backward pass; some saved is `gathered`.
+
+        `inputs`: those that only who called the part holds, through all of its forward pass.
+        """
         self._whole.update(self._last[key] for key in gathered if key in self._last)
+        for tensor in inputs:
+            self.hold(tensor)
+            self._around(tensor)
         self._num_forward = len(self._refs)
+        if self._forward:
+            # What the forward pass made and others hold is not of the backward pass.
+            self._passed = frozenset(range(self._num_forward)).difference(self._saved)
+            self._last = {key: i for key, i in self._last.items() if i not in self._passed}
+
+    def _around(self, tensor: torch.Tensor) -> None:
+        index = self._last[tensor.untyped_storage()._cdata]
+        if index not in self._saved:
+            self._held.add(index)
+            if not tensor.requires_grad:  # a mask, of all tokens on every rank
+                self._partial.add(index)
+
+    def called_forward(self, results: Iterable[torch.Tensor], *, divided: bool) -> None:
+        """A call of a forward pass that goes back later has run; see `called`.
+
+        `divided`: it reads a tensor that tensor parallelism divides. Its result, where it is not
+        divided, is a sum over the ranks: whole, unless it is saved as a rank's share.
+        """
+        num_known = len(self._refs)
+        for tensor in results:
+            self.hold(tensor)
+        if divided:
+            self._partial.update(range(num_known, len(self._refs)))
+        self._forward[tuple(self._alive())] = None
 
     def called(self, step: BackwardCall, results: Iterable[torch.Tensor]) -> None:
         """A call of a pass has run; `results`: those that are to be watched."""
@@ -139,7 +173,8 @@ class Live:
             self._whole.discard(index)
 
     def _alive(self) -> list[int]:
-        return [index for index, ref in enumerate(self._refs) if not ref.expired()]
+        indices = range(len(self._refs))
+        return [i for i in indices if i not in self._passed and not self._refs[i].expired()]
 
     def _note(self, alive: Sequence[int], *more: Entry) -> None:
         """Note a moment: which storages are alive, what a rank has of each, and `more`."""
@@ -201,6 +236,18 @@ class Live:
                 Counted.SO_FAR: frozenset(),
             }[counted]
 
+    def forward_transients(self) -> tuple[Expr, ...]:
+        """Bytes beyond the saved ones at the worst instants of the forward pass."""
+        whole = self._whole | self._partial.difference(self._saved)
+
+        def entry(index: int) -> Entry:
+            return index, Form.WHOLE if index in whole else Form.SHARE
+
+        moments = (self._held.union(alive) for alive in self._forward)
+        forward_only = copy(self)
+        forward_only._moments = {tuple(map(entry, sorted(each))): None for each in moments}
+        return forward_only.transients()
+
     def made_bytes(self) -> tuple[Expr, ...]:
         """Bytes of what the backward pass made, at its worst instants, without gradients."""
         moments = {
@@ -210,6 +257,12 @@ class Live:
         backward_only = copy(self)
         backward_only._moments, backward_only._saved = moments, {}
         return backward_only.transients()
+
+    def most(self) -> tuple[Expr, ...]:
+        """Bytes at the worst instants of the backward pass, saved ones included."""
+        whole = copy(self)
+        whole._saved = {}
+        return whole.transients()
 
     def _on_a_rank(self, index: int, form: Form) -> Expr:
         """Bytes of a storage under tensor and sequence parallelism."""

@@ -47,13 +47,21 @@ class Mixed:
     node: fx.Node
 
 
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """A tensor that enters a tensor-parallel region: its storage, and the bytes of its elements."""
+
+    key: int
+    bytes: Expr
+
+
 @dataclass(slots=True)
 class Part:
     """What is recorded of one part: a layer, or what comes before or after the layers.
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages. `entered`: modules
-    whose input enters a tensor-parallel region, with the storages of their calls; `exposed`: those
+    whose input enters a tensor-parallel region, with what entered in their calls; `exposed`: those
     whose input no module around them was given; `flows`: those, and ends of a region, through which
     a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
     `works_forward`: its forward pass may hold most, too. `mixed`: operations that a shard cannot
@@ -74,7 +82,7 @@ class Part:
     handed: dict[int, SavedStorage] = field(default_factory=dict)
     used: dict[int, None] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
-    entered: dict[int, list[int]] = field(default_factory=dict)
+    entered: dict[int, list[Entered]] = field(default_factory=dict)
     exposed: set[int] = field(default_factory=set)
     flows: set[int] = field(default_factory=set)
     forward_only: bool = False

@@ -14,6 +14,7 @@ from mist.model.graph import Op, SavedTensor
 from mist.trace.diagnose import Passed
 from mist.trace.dispatch_call import key_of, tensors_in
 from mist.trace.operations.sized_calls import SizeRule
+from mist.trace.recording.forward_peaks import worst_forward
 from mist.trace.recording.graph_edges import output
 from mist.trace.recording.recorded_part import Part, SavedStorage
 from mist.trace.recording.written_mappings import Written, fresh
@@ -96,6 +97,21 @@ class RecordedRun:
     def pieces(self) -> tuple[Piece, ...]:
         """The embedding, the distinct layers and the head."""
         return self.embed, *self.layers, self.head
+
+    def forward_bytes(self, piece: Piece) -> tuple[Expr, ...]:
+        """Bytes beyond the saved ones in the forward pass of a part that no backward pass covers.
+
+        It covers those of its own part. The embedding is covered by every layer, which goes
+        backward while the embedding keeps as much.
+        """
+        if not piece.transients:
+            return ()
+        forward = piece.part.live.forward_transients()
+        if piece is not self.embed:
+            return worst_forward(forward, piece.transients)
+        layers = [layer.part.live.most() for layer in self.layers]
+        worst = (each for layer in layers for each in worst_forward(forward, layer))
+        return tuple(dict.fromkeys(worst))
 
     def ops(self) -> Iterator[Op]:
         """The operations of all of them."""

@@ -89,6 +89,10 @@ class Recorder(TorchDispatchMode):
         input_key = None if activation is None else key_of(activation)
         return Part(name, Live(self._symbols), shared, input=input_key)
 
+    def bytes_of(self, tensor: torch.Tensor) -> Expr:
+        """Bytes of the elements of a tensor."""
+        return self._symbols.expr(tensor.numel() * tensor.element_size())
+
     @contextmanager
     def into(self, part: Part | None, phase: Phase = "forward") -> Iterator[None]:
         """Within: calls are recorded into `part` (None: nowhere)."""
@@ -147,6 +151,9 @@ class Recorder(TorchDispatchMode):
             self._follow(part, call, origin)
             if part.forward_only or part.works_forward:
                 self._leave(part, call, origin)
+            else:
+                divided = any(map(self._is_divided, tensors_in(tuple(call.arguments.values()))))
+                part.live.called_forward(self._results(part, call), divided=divided)
         ops = self._ops(call, origin) if self._runs(call) else []
         part.ops.extend(ops)
         if self._limit is not None and self.phase == "forward":
@@ -191,7 +198,7 @@ class Recorder(TorchDispatchMode):
         result = part.awaited.read(inputs, parameters, list(tensors_in(call.out)))
         if result is None:
             return
-        size = self._symbols.expr(result.numel() * result.element_size())
+        size = self.bytes_of(result)
         whole = origin.whole or any(map(self._is_divided, inputs))
         undivided = TensorLayout.GATHERED if whole else TensorLayout.REPLICATED
         part.awaited.gradients.append(
@@ -216,12 +223,6 @@ class Recorder(TorchDispatchMode):
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
         """Note the storages that a call leaves alive, and their form on a rank."""
-        hidden = self._kernel is not None and self._kernel.hidden
-        results = [] if hidden else [
-            tensor
-            for tensor in tensors_in(call.out)
-            if key_of(tensor) not in self._states and key_of(tensor) not in part.shared
-        ]  # fmt: skip
         inputs = list(tensors_in(tuple(call.arguments.values())))
         node: Node | None = torch._C._current_autograd_node()
         step = BackwardCall(
@@ -230,7 +231,17 @@ class Recorder(TorchDispatchMode):
             divided=origin.whole or any(map(self._is_divided, (*inputs, *tensors_in(call.out)))),
             adds=call.func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_),
         )
-        part.live.called(step, results)
+        part.live.called(step, self._results(part, call))
+
+    def _results(self, part: Part, call: Call) -> list[torch.Tensor]:
+        """The results of a call that are the part's own and stay in memory."""
+        if self._kernel is not None and self._kernel.hidden:
+            return []
+        return [
+            tensor
+            for tensor in tensors_in(call.out)
+            if key_of(tensor) not in self._states and key_of(tensor) not in part.shared
+        ]
 
     def _is_divided(self, tensor: torch.Tensor) -> bool:
         """Whether tensor parallelism divides a tensor."""

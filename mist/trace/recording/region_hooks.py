@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from mist.trace.dispatch_call import key_of, tensors_in
+from mist.trace.recording.recorded_part import Entered
 from mist.trace.recording.recorder import Recorder
 from mist.trace.tensor_parallel.tp_sharding import Sharding, entering, matrix_of
 
@@ -28,7 +29,8 @@ def region_hooks(recorder: Recorder, sharding: Sharding, model: nn.Module) -> It
             around = recorder.callers[:-1] if matrix_of(module) else recorder.callers
             for x in entering(module, args, kwargs):
                 recorder.part.gathered.add(key_of(x))
-                recorder.part.entered.setdefault(id(module), []).append(key_of(x))
+                entry = Entered(key_of(x), recorder.bytes_of(x))
+                recorder.part.entered.setdefault(id(module), []).append(entry)
                 if not any(id(x) in given[id(outer)] for outer in around):
                     recorder.part.exposed.add(id(module))
             flow(module, args, (args, kwargs))

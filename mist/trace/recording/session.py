@@ -355,8 +355,7 @@ class Session:
         with self.recorder.into(piece.part):
             outputs = run()
         entries = written(mappings, before)
-        if not piece.part.forward_only:
-            piece.part.live.forward_done(piece.part.gathered)
+        self._forward_done(piece.part, tensors)
         if self.layers and len(set(self.layers.signatures)) == 1:
             piece.part.leave(list(tensors_in(outputs)))
         given = list(tensors_in((outputs, entries)))
@@ -373,6 +372,12 @@ class Session:
             self._backward_done([piece])
         return piece
 
+    def _forward_done(self, part: Part, inputs: Sequence[torch.Tensor]) -> None:
+        """A layer ran forward; who called it holds what nobody saved of its inputs."""
+        kept = {*self.recorder.shared, *self.embed.part.storages, *self.fakes.originals}
+        if not part.forward_only:
+            part.live.forward_done(part.gathered, [t for t in inputs if key_of(t) not in kept])
+
     def _open(self, layer: nn.Module, tensors: Sequence[torch.Tensor]) -> Piece:
         """The record of a layer that is about to run on these tensors."""
         hidden = activation(tensors)
@@ -385,8 +390,9 @@ class Session:
         piece.carried_bytes = self._total_bytes(carried)
         trained = any(parameter.requires_grad for parameter in layer.parameters())
         piece.part.forward_only = not (trained or any(t.requires_grad for t in tensors))
-        if piece.part.forward_only and hidden is not None:
+        if piece.part.forward_only:
             piece.part.live.forward_done(())
+        if hidden is not None:
             piece.part.live.hold(hidden)
         return piece
 
