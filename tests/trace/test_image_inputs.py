@@ -42,9 +42,7 @@ def test_images_are_counted_in_the_precision_of_the_model(tmp_path: Path) -> Non
     model |= {"text_config": text, "vision_config": vision | {"global_attn_indexes": [1]}}
     path = tmp_path / "got.json"
     path.write_text(json.dumps(model | {"image_token_id": 250}))
-    known = load_model(
-        resolve(str(path)), precision=Precision.BF16, attention=Attention.FLASH, images=None
-    )
+    known = load_model(resolve(str(path)), attention=Attention.FLASH, images=None)
     assert known.image_tokens == 4
 
 

@@ -358,12 +358,11 @@ class Session:
         self._forward_done(piece.part, tensors)
         if self.layers and len(set(self.layers.signatures)) == 1:
             piece.part.leave(list(tensors_in(outputs)))
-        given = list(tensors_in((outputs, entries)))
         piece.set_outputs(outputs, entries, frozenset(map(key_of, tensors)))
-        starts = [t for t in given if t.grad_fn is not None]
+        starts = [t for t in tensors_in((outputs, entries)) if t.grad_fn is not None]
         seed = self._seed(piece, starts) if starts and self.point.backward else None
         # What comes after the layer frees its results before it goes backward.
-        del outputs, entries, given, starts
+        del outputs, entries, starts
         if seed is not None:
             gradient = torch.empty_like(seed)
             with self.recorder.into(piece.part, "backward"), outside(self.low):
@@ -388,8 +387,7 @@ class Session:
         piece.flows = hidden is not None and hidden.requires_grad
         carried = [t for t in tensors if t.requires_grad and t is not hidden]
         piece.carried_bytes = self._total_bytes(carried)
-        trained = any(parameter.requires_grad for parameter in layer.parameters())
-        piece.part.forward_only = not (trained or any(t.requires_grad for t in tensors))
+        piece.part.forward_only = not any(t.requires_grad for t in (*layer.parameters(), *tensors))
         if piece.part.forward_only:
             piece.part.live.forward_done(())
         if hidden is not None:
