@@ -11,9 +11,10 @@ from mist.plans.plan import Layout
 from mist.plans.schedules import fill_time, step_time
 from mist.platform import Cluster, Device, OpCosts, Runtime
 from mist.symbolic.columns import Placement, layout_inputs
-from mist.symbolic.program import ModelPrograms, StageModel, stage_model
+from mist.symbolic.program import ModelPrograms, stage_model
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +49,80 @@ class Prediction:
     stage_bytes: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseInputs:
+    """Cases as the programs of their model take them, for any figures of their profiles.
+
+    `strategy`, `rest` [M]: columns of the M stages of all cases, one case behind another;
+    `stages` [N]: of each case; `run` [M]: the case of each of their M stages; `counts`, `chunks`
+    [N]: micro-batches of a step and chunks of a stage.
+    """
+
+    strategy: Mapping[str, Floats]
+    rest: Mapping[str, Floats]
+    stages: Counts
+    run: Counts
+    counts: Counts
+    chunks: Counts
+
+
+def case_inputs(programs: ModelPrograms, cluster: Cluster, cases: Sequence[Case]) -> CaseInputs:
+    """What `predict` asks of some cases; of the cluster only how many GPUs a node has."""
+    kinds = programs.facts.layer_kinds()
+    each = [
+        layout_inputs(_placement(cluster, case), _kinds(kinds, case.layout), case.layout)
+        for case in cases
+    ]
+    stages = np.array([len(case.layout.stages) for case in cases])
+    strategies, rest = zip(*each, strict=True)
+    return CaseInputs(
+        strategy=_one_behind_another(strategies, stages.tolist()),
+        rest=_one_behind_another(rest, stages.tolist()),
+        stages=stages,
+        run=np.repeat(np.arange(len(cases)), stages),
+        counts=np.array([case.layout.num_micro_batches for case in cases]),
+        chunks=np.array([case.layout.schedule.vpp for case in cases]),
+    )
+
+
 def predict(
     programs: ModelPrograms, machine: RunProfiles, cases: Sequence[Case]
 ) -> tuple[Prediction, ...]:
     """Predict runs of one model on one machine."""
+    inputs = case_inputs(programs, machine.cluster, cases)
+    out = _stages(programs, machine, inputs)
+    allocated = out["peak_bytes"] - out["allocator_bytes"]
+    ends = np.cumsum(inputs.stages)
+    return tuple(
+        Prediction(
+            step_s=float(seconds),
+            allocated_bytes=float(allocated[begin:end].max()),
+            reserved_bytes=float(out["peak_bytes"][begin:end].max()),
+            stage_bytes=tuple(allocated[begin:end].tolist()),
+        )
+        for seconds, begin, end in zip(
+            _step_seconds(out, inputs), ends - inputs.stages, ends, strict=True
+        )
+    )
+
+
+def predict_steps(programs: ModelPrograms, machine: RunProfiles, inputs: CaseInputs) -> Floats:
+    """Seconds of a step of each case, and nothing else of it."""
+    return _step_seconds(_stages(programs, machine, inputs), inputs)
+
+
+def _step_seconds(out: Mapping[str, Floats], inputs: CaseInputs) -> Floats:
+    """Seconds of a step of each case, from the outputs of all of their stages."""
+    padded = {
+        name: _padded(out[name], inputs.run, inputs.stages) for name in ("stable_s", "lone_s")
+    }
+    chunks = inputs.chunks[:, None]
+    fill_s = fill_time(padded["stable_s"], chunks=chunks)
+    return step_time(inputs.counts, padded["stable_s"], padded["lone_s"], fill_s)
+
+
+def _stages(programs: ModelPrograms, machine: RunProfiles, inputs: CaseInputs) -> dict[str, Floats]:
+    """Every output of the stage formulas for every stage of every run, one run behind another."""
     cost = stage_model(
         programs,
         OpCosts(
@@ -61,46 +132,15 @@ def predict(
             numerics=machine.numerics,
         ),
     )
-    stages = np.array([len(case.layout.stages) for case in cases])
-    run = np.repeat(np.arange(len(cases)), stages)
-    out = _stages(cost, machine.cluster, cases, programs.facts.layer_kinds())
-    padded = {name: _padded(out[name], run, stages) for name in ("stable_s", "lone_s")}
-    counts = np.array([case.layout.num_micro_batches for case in cases])
-    chunks = np.array([[case.layout.schedule.vpp] for case in cases])
-    fill_s = fill_time(padded["stable_s"], chunks=chunks)
-    step_s = step_time(counts, padded["stable_s"], padded["lone_s"], fill_s)
-    allocated = out["peak_bytes"] - out["allocator_bytes"]
-    ends = np.cumsum(stages)
-    return tuple(
-        Prediction(
-            step_s=float(step_s[i]),
-            allocated_bytes=float(allocated[end - n : end].max()),
-            reserved_bytes=float(out["peak_bytes"][end - n : end].max()),
-            stage_bytes=tuple(allocated[end - n : end].tolist()),
-        )
-        for i, (n, end) in enumerate(zip(stages, ends, strict=True))
-    )
-
-
-def _stages(
-    cost: StageModel, cluster: Cluster, cases: Sequence[Case], traced: Sequence[int]
-) -> dict[str, Floats]:
-    """Every output of the stage formulas for every stage of every run, one run behind another.
-
-    `traced`: of which kind each layer of the traced model is. All behind them are as the last one:
-    with adapters the first layer alone has an input that needs no gradient.
-    """
-    inputs = [
-        layout_inputs(_placement(cluster, case), _kinds(traced, case.layout), case.layout)
-        for case in cases
-    ]
-    strategies, positions = zip(*inputs, strict=True)
-    sizes = [len(case.layout.stages) for case in cases]
-    terms = cost.terms(_one_behind_another(strategies, sizes))
-    return cost.stage({**terms, **_one_behind_another(positions, sizes)})
+    return cost.stage({**cost.terms(inputs.strategy), **inputs.rest})
 
 
 def _kinds(traced: Sequence[int], layout: Layout) -> list[int]:
+    """Of which kind each layer is; `traced`: those of the traced model.
+
+    All behind them are as the last one: with adapters the first layer alone has an input that needs
+    no gradient.
+    """
     num_layers = sum(stage.num_layers for stage in layout.stages)
     return [*traced, *[traced[-1]] * (num_layers - len(traced))][:num_layers]
 

@@ -1,8 +1,9 @@
-"""Every run predicted, or why not: traces in a few processes, predictions group by group."""
+"""Every run predicted, or why not: group by group, in a few processes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -19,7 +20,7 @@ from mist.symbolic.program import ModelPrograms
 from mist.validate.blank_columns import filled_runs, joined
 from mist.validate.cases import Member, RunGroup, grouped, machine_of
 from mist.validate.measured_runs import Run, Stages
-from mist.validate.predict import Prediction, predict
+from mist.validate.predict import Prediction, case_inputs, predict, predict_steps
 from mist.validate.results import RunPrediction
 from mist.validate.run_models import Impossible, Unsupported
 from mist.validate.sources import Sources
@@ -46,11 +47,7 @@ def predictions(
         for run in filled
         if run.run_id in reasons
     }
-    for group, programs in _programs(groups, progress):
-        if isinstance(programs, str):
-            rows = [_failed(member, programs) for member in group.members]
-        else:
-            rows = _predicted(group, programs, sources)
+    for rows in _side_by_side(groups, sources, progress):
         found |= {row.run.run_id: row for row in rows}
     return tuple(
         joined(run, [(case, found[case.run.run_id]) for case in each])
@@ -58,22 +55,30 @@ def predictions(
     )
 
 
-def _programs(
-    groups: Sequence[RunGroup], progress: Progress
-) -> Iterable[tuple[RunGroup, Programs | str]]:
-    """The compiled costs of every group, or why there are none; traced side by side."""
+def _side_by_side(
+    groups: Sequence[RunGroup], sources: Sources, progress: Progress
+) -> Iterable[list[RunPrediction]]:
+    """The rows of every group, in a few processes."""
     context = get_context("spawn")
     workers = min(NUM_PROCESSES, max(1, len(groups)))
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        results = pool.map(_compiled, groups)
-        for number, (group, result) in enumerate(zip(groups, results, strict=True), start=1):
+        results = pool.map(partial(_rows, sources=sources), groups)
+        for number, (group, rows) in enumerate(zip(groups, results, strict=True), start=1):
             if is_due(number, len(groups)):
                 progress(f"{number} of {len(groups)} models: {group.key.config.name}")
-            yield group, result
+            yield rows
+
+
+def _rows(group: RunGroup, sources: Sources) -> list[RunPrediction]:
+    """In a process of its own: a row for each run of a group."""
+    programs = _compiled(group)
+    if isinstance(programs, str):
+        return [_failed(member, programs) for member in group.members]
+    return _predicted(group, programs, sources)
 
 
 def _compiled(group: RunGroup) -> Programs | str:
-    """In a process of its own: the costs, and those with an unknown setting the other way."""
+    """The costs, and those with an unknown setting the other way; or why there are none."""
     key, runtime = group.key, group.machine.runtime
     variants = {group.profile_hash: runtime}
     if runtime.kernels.gathers_input_again is None:
@@ -109,9 +114,11 @@ def _predicted(group: RunGroup, programs: Programs, sources: Sources) -> list[Ru
     cases = [member.case for member in group.members]
     variants = [predict(each, group.machine, cases) for each in programs]
 
+    inputs = case_inputs(programs[0], group.machine.cluster, cases)
+
     def log_steps(moved: Mapping[str, Quantity]) -> NDArray[np.float64]:
         machine = machine_of(group.key, sources, {**group.figures, **moved})
-        return np.log([made.step_s for made in predict(programs[0], machine, cases)])
+        return np.log(predict_steps(programs[0], machine, inputs))
 
     ends = np.transpose(step_interval(group.step_error, group.figures, log_steps)).tolist()
     return [
