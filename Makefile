@@ -82,6 +82,7 @@ gpu-bundle: $(INSTALLED)  ## what gpu-check needs beside torch and transformers,
 accuracy: $(INSTALLED)  ## the fit and docs/accuracy.md from measured runs (RUNS=file.csv, STAGES=file.csv)
 	$(BIN)/python benchmarks/calibrations/step_slopes.py $(RUNS) $(SLOPES)
 	$(BIN)/python benchmarks/calibrations/fit.py $(RUNS) $(SLOPES)
+	$(BIN)/python benchmarks/calibrations/transfers.py $(RUNS) $(SLOPES)
 	$(BIN)/python benchmarks/calibrations/accuracy.py $(RUNS) $(STAGES)
 
 docs: $(INSTALLED)  ## what is generated in docs (cli.md, the tree, lists of files)

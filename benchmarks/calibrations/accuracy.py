@@ -17,6 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 FEWEST = 3  # runs of a source that is shown
 FEWEST_IN_BOX = 10
 LEFT_OUT = Path(__file__).with_name("fit.md")
+TRANSFERS = Path(__file__).with_name("transfers.md")
 TEMPLATE = Path(__file__).with_suffix(".md")
 
 
@@ -136,6 +137,7 @@ def main(runs: Path, stages: Path | None) -> None:
         sources=len(fitted.scores),
         predicted=sum(row.is_predicted for row in fitted.rows),
         left_out=LEFT_OUT.read_text().rstrip(),
+        transfers=TRANSFERS.read_text().rstrip(),
         times=times(fitted.scores, {score.source: score for score in plain.scores}),
         memory=memory(fitted.scores),
         rankings=rankings(fitted.scores),

@@ -70,9 +70,13 @@ class Fit:
     def whole(self) -> Posterior:
         return self.hierarchy.fit(self.times, self.every, self.listed)
 
-    def without(self, rows: Counts) -> Posterior:
-        """The fit to all runs but some; it begins anew, for the whole fit knows those runs."""
-        return self.hierarchy.fit(self.times, np.setdiff1d(self.every, rows), self.listed)
+    def without(self, rows: Counts, beside: str = "") -> Posterior:
+        """The fit to all runs but some; it begins anew, for the whole fit knows those runs.
+
+        `beside`: a source that counts too, listed or not.
+        """
+        rest = np.setdiff1d(self.every, rows)
+        return self.hierarchy.fit(self.times, rest, (*self.listed, beside))
 
     def errors(self, posterior: Posterior, rows: Counts) -> Floats:
         """log(predicted / measured) of these rows."""
@@ -98,7 +102,8 @@ class Fit:
         found = []
         for given in rows[np.linspace(0, len(rows) - 1, min(NUM_GIVEN, len(rows))).astype(int)]:
             rest = rows[rows != given]
-            found.append(self.errors(self.without(rest), rest))
+            # Given is given: also of a source whose runtime nobody said.
+            found.append(self.errors(self.without(rest, beside=source), rest))
         return np.concatenate(found)
 
     def known(self, posterior: Posterior, rows: Counts) -> Floats:
@@ -260,12 +265,16 @@ def intervals(fit: Fit, errors: Floats) -> Intervals:
     return Intervals(rests=rest, ends=ends, covered=covered, widths=widths)
 
 
-def main(runs_path: Path, slopes_path: Path) -> None:
+def wide_fit(times: StepTimes) -> Fit:
+    """Of the runs that fits are of: stacks that multiply in fp8 have other kernels as well."""
     plans = tuple(Combination(runtime=r, device=d) for r in SAID for d in DEVICES)
-    times = read_steps(runs_path, slopes_path)
-    # Stacks that multiply in fp8 have other kernels as well: they say nothing of other runs.
     wide = np.flatnonzero([run.precision != "fp8" for run in times.runs])
-    fit = Fit(times.only(wide), plans)
+    return Fit(times.only(wide), plans)
+
+
+def main(runs_path: Path, slopes_path: Path) -> None:
+    times = read_steps(runs_path, slopes_path)
+    fit = wide_fit(times)
     inside = fit.errors(fit.whole, fit.every)
     outside = {name: fit.left_out([part(run) for run in fit.times.runs])
                for name, part in PARTS.items()}  # fmt: skip

@@ -101,8 +101,8 @@ def robust_choice(
     job: Job, pool: Sequence[PricedLayout], tolerance_ratio: float = DEFAULT_TOLERANCE_RATIO
 ) -> RobustChoice:
     """Choose among the layouts of a pool, which may hold one twice; it must hold one."""
-    pool = _priced_anew(job, pool)
     judged = _judged(job, pool)
+    pool = [each.layout for each in judged]
     chosen, nominal = _least_regret(judged, tolerance_ratio), _nominal(judged)
     return RobustChoice(
         chosen=chosen,
@@ -115,15 +115,20 @@ def robust_choice(
 
 def least_regret(job: Job, pool: Sequence[PricedLayout], tolerance_ratio: float) -> PricedLayout:
     """The layout that would be chosen of a pool, and nothing else of the choice."""
-    return _least_regret(_judged(job, _priced_anew(job, pool)), tolerance_ratio).layout
+    return _least_regret(_judged(job, pool), tolerance_ratio).layout
 
 
 def _judged(job: Job, pool: Sequence[PricedLayout]) -> list[DrawnLayout]:
-    steps_s = steps_on(drawn_jobs(job), pool)
+    """Each layout once, with its step on the job's own platform and in each draw."""
+    known_s, *steps = steps_on([job, *drawn_jobs(job)], pool)
+    priced = [replace(one, step_s=float(s)) for one, s in zip(pool, known_s, strict=True)]
+    # Searches of other platforms met some of them too: only now are these equal.
+    once = [i for i, one in enumerate(priced) if one not in priced[:i]]
+    steps_s = np.array(steps)[:, once]
     regrets = steps_s / steps_s.min(axis=1, keepdims=True) - 1.0
     return [
-        DrawnLayout(layout=layout, steps_s=steps_s[:, i], regrets=regrets[:, i])
-        for i, layout in enumerate(pool)
+        DrawnLayout(layout=priced[i], steps_s=steps_s[:, k], regrets=regrets[:, k])
+        for k, i in enumerate(once)
     ]
 
 
@@ -189,14 +194,6 @@ def complexity(layout: PricedLayout) -> tuple[int, ...]:
 
 def _fastest(layouts: Iterable[PricedLayout]) -> PricedLayout | None:
     return min(layouts, key=lambda layout: layout.step_s, default=None)
-
-
-def _priced_anew(job: Job, pool: Sequence[PricedLayout]) -> list[PricedLayout]:
-    """Each layout once, with its step on the job's own platform."""
-    (steps_s,) = steps_on([job], pool)
-    priced = [replace(one, step_s=float(s)) for one, s in zip(pool, steps_s, strict=True)]
-    # Searches of other platforms met some of them too: only now are these equal.
-    return [one for i, one in enumerate(priced) if one not in priced[:i]]
 
 
 def steps_on(jobs: Sequence[Job], layouts: Sequence[PricedLayout]) -> Floats:

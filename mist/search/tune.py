@@ -91,6 +91,7 @@ class _Search:
     `relaxed_s`: the least that any group's dynamic program proved, which does not see what
     transfers between unlike neighbours add. `finalists`: the best with stages of one size (False)
     and of several, whose ratios are refined: so the space that has both is never the slower one.
+    `fits_from_s`: of groups without room for a plan of fewer seconds, these.
     """
 
     job: Job
@@ -105,6 +106,7 @@ class _Search:
     by_kind: dict[tuple[object, ...], PricedLayout] = field(default_factory=dict)
     finalists: dict[bool, tuple[PricedLayout, Visit]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+    fits_from_s: dict[Group, float] = field(default_factory=dict)
 
     @property
     def unlike_stages(self) -> bool:
@@ -148,19 +150,18 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     is_late: Callable[[], bool] = _never,
     is_over: Callable[[], bool] = _never,
     method: Method = "both",
-    is_worth: Callable[[Group], bool] = lambda group: True,
     listed: Sequence[Visit] = (),
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
     there is one; `is_over` ends it without one, and the listing of groups before it. `method`: what
-    solves and confirms the winner. `is_worth`: which groups to search at all. `listed`: the groups
-    of the space, where a search of the same job knows them. Raises Infeasible when no layout fits,
-    InputError when the space is empty or nothing was found in time.
+    solves and confirms the winner. `listed`: the groups to search, where another search knows them;
+    else all of the space. Raises Infeasible when no layout fits, InputError when the space is empty
+    or nothing was found in time.
     """
     refuse_without_room(job, limits)
-    known, is_whole = listed_groups(job, space, limits, is_over, listed, is_worth=is_worth)
+    known, is_whole = listed_groups(job, space, limits, is_over, listed)
     if not known:
         raise InputError(_no_group_words(job, space))
     work = in_order(known)
@@ -186,7 +187,8 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     if search.best is None:
         _refuse(job, search, len(work), is_whole=is_whole)
     tuned = _prove(search, search.best, left_s, method)
-    return _refined(search, replace(tuned, listed=tuple(known)))
+    found = [replace(one, fits_from_s=search.fits_from_s.get(one.group, 0.0)) for one in known]
+    return _refined(search, replace(tuned, listed=tuple(found)))
 
 
 def _refuse(job: Job, search: _Search, num_groups: int, *, is_whole: bool) -> NoReturn:
@@ -227,7 +229,7 @@ def _visit(search: _Search, visit: Visit) -> list[Visit]:
             _share(search, visit)
         return []
     search.counts["groups"] += 1
-    if visit.bound_s >= max(search.upper_bound_s, search.horizon_s):
+    if visit.least_s >= max(search.upper_bound_s, search.horizon_s):
         search.counts["groups_pruned"] += 1
         return []
     if not search.unlike_stages:
@@ -254,12 +256,18 @@ def _offer_even(search: _Search, visit: Visit) -> bool:
     most = GroupModel(job, group, search.most_offloaded.of(group), search.space)
     horizon_s = max(search.upper_bound_s, search.horizon_s)
     if not _has_room(most, visit.limits, horizon_s):
+        search.fits_from_s[group] = horizon_s
         return False
     model = GroupModel(job, group, group.strategies, search.space)
     for layout in even_layouts(model, visit.limits, within_s=horizon_s):
         search.offer(layout, visit)
     step_s = search.upper_bound_s
-    return visit.bound_s < step_s and (step_s == horizon_s or _has_room(most, visit.limits, step_s))
+    if visit.bound_s >= step_s:
+        return False
+    if step_s == horizon_s or _has_room(most, visit.limits, step_s):
+        return True
+    search.fits_from_s[group] = step_s
+    return False
 
 
 def _has_room(most: GroupModel, limits: Limits, step_s: float) -> bool:
@@ -274,11 +282,11 @@ def _has_room(most: GroupModel, limits: Limits, step_s: float) -> bool:
 
 def groups_within(
     job: Job, space: SearchSpace, listed: Sequence[Visit], step_s: float
-) -> Iterator[Group]:
-    """The listed groups that may have a layout of at most so many seconds a step."""
-    near = [visit for visit in listed if visit.bound_s <= step_s]
+) -> Iterator[Visit]:
+    """Those of the listed groups that may have a layout of at most so many seconds a step."""
+    near = [visit for visit in listed if visit.least_s <= step_s]
     if not expressible(space, job.platform.runtime).unlike_stages:
-        yield from (visit.group for visit in near)
+        yield from near
         return
     most_offloaded = MostOffloaded(job, space, [visit.group for visit in near])
     for visit in near:
@@ -287,7 +295,7 @@ def groups_within(
         if len(group.sizes) > 1 or _has_room(
             GroupModel(job, group, most_offloaded.of(group), space), visit.limits, step_s
         ):
-            yield group
+            yield visit
 
 
 def _share(search: _Search, visit: Visit) -> None:

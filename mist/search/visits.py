@@ -1,6 +1,6 @@
 """Which groups a search visits, and in which order: `mist.pareto.strategies` with their bounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mist.pareto.bounds import lower_bound_s
@@ -12,11 +12,20 @@ from mist.symbolic.job import Job
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """A group to search within limits, and seconds that no plan of it undercuts."""
+    """A group to search within limits, and seconds that no plan of it undercuts.
+
+    `fits_from_s`: within the limits no plan of it is faster either, as a search learned.
+    """
 
     bound_s: float
     group: Group
     limits: Limits
+    fits_from_s: float = 0.0
+
+    @property
+    def least_s(self) -> float:
+        """Seconds that no plan of it within the limits undercuts."""
+        return max(self.bound_s, self.fits_from_s)
 
     @property
     def order(self) -> tuple[float, ...]:
@@ -25,23 +34,21 @@ class Visit:
         return (len(group.sizes), self.bound_s, group.num_stages, group.num_micro_batches)
 
 
-def listed_groups(  # noqa: PLR0913 - what is listed, and how far
+def listed_groups(
     job: Job,
     space: SearchSpace,
     limits: Limits,
     is_over: Callable[[], bool],
     listed: Sequence[Visit],
-    *,
-    is_worth: Callable[[Group], bool] = lambda group: True,
 ) -> tuple[list[Visit], bool]:
-    """The groups that are worth it with their bounds, and whether these are all of them.
+    """The groups of a space with their bounds, and whether these are all of them.
 
     A batch may have thousands. Those that are `listed` already, if any are.
     """
     found, is_whole = [replace(visit, limits=limits) for visit in listed], True
     if found:
         return found, is_whole
-    for group in filter(is_worth, groups(job, space)):
+    for group in groups(job, space):
         found.append(
             Visit(bound_s=lower_bound_s(job, group, space.levels), group=group, limits=limits)
         )
@@ -49,6 +56,19 @@ def listed_groups(  # noqa: PLR0913 - what is listed, and how far
             is_whole = False
             break
     return found, is_whole
+
+
+def priced_anew(job: Job, space: SearchSpace, visits: Iterable[Visit]) -> Iterator[Visit]:
+    """Visits of groups that were listed with other figures of the platform, as `job` prices them.
+
+    Which strategies a group has does not depend on figures: only rules keep some out.
+    """
+    for visit in visits:
+        group = visit.group
+        strategies = group.strategies.priced(job, group.num_stages, group.schedule)
+        group = replace(group, strategies=strategies)
+        bound_s = lower_bound_s(job, group, space.levels)
+        yield replace(visit, group=group, bound_s=bound_s, fits_from_s=0.0)
 
 
 def in_order(visits: Sequence[Visit]) -> list[Visit]:

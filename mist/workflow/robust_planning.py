@@ -1,6 +1,6 @@
 """The pool of a robust choice, and what a plan says of it (`mist.search.robust_choice`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -26,6 +26,7 @@ from mist.search.robust_choice import (
     steps_on,
 )
 from mist.search.tune import Tuned, groups_within, tune
+from mist.search.visits import Visit, priced_anew
 from mist.symbolic.job import Job
 from mist.symbolic.load_programs import Progress
 from mist.units import six_digits
@@ -60,26 +61,23 @@ def chosen_robustly(
     """
     most_s = tuned.best.step_s * (1 + how.tolerance_ratio)
     # As the profiles say: what is too slow there is not chosen, however it is elsewhere.
-    near = {_name(group) for group in groups_within(job, space, tuned.listed, most_s)}
+    near = list(groups_within(job, space, tuned.listed, most_s))
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
 
-    def worse(
-        share: float, is_worth: Callable[[Group], bool], which: str
-    ) -> tuple[PricedLayout, ...]:
-        among = partial(search, pessimistic_job(job, share), space, is_worth=is_worth)
-        return _found(among, how, which)
+    def worse(share: float, visits: Sequence[Visit], which: str) -> tuple[PricedLayout, ...]:
+        there = pessimistic_job(job, share)
+        listed = list(priced_anew(there, space, visits))
+        return _found(partial(search, there, space, listed=listed), how, which) if listed else ()
 
-    def is_near(group: Group) -> bool:
-        return _name(group) in near
-
-    pool += _worse(job, lambda share, which: worse(share, is_near, which), most_s)
+    pool += _worse(job, lambda share, which: worse(share, near, which), most_s)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
         pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
         pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
-    own = partial(_is_of, least_regret(job, pool, how.tolerance_ratio))
+    best = least_regret(job, pool, how.tolerance_ratio)
+    own = [visit for visit in tuned.listed if _is_of(best, visit.group)]
     pool += worse(1.0, own, "layouts alike, each figure at its worse end")
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
@@ -100,12 +98,6 @@ def _worse(
         if not more or steps_on([job], more).min() <= most_s:
             break
     return found
-
-
-def _name(group: Group) -> tuple[object, ...]:
-    """What tells groups of one space apart."""
-    degrees = frozenset(group.strategies["tp"].tolist())
-    return (group.num_stages, group.num_micro_batches, group.schedule, group.sizes, degrees)
 
 
 def _is_of(layout: PricedLayout, group: Group) -> bool:

@@ -19,7 +19,7 @@ from mist.platform.profiles import load_runtime
 from mist.platform.runtime import Selective
 from mist.symbolic.compile import compile_model
 from mist.symbolic.estimate import estimate
-from mist.validate.predict import Case, RunProfiles, predict
+from mist.validate.predict import Case, RunProfiles, case_inputs, predict, predict_steps
 from tests.toys import adamw_setting, toy_graph, toy_job, toy_platform
 
 LAYOUTS = [(1, 1, 0, 1, 8), (2, 2, 1, 2, 4), (4, 1, 3, 1, 2), (2, 4, 2, 4, 8), (8, 1, 1, 2, 16)]
@@ -56,7 +56,8 @@ def test_runs_are_predicted_as_plans_are() -> None:
     programs = compile_model(graph, adamw_setting(toy_platform().runtime))
     layouts = [layout(*each) for each in LAYOUTS]
     seq = toy_job(graph, 16).workload.seq_len
-    made = predict(programs, machine(), [Case(layout=x, seq_len=seq, num_gpus=16) for x in layouts])
+    cases = [Case(layout=each, seq_len=seq, num_gpus=16) for each in layouts]
+    made = predict(programs, machine(), cases)
     for one, each in zip(made, layouts, strict=True):
         stage = each.stages[0]
         batch = stage.dp * stage.micro_batch * each.num_micro_batches
@@ -67,6 +68,9 @@ def test_runs_are_predicted_as_plans_are() -> None:
         assert one.reserved_bytes == pytest.approx(max(peaks), abs=1)
         parts = [stage.peak_bytes - stage.memory_parts_bytes["allocator"] for stage in alone.stages]
         assert one.stage_bytes == pytest.approx(parts, abs=2)
+    inputs = case_inputs(programs, machine().cluster, cases)
+    steps_s = predict_steps(programs, machine(), inputs)
+    assert steps_s.tolist() == [one.step_s for one in made]
 
 
 def test_context_parallel_ranks_compute_as_ranks_with_shares_of_samples() -> None:

@@ -1,19 +1,18 @@
 """The pool of a robust choice: which searches it is of."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from mist.errors import Infeasible
-from mist.pareto.strategies import Group
 from mist.plans.search_space import SearchSpace
 from mist.search.robust_choice import pessimistic_job
 from mist.search.tune import Tuned, groups_within, tune
+from mist.search.visits import Visit, listed_groups, priced_anew
 from mist.symbolic.job import Job
 from mist.workflow import robust_planning
 from mist.workflow.robust_planning import Robust, chosen_robustly
-from mist.workflow.robust_planning import _name as group_name
 from tests.search.test_robust_choice import LIMITS, job
 
 
@@ -36,13 +35,14 @@ def test_less_is_feared_where_the_worse_ends_give_nothing(
     tuned = tune(job(), space, limits=LIMITS, num_alternatives=5, progress=lambda _: None)
 
     def watched(
-        one: Job, *_: object, is_worth: Callable[[Group], bool] = lambda _: True, **__: object
+        one: Job, *_: object, listed: Sequence[Visit] = tuned.listed, **__: object
     ) -> Tuned:
         links.append(host_link(one))
-        asked.append([visit.group for visit in tuned.listed if is_worth(visit.group)])
+        asked.append([visit.group for visit in listed])
         return tuned  # whatever the platform: what is asked for is what is tested
 
     monkeypatch.setattr(robust_planning, "tune", watched)
+    monkeypatch.setattr(robust_planning, "groups_within", lambda *_: tuned.listed)
     how = Robust(
         progress=lambda _: None,
         can_load=lambda _: True,
@@ -64,13 +64,26 @@ def test_groups_that_are_left_out_have_nothing_within_the_tolerance() -> None:
     space, most_ratio = SearchSpace(refines=False), 1.03
     tuned = tune(job(), space, limits=LIMITS, num_alternatives=0, progress=lambda _: None)
     within_s = most_ratio * tuned.best.step_s
-    within = {group_name(one) for one in groups_within(job(), space, tuned.listed, within_s)}
-    left = {group_name(visit.group) for visit in tuned.listed} - within
-    assert within and left
-    for name in left:
+    within = [*groups_within(job(), space, tuned.listed, within_s)]
+    left = [visit for visit in tuned.listed if all(visit is not other for other in within)]
+    assert within and left and any(visit.fits_from_s for visit in left)
+    for visit in left:
         try:
             own = tune(job(), space, limits=LIMITS, num_alternatives=0, progress=lambda _: None,
-                       is_worth=lambda one, name=name: group_name(one) == name)  # fmt: skip
+                       listed=[visit])  # fmt: skip
         except Infeasible:
             continue
         assert own.best.step_s > within_s
+        assert own.best.step_s >= visit.fits_from_s
+
+
+def test_groups_priced_anew_are_those_listed_with_the_other_figures() -> None:
+    space = SearchSpace()
+    here, there = (
+        listed_groups(one, space, LIMITS, lambda: False, ())[0]
+        for one in (job(), pessimistic_job(job()))
+    )
+    for anew, known in zip(priced_anew(pessimistic_job(job()), space, here), there, strict=True):
+        assert anew.bound_s == known.bound_s
+        for name, term in known.group.strategies.terms.items():
+            assert (anew.group.strategies.terms[name] == term).all()
