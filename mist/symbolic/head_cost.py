@@ -6,7 +6,6 @@ logit stand in its profile.
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Final
 
 import sympy
 from sympy import Expr
@@ -23,8 +22,6 @@ from mist.symbolic.block import (
     forward_ops,
 )
 from mist.symbolic.cost_setting import CostSetting
-
-FP32_BYTES: Final = 4
 
 
 def embed_cost(block: Block, setting: CostSetting) -> BlockCost:
@@ -50,8 +47,7 @@ def head_cost(block: Block, setting: CostSetting) -> BlockCost:
         device = device_cost(block, setting)
         divided = setting.runtime.transients.divided_loss_bytes_per_logit
         if divided is not None and logits is not None and _divides_loss(block):
-            wide = divided.value * _loss_width_ratio(block)
-            more = sympy.Piecewise((wide * logits, T > 1), (0, True))
+            more = sympy.Piecewise((divided.value * logits, T > 1), (0, True))
             device["transient_bytes"] += more
             device["transient_with_grads_bytes"] += more
             device["transient_adding_bytes"] += more
@@ -74,13 +70,6 @@ def _logits(block: Block) -> Expr | None:
     """How many logits a rank has: the result of the last product forward, if there is one."""
     products = [op for op in forward_ops(block) if op.kind == OpKind.GEMM]
     return sympy.prod(products[-1].dims[:3]) if products else None
-
-
-def _loss_width_ratio(block: Block) -> Expr:
-    """Bytes of a number in the loss, over those of fp32."""
-    losses = (op for op in forward_ops(block) if "log_softmax" in op.name)
-    widths = [op.written_bytes / sympy.prod(op.shape) / FP32_BYTES for op in losses]
-    return sym.larger(*dict.fromkeys(widths)) if widths else sympy.S.One
 
 
 def _divides_loss(block: Block) -> bool:
