@@ -112,8 +112,9 @@ class Session:
         self.outer = self.embed if self.layers else self.head
         self.flow = Flow()
         hints = {B: BATCH_HINT, S: self.seq_hint}
+        sizes = {B: self.point.batch or B, S: self.point.seq or S}
         ratio = self.setting.capacity_ratio
-        self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
+        self.routing = Routing(self.symbols, self.recorder.callers, hints, sizes, ratio)
 
     def run(self) -> RecordedRun:
         """Record the model. Raises NotALayerList, or whatever the model raises."""
