@@ -115,8 +115,13 @@ class Symbols:
         return {
             self._meanings[symbol]: value
             for symbol, value in self.env.replacements.items()
-            if symbol in self._meanings
+            if symbol in self._meanings and not self._is_meant(symbol, value)
         }
+
+    def _is_meant(self, symbol: Basic, value: Basic) -> bool:
+        """Whether a symbol means what it was found to be: rows of all experts are all rows."""
+        known = value.free_symbols <= self._meanings.keys()
+        return known and bool(self._plain(value) == sympy.expand(self._meanings[symbol]))
 
 
 def hint_of(size: Size) -> int:

@@ -63,6 +63,34 @@ def test_rows_of_an_expert_are_those_of_even_routing() -> None:
     assert [op.dims for op in products[1:]] == [(1, B * S / 2, WIDTH, WIDTH)] * 4
 
 
+class SortedExperts(Experts):
+    """Rows are sorted by expert, and split at numbers that are counted (JetMoE, ScatterMoE)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.view(-1, WIDTH)
+        _, chosen = self.gate(rows).topk(self.top_k)
+        counts = torch.zeros_like(chosen[:, :1]).expand(-1, 4).scatter(1, chosen, 1).sum(0)
+        order = chosen.flatten().argsort()
+        token = order.div(self.top_k, rounding_mode="trunc")
+        parts = rows[token].split(counts.tolist())
+        out = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
+        return x + torch.zeros_like(rows).index_add(0, token, torch.cat(out)).view(x.shape)
+
+
+def test_rows_that_are_counted_are_those_of_even_routing() -> None:
+    """All experts together have b s k rows, so bytes and FLOPs are those of any routing."""
+    (block,) = traced(Model([SortedExperts(), SortedExperts()])).blocks
+    assert block.domain == ()
+    for b, s in ((1, 32), (2, 48), (3, 77)):
+        model = Model([SortedExperts(), SortedExperts()])
+        real = measure(model, "layers.0", {"ids": torch.zeros(b, s, dtype=torch.int64)})
+        assert (
+            saved_bytes(block.saved_single if b == 1 else block.saved, b, s),
+            sum(flop(block, "forward", kind, b, s) for kind in OpKind),
+            sum(flop(block, "backward", kind, b, s) for kind in OpKind),
+        ) == (real.saved_bytes, real.forward_flop, real.backward_flop)
+
+
 def test_capacity_makes_experts_larger() -> None:
     setting = TraceSetting(
         precision=Precision.FP32, attention=Attention.FLASH, policy="cpu", capacity_ratio=1.25

@@ -1,7 +1,8 @@
 """Sizes that routing decides: how many tokens an expert gets, where a model selects them by value.
 
 A layer that sends every token to k of its E experts and picks each expert's rows with nonzero,
-where or a boolean mask has sizes that only data know. They are bound to the rows of a balanced
+where or a boolean mask, or splits rows that are sorted by expert at counts of each expert, has
+sizes that only data know. They are bound to the rows of a balanced
 expert, b s k c / E, with the capacity ratio c of the setting (1 by default). Whatever the routing,
 the rows of all experts sum to b s k, so sums over the experts hold for c = 1 without balance.
 E and k are read from the module that runs or those around it.
@@ -29,7 +30,8 @@ CHOSEN: Final = ("top_k", "topk", "num_experts_per_tok", "experts_per_token", "n
 class Routing(TorchDispatchMode):
     """Gives what selects rows by value the size of a balanced expert's rows.
 
-    `callers`: the modules that run, outermost first. `hints`: typical b and s.
+    `callers`: the modules that run, outermost first. `hints`: typical b and s; `sizes`: those of
+    the run, numbers or symbols.
     """
 
     def __init__(
@@ -37,13 +39,14 @@ class Routing(TorchDispatchMode):
         symbols: Symbols,
         callers: Sequence[nn.Module],
         hints: Mapping[sympy.Expr, int],
+        sizes: Mapping[sympy.Expr, sympy.Expr | int],
         capacity_ratio: float,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.experts: dict[tuple[int, int], Size] = {}
         self._symbols = symbols
         self._callers = callers
-        self._hints = hints
+        self._hints, self._sizes = hints, sizes
         self._capacity = sympy.Rational(str(capacity_ratio))
 
     def __torch_dispatch__(
@@ -53,14 +56,23 @@ class Routing(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        wanted = func in SELECTIONS or (func in INDEXING and any(map(_is_mask, args[1])))
-        rows = self._rows() if wanted else None
+        selects = func in SELECTIONS or (func in INDEXING and any(map(_is_mask, args[1])))
+        counts = func is NUMBER_OF and self._is_count(args[0])
+        rows = self._rows() if selects or counts else None
         if rows is None:
             return func(*args, **(kwargs or {}))
+        if counts:
+            return rows
         if func in SELECTIONS:
             return SELECTIONS[func](rows, *args)
         first, indices, *rest = args
         return func(first, list(_numbers(rows, indices)), *rest, **(kwargs or {}))
+
+    def _is_count(self, tensor: torch.Tensor) -> bool:
+        """Whether this is a number of a list that has one for each expert: its rows."""
+        experts, storage = self._number(EXPERTS), tensor.untyped_storage()
+        listed = experts is not None and storage.nbytes() == experts * tensor.element_size()
+        return listed and tensor.dtype in (torch.int32, torch.int64)
 
     def _rows(self) -> Size | None:
         """Rows of one expert where the model is routing, else None."""
@@ -68,7 +80,7 @@ class Routing(TorchDispatchMode):
         if count is None or chosen is None:
             return None
         if (count, chosen) not in self.experts:
-            meaning = B * S * chosen * self._capacity / count
+            meaning = (B * S * chosen * self._capacity / count).subs(self._sizes)
             # Torch specialises sizes 0 and 1.
             hint = max(int(meaning.subs(self._hints)), 2)
             name = f"rows{count}_{chosen}"
@@ -97,6 +109,7 @@ def _masked_select(rows: Size, values: torch.Tensor, mask: torch.Tensor) -> torc
 SELECTIONS: Final[Mapping[OpOverload, Callable[..., torch.Tensor]]] = MappingProxyType(
     {aten.nonzero.default: _nonzero, aten.masked_select.default: _masked_select}
 )
+NUMBER_OF: Final = aten._local_scalar_dense.default
 INDEXING: Final = frozenset(
     {
         aten.index.Tensor, aten.index_put.default, aten.index_put_.default,

@@ -110,10 +110,10 @@ class Session:
         # There gradients are made in the forward pass.
         self.head.part.works_forward = self.setting.head is HeadMode.IN_FORWARD
         self.outer = self.embed if self.layers else self.head
-        self.flow = Flow()
+        self.flow, ratio = Flow(), self.setting.capacity_ratio
         hints = {B: BATCH_HINT, S: self.seq_hint}
-        ratio = self.setting.capacity_ratio
-        self.routing = Routing(self.symbols, self.recorder.callers, hints, ratio)
+        sizes = {B: self.point.batch or B, S: self.point.seq or S}
+        self.routing = Routing(self.symbols, self.recorder.callers, hints, sizes, ratio)
 
     def run(self) -> RecordedRun:
         """Record the model. Raises NotALayerList, or whatever the model raises."""
