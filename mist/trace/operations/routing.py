@@ -56,17 +56,21 @@ class Routing(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        selects = func in SELECTIONS or (func in INDEXING and any(map(_is_mask, args[1])))
-        counts = func is NUMBER_OF and self._is_count(args[0])
-        rows = self._rows() if selects or counts else None
+        rows = self._rows() if self._is_routing(func, args) else None
         if rows is None:
             return func(*args, **(kwargs or {}))
-        if counts:
+        if func is NUMBER_OF:
             return rows
         if func in SELECTIONS:
             return SELECTIONS[func](rows, *args)
         first, indices, *rest = args
         return func(first, list(_numbers(rows, indices)), *rest, **(kwargs or {}))
+
+    def _is_routing(self, func: OpOverload, args: tuple[Any, ...]) -> bool:
+        """Whether a call selects rows by value, or reads how many an expert has."""
+        if func is NUMBER_OF:
+            return self._is_count(args[0])
+        return func in SELECTIONS or (func in INDEXING and any(map(_is_mask, args[1])))
 
     def _is_count(self, tensor: torch.Tensor) -> bool:
         """Whether this is a number of a list that has one for each expert: its rows."""
