@@ -91,6 +91,23 @@ def test_rows_that_are_counted_are_those_of_even_routing() -> None:
         ) == (real.saved_bytes, real.forward_flop, real.backward_flop)
 
 
+class EndedExperts(SortedExperts):
+    """Rows are cut at running sums of the counts, which are no rows of an expert."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.view(-1, WIDTH)
+        _, chosen = self.gate(rows).topk(self.top_k)
+        counts = torch.zeros_like(chosen[:, :1]).expand(-1, 4).scatter(1, chosen, 1).sum(0)
+        ends = [0, *counts.cumsum(0).tolist()]
+        out = [each(rows[a:b]) for each, (a, b) in zip(self.experts, pairwise(ends), strict=True)]
+        return x + torch.cat(out).view(x.shape)
+
+
+def test_running_sums_of_counts_are_refused() -> None:
+    with pytest.raises(TraceError, match=r"depends on the values of tensors|decides by the values"):
+        traced(Model([EndedExperts(), EndedExperts()]))
+
+
 def test_capacity_makes_experts_larger() -> None:
     setting = TraceSetting(
         precision=Precision.FP32, attention=Attention.FLASH, policy="cpu", capacity_ratio=1.25

@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mist.model.graph import B, S
+from mist.trace.dispatch_call import key_of
 from mist.trace.expressions import Size, Symbols
 
 aten = torch.ops.aten
@@ -44,6 +45,7 @@ class Routing(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.experts: dict[tuple[int, int], Size] = {}
+        self._counts: dict[int, torch.Tensor] = {}  # kept, so that no storage is used twice
         self._symbols = symbols
         self._callers = callers
         self._hints, self._sizes = hints, sizes
@@ -56,23 +58,36 @@ class Routing(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        selects = func in SELECTIONS or (func in INDEXING and any(map(_is_mask, args[1])))
-        counts = func is NUMBER_OF and self._is_count(args[0])
-        rows = self._rows() if selects or counts else None
+        rows = self._rows() if self._is_routing(func, args) else None
         if rows is None:
-            return func(*args, **(kwargs or {}))
-        if counts:
+            return self._noted(func, args, func(*args, **(kwargs or {})))
+        if func is NUMBER_OF:
             return rows
         if func in SELECTIONS:
             return SELECTIONS[func](rows, *args)
         first, indices, *rest = args
         return func(first, list(_numbers(rows, indices)), *rest, **(kwargs or {}))
 
+    def _is_routing(self, func: OpOverload, args: tuple[Any, ...]) -> bool:
+        """Whether a call selects rows by value, or reads how many an expert has."""
+        if func is NUMBER_OF:
+            return self._is_count(args[0])
+        return func in SELECTIONS or (func in INDEXING and any(map(_is_mask, args[1])))
+
+    def _noted(self, func: OpOverload, args: tuple[Any, ...], out: object) -> object:
+        """Remember a list of counts, and copies of one; running sums of them are none."""
+        packet = func.overloadpacket
+        copied = packet in COPIES and key_of(args[0]) in self._counts
+        if (copied or packet in COUNTING) and isinstance(out, torch.Tensor) and out.dim() == 1:
+            self._counts[key_of(out)] = out
+        return out
+
     def _is_count(self, tensor: torch.Tensor) -> bool:
-        """Whether this is a number of a list that has one for each expert: its rows."""
-        experts, storage = self._number(EXPERTS), tensor.untyped_storage()
-        listed = experts is not None and storage.nbytes() == experts * tensor.element_size()
-        return listed and tensor.dtype in (torch.int32, torch.int64)
+        """Whether this is a number of a list that counts the rows of each expert."""
+        counts = self._counts.get(key_of(tensor))
+        if counts is None or counts.dtype not in (torch.int32, torch.int64):
+            return False
+        return self._number(EXPERTS) == counts.shape[0]
 
     def _rows(self) -> Size | None:
         """Rows of one expert where the model is routing, else None."""
@@ -109,6 +124,10 @@ def _masked_select(rows: Size, values: torch.Tensor, mask: torch.Tensor) -> torc
 SELECTIONS: Final[Mapping[OpOverload, Callable[..., torch.Tensor]]] = MappingProxyType(
     {aten.nonzero.default: _nonzero, aten.masked_select.default: _masked_select}
 )
+COUNTING: Final = frozenset(
+    {aten.sum, aten.bincount, aten.histc, aten.scatter_add, aten.scatter_add_, aten.index_add}
+)
+COPIES: Final = frozenset({aten._to_copy, aten.clone})
 NUMBER_OF: Final = aten._local_scalar_dense.default
 INDEXING: Final = frozenset(
     {
