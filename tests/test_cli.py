@@ -196,6 +196,7 @@ def test_each_space_plans(mist: Mist, models: Path) -> None:
     assert steps["aceso"] <= steps["3d"]
 
 
+@pytest.mark.slow
 def test_one_solver_and_no_time(mist: Mist, models: Path) -> None:
     run, plan = planned(mist, models, "--solver", "dp", "--time-limit", 0, "--details")
     assert plan.provenance.solver == "dynamic program"
@@ -207,6 +208,7 @@ def test_one_solver_and_no_time(mist: Mist, models: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_set_is_planned_and_checked(mist: Mist, models: Path) -> None:
     for kind in ScheduleKind:
         options = ("--set", "pp=2", "--set", f"schedule={kind}", "--objective", "nominal")
@@ -218,6 +220,7 @@ def test_a_schedule_that_is_set_is_planned_and_checked(mist: Mist, models: Path)
         assert checked["fits"]
 
 
+@pytest.mark.slow
 def test_a_model_without_layers_is_one_stage_with_a_note(mist: Mist, models: Path) -> None:
     note = "no list of layers that are called once each in order: one block, one layer"
     run = mist("plan", models / "flat.py", *SMALL, "--seq", 128, "--out", "flat.yaml")

@@ -4,7 +4,6 @@ import pytest
 
 from mist.plans.file import dump_plan, load_plan
 from mist.workflow.checking import check_plan
-from tests.fast_cases import first_fast
 from tests.golden import JOBS, ROOT, golden, path_of
 
 
@@ -13,18 +12,18 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-FAST = ("llama3-8b-16xh100-sxm",)
+FAST = "llama3-8b-16xh100-sxm"
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n != FAST)) for n in sorted(JOBS)]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in sorted(JOBS)],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_plan_is_byte_identical(name: str) -> None:
     assert golden(name) == path_of(name).read_text(), "if meant: make golden, and show the diff"
 
 
-@pytest.mark.parametrize("name", first_fast(sorted(JOBS), 2))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in sorted(JOBS)]
+)
 def test_plan_loads_saves_and_checks_unchanged(name: str) -> None:
     plan = load_plan(path_of(name))
     assert dump_plan(plan) == path_of(name).read_text()

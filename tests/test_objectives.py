@@ -183,7 +183,8 @@ def test_least_memory_that_is_too_much_or_not_known() -> None:
     )
 
 
-SLOW = {Objective.NOMINAL, Objective.TIME_TO_TOKENS}  # another reads the same number
+# Another reads the same number.
+SLOW = {Objective.NOMINAL, Objective.TIME_TO_TOKENS, Objective.THROUGHPUT}
 
 
 @pytest.mark.usefixtures("_toy")
@@ -247,6 +248,7 @@ def test_a_price_of_a_profile_has_its_source() -> None:
     assert "candidates" not in found.planned.plan.provenance.search
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_toy")
 def test_candidates_without_a_plan_say_why() -> None:
     found = told("2,12,16", gpu="l4", clusters="l4-box,gcp-l4-8")

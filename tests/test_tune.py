@@ -270,10 +270,10 @@ def test_equals_exhaustive_search_with_converted_layers(
 @pytest.mark.parametrize(
     ("limit", "heads"),
     [
-        (0.7e9, [HeadMode.IN_FORWARD]),
+        pytest.param(0.7e9, [HeadMode.IN_FORWARD], marks=pytest.mark.slow),
         # As a stage of two, whose other one has no head.
         pytest.param(0.6e9, [HeadMode.NONE, HeadMode.IN_FORWARD], marks=pytest.mark.slow),
-        pytest.param(8e9, [HeadMode.NONE], marks=pytest.mark.slow),
+        (8e9, [HeadMode.NONE]),
     ],
 )
 def test_equals_exhaustive_search_with_heads(limit: float, heads: list[HeadMode]) -> None:
@@ -342,6 +342,7 @@ def fastest_of_two(job: Job, space: SearchSpace, limit: float) -> float:
     )
 
 
+@pytest.mark.slow
 def test_ends_of_unequal_sizes_share_no_matrix() -> None:
     """Three stages on four GPUs have 2 + 1 + 1 or 1 + 1 + 2 of them: never like ends."""
     levels = (MemoryLevel.NONE, MemoryLevel.FULL)
@@ -453,6 +454,7 @@ def test_more_memory_is_never_slower() -> None:
     assert math.isfinite(steps[-1])
 
 
+@pytest.mark.slow
 def test_a_larger_space_is_never_slower() -> None:
     job = toy_job(toy_graph((6,)), 4, global_batch=16)
     spaces = [
@@ -475,9 +477,7 @@ SUBSETS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 100))]
-)
+@pytest.mark.parametrize("seed", first_fast(range(100), 0))
 def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
     """Pairs of spaces on a hundred random jobs: sizes, memory and machines of all kinds."""
     rng = np.random.default_rng(seed)
@@ -495,6 +495,7 @@ def test_a_space_never_beats_one_that_holds_it(seed: int) -> None:
     assert math.isfinite(steps["mist"]) or limit < 1.5 * least  # what offloads needs a host
 
 
+@pytest.mark.slow
 def test_smallest_peak_is_what_no_layout_undercuts() -> None:
     job = toy_job(toy_graph((3,), vocab=8192), 2, global_batch=4)
     space = SearchSpace(offload=RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,))

@@ -41,10 +41,13 @@ def select(
 ) -> ArrayLike:
     """numpy's `select`: the value of the first condition that holds, else the default.
 
-    Most columns are one layout, where numpy's own takes ten times as long.
+    Most columns are one layout, where numpy's own takes ten times as long. Raises TypeError for
+    conditions that are none, as numpy does.
     """
     result: ArrayLike = default
     for condition, value in [*zip(conditions, values, strict=True)][::-1]:
+        if np.asarray(condition).dtype != np.bool_:
+            raise TypeError("a condition is neither true nor false")
         result = np.where(condition, value, result)
     return result
 

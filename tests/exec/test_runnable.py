@@ -103,6 +103,7 @@ def plans(path: Path, seed: int) -> Iterator[tuple[Plan, Job]]:
             return
 
 
+@pytest.mark.slow
 def test_heads_that_a_module_counts_are_divided_on_every_stage(tmp_path: Path) -> None:
     """Each rank's attention has fewer heads; layers of other stages are not there to be told."""
     path = models_in(tmp_path)["plain"]

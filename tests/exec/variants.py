@@ -373,7 +373,9 @@ REPEATED = (
     *("pp2 converted", "fp32 zero2 levels", "frozen upper tp2 sp", "qwen3 tp2 sp"),
     *("zero0", "zero0 accumulated", "full 4 zero3", "gemma2 tied tp2 sp", "frozen upper zero3"),
     *("one-kv-head tp2", "tied pp2", "pp2 zero-bubble", "pp2 levels clipped", "bf16 zero2 levels"),
-    *("activations 1.0", "gpt2 tied pp2 head in-forward"),
+    *("activations 1.0", "gpt2 tied pp2 head in-forward", "plain tp2", "mixed levels zero2"),
+    *("zero1 accumulated", "head checkpointed zero3", "pp2 interleaved", "frozen head pp2"),
+    *("optimizer 1.0", "bf16 tp2 sp offload"),
 )
 _EVERY = (
     *DATA,

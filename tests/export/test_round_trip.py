@@ -90,7 +90,7 @@ def read_back(path: Path, plan: Plan) -> Plan:
 
 
 # Seconds each: one with a file of settings and one with a line of options stand for all.
-SOME = {"torchtitan", "megatron"}
+SOME = {"torchtitan"}
 
 
 @pytest.mark.parametrize(

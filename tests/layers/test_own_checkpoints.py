@@ -82,6 +82,7 @@ def test_a_model_is_traced_as_if_it_checkpointed_nothing(reentrant: bool) -> Non
     assert set(own.notes) - set(plain.notes) == {OWN_CHECKPOINTS}
 
 
+@pytest.mark.slow
 def test_checkpointing_of_transformers_is_switched_off() -> None:
     """Of every second layer, with offload: neither is the plan's."""
     with torch.device("meta"):

@@ -100,6 +100,7 @@ def test_stages_of_a_framework_are_alike() -> None:
             assert layout.peak_bytes <= limits.device_bytes
 
 
+@pytest.mark.slow
 def test_layouts_alike_are_the_fastest_of_their_kind() -> None:
     """Against every strategy in a model of its own, where nothing else can be of its kind."""
     job = toy_job(toy_graph((4,), vocab=8192), 4, global_batch=16)

@@ -13,6 +13,7 @@ from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from mist.trace.operations.autocast import forward_in
 from mist.trace.recording.shim import runs_as
+from tests.fast_cases import first_fast
 from tests.trace.real import measure, saved_in_a_run
 from tests.trace.test_exact import (
     INPUTS,
@@ -38,9 +39,7 @@ def setting(policy: str) -> TraceSetting:
     )
 
 
-@pytest.mark.parametrize(
-    "family", [llama, plain, *(pytest.param(f, marks=pytest.mark.slow) for f in (gpt2, bert))]
-)
+@pytest.mark.parametrize("family", first_fast([plain, llama, gpt2, bert]))
 def test_block_equals_real_tensors(family: Family) -> None:
     """The bf16 copies of weights are saved storages, too: no parameters, and b and s are not in."""
     (block,) = trace_model(family(F32, "meta"), setting("cpu")).blocks

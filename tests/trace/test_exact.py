@@ -104,7 +104,7 @@ CASES = [
     pytest.param(gpt2, Precision.FP32, id="gpt2-fp32", marks=SLOW),
     pytest.param(gpt2, Precision.BF16, id="gpt2-bf16", marks=SLOW),
     pytest.param(mixtral, Precision.FP32, id="mixtral-fp32", marks=SLOW),
-    pytest.param(mixtral, Precision.BF16, id="mixtral-bf16"),
+    pytest.param(mixtral, Precision.BF16, id="mixtral-bf16", marks=SLOW),
     pytest.param(bert, Precision.FP32, id="bert-fp32", marks=SLOW),
     pytest.param(bert, Precision.BF16, id="bert-bf16", marks=SLOW),
     pytest.param(plain, Precision.FP32, id="plain-fp32"),

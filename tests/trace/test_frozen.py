@@ -185,6 +185,7 @@ def test_the_flag_survives_the_cache() -> None:
     assert graph.num_trainable < graph.num_params
 
 
+@pytest.mark.slow
 def test_fingerprints_tell_what_is_trained() -> None:
     names = ("norms", "biases", "head", "tied frozen")
     assert len({traced(name).fingerprint for name in names}) == len(names)

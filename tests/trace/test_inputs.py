@@ -111,6 +111,7 @@ def test_architectures_are_names(named: object) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_libraries_warn_of_is_not_shown() -> None:
     """As `rope_scaling` is an older name; a warning is an error in these tests."""
     scaling = {"type": "linear", "factor": 2.0}

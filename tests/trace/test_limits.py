@@ -44,7 +44,7 @@ def config(folder: Path, **fields: object) -> Path:
         slow({"model_type": "qwen3", KV: 3, "head_dim": 16}, {ATTENTION: 6, SHARED: 3}),
         slow({"model_type": "llama", KV: 1}, {}),  # left to the trace
         slow({"model_type": "phi3", KV: 2, "pad_token_id": 0}, {}),
-        ({"model_type": "opt", "ffn_dim": 192}, {}),
+        slow({"model_type": "opt", "ffn_dim": 192}, {}),
     ],
 )  # fmt: skip
 def test_heads_before_and_after_the_trace(

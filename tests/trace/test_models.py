@@ -187,6 +187,7 @@ def test_gpt2_ties_its_embedding() -> None:
     )
 
 
+@pytest.mark.slow
 def test_gpt2_dropout_masks_are_one_byte_on_a_gpu() -> None:
     (block,) = family_graph(gpt2, torch.float32, BF16).blocks
     masks = [tensor for tensor in block.saved if tensor.op == "aten.native_dropout"]

@@ -189,6 +189,7 @@ def bytes_of(block: Block, op: str) -> list[object]:
     return [tensor.bytes for tensor in block.saved if tensor.op == op]
 
 
+@pytest.mark.slow
 def test_norms_written_out_become_one_kernel() -> None:
     """Of two norms, bf16, h = 128: x (2 h) and 1 / rms in fp32 (4), together 2 h + 4 per token.
 

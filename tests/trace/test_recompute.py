@@ -8,11 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from mist.model.graph import OpKind
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting
+from tests.fast_cases import first_fast
 from tests.trace.real import layer_inputs
 from tests.trace.test_exact import PATHS, Family, at, family_graph, gpt2, llama, token_ids
 
 
-@pytest.mark.parametrize(("family", "whole"), [(llama, False), (gpt2, True)])
+@pytest.mark.parametrize(("family", "whole"), first_fast([(llama, False), (gpt2, True)], width=2))
 def test_recomputed_operations_are_those_that_torch_repeats(family: Family, whole: bool) -> None:
     """Llama's last product is not repeated; GPT-2's is: the dropout behind it saves its mask."""
     setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")

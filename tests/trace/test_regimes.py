@@ -163,6 +163,7 @@ def regime(family: Family, seq_len: int, policy: str = "cpu") -> ModelGraph:
     return graph
 
 
+@pytest.mark.slow
 def test_a_regime_is_an_interval_that_ends_where_the_model_runs_otherwise() -> None:
     assert regime(mistral, 40).lengths == Lengths(last=WINDOW - 1)
     assert regime(mistral, 384).lengths == Lengths(first=WINDOW)

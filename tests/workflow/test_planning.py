@@ -136,6 +136,7 @@ def test_a_sequence_for_which_nothing_was_traced(monkeypatch: pytest.MonkeyPatch
     assert str(refused.value) == "--seq 2048: toy was traced for s >= 4096 only."
 
 
+@pytest.mark.slow
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = toy_graph((8,), hidden=16384)
     answer_with(wide, monkeypatch)

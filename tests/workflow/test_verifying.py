@@ -18,6 +18,7 @@ from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from mist.workflow.verifying import Verified, until_it_fits, verify_file, verify_plan
 from tests.exec.layouts import NUM_LAYERS, VOCAB, write_models
+from tests.fast_cases import first_fast
 from tests.small_models import TINY
 
 LAYOUTS = {
@@ -109,7 +110,7 @@ ON_HOST = {
 
 
 @pytest.mark.usefixtures("_in_this_process")
-@pytest.mark.parametrize("name", ["states", pytest.param("activations", marks=[pytest.mark.slow])])
+@pytest.mark.parametrize("name", first_fast(["activations", "states"], 0))
 def test_host_memory_is_what_each_tensor_takes_pinned(name: str, folder: Path) -> None:
     """The program's own tensors, each in a block of a power of two; to the byte."""
     plan = plan_of(ON_HOST[name], folder)
