@@ -21,9 +21,7 @@ def test_plan_is_byte_identical(name: str) -> None:
     assert golden(name) == path_of(name).read_text(), "if meant: make golden, and show the diff"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in sorted(JOBS)]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_plan_loads_saves_and_checks_unchanged(name: str) -> None:
     plan = load_plan(path_of(name))
     assert dump_plan(plan) == path_of(name).read_text()

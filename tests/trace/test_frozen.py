@@ -126,7 +126,7 @@ def inputs(model: nn.Module, b: int, s: int) -> dict[str, object]:
 
 SLOW = {
     *("llama last layer", "llama norms", "gpt2 biases", "biases", "upper adapters"),
-    *("embedding alone", "tied frozen", "norms"),
+    *("embedding alone", "tied frozen", "norms", "embedding frozen", "upper half"),
 }
 
 
