@@ -104,6 +104,7 @@ def test_a_few_aliases_are_what_profiles_are_made_of(tmp_path: Path) -> None:
     assert document.data["c"] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.slow
 def test_millions_of_values(tmp_path: Path) -> None:
     path = tmp_path / "long.yaml"
     path.write_text("x: [" + "1," * 1_500_000 + "]")

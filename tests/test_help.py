@@ -14,6 +14,7 @@ from mist.cli.application import app
 from mist.plans.file import save_plan
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
+from tests.fast_cases import first_fast
 from tests.report.json_faults import faults_of
 from tests.toys import toy_graph
 from tests.validate.test_predict import HEAD, ROW
@@ -22,7 +23,7 @@ from tests.workflow.answering import answer_with
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # Those that end within seconds and read what a checkout has.
-QUICK = ("check", "convert", "plan", "profiles", "trace")
+QUICK = ("convert", "plan", "profiles", "trace", "check")
 # Those that read plans, logs and tables.
 OF_FILES = ("calibrate", "compare", "export", "report", "validate")
 SLOW = ("calibrate", "validate")  # they trace or fit; what they do is tested elsewhere
@@ -66,7 +67,7 @@ def run_example(
     return found.out
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", first_fast(QUICK, 4))
 def test_the_example_of_a_command_runs(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

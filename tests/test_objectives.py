@@ -104,6 +104,7 @@ def allows(space: SearchSpace, stage: StagePlan, *, whole: bool) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "counts", [(1, 2), *(pytest.param(c, marks=pytest.mark.slow) for c in [(3,), (2, 1)])]
 )

@@ -78,7 +78,6 @@ LAYOUTS = (
     *(each for each in EVERY if each.name not in REPEATED),
     Variant(name="by hand pp2", model="by_hand.py", **TWO["pp2"]),  # type: ignore[arg-type]
     Variant(name="default tp2", model="default.py", stages=TENSOR, micro=4),
-    Variant(name="gpt2 tied dp2", model="gpt2.json", stages=DATA, micro=4),
     Variant(name="gpt2 tied pp2 padded", model="gpt2.json", stages=HALVES, micro=4, max_norm=0.1),
     Variant(name="gpt2 tied dp2 pp2", model="gpt2.json", **FOUR["dp2 pp2"]),  # type: ignore[arg-type]
     Variant(name="llama pp2 packed", stages=HALVES, micro=4),
@@ -90,6 +89,7 @@ MORE = (
         for name, layout in {**TWO, **FOUR}.items()
         if name != "pp2"
     ),
+    Variant(name="gpt2 tied dp2", model="gpt2.json", stages=DATA, micro=4),
     Variant(name="llama dp2 padded", stages=(S(dp=2, zero=3, full=2),), micro=8),
     Variant(name="llama tp2 sp padded", stages=(S(tp=2, sp=True),), micro=8, max_norm=0.1),
     Variant(name="llama tp2 packed", stages=TENSOR, micro=8),

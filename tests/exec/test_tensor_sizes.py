@@ -19,6 +19,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("some", ["few", pytest.param("others", marks=pytest.mark.slow)])
 def test_written_numbers_of_heads_are_a_ranks(some: str, tmp_path: Path, forked: RunRanks) -> None:
     write_sized_models(tmp_path)

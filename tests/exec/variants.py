@@ -375,7 +375,7 @@ REPEATED = (
     *("one-kv-head tp2", "tied pp2", "pp2 zero-bubble", "pp2 levels clipped", "bf16 zero2 levels"),
     *("activations 1.0", "gpt2 tied pp2 head in-forward", "plain tp2", "mixed levels zero2"),
     *("zero1 accumulated", "head checkpointed zero3", "pp2 interleaved", "frozen head pp2"),
-    *("optimizer 1.0", "bf16 tp2 sp offload"),
+    *("optimizer 1.0", "bf16 tp2 sp offload", "zero2", "clipped", "tp2 sp", "deepseek tp2 sp"),
 )
 _EVERY = (
     *DATA,

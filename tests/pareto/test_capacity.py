@@ -100,6 +100,7 @@ def pipelines(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", first_fast([(2, 3), (6,)]))
 def test_no_stage_of_a_plan_that_fits_and_is_fast_enough_takes_more(
     counts: tuple[int, ...],

@@ -65,7 +65,7 @@ LAYERS = {
 }
 POINTS = [(1, 16), (2, 24), (3, 32)]
 CASES = [
-    pytest.param(stem, *layer, marks=[pytest.mark.slow] * (i > 0))
+    pytest.param(stem, *layer, marks=[pytest.mark.slow] * (i > 0 or stem == "unet"))
     for stem, layers in LAYERS.items()
     for i, layer in enumerate(layers)
 ]

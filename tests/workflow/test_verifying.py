@@ -85,6 +85,7 @@ def test_prediction_and_program_agree(name: str, folder: Path) -> None:
         assert max(each.peak_bytes for each in stage.seen.timeline) == stage.seen.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize(
     "name",
