@@ -47,6 +47,7 @@ def test_a_plan_is_the_one_that_the_command_writes(
     assert (tmp_path / "api.yaml").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_module_is_planned_as_its_file_is(models: Path) -> None:
     from_file = mist.plan(models / "tiny.py", gpus=4, global_batch=16)
     plan = mist.plan(tiny(models), gpus=4, global_batch=16)

@@ -262,6 +262,7 @@ def test_the_json_of_a_check(mist: Mist, models: Path) -> None:
         assert sum(stage["parts"].values()) == pytest.approx(stage["peak_bytes"], abs=4)
 
 
+@pytest.mark.slow
 def test_a_check_that_fails(mist: Mist, models: Path) -> None:
     run = mist("check", models / "tiny.py", *SMALL, "--micro-batch", 4, "--margin", 0.99999)
     assert run.code == 3

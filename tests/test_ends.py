@@ -47,6 +47,7 @@ def test_an_output_that_cannot_be_written_is_exit_1() -> None:
     assert done.stderr == words
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_exit_1() -> None:
     reader, writer = os.pipe()
     os.close(reader)

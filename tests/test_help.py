@@ -23,7 +23,7 @@ from tests.workflow.answering import answer_with
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # Those that end within seconds and read what a checkout has.
-QUICK = ("convert", "plan", "profiles", "trace", "check")
+QUICK = ("convert", "profiles", "trace", "check", "plan")
 # Those that read plans, logs and tables.
 OF_FILES = ("calibrate", "compare", "export", "report", "validate")
 SLOW = ("calibrate", "validate")  # they trace or fit; what they do is tested elsewhere
@@ -67,7 +67,7 @@ def run_example(
     return found.out
 
 
-@pytest.mark.parametrize("name", first_fast(QUICK, 4))
+@pytest.mark.parametrize("name", first_fast(QUICK, 3))
 def test_the_example_of_a_command_runs(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -184,8 +184,7 @@ def test_least_memory_that_is_too_much_or_not_known() -> None:
     )
 
 
-# Another reads the same number.
-SLOW = {Objective.NOMINAL, Objective.TIME_TO_TOKENS, Objective.THROUGHPUT}
+SLOW = {*Objective} - {Objective.MEMORY}
 
 
 @pytest.mark.usefixtures("_toy")

@@ -13,7 +13,7 @@ from tests.fuzz.workspace import Workspace, made
 # Three hundred in all: 12 s of processor time, after 9 s for the libraries and the workspace.
 # Configurations are built by transformers, a second each: `make fuzz` has as many as of others.
 CASES = {
-    **{"options": range(25), "plans": range(44), "profiles": range(20), "logs": range(40)},
+    **{"options": range(12), "plans": range(44), "profiles": range(20), "logs": range(40)},
     **{"tables": range(28, 40), "configs": range(2, 5), "caches": range(5)},
     **{"checkpoints": range(25)},
 }

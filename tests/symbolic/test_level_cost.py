@@ -47,6 +47,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "level"), CASES)
 def test_a_stage_is_charged_what_its_converted_layers_keep(family: str, level: MemoryLevel) -> None:
     converted = {level: graph_of(family, level).blocks}
