@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from mist.cli import INTERNAL_ERROR, main
 from tests.fuzz.categories import CANARY, CATEGORIES
@@ -129,7 +131,8 @@ def _as_in_a_process() -> Iterator[None]:
     mist.exec.run_ranks = _read_checkpoint
     mist.validate.predictions.ProcessPoolExecutor = ThisProcess  # type: ignore[misc]
     try:
-        with warnings.catch_warnings():
+        # A logger may still hold the stderr of a test that ended: no process of its own would.
+        with warnings.catch_warnings(), patch.object(logging, "raiseExceptions", False):
             warnings.simplefilter("default")
             yield
     finally:
