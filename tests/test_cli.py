@@ -408,6 +408,7 @@ def test_a_plan_keeps_the_host_memory_it_was_made_for(mist: Mist, models: Path) 
     assert "host_memory" not in Path("plain.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_check_without_a_trace_traces_and_says_so(
     mist: Mist, models: Path, tmp_path: Path
 ) -> None:

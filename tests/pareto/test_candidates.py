@@ -164,6 +164,7 @@ def test_a_space_of_one_level(level: MemoryLevel) -> None:
         assert not found[0].num_lower.any()
 
 
+@pytest.mark.slow
 def test_ranges_of_unlike_layers_leave_enough_for_the_others() -> None:
     job = toy_job(toy_graph(UNLIKE), 4, global_batch=16)
     ranges = layer_ranges(job, 4)

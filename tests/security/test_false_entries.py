@@ -20,6 +20,7 @@ from mist.symbolic.program import ModelPrograms
 from mist.symbolic.program_cache import load_programs
 from mist.trace import TraceSetting, codec, trace_cache
 from mist.trace.trace_cache import cache_folder
+from tests.fast_cases import first_fast
 from tests.small_models import TINY
 from tests.toys import toy_graph, toy_platform
 
@@ -199,7 +200,7 @@ def a_device_for_a_module(entry: Any) -> None:  # noqa: ANN401 - JSON
 
 @pytest.mark.parametrize(
     "change",
-    [all_sizes(["Mul", -1, "b"]), pytest.param(a_device_for_a_module, marks=pytest.mark.slow)],
+    first_fast([all_sizes(["Mul", -1, "b"]), a_device_for_a_module], 0),
 )
 def test_a_false_trace_is_traced_again(cached: Path, change: Callable[[Any], None]) -> None:
     said: list[str] = []

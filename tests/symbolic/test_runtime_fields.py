@@ -145,6 +145,7 @@ def test_launches_of_pipelines_that_span_nodes() -> None:
     assert more == pytest.approx(LAYERS / 2 * 2.0**TORCH.host.pipeline_launch_exponent.value)
 
 
+@pytest.mark.slow
 def test_times_once_a_micro_batch_and_once_a_step() -> None:
     plain = stage()
     each = stage(changed("host.micro_batch_launch_s", 0.25))
@@ -155,6 +156,7 @@ def test_times_once_a_micro_batch_and_once_a_step() -> None:
     assert once["lone_s"] - plain["lone_s"] == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_a_collective_that_nothing_hides_is_paid_whole() -> None:
     params = 2 * HIDDEN * 4 * HIDDEN / 2 + HIDDEN
     reduce = float(laws().all_reduce_s(4 * params, 8, 4))

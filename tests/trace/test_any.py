@@ -167,6 +167,7 @@ class Padded(Layer):
         return super().forward(F.pad(x, (0, 0, 0, -seq % self.multiple)))[:, :seq]
 
 
+@pytest.mark.slow
 def test_concrete_sizes_give_exact_polynomials() -> None:
     graph = traced(Model([Padded(i) for i in range(2)]))
     (block,) = graph.blocks

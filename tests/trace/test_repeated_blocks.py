@@ -143,6 +143,7 @@ def test_a_loss_that_is_a_pair_costs_what_its_mean_does() -> None:
     assert abs(saved[0] - saved[1]) <= 16  # the number itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["cuda", "cpu"])
 def test_math_attention_keeps_the_scores(policy: str) -> None:
     """4 heads: the probabilities [b, 4, s, s] in fp32 are kept for backward."""
@@ -192,6 +193,7 @@ class Fused(nn.Module):
         return x + self.out(y.transpose(1, 2).reshape(b, s, -1))
 
 
+@pytest.mark.slow
 def test_fused_heads_are_found() -> None:
     graph = traced(Model([Fused(2), Fused(2)]))
     assert graph.tp_limits == (

@@ -163,6 +163,7 @@ STAGES = (
 OTHER = ROW.replace("llama-1", "llama-2").replace("H100-80GB-SXM", "abacus")
 
 
+@pytest.mark.slow
 def test_a_file_of_runs_is_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

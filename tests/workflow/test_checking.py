@@ -113,6 +113,7 @@ def test_what_is_offloaded_is_held_by_the_host() -> None:
     assert states == pytest.approx(moved, abs=1)
 
 
+@pytest.mark.slow
 def test_host_memory_must_hold_it_too() -> None:
     layout = HandLayout(zero=1, offload=Offload(optimizer=1.0))
     found = check(layout)
@@ -259,6 +260,7 @@ def test_megatron_deals_out_equal_stages_and_chunks(
                  global_batch=9).plan.stages[0].num_layers == 2  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_plan_whose_stages_do_not_go_together_is_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +306,7 @@ def test_suggestions_fit_and_say_what_they_bring() -> None:
     assert again.fits
 
 
+@pytest.mark.slow
 def test_suggestions_for_what_fits_are_faster() -> None:
     found = check(HandLayout(micro_batch=2, checkpoint="full"))
     assert found.fits
@@ -335,6 +338,7 @@ def test_a_plan_keeps_its_margin_unless_another_is_given(tmp_path: Path) -> None
     assert check_plan(path, margin_ratio=0.1).limits == check(margin_ratio=0.1).limits
 
 
+@pytest.mark.slow
 def test_a_stale_estimate_is_replaced(tmp_path: Path) -> None:
     plan = check().plan
     stale = replace(plan, estimate=replace(plan.estimate, step_s=1e-3))
