@@ -34,11 +34,11 @@ class StageBlocks:
 
 
 def stage_blocks(
-    kinds: Sequence[int], levels: Sequence[MemoryLevel], forward: Container[str]
+    kinds: Sequence[int], levels: Sequence[MemoryLevel], terms: Container[str]
 ) -> StageBlocks:
     """The rows of any stage of a model, each kind of layer at each of these levels.
 
-    `kinds`: of each layer, in order. `forward`: block and level of the rows of that name.
+    `kinds`: of each layer, in order. `terms`: by name; rows of `forward` are those that have one.
     """
     layers = tuple(
         (str(kind), level.column, sym.layer_count(level.column, kind))
@@ -46,7 +46,7 @@ def stage_blocks(
         for level in levels
     )
     ends = (("embed", KEEPS_ALL.value, sym.FIRST), ("head", KEEPS_ALL.value, sym.LAST))
-    more = (row for row in (*layers, *ends) if f"{row[0]}_{row[1]}" in forward)
+    more = (row for row in (*layers, *ends) if f"{row[0]}_{row[1]}_forward_bytes" in terms)
     first = {str(kind): kinds.index(kind) for kind in kinds}
     last = {str(kind): number for number, kind in enumerate(kinds)}
     behind = {

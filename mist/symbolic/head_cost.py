@@ -52,7 +52,8 @@ def head_cost(block: Block, setting: CostSetting) -> BlockCost:
             device["transient_with_grads_bytes"] += more
             device["transient_adding_bytes"] += more
             device["made_bytes"] += more
-            device["forward_bytes"] += more * int(bool(block.forward_bytes))
+            if block.forward_bytes:
+                device["forward_bytes"] += more
         return _end_cost(block, setting, device)
     device = device_cost(_without_loss(block), setting)
     return _end_cost(block, setting, _with_loss(device, loss, logits, setting.numerics.compute))

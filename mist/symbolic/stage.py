@@ -118,7 +118,7 @@ def stage_cost(
     terms["all_layers_params"] = sympy.Add(*every)
     priced = {*plain_levels(runtime, more), *converted}
     order = tuple(level for level in MemoryLevel if level in priced)
-    rows = stage_blocks(graph.layer_kinds(), order, [x for x in forward if forward[x] != 0])
+    rows = stage_blocks(graph.layer_kinds(), order, terms)
     return StageCost(
         num_kinds=len(graph.blocks),
         levels=order,

@@ -11,8 +11,7 @@ from mist.trace import TraceSetting, trace_model
 from mist.trace.recording.forward_peaks import worst_forward
 from tests.tokens import tokens
 from tests.trace.real import Watch
-
-WIDTH = 16
+from tests.trace.test_repeated_blocks import WIDTH, Model
 
 
 class Layer(nn.Module):
@@ -29,20 +28,6 @@ class Layer(nn.Module):
         return x + y * near.mean(1)[:, None]
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(8, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
-        self.out = nn.Linear(WIDTH, 8)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.words(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.out(x)  # type: ignore[no-any-return]
-
-
 def real_forward_bytes(b: int, s: int) -> int:
     """The most that a real layer holds in its forward pass, input included, of no parameter."""
     layer, x = Layer(), torch.zeros(b, s, WIDTH, requires_grad=True)
@@ -55,7 +40,7 @@ def real_forward_bytes(b: int, s: int) -> int:
 @pytest.fixture(scope="module")
 def block() -> Block:
     setting = TraceSetting(precision=Precision.FP32, attention=Attention.FLASH, policy="cpu")
-    return trace_model(Net(), setting).blocks[0]
+    return trace_model(Model([Layer() for _ in range(3)]), setting).blocks[0]
 
 
 @pytest.mark.parametrize(("b", "s"), [(2, 64), (3, 256)])

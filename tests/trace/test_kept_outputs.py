@@ -8,8 +8,9 @@ from mist.model.graph import B, S, T
 from mist.plans.workload import Attention, Precision
 from mist.trace import TraceSetting, trace_model
 from tests.tokens import tokens
+from tests.trace.test_repeated_blocks import WIDTH, Model
 
-WIDTH, NUM_LAYERS = 16, 3
+NUM_LAYERS = 3
 
 
 class Layer(nn.Module):
@@ -23,24 +24,14 @@ class Layer(nn.Module):
         return torch.relu(self.matrix(x))
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(8, WIDTH)
-        self.layers = nn.ModuleList(Layer(WIDTH) for _ in range(NUM_LAYERS))
-        self.out = nn.Linear(WIDTH, 8)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.words(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.out(x)  # type: ignore[no-any-return]
+def net() -> Model:
+    return Model([Layer(WIDTH) for _ in range(NUM_LAYERS)])
 
 
 def saved_in_layers(b: int, s: int) -> int:
     """Bytes that a real forward pass saves from the first layer to the last, weights left out."""
     torch.manual_seed(0)
-    model = Net()
+    model = net()
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     found: dict[int, torch.Tensor] = {}
 
@@ -48,7 +39,7 @@ def saved_in_layers(b: int, s: int) -> int:
         found.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    x = model.words(torch.zeros(b, s, dtype=torch.int64))
+    x = model.embed(torch.zeros(b, s, dtype=torch.int64))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for layer in model.layers:
             x = layer(x)
@@ -57,7 +48,7 @@ def saved_in_layers(b: int, s: int) -> int:
 
 @pytest.mark.parametrize("b", [1, 3])
 def test_a_stack_keeps_each_activation_once(b: int) -> None:
-    graph = trace_model(Net(), TraceSetting(precision=Precision.FP32, attention=Attention.FLASH))
+    graph = trace_model(net(), TraceSetting(precision=Precision.FP32, attention=Attention.FLASH))
     (block,) = graph.blocks
     activation, at = 4 * b * 32 * WIDTH, {B: b, S: 32, T: 1} | tokens(1, b)
     saved = block.saved_single if b == 1 else block.saved

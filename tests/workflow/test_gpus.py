@@ -7,6 +7,7 @@ from mist.plans.search_space import NO_RATIOS, SearchSpace
 from mist.platform.profiles import load_device
 from mist.workflow.planning import Effort, make_plan
 from mist.workflow.request import Question
+from tests.fast_cases import first_fast
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
@@ -49,20 +50,19 @@ def test_a_small_job_is_planned(gpu: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("gpu", "cluster"),
-    [
-        ("V100-SXM2-32GB", "DGX-V100"),
-        ("H100 80GB HBM3", "H100 RoCE"),
-        ("MI300X", "MI300X"),
-        *(
-            pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in (
-                ("V100-SXM2-32GB", "V100 Omni-Path"),
-                ("A100-SXM4-80GB", "A100 Omni-Path"),
-                ("A100-SXM4-80GB", "A100 RoCE"),
-                ("H100 80GB HBM3", "H100 NDR"),
-            )
-        ),
-    ],
+    first_fast(
+        [
+            ("V100-SXM2-32GB", "DGX-V100"),
+            ("H100 80GB HBM3", "H100 RoCE"),
+            ("MI300X", "MI300X"),
+            ("V100-SXM2-32GB", "V100 Omni-Path"),
+            ("A100-SXM4-80GB", "A100 Omni-Path"),
+            ("A100-SXM4-80GB", "A100 RoCE"),
+            ("H100 80GB HBM3", "H100 NDR"),
+        ],
+        3,
+        width=2,
+    ),
 )
 def test_a_job_of_two_nodes_is_planned(
     gpu: str, cluster: str, monkeypatch: pytest.MonkeyPatch

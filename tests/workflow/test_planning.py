@@ -21,6 +21,7 @@ from mist.units import GB, GIB
 from mist.workflow.checking import check_plan
 from mist.workflow.planning import Effort, Planned, make_plan
 from mist.workflow.request import Question
+from tests.fast_cases import first_fast
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
@@ -227,11 +228,14 @@ def test_what_is_offloaded_leaves_room_to_load(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("method", "solver"),
-    [
-        pytest.param("dp", "dynamic program", marks=pytest.mark.slow),
-        pytest.param("milp", "HiGHS through PuLP", marks=pytest.mark.slow),
-        ("both", "dynamic program, confirmed by HiGHS through PuLP"),
-    ],
+    first_fast(
+        [
+            ("both", "dynamic program, confirmed by HiGHS through PuLP"),
+            ("dp", "dynamic program"),
+            ("milp", "HiGHS through PuLP"),
+        ],
+        width=2,
+    ),
 )
 def test_every_solver_finds_the_same_plan_and_is_named(method: Method, solver: str) -> None:
     known = make_plan(QUESTION, SMALL, NOMINAL).plan

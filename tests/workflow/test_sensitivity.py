@@ -19,6 +19,7 @@ from mist.workflow.sensitivity import (
     memory_words,
     pipeline_of,
 )
+from tests.fast_cases import first_fast
 from tests.toys import toy_graph, toy_job
 
 LIMITS = Limits(device_bytes=2.2e9, host_bytes=0.0)
@@ -51,7 +52,7 @@ def changed_step(layout: PipelineTimes, part: str, share: float) -> float:
     return total_s(1.0 - share)
 
 
-@pytest.mark.parametrize("global_batch", [16, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("global_batch", first_fast([16, 32]))
 def test_the_change_that_is_named_makes_a_tie(global_batch: int) -> None:
     job = toy_job(toy_graph((7,), hidden=2048), 8, gpu="l4", global_batch=global_batch)
     found = tune(
