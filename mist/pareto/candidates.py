@@ -3,12 +3,12 @@
 What a stage may have of memory levels is in `mist.pareto.stage_mixes`.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from mist.pareto.layer_ranges import Ranges, kinds_of, placed
 from mist.pareto.level_choice import allowed_levels, fastest_levels, useful_levels
 from mist.pareto.linear_cost import Held, StageLines
 from mist.pareto.offload_ratios import within_caps
-from mist.pareto.stage_mixes import Mixes, StagePosition, Within
+from mist.pareto.stage_mixes import Mixes, StagePosition, Within, in_cache
 from mist.pareto.strategies import (
     Floats,
     Group,
@@ -36,8 +36,6 @@ from mist.rules.between_stages import divides_ends
 from mist.rules.levels import may_mix
 from mist.symbolic.columns import Placement, pipeline_of, position_columns
 from mist.symbolic.job import Job
-
-T = TypeVar("T", list[Ints], Floats)
 
 Ties = Mapping[tuple[int, ...] | None, NDArray[np.bool_]]
 """Which strategies [K] divide a shared weight in each way; None: no weight is shared."""
@@ -179,23 +177,20 @@ class GroupModel:
         ranges: Ranges,
         limits: Limits,
         place: NodePosition | None = None,
-    ) -> Iterator[tuple[float, list[Mixes]]]:
+    ) -> Iterator[tuple[float, Mixes]]:
         """Every mix of levels at a position, for each number of micro-batches in flight [F].
 
         There are several only where stages have one chunk.
         """
         lines = self.lines(stage, place)
-        for some in _chunks(in_flight, len(self.strategies) * len(ranges)):
+        for some in in_cache(in_flight, len(self.strategies) * len(ranges)):
             held = self._held(np.full(len(some), stage), some, ranges)
-            mixes = list(self._mixes(self._of(lines, held, ranges, limits)))
+            mixes = self._mixes(self._of(lines, held, ranges, limits, self.levels))
             for index, own in enumerate(some.tolist()):
                 yield own, self._part(mixes, index, ranges)
 
-    def _mixes(self, position: StagePosition) -> Iterator[Mixes]:
-        for level in self.levels:
-            yield position.whole(level)
-        for upper, lower in self.pairs:
-            yield from position.mixed(upper, lower)
+    def _mixes(self, position: StagePosition) -> Mixes:
+        return Mixes.joined(list(position.mixes(self.levels, self.pairs)))
 
     def without_head(self) -> "GroupModel":
         """The model of stages without a head: of strategies alike but for the head, one each."""
@@ -208,28 +203,29 @@ class GroupModel:
 
     def by_line(
         self, ranges: Ranges, limits: Limits, among: Collection[int] | None = None
-    ) -> Iterator[tuple[StageTable, list[Mixes]]]:
+    ) -> Iterator[tuple[StageTable, Mixes]]:
         """Tables of stages that differ in more than layers, and their mixes [F K].
 
         For a pipeline of few strategies numpy's calls, not its numbers, take the time. `among`:
         the stages to look at; None for all.
         """
         for table in self.together(len(self.strategies) * len(ranges), ranges, among):
-            yield table, list(self._mixes(self._of(table.lines, table.held, ranges, limits)))
+            position = self._of(table.lines, table.held, ranges, limits, self.levels)
+            yield table, self._mixes(position)
 
     def by_place(
         self, ranges: Ranges, limits: Limits, among: Collection[int] | None = None
-    ) -> Iterator[tuple[Ints, list[Mixes]]]:
+    ) -> Iterator[tuple[Ints, Mixes]]:
         """Stages that differ in nothing but their layers, and the mixes of each of them."""
         for table, mixes in self.by_line(ranges, limits, among):
             for index, stages in enumerate(table.stages):
                 yield stages, self._part(mixes, index, ranges)
 
-    def _part(self, mixes: list[Mixes], index: int, ranges: Ranges) -> list[Mixes]:
+    def _part(self, mixes: Mixes, index: int, ranges: Ranges) -> Mixes:
         """The possible mixes for one of the numbers of micro-batches in flight."""
-        num_rows = len(self.strategies)
-        parts = (mix.part(index * num_rows, num_rows) for mix in mixes)
-        return [p for p in parts if p.upper is p.lower or (p.num_lower < ranges.count).any()]
+        copy_of, row = np.divmod(mixes.row, max(1, len(self.strategies)))
+        possible = (mixes.num_lower < ranges.count).any(axis=1)
+        return replace(mixes, row=row).take((copy_of == index) & possible)
 
     def short(self, ranges: Ranges, limits: Limits) -> NDArray[np.bool_]:
         """Strategies that do not fit everywhere with all layers at their fastest level, [K]."""
@@ -245,8 +241,9 @@ class GroupModel:
         num_rows = len(self.strategies)
         short = np.zeros(num_rows, dtype=np.bool_)
         for table in self.together(num_rows * len(ranges), ranges):
-            position = self._of(table.lines, table.held, ranges, limits)
-            fits = position.whole(level).fits.reshape(len(table.stages), num_rows, len(ranges))
+            position = self._of(table.lines, table.held, ranges, limits, (level,))
+            (whole,) = position.mixes((level,), ())
+            fits = whole.fits.reshape(len(table.stages), num_rows, len(ranges))
             for own, stages in zip(fits, table.stages, strict=True):
                 for stage in stages.tolist():
                     allowed = placed(ranges, self.job.num_layers, self.group.num_stages, stage)
@@ -267,7 +264,7 @@ class GroupModel:
             if among is None or stage in among:
                 alike.setdefault((rank[place], self.in_flight(stage)), []).append(stage)
         first, *others = [np.array(alike[key]) for key in sorted(alike)]
-        for stages in ([first], *_chunks(others, size)):
+        for stages in ([first], *in_cache(others, size)):
             leading = np.array([own[0] for own in stages])
             lines = StageLines.stacked([self.lines(int(stage)) for stage in leading])
             held = self._held(leading, self._in_flight[leading], ranges)
@@ -291,8 +288,7 @@ class GroupModel:
         """The least number of lower layers that fits, [K, R]; 0 where the levels are one."""
         if upper is lower:
             return np.zeros((len(self.strategies), len(ranges)), dtype=np.int64)
-        rows = np.arange(len(self.strategies))
-        return self._position(stage, ranges, limits).least(upper, lower, rows)
+        return self._position(stage, ranges, limits, (upper, lower)).least((upper, lower))
 
     def mix(  # noqa: PLR0913 - a position and a mix
         self,
@@ -305,18 +301,28 @@ class GroupModel:
         num_lower: Ints,
     ) -> Mixes:
         """One mix with these numbers of lower layers, [K, R]."""
-        rows = np.arange(len(self.strategies))
-        return self._position(stage, ranges, limits).mix(upper, lower, rows, num_lower)
+        position = self._position(stage, ranges, limits, (upper, lower))
+        return position.mix([(upper, lower)], num_lower)
 
     def _position(
-        self, stage: int, ranges: Ranges, limits: Limits, place: NodePosition | None = None
+        self, stage: int, ranges: Ranges, limits: Limits, levels: Sequence[MemoryLevel]
     ) -> StagePosition:
         held = self._held(np.array([stage]), self._in_flight[stage : stage + 1], ranges)
-        return self._of(self.lines(stage, place), held, ranges, limits)
+        return self._of(self.lines(stage), held, ranges, limits, levels)
 
-    def _of(self, lines: StageLines, held: Held, ranges: Ranges, limits: Limits) -> StagePosition:
+    def _of(
+        self,
+        lines: StageLines,
+        held: Held,
+        ranges: Ranges,
+        limits: Limits,
+        levels: Sequence[MemoryLevel],
+    ) -> StagePosition:
         caps = within_caps(self.space, self.job.platform.runtime, self.strategies, ranges.count)
-        within = Within(limits=limits, caps=caps, allowed=self.allowed, useful=self.useful)
+        allowed, useful = (
+            {level: of[level] for level in levels} for of in (self.allowed, self.useful)
+        )
+        within = Within(limits=limits, caps=caps, allowed=allowed, useful=useful)
         return StagePosition(self.job, lines, held, ranges, within)
 
 
@@ -338,11 +344,3 @@ def _places(
 
 
 _TOGETHER: Final = 1 << 10  # strategies at places whose lines are read together
-_CHUNK: Final = 1 << 16  # stages computed together: what a processor's cache holds
-
-
-def _chunks(stages: T, size: int) -> Iterator[T]:
-    """As many at a time as are computed together, of `size` numbers each."""
-    chunk = max(1, _CHUNK // max(size, 1))
-    for start in range(0, len(stages), chunk):
-        yield stages[start : start + chunk]

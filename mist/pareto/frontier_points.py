@@ -1,17 +1,13 @@
 """The points that a stage may take: of all its mixes, those that none beats in (stable, lone)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.frontier import frontier, lean_frontier
-from mist.pareto.stage_mixes import Mixes
+from mist.pareto.stage_mixes import LevelNames, Mixes
 from mist.pareto.strategies import Floats, Ints
-
-LevelNames = NDArray[np.object_]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Points:
@@ -35,19 +31,16 @@ class Points:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StackedMixes:
-    """All mixes of a position as one table, [N, R]; levels and rows [N]."""
+class StageMixes(Mixes):
+    """All mixes of a position, [N, R], and seconds of gradients of weights, [R]."""
 
-    stable_s: Floats
-    lone_s: Floats
-    peak_bytes: Floats
-    host_bytes: Floats
-    fits: NDArray[np.bool_]
-    num_lower: Ints
-    row: Ints
-    upper: LevelNames
-    lower: LevelNames
     weight_s: Floats
+
+    @classmethod
+    def of(cls, mixes: Mixes, weight_s: Floats) -> "StageMixes":
+        """Mixes of one position."""
+        columns = {item.name: getattr(mixes, item.name) for item in fields(mixes)}
+        return cls(weight_s=weight_s, **columns)
 
     def points(self, rows: Ints, columns: Ints) -> Points:
         """Rows and their ranges, both [P], as points."""
@@ -72,16 +65,3 @@ class StackedMixes:
         columns = (self.stable_s[:, column], self.lone_s[:, column], self.host_bytes[:, column])
         rows = lean_frontier(*columns, useful)
         return self.points(rows, np.full(len(rows), column))
-
-
-def stacked(mixes: Sequence[Mixes], weight_s: Floats) -> StackedMixes:
-    """Mixes of one position, one under the other; `weight_s` [R]."""
-    wide = ("stable_s", "lone_s", "peak_bytes", "host_bytes", "fits", "num_lower")
-    lengths = [len(mix.row) for mix in mixes]
-    return StackedMixes(
-        row=np.concatenate([mix.row for mix in mixes]),
-        upper=np.repeat(np.array([mix.upper for mix in mixes], dtype=object), lengths),
-        lower=np.repeat(np.array([mix.lower for mix in mixes], dtype=object), lengths),
-        weight_s=weight_s,
-        **{name: np.concatenate([getattr(mix, name) for mix in mixes]) for name in wide},
-    )

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mist.pareto.frontier_points import StackedMixes
+from mist.pareto.frontier_points import StageMixes
 from mist.pareto.strategies import Floats, Group
 from mist.plans.plan import Limits
 from mist.symbolic.job import Job
@@ -35,7 +35,7 @@ def shared(limits: Limits, num_stages: int) -> Limits:
 
 
 def crowded_out(
-    table: StackedMixes, least_s: Floats, num_strategies: int, *, step_s: float, limits: Limits
+    table: StageMixes, least_s: Floats, num_strategies: int, *, step_s: float, limits: Limits
 ) -> NDArray[np.bool_]:
     """Which strategies and ranges [K, R] an equal share may keep out of a plan within `step_s`.
 

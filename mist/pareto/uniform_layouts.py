@@ -16,7 +16,7 @@ from mist.pareto.bounds import window
 from mist.pareto.candidates import GroupModel
 from mist.pareto.capacity import capacity
 from mist.pareto.default_partition import dealt_layers
-from mist.pareto.frontier_points import Points, StackedMixes, stacked
+from mist.pareto.frontier_points import Points, StageMixes
 from mist.pareto.layer_partition import even_split
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, alike_pipelines, layout_of
@@ -89,7 +89,7 @@ class _Table:
 
     stages: list[Ints]
     weights_s: Floats
-    mixes: StackedMixes
+    mixes: StageMixes
     slot: Ints
     among: NDArray[np.bool_] | None = None
 
@@ -117,7 +117,7 @@ class _Pick:
 
     value: Floats
     mix: Ints
-    mixes: StackedMixes
+    mixes: StageMixes
 
     def points(self, strategies: Ints, columns: Ints) -> Points:
         """Strategies and their ranges, both [P], as points."""
@@ -158,7 +158,7 @@ def _tables(model: GroupModel, ranges: Ranges, limits: Limits) -> list[_Table]:
     tables = []
     for own, mixes in model.by_line(ranges, limits):
         weights_s = model.weights_s(own.lines, ranges)
-        table = stacked(mixes, weights_s[0])
+        table = StageMixes.of(mixes, weights_s[0])
         tables.append(
             _Table(
                 stages=own.stages,
@@ -242,8 +242,8 @@ def _alike(
     num_lower = -(-num_lower // chunks) * chunks
     columns = np.broadcast_to(num_lower[:, None], (len(num_lower), num_stages))
     tables = [
-        stacked(
-            [model.mix(stage, ranges, limits, *levels, num_lower=columns)],
+        StageMixes.of(
+            model.mix(stage, ranges, limits, *levels, num_lower=columns),
             model.weight_s(stage, ranges),
         )
         for stage in range(num_stages)
@@ -254,7 +254,7 @@ def _alike(
 
 
 def _best_of_kinds(
-    model: GroupModel, tables: Sequence[StackedMixes], rows: Ints, least: Measure
+    model: GroupModel, tables: Sequence[StageMixes], rows: Ints, least: Measure
 ) -> Ints:
     """Of strategies `rows` the best of each kind, in their order."""
     if least == "peak_bytes":
@@ -270,7 +270,7 @@ def _best_of_kinds(
     return rows[np.sort(order[first])]
 
 
-def _step_s(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Floats:
+def _step_s(model: GroupModel, tables: Sequence[StageMixes], rows: Ints) -> Floats:
     """Seconds per step with one of strategies `rows` in every stage."""
     stable_s, lone_s = (
         np.stack([getattr(table, name)[rows, i] for i, table in enumerate(tables)], axis=-1)
@@ -284,7 +284,7 @@ def _step_s(model: GroupModel, tables: Sequence[StackedMixes], rows: Ints) -> Fl
 
 
 def _stages(
-    model: GroupModel, ranges: Ranges, tables: Sequence[StackedMixes], k: int
+    model: GroupModel, ranges: Ranges, tables: Sequence[StageMixes], k: int
 ) -> list[Picked]:
     rows = np.array([k])
     return [

@@ -26,7 +26,7 @@ from mist.milp import Cell, InterStageProblem, InterStageSolution, Method, Share
 from mist.pareto.bounds import least_step_s, window
 from mist.pareto.candidates import GroupModel, Ties
 from mist.pareto.capacity import capacity
-from mist.pareto.frontier_points import Points, StackedMixes, stacked
+from mist.pareto.frontier_points import Points, StageMixes
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.level_choice import allowed_levels, fastest_s
@@ -152,7 +152,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
     copies = np.bincount(like, minlength=len(distinct))
     for own, stages, mixes in _by_place(model, distinct, bounds.limits):
         sized = _Sized(size=group.sizes[0], model=own, ranges=distinct)
-        table = stacked(mixes, own.weight_s(int(stages[0]), distinct))
+        table = StageMixes.of(mixes, own.weight_s(int(stages[0]), distinct))
         least_s = least_step_s(base, distinct, table.stable_s, table.lone_s)
         useful = table.fits & (least_s <= bounds.step_s)
         store.num_tried += len(useful) * len(ranges) * len(stages)
@@ -178,7 +178,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
 
 def _by_place(
     model: GroupModel, ranges: Ranges, limits: Limits
-) -> Iterator[tuple[GroupModel, Ints, list[Mixes]]]:
+) -> Iterator[tuple[GroupModel, Ints, Mixes]]:
     """The stages of each place with their mixes, and the model of these; heads of the last only."""
     last = model.group.num_stages - 1
     headless = model.without_head()
@@ -304,7 +304,7 @@ def _stored_cells(
     if ranges.alike and key in store.cells:
         return store.cells[key]
     for held, mixes in model.mixes(stage, _in_flight(sized, stage), ranges, bounds.limits, place):
-        table = stacked(mixes, model.weight_s(stage, ranges))
+        table = StageMixes.of(mixes, model.weight_s(stage, ranges))
         least_s = (group.num_micro_batches - 1) * table.stable_s + table.lone_s
         useful = table.fits & (least_s <= bounds.step_s)
         useful &= placed(ranges, model.job.num_layers, group.num_stages, stage)
@@ -345,7 +345,7 @@ def _with(model: GroupModel, away: Strategies, ranges: Ranges, step_s: float) ->
 
 def _frontiers(
     sized: _Sized,
-    table: StackedMixes,
+    table: StageMixes,
     useful: NDArray[np.bool_],
     limits: Limits,
     ties: Ties,
@@ -358,7 +358,7 @@ def _frontiers(
 
 
 def _untied_frontiers(
-    sized: _Sized, table: StackedMixes, useful: NDArray[np.bool_], limits: Limits
+    sized: _Sized, table: StageMixes, useful: NDArray[np.bool_], limits: Limits
 ) -> Iterator[_Found]:
     """The same of strategies that are compared with each other."""
     ranges, model = sized.ranges, sized.model
@@ -394,7 +394,7 @@ def fixed_problem(stages: Sequence[FixedStage], limits: Limits) -> GroupProblem:
         model, ranges = stage.model, stage.ranges
         in_flight = np.array([model.in_flight(index)])
         ((_, mixes),) = model.mixes(index, in_flight, ranges, limits, stage.place)
-        table = stacked(mixes, model.weight_s(index, ranges))
+        table = StageMixes.of(mixes, model.weight_s(index, ranges))
         sized = _Sized(size=0, model=model, ranges=ranges)
         units = int(model.strategies.num_devices[0]) // model.group.sizes[0]
         ties = model.ties(index)

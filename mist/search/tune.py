@@ -91,13 +91,15 @@ class _Search:
     `relaxed_s`: the least that any group's dynamic program proved, which does not see what
     transfers between unlike neighbours add. `finalists`: the best with stages of one size (False)
     and of several, whose ratios are refined: so the space that has both is never the slower one.
-    `fits_from_s`: of groups without room for a plan of fewer seconds, these.
+    `fits_from_s`: of groups without room for a plan of fewer seconds, these. `within_s`: slower
+    ones are not looked for.
     """
 
     job: Job
     space: SearchSpace
     num_alternatives: int
     most_offloaded: MostOffloaded
+    within_s: float
     best: PricedLayout | None = None
     best_visit: Visit | None = None
     best_solver: Solver = "dp"
@@ -115,13 +117,13 @@ class _Search:
 
     @property
     def upper_bound_s(self) -> float:
-        return self.best.step_s if self.best else math.inf
+        return self.best.step_s if self.best else self.within_s
 
     @property
     def horizon_s(self) -> float:
         """Step time beyond which a group can neither win nor be among the alternatives."""
         steps = sorted(layout.step_s for layout in self.by_kind.values())
-        return steps[self.num_alternatives] if len(steps) > self.num_alternatives else math.inf
+        return steps[self.num_alternatives] if len(steps) > self.num_alternatives else self.within_s
 
     def count(self, problem: GroupProblem) -> None:
         """Note how much was looked at."""
@@ -151,14 +153,15 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     is_over: Callable[[], bool] = _never,
     method: Method = "both",
     listed: Sequence[Visit] = (),
+    within_s: float = math.inf,
 ) -> Tuned:
     """Find the fastest layout whose every stage stays within the limits.
 
     `is_late` ends the search at the next group with the best layout so far, as Ctrl-C does, once
     there is one; `is_over` ends it without one, and the listing of groups before it. `method`: what
     solves and confirms the winner. `listed`: the groups to search, where another search knows them;
-    else all of the space. Raises Infeasible when no layout fits, InputError when the space is empty
-    or nothing was found in time.
+    else all of the space. `within_s`: only layouts that are faster. Raises Infeasible when none
+    fits, InputError when the space is empty or nothing was found in time.
     """
     state_room(job, limits).refuse()
     known, is_whole = listed_groups(job, space, limits, is_over, listed)
@@ -167,7 +170,11 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     work = in_order(known)
     most_offloaded = MostOffloaded(job, space, [visit.group for visit in work])
     search = _Search(
-        job=job, space=space, num_alternatives=num_alternatives, most_offloaded=most_offloaded
+        job=job,
+        space=space,
+        num_alternatives=num_alternatives,
+        most_offloaded=most_offloaded,
+        within_s=within_s,
     )
     # Of groups that were not even listed nothing is known: no step is too short for them.
     num_groups, left_s = len(work), math.inf if is_whole else 0.0

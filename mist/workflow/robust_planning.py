@@ -1,5 +1,6 @@
 """The pool of a robust choice, and what a plan says of it (`mist.search.robust_choice`)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from mist.units import six_digits
 
 # How far towards their worse ends figures are taken, until a layout is within the tolerance.
 PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.75, "each near it"))
+_ROUNDING: Final = 1e-9  # of a step that is priced twice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +70,18 @@ def chosen_robustly(
     def worse(share: float, visits: Sequence[Visit], which: str) -> tuple[PricedLayout, ...]:
         there = pessimistic_job(job, share)
         listed = list(priced_anew(there, space, visits))
-        return _found(partial(search, there, space, listed=listed), how, which) if listed else ()
+        known_s, worse_s = steps_on([job, there], pool)
+        # Only what beats those that may be chosen already.
+        able_s = float(worse_s[known_s <= most_s * (1 + _ROUNDING)].min())
+        faster = partial(search, there, space, within_s=able_s)
+        return _found(partial(faster, listed=listed), how, which) if listed else ()
 
     pool += _worse(job, lambda share, which: worse(share, near, which), most_s)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
-        pool += _found(partial(search, job, resident, listed=tuned.listed), how, "no offloading")
+        known_s = min((each.step_s for each in tuned.pool if not offloads(each)), default=math.inf)
+        faster = partial(search, job, resident, listed=tuned.listed, within_s=known_s)
+        pool += _found(faster, how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
         pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
     best = least_regret(job, pool, how.tolerance_ratio)

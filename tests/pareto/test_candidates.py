@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mist.pareto.candidates import GroupModel
-from mist.pareto.frontier_points import Points, stacked
+from mist.pareto.frontier_points import Points, StageMixes
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.offload_ratios import offloading
 from mist.pareto.stage_mixes import Mixes
@@ -31,7 +31,7 @@ PLAIN = (ScheduleKind.ONE_F_ONE_B,)
 ONE = SearchSpace(schedules=PLAIN, offload=NO_RATIOS)
 
 
-def mixes_at(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> list[Mixes]:
+def mixes_at(model: GroupModel, stage: int, ranges: Ranges, limits: Limits) -> Mixes:
     in_flight = np.array([model.in_flight(stage)])
     ((_, found),) = model.mixes(stage, in_flight, ranges, limits)
     return found
@@ -124,7 +124,7 @@ def compared(job: Job, space: SearchSpace, limit: float, *, stride: int = 2) -> 
         ranges = layer_ranges(job, model.group.num_stages, least=model.group.schedule.vpp)
         for i in range(model.group.num_stages):
             allowed = placed(ranges, job.num_layers, model.group.num_stages, i)
-            table = stacked(mixes_at(model, i, ranges, limits), model.weight_s(i, ranges))
+            table = StageMixes.of(mixes_at(model, i, ranges, limits), model.weight_s(i, ranges))
             for r in np.flatnonzero(allowed)[::stride]:
                 first, count = int(ranges.first[r]), int(ranges.count[r])
                 alone = stages_alone(model, i, first, mixes_of(model, count))
@@ -160,8 +160,8 @@ def test_a_space_of_one_level(level: MemoryLevel) -> None:
         model = GroupModel(job, group, group.strategies, space)
         ranges = layer_ranges(job, group.num_stages, least=group.schedule.vpp)
         found = mixes_at(model, 0, ranges, ANY)
-        assert [(mix.upper, mix.lower) for mix in found] == [(level, level)]
-        assert not found[0].num_lower.any()
+        assert set(zip(found.upper, found.lower, strict=True)) == {(level, level)}
+        assert not found.num_lower.any()
 
 
 @pytest.mark.slow
@@ -291,9 +291,9 @@ def test_layers_that_keep_by_checkpointing_offload_no_activations() -> None:
     model = GroupModel(job, group, group.strategies.joined(away), space)
     ranges = layer_ranges(job, group.num_stages)
     limits = Limits(device_bytes=np.inf, host_bytes=np.inf)
-    fitting = {
-        (mix.upper, mix.lower): model.strategies["activations"][mix.row][mix.fits.any(axis=1)]
-        for mix in mixes_at(model, 0, ranges, limits)
-    }
-    for levels, activations in fitting.items():
-        assert activations.any() == (MemoryLevel.SELECTIVE not in levels)
+    mixes = mixes_at(model, 0, ranges, limits)
+    offloads = (model.strategies["activations"][mixes.row] > 0) & mixes.fits.any(axis=1)
+    levels = np.array([*zip(mixes.upper, mixes.lower, strict=True)])
+    for pair in {*map(tuple, levels.tolist())}:
+        offloading_some = offloads[(levels == pair).all(axis=1)].any()
+        assert offloading_some == (MemoryLevel.SELECTIVE not in pair)

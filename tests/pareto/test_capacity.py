@@ -11,7 +11,7 @@ import pytest
 from mist.pareto.bounds import fastest_layers, lower_bound_s
 from mist.pareto.candidates import GroupModel
 from mist.pareto.capacity import Capacity, capacity
-from mist.pareto.frontier_points import StackedMixes, stacked
+from mist.pareto.frontier_points import StageMixes
 from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.offload_ratios import offloading
 from mist.pareto.strategies import Floats, Ints, groups
@@ -37,11 +37,11 @@ def models(counts: tuple[int, ...]) -> list[GroupModel]:
     return found
 
 
-def tables_of(model: GroupModel, ranges: Ranges, limits: Limits) -> list[StackedMixes]:
+def tables_of(model: GroupModel, ranges: Ranges, limits: Limits) -> list[StageMixes]:
     """The mixes of each stage; what does not fit or cannot stand there has no `fits`."""
     job, group, found = model.job, model.group, {}
     for stages, mixes in model.by_place(ranges, limits):
-        table = stacked(mixes, model.weight_s(int(stages[0]), ranges))
+        table = StageMixes.of(mixes, model.weight_s(int(stages[0]), ranges))
         for stage in stages.tolist():
             allowed = placed(ranges, job.num_layers, group.num_stages, stage)
             found[stage] = replace(table, fits=table.fits & allowed)

@@ -10,7 +10,7 @@ from mist.pareto.stage_mixes import _TABLE, _distinct
 def test_sets_are_numbered_as_they_occur(num_members: int) -> None:
     draw = np.random.default_rng(0)
     known = draw.random((3, num_members)) < 0.5
-    wanted = known[draw.integers(0, 3, (40, 7))]  # [K, R, members]
-    sets, number = _distinct([wanted[..., i] for i in range(num_members)])
-    assert (sets[number] == wanted).all()
-    assert len(sets) == len({row.tobytes() for row in wanted.reshape(-1, num_members)})
+    wanted = np.moveaxis(known[draw.integers(0, 3, (40, 7))], -1, 0)  # [members, K, R]
+    sets, number = _distinct(wanted)
+    assert (np.moveaxis(sets[number], -1, 0) == wanted).all()
+    assert len(sets) == len({row.tobytes() for row in wanted.reshape(num_members, -1).T})
