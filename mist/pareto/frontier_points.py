@@ -9,6 +9,7 @@ from mist.pareto.frontier import frontier, lean_frontier
 from mist.pareto.stage_mixes import LevelNames, Mixes
 from mist.pareto.strategies import Floats, Ints
 
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Points:
     """P points of one stage and layer range. Times in s; `row` of the strategies.

@@ -34,7 +34,6 @@ from mist.units import six_digits
 
 # How far towards their worse ends figures are taken, until a layout is within the tolerance.
 PESSIMISTIC: Final = ((1.0, "each figure at its worse end"), (0.75, "each near it"))
-_ROUNDING: Final = 1e-9  # of a step that is priced twice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ def chosen_robustly(
         listed = list(priced_anew(there, space, visits))
         known_s, worse_s = steps_on([job, there], pool)
         # Only what beats those that may be chosen already.
-        able_s = float(worse_s[known_s <= most_s * (1 + _ROUNDING)].min())
+        able_s = float(worse_s[known_s <= most_s].min(initial=math.inf))
         faster = partial(search, there, space, within_s=able_s)
         return _found(partial(faster, listed=listed), how, which) if listed else ()
 
