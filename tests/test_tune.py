@@ -454,6 +454,15 @@ def test_more_memory_is_never_slower() -> None:
     assert math.isfinite(steps[-1])
 
 
+def test_a_search_for_less_than_is_known_finds_the_best_or_nothing() -> None:
+    job = job_of((3,), 2, 4)
+    space = SearchSpace(offload=NO_RATIOS, schedules=(ScheduleKind.ONE_F_ONE_B,))
+    best_s = tuned(job, space, 2e9).best.step_s
+    assert tuned(job, space, 2e9, 0, within_s=best_s * 1.001).best.step_s == best_s
+    with pytest.raises(Infeasible):
+        tuned(job, space, 2e9, 0, within_s=best_s)
+
+
 @pytest.mark.slow
 def test_a_larger_space_is_never_slower() -> None:
     job = toy_job(toy_graph((6,)), 4, global_batch=16)
