@@ -41,14 +41,13 @@ from mist.pareto.strategies import (
     expressible,
     groups,
     levels_under,
-    refusals,
     with_least_memory,
 )
 from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts, landscape_layouts
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
-from mist.plans.workload import batches_near
 from mist.progress import is_due
+from mist.search.empty_space import no_group_words
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
 from mist.search.state_room import state_room
@@ -84,7 +83,7 @@ class Tuned:
     listed: tuple[Visit, ...]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class _Search:
     """Best layout so far and what found it, the best of each kind, and counts.
 
@@ -166,16 +165,10 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     state_room(job, limits).refuse()
     known, is_whole = listed_groups(job, space, limits, is_over, listed)
     if not known:
-        raise InputError(_no_group_words(job, space))
+        raise InputError(no_group_words(job, space))
     work = in_order(known)
     most_offloaded = MostOffloaded(job, space, [visit.group for visit in work])
-    search = _Search(
-        job=job,
-        space=space,
-        num_alternatives=num_alternatives,
-        most_offloaded=most_offloaded,
-        within_s=within_s,
-    )
+    search = _Search(job, space, num_alternatives, most_offloaded, within_s)
     # Of groups that were not even listed nothing is known: no step is too short for them.
     num_groups, left_s = len(work), math.inf if is_whole else 0.0
     try:
@@ -466,37 +459,5 @@ def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf)
         model = GroupModel(job, group, group.strategies.joined(away), space)
         layouts += _uniform(model, within, least="peak_bytes")
     if not layouts:
-        raise InputError(_no_group_words(job, space))
+        raise InputError(no_group_words(job, space))
     return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))
-
-
-def _no_group_words(job: Job, space: SearchSpace) -> str:
-    """Why the space is empty: the rules that a restriction breaks, or the global batch."""
-    for tp in space.tp or ():
-        messages = [
-            rule.message.format(tp=tp)
-            for rule in job.rules
-            if rule.name.startswith("tp-") and not rule.mask({"tp": tp}).all()
-        ]
-        if messages:
-            return " ".join(messages)
-    if reasons := refusals(job, space):
-        return f"Nothing can run{_restricted_words(space)}: {' '.join(reasons)}"
-    if 1 not in space.chunks:
-        return (
-            f"Nothing can run{_restricted_words(space)}: chunks take schedule interleaved, 2 or "
-            "more stages, layers that are all alike, and a layer for each chunk of each stage."
-        )
-    batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
-    if batch % num_gpus:
-        advice = f"Try --global-batch {batches_near(batch, num_gpus)[-1]}."
-    else:
-        advice = "Restrict less, or let the restricted sizes divide it."
-    return (
-        f"--global-batch {batch}: no (dp, micro-batch, micro-batches) factorises it on {num_gpus} "
-        f"GPUs{_restricted_words(space)}. {advice}"
-    )
-
-
-def _restricted_words(space: SearchSpace) -> str:
-    return f" with {', '.join(space.restrictions)}" if space.restrictions else ""

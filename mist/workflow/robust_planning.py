@@ -78,7 +78,7 @@ def chosen_robustly(
     pool += _worse(job, lambda share, which: worse(share, near, which), most_s)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
-        known_s = min((each.step_s for each in tuned.pool if not offloads(each)), default=math.inf)
+        known_s = _least_resident_s(tuned.pool)
         faster = partial(search, job, resident, listed=tuned.listed, within_s=known_s)
         pool += _found(faster, how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
@@ -92,6 +92,10 @@ def chosen_robustly(
         if layout.stages == tuned.best.stages or how.can_load(layout):
             return choice
         pool = [other for other in pool if other.stages != layout.stages]
+
+
+def _least_resident_s(layouts: Sequence[PricedLayout]) -> float:
+    return min((each.step_s for each in layouts if not offloads(each)), default=math.inf)
 
 
 def _worse(

@@ -29,6 +29,7 @@ from mist.trace.expressions import Size
 from mist.trace.models.adapters import add_adapters
 from mist.trace.models.configurations import bounded_modules, model_of
 from mist.trace.models.image_inputs import GRIDS, IMAGES, image_size, image_tokens, sides
+from mist.trace.models.meta_device import StaysOnMeta
 from mist.trace.models.model_inputs import (
     LABELS,
     default_batch,
@@ -291,7 +292,12 @@ def _build(source: PythonSource, build: object) -> nn.Module:
             f"{source.label}: build_model is {_a_type(build)}, not a function that returns a "
             "torch.nn.Module."
         )
-    with _blamed(source, ": build_model() raised"), torch.device("meta"), bounded_modules():
+    with (
+        _blamed(source, ": build_model() raised"),
+        torch.device("meta"),
+        StaysOnMeta(),
+        bounded_modules(),
+    ):
         module = build()
     if not isinstance(module, nn.Module):
         raise ModelError(
