@@ -24,7 +24,7 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize(("name", "space"), first_fast(reversed(SEARCHES), width=2))
+@pytest.mark.parametrize(("name", "space"), first_fast(SEARCHES, width=2))
 def test_work_does_not_double(name: str, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     job = prepare(JOBS[name])  # the trace of tests/test_golden.py

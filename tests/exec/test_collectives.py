@@ -12,7 +12,10 @@ every group, P / m bytes in all, once per step.
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +31,7 @@ from tests.exec.running import variant_of
 DATA = [f"zero{z}{more}" for z in range(4) for more in ("", " accumulated")]
 TENSOR = ["tp2", "tp2 sp", "plain tp2"]
 PIPELINE = ["pp2 1+3", "pp2 gpipe"]
+FAST = ["zero3 accumulated", "tp2 sp", "pp2 gpipe"]
 HYBRID = [f"hsdp zero{z}{more}" for z in (1, 2, 3) for more in ("", " accumulated")]
 SMALL_BYTES = 4 * BATCH * SEQ_LEN * 4 + 1  # of a sum over tokens, or of a few norms
 FP32_BYTES = 4
@@ -44,9 +48,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def issued(folder: Path, forked: RunRanks) -> dict[str, Rows]:
-    """Large collectives of every variant, in one launch: (axis, kind) to (count, bytes)."""
-    return counted([*DATA, *TENSOR, *PIPELINE], folder, forked, num_ranks=2)
+def issued(folder: Path, forked: RunRanks) -> Callable[[str], Rows]:
+    """Large collectives of a variant, (axis, kind) to (count, bytes): fast ones in one launch."""
+
+    @cache
+    def launched(*, is_fast: bool) -> dict[str, Rows]:
+        names = [n for n in (*DATA, *TENSOR, *PIPELINE) if (n in FAST) is is_fast]
+        return counted(names, folder, forked if is_fast else interpreters, num_ranks=2)
+
+    return lambda name: launched(is_fast=name in FAST)[name]
+
+
+def cases(names: list[str]) -> list[Any]:
+    return [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in names]
 
 
 def counted(names: list[str], folder: Path, run: RunRanks, *, num_ranks: int) -> dict[str, Rows]:
@@ -64,17 +78,17 @@ def graph_of(variant: Variant, folder: Path) -> ModelGraph:
     return load_graph(str(folder / variant.model), setting, progress=lambda message: None)
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_data_parallel_collectives(name: str, issued: dict[str, Rows], folder: Path) -> None:
+@pytest.mark.parametrize("name", cases(DATA))
+def test_data_parallel_collectives(name: str, issued: Callable[[str], Rows], folder: Path) -> None:
     variant = variant_of(name)
     zero, steps = variant.stages[0].zero, BATCH // variant.micro
     graph = graph_of(variant, folder)
     ends = (graph.embed.num_params + graph.head.num_params) * FP32_BYTES
     layers = graph.num_params * FP32_BYTES - ends
-    rows = {key: row for key, row in issued[name].items() if key[1] != "all_reduce"}
+    rows = {key: row for key, row in issued(name).items() if key[1] != "all_reduce"}
     times = steps if zero >= 2 else 1
     if zero == 0:
-        count, size = issued[name]["dp", "all_reduce"]
+        count, size = issued(name)["dp", "all_reduce"]
         assert rows == {}
         assert (count - 2, size - NUMBERS_BYTES) == (NUM_LAYERS + 1, layers + ends)
         return
@@ -88,8 +102,10 @@ def test_data_parallel_collectives(name: str, issued: dict[str, Rows], folder: P
     }
 
 
-@pytest.mark.parametrize("name", TENSOR)
-def test_tensor_parallel_collectives(name: str, issued: dict[str, Rows], folder: Path) -> None:
+@pytest.mark.parametrize("name", cases(TENSOR))
+def test_tensor_parallel_collectives(
+    name: str, issued: Callable[[str], Rows], folder: Path
+) -> None:
     variant = variant_of(name)
     stage, steps = variant.stages[0], BATCH // variant.micro
     graph = graph_of(variant, folder)
@@ -102,7 +118,7 @@ def test_tensor_parallel_collectives(name: str, issued: dict[str, Rows], folder:
             counts[each.kind] += steps * each.count
             sizes[each.kind] += steps * each.count * int(each.bytes.subs(at))
     for kind, count in counts.items():
-        found, size = issued[name]["tp", kind]
+        found, size = issued(name)["tp", kind]
         if kind == "all_reduce":  # beside 3 of the divided loss each time
             found, size = found - 3 * steps - 2, size - _of_loss(variant.micro) * steps
             size -= NUMBERS_BYTES
@@ -114,14 +130,14 @@ def _of_loss(micro: int) -> int:
     return 3 * micro * SEQ_LEN * FP32_BYTES
 
 
-@pytest.mark.parametrize("name", PIPELINE)
-def test_pipeline_transfers(name: str, issued: dict[str, Rows], folder: Path) -> None:
+@pytest.mark.parametrize("name", cases(PIPELINE))
+def test_pipeline_transfers(name: str, issued: Callable[[str], Rows], folder: Path) -> None:
     variant = variant_of(name)
     steps = BATCH // variant.micro
     at = {B: variant.micro, S: SEQ_LEN, T: 1}
     size = int(graph_of(variant, folder).blocks[0].boundary_bytes.subs(at))
-    assert issued[name]["pp", "send"] == (steps, steps * size)
-    assert issued[name]["pp", "receive"] == (steps, steps * size)
+    assert issued(name)["pp", "send"] == (steps, steps * size)
+    assert issued(name)["pp", "receive"] == (steps, steps * size)
 
 
 @pytest.mark.slow

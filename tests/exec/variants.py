@@ -376,6 +376,7 @@ REPEATED = (
     *("activations 1.0", "gpt2 tied pp2 head in-forward", "plain tp2", "mixed levels zero2"),
     *("zero1 accumulated", "head checkpointed zero3", "pp2 interleaved", "frozen head pp2"),
     *("optimizer 1.0", "bf16 tp2 sp offload", "zero2", "clipped", "tp2 sp", "deepseek tp2 sp"),
+    *("pp2 1+3", "frozen upper zero-bubble"),
 )
 _EVERY = (
     *DATA,
