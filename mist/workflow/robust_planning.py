@@ -66,26 +66,28 @@ def chosen_robustly(
     pool = [tuned.best, *tuned.pool]
     search = partial(tune, limits=limits)
 
-    def worse(share: float, visits: Sequence[Visit], which: str) -> tuple[PricedLayout, ...]:
+    def worse(
+        share: float, visits: Sequence[Visit], which: str, within_s: float = math.inf
+    ) -> tuple[PricedLayout, ...]:
         there = pessimistic_job(job, share)
         listed = list(priced_anew(there, space, visits))
-        known_s, worse_s = steps_on([job, there], pool)
-        # Only what beats those that may be chosen already.
-        able_s = float(worse_s[known_s <= most_s].min(initial=math.inf))
-        faster = partial(search, there, space, within_s=able_s)
+        faster = partial(search, there, space, within_s=within_s)
         return _found(partial(faster, listed=listed), how, which) if listed else ()
 
     pool += _worse(job, lambda share, which: worse(share, near, which), most_s)
     if any(offloads(layout) for layout in pool):
         resident = replace(space, offload=NO_RATIOS, refines=False)
-        known_s = _least_resident_s(tuned.pool)
-        faster = partial(search, job, resident, listed=tuned.listed, within_s=known_s)
+        resident_s = _least_resident_s(tuned.pool)
+        faster = partial(search, job, resident, listed=tuned.listed, within_s=resident_s)
         pool += _found(faster, how, "no offloading")
     if not any(len(layout.stages) == 1 for layout in pool) and space.pp is None:
         pool += _found(partial(search, job, replace(space, pp=(1,))), how, "one stage")
     best = least_regret(job, pool, how.tolerance_ratio)
     own = [visit for visit in tuned.listed if _is_of(best, visit.group)]
-    pool += worse(1.0, own, "layouts alike, each figure at its worse end")
+    # Only what beats there those that may be chosen already.
+    known_s, worse_s = steps_on([job, pessimistic_job(job)], pool)
+    able_s = float(worse_s[known_s <= most_s].min(initial=math.inf))
+    pool += worse(1.0, own, "layouts alike, each figure at its worse end", able_s)
     while True:
         choice = robust_choice(job, pool, how.tolerance_ratio)
         layout = choice.chosen.layout
