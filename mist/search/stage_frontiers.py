@@ -87,11 +87,20 @@ class CellStore:
     cells: dict[tuple[object, ...], list[_Found]] = field(default_factory=dict)
 
 
-def problem_of(base: GroupModel, bounds: Bounds, store: CellStore) -> GroupProblem:
-    """The frontiers of every stage of a group, as the inter-stage problem."""
+def problem_of(
+    base: GroupModel, bounds: Bounds, store: CellStore, most: GroupModel | None = None
+) -> GroupProblem:
+    """The frontiers of every stage of a group, as the inter-stage problem.
+
+    `most`: the group with few strategies that stand for all offload ratios (`MostOffloaded`), where
+    they are priced already.
+    """
     before, crowded = store.num_tried, store.num_crowded_out
-    cells_of = _unequal_cells if len(base.group.sizes) > 1 else _equal_cells
-    problem = _problem(base, list(cells_of(base, bounds, store)), bounds.limits)
+    if len(base.group.sizes) > 1:
+        cells = _unequal_cells(base, bounds, store)
+    else:
+        cells = _equal_cells(base, most, bounds, store)
+    problem = _problem(base, list(cells), bounds.limits)
     return replace(
         problem,
         num_stages_tried=store.num_tried - before,
@@ -129,7 +138,9 @@ def _shared(model: GroupModel, limits: Limits) -> tuple[Shared, ...]:
     )
 
 
-def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator[_Found]:
+def _equal_cells(
+    base: GroupModel, most: GroupModel | None, bounds: Bounds, store: CellStore
+) -> Iterator[_Found]:
     """The frontiers of stages that all have the same devices."""
     group = base.group
     ranges = layer_ranges(base.job, group.num_stages, least=group.schedule.vpp)
@@ -138,7 +149,7 @@ def _equal_cells(base: GroupModel, bounds: Bounds, store: CellStore) -> Iterator
         return
     # No time falls with an offload ratio: what fits everywhere as it is needs no offloading.
     short = np.flatnonzero(base.short(ranges, bounds.limits))
-    few = _offloaded(base, ranges, bounds)
+    few = _offloaded(base, most, ranges, bounds)
     if few is None:
         return
     away = offloading(base.job, group, base.space, short, few)
@@ -188,16 +199,18 @@ def _by_place(
             yield own, stages, mixes
 
 
-def _offloaded(base: GroupModel, ranges: Ranges, bounds: Bounds) -> Strategies | None:
+def _offloaded(
+    base: GroupModel, most: GroupModel | None, ranges: Ranges, bounds: Bounds
+) -> Strategies | None:
     """Few strategies that stand for all tuples of ratios that a plan within the bounds may use.
 
     None where no plan is.
     """
     job, group, space = base.job, base.group, base.space
-    few = MostOffloaded(job, space, [group]).of(group)
-    model = GroupModel(job, group, few, space)
-    room = capacity(model, ranges, bounds.limits, bounds.step_s, coarse=True)
-    return few.take(room.useful) if room.suffices else None
+    if most is None:
+        most = GroupModel(job, group, MostOffloaded(job, space, [group]).of(group), space)
+    room = capacity(most, ranges, bounds.limits, bounds.step_s, coarse=True)
+    return most.strategies.take(room.useful) if room.suffices else None
 
 
 def _everywhere(

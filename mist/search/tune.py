@@ -235,39 +235,52 @@ def _visit(search: _Search, visit: Visit) -> list[Visit]:
     if not search.unlike_stages:
         _search_alike(search, visit)
         return []
-    if not _offer_even(search, visit):
+    models = _offer_even(search, visit)
+    if models is None:
         search.counts["groups_pruned"] += 1
         return []
-    problem = _join(search, visit, GroupModel(search.job, group, group.strategies, search.space))
+    problem = _join(search, visit, models)
     search.counts["groups_solved" if problem.num_stages_tried else "groups_pruned"] += 1
     if not problem.num_crowded_out:
         return []
     return [replace(visit, limits=shared(visit.limits, stages_per_node(search.job, group)))]
 
 
-def _offer_even(search: _Search, visit: Visit) -> bool:
-    """Offer layouts with one strategy for all stages; whether others may be faster than the best.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Models:
+    """A group with its strategies, and with few of them that stand for all offload ratios.
+
+    Of groups with stages of several sizes there is no `most`.
+    """
+
+    own: GroupModel
+    most: GroupModel | None
+
+
+def _offer_even(search: _Search, visit: Visit) -> _Models | None:
+    """Offer layouts with one strategy for all stages; None if no other is faster than the best.
 
     Before any of them is priced few strategies stand for all offload ratios.
     """
     job, group = search.job, visit.group
     if len(group.sizes) > 1:
-        return visit.bound_s < search.upper_bound_s
+        own = GroupModel(job, group, group.strategies, search.space)
+        return _Models(own=own, most=None) if visit.bound_s < search.upper_bound_s else None
     most = GroupModel(job, group, search.most_offloaded.of(group), search.space)
     horizon_s = max(search.upper_bound_s, search.horizon_s)
     if not _has_room(most, visit.limits, horizon_s):
         search.fits_from_s[group] = horizon_s
-        return False
-    model = GroupModel(job, group, group.strategies, search.space)
-    for layout in even_layouts(model, visit.limits, within_s=horizon_s):
+        return None
+    own = GroupModel(job, group, group.strategies, search.space)
+    for layout in even_layouts(own, visit.limits, within_s=horizon_s):
         search.offer(layout, visit)
     step_s = search.upper_bound_s
     if visit.bound_s >= step_s:
-        return False
+        return None
     if step_s == horizon_s or _has_room(most, visit.limits, step_s):
-        return True
+        return _Models(own=own, most=most)
     search.fits_from_s[group] = step_s
-    return False
+    return None
 
 
 def _has_room(most: GroupModel, limits: Limits, step_s: float) -> bool:
@@ -305,15 +318,16 @@ def _share(search: _Search, visit: Visit) -> None:
     """
     search.counts["groups_shared"] = search.counts.get("groups_shared", 0) + 1
     group = visit.group
-    model = GroupModel(search.job, group, group.strategies, search.space)
+    own = GroupModel(search.job, group, group.strategies, search.space)
+    models = _Models(own=own, most=None)
     alone = replace(visit, limits=replace(visit.limits, shares_host=False))
-    if _joined(search, alone, model)[1] is not None:
-        _join(search, visit, model)
+    if _joined(search, alone, models)[1] is not None:
+        _join(search, visit, models)
 
 
-def _join(search: _Search, visit: Visit, model: GroupModel) -> GroupProblem:
+def _join(search: _Search, visit: Visit, models: _Models) -> GroupProblem:
     """Offer the best layout of a group."""
-    problem, found = _joined(search, visit, model)
+    problem, found = _joined(search, visit, models)
     if found is not None:
         search.relaxed_s = min(search.relaxed_s, found[1].lower_bound_s)
         search.offer(found[0], visit, found[1].solver)
@@ -321,11 +335,11 @@ def _join(search: _Search, visit: Visit, model: GroupModel) -> GroupProblem:
 
 
 def _joined(
-    search: _Search, visit: Visit, model: GroupModel
+    search: _Search, visit: Visit, models: _Models
 ) -> tuple[GroupProblem, tuple[PricedLayout, InterStageSolution] | None]:
     """The problem of a group, and what of it beats the best so far."""
     bounds = Bounds(limits=visit.limits, step_s=search.upper_bound_s)
-    problem = problem_of(model, bounds, search.store)
+    problem = problem_of(models.own, bounds, search.store, models.most)
     search.count(problem)
     return problem, joined(problem, bounds, "dp")
 
