@@ -205,7 +205,7 @@ def repeats(fit: Fit) -> dict[str, float]:
 
 def configuration(run: Run) -> Run:
     """A run without its names and what was measured of it."""
-    return replace(run, run_id="", source="", ranking_group="", tier="", outcome="",
+    return replace(run, run_id="", source="", ranking_group="", tier="", outcome="", notes="",
                    step_time_s=None, mfu=None, hfu=None, peak_memory_gib=None)  # fmt: skip
 
 
