@@ -188,24 +188,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([row(*head), row(*["---"] * len(head)), *(row(*each) for each in rows)])
 
 
-def repeats(fit: Fit) -> dict[str, float]:
-    """By software, how far steps of one configuration lie apart: releases, clusters, luck.
+def repeats(fit: Fit, errors: Floats) -> dict[str, float]:
+    """By software, how far errors of one configuration lie apart: releases, clusters, luck.
 
     Standard deviations of logarithms; only where enough runs say it.
     """
     groups: dict[tuple[str, Run], list[float]] = defaultdict(list)
-    for stack, run in zip(fit.stacks.tolist(), fit.times.runs, strict=True):
-        groups[stack, configuration(run)].append(np.log(run.step_time_s))
+    for stack, run, error in zip(fit.stacks.tolist(), fit.times.runs, errors, strict=True):
+        groups[stack, configuration(run)].append(error)
     squares, freedom = defaultdict(float), Counter()
-    for (stack, _), steps in groups.items():
-        squares[stack] += float(np.sum((np.array(steps) - np.mean(steps)) ** 2))
-        freedom[stack] += len(steps) - 1
+    for (stack, _), each in groups.items():
+        squares[stack] += float(np.sum((np.array(each) - np.mean(each)) ** 2))
+        freedom[stack] += len(each) - 1
     return {s: float(np.sqrt(squares[s] / n)) for s, n in freedom.items() if n >= FEWEST}
 
 
 def configuration(run: Run) -> Run:
     """A run without its names and what was measured of it."""
-    return replace(run, run_id="", source="", ranking_group="", tier="", outcome="",
+    return replace(run, run_id="", source="", ranking_group="", tier="", outcome="", notes="",
                    step_time_s=None, mfu=None, hfu=None, peak_memory_gib=None)  # fmt: skip
 
 
@@ -221,18 +221,23 @@ def rests(fit: Fit, errors: Floats, known: Floats) -> dict[str, float]:
         off = errors / np.where(errors > 0, below, above)
         return float(np.sum(fit.weights * (2 * np.log(below + above) + off**2)))
 
-    likeliest, apart = min(RESTS, key=surprise), repeats(fit)
+    likeliest, apart = min(RESTS, key=surprise), repeats(fit, errors)
     names = {Combination(runtime=r, device=DEVICES[0]).key("runtime") for r in SAID}
     return {name: float(max(likeliest, apart.get(name, 0.0))) for name in names}
 
 
 def quantiles(fit: Fit, scores: Floats, rows: Counts) -> tuple[float, float]:
-    """Ends of the middle of these rows' scores: measured over predicted in standard deviations."""
+    """Ends of the middle of these rows' scores: measured over predicted in standard deviations.
+
+    The run to come is one more, which may lie beyond all others (conformal prediction: n + 1).
+    """
     order = rows[np.argsort(scores[rows])]
-    share = np.cumsum(fit.weights[order]) / fit.weights[rows].sum()
-    tail = (1 - SHARE) / 2
-    low, high = (float(scores[order][np.searchsorted(share, at)]) for at in (tail, 1 - tail))
-    return low, high
+    least = (1 + SHARE) / 2 * (fit.weights[rows].sum() + 1)
+
+    def end(order: Counts) -> float:
+        return float(scores[order][np.searchsorted(np.cumsum(fit.weights[order]), least)])
+
+    return end(order[::-1]), end(order)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class Transients(Record):
     memory serves nothing else (with `root_group`). `divided_loss_bytes_per_logit`: what the model's
     own loss holds more where tensor parallelism divides the logits. `token_copies`: activations are
     [samples, tokens, hidden] and collectives act on the first dimension, so that gathering tokens
-    of several samples, and scattering them, goes through a whole copy.
+    of several samples, and scattering them, goes through a whole copy, which takes time as well.
     `lone_copies_bytes_per_param`: what the reduction of a group makes on a rank that divides no
     gradients; null where that is not more than on others. `optimizer_bytes_per_param`:
     what a step of the optimizer makes and drops again, per parameter of a rank's shard, when no

@@ -24,6 +24,7 @@ from mist.model.graph import (
     SCATTER_COPY,
     B,
     Block,
+    CollectiveKind,
     Op,
     OpKind,
     Param,
@@ -136,33 +137,44 @@ def layer_cost(block: Block, setting: CostSetting) -> BlockCost:
 def collective_cost(
     block: Block, setting: CostSetting, *, recomputed_exits: int
 ) -> dict[str, Expr]:
-    """Seconds of the tensor-parallel collectives of each pass."""
+    """Seconds of the tensor-parallel collectives of each pass, with the copies around them."""
     runtime = setting.runtime
     rows = collectives(block, sequence_parallel=runtime.knobs.sequence_parallel)
     seconds = {
         phase: sympy.Add(
-            *(
-                c.count * COLLECTIVES[c.kind](c.bytes, T, sym.TP_PER_NODE)
-                for c in rows
-                if c.phase == phase
-            )
+            *(c.count * _exchange_s(c.kind, c.bytes, runtime) for c in rows if c.phase == phase)
         )
         for phase in ("forward", "backward")
     }
     if runtime.kernels.gathers_input_again and runtime.knobs.sequence_parallel:
-        seconds["backward"] += block.num_entries_back * sym.ALL_GATHER(
-            block.tp_bytes, T, sym.TP_PER_NODE
+        seconds["backward"] += block.num_entries_back * _exchange_s(
+            "all_gather", block.tp_bytes, runtime
         )
     spared = block.num_exits - recomputed_exits
-    leaving = "reduce_scatter" if runtime.knobs.sequence_parallel else "all_reduce"
-    again = seconds["forward"] - spared * COLLECTIVES[leaving](block.tp_bytes, T, sym.TP_PER_NODE)
+    leaving: CollectiveKind = "reduce_scatter" if runtime.knobs.sequence_parallel else "all_reduce"
+    again = seconds["forward"] - spared * _exchange_s(leaving, block.tp_bytes, runtime)
     again *= int(block.num_recomputed_ops > 0)
-    paid = figure(runtime, "overlap.tensor_parallel_time_scale")
     return {
-        "tp_forward_s": paid * seconds["forward"],
-        "tp_backward_s": paid * seconds["backward"],
-        "tp_recompute_s": paid * again,
+        "tp_forward_s": seconds["forward"],
+        "tp_backward_s": seconds["backward"],
+        "tp_recompute_s": again,
     }
+
+
+def _exchange_s(kind: CollectiveKind, num_bytes: Expr, runtime: Runtime) -> Expr:
+    """Seconds of a tensor-parallel collective on a buffer, and of the copy that it needs.
+
+    Where collectives act on the first dimension (`token_copies`), a whole copy puts tokens in order
+    before each scatter, and behind each gather of several samples. A sum is made in a copy, too.
+    """
+    paid = figure(runtime, "overlap.tensor_parallel_time_scale")
+    exchange_s = paid * COLLECTIVES[kind](num_bytes, T, sym.TP_PER_NODE)
+    if not runtime.transients.token_copies:
+        return exchange_s
+    scale = figure(runtime, "kernels.memory_time_scale")
+    copy_s = scale * sym.MEMORY[Traffic.POINTWISE](2 * num_bytes, 1)  # read and written
+    copies = sympy.And(T > 1, B > 1) if kind == "all_gather" else T > 1
+    return exchange_s + sympy.Piecewise((copy_s, copies), (0, True))
 
 
 def collectives(block: Block, *, sequence_parallel: bool) -> tuple[TensorParallelCollective, ...]:

@@ -48,7 +48,10 @@ COMPILED_LAUNCH_RATIO: Final = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What the runs of a group share; `content` tells configurations apart, `source` origins."""
+    """What the runs of a group share; `content` tells configurations apart, `source` origins.
+
+    `origin`: what stands for them; `variant` tells those of one source apart.
+    """
 
     content: str
     config: ConfigSource = field(compare=False)
@@ -56,6 +59,7 @@ class Key:
     attention: str
     source: str
     origin: Source = field(compare=False)
+    variant: str
     runtime: str
     device: str
     cluster: str
@@ -152,6 +156,7 @@ def _case(run: Run, sources: Sources, stages: tuple[StageRun, ...]) -> tuple[Key
         attention=source.attention or run.attention_impl,
         source=run.source,
         origin=source,
+        variant=repr(source),
         runtime=source.runtime,
         device=hardware.device,
         cluster=source.cluster or hardware.cluster,
@@ -268,7 +273,7 @@ def _group(
             path: quantity.times(ratios.get(path, 1.0))
             for path, quantity in calibration.profile.values.items()
         }
-    words = (_runtime(source.runtime).sha256, key.attention, repr(source),
+    words = (_runtime(source.runtime).sha256, key.attention, key.variant,
              str(calibration and calibration.sha256), repr((key.coded, key.sharded)))  # fmt: skip
     machine = machine_of(key, sources, values)
     return RunGroup(
@@ -295,7 +300,7 @@ def machine_of(key: Key, sources: Sources, values: Mapping[str, Quantity]) -> Ru
     # What a source says of its network, in place of the cluster's figure.
     nic = source.nic_bytes_per_s.get(key.device)
     wired = {"cluster.network.nic_bytes_per_s": nic} if nic else {}
-    device, cluster, runtime = with_values(profiles, {**wired, **values})
+    device, cluster, runtime = with_values(profiles, {**wired, **source.figures, **values})
     runtime = source.within(runtime, _runtime(source.selective_as or source.runtime).profile)
     runtime = _run_with(runtime, sources.attention[key.attention], compiled=key.setting.compiled)
     return RunProfiles(

@@ -22,6 +22,7 @@ class Run:
     Names and meanings are those of the columns.
     `micro_batch` is per data-parallel rank, in samples; `peak_memory_gib` in GiB; `outcome` ok,
     oom, crashed_or_oom or crashed_flaky; runs of one `ranking_group` differ in the layout only.
+    `notes`: what the source says besides, in words.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class Run:
     mfu: float | None = None
     hfu: float | None = None
     peak_memory_gib: float | None = None
+    notes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

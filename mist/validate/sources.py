@@ -77,7 +77,9 @@ class Source(Record):
     `selective_as`: the runtime whose selective checkpointing its rows mean. `recomputed_ratio`: the
     share of whole layers that they mean instead, where a row has no HFU. `nic_bytes_per_s`: of each
     GPU between nodes, by device, where the source says what its network is.
-    `reduced_bytes_per_param`: of gradients on their way, where they are not in fp32.
+    `reduced_bytes_per_param`: of gradients on their way, where they are not in fp32. `figures`: of
+    its device, cluster or runtime, named as in a calibration, where its runs have others.
+    `noted`: what stands for runs whose notes have these words; the first that a row has counts.
     """
 
     runtime: str
@@ -94,6 +96,12 @@ class Source(Record):
     recomputed_ratio: Quantity | None = None
     nic_bytes_per_s: Mapping[str, Quantity] = field(default_factory=dict)
     reduced_bytes_per_param: Quantity | None = None
+    figures: Mapping[str, Quantity] = field(default_factory=dict)
+    noted: Mapping[str, "Source"] = field(default_factory=dict)
+
+    def note_of(self, run: Run) -> str:
+        """Which words of `noted` a row has, "" where it has none."""
+        return next((words for words in self.noted if words in run.notes), "")
 
     def within(self, runtime: Runtime, meaning: Runtime) -> Runtime:
         """The runtime as the source's runs use it; `meaning`: whose selective checkpointing."""
@@ -132,8 +140,9 @@ class Sources(Record):
     sources: Mapping[str, Source] = field(default_factory=dict)
 
     def of(self, run: Run) -> Source:
-        """The source of a run; where the table does not have it, what the run says decides."""
-        return self.sources.get(run.source) or unlisted(run)
+        """What stands for a run; where the table does not have its source, what it says decides."""
+        source = self.sources.get(run.source) or unlisted(run)
+        return source.noted.get(source.note_of(run), source)
 
     def hardware(self, gpu: str) -> Hardware | None:
         """What stands for a GPU: a row of the table, else the profile that goes by that name."""

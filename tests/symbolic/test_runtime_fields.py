@@ -37,6 +37,9 @@ def changed(path: str, value: object, runtime: Runtime = TORCH) -> Runtime:
     return replace(runtime, **{section: replace(part, **{name: value})})
 
 
+WITHOUT_COPIES = changed("transients.token_copies", False)
+
+
 def laws(runtime: Runtime = TORCH) -> OpCosts:
     return OpCosts(
         device=PLATFORM.device,
@@ -112,8 +115,16 @@ def test_kernels_on_scores_are_scaled_apart() -> None:
 
 
 def test_tensor_parallel_time_is_scaled() -> None:
-    plain, half = stage(), stage(changed("overlap.tensor_parallel_time_scale", 0.5))
+    half = stage(changed("overlap.tensor_parallel_time_scale", 0.5, WITHOUT_COPIES))
+    plain = stage(WITHOUT_COPIES)
     assert half["tp_s"] == pytest.approx(plain["tp_s"] / 2)
+
+
+def test_each_tensor_parallel_collective_copies_tokens() -> None:
+    """Of two samples: 2 gathers and a scatter in each pass of a toy layer, 2 in all at each end."""
+    plain, without = stage(), stage(WITHOUT_COPIES)
+    each = float(laws().memory_s(2 * 2 * B * SEQ * HIDDEN, 1, Traffic.POINTWISE))
+    assert plain["tp_s"] - without["tp_s"] == pytest.approx((6 * LAYERS + 2 * 2) * each)
 
 
 def test_gradients_may_be_sent_in_two_bytes() -> None:
@@ -132,7 +143,7 @@ def test_tensor_parallel_groups_leave_the_node() -> None:
     size = 2 * B * SEQ * HIDDEN
     gather = float(laws().all_gather_s(size, 16, 8))
     scatter = float(laws().reduce_scatter_s(size, 16, 8))
-    found = stage(tp=16)
+    found = stage(WITHOUT_COPIES, tp=16)
     layers = LAYERS * (4 * gather + 2 * scatter)  # one part of a layer needs all tokens
     assert found["tp_s"] == pytest.approx(layers + 2 * (gather + scatter))
 
@@ -310,7 +321,8 @@ def test_deepspeed_with_weights_in_host_memory_leaves_one_gathered_layer() -> No
 
 
 def test_inputs_that_are_gathered_again_are_kept_by_shards() -> None:
-    plain, again = stage(), stage(changed("kernels.gathers_input_again", True))
+    again = stage(changed("kernels.gathers_input_again", True, WITHOUT_COPIES))
+    plain = stage(WITHOUT_COPIES)
     size = 2 * B * SEQ * HIDDEN
     assert plain["activations_bytes"] - again["activations_bytes"] == pytest.approx(
         LAYERS * size / 2 + 2 * SEQ * HIDDEN / 2  # of the shared table, too

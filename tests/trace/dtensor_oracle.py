@@ -288,12 +288,13 @@ class Measured:
     transient_bytes: int
     num_params: int
     collectives: dict[str, dict[str, list[int]]]
+    copied: dict[str, int]
 
 
 class Local(Watch):
     """The operations on local tensors: torch's FLOPs, and the collectives, by phase.
 
-    And what is alive, but for storages in `known`.
+    `copied`: bytes that concatenations wrote. And what is alive, but for storages in `known`.
     """
 
     def __init__(self, known: frozenset[int]) -> None:
@@ -301,6 +302,7 @@ class Local(Watch):
         self.phase = "forward"
         self.flop: Counter[str] = Counter()
         self.collectives: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
+        self.copied = {"forward": 0, "backward": 0}
 
     def __torch_dispatch__(
         self,
@@ -318,6 +320,8 @@ class Local(Watch):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if packet in FLOP:
             self.flop[self.phase] += FLOP[packet](*args, **(kwargs or {}), out_val=out)
+        if packet is torch.ops.aten.cat:
+            self.copied[self.phase] += out.numel() * out.element_size()
         if "c10d" in func.namespace and packet.__name__ != "wait_tensor":
             sizes = self.collectives[self.phase].setdefault(packet.__name__, [])
             sizes.append(args[0].numel() * args[0].element_size())
@@ -386,6 +390,7 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
             transient_bytes=local.peak(set()) - sum(size for _, size in saved),
             num_params=sum(local_of(p).numel() for p in layer.parameters()),
             collectives=local.collectives,
+            copied=local.copied,
         )
 
 

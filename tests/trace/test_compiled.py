@@ -6,6 +6,7 @@ aot_eager_decomp_partition), with static shapes: its cut is made for each size a
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,10 +15,15 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import metrics
+from torch._inductor.decomposition import select_decomp_table
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from mist.model.graph import Block, OpKind
 from mist.plans.workload import Attention, Precision
@@ -120,6 +126,46 @@ def test_products_are_the_layers_own(family: Family) -> None:
     for phase in ("forward", "backward"):
         ours, theirs = (flop(each, phase, OpKind.GEMM, 2, 48) for each in (block_of(family), block))
         assert ours == theirs
+
+
+def products_of_torch(*, recompute: bool) -> int:
+    """How many matrix products the graphs of a Llama layer have, checkpointed within or not."""
+    _, layer, args, kwargs = layer_of(llama, 2, 48)
+    found: Counter[object] = Counter()
+
+    def count(graph: fx.GraphModule, _: object) -> Callable[..., object]:
+        found.update(getattr(node.target, "overloadpacket", None) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    def run(*inputs: object) -> object:
+        if recompute:
+            return checkpoint(layer, *inputs, use_reentrant=False, **kwargs)
+        return layer(*inputs, **kwargs)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=count,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    out = torch.compile(run, backend=backend, dynamic=False)(*args)
+    next(t for t in tree_leaves(out) if isinstance(t, torch.Tensor)).sum().backward()
+    return sum(found[name] for name in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+@pytest.mark.slow
+def test_checkpointing_within_a_graph_repeats_what_torch_repeats() -> None:
+    """The last product gives what nothing in the backward pass needs.
+
+    Behind dropout we repeat it all the same: what runs again ends where the last saved tensor does.
+    """
+    block = block_of(llama)
+    repeated = block.ops[: block.num_recomputed_ops]
+    products = [op for op in repeated if op.kind is OpKind.GEMM]
+    more = products_of_torch(recompute=True) - products_of_torch(recompute=False)
+    assert len(products) == more
+    forward = [op for op in block.ops if op.phase == "forward" and op.kind is OpKind.GEMM]
+    assert more == len(forward) - 1
 
 
 @pytest.mark.slow

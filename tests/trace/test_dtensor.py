@@ -17,9 +17,12 @@ import torch
 from sympy import Expr
 
 from mist.model.graph import B, Block, S, T
+from mist.model.summary import Traffic
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
-from mist.symbolic.block import rank_params, saved_bytes
+from mist.symbolic.block import COLLECTIVES, collective_cost, rank_params, saved_bytes
+from mist.symbolic.cost_setting import figure
+from mist.symbolic.symbols import MEMORY
 from mist.trace import TraceSetting, trace_model
 from tests.tokens import tokens
 from tests.toys import adamw_setting
@@ -28,6 +31,8 @@ from tests.trace.dtensor_oracle import DEGREES, FAMILIES, HIDDEN, Measured, Mode
 ROOT = Path(__file__).parents[2]
 BF16 = TraceSetting(precision=Precision.BF16, attention=Attention.FLASH)
 TORCH = adamw_setting(load_runtime("torch").profile)
+
+MEMORY_SCALE = figure(TORCH.runtime, "kernels.memory_time_scale")
 
 Point = tuple[int, int]
 TYPICAL: Point = (2, 1024)
@@ -155,6 +160,31 @@ def collectives(block: Block, mode: Mode, num_ranks: int) -> dict[str, dict[str,
         given = at(each.bytes, TYPICAL, num_ranks) // shares
         expected[each.phase][NAMES[each.kind]] = [given] * each.count
     return expected
+
+
+def copied_bytes(block: Block, phase: str, point: Point, num_ranks: int) -> int:
+    """What the copies around collectives write, by the seconds that they are charged.
+
+    Every law that is no copy's takes no time here, and a copy half the bytes it reads and writes.
+    """
+    seconds = collective_cost(block, TORCH, recomputed_exits=0)[f"tp_{phase}_s"]
+    laws = {law: lambda *_: 0 for law in COLLECTIVES.values()}
+    laws[MEMORY[Traffic.POINTWISE]] = lambda num_bytes, _: num_bytes / 2
+    for law, found in laws.items():
+        seconds = seconds.replace(law, found)
+    return at(seconds.subs(MEMORY_SCALE, 1), point, num_ranks)
+
+
+@pytest.mark.parametrize("point", [TYPICAL, pytest.param((1, 1024), marks=SLOW)], ids=str)
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", OF_EACH)
+def test_copies_of_tokens_are_dtensors(family: str, num_ranks: int, point: Point) -> None:
+    """Concatenations that a divided sequence adds; one sample is gathered without."""
+    whole, real = (ranks(point, family)[family, mode, num_ranks] for mode in ("tp", "sp"))
+    for phase in ("forward", "backward"):
+        found = copied_bytes(block_of(family), phase, point, num_ranks)
+        assert found == real.copied[phase] - whole.copied[phase]
+        assert (found > 0) is (num_ranks > 1)
 
 
 @pytest.mark.slow

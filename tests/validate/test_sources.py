@@ -58,3 +58,28 @@ def test_ratios_are_of_sources_of_the_table() -> None:
     table, ratios = load_sources(), load_source_ratios()
     assert {*ratios.ratios, *ratios.fp8} <= {*table.sources}
     assert ratios.of("no source", "h100-sxm", NUMERICS["bf16"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("notes", "overlaps", "keeps_half"),
+    [
+        ("FSDP2 4 x TP 2 eager", 1.0, True),
+        ("graph trainer, AOT eager backend", 0.0, True),
+        ("compiler toolkit, backend not stated", 0.0, True),
+        ("graph trainer (one traced graph, regional Inductor)", 1.0, False),
+    ],
+)
+def test_notes_say_what_else_a_run_of_a_source_ran(
+    notes: str, overlaps: float, keeps_half: bool
+) -> None:
+    """Each in a group of its own, and all under the constants of their source."""
+    plain = run(source="torchtitan-log", zero_or_fsdp="fsdp2-full")
+    noted = run(source="torchtitan-log", zero_or_fsdp="fsdp2-full", run_id="two", notes=notes)
+    groups, _ = grouped([plain, noted], load_sources(), calibrated=True)
+    assert len(groups) == (1 if "FSDP2" in notes else 2)
+    runtime = groups[-1].machine.runtime
+    assert runtime.overlap.zero_all_gather_ratio.value == overlaps
+    assert runtime.overlap.zero_reduce_scatter_ratio.value == overlaps
+    assert runtime.selective is not None
+    assert runtime.selective.keeps_half_products is keeps_half
+    assert (groups[0].figures, groups[0].key.source) == (groups[-1].figures, groups[-1].key.source)

@@ -60,7 +60,8 @@ class Part:
     """What is recorded of one part: a layer, or what comes before or after the layers.
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
-    compiled graph; then `makers` are the operations that made its storages. `entered`: modules
+    compiled graph; then `makers` are the operations that made its storages, by name, and how many
+    had run by then. `entered`: modules
     whose input enters a tensor-parallel region, with what entered in their calls; `exposed`: those
     whose input no module around them was given; `flows`: those, and ends of a region, through which
     a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
@@ -75,7 +76,7 @@ class Part:
     shared: frozenset[int] = frozenset()
     whole: bool = False
     compiled: bool = False
-    makers: dict[int, str] = field(default_factory=dict)
+    makers: dict[int, tuple[str, int]] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     num_recomputed_ops: int = 0
     storages: dict[int, SavedStorage] = field(default_factory=dict)
@@ -150,7 +151,7 @@ class Part:
             bytes=storage.bytes,
             shape=storage.shape,
             dtype=storage.dtype,
-            op=self.makers.get(storage.key, origin.op),
+            op=self.makers[storage.key][0] if storage.key in self.makers else origin.op,
             module=origin.module,
             layout=TensorLayout.SHARDED if T in storage.bytes.free_symbols else whole,
         )

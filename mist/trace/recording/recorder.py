@@ -188,8 +188,8 @@ class Recorder(TorchDispatchMode):
         if part.compiled and moves_bytes(
             call.func, call.out
         ):  # a graph has one node for all its calls: the maker is known here only
-            name = str(call.func.overloadpacket)
-            part.makers.update((key_of(t), name) for t in tensors_in(call.out))
+            maker = str(call.func.overloadpacket), len(part.ops) + 1
+            part.makers.update((key_of(t), maker) for t in tensors_in(call.out))
 
     def _await(self, part: Part, call: Call, origin: Origin) -> None:
         """Note a call that reads a parameter and an activation."""
@@ -347,7 +347,10 @@ class Recorder(TorchDispatchMode):
         part, key = self.part, key_of(tensor)
         if part is None or self.phase == "backward":
             return tensor
-        part.num_recomputed_ops = len(part.ops)  # inputs are saved before a kernel runs
+        # Inputs are saved before a kernel runs. A graph saves all behind its last call: where it is
+        # checkpointed within, only what made a saved tensor runs again.
+        _, needed = part.makers.get(key, ("", 0)) if part.compiled else ("", len(part.ops))
+        part.num_recomputed_ops = max(part.num_recomputed_ops, needed)
         if key in self._states:
             return tensor
         if self._needs_all_tokens():
