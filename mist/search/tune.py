@@ -41,14 +41,14 @@ from mist.pareto.strategies import (
     expressible,
     groups,
     levels_under,
-    refusals,
+    with_least_batches,
     with_least_memory,
 )
 from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts, landscape_layouts
 from mist.plans.plan import Limits
 from mist.plans.search_space import SearchSpace
-from mist.plans.workload import batches_near
 from mist.progress import is_due
+from mist.search.empty_space import no_group_words
 from mist.search.refine_offload import refined
 from mist.search.stage_frontiers import Bounds, CellStore, GroupProblem, joined, problem_of
 from mist.search.state_room import state_room
@@ -163,7 +163,7 @@ def tune(  # noqa: PLR0913 - what is searched, and how
     state_room(job, limits).refuse()
     known, is_whole = listed_groups(job, space, limits, is_over, listed)
     if not known:
-        raise InputError(_no_group_words(job, space))
+        raise InputError(no_group_words(job, space))
     work = in_order(known)
     most_offloaded = MostOffloaded(job, space, [visit.group for visit in work])
     search = _Search(
@@ -443,53 +443,32 @@ def _uniform(
     return (layout for layout in found if layout.step_s <= within_s)
 
 
-def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> PricedLayout:
+def smallest_peak(
+    job: Job, space: SearchSpace, *, host_bytes: float = math.inf, enough_bytes: float = 0.0
+) -> PricedLayout:
     """The layout whose fullest device holds least, of those with room in host memory.
 
-    States are offloaded as far as they may be, or not at all. Raises InputError when the space is
-    empty.
+    States are offloaded as far as they may be, or not at all. A group without room for less than
+    what was found so far is left out, and what holds no more than `enough_bytes` ends the search.
+    Raises InputError when the space is empty.
     """
     space = with_least_memory(space)
-    within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
     lean = replace(space, offload=lean_ratios(space))
-    layouts: list[PricedLayout] = []
-    for group in groups(job, replace(space, unequal_meshes=False)):
-        rows = np.arange(len(group.strategies))
-        away = offloading(job, group, lean, rows)
+    every = with_least_batches(list(groups(job, replace(space, unequal_meshes=False))))
+    most_offloaded = MostOffloaded(job, lean, every)
+    anywhere = Limits(device_bytes=math.inf, host_bytes=host_bytes)
+    best: PricedLayout | None = None
+    for group in every:
+        few = GroupModel(job, group, most_offloaded.of(group), lean)
+        within = anywhere if best is None else replace(anywhere, device_bytes=best.peak_bytes)
+        if few.space.unlike_stages and not _has_room(few, within, math.inf):
+            continue
+        away = offloading(job, group, lean, np.arange(len(group.strategies)))
         model = GroupModel(job, group, group.strategies.joined(away), space)
-        layouts += _uniform(model, within, least="peak_bytes")
-    if not layouts:
-        raise InputError(_no_group_words(job, space))
-    return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))
-
-
-def _no_group_words(job: Job, space: SearchSpace) -> str:
-    """Why the space is empty: the rules that a restriction breaks, or the global batch."""
-    for tp in space.tp or ():
-        messages = [
-            rule.message.format(tp=tp)
-            for rule in job.rules
-            if rule.name.startswith("tp-") and not rule.mask({"tp": tp}).all()
-        ]
-        if messages:
-            return " ".join(messages)
-    if reasons := refusals(job, space):
-        return f"Nothing can run{_restricted_words(space)}: {' '.join(reasons)}"
-    if 1 not in space.chunks:
-        return (
-            f"Nothing can run{_restricted_words(space)}: chunks take schedule interleaved, 2 or "
-            "more stages, layers that are all alike, and a layer for each chunk of each stage."
-        )
-    batch, num_gpus = job.workload.global_batch, job.platform.num_gpus
-    if batch % num_gpus:
-        advice = f"Try --global-batch {batches_near(batch, num_gpus)[-1]}."
-    else:
-        advice = "Restrict less, or let the restricted sizes divide it."
-    return (
-        f"--global-batch {batch}: no (dp, micro-batch, micro-batches) factorises it on {num_gpus} "
-        f"GPUs{_restricted_words(space)}. {advice}"
-    )
-
-
-def _restricted_words(space: SearchSpace) -> str:
-    return f" with {', '.join(space.restrictions)}" if space.restrictions else ""
+        layouts = [*_uniform(model, anywhere, least="peak_bytes"), *([best] if best else [])]
+        best = min(layouts, key=lambda each: (each.peak_bytes, each.step_s), default=None)
+        if best is not None and best.peak_bytes <= enough_bytes:
+            break
+    if best is None:
+        raise InputError(no_group_words(job, space))
+    return best
