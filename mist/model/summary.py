@@ -54,6 +54,11 @@ class Lengths:
         if self.first < 1 or self.multiple < 1 or (self.last is not None and self.last < 1):
             raise ValueError(f"{self} are no lengths")
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is a single length."""
+        return self.first == self.last
+
     def __contains__(self, seq_len: int) -> bool:
         within = self.first <= seq_len and (self.last is None or seq_len <= self.last)
         return within and seq_len % self.multiple == 0

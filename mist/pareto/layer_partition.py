@@ -7,6 +7,7 @@ For every strategy at once, over stages i and layer boundaries x:
 
 With value = stable time this is the layout a person would write down: an upper bound for the search
 and the pool of alternatives. With value = peak bytes it tells how close to fitting a model comes.
+With a sum in the place of the maximum it is the least of what the stages need together.
 """
 
 from dataclasses import dataclass
@@ -57,6 +58,18 @@ def even_split(ranges: Ranges, num_layers: int, value: Floats) -> Ints:
     possible = np.isfinite(best[-1, :, -1])
     chosen[possible] = _backtrack(placed, best[:, possible], value[possible])
     return chosen
+
+
+def least_sum(ranges: Ranges, num_layers: int, value: Floats) -> float:
+    """The least sum of `value` [S, R] over the stages of any split of the layers; inf for none."""
+    placed = _placed(ranges, num_layers)
+    best = np.full(num_layers + 1, np.inf)
+    best[0] = 0.0
+    for own in value if len(placed.end) else ():
+        total = best[placed.first] + own[placed.row]
+        best = np.full(num_layers + 1, np.inf)
+        best[placed.end[placed.starts]] = np.minimum.reduceat(total, placed.starts)
+    return float(best[-1])
 
 
 def _placed(ranges: Ranges, num_layers: int) -> _Placed:

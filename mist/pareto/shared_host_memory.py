@@ -7,8 +7,10 @@ which divides the node), they may share its memory instead:
 
     sum over the stages i of a node of h_i  <=  stages per node * equal share
 
-with h_i the bytes of one rank of stage i. Stages of unequal size, and runtimes whose stages must be
-alike, keep to equal shares.
+with h_i the bytes of one rank of stage i. So all stages together hold no more than all nodes: where
+even the least that each range of layers can do with does not fit, no plan of the group does, which
+is known before any frontier is made (`has_room`). Stages of unequal size, and runtimes whose stages
+must be alike, keep to equal shares.
 """
 
 from dataclasses import replace
@@ -17,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mist.pareto.frontier_points import StageMixes
+from mist.pareto.layer_partition import least_sum
+from mist.pareto.layer_ranges import Ranges
 from mist.pareto.strategies import Floats, Group
 from mist.plans.plan import Limits
 from mist.symbolic.job import Job
@@ -32,6 +36,15 @@ def stages_per_node(job: Job, group: Group) -> int:
 def shared(limits: Limits, num_stages: int) -> Limits:
     """What one rank may hold when the other stages of its node hold nothing there."""
     return replace(limits, host_bytes=limits.host_bytes * num_stages, shares_host=True)
+
+
+def has_room(ranges: Ranges, num_layers: int, least_bytes: Floats, total_bytes: float) -> bool:
+    """Whether a split of the layers may fit the hosts of all nodes.
+
+    `least_bytes` [S, R]: that any point of a stage has in host memory, inf where it has no point.
+    """
+    slack = 1.0 + 1e-9  # rounding alone must not rule a plan out
+    return least_sum(ranges, num_layers, least_bytes) <= total_bytes * slack
 
 
 def crowded_out(

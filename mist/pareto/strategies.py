@@ -8,7 +8,7 @@ each tp is a group of its own.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -447,3 +447,22 @@ def with_least_memory(space: SearchSpace) -> SearchSpace:
     if DEFAULT_KIND in space.schedules and 1 in space.chunks:
         return replace(space, schedules=(DEFAULT_KIND,), chunks=(1,))
     return space
+
+
+def with_least_batches(listed: Sequence[Group]) -> list[Group]:
+    """Those groups, of like strategies with the smallest micro-batch only, which holds least.
+
+    What a stage keeps, min(stages behind, G) micro-batches of B / (dp G) samples, never falls with
+    their size. A step of one micro-batch (G = 1) may hold less, as it adds up no gradients.
+    """
+    known: set[tuple[object, ...]] = set()
+    found: list[Group] = []
+    for group in sorted(listed, key=lambda group: -group.num_micro_batches):
+        kind = (group.num_stages, group.sizes, group.schedule, group.num_micro_batches == 1)
+        columns = [c for name, c in group.strategies.columns.items() if name != "micro_batch"]
+        keys = [(*kind, *row) for row in zip(*columns, strict=True)]
+        rows = [i for i, key in enumerate(keys) if key not in known]
+        known |= set(keys)
+        if rows:
+            found.append(replace(group, strategies=group.strategies.take(np.array(rows))))
+    return found

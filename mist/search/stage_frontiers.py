@@ -16,7 +16,7 @@ Where embedding and head are one matrix, the first and the last stage must divid
 `tie` of a cell.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,7 +31,7 @@ from mist.pareto.layer_ranges import Ranges, layer_ranges, placed
 from mist.pareto.layouts import Picked, PricedLayout, layout_of
 from mist.pareto.level_choice import allowed_levels, fastest_s
 from mist.pareto.offload_ratios import MostOffloaded, offloading
-from mist.pareto.shared_host_memory import crowded_out, stages_per_node
+from mist.pareto.shared_host_memory import crowded_out, has_room, stages_per_node
 from mist.pareto.stage_mixes import Mixes
 from mist.pareto.strategies import Floats, Ints, Strategies
 from mist.pareto.unequal_meshes import NodePosition, depths, places
@@ -161,30 +161,87 @@ def _equal_cells(
     # Ranges with the same sequence of kinds are looked at once.
     distinct, like = ranges.distinct(base.job)
     copies = np.bincount(like, minlength=len(distinct))
-    for own, stages, mixes in _by_place(model, distinct, bounds.limits):
-        sized = _Sized(size=group.sizes[0], model=own, ranges=distinct)
-        table = StageMixes.of(mixes, own.weight_s(int(stages[0]), distinct))
-        least_s = least_step_s(base, distinct, table.stable_s, table.lone_s)
-        useful = table.fits & (least_s <= bounds.step_s)
-        store.num_tried += len(useful) * len(ranges) * len(stages)
-        if not bounds.limits.shares_host and stages_per_node(base.job, group) > 1:
-            crowded = crowded_out(
-                table, least_s, len(own.strategies), step_s=bounds.step_s, limits=bounds.limits
-            )
-            store.num_crowded_out += int((crowded * copies).sum())
+    limits, stages = bounds.limits, range(group.num_stages)
+    standing = [placed(ranges, base.job.num_layers, group.num_stages, stage) for stage in stages]
+    allowed = placeable & np.stack(standing)
+    positions: Iterable[_Position] = _positions(base, model, distinct, bounds)
+    if limits.shares_host:
+        positions = _within_nodes(list(positions), base, ranges, allowed, limits)
+    for position in positions:
+        own, table = position.sized.model, position.table
+        store.num_tried += len(table.row) * len(ranges) * len(position.stages)
+        store.num_crowded_out += int((_crowded_out(position, bounds) * copies).sum())
         known: dict[tuple[bool, bytes], list[_Found]] = {}
-        for stage in stages.tolist():
-            allowed = placed(ranges, base.job.num_layers, group.num_stages, stage)
-            allowed = allowed & placeable[stage]
+        for stage in position.stages.tolist():
             # Stages of one place that agree in ranges and tie have the same frontiers.
-            key = (own.is_tied(stage), allowed.tobytes())
+            key = (own.is_tied(stage), allowed[stage].tobytes())
             if key not in known:
-                looked_at = np.isin(np.arange(len(distinct)), like[allowed])
+                looked_at = np.isin(np.arange(len(distinct)), like[allowed[stage]])
                 ties = own.ties(stage)
-                found = _frontiers(sized, table, useful & looked_at, bounds.limits, ties)
-                known[key] = list(_everywhere(list(found), distinct, ranges, like, allowed))
+                useful = position.useful & looked_at
+                found = _frontiers(position.sized, table, useful, limits, ties)
+                known[key] = list(_everywhere(list(found), distinct, ranges, like, allowed[stage]))
             for cell, points, strategies in known[key]:
                 yield replace(cell, stage=stage), points, strategies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Position:
+    """Stages of one place and all their mixes; `useful` [N, R]: those within the bounds."""
+
+    sized: _Sized
+    stages: Ints
+    table: StageMixes
+    least_s: Floats
+    useful: NDArray[np.bool_]
+
+
+def _positions(
+    base: GroupModel, model: GroupModel, ranges: Ranges, bounds: Bounds
+) -> Iterator[_Position]:
+    """The positions of a group, each with the mixes of its stages; `base`: nothing offloaded."""
+    for own, stages, mixes in _by_place(model, ranges, bounds.limits):
+        table = StageMixes.of(mixes, own.weight_s(int(stages[0]), ranges))
+        least_s = least_step_s(base, ranges, table.stable_s, table.lone_s)
+        yield _Position(
+            sized=_Sized(size=base.group.sizes[0], model=own, ranges=ranges),
+            stages=stages,
+            table=table,
+            least_s=least_s,
+            useful=table.fits & (least_s <= bounds.step_s),
+        )
+
+
+def _crowded_out(position: _Position, bounds: Bounds) -> NDArray[np.bool_]:
+    """What an equal share of host memory may keep out, where stages may share: [K, R]."""
+    model, limits = position.sized.model, bounds.limits
+    if limits.shares_host or stages_per_node(model.job, model.group) == 1:
+        return np.zeros((len(model.strategies), len(position.sized.ranges)), dtype=bool)
+    return crowded_out(
+        position.table,
+        position.least_s,
+        len(model.strategies),
+        step_s=bounds.step_s,
+        limits=limits,
+    )
+
+
+def _within_nodes(
+    positions: Sequence[_Position],
+    base: GroupModel,
+    ranges: Ranges,
+    allowed: NDArray[np.bool_],
+    limits: Limits,
+) -> Sequence[_Position]:
+    """Those positions; none where no split of the layers as `allowed` [S, R] fits all hosts."""
+    _, like = ranges.distinct(base.job)
+    least = np.full(allowed.shape, np.inf)
+    for each in positions:
+        host_bytes = np.where(each.useful, each.table.host_bytes, np.inf).min(axis=0)
+        least[each.stages] = host_bytes[like]
+    least[~allowed] = np.inf
+    total_bytes = limits.host_bytes * len(_shared(base, limits))
+    return positions if has_room(ranges, base.job.num_layers, least, total_bytes) else ()
 
 
 def _by_place(

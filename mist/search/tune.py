@@ -41,6 +41,7 @@ from mist.pareto.strategies import (
     expressible,
     groups,
     levels_under,
+    with_least_batches,
     with_least_memory,
 )
 from mist.pareto.uniform_layouts import Measure, alike_layouts, even_layouts, landscape_layouts
@@ -457,21 +458,32 @@ def _uniform(
     return (layout for layout in found if layout.step_s <= within_s)
 
 
-def smallest_peak(job: Job, space: SearchSpace, *, host_bytes: float = math.inf) -> PricedLayout:
+def smallest_peak(
+    job: Job, space: SearchSpace, *, host_bytes: float = math.inf, enough_bytes: float = 0.0
+) -> PricedLayout:
     """The layout whose fullest device holds least, of those with room in host memory.
 
-    States are offloaded as far as they may be, or not at all. Raises InputError when the space is
-    empty.
+    States are offloaded as far as they may be, or not at all. A group without room for less than
+    what was found so far is left out, and what holds no more than `enough_bytes` ends the search.
+    Raises InputError when the space is empty.
     """
     space = with_least_memory(space)
-    within = Limits(device_bytes=math.inf, host_bytes=host_bytes)
     lean = replace(space, offload=lean_ratios(space))
-    layouts: list[PricedLayout] = []
-    for group in groups(job, replace(space, unequal_meshes=False)):
-        rows = np.arange(len(group.strategies))
-        away = offloading(job, group, lean, rows)
+    every = with_least_batches(list(groups(job, replace(space, unequal_meshes=False))))
+    most_offloaded = MostOffloaded(job, lean, every)
+    anywhere = Limits(device_bytes=math.inf, host_bytes=host_bytes)
+    best: PricedLayout | None = None
+    for group in every:
+        few = GroupModel(job, group, most_offloaded.of(group), lean)
+        within = anywhere if best is None else replace(anywhere, device_bytes=best.peak_bytes)
+        if few.space.unlike_stages and not _has_room(few, within, math.inf):
+            continue
+        away = offloading(job, group, lean, np.arange(len(group.strategies)))
         model = GroupModel(job, group, group.strategies.joined(away), space)
-        layouts += _uniform(model, within, least="peak_bytes")
-    if not layouts:
+        layouts = [*_uniform(model, anywhere, least="peak_bytes"), *([best] if best else [])]
+        best = min(layouts, key=lambda each: (each.peak_bytes, each.step_s), default=None)
+        if best is not None and best.peak_bytes <= enough_bytes:
+            break
+    if best is None:
         raise InputError(no_group_words(job, space))
-    return min(layouts, key=lambda layout: (layout.peak_bytes, layout.step_s))
+    return best

@@ -21,7 +21,8 @@ from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.ownership import Owned, owned_parts, unread_note
 from mist.trace.recording.recorded_run import Piece, RecordedRun
-from mist.trace.recording.session import Forms, seq_hint
+from mist.trace.recording.session import Forms
+from mist.trace.recording.size_hints import seq_hint
 from mist.trace.repeated_blocks import Layers, find_layers
 from mist.trace.run_subject import OneLength
 from mist.trace.runs import (
@@ -228,23 +229,65 @@ def _in_regime(
     record: Callable[[TraceSetting], list[Traced]],
     progress: Progress,
 ) -> list[Traced]:
-    """The usual traces, or those at the length that is asked for where a usual does not hold."""
-    usual = replace(setting, seq_len=None)
-    length = seq_hint(model, setting.seq_len)
+    """The usual traces, or those at the length that is asked for where a usual does not hold.
+
+    What is traced at that length first is the usual trace where it holds at the usual length.
+    """
+    asked = _asked_first(model, setting, record)
+    if asked and any(not each.graph.lengths.is_one for each in asked):
+        return asked
+    usual, length = _usual(model, setting, record), seq_hint(model, setting.seq_len)
+    if usual and (setting.seq_len is None or _hold(usual, length)):
+        return usual
+    if asked:
+        return asked
+    progress(f"{model.name} runs otherwise at {length} tokens")
+    # Of use although it may hold there only: another length is traced when it is asked for.
+    return record(replace(setting, seq_len=length))
+
+
+def _usual(
+    model: LoadedModel,
+    setting: TraceSetting,
+    record: Callable[[TraceSetting], list[Traced]],
+) -> list[Traced] | None:
+    """The usual traces; None where the model has one length, or runs at the one asked for only."""
     try:
-        traced = record(usual)
+        return record(replace(setting, seq_len=None))
     except OneLength:
-        # Still of use: another length is traced when it is asked for.
-        setting = replace(setting, seq_len=length)
+        return None
     except TraceError as fault:
         at_any = isinstance(fault, SequenceLoop)
-        if at_any or setting.seq_len is None or length == seq_hint(model, None):
+        asks_usual = seq_hint(model, setting.seq_len) == seq_hint(model, None)
+        if at_any or asks_usual or setting.seq_len is None:
             raise
-    else:
-        if setting.seq_len is None or all(length in each.graph.lengths for each in traced):
-            return traced
-    progress(f"{model.name} runs otherwise at {length} tokens")
-    return record(setting)
+        return None
+
+
+def _asked_first(
+    model: LoadedModel,
+    setting: TraceSetting,
+    record: Callable[[TraceSetting], list[Traced]],
+) -> list[Traced] | None:
+    """The traces at the length that is asked for, where they say the most; None where it fails.
+
+    At the model's own limit a table is read whole, which holds at no other length; what a compiled
+    graph keeps is decided by the length, and so at the usual one.
+    """
+    length, usual_length = seq_hint(model, setting.seq_len), seq_hint(model, None)
+    if setting.compiled or length in (usual_length, model.max_seq_len):
+        return None
+    try:
+        asked = record(setting)
+    except TraceError as fault:
+        if isinstance(fault, SequenceLoop):  # so does any length
+            raise
+        return None
+    return [replace(each, seq_len=None) for each in asked] if _hold(asked, usual_length) else asked
+
+
+def _hold(traced: Iterable[Traced], length: int) -> bool:
+    return all(length in each.graph.lengths for each in traced)
 
 
 def _refuse_frozen(model: LoadedModel) -> None:

@@ -10,7 +10,8 @@ from mist.trace.models.loader import LoadedModel
 from mist.trace.models.source import TraceSetting
 from mist.trace.recording.op_limit import OpLimit
 from mist.trace.recording.recorded_run import Point, RecordedRun
-from mist.trace.recording.session import BATCH_HINT, Forms, Session, seq_hint
+from mist.trace.recording.session import Forms, Session
+from mist.trace.recording.size_hints import BATCH_HINT, seq_hint
 from mist.trace.repeated_blocks import Layers
 from mist.trace.tensor_parallel.tp_sharding import Sharding
 

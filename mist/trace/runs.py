@@ -24,7 +24,8 @@ from mist.trace.operations.scan_kernels import SCAN_OPS
 from mist.trace.polynomial_fit import NotPolynomial, fitted_run, run_of_one_length
 from mist.trace.recording.op_limit import LimitReached, OpLimit
 from mist.trace.recording.recorded_run import NotALayerList, Point, RecordedRun
-from mist.trace.recording.session import BATCH_HINT, SEQ_HINT, Forms, seq_hint
+from mist.trace.recording.session import Forms
+from mist.trace.recording.size_hints import BATCH_HINT, SEQ_HINT, seq_hint
 from mist.trace.repeated_blocks import Layers, called_again, find_layers
 from mist.trace.run_subject import RunSubject
 from mist.trace.sequence_loops import refuse_loops

@@ -20,13 +20,13 @@ from mist.model.graph import B, S, T
 from mist.trace.diagnose import RAISED, shard_words, without_log
 from mist.trace.recording.recorded_part import Part
 from mist.trace.recording.recorded_run import Point, RecordedRun
-from mist.trace.recording.session import BATCH_HINT
+from mist.trace.recording.size_hints import BATCH_HINT
 from mist.trace.run_subject import RunSubject
 from mist.trace.tensor_parallel.tp_sharding import (
     VOCAB_SIZE,
     Sharding,
     UnsupportedRules,
-    matrices_in,
+    path_to,
     with_whole_vocabulary,
 )
 from mist.trace.tp_graph import find_sharding
@@ -126,17 +126,12 @@ def _around(module: nn.Module | None, sharding: Sharding, subject: RunSubject) -
     layers = subject.layers
     divided = sharding.divided
     for layer, kind in zip(layers.modules, layers.signatures, strict=True) if layers else ():
-        path = [m for m in _path(layer, module) if any(id(i) in divided for i in m.modules())]
+        path = [m for m in path_to(module, layer) if any(id(i) in divided for i in m.modules())]
         if path and layers:
             name = next(n for n, inner in layer.named_modules() if inner is path[-1])
             alike = zip(layers.modules, layers.signatures, strict=True)
             return [other.get_submodule(name) for other, own in alike if own == kind]
     return []
-
-
-def _path(layer: nn.Module, module: nn.Module | None) -> list[nn.Module]:
-    """The modules of a layer around one that is in it, and itself, from the outside."""
-    return [m for m in layer.modules() if m is not layer and any(i is module for i in m.modules())]
 
 
 def _on_shards(subject: RunSubject, point: Point) -> tuple[RunSubject, RecordedRun]:
@@ -159,13 +154,12 @@ def _on_shards(subject: RunSubject, point: Point) -> tuple[RunSubject, RecordedR
     if any(rule.operands for rules in outside for rule in rules.values()):
         whole = with_whole_vocabulary(sharding, subject.model.module)
         return _on_shards(replace(subject, sharding=whole), point)
-    if unknown := _over_tokens(run) - sharding.whole:
-        more = replace(sharding, whole=sharding.whole | unknown)
-        return _on_shards(replace(subject, sharding=more), point)
     # A plan names the regions of all layers; what is known of their calls is of those that ran.
     ran = {id(inner) for layer, _ in _layers(run) for inner in layer.modules()}
     regions = tuple(region for region in sharding.regions if region.ends <= ran)
-    sharding = replace(sharding, size_rules=run.size_rules, fused=run.fused, regions=regions)
+    sharding = replace(
+        sharding, size_rules=run.size_rules, fused=run.fused, regions=regions, whole=run.whole
+    )
     return replace(subject, sharding=sharding), run
 
 
@@ -174,20 +168,6 @@ def _module_of(error: BaseException) -> nn.Module | None:
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     owners = [owner for f in frames if isinstance(owner := f.f_locals.get("self"), nn.Module)]
     return owners[-1] if owners else None
-
-
-def _over_tokens(run: RecordedRun) -> frozenset[int]:
-    """Modules that go over the tokens of tensors that are whole, each with the matrices around it.
-
-    A convolution, a scan: they need all tokens, also where sequence parallelism divides them.
-    """
-    found = set()
-    for layer, part in _layers(run):
-        for name in part.over_tokens:
-            path = [layer, *_path(layer, layer.get_submodule(name))]
-            own = [m for m in path if matrices_in(m)]
-            found.add(id(own[-1] if own else layer))
-    return frozenset(found)
 
 
 def _confirm(run: RecordedRun) -> None:

@@ -220,13 +220,18 @@ def best_instead(question: Question, checked: "Checked") -> Iterator[str]:
     )
 
 
-def smallest(job: Job, space: SearchSpace, limits: Limits) -> tuple[PricedLayout, HostNeed]:
-    """The layout that takes least of a device among those that can be loaded, if any can."""
-    layout = smallest_peak(job, space, host_bytes=limits.host_bytes)
+def smallest(
+    job: Job, space: SearchSpace, limits: Limits, *, enough_bytes: float = 0.0
+) -> tuple[PricedLayout, HostNeed]:
+    """The layout that takes least of a device among those that can be loaded, if any can.
+
+    One that takes no more than `enough_bytes` will do.
+    """
+    layout = smallest_peak(job, space, host_bytes=limits.host_bytes, enough_bytes=enough_bytes)
     host = host_of(job, layout, limits)
     if not host.fits:
         less = less_drawn(limits, host)
-        layout = smallest_peak(job, space, host_bytes=less.host_bytes)
+        layout = smallest_peak(job, space, host_bytes=less.host_bytes, enough_bytes=enough_bytes)
         host = host_of(job, layout, limits)
     return layout, host
 
@@ -295,7 +300,7 @@ def _something_fits(programs: ModelPrograms, space: SearchSpace, question: Quest
         limits = limits_of(job, question)
         if not state_room(job, limits).fits:
             return False
-        layout, host = smallest(job, priced(space, job), limits)
+        layout, host = smallest(job, priced(space, job), limits, enough_bytes=limits.device_bytes)
     except InputError:  # a number that fills no nodes, or that the global batch does not divide
         return False
     return host.fits and layout.peak_bytes <= limits.device_bytes

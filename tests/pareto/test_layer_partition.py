@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mist.pareto.candidates import GroupModel
-from mist.pareto.layer_partition import even_split
+from mist.pareto.layer_partition import even_split, least_sum
 from mist.pareto.layer_ranges import Ranges, layer_ranges
 from mist.pareto.layouts import stage_plans
 from mist.pareto.offload_ratios import offloading
@@ -57,6 +57,20 @@ def test_even_split_is_the_best_of_all_compositions(counts: tuple[int, ...], see
         got = [value[k, i, row] for i, row in enumerate(chosen[k])]
         assert ranges.count[chosen[k]].sum() == 6
         assert max(got) == min(every)
+
+
+@pytest.mark.parametrize("counts", [(6,), (2, 4)])
+def test_the_least_sum_is_that_of_all_compositions(counts: tuple[int, ...]) -> None:
+    ranges = layer_ranges(toy_job(toy_graph(counts), 4, global_batch=16), 4)
+    rng = np.random.default_rng(0)
+    for share in (0.25, 0.8):
+        value = rng.uniform(1, 2, (4, len(ranges))) * ranges.count
+        value[rng.uniform(size=value.shape) < share] = np.inf
+        every = [
+            sum(value[i, row] for i, row in enumerate(rows_of(ranges, c)))
+            for c in compositions(6, 4)
+        ]
+        assert least_sum(ranges, 6, value) == pytest.approx(min(every))
 
 
 def test_nothing_feasible_gives_no_row() -> None:

@@ -15,7 +15,9 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from mist.model.graph import ModelGraph, OpKind, S
 from mist.model.summary import Lengths
 from mist.plans.workload import Attention, Precision
-from mist.trace import TraceSetting, trace_model
+from mist.trace import TraceSetting, model_trace, trace_model
+from mist.trace.models.loader import LoadedModel
+from mist.trace.runs import Progress, Recorded
 from tests.trace.real import measure
 from tests.trace.test_exact import flop, saved_bytes, token_ids
 
@@ -139,7 +141,7 @@ def test_each_regime_equals_real_tensors(
         assert flop(block, "backward", OpKind.GEMM, b, s) == real.backward_flop - excess
 
 
-def traced(family: Family, seq_len: int, policy: str = "cpu") -> ModelGraph:
+def traced(family: Family, seq_len: int | None, policy: str = "cpu") -> ModelGraph:
     setting = TraceSetting(
         precision=Precision.FP32 if policy == "cpu" else Precision.BF16,
         attention=Attention.FLASH,
@@ -172,6 +174,41 @@ def test_a_regime_is_an_interval_that_ends_where_the_model_runs_otherwise() -> N
 def test_the_longest_length_of_a_registered_mask_is_traced() -> None:
     assert 128 in regime(masked, 128).lengths
     assert 20 in regime(masked, 20).lengths
+
+
+@pytest.mark.parametrize(
+    ("family", "s", "num_runs"),
+    [
+        (masked, 100, 1),  # holds at the usual length, too
+        (masked, 128, 2),  # the limit: its mask is read whole, as at no other length
+        pytest.param(mistral, 200, 1, marks=SLOW),  # as at the usual length, beyond the window
+        pytest.param(mistral, 40, 1, marks=SLOW),  # within it, where the usual does not hold
+        pytest.param(mamba2, 100, 1, marks=SLOW),
+    ],
+)
+def test_the_length_that_is_asked_for_is_traced_once(
+    monkeypatch: pytest.MonkeyPatch, family: Family, s: int, num_runs: int
+) -> None:
+    lengths, record = list[int | None](), model_trace.record_model
+
+    def counted(model: LoadedModel, setting: TraceSetting, progress: Progress) -> Recorded:
+        lengths.append(setting.seq_len)
+        return record(model, setting, progress)
+
+    monkeypatch.setattr(model_trace, "record_model", counted)
+    assert s in traced(family, s).lengths
+    assert len(lengths) == num_runs
+
+
+@pytest.mark.parametrize(
+    ("family", "s"),
+    [(masked, 100), pytest.param(mistral, 200, marks=SLOW), pytest.param(mamba2, 512, marks=SLOW)],
+)
+def test_a_trace_that_holds_at_both_lengths_is_the_usual_one(family: Family, s: int) -> None:
+    """So what is cached does not depend on the length that was asked for first."""
+    usual = traced(family, None)
+    assert s in usual.lengths
+    assert traced(family, s) == usual
 
 
 @pytest.mark.slow

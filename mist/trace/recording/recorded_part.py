@@ -1,6 +1,6 @@
 """What is recorded of one part of a model: a layer, or what comes before or after the layers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,9 +66,9 @@ class Part:
     whose input no module around them was given; `flows`: those, and ends of a region, through which
     a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
     `works_forward`: its forward pass may hold most, too. `mixed`: operations that a shard cannot
-    run; `results`: of what it gave; `over_tokens`: that go over the tokens of whole tensors;
-    `handed`: saved storages that later layers hold, too; `refusals`: why `mist apply` cannot divide
-    it. `input`: the storage of its input activation.
+    run; `results`: of what it gave; `on_tokens`: is given the name of each module that goes over
+    the tokens of whole tensors; `handed`: saved storages that later layers hold, too; `refusals`:
+    why `mist apply` cannot divide it. `input`: the storage of its input activation.
     """
 
     name: str
@@ -89,8 +89,8 @@ class Part:
     forward_only: bool = False
     works_forward: bool = False
     mixed: list[Mixed] = field(default_factory=list)
-    over_tokens: dict[str, None] = field(default_factory=dict)
     results: frozenset[fx.Node] = frozenset()
+    on_tokens: Callable[[str], None] | None = None
     refusals: list[str] = field(default_factory=list)
     awaited: Awaited = field(default_factory=Awaited)
     input: int | None = None

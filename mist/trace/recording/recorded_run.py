@@ -74,7 +74,8 @@ class RecordedRun:
     `order`: numbers of the layers as they were called. `sequential`: whether each layer takes only
     what the one before gives or passes on. `unstaged`: see `Handovers`. `shared`: what layers saved
     but do not own (rotary tables, masks). `own_checkpoints`: whether the model checkpoints by
-    itself, which is undone. `size_rules`, `fused`: of a run on shards, see `LocalSizes`.
+    itself, which is undone. `whole`: modules that have all tokens on each rank. `size_rules`,
+    `fused`: of a run on shards, see `LocalSizes`.
     """
 
     embed: Piece
@@ -90,6 +91,7 @@ class RecordedRun:
     domain: tuple[Basic, ...]
     fixed: Mapping[Expr, Expr]
     originals: Mapping[int, torch.Tensor]
+    whole: frozenset[int]
     size_rules: Mapping[int, Mapping[int, SizeRule]]
     fused: Mapping[int, tuple[int, ...]]
 
@@ -133,3 +135,7 @@ class NotALayerList(Passed):
 
 class LayersDone(Passed):
     """Every layer has run, and nothing else is asked for."""
+
+
+class OverTokens(Passed):
+    """A module of a layer needs all tokens, which was not known: the layer runs again."""

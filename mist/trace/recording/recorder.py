@@ -79,6 +79,13 @@ class Recorder(TorchDispatchMode):
         """The next call belongs to this kernel of a compiled graph (None: to none)."""
         self._kernel = kernel
 
+    def widen(self, module: int) -> None:
+        """This module has all tokens on each rank, too."""
+        known = self._rank
+        self._rank = replace(
+            known, all_tokens=known.all_tokens | {module}, summed=known.summed | {module}
+        )
+
     def new_part(
         self,
         name: str,
@@ -217,8 +224,8 @@ class Recorder(TorchDispatchMode):
         place = f"{origin.op} in {origin.module}"
         if joins_shards(call, self._symbols.shape):
             part.refusals.append(f"{place} {JOINED}")
-        if self._rank.columns and goes_over_tokens(call, self._symbols.shape):
-            part.over_tokens[origin.module] = None
+        if self._rank.columns and part.on_tokens and goes_over_tokens(call, self._symbols.shape):
+            part.on_tokens(origin.module)
         return [f"{place}: {reason}" for reason in mixing(call, self._symbols.shape)]
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:

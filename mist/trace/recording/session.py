@@ -12,8 +12,7 @@ ends behind the last layer.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial, wraps
-from typing import Final
+from functools import partial
 
 import torch
 from sympy import Expr, Integer
@@ -42,13 +41,16 @@ from mist.trace.recording.recorded_part import Origin, Part
 from mist.trace.recording.recorded_run import (
     LayersDone,
     NotALayerList,
+    OverTokens,
     Piece,
     Point,
     RecordedRun,
 )
 from mist.trace.recording.recorder import Recorder, recording
 from mist.trace.recording.region_hooks import region_hooks
+from mist.trace.recording.replaced_forward import replaced_forward
 from mist.trace.recording.shim import fused_norms, runs_as
+from mist.trace.recording.size_hints import BATCH_HINT, seq_hint
 from mist.trace.recording.written_mappings import (
     contents,
     mappings_in,
@@ -59,13 +61,12 @@ from mist.trace.recording.written_mappings import (
 )
 from mist.trace.repeated_blocks import Layers, Signature
 from mist.trace.tensor_parallel.local_sizes import LocalSizes
-from mist.trace.tensor_parallel.tp_sharding import Sharding, Share, rank_modules
-
-# A symbol's hint decides branches on shapes. Three samples and a sequence with many divisors are
-# typical; a short limit is halved, so that the hint is no limit of the model.
-BATCH_HINT: Final = 3
-SEQ_HINT: Final = 384
-
+from mist.trace.tensor_parallel.tp_sharding import (
+    Sharding,
+    Share,
+    module_over_tokens,
+    rank_modules,
+)
 
 Forms = Mapping[Signature, LayerForm]
 """The layers of a model at a level, by what they are."""
@@ -101,6 +102,8 @@ class Session:
         wide = torch.float32 if self.setting.autocast else dtype
         self.fakes = Fakes(self.symbols, wide, self._local_shape)
         self.local_sizes = LocalSizes(self.symbols, self.units)
+        parameters = self.model.module.parameters()
+        self.all_trained = all(p.requires_grad for p in parameters if p.is_floating_point())
         self.whole = self.sharding.whole if self.sharding else frozenset[int]()
         self.colwise = self.sharding.colwise if self.sharding else frozenset[int]()
         rank = rank_modules(self.sharding, self.model.module)
@@ -137,6 +140,7 @@ class Session:
             domain=self.symbols.domain(),
             fixed=self.symbols.fixed(),
             originals=dict(self.fakes.originals),
+            whole=self.whole,
             size_rules=self.local_sizes.rules,
             fused=self.local_sizes.fused,
         )
@@ -199,13 +203,13 @@ class Session:
             self.stack.enter_context(fake_tables(outside, self.fakes))
             self.stack.enter_context(self._local_attributes())
             for index, layer in enumerate(layers):
-                self.stack.enter_context(_replaced(layer, partial(self._on_layer, index)))
+                self.stack.enter_context(replaced_forward(layer, partial(self._on_layer, index)))
             self.stack.enter_context(self.symbols.mode)
             self.stack.enter_context(runs_as(self.setting, self.model.module.modules()))
             self.undone = self.stack.enter_context(undone_checkpoints())
             if self.setting.fused_norms:
                 for norm, kernel in fused_norms(self.model.module.modules()):
-                    self.stack.enter_context(_replaced(norm, kernel))
+                    self.stack.enter_context(replaced_forward(norm, kernel))
             self.stack.enter_context(self.routing)
             if self.sharding is not None:
                 self.stack.enter_context(
@@ -281,9 +285,7 @@ class Session:
     @property
     def shows_flow(self) -> bool:
         """Whether gradients flow back from each layer to those before it."""
-        parameters = self.model.module.parameters()
-        trained = all(p.requires_grad for p in parameters if p.is_floating_point())
-        return trained and torch.is_grad_enabled()
+        return self.all_trained and torch.is_grad_enabled()
 
     def _place_of(self, index: int) -> int:
         """The number that a layer has in its own list."""
@@ -348,12 +350,16 @@ class Session:
         kwargs: dict[str, object],
     ) -> Piece:
         """Run one layer forward and backward, alone."""
-        args, kwargs = with_leaves(self._as_input, with_leaves(leaf, (args, kwargs)))
+        inputs = args, kwargs
+        args, kwargs = with_leaves(self._as_input, with_leaves(leaf, inputs))
         tensors, mappings = list(tensors_in(opened((args, kwargs)))), mappings_in((args, kwargs))
         piece, before = self._open(layer, tensors), contents(mappings)
         run = self._runner(piece.part, layer, forward, (args, kwargs))
-        with self.recorder.into(piece.part):
-            outputs = run()
+        try:
+            with self.recorder.into(piece.part):
+                outputs = run()
+        except OverTokens:
+            return self._trace(layer, forward, *inputs)
         entries = written(mappings, before)
         self._forward_done(piece.part, tensors)
         if self.layers and len(set(self.layers.signatures)) == 1:
@@ -370,6 +376,14 @@ class Session:
         if self.point.backward:
             self._backward_done([piece])
         return piece
+
+    def _widen(self, layer: nn.Module, name: str) -> None:
+        """A module needs all tokens, and what is around it. Raises OverTokens where it is new."""
+        module = id(module_over_tokens(layer, name))
+        if module not in self.whole:
+            self.whole |= {module}
+            self.recorder.widen(module)
+            raise OverTokens
 
     def _forward_done(self, part: Part, inputs: Sequence[torch.Tensor]) -> None:
         """A layer ran forward; who called it holds what nobody saved of its inputs."""
@@ -403,7 +417,8 @@ class Session:
     ) -> Callable[[], object]:
         """What runs a layer's forward: itself, or its compiled graph."""
         args, kwargs = inputs
-        if not self.setting.compiled:
+        if not self.setting.compiled:  # a compiled graph hides modules
+            part.on_tokens = partial(self._widen, layer)
             return partial(forward, *args, **kwargs)
         part.compiled = True
         part.whole = any(id(module) in self.whole for module in layer.modules())
@@ -470,31 +485,3 @@ class Session:
         finally:
             for (table, name, _), value in zip(attributes, before, strict=True):
                 table[name] = value
-
-
-def seq_hint(model: LoadedModel, asked: int | None) -> int:
-    """The sequence length that decides branches: `asked`, where one is asked for."""
-    limit = model.max_seq_len
-    if asked is not None:
-        return asked if limit is None else min(asked, limit)
-    return SEQ_HINT if limit is None or limit > SEQ_HINT else max(limit // 2, 2)
-
-
-@contextmanager
-def _replaced(layer: nn.Module, on_call: Callable[..., object]) -> Iterator[None]:
-    """Within: `on_call(forward, args, kwargs)` stands in for the layer's forward."""
-    forward = layer.forward
-
-    @wraps(forward)
-    def stand_in(*args: object, **kwargs: object) -> object:
-        return on_call(forward, args, kwargs)
-
-    is_attribute = "forward" in vars(layer)
-    vars(layer)["forward"] = stand_in
-    try:
-        yield
-    finally:
-        if is_attribute:
-            vars(layer)["forward"] = forward
-        else:
-            del vars(layer)["forward"]

@@ -420,6 +420,20 @@ def matrices_in(model: nn.Module) -> dict[int, Matrix]:
     return {id(m.weight): m for each in reversed([*model.modules()]) for m in matrices_of(each)}
 
 
+def module_over_tokens(layer: nn.Module, name: str) -> nn.Module:
+    """What has all tokens where a module of a layer goes over them: it, or matrices around it.
+
+    A convolution, a scan: they need all tokens, also where sequence parallelism divides them.
+    """
+    path = [layer, *path_to(layer.get_submodule(name), layer)]
+    return next((module for module in reversed(path) if matrices_in(module)), layer)
+
+
+def path_to(module: nn.Module | None, layer: nn.Module) -> list[nn.Module]:
+    """The modules of a layer around one that is in it, and itself, from the outside."""
+    return [m for m in layer.modules() if m is not layer and any(i is module for i in m.modules())]
+
+
 def entering(
     module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> list[torch.Tensor]:
