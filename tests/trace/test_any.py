@@ -230,6 +230,28 @@ def test_residuals_outside_the_layers() -> None:
     assert graph.unstaged == CHANGED
 
 
+def test_layers_compute_in_their_own_precision_whatever_a_table_of_positions_has() -> None:
+    """FSDP2 casts what a layer is given: a buffer of fp32 is as a table that the model casts."""
+
+    class Positions(Model):
+        def __init__(self, *, casts: bool) -> None:
+            super().__init__([Layer(i) for i in range(2)])
+            self.casts = casts
+            self.register_buffer("table", torch.zeros(1, 4096, WIDTH))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            table = self.table[:, : ids.shape[1]]
+            x = self.embed(ids)
+            x = x + (table.to(x.dtype) if self.casts else table)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    own, cast = (traced(Positions(casts=casts), BF16) for casts in (False, True))
+    assert own.blocks == cast.blocks
+    assert own.blocks[0].boundary_bytes == 2 * WIDTH * B * S
+
+
 @pytest.mark.slow
 def test_a_head_that_takes_more_than_the_last_layer_gives() -> None:
     class Skips(Model):

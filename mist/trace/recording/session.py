@@ -165,6 +165,15 @@ class Session:
             return value
         return value.to(DTYPES[self.setting.precision]) if value.is_floating_point() else value
 
+    def _entering(self, value: object) -> object:
+        """So do activations that what lies before the layers made in another one, at a layer.
+
+        FSDP2's groups cast what they are given: a table of positions in a buffer makes fp32.
+        """
+        if isinstance(value, torch.Tensor) and value.requires_grad and not self.flow.knows(value):
+            return self._input(value)
+        return value
+
     def _forward_and_backward(self, inputs: object) -> None:
         self.shared_keys = frozenset(key_of(t) for t in tensors_in(inputs))
         self.embed.part.shared = self.head.part.shared = self.shared_keys
@@ -236,6 +245,7 @@ class Session:
         again = index in self.order
         if again and self.layers.lists[index] not in self.layers.shared:
             raise NotALayerList(self.layers.lists[index], again=True)
+        args, kwargs = tree_map(self._entering, (args, kwargs))
         with self.recorder.into(None):
             inputs = opened((args, kwargs))
             self._enter_layer(inputs)
