@@ -181,7 +181,8 @@ def collectives(block: Block, *, sequence_parallel: bool) -> tuple[TensorParalle
     """What t ranks exchange for a block in one pass each way.
 
     An embedding whose rows are changed before the first layer (positions are added) is summed whole
-    and then divided, where its rows alone would be scattered; a table may scale them itself.
+    and then divided, where its rows alone would be scattered; a table may scale them itself. Rows
+    that are widened behind it (a factorised embedding) are summed before.
     """
     rows = block.collectives(sequence_parallel=sequence_parallel)
     sums = [op for op in forward_ops(block) if len(op.shape) == ROWS_DIMS and op.shape[0] == B]
@@ -189,8 +190,12 @@ def collectives(block: Block, *, sequence_parallel: bool) -> tuple[TensorParalle
         return rows
     if all(op.module == sums[0].module for op in sums):
         return rows
+    looked_up = sums[0].written_bytes
     return tuple(
-        replace(row, kind="all_reduce") if row.kind == "reduce_scatter" else row for row in rows
+        replace(row, kind="all_reduce", bytes=looked_up)
+        if row.phase == "forward" and row.kind in ("reduce_scatter", "all_reduce")
+        else row
+        for row in rows
     )
 
 
