@@ -131,6 +131,9 @@ def pass_times(
     backward += float(laws.memory_s(accumulate / owner, 1, Traffic.POINTWISE))
     gather = float(laws.all_gather_s(activation_bytes, rank.tp, rank.tp))
     scatter = float(laws.reduce_scatter_s(activation_bytes, rank.tp, rank.tp))
+    if rank.tp > 1 and runtime.transients.token_copies:  # of samples beside each other none
+        copy_s = float(laws.memory_s(2 * activation_bytes, 1, Traffic.POINTWISE))
+        scatter, gather = scatter + copy_s, gather + copy_s * (rank.micro_batch > 1)
     into, out = block.num_entries + block.num_whole, block.num_exits
     pass_s = [forward + into * gather + out * scatter]
     into, out = block.num_exits + block.num_whole, block.num_entries  # backward the other way
