@@ -96,9 +96,13 @@ def run_ranks(
         with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
             run_ranks(command, num_ranks, timeout_s=timeout_s, lock_fds=lock_fds, folder=Path(name))
         return
-    ranks = [_start(command, number, num_ranks, folder, lock_fds) for number in range(num_ranks)]
-    with _passing_on(ranks) as stop:
+    ranks: list[Rank] = []
+    with _passing_on(ranks) as stop:  # before the first rank: none outlives us
         try:
+            for number in range(num_ranks):
+                ranks.append(_start(command, number, num_ranks, folder, lock_fds))
+                if stop.number is not None:  # asked before this one was known
+                    ranks[-1].process.send_signal(stop.number)
             _wait(ranks, timeout_s, stop)
         finally:
             _end(ranks)
