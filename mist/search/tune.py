@@ -265,8 +265,9 @@ def _offer_even(search: _Search, visit: Visit) -> _Models | None:
     """
     job, group = search.job, visit.group
     if len(group.sizes) > 1:
-        own = GroupModel(job, group, group.strategies, search.space)
-        return _Models(own=own, most=None) if visit.bound_s < search.upper_bound_s else None
+        if visit.bound_s >= search.upper_bound_s:
+            return None
+        return _Models(own=GroupModel(job, group, group.strategies, search.space), most=None)
     most = GroupModel(job, group, search.most_offloaded.of(group), search.space)
     horizon_s = max(search.upper_bound_s, search.horizon_s)
     if not _has_room(most, visit.limits, horizon_s):

@@ -71,8 +71,8 @@ def chosen_robustly(
     ) -> tuple[PricedLayout, ...]:
         there = pessimistic_job(job, share)
         listed = list(priced_anew(there, space, visits))
-        faster = partial(search, there, space, within_s=within_s)
-        return _found(partial(faster, listed=listed), how, which) if listed else ()
+        faster = partial(search, there, space, listed=listed, within_s=within_s)
+        return _found(faster, how, which) if listed else ()
 
     pool += _worse(job, lambda share, which: worse(share, near, which), most_s)
     if any(offloads(layout) for layout in pool):
