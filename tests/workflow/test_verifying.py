@@ -17,7 +17,7 @@ from mist.plans.workload import Precision, ScheduleKind
 from mist.workflow.checking import HandLayout, check_layout
 from mist.workflow.request import Question
 from mist.workflow.verifying import Verified, until_it_fits, verify_file, verify_plan
-from tests.exec.layouts import NUM_LAYERS, VOCAB, write_models
+from tests.exec.layouts import NUM_LAYERS, PLAIN, VOCAB, write_models
 from tests.fast_cases import first_fast
 from tests.small_models import TINY
 
@@ -146,6 +146,35 @@ def test_prediction_and_program_agree_on_a_small_model(name: str, tmp_path: Path
         assert all(row.agrees for row in stage.collectives), stage.collectives
         assert abs(stage.difference_ratio) <= 0.02
         assert (stage.seen.host_bytes > 0) == ("host" in name)
+
+
+# Many layers, whose parameters outweigh what a micro-batch keeps of them: what any of them leaves
+# behind in one of four micro-batches is the peak.
+DEEP = {
+    "zero3 full on host": HandLayout(
+        zero=3, micro_batch=1, checkpoint="full", offload=Offload(activations=1.0)
+    ),
+    "zero3 full": HandLayout(zero=3, micro_batch=1, checkpoint="full"),
+    "zero3 mixed half on host": HandLayout(
+        zero=3, micro_batch=1, checkpoint="8", offload=Offload(activations=0.5)
+    ),
+    "zero2 on host": HandLayout(zero=2, micro_batch=1, offload=Offload(activations=1.0)),
+    "zero3 pp2 on host": HandLayout(
+        zero=3, pp=2, micro_batch=1, checkpoint="full", offload=Offload(activations=1.0)
+    ),
+}
+
+
+@pytest.mark.usefixtures("_in_this_process")
+@pytest.mark.parametrize("name", first_fast(DEEP))
+def test_layers_leave_nothing_behind_in_several_micro_batches(name: str, tmp_path: Path) -> None:
+    model = tmp_path / "deep.py"
+    sizes = "768, 12, 12, 512, 256"
+    model.write_text(PLAIN.read_text().replace("2048, 24, 16, 32000, 4096", sizes))
+    question = Question(model=str(model), num_gpus=4, seq_len=256, global_batch=16, gpu="h100-sxm")
+    for stage in verify_plan(check_layout(question, DEEP[name]).plan).stages:
+        assert all(row.agrees for row in stage.collectives), stage.collectives
+        assert abs(stage.difference_ratio) <= 0.03
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ host, whole, if the share taken so far leaves room for it. In the backward pass 
 layer are fetched while the layer behind it runs.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mist.exec.build.host_copies import Copy, Swapper
+from mist.exec.build.host_copies import Copy, Swapper, wait_for_all
 from mist.layers import convert_layer
 from mist.layers.own_checkpoints import PlannedCheckpoint
 from mist.plans.memory_levels import CONVERTS, LEVELS
@@ -141,7 +141,7 @@ class _Pass:
     offloaded_bytes: int
     saved: list[_Saved] = field(default_factory=list)
     known: dict[object, tuple[StorageWeakRef, _Saved | None]] = field(default_factory=dict)
-    fetched: bool = False
+    arriving: list[Copy] | None = None
 
     def leave(self) -> None:
         """Make the next computation wait until the copies of this layer are on the host.
@@ -149,8 +149,12 @@ class _Pass:
         At most two layers are in flight: a device that computes faster than it copies would
         otherwise hold more than planned.
         """
-        if self.saved:
-            self.saved[-1].out.wait()  # copies end in the order in which they began
+        wait_for_all([saved.out for saved in self.saved])
+
+    def arrive(self) -> None:
+        """Make the next computation wait for what was fetched."""
+        wait_for_all(self.arriving or ())
+        self.arriving = []
 
 
 class Offloader:
@@ -160,6 +164,7 @@ class Offloader:
         self._ratio = ratio
         self._swapper = swapper
         self._latest: _Pass | None = None
+        self._leaving: deque[_Pass] = deque()
 
     def attach(self, layer: nn.Module) -> None:
         """Offload what this layer saves, its checkpoint input included, in place."""
@@ -174,8 +179,8 @@ class Offloader:
     ) -> object:
         # The chain of passes is the order of the layers, which a backward pass follows in reverse.
         before = self._latest
-        if before is not None and before.before is not None:
-            before.before.leave()
+        while len(self._leaving) > 1:
+            self._leaving.popleft().leave()
         current = _Pass(
             before=before,
             parameters=frozenset(_storage(p) for p in layer.parameters()),
@@ -190,6 +195,7 @@ class Offloader:
         # layer nothing is looked up any more.
         current.known.clear()
         self._latest = current
+        self._leaving.append(current)
         return output
 
     def _pack(self, current: _Pass, tensor: torch.Tensor) -> torch.Tensor | _View:
@@ -236,6 +242,7 @@ class Offloader:
         # While this layer runs backward, the tensors of the layer before it are on their way in.
         if current.before is not None:
             self._fetch(current.before)
+        current.arrive()
         saved = packed.saved
         saved.back = saved.back or self._swapper.to_device(saved.out)
         local = saved.back.wait()
@@ -244,10 +251,10 @@ class Offloader:
         return local if packed.of is None else _with_local(packed.of, local)
 
     def _fetch(self, each: _Pass) -> None:
-        if not each.fetched:
-            each.fetched = True
+        if each.arriving is None:
             for saved in each.saved:
                 saved.back = self._swapper.to_device(saved.out)
+            each.arriving = [saved.back for saved in each.saved if saved.back is not None]
             each.saved.clear()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from mist.exec.build.host_copies import Copy, Swapper
+from mist.exec.build.host_copies import Copy, Swapper, wait_for_all
 
 BUCKET_BYTES: Final = 64 * 2**20  # what is on its way at once, per state
 
@@ -107,13 +107,14 @@ class AdamW:
     def _stream(self, buckets: Sequence[Sequence[_ShardRows]], scale: torch.Tensor) -> None:
         incoming = self._fetch(buckets[0]) if buckets else []
         outgoing: list[Copy] = []
+        leaving: list[Copy] = []
         for index, bucket in enumerate(buckets):
             tensors = [tuple(copy.wait() for copy in copies) for copies in incoming]
-            if outgoing:
-                outgoing[-1].wait()  # the bucket before is gone: three are never here at once
+            wait_for_all(leaving)  # the bucket before is gone: three are never here at once
             incoming = self._fetch(buckets[index + 1]) if index + 1 < len(buckets) else []
             self._update(tensors, scale)
-            outgoing += self._put_back(bucket, tensors)
+            leaving = list(self._put_back(bucket, tensors))
+            outgoing += leaving
         # The host reads without streams (a checkpoint): it must not see a copy in flight.
         for copy in outgoing:
             copy.arrived()

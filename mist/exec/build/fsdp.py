@@ -141,6 +141,8 @@ def gathered_for_all_calls(root: nn.Module) -> Iterator[None]:
     """Within: a backward pass, in which a layer that was called several times is gathered once.
 
     FSDP2 drops what is gathered behind each call that went back, and gathers it for the next one.
+    It counts calls until the last backward pass of a step, so those of each micro-batch are
+    forgotten here: one call in each of several micro-batches is not several calls.
     """
     again = [
         module
@@ -153,5 +155,8 @@ def gathered_for_all_calls(root: nn.Module) -> Iterator[None]:
     for module in again:
         module.set_reshard_after_backward(False, recurse=False)
     yield
+    for module in groups(root):
+        for group in param_groups(module):
+            group._post_forward_indices.clear()
     for module in again:
         module.reshard()

@@ -1,12 +1,15 @@
 """Copies between device and host that run at the same time as the computation.
 
-On CUDA a copy runs on a side stream into pinned memory; who uses its result waits for its event,
-and the caching allocator must know which stream still reads a tensor. On a machine without CUDA the
-same calls copy at once: the code that decides what moves, and when, is the same.
+On CUDA a copy runs on a side stream, to or from pinned memory. Its tensor on the device is of the
+stream that computes, and is held until that stream has waited for the copy. So its memory is free
+in the order in which the computation was issued, however far the host is ahead: if the allocator
+had to ask whether the side stream is done (`record_stream`), a host that is ahead would be told no
+each time, and take new memory. On a machine without CUDA the same calls copy at once: the code that
+decides what moves, when, and what is held, is the same.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,26 +18,35 @@ import torch
 
 @dataclass(slots=True, kw_only=True)
 class Copy:
-    """A tensor on its way, with the event to wait for (None: it is there)."""
+    """A tensor on its way, with the event to wait for (None: it is there).
+
+    `source`: on its way to the host, what it is read from; held until it is waited for.
+    """
 
     tensor: torch.Tensor
     event: torch.cuda.Event | None = None
+    source: torch.Tensor | None = None
 
     def wait(self) -> torch.Tensor:
         """The tensor, for the current stream."""
         if self.event is not None:
-            current = torch.cuda.current_stream()
-            current.wait_event(self.event)
-            if self.tensor.is_cuda:
-                # It was allocated on the side stream: the allocator must not reuse its memory
-                # before this stream has read it.
-                self.tensor.record_stream(current)
+            torch.cuda.current_stream().wait_event(self.event)
+        self.source = None
         return self.tensor
 
     def arrived(self) -> None:
         """Block until the host may read the tensor."""
         if self.event is not None:
             self.event.synchronize()
+        self.source = None
+
+
+def wait_for_all(copies: Sequence[Copy]) -> None:
+    """Wait for copies of one way, on the current stream: they end in the order they began in."""
+    if copies:
+        copies[-1].wait()
+    for copy in copies:
+        copy.source = None
 
 
 def register(tensor: torch.Tensor) -> None:
@@ -64,18 +76,17 @@ class Swapper:
         target = self.empty_on_host(tensor) if into is None else into
         with self._after_current(self._out):
             target.copy_(tensor, non_blocking=self._asynchronous)
-            if self._out is not None:
-                # The caller may drop the tensor before the copy has run.
-                tensor.record_stream(self._out)
-        return Copy(tensor=target, event=self._event(self._out))
+        return Copy(tensor=target, event=self._event(self._out), source=tensor)
 
     def to_device(self, copy: Copy) -> Copy:
-        """Bring back what a copy took out."""
+        """Bring back what a copy took out. Keep the result until the current stream has waited."""
+        if copy.source is not None:
+            # It has not left yet: its memory is still held.
+            return Copy(tensor=copy.source, event=copy.event)
+        # The current stream has waited for the way out, and the copy comes behind it.
+        tensor = torch.empty_like(copy.tensor, device=self.device)
         with self._after_current(self._in):
-            # It may still be on its way out.
-            if copy.event is not None and self._in is not None:
-                self._in.wait_event(copy.event)
-            tensor = copy.tensor.to(self.device, non_blocking=self._asynchronous, copy=True)
+            tensor.copy_(copy.tensor, non_blocking=self._asynchronous)
         return Copy(tensor=tensor, event=self._event(self._in))
 
     def empty_on_host(self, tensor: torch.Tensor) -> torch.Tensor:

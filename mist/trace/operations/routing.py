@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import nn
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mist.model.graph import B, S
@@ -26,6 +27,14 @@ aten = torch.ops.aten
 
 EXPERTS: Final = ("num_experts", "n_routed_experts", "num_local_experts", "n_experts")
 CHOSEN: Final = ("top_k", "topk", "num_experts_per_tok", "experts_per_token", "n_active_experts")
+
+
+class _Counts:
+    """A list that may count rows. It lives no longer for that, but no storage has its key again."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype, self.length = tensor.dtype, tensor.shape[0]
+        self._storage = StorageWeakRef(tensor.untyped_storage())
 
 
 class Routing(TorchDispatchMode):
@@ -45,7 +54,7 @@ class Routing(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.experts: dict[tuple[int, int], Size] = {}
-        self._counts: dict[int, torch.Tensor] = {}  # kept, so that no storage is used twice
+        self._counts: dict[int, _Counts] = {}
         self._symbols = symbols
         self._callers = callers
         self._hints, self._sizes = hints, sizes
@@ -79,7 +88,7 @@ class Routing(TorchDispatchMode):
         packet = func.overloadpacket
         copied = packet in COPIES and key_of(args[0]) in self._counts
         if (copied or packet in COUNTING) and isinstance(out, torch.Tensor) and out.dim() == 1:
-            self._counts[key_of(out)] = out
+            self._counts[key_of(out)] = _Counts(out)
         return out
 
     def _is_count(self, tensor: torch.Tensor) -> bool:
@@ -87,7 +96,7 @@ class Routing(TorchDispatchMode):
         counts = self._counts.get(key_of(tensor))
         if counts is None or counts.dtype not in (torch.int32, torch.int64):
             return False
-        return self._number(EXPERTS) == counts.shape[0]
+        return self._number(EXPERTS) == counts.length
 
     def _rows(self) -> Size | None:
         """Rows of one expert where the model is routing, else None."""
