@@ -8,7 +8,8 @@ import pytest
 from mist.errors import ModelError
 from mist.plans.workload import Attention
 from mist.trace.models import configurations, loader
-from mist.trace.models.source import resolve
+from mist.trace.models.configurations import NAMED_KERNELS
+from mist.trace.models.source import resolve, without_kernels
 from tests.exec.layouts import LLAMA
 from tests.security.canary import statement, went_off
 
@@ -24,7 +25,8 @@ def config(tmp_path: Path, **keys: object) -> str:
     [
         {"attn_implementation": "org/kernel"},
         {"_attn_implementation": "org/kernel@main:forward"},
-        {"_attn_implementation_internal": "flash_attention_3"},
+        {"_attn_implementation_internal": "kernels-community/flash-attn3"},
+        {"attn_implementation": {"": "flash_attention_2", "text_config": "org/kernel"}},
         {"attn_implementation": {"": "eager", "text_config": "org/kernel"}},
         {"text_config": {"attn_implementation": "org/kernel"}},
         {"experts_implementation": "org/experts"},
@@ -42,6 +44,24 @@ def test_kernels_of_elsewhere_are_refused(tmp_path: Path, keys: dict[str, object
 @pytest.mark.parametrize("value", ["eager", "sdpa", None])
 def test_kernels_of_transformers_itself_are_none_of_that(tmp_path: Path, value: str | None) -> None:
     resolve(config(tmp_path, attn_implementation=value))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation_internal": "flash_attention_3"},
+        {"_attn_implementation": {"": "flex_attention"}},
+    ],
+)
+def test_kernels_that_published_files_name_are_left_out(
+    tmp_path: Path, keys: dict[str, object]
+) -> None:
+    loaded = loader.load_model(resolve(config(tmp_path, **keys)), attention=Attention.FLASH)
+    assert loaded.module.config._attn_implementation == "sdpa"
+    assert NAMED_KERNELS in loaded.notes
+    inner = {"parts": [{"part": keys}, 1]}
+    assert without_kernels(inner) == {"parts": [{"part": {}}, 1]}
 
 
 def test_code_beside_a_configuration_does_not_run(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mist.errors import ModelError, did_you_mean
 from mist.plans.workload import Attention
 from mist.trace.diagnose import one_line
 from mist.trace.models.model_inputs import refuse_unknown_input
+from mist.trace.models.source import without_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,6 +42,10 @@ QUANTIZED: Final = (
     "trained, with every weight in the compute precision. For adapters on stored weights give a "
     "Python file whose build_model() makes both"
 )
+NAMED_KERNELS: Final = (
+    "the attention kernels that the configuration names are left out: --attention says which "
+    "attention is planned"
+)
 
 
 def model_of(
@@ -60,6 +65,8 @@ def model_of(
     model_type, notes = _model_type(label, config.pop("model_type"), named)
     if config.pop("quantization_config", None):
         notes += (QUANTIZED,)
+    if (plain := without_kernels(config)) != config:
+        config, notes = plain, (*notes, NAMED_KERNELS)
     kernel = {"attn_implementation": "eager"} if attention is Attention.MATH else {}
     try:
         # A configuration names no file of elsewhere that a model of it could need. What libraries
@@ -145,18 +152,24 @@ def _class_of(
             missing = f"transformers has no {', '.join(named)}: read as {name}"
             return model_class, () if not named or name in named else (missing,)
     wanted = f"class {', '.join(named)}" if named else "language model or classifier"
+    known = ", ".join(dict.fromkeys(name for name in _of_type(config, ANY_HEADS) if name))
     raise ModelError(
         f"{label}: transformers has no {wanted} for model_type {config.model_type!r}. Name one of "
-        "its classes in `architectures`, or give a Python file with build_model()."
+        f"its classes in `architectures` ({known}), or give a Python file with build_model()."
     )
 
 
 def _heads(config: "PreTrainedConfig", named: Sequence[str]) -> Iterator[str | None]:
     """The classes of a model's type, by what they are for, where none is named."""
-    from transformers.models.auto import modeling_auto
-
     # A class that comes with the weights (auto_map) is another name for one of its type's; one that
     # nobody has is a mistake.
     candidates = HEADS if not named else ANY_HEADS if getattr(config, "auto_map", None) else ()
+    return _of_type(config, candidates)
+
+
+def _of_type(config: "PreTrainedConfig", candidates: Sequence[str]) -> Iterator[str | None]:
+    """The classes that a model's type has in some of transformers' lists."""
+    from transformers.models.auto import modeling_auto
+
     fitting = (getattr(modeling_auto, head).get(config.model_type) for head in candidates)
     return (head[0] if isinstance(head, tuple) else head for head in fitting)

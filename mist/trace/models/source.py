@@ -19,6 +19,9 @@ FETCHING: Final = re.compile(
     r"_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config|kernels"
 )
 OWN_KERNELS: Final = (None, False, "eager", "sdpa", "batched_mm", "grouped_mm")
+# Kernels that transformers takes from a hub where their package is not installed. Many published
+# configurations name one: it is left out, and never asked for.
+LEFT_OUT: Final = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 Policy = Literal["cuda", "cpu"]
 # Words in the names of numbers of parts, which transformers makes one by one; a key that ends as
@@ -191,12 +194,28 @@ def _refuse_counts(path: Path, config: Mapping[str, Any]) -> None:
                     raise ModelError(f"{path} has {key} {value}: Mist builds at most {most}.")
 
 
+def without_kernels(config: Mapping[str, object]) -> dict[str, object]:
+    """A configuration, or a part of one, that names none of the kernels that are left out."""
+    return {
+        key: _without_kernels(value)
+        for key, value in config.items()
+        if not (FETCHING.fullmatch(key) and any(each in LEFT_OUT for each in _leaves(value)))
+    }
+
+
+def _without_kernels(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_kernels(each) for each in value]
+    return without_kernels(value) if isinstance(value, dict) else value
+
+
 def _refuse_fetching(path: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelError for kernels that would come from elsewhere, at any depth: they are code."""
     found = [*config.items()]
     while found:
         key, value = found.pop()
-        if FETCHING.fullmatch(key) and not all(each in OWN_KERNELS for each in _leaves(value)):
+        known = (*OWN_KERNELS, *LEFT_OUT)
+        if FETCHING.fullmatch(key) and not all(each in known for each in _leaves(value)):
             raise ModelError(
                 f"{path} has {key} {json.dumps(value)}, which transformers may fetch and run. "
                 "Remove it: --attention says which attention is planned."

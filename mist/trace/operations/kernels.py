@@ -18,6 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.function import FunctionCtx
 
 from mist.trace.expressions import Size
+from mist.trace.operations.resampling import RESAMPLING
 
 
 @torch.library.custom_op("mist::fused_rms_norm", mutates_args=())
@@ -166,6 +167,25 @@ def _masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -
 
 ALIGNMENT_BYTES: Final = 16
 BIAS_GRAIN: Final = 16  # columns
+def _ctc_loss(
+    log_probs: torch.Tensor, targets: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of b samples, and alpha [b, t, 2 n + 1], from log-probabilities [t, b, words].
+
+    n, the longest target, is a value: that of targets [b, n], or of equal ones one behind another.
+    """
+    num_steps, batch = log_probs.shape[:2]
+    longest = targets.shape[1] if targets.dim() == 2 else targets.numel() // batch
+    alpha = log_probs.new_empty((batch, num_steps, 2 * longest + 1))
+    return log_probs.new_empty((batch,)), alpha
+
+
+def _ctc_loss_backward(
+    grad: torch.Tensor, log_probs: torch.Tensor, *_: object, **__: object
+) -> torch.Tensor:
+    return torch.empty_like(log_probs)
+
+
 WANTED: Final = 10  # the argument that says which gradients of attention are asked for
 aten = torch.ops.aten
 SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., Any]]] = MappingProxyType(
@@ -180,6 +200,9 @@ SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., Any]]] = MappingProxyTyp
         aten._scaled_dot_product_efficient_attention_backward: _efficient_attention_backward,
         aten.baddbmm: _baddbmm,
         aten.masked_scatter: _masked_scatter,
+        aten._ctc_loss: _ctc_loss,
+        aten._ctc_loss_backward: _ctc_loss_backward,
+        **RESAMPLING,
     }
 )
 

@@ -36,6 +36,7 @@ from mist.trace.operations.kernels import (
 from mist.trace.operations.known_scans import scans_as_kernels
 from mist.trace.operations.message_passing import edges_as_given
 from mist.trace.operations.recurrent import RECURRENT
+from mist.trace.operations.resampling import INTERPOLATION
 from mist.trace.operations.symbolic_sizes import symbolic_sizes
 from mist.trace.operations.windows import Windows, windowed_masks
 
@@ -195,7 +196,7 @@ def _composed(kernels: Mapping[str, Callable[..., object]]) -> Iterator[None]:
 
 
 def _kernels_of(setting: TraceSetting, windows: Windows) -> dict[str, Callable[..., object]]:
-    kernels: dict[str, Callable[..., object]] = {}
+    kernels: dict[str, Callable[..., object]] = {**INTERPOLATION}
     if setting.policy == "cuda":
         kernels |= {
             **RECURRENT,
