@@ -165,8 +165,6 @@ def _masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -
     return x.new_empty(x.shape)
 
 
-ALIGNMENT_BYTES: Final = 16
-BIAS_GRAIN: Final = 16  # columns
 def _ctc_loss(
     log_probs: torch.Tensor, targets: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +184,8 @@ def _ctc_loss_backward(
     return torch.empty_like(log_probs)
 
 
+ALIGNMENT_BYTES: Final = 16
+BIAS_GRAIN: Final = 16  # columns
 WANTED: Final = 10  # the argument that says which gradients of attention are asked for
 aten = torch.ops.aten
 SYMBOLIC: Final[Mapping[OpOverloadPacket, Callable[..., Any]]] = MappingProxyType(

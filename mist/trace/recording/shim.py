@@ -18,7 +18,6 @@ from torch._ops import OpOverload
 from torch.library import Library
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mist.plans.workload import Attention
 from mist.trace.diagnose import without_log
@@ -34,6 +33,7 @@ from mist.trace.operations.kernels import (
     fused_rms_norm_backward,
 )
 from mist.trace.operations.known_scans import scans_as_kernels
+from mist.trace.operations.known_values import KnownValues
 from mist.trace.operations.message_passing import edges_as_given
 from mist.trace.operations.recurrent import RECURRENT
 from mist.trace.operations.resampling import INTERPOLATION
@@ -64,15 +64,12 @@ class Functions(TorchFunctionMode):
 
 
 class ImitatedKernels(TorchDispatchMode):
-    """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none.
-
-    `ones`: tensors that are known to be all ones, as long as they live.
-    """
+    """Single operations: norm statistics as CUDA writes them; symbolic sizes where C++ has none."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._policy = policy
-        self.ones = WeakTensorKeyDictionary()
+        self.known = KnownValues()
 
     def __torch_dispatch__(
         self,
@@ -81,11 +78,13 @@ class ImitatedKernels(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
+        answer = self.known.answer(func, args)
+        if answer is not None:
+            return answer
         stand_ins: Mapping[Any, Callable[..., Any]] = OPAQUE if _traced_ahead() else SYMBOLIC
         kernel = stand_ins.get(func.overloadpacket, func)
         out = kernel(*args, **(kwargs or {}))
-        if func.overloadpacket is aten.ones:
-            self.ones[out] = None
+        self.known.note(func, args, out)
         if self._policy == "cuda" and func.overloadpacket in STATISTICS_IN_FP32:
             first, *statistics = out
             return first, *(each.float() for each in statistics)
@@ -235,8 +234,8 @@ def _without_ones(
     mask: torch.Tensor | None,
     *others: object,
 ) -> object:
-    known = isinstance(mask, torch.Tensor) and mask in kernels.ones
-    return mask_arguments(config, embeds, None if known else mask, *others)
+    plain = None if kernels.known.are_ones(mask) else mask
+    return mask_arguments(config, embeds, plain, *others)
 
 
 def _not_packed(position_ids: torch.Tensor) -> None:
