@@ -147,7 +147,8 @@ class StageLines:
     def constants(self, names: Sequence[str], present: Sequence[int], held: Held) -> Floats:
         """b_P of I outputs for each P of `present`, [I, P, F K]."""
         outputs = [OUTPUTS.index(name) for name in names]
-        lines = np.stack([self._base(bits)[:2, outputs] for bits in present], axis=2)
+        self._find_bases(present)
+        lines = np.stack([self.bases[bits][:2, outputs] for bits in present], axis=2)
         fixed, each = self._by_stage(lines)
         constants = fixed + held.in_flight[:, None] * each
         return np.asarray(constants.reshape(*constants.shape[:2], -1))
@@ -161,15 +162,24 @@ class StageLines:
         """Lines [..., F K] by stage, [..., F, K]; F = 1 where all stages have the same."""
         return np.reshape(lines, (*lines.shape[:-1], max(1, len(self.parts)), -1))
 
-    def _base(self, bits: int) -> Floats:
-        if bits not in self.bases and self.parts:
-            self.bases[bits] = np.concatenate([part._base(bits) for part in self.parts], axis=-1)
-        elif bits not in self.bases:
-            counts = _counts(self.job, [bits])
-            columns = dict(zip(self.names, self.inputs, strict=True))
-            found = _lines(_evaluated(self.job, columns, counts))[:, :, 0]
-            self.bases[bits] = found - self.slope[:, :, counts[0] > 0].sum(axis=2)
-        return self.bases[bits]
+    def _find_bases(self, present: Sequence[int]) -> None:
+        """Evaluate b_P where it is not known, for all P together: numpy's calls take the time."""
+        missing = [bits for bits in dict.fromkeys(present) if bits not in self.bases]
+        if not missing:
+            return
+        if self.parts:
+            for part in self.parts:
+                part._find_bases(missing)
+            for bits in missing:
+                of_parts = [part.bases[bits] for part in self.parts]
+                self.bases[bits] = np.concatenate(of_parts, axis=-1)
+            return
+        counts = _counts(self.job, missing)
+        columns = dict(zip(self.names, self.inputs, strict=True))
+        found = _lines(_evaluated(self.job, columns, counts))
+        for index, bits in enumerate(missing):
+            slopes = self.slope[:, :, counts[index] > 0].sum(axis=2)
+            self.bases[bits] = found[:, :, index] - slopes
 
 
 def _counts(job: Job, bits: Sequence[int]) -> Floats:

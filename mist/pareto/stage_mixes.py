@@ -106,7 +106,8 @@ class _Rows:
 
 
 _TIMES: Final = ("stable_s", "lone_s")
-_BYTES: Final = slice(len(_TIMES), None)  # of the outputs of a position: times, then bytes
+_ALL: Final = slice(None)  # of the outputs of a position: times, then bytes
+_BYTES: Final = slice(len(_TIMES), None)
 # Up to so many members a table of all sets is faster than to sort those that there are.
 _TABLE: Final = 12
 _CHUNK: Final = 1 << 16  # numbers computed together: what a processor's cache holds
@@ -204,12 +205,19 @@ class StagePosition:
         if len(self._kinds) == 1:
             return self._bisected(rows, *self._bracket(rows))
         last = np.maximum(self._ranges.count - 1, 1)
-        found = np.zeros((len(rows), len(self._ranges)), dtype=np.int64)
-        for low, high in self._runs(last):
-            tried = self._bisected(rows, low, np.maximum(low, high))
-            fits = self._fits(*self._bytes(rows, tried))
-            found = np.where((found == 0) & fits & (low <= high), tried, found)
-        return np.where(found == 0, last, found)
+        shape = (len(rows), len(self._ranges))
+        low, high = (np.broadcast_to(last, shape) for _ in range(2))
+        is_open = np.ones(shape, dtype=np.bool_)
+        # The first run that fits at its end has the least number.
+        for begin, end in self._runs(last):
+            wanted = is_open & (begin <= end)
+            some = np.asarray(wanted.any(axis=1))
+            if some.any():
+                ends = np.maximum(begin, end)[None]
+                wanted[some] &= self._fits(*self._bytes(rows.take(some), ends))
+                low, high = np.where(wanted, begin, low), np.where(wanted, end, high)
+                is_open &= ~wanted
+        return self._bisected(rows, low, high)
 
     def _runs(self, last: Ints) -> Iterator[tuple[Ints, Ints]]:
         """Numbers of lower layers, from and to [R], between which no kind comes or goes."""
@@ -255,8 +263,8 @@ class StagePosition:
     def _mix(self, rows: _Rows, num_lower: Ints) -> Mixes:
         """What stages with these mixes cost; `num_lower` [N, R]."""
         num_lower = np.broadcast_to(num_lower, (len(rows), len(self._ranges)))
-        peak_bytes, host_bytes = self._bytes(rows, num_lower)
-        stable_s, lone_s = self._values(slice(len(_TIMES)), rows, num_lower)
+        stable_s, lone_s, *instants_bytes, host_bytes = self._values(_ALL, rows, num_lower)
+        peak_bytes = np.max(instants_bytes, axis=0)
         upper, lower = rows.levels
         inside = (num_lower > 0) & (num_lower < self._ranges.count)
         possible = np.where((upper == lower)[:, None], num_lower == 0, inside)
@@ -302,11 +310,14 @@ class StagePosition:
         """Outputs of mixes with so many lower layers, [I, N, R]."""
         above, below = self._layers(num_lower)
         are_mixed = any(upper is not lower for upper, lower in rows.pairs)
-        total = np.zeros(1)
+        shape = (len(self._outputs[outputs]), len(rows), len(self._ranges))
+        total, term = np.zeros(shape), np.empty(shape)
         for side, layers in enumerate((above, below) if are_mixed else (above,)):
             for kind, each in enumerate(layers):
-                total = total + each * self._rises[outputs, self._at(rows, kind)[side]]
-        return np.asarray(self._base(outputs, rows, (*above, *below)) + total)
+                np.multiply(each, self._rises[outputs, self._at(rows, kind)[side]], out=term)
+                total += term
+        total += self._base(outputs, rows, (*above, *below))
+        return total
 
     def _base(self, outputs: slice, rows: _Rows, layers: Sequence[Ints]) -> Floats:
         """The part of outputs that depends on which kinds and levels a stage has at all.
