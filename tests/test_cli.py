@@ -84,6 +84,7 @@ def test_a_plan_is_written_and_told(mist: Mist, models: Path, tmp_path: Path) ->
     assert "\nWrote tiny-4xh100-sxm.yaml and tiny-4xh100-sxm.png.\n" in run.out
 
 
+@pytest.mark.slow
 def test_the_same_plan_twice_has_the_same_bytes(mist: Mist, models: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         mist("plan", models / "tiny.py", *SMALL, "--out", f"{name}.yaml")
@@ -124,6 +125,7 @@ def test_several_numbers_of_gpus(mist: Mist, models: Path, tmp_path: Path) -> No
     assert best["tokens_per_s"] == max(row["tokens_per_s"] for row in rows)
 
 
+@pytest.mark.slow
 def test_what_is_set_is_kept(mist: Mist, models: Path, tmp_path: Path) -> None:
     knobs = ("tp=2", "pp=2", "dp=1", "micro-batch=2", "zero=1", "checkpoint=full")
     options = [word for knob in knobs for word in ("--set", knob)]
@@ -932,6 +934,7 @@ def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c(models: Path, tmp_path: Path) -> None:
     """The model's file says when it is being built, and waits."""
     text = "import sys, time\nprint('building', file=sys.stderr, flush=True)\ntime.sleep(60)\n"

@@ -59,6 +59,7 @@ def test_a_gpu(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(gpu="mi301x").plan.estimate.step_s < as_mi300x.estimate.step_s
 
 
+@pytest.mark.slow
 def test_a_cluster(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph(), monkeypatch)
     copied(profiles, "clusters/l4-box.yaml", "mine", (r"value: 3.84e\+11", "value: 1.0e+11"))
@@ -141,6 +142,7 @@ def test_an_objective(tmp_path: Path) -> None:
     assert printed(tmp_path, CHOOSE) == ["8", "2"]
 
 
+@pytest.mark.slow
 def test_a_model_family(tmp_path: Path) -> None:
     """A file of the user: parallel branches, no attention, layers in a list of another name."""
     path = tmp_path / "branches.py"
@@ -228,6 +230,7 @@ print(plan.schedule.kind, *[stage.levels[0].value for stage in plan.stages])
 """
 
 
+@pytest.mark.slow
 def test_a_memory_level(tmp_path: Path) -> None:
     copied_package(tmp_path, 4, NEW_LEVEL)
     script = PLAN.replace("{fixed}", '["tp=1", "pp=1", "checkpoint=inputs"]')

@@ -37,6 +37,7 @@ def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[object, str, s
     return end.value.code, printed.out, printed.err
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_exit_1() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -105,6 +105,7 @@ def test_a_log_is_no_plan(mist: Mist, tmp_path: Path) -> None:
     assert (tmp_path / "plan.yaml").read_bytes() == plan
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_user_is_not_lost(mist: Mist, models: Path, tmp_path: Path) -> None:
     (tmp_path / "o.png").write_bytes(b"\x89PNG of a holiday")
     asked = ("plan", models / "tiny.py", *SMALL, "--space", "3d", "--out", "o.yaml")

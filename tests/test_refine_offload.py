@@ -67,6 +67,7 @@ def test_equals_every_finer_ratio(device_bytes: float) -> None:
     assert fine.lower_bound_s <= fine.best.step_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", first_fast(range(30)))
 def test_is_never_slower_and_fits(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -267,6 +267,7 @@ def test_equals_exhaustive_search_with_converted_layers(
     assert any(level in CONVERTS for s in stage_plans(job, found.best) for level in s.levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "heads"),
     [
@@ -302,6 +303,7 @@ def test_bounds_know_that_converted_layers_may_be_faster() -> None:
     assert min(bounds) <= best.step_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("counts", "vocab", "batch", "limit", "dearer"),
     [

@@ -24,6 +24,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "space"), first_fast(SEARCHES, width=2))
 def test_work_does_not_double(name: str, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

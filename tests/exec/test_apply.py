@@ -170,6 +170,7 @@ with process_group(20.0):
 """
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
     program = tmp_path / "sleeping.py"
     program.write_text(SLEEPING)

@@ -81,6 +81,7 @@ def test_the_trace_sees_what_runs_whatever_was_built(
     assert plain.blocks == half.blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", first_fast([Precision.BF16, Precision.FP32]))
 def test_parallelize_trains_every_element_of_a_bf16_checkpoint(
     folder: Path, precision: Precision, forked: RunRanks

@@ -13,6 +13,7 @@ from tests.exec.layouts import S, Variant, write_models
 from tests.exec.test_apply import ROOT, plan_file
 
 
+@pytest.mark.slow
 def test_parallelize_keeps_weights_and_refuses_other_plans(
     tmp_path: Path, forked: RunRanks
 ) -> None:

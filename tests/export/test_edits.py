@@ -9,6 +9,7 @@ from mist.export.target import Written
 from mist.workflow.checking import Checked, HandLayout
 from mist.workflow.foreign_files import check_file, foreign_file
 from mist.workflow.request import Question
+from tests.fast_cases import first_fast
 from tests.toys import toy_graph
 from tests.workflow.answering import answer_with
 
@@ -69,7 +70,7 @@ def judged(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Checked:
     return check_file(file, question, HandLayout(), typed)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", first_fast(FILES))
 def test_suggestions_are_in_the_words_of_the_file_with_its_lines(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

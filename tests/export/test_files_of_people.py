@@ -265,6 +265,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_that_leaves_the_sequence_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_tensor_parallelism_that_leaves_the_sequence_whole(
     assert judged(SHORT, "c.sh", tmp_path, gpus=16).plan.cluster.num_gpus == 16
 
 
+@pytest.mark.slow
 def test_the_global_batch_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(toy_graph(), monkeypatch)
     text = AXOLOTL.replace("4096", "2048")

@@ -93,6 +93,7 @@ def read_back(path: Path, plan: Plan) -> Plan:
 SOME = {"torchtitan"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(each, marks=[pytest.mark.slow] * (each not in SOME)) for each in READ]
 )

@@ -34,7 +34,7 @@ def covers(problem: InterStageProblem, choices: tuple) -> bool:
     return len(choices) == problem.num_stages and whole
 
 
-@pytest.mark.parametrize("block", range(12))
+@pytest.mark.parametrize("block", first_fast(range(12), 3))
 def test_equals_enumeration_on_random_problems(block: int) -> None:
     for seed in range(100 * block, 100 * block + 100):
         problem = random_problem(seed, max_layers=6, max_stages=4)
@@ -97,6 +97,7 @@ def test_units_where_a_stage_may_begin_by_hand() -> None:
     assert found.step_s == 2 + 3 + 2
 
 
+@pytest.mark.slow
 def test_random_problems_hold_what_they_should() -> None:
     # The test above would prove little if most of them were infeasible, or none had d < 0.
     problems = [random_problem(seed, max_layers=6, max_stages=4) for seed in range(400)]
@@ -191,7 +192,7 @@ def dense(num_micro_batches: int) -> InterStageProblem:
     )
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("num_micro_batches", first_fast([2, 64, 1, 3, 8], 2))
 def test_equals_enumeration_on_dense_problems(num_micro_batches: int) -> None:
     # 4 stages of 1 to 4 layers, 44 ways to share 10 layers, 8^4 points each: 180,000 assignments
     # and 128 bottleneck times, so that boxes split more than once.
@@ -204,7 +205,7 @@ def test_equals_enumeration_on_dense_problems(num_micro_batches: int) -> None:
         assert found.step_s == pytest.approx(optimum_of_many(problem), rel=EXACT), seed
 
 
-@pytest.mark.parametrize("num_micro_batches", [2, 4, 8])
+@pytest.mark.parametrize("num_micro_batches", first_fast([2, 4, 8]))
 def test_equals_enumeration_where_bounds_are_tight(num_micro_batches: int) -> None:
     # Without deltas the bound of a box is the step of its best plan, so an error of a percent
     # in it loses the optimum. Max t wants balance, sum t the fast stages.

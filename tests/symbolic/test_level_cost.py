@@ -75,6 +75,7 @@ def test_no_matrix_product_runs_again() -> None:
     assert len(again.blocks[0].ops) > len(plain.blocks[0].ops)
 
 
+@pytest.mark.slow
 def test_only_what_was_traced_is_priced() -> None:
     plain = graph_of("gpt2", MemoryLevel.NONE)
     levels = compile_model(plain, adamw_setting(RUNTIME)).levels

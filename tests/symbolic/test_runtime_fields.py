@@ -90,6 +90,7 @@ def stage(
     }
 
 
+@pytest.mark.slow
 def test_memory_bound_kernels_are_scaled_apart() -> None:
     plain, twice = stage(), stage(changed("kernels.memory_time_scale", 2.0))
     size = 4 * B * SEQ * HIDDEN  # of which sequence parallelism leaves half
@@ -114,6 +115,7 @@ def test_kernels_on_scores_are_scaled_apart() -> None:
     assert twice["compute_s"] - plain["compute_s"] == pytest.approx(LAYERS * alone)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_time_is_scaled() -> None:
     half = stage(changed("overlap.tensor_parallel_time_scale", 0.5, WITHOUT_COPIES))
     plain = stage(WITHOUT_COPIES)
@@ -320,6 +322,7 @@ def test_deepspeed_with_weights_in_host_memory_leaves_one_gathered_layer() -> No
     assert found["states_bytes"] == pytest.approx(2 * ends / 8, abs=1)
 
 
+@pytest.mark.slow
 def test_inputs_that_are_gathered_again_are_kept_by_shards() -> None:
     again = stage(changed("kernels.gathers_input_again", True, WITHOUT_COPIES))
     plain = stage(WITHOUT_COPIES)
@@ -331,6 +334,7 @@ def test_inputs_that_are_gathered_again_are_kept_by_shards() -> None:
     assert again["tp_s"] - plain["tp_s"] == pytest.approx((LAYERS + 1) * gather)
 
 
+@pytest.mark.slow
 def test_buffers() -> None:
     size = 2 * B * SEQ * HIDDEN
     kept, one = stage(pp=2), stage(changed("memory.keeps_outputs", False), pp=2)

@@ -93,6 +93,7 @@ def test_a_kernel_of_its_own_keeps_no_scores() -> None:
     assert selective.recompute_s == sym.FIGURES["kernels.attention_time_scale"] * law
 
 
+@pytest.mark.slow
 def test_torchtitan_keeps_every_second_product_and_attention() -> None:
     """Per-op mode (activation_checkpoint.py): of a Llama layer's 7 products the 1st, 3rd, 5th, 7th.
 

@@ -111,6 +111,7 @@ def test_transforms_of_the_operator() -> None:
     assert sorted(done["backward"]) == pytest.approx([real, 2 * real])
 
 
+@pytest.mark.slow
 def test_skip_connections_forbid_pipelines() -> None:
     graph = traced("unet")
     assert not graph.sequential

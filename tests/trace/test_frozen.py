@@ -161,6 +161,7 @@ def test_all_flops_are_those_of_torch(name: str) -> None:
     assert total == counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_layers_differ_by_what_is_trained() -> None:
     graph = traced("upper half")
     assert graph.layer_kinds() == (0, 0, 1, 2)  # the first trained one passes no gradient on
@@ -191,6 +192,7 @@ def test_fingerprints_tell_what_is_trained() -> None:
     assert len({traced(name).fingerprint for name in names}) == len(names)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_rules_do_not_depend_on_what_is_trained() -> None:
     every = trace_model(plain([""])("meta"), SETTING)
     for name in ("head", "upper half", "norms", "embedding frozen"):

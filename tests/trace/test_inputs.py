@@ -71,6 +71,7 @@ def test_a_batch_fits_each_head(name: str) -> None:
     assert all(block.goes_back for block in graph.blocks)
 
 
+@pytest.mark.slow
 def test_an_unknown_type_is_read_as_the_architecture_that_it_names() -> None:
     graph = load(LLAMA | {"model_type": "my_llama", "architectures": ["LlamaForCausalLM"]})
     assert graph.notes == (

@@ -89,6 +89,7 @@ def traced(model: nn.Module) -> ModelGraph:
     return trace_model(model.to("meta"), SETTING)
 
 
+@pytest.mark.slow
 def test_modules_beside_each_other_are_no_layers() -> None:
     def beside(modules: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([module(x) for module in modules.children()]).sum(0)

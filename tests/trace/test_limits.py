@@ -36,6 +36,7 @@ def config(folder: Path, **fields: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "heads"),
     [

@@ -194,6 +194,7 @@ def test_gpt2_dropout_masks_are_one_byte_on_a_gpu() -> None:
     assert [(mask.dtype, mask.bytes) for mask in masks] == [("bool", 128 * B * S)] * 2
 
 
+@pytest.mark.slow
 def test_norm_statistics_are_fp32_on_a_gpu() -> None:
     (block,) = family_graph(gpt2, torch.float32, BF16).blocks
     norms = [tensor for tensor in block.saved if tensor.op == "aten.native_layer_norm"]

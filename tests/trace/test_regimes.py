@@ -176,6 +176,7 @@ def test_the_longest_length_of_a_registered_mask_is_traced() -> None:
     assert 20 in regime(masked, 20).lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "s", "num_runs"),
     [
@@ -200,6 +201,7 @@ def test_the_length_that_is_asked_for_is_traced_once(
     assert len(lengths) == num_runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "s"),
     [(masked, 100), pytest.param(mistral, 200, marks=SLOW), pytest.param(mamba2, 512, marks=SLOW)],

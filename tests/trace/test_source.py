@@ -118,7 +118,8 @@ def test_config_of_an_unknown_class(tmp_path: Path) -> None:
     path = file_with(tmp_path, text, "config.json")
     assert message_of(path) == (
         f"{path}: transformers has no class LlamaForEverything for model_type 'llama'. Name one of "
-        "its classes in `architectures`, or give a Python file with build_model()."
+        "its classes in `architectures` (LlamaForCausalLM, LlamaModel), or give a Python file with "
+        "build_model()."
     )
 
 

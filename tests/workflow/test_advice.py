@@ -80,6 +80,7 @@ def test_weights_and_gradients_move_together(monkeypatch: pytest.MonkeyPatch) ->
     assert check(changed, num_gpus=2).fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "runtime",
     [

@@ -80,6 +80,7 @@ def test_chunks_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [stage.layers for stage in plan.stages] == [((0, 3), (6, 2)), ((3, 3), (8, 2))]
 
 
+@pytest.mark.slow
 def test_copies_of_the_states() -> None:
     """ZeRO-3 holds 16 bytes per parameter over the ranks of a copy: 8 ranks, 2 copies, 4 each."""
     found = check(HandLayout(zero=3, dp_replicate=2))
@@ -285,6 +286,7 @@ def test_a_runtime_without_a_selective_level_has_no_selective_layout() -> None:
     assert not any("selective" in words for words in found.suggestions)
 
 
+@pytest.mark.slow
 def test_the_margin_decides_what_fits() -> None:
     loose = check(margin_ratio=0.0)
     share = 1 - loose.peak_bytes / loose.limits.device_bytes
@@ -345,6 +347,7 @@ def test_a_stale_estimate_is_replaced(tmp_path: Path) -> None:
     assert check_plan(saved(tmp_path, stale)).plan == plan
 
 
+@pytest.mark.slow
 def test_a_changed_profile_is_noted(tmp_path: Path) -> None:
     plan = check().plan
     profiles = plan.provenance.profiles | {"torch": "sha256:0"}

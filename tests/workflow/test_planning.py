@@ -71,11 +71,13 @@ def test_alternatives_are_slower_other_layouts_with_a_reason() -> None:
     assert all(other.reason for other in plan.alternatives)
 
 
+@pytest.mark.slow
 def test_the_same_question_gives_the_same_bytes() -> None:
     again = make_plan(QUESTION, SearchSpace(), Effort(num_alternatives=3))
     assert dump_plan(again.plan) == dump_plan(made().plan)
 
 
+@pytest.mark.slow
 def test_a_plan_passes_its_own_check(tmp_path: Path) -> None:
     planned = make_plan(replace(QUESTION, margin_ratio=0.5), SearchSpace())
     save_plan(planned.plan, tmp_path / "plan.yaml")

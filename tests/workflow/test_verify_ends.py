@@ -43,6 +43,7 @@ def children(pid: int) -> list[int]:
     return [other for other in others if status_of(other).get("PPid") == str(pid)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", first_fast([signal.SIGTERM, signal.SIGKILL]))
 def test_a_dry_run_ends_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
     write_models(tmp_path)

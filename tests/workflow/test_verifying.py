@@ -127,6 +127,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize(
     "name", ["zero2 half on host", pytest.param("interleaved", marks=[pytest.mark.slow])]
