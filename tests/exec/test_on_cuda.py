@@ -96,9 +96,9 @@ def test_no_more_than_two_layers_are_on_their_way_to_the_host(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             order.append(f"run {self.number}")
             # Until the computation has waited for a copy the memory behind it is not free.
-            held = [layer_of[id(each)] for each in copies if each.source is not None]
-            assert held == [layer for layer in range(self.number) if layer >= self.number - 1]
-            return x.sin()
+            held = {layer_of[id(each)] for each in copies if each.source is not None}
+            assert held == {layer for layer in range(self.number) if layer >= self.number - 1}
+            return x.sin().tanh()  # saves its input and its output
 
     class Slow(Swapper):
         def to_host(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> Copy:
