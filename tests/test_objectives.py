@@ -185,15 +185,9 @@ def test_least_memory_that_is_too_much_or_not_known() -> None:
     )
 
 
-SLOW = {*Objective} - {Objective.MEMORY}
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("_toy")
-@pytest.mark.parametrize(
-    "objective",
-    [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in Objective],
-)
+@pytest.mark.parametrize("objective", Objective)
 def test_the_winner_is_the_best_of_single_runs(objective: Objective) -> None:
     found = told("2,16", "dgx-h100,dgx-a100", objective=objective, price="3,2", tokens=1e12)
     single = {}

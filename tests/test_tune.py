@@ -271,9 +271,9 @@ def test_equals_exhaustive_search_with_converted_layers(
 @pytest.mark.parametrize(
     ("limit", "heads"),
     [
-        pytest.param(0.7e9, [HeadMode.IN_FORWARD], marks=pytest.mark.slow),
+        (0.7e9, [HeadMode.IN_FORWARD]),
         # As a stage of two, whose other one has no head.
-        pytest.param(0.6e9, [HeadMode.NONE, HeadMode.IN_FORWARD], marks=pytest.mark.slow),
+        (0.6e9, [HeadMode.NONE, HeadMode.IN_FORWARD]),
         (8e9, [HeadMode.NONE]),
     ],
 )
@@ -308,9 +308,9 @@ def test_bounds_know_that_converted_layers_may_be_faster() -> None:
     ("counts", "vocab", "batch", "limit", "dearer"),
     [
         ((1, 1), 1024, 4, 0.335e9, True),  # an untied model has unlike ends here, 24 % faster
-        pytest.param((1, 1), 1024, 4, 0.6e9, False, marks=pytest.mark.slow),
-        pytest.param((2,), 8192, 8, 0.46e9, True, marks=pytest.mark.slow),
-        pytest.param((1, 1), 1024, 8, 0.335e9, True, marks=pytest.mark.slow),
+        ((1, 1), 1024, 4, 0.6e9, False),
+        ((2,), 8192, 8, 0.46e9, True),
+        ((1, 1), 1024, 8, 0.335e9, True),
     ],
 )
 def test_tied_models_equal_exhaustive_search(

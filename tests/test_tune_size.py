@@ -10,7 +10,6 @@ from mist.plans.search_space import SPACES
 from mist.search.tune import tune
 from mist.symbolic.load_programs import quiet
 from mist.workflow.request import limits_of, prepare
-from tests.fast_cases import first_fast
 from tests.golden import JOBS, ROOT
 
 # Golden job and space: what the search took when this was written.
@@ -25,7 +24,7 @@ SEARCHES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "space"), first_fast(SEARCHES, width=2))
+@pytest.mark.parametrize(("name", "space"), SEARCHES)
 def test_work_does_not_double(name: str, space: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     job = prepare(JOBS[name])  # the trace of tests/test_golden.py

@@ -82,7 +82,7 @@ def test_the_trace_sees_what_runs_whatever_was_built(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", first_fast([Precision.BF16, Precision.FP32]))
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP32])
 def test_parallelize_trains_every_element_of_a_bf16_checkpoint(
     folder: Path, precision: Precision, forked: RunRanks
 ) -> None:

@@ -94,9 +94,7 @@ SOME = {"torchtitan"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[pytest.mark.slow] * (each not in SOME)) for each in READ]
-)
+@pytest.mark.parametrize("name", READ)
 def test_a_file_is_read_as_the_layout_that_it_was_written_from(name: str, tmp_path: Path) -> None:
     target, round_trips = target_named(name), 0
     assert target.expresses is not None

@@ -115,9 +115,24 @@ def of_an_expert(x: Tensor) -> Tensor:
     return torch.arange(4).view(2, 2)[x != 1]
 
 
-def test_what_another_tensor_selects_is_not_known() -> None:
+def of_the_past(x: Tensor) -> Tensor:
+    positions = torch.arange(2)
+    return x[(positions[:, None] - positions).view(2, 2) >= 0]
+
+
+@pytest.mark.parametrize("run", [of_an_expert, of_the_past])
+def test_what_something_else_selects_is_not_known(run: Callable[[Tensor], Tensor]) -> None:
     """Rows of an expert, say: those are found by the module's own attributes, or refused."""
-    assert not isinstance(fake(of_an_expert, torch.ones(2, 2, dtype=torch.int64)).shape[0], int)
+    assert not isinstance(fake(run, torch.ones(2, 2, dtype=torch.int64)).shape[0], int)
+
+
+def rows_by_number(x: Tensor) -> Tensor:
+    return x[torch.ones(3, 4, dtype=torch.int64)]
+
+
+def test_ones_that_are_numbers_of_rows_select_no_mask() -> None:
+    x = torch.tensor([[1, 2], [4, 5]])
+    assert fake(rows_by_number, x).shape == rows_by_number(x).shape
 
 
 def losses(x: Tensor) -> Tensor:

@@ -41,11 +41,11 @@ def config(folder: Path, **fields: object) -> Path:
     ("fields", "heads"),
     [
         ({"model_type": "llama", KV: 2}, {ATTENTION: 6, SHARED: 2}),
-        slow({"model_type": "llama", KV: 6}, {ATTENTION: 6}),
-        slow({"model_type": "qwen3", KV: 3, "head_dim": 16}, {ATTENTION: 6, SHARED: 3}),
-        slow({"model_type": "llama", KV: 1}, {}),  # left to the trace
-        slow({"model_type": "phi3", KV: 2, "pad_token_id": 0}, {}),
-        slow({"model_type": "opt", "ffn_dim": 192}, {}),
+        ({"model_type": "llama", KV: 6}, {ATTENTION: 6}),
+        ({"model_type": "qwen3", KV: 3, "head_dim": 16}, {ATTENTION: 6, SHARED: 3}),
+        ({"model_type": "llama", KV: 1}, {}),  # left to the trace
+        ({"model_type": "phi3", KV: 2, "pad_token_id": 0}, {}),
+        ({"model_type": "opt", "ffn_dim": 192}, {}),
     ],
 )  # fmt: skip
 def test_heads_before_and_after_the_trace(

@@ -182,9 +182,9 @@ def test_the_longest_length_of_a_registered_mask_is_traced() -> None:
     [
         (masked, 100, 1),  # holds at the usual length, too
         (masked, 128, 2),  # the limit: its mask is read whole, as at no other length
-        pytest.param(mistral, 200, 1, marks=SLOW),  # as at the usual length, beyond the window
-        pytest.param(mistral, 40, 1, marks=SLOW),  # within it, where the usual does not hold
-        pytest.param(mamba2, 100, 1, marks=SLOW),
+        (mistral, 200, 1),  # as at the usual length, beyond the window
+        (mistral, 40, 1),  # within it, where the usual does not hold
+        (mamba2, 100, 1),
     ],
 )
 def test_the_length_that_is_asked_for_is_traced_once(
@@ -204,7 +204,7 @@ def test_the_length_that_is_asked_for_is_traced_once(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "s"),
-    [(masked, 100), pytest.param(mistral, 200, marks=SLOW), pytest.param(mamba2, 512, marks=SLOW)],
+    [(masked, 100), (mistral, 200), (mamba2, 512)],
 )
 def test_a_trace_that_holds_at_both_lengths_is_the_usual_one(family: Family, s: int) -> None:
     """So what is cached does not depend on the length that was asked for first."""

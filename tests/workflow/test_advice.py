@@ -81,16 +81,7 @@ def test_weights_and_gradients_move_together(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "runtime",
-    [
-        "torchtitan",
-        *(
-            pytest.param(each, marks=pytest.mark.slow)
-            for each in ("deepspeed-zero3", "megatron", "fsdp1")
-        ),
-    ],
-)
+@pytest.mark.parametrize("runtime", ["torchtitan", "deepspeed-zero3", "megatron", "fsdp1"])
 def test_advice_is_what_the_runtime_can_do(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(WIDE, monkeypatch)
     for layout in (HandLayout(), HandLayout(micro_batch=8)):

@@ -13,7 +13,6 @@ import pytest
 from mist.plans.file import save_plan
 from mist.workflow.checking import HandLayout
 from tests.exec.layouts import write_models
-from tests.fast_cases import first_fast
 from tests.workflow.test_verifying import plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +43,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", first_fast([signal.SIGTERM, signal.SIGKILL]))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_dry_run_ends_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
     write_models(tmp_path)
     save_plan(plan_of(HandLayout(), tmp_path), tmp_path / "plan.yaml")

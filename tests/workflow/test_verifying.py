@@ -129,9 +129,7 @@ SMALL = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
-@pytest.mark.parametrize(
-    "name", ["zero2 half on host", pytest.param("interleaved", marks=[pytest.mark.slow])]
-)
+@pytest.mark.parametrize("name", SMALL)
 def test_prediction_and_program_agree_on_a_small_model(name: str, tmp_path: Path) -> None:
     """Within 2 % of the peak, as for wide models."""
     (tmp_path / "tiny.py").write_text(TINY)

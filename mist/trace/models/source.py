@@ -211,10 +211,9 @@ def _without_kernels(value: object) -> object:
 
 def _refuse_fetching(path: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelError for kernels that would come from elsewhere, at any depth: they are code."""
-    found = [*config.items()]
+    found, known = [*config.items()], (*OWN_KERNELS, *LEFT_OUT)
     while found:
         key, value = found.pop()
-        known = (*OWN_KERNELS, *LEFT_OUT)
         if FETCHING.fullmatch(key) and not all(each in known for each in _leaves(value)):
             raise ModelError(
                 f"{path} has {key} {json.dumps(value)}, which transformers may fetch and run. "

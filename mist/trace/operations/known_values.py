@@ -3,7 +3,7 @@
 Nothing is padded and nothing is ignored in a batch of the asked size. So a mask that is made of
 ones is all ones, the integers of a batch (tokens, labels) are no negative numbers, and those of
 them that differ from some number (a blank, a padding) are all of them, at the most. What such a
-mask selects is everything.
+mask selects is everything. Differences (distances of tokens) may be negative: nothing is known.
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,8 @@ class KnownValues:
         self._ones = WeakTensorKeyDictionary()
         # Masks of valid integers, with the storage of the tensor that they were asked of.
         self._valid = WeakTensorKeyDictionary()
+        # Integers that may be negative, by storage: what is computed of a difference is one, too.
+        self._signed: dict[int, StorageWeakRef] = {}
 
     def are_ones(self, tensor: object) -> bool:
         """Whether a tensor is known to be all ones."""
@@ -52,21 +54,33 @@ class KnownValues:
         if func is aten.ne.Scalar and _are_integers(args[0]):
             self._valid[out] = StorageWeakRef(args[0].untyped_storage())
         if func in BOTH and all(mask in self._valid for mask in args):
-            first, second = (self._valid[mask] for mask in args)
-            if first.cdata == second.cdata:
-                self._valid[out] = first
-        if func.overloadpacket is aten.ones or _are_all(func, args):
+            self._note_both(args, out)
+        if func.overloadpacket is aten.ones or self._are_all(func, args):
             self._ones[out] = None
+        if isinstance(out, torch.Tensor) and _are_integers(out):
+            self._note_sign(func, args, out)
 
+    def _note_both(self, masks: tuple[Any, ...], out: object) -> None:
+        first, second = (self._valid[mask] for mask in masks)
+        if first.cdata == second.cdata:
+            self._valid[out] = first
 
-def _are_all(func: OpOverload, args: tuple[Any, ...]) -> bool:
-    """Whether no number that is not negative fails a comparison: x > -1, x >= 0, x != -100."""
-    return (
-        func in COMPARISONS
-        and _are_integers(args[0])
-        and isinstance(args[1], int)
-        and args[1] <= COMPARISONS[func]
-    )
+    def _note_sign(self, func: OpOverload, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        if func.overloadpacket in DIFFERENCES or any(map(self._may_be_negative, args)):
+            self._signed[key_of(out)] = StorageWeakRef(out.untyped_storage())
+
+    def _may_be_negative(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and key_of(value) in self._signed
+
+    def _are_all(self, func: OpOverload, args: tuple[Any, ...]) -> bool:
+        """Whether no number that is not negative fails a comparison: x > -1, x >= 0, x != -100."""
+        return (
+            func in COMPARISONS
+            and _are_integers(args[0])
+            and not self._may_be_negative(args[0])
+            and isinstance(args[1], int)
+            and args[1] <= COMPARISONS[func]
+        )
 
 
 def _are_integers(tensor: torch.Tensor) -> bool:
@@ -77,11 +91,13 @@ def _mask_of(selection: Any) -> Any:  # noqa: ANN401 (a mask, or indices of any 
     """The mask that is the only index, or alone."""
     alone = isinstance(selection, list) and len(selection) == 1
     mask = selection[0] if alone else selection
-    return mask if isinstance(mask, torch.Tensor) else None
+    is_mask = isinstance(mask, torch.Tensor) and mask.dtype is torch.bool
+    return mask if is_mask else None
 
 
 SELECTIONS: Final = frozenset({aten.masked_select.default, aten.index.Tensor})
 BOTH: Final = frozenset({aten.bitwise_and.Tensor, aten.logical_and.default})
+DIFFERENCES: Final = frozenset({aten.sub, aten.sub_, aten.rsub, aten.neg, aten.neg_})
 COMPARISONS: Final[Mapping[OpOverload, int]] = MappingProxyType(
     {aten.gt.Scalar: -1, aten.ge.Scalar: 0, aten.ne.Scalar: -1}
 )

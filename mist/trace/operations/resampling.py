@@ -38,13 +38,10 @@ def _resized(
     `others`: whether corners are aligned, of functions that ask, and the factors.
     """
     *corners, factors = others
-    num_dims = RESIZED[name]
+    scales = cast(Sequence[float], factors or ())
     if output_size is None:
-        scales = list(cast(Sequence[float], factors))
-        sizes = zip(x.shape[-num_dims:], scales, strict=True)
+        sizes = zip(x.shape[-RESIZED[name] :], scales, strict=True)
         output_size = [torch.sym_int(size * factor) for size, factor in sizes]
-    else:
-        scales = []
     out = getattr(aten, name).default(x, output_size, *corners, *scales)
     return cast(torch.Tensor, out)
 
