@@ -282,6 +282,63 @@ class Flex(nn.Module):
 def build_model():
     return Flex()
 """
+# Norms over all that ranks divide: of queries and keys, before the projection, within the MLP.
+WIDE_NORMS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Written(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y - torch.mean(y, -1, keepdim=True)
+        return self.scale * (y * torch.rsqrt((y * y).mean(dim=-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.out = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.k, self.v = nn.Linear(64, 32), nn.Linear(64, 32)
+        self.q_norm, self.k_norm = nn.RMSNorm(64), nn.RMSNorm(32, eps=1e-5)
+        self.norm = nn.RMSNorm(64, elementwise_affine=False)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
+        q, k, v = (each.view(b, n, -1, 8).transpose(1, 2) for each in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(self.norm(y.transpose(1, 2).reshape(b, n, -1)))
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(64, 128), Written(128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return self.down(self.norm(F.relu(self.up(x)).square()))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn, self.norm2, self.mlp = nn.RMSNorm(64), Attention(), Written(64), MLP()
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def build_model():
+    blocks = (Block() for _ in range(2))
+    return nn.Sequential(nn.Embedding(256, 64), *blocks, nn.Linear(64, 256))
+"""
 # No list of layers: all of it is one.
 LSTM = """
 from torch import nn
@@ -306,7 +363,7 @@ CONFIGS: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
 )
 FILES: Final = MappingProxyType(
     {"nanogpt": NANOGPT, "dit": DIT, "lora": LORA, "pair": PAIR, "joint": JOINT, "flex": FLEX}
-    | {"lstm": LSTM}
+    | {"wide-norms": WIDE_NORMS, "lstm": LSTM}
     | TORCH_ATTENTION
 )
 

@@ -151,6 +151,8 @@ def mlp_block(name: str, hidden: int, wide: int) -> Block:
         num_entries_back=1,
         num_exits_back=1,
         other_entries_back=(),
+        norm_sums=(),
+        norm_sums_back=(),
         num_whole=1,
         num_recomputed_ops=2,  # the second matrix saves only its input
         domain=(),
@@ -193,6 +195,8 @@ def end_block(name: str, hidden: int, vocab: int, *, tied: bool) -> Block:
         num_entries_back=int(name == "head"),
         num_exits_back=int(name == "embed"),
         other_entries_back=(),
+        norm_sums=(),
+        norm_sums_back=(),
         num_whole=0,
         num_recomputed_ops=1,
         domain=(),

@@ -10,7 +10,7 @@ them.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Final, Literal
@@ -155,6 +155,8 @@ class Block:
     activation enters and leaves what tensor parallelism divides (2 and 2 in a transformer layer);
     `num_entries_back`, `num_exits_back`: those of them that a gradient goes back through;
     `other_entries_back`: bytes of those that are of another size than the activation;
+    `norm_sums`: bytes of each sum over the ranks within norms over what they divide;
+    `norm_sums_back`: of those that gradients need;
     `num_whole`: what needs all tokens but divides nothing. `num_recomputed_ops`: how many of the
     forward operations (they come first in `ops`) checkpointing runs again: up to the last one that
     saves something, where torch stops early. `domain`: relations under which all this holds.
@@ -183,6 +185,8 @@ class Block:
     num_entries_back: int
     num_exits_back: int
     other_entries_back: tuple[Expr, ...]
+    norm_sums: tuple[Expr, ...]
+    norm_sums_back: tuple[Expr, ...]
     num_whole: int
     num_recomputed_ops: int
     domain: tuple[sympy.Basic, ...]
@@ -230,18 +234,19 @@ class Block:
             for kind, phase, count in rows
             if count
         )
-        return found if sequence_parallel else (*found, *self._others_back())
-
-    def _others_back(self) -> Iterator[TensorParallelCollective]:
-        """The sums of gradients of another size than the activation."""
-        for size, count in Counter(self.other_entries_back).items():
-            yield TensorParallelCollective(
-                kind="all_reduce", phase="backward", bytes=size, count=count
-            )
+        others = () if sequence_parallel else self.other_entries_back
+        back = _sums("backward", (*others, *self.norm_sums_back))
+        return (*found, *_sums("forward", self.norm_sums), *back)
 
     def flop(self, phase: Phase) -> Expr:
         """Matrix and attention FLOPs of one pass, per tensor-parallel rank."""
         return sympy.Add(*(op.flop for op in self.ops if op.phase == phase))
+
+
+def _sums(phase: Phase, sizes: Iterable[Expr]) -> Iterator[TensorParallelCollective]:
+    """Sums over the ranks of buffers of these sizes."""
+    for size, count in Counter(sizes).items():
+        yield TensorParallelCollective(kind="all_reduce", phase=phase, bytes=size, count=count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,8 @@ def _tensor_parallel(
         for each in collectives(block, sequence_parallel=stage_plan.sp):
             count = each.count
             if level is not KEEPS_ALL and each.phase == "forward":
-                leaves = each.kind in ("reduce_scatter", "all_reduce")
+                # Sums within norms are smaller, and made again.
+                leaves = each.kind != "all_gather" and each.bytes == block.tp_bytes
                 spared = block.num_exits - recomputed_exits(block) if leaves else 0
                 count += (each.count - spared) * int(block.num_recomputed_ops > 0)
             size = int(each.bytes.subs(at))

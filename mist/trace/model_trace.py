@@ -447,6 +447,8 @@ def _block(
         forward_bytes=run.forward_bytes(piece),
         **crossings(piece, block_params, sharding, run),
         other_entries_back=other_entries_back(piece, sharding),
+        norm_sums=tuple(size for size, _ in piece.part.norm_sums),
+        norm_sums_back=tuple(size for size, flows in piece.part.norm_sums if flows),
         num_recomputed_ops=piece.part.num_recomputed_ops,
         domain=run.domain,
     )
@@ -477,6 +479,8 @@ def _empty(name: str) -> Block:
         num_entries_back=0,
         num_exits_back=0,
         other_entries_back=(),
+        norm_sums=(),
+        norm_sums_back=(),
         num_whole=0,
         num_recomputed_ops=0,
         domain=(),

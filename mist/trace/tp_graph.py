@@ -3,8 +3,9 @@
 Matrix R is row-parallel with column-parallel partners C_i when all that its input is made of,
 walking back through the operations until products with a matrix, are outputs of the C_i and tables
 without a gradient (rotary tables, masks): never what the layer itself was given (the residual
-stream), nor the result of a norm over a partner's outputs. Heads are those of the attention
-operation on the way. Nothing is trusted: the runs that follow must confirm it.
+stream), nor the result of a norm over a partner's outputs, unless ranks can share its mean. Heads
+are those of the attention operation on the way. Nothing is trusted: the runs that follow must
+confirm it.
 """
 
 from collections import defaultdict
@@ -51,6 +52,8 @@ NORMS: Final = frozenset(
         aten.mean.dim, aten.linalg_vector_norm.default,  # of norms in single operations
     }
 )  # fmt: skip
+# Of these the one mean over the last dimension is that of the ranks' own means.
+SHARED: Final = frozenset({torch.ops.mist.fused_rms_norm.default, aten.mean.dim})
 # What leaves every number as it is, cast, scaled or dropped; views are known by themselves.
 MOVES: Final = frozenset({aten._to_copy, aten.clone, aten.native_dropout, aten._unsafe_view})
 NO_GRADIENT: Final = frozenset({"bool", "int32", "int64"})
@@ -268,18 +271,30 @@ class _Block:
         self._between[id(matrix.weight)] = behind.nodes
         attention = next((n for n in behind.nodes if n in self._attention), None)
         head_dim, alike = self._heads(attention, matrix) if attention else (None, True)
+        over = [node for node in behind.nodes if _goes_over(node, behind.sources, head_dim)]
+        norms = [self._shared_norm(node) for node in over]
         if attention is not None and (heads := self._given(attention)):
             self.given_heads[id(matrix.weight)] = heads
         return Reader(
             matrix=matrix,
             sources=behind.sources,
             residual=behind.residual,
-            normed=any(_goes_over(node, behind.sources, head_dim) for node in behind.nodes),
+            norms=[norm for norm in norms if norm is not None],
+            normed=None in norms,
             linear=all(map(_only_scales, behind.nodes)),
             head_dim=head_dim,
             heads_alike=alike,
             pairs=self._pairs(attention) if attention else frozenset(),
         )
+
+    def _shared_norm(self, node: fx.Node) -> nn.Module | None:
+        """The module of a norm that ranks can share: its parameters are as wide as its rows."""
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        width = operand.meta["shape"][-1]
+        module = self.layer.get_submodule(str(node.meta["module"]))
+        fits = all(parameter.shape == (int(width),) for parameter in module.parameters())
+        return module if node.target in SHARED and fits else None
 
     def _attends(self, node: fx.Node) -> bool:
         return node.target in ATTENTION or self._scores.get(node) is not None

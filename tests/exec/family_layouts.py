@@ -12,13 +12,14 @@ FAMILIES: Final = (
     "phi3", "falcon", "falcon-new", "gptj", "gpt-neo",
 )  # fmt: skip
 # What the rules leave of others: products of low rank beside each matrix, keys and values in one,
-# two streams that meet in attention; sequences that stay whole (attention in no module of its own,
-# a condition), encoders, layers that are called again or read keys of earlier ones, no layers at
-# all.
+# two streams that meet in attention; norms over what is divided; sequences that stay whole
+# (attention in no module of its own, a condition), encoders, layers that are called again or read
+# keys of earlier ones, no layers at all.
 OTHERS: Final = {
     "lora": ("dp2", "tp2", "pp2", "tp2 sp"),
     "pair": ("dp2", "tp2", "pp2", "tp2 sp"),
     "joint": ("dp2", "tp2"),
+    "wide-norms": ("tp2", "tp2 sp"),
     "nanogpt": ("dp2", "tp2", "pp2"),
     "flex": ("dp2", "tp2", "pp2"),
     "dit": ("dp2", "tp2"),

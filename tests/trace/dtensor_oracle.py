@@ -27,7 +27,7 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -63,8 +63,8 @@ class Family:
 
     `regions`: a module whose input enters column-parallel matrices, and the keyword by which it
     gets it ("" when by position). `post_norm`: what a norm gives is added to other tensors, which
-    are local ones. `modes`: without "sp" where a part of the layer is whole. `traced`: the model of
-    which this one is a copy that DTensor can divide.
+    are local ones. `over_heads`: norms over what columns give. `modes`: without "sp" where a part
+    of the layer is whole. `traced`: the model of which this one is a copy that DTensor can divide.
     """
 
     build: Callable[[], nn.Module]
@@ -74,6 +74,7 @@ class Family:
     norms: tuple[str, ...]
     regions: Mapping[str, str]
     post_norm: bool = False
+    over_heads: tuple[str, ...] = ()
     modes: tuple[Mode, ...] = get_args(Mode)
     traced: Callable[[], nn.Module] | None = None
 
@@ -225,7 +226,6 @@ FAMILIES: Final = MappingProxyType(
             post_norm=True,
         ),
         "gpt-neox-8-heads": gpt_neox(num_heads=8),
-        # Norms over all heads of queries and keys: attention is whole.
         "olmo2": Family(
             build=partial(
                 causal,
@@ -235,14 +235,17 @@ FAMILIES: Final = MappingProxyType(
                     intermediate_size=512,
                     num_hidden_layers=2,
                     num_attention_heads=16,
+                    num_key_value_heads=8,
                 ),
             ),
             layer="model.layers.0",
-            colwise=("mlp.gate_proj", "mlp.up_proj"),
-            rowwise=("mlp.down_proj",),
-            norms=(),
-            regions={"mlp": ""},
-            modes=("tp",),
+            colwise=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                     "mlp.gate_proj", "mlp.up_proj"),
+            rowwise=("self_attn.o_proj", "mlp.down_proj"),
+            norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            regions={"self_attn": "hidden_states", "mlp": ""},
+            post_norm=True,
+            over_heads=("self_attn.q_norm", "self_attn.k_norm"),
         ),
         # A convolution over tokens in the place of attention.
         "lfm2": Family(
@@ -421,11 +424,30 @@ def plan(family: Family, mode: Mode) -> dict[str, ParallelStyle]:
     styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in family.colwise}
     styles |= {name: RowwiseParallel(output_layouts=between) for name in family.rowwise}
     styles |= {name: _entrance(keyword, between) for name, keyword in family.regions.items()}
+    styles |= {name: OverHeads() for name in family.over_heads}
     if mode == "sp":
         styles |= {
             name: SequenceParallel(use_local_output=family.post_norm) for name in family.norms
         }
     return styles
+
+
+class OverHeads(ParallelStyle):
+    """A norm whose rows are divided, as its weight is: DTensor makes means of means."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            return (DTensor.from_local(args[0], device_mesh, (Shard(-1),), run_check=False),)
+
+        def leave(module: nn.Module, args: object, output: DTensor) -> torch.Tensor:
+            return output.to_local()
+
+        weight = module.get_parameter("weight")
+        divided = distribute_tensor(weight, device_mesh, (Shard(0),), src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(divided))
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
 
 
 def _entrance(keyword: str, between: Replicate | Shard) -> PrepareModuleInput:

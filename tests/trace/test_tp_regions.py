@@ -35,6 +35,7 @@ def reads(
         matrix=matrix(module),
         sources={id(each.weight): each for each in matrices},
         residual=residual,
+        norms=(),
         normed=normed,
         linear=is_linear,
         head_dim=HEAD_DIM if attends else None,

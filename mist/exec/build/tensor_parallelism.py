@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mist.errors import ModelError
+from mist.exec.build.shared_norms import share_means
 from mist.exec.build.tensor_parts import divide_parts, with_parts
 from mist.exec.build.tensor_rules import RegionRule, TensorRules
 from mist.exec.build.tensor_sizes import run_with_local_sizes
@@ -95,6 +96,9 @@ def _divide_layers(
     regions = [region for region in rules.regions if region.is_in(*part.layers)]
     for region in regions:
         _divide_region(model, region, mesh, part, rules.parts)
+    for name in rules.norms:
+        if name.startswith(prefixes):
+            share_means(model.get_submodule(name), mesh)
     entries = {name for region in regions for name in region.entries.values()}
     exits = {name for region in regions for name in region.ends}
     whole = {name for name in rules.whole if part.sp and name.startswith(prefixes)}

@@ -61,14 +61,15 @@ class Part:
 
     `whole`: whether all of it counts as in need of all tokens. `compiled`: whether it runs as a
     compiled graph; then `makers` are the operations that made its storages, by name, and how many
-    had run by then. `entered`: modules
-    whose input enters a tensor-parallel region, with what entered in their calls; `exposed`: those
-    whose input no module around them was given; `flows`: those, and ends of a region, through which
-    a gradient goes back. `forward_only`: nothing has a gradient: memory of a forward pass;
-    `works_forward`: its forward pass may hold most, too. `mixed`: operations that a shard cannot
-    run; `results`: of what it gave; `on_tokens`: is given the name of each module that goes over
-    the tokens of whole tensors; `handed`: saved storages that later layers hold, too; `refusals`:
-    why `mist apply` cannot divide it. `input`: the storage of its input activation.
+    had run by then. `entered`: modules whose input enters a tensor-parallel region, with what
+    entered in their calls; `exposed`: those whose input no module around them was given; `flows`:
+    those, and ends of a region, through which a gradient goes back. `forward_only`: nothing has a
+    gradient: memory of a forward pass; `works_forward`: its forward pass may hold most, too.
+    `mixed`: operations that a shard cannot run; `norm_sums`: bytes of each mean that ranks add up,
+    and whether it has a gradient; `results`: of what it gave; `on_tokens`: is given the name of
+    each module that goes over the tokens of whole tensors; `handed`: saved storages that later
+    layers hold, too; `refusals`: why `mist apply` cannot divide it. `input`: the storage of its
+    input activation.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Part:
     forward_only: bool = False
     works_forward: bool = False
     mixed: list[Mixed] = field(default_factory=list)
+    norm_sums: list[tuple[Expr, bool]] = field(default_factory=list)
     results: frozenset[fx.Node] = frozenset()
     on_tokens: Callable[[str], None] | None = None
     refusals: list[str] = field(default_factory=list)

@@ -42,6 +42,7 @@ from mist.trace.tensor_parallel.tp_check import (
     is_partial,
     joins_shards,
     mixing,
+    norm_sum,
 )
 from mist.trace.tensor_parallel.tp_sharding import RankModules
 from mist.trace.tensor_parallel.tp_sums import NOT_LINEAR, PartialSums
@@ -226,7 +227,19 @@ class Recorder(TorchDispatchMode):
             part.refusals.append(f"{place} {JOINED}")
         if self._rank.columns and part.on_tokens and goes_over_tokens(call, self._symbols.shape):
             part.on_tokens(origin.module)
+        if (means := self._norm_sum(part, call)) is not None:
+            inputs = tensors_in([*call.arguments.values()])
+            flows = part.compiled or any(each.requires_grad for each in inputs)
+            part.norm_sums.append((self.bytes_of(means), flows))
+            return []
         return [f"{place}: {reason}" for reason in mixing(call, self._symbols.shape)]
+
+    def _norm_sum(self, part: Part, call: Call) -> torch.Tensor | None:
+        """The means that ranks add up in a norm over what they divide, if this call makes them."""
+        # A compiled graph hides its modules.
+        inside = part.compiled or any(id(module) in self._rank.norms for module in self.callers)
+        known = inside and bool(self._rank.norms)
+        return norm_sum(call, self._symbols.shape) if known else None
 
     def _leave(self, part: Part, call: Call, origin: Origin) -> None:
         """Note the storages that a call leaves alive, and their form on a rank."""

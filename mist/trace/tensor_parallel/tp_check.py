@@ -77,6 +77,16 @@ JOINED: Final = "puts parts of several matrices side by side, which a rank order
 NORMS: Final = frozenset({aten.native_layer_norm, RMS_NORM})
 
 
+def norm_sum(call: Call, shape_of: ShapeOf) -> torch.Tensor | None:
+    """The means over a divided last dimension, which ranks add up; None of other calls."""
+    if call.func.overloadpacket not in (aten.mean, RMS_NORM):
+        return None
+    shape = shape_of(next(tensors_in([*call.arguments.values()])))
+    last = [len(shape) - 1]
+    alone = _divided(shape) == last and [*(_mixed_dims(call, shape) or ())] == last
+    return [*tensors_in(call.out)][-1] if alone else None
+
+
 def mixing(call: Call, shape_of: ShapeOf) -> Iterator[str]:
     """Why a forward call on shards is not the whole model's: what it does over a divided dimension.
 

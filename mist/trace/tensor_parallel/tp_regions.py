@@ -21,14 +21,16 @@ class Reader:
     """A matrix and what its input is made of.
 
     `sources`: matrices whose outputs it is made of, by weight; `residual`: what the layer was
-    given, too; `normed`: a norm goes over outputs of a source; `linear`: nothing but moves, casts,
-    scaling and dropout lie between. Of the attention between, if any, `head_dim`; `heads_alike`:
-    whether queries have the same; `pairs`: weights that give both keys and values.
+    given, too; `norms`: modules whose norms go over outputs of a source, where ranks can share the
+    mean; `normed`: another norm does; `linear`: nothing but moves, casts, scaling and dropout lie
+    between. Of the attention between, if any, `head_dim`; `heads_alike`: whether queries have the
+    same; `pairs`: weights that give both keys and values.
     """
 
     matrix: Matrix
     sources: Mapping[int, Matrix]
     residual: bool
+    norms: Sequence[nn.Module]
     normed: bool
     linear: bool
     head_dim: int | None
@@ -116,6 +118,7 @@ class _Chains:
             rowwise=rows,
             entered=_outermost([*in_front, *(m.module for m in group.columns.values())]),
             ends=_outermost([*behind, *(m.module for m in rows)]),
+            norms=[norm for reader in group.rows.values() for norm in reader.norms],
         )
 
     def _is_low_rank(self, reader: Reader) -> bool:

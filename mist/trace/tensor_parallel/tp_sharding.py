@@ -96,7 +96,8 @@ class Region:
     queries too; else every matrix has as many. `pairs`: weights of both keys and values. `given`:
     numbers of heads of keys and values that earlier layers made. `label`: what is divided when no
     heads are. `entered`, `ends`: modules that are given what enters, and those whose results are
-    summed, where they are not the matrices themselves.
+    summed, where they are not the matrices themselves. `norms`: modules whose norms go over what
+    ranks divide.
     """
 
     owners: Sequence[object]
@@ -109,6 +110,7 @@ class Region:
     rowwise: list[Matrix] = field(default_factory=list)
     entered: Sequence[nn.Module] = ()
     ends: Sequence[nn.Module] = ()
+    norms: Sequence[nn.Module] = ()
 
     def has_any(self, modules: frozenset[int]) -> bool:
         """Whether a matrix of it is in one of these modules."""
@@ -164,13 +166,15 @@ class DividedRegion:
     """The modules of a region, by identity.
 
     `columns`, `rows`: column- and row-parallel; `entered`: those that are given what enters;
-    `ends`: those whose results are summed over the ranks.
+    `ends`: those whose results are summed over the ranks; `norms`: those with means over what ranks
+    divide.
     """
 
     columns: frozenset[int]
     rows: frozenset[int]
     entered: frozenset[int]
     ends: frozenset[int]
+    norms: frozenset[int]
 
     @property
     def around(self) -> frozenset[int]:
@@ -210,30 +214,37 @@ class Sharding:
         """Modules whose results are summed over the ranks."""
         return frozenset(each for region in self.regions for each in region.ends)
 
+    @property
+    def norms(self) -> frozenset[int]:
+        """Modules whose norms go over what ranks divide."""
+        return frozenset(each for region in self.regions for each in region.norms)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankModules:
     """What is special to a rank of tensor parallelism, by identity.
 
     `all_tokens`: modules that have all tokens; `summed`: those of which a rank has a part of a sum;
-    `columns`: column-parallel parameters.
+    `norms`: those whose means are of all ranks; `columns`: column-parallel parameters.
     """
 
-    all_tokens: frozenset[int]
-    summed: frozenset[int]
-    columns: frozenset[int]
+    all_tokens: frozenset[int] = frozenset()
+    summed: frozenset[int] = frozenset()
+    norms: frozenset[int] = frozenset()
+    columns: frozenset[int] = frozenset()
 
 
 def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
     """What is special to a rank of a model; nothing, where nothing is divided."""
     if sharding is None:
-        return RankModules(all_tokens=frozenset(), summed=frozenset(), columns=frozenset())
+        return RankModules()
     columns = (module for module in model.modules() if id(module) in sharding.colwise)
     around = (each for region in sharding.regions for each in region.around)
     ends = (each for region in sharding.regions for each in region.ends - region.rows)
     return RankModules(
-        all_tokens=sharding.whole.union(around),
+        all_tokens=sharding.whole.union(around, sharding.norms),
         summed=sharding.whole.union(ends),
+        norms=sharding.norms,
         columns=frozenset(id(p) for module in columns for p in module.parameters(recurse=False)),
     )
 
@@ -278,6 +289,7 @@ def _modules(region: Region) -> DividedRegion:
         rows=rows,
         entered=frozenset(map(id, region.entered)) or columns,
         ends=frozenset(map(id, region.ends)) or rows,
+        norms=frozenset(map(id, region.norms)),
     )
 
 
@@ -298,6 +310,9 @@ def _shares(region: Region) -> dict[int, Share]:
         shares[id(matrix.weight)] = Share(unit=unit, multiple=multiple, dim=matrix.in_dim)
     for parameter in region.per_head():
         shares[id(parameter)] = Share(unit=unit, multiple=len(parameter) // unit)
+    for norm in region.norms:
+        for parameter in norm.parameters():
+            shares[id(parameter)] = Share(unit=unit, multiple=len(parameter) // unit)
     return shares
 
 

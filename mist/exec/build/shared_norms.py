@@ -1,0 +1,106 @@
+"""Norms over what tensor-parallel ranks divide: each rank's means, and their mean over the ranks.
+
+A norm over all heads of queries or keys has a mean over a dimension of which a rank holds 1/t. The
+ranks' parts are of one size, so the mean of their means is the model's; so is its gradient, as each
+rank reads it for its own part. Only [..., 1] is sent, where the input itself would be gathered.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.overrides import TorchFunctionMode
+
+from mist.layers.norm_kernels import wide
+from mist.layers.norms import default_epsilon
+from mist.layers.recipes import apply_function
+from mist.trace.operations.sized_calls import uncounted
+
+
+def _shared(mean: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The mean over the ranks; each reads it for its own part, so gradients are parts of a sum."""
+    parts = DTensor.from_local(mean / mesh.size(), mesh, (Partial(),), run_check=False)
+    return parts.redistribute(placements=(Replicate(),)).to_local(grad_placements=(Partial(),))
+
+
+class _Context(FunctionCtx):
+    mesh: DeviceMesh
+    saved_tensors: tuple[torch.Tensor, ...]
+
+
+class _SharedNorm(torch.autograd.Function):
+    """Torch's norm by root mean squares, which keeps x [..., h] and 1 / rms [..., 1], in parts."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context, x: torch.Tensor, weight: torch.Tensor | None, eps: float, mesh: DeviceMesh
+    ) -> torch.Tensor:
+        x_wide = wide(x)
+        rstd = torch.rsqrt(_shared(x_wide.square().mean(-1, keepdim=True), mesh) + eps)
+        ctx.mesh = mesh
+        ctx.save_for_backward(x, rstd, *([] if weight is None else [weight]))
+        xhat = x_wide * rstd
+        return (xhat if weight is None else xhat * wide(weight)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, rstd, *weights = ctx.saved_tensors
+        xhat, grad_wide = wide(x) * rstd, wide(grad)
+        scaled = grad_wide * wide(weights[0]) if weights else grad_wide
+        mean = _shared((scaled * xhat).mean(-1, keepdim=True), ctx.mesh)
+        dx = ((scaled - xhat * mean) * rstd).to(x.dtype)
+        if not weights:
+            return dx, None, None, None
+        dweight = (grad_wide * xhat).sum(tuple(range(grad.dim() - 1)))
+        return dx, dweight.to(weights[0].dtype), None, None
+
+
+class _SharedMeans(TorchFunctionMode):
+    """Makes each mean that a norm takes the one of all ranks."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self._mesh = mesh
+
+    def __torch_function__(
+        self,
+        func: Callable[..., torch.Tensor],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        name = getattr(func, "__name__", "")
+        with uncounted():
+            if name == "rms_norm":
+                return self._rms_norm(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            return _shared(result, self._mesh) if name == "mean" else result
+
+    def _rms_norm(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        step = default_epsilon(x) if eps is None else eps
+        result: torch.Tensor = apply_function(_SharedNorm, x, weight, step, self._mesh)
+        return result
+
+
+def share_means(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Have a norm's forward take its means over the ranks of `mesh`, in place."""
+    module.forward = partial(_forward, module.forward, mesh)
+
+
+def _forward(
+    forward: Callable[..., torch.Tensor], mesh: DeviceMesh, *args: object, **kwargs: object
+) -> torch.Tensor:
+    with _SharedMeans(mesh):
+        return forward(*args, **kwargs)
