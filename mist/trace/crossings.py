@@ -95,26 +95,31 @@ def _of_region(piece: Piece, region: DividedRegion) -> dict[str, int]:
     }
 
 
-def other_entries_back(piece: Piece, sharding: Sharding | None) -> tuple[Expr, ...]:
+def other_entries_back(
+    piece: Piece, sharding: Sharding | None, run: RecordedRun
+) -> tuple[Expr, ...]:
     """Bytes of what enters regions and has a gradient, where it is no activation of the layer.
 
-    As a table of relative positions, which every layer projects for itself.
+    As a table of relative positions, which every layer projects for itself, or what a head makes
+    narrow before its scores.
     """
-    if sharding is None or piece.module is None:
+    if sharding is None:
         return ()
-    part = piece.part
-    back = (
-        entry.bytes
-        for region in _free_regions(piece.module, sharding)
-        for entry in _entered(piece, region.entered & part.entered.keys() & part.flows)
-    )
-    return tuple(size for size in back if size != piece.boundary_bytes)
+    layer = run.layers[run.kinds[-1]] if piece is run.head and run.layers else piece
+    sizes = (entry.bytes for entry in _entered_back(piece, sharding, run))
+    return tuple(size for size in sizes if size != layer.boundary_bytes)
+
+
+def _entered_back(piece: Piece, sharding: Sharding, run: RecordedRun) -> Iterator[Entered]:
+    """What enters regions of a layer, or the divided head, and has a gradient."""
+    known = piece.part.entered.keys() & piece.part.flows
+    if piece is run.head:
+        yield from _entered(piece, sharding.colwise & known)
+    if piece.module is not None:
+        for region in _free_regions(piece.module, sharding):
+            yield from _entered(piece, region.entered & known)
 
 
 def _entered(piece: Piece, modules: Collection[int]) -> Collection[Entered]:
-    """What enters a region at these modules.
-
-    What no module around a matrix was given enters at the matrix, call by call.
-    """
-    counted = list if set(modules) & piece.part.exposed else set
-    return counted(entry for each in modules for entry in piece.part.entered[each])
+    """What enters a region at these modules; a tensor that several of them read enters once."""
+    return {entry for each in modules for entry in piece.part.entered[each]}

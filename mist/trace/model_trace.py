@@ -446,7 +446,7 @@ def _block(
         made_bytes=piece.part.live.made_bytes() if piece.transients else (),
         forward_bytes=run.forward_bytes(piece),
         **crossings(piece, block_params, sharding, run),
-        other_entries_back=other_entries_back(piece, sharding),
+        other_entries_back=other_entries_back(piece, sharding, run),
         norm_sums=tuple(size for size, _ in piece.part.norm_sums),
         norm_sums_back=tuple(size for size, flows in piece.part.norm_sums if flows),
         num_recomputed_ops=piece.part.num_recomputed_ops,

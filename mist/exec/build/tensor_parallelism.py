@@ -7,7 +7,7 @@ not divided but see part of the tokens or heads: `partial` names them, and their
 summed over the ranks once per step.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Final, TypeGuard
@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 from mist.errors import ModelError
 from mist.exec.build.shared_norms import share_means
 from mist.exec.build.tensor_parts import divide_parts, with_parts
-from mist.exec.build.tensor_rules import RegionRule, TensorRules
+from mist.exec.build.tensor_rules import RegionRule, TensorRules, module_around
 from mist.exec.build.tensor_sizes import run_with_local_sizes
 from mist.exec.build.without_view import without_view
 
@@ -99,13 +99,10 @@ def _divide_layers(
     for name in rules.norms:
         if name.startswith(prefixes):
             share_means(model.get_submodule(name), mesh)
-    entries = {name for region in regions for name in region.entries.values()}
+    entries = _enter_regions(model, rules, regions, mesh, part)
     exits = {name for region in regions for name in region.ends}
     whole = {name for name in rules.whole if part.sp and name.startswith(prefixes)}
     options: Any = {"mesh": mesh, "batch": part.micro_batch}
-    for name in sorted(entries):
-        enter = partial(_enter, sp=part.sp, **options)
-        _on_entry(model.get_submodule(name), enter, rules.places.get(name))
     _on_all(model, exits, _on_exit, partial(_leave if part.sp else _add_up, **options))
     _on_all(model, whole, _on_entry, partial(_gather, **options))
     _on_all(model, whole, _on_exit, partial(_scatter_output, **options))
@@ -116,6 +113,27 @@ def _divide_layers(
     # What lies behind a row in a module that ends its region reads a part of a sum.
     inside = entries | exits.difference(*(region.rows for region in regions))
     return inside, whole
+
+
+def _enter_regions(
+    model: nn.Module,
+    rules: TensorRules,
+    regions: Sequence[RegionRule],
+    mesh: DeviceMesh,
+    part: ChunkPart,
+) -> set[str]:
+    """Have activations enter regions; the modules at which they do."""
+    entries: set[str] = set()
+    for region in regions:
+        names = sorted(set(region.entries.values()) - entries)
+        enter = _Once(partial(_enter, mesh=mesh, sp=part.sp, batch=part.micro_batch))
+        for name in names:
+            _on_entry(model.get_submodule(name), enter, rules.places.get(name))
+        if names:
+            around = model.get_submodule(module_around(names))
+            around.register_forward_hook(enter.forget, always_call=True)
+        entries.update(names)
+    return entries
 
 
 def _divide_parameters(
@@ -288,6 +306,24 @@ def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool, batch: int) -> torch.
     # As each rank computes a part of the gradient, its backward adds them up: the one all-reduce of
     # the entry.
     return copies.to_local(grad_placements=(Partial(),))
+
+
+class _Once:
+    """What enters a region at several modules enters it once, with one gradient to add up."""
+
+    def __init__(self, enter: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._enter = enter
+        # With what entered, so that no other tensor gets its identity.
+        self._entered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in self._entered:
+            self._entered[id(x)] = x, self._enter(x)
+        return self._entered[id(x)][1]
+
+    def forget(self, module: nn.Module, args: object, output: object) -> None:
+        """The module around the region has run."""
+        self._entered.clear()
 
 
 def _leave(output: torch.Tensor, *, mesh: DeviceMesh, batch: int) -> torch.Tensor:

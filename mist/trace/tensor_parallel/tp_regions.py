@@ -79,7 +79,7 @@ class _Chains:
         groups: list[_RegionParts] = []
         for reader in self._readers:
             key = id(reader.matrix.weight)
-            if not reader.divided or key in self._pairs:
+            if not reader.divided or key in self._pairs or self._is_normed_latent(reader):
                 continue
             latent = self._latent(reader)
             columns = {k: m for k, m in reader.sources.items() if k not in latent}
@@ -126,6 +126,12 @@ class _Chains:
         if first is None or len(reader.sources) > 1 or reader.residual or not reader.linear:
             return False
         return first.num_out < min(first.num_in, reader.matrix.num_out)
+
+    def _is_normed_latent(self, reader: Reader) -> bool:
+        """Whether a normed latent enters this matrix, whose outputs are what is divided."""
+        key = id(reader.matrix.weight)
+        behind = (other for other in self._readers if key in other.sources)
+        return bool(reader.norms) and any(other.divided for other in behind)
 
     def _latent(self, reader: Reader) -> set[int]:
         """Sources that other sources read."""
