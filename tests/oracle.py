@@ -319,10 +319,10 @@ def _instants(
     ends: list[Block],
     working: list[float],
     kept: list[float],
-) -> tuple[list[float], list[float], float]:
+) -> tuple[list[float], list[float], float, float]:
     """Bytes beyond states and kept activations: as a backward pass begins, as it ends; gathered.
 
-    `working`: with gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first
+    And as the last one of a lone rank runs its second layer, but for what is kept. `working`: with gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first
     layer, then when no layer runs. A layer runs when those behind it are gone: of what they kept,
     the largest, less what this one keeps, is not there for certain. Those are of its kind, or of a
     kind that lies behind all of its kind, less the gradients that one leaves.
@@ -371,7 +371,10 @@ def _instants(
     if _forward_first(rank) and not lone:
         none += begins(buffer)
     end = [running(early, behind=max(0.0, max(kept) - boundary)) + max(kept), max(none)]
-    return begins(early), end, whole * (root + layer)
+    # As the second layer of the last backward pass of a lone rank runs.
+    smallest = min(held_params(rank, block) for block, _ in layers)
+    second = running(4 * layer) - min(kept) - 2 * smallest
+    return begins(early), end, whole * (root + layer), second
 
 
 def _all_behind(layers: list[tuple[Block, str]], block: Block) -> list[int]:
@@ -524,7 +527,7 @@ def _peak(
             left_layers -= 2
     states -= amid
     on_device = [(1 - away) * size for size in sizes]
-    begin, (first, none), gathered = _instants(rank, layers, ends, working, on_device)
+    begin, (first, none), gathered, second = _instants(rank, layers, ends, working, on_device)
     biggest = max(held_params(rank, block) for block, _ in layers)
     first += left_layers * (of_layers - biggest)
     none = max(none, streamed) + left_layers * of_layers + left_rest
@@ -536,6 +539,8 @@ def _peak(
         # The last reduction of a step: all gradients are there, and no activations.
         largest = max(biggest, rest)
         instants.append(amid + 8 * largest - 2 * of_layers - in_flight * kept - gathered)
+        head = kept_bytes(rank, ends[-1]) if last_stage(rank) else 0.0
+        instants.append(amid + second - head - (in_flight - 1) * kept)
     exchanged = boundary * _num_exchanged(rank, layers)
     buffers = exchanged + 2 * away * max(sizes)
     total = states + in_flight * kept + max(instants) + flat + gathered + buffers

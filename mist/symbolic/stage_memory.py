@@ -344,12 +344,27 @@ def last_backward(blocks: StageBlocks, numerics: Numerics, begin: Expr) -> Expr:
     )
     lone = (copies - term("fp32_bytes_per_param")) * largest
     lone -= term("resident_copy_bytes_per_param") * sum_over(blocks.layers, "{x}_params")
+    lone = sym.larger(lone, _second_layer(blocks, numerics))
     return sympy.Add(
         sym.SEVERAL_CHUNKS * (gradients + chunks),
         is_split * (gradients + split),
         is_lone * (gradients + lone),
         (1 - sym.SEVERAL_CHUNKS - is_split - is_lone) * begin,
     )
+
+
+def _second_layer(blocks: StageBlocks, numerics: Numerics) -> Expr:
+    """While the last backward pass of a lone rank runs its second layer, without the gradients.
+
+    The layer before has left a buffer of its reduction, and neither activations nor its copy in
+    compute precision: with small activations that is more than as the pass begins.
+    """
+    buffer = term("fp32_bytes_per_param") * max_over(blocks.layers, "{x}_trainable_params")
+    kept = sum_over(blocks.layers, "{x}_{level}_kept_bytes") + term("shared_bytes")
+    kept += sym.FIRST * term("embed_none_kept_bytes")
+    kept -= least_of(blocks.layers, "{x}_{level}_kept_bytes")
+    dropped = term("resident_copy_bytes_per_param") * least_of(blocks.layers, "{x}_params")
+    return kept + layer_backward(blocks, numerics, buffer) - dropped
 
 
 def _is_split_last() -> Expr:
