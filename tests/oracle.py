@@ -322,10 +322,11 @@ def _instants(
 ) -> tuple[list[float], list[float], float, float]:
     """Bytes beyond states and kept activations: as a backward pass begins, as it ends; gathered.
 
-    And as the last one of a lone rank runs its second layer, but for what is kept. `working`: with gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first
-    layer, then when no layer runs. A layer runs when those behind it are gone: of what they kept,
-    the largest, less what this one keeps, is not there for certain. Those are of its kind, or of a
-    kind that lies behind all of its kind, less the gradients that one leaves.
+    And as the last one of a lone rank runs its second layer, but for what is kept. `working`: with
+    gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first layer, then
+    when no layer runs. A layer runs when those behind it are gone: of what they kept, the largest,
+    less what this one keeps, is not there for certain. Those are of its kind, or of a kind that
+    lies behind all of its kind, less the gradients that one leaves.
     """
     left = _left_bytes_per_param(rank)
     gone = [
@@ -536,11 +537,11 @@ def _peak(
     flat -= 2 * biggest if rank.zero == 3 else 0.0  # the layer gathered ahead counts as gathered
     instants = [*(size + idle for size in begin), max(first, none) - kept + waiting]
     if _alone(rank) and rank.zero < 2 and rank.num_micro_batches > 1:
-        # The last reduction of a step: all gradients are there, and no activations.
-        largest = max(biggest, rest)
-        instants.append(amid + 8 * largest - 2 * of_layers - in_flight * kept - gathered)
+        # In the last backward pass of a step all gradients are there: in its second layer, then as
+        # it ends, without activations.
         head = kept_bytes(rank, ends[-1]) if last_stage(rank) else 0.0
-        instants.append(amid + second - head - (in_flight - 1) * kept)
+        last = 8 * max(biggest, rest) - 2 * of_layers - in_flight * kept - gathered
+        instants += [amid + last, amid + second - head - (in_flight - 1) * kept]
     exchanged = boundary * _num_exchanged(rank, layers)
     buffers = exchanged + 2 * away * max(sizes)
     total = states + in_flight * kept + max(instants) + flat + gathered + buffers
