@@ -322,11 +322,11 @@ def _instants(
 ) -> tuple[list[float], list[float], float, float]:
     """Bytes beyond states and kept activations: as a backward pass begins, as it ends; gathered.
 
-    And as the last one of a lone rank runs its second layer, but for what is kept. `working`: with
-    gradients, of layers and ends. `kept`: of layers. Those as it ends: at the first layer, then
-    when no layer runs. A layer runs when those behind it are gone: of what they kept, the largest,
-    less what this one keeps, is not there for certain. Those are of its kind, or of a kind that
-    lies behind all of its kind, less the gradients that one leaves.
+    And in the last one of a lone rank, but for what is kept. `working`: with gradients, of layers
+    and ends. `kept`: of layers. Those as it ends: at the first layer, then when no layer runs. A
+    layer runs when those behind it are gone: of what they kept, the largest, less what this one
+    keeps, is not there for certain. Those are of its kind, or of a kind that lies behind all of its
+    kind, less the gradients that one leaves.
     """
     left = _left_bytes_per_param(rank)
     gone = [
@@ -372,10 +372,11 @@ def _instants(
     if _forward_first(rank) and not lone:
         none += begins(buffer)
     end = [running(early, behind=max(0.0, max(kept) - boundary)) + max(kept), max(none)]
-    # As the second layer of the last backward pass of a lone rank runs.
-    smallest = min(held_params(rank, block) for block, _ in layers)
-    second = running(4 * layer) - min(kept) - 2 * smallest
-    return begins(early), end, whole * (root + layer), second
+    # The last backward pass of a lone rank: its first layer is reduced, its second one runs.
+    reduced = 8 * layer + 2 * head - max(0.0, min(kept) - boundary)
+    last = max(reduced, running(4 * layer) - min(kept))
+    last -= 2 * min(held_params(rank, block) for block, _ in layers)
+    return begins(early), end, whole * (root + layer), last
 
 
 def _all_behind(layers: list[tuple[Block, str]], block: Block) -> list[int]:
@@ -528,7 +529,7 @@ def _peak(
             left_layers -= 2
     states -= amid
     on_device = [(1 - away) * size for size in sizes]
-    begin, (first, none), gathered, second = _instants(rank, layers, ends, working, on_device)
+    begin, (first, none), gathered, last = _instants(rank, layers, ends, working, on_device)
     biggest = max(held_params(rank, block) for block, _ in layers)
     first += left_layers * (of_layers - biggest)
     none = max(none, streamed) + left_layers * of_layers + left_rest
@@ -537,11 +538,11 @@ def _peak(
     flat -= 2 * biggest if rank.zero == 3 else 0.0  # the layer gathered ahead counts as gathered
     instants = [*(size + idle for size in begin), max(first, none) - kept + waiting]
     if _alone(rank) and rank.zero < 2 and rank.num_micro_batches > 1:
-        # In the last backward pass of a step all gradients are there: in its second layer, then as
-        # it ends, without activations.
+        # In the last backward pass of a step all gradients are there: of its first two layers, then
+        # as it ends, without activations.
         head = kept_bytes(rank, ends[-1]) if last_stage(rank) else 0.0
-        last = 8 * max(biggest, rest) - 2 * of_layers - in_flight * kept - gathered
-        instants += [amid + last, amid + second - head - (in_flight - 1) * kept]
+        ends_with = 8 * max(biggest, rest) - 2 * of_layers - in_flight * kept - gathered
+        instants += [amid + ends_with, amid + last - head - (in_flight - 1) * kept]
     exchanged = boundary * _num_exchanged(rank, layers)
     buffers = exchanged + 2 * away * max(sizes)
     total = states + in_flight * kept + max(instants) + flat + gathered + buffers

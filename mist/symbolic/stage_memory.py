@@ -278,11 +278,14 @@ def layer_backward(
     layer_buffer = sym.larger(term("reduce_buffer_bytes_per_param"), sym.LONE * fp32) * trainable
     working = layers_working_set(blocks, numerics) + sym.larger(layer_buffer - gone, root_buffer)
     copies = _gradient_copies(numerics) * trainable - gone_as_copied
-    # Gradients of the head wait for those of the embedding: the root is one group.
-    head = sym.LAST * term("head_trainable_params")
-    head *= fresh_gradients(numerics) * term("compute_bytes_per_param")
     gathered = term("zero3_copy_bytes_per_param") * max_over(blocks.layers, "{x}_params")
-    return sym.larger(working, copies) + head + gathered
+    return sym.larger(working, copies) + _head_gradients(numerics) + gathered
+
+
+def _head_gradients(numerics: Numerics) -> Expr:
+    """Gradients of the head wait for those of the embedding: the root is one group."""
+    fresh = fresh_gradients(numerics) * term("compute_bytes_per_param")
+    return sym.LAST * fresh * term("head_trainable_params")
 
 
 def backward_end(blocks: StageBlocks, numerics: Numerics) -> Expr:
@@ -344,7 +347,7 @@ def last_backward(blocks: StageBlocks, numerics: Numerics, begin: Expr) -> Expr:
     )
     lone = (copies - term("fp32_bytes_per_param")) * largest
     lone -= term("resident_copy_bytes_per_param") * sum_over(blocks.layers, "{x}_params")
-    lone = sym.larger(lone, _second_layer(blocks, numerics))
+    lone = sym.larger(lone, _lone_layers(blocks, numerics))
     return sympy.Add(
         sym.SEVERAL_CHUNKS * (gradients + chunks),
         is_split * (gradients + split),
@@ -353,18 +356,27 @@ def last_backward(blocks: StageBlocks, numerics: Numerics, begin: Expr) -> Expr:
     )
 
 
-def _second_layer(blocks: StageBlocks, numerics: Numerics) -> Expr:
-    """While the last backward pass of a lone rank runs its second layer, without the gradients.
+def _lone_layers(blocks: StageBlocks, numerics: Numerics) -> Expr:
+    """While the first two layers of a lone rank's last backward pass run, without the gradients.
 
-    The layer before has left a buffer of its reduction, and neither activations nor its copy in
-    compute precision: with small activations that is more than as the pass begins.
+    max( the last layer is reduced: input, quotient and output, of which states have one;
+         the one before it runs, beside the buffer that this reduction leaves )
+
+    The last layer's copy in compute precision is dropped before it is reduced, and what it kept
+    but for the gradient of its input. Of small activations that is more than as the pass begins.
     """
-    buffer = term("fp32_bytes_per_param") * max_over(blocks.layers, "{x}_trainable_params")
+    trainable = max_over(blocks.layers, "{x}_trainable_params")
+    fp32, least = (
+        term("fp32_bytes_per_param"),
+        least_of(blocks.layers, "{x}_{level}_kept_bytes"),
+    )
+    copied = (term("lone_copies_bytes_per_param") - fp32) * trainable + _head_gradients(numerics)
+    copied -= sym.larger(0, least - term("activation_bytes"))
+    running = layer_backward(blocks, numerics, fp32 * trainable) - least
     kept = sum_over(blocks.layers, "{x}_{level}_kept_bytes") + term("shared_bytes")
     kept += sym.FIRST * term("embed_none_kept_bytes")
-    kept -= least_of(blocks.layers, "{x}_{level}_kept_bytes")
     dropped = term("resident_copy_bytes_per_param") * least_of(blocks.layers, "{x}_params")
-    return kept + layer_backward(blocks, numerics, buffer) - dropped
+    return kept + sym.larger(copied, running) - dropped
 
 
 def _is_split_last() -> Expr:

@@ -176,6 +176,27 @@ def test_layers_leave_nothing_behind_in_several_micro_batches(name: str, tmp_pat
         assert abs(stage.difference_ratio) <= 0.03
 
 
+# Ranks that divide no gradients reduce them in the last backward pass only, through a buffer: of
+# small activations no other instant holds as much.
+LONE = {
+    "tp4 full": HandLayout(tp=4, micro_batch=1, checkpoint="full"),
+    "zero0 full": HandLayout(micro_batch=1, checkpoint="full"),
+    "pp4 full": HandLayout(pp=4, micro_batch=1, checkpoint="full"),
+    "pp2 tp2": HandLayout(pp=2, tp=2, micro_batch=1),
+}
+
+
+@pytest.mark.usefixtures("_in_this_process")
+@pytest.mark.parametrize("name", first_fast(LONE))
+def test_the_last_backward_pass_of_lone_ranks_holds_a_buffer(name: str, tmp_path: Path) -> None:
+    model = tmp_path / "deep.py"
+    sizes = "1024, 12, 16, 512, 128"
+    model.write_text(PLAIN.read_text().replace("2048, 24, 16, 32000, 4096", sizes))
+    question = Question(model=str(model), num_gpus=4, seq_len=128, global_batch=16, gpu="h100-sxm")
+    for stage in verify_plan(check_layout(question, LONE[name]).plan).stages:
+        assert -0.002 <= stage.difference_ratio <= 0.02
+
+
 @pytest.mark.slow
 def test_no_layer_is_gathered_in_vain() -> None:
     """Two runs of layers that take turns: the first layer of one runs backward, then the other."""
