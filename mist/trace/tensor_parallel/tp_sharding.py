@@ -216,18 +216,20 @@ class RankModules:
     """What is special to a rank of tensor parallelism, by identity.
 
     `all_tokens`: modules that have all tokens; `summed`: those of which a rank has a part of a sum;
-    `columns`: column-parallel parameters.
+    `columns`: column-parallel parameters. `entrances`: by module that is given what enters a
+    region, the number of the region.
     """
 
-    all_tokens: frozenset[int]
-    summed: frozenset[int]
-    columns: frozenset[int]
+    all_tokens: frozenset[int] = frozenset()
+    summed: frozenset[int] = frozenset()
+    columns: frozenset[int] = frozenset()
+    entrances: Mapping[int, int] = field(default_factory=dict)
 
 
 def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
     """What is special to a rank of a model; nothing, where nothing is divided."""
     if sharding is None:
-        return RankModules(all_tokens=frozenset(), summed=frozenset(), columns=frozenset())
+        return RankModules()
     columns = (module for module in model.modules() if id(module) in sharding.colwise)
     around = (each for region in sharding.regions for each in region.around)
     ends = (each for region in sharding.regions for each in region.ends - region.rows)
@@ -235,6 +237,11 @@ def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
         all_tokens=sharding.whole.union(around),
         summed=sharding.whole.union(ends),
         columns=frozenset(id(p) for module in columns for p in module.parameters(recurse=False)),
+        entrances={
+            each: number
+            for number, region in enumerate(sharding.regions)
+            for each in region.entered | region.columns
+        },
     )
 
 
