@@ -371,7 +371,7 @@ def is_free(func: OpOverload, out: object) -> bool:
 
 
 def moved_bytes(*values: object) -> int:
-    """Bytes of the tensors in a call's arguments and results, each once; expanded ones once, too."""
+    """Bytes of the tensors in a call's arguments and results, each of their places once."""
     tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
     return sum(size_of(each) for each in {id(each): each for each in tensors}.values())
 

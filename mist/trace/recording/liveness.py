@@ -153,16 +153,13 @@ class Live:
         if step.node != self._node:
             self._node, self._gathered = step.node, []
         layout = self._layout(step, activations)
+        self._sum_up(step, activations, new)
         if step.divided:
             self._gather(activations - self._whole, before)
-            self._summed.update(dict.fromkeys(new, frozenset({step.entrance})))
         elif new and not (layout == TensorLayout.PARTIAL and activations <= self._whole):
             self._scatter(activations & self._whole, before)
         if step.divided or activations & self._whole:
             self._whole.update(new)
-        if step.adds:
-            summed = frozenset[int | None]().union(*map(self._sums_in, activations))
-            self._summed.update(dict.fromkeys(new or activations, summed))
         self._note(self._alive())
         return layout
 
@@ -177,6 +174,15 @@ class Live:
             return TensorLayout.PARTIAL
         reads_gathered = not activations.isdisjoint(self._gathered)
         return TensorLayout.GATHERED if reads_gathered else TensorLayout.REPLICATED
+
+    def _sum_up(self, step: BackwardCall, activations: set[int], new: Sequence[int]) -> None:
+        """Note of which sums a part is in what a call makes."""
+        if step.adds:
+            summed = frozenset[int | None]().union(*map(self._sums_in, activations))
+            # In place nothing is new.
+            self._summed.update(dict.fromkeys(new or activations, summed))
+        elif step.divided:
+            self._summed.update(dict.fromkeys(new, frozenset({step.entrance})))
 
     def _sums_in(self, index: int) -> frozenset[int | None]:
         return self._summed.get(index, frozenset())

@@ -305,7 +305,9 @@ class Recorder(TorchDispatchMode):
         """The operations of a call; `layout` of what no matrix divides."""
         works = work_of(call) or [Work(OpKind.MEMORY, (), 0)]
         made = (self._op(call, origin.module, work, len(works)) for work in works)
-        return [replace(op, layout=layout) if op.layout != TensorLayout.SHARDED else op for op in made]
+        return [
+            replace(op, layout=layout) if op.layout != TensorLayout.SHARDED else op for op in made
+        ]
 
     def _op(self, call: Call, module: str, work: Work, parts: int) -> Op:
         """One of the `parts` products of a call, with an equal part of its bytes."""
