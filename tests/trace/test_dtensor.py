@@ -51,9 +51,9 @@ NAMES = {
     "all_reduce": "all_reduce",
 }
 EXACT = ("llama", "gpt-neox", "bert")
-BACKWARD = (*EXACT, "cohere")  # saves what enters both, once gathered for each: the trace once
+MOVED = (*EXACT, "cohere")  # whose attention and MLP keep a gathered input each: the trace one
 OF_EACH = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in EXACT]
-OF_BACKWARD = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in BACKWARD]
+OF_MOVED = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in MOVED]
 SCALES = ("memory", "scores", "attention")
 VECTORS = 16
 PARTLY = ("olmo2", "lfm2")  # of which a module with matrices stays whole
@@ -142,7 +142,7 @@ def test_transients_of_divided_matrices_are_exact(
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", OF_BACKWARD)
+@pytest.mark.parametrize("family", OF_EACH)
 def test_transients_of_divided_sequence_are_exact_or_a_share_more(
     family: str, num_ranks: int, point: Point
 ) -> None:
@@ -212,7 +212,7 @@ def charged_bytes(block: Block, phase: str, point: Point, num_ranks: int) -> int
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", OF_BACKWARD)
+@pytest.mark.parametrize("family", OF_MOVED)
 def test_moved_bytes_of_divided_sequence_are_dtensors(
     family: str, num_ranks: int, point: Point
 ) -> None:
