@@ -11,7 +11,7 @@ from typing import Any
 
 from sympy import Expr
 
-from mist.model.graph import B, Block, ModelGraph, OpKind, S, SavedTensor, T, TensorLayout
+from mist.model.graph import B, Block, ModelGraph, Op, OpKind, S, SavedTensor, T, TensorLayout
 from mist.model.summary import Traffic
 from mist.plans.numerics import NUMERICS
 from mist.plans.workload import Workload
@@ -93,10 +93,22 @@ def op_seconds(rank: Rank, block: Block, phase: str) -> float:
             )
             total += float(law(*(rank.number(dim) for dim in op.dims), int(op.causal)))
         else:
-            share = rank.tp if op.layout == TensorLayout.REPLICATED else 1
-            size = rank.number(op.traffic_bytes) / share
-            total += float(rank.laws.memory_s(size, 1, op.traffic))
+            shares = shares_of_traffic(rank, op)
+            if math.isfinite(shares):
+                size = rank.number(op.traffic_bytes) / shares
+                total += float(rank.laws.memory_s(size, 1, op.traffic))
     return total
+
+
+def shares_of_traffic(rank: Rank, op: Op) -> float:
+    """How many ranks share what an operation moves; no rank moves what one matrix makes."""
+    joint = rank.platform.runtime.kernels.joint_columns
+    if joint and op.layout == TensorLayout.PARTIAL:
+        return math.inf
+    # Megatron adds biases to a rank's own tokens, and so sums their gradients over these.
+    of_weight = B not in op.written_bytes.free_symbols and op.traffic == Traffic.REDUCTION
+    of_bias = of_weight and op.phase == "backward" and op.layout == TensorLayout.GATHERED
+    return rank.tp if op.layout == TensorLayout.REPLICATED or (joint and of_bias) else 1
 
 
 def held_params(rank: Rank, block: Block) -> float:

@@ -45,12 +45,14 @@ class TensorLayout(StrEnum):
 
     SHARDED: 1/t, already in the expression. GATHERED: all of it, even under sequence parallelism
     (input of a column-parallel matrix, random state of a kernel). REPLICATED: all of it, or 1/t
-    under sequence parallelism.
+    under sequence parallelism. PARTIAL: all of it, too, as a part of a sum over the ranks that is
+    not taken yet: gradients of one input by several column-parallel matrices, which are added up.
     """
 
     SHARDED = "sharded"
     GATHERED = "gathered"
     REPLICATED = "replicated"
+    PARTIAL = "partial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

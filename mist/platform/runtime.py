@@ -171,6 +171,8 @@ class Kernels(Record):
     column-parallel matrices once more, which is then kept by shards (Megatron), instead of keeping
     it whole (torch); null: a setting of each run, taken for kept where nobody says. `whole_tail`:
     sequence parallelism ends with the last layer, so that the norm behind it runs on all tokens.
+    `joint_columns`: column-parallel matrices with one input are one matrix, so that its gradient is
+    one product, and biases of row-parallel ones are added to a rank's tokens (Megatron).
     """
 
     not_zero: ClassVar = ("memory_time_scale", "scores_time_scale", "attention_time_scale")
@@ -180,6 +182,7 @@ class Kernels(Record):
     attention_time_scale: Quantity
     gathers_input_again: bool | None
     whole_tail: bool = False
+    joint_columns: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ Device time of a pass is the sum over its operations of the platform's laws on t
 
 Under sequence parallelism a tensor that a tensor-parallel rank would hold whole is held 1/t, and
 the operations outside the matrix pairs touch 1/t of their bytes; the gathered input of a
-column-parallel matrix stays whole, as torch keeps it for the weight gradient.
+column-parallel matrix stays whole, as torch keeps it for the weight gradient. So do gradients of
+that input, a part of a sum over the ranks by each matrix, until they are added up.
 """
 
 from collections import Counter, defaultdict
@@ -285,6 +286,12 @@ def _is_weight_gradient(op: Op) -> bool:
     return op.kind == OpKind.GEMM and op.dims[3].has(B)
 
 
+def _is_bias_gradient(op: Op) -> bool:
+    """Whether an operation sums the gathered gradient of what a row-parallel matrix gives."""
+    sums = op.phase == "backward" and op.traffic == Traffic.REDUCTION
+    return sums and op.layout == TensorLayout.GATHERED and not op.written_bytes.has(B)
+
+
 def _products(ops: Iterable[Op]) -> list[Op]:
     return [op for op in ops if _is_product(op)]
 
@@ -433,8 +440,12 @@ def _memory_seconds(ops: Iterable[Op], setting: CostSetting) -> Iterable[Expr]:
     """One law call per class of operation: bytes and kernels add up."""
     traffic: dict[Traffic, Expr] = defaultdict(lambda: sympy.Integer(0))
     kernels: Counter[Traffic] = Counter()
+    joint = setting.runtime.kernels.joint_columns
     for op in ops:
-        shards = setting.sequence_shards if op.layout == TensorLayout.REPLICATED else 1
+        if joint and op.layout == TensorLayout.PARTIAL:
+            continue  # one matrix makes the whole sum
+        divided = op.layout == TensorLayout.REPLICATED or (joint and _is_bias_gradient(op))
+        shards = setting.sequence_shards if divided else 1
         traffic[op.traffic] += op.traffic_bytes / shards
         kernels[op.traffic] += 1
     for name, total in traffic.items():

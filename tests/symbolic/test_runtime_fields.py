@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sympy import Integer
 
-from mist.model.graph import ModelGraph, T, TensorLayout
+from mist.model.graph import B as SAMPLES
+from mist.model.graph import ModelGraph, Op, S, T, TensorLayout
 from mist.model.summary import Traffic
 from mist.plans.numerics import NUMERICS
 from mist.platform import Kind, OpCosts, Quantity, Runtime
@@ -105,14 +107,36 @@ def test_memory_bound_kernels_are_scaled_apart() -> None:
 def test_kernels_on_scores_are_scaled_apart() -> None:
     graph = toy_graph((LAYERS,))
     (block,) = graph.blocks
-    from mist.model.graph import S
-
     scores = replace(pointwise("forward", 4 * S**2), layout=TensorLayout.SHARDED)
     graph = replace(graph, blocks=(replace(block, ops=(scores, *block.ops)),))
     plain = stage(graph=graph)
     twice = stage(changed("kernels.scores_time_scale", 2.0), graph=graph)
     alone = float(laws().memory_s(4 * SEQ**2, 1, Traffic.POINTWISE))
     assert twice["compute_s"] - plain["compute_s"] == pytest.approx(LAYERS * alone)
+
+
+def test_one_matrix_for_all_adds_no_gradients() -> None:
+    """Additions of gradients are whole, or are not there; a bias's is of all tokens, or a share."""
+    adds = replace(pointwise("backward", 6 * SAMPLES * S), layout=TensorLayout.PARTIAL)
+    bias = replace(adds, layout=TensorLayout.GATHERED, traffic=Traffic.REDUCTION)
+    bias = replace(bias, read_bytes=bias.traffic_bytes, written_bytes=Integer(HIDDEN))
+    graph = toy_graph((LAYERS,))
+    (block,) = graph.blocks
+
+    def seconds(runtime: Runtime, *ops: Op) -> float:
+        blocks = (replace(block, ops=(*block.ops, *ops)),)
+        found, plain = (stage(runtime, graph=replace(graph, blocks=b)) for b in (blocks, (block,)))
+        return (found["compute_s"] - plain["compute_s"]) / LAYERS
+
+    def law(num_bytes: float, traffic: Traffic, num_kernels: int) -> float:
+        return float(laws().memory_s(num_bytes, num_kernels, traffic))
+
+    joint = changed("kernels.joint_columns", True)
+    size = 6 * B * SEQ
+    assert seconds(TORCH, adds) == pytest.approx(law(size, Traffic.POINTWISE, 1))
+    assert seconds(joint, adds) == pytest.approx(0, abs=1e-12)
+    assert seconds(TORCH, bias) == pytest.approx(law(size + HIDDEN, Traffic.REDUCTION, 1))
+    assert seconds(joint, bias) == pytest.approx(law((size + HIDDEN) / 2, Traffic.REDUCTION, 1))
 
 
 @pytest.mark.slow

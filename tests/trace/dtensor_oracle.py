@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
+from math import prod
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
@@ -225,6 +226,26 @@ FAMILIES: Final = MappingProxyType(
             regions={"attention.self": "", "intermediate": ""},
             post_norm=True,
         ),
+        # Attention and MLP read one norm: each gathers it, and sums its gradient, by itself.
+        "cohere": Family(
+            build=partial(
+                causal,
+                transformers.CohereConfig(
+                    vocab_size=512,
+                    hidden_size=HIDDEN,
+                    intermediate_size=512,
+                    num_hidden_layers=2,
+                    num_attention_heads=32,
+                    num_key_value_heads=16,
+                ),
+            ),
+            layer="model.layers.0",
+            colwise=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                     "mlp.gate_proj", "mlp.up_proj"),
+            rowwise=("self_attn.o_proj", "mlp.down_proj"),
+            norms=("input_layernorm",),
+            regions={"self_attn": "hidden_states", "mlp": ""},
+        ),
         "gpt-neox-8-heads": gpt_neox(num_heads=8),
         "olmo2": Family(
             build=partial(
@@ -279,7 +300,8 @@ class Measured:
     `saved`: dtype and bytes of every storage kept for backward, parameters and the layer's other
     inputs (rotary tables) excepted. `transient_bytes`: the most alive in the backward pass beyond
     the saved ones, with gradients of parameters. `collectives`: phase -> operation -> bytes put in,
-    one by one.
+    one by one. `copied`: bytes that concatenations write. `moved`: phase -> operation -> bytes that
+    all else reads and writes, but for products and attention.
     """
 
     family: str
@@ -292,6 +314,7 @@ class Measured:
     num_params: int
     collectives: dict[str, dict[str, list[int]]]
     copied: dict[str, int]
+    moved: dict[str, dict[str, int]]
 
 
 class Local(Watch):
@@ -306,6 +329,7 @@ class Local(Watch):
         self.flop: Counter[str] = Counter()
         self.collectives: dict[str, dict[str, list[int]]] = {"forward": {}, "backward": {}}
         self.copied = {"forward": 0, "backward": 0}
+        self.moved: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
 
     def __torch_dispatch__(
         self,
@@ -325,6 +349,8 @@ class Local(Watch):
             self.flop[self.phase] += FLOP[packet](*args, **(kwargs or {}), out_val=out)
         if packet is torch.ops.aten.cat:
             self.copied[self.phase] += out.numel() * out.element_size()
+        elif func.namespace in ("aten", "mist") and not (packet in FLOP or is_free(func, out)):
+            self.moved[self.phase][str(packet)] += moved_bytes(args, kwargs, out)
         if "c10d" in func.namespace and packet.__name__ != "wait_tensor":
             sizes = self.collectives[self.phase].setdefault(packet.__name__, [])
             sizes.append(args[0].numel() * args[0].element_size())
@@ -335,6 +361,27 @@ class Local(Watch):
         storages = [tensor.untyped_storage() for tensor in saved]
         self.refs = [(StorageWeakRef(each), each.nbytes(), each._cdata) for each in storages]
         self.phase, self.moments = "backward", []
+
+
+def is_free(func: OpOverload, out: object) -> bool:
+    """Whether a call moves nothing: a view, an allocation, the start, or a parameter's gradient."""
+    node = torch._C._current_autograd_node()
+    accumulates = node is not None and node.name() == "torch::autograd::AccumulateGrad"
+    name = func.overloadpacket.__name__
+    unread = "empty" in name or name in ("detach", "_unsafe_view", "zeros", "lift_fresh")
+    tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out))
+    return accumulates or func.is_view or unread or not tensors
+
+
+def moved_bytes(*values: object) -> int:
+    """Bytes of the tensors in a call's arguments and results, each of their places once."""
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return sum(size_of(each) for each in {id(each): each for each in tensors}.values())
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * prod(size for size, step in steps if step)
 
 
 @dataclass(slots=True)
@@ -394,6 +441,7 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
             num_params=sum(local_of(p).numel() for p in layer.parameters()),
             collectives=local.collectives,
             copied=local.copied,
+            moved={phase: dict(moved) for phase, moved in local.moved.items()},
         )
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -20,7 +21,14 @@ from mist.model.graph import B, Block, S, T
 from mist.model.summary import Traffic
 from mist.plans.workload import Attention, Precision
 from mist.platform.profiles import load_runtime
-from mist.symbolic.block import COLLECTIVES, collective_cost, rank_params, saved_bytes
+from mist.symbolic import symbols as sym
+from mist.symbolic.block import (
+    COLLECTIVES,
+    collective_cost,
+    device_cost,
+    rank_params,
+    saved_bytes,
+)
 from mist.symbolic.cost_setting import figure
 from mist.symbolic.symbols import MEMORY
 from mist.trace import TraceSetting, trace_model
@@ -45,8 +53,17 @@ NAMES = {
 EXACT = ("llama", "gpt-neox", "bert", "olmo2")
 # Of a norm over all heads DTensor adds up whole gradients, where its means are enough.
 SENDS_MORE = ("olmo2",)
+MOVED = (
+    "llama",
+    "gpt-neox",
+    "bert",
+    "cohere",
+)  # whose attention and MLP keep a gathered input each: the trace one
 OF_EACH = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in EXACT]
+OF_MOVED = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in MOVED]
 EXCHANGES = [each for each in OF_EACH if each.values[0] not in SENDS_MORE]
+SCALES = ("memory", "scores", "attention")
+VECTORS = 16
 PARTLY = ("lfm2",)  # of which a module with matrices stays whole
 ROWS = ("torch-attention",)  # behind attention tokens are rows, which DTensor does not divide again
 POINTS = [TYPICAL, *(pytest.param(point, marks=SLOW) for point in [(1, 1024), (3, 96)])]
@@ -188,6 +205,38 @@ def test_copies_of_tokens_are_dtensors(family: str, num_ranks: int, point: Point
         found = copied_bytes(block_of(family), phase, point, num_ranks)
         assert found == real.copied[phase] - whole.copied[phase]
         assert (found > 0) is (num_ranks > 1)
+
+
+def charged_bytes(block: Block, phase: str, point: Point, num_ranks: int) -> int:
+    """What operations other than products and attention move, by the seconds they are charged."""
+    seconds = device_cost(replace(block, params=()), TORCH)[f"{phase}_s"]
+    laws = dict.fromkeys((sym.GEMM, sym.ATTENTION_FORWARD, sym.ATTENTION_BACKWARD), lambda *_: 0)
+    laws |= dict.fromkeys(MEMORY.values(), lambda num_bytes, _: num_bytes)
+    for law, found in laws.items():
+        seconds = seconds.replace(law, found)
+    scales = {figure(TORCH.runtime, f"kernels.{name}_time_scale"): 1 for name in SCALES}
+    return int(seconds.subs(scales | {B: point[0], S: point[1], T: num_ranks}))
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+@pytest.mark.parametrize("num_ranks", DEGREES)
+@pytest.mark.parametrize("family", OF_MOVED)
+def test_moved_bytes_of_divided_sequence_are_dtensors(
+    family: str, num_ranks: int, point: Point
+) -> None:
+    """Whole: gradients of what entered, until they are one sum, and those that biases are given.
+
+    Besides products, attention and concatenations. A rank reads weights of norms whole, of which
+    it is charged a share, and DTensor divides biases of sums by t: less than `VECTORS` of HIDDEN
+    numbers in fp32. Where a rank has one head the trace has a copy that torch spares.
+    """
+    block, real = block_of(family), ranks(point, family)[family, "sp", num_ranks]
+    for phase in ("forward", "backward"):
+        skipped = {"aten.cat"} | ({"aten.clone"} if num_ranks == 8 else set())
+        ops = tuple(op for op in block.ops if op.name not in skipped)
+        found = charged_bytes(replace(block, ops=ops), phase, point, num_ranks)
+        expected = sum(size for name, size in real.moved[phase].items() if name not in skipped)
+        assert 0 <= expected - found < VECTORS * HIDDEN * 4
 
 
 @pytest.mark.slow

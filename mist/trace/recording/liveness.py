@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sympy import Expr
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mist.model.graph import GATHER_COPY, GATHERS, SCATTER_COPY, Q, T
+from mist.model.graph import GATHER_COPY, GATHERS, SCATTER_COPY, Q, T, TensorLayout
 from mist.trace.expressions import Symbols
 
 
@@ -53,13 +53,14 @@ class BackwardCall:
     """A call of the backward pass: the storages (keys) that it reads, and the node it belongs to.
 
     `divided`: it reads or makes a tensor that tensor parallelism divides, or needs all tokens.
-    `adds`: all it does is to add.
+    `adds`: all it does is to add. `entrance`: where what it answers to entered what is divided.
     """
 
     inputs: tuple[int, ...]
     node: int | None
     divided: bool
     adds: bool
+    entrance: int | None
 
 
 class Live:
@@ -80,6 +81,8 @@ class Live:
         self._held: set[int] = set()
         self._gradients: frozenset[int] = frozenset()
         self._whole: set[int] = set()
+        # Of gradients: the entrances of which a part of a sum over the ranks was added to them.
+        self._summed: dict[int, frozenset[int | None]] = {}
         self._gathered: list[int] = []
         self._node: int | None = None
 
@@ -137,8 +140,11 @@ class Live:
             self._partial.update(range(num_known, len(self._refs)))
         self._forward[tuple(self._alive())] = None
 
-    def called(self, step: BackwardCall, results: Iterable[torch.Tensor]) -> None:
-        """A call of a pass has run; `results`: those that are to be watched."""
+    def called(self, step: BackwardCall, results: Iterable[torch.Tensor]) -> TensorLayout:
+        """A call of a pass has run; `results`: those that are to be watched.
+
+        Returns the part of what it works on that a rank has, where no matrix divides it.
+        """
         before, num_known = self._alive(), len(self._refs)
         activations = self._flowing(step.inputs, before)
         for tensor in results:
@@ -146,13 +152,40 @@ class Live:
         new = range(num_known, len(self._refs))
         if step.node != self._node:
             self._node, self._gathered = step.node, []
+        layout = self._layout(step, activations)
+        self._sum_up(step, activations, new)
         if step.divided:
             self._gather(activations - self._whole, before)
-        elif new and not (step.adds and activations <= self._whole):
+        elif new and not (layout == TensorLayout.PARTIAL and activations <= self._whole):
             self._scatter(activations & self._whole, before)
         if step.divided or activations & self._whole:
             self._whole.update(new)
         self._note(self._alive())
+        return layout
+
+    def _layout(self, step: BackwardCall, activations: set[int]) -> TensorLayout:
+        """The part of what a call works on that a rank has, where no matrix divides it.
+
+        What entered once has one sum over the ranks, taken once: its parts are added before, each
+        of them whole. Autograd may add the first of them to something else, which a rank does last.
+        """
+        entrances = Counter(e for index in activations for e in self._sums_in(index))
+        if step.adds and any(count > 1 for count in entrances.values()):
+            return TensorLayout.PARTIAL
+        reads_gathered = not activations.isdisjoint(self._gathered)
+        return TensorLayout.GATHERED if reads_gathered else TensorLayout.REPLICATED
+
+    def _sum_up(self, step: BackwardCall, activations: set[int], new: Sequence[int]) -> None:
+        """Note of which sums a part is in what a call makes."""
+        if step.adds:
+            summed = frozenset[int | None]().union(*map(self._sums_in, activations))
+            # In place nothing is new.
+            self._summed.update(dict.fromkeys(new or activations, summed))
+        elif step.divided:
+            self._summed.update(dict.fromkeys(new, frozenset({step.entrance})))
+
+    def _sums_in(self, index: int) -> frozenset[int | None]:
+        return self._summed.get(index, frozenset())
 
     def _flowing(self, keys: Iterable[int], alive: Sequence[int]) -> set[int]:
         """Which of these the backward pass made, as activations that no matrix divides."""

@@ -29,11 +29,15 @@ class SavedStorage:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a call belongs to: operation, module, and whether that module needs all tokens."""
+    """What a call belongs to: operation, module, and whether that module needs all tokens.
+
+    `entrance`: where the module's input entered what tensor parallelism divides, if it did.
+    """
 
     op: str = ""
     module: str = ""
     whole: bool = False
+    entrance: int | None = None
     compiled: bool = False
     makers: dict[int, str] = field(default_factory=dict)
 

@@ -149,8 +149,9 @@ class Recorder(TorchDispatchMode):
         name = str(call.func.overloadpacket)
         origin = self._origin(part, name)
         mixes: list[str] = []
+        layout = TensorLayout.REPLICATED
         if self.phase == "backward":
-            self._leave(part, call, origin)
+            layout = self._leave(part, call, origin)
         else:
             self._read(part, call)
             self._await(part, call, origin)
@@ -162,7 +163,8 @@ class Recorder(TorchDispatchMode):
             else:
                 divided = any(map(self._is_divided, tensors_in(tuple(call.arguments.values()))))
                 part.live.called_forward(self._results(part, call), divided=divided)
-        ops = self._ops(call, origin) if self._runs(call) else []
+        layout = TensorLayout.GATHERED if origin.whole else layout
+        ops = self._ops(call, origin, layout) if self._runs(call) else []
         part.ops.extend(ops)
         if self._limit is not None and self.phase == "forward":
             self._limit.check(part.ops)
@@ -177,7 +179,7 @@ class Recorder(TorchDispatchMode):
             module = self.modules[-1] if self.modules else ""
             # A composite operation dispatches several calls under one number: the first one names
             # it.
-            part.last = Origin(name, module, self._needs_all_tokens())
+            part.last = Origin(name, module, self._needs_all_tokens(), self._entrance(part))
             part.origins.setdefault(sequence, part.last)
             return part.last
         node: Node | None = torch._C._current_autograd_node()
@@ -188,6 +190,15 @@ class Recorder(TorchDispatchMode):
     def _needs_all_tokens(self) -> bool:
         inside = self.part is not None and self.part.whole
         return inside or any(id(module) in self._rank.all_tokens for module in self.callers)
+
+    def _entrance(self, part: Part) -> int | None:
+        """Where the input of the module that runs entered a region: there its gradient is summed.
+
+        A module whose input none around it was given is an entrance of its own.
+        """
+        known = self._rank.entrances
+        inner = next((id(m) for m in reversed(self.callers) if id(m) in known), None)
+        return inner if inner is None or inner in part.exposed else known[inner]
 
     def _read(self, part: Part, call: Call) -> None:
         """Note the parameters that a forward call reads, and its results in a compiled graph."""
@@ -241,8 +252,12 @@ class Recorder(TorchDispatchMode):
         known = inside and bool(self._rank.norms)
         return norm_sum(call, self._symbols.shape) if known else None
 
-    def _leave(self, part: Part, call: Call, origin: Origin) -> None:
-        """Note the storages that a call leaves alive, and their form on a rank."""
+    def _leave(self, part: Part, call: Call, origin: Origin) -> TensorLayout:
+        """Note the storages that a call leaves alive, and their form on a rank.
+
+        Returns the form of what it works on. A compiled graph, which is one node of autograd, does
+        not tell what is gathered for which call.
+        """
         inputs = list(tensors_in(tuple(call.arguments.values())))
         node: Node | None = torch._C._current_autograd_node()
         step = BackwardCall(
@@ -250,8 +265,10 @@ class Recorder(TorchDispatchMode):
             node=None if node is None else node._sequence_nr(),
             divided=origin.whole or any(map(self._is_divided, (*inputs, *tensors_in(call.out)))),
             adds=call.func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_),
+            entrance=origin.entrance,
         )
-        part.live.called(step, self._results(part, call))
+        layout = part.live.called(step, self._results(part, call))
+        return TensorLayout.REPLICATED if part.compiled else layout
 
     def _results(self, part: Part, call: Call) -> list[torch.Tensor]:
         """The results of a call that are the part's own and stay in memory."""
@@ -297,11 +314,15 @@ class Recorder(TorchDispatchMode):
             if id(self._states.get(key_of(call.tensor(matrix)))) in self._rank.columns:
                 part.gathered.add(key_of(call.tensor(operand)))
 
-    def _ops(self, call: Call, origin: Origin) -> list[Op]:
+    def _ops(self, call: Call, origin: Origin, layout: TensorLayout) -> list[Op]:
+        """The operations of a call; `layout` of what no matrix divides."""
         works = work_of(call) or [Work(OpKind.MEMORY, (), 0)]
-        return [self._op(call, origin, work, len(works)) for work in works]
+        made = (self._op(call, origin.module, work, len(works)) for work in works)
+        return [
+            replace(op, layout=layout) if op.layout != TensorLayout.SHARDED else op for op in made
+        ]
 
-    def _op(self, call: Call, origin: Origin, work: Work, parts: int) -> Op:
+    def _op(self, call: Call, module: str, work: Work, parts: int) -> Op:
         """One of the `parts` products of a call, with an equal part of its bytes."""
         flop, dims = self._flop(work), [self._symbols.expr(size) for size in work.dims]
         out = next(tensors_in(call.out))
@@ -314,16 +335,15 @@ class Recorder(TorchDispatchMode):
             sizes = (kernel.read_bytes, kernel.written_bytes)
         read, written = (self._symbols.expr(size) / parts for size in sizes)
         sharded = any(T in size.free_symbols for size in (flop, read, written))
-        undivided = TensorLayout.GATHERED if origin.whole else TensorLayout.REPLICATED
         return Op(
             name=str(call.func.overloadpacket),
             kind=work.kind,
             phase=self.phase,
-            module=origin.module,
+            module=module,
             dims=tuple(dims),
             causal=call.arguments.get("is_causal") is True,
             traffic=traffic_class(call.func) if kernel is None else kernel.traffic,
-            layout=TensorLayout.SHARDED if sharded else undivided,
+            layout=TensorLayout.SHARDED if sharded else TensorLayout.REPLICATED,
             flop=flop,
             shape=self._symbols.shape(out),
             dtype=dtype_of(out),

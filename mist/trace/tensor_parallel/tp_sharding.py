@@ -225,13 +225,15 @@ class RankModules:
     """What is special to a rank of tensor parallelism, by identity.
 
     `all_tokens`: modules that have all tokens; `summed`: those of which a rank has a part of a sum;
-    `norms`: those whose means are of all ranks; `columns`: column-parallel parameters.
+    `norms`: those whose means are of all ranks; `columns`: column-parallel parameters. `entrances`:
+    by module that is given what enters a region, the number of the region.
     """
 
     all_tokens: frozenset[int] = frozenset()
     summed: frozenset[int] = frozenset()
     norms: frozenset[int] = frozenset()
     columns: frozenset[int] = frozenset()
+    entrances: Mapping[int, int] = field(default_factory=dict)
 
 
 def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
@@ -246,6 +248,11 @@ def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
         summed=sharding.whole.union(ends),
         norms=sharding.norms,
         columns=frozenset(id(p) for module in columns for p in module.parameters(recurse=False)),
+        entrances={
+            each: number
+            for number, region in enumerate(sharding.regions)
+            for each in region.entered | region.columns
+        },
     )
 
 
