@@ -44,7 +44,7 @@ def _num_divided_reads(run: RecordedRun, sharding: Sharding) -> int:
 
 
 def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, int]:
-    """A region has an exit for each of its ends and an entry for each tensor that enters it.
+    """A region has an exit for each of its ends; a tensor enters all that read it at once.
 
     Regions in a module that needs all tokens count as one. An input that no hook sees (experts)
     enters with the layer's input.
@@ -53,16 +53,17 @@ def _of_layer(piece: Piece, layer: nn.Module, sharding: Sharding) -> dict[str, i
     inside = [_ends_in(m, sharding) for m in whole]
     num_joint = sum(1 for ends in inside if ends)
     goes_back = any(op.phase == "backward" for op in piece.part.ops)
-    counts = {
-        "num_entries": num_joint,
-        "num_exits": num_joint,
-        "num_entries_back": num_joint if goes_back else 0,
-        "num_exits_back": num_joint if goes_back else 0,
+    regions = list(_free_regions(layer, sharding))
+    entered, back = _entered(piece, regions), _entered(piece, regions, flows=True)
+    # Without a hook the layer's own input stands for what enters.
+    unseen = sum(not region.entered & piece.part.entered.keys() for region in regions)
+    return {
+        "num_entries": num_joint + len(entered) + unseen,
+        "num_exits": num_joint + sum(len(region.ends) for region in regions),
+        "num_entries_back": num_joint * goes_back + len(back) + unseen * piece.flows,
+        "num_exits_back": num_joint * goes_back + sum(_exits_back(piece, r) for r in regions),
+        "num_whole": sum(1 for ends in inside if not ends),
     }
-    for region in _free_regions(layer, sharding):
-        for name, number in _of_region(piece, region).items():
-            counts[name] += number
-    return counts | {"num_whole": sum(1 for ends in inside if not ends)}
 
 
 def _whole_modules(layer: nn.Module, sharding: Sharding) -> list[nn.Module]:
@@ -80,19 +81,11 @@ def _free_regions(layer: nn.Module, sharding: Sharding) -> Iterator[DividedRegio
     return (region for region in sharding.regions if region.ends <= here)
 
 
-def _of_region(piece: Piece, region: DividedRegion) -> dict[str, int]:
-    """The same of a region that is in no module which needs all tokens."""
-    flows = piece.part.flows
-    entry_ids = region.entered & piece.part.entered.keys()
-    inputs, back = _entered(piece, entry_ids), _entered(piece, entry_ids & flows)
-    # Without a hook the layer's own input stands for what enters.
-    num_back = len(back) if entry_ids else int(piece.flows)
-    return {
-        "num_entries": max(len(inputs), 1),
-        "num_exits": len(region.ends),
-        "num_entries_back": num_back,
-        "num_exits_back": len(region.ends) if num_back else len(region.ends & flows),
-    }
+def _exits_back(piece: Piece, region: DividedRegion) -> int:
+    """The ends of a region that a gradient goes back through."""
+    flows, seen = piece.part.flows, region.entered & piece.part.entered.keys()
+    goes_back = bool(seen & flows) if seen else piece.flows
+    return len(region.ends if goes_back else region.ends & flows)
 
 
 def other_entries_back(
@@ -110,16 +103,20 @@ def other_entries_back(
     return tuple(size for size in sizes if size != layer.boundary_bytes)
 
 
-def _entered_back(piece: Piece, sharding: Sharding, run: RecordedRun) -> Iterator[Entered]:
+def _entered_back(piece: Piece, sharding: Sharding, run: RecordedRun) -> Collection[Entered]:
     """What enters regions of a layer, or the divided head, and has a gradient."""
-    known = piece.part.entered.keys() & piece.part.flows
     if piece is run.head:
-        yield from _entered(piece, sharding.colwise & known)
-    if piece.module is not None:
-        for region in _free_regions(piece.module, sharding):
-            yield from _entered(piece, region.entered & known)
+        known = piece.part.entered.keys() & piece.part.flows
+        return {e for each in sharding.colwise & known for e in piece.part.entered[each]}
+    if piece.module is None:
+        return ()
+    return _entered(piece, list(_free_regions(piece.module, sharding)), flows=True)
 
 
-def _entered(piece: Piece, modules: Collection[int]) -> Collection[Entered]:
-    """What enters a region at these modules; a tensor that several of them read enters once."""
-    return {entry for each in modules for entry in piece.part.entered[each]}
+def _entered(
+    piece: Piece, regions: Collection[DividedRegion], *, flows: bool = False
+) -> Collection[Entered]:
+    """What enters regions, or of that what has a gradient; a tensor that several read once."""
+    part = piece.part
+    known = part.entered.keys() & part.flows if flows else part.entered.keys()
+    return {e for region in regions for each in region.entered & known for e in part.entered[each]}

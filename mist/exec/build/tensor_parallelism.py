@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 from mist.errors import ModelError
 from mist.exec.build.shared_norms import share_means
 from mist.exec.build.tensor_parts import divide_parts, with_parts
-from mist.exec.build.tensor_rules import RegionRule, TensorRules, module_around
+from mist.exec.build.tensor_rules import RegionRule, TensorRules
 from mist.exec.build.tensor_sizes import run_with_local_sizes
 from mist.exec.build.without_view import without_view
 
@@ -124,15 +124,13 @@ def _enter_regions(
 ) -> set[str]:
     """Have activations enter regions; the modules at which they do."""
     entries: set[str] = set()
-    for region in regions:
-        names = sorted(set(region.entries.values()) - entries)
+    for layer in part.layers:
+        names = {n for r in regions if r.is_in(layer) for n in r.entries.values()}
         enter = _Once(partial(_enter, mesh=mesh, sp=part.sp, batch=part.micro_batch))
-        for name in names:
+        for name in sorted(names):
             _on_entry(model.get_submodule(name), enter, rules.places.get(name))
-        if names:
-            around = model.get_submodule(module_around(names))
-            around.register_forward_hook(enter.forget, always_call=True)
-        entries.update(names)
+        model.get_submodule(layer).register_forward_hook(enter.forget, always_call=True)
+        entries |= names
     return entries
 
 
@@ -309,7 +307,7 @@ def _enter(x: torch.Tensor, *, mesh: DeviceMesh, sp: bool, batch: int) -> torch.
 
 
 class _Once:
-    """What enters a region at several modules enters it once, with one gradient to add up."""
+    """What several modules of a layer are given enters once, with one gradient to add up."""
 
     def __init__(self, enter: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._enter = enter
@@ -322,7 +320,7 @@ class _Once:
         return self._entered[id(x)][1]
 
     def forget(self, module: nn.Module, args: object, output: object) -> None:
-        """The module around the region has run."""
+        """The layer has run."""
         self._entered.clear()
 
 

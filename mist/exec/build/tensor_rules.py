@@ -156,7 +156,7 @@ def _mover(source: str, target: str) -> Move:
     return lambda name: target + name.removeprefix(source)
 
 
-def module_around(names: Sequence[str]) -> str:
+def _around(names: Sequence[str]) -> str:
     """The innermost module that has all of these in it."""
     paths = [f"/{name.replace('.', '/')}" for name in names]
     return commonpath(paths)[1:].replace("/", ".")
@@ -225,7 +225,7 @@ def _regions(
     for region in sharding.regions:
         rows, columns = (sorted(names[e] for e in ids) for ids in (region.rows, region.columns))
         block = next((each for each in blocks if rows[0].startswith(f"{each}.")), None)
-        around = module_around([*rows, *columns])
+        around = _around([*rows, *columns])
         entered = sorted(names[each] for each in region.entered)
         yield RegionRule(
             columns=tuple(columns),

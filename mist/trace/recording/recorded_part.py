@@ -53,7 +53,7 @@ class Mixed:
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """A tensor that enters a tensor-parallel region: its storage, and the bytes of its elements."""
+    """A tensor that enters a tensor-parallel region: which, and the bytes of its elements."""
 
     key: int
     bytes: Expr
@@ -105,6 +105,11 @@ class Part:
     graph: fx.Graph = field(default_factory=fx.Graph)
     # Weak keys: the graph must not prolong the lives that are recorded.
     nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    def identity(self, tensor: torch.Tensor) -> int:
+        """A number that no other tensor here has; the storages of freed ones are used again."""
+        node = self.nodes.get(tensor)
+        return key_of(tensor) if node is None or node.op == "placeholder" else -id(node)
 
     def saved(self) -> tuple[SavedTensor, ...]:
         """The saved storages, with what saved them."""

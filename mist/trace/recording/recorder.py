@@ -192,13 +192,10 @@ class Recorder(TorchDispatchMode):
         return inside or any(id(module) in self._rank.all_tokens for module in self.callers)
 
     def _entrance(self, part: Part) -> int | None:
-        """Where the input of the module that runs entered a region: there its gradient is summed.
-
-        A module whose input none around it was given is an entrance of its own.
-        """
-        known = self._rank.entrances
+        """What the module that runs was given as it entered a region: its gradient is one sum."""
+        known = part.entered.keys() & self._rank.entrances
         inner = next((id(m) for m in reversed(self.callers) if id(m) in known), None)
-        return inner if inner is None or inner in part.exposed else known[inner]
+        return None if inner is None else part.entered[inner][-1].key
 
     def _read(self, part: Part, call: Call) -> None:
         """Note the parameters that a forward call reads, and its results in a compiled graph."""

@@ -29,7 +29,7 @@ def region_hooks(recorder: Recorder, sharding: Sharding, model: nn.Module) -> It
             around = recorder.callers[:-1] if matrix_of(module) else recorder.callers
             for x in entering(module, args, kwargs):
                 recorder.part.gathered.add(key_of(x))
-                entry = Entered(key_of(x), recorder.bytes_of(x))
+                entry = Entered(recorder.part.identity(x), recorder.bytes_of(x))
                 recorder.part.entered.setdefault(id(module), []).append(entry)
                 if not any(id(x) in given[id(outer)] for outer in around):
                     recorder.part.exposed.add(id(module))

@@ -226,14 +226,14 @@ class RankModules:
 
     `all_tokens`: modules that have all tokens; `summed`: those of which a rank has a part of a sum;
     `norms`: those whose means are of all ranks; `columns`: column-parallel parameters. `entrances`:
-    by module that is given what enters a region, the number of the region.
+    modules that are given what enters a region.
     """
 
     all_tokens: frozenset[int] = frozenset()
     summed: frozenset[int] = frozenset()
     norms: frozenset[int] = frozenset()
     columns: frozenset[int] = frozenset()
-    entrances: Mapping[int, int] = field(default_factory=dict)
+    entrances: frozenset[int] = frozenset()
 
 
 def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
@@ -248,11 +248,7 @@ def rank_modules(sharding: Sharding | None, model: nn.Module) -> RankModules:
         summed=sharding.whole.union(ends),
         norms=sharding.norms,
         columns=frozenset(id(p) for module in columns for p in module.parameters(recurse=False)),
-        entrances={
-            each: number
-            for number, region in enumerate(sharding.regions)
-            for each in region.entered | region.columns
-        },
+        entrances=frozenset().union(*(r.entered | r.columns for r in sharding.regions)),
     )
 
 
