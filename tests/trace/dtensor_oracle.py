@@ -33,6 +33,7 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -64,7 +65,8 @@ class Family:
 
     `regions`: a module whose input enters column-parallel matrices, and the keyword by which it
     gets it ("" when by position). `post_norm`: what a norm gives is added to other tensors, which
-    are local ones. `over_heads`: norms over what columns give. `modes`: without "sp" where a part
+    are local ones. `over_heads`: norms over what columns give. `entrance`: a module whose
+    result enters several. `modes`: without "sp" where a part
     of the layer is whole. `traced`: the model of which this one is a copy that DTensor can divide.
     """
 
@@ -76,6 +78,7 @@ class Family:
     regions: Mapping[str, str]
     post_norm: bool = False
     over_heads: tuple[str, ...] = ()
+    entrance: str = ""
     modes: tuple[Mode, ...] = get_args(Mode)
     traced: Callable[[], nn.Module] | None = None
 
@@ -226,7 +229,7 @@ FAMILIES: Final = MappingProxyType(
             regions={"attention.self": "", "intermediate": ""},
             post_norm=True,
         ),
-        # Attention and MLP read one norm: each gathers it, and sums its gradient, by itself.
+        # Attention and MLP read one norm, which is gathered once.
         "cohere": Family(
             build=partial(
                 causal,
@@ -244,7 +247,8 @@ FAMILIES: Final = MappingProxyType(
                      "mlp.gate_proj", "mlp.up_proj"),
             rowwise=("self_attn.o_proj", "mlp.down_proj"),
             norms=("input_layernorm",),
-            regions={"self_attn": "hidden_states", "mlp": ""},
+            regions={},
+            entrance="input_layernorm",
         ),
         "gpt-neox-8-heads": gpt_neox(num_heads=8),
         "olmo2": Family(
@@ -426,6 +430,13 @@ def measure(name: str, mode: Mode, num_ranks: int, batch: int, seq: int) -> Meas
             args, kwargs = layer_inputs(model, layer, {"input_ids": ids})
             x = torch.empty(batch, own_seq, HIDDEN, dtype=torch.bfloat16)
             parallelize_module(layer, mesh, plan(family, mode), src_data_rank=None)
+            if family.entrance:  # behind the norm's own style
+                behind = PrepareModuleOutput(
+                    output_layouts=Shard(SEQ_DIM) if mode == "sp" else Replicate(),
+                    desired_output_layouts=Replicate(),
+                    use_local_output=False,
+                )
+                parallelize_module(layer, mesh, {family.entrance: behind})
             # How layouts propagate is found on whole fake tensors, once a shape: not the rank's.
             _run(layer, (x, *args[1:]), kwargs)
             layer.zero_grad(set_to_none=True)

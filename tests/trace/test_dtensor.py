@@ -50,17 +50,10 @@ NAMES = {
     "reduce_scatter": "reduce_scatter_tensor",
     "all_reduce": "all_reduce",
 }
-EXACT = ("llama", "gpt-neox", "bert", "olmo2")
+EXACT = ("llama", "gpt-neox", "bert", "cohere", "olmo2")
 # Of a norm over all heads DTensor adds up whole gradients, where its means are enough.
 SENDS_MORE = ("olmo2",)
-MOVED = (
-    "llama",
-    "gpt-neox",
-    "bert",
-    "cohere",
-)  # whose attention and MLP keep a gathered input each: the trace one
 OF_EACH = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in EXACT]
-OF_MOVED = [pytest.param(family, marks=[SLOW] * (family != "llama")) for family in MOVED]
 EXCHANGES = [each for each in OF_EACH if each.values[0] not in SENDS_MORE]
 SCALES = ("memory", "scores", "attention")
 VECTORS = 16
@@ -220,7 +213,7 @@ def charged_bytes(block: Block, phase: str, point: Point, num_ranks: int) -> int
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 @pytest.mark.parametrize("num_ranks", DEGREES)
-@pytest.mark.parametrize("family", OF_MOVED)
+@pytest.mark.parametrize("family", EXCHANGES)
 def test_moved_bytes_of_divided_sequence_are_dtensors(
     family: str, num_ranks: int, point: Point
 ) -> None:
