@@ -20,6 +20,7 @@ from mist.workflow.verifying import Verified, until_it_fits, verify_file, verify
 from tests.exec.layouts import NUM_LAYERS, PLAIN, VOCAB, write_models
 from tests.fast_cases import first_fast
 from tests.small_models import TINY
+from tests.tiny_families import write_family
 
 LAYOUTS = {
     "zero3": HandLayout(zero=3, micro_batch=2, checkpoint="full"),
@@ -174,6 +175,20 @@ def test_layers_leave_nothing_behind_in_several_micro_batches(name: str, tmp_pat
     for stage in verify_plan(check_layout(question, DEEP[name]).plan).stages:
         assert all(row.agrees for row in stage.collectives), stage.collectives
         assert abs(stage.difference_ratio) <= 0.03
+
+
+# One norm before attention and MLP, a residual around queries, keys and values in their module,
+# norms over all heads: each tensor enters once, and each mean is summed once each way.
+ENTERED = ("gptj", "albert", "wide-norms")
+
+
+@pytest.mark.usefixtures("_in_this_process")
+@pytest.mark.parametrize("family", first_fast(ENTERED))
+def test_what_several_read_enters_once(family: str, tmp_path: Path) -> None:
+    model = str(write_family(family, tmp_path))
+    question = Question(model=model, num_gpus=2, seq_len=64, global_batch=4, gpu="h100-sxm")
+    (stage,) = verify_plan(check_layout(question, HandLayout(tp=2, micro_batch=1)).plan).stages
+    assert all(row.agrees for row in stage.collectives), stage.collectives
 
 
 # Ranks that divide no gradients reduce them in the last backward pass only, through a buffer: of

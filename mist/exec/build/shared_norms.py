@@ -28,7 +28,7 @@ def _shared(mean: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     return parts.redistribute(placements=(Replicate(),)).to_local(grad_placements=(Partial(),))
 
 
-class _Context(FunctionCtx):
+class _NormContext(FunctionCtx):
     mesh: DeviceMesh
     saved_tensors: tuple[torch.Tensor, ...]
 
@@ -38,7 +38,11 @@ class _SharedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, x: torch.Tensor, weight: torch.Tensor | None, eps: float, mesh: DeviceMesh
+        ctx: _NormContext,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        mesh: DeviceMesh,
     ) -> torch.Tensor:
         x_wide = wide(x)
         rstd = torch.rsqrt(_shared(x_wide.square().mean(-1, keepdim=True), mesh) + eps)
@@ -49,7 +53,7 @@ class _SharedNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _NormContext, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, *weights = ctx.saved_tensors
         xhat, grad_wide = wide(x) * rstd, wide(grad)
         scaled = grad_wide * wide(weights[0]) if weights else grad_wide
