@@ -182,8 +182,9 @@ def test_layers_leave_nothing_behind_in_several_micro_batches(name: str, tmp_pat
 ENTERED = ("gptj", "albert", "wide-norms")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_this_process")
-@pytest.mark.parametrize("family", first_fast(ENTERED))
+@pytest.mark.parametrize("family", ENTERED)
 def test_what_several_read_enters_once(family: str, tmp_path: Path) -> None:
     model = str(write_family(family, tmp_path))
     question = Question(model=model, num_gpus=2, seq_len=64, global_batch=4, gpu="h100-sxm")
@@ -196,7 +197,7 @@ def test_what_several_read_enters_once(family: str, tmp_path: Path) -> None:
 LONE = {
     "tp4 full": HandLayout(tp=4, micro_batch=1, checkpoint="full"),
     "zero0 full": HandLayout(micro_batch=1, checkpoint="full"),
-    "pp4 full": HandLayout(pp=4, micro_batch=1, checkpoint="full"),
+    "pp2 full": HandLayout(pp=2, micro_batch=1, checkpoint="full"),
     "pp2 tp2": HandLayout(pp=2, tp=2, micro_batch=1),
 }
 
@@ -205,11 +206,11 @@ LONE = {
 @pytest.mark.parametrize("name", first_fast(LONE))
 def test_the_last_backward_pass_of_lone_ranks_holds_a_buffer(name: str, tmp_path: Path) -> None:
     model = tmp_path / "deep.py"
-    sizes = "1024, 12, 16, 512, 128"
+    sizes = "1024, 6, 16, 512, 128"
     model.write_text(PLAIN.read_text().replace("2048, 24, 16, 32000, 4096", sizes))
     question = Question(model=str(model), num_gpus=4, seq_len=128, global_batch=16, gpu="h100-sxm")
     for stage in verify_plan(check_layout(question, LONE[name]).plan).stages:
-        assert -0.002 <= stage.difference_ratio <= 0.02
+        assert -0.005 <= stage.difference_ratio <= 0.02
 
 
 @pytest.mark.slow
