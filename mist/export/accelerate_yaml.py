@@ -22,6 +22,7 @@ from mist.export.target import (
     Expresses,
     Written,
     added,
+    by_its_own_rules,
     refused,
     undivided_offload,
 )
@@ -80,7 +81,7 @@ def write_accelerate(subject: ExportSource) -> Written:
             "training_arguments.py": _trainer(subject),
             "launch.sh": script,
         },
-        added=losses,
+        added=[*losses, *by_its_own_rules(plan)],
     )
 
 

@@ -22,7 +22,7 @@ from mist.export.accelerate_yaml import (
 from mist.export.deepspeed_json import beside
 from mist.export.launcher_lines import head, launch_script
 from mist.export.setting_values import leaves, whole_at
-from mist.export.target import Configuration, ExportSource, Written, added
+from mist.export.target import Configuration, ExportSource, Written, added, by_its_own_rules
 from mist.export.unread_settings import ADAMW, SettingKinds, unread, with_unread
 from mist.export.yaml_lines import yaml_lines
 from mist.plans.memory_levels import KEEPS_ALL, REPEATS_ALL
@@ -47,7 +47,7 @@ def write_axolotl(subject: ExportSource) -> Written:
             CONFIG: "\n".join([*lines, *yaml_lines(_rows(subject))]) + "\n",
             "launch.sh": script,
         },
-        added=[added("model", words)],
+        added=[added("model", words), *by_its_own_rules(subject.plan)],
     )
 
 

@@ -160,6 +160,12 @@ def added(about: str, message: str) -> ExportLoss:
     return ExportLoss(kind=LossKind.ADDED, field=about, message=message)
 
 
+def by_its_own_rules(plan: Plan) -> list[ExportLoss]:
+    """What transformers divides of a model otherwise than the plan, for targets that let it."""
+    words = "transformers divides by its own rules: attention with norms over all heads stays whole"
+    return [added("stages[].tp", words)] if plan.stages[0].tp > 1 else []
+
+
 def refused(about: str, message: str) -> ExportLoss:
     """That the target has no words for a field."""
     return ExportLoss(kind=LossKind.REFUSED, field=about, message=message)
