@@ -14,7 +14,7 @@ WIDTH = 12
 
 
 class Written(nn.Module):
-    """A norm in single operations, centered."""
+    """A norm in single operations, centered, and over tokens too."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -22,8 +22,10 @@ class Written(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         centered = x - torch.mean(x, dim=-1, keepdim=True)
-        deviation = centered.pow(2).mean(-1, keepdim=True)
-        return self.weight * centered * torch.rsqrt(deviation + 1e-5)
+        deviation = centered.pow(2).mean([-1], keepdim=True)
+        # Of tokens: each rank has all that are of its own numbers.
+        shifted = centered - centered.mean(1, keepdim=True)
+        return self.weight * shifted * torch.rsqrt(deviation + 1e-5)
 
 
 NORMS = {

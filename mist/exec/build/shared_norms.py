@@ -66,7 +66,7 @@ class _SharedNorm(torch.autograd.Function):
 
 
 class _SharedMeans(TorchFunctionMode):
-    """Makes each mean that a norm takes the one of all ranks."""
+    """Makes each mean that a norm takes over its rows the one of all ranks."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -84,7 +84,8 @@ class _SharedMeans(TorchFunctionMode):
             if name == "rms_norm":
                 return self._rms_norm(*args, **(kwargs or {}))
             result = func(*args, **(kwargs or {}))
-            return _shared(result, self._mesh) if name == "mean" else result
+            over_rows = name == "mean" and _is_over_rows(*args, **(kwargs or {}))
+            return _shared(result, self._mesh) if over_rows else result
 
     def _rms_norm(
         self,
@@ -96,6 +97,14 @@ class _SharedMeans(TorchFunctionMode):
         step = default_epsilon(x) if eps is None else eps
         result: torch.Tensor = apply_function(_SharedNorm, x, weight, step, self._mesh)
         return result
+
+
+def _is_over_rows(
+    x: torch.Tensor, dim: int | Sequence[int] | None = None, *others: object, **named: object
+) -> bool:
+    """Whether a mean is over the last dimension, of which a rank has a part."""
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    return [each % x.dim() for each in dims] == [x.dim() - 1]
 
 
 def share_means(module: nn.Module, mesh: DeviceMesh) -> None:
