@@ -128,10 +128,15 @@ class _Chains:
         return first.num_out < min(first.num_in, reader.matrix.num_out)
 
     def _is_normed_latent(self, reader: Reader) -> bool:
-        """Whether a normed latent enters this matrix, whose outputs are what is divided."""
-        key = id(reader.matrix.weight)
-        behind = (other for other in self._readers if key in other.sources)
-        return bool(reader.norms) and any(other.divided for other in behind)
+        """Whether a normed latent enters this matrix.
+
+        Others read it, too, or what is divided lies behind the matrix.
+        """
+        others = [other for other in self._readers if other is not reader]
+        key, sources = id(reader.matrix.weight), reader.sources.keys()
+        shared = any(sources & other.sources.keys() for other in others)
+        behind = any(key in other.sources and other.divided for other in others)
+        return bool(reader.norms) and (shared or behind)
 
     def _latent(self, reader: Reader) -> set[int]:
         """Sources that other sources read."""
