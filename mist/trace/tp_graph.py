@@ -11,6 +11,7 @@ confirm it.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Final
 
 import torch
@@ -272,7 +273,7 @@ class _Block:
         attention = next((n for n in behind.nodes if n in self._attention), None)
         head_dim, alike = self._heads(attention, matrix) if attention else (None, True)
         over = [node for node in behind.nodes if _goes_over(node, behind.sources, head_dim)]
-        norms = [self._shared_norm(node) for node in over]
+        norms = [self._shared_norm(node, behind.sources) for node in over]
         if attention is not None and (heads := self._given(attention)):
             self.given_heads[id(matrix.weight)] = heads
         return Reader(
@@ -287,14 +288,20 @@ class _Block:
             pairs=self._pairs(attention) if attention else frozenset(),
         )
 
-    def _shared_norm(self, node: fx.Node) -> nn.Module | None:
-        """The module of a norm that ranks can share: its parameters are as wide as its rows."""
+    def _shared_norm(self, node: fx.Node, sources: Mapping[int, Matrix]) -> nn.Module | None:
+        """The module of a norm that ranks can share.
+
+        Its parameters are as wide as its rows, of which there are as many as a source gives: more
+        are those of heads.
+        """
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
-        width = operand.meta["shape"][-1]
+        *rows, width = operand.meta["shape"]
+        given = (n.meta["shape"][:-1] for n, m in self._products.items() if id(m.weight) in sources)
         module = self.layer.get_submodule(str(node.meta["module"]))
         fits = all(parameter.shape == (int(width),) for parameter in module.parameters())
-        return module if node.target in SHARED and fits else None
+        whole = any(prod(each) == prod(rows) for each in given)
+        return module if node.target in SHARED and fits and whole else None
 
     def _attends(self, node: fx.Node) -> bool:
         return node.target in ATTENTION or self._scores.get(node) is not None

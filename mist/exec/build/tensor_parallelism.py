@@ -125,11 +125,16 @@ def _enter_regions(
     """Have activations enter regions; the modules at which they do."""
     entries: set[str] = set()
     for layer in part.layers:
-        names = {n for r in regions if r.is_in(layer) for n in r.entries.values()}
-        enter = _Once(partial(_enter, mesh=mesh, sp=part.sp, batch=part.micro_batch))
+        here = [region for region in regions if region.is_in(layer)]
+        names = {name for region in here for name in region.entries.values()}
+        enter = partial(_enter, mesh=mesh, sp=part.sp, batch=part.micro_batch)
+        once = _Once(enter)
+        # Modules that are one region of several matrices, experts and their routing, enter alone.
+        alone = {region.block for region in here}
         for name in sorted(names):
-            _on_entry(model.get_submodule(name), enter, rules.places.get(name))
-        model.get_submodule(layer).register_forward_hook(enter.forget, always_call=True)
+            cross = enter if name in alone else once
+            _on_entry(model.get_submodule(name), cross, rules.places.get(name))
+        model.get_submodule(layer).register_forward_hook(once.forget, always_call=True)
         entries |= names
     return entries
 
